@@ -92,6 +92,8 @@ def ctu(
     static = (NO_CHANNEL if channel is None else channel, kind, raw, eps)
     if not inplace:
         return _CTU(inputs, static)
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
+        raise ValueError(f"ctu: inplace=True needs an x without overlapping elements, got strides {tuple(x.stride())}")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         raise RuntimeError(
             "ctu: inplace=True would overwrite x, which the backward pass needs; use inplace=False, or torch.no_grad()"

@@ -65,7 +65,7 @@ class Op:
 
     def forward(self, inputs: Inputs, static: Static) -> Tensor:
         if _backend.reference_forced():
-            return self.reference_forward(inputs, static)
+            return self.composed_forward(inputs, static)
         with torch._C._AutoDispatchBelowAutograd():
             return self._packet("")(*inputs, *static)
 
@@ -79,12 +79,23 @@ class Op:
 
     def backward(self, dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
         if _backend.reference_forced():
-            return self.reference_backward(dy, inputs, static, needs)
+            return self.composed_backward(dy, inputs, static, needs)
         with torch._C._AutoDispatchBelowAutograd():
             return self._packet("_backward")(dy, *inputs, *static, needs)
 
     def _packet(self, suffix: str) -> Any:
         return getattr(torch.ops.ctkernels, self.name + suffix).default
+
+    def composed_forward(self, inputs: Inputs, static: Static) -> Tensor:
+        """The reference, with the strides that every backend's result has."""
+        assert inputs[0] is not None
+        return _layout.conform(self.reference_forward(inputs, static), inputs[0])
+
+    def composed_backward(self, dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
+        """The reference gradients, with the strides that every backend's have."""
+        assert inputs[0] is not None
+        grads, flags = self.reference_backward(dy, inputs, static, needs), self.elementwise_flags
+        return [_layout.conform(g, inputs[0]) if flags[i] else g for i, g in zip(self.wanted(needs), grads)]
 
     # ---- the call ---------------------------------------------------------------------------------------------------
 
@@ -280,15 +291,13 @@ def register(op: Op) -> Op:
     _LIBRARY.define(f"{op.name}_backward(Tensor dy, {arguments}, int needs) -> Tensor[]", tags=[torch.Tag.pt2_compliant_tag])
 
     def forward(*args: Any) -> Tensor:
-        return _layout.conform(op.reference_forward(args[:count], args[count:]), args[0])
+        return op.composed_forward(args[:count], args[count:])
 
     def forward_(*args: Any) -> None:
         args[0].copy_(op.reference_forward(args[:count], args[count:]))
 
     def backward(dy: Tensor, *args: Any) -> list[Tensor]:
-        grads = op.reference_backward(dy, args[:count], args[count:-1], args[-1])
-        flags = op.elementwise_flags
-        return [_layout.conform(g, args[0]) if flags[i] else g for i, g in zip(op.wanted(args[-1]), grads)]
+        return op.composed_backward(dy, args[:count], args[count:-1], args[-1])
 
     for suffix, implementation in (("", forward), ("_", forward_), ("_backward", backward)):
         _LIBRARY.impl(op.name + suffix, implementation, "CompositeExplicitAutograd")

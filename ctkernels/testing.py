@@ -1,0 +1,146 @@
+"""Samples, tolerances and gradient checks: what the library is tested with, for those who extend or embed it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import functional
+
+__all__ = ["Sample", "assert_no_worse", "ctu_samples", "gradcheck"]
+
+
+@dataclass
+class Sample:
+    """One call of a public function: ``function(*args, **kwargs)``, with a name that says what it is there for."""
+
+    name: str
+    function: Callable[..., Tensor]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The floating-point tensor arguments, by position or name."""
+        named = {str(i): a for i, a in enumerate(self.args)} | self.kwargs
+        return {k: v for k, v in named.items() if isinstance(v, Tensor) and v.is_floating_point()}
+
+    def map(self, change: Callable[[str, Tensor], Tensor]) -> Sample:
+        """The same call with every floating-point tensor ``t`` named ``k`` replaced by ``change(k, t)``."""
+
+        def swap(k: str, v: Any) -> Any:
+            return change(k, v) if isinstance(v, Tensor) and v.is_floating_point() else v
+
+        args = tuple(swap(str(i), a) for i, a in enumerate(self.args))
+        return Sample(self.name, self.function, args, {k: swap(k, v) for k, v in self.kwargs.items()})
+
+    def requiring_grad(self) -> Sample:
+        """Leaves that require gradients, of the same layout."""
+        return self.map(lambda _, t: t.detach().requires_grad_())
+
+    def __call__(self) -> Tensor:
+        return self.function(*self.args, **self.kwargs)
+
+
+def ctu_samples(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Iterator[Sample]:
+    """Calls of :func:`ctkernels.functional.ctu` that between them reach every code path.
+
+    Elementwise tensors have ``dtype``; parameters are float32 (float64 for float64).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def data(*shape: int) -> Tensor:
+        return (2 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device, dtype)
+
+    def knob(*shape: int) -> Tensor:
+        return (0.05 + 0.9 * torch.rand(shape, generator=generator, dtype=torch.float64)).to(device, wide)
+
+    def sample(name: str, x: Tensor, beta: Any, coeff: Any, **kwargs: Any) -> Sample:
+        return Sample(name, functional.ctu, (x, beta, coeff), kwargs)
+
+    layouts = {
+        "one value": (data(1), None),
+        "0-d": (data(1).reshape(()), None),
+        "empty": (data(0, 3), 1),
+        "no channels": (data(2, 0, 5), 1),
+        "odd length, shared knobs": (data(1037), None),
+        "NCHW, runs of odd length": (data(2, 3, 7, 11), 1),
+        "NCHW, long runs": (data(2, 2, 130, 17), 1),
+        "NCHW, runs of four": (data(3, 5, 2, 2), 1),
+        "NHWC in memory": (data(2, 5, 4, 3).contiguous(memory_format=torch.channels_last), 1),
+        "NLC, odd channels": (data(3, 7, 19), -1),
+        "NLC, more channels than a block": (data(2, 3, 1100), 2),
+        "channels first": (data(6, 40), 0),
+        "transposed": (data(5, 33).T, 0),
+        "sliced, not dense": (data(4, 6, 10)[:, ::2, 1:8], 1),
+        "expanded": (data(1, 5, 1).expand(3, 5, 4), 1),
+        "size-1 channel": (data(3, 1, 6), 1),
+    }
+    for name, (x, channel_dim) in layouts.items():
+        count = x.shape[channel_dim] if channel_dim is not None else 1
+        per_channel = {} if channel_dim is None else {"channel_dim": channel_dim}
+        shape = () if channel_dim is None else (count,)
+        yield sample(name, x, knob(*shape), knob(*shape), **per_channel)
+    x = data(2, 5, 3)
+    for activation in ("leaky_relu", "prelu", "relu6", "silu", "gelu"):
+        yield sample(activation, x, knob(5), knob(5), channel_dim=1, activation=activation)
+    yield sample("learned slopes, some above 1", x, knob(5), knob(5), channel_dim=1, activation="prelu",
+                 negative_slope=torch.tensor([-0.2, 0.0, 0.3, 0.9, 1.5], dtype=wide, device=device))  # fmt: skip
+    yield sample("logits", x, 4 * data(5).to(wide), data(5).to(wide), channel_dim=1, raw=True)
+    yield sample("shared beta, coeff per channel", x, knob(1), knob(5), channel_dim=1)
+    yield sample("numbers", x, 0.9, 0.5)
+    yield sample("the plain activation", x, 1.0, 0.5)
+    yield sample("eps", x, knob(5), knob(5), channel_dim=1, eps=1e-6)
+    yield sample("scale and shift", x, knob(5), knob(5), channel_dim=1, scale=data(5).to(wide), shift=data(5).to(wide))
+    yield sample("residual", x, knob(5), knob(5), channel_dim=1, residual=data(2, 5, 3))
+    yield sample("prologue, inner channels", data(4, 7), knob(7), knob(7), channel_dim=1, scale=data(7).to(wide),
+                 shift=data(7).to(wide), residual=data(7, 4).T)  # fmt: skip
+
+
+def assert_no_worse(
+    name: str, got: Tensor, truth: Tensor, baseline: Tensor, terms: Tensor | float = 0.0, grade: float = 0.0
+) -> None:
+    """``got`` is as good as the same computation in plain torch: its error against the float64 ``truth`` is at most twice
+    that of ``baseline`` (largest over the tensor), plus one ulp of the result, plus ``grade`` times ``terms``.
+
+    terms: the sum of the magnitudes that add up to the result, for results that nearly cancel.
+    """
+    if got.shape != truth.shape:
+        raise AssertionError(f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}")
+    if got.numel() == 0:
+        return
+    truth, exact = truth.double(), got.double()
+    baseline_error = (baseline.double() - truth).abs().nan_to_num().max()
+    info = torch.finfo(got.dtype)
+    bound = 2 * baseline_error + info.eps * truth.abs() + info.tiny + grade * terms
+    error = (exact - truth).abs()
+    wrong = ~(error <= bound) & ~(exact == truth) & ~(exact.isnan() & truth.isnan())
+    if wrong.any():
+        at = tuple(int(i) for i in wrong.nonzero()[0])
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} values off, first at {at}: got {exact[at].item():.9g}, "
+            f"expected {truth[at].item():.9g}, error {error[at].item():.3g}, allowed "
+            f"{(bound if bound.dim() == 0 else bound[at]).item():.3g}"
+        )
+
+
+def gradcheck(sample: Sample, *, second_order: bool = True) -> None:
+    """Reverse and forward mode, batched, and second order, of a float64 sample against finite differences.
+
+    Raises torch.autograd.gradcheck.GradcheckError with the Jacobians that disagree.
+    """
+    leaves = sample.requiring_grad()
+    names = list(leaves.tensors())
+    inputs = tuple(leaves.tensors().values())
+
+    def call(*values: Tensor) -> Tensor:
+        by_name = dict(zip(names, values))
+        return leaves.map(lambda k, _: by_name[k])()
+
+    torch.autograd.gradcheck(call, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+    if second_order:
+        torch.autograd.gradgradcheck(call, inputs)

@@ -1,0 +1,154 @@
+"""Rung 1: the unit against 40-digit arithmetic, at its limits, and against the official expression."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("mpmath", reason="needs the test extra")
+
+import ctkernels
+from ctkernels.functional import ctu
+
+from . import truth
+
+BETAS = [0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999, 1 - 1e-6]
+COEFFS = [0.0, 0.3, 0.5, 1.0]
+POINTS = [0.0, 1e-40, -1e-40, 1e-5, -3e-4, 0.01, 0.3, -0.7, 1.5, -2.5, 4.0, -6.0, 9.5, -20.0, 50.0, -87.0, 300.0, -1e4, 1e4]
+NAMES = ["y", "x", "beta", "coeff"]
+
+
+def _measured(x: torch.Tensor, beta: float, coeff: float, activation: str) -> dict[str, torch.Tensor]:
+    """phi and its partials at every point: per-channel knobs make every point its own parameter gradient."""
+    knobs = [torch.full((x.numel(),), v, dtype=torch.float64, requires_grad=True) for v in (beta, coeff)]
+    leaf = x.clone().requires_grad_()
+    y = ctu(leaf, *knobs, channel_dim=0, activation=activation)
+    return dict(zip(NAMES, (y.detach(), *torch.autograd.grad(y, (leaf, *knobs), torch.ones_like(y)))))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_against_forty_digits(backend: str, dtype: torch.dtype, activation: str) -> None:
+    x = torch.tensor(POINTS, dtype=torch.float64).to(dtype)
+    smallest = 2.0**-118 if dtype == torch.float32 else 2.0**-960  # below: flushed to zero
+    for beta, coeff in itertools.product(BETAS, COEFFS):
+        found = _measured(x, beta, coeff, activation)
+        for i, point in enumerate(x.double().tolist()):
+            expected = truth.unit(point, beta, coeff, gaussian=activation == "gelu")
+            u = abs(point) / (1 - beta)
+            for name in NAMES:
+                if dtype == torch.float64:
+                    bound = 4e-13 if activation == "gelu" else 1e-13
+                else:
+                    bound = 2e-6 if u <= 10 else 1e-5
+                    if backend == "reference" and activation == "gelu":
+                        bound += min(u * u, 90.0) * 2 * torch.finfo(dtype).eps  # e^(-u^2/2) of a rounded u
+                terms = expected[name].terms
+                error = abs(found[name][i].item() - float(expected[name].value))
+                assert error <= bound * float(terms) + smallest * max(1.0, u, abs(point)), (
+                    f"d{name} at x={point}, beta={beta}, coeff={coeff}: {found[name][i].item()} instead of "
+                    f"{float(expected[name].value)}"
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_relu_family_is_plain_at_beta_one(backend: str, dtype: torch.dtype) -> None:
+    x = torch.cat([torch.randn(5000, dtype=torch.float64) * 10.0**k for k in range(-8, 6)])
+    extremes = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 6.0, 1e-45, -1e-45, 5.9999995, 6.000001])
+    x = torch.cat([x, extremes.double()]).to(dtype)
+    slope = torch.full((1,), 0.25, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    for coeff in (0.0, 0.3, 1.0):
+        assert torch.equal(ctu(x, 1.0, coeff), F.relu(x))
+        assert torch.equal(ctu(x, 1.0, coeff, activation="relu6"), F.relu6(x))
+        assert torch.equal(ctu(x, 1.0, coeff, activation="leaky_relu", negative_slope=0.25), F.leaky_relu(x, 0.25))
+        assert torch.equal(ctu(x, 1.0, coeff, activation="prelu", negative_slope=slope), F.prelu(x, slope.to(dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_silu_and_gelu_at_their_neutral_point(backend: str, dtype: torch.dtype) -> None:
+    x = torch.linspace(-30, 30, 4001, dtype=dtype)
+    eps = torch.finfo(dtype).eps
+    plain = {
+        "silu": F.silu(x.double()),
+        "gelu": x.double() * 0.5 * torch.special.erfc(-x.double() * 0.5**0.5),  # F.gelu has no tail below -8
+    }
+    for activation, expected in plain.items():
+        error = (ctu(x, 0.5, 1.0, activation=activation).double() - expected).abs()
+        conditioning = 1 + x.double() ** 2 if backend == "reference" else 8
+        assert (error <= conditioning * 2 * eps * expected.abs() + 1e-30).all(), activation
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_infinities_and_nan(backend: str, dtype: torch.dtype, activation: str) -> None:
+    x = torch.tensor([float("inf"), -float("inf"), float("nan")], dtype=dtype, requires_grad=True)
+    for beta, coeff in itertools.product((0.0, 0.5, 0.9, 1.0), (0.0, 0.5, 1.0)):
+        y = ctu(x, beta, coeff, activation=activation, negative_slope=0.1)
+        negative = -float("inf") if activation == "leaky_relu" else 0.0
+        assert y[0] == (6.0 if activation == "relu6" else float("inf"))
+        assert y[1] == negative
+        assert y[2].isnan()
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        assert dx[2].isnan()
+        assert torch.isfinite(dx[:2]).all()
+
+
+def test_finite_in_finite_out(backend: str) -> None:
+    x = torch.tensor([3e38, -3e38, 1e30, -1e30, 1e-45, 0.0]).requires_grad_()
+    for beta, coeff in itertools.product((0.0, 1e-20, 0.5, 1 - 2.0**-24, 1.0), (0.0, 0.5, 1.0)):
+        for activation in ("relu", "relu6", "gelu"):
+            y = ctu(x, beta, coeff, activation=activation)
+            (dx,) = torch.autograd.grad(y.sum(), x)
+            assert torch.isfinite(y).all(), (beta, coeff, activation)
+            assert torch.isfinite(dx).all(), (beta, coeff, activation)
+
+
+@pytest.mark.parametrize("beta", [0.8, 0.99, 0.9999])
+def test_beta_gradient_where_autograd_of_the_official_expression_fails(backend: str, beta: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1 << 20, generator=generator)
+    dy = torch.randn(1 << 20, generator=generator)
+
+    def gradient(f, dtype: torch.dtype) -> float:
+        knob = torch.tensor(beta, dtype=dtype, requires_grad=True)
+        (g,) = torch.autograd.grad(f(x.to(dtype), knob, 0.5), knob, dy.to(dtype))
+        return g.item()
+
+    with ctkernels.use_backend("reference"):
+        # the fp32 rounding of beta is part of the question, so the truth starts from it too
+        exact = torch.tensor(beta, dtype=torch.float32).double().requires_grad_()
+        expected = torch.autograd.grad(ctu(x.double(), exact, 0.5), exact, dy.double())[0].item()
+    ours = abs(gradient(ctu, torch.float32) / expected - 1)
+    theirs = abs(gradient(lambda *a: truth.official(*a, eps=0.0), torch.float32) / expected - 1)
+    print(f"beta={beta}: relative error of dbeta: ours {ours:.1e}, official expression {theirs:.1e}")
+    assert ours <= 1e-5
+    if beta == 0.9999:
+        assert theirs > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_official_checkpoints_agree_with_eps(backend: str, dtype: torch.dtype) -> None:
+    x = torch.randn(4, 8, 33, dtype=dtype) * 3
+    raw_beta, raw_coeff = torch.randn(8, dtype=dtype) * 3, torch.randn(8, dtype=dtype)
+    view = (8, 1)
+
+    def formula(t: torch.dtype) -> torch.Tensor:
+        beta, coeff = torch.sigmoid(raw_beta.to(t)).view(view), torch.sigmoid(raw_coeff.to(t)).view(view)
+        return truth.official(x.to(t), beta, coeff)
+
+    expected = formula(torch.float64)
+    own_error = (formula(dtype).double() - expected).abs().max()
+    y = ctu(x, raw_beta, raw_coeff, channel_dim=1, raw=True, eps=1e-6)
+    error = (y.double() - expected).abs().max()
+    threshold = 2.1e-9 * (1 - torch.sigmoid(raw_beta.double())).max()  # F.softplus is the identity from 20 on: e^-20
+    assert error <= 2 * own_error + torch.finfo(dtype).eps * expected.abs().max() + threshold
+
+
+def test_logits_keep_the_digits_of_one_minus_beta(backend: str) -> None:
+    raw = torch.tensor([17.0, 25.0, 40.0], requires_grad=True)
+    y = ctu(torch.zeros(1, 3), raw, -200.0, channel_dim=1, raw=True)  # coeff = sigmoid(-200) = 0
+    expected = torch.sigmoid(-raw.detach().double()) * torch.log(torch.tensor(2.0, dtype=torch.float64))
+    assert torch.allclose(y[0].double(), expected, rtol=1e-6, atol=0)
+    (g,) = torch.autograd.grad(y.sum(), raw)
+    assert torch.allclose(g.double(), -expected, rtol=1e-5, atol=0)  # d/drho: -beta s ln 2 at x = 0, coeff = 0

@@ -1,0 +1,60 @@
+"""The CT unit at 40 digits, written from the paper's formula alone, and the official module's expression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mpmath as mp
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+mp.mp.dps = 40
+
+
+@dataclass
+class Value:
+    """A quantity and the sum of the magnitudes of its terms, the natural unit of its rounding error."""
+
+    value: mp.mpf
+    terms: mp.mpf
+
+
+def _logistic(t: mp.mpf) -> mp.mpf:
+    return 1 / (1 + mp.exp(-t))
+
+
+def unit(x: float, beta: float, coeff: float, gaussian: bool = False) -> dict[str, Value]:
+    """phi and its partial derivatives at doubles taken as exact, for beta < 1."""
+    x, b, c = mp.mpf(x), mp.mpf(beta), mp.mpf(coeff)
+    s = 1 - b
+    u = x / s
+    t = b * u
+    a = abs(u)
+    if gaussian:
+        cdf, pdf = mp.ncdf, mp.npdf
+        gate, slope_u, bell = cdf(t), cdf(u), pdf(t)
+        slope_t = t * bell
+        soft, tail = [max(u, 0), pdf(u), -a * cdf(-a)], [abs(x) * cdf(-abs(t)), s * pdf(u), -s * a * cdf(-a)]
+        entropy = pdf(u)
+    else:
+        gate, slope_u = _logistic(t), _logistic(u)
+        bell = gate * _logistic(-t)
+        slope_t = t * bell
+        soft = [max(u, 0) + mp.log1p(mp.exp(-a))]
+        tail = [abs(x) * _logistic(-abs(t)), s * mp.log1p(mp.exp(-a))]
+        entropy = mp.log1p(mp.exp(-a)) + a * _logistic(-a)
+    y = [c * x * gate, *((1 - c) * s * term for term in soft)]
+    d_x = [c * gate, c * slope_t, (1 - c) * slope_u]
+    d_beta = [c * u * u * bell, -(1 - c) * entropy]
+    d_coeff = [-term for term in tail]  # x gate - s soft, without its cancellation
+    return {
+        name: Value(mp.fsum(terms), mp.fsum(abs(v) for v in terms))
+        for name, terms in {"y": y, "x": d_x, "beta": d_beta, "coeff": d_coeff}.items()
+    }
+
+
+def official(x: Tensor, beta: Tensor | float, coeff: Tensor | float, eps: float = 1e-6) -> Tensor:
+    """The expression of the authors' module, given beta and coeff instead of their logits."""
+    rest = 1 - beta + eps
+    return coeff * torch.sigmoid(beta * x / rest) * x + (1 - coeff) * F.softplus(x / rest, threshold=20) * rest
