@@ -57,13 +57,13 @@ def load_data(spec: str | os.PathLike[str]) -> Splits:
 def read_folder(path: str | os.PathLike[str]) -> Splits:
     """Images in one subfolder per class, either directly in ``path`` or in ``path/train``, ``path/val`` and ``path/test``.
 
-    Files are opened to check that they are images, and decoded when they are used. ``val`` may also be called ``valid`` or
-    ``validation``; it and ``test`` may be absent. Classes are the names in ``train``, in order; files below a class count
-    too, hidden ones do not.
+    Files are opened to check that they are images, and decoded when they are used. ``val`` may also be called ``valid``
+    or ``validation``; it and ``test`` may be absent. Classes are the names in ``train``, in order; files below a class
+    count too, hidden ones do not.
 
     Raises:
-        ValueError: no class folders, fewer than two classes, a class without images, a file that is no image, a class in
-            ``val`` or ``test`` that ``train`` does not have.
+        ValueError: no class folders, fewer than two classes, a class without images, a file that is no image, a class
+            in ``val`` or ``test`` that ``train`` does not have.
     """
     root = Path(path)
     if not root.is_dir():
@@ -119,14 +119,15 @@ def _read_classes(folder: Path, classes: tuple[str, ...] | None) -> ImageSet:
 def read_npz(path: str | os.PathLike[str]) -> Splits:
     """Arrays of images and labels from an ``.npz`` file, which is never unpickled.
 
-    Names: ``x`` or ``images`` with ``y`` or ``labels``; or per split ``x_train`` or ``train_images`` with ``y_train`` or
+    Names: ``x`` or ``images`` with ``y`` or ``labels``; or per split ``x_train`` or ``train_images`` with ``y_train``
+        or
     ``train_labels``, likewise ``val`` and ``test`` (MedMNIST's files are of this kind).
     Images are uint8, or floating point in [0, 1], of shape (n, H, W), (n, H, W, C) or (n, C, H, W), C = 1 or 3.
     Labels are integers or strings of shape (n,) or (n, 1).
 
     Raises:
-        ValueError: not an ``.npz`` file, names missing, a shape or dtype other than these, values that are NaN or out of
-            range, counts that differ, one class only, a class in ``val`` or ``test`` that ``train`` does not have.
+        ValueError: not an ``.npz`` file, names missing, a shape or dtype other than these, values that are NaN or out
+            of range, counts that differ, one class only, a class in ``val`` or ``test`` that ``train`` does not have.
     """
     numpy = require("numpy", "recipes", "reading .npz files")
     try:
@@ -214,9 +215,9 @@ def _npz_labels(arrays: Any, names: dict[str, str], path: str) -> tuple[tuple[st
 def fashion_mnist(path: str | os.PathLike[str] | None = None, *, download: bool = True) -> Splits:
     """Fashion-MNIST, 60,000 training and 10,000 test images of 28 x 28, from the first of these that works.
 
-    The folder ``path`` if one is given, and then nothing else; the installed Debian package ``dataset-fashion-mnist``; what
-    an earlier call left in the cache (``$XDG_CACHE_HOME/ctkernels``); and, if ``download``, that Debian package fetched
-    with ``apt-get download`` and unpacked into the cache, which needs no root; then torchvision's download.
+    The folder ``path`` if one is given, and then nothing else; the installed Debian package ``dataset-fashion-mnist``;
+    what an earlier call left in the cache (``$XDG_CACHE_HOME/ctkernels``); and, if ``download``, that Debian package
+    fetched with ``apt-get download`` and unpacked into the cache, which needs no root; then torchvision's download.
     ``source`` of the result says which it was. There is no validation split.
 
     Raises:

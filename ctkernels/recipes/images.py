@@ -26,7 +26,8 @@ class Preprocess:
     Args:
         size: side of the square that the network sees, in pixels. Default 224.
         resize: length of the shorter side before the crop. Default ``size * 256 / 224``, so 256 for 224.
-        mean, std: of each channel, of values in [0, 1]. Default ImageNet's; :func:`normalised_like` gives a data set's own.
+        mean, std: of each channel, of values in [0, 1]. Default ImageNet's; :func:`normalised_like` gives a data set's
+            own.
 
     Takes uint8, or floating point in [0, 1], of shape (H, W), (1, H, W) or (3, H, W); gives float32 (3, size, size).
 
@@ -105,6 +106,12 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         images = self.images[indices] if isinstance(self.images, Tensor) else [self.images[i] for i in indices.tolist()]
         return dataclasses.replace(self, images=images, labels=self.labels[indices])
 
+    def sample(self, limit: int | None, seed: int) -> ImageSet:
+        """At most ``limit`` of the images, classes in proportion; all of them for None."""
+        if limit is None or limit >= len(self):
+            return self
+        return self.take(stratified_order(self.labels, seed)[:limit].sort().values)
+
     def prepared(self, preprocess: Preprocess) -> ImageSet:
         """The same images with another preprocessing."""
         return dataclasses.replace(self, preprocess=preprocess)
@@ -118,6 +125,33 @@ class Splits:
     val: ImageSet | None
     test: ImageSet | None
     source: str
+
+    def complete(
+        self, *, val: float, test: float, seed: int, max_train: int | None = None, max_test: int | None = None
+    ) -> tuple[ImageSet, ImageSet, ImageSet]:
+        """Training, validation and test images; what the data lacks is cut off the training images, class by class.
+
+        Args:
+            val, test: fractions to cut, used only where there is no such split.
+            seed: of the cuts and samples.
+            max_train: at most so many images for training and for the validation that is cut off them.
+            max_test: at most so many images for test.
+
+        Raises:
+            ValueError: a fraction or limit out of range, or too few images of a class.
+        """
+        for name, limit in (("max_train", max_train), ("max_test", max_test)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} must be at least 1, got {limit}")
+        train, tested = self.train, self.test
+        if tested is None:
+            rest, part = stratified_split(train.labels, [test], seed, "test")
+            train, tested = train.take(rest), train.take(part)
+        train, tested = train.sample(max_train, seed), tested.sample(max_test, seed)
+        if self.val is not None:
+            return train, self.val, tested
+        rest, part = stratified_split(train.labels, [val], seed, "val")
+        return train.take(rest), train.take(part), tested
 
 
 def read_image(path: Path) -> Tensor:

