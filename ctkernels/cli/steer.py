@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
         "--probe",
         choices=("logistic", "adam"),
         default="logistic",
-        help="logistic regression on standardised features, or the paper's layer trained with Adam (default: %(default)s)",
+        help="logistic regression on standardised features, or the paper's own with Adam (default: %(default)s)",
     )
     probe.add_argument("--l2", type=float, default=0.01, help="penalty of the logistic probe (default: %(default)s)")
     running = p.add_argument_group("running")
@@ -135,7 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .. import recipes
     from .._extras import require
     from ..recipes import _distributed
-    from ..recipes.plot import plot
+    from ..recipes.picture import plot
 
     betas = parse_betas(arguments.betas)
     memory_limit = parse_bytes(arguments.memory_limit)

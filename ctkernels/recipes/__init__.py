@@ -4,7 +4,7 @@ from ._inputs import DEFAULT_BETAS
 from .data import fashion_mnist, load_data, read_folder, read_npz
 from .images import ImageSet, Preprocess, Splits, normalised_like, stratified_order, stratified_split
 from .models import load_model
-from .plot import plot
+from .picture import plot
 from .probe import Probe, fit_probe
 from .result import BetaSearch, Comparison, verdict
 from .search import search_beta

@@ -54,7 +54,7 @@ def launched_device() -> torch.device:
 
 @contextmanager
 def group(device: torch.device) -> Iterator[Group]:
-    """The process group that is initialised; else torchrun's (nccl on a GPU, gloo on the CPU) until the end; else just us."""
+    """The process group if one is initialised; else torchrun's (nccl on a GPU, gloo on the CPU); else this process."""
     if dist.is_available() and dist.is_initialized():
         yield Group(dist.get_rank(), dist.get_world_size())
         return

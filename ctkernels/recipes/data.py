@@ -55,7 +55,7 @@ def load_data(spec: str | os.PathLike[str]) -> Splits:
 
 
 def read_folder(path: str | os.PathLike[str]) -> Splits:
-    """Images in one subfolder per class, either directly in ``path`` or in ``path/train``, ``path/val`` and ``path/test``.
+    """Images in one subfolder per class, in ``path`` itself or in ``path/train``, ``path/val`` and ``path/test``.
 
     Files are opened to check that they are images, and decoded when they are used. ``val`` may also be called ``valid``
     or ``validation``; it and ``test`` may be absent. Classes are the names in ``train``, in order; files below a class

@@ -1,4 +1,4 @@
-"""Frozen features of a network: where they are taken, and one pass over the data for several settings of the network."""
+"""Frozen features: where they are taken, and one pass over the data for several settings of a network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ._distributed import Group
 
 @dataclass(frozen=True)
 class Tap:
-    """Where features are taken: the ``side`` (``"input"`` or ``"output"``) of the submodule called ``layer`` ("" = the whole)."""
+    """Where features are taken: the ``side`` ("input" or "output") of the submodule called ``layer`` ("": all)."""
 
     layer: str
     side: str

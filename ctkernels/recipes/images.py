@@ -119,7 +119,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True)
 class Splits:
-    """Training, validation and test images as a data set ships them; ``None`` where it does not. ``source`` says where from."""
+    """Training, validation and test images as a data set ships them, ``None`` where it does not, and its ``source``."""
 
     train: ImageSet
     val: ImageSet | None
@@ -185,7 +185,7 @@ def normalised_like(preprocess: Preprocess, images: ImageSet, limit: int = 10_00
 
 
 def labels_of(dataset: Any, name: str) -> Tensor:
-    """All labels of a map-style data set, int64 (n,): from ``labels`` or ``targets`` if it has them, else item by item."""
+    """All labels of a data set, int64 (n,): its ``labels`` or ``targets`` if it has them, else item by item."""
     if isinstance(dataset, TensorDataset):
         found: Any = dataset.tensors[1]
     elif isinstance(dataset, Subset):
@@ -197,7 +197,8 @@ def labels_of(dataset: Any, name: str) -> Tensor:
     labels = torch.as_tensor(found)
     if labels.dim() != 1 or len(labels) != len(dataset) or labels.is_floating_point() or labels.is_complex():
         raise ValueError(
-            f"{name}: labels must be {len(dataset)} integers, one per image, got {labels.dtype} of shape {tuple(labels.shape)}"
+            f"{name}: labels must be {len(dataset)} integers, one per image, "
+            f"got {labels.dtype} of shape {tuple(labels.shape)}"
         )
     return labels.to(torch.int64)
 
@@ -248,7 +249,7 @@ def stratified_split(labels: Tensor, fractions: Sequence[float], seed: int, name
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """A seeded order of the indices of ``labels`` in which every stretch holds the classes in their overall proportions.
+    """A seeded order of the indices of ``labels`` in which every stretch has the classes in proportion.
 
     So the first n are a fair sample of n, and the next n another one that shares no image with it.
     """

@@ -61,7 +61,7 @@ def load_model(name: str, weights: str | os.PathLike[str] = "default") -> nn.Mod
 
 
 def packaged_weights(name: str) -> Path:
-    """The checkpoint of ``name`` inside an installed package. ValueError if there is none, or which package to install."""
+    """The checkpoint of ``name`` in an installed package; ValueError naming the package if it is not installed."""
     if name not in PACKAGED:
         raise ValueError(f"weights='packaged' is known for {sorted(PACKAGED)}, got model {name!r}")
     package, file = PACKAGED[name]
@@ -75,7 +75,7 @@ def packaged_weights(name: str) -> Path:
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a ``.safetensors`` file or of a ``torch.save`` file, on the CPU; nothing else is ever unpickled."""
+    """The tensors of a ``.safetensors`` or ``torch.save`` file, on the CPU; nothing but tensors is unpickled."""
     if path.suffix == ".safetensors":
         safetensors = require("safetensors.torch", "recipes", "reading .safetensors files")
         try:

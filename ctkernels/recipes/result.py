@@ -167,7 +167,7 @@ def versions() -> dict[str, str]:
 
 
 def verdict(results: Sequence[BetaSearch]) -> str:
-    """One sentence for one search, or for several on independent draws of one data set (their test counts are pooled)."""
+    """One sentence for one search, or for several on separate draws of one data set, their test counts pooled."""
     tests = [r.test for r in results]
     wins, losses = sum(t.only_steered for t in tests), sum(t.only_plain for t in tests)
     samples = sum(t.samples for t in tests)

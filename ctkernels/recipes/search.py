@@ -175,7 +175,7 @@ def search_beta(
 
 @dataclass(frozen=True)
 class _Subject:
-    """A steerable network: ``features(beta)`` is a function from a batch to features, ``None`` meaning the untouched one."""
+    """A steerable network: ``features(beta)`` is a function from a batch to features; None: of the untouched one."""
 
     features: Callable[[float | None], Callable[[Tensor], Tensor]]
     tap: Tap
@@ -281,7 +281,7 @@ def _score(
     memory_limit: int,
     recipe: tuple[str, float, int],
 ) -> None:
-    """Fit a probe for each of ``betas`` on its features (train, then val), and add its validation accuracy to ``scores``."""
+    """Fit probes for ``betas`` on their features (train, then val); add their validation accuracy to ``scores``."""
     threadpoolctl = require("threadpoolctl", "recipes", "the logistic probe")
     n = len(labels["train"])
 
