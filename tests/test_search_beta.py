@@ -30,32 +30,20 @@ class Planted(nn.Module):
     def __init__(self, beta: float = 0.8) -> None:
         super().__init__()
         self.act = nn.ReLU()
-        self.head = nn.Linear(2, 2)
+        self.head = nn.Linear(1, 2)
         self.value = (1 - beta) * math.log(2) / 2
 
     def forward(self, x):
-        at_zero = self.act(torch.zeros_like(x[:, 0]))
+        at_zero = self.act(torch.zeros_like(x[:, :1]))
         gate = torch.exp(-(((at_zero - self.value) / 0.006) ** 2))
-        return self.head(torch.stack([x[:, 0] * gate + x[:, 1], x[:, 1] * 0.1], 1))
+        return self.head(x[:, :1] * gate + x[:, 1:])
 
 
-def planted_data(n: int = 300, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns: +-2 by class, and noise that the probe cannot take away."""
-    generator = torch.Generator().manual_seed(seed)
+def planted_data(n: int = 600, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two columns: the signal, +-2 by class, and noise of deviation 1."""
     labels = torch.arange(n) % 2
-    signal = (2.0 * labels - 1) * 2
-    noise = torch.randn(n, generator=generator)
-    # The second feature is noise of its own: the network adds column 1 to the signal and shows a shrunken copy
-    return torch.stack([signal, noise], 1), labels
-
-
-class Noisy(Planted):
-    """The same without the copy of the noise."""
-
-    def forward(self, x):
-        at_zero = self.act(torch.zeros_like(x[:, 0]))
-        gate = torch.exp(-(((at_zero - self.value) / 0.006) ** 2))
-        return self.head(torch.stack([x[:, 0] * gate + x[:, 1], torch.sin(37 * x[:, 1])], 1))
+    noise = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    return torch.stack([4.0 * labels - 2, noise], 1), labels
 
 
 class Counting(Dataset):
@@ -99,7 +87,7 @@ def stable(result: BetaSearch, *changing: str) -> dict:
 
 @pytest.mark.parametrize("beta", [0.75, 0.85])
 def test_finds_the_planted_beta(beta):
-    result = search(Noisy(beta), planted_data(600))
+    result = search(Planted(beta), planted_data())
     assert result.chosen == beta
     assert result.chosen_val_accuracy > 0.9 > result.plain_val_accuracy + 0.2
     assert result.test.gain > 0.2
@@ -136,10 +124,15 @@ def test_same_seed_same_result_and_other_seed_other_split():
 
 def test_each_image_is_read_once_and_test_images_last():
     log: list[tuple[str, int]] = []
-    parts = {name: Counting(*small_data(n, s), log, name) for s, (name, n) in enumerate([("train", 60), ("val", 30), ("test", 45)])}
+    parts = {
+        name: Counting(*small_data(n, s), log, name)
+        for s, (name, n) in enumerate([("train", 60), ("val", 30), ("test", 45)])
+    }
     result = search(data=parts["train"], val=parts["val"], test=parts["test"])
     assert log[0] == ("train", 0)  # to see whether the network takes it
-    assert log[1:] == [("train", i) for i in range(60)] + [("val", i) for i in range(30)] + [("test", i) for i in range(45)]
+    assert log[1:] == [("train", i) for i in range(60)] + [("val", i) for i in range(30)] + [
+        ("test", i) for i in range(45)
+    ]
     assert result.sizes["passes"] == 1
 
 
@@ -156,7 +149,7 @@ def test_ties_go_to_the_beta_nearest_one():
 def test_keeps_the_plain_network_when_beta_does_not_matter():
     class Deaf(Planted):
         def forward(self, x):
-            return self.head(x + 0 * self.act(x))
+            return self.head((x + 0 * self.act(x))[:, :1] + x[:, 1:])
 
     result = search(Deaf(), planted_data())
     assert len(set(result.val_accuracy)) == 1
@@ -230,12 +223,13 @@ from torch.utils.data import TensorDataset
 from ctkernels.recipes._distributed import group
 from ctkernels.recipes.features import extract
 result = search(batch_size=8)
-with group(torch.device("cpu")) as us, torch.inference_mode():
+us = group(torch.device("cpu"))
+with torch.inference_mode():
     net = small_net()[:4].eval()
     found = extract([TensorDataset(*small_data(50)), TensorDataset(*small_data(9))], [net, lambda x: 2 * net(x)], 8,
                     batch_size=8, workers=0, device=torch.device("cpu"), group=us, advance=lambda k: None)
-    assert us.size == {size}
-    name = {out!r} + str(us.rank)
+name = {out!r} + str(us.rank)
+assert us.size == {size}
 torch.save(found, name + ".pt")
 json.dump(stable(result, "processes"), open(name + ".json", "w"))
 """
@@ -248,7 +242,9 @@ def test_two_processes_give_the_same_result_as_one(tmp_path):
     for size, command in launch.items():
         script = tmp_path / f"run{size}.py"
         script.write_text(TWO_PROCESSES.format(tests=tests, size=size, out=str(tmp_path / f"by{size}-")))
-        done = subprocess.run([sys.executable, *command, str(script)], env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, *command, str(script)], env=environment, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "by1-0.pt"), torch.load(tmp_path / "by2-0.pt"))
     assert torch.load(tmp_path / "by2-1.pt").shape == (2, 0, 8)
@@ -292,14 +288,20 @@ def test_extract_keeps_the_order_and_reads_in_order():
         ({"feature_layer": "nope"}, "feature_layer must be one of .*'0'.*, got 'nope'"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(108, 3))}, "(?i)activation"),
         ({"model": nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU())}, r"images of shape \(3, 6, 6\) do not fit Sequential"),
-        ({"data": (small_data()[0], torch.zeros(90, dtype=torch.int64))}, "at least two classes, got 90 images, all of class 0"),
+        (
+            {"data": (small_data()[0], torch.zeros(90, dtype=torch.int64))},
+            "at least two classes, got 90 images, all of class 0",
+        ),
         ({"data": (small_data()[0], small_data()[1] * 1.0)}, "labels must be 90 integers"),
         ({"data": (small_data()[0], small_data()[1] - 1)}, "labels must not be negative, got -1"),
         ({"data": (small_data()[0][:80], small_data()[1])}, "as many images as labels, got 80 and 90"),
-        ({"data": ((small_data()[0] * 9).byte(), small_data()[1])}, "images must be floating point, .* got torch.uint8"),
+        (
+            {"data": ((small_data()[0] * 9).byte(), small_data()[1])},
+            "images must be floating point, .* got torch.uint8",
+        ),
         ({"data": (small_data()[0] * math.inf, small_data()[1])}, "images must be finite, 90 of 90"),
         ({"data": tuple(t[:5] for t in small_data())}, "class 0 has 2 images, too few to split into 3 parts"),
-        ({"data": "folder"}, "train must"),
+        ({"data": "folder"}, "train must be a data set with a length, .* got str"),
         ({"val": (small_data()[0], small_data()[1] + 1)}, r"val has classes \[3\] that train does not have"),
     ],
 )
@@ -314,7 +316,12 @@ def test_bad_input_is_named_before_any_work(change, message):
         (small_net(), None, "input of 4", 8),
         (small_net(), "1", "output of 1", 8),  # (b, 8, 4, 4), averaged over places
         (small_net()[:3], None, "output of the network", 8),
-        (nn.Sequential(nn.Flatten(), nn.Linear(108, 6), nn.ReLU(), nn.Unflatten(1, (2, 3))), None, "output of the network", 3),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(108, 6), nn.ReLU(), nn.Unflatten(1, (2, 3))),
+            None,
+            "output of the network",
+            3,
+        ),
     ],
 )
 def test_where_features_are_taken(model, feature_layer, tap, dim):
@@ -368,8 +375,8 @@ def test_logistic_probe_is_at_its_minimum_and_ignores_dead_units():
 @pytest.mark.parametrize("kind", ["logistic", "adam"])
 def test_probes_learn_and_repeat(kind):
     torch.manual_seed(1)
-    y = torch.arange(200) % 2
-    x = torch.randn(200, 3) + 3 * y[:, None]
+    y = torch.arange(600) % 2
+    x = torch.randn(600, 8) + 4 * (y[:, None] - 0.5)
     probe = fit_probe(x, y, kind, seed=5)
     assert (probe.predict(x) == y).double().mean() > 0.9
     assert (fit_probe(x, y, kind, seed=5).weight == probe.weight).all()
@@ -414,7 +421,11 @@ def made(chosen, comparison) -> BetaSearch:
 
 def test_the_sentence_says_what_was_shown():
     assert "preferred the plain network" in made(1.0, (60, 0, 0, 40)).verdict()
-    assert made(0.9, (50, 5, 7, 38)).verdict().startswith("No difference beyond chance was shown: beta = 0.9 scored 57.0 %")
+    assert (
+        made(0.9, (50, 5, 7, 38))
+        .verdict()
+        .startswith("No difference beyond chance was shown: beta = 0.9 scored 57.0 %")
+    )
     assert made(0.9, (50, 20, 2, 28)).verdict().startswith("Steering hurt here")
     helped = made(0.9, (50, 2, 20, 28))
     assert helped.verdict().startswith("Steering helped here")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -39,6 +38,11 @@ class Group:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def meet(self) -> None:
+        """Wait for all processes, so that none ends while another still listens to it."""
+        if self.size > 1:
+            dist.barrier()
+
 
 def launched_rank() -> int:
     """This process's number under torchrun, 0 without."""
@@ -52,21 +56,23 @@ def launched_device() -> torch.device:
     return torch.device("cpu")
 
 
-@contextmanager
-def group(device: torch.device) -> Iterator[Group]:
-    """The process group if one is initialised; else torchrun's (nccl on a GPU, gloo on the CPU); else this process."""
+def group(device: torch.device) -> Group:
+    """The process group if one is initialised; else torchrun's (nccl on a GPU, gloo on the CPU); else just this process.
+
+    torchrun's is opened once and closed when the process ends: gloo cannot open a second one in its place reliably.
+    """
     if dist.is_available() and dist.is_initialized():
-        yield Group(dist.get_rank(), dist.get_world_size())
-        return
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "MASTER_ADDR" not in os.environ:
-        yield Group()
-        return
+        return Group(dist.get_rank(), dist.get_world_size())
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
+        return Group()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # The other processes wait while rank 0 fits probes, so the limit is generous.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
-    try:
-        yield Group(dist.get_rank(), dist.get_world_size())
-    finally:
+    atexit.register(_close)
+    return Group(dist.get_rank(), dist.get_world_size())
+
+
+def _close() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()

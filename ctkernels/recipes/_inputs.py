@@ -45,7 +45,9 @@ def split(
     if "train" in fractions:
         raise ValueError(f"train must be a data set or a pair of tensors, got {train!r}")
     if fractions:
-        rest, *parts = stratified_split(labels_of(given["train"], "train"), list(fractions.values()), seed, "train")
+        labels = labels_of(given["train"], "train")
+        check_classes(labels, "train")
+        rest, *parts = stratified_split(labels, list(fractions.values()), seed, "train")
         for name, part in zip(fractions, parts):
             given[name] = Subset(given["train"], part.tolist())
         given["train"] = Subset(given["train"], rest.tolist())
@@ -54,7 +56,8 @@ def split(
 
 def _dataset(data: Any, name: str) -> Any:
     if not isinstance(data, tuple):
-        if not isinstance(data, (int, float)) and not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        sized = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str)
+        if not isinstance(data, (int, float)) and not sized:
             raise ValueError(
                 f"{name} must be a data set with a length, a pair of tensors or a fraction, got {type(data).__name__}"
             )

@@ -104,7 +104,7 @@ def search_beta(
     with _evaluation(model.to(place)), ExitStack() as stack:
         example = example_of(images["train"], place)
         subject = stack.enter_context(_subject(model, example, feature_layer, steering))
-        us = stack.enter_context(group(place))
+        us = group(place)
         reader = _Reader(subject, us, place, batch_size, workers, progress)
         reference = 1.0 if subject.plain_is_beta_1 else None
         candidates: list[float | None] = [*sorted(grid | {1.0})] if subject.plain_is_beta_1 else [None, *sorted(grid)]
@@ -132,6 +132,7 @@ def search_beta(
         scores, outcome = us.share((scores, outcome))
         seconds["total"] = time.perf_counter() - started
         seconds = us.share(seconds)
+        us.meet()
     assert outcome is not None
     ordered = [b for b in candidates if b is not None]
     return BetaSearch(
