@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-pytest.importorskip("sklearn", reason="the recipes need scikit-learn")
-pytest.importorskip("tqdm", reason="the recipes need tqdm")
-
 from ctkernels.recipes import BetaSearch, Comparison, fit_probe, plot, search_beta, verdict
 from ctkernels.recipes._distributed import Group
 from ctkernels.recipes.features import extract, find_tap, passes, pool
 from ctkernels.recipes.result import sign_test
 from ctkernels.recipes.search import _best, _Score
+
+pytest.importorskip("sklearn", reason="the recipes need scikit-learn")
+pytest.importorskip("tqdm", reason="the recipes need tqdm")
 
 GRID = (0.7, 0.75, 0.8, 0.85, 0.9)
 

@@ -122,12 +122,9 @@ def parse_betas(text: str) -> list[float]:
 def parse_bytes(text: str) -> int:
     """``"2GiB"``, ``"500 MB"``, ``"1e9"``: a number of bytes."""
     units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
-    try:
-        if match and match[2] in units and float(match[1]) > 0:
-            return int(float(match[1]) * units[match[2]])
-    except ValueError:
-        pass
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*([a-z]*)\s*", text.lower())
+    if match and match[2] in units and float(match[1]) > 0:
+        return int(float(match[1]) * units[match[2]])
     raise ValueError(f"--memory-limit must be a size such as 500MB or 2GiB, got {text!r}")
 
 

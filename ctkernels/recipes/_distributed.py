@@ -57,7 +57,7 @@ def launched_device() -> torch.device:
 
 
 def group(device: torch.device) -> Group:
-    """The process group if one is initialised; else torchrun's (nccl on a GPU, gloo on the CPU); else just this process.
+    """The process group if one is initialised; else torchrun's (nccl for a GPU, gloo for the CPU); else this process.
 
     torchrun's is opened once and closed when the process ends: gloo cannot open a second one in its place reliably.
     """

@@ -26,6 +26,7 @@ FASHION_CLASSES = (
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 FASHION_MNIST = "fashion-mnist"
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 def load_data(spec: str | os.PathLike[str]) -> Splits:
@@ -231,12 +232,11 @@ def fashion_mnist(path: str | os.PathLike[str] | None = None, *, download: bool 
     Source: Xiao, Rasul and Vollgraf 2017 (MIT licence); one of the twelve sets of the Curvature Tuning paper.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctkernels" / FASHION_MNIST
-    installed = Path("/usr/share/datasets/fashion-mnist")
     attempts: list[tuple[str, Callable[[], Path]]]
     if path is not None:
         attempts = [(f"folder {path}", lambda: Path(path))]
     else:
-        attempts = [(f"Debian package in {installed}", lambda: installed), (f"cache {cache}", lambda: cache)]
+        attempts = [(f"Debian package in {DEBIAN}", lambda: DEBIAN), (f"cache {cache}", lambda: cache)]
         if download:
             attempts += [
                 ("Debian package dataset-fashion-mnist, downloaded", lambda: _cached(cache, _from_debian)),

@@ -6,7 +6,6 @@ import difflib
 import importlib
 import importlib.util
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -76,25 +75,30 @@ def packaged_weights(name: str) -> Path:
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a ``.safetensors`` or ``torch.save`` file, on the CPU; nothing but tensors is unpickled."""
+    content: Any
     if path.suffix == ".safetensors":
         safetensors = require("safetensors.torch", "recipes", "reading .safetensors files")
         try:
-            return safetensors.load_file(path)
-        except Exception as error:  # safetensors has its own exception class, not importable without it
+            content = safetensors.load_file(path)
+        except Exception as error:  # safetensors has an exception class of its own
             raise ValueError(f"{path}: expected a .safetensors file: {error}") from error
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: expected a torch.save file of tensors only: {str(error).splitlines()[0]}") from error
+    else:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (
+            Exception
+        ) as error:  # a file that is no checkpoint can trip the unpickler anywhere: KeyError, EOFError, ...
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{path}: expected a torch.save file of tensors only: {reason}") from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise ValueError(f"{path}: expected a state dict of tensors, got {type(content).__name__}")
-    prefix = "module."  # torch.nn.DataParallel's
-    return {
-        (k.removeprefix(prefix) if all(n.startswith(prefix) for n in content) else k): v for k, v in content.items()
-    }
+    prefix = "module."  # what torch.nn.DataParallel puts before every name
+    if all(name.startswith(prefix) for name in content):
+        return {name.removeprefix(prefix): value for name, value in content.items()}
+    return content
 
 
 def _fill(model: nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
