@@ -111,7 +111,10 @@ class Steering:
     """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self._model, self._plan, self._active = model, plan, True
+        self._model, self._active = model, True
+        # Not the plan itself: a handle is copied and pickled with its model, and the classes in a plan cannot be.
+        self._knobs, self._edits = plan.knobs, plan.edits
+        self._modules = [swap.module for swap in plan.swaps]
         self._given: dict[str, Any] = {}
         self.sites: tuple[Site, ...] = tuple(plan.sites)
         self.missed: tuple[Miss, ...] = tuple(plan.missed)
@@ -137,7 +140,7 @@ class Steering:
 
     def values(self) -> dict[str, tuple[float, float]]:
         """{site name: (beta, coeff)}, as the units have them (float32)."""
-        return {site.name: (k.beta.item(), k.coeff.item()) for site, k in zip(self.sites, self._plan.knobs)}
+        return {site.name: (k.beta.item(), k.coeff.item()) for site, k in zip(self.sites, self._knobs)}
 
     def neutralize(self) -> None:
         """Set every site to its neutral point, where the model computes what it did before."""
@@ -147,7 +150,7 @@ class Steering:
         """Give the model back as it was before, bit for bit. A second call does nothing."""
         if not self._active:
             return
-        undo(self._plan.swaps, self._plan.edits)
+        undo(self._modules, self._edits)
         self._model.__dict__.pop(_HANDLE, None)
         self._active = False
 
@@ -188,7 +191,7 @@ class Steering:
         return values
 
     def _write(self, name: str, given: Value, values: list[float]) -> None:
-        for knobs, value in zip(self._plan.knobs, values):
+        for knobs, value in zip(self._knobs, values):
             setattr(knobs, name, value)
         self._given[name] = {k: float(v) for k, v in given.items()} if isinstance(given, Mapping) else float(given)
 

@@ -105,12 +105,12 @@ class Edit(NamedTuple):
 
 def operate(swaps: list[Swap], edits: list[Edit]) -> None:
     """Do everything, or, on an error, nothing."""
-    done_swaps: list[Swap] = []
+    done_swaps: list[nn.Module] = []
     done_edits: list[Edit] = []
     try:
         for swap in swaps:
             swap.module.__class__ = swap.cls
-            done_swaps.append(swap)
+            done_swaps.append(swap.module)
             swap.module.__dict__["_ctu"] = swap.knobs
             if swap.use is not None:
                 swap.module.__dict__["_ctu_use"] = swap.use
@@ -122,16 +122,17 @@ def operate(swaps: list[Swap], edits: list[Edit]) -> None:
         raise
 
 
-def undo(swaps: list[Swap], edits: list[Edit]) -> None:
-    for swap in swaps:
-        if "_ctu_base" not in vars(type(swap.module)):
+def undo(modules: list[nn.Module], edits: list[Edit]) -> None:
+    """The way back. The model is not touched if something else has changed the class of a module since."""
+    for module in modules:
+        if "_ctu_base" not in vars(type(module)):
             raise RuntimeError(
-                f"model: expected every module to have the class steer() gave it, got {type(swap.module).__name__}; "
-                "undo what was done to the model since (FSDP, parametrization) first"
+                f"model: expected every module to have the class that steer() gave it, got {type(module).__name__}; "
+                "first undo what was done to the model since (FSDP, a parametrization)"
             )
     for edit in reversed(edits):
         getattr(edit.owner, edit.space)[edit.name] = edit.old
-    for swap in swaps:
-        swap.module.__class__ = type(swap.module)._ctu_base  # type: ignore[attr-defined, assignment]
+    for module in modules:
+        module.__class__ = type(module)._ctu_base  # type: ignore[attr-defined, assignment]
         for name in ("_ctu", "_ctu_use"):
-            swap.module.__dict__.pop(name, None)
+            module.__dict__.pop(name, None)

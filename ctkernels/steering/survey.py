@@ -267,9 +267,9 @@ def _held(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, nn.Module):
         yield "", value
     elif isinstance(value, (list, tuple)):
-        yield from ((f"[{i}]", held) for i, held in enumerate(value))
+        yield from ((f".{i}", held) for i, held in enumerate(value))
     elif isinstance(value, dict):
-        yield from ((f"[{key!r}]", held) for key, held in value.items())
+        yield from ((f".{key}", held) for key, held in value.items())
 
 
 def _is_global(module: nn.Module) -> bool:
