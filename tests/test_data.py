@@ -11,7 +11,6 @@ from torch import nn
 
 from ctkernels import _files
 from ctkernels._extras import require
-
 from ctkernels.recipes import (
     ImageSet,
     Preprocess,

@@ -1,0 +1,421 @@
+"""Activation calls in a class's methods: found in their source, and redirected in copies of them.
+
+Nothing is run or traced. Every reference to an activation function (``F.relu``, ``torch.relu``, an alias, ``x.relu()``)
+becomes ``partial(call_function, self, key, name, F.relu)``, and a reference to a helper function that contains one
+becomes a reference to the helper's own copy. A copy shares globals, defaults, closure cells and line numbers with the
+original, which is left alone. It is plain Python: compilers trace it, and no hook or mode is needed at run time.
+"""
+
+from __future__ import annotations
+
+import __future__
+
+import ast
+import functools
+import inspect
+import sys
+import types
+from collections import Counter
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from . import unit
+from .activations import FORMS, FUNCTIONS, METHODS, MODULES, OUTSIDE, Use, read_module
+from .lookup import CLAMPS, UNKNOWN, bound_names, direct_activations, is_listed, is_torch, lookup, member, mentions
+
+_FEATURES = functools.reduce(
+    lambda flags, name: flags | getattr(__future__, name).compiler_flag, __future__.all_feature_names, 0
+)
+_RUNTIME: dict[str, Any] = {
+    "_ctu_partial": functools.partial,
+    "_ctu_function": unit.call_function,
+    "_ctu_method": unit.call_method,
+    "_ctu_global": unit.call_global,
+}
+
+
+class Call(NamedTuple):
+    """An activation in source code. ``key`` is unique in its class: the function's name, numbered from the second on."""
+
+    key: str
+    activation: str
+    where: str
+    reason: str = ""
+
+
+class NoSource(Exception):
+    """The source of a function cannot be used; the message says why."""
+
+
+class ClassCode:
+    """What the methods of ``cls`` call.
+
+    Attributes:
+        calls: the calls that the methods in ``namespace`` redirect.
+        namespace: {method name: rewritten copy}.
+        missed: calls of a selected activation that cannot be redirected, with the reason.
+        skipped: calls of activations outside the family or the selection, with the reason.
+    """
+
+    def __init__(self, cls: type, selection: frozenset[str], memo: dict[types.FunctionType, bool]) -> None:
+        self.cls, self.selection, self.memo = cls, selection, memo
+        self.calls: list[Call] = []
+        self.missed: list[Call] = []
+        self.skipped: list[Call] = []
+        self.namespace: dict[str, Any] = {}
+        self._counts: Counter[str] = Counter()
+        self._helpers: dict[types.FunctionType, str | None] = {}
+        self.extras: dict[str, types.CellType] = {name: types.CellType(value) for name, value in _RUNTIME.items()}
+        for name, base in _methods(cls):
+            found = base.__dict__[name]
+            if isinstance(found, types.FunctionType):
+                copy = self.method(found)
+                if copy is not None:
+                    self.namespace[name] = copy
+            elif isinstance(found, property) and isinstance(found.fget, types.FunctionType):
+                copy = self.method(found.fget)
+                if copy is not None:
+                    self.namespace[name] = property(copy, found.fset, found.fdel, found.__doc__)
+            elif isinstance(found, classmethod) and isinstance(found.__func__, types.FunctionType):
+                self.report(found.__func__, "a class method has no module to take beta from")
+
+    # -- records
+
+    def record(self, function: types.FunctionType, activation: str, line: int) -> str:
+        self._counts[function.__name__] += 1
+        count = self._counts[function.__name__]
+        key = function.__name__ if count == 1 else f"{function.__name__}#{count}"
+        self.calls.append(Call(key, activation, _where(function, line)))
+        return key
+
+    def miss(self, function: types.FunctionType, activation: str, line: int, reason: str) -> None:
+        if activation in self.selection:
+            self.missed.append(Call(function.__name__, activation, _where(function, line), reason))
+
+    def skip(self, function: types.FunctionType, activation: str, line: int, reason: str) -> None:
+        self.skipped.append(Call(function.__name__, activation, _where(function, line), reason))
+
+    def report(self, function: types.FunctionType, reason: str) -> None:
+        """Name the calls of a function that cannot be rewritten."""
+        for _, target in direct_activations(function) if mentions(function, self.memo) else ():
+            use = read_module(target) if isinstance(target, nn.Module) else None
+            activation = use.activation if isinstance(use, Use) else FORMS[FUNCTIONS[target].rstrip("_")].activation
+            self.miss(function, activation, function.__code__.co_firstlineno, reason)
+
+    # -- copies
+
+    def method(self, function: types.FunctionType) -> types.FunctionType | None:
+        """A copy that takes its knobs from its first argument; None where there is nothing to redirect."""
+        if not mentions(function, self.memo):
+            return None
+        if isinstance(getattr(function, "__wrapped__", None), types.FunctionType):
+            return self._rewrap(function)
+        return self._rewrite(function, helper=False)
+
+    def helper(self, function: types.FunctionType) -> str | None:
+        """The name under which rewritten code finds a copy of ``function`` with the owner as an extra first argument."""
+        if function not in self._helpers:
+            self._helpers[function] = None
+            if isinstance(getattr(function, "__wrapped__", None), types.FunctionType):
+                self.report(function.__wrapped__, "it is in a decorated helper function")  # type: ignore[attr-defined]
+            elif mentions(function, self.memo):
+                name, cell = f"_ctu_helper_{len(self._helpers)}", types.CellType()
+                self._helpers[function], self.extras[name] = name, cell  # now: a recursive function finds itself
+                copy = self._rewrite(function, helper=True)
+                if copy is None:
+                    self._helpers[function] = None
+                else:
+                    cell.cell_contents = copy
+        return self._helpers[function]
+
+    def _rewrap(self, wrapper: types.FunctionType) -> types.FunctionType | None:
+        """The wrapper that a decorator made, around a copy of what it wraps."""
+        inner: types.FunctionType = wrapper.__wrapped__  # type: ignore[attr-defined]
+        cells = list(wrapper.__closure__ or ())
+        places = [i for i, cell in enumerate(cells) if _contents(cell) is inner]
+        if not places:
+            self.report(inner, "its decorator hides it")
+            return None
+        copy = self.method(inner)
+        if copy is None:
+            return None
+        for place in places:
+            cells[place] = types.CellType(copy)
+        return _copy(wrapper, wrapper.__code__, cells, copy)
+
+    def _rewrite(self, function: types.FunctionType, helper: bool) -> types.FunctionType | None:
+        try:
+            tree, definition = _parse(function)
+        except NoSource as error:
+            self.report(function, str(error))
+            return None
+        rewriter = _Rewriter(self, function, definition, helper)
+        rewriter.visit_body()
+        if not rewriter.changed:
+            return None
+        code = _compile(tree, function, definition.name)
+        old = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
+        cells = [self.extras[name] if name in self.extras else old[name] for name in code.co_freevars]
+        return _copy(function, code, cells)
+
+
+class _Rewriter(ast.NodeTransformer):
+    def __init__(self, scan: ClassCode, function: types.FunctionType, definition: ast.FunctionDef, helper: bool) -> None:
+        self.scan, self.function, self.definition = scan, function, definition
+        self.bound, self.imported = bound_names(definition)
+        self.changed = False
+        arguments = definition.args
+        first = [*arguments.posonlyargs, *arguments.args][:1]
+        self.own = first[0].arg if first else None  # what the function calls itself: `self` in a method
+        if helper:
+            self.owner: str | None = "_ctu_owner"
+            arguments.posonlyargs.insert(0, ast.arg(self.owner))
+        else:
+            self.owner = self.own
+            if self._is_rebound(self.own):
+                self.owner = None
+
+    def _is_rebound(self, name: str | None) -> bool:
+        nodes = list(ast.walk(self.definition))
+        arguments = sum(isinstance(node, ast.arg) and node.arg == name for node in nodes)
+        stores = sum(isinstance(node, ast.Name) and node.id == name and not isinstance(node.ctx, ast.Load) for node in nodes)
+        return arguments > 1 or stores > 0
+
+    def visit_body(self) -> None:
+        self.definition.body = [self.visit(statement) for statement in self.definition.body]
+
+    # -- what an expression stands for
+
+    def resolve(self, node: ast.expr) -> Any:
+        if isinstance(node, ast.Name):
+            if node.id in self.imported:
+                return self.imported[node.id]
+            return UNKNOWN if node.id in self.bound else lookup(self.function, node.id)
+        if isinstance(node, ast.Attribute):
+            if isinstance(node.value, ast.Name) and node.value.id == self.own:
+                static = inspect.getattr_static(self.scan.cls, node.attr, UNKNOWN)
+                if isinstance(static, staticmethod):
+                    return static.__func__
+                return static if isinstance(static, types.BuiltinFunctionType) else UNKNOWN
+            if self._is_super(node.value):
+                return self._inherited(node.attr)
+            target = self.resolve(node.value)
+            return UNKNOWN if target is UNKNOWN else member(target, node.attr)
+        return UNKNOWN
+
+    def _is_super(self, node: ast.expr) -> bool:
+        return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args
+
+    def _inherited(self, name: str) -> Any:
+        mro = self.scan.cls.__mro__
+        here = lookup(self.function, "__class__")
+        for base in mro[mro.index(here) + 1 :] if here in mro else ():
+            if name in base.__dict__:
+                return base.__dict__[name]
+        return UNKNOWN
+
+    # -- nodes
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        target = self.resolve(node.func)
+        function = node.func
+        if is_listed(target, FUNCTIONS) and not self._in_family(node, FUNCTIONS[target]):
+            form = FUNCTIONS[target].rstrip("_")
+            reason = "its arguments put it outside the family"
+            self.scan.skip(self.function, FORMS[form].activation, node.lineno, reason)
+            node.args = [self.visit(argument) for argument in node.args]
+            return node
+        if isinstance(function, ast.Call):
+            made = self.resolve(function.func)
+            row = MODULES.get(f"{made.__module__}.{made.__qualname__}") if isinstance(made, type) else None
+            if isinstance(row, Use):
+                self.scan.miss(self.function, row.activation, node.lineno, f"it makes a new {made.__name__} at every call")
+        if isinstance(function, ast.Attribute) and target is UNKNOWN and not self._is_own_attribute(function):
+            if function.attr in METHODS and not node.keywords and len(node.args) == (function.attr == "prelu"):
+                return self._method(node, function)
+        if isinstance(function, ast.Attribute) and function.attr in CLAMPS:
+            self._clamp(node, function.attr, is_method=target is UNKNOWN)
+        return self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        return self._reference(node) or self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return self._reference(node) or node
+
+    def _reference(self, node: ast.Attribute | ast.Name) -> ast.AST | None:
+        if not isinstance(node.ctx, ast.Load):
+            return None
+        target = self.resolve(node)
+        if target is UNKNOWN:
+            return None
+        if is_listed(target, OUTSIDE):
+            self.scan.skip(self.function, OUTSIDE[target], node.lineno, "it is not in the family")
+        elif is_listed(target, FUNCTIONS):
+            form = FUNCTIONS[target]
+            return self._site(node, FORMS[form.rstrip("_")].activation, "_ctu_function", [ast.Constant(form), node])
+        elif isinstance(target, nn.Module):
+            use = read_module(target)
+            if isinstance(use, Use):
+                constant = f"_ctu_use_{use.activation}"
+                self.scan.extras[constant] = types.CellType(use)
+                return self._site(node, use.activation, "_ctu_global", [_load(constant), node])
+        elif isinstance(target, types.FunctionType):
+            return self._helper(node, target)
+        return None
+
+    def _site(self, node: ast.expr, activation: str, call: str, arguments: list[ast.expr]) -> ast.AST | None:
+        scan = self.scan
+        if activation not in scan.selection:
+            scan.skip(self.function, activation, node.lineno, f"{activation!r} is not among the selected activations")
+            return None
+        if self.owner is None:
+            scan.miss(self.function, activation, node.lineno, "the function has no name for its module")
+            return None
+        key = scan.record(self.function, activation, node.lineno)
+        return self._partial(node, [_load(call), _load(self.owner), ast.Constant(key), *arguments])
+
+    def _method(self, node: ast.Call, function: ast.Attribute) -> ast.AST:
+        form = function.attr
+        made = self._site(node, FORMS[form.rstrip("_")].activation, "_ctu_method", [ast.Constant(form)])
+        if made is None:
+            return self.generic_visit(node)
+        node.func = made  # type: ignore[assignment]
+        node.args = [self.visit(argument) for argument in [function.value, *node.args]]
+        return node
+
+    def _helper(self, node: ast.expr, target: types.FunctionType) -> ast.AST | None:
+        through_super = isinstance(node, ast.Attribute) and self._is_super(node.value)
+        if is_torch(target.__module__) and not through_super:
+            return None
+        name = self.scan.helper(target)
+        if name is None:
+            return None
+        if self.owner is None:
+            self.scan.report(target, "the function that calls it has no name for its module")
+            return None
+        owner = [_load(self.owner)] * (2 if through_super else 1)
+        return self._partial(node, [_load(name), *owner])
+
+    def _partial(self, node: ast.expr, arguments: list[ast.expr]) -> ast.Call:
+        self.changed = True
+        return ast.fix_missing_locations(ast.copy_location(ast.Call(_load("_ctu_partial"), arguments, []), node))
+
+    # -- details
+
+    def _is_own_attribute(self, node: ast.Attribute) -> bool:
+        return isinstance(node.value, ast.Name) and node.value.id == self.own
+
+    def _in_family(self, node: ast.Call, form: str) -> bool:
+        """False only if literal arguments say so; others are looked at when the call is made."""
+        try:
+            positional = [ast.literal_eval(argument) for argument in node.args[1:]]
+            named = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg not in ("input", "inplace")}
+            return FORMS[form.rstrip("_")].read(None, *positional, **named) is not None
+        except (ValueError, TypeError):
+            return True
+
+    def _clamp(self, node: ast.Call, name: str, is_method: bool) -> None:
+        values = {k.arg: k.value for k in node.keywords}
+        for argument, position in zip(("min", "max"), node.args[0 if is_method else 1 :]):
+            values[argument] = position
+        low = values.get("min")
+        if isinstance(low, ast.Constant) and low.value == 0 and "max" not in values:
+            self.scan.skip(self.function, "relu", node.lineno, f"{name} at 0 is a ReLU written otherwise, and is left alone")
+
+
+def _methods(cls: type) -> list[tuple[str, type]]:
+    """(name, class that defines it) of the methods that instances of ``cls`` have from outside torch."""
+    found: dict[str, type] = {}
+    for base in cls.__mro__:
+        for name in base.__dict__:
+            found.setdefault(name, base)
+    own = [(name, base) for name, base in found.items() if not is_torch(base.__module__) and base is not object]
+    return [(name, base) for name, base in own if name == "__call__" or not name.startswith("__")]
+
+
+def _where(function: types.FunctionType, line: int) -> str:
+    return f"{function.__code__.co_filename}:{line}"
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return UNKNOWN
+
+
+def _load(name: str) -> ast.Name:
+    return ast.Name(name, ast.Load())
+
+
+def _parse(function: types.FunctionType) -> tuple[ast.Module, ast.FunctionDef]:
+    """The function's definition, inside a factory whose arguments stand for its closure; checked against its code."""
+    code = function.__code__
+    try:
+        lines, start = inspect.getsourcelines(code)
+        indented = lines[0][:1].isspace()
+        tree = ast.parse("".join(["if True:\n", *lines] if indented else lines))
+    except (OSError, SyntaxError, IndexError) as error:
+        raise NoSource("its source is not available") from error
+    definition = tree.body[0].body[0] if indented else tree.body[0]  # type: ignore[attr-defined]
+    if not isinstance(definition, ast.FunctionDef) or definition.name != code.co_name:
+        raise NoSource("only a plain function definition can be read, not a lambda or a coroutine")
+    ast.increment_lineno(tree, start - (2 if indented else 1))
+    definition.decorator_list, definition.returns = [], None  # already applied
+    for argument in ast.walk(definition.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    free = [*code.co_freevars, *(name for name in _RUNTIME if name not in code.co_freevars)]
+    factory = ast.parse(f"def _ctu_factory({', '.join(free)}): pass").body[0]
+    assert isinstance(factory, ast.FunctionDef)
+    factory.body = [definition]
+    owner = function.__qualname__.split(".")[-2:-1]
+    body: ast.stmt = factory
+    if owner and owner[0].isidentifier():  # so that self.__name is mangled as it was
+        body = ast.ClassDef(owner[0], bases=[], keywords=[], body=[factory], decorator_list=[], **_type_params())
+    module = ast.Module([body], [])
+    again = _compile(module, function, definition.name)
+    if _fingerprint(again) != _fingerprint(code):
+        raise NoSource("its source does not match the running code")
+    return module, definition
+
+
+def _fingerprint(code: types.CodeType) -> tuple[Any, ...]:
+    # Not co_code: the compiler calls `F.relu` with other instructions where it sees the import of F.
+    constants = [repr(const) for const in code.co_consts if not isinstance(const, types.CodeType)]
+    return code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, constants
+
+
+def _type_params() -> dict[str, Any]:
+    return {"type_params": []} if "type_params" in ast.ClassDef._fields else {}
+
+
+def _compile(tree: ast.Module, function: types.FunctionType, name: str) -> types.CodeType:
+    factory = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "_ctu_factory")
+    known = {argument.arg for argument in factory.args.args}
+    for node in ast.walk(factory):
+        if isinstance(node, ast.Name) and node.id.startswith("_ctu_") and node.id not in known and node.id != "_ctu_owner":
+            known.add(node.id)
+            factory.args.args.append(ast.arg(node.id))
+    ast.fix_missing_locations(tree)
+    code = compile(tree, function.__code__.co_filename, "exec", function.__code__.co_flags & _FEATURES, dont_inherit=True)
+    for wanted in ([] if tree.body[0] is factory else [tree.body[0].name]) + ["_ctu_factory", name]:  # type: ignore[attr-defined]
+        code = next(c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == wanted)
+    if sys.version_info >= (3, 11):
+        code = code.replace(co_qualname=function.__code__.co_qualname)
+    return code
+
+
+def _copy(
+    function: types.FunctionType, code: types.CodeType, cells: list[types.CellType], wrapped: Any = None
+) -> types.FunctionType:
+    copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, tuple(cells))
+    functools.update_wrapper(copy, function)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    if wrapped is None:
+        del copy.__wrapped__  # type: ignore[attr-defined]
+    else:
+        copy.__wrapped__ = wrapped  # type: ignore[attr-defined]
+    return copy
