@@ -1,8 +1,8 @@
-"""Fused kernels and drop-in layers for Curvature Tuning and JoLA."""
+"""Fused kernels and drop-in layers for two ways of adapting a frozen, pretrained network: Curvature Tuning and JoLA."""
 
 from . import functional, nn
+from .ops._backend import explain, use_backend
 from .steering import Steering, handle_of, steer
 
-__all__ = ["Steering", "functional", "handle_of", "nn", "steer"]
-
 __version__ = "0.1.0"
+__all__ = ["Steering", "__version__", "explain", "functional", "handle_of", "nn", "steer", "use_backend"]

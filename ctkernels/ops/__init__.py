@@ -1,0 +1,1 @@
+"""The ops: one folder each, on shared machinery (registration, backends, layout, checks), one file each."""

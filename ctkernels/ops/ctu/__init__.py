@@ -1,0 +1,96 @@
+"""The CT unit as an op. Formula, limits and error bounds: README.md in this folder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _layout
+from .._op import Inputs, Op, Static, register
+from . import reference
+
+# Family members, in the numbering of csrc/ctu.h. SiLU is the logistic unit at another neutral point.
+KINDS = ("logistic", "leaky", "relu6", "gaussian")
+ACTIVATIONS = {"relu": 0, "silu": 0, "leaky_relu": 1, "prelu": 1, "relu6": 2, "gelu": 3}
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _unpack(inputs: Inputs, static: Static) -> tuple[list[Tensor | None], Tensor, reference.Knobs, str]:
+    """Inputs in the compute dtype and ready to broadcast, the pre-activation w, the knobs, and the family member."""
+    x = inputs[0]
+    assert x is not None
+    channel_dim, kind, raw, eps = static
+    dtype = _compute_dtype(x)
+    elementwise = (True, False, False, False, False, False, True)
+    ready = [
+        t if t is None else (t.to(dtype) if e else _layout.broadcast(t, x, channel_dim)) for t, e in zip(inputs, elementwise)
+    ]
+    w, beta, coeff, slope, scale, shift, residual = ready
+    assert w is not None and beta is not None and coeff is not None
+    # 1 - beta and the sigmoids in the parameters' own precision, then in the compute dtype
+    knobs = reference.knobs(beta, coeff, raw, eps).to(dtype)
+    ready[1:6] = [p if p is None else p.to(dtype) for p in ready[1:6]]
+    scale, shift = ready[4], ready[5]
+    if scale is not None:
+        w = w * scale
+    if shift is not None:
+        w = w + shift
+    if residual is not None:
+        w = w + residual
+    return ready, w, knobs, KINDS[kind]
+
+
+def _forward(inputs: Inputs, static: Static) -> Tensor:
+    ready, w, knobs, kind = _unpack(inputs, static)
+    assert inputs[0] is not None
+    return reference.forward(w, ready[3], knobs, kind).to(inputs[0].dtype)
+
+
+def _backward(dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
+    ready, w, knobs, kind = _unpack(inputs, static)
+    d_w, d_beta, d_coeff, d_slope = reference.partials(w, ready[3], knobs, kind)
+    dy = dy.to(w.dtype)
+    g = dy * d_w
+    x, scale = ready[0], ready[4]
+    elementwise = {0: lambda: g if scale is None else g * scale, 6: lambda: g.clone()}
+    terms = {1: lambda: dy * d_beta, 2: lambda: dy * d_coeff, 3: lambda: dy * d_slope, 4: lambda: g * x, 5: lambda: g}
+    grads = []
+    for i in OP.wanted(needs):
+        like = inputs[i]
+        assert like is not None
+        if i in elementwise:
+            grads.append(elementwise[i]().to(like.dtype))
+        else:
+            grads.append(_layout.reduce(terms[i](), like, static[0]))
+    return grads
+
+
+def _jvp(inputs: Inputs, static: Static, tangents: Inputs) -> Tensor:
+    ready, w, knobs, kind = _unpack(inputs, static)
+    d_w, d_beta, d_coeff, d_slope = reference.partials(w, ready[3], knobs, kind)
+    x, scale = ready[0], ready[4]
+    assert inputs[0] is not None
+    weights = (d_w if scale is None else d_w * scale, d_beta, d_coeff, d_slope, d_w * x, d_w, d_w)
+    total = torch.zeros_like(w)
+    for i, tangent in enumerate(tangents):
+        if tangent is not None:
+            moved = tangent if i in (0, 6) else _layout.broadcast(tangent, inputs[0], static[0])
+            total = total + weights[i] * moved.to(w.dtype)
+    return total.to(inputs[0].dtype)
+
+
+OP = register(
+    Op(
+        name="ctu",
+        inputs=("x", "beta", "coeff", "slope", "scale", "shift", "residual"),
+        optional=frozenset({"slope", "scale", "shift", "residual"}),
+        elementwise=frozenset({"x", "residual"}),
+        static=("int channel_dim", "int kind", "bool raw", "float eps"),
+        reference_forward=_forward,
+        reference_backward=_backward,
+        reference_jvp=_jvp,
+    )
+)

@@ -1,0 +1,65 @@
+// The seam between the driver (compiled once, for any machine) and the block kernels (compiled once per SIMD level).
+// A block kernel runs one op over a short run of values that already sit in the compute type (float, or double for
+// double), in L1: loads, stores, dtypes, layouts and threads are the driver's business.
+#pragma once
+#include <cstdint>
+
+namespace ctk::cpu {
+
+enum class DType : int { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3 };
+inline constexpr int kDTypes = 4;
+inline int64_t size_of(DType t) { return t == DType::kDouble ? 8 : t == DType::kFloat ? 4 : 2; }
+
+enum class Kernel : int { kCtuLogistic = 0, kCtuLeaky, kCtuRelu6, kCtuGaussian, kHeadEdit };
+inline constexpr int kKernels = 5;
+inline constexpr int kMaxSums = 3;   // an op's own sums; the prologue adds two
+inline constexpr int kMaxFields = 14;
+
+// Constants are either one set for the whole run (`uniform`: fields contiguous) or one per lane (field i of lane j at
+// consts[i * stride + j]).
+template <class T>
+struct BlockOps {
+  int fields, sums;
+  void (*forward[2])(const T* w, T* y, const T* consts, int64_t stride, int64_t n);
+  // dw = dy * d/dw. With sums: uniform adds each sum into totals[k]; per lane adds lane j's term to lanes[k * stride + j].
+  void (*backward[2])(const T* w, const T* dy, T* dw, const T* consts, int64_t stride, int64_t n);
+  void (*backward_uniform_sums)(const T* w, const T* dy, T* dw, const T* consts, double* totals, int64_t n);
+  void (*backward_lane_sums)(const T* w, const T* dy, T* dw, const T* consts, int64_t stride, T* lanes, int64_t lane_stride,
+                             int64_t n);
+};
+enum Mode : int { kUniform = 0, kPerLane = 1 };
+
+template <class T>
+struct Staging {
+  void (*load[kDTypes])(const void* from, T* to, int64_t n);
+  void (*store[kDTypes])(const T* from, void* to, int64_t n);
+  // w = scale x + shift (+ residual); scale and shift advance by `step` (0 or 1) a lane.
+  void (*prologue)(const T* x, const T* residual, const T* scale, const T* shift, int64_t step, T* w, int64_t n);
+  void (*scaled)(const T* g, const T* scale, int64_t step, T* dx, int64_t n);
+  void (*prologue_uniform_sums)(const T* g, const T* x, double* totals, int64_t n);
+  void (*prologue_lane_sums)(const T* g, const T* x, T* dscale, T* dshift, int64_t n);
+};
+
+struct BlockTable {
+  const char* name;
+  BlockOps<float> f32[kKernels];
+  BlockOps<double> f64[kKernels];
+  Staging<float> stage32;
+  Staging<double> stage64;
+
+  template <class T>
+  const BlockOps<T>& ops(Kernel k) const {
+    if constexpr (sizeof(T) == 8) return f64[static_cast<int>(k)];
+    else return f32[static_cast<int>(k)];
+  }
+  template <class T>
+  const Staging<T>& stage() const {
+    if constexpr (sizeof(T) == 8) return stage64;
+    else return stage32;
+  }
+};
+
+// The best table this machine can run, or null where none of the compiled levels fits it.
+const BlockTable* block_table();
+
+}  // namespace ctk::cpu

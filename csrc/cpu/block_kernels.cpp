@@ -1,0 +1,247 @@
+// The block kernels of one SIMD level. The build compiles this file once per level, with that level's flags and with
+// CTK_LEVEL naming the table it exports. Everything else has internal linkage: no code of a wide level can be picked by
+// the linker for a narrow machine.
+#include "block.h"
+
+#include "../ctu.h"
+#include "../head_edit.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define CTK_STR2(x) #x
+#define CTK_STR(x) CTK_STR2(x)
+
+namespace ctk::cpu {
+namespace {
+
+template <class T, int N>
+struct Uniform {
+  T f[N];
+  explicit Uniform(const T* p) {
+    for (int i = 0; i < N; ++i) f[i] = p[i];
+  }
+  CTK_HD T operator()(int i) const { return f[i]; }
+};
+
+template <class T>
+struct Lane {
+  const T* p;
+  int64_t stride;
+  CTK_HD T operator()(int i) const { return p[i * stride]; }
+};
+
+template <class Op, class T>
+void forward_uniform(const T* __restrict w, T* __restrict y, const T* consts, int64_t, int64_t n) {
+  const Uniform<T, Op::kFields> k(consts);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) y[i] = Op::forward(w[i], k);
+}
+
+template <class Op, class T>
+void forward_lanes(const T* __restrict w, T* __restrict y, const T* __restrict consts, int64_t stride, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) y[i] = Op::forward(w[i], Lane<T>{consts + i, stride});
+}
+
+template <class Op, class T>
+void backward_uniform(const T* __restrict w, const T* __restrict dy, T* __restrict dw, const T* consts, int64_t, int64_t n) {
+  const Uniform<T, Op::kFields> k(consts);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) dw[i] = dy[i] * Op::gradients(w[i], k).w;
+}
+
+template <class Op, class T>
+void backward_lanes(const T* __restrict w, const T* __restrict dy, T* __restrict dw, const T* __restrict consts,
+                    int64_t stride, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) dw[i] = dy[i] * Op::gradients(w[i], Lane<T>{consts + i, stride}).w;
+}
+
+template <class Op, class T>
+void backward_uniform_sums(const T* __restrict w, const T* __restrict dy, T* __restrict dw, const T* consts,
+                           double* __restrict totals, int64_t n) {
+  const Uniform<T, Op::kFields> k(consts);
+  T s0 = 0, s1 = 0, s2 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2)
+  for (int64_t i = 0; i < n; ++i) {
+    const auto g = Op::gradients(w[i], k);
+    dw[i] = dy[i] * g.w;
+    s0 += dy[i] * g.sums[0];
+    s1 += dy[i] * g.sums[1];
+    if constexpr (Op::kSums > 2) s2 += dy[i] * g.sums[2];
+  }
+  totals[0] += s0;
+  totals[1] += s1;
+  if constexpr (Op::kSums > 2) totals[2] += s2;
+}
+
+template <class Op, class T>
+void backward_lane_sums(const T* __restrict w, const T* __restrict dy, T* __restrict dw, const T* __restrict consts,
+                        int64_t stride, T* __restrict lanes, int64_t lane_stride, int64_t n) {
+  T* __restrict l1 = lanes + lane_stride;
+  T* __restrict l2 = lanes + 2 * lane_stride;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const auto g = Op::gradients(w[i], Lane<T>{consts + i, stride});
+    dw[i] = dy[i] * g.w;
+    lanes[i] += dy[i] * g.sums[0];
+    l1[i] += dy[i] * g.sums[1];
+    if constexpr (Op::kSums > 2) l2[i] += dy[i] * g.sums[2];
+  }
+}
+
+template <class Op, class T>
+constexpr BlockOps<T> block_ops() {
+  return {Op::kFields,
+          Op::kSums,
+          {forward_uniform<Op, T>, forward_lanes<Op, T>},
+          {backward_uniform<Op, T>, backward_lanes<Op, T>},
+          backward_uniform_sums<Op, T>,
+          backward_lane_sums<Op, T>};
+}
+
+// ---- staging: dtypes and the prologue ------------------------------------------------------------------------------
+
+template <class T>
+void copy_in(const void* from, T* to, int64_t n) {
+  memcpy(to, from, n * sizeof(T));
+}
+template <class T>
+void copy_out(const T* from, void* to, int64_t n) {
+  memcpy(to, from, n * sizeof(T));
+}
+
+void load_bf16(const void* from, float* __restrict to, int64_t n) {
+  const uint16_t* __restrict p = static_cast<const uint16_t*>(from);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = as_float(static_cast<int32_t>(static_cast<uint32_t>(p[i]) << 16));
+}
+
+void store_bf16(const float* __restrict from, void* to, int64_t n) {
+  uint16_t* __restrict p = static_cast<uint16_t*>(to);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t u = static_cast<uint32_t>(as_int(from[i]));
+    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    p[i] = static_cast<uint16_t>(from[i] == from[i] ? rounded : 0x7fc0u);
+  }
+}
+
+// g++ does not vectorise half conversions by itself.
+void load_f16(const void* from, float* __restrict to, int64_t n) {
+  const uint16_t* p = static_cast<const uint16_t*>(from);
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
+#endif
+  for (; i < n; ++i) {
+    _Float16 h;
+    memcpy(&h, p + i, 2);
+    to[i] = static_cast<float>(h);
+  }
+}
+
+void store_f16(const float* __restrict from, void* to, int64_t n) {
+  uint16_t* p = static_cast<uint16_t*>(to);
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; i < n; ++i) {
+    const _Float16 h = static_cast<_Float16>(from[i]);
+    memcpy(p + i, &h, 2);
+  }
+}
+
+template <class T>
+void prologue(const T* __restrict x, const T* __restrict residual, const T* __restrict scale, const T* __restrict shift,
+              int64_t step, T* __restrict w, int64_t n) {
+  if (step == 0) {
+    const T a = *scale, b = *shift;
+    if (residual) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) w[i] = fused(a, x[i], b) + residual[i];
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) w[i] = fused(a, x[i], b);
+    }
+  } else if (residual) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) w[i] = fused(scale[i], x[i], shift[i]) + residual[i];
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) w[i] = fused(scale[i], x[i], shift[i]);
+  }
+}
+
+template <class T>
+void scaled(const T* __restrict g, const T* __restrict scale, int64_t step, T* __restrict dx, int64_t n) {
+  if (step == 0) {
+    const T a = *scale;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) dx[i] = a * g[i];
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) dx[i] = scale[i] * g[i];
+  }
+}
+
+template <class T>
+void prologue_uniform_sums(const T* __restrict g, const T* __restrict x, double* __restrict totals, int64_t n) {
+  T s0 = 0, s1 = 0;
+#pragma omp simd reduction(+ : s0, s1)
+  for (int64_t i = 0; i < n; ++i) {
+    s0 += g[i] * x[i];
+    s1 += g[i];
+  }
+  totals[0] += s0;
+  totals[1] += s1;
+}
+
+template <class T>
+void prologue_lane_sums(const T* __restrict g, const T* __restrict x, T* __restrict dscale, T* __restrict dshift, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    dscale[i] += g[i] * x[i];
+    dshift[i] += g[i];
+  }
+}
+
+template <class T>
+constexpr Staging<T> staging() {
+  if constexpr (sizeof(T) == 8)
+    return {{nullptr, copy_in<double>, nullptr, nullptr},
+            {nullptr, copy_out<double>, nullptr, nullptr},
+            prologue<T>, scaled<T>, prologue_uniform_sums<T>, prologue_lane_sums<T>};
+  else
+    return {{copy_in<float>, nullptr, load_bf16, load_f16},
+            {copy_out<float>, nullptr, store_bf16, store_f16},
+            prologue<T>, scaled<T>, prologue_uniform_sums<T>, prologue_lane_sums<T>};
+}
+
+template <class T>
+using Logistic = Ctu<T, CtuKind::kLogistic>;
+template <class T>
+using Leaky = Ctu<T, CtuKind::kLeaky>;
+template <class T>
+using Relu6 = Ctu<T, CtuKind::kRelu6>;
+template <class T>
+using Gaussian = Ctu<T, CtuKind::kGaussian>;
+
+}  // namespace
+
+extern const BlockTable CTK_LEVEL;
+const BlockTable CTK_LEVEL = {
+    CTK_STR(CTK_LEVEL),
+    {block_ops<Logistic<float>, float>(), block_ops<Leaky<float>, float>(), block_ops<Relu6<float>, float>(),
+     block_ops<Gaussian<float>, float>(), block_ops<HeadEdit<float>, float>()},
+    {block_ops<Logistic<double>, double>(), block_ops<Leaky<double>, double>(), block_ops<Relu6<double>, double>(),
+     block_ops<Gaussian<double>, double>(), block_ops<HeadEdit<double>, double>()},
+    staging<float>(),
+    staging<double>(),
+};
+
+}  // namespace ctk::cpu

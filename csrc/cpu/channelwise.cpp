@@ -1,0 +1,351 @@
+#include "channelwise.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace ctk::cpu {
+namespace {
+
+// Values per block call: three or four float buffers of it stay in L1.
+constexpr int64_t kBlock = 1024;
+// Values per unit of work. It fixes how sums are grouped, so it must not depend on the machine or the thread count.
+constexpr int64_t kUnit = 16384;
+// Channels with at least this many neighbouring values run with their constants in registers; others run with one
+// constant per lane.
+constexpr int64_t kMinRun = 16;
+// Per-lane sums: at most this many slots a column, each adding up float partial sums of kFlushRows rows in double.
+constexpr int64_t kMaxCuts = 64;
+constexpr int64_t kFlushRows = 64;
+// Fewer values than this are not worth a second thread.
+constexpr int64_t kParallelFrom = 32768;
+
+struct Plan {
+  Mode mode;
+  // kUniform: `planes` runs of `length` values, each cut into `cuts` units.
+  // kPerLane: every group is rows of `length` lanes (`repeat` periods of channels * inner), `rows_per_unit` rows a unit.
+  int64_t planes = 0, length = 0, cuts = 0;
+  int64_t rows = 0, rows_per_unit = 0, repeat = 1, tail = 0;  // tail: lanes in the last row
+  int64_t column_blocks = 0;
+  int64_t units = 0, unit_values = 0;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Plan make_plan(const View& v) {
+  Plan p;
+  if (v.channels == 1 || v.inner >= kMinRun) {
+    p.mode = kUniform;
+    p.planes = v.groups * v.outer * v.channels;
+    p.length = v.inner;
+    if (v.channels == 1) p.planes = v.groups, p.length = v.outer * v.inner;
+    p.cuts = std::max<int64_t>(1, ceil_div(p.length, kUnit));
+    p.units = p.planes * p.cuts;
+    p.unit_values = std::min(p.length, kUnit);
+    return p;
+  }
+  p.mode = kPerLane;
+  const int64_t period = v.channels * v.inner;
+  p.repeat = std::max<int64_t>(1, std::min(v.outer, 256 / period));
+  p.length = period * p.repeat;
+  p.rows = ceil_div(v.outer, p.repeat);
+  p.tail = (v.outer - (p.rows - 1) * p.repeat) * period;
+  const int64_t columns = std::min(p.length, kBlock);
+  p.column_blocks = ceil_div(p.length, kBlock);
+  p.rows_per_unit = std::max(ceil_div(p.rows, kMaxCuts), std::max<int64_t>(1, 2 * kUnit / columns));
+  p.cuts = ceil_div(p.rows, p.rows_per_unit);
+  p.units = v.groups * p.cuts * p.column_blocks;
+  p.unit_values = columns * std::min(p.rows, p.rows_per_unit);
+  return p;
+}
+
+template <class F>
+void for_units(const Plan& p, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, kParallelFrom / std::max<int64_t>(1, p.unit_values));
+  if (p.units <= grain) f(0, p.units);
+  else torch::stable::parallel_for(0, p.units, grain, f);
+}
+
+// Constants of every channel: kUniform [group][channel][field]; kPerLane [group][field][lane]. Prologue scale and shift
+// are the last two fields.
+template <class T>
+struct Constants {
+  std::vector<T> data;
+  int fields = 0;
+  int64_t per_group = 0;
+  bool shared = false;  // one set for all groups
+};
+
+void read_params(const Op& op, const Operands& in, int64_t g, int64_t c, double* p) {
+  for (int i = 0; i < op.params(); ++i) p[i] = in.params[i].at(g, c, in.view.channels);
+}
+
+template <class T>
+Constants<T> derive(const Op& op, const Operands& in, const Plan& plan, int op_fields) {
+  Constants<T> k;
+  const View& v = in.view;
+  const bool prologue = op.has_prologue();
+  k.fields = op_fields + (prologue ? 2 : 0);
+  k.shared = true;
+  for (int i = 0; i < op.params(); ++i) k.shared = k.shared && in.params[i].groups == 1;
+  const int64_t groups = k.shared ? 1 : v.groups, lanes = plan.mode == kUniform ? v.channels : plan.length;
+  k.per_group = k.fields * lanes;
+  k.data.resize(groups * k.per_group);
+  double p[kMaxParams];
+  T one[kMaxFields + 2];
+  for (int64_t g = 0; g < groups; ++g) {
+    T* out = k.data.data() + g * k.per_group;
+    for (int64_t c = 0; c < v.channels; ++c) {
+      read_params(op, in, g, c, p);
+      if (op.kernel == Kernel::kHeadEdit) derive_head_edit<T>(p, one, 1);
+      else derive_ctu<T>(op.ctu, p, one, 1);
+      if (prologue) one[op_fields] = static_cast<T>(p[kScaleParam]), one[op_fields + 1] = static_cast<T>(p[kShiftParam]);
+      if (plan.mode == kUniform) {
+        std::copy(one, one + k.fields, out + c * k.fields);
+      } else {
+        for (int f = 0; f < k.fields; ++f) std::fill_n(out + f * plan.length + c * v.inner, v.inner, one[f]);
+      }
+    }
+    if (plan.mode == kPerLane)
+      for (int f = 0; f < k.fields; ++f)
+        for (int64_t r = 1; r < plan.repeat; ++r)
+          std::copy_n(out + f * plan.length, v.channels * v.inner, out + f * plan.length + r * v.channels * v.inner);
+  }
+  return k;
+}
+
+// One run of at most kBlock values with the constants that belong to it.
+template <class T>
+struct Run {
+  int64_t offset, n;      // in values
+  const T* consts;        // first lane's constants
+  int64_t stride;         // 1: uniform
+  Mode mode;
+  const T* scale;         // null: no prologue parameters
+  const T* shift;
+  int64_t step() const { return mode == kPerLane ? 1 : 0; }
+};
+
+// Calls f(run, unit) for the runs of units [begin, end).
+template <class T, class F>
+void for_runs(const Plan& p, const View& v, const Constants<T>& k, int op_fields, bool prologue, int64_t begin, int64_t end,
+              const F& f) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    Run<T> run;
+    run.mode = p.mode;
+    if (p.mode == kUniform) {
+      const int64_t plane = unit / p.cuts, from = (unit % p.cuts) * kUnit, to = std::min(p.length, from + kUnit);
+      const int64_t g = v.channels == 1 ? plane : plane / (v.outer * v.channels), c = v.channels == 1 ? 0 : plane % v.channels;
+      run.consts = k.data.data() + (k.shared ? 0 : g * k.per_group) + c * k.fields;
+      run.stride = 1;
+      run.scale = prologue ? run.consts + op_fields : nullptr;
+      run.shift = prologue ? run.consts + op_fields + 1 : nullptr;
+      for (int64_t i = from; i < to; i += kBlock) {
+        run.offset = plane * p.length + i;
+        run.n = std::min(kBlock, to - i);
+        f(run, unit);
+      }
+    } else {
+      const int64_t column = (unit % p.column_blocks) * kBlock, cut = unit / p.column_blocks % p.cuts;
+      const int64_t g = unit / p.column_blocks / p.cuts;
+      const int64_t group_values = v.outer * v.channels * v.inner;
+      const T* base = k.data.data() + (k.shared ? 0 : g * k.per_group);
+      run.consts = base + column;
+      run.stride = p.length;
+      run.scale = prologue ? base + op_fields * p.length + column : nullptr;
+      run.shift = prologue ? base + (op_fields + 1) * p.length + column : nullptr;
+      const int64_t last = std::min(p.rows, (cut + 1) * p.rows_per_unit);
+      for (int64_t row = cut * p.rows_per_unit; row < last; ++row) {
+        const int64_t width = row == p.rows - 1 ? p.tail : p.length;
+        run.offset = g * group_values + row * p.length + column;
+        run.n = std::min(kBlock, width - column);
+        if (run.n > 0) f(run, unit);
+      }
+    }
+  }
+}
+
+const char* at(const void* p, int64_t i, int64_t size) { return static_cast<const char*>(p) + i * size; }
+char* at(void* p, int64_t i, int64_t size) { return static_cast<char*>(p) + i * size; }
+
+// Values in the compute type: in place where the tensor already has it, else converted into `buffer`.
+template <class T>
+const T* staged(const void* from, int64_t offset, DType t, bool direct, const Staging<T>& stage, T* buffer, int64_t n) {
+  const char* p = at(from, offset, size_of(t));
+  if (direct) return reinterpret_cast<const T*>(p);
+  stage.load[static_cast<int>(t)](p, buffer, n);
+  return buffer;
+}
+
+bool uses(const Param& p) { return p.data != nullptr; }
+
+template <class T>
+void forward_as(const Op& op, const Operands& in, void* y) {
+  const BlockTable& table = *block_table();
+  const BlockOps<T>& ops = table.ops<T>(op.kernel);
+  const Staging<T>& stage = table.stage<T>();
+  const Plan plan = make_plan(in.view);
+  const Constants<T> k = derive<T>(op, in, plan, ops.fields);
+  const bool direct = in.dtype == (sizeof(T) == 8 ? DType::kDouble : DType::kFloat);
+  const bool prologue = op.has_prologue() && (in.residual || uses(in.params[kScaleParam]) || uses(in.params[kShiftParam]));
+  const int64_t size = size_of(in.dtype);
+  for_units(plan, [&](int64_t begin, int64_t end) {
+    alignas(64) T x_buffer[kBlock], r_buffer[kBlock], w_buffer[kBlock], y_buffer[kBlock];
+    for_runs(plan, in.view, k, ops.fields, prologue, begin, end, [&](const Run<T>& run, int64_t) {
+      const T* w = staged(in.x, run.offset, in.dtype, direct, stage, x_buffer, run.n);
+      if (prologue) {
+        const T* r = in.residual ? staged(in.residual, run.offset, in.dtype, direct, stage, r_buffer, run.n) : nullptr;
+        stage.prologue(w, r, run.scale, run.shift, run.step(), w_buffer, run.n);
+        w = w_buffer;
+      }
+      char* out = at(y, run.offset, size);
+      T* to = direct && static_cast<const void*>(w) != out ? reinterpret_cast<T*>(out) : y_buffer;
+      ops.forward[run.mode](w, to, run.consts, run.stride, run.n);
+      if (to == y_buffer) stage.store[static_cast<int>(in.dtype)](y_buffer, out, run.n);
+    });
+  });
+}
+
+template <class T>
+void backward_as(const Op& op, const Operands& in, const void* dy, const Gradients& out) {
+  const BlockTable& table = *block_table();
+  const BlockOps<T>& ops = table.ops<T>(op.kernel);
+  const Staging<T>& stage = table.stage<T>();
+  const View& v = in.view;
+  const Plan plan = make_plan(v);
+  const Constants<T> k = derive<T>(op, in, plan, ops.fields);
+  const bool direct = in.dtype == (sizeof(T) == 8 ? DType::kDouble : DType::kFloat);
+  const bool with_prologue = op.has_prologue();
+  const bool has_scale = with_prologue && uses(in.params[kScaleParam]);
+  const bool prologue = with_prologue && (in.residual || has_scale || uses(in.params[kShiftParam]));
+  const bool prologue_sums = with_prologue && (out.params[kScaleParam] || out.params[kShiftParam]);
+  bool op_sums = false;
+  for (int i = 0; i < (with_prologue ? int(kScaleParam) : op.params()); ++i) op_sums = op_sums || out.params[i];
+  // Sums are laid out as finish() wants them: the op's own first, then scale and shift at their parameter index.
+  const int sums = prologue_sums ? int(kCtuParams) : ops.sums;
+  const int64_t size = size_of(in.dtype);
+
+  // One slot of partial sums per unit: kUniform [unit][sum]; kPerLane [group * cut][sum][lane].
+  std::vector<double> slots;
+  const bool any_sums = op_sums || prologue_sums;
+  if (any_sums) slots.assign(plan.mode == kUniform ? plan.units * sums : v.groups * plan.cuts * sums * plan.length, 0.0);
+
+  for_units(plan, [&](int64_t begin, int64_t end) {
+    alignas(64) T x_buffer[kBlock], r_buffer[kBlock], w_buffer[kBlock], dy_buffer[kBlock], g_buffer[kBlock], dx_buffer[kBlock];
+    alignas(64) T lanes[(kMaxSums + 2) * kBlock];
+    int64_t current = -1, rows = 0;
+    const auto flush = [&](int64_t unit) {  // lane sums move on to the unit's slot, in double
+      const int64_t column = (unit % plan.column_blocks) * kBlock, cut = unit / plan.column_blocks;
+      const int64_t n = std::min(kBlock, plan.length - column);
+      for (int s = 0; s < sums; ++s) {
+        double* slot = slots.data() + (cut * sums + s) * plan.length + column;
+        for (int64_t i = 0; i < n; ++i) slot[i] += lanes[s * kBlock + i];
+      }
+    };
+    for_runs(plan, v, k, ops.fields, prologue, begin, end, [&](const Run<T>& run, int64_t unit) {
+      if (any_sums && plan.mode == kPerLane && (unit != current || rows == kFlushRows)) {
+        if (current >= 0) flush(current);
+        std::fill(std::begin(lanes), std::end(lanes), T(0));
+        current = unit, rows = 0;
+      }
+      ++rows;
+      double* totals = any_sums && plan.mode == kUniform ? slots.data() + unit * sums : nullptr;
+      const T* x = staged(in.x, run.offset, in.dtype, direct, stage, x_buffer, run.n);
+      const T* w = x;
+      if (prologue) {
+        const T* r = in.residual ? staged(in.residual, run.offset, in.dtype, direct, stage, r_buffer, run.n) : nullptr;
+        stage.prologue(x, r, run.scale, run.shift, run.step(), w_buffer, run.n);
+        w = w_buffer;
+      }
+      const T* upstream = staged(dy, run.offset, in.dtype, direct, stage, dy_buffer, run.n);
+      void* g_out = out.dresidual ? out.dresidual : (has_scale ? nullptr : out.dx);
+      T* g = direct && g_out ? reinterpret_cast<T*>(at(g_out, run.offset, size)) : g_buffer;
+      if (!op_sums) ops.backward[run.mode](w, upstream, g, run.consts, run.stride, run.n);
+      else if (totals) ops.backward_uniform_sums(w, upstream, g, run.consts, totals, run.n);
+      else ops.backward_lane_sums(w, upstream, g, run.consts, run.stride, lanes, kBlock, run.n);
+      if (prologue_sums) {
+        if (totals) stage.prologue_uniform_sums(g, x, totals + kScaleParam, run.n);
+        else stage.prologue_lane_sums(g, x, lanes + kScaleParam * kBlock, lanes + kShiftParam * kBlock, run.n);
+      }
+      const auto store = [&](const T* from, void* to) {
+        char* p = at(to, run.offset, size);
+        if (static_cast<const void*>(from) != p) stage.store[static_cast<int>(in.dtype)](from, p, run.n);
+      };
+      if (out.dresidual) store(g, out.dresidual);
+      if (out.dx && has_scale) {
+        T* dx = direct ? reinterpret_cast<T*>(at(out.dx, run.offset, size)) : dx_buffer;
+        stage.scaled(g, run.scale, run.step(), dx, run.n);
+        store(dx, out.dx);
+      } else if (out.dx) {
+        store(g, out.dx);
+      }
+    });
+    if (current >= 0) flush(current);
+  });
+
+  if (!any_sums) return;
+
+  // Second stage, in an order that depends on the shape alone: slots -> channels -> parameters.
+  const int64_t channels = v.channels;
+  std::vector<double> grads[kMaxParams];
+  for (int i = 0; i < op.params(); ++i)
+    if (out.params[i]) grads[i].assign(in.params[i].numel(), 0.0);
+  std::vector<double> columns;
+  double p[kMaxParams], total[kMaxParams] = {}, grad[kMaxParams];
+  for (int64_t group = 0; group < v.groups; ++group) {
+    if (plan.mode == kPerLane) {
+      columns.assign(sums * plan.length, 0.0);
+      for (int64_t cut = 0; cut < plan.cuts; ++cut) {
+        const double* slot = slots.data() + (group * plan.cuts + cut) * sums * plan.length;
+        for (int64_t i = 0; i < sums * plan.length; ++i) columns[i] += slot[i];
+      }
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int s = 0; s < sums; ++s) {
+        double sum = 0;
+        if (plan.mode == kUniform) {
+          const int64_t per_group = plan.planes / v.groups;
+          for (int64_t plane = c; plane < per_group; plane += channels)
+            for (int64_t cut = 0; cut < plan.cuts; ++cut)
+              sum += slots[((group * per_group + plane) * plan.cuts + cut) * sums + s];
+        } else {
+          for (int64_t r = 0; r < plan.repeat; ++r)
+            for (int64_t i = 0; i < v.inner; ++i) sum += columns[s * plan.length + (r * channels + c) * v.inner + i];
+        }
+        total[s] = sum;
+      }
+      read_params(op, in, group, c, p);
+      if (op.kernel == Kernel::kHeadEdit) finish_head_edit(p, total, grad);
+      else finish_ctu(op.ctu, p, total, grad);
+      for (int i = 0; i < op.params(); ++i)
+        if (out.params[i]) grads[i][in.params[i].index(group, c, channels)] += grad[i];
+    }
+  }
+  for (int i = 0; i < op.params(); ++i) {
+    if (!out.params[i]) continue;
+    if (in.params[i].is_double) std::copy(grads[i].begin(), grads[i].end(), static_cast<double*>(out.params[i]));
+    else std::transform(grads[i].begin(), grads[i].end(), static_cast<float*>(out.params[i]), [](double d) { return static_cast<float>(d); });
+  }
+}
+
+}  // namespace
+
+void forward(const Op& op, const Operands& in, void* y) {
+  if (in.view.numel() == 0) return;
+  if (in.dtype == DType::kDouble) forward_as<double>(op, in, y);
+  else forward_as<float>(op, in, y);
+}
+
+void backward(const Op& op, const Operands& in, const void* dy, const Gradients& out) {
+  if (in.view.numel() == 0) {
+    for (int i = 0; i < op.params(); ++i)
+      if (out.params[i]) std::memset(out.params[i], 0, in.params[i].numel() * (in.params[i].is_double ? 8 : 4));
+    return;
+  }
+  if (in.dtype == DType::kDouble) backward_as<double>(op, in, dy, out);
+  else backward_as<float>(op, in, dy, out);
+}
+
+}  // namespace ctk::cpu

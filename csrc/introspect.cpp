@@ -1,0 +1,34 @@
+// What the native build can tell about itself, for `python -m ctkernels env`.
+#include <dlfcn.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
+#include <thread>
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_introspect, m) {
+  m.doc() = "Introspection of the native kernels.";
+  m.def(
+      "simd_level",
+      [](const std::string& library) -> py::object {
+        void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD);
+        if (!handle) throw py::value_error(library + " is not loaded");
+        const auto level = reinterpret_cast<const char* (*)()>(dlsym(handle, "ctk_simd_level"));
+        dlclose(handle);
+        if (!level) throw py::value_error(library + " does not export ctk_simd_level");
+        const char* name = level();
+        return name ? py::object(py::str(name)) : py::object(py::none());
+      },
+      py::arg("library"), "SIMD level that the CPU kernels in `library` run at on this machine; None if it fits none.");
+  m.def("simd_levels", [] {
+#if defined(__x86_64__)
+    return py::make_tuple("avx2", "avx512");
+#else
+    return py::make_tuple("baseline");
+#endif
+  }, "SIMD levels compiled in.");
+  m.def("threads", [] { return torch::stable::get_num_threads(); }, "Threads a CPU kernel may use now.");
+  m.def("compiler", [] { return std::string(__VERSION__); }, "The compiler that built the native code.");
+}

@@ -1,0 +1,122 @@
+// Scalar building blocks shared by every op and every compiler: g++ vectorises them for the CPU, nvcc compiles them for
+// the GPU. No branches, no library calls for float, so that a loop over them becomes straight SIMD code.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define CTK_HD __host__ __device__ __forceinline__
+#else
+#define CTK_HD inline __attribute__((always_inline))
+#endif
+
+namespace ctk {
+
+// e^(-rate a) for a >= 0. The rate, times log2(e), is kept as an unevaluated sum hi + lo, so that the exponent of a
+// product a * rate in the hundreds still has full precision. Beyond `limit` the result is 0; a negative limit makes it 0
+// for every a.
+template <class T>
+struct Decay {
+  T hi, lo, limit;
+};
+
+template <class T>
+inline Decay<T> make_decay(double rate);  // any rate >= 0, +inf included
+
+template <>
+inline Decay<float> make_decay<float>(double rate) {
+  constexpr double log2e = 1.4426950408889634;
+  const double r = rate * log2e;
+  if (!(r < 3e38)) return {0.f, 0.f, -1.f};
+  const float hi = static_cast<float>(r);
+  const double limit = 125.0 / r;  // 2^-125: the last power of two with room for a rounding step above the subnormals
+  return {hi, static_cast<float>(r - hi), limit < 3.4e38 ? static_cast<float>(limit) : std::numeric_limits<float>::max()};
+}
+
+template <>
+inline Decay<double> make_decay<double>(double rate) {
+  if (!(rate < 1e308)) return {0.0, 0.0, -1.0};
+  const double limit = 700.0 / rate;
+  return {rate, 0.0, limit < 1.7e308 ? limit : std::numeric_limits<double>::max()};
+}
+
+// min(a, limit), NaN stays NaN.
+template <class T>
+CTK_HD T capped(T a, const Decay<T>& d) {
+  return d.limit < a ? d.limit : a;
+}
+
+CTK_HD float as_float(int32_t i) {
+  float f;
+  memcpy(&f, &i, 4);
+  return f;
+}
+CTK_HD int32_t as_int(float f) {
+  int32_t i;
+  memcpy(&i, &f, 4);
+  return i;
+}
+
+// 2^f on [-1/2, 1/2] times 2^k, where k is the integer that adding `magic` left in the low bits of z. 8e-8 relative.
+CTK_HD float exp2_split(float f, float z) {
+  float p = 0.00132764727275f;
+  p = fmaf(p, f, 0.00967554132619f);
+  p = fmaf(p, f, 0.0555071327119f);
+  p = fmaf(p, f, 0.240221197242f);
+  p = fmaf(p, f, 0.693146967066f);
+  p = fmaf(p, f, 1.00000007165f);
+  return as_float(static_cast<int32_t>(static_cast<uint32_t>(as_int(p)) + (static_cast<uint32_t>(as_int(z)) << 23)));
+}
+
+constexpr float kRoundMagic = 12582912.f;  // 1.5 * 2^23: x + magic rounds x to an integer
+
+// a: the magnitude, ac: capped(a, d).
+CTK_HD float decay(float a, float ac, const Decay<float>& d) {
+  const float z = fmaf(-ac, d.hi, kRoundMagic);
+  float f = fmaf(-ac, d.hi, kRoundMagic - z);
+  f = fmaf(-ac, d.lo, f);
+  const float e = exp2_split(f, z);
+  return a > d.limit ? 0.f : e;
+}
+CTK_HD double decay(double a, double ac, const Decay<double>& d) {
+  const double e = exp(-ac * d.hi);
+  return a > d.limit ? 0.0 : e;
+}
+
+// log(1 + e) on [0, 1], relative error 2e-7 (float), full precision (double).
+CTK_HD float log1p_unit(float e) {
+  float p = -0.00853920997913f;
+  p = fmaf(p, e, 0.0440896366184f);
+  p = fmaf(p, e, -0.107681719451f);
+  p = fmaf(p, e, 0.177452418669f);
+  p = fmaf(p, e, -0.24495462964f);
+  p = fmaf(p, e, 0.332754797946f);
+  p = fmaf(p, e, -0.499974053971f);
+  p = fmaf(p, e, 0.999999805667f);
+  return p * e;
+}
+CTK_HD double log1p_unit(double e) { return log1p(e); }
+
+// Phi(-t) / e^(-t^2/2) for t in [0, 13.2] (half the scaled complementary error function), relative error 4e-8.
+CTK_HD float mills(float t) {
+  const float v = 1.f / fmaf(0.35f, t, 1.f);
+  float p = -0.0291206648984f;
+  p = fmaf(p, v, 0.143846442622f);
+  p = fmaf(p, v, -0.255450152319f);
+  p = fmaf(p, v, 0.158865701548f);
+  p = fmaf(p, v, -0.0228922507591f);
+  p = fmaf(p, v, 0.105413403751f);
+  p = fmaf(p, v, 0.119857536284f);
+  p = fmaf(p, v, 0.139858354813f);
+  p = fmaf(p, v, 0.139621613095f);
+  return p * v;
+}
+
+CTK_HD float magnitude(float x) { return fabsf(x); }
+CTK_HD double magnitude(double x) { return fabs(x); }
+CTK_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
+CTK_HD double fused(double a, double b, double c) { return fma(a, b, c); }
+
+}  // namespace ctk

@@ -1,0 +1,114 @@
+"""Which code serves a call: chosen from the tensor, explainable, and forceable.
+
+Every backend says why it cannot serve a tensor, or that it can; the first that can is used. Nothing is found out by
+catching exceptions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _load_native() -> tuple[ModuleType | None, str | None]:
+    """The compiled CPU kernels, or why they are not there. Loading them registers them with the dispatcher."""
+    if not list(Path(__file__).parent.parent.glob("_C.*so")):
+        return None, "not built (CTKERNELS_BUILD=none, or no C++ compiler when the package was installed)"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "DEFAULT":
+        return None, "this machine has no AVX2 (or ATEN_CPU_CAPABILITY hides it)"
+    from ctkernels import _C  # type: ignore[attr-defined]
+
+    return _C, None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """``missing``: why this backend is not available here at all, or None. ``device``: the type it serves, None for any."""
+
+    name: str
+    device: str | None
+    missing: str | None
+
+    def refusal(self, x: Tensor) -> str | None:
+        """Why this backend cannot serve ``x``, or None."""
+        if self.missing is not None:
+            return self.missing
+        if self.device is not None and x.device.type != self.device:
+            return f"serves {self.device} tensors, got one on {x.device.type}"
+        if x.dtype not in DTYPES:
+            return f"serves {', '.join(str(t).removeprefix('torch.') for t in DTYPES)}, got {x.dtype}"
+        return None
+
+
+NATIVE, _native_missing = _load_native()
+BACKENDS = {b.name: b for b in (Backend("cpu", "cpu", _native_missing), Backend("reference", None, None))}
+
+_forced: str | None = None
+
+
+def reference_forced() -> bool:
+    return _forced == "reference"
+
+
+def choose(x: Tensor) -> Backend:
+    """The backend that serves ``x``; RuntimeError if the forced one cannot."""
+    if _forced is not None:
+        refusal = BACKENDS[_forced].refusal(x)
+        if refusal is not None:
+            raise RuntimeError(f"backend {_forced!r} was forced but cannot serve this tensor: {refusal}")
+        return BACKENDS[_forced]
+    return next(b for b in BACKENDS.values() if b.refusal(x) is None)
+
+
+def forced_refusal(x: Tensor) -> None:
+    """Raises if a backend is forced that cannot serve ``x``. Costs nothing when none is forced."""
+    if _forced is not None:
+        choose(x)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend for every ctkernels op in the process, while the context lasts.
+
+    name: ``"cpu"`` (compiled) or ``"reference"`` (plain torch). Raises ValueError for an unknown name; an op whose tensor
+    the backend cannot serve raises RuntimeError with the reason.
+
+    >>> with ctkernels.use_backend("reference"):
+    ...     y = ctkernels.functional.ctu(x, 0.9)
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: name must be one of {', '.join(map(repr, BACKENDS))}; got {name!r}")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def explain(x: Tensor) -> str:
+    """Which backend would serve ``x`` (any op), and why each of the others would not.
+
+    >>> print(ctkernels.explain(torch.randn(8)))
+    """
+    chosen = next(b for b in BACKENDS.values() if b.refusal(x) is None)
+    lines = [f"{str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)} on {x.device}"]
+    for backend in BACKENDS.values():
+        refusal = backend.refusal(x)
+        if backend is chosen:
+            note = "used" if _forced in (None, backend.name) else "first choice"
+        else:
+            note = refusal or "could serve it, comes later"
+        if backend.name == _forced:
+            note = f"forced; {refusal}" if refusal else "forced: used"
+        lines.append(f"  {backend.name:<10} {note}")
+    return "\n".join(lines)

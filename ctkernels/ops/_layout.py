@@ -1,0 +1,80 @@
+"""Per-channel parameters against a tensor's dimensions: the only Python code that knows how they line up.
+
+A parameter is 0-d or of size 1 (shared), of size C (one value per index of ``channel_dim``), or 2-D with one such row per
+index of dimension 0 of the tensor (per-sample parameters, which is what ``vmap`` turns into).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NO_CHANNEL = -1
+
+
+def broadcast(param: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+    """``param`` as a view that broadcasts against ``x``."""
+    shape = [1] * x.dim()
+    if param.dim() == 2:
+        shape[0] = param.shape[0]
+    count = param.shape[-1] if param.dim() else 1
+    if channel_dim != NO_CHANNEL and count != 1:
+        shape[channel_dim] = count
+    return param.reshape(shape)
+
+
+def reduce(values: Tensor, param: Tensor, channel_dim: int) -> Tensor:
+    """The adjoint of :func:`broadcast`: elementwise ``values`` summed to ``param``'s shape and dtype."""
+    count = param.shape[-1] if param.dim() else 1
+    kept = {channel_dim} if channel_dim != NO_CHANNEL and count != 1 else set()
+    if param.dim() == 2 and param.shape[0] != 1:
+        kept.add(0)
+    dims = [d for d in range(values.dim()) if d not in kept]
+    total = values.sum(dims) if dims else values
+    return total.reshape(param.shape).to(param.dtype)
+
+
+def result_like(x: Tensor) -> Tensor:
+    """An uninitialised result for ``x``: its own strides where it is dense, contiguous where it is not."""
+    dense = torch._prims_common.is_non_overlapping_and_dense_or_false(x)
+    return torch.empty_like(x) if dense else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def groups_first(
+    tensors: tuple[Tensor | None, ...], dims: tuple[int | None, ...], size: int, elementwise: tuple[bool, ...], force: bool
+) -> tuple[list[Tensor | None], bool, int]:
+    """Tensors of a vmapped call as one bigger call: (tensors, whether the batch became groups, inner groups).
+
+    Where no parameter is batched, the batch is one more leading dimension of the elementwise tensors. Where one is (or
+    ``force``: per-sample parameter gradients are wanted), every sample gets its own row of parameters.
+    """
+    params_batched = any(d is not None for d, e in zip(dims, elementwise) if not e)
+    params = [t for t, e in zip(tensors, elementwise) if not e and t is not None]
+    inner = max((_rows(t, d) for t, d, e in zip(tensors, dims, elementwise) if not e and t is not None), default=0)
+    grouped = force or params_batched or inner > 0
+    grouped = grouped and len(params) > 0
+    out: list[Tensor | None] = []
+    for t, d, e in zip(tensors, dims, elementwise):
+        if t is None:
+            out.append(None)
+            continue
+        t = t.movedim(d, 0) if d is not None else t.unsqueeze(0).expand(size, *t.shape)
+        if e:
+            out.append(t.flatten(0, 1) if grouped and inner else t)
+        elif not grouped:
+            out.append(t.select(0, 0))
+        else:
+            row = t.reshape(size, 1, -1) if t.dim() < 3 else t
+            out.append(row.expand(size, max(inner, 1), row.shape[-1]).reshape(size * max(inner, 1), row.shape[-1]))
+    return out, grouped, inner
+
+
+def _rows(t: Tensor, batch_dim: int | None) -> int:
+    """Rows of a parameter that already is per sample, 0 if it is not."""
+    dim = t.dim() - (batch_dim is not None)
+    if dim < 2:
+        return 0
+    shape = list(t.shape)
+    if batch_dim is not None:
+        del shape[batch_dim]
+    return shape[0]

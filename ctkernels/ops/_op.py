@@ -1,0 +1,319 @@
+"""What an op is, and everything torch needs to know about it: schemas, autograd, forward-mode AD, vmap, fakes.
+
+An op is one description, :class:`Op`. From it come two dispatcher ops and a mutating one,
+
+    ctkernels::NAME(inputs..., static...) -> Tensor
+    ctkernels::NAME_(inputs..., static...) -> ()               the same, written over the first input
+    ctkernels::NAME_backward(dy, inputs..., static..., needs) -> Tensor[]    gradients of the inputs whose bit is set
+
+whose kernels are native (``csrc``) where built and the reference elsewhere. Compiled and exported programs see those ops,
+with the autograd registered here. Eager calls go through :class:`_Forward`, an ``autograd.Function`` over the same kernels,
+which costs less per call and adds forward-mode AD and ``torch.func``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _backend, _layout
+
+Inputs = tuple[Tensor | None, ...]
+Static = tuple[Any, ...]
+
+_LIBRARY = torch.library.Library("ctkernels", "DEF")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op. ``reference`` functions are plain, differentiable torch, and closed forms where autograd would lose digits.
+
+    name: of the dispatcher op. inputs: names of the differentiable tensors, the first of which gives shape and dtype.
+    optional: the inputs that may be None. elementwise: the inputs that have the first one's shape; the others are
+    per-channel parameters. static: schema of the other arguments, the first of which is ``int channel_dim``.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    optional: frozenset[str]
+    elementwise: frozenset[str]
+    static: tuple[str, ...]
+    reference_forward: Callable[[Inputs, Static], Tensor]
+    reference_backward: Callable[[Tensor, Inputs, Static, int], list[Tensor]]
+    reference_jvp: Callable[[Inputs, Static, Inputs], Tensor]
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def needs(self, wanted: Sequence[bool]) -> int:
+        """Bit mask over the inputs."""
+        return sum(1 << i for i, w in enumerate(wanted) if w)
+
+    def wanted(self, needs: int) -> list[int]:
+        """Indices of the inputs in a bit mask."""
+        return [i for i in range(len(self.inputs)) if needs >> i & 1]
+
+    @property
+    def elementwise_flags(self) -> tuple[bool, ...]:
+        return tuple(name in self.elementwise for name in self.inputs)
+
+    # ---- kernels: through the dispatcher, or the reference where it is forced --------------------------------------
+
+    def forward(self, inputs: Inputs, static: Static) -> Tensor:
+        if _backend.reference_forced():
+            return self.reference_forward(inputs, static)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._packet("")(*inputs, *static)
+
+    def forward_(self, inputs: Inputs, static: Static) -> None:
+        if _backend.reference_forced():
+            x = inputs[0]
+            assert x is not None
+            x.copy_(self.reference_forward(inputs, static))
+            return
+        self._packet("_")(*inputs, *static)
+
+    def backward(self, dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
+        if _backend.reference_forced():
+            return self.reference_backward(dy, inputs, static, needs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._packet("_backward")(dy, *inputs, *static, needs)
+
+    def _packet(self, suffix: str) -> Any:
+        return getattr(torch.ops.ctkernels, self.name + suffix).default
+
+    # ---- the call ---------------------------------------------------------------------------------------------------
+
+    def __call__(self, inputs: Inputs, static: Static) -> Tensor:
+        """The op with autograd of every kind."""
+        if torch.compiler.is_compiling():
+            if _backend.reference_forced():
+                return _Inlined.apply(self, static, *inputs)
+            return self._packet("")(*inputs, *static)
+        if torch.is_grad_enabled() or _in_transform():
+            return _Forward.apply(self, static, *inputs)
+        return self.forward(inputs, static)
+
+    def call_(self, inputs: Inputs, static: Static) -> Tensor:
+        """The op written over its first input. The caller has checked that no gradient is wanted."""
+        self.forward_(inputs, static)
+        assert inputs[0] is not None
+        return inputs[0]
+
+
+def _in_transform() -> bool:
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+class _Forward(torch.autograd.Function):
+    """y = op(inputs). Saves its inputs and nothing else."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        # Function.apply binds arguments through inspect.signature, which costs more than the whole op on a small tensor.
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)
+
+    @staticmethod
+    def forward(op: Op, static: Static, *inputs: Tensor | None) -> Tensor:
+        return op.forward(inputs, static)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.op, ctx.static = inputs[0], inputs[1]
+        ctx.save_for_backward(*inputs[2:])
+        ctx.save_for_forward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        op, static, inputs = ctx.op, ctx.static, ctx.saved_tensors
+        needs = op.needs(ctx.needs_input_grad[2:])
+        if torch.is_grad_enabled() or _in_transform():
+            grads = _Backward.apply(op, static, needs, dy, *inputs)
+        else:
+            grads = op.backward(dy, inputs, static, needs)
+        return (None, None, *_spread(op, needs, grads))
+
+    @staticmethod
+    def jvp(ctx: Any, _op: None, _static: None, *tangents: Tensor | None) -> Tensor:
+        return ctx.op.reference_jvp(ctx.saved_tensors, ctx.static, tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], op: Op, static: Static, *inputs: Tensor | None) -> tuple[Tensor, int]:
+        flags = op.elementwise_flags
+        merged, grouped, inner = _layout.groups_first(inputs, in_dims[2:], info.batch_size, flags, force=False)
+        y = op(tuple(merged), _shift_channel(static, grouped and inner > 0))
+        return (y.unflatten(0, (info.batch_size, inner)) if grouped and inner else y), 0
+
+
+class _Backward(torch.autograd.Function):
+    """The gradients as a differentiable function of (dy, inputs); its own derivatives come from the reference."""
+
+    @staticmethod
+    def forward(op: Op, static: Static, needs: int, dy: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(op.backward(dy, inputs, static, needs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.op, ctx.static, ctx.needs = inputs[:3]
+        ctx.save_for_backward(*inputs[3:])
+        ctx.save_for_forward(*inputs[3:])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, None, *_second_order(ctx.op, ctx.static, ctx.needs, ctx.saved_tensors, cotangents))
+
+    @staticmethod
+    def jvp(ctx: Any, _op: None, _static: None, _needs: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        moving = [i for i, t in enumerate(tangents) if t is not None]
+        function, primals = _backward_of(ctx.op, ctx.static, ctx.needs, ctx.saved_tensors, moving)
+        _, out = torch.func.jvp(function, primals, tuple(tangents[i] for i in moving))
+        return out
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], op: Op, static: Static, needs: int, dy: Tensor, *inputs: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], int]:
+        size, flags = info.batch_size, op.elementwise_flags
+        merged, grouped, inner = _layout.groups_first((dy, *inputs), in_dims[3:], size, (True, *flags), force=True)
+        static = _shift_channel(static, grouped and inner > 0)
+        grads = _Backward.apply(op, static, needs, *merged)
+        out = []
+        for i, grad in zip(op.wanted(needs), grads):
+            if flags[i]:
+                out.append(grad.unflatten(0, (size, inner)) if grouped and inner else grad)
+            else:
+                original = inputs[i]
+                assert original is not None
+                shape = list(original.shape)
+                if in_dims[4 + i] is not None:
+                    del shape[in_dims[4 + i]]
+                out.append(grad.reshape(size, *shape))
+        return tuple(out), 0
+
+
+class _Inlined(torch.autograd.Function):
+    """The reference as a pair of traceable functions, for a compiler that is to see through the op."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, static: Static, *inputs: Tensor | None) -> Tensor:
+        ctx.op, ctx.static = op, static
+        ctx.save_for_backward(*inputs)
+        return op.reference_forward(inputs, static)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.op.needs(ctx.needs_input_grad[2:])
+        grads = ctx.op.reference_backward(dy, ctx.saved_tensors, ctx.static, needs)
+        return (None, None, *_spread(ctx.op, needs, grads))
+
+
+def _spread(op: Op, needs: int, grads: Sequence[Tensor]) -> list[Tensor | None]:
+    out: list[Tensor | None] = [None] * len(op.inputs)
+    for i, grad in zip(op.wanted(needs), grads):
+        out[i] = grad
+    return out
+
+
+def _shift_channel(static: Static, same_rank: bool) -> Static:
+    if same_rank or static[0] == _layout.NO_CHANNEL:
+        return static
+    return (static[0] + 1, *static[1:])
+
+
+def _backward_of(
+    op: Op, static: Static, needs: int, saved: Sequence[Tensor | None], moving: list[int]
+) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """The reference backward as a function of those of (dy, *inputs) whose index is in ``moving``, and their values."""
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        full = list(saved)
+        for i, value in zip(moving, values):
+            full[i] = value
+        dy, *inputs = full
+        assert dy is not None
+        return tuple(op.reference_backward(dy, tuple(inputs), static, needs))
+
+    primals = tuple(saved[i] for i in moving)
+    return function, primals  # type: ignore[return-value]
+
+
+def _second_order(
+    op: Op, static: Static, needs: int, saved: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of <gradients, cotangents> with respect to (dy, *inputs)."""
+    moving = [i for i, t in enumerate(saved) if t is not None]
+    function, primals = _backward_of(op, static, needs, saved, moving)
+    outputs, pullback = torch.func.vjp(function, *primals)
+    filled = tuple(torch.zeros_like(o) if c is None else c.to(o.dtype) for o, c in zip(outputs, cotangents))
+    grads: list[Tensor | None] = [None] * len(saved)
+    for i, grad in zip(moving, pullback(filled)):
+        grads[i] = grad
+    return grads
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+
+def register(op: Op) -> Op:
+    """Defines the dispatcher ops of ``op``. Called once per op, at import."""
+    count = len(op.inputs)
+    tensors = [f"Tensor{'?' if name in op.optional else ''} {name}" for name in op.inputs]
+    arguments = ", ".join([*tensors, *op.static])
+    mutated = arguments.replace("Tensor ", "Tensor(a!) ", 1)
+    _LIBRARY.define(f"{op.name}({arguments}) -> Tensor", tags=[torch.Tag.pt2_compliant_tag])
+    _LIBRARY.define(f"{op.name}_({mutated}) -> ()", tags=[torch.Tag.pt2_compliant_tag])
+    _LIBRARY.define(f"{op.name}_backward(Tensor dy, {arguments}, int needs) -> Tensor[]", tags=[torch.Tag.pt2_compliant_tag])
+
+    def forward(*args: Any) -> Tensor:
+        return op.reference_forward(args[:count], args[count:])
+
+    def forward_(*args: Any) -> None:
+        args[0].copy_(op.reference_forward(args[:count], args[count:]))
+
+    def backward(dy: Tensor, *args: Any) -> list[Tensor]:
+        return op.reference_backward(dy, args[:count], args[count:-1], args[-1])
+
+    for suffix, implementation in (("", forward), ("_", forward_), ("_backward", backward)):
+        _LIBRARY.impl(op.name + suffix, implementation, "CompositeExplicitAutograd")
+
+    def fake_forward(*args: Any) -> Tensor:
+        return _layout.result_like(args[0])
+
+    def fake_backward(dy: Tensor, *args: Any) -> list[Tensor]:
+        inputs, flags = args[:count], op.elementwise_flags
+        return [
+            _layout.result_like(inputs[0]) if flags[i] else torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
+            for i in op.wanted(args[-1])
+        ]
+
+    qualified = f"ctkernels::{op.name}"
+    torch.library.register_fake(qualified, fake_forward, lib=_LIBRARY)
+    torch.library.register_fake(qualified + "_", lambda *args: None, lib=_LIBRARY)
+    torch.library.register_fake(qualified + "_backward", fake_backward, lib=_LIBRARY)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.static = inputs[count:]
+        ctx.save_for_backward(*inputs[:count])
+
+    def first_order(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        needs = op.needs(ctx.needs_input_grad[:count])
+        grads = op._packet("_backward")(dy, *ctx.saved_tensors, *ctx.static, needs)
+        return (*_spread(op, needs, grads), *[None] * len(ctx.static))
+
+    def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.static, ctx.needs = inputs[1 + count : -1], inputs[-1]
+        ctx.save_for_backward(*inputs[: 1 + count])
+
+    def second_order(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        grads = _second_order(op, ctx.static, ctx.needs, ctx.saved_tensors, cotangents)
+        return (*grads, *[None] * (len(ctx.static) + 1))
+
+    torch.library.register_autograd(qualified, first_order, setup_context=save, lib=_LIBRARY)
+    torch.library.register_autograd(qualified + "_backward", second_order, setup_context=save_backward, lib=_LIBRARY)
+    return op

@@ -1,0 +1,103 @@
+"""Builds the native kernels. CTKERNELS_BUILD = auto (default) | none | cpu | cuda decides what.
+
+auto   the CPU kernels if there is a C++ compiler; a pure-Python install, and one line that says so, if not
+none   pure Python: the reference backend (and Triton on a GPU)
+cpu    the CPU kernels; an error without a compiler
+"""
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).parent
+TARGET = "0x020b000000000000"  # the oldest LibTorch the binary must load in: 2.11
+
+# The block kernels are compiled once per SIMD level; the widest one that the machine has is picked at run time.
+LEVELS = {
+    "x86_64": {
+        "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
+        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mbmi2",
+                   "-mprefer-vector-width=512"],
+    },
+}  # fmt: skip
+KERNEL_FLAGS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+COMMON_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror"]
+
+
+def wanted() -> str:
+    mode = os.environ.get("CTKERNELS_BUILD", "auto")
+    if mode not in ("auto", "none", "cpu", "cuda"):
+        sys.exit(f"CTKERNELS_BUILD must be auto, none, cpu or cuda; got {mode!r}")
+    if mode == "none":
+        return "none"
+    compiler = os.environ.get("CXX", "c++")
+    problem = None
+    if shutil.which(compiler.split()[0]) is None:
+        problem = f"no C++ compiler ({compiler}); install g++ or set CXX"
+    else:
+        try:
+            import pybind11  # noqa: F401
+            import torch  # noqa: F401
+        except ImportError as error:
+            problem = f"{error.name} is not installed; pip install {error.name}, then build with --no-build-isolation"
+    if problem is None:
+        return "cpu" if mode == "auto" else mode
+    if mode == "auto":
+        print(f"ctkernels: building without native kernels: {problem}", file=sys.stderr)
+        return "none"
+    sys.exit(f"CTKERNELS_BUILD={mode}: {problem}")
+
+
+def native_extensions() -> tuple[list[Extension], dict]:
+    import pybind11
+    from torch.utils import cpp_extension
+
+    arch = platform.machine()
+    levels = LEVELS.get(arch, {"baseline": []})
+    sanitize = os.environ.get("CTKERNELS_SANITIZE", "").split()
+    extra = [f"-fsanitize={','.join(sanitize)}", "-fno-omit-frame-pointer", "-g"] if sanitize else []
+
+    class Build(cpp_extension.BuildExtension.with_options(use_ninja=True)):
+        """Adds the objects of the SIMD levels, each with its own flags, to the extension that needs them."""
+
+        def build_extension(self, ext: Extension) -> None:
+            if ext.name == "ctkernels._C":
+                directory = Path(self.build_temp)
+                directory.mkdir(parents=True, exist_ok=True)
+                for level, flags in levels.items():
+                    target = directory / f"kernels_{level}.o"
+                    source = ROOT / "csrc/cpu/block_kernels.cpp"
+                    command = [*self.compiler.compiler_so, *COMMON_FLAGS, *KERNEL_FLAGS, *flags, *extra]
+                    self.spawn([*command, f"-DCTK_LEVEL={level}", "-c", str(source), "-o", str(target)])
+                    ext.extra_objects.append(str(target))
+            super().build_extension(ext)
+
+    flags = [*COMMON_FLAGS, "-O2", f"-DTORCH_TARGET_VERSION={TARGET}", *extra]
+    kernels = cpp_extension.CppExtension(
+        "ctkernels._C",
+        ["csrc/module.cpp", "csrc/cpu/bind.cpp", "csrc/cpu/channelwise.cpp", "csrc/cpu/simd.cpp"],
+        extra_compile_args={"cxx": [*flags, "-DPy_LIMITED_API=0x030A0000"]},
+        extra_link_args=extra,
+        py_limited_api=True,
+        depends=[str(p) for p in (ROOT / "csrc").rglob("*.h")],
+    )
+    introspection = cpp_extension.CppExtension(
+        "ctkernels._introspect",
+        ["csrc/introspect.cpp"],
+        include_dirs=[pybind11.get_include()],
+        extra_compile_args={"cxx": flags},
+        extra_link_args=extra,
+    )
+    for extension in (kernels, introspection):
+        # The stable ABI is all the code uses; linking libtorch_python would tie it to one Python and one torch.
+        extension.libraries = [lib for lib in extension.libraries if lib != "torch_python"]
+    return [kernels, introspection], {"build_ext": Build}
+
+
+mode = wanted()
+extensions, commands = ([], {}) if mode == "none" else native_extensions()
+setup(ext_modules=extensions, cmdclass=commands, options={"bdist_wheel": {"py_limited_api": False}})
