@@ -36,7 +36,7 @@ from ctkernels.recipes import (
 from ctkernels.recipes.result import table, versions
 
 ROOT = Path(__file__).resolve().parent.parent
-BETAS = (0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 1.0)
+BETAS = tuple(round(0.70 + 0.025 * i, 3) for i in range(13))
 SHORT_BETAS = (0.80, 0.90, 1.0)
 
 
@@ -45,13 +45,13 @@ def options() -> argparse.Namespace:
     p.add_argument("--short", action="store_true", help="one small draw, three betas")
     p.add_argument("--draws", type=int, help="separate draws of the data (default: 3; 1 if --short)")
     p.add_argument("--train", type=int, help="training images of a draw (default: 600; 120 if --short)")
-    p.add_argument("--val", type=int, help="validation images of a draw (default: 300; 60 if --short)")
-    p.add_argument("--test", type=int, help="test images of a draw (default: 600; 120 if --short)")
+    p.add_argument("--val", type=int, help="validation images of a draw (default: 400; 60 if --short)")
+    p.add_argument("--test", type=int, help="test images of a draw (default: 1000; 120 if --short)")
     p.add_argument("--data", help="folder with the Fashion-MNIST files (default: looked for, then downloaded)")
     p.add_argument("--out", default="out/demo", help="folder for the results (default: %(default)s)")
     p.add_argument("--no-speed", action="store_true", help="without the kernel's speed table")
     o = p.parse_args()
-    usual = {"draws": 3, "train": 600, "val": 300, "test": 600}
+    usual = {"draws": 3, "train": 600, "val": 400, "test": 1000}
     if o.short:
         usual = {"draws": 1, "train": 120, "val": 60, "test": 120}
     for name, value in usual.items():
@@ -96,8 +96,8 @@ def main() -> int:
         )
         r = results[-1]
         print(
-            f"draw {draw + 1}: beta = {r.chosen:g}, test {100 * r.test.steered:.1f} % against {100 * r.test.plain:.1f} % "
-            f"plain ({r.seconds['total']:.0f} s)",
+            f"draw {draw + 1}: beta = {r.chosen:g}, test {100 * r.test.steered:.1f} % "
+            f"against {100 * r.test.plain:.1f} % plain ({r.seconds['total']:.0f} s)",
             flush=True,
         )
     print(f"\nmean validation accuracy\n{table(results)}\n")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from ctkernels.recipes import BetaSearch, Comparison, fit_probe, plot, search_beta, verdict
-from ctkernels.recipes._distributed import Group
+from ctkernels.recipes._distributed import Group, group
 from ctkernels.recipes.features import extract, find_tap, passes, pool
 from ctkernels.recipes.result import sign_test
 from ctkernels.recipes.search import _best, _Score
@@ -159,15 +159,16 @@ def test_keeps_the_plain_network_when_beta_does_not_matter():
     assert "did not help" in result.verdict()
 
 
-def test_network_whose_activation_is_not_in_the_family_at_one():
-    """SiLU at c = 1/2 is no member: the untouched network must be what steering is compared with."""
-    model = small_net(nn.SiLU)
-    result = search(model)
+def test_network_whose_own_activation_is_not_beta_1():
+    """A SiLU at beta = 1 is a ReLU: it is the network at its neutral point that steering must be compared with."""
+    result = search(small_net(nn.SiLU), activations=["silu"])
     assert not result.plain_is_beta_1
     assert result.betas == GRID
-    images, labels = small_data()
-    found = search_beta(model, (images, labels), betas=[0.9], progress=False)
-    assert found.plain_val_accuracy == result.plain_val_accuracy
+    neutral = search(small_net(nn.SiLU), activations=["silu"], betas=[0.5], coeff=1.0)
+    assert neutral.val_accuracy == (result.plain_val_accuracy,)
+    assert neutral.chosen is None  # at beta = 1/2 and c = 1 nothing changes, and the plain network wins the tie
+    assert neutral.kept_plain
+    assert "plain" in neutral.table()
 
 
 def test_network_is_left_as_it_was():
@@ -214,42 +215,45 @@ def test_result_as_json(tmp_path):
     assert set(found["seconds"]) == {"features", "probes", "test", "total"}
 
 
-TWO_PROCESSES = """
-import json, sys, torch
-sys.path.insert(0, {tests!r})
-torch.set_num_threads(1)
-from test_search_beta import search, small_data, small_net, stable
-from torch.utils.data import TensorDataset
-from ctkernels.recipes._distributed import group
-from ctkernels.recipes.features import extract
-result = search(batch_size=8)
-us = group(torch.device("cpu"))
-with torch.inference_mode():
+def search_and_extract(name: str) -> None:
+    """What two processes must do as one does; saves it under ``name`` and the process's number."""
+    torch.set_num_threads(1)
+    result = search(batch_size=8)
+    us = group(torch.device("cpu"))
     net = small_net()[:4].eval()
-    found = extract([TensorDataset(*small_data(50)), TensorDataset(*small_data(9))], [net, lambda x: 2 * net(x)], 8,
-                    batch_size=8, workers=0, device=torch.device("cpu"), group=us, advance=lambda k: None)
-name = {out!r} + str(us.rank)
-assert us.size == {size}
-torch.save(found, name + ".pt")
-json.dump(stable(result, "processes"), open(name + ".json", "w"))
-"""
+    with torch.inference_mode():
+        found = extract(
+            [TensorDataset(*small_data(50)), TensorDataset(*small_data(9))],
+            [net, lambda x: 2 * net(x)],
+            8,
+            batch_size=8,
+            workers=0,
+            device=torch.device("cpu"),
+            group=us,
+            advance=lambda step: None,
+        )
+    torch.save(found, f"{name}-{us.rank}.pt")
+    Path(f"{name}-{us.rank}.json").write_text(json.dumps(stable(result, "processes")))
 
 
 def test_two_processes_give_the_same_result_as_one(tmp_path):
-    root, tests = Path(__file__).parent.parent, str(Path(__file__).parent)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-    launch = {1: [], 2: ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
-    for size, command in launch.items():
-        script = tmp_path / f"run{size}.py"
-        script.write_text(TWO_PROCESSES.format(tests=tests, size=size, out=str(tmp_path / f"by{size}-")))
-        done = subprocess.run(
-            [sys.executable, *command, str(script)], env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(tmp_path / "by1-0.pt"), torch.load(tmp_path / "by2-0.pt"))
-    assert torch.load(tmp_path / "by2-1.pt").shape == (2, 0, 8)
-    one, two, other = (json.loads((tmp_path / f"by{n}.json").read_text()) for n in ("1-0", "2-0", "2-1"))
-    assert one == two == other
+    here = Path(__file__).parent
+    script = tmp_path / "run.py"
+    script.write_text(f"from test_search_beta import search_and_extract\nsearch_and_extract({str(tmp_path / 'two')!r})")
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    threads = torch.get_num_threads()
+    try:
+        search_and_extract(str(tmp_path / "one"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.load(tmp_path / "one-0.pt"), torch.load(tmp_path / "two-0.pt"))
+    assert torch.load(tmp_path / "two-1.pt").shape == (2, 0, 8)  # rank 0 has it all
+    one, *two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one-0", "two-0", "two-1"))
+    assert two == [one, one]
 
 
 def test_extract_keeps_the_order_and_reads_in_order():
@@ -411,6 +415,7 @@ def made(chosen, comparison) -> BetaSearch:
         chosen=chosen,
         test=Comparison(*comparison),
         sites=("act",),
+        missed=(),
         arguments={},
         sizes={"val": 50},
         feature_layer="output of x",

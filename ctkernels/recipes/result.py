@@ -90,6 +90,7 @@ class BetaSearch:
             network was best and is not beta = 1.
         test: the chosen beta against the plain network, the test images' only use.
         sites: names of the activations that were steered.
+        missed: selected activations that could not be, with the reason.
         arguments: what the search was called with.
         sizes: images in ``train``, ``val`` and ``test``, and ``classes``, ``features``, ``passes``.
         feature_layer: where the features were taken, in words.
@@ -104,6 +105,7 @@ class BetaSearch:
     chosen: float | None
     test: Comparison
     sites: tuple[str, ...]
+    missed: tuple[str, ...]
     arguments: dict[str, Any]
     sizes: dict[str, int]
     feature_layer: str
@@ -142,6 +144,7 @@ class BetaSearch:
                 for b, a, c in zip(self.betas, self.val_accuracy, self.converged)
             ],
             "sites": list(self.sites),
+            "missed": list(self.missed),
             "feature_layer": self.feature_layer,
             "sizes": self.sizes,
             "arguments": self.arguments,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -143,6 +142,7 @@ def search_beta(
         chosen=chosen,
         test=outcome,
         sites=subject.sites,
+        missed=subject.missed,
         arguments={
             "betas": sorted(grid),
             "coeff": coeff,
@@ -176,12 +176,13 @@ def search_beta(
 
 @dataclass(frozen=True)
 class _Subject:
-    """A steerable network: ``features(beta)`` is a function from a batch to features; None: of the untouched one."""
+    """A steered network: ``features(beta)`` is a function from a batch to features; None: of the plain network."""
 
     features: Callable[[float | None], Callable[[Tensor], Tensor]]
     tap: Tap
     dim: int
     sites: tuple[str, ...]
+    missed: tuple[str, ...]
     plain_is_beta_1: bool
 
 
@@ -209,28 +210,28 @@ def _subject(
         raise ValueError(
             f"train: images of shape {tuple(example.shape[1:])} do not fit {type(model).__name__}: {error}"
         ) from error
-    with ExitStack() as stack:
-        with tap.capture(model) as features, steer(model, 1.0, **steering) as handle:
-            sites = tuple(str(site) for site in handle.sites)
-            at_one = features(example)
-        if not sites:
-            raise ValueError(f"model must have activations to steer, {type(model).__name__} has none that can be")
+    with steer(model, 1.0, **steering) as handle, tap.capture(model) as features:
+        at_one = features(example)
         same = torch.allclose(at_one, as_is, rtol=1e-4, atol=1e-5 * float(as_is.abs().max()))
-        untouched = None if same else stack.enter_context(tap.capture(copy.deepcopy(model)))
-        steered = stack.enter_context(tap.capture(model))
-        handle = stack.enter_context(steer(model, 1.0, **steering))
 
         def features_at(beta: float | None) -> Callable[[Tensor], Tensor]:
             def run(batch: Tensor) -> Tensor:
-                handle.beta = beta
-                return steered(batch)
+                if beta is None:
+                    handle.neutralize()
+                else:
+                    handle.coeff, handle.beta = steering["coeff"], beta
+                return features(batch)
 
-            if beta is None:
-                assert untouched is not None
-                return untouched
             return run
 
-        yield _Subject(features_at, tap, as_is.shape[1], sites, same)
+        yield _Subject(
+            features=features_at,
+            tap=tap,
+            dim=as_is.shape[1],
+            sites=tuple(site.name for site in handle.sites),
+            missed=tuple(f"{miss.name} ({miss.activation}): {miss.reason}" for miss in handle.missed),
+            plain_is_beta_1=same,
+        )
 
 
 @dataclass(frozen=True)
