@@ -97,9 +97,10 @@ def _tests(axes: Any, runs: Sequence[BetaSearch]) -> None:
         axes.annotate(
             f"test {accuracy:.1f} %",
             (beta, accuracy),
-            xytext=(0, 9 if accuracy >= plain and colour == ORANGE else -17),
+            xytext=(9, 5) if beta == 1 else (0, 10 if accuracy >= plain else -18),
             textcoords="offset points",
-            ha="center",
+            ha="left" if beta == 1 else "center",
+            annotation_clip=False,
             fontsize=9,
             fontweight="bold",
             color=colour,

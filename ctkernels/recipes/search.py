@@ -112,7 +112,7 @@ def search_beta(
         for stretch in stretches:
             some = [candidates[i] for i in stretch]
             with _timed(seconds, "features"):
-                found = reader([images["train"], images["val"]], some)
+                found = reader("search", [images["train"], images["val"]], some)
             if us.rank == 0:
                 with _timed(seconds, "probes"):
                     _score(scores, some, found, labels, memory_limit, (probe, l2, seed))
@@ -121,7 +121,7 @@ def search_beta(
         chosen = us.share(_best(scores))
         compared = [reference] if chosen == reference else [reference, chosen]
         with _timed(seconds, "test"):
-            found = reader([images["test"]], compared)
+            found = reader("test", [images["test"]], compared)
         outcome = None
         if us.rank == 0:
             right = [scores[b].predict(f) == labels["test"] for b, f in zip(compared, found)]
@@ -245,10 +245,10 @@ class _Reader:
     workers: int
     progress: bool
 
-    def __call__(self, data: Sequence[Dataset[Any]], betas: Sequence[float | None]) -> Tensor:
+    def __call__(self, text: str, data: Sequence[Dataset[Any]], betas: Sequence[float | None]) -> Tensor:
         samples = len(ConcatDataset(data))
         batches = len(range(self.group.rank * self.batch_size, samples, self.group.size * self.batch_size))
-        with bar(batches * len(betas), "features", self.progress and self.group.rank == 0) as advance:
+        with bar(batches * len(betas), text, self.progress and self.group.rank == 0) as advance:
             return extract(
                 data,
                 [self.subject.features(b) for b in betas],
