@@ -425,7 +425,7 @@ def made(chosen, comparison) -> BetaSearch:
 
 
 def test_the_sentence_says_what_was_shown():
-    assert "preferred the plain network" in made(1.0, (60, 0, 0, 40)).verdict()
+    assert "no beta did better than the plain network in validation" in made(1.0, (60, 0, 0, 40)).verdict()
     assert (
         made(0.9, (50, 5, 7, 38))
         .verdict()
@@ -437,6 +437,8 @@ def test_the_sentence_says_what_was_shown():
     both = verdict([helped, made(1.0, (70, 0, 0, 30))])
     assert "the 2 draws gave +18.0, +0.0, 1 of them keeping the plain network" in both
     assert "on 200 test images" in both
+    assert both.startswith("Steering helped on average, but not in every draw: ")
+    assert verdict([helped, helped]).startswith("Steering helped here: ")
     assert "did not help" in verdict([made(1.0, (70, 0, 0, 30))] * 2)
 
 

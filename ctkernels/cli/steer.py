@@ -7,8 +7,6 @@ import dataclasses
 import re
 from pathlib import Path
 
-import torch
-
 SUMMARY = """\
 Find the curvature at which a pretrained network fits new data best, without training it (S-CT).
 
@@ -76,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         "--normalise",
         choices=("target", "imagenet"),
         default="target",
-        help="mean and deviation of the training images, as in the paper, or of ImageNet (default: %(default)s)",
+        help="mean and deviation of up to 1000 training images, or of ImageNet (default: %(default)s)",
     )
     images.add_argument(
         "--val", type=float, default=0.2, help="fraction for validation if none is given (default: %(default)s)"
@@ -129,6 +127,8 @@ def parse_bytes(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    import torch
+
     from .. import recipes
     from .._extras import require
     from ..recipes import _distributed
@@ -142,13 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--out must be a folder, {out} is a file")
     if not arguments.no_plot:
         require("matplotlib.figure", "recipes", "the picture")
-    try:
-        device = torch.device(arguments.device) if arguments.device else _distributed.launched_device()
-    except RuntimeError:
-        raise ValueError(f"--device must be such as cpu or cuda:0, got {arguments.device!r}") from None
-    torch.manual_seed(arguments.seed)  # for --weights none, and factories that draw weights
     splits = recipes.load_data(arguments.data)
-    model = recipes.load_model(arguments.model, arguments.weights)
     train, val, test = splits.complete(
         val=arguments.val,
         test=arguments.test,
@@ -156,6 +150,8 @@ def run(arguments: argparse.Namespace) -> int:
         max_train=arguments.max_train,
         max_test=arguments.max_test,
     )
+    torch.manual_seed(arguments.seed)  # for --weights none, and factories that draw weights
+    model = recipes.load_model(arguments.model, arguments.weights)
     if arguments.normalise == "target":
         preprocess = recipes.normalised_like(preprocess, train)
     out.mkdir(parents=True, exist_ok=True)
@@ -171,7 +167,7 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         batch_size=arguments.batch_size,
         workers=arguments.workers,
-        device=device,
+        device=arguments.device or _distributed.launched_device(),
         memory_limit=memory_limit,
         progress=not arguments.no_progress,
     )

@@ -89,8 +89,14 @@ def check_labels(images: dict[str, Any]) -> dict[str, Tensor]:
     return labels
 
 
-def device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """``device``, or where the model is. ValueError if there is no such device here."""
+    if device is None:
+        return next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch built without a kind of device asserts
+        raise ValueError(f"device must be one that is here, got {str(device)!r}: {error}") from error
 
 
 def example_of(data: Any, place: torch.device) -> Tensor:

@@ -165,7 +165,7 @@ def read_image(path: Path) -> Tensor:
         raise ValueError(f"cannot read image {path}: {error}") from error
 
 
-def normalised_like(preprocess: Preprocess, images: ImageSet, limit: int = 10_000) -> Preprocess:
+def normalised_like(preprocess: Preprocess, images: ImageSet, limit: int = 1000) -> Preprocess:
     """``preprocess`` with the mean and deviation of ``images`` (at most ``limit`` of them, evenly spaced).
 
     Raises:

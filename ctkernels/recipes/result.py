@@ -179,8 +179,8 @@ def verdict(results: Sequence[BetaSearch]) -> str:
     draws = f" in each of {len(results)} draws" if len(results) > 1 else ""
     if kept == len(results):
         return (
-            f"Steering did not help here: validation preferred the plain network to every other beta{draws} "
-            f"({100 * pooled.plain:.1f} % of {samples} test images)."
+            f"Steering did not help here: no beta did better than the plain network in validation{draws}; "
+            f"it scored {100 * pooled.plain:.1f} % on {samples} test images."
         )
     numbers = (
         f"{100 * pooled.steered:.1f} % against {100 * pooled.plain:.1f} % for the plain network, "
@@ -195,7 +195,9 @@ def verdict(results: Sequence[BetaSearch]) -> str:
     at = f"beta = {results[0].chosen:g}" if len(results) == 1 else "the beta that validation chose"
     if pooled.p_value >= SIGNIFICANT:
         return f"No difference beyond chance was shown: {at} scored {numbers}."
-    return f"Steering {'helped' if pooled.gain > 0 else 'hurt'} here: {at} scored {numbers}."
+    effect = f"Steering {'helped' if pooled.gain > 0 else 'hurt'}"
+    everywhere = all(t.gain * pooled.gain > 0 for t in tests)
+    return f"{effect} {'here' if everywhere else 'on average, but not in every draw'}: {at} scored {numbers}."
 
 
 def table(results: Sequence[BetaSearch], width: int = 40) -> str:

@@ -98,7 +98,7 @@ def search_beta(
         steering["activations"] = tuple(activations)
     images, fractions = split(train, val, test, seed)
     labels = check_labels(images)
-    place = torch.device(device) if device is not None else device_of(model)
+    place = device_of(model, device)
     seconds = dict.fromkeys(("features", "probes", "test"), 0.0)
     with _evaluation(model.to(place)), ExitStack() as stack:
         example = example_of(images["train"], place)
