@@ -80,7 +80,7 @@ def _choices(axes: Any, runs: Sequence[BetaSearch]) -> None:
     chosen = [(r.chosen, 100 * r.chosen_val_accuracy) for r in runs if r.chosen is not None]
     if chosen:
         style = {"facecolors": "none", "edgecolors": ORANGE, "linewidths": 2, "zorder": 4}
-        axes.scatter(*zip(*chosen), s=130, **style, label="chosen by validation")
+        axes.scatter(*zip(*chosen), s=130 if len(runs) == 1 else 70, **style, label="chosen by validation")
 
 
 def _tests(axes: Any, runs: Sequence[BetaSearch]) -> None:
@@ -97,9 +97,10 @@ def _tests(axes: Any, runs: Sequence[BetaSearch]) -> None:
         axes.annotate(
             f"test {accuracy:.1f} %",
             (beta, accuracy),
-            xytext=(9, 5) if beta == 1 else (0, 10 if accuracy >= plain else -18),
+            xytext=(9, 5) if beta == 1 else (34, 26),
             textcoords="offset points",
-            ha="left" if beta == 1 else "center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8} if beta != 1 else None,
+            zorder=6,
             annotation_clip=False,
             fontsize=9,
             fontweight="bold",

@@ -51,7 +51,9 @@ def search_beta(
     All betas share one pass over the training and validation images, as long as their features fit ``memory_limit``;
     otherwise there are as many passes as it takes, with the same result. Under ``torchrun`` the batches are dealt to
     the processes and the result is every process's. It is the same, bit for bit, as one process's with the same number
-    of threads; another number of threads may round convolutions differently, by about 1e-6.
+    of threads; with another number of threads, torch may round some operations differently.
+
+    Where the plain network is not beta = 1 (SiLU and GELU networks), it takes part as a candidate of its own.
 
     Args:
         model: any network with ReLU-like activations. It is left as it was.
