@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+import ctkernels
 from ctkernels._files import write_text
 from ctkernels.recipes import (
     Preprocess,
@@ -79,7 +80,8 @@ def main() -> int:
         print(f"error: {o.draws} draws need more images than there are, {len(learn)} and {len(test)}", file=sys.stderr)
         return 2
     print(f"MobileNetV2 (ImageNet weights, frozen) on Fashion-MNIST ({images.source})")
-    print(f"{o.draws} draws of {o.train} train, {o.val} validation, {o.test} test images, at 64 pixels", flush=True)
+    print(f"{o.draws} draws of {o.train} train, {o.val} validation, {o.test} test images, at 64 pixels")
+    print(f"what serves the CT unit here: {ctkernels.explain(torch.empty(1, 32, 32, 32))}", flush=True)
     results = []
     for draw in range(o.draws):
         here = learn[draw * pool : (draw + 1) * pool]

@@ -438,3 +438,18 @@ def test_require(monkeypatch):
     assert require("json", "recipes", "this") is __import__("json")
     with pytest.raises(ImportError, match=r'the picture needs no_such, .* pip install "ctkernels\[recipes\]"'):
         require("no_such.thing", "recipes", "the picture")
+
+
+def test_the_core_imports_without_the_extras():
+    """The recipes can be imported, and their help read, with torch alone."""
+    blocked = ("numpy", "sklearn", "matplotlib", "tqdm", "PIL", "torchvision", "timm", "safetensors", "threadpoolctl")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))\n"
+        "import ctkernels.recipes\n"
+        "from ctkernels import cli\n"
+        "sys.exit(cli.main(['steer', 'nowhere', '--model', 'resnet18']))"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert "the picture needs matplotlib" in done.stderr
+    assert 'pip install "ctkernels[recipes]"' in done.stderr

@@ -78,7 +78,8 @@ def check_probe(kind: str, l2: float) -> None:
         raise ValueError(f"probe must be one of {list(PROBES)}, got {kind!r}")
     if not (math.isfinite(l2) and l2 > 0):
         raise ValueError(f"l2 must be a positive number, got {l2}")
-    require("numpy", "recipes", "a linear probe")
+    for module in ("numpy", "threadpoolctl"):
+        require(module, "recipes", "a linear probe")
     if kind == "logistic":
         require("sklearn.linear_model", "recipes", "the logistic probe")
 

@@ -286,7 +286,7 @@ def _score(
     recipe: tuple[str, float, int],
 ) -> None:
     """Fit probes for ``betas`` on their features (train, then val); add their validation accuracy to ``scores``."""
-    threadpoolctl = require("threadpoolctl", "recipes", "the logistic probe")
+    threadpoolctl = require("threadpoolctl", "recipes", "a linear probe")
     n = len(labels["train"])
 
     def fit(x: Tensor) -> _Score:
