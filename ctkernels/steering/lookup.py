@@ -15,6 +15,7 @@ from .activations import FUNCTIONS, OUTSIDE, Use, read_module
 
 UNKNOWN: Any = object()
 CLAMPS = ("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_")
+_NAMING = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler, ast.MatchAs, ast.MatchStar)
 _WORDS = {*FUNCTIONS.values(), *OUTSIDE.values(), *CLAMPS}
 
 
@@ -107,9 +108,7 @@ def bound_names(tree: ast.AST) -> tuple[set[str], dict[str, Any]]:
             bound.add(node.arg)
         elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
             bound.add(node.id)
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node is not tree:
-            bound.add(node.name)
-        elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
+        elif isinstance(node, _NAMING) and node.name and node is not tree:
             bound.add(node.name)
         elif isinstance(node, ast.Import):
             for alias in node.names:
