@@ -19,7 +19,7 @@ from torch import nn
 
 from . import unit
 from .activations import FORMS, FUNCTIONS, METHODS, MODULES, OUTSIDE, Use, read_module
-from .lookup import CLAMPS, UNKNOWN, bound_names, direct_activations, is_listed, is_torch, lookup, member, mentions
+from .lookup import CLAMPS, UNKNOWN, bound_names, code_names, direct_activations, is_listed, is_torch, lookup, member, mentions
 from .source import NoSource, compile_function, copy_function, parse_function
 
 _RUNTIME: dict[str, Any] = {
@@ -96,9 +96,27 @@ class ClassCode:
 
     # -- copies
 
+    def mentions(self, function: types.FunctionType, seen: frozenset[types.FunctionType] = frozenset()) -> bool:
+        """Whether ``function`` can contain a call, also by way of what it finds in its class."""
+        if mentions(function, self.memo):
+            return True
+        names = code_names(function.__code__)
+        bases = self.cls.__mro__ if "super" in names else ()
+        inherited = [base.__dict__[name] for base in bases for name in names if name in base.__dict__]
+        static = [inspect.getattr_static(self.cls, name, None) for name in names]
+        own = [found.__func__ for found in static if isinstance(found, staticmethod)]
+        if any(is_listed(found, FUNCTIONS) for found in (*static, *own)):
+            return True
+        seen |= {function}
+        return any(
+            self.mentions(found, seen)
+            for found in (*own, *inherited)
+            if isinstance(found, types.FunctionType) and found not in seen
+        )
+
     def method(self, function: types.FunctionType) -> types.FunctionType | None:
         """A copy that takes its knobs from its first argument; None where there is nothing to redirect."""
-        if not mentions(function, self.memo):
+        if not self.mentions(function):
             return None
         if isinstance(getattr(function, "__wrapped__", None), types.FunctionType):
             return self._rewrap(function)
@@ -110,7 +128,7 @@ class ClassCode:
             self._helpers[function] = None
             if isinstance(getattr(function, "__wrapped__", None), types.FunctionType):
                 self.report(function.__wrapped__, "it is in a decorated helper function")  # type: ignore[attr-defined]
-            elif mentions(function, self.memo):
+            elif self.mentions(function):
                 name, cell = f"_ctu_helper_{len(self._helpers)}", types.CellType()
                 self._helpers[function], self.extras[name] = name, cell  # now: a recursive function finds itself
                 copy = self._rewrite(function, helper=True)

@@ -39,7 +39,8 @@ def parse_function(function: types.FunctionType) -> tuple[ast.Module, ast.Functi
             argument.annotation = None
     factory = ast.parse("def _ctu_factory(): pass").body[0]
     assert isinstance(factory, ast.FunctionDef)
-    factory.body = [definition]
+    # The definition must not make its own name local to the factory: a recursive function finds itself as it did.
+    factory.body = [definition] if definition.name in code.co_freevars else [ast.Global([definition.name]), definition]
     owner = function.__qualname__.split(".")[-2:-1]
     body: ast.stmt = factory
     if owner and owner[0].isidentifier():  # so that self.__name is mangled as it was

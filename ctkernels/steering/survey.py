@@ -96,6 +96,9 @@ class _Survey:
                 self.graph(name, module)
             else:
                 self.module(name, tuple(aliases), module)
+        for module in self.names:
+            if isinstance(module, nn.TransformerEncoderLayer):
+                self.fast_path(module)
 
     # -- one module
 
@@ -117,8 +120,6 @@ class _Survey:
             self.plan.swaps.append(Swap(module, cls, keys, None))
         found = before != (len(self.plan.sites), len(self.plan.missed), len(self.plan.skipped))
         self.near_miss(name, module, read, found)
-        if isinstance(module, nn.TransformerEncoderLayer):
-            self.fast_path(module)
 
     def activation_module(self, name: str, aliases: tuple[str, ...], module: nn.Module, use: Use) -> None:
         if use.activation not in self.selection:
