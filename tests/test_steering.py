@@ -58,7 +58,7 @@ def assert_same(before, after):
     assert all(torch.equal(before[1][key], after[1][key]) for key in before[1])
 
 
-# ------------------------------------------------------------------------------------------------------------- finding
+# -------------------------------------------------------------------------------------------------------------- finding
 
 
 @pytest.mark.parametrize("cls", FUNCTIONAL, ids=lambda cls: cls.__name__)
@@ -237,14 +237,23 @@ def test_outside_the_family_is_skipped_without_a_warning():
     assert [s.name for s in handle.sites] == ["relu"]
     names = sorted(skipped.name for skipped in handle.skipped)
     assert names == sorted(
-        [*(f"acts.{i}" for i in range(6)), "forward:elu", "forward:gelu", "forward:relu6", "forward:silu", "forward:relu"]
+        [
+            *(f"acts.{i}" for i in range(6)),
+            "forward:elu",
+            "forward:gelu",
+            "forward:relu6",
+            "forward:silu",
+            "forward:relu",
+        ]
     )
 
 
 def test_no_site_is_an_error_that_lists_near_misses():
     model = nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.ELU())
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"(?s)expected Sequential to have an activation among relu.* 1 .*gelu.* 2 .*elu"):
+    with pytest.raises(
+        ValueError, match=r"(?s)expected Sequential to have an activation among relu.* 1 .*gelu.* 2 .*elu"
+    ):
         steer(model, 0.9)
     with pytest.raises(ValueError, match="got none, and no near miss"):
         steer(nn.Linear(2, 2), 0.9)
@@ -373,7 +382,7 @@ def test_steering_twice_is_an_error():
         handle_of(model)
 
 
-# ------------------------------------------------------------------------------------------------------------- the knobs
+# ------------------------------------------------------------------------------------------------------------ the knobs
 
 
 def test_values_by_pattern():
@@ -439,7 +448,7 @@ def test_integer_input_goes_to_the_original_function():
     assert torch.equal(model(x), torch.relu(x))
 
 
-# ------------------------------------------------------------------------------------------------------------ in-place
+# ------------------------------------------------------------------------------------------------------------- in-place
 
 
 class SkipAfterInplace(nn.Module):
@@ -486,7 +495,7 @@ def test_checkpointed_recomputation_is_steered(units):
     assert len(units) == 3 * count
 
 
-# ----------------------------------------------------------------------------------------------- compile, copy and pickle
+# --------------------------------------------------------------------------------------------- compile, copy and pickle
 
 
 @pytest.mark.parametrize("cls", [ConvNet, Containers, steered_models.Helper, steered_models.Nested])

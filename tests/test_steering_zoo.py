@@ -88,14 +88,12 @@ def cheap_init(monkeypatch):
             flat[whole:].copy_(row[: tensor.numel() - whole])
         return tensor
 
-    for name in ("normal_", "uniform_", "trunc_normal_", "xavier_uniform_", "xavier_normal_"):
-        monkeypatch.setattr(nn.init, name, fill)
-    for name in ("kaiming_uniform_", "kaiming_normal_"):
+    for name in ("normal_", "uniform_", "trunc_normal_", "xavier_uniform_", "kaiming_uniform_", "kaiming_normal_"):
         monkeypatch.setattr(nn.init, name, fill)
     torch.manual_seed(0)
 
 
-# ----------------------------------------------------------------------------------------------------------- torchvision
+# ---------------------------------------------------------------------------------------------------------- torchvision
 
 SHARED = 3  # a torchvision ResNet block has one ReLU module, called twice (18, 34) or three times
 SMALLEST = {"maxvit_t": 224, "inception_v3": 75}
@@ -138,9 +136,11 @@ def test_torchvision(name, cheap_init, monkeypatch):
         else:
             assert extra == 0
     else:
-        with pytest.raises(ValueError, match="(?s)got these near misses:.*(gelu|silu)"):
+        with pytest.raises(ValueError, match=r"(?s)got these near misses:.*(gelu|silu)"):
             ctkernels.steer(model, 0.9)
-    # SiLU and GELU are neutral to rounding: tight where a network does not amplify it.
+    # SiLU and GELU are neutral to rounding, which deep networks with random weights amplify: to all digits in one case.
+    if name.startswith("efficientnet"):
+        model, x = model.double(), x.double()
     check(model, lambda: model(x), monkeypatch, list(ACTIVATIONS), rtol=1e-3, atol=1e-4)
 
 
@@ -153,12 +153,12 @@ def test_torchvision_functional_calls(cheap_init):
         assert (found.count("module"), found.count("functional")) == kinds
 
 
-# ---------------------------------------------------------------------------------------------------------- transformers
+# --------------------------------------------------------------------------------------------------------- transformers
 
 
 def language(cls, config, **sizes):
     def build(transformers):
-        made = getattr(transformers, config)(vocab_size=99, bos_token_id=None, eos_token_id=None, **sizes)
+        made = getattr(transformers, config)(vocab_size=99, bos_token_id=0, eos_token_id=2, **sizes)
         model = getattr(transformers, cls)(made)
         return model, lambda: model(input_ids=torch.arange(8)[None])
 
@@ -217,7 +217,7 @@ def test_transformers(name, monkeypatch):
     assert len(handle.sites) == sites
 
 
-# ------------------------------------------------------------------------------------------------------------------ timm
+# ----------------------------------------------------------------------------------------------------------------- timm
 
 TIMM = {
     "resnet18": ("relu", 64),

@@ -19,7 +19,18 @@ from torch import nn
 
 from . import unit
 from .activations import FORMS, FUNCTIONS, METHODS, MODULES, OUTSIDE, Use, read_module
-from .lookup import CLAMPS, UNKNOWN, bound_names, code_names, direct_activations, is_listed, is_torch, lookup, member, mentions
+from .lookup import (
+    CLAMPS,
+    UNKNOWN,
+    bound_names,
+    code_names,
+    direct_activations,
+    is_listed,
+    is_torch,
+    lookup,
+    member,
+    mentions,
+)
 from .source import NoSource, compile_function, copy_function, parse_function
 
 _RUNTIME: dict[str, Any] = {
