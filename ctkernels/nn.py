@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class Knobs(nn.Module):
                 number = unit_interval(name, value)
                 self.register_buffer(name, torch.tensor(number, dtype=torch.float32, device=device), persistent)
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name in ("beta", "coeff") and name in self.__dict__.get("_buffers", {}):
             number = unit_interval(name, value)
             with torch.no_grad():
@@ -176,9 +177,9 @@ class CTU(nn.Module):
 class TrainableCTU(nn.Module):
     """The CT unit with a learned (beta, coeff) per channel.
 
-    The parameters are ``raw_beta`` and ``raw_coeff``, float32 vectors of logits: beta = sigmoid(raw_beta). They, and their
-    gradients, stay float32 under ``.half()``, ``.bfloat16()`` and ``.double()``. ``unit.beta`` and ``unit.coeff`` read
-    the values they stand for.
+    The parameters are ``raw_beta`` and ``raw_coeff``, float32 vectors of logits: beta = sigmoid(raw_beta). They, and
+    their gradients, stay float32 under ``.half()``, ``.bfloat16()`` and ``.double()``. ``unit.beta`` and
+    ``unit.coeff`` read the values they stand for.
 
     Args:
         num_channels: length of ``channel_dim`` in the inputs.
@@ -191,8 +192,8 @@ class TrainableCTU(nn.Module):
     Shape: any with ``num_channels`` at ``channel_dim``, floating point; the output has the input's shape and dtype.
 
     Raises:
-        ValueError: ``num_channels`` below 1, an initial value outside (0, 1), an unknown activation, or, at the call, an
-            input whose ``channel_dim`` has another length.
+        ValueError: ``num_channels`` below 1, an initial value outside (0, 1), an unknown activation, or, at the call,
+            an input whose ``channel_dim`` has another length.
 
     Example::
 
@@ -222,7 +223,9 @@ class TrainableCTU(nn.Module):
         for name, value in (("beta", beta), ("coeff", coeff)):
             number = unit_interval(name, value)
             if number in (0.0, 1.0):
-                raise ValueError(f"{name}: expected a number strictly between 0 and 1 (its logit is learned), got {value}")
+                raise ValueError(
+                    f"{name}: expected a number strictly between 0 and 1 (its logit is learned), got {value}"
+                )
             logit = math.log(number) - math.log1p(-number)
             raw = torch.full((num_channels,), logit, dtype=torch.float32, device=device)
             self.register_parameter(f"raw_{name}", nn.Parameter(raw))
@@ -266,7 +269,7 @@ class TrainableCTU(nn.Module):
 
 
 def unit_interval(name: str, value: object) -> float:
-    """``value`` as a float, if it is a number or 0-d tensor in [0, 1] without a gradient; else an error that names it."""
+    """``value`` as a float, if it is a number or 0-d tensor in [0, 1] without a gradient; else an error."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise ValueError(

@@ -50,7 +50,7 @@ def select(activations: str | Iterable[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-# --------------------------------------------------------------------------------------------------------------- modules
+# -------------------------------------------------------------------------------------------------------------- modules
 
 
 class Use(NamedTuple):
@@ -61,7 +61,7 @@ class Use(NamedTuple):
 
 
 class NearMiss(NamedTuple):
-    """Something that looks like an activation and is not steered. ``family``: it would be, were it written otherwise."""
+    """Something like an activation that is not steered. ``family``: it would be, were it written otherwise."""
 
     reason: str
     family: bool = False
@@ -127,7 +127,7 @@ def read_module(module: nn.Module) -> Use | NearMiss | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------- functions
+# ------------------------------------------------------------------------------------------------------------ functions
 
 
 class Arguments(NamedTuple):

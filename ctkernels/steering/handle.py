@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -31,17 +31,22 @@ def steer(
     helper functions) by reading the source of the model's methods. Nothing is run. What belongs to the selected
     activations and cannot be steered is named in ``handle.missed``, with a warning.
 
-    The model stays the same object, with the same parameters, hooks and ``state_dict``. It can be compiled, cast, moved,
-    copied and pickled; beta and coeff stay float32. A copy is steered on its own: :func:`handle_of` gives its handle.
+    The model stays the same object, with the same parameters, hooks and ``state_dict``. It can be compiled, cast,
+    moved, copied and pickled; beta and coeff stay float32. A copy is steered on its own: :func:`handle_of` gives its
+    handle.
 
-    ``beta`` and ``coeff`` are numbers in [0, 1] for all sites, or mappings from patterns to numbers. A pattern is matched
-    (as by ``fnmatch``) against a site's name, with and without ":activation" at its end: ``{"layer1.*": 0.9}``,
-    ``{"*:gelu": 0.5}``. Of several that match the last one counts; a site that none matches is left at its neutral point,
-    where the unit is the original activation.
+    ``beta`` and ``coeff`` are numbers in [0, 1] for all sites, or mappings from patterns to numbers. A pattern is
+    matched (as by ``fnmatch``) against a site's name, with and without ":activation" at its end: ``{"layer1.*": 0.9}``,
+    ``{"*:gelu": 0.5}``. Of several that match the last one counts; a site that none matches is left at its neutral
+    point, where the unit is the original activation.
 
-    What the numbers mean depends on the activation. The ReLU family is neutral at beta = 1, with any coeff. SiLU and GELU
-    are neutral at beta = 0.5, coeff = 1 (quick GELU at beta = 0.6299, coeff = 1); beta = 1 makes a ReLU of them. So one
-    number for a model that mixes both is rarely what you want: give a mapping.
+    What the numbers mean depends on the activation. The ReLU family is neutral at beta = 1, with any coeff. SiLU and
+    GELU are neutral at beta = 0.5, coeff = 1 (quick GELU at beta = 0.6299, coeff = 1); beta = 1 makes a ReLU of them.
+    So one number for a model that mixes both is rarely what you want: give a mapping.
+
+    Limits: a multi-head ``nn.TransformerEncoderLayer`` whose activation is steered leaves its fused inference path,
+    which would go past the unit; its outputs then have the rounding of the ordinary path. Activations chosen at run
+    time from containers, or called by objects that are no modules, cannot be seen in the source.
 
     Args:
         model: any module; nothing in it may be steered already.
@@ -69,7 +74,9 @@ def steer(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     selection = select(activations)
     if is_steered(model):
-        raise ValueError("model: expected one that is not steered, got one that is; set handle.beta, or handle.remove()")
+        raise ValueError(
+            "model: expected one that is not steered, got one that is; set handle.beta, or handle.remove()"
+        )
     plan = survey(model, selection)
     if not plan.sites:
         raise ValueError(_nothing_found(model, selection, plan))
@@ -80,7 +87,8 @@ def steer(
     handle._write("beta", beta, values[0])
     handle._write("coeff", coeff, values[1])
     if plan.missed:
-        warnings.warn(f"steer: {len(plan.missed)} activations are not steered:\n{_lines(plan.missed)}", stacklevel=2)
+        listed = _lines(plan.missed, limit=10)
+        warnings.warn(f"steer: {len(plan.missed)} activations are not steered (handle.missed):\n{listed}", stacklevel=2)
     return handle
 
 
@@ -97,7 +105,9 @@ def handle_of(model: nn.Module) -> Steering:
     """
     handle = model.__dict__.get(_HANDLE)
     if handle is None:
-        raise ValueError(f"model: expected one that steer() was called on, got a {type(model).__name__} without a handle")
+        raise ValueError(
+            f"model: expected one that steer() was called on, got a {type(model).__name__} without a handle"
+        )
     return handle
 
 
@@ -201,12 +211,13 @@ def _matches(site: Site, pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) or fnmatchcase(f"{name}:{site.activation}", pattern) for name in names)
 
 
-def _lines(records: Iterable[Miss]) -> str:
-    return "\n".join(f"    {r.name} ({r.activation}{', ' + r.where if r.where else ''}): {r.reason}" for r in records)
+def _lines(records: Sequence[Miss], limit: int | None = None) -> str:
+    lines = [f"    {r.name} ({r.activation}{', ' + r.where if r.where else ''}): {r.reason}" for r in records[:limit]]
+    return "\n".join(lines + ([f"    and {len(records) - len(lines)} more"] if len(lines) < len(records) else []))
 
 
 def _nothing_found(model: nn.Module, selection: frozenset[str], plan: Plan) -> str:
     wanted = ", ".join(name for name in ACTIVATIONS if name in selection)
     near = [*plan.missed, *plan.skipped]
-    found = f"got these near misses:\n{_lines(near)}" if near else "got none, and no near miss"
+    found = f"got these near misses:\n{_lines(near, limit=20)}" if near else "got none, and no near miss"
     return f"model: expected {type(model).__name__} to have an activation among {wanted}; {found}"

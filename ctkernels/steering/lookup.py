@@ -11,11 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from .activations import FUNCTIONS, OUTSIDE, Use, read_module
+from .activations import FUNCTIONS, MODULES, OUTSIDE, Use, read_module
 
 UNKNOWN: Any = object()
 CLAMPS = ("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_")
-_WORDS = {*FUNCTIONS.values(), *OUTSIDE.values(), *CLAMPS}
+_NAMING = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler, ast.MatchAs, ast.MatchStar)
+_CLASSES = {path.rpartition(".")[2] for path, row in MODULES.items() if isinstance(row, Use)}
+_WORDS = {*FUNCTIONS.values(), *OUTSIDE.values(), *CLAMPS, *_CLASSES}
 
 
 def is_torch(module_name: str | None) -> bool:
@@ -56,6 +58,15 @@ def is_activation(target: Any) -> bool:
     return is_listed(target, FUNCTIONS)
 
 
+def code_names(code: types.CodeType) -> set[str]:
+    """Every global, attribute and closure name in a function's code and in the functions nested in it."""
+    names = {*code.co_names, *code.co_freevars}
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            names |= code_names(const)
+    return names
+
+
 def mentions(function: types.FunctionType, memo: dict[types.FunctionType, bool]) -> bool:
     """Whether ``function``, or a function outside torch that it names, can contain an activation call.
 
@@ -71,7 +82,7 @@ def mentions(function: types.FunctionType, memo: dict[types.FunctionType, bool])
         if current in seen or current in memo:
             continue
         seen.add(current)
-        names = _code_names(current.__code__)
+        names = code_names(current.__code__)
         targets = list(_named(current, names))
         if names & _WORDS or any(is_activation(target) for target in targets):
             memo[function] = memo[current] = True
@@ -107,9 +118,7 @@ def bound_names(tree: ast.AST) -> tuple[set[str], dict[str, Any]]:
             bound.add(node.arg)
         elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
             bound.add(node.id)
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node is not tree:
-            bound.add(node.name)
-        elif isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and node.name:
+        elif isinstance(node, _NAMING) and node.name and node is not tree:
             bound.add(node.name)
         elif isinstance(node, ast.Import):
             for alias in node.names:
@@ -122,17 +131,11 @@ def bound_names(tree: ast.AST) -> tuple[set[str], dict[str, Any]]:
     return bound, {name: target for name, target in imported.items() if name not in bound}
 
 
-def _code_names(code: types.CodeType) -> set[str]:
-    names = {*code.co_names, *code.co_freevars}
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            names |= _code_names(const)
-    return names
-
-
 def _named(function: types.FunctionType, names: set[str]) -> Iterator[Any]:
     for name in names:
         target = lookup(function, name)
         yield target
         if isinstance(target, types.ModuleType) and not is_torch(target.__name__):
             yield from (member(target, attribute) for attribute in names)
+        elif isinstance(target, type) and not is_torch(target.__module__):
+            yield from (found for attribute in names if callable(found := target.__dict__.get(attribute)))

@@ -8,12 +8,9 @@ original, which is left alone. It is plain Python: compilers trace it, and no ho
 
 from __future__ import annotations
 
-import __future__
-
 import ast
 import functools
 import inspect
-import sys
 import types
 from collections import Counter
 from typing import Any, NamedTuple
@@ -22,11 +19,20 @@ from torch import nn
 
 from . import unit
 from .activations import FORMS, FUNCTIONS, METHODS, MODULES, OUTSIDE, Use, read_module
-from .lookup import CLAMPS, UNKNOWN, bound_names, direct_activations, is_listed, is_torch, lookup, member, mentions
-
-_FEATURES = functools.reduce(
-    lambda flags, name: flags | getattr(__future__, name).compiler_flag, __future__.all_feature_names, 0
+from .lookup import (
+    CLAMPS,
+    UNKNOWN,
+    bound_names,
+    code_names,
+    direct_activations,
+    is_listed,
+    is_torch,
+    lookup,
+    member,
+    mentions,
 )
+from .source import NoSource, compile_function, copy_function, parse_function
+
 _RUNTIME: dict[str, Any] = {
     "_ctu_partial": functools.partial,
     "_ctu_function": unit.call_function,
@@ -36,16 +42,12 @@ _RUNTIME: dict[str, Any] = {
 
 
 class Call(NamedTuple):
-    """An activation in source code. ``key`` is unique in its class: the function's name, numbered from the second on."""
+    """An activation in source code. ``key`` is unique in its class: the function's name, numbered from the second."""
 
     key: str
     activation: str
     where: str
     reason: str = ""
-
-
-class NoSource(Exception):
-    """The source of a function cannot be used; the message says why."""
 
 
 class ClassCode:
@@ -105,21 +107,39 @@ class ClassCode:
 
     # -- copies
 
+    def mentions(self, function: types.FunctionType, seen: frozenset[types.FunctionType] = frozenset()) -> bool:
+        """Whether ``function`` can contain a call, also by way of what it finds in its class."""
+        if mentions(function, self.memo):
+            return True
+        names = code_names(function.__code__)
+        bases = self.cls.__mro__ if "super" in names else ()
+        inherited = [base.__dict__[name] for base in bases for name in names if name in base.__dict__]
+        static = [inspect.getattr_static(self.cls, name, None) for name in names]
+        own = [found.__func__ for found in static if isinstance(found, staticmethod)]
+        if any(is_listed(found, FUNCTIONS) for found in (*static, *own)):
+            return True
+        seen |= {function}
+        return any(
+            self.mentions(found, seen)
+            for found in (*own, *inherited)
+            if isinstance(found, types.FunctionType) and found not in seen
+        )
+
     def method(self, function: types.FunctionType) -> types.FunctionType | None:
         """A copy that takes its knobs from its first argument; None where there is nothing to redirect."""
-        if not mentions(function, self.memo):
+        if not self.mentions(function):
             return None
         if isinstance(getattr(function, "__wrapped__", None), types.FunctionType):
             return self._rewrap(function)
         return self._rewrite(function, helper=False)
 
     def helper(self, function: types.FunctionType) -> str | None:
-        """The name under which rewritten code finds a copy of ``function`` with the owner as an extra first argument."""
+        """The name by which rewritten code finds a copy of ``function`` that takes the owner as a first argument."""
         if function not in self._helpers:
             self._helpers[function] = None
             if isinstance(getattr(function, "__wrapped__", None), types.FunctionType):
                 self.report(function.__wrapped__, "it is in a decorated helper function")  # type: ignore[attr-defined]
-            elif mentions(function, self.memo):
+            elif self.mentions(function):
                 name, cell = f"_ctu_helper_{len(self._helpers)}", types.CellType()
                 self._helpers[function], self.extras[name] = name, cell  # now: a recursive function finds itself
                 copy = self._rewrite(function, helper=True)
@@ -142,11 +162,11 @@ class ClassCode:
             return None
         for place in places:
             cells[place] = types.CellType(copy)
-        return _copy(wrapper, wrapper.__code__, cells, copy)
+        return copy_function(wrapper, wrapper.__code__, cells, copy)
 
     def _rewrite(self, function: types.FunctionType, helper: bool) -> types.FunctionType | None:
         try:
-            tree, definition = _parse(function)
+            tree, definition = parse_function(function)
         except NoSource as error:
             self.report(function, str(error))
             return None
@@ -154,14 +174,16 @@ class ClassCode:
         rewriter.visit_body()
         if not rewriter.changed:
             return None
-        code = _compile(tree, function, definition.name)
+        code = compile_function(tree, function, self.extras)
         old = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
         cells = [self.extras[name] if name in self.extras else old[name] for name in code.co_freevars]
-        return _copy(function, code, cells)
+        return copy_function(function, code, cells)
 
 
 class _Rewriter(ast.NodeTransformer):
-    def __init__(self, scan: ClassCode, function: types.FunctionType, definition: ast.FunctionDef, helper: bool) -> None:
+    def __init__(
+        self, scan: ClassCode, function: types.FunctionType, definition: ast.FunctionDef, helper: bool
+    ) -> None:
         self.scan, self.function, self.definition = scan, function, definition
         self.bound, self.imported = bound_names(definition)
         self.changed = False
@@ -179,7 +201,9 @@ class _Rewriter(ast.NodeTransformer):
     def _is_rebound(self, name: str | None) -> bool:
         nodes = list(ast.walk(self.definition))
         arguments = sum(isinstance(node, ast.arg) and node.arg == name for node in nodes)
-        stores = sum(isinstance(node, ast.Name) and node.id == name and not isinstance(node.ctx, ast.Load) for node in nodes)
+        stores = sum(
+            isinstance(node, ast.Name) and node.id == name and not isinstance(node.ctx, ast.Load) for node in nodes
+        )
         return arguments > 1 or stores > 0
 
     def visit_body(self) -> None:
@@ -205,7 +229,9 @@ class _Rewriter(ast.NodeTransformer):
         return UNKNOWN
 
     def _is_super(self, node: ast.expr) -> bool:
-        return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args
+        return (
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args
+        )
 
     def _inherited(self, name: str) -> Any:
         mro = self.scan.cls.__mro__
@@ -230,10 +256,11 @@ class _Rewriter(ast.NodeTransformer):
             made = self.resolve(function.func)
             row = MODULES.get(f"{made.__module__}.{made.__qualname__}") if isinstance(made, type) else None
             if isinstance(row, Use):
-                self.scan.miss(self.function, row.activation, node.lineno, f"it makes a new {made.__name__} at every call")
-        if isinstance(function, ast.Attribute) and target is UNKNOWN and not self._is_own_attribute(function):
-            if function.attr in METHODS and not node.keywords and len(node.args) == (function.attr == "prelu"):
-                return self._method(node, function)
+                self.scan.miss(
+                    self.function, row.activation, node.lineno, f"it makes a new {made.__name__} at every call"
+                )
+        if isinstance(function, ast.Attribute) and target is UNKNOWN and self._is_tensor_method(node, function):
+            return self._method(node, function)
         if isinstance(function, ast.Attribute) and function.attr in CLAMPS:
             self._clamp(node, function.attr, is_method=target is UNKNOWN)
         return self.generic_visit(node)
@@ -304,14 +331,18 @@ class _Rewriter(ast.NodeTransformer):
 
     # -- details
 
-    def _is_own_attribute(self, node: ast.Attribute) -> bool:
-        return isinstance(node.value, ast.Name) and node.value.id == self.own
+    def _is_tensor_method(self, node: ast.Call, function: ast.Attribute) -> bool:
+        """By its name and arguments: ``self.relu(x)`` is none, ``x.relu()`` is one."""
+        of_self = isinstance(function.value, ast.Name) and function.value.id == self.own
+        arguments = 1 if function.attr == "prelu" else 0
+        return function.attr in METHODS and not of_self and not node.keywords and len(node.args) == arguments
 
     def _in_family(self, node: ast.Call, form: str) -> bool:
         """False only if literal arguments say so; others are looked at when the call is made."""
         try:
             positional = [ast.literal_eval(argument) for argument in node.args[1:]]
-            named = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg not in ("input", "inplace")}
+            keywords = {str(k.arg): k.value for k in node.keywords if k.arg not in ("input", "inplace")}
+            named = {name: ast.literal_eval(value) for name, value in keywords.items()}
             return FORMS[form.rstrip("_")].read(None, *positional, **named) is not None
         except (ValueError, TypeError):
             return True
@@ -321,8 +352,12 @@ class _Rewriter(ast.NodeTransformer):
         for argument, position in zip(("min", "max"), node.args[0 if is_method else 1 :]):
             values[argument] = position
         low = values.get("min")
-        if isinstance(low, ast.Constant) and low.value == 0 and "max" not in values:
-            self.scan.skip(self.function, "relu", node.lineno, f"{name} at 0 is a ReLU written otherwise, and is left alone")
+        # Elsewhere it is rarely an activation: paddings, lengths, probabilities.
+        in_forward = "forward" in self.function.__name__
+        if in_forward and isinstance(low, ast.Constant) and low.value == 0 and "max" not in values:
+            self.scan.skip(
+                self.function, "relu", node.lineno, f"{name} at 0 is a ReLU written otherwise, and is left alone"
+            )
 
 
 def _methods(cls: type) -> list[tuple[str, type]]:
@@ -348,74 +383,3 @@ def _contents(cell: types.CellType) -> Any:
 
 def _load(name: str) -> ast.Name:
     return ast.Name(name, ast.Load())
-
-
-def _parse(function: types.FunctionType) -> tuple[ast.Module, ast.FunctionDef]:
-    """The function's definition, inside a factory whose arguments stand for its closure; checked against its code."""
-    code = function.__code__
-    try:
-        lines, start = inspect.getsourcelines(code)
-        indented = lines[0][:1].isspace()
-        tree = ast.parse("".join(["if True:\n", *lines] if indented else lines))
-    except (OSError, SyntaxError, IndexError) as error:
-        raise NoSource("its source is not available") from error
-    definition = tree.body[0].body[0] if indented else tree.body[0]  # type: ignore[attr-defined]
-    if not isinstance(definition, ast.FunctionDef) or definition.name != code.co_name:
-        raise NoSource("only a plain function definition can be read, not a lambda or a coroutine")
-    ast.increment_lineno(tree, start - (2 if indented else 1))
-    definition.decorator_list, definition.returns = [], None  # already applied
-    for argument in ast.walk(definition.args):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
-    free = [*code.co_freevars, *(name for name in _RUNTIME if name not in code.co_freevars)]
-    factory = ast.parse(f"def _ctu_factory({', '.join(free)}): pass").body[0]
-    assert isinstance(factory, ast.FunctionDef)
-    factory.body = [definition]
-    owner = function.__qualname__.split(".")[-2:-1]
-    body: ast.stmt = factory
-    if owner and owner[0].isidentifier():  # so that self.__name is mangled as it was
-        body = ast.ClassDef(owner[0], bases=[], keywords=[], body=[factory], decorator_list=[], **_type_params())
-    module = ast.Module([body], [])
-    again = _compile(module, function, definition.name)
-    if _fingerprint(again) != _fingerprint(code):
-        raise NoSource("its source does not match the running code")
-    return module, definition
-
-
-def _fingerprint(code: types.CodeType) -> tuple[Any, ...]:
-    # Not co_code: the compiler calls `F.relu` with other instructions where it sees the import of F.
-    constants = [repr(const) for const in code.co_consts if not isinstance(const, types.CodeType)]
-    return code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, constants
-
-
-def _type_params() -> dict[str, Any]:
-    return {"type_params": []} if "type_params" in ast.ClassDef._fields else {}
-
-
-def _compile(tree: ast.Module, function: types.FunctionType, name: str) -> types.CodeType:
-    factory = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "_ctu_factory")
-    known = {argument.arg for argument in factory.args.args}
-    for node in ast.walk(factory):
-        if isinstance(node, ast.Name) and node.id.startswith("_ctu_") and node.id not in known and node.id != "_ctu_owner":
-            known.add(node.id)
-            factory.args.args.append(ast.arg(node.id))
-    ast.fix_missing_locations(tree)
-    code = compile(tree, function.__code__.co_filename, "exec", function.__code__.co_flags & _FEATURES, dont_inherit=True)
-    for wanted in ([] if tree.body[0] is factory else [tree.body[0].name]) + ["_ctu_factory", name]:  # type: ignore[attr-defined]
-        code = next(c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == wanted)
-    if sys.version_info >= (3, 11):
-        code = code.replace(co_qualname=function.__code__.co_qualname)
-    return code
-
-
-def _copy(
-    function: types.FunctionType, code: types.CodeType, cells: list[types.CellType], wrapped: Any = None
-) -> types.FunctionType:
-    copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, tuple(cells))
-    functools.update_wrapper(copy, function)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    if wrapped is None:
-        del copy.__wrapped__  # type: ignore[attr-defined]
-    else:
-        copy.__wrapped__ = wrapped  # type: ignore[attr-defined]
-    return copy

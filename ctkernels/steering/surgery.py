@@ -30,6 +30,9 @@ class Steered:
     _ctu_base: type[nn.Module]
     _ctu_selection: frozenset[str] | None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Deliberately not passed on: a registry of subclasses must not hear of a class that exists for a while."""
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[misc]
         for knobs in self._ctu.values():  # not children: they are in nobody's state_dict
@@ -60,7 +63,7 @@ _CLASSES: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
 
 
 def steered_class(base: type[nn.Module], selection: frozenset[str] | None, code: ClassCode | None = None) -> type:
-    """The steered subclass of ``base``: of an activation module (``selection`` None), or of one that calls activations."""
+    """The steered subclass of ``base``: an activation module (``selection`` None), or one that calls activations."""
     found = _CLASSES.get((base, selection))
     if found is not None:
         return found
@@ -72,7 +75,6 @@ def steered_class(base: type[nn.Module], selection: frozenset[str] | None, code:
     # The name and module of the original: print(model), wrapping policies and tracers go by them.
     namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     namespace |= {"_ctu_base": base, "_ctu_selection": selection}
-    # Metaclasses aside, `__init_subclass__` of a stranger must not hear of a class that only exists for a while.
     made = types.new_class(base.__name__, parents, exec_body=lambda space: space.update(namespace))
     _CLASSES[(base, selection)] = made
     return made
@@ -81,7 +83,7 @@ def steered_class(base: type[nn.Module], selection: frozenset[str] | None, code:
 def _new(base: type[nn.Module], selection: frozenset[str] | None) -> Any:
     """An empty steered module: where copying and unpickling start."""
     cls = steered_class(base, selection)
-    return cls.__new__(cls)
+    return cls.__new__(cls)  # type: ignore[call-overload]
 
 
 class Swap(NamedTuple):
@@ -133,6 +135,6 @@ def undo(modules: list[nn.Module], edits: list[Edit]) -> None:
     for edit in reversed(edits):
         getattr(edit.owner, edit.space)[edit.name] = edit.old
     for module in modules:
-        module.__class__ = type(module)._ctu_base  # type: ignore[attr-defined, assignment]
+        module.__class__ = type(module)._ctu_base  # type: ignore[attr-defined]
         for name in ("_ctu", "_ctu_use"):
             module.__dict__.pop(name, None)

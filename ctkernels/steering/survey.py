@@ -96,6 +96,9 @@ class _Survey:
                 self.graph(name, module)
             else:
                 self.module(name, tuple(aliases), module)
+        for module in self.names:
+            if isinstance(module, nn.TransformerEncoderLayer):
+                self.fast_path(module)
 
     # -- one module
 
@@ -117,8 +120,6 @@ class _Survey:
             self.plan.swaps.append(Swap(module, cls, keys, None))
         found = before != (len(self.plan.sites), len(self.plan.missed), len(self.plan.skipped))
         self.near_miss(name, module, read, found)
-        if isinstance(module, nn.TransformerEncoderLayer):
-            self.fast_path(module)
 
     def activation_module(self, name: str, aliases: tuple[str, ...], module: nn.Module, use: Use) -> None:
         if use.activation not in self.selection:
@@ -163,6 +164,9 @@ class _Survey:
             key = f".{attribute}"
             steered = functools.partial(unit.call_function, module, key, form, call)
             if isinstance(value, functools.partial):
+                if FORMS[form.rstrip("_")].read(*(value.args or (None,)), **value.keywords) is None:
+                    self.skip(label, activation, "its arguments put it outside the family")
+                    return
                 steered = functools.partial(steered, *value.args, **value.keywords)
             kind = type(module).__name__
             keys[key] = self.site(Site(f"{label}:{activation}", "functional", activation, kind))
@@ -203,10 +207,12 @@ class _Survey:
             records.append(Miss(name, kind.lower(), reason))
 
     def fast_path(self, module: nn.TransformerEncoderLayer) -> None:
-        """In inference the layer may call one fused kernel, past its activation: unless this flag says it has another."""
+        """In inference the layer may call a fused kernel, past its activation, unless this flag says it has another."""
         sites = {swap.module for swap in self.plan.swaps}
         activation = vars(module).get("activation", module._modules.get("activation"))
-        if (module in sites or activation in sites or _is_edited(self.plan.edits, module)) and module.activation_relu_or_gelu:
+        if (
+            module in sites or activation in sites or _is_edited(self.plan.edits, module)
+        ) and module.activation_relu_or_gelu:
             self.plan.edits.append(
                 Edit(module, "__dict__", "activation_relu_or_gelu", module.activation_relu_or_gelu, 0)
             )
