@@ -11,12 +11,11 @@ enum class CtuKind : int { kLogistic = 0, kLeaky = 1, kRelu6 = 2, kGaussian = 3 
 
 // Per-channel constants, derived once per channel in double precision. `k(field)` reads one.
 enum CtuField : int {
-  kTHi, kTLo, kTLimit,  // decay rate of the SiLU branch: t = beta a / s
-  kUHi, kULo, kULimit,  // decay rate of the softplus branch: u = a / s
-  kC, kC1,              // coeff, 1 - coeff
-  kS, kInvS, kEta,      // s, 1 / s, beta / s
-  kBetaGain,            // coeff (1 + eps)
-  kSlope, kReach,       // leaky only: slope, 1 - slope
+  kTHi, kTLo, kTLimit,   // decay rate of the SiLU branch: t = beta a / s
+  kUHi, kULo, kULimit,   // decay rate of the softplus branch: u = a / s
+  kC, kC1, kNegC, kC1S,  // coeff, 1 - coeff, -coeff, (1 - coeff) s
+  kEta,                  // beta / s
+  kSlope, kReach,        // leaky only: slope, 1 - slope
   kCtuFields
 };
 
@@ -33,13 +32,32 @@ inline CtuKnobs ctu_knobs(double beta, double coeff, bool raw, double eps) {
   return {b, b1 + eps, c, b * b1, c * c1};
 }
 
-template <class T, CtuKind kind>
+// From one channel's sums (Ctu::Grads::sums times dy, added up) to the gradients of the given beta and coeff.
+struct CtuGradients {
+  double beta, coeff;
+};
+inline CtuGradients ctu_parameter_gradients(const CtuKnobs& v, CtuKind kind, double slope, double eps, const double* sums) {
+  const double inv_s = v.s > 0 ? 1.0 / v.s : 0.0, c1 = 1.0 - v.coeff;
+  const double silu = v.coeff * (1.0 + eps) * inv_s * inv_s * sums[0];
+  double beta, coeff;
+  if (kind == CtuKind::kGaussian) {
+    beta = silu - c1 * sums[2];
+    coeff = -(sums[1] + v.s * sums[2] - sums[3]);
+  } else {
+    beta = silu - c1 * (sums[2] + inv_s * sums[3]);
+    coeff = -(sums[1] + v.s * sums[2]);
+  }
+  const double sign = kind == CtuKind::kLeaky && slope > 1.0 ? -1.0 : 1.0;
+  return {sign * beta * v.dbeta, sign * coeff * v.dcoeff};
+}
+
+template <class T, CtuKind kind, class Math = Exact>
 struct Ctu {
   static constexpr int kFields = kCtuFields;
-  static constexpr int kSums = kind == CtuKind::kLeaky ? 3 : 2;  // dbeta, dcoeff, dslope
+  static constexpr int kSums = kind == CtuKind::kLeaky ? 5 : 4;
 
   // Writes field i to out[i * stride].
-  static void derive(const CtuKnobs& v, double slope, double eps, T* out, int64_t stride) {
+  static void derive(const CtuKnobs& v, double slope, T* out, int64_t stride) {
     const double inv_s = v.s > 0 ? 1.0 / v.s : std::numeric_limits<double>::infinity();
     const double eta = v.beta == 0 ? 0.0 : v.beta * inv_s;
     Decay<T> t, u;
@@ -49,8 +67,8 @@ struct Ctu {
       t = make_decay<T>(v.s > 0 ? eta : inv_s), u = make_decay<T>(inv_s);
     }
     const bool smooth = t.limit >= 0 && u.limit >= 0;
-    const double fields[kCtuFields] = {t.hi, t.lo, t.limit, u.hi, u.lo, u.limit, v.coeff, 1.0 - v.coeff, v.s,
-                                       smooth ? inv_s : 0.0, smooth ? eta : 0.0, v.coeff * (1.0 + eps), slope, 1.0 - slope};
+    const double fields[kCtuFields] = {t.hi, t.lo, t.limit, u.hi, u.lo, u.limit, v.coeff, 1.0 - v.coeff, -v.coeff, (1.0 - v.coeff) * v.s,
+                                       smooth ? eta : 0.0, slope, 1.0 - slope};
     for (int i = 0; i < kCtuFields; ++i) out[i * stride] = static_cast<T>(fields[i]);
   }
 
@@ -69,8 +87,10 @@ struct Ctu {
     }
   }
 
+  // d/dw, and the terms whose sums over a channel, times the upstream gradient, make the parameter gradients: see
+  // ctu_parameter_gradients. Constant factors stay out of the sums.
   struct Grads {
-    T w, sums[3];  // d/dw; d/dbeta, d/dcoeff, d/dslope
+    T w, sums[kSums];
   };
 
   template <class K>
@@ -79,22 +99,22 @@ struct Ctu {
     if constexpr (kind == CtuKind::kRelu6) {
       const auto low = bump(a, k), high = bump(magnitude(w - T(6)), k);
       const T step = (w > T(0) ? T(1) - low.h : low.h) - (w > T(6) ? T(1) - high.h : high.h);
-      return {step, {low.beta - high.beta, low.coeff - high.coeff, T(0)}};
+      return {step, {low.s0 - high.s0, low.s1 - high.s1, low.s2 - high.s2, low.s3 - high.s3}};
     } else if constexpr (kind == CtuKind::kLeaky) {
       const auto b = bump(magnitude(k(kReach)) * a, k);
       const T fall = k(kReach) * b.h;  // phi' relative to the near branch's own slope
-      const bool up = w > T(0), flip = k(kReach) < T(0);
-      return {up ? T(1) - fall : k(kSlope) + fall,
-              {flip ? -b.beta : b.beta, flip ? -b.coeff : b.coeff, w * (up ? b.h : T(1) - b.h)}};
+      const bool up = w > T(0);
+      return {up ? T(1) - fall : k(kSlope) + fall, {b.s0, b.s1, b.s2, b.s3, w * (up ? b.h : T(1) - b.h)}};
     } else {
       const auto b = bump(a, k);
-      return {w > T(0) ? T(1) - b.h : b.h, {b.beta, b.coeff, T(0)}};
+      return {w > T(0) ? T(1) - b.h : b.h, {b.s0, b.s1, b.s2, b.s3}};
     }
   }
 
  private:
   struct Bump {
-    T delta, h, beta, coeff;  // delta and -d/da of it (as h), d/dbeta, d/dcoeff
+    T delta, h;        // the bump and -d/da of it
+    T s0, s1, s2, s3;  // terms of the parameter gradients
   };
 
   // A Gaussian decays as e^(-t^2/2): the rate is kept for t itself, and the limit is where the square reaches 125 ln 2.
@@ -110,25 +130,20 @@ struct Ctu {
   static CTK_HD Bump bump(T a, const K& k) {
     const Decay<T> dt{k(kTHi), k(kTLo), k(kTLimit)}, du{k(kUHi), k(kULo), k(kULimit)};
     const T at = capped(a, dt), au = capped(a, du);
-    const T tau = at * k(kEta), u = au * k(kInvS);
-    const T top = sizeof(T) == 4 ? T(1.8e19) : T(1e154);  // its square is still finite
-    T ut = at * k(kInvS);
-    ut = top < ut ? top : ut;
     if constexpr (kind == CtuKind::kGaussian) {
       const auto gt = gaussian_tail(a, at, dt), gu = gaussian_tail(a, au, du);
-      const T soft = gu.pdf - u * gu.cdf;
-      return {fused(k(kC1) * k(kS), soft, -(k(kC) * at) * gt.cdf),
-              fused(k(kC), gt.cdf - tau * gt.pdf, k(kC1) * gu.cdf),
-              k(kBetaGain) * (ut * (ut * gt.pdf)) - k(kC1) * gu.pdf,
-              -fused(at, gt.cdf, k(kS) * soft)};
+      const T aq = at * gt.cdf, ap = at * gt.pdf, uq = au * gu.cdf;
+      return {fused(k(kC1S), gu.pdf, fused(k(kNegC), aq, -k(kC1) * uq)),
+              fused(k(kC), fused(-k(kEta), ap, gt.cdf), k(kC1) * gu.cdf),
+              at * ap, aq, gu.pdf, uq};
     } else {
-      const T et = decay(a, at, dt), eu = decay(a, au, du);
+      const T et = Math::decay(a, at, dt), eu = Math::decay(a, au, du);
       const T pt = T(1) / (T(1) + et), pu = T(1) / (T(1) + eu);
-      const T qt = et * pt, qu = eu * pu, log_term = log1p_unit(eu);
-      return {fused(k(kC1) * k(kS), log_term, -(k(kC) * at) * qt),
-              fused(k(kC) * qt, fused(-tau, pt, T(1)), k(kC1) * qu),
-              k(kBetaGain) * (ut * (ut * (qt * pt))) - k(kC1) * fused(u, qu, log_term),
-              -fused(at, qt, k(kS) * log_term)};
+      const T qt = et * pt, qu = eu * pu, log_term = Math::log1p_unit(eu);
+      const T aq = at * qt, ap = at * pt;
+      return {fused(k(kC1S), log_term, k(kNegC) * aq),
+              fused(k(kC) * qt, fused(-k(kEta), ap, T(1)), k(kC1) * qu),
+              aq * ap, aq, log_term, au * qu};
     }
   }
 
@@ -144,9 +159,9 @@ struct Ctu {
     float f = fmaf(-y, half_log2e, kRoundMagic - z);
     f = fmaf(-y, half_log2e_lo, f);
     f = fmaf(-y_lo, half_log2e, f);
-    float e = exp2_split(f, z);
+    float e = scale_by_power(Math::exp2_fraction(f), z);
     e = a > d.limit ? 0.f : e;
-    return {0.3989422804f * e, e * mills(t)};
+    return {0.3989422804f * e, e * Math::mills(t)};
   }
   static CTK_HD Tail gaussian_tail(double a, double ac, const Decay<double>& d) {
     const double t = ac * d.hi;

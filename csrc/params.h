@@ -39,16 +39,21 @@ enum CtuParam : int { kBeta, kCoeff, kSlopeParam, kScaleParam, kShiftParam, kCtu
 template <class T>
 void derive_ctu(const CtuStatic& cfg, const double* p, T* out, int64_t stride) {
   const CtuKnobs knobs = ctu_knobs(p[kBeta], p[kCoeff], cfg.raw, cfg.eps);
-  if (cfg.kind == CtuKind::kGaussian) Ctu<T, CtuKind::kGaussian>::derive(knobs, p[kSlopeParam], cfg.eps, out, stride);
-  else Ctu<T, CtuKind::kLogistic>::derive(knobs, p[kSlopeParam], cfg.eps, out, stride);
+  if (cfg.kind == CtuKind::kGaussian) Ctu<T, CtuKind::kGaussian>::derive(knobs, p[kSlopeParam], out, stride);
+  else Ctu<T, CtuKind::kLogistic>::derive(knobs, p[kSlopeParam], out, stride);
 }
 
-// sums: dbeta, dcoeff, dslope, dscale, dshift of one channel, before the chain rule of raw parameters.
+// Sums of one channel: the op's own, then, where the prologue's are wanted, kCtuScaleSum and kCtuShiftSum.
+enum CtuSum : int { kCtuSlopeSum = 4, kCtuScaleSum = 5, kCtuShiftSum = 6, kCtuSums = 7 };
+
 inline void finish_ctu(const CtuStatic& cfg, const double* p, const double* sums, double* grads) {
   const CtuKnobs knobs = ctu_knobs(p[kBeta], p[kCoeff], cfg.raw, cfg.eps);
-  grads[kBeta] = sums[0] * knobs.dbeta;
-  grads[kCoeff] = sums[1] * knobs.dcoeff;
-  for (int i = kSlopeParam; i < kCtuParams; ++i) grads[i] = sums[i];
+  const CtuGradients g = ctu_parameter_gradients(knobs, cfg.kind, p[kSlopeParam], cfg.eps, sums);
+  grads[kBeta] = g.beta;
+  grads[kCoeff] = g.coeff;
+  grads[kSlopeParam] = sums[kCtuSlopeSum];
+  grads[kScaleParam] = sums[kCtuScaleSum];
+  grads[kShiftParam] = sums[kCtuShiftSum];
 }
 
 // The head edit: m, a, g_m, g_a.

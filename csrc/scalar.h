@@ -59,60 +59,95 @@ CTK_HD int32_t as_int(float f) {
   return i;
 }
 
-// 2^f on [-1/2, 1/2] times 2^k, where k is the integer that adding `magic` left in the low bits of z. 8e-8 relative.
-CTK_HD float exp2_split(float f, float z) {
-  float p = 0.00132764727275f;
-  p = fmaf(p, f, 0.00967554132619f);
-  p = fmaf(p, f, 0.0555071327119f);
-  p = fmaf(p, f, 0.240221197242f);
-  p = fmaf(p, f, 0.693146967066f);
-  p = fmaf(p, f, 1.00000007165f);
+constexpr float kRoundMagic = 12582912.f;  // 1.5 * 2^23: x + magic rounds x to an integer
+
+// p 2^k, where k is the integer that adding kRoundMagic left in the low bits of z.
+CTK_HD float scale_by_power(float p, float z) {
   return as_float(static_cast<int32_t>(static_cast<uint32_t>(as_int(p)) + (static_cast<uint32_t>(as_int(z)) << 23)));
 }
 
-constexpr float kRoundMagic = 12582912.f;  // 1.5 * 2^23: x + magic rounds x to an integer
+// The transcendental parts, in two grades. Exact: for float and double results. Fast: for results that are rounded to 16
+// bits; 1e-4 relative, a fraction of half an ulp of the result.
+struct Exact {
+  // 2^f on [-1/2, 1/2], 8e-8 relative.
+  static CTK_HD float exp2_fraction(float f) {
+    float p = 0.00132764727275f;
+    p = fmaf(p, f, 0.00967554132619f);
+    p = fmaf(p, f, 0.0555071327119f);
+    p = fmaf(p, f, 0.240221197242f);
+    p = fmaf(p, f, 0.693146967066f);
+    return fmaf(p, f, 1.00000007165f);
+  }
 
-// a: the magnitude, ac: capped(a, d).
-CTK_HD float decay(float a, float ac, const Decay<float>& d) {
-  const float z = fmaf(-ac, d.hi, kRoundMagic);
-  float f = fmaf(-ac, d.hi, kRoundMagic - z);
-  f = fmaf(-ac, d.lo, f);
-  const float e = exp2_split(f, z);
-  return a > d.limit ? 0.f : e;
-}
-CTK_HD double decay(double a, double ac, const Decay<double>& d) {
-  const double e = exp(-ac * d.hi);
-  return a > d.limit ? 0.0 : e;
-}
+  // e^(-rate a). a: the magnitude, ac: capped(a, d).
+  static CTK_HD float decay(float a, float ac, const Decay<float>& d) {
+    const float z = fmaf(-ac, d.hi, kRoundMagic);
+    float f = fmaf(-ac, d.hi, kRoundMagic - z);
+    f = fmaf(-ac, d.lo, f);
+    const float e = scale_by_power(exp2_fraction(f), z);
+    return a > d.limit ? 0.f : e;
+  }
+  static CTK_HD double decay(double a, double ac, const Decay<double>& d) {
+    const double e = exp(-ac * d.hi);
+    return a > d.limit ? 0.0 : e;
+  }
 
-// log(1 + e) on [0, 1], relative error 2e-7 (float), full precision (double).
-CTK_HD float log1p_unit(float e) {
-  float p = -0.00853920997913f;
-  p = fmaf(p, e, 0.0440896366184f);
-  p = fmaf(p, e, -0.107681719451f);
-  p = fmaf(p, e, 0.177452418669f);
-  p = fmaf(p, e, -0.24495462964f);
-  p = fmaf(p, e, 0.332754797946f);
-  p = fmaf(p, e, -0.499974053971f);
-  p = fmaf(p, e, 0.999999805667f);
-  return p * e;
-}
-CTK_HD double log1p_unit(double e) { return log1p(e); }
+  // log(1 + e) on [0, 1], 2e-7 relative.
+  static CTK_HD float log1p_unit(float e) {
+    float p = -0.00853920997913f;
+    p = fmaf(p, e, 0.0440896366184f);
+    p = fmaf(p, e, -0.107681719451f);
+    p = fmaf(p, e, 0.177452418669f);
+    p = fmaf(p, e, -0.24495462964f);
+    p = fmaf(p, e, 0.332754797946f);
+    p = fmaf(p, e, -0.499974053971f);
+    p = fmaf(p, e, 0.999999805667f);
+    return p * e;
+  }
+  static CTK_HD double log1p_unit(double e) { return log1p(e); }
 
-// Phi(-t) / e^(-t^2/2) for t in [0, 13.2] (half the scaled complementary error function), relative error 4e-8.
-CTK_HD float mills(float t) {
-  const float v = 1.f / fmaf(0.35f, t, 1.f);
-  float p = -0.0291206648984f;
-  p = fmaf(p, v, 0.143846442622f);
-  p = fmaf(p, v, -0.255450152319f);
-  p = fmaf(p, v, 0.158865701548f);
-  p = fmaf(p, v, -0.0228922507591f);
-  p = fmaf(p, v, 0.105413403751f);
-  p = fmaf(p, v, 0.119857536284f);
-  p = fmaf(p, v, 0.139858354813f);
-  p = fmaf(p, v, 0.139621613095f);
-  return p * v;
-}
+  // Phi(-t) / e^(-t^2/2) for t in [0, 13.2] (half the scaled complementary error function), 4e-8 relative.
+  static CTK_HD float mills(float t) {
+    const float v = 1.f / fmaf(0.35f, t, 1.f);
+    float p = -0.0291206648984f;
+    p = fmaf(p, v, 0.143846442622f);
+    p = fmaf(p, v, -0.255450152319f);
+    p = fmaf(p, v, 0.158865701548f);
+    p = fmaf(p, v, -0.0228922507591f);
+    p = fmaf(p, v, 0.105413403751f);
+    p = fmaf(p, v, 0.119857536284f);
+    p = fmaf(p, v, 0.139858354813f);
+    p = fmaf(p, v, 0.139621613095f);
+    return p * v;
+  }
+};
+
+struct Fast {
+  static CTK_HD float exp2_fraction(float f) {  // 8e-5
+    float p = 0.0551716693023f;
+    p = fmaf(p, f, 0.242611122324f);
+    p = fmaf(p, f, 0.693260985408f);
+    return fmaf(p, f, 0.99992807352f);
+  }
+
+  static CTK_HD float decay(float a, float ac, const Decay<float>& d) {
+    const float z = fmaf(-ac, d.hi, kRoundMagic);
+    const float f = fmaf(-ac, d.hi, kRoundMagic - z);
+    const float e = scale_by_power(exp2_fraction(f), z);
+    return a > d.limit ? 0.f : e;
+  }
+
+  static CTK_HD float log1p_unit(float e) {  // 6e-5
+    float p = 0.041347300758f;
+    p = fmaf(p, e, -0.157427203911f);
+    p = fmaf(p, e, 0.306300927591f);
+    p = fmaf(p, e, -0.496977805093f);
+    p = fmaf(p, e, 0.999943277947f);
+    return p * e;
+  }
+
+  static CTK_HD float mills(float t) { return Exact::mills(t); }
+};
 
 CTK_HD float magnitude(float x) { return fabsf(x); }
 CTK_HD double magnitude(double x) { return fabs(x); }

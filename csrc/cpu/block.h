@@ -12,8 +12,8 @@ inline int64_t size_of(DType t) { return t == DType::kDouble ? 8 : t == DType::k
 
 enum class Kernel : int { kCtuLogistic = 0, kCtuLeaky, kCtuRelu6, kCtuGaussian, kHeadEdit };
 inline constexpr int kKernels = 5;
-inline constexpr int kMaxSums = 3;   // an op's own sums; the prologue adds two
-inline constexpr int kMaxFields = 14;
+inline constexpr int kMaxSums = 7;  // two of them the prologue's
+inline constexpr int kMaxFields = 16;
 
 // Constants are either one set for the whole run (`uniform`: fields contiguous) or one per lane (field i of lane j at
 // consts[i * stride + j]).
@@ -43,14 +43,15 @@ struct Staging {
 struct BlockTable {
   const char* name;
   BlockOps<float> f32[kKernels];
+  BlockOps<float> f16[kKernels];  // float arithmetic for results that are rounded to 16 bits
   BlockOps<double> f64[kKernels];
   Staging<float> stage32;
   Staging<double> stage64;
 
   template <class T>
-  const BlockOps<T>& ops(Kernel k) const {
+  const BlockOps<T>& ops(Kernel k, DType t) const {
     if constexpr (sizeof(T) == 8) return f64[static_cast<int>(k)];
-    else return f32[static_cast<int>(k)];
+    else return (t == DType::kFloat ? f32 : f16)[static_cast<int>(k)];
   }
   template <class T>
   const Staging<T>& stage() const {

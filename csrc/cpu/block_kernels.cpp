@@ -63,18 +63,18 @@ template <class Op, class T>
 void backward_uniform_sums(const T* __restrict w, const T* __restrict dy, T* __restrict dw, const T* consts,
                            double* __restrict totals, int64_t n) {
   const Uniform<T, Op::kFields> k(consts);
-  T s0 = 0, s1 = 0, s2 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2)
+  T s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3, s4)
   for (int64_t i = 0; i < n; ++i) {
     const auto g = Op::gradients(w[i], k);
     dw[i] = dy[i] * g.w;
     s0 += dy[i] * g.sums[0];
     s1 += dy[i] * g.sums[1];
-    if constexpr (Op::kSums > 2) s2 += dy[i] * g.sums[2];
+    if constexpr (Op::kSums > 2) s2 += dy[i] * g.sums[2], s3 += dy[i] * g.sums[3];
+    if constexpr (Op::kSums > 4) s4 += dy[i] * g.sums[4];
   }
-  totals[0] += s0;
-  totals[1] += s1;
-  if constexpr (Op::kSums > 2) totals[2] += s2;
+  const T all[] = {s0, s1, s2, s3, s4};
+  for (int j = 0; j < Op::kSums; ++j) totals[j] += all[j];
 }
 
 template <class Op, class T>
@@ -82,13 +82,16 @@ void backward_lane_sums(const T* __restrict w, const T* __restrict dy, T* __rest
                         int64_t stride, T* __restrict lanes, int64_t lane_stride, int64_t n) {
   T* __restrict l1 = lanes + lane_stride;
   T* __restrict l2 = lanes + 2 * lane_stride;
+  T* __restrict l3 = lanes + 3 * lane_stride;
+  T* __restrict l4 = lanes + 4 * lane_stride;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const auto g = Op::gradients(w[i], Lane<T>{consts + i, stride});
     dw[i] = dy[i] * g.w;
     lanes[i] += dy[i] * g.sums[0];
     l1[i] += dy[i] * g.sums[1];
-    if constexpr (Op::kSums > 2) l2[i] += dy[i] * g.sums[2];
+    if constexpr (Op::kSums > 2) l2[i] += dy[i] * g.sums[2], l3[i] += dy[i] * g.sums[3];
+    if constexpr (Op::kSums > 4) l4[i] += dy[i] * g.sums[4];
   }
 }
 
@@ -222,26 +225,25 @@ constexpr Staging<T> staging() {
             prologue<T>, scaled<T>, prologue_uniform_sums<T>, prologue_lane_sums<T>};
 }
 
-template <class T>
-using Logistic = Ctu<T, CtuKind::kLogistic>;
-template <class T>
-using Leaky = Ctu<T, CtuKind::kLeaky>;
-template <class T>
-using Relu6 = Ctu<T, CtuKind::kRelu6>;
-template <class T>
-using Gaussian = Ctu<T, CtuKind::kGaussian>;
+template <class T, class Math = Exact>
+struct OpTable {
+  template <CtuKind kind>
+  static constexpr BlockOps<T> ctu = block_ops<Ctu<T, kind, Math>, T>();
+  static constexpr BlockOps<T> head_edit = block_ops<HeadEdit<T>, T>();
+};
+
+// In the order of Kernel.
+#define CTK_OPS(...)                                                                                              \
+  {                                                                                                               \
+    OpTable<__VA_ARGS__>::ctu<CtuKind::kLogistic>, OpTable<__VA_ARGS__>::ctu<CtuKind::kLeaky>,                    \
+        OpTable<__VA_ARGS__>::ctu<CtuKind::kRelu6>, OpTable<__VA_ARGS__>::ctu<CtuKind::kGaussian>,                \
+        OpTable<__VA_ARGS__>::head_edit                                                                           \
+  }
 
 }  // namespace
 
 extern const BlockTable CTK_LEVEL;
-const BlockTable CTK_LEVEL = {
-    CTK_STR(CTK_LEVEL),
-    {block_ops<Logistic<float>, float>(), block_ops<Leaky<float>, float>(), block_ops<Relu6<float>, float>(),
-     block_ops<Gaussian<float>, float>(), block_ops<HeadEdit<float>, float>()},
-    {block_ops<Logistic<double>, double>(), block_ops<Leaky<double>, double>(), block_ops<Relu6<double>, double>(),
-     block_ops<Gaussian<double>, double>(), block_ops<HeadEdit<double>, double>()},
-    staging<float>(),
-    staging<double>(),
-};
+const BlockTable CTK_LEVEL = {CTK_STR(CTK_LEVEL), CTK_OPS(float), CTK_OPS(float, Fast), CTK_OPS(double), staging<float>(),
+                              staging<double>()};
 
 }  // namespace ctk::cpu

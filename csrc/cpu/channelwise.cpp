@@ -184,7 +184,7 @@ bool uses(const Param& p) { return p.data != nullptr; }
 template <class T>
 void forward_as(const Op& op, const Operands& in, void* y) {
   const BlockTable& table = *block_table();
-  const BlockOps<T>& ops = table.ops<T>(op.kernel);
+  const BlockOps<T>& ops = table.ops<T>(op.kernel, in.dtype);
   const Staging<T>& stage = table.stage<T>();
   const Plan plan = make_plan(in.view);
   const Constants<T> k = derive<T>(op, in, plan, ops.fields);
@@ -211,7 +211,7 @@ void forward_as(const Op& op, const Operands& in, void* y) {
 template <class T>
 void backward_as(const Op& op, const Operands& in, const void* dy, const Gradients& out) {
   const BlockTable& table = *block_table();
-  const BlockOps<T>& ops = table.ops<T>(op.kernel);
+  const BlockOps<T>& ops = table.ops<T>(op.kernel, in.dtype);
   const Staging<T>& stage = table.stage<T>();
   const View& v = in.view;
   const Plan plan = make_plan(v);
@@ -223,8 +223,8 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
   const bool prologue_sums = with_prologue && (out.params[kScaleParam] || out.params[kShiftParam]);
   bool op_sums = false;
   for (int i = 0; i < (with_prologue ? int(kScaleParam) : op.params()); ++i) op_sums = op_sums || out.params[i];
-  // Sums are laid out as finish() wants them: the op's own first, then scale and shift at their parameter index.
-  const int sums = prologue_sums ? int(kCtuParams) : ops.sums;
+  // The op's own sums come first, the prologue's at the index finish_ctu expects.
+  const int sums = prologue_sums ? int(kCtuSums) : ops.sums;
   const int64_t size = size_of(in.dtype);
 
   // One slot of partial sums per unit: kUniform [unit][sum]; kPerLane [group * cut][sum][lane].
@@ -234,7 +234,7 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
 
   for_units(plan, [&](int64_t begin, int64_t end) {
     alignas(64) T x_buffer[kBlock], r_buffer[kBlock], w_buffer[kBlock], dy_buffer[kBlock], g_buffer[kBlock], dx_buffer[kBlock];
-    alignas(64) T lanes[(kMaxSums + 2) * kBlock];
+    alignas(64) T lanes[kMaxSums * kBlock];
     int64_t current = -1, rows = 0;
     const auto flush = [&](int64_t unit) {  // lane sums move on to the unit's slot, in double
       const int64_t column = (unit % plan.column_blocks) * kBlock, cut = unit / plan.column_blocks;
@@ -266,8 +266,8 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
       else if (totals) ops.backward_uniform_sums(w, upstream, g, run.consts, totals, run.n);
       else ops.backward_lane_sums(w, upstream, g, run.consts, run.stride, lanes, kBlock, run.n);
       if (prologue_sums) {
-        if (totals) stage.prologue_uniform_sums(g, x, totals + kScaleParam, run.n);
-        else stage.prologue_lane_sums(g, x, lanes + kScaleParam * kBlock, lanes + kShiftParam * kBlock, run.n);
+        if (totals) stage.prologue_uniform_sums(g, x, totals + kCtuScaleSum, run.n);
+        else stage.prologue_lane_sums(g, x, lanes + kCtuScaleSum * kBlock, lanes + kCtuShiftSum * kBlock, run.n);
       }
       const auto store = [&](const T* from, void* to) {
         char* p = at(to, run.offset, size);
@@ -293,7 +293,7 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
   for (int i = 0; i < op.params(); ++i)
     if (out.params[i]) grads[i].assign(in.params[i].numel(), 0.0);
   std::vector<double> columns;
-  double p[kMaxParams], total[kMaxParams] = {}, grad[kMaxParams];
+  double p[kMaxParams], total[kMaxSums] = {}, grad[kMaxParams];
   for (int64_t group = 0; group < v.groups; ++group) {
     if (plan.mode == kPerLane) {
       columns.assign(sums * plan.length, 0.0);

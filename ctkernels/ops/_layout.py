@@ -40,6 +40,12 @@ def result_like(x: Tensor) -> Tensor:
     return torch.empty_like(x) if dense else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def conform(value: Tensor, x: Tensor) -> Tensor:
+    """``value`` with the strides of :func:`result_like` (``x``)."""
+    out = result_like(x)
+    return value if value.stride() == out.stride() else out.copy_(value)
+
+
 def groups_first(
     tensors: tuple[Tensor | None, ...], dims: tuple[int | None, ...], size: int, elementwise: tuple[bool, ...], force: bool
 ) -> tuple[list[Tensor | None], bool, int]:

@@ -94,8 +94,10 @@ class Op:
             if _backend.reference_forced():
                 return _Inlined.apply(self, static, *inputs)
             return self._packet("")(*inputs, *static)
-        if torch.is_grad_enabled() or _in_transform():
+        if _in_transform():
             return _Forward.apply(self, static, *inputs)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+            return _ReverseMode.apply(self, static, *inputs)
         return self.forward(inputs, static)
 
     def call_(self, inputs: Inputs, static: Static) -> Tensor:
@@ -112,13 +114,6 @@ def _in_transform() -> bool:
 class _Forward(torch.autograd.Function):
     """y = op(inputs). Saves its inputs and nothing else."""
 
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        # Function.apply binds arguments through inspect.signature, which costs more than the whole op on a small tensor.
-        if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
-
     @staticmethod
     def forward(op: Op, static: Static, *inputs: Tensor | None) -> Tensor:
         return op.forward(inputs, static)
@@ -133,7 +128,9 @@ class _Forward(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         op, static, inputs = ctx.op, ctx.static, ctx.saved_tensors
         needs = op.needs(ctx.needs_input_grad[2:])
-        if torch.is_grad_enabled() or _in_transform():
+        if torch._C._functorch.is_legacy_batchedtensor(dy):  # autograd.grad(is_grads_batched=True)
+            grads = op.reference_backward(dy, inputs, static, needs)
+        elif torch.is_grad_enabled() or _in_transform():
             grads = _Backward.apply(op, static, needs, dy, *inputs)
         else:
             grads = op.backward(dy, inputs, static, needs)
@@ -149,6 +146,18 @@ class _Forward(torch.autograd.Function):
         merged, grouped, inner = _layout.groups_first(inputs, in_dims[2:], info.batch_size, flags, force=False)
         y = op(tuple(merged), _shift_channel(static, grouped and inner > 0))
         return (y.unflatten(0, (info.batch_size, inner)) if grouped and inner else y), 0
+
+
+class _ReverseMode(torch.autograd.Function):
+    """:class:`_Forward` without transforms: a Function with ``setup_context`` costs three times as much per call."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, static: Static, *inputs: Tensor | None) -> Tensor:
+        ctx.op, ctx.static = op, static
+        ctx.save_for_backward(*inputs)
+        return op.forward(inputs, static)
+
+    backward = _Forward.backward
 
 
 class _Backward(torch.autograd.Function):
@@ -271,13 +280,15 @@ def register(op: Op) -> Op:
     _LIBRARY.define(f"{op.name}_backward(Tensor dy, {arguments}, int needs) -> Tensor[]", tags=[torch.Tag.pt2_compliant_tag])
 
     def forward(*args: Any) -> Tensor:
-        return op.reference_forward(args[:count], args[count:])
+        return _layout.conform(op.reference_forward(args[:count], args[count:]), args[0])
 
     def forward_(*args: Any) -> None:
         args[0].copy_(op.reference_forward(args[:count], args[count:]))
 
     def backward(dy: Tensor, *args: Any) -> list[Tensor]:
-        return op.reference_backward(dy, args[:count], args[count:-1], args[-1])
+        grads = op.reference_backward(dy, args[:count], args[count:-1], args[-1])
+        flags = op.elementwise_flags
+        return [_layout.conform(g, args[0]) if flags[i] else g for i, g in zip(op.wanted(args[-1]), grads)]
 
     for suffix, implementation in (("", forward), ("_", forward_), ("_backward", backward)):
         _LIBRARY.impl(op.name + suffix, implementation, "CompositeExplicitAutograd")

@@ -1,0 +1,55 @@
+"""python -m benchmarks: time the kernels against what a user would run instead."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from . import ctu, measure, report
+
+SUITES = {"ctu": ctu}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--op", choices=SUITES, nargs="+", default=list(SUITES), help="which ops (default: all)")
+    parser.add_argument("--dtype", choices=ctu.DTYPES, nargs="+", default=list(ctu.DTYPES))
+    parser.add_argument("--quick", action="store_true", help="three shapes, without the compiled contestant")
+    parser.add_argument("--seconds", type=float, default=1.5, help="time spent on each row (default 1.5)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records there")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    where = measure.provenance()
+    print(f"{where['cpu']} ({where['cpu_capability']}), {where['threads']} threads, torch {where['torch']}, commit {where['commit']}")
+    print(measure.tune_allocator())
+    print("medians of interleaved runs; copy is Tensor.copy_ into an existing tensor\n")
+    result: dict[str, object] = {"provenance": where, "records": [], "overhead_us": {}, "bars": []}
+    for name in args.op:
+        suite = SUITES[name]
+        records = suite.run(args.dtype, args.quick, args.seconds)
+        rows = suite.bars(records)
+        overhead = suite.call_overhead()
+        print(report.timings(records))
+        print(f"\n{report.bars(rows)}\n")
+        print("eager call on 16 elements: " + ", ".join(f"{k} {v:.1f} us" for k, v in overhead.items()) + "\n")
+        result["records"] += records  # type: ignore[operator]
+        result["bars"] += rows  # type: ignore[operator]
+        result["overhead_us"] |= overhead  # type: ignore[operator]
+    if args.json:
+        temporary = args.json.with_name(args.json.name + ".tmp")
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(temporary, args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

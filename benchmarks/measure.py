@@ -1,0 +1,103 @@
+"""Timing that can be compared: contestants take turns in one process, and medians are reported."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Contestants = dict[str, Callable[[], Any]]
+
+
+def tune_allocator() -> str:
+    """Keeps freed blocks in the process, for every contestant alike.
+
+    By default glibc returns blocks of this size to the system at once and maps fresh pages for the next result; page faults
+    then cost more than the kernels. Returns a line that says what was done.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**31 - 1
+        done = libc.mallopt(m_mmap_threshold, 1 << 30) and libc.mallopt(m_trim_threshold, largest)
+    except (OSError, AttributeError):
+        done = False
+    if not done:
+        return "allocator: untouched (no mallopt here): large results page-fault, for every contestant alike"
+    return "allocator: glibc keeps freed blocks up to 1 GiB (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD), for every contestant alike"
+
+
+def interleaved(contestants: Contestants, seconds: float = 1.5, least: int = 5) -> dict[str, float]:
+    """Median milliseconds of each contestant; they run in turn, after one warm-up each, for about ``seconds`` in all."""
+    for run in contestants.values():
+        run()
+    gc.collect()
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) * 1e3 for name, t in times.items()}
+
+
+def overhead(contestants: Contestants, calls: int = 400, rounds: int = 15) -> dict[str, float]:
+    """Microseconds a call, for calls too short to be timed one by one: the median over interleaved batches of ``calls``."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            times[name].append((time.perf_counter() - start) / calls)
+    return {name: statistics.median(t) * 1e6 for name, t in times.items()}
+
+
+def saved_bytes(run: Callable[[], Any]) -> int:
+    """Bytes of distinct tensors that autograd keeps for the backward pass of ``run``."""
+    seen: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sum(seen.values())
+
+
+def provenance() -> dict[str, Any]:
+    """What a reader needs to repeat a measurement."""
+
+    def git(*args: str) -> str:
+        out = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
+        return out.stdout.strip()
+
+    return {
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
