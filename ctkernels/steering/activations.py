@@ -1,0 +1,200 @@
+"""Which activations can be steered, and how a module or a function of torch is read as one of them.
+
+A new activation module is a row of ``MODULES``, a new function a row of ``FUNCTIONS``. Classes of other libraries are
+named, never imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Activation(NamedTuple):
+    """A member of the family: ``op`` is the name :func:`ctkernels.functional.ctu` knows it by, and at (beta, coeff) the
+    unit is the activation itself."""
+
+    op: str
+    beta: float
+    coeff: float
+
+
+ACTIVATIONS = {
+    # At beta = 1 the unit does not depend on coeff; 0.5 is the paper's choice.
+    "relu": Activation("relu", 1.0, 0.5),
+    "leaky_relu": Activation("leaky_relu", 1.0, 0.5),
+    "prelu": Activation("prelu", 1.0, 0.5),
+    "relu6": Activation("relu6", 1.0, 0.5),
+    "silu": Activation("silu", 0.5, 1.0),
+    "gelu": Activation("gelu", 0.5, 1.0),
+    # x * sigmoid(1.702 x) is the logistic unit whose beta / (1 - beta) is 1.702.
+    "quick_gelu": Activation("silu", 1.702 / 2.702, 1.0),
+}
+RELU_FAMILY = ("relu", "leaky_relu", "prelu", "relu6")
+
+
+def select(activations: str | Iterable[str]) -> frozenset[str]:
+    """The activations a user asked for: names, "all", or (the default) the ReLU family."""
+    names = [activations] if isinstance(activations, str) else list(activations)
+    if names == ["all"]:
+        return frozenset(ACTIVATIONS)
+    for name in names:
+        if name not in ACTIVATIONS:
+            raise ValueError(f"activations: expected 'all' or some of {', '.join(ACTIVATIONS)}, got {name!r}")
+    if not names:
+        raise ValueError("activations: expected at least one name, got none")
+    return frozenset(names)
+
+
+# -------------------------------------------------------------------------------------------------------------- modules
+
+
+class Use(NamedTuple):
+    """A module read as an activation; ``slope`` names the attribute that holds the negative slope."""
+
+    activation: str
+    slope: str | None = None
+
+
+class NearMiss(NamedTuple):
+    """Something like an activation that is not steered. ``family``: it would be, were it written otherwise."""
+
+    reason: str
+    family: bool = False
+
+
+def _hardtanh(module: Any) -> Use | NearMiss:
+    if (module.min_val, module.max_val) == (0, 6):
+        return Use("relu6")
+    return NearMiss(f"Hardtanh({module.min_val}, {module.max_val}) is not in the family, (0, 6) is")
+
+
+def _threshold(module: Any) -> Use | NearMiss:
+    if (module.threshold, module.value) == (0, 0):
+        return Use("relu")
+    return NearMiss(f"Threshold({module.threshold}, {module.value}) is not in the family, (0, 0) is")
+
+
+def _gelu(module: Any) -> Use | NearMiss:
+    if module.approximate == "none":
+        return Use("gelu")
+    return NearMiss(f"only the exact GELU is in the family, not approximate={module.approximate!r}")
+
+
+def _recurrent(module: Any) -> NearMiss | None:
+    if getattr(module, "nonlinearity", None) == "relu":
+        return NearMiss("its ReLU is fused into the recurrence", family=True)
+    return None
+
+
+def _outside(module: Any) -> NearMiss:
+    return NearMiss(f"{type(module).__name__} is not in the family")
+
+
+MODULES: dict[str, Use | Callable[[Any], Use | NearMiss | None]] = {
+    "torch.nn.modules.activation.ReLU": Use("relu"),
+    "torch.nn.modules.activation.LeakyReLU": Use("leaky_relu", "negative_slope"),
+    "torch.nn.modules.activation.PReLU": Use("prelu", "weight"),
+    "torch.nn.modules.activation.ReLU6": Use("relu6"),  # a subclass of Hardtanh: the most derived row counts
+    "torch.nn.modules.activation.Hardtanh": _hardtanh,
+    "torch.nn.modules.activation.Threshold": _threshold,
+    "torch.nn.modules.activation.SiLU": Use("silu"),
+    "torch.nn.modules.activation.GELU": _gelu,
+    "transformers.activations.SiLUActivation": Use("silu"),
+    "transformers.activations.GELUActivation": Use("gelu"),
+    "transformers.activations.QuickGELUActivation": Use("quick_gelu"),
+    "torch.nn.modules.rnn.RNNBase": _recurrent,
+    "torch.nn.modules.rnn.RNNCell": _recurrent,
+    **{
+        f"torch.nn.modules.activation.{name}": _outside
+        for name in ("RReLU", "ELU", "SELU", "CELU", "Hardswish", "Hardsigmoid", "Mish", "Softplus")
+    },
+}
+
+
+def read_module(module: nn.Module) -> Use | NearMiss | None:
+    """``module`` as an activation, a near miss, or None when it is something else."""
+    for base in type(module).__mro__:
+        row = MODULES.get(f"{base.__module__}.{base.__qualname__}")
+        if row is not None:
+            if type(module).forward is not base.forward:  # type: ignore[attr-defined]
+                return NearMiss(f"{type(module).__name__} overrides the forward of {base.__name__}", family=True)
+            return row if isinstance(row, Use) else row(module)
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------ functions
+
+
+class Arguments(NamedTuple):
+    """The arguments of a call to an activation function."""
+
+    x: Any
+    slope: float | Tensor | None = None
+    inplace: bool = False
+
+
+def _plain(input: Any, inplace: bool = False) -> Arguments:
+    return Arguments(input, None, inplace)
+
+
+def _read_leaky(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Arguments:
+    return Arguments(input, negative_slope, inplace)
+
+
+def _read_prelu(input: Any, weight: Any) -> Arguments:
+    return Arguments(input, weight)
+
+
+def _read_gelu(input: Any, *, approximate: str = "none") -> Arguments | None:
+    return Arguments(input) if approximate == "none" else None
+
+
+def _read_hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Arguments | None:
+    return Arguments(input, None, inplace) if (min_val, max_val) == (0, 6) else None
+
+
+def _read_threshold(input: Any, threshold: float, value: float, inplace: bool = False) -> Arguments | None:
+    return Arguments(input, None, inplace) if (threshold, value) == (0, 0) else None
+
+
+class Form(NamedTuple):
+    """A calling convention: ``read`` takes a call's arguments, and returns None for one that is not in the family."""
+
+    activation: str
+    read: Callable[..., Arguments | None]
+
+
+# By the function's name; one with a trailing underscore works in place.
+FORMS = {
+    "relu": Form("relu", _plain),
+    "leaky_relu": Form("leaky_relu", _read_leaky),
+    "prelu": Form("prelu", _read_prelu),
+    "relu6": Form("relu6", _plain),
+    "hardtanh": Form("relu6", _read_hardtanh),
+    "threshold": Form("relu", _read_threshold),
+    "silu": Form("silu", _plain),
+    "gelu": Form("gelu", _read_gelu),
+}
+METHODS = ("relu", "relu_", "prelu")  # of a tensor
+_OUTSIDE = ("rrelu", "elu", "selu", "celu", "hardswish", "hardsigmoid", "mish", "softplus")
+
+
+def _collect(names: Iterable[str]) -> dict[Any, str]:
+    """Every function of torch by one of these names, or the name with an underscore: {function: name}."""
+    spaces = (torch, F, torch._C._nn, torch.ops.aten)
+    return {
+        function: name
+        for base in names
+        for name in (base, base + "_")
+        for space in spaces
+        if (function := getattr(space, name, None)) is not None
+    }
+
+
+FUNCTIONS = _collect(FORMS)
+OUTSIDE = _collect(_OUTSIDE)

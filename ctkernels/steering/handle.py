@@ -1,0 +1,223 @@
+"""``steer`` and the handle it returns."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..nn import unit_interval
+from .activations import ACTIVATIONS, RELU_FAMILY, select
+from .surgery import operate, undo
+from .survey import Miss, Plan, Site, is_steered, survey
+
+Value = float | Tensor | Mapping[str, float | Tensor]
+
+_HANDLE = "_ctu_handle"
+
+
+def steer(
+    model: nn.Module,
+    beta: Value,
+    coeff: Value = 0.5,
+    activations: str | Iterable[str] = RELU_FAMILY,
+) -> Steering:
+    """Replace every activation of ``model`` by the CT unit, in place and reversibly.
+
+    Modules are found wherever they are held, and functional calls (``F.relu``, ``torch.relu``, ``x.relu()``, also in
+    helper functions) by reading the source of the model's methods. Nothing is run. What belongs to the selected
+    activations and cannot be steered is named in ``handle.missed``, with a warning.
+
+    The model stays the same object, with the same parameters, hooks and ``state_dict``. It can be compiled, cast,
+    moved, copied and pickled; beta and coeff stay float32. A copy is steered on its own: :func:`handle_of` gives its
+    handle.
+
+    ``beta`` and ``coeff`` are numbers in [0, 1] for all sites, or mappings from patterns to numbers. A pattern is
+    matched (as by ``fnmatch``) against a site's name, with and without ":activation" at its end: ``{"layer1.*": 0.9}``,
+    ``{"*:gelu": 0.5}``. Of several that match the last one counts; a site that none matches is left at its neutral
+    point, where the unit is the original activation.
+
+    What the numbers mean depends on the activation. The ReLU family is neutral at beta = 1, with any coeff. SiLU and
+    GELU are neutral at beta = 0.5, coeff = 1 (quick GELU at beta = 0.6299, coeff = 1); beta = 1 makes a ReLU of them.
+    So one number for a model that mixes both is rarely what you want: give a mapping.
+
+    Limits: a multi-head ``nn.TransformerEncoderLayer`` whose activation is steered leaves its fused inference path,
+    which would go past the unit; its outputs then have the rounding of the ordinary path. Activations chosen at run
+    time from containers, or called by objects that are no modules, cannot be seen in the source.
+
+    Args:
+        model: any module; nothing in it may be steered already.
+        beta: curvature; 1 is the hardest unit, 0 the smoothest.
+        coeff: 1 smooths the region selection, 0 the maximum. Default: 0.5, as in the paper.
+        activations: "all", or some of "relu", "leaky_relu", "prelu", "relu6", "silu", "gelu" (exact), "quick_gelu".
+            Default: the first four.
+
+    Returns:
+        Steering: the handle. Used as a context manager it removes itself at the end.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: no site is found (near misses are listed), the model is steered already, a number is outside [0, 1],
+            a pattern matches no site, or an activation is unknown. The model is unchanged.
+
+    Example::
+
+        handle = ctkernels.steer(model, beta=0.9)
+        handle.beta = 0.95; handle.remove()
+
+    Source: Curvature Tuning paper, sections 3.2 and 4.1.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    selection = select(activations)
+    if is_steered(model):
+        raise ValueError(
+            "model: expected one that is not steered, got one that is; set handle.beta, or handle.remove()"
+        )
+    plan = survey(model, selection)
+    if not plan.sites:
+        raise ValueError(_nothing_found(model, selection, plan))
+    handle = Steering(model, plan)
+    values = handle._resolve("beta", beta), handle._resolve("coeff", coeff)
+    operate(plan.swaps, plan.edits)
+    model.__dict__[_HANDLE] = handle
+    handle._write("beta", beta, values[0])
+    handle._write("coeff", coeff, values[1])
+    if plan.missed:
+        listed = _lines(plan.missed, limit=10)
+        warnings.warn(f"steer: {len(plan.missed)} activations are not steered (handle.missed):\n{listed}", stacklevel=2)
+    return handle
+
+
+def handle_of(model: nn.Module) -> Steering:
+    """The handle of a steered model: of a copy or an unpickled one, too.
+
+    Raises:
+        ValueError: ``steer`` was not called on this module.
+
+    Example::
+
+        twin = copy.deepcopy(model)
+        ctkernels.handle_of(twin).beta = 0.8
+    """
+    handle = model.__dict__.get(_HANDLE)
+    if handle is None:
+        raise ValueError(
+            f"model: expected one that steer() was called on, got a {type(model).__name__} without a handle"
+        )
+    return handle
+
+
+class Steering:
+    """Control over a steered model; made by :func:`steer`.
+
+    Attributes:
+        sites: what is steered, a tuple of :class:`Site`.
+        missed: selected activations that are not, a tuple of :class:`Miss` with the reason.
+        skipped: activations outside the family or the selection, likewise.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self._model, self._active = model, True
+        # Not the plan itself: a handle is copied and pickled with its model, and the classes in a plan cannot be.
+        self._knobs, self._edits = plan.knobs, plan.edits
+        self._modules = [swap.module for swap in plan.swaps]
+        self._given: dict[str, Any] = {}
+        self.sites: tuple[Site, ...] = tuple(plan.sites)
+        self.missed: tuple[Miss, ...] = tuple(plan.missed)
+        self.skipped: tuple[Miss, ...] = tuple(plan.skipped)
+
+    @property
+    def beta(self) -> float | dict[str, float]:
+        """The value last given. Settable, to a number or a mapping as in :func:`steer`; nothing is rebuilt."""
+        return self._given["beta"]
+
+    @beta.setter
+    def beta(self, value: Value) -> None:
+        self._write("beta", value, self._resolve("beta", value))
+
+    @property
+    def coeff(self) -> float | dict[str, float]:
+        """As ``beta``."""
+        return self._given["coeff"]
+
+    @coeff.setter
+    def coeff(self, value: Value) -> None:
+        self._write("coeff", value, self._resolve("coeff", value))
+
+    def values(self) -> dict[str, tuple[float, float]]:
+        """{site name: (beta, coeff)}, as the units have them (float32)."""
+        return {site.name: (k.beta.item(), k.coeff.item()) for site, k in zip(self.sites, self._knobs)}
+
+    def neutralize(self) -> None:
+        """Set every site to its neutral point, where the model computes what it did before."""
+        self.beta, self.coeff = {}, {}
+
+    def remove(self) -> None:
+        """Give the model back as it was before, bit for bit. A second call does nothing."""
+        if not self._active:
+            return
+        undo(self._modules, self._edits)
+        self._model.__dict__.pop(_HANDLE, None)
+        self._active = False
+
+    def __enter__(self) -> Steering:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        kinds = [site.kind for site in self.sites]
+        state = f"beta={self.beta}, coeff={self.coeff}" if self._active else "removed"
+        lines = [
+            f"Steering of {type(self._model).__name__}: {state}",
+            f"  {len(kinds)} sites: {kinds.count('module')} modules, {kinds.count('functional')} functional calls",
+            *(f"    {site.name}  ({site.activation}, {site.module_type})" for site in self.sites),
+        ]
+        for title, records in (("missed", self.missed), ("skipped", self.skipped)):
+            if records:
+                lines += [f"  {len(records)} {title}", _lines(records)]
+        return "\n".join(lines)
+
+    def _resolve(self, name: str, value: Value) -> list[float]:
+        """The value of every site; errors come before anything is written."""
+        if not self._active:
+            raise RuntimeError(f"{name}: expected a handle in use, got one that was removed")
+        if not isinstance(value, Mapping):
+            return [unit_interval(name, value)] * len(self.sites)
+        values = [getattr(ACTIVATIONS[site.activation], name) for site in self.sites]
+        for pattern, given in value.items():
+            number = unit_interval(f"{name}[{pattern!r}]", given)
+            hits = [i for i, site in enumerate(self.sites) if _matches(site, pattern)]
+            if not hits:
+                known = ", ".join(site.name for site in self.sites[:5])
+                raise ValueError(f"{name}: expected patterns that match a site ({known}, ...), got {pattern!r}")
+            for i in hits:
+                values[i] = number
+        return values
+
+    def _write(self, name: str, given: Value, values: list[float]) -> None:
+        for knobs, value in zip(self._knobs, values):
+            setattr(knobs, name, value)
+        self._given[name] = {k: float(v) for k, v in given.items()} if isinstance(given, Mapping) else float(given)
+
+
+def _matches(site: Site, pattern: str) -> bool:
+    names = [name.removesuffix(f":{site.activation}") for name in (site.name, *site.aliases)]
+    return any(fnmatchcase(name, pattern) or fnmatchcase(f"{name}:{site.activation}", pattern) for name in names)
+
+
+def _lines(records: Sequence[Miss], limit: int | None = None) -> str:
+    lines = [f"    {r.name} ({r.activation}{', ' + r.where if r.where else ''}): {r.reason}" for r in records[:limit]]
+    return "\n".join(lines + ([f"    and {len(records) - len(lines)} more"] if len(lines) < len(records) else []))
+
+
+def _nothing_found(model: nn.Module, selection: frozenset[str], plan: Plan) -> str:
+    wanted = ", ".join(name for name in ACTIVATIONS if name in selection)
+    near = [*plan.missed, *plan.skipped]
+    found = f"got these near misses:\n{_lines(near, limit=20)}" if near else "got none, and no near miss"
+    return f"model: expected {type(model).__name__} to have an activation among {wanted}; {found}"

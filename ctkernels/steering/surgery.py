@@ -1,0 +1,140 @@
+"""Steering a module without replacing it: its class is exchanged for a subclass, and back.
+
+The module stays the same object, so everything that hangs on it stays: hooks, parameters and their names, every place
+that refers to it, ``isinstance``. What is added is one entry in its ``__dict__``; taking that away and giving the class
+back leaves the module as it was.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..nn import Knobs
+from .activations import Use
+from .rewrite import ClassCode
+from .unit import call_module
+
+MODULE = ""  # the key of a module's own knobs, where the module itself is the activation
+
+
+class Steered:
+    """What a steered module's class has beyond its original one. ``_ctu``: {key: the knobs of one site}."""
+
+    _ctu: dict[str, Knobs]
+    _ctu_base: type[nn.Module]
+    _ctu_selection: frozenset[str] | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Deliberately not passed on: a registry of subclasses must not hear of a class that exists for a while."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for knobs in self._ctu.values():  # not children: they are in nobody's state_dict
+            knobs._apply(fn)
+        return self
+
+    def extra_repr(self) -> str:
+        own = super().extra_repr()  # type: ignore[misc]
+        values = (f"{key}: {knobs.extra_repr()}" if key else knobs.extra_repr() for key, knobs in self._ctu.items())
+        return ", ".join(part for part in (own, *values) if part)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(max(2, int(protocol)))
+        cls = type(self)
+        if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__ or reduced[1] != (cls,):  # type: ignore[attr-defined]
+            raise TypeError(f"cannot copy or pickle a steered {cls.__name__}, which has its own way to; remove() first")
+        return (_new, (cls._ctu_base, cls._ctu_selection), *reduced[2:])
+
+
+class _UnitMixin(Steered):
+    _ctu_use: Use
+
+    def forward(self, input: Tensor) -> Tensor:
+        return call_module(self, self._ctu_use, self._ctu[MODULE], input)
+
+
+_CLASSES: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
+
+
+def steered_class(base: type[nn.Module], selection: frozenset[str] | None, code: ClassCode | None = None) -> type:
+    """The steered subclass of ``base``: an activation module (``selection`` None), or one that calls activations."""
+    found = _CLASSES.get((base, selection))
+    if found is not None:
+        return found
+    parents: tuple[type, ...]
+    if selection is None:
+        parents, namespace = (_UnitMixin, base), {}
+    else:
+        parents, namespace = (Steered, base), dict((code or ClassCode(base, selection, {})).namespace)
+    # The name and module of the original: print(model), wrapping policies and tracers go by them.
+    namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    namespace |= {"_ctu_base": base, "_ctu_selection": selection}
+    made = types.new_class(base.__name__, parents, exec_body=lambda space: space.update(namespace))
+    _CLASSES[(base, selection)] = made
+    return made
+
+
+def _new(base: type[nn.Module], selection: frozenset[str] | None) -> Any:
+    """An empty steered module: where copying and unpickling start."""
+    cls = steered_class(base, selection)
+    return cls.__new__(cls)  # type: ignore[call-overload]
+
+
+class Swap(NamedTuple):
+    """A module to be steered, and what it is to hold."""
+
+    module: nn.Module
+    cls: type
+    knobs: dict[str, Knobs]
+    use: Use | None
+
+
+class Edit(NamedTuple):
+    """An entry of ``owner.__dict__`` or ``owner._modules`` that gets another value."""
+
+    owner: nn.Module
+    space: str
+    name: str
+    old: Any
+    new: Any
+
+
+def operate(swaps: list[Swap], edits: list[Edit]) -> None:
+    """Do everything, or, on an error, nothing."""
+    done_swaps: list[nn.Module] = []
+    done_edits: list[Edit] = []
+    try:
+        for swap in swaps:
+            swap.module.__class__ = swap.cls
+            done_swaps.append(swap.module)
+            swap.module.__dict__["_ctu"] = swap.knobs
+            if swap.use is not None:
+                swap.module.__dict__["_ctu_use"] = swap.use
+        for edit in edits:
+            getattr(edit.owner, edit.space)[edit.name] = edit.new
+            done_edits.append(edit)
+    except BaseException:
+        undo(done_swaps, done_edits)
+        raise
+
+
+def undo(modules: list[nn.Module], edits: list[Edit]) -> None:
+    """The way back. The model is not touched if something else has changed the class of a module since."""
+    for module in modules:
+        if "_ctu_base" not in vars(type(module)):
+            raise RuntimeError(
+                f"model: expected every module to have the class that steer() gave it, got {type(module).__name__}; "
+                "first undo what was done to the model since (FSDP, a parametrization)"
+            )
+    for edit in reversed(edits):
+        getattr(edit.owner, edit.space)[edit.name] = edit.old
+    for module in modules:
+        module.__class__ = type(module)._ctu_base  # type: ignore[attr-defined]
+        for name in ("_ctu", "_ctu_use"):
+            module.__dict__.pop(name, None)

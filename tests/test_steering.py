@@ -1,0 +1,668 @@
+"""Steering: what is found, what it then computes, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+import types
+import warnings
+
+import pytest
+import steered_models
+import torch
+import torch.nn.functional as F
+from steered_models import FUNCTIONAL, Containers, ConvNet
+from torch import nn
+
+import ctkernels
+from ctkernels import handle_of, steer
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def units(monkeypatch):
+    """The calls to the unit, as they are made: a list of (activation, beta)."""
+    calls, ctu = [], ctkernels.functional.ctu
+
+    def counted(x, beta, *args, **kwargs):
+        calls.append((kwargs["activation"], round(float(beta), 6)))
+        return ctu(x, beta, *args, **kwargs)
+
+    monkeypatch.setattr(ctkernels.functional, "ctu", counted)
+    return calls
+
+
+def images():
+    return torch.randn(2, 3, 8, 8)
+
+
+def snapshot(model):
+    """Everything there is to a model: objects by identity, in order, and the bits of its state."""
+    found = {}
+    for name, module in model.named_modules():
+        held = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
+        found[name] = (id(module), type(module), list(held), {k: id(v) for k, v in vars(module).items()})
+        found[f"{name}._"] = {k: [(n, id(o)) for n, o in v.items()] for k, v in held.items() if isinstance(v, dict)}
+    return found, {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_same(before, after):
+    assert before[0] == after[0]
+    assert list(before[1]) == list(after[1])
+    assert all(torch.equal(before[1][key], after[1][key]) for key in before[1])
+
+
+# -------------------------------------------------------------------------------------------------------------- finding
+
+
+@pytest.mark.parametrize("cls", FUNCTIONAL, ids=lambda cls: cls.__name__)
+def test_every_way_to_call_an_activation(cls, units):
+    model, x = cls(), torch.randn(16)
+    expected = model(x.clone())
+    before = snapshot(model)
+    handle = steer(model, 1.0)
+    assert not handle.missed
+    assert len(handle.sites) == FUNCTIONAL[cls]
+    assert torch.equal(model(x.clone()), expected)
+    assert len(units) == FUNCTIONAL[cls]
+    handle.beta = 0.7
+    assert not torch.equal(model(x.clone()), expected)
+    assert units[-1][1] == 0.7
+    assert torch.equal(cls()(x.clone()) if cls is not steered_models.FunctionalPrelu else expected, expected)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x.clone()), model(x.clone()))
+    handle.remove()
+    assert torch.equal(model(x.clone()), expected)
+    assert_same(before, snapshot(model))
+
+
+def test_modules_in_every_container(units):
+    model, x = Containers(), torch.randn(3, 4)
+    expected = model(x.clone())
+    handle = steer(model, 1.0)
+    assert torch.equal(model(x.clone()), expected)
+    assert [(s.name, s.activation) for s in handle.sites] == [
+        ("sequence.1", "relu"),
+        ("items.0", "leaky_relu"),
+        ("items.1", "relu6"),
+        ("named.p", "prelu"),
+        ("named.h", "relu6"),
+        ("named.t", "relu"),
+    ]
+    assert handle.sites[0].aliases == ("sequence.3", "again")
+    assert len(units) == 8  # the shared module three times
+
+
+def test_names():
+    handle = steer(ConvNet(), 0.9)
+    assert [(s.name, s.kind) for s in handle.sites] == [
+        ("forward:relu", "functional"),
+        ("act:leaky_relu", "functional"),
+        ("relu", "module"),
+        ("prelu", "module"),
+    ]
+    assert handle.sites[0].where.rpartition(":")[0] == steered_models.__file__
+    assert [s.name for s in steer(steered_models.Nested(), 0.9).sites] == [
+        "forward:relu",
+        "forward#2:relu",
+        "forward#3:relu",
+    ]
+
+
+def test_a_copy_of_the_source_keeps_the_signature():
+    import inspect
+
+    model = steered_models.Decorated()
+    before = inspect.signature(model.forward)
+    steer(model, 0.9)
+    assert inspect.signature(model.forward) == before
+    assert torch.equal(model(-torch.ones(1), shift=2.0), ctkernels.functional.ctu(torch.ones(1), 0.9))
+
+
+def test_only_this_model_is_steered():
+    first, second, x = steered_models.GlobalModule(), steered_models.Helper(), torch.randn(8)
+    steer(first, 0.7)
+    assert torch.equal(second(x), F.relu(x))
+    assert torch.equal(steered_models.SHARED(x), F.relu(x))
+    assert type(steered_models.SHARED) is nn.ReLU
+
+
+def test_a_module_global_to_its_library_is_not_shared_with_other_models(monkeypatch):
+    act = nn.ReLU()
+    monkeypatch.setattr(torch.nn.modules.activation, "a_global_relu", act, raising=False)
+    first, second, x = nn.Sequential(act), nn.Sequential(act), torch.randn(8)
+    before = snapshot(first)
+    handle = steer(first, 0.7)
+    assert not torch.equal(first(x), second(x))
+    handle.remove()
+    assert_same(before, snapshot(first))
+
+
+class FindsOne(nn.Module):
+    """One site, and beside it something that cannot be steered."""
+
+    def __init__(self, **held):
+        super().__init__()
+        self.found = nn.ReLU()
+        for name, value in held.items():
+            setattr(self, name, value)
+
+
+class Maker(nn.Module):
+    def forward(self, x):
+        return nn.ReLU()(x)
+
+
+class ClassMethod(nn.Module):
+    @classmethod
+    def act(cls, x):
+        return F.relu(x)
+
+
+class DecoratedHelper(nn.Module):
+    def forward(self, x):
+        return decorated_helper(x)
+
+
+@torch.no_grad()
+def decorated_helper(x):
+    return F.relu(x)
+
+
+def with_forward(module, forward):
+    module.forward = forward
+    return module
+
+
+def without_source():
+    space = {"F": F}
+    exec("def forward(self, x):\n    return F.relu(x)", space)
+    return type("Made", (nn.Module,), space)()
+
+
+CANNOT = {
+    "attribute holds a function": lambda: FindsOne(act=steered_models.helper),
+    "attribute holds a lambda": lambda: FindsOne(act=lambda x: F.relu(x)),
+    "container of functions": lambda: FindsOne(acts={"a": F.relu}),
+    "unregistered module": lambda: FindsOne(hidden=[nn.Sequential(nn.ReLU())]),
+    "scripted": lambda: FindsOne(child=torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))),
+    "traced": lambda: FindsOne(child=torch.fx.symbolic_trace(steered_models.FunctionalRelu())),
+    "its own forward": lambda: FindsOne(child=with_forward(nn.ReLU(), lambda x: x)),
+    "code with its own forward": lambda: FindsOne(child=with_forward(steered_models.FunctionalRelu(), lambda x: x)),
+    "recurrent": lambda: FindsOne(child=nn.RNN(2, 2, nonlinearity="relu")),
+    "no source": lambda: FindsOne(child=without_source()),
+    "made at every call": lambda: FindsOne(child=Maker()),
+    "class method": lambda: FindsOne(child=ClassMethod()),
+    "decorated helper": lambda: FindsOne(child=DecoratedHelper()),
+    "named like one": lambda: FindsOne(child=type("MyReLU", (nn.Module,), {"forward": lambda self, x: x * (x > 0)})()),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("case", CANNOT)
+def test_what_cannot_be_steered_is_named(case):
+    model = CANNOT[case]()
+    with pytest.warns(UserWarning, match=r"steer: \d activations are not steered"):
+        handle = steer(model, 0.9)
+    assert [s.name for s in handle.sites] == ["found"]
+    assert len(handle.missed) == 1
+    missed = handle.missed[0]
+    assert missed.name.split(".")[0] in ("child", "act", "acts", "hidden")
+    assert missed.reason
+    assert missed.name in repr(handle)
+
+
+def test_outside_the_family_is_skipped_without_a_warning():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.acts = nn.ModuleList(
+                [nn.ELU(), nn.Hardswish(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.Hardtanh(), nn.Threshold(1, 0)]
+            )
+            self.relu = nn.ReLU()
+
+        def forward(self, x):
+            x = F.elu(F.gelu(x, approximate="tanh")) + F.hardtanh(x) + F.silu(x) + x.clamp(min=0)
+            return self.relu(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handle = steer(Net(), 0.9)
+    assert [s.name for s in handle.sites] == ["relu"]
+    names = sorted(skipped.name for skipped in handle.skipped)
+    assert names == sorted(
+        [
+            *(f"acts.{i}" for i in range(6)),
+            "forward:elu",
+            "forward:gelu",
+            "forward:relu6",
+            "forward:silu",
+            "forward:relu",
+        ]
+    )
+
+
+def test_no_site_is_an_error_that_lists_near_misses():
+    model = nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.ELU())
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError, match=r"(?s)expected Sequential to have an activation among relu.* 1 .*gelu.* 2 .*elu"
+    ):
+        steer(model, 0.9)
+    with pytest.raises(ValueError, match="got none, and no near miss"):
+        steer(nn.Linear(2, 2), 0.9)
+    assert_same(before, snapshot(model))
+
+
+# -------------------------------------------------------------------------------------------------- no trace, no change
+
+
+def test_remove_leaves_the_model_as_it_was():
+    model, x = ConvNet(), images()
+    model.relu.register_forward_hook(lambda *_: None)
+    before, expected = snapshot(model), model.eval()(x)
+    before = snapshot(model)
+    handle = steer(model, 0.8)
+    assert not torch.equal(model(x), expected)
+    handle.remove()
+    handle.remove()
+    assert_same(before, snapshot(model))
+    assert torch.equal(model(x), expected)
+    with pytest.raises(RuntimeError, match="beta: expected a handle in use"):
+        handle.beta = 0.5
+
+
+def test_steering_runs_nothing():
+    model, state = ConvNet().train(), torch.get_rng_state()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    steer(model, 0.8)
+    assert not calls
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_context_manager():
+    model, x = ConvNet().eval(), images()
+    expected = model(x)
+    with steer(model, 0.8) as handle:
+        assert not torch.equal(model(x), expected)
+    assert torch.equal(model(x), expected)
+    assert "removed" in repr(handle)
+
+
+def test_hooks_fire_and_types_hold():
+    model, seen = ConvNet().eval(), []
+    model.relu.register_forward_pre_hook(lambda m, a: seen.append("pre"))
+    removable = model.relu.register_forward_hook(lambda m, a, y: seen.append("post"))
+    handle = steer(model, 0.8)
+    model(images())
+    assert seen == ["pre", "post"]
+    assert isinstance(model.relu, nn.ReLU)
+    assert isinstance(model, ConvNet)
+    removable.remove()
+    handle.remove()
+    model(images())
+    assert seen == ["pre", "post", "pre"]
+
+
+def test_the_state_dict_is_the_original_one(tmp_path):
+    model = ConvNet()
+    original = {k: v.clone() for k, v in model.state_dict().items()}
+    steer(model, 0.8)
+    assert list(model.state_dict()) == list(original)
+    assert model.state_dict()._metadata == ConvNet().state_dict()._metadata
+    assert [n for n, _ in model.named_buffers()] == [n for n, _ in ConvNet().named_buffers()]
+    model.load_state_dict(original, strict=True)
+    ConvNet().load_state_dict(model.state_dict(), strict=True)
+    safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors")
+    safetensors.save_model(model, str(tmp_path / "model.safetensors"))
+    safetensors.load_model(ConvNet(), str(tmp_path / "model.safetensors"))
+
+
+def test_prelu_keeps_its_parameter():
+    model = ConvNet()
+    weight = model.prelu.weight
+    steer(model, 0.8)
+    assert model.prelu.weight is weight
+    model(images()).sum().backward()
+    assert weight.grad is not None
+
+
+def test_an_error_leaves_nothing_half_changed():
+    class Stubborn(nn.ReLU):
+        def __setattr__(self, name, value):
+            if name == "__class__":
+                raise TypeError("no")
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(nn.ReLU(), ConvNet(), Stubborn())
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="no"):
+        steer(model, 0.9)
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"beta": 1.1}, ValueError, r"beta: expected a number in \[0, 1\], got 1.1"),
+        ({"beta": 0.9, "coeff": -1}, ValueError, r"coeff: expected a number in \[0, 1\], got -1"),
+        ({"beta": {"layer9.*": 0.5}}, ValueError, r"beta: expected patterns that match a site .*'layer9\.\*'"),
+        ({"beta": {"relu": 2}}, ValueError, r"beta\['relu'\]: expected a number in \[0, 1\], got 2"),
+        ({"beta": 0.9, "activations": "elu"}, ValueError, "activations: expected 'all' or some of relu.* got 'elu'"),
+        ({"beta": 0.9, "activations": ()}, ValueError, "activations: expected at least one name"),
+        ({"beta": torch.ones(2)}, ValueError, "beta: expected a number or a 0-d tensor"),
+    ],
+)
+def test_errors_come_before_any_change(arguments, error, message):
+    model = ConvNet()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        steer(model, **arguments)
+    assert_same(before, snapshot(model))
+
+
+def test_steering_twice_is_an_error():
+    model = nn.Sequential(ConvNet())
+    steer(model[0], 0.9)
+    for again in (model, model[0], model[0].relu):
+        with pytest.raises(ValueError, match="model: expected one that is not steered"):
+            steer(again, 0.9)
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got function"):
+        steer(F.relu, 0.9)
+    with pytest.raises(ValueError, match="expected one that steer"):
+        handle_of(model)
+
+
+# ------------------------------------------------------------------------------------------------------------ the knobs
+
+
+def test_values_by_pattern():
+    model = nn.Sequential(ConvNet(), nn.Sequential(nn.GELU()), nn.SiLU())
+    handle = steer(model, {"0.*": 0.9, "*:prelu": 0.8}, {"*:silu": 0.7}, activations="all")
+    values = {name: (round(b, 4), round(c, 4)) for name, (b, c) in handle.values().items()}
+    assert values == {
+        "0.forward:relu": (0.9, 0.5),
+        "0.act:leaky_relu": (0.9, 0.5),
+        "0.relu": (0.9, 0.5),
+        "0.prelu": (0.8, 0.5),
+        "1.0": (0.5, 1.0),
+        "2": (0.5, 0.7),
+    }
+    assert handle.beta == {"0.*": 0.9, "*:prelu": 0.8}
+    handle.beta = torch.tensor(0.25)
+    assert handle.beta == 0.25
+    assert {b for b, _ in handle.values().values()} == {0.25}
+
+
+def test_neutral_is_the_original_model():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.SiLU(), nn.ReLU()), torch.randn(3, 8)
+    expected = model(x)
+    handle = steer(model, 0.7, activations="all")
+    assert (model(x) - expected).abs().max() > 1e-3
+    handle.neutralize()
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_beta_one_makes_a_relu_of_gelu():
+    model, x = nn.Sequential(nn.GELU()), torch.randn(8)
+    steer(model, 1.0, activations="gelu")
+    assert torch.equal(model(x), F.relu(x))
+
+
+def test_values_stay_float32_and_follow_the_model():
+    model = ConvNet().eval()
+    handle = steer(model, 0.999)
+    before = handle.values()
+    model.bfloat16()
+    assert model(images().bfloat16()).dtype == torch.bfloat16
+    assert handle.values() == before
+    model.double()
+    model(images().double())
+    assert handle.values() == before
+    model.to("meta")
+    assert model(images().double().to("meta")).device.type == "meta"
+    model.to_empty(device="cpu")
+    assert handle.values() == before
+
+
+def test_a_model_built_on_meta():
+    with torch.device("meta"):
+        model = ConvNet()
+        handle = steer(model, 0.7)
+    model.to_empty(device="cpu")
+    assert all(b == pytest.approx(0.7) for b, _ in handle.values().values())
+
+
+def test_integer_input_goes_to_the_original_function():
+    model, x = steered_models.TorchRelu(), torch.arange(-2, 3)
+    steer(model, 0.7)
+    assert torch.equal(model(x), torch.relu(x))
+
+
+# ------------------------------------------------------------------------------------------------------------- in-place
+
+
+class SkipAfterInplace(nn.Module):
+    """The skip connection sees what the in-place activation made of its tensor, as in a pix2pix U-Net."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Linear(4, 4)
+        self.relu = nn.LeakyReLU(0.2, inplace=True)
+        self.up = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.down(x)
+        return torch.cat([x, self.up(self.relu(x))], 1)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_inplace_changes_its_input_with_and_without_gradient(grad):
+    model, x = SkipAfterInplace(), torch.randn(3, 4)
+    with torch.set_grad_enabled(grad):
+        expected = model(x)
+        steer(model, 1.0)
+        assert torch.equal(model(x), expected)
+
+
+def test_gradients_at_beta_one_are_those_of_the_model():
+    model, x = ConvNet().eval(), images().requires_grad_()
+    expected = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    steer(model, 1.0)
+    found = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_checkpointed_recomputation_is_steered(units):
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = ConvNet().eval(), images().requires_grad_()
+    steer(model, 0.7)
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    count = len(units)
+    (found,) = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).sum(), x)
+    torch.testing.assert_close(found, expected)
+    assert len(units) == 3 * count
+
+
+# --------------------------------------------------------------------------------------------- compile, copy and pickle
+
+
+@pytest.mark.parametrize("cls", [ConvNet, Containers, steered_models.Helper, steered_models.Nested])
+def test_compiles_once_for_every_value(cls):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model, counter = cls().eval(), CompileCounter()
+    x = images() if cls is ConvNet else torch.randn(3, 4)
+    handle = steer(model, 0.9)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for beta in (0.9, 0.6, 1.0):
+            handle.beta = beta
+            assert torch.equal(compiled(x.clone()), model(x.clone()))
+        handle.coeff = 0.9
+        handle.beta = {"*": 0.5}
+        assert torch.equal(compiled(x.clone()), model(x.clone()))
+        assert counter.frame_count == 1
+        handle.remove()
+        assert torch.equal(compiled(x.clone()), model(x.clone()))
+        assert counter.frame_count == 2
+
+
+def test_a_compiled_model_can_be_steered():
+    torch._dynamo.reset()
+    model, x = ConvNet().eval(), images()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected = compiled(x)
+        with steer(compiled, 0.7) as handle:
+            assert len(handle.sites) == 4
+            assert not torch.equal(compiled(x), expected)
+            assert torch.equal(compiled(x), model(x))
+        assert torch.equal(compiled(x), expected)
+
+
+def test_export():
+    model, x = ConvNet().eval(), images()
+    steer(model, 0.7)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_a_deep_copy_has_its_own_handle():
+    model, x = ConvNet().eval(), images()
+    original = type(model.relu)
+    plain = model(x)
+    handle = steer(model, 0.7)
+    twin = copy.deepcopy(model)
+    expected = model(x)
+    handle_of(twin).beta = 1.0
+    assert torch.equal(twin(x), plain)
+    assert torch.equal(model(x), expected)
+    assert handle.beta == 0.7
+    handle_of(twin).remove()
+    assert type(twin.relu) is original
+    assert type(twin) is ConvNet
+    assert twin.act is F.leaky_relu
+    handle.remove()
+    assert torch.equal(model(x), plain)
+
+
+def test_pickle_in_a_fresh_process(tmp_path):
+    model, x = ConvNet().eval(), images()
+    plain = model(x)
+    steer(model, {"relu": 0.7, "*:leaky_relu": 0.8})
+    torch.save((model, x, model(x), plain), tmp_path / "model.pt")
+    code = f"""
+import sys; sys.path[:0] = {[*sys.path]!r}
+import torch
+model, x, steered, plain = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+import ctkernels
+handle = ctkernels.handle_of(model)
+torch.testing.assert_close(model(x), steered)
+assert handle.beta == {{"relu": 0.7, "*:leaky_relu": 0.8}} and len(handle.sites) == 4
+handle.remove()
+torch.testing.assert_close(model(x), plain)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_pickles_at_every_protocol():
+    import pickle
+
+    model, x = ConvNet().eval(), images()
+    steer(model, 0.7)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert torch.equal(pickle.loads(pickle.dumps(model, protocol))(x), model(x))
+
+
+def test_a_graph_traced_from_a_steered_model_stays_steered():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4)
+    steer(model, 0.7)
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(x), model(x))
+
+
+# -------------------------------------------------------------------------------------------------- torch's own modules
+
+
+@pytest.mark.parametrize("activation", ["relu", F.relu, nn.ReLU()], ids=["name", "function", "module"])
+def test_the_fast_path_of_a_transformer_layer_is_left(activation, units):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation=activation, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 3, 8)
+    before = snapshot(model)
+    with torch.no_grad():
+        expected = model(x)
+        handle = steer(model, 1.0)
+        torch.testing.assert_close(model(x), expected)
+        assert len(units) == 2
+        handle.beta = 0.5
+        assert (model(x) - expected).abs().max() > 1e-3
+        handle.remove()
+        assert_same(before, snapshot(model))
+        assert torch.equal(model(x), expected)
+
+
+def test_a_transformer_layer_that_is_not_steered_keeps_its_fast_path():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", batch_first=True)
+    model = nn.Sequential(layer, nn.ReLU()).eval()
+    handle = steer(model, 0.9)
+    assert layer.activation_relu_or_gelu == 2
+    assert [skipped.name for skipped in handle.skipped] == ["0.activation"]
+
+
+def test_parametrized_module():
+    model, x = nn.Sequential(nn.PReLU(3)), torch.randn(2, 3)
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Softplus())
+    expected = model(x)
+    handle = steer(model, 1.0)
+    assert [site.name for site in handle.sites] == ["0"]
+    torch.testing.assert_close(model(x), expected)
+    handle.remove()
+    assert torch.equal(model(x), expected)
+
+
+def test_remove_after_the_class_was_changed_by_others_says_so():
+    model = nn.Sequential(nn.ReLU())
+    handle = steer(model, 0.9)
+    steered = type(model[0])
+    model[0].__class__ = type("Sharded", (steered,), {})
+    with pytest.raises(RuntimeError, match="first undo what was done to the model"):
+        handle.remove()
+    model[0].__class__ = steered
+    handle.remove()
+    assert type(model[0]) is nn.ReLU
+
+
+def test_importing_takes_torch_only():
+    code = f"""
+import sys; sys.path[:0] = {[*sys.path]!r}
+import torch
+before = set(sys.modules)
+import ctkernels
+new = {{name.split('.')[0] for name in set(sys.modules) - before}} - set(sys.stdlib_module_names)
+assert new <= {{'ctkernels', 'torch', 'triton'}}, new
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_repr_is_a_summary():
+    text = repr(steer(nn.Sequential(nn.ReLU(), nn.GELU(), steered_models.Attribute()), 0.9))
+    assert text.startswith("Steering of Sequential: beta=0.9, coeff=0.5\n  2 sites: 1 modules, 1 functional calls")
+    assert "1 skipped" in text
+    model = ConvNet()
+    steer(model, 0.9)
+    assert "ReLU(inplace=True, beta=0.9, coeff=0.5)" in repr(model)
+    assert isinstance(model.forward, types.MethodType)
+    assert io.StringIO(text)
