@@ -33,8 +33,8 @@ def test_ctu_at_its_neutral_point_is_the_plain_activation(activation, plain):
 
 
 def test_ctu_is_the_function():
-    x = torch.randn(2, 3, 4)
-    assert torch.equal(CTU(0.9, 0.3)(x), ctkernels.functional.ctu(x, 0.9, 0.3))
+    x, act = torch.randn(2, 3, 4), CTU(0.9, 0.3)
+    assert torch.equal(act(x), ctkernels.functional.ctu(x, torch.tensor(0.9), torch.tensor(0.3)))
 
 
 def test_setting_beta_keeps_the_tensor():
