@@ -15,6 +15,7 @@ from ._files import replacing_folder
 
 # Config switches that give a bias-free architecture a bias in its attention output projection.
 _BIAS_SWITCHES: tuple[tuple[str, Any], ...] = (
+    ("attention_out_bias", True),
     ("attention_bias", True),
     ("use_bias", True),
     ("bias", True),

@@ -293,7 +293,7 @@ def build(name: str, seed: int = 0) -> torch.nn.Module:
     model = getattr(transformers, family.model_class)(config) if family.model_class else auto.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():  # tiny inits would hide errors
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and parameter.requires_grad:
                 parameter.copy_(torch.randn_like(parameter) * 0.3)
     return model.eval()
 
