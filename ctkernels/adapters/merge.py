@@ -68,31 +68,38 @@ def folded(base: nn.Module, weight: Tensor, bias: Tensor | None, p: Tensor, q: T
     return new_weight.to(weight.dtype), new_bias
 
 
-def bias_switch(model: nn.Module, sites: list[str]) -> tuple[str, Any, dict[str, torch.Size]] | None:
+def _configs(config: Any) -> dict[str, Any]:
+    """A config and its parts (text, vision) by attribute name; the config itself is ""."""
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}}
+    return {"": config} | {name: part for name, part in parts.items() if part is not None}
+
+
+def bias_switch(model: nn.Module, sites: list[str]) -> tuple[str, str, Any, dict[str, torch.Size]] | None:
     """Find the config switch that gives the projections `sites` a bias in plain transformers.
 
     The architecture itself is asked: it is built on the meta device with each candidate switch.
 
     Returns:
-        the switch, its value, and the shapes of all parameters it adds; None if no switch adds just these biases
-        and others that can be zero.
+        the part of the config that holds the switch ("" for the config itself), the switch, its value, and the shapes
+        of all parameters it adds; None if no switch adds just these biases and others that can be zero.
     """
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(type(model), "_from_config"):
         return None
     present = set(dict(model.named_parameters(remove_duplicate=False)))
     wanted = {f"{site}.bias" for site in sites}
-    for name, value in _BIAS_SWITCHES:
-        if not hasattr(config, name) or getattr(config, name) == value:
-            continue
-        changed = copy.deepcopy(config)
-        setattr(changed, name, value)
-        with torch.device("meta"):
-            twin = type(model)(changed)
-        shapes = {key: value.shape for key, value in twin.named_parameters(remove_duplicate=False)}
-        added = {key: shape for key, shape in shapes.items() if key not in present}
-        if wanted <= set(shapes) and all(key.endswith(".bias") for key in added) and present <= set(shapes) | wanted:
-            return name, value, added
+    for part, own in _configs(config).items():
+        for name, value in _BIAS_SWITCHES:
+            if not hasattr(own, name) or getattr(own, name) == value:
+                continue
+            changed = copy.deepcopy(config)
+            setattr(_configs(changed)[part], name, value)
+            with torch.device("meta"):
+                twin = type(model)(changed)
+            shapes = {key: parameter.shape for key, parameter in twin.named_parameters(remove_duplicate=False)}
+            added = {key: shape for key, shape in shapes.items() if key not in present}
+            if wanted | present <= set(shapes) and all(key.endswith(".bias") for key in added):
+                return part, name, value, added
     return None
 
 
@@ -109,7 +116,7 @@ def hold_bias(model: nn.Module, sites: list[str]) -> str | None:
     if switch is None:
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         return f"the architecture {family!r} has no bias in {sites[0]}, and no config switch for one"
-    name, value, added = switch
+    part, name, value, added = switch
     for key, shape in added.items():
         owner_name, _, leaf = key.rpartition(".")
         owner = model.get_submodule(owner_name)
@@ -117,7 +124,7 @@ def hold_bias(model: nn.Module, sites: list[str]) -> str | None:
             weight: Any = next(iter(owner.parameters(recurse=False)))
             zeros = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
             setattr(owner, leaf, nn.Parameter(zeros, requires_grad=False))
-    setattr(model.config, name, value)
+    setattr(_configs(model.config)[part], name, value)
     return None
 
 
@@ -138,7 +145,7 @@ def _plain(model: nn.Module) -> Iterator[nn.Module]:
             raise ValueError(f"{layer.site}: save_merged needs unmerged adapters, got {layer.merged_adapters} merged")
         mergeable(layer.get_base_layer(), layer.site)
     config: Any = getattr(model, "config", None)
-    settings = copy.deepcopy(config.__dict__) if config is not None else {}
+    settings = [(part, dict(part.__dict__)) for part in _configs(config).values()] if config is not None else []
     empty = [(owner, key) for owner in model.modules() for key, value in owner._parameters.items() if value is None]
     hooked = model.__dict__.pop("peft_config", None)
     try:
@@ -161,9 +168,9 @@ def _plain(model: nn.Module) -> Iterator[nn.Module]:
             layer.unmerge()
         for owner, key in empty:
             owner._parameters[key] = None
-        if config is not None:
-            config.__dict__.clear()
-            config.__dict__.update(settings)
+        for part, values in settings:
+            part.__dict__.clear()
+            part.__dict__.update(values)
         if hooked is not None:
             model.__dict__["peft_config"] = hooked
 
