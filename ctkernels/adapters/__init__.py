@@ -1,4 +1,4 @@
-"""Adapters as PEFT methods. Importing this package registers them with peft; it needs `pip install ctkernels[adapters]`.
+"""Adapters as PEFT methods; importing this package registers them. It needs `pip install ctkernels[adapters]`.
 
 peft has no plug-in mechanism: a process that loads a JoLA adapter must import `ctkernels.adapters` first, or peft
 raises `KeyError: 'JOLA'`.

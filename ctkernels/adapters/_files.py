@@ -65,7 +65,9 @@ def safetensors_names(path: str | os.PathLike[str]) -> list[str]:
         with safe_open(str(path), framework="pt") as file:
             return list(file.keys())
     except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file, got one that is corrupt or cut short ({error})") from None
+        raise ValueError(
+            f"{path}: expected a safetensors file, got one that is corrupt or cut short ({error})"
+        ) from None
 
 
 def check_adapter_folder(folder: str | os.PathLike[str], peft_type: str) -> None:

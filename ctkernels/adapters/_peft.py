@@ -15,8 +15,7 @@ def require_peft() -> None:
         import peft
     except ImportError as error:
         raise ImportError(
-            "ctkernels.adapters needs peft and transformers: pip install 'ctkernels[adapters]' "
-            "(peft >= 0.18, < 0.22)"
+            "ctkernels.adapters needs peft and transformers: pip install 'ctkernels[adapters]' (peft >= 0.18, < 0.22)"
         ) from error
     version = tuple(int(part) for part in peft.__version__.split(".")[:2])
     if version < (0, 18):
@@ -39,10 +38,10 @@ def add_peft_type(name: str) -> Any:
 
     if name in PeftType.__members__:
         return PeftType[name]
-    member = str.__new__(PeftType, name)
+    member: Any = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
-    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member.__objclass__ = PeftType
     type.__setattr__(PeftType, name, member)
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member

@@ -32,11 +32,16 @@ def mergeable(base: Any, site: str) -> None:
     """
     weight = base.weight
     data = weight.data if isinstance(weight, Tensor) else None
-    if type(weight) is nn.Parameter and type(data) is Tensor and data.dtype in (
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
+    if (
+        type(weight) is nn.Parameter
+        and type(data) is Tensor
+        and data.dtype
+        in (
+            torch.float16,
+            torch.bfloat16,
+            torch.float32,
+            torch.float64,
+        )
     ):
         return
     if hasattr(weight, "device_mesh"):
@@ -129,8 +134,8 @@ def hold_bias(model: nn.Module, sites: list[str]) -> str | None:
 
 
 @contextmanager
-def _plain(model: nn.Module) -> Iterator[nn.Module]:
-    """The merged model without its JoLA layers; everything is put back afterwards, bit for bit."""
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Merge the model and take its JoLA layers out; everything is put back afterwards, bit for bit."""
     from .jola.layer import JolaLayer
 
     owners = [
@@ -160,7 +165,7 @@ def _plain(model: nn.Module) -> Iterator[nn.Module]:
             raise ValueError(
                 f"Cannot save a merged model: {problem}. Save the adapter instead, or train with edit='multiplicative'."
             )
-        yield model
+        yield
     finally:
         for owner, name, layer in owners:
             setattr(owner, name, layer)
@@ -195,5 +200,5 @@ def save_merged(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> None
         >>> plain = AutoModelForCausalLM.from_pretrained("merged")
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with _plain(base) as plain, replacing_folder(path) as folder:
-        plain.save_pretrained(folder, **kwargs)  # type: ignore[operator]
+    with _plain(base), replacing_folder(path) as folder:
+        base.save_pretrained(folder, **kwargs)

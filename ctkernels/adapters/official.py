@@ -74,8 +74,10 @@ def load_official(
         raise ValueError("expected tensors named layers.N.self_attn.attn_A, attn_v, log_g1, log_g2; got none")
     found: dict[tuple[int, str], dict[int, Tensor]] = {}
     for name, value in tensors.items():
-        layer_index, part, head = _NAME.search(name).groups()  # type: ignore[union-attr]
-        found.setdefault((int(layer_index), part), {})[int(head or 0)] = value
+        match = _NAME.search(name)
+        if match:
+            layer_index, part, head = match.groups()
+            found.setdefault((int(layer_index), part), {})[int(head or 0)] = value
     (name,) = _adapters(model, adapter)[:1]
     copies: list[tuple[Tensor, Tensor]] = []
     filled: set[int] = set()
@@ -97,7 +99,7 @@ def load_official(
             if any(piece.shape != ordered[0].shape for piece in ordered):
                 raise ValueError(f"{layer.site}: expected {part} of equal shapes, got {[p.shape[0] for p in ordered]}")
             value = torch.stack(ordered).reshape(-1, ordered[0].shape[0]) if len(shape) == 2 else ordered[0]
-            target = table[name] if name in table else None  # type: ignore[operator, index]
+            target = dict(table).get(name)
             if target is None or tuple(value.shape) != shape or target.shape != value.shape:
                 have = None if target is None else tuple(target.shape)
                 raise ValueError(f"{layer.site}: expected {part} of shape {have}, got {tuple(value.shape)}")

@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class _Slice(torch.autograd.Function):
     """A rank's slice of a replicated tensor; the gradient is gathered so that every rank gets the whole one."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, start: int, length: int, dim: int, group: Any) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, value: Tensor, start: int, length: int, dim: int, group: Any) -> Tensor:
         ctx.where = (start, length, dim, group, value.shape)
         return value.narrow(dim, start, length).clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         start, length, dim, group, shape = ctx.where
         whole = grad.new_zeros(shape)
         whole.narrow(dim, start, length).copy_(grad)
@@ -26,7 +26,7 @@ class _Slice(torch.autograd.Function):
         return whole, None, None, None, None
 
 
-def local_heads(value: Tensor, layer: nn.Module, count: int, dim: int) -> Tensor:
+def local_heads(value: Tensor, layer: Any, count: int, dim: int) -> Tensor:
     """The part of `value` that belongs to this rank's heads.
 
     Args:
@@ -38,7 +38,7 @@ def local_heads(value: Tensor, layer: nn.Module, count: int, dim: int) -> Tensor
     Raises:
         ValueError: the input has fewer heads than the layer, but the projection is not sharded that way.
     """
-    base: Any = layer.get_base_layer()  # type: ignore[operator]
+    base = layer.get_base_layer()
     mesh = getattr(base.weight, "device_mesh", None) or getattr(base, "_hf_device_mesh", None)
     heads = value.shape[dim]
     if mesh is None or mesh.ndim != 1 or mesh.size() * count != heads:

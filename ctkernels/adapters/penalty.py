@@ -15,17 +15,17 @@ from ..functional import expected_l0
 from .gates import log_alphas
 
 
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[operator]
+def _local(parameter: Any) -> Tensor:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
-def _over_shards(local: Tensor, parameter: Tensor) -> Tensor:
+def _over_shards(local: Tensor, parameter: Any) -> Tensor:
     """The sum over a parameter's shards, with the gradient of the local part (each rank holds its own shard)."""
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:
         return local
     total = local.detach().clone()
-    for dim, placement in enumerate(parameter.placements):  # type: ignore[attr-defined]
+    for dim, placement in enumerate(parameter.placements):
         if placement.is_shard():
             dist.all_reduce(total, group=mesh.get_group(dim))
     return local + (total - local.detach())

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 LAYOUTS: dict[str, str] = {
     # decoders in the style of Llama
@@ -59,10 +59,11 @@ _OUTPUT_NAMES = {"o_proj", "out_proj", "out_lin", "dense", "c_proj", "wo", "Wo",
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """`(in_features, out_features)` of a linear-like module (Linear, quantised Linear, GPT-2's Conv1D), else None."""
-    if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
-        return module.in_features, module.out_features  # type: ignore[return-value]
-    if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int):
-        return int(module.weight.shape[0]), int(module.nf)  # type: ignore[arg-type, union-attr]
+    layer: Any = module
+    if isinstance(getattr(layer, "in_features", None), int) and isinstance(getattr(layer, "out_features", None), int):
+        return layer.in_features, layer.out_features
+    if type(layer).__name__ == "Conv1D" and isinstance(getattr(layer, "nf", None), int):
+        return layer.weight.shape[0], layer.nf
     return None
 
 
@@ -205,9 +206,7 @@ def default_targets(model: nn.Module) -> str | list[str]:
 
 def near_misses(model: nn.Module, limit: int = 8) -> str:
     """A sentence listing the model's distinct linear module names, for error messages."""
-    names: dict[str, Tensor | None] = {}
-    for name, module in model.named_modules():
-        if linear_shape(module) is not None:
-            names.setdefault(re.sub(r"\d+", "*", name))
+    linear = (name for name, module in model.named_modules() if linear_shape(module) is not None)
+    names = dict.fromkeys(re.sub(r"\d+", "*", name) for name in linear)
     shown = ", ".join(list(names)[:limit]) or "none"
     return f"Linear modules of this model: {shown}" + (", ..." if len(names) > limit else "")

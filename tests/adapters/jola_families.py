@@ -30,7 +30,15 @@ VISION = {
     "image_size": 16,
     "patch_size": 8,
 }
-GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
+GPT = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "vocab_size": VOCAB,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 SEQ2SEQ = {
     "d_model": 32,
     "encoder_layers": 2,
@@ -208,9 +216,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "xlm": Family("plain", {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": VOCAB}, biased=True),
     "flaubert": Family("plain", {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": VOCAB}, biased=True),
-    "modernbert": Family(
-        "plain", SMALL | {"cls_token_id": 1, "sep_token_id": 2, "reference_compile": False}
-    ),
+    "modernbert": Family("plain", SMALL | {"cls_token_id": 1, "sep_token_id": 2, "reference_compile": False}),
     "mpnet": Family("plain", SMALL, biased=True),
     "vit": Family("plain", VISION, kind="image", biased=True),
     "deit": Family("plain", VISION, kind="image", biased=True),

@@ -6,14 +6,13 @@ import copy
 
 import pytest
 import torch
+from jola_families import build, inputs, output
+
+from ctkernels.functional import hard_concrete
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-
-from jola_families import build, inputs, output
-
-import ctkernels.adapters as adapters
-from ctkernels.functional import hard_concrete
+adapters = pytest.importorskip("ctkernels.adapters")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 VALUES = inputs("llama", batch=3)
@@ -338,15 +337,16 @@ def test_a_weight_tied_to_another_module_is_untied_by_merging_only():
 
 def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing():
     model = peft.get_peft_model(build("llama"), _config())
-    layer = _layers(model)[0]
-    weight = layer.base_layer.weight
+    first, last = _layers(model)
+    weight = first.base_layer.weight
     with torch.no_grad():
-        layer.jola_a["default"][0, 0] = float("nan")
+        last.jola_a["default"][0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         model.merge_adapter(safe_merge=True)
-    assert layer.base_layer.weight is weight
-    assert layer.base_layer.bias is None
-    assert not layer.merged
+    assert first.base_layer.weight is weight
+    assert first.base_layer.bias is None
+    assert not first.merged
+    assert not last.merged
 
 
 def test_closed_additive_gates_create_no_bias():
@@ -356,6 +356,30 @@ def test_closed_additive_gates_create_no_bias():
     merged = model.merge_and_unload()
     assert merged.model.layers[0].self_attn.o_proj.bias is None
     torch.testing.assert_close(output(merged, VALUES), before, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_made_from_one_config_stay_apart():
+    config = _config()
+    model = peft.get_peft_model(build("llama"), config)
+    model.add_adapter("second", config)
+    _set(model, "m", [-9.0, 3.0, 3.0, 3.0])
+    adapters.drop_closed_heads(model, "default")
+    assert _layers(model)[0].jola_m["default"].shape == (3, 8)
+    assert _layers(model)[0].jola_m["second"].shape == (4, 8)
+    assert model.peft_config["second"].heads is None
+    assert not model.peft_config["second"].freeze_gates
+
+
+def test_transformers_own_adapter_methods_work(tmp_path):
+    model, _ = _two()
+    expected = output(model, VALUES)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    plain = build("llama")
+    before = output(plain, VALUES)
+    plain.load_adapter(str(tmp_path))
+    assert torch.equal(output(plain, VALUES), expected)
+    plain.disable_adapters()
+    assert torch.equal(output(plain, VALUES), before)
 
 
 def test_a_copy_is_independent():

@@ -56,8 +56,8 @@ class JolaConfig(PeftConfig):
         >>> model = get_peft_model(model, config)
     """
 
-    target_modules: list[str] | str | None = field(default=None)
-    exclude_modules: list[str] | str | None = field(default=None)
+    target_modules: list[str] | set[str] | str | None = field(default=None)
+    exclude_modules: list[str] | set[str] | str | None = field(default=None)
     layers_to_transform: list[int] | int | None = field(default=None)
     layers_pattern: list[str] | str | None = field(default=None)
     heads: Any = field(default=None)
@@ -94,9 +94,9 @@ class JolaConfig(PeftConfig):
         elif self.heads is not None:
             self.heads = [int(head) for head in self.heads]
         if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+            self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+            self.exclude_modules = set(self.exclude_modules)
 
     def layer_index(self, name: str) -> int | None:
         """The layer number in a module name, or None if it has none (or none under `layers_pattern`)."""

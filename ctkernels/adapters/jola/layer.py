@@ -35,6 +35,11 @@ class JolaLayer(nn.Module, BaseTunerLayer):
     `jola_log_alpha_m`, `jola_log_alpha_a` (K,).
     """
 
+    jola_m: nn.ParameterDict
+    jola_a: nn.ParameterDict
+    jola_log_alpha_m: nn.ParameterDict
+    jola_log_alpha_a: nn.ParameterDict
+
     adapter_layer_names = ("jola_m", "jola_a", "jola_log_alpha_m", "jola_log_alpha_a")
     other_param_names = ("jola_heads_m", "jola_heads_a", "jola_config")
 
@@ -111,10 +116,10 @@ class JolaLayer(nn.Module, BaseTunerLayer):
             self._heads(kind)[adapter_name] = torch.tensor(heads, dtype=torch.long, device=kept.device)
 
     def _of(self, kind: str) -> nn.ParameterDict:
-        return self.jola_m if kind == "m" else self.jola_a  # type: ignore[return-value]
+        return self.jola_m if kind == "m" else self.jola_a
 
     def _log_alpha(self, kind: str) -> nn.ParameterDict:
-        return self.jola_log_alpha_m if kind == "m" else self.jola_log_alpha_a  # type: ignore[return-value]
+        return self.jola_log_alpha_m if kind == "m" else self.jola_log_alpha_a
 
     def _heads(self, kind: str) -> BufferDict:
         return self.jola_heads_m if kind == "m" else self.jola_heads_a
@@ -211,7 +216,9 @@ class JolaLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
         elif adapter_names is not None:
             if self.merged:
-                raise ValueError(f"{self.site}: adapter_names needs unmerged adapters, got {self.merged_adapters} merged")
+                raise ValueError(
+                    f"{self.site}: adapter_names needs unmerged adapters, got {self.merged_adapters} merged"
+                )
             x = self._edit_mixed(x, list(adapter_names))
         elif not self.merged:
             for name in self.active_adapters:
@@ -224,7 +231,8 @@ class JolaLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def factors(self, adapter_names: list[str]) -> tuple[Tensor, Tensor]:
         """p and q, both (heads * head_dim,), with `p*z + q` the edit of the adapters in order, gates deterministic."""
-        weight = self.get_base_layer().weight
+        base: Any = self.get_base_layer()
+        weight = base.weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         p = torch.ones(self.num_heads, self.head_dim, dtype=dtype, device=weight.device)
         q = torch.zeros_like(p)
@@ -250,11 +258,11 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.jola_config]
         if not names:
             return
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         mergeable(base, self.site)
         originals = self._originals or (base.weight, base.bias)
         p, q = self.factors([*self.merged_adapters, *names])
-        weight, bias = folded(base, *originals, p, q)
+        weight, bias = folded(base, originals[0], originals[1], p, q)
         if safe_merge and not all(bool(value.isfinite().all()) for value in (weight, bias) if value is not None):
             raise ValueError(f"{self.site}: merging {names} gives values that are not finite")
         self._originals = originals
@@ -265,8 +273,8 @@ class JolaLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put the original parameters back, the same objects with the same bits."""
         if self._originals is not None:
-            base = self.get_base_layer()
-            base.weight, base.bias = self._originals  # type: ignore[assignment]
+            base: Any = self.get_base_layer()
+            base.weight, base.bias = self._originals
             self._originals = None
         self.merged_adapters.clear()
 

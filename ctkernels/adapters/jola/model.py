@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -38,7 +39,6 @@ class JolaModel(BaseTuner):
 
     prefix = "jola_"
     tuner_layer_cls = JolaLayer
-    target_module_mapping: dict[str, list[str]] = {}
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
@@ -63,8 +63,8 @@ class JolaModel(BaseTuner):
                 f"{peft_config.layers_to_transform!r} matched no module. {near_misses(model)}"
             )
         for name in sites:
-            base = model.get_submodule(name)
-            base = base.get_base_layer() if isinstance(base, JolaLayer) else base  # type: ignore[assignment]
+            module = model.get_submodule(name)
+            base = module.get_base_layer() if isinstance(module, JolaLayer) else module
             heads, _ = head_layout(model, name, base, peft_config.head_dim)
             peft_config.heads_of(name, heads)
         peft_config.target_modules = targets
@@ -82,7 +82,7 @@ class JolaModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, JolaLayer):
             target.update_layer(adapter_name, peft_config)
@@ -98,15 +98,35 @@ class JolaModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model, also where one projection is registered under several names."""
+        name = kwargs.get("adapter_name", args[0] if args else None)
+        config = self.peft_config[name]
+        if any(other is config for key, other in self.peft_config.items() if key != name):
+            self.peft_config[name] = copy.copy(config)  # freezing and dropping heads change one adapter's config
         super().inject_adapter(model, *args, **kwargs)
         wrappers = {id(layer.base_layer): layer for layer in jola_layers(model)}
         for owner in model.modules():
             if not isinstance(owner, JolaLayer):
-                for name, child in owner.named_children():
+                for leaf, child in owner.named_children():
                     if id(child) in wrappers:
-                        setattr(owner, name, wrappers[id(child)])
+                        setattr(owner, leaf, wrappers[id(child)])
 
-    # ---- taking layers out ----
+    # ---- merging, taking layers out ----
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into every layer, or into none if one cannot be merged."""
+        layers = list(jola_layers(self.model))
+        before = [list(layer.merged_adapters) for layer in layers]
+        for layer in layers:
+            mergeable(layer.get_base_layer(), layer.site)
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except ValueError:
+            for layer, names in zip(layers, before):
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    if names:
+                        layer.merge(adapter_names=names)
+            raise
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         layers = list(jola_layers(self.model))
@@ -117,7 +137,8 @@ class JolaModel(BaseTuner):
                 mergeable(layer.get_base_layer(), layer.site)
             else:
                 layer.unmerge()
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        unload: Any = super()._unload_and_optionally_merge
+        model = unload(merge, *args, **kwargs)
         for owner in model.modules():  # a projection registered under several names
             for name, child in owner.named_children():
                 if isinstance(child, JolaLayer):
@@ -173,8 +194,6 @@ def jola_layers(model: nn.Module) -> Iterator[JolaLayer]:
 
 
 def _with_targets(config: JolaConfig, targets: Any) -> JolaConfig:
-    import copy
-
     probe = copy.copy(config)
     probe.target_modules = targets
     return probe
@@ -201,12 +220,17 @@ def _encoder(model: nn.Module) -> nn.Module | None:
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
     getter: Any = getattr(model, "get_encoder", None)
-    return getter() if getter is not None and not inspect.signature(getter).parameters else getattr(model, "encoder", None)
+    return (
+        getter() if getter is not None and not inspect.signature(getter).parameters else getattr(model, "encoder", None)
+    )
 
 
 def _check_state_dict(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Refuse JoLA tensors that do not fit, before any of them is copied."""
-    own = {f"{prefix}{name}": value for name, value in model.state_dict().items() if ".jola_" in name}
+    parameters = model.named_parameters(remove_duplicate=False)
+    own = {f"{prefix}{name}": value for name, value in parameters if ".jola_" in name}
+    if any("_fsdp_wrapped_module" in name for name in own):
+        return  # FSDP1 renames and flattens parameters, and checks them itself
     given = {name: value for name, value in state_dict.items() if ".jola_" in name}
     foreign = sorted(set(given) - set(own))
     if foreign:
