@@ -97,22 +97,23 @@ def drop_closed_heads(model: nn.Module, adapter: str | None = None) -> int:
         >>> drop_closed_heads(model)
         >>> model.save_pretrained("small")
     """
-    removed = 0
-    for name in _adapters(model, adapter):
-        kept = open_heads(model, name)
+    names = _adapters(model, adapter)
+    opened = {name: open_heads(model, name) for name in names}
+    for name, kept in opened.items():
         if not any(heads for parts in kept.values() for heads in parts.values()):
             raise ValueError(f"adapter {name!r}: every gate is closed, so nothing would be left; unload it instead")
-        entries = [(layer, kind, len(parameter)) for layer, _, kind, parameter in log_alphas(model, name)]
-        for layer, _, _ in entries:
+        for layer in jola_layers(model):
             if name in layer.merged_adapters:
                 raise ValueError(f"adapter {name!r}: dropping heads needs it unmerged, but {layer.site} has it merged")
+    removed = 0
+    for name, kept in opened.items():
         freeze_gates(model, name)
-        config = entries[0][0].jola_config[name]
-        for layer, kind, before in entries:
+        for layer, _, kind, parameter in list(log_alphas(model, name)):
             heads = kept[layer.site][kind]
-            if len(heads) < before:
+            if len(heads) < len(parameter):
                 layer.keep_heads(name, kind, heads)
-                removed += before - len(heads)
+                removed += len(parameter) - len(heads)
+        config = next(layer.jola_config[name] for layer in jola_layers(model) if name in layer.jola_config)
         config.heads = {site: parts for site, parts in kept.items() if parts["m"] or parts["a"]}
     return removed
 

@@ -24,25 +24,18 @@ _BIAS_SWITCHES: tuple[tuple[str, Any], ...] = (
 )
 
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def mergeable(base: Any, site: str) -> None:
     """Check that edits can be folded into a projection.
 
     Raises:
         ValueError: its weight is quantised, or sharded over ranks.
     """
-    weight = base.weight
+    weight = getattr(base, "weight", None)
     data = weight.data if isinstance(weight, Tensor) else None
-    if (
-        type(weight) is nn.Parameter
-        and type(data) is Tensor
-        and data.dtype
-        in (
-            torch.float16,
-            torch.bfloat16,
-            torch.float32,
-            torch.float64,
-        )
-    ):
+    if type(weight) is nn.Parameter and type(data) is Tensor and data.dtype in _FLOATS:
         return
     if hasattr(weight, "device_mesh"):
         raise ValueError(f"{site}: cannot merge into a weight that is sharded over ranks; merge in one process")
@@ -135,16 +128,18 @@ def hold_bias(model: nn.Module, sites: list[str]) -> str | None:
 
 @contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
-    """Merge the model and take its JoLA layers out; everything is put back afterwards, bit for bit."""
+    """Merge the model and take peft's wrappers out of it; everything is put back afterwards, bit for bit."""
+    from peft.utils.other import ModulesToSaveWrapper
+
     from .jola.layer import JolaLayer
 
-    owners = [
+    wrappers: list[tuple[nn.Module, str, Any]] = [
         (owner, name, child)
         for owner in model.modules()
         for name, child in owner._modules.items()
-        if isinstance(child, JolaLayer) and not isinstance(owner, JolaLayer)
+        if isinstance(child, (JolaLayer, ModulesToSaveWrapper)) and not isinstance(owner, JolaLayer)
     ]
-    layers = {id(layer): layer for _, _, layer in owners}.values()
+    layers = {id(child): child for _, _, child in wrappers if isinstance(child, JolaLayer)}.values()
     for layer in layers:
         if layer.merged:
             raise ValueError(f"{layer.site}: save_merged needs unmerged adapters, got {layer.merged_adapters} merged")
@@ -156,10 +151,13 @@ def _plain(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             layer.merge()
-        for owner, name, layer in owners:
-            setattr(owner, name, layer.get_base_layer())
-        created = [layer.site for layer in layers if layer._originals and layer._originals[1] is None]
-        created = [site for site in created if model.get_submodule(site).bias is not None]
+        for owner, name, child in wrappers:
+            if isinstance(child, JolaLayer):
+                setattr(owner, name, child.get_base_layer())
+            else:
+                setattr(owner, name, child.modules_to_save[child.active_adapters[0]])
+        unbiased = [layer.site for layer in layers if not layer.had_bias()]
+        created = [site for site in unbiased if model.get_submodule(site).bias is not None]
         problem = hold_bias(model, created) if created else None
         if problem:
             raise ValueError(
@@ -167,8 +165,8 @@ def _plain(model: nn.Module) -> Iterator[None]:
             )
         yield
     finally:
-        for owner, name, layer in owners:
-            setattr(owner, name, layer)
+        for owner, name, child in wrappers:
+            setattr(owner, name, child)
         for layer in layers:
             layer.unmerge()
         for owner, key in empty:

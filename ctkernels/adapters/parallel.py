@@ -39,7 +39,7 @@ def local_heads(value: Tensor, layer: Any, count: int, dim: int) -> Tensor:
         ValueError: the input has fewer heads than the layer, but the projection is not sharded that way.
     """
     base = layer.get_base_layer()
-    mesh = getattr(base.weight, "device_mesh", None) or getattr(base, "_hf_device_mesh", None)
+    mesh = getattr(getattr(base, "weight", None), "device_mesh", None) or getattr(base, "_hf_device_mesh", None)
     heads = value.shape[dim]
     if mesh is None or mesh.ndim != 1 or mesh.size() * count != heads:
         raise ValueError(

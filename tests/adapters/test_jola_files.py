@@ -67,6 +67,9 @@ def test_config_roundtrip(tmp_path):
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"init_std": -1.0}, "init_std must be at least 0, got -1.0"),
         ({"stretch": (0.1, 1.1)}, r"stretch must be \(below 0, above 1\)"),
+        ({"heads": "all"}, "heads must be None, a list of indices, or a dict .*, got 'all'"),
+        ({"heads": {0: {"q": [1]}}}, "heads must be None, a list"),
+        ({"heads": [0.5]}, "heads must be None, a list"),
         ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
         ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
     ],
@@ -108,6 +111,20 @@ def test_other_trained_modules_are_saved_too(tmp_path):
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(build("llama"), tmp_path)
     assert torch.equal(output(again, VALUES), output(model, VALUES))
+
+
+def test_other_trained_modules_are_in_the_merged_model(tmp_path):
+    torch.manual_seed(2)
+    base = transformers.LlamaForSequenceClassification(build("llama").config)
+    config = adapters.JolaConfig(task_type="SEQ_CLS", init_std=0.3)
+    model = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        model.base_model.model.score.modules_to_save["default"].weight.mul_(2)
+    expected = output(model, VALUES)
+    adapters.save_merged(model, tmp_path)
+    plain = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(output(plain, VALUES), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(output(model, VALUES), expected)
 
 
 def _load(folder):

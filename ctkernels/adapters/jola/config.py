@@ -91,8 +91,15 @@ class JolaConfig(PeftConfig):
         self.stretch = (float(self.stretch[0]), float(self.stretch[1]))
         if isinstance(self.heads, dict):
             self.heads = {str(key): value for key, value in self.heads.items()}
-        elif self.heads is not None:
-            self.heads = [int(head) for head in self.heads]
+        values = list(self.heads.values()) if isinstance(self.heads, dict) else [self.heads]
+        for value in values:
+            parts = list(value.values()) if isinstance(value, dict) and set(value) <= {"m", "a"} else [value]
+            for part in parts:
+                if part is not None and not (isinstance(part, list) and all(type(head) is int for head in part)):
+                    raise ValueError(
+                        "JolaConfig: heads must be None, a list of indices, or a dict from layer or module to a list "
+                        f"or {{'m': list, 'a': list}}, got {self.heads!r}"
+                    )
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):

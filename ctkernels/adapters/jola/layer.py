@@ -270,6 +270,11 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.merged_adapters.extend(names)
 
+    def had_bias(self) -> bool:
+        """Whether the projection has a bias of its own, not made by merging."""
+        bias = getattr(self.get_base_layer(), "bias", None) if self._originals is None else self._originals[1]
+        return bias is not None
+
     def unmerge(self) -> None:
         """Put the original parameters back, the same objects with the same bits."""
         if self._originals is not None:

@@ -98,7 +98,7 @@ class JolaModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model, also where one projection is registered under several names."""
-        name = kwargs.get("adapter_name", args[0] if args else None)
+        name: Any = kwargs.get("adapter_name", args[0] if args else None)
         config = self.peft_config[name]
         if any(other is config for key, other in self.peft_config.items() if key != name):
             self.peft_config[name] = copy.copy(config)  # freezing and dropping heads change one adapter's config
@@ -130,21 +130,20 @@ class JolaModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         layers = list(jola_layers(self.model))
-        had_bias = {layer.site: layer.get_base_layer().bias is not None for layer in layers if not layer.merged}
-        had_bias.update({layer.site: layer._originals[1] is not None for layer in layers if layer._originals})
         for layer in layers:
             if merge:
                 mergeable(layer.get_base_layer(), layer.site)
             else:
                 layer.unmerge()
+        unbiased = [layer.site for layer in layers if not layer.had_bias()]
         unload: Any = super()._unload_and_optionally_merge
         model = unload(merge, *args, **kwargs)
         for owner in model.modules():  # a projection registered under several names
             for name, child in owner.named_children():
                 if isinstance(child, JolaLayer):
                     setattr(owner, name, child.get_base_layer())
-        created = [site for site, had in had_bias.items() if not had and model.get_submodule(site).bias is not None]
-        if merge and created:
+        created = [site for site in unbiased if merge and model.get_submodule(site).bias is not None]
+        if created:
             problem = hold_bias(model, created)
             if problem:
                 warnings.warn(
