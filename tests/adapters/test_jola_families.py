@@ -49,7 +49,7 @@ def _by_hand(layer, z, adapter="default"):
     return edited
 
 
-def _close(actual, expected, tolerance=2e-5):
+def assert_near(actual, expected, tolerance=2e-5):
     scale = max(expected.abs().max().item(), 1.0)
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
 
@@ -82,12 +82,12 @@ def test_attach_edit_merge_and_detach(name):
         handle.remove()
     assert len(seen) >= family.sites
     for layer, z, result in seen:
-        _close(result, _by_hand(layer, z), 1e-6)
+        assert_near(result, _by_hand(layer, z), 1e-6)
     assert (edited - expected).abs().max() > 1e-3
 
     weights = [(layer.base_layer.weight, layer.base_layer.bias) for layer in layers]
     wrapped.merge_adapter()
-    _close(output(wrapped, values), edited)
+    assert_near(output(wrapped, values), edited)
     wrapped.unmerge_adapter()
     assert all(
         layer.base_layer.weight is weight and layer.base_layer.bias is bias
@@ -126,10 +126,10 @@ def test_saved_adapter_and_saved_merged_model_reload(name, tmp_path):
         adapters.save_merged(wrapped, tmp_path / "merged")
         plain = type(model).from_pretrained(tmp_path / "merged").eval()
         assert not _layers(plain)
-        _close(output(plain, values), edited)
+        assert_near(output(plain, values), edited)
         merged = again.merge_and_unload()
         merged.save_pretrained(tmp_path / "unloaded")
-        _close(output(type(model).from_pretrained(tmp_path / "unloaded").eval(), values), edited)
+        assert_near(output(type(model).from_pretrained(tmp_path / "unloaded").eval(), values), edited)
     assert model.config.__dict__ == settings
     assert torch.equal(output(wrapped, values), edited)
 
@@ -141,7 +141,7 @@ def test_multiplicative_edits_merge_where_there_is_no_bias(name, tmp_path):
     edited = output(wrapped, values)
     adapters.save_merged(wrapped, tmp_path)
     plain = type(wrapped.get_base_model()).from_pretrained(tmp_path).eval()
-    _close(output(plain, values), edited)
+    assert_near(output(plain, values), edited)
 
 
 GENERATORS = ["llama", "qwen3", "gemma2", "deepseek_v3", "gpt_oss", "gpt2", "gpt_neox", "bloom", "opt", "bart", "t5"]
@@ -184,4 +184,4 @@ def test_padding_does_not_change_the_other_tokens(name, side):
         values["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     padded = output(wrapped, values)
     own = padded[:, 3:] if side == "left" else padded[:, : tokens.shape[1]]
-    _close(own, alone, 1e-5)
+    assert_near(own, alone, 1e-5)

@@ -107,6 +107,8 @@ class WithTorchAttention(nn.Module):
         (OwnModel, {"target_modules": ["blocks"]}, r"blocks: expected a linear projection .*, got ModuleList"),
         (OwnModel, {"target_modules": ["out_proj"], "head_dim": 3}, r"blocks\.0\.out_proj: expected an input of heads"),
         (OwnModel, {"layers_to_transform": [5]}, r"layers_to_transform=\[5\] matched no module"),
+        (OwnModel, {"layers_to_transform": [0, 5]}, r"layers_to_transform and heads name \[5\], where no module"),
+        (OwnModel, {"heads": {1: [0], "blocks.0.proj": [0]}}, r"name \['blocks\.0\.proj'\], where no module"),
         (OwnModel, {"heads": [2]}, r"blocks\.0\.out_proj: heads must be distinct and in 0\.\.1, got \[2\]"),
         (OwnModel, {"heads": [0, 0]}, r"heads must be distinct"),
         (

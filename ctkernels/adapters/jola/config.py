@@ -125,6 +125,16 @@ class JolaConfig(PeftConfig):
                 return False
         return not isinstance(self.heads, dict) or self._entry(name) is not None
 
+    def unused(self, names: list[str]) -> list[Any]:
+        """The layers and modules asked for in `layers_to_transform` and `heads` that none of `names` answers to."""
+        layers = {self.layer_index(name) for name in names}
+        wanted = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        missing: list[Any] = [layer for layer in wanted or [] if layer not in layers]
+        if isinstance(self.heads, dict):
+            known = {*names, *map(str, layers)}
+            missing += [key for key in self.heads if key not in known]
+        return missing
+
     def _entry(self, name: str) -> Any:
         if name in self.heads:
             return self.heads[name]

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
@@ -62,6 +63,9 @@ class JolaModel(BaseTuner):
                 f"target_modules={peft_config.target_modules!r} with layers_to_transform="
                 f"{peft_config.layers_to_transform!r} matched no module. {near_misses(model)}"
             )
+        unused = probe.unused(sites)
+        if unused:
+            raise ValueError(f"layers_to_transform and heads name {unused}, where no module is to be edited")
         for name in sites:
             module = model.get_submodule(name)
             base = module.get_base_layer() if isinstance(module, JolaLayer) else module
@@ -71,7 +75,11 @@ class JolaModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        found = check_target_module_exists(peft_config, key)
+        # without the layer fields: peft reads them otherwise for lists than for regular expressions
+        names = ("target_modules", "exclude_modules", "modules_to_save")
+        found = check_target_module_exists(
+            SimpleNamespace(target_parameters=None, **{name: getattr(peft_config, name) for name in names}), key
+        )
         return found if not found or peft_config.selects_layer(key) else False
 
     def _create_and_replace(
