@@ -66,6 +66,23 @@ T5 = {
     "decoder_start_token_id": 0,
 }
 
+SPEECH = SMALL | {
+    "conv_dim": [8, 8],
+    "conv_stride": [5, 2],
+    "conv_kernel": [10, 3],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
+WINDOWS = {
+    "image_size": 16,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": [1, 1],
+    "num_heads": [2, 4],
+    "window_size": 4,
+}
+
 
 @dataclass(frozen=True)
 class Family:
@@ -226,19 +243,9 @@ FAMILIES: dict[str, Family] = {
     "vit_msn": Family("plain", VISION, kind="image", biased=True),
     "yolos": Family("plain", VISION | {"image_size": [16, 16]}, kind="image", biased=True),
     "data2vec-vision": Family("plain", VISION, kind="image", biased=True),
-    "swinv2": Family(
-        "plain",
-        {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
-        kind="image",
-        biased=True,
-    ),
+    "swinv2": Family("plain", WINDOWS, kind="image", biased=True),
     "dinov3_vit": Family("plain", VISION, kind="image", biased=True),
-    "swin": Family(
-        "plain",
-        {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
-        kind="image",
-        biased=True,
-    ),
+    "swin": Family("plain", WINDOWS, kind="image", biased=True),
     "clip": Family(
         "plain",
         {"text_config": SMALL | {"eos_token_id": 2}, "vision_config": VISION, "projection_dim": 16},
@@ -253,34 +260,8 @@ FAMILIES: dict[str, Family] = {
         kind="both",
         biased=True,
     ),
-    "wav2vec2": Family(
-        "plain",
-        SMALL
-        | {
-            "conv_dim": [8, 8],
-            "conv_stride": [5, 2],
-            "conv_kernel": [10, 3],
-            "num_feat_extract_layers": 2,
-            "num_conv_pos_embeddings": 4,
-            "num_conv_pos_embedding_groups": 2,
-        },
-        kind="wave",
-        biased=True,
-    ),
-    "hubert": Family(
-        "plain",
-        SMALL
-        | {
-            "conv_dim": [8, 8],
-            "conv_stride": [5, 2],
-            "conv_kernel": [10, 3],
-            "num_feat_extract_layers": 2,
-            "num_conv_pos_embeddings": 4,
-            "num_conv_pos_embedding_groups": 2,
-        },
-        kind="wave",
-        biased=True,
-    ),
+    "wav2vec2": Family("plain", SPEECH, kind="wave", biased=True),
+    "hubert": Family("plain", SPEECH, kind="wave", biased=True),
 }
 
 

@@ -14,7 +14,6 @@ import torch.multiprocessing as mp
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built in")
 
 STEPS = 3
 WEIGHT = 0.5
