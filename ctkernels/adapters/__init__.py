@@ -1,0 +1,49 @@
+"""Adapters as PEFT methods; importing this package registers them. It needs `pip install ctkernels[adapters]`.
+
+peft has no plug-in mechanism: a process that loads a JoLA adapter must import `ctkernels.adapters` first, or peft
+raises `KeyError: 'JOLA'`.
+"""
+
+from ._peft import register
+from .gates import drop_closed_heads, freeze_gates, open_heads, parameter_groups
+from .jola import JolaConfig, JolaLayer, JolaModel
+from .merge import save_merged
+from .official import load_official
+from .penalty import (
+    AdaptiveSchedule,
+    ConstantSchedule,
+    CyclicSchedule,
+    ExponentialSchedule,
+    JolaPenaltyCallback,
+    LinearSchedule,
+    add_penalty_grad,
+    jola_penalty,
+    official_penalty,
+)
+from .saving import save_adapter
+from .sites import find_sites
+
+register("jola", JolaConfig, JolaModel)
+
+__all__ = [
+    "AdaptiveSchedule",
+    "ConstantSchedule",
+    "CyclicSchedule",
+    "ExponentialSchedule",
+    "JolaConfig",
+    "JolaLayer",
+    "JolaModel",
+    "JolaPenaltyCallback",
+    "LinearSchedule",
+    "add_penalty_grad",
+    "drop_closed_heads",
+    "find_sites",
+    "freeze_gates",
+    "jola_penalty",
+    "load_official",
+    "official_penalty",
+    "open_heads",
+    "parameter_groups",
+    "save_adapter",
+    "save_merged",
+]

@@ -1,0 +1,180 @@
+"""The configuration of a JoLA adapter."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from .._files import check_adapter_folder, write_json
+from .._peft import add_peft_type
+
+_EDITS = ("both", "multiplicative", "additive")
+_ESTIMATORS = ("clip", "mean")
+_SAMPLING = ("forward", "row")
+
+
+@dataclass
+class JolaConfig(PeftConfig):
+    """Configuration of JoLA: every attention head's output z becomes `(1 + g_m*m) * z + g_a*a` (JoLA, eq. 2).
+
+    m and a are vectors per head, g_m and g_a hard-concrete gates per head that the penalty can close for good.
+
+    Args:
+        target_modules: which attention output projections are edited: None (the table of model families decides,
+            or a probe for an unknown model), a regular expression matched against whole module names, or a list of
+            names or name endings.
+        exclude_modules: names or regular expression never to edit.
+        layers_to_transform: layer index or indices to edit; None edits all. The index is the first number in the
+            module's name.
+        layers_pattern: name, or names, of the list of layers that `layers_to_transform` counts in, for models with
+            more than one (for example "decoder.layers").
+        heads: which heads are edited: None (all), a list (the same in every layer), or a dict from layer index or
+            module name to a list, or to `{"m": list, "a": list}` for the two edits apart. Layers missing from the
+            dict are not edited.
+        head_dim: size of a head; None reads it from the model.
+        edit: "both", "multiplicative" (m only) or "additive" (a only).
+        init_std: standard deviation of m and a at the start; 0 starts at the identity exactly. Default 1e-3.
+        init_log_alpha: log alpha of every gate at the start. Default 2.5: all gates open, `P(g != 0) = 0.964`.
+        temperature: temperature of the hard-concrete distribution. Default 0.33.
+        stretch: its stretch interval, below 0 and above 1. Default (-0.1, 1.1).
+        gate_estimator: the deterministic gate used in eval and for merging: "clip" (the clipped stretched sigmoid,
+            exact zeros) or "mean" (the expectation E[g]).
+        gate_sampling: in training, one gate sample a forward ("forward", as in the paper) or one for each row of the
+            batch ("row", the first dimension of the projection's input).
+        freeze_gates: gates are deterministic also in training and log alpha is not trained.
+        modules_to_save: other modules to train and save with the adapter.
+
+    Raises:
+        ValueError: a value outside its range; the message names the field.
+
+    Example:
+        >>> config = JolaConfig(task_type="CAUSAL_LM", layers_to_transform=[0, 1])
+        >>> model = get_peft_model(model, config)
+    """
+
+    target_modules: list[str] | set[str] | str | None = field(default=None)
+    exclude_modules: list[str] | set[str] | str | None = field(default=None)
+    layers_to_transform: list[int] | int | None = field(default=None)
+    layers_pattern: list[str] | str | None = field(default=None)
+    heads: Any = field(default=None)
+    head_dim: int | None = field(default=None)
+    edit: str = field(default="both")
+    init_std: float = field(default=1e-3)
+    init_log_alpha: float = field(default=2.5)
+    temperature: float = field(default=0.33)
+    stretch: tuple[float, float] = field(default=(-0.1, 1.1))
+    gate_estimator: str = field(default="clip")
+    gate_sampling: str = field(default="forward")
+    freeze_gates: bool = field(default=False)
+    modules_to_save: list[str] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type("JOLA")
+        for name, allowed in (("edit", _EDITS), ("gate_estimator", _ESTIMATORS), ("gate_sampling", _SAMPLING)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"JolaConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if not self.temperature > 0:
+            raise ValueError(f"JolaConfig: temperature must be positive, got {self.temperature!r}")
+        if not self.init_std >= 0:
+            raise ValueError(f"JolaConfig: init_std must be at least 0, got {self.init_std!r}")
+        if len(self.stretch) != 2 or not (self.stretch[0] < 0 and self.stretch[1] > 1):
+            raise ValueError(f"JolaConfig: stretch must be (below 0, above 1), got {self.stretch!r}")
+        if self.head_dim is not None and self.head_dim < 1:
+            raise ValueError(f"JolaConfig: head_dim must be at least 1, got {self.head_dim!r}")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("JolaConfig: layers_pattern needs layers_to_transform, got None")
+        self.stretch = (float(self.stretch[0]), float(self.stretch[1]))
+        if isinstance(self.heads, dict):
+            self.heads = {str(key): value for key, value in self.heads.items()}
+        values = list(self.heads.values()) if isinstance(self.heads, dict) else [self.heads]
+        for value in values:
+            parts = list(value.values()) if isinstance(value, dict) and set(value) <= {"m", "a"} else [value]
+            for part in parts:
+                if part is not None and not (isinstance(part, list) and all(type(head) is int for head in part)):
+                    raise ValueError(
+                        "JolaConfig: heads must be None, a list of indices, or a dict from layer or module to a list "
+                        f"or {{'m': list, 'a': list}}, got {self.heads!r}"
+                    )
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+
+    def layer_index(self, name: str) -> int | None:
+        """The layer number in a module name, or None if it has none (or none under `layers_pattern`)."""
+        if not self.layers_pattern:
+            match = re.search(r"(?:^|\.)(\d+)\.", name)
+            return int(match.group(1)) if match else None
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        for pattern in patterns:
+            match = re.search(rf"(?:^|\.){pattern}\.(\d+)\.", name)
+            if match:
+                return int(match.group(1))
+        return None
+
+    def selects_layer(self, name: str) -> bool:
+        """Whether the module `name` lies in a layer that is to be edited."""
+        if self.layers_to_transform is not None:
+            wanted = self.layers_to_transform
+            if self.layer_index(name) not in ([wanted] if isinstance(wanted, int) else wanted):
+                return False
+        return not isinstance(self.heads, dict) or self._entry(name) is not None
+
+    def unused(self, names: list[str]) -> list[Any]:
+        """The layers and modules asked for in `layers_to_transform` and `heads` that none of `names` answers to."""
+        layers = {self.layer_index(name) for name in names}
+        wanted = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        missing: list[Any] = [layer for layer in wanted or [] if layer not in layers]
+        if isinstance(self.heads, dict):
+            known = {*names, *map(str, layers)}
+            missing += [key for key in self.heads if key not in known]
+        return missing
+
+    def _entry(self, name: str) -> Any:
+        if name in self.heads:
+            return self.heads[name]
+        return self.heads.get(str(self.layer_index(name)))
+
+    def heads_of(self, name: str, num_heads: int) -> tuple[list[int] | None, list[int] | None]:
+        """The heads with a multiplicative and with an additive edit in module `name`; None stands for all.
+
+        Raises:
+            ValueError: a head is listed twice or lies outside `0 .. num_heads - 1`.
+        """
+        entry = self._entry(name) if isinstance(self.heads, dict) else self.heads
+        parts = [entry.get("m", []), entry.get("a", [])] if isinstance(entry, dict) else [entry, entry]
+        for position, kind in enumerate(("multiplicative", "additive")):
+            if self.edit not in ("both", kind):
+                parts[position] = []
+        for part in parts:
+            if part is not None and (len(set(part)) != len(part) or not all(0 <= head < num_heads for head in part)):
+                raise ValueError(f"{name}: heads must be distinct and in 0..{num_heads - 1}, got {part}")
+        multiplicative, additive = (None if part is None else sorted(part) for part in parts)
+        return multiplicative, additive
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, to a temporary name first."""
+        if os.path.isfile(save_directory):
+            raise ValueError(f"save_directory must be a folder, got the file {save_directory}")
+        auto_mapping = kwargs.pop("auto_mapping_dict", None)
+        values = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
+        if auto_mapping is not None:
+            values["auto_mapping"] = auto_mapping
+        write_json(os.path.join(save_directory, "adapter_config.json"), values)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read the configuration of a saved adapter; a local folder is checked first (never unpickled).
+
+        Raises:
+            ValueError: the folder holds no readable safetensors file, only a pickle, or another method's adapter.
+        """
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        if os.path.isdir(folder):
+            check_adapter_folder(folder, "JOLA")
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

@@ -1,0 +1,251 @@
+"""The tuner: puts JoLA layers into a model and takes them out again."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ..merge import hold_bias, mergeable
+from ..sites import default_targets, head_layout, near_misses
+from .config import JolaConfig
+from .layer import JolaLayer
+
+
+class JolaModel(BaseTuner):
+    """Edits the attention heads of a model; made by `peft.get_peft_model(model, JolaConfig(...))`.
+
+    Args:
+        model: the model to adapt.
+        config: the adapter's `JolaConfig`.
+        adapter_name: its name.
+
+    Raises:
+        ValueError: no site was found, or one cannot be edited; the message names the module. The model is left as it
+            was.
+
+    Example:
+        >>> import ctkernels.adapters
+        >>> model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), JolaConfig(task_type="CAUSAL_LM"))
+    """
+
+    prefix = "jola_"
+    tuner_layer_cls = JolaLayer
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self.register_load_state_dict_pre_hook(_check_state_dict)
+
+    # ---- finding sites ----
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Settle the targets and check every site before any module is replaced."""
+        targets = peft_config.target_modules
+        if targets is None:
+            found = default_targets(model)
+            targets = found if isinstance(found, str) else set(found)
+        probe = _with_targets(peft_config, targets)
+        sites = [name for name, _ in _unwrapped(model) if self._check_target_module_exists(probe, name)]
+        if not sites:
+            raise ValueError(
+                f"target_modules={peft_config.target_modules!r} with layers_to_transform="
+                f"{peft_config.layers_to_transform!r} matched no module. {near_misses(model)}"
+            )
+        unused = probe.unused(sites)
+        if unused:
+            raise ValueError(f"layers_to_transform and heads name {unused}, where no module is to be edited")
+        for name in sites:
+            module = model.get_submodule(name)
+            base = module.get_base_layer() if isinstance(module, JolaLayer) else module
+            heads, _ = head_layout(model, name, base, peft_config.head_dim)
+            peft_config.heads_of(name, heads)
+        peft_config.target_modules = targets
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        # without the layer fields: peft reads them otherwise for lists than for regular expressions
+        names = ("target_modules", "exclude_modules", "modules_to_save")
+        found = check_target_module_exists(
+            SimpleNamespace(target_parameters=None, **{name: getattr(peft_config, name) for name in names}), key
+        )
+        return found if not found or peft_config.selects_layer(key) else False
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, JolaLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        heads, size = head_layout(self.model, current_key, target, peft_config.head_dim)
+        layer = JolaLayer(target, heads, size, current_key)
+        layer.set_adapter(self.active_adapters)
+        layer.update_layer(adapter_name, peft_config)
+        layer.train(target.training)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter into the model, also where one projection is registered under several names."""
+        name: Any = kwargs.get("adapter_name", args[0] if args else None)
+        config = self.peft_config[name]
+        if any(other is config for key, other in self.peft_config.items() if key != name):
+            self.peft_config[name] = copy.copy(config)  # freezing and dropping heads change one adapter's config
+        super().inject_adapter(model, *args, **kwargs)
+        wrappers = {id(layer.base_layer): layer for layer in jola_layers(model)}
+        for owner in model.modules():
+            if not isinstance(owner, JolaLayer):
+                for leaf, child in owner.named_children():
+                    if id(child) in wrappers:
+                        setattr(owner, leaf, wrappers[id(child)])
+
+    # ---- merging, taking layers out ----
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into every layer, or into none if one cannot be merged."""
+        layers = list(jola_layers(self.model))
+        before = [list(layer.merged_adapters) for layer in layers]
+        for layer in layers:
+            mergeable(layer.get_base_layer(), layer.site)
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except ValueError:
+            for layer, names in zip(layers, before):
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    if names:
+                        layer.merge(adapter_names=names)
+            raise
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        layers = list(jola_layers(self.model))
+        for layer in layers:
+            if merge:
+                mergeable(layer.get_base_layer(), layer.site)
+            else:
+                layer.unmerge()
+        unbiased = [layer.site for layer in layers if not layer.had_bias()]
+        unload: Any = super()._unload_and_optionally_merge
+        model = unload(merge, *args, **kwargs)
+        for owner in model.modules():  # a projection registered under several names
+            for name, child in owner.named_children():
+                if isinstance(child, JolaLayer):
+                    setattr(owner, name, child.get_base_layer())
+        created = [site for site in unbiased if merge and model.get_submodule(site).bias is not None]
+        if created:
+            problem = hold_bias(model, created)
+            if problem:
+                warnings.warn(
+                    f"The merged model is right in memory, but {problem}; saved with save_pretrained and loaded again "
+                    "it would lose the additive edits. Keep the adapter, or save it with another architecture.",
+                    UserWarning,
+                    stacklevel=3,
+                )
+        return model
+
+    # ---- one adapter for each row of a batch ----
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names is for inference, but the model is in training mode; call model.eval()")
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"adapter_names must be a list of names, got {names!r}")
+        known = {name for layer in jola_layers(self.model) for name in layer.jola_config} | {"__base__"}
+        unknown = sorted(set(names) - known)
+        if unknown:
+            raise ValueError(f"adapter_names must be among {sorted(known)}, got {unknown}")
+        beams = kwargs.get("num_beams")
+        repeated = [name for name in names for _ in range(beams)] if isinstance(beams, int) and beams > 1 else names
+        encoder = _encoder(self.model)
+        inside = set() if encoder is None else {id(module) for module in encoder.modules()}
+        handles = []
+        try:
+            for module in self.modules():
+                if isinstance(module, (JolaLayer, AuxiliaryTrainingWrapper)):
+                    own = names if id(module) in inside else repeated
+                    hook = partial(_pass_adapter_names, adapter_names=list(own))
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def jola_layers(model: nn.Module) -> Iterator[JolaLayer]:
+    """The JoLA layers of a model, in its order."""
+    return (module for module in model.modules() if isinstance(module, JolaLayer))
+
+
+def _with_targets(config: JolaConfig, targets: Any) -> JolaConfig:
+    probe = copy.copy(config)
+    probe.target_modules = targets
+    return probe
+
+
+def _unwrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by name, without the insides of JoLA layers."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or (inside and name.startswith(inside)):
+            continue
+        if isinstance(module, JolaLayer):
+            inside = (*inside, f"{name}.")
+        yield name, module
+
+
+def _pass_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> Any:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder model; its batch is not repeated for beams."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    getter: Any = getattr(model, "get_encoder", None)
+    return (
+        getter() if getter is not None and not inspect.signature(getter).parameters else getattr(model, "encoder", None)
+    )
+
+
+def _check_state_dict(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Refuse JoLA tensors that do not fit, before any of them is copied."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    own = {f"{prefix}{name}": value for name, value in parameters if ".jola_" in name}
+    if any("_fsdp_wrapped_module" in name for name in own):
+        return  # FSDP1 renames and flattens parameters, and checks them itself
+    given = {name: value for name, value in state_dict.items() if ".jola_" in name}
+    foreign = sorted(set(given) - set(own))
+    if foreign:
+        raise ValueError(f"The adapter does not fit this model: unknown {foreign[:3]}" + ", ..." * (len(foreign) > 3))
+    adapters = {name.rsplit(".", 1)[-1] for name in given}
+    missing = sorted(name for name in own if name.rsplit(".", 1)[-1] in adapters and name not in given)
+    if missing:
+        raise ValueError(f"The adapter is incomplete: missing {missing[:3]}" + ", ..." * (len(missing) > 3))
+    for name, value in given.items():
+        if value.shape != own[name].shape:
+            raise ValueError(f"{name}: expected shape {tuple(own[name].shape)}, got {tuple(value.shape)}")

@@ -1,0 +1,49 @@
+"""Tensor parallelism: which heads a rank holds, and gradients that stay equal on all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _Slice(torch.autograd.Function):
+    """A rank's slice of a replicated tensor; the gradient is gathered so that every rank gets the whole one."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, start: int, length: int, dim: int, group: Any) -> Tensor:
+        ctx.where = (start, length, dim, group, value.shape)
+        return value.narrow(dim, start, length).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        start, length, dim, group, shape = ctx.where
+        whole = grad.new_zeros(shape)
+        whole.narrow(dim, start, length).copy_(grad)
+        dist.all_reduce(whole, group=group)
+        return whole, None, None, None, None
+
+
+def local_heads(value: Tensor, layer: Any, count: int, dim: int) -> Tensor:
+    """The part of `value` that belongs to this rank's heads.
+
+    Args:
+        value: a tensor with all heads along `dim`, the same on every rank.
+        layer: the `JolaLayer`; its projection says how it is sharded (a DTensor weight, or transformers' plan).
+        count: heads on this rank.
+        dim: the dimension of heads.
+
+    Raises:
+        ValueError: the input has fewer heads than the layer, but the projection is not sharded that way.
+    """
+    base = layer.get_base_layer()
+    mesh = getattr(getattr(base, "weight", None), "device_mesh", None) or getattr(base, "_hf_device_mesh", None)
+    heads = value.shape[dim]
+    if mesh is None or mesh.ndim != 1 or mesh.size() * count != heads:
+        raise ValueError(
+            f"{layer.site}: expected an input of {heads} heads, got {count}, and the projection is not split over "
+            "ranks accordingly"
+        )
+    return _Slice.apply(value, mesh.get_local_rank() * count, count, dim, mesh.get_group())

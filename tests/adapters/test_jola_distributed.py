@@ -1,0 +1,179 @@
+"""Two processes against one: DDP, FSDP2 and tensor parallelism over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+STEPS = 3
+WEIGHT = 0.5
+
+
+def _model():
+    import peft
+    from jola_families import build
+
+    import ctkernels.adapters as adapters
+
+    model = build("llama")
+    config = adapters.JolaConfig(task_type="CAUSAL_LM", init_std=0.3, init_log_alpha=0.5)
+    torch.manual_seed(3)
+    return peft.get_peft_model(model, config).train()
+
+
+def _batch():
+    torch.manual_seed(5)
+    tokens = torch.randint(3, 64, (4, 6))
+    return tokens
+
+
+def _optimizer(model):
+    import ctkernels.adapters as adapters
+
+    return torch.optim.SGD(adapters.parameter_groups(model, lr=0.1, gate_lr=0.5))
+
+
+def _train(model, tokens, optimizer, in_loss):
+    """A few steps; the penalty is in the loss, or its gradient is added before the step."""
+    import ctkernels.adapters as adapters
+
+    torch.manual_seed(11)
+    penalties = []
+    for _ in range(STEPS):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        if in_loss:
+            penalty = adapters.jola_penalty(model)
+            loss = loss + WEIGHT * penalty
+            penalties.append(penalty.detach().clone())
+        loss.backward()
+        if not in_loss:
+            adapters.add_penalty_grad(model, WEIGHT)
+        optimizer.step()
+        optimizer.zero_grad()
+    return penalties
+
+
+def _adapter(model):
+    return {
+        name.replace("module.", ""): value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in model.state_dict().items()
+        if ".jola_" in name
+    }
+
+
+def _ddp(model):
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def _fsdp2(model):
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def _same_training(rank, wrap, in_loss, want):
+    model = wrap(_model())
+    penalties = _train(model, _batch()[2 * rank : 2 * rank + 2], _optimizer(model), in_loss)
+    got = _adapter(model)
+    assert got.keys() == want["adapter"].keys()
+    for name, value in got.items():
+        torch.testing.assert_close(value, want["adapter"][name], rtol=1e-4, atol=1e-5)
+    for one, two in zip(want["penalties"], penalties):
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
+
+
+def _same_tensor_parallel(folder, want):
+    import peft
+    from transformers import LlamaForCausalLM
+
+    import ctkernels.adapters as adapters
+
+    base = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto")
+    assert hasattr(base.model.layers[0].self_attn.o_proj.weight, "device_mesh")
+    torch.manual_seed(3)
+    model = peft.get_peft_model(base, adapters.JolaConfig(task_type="CAUSAL_LM", init_std=0.3, init_log_alpha=0.5))
+    model.eval()
+    tokens = _batch()
+    torch.testing.assert_close(model(tokens).logits, want["logits"], rtol=1e-4, atol=1e-4)
+    model(tokens, labels=tokens).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, want["gradients"][name], rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="sharded over ranks"):
+        model.merge_adapter()
+
+
+CASES = {
+    "ddp, penalty in the loss": lambda rank, folder, want: _same_training(rank, _ddp, True, want[True]),
+    "ddp, penalty before the step": lambda rank, folder, want: _same_training(rank, _ddp, False, want[False]),
+    "fsdp2, penalty in the loss": lambda rank, folder, want: _same_training(rank, _fsdp2, True, want[True]),
+    "fsdp2, penalty before the step": lambda rank, folder, want: _same_training(rank, _fsdp2, False, want[False]),
+    "tensor parallel": lambda rank, folder, want: _same_tensor_parallel(folder, want["tp"]),
+}
+
+
+def _worker(rank, port, folder, want):
+    torch.set_num_threads(1)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"
+    )
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    results = {}
+    for name, case in CASES.items():
+        try:
+            case(rank, folder, want)
+            results[name] = ""
+        except BaseException:
+            results[name] = traceback.format_exc()
+    with open(os.path.join(folder, f"results{rank}.json"), "w") as file:
+        json.dump(results, file)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Run every case in two processes, started once; their error texts by case."""
+    import peft
+    from jola_families import build
+
+    import ctkernels.adapters as adapters
+
+    folder = tmp_path_factory.mktemp("distributed")
+    want = {}
+    for in_loss in (True, False):
+        model = _model()
+        penalties = _train(model, _batch(), _optimizer(model), in_loss)
+        want[in_loss] = {"adapter": _adapter(model), "penalties": penalties}
+    base = build("llama")
+    base.save_pretrained(folder)
+    torch.manual_seed(3)
+    model = peft.get_peft_model(base, adapters.JolaConfig(task_type="CAUSAL_LM", init_std=0.3, init_log_alpha=0.5))
+    model.eval()
+    tokens = _batch()
+    logits = model(tokens).logits
+    model(tokens, labels=tokens).loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    want["tp"] = {"logits": logits.detach(), "gradients": gradients}
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    mp.spawn(_worker, args=(port, str(folder), want), nprocs=2)
+    return [json.loads((folder / f"results{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(results, case):
+    assert [result[case] for result in results] == ["", ""]
