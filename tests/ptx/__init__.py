@@ -52,15 +52,18 @@ def _module(text: str) -> Module:
     return parse(text)
 
 
-def load(text: str, entry: str | None = None) -> Program:
-    """Decodes a kernel. `entry` is its name or a unique part of it; None if the file has only one."""
+def load(text: str, entry: str | None = None, storage: dict | None = None) -> Program:
+    """Decodes a kernel. `entry` is its name or a unique part of it; None if the file has only one.
+
+    Kernels that are to share their module's variables are loaded with the same `storage` (a dict, empty at first).
+    """
     module = _module(text)
     names = module.entries
     if entry is not None:
         names = [entry] if entry in names else [n for n in names if entry in n]
     if len(names) != 1:
         raise LookupError(f"{len(names)} kernels match {entry!r}: {names or module.entries}")
-    return Program(module, names[0])
+    return Program(module, names[0], storage={} if storage is None else storage)
 
 
 def run(

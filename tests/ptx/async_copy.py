@@ -1,6 +1,6 @@
-"""cp.async: copies from global to shared memory that are only there after the issuing thread has waited for them.
+"""cp.async: copies from global to shared memory that are there once the issuing thread has waited.
 
-The destination is marked as pending at once, so that any access before the wait is a fault. The source is read at issue.
+The destination is pending from the start, so that any access before the wait is a fault; the source is read at once.
 Bulk copies (TMA) and mbarrier completion are refused.
 """
 
@@ -101,7 +101,7 @@ def commit(m) -> None:
 
 
 def wait(m, left: int | None) -> None:
-    """Completes the copies of the active lanes, except those of the latest `left` groups (None: all, even open ones)."""
+    """Completes copies of the active lanes, but not those of the latest `left` groups (None: all, open ones too)."""
     ids, active = m.ids, np.zeros(m.total, bool)
     active[ids] = True
     remaining = []

@@ -54,7 +54,11 @@ def shl(i: Instruction) -> Step:
     """Shift left; counts of the width and more give zero."""
     i.arity(3)
     bits = 8 * TYPES[i.type].size
-    return elementwise(i, lambda a, n: np.where(n < bits, a << (n & U32(bits - 1)).astype(a.dtype), a.dtype.type(0)), i.type, "u32")
+
+    def shift(a: np.ndarray, n: np.ndarray) -> np.ndarray:
+        return np.where(n < bits, a << (n & U32(bits - 1)).astype(a.dtype), a.dtype.type(0))
+
+    return elementwise(i, shift, i.type, "u32")
 
 
 @handles("shr", INTS + " " + BITS)

@@ -10,7 +10,14 @@ from .decode import Instruction, Step, handles
 from .packed import halves
 from .values import TYPES, flush, flush_half, widen
 
-ORDER = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+ORDER = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 UNORDERED = {c + "u": c for c in ORDER}
 
@@ -89,7 +96,8 @@ def setp_pair(i: Instruction) -> Step:
     return step
 
 
-TRUE = {"u32": 0xFFFFFFFF, "s32": 0xFFFFFFFF, "f32": 0x3F800000, "u16": 0xFFFF, "s16": 0xFFFF, "f16": 0x3C00, "bf16": 0x3F80}
+TRUE = {"u32": 0xFFFFFFFF, "s32": 0xFFFFFFFF, "u16": 0xFFFF, "s16": 0xFFFF}
+TRUE |= {"f32": 0x3F800000, "f16": 0x3C00, "bf16": 0x3F80}
 
 
 @handles("set", "u16 s16 u32 s32 u64 s64 b16 b32 b64 f32 f64 f16 bf16")

@@ -203,7 +203,7 @@ def _complete_counted(m: Machine, block: int, number: int, count: int) -> None:
     lanes = np.flatnonzero((m.barrier == number) & (m.local_block == block))
     arrived, joined = m.arrived.get((block, number), (0, np.zeros(m.warps, np.int64)))
     if len(lanes) + arrived > count:
-        raise m.fault("barrier", f"more than {count} threads arrive at barrier {number}", lanes[0] if len(lanes) else None)
+        raise m.fault("barrier", f"more than {count} threads arrive at barrier {number}")
     if len(lanes) + arrived < count:
         return
     warps = np.unique(m.thread[lanes] // 32)

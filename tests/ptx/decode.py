@@ -181,13 +181,13 @@ class Instruction:
             return lambda m: m.special(text)[m.lanes].view(t.dtype)
         if text.startswith("%"):
             raise self.unsupported(f"register {text}")
-        if m := re.match(r"^([A-Za-z_$][\w$:]*?)\s*(?:\+\s*(-?\w+))?$", text):
-            if m[1] != "WARP_SZ" and self.program.has_symbol(m[1]):
-                value = self.program.symbol(m[1]).address + int(m[2] or "0", 0)
-                if t.size not in (4, 8) or t.kind not in "usb" or value >> (8 * t.size):
-                    raise self.unsupported(f"address of {m[1]} as .{type_name}")
-                fixed = np.array([value], RAW[t.size]).view(t.dtype)
-                return lambda m: fixed
+        m = re.match(r"^([A-Za-z_$][\w$:]*?)\s*(?:\+\s*(-?\w+))?$", text)
+        if m and m[1] != "WARP_SZ" and self.program.has_symbol(m[1]):
+            value = self.program.symbol(m[1]).address + int(m[2] or "0", 0)
+            if t.size not in (4, 8) or t.kind not in "usb" or value >> (8 * t.size):
+                raise self.unsupported(f"address of {m[1]} as .{type_name}")
+            fixed = np.array([value], RAW[t.size]).view(t.dtype)
+            return lambda m: fixed
         value = literal(text, type_name)
         return lambda m: value
 

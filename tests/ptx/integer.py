@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from .decode import Instruction, Step, elementwise, handles
-from .values import RAW, SIGNED, TYPES, U32, U64
+from .values import RAW, SIGNED, TYPES, U64
 
 INTS = "u16 s16 u32 s32 u64 s64"
 

@@ -241,7 +241,7 @@ class Machine:
             if gone.any():
                 row, lane = np.argwhere(gone)[0]
                 self.pc = p
-                raise self.fault("collective", "needs all 32 lanes, some have left or never were", rows[row] * 32 + lane)
+                raise self.fault("collective", "needs 32 lanes, some have left or never were", rows[row] * 32 + lane)
         ready = here & (needed & ~together == 0)
         if not ready.any():
             return False
@@ -258,16 +258,13 @@ class Machine:
         for p in np.unique(self.waits[(self.waits >= 0) & (self.barrier < 0)]):
             if self._try(int(p)):
                 return
-        lane = int(np.flatnonzero((self.waits >= 0) & (self.barrier < 0))[0]) if (
-            (self.waits >= 0) & (self.barrier < 0)
-        ).any() else -1  # fmt: skip
-        if lane >= 0:
-            row = lane // 32 * 32
-            missing = [
-                k for k in range(32)
-                if self.masks[lane] >> U32(k) & U32(1) and self.alive[row + k] and self.waits[row + k] != self.waits[lane]
-            ]  # fmt: skip
-            raise self.fault("collective", f"lanes {missing} never come", lane, int(self.waits[lane]))
+        waiting = np.flatnonzero((self.waits >= 0) & (self.barrier < 0))
+        if waiting.size:
+            lane = int(waiting[0])
+            mates = np.arange(lane // 32 * 32, lane // 32 * 32 + 32)
+            named = (self.masks[lane] >> (mates % 32).astype(U32)) & U32(1) != 0
+            missing = mates[named & self.alive[mates] & (self.waits[mates] != self.waits[lane])] % 32
+            raise self.fault("collective", f"lanes {missing.tolist()} never come", lane, int(self.waits[lane]))
         lane = int(np.flatnonzero(self.barrier >= 0)[0])
         block = self.local_block[lane]
         mates = self.exists & (self.local_block == block)

@@ -1,4 +1,4 @@
-"""Device memory. A buffer's device address IS its host address, so pointers packed by real launch code work as they are.
+"""Device memory. A buffer's device address IS its host address, so pointers packed by real launch code just work.
 
 Only registered bytes may be touched. Each byte carries flags: registered, written, writable.
 """

@@ -13,6 +13,7 @@ from .errors import Unsupported
 from .values import TYPES
 
 NAME = r"[%\w$.]+"
+HEADER = re.compile(rf"\s*(?:\(([^)]*)\))?\s*({NAME})\s*(?:\(([^)]*)\))?\s*([^{{;]*)([{{;])")
 
 
 @dataclass
@@ -137,7 +138,8 @@ def parse_variable(text: str, scope: str = "") -> Variable:
     count = int(vector[1]) if vector else 1
     for dimension in re.findall(r"\[\s*(\d*)\s*\]", m[3]):
         count *= int(dimension or 0)
-    out = Variable(scope + m[2], space[1], element * count, int(align[1]) if align else element * (count if vector else 1))
+    natural = element * int(vector[1]) if vector else element
+    out = Variable(scope + m[2], space[1], element * count, int(align[1]) if align else natural)
     if initial.strip():
         out.data = _initial_bytes(initial, m[1], out)
     return out
@@ -172,7 +174,7 @@ def _matching(source: str, start: int, opening: str, closing: str) -> int:
 
 def _parse_function(source: str, found: re.Match, files: dict[str, str], module: Module) -> int:
     entry = ".entry" in found[0]
-    header = re.compile(rf"\s*(?:\(([^)]*)\))?\s*({NAME})\s*(?:\(([^)]*)\))?\s*([^{{;]*)([{{;])").match(source, found.end())
+    header = HEADER.match(source, found.end())
     if not header:
         raise Unsupported(f"function header near {source[found.end() : found.end() + 60]!r}")
     name, directives, position = header[2], header[4], header.end()

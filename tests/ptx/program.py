@@ -1,4 +1,4 @@
-"""A kernel ready to run: decoded instructions of the kernel and the functions it calls, and where its variables live."""
+"""A kernel ready to run: the decoded instructions of it and of what it calls, and where its variables live."""
 
 from __future__ import annotations
 
@@ -51,12 +51,11 @@ class Program:
     param_bytes: int = 0
     granule: int = 4  # race detection looks at cells this wide: the narrowest access of the kernel
     between_blocks: bool = False  # whether blocks may order each other (fences, release/acquire)
-    uses_carry: bool = False
+    storage: dict[str, tuple[np.ndarray, Variable]] = field(default_factory=dict)  # module variables, shareable
 
     def __post_init__(self) -> None:
         self._symbols: dict[str, Symbol] = {}
         self._variables: dict[str, Variable] = dict(self.module.variables)
-        self._hosted: list[tuple[np.ndarray, Variable]] = []
         self.entry = self.module.functions[self.name]
         self.dynamic: list[str] = []
         self.starts: dict[str, int] = {}
@@ -81,13 +80,13 @@ class Program:
 
     def hosted(self, memory: Memory) -> None:
         """Registers the module's global and constant variables."""
-        for array, variable in self._hosted:
+        for array, variable in self.storage.values():
             memory.register(array, readonly=variable.space == "const", name=variable.name)
 
     def variable(self, name: str) -> np.ndarray:
         """The bytes of a module variable, to read results from or to fill in."""
         self.symbol(name)
-        return next(a for a, v in self._hosted if v.name == name)
+        return self.storage[name][0]
 
     # -- what decoding needs
 
@@ -141,12 +140,14 @@ class Program:
             return Symbol("local", self.local - variable.size, variable.size)
         if variable.size == 0:
             raise Unsupported(f"{variable.space} variable {variable.name} without a size")
+        if variable.name in self.storage:
+            return Symbol(variable.space, self.storage[variable.name][0].ctypes.data, variable.size)
         raw = np.zeros(variable.size + 256, np.uint8)
         skip = -raw.ctypes.data % 256
         array = raw[skip : skip + variable.size].view()
         if variable.data is not None:
             array[:] = np.frombuffer(variable.data, np.uint8)
-        self._hosted.append((array, variable))
+        self.storage[variable.name] = array, variable
         self._symbols[variable.name] = Symbol(variable.space, array.ctypes.data, variable.size)
         for offset, name in variable.fixups:
             array[offset : offset + 8] = np.frombuffer(np.uint64(self.symbol(name).address).tobytes(), np.uint8)

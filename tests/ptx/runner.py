@@ -16,6 +16,7 @@ from .parser import Variable
 from .program import Program
 from .races import Shadow
 
+RAW_BYTES = (bytes, bytearray, memoryview, ctypes.Structure, ctypes.Union, ctypes.Array, ctypes._SimpleCData)
 LANES = 16384  # lanes that run together: enough to amortise numpy calls, few enough to stay in cache
 MAX_STEPS = 1_000_000
 SHARED_LIMIT = 227 * 1024
@@ -30,9 +31,7 @@ def pack_argument(variable: Variable, value: Any, memory: Memory) -> bytes:
     if hasattr(value, "untyped_storage") or isinstance(value, np.ndarray):
         address = memory.register(value)
         raw = struct.pack("<Q", address)
-    elif isinstance(value, bytes | bytearray | memoryview):
-        raw = bytes(value)
-    elif isinstance(value, ctypes.Structure | ctypes.Array | ctypes._SimpleCData):
+    elif isinstance(value, RAW_BYTES):
         raw = bytes(value)
     elif value is None:
         raw = bytes(variable.size)

@@ -180,7 +180,8 @@ def _global(
         if wrong is not None:
             k = int(np.flatnonzero(wrong)[0])
             flags = 0 if state is None else int(np.bitwise_and.reduce(state[k]))
-            kind = "out-of-bounds" if not flags & ALLOWED else "unwritten" if read and not flags & WRITTEN else "read-only"
+            kind = "unwritten" if read and not flags & WRITTEN else "read-only"
+            kind = kind if flags & ALLOWED else "out-of-bounds"
             raise m.fault(
                 kind,
                 f"{size}-byte {verb} at byte {int(offset[k])} of {buffer!r} ({int(wrong.sum())} threads)",
