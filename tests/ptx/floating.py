@@ -60,9 +60,8 @@ def exactly(function: Callable[..., Fraction], mode: str, fallback: Callable, *o
     out = np.array(fallback(*operands))
     for at in np.ndindex(out.shape):
         values = [float(a[at]) for a in operands]
-        if not all(np.isfinite(v) for v in values) or out[at] == 0 or not np.isfinite(fallback(*values)):
-            continue
-        out[at] = function(*values)
+        if all(np.isfinite(v) and v != 0 for v in values):
+            out[at] = function(*values)
     return out
 
 

@@ -171,7 +171,9 @@ def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray, mode: str = "rn") -> np.n
     """Fused multiply-add of fp32 arrays. The product is exact in float64; the sum needs care only near ties."""
     p, c64 = a.astype(np.float64) * b, c.astype(np.float64)
     if mode != "rn":
-        return narrow(sum_odd(p, c64), "f32", mode)
+        out = narrow(sum_odd(p, c64), "f32", mode)
+        cancelled = (out == 0) & (p + c64 == 0) & (np.signbit(p) != np.signbit(c64))
+        return np.where(cancelled, np.float32(-0.0 if mode == "rm" else 0.0), out)
     s = np.asarray(p + c64)
     tie = (s.view(U64) & U64(0x1FFFFFFF)) == U64(0x10000000)
     tie |= (np.abs(s) < TINY32) & (s != 0)
@@ -205,11 +207,13 @@ def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray, mode: str = "rn") -> np.n
         t, tl = two_sum(c, ul)
         v, vl = two_sum(u, t)
         out = v + sum_odd(tl, vl)
-        plain = a * b + c
+        plain = np.where(np.isfinite(a) & np.isfinite(b) & np.isinf(c), c, a * b + c)
         ordinary = np.isfinite(plain) & (np.abs(a) < 2.0**450) & (np.abs(b) < 2.0**450) & (np.abs(c) < 2.0**900)
         ordinary &= (np.abs(u) > 2.0**-900) & (np.abs(plain) > 2.0**-900) & (c != 0)
     out = np.where(ordinary, out, plain)
-    exact = ~ordinary & np.isfinite(a) & np.isfinite(b) & np.isfinite(c) if mode == "rn" else np.isfinite(a + b + c)
+    exact = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
+    if mode == "rn":
+        exact &= ~ordinary
     for i in zip(*np.nonzero(exact)):
         x, y, z = float(a[i]), float(b[i]), float(c[i])
         value = Fraction(x) * Fraction(y) + Fraction(z)
@@ -235,7 +239,7 @@ def round_fraction(value: Fraction, mode: str, negative: bool = False) -> float:
         near = math.inf if value > 0 else -math.inf
     if mode == "rn":
         return near
-    exact = Fraction(near) if math.isfinite(near) else Fraction(2) ** 1100 * (1 if near > 0 else -1)
+    exact = Fraction(near) if math.isfinite(near) else 2 * value
     down = mode == "rm" or (mode == "rz" and value > 0)
     if down and exact > value:
         return math.nextafter(near, -math.inf)
