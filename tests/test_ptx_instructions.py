@@ -46,7 +46,11 @@ def ints(form: str, types: str, result: str, function: Callable[..., int], **mor
 def floats(form: str, types: str, result: str, function: Callable[..., float], **more) -> None:
     """A case on floats: operands and result are Python floats."""
     names = types.split()
-    case(form, types, result, lambda *b: from_float(function(*[to_float(v, t) for v, t in zip(b, names)]), result), **more)
+
+    def truth(*b: int) -> int:
+        return from_float(function(*[to_float(v, t) for v, t in zip(b, names)]), result)
+
+    case(form, types, result, truth, **more)
 
 
 # -- integers
@@ -224,7 +228,8 @@ for mode in ("clamp", "wrap"):
     cut = (lambda v: min(v, 32)) if mode == "clamp" else (lambda v: v & 31)
     ints(f"bmsk.{mode}.b32 {{d}}, {{a}}, {{b}};", "u32 u32", "u32", lambda a, b, c=cut: (1 << c(b)) - 1 << c(a),
          limit=[(0, 40), (1, 40)])  # fmt: skip
-    ints(f"szext.{mode}.u32 {{d}}, {{a}}, {{b}};", "u32 u32", "u32", lambda a, b, c=cut: a & (1 << c(b)) - 1, limit=[(1, 40)])
+    ints(f"szext.{mode}.u32 {{d}}, {{a}}, {{b}};", "u32 u32", "u32",
+         lambda a, b, c=cut: a & (1 << c(b)) - 1, limit=[(1, 40)])  # fmt: skip
     ints(f"szext.{mode}.s32 {{d}}, {{a}}, {{b}};", "u32 u32", "s32",
          lambda a, b, c=cut: (a & (1 << c(b)) - 1) - ((a >> c(b) - 1 & 1) << c(b)) if c(b) else 0,
          limit=[(1, 40)])  # fmt: skip
@@ -358,7 +363,8 @@ for mode in ("rn", "rz"):
     packed(f"add.{mode}.TYPE {{d}}, {{a}}, {{b}};", "f32", 2, lambda a, b, m=mode: oracle.add(a, b, "f32", m))
     packed(f"sub.{mode}.TYPE {{d}}, {{a}}, {{b}};", "f32", 2, lambda a, b, m=mode: oracle.add(a, -b, "f32", m))
     packed(f"mul.{mode}.TYPE {{d}}, {{a}}, {{b}};", "f32", 2, lambda a, b, m=mode: oracle.mul(a, b, "f32", m))
-    packed(f"fma.{mode}.TYPE {{d}}, {{a}}, {{b}}, {{c}};", "f32", 3, lambda a, b, c, m=mode: oracle.fma(a, b, c, "f32", m))
+    fused = lambda a, b, c, m=mode: oracle.fma(a, b, c, "f32", m)  # noqa: E731
+    packed(f"fma.{mode}.TYPE {{d}}, {{a}}, {{b}}, {{c}};", "f32", 3, fused)
 packed("fma.rn.ftz.TYPE {d}, {a}, {b}, {c};", "f32", 3, lambda a, b, c: ftz(oracle.fma(ftz(a), ftz(b), ftz(c), "f32")))
 
 # -- conversions
@@ -591,6 +597,8 @@ def test_approximate_unit(form: str) -> None:
     unit, fmt = form.split(".")[0], form.split(".")[-1].removesuffix("x2")
     pair = form.endswith("x2")
     truth, (low, high) = UNITS[unit]
+    if fmt in ("f16", "bf16"):
+        low, high = low / 2, high / 2  # keeps clear of subnormal results
     steps = [from_float(oracle.round_to(Fraction(low + (high - low) * k / 255), fmt), fmt) for k in range(256)]
     if fmt == "f64":  # the gross units see the upper half only
         steps = [s & 0xFFFFFFFF00000000 for s in steps]
@@ -644,12 +652,13 @@ def test_approximate_division(form: str) -> None:
         for a, b, raw in zip(*columns, got):
             x, y = edit(to_float(a, "f32")), edit(to_float(b, "f32"))
             if "approx" in form and 2.0**126 < abs(y) < math.inf:
-                want = math.nan if not math.isfinite(x) else 0.0
-                assert math.isnan(to_float(raw, "f32")) or to_float(raw, "f32") == want
+                assert math.isfinite(x) == (to_float(raw, "f32") == 0.0)
+                assert math.isfinite(x) or math.isnan(to_float(raw, "f32"))
                 continue
             want = from_float(edit(oracle.div(x, y, "f32")), "f32")
             ends = math.isinf(to_float(want, "f32")) or math.isinf(y) or to_float(want, "f32") == 0
-            assert abs(raw - want) <= (0 if sign == 0 or ends else 2), (form, sign, x, y)
+            flushed = "ftz" in form and to_float(raw, "f32") == 0 and abs(to_float(want, "f32")) < 2.0**-125
+            assert flushed or abs(raw - want) <= (0 if sign == 0 or ends else 2), (form, sign, x, y)
             moved += raw != want
         assert (moved > 100) == (sign != 0)
 
@@ -680,8 +689,8 @@ REFUSED = [
     "call %d0, (p), proto;",
     "call missing;",
     "bra nowhere;",
-    "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r0,%r1,%r2,%r3}, {%r4,%r5,%r6,%r7}, {%r8,%r9}, {%r0,%r1,%r2,%r3};",
-    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.f16.f32 {%f0,%f1,%f2,%f3}, {%r0,%r1,%r2,%r3}, {%r4,%r5}, {%f0,%f1,%f2,%f3};",
+    "mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%r0,%r1}, {%r4}, {%r8}, {%r0,%r1};",
+    "mma.sync.aligned.m16n8k8.row.col.f32.bf16.f16.f32 {%f0,%f1,%f2,%f3}, {%r0,%r1}, {%r4}, {%f0,%f1,%f2,%f3};",
     "ldmatrix.sync.aligned.m16n16.x1.trans.shared.b8 {%r0, %r1}, [%r2];",
     "atom.global.add.f16 %h0, [%d0], %h1;",
     "atom.global.sub.u32 %r0, [%d0], %r1;",
@@ -701,7 +710,7 @@ REFUSED = [
 def test_unknown_is_refused(text: str) -> None:
     with pytest.raises(Unsupported) as refusal:
         load(kernel("  " + text, 1))
-    assert text.split()[0].rstrip(";").split(".")[0] in str(refusal.value) or "label" in str(refusal.value)
+    assert text.split()[0].rstrip(";") in str(refusal.value)
 
 
 # -- completeness

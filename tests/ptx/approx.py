@@ -47,12 +47,12 @@ EXACT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def perturb(name: str, fmt: str, x: np.ndarray, y: np.ndarray, sign: int) -> np.ndarray:
     """The exact value y of unit(x), moved by the worst documented error."""
     if name == "lg2":
-        moved = np.where((x > 0.5) & (x < 2), y + sign * 2.0**-22, y * (1 + sign * 2.0**-22))
+        moved = y + sign * np.where((x > 0.5) & (x < 2), 1.0, np.abs(y)) * 2.0**-22
     elif name in ("sin", "cos"):
         moved = y + sign * np.where(np.abs(x) <= 2 * np.pi, 2.0**-20.5, 2.0**-14.7)
     else:
         relative, absolute = BOUNDS[name, fmt]
-        moved = y * (1 + sign * relative) + sign * absolute
+        moved = y + sign * (relative * np.abs(y) + absolute)
     special = ~np.isfinite(x) | ~np.isfinite(y) | (x == 0)
     return np.where(special, y, moved)
 
@@ -134,15 +134,13 @@ def divide(i: Instruction) -> Step:
         with np.errstate(all="ignore"):
             q = canonical(a / b)
             if m.approx:
-                bits = np.where((q != 0) & np.isfinite(q) & np.isfinite(b), U32(DIV_ULPS), U32(0))
-                q = q.view(U32)
-                tiny = (q & U32(0x7FFFFFFF)) <= U32(DIV_ULPS)
-                bits = np.where(tiny, U32(0), bits)
-                away = (m.approx > 0) != (q >> U32(31) != 0)
-                q = np.where(away, q + bits, q - bits).view(np.float32)
+                size = (q.view(U32) & U32(0x7FFFFFFF)).astype(np.int64)
+                moved = size + np.where(np.signbit(q), -m.approx, m.approx) * DIV_ULPS
+                moved = np.clip(moved, 0, 0x7F800000).astype(U32).view(np.float32)
+                q = np.where((q != 0) & np.isfinite(q) & np.isfinite(b), np.copysign(moved, q), q)
             if approximate:
                 huge = (np.abs(b) > np.float32(2.0**126)) & np.isfinite(b)
-                q = np.where(huge, np.where(np.isinf(a), np.float32(np.nan), np.copysign(np.float32(0), q)), q)
+                q = np.where(huge, np.where(~np.isfinite(a), np.float32(np.nan), np.copysign(np.float32(0), q)), q)
         write(m, canonical(flush(q) if ftz else q))
 
     return step

@@ -277,6 +277,10 @@ def decode(statement: Statement, program: Program, scope: str) -> Step | Control
         step = handler(instruction)
     except IndexError as e:
         raise instruction.unsupported("too few operands") from e
+    except Unsupported as e:
+        if statement.text in str(e):
+            raise
+        raise instruction.unsupported(str(e)) from e
     if instruction.modifiers:
         raise instruction.unsupported("modifier " + ", ".join("." + m for m in instruction.modifiers))
     return step

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from fractions import Fraction
 
 # format: significand bits, smallest exponent, largest exponent, total bits
-FLOATS = {"f16": (11, -14, 15, 16), "bf16": (8, -126, 127, 16), "f32": (24, -126, 127, 32), "f64": (53, -1022, 1023, 64)}
+FLOATS = {"f16": (11, -14, 15, 16), "bf16": (8, -126, 127, 16)}
+FLOATS |= {"f32": (24, -126, 127, 32), "f64": (53, -1022, 1023, 64)}
 NAN = {"f16": 0x7FFF, "bf16": 0x7FFF, "f32": 0x7FFFFFFF, "f64": 0x7FF8000000000000}
 
 
