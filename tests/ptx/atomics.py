@@ -71,7 +71,8 @@ def updates(type_name: str, in_global: bool) -> dict[str, Update]:
 FLOATING = "f32 f64 f16 bf16 f16x2 bf16x2"
 
 
-@handles("atom red", f"u32 s32 u64 s64 b16 b32 b64 {FLOATING}")
+@handles("atom", "b16")
+@handles("atom red", f"u32 s32 u64 s64 b32 b64 {FLOATING}")
 def atomic(i: Instruction) -> Step:
     """atom returns the old value, red does not."""
     returns = i.opcode == "atom"

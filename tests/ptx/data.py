@@ -157,14 +157,12 @@ def st(i: Instruction) -> Step:
     return step
 
 
-@handles("cvta", "u32 u64")
+@handles("cvta", "u64")
 def cvta(i: Instruction) -> Step:
     """To and from generic addresses."""
     i.arity(2)
     back = i.flag("to")
     where = i.need("global", "shared", "shared::cta", "local", "const", "param", "param::entry").split("::")[0]
-    if i.type == "u32":
-        raise i.unsupported("32-bit addresses")
     shift = U64(window(where))
     return elementwise(i, (lambda a: a - shift) if back else (lambda a: a + shift))
 

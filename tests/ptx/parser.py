@@ -207,7 +207,8 @@ class _Body:
     def __init__(self, function: Function, files: dict[str, str], prefix: str):
         self.function, self.files, self.prefix = function, files, prefix
         self.line = "?"
-        self.scopes: list[tuple[str, dict[str, str], set[str]]] = [(prefix, {}, set())]
+        names = {v.name.removeprefix(prefix): v.name for v in function.params + function.results}
+        self.scopes: list[tuple[str, dict[str, str], set[str]]] = [(prefix, names, set())]
         self.count = 0
 
     def parse(self, body: str) -> None:
