@@ -118,6 +118,8 @@ def atomic(i: Instruction) -> Step:
         for place in locate(m, where, a, t.size * n, read=True, write=True, strength=kind):
             update = table[place.flat is not m.shared][name]
             at = np.arange(m.n) if place.at is None else place.at
+            if place.twice is not None and len(np.unique(m.local_block[m.ids[at[place.twice]]])) > 1:
+                raise m.fault("race", "atomics of block scope from several blocks", m.ids[at[place.twice[0]]])
             take_turns(m, place, at, operands, update, before, t.size * n)
         for j, write in enumerate(writes):
             write(m, np.ascontiguousarray(before[:, j]))

@@ -293,7 +293,7 @@ def warp_barrier(i: Instruction) -> Collective:
             some = rows.any(1)
             m.order.warp_sync(warps[some], rows[some])
 
-    return Collective(step, members, full)
+    return Collective(step, members, full, lenient=True)
 
 
 @handles("membar fence")

@@ -36,11 +36,16 @@ class Control:
 
 @dataclass
 class Collective:
-    """A warp instruction. `members` reads the lane mask; None means the whole warp, which must then be there."""
+    """A warp instruction. `members` reads the lane mask; None means the whole warp.
+
+    Lanes of the mask must all come. One that has left the kernel, or that the block never had, is a fault too, although
+    the instruction set lets it count as present: it is how missing lanes usually come about. `lenient` allows it.
+    """
 
     run: Step
     members: Source | None
     full: bool = False  # the mask is a literal naming all lanes
+    lenient: bool = False
 
 
 HANDLERS: dict[tuple[str, str], Callable[[Instruction], Step | Control | Collective]] = {}

@@ -235,13 +235,14 @@ class Machine:
         alive = self.alive.reshape(-1, 32)[rows]
         same = here[:, None, :] & (mask[:, :, None] == mask[:, None, :])
         together = (same * bit).sum(2).astype(U32)
-        needed = mask & (alive * bit).sum(1).astype(U32)[:, None]
-        if op.collective.members is None:
-            gone = here & ~alive.all(1)[:, None]
-            if gone.any():
-                row, lane = np.argwhere(gone)[0]
-                self.pc = p
-                raise self.fault("collective", "needs 32 lanes, some have left or never were", rows[row] * 32 + lane)
+        living = (alive * bit).sum(1).astype(U32)[:, None]
+        needed = mask & living
+        gone = here & (mask & ~living != 0)
+        if gone.any() and not op.collective.lenient:
+            row, lane = np.argwhere(gone)[0]
+            self.pc = p
+            lost = np.flatnonzero(mask[row, lane] & ~living[row] & bit).tolist()
+            raise self.fault("collective", f"lanes {lost} have left or never were", rows[row] * 32 + lane)
         ready = here & (needed & ~together == 0)
         if not ready.any():
             return False

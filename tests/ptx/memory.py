@@ -118,6 +118,14 @@ class Memory:
         buffer = self._sorted[k]
         return buffer if address < buffer.base + buffer.size else None
 
+    def near(self, address: int) -> str:
+        """Where an address outside all buffers lies, for messages."""
+        around = [(min(abs(address - b.base), abs(address - b.base - b.size)), b) for b in self._sorted]
+        distance, buffer = min(around, key=lambda x: x[0], default=(0, None))
+        if buffer is None or distance > 1 << 20:
+            return f"{address:#x}, in no buffer"
+        return f"byte {address - buffer.base} of {buffer!r}, in no buffer"
+
     def written(self, obj: Any) -> np.ndarray:
         """Which bytes of a registered tensor hold data (a boolean per byte of its span)."""
         base, _, low, high, _ = extent(obj)

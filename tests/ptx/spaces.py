@@ -165,7 +165,7 @@ def _global(
         if buffer is None:
             raise m.fault(
                 "out-of-bounds",
-                f"{size}-byte {verb} at {int(here[0]):#x}, in no buffer ({len(here)} threads)",
+                f"{size}-byte {verb} at {m.memory.near(int(here[0]))} ({len(here)} threads)",
                 _ids(m, index)[0],
             )
         offset = here - buffer.base
