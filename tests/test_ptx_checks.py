@@ -1,4 +1,4 @@
-"""Every class of fault the PTX executor looks for: planted in a small kernel it is caught, and the correct twin passes."""
+"""Every class of fault the PTX executor looks for: planted in a small kernel it is caught, and a correct twin passes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ replaced("null pointer", "out-of-bounds", LOAD, "[%at];", "[0];")
 replaced("swapped stride", "out-of-bounds", LOAD, "%i, 4, %in1", "%i, 8, %in1")
 replaced("misaligned load", "misaligned", LOAD, "[%at];", "[%at+2];")
 replaced("misaligned vector", "misaligned",
-         f"{AT} and.b64 %at, %at, -16; ld.global.v4.f32 {{%f0,%f1,%f2,%f3}}, [%at];", "and.b64 %at, %at, -16;", "")  # fmt: skip
+         f"{AT} and.b64 %at, %at, -16; ld.global.v4.f32 {{%f0,%f1,%f2,%f3}}, [%at];",
+         "and.b64 %at, %at, -16;", "")  # fmt: skip
 replaced("unwritten output read", "unwritten",
          "mad.wide.u32 %at, %i, 4, %in1; st.global.u32 [%at], %i; ld.global.u32 %r1, [%at];",
          "st.global.u32 [%at], %i;", "", flags={"unwritten": True})  # fmt: skip
@@ -67,7 +68,8 @@ twin(
     "shared memory forgotten at launch", "out-of-bounds", "mov.u32 %r1, 256; st.shared.u32 [%r1], %r1;", PUT, shared=256
 )
 replaced("shared misaligned", "misaligned", PUT, "[%r1]", "[%r1+1]", shared=260)
-replaced("shared never written", "unwritten", f"{PUT} bar.sync 0; ld.shared.u32 %r2, [%r1];", "st.shared.u32 [%r1], %i;",
+replaced("shared never written", "unwritten", f"{PUT} bar.sync 0; ld.shared.u32 %r2, [%r1];",
+         "st.shared.u32 [%r1], %i;",
          "", shared=256)  # fmt: skip
 LOCAL = "mov.u64 %d0, depot; st.local.u32 [%d0+12], %i;"
 replaced("local past the end", "out-of-bounds", ".local .align 16 .b8 depot[16];" + LOCAL, "+12", "+16")
@@ -89,7 +91,8 @@ replaced("half-warp barrier, other half read", "race", HALF, "%r1, 4;", "%r1, 64
 replaced("shuffles do not order memory", "race", INSIDE, "bar.warp.sync -1;", "shfl.sync.bfly.b32 %r4, %r3, 1, 31, -1;",
          shared=256)  # fmt: skip
 replaced("one place, different values", "race", PUT, "[%r1]", "[0]", shared=256, match="different values")
-GLOBAL = f"{AT} st.global.u32 [%at], %i; bar.sync 0; xor.b32 %r2, %i, 32; mad.wide.u32 %at, %r2, 4, %in0; ld.global.u32 %r3, [%at];"
+GLOBAL = f"""{AT} st.global.u32 [%at], %i; bar.sync 0;
+xor.b32 %r2, %i, 32; mad.wide.u32 %at, %r2, 4, %in0; ld.global.u32 %r3, [%at];"""
 replaced("global race inside a block", "race", GLOBAL, "bar.sync 0;", "")
 NAMED = """shl.b32 %r1, %i, 2; st.shared.u32 [%r1], 0; bar.sync 0; setp.lt.u32 %p0, %i, 32; @%p0 bra $produce;
 bar.sync 1, 64; ld.shared.u32 %r3, [%r1+-128]; ret;
@@ -143,7 +146,8 @@ replaced("last block with relaxed atomics", "race", FLAGS, "atom.acq_rel.gpu", "
 replaced("barrier in one branch", "barrier",
          "setp.lt.u32 %p0, %i, 32; bar.sync 0;",
          "bar.sync 0;", "@%p0 bra $a; bar.sync 0; bra $b; $a: bar.sync 0; $b:", match="different barriers")  # fmt: skip
-replaced("leaving before a barrier", "barrier", "setp.ge.u32 %p0, %i, 50; bar.sync 0; @%p0 exit;", "bar.sync 0; @%p0 exit;",
+replaced("leaving before a barrier", "barrier", "setp.ge.u32 %p0, %i, 50; bar.sync 0; @%p0 exit;",
+         "bar.sync 0; @%p0 exit;",
          "@%p0 exit; bar.sync 0;", match="left")  # fmt: skip
 replaced(
     "barrier for half a block", "barrier", "setp.ge.u32 %p0, %i, 32; bar.sync 0;", "bar.sync 0;", "@%p0 bar.sync 0;"
@@ -157,7 +161,8 @@ replaced("shuffle after an exit", "collective", SHUFFLE, "shfl", "@%p0 exit; shf
 replaced("shuffle with a wrong mask", "collective", SHUFFLE, ", -1;", ", 0xffff;")
 replaced("reads a lane outside the mask", "collective", "mov.u32 %r3, 0xffff; setp.lt.u32 %p0, %i, 16;"
          "@%p0 shfl.sync.bfly.b32 %r1, %r2, 1, 31, %r3;", "%r2, 1,", "%r2, 16,", block=(32,))  # fmt: skip
-replaced("shuffle in a partial warp", "collective", "setp.ge.u32 %p1, %i, 32; mov.u32 %r3, -1; @%p1 mov.u32 %r3, 0xffff;"
+replaced("shuffle in a partial warp", "collective",
+         "setp.ge.u32 %p1, %i, 32; mov.u32 %r3, -1; @%p1 mov.u32 %r3, 0xffff;"
          "shfl.sync.bfly.b32 %r1, %r2, 1, 31, %r3;", "0xffff", "-1", block=(48,))  # fmt: skip
 replaced("vote misses lanes", "collective", "setp.lt.u32 %p0, %i, 40; vote.sync.any.pred %p1, %p0, -1; bar.sync 0;",
          "vote", "@%p0 vote")  # fmt: skip
@@ -173,7 +178,8 @@ replaced("copy used before its wait", "async", COPY, "cp.async.wait_group 1;", "
 replaced("waits for the wrong group", "async", COPY, "wait_group 1", "wait_group 2", shared=512)
 replaced("second copy used too early", "async", COPY, "[%r2];", "[%r2+256];", shared=512)
 replaced("copy of another thread without a barrier", "race", COPY, "bar.sync 0;", "", shared=512)
-replaced("copy never committed", "async", COPY, "[%at], 4; cp.async.commit_group;\ncp.async.wait", "[%at], 4;\ncp.async.wait",
+replaced("copy never committed", "async", COPY, "[%at], 4; cp.async.commit_group;\ncp.async.wait",
+         "[%at], 4;\ncp.async.wait",
          shared=512)  # fmt: skip
 
 # -- others
@@ -314,7 +320,7 @@ def test_sequence_shares_memory_and_variables() -> None:
 
 
 def test_approximate_error_reaches_the_result() -> None:
-    body = f"{AT} ld.global.f32 %f0, [%at]; tanh.approx.f32 %f0, %f0; mad.wide.u32 %at, %i, 4, %in1; st.global.f32 [%at], %f0;"
+    body = LOAD.replace("mad.wide.u32 %at, %i, 4, %in1;", "tanh.approx.f32 %f0, %f0; mad.wide.u32 %at, %i, 4, %in1;")
     x, y = torch.linspace(-3, 3, 64), torch.zeros(64)
     (low,), (high,) = run_both(kernel(body, 2), [x, y], (1,), (64,), outputs=[1])
     exact = torch.tanh(x.double())

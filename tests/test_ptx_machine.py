@@ -320,15 +320,18 @@ for n in (32, 64):
     ATOMICS += [
         (f"add.u{n}", top, [3], 2), (f"min.u{n}", top, [3], 3), (f"max.u{n}", top, [3], top),
         (f"min.s{n}", top, [3], top), (f"max.s{n}", top, [3], 3),
-        (f"and.b{n}", 12, [10], 8), (f"or.b{n}", 12, [10], 14), (f"xor.b{n}", 12, [10], 6), (f"exch.b{n}", 12, [10], 10),
+        (f"and.b{n}", 12, [10], 8), (f"or.b{n}", 12, [10], 14), (f"xor.b{n}", 12, [10], 6),
+        (f"exch.b{n}", 12, [10], 10),
         (f"cas.b{n}", 12, [12, 99], 99), (f"cas.b{n}", 12, [13, 99], 12),
     ]  # fmt: skip
 ATOMICS += [
     ("add.s32", 5, [2**32 - 7], 2**32 - 2), ("add.s64", 5, [2**64 - 7], 2**64 - 2),
-    ("inc.u32", 4, [5], 5), ("inc.u32", 5, [5], 0), ("dec.u32", 4, [5], 3), ("dec.u32", 0, [5], 5), ("dec.u32", 9, [5], 5),
+    ("inc.u32", 4, [5], 5), ("inc.u32", 5, [5], 0), ("dec.u32", 4, [5], 3), ("dec.u32", 0, [5], 5),
+    ("dec.u32", 9, [5], 5),
     ("cas.b16", 12, [12, 99], 99), ("add.f32", bits32(1.5), [bits32(0.25)], bits32(1.75)),
     ("add.f32", 1, [bits32(0.0)], 0), ("add.f64", bits64(1.5), [bits64(0.25)], bits64(1.75)),
-    ("add.noftz.f16", half(1.5), [half(2.0**-11)], half(1.5)), ("add.noftz.bf16", brain(1.5), [brain(0.25)], brain(1.75)),
+    ("add.noftz.f16", half(1.5), [half(2.0**-11)], half(1.5)),
+    ("add.noftz.bf16", brain(1.5), [brain(0.25)], brain(1.75)),
     ("add.noftz.f16x2", half(1) | half(2) << 16, [half(3) | half(4) << 16], half(4) | half(6) << 16),
     ("add.noftz.bf16x2", brain(1) | brain(2) << 16, [brain(3) | brain(4) << 16], brain(4) | brain(6) << 16),
     ("min.noftz.f16", half(1.5), [half(-2)], half(-2)), ("max.noftz.bf16x2", brain(1), [brain(2)], brain(2)),
@@ -440,7 +443,8 @@ case(
     st.global.u32 [%at+24], %r6;""",
     [np.zeros((64, 8), U32)],
     lambda a: ([
-        [0xFFFF << (k % 32 // 16 * 16)] * 2 + [0xFFFFFFFF, 0, 0, 0xFFFFFFFF, 1 + 4 * (k % 32 == 0), 0] for k in range(64)
+        [0xFFFF << (k % 32 // 16 * 16)] * 2 + [0xFFFFFFFF, 0, 0, 0xFFFFFFFF, 1 + 4 * (k % 32 == 0), 0]
+        for k in range(64)
     ],),
 )  # fmt: skip
 case(
