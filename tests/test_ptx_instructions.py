@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import pytest
 
-np = pytest.importorskip("numpy")
+np = pytest.importorskip("numpy", minversion="2.0")
 
 from ptx import HANDLERS, Unsupported, load, oracle  # noqa: E402
 from ptx.approx import BOUNDS  # noqa: E402

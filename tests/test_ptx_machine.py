@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-np = pytest.importorskip("numpy")
+np = pytest.importorskip("numpy", minversion="2.0")
 
 from ptx import HANDLERS, Fault, Unsupported, load, parse, run  # noqa: E402
 from ptx.bench import kernel  # noqa: E402
@@ -489,7 +489,7 @@ def copied(a: np.ndarray, size: int) -> np.ndarray:
     for k, row in enumerate(a):
         keep = size if k < 40 else size // 2
         data = np.frombuffer(row.tobytes()[: 0 if k >= 60 else keep].ljust(size, b"\0"), U32)
-        out[k, 0], out[k, -1] = data[0], data[-1] + (row[0] if k == 0 else 0)
+        out[k, 0], out[k, -1] = data[0], (int(data[-1]) + int(row[0] if k == 0 else 0)) % 2**32
     return out.reshape(-1)
 
 

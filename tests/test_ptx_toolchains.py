@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 
-np = pytest.importorskip("numpy")
+np = pytest.importorskip("numpy", minversion="2.0")
 torch = pytest.importorskip("torch")
 
 from ptx import Fault, load, run  # noqa: E402
