@@ -9,10 +9,11 @@ name must be registered with `Memory.register`. `launch.execute` runs a recorded
 
 Checked: bounds, alignment, unwritten and read-only memory, races inside warps, inside blocks and between blocks,
 divergent barriers, warp instructions with missing lanes, cp.async used before its wait, launch limits, endless loops.
-House rules, stricter than the instruction set: a thread must not leave a block that others still synchronise, and a lane
-named by a warp instruction must come even if it could leave instead.
+House rules, stricter than the instruction set: a thread must not leave a block that others still synchronise, and a
+lane named by a warp instruction must come even if it could leave instead.
 
-Needs numpy 2. Not modelled: wgmma, tcgen05, TMA, mbarrier, clusters, textures, fp8, integer mma, recursion, indirect calls, timing.
+Not modelled: wgmma, tcgen05, TMA, mbarrier, clusters, textures, fp8, integer mma, recursion, indirect calls, timing.
+Unwritten registers and local memory read as zero, without a fault. Needs numpy 2.
 """
 
 from __future__ import annotations
