@@ -11,7 +11,7 @@ pytest.importorskip("mpmath", reason="needs the test extra")
 import ctkernels
 from ctkernels.functional import ctu
 
-from . import truth
+import truth
 
 BETAS = [0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999, 1 - 1e-6]
 COEFFS = [0.0, 0.3, 0.5, 1.0]
