@@ -8,16 +8,16 @@ from torch import Tensor
 
 import ctkernels
 from ctkernels.functional import ctu
-from ctkernels.testing import Sample, assert_no_worse, ctu_samples, gradcheck
+from ctkernels.testing import Sample, assert_no_worse, gradcheck, samples
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-NAMES = [s.name for s in ctu_samples()]
+NAMES = [s.name for s in samples()]
 # Small enough for finite differences, and without memory that several elements share.
-SMALL = [s.name for s in ctu_samples() if s.args[0].numel() <= 70 and 0 not in s.args[0].stride()]
+SMALL = [s.name for s in samples() if s.args[0].numel() <= 70 and 0 not in s.args[0].stride()]
 
 
 def _sample(name: str, dtype: torch.dtype = torch.float32) -> Sample:
-    return next(s for s in ctu_samples(dtype) if s.name == name)
+    return next(s for s in samples(dtype) if s.name == name)
 
 
 def _upstream(y: Tensor) -> Tensor:
