@@ -16,6 +16,15 @@ def helper(x):
     return F.relu(x)
 
 
+def method_helper(x):
+    return (x + 0).relu() if x.dim() else x.relu()
+
+
+@torch.no_grad()
+def decorated_helper(x):
+    return helper(x)
+
+
 def recursive(x, depth):
     return F.relu(x) if depth == 0 else recursive(x - 0.1, depth - 1)
 
@@ -156,6 +165,33 @@ class NoGrad(nn.Module):
         return F.relu(x)
 
 
+class OldSuper(FunctionalRelu):
+    def forward(self, x):
+        return super(OldSuper, self).forward(x) + 1  # noqa: UP008
+
+
+class MethodHelper(nn.Module):
+    def forward(self, x):
+        return method_helper(x)
+
+
+class DecoratedHelper(nn.Module):
+    def forward(self, x):
+        return decorated_helper(x)
+
+
+class BoundMethod(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act = self._act
+
+    def _act(self, x):
+        return F.relu(x)
+
+    def forward(self, x):
+        return self.act(x)
+
+
 class Property(nn.Module):
     @property
     def act(self):
@@ -260,6 +296,10 @@ FUNCTIONAL = {
     Chosen: 1,
     Decorated: 1,
     NoGrad: 1,
+    OldSuper: 1,
+    MethodHelper: 2,
+    DecoratedHelper: 1,
+    BoundMethod: 1,
     Property: 1,
     Attribute: 1,
     PartialAttribute: 1,

@@ -34,6 +34,7 @@ ACTIVATIONS = {
     # x * sigmoid(1.702 x) is the logistic unit whose beta / (1 - beta) is 1.702.
     "quick_gelu": Activation("silu", 1.702 / 2.702, 1.0),
 }
+ANY = "any"  # the activation of a call that may be to any of them
 RELU_FAMILY = ("relu", "leaky_relu", "prelu", "relu6")
 
 

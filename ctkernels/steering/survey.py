@@ -18,8 +18,8 @@ from torch import nn
 from ..nn import Knobs
 from . import unit
 from .activations import FORMS, FUNCTIONS, METHODS, NearMiss, Use, read_module
+from .class_code import Call, ClassCode
 from .lookup import is_listed, is_torch, mentions
-from .rewrite import Call, ClassCode
 from .surgery import MODULE, Edit, Steered, Swap, steered_class
 
 _PLAIN_MODULE = frozenset(nn.Module().__dict__)
@@ -96,7 +96,9 @@ class _Survey:
                 self.graph(name, module)
             else:
                 self.module(name, tuple(aliases), module)
+        classes = {swap.module: swap.cls for swap in self.plan.swaps}
         for module in self.names:
+            self.bound_methods(module, classes)
             if isinstance(module, nn.TransformerEncoderLayer):
                 self.fast_path(module)
 
@@ -205,6 +207,15 @@ class _Survey:
             reason = f"{kind} is named like an activation, but its code has no call that is known"
             records = self.plan.missed if "relu" in kind.lower() else self.plan.skipped
             records.append(Miss(name, kind.lower(), reason))
+
+    def bound_methods(self, module: nn.Module, classes: dict[nn.Module, type]) -> None:
+        """``self.act = self._relu`` holds the method as it was: it is to hold the copy."""
+        for attribute, value in vars(module).items():
+            if isinstance(value, types.MethodType) and value.__self__ in classes:
+                copy = vars(classes[value.__self__]).get(value.__func__.__name__)
+                if isinstance(copy, types.FunctionType):
+                    new = types.MethodType(copy, value.__self__)
+                    self.plan.edits.append(Edit(module, "__dict__", attribute, value, new))
 
     def fast_path(self, module: nn.TransformerEncoderLayer) -> None:
         """In inference the layer may call a fused kernel, past its activation, unless this flag says it has another."""
