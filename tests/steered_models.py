@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import relu as imported_relu
 
+import ctkernels
+
 SHARED = nn.ReLU()
 
 
@@ -307,3 +309,31 @@ FUNCTIONAL = {
     ReluSubclass: 1,
     Listed: 1,
 }
+
+
+def count_units(monkeypatch):
+    """The calls to the unit, as they will be made: a list of (activation, beta)."""
+    calls, ctu = [], ctkernels.functional.ctu
+
+    def counted(x, beta, *args, **kwargs):
+        calls.append((kwargs["activation"], round(float(beta), 6)))
+        return ctu(x, beta, *args, **kwargs)
+
+    monkeypatch.setattr(ctkernels.functional, "ctu", counted)
+    return calls
+
+
+def snapshot(model):
+    """Everything there is to a model: objects by identity, in order, and the bits of its state."""
+    found = {}
+    for name, module in model.named_modules():
+        held = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
+        found[name] = (id(module), type(module), list(held), {k: id(v) for k, v in vars(module).items()})
+        found[f"{name}._"] = {k: [(n, id(o)) for n, o in v.items()] for k, v in held.items() if isinstance(v, dict)}
+    return found, {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_same(before, after):
+    assert before[0] == after[0]
+    assert list(before[1]) == list(after[1])
+    assert all(torch.equal(before[1][key], after[1][key]) for key in before[1])

@@ -199,3 +199,12 @@ def _collect(names: Iterable[str]) -> dict[Any, str]:
 
 FUNCTIONS = _collect(FORMS)
 OUTSIDE = _collect(_OUTSIDE)
+
+
+def activation_of(target: Any) -> str:
+    """The activation that a function of torch in ``FUNCTIONS``, or an activation module, computes."""
+    if isinstance(target, nn.Module):
+        use = read_module(target)
+        assert isinstance(use, Use)
+        return use.activation
+    return FORMS[FUNCTIONS[target].rstrip("_")].activation

@@ -8,10 +8,8 @@ import types
 from collections import Counter
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from . import unit
-from .activations import ANY, FORMS, FUNCTIONS, Use, read_module
+from .activations import ANY, FUNCTIONS, activation_of
 from .lookup import UNKNOWN, code_names, is_listed, is_torch, known_calls, mentions
 from .rewrite import Rewriter
 from .source import NoSource, compile_function, copy_function, parse_function
@@ -84,9 +82,7 @@ class ClassCode:
     def report(self, function: types.FunctionType, reason: str) -> None:
         """Name the calls of a function, and of its helpers, that cannot be rewritten."""
         for caller, target, line in known_calls(function):
-            use = read_module(target) if isinstance(target, nn.Module) else None
-            activation = use.activation if isinstance(use, Use) else FORMS[FUNCTIONS[target].rstrip("_")].activation
-            self.miss(caller, activation, line, reason)
+            self.miss(caller, activation_of(target), line, reason)
 
     # -- copies
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .activations import FORMS, FUNCTIONS, MODULES, OUTSIDE, Use, read_module
+from .activations import FORMS, FUNCTIONS, MODULES, OUTSIDE, Use, activation_of, read_module
 
 UNKNOWN: Any = object()
 CLAMPS = ("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_")
@@ -103,7 +103,7 @@ def hidden_activations(target: Any) -> list[str]:
         operators = {name.rstrip("_") for name in re.findall(r"aten::(\w+)", str(target.inlined_graph))}
         return sorted(FORMS[name].activation for name in operators & set(FORMS))
     held = target.values() if isinstance(target, dict) else target if isinstance(target, (list, tuple)) else ()
-    return sorted({FORMS[FUNCTIONS[f].rstrip("_")].activation for f in held if is_listed(f, FUNCTIONS)})
+    return sorted({activation_of(f) for f in held if is_listed(f, FUNCTIONS)})
 
 
 def known_calls(function: types.FunctionType) -> Iterator[tuple[types.FunctionType, Any, int]]:

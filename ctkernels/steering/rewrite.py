@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch.nn.functional as F
 from torch import nn
 
-from .activations import ANY, FORMS, FUNCTIONS, METHODS, MODULES, OUTSIDE, Use, read_module
+from .activations import ANY, FORMS, FUNCTIONS, METHODS, MODULES, OUTSIDE, Use, activation_of, read_module
 from .lookup import CLAMPS, UNKNOWN, bound_names, hidden_activations, is_listed, is_torch, lookup, member
 
 if TYPE_CHECKING:
@@ -95,9 +95,8 @@ class Rewriter(ast.NodeTransformer):
         target = self.resolve(node.func)
         function = node.func
         if is_listed(target, FUNCTIONS) and not self._in_family(node, FUNCTIONS[target]):
-            form = FUNCTIONS[target].rstrip("_")
             reason = "its arguments put it outside the family"
-            self.scan.skip(self.function, FORMS[form].activation, node.lineno, reason)
+            self.scan.skip(self.function, activation_of(target), node.lineno, reason)
             node.args = [self.visit(argument) for argument in node.args]
             return node
         if isinstance(function, ast.Call):
@@ -130,8 +129,8 @@ class Rewriter(ast.NodeTransformer):
         if is_listed(target, OUTSIDE):
             self.scan.skip(self.function, OUTSIDE[target], node.lineno, "it is not in the family")
         elif is_listed(target, FUNCTIONS):
-            form = FUNCTIONS[target]
-            return self._site(node, FORMS[form.rstrip("_")].activation, "_ctu_function", [ast.Constant(form), node])
+            form = ast.Constant(FUNCTIONS[target])
+            return self._site(node, activation_of(target), "_ctu_function", [form, node])
         elif isinstance(target, nn.Module):
             use = read_module(target)
             if isinstance(use, Use):
