@@ -121,9 +121,8 @@ def _param(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None,
     count = value.numel()
     if value.dim() > 1:
         raise ValueError(f"{op}: {name} must have at most one dimension, got shape {tuple(value.shape)}")
-    if count != 1 or value.dim():
-        if count != 1:
-            _check.channel_count(op, name, count, x, channel_dim)
+    if count != 1:
+        _check.channel_count(op, name, count, x, channel_dim)
     if value.device != x.device:
         if value.dim():
             _check.same_device(op, name, value, "x", x)
@@ -223,7 +222,9 @@ def _check_index(index: Tensor, z: Tensor) -> None:
         kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"head_edit: index must be an int64 or int32 tensor, got {kind}")
     if z.dim() == 0 or index.shape != z.shape[:1]:
-        raise ValueError(f"head_edit: index must have one entry per sample, shape {tuple(z.shape[:1])}, got {tuple(index.shape)}")
+        raise ValueError(
+            f"head_edit: index must have one entry per sample, shape {tuple(z.shape[:1])}, got {tuple(index.shape)}"
+        )
     _check.same_device("head_edit", "index", index, "z", z)
 
 
@@ -259,7 +260,12 @@ def _heads_last(
     if head_axis is not None:
         moved = z.movedim(head_axis, -2)
         side_by_side = moved.stride(-2) == dim * moved.stride(-1) or heads == 1 or moved.numel() == 0
-        if not side_by_side and head_axis == 1 and z.is_contiguous() and not torch._C._are_functorch_transforms_active():
+        if (
+            not side_by_side
+            and head_axis == 1
+            and z.is_contiguous()
+            and not torch._C._are_functorch_transforms_active()
+        ):
             rows = shape[0] * heads if per_sample else heads
             edits = [t if t is None else t.reshape(rows, dim) for t in edits]
             gates = [t if t is None else t.reshape(rows, 1) for t in gates]
@@ -274,7 +280,9 @@ def _heads_last(
     lead = shape[:1] if per_sample else ()
     edits = [t if t is None else t.reshape(*lead, heads * dim) for t in edits]
     if per_sample and flat.dim() == 1:
-        raise ValueError(f"head_edit: index needs a z with a sample dimension before the heads, got shape {tuple(shape)}")
+        raise ValueError(
+            f"head_edit: index needs a z with a sample dimension before the heads, got shape {tuple(shape)}"
+        )
     return flat, [*edits, *gates], restore
 
 

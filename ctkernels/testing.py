@@ -187,6 +187,8 @@ def gradcheck(sample: Sample, *, second_order: bool = True) -> None:
         by_name = dict(zip(names, values))
         return leaves.map(lambda k, _: by_name[k])()
 
-    torch.autograd.gradcheck(call, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+    torch.autograd.gradcheck(
+        call, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
     if second_order:
         torch.autograd.gradgradcheck(call, inputs)

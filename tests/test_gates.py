@@ -28,7 +28,8 @@ def test_expectation_is_exact(backend: str) -> None:
     found = hard_concrete(log_alpha, training=False, estimator="mean")
     for logit, value in zip(LOGITS, found.tolist()):
         exact = mpmath.quad(
-            lambda v, logit=logit: 1 / (1 + mpmath.exp(-(logit - TEMPERATURE * mpmath.log((v - LOW) / (HIGH - v))))), [0, 0.5, 1]
+            lambda v, logit=logit: 1 / (1 + mpmath.exp(-(logit - TEMPERATURE * mpmath.log((v - LOW) / (HIGH - v))))),
+            [0, 0.5, 1],
         )
         assert abs(value - float(exact)) < 2e-11
 
@@ -36,7 +37,9 @@ def test_expectation_is_exact(backend: str) -> None:
 def test_penalty_and_clip_closed_forms(backend: str) -> None:
     log_alpha = torch.tensor(LOGITS, dtype=torch.float64)
     penalty = expected_l0(log_alpha)
-    assert torch.allclose(penalty, torch.tensor([_above(v, 0.0) for v in LOGITS], dtype=torch.float64), rtol=1e-13, atol=0)
+    assert torch.allclose(
+        penalty, torch.tensor([_above(v, 0.0) for v in LOGITS], dtype=torch.float64), rtol=1e-13, atol=0
+    )
     gate = hard_concrete(log_alpha, training=False)
     expected = (torch.sigmoid(log_alpha) * (HIGH - LOW) + LOW).clamp(0, 1)
     assert torch.allclose(gate, expected, rtol=1e-14, atol=1e-15)
@@ -116,11 +119,36 @@ def test_any_strides_and_dtypes(backend: str) -> None:
 
 BAD = {
     "a list": (([0.0],), {"training": True}, TypeError, "log_alpha must be a tensor, got list"),
-    "integers": ((torch.ones(3, dtype=torch.int64),), {"training": True}, TypeError, "log_alpha must be float32, .* got int64"),
-    "estimator": ((torch.zeros(3),), {"training": False, "estimator": "mode"}, ValueError, "estimator must be one of 'clip', 'mean'"),
-    "temperature": ((torch.zeros(3),), {"training": True, "temperature": 0.0}, ValueError, "temperature must be positive, got 0.0"),
-    "stretch": ((torch.zeros(3),), {"training": True, "stretch": (0.0, 1.1)}, ValueError, r"stretch must be \(low, high\)"),
-    "noise shape": ((torch.zeros(3),), {"training": True, "noise": torch.rand(4)}, ValueError, r"noise must have log_alpha's shape \(3,\)"),
+    "integers": (
+        (torch.ones(3, dtype=torch.int64),),
+        {"training": True},
+        TypeError,
+        "log_alpha must be float32, .* got int64",
+    ),
+    "estimator": (
+        (torch.zeros(3),),
+        {"training": False, "estimator": "mode"},
+        ValueError,
+        "estimator must be one of 'clip', 'mean'",
+    ),
+    "temperature": (
+        (torch.zeros(3),),
+        {"training": True, "temperature": 0.0},
+        ValueError,
+        "temperature must be positive, got 0.0",
+    ),
+    "stretch": (
+        (torch.zeros(3),),
+        {"training": True, "stretch": (0.0, 1.1)},
+        ValueError,
+        r"stretch must be \(low, high\)",
+    ),
+    "noise shape": (
+        (torch.zeros(3),),
+        {"training": True, "noise": torch.rand(4)},
+        ValueError,
+        r"noise must have log_alpha's shape \(3,\)",
+    ),
 }
 
 

@@ -125,10 +125,30 @@ BAD = {
     "gate shape": ((Z, M, A, G_M[:2]), {}, ValueError, r"g_m must have shape \(4,\), got \(2,\)"),
     "head_dim": ((Z, M), {"head_dim": 8}, ValueError, "head_dim is 8, but m and a have 6"),
     "z width": ((Z[..., :-1], M), {}, ValueError, r"z must end in .* = \(24,\) or .* got z of shape \(2, 5, 23\)"),
-    "head_axis": ((Z.unflatten(-1, (H, D)), M), {"head_axis": 1}, ValueError, "with head_axis=1, z must have 4 heads there"),
-    "index type": ((Z, M[None], A[None]), {"index": torch.zeros(2)}, TypeError, "index must be an int64 or int32 tensor"),
-    "index shape": ((Z, M[None], A[None]), {"index": torch.zeros(3, dtype=torch.long)}, ValueError, r"one entry per sample, shape \(2,\)"),
-    "index without adapters": ((Z, M, A), {"index": torch.zeros(2, dtype=torch.long)}, ValueError, r"\(adapters, heads, head_dim\)"),
+    "head_axis": (
+        (Z.unflatten(-1, (H, D)), M),
+        {"head_axis": 1},
+        ValueError,
+        "with head_axis=1, z must have 4 heads there",
+    ),
+    "index type": (
+        (Z, M[None], A[None]),
+        {"index": torch.zeros(2)},
+        TypeError,
+        "index must be an int64 or int32 tensor",
+    ),
+    "index shape": (
+        (Z, M[None], A[None]),
+        {"index": torch.zeros(3, dtype=torch.long)},
+        ValueError,
+        r"one entry per sample, shape \(2,\)",
+    ),
+    "index without adapters": (
+        (Z, M, A),
+        {"index": torch.zeros(2, dtype=torch.long)},
+        ValueError,
+        r"\(adapters, heads, head_dim\)",
+    ),
     "device": ((Z, M.to("meta")), {}, ValueError, "m must be on z's device cpu, got meta"),
 }
 

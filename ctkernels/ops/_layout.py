@@ -58,7 +58,11 @@ def conform(value: Tensor, x: Tensor) -> Tensor:
 
 
 def groups_first(
-    tensors: tuple[Tensor | None, ...], dims: tuple[int | None, ...], size: int, elementwise: tuple[bool, ...], force: bool
+    tensors: tuple[Tensor | None, ...],
+    dims: tuple[int | None, ...],
+    size: int,
+    elementwise: tuple[bool, ...],
+    force: bool,
 ) -> tuple[list[Tensor | None], bool, int]:
     """Tensors of a vmapped call as one bigger call: (tensors, whether the batch became groups, inner groups).
 

@@ -26,7 +26,8 @@ def _slopes(inputs: Inputs, static: Static) -> tuple[Tensor, Tensor | None]:
 
 def _backward(dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
     slopes = _slopes(inputs, static)
-    return [dy * (torch.zeros_like(dy) if slopes[i] is None else slopes[i]) for i in OP.wanted(needs)]
+    found = [torch.zeros_like(dy) if slope is None else slope for slope in slopes]
+    return [dy * found[i] for i in OP.wanted(needs)]
 
 
 def _jvp(inputs: Inputs, static: Static, tangents: Inputs) -> Tensor:

@@ -44,7 +44,8 @@ def _jvp(inputs: Inputs, static: Static, tangents: Inputs) -> Tensor:
     ready = _unpack(inputs, static)
     weights = reference.partials(*ready)  # type: ignore[arg-type]
     z = inputs[0]
-    assert z is not None and ready[0] is not None
+    assert z is not None
+    assert ready[0] is not None
     total = torch.zeros_like(ready[0])
     for i, tangent in enumerate(tangents):
         if tangent is not None:
