@@ -43,8 +43,16 @@ def _llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-                         num_key_value_heads=HEADS, vocab_size=2048, max_position_embeddings=TOKENS, attention_bias=True)  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=4 * HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        vocab_size=2048,
+        max_position_embeddings=TOKENS,
+        attention_bias=True,
+    )
     return LlamaForCausalLM(config).requires_grad_(False)
 
 

@@ -21,7 +21,12 @@ pytest.importorskip("setuptools", reason="needs setuptools")
 def _setup(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("CTKERNELS_")}
     return subprocess.run(
-        [sys.executable, "setup.py", *arguments], cwd=ROOT, env={**clean, **variables}, capture_output=True, text=True, check=False
+        [sys.executable, "setup.py", *arguments],
+        cwd=ROOT,
+        env={**clean, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -35,7 +40,9 @@ def test_auto_without_a_compiler_says_so_in_one_line_and_goes_on() -> None:
     done = _setup("--version", CTKERNELS_BUILD="auto", CXX="no-such-compiler")
     assert done.returncode == 0
     said = [line for line in done.stderr.splitlines() if line.startswith("ctkernels:")]
-    assert said == ["ctkernels: building without native kernels: no C++ compiler (no-such-compiler); install g++ or set CXX"]
+    assert said == [
+        "ctkernels: building without native kernels: no C++ compiler (no-such-compiler); install g++ or set CXX"
+    ]
 
 
 def test_cpu_without_a_compiler_is_an_error() -> None:
@@ -53,9 +60,22 @@ def test_cuda_without_nvcc_says_what_to_do(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_pure_wheel(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
     clean = {k: v for k, v in os.environ.items() if not k.startswith("CTKERNELS_")}
-    done = subprocess.run(command, env={**clean, "CTKERNELS_BUILD": "none"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env={**clean, "CTKERNELS_BUILD": "none"}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("ctkernels-*.whl")
     names = zipfile.ZipFile(wheel).namelist()

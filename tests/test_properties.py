@@ -52,7 +52,9 @@ def test_native_agrees_with_the_reference(case: tuple[torch.Tensor, int], activa
             wanted = leaves if activation == "prelu" else leaves[:3]
             results[name] = [y.detach(), *torch.autograd.grad(y, wanted, dy.to(dtype))]
     terms = (1 + x.abs().max().item()) ** 2 * max(1.0, x.numel() / count)
-    for key, got, truth, baseline in zip("y dx dbeta dcoeff dslope".split(), results["cpu"], results["truth"], results["reference"]):
+    for key, got, truth, baseline in zip(
+        "y dx dbeta dcoeff dslope".split(), results["cpu"], results["truth"], results["reference"]
+    ):
         assert_no_worse(key, got, truth, baseline, terms, grade=1e-6)
 
 
@@ -75,7 +77,11 @@ def test_bounds_of_the_unit(value: float, beta: float, coeff: float, activation:
     spread = 2 if activation == "relu6" else 1
     # relu - w sigma(beta w / s) is at most 0.2785 s / beta; softplus exceeds the relu by at most s ln 2
     low = -spread * coeff * min(abs(value) + 6, 0.2785 * s / beta if beta > 0 else float("inf"))
-    assert low - 1e-9 * (1 + abs(value)) <= excess <= spread * (1 - coeff) * s * 0.6932 + (low < 0) * spread * abs(low) + 1e-9
+    assert (
+        low - 1e-9 * (1 + abs(value))
+        <= excess
+        <= spread * (1 - coeff) * s * 0.6932 + (low < 0) * spread * abs(low) + 1e-9
+    )
 
 
 @common

@@ -17,7 +17,17 @@ from ..ops import _backend
 from ..ops._backend import BACKENDS, DTYPES
 
 OPS = ("ctu", "head_edit", "hard_concrete")
-OPTIONAL = ("triton", "torchvision", "timm", "transformers", "peft", "accelerate", "safetensors", "scikit-learn", "matplotlib")
+OPTIONAL = (
+    "triton",
+    "torchvision",
+    "timm",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "scikit-learn",
+    "matplotlib",
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +59,14 @@ def describe() -> dict[str, Any]:
                 "simd": torch.backends.cpu.get_cpu_capability()}]  # fmt: skip
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        devices.append({"device": f"cuda:{i}", "name": p.name, "capability": f"{p.major}.{p.minor}", "sms": p.multi_processor_count})
+        devices.append(
+            {
+                "device": f"cuda:{i}",
+                "name": p.name,
+                "capability": f"{p.major}.{p.minor}",
+                "sms": p.multi_processor_count,
+            }
+        )
     return {
         "versions": versions,
         "devices": devices,
@@ -98,7 +115,9 @@ def _text(found: dict[str, Any]) -> str:
     lines = ["versions"]
     lines += [f"  {name:<13} {version or 'not installed'}" for name, version in found["versions"].items()]
     lines.append("devices")
-    lines += [f"  {d.pop('device'):<13} {', '.join(f'{k} {v}' for k, v in d.items())}" for d in map(dict, found["devices"])]
+    lines += [
+        f"  {d.pop('device'):<13} {', '.join(f'{k} {v}' for k, v in d.items())}" for d in map(dict, found["devices"])
+    ]
     lines.append("native kernels")
     lines += [f"  {k:<15} {', '.join(v) if isinstance(v, list) else v}" for k, v in found["native"].items()]
     lines.append("backends, in the order they are tried")
