@@ -100,7 +100,7 @@ def _dispatch(devices: list[str]) -> list[dict[str, Any]]:
     for device in dict.fromkeys(d.split(":")[0] for d in devices):
         for dtype in DTYPES:
             x = torch.empty(1, dtype=dtype, device=device)
-            passed = {}
+            passed: dict[str, str] = {}
             for backend in BACKENDS.values():
                 refusal = backend.refusal(x)
                 if refusal is None:
