@@ -49,7 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def describe() -> dict[str, Any]:
     """Everything the command prints, as plain data."""
-    versions = {"ctkernels": ctkernels.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions: dict[str, str | None] = {
+        "ctkernels": ctkernels.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     for name in OPTIONAL:
         try:
             versions[name] = importlib.metadata.version(name)
