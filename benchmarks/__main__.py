@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
+
+from ctkernels._files import write_text
 
 from . import ctu, head_edit, measure, report
 
@@ -58,10 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         result["bars"] += rows  # type: ignore[operator]
         result["overhead_us"] |= overhead  # type: ignore[operator]
     if args.json:
-        temporary = args.json.with_name(args.json.name + ".tmp")
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, args.json)
+        write_text(args.json, json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -9,7 +10,8 @@ from typing import Any
 
 from peft import PeftConfig
 
-from .._files import check_adapter_folder, write_json
+from ..._files import write_text
+from .._files import check_adapter_folder
 from .._peft import add_peft_type
 
 _EDITS = ("both", "multiplicative", "additive")
@@ -165,7 +167,8 @@ class JolaConfig(PeftConfig):
         values = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
         if auto_mapping is not None:
             values["auto_mapping"] = auto_mapping
-        write_json(os.path.join(save_directory, "adapter_config.json"), values)
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        write_text(os.path.join(save_directory, "adapter_config.json"), text)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
