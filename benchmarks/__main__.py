@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
 
     where = measure.provenance()
-    print(f"{where['cpu']} ({where['cpu_capability']}), {where['threads']} threads, torch {where['torch']}, commit {where['commit']}")
+    print(
+        f"{where['cpu']} ({where['cpu_capability']}), {where['threads']} threads, torch {where['torch']}, commit {where['commit']}"
+    )
     print(measure.tune_allocator())
     print("medians of interleaved runs; copy is Tensor.copy_ into an existing tensor\n")
     result: dict[str, object] = {"provenance": where, "records": [], "overhead_us": {}, "bars": []}

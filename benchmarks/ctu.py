@@ -87,19 +87,21 @@ def _one(case: Case, dtype_name: str, per_channel: bool, seconds: float, compile
         contestants["official compiled"] = torch.compile(theirs, dynamic=False)
     _gate(ours(leaf), leaf, raw, view)
 
-    def forward(f):  # noqa: ANN001, ANN202
+    def forward(f):
         def call() -> None:
             with torch.no_grad():
                 f(x)
 
         return call
 
-    def both(f, wanted):  # noqa: ANN001, ANN202
+    def both(f, wanted):
         return lambda: torch.autograd.grad(f(leaf), wanted, dy)
 
     wanted = [leaf, *raw]
     plain = ("relu", "silu")
-    forward_ms = measure.interleaved({"copy": lambda: out.copy_(x), **{n: forward(f) for n, f in contestants.items()}}, seconds)
+    forward_ms = measure.interleaved(
+        {"copy": lambda: out.copy_(x), **{n: forward(f) for n, f in contestants.items()}}, seconds
+    )
     both_ms = measure.interleaved(
         {n: both(f, [leaf] if n in plain else wanted) for n, f in contestants.items()}, seconds * 2
     )
@@ -124,7 +126,10 @@ def _gate(y: Tensor, x: Tensor, raw: list[Tensor], view: list[int]) -> None:
         beta, coeff = (torch.sigmoid(r.double()).view(view) for r in raw)
         rest = torch.sigmoid(-raw[0].double()).view(view)
         w = x.double()
-        silu, soft = coeff * w * torch.sigmoid(beta * w / rest), (1 - coeff) * rest * torch.logaddexp(w / rest, w.new_zeros(()))
+        silu, soft = (
+            coeff * w * torch.sigmoid(beta * w / rest),
+            (1 - coeff) * rest * torch.logaddexp(w / rest, w.new_zeros(())),
+        )
         grade = 1e-5 if y.dtype == torch.float32 else 2e-4  # 16-bit results: a fraction of half an ulp
         bound = grade * (silu.abs() + soft) + torch.finfo(y.dtype).eps * (silu + soft).abs() + 2.0**-120
         if not ((y.double() - (silu + soft)).abs() <= bound).all():
@@ -137,7 +142,7 @@ def call_overhead() -> dict[str, float]:
     leaf = x.clone().requires_grad_()
     ctu = ctkernels.functional.ctu
 
-    def quiet(f):  # noqa: ANN001, ANN202
+    def quiet(f):
         def call() -> None:
             with torch.no_grad():
                 f()

@@ -35,6 +35,8 @@ inline View view_of(const int64_t* sizes, const int64_t* strides, int64_t dim, i
   bool channel_seen = false;
   v.groups = per_group ? sizes[0] : 1;
   v.channels = channel_dim >= 0 ? sizes[channel_dim] : 1;
+  for (int64_t d = 0; d < dim; ++d)
+    if (sizes[d] == 0) return v.outer = 0, v;
   v.dense = memory_order(sizes, strides, dim, order, used);
   if (!v.dense) return v;
   if (per_group && sizes[0] != 1 && order[0] != 0) return v.dense = false, v;  // the group has to be outermost

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,11 @@ from .ops import _backend, _check
 from .ops._layout import NO_CHANNEL
 from .ops.ctu import ACTIVATIONS
 from .ops.ctu import OP as _CTU
+from .ops.hard_concrete import CLIP, MEAN, OPEN, SAMPLE
+from .ops.hard_concrete import OP as _HARD_CONCRETE
+from .ops.head_edit import OP as _HEAD_EDIT
 
-__all__ = ["ctu"]
+__all__ = ["ctu", "expected_l0", "hard_concrete", "head_edit"]
 
 
 def ctu(
@@ -116,9 +121,8 @@ def _param(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None,
     count = value.numel()
     if value.dim() > 1:
         raise ValueError(f"{op}: {name} must have at most one dimension, got shape {tuple(value.shape)}")
-    if count != 1 or value.dim():
-        if count != 1:
-            _check.channel_count(op, name, count, x, channel_dim)
+    if count != 1:
+        _check.channel_count(op, name, count, x, channel_dim)
     if value.device != x.device:
         if value.dim():
             _check.same_device(op, name, value, "x", x)
@@ -126,3 +130,238 @@ def _param(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None,
     if value.dtype not in (torch.float32, torch.float64):
         value = value.float()
     return value
+
+
+def head_edit(
+    z: Tensor,
+    m: Tensor | None = None,
+    a: Tensor | None = None,
+    g_m: Tensor | None = None,
+    g_a: Tensor | None = None,
+    *,
+    head_dim: int | None = None,
+    head_axis: int | None = None,
+    index: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    r"""The gated affine edit of every attention head's output, fused: z' = (1 + g_m * m) * z + g_a * a.
+
+    (Equation 2 of the JoLA paper.) The backward pass is one pass over z and the upstream gradient, and keeps z alone.
+
+    Args:
+        z: float32, float64, bfloat16 or float16, of shape (..., H * D), (..., H, D), or with the heads along ``head_axis``
+            and D last: (B, H, T, D) has ``head_axis=1``. Any strides.
+        m, a: (H, D): the multiplicative and the additive edit; either may be None (absent). float32 or wider is kept.
+        g_m, g_a: (H,): gates of ``m`` and ``a``; None is 1.
+        head_dim: D, as a check of ``m`` and ``a``; read off them if None.
+        head_axis: the axis of ``z`` that holds the heads, for layouts that the shape alone does not tell.
+        index: (B,) integers that give each sample, along dimension 0 of ``z``, its own edit: then ``m`` and ``a`` are
+            (A, H, D), the gates (A, H), and sample b uses row ``index[b]``.
+        inplace: write the result over ``z``. Not possible where a gradient is needed.
+
+    Returns:
+        A tensor of ``z``'s shape and dtype. Arithmetic is float32 (float64 for float64). Differentiable in z, m, a, g_m and
+        g_a, to any order, in forward and reverse mode.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type, dtype, shape or device.
+        RuntimeError: for ``inplace=True`` where a gradient is needed.
+
+    Example:
+        >>> z = ctkernels.functional.head_edit(z, m, a, g_m, g_a)                  # z: (batch, tokens, heads * head_dim)
+        >>> z = ctkernels.functional.head_edit(z, m, a, head_axis=1)               # z: (batch, heads, tokens, head_dim)
+    """
+    op = "head_edit"
+    _check.tensor(op, "z", z)
+    edits = {name: t for name, t in (("m", m), ("a", a)) if t is not None}
+    if not edits:
+        raise ValueError("head_edit: at least one of m and a is needed, got None for both")
+    for name, gate, edit in (("g_m", g_m, m), ("g_a", g_a, a)):
+        if gate is not None and edit is None:
+            raise ValueError(f"head_edit: {name} gates {name[2:]}, which is None; give both or neither")
+    rank = 2 if index is None else 3
+    shape = next(iter(edits.values())).shape
+    for name, t in edits.items():
+        _check.tensor(op, name, t)
+        if t.dim() != rank or t.shape != shape:
+            expected = "(heads, head_dim)" if index is None else "(adapters, heads, head_dim)"
+            raise ValueError(f"head_edit: m and a must both be {expected}, got {name} of shape {tuple(t.shape)}")
+        _check.same_device(op, name, t, "z", z)
+    heads, dim = shape[-2:]
+    if head_dim is not None and head_dim != dim:
+        raise ValueError(f"head_edit: head_dim is {head_dim}, but m and a have {dim} values a head")
+    for name, gate in (("g_m", g_m), ("g_a", g_a)):
+        if gate is not None:
+            _check.tensor(op, name, gate)
+            if gate.shape != shape[:-1]:
+                raise ValueError(f"head_edit: {name} must have shape {tuple(shape[:-1])}, got {tuple(gate.shape)}")
+            _check.same_device(op, name, gate, "z", z)
+    if index is not None:
+        _check_index(index, z)
+    _backend.forced_refusal(z)
+    params = [_widened(t) for t in (m, a, g_m, g_a)]
+    if index is not None:
+        params = [t if t is None else t.index_select(0, index) for t in params]
+    flat, params, restore = _heads_last(z, params, heads, dim, head_axis, per_sample=index is not None)
+    inputs, static = (flat, *params), (flat.dim() - 1,)
+    if not inplace:
+        return restore(_HEAD_EDIT(inputs, static))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        raise RuntimeError(
+            "head_edit: inplace=True would overwrite z, which the backward pass needs; use inplace=False, or torch.no_grad()"
+        )
+    if flat.data_ptr() != z.data_ptr():
+        z.copy_(restore(_HEAD_EDIT(inputs, static)))
+    else:
+        _HEAD_EDIT.call_(inputs, static)
+    return z
+
+
+def _check_index(index: Tensor, z: Tensor) -> None:
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+        kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"head_edit: index must be an int64 or int32 tensor, got {kind}")
+    if z.dim() == 0 or index.shape != z.shape[:1]:
+        raise ValueError(
+            f"head_edit: index must have one entry per sample, shape {tuple(z.shape[:1])}, got {tuple(index.shape)}"
+        )
+    _check.same_device("head_edit", "index", index, "z", z)
+
+
+def _widened(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.dtype in (torch.float32, torch.float64) else t.float()
+
+
+def _heads_last(
+    z: Tensor, params: list[Tensor | None], heads: int, dim: int, head_axis: int | None, per_sample: bool
+) -> tuple[Tensor, list[Tensor | None], Callable[[Tensor], Tensor]]:
+    """``z`` as the op takes it, the parameters to match, and the way back to ``z``'s shape.
+
+    Where the heads lie side by side in memory, channels are heads * head_dim. Where tokens lie between them, as in a
+    contiguous (B, H, T, D), every (sample, head) is a group of its own. Neither copies.
+    """
+    shape = z.shape
+    if head_axis is None:
+        if shape[-2:] == (heads, dim):
+            head_axis = z.dim() - 2
+        elif z.dim() == 0 or shape[-1] != heads * dim:
+            raise ValueError(
+                f"head_edit: z must end in (heads * head_dim) = ({heads * dim},) or in (heads, head_dim) = ({heads}, {dim}), or "
+                f"head_axis must be given; got z of shape {tuple(shape)}"
+            )
+    else:
+        head_axis = _check.dimension("head_edit", "head_axis", head_axis, z)
+        if shape[head_axis] != heads or shape[-1] != dim or head_axis == z.dim() - 1:
+            raise ValueError(
+                f"head_edit: with head_axis={head_axis}, z must have {heads} heads there and end in head_dim = {dim}; got shape "
+                f"{tuple(shape)}"
+            )
+    edits, gates = params[:2], params[2:]
+    if head_axis is not None:
+        moved = z.movedim(head_axis, -2)
+        side_by_side = moved.stride(-2) == dim * moved.stride(-1) or heads == 1 or moved.numel() == 0
+        if (
+            not side_by_side
+            and head_axis == 1
+            and z.is_contiguous()
+            and not torch._C._are_functorch_transforms_active()
+        ):
+            rows = shape[0] * heads if per_sample else heads
+            edits = [t if t is None else t.reshape(rows, dim) for t in edits]
+            gates = [t if t is None else t.reshape(rows, 1) for t in gates]
+            return z.flatten(0, 1), [*edits, *gates], lambda y: y.unflatten(0, (shape[0], heads))
+        flat = moved.flatten(-2)
+        axis = head_axis
+
+        def restore(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (heads, dim)).movedim(-2, axis)
+    else:
+        flat, restore = z, lambda y: y
+    lead = shape[:1] if per_sample else ()
+    edits = [t if t is None else t.reshape(*lead, heads * dim) for t in edits]
+    if per_sample and flat.dim() == 1:
+        raise ValueError(
+            f"head_edit: index needs a z with a sample dimension before the heads, got shape {tuple(shape)}"
+        )
+    return flat, [*edits, *gates], restore
+
+
+def hard_concrete(
+    log_alpha: Tensor,
+    *,
+    training: bool,
+    temperature: float = 0.33,
+    stretch: tuple[float, float] = (-0.1, 1.1),
+    estimator: str = "clip",
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Gates in [0, 1], with exact zeros and ones, from their logits: any number of gates in one call.
+
+    Training samples g = clip(s * (high - low) + low, 0, 1), s = sigmoid((log u - log(1 - u) + log_alpha) / temperature) with
+    u uniform; evaluation is deterministic.
+
+    Args:
+        log_alpha: logits of any shape; float32 or wider is kept, narrower is widened.
+        training: sample, or be deterministic.
+        temperature: of the concrete distribution.
+        stretch: (low, high) with low < 0 and high > 1: how far the distribution is stretched before it is clipped.
+        estimator: the deterministic gate: ``"clip"``, clip(sigmoid(log_alpha) * (high - low) + low), of the L0 paper and the
+            JoLA code; or ``"mean"``, the expectation E[g], of the JoLA paper.
+        noise: uniform numbers in (0, 1) of ``log_alpha``'s shape to sample from; drawn if None.
+        generator: draws the noise; torch's default generator of the device if None.
+
+    Returns:
+        Gates of ``log_alpha``'s shape, differentiable in it.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type, dtype, shape or range.
+
+    Example:
+        >>> gates = ctkernels.functional.hard_concrete(log_alpha, training=True)
+        >>> gates = ctkernels.functional.hard_concrete(log_alpha, training=False, estimator="mean")
+
+    Source: Louizos, Welling and Kingma 2018, equations 10 to 13; JoLA, ICML 2025, section 3.2.
+    """
+    _check.tensor("hard_concrete", "log_alpha", log_alpha)
+    _check.choice("hard_concrete", "estimator", estimator, ("clip", "mean"))
+    low, high = _stretch("hard_concrete", temperature, stretch)
+    logits = _widened(log_alpha)
+    assert logits is not None
+    mode = SAMPLE if training else CLIP if estimator == "clip" else MEAN
+    if not training:
+        noise = None
+    elif noise is None:
+        noise = torch.rand(logits.shape, generator=generator, dtype=logits.dtype, device=logits.device)
+    else:
+        _check.tensor("hard_concrete", "noise", noise)
+        _check.same_shape("hard_concrete", "noise", noise, "log_alpha", log_alpha)
+        noise = noise.to(logits.dtype).contiguous()
+    _backend.forced_refusal(logits)
+    return _HARD_CONCRETE((logits.contiguous(), noise), (NO_CHANNEL, mode, float(temperature), low, high))
+
+
+def expected_l0(log_alpha: Tensor, *, temperature: float = 0.33, stretch: tuple[float, float] = (-0.1, 1.1)) -> Tensor:
+    r"""P(g != 0) of hard-concrete gates, sigmoid(log_alpha - temperature * log(-low / high)): the L0 penalty, gate by gate.
+
+    Args, Raises: as :func:`hard_concrete`. Returns a tensor of ``log_alpha``'s shape, differentiable in it.
+
+    Example:
+        >>> penalty = ctkernels.functional.expected_l0(log_alpha).sum()
+
+    Source: Louizos, Welling and Kingma 2018, equation 12; JoLA, ICML 2025, equation 4.
+    """
+    _check.tensor("expected_l0", "log_alpha", log_alpha)
+    low, high = _stretch("expected_l0", temperature, stretch)
+    logits = _widened(log_alpha)
+    assert logits is not None
+    return _HARD_CONCRETE((logits.contiguous(), None), (NO_CHANNEL, OPEN, float(temperature), low, high))
+
+
+def _stretch(op: str, temperature: float, stretch: tuple[float, float]) -> tuple[float, float]:
+    if not _check.number(op, "temperature", temperature) > 0:
+        raise ValueError(f"{op}: temperature must be positive, got {temperature}")
+    low, high = (_check.number(op, "stretch", v) for v in stretch)
+    if not (low < 0 and high > 1):
+        raise ValueError(f"{op}: stretch must be (low, high) with low < 0 and high > 1, got {stretch}")
+    return low, high

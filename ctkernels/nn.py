@@ -161,8 +161,8 @@ class CTU(nn.Module):
         slope = self.negative_slope
         return functional.ctu(
             x,
-            self.beta.to(x.device),
-            self.coeff.to(x.device),
+            self.knobs.beta,
+            self.knobs.coeff,
             channel_dim=1 if isinstance(slope, Tensor) and slope.numel() > 1 else None,
             activation=self.activation,
             negative_slope=slope,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import functional
 
-__all__ = ["Sample", "assert_no_worse", "ctu_samples", "gradcheck"]
+__all__ = ["Sample", "assert_no_worse", "ctu_samples", "gradcheck", "head_edit_samples", "samples"]
 
 
 @dataclass
@@ -101,6 +101,52 @@ def ctu_samples(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: i
                  shift=data(7).to(wide), residual=data(7, 4).T)  # fmt: skip
 
 
+def head_edit_samples(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Iterator[Sample]:
+    """Calls of :func:`ctkernels.functional.head_edit` that between them reach every code path."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def data(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    def parameter(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, wide)
+
+    heads, dim = 3, 5
+    layouts = {
+        "(B, T, H D)": (data(2, 3, heads * dim), {}),
+        "(T, H D)": (data(4, heads * dim), {}),
+        "(H D)": (data(heads * dim), {}),
+        "(B, T, H, D)": (data(2, 3, heads, dim), {}),
+        "(B, H, T, D)": (data(2, heads, 3, dim), {"head_axis": 1}),
+        "(B, H, T, D), one token": (data(2, heads, 1, dim), {"head_axis": 1}),
+        "(B, H, T, D) over (B, T, H, D) in memory": (data(2, 3, heads, dim).transpose(1, 2), {"head_axis": 1}),
+        "(B, H, T, D), sliced": (data(2, heads, 6, dim)[:, :, ::2], {"head_axis": 1}),
+        "heads first": (data(heads, 4, dim), {"head_axis": 0}),
+        "sliced": (data(2, 3, 2 * heads * dim)[..., : heads * dim], {}),
+        "no tokens": (data(2, 0, heads * dim), {}),
+    }
+    for name, (z, kwargs) in layouts.items():
+        edits = [parameter(heads, dim) for _ in range(2)]
+        gates = [parameter(heads) for _ in range(2)]
+        yield Sample(f"head edit {name}", functional.head_edit, (z, *edits, *gates), kwargs)
+    z, m, a, g = data(2, 3, heads * dim), parameter(heads, dim), parameter(heads, dim), parameter(heads)
+    yield Sample("head edit, scale only", functional.head_edit, (z, m, None, g))
+    yield Sample("head edit, offset only", functional.head_edit, (z, None, a))
+    yield Sample("head edit, one head", functional.head_edit, (data(2, 4), parameter(1, 4), parameter(1, 4)))
+    adapters = [parameter(4, heads, dim), parameter(4, heads, dim), parameter(4, heads), parameter(4, heads)]
+    index = torch.tensor([3, 1], device=device)
+    yield Sample("head edit per sample", functional.head_edit, (z, *adapters), {"index": index})
+    yield Sample("head edit per sample, (B, H, T, D)", functional.head_edit, (data(2, heads, 2, dim), *adapters),
+                 {"index": index, "head_axis": 1})  # fmt: skip
+
+
+def samples(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Iterator[Sample]:
+    """The samples of every op that has elementwise data and per-channel parameters."""
+    yield from ctu_samples(dtype, device, seed)
+    yield from head_edit_samples(dtype, device, seed)
+
+
 def assert_no_worse(
     name: str, got: Tensor, truth: Tensor, baseline: Tensor, terms: Tensor | float = 0.0, grade: float = 0.0
 ) -> None:
@@ -141,6 +187,8 @@ def gradcheck(sample: Sample, *, second_order: bool = True) -> None:
         by_name = dict(zip(names, values))
         return leaves.map(lambda k, _: by_name[k])()
 
-    torch.autograd.gradcheck(call, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+    torch.autograd.gradcheck(
+        call, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
     if second_order:
         torch.autograd.gradgradcheck(call, inputs)

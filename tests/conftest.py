@@ -31,7 +31,9 @@ def poisoned_memory() -> Iterator[None]:
 CPU_BACKENDS = [
     pytest.param(
         name,
-        marks=[] if _backend.BACKENDS[name].missing is None else pytest.mark.skip(reason=_backend.BACKENDS[name].missing),
+        marks=[]
+        if _backend.BACKENDS[name].missing is None
+        else pytest.mark.skip(reason=_backend.BACKENDS[name].missing),
     )
     for name in ("cpu", "reference")
 ]

@@ -9,11 +9,22 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import relu as imported_relu
 
+import ctkernels
+
 SHARED = nn.ReLU()
 
 
 def helper(x):
     return F.relu(x)
+
+
+def method_helper(x):
+    return (x + 0).relu() if x.dim() else x.relu()
+
+
+@torch.no_grad()
+def decorated_helper(x):
+    return helper(x)
 
 
 def recursive(x, depth):
@@ -156,6 +167,33 @@ class NoGrad(nn.Module):
         return F.relu(x)
 
 
+class OldSuper(FunctionalRelu):
+    def forward(self, x):
+        return super(OldSuper, self).forward(x) + 1  # noqa: UP008
+
+
+class MethodHelper(nn.Module):
+    def forward(self, x):
+        return method_helper(x)
+
+
+class DecoratedHelper(nn.Module):
+    def forward(self, x):
+        return decorated_helper(x)
+
+
+class BoundMethod(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act = self._act
+
+    def _act(self, x):
+        return F.relu(x)
+
+    def forward(self, x):
+        return self.act(x)
+
+
 class Property(nn.Module):
     @property
     def act(self):
@@ -260,6 +298,10 @@ FUNCTIONAL = {
     Chosen: 1,
     Decorated: 1,
     NoGrad: 1,
+    OldSuper: 1,
+    MethodHelper: 2,
+    DecoratedHelper: 1,
+    BoundMethod: 1,
     Property: 1,
     Attribute: 1,
     PartialAttribute: 1,
@@ -267,3 +309,31 @@ FUNCTIONAL = {
     ReluSubclass: 1,
     Listed: 1,
 }
+
+
+def count_units(monkeypatch):
+    """The calls to the unit, as they will be made: a list of (activation, beta)."""
+    calls, ctu = [], ctkernels.functional.ctu
+
+    def counted(x, beta, *args, **kwargs):
+        calls.append((kwargs["activation"], round(float(beta), 6)))
+        return ctu(x, beta, *args, **kwargs)
+
+    monkeypatch.setattr(ctkernels.functional, "ctu", counted)
+    return calls
+
+
+def snapshot(model):
+    """Everything there is to a model: objects by identity, in order, and the bits of its state."""
+    found = {}
+    for name, module in model.named_modules():
+        held = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
+        found[name] = (id(module), type(module), list(held), {k: id(v) for k, v in vars(module).items()})
+        found[f"{name}._"] = {k: [(n, id(o)) for n, o in v.items()] for k, v in held.items() if isinstance(v, dict)}
+    return found, {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_same(before, after):
+    assert before[0] == after[0]
+    assert list(before[1]) == list(after[1])
+    assert all(torch.equal(before[1][key], after[1][key]) for key in before[1])

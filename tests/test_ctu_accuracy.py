@@ -8,14 +8,34 @@ import torch.nn.functional as F
 
 pytest.importorskip("mpmath", reason="needs the test extra")
 
+import truth
+
 import ctkernels
 from ctkernels.functional import ctu
 
-import truth
-
 BETAS = [0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999, 1 - 1e-6]
 COEFFS = [0.0, 0.3, 0.5, 1.0]
-POINTS = [0.0, 1e-40, -1e-40, 1e-5, -3e-4, 0.01, 0.3, -0.7, 1.5, -2.5, 4.0, -6.0, 9.5, -20.0, 50.0, -87.0, 300.0, -1e4, 1e4]
+POINTS = [
+    0.0,
+    1e-40,
+    -1e-40,
+    1e-5,
+    -3e-4,
+    0.01,
+    0.3,
+    -0.7,
+    1.5,
+    -2.5,
+    4.0,
+    -6.0,
+    9.5,
+    -20.0,
+    50.0,
+    -87.0,
+    300.0,
+    -1e4,
+    1e4,
+]
 NAMES = ["y", "x", "beta", "coeff"]
 
 

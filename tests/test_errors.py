@@ -21,21 +21,51 @@ BAD = {
     "beta is None": ((X, None), {}, TypeError, "beta must be a number or a tensor, got NoneType"),
     "coeff above 1": ((X, 0.9, 2), {}, ValueError, "coeff must be between 0 and 1, got 2"),
     "beta is 2-D": ((X, torch.rand(2, 4)), {}, ValueError, r"beta must have at most one dimension, got shape \(2, 4\)"),
-    "beta is int": ((X, torch.ones(4, dtype=torch.int32)), {"channel_dim": 1}, TypeError, "beta must be float32, .* got int32"),
+    "beta is int": (
+        (X, torch.ones(4, dtype=torch.int32)),
+        {"channel_dim": 1},
+        TypeError,
+        "beta must be float32, .* got int32",
+    ),
     "no channel_dim": ((X, torch.rand(4)), {}, ValueError, "channel_dim is needed, because beta has 4 values"),
-    "wrong count": ((X, torch.rand(5)), {"channel_dim": 1}, ValueError, r"beta must have 1 value or x.shape\[1\] = 4 values, got 5"),
+    "wrong count": (
+        (X, torch.rand(5)),
+        {"channel_dim": 1},
+        ValueError,
+        r"beta must have 1 value or x.shape\[1\] = 4 values, got 5",
+    ),
     "empty beta": ((X, torch.rand(0)), {"channel_dim": 1}, ValueError, "got 0"),
     "coeff count": ((X, 0.9, torch.rand(3)), {"channel_dim": 1}, ValueError, "coeff must have 1 value or .* got 3"),
-    "scale count": ((X, 0.9), {"channel_dim": 1, "scale": torch.rand(3)}, ValueError, "scale must have 1 value or .* got 3"),
+    "scale count": (
+        (X, 0.9),
+        {"channel_dim": 1, "scale": torch.rand(3)},
+        ValueError,
+        "scale must have 1 value or .* got 3",
+    ),
     "shift is 2-D": ((X, 0.9), {"shift": torch.rand(1, 4)}, ValueError, "shift must have at most one dimension"),
     "channel_dim outside": ((X, 0.9), {"channel_dim": 3}, ValueError, "channel_dim must be between -3 and 2 .* got 3"),
     "channel_dim float": ((X, 0.9), {"channel_dim": 1.0}, TypeError, "channel_dim must be an int, got float"),
     "activation": ((X, 0.9), {"activation": "elu"}, ValueError, "activation must be one of 'relu', .*; got 'elu'"),
-    "slope type": ((X, 0.9), {"activation": "leaky_relu", "negative_slope": "a"}, TypeError, "negative_slope must be a number"),
-    "residual shape": ((X, 0.9), {"residual": torch.rand(2, 4)}, ValueError, r"residual must have x's shape \(2, 4, 3\), got \(2, 4\)"),
+    "slope type": (
+        (X, 0.9),
+        {"activation": "leaky_relu", "negative_slope": "a"},
+        TypeError,
+        "negative_slope must be a number",
+    ),
+    "residual shape": (
+        (X, 0.9),
+        {"residual": torch.rand(2, 4)},
+        ValueError,
+        r"residual must have x's shape \(2, 4, 3\), got \(2, 4\)",
+    ),
     "residual type": ((X, 0.9), {"residual": 1.0}, TypeError, "residual must be a tensor, got float"),
     "eps negative": ((X, 0.9), {"eps": -1.0}, ValueError, "eps must not be negative, got -1.0"),
-    "device": ((X, torch.rand(4, device="meta")), {"channel_dim": 1}, ValueError, "beta must be on x's device cpu, got meta"),
+    "device": (
+        (X, torch.rand(4, device="meta")),
+        {"channel_dim": 1},
+        ValueError,
+        "beta must be on x's device cpu, got meta",
+    ),
 }
 
 
@@ -60,9 +90,15 @@ def test_inplace_where_a_gradient_is_needed_changes_nothing() -> None:
 
 
 def test_backends() -> None:
-    with pytest.raises(ValueError, match="use_backend: name must be one of 'cpu', .*; got 'tpu'"), ctkernels.use_backend("tpu"):
+    with (
+        pytest.raises(ValueError, match=r"use_backend: name must be one of 'cpu', .*; got 'tpu'"),
+        ctkernels.use_backend("tpu"),
+    ):
         pass
-    with pytest.raises(RuntimeError, match="'cpu' was forced but cannot serve this tensor: "), ctkernels.use_backend("cpu"):
+    with (
+        pytest.raises(RuntimeError, match="'cpu' was forced but cannot serve this tensor: "),
+        ctkernels.use_backend("cpu"),
+    ):
         ctu(torch.empty(3, device="meta"), 0.9)
     text = ctkernels.explain(torch.randn(2, 3))
     assert "float32 tensor of shape (2, 3) on cpu" in text

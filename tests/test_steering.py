@@ -1,4 +1,4 @@
-"""Steering: what is found, what it then computes, and that it leaves no trace."""
+"""Steering: what a steered model computes, and that steering leaves no trace."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import io
 import subprocess
 import sys
 import types
-import warnings
 
 import pytest
 import steered_models
 import torch
 import torch.nn.functional as F
-from steered_models import FUNCTIONAL, Containers, ConvNet
+from steered_models import Containers, ConvNet, assert_same, count_units, snapshot
 from torch import nn
 
-import ctkernels
 from ctkernels import handle_of, steer
 
 
@@ -27,237 +25,11 @@ def _seed():
 
 @pytest.fixture
 def units(monkeypatch):
-    """The calls to the unit, as they are made: a list of (activation, beta)."""
-    calls, ctu = [], ctkernels.functional.ctu
-
-    def counted(x, beta, *args, **kwargs):
-        calls.append((kwargs["activation"], round(float(beta), 6)))
-        return ctu(x, beta, *args, **kwargs)
-
-    monkeypatch.setattr(ctkernels.functional, "ctu", counted)
-    return calls
+    return count_units(monkeypatch)
 
 
 def images():
     return torch.randn(2, 3, 8, 8)
-
-
-def snapshot(model):
-    """Everything there is to a model: objects by identity, in order, and the bits of its state."""
-    found = {}
-    for name, module in model.named_modules():
-        held = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
-        found[name] = (id(module), type(module), list(held), {k: id(v) for k, v in vars(module).items()})
-        found[f"{name}._"] = {k: [(n, id(o)) for n, o in v.items()] for k, v in held.items() if isinstance(v, dict)}
-    return found, {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def assert_same(before, after):
-    assert before[0] == after[0]
-    assert list(before[1]) == list(after[1])
-    assert all(torch.equal(before[1][key], after[1][key]) for key in before[1])
-
-
-# -------------------------------------------------------------------------------------------------------------- finding
-
-
-@pytest.mark.parametrize("cls", FUNCTIONAL, ids=lambda cls: cls.__name__)
-def test_every_way_to_call_an_activation(cls, units):
-    model, x = cls(), torch.randn(16)
-    expected = model(x.clone())
-    before = snapshot(model)
-    handle = steer(model, 1.0)
-    assert not handle.missed
-    assert len(handle.sites) == FUNCTIONAL[cls]
-    assert torch.equal(model(x.clone()), expected)
-    assert len(units) == FUNCTIONAL[cls]
-    handle.beta = 0.7
-    assert not torch.equal(model(x.clone()), expected)
-    assert units[-1][1] == 0.7
-    assert torch.equal(cls()(x.clone()) if cls is not steered_models.FunctionalPrelu else expected, expected)
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(x.clone()), model(x.clone()))
-    handle.remove()
-    assert torch.equal(model(x.clone()), expected)
-    assert_same(before, snapshot(model))
-
-
-def test_modules_in_every_container(units):
-    model, x = Containers(), torch.randn(3, 4)
-    expected = model(x.clone())
-    handle = steer(model, 1.0)
-    assert torch.equal(model(x.clone()), expected)
-    assert [(s.name, s.activation) for s in handle.sites] == [
-        ("sequence.1", "relu"),
-        ("items.0", "leaky_relu"),
-        ("items.1", "relu6"),
-        ("named.p", "prelu"),
-        ("named.h", "relu6"),
-        ("named.t", "relu"),
-    ]
-    assert handle.sites[0].aliases == ("sequence.3", "again")
-    assert len(units) == 8  # the shared module three times
-
-
-def test_names():
-    handle = steer(ConvNet(), 0.9)
-    assert [(s.name, s.kind) for s in handle.sites] == [
-        ("forward:relu", "functional"),
-        ("act:leaky_relu", "functional"),
-        ("relu", "module"),
-        ("prelu", "module"),
-    ]
-    assert handle.sites[0].where.rpartition(":")[0] == steered_models.__file__
-    assert [s.name for s in steer(steered_models.Nested(), 0.9).sites] == [
-        "forward:relu",
-        "forward#2:relu",
-        "forward#3:relu",
-    ]
-
-
-def test_a_copy_of_the_source_keeps_the_signature():
-    import inspect
-
-    model = steered_models.Decorated()
-    before = inspect.signature(model.forward)
-    steer(model, 0.9)
-    assert inspect.signature(model.forward) == before
-    assert torch.equal(model(-torch.ones(1), shift=2.0), ctkernels.functional.ctu(torch.ones(1), 0.9))
-
-
-def test_only_this_model_is_steered():
-    first, second, x = steered_models.GlobalModule(), steered_models.Helper(), torch.randn(8)
-    steer(first, 0.7)
-    assert torch.equal(second(x), F.relu(x))
-    assert torch.equal(steered_models.SHARED(x), F.relu(x))
-    assert type(steered_models.SHARED) is nn.ReLU
-
-
-def test_a_module_global_to_its_library_is_not_shared_with_other_models(monkeypatch):
-    act = nn.ReLU()
-    monkeypatch.setattr(torch.nn.modules.activation, "a_global_relu", act, raising=False)
-    first, second, x = nn.Sequential(act), nn.Sequential(act), torch.randn(8)
-    before = snapshot(first)
-    handle = steer(first, 0.7)
-    assert not torch.equal(first(x), second(x))
-    handle.remove()
-    assert_same(before, snapshot(first))
-
-
-class FindsOne(nn.Module):
-    """One site, and beside it something that cannot be steered."""
-
-    def __init__(self, **held):
-        super().__init__()
-        self.found = nn.ReLU()
-        for name, value in held.items():
-            setattr(self, name, value)
-
-
-class Maker(nn.Module):
-    def forward(self, x):
-        return nn.ReLU()(x)
-
-
-class ClassMethod(nn.Module):
-    @classmethod
-    def act(cls, x):
-        return F.relu(x)
-
-
-class DecoratedHelper(nn.Module):
-    def forward(self, x):
-        return decorated_helper(x)
-
-
-@torch.no_grad()
-def decorated_helper(x):
-    return F.relu(x)
-
-
-def with_forward(module, forward):
-    module.forward = forward
-    return module
-
-
-def without_source():
-    space = {"F": F}
-    exec("def forward(self, x):\n    return F.relu(x)", space)
-    return type("Made", (nn.Module,), space)()
-
-
-CANNOT = {
-    "attribute holds a function": lambda: FindsOne(act=steered_models.helper),
-    "attribute holds a lambda": lambda: FindsOne(act=lambda x: F.relu(x)),
-    "container of functions": lambda: FindsOne(acts={"a": F.relu}),
-    "unregistered module": lambda: FindsOne(hidden=[nn.Sequential(nn.ReLU())]),
-    "scripted": lambda: FindsOne(child=torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))),
-    "traced": lambda: FindsOne(child=torch.fx.symbolic_trace(steered_models.FunctionalRelu())),
-    "its own forward": lambda: FindsOne(child=with_forward(nn.ReLU(), lambda x: x)),
-    "code with its own forward": lambda: FindsOne(child=with_forward(steered_models.FunctionalRelu(), lambda x: x)),
-    "recurrent": lambda: FindsOne(child=nn.RNN(2, 2, nonlinearity="relu")),
-    "no source": lambda: FindsOne(child=without_source()),
-    "made at every call": lambda: FindsOne(child=Maker()),
-    "class method": lambda: FindsOne(child=ClassMethod()),
-    "decorated helper": lambda: FindsOne(child=DecoratedHelper()),
-    "named like one": lambda: FindsOne(child=type("MyReLU", (nn.Module,), {"forward": lambda self, x: x * (x > 0)})()),
-}
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("case", CANNOT)
-def test_what_cannot_be_steered_is_named(case):
-    model = CANNOT[case]()
-    with pytest.warns(UserWarning, match=r"steer: \d activations are not steered"):
-        handle = steer(model, 0.9)
-    assert [s.name for s in handle.sites] == ["found"]
-    assert len(handle.missed) == 1
-    missed = handle.missed[0]
-    assert missed.name.split(".")[0] in ("child", "act", "acts", "hidden")
-    assert missed.reason
-    assert missed.name in repr(handle)
-
-
-def test_outside_the_family_is_skipped_without_a_warning():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.acts = nn.ModuleList(
-                [nn.ELU(), nn.Hardswish(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.Hardtanh(), nn.Threshold(1, 0)]
-            )
-            self.relu = nn.ReLU()
-
-        def forward(self, x):
-            x = F.elu(F.gelu(x, approximate="tanh")) + F.hardtanh(x) + F.silu(x) + x.clamp(min=0)
-            return self.relu(x)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        handle = steer(Net(), 0.9)
-    assert [s.name for s in handle.sites] == ["relu"]
-    names = sorted(skipped.name for skipped in handle.skipped)
-    assert names == sorted(
-        [
-            *(f"acts.{i}" for i in range(6)),
-            "forward:elu",
-            "forward:gelu",
-            "forward:relu6",
-            "forward:silu",
-            "forward:relu",
-        ]
-    )
-
-
-def test_no_site_is_an_error_that_lists_near_misses():
-    model = nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.ELU())
-    before = snapshot(model)
-    with pytest.raises(
-        ValueError, match=r"(?s)expected Sequential to have an activation among relu.* 1 .*gelu.* 2 .*elu"
-    ):
-        steer(model, 0.9)
-    with pytest.raises(ValueError, match="got none, and no near miss"):
-        steer(nn.Linear(2, 2), 0.9)
-    assert_same(before, snapshot(model))
 
 
 # -------------------------------------------------------------------------------------------------- no trace, no change

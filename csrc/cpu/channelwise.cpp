@@ -16,7 +16,7 @@ constexpr int64_t kUnit = 16384;
 // Channels with at least this many neighbouring values run with their constants in registers; others run with one
 // constant per lane.
 constexpr int64_t kMinRun = 16;
-// Per-lane sums: at most this many slots a column, each adding up float partial sums of kFlushRows rows in double.
+// Per-lane sums: at most this many slots a lane, each adding up float partial sums of kFlushRows rows in double.
 constexpr int64_t kMaxCuts = 64;
 constexpr int64_t kFlushRows = 64;
 // Fewer values than this are not worth a second thread.
@@ -28,7 +28,6 @@ struct Plan {
   // kPerLane: every group is rows of `length` lanes (`repeat` periods of channels * inner), `rows_per_unit` rows a unit.
   int64_t planes = 0, length = 0, cuts = 0;
   int64_t rows = 0, rows_per_unit = 0, repeat = 1, tail = 0;  // tail: lanes in the last row
-  int64_t column_blocks = 0;
   int64_t units = 0, unit_values = 0;
 };
 
@@ -52,12 +51,10 @@ Plan make_plan(const View& v) {
   p.length = period * p.repeat;
   p.rows = ceil_div(v.outer, p.repeat);
   p.tail = (v.outer - (p.rows - 1) * p.repeat) * period;
-  const int64_t columns = std::min(p.length, kBlock);
-  p.column_blocks = ceil_div(p.length, kBlock);
-  p.rows_per_unit = std::max(ceil_div(p.rows, kMaxCuts), std::max<int64_t>(1, 2 * kUnit / columns));
+  p.rows_per_unit = std::max(ceil_div(p.rows, kMaxCuts), ceil_div(2 * kUnit, p.length));
   p.cuts = ceil_div(p.rows, p.rows_per_unit);
-  p.units = v.groups * p.cuts * p.column_blocks;
-  p.unit_values = columns * std::min(p.rows, p.rows_per_unit);
+  p.units = v.groups * p.cuts;
+  p.unit_values = p.length * std::min(p.rows, p.rows_per_unit);
   return p;
 }
 
@@ -75,7 +72,7 @@ struct Constants {
   std::vector<T> data;
   int fields = 0;
   int64_t per_group = 0;
-  bool shared = false;  // one set for all groups
+  int64_t rows = 1;  // sets of constants; group g uses set g % rows
 };
 
 void read_params(const Op& op, const Operands& in, int64_t g, int64_t c, double* p) {
@@ -88,14 +85,13 @@ Constants<T> derive(const Op& op, const Operands& in, const Plan& plan, int op_f
   const View& v = in.view;
   const bool prologue = op.has_prologue();
   k.fields = op_fields + (prologue ? 2 : 0);
-  k.shared = true;
-  for (int i = 0; i < op.params(); ++i) k.shared = k.shared && in.params[i].groups == 1;
-  const int64_t groups = k.shared ? 1 : v.groups, lanes = plan.mode == kUniform ? v.channels : plan.length;
+  for (int i = 0; i < op.params(); ++i) k.rows = std::max(k.rows, in.params[i].groups);
+  const int64_t lanes = plan.mode == kUniform ? v.channels : plan.length;
   k.per_group = k.fields * lanes;
-  k.data.resize(groups * k.per_group);
+  k.data.resize(k.rows * k.per_group);
   double p[kMaxParams];
   T one[kMaxFields + 2];
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t g = 0; g < k.rows; ++g) {
     T* out = k.data.data() + g * k.per_group;
     for (int64_t c = 0; c < v.channels; ++c) {
       read_params(op, in, g, c, p);
@@ -120,6 +116,7 @@ Constants<T> derive(const Op& op, const Operands& in, const Plan& plan, int op_f
 template <class T>
 struct Run {
   int64_t offset, n;      // in values
+  int64_t lane;           // kPerLane: the first value's lane
   const T* consts;        // first lane's constants
   int64_t stride;         // 1: uniform
   Mode mode;
@@ -138,8 +135,9 @@ void for_runs(const Plan& p, const View& v, const Constants<T>& k, int op_fields
     if (p.mode == kUniform) {
       const int64_t plane = unit / p.cuts, from = (unit % p.cuts) * kUnit, to = std::min(p.length, from + kUnit);
       const int64_t g = v.channels == 1 ? plane : plane / (v.outer * v.channels), c = v.channels == 1 ? 0 : plane % v.channels;
-      run.consts = k.data.data() + (k.shared ? 0 : g * k.per_group) + c * k.fields;
+      run.consts = k.data.data() + g % k.rows * k.per_group + c * k.fields;
       run.stride = 1;
+      run.lane = 0;
       run.scale = prologue ? run.consts + op_fields : nullptr;
       run.shift = prologue ? run.consts + op_fields + 1 : nullptr;
       for (int64_t i = from; i < to; i += kBlock) {
@@ -148,20 +146,21 @@ void for_runs(const Plan& p, const View& v, const Constants<T>& k, int op_fields
         f(run, unit);
       }
     } else {
-      const int64_t column = (unit % p.column_blocks) * kBlock, cut = unit / p.column_blocks % p.cuts;
-      const int64_t g = unit / p.column_blocks / p.cuts;
-      const int64_t group_values = v.outer * v.channels * v.inner;
-      const T* base = k.data.data() + (k.shared ? 0 : g * k.per_group);
-      run.consts = base + column;
-      run.stride = p.length;
-      run.scale = prologue ? base + op_fields * p.length + column : nullptr;
-      run.shift = prologue ? base + (op_fields + 1) * p.length + column : nullptr;
+      const int64_t g = unit / p.cuts, cut = unit % p.cuts;
+      const T* base = k.data.data() + g % k.rows * k.per_group;
       const int64_t last = std::min(p.rows, (cut + 1) * p.rows_per_unit);
+      run.stride = p.length;
       for (int64_t row = cut * p.rows_per_unit; row < last; ++row) {
         const int64_t width = row == p.rows - 1 ? p.tail : p.length;
-        run.offset = g * group_values + row * p.length + column;
-        run.n = std::min(kBlock, width - column);
-        if (run.n > 0) f(run, unit);
+        for (int64_t column = 0; column < width; column += kBlock) {
+          run.offset = g * v.outer * v.channels * v.inner + row * p.length + column;
+          run.n = std::min(kBlock, width - column);
+          run.lane = column;
+          run.consts = base + column;
+          run.scale = prologue ? base + op_fields * p.length + column : nullptr;
+          run.shift = prologue ? base + (op_fields + 1) * p.length + column : nullptr;
+          f(run, unit);
+        }
       }
     }
   }
@@ -234,23 +233,22 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
 
   for_units(plan, [&](int64_t begin, int64_t end) {
     alignas(64) T x_buffer[kBlock], r_buffer[kBlock], w_buffer[kBlock], dy_buffer[kBlock], g_buffer[kBlock], dx_buffer[kBlock];
-    alignas(64) T lanes[kMaxSums * kBlock];
+    std::vector<T> lanes(any_sums && plan.mode == kPerLane ? sums * plan.length : 0);
     int64_t current = -1, rows = 0;
     const auto flush = [&](int64_t unit) {  // lane sums move on to the unit's slot, in double
-      const int64_t column = (unit % plan.column_blocks) * kBlock, cut = unit / plan.column_blocks;
-      const int64_t n = std::min(kBlock, plan.length - column);
-      for (int s = 0; s < sums; ++s) {
-        double* slot = slots.data() + (cut * sums + s) * plan.length + column;
-        for (int64_t i = 0; i < n; ++i) slot[i] += lanes[s * kBlock + i];
-      }
+      double* slot = slots.data() + unit * sums * plan.length;
+      for (int64_t i = 0; i < sums * plan.length; ++i) slot[i] += lanes[i];
     };
     for_runs(plan, v, k, ops.fields, prologue, begin, end, [&](const Run<T>& run, int64_t unit) {
-      if (any_sums && plan.mode == kPerLane && (unit != current || rows == kFlushRows)) {
-        if (current >= 0) flush(current);
-        std::fill(std::begin(lanes), std::end(lanes), T(0));
-        current = unit, rows = 0;
+      if (any_sums && plan.mode == kPerLane && run.lane == 0) {
+        if (unit != current || rows == kFlushRows) {
+          if (current >= 0) flush(current);
+          std::fill(lanes.begin(), lanes.end(), T(0));
+          current = unit, rows = 0;
+        }
+        ++rows;
       }
-      ++rows;
+      T* lane = lanes.data() + run.lane;
       double* totals = any_sums && plan.mode == kUniform ? slots.data() + unit * sums : nullptr;
       const T* x = staged(in.x, run.offset, in.dtype, direct, stage, x_buffer, run.n);
       const T* w = x;
@@ -264,10 +262,10 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
       T* g = direct && g_out ? reinterpret_cast<T*>(at(g_out, run.offset, size)) : g_buffer;
       if (!op_sums) ops.backward[run.mode](w, upstream, g, run.consts, run.stride, run.n);
       else if (totals) ops.backward_uniform_sums(w, upstream, g, run.consts, totals, run.n);
-      else ops.backward_lane_sums(w, upstream, g, run.consts, run.stride, lanes, kBlock, run.n);
+      else ops.backward_lane_sums(w, upstream, g, run.consts, run.stride, lane, plan.length, run.n);
       if (prologue_sums) {
         if (totals) stage.prologue_uniform_sums(g, x, totals + kCtuScaleSum, run.n);
-        else stage.prologue_lane_sums(g, x, lanes + kCtuScaleSum * kBlock, lanes + kCtuShiftSum * kBlock, run.n);
+        else stage.prologue_lane_sums(g, x, lane + kCtuScaleSum * plan.length, lane + kCtuShiftSum * plan.length, run.n);
       }
       const auto store = [&](const T* from, void* to) {
         char* p = at(to, run.offset, size);

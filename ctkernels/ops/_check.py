@@ -18,7 +18,9 @@ def tensor(op: str, name: str, value: Any) -> None:
     if value.dtype not in _FLOATING:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {_name(value.dtype)}")
     if value.layout != torch.strided:
-        raise TypeError(f"{op}: {name} must be a strided tensor, got {_name(value.layout)}; convert it with .to_dense()")
+        raise TypeError(
+            f"{op}: {name} must be a strided tensor, got {_name(value.layout)}; convert it with .to_dense()"
+        )
 
 
 def same_shape(op: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:
@@ -37,7 +39,9 @@ def dimension(op: str, name: str, value: Any, x: Tensor) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if not -x.dim() <= value < x.dim():
-        raise ValueError(f"{op}: {name} must be between {-x.dim()} and {x.dim() - 1} for x of {x.dim()} dimensions, got {value}")
+        raise ValueError(
+            f"{op}: {name} must be between {-x.dim()} and {x.dim() - 1} for x of {x.dim()} dimensions, got {value}"
+        )
     return value + x.dim() if value < 0 else value
 
 
@@ -59,7 +63,9 @@ def choice(op: str, name: str, value: Any, allowed: Any) -> None:
 
 def channel_count(op: str, name: str, count: int, x: Tensor, channel_dim: int | None) -> None:
     if channel_dim is None:
-        raise ValueError(f"{op}: channel_dim is needed, because {name} has {count} values; say which dimension of x they belong to")
+        raise ValueError(
+            f"{op}: channel_dim is needed, because {name} has {count} values; say which dimension of x they belong to"
+        )
     if count != x.shape[channel_dim]:
         raise ValueError(
             f"{op}: {name} must have 1 value or x.shape[{channel_dim}] = {x.shape[channel_dim]} values, got {count}"

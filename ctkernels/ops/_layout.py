@@ -1,7 +1,8 @@
 """Per-channel parameters against a tensor's dimensions: the only Python code that knows how they line up.
 
-A parameter is 0-d or of size 1 (shared), of size C (one value per index of ``channel_dim``), or 2-D with one such row per
-index of dimension 0 of the tensor (per-sample parameters, which is what ``vmap`` turns into).
+A parameter is 0-d or of size 1 (shared), of size C (one value per index of ``channel_dim``), of a size that divides C (one
+value per run of channels: the gate of a head), or 2-D with such rows: index g of dimension 0 of the tensor uses row
+g modulo the number of rows (per-sample parameters, per-head parameters, and what ``vmap`` turns into).
 """
 
 from __future__ import annotations
@@ -13,25 +14,35 @@ NO_CHANNEL = -1
 
 
 def broadcast(param: Tensor, x: Tensor, channel_dim: int) -> Tensor:
-    """``param`` as a view that broadcasts against ``x``."""
+    """``param`` with dimensions that broadcast against ``x``."""
     shape = [1] * x.dim()
-    if param.dim() == 2:
-        shape[0] = param.shape[0]
     count = param.shape[-1] if param.dim() else 1
     if channel_dim != NO_CHANNEL and count != 1:
-        shape[channel_dim] = count
+        channels = x.shape[channel_dim]
+        if count != channels:
+            param = param.repeat_interleave(channels // count, -1)
+        shape[channel_dim] = channels
+    if param.dim() == 2:
+        if param.shape[0] not in (1, x.shape[0]):
+            param = param.repeat(x.shape[0] // param.shape[0], 1)
+        shape[0] = param.shape[0]
     return param.reshape(shape)
 
 
 def reduce(values: Tensor, param: Tensor, channel_dim: int) -> Tensor:
     """The adjoint of :func:`broadcast`: elementwise ``values`` summed to ``param``'s shape and dtype."""
     count = param.shape[-1] if param.dim() else 1
-    kept = {channel_dim} if channel_dim != NO_CHANNEL and count != 1 else set()
-    if param.dim() == 2 and param.shape[0] != 1:
-        kept.add(0)
+    rows = param.shape[0] if param.dim() == 2 else 1
+    kept, run = [], 1
+    if rows != 1:
+        kept.append(0)
+    if channel_dim != NO_CHANNEL and count != 1:
+        kept.append(channel_dim)
+        run = values.shape[channel_dim] // max(count, 1) or 1
     dims = [d for d in range(values.dim()) if d not in kept]
     total = values.sum(dims) if dims else values
-    return total.reshape(param.shape).to(param.dtype)
+    total = total.reshape(values.shape[0] // rows if rows != 1 else 1, rows, count, run)
+    return total.sum((0, 3)).reshape(param.shape).to(param.dtype)
 
 
 def result_like(x: Tensor) -> Tensor:
@@ -47,7 +58,11 @@ def conform(value: Tensor, x: Tensor) -> Tensor:
 
 
 def groups_first(
-    tensors: tuple[Tensor | None, ...], dims: tuple[int | None, ...], size: int, elementwise: tuple[bool, ...], force: bool
+    tensors: tuple[Tensor | None, ...],
+    dims: tuple[int | None, ...],
+    size: int,
+    elementwise: tuple[bool, ...],
+    force: bool,
 ) -> tuple[list[Tensor | None], bool, int]:
     """Tensors of a vmapped call as one bigger call: (tensors, whether the batch became groups, inner groups).
 

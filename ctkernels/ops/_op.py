@@ -152,7 +152,9 @@ class _Forward(torch.autograd.Function):
         return ctx.op.reference_jvp(ctx.saved_tensors, ctx.static, tangents)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], op: Op, static: Static, *inputs: Tensor | None) -> tuple[Tensor, int]:
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], op: Op, static: Static, *inputs: Tensor | None
+    ) -> tuple[Tensor, int]:
         flags = op.elementwise_flags
         merged, grouped, inner = _layout.groups_first(inputs, in_dims[2:], info.batch_size, flags, force=False)
         y = op(tuple(merged), _shift_channel(static, grouped and inner > 0))
@@ -192,8 +194,7 @@ class _Backward(torch.autograd.Function):
     def jvp(ctx: Any, _op: None, _static: None, _needs: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         moving = [i for i, t in enumerate(tangents) if t is not None]
         function, primals = _backward_of(ctx.op, ctx.static, ctx.needs, ctx.saved_tensors, moving)
-        _, out = torch.func.jvp(function, primals, tuple(tangents[i] for i in moving))
-        return out
+        return torch.func.jvp(function, primals, tuple(tangents[i] for i in moving))[1]
 
     @staticmethod
     def vmap(
@@ -269,7 +270,7 @@ def _second_order(
     """Gradients of <gradients, cotangents> with respect to (dy, *inputs)."""
     moving = [i for i, t in enumerate(saved) if t is not None]
     function, primals = _backward_of(op, static, needs, saved, moving)
-    outputs, pullback = torch.func.vjp(function, *primals)
+    outputs, pullback, *_ = torch.func.vjp(function, *primals)
     filled = tuple(torch.zeros_like(o) if c is None else c.to(o.dtype) for o, c in zip(outputs, cotangents))
     grads: list[Tensor | None] = [None] * len(saved)
     for i, grad in zip(moving, pullback(filled)):
@@ -288,7 +289,9 @@ def register(op: Op) -> Op:
     mutated = arguments.replace("Tensor ", "Tensor(a!) ", 1)
     _LIBRARY.define(f"{op.name}({arguments}) -> Tensor", tags=[torch.Tag.pt2_compliant_tag])
     _LIBRARY.define(f"{op.name}_({mutated}) -> ()", tags=[torch.Tag.pt2_compliant_tag])
-    _LIBRARY.define(f"{op.name}_backward(Tensor dy, {arguments}, int needs) -> Tensor[]", tags=[torch.Tag.pt2_compliant_tag])
+    _LIBRARY.define(
+        f"{op.name}_backward(Tensor dy, {arguments}, int needs) -> Tensor[]", tags=[torch.Tag.pt2_compliant_tag]
+    )
 
     def forward(*args: Any) -> Tensor:
         return op.composed_forward(args[:count], args[count:])
@@ -308,7 +311,9 @@ def register(op: Op) -> Op:
     def fake_backward(dy: Tensor, *args: Any) -> list[Tensor]:
         inputs, flags = args[:count], op.elementwise_flags
         return [
-            _layout.result_like(inputs[0]) if flags[i] else torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
+            _layout.result_like(inputs[0])
+            if flags[i]
+            else torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
             for i in op.wanted(args[-1])
         ]
 

@@ -34,6 +34,7 @@ ACTIVATIONS = {
     # x * sigmoid(1.702 x) is the logistic unit whose beta / (1 - beta) is 1.702.
     "quick_gelu": Activation("silu", 1.702 / 2.702, 1.0),
 }
+ANY = "any"  # the activation of a call that may be to any of them
 RELU_FAMILY = ("relu", "leaky_relu", "prelu", "relu6")
 
 
@@ -198,3 +199,12 @@ def _collect(names: Iterable[str]) -> dict[Any, str]:
 
 FUNCTIONS = _collect(FORMS)
 OUTSIDE = _collect(_OUTSIDE)
+
+
+def activation_of(target: Any) -> str:
+    """The activation that a function of torch in ``FUNCTIONS``, or an activation module, computes."""
+    if isinstance(target, nn.Module):
+        use = read_module(target)
+        assert isinstance(use, Use)
+        return use.activation
+    return FORMS[FUNCTIONS[target].rstrip("_")].activation

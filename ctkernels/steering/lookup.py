@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import dis
+import re
 import sys
 import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
-from .activations import FUNCTIONS, MODULES, OUTSIDE, Use, read_module
+from .activations import FORMS, FUNCTIONS, MODULES, OUTSIDE, Use, activation_of, read_module
 
 UNKNOWN: Any = object()
 CLAMPS = ("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_")
@@ -32,7 +36,7 @@ def lookup(function: types.FunctionType, name: str) -> Any:
             return (function.__closure__ or ())[code.co_freevars.index(name)].cell_contents
         except ValueError:  # a cell that is still empty
             return UNKNOWN
-    return function.__globals__.get(name, UNKNOWN)
+    return function.__globals__.get(name, vars(builtins).get(name, UNKNOWN))
 
 
 def member(target: Any, name: str) -> Any:
@@ -83,8 +87,9 @@ def mentions(function: types.FunctionType, memo: dict[types.FunctionType, bool])
             continue
         seen.add(current)
         names = code_names(current.__code__)
-        targets = list(_named(current, names))
-        if names & _WORDS or any(is_activation(target) for target in targets):
+        targets = [*_named(current, names), getattr(current, "__wrapped__", None)]
+        by_name = "getattr" in names and ("functional" in names or F in targets)
+        if names & _WORDS or by_name or any(is_activation(t) or hidden_activations(t) for t in targets):
             memo[function] = memo[current] = True
             return True
         todo += [t for t in targets if isinstance(t, types.FunctionType) and not is_torch(t.__module__)]
@@ -92,21 +97,43 @@ def mentions(function: types.FunctionType, memo: dict[types.FunctionType, bool])
     return False
 
 
-def direct_activations(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """(written name, function) of the activation functions that bytecode loads: for code that has no source."""
-    written, target = "", UNKNOWN
-    for instruction in dis.get_instructions(function):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_DEREF", "LOAD_NAME"):
-            written = instruction.argval
-            target = lookup(function, written)
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and target is not UNKNOWN:
-            written = f"{written}.{instruction.argval}"
-            target = member(target, instruction.argval)
-        elif instruction.opname not in ("CACHE", "PUSH_NULL", "NOP"):
-            target = UNKNOWN
-        if target is not UNKNOWN and is_activation(target):
-            yield written, target
-            target = UNKNOWN
+def hidden_activations(target: Any) -> list[str]:
+    """The activations in a scripted function, or in a list, tuple or dict of functions."""
+    if isinstance(target, torch.jit.ScriptFunction):
+        operators = {name.rstrip("_") for name in re.findall(r"aten::(\w+)", str(target.inlined_graph))}
+        return sorted(FORMS[name].activation for name in operators & set(FORMS))
+    held = target.values() if isinstance(target, dict) else target if isinstance(target, (list, tuple)) else ()
+    return sorted({activation_of(f) for f in held if is_listed(f, FUNCTIONS)})
+
+
+def known_calls(function: types.FunctionType) -> Iterator[tuple[types.FunctionType, Any, int]]:
+    """(function, activation function, line) of what the bytecode of ``function`` and its helpers loads.
+
+    For code whose source cannot be used; a method such as ``x.relu()`` stands as ``Tensor.relu``'s function of torch.
+    """
+    seen, todo = {function}, [function]
+    while todo:
+        current = todo.pop()
+        line, target, method = current.__code__.co_firstlineno, UNKNOWN, ""
+        for instruction in dis.get_instructions(current):
+            operation, argument = instruction.opname, instruction.argval
+            if operation in ("CACHE", "PUSH_NULL", "NOP", "PRECALL"):
+                continue
+            if operation.startswith("CALL") and method and argument == 0:  # no argument but x itself
+                yield current, getattr(torch, method), line
+            method = ""
+            if operation in ("LOAD_GLOBAL", "LOAD_DEREF", "LOAD_NAME"):
+                target = lookup(current, argument)
+            elif operation in ("LOAD_ATTR", "LOAD_METHOD"):
+                method = argument if target is UNKNOWN and argument in ("relu", "relu_") else ""
+                target = UNKNOWN if target is UNKNOWN else member(target, argument)
+            else:
+                target = UNKNOWN
+            if target is not UNKNOWN and is_activation(target):
+                yield current, target, line
+            if isinstance(target, types.FunctionType) and not is_torch(target.__module__) and target not in seen:
+                seen.add(target)
+                todo.append(target)
 
 
 def bound_names(tree: ast.AST) -> tuple[set[str], dict[str, Any]]:

@@ -9,178 +9,23 @@ original, which is left alone. It is plain Python: compilers trace it, and no ho
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import types
-from collections import Counter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+import torch.nn.functional as F
 from torch import nn
 
-from . import unit
-from .activations import FORMS, FUNCTIONS, METHODS, MODULES, OUTSIDE, Use, read_module
-from .lookup import (
-    CLAMPS,
-    UNKNOWN,
-    bound_names,
-    code_names,
-    direct_activations,
-    is_listed,
-    is_torch,
-    lookup,
-    member,
-    mentions,
-)
-from .source import NoSource, compile_function, copy_function, parse_function
+from .activations import ANY, FORMS, FUNCTIONS, METHODS, MODULES, OUTSIDE, Use, activation_of, read_module
+from .lookup import CLAMPS, UNKNOWN, bound_names, hidden_activations, is_listed, is_torch, lookup, member
 
-_RUNTIME: dict[str, Any] = {
-    "_ctu_partial": functools.partial,
-    "_ctu_function": unit.call_function,
-    "_ctu_method": unit.call_method,
-    "_ctu_global": unit.call_global,
-}
+if TYPE_CHECKING:
+    from .class_code import ClassCode
 
 
-class Call(NamedTuple):
-    """An activation in source code. ``key`` is unique in its class: the function's name, numbered from the second."""
+class Rewriter(ast.NodeTransformer):
+    """Redirects the activation calls of one function's definition, and records them in ``scan``."""
 
-    key: str
-    activation: str
-    where: str
-    reason: str = ""
-
-
-class ClassCode:
-    """What the methods of ``cls`` call.
-
-    Attributes:
-        calls: the calls that the methods in ``namespace`` redirect.
-        namespace: {method name: rewritten copy}.
-        missed: calls of a selected activation that cannot be redirected, with the reason.
-        skipped: calls of activations outside the family or the selection, with the reason.
-    """
-
-    def __init__(self, cls: type, selection: frozenset[str], memo: dict[types.FunctionType, bool]) -> None:
-        self.cls, self.selection, self.memo = cls, selection, memo
-        self.calls: list[Call] = []
-        self.missed: list[Call] = []
-        self.skipped: list[Call] = []
-        self.namespace: dict[str, Any] = {}
-        self._counts: Counter[str] = Counter()
-        self._helpers: dict[types.FunctionType, str | None] = {}
-        self.extras: dict[str, types.CellType] = {name: types.CellType(value) for name, value in _RUNTIME.items()}
-        for name, base in _methods(cls):
-            found = base.__dict__[name]
-            if isinstance(found, types.FunctionType):
-                copy = self.method(found)
-                if copy is not None:
-                    self.namespace[name] = copy
-            elif isinstance(found, property) and isinstance(found.fget, types.FunctionType):
-                copy = self.method(found.fget)
-                if copy is not None:
-                    self.namespace[name] = property(copy, found.fset, found.fdel, found.__doc__)
-            elif isinstance(found, classmethod) and isinstance(found.__func__, types.FunctionType):
-                self.report(found.__func__, "a class method has no module to take beta from")
-
-    # -- records
-
-    def record(self, function: types.FunctionType, activation: str, line: int) -> str:
-        self._counts[function.__name__] += 1
-        count = self._counts[function.__name__]
-        key = function.__name__ if count == 1 else f"{function.__name__}#{count}"
-        self.calls.append(Call(key, activation, _where(function, line)))
-        return key
-
-    def miss(self, function: types.FunctionType, activation: str, line: int, reason: str) -> None:
-        if activation in self.selection:
-            self.missed.append(Call(function.__name__, activation, _where(function, line), reason))
-
-    def skip(self, function: types.FunctionType, activation: str, line: int, reason: str) -> None:
-        self.skipped.append(Call(function.__name__, activation, _where(function, line), reason))
-
-    def report(self, function: types.FunctionType, reason: str) -> None:
-        """Name the calls of a function that cannot be rewritten."""
-        for _, target in direct_activations(function) if mentions(function, self.memo) else ():
-            use = read_module(target) if isinstance(target, nn.Module) else None
-            activation = use.activation if isinstance(use, Use) else FORMS[FUNCTIONS[target].rstrip("_")].activation
-            self.miss(function, activation, function.__code__.co_firstlineno, reason)
-
-    # -- copies
-
-    def mentions(self, function: types.FunctionType, seen: frozenset[types.FunctionType] = frozenset()) -> bool:
-        """Whether ``function`` can contain a call, also by way of what it finds in its class."""
-        if mentions(function, self.memo):
-            return True
-        names = code_names(function.__code__)
-        bases = self.cls.__mro__ if "super" in names else ()
-        inherited = [base.__dict__[name] for base in bases for name in names if name in base.__dict__]
-        static = [inspect.getattr_static(self.cls, name, None) for name in names]
-        own = [found.__func__ for found in static if isinstance(found, staticmethod)]
-        if any(is_listed(found, FUNCTIONS) for found in (*static, *own)):
-            return True
-        seen |= {function}
-        return any(
-            self.mentions(found, seen)
-            for found in (*own, *inherited)
-            if isinstance(found, types.FunctionType) and found not in seen
-        )
-
-    def method(self, function: types.FunctionType) -> types.FunctionType | None:
-        """A copy that takes its knobs from its first argument; None where there is nothing to redirect."""
-        if not self.mentions(function):
-            return None
-        if isinstance(getattr(function, "__wrapped__", None), types.FunctionType):
-            return self._rewrap(function)
-        return self._rewrite(function, helper=False)
-
-    def helper(self, function: types.FunctionType) -> str | None:
-        """The name by which rewritten code finds a copy of ``function`` that takes the owner as a first argument."""
-        if function not in self._helpers:
-            self._helpers[function] = None
-            if isinstance(getattr(function, "__wrapped__", None), types.FunctionType):
-                self.report(function.__wrapped__, "it is in a decorated helper function")  # type: ignore[attr-defined]
-            elif self.mentions(function):
-                name, cell = f"_ctu_helper_{len(self._helpers)}", types.CellType()
-                self._helpers[function], self.extras[name] = name, cell  # now: a recursive function finds itself
-                copy = self._rewrite(function, helper=True)
-                if copy is None:
-                    self._helpers[function] = None
-                else:
-                    cell.cell_contents = copy
-        return self._helpers[function]
-
-    def _rewrap(self, wrapper: types.FunctionType) -> types.FunctionType | None:
-        """The wrapper that a decorator made, around a copy of what it wraps."""
-        inner: types.FunctionType = wrapper.__wrapped__  # type: ignore[attr-defined]
-        cells = list(wrapper.__closure__ or ())
-        places = [i for i, cell in enumerate(cells) if _contents(cell) is inner]
-        if not places:
-            self.report(inner, "its decorator hides it")
-            return None
-        copy = self.method(inner)
-        if copy is None:
-            return None
-        for place in places:
-            cells[place] = types.CellType(copy)
-        return copy_function(wrapper, wrapper.__code__, cells, copy)
-
-    def _rewrite(self, function: types.FunctionType, helper: bool) -> types.FunctionType | None:
-        try:
-            tree, definition = parse_function(function)
-        except NoSource as error:
-            self.report(function, str(error))
-            return None
-        rewriter = _Rewriter(self, function, definition, helper)
-        rewriter.visit_body()
-        if not rewriter.changed:
-            return None
-        code = compile_function(tree, function, self.extras)
-        old = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
-        cells = [self.extras[name] if name in self.extras else old[name] for name in code.co_freevars]
-        return copy_function(function, code, cells)
-
-
-class _Rewriter(ast.NodeTransformer):
     def __init__(
         self, scan: ClassCode, function: types.FunctionType, definition: ast.FunctionDef, helper: bool
     ) -> None:
@@ -188,15 +33,15 @@ class _Rewriter(ast.NodeTransformer):
         self.bound, self.imported = bound_names(definition)
         self.changed = False
         arguments = definition.args
-        first = [*arguments.posonlyargs, *arguments.args][:1]
-        self.own = first[0].arg if first else None  # what the function calls itself: `self` in a method
+        first = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)][:1]
+        is_method = any(function in base.__dict__.values() for base in scan.cls.__mro__) if helper else True
+        self.own = first[0] if first and is_method else None  # what a method calls its module: `self`
+        self.owner: str | None = self.own  # where the knobs are
         if helper:
-            self.owner: str | None = "_ctu_owner"
+            self.owner = "_ctu_owner"
             arguments.posonlyargs.insert(0, ast.arg(self.owner))
-        else:
-            self.owner = self.own
-            if self._is_rebound(self.own):
-                self.owner = None
+        elif self._is_rebound(self.own):
+            self.owner = None
 
     def _is_rebound(self, name: str | None) -> bool:
         nodes = list(ast.walk(self.definition))
@@ -223,19 +68,22 @@ class _Rewriter(ast.NodeTransformer):
                     return static.__func__
                 return static if isinstance(static, types.BuiltinFunctionType) else UNKNOWN
             if self._is_super(node.value):
-                return self._inherited(node.attr)
+                return self._inherited(node.value, node.attr)
             target = self.resolve(node.value)
             return UNKNOWN if target is UNKNOWN else member(target, node.attr)
         return UNKNOWN
 
-    def _is_super(self, node: ast.expr) -> bool:
-        return (
-            isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args
+    def _is_super(self, node: ast.expr) -> TypeGuard[ast.Call]:
+        """``super()`` or ``super(Class, self)``."""
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id != "super":
+            return False
+        return not node.args or (
+            len(node.args) == 2 and isinstance(node.args[1], ast.Name) and node.args[1].id == self.own
         )
 
-    def _inherited(self, name: str) -> Any:
+    def _inherited(self, call: ast.Call, name: str) -> Any:
         mro = self.scan.cls.__mro__
-        here = lookup(self.function, "__class__")
+        here = self.resolve(call.args[0]) if call.args else lookup(self.function, "__class__")
         for base in mro[mro.index(here) + 1 :] if here in mro else ():
             if name in base.__dict__:
                 return base.__dict__[name]
@@ -247,9 +95,8 @@ class _Rewriter(ast.NodeTransformer):
         target = self.resolve(node.func)
         function = node.func
         if is_listed(target, FUNCTIONS) and not self._in_family(node, FUNCTIONS[target]):
-            form = FUNCTIONS[target].rstrip("_")
             reason = "its arguments put it outside the family"
-            self.scan.skip(self.function, FORMS[form].activation, node.lineno, reason)
+            self.scan.skip(self.function, activation_of(target), node.lineno, reason)
             node.args = [self.visit(argument) for argument in node.args]
             return node
         if isinstance(function, ast.Call):
@@ -259,6 +106,8 @@ class _Rewriter(ast.NodeTransformer):
                 self.scan.miss(
                     self.function, row.activation, node.lineno, f"it makes a new {made.__name__} at every call"
                 )
+        if target is getattr and node.args and self.resolve(node.args[0]) is F:
+            self.scan.miss(self.function, ANY, node.lineno, "the function is chosen by name, at run time")
         if isinstance(function, ast.Attribute) and target is UNKNOWN and self._is_tensor_method(node, function):
             return self._method(node, function)
         if isinstance(function, ast.Attribute) and function.attr in CLAMPS:
@@ -280,8 +129,8 @@ class _Rewriter(ast.NodeTransformer):
         if is_listed(target, OUTSIDE):
             self.scan.skip(self.function, OUTSIDE[target], node.lineno, "it is not in the family")
         elif is_listed(target, FUNCTIONS):
-            form = FUNCTIONS[target]
-            return self._site(node, FORMS[form.rstrip("_")].activation, "_ctu_function", [ast.Constant(form), node])
+            form = ast.Constant(FUNCTIONS[target])
+            return self._site(node, activation_of(target), "_ctu_function", [form, node])
         elif isinstance(target, nn.Module):
             use = read_module(target)
             if isinstance(use, Use):
@@ -290,6 +139,9 @@ class _Rewriter(ast.NodeTransformer):
                 return self._site(node, use.activation, "_ctu_global", [_load(constant), node])
         elif isinstance(target, types.FunctionType):
             return self._helper(node, target)
+        else:
+            for activation in hidden_activations(target):
+                self.scan.miss(self.function, activation, node.lineno, "it is scripted, or chosen from a container")
         return None
 
     def _site(self, node: ast.expr, activation: str, call: str, arguments: list[ast.expr]) -> ast.AST | None:
@@ -358,27 +210,6 @@ class _Rewriter(ast.NodeTransformer):
             self.scan.skip(
                 self.function, "relu", node.lineno, f"{name} at 0 is a ReLU written otherwise, and is left alone"
             )
-
-
-def _methods(cls: type) -> list[tuple[str, type]]:
-    """(name, class that defines it) of the methods that instances of ``cls`` have from outside torch."""
-    found: dict[str, type] = {}
-    for base in cls.__mro__:
-        for name in base.__dict__:
-            found.setdefault(name, base)
-    own = [(name, base) for name, base in found.items() if not is_torch(base.__module__) and base is not object]
-    return [(name, base) for name, base in own if name == "__call__" or not name.startswith("__")]
-
-
-def _where(function: types.FunctionType, line: int) -> str:
-    return f"{function.__code__.co_filename}:{line}"
-
-
-def _contents(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return UNKNOWN
 
 
 def _load(name: str) -> ast.Name:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..nn import Knobs
 from .activations import Use
-from .rewrite import ClassCode
+from .class_code import ClassCode
 from .unit import call_module
 
 MODULE = ""  # the key of a module's own knobs, where the module itself is the activation
@@ -132,9 +132,13 @@ def undo(modules: list[nn.Module], edits: list[Edit]) -> None:
                 f"model: expected every module to have the class that steer() gave it, got {type(module).__name__}; "
                 "first undo what was done to the model since (FSDP, a parametrization)"
             )
-    for edit in reversed(edits):
-        getattr(edit.owner, edit.space)[edit.name] = edit.old
     for module in modules:
         module.__class__ = type(module)._ctu_base  # type: ignore[attr-defined]
         for name in ("_ctu", "_ctu_use"):
             module.__dict__.pop(name, None)
+    for edit in reversed(edits):
+        old = edit.old
+        if isinstance(old, types.MethodType):  # unpickled, it is the steered class's: ask the class it has now
+            own = getattr(old.__self__, old.__func__.__name__)
+            old = old if own == old else own
+        getattr(edit.owner, edit.space)[edit.name] = old

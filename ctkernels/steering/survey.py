@@ -17,9 +17,9 @@ from torch import nn
 
 from ..nn import Knobs
 from . import unit
-from .activations import FORMS, FUNCTIONS, METHODS, NearMiss, Use, read_module
-from .lookup import is_listed, is_torch, mentions
-from .rewrite import Call, ClassCode
+from .activations import FORMS, FUNCTIONS, METHODS, NearMiss, Use, activation_of, read_module
+from .class_code import Call, ClassCode
+from .lookup import is_listed, is_torch, known_calls, mentions
 from .surgery import MODULE, Edit, Steered, Swap, steered_class
 
 _PLAIN_MODULE = frozenset(nn.Module().__dict__)
@@ -96,7 +96,9 @@ class _Survey:
                 self.graph(name, module)
             else:
                 self.module(name, tuple(aliases), module)
+        classes = {swap.module: swap.cls for swap in self.plan.swaps}
         for module in self.names:
+            self.bound_methods(module, classes)
             if isinstance(module, nn.TransformerEncoderLayer):
                 self.fast_path(module)
 
@@ -156,8 +158,7 @@ class _Survey:
         label = _join(name, attribute)
         call = value.func if isinstance(value, functools.partial) else value
         if is_listed(call, FUNCTIONS):
-            form = FUNCTIONS[call]
-            activation = FORMS[form.rstrip("_")].activation
+            form, activation = FUNCTIONS[call], activation_of(call)
             if activation not in self.selection:
                 self.skip(label, activation, f"{activation!r} is not among the selected activations")
                 return
@@ -172,9 +173,9 @@ class _Survey:
             keys[key] = self.site(Site(f"{label}:{activation}", "functional", activation, kind))
             self.plan.edits.append(Edit(module, "__dict__", attribute, value, steered))
         elif isinstance(call, types.FunctionType) and not is_torch(call.__module__) and mentions(call, self.memo):
-            code = ClassCode(type("Nothing", (), {}), self.selection, self.memo)
-            code.report(call, f"the attribute holds the function {call.__qualname__}")
-            self.plan.missed += [Miss(label, found.activation, found.reason, found.where) for found in code.missed]
+            for caller, target, line in known_calls(call):
+                where = f"{caller.__code__.co_filename}:{line}"
+                self.miss(label, activation_of(target), f"the attribute holds the function {call.__qualname__}", where)
         else:
             for place, held in _held(value):
                 self.hidden(f"{label}{place}", held)
@@ -191,7 +192,7 @@ class _Survey:
             for activation in sorted(inside):
                 self.miss(label, activation, "it is in a module that is not registered as a submodule")
         elif not isinstance(held, nn.Module) and is_listed(held, FUNCTIONS):
-            self.miss(label, FORMS[FUNCTIONS[held].rstrip("_")].activation, "the function is held in a container")
+            self.miss(label, activation_of(held), "the function is held in a container")
 
     def near_miss(self, name: str, module: nn.Module, read: NearMiss | None, found: bool) -> None:
         kind = type(module).__name__
@@ -205,6 +206,16 @@ class _Survey:
             reason = f"{kind} is named like an activation, but its code has no call that is known"
             records = self.plan.missed if "relu" in kind.lower() else self.plan.skipped
             records.append(Miss(name, kind.lower(), reason))
+
+    def bound_methods(self, module: nn.Module, classes: dict[nn.Module, type]) -> None:
+        """``self.act = self._relu`` holds the method as it was: it is to hold the copy."""
+        for attribute, value in vars(module).items():
+            if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+                name = value.__func__.__name__
+                method = vars(classes.get(value.__self__, object)).get(name)
+                if isinstance(method, types.FunctionType):
+                    new = types.MethodType(method, value.__self__)
+                    self.plan.edits.append(Edit(module, "__dict__", attribute, value, new))
 
     def fast_path(self, module: nn.TransformerEncoderLayer) -> None:
         """In inference the layer may call a fused kernel, past its activation, unless this flag says it has another."""

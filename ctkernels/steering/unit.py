@@ -18,8 +18,8 @@ def unit(x: Tensor, knobs: Knobs, activation: str, slope: float | Tensor | None,
     def ctu(x: Tensor, inplace: bool = False) -> Tensor:
         return functional.ctu(
             x,
-            knobs.beta.to(x.device),  # a no-op, but for a model spread over devices by hand
-            knobs.coeff.to(x.device),
+            knobs.beta,
+            knobs.coeff,
             channel_dim=1 if isinstance(slope, Tensor) and slope.numel() > 1 else None,
             activation=ACTIVATIONS[activation].op,
             negative_slope=0.01 if slope is None else slope,

@@ -26,10 +26,13 @@ def _unpack(inputs: Inputs, static: Static) -> tuple[list[Tensor | None], Tensor
     dtype = _compute_dtype(x)
     elementwise = (True, False, False, False, False, False, True)
     ready = [
-        t if t is None else (t.to(dtype) if e else _layout.broadcast(t, x, channel_dim)) for t, e in zip(inputs, elementwise)
+        t if t is None else (t.to(dtype) if e else _layout.broadcast(t, x, channel_dim))
+        for t, e in zip(inputs, elementwise)
     ]
-    w, beta, coeff, slope, scale, shift, residual = ready
-    assert w is not None and beta is not None and coeff is not None
+    w, beta, coeff, _, _, _, residual = ready
+    assert w is not None
+    assert beta is not None
+    assert coeff is not None
     # 1 - beta and the sigmoids in the parameters' own precision, then in the compute dtype
     knobs = reference.knobs(beta, coeff, raw, eps).to(dtype)
     ready[1:6] = [p if p is None else p.to(dtype) for p in ready[1:6]]
@@ -55,16 +58,24 @@ def _backward(dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Te
     dy = dy.to(w.dtype)
     g = dy * d_w
     x, scale = ready[0], ready[4]
-    elementwise = {0: lambda: g if scale is None else g * scale, 6: lambda: g.clone()}
-    terms = {1: lambda: dy * d_beta, 2: lambda: dy * d_coeff, 3: lambda: dy * d_slope, 4: lambda: g * x, 5: lambda: g}
+    assert x is not None
     grads = []
     for i in OP.wanted(needs):
-        like = inputs[i]
+        name, like = OP.inputs[i], inputs[i]
         assert like is not None
-        if i in elementwise:
-            grads.append(elementwise[i]().to(like.dtype))
+        if name == "x":
+            grads.append((g if scale is None else g * scale).to(like.dtype))
+        elif name == "residual":
+            grads.append(g.to(like.dtype, copy=True))
         else:
-            grads.append(_layout.reduce(terms[i](), like, static[0]))
+            upstream, partial = {
+                "beta": (dy, d_beta),
+                "coeff": (dy, d_coeff),
+                "slope": (dy, d_slope),
+                "scale": (g, x),
+                "shift": (g, None),
+            }[name]
+            grads.append(_layout.reduce(upstream if partial is None else upstream * partial, like, static[0]))
     return grads
 
 
@@ -73,12 +84,15 @@ def _jvp(inputs: Inputs, static: Static, tangents: Inputs) -> Tensor:
     d_w, d_beta, d_coeff, d_slope = reference.partials(w, ready[3], knobs, kind)
     x, scale = ready[0], ready[4]
     assert inputs[0] is not None
+    assert x is not None
     weights = (d_w if scale is None else d_w * scale, d_beta, d_coeff, d_slope, d_w * x, d_w, d_w)
     total = torch.zeros_like(w)
     for i, tangent in enumerate(tangents):
         if tangent is not None:
             moved = tangent if i in (0, 6) else _layout.broadcast(tangent, inputs[0], static[0])
-            total = total + weights[i] * moved.to(w.dtype)
+            weight = weights[i]
+            assert weight is not None
+            total = total + weight * moved.to(w.dtype)
     return total.to(inputs[0].dtype)
 
 

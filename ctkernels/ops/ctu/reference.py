@@ -37,7 +37,10 @@ def knobs(beta: Tensor, coeff: Tensor, raw: bool, eps: float) -> Knobs:
     if not raw:
         return Knobs(beta, (1 - beta) + eps, coeff, 1.0, 1.0, eps)
     b, c = torch.sigmoid(beta), torch.sigmoid(coeff)
-    one_minus_b, one_minus_c = torch.sigmoid(-beta), torch.sigmoid(-coeff)  # 1 - sigmoid(rho) has no digits left at rho > 17
+    one_minus_b, one_minus_c = (
+        torch.sigmoid(-beta),
+        torch.sigmoid(-coeff),
+    )  # 1 - sigmoid(rho) has no digits left at rho > 17
     return Knobs(b, one_minus_b + eps, c, b * one_minus_b, c * one_minus_c, eps)
 
 

@@ -8,16 +8,16 @@ from torch import Tensor
 
 import ctkernels
 from ctkernels.functional import ctu
-from ctkernels.testing import Sample, assert_no_worse, ctu_samples, gradcheck
+from ctkernels.testing import Sample, assert_no_worse, gradcheck, samples
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-NAMES = [s.name for s in ctu_samples()]
+NAMES = [s.name for s in samples()]
 # Small enough for finite differences, and without memory that several elements share.
-SMALL = [s.name for s in ctu_samples() if s.args[0].numel() <= 70 and 0 not in s.args[0].stride()]
+SMALL = [s.name for s in samples() if s.args[0].numel() <= 70 and 0 not in s.args[0].stride()]
 
 
 def _sample(name: str, dtype: torch.dtype = torch.float32) -> Sample:
-    return next(s for s in ctu_samples(dtype) if s.name == name)
+    return next(s for s in samples(dtype) if s.name == name)
 
 
 def _upstream(y: Tensor) -> Tensor:
@@ -143,7 +143,9 @@ def test_inplace(backend: str) -> None:
         assert torch.equal(x, expected)
 
 
-@pytest.mark.parametrize("transform", ["vmap", "grad", "jacrev", "jacfwd", "hessian", "jvp", "vmap of grad", "nested vmap"])
+@pytest.mark.parametrize(
+    "transform", ["vmap", "grad", "jacrev", "jacfwd", "hessian", "jvp", "vmap of grad", "nested vmap"]
+)
 def test_function_transforms(backend: str, transform: str) -> None:
     x = torch.randn(3, 4, dtype=torch.float64)
     beta = 0.1 + 0.8 * torch.rand(4, dtype=torch.float64)
@@ -165,9 +167,9 @@ def test_function_transforms(backend: str, transform: str) -> None:
         "hessian": lambda g: torch.func.hessian(total[g], (0, 1))(x, beta),
         "jvp": lambda g: torch.func.jvp(g, (x, beta), tangents),
         "vmap of grad": lambda g: torch.func.vmap(torch.func.grad(total[g], (0, 1)), (0, None))(x, beta),
-        "nested vmap": lambda g: torch.func.vmap(lambda b: torch.func.vmap(torch.func.grad(total[g], (0, 1)), (0, None))(x, b))(
-            torch.stack([beta, beta.flip(0)])
-        ),
+        "nested vmap": lambda g: torch.func.vmap(
+            lambda b: torch.func.vmap(torch.func.grad(total[g], (0, 1)), (0, None))(x, b)
+        )(torch.stack([beta, beta.flip(0)])),
     }
     ours, theirs = table[transform](f), table[transform](eager)
     flat_ours, flat_theirs = torch.utils._pytree.tree_leaves(ours), torch.utils._pytree.tree_leaves(theirs)
@@ -178,7 +180,9 @@ def test_function_transforms(backend: str, transform: str) -> None:
 
 def truth_formula(x: Tensor, beta: Tensor, coeff: Tensor) -> Tensor:
     s = 1 - beta
-    return coeff * x * torch.sigmoid(beta * x / s) + (1 - coeff) * s * torch.nn.functional.softplus(x / s, threshold=1e9)
+    return coeff * x * torch.sigmoid(beta * x / s) + (1 - coeff) * s * torch.nn.functional.softplus(
+        x / s, threshold=1e9
+    )
 
 
 def test_more_than_two_to_the_31_elements_by_construction() -> None:

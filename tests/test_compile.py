@@ -56,7 +56,7 @@ def test_fake_strides(view: str) -> None:
     assert set(results.values()) == {"SUCCESS"}
 
 
-def _loss(x, beta, coeff):  # noqa: ANN001, ANN202
+def _loss(x, beta, coeff):
     y = ctu(x * 2, beta, coeff, channel_dim=1, activation="relu")
     return (y + x).square().sum()
 

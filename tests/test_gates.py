@@ -1,0 +1,159 @@
+"""Hard-concrete gates: closed forms, statistics of samples, gradients, reproducibility, and bad input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from ctkernels.functional import expected_l0, hard_concrete
+from ctkernels.testing import Sample, gradcheck
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+LOGITS = [-40.0, -4.0, -2.398, -1.5, -0.426, 0.0, 0.426, 1.5, 2.398, 4.0, 40.0]
+TEMPERATURE, LOW, HIGH = 0.33, -0.1, 1.1
+
+
+def _above(log_alpha: float, v: float) -> float:
+    """P(g > v) of the stretched variable."""
+    return 1 / (1 + math.exp(-(log_alpha - TEMPERATURE * math.log((v - LOW) / (HIGH - v)))))
+
+
+def test_expectation_is_exact(backend: str) -> None:
+    mpmath = pytest.importorskip("mpmath", reason="needs the test extra")
+    log_alpha = torch.tensor(LOGITS, dtype=torch.float64)
+    found = hard_concrete(log_alpha, training=False, estimator="mean")
+    for logit, value in zip(LOGITS, found.tolist()):
+        exact = mpmath.quad(
+            lambda v, logit=logit: 1 / (1 + mpmath.exp(-(logit - TEMPERATURE * mpmath.log((v - LOW) / (HIGH - v))))),
+            [0, 0.5, 1],
+        )
+        assert abs(value - float(exact)) < 2e-11
+
+
+def test_penalty_and_clip_closed_forms(backend: str) -> None:
+    log_alpha = torch.tensor(LOGITS, dtype=torch.float64)
+    penalty = expected_l0(log_alpha)
+    assert torch.allclose(
+        penalty, torch.tensor([_above(v, 0.0) for v in LOGITS], dtype=torch.float64), rtol=1e-13, atol=0
+    )
+    gate = hard_concrete(log_alpha, training=False)
+    expected = (torch.sigmoid(log_alpha) * (HIGH - LOW) + LOW).clamp(0, 1)
+    assert torch.allclose(gate, expected, rtol=1e-14, atol=1e-15)
+    assert gate[0] == 0
+    assert gate[-1] == 1
+
+
+@pytest.mark.parametrize("logit", [-1.5, 0.0, 1.5])
+def test_statistics_of_samples(backend: str, logit: float) -> None:
+    n = 200_000
+    gates = hard_concrete(torch.full((n,), logit), training=True, generator=torch.Generator().manual_seed(3))
+    mean = hard_concrete(torch.tensor([logit], dtype=torch.float64), training=False, estimator="mean").item()
+    for found, expected in (
+        ((gates > 0).double().mean().item(), _above(logit, 0.0)),
+        ((gates == 1).double().mean().item(), _above(logit, 1.0)),
+    ):
+        assert abs(found - expected) < 5 * math.sqrt(expected * (1 - expected) / n)
+    assert abs(gates.double().mean().item() - mean) < 5 * gates.double().std().item() / math.sqrt(n)
+
+
+def test_reproducible_from_a_generator(backend: str) -> None:
+    log_alpha = torch.zeros(4, 9)
+    first, again, other = (
+        hard_concrete(log_alpha, training=True, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    torch.manual_seed(11)
+    default = hard_concrete(log_alpha, training=True)
+    torch.manual_seed(11)
+    assert torch.equal(default, hard_concrete(log_alpha, training=True))
+
+
+@pytest.mark.parametrize("case", ["sample", "clip", "mean", "penalty"])
+def test_gradients(backend: str, case: str) -> None:
+    log_alpha = torch.randn(3, 5, dtype=torch.float64)
+    noise = 0.05 + 0.9 * torch.rand(3, 5, dtype=torch.float64)
+    table = {
+        "sample": Sample(case, hard_concrete, (log_alpha,), {"training": True, "noise": noise}),
+        "clip": Sample(case, hard_concrete, (log_alpha,), {"training": False}),
+        "mean": Sample(case, hard_concrete, (log_alpha,), {"training": False, "estimator": "mean"}),
+        "penalty": Sample(case, expected_l0, (log_alpha,)),
+    }
+    gradcheck(table[case])
+
+
+def test_gradient_closed_form(backend: str) -> None:
+    log_alpha = torch.randn(1000, requires_grad=True)
+    noise = torch.rand(1000)
+    gates = hard_concrete(log_alpha, training=True, noise=noise)
+    (found,) = torch.autograd.grad(gates.sum(), log_alpha)
+    s = torch.sigmoid((torch.logit(noise.double()) + log_alpha.double()) / TEMPERATURE)
+    inside = (s * (HIGH - LOW) + LOW > 0) & (s * (HIGH - LOW) + LOW < 1)
+    expected = torch.where(inside, (HIGH - LOW) / TEMPERATURE * s * (1 - s), 0.0)
+    assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-6)
+    assert found.max() <= 0.910  # its maximum is (high - low) / (4 temperature)
+
+
+def test_noise_at_the_ends() -> None:
+    gates = hard_concrete(torch.zeros(2, requires_grad=True), training=True, noise=torch.tensor([0.0, 1.0]))
+    assert gates.tolist() == [0.0, 1.0]
+
+
+def test_opcheck() -> None:
+    for mode, noise in ((0, torch.rand(3, 4)), (1, None), (2, None), (3, None)):
+        args = (torch.randn(3, 4, requires_grad=True), noise, -1, mode, TEMPERATURE, LOW, HIGH)
+        assert set(opcheck(torch.ops.ctkernels.hard_concrete.default, args).values()) == {"SUCCESS"}
+
+
+def test_any_strides_and_dtypes(backend: str) -> None:
+    log_alpha = torch.randn(1, 6).expand(4, 6)
+    assert torch.equal(hard_concrete(log_alpha, training=False), hard_concrete(log_alpha.contiguous(), training=False))
+    assert hard_concrete(torch.randn(5, 3).T, training=True).shape == (3, 5)
+    assert hard_concrete(torch.randn(4).bfloat16(), training=False).dtype == torch.float32
+    assert hard_concrete(torch.randn(0), training=True).shape == (0,)
+
+
+BAD = {
+    "a list": (([0.0],), {"training": True}, TypeError, "log_alpha must be a tensor, got list"),
+    "integers": (
+        (torch.ones(3, dtype=torch.int64),),
+        {"training": True},
+        TypeError,
+        "log_alpha must be float32, .* got int64",
+    ),
+    "estimator": (
+        (torch.zeros(3),),
+        {"training": False, "estimator": "mode"},
+        ValueError,
+        "estimator must be one of 'clip', 'mean'",
+    ),
+    "temperature": (
+        (torch.zeros(3),),
+        {"training": True, "temperature": 0.0},
+        ValueError,
+        "temperature must be positive, got 0.0",
+    ),
+    "stretch": (
+        (torch.zeros(3),),
+        {"training": True, "stretch": (0.0, 1.1)},
+        ValueError,
+        r"stretch must be \(low, high\)",
+    ),
+    "noise shape": (
+        (torch.zeros(3),),
+        {"training": True, "noise": torch.rand(4)},
+        ValueError,
+        r"noise must have log_alpha's shape \(3,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_message(case: str) -> None:
+    args, kwargs, kind, message = BAD[case]
+    with pytest.raises(kind, match=message):
+        hard_concrete(*args, **kwargs)

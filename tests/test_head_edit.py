@@ -1,0 +1,168 @@
+"""The head edit: against a per-head loop, in place, adapters mixed in a batch, under compile, and bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from ctkernels.functional import head_edit
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+H, D = 4, 6
+
+
+def _by_head(z: Tensor, m: Tensor, a: Tensor, g_m: Tensor, g_a: Tensor) -> Tensor:
+    """One head after the other, as the method is published. z: (..., H * D)."""
+    heads = [(1 + g_m[h] * m[h]) * z[..., h * D : (h + 1) * D] + g_a[h] * a[h] for h in range(H)]
+    return torch.cat(heads, -1)
+
+
+def _parameters(*lead: int) -> list[Tensor]:
+    return [torch.randn(*lead, H, D), torch.randn(*lead, H, D), torch.rand(*lead, H), torch.rand(*lead, H)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_equals_the_loop_over_heads(backend: str, dtype: torch.dtype) -> None:
+    z, parameters = torch.randn(3, 7, H * D).to(dtype), _parameters()
+    found = head_edit(z, *parameters)
+    expected = _by_head(z.double(), *(p.double() for p in parameters))
+    assert found.dtype == dtype
+    assert ((found.double() - expected).abs() <= torch.finfo(dtype).eps * (4 + 4 * z.double().abs())).all()
+
+
+def test_closed_gates_are_the_identity(backend: str) -> None:
+    z, (m, a, _, _) = torch.randn(2, 5, H * D), _parameters()
+    closed = torch.zeros(H)
+    assert torch.equal(head_edit(z, m, a, closed, closed), z)
+
+
+def test_all_layouts_agree(backend: str) -> None:
+    z, parameters = torch.randn(2, 5, H * D), _parameters()
+    flat = head_edit(z, *parameters)
+    split = head_edit(z.unflatten(-1, (H, D)), *parameters)
+    assert torch.equal(split.flatten(-2), flat)
+    heads_first = z.unflatten(-1, (H, D)).transpose(1, 2)
+    assert torch.equal(head_edit(heads_first, *parameters, head_axis=1).transpose(1, 2).flatten(-2), flat)
+    contiguous = head_edit(heads_first.contiguous(), *parameters, head_axis=1)
+    assert contiguous.is_contiguous()
+    assert torch.equal(contiguous.transpose(1, 2).flatten(-2), flat)
+
+
+def test_several_adapters_in_one_batch(backend: str) -> None:
+    z, adapters = torch.randn(4, 5, H * D), _parameters(3)
+    index = torch.tensor([2, 0, 0, 1])
+    together = head_edit(z, *adapters, index=index)
+    for b, adapter in enumerate(index.tolist()):
+        assert torch.equal(together[b], head_edit(z[b], *(p[adapter] for p in adapters)))
+    leaves = [p.clone().requires_grad_() for p in adapters]
+    dy = torch.randn_like(z)
+    grads = torch.autograd.grad(head_edit(z, *leaves, index=index), leaves, dy)
+    expected = torch.autograd.grad(
+        torch.stack([_by_head(z[b], *(p[i] for p in leaves)) for b, i in enumerate(index.tolist())]), leaves, dy
+    )
+    for g, e in zip(grads, expected):
+        assert torch.allclose(g, e, rtol=1e-4, atol=1e-4)
+
+
+def test_inplace(backend: str) -> None:
+    parameters = _parameters()
+    for z, kwargs in (
+        (torch.randn(2, 5, H * D), {}),
+        (torch.randn(2, H, 5, D), {"head_axis": 1}),
+        (torch.randn(2, 5, H, D).transpose(1, 2), {"head_axis": 1}),
+        (torch.randn(2, 5, 2 * H * D)[..., : H * D], {}),
+        (torch.randn(2, H, 10, D)[:, :, ::2], {"head_axis": 1}),
+    ):
+        expected = head_edit(z, *parameters, **kwargs)
+        assert head_edit(z, *parameters, inplace=True, **kwargs) is z
+        assert torch.equal(z, expected)
+
+
+def test_saves_the_input_alone(backend: str) -> None:
+    z, parameters = torch.randn(2, 50, H * D, requires_grad=True), _parameters()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        head_edit(z, *(p.requires_grad_() for p in parameters))
+    assert {t.data_ptr() for t in saved if t.numel() >= z.numel()} == {z.data_ptr()}
+
+
+@pytest.mark.parametrize("z_shape", [(2, 5, H * D), (2, H, 5, D)])
+def test_opcheck_and_compile(z_shape: tuple[int, ...]) -> None:
+    z = torch.randn(z_shape, requires_grad=True)
+    kwargs = {"head_axis": 1} if len(z_shape) == 4 else {}
+    leaves = [p.requires_grad_() for p in _parameters()]
+    flat = [leaves[0].detach().reshape(-1), leaves[1].detach().reshape(-1), leaves[2].detach(), leaves[3].detach()]
+    if len(z_shape) == 3:
+        args = (z, *(p.requires_grad_() for p in flat), 2)
+        assert set(opcheck(torch.ops.ctkernels.head_edit.default, args).values()) == {"SUCCESS"}
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda z, *p: head_edit(z * 1.5, *p, **kwargs).square().sum(), fullgraph=True)
+    found = compiled(z, *leaves)
+    grads = torch.autograd.grad(found, [z, *leaves])
+    expected = head_edit(z * 1.5, *leaves, **kwargs).square().sum()
+    torch.testing.assert_close(found, expected)
+    for g, e in zip(grads, torch.autograd.grad(expected, [z, *leaves])):
+        torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-4)
+
+
+def test_vmap_over_adapters(backend: str) -> None:
+    z, adapters = torch.randn(3, H * D), _parameters(5)
+    together = torch.func.vmap(head_edit, in_dims=(None, 0, 0, 0, 0))(z, *adapters)
+    for i in range(5):
+        assert torch.allclose(together[i], head_edit(z, *(p[i] for p in adapters)), atol=1e-6)
+
+
+Z, (M, A, G_M, G_A) = torch.randn(2, 5, H * D), _parameters()
+BAD = {
+    "z type": (([1.0], M), {}, TypeError, "head_edit: z must be a tensor, got list"),
+    "nothing to do": ((Z,), {}, ValueError, "at least one of m and a is needed"),
+    "gate without edit": ((Z, M, None, G_M, G_A), {}, ValueError, "g_a gates a, which is None"),
+    "m shape": ((Z, M[0]), {}, ValueError, r"must both be \(heads, head_dim\), got m of shape \(6,\)"),
+    "m and a differ": ((Z, M, A[:, :3]), {}, ValueError, r"got a of shape \(4, 3\)"),
+    "gate shape": ((Z, M, A, G_M[:2]), {}, ValueError, r"g_m must have shape \(4,\), got \(2,\)"),
+    "head_dim": ((Z, M), {"head_dim": 8}, ValueError, "head_dim is 8, but m and a have 6"),
+    "z width": ((Z[..., :-1], M), {}, ValueError, r"z must end in .* = \(24,\) or .* got z of shape \(2, 5, 23\)"),
+    "head_axis": (
+        (Z.unflatten(-1, (H, D)), M),
+        {"head_axis": 1},
+        ValueError,
+        "with head_axis=1, z must have 4 heads there",
+    ),
+    "index type": (
+        (Z, M[None], A[None]),
+        {"index": torch.zeros(2)},
+        TypeError,
+        "index must be an int64 or int32 tensor",
+    ),
+    "index shape": (
+        (Z, M[None], A[None]),
+        {"index": torch.zeros(3, dtype=torch.long)},
+        ValueError,
+        r"one entry per sample, shape \(2,\)",
+    ),
+    "index without adapters": (
+        (Z, M, A),
+        {"index": torch.zeros(2, dtype=torch.long)},
+        ValueError,
+        r"\(adapters, heads, head_dim\)",
+    ),
+    "device": ((Z, M.to("meta")), {}, ValueError, "m must be on z's device cpu, got meta"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_message(case: str) -> None:
+    args, kwargs, kind, message = BAD[case]
+    with pytest.raises(kind, match=message):
+        head_edit(*args, **kwargs)
+
+
+def test_inplace_where_a_gradient_is_needed() -> None:
+    z = torch.randn(2, H * D)
+    before = z.clone()
+    with pytest.raises(RuntimeError, match="inplace=True would overwrite z"):
+        head_edit(z, M.clone().requires_grad_(), inplace=True)
+    assert torch.equal(z, before)
