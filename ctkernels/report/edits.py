@@ -122,7 +122,8 @@ def edit_sizes(
     some: list[int] = []
 
     def measure(number: int, layer: Any) -> Any:
-        p, q = (part.view(layer.num_heads, layer.head_dim) for part in layer.factors(layer.active_adapters))
+        active = [name for name in layer.active_adapters if name in layer.jola_config]
+        p, q = (part.view(layer.num_heads, layer.head_dim) for part in layer.factors(active))
 
         def hook(module: nn.Module, inputs: Any) -> None:
             own = relative_sizes(inputs[0], p, q) * mask.unsqueeze(-1)

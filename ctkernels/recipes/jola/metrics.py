@@ -53,7 +53,9 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> list[float
     return [float(scorer.score(r, p)["rougeL"].fmeasure) for p, r in zip(predictions, references)]
 
 
-def bert_scores(predictions: Sequence[str], references: Sequence[str], model: str, layer: int | None = None) -> list[float]:
+def bert_scores(
+    predictions: Sequence[str], references: Sequence[str], model: str, layer: int | None = None
+) -> list[float]:
     """BERTScore F1 of each prediction, by the package bert-score with the model at ``model``.
 
     Args:

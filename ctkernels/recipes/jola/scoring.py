@@ -54,7 +54,9 @@ def encode(prompt: str, answer: str, tokenizer: Any, how: Answering, *, end: boo
         after.append(tokenizer.eos_token_id)
     before = list(tokenizer(prompt)["input_ids"])
     if len(after) >= how.max_length:
-        raise ValueError(f"max_length must leave room for a prompt: the answer {answer!r} alone has {len(after)} tokens")
+        raise ValueError(
+            f"max_length must leave room for a prompt: the answer {answer!r} alone has {len(after)} tokens"
+        )
     return tuple(before[-(how.max_length - len(after)) :]), tuple(after)
 
 
@@ -64,19 +66,26 @@ def answer_row(example: Example, tokenizer: Any, how: Answering) -> Row:
 
 
 def collate(rows: Sequence[Row], pad: int) -> dict[str, Any]:
-    """A batch, padded on the right: input_ids, attention_mask and labels (B, T), -100 outside the answers; and
+    """A batch, padded on the left: input_ids, attention_mask and labels (B, T), -100 outside the answers; and
     ``keep``, the number of positions at the end whose logits the loss needs."""
-    width = max(len(before) + len(after) for before, after in rows)
-    ids = torch.full((len(rows), width), pad)
-    labels = torch.full((len(rows), width), -100)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, (before, after) in enumerate(rows):
-        length = len(before) + len(after)
-        ids[i, :length] = torch.tensor(before + after)
-        mask[i, :length] = 1
-        labels[i, len(before) : length] = torch.tensor(after)
-    keep = width - min(len(before) for before, _ in rows) + 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "keep": keep}
+    ids, mask = padded([before + after for before, after in rows], pad)
+    labels = torch.full_like(ids, -100)
+    for i, (_, after) in enumerate(rows):
+        labels[i, -len(after) :] = torch.tensor(after)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "keep": max(len(after) for _, after in rows) + 1,
+    }
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Tokens and attention mask, both (B, T), padded on the left: answers then end where the batch ends."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
 
 
 def answer_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -90,9 +99,13 @@ def tail_logits(model: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> Tenso
     """Logits of the last ``keep`` positions, (B, keep, vocabulary); the others are not computed where possible."""
     inner: Any = getattr(model, "module", model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
-        return model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits
-    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -keep:]
+    known = inspect.signature(inner.forward).parameters
+    options: dict[str, Any] = {}
+    if "position_ids" in known:
+        options["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+    if "logits_to_keep" in known:
+        options["logits_to_keep"] = keep
+    return model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, -keep:]
 
 
 @torch.inference_mode()
@@ -121,16 +134,14 @@ def log_probabilities(
     found = [math.nan] * len(rows)
     for start in range(0, len(inputs), batch_size):
         some = inputs[start : start + batch_size]
-        width = max(map(len, some))
-        first = min(len(rows[number][0]) for key in some for number in sharing[key]) - 1
-        ids = torch.tensor([[*key, *[pad] * (width - len(key))] for key in some])
-        mask = torch.tensor([[1] * len(key) + [0] * (width - len(key)) for key in some])
-        logs = tail_logits(model, ids.to(device), mask.to(device), width - first).float().log_softmax(-1).cpu()
+        ids, mask = padded(some, pad)
+        keep = max(len(rows[number][1]) for key in some for number in sharing[key])
+        logs = tail_logits(model, ids.to(device), mask.to(device), keep).float().log_softmax(-1).cpu()
         for i, key in enumerate(some):
             for number in sharing[key]:
-                before, after = rows[number]
-                places = torch.arange(len(before) - 1, len(before) + len(after) - 1) - first
-                found[number] = float(logs[i, places, torch.tensor(after)].double().sum())
+                after = torch.tensor(rows[number][1])
+                own = logs[i, keep - len(after) :].gather(-1, after.unsqueeze(-1))
+                found[number] = float(own.double().sum())
         advance(len(some))
     return found
 
@@ -150,12 +161,10 @@ def generate(
     for start in range(0, len(order), how.batch_size):
         some = order[start : start + how.batch_size]
         batch = [list(tokenizer(prompts[i])["input_ids"])[-how.max_length :] for i in some]
-        width = max(map(len, batch))
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in batch], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=device)
+        ids, mask = padded(batch, tokenizer.pad_token_id)
         out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
             max_new_tokens=how.max_new_tokens,
             num_beams=how.beams,
             do_sample=False,
@@ -164,7 +173,7 @@ def generate(
             top_k=None,
             pad_token_id=tokenizer.pad_token_id,
         )
-        for i, tokens in zip(some, out[:, width:].tolist()):
+        for i, tokens in zip(some, out[:, ids.shape[1] :].tolist()):
             found[i] = tokenizer.decode(tokens, skip_special_tokens=True)
         advance(len(some))
     return found

@@ -57,9 +57,7 @@ class TextData:
 
     def digest(self) -> str:
         """A short name for the content: the same for the same examples in the same order."""
-        parts = [
-            [[e.prompt, e.answer, e.choices] for e in part or ()] for part in (self.train, self.val, self.test)
-        ]
+        parts = [[[e.prompt, e.answer, e.choices] for e in part or ()] for part in (self.train, self.val, self.test)]
         return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
@@ -152,7 +150,9 @@ def _read(path: Path) -> tuple[Example, ...]:
     if path.suffix not in readers:
         raise ValueError(f"data must be a {', '.join(SUFFIXES)} file, got {path}")
     try:
-        examples = tuple(_example(row, f"{path}: row {number}") for number, row in enumerate(readers[path.suffix](path), 1))
+        examples = tuple(
+            _example(row, f"{path}: row {number}") for number, row in enumerate(readers[path.suffix](path), 1)
+        )
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
     if not examples:
