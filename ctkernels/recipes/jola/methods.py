@@ -129,20 +129,20 @@ def bitfit(model: nn.Module, setting: Setting, schedule: str = "exponential") ->
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     getter: Any = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else None
-    bare = [m for m in model.modules() if isinstance(m, nn.Linear) and m.bias is None and m is not head]
+    bare: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear) and m.bias is None and m is not head]
     kept = {
-        owner: {key: value.detach().clone() for key, value in owner._parameters.items() if _is_bias(key, value)}
+        owner: {key: value.detach().clone() for key, value in owner._parameters.items() if value is not None and _is_bias(key)}
         for owner in model.modules()
     }
     for module in bare:
         module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
     try:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(_is_bias(name.rpartition(".")[2], parameter))
+            parameter.requires_grad_(_is_bias(name.rpartition(".")[2]))
         yield Attached(model, _trained(model, setting["lr"]))
     finally:
         for module in bare:
-            module.bias = None  # type: ignore[assignment]
+            module.bias = None
         with torch.no_grad():
             for owner, own in kept.items():
                 for key, value in own.items():
@@ -151,8 +151,8 @@ def bitfit(model: nn.Module, setting: Setting, schedule: str = "exponential") ->
             parameter.requires_grad_(before[name])
 
 
-def _is_bias(name: str, parameter: Tensor | None) -> bool:
-    return parameter is not None and (name == "bias" or name.endswith("_bias"))
+def _is_bias(name: str) -> bool:
+    return name == "bias" or name.endswith("_bias")
 
 
 METHODS: dict[str, Method] = {

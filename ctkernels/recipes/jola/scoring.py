@@ -139,8 +139,8 @@ def log_probabilities(
         logs = tail_logits(model, ids.to(device), mask.to(device), keep).float().log_softmax(-1).cpu()
         for i, key in enumerate(some):
             for number in sharing[key]:
-                after = torch.tensor(rows[number][1])
-                own = logs[i, keep - len(after) :].gather(-1, after.unsqueeze(-1))
+                target = torch.tensor(rows[number][1])
+                own = logs[i, keep - len(target) :].gather(-1, target.unsqueeze(-1))
                 found[number] = float(own.double().sum())
         advance(len(some))
     return found

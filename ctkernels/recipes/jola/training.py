@@ -71,14 +71,17 @@ class _Trainer(transformers.Trainer):
 
     validate: Callable[[], dict[str, float]]
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         loss = answer_loss(model, inputs)
         return (loss, None) if return_outputs else loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        self.model.eval()
+        model: Any = self.model
+        model.eval()
         found = {f"eval_{name}": value for name, value in self.validate().items()}
-        self.model.train()
+        model.train()
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
