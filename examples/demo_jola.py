@@ -36,7 +36,7 @@ from ctkernels.report import GateMap, edit_sizes
 # One setting each, so that the demo stays short. They were chosen on examples of another draw; `python -m ctkernels
 # jola` chooses for every method alike from a grid.
 GRIDS = {"lora": {"lr": [3e-3], "rank": [8]}, "jola": {"lr": [1.5e-2], "gate_lr": [5e-2]}}
-SIZES = {"train": 160, "val": 60, "test": 240, "epochs": 3}
+SIZES = {"train": 120, "val": 60, "test": 240, "epochs": 3}
 SHORT = {"train": 20, "val": 16, "test": 32, "epochs": 1}
 
 

@@ -27,9 +27,7 @@ def _seen_by(model, tokens):
     found = {}
     layers = [m for m in model.modules() if isinstance(m, adapters.JolaLayer)]
     handles = [m.register_forward_pre_hook(lambda m, x: found.update({m.site: [x[0]]})) for m in layers]
-    handles += [
-        m.base_layer.register_forward_pre_hook(lambda _, x, m=m: found[m.site].append(x[0])) for m in layers
-    ]
+    handles += [m.base_layer.register_forward_pre_hook(lambda _, x, m=m: found[m.site].append(x[0])) for m in layers]
     with torch.no_grad():
         model(input_ids=tokens)
     for handle in handles:
