@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -346,6 +347,24 @@ def test_bad_arguments_are_refused(tiny, options, message):
         compare_methods(*tiny, DATA, **{**SMALL, **options})
 
 
+def test_bertscore_goes_through_its_package(tiny, monkeypatch):
+    """The package is not among the tests' own: a stand-in shows what it is asked."""
+    asked = {}
+
+    def score(predictions, references, **options):
+        asked.update(options, predictions=predictions, references=references)
+        return torch.tensor([0.1, 0.2]), torch.tensor([0.3, 0.4]), torch.tensor([0.25, 0.75])
+
+    module = types.ModuleType("bert_score")
+    module.score = score
+    monkeypatch.setitem(sys.modules, "bert_score", module)
+    how = Answering(bertscore_model="encoder", bertscore_layer=4)
+    found = scoring.score_texts([" a", "b "], [Example("p", " a"), Example("p", "c")], how)
+    assert found.metrics["bertscore"] == pytest.approx(50)
+    assert found.metrics["exact_match"] == 50
+    assert asked == {"predictions": ["a", "b"], "references": ["a", "c"], "model_type": "encoder", "num_layers": 4}
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -421,3 +440,23 @@ def test_a_killed_run_goes_on_without_losing_or_repeating(folder, file, tmp_path
     assert all(seconds[c["method"], c["seed"], json.dumps(c["setting"])] == c["seconds"] for c in before)
     assert cli.main([*command[3:], "--out", str(tmp_path / "whole")]) == 0
     assert _without_times(after) == _without_times(json.loads((tmp_path / "whole/result.json").read_text()))
+
+
+def test_two_processes_share_the_work(folder, file, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["-m", "ctkernels", "jola", str(file), "--model", str(folder), "--methods", "zero-shot,jola"]
+    command += ["--seeds", "0", "--no-report", *ARGUMENTS]
+    found = []
+    for name, launcher in (
+        ("one", []),
+        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
+    ):
+        run = [sys.executable, *launcher, *command, "--out", str(tmp_path / name)]
+        done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("jola ") >= 1
+        found.append(json.loads((tmp_path / name / "result.json").read_text()))
+    cells = [{c["method"]: c for c in values["cells"] if c["test"]} for values in found]
+    assert cells[0]["zero-shot"]["each"] == cells[1]["zero-shot"]["each"]
+    assert len(cells[1]["jola"]["each"]) == 12
+    assert found[1]["setup"]["processes"] == 2

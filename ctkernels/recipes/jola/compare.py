@@ -58,7 +58,7 @@ def compare_methods(
 
     With ``out``, every finished run is kept in ``out/result.json`` and its weights in ``out/weights``; a call that was
     cut short goes on from there, and more methods and seeds can be added. Under ``torchrun`` each step's examples are
-    dealt to the processes, and so is scoring.
+    dealt to the processes, and so is scoring; all processes must see one ``out``.
 
     Args:
         model: a causal language model of transformers; it is left as it was.
@@ -106,7 +106,7 @@ def compare_methods(
         "model": {"name": name, "class": type(model).__name__, "dtype": str(next(model.parameters()).dtype)},
         "sizes": {"train": train, "val": val, "test": len(draws[seeds[0]].test)},
         "seeds": list(draws),
-        "methods": {m.name: (grids or {}).get(m.name, m.grid) for m, _ in chosen},
+        "methods": {m.name: {**m.grid, **(grids or {}).get(m.name, {})} for m, _ in chosen},
         "budget": asdict(budget),
         "answering": asdict(how),
         "schedule": schedule,
@@ -114,7 +114,8 @@ def compare_methods(
     }
     primary = primary_metric(data.has_choices, how)
     folder = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out))
-    with folder as path:
+    with folder as own:
+        path = us.share(own)
         file = Path(path) / "result.json"
         cells, setup = us.share((read_cells(file, setup), merged_setup(setup, file)) if us.rank == 0 else ([], setup))
         work = _Work(model.to(place).eval(), tokenizer, how, budget, schedule, us, Path(path), primary, progress)

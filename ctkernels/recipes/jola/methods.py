@@ -131,7 +131,11 @@ def bitfit(model: nn.Module, setting: Setting, schedule: str = "exponential") ->
     head = getter() if getter is not None else None
     bare: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear) and m.bias is None and m is not head]
     kept = {
-        owner: {key: value.detach().clone() for key, value in owner._parameters.items() if value is not None and _is_bias(key)}
+        owner: {
+            key: value.detach().clone()
+            for key, value in owner._parameters.items()
+            if value is not None and _is_bias(key)
+        }
         for owner in model.modules()
     }
     for module in bare:

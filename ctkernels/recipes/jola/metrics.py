@@ -68,7 +68,7 @@ def bert_scores(
         ImportError: bert-score is missing.
         ValueError: the package has no layer for this model and none was given.
     """
-    bert_score = require("bert_score", "jola", "BERTScore")
+    bert_score = require("bert_score", "bertscore", "BERTScore")
     try:
         *_, f1 = bert_score.score(list(predictions), list(references), model_type=model, num_layers=layer)
     except KeyError:
@@ -84,6 +84,6 @@ def available(bertscore_model: str | None) -> list[str]:
     if importlib.util.find_spec("rouge_score"):
         found.append("rouge_l")
     if bertscore_model is not None:
-        require("bert_score", "jola", "BERTScore")
+        require("bert_score", "bertscore", "BERTScore")
         found.append("bertscore")
     return found
