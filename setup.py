@@ -3,6 +3,9 @@
 auto   the CPU kernels if there is a C++ compiler; a pure-Python install, and one line that says so, if not
 none   pure Python: the reference backend (and Triton on a GPU)
 cpu    the CPU kernels; an error without a compiler
+cuda   the CPU kernels, and those in csrc/cuda; an error without nvcc and a CUDA build of torch
+
+CTKERNELS_SANITIZE="address undefined" builds with those sanitizers, for the tests.
 """
 
 import os
@@ -47,12 +50,28 @@ def wanted() -> str:
             import torch  # noqa: F401
         except ImportError as error:
             problem = f"{error.name} is not installed; pip install {error.name}, then build with --no-build-isolation"
+    if problem is None and mode == "cuda":
+        problem = cuda_problem()
     if problem is None:
         return "cpu" if mode == "auto" else mode
     if mode == "auto":
         print(f"ctkernels: building without native kernels: {problem}", file=sys.stderr)
         return "none"
     sys.exit(f"CTKERNELS_BUILD={mode}: {problem}")
+
+
+def cuda_problem() -> str | None:
+    """Why CUDA kernels cannot be built here, and what to do about it."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin/nvcc").exists():
+        return "no nvcc; install the CUDA toolkit and set CUDA_HOME, or use CTKERNELS_BUILD=cpu"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a CPU build; install a CUDA build of torch, or use CTKERNELS_BUILD=cpu"
+    if not list((ROOT / "csrc").glob("cuda/*.cu")):
+        return "this version has no CUDA C++ kernels (GPU tensors are served by Triton); use CTKERNELS_BUILD=cpu"
+    return None
 
 
 def native_extensions() -> tuple[list[Extension], dict]:
@@ -62,7 +81,9 @@ def native_extensions() -> tuple[list[Extension], dict]:
     arch = platform.machine()
     levels = LEVELS.get(arch, {"baseline": []})
     sanitize = os.environ.get("CTKERNELS_SANITIZE", "").split()
-    extra = [f"-fsanitize={','.join(sanitize)}", "-fno-omit-frame-pointer", "-g"] if sanitize else []
+    # Recovering from undefined behaviour would let a test pass that printed a report nobody reads.
+    extra = [f"-fsanitize={','.join(sanitize)}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+    extra = extra if sanitize else []
 
     class Build(cpp_extension.BuildExtension.with_options(use_ninja=True)):
         """Adds the objects of the SIMD levels, each with its own flags, to the extension that needs them."""

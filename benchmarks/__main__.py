@@ -10,16 +10,17 @@ from pathlib import Path
 
 import torch
 
-from . import ctu, measure, report
+from . import ctu, head_edit, measure, report
 
-SUITES = {"ctu": ctu}
+SUITES = {"ctu": ctu, "head_edit": head_edit}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--op", choices=SUITES, nargs="+", default=list(SUITES), help="which ops (default: all)")
+    parser.add_argument("--networks", action="store_true", help="whole networks (needs transformers and peft)")
     parser.add_argument("--dtype", choices=ctu.DTYPES, nargs="+", default=list(ctu.DTYPES))
-    parser.add_argument("--quick", action="store_true", help="three shapes, without the compiled contestant")
+    parser.add_argument("--quick", action="store_true", help="one small shape, without the compiled contestant")
     parser.add_argument("--seconds", type=float, default=1.5, help="time spent on each row (default 1.5)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records there")
@@ -28,20 +29,31 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
 
     where = measure.provenance()
-    print(
-        f"{where['cpu']} ({where['cpu_capability']}), {where['threads']} threads, torch {where['torch']}, commit {where['commit']}"
-    )
+    print(f"{where['cpu']} ({where['cpu_capability']}), {where['threads']} threads")
+    print(f"torch {where['torch']}, commit {where['commit']}{' with changes' if where['dirty'] else ''}")
     print(measure.tune_allocator())
     print("medians of interleaved runs; copy is Tensor.copy_ into an existing tensor\n")
     result: dict[str, object] = {"provenance": where, "records": [], "overhead_us": {}, "bars": []}
-    for name in args.op:
+    if args.networks:
+        from . import jola_step
+
+        record = jola_step.run(args.seconds)
+        rows = jola_step.bars(record)
+        print(f"{jola_step.text(record)}\n\n{report.bars(rows)}")
+        result |= {"records": [record], "bars": rows}
+    for name in () if args.networks else args.op:
         suite = SUITES[name]
         records = suite.run(args.dtype, args.quick, args.seconds)
         rows = suite.bars(records)
         overhead = suite.call_overhead()
         print(report.timings(records))
-        print(f"\n{report.bars(rows)}\n")
-        print("eager call on 16 elements: " + ", ".join(f"{k} {v:.1f} us" for k, v in overhead.items()) + "\n")
+        print(
+            "\n"
+            + (report.bars(rows) + "\n\n" if rows else "")
+            + "eager call on 16 elements: "
+            + ", ".join(f"{k} {v:.1f} us" for k, v in overhead.items())
+            + "\n"
+        )
         result["records"] += records  # type: ignore[operator]
         result["bars"] += rows  # type: ignore[operator]
         result["overhead_us"] |= overhead  # type: ignore[operator]

@@ -75,6 +75,12 @@ def saved_bytes(run: Callable[[], Any]) -> int:
     return sum(seen.values())
 
 
+def bar(dtype: str, what: str, value: float, sense: str, bound: float) -> dict[str, Any]:
+    """A measured figure beside the bound it must keep; ``sense`` is ``"<="`` or ``">="``."""
+    met = value <= bound if sense == "<=" else value >= bound
+    return {"dtype": dtype, "what": what, "value": value, "bound": f"{sense} {bound:g}", "met": met}
+
+
 def provenance() -> dict[str, Any]:
     """What a reader needs to repeat a measurement."""
 

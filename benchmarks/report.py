@@ -18,9 +18,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def timings(records: list[dict[str, Any]]) -> str:
     """Milliseconds of every contestant, forward and forward+backward, and what ours costs relative to the yardsticks."""
     blocks = []
+    plain = "relu" if "relu" in records[0]["forward_backward_ms"] else "mul"
     for key, title, yardstick in (
         ("forward_ms", "forward, ms", "copy"),
-        ("forward_backward_ms", "forward + backward, ms", "relu"),
+        ("forward_backward_ms", "forward + backward, ms", plain),
     ):
         names = list(records[0][key])
         header = ["case", "dtype", "parameters", *names, f"ours/{yardstick}", "official/ours"]
@@ -35,6 +36,8 @@ def timings(records: list[dict[str, Any]]) -> str:
 
 
 def bars(rows: list[dict[str, Any]]) -> str:
-    """The bounds on the tuned shape, and whether each was met in this run."""
+    """The bounds on the tuned shape, and whether each was met in this run; empty if it did not run that shape."""
+    if not rows:
+        return ""
     cells = [[r["what"], r["dtype"], f"{r['value']:.2f}", r["bound"], "yes" if r["met"] else "NO"] for r in rows]
     return table(["bound", "dtype", "measured", "must be", "met"], cells)

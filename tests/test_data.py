@@ -22,6 +22,7 @@ from ctkernels.recipes import (
     stratified_order,
     stratified_split,
 )
+from ctkernels.recipes._debian import unpack
 from ctkernels.recipes.models import read_checkpoint
 
 np = pytest.importorskip("numpy", reason="the recipes need numpy")
@@ -217,6 +218,25 @@ def test_fashion_mnist_says_why_each_source_failed(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="was not found") as error:
         fashion_mnist(tmp_path / "nowhere")
     assert len(str(error.value).splitlines()) == 2
+
+
+def test_debian_package_without_package_lists(tmp_path, monkeypatch):
+    """The first download fails, as on a machine whose lists were never fetched; lists of its own are."""
+    calls = []
+
+    def play(command, cwd, **_):
+        calls.append([part for part in command if not part.startswith("-o")][:2])
+        failed = command == ("apt-get", "download", "words")
+        if command[0] == "apt-get" and "download" in command and not failed:
+            (cwd / "words.deb").write_text("")
+        return subprocess.CompletedProcess(
+            command, 100 if failed else 0, "", "E: Unable to locate package" if failed else ""
+        )
+
+    monkeypatch.setattr("shutil.which", lambda tool: tool)
+    monkeypatch.setattr("subprocess.run", play)
+    assert unpack("words", tmp_path) == tmp_path / "unpacked"
+    assert calls == [["apt-get", "download"], ["apt-get", "update"], ["apt-get", "download"], ["dpkg", "-x"]]
 
 
 def test_fashion_mnist_by_debian_download(tmp_path, monkeypatch):

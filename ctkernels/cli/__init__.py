@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 # command -> (module with parser() -> ArgumentParser and run(arguments) -> int, one line of help)
 COMMANDS = {
+    "env": ("ctkernels.cli.env", "print versions, devices, what was built, and which backend serves what, and why"),
     "steer": (
         "ctkernels.cli.steer",
         "find the curvature at which a pretrained network fits new data best, without training it",

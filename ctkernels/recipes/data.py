@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import shutil
 import struct
 import subprocess
 import tempfile
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._extras import require
+from ._debian import unpack
 from .images import ImageSet, Splits, check_classes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -265,16 +265,7 @@ def _cached(cache: Path, fetch: Callable[[Path], Path]) -> Path:
 
 
 def _from_debian(folder: Path) -> Path:
-    for tool in ("apt-get", "dpkg"):
-        if shutil.which(tool) is None:
-            raise ValueError(f"{tool} is not installed")
-    for command in (["apt-get", "download", "dataset-fashion-mnist"], ["dpkg", "-x"]):
-        if command[0] == "dpkg":
-            command = [*command, *map(str, folder.glob("*.deb")), "unpacked"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-        if done.returncode:
-            raise ValueError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
-    return folder / "unpacked/usr/share/datasets/fashion-mnist"
+    return unpack("dataset-fashion-mnist", folder) / "usr/share/datasets/fashion-mnist"
 
 
 def _from_torchvision(folder: Path) -> Path:

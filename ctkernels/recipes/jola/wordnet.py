@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import subprocess
 import tempfile
 import urllib.error
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._extras import require
+from .._debian import unpack
 from .texts import Example, TextData
 
 WORDNET = "wordnet"
@@ -124,16 +124,7 @@ def _cached(cache: Path, fetch: Callable[[Path], Path]) -> Path:
 
 
 def _from_debian(folder: Path) -> Path:
-    for tool in ("apt-get", "dpkg"):
-        if shutil.which(tool) is None:
-            raise ValueError(f"{tool} is not installed")
-    for command in (["apt-get", "download", "wordnet-base"], ["dpkg", "-x"]):
-        if command[0] == "dpkg":
-            command = [*command, *map(str, folder.glob("*.deb")), "unpacked"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-        if done.returncode:
-            raise ValueError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
-    return folder / "unpacked/usr/share/wordnet"
+    return unpack("wordnet-base", folder) / "usr/share/wordnet"
 
 
 def _from_nltk(folder: Path) -> Path:

@@ -1,0 +1,133 @@
+"""python -m ctkernels env: what is installed, what was built, and which backend serves what, and why."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import platform
+from typing import Any
+
+import torch
+
+import ctkernels
+
+from ..ops import _backend
+from ..ops._backend import BACKENDS, DTYPES
+
+OPS = ("ctu", "head_edit", "hard_concrete")
+OPTIONAL = (
+    "triton",
+    "torchvision",
+    "timm",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "scikit-learn",
+    "matplotlib",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    p = argparse.ArgumentParser(
+        prog="python -m ctkernels env",
+        description="Print versions, devices, what was built, and which backend serves which op and dtype, and why.",
+    )
+    p.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    return p
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report."""
+    found = describe()
+    print(json.dumps(found, indent=1) if arguments.json else _text(found))
+    return 0
+
+
+def describe() -> dict[str, Any]:
+    """Everything the command prints, as plain data."""
+    versions: dict[str, str | None] = {
+        "ctkernels": ctkernels.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for name in OPTIONAL:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    devices = [{"device": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+                "simd": torch.backends.cpu.get_cpu_capability()}]  # fmt: skip
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        devices.append(
+            {
+                "device": f"cuda:{i}",
+                "name": p.name,
+                "capability": f"{p.major}.{p.minor}",
+                "sms": p.multi_processor_count,
+            }
+        )
+    return {
+        "versions": versions,
+        "devices": devices,
+        "native": _native(),
+        "backends": {b.name: {"serves": b.device or "any device", "missing": b.missing} for b in BACKENDS.values()},
+        "dispatch": _dispatch([str(d["device"]) for d in devices]),
+    }
+
+
+def _native() -> dict[str, Any]:
+    """The compiled part: where it is, what it was built with, and what it runs at here."""
+    if _backend.NATIVE is None:
+        return {"built": False, "why": BACKENDS["cpu"].missing}
+    path = str(_backend.NATIVE.__file__)
+    found: dict[str, Any] = {"built": True, "library": path}
+    if importlib.util.find_spec("ctkernels._introspect") is None:
+        return {**found, "introspection": "not built for this Python"}
+    introspect = importlib.import_module("ctkernels._introspect")
+    return {
+        **found,
+        "compiler": introspect.compiler(),
+        "simd_levels": list(introspect.simd_levels()),
+        "simd_level_used": introspect.simd_level(path),
+        "threads": introspect.threads(),
+    }
+
+
+def _dispatch(devices: list[str]) -> list[dict[str, Any]]:
+    """The backend of every op, device type and dtype, with the reasons of those passed over."""
+    rows = []
+    for device in dict.fromkeys(d.split(":")[0] for d in devices):
+        for dtype in DTYPES:
+            x = torch.empty(1, dtype=dtype, device=device)
+            passed: dict[str, str] = {}
+            for backend in BACKENDS.values():
+                refusal = backend.refusal(x)
+                if refusal is None:
+                    rows.append({"ops": list(OPS), "device": device, "dtype": str(dtype).removeprefix("torch."),
+                                 "backend": backend.name, "passed_over": passed})  # fmt: skip
+                    break
+                passed[backend.name] = refusal
+    return rows
+
+
+def _text(found: dict[str, Any]) -> str:
+    lines = ["versions"]
+    lines += [f"  {name:<13} {version or 'not installed'}" for name, version in found["versions"].items()]
+    lines.append("devices")
+    lines += [
+        f"  {d.pop('device'):<13} {', '.join(f'{k} {v}' for k, v in d.items())}" for d in map(dict, found["devices"])
+    ]
+    lines.append("native kernels")
+    lines += [f"  {k:<15} {', '.join(v) if isinstance(v, list) else v}" for k, v in found["native"].items()]
+    lines.append("backends, in the order they are tried")
+    lines += [f"  {n:<13} {b['serves']:<11} {b['missing'] or 'available'}" for n, b in found["backends"].items()]
+    lines.append(f"dispatch of {', '.join(OPS)}")
+    for row in found["dispatch"]:
+        why = "; ".join(f"not {name}: {reason}" for name, reason in row["passed_over"].items()) or "first choice"
+        lines.append(f"  {row['device']:<5} {row['dtype']:<9} {row['backend']:<10} {why}")
+    return "\n".join(lines)

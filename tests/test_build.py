@@ -1,0 +1,119 @@
+"""What setup.py decides to build, and what it says; the installed package; the introspection."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctkernels.cli import env as environment
+from ctkernels.ops import _backend
+
+ROOT = Path(__file__).parent.parent
+pytest.importorskip("setuptools", reason="needs setuptools")
+
+
+def _setup(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("CTKERNELS_")}
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=ROOT,
+        env={**clean, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_unknown_mode_is_an_error() -> None:
+    done = _setup("--version", CTKERNELS_BUILD="gpu")
+    assert done.returncode != 0
+    assert "CTKERNELS_BUILD must be auto, none, cpu or cuda; got 'gpu'" in done.stderr
+
+
+def test_auto_without_a_compiler_says_so_in_one_line_and_goes_on() -> None:
+    done = _setup("--version", CTKERNELS_BUILD="auto", CXX="no-such-compiler")
+    assert done.returncode == 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("ctkernels:")]
+    assert said == [
+        "ctkernels: building without native kernels: no C++ compiler (no-such-compiler); install g++ or set CXX"
+    ]
+
+
+def test_cpu_without_a_compiler_is_an_error() -> None:
+    done = _setup("--version", CTKERNELS_BUILD="cpu", CXX="no-such-compiler")
+    assert done.returncode != 0
+    assert "CTKERNELS_BUILD=cpu: no C++ compiler (no-such-compiler); install g++ or set CXX" in done.stderr
+
+
+def test_cuda_without_nvcc_says_what_to_do(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11", reason="needs the test extra")
+    done = _setup("--version", CTKERNELS_BUILD="cuda", CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0
+    assert "CTKERNELS_BUILD=cuda: no nvcc; install the CUDA toolkit and set CUDA_HOME" in done.stderr
+
+
+@pytest.mark.slow
+def test_pure_wheel(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("CTKERNELS_")}
+    done = subprocess.run(
+        command, env={**clean, "CTKERNELS_BUILD": "none"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("ctkernels-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "ctkernels/py.typed" in names
+    assert "ctkernels/ops/ctu/reference.py" in names
+    assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "csrc/"))]
+
+
+def test_env_command_knows_the_build(capsys: pytest.CaptureFixture[str]) -> None:
+    found = environment.describe()
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["native"]["built"] == (_backend.NATIVE is not None)
+    if _backend.NATIVE is not None:
+        assert found["native"]["simd_level_used"] in found["native"]["simd_levels"]
+        assert found["native"]["threads"] == torch.get_num_threads()
+    rows = {(r["device"], r["dtype"]): r for r in found["dispatch"]}
+    expected = "cpu" if _backend.NATIVE is not None else "reference"
+    assert rows["cpu", "bfloat16"]["backend"] == expected
+    if expected == "reference":
+        assert "not built" in rows["cpu", "float32"]["passed_over"]["cpu"]
+    arguments = environment.parser().parse_args([])
+    assert environment.run(arguments) == 0
+    assert "dispatch of ctu, head_edit, hard_concrete" in capsys.readouterr().out
+
+
+def test_a_machine_without_avx2_uses_the_reference() -> None:
+    code = "import torch, ctkernels; print(ctkernels.explain(torch.randn(2))); ctkernels.functional.ctu(torch.randn(3), 0.9)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "reference  used" in done.stdout
+
+
+def test_importing_the_package_imports_torch_alone() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import ctkernels; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "print(sorted(new & {'triton', 'transformers', 'peft', 'sklearn', 'matplotlib', 'torchvision', 'timm', 'numpy', 'tqdm'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
