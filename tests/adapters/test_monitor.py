@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from jola_families import build, inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -63,6 +64,34 @@ def test_off_leaves_no_hook_and_on_changes_no_output():
             assert monitor.on
     assert not monitor.on
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class _Operations(TorchDispatchMode):
+    """The names of the operations that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket._qualified_op_name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_back_from_the_device():
+    model = _model()
+    monitor = adapters.EditMonitor(model)
+    with monitor.calibrating(), torch.no_grad():
+        model(input_ids=TOKENS)
+    counts = []
+    with torch.no_grad():
+        for on in (False, True):
+            if on:
+                monitor.attach()
+            with _Operations() as seen:
+                model(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS))
+            counts.append([seen.names.count(f"aten::{name}") for name in ("_local_scalar_dense", "nonzero", "equal")])
+    assert counts[0] == counts[1]
 
 
 def test_padding_does_not_count():
