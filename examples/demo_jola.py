@@ -37,7 +37,7 @@ from ctkernels.report import GateMap, edit_sizes
 # `python -m ctkernels jola` chooses for every method alike from a grid.
 GRIDS = {"lora": {"lr": [3e-3], "rank": [8]}, "jola": {"lr": [1.5e-2], "gate_lr": [2e-1]}}
 SIZES = {"train": 120, "val": 60, "test": 240, "epochs": 3}
-SHORT = {"train": 20, "val": 16, "test": 32, "epochs": 1}
+SHORT = {"train": 20, "val": 8, "test": 24, "epochs": 1}
 
 
 def options() -> argparse.Namespace:

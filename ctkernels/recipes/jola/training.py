@@ -156,25 +156,28 @@ def train(
         raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {budget.batch_size}")
     steps = -(-len(rows) // budget.batch_size) * budget.epochs
     with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=budget.epochs,
+            per_device_train_batch_size=budget.batch_size // processes,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(budget.warmup * steps),
+            eval_strategy="epoch",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            seed=seed,
+            data_seed=seed,
+            use_cpu=device is not None and device.type == "cpu",
+            ddp_find_unused_parameters=False,
+        )
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # several GPUs take part through torchrun, not by torch.nn.DataParallel
         trainer = _Trainer(
             attached.model,
-            transformers.TrainingArguments(
-                output_dir=folder,
-                num_train_epochs=budget.epochs,
-                per_device_train_batch_size=budget.batch_size // processes,
-                lr_scheduler_type="cosine",
-                warmup_steps=round(budget.warmup * steps),
-                eval_strategy="epoch",
-                save_strategy="no",
-                logging_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                remove_unused_columns=False,
-                seed=seed,
-                data_seed=seed,
-                use_cpu=device is not None and device.type == "cpu",
-                ddp_find_unused_parameters=False,
-            ),
+            arguments,
             train_dataset=_Rows(rows),
             eval_dataset=_Rows(rows[:1]),  # the Trainer wants one; `evaluate` has its own
             data_collator=lambda some: collate(some, pad),
