@@ -10,7 +10,7 @@ NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 .PHONY: demo test test-pure lint format bench build sanitize clean help
 
 help:
-	@echo "make demo    steer a real pretrained network on real images (about five minutes)"
+	@echo "make demo    adapt real pretrained networks on real images and texts (about nine minutes)"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff and mypy       make format   ruff format"
 	@echo "make bench   kernel benchmarks   make build    rebuild the native kernels"
@@ -23,7 +23,7 @@ $(VENV)/torch.stamp:
 
 $(VENV)/built.stamp: $(VENV)/torch.stamp $(NATIVE_SOURCES)
 	PATH="$(abspath $(VENV))/bin:$$PATH" CTKERNELS_BUILD=$(BUILD) $(PY) -m pip install --quiet --disable-pip-version-check \
-	    --no-build-isolation --editable ".[test,lint,recipes,adapters]"
+	    --no-build-isolation --editable ".[test,lint,recipes,jola]"
 	@touch $@
 
 $(VENV)/demo.stamp: $(VENV)/built.stamp requirements-demo.txt
@@ -34,6 +34,7 @@ build: $(VENV)/built.stamp
 
 demo: $(VENV)/demo.stamp
 	$(PY) examples/demo_steering.py $(DEMO_ARGS)
+	$(PY) examples/demo_jola.py $(DEMO_ARGS)
 
 # The native kernels have to be there: a test run that skipped them would prove little.
 test: $(VENV)/built.stamp

