@@ -33,10 +33,10 @@ from ctkernels.recipes.jola import (
 from ctkernels.recipes.jola.training import Budget
 from ctkernels.report import GateMap, edit_sizes
 
-# One setting each, so that the demo stays short; the gates' rate is one at which they move within these few steps.
+# One setting each, so that the demo stays short.
 # `python -m ctkernels jola` chooses for every method alike from a grid.
-GRIDS = {"lora": {"lr": [3e-3], "rank": [8]}, "jola": {"lr": [1.5e-2], "gate_lr": [2e-1]}}
-SIZES = {"train": 120, "val": 60, "test": 240, "epochs": 3}
+GRIDS = {"lora": {"lr": [3e-3], "rank": [8]}, "jola": {"lr": [1.5e-2], "gate_lr": [5e-2]}}
+SIZES = {"train": 200, "val": 60, "test": 240, "epochs": 3}
 SHORT = {"train": 20, "val": 8, "test": 24, "epochs": 1}
 
 

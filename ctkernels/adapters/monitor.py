@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._files import write_text
 from ..report.edits import relative_sizes
-from ._files import write_json
 from .gates import log_alphas
 from .jola.layer import JolaLayer
 
@@ -155,7 +155,8 @@ class EditMonitor:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the calibrated range as JSON."""
         sites = {site: {"low": r[0].tolist(), "high": r[1].tolist()} for site, r in self._range.items()}
-        write_json(path, {"format": _FORMAT, "margin": self.margin, "sites": sites})
+        values = {"format": _FORMAT, "margin": self.margin, "sites": sites}
+        write_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read a range written by :meth:`save`, and its margin.
