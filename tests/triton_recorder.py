@@ -15,30 +15,12 @@ from unittest import mock
 from ptx import Memory, parse
 from ptx.launch import Launch, execute
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend
-from triton.compiler import ASTSource, compile
-from triton.runtime.jit import create_function_from_signature
 
+from benchmarks.ahead_of_time import compiled
 from ctkernels.ops import _triton
 from ctkernels.ops._op import Op
 
 OUTPUTS = {"y", "dx", "dresidual", "d0", "d1", "d2", "d3", "d4"}
-_COMPILED: dict[Any, Any] = {}
-
-
-def compiled(kernel: Any, args: dict[str, Any], meta: dict[str, Any], sm: int) -> tuple[Any, dict[str, Any]]:
-    """What Triton would launch for these arguments on a device of this architecture, and its run-time arguments."""
-    backend = CUDABackend(GPUTarget("cuda", sm, 32))
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(**args, **meta)
-    key = (kernel.__name__, sm, str(specialization), str(sorted(options.items())))
-    if key not in _COMPILED:
-        options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
-        source = ASTSource(kernel, signature, constants, attributes)
-        _COMPILED[key] = (compile(source, target=GPUTarget("cuda", sm, 32), options=options.__dict__), signature)
-    found, signature = _COMPILED[key]
-    return found, {name: value for name, value in bound.items() if signature[name] != "constexpr"}
 
 
 class Recorder:
