@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conformance import check_against_float64, outputs, sample_named
 from torch import Tensor
 
-import ctkernels
 from ctkernels.functional import ctu
-from ctkernels.testing import Sample, assert_no_worse, gradcheck, samples
+from ctkernels.testing import gradcheck, samples
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 NAMES = [s.name for s in samples()]
@@ -16,52 +16,16 @@ NAMES = [s.name for s in samples()]
 SMALL = [s.name for s in samples() if s.args[0].numel() <= 70 and 0 not in s.args[0].stride()]
 
 
-def _sample(name: str, dtype: torch.dtype = torch.float32) -> Sample:
-    return next(s for s in samples(dtype) if s.name == name)
-
-
-def _upstream(y: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(7)
-    return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
-
-
-def _outputs(sample: Sample, dy: Tensor | None = None) -> dict[str, Tensor]:
-    """The result and the gradient of every tensor argument."""
-    leaves = sample.requiring_grad()
-    y = leaves()
-    dy = _upstream(y) if dy is None else dy.to(y.dtype)
-    grads = torch.autograd.grad(y, list(leaves.tensors().values()), dy, allow_unused=True)
-    return {"y": y.detach(), **{f"d{k}": g for k, g in zip(leaves.tensors(), grads) if g is not None}}
-
-
-def _magnitudes(sample: Sample) -> float:
-    """A scale for results that cancel: the largest magnitudes that enter."""
-    return 1 + max((t.abs().max().item() for t in sample.tensors().values() if t.numel()), default=0.0)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_against_float64(backend: str, name: str, dtype: torch.dtype) -> None:
-    sample = _sample(name, dtype)
-    found = _outputs(sample)
-    dy = _upstream(sample())
-    with ctkernels.use_backend("reference"):
-        truth = _outputs(sample.map(lambda _, t: t.double()), dy)
-        baseline = _outputs(sample, dy)
-    assert found.keys() == truth.keys()
-    grade = 2e-4 if dtype in (torch.bfloat16, torch.float16) else 4 * torch.finfo(dtype).eps
-    for key, value in found.items():
-        argument = sample.tensors().get(key[1:])
-        assert value.dtype == (sample.args[0].dtype if key == "y" else argument.dtype)
-        count = value.numel() and max(1, sample.args[0].numel() // value.numel())
-        # a parameter gradient adds up `count` terms; each term is at most the magnitudes that enter, squared
-        terms = _magnitudes(sample) ** 2 * (max(count, 1) ** 0.5 if key != "y" else 1)
-        assert_no_worse(f"{name}: {key}", value, truth[key], baseline[key], terms, grade)
+    checked = sample_named(name, dtype)
+    check_against_float64(checked, outputs(checked))
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_finite_differences(backend: str, name: str) -> None:
-    sample = _sample(name, torch.float64)
+    sample = sample_named(name, torch.float64)
     if name == "the plain activation":
         pytest.skip("a kink has no second derivative; its gradient is tested against the plain activation's")
     gradcheck(sample)
@@ -78,13 +42,13 @@ def test_gradient_of_the_plain_activation(backend: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_bits_on_every_run_and_thread_count(name: str) -> None:
-    sample = _sample(name)
+    sample = sample_named(name)
     threads = torch.get_num_threads()
-    first = _outputs(sample)
+    first = outputs(sample)
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            again = _outputs(sample)
+            again = outputs(sample)
             for key in first:
                 assert torch.equal(first[key], again[key]), key
     finally:

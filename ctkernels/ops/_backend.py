@@ -7,8 +7,10 @@ catching exceptions.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -30,13 +32,27 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
     return _C, None
 
 
+def _triton_missing() -> str | None:
+    """Why there are no Triton kernels, or None. Triton itself is imported on the first CUDA call."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return "the kernels are for NVIDIA GPUs" if torch.version.hip else None
+
+
+@lru_cache(maxsize=64)
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 @dataclass(frozen=True)
 class Backend:
-    """``missing``: why this backend is not available here at all, or None. ``device``: the type it serves, None for any."""
+    """``missing``: why this backend is not available here at all, or None. ``device``: the type it serves, None for any.
+    ``capability``: the least compute capability of a CUDA device."""
 
     name: str
     device: str | None
     missing: str | None
+    capability: tuple[int, int] = (0, 0)
 
     def refusal(self, x: Tensor) -> str | None:
         """Why this backend cannot serve ``x``, or None."""
@@ -44,13 +60,22 @@ class Backend:
             return self.missing
         if self.device is not None and x.device.type != self.device:
             return f"serves {self.device} tensors, got one on {x.device.type}"
+        if x.is_cuda and self.capability > (0, 0) and (found := _capability(x.get_device())) < self.capability:
+            return f"needs compute capability {self.capability[0]}.{self.capability[1]}, got {found[0]}.{found[1]}"
         if x.dtype not in DTYPES:
             return f"serves {', '.join(str(t).removeprefix('torch.') for t in DTYPES)}, got {x.dtype}"
         return None
 
 
 NATIVE, _native_missing = _load_native()
-BACKENDS = {b.name: b for b in (Backend("cpu", "cpu", _native_missing), Backend("reference", None, None))}
+BACKENDS = {
+    b.name: b
+    for b in (
+        Backend("cpu", "cpu", _native_missing),
+        Backend("triton", "cuda", _triton_missing(), (8, 0)),
+        Backend("reference", None, None),
+    )
+}
 
 _forced: str | None = None
 
@@ -79,8 +104,8 @@ def forced_refusal(x: Tensor) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Forces one backend for every ctkernels op in the process, while the context lasts.
 
-    name: ``"cpu"`` (compiled) or ``"reference"`` (plain torch). Raises ValueError for an unknown name; an op whose tensor
-    the backend cannot serve raises RuntimeError with the reason.
+    name: ``"cpu"`` (compiled), ``"triton"`` (CUDA) or ``"reference"`` (plain torch). Raises ValueError for an unknown
+    name; an op whose tensor the backend cannot serve raises RuntimeError with the reason.
 
     >>> with ctkernels.use_backend("reference"):
     ...     y = ctkernels.functional.ctu(x, 0.9)

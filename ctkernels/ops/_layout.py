@@ -7,6 +7,9 @@ g modulo the number of rows (per-sample parameters, per-head parameters, and wha
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -99,3 +102,43 @@ def _rows(t: Tensor, batch_dim: int | None) -> int:
     if batch_dim is not None:
         del shape[batch_dim]
     return shape[0]
+
+
+class View(NamedTuple):
+    """A dense tensor as kernels see it, in memory order, like csrc/layout.h: ``groups`` samples that may each have parameters
+    of their own; within one, ``outer`` runs over ``channels`` over ``inner`` neighbouring values of one channel."""
+
+    groups: int
+    outer: int
+    channels: int
+    inner: int
+
+
+def view_of(x: Tensor, channel_dim: int, per_group: bool) -> View | None:
+    """How kernels see ``x``, None if it has to be copied first. ``per_group``: dimension 0 is the group."""
+    groups = x.shape[0] if per_group else 1
+    channels = x.shape[channel_dim] if channel_dim != NO_CHANNEL else 1
+    if x.numel() == 0:
+        return View(groups, 0, channels, 1)
+    order = sorted((d for d in range(x.dim()) if x.shape[d] != 1), key=x.stride, reverse=True)
+    expected = 1
+    for d in reversed(order):
+        if x.stride(d) != expected:
+            return None
+        expected *= x.shape[d]
+    if per_group and groups != 1:
+        if order[0] != 0:
+            return None  # the group has to be outermost
+        order = order[1:]
+    at = order.index(channel_dim) if channel_dim in order else None
+    if at is None:
+        return View(groups, 1, channels, math.prod(x.shape[d] for d in order))
+    before, after = (math.prod(x.shape[d] for d in part) for part in (order[:at], order[at + 1 :]))
+    return View(groups, before, channels, after)
+
+
+def laid_out_like(t: Tensor, x: Tensor) -> Tensor:
+    """``t`` with the strides of the dense ``x``: itself, or a copy."""
+    if all(size == 1 or a == b for size, a, b in zip(x.shape, t.stride(), x.stride())):
+        return t
+    return torch.empty_like(x).copy_(t)

@@ -34,7 +34,8 @@ class Op:
 
     name: of the dispatcher op. inputs: names of the differentiable tensors, the first of which gives shape and dtype.
     optional: the inputs that may be None. elementwise: the inputs that have the first one's shape; the others are
-    per-channel parameters. static: schema of the other arguments, the first of which is ``int channel_dim``.
+    per-channel parameters. static: schema of the other arguments, the first of which is ``int channel_dim``. triton: the
+    module of its Triton maths, imported on the first CUDA call.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Op:
     reference_forward: Callable[[Inputs, Static], Tensor]
     reference_backward: Callable[[Tensor, Inputs, Static, int], list[Tensor]]
     reference_jvp: Callable[[Inputs, Static, Inputs], Tensor]
+    triton: str | None = None
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -278,6 +280,19 @@ def _second_order(
     return grads
 
 
+def _on_cuda(op: Op, suffix: str, composite: Callable[..., Any]) -> Callable[..., Any]:
+    """The Triton kernels, or the reference on a GPU that they do not serve."""
+
+    def call(*args: Any) -> Any:
+        if _backend.BACKENDS["triton"].refusal(args[0]) is not None:
+            return composite(*args)
+        from . import _triton
+
+        return _triton.implementations(op)[suffix](*args)
+
+    return call
+
+
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 
@@ -304,6 +319,10 @@ def register(op: Op) -> Op:
 
     for suffix, implementation in (("", forward), ("_", forward_), ("_backward", backward)):
         _LIBRARY.impl(op.name + suffix, implementation, "CompositeExplicitAutograd")
+
+    if op.triton is not None and _backend.BACKENDS["triton"].missing is None:
+        for suffix, composite in (("", forward), ("_", forward_), ("_backward", backward)):
+            _LIBRARY.impl(op.name + suffix, _on_cuda(op, suffix, composite), "CUDA")
 
     def fake_forward(*args: Any) -> Tensor:
         return _layout.result_like(args[0])

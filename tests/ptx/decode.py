@@ -226,8 +226,8 @@ class Instruction:
     def predicate(self, k: int | str) -> Source:
         """A predicate operand, possibly negated, possibly a literal."""
         text = self.operands[k] if isinstance(k, int) else k
-        if text in ("0", "1"):
-            fixed = np.array([text == "1"])
+        if text in ("0", "1", "-1"):  # LLVM writes a true predicate as -1
+            fixed = np.array([text != "0"])
             return lambda m: fixed
         negated = text.startswith("!")
         index = self.register(text.lstrip("! "))

@@ -106,5 +106,6 @@ OP = register(
         reference_forward=_forward,
         reference_backward=_backward,
         reference_jvp=_jvp,
+        triton="ctkernels.ops.ctu.triton_math",
     )
 )

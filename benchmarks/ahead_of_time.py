@@ -1,0 +1,28 @@
+"""Triton launches compiled for a GPU that need not be there. Import only where Triton is installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import ASTSource, compile
+from triton.runtime.jit import create_function_from_signature
+
+_COMPILED: dict[Any, Any] = {}
+
+
+def compiled(kernel: Any, args: dict[str, Any], meta: dict[str, Any], sm: int) -> tuple[Any, dict[str, Any]]:
+    """What Triton would launch for these arguments on this architecture, and the arguments it would pass: with exactly
+    the types, alignments and constants that Triton itself derives from them."""
+    backend = CUDABackend(GPUTarget("cuda", sm, 32))
+    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        **args, **meta
+    )
+    key = (kernel.cache_key, sm, str(specialization), str(sorted(options.items())), str(meta))
+    if key not in _COMPILED:
+        options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+        source = ASTSource(kernel, signature, constants, attributes)
+        _COMPILED[key] = (compile(source, target=GPUTarget("cuda", sm, 32), options=options.__dict__), signature)
+    found, signature = _COMPILED[key]
+    return found, {name: value for name, value in bound.items() if signature[name] != "constexpr"}

@@ -1,0 +1,129 @@
+"""How a tensor is cut into programs: a function of its shape and element size alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ._layout import View
+
+# Channels with at least this many neighbouring values run with scalar constants.
+MIN_PLANE = 256
+# Enough programs to fill every GPU several times over: beyond it, programs get longer instead.
+PROGRAMS = 4096
+# Vectors of 16 bytes that a lane works through: at most, and at least where constants are per lane and have to pay off.
+MOST_STEPS = 32
+LEAST_ROWS = 8
+# One program finishes a channel's sums alone up to this many steps; a small tensor is arranged so that it can.
+ALONE = 32
+SMALL = 1 << 16
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``unit`` divides every length. A program's columns and rows: ``cols_per`` (in units), ``rows_per``."""
+
+    plane: bool
+    unit: int
+    lanes: int
+    warps: int
+    repeat: int
+    row_units: int
+    rows: int
+    cols_per: int
+    col_cuts: int
+    rows_per: int
+    row_cuts: int
+    programs: int
+    direct: bool
+
+    @property
+    def slots(self) -> int:
+        """Partial sums a column, or a channel."""
+        return self.row_cuts * self.col_cuts if self.plane else self.row_cuts
+
+    def lanes_of(self, view: View) -> int:
+        """Columns of the partial sums."""
+        return view.channels if self.plane else self.row_units * self.unit
+
+    def args(self, view: View) -> dict[str, int]:
+        return {
+            "channels": view.channels,
+            "inner": view.inner,
+            "row_units": self.row_units,
+            "rows": self.rows,
+            "row_cuts": self.row_cuts,
+            "rows_per": self.rows_per,
+            "col_cuts": self.col_cuts,
+            "cols_per": self.cols_per,
+            "group_units": view.outer * view.channels * view.inner // self.unit,
+        }
+
+    def meta(self) -> dict[str, Any]:
+        wrap = self.repeat > 1
+        return {"PLANE": self.plane, "WRAP": wrap, "UNIT": self.unit, "LANES": self.lanes, "num_warps": self.warps}
+
+
+def _lanes(width: int, vector: int) -> int:
+    """Lanes of a program: the size that leaves fewest idle, counting a little for every step saved."""
+    sizes = [32 * vector << i for i in range(3)]
+    return min(sizes, key=lambda n: _ceil(width, n) * (n + 2 * vector))
+
+
+def plan_for(view: View, itemsize: int, sums: bool) -> Plan:
+    """``sums``: whether the kernel adds up over channels."""
+    vector = 16 // itemsize
+    group = view.outer * view.channels * view.inner
+    one_launch = sums and view.outer <= ALONE and group * view.groups <= SMALL
+    plane = view.channels == 1 or view.inner >= MIN_PLANE or view.channels * view.inner >= 2**31
+    plane = plane or (one_launch and view.inner > 1)
+    repeat = 1
+    if plane:
+        width, length, rows = view.inner, view.channels * view.inner, view.outer
+    else:
+        period = view.channels * view.inner
+        if (
+            period < 32 * vector and view.outer > 1 and not one_launch
+        ):  # several periods side by side, a whole number of vectors
+            step = vector // math.gcd(period, vector)
+            repeat = min(max(step, 64 * vector // period // step * step), view.outer)
+        width = length = period * repeat
+        rows = _ceil(view.outer, repeat)
+    unit = math.gcd(math.gcd(width, group), vector)
+    lanes = _lanes(width, vector)
+    blocks = _ceil(width, lanes)
+    if plane:
+        total = blocks * rows * view.channels * view.groups
+        steps = min(max(_ceil(total, PROGRAMS), 1), MOST_STEPS)
+        if sums and blocks * rows <= ALONE:
+            steps = ALONE
+        cols = min(blocks, steps)
+        rows_per = min(rows, max(1, steps // blocks))
+        col_cuts, planes = _ceil(blocks, cols), view.channels
+    else:
+        cols, col_cuts, planes = 1, blocks, 1
+        rows_per = min(max(_ceil(rows * blocks * view.groups, PROGRAMS), LEAST_ROWS), 2 * MOST_STEPS, rows)
+        if sums and rows <= ALONE:
+            rows_per = rows
+    row_cuts = _ceil(rows, rows_per)
+    direct = row_cuts * col_cuts == 1 if plane else row_cuts == 1 and repeat == 1 and view.inner == 1
+    return Plan(
+        plane=plane,
+        unit=unit,
+        lanes=lanes,
+        warps=lanes // (32 * vector),
+        repeat=repeat,
+        row_units=length // unit,
+        rows=rows,
+        cols_per=cols * lanes // unit,
+        col_cuts=col_cuts,
+        rows_per=rows_per,
+        row_cuts=row_cuts,
+        programs=view.groups * planes * row_cuts * col_cuts,
+        direct=direct,
+    )

@@ -1,0 +1,312 @@
+"""The CT unit as scalar Triton functions: the same bump formulation, constants and sums as csrc/ctu.h.
+
+Imported only where Triton is installed. Three grades of arithmetic: DOUBLE for float64, EXACT for float32, and FAST for
+16-bit results, the only one that leaves exponentials to the approximate unit (2^-22.5 relative, against half an ulp of
+2^-12 at best). ``rcp.approx`` is good to 1 ulp and serves both; an IEEE division is a subroutine call on the GPU.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from .._triton_kernels import DOUBLE, EXACT, FAST, Math
+
+LOGISTIC = tl.constexpr(0)
+LEAKY = tl.constexpr(1)
+RELU6 = tl.constexpr(2)
+GAUSSIAN = tl.constexpr(3)
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LOG2E_HI = tl.constexpr(1.44269502162933349609375)
+_LOG2E_LO = tl.constexpr(1.92596299112661746887e-8)
+_HALF_LOG2E = tl.constexpr(0.72134752)
+_HALF_LOG2E_LO = tl.constexpr(9.6298149e-9)
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer
+_LARGEST = tl.constexpr(3.4028234e38)
+_SMALLEST_S = tl.constexpr(2.0**-120)  # a bump lower than this is flushed, so that its rate stays finite
+
+
+@triton.jit
+def _rcp(x):
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _ex2(x):
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _smaller(a, b):
+    """min(a, b), NaN if either is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+# ---- once per channel ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sigmoids(r):
+    """sigmoid(r) and sigmoid(-r), float64."""
+    e = libdevice.exp(-tl.abs(r))
+    big = 1.0 / (1.0 + e)
+    small = e * big
+    return tl.where(r > 0, big, small), tl.where(r > 0, small, big)
+
+
+@triton.jit
+def _knobs(beta, coeff, RAW: tl.constexpr, EPS: tl.constexpr):
+    """beta, s, coeff, 1 - coeff, and d beta, d coeff / d given, in float64."""
+    beta, coeff = beta.to(tl.float64), coeff.to(tl.float64)
+    if RAW:
+        b, b1 = _sigmoids(beta)
+        c, c1 = _sigmoids(coeff)
+        return b, b1 + EPS, c, c1, b * b1, c * c1
+    else:
+        one = beta * 0.0 + 1.0
+        return beta, (1.0 - beta) + EPS, coeff, 1.0 - coeff, one, one
+
+
+@triton.jit
+def _split(v):
+    """float64 as an unevaluated sum of two float32."""
+    hi = v.to(tl.float32)
+    return hi, (v - hi.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def _scaled(x_hi, x_lo, y_hi, y_lo):
+    """Product of two unevaluated sums."""
+    hi = x_hi * y_hi
+    return hi, tl.fma(x_hi, y_lo, tl.fma(x_lo, y_hi, tl.fma(x_hi, y_hi, -hi)))
+
+
+@triton.jit
+def derive(p, GRADE: tl.constexpr, STATIC: tl.constexpr):
+    """(rate hi, lo, limit) of both decays, coeff, 1 - coeff, (1 - coeff) s, eta = beta / s, slope, 1 - slope."""
+    KIND: tl.constexpr = STATIC[0]
+    RAW: tl.constexpr = STATIC[1]
+    EPS: tl.constexpr = STATIC[2]
+    beta, coeff, slope = p[0], p[1], p[2]
+    if GRADE == DOUBLE:
+        b, s, c, c1, _db, _dc = _knobs(beta, coeff, RAW, EPS)
+        smooth = s > 1e-300
+        u = 1.0 / tl.where(smooth, s, 1.0)
+        t = b * u
+        gone: tl.constexpr = 37.0 if KIND == GAUSSIAN else 700.0
+        t_limit = tl.where(smooth, tl.where(t > 1e-300, gone / tl.where(t > 1e-300, t, 1.0), 1.7e308), -1.0)
+        u_limit = tl.where(smooth, gone / u, -1.0)
+        slope = slope.to(tl.float64)
+        return t, t, t_limit, u, u, u_limit, c, c1, c1 * s, tl.where(smooth, t, 0.0), slope, 1.0 - slope
+    else:
+        if RAW or EPS != 0.0 or beta.dtype == tl.float64 or coeff.dtype == tl.float64:
+            b64, s64, c64, c164, _db, _dc = _knobs(beta, coeff, RAW, EPS)
+            b, b_lo = _split(b64)
+            s, s_lo = _split(s64)
+            c, c1 = c64.to(tl.float32), c164.to(tl.float32)
+        else:
+            b, b_lo = beta, beta * 0.0
+            s = 1.0 - beta
+            s_lo = (1.0 - s) - beta  # what the subtraction rounded off
+            c, c1 = coeff, 1.0 - coeff
+        smooth = s > _SMALLEST_S
+        c1s = c1 * s
+        safe = tl.where(smooth, s, 1.0)
+        r = _rcp(safe)
+        r_lo = r * tl.fma(-tl.where(smooth, s_lo, 0.0), r, tl.fma(-safe, r, 1.0))
+        eta, eta_lo = _scaled(b, b_lo, r, r_lo)
+        if KIND == GAUSSIAN:
+            t, t_lo, u, u_lo = eta, eta_lo, r, r_lo
+        else:
+            t, t_lo = _scaled(eta, eta_lo, _LOG2E_HI, _LOG2E_LO)
+            u, u_lo = _scaled(r, r_lo, _LOG2E_HI, _LOG2E_LO)
+        vanished: tl.constexpr = 13.16 if KIND == GAUSSIAN else 125.0
+        t_limit = tl.where(smooth, tl.minimum(vanished * _rcp(t), _LARGEST), -1.0)
+        u_limit = tl.where(smooth, tl.minimum(vanished * _rcp(u), _LARGEST), -1.0)
+        eta = tl.where(smooth, eta, 0.0)
+        if GRADE == FAST:  # without limits: a unit without a bump has no coefficients instead
+            # At beta = 0 too, infinity decays to 0. (The smallest float; written as a number it would be a double.)
+            t = tl.maximum(t.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+            c, c1, c1s = tl.where(smooth, c, 0.0), tl.where(smooth, c1, 0.0), tl.where(smooth, c1s, 0.0)
+        slope = slope.to(tl.float32)
+        return t, t_lo, t_limit, u, u_lo, u_limit, c, c1, c1s, eta, slope, 1.0 - slope
+
+
+# ---- per element -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _exp2_scaled(f, z):
+    """2^f, f in [-1/2, 1/2] (8e-8 relative), times the power that adding _MAGIC left in the low bits of z."""
+    q = tl.fma(f, 0.00132764727275, 0.00967554132619)
+    q = tl.fma(q, f, 0.0555071327119)
+    q = tl.fma(q, f, 0.240221197242)
+    q = tl.fma(q, f, 0.693146967066)
+    q = tl.fma(q, f, 1.00000007165)
+    return (q.to(tl.int32, bitcast=True) + (z.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _decay(a, hi, lo, limit, GRADE: tl.constexpr):
+    """e^(-rate a), 0 beyond the limit, and a capped where the result is 0, so that their product is 0 and not NaN."""
+    if GRADE == DOUBLE:
+        ac = tl.where(limit < a, limit, a)
+        return tl.where(a > limit, 0.0, libdevice.exp(-ac * hi)), ac
+    elif GRADE == EXACT:
+        ac = _smaller(a, limit)
+        z = tl.fma(-ac, hi, _MAGIC)
+        f = tl.fma(-ac, lo, tl.fma(-ac, hi, _MAGIC - z))
+        return tl.where(a > limit, 0.0, _exp2_scaled(f, z)), ac
+    else:
+        return _ex2(-a * hi), _smaller(a, _LARGEST)
+
+
+@triton.jit
+def _inverse(x, GRADE: tl.constexpr):
+    if GRADE == DOUBLE:
+        return 1.0 / x
+    else:
+        return _rcp(x)
+
+
+@triton.jit
+def _log1p(e, GRADE: tl.constexpr):
+    """log(1 + e) on [0, 1]; EXACT: 2e-7 relative, FAST: 6e-5."""
+    if GRADE == DOUBLE:
+        return libdevice.log1p(e)
+    elif GRADE == EXACT:
+        q = tl.fma(e, -0.00853920997913, 0.0440896366184)
+        q = tl.fma(q, e, -0.107681719451)
+        q = tl.fma(q, e, 0.177452418669)
+        q = tl.fma(q, e, -0.24495462964)
+        q = tl.fma(q, e, 0.332754797946)
+        q = tl.fma(q, e, -0.499974053971)
+        return tl.fma(q, e, 0.999999805667) * e
+    else:
+        q = tl.fma(e, 0.041347300758, -0.157427203911)
+        q = tl.fma(q, e, 0.306300927591)
+        q = tl.fma(q, e, -0.496977805093)
+        return tl.fma(q, e, 0.999943277947) * e
+
+
+@triton.jit
+def _tail(a, hi, lo, limit, GRADE: tl.constexpr):
+    """phi(t) and Phi(-t) at t = rate a >= 0, and a capped where both are 0."""
+    if GRADE == DOUBLE:
+        ac = tl.where(limit < a, limit, a)
+        t = ac * hi
+        pdf = tl.where(a > limit, 0.0, 0.39894228040143267794 * libdevice.exp(-0.5 * t * t))
+        return pdf, tl.where(a > limit, 0.0, 0.5 * libdevice.erfc(t * 0.70710678118654752440)), ac
+    else:
+        ac = _smaller(a, limit)
+        t = ac * hi
+        y = t * t
+        if GRADE == EXACT:
+            t_lo = tl.fma(ac, lo, tl.fma(ac, hi, -t))
+            y_lo = tl.fma(2.0 * t, t_lo, tl.fma(t, t, -y))
+            z = tl.fma(-y, _HALF_LOG2E, _MAGIC)
+            f = tl.fma(-y, _HALF_LOG2E, _MAGIC - z)
+            f = tl.fma(-y_lo, _HALF_LOG2E, tl.fma(-y, _HALF_LOG2E_LO, f))
+            e = _exp2_scaled(f, z)
+        else:
+            e = _ex2(-y * _HALF_LOG2E)
+        e = tl.where(a > limit, 0.0, e)
+        v = _rcp(tl.fma(t, 0.35, 1.0))
+        q = tl.fma(v, -0.0291206648984, 0.143846442622)
+        q = tl.fma(q, v, -0.255450152319)
+        q = tl.fma(q, v, 0.158865701548)
+        q = tl.fma(q, v, -0.0228922507591)
+        q = tl.fma(q, v, 0.105413403751)
+        q = tl.fma(q, v, 0.119857536284)
+        q = tl.fma(q, v, 0.139858354813)
+        q = tl.fma(q, v, 0.139621613095)
+        return 0.3989422804 * e, e * (q * v), ac
+
+
+@triton.jit
+def _bump(a, k, GRADE: tl.constexpr, KIND: tl.constexpr):
+    """The bump, minus its derivative, and the four terms of the parameter gradients. What is not used is not computed.
+
+    Every product starts from a q or a phi, which are 0 where a is huge.
+    """
+    t_hi, t_lo, t_limit, u_hi, u_lo, u_limit, c, c1, c1s, eta, _slope, _reach = k
+    if KIND == GAUSSIAN:
+        pdf_t, cdf_t, at = _tail(a, t_hi, t_lo, t_limit, GRADE)
+        pdf_u, cdf_u, au = _tail(a, u_hi, u_lo, u_limit, GRADE)
+        ap, aq, uq = at * pdf_t, at * cdf_t, au * cdf_u
+        delta = tl.fma(c1s, pdf_u, tl.fma(-c, aq, -(c1 * uq)))
+        h = tl.fma(c, tl.fma(-eta, ap, cdf_t), c1 * cdf_u)
+        return delta, h, at * ap, aq, pdf_u, uq
+    else:
+        et, at = _decay(a, t_hi, t_lo, t_limit, GRADE)
+        eu, au = _decay(a, u_hi, u_lo, u_limit, GRADE)
+        pt, pu = _inverse(1.0 + et, GRADE), _inverse(1.0 + eu, GRADE)
+        qt, qu, log_term = et * pt, eu * pu, _log1p(eu, GRADE)
+        aq = at * qt
+        apq = aq * pt
+        delta = tl.fma(c1s, log_term, -(c * aq))
+        h = tl.fma(c, tl.fma(-eta, apq, qt), c1 * qu)
+        return delta, h, at * apq, aq, log_term, au * qu
+
+
+@triton.jit
+def forward(w, k, GRADE: tl.constexpr, STATIC: tl.constexpr):
+    KIND: tl.constexpr = STATIC[0]
+    if KIND == RELU6:
+        low, _h, _s0, _s1, _s2, _s3 = _bump(tl.abs(w), k, GRADE, KIND)
+        high, _h, _s0, _s1, _s2, _s3 = _bump(tl.abs(w - 6.0), k, GRADE, KIND)
+        return tl.where(w > 6.0, 6.0, tl.where(w < 0.0, 0.0, w)) + (low - high)
+    elif KIND == LEAKY:
+        slope, reach = k[10], k[11]
+        delta, _h, _s0, _s1, _s2, _s3 = _bump(tl.abs(reach) * tl.abs(w), k, GRADE, KIND)
+        return tl.where(w > 0.0, w, slope * w) + tl.where(reach < 0.0, -delta, delta)
+    else:
+        delta, _h, _s0, _s1, _s2, _s3 = _bump(tl.abs(w), k, GRADE, KIND)
+        return tl.maximum(w, 0.0) + delta
+
+
+@triton.jit
+def gradients(w, k, GRADE: tl.constexpr, STATIC: tl.constexpr):
+    """d/dw and the terms whose sums, times the upstream gradient, make the parameter gradients; see `finish`."""
+    KIND: tl.constexpr = STATIC[0]
+    if KIND == RELU6:
+        _d, low, l0, l1, l2, l3 = _bump(tl.abs(w), k, GRADE, KIND)
+        _d, high, h0, h1, h2, h3 = _bump(tl.abs(w - 6.0), k, GRADE, KIND)
+        step = tl.where(w > 0.0, 1.0 - low, low) - tl.where(w > 6.0, 1.0 - high, high)
+        return step, l0 - h0, l1 - h1, l2 - h2, l3 - h3, l0
+    elif KIND == LEAKY:
+        slope, reach = k[10], k[11]
+        _d, h, s0, s1, s2, s3 = _bump(tl.abs(reach) * tl.abs(w), k, GRADE, KIND)
+        up = w > 0.0
+        step = tl.where(up, 1.0 - reach * h, slope + reach * h)
+        return step, s0, s1, s2, s3, w * tl.where(up, h, 1.0 - h)
+    else:
+        _d, h, s0, s1, s2, s3 = _bump(tl.abs(w), k, GRADE, KIND)
+        return tl.where(w > 0.0, 1.0 - h, h), s0, s1, s2, s3, s0
+
+
+@triton.jit
+def finish(p, s, STATIC: tl.constexpr):
+    """From the sums of one channel to the gradients of (beta, coeff, slope), in float64."""
+    KIND: tl.constexpr = STATIC[0]
+    RAW: tl.constexpr = STATIC[1]
+    EPS: tl.constexpr = STATIC[2]
+    s0, s1, s2, s3 = s[0].to(tl.float64), s[1].to(tl.float64), s[2].to(tl.float64), s[3].to(tl.float64)
+    _b, width, c, c1, d_beta, d_coeff = _knobs(p[0], p[1], RAW, EPS)
+    smooth = width > _SMALLEST_S
+    inv = 1.0 / tl.where(smooth, width, 1.0)
+    silu = c * (1.0 + EPS) * inv * inv * s0
+    if KIND == GAUSSIAN:
+        beta = silu - c1 * s2
+        coeff = -(s1 + width * s2 - s3)
+    else:
+        beta = silu - c1 * (s2 + inv * s3)
+        coeff = -(s1 + width * s2)
+    # Without a bump the knobs have no effect; above slope 1 the bump is turned over.
+    sign = tl.where(smooth, 1.0, 0.0)
+    if KIND == LEAKY:
+        sign = tl.where(p[2].to(tl.float64) > 1.0, -sign, sign)
+    return sign * beta * d_beta, sign * coeff * d_coeff, s[4].to(tl.float64)
+
+
+MATH = Math(derive, forward, gradients, finish, fallbacks=(1.0, 0.5, 0.0, 1.0, 0.0), prologue=True)

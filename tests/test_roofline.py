@@ -1,0 +1,58 @@
+"""Rung 4: the machine code of every Triton kernel against its budget: no spills, no calls, wide accesses, few instructions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from benchmarks import roofline, sass
+
+BUDGETS = json.loads((Path(roofline.__file__).parent / "budgets.json").read_text())
+# Predicted time over the memory floor that the kernels are built for, by the start of a variant's name, dtype, and GPU.
+TARGETS = {
+    ("ctu forward", "fp32", 80): 1.0,
+    ("ctu forward", "fp32", 90): 1.0,
+    ("ctu forward", "bf16", 90): 1.05,
+    ("ctu backward", "fp32", 80): 1.0,
+    ("ctu backward", "fp32", 90): 1.0,
+    ("ctu backward", "bf16", 90): 1.2,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", roofline.GPUS)
+def test_every_kernel_keeps_its_budget(sm: int) -> None:
+    found = [c for c in roofline.costs([sm]) if not c.variant.startswith("naive")]
+    assert {f"{c.variant} sm_{c.sm}" for c in found} == {name for name in BUDGETS if name.endswith(f"sm_{sm}")}
+    for c in found:
+        name = f"{c.variant} sm_{c.sm}"
+        allowed, used = BUDGETS[name], roofline.budget(c)
+        assert c.spills == c.stack == c.calls == 0, name
+        assert used["vector"] >= allowed["vector"], name
+        # room for another compiler's scheduling, not for another instruction in the maths
+        assert used["instructions"] <= 1.03 * allowed["instructions"] + 0.5, name
+        assert used["mufu"] <= allowed["mufu"], name
+        assert used["registers"] <= allowed["registers"] + 8, name
+        assert used["ratio"] <= allowed["ratio"] + 0.05, name
+        for (start, dtype, target), bound in TARGETS.items():
+            if c.variant.startswith(start) and c.variant.endswith(dtype) and target == sm:
+                assert c.ratio <= bound, name
+
+
+def test_every_kernel_moves_sixteen_bytes_at_a_time() -> None:
+    assert {budget["vector"] for budget in BUDGETS.values()} == {16}
+
+
+def test_the_hot_loop_is_the_one_that_loads() -> None:
+    instructions = [
+        sass.Instruction(name, "") for name in ("MOV", "LDG.E.128", "MUFU.EX2", "STG.E.128", "BRA", "BRA", "EXIT")
+    ]
+    listing = sass.Listing(16, 0, instructions, [(1, 4), (0, 5), (6, 6)])
+    assert len(listing.hot(outermost=False)) == 4
+    assert len(listing.hot(outermost=True)) == 6
+    assert [i.bytes for i in instructions[1:2]] == [16]
+    assert sass.pipes([sass.Instruction("FFMA2", "")])["fp32"] == 2

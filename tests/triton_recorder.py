@@ -1,0 +1,77 @@
+"""Runs the Triton backend's own launch code on CPU tensors, without a GPU.
+
+Every launch is compiled ahead of time with exactly the types, alignments and constants that Triton derives from its
+arguments, and the PTX is executed by the CPU, with bounds, races and uninitialised memory checked. Import only where
+Triton is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from ptx import Memory, parse
+from ptx.launch import Launch, execute
+from torch import Tensor
+
+from benchmarks.ahead_of_time import compiled
+from ctkernels.ops import _triton
+from ctkernels.ops._op import Op
+
+OUTPUTS = {"y", "dx", "dresidual", "d0", "d1", "d2", "d3", "d4"}
+
+
+class Recorder:
+    """Stands in for :func:`ctkernels.ops._triton.launch`. ``launches`` keeps (kernel name, grid, meta, compiled)."""
+
+    def __init__(self, sm: int, approx: int = 0, races: bool = True):
+        self.sm, self.approx, self.races = sm, approx, races
+        self.launches: list[tuple[str, int, dict[str, Any], Any]] = []
+        self.memory = Memory()
+
+    def __call__(self, kernel: Any, grid: int, args: dict[str, Any], meta: dict[str, Any]) -> None:
+        found, values = compiled(kernel, args, meta, self.sm)
+        self.launches.append((kernel.__name__, grid, meta, found))
+        if kernel is not _triton.finish_kernel:  # what a finishing kernel reads is what the one before it wrote
+            self.memory = Memory()
+        tensors = {name: t for name, t in values.items() if isinstance(t, Tensor)}
+        in_place = tensors.get("y") is tensors.get("x")
+        outputs = [t for name, t in tensors.items() if name in OUTPUTS and not (name == "y" and in_place)]
+        scratch = [t for name, t in tensors.items() if name == "partial" and kernel is not _triton.finish_kernel]
+        inputs = [
+            t for name, t in tensors.items() if name not in OUTPUTS | {"partial"} and not (name == "x" and in_place)
+        ]
+        text = found.asm["ptx"]
+        (entry,) = parse(text).entries
+        hidden = len(parse(text).functions[entry].params) - len(values)
+        launch = Launch(
+            text,
+            entry,
+            (grid,),
+            (32 * found.metadata.num_warps,),
+            found.metadata.shared,
+            [*values.values(), *[0] * hidden],
+        )
+        execute(
+            [launch],
+            memory=self.memory,
+            unwritten=outputs + scratch,
+            readonly=inputs,
+            races=self.races,
+            approx=self.approx,
+        )
+        for t in outputs:
+            assert self.memory.written(t).all(), f"{kernel.__name__} leaves part of an output unwritten"
+
+
+@contextmanager
+def triton_on_cpu(recorder: Recorder) -> Iterator[Recorder]:
+    """Every op goes through its Triton host code, and its kernels through ``recorder``."""
+
+    def packet(op: Op, suffix: str) -> Any:
+        return _triton.implementations(op)[suffix]
+
+    with mock.patch.object(_triton, "launch", recorder), mock.patch.object(Op, "_packet", packet):
+        yield recorder
