@@ -92,7 +92,7 @@ def ctu(
             if inplace and dtype != x.dtype:
                 raise TypeError(f"ctu: residual must have x's dtype {x.dtype} when inplace=True, got {residual.dtype}")
             x, residual = x.to(dtype), residual.to(dtype)
-    _backend.forced_refusal(x)
+    _backend.forced_refusal(x, "ctu")
     inputs = (x, beta, coeff, slope, scale, shift, residual)
     static = (NO_CHANNEL if channel is None else channel, kind, raw, eps)
     if not inplace:
@@ -198,7 +198,7 @@ def head_edit(
             _check.same_device(op, name, gate, "z", z)
     if index is not None:
         _check_index(index, z)
-    _backend.forced_refusal(z)
+    _backend.forced_refusal(z, op)
     params = [_widened(t) for t in (m, a, g_m, g_a)]
     if index is not None:
         params = [t if t is None else t.index_select(0, index) for t in params]
@@ -337,7 +337,7 @@ def hard_concrete(
         _check.tensor("hard_concrete", "noise", noise)
         _check.same_shape("hard_concrete", "noise", noise, "log_alpha", log_alpha)
         noise = noise.to(logits.dtype).contiguous()
-    _backend.forced_refusal(logits)
+    _backend.forced_refusal(logits, "hard_concrete")
     return _HARD_CONCRETE((logits.contiguous(), noise), (NO_CHANNEL, mode, float(temperature), low, high))
 
 

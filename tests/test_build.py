@@ -91,14 +91,14 @@ def test_env_command_knows_the_build(capsys: pytest.CaptureFixture[str]) -> None
     if _backend.NATIVE is not None:
         assert found["native"]["simd_level_used"] in found["native"]["simd_levels"]
         assert found["native"]["threads"] == torch.get_num_threads()
-    rows = {(r["device"], r["dtype"]): r for r in found["dispatch"]}
+    rows = {(r["op"], r["device"], r["dtype"]): r for r in found["dispatch"]}
     expected = "cpu" if _backend.NATIVE is not None else "reference"
-    assert rows["cpu", "bfloat16"]["backend"] == expected
+    assert rows["head_edit", "cpu", "bfloat16"]["backend"] == expected
     if expected == "reference":
-        assert "not built" in rows["cpu", "float32"]["passed_over"]["cpu"]
+        assert "not built" in rows["ctu", "cpu", "float32"]["passed_over"]["cpu"]
     arguments = environment.parser().parse_args([])
     assert environment.run(arguments) == 0
-    assert "dispatch of ctu, head_edit, hard_concrete" in capsys.readouterr().out
+    assert "hard_concrete cpu   float64" in capsys.readouterr().out
 
 
 def test_a_machine_without_avx2_uses_the_reference() -> None:

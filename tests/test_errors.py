@@ -101,8 +101,11 @@ def test_backends() -> None:
     ):
         ctu(torch.empty(3, device="meta"), 0.9)
     text = ctkernels.explain(torch.randn(2, 3))
-    assert "float32 tensor of shape (2, 3) on cpu" in text
+    assert "ctu on a float32 tensor of shape (2, 3) on cpu" in text
     assert "reference" in text
+    assert "has kernels for ctu only" in ctkernels.explain(torch.randn(2), "head_edit") or "triton is not" in text
+    with pytest.raises(ValueError, match="op must be one of 'ctu', 'head_edit', 'hard_concrete'; got 'add'"):
+        ctkernels.explain(torch.randn(2), "add")
     with ctkernels.use_backend("reference"):
         assert "forced: used" in ctkernels.explain(torch.randn(2))
     assert "meta" in ctkernels.explain(torch.empty(2, device="meta"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import platform
 from typing import Any
@@ -14,9 +15,8 @@ import torch
 import ctkernels
 
 from ..ops import _backend
-from ..ops._backend import BACKENDS, DTYPES
+from ..ops._backend import BACKENDS, DTYPES, OPS
 
-OPS = ("ctu", "head_edit", "hard_concrete")
 OPTIONAL = (
     "triton",
     "torchvision",
@@ -101,17 +101,16 @@ def _native() -> dict[str, Any]:
 def _dispatch(devices: list[str]) -> list[dict[str, Any]]:
     """The backend of every op, device type and dtype, with the reasons of those passed over."""
     rows = []
-    for device in dict.fromkeys(d.split(":")[0] for d in devices):
-        for dtype in DTYPES:
-            x = torch.empty(1, dtype=dtype, device=device)
-            passed: dict[str, str] = {}
-            for backend in BACKENDS.values():
-                refusal = backend.refusal(x)
-                if refusal is None:
-                    rows.append({"ops": list(OPS), "device": device, "dtype": str(dtype).removeprefix("torch."),
-                                 "backend": backend.name, "passed_over": passed})  # fmt: skip
-                    break
-                passed[backend.name] = refusal
+    for op, device, dtype in itertools.product(OPS, dict.fromkeys(d.split(":")[0] for d in devices), DTYPES):
+        x = torch.empty(1, dtype=dtype, device=device)
+        passed: dict[str, str] = {}
+        for backend in BACKENDS.values():
+            refusal = backend.refusal(x, op)
+            if refusal is None:
+                name = str(dtype).removeprefix("torch.")
+                rows.append({"op": op, "device": device, "dtype": name, "backend": backend.name, "passed_over": passed})
+                break
+            passed[backend.name] = refusal
     return rows
 
 
@@ -126,8 +125,8 @@ def _text(found: dict[str, Any]) -> str:
     lines += [f"  {k:<15} {', '.join(v) if isinstance(v, list) else v}" for k, v in found["native"].items()]
     lines.append("backends, in the order they are tried")
     lines += [f"  {n:<13} {b['serves']:<11} {b['missing'] or 'available'}" for n, b in found["backends"].items()]
-    lines.append(f"dispatch of {', '.join(OPS)}")
+    lines.append("dispatch")
     for row in found["dispatch"]:
         why = "; ".join(f"not {name}: {reason}" for name, reason in row["passed_over"].items()) or "first choice"
-        lines.append(f"  {row['device']:<5} {row['dtype']:<9} {row['backend']:<10} {why}")
+        lines.append(f"  {row['op']:<13} {row['device']:<5} {row['dtype']:<9} {row['backend']:<10} {why}")
     return "\n".join(lines)

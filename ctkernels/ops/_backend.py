@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+OPS = ("ctu", "head_edit", "hard_concrete")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -47,17 +48,20 @@ def _capability(device: int) -> tuple[int, int]:
 @dataclass(frozen=True)
 class Backend:
     """``missing``: why this backend is not available here at all, or None. ``device``: the type it serves, None for any.
-    ``capability``: the least compute capability of a CUDA device."""
+    ``capability``: the least compute capability of a CUDA device. ``ops``: those it has kernels for, None for all."""
 
     name: str
     device: str | None
     missing: str | None
     capability: tuple[int, int] = (0, 0)
+    ops: tuple[str, ...] | None = None
 
-    def refusal(self, x: Tensor) -> str | None:
-        """Why this backend cannot serve ``x``, or None."""
+    def refusal(self, x: Tensor, op: str = "ctu") -> str | None:
+        """Why this backend cannot serve ``op`` on ``x``, or None."""
         if self.missing is not None:
             return self.missing
+        if self.ops is not None and op not in self.ops:
+            return f"has kernels for {', '.join(self.ops)} only"
         if self.device is not None and x.device.type != self.device:
             return f"serves {self.device} tensors, got one on {x.device.type}"
         if x.is_cuda and self.capability > (0, 0) and (found := _capability(x.get_device())) < self.capability:
@@ -72,7 +76,7 @@ BACKENDS = {
     b.name: b
     for b in (
         Backend("cpu", "cpu", _native_missing),
-        Backend("triton", "cuda", _triton_missing(), (8, 0)),
+        Backend("triton", "cuda", _triton_missing(), (8, 0), ops=("ctu",)),
         Backend("reference", None, None),
     )
 }
@@ -84,20 +88,20 @@ def reference_forced() -> bool:
     return _forced == "reference"
 
 
-def choose(x: Tensor) -> Backend:
-    """The backend that serves ``x``; RuntimeError if the forced one cannot."""
+def choose(x: Tensor, op: str = "ctu") -> Backend:
+    """The backend that serves ``op`` on ``x``; RuntimeError if the forced one cannot."""
     if _forced is not None:
-        refusal = BACKENDS[_forced].refusal(x)
+        refusal = BACKENDS[_forced].refusal(x, op)
         if refusal is not None:
             raise RuntimeError(f"backend {_forced!r} was forced but cannot serve this tensor: {refusal}")
         return BACKENDS[_forced]
-    return next(b for b in BACKENDS.values() if b.refusal(x) is None)
+    return next(b for b in BACKENDS.values() if b.refusal(x, op) is None)
 
 
-def forced_refusal(x: Tensor) -> None:
-    """Raises if a backend is forced that cannot serve ``x``. Costs nothing when none is forced."""
+def forced_refusal(x: Tensor, op: str) -> None:
+    """Raises if a backend is forced that cannot serve ``op`` on ``x``. Costs nothing when none is forced."""
     if _forced is not None:
-        choose(x)
+        choose(x, op)
 
 
 @contextlib.contextmanager
@@ -120,15 +124,19 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def explain(x: Tensor) -> str:
-    """Which backend would serve ``x`` (any op), and why each of the others would not.
+def explain(x: Tensor, op: str = "ctu") -> str:
+    """Which backend would serve ``op`` on ``x``, and why each of the others would not.
+
+    op: ``"ctu"``, ``"head_edit"`` or ``"hard_concrete"``.
 
     >>> print(ctkernels.explain(torch.randn(8)))
     """
-    chosen = next(b for b in BACKENDS.values() if b.refusal(x) is None)
-    lines = [f"{str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)} on {x.device}"]
+    if op not in OPS:
+        raise ValueError(f"explain: op must be one of {', '.join(map(repr, OPS))}; got {op!r}")
+    chosen = next(b for b in BACKENDS.values() if b.refusal(x, op) is None)
+    lines = [f"{op} on a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)} on {x.device}"]
     for backend in BACKENDS.values():
-        refusal = backend.refusal(x)
+        refusal = backend.refusal(x, op)
         if backend is chosen:
             note = "used" if _forced in (None, backend.name) else "first choice"
         else:
