@@ -36,7 +36,7 @@ from ctkernels.report import GateMap, edit_sizes
 # One setting each, so that the demo stays short.
 # `python -m ctkernels jola` chooses for every method alike from a grid.
 GRIDS = {"lora": {"lr": [3e-3], "rank": [8]}, "jola": {"lr": [1.5e-2], "gate_lr": [5e-2]}}
-SIZES = {"train": 200, "val": 60, "test": 240, "epochs": 3}
+SIZES = {"train": 140, "val": 50, "test": 200, "epochs": 3}
 SHORT = {"train": 20, "val": 8, "test": 24, "epochs": 1}
 
 
