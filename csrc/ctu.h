@@ -24,12 +24,19 @@ struct CtuKnobs {
   double beta, s, coeff, dbeta, dcoeff;  // the last two: d beta / d given, d coeff / d given
 };
 
-inline double sigmoid(double r) { return 1.0 / (1.0 + exp(-r)); }
+// sigma(r) and sigma(-r), both to full precision.
+struct Sigmoids {
+  double of, of_negative;
+};
+inline Sigmoids sigmoids(double r) {
+  const double e = exp(-fabs(r)), large = 1.0 / (1.0 + e), small = e * large;
+  return r < 0 ? Sigmoids{small, large} : Sigmoids{large, small};
+}
 
 inline CtuKnobs ctu_knobs(double beta, double coeff, bool raw, double eps) {
   if (!raw) return {beta, (1.0 - beta) + eps, coeff, 1.0, 1.0};
-  const double b = sigmoid(beta), b1 = sigmoid(-beta), c = sigmoid(coeff), c1 = sigmoid(-coeff);
-  return {b, b1 + eps, c, b * b1, c * c1};
+  const Sigmoids b = sigmoids(beta), c = sigmoids(coeff);
+  return {b.of, b.of_negative + eps, c.of, b.of * b.of_negative, c.of * c.of_negative};
 }
 
 // From one channel's sums (Ctu::Grads::sums times dy, added up) to the gradients of the given beta and coeff.

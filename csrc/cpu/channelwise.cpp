@@ -13,12 +13,16 @@ namespace {
 constexpr int64_t kBlock = 1024;
 // Values per unit of work. It fixes how sums are grouped, so it must not depend on the machine or the thread count.
 constexpr int64_t kUnit = 16384;
+// Per-lane constants and sums of a block stay in L1 while this many rows go by.
+constexpr int64_t kLaneBlock = 256;
+constexpr int64_t kTileRows = 16;
 // Channels with at least this many neighbouring values run with their constants in registers; others run with one
 // constant per lane.
 constexpr int64_t kMinRun = 16;
 // Per-lane sums: at most this many slots a lane, each adding up float partial sums of kFlushRows rows in double.
 constexpr int64_t kMaxCuts = 64;
 constexpr int64_t kFlushRows = 64;
+static_assert(kFlushRows % kTileRows == 0, "sums are flushed between tiles");
 // Fewer values than this are not worth a second thread.
 constexpr int64_t kParallelFrom = 32768;
 
@@ -150,16 +154,18 @@ void for_runs(const Plan& p, const View& v, const Constants<T>& k, int op_fields
       const T* base = k.data.data() + g % k.rows * k.per_group;
       const int64_t last = std::min(p.rows, (cut + 1) * p.rows_per_unit);
       run.stride = p.length;
-      for (int64_t row = cut * p.rows_per_unit; row < last; ++row) {
-        const int64_t width = row == p.rows - 1 ? p.tail : p.length;
-        for (int64_t column = 0; column < width; column += kBlock) {
-          run.offset = g * v.outer * v.channels * v.inner + row * p.length + column;
-          run.n = std::min(kBlock, width - column);
+      for (int64_t tile = cut * p.rows_per_unit; tile < last; tile += kTileRows) {
+        for (int64_t column = 0; column < p.length; column += kLaneBlock) {
           run.lane = column;
           run.consts = base + column;
           run.scale = prologue ? base + op_fields * p.length + column : nullptr;
           run.shift = prologue ? base + (op_fields + 1) * p.length + column : nullptr;
-          f(run, unit);
+          for (int64_t row = tile; row < std::min(last, tile + kTileRows); ++row) {
+            const int64_t width = row == p.rows - 1 ? p.tail : p.length;
+            run.offset = g * v.outer * v.channels * v.inner + row * p.length + column;
+            run.n = std::min(kLaneBlock, width - column);
+            if (run.n > 0) f(run, unit);
+          }
         }
       }
     }
