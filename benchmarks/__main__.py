@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"torch {where['torch']}, commit {where['commit']}{' with changes' if where['dirty'] else ''}")
     print(measure.tune_allocator())
     print("medians of interleaved runs; copy is Tensor.copy_ into an existing tensor\n")
-    result: dict[str, object] = {"provenance": where, "records": [], "overhead_us": {}, "bars": []}
+    result: dict[str, Any] = {"provenance": where, "records": [], "overhead_us": {}, "bars": []}
     if args.networks:
         from . import jola_step
 
@@ -55,9 +56,9 @@ def main(argv: list[str] | None = None) -> int:
             + ", ".join(f"{k} {v:.1f} us" for k, v in overhead.items())
             + "\n"
         )
-        result["records"] += records  # type: ignore[operator]
-        result["bars"] += rows  # type: ignore[operator]
-        result["overhead_us"] |= overhead  # type: ignore[operator]
+        result["records"] += records
+        result["bars"] += rows
+        result["overhead_us"] |= overhead
     if args.json:
         write_text(args.json, json.dumps(result, indent=1) + "\n")
     return 0

@@ -23,7 +23,8 @@ def forward(log_alpha: Tensor, noise: Tensor | None, mode: int, temperature: flo
         return _simple(torch.sigmoid(log_alpha), low, high)
     if mode == OPEN:
         return torch.sigmoid(log_alpha - temperature * math.log(-low / high))
-    return sum(w * torch.sigmoid(log_alpha - c) for c, w in thresholds(temperature, low, high))  # type: ignore[return-value]
+    terms = (w * torch.sigmoid(log_alpha - c) for c, w in thresholds(temperature, low, high))
+    return sum(terms, torch.zeros_like(log_alpha))
 
 
 def slopes(
@@ -35,7 +36,7 @@ def slopes(
         return p * (1 - p), None
     if mode == MEAN:
         terms = ((w, torch.sigmoid(log_alpha - c)) for c, w in thresholds(temperature, low, high))
-        return sum(w * p * (1 - p) for w, p in terms), None  # type: ignore[return-value]
+        return sum((w * p * (1 - p) for w, p in terms), torch.zeros_like(log_alpha)), None
     if mode == CLIP:
         s, rate = torch.sigmoid(log_alpha), 1.0
     else:
