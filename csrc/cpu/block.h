@@ -15,17 +15,19 @@ inline constexpr int kKernels = 5;
 inline constexpr int kMaxSums = 7;  // two of them the prologue's
 inline constexpr int kMaxFields = 16;
 
-// Constants are either one set for the whole run (`uniform`: fields contiguous) or one per lane (field i of lane j at
-// consts[i * stride + j]).
+// Kernels come in two modes: one set of constants for n values (`uniform`: fields contiguous), or one set per lane (field
+// f of lane j at consts[f * stride + j]) for `rows` rows of n lanes, `row` values apart. Backward kernels: dw = dy * d/dw;
+// those with sums add sum k into totals[k], or lane j's into lanes[k * stride + j].
 template <class T>
 struct BlockOps {
   int fields, sums;
-  void (*forward[2])(const T* w, T* y, const T* consts, int64_t stride, int64_t n);
-  // dw = dy * d/dw. With sums: uniform adds each sum into totals[k]; per lane adds lane j's term to lanes[k * stride + j].
-  void (*backward[2])(const T* w, const T* dy, T* dw, const T* consts, int64_t stride, int64_t n);
-  void (*backward_uniform_sums)(const T* w, const T* dy, T* dw, const T* consts, double* totals, int64_t n);
-  void (*backward_lane_sums)(const T* w, const T* dy, T* dw, const T* consts, int64_t stride, T* lanes, int64_t lane_stride,
-                             int64_t n);
+  int rows;  // that the lane kernels take at once
+  void (*forward_uniform)(const T* w, T* y, const T* consts, int64_t n);
+  void (*forward_lanes)(const T* w, T* y, const T* consts, int64_t stride, int64_t rows, int64_t row, int64_t n);
+  // [with sums]
+  void (*backward_uniform[2])(const T* w, const T* dy, T* dw, const T* consts, double* totals, int64_t n);
+  void (*backward_lanes[2])(const T* w, const T* dy, T* dw, const T* consts, int64_t stride, T* lanes, int64_t rows,
+                            int64_t row, int64_t n);
 };
 enum Mode : int { kUniform = 0, kPerLane = 1 };
 
@@ -40,6 +42,15 @@ struct Staging {
   void (*prologue_lane_sums)(const T* g, const T* x, T* dscale, T* dshift, int64_t n);
 };
 
+// The same over 16-bit values, from and to memory without staging; dx may be null.
+struct HalfOps {
+  void (*forward_uniform)(const uint16_t* x, uint16_t* y, const float* consts, int64_t n);
+  void (*forward_lanes)(const uint16_t* x, uint16_t* y, const float* consts, int64_t stride, int64_t rows, int64_t row, int64_t n);
+  void (*backward_uniform[2])(const uint16_t* x, const uint16_t* dy, uint16_t* dx, const float* consts, double* totals, int64_t n);
+  void (*backward_lanes[2])(const uint16_t* x, const uint16_t* dy, uint16_t* dx, const float* consts, int64_t stride,
+                            float* lanes, int64_t rows, int64_t row, int64_t n);
+};
+
 struct BlockTable {
   const char* name;
   BlockOps<float> f32[kKernels];
@@ -47,6 +58,14 @@ struct BlockTable {
   BlockOps<double> f64[kKernels];
   Staging<float> stage32;
   Staging<double> stage64;
+  HalfOps half[2][kKernels];  // bfloat16, half; empty where this level has nothing better than staging
+
+  // Null where values are staged.
+  const HalfOps* half_ops(Kernel k, DType t) const {
+    if (t != DType::kBFloat16 && t != DType::kHalf) return nullptr;
+    const HalfOps& ops = half[t == DType::kHalf][static_cast<int>(k)];
+    return ops.forward_uniform ? &ops : nullptr;
+  }
 
   template <class T>
   const BlockOps<T>& ops(Kernel k, DType t) const {

@@ -9,6 +9,9 @@
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
+#if defined(__AVX512BW__)
+#include "half_avx512.h"
+#endif
 
 #define CTK_STR2(x) #x
 #define CTK_STR(x) CTK_STR2(x)
@@ -32,77 +35,99 @@ struct Lane {
   CTK_HD T operator()(int i) const { return p[i * stride]; }
 };
 
+// Sums of up to five terms, each by its own name: the compiler keeps no array in vector registers.
+#define CTK_ADD_TERMS(Op, s0, s1, s2, s3, s4, dy, g)                             \
+  s0 += (dy) * (g).sums[0];                                                      \
+  s1 += (dy) * (g).sums[1];                                                      \
+  if constexpr (Op::kSums > 2) s2 += (dy) * (g).sums[2], s3 += (dy) * (g).sums[3]; \
+  if constexpr (Op::kSums > 4) s4 += (dy) * (g).sums[4]
+
 template <class Op, class T>
-void forward_uniform(const T* __restrict w, T* __restrict y, const T* consts, int64_t, int64_t n) {
+void forward_uniform(const T* __restrict w, T* __restrict y, const T* consts, int64_t n) {
   const Uniform<T, Op::kFields> k(consts);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) y[i] = Op::forward(w[i], k);
 }
 
 template <class Op, class T>
-void forward_lanes(const T* __restrict w, T* __restrict y, const T* __restrict consts, int64_t stride, int64_t n) {
+void forward_lanes(const T* __restrict w, T* __restrict y, const T* __restrict consts, int64_t stride, int64_t rows,
+                   int64_t row, int64_t n) {
+  for (int64_t r = 0; r < rows; ++r) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) y[i] = Op::forward(w[i], Lane<T>{consts + i, stride});
+    for (int64_t i = 0; i < n; ++i) y[r * row + i] = Op::forward(w[r * row + i], Lane<T>{consts + i, stride});
+  }
 }
 
-template <class Op, class T>
-void backward_uniform(const T* __restrict w, const T* __restrict dy, T* __restrict dw, const T* consts, int64_t, int64_t n) {
-  const Uniform<T, Op::kFields> k(consts);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) dw[i] = dy[i] * Op::gradients(w[i], k).w;
-}
-
-template <class Op, class T>
-void backward_lanes(const T* __restrict w, const T* __restrict dy, T* __restrict dw, const T* __restrict consts,
-                    int64_t stride, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) dw[i] = dy[i] * Op::gradients(w[i], Lane<T>{consts + i, stride}).w;
-}
-
-template <class Op, class T>
-void backward_uniform_sums(const T* __restrict w, const T* __restrict dy, T* __restrict dw, const T* consts,
-                           double* __restrict totals, int64_t n) {
+template <class Op, class T, bool sums>
+void backward_uniform(const T* __restrict w, const T* __restrict dy, T* __restrict dw, const T* consts,
+                      double* __restrict totals, int64_t n) {
   const Uniform<T, Op::kFields> k(consts);
   T s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3, s4)
   for (int64_t i = 0; i < n; ++i) {
     const auto g = Op::gradients(w[i], k);
     dw[i] = dy[i] * g.w;
-    s0 += dy[i] * g.sums[0];
-    s1 += dy[i] * g.sums[1];
-    if constexpr (Op::kSums > 2) s2 += dy[i] * g.sums[2], s3 += dy[i] * g.sums[3];
-    if constexpr (Op::kSums > 4) s4 += dy[i] * g.sums[4];
+    if constexpr (sums) {
+      CTK_ADD_TERMS(Op, s0, s1, s2, s3, s4, dy[i], g);
+    }
   }
-  const T all[] = {s0, s1, s2, s3, s4};
-  for (int j = 0; j < Op::kSums; ++j) totals[j] += all[j];
+  if constexpr (sums) {
+    const T all[] = {s0, s1, s2, s3, s4};
+    for (int j = 0; j < Op::kSums; ++j) totals[j] += all[j];
+  }
 }
 
-template <class Op, class T>
-void backward_lane_sums(const T* __restrict w, const T* __restrict dy, T* __restrict dw, const T* __restrict consts,
-                        int64_t stride, T* __restrict lanes, int64_t lane_stride, int64_t n) {
-  T* __restrict l1 = lanes + lane_stride;
-  T* __restrict l2 = lanes + 2 * lane_stride;
-  T* __restrict l3 = lanes + 3 * lane_stride;
-  T* __restrict l4 = lanes + 4 * lane_stride;
+// Rows whose sums of a lane are added up in registers. Ops that do little else than move data gain from it.
+template <class Op>
+constexpr int kRowsAtOnce = Op::kSums <= 2 ? 4 : 1;
+
+template <class Op, class T, int R, bool sums>
+void backward_rows(const T* __restrict w, const T* __restrict dy, T* __restrict dw, const T* __restrict consts,
+                   int64_t stride, T* __restrict lanes, int64_t row, int64_t n) {
+  T* __restrict l1 = lanes + stride;
+  T* __restrict l2 = lanes + 2 * stride;
+  T* __restrict l3 = lanes + 3 * stride;
+  T* __restrict l4 = lanes + 4 * stride;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const auto g = Op::gradients(w[i], Lane<T>{consts + i, stride});
-    dw[i] = dy[i] * g.w;
-    lanes[i] += dy[i] * g.sums[0];
-    l1[i] += dy[i] * g.sums[1];
-    if constexpr (Op::kSums > 2) l2[i] += dy[i] * g.sums[2], l3[i] += dy[i] * g.sums[3];
-    if constexpr (Op::kSums > 4) l4[i] += dy[i] * g.sums[4];
+    T s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const auto g = Op::gradients(w[r * row + i], Lane<T>{consts + i, stride});
+      dw[r * row + i] = dy[r * row + i] * g.w;
+      if constexpr (sums) {
+        CTK_ADD_TERMS(Op, s0, s1, s2, s3, s4, dy[r * row + i], g);
+      }
+    }
+    if constexpr (sums) {
+      lanes[i] += s0;
+      l1[i] += s1;
+      if constexpr (Op::kSums > 2) l2[i] += s2, l3[i] += s3;
+      if constexpr (Op::kSums > 4) l4[i] += s4;
+    }
   }
+}
+
+template <class Op, class T, bool sums>
+void backward_lanes(const T* w, const T* dy, T* dw, const T* consts, int64_t stride, T* lanes, int64_t rows, int64_t row,
+                    int64_t n) {
+  constexpr int R = kRowsAtOnce<Op>;
+  int64_t r = 0;
+  for (; r + R <= rows; r += R)
+    backward_rows<Op, T, R, sums>(w + r * row, dy + r * row, dw + r * row, consts, stride, lanes, row, n);
+  for (; r < rows; ++r)
+    backward_rows<Op, T, 1, sums>(w + r * row, dy + r * row, dw + r * row, consts, stride, lanes, row, n);
 }
 
 template <class Op, class T>
 constexpr BlockOps<T> block_ops() {
   return {Op::kFields,
           Op::kSums,
-          {forward_uniform<Op, T>, forward_lanes<Op, T>},
-          {backward_uniform<Op, T>, backward_lanes<Op, T>},
-          backward_uniform_sums<Op, T>,
-          backward_lane_sums<Op, T>};
+          kRowsAtOnce<Op>,
+          forward_uniform<Op, T>,
+          forward_lanes<Op, T>,
+          {backward_uniform<Op, T, false>, backward_uniform<Op, T, true>},
+          {backward_lanes<Op, T, false>, backward_lanes<Op, T, true>}};
 }
 
 // ---- staging: dtypes and the prologue ------------------------------------------------------------------------------
@@ -240,10 +265,17 @@ struct OpTable {
         OpTable<__VA_ARGS__>::head_edit                                                                           \
   }
 
+#if defined(__AVX512BW__)
+#define CTK_HALF_OPS(format) \
+  { half::half_ops<half::format, half::CtuVectors>(), {}, {}, {}, half::half_ops<half::format, half::HeadEditVectors>() }
+#else
+#define CTK_HALF_OPS(format) {}
+#endif
+
 }  // namespace
 
 extern const BlockTable CTK_LEVEL;
 const BlockTable CTK_LEVEL = {CTK_STR(CTK_LEVEL), CTK_OPS(float), CTK_OPS(float, Fast), CTK_OPS(double), staging<float>(),
-                              staging<double>()};
+                              staging<double>(), {CTK_HALF_OPS(BFloat16), CTK_HALF_OPS(Half)}};
 
 }  // namespace ctk::cpu

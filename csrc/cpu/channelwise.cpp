@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace ctk::cpu {
@@ -13,14 +14,16 @@ namespace {
 constexpr int64_t kBlock = 1024;
 // Values per unit of work. It fixes how sums are grouped, so it must not depend on the machine or the thread count.
 constexpr int64_t kUnit = 16384;
-// Per-lane constants and sums of a block stay in L1 while this many rows go by.
+// Values per call of a kernel that stages nothing.
+constexpr int64_t kLongBlock = 4096;
+// Per-lane constants and sums of a block stay in L1 while a tile of rows goes by.
 constexpr int64_t kLaneBlock = 256;
 constexpr int64_t kTileRows = 16;
 // Channels with at least this many neighbouring values run with their constants in registers; others run with one
 // constant per lane.
 constexpr int64_t kMinRun = 16;
 // Per-lane sums: at most this many slots a lane, each adding up float partial sums of kFlushRows rows in double.
-constexpr int64_t kMaxCuts = 64;
+constexpr int64_t kMaxCuts = 32;
 constexpr int64_t kFlushRows = 64;
 static_assert(kFlushRows % kTileRows == 0, "sums are flushed between tiles");
 // Fewer values than this are not worth a second thread.
@@ -116,37 +119,49 @@ Constants<T> derive(const Op& op, const Operands& in, const Plan& plan, int op_f
   return k;
 }
 
-// One run of at most kBlock values with the constants that belong to it.
+// What a kernel is called with: n values with one set of constants, or rows of n lanes.
 template <class T>
 struct Run {
   int64_t offset, n;      // in values
-  int64_t lane;           // kPerLane: the first value's lane
+  int64_t rows = 1, row;  // kPerLane: this many rows, `row` values apart
+  int64_t lane = 0;       // kPerLane: the first value's lane
   const T* consts;        // first lane's constants
-  int64_t stride;         // 1: uniform
+  int64_t stride = 1;     // 1: uniform
   Mode mode;
   const T* scale;         // null: no prologue parameters
   const T* shift;
   int64_t step() const { return mode == kPerLane ? 1 : 0; }
 };
 
+// How large a run may be: `values` of them with one set of constants; `rows` rows of `lanes` lanes, in tiles of `tile` rows.
+struct Runs {
+  int64_t values, rows, lanes, tile;
+};
+
+// `staged`: values pass through buffers. `rows`: those a kernel takes at once; it has few constants if they are many, and
+// then long runs through memory are worth more than keeping constants in L1.
+Runs runs_of(bool staged, int64_t rows) {
+  if (staged) return {kBlock, 1, kLaneBlock, kTileRows};
+  return rows > 1 ? Runs{kLongBlock, rows, kLongBlock, rows} : Runs{kLongBlock, kTileRows, kLaneBlock, kTileRows};
+}
+
 // Calls f(run, unit) for the runs of units [begin, end).
 template <class T, class F>
-void for_runs(const Plan& p, const View& v, const Constants<T>& k, int op_fields, bool prologue, int64_t begin, int64_t end,
-              const F& f) {
+void for_runs(const Plan& p, const Runs& size, const View& v, const Constants<T>& k, int op_fields, bool prologue,
+              int64_t begin, int64_t end, const F& f) {
   for (int64_t unit = begin; unit < end; ++unit) {
     Run<T> run;
     run.mode = p.mode;
+    run.row = p.length;
     if (p.mode == kUniform) {
       const int64_t plane = unit / p.cuts, from = (unit % p.cuts) * kUnit, to = std::min(p.length, from + kUnit);
       const int64_t g = v.channels == 1 ? plane : plane / (v.outer * v.channels), c = v.channels == 1 ? 0 : plane % v.channels;
       run.consts = k.data.data() + g % k.rows * k.per_group + c * k.fields;
-      run.stride = 1;
-      run.lane = 0;
       run.scale = prologue ? run.consts + op_fields : nullptr;
       run.shift = prologue ? run.consts + op_fields + 1 : nullptr;
-      for (int64_t i = from; i < to; i += kBlock) {
+      for (int64_t i = from; i < to; i += size.values) {
         run.offset = plane * p.length + i;
-        run.n = std::min(kBlock, to - i);
+        run.n = std::min(size.values, to - i);
         f(run, unit);
       }
     } else {
@@ -154,16 +169,18 @@ void for_runs(const Plan& p, const View& v, const Constants<T>& k, int op_fields
       const T* base = k.data.data() + g % k.rows * k.per_group;
       const int64_t last = std::min(p.rows, (cut + 1) * p.rows_per_unit);
       run.stride = p.length;
-      for (int64_t tile = cut * p.rows_per_unit; tile < last; tile += kTileRows) {
-        for (int64_t column = 0; column < p.length; column += kLaneBlock) {
+      for (int64_t tile = cut * p.rows_per_unit; tile < last; tile += size.tile) {
+        for (int64_t column = 0; column < p.length; column += size.lanes) {
           run.lane = column;
           run.consts = base + column;
           run.scale = prologue ? base + op_fields * p.length + column : nullptr;
           run.shift = prologue ? base + (op_fields + 1) * p.length + column : nullptr;
-          for (int64_t row = tile; row < std::min(last, tile + kTileRows); ++row) {
-            const int64_t width = row == p.rows - 1 ? p.tail : p.length;
+          const int64_t end_row = std::min(last, tile + size.tile);
+          for (int64_t row = tile; row < end_row; row += run.rows) {
+            const bool short_row = row == p.rows - 1;
+            run.rows = short_row ? 1 : std::min({size.rows, end_row - row, p.rows - 1 - row});
             run.offset = g * v.outer * v.channels * v.inner + row * p.length + column;
-            run.n = std::min(kLaneBlock, width - column);
+            run.n = std::min(size.lanes, (short_row ? p.tail : p.length) - column);
             if (run.n > 0) f(run, unit);
           }
         }
@@ -171,6 +188,39 @@ void for_runs(const Plan& p, const View& v, const Constants<T>& k, int op_fields
     }
   }
 }
+
+// A thread's sums of one lane each, which move on to their unit's slot, in double, before float runs out of digits.
+template <class T>
+class LaneSums {
+ public:
+  LaneSums(int sums, int64_t length, double* slots) : size_(sums * length), slots_(slots), lanes_(slots ? size_ : 0) {}
+  ~LaneSums() { flush(); }
+
+  // To be called before `rows` more rows of `unit` are added.
+  void expect(int64_t unit, int64_t rows) {
+    if (unit != unit_ || rows_ == kFlushRows) {
+      flush();
+      first_ = first_ || unit != unit_;
+      unit_ = unit, rows_ = 0;
+    }
+    rows_ += rows;
+  }
+  T* data() { return lanes_.data(); }
+
+ private:
+  void flush() {
+    if (unit_ < 0) return;
+    double* slot = slots_ + unit_ * size_;
+    for (int64_t i = 0; i < size_; ++i) slot[i] = (first_ ? 0.0 : slot[i]) + lanes_[i];
+    std::fill(lanes_.begin(), lanes_.end(), T(0));
+    first_ = false;
+  }
+  int64_t size_;
+  double* slots_;
+  std::vector<T> lanes_;
+  int64_t unit_ = -1, rows_ = 0;
+  bool first_ = true;  // the unit's slot has not been written
+};
 
 const char* at(const void* p, int64_t i, int64_t size) { return static_cast<const char*>(p) + i * size; }
 char* at(void* p, int64_t i, int64_t size) { return static_cast<char*>(p) + i * size; }
@@ -195,19 +245,32 @@ void forward_as(const Op& op, const Operands& in, void* y) {
   const Constants<T> k = derive<T>(op, in, plan, ops.fields);
   const bool direct = in.dtype == (sizeof(T) == 8 ? DType::kDouble : DType::kFloat);
   const bool prologue = op.has_prologue() && (in.residual || uses(in.params[kScaleParam]) || uses(in.params[kShiftParam]));
+  const HalfOps* half = prologue ? nullptr : table.half_ops(op.kernel, in.dtype);
+  const bool in_place = y == in.x;
+  const Runs runs = runs_of(!half && (!direct || prologue || in_place), ops.rows);
   const int64_t size = size_of(in.dtype);
   for_units(plan, [&](int64_t begin, int64_t end) {
     alignas(64) T x_buffer[kBlock], r_buffer[kBlock], w_buffer[kBlock], y_buffer[kBlock];
-    for_runs(plan, in.view, k, ops.fields, prologue, begin, end, [&](const Run<T>& run, int64_t) {
+    for_runs(plan, runs, in.view, k, ops.fields, prologue, begin, end, [&](const Run<T>& run, int64_t) {
+      char* out = at(y, run.offset, size);
+      if constexpr (sizeof(T) == 4) {
+        if (half) {
+          const auto* from = reinterpret_cast<const uint16_t*>(at(in.x, run.offset, size));
+          auto* to = reinterpret_cast<uint16_t*>(out);
+          if (run.mode == kUniform) half->forward_uniform(from, to, run.consts, run.n);
+          else half->forward_lanes(from, to, run.consts, run.stride, run.rows, run.row, run.n);
+          return;
+        }
+      }
       const T* w = staged(in.x, run.offset, in.dtype, direct, stage, x_buffer, run.n);
       if (prologue) {
         const T* r = in.residual ? staged(in.residual, run.offset, in.dtype, direct, stage, r_buffer, run.n) : nullptr;
         stage.prologue(w, r, run.scale, run.shift, run.step(), w_buffer, run.n);
         w = w_buffer;
       }
-      char* out = at(y, run.offset, size);
-      T* to = direct && static_cast<const void*>(w) != out ? reinterpret_cast<T*>(out) : y_buffer;
-      ops.forward[run.mode](w, to, run.consts, run.stride, run.n);
+      T* to = direct && !in_place ? reinterpret_cast<T*>(out) : y_buffer;
+      if (run.mode == kUniform) ops.forward_uniform(w, to, run.consts, run.n);
+      else ops.forward_lanes(w, to, run.consts, run.stride, run.rows, run.row, run.n);
       if (to == y_buffer) stage.store[static_cast<int>(in.dtype)](y_buffer, out, run.n);
     });
   });
@@ -228,34 +291,36 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
   const bool prologue_sums = with_prologue && (out.params[kScaleParam] || out.params[kShiftParam]);
   bool op_sums = false;
   for (int i = 0; i < (with_prologue ? int(kScaleParam) : op.params()); ++i) op_sums = op_sums || out.params[i];
+  const HalfOps* half = prologue || prologue_sums || out.dresidual ? nullptr : table.half_ops(op.kernel, in.dtype);
   // The op's own sums come first, the prologue's at the index finish_ctu expects.
   const int sums = prologue_sums ? int(kCtuSums) : ops.sums;
   const int64_t size = size_of(in.dtype);
+  const Runs runs = runs_of(!half && (!direct || prologue || prologue_sums || !out.dx), ops.rows);
 
   // One slot of partial sums per unit: kUniform [unit][sum]; kPerLane [group * cut][sum][lane].
-  std::vector<double> slots;
   const bool any_sums = op_sums || prologue_sums;
-  if (any_sums) slots.assign(plan.mode == kUniform ? plan.units * sums : v.groups * plan.cuts * sums * plan.length, 0.0);
+  const bool lane_sums = any_sums && plan.mode == kPerLane;
+  std::unique_ptr<double[]> slots;
+  if (lane_sums) slots.reset(new double[v.groups * plan.cuts * sums * plan.length]);  // every one is written
+  else if (any_sums) slots.reset(new double[plan.units * sums]());
 
   for_units(plan, [&](int64_t begin, int64_t end) {
     alignas(64) T x_buffer[kBlock], r_buffer[kBlock], w_buffer[kBlock], dy_buffer[kBlock], g_buffer[kBlock], dx_buffer[kBlock];
-    std::vector<T> lanes(any_sums && plan.mode == kPerLane ? sums * plan.length : 0);
-    int64_t current = -1, rows = 0;
-    const auto flush = [&](int64_t unit) {  // lane sums move on to the unit's slot, in double
-      double* slot = slots.data() + unit * sums * plan.length;
-      for (int64_t i = 0; i < sums * plan.length; ++i) slot[i] += lanes[i];
-    };
-    for_runs(plan, v, k, ops.fields, prologue, begin, end, [&](const Run<T>& run, int64_t unit) {
-      if (any_sums && plan.mode == kPerLane && run.lane == 0) {
-        if (unit != current || rows == kFlushRows) {
-          if (current >= 0) flush(current);
-          std::fill(lanes.begin(), lanes.end(), T(0));
-          current = unit, rows = 0;
-        }
-        ++rows;
-      }
+    LaneSums<T> lanes(sums, plan.length, lane_sums ? slots.get() : nullptr);
+    for_runs(plan, runs, v, k, ops.fields, prologue, begin, end, [&](const Run<T>& run, int64_t unit) {
+      if (lane_sums && run.lane == 0) lanes.expect(unit, run.rows);
       T* lane = lanes.data() + run.lane;
-      double* totals = any_sums && plan.mode == kUniform ? slots.data() + unit * sums : nullptr;
+      double* totals = any_sums && !lane_sums ? slots.get() + unit * sums : nullptr;
+      if constexpr (sizeof(T) == 4) {
+        if (half) {
+          const auto* from = reinterpret_cast<const uint16_t*>(at(in.x, run.offset, size));
+          const auto* upstream = reinterpret_cast<const uint16_t*>(at(dy, run.offset, size));
+          auto* to = out.dx ? reinterpret_cast<uint16_t*>(at(out.dx, run.offset, size)) : nullptr;
+          if (run.mode == kUniform) half->backward_uniform[op_sums](from, upstream, to, run.consts, totals, run.n);
+          else half->backward_lanes[op_sums](from, upstream, to, run.consts, run.stride, lane, run.rows, run.row, run.n);
+          return;
+        }
+      }
       const T* x = staged(in.x, run.offset, in.dtype, direct, stage, x_buffer, run.n);
       const T* w = x;
       if (prologue) {
@@ -266,9 +331,8 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
       const T* upstream = staged(dy, run.offset, in.dtype, direct, stage, dy_buffer, run.n);
       void* g_out = out.dresidual ? out.dresidual : (has_scale ? nullptr : out.dx);
       T* g = direct && g_out ? reinterpret_cast<T*>(at(g_out, run.offset, size)) : g_buffer;
-      if (!op_sums) ops.backward[run.mode](w, upstream, g, run.consts, run.stride, run.n);
-      else if (totals) ops.backward_uniform_sums(w, upstream, g, run.consts, totals, run.n);
-      else ops.backward_lane_sums(w, upstream, g, run.consts, run.stride, lane, plan.length, run.n);
+      if (run.mode == kUniform) ops.backward_uniform[op_sums](w, upstream, g, run.consts, totals, run.n);
+      else ops.backward_lanes[op_sums](w, upstream, g, run.consts, run.stride, lane, run.rows, run.row, run.n);
       if (prologue_sums) {
         if (totals) stage.prologue_uniform_sums(g, x, totals + kCtuScaleSum, run.n);
         else stage.prologue_lane_sums(g, x, lane + kCtuScaleSum * plan.length, lane + kCtuShiftSum * plan.length, run.n);
@@ -286,7 +350,6 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
         store(g, out.dx);
       }
     });
-    if (current >= 0) flush(current);
   });
 
   if (!any_sums) return;
@@ -300,11 +363,15 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
   double p[kMaxParams], total[kMaxSums] = {}, grad[kMaxParams];
   for (int64_t group = 0; group < v.groups; ++group) {
     if (plan.mode == kPerLane) {
-      columns.assign(sums * plan.length, 0.0);
-      for (int64_t cut = 0; cut < plan.cuts; ++cut) {
-        const double* slot = slots.data() + (group * plan.cuts + cut) * sums * plan.length;
-        for (int64_t i = 0; i < sums * plan.length; ++i) columns[i] += slot[i];
-      }
+      const int64_t width = sums * plan.length;
+      const double* first = slots.get() + group * plan.cuts * width;
+      columns.assign(first, first + width);
+      const auto add = [&](int64_t begin, int64_t end) {
+        for (int64_t cut = 1; cut < plan.cuts; ++cut)
+          for (int64_t i = begin; i < end; ++i) columns[i] += first[cut * width + i];
+      };
+      if (width * plan.cuts < kParallelFrom) add(0, width);
+      else torch::stable::parallel_for(0, width, kLaneBlock, add);
     }
     for (int64_t c = 0; c < channels; ++c) {
       for (int s = 0; s < sums; ++s) {
