@@ -42,13 +42,16 @@ struct Staging {
   void (*prologue_lane_sums)(const T* g, const T* x, T* dscale, T* dshift, int64_t n);
 };
 
-// The same over 16-bit values, from and to memory without staging; dx may be null.
-struct HalfOps {
-  void (*forward_uniform)(const uint16_t* x, uint16_t* y, const float* consts, int64_t n);
-  void (*forward_lanes)(const uint16_t* x, uint16_t* y, const float* consts, int64_t stride, int64_t rows, int64_t row, int64_t n);
-  void (*backward_uniform[2])(const uint16_t* x, const uint16_t* dy, uint16_t* dx, const float* consts, double* totals, int64_t n);
-  void (*backward_lanes[2])(const uint16_t* x, const uint16_t* dy, uint16_t* dx, const float* consts, int64_t stride,
-                            float* lanes, int64_t rows, int64_t row, int64_t n);
+// The same from memory to memory, in any dtype; dx may be null. `stream`: results are written past the caches; every row
+// of them is aligned to 64 bytes then.
+struct DirectOps {
+  void (*forward_uniform)(const void* x, void* y, const float* consts, int64_t n, bool stream);
+  void (*forward_lanes)(const void* x, void* y, const float* consts, int64_t stride, int64_t rows, int64_t row, int64_t n,
+                        bool stream);
+  void (*backward_uniform[2])(const void* x, const void* dy, void* dx, const float* consts, double* totals, int64_t n,
+                              bool stream);
+  void (*backward_lanes[2])(const void* x, const void* dy, void* dx, const float* consts, int64_t stride, float* lanes,
+                            int64_t rows, int64_t row, int64_t n, bool stream);
 };
 
 struct BlockTable {
@@ -58,12 +61,10 @@ struct BlockTable {
   BlockOps<double> f64[kKernels];
   Staging<float> stage32;
   Staging<double> stage64;
-  HalfOps half[2][kKernels];  // bfloat16, half; empty where this level has nothing better than staging
+  DirectOps direct[kDTypes][kKernels];  // empty where this level has nothing better than the above
 
-  // Null where values are staged.
-  const HalfOps* half_ops(Kernel k, DType t) const {
-    if (t != DType::kBFloat16 && t != DType::kHalf) return nullptr;
-    const HalfOps& ops = half[t == DType::kHalf][static_cast<int>(k)];
+  const DirectOps* direct_ops(Kernel k, DType t) const {
+    const DirectOps& ops = direct[static_cast<int>(t)][static_cast<int>(k)];
     return ops.forward_uniform ? &ops : nullptr;
   }
 

@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 #if defined(__AVX512BW__)
-#include "half_avx512.h"
+#include "direct_avx512.h"
 #endif
 
 #define CTK_STR2(x) #x
@@ -266,16 +266,25 @@ struct OpTable {
   }
 
 #if defined(__AVX512BW__)
-#define CTK_HALF_OPS(format) \
-  { half::half_ops<half::format, half::CtuVectors>(), {}, {}, {}, half::half_ops<half::format, half::HeadEditVectors>() }
+#define CTK_HALF_OPS(format)                                                      \
+  {                                                                               \
+    direct::direct_ops<direct::format, direct::CtuVectors>(), {}, {}, {},         \
+        direct::direct_ops<direct::format, direct::HeadEditVectors>()             \
+  }
+// In the order of DType.
+#define CTK_DIRECT_OPS                                                            \
+  {                                                                               \
+    {{}, {}, {}, {}, direct::direct_ops<direct::Float, direct::HeadEditVectors>()}, {}, CTK_HALF_OPS(BFloat16), \
+        CTK_HALF_OPS(Half)                                                        \
+  }
 #else
-#define CTK_HALF_OPS(format) {}
+#define CTK_DIRECT_OPS {}
 #endif
 
 }  // namespace
 
 extern const BlockTable CTK_LEVEL;
 const BlockTable CTK_LEVEL = {CTK_STR(CTK_LEVEL), CTK_OPS(float), CTK_OPS(float, Fast), CTK_OPS(double), staging<float>(),
-                              staging<double>(), {CTK_HALF_OPS(BFloat16), CTK_HALF_OPS(Half)}};
+                              staging<double>(), CTK_DIRECT_OPS};
 
 }  // namespace ctk::cpu

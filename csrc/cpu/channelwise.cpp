@@ -104,6 +104,9 @@ Constants<T> derive(const Op& op, const Operands& in, const Plan& plan, int op_f
       read_params(op, in, g, c, p);
       if (op.kernel == Kernel::kHeadEdit) derive_head_edit<T>(p, one, 1);
       else derive_ctu<T>(op.ctu, p, one, 1);
+      // One kind of NaN: rounding to bfloat16 relies on zeros in its low half.
+      for (int f = 0; f < op_fields; ++f)
+        if (one[f] != one[f]) one[f] = std::numeric_limits<T>::quiet_NaN();
       if (prologue) one[op_fields] = static_cast<T>(p[kScaleParam]), one[op_fields + 1] = static_cast<T>(p[kShiftParam]);
       if (plan.mode == kUniform) {
         std::copy(one, one + k.fields, out + c * k.fields);
@@ -222,6 +225,21 @@ class LaneSums {
   bool first_ = true;  // the unit's slot has not been written
 };
 
+// Results of this many bytes are out of the private caches before anyone reads them. An op that does little but move data
+// (one that takes several rows) then writes past the caches, which saves reading the lines first: with an op that reads the
+// result at once, 1 to 20 % faster from 8 MiB on, in float and bfloat16, on 2 cores. Ops bound by arithmetic lose by it.
+constexpr int64_t kStreamFrom = int64_t(8) << 20;
+bool streams(int64_t rows, const View& v, DType t) { return rows > 1 && v.numel() * size_of(t) >= kStreamFrom; }
+
+// Makes this thread's streamed results visible to the others.
+void drain() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
+bool aligned(const void* p, int64_t row_bytes) { return reinterpret_cast<uintptr_t>(p) % 64 == 0 && row_bytes % 64 == 0; }
+
 const char* at(const void* p, int64_t i, int64_t size) { return static_cast<const char*>(p) + i * size; }
 char* at(void* p, int64_t i, int64_t size) { return static_cast<char*>(p) + i * size; }
 
@@ -245,20 +263,21 @@ void forward_as(const Op& op, const Operands& in, void* y) {
   const Constants<T> k = derive<T>(op, in, plan, ops.fields);
   const bool direct = in.dtype == (sizeof(T) == 8 ? DType::kDouble : DType::kFloat);
   const bool prologue = op.has_prologue() && (in.residual || uses(in.params[kScaleParam]) || uses(in.params[kShiftParam]));
-  const HalfOps* half = prologue ? nullptr : table.half_ops(op.kernel, in.dtype);
+  const DirectOps* whole = prologue ? nullptr : table.direct_ops(op.kernel, in.dtype);
   const bool in_place = y == in.x;
-  const Runs runs = runs_of(!half && (!direct || prologue || in_place), ops.rows);
+  const bool stream = !in_place && streams(ops.rows, in.view, in.dtype);
+  const Runs runs = runs_of(!whole && (!direct || prologue || in_place), ops.rows);
   const int64_t size = size_of(in.dtype);
   for_units(plan, [&](int64_t begin, int64_t end) {
     alignas(64) T x_buffer[kBlock], r_buffer[kBlock], w_buffer[kBlock], y_buffer[kBlock];
     for_runs(plan, runs, in.view, k, ops.fields, prologue, begin, end, [&](const Run<T>& run, int64_t) {
       char* out = at(y, run.offset, size);
       if constexpr (sizeof(T) == 4) {
-        if (half) {
-          const auto* from = reinterpret_cast<const uint16_t*>(at(in.x, run.offset, size));
-          auto* to = reinterpret_cast<uint16_t*>(out);
-          if (run.mode == kUniform) half->forward_uniform(from, to, run.consts, run.n);
-          else half->forward_lanes(from, to, run.consts, run.stride, run.rows, run.row, run.n);
+        if (whole) {
+          const char* from = at(in.x, run.offset, size);
+          const bool past = stream && aligned(out, run.rows > 1 ? run.row * size : 0);
+          if (run.mode == kUniform) whole->forward_uniform(from, out, run.consts, run.n, past);
+          else whole->forward_lanes(from, out, run.consts, run.stride, run.rows, run.row, run.n, past);
           return;
         }
       }
@@ -273,6 +292,7 @@ void forward_as(const Op& op, const Operands& in, void* y) {
       else ops.forward_lanes(w, to, run.consts, run.stride, run.rows, run.row, run.n);
       if (to == y_buffer) stage.store[static_cast<int>(in.dtype)](y_buffer, out, run.n);
     });
+    if (stream) drain();
   });
 }
 
@@ -291,11 +311,12 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
   const bool prologue_sums = with_prologue && (out.params[kScaleParam] || out.params[kShiftParam]);
   bool op_sums = false;
   for (int i = 0; i < (with_prologue ? int(kScaleParam) : op.params()); ++i) op_sums = op_sums || out.params[i];
-  const HalfOps* half = prologue || prologue_sums || out.dresidual ? nullptr : table.half_ops(op.kernel, in.dtype);
+  const DirectOps* whole = prologue || prologue_sums || out.dresidual ? nullptr : table.direct_ops(op.kernel, in.dtype);
   // The op's own sums come first, the prologue's at the index finish_ctu expects.
   const int sums = prologue_sums ? int(kCtuSums) : ops.sums;
   const int64_t size = size_of(in.dtype);
-  const Runs runs = runs_of(!half && (!direct || prologue || prologue_sums || !out.dx), ops.rows);
+  const bool stream = streams(ops.rows, v, in.dtype);
+  const Runs runs = runs_of(!whole && (!direct || prologue || prologue_sums || !out.dx), ops.rows);
 
   // One slot of partial sums per unit: kUniform [unit][sum]; kPerLane [group * cut][sum][lane].
   const bool any_sums = op_sums || prologue_sums;
@@ -312,12 +333,12 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
       T* lane = lanes.data() + run.lane;
       double* totals = any_sums && !lane_sums ? slots.get() + unit * sums : nullptr;
       if constexpr (sizeof(T) == 4) {
-        if (half) {
-          const auto* from = reinterpret_cast<const uint16_t*>(at(in.x, run.offset, size));
-          const auto* upstream = reinterpret_cast<const uint16_t*>(at(dy, run.offset, size));
-          auto* to = out.dx ? reinterpret_cast<uint16_t*>(at(out.dx, run.offset, size)) : nullptr;
-          if (run.mode == kUniform) half->backward_uniform[op_sums](from, upstream, to, run.consts, totals, run.n);
-          else half->backward_lanes[op_sums](from, upstream, to, run.consts, run.stride, lane, run.rows, run.row, run.n);
+        if (whole) {
+          const char *from = at(in.x, run.offset, size), *upstream = at(dy, run.offset, size);
+          char* to = out.dx ? at(out.dx, run.offset, size) : nullptr;
+          const bool past = stream && aligned(to, run.rows > 1 ? run.row * size : 0);
+          if (run.mode == kUniform) whole->backward_uniform[op_sums](from, upstream, to, run.consts, totals, run.n, past);
+          else whole->backward_lanes[op_sums](from, upstream, to, run.consts, run.stride, lane, run.rows, run.row, run.n, past);
           return;
         }
       }
@@ -350,6 +371,7 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
         store(g, out.dx);
       }
     });
+    if (stream) drain();
   });
 
   if (!any_sums) return;

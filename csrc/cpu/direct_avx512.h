@@ -1,7 +1,8 @@
-// bfloat16 and half kernels for AVX-512, where what the compiler makes of the scalar headers is bound by instructions:
-// here loads, conversions, maths and stores are one pass, the exponential is two instructions shorter, and the reciprocals
-// are the machine's 14-bit estimates. Same formulas as ctu.h; relative errors 9e-5 (2^f), 6e-5 (log1p), 6e-5 (1/d), a
-// fraction of half an ulp of either type.
+// Kernels from memory to memory for AVX-512: loads, conversions, maths and stores in one pass.
+// The CT unit in bfloat16 and half, where what the compiler makes of the scalar headers is bound by instructions: same
+// formulas as ctu.h, but the exponential is two instructions shorter and the reciprocals are the machine's 14-bit
+// estimates. Relative errors 9e-5 (2^f), 6e-5 (log1p), 6e-5 (1/d): a fraction of half an ulp of either type.
+// The head edit in every type but double, where all that counts is how memory is read and written.
 #pragma once
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns about its own intrinsics (its bug 105593)
@@ -15,7 +16,7 @@
 
 namespace ctk::cpu {
 namespace {
-namespace half {
+namespace direct {
 
 using V = __m512;
 using Mask = __mmask16;
@@ -24,13 +25,22 @@ inline V all(float v) { return _mm512_set1_ps(v); }
 inline __m512i bits(V v) { return _mm512_castps_si512(v); }
 inline V real(__m512i v) { return _mm512_castsi512_ps(v); }
 
-// 32 values of a 16-bit type as two vectors, in order; `live` masks the tail of a run.
+// 32 values as two vectors, in order; `live` masks the tail of a run.
 struct Pair {
   V v[2];
 };
 
+constexpr __mmask32 kFull = ~__mmask32(0);
+inline Mask part(__mmask32 live, int h) { return static_cast<Mask>(live >> 16 * h); }
+
+CTK_HD void store_words(uint16_t* p, __mmask32 live, bool stream, __m512i words) {
+  if (stream && live == kFull) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), words);
+  else _mm512_mask_storeu_epi16(p, live, words);
+}
+
 struct BFloat16 {
-  static Pair load(const uint16_t* p, __mmask32 live) {
+  using Value = uint16_t;
+  static Pair load(const Value* p, __mmask32 live) {
     const __m512i raw = _mm512_maskz_loadu_epi16(live, p);
     // word i to the high half of lane i, zeros below
     const __m512i low = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, spread(0), raw);
@@ -38,8 +48,9 @@ struct BFloat16 {
     return {{real(low), real(high)}};
   }
   template <bool exact>
-  static void store(uint16_t* p, __mmask32 live, const Pair& y) {
-    _mm512_mask_storeu_epi16(p, live, _mm512_permutex2var_epi16(rounded<exact>(y.v[0]), high_words(), rounded<exact>(y.v[1])));
+  static void store(Value* p, __mmask32 live, bool stream, const Pair& y) {
+    const __m512i words = _mm512_permutex2var_epi16(rounded<exact>(y.v[0]), high_words(), rounded<exact>(y.v[1]));
+    store_words(p, live, stream, words);
   }
 
  private:
@@ -72,15 +83,30 @@ struct BFloat16 {
 };
 
 struct Half {
-  static Pair load(const uint16_t* p, __mmask32 live) {
+  using Value = uint16_t;
+  static Pair load(const Value* p, __mmask32 live) {
     const __m512i raw = _mm512_maskz_loadu_epi16(live, p);
     return {{_mm512_cvtph_ps(_mm512_castsi512_si256(raw)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(raw, 1))}};
   }
   template <bool>
-  static void store(uint16_t* p, __mmask32 live, const Pair& y) {
+  static void store(Value* p, __mmask32 live, bool stream, const Pair& y) {
     const __m256i low = _mm512_cvtps_ph(y.v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m256i high = _mm512_cvtps_ph(y.v[1], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm512_mask_storeu_epi16(p, live, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+    store_words(p, live, stream, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+  }
+};
+
+struct Float {
+  using Value = float;
+  static Pair load(const Value* p, __mmask32 live) {
+    return {{_mm512_maskz_loadu_ps(part(live, 0), p), _mm512_maskz_loadu_ps(part(live, 1), p + 16)}};
+  }
+  template <bool>
+  static void store(Value* p, __mmask32 live, bool stream, const Pair& y) {
+    for (int h = 0; h < 2; ++h) {
+      if (stream && live == kFull) _mm512_stream_ps(p + 16 * h, y.v[h]);
+      else _mm512_mask_storeu_ps(p + 16 * h, part(live, h), y.v[h]);
+    }
   }
 };
 
@@ -183,11 +209,9 @@ struct HeadEditVectors {
 template <class F>
 CTK_HD void for_pairs(int64_t n, const F& f) {
   int64_t i = 0;
-  for (; i + 32 <= n; i += 32) f(i, ~__mmask32(0));
+  for (; i + 32 <= n; i += 32) f(i, kFull);
   if (i < n) f(i, (__mmask32(1) << (n - i)) - 1);
 }
-
-inline Mask part(__mmask32 live, int h) { return static_cast<Mask>(live >> 16 * h); }
 
 // The op with the constants of lanes 16 h to 16 h + 15.
 template <class Op>
@@ -196,44 +220,56 @@ Op lanes_op(const float* consts, int64_t stride, __mmask32 live, int h) {
 }
 
 template <class Format, class Op>
-void forward_uniform(const uint16_t* x, uint16_t* y, const float* consts, int64_t n) {
+void forward_uniform(const void* x_, void* y_, const float* consts, int64_t n, bool stream) {
+  const auto* x = static_cast<const typename Format::Value*>(x_);
+  auto* y = static_cast<typename Format::Value*>(y_);
   const Op op([&](int i) { return all(consts[i]); });
   for_pairs(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
     Pair w = Format::load(x + i, live);
     for (V& v : w.v) v = op.forward(v);
-    Format::template store<Op::kExact>(y + i, live, w);
+    Format::template store<Op::kExact>(y + i, live, stream, w);
   });
 }
 
 template <class Format, class Op>
-void forward_lanes(const uint16_t* x, uint16_t* y, const float* consts, int64_t stride, int64_t rows, int64_t row, int64_t n) {
+void forward_lanes(const void* x_, void* y_, const float* consts, int64_t stride, int64_t rows, int64_t row, int64_t n,
+                   bool stream) {
+  const auto* x = static_cast<const typename Format::Value*>(x_);
+  auto* y = static_cast<typename Format::Value*>(y_);
   for_pairs(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
     const Op ops[2] = {lanes_op<Op>(consts + i, stride, live, 0), lanes_op<Op>(consts + i, stride, live, 1)};
     for (int64_t r = 0; r < rows; ++r) {
       Pair w = Format::load(x + r * row + i, live);
       for (int h = 0; h < 2; ++h) w.v[h] = ops[h].forward(w.v[h]);
-      Format::template store<Op::kExact>(y + r * row + i, live, w);
+      Format::template store<Op::kExact>(y + r * row + i, live, stream, w);
     }
   });
 }
 
 template <class Format, class Op, bool sums>
-void backward_uniform(const uint16_t* x, const uint16_t* dy, uint16_t* dx, const float* consts, double* totals, int64_t n) {
+void backward_uniform(const void* x_, const void* dy_, void* dx_, const float* consts, double* totals, int64_t n,
+                      bool stream) {
+  const auto* x = static_cast<const typename Format::Value*>(x_);
+  const auto* dy = static_cast<const typename Format::Value*>(dy_);
+  auto* dx = static_cast<typename Format::Value*>(dx_);
   const Op op([&](int i) { return all(consts[i]); });
   V sum[2][Op::kSums] = {};
   for_pairs(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
     const Pair w = Format::load(x + i, live);
     Pair g = Format::load(dy + i, live);
     for (int h = 0; h < 2; ++h) g.v[h] = op.template backward<sums>(w.v[h], g.v[h], sum[h]);
-    if (dx) Format::template store<Op::kExact>(dx + i, live, g);
+    if (dx) Format::template store<Op::kExact>(dx + i, live, stream, g);
   });
   if constexpr (sums)
     for (int s = 0; s < Op::kSums; ++s) totals[s] += _mm512_reduce_add_ps(_mm512_add_ps(sum[0][s], sum[1][s]));
 }
 
 template <class Format, class Op, bool sums>
-void backward_lanes(const uint16_t* x, const uint16_t* dy, uint16_t* dx, const float* consts, int64_t stride, float* lanes,
-                    int64_t rows, int64_t row, int64_t n) {
+void backward_lanes(const void* x_, const void* dy_, void* dx_, const float* consts, int64_t stride, float* lanes,
+                    int64_t rows, int64_t row, int64_t n, bool stream) {
+  const auto* x = static_cast<const typename Format::Value*>(x_);
+  const auto* dy = static_cast<const typename Format::Value*>(dy_);
+  auto* dx = static_cast<typename Format::Value*>(dx_);
   for_pairs(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
     V sum[2][Op::kSums] = {};
     const Op ops[2] = {lanes_op<Op>(consts + i, stride, live, 0), lanes_op<Op>(consts + i, stride, live, 1)};
@@ -241,7 +277,7 @@ void backward_lanes(const uint16_t* x, const uint16_t* dy, uint16_t* dx, const f
       const Pair w = Format::load(x + r * row + i, live);
       Pair g = Format::load(dy + r * row + i, live);
       for (int h = 0; h < 2; ++h) g.v[h] = ops[h].template backward<sums>(w.v[h], g.v[h], sum[h]);
-      if (dx) Format::template store<Op::kExact>(dx + r * row + i, live, g);
+      if (dx) Format::template store<Op::kExact>(dx + r * row + i, live, stream, g);
     }
     if constexpr (sums) {
       for (int h = 0; h < 2; ++h) {
@@ -256,12 +292,12 @@ void backward_lanes(const uint16_t* x, const uint16_t* dy, uint16_t* dx, const f
 }
 
 template <class Format, class Op>
-constexpr HalfOps half_ops() {
+constexpr DirectOps direct_ops() {
   return {forward_uniform<Format, Op>,         forward_lanes<Format, Op>,
           {backward_uniform<Format, Op, false>, backward_uniform<Format, Op, true>},
           {backward_lanes<Format, Op, false>,   backward_lanes<Format, Op, true>}};
 }
 
-}  // namespace half
+}  // namespace direct
 }  // namespace
 }  // namespace ctk::cpu
