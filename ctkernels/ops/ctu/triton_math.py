@@ -287,7 +287,7 @@ def gradients(w, k, GRADE: tl.constexpr, STATIC: tl.constexpr):
 
 @triton.jit
 def finish(p, s, STATIC: tl.constexpr):
-    """From the sums of one channel to the gradients of (beta, coeff, slope), in float64."""
+    """From the sums of one channel to the gradients of (beta, coeff, slope, scale, shift), in float64."""
     KIND: tl.constexpr = STATIC[0]
     RAW: tl.constexpr = STATIC[1]
     EPS: tl.constexpr = STATIC[2]
@@ -306,7 +306,9 @@ def finish(p, s, STATIC: tl.constexpr):
     sign = tl.where(smooth, 1.0, 0.0)
     if KIND == LEAKY:
         sign = tl.where(p[2].to(tl.float64) > 1.0, -sign, sign)
-    return sign * beta * d_beta, sign * coeff * d_coeff, s[4].to(tl.float64)
+    return sign * beta * d_beta, sign * coeff * d_coeff, s[4], s[5], s[6]
 
 
-MATH = Math(derive, forward, gradients, finish, fallbacks=(1.0, 0.5, 0.0, 1.0, 0.0), prologue=True)
+MATH = Math(
+    derive, forward, gradients, finish, fallbacks=(1.0, 0.5, 0.0, 1.0, 0.0), sums=(15, 15, 16, 32, 64), prologue=True
+)
