@@ -20,7 +20,7 @@ from benchmarks.ahead_of_time import compiled
 from ctkernels.ops import _triton
 from ctkernels.ops._op import Op
 
-OUTPUTS = {"out", "dresidual", "d0", "d1", "d2", "d3", "d4"}
+OUTPUTS = {"out", "dresidual", "dnoise", "d0", "d1", "d2", "d3", "d4"}
 SCRATCH = {"partial", "b0", "b1", "b2", "b3", "b4"}
 # What these kernels read is what the ones before them wrote.
 FOLLOWING = (_triton.finish_kernel, _triton.fold_kernel)

@@ -10,6 +10,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .._triton_kernels import DOUBLE, EXACT, FAST, Math
+from .._triton_scalar import reciprocal, sigmoids
 
 LOGISTIC = tl.constexpr(0)
 LEAKY = tl.constexpr(1)
@@ -46,21 +47,12 @@ def _smaller(a, b):
 
 
 @triton.jit
-def _sigmoids(r):
-    """sigmoid(r) and sigmoid(-r), float64."""
-    e = libdevice.exp(-tl.abs(r))
-    big = 1.0 / (1.0 + e)
-    small = e * big
-    return tl.where(r > 0, big, small), tl.where(r > 0, small, big)
-
-
-@triton.jit
 def _knobs(beta, coeff, RAW: tl.constexpr, EPS: tl.constexpr):
     """beta, s, coeff, 1 - coeff, and d beta, d coeff / d given, in float64."""
     beta, coeff = beta.to(tl.float64), coeff.to(tl.float64)
     if RAW:
-        b, b1 = _sigmoids(beta)
-        c, c1 = _sigmoids(coeff)
+        b, b1 = sigmoids(beta)
+        c, c1 = sigmoids(coeff)
         return b, b1 + EPS, c, c1, b * b1, c * c1
     else:
         one = beta * 0.0 + 1.0
@@ -164,7 +156,7 @@ def _decay(a, hi, lo, limit, GRADE: tl.constexpr):
 @triton.jit
 def _inverse(x, GRADE: tl.constexpr):
     if GRADE == DOUBLE:
-        return 1.0 / x
+        return reciprocal(x)
     else:
         return _rcp(x)
 
