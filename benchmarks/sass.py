@@ -67,7 +67,7 @@ class Listing:
     def hot(self, outermost: bool) -> list[Instruction]:
         """The loop that loads from global memory (the innermost, or with everything around it); all, if there is none."""
         found = [self.instructions[a : b + 1] for a, b in self.loops]
-        found = [body for body in found if any(i.name == "LDG" for i in body) and any(i.name == "MUFU" for i in body)]
+        found = [body for body in found if any(i.name == "LDG" for i in body)]
         return sorted(found, key=len)[-1 if outermost else 0] if found else self.instructions
 
 
