@@ -116,7 +116,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records there")
     parser.add_argument("--write-budgets", type=Path, metavar="FILE", help="write what is found as the new budgets")
     args = parser.parse_args(argv)
-    print("per element: bytes, instructions, of them MUFU, FP32, conversions; then vector bytes, registers, spills, calls,")
+    print(
+        "per element: bytes, instructions, of them MUFU, FP32, conversions; then vector bytes, registers, spills, calls,"
+    )
     print("resident warps an SM, and predicted time over the memory floor (what limits it)\n")
     found = []
     for c in costs(args.arch, args.only):

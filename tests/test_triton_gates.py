@@ -83,7 +83,9 @@ def test_noise_is_the_published_generator() -> None:
     assert _philox([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
     for seed in (0, 1, -1, SEED.item()):
         words = [_philox([i, 0, 0, 0], [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]) for i in range(5)]
-        narrow, wide = (reference.uniform(torch.tensor([seed]), torch.Size([5]), t) for t in (torch.float32, torch.float64))
+        narrow, wide = (
+            reference.uniform(torch.tensor([seed]), torch.Size([5]), t) for t in (torch.float32, torch.float64)
+        )
         assert narrow.tolist() == [((a >> 9) + 0.5) * 2.0**-23 for a, *_ in words]
         assert wide.tolist() == [((a << 20 | b >> 12) + 0.5) * 2.0**-52 for a, b, *_ in words]
 

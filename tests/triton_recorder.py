@@ -7,13 +7,14 @@ Triton is installed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 from ptx import Memory, parse
 from ptx.launch import Launch, execute
+from ptx.runner import MAX_STEPS
 from torch import Tensor
 
 from benchmarks.ahead_of_time import compiled
@@ -27,10 +28,20 @@ FOLLOWING = (_triton.finish_kernel, _triton.fold_kernel)
 
 
 class Recorder:
-    """Stands in for :func:`ctkernels.ops._triton.launch`. ``launches`` keeps (kernel name, grid, meta, compiled)."""
+    """Stands in for :func:`ctkernels.ops._triton.launch`. ``launches`` keeps (kernel name, grid, meta, compiled).
 
-    def __init__(self, sm: int, approx: int = 0, races: bool = True):
-        self.sm, self.approx, self.races = sm, approx, races
+    ``approx``: the end of their error at which approximate units work. ``rewrite``: changes the PTX before it is run.
+    """
+
+    def __init__(
+        self,
+        sm: int,
+        approx: int = 0,
+        races: bool = True,
+        rewrite: Callable[[str], str] = str,
+        max_steps: int = MAX_STEPS,
+    ):
+        self.sm, self.approx, self.races, self.rewrite, self.max_steps = sm, approx, races, rewrite, max_steps
         self.launches: list[tuple[str, int, dict[str, Any], Any]] = []
         self.memory = Memory()
 
@@ -43,12 +54,8 @@ class Recorder:
         in_place = tensors.get("out") is tensors.get("x")
         outputs = [t for name, t in tensors.items() if name in OUTPUTS and not (name == "out" and in_place)]
         scratch = [t for name, t in tensors.items() if name == "partial" and kernel not in FOLLOWING]
-        inputs = [
-            t
-            for name, t in tensors.items()
-            if name not in OUTPUTS | SCRATCH and not (name == "x" and in_place)
-        ]
-        text = found.asm["ptx"]
+        inputs = [t for name, t in tensors.items() if name not in OUTPUTS | SCRATCH and not (name == "x" and in_place)]
+        text = self.rewrite(found.asm["ptx"])
         (entry,) = parse(text).entries
         hidden = len(parse(text).functions[entry].params) - len(values)
         launch = Launch(
@@ -66,6 +73,7 @@ class Recorder:
             readonly=inputs,
             races=self.races,
             approx=self.approx,
+            max_steps=self.max_steps,
         )
         for t in outputs:
             assert self.memory.written(t).all(), f"{kernel.__name__} leaves part of an output unwritten"

@@ -64,7 +64,8 @@ def gate_kernel(
                 u = _uniform(tl.load(noise), i, DOUBLES)
             else:
                 u = tl.load(noise + i, mask=live, other=0.5).to(tl.float64)
-            logit = (libdevice.log(u) - libdevice.log1p(-u) + logit) * RATE
+            odds = tl.where(u == 1.0, float("inf"), u * reciprocal(1.0 - u))
+            logit = (libdevice.log(odds) + logit) * RATE
         s, rest = sigmoids(logit)
         stretched = s * WIDTH + LOW
         inside = (stretched > 0.0) & (stretched < 1.0)
