@@ -61,8 +61,8 @@ class Listing:
         return sum(i.name in names for i in self.instructions)
 
     def calls(self, body: list[Instruction]) -> int:
-        """Subroutine calls. Without a return in the kernel there are none: ptxas also leaves loops by ``CALL.REL.NOINC``."""
-        return sum(i.name == "CALL" for i in body) if self.count("RET") else 0
+        """Subroutine calls; a ``CALL`` of a local label is how ptxas sometimes leaves a loop."""
+        return sum(i.name == "CALL" and "`(.L" not in i.operands for i in body)
 
     def hot(self, outermost: bool) -> list[Instruction]:
         """The loop that loads from global memory (the innermost, or with everything around it); all, if there is none."""

@@ -1,7 +1,7 @@
 """python tests/mutation.py [--json FILE]: plants bugs in the compiled kernels and counts how many the tests notice.
 
-A mutant is the PTX of one kernel with one line changed. It is run by the kernel's own launch code on a conformance sample,
-and is caught if the executor faults or a result leaves the sample's bounds. What survives has to be explained: either the
+A mutant is the PTX of one kernel with one line changed. It is run by the kernel's own launch code, and is
+caught if the executor faults or a result leaves the bounds that the conformance tests hold it to. What survives has to be explained: either the
 change does nothing that a correct result would show (`EQUIVALENT`), or a test is missing.
 """
 
@@ -16,38 +16,95 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import torch
-from conformance import check_against_float64, outputs, sample_named
+from conformance import check_against_float64, outputs
 from ptx import Fault, Unsupported
 from triton_recorder import Recorder, triton_on_cpu
+
+from ctkernels import functional
+from ctkernels.testing import Sample
 
 STEPS = 40_000  # several times what the longest of these launches takes
 
 
 @dataclass(frozen=True)
 class Case:
-    """A sample whose launches between them have the parts that bugs are planted in."""
+    """A call whose launches between them have the parts that bugs are planted in, and whose sizes leave no lane idle and no
+    mask without work."""
 
-    sample: str
-    dtype: torch.dtype
+    name: str
     sm: int
+    make: Callable[[torch.Generator], Sample]
+
+    def sample(self) -> Sample:
+        return self.make(torch.Generator().manual_seed(0))
+
+
+def _data(g: torch.Generator, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return (2 * torch.randn(shape, generator=g, dtype=torch.float64)).to(dtype)
+
+
+def _knob(g: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (0.05 + 0.9 * torch.rand(shape, generator=g, dtype=torch.float64)).to(dtype)
+
+
+def _ctu(
+    name: str,
+    sm: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    channel_dim: int,
+    prologue: bool = False,
+    **options: Any,
+) -> Case:
+    def make(g: torch.Generator) -> Sample:
+        count = shape[channel_dim]
+        kwargs: dict[str, Any] = {"channel_dim": channel_dim, **options}
+        if prologue:
+            kwargs |= {"scale": _data(g, torch.float32, count), "shift": _data(g, torch.float32, count)}
+            kwargs["residual"] = _data(g, dtype, *shape)
+        if options.get("activation") == "prelu":
+            kwargs["negative_slope"] = _knob(g, count) * 1.5
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        knobs = _knob(g, count, dtype=wide), _knob(g, count, dtype=wide)
+        return Sample(name, functional.ctu, (_data(g, dtype, *shape), *knobs), kwargs)
+
+    return Case(name, sm, make)
+
+
+def _head_edit(name: str, sm: int, dtype: torch.dtype, shape: tuple[int, ...], heads: int, adapters: int = 0) -> Case:
+    def make(g: torch.Generator) -> Sample:
+        dim = shape[-1] if len(shape) == 4 else shape[-1] // heads
+        lead = (adapters,) if adapters else ()
+        kwargs: dict[str, Any] = {"head_axis": 1} if len(shape) == 4 else {}
+        if adapters:
+            kwargs["index"] = torch.randint(adapters, shape[:1], generator=g)
+        edits = [_data(g, torch.float32, *lead, heads, dim) for _ in (0, 1)]
+        gates = [_knob(g, *lead, heads) for _ in (0, 1)]
+        return Sample(name, functional.head_edit, (_data(g, dtype, *shape), *edits, *gates), kwargs)
+
+    return Case(name, sm, make)
 
 
 CASES = [
-    Case("NCHW, long runs", torch.float32, 80),  # scalar constants, a tree of sums, slots, a finishing launch
-    Case("NLC, odd channels", torch.float32, 90),  # several periods side by side
-    Case("NLC, more channels than a block", torch.bfloat16, 90),  # constants per lane
-    Case("prologue, inner channels", torch.float32, 100),
-    Case("relu6", torch.float32, 80),
-    Case("gelu", torch.float16, 90),
-    Case("learned slopes, some above 1", torch.float32, 80),
-    Case("logits", torch.float64, 80),
-    Case("head edit (B, T, H D)", torch.bfloat16, 100),
-    Case("head edit (B, H, T, D)", torch.float32, 80),
-    Case("head edit per sample", torch.float64, 90),
+    # scalar constants, a tree of sums, slots, a finishing launch
+    _ctu("ctu, planes", 80, torch.float32, (2, 3, 37_000), 1),
+    _ctu("ctu, planes, a group each", 90, torch.bfloat16, (3, 2, 1100), 1),
+    # constants per lane; several periods side by side
+    _ctu("ctu, channels inside", 100, torch.float32, (70, 650), 1),
+    _ctu("ctu, few channels inside", 90, torch.bfloat16, (1500, 19), 1),
+    _ctu("prologue", 90, torch.float32, (70, 130), 1, prologue=True),
+    _ctu("prelu", 80, torch.float32, (2, 3, 1100), 1, activation="prelu"),
+    _ctu("relu6", 80, torch.float32, (2, 3, 1100), 1, activation="relu6"),
+    _ctu("gelu", 90, torch.float16, (2, 3, 1100), 1, activation="gelu"),
+    _ctu("ctu, float64", 80, torch.float64, (2, 3, 550), 1),
+    _head_edit("heads side by side", 80, torch.float32, (2, 35, 6 * 44), 6),
+    _head_edit("tokens between heads", 90, torch.bfloat16, (3, 4, 90, 66), 4),
+    _head_edit("an edit for every sample", 100, torch.float32, (3, 70, 4 * 66), 4, adapters=5),
 ]
 
 
@@ -176,13 +233,13 @@ def _planted(text: str, mutant: Mutant) -> str:
 def kernels(case: Case) -> dict[str, str]:
     """The PTX of the case's launches, by the kernel's name."""
     with triton_on_cpu(Recorder(case.sm)) as recorder:
-        check_against_float64(sample_named(case.sample, case.dtype), outputs(sample_named(case.sample, case.dtype)))
+        check_against_float64(case.sample(), outputs(case.sample()))
     return {name: found.asm["ptx"] for name, _, _, found in recorder.launches}
 
 
 def caught_by(case: Case, text: str, mutant: Mutant) -> str | None:
     """What noticed the mutant, or None."""
-    changed, sample = _planted(text, mutant), sample_named(case.sample, case.dtype)
+    changed, sample = _planted(text, mutant), case.sample()
     recorder = Recorder(case.sm, rewrite=lambda ptx: changed if ptx == text else ptx, max_steps=STEPS)
     try:
         with triton_on_cpu(recorder):
@@ -224,7 +281,7 @@ def run(
                 why = None if by else explanation(mutant)
                 records.append(
                     {
-                        "case": f"{case.sample} {case.dtype} sm_{case.sm}",
+                        "case": f"{case.name}, sm_{case.sm}",
                         **asdict(mutant),
                         "caught_by": by,
                         "equivalent": why,
@@ -232,7 +289,7 @@ def run(
                 )
                 if by is None:
                     log(
-                        f"survived: {case.sample}: {mutant.kernel}: {mutant.operator}: {mutant.before} -> {mutant.after} ({why})"
+                        f"survived: {case.name}: {mutant.kernel}: {mutant.operator}: {mutant.before} -> {mutant.after} ({why})"
                     )
     return records
 
@@ -261,11 +318,11 @@ def summary(records: list[dict[str, object]]) -> dict[str, object]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python tests/mutation.py", description=__doc__)
     parser.add_argument("--per-kernel", type=int, default=10_000, help="mutants of each kernel (default: all)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose sample contains it")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records and the summary there")
     args = parser.parse_args(argv)
     torch.use_deterministic_algorithms(True)  # and with it, uninitialised memory is filled with NaN
-    records = run(args.per_kernel, [c for c in CASES if args.only in c.sample], lambda line: print(line, flush=True))
+    records = run(args.per_kernel, [c for c in CASES if args.only in c.name], lambda line: print(line, flush=True))
     found = summary(records)
     print(json.dumps(found, indent=1))
     if args.json:
