@@ -133,7 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         write_text(args.json, json.dumps([asdict(c) for c in found], indent=1) + "\n")
     if args.write_budgets:
-        table = {f"{c.variant} sm_{c.sm}": budget(c) for c in found if c.ours}
+        known = json.loads(args.write_budgets.read_text()) if args.only and args.write_budgets.exists() else {}
+        table = known | {f"{c.variant} sm_{c.sm}": budget(c) for c in found if c.ours}
         write_text(args.write_budgets, json.dumps(table, indent=1) + "\n")
     return 0
 

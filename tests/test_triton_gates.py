@@ -69,11 +69,11 @@ def test_values_and_gradients(case: str, dtype: torch.dtype, sm: int) -> None:
 
 def _philox(counter: list[int], key: list[int]) -> list[int]:
     """Philox 4x32-10 on Python's integers."""
-    (a, b, c, d), (k, l) = counter, key
+    (a, b, c, d), (k, m) = counter, key
     for _ in range(10):
         p, q = a * 0xD2511F53, c * 0xCD9E8D57
-        a, b, c, d = q >> 32 ^ b ^ k, q & 0xFFFFFFFF, p >> 32 ^ d ^ l, p & 0xFFFFFFFF
-        k, l = (k + 0x9E3779B9) & 0xFFFFFFFF, (l + 0xBB67AE85) & 0xFFFFFFFF
+        a, b, c, d = q >> 32 ^ b ^ k, q & 0xFFFFFFFF, p >> 32 ^ d ^ m, p & 0xFFFFFFFF
+        k, m = (k + 0x9E3779B9) & 0xFFFFFFFF, (m + 0xBB67AE85) & 0xFFFFFFFF
     return [a, b, c, d]
 
 

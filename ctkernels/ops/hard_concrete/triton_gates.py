@@ -58,7 +58,7 @@ def gate_kernel(
     live = i < n
     logit = tl.load(log_alpha + i, mask=live, other=0.0).to(tl.float64)
     u = tl.zeros_like(logit) + 0.5
-    if MODE == SAMPLE or MODE == CLIP:
+    if not len(SHIFTS):
         if MODE == SAMPLE:
             if SEEDED:
                 u = _uniform(tl.load(noise), i, DOUBLES)
