@@ -12,7 +12,7 @@ import torch
 
 from ctkernels._files import write_text
 
-from . import ctu, head_edit, measure, report
+from . import ctu, device, head_edit, measure, report
 
 SUITES = {"ctu": ctu, "head_edit": head_edit}
 
@@ -20,6 +20,7 @@ SUITES = {"ctu": ctu, "head_edit": head_edit}
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--op", choices=SUITES, nargs="+", default=list(SUITES), help="which ops (default: all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: needs a GPU (default: cpu)")
     parser.add_argument("--networks", action="store_true", help="whole networks (needs transformers and peft)")
     parser.add_argument("--dtype", choices=ctu.DTYPES, nargs="+", default=list(ctu.DTYPES))
     parser.add_argument("--quick", action="store_true", help="one small shape, without the compiled contestant")
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records there")
     args = parser.parse_args(argv)
+    if args.device == "cuda":
+        return _on_device(args)
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -61,6 +64,20 @@ def main(argv: list[str] | None = None) -> int:
         result["overhead_us"] |= overhead
     if args.json:
         write_text(args.json, json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def _on_device(args: argparse.Namespace) -> int:
+    why = device.missing()
+    if why is not None:
+        print(f"python -m benchmarks --device cuda: {why}", file=sys.stderr)
+        return 1
+    where = measure.provenance() | {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    print(f"{where['device']}, CUDA {where['cuda']}, torch {where['torch']}, commit {where['commit']}\n")
+    records = device.run(args.op, args.dtype, args.quick, args.seconds)
+    print(device.text(records))
+    if args.json:
+        write_text(args.json, json.dumps({"provenance": where, "records": records}, indent=1) + "\n")
     return 0
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource, compile
+from triton.runtime.driver import driver
 from triton.runtime.jit import create_function_from_signature
 
 _COMPILED: dict[Any, Any] = {}
@@ -23,6 +26,8 @@ def compiled(kernel: Any, args: dict[str, Any], meta: dict[str, Any], sm: int) -
     if key not in _COMPILED:
         options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
         source = ASTSource(kernel, signature, constants, attributes)
-        _COMPILED[key] = (compile(source, target=GPUTarget("cuda", sm, 32), options=options.__dict__), signature)
+        target = GPUTarget("cuda", sm, 32)
+        with mock.patch.object(driver, "_active", SimpleNamespace(get_current_target=lambda: target)):
+            _COMPILED[key] = (compile(source, target=target, options=options.__dict__), signature)
     found, signature = _COMPILED[key]
     return found, {name: value for name, value in bound.items() if signature[name] != "constexpr"}

@@ -61,13 +61,13 @@ class Listing:
         return sum(i.name in names for i in self.instructions)
 
     def calls(self, body: list[Instruction]) -> int:
-        """Subroutine calls. Without a return in the kernel there are none: ptxas also leaves loops by ``CALL.REL.NOINC``."""
-        return sum(i.name == "CALL" for i in body) if self.count("RET") else 0
+        """Subroutine calls; a ``CALL`` of a local label is how ptxas sometimes leaves a loop."""
+        return sum(i.name == "CALL" and "`(.L" not in i.operands for i in body)
 
     def hot(self, outermost: bool) -> list[Instruction]:
         """The loop that loads from global memory (the innermost, or with everything around it); all, if there is none."""
         found = [self.instructions[a : b + 1] for a, b in self.loops]
-        found = [body for body in found if any(i.name == "LDG" for i in body) and any(i.name == "MUFU" for i in body)]
+        found = [body for body in found if any(i.name == "LDG" for i in body)]
         return sorted(found, key=len)[-1 if outermost else 0] if found else self.instructions
 
 

@@ -13,6 +13,7 @@ from .ops.ctu import ACTIVATIONS
 from .ops.ctu import OP as _CTU
 from .ops.hard_concrete import CLIP, MEAN, OPEN, SAMPLE
 from .ops.hard_concrete import OP as _HARD_CONCRETE
+from .ops.hard_concrete.reference import uniform
 from .ops.head_edit import OP as _HEAD_EDIT
 
 __all__ = ["ctu", "expected_l0", "hard_concrete", "head_edit"]
@@ -308,8 +309,9 @@ def hard_concrete(
         stretch: (low, high) with low < 0 and high > 1: how far the distribution is stretched before it is clipped.
         estimator: the deterministic gate: ``"clip"``, clip(sigmoid(log_alpha) * (high - low) + low), of the L0 paper and the
             JoLA code; or ``"mean"``, the expectation E[g], of the JoLA paper.
-        noise: uniform numbers in (0, 1) of ``log_alpha``'s shape to sample from; drawn if None.
-        generator: draws the noise; torch's default generator of the device if None.
+        noise: uniform numbers in (0, 1) of ``log_alpha``'s shape to sample from; or an int64 seed of shape (1,), from which
+            a counter-based generator (Philox) makes them, the same on every device; drawn if None.
+        generator: draws the noise, or on a GPU a seed; torch's default generator of the device if None.
 
     Returns:
         Gates of ``log_alpha``'s shape, differentiable in it.
@@ -329,16 +331,27 @@ def hard_concrete(
     logits = _widened(log_alpha)
     assert logits is not None
     mode = SAMPLE if training else CLIP if estimator == "clip" else MEAN
-    if not training:
-        noise = None
-    elif noise is None:
-        noise = torch.rand(logits.shape, generator=generator, dtype=logits.dtype, device=logits.device)
-    else:
-        _check.tensor("hard_concrete", "noise", noise)
-        _check.same_shape("hard_concrete", "noise", noise, "log_alpha", log_alpha)
-        noise = noise.to(logits.dtype).contiguous()
+    noise = _noise(logits, noise, generator) if training else None
     _backend.forced_refusal(logits, "hard_concrete")
     return _HARD_CONCRETE((logits.contiguous(), noise), (NO_CHANNEL, mode, float(temperature), low, high))
+
+
+def _noise(logits: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """Noise as the op takes it. On a GPU that is a seed, drawn on the device by torch's generator: nothing waits for it,
+    and every replay of a CUDA graph draws another one."""
+    on_device = logits.is_cuda and not torch._C._are_functorch_transforms_active()
+    if noise is None:
+        if on_device:
+            return torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=logits.device)
+        return torch.rand(logits.shape, generator=generator, dtype=logits.dtype, device=logits.device)
+    if isinstance(noise, Tensor) and noise.dtype == torch.int64:
+        if noise.shape != (1,):
+            raise ValueError(f"hard_concrete: noise as an int64 seed must have shape (1,), got {tuple(noise.shape)}")
+        _check.same_device("hard_concrete", "noise", noise, "log_alpha", logits)
+        return noise if on_device else uniform(noise, logits.shape, logits.dtype)
+    _check.tensor("hard_concrete", "noise", noise)
+    _check.same_shape("hard_concrete", "noise", noise, "log_alpha", logits)
+    return noise.to(logits.dtype).contiguous()
 
 
 def expected_l0(log_alpha: Tensor, *, temperature: float = 0.33, stretch: tuple[float, float] = (-0.1, 1.1)) -> Tensor:

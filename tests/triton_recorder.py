@@ -7,43 +7,55 @@ Triton is installed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 from ptx import Memory, parse
 from ptx.launch import Launch, execute
+from ptx.runner import MAX_STEPS
 from torch import Tensor
 
 from benchmarks.ahead_of_time import compiled
 from ctkernels.ops import _triton
 from ctkernels.ops._op import Op
 
-OUTPUTS = {"y", "dx", "dresidual", "d0", "d1", "d2", "d3", "d4"}
+OUTPUTS = {"out", "dresidual", "dnoise", "d0", "d1", "d2", "d3", "d4"}
+SCRATCH = {"partial", "b0", "b1", "b2", "b3", "b4"}
+# What these kernels read is what the ones before them wrote.
+FOLLOWING = (_triton.finish_kernel, _triton.fold_kernel)
 
 
 class Recorder:
-    """Stands in for :func:`ctkernels.ops._triton.launch`. ``launches`` keeps (kernel name, grid, meta, compiled)."""
+    """Stands in for :func:`ctkernels.ops._triton.launch`. ``launches`` keeps (kernel name, grid, meta, compiled).
 
-    def __init__(self, sm: int, approx: int = 0, races: bool = True):
-        self.sm, self.approx, self.races = sm, approx, races
+    ``approx``: the end of their error at which approximate units work. ``rewrite``: changes the PTX before it is run.
+    """
+
+    def __init__(
+        self,
+        sm: int,
+        approx: int = 0,
+        races: bool = True,
+        rewrite: Callable[[str], str] = str,
+        max_steps: int = MAX_STEPS,
+    ):
+        self.sm, self.approx, self.races, self.rewrite, self.max_steps = sm, approx, races, rewrite, max_steps
         self.launches: list[tuple[str, int, dict[str, Any], Any]] = []
         self.memory = Memory()
 
     def __call__(self, kernel: Any, grid: int, args: dict[str, Any], meta: dict[str, Any]) -> None:
         found, values = compiled(kernel, args, meta, self.sm)
-        self.launches.append((kernel.__name__, grid, meta, found))
-        if kernel is not _triton.finish_kernel:  # what a finishing kernel reads is what the one before it wrote
+        self.launches.append((found.metadata.name, grid, meta, found))
+        if kernel not in FOLLOWING:
             self.memory = Memory()
         tensors = {name: t for name, t in values.items() if isinstance(t, Tensor)}
-        in_place = tensors.get("y") is tensors.get("x")
-        outputs = [t for name, t in tensors.items() if name in OUTPUTS and not (name == "y" and in_place)]
-        scratch = [t for name, t in tensors.items() if name == "partial" and kernel is not _triton.finish_kernel]
-        inputs = [
-            t for name, t in tensors.items() if name not in OUTPUTS | {"partial"} and not (name == "x" and in_place)
-        ]
-        text = found.asm["ptx"]
+        in_place = tensors.get("out") is tensors.get("x")
+        outputs = [t for name, t in tensors.items() if name in OUTPUTS and not (name == "out" and in_place)]
+        scratch = [t for name, t in tensors.items() if name == "partial" and kernel not in FOLLOWING]
+        inputs = [t for name, t in tensors.items() if name not in OUTPUTS | SCRATCH and not (name == "x" and in_place)]
+        text = self.rewrite(found.asm["ptx"])
         (entry,) = parse(text).entries
         hidden = len(parse(text).functions[entry].params) - len(values)
         launch = Launch(
@@ -61,6 +73,7 @@ class Recorder:
             readonly=inputs,
             races=self.races,
             approx=self.approx,
+            max_steps=self.max_steps,
         )
         for t in outputs:
             assert self.memory.written(t).all(), f"{kernel.__name__} leaves part of an output unwritten"

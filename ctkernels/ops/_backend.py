@@ -76,7 +76,7 @@ BACKENDS = {
     b.name: b
     for b in (
         Backend("cpu", "cpu", _native_missing),
-        Backend("triton", "cuda", _triton_missing(), (8, 0), ops=("ctu",)),
+        Backend("triton", "cuda", _triton_missing(), (8, 0)),
         Backend("reference", None, None),
     )
 }

@@ -35,7 +35,8 @@ class Op:
     name: of the dispatcher op. inputs: names of the differentiable tensors, the first of which gives shape and dtype.
     optional: the inputs that may be None. elementwise: the inputs that have the first one's shape; the others are
     per-channel parameters. static: schema of the other arguments, the first of which is ``int channel_dim``. triton: the
-    module of its Triton maths, imported on the first CUDA call.
+    module of its Triton kernels, imported on the first CUDA call: a ``MATH`` for the channelwise skeleton, or launches of
+    its own, ``forward``, ``forward_`` and ``backward``.
     """
 
     name: str
@@ -270,7 +271,7 @@ def _second_order(
     op: Op, static: Static, needs: int, saved: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients of <gradients, cotangents> with respect to (dy, *inputs)."""
-    moving = [i for i, t in enumerate(saved) if t is not None]
+    moving = [i for i, t in enumerate(saved) if t is not None and t.is_floating_point()]
     function, primals = _backward_of(op, static, needs, saved, moving)
     outputs, pullback, *_ = torch.func.vjp(function, *primals)
     filled = tuple(torch.zeros_like(o) if c is None else c.to(o.dtype) for o, c in zip(outputs, cotangents))
@@ -284,7 +285,7 @@ def _on_cuda(op: Op, suffix: str, composite: Callable[..., Any]) -> Callable[...
     """The Triton kernels, or the reference on a GPU that they do not serve."""
 
     def call(*args: Any) -> Any:
-        if _backend.BACKENDS["triton"].refusal(args[0]) is not None:
+        if _backend.BACKENDS["triton"].refusal(args[0], op.name) is not None:
             return composite(*args)
         from . import _triton
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from . import _layout
 from ._op import Inputs, Op, Static
-from ._triton_kernels import SUMS, Math, backward_kernel, finish_kernel, forward_kernel
+from ._triton_kernels import Math, channelwise_kernel, finish_kernel, fold_kernel
 from ._triton_plan import Plan, plan_for
 
-PARAMS = 5
+PARAMS = 5  # that the kernels have room for
 
 
 def launch(kernel: Any, grid: int, args: dict[str, Any], meta: dict[str, Any]) -> None:
@@ -27,122 +28,123 @@ def launch(kernel: Any, grid: int, args: dict[str, Any], meta: dict[str, Any]) -
     kernel[(grid,)](**args, **meta)
 
 
+def guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes x's device the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 class _Call:
     """The operands of one call, ready for kernels: dense, parameters contiguous, the view known."""
 
-    def __init__(self, op: Op, inputs: Inputs, static: Static):
-        self.math: Math = importlib.import_module(op.triton).MATH  # type: ignore[arg-type]
+    def __init__(self, op: Op, math: Math, inputs: Inputs, static: Static):
+        count = len(op.inputs) - len(op.elementwise)
         x = inputs[0]
         assert x is not None
-        self.given = [None if p is None else p.contiguous() for p in inputs[1 : 1 + PARAMS]]
-        residual = inputs[1 + PARAMS] if len(inputs) > 1 + PARAMS else None
-        present = [(i, p) for i, p in enumerate(self.given) if p is not None]
-        self.grouped = sum(1 << i for i, p in present if p.dim() == 2 and p.shape[0] > 1)
-        self.spread = sum(1 << i for i, p in present if p.dim() and p.shape[-1] > 1)
-        channel_dim = static[0] if self.spread else _layout.NO_CHANNEL
-        view = _layout.view_of(x, channel_dim, self.grouped > 0)
+        given = [None if p is None else p.contiguous() for p in inputs[1 : 1 + count]]
+        residual = inputs[1 + count] if len(inputs) > 1 + count else None
+        rows = [p.shape[0] if p is not None and p.dim() == 2 else 1 for p in given]
+        values = [p.shape[-1] if p is not None and p.dim() else 1 for p in given]
+        per_group = any(r > 1 for r in rows)
+        channel_dim = static[0] if any(v > 1 for v in values) else _layout.NO_CHANNEL
+        view = _layout.view_of(x, channel_dim, per_group)
         if view is None:
             x = x.contiguous()
-            view = _layout.view_of(x, channel_dim, self.grouped > 0)
+            view = _layout.view_of(x, channel_dim, per_group)
             assert view is not None
-        self.x, self.view, self.static = x, view, tuple(static[1:])
+        spare = PARAMS - count
+        self.math, self.x, self.view, self.static = math, x, view, tuple(static[1:])
+        self.params = [*given, *[None] * spare]
+        self.rows = (*[0 if 1 < r == view.groups else r for r in rows], *[1] * spare)
+        self.runs = (*[view.channels // v if v > 1 else 0 for v in values], *[0] * spare)
         self.residual = None if residual is None else _layout.laid_out_like(residual, x)
+        self.residual_input = 1 + count
         self.grade = {torch.float32: 0, torch.float64: 2}.get(x.dtype, 1)
-        self.device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
     def args(self) -> dict[str, Any]:
-        return {f"p{i}": p for i, p in enumerate(self.given)}
+        return _numbered("p", self.params)
 
     def meta(self, *functions: str) -> dict[str, Any]:
-        """Constants of every kernel, and the scalar functions it is made of."""
+        """Constants of the kernels that read parameters, and the scalar functions they are made of."""
         found: dict[str, Any] = {name.upper(): getattr(self.math, name) for name in functions}
         return found | {
             "STATIC": self.static,
             "FALLBACKS": self.math.fallbacks,
-            "PROLOGUE": self.math.prologue,
-            "GROUPED": self.grouped,
-            "SPREAD": self.spread,
+            "ROWS": self.rows,
+            "RUNS": self.runs,
         }
 
 
-def forward(op: Op, inputs: Inputs, static: Static) -> Tensor:
-    call = _Call(op, inputs, static)
+def _numbered(letter: str, tensors: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+    return {f"{letter}{i}": t for i, t in enumerate(tensors)}
+
+
+def _forward(op: Op, math: Math, inputs: Inputs, static: Static) -> Tensor:
+    call = _Call(op, math, inputs, static)
     y = torch.empty_like(call.x)
-    _forward(call, y)
+    _run(call, y)
     return y
 
 
-def forward_(op: Op, inputs: Inputs, static: Static) -> None:
-    call = _Call(op, inputs, static)
-    _forward(call, call.x)
+def _forward_(op: Op, math: Math, inputs: Inputs, static: Static) -> None:
+    call = _Call(op, math, inputs, static)
+    _run(call, call.x)
     x = inputs[0]
     assert x is not None
     if call.x is not x:
         x.copy_(call.x)
 
 
-def _forward(call: _Call, y: Tensor) -> None:
-    if y.numel() == 0:
-        return
-    plan = plan_for(call.view, y.element_size(), sums=False)
-    args = {"x": call.x, "residual": call.residual, "y": y} | call.args() | plan.args(call.view)
-    with call.device:
-        launch(
-            forward_kernel, plan.programs, args, call.meta("derive", "forward") | {"GRADE": call.grade} | plan.meta()
-        )
-
-
-def backward(op: Op, dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
-    call = _Call(op, inputs, static)
-    x, view = call.x, call.view
+def _backward(op: Op, math: Math, dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
+    call = _Call(op, math, inputs, static)
+    x = call.x
     dx = torch.empty_like(x) if needs & 1 else None
-    dresidual = torch.empty_like(x) if needs >> (1 + PARAMS) & 1 else None
-    wanted = [i for i in range(PARAMS) if needs >> (1 + i) & 1]
-    grads = {i: _Gradient(p, view) for i, p in enumerate(call.given) if p is not None and i in wanted}
-    by_input = {0: dx, 1 + PARAMS: dresidual}
+    dresidual = torch.empty_like(x) if needs >> call.residual_input & 1 else None
+    wanted = [p if needs >> (1 + i) & 1 else None for i, p in enumerate(call.params)]
+    grads = [None if p is None else torch.empty_like(p) for p in wanted]
     if x.numel() == 0:
-        by_input |= {1 + i: torch.zeros_like(g.param) for i, g in grads.items()}
+        grads = [None if p is None else torch.zeros_like(p) for p in wanted]
     else:
-        _backward(call, _layout.laid_out_like(dy, x), dx, dresidual, {i: g.buffer for i, g in grads.items()})
-        by_input |= {1 + i: g.result() for i, g in grads.items()}
-    return [g for i in op.wanted(needs) if (g := by_input[i]) is not None]
+        dy = _layout.laid_out_like(dy, x)
+        _run(call, dx, dy, dresidual, grads)
+    return [g for g in (dx, *grads, dresidual) if g is not None]
 
 
-def _backward(call: _Call, dy: Tensor, dx: Tensor | None, dresidual: Tensor | None, grads: dict[int, Tensor]) -> None:
-    x, view = call.x, call.view
-    prologue = {3: 32, 4: 64} if call.math.prologue else {}
+def _run(
+    call: _Call, out: Tensor | None, dy: Tensor | None = None, dresidual: Tensor | None = None,
+    grads: Sequence[Tensor | None] = (None,) * PARAMS,
+) -> None:  # fmt: skip
+    """One pass over x, and where sums are left in slots, or parameters are shared, a launch that adds those up."""
+    if call.x.numel() == 0:
+        return
     sums = 0
-    for i in grads:
-        sums |= prologue.get(i, 31 if i == 2 else 15)
+    for i, g in enumerate(grads):
+        sums |= call.math.sums[i] if g is not None else 0
+    view, x = call.view, call.x
     plan = plan_for(view, x.element_size(), sums=sums > 0)
-    partial = None
+    partials, like = None, {"dtype": torch.float64, "device": x.device}
     if sums and not plan.direct:
-        dtype = torch.float64 if call.grade == 2 else torch.float32
-        partial = torch.empty((view.groups, plan.slots, SUMS.value, plan.lanes_of(view)), dtype=dtype, device=x.device)
-    outputs = {f"d{i}": grads.get(i) for i in range(PARAMS)}
-    args: dict[str, Any] = {
-        "x": x,
-        "residual": call.residual,
-        "dy": dy,
-        "dx": dx,
-        "dresidual": dresidual,
-        "partial": partial,
-    }
-    args |= call.args() | ({f"d{i}": None for i in range(PARAMS)} if partial is not None else outputs) | plan.args(view)
-    meta = call.meta("derive", "gradients", "finish") | {"GRADE": call.grade, "WANTED": sums} | plan.meta()
-    with call.device:
-        launch(backward_kernel, plan.programs, args, meta)
-        if partial is not None:
-            _finish(call, plan, partial, outputs, sums)
+        shape = (view.groups, plan.slots, sums.bit_count(), plan.lanes_of(view))
+        partials = torch.empty(shape, **like | {"dtype": like["dtype"] if call.grade == 2 else torch.float32})
+    cells = view.groups * view.channels
+    shared = [g is not None and g.numel() != cells for g in grads]
+    each = [torch.empty(cells, **like) if s else g for s, g in zip(shared, grads)]
+    args = {"x": x, "residual": call.residual, "dy": dy, "out": out, "dresidual": dresidual, "partial": partials}
+    args |= call.args() | _numbered("d", [None] * PARAMS if partials is not None else each) | plan.args(view)
+    meta = call.meta("derive", "forward", "gradients", "finish") | plan.meta()
+    meta |= {"PROLOGUE": call.math.prologue, "GRADE": call.grade, "WANTED": sums}
+    with guard(x):
+        launch(channelwise_kernel, plan.programs, args, meta)
+        if partials is not None:
+            _finish(call, plan, partials, each, sums)
+        if any(shared):
+            _fold(call, each, [g if s else None for s, g in zip(shared, grads)])
 
 
-def _finish(call: _Call, plan: Plan, partial: Tensor, outputs: dict[str, Tensor | None], sums: int) -> None:
+def _finish(call: _Call, plan: Plan, partials: Tensor, each: Sequence[Tensor | None], sums: int) -> None:
     view = call.view
     repeat, inner = (1, 1) if plan.plane else (plan.repeat, view.inner)
-    terms = plan.slots * repeat * inner
     lanes = min(64, triton.next_power_of_2(view.channels))
-    rows = min(1024 // lanes, triton.next_power_of_2(terms))
-    args = {"partial": partial} | call.args() | outputs
+    args = {"partial": partials} | call.args() | _numbered("d", each)
     args |= {
         "channels": view.channels,
         "inner": inner,
@@ -150,36 +152,31 @@ def _finish(call: _Call, plan: Plan, partial: Tensor, outputs: dict[str, Tensor 
         "slots": plan.slots,
         "repeat": repeat,
     }
-    meta = call.meta("finish") | {"WANTED": sums, "ROWS": rows, "LANES": lanes, "num_warps": 4}
+    terms = min(1024 // lanes, triton.next_power_of_2(plan.slots * repeat * inner))
+    meta = call.meta("finish") | {"WANTED": sums, "TERMS": terms, "LANES": lanes, "num_warps": 4}
     launch(finish_kernel, view.groups * triton.cdiv(view.channels, lanes), args, meta)
 
 
-class _Gradient:
-    """Gradient of one parameter: a value per (group, channel), added up where the parameter is shared between them."""
-
-    def __init__(self, param: Tensor, view: _layout.View):
-        self.param, self.view = param, view
-        self.whole = param.numel() == view.groups * view.channels
-        shape = (view.groups, view.channels)
-        self.buffer = torch.empty(shape, dtype=param.dtype if self.whole else torch.float64, device=param.device)
-
-    def result(self) -> Tensor:
-        if self.whole:
-            return self.buffer.view(self.param.shape)
-        groups = self.param.shape[0] if self.param.dim() == 2 else 1
-        dims = [d for d, kept in enumerate((groups > 1, self.param.numel() > groups)) if not kept]
-        return self.buffer.sum(dims).to(self.param.dtype).view(self.param.shape)
+def _fold(call: _Call, each: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
+    view = call.view
+    args = _numbered("b", [None if g is None else e for e, g in zip(each, grads)]) | _numbered("d", grads)
+    args |= {"groups": view.groups, "channels": view.channels}
+    terms = max(view.groups * view.channels // g.numel() for g in grads if g is not None)
+    lanes = max(32, min(1024, triton.next_power_of_2(terms)))
+    meta = {"ROWS": call.rows, "RUNS": call.runs, "LANES": lanes, "num_warps": min(4, lanes // 32)}
+    launch(fold_kernel, max(g.numel() for g in grads if g is not None), args, meta)
 
 
 def implementations(op: Op) -> dict[str, Callable[..., Any]]:
     """The dispatcher ops of ``op``, by suffix, on flat arguments."""
-    count = len(op.inputs)
-
-    def split(args: Sequence[Any]) -> tuple[Inputs, Static]:
-        return tuple(args[:count]), tuple(args[count:])
-
+    assert op.triton is not None
+    module, count = importlib.import_module(op.triton), len(op.inputs)
+    if hasattr(module, "MATH"):  # scalar functions, for the channelwise skeleton
+        forward, forward_, backward = (partial(f, op, module.MATH) for f in (_forward, _forward_, _backward))
+    else:
+        forward, forward_, backward = module.forward, module.forward_, module.backward
     return {
-        "": lambda *args: forward(op, *split(args)),
-        "_": lambda *args: forward_(op, *split(args)),
-        "_backward": lambda dy, *args: backward(op, dy, *split(args[:-1]), args[-1]),
+        "": lambda *args: forward(args[:count], args[count:]),
+        "_": lambda *args: forward_(args[:count], args[count:]),
+        "_backward": lambda dy, *args: backward(dy, args[:count], args[count:-1], args[-1]),
     }

@@ -5,7 +5,8 @@ program. PLANE: rows of one channel's ``inner`` neighbouring values; constants a
 ``inner``: rows of whole periods (channels * inner); every lane keeps the constants of its channel over many rows.
 
 Sums have a fixed order: lanes add up over a program's rows, a tree adds up a program's lanes, and a second kernel adds
-up the programs, in float64. Where one program sees all of a channel, it finishes on its own.
+up the programs, in float64. Where one program sees all of a channel, it finishes on its own. Parameters that several
+channels or groups share have their gradients added up by a third, also in float64.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Math:
 
     derive(params, GRADE, STATIC) -> constants        forward(w, constants, GRADE, STATIC) -> y
     gradients(w, constants, GRADE, STATIC) -> (d/dw, five terms)    finish(params, sums, STATIC) -> gradients of params
-    fallbacks: values of absent parameters. prologue: whether parameters 3 and 4 are a scale and a shift before the op.
+    fallbacks: values of absent parameters. sums: of each parameter, a mask of the sums that its gradient is made of.
+    prologue: whether parameters 3 and 4 are a scale and a shift before the op.
     """
 
     derive: Any
@@ -37,51 +39,57 @@ class Math:
     gradients: Any
     finish: Any
     fallbacks: tuple[float, ...]
+    sums: tuple[int, ...]
     prologue: bool
 
 
+@triton.constexpr_function
+def _rank(wanted: int, i: int) -> int:
+    """Place of sum i among the wanted ones."""
+    return bin(wanted & ((1 << i) - 1)).count("1")
+
+
 @triton.jit
-def _param(
-    p, g, c, channels, mask, fallback: tl.constexpr, bit: tl.constexpr, GROUPED: tl.constexpr, SPREAD: tl.constexpr
-):
-    """Parameter number ``bit`` of channel c; GROUPED and SPREAD are masks of those with a row a group, a value a channel."""
+def _param(p, g, c, channels, mask, fallback: tl.constexpr, rows: tl.constexpr, run: tl.constexpr):
+    """Value of a parameter for channel c of group g. run: channels that share a value, 0 for all of them. rows: its number
+    of rows, which groups take in turn; 0 for a row of its own for each."""
     if p is None:
         return (c * 0).to(tl.float32) + fallback
     else:
         at = c * 0
-        if SPREAD >> bit & 1:
-            at = c
-        if GROUPED >> bit & 1:
-            at += g * (channels if SPREAD >> bit & 1 else 1)
+        if run:
+            at = c // run
+        if rows != 1:
+            at += (g % rows if rows else g) * (channels // run if run else 1)
         return tl.load(p + at, mask=mask, other=fallback)
 
 
 @triton.jit
-def _params(
-    p0, p1, p2, p3, p4, g, c, channels, mask, FALLBACKS: tl.constexpr, GROUPED: tl.constexpr, SPREAD: tl.constexpr
-):
+def _params(p0, p1, p2, p3, p4, g, c, channels, mask, FALLBACKS: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr):
     return (
-        _param(p0, g, c, channels, mask, FALLBACKS[0], 0, GROUPED, SPREAD),
-        _param(p1, g, c, channels, mask, FALLBACKS[1], 1, GROUPED, SPREAD),
-        _param(p2, g, c, channels, mask, FALLBACKS[2], 2, GROUPED, SPREAD),
-        _param(p3, g, c, channels, mask, FALLBACKS[3], 3, GROUPED, SPREAD),
-        _param(p4, g, c, channels, mask, FALLBACKS[4], 4, GROUPED, SPREAD),
+        _param(p0, g, c, channels, mask, FALLBACKS[0], ROWS[0], RUNS[0]),
+        _param(p1, g, c, channels, mask, FALLBACKS[1], ROWS[1], RUNS[1]),
+        _param(p2, g, c, channels, mask, FALLBACKS[2], ROWS[2], RUNS[2]),
+        _param(p3, g, c, channels, mask, FALLBACKS[3], ROWS[3], RUNS[3]),
+        _param(p4, g, c, channels, mask, FALLBACKS[4], ROWS[4], RUNS[4]),
     )
 
 
 @triton.jit
-def _store(d0, d1, d2, d3, d4, grads, s, at, mask, PROLOGUE: tl.constexpr):
-    """Parameter gradients; ``at`` is their index as [group, channel]. A null pointer is a gradient nobody wants."""
-    if d0 is not None:
-        tl.store(d0 + at, grads[0].to(d0.dtype.element_ty), mask=mask)
-    if d1 is not None:
-        tl.store(d1 + at, grads[1].to(d1.dtype.element_ty), mask=mask)
-    if d2 is not None:
-        tl.store(d2 + at, grads[2].to(d2.dtype.element_ty), mask=mask)
-    if d3 is not None:
-        tl.store(d3 + at, (s[5] if PROLOGUE else grads[3]).to(d3.dtype.element_ty), mask=mask)
-    if d4 is not None:
-        tl.store(d4 + at, (s[6] if PROLOGUE else grads[4]).to(d4.dtype.element_ty), mask=mask)
+def _put(d, value, at, mask):
+    """A null pointer is a gradient nobody wants."""
+    if d is not None:
+        tl.store(d + at, value.to(d.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store(d0, d1, d2, d3, d4, grads, at, mask):
+    """Parameter gradients; ``at`` is their index as [group, channel]."""
+    _put(d0, grads[0], at, mask)
+    _put(d1, grads[1], at, mask)
+    _put(d2, grads[2], at, mask)
+    _put(d3, grads[3], at, mask)
+    _put(d4, grads[4], at, mask)
 
 
 @triton.jit
@@ -124,75 +132,31 @@ def _number(v, DOUBLES: tl.constexpr):
 
 
 @triton.jit
-def _prologue(
-    x, residual, at, lane, live, scale, shift, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, DOUBLES: tl.constexpr
-):
-    w = x
-    if HAS_SCALE:
-        w = w * scale
-    if HAS_SHIFT:
-        w = w + shift
-    if residual is not None:
-        w = w + _number(tl.load(residual + at + lane, mask=live, other=0.0), DOUBLES)
-    return w
+def _add(total, term, WANTED: tl.constexpr, i: tl.constexpr):
+    return total + term if WANTED >> i & 1 else total
 
 
-@triton.jit
-def forward_kernel(
-    x, residual, y, p0, p1, p2, p3, p4,
+def _kernel_name(specialization: Any) -> str:
+    """What profilers show: the op and the direction."""
+    constants = specialization.constants
+    op = constants["FORWARD"].__module__.split(".")[-2]
+    return f"{op}_forward" if constants.get("dy", 0) is None else f"{op}_backward"
+
+
+@triton.jit(repr=_kernel_name)
+def channelwise_kernel(
+    x, residual, dy, out, dresidual, partial, p0, p1, p2, p3, p4, d0, d1, d2, d3, d4,
     channels, inner, row_units, rows, row_cuts, rows_per, col_cuts, cols_per, group_units,
-    DERIVE: tl.constexpr, FORWARD: tl.constexpr, STATIC: tl.constexpr, FALLBACKS: tl.constexpr, PROLOGUE: tl.constexpr,
-    GRADE: tl.constexpr, GROUPED: tl.constexpr, SPREAD: tl.constexpr,
-    PLANE: tl.constexpr, WRAP: tl.constexpr, UNIT: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    DOUBLES: tl.constexpr = GRADE == 2
-    inner_units = inner // UNIT if PLANE else inner
-    g, plane, _cut, _slot, begin, end, first, last = _place(
-        channels, inner_units, row_units, rows, row_cuts, rows_per, col_cuts, cols_per, PLANE, UNIT
-    )
-    lane = tl.arange(0, LANES)
-    cols = begin * UNIT + lane
-    c = _channel(plane, cols, channels, inner, PLANE, WRAP, UNIT)
-    known = c < channels
-    p = _params(p0, p1, p2, p3, p4, g, c, channels, known, FALLBACKS, GROUPED, SPREAD)
-    k = DERIVE(p, GRADE, STATIC)
-    scale, shift = _number(p[3], DOUBLES), _number(p[4], DOUBLES)
-    for row in tl.range(first, last):
-        start = g.to(tl.int64) * group_units + row.to(tl.int64) * row_units
-        if PLANE:
-            start += plane * inner_units
-        for step in tl.range(begin, end, LANES // UNIT):
-            at = (start + step) * UNIT
-            live = lane < (end - step) * UNIT
-            if WRAP:
-                live = live & (lane < (group_units - row.to(tl.int64) * row_units - step) * UNIT)
-            w = _number(tl.load(x + at + lane, mask=live, other=0.0), DOUBLES)
-            w = _prologue(
-                w,
-                residual,
-                at,
-                lane,
-                live,
-                scale,
-                shift,
-                PROLOGUE and p3 is not None,
-                PROLOGUE and p4 is not None,
-                DOUBLES,
-            )
-            tl.store(y + at + lane, FORWARD(w, k, GRADE, STATIC).to(y.dtype.element_ty), mask=live)
-
-
-@triton.jit
-def backward_kernel(
-    x, residual, dy, dx, dresidual, partial, p0, p1, p2, p3, p4, d0, d1, d2, d3, d4,
-    channels, inner, row_units, rows, row_cuts, rows_per, col_cuts, cols_per, group_units,
-    DERIVE: tl.constexpr, GRADIENTS: tl.constexpr, FINISH: tl.constexpr,
+    DERIVE: tl.constexpr, FORWARD: tl.constexpr, GRADIENTS: tl.constexpr, FINISH: tl.constexpr,
     STATIC: tl.constexpr, FALLBACKS: tl.constexpr, PROLOGUE: tl.constexpr,
-    GRADE: tl.constexpr, GROUPED: tl.constexpr, SPREAD: tl.constexpr, WANTED: tl.constexpr,
+    GRADE: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr, WANTED: tl.constexpr,
     PLANE: tl.constexpr, WRAP: tl.constexpr, UNIT: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """WANTED: mask of the sums to make. They go to ``partial``, or where that is null, through FINISH to d0 to d4."""
+    """out = op(x), or where ``dy`` is given, the gradient of x. WANTED: mask of the sums to make. They go to ``partial``,
+    or where that is null, through FINISH to d0 to d4. Null outputs are not computed."""
     DOUBLES: tl.constexpr = GRADE == 2
+    HAS_SCALE: tl.constexpr = PROLOGUE and p3 is not None
+    HAS_SHIFT: tl.constexpr = PROLOGUE and p4 is not None
     inner_units = inner // UNIT if PLANE else inner
     g, plane, row_cut, slot, begin, end, first, last = _place(
         channels, inner_units, row_units, rows, row_cuts, rows_per, col_cuts, cols_per, PLANE, UNIT
@@ -201,11 +165,11 @@ def backward_kernel(
     cols = begin * UNIT + lane
     c = _channel(plane, cols, channels, inner, PLANE, WRAP, UNIT)
     known = c < channels
-    p = _params(p0, p1, p2, p3, p4, g, c, channels, known, FALLBACKS, GROUPED, SPREAD)
+    p = _params(p0, p1, p2, p3, p4, g, c, channels, known, FALLBACKS, ROWS, RUNS)
     k = DERIVE(p, GRADE, STATIC)
     scale, shift = _number(p[3], DOUBLES), _number(p[4], DOUBLES)
     zero = tl.zeros([LANES], tl.float64 if DOUBLES else tl.float32)
-    s0, s1, s2, s3, s4, s5, s6 = zero, zero, zero, zero, zero, zero, zero
+    s = (zero, zero, zero, zero, zero, zero, zero)
     for row in tl.range(first, last):
         start = g.to(tl.int64) * group_units + row.to(tl.int64) * row_units
         if PLANE:
@@ -216,99 +180,137 @@ def backward_kernel(
             if WRAP:
                 live = live & (lane < (group_units - row.to(tl.int64) * row_units - step) * UNIT)
             v = _number(tl.load(x + at + lane, mask=live, other=0.0), DOUBLES)
-            up = _number(tl.load(dy + at + lane, mask=live, other=0.0), DOUBLES)
-            w = _prologue(
-                v,
-                residual,
-                at,
-                lane,
-                live,
-                scale,
-                shift,
-                PROLOGUE and p3 is not None,
-                PROLOGUE and p4 is not None,
-                DOUBLES,
-            )
-            slope, t0, t1, t2, t3, t4 = GRADIENTS(w, k, GRADE, STATIC)
-            grad = up * slope
-            if dresidual is not None:
-                tl.store(dresidual + at + lane, grad.to(dresidual.dtype.element_ty), mask=live)
-            if dx is not None:
-                if PROLOGUE and p3 is not None:
-                    tl.store(dx + at + lane, (grad * scale).to(dx.dtype.element_ty), mask=live)
-                else:
-                    tl.store(dx + at + lane, grad.to(dx.dtype.element_ty), mask=live)
-            if WANTED & 15:
-                s0 += up * t0
-                s1 += up * t1
-                s2 += up * t2
-                s3 += up * t3
-            if WANTED & 16:
-                s4 += up * t4
-            if WANTED & 32:
-                s5 += grad * v
-            if WANTED & 64:
-                s6 += grad
+            w = v
+            if HAS_SCALE:
+                w = w * scale
+            if HAS_SHIFT:
+                w = w + shift
+            if residual is not None:
+                w = w + _number(tl.load(residual + at + lane, mask=live, other=0.0), DOUBLES)
+            if dy is None:
+                result = FORWARD(w, k, GRADE, STATIC)
+            else:
+                up = _number(tl.load(dy + at + lane, mask=live, other=0.0), DOUBLES)
+                slope, t0, t1, t2, t3, t4 = GRADIENTS(w, k, GRADE, STATIC)
+                result = up * slope
+                if dresidual is not None:
+                    tl.store(dresidual + at + lane, result.to(dresidual.dtype.element_ty), mask=live)
+                s = (
+                    _add(s[0], up * t0, WANTED, 0),
+                    _add(s[1], up * t1, WANTED, 1),
+                    _add(s[2], up * t2, WANTED, 2),
+                    _add(s[3], up * t3, WANTED, 3),
+                    _add(s[4], up * t4, WANTED, 4),
+                    _add(s[5], result * v, WANTED, 5),
+                    _add(s[6], result, WANTED, 6),
+                )
+                if HAS_SCALE:
+                    result = result * scale
+            if out is not None:
+                tl.store(out + at + lane, result.to(out.dtype.element_ty), mask=live)
     if WANTED:
-        sums = (s0, s1, s2, s3, s4, s5, s6)
-        mask = cols < row_units * UNIT
-        column = cols
-        length = row_units * UNIT
         if PLANE:
-            sums = (
-                tl.sum(s0, 0),
-                tl.sum(s1, 0),
-                tl.sum(s2, 0),
-                tl.sum(s3, 0),
-                tl.sum(s4, 0),
-                tl.sum(s5, 0),
-                tl.sum(s6, 0),
+            s = (
+                tl.sum(s[0], 0),
+                tl.sum(s[1], 0),
+                tl.sum(s[2], 0),
+                tl.sum(s[3], 0),
+                tl.sum(s[4], 0),
+                tl.sum(s[5], 0),
+                tl.sum(s[6], 0),
             )
-            mask, column, length = known, plane, channels
+            mask, column, length, slots = known, plane, channels, row_cuts * col_cuts
+        else:
+            mask, column, length, slots, slot = cols < row_units * UNIT, cols, row_units * UNIT, row_cuts, row_cut
         if partial is not None:
-            slots = row_cuts * col_cuts if PLANE else row_cuts
-            to = partial + (g.to(tl.int64) * slots + (slot if PLANE else row_cut)) * SUMS * length + column
+            to = partial + (g.to(tl.int64) * slots + slot) * _rank(WANTED, SUMS) * length + column
             for i in tl.static_range(SUMS):
                 if WANTED >> i & 1:
-                    tl.store(to + i * length, sums[i], mask=mask)
+                    tl.store(to + _rank(WANTED, i) * length, s[i], mask=mask)
         else:
-            _store(d0, d1, d2, d3, d4, FINISH(p, sums, STATIC), sums, g * channels + c, mask, PROLOGUE)
+            _store(d0, d1, d2, d3, d4, FINISH(p, s, STATIC), g * channels + c, mask)
+
+
+@triton.jit
+def _total(total, partial, at, length, live, WANTED: tl.constexpr, i: tl.constexpr):
+    """``total`` with the terms of sum i added."""
+    if WANTED >> i & 1:
+        return total + tl.load(partial + at + _rank(WANTED, i) * length, mask=live, other=0.0).to(tl.float64)
+    else:
+        return total
 
 
 @triton.jit
 def finish_kernel(
     partial, p0, p1, p2, p3, p4, d0, d1, d2, d3, d4,
     channels, inner, length, slots, repeat,
-    FINISH: tl.constexpr, STATIC: tl.constexpr, FALLBACKS: tl.constexpr, PROLOGUE: tl.constexpr,
-    GROUPED: tl.constexpr, SPREAD: tl.constexpr, WANTED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    FINISH: tl.constexpr, STATIC: tl.constexpr, FALLBACKS: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, WANTED: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """partial[group, slot, sum, repeat, channel, inner] -> gradients[group, channel]. ROWS x LANES: terms x channels."""
+    """partial[group, slot, sum, repeat, channel, inner] -> gradients[group, channel]. TERMS x LANES: terms x channels."""
     blocks = tl.cdiv(channels, LANES)
     g, c = tl.program_id(0) // blocks, tl.program_id(0) % blocks * LANES + tl.arange(0, LANES)
     known = c < channels
-    zero = tl.zeros([ROWS, LANES], tl.float64)
-    s0, s1, s2, s3, s4, s5, s6 = zero, zero, zero, zero, zero, zero, zero
+    zero = tl.zeros([TERMS, LANES], tl.float64)
+    s = (zero, zero, zero, zero, zero, zero, zero)
     terms = slots * repeat * inner
-    for begin in tl.range(0, terms, ROWS):
-        term = begin + tl.arange(0, ROWS)
+    for begin in tl.range(0, terms, TERMS):
+        term = begin + tl.arange(0, TERMS)
         i, r, slot = term % inner, term // inner % repeat, term // (inner * repeat)
         at = (
-            (g.to(tl.int64) * slots + slot[:, None]) * SUMS * length
+            (g.to(tl.int64) * slots + slot[:, None]) * _rank(WANTED, SUMS) * length
             + (r[:, None] * channels + c[None, :]) * inner
             + i[:, None]
         )
         live = (term < terms)[:, None] & known[None, :]
-        if WANTED & 15:
-            s0 += tl.load(partial + at, mask=live, other=0.0).to(tl.float64)
-            s1 += tl.load(partial + at + length, mask=live, other=0.0).to(tl.float64)
-            s2 += tl.load(partial + at + 2 * length, mask=live, other=0.0).to(tl.float64)
-            s3 += tl.load(partial + at + 3 * length, mask=live, other=0.0).to(tl.float64)
-        if WANTED & 16:
-            s4 += tl.load(partial + at + 4 * length, mask=live, other=0.0).to(tl.float64)
-        if WANTED & 32:
-            s5 += tl.load(partial + at + 5 * length, mask=live, other=0.0).to(tl.float64)
-        if WANTED & 64:
-            s6 += tl.load(partial + at + 6 * length, mask=live, other=0.0).to(tl.float64)
-    sums = (tl.sum(s0, 0), tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0), tl.sum(s4, 0), tl.sum(s5, 0), tl.sum(s6, 0))
-    p = _params(p0, p1, p2, p3, p4, g, c, channels, known, FALLBACKS, GROUPED, SPREAD)
-    _store(d0, d1, d2, d3, d4, FINISH(p, sums, STATIC), sums, g * channels + c, known, PROLOGUE)
+        s = (
+            _total(s[0], partial, at, length, live, WANTED, 0),
+            _total(s[1], partial, at, length, live, WANTED, 1),
+            _total(s[2], partial, at, length, live, WANTED, 2),
+            _total(s[3], partial, at, length, live, WANTED, 3),
+            _total(s[4], partial, at, length, live, WANTED, 4),
+            _total(s[5], partial, at, length, live, WANTED, 5),
+            _total(s[6], partial, at, length, live, WANTED, 6),
+        )
+    sums = (
+        tl.sum(s[0], 0),
+        tl.sum(s[1], 0),
+        tl.sum(s[2], 0),
+        tl.sum(s[3], 0),
+        tl.sum(s[4], 0),
+        tl.sum(s[5], 0),
+        tl.sum(s[6], 0),
+    )
+    p = _params(p0, p1, p2, p3, p4, g, c, channels, known, FALLBACKS, ROWS, RUNS)
+    _store(d0, d1, d2, d3, d4, FINISH(p, sums, STATIC), g * channels + c, known)
+
+
+@triton.jit
+def _fold(b, d, groups, channels, rows: tl.constexpr, run: tl.constexpr, LANES: tl.constexpr):
+    """d[row, value] = sum of b[group, channel] over the groups of the row and the channels of the value."""
+    if d is not None:
+        own_rows = rows if rows else groups
+        shared = run if run else channels
+        count = channels // shared
+        row, value = tl.program_id(0) // count, tl.program_id(0) % count
+        if row < own_rows:
+            total = tl.zeros([LANES], tl.float64)
+            terms = groups // own_rows * shared
+            for begin in tl.range(0, terms, LANES):
+                term = begin + tl.arange(0, LANES)
+                g, c = row + term // shared * own_rows, value * shared + term % shared
+                total += tl.load(b + g.to(tl.int64) * channels + c, mask=term < terms, other=0.0)
+            tl.store(d + tl.program_id(0), tl.sum(total, 0).to(d.dtype.element_ty))
+
+
+@triton.jit
+def fold_kernel(
+    b0, b1, b2, b3, b4, d0, d1, d2, d3, d4, groups, channels,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Gradients [group, channel] in float64 -> gradients of the parameters that are shared between those."""
+    _fold(b0, d0, groups, channels, ROWS[0], RUNS[0], LANES)
+    _fold(b1, d1, groups, channels, ROWS[1], RUNS[1], LANES)
+    _fold(b2, d2, groups, channels, ROWS[2], RUNS[2], LANES)
+    _fold(b3, d3, groups, channels, ROWS[3], RUNS[3], LANES)
+    _fold(b4, d4, groups, channels, ROWS[4], RUNS[4], LANES)

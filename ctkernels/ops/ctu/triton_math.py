@@ -10,6 +10,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .._triton_kernels import DOUBLE, EXACT, FAST, Math
+from .._triton_scalar import horner, polynomial, reciprocal, sigmoids
 
 LOGISTIC = tl.constexpr(0)
 LEAKY = tl.constexpr(1)
@@ -21,6 +22,17 @@ _LOG2E_HI = tl.constexpr(1.44269502162933349609375)
 _LOG2E_LO = tl.constexpr(1.92596299112661746887e-8)
 _HALF_LOG2E = tl.constexpr(0.72134752)
 _HALF_LOG2E_LO = tl.constexpr(9.6298149e-9)
+# Polynomials, highest power first: 2^f on [-1/2, 1/2], log(1 + e) / e on [0, 1], Phi(-t) / (v e^(-t^2/2)), v = 1/(1 + 0.35 t).
+_EXP2 = horner(0.00132764727275, 0.00967554132619, 0.0555071327119, 0.240221197242, 0.693146967066, 1.00000007165)
+_LOG1P = horner(
+    -0.00853920997913, 0.0440896366184, -0.107681719451, 0.177452418669, -0.24495462964, 0.332754797946, -0.499974053971,
+    0.999999805667,
+)  # fmt: skip
+_LOG1P_FAST = horner(0.041347300758, -0.157427203911, 0.306300927591, -0.496977805093, 0.999943277947)
+_MILLS = horner(
+    -0.0291206648984, 0.143846442622, -0.255450152319, 0.158865701548, -0.0228922507591, 0.105413403751, 0.119857536284,
+    0.139858354813, 0.139621613095,
+)  # fmt: skip
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer
 _LARGEST = tl.constexpr(3.4028234e38)
 _SMALLEST_S = tl.constexpr(2.0**-120)  # a bump lower than this is flushed, so that its rate stays finite
@@ -46,21 +58,12 @@ def _smaller(a, b):
 
 
 @triton.jit
-def _sigmoids(r):
-    """sigmoid(r) and sigmoid(-r), float64."""
-    e = libdevice.exp(-tl.abs(r))
-    big = 1.0 / (1.0 + e)
-    small = e * big
-    return tl.where(r > 0, big, small), tl.where(r > 0, small, big)
-
-
-@triton.jit
 def _knobs(beta, coeff, RAW: tl.constexpr, EPS: tl.constexpr):
     """beta, s, coeff, 1 - coeff, and d beta, d coeff / d given, in float64."""
     beta, coeff = beta.to(tl.float64), coeff.to(tl.float64)
     if RAW:
-        b, b1 = _sigmoids(beta)
-        c, c1 = _sigmoids(coeff)
+        b, b1 = sigmoids(beta)
+        c, c1 = sigmoids(coeff)
         return b, b1 + EPS, c, c1, b * b1, c * c1
     else:
         one = beta * 0.0 + 1.0
@@ -138,11 +141,7 @@ def derive(p, GRADE: tl.constexpr, STATIC: tl.constexpr):
 @triton.jit
 def _exp2_scaled(f, z):
     """2^f, f in [-1/2, 1/2] (8e-8 relative), times the power that adding _MAGIC left in the low bits of z."""
-    q = tl.fma(f, 0.00132764727275, 0.00967554132619)
-    q = tl.fma(q, f, 0.0555071327119)
-    q = tl.fma(q, f, 0.240221197242)
-    q = tl.fma(q, f, 0.693146967066)
-    q = tl.fma(q, f, 1.00000007165)
+    q = polynomial(f, _EXP2)
     return (q.to(tl.int32, bitcast=True) + (z.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
 
 
@@ -164,7 +163,7 @@ def _decay(a, hi, lo, limit, GRADE: tl.constexpr):
 @triton.jit
 def _inverse(x, GRADE: tl.constexpr):
     if GRADE == DOUBLE:
-        return 1.0 / x
+        return reciprocal(x)
     else:
         return _rcp(x)
 
@@ -173,20 +172,15 @@ def _inverse(x, GRADE: tl.constexpr):
 def _log1p(e, GRADE: tl.constexpr):
     """log(1 + e) on [0, 1]; EXACT: 2e-7 relative, FAST: 6e-5."""
     if GRADE == DOUBLE:
-        return libdevice.log1p(e)
+        r = e * reciprocal(2.0 + e)  # log(1 + e) = 2 artanh(r), r <= 1/3: the first term left out is below 2^-61
+        p = r * 0.0 + 1.0 / 35
+        for k in tl.static_range(17):
+            p = p * (r * r) + 1.0 / (33 - 2 * k)
+        return 2.0 * r * p
     elif GRADE == EXACT:
-        q = tl.fma(e, -0.00853920997913, 0.0440896366184)
-        q = tl.fma(q, e, -0.107681719451)
-        q = tl.fma(q, e, 0.177452418669)
-        q = tl.fma(q, e, -0.24495462964)
-        q = tl.fma(q, e, 0.332754797946)
-        q = tl.fma(q, e, -0.499974053971)
-        return tl.fma(q, e, 0.999999805667) * e
+        return polynomial(e, _LOG1P) * e
     else:
-        q = tl.fma(e, 0.041347300758, -0.157427203911)
-        q = tl.fma(q, e, 0.306300927591)
-        q = tl.fma(q, e, -0.496977805093)
-        return tl.fma(q, e, 0.999943277947) * e
+        return polynomial(e, _LOG1P_FAST) * e
 
 
 @triton.jit
@@ -212,15 +206,7 @@ def _tail(a, hi, lo, limit, GRADE: tl.constexpr):
             e = _ex2(-y * _HALF_LOG2E)
         e = tl.where(a > limit, 0.0, e)
         v = _rcp(tl.fma(t, 0.35, 1.0))
-        q = tl.fma(v, -0.0291206648984, 0.143846442622)
-        q = tl.fma(q, v, -0.255450152319)
-        q = tl.fma(q, v, 0.158865701548)
-        q = tl.fma(q, v, -0.0228922507591)
-        q = tl.fma(q, v, 0.105413403751)
-        q = tl.fma(q, v, 0.119857536284)
-        q = tl.fma(q, v, 0.139858354813)
-        q = tl.fma(q, v, 0.139621613095)
-        return 0.3989422804 * e, e * (q * v), ac
+        return 0.3989422804 * e, e * (polynomial(v, _MILLS) * v), ac
 
 
 @triton.jit
@@ -287,7 +273,7 @@ def gradients(w, k, GRADE: tl.constexpr, STATIC: tl.constexpr):
 
 @triton.jit
 def finish(p, s, STATIC: tl.constexpr):
-    """From the sums of one channel to the gradients of (beta, coeff, slope), in float64."""
+    """From the sums of one channel to the gradients of (beta, coeff, slope, scale, shift), in float64."""
     KIND: tl.constexpr = STATIC[0]
     RAW: tl.constexpr = STATIC[1]
     EPS: tl.constexpr = STATIC[2]
@@ -306,7 +292,9 @@ def finish(p, s, STATIC: tl.constexpr):
     sign = tl.where(smooth, 1.0, 0.0)
     if KIND == LEAKY:
         sign = tl.where(p[2].to(tl.float64) > 1.0, -sign, sign)
-    return sign * beta * d_beta, sign * coeff * d_coeff, s[4].to(tl.float64)
+    return sign * beta * d_beta, sign * coeff * d_coeff, s[4], s[5], s[6]
 
 
-MATH = Math(derive, forward, gradients, finish, fallbacks=(1.0, 0.5, 0.0, 1.0, 0.0), prologue=True)
+MATH = Math(
+    derive, forward, gradients, finish, fallbacks=(1.0, 0.5, 0.0, 1.0, 0.0), sums=(15, 15, 16, 32, 64), prologue=True
+)

@@ -1,4 +1,7 @@
-"""Hard-concrete gates as an op: any number of gates in one call, forward and backward."""
+"""Hard-concrete gates as an op: any number of gates in one call, forward and backward.
+
+``noise`` is uniform numbers of log_alpha's shape, or on a GPU an int64 seed of shape (1,), from which kernels make them.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,22 @@ from .reference import CLIP, MEAN, OPEN, SAMPLE
 __all__ = ["CLIP", "MEAN", "OP", "OPEN", "SAMPLE"]
 
 
-def _forward(inputs: Inputs, static: Static) -> Tensor:
+def _unpack(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    """log_alpha, and noise where there is any."""
     log_alpha, noise = inputs
     assert log_alpha is not None
+    if noise is not None and not noise.is_floating_point():
+        noise = reference.uniform(noise, log_alpha.shape, log_alpha.dtype)
+    return log_alpha, noise
+
+
+def _forward(inputs: Inputs, static: Static) -> Tensor:
+    log_alpha, noise = _unpack(inputs)
     return reference.forward(log_alpha, noise, *static[1:])
 
 
 def _slopes(inputs: Inputs, static: Static) -> tuple[Tensor, Tensor | None]:
-    log_alpha, noise = inputs
-    assert log_alpha is not None
+    log_alpha, noise = _unpack(inputs)
     return reference.slopes(log_alpha, noise, *static[1:])
 
 
@@ -49,5 +59,6 @@ OP = register(
         reference_forward=_forward,
         reference_backward=_backward,
         reference_jvp=_jvp,
+        triton="ctkernels.ops.hard_concrete.triton_gates",
     )
 )

@@ -11,6 +11,25 @@ from torch import Tensor
 SAMPLE, CLIP, MEAN, OPEN = range(4)
 
 
+def uniform(seed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Numbers in (0, 1), 23 random bits and a half (52 for float64): word 0 (and 1) of Philox 4x32-10 (Salmon et al. 2011)
+    with the 64-bit ``seed`` as key and an element's index as counter. The same on every device and in every kernel."""
+    mask = 0xFFFFFFFF
+    index = torch.arange(math.prod(shape), device=seed.device)
+    zero = torch.zeros_like(index)
+    c0, c1, c2, c3 = index & mask, index >> 32, zero, zero
+    k0, k1 = seed & mask, seed >> 32 & mask
+    for _ in range(10):
+        p, q = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps around, and keeps all 64 bits
+        c0, c1, c2, c3 = (q >> 32 & mask) ^ c1 ^ k0, q & mask, (p >> 32 & mask) ^ c3 ^ k1, p & mask
+        k0, k1 = k0 + 0x9E3779B9 & mask, k1 + 0xBB67AE85 & mask
+    if dtype == torch.float64:
+        values = ((c0 << 20 | c1 >> 12).double() + 0.5) * 2.0**-52
+    else:
+        values = ((c0 >> 9).double() + 0.5) * 2.0**-23
+    return values.reshape(shape).to(dtype)
+
+
 def _simple(x: Tensor, low: float, high: float) -> Tensor:
     return (x * (high - low) + low).clamp(0, 1)
 

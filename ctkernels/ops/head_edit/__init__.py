@@ -64,5 +64,6 @@ OP = register(
         reference_forward=_forward,
         reference_backward=_backward,
         reference_jvp=_jvp,
+        triton="ctkernels.ops.head_edit.triton_math",
     )
 )

@@ -1,0 +1,47 @@
+"""Scalar Triton functions that several ops use. Imported only where Triton is installed."""
+
+import struct
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+from triton.language.target_info import cuda_capability_geq
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for a normal x, or NaN; an IEEE division in double is a subroutine call on the GPU."""
+    y = tl.inline_asm_elementwise("rcp.approx.ftz.f64 $0, $1;", "=d,d", [x], dtype=tl.float64, is_pure=True, pack=1)
+    y = tl.fma(y, tl.fma(-x, y, 1.0), y)  # 2^-20 at first, squared by every step
+    return tl.fma(y, tl.fma(-x, y, 1.0), y)
+
+
+@triton.jit
+def sigmoids(x):
+    """sigmoid(x) and sigmoid(-x), both to full precision."""
+    e = libdevice.exp(-tl.abs(x))
+    large = reciprocal(1.0 + e)
+    small = e * large
+    return tl.where(x > 0, large, small), tl.where(x > 0, small, large)
+
+
+def horner(*coefficients: float) -> tl.constexpr:
+    """A polynomial for :func:`polynomial`: its coefficients, that of the highest power first, after the code that
+    evaluates it for two floats at once in the packed instructions of Blackwell, half as many to issue."""
+    words = [struct.unpack("<I", struct.pack("<f", c))[0] for c in coefficients]
+    first, *rest = [f"0x{word:08x}{word:08x}" for word in words]
+    steps = " ".join(f"mov.b64 c, {c}; fma.rn.f32x2 p, p, x, c;" for c in rest)
+    code = f"{{ .reg .b64 x, p, c; mov.b64 x, {{$2, $3}}; mov.b64 p, {first}; {steps} mov.b64 {{$0, $1}}, p; }}"
+    return tl.constexpr((code, *coefficients))
+
+
+@triton.jit
+def polynomial(x, C: tl.constexpr):
+    """The polynomial C in the float32 x. The same bits on every GPU."""
+    if cuda_capability_geq(10) and x.type.is_block():
+        return tl.inline_asm_elementwise(C[0], "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)
+    else:
+        p = tl.fma(x, C[1], C[2])
+        for i in tl.static_range(3, len(C)):
+            p = tl.fma(p, x, C[i])
+        return p

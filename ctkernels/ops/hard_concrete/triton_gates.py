@@ -1,0 +1,135 @@
+"""Hard-concrete gates in Triton: any number of gates, one launch. Imported only where Triton is installed.
+
+Arithmetic is double, as in csrc/hard_concrete.h: models have thousands of gates, not millions, and a launch costs more
+than their digits. Noise is given, or made here from a seed by Philox 4x32-10, as `reference.uniform` makes it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+from .. import _triton
+from .._op import Inputs, Static
+from .._triton_scalar import reciprocal, sigmoids
+
+SAMPLE = tl.constexpr(0)
+CLIP = tl.constexpr(1)
+MEAN = tl.constexpr(2)
+LANES = 128
+
+# 16-point Gauss-Legendre on [0, 1], positive half: E[g] is within 1e-11.
+NODES = (0.0950125098376374402, 0.2816035507792589132, 0.4580167776572273863, 0.6178762444026437484,
+         0.7554044083550030339, 0.8656312023878317439, 0.9445750230732325761, 0.9894009349916499326)  # fmt: skip
+WEIGHTS = (0.1894506104550684963, 0.1826034150449235889, 0.1691565193950025382, 0.1495959888165767321,
+           0.1246289712555338720, 0.0951585116824927848, 0.0622535239386478929, 0.0271524594117540949)  # fmt: skip
+
+
+@triton.jit
+def _uniform(seed, i, DOUBLES: tl.constexpr):
+    """Number i of the stream: 52 random bits, or 23, and a half, so that neither 0 nor 1 comes up."""
+    a, b, _, _ = tl.philox(seed, i.to(tl.uint32), (i >> 32).to(tl.uint32), (i * 0).to(tl.uint32), (i * 0).to(tl.uint32))
+    if DOUBLES:
+        bits = (a.to(tl.int64) << 20) | (b >> 12).to(tl.int64)
+        return (bits.to(tl.float64) + 0.5) * 2.0**-52
+    else:
+        return ((a >> 9).to(tl.float64) + 0.5) * 2.0**-23
+
+
+@triton.jit
+def gate_kernel(
+    log_alpha, noise, dy, out, dnoise, n,
+    STATIC: tl.constexpr, SHIFTS: tl.constexpr, WEIGHTS: tl.constexpr, SEEDED: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """out = gates, or where ``dy`` is given, the gradient of log_alpha; dnoise, that of the noise. Null: not wanted.
+    SHIFTS, WEIGHTS: the gate is the sum of weight * sigmoid(log_alpha - shift), where it is not stretched and clipped."""
+    MODE: tl.constexpr = STATIC[0]
+    RATE: tl.constexpr = 1.0 / STATIC[1]
+    LOW: tl.constexpr = STATIC[2]
+    WIDTH: tl.constexpr = STATIC[3] - STATIC[2]
+    DOUBLES: tl.constexpr = log_alpha.dtype.element_ty == tl.float64
+    i = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    live = i < n
+    logit = tl.load(log_alpha + i, mask=live, other=0.0).to(tl.float64)
+    u = tl.zeros_like(logit) + 0.5
+    if not len(SHIFTS):
+        if MODE == SAMPLE:
+            if SEEDED:
+                u = _uniform(tl.load(noise), i, DOUBLES)
+            else:
+                u = tl.load(noise + i, mask=live, other=0.5).to(tl.float64)
+            odds = tl.where(u == 1.0, float("inf"), u * reciprocal(1.0 - u))
+            logit = (libdevice.log(odds) + logit) * RATE
+        s, rest = sigmoids(logit)
+        stretched = s * WIDTH + LOW
+        inside = (stretched > 0.0) & (stretched < 1.0)
+        value = tl.where(stretched > 1.0, 1.0, tl.where(stretched < 0.0, 0.0, stretched))  # NaN stays
+        slope = tl.where(inside, WIDTH * (RATE if MODE == SAMPLE else 1.0) * s * rest, 0.0)
+    else:
+        value, slope = tl.zeros_like(logit), tl.zeros_like(logit)
+        for j in tl.static_range(len(SHIFTS)):
+            s, rest = sigmoids(logit - SHIFTS[j])
+            value += WEIGHTS[j] * s
+            slope += WEIGHTS[j] * (s * rest)
+    if dy is None:
+        tl.store(out + i, value.to(out.dtype.element_ty), mask=live)
+    else:
+        up = tl.load(dy + i, mask=live, other=0.0).to(tl.float64)
+        if out is not None:
+            tl.store(out + i, (up * slope).to(out.dtype.element_ty), mask=live)
+        if dnoise is not None:
+            rate_u = tl.where(slope == 0.0, 0.0, slope * reciprocal(u * (1.0 - u)))
+            tl.store(dnoise + i, (up * rate_u).to(dnoise.dtype.element_ty), mask=live)
+
+
+def _thresholds(mode: int, temperature: float, low: float, high: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(shifts, weights) of the modes that are sums of sigmoids: P(g != 0), and E[g], the integral of P(g > v)."""
+    if mode in (SAMPLE.value, CLIP.value):
+        return (), ()
+    if mode != MEAN.value:
+        return (temperature * math.log(-low / high),), (1.0,)
+    nodes = [sign * node for node in NODES for sign in (-1.0, 1.0)]
+    shifts = (temperature * math.log((0.5 + 0.5 * x - low) / (high - 0.5 - 0.5 * x)) for x in nodes)
+    return tuple(shifts), tuple(0.5 * w for w in WEIGHTS for _ in (0, 1))
+
+
+def _launch(inputs: Inputs, static: Static, dy: Tensor | None, out: Tensor | None, dnoise: Tensor | None) -> None:
+    log_alpha, noise = inputs
+    assert log_alpha is not None
+    n = log_alpha.numel()
+    if n == 0:
+        return
+    args = {"log_alpha": log_alpha.contiguous(), "noise": None if noise is None else noise.contiguous()}
+    args |= {"dy": None if dy is None else dy.contiguous(), "out": out, "dnoise": dnoise, "n": n}
+    shifts, weights = _thresholds(*static[1:])
+    meta: dict[str, Any] = {"STATIC": tuple(static[1:]), "SHIFTS": shifts, "WEIGHTS": weights, "LANES": LANES}
+    meta |= {"SEEDED": noise is not None and not noise.is_floating_point(), "num_warps": LANES // 32}
+    with _triton.guard(log_alpha):
+        _triton.launch(gate_kernel, triton.cdiv(n, LANES), args, meta)
+
+
+def forward(inputs: Inputs, static: Static) -> Tensor:
+    assert inputs[0] is not None
+    gates = torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
+    _launch(inputs, static, None, gates, None)
+    return gates
+
+
+def forward_(inputs: Inputs, static: Static) -> None:
+    assert inputs[0] is not None
+    inputs[0].copy_(forward(inputs, static))
+
+
+def backward(dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
+    assert inputs[0] is not None
+    grads = [
+        torch.empty_like(inputs[0], memory_format=torch.contiguous_format) if needs >> i & 1 else None for i in (0, 1)
+    ]
+    _launch(inputs, static, dy, *grads)
+    return [g for g in grads if g is not None]

@@ -1,0 +1,39 @@
+"""The head edit as scalar Triton functions: y = scale w + offset, as csrc/head_edit.h. Imported only where Triton is."""
+
+import triton
+import triton.language as tl
+
+from .._triton_kernels import DOUBLE, Math
+
+
+@triton.jit
+def derive(p, GRADE: tl.constexpr, STATIC: tl.constexpr):
+    """1 + g_m m and g_a a, in the parameters' own precision first."""
+    m, a, g_m, g_a, _ = p
+    dtype: tl.constexpr = tl.float64 if GRADE == DOUBLE else tl.float32
+    return (1.0 + g_m * m).to(dtype), (g_a * a).to(dtype)
+
+
+@triton.jit
+def forward(w, k, GRADE: tl.constexpr, STATIC: tl.constexpr):
+    return tl.fma(w, k[0], k[1])
+
+
+@triton.jit
+def gradients(w, k, GRADE: tl.constexpr, STATIC: tl.constexpr):
+    """d/dw, and the terms of S1 = sum dy w and S0 = sum dy."""
+    none = tl.zeros_like(w)
+    return k[0], w, none + 1.0, none, none, none
+
+
+@triton.jit
+def finish(p, s, STATIC: tl.constexpr):
+    """From S1 and S0 of one channel to the gradients of (m, a, g_m, g_a)."""
+    m, a, g_m, g_a, _ = p
+    s1, s0 = s[0].to(tl.float64), s[1].to(tl.float64)
+    return g_m * s1, g_a * s0, m * s1, a * s0, s0
+
+
+MATH = Math(
+    derive, forward, gradients, finish, fallbacks=(0.0, 0.0, 1.0, 1.0, 0.0), sums=(1, 2, 1, 2, 0), prologue=False
+)
