@@ -33,6 +33,10 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
     return _C, None
 
 
+CUDA_BINDING = Path(__file__).parent.parent / "_cuda.abi3.so"
+CUDA_KERNELS = Path(__file__).parent.parent / "_cuda_kernels.so"
+
+
 def _triton_missing() -> str | None:
     """Why there are no Triton kernels, or None. Triton itself is imported on the first CUDA call."""
     if importlib.util.find_spec("triton") is None:
