@@ -148,9 +148,10 @@ struct Ctu {
       const T pt = Math::inverse(T(1) + et), pu = Math::inverse(T(1) + eu);
       const T qt = Math::times(et, pt), qu = Math::times(eu, pu), log_term = Math::log1p_unit(eu);
       const T aq = at * qt, ap = at * pt;
-      return {fused(k(kC1S), log_term, k(kNegC) * aq),
-              fused(k(kC) * qt, fused(-k(kEta), ap, T(1)), k(kC1) * qu),
-              aq * ap, aq, log_term, au * qu};
+      T h;
+      if constexpr (Math::kUncapped) h = fused(k(kC), fused(-k(kEta), aq * pt, qt), k(kC1) * qu);
+      else h = fused(k(kC) * qt, fused(-k(kEta), ap, T(1)), k(kC1) * qu);
+      return {fused(k(kC1S), log_term, k(kNegC) * aq), h, aq * ap, aq, log_term, au * qu};
     }
   }
 

@@ -20,6 +20,20 @@ struct GateValue {
   double value, slope, noise_slope;  // g, dg / d log_alpha, dg / du
 };
 
+// Number `index` of a stream in (0, 1), 23 random bits (52 for double) and a half: word 0 (and 1) of Philox 4x32-10 (Salmon
+// et al. 2011) with the seed as key and the index as counter. The same on every device.
+template <class T>
+CTK_ONCE T uniform(uint64_t seed, uint64_t index) {
+  uint32_t c0 = uint32_t(index), c1 = uint32_t(index >> 32), c2 = 0, c3 = 0, k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p = uint64_t(c0) * 0xD2511F53u, q = uint64_t(c2) * 0xCD9E8D57u;
+    c0 = uint32_t(q >> 32) ^ c1 ^ k0, c1 = uint32_t(q), c2 = uint32_t(p >> 32) ^ c3 ^ k1, c3 = uint32_t(p);
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  if constexpr (sizeof(T) == 8) return (double(uint64_t(c0) << 20 | c1 >> 12) + 0.5) * 0x1p-52;
+  else return (float(c0 >> 9) + 0.5f) * 0x1p-23f;
+}
+
 CTK_ONCE double gate_sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 
 CTK_ONCE GateValue evaluate(const Gate& g, double log_alpha, double u) {

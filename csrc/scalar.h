@@ -91,6 +91,7 @@ CTK_HD float bell_by(float t, float t_lo) {
 // The transcendental parts, in two grades. Exact: for float and double results. Fast: for results that are rounded to 16
 // bits; 1e-4 relative, a fraction of half an ulp of the result.
 struct Exact {
+  static constexpr bool kUncapped = false;  // whether magnitudes are capped at the largest number only: products start from a q
   template <class T>
   static CTK_HD T inverse(T x) {
     return T(1) / x;
@@ -156,6 +157,7 @@ struct Exact {
 };
 
 struct Fast {
+  static constexpr bool kUncapped = false;
   template <class T>
   static CTK_HD T inverse(T x) {
     return T(1) / x;

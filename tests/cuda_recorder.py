@@ -102,7 +102,7 @@ class Gates(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_void_p) for n in ("log_alpha", "noise", "dy", "value", "d_log_alpha", "d_noise")),
         ("n", ctypes.c_int64), ("mode", ctypes.c_int), ("temperature", ctypes.c_double), ("low", ctypes.c_double),
-        ("high", ctypes.c_double),
+        ("high", ctypes.c_double), ("seeded", ctypes.c_bool),
     ]  # fmt: skip
 
 
@@ -187,7 +187,7 @@ class Recorder:
         elif kind is Collect:
             outputs = [(i.to, i.rows * i.count * (8 if i.is_double else 4)) for i in args.item[: args.items]]
         else:
-            inputs = [(a, big) for a in (args.log_alpha, args.noise, args.dy)]
+            inputs = [(args.log_alpha, big), (args.noise, 8 if args.seeded else big), (args.dy, big)]
             outputs = [(a, big) for a in (args.value, args.d_log_alpha, args.d_noise)]
         if kind in (Channelwise, Finish):
             outputs += [(g.data, values * (8 if g.is_double else 4)) for g in args.grads]

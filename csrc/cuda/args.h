@@ -66,10 +66,11 @@ struct Collect {
 };
 
 struct Gates {
-  const void *log_alpha, *noise, *dy;  // noise: null where nothing is sampled
+  const void *log_alpha, *noise, *dy;  // noise: null where nothing is sampled; `seeded`: the seed of it
   void *value, *d_log_alpha, *d_noise;
   int64_t n;
   Gate gate;
+  bool seeded;
 };
 
 inline constexpr int kMaxThreads = 128;    // channelwise kernels

@@ -204,7 +204,9 @@ struct GateCall {
     args.n = log_alpha.numel();
     args.log_alpha = log_alpha.const_data_ptr();
     if (!noise) return;
-    STD_TORCH_CHECK(noise->scalar_type() == type, "ctkernels: noise has the dtype of log_alpha");
+    args.seeded = noise->scalar_type() == ScalarType::Long;
+    STD_TORCH_CHECK(args.seeded ? noise->numel() == 1 : noise->scalar_type() == type && noise->numel() == args.n,
+                    "ctkernels: noise is an int64 seed, or has the dtype and the size of log_alpha");
     noise = torch::stable::contiguous(*noise);
     args.noise = noise->const_data_ptr();
   }

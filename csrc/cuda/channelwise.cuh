@@ -41,6 +41,7 @@ __device__ __forceinline__ void for_values(const Tiling& t, const Place<kPlane, 
     const int steps = int((place.end - place.column + width - 1) / width);
     for (uint32_t row = place.first; row < place.last; ++row) {
       int64_t at = group + row * t.row + place.plane * t.width + place.column;
+#pragma unroll 1  // the body is long
       for (int i = 0; i < steps; ++i, at += width) f(at);
     }
   } else {
@@ -48,19 +49,9 @@ __device__ __forceinline__ void for_values(const Tiling& t, const Place<kPlane, 
     const int64_t rest = (t.group - at + t.row - 1) / t.row;  // rows of the group that have this column
     const int rows = place.known ? int(min(int64_t(place.last - place.first), rest)) : 0;
     at += group;
+#pragma unroll 1
     for (int i = 0; i < rows; ++i, at += t.row) f(at);
   }
-}
-
-template <class T, int V>
-__device__ __forceinline__ Pack<T, V> load(const void* p, int64_t at) {
-  return *reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(p) + at);
-}
-template <class T, int V, class C>
-__device__ __forceinline__ void store(void* p, int64_t at, const C* values) {
-  Pack<T, V> out;
-  out.set(values);
-  *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(p) + at) = out;
 }
 
 // The values that go into the op: w = scale x + shift + residual.
@@ -71,7 +62,7 @@ __device__ __forceinline__ void prologue(const void* residual, int64_t at, const
     for (int j = 0; j < V; ++j) w[j] = fused(k[plane ? 0 : j].scale, w[j], k[plane ? 0 : j].shift);
     if (residual) {
       C r[V];
-      load<T, V>(residual, at).get(r);
+      load<T, V>(residual, at, r);
 #pragma unroll
       for (int j = 0; j < V; ++j) w[j] += r[j];
     }
@@ -86,9 +77,8 @@ __device__ __forceinline__ void forward(const Channelwise& a) {
   typename Unit::Constants k[kPlane ? 1 : V];
   Unit::template derive<kPlane ? 1 : V>(a, place.group, [&](int j) { return place.channel(a.tiling, j); }, k);
   for_values(a.tiling, place, [&](int64_t at) {
-    const Pack<T, V> x = load<T, V>(a.x, at);
     C w[V], y[V];
-    x.get(w);
+    load<T, V>(a.x, at, w);
     prologue<kFull, T, V>(a.residual, at, k, kPlane, w);
 #pragma unroll
     for (int j = 0; j < V; ++j) y[j] = Unit::Op::forward(w[j], k[kPlane ? 0 : j]);
@@ -134,9 +124,8 @@ __device__ __forceinline__ void backward(const Channelwise& a) {
   Unit::template derive<kColumns>(a, place.group, [&](int j) { return place.channel(t, j); }, k);
   C sums[kSumSlots][kColumns] = {};
   for_values(t, place, [&](int64_t at) {
-    const Pack<T, V> packed_x = load<T, V>(a.x, at), packed_dy = load<T, V>(a.dy, at);
     C x[V], w[V], dy[V], g[V];
-    packed_x.get(x), packed_dy.get(dy);
+    load<T, V>(a.x, at, x), load<T, V>(a.dy, at, dy);
 #pragma unroll
     for (int j = 0; j < V; ++j) w[j] = x[j];
     prologue<kFull, T, V>(a.residual, at, k, kPlane, w);

@@ -28,6 +28,7 @@ CTK_EXPORT const char* ctk_cuda_launch(const Launch* launch) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// What setup.py compiled this library for: "sm_80 ... compute_120".
 CTK_EXPORT const char* ctk_cuda_architectures() { return CTK_ARCHITECTURES; }
 
 // Name of kernel i, null past the last.

@@ -46,6 +46,7 @@ struct GpuExact : Exact {
 
 // 16-bit results: exponentials from the approximate unit, which also takes every magnitude.
 struct GpuFast : Fast {
+  static constexpr bool kUncapped = true;
   static __device__ __forceinline__ float inverse(float x) { return reciprocal(x); }
   static __device__ __forceinline__ float decay(float a, float, const Decay<float>& d) { return power_of_two(-a * d.hi); }
   static __device__ __forceinline__ float bell(float t, float) { return power_of_two(t * t * -0.72134752f); }
@@ -94,35 +95,6 @@ __device__ __forceinline__ double narrowed(double v) {
   return v;
 }
 
-// V neighbouring values as they lie in memory: one value, or 16 bytes of them.
-template <class T, int V>
-struct Pack {
-  static_assert(V == 1);
-  T v;
-  static __device__ __forceinline__ Pack zero() { return Pack{T{}}; }
-  template <class C>
-  __device__ __forceinline__ void get(C* out) const {
-    out[0] = widened(v);
-  }
-  template <class C>
-  __device__ __forceinline__ void set(const C* in) {
-    v = narrowed<T>(in[0]);
-  }
-};
-template <>
-struct alignas(16) Pack<float, 4> {
-  float4 v;
-  static __device__ __forceinline__ Pack zero() { return {make_float4(0, 0, 0, 0)}; }
-  __device__ __forceinline__ void get(float* out) const { out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w; }
-  __device__ __forceinline__ void set(const float* in) { v = make_float4(in[0], in[1], in[2], in[3]); }
-};
-template <>
-struct alignas(16) Pack<double, 2> {
-  double2 v;
-  static __device__ __forceinline__ Pack zero() { return {make_double2(0, 0)}; }
-  __device__ __forceinline__ void get(double* out) const { out[0] = v.x, out[1] = v.y; }
-  __device__ __forceinline__ void set(const double* in) { v = make_double2(in[0], in[1]); }
-};
 __device__ __forceinline__ void unpack(BFloat16, uint32_t w, float* out) {
   out[0] = __uint_as_float(w << 16), out[1] = __uint_as_float(w & 0xffff0000u);
 }
@@ -139,17 +111,32 @@ __device__ __forceinline__ uint32_t pack(Half, const float* in) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(in[1]), "f"(in[0]));
   return w;
 }
-template <class T>
-struct alignas(16) Pack<T, 8> {
-  uint4 v;
-  static __device__ __forceinline__ Pack zero() { return {make_uint4(0, 0, 0, 0)}; }
-  __device__ __forceinline__ void get(float* out) const {
+
+// V neighbouring values: one, or 16 bytes of them.
+template <class T, int V, class C>
+__device__ __forceinline__ void load(const void* from, int64_t at, C* out) {
+  const T* p = static_cast<const T*>(from) + at;
+  if constexpr (V == 1) {
+    out[0] = widened(*p);
+  } else if constexpr (sizeof(T) == 8) {
+    const double2 v = *reinterpret_cast<const double2*>(p);
+    out[0] = v.x, out[1] = v.y;
+  } else if constexpr (sizeof(T) == 4) {
+    const float4 v = *reinterpret_cast<const float4*>(p);
+    out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+  } else {
+    const uint4 v = *reinterpret_cast<const uint4*>(p);
     unpack(T{}, v.x, out), unpack(T{}, v.y, out + 2), unpack(T{}, v.z, out + 4), unpack(T{}, v.w, out + 6);
   }
-  __device__ __forceinline__ void set(const float* in) {
-    v = make_uint4(pack(T{}, in), pack(T{}, in + 2), pack(T{}, in + 4), pack(T{}, in + 6));
-  }
-};
+}
+template <class T, int V, class C>
+__device__ __forceinline__ void store(void* to, int64_t at, const C* in) {
+  T* p = static_cast<T*>(to) + at;
+  if constexpr (V == 1) *p = narrowed<T>(in[0]);
+  else if constexpr (sizeof(T) == 8) *reinterpret_cast<double2*>(p) = make_double2(in[0], in[1]);
+  else if constexpr (sizeof(T) == 4) *reinterpret_cast<float4*>(p) = make_float4(in[0], in[1], in[2], in[3]);
+  else *reinterpret_cast<uint4*>(p) = make_uint4(pack(T{}, in), pack(T{}, in + 2), pack(T{}, in + 4), pack(T{}, in + 6));
+}
 
 // ---- parameters and constants --------------------------------------------------------------------------------------
 

@@ -11,7 +11,9 @@ CTK_KERNEL(ctk_collect, kCollectThreads, Collect, collect)
 
 template <class T>
 __device__ __forceinline__ GateValue gate_at(const Gates& a, int64_t i) {
-  return evaluate(a.gate, static_cast<const T*>(a.log_alpha)[i], a.noise ? static_cast<const T*>(a.noise)[i] : T(0.5));
+  T u = T(0.5);
+  if (a.noise) u = a.seeded ? uniform<T>(*static_cast<const uint64_t*>(a.noise), i) : static_cast<const T*>(a.noise)[i];
+  return evaluate(a.gate, static_cast<const T*>(a.log_alpha)[i], u);
 }
 
 template <class T>
