@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -75,7 +76,9 @@ def cost(file: str, kernel: str, sm: int) -> Cost:
         f"cuda {kernel.removeprefix('ctk_')}", sm, moved, len(body) / elements, pipes, narrowest, listing.registers,
         listing.stack, sum(i.name in ("LDL", "STL") for i in body), listing.calls(body), resident, 0.0, "",
     )  # fmt: skip
-    return GPUS[sm].judged(made)
+    clocks = GPUS[sm].clocks(made)
+    limit = max(clocks, key=lambda k: clocks[k])
+    return replace(made, ratio=clocks[limit] / clocks["memory"], limit=limit)
 
 
 def costs(archs: list[int]) -> Iterator[Cost]:

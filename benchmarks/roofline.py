@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -45,12 +45,6 @@ class Gpu:
         lanes = {"issue": 128, "mufu": 16, "fp32": self.fp32, "fp64": self.fp64, "convert": 64, "other": 64}
         work = {"issue": cost.instructions, **{k: cost.pipes.get(k, 0.0) for k in lanes if k != "issue"}}
         return {"memory": cost.bytes / (self.gigabytes / self.sms / self.ghz), **{k: work[k] / lanes[k] for k in lanes}}
-
-    def judged(self, cost: Cost) -> Cost:
-        """With the predicted time over the memory floor."""
-        clocks = self.clocks(cost)
-        limit = max(clocks, key=lambda k: clocks[k])
-        return replace(cost, ratio=clocks[limit] / clocks["memory"], limit=limit)
 
 
 GPUS = {
@@ -148,7 +142,9 @@ def cost(variant: str, reads: int, launch: Launch, sm: int) -> Cost:
         variant, sm, moved, len(body) / elements, pipes, narrowest, listing.registers, listing.stack,
         listing.count("LDL", "STL"), listing.calls(body), resident, 0.0, "",
     )  # fmt: skip
-    return GPUS[sm].judged(made)
+    clocks = GPUS[sm].clocks(made)
+    limit = max(clocks, key=lambda k: clocks[k])
+    return Cost(**(asdict(made) | {"ratio": clocks[limit] / clocks["memory"], "limit": limit}))
 
 
 def costs(archs: list[int]) -> list[Cost]:

@@ -17,10 +17,12 @@ struct Entry {
 // Whether a kernel is one of those that -DCTK_SELECT=" NAME NAME " asks for: all, without it.
 constexpr bool selected([[maybe_unused]] const char* name) {
 #if defined(CTK_SELECT)
-  for (const char* at = CTK_SELECT; *at; ++at) {
-    const char *a = at, *b = name;
+  const char* list = CTK_SELECT;
+  for (; *list; ++list) {
+    if (*list != ' ') continue;
+    const char *a = list + 1, *b = name;
     while (*b && *a == *b) ++a, ++b;
-    if (!*b && *a == ' ' && (at == CTK_SELECT || at[-1] == ' ')) return true;
+    if (!*b && *a == ' ') return true;
   }
   return false;
 #else
