@@ -94,7 +94,9 @@ def cuda_archs() -> list[str]:
     if given == ["native"]:
         import torch
 
-        return sorted({"".join(map(str, torch.cuda.get_device_capability(i))) for i in range(torch.cuda.device_count())})
+        return sorted(
+            {"".join(map(str, torch.cuda.get_device_capability(i))) for i in range(torch.cuda.device_count())}
+        )
     unknown = [a for a in given if a not in CUDA_ARCHS]
     if unknown:
         sys.exit(f"CTKERNELS_CUDA_ARCHS must be of {' '.join(CUDA_ARCHS)}, or native; got {' '.join(unknown)}")

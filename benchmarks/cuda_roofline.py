@@ -37,7 +37,9 @@ def kernels() -> dict[str, list[str]]:
         for op in ops:
             tiles = ["plane"] if op in ("leaky", "relu6", "gaussian") else ["plane", "lanes"]
             form = "lean" if op == "logistic" else "wide"
-            names = [f"ctk_{op}_{p}_{t}_{tile}_{form}" for t in dtypes for p in ("forward", "backward") for tile in tiles]
+            names = [
+                f"ctk_{op}_{p}_{t}_{tile}_{form}" for t in dtypes for p in ("forward", "backward") for tile in tiles
+            ]
             found.setdefault(file, []).extend(names)
     return found
 
@@ -58,7 +60,11 @@ def _cubin(file: str, sm: int) -> bytes:
 def cost(file: str, kernel: str, sm: int) -> Cost:
     """Of the loop that moves the tensors, which the kernel spends its time in."""
     listing = sass.disassemble(_cubin(file, sm), kernel)
-    loops = [(a, b) for a, b in listing.loops if any(i.name == "STG" and i.bytes == 16 for i in listing.instructions[a : b + 1])]
+    loops = [
+        (a, b)
+        for a, b in listing.loops
+        if any(i.name == "STG" and i.bytes == 16 for i in listing.instructions[a : b + 1])
+    ]
     inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
     # The compiler may make several of a loop, with and without sums: the one with most work.
     body = max((listing.instructions[a : b + 1] for a, b in inner), key=len)

@@ -168,10 +168,10 @@ def test_a_library_of_kernels_compiles_loads_and_reports_a_missing_device(tmp_pa
     subprocess.run(command, check=True)
     code = f"""
 import ctypes
+from ctypes import c_char_p, c_int32, c_uint32, c_uint64, c_void_p
 class Launch(ctypes.Structure):
-    _fields_ = [("kernel", ctypes.c_char_p), ("grid", ctypes.c_uint32), ("block_x", ctypes.c_uint32), ("block_y", ctypes.c_uint32),
-                ("shared", ctypes.c_uint32), ("args", ctypes.c_void_p), ("args_size", ctypes.c_uint64), ("stream", ctypes.c_void_p),
-                ("scratch", ctypes.c_void_p), ("scratch_count", ctypes.c_int32)]
+    _fields_ = [("kernel", c_char_p), ("grid", c_uint32), ("block_x", c_uint32), ("block_y", c_uint32), ("shared", c_uint32),
+                ("args", c_void_p), ("args_size", c_uint64), ("stream", c_void_p), ("scratch", c_void_p), ("count", c_int32)]
 library = ctypes.CDLL({str(target)!r})
 library.ctk_cuda_launch.restype = library.ctk_cuda_architectures.restype = ctypes.c_char_p
 print(library.ctk_cuda_architectures().decode())

@@ -74,7 +74,7 @@ struct Gates {
 };
 
 inline constexpr int kMaxThreads = 128;    // channelwise kernels
-inline constexpr int kFinishThreads = 256;
+inline constexpr int kFinishThreads = 512;
 inline constexpr int kCollectThreads = 128;
 inline constexpr int kGateThreads = 128;
 

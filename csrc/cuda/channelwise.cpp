@@ -141,7 +141,7 @@ void backward(const Op& op, const Operands& in, const void* dy, const Gradients&
                   narrow(plan.slots()), wanted, op.ctu, {}, {}};
     std::copy(args.params, args.params + kMaxParams, finish.params);
     std::copy(grads, grads + kMaxParams, finish.grads);
-    const int64_t lanes = std::min<int64_t>(64, power_of_two(v.channels));
+    const int64_t lanes = std::min<int64_t>(32, power_of_two(v.channels));
     const int64_t terms = plan.slots() * finish.repeat * finish.inner;
     const int64_t rows = std::min(kFinishThreads / lanes, power_of_two(terms));
     const std::string name = std::string("ctk_") + (op.prologue ? "ctu" : op.name) + "_finish_" + (compute_size == 8 ? "f64" : "f32");

@@ -24,6 +24,7 @@ __device__ __forceinline__ void finish(const Finish& a) {
   const uint64_t terms = uint64_t(a.slots) * per_slot;
   double total[kSumSlots] = {};
   if (c < a.channels) {
+#pragma unroll 4  // loads that need not wait for each other
     for (uint64_t term = row; term < terms; term += rows) {
       const uint64_t slot = term / per_slot;
       const uint32_t rest = uint32_t(term - slot * per_slot), repeat = rest / a.inner, i = rest % a.inner;

@@ -142,8 +142,8 @@ def forced_refusal(x: Tensor, op: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Forces one backend for every ctkernels op in the process, while the context lasts.
 
-    name: ``"cpu"`` (compiled), ``"cuda"`` (compiled), ``"triton"`` (CUDA) or ``"reference"`` (plain torch). Raises ValueError for an unknown
-    name; an op whose tensor the backend cannot serve raises RuntimeError with the reason.
+    name: ``"cpu"`` or ``"cuda"`` (compiled), ``"triton"`` (on CUDA tensors) or ``"reference"`` (plain torch). Raises
+    ValueError for an unknown name; an op whose tensor the backend cannot serve raises RuntimeError with the reason.
 
     >>> with ctkernels.use_backend("reference"):
     ...     y = ctkernels.functional.ctu(x, 0.9)
