@@ -7,13 +7,14 @@ BUILD  ?= auto
 PY := $(VENV)/bin/python
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-pure lint format bench build sanitize clean help
+.PHONY: demo test test-pure lint format bench build build-cuda sanitize clean help
 
 help:
 	@echo "make demo    adapt real pretrained networks on real images and texts (about nine minutes)"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff and mypy       make format   ruff format"
 	@echo "make bench   kernel benchmarks   make build    rebuild the native kernels"
+	@echo "make build-cuda   the CUDA kernels too, for every architecture (needs nvcc, no GPU)"
 
 # The environment: torch, the package with every extra that tests and demos use, native kernels built in place.
 $(VENV)/torch.stamp:
@@ -31,6 +32,11 @@ $(VENV)/demo.stamp: $(VENV)/built.stamp requirements-demo.txt
 	@touch $@
 
 build: $(VENV)/built.stamp
+
+# The CUDA kernels for every architecture; needs nvcc and a CUDA build of torch, and no GPU. Then: do they load, are they all there?
+build-cuda: $(VENV)/built.stamp
+	PATH="$(abspath $(VENV))/bin:$$PATH" CTKERNELS_BUILD=cuda $(PY) setup.py -q build_ext --inplace
+	CTKERNELS_TEST_REQUIRE=cpu,cuda $(PY) -m pytest tests/test_cuda_build.py
 
 demo: $(VENV)/demo.stamp
 	$(PY) examples/demo_steering.py $(DEMO_ARGS)

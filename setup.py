@@ -1,9 +1,12 @@
 """Builds the native kernels. CTKERNELS_BUILD = auto (default) | none | cpu | cuda decides what.
 
-auto   the CPU kernels if there is a C++ compiler; a pure-Python install, and one line that says so, if not
+auto   the CPU kernels if there is a C++ compiler, and the CUDA kernels too where there is a GPU to run them, nvcc, and a CUDA
+       build of torch; a pure-Python install, and one line that says so, without a compiler
 none   pure Python: the reference backend (and Triton on a GPU)
 cpu    the CPU kernels; an error without a compiler
-cuda   the CPU kernels, and those in csrc/cuda; an error without nvcc and a CUDA build of torch
+cuda   the CPU kernels, and those in csrc/cuda; needs no GPU; an error without nvcc and a CUDA build of torch
+
+CTKERNELS_CUDA_ARCHS="80 90" builds for those compute capabilities only; "native" for this machine's. Default: all.
 
 CTKERNELS_SANITIZE="address undefined" builds with those sanitizers, for the tests.
 """
@@ -11,7 +14,9 @@ CTKERNELS_SANITIZE="address undefined" builds with those sanitizers, for the tes
 import os
 import platform
 import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -31,6 +36,10 @@ LEVELS = {
 # branches, and the loops into scalar code.
 KERNEL_FLAGS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fno-thread-jumps",
                 "-fno-split-paths"]  # fmt: skip
+# Every current architecture, and PTX of the newest for those to come.
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xcompiler",
+              "-fPIC,-fvisibility=hidden,-Wall,-Werror"]  # fmt: skip
 COMMON_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror"]
 
 
@@ -52,8 +61,10 @@ def wanted() -> str:
             problem = f"{error.name} is not installed; pip install {error.name}, then build with --no-build-isolation"
     if problem is None and mode == "cuda":
         problem = cuda_problem()
+    if problem is None and mode == "auto":
+        return "cuda" if cuda_problem() is None and has_gpu() else "cpu"
     if problem is None:
-        return "cpu" if mode == "auto" else mode
+        return mode
     if mode == "auto":
         print(f"ctkernels: building without native kernels: {problem}", file=sys.stderr)
         return "none"
@@ -69,12 +80,51 @@ def cuda_problem() -> str | None:
         return "no nvcc; install the CUDA toolkit and set CUDA_HOME, or use CTKERNELS_BUILD=cpu"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a CPU build; install a CUDA build of torch, or use CTKERNELS_BUILD=cpu"
-    if not list((ROOT / "csrc").glob("cuda/*.cu")):
-        return "this version has no CUDA C++ kernels (GPU tensors are served by Triton); use CTKERNELS_BUILD=cpu"
     return None
 
 
-def native_extensions() -> tuple[list[Extension], dict]:
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def cuda_archs() -> list[str]:
+    given = os.environ.get("CTKERNELS_CUDA_ARCHS", "").split()
+    if given == ["native"]:
+        import torch
+
+        return sorted(
+            {"".join(map(str, torch.cuda.get_device_capability(i))) for i in range(torch.cuda.device_count())}
+        )
+    unknown = [a for a in given if a not in CUDA_ARCHS]
+    if unknown:
+        sys.exit(f"CTKERNELS_CUDA_ARCHS must be of {' '.join(CUDA_ARCHS)}, or native; got {' '.join(unknown)}")
+    return given or list(CUDA_ARCHS)
+
+
+def build_cuda_kernels(directory: Path, target: Path) -> None:
+    """Compiles csrc/cuda/*.cu into one library, which needs the CUDA driver when a kernel is launched, and nothing else."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc, archs = str(Path(CUDA_HOME) / "bin/nvcc"), cuda_archs()
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    define = f'-DCTK_ARCHITECTURES="{" ".join(f"sm_{a}" for a in archs)} compute_{archs[-1]}"'
+    directory.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    objects = [str(directory / f"{source.stem}.o") for source in sources]
+
+    def compile_one(source: Path, to: str) -> None:
+        subprocess.run([nvcc, *CUDA_FLAGS, *code, define, "-c", str(source), "-o", to], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources, objects))
+    subprocess.run([nvcc, "-shared", "-cudart=static", *objects, "-o", str(target)], check=True)
+
+
+def native_extensions(cuda: bool) -> tuple[list[Extension], dict]:
     import pybind11
     from torch.utils import cpp_extension
 
@@ -89,6 +139,9 @@ def native_extensions() -> tuple[list[Extension], dict]:
         """Adds the objects of the SIMD levels, each with its own flags, to the extension that needs them."""
 
         def build_extension(self, ext: Extension) -> None:
+            if ext.name == "ctkernels._cuda_kernels":
+                build_cuda_kernels(Path(self.build_temp), Path(self.get_ext_fullpath(ext.name)))
+                return
             if ext.name == "ctkernels._C":
                 directory = Path(self.build_temp)
                 directory.mkdir(parents=True, exist_ok=True)
@@ -101,13 +154,23 @@ def native_extensions() -> tuple[list[Extension], dict]:
             super().build_extension(ext)
 
     flags = [*COMMON_FLAGS, "-O2", f"-DTORCH_TARGET_VERSION={TARGET}", *extra]
+    headers = [str(p) for p in (ROOT / "csrc").rglob("*.h")]
     kernels = cpp_extension.CppExtension(
         "ctkernels._C",
         ["csrc/module.cpp", "csrc/cpu/bind.cpp", "csrc/cpu/channelwise.cpp", "csrc/cpu/simd.cpp"],
         extra_compile_args={"cxx": [*flags, "-DPy_LIMITED_API=0x030A0000"]},
         extra_link_args=extra,
         py_limited_api=True,
-        depends=[str(p) for p in (ROOT / "csrc").rglob("*.h")],
+        depends=headers,
+    )
+    # The host code of the CUDA kernels needs no CUDA; without the library of kernels, the tests run it.
+    binding = cpp_extension.CppExtension(
+        "ctkernels._cuda",
+        ["csrc/cuda/bind.cpp", "csrc/cuda/channelwise.cpp"],
+        extra_compile_args={"cxx": flags},
+        extra_link_args=extra,
+        py_limited_api=True,
+        depends=headers,
     )
     introspection = cpp_extension.CppExtension(
         "ctkernels._introspect",
@@ -116,12 +179,17 @@ def native_extensions() -> tuple[list[Extension], dict]:
         extra_compile_args={"cxx": flags},
         extra_link_args=extra,
     )
-    for extension in (kernels, introspection):
+    extensions = [kernels, binding, introspection]
+    for extension in extensions:
         # The stable ABI is all the code uses; linking libtorch_python would tie it to one Python and one torch.
         extension.libraries = [lib for lib in extension.libraries if lib != "torch_python"]
-    return [kernels, introspection], {"build_ext": Build}
+    if cuda:
+        cuda_sources = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+        headers += [str(p) for p in (ROOT / "csrc").rglob("*.cuh")]
+        extensions.append(Extension("ctkernels._cuda_kernels", cuda_sources, py_limited_api=True, depends=headers))
+    return extensions, {"build_ext": Build}
 
 
 mode = wanted()
-extensions, commands = ([], {}) if mode == "none" else native_extensions()
+extensions, commands = ([], {}) if mode == "none" else native_extensions(cuda=mode == "cuda")
 setup(ext_modules=extensions, cmdclass=commands, options={"bdist_wheel": {"py_limited_api": False}})

@@ -71,7 +71,8 @@ class Listing:
         return sorted(found, key=len)[-1 if outermost else 0] if found else self.instructions
 
 
-def disassemble(cubin: bytes) -> Listing:
+def disassemble(cubin: bytes, function: str | None = None) -> Listing:
+    """``function``: which of several kernels; None if there is only one."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -81,6 +82,9 @@ def disassemble(cubin: bytes) -> Listing:
             return done.stdout
 
         usage, text = run("cuobjdump", "-res-usage"), run("nvdisasm", "-c")
+    if function is not None:
+        usage = re.search(rf"Function {function}:\s+(.*)", usage)[1]  # type: ignore[index]
+        text = re.search(rf"^\.text\.{function}:$.*?(?=^\.text\.|\Z)", text, re.M | re.S)[0]  # type: ignore[index]
     numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", usage)}
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}

@@ -28,12 +28,12 @@ struct CtuKnobs {
 struct Sigmoids {
   double of, of_negative;
 };
-inline Sigmoids sigmoids(double r) {
+CTK_ONCE Sigmoids sigmoids(double r) {
   const double e = exp(-fabs(r)), large = 1.0 / (1.0 + e), small = e * large;
   return r < 0 ? Sigmoids{small, large} : Sigmoids{large, small};
 }
 
-inline CtuKnobs ctu_knobs(double beta, double coeff, bool raw, double eps) {
+CTK_ONCE CtuKnobs ctu_knobs(double beta, double coeff, bool raw, double eps) {
   if (!raw) return {beta, (1.0 - beta) + eps, coeff, 1.0, 1.0};
   const Sigmoids b = sigmoids(beta), c = sigmoids(coeff);
   return {b.of, b.of_negative + eps, c.of, b.of * b.of_negative, c.of * c.of_negative};
@@ -43,7 +43,7 @@ inline CtuKnobs ctu_knobs(double beta, double coeff, bool raw, double eps) {
 struct CtuGradients {
   double beta, coeff;
 };
-inline CtuGradients ctu_parameter_gradients(const CtuKnobs& v, CtuKind kind, double slope, double eps, const double* sums) {
+CTK_ONCE CtuGradients ctu_parameter_gradients(const CtuKnobs& v, CtuKind kind, double slope, double eps, const double* sums) {
   const double inv_s = v.s > 0 ? 1.0 / v.s : 0.0, c1 = 1.0 - v.coeff;
   const double silu = v.coeff * (1.0 + eps) * inv_s * inv_s * sums[0];
   double beta, coeff;
@@ -64,7 +64,7 @@ struct Ctu {
   static constexpr int kSums = kind == CtuKind::kLeaky ? 5 : 4;
 
   // Writes field i to out[i * stride].
-  static void derive(const CtuKnobs& v, double slope, T* out, int64_t stride) {
+  static CTK_ONCE void derive(const CtuKnobs& v, double slope, T* out, int64_t stride) {
     const double inv_s = v.s > 0 ? 1.0 / v.s : std::numeric_limits<double>::infinity();
     const double eta = v.beta == 0 ? 0.0 : v.beta * inv_s;
     Decay<T> t, u;
@@ -125,7 +125,7 @@ struct Ctu {
   };
 
   // A Gaussian decays as e^(-t^2/2): the rate is kept for t itself, and the limit is where the square reaches 125 ln 2.
-  static Decay<T> gaussian_decay(double rate) {
+  static CTK_ONCE Decay<T> gaussian_decay(double rate) {
     constexpr bool single = sizeof(T) == 4;
     if (!(rate < (single ? 3e38 : 1e308))) return {T(0), T(0), T(-1)};
     const T hi = static_cast<T>(rate);
@@ -145,12 +145,13 @@ struct Ctu {
               at * ap, aq, gu.pdf, uq};
     } else {
       const T et = Math::decay(a, at, dt), eu = Math::decay(a, au, du);
-      const T pt = T(1) / (T(1) + et), pu = T(1) / (T(1) + eu);
-      const T qt = et * pt, qu = eu * pu, log_term = Math::log1p_unit(eu);
+      const T pt = Math::inverse(T(1) + et), pu = Math::inverse(T(1) + eu);
+      const T qt = Math::times(et, pt), qu = Math::times(eu, pu), log_term = Math::log1p_unit(eu);
       const T aq = at * qt, ap = at * pt;
-      return {fused(k(kC1S), log_term, k(kNegC) * aq),
-              fused(k(kC) * qt, fused(-k(kEta), ap, T(1)), k(kC1) * qu),
-              aq * ap, aq, log_term, au * qu};
+      T h;
+      if constexpr (Math::kUncapped) h = fused(k(kC), fused(-k(kEta), aq * pt, qt), k(kC1) * qu);
+      else h = fused(k(kC) * qt, fused(-k(kEta), ap, T(1)), k(kC1) * qu);
+      return {fused(k(kC1S), log_term, k(kNegC) * aq), h, aq * ap, aq, log_term, au * qu};
     }
   }
 
@@ -160,13 +161,7 @@ struct Ctu {
 
   static CTK_HD Tail gaussian_tail(float a, float ac, const Decay<float>& d) {
     const float t = ac * d.hi, t_lo = fmaf(ac, d.lo, fmaf(ac, d.hi, -t));
-    const float y = t * t, y_lo = fmaf(2.f * t, t_lo, fmaf(t, t, -y));
-    constexpr float half_log2e = 0.72134752f, half_log2e_lo = 9.6298149e-9f;
-    const float z = fmaf(-y, half_log2e, kRoundMagic);
-    float f = fmaf(-y, half_log2e, kRoundMagic - z);
-    f = fmaf(-y, half_log2e_lo, f);
-    f = fmaf(-y_lo, half_log2e, f);
-    float e = scale_by_power(Math::exp2_fraction(f), z);
+    float e = Math::bell(t, t_lo);
     e = a > d.limit ? 0.f : e;
     return {0.3989422804f * e, e * Math::mills(t)};
   }

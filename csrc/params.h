@@ -37,7 +37,7 @@ struct CtuStatic {
 enum CtuParam : int { kBeta, kCoeff, kSlopeParam, kScaleParam, kShiftParam, kCtuParams };
 
 template <class T>
-void derive_ctu(const CtuStatic& cfg, const double* p, T* out, int64_t stride) {
+CTK_ONCE void derive_ctu(const CtuStatic& cfg, const double* p, T* out, int64_t stride) {
   const CtuKnobs knobs = ctu_knobs(p[kBeta], p[kCoeff], cfg.raw, cfg.eps);
   if (cfg.kind == CtuKind::kGaussian) Ctu<T, CtuKind::kGaussian>::derive(knobs, p[kSlopeParam], out, stride);
   else Ctu<T, CtuKind::kLogistic>::derive(knobs, p[kSlopeParam], out, stride);
@@ -46,7 +46,7 @@ void derive_ctu(const CtuStatic& cfg, const double* p, T* out, int64_t stride) {
 // Sums of one channel: the op's own, then, where the prologue's are wanted, kCtuScaleSum and kCtuShiftSum.
 enum CtuSum : int { kCtuSlopeSum = 4, kCtuScaleSum = 5, kCtuShiftSum = 6, kCtuSums = 7 };
 
-inline void finish_ctu(const CtuStatic& cfg, const double* p, const double* sums, double* grads) {
+CTK_ONCE void finish_ctu(const CtuStatic& cfg, const double* p, const double* sums, double* grads) {
   const CtuKnobs knobs = ctu_knobs(p[kBeta], p[kCoeff], cfg.raw, cfg.eps);
   const CtuGradients g = ctu_parameter_gradients(knobs, cfg.kind, p[kSlopeParam], cfg.eps, sums);
   grads[kBeta] = g.beta;
@@ -60,13 +60,13 @@ inline void finish_ctu(const CtuStatic& cfg, const double* p, const double* sums
 enum HeadEditParam : int { kM, kA, kGateM, kGateA, kHeadEditParams };
 
 template <class T>
-void derive_head_edit(const double* p, T* out, int64_t stride) {
+CTK_ONCE void derive_head_edit(const double* p, T* out, int64_t stride) {
   out[0] = static_cast<T>(1.0 + p[kGateM] * p[kM]);
   out[stride] = static_cast<T>(p[kGateA] * p[kA]);
 }
 
 // sums: S1 = sum dy z, S0 = sum dy.
-inline void finish_head_edit(const double* p, const double* sums, double* grads) {
+CTK_ONCE void finish_head_edit(const double* p, const double* sums, double* grads) {
   grads[kM] = p[kGateM] * sums[0];
   grads[kA] = p[kGateA] * sums[1];
   grads[kGateM] = p[kM] * sums[0];

@@ -6,10 +6,13 @@
 #include <cstring>
 #include <limits>
 
+// CTK_HD: per element, always inlined. CTK_ONCE: per channel.
 #if defined(__CUDACC__)
 #define CTK_HD __host__ __device__ __forceinline__
+#define CTK_ONCE __host__ __device__ inline
 #else
 #define CTK_HD inline __attribute__((always_inline))
+#define CTK_ONCE inline
 #endif
 
 namespace ctk {
@@ -23,10 +26,10 @@ struct Decay {
 };
 
 template <class T>
-inline Decay<T> make_decay(double rate);  // any rate >= 0, +inf included
+CTK_ONCE Decay<T> make_decay(double rate);  // any rate >= 0, +inf included
 
 template <>
-inline Decay<float> make_decay<float>(double rate) {
+CTK_ONCE Decay<float> make_decay<float>(double rate) {
   constexpr double log2e = 1.4426950408889634;
   const double r = rate * log2e;
   if (!(r < 3e38)) return {0.f, 0.f, -1.f};
@@ -36,7 +39,7 @@ inline Decay<float> make_decay<float>(double rate) {
 }
 
 template <>
-inline Decay<double> make_decay<double>(double rate) {
+CTK_ONCE Decay<double> make_decay<double>(double rate) {
   if (!(rate < 1e308)) return {0.0, 0.0, -1.0};
   const double limit = 700.0 / rate;
   return {rate, 0.0, limit < 1.7e308 ? limit : std::numeric_limits<double>::max()};
@@ -45,6 +48,13 @@ inline Decay<double> make_decay<double>(double rate) {
 // min(a, limit), NaN stays NaN.
 template <class T>
 CTK_HD T capped(T a, const Decay<T>& d) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 4) {  // one instruction, where the comparison is two
+    float r;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(d.limit));
+    return r;
+  }
+#endif
   return d.limit < a ? d.limit : a;
 }
 
@@ -66,9 +76,31 @@ CTK_HD float scale_by_power(float p, float z) {
   return as_float(static_cast<int32_t>(static_cast<uint32_t>(as_int(p)) + (static_cast<uint32_t>(as_int(z)) << 23)));
 }
 
+// e^(-(t + t_lo)^2 / 2).
+template <class Math>
+CTK_HD float bell_by(float t, float t_lo) {
+  const float y = t * t, y_lo = fmaf(2.f * t, t_lo, fmaf(t, t, -y));
+  constexpr float half_log2e = 0.72134752f, half_log2e_lo = 9.6298149e-9f;
+  const float z = fmaf(-y, half_log2e, kRoundMagic);
+  float f = fmaf(-y, half_log2e, kRoundMagic - z);
+  f = fmaf(-y, half_log2e_lo, f);
+  f = fmaf(-y_lo, half_log2e, f);
+  return scale_by_power(Math::exp2_fraction(f), z);
+}
+
 // The transcendental parts, in two grades. Exact: for float and double results. Fast: for results that are rounded to 16
 // bits; 1e-4 relative, a fraction of half an ulp of the result.
 struct Exact {
+  static constexpr bool kUncapped = false;  // whether magnitudes are capped at the largest number only: products start from a q
+  template <class T>
+  static CTK_HD T inverse(T x) {
+    return T(1) / x;
+  }
+  template <class T>
+  static CTK_HD T times(T x, T y) {
+    return x * y;
+  }
+
   // 2^f on [-1/2, 1/2], 8e-8 relative.
   static CTK_HD float exp2_fraction(float f) {
     float p = 0.00132764727275f;
@@ -92,8 +124,11 @@ struct Exact {
     return a > d.limit ? 0.0 : e;
   }
 
+  static CTK_HD float bell(float t, float t_lo) { return bell_by<Exact>(t, t_lo); }
+
   // log(1 + e) on [0, 1], 2e-7 relative.
-  static CTK_HD float log1p_unit(float e) {
+  static CTK_HD float log1p_unit(float e) { return log1p_slope(e) * e; }
+  static CTK_HD float log1p_slope(float e) {
     float p = -0.00853920997913f;
     p = fmaf(p, e, 0.0440896366184f);
     p = fmaf(p, e, -0.107681719451f);
@@ -101,14 +136,13 @@ struct Exact {
     p = fmaf(p, e, -0.24495462964f);
     p = fmaf(p, e, 0.332754797946f);
     p = fmaf(p, e, -0.499974053971f);
-    p = fmaf(p, e, 0.999999805667f);
-    return p * e;
+    return fmaf(p, e, 0.999999805667f);
   }
   static CTK_HD double log1p_unit(double e) { return log1p(e); }
 
   // Phi(-t) / e^(-t^2/2) for t in [0, 13.2] (half the scaled complementary error function), 4e-8 relative.
-  static CTK_HD float mills(float t) {
-    const float v = 1.f / fmaf(0.35f, t, 1.f);
+  static CTK_HD float mills(float t) { return mills_at(1.f / fmaf(0.35f, t, 1.f)); }
+  static CTK_HD float mills_at(float v) {
     float p = -0.0291206648984f;
     p = fmaf(p, v, 0.143846442622f);
     p = fmaf(p, v, -0.255450152319f);
@@ -123,6 +157,16 @@ struct Exact {
 };
 
 struct Fast {
+  static constexpr bool kUncapped = false;
+  template <class T>
+  static CTK_HD T inverse(T x) {
+    return T(1) / x;
+  }
+  template <class T>
+  static CTK_HD T times(T x, T y) {
+    return x * y;
+  }
+
   static CTK_HD float exp2_fraction(float f) {  // 8e-5
     float p = 0.0551716693023f;
     p = fmaf(p, f, 0.242611122324f);
@@ -136,6 +180,8 @@ struct Fast {
     const float e = scale_by_power(exp2_fraction(f), z);
     return a > d.limit ? 0.f : e;
   }
+
+  static CTK_HD float bell(float t, float t_lo) { return bell_by<Fast>(t, t_lo); }
 
   static CTK_HD float log1p_unit(float e) {  // 6e-5
     float p = 0.041347300758f;

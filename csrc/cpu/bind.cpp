@@ -1,13 +1,10 @@
 // The CPU implementations of the ops, on the LibTorch stable ABI. Schemas, checks and autograd live in Python
 // (ctkernels/ops); here arguments are unpacked, results allocated, and the driver called.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <optional>
 #include <vector>
 
+#include "../bind.h"
 #include "../hard_concrete.h"
 #include "channelwise.h"
 
@@ -26,36 +23,6 @@ DType dtype_of(const Tensor& t) {
     case ScalarType::Half: return DType::kHalf;
     default: STD_TORCH_CHECK(false, "ctkernels: unsupported dtype");
   }
-}
-
-// `rows` x `count` values, see Param. Keeps a contiguous copy alive where one is needed.
-Param param_of(std::optional<Tensor>& t, double fallback) {
-  Param p;
-  p.fallback = fallback;
-  if (!t) return p;
-  if (!t->is_contiguous()) t = torch::stable::contiguous(*t);
-  const auto type = t->scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "ctkernels: parameters are float32 or float64");
-  STD_TORCH_CHECK(t->dim() <= 2, "ctkernels: parameters have at most two dimensions");
-  p.data = t->const_data_ptr();
-  p.is_double = type == ScalarType::Double;
-  p.groups = t->dim() == 2 ? t->size(0) : 1;
-  p.count = t->dim() == 0 ? 1 : t->size(t->dim() - 1);
-  return p;
-}
-
-View view_of_tensor(const Tensor& x, int64_t channel_dim, bool per_group) {
-  return view_of(x.sizes().data(), x.strides().data(), x.dim(), channel_dim, per_group);
-}
-
-// `t` with the sizes, dtype and strides of `x`.
-Tensor laid_out_like(const Tensor& t, const Tensor& x) {
-  bool same = true;
-  for (int64_t d = 0; d < x.dim(); ++d) same = same && (t.stride(d) == x.stride(d) || x.size(d) == 1);
-  if (same) return t;
-  Tensor copy = torch::stable::empty_like(x);
-  torch::stable::copy_(copy, t);
-  return copy;
 }
 
 struct CtuArgs {

@@ -75,6 +75,7 @@ def describe() -> dict[str, Any]:
         "versions": versions,
         "devices": devices,
         "native": _native(),
+        "cuda": _cuda(),
         "backends": {b.name: {"serves": b.device or "any device", "missing": b.missing} for b in BACKENDS.values()},
         "dispatch": _dispatch([str(d["device"]) for d in devices]),
     }
@@ -96,6 +97,19 @@ def _native() -> dict[str, Any]:
         "simd_level_used": introspect.simd_level(path),
         "threads": introspect.threads(),
     }
+
+
+def _cuda() -> dict[str, Any]:
+    """The compiled CUDA kernels: where they are, and the architectures in them, with or without a GPU."""
+    path = _backend.CUDA_KERNELS
+    if not path.exists():
+        return {"built": False, "why": BACKENDS["cuda"].missing}
+    found: dict[str, Any] = {"built": True, "library": str(path)}
+    if importlib.util.find_spec("ctkernels._introspect") is None:
+        return {**found, "introspection": "not built for this Python"}
+    introspect = importlib.import_module("ctkernels._introspect")
+    kernels = introspect.cuda_kernels(str(path))
+    return {**found, "architectures": list(introspect.cuda_architectures(str(path))), "kernels": len(kernels)}
 
 
 def _dispatch(devices: list[str]) -> list[dict[str, Any]]:
@@ -123,6 +137,8 @@ def _text(found: dict[str, Any]) -> str:
     ]
     lines.append("native kernels")
     lines += [f"  {k:<15} {', '.join(v) if isinstance(v, list) else v}" for k, v in found["native"].items()]
+    lines.append("CUDA kernels")
+    lines += [f"  {k:<15} {', '.join(v) if isinstance(v, list) else v}" for k, v in found["cuda"].items()]
     lines.append("backends, in the order they are tried")
     lines += [f"  {n:<13} {b['serves']:<11} {b['missing'] or 'available'}" for n, b in found["backends"].items()]
     lines.append("dispatch")

@@ -7,6 +7,7 @@ catching exceptions.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,23 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
     return _C, None
 
 
+CUDA_BINDING = Path(__file__).parent.parent / "_cuda.abi3.so"
+CUDA_KERNELS = Path(__file__).parent.parent / "_cuda_kernels.abi3.so"
+
+
+def _load_cuda() -> str | None:
+    """Loads the compiled CUDA kernels and makes them the dispatcher's, or says why they are not there."""
+    if not CUDA_KERNELS.exists() or not CUDA_BINDING.exists():
+        return "not built (CTKERNELS_BUILD=cuda builds it, with nvcc and a CUDA build of torch)"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    binding, kernels = ctypes.CDLL(str(CUDA_BINDING)), ctypes.CDLL(str(CUDA_KERNELS))
+    launcher = ctypes.c_void_p.in_dll(binding, "ctk_cuda_launcher")
+    launcher.value = ctypes.cast(kernels.ctk_cuda_launch, ctypes.c_void_p).value
+    binding.ctk_cuda_register(b"ctkernels", b"CUDA")
+    return None
+
+
 def _triton_missing() -> str | None:
     """Why there are no Triton kernels, or None. Triton itself is imported on the first CUDA call."""
     if importlib.util.find_spec("triton") is None:
@@ -42,7 +60,8 @@ def _triton_missing() -> str | None:
 
 @lru_cache(maxsize=64)
 def _capability(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    # Without a device, a tensor on one is a fake: taken to be where everything runs.
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (1 << 10, 0)
 
 
 @dataclass(frozen=True)
@@ -76,6 +95,7 @@ BACKENDS = {
     b.name: b
     for b in (
         Backend("cpu", "cpu", _native_missing),
+        Backend("cuda", "cuda", _load_cuda(), (8, 0)),
         Backend("triton", "cuda", _triton_missing(), (8, 0)),
         Backend("reference", None, None),
     )
@@ -86,6 +106,20 @@ _forced: str | None = None
 
 def reference_forced() -> bool:
     return _forced == "reference"
+
+
+def reference_wanted(x: Tensor) -> bool:
+    """Whether the reference serves ``x`` although the dispatcher has another kernel: forced, or on a GPU that is too old
+    for the compiled kernels."""
+    if _forced is not None or not x.is_cuda:
+        return _forced == "reference"
+    cuda = BACKENDS["cuda"]
+    return cuda.missing is None and _capability(x.get_device()) < cuda.capability
+
+
+def triton_wanted() -> bool:
+    """Whether Triton is forced where the dispatcher has compiled kernels."""
+    return _forced == "triton" and BACKENDS["cuda"].missing is None
 
 
 def choose(x: Tensor, op: str = "ctu") -> Backend:
@@ -108,8 +142,8 @@ def forced_refusal(x: Tensor, op: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Forces one backend for every ctkernels op in the process, while the context lasts.
 
-    name: ``"cpu"`` (compiled), ``"triton"`` (CUDA) or ``"reference"`` (plain torch). Raises ValueError for an unknown
-    name; an op whose tensor the backend cannot serve raises RuntimeError with the reason.
+    name: ``"cpu"`` or ``"cuda"`` (compiled), ``"triton"`` (on CUDA tensors) or ``"reference"`` (plain torch). Raises
+    ValueError for an unknown name; an op whose tensor the backend cannot serve raises RuntimeError with the reason.
 
     >>> with ctkernels.use_backend("reference"):
     ...     y = ctkernels.functional.ctu(x, 0.9)

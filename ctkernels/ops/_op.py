@@ -67,26 +67,31 @@ class Op:
     # ---- kernels: through the dispatcher, or the reference where it is forced --------------------------------------
 
     def forward(self, inputs: Inputs, static: Static) -> Tensor:
-        if _backend.reference_forced():
+        assert inputs[0] is not None
+        if _backend.reference_wanted(inputs[0]):
             return self.composed_forward(inputs, static)
         with torch._C._AutoDispatchBelowAutograd():
             return self._packet("")(*inputs, *static)
 
     def forward_(self, inputs: Inputs, static: Static) -> None:
-        if _backend.reference_forced():
-            x = inputs[0]
-            assert x is not None
+        x = inputs[0]
+        assert x is not None
+        if _backend.reference_wanted(x):
             x.copy_(self.reference_forward(inputs, static))
             return
         self._packet("_")(*inputs, *static)
 
     def backward(self, dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
-        if _backend.reference_forced():
+        if _backend.reference_wanted(dy):
             return self.composed_backward(dy, inputs, static, needs)
         with torch._C._AutoDispatchBelowAutograd():
             return self._packet("_backward")(dy, *inputs, *static, needs)
 
     def _packet(self, suffix: str) -> Any:
+        if _backend.triton_wanted() and not torch.compiler.is_compiling():
+            from . import _triton
+
+            return _triton.implementations(self)[suffix]
         return getattr(torch.ops.ctkernels, self.name + suffix).default
 
     def composed_forward(self, inputs: Inputs, static: Static) -> Tensor:
@@ -321,7 +326,9 @@ def register(op: Op) -> Op:
     for suffix, implementation in (("", forward), ("_", forward_), ("_backward", backward)):
         _LIBRARY.impl(op.name + suffix, implementation, "CompositeExplicitAutograd")
 
-    if op.triton is not None and _backend.BACKENDS["triton"].missing is None:
+    # The compiled CUDA kernels, where there are any, have registered themselves.
+    compiled = _backend.BACKENDS["cuda"].missing is None
+    if not compiled and op.triton is not None and _backend.BACKENDS["triton"].missing is None:
         for suffix, composite in (("", forward), ("_", forward_), ("_backward", backward)):
             _LIBRARY.impl(op.name + suffix, _on_cuda(op, suffix, composite), "CUDA")
 

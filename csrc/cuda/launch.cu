@@ -1,0 +1,39 @@
+// The library of kernels: what it holds, and how to start one. Loadable on any machine; only a launch needs a GPU.
+#include <cstring>
+
+#include "kernel.cuh"
+#include "launch.h"
+
+using namespace ctk::cuda;
+
+namespace {
+
+const void* find_kernel(const char* name) {
+  for (const Entry* e = Entry::first(); e; e = e->next)
+    if (std::strcmp(e->name, name) == 0) return e->function;
+  return nullptr;
+}
+
+}  // namespace
+
+#define CTK_EXPORT extern "C" __attribute__((visibility("default")))
+
+CTK_EXPORT const char* ctk_cuda_launch(const Launch* launch) {
+  const void* function = find_kernel(launch->kernel);
+  if (!function) return "no such kernel";
+  void* args[] = {const_cast<void*>(launch->args)};
+  const dim3 block(launch->block_x, launch->block_y);
+  const cudaError_t error =
+      cudaLaunchKernel(function, launch->grid, block, args, launch->shared, static_cast<cudaStream_t>(launch->stream));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// What setup.py compiled this library for: "sm_80 ... compute_120".
+CTK_EXPORT const char* ctk_cuda_architectures() { return CTK_ARCHITECTURES; }
+
+// Name of kernel i, null past the last.
+CTK_EXPORT const char* ctk_cuda_kernel(int i) {
+  const Entry* e = Entry::first();
+  while (e && i-- > 0) e = e->next;
+  return e ? e->name : nullptr;
+}

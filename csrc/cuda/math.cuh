@@ -1,0 +1,304 @@
+// What the scalar headers leave to the GPU: storage types, the arithmetic of each, and constants without double precision.
+#pragma once
+#include <type_traits>
+
+#include "args.h"
+
+namespace ctk::cuda {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+__device__ __forceinline__ float reciprocal(float x) {  // 1 ulp; an IEEE division is a subroutine call
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+__device__ __forceinline__ float power_of_two(float x) {  // 2^-22.5
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+__device__ __forceinline__ float flushed_product(float x, float y) {  // subnormals to 0
+  float r;
+  asm("mul.ftz.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+  return r;
+}
+
+// float32: polynomials, as on the CPU. A decay rate is at least kLeastRate, so that its limit is finite and 2^-(rate *
+// limit) a subnormal: what lies beyond is flushed by the products it enters, instead of compared.
+struct GpuExact : Exact {
+  static constexpr float kLeastRate = 3.7323e-37f, kGone = 126.99f;  // kGone / kLeastRate < FLT_MAX
+  static __device__ __forceinline__ float inverse(float x) { return reciprocal(x); }
+  static __device__ __forceinline__ float decay(float, float ac, const Decay<float>& d) {
+    const float z = fmaf(-ac, d.hi, kRoundMagic);
+    const float f = fmaf(-ac, d.lo, fmaf(-ac, d.hi, kRoundMagic - z));
+    return scale_by_power(exp2_fraction(f), z);
+  }
+  static __device__ __forceinline__ float times(float x, float y) { return flushed_product(x, y); }
+  static __device__ __forceinline__ float log1p_unit(float e) { return flushed_product(log1p_slope(e), e); }
+  static __device__ __forceinline__ float mills(float t) { return mills_at(reciprocal(fmaf(0.35f, t, 1.f))); }
+};
+
+// 16-bit results: exponentials from the approximate unit, which also takes every magnitude.
+struct GpuFast : Fast {
+  static constexpr bool kUncapped = true;
+  static __device__ __forceinline__ float inverse(float x) { return reciprocal(x); }
+  static __device__ __forceinline__ float decay(float a, float, const Decay<float>& d) { return power_of_two(-a * d.hi); }
+  static __device__ __forceinline__ float bell(float t, float) { return power_of_two(t * t * -0.72134752f); }
+  static __device__ __forceinline__ float mills(float t) { return GpuExact::mills(t); }
+};
+
+// ---- storage -------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Arithmetic {
+  using Compute = float;
+  using Math = GpuFast;
+};
+template <>
+struct Arithmetic<float> {
+  using Compute = float;
+  using Math = GpuExact;
+};
+template <>
+struct Arithmetic<double> {
+  using Compute = double;
+  using Math = Exact;
+};
+
+__device__ __forceinline__ float widened(float v) { return v; }
+__device__ __forceinline__ double widened(double v) { return v; }
+__device__ __forceinline__ float widened(BFloat16 v) { return __uint_as_float(uint32_t(v.bits) << 16); }
+__device__ __forceinline__ float widened(Half v) {
+  float r;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v.bits));
+  return r;
+}
+template <class T>
+__device__ __forceinline__ T narrowed(float v) {
+  if constexpr (sizeof(T) == 4) {
+    return v;
+  } else {
+    T r;
+    if constexpr (std::is_same_v<T, Half>) asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+    else asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+    return r;
+  }
+}
+template <class T>
+__device__ __forceinline__ double narrowed(double v) {
+  return v;
+}
+
+__device__ __forceinline__ void unpack(BFloat16, uint32_t w, float* out) {
+  out[0] = __uint_as_float(w << 16), out[1] = __uint_as_float(w & 0xffff0000u);
+}
+__device__ __forceinline__ void unpack(Half, uint32_t w, float* out) {
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(out[0]), "=f"(out[1]) : "r"(w));
+}
+__device__ __forceinline__ uint32_t pack(BFloat16, const float* in) {
+  uint32_t w;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(in[1]), "f"(in[0]));
+  return w;
+}
+__device__ __forceinline__ uint32_t pack(Half, const float* in) {
+  uint32_t w;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(in[1]), "f"(in[0]));
+  return w;
+}
+
+// V neighbouring values: one, or 16 bytes of them.
+template <class T, int V, class C>
+__device__ __forceinline__ void load(const void* from, int64_t at, C* out) {
+  const T* p = static_cast<const T*>(from) + at;
+  if constexpr (V == 1) {
+    out[0] = widened(*p);
+  } else if constexpr (sizeof(T) == 8) {
+    const double2 v = *reinterpret_cast<const double2*>(p);
+    out[0] = v.x, out[1] = v.y;
+  } else if constexpr (sizeof(T) == 4) {
+    const float4 v = *reinterpret_cast<const float4*>(p);
+    out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+  } else {
+    const uint4 v = *reinterpret_cast<const uint4*>(p);
+    unpack(T{}, v.x, out), unpack(T{}, v.y, out + 2), unpack(T{}, v.z, out + 4), unpack(T{}, v.w, out + 6);
+  }
+}
+template <class T, int V, class C>
+__device__ __forceinline__ void store(void* to, int64_t at, const C* in) {
+  T* p = static_cast<T*>(to) + at;
+  if constexpr (V == 1) *p = narrowed<T>(in[0]);
+  else if constexpr (sizeof(T) == 8) *reinterpret_cast<double2*>(p) = make_double2(in[0], in[1]);
+  else if constexpr (sizeof(T) == 4) *reinterpret_cast<float4*>(p) = make_float4(in[0], in[1], in[2], in[3]);
+  else *reinterpret_cast<uint4*>(p) = make_uint4(pack(T{}, in), pack(T{}, in + 2), pack(T{}, in + 4), pack(T{}, in + 6));
+}
+
+// ---- parameters and constants --------------------------------------------------------------------------------------
+
+__device__ __forceinline__ double parameter(const ParamRef& p, uint32_t g, uint32_t c) {
+  if (!p.data) return p.fallback;
+  const int64_t i = int64_t(p.rows == 1 ? 0 : g % p.rows) * p.count + (p.run == 1 ? c : c / p.run);
+  return p.is_double ? static_cast<const double*>(p.data)[i] : double(static_cast<const float*>(p.data)[i]);
+}
+__device__ __forceinline__ float parameter_as_float(const ParamRef& p, uint32_t g, uint32_t c) {
+  if (!p.data) return float(p.fallback);
+  const int64_t i = int64_t(p.rows == 1 ? 0 : g % p.rows) * p.count + (p.run == 1 ? c : c / p.run);
+  return p.is_double ? float(static_cast<const double*>(p.data)[i]) : static_cast<const float*>(p.data)[i];
+}
+template <class C>
+__device__ __forceinline__ C parameter_as(const ParamRef& p, uint32_t g, uint32_t c) {
+  if constexpr (sizeof(C) == 8) return parameter(p, g, c);
+  else return parameter_as_float(p, g, c);
+}
+
+// A bump lower than this is flushed, so that its rate stays finite.
+inline constexpr double kLeastWidth = 7.52316384526264e-37;  // 2^-120
+
+// beta and s as unevaluated sums of floats, coeff and 1 - coeff.
+struct FloatKnobs {
+  float beta, beta_lo, s, s_lo, coeff, coeff1;
+};
+
+struct TwoFloats {
+  float hi, lo;
+};
+__device__ __forceinline__ TwoFloats split(double v) {
+  const float hi = static_cast<float>(v);
+  return {hi, static_cast<float>(v - hi)};
+}
+__device__ __forceinline__ TwoFloats product(TwoFloats x, TwoFloats y) {
+  const float hi = x.hi * y.hi;
+  return {hi, fmaf(x.hi, y.lo, fmaf(x.lo, y.hi, fmaf(x.hi, y.hi, -hi)))};
+}
+
+__device__ __forceinline__ FloatKnobs plain_knobs(const Channelwise& a, uint32_t g, uint32_t c) {
+  const float beta = parameter_as_float(a.params[kBeta], g, c), coeff = parameter_as_float(a.params[kCoeff], g, c);
+  const float s = 1.f - beta;
+  return {beta, 0.f, s, (1.f - s) - beta, coeff, 1.f - coeff};  // s_lo: what the subtraction rounded off
+}
+__device__ __forceinline__ FloatKnobs derived_knobs(const Channelwise& a, uint32_t g, uint32_t c) {
+  const CtuKnobs k = ctu_knobs(parameter(a.params[kBeta], g, c), parameter(a.params[kCoeff], g, c), a.ctu.raw, a.ctu.eps);
+  const TwoFloats beta = split(k.beta), s = split(k.s);
+  return {beta.hi, beta.lo, s.hi, s.lo, static_cast<float>(k.coeff), static_cast<float>(1.0 - k.coeff)};
+}
+
+template <class T>
+struct CtuConstants {
+  T f[kCtuFields], scale, shift;
+  __device__ __forceinline__ T operator()(int field) const {
+    if (field == kNegC) return -f[kC];
+    return f[field];
+  }
+};
+
+// The unit of one family member over one storage type, as the skeleton wants it.
+template <CtuKind kind, class T>
+struct CtuUnit {
+  using C = typename Arithmetic<T>::Compute;
+  using Math = typename Arithmetic<T>::Math;
+  using Op = Ctu<C, kind, Math>;
+  using Constants = CtuConstants<C>;
+  static constexpr bool kPrologue = true;
+  static constexpr int kParams = kCtuParams;
+
+  // Constants of V channels, channel(j) for j < V.
+  template <int V, class F>
+  static __device__ __forceinline__ void derive(const Channelwise& a, uint32_t g, const F& channel, Constants* out) {
+    if constexpr (sizeof(C) == 8) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const uint32_t c = channel(j);
+        const CtuKnobs k = ctu_knobs(parameter(a.params[kBeta], g, c), parameter(a.params[kCoeff], g, c), a.ctu.raw, a.ctu.eps);
+        Op::derive(k, parameter(a.params[kSlopeParam], g, c), out[j].f, 1);
+      }
+    } else {
+      FloatKnobs knobs[V];
+      if (a.plain) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) knobs[j] = plain_knobs(a, g, channel(j));
+      } else {
+#pragma unroll 1  // double precision is long
+        for (int i = 0; i < V; ++i) {
+          const FloatKnobs made = derived_knobs(a, g, channel(i));
+#pragma unroll
+          for (int j = 0; j < V; ++j)
+            if (i == j) knobs[j] = made;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < V; ++j) derive_floats(knobs[j], parameter_as_float(a.params[kSlopeParam], g, channel(j)), out[j].f);
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      out[j].scale = parameter_as<C>(a.params[kScaleParam], g, channel(j));
+      out[j].shift = parameter_as<C>(a.params[kShiftParam], g, channel(j));
+    }
+  }
+
+  // As Ctu::derive, in pairs of floats. A unit without a bump has no coefficients.
+  static __device__ __forceinline__ void derive_floats(const FloatKnobs& v, float slope, float* f) {
+    constexpr float largest = 3.4028234e38f;
+    constexpr TwoFloats log2e = {1.44269502162933349609375f, 1.92596299112661746887e-8f};
+    const bool smooth = !(v.s <= float(kLeastWidth));  // a NaN is passed on
+    const float s = smooth ? v.s : 1.f, s_lo = smooth ? v.s_lo : 0.f;
+    TwoFloats u{reciprocal(s), 0.f};
+    u.lo = u.hi * fmaf(-s_lo, u.hi, fmaf(-s, u.hi, 1.f));
+    TwoFloats t = product({v.beta, v.beta_lo}, u);
+    f[kEta] = smooth ? t.hi : 0.f;
+    if constexpr (kind == CtuKind::kGaussian) {
+      f[kTLimit] = fminf(13.16f * reciprocal(t.hi), largest), f[kULimit] = fminf(13.16f * reciprocal(u.hi), largest);
+    } else {
+      t = product(t, log2e), u = product(u, log2e);
+      if constexpr (std::is_same_v<Math, GpuExact>) {
+        t.hi = t.hi < GpuExact::kLeastRate ? GpuExact::kLeastRate : t.hi;
+        f[kTLimit] = GpuExact::kGone * reciprocal(t.hi), f[kULimit] = GpuExact::kGone * reciprocal(u.hi);
+      } else {  // infinity decays to 0 at beta = 0 too
+        t.hi = t.hi < 1.4e-45f ? 1.4e-45f : t.hi;
+        f[kTLimit] = f[kULimit] = largest;
+      }
+    }
+    f[kTHi] = t.hi, f[kTLo] = t.lo, f[kUHi] = u.hi, f[kULo] = u.lo;
+    f[kC] = smooth ? v.coeff : 0.f, f[kC1] = smooth ? v.coeff1 : 0.f, f[kC1S] = smooth ? v.coeff1 * v.s : 0.f;
+    f[kSlope] = slope, f[kReach] = 1.f - slope;
+  }
+
+  static __device__ void finish(const CtuStatic& ctu, const double* p, const double* sums, double* grads) {
+    finish_ctu(ctu, p, sums, grads);
+    // Without a bump the knobs have no effect.
+    if (sizeof(C) == 4 && ctu_knobs(p[kBeta], p[kCoeff], ctu.raw, ctu.eps).s <= kLeastWidth) grads[kBeta] = grads[kCoeff] = 0.0;
+  }
+};
+
+template <class T>
+struct HeadEditUnit {
+  using C = typename Arithmetic<T>::Compute;
+  using Op = HeadEdit<C>;
+  static constexpr bool kPrologue = false;
+  static constexpr int kParams = kHeadEditParams;
+  struct Constants {
+    C f[kHeadEditFields];
+    __device__ __forceinline__ C operator()(int field) const { return f[field]; }
+  };
+
+  template <int V, class F>
+  static __device__ __forceinline__ void derive(const Channelwise& a, uint32_t g, const F& channel, Constants* out) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const uint32_t c = channel(j);
+      const auto at = [&](int i) { return parameter_as<C>(a.params[i], g, c); };
+      out[j].f[kScale] = fused(at(kGateM), at(kM), C(1));
+      out[j].f[kOffset] = at(kGateA) * at(kA);
+    }
+  }
+
+  static __device__ void finish(const CtuStatic&, const double* p, const double* sums, double* grads) {
+    finish_head_edit(p, sums, grads);
+  }
+};
+
+}  // namespace ctk::cuda

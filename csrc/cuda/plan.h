@@ -1,0 +1,82 @@
+// How a tensor is cut into blocks: a function of its shape and element size alone, like ctkernels/ops/_triton_plan.py.
+#pragma once
+#include <algorithm>
+#include <numeric>
+
+#include "args.h"
+
+namespace ctk::cuda {
+
+struct Plan {
+  bool plane = false, wide = false, direct = false;
+  int threads = 0;
+  int64_t repeat = 1, programs = 0;
+  int64_t group = 0, row = 0, width = 0, cols_per = 0, rows = 0, rows_per = 0, row_cuts = 0, col_cuts = 0;
+
+  int64_t slots() const { return plane ? row_cuts * col_cuts : row_cuts; }  // partial sums a channel, or a column
+  int64_t columns(const View& v) const { return plane ? v.channels : width; }
+};
+
+// Channels with at least this many neighbouring values run with constants for the whole block.
+inline constexpr int64_t kMinPlane = 256;
+// Enough blocks to fill every GPU several times over: beyond it, blocks get longer instead.
+inline constexpr int64_t kBlocks = 4096;
+// Accesses of a thread: at most, and at least where constants are per column and have to pay off.
+inline constexpr int64_t kMostSteps = 32, kLeastRows = 8;
+// One block finishes a channel's sums alone up to this many steps; a small tensor is arranged so that it can.
+inline constexpr int64_t kAlone = 32, kSmall = 1 << 16;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// vector: values a thread moves at a time. sums: whether the kernel adds up over channels. wide only if what is asked for
+// divides every length.
+inline Plan plan_with(const View& v, int64_t vector, bool sums) {
+  Plan p;
+  p.group = v.outer * v.channels * v.inner;
+  const bool one_launch = sums && v.outer <= kAlone && p.group * v.groups <= kSmall;
+  const int64_t period = v.channels * v.inner;
+  p.plane = v.channels == 1 || v.inner >= kMinPlane || period >= int64_t(1) << 30 || (one_launch && v.inner > 1);
+  if (p.plane) {
+    p.width = v.inner, p.row = period, p.rows = v.outer;
+  } else {
+    if (period < 32 * vector && v.outer > 1 && !one_launch) {  // several periods side by side, a whole number of vectors
+      const int64_t step = vector / std::gcd(period, vector);
+      p.repeat = std::min(std::max(step, 64 * vector / period / step * step), v.outer);
+    }
+    p.width = p.row = period * p.repeat;
+    p.rows = ceil_div(v.outer, p.repeat);
+  }
+  p.wide = vector > 1 && p.width % vector == 0 && p.group % vector == 0;
+  // The size that leaves fewest threads idle, counting a little for every step saved.
+  int64_t lanes = 0, least = 0;
+  for (int threads = 32; threads <= kMaxThreads; threads *= 2) {
+    const int64_t n = threads * vector, cost = ceil_div(p.width, n) * (n + 2 * vector);
+    if (!lanes || cost < least) lanes = n, least = cost, p.threads = threads;
+  }
+  const int64_t blocks = ceil_div(p.width, lanes);
+  int64_t planes = 1;
+  if (p.plane) {
+    const int64_t total = blocks * p.rows * v.channels * v.groups;
+    int64_t steps = std::min(std::max(ceil_div(total, kBlocks), int64_t(1)), kMostSteps);
+    if (sums && blocks * p.rows <= kAlone) steps = kAlone;
+    const int64_t cols = std::min(blocks, steps);
+    p.rows_per = std::min(p.rows, std::max(int64_t(1), steps / blocks));
+    p.cols_per = cols * lanes, p.col_cuts = ceil_div(blocks, cols), planes = v.channels;
+  } else {
+    p.cols_per = lanes, p.col_cuts = blocks;
+    p.rows_per = std::min({std::max(ceil_div(p.rows * blocks * v.groups, kBlocks), kLeastRows), 2 * kMostSteps, p.rows});
+    if (sums && p.rows <= kAlone) p.rows_per = p.rows;
+  }
+  p.row_cuts = ceil_div(p.rows, p.rows_per);
+  p.direct = p.plane ? p.row_cuts * p.col_cuts == 1 : p.row_cuts == 1 && p.repeat == 1 && v.inner == 1;
+  p.programs = v.groups * planes * p.row_cuts * p.col_cuts;
+  return p;
+}
+
+// aligned: whether every tensor starts at a multiple of 16 bytes.
+inline Plan plan_for(const View& v, int64_t itemsize, bool sums, bool aligned) {
+  const Plan p = plan_with(v, 16 / itemsize, sums);
+  return p.wide && aligned ? p : plan_with(v, 1, sums);
+}
+
+}  // namespace ctk::cuda
