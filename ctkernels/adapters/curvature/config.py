@@ -39,7 +39,8 @@ class CurvatureConfig(AdapterConfig):
         init_coeff: coeff at the start, likewise. None: the paper's 0.5 for the ReLU family, 0.99995 for the others.
         input_shape: shape of one input, without the batch dimension, for the copy of the model; None tries what the
             model or its config declares and the usual image sizes.
-        layout: {site name: [dimension of the channels, their number]}. None finds it; the saved configuration has it.
+        layout: {site name: [dimension of the channels, their number]}, or None in place of the pair for one (beta, coeff)
+            for the whole site. None finds it; the saved configuration has it.
             Giving it leaves out the search, for models that cannot be called with one tensor; then the sites named in
             it are adapted, and no others.
         modules_to_save: other modules to train and save with the adapter, such as the new head.
@@ -94,8 +95,6 @@ class CurvatureConfig(AdapterConfig):
                 raise ValueError(
                     f"CurvatureConfig: layout must map sites to [dimension, number of channels], got {entry!r} for {site}"
                 )
-            if entry is None and self.granularity == "channel":
-                raise ValueError(f"CurvatureConfig: layout must have the channels of {site}, got None")
         if self.layout is not None and not self.layout:
             raise ValueError("CurvatureConfig: layout must name at least one site, got none")
         if isinstance(self.target_modules, list):

@@ -93,7 +93,14 @@ class CurvatureLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"{self.site}: one adapter can be active at a time, got {names}")
         return names[0] if names else None
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        for table in (self.curvature_raw_beta, self.curvature_raw_coeff):
+            if adapter_name in table and table[adapter_name].device.type != "meta":
+                table[adapter_name] = table[adapter_name].to(device or self.device)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CurvatureLayer:
+        device = fn(torch.empty(0, device=self.device)).device  # where a later adapter goes
+        self.device = self.device if device.type == "meta" else device
         return super()._apply(_keeping_dtype(fn), recurse)
 
     # ---- the unit ----

@@ -7,8 +7,10 @@ it carries the position of its channels, which convolutions, linear layers and n
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +32,7 @@ _LAST = {
 _LAST_UNLESS_KNOWN = {"layer_norm", "rms_norm"}
 _SECOND = {"batch_norm", "instance_norm", "group_norm"}
 _MOVES = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "adjoint"}
+_TRANSPOSES = (Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__)  # type: ignore[attr-defined]
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "__getitem__"}
 
 
@@ -67,14 +70,14 @@ def find_channels(
     Raises:
         ValueError: the model cannot be copied.
     """
-    problem = ""
     best: dict[str, list[Use]] = {}
+    problem = "no input to try"
     for values in _inputs(model, input_shape):
-        found, problem = _record(model, values, prepare)
-        if len(found) > len(best):
-            best = found
-        if not problem:
-            return found, ""
+        found, stopped = _record(model, values, prepare)
+        if len(found) > len(best) or not best:
+            best, problem = found, stopped
+        if not stopped:
+            return best, ""
     return best, problem
 
 
@@ -123,7 +126,7 @@ def _record(
     plan = survey(twin, frozenset(ACTIVATIONS), split=True, make=lambda site, device: _Recorder(uses, site))
     operate(plan.swaps, plan.edits)
     problem = ""
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), mode:
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet("torch._subclasses.fake_tensor"), mode:
         inputs = {name: make() for name, make in values.items()}
         positional, keywords = [inputs.pop("")] if "" in inputs else [], inputs
         # In eval first; parts that only training reaches (auxiliary heads) after that, on the copy's fake buffers.
@@ -133,12 +136,22 @@ def _record(
                 with _Axes():
                     twin(*positional, **keywords)
             except Exception as error:  # whatever a model may raise; the caller says what could not be found
-                if not training:
-                    problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-                    break
-            if all(site.name in uses for site in plan.sites):
+                problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                break
+            if len(uses) == len(plan.sites):
                 break
     return uses, problem
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without what this logger says: sizes that do not fit are tried on purpose."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -194,7 +207,7 @@ def _inputs(model: nn.Module, shape: tuple[int, ...] | None) -> Iterator[dict[st
         yield {"": images(8, layer.in_features)}
     elif isinstance(layer, nn.modules.conv._ConvNd):
         dims = len(layer.kernel_size)
-        for side in (224, 32, 28, 64, 96, 128, 256, 299, 384, 512):
+        for side in (224, 299, 32, 28, 64, 96, 128, 256, 384, 512):
             yield {"": images(layer.in_channels, *[16] * (dims == 3), *[side] * min(dims, 2))}
     else:
         yield {"": images(3, 224, 224)}
@@ -251,7 +264,7 @@ def _axis(func: Any, args: Any, kwargs: dict[str, Any], out: Tensor) -> int | No
     axis: int = getattr(source, _AXIS)
     if source is out:  # in place
         return axis
-    if name in _MOVES:
+    if name in _MOVES or func in _TRANSPOSES:
         return _moved(func, args, kwargs, source.dim(), axis)
     if name in _RESHAPES and source.numel() == out.numel():
         return _reshaped(source.shape, axis, out.shape)

@@ -11,14 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...steering.activations import ACTIVATIONS, select
 from ...steering.handle import listed, nothing_found
 from ...steering.surgery import MODULE, operate, undo
-from ...steering.survey import Edit, Plan, Site, is_steered, survey
+from ...steering.survey import Edit, Miss, Plan, Site, is_steered, survey
 from .._peft import check_state_dict
 from .config import CurvatureConfig
 from .layer import CurvatureLayer, FixedUnit, Original
@@ -99,8 +99,9 @@ class CurvatureModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
-        return key in self._targets
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        # The sites are chosen in `_plan`; peft warns if an adapter excludes something and no module is of this type.
+        return key in self._targets or (_ExcludedModule() if peft_config.exclude_modules else False)
 
     def _create_and_replace(
         self,
@@ -264,9 +265,8 @@ def _plan(model: nn.Module, config: CurvatureConfig) -> list[tuple[list[str], Ch
     plan = Plan(sites=list(surgery.sites.values())) if surgery is not None else _survey(model)
     if config.layout is None:
         sites = _selected(model, config, plan)
-        config.layout = dict.fromkeys(site.name for site in sites)
-        if config.granularity == "channel":
-            config.layout = _layout(model, config, list(config.layout))
+        by_channel = config.granularity == "channel"
+        config.layout = _layout(model, config, sites) if by_channel else dict.fromkeys(site.name for site in sites)
     known = {site.name: site for site in plan.sites}
     foreign = [name for name in config.layout if name not in known]
     if foreign:
@@ -274,8 +274,9 @@ def _plan(model: nn.Module, config: CurvatureConfig) -> list[tuple[list[str], Ch
             f"layout: expected activations of this {type(model).__name__} ({_some(list(known))}), got {_some(foreign)}"
         )
     groups: dict[Any, list[str]] = {}
-    for name in config.layout:
-        site = known[name]
+    for name, site in known.items():  # the model's order, not the file's: the first of a group has the parameters
+        if name not in config.layout:
+            continue
         neutral = ACTIVATIONS[site.activation]
         shared = {"shared": (neutral.beta, neutral.coeff)}.get(config.granularity)
         groups.setdefault(shared or (site.module if config.share == "module" and site.module else name), []).append(
@@ -286,7 +287,7 @@ def _plan(model: nn.Module, config: CurvatureConfig) -> list[tuple[list[str], Ch
         if config.granularity != "channel":
             result.append((names, None))
             continue
-        entries = [Channels(*config.layout[name]) for name in names]
+        entries = [None if config.layout[name] is None else Channels(*config.layout[name]) for name in names]
         alike = len(set(entries)) == 1
         result += [(names, entries[0])] if alike else [([name], entry) for name, entry in zip(names, entries)]
     return result
@@ -302,6 +303,7 @@ def _selected(model: nn.Module, config: CurvatureConfig, plan: Plan) -> list[Sit
     )
     sites = [site for site in plan.sites if site.activation in selection]
     if not sites:
+        plan.skipped += [Miss(site.name, site.activation, "it is not among the activations") for site in plan.sites]
         raise ValueError(nothing_found(model, selection, plan))
     chosen = [site for site in sites if check_target_module_exists(wanted, site.name)]
     if not chosen:
@@ -311,35 +313,39 @@ def _selected(model: nn.Module, config: CurvatureConfig, plan: Plan) -> list[Sit
         )
     missed = [miss for miss in plan.missed if miss.activation in selection]
     if missed:
-        warnings.warn(
-            f"CurvatureConfig: {len(missed)} activations cannot be adapted:\n{listed(missed, limit=10)}", stacklevel=6
-        )
+        _warn(f"{len(missed)} activations cannot be adapted:\n{listed(missed, limit=10)}")
     return chosen
 
 
-def _layout(model: nn.Module, config: CurvatureConfig, names: list[str]) -> dict[str, Any]:
+def _layout(model: nn.Module, config: CurvatureConfig, sites: list[Site]) -> dict[str, Any]:
+    """{site: [dimension, channels]}; None where they cannot be told."""
     shape = None if config.input_shape is None else tuple(config.input_shape)
     uses, problem = find_channels(model, shape, _strip)
-    advice = "give input_shape, or layout for these sites, or choose granularity='layer'"
-    unreached = [name for name in names if name not in uses]
-    if unreached and problem:
+    reached = {site.module or site.name for site in sites if site.name in uses}
+    # Of the calls of one module, some may be in branches that this model does not take.
+    unreached = [site.name for site in sites if (site.module or site.name) not in reached]
+    if problem and unreached:
         raise ValueError(
             f"the channels of {_some(unreached)} could not be found: calling a copy of the model stopped with "
-            f"{problem}; {advice}"
+            f"{problem}. Give input_shape, or layout for these sites, or choose granularity='layer'"
         )
-    found = {name: channels_of(uses[name]) for name in names if name in uses}
-    for name, channels in found.items():
-        if channels is None:
-            calls = ", ".join(_show(use) for use in dict.fromkeys(uses[name]))
-            raise ValueError(f"{name}: expected one dimension that holds its channels, got inputs {calls}; {advice}")
-    if not found:
-        raise ValueError(f"no call of the model reaches {_some(unreached)}; {advice}")
+    if not reached:
+        raise ValueError(f"no call of the model reaches {_some(unreached)}; give layout, or choose granularity='layer'")
     if unreached:
-        warnings.warn(
-            f"CurvatureConfig: no call of the model reaches {_some(unreached)}: they keep their activation.",
-            stacklevel=6,
+        _warn(f"no call of the model reaches {_some(unreached)}: they keep their activation")
+    found = {site.name: channels_of(uses[site.name]) for site in sites if site.name in uses}
+    unknown = [name for name, channels in found.items() if channels is None]
+    if unknown:
+        calls = "; ".join(f"{name}: {_show(uses[name])}" for name in unknown[:3])
+        _warn(
+            f"no single dimension holds the channels of {len(unknown)} activations, which get one beta and coeff each "
+            f"(layout can say more): {calls}" + "; ..." * (len(unknown) > 3)
         )
-    return {name: [*channels] for name, channels in found.items() if channels is not None}
+    return {name: None if channels is None else [*channels] for name, channels in found.items()}
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"CurvatureConfig: {text}", UserWarning, stacklevel=8)
 
 
 def _strip(model: nn.Module) -> None:
@@ -347,8 +353,9 @@ def _strip(model: nn.Module) -> None:
         _close(model)
 
 
-def _show(use: Use) -> str:
-    return f"{use.shape} with channels in {use.axis}" if use.axis is not None else f"{use.shape} with unknown channels"
+def _show(uses: list[Use]) -> str:
+    calls = dict.fromkeys((use.shape, "unknown" if use.axis is None else use.axis) for use in uses)
+    return ", ".join(f"{shape} with channels in dimension {axis}" for shape, axis in calls)
 
 
 def _some(names: list[str], limit: int = 3) -> str:
