@@ -1,4 +1,4 @@
-"""Reading checkpoints of the official JoLA code."""
+"""Reading checkpoints of the official codes of JoLA and trainable Curvature Tuning."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from ._files import safetensors_names
+from .curvature.layer import CurvatureLayer
+from .curvature.official import NAME, curvature_copies
 from .gates import _adapters
 from .jola.model import jola_layers
 
 _NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.(attn_A|attn_v|log_g1|log_g2)(?:\.(\d+))?$")
 
 
-def _from_file(path: Path) -> dict[str, Tensor]:
+def _from_file(path: Path, wanted: re.Pattern[str]) -> dict[str, Tensor]:
     from safetensors import safe_open
 
-    names = [name for name in safetensors_names(path) if _NAME.search(name)]
+    names = [name for name in safetensors_names(path) if wanted.search(name)]
     with safe_open(str(path), framework="pt") as file:
         return {name: file.get_tensor(name) for name in names}
 
 
-def _read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The JoLA tensors of a state dict, a safetensors file, or a folder of them (only these tensors are read)."""
+def _read(source: str | os.PathLike[str] | Mapping[str, Tensor], wanted: re.Pattern[str]) -> dict[str, Tensor]:
+    """The method's tensors in a state dict, a safetensors file, or a folder of them (only these tensors are read)."""
     if isinstance(source, Mapping):
-        return {name: value for name, value in source.items() if _NAME.search(name)}
+        return {name: value for name, value in source.items() if wanted.search(name)}
     path = Path(source)
     if path.is_dir():
         index = path / "model.safetensors.index.json"
@@ -41,23 +43,28 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, Te
             files = sorted(path.glob("*.safetensors"))
         if not files:
             raise ValueError(f"{path}: expected safetensors files, found none (pickled checkpoints are not loaded)")
-        return {name: value for file in files for name, value in _from_file(file).items()}
+        return {name: value for file in files for name, value in _from_file(file, wanted).items()}
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a .safetensors file, got {path.suffix!r} (pickled files are not loaded)")
-    return _from_file(path)
+    return _from_file(path, wanted)
 
 
 @torch.no_grad()
 def load_official(
     model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor], adapter: str | None = None
 ) -> None:
-    """Copy the parameters of an official JoLA checkpoint into an adapter of `model`.
+    """Copy the parameters of an official checkpoint into a JoLA or a curvature adapter of `model`.
 
-    The official names hold one tensor a head: `layers.N.self_attn.attn_A.H` is m, `attn_v.H` is a, `log_g2` (heads, 1)
+    JoLA: the official names hold one tensor a head: `layers.N.self_attn.attn_A.H` is m, `attn_v.H` is a, `log_g2` (heads, 1)
     gates m and `log_g1` gates a. Its test-time gate is the "clip" estimator.
 
+    Curvature Tuning: `<module>._raw_beta` and `._raw_coeff`, in a state dict of the whole model. Its head and its
+    BatchNorm statistics, which the official code trains too, are not read: `load_state_dict` takes them. Its unit adds
+    1e-6 to 1 - beta, this one does not.
+
     Args:
-        model: a Llama- or Qwen2-like model with a JoLA adapter on all heads of the layers to fill.
+        model: a Llama- or Qwen2-like model with a JoLA adapter on all heads of the layers to fill, or a model with a
+            curvature adapter (per channel) on the sites to fill.
         source: a state dict, a safetensors file, or a folder with safetensors files.
         adapter: name of the adapter; None takes the active one.
 
@@ -69,7 +76,18 @@ def load_official(
         >>> model = get_peft_model(base, JolaConfig(task_type="CAUSAL_LM"))
         >>> load_official(model, "official_checkpoint")
     """
-    tensors = _read(source)
+    if any(isinstance(module, CurvatureLayer) for module in model.modules()):
+        tensors = _read(source, NAME)
+        if not tensors:
+            raise ValueError("expected tensors named <module>._raw_beta and <module>._raw_coeff; got none")
+        copies = curvature_copies(model, tensors, adapter)
+    else:
+        copies = _jola_copies(model, _read(source, _NAME), adapter)
+    for target, value in copies:
+        target.copy_(value.to(target))
+
+
+def _jola_copies(model: nn.Module, tensors: dict[str, Tensor], adapter: str | None) -> list[tuple[Tensor, Tensor]]:
     if not tensors:
         raise ValueError("expected tensors named layers.N.self_attn.attn_A, attn_v, log_g1, log_g2; got none")
     found: dict[tuple[int, str], dict[int, Tensor]] = {}
@@ -107,5 +125,4 @@ def load_official(
     missing = sorted({index for index, _ in found} - filled)
     if missing:
         raise ValueError(f"the checkpoint edits layers {missing}, which adapter {name!r} does not")
-    for target, value in copies:
-        target.copy_(value.to(target))
+    return copies
