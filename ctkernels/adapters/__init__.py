@@ -1,15 +1,18 @@
 """Adapters as PEFT methods; importing this package registers them. It needs `pip install ctkernels[adapters]`.
 
-peft has no plug-in mechanism: a process that loads a JoLA adapter must import `ctkernels.adapters` first, or peft
-raises `KeyError: 'JOLA'`.
+peft has no plug-in mechanism: a process that loads one of these adapters must import `ctkernels.adapters` first, or
+peft raises `KeyError: 'JOLA'` (or `'CURVATURE'`).
 """
 
 from ._peft import register
-from .gates import drop_closed_heads, freeze_gates, open_heads, parameter_groups
+from .curvature import CurvatureConfig, CurvatureLayer, CurvatureModel
+from .curvature.model import find_activations
+from .gates import drop_closed_heads, freeze_gates, open_heads
 from .jola import JolaConfig, JolaLayer, JolaModel
 from .merge import save_merged
 from .monitor import EditMonitor
 from .official import load_official
+from .optimizer import parameter_groups
 from .penalty import (
     AdaptiveSchedule,
     ConstantSchedule,
@@ -25,10 +28,14 @@ from .saving import save_adapter
 from .sites import find_sites
 
 register("jola", JolaConfig, JolaModel)
+register("curvature", CurvatureConfig, CurvatureModel)
 
 __all__ = [
     "AdaptiveSchedule",
     "ConstantSchedule",
+    "CurvatureConfig",
+    "CurvatureLayer",
+    "CurvatureModel",
     "CyclicSchedule",
     "EditMonitor",
     "ExponentialSchedule",
@@ -39,6 +46,7 @@ __all__ = [
     "LinearSchedule",
     "add_penalty_grad",
     "drop_closed_heads",
+    "find_activations",
     "find_sites",
     "freeze_gates",
     "jola_penalty",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor, nn
+
 
 def require_peft() -> None:
     """Check that a supported peft is installed.
@@ -56,3 +58,22 @@ def register(name: str, config_cls: type, model_cls: type) -> None:
 
     if add_peft_type(name.upper()) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+
+
+def check_state_dict(part: str, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Refuse an adapter's tensors (those with `part` in their names) that do not fit, before any of them is copied."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    own = {f"{prefix}{name}": value for name, value in parameters if part in name}
+    if any("_fsdp_wrapped_module" in name for name in own):
+        return  # FSDP1 renames and flattens parameters, and checks them itself
+    given = {name: value for name, value in state_dict.items() if part in name}
+    foreign = sorted(set(given) - set(own))
+    if foreign:
+        raise ValueError(f"The adapter does not fit this model: unknown {foreign[:3]}" + ", ..." * (len(foreign) > 3))
+    adapters = {name.rsplit(".", 1)[-1] for name in given}
+    missing = sorted(name for name in own if name.rsplit(".", 1)[-1] in adapters and name not in given)
+    if missing:
+        raise ValueError(f"The adapter is incomplete: missing {missing[:3]}" + ", ..." * (len(missing) > 3))
+    for name, value in given.items():
+        if value.shape != own[name].shape:
+            raise ValueError(f"{name}: expected shape {tuple(own[name].shape)}, got {tuple(value.shape)}")

@@ -1,4 +1,4 @@
-"""Gates after and during training: what is open, freezing, dropping closed heads, parameter groups."""
+"""Gates after and during training: what is open, freezing, dropping closed heads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .jola.layer import KINDS, JolaLayer
 from .jola.model import jola_layers
@@ -116,38 +116,3 @@ def drop_closed_heads(model: nn.Module, adapter: str | None = None) -> int:
         config = next(layer.jola_config[name] for layer in jola_layers(model) if name in layer.jola_config)
         config.heads = {site: parts for site, parts in kept.items() if parts["m"] or parts["a"]}
     return removed
-
-
-def parameter_groups(
-    model: nn.Module, lr: float = 5e-3, gate_lr: float | None = None, weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
-    """Optimizer parameter groups: gates apart, with a larger rate and no weight decay.
-
-    With the released rate of 5e-3 for everything, log alpha moves at most 1.25 in 500 steps and no gate can reach
-    zero; gates therefore get their own rate.
-
-    Args:
-        model: a model with a JoLA adapter.
-        lr: rate of m, a and other trainable parameters. Default 5e-3.
-        gate_lr: rate of log alpha; None takes `10 * lr`.
-        weight_decay: for m, a and the others. Default 0.
-
-    Returns:
-        groups for any torch optimizer; empty groups are left out.
-
-    Example:
-        >>> optimizer = torch.optim.AdamW(parameter_groups(model, lr=5e-3, gate_lr=5e-2), eps=1e-6)
-    """
-    gates: list[Tensor] = []
-    edits: list[Tensor] = []
-    rest: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            group = gates if ".jola_log_alpha_" in name else edits if ".jola_" in name else rest
-            group.append(parameter)
-    groups = [
-        {"params": edits, "lr": lr, "weight_decay": weight_decay, "name": "jola_edits"},
-        {"params": gates, "lr": 10 * lr if gate_lr is None else gate_lr, "weight_decay": 0.0, "name": "jola_gates"},
-        {"params": rest, "lr": lr, "weight_decay": weight_decay, "name": "rest"},
-    ]
-    return [group for group in groups if group["params"]]

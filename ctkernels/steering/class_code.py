@@ -39,10 +39,18 @@ class ClassCode:
         namespace: {method name: rewritten copy}.
         missed: calls of a selected activation that cannot be redirected, with the reason.
         skipped: calls of activations outside the family or the selection, with the reason.
+        repeats: {attribute: the calls of the activation module held there, from the second on}, for ``children``.
     """
 
-    def __init__(self, cls: type, selection: frozenset[str], memo: dict[types.FunctionType, bool]) -> None:
-        self.cls, self.selection, self.memo = cls, selection, memo
+    def __init__(
+        self,
+        cls: type,
+        selection: frozenset[str],
+        memo: dict[types.FunctionType, bool],
+        children: frozenset[str] = frozenset(),
+    ) -> None:
+        self.cls, self.selection, self.memo, self.children = cls, selection, memo, children
+        self.repeats: dict[str, list[Call]] = {}
         self.calls: list[Call] = []
         self.missed: list[Call] = []
         self.skipped: list[Call] = []
@@ -72,6 +80,15 @@ class ClassCode:
         self.calls.append(Call(key, activation, _where(function, line)))
         return key
 
+    def child_call(self, function: types.FunctionType, attribute: str, line: int) -> str:
+        """The key of this call of an activation module: "" for the first in the class, then "#2", "#3"."""
+        if attribute not in self.repeats:
+            self.repeats[attribute] = []
+            return ""
+        key = f"#{len(self.repeats[attribute]) + 2}"
+        self.repeats[attribute].append(Call(key, ANY, _where(function, line)))
+        return key
+
     def miss(self, function: types.FunctionType, activation: str, line: int, reason: str) -> None:
         if activation in self.selection or activation == ANY:
             self.missed.append(Call(function.__name__, activation, _where(function, line), reason))
@@ -91,6 +108,8 @@ class ClassCode:
         if mentions(function, self.memo):
             return True
         names = code_names(function.__code__)
+        if self.children.intersection(names):
+            return True
         bases = self.cls.__mro__ if "super" in names else ()
         inherited = [base.__dict__[name] for base in bases for name in names if name in base.__dict__]
         static = [inspect.getattr_static(self.cls, name, None) for name in names]

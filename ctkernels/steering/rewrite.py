@@ -106,6 +106,11 @@ class Rewriter(ast.NodeTransformer):
                 self.scan.miss(
                     self.function, row.activation, node.lineno, f"it makes a new {made.__name__} at every call"
                 )
+        if isinstance(function, ast.Attribute) and function.attr in self.scan.children and self._is_own(function.value):
+            key = self.scan.child_call(self.function, function.attr, node.lineno)
+            if key:
+                self.changed = True
+                node.keywords.append(ast.keyword("site", ast.copy_location(ast.Constant(key), node)))
         if target is getattr and node.args and self.resolve(node.args[0]) is F:
             self.scan.miss(self.function, ANY, node.lineno, "the function is chosen by name, at run time")
         if isinstance(function, ast.Attribute) and target is UNKNOWN and self._is_tensor_method(node, function):
@@ -183,11 +188,18 @@ class Rewriter(ast.NodeTransformer):
 
     # -- details
 
+    def _is_own(self, node: ast.expr) -> bool:
+        return isinstance(node, ast.Name) and node.id == self.own
+
     def _is_tensor_method(self, node: ast.Call, function: ast.Attribute) -> bool:
         """By its name and arguments: ``self.relu(x)`` is none, ``x.relu()`` is one."""
-        of_self = isinstance(function.value, ast.Name) and function.value.id == self.own
         arguments = 1 if function.attr == "prelu" else 0
-        return function.attr in METHODS and not of_self and not node.keywords and len(node.args) == arguments
+        return (
+            function.attr in METHODS
+            and not self._is_own(function.value)
+            and not node.keywords
+            and len(node.args) == arguments
+        )
 
     def _in_family(self, node: ast.Call, form: str) -> bool:
         """False only if literal arguments say so; others are looked at when the call is made."""

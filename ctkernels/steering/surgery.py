@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..nn import Knobs
 from .activations import Use
 from .class_code import ClassCode
-from .unit import call_module
+from .unit import Unit, call_module, is_active
 
 MODULE = ""  # the key of a module's own knobs, where the module itself is the activation
 
@@ -26,22 +26,24 @@ MODULE = ""  # the key of a module's own knobs, where the module itself is the a
 class Steered:
     """What a steered module's class has beyond its original one. ``_ctu``: {key: the knobs of one site}."""
 
-    _ctu: dict[str, Knobs]
+    _ctu: dict[str, Knobs | Unit]
     _ctu_base: type[nn.Module]
-    _ctu_selection: frozenset[str] | None
+    _ctu_recipe: tuple[Any, ...]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Deliberately not passed on: a registry of subclasses must not hear of a class that exists for a while."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[misc]
-        for knobs in self._ctu.values():  # not children: they are in nobody's state_dict
-            knobs._apply(fn)
+        for knobs in self._ctu.values():
+            if isinstance(knobs, Knobs):  # not a child: it is in nobody's state_dict
+                knobs._apply(fn)
         return self
 
     def extra_repr(self) -> str:
         own = super().extra_repr()  # type: ignore[misc]
-        values = (f"{key}: {knobs.extra_repr()}" if key else knobs.extra_repr() for key, knobs in self._ctu.items())
+        held = {key: knobs.extra_repr() for key, knobs in self._ctu.items() if isinstance(knobs, Knobs)}
+        values = (f"{key}: {shown}" if key else shown for key, shown in held.items())
         return ", ".join(part for part in (own, *values) if part)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -49,41 +51,53 @@ class Steered:
         cls = type(self)
         if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__ or reduced[1] != (cls,):  # type: ignore[attr-defined]
             raise TypeError(f"cannot copy or pickle a steered {cls.__name__}, which has its own way to; remove() first")
-        return (_new, (cls._ctu_base, cls._ctu_selection), *reduced[2:])
+        return (_new, cls._ctu_recipe, *reduced[2:])
 
 
 class _UnitMixin(Steered):
     _ctu_use: Use
 
-    def forward(self, input: Tensor) -> Tensor:
-        return call_module(self, self._ctu_use, self._ctu[MODULE], input)
+    def forward(self, input: Tensor, site: str = MODULE) -> Tensor:
+        knobs = self._ctu[site]
+        if is_active(knobs):
+            return call_module(self, self._ctu_use, knobs, input)
+        return super().forward(input)  # type: ignore[misc]
 
 
 _CLASSES: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
 
 
-def steered_class(base: type[nn.Module], selection: frozenset[str] | None, code: ClassCode | None = None) -> type:
-    """The steered subclass of ``base``: an activation module (``selection`` None), or one that calls activations."""
-    found = _CLASSES.get((base, selection))
+def steered_class(
+    base: type[nn.Module],
+    selection: frozenset[str] | None,
+    children: frozenset[str] = frozenset(),
+    code: ClassCode | None = None,
+) -> type:
+    """The steered subclass of ``base``: an activation module (``selection`` None), or one that calls activations.
+
+    ``children``: the attributes that hold activation modules whose calls are told apart.
+    """
+    recipe = (base, selection, children)
+    found = _CLASSES.get(recipe)
     if found is not None:
         return found
     parents: tuple[type, ...]
     if selection is None:
         parents, namespace = (_UnitMixin, base), {}
     else:
-        parents, namespace = (Steered, base), dict((code or ClassCode(base, selection, {})).namespace)
+        parents, namespace = (Steered, base), dict((code or ClassCode(base, selection, {}, children)).namespace)
     # The name and module of the original: print(model), wrapping policies and tracers go by them.
     namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    namespace |= {"_ctu_base": base, "_ctu_selection": selection}
+    namespace |= {"_ctu_base": base, "_ctu_recipe": recipe}
     made = types.new_class(base.__name__, parents, exec_body=lambda space: space.update(namespace))
-    _CLASSES[(base, selection)] = made
+    _CLASSES[recipe] = made
     return made
 
 
-def _new(base: type[nn.Module], selection: frozenset[str] | None) -> Any:
+def _new(*recipe: Any) -> Any:
     """An empty steered module: where copying and unpickling start."""
-    cls = steered_class(base, selection)
-    return cls.__new__(cls)  # type: ignore[call-overload]
+    cls = steered_class(*recipe)
+    return cls.__new__(cls)
 
 
 class Swap(NamedTuple):
@@ -91,7 +105,7 @@ class Swap(NamedTuple):
 
     module: nn.Module
     cls: type
-    knobs: dict[str, Knobs]
+    knobs: dict[str, Knobs | Unit]
     use: Use | None
 
 

@@ -7,8 +7,8 @@ import functools
 import re
 import sys
 import types
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,11 +33,12 @@ class Site:
     Attributes:
         name: unique; "layer1.0.relu" for a module, "aux1.forward:relu" for a call in ``aux1``'s ``forward`` (the second
             one there is "aux1.forward#2:relu"), "encoder.activation:relu" for a function held as an attribute.
-        kind: "module" or "functional".
+        kind: "module" or "functional"; "call" for a further call of a shared module whose uses are told apart.
         activation: a name that ``steer``'s ``activations`` takes.
         module_type: class of the module, or of the module whose code makes the call.
         aliases: the other names of a module that is registered several times.
         where: "file:line" of a call in source code, else "".
+        module: first name of the shared module that this is one use of, where the uses are told apart, else "".
     """
 
     name: str
@@ -46,6 +47,7 @@ class Site:
     module_type: str
     aliases: tuple[str, ...] = ()
     where: str = ""
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,26 +65,48 @@ class Plan:
     """What is to be done to a model, and what was found on the way."""
 
     sites: list[Site] = field(default_factory=list)
-    knobs: list[Knobs] = field(default_factory=list)
+    knobs: list[Any] = field(default_factory=list)
     missed: list[Miss] = field(default_factory=list)
     skipped: list[Miss] = field(default_factory=list)
     swaps: list[Swap] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
 
 
-def survey(model: nn.Module, selection: frozenset[str]) -> Plan:
-    return _Survey(model, selection).plan
+def survey(
+    model: nn.Module,
+    selection: frozenset[str],
+    *,
+    split: bool = False,
+    make: Callable[[Site, torch.device | None], Knobs | unit.Unit] | None = None,
+) -> Plan:
+    """Find the activations of ``model``.
+
+    Args:
+        split: tell the uses of a shared activation module apart: a site for each place where it is registered, and for
+            each call of it in its parent's code. Otherwise an activation module is one site.
+        make: what gives a site its knobs. Default: :class:`Knobs`.
+    """
+    return _Survey(model, selection, split, make or _own_knobs).plan
+
+
+def _own_knobs(site: Site, device: torch.device | None) -> Knobs:
+    return Knobs(persistent=False, device=device)
 
 
 class _Survey:
-    def __init__(self, model: nn.Module, selection: frozenset[str]) -> None:
-        self.selection, self.plan = selection, Plan()
+    def __init__(self, model: nn.Module, selection: frozenset[str], split: bool, make: Callable[..., Any]) -> None:
+        self.selection, self.split, self.make, self.plan = selection, split, make, Plan()
         self.memo: dict[types.FunctionType, bool] = {}
-        self.code: dict[type, ClassCode] = {}
+        self.code: dict[tuple[type, frozenset[str]], ClassCode] = {}
         self.names: dict[nn.Module, list[str]] = {}
         self.device = next((p.device for p in model.parameters()), None)
         for name, module in model.named_modules(remove_duplicate=False):
             self.names.setdefault(module, []).append(name)
+        self.places: dict[nn.Module, list[tuple[str, nn.Module | None, str]]] = {}
+        for parent, (name, *_) in self.names.items():
+            for child, held in parent._modules.items():
+                if held is not None:
+                    self.places.setdefault(held, []).append((_join(name, child), parent, child))
         opaque: set[nn.Module] = set()
         for module, (name, *aliases) in list(self.names.items()):
             for parameter in module.parameters(recurse=False):
@@ -110,15 +134,15 @@ class _Survey:
             self.activation_module(name, aliases, module, read)
             return
         before = len(self.plan.sites), len(self.plan.missed), len(self.plan.skipped)
-        keys: dict[str, Knobs] = {}
-        code = self.class_code(type(module))
+        keys: dict[str, Knobs | unit.Unit] = {}
+        code = self.class_code(module)
         if code is not None:
             self.calls(name, aliases, module, code, keys)
         for attribute, value in list(vars(module).items()):
             if attribute not in _PLAIN_MODULE:
                 self.attribute(name, module, attribute, value, keys)
-        if keys:
-            cls = steered_class(type(module), self.selection, code)
+        if keys or (code is not None and any(code.repeats.values())):
+            cls = steered_class(type(module), self.selection, code.children if code else frozenset(), code)
             self.plan.swaps.append(Swap(module, cls, keys, None))
         found = before != (len(self.plan.sites), len(self.plan.missed), len(self.plan.skipped))
         self.near_miss(name, module, read, found)
@@ -131,18 +155,43 @@ class _Survey:
             self.miss(name, use.activation, "its forward is overridden on the instance")
             return
         if _is_global(module):  # other models hold it too: this one gets its own
-            original, module = module, copy.copy(module)
+            original, module = module, _twin(module)
             for parent in self.names:
                 for child, value in parent._modules.items():
                     if value is original:
                         self.plan.edits.append(Edit(parent, "_modules", child, original, module))
-        knobs = self.site(Site(name, "module", use.activation, type(module).__name__, aliases))
-        self.plan.swaps.append(Swap(module, steered_class(type(module), None), {MODULE: knobs}, use))
+            self.places.setdefault(module, self.places.get(original, []))
+        if not self.split:
+            self.swap_activation(Site(name, "module", use.activation, type(module).__name__, aliases), module, use)
+            return
+        places = self.places.get(module) or [(name, None, "")]
+        shared = places[0][0]
+        for number, (place, parent, child) in enumerate(places):
+            own = module
+            if number and parent is not None:
+                own = _twin(module)
+                self.plan.edits.append(Edit(parent, "_modules", child, module, own))
+            code = self.class_code(parent) if parent is not None else None
+            repeats = code.repeats.get(child, []) if code is not None and not _overridden(code, parent) else []
+            site = Site(place, "module", use.activation, type(module).__name__, module=shared)
+            self.swap_activation(site, own, use, repeats)
+
+    def swap_activation(self, site: Site, module: nn.Module, use: Use, repeats: Sequence[Call] = ()) -> None:
+        knobs = {MODULE: self.site(site)}
+        for call in repeats:
+            again = replace(site, name=f"{site.name}{call.key}", kind="call", where=call.where)
+            knobs[call.key] = self.site(again)
+        self.plan.swaps.append(Swap(module, steered_class(type(module), None), knobs, use))
 
     def calls(
-        self, name: str, aliases: tuple[str, ...], module: nn.Module, code: ClassCode, keys: dict[str, Knobs]
+        self,
+        name: str,
+        aliases: tuple[str, ...],
+        module: nn.Module,
+        code: ClassCode,
+        keys: dict[str, Knobs | unit.Unit],
     ) -> None:
-        own = [key for key in code.namespace if key in vars(module)]
+        own = _overridden(code, module)
         for call in code.calls:
             label = _join(name, f"{call.key}:{call.activation}")
             if own:
@@ -154,7 +203,7 @@ class _Survey:
         for records, found in ((self.plan.missed, code.missed), (self.plan.skipped, code.skipped)):
             records += [Miss(_label(name, call), call.activation, call.reason, call.where) for call in found]
 
-    def attribute(self, name: str, module: nn.Module, attribute: str, value: Any, keys: dict[str, Knobs]) -> None:
+    def attribute(self, name: str, module: nn.Module, attribute: str, value: Any, keys: dict[str, Any]) -> None:
         label = _join(name, attribute)
         call = value.func if isinstance(value, functools.partial) else value
         if is_listed(call, FUNCTIONS):
@@ -247,15 +296,23 @@ class _Survey:
 
     # -- records
 
-    def class_code(self, cls: type) -> ClassCode | None:
+    def class_code(self, module: Any) -> ClassCode | None:
+        cls = type(module)
         if is_torch(cls.__module__):
             return None
-        if cls not in self.code:
-            self.code[cls] = ClassCode(cls, self.selection, self.memo)
-        return self.code[cls]
+        children: frozenset[str] = frozenset()
+        if self.split:
+            children = frozenset(name for name, child in module._modules.items() if self._is_splittable(child))
+        if (cls, children) not in self.code:
+            self.code[cls, children] = ClassCode(cls, self.selection, self.memo, children)
+        return self.code[cls, children]
 
-    def site(self, site: Site) -> Knobs:
-        knobs = Knobs(persistent=False, device=self.device)
+    def _is_splittable(self, module: nn.Module | None) -> bool:
+        read = None if module is None else read_module(module)
+        return isinstance(read, Use) and read.activation in self.selection and "forward" not in vars(module)
+
+    def site(self, site: Site) -> Knobs | unit.Unit:
+        knobs = self.make(site, self.device)
         self.plan.sites.append(site)
         self.plan.knobs.append(knobs)
         return knobs
@@ -293,6 +350,19 @@ def _is_global(module: nn.Module) -> bool:
     """Whether the module is a global of the Python module that defines its class, as transformers' ``gelu`` is."""
     home = sys.modules.get(type(module).__module__)
     return home is not None and any(value is module for value in list(vars(home).values()))
+
+
+def _overridden(code: ClassCode, module: Any) -> list[str]:
+    """The rewritten methods that ``module`` has its own version of."""
+    return [key for key in code.namespace if key in vars(module)]
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A module of its own around the same parameters."""
+    twin = copy.copy(module)
+    for space in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[space] = dict(module.__dict__[space])
+    return twin
 
 
 def _is_edited(edits: list[Edit], module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,43 +14,77 @@ from ..nn import Knobs, needs_grad
 from .activations import ACTIVATIONS, FORMS, Use
 
 
-def unit(x: Tensor, knobs: Knobs, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
+class Unit(Protocol):
+    """What a site's knobs may be beside :class:`Knobs`. While it is not ``active`` the original activation runs."""
+
+    @property
+    def active(self) -> bool: ...
+
+    def __call__(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor: ...
+
+
+def unit(
+    x: Tensor,
+    beta: Tensor,
+    coeff: Tensor,
+    activation: str,
+    slope: float | Tensor | None,
+    inplace: bool,
+    *,
+    channel_dim: int | None = None,
+    raw: bool = False,
+) -> Tensor:
+    """The CT unit in the place of an activation call, which may be in place."""
+
     def ctu(x: Tensor, inplace: bool = False) -> Tensor:
         return functional.ctu(
             x,
-            knobs.beta,
-            knobs.coeff,
-            channel_dim=1 if isinstance(slope, Tensor) and slope.numel() > 1 else None,
+            beta,
+            coeff,
+            channel_dim=1 if isinstance(slope, Tensor) and slope.numel() > 1 else channel_dim,
+            raw=raw,
             activation=ACTIVATIONS[activation].op,
             negative_slope=0.01 if slope is None else slope,
             inplace=inplace,
         )
 
-    if inplace and needs_grad(x, slope):
+    if inplace and (needs_grad(x, slope) or needs_grad(beta, coeff)):
         # The backward needs the input that is overwritten. Leaving it alone would be cheaper, and wrong where the
         # overwritten tensor is read again: the skip connection of a pix2pix U-Net concatenates it.
         return x.copy_(ctu(x.clone()))
     return ctu(x, inplace)
 
 
-def call_module(module: Any, use: Use, knobs: Knobs, input: Tensor) -> Tensor:
+def call_module(module: Any, use: Use, knobs: Knobs | Unit, input: Tensor) -> Tensor:
     slope = getattr(module, use.slope) if use.slope else None
-    return unit(input, knobs, use.activation, slope, getattr(module, "inplace", False))
+    return _apply(input, knobs, use.activation, slope, getattr(module, "inplace", False))
+
+
+def _apply(x: Tensor, knobs: Knobs | Unit, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
+    if isinstance(knobs, Knobs):
+        return unit(x, knobs.beta, knobs.coeff, activation, slope, inplace)
+    return knobs(x, activation, slope, inplace)
+
+
+def is_active(knobs: Knobs | Unit) -> bool:
+    """Whether the unit, and not the original activation, is to run."""
+    return isinstance(knobs, Knobs) or knobs.active
 
 
 def call_function(owner: Any, key: str, form: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``function(*args, **kwargs)`` with the knobs that ``owner`` keeps under ``key``."""
     name = form.rstrip("_")
-    call = FORMS[name].read(*args, **kwargs)
-    if call is None or not torch.is_tensor(call.x) or not call.x.is_floating_point():
+    call, knobs = FORMS[name].read(*args, **kwargs), owner._ctu[key]
+    if call is None or not torch.is_tensor(call.x) or not call.x.is_floating_point() or not is_active(knobs):
         return function(*args, **kwargs)
     inplace = call.inplace or name != form
-    return unit(call.x, owner._ctu[key], FORMS[name].activation, call.slope, inplace)
+    return _apply(call.x, knobs, FORMS[name].activation, call.slope, inplace)
 
 
 def call_global(owner: Any, key: str, use: Use, module: Any, input: Tensor) -> Tensor:
     """``module(input)``, for an activation module that is not part of the model."""
-    return call_module(module, use, owner._ctu[key], input)
+    knobs = owner._ctu[key]
+    return call_module(module, use, knobs, input) if is_active(knobs) else module(input)
 
 
 def call_method(owner: Any, key: str, form: str, x: Any, *args: Any) -> Any:

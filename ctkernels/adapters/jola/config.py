@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from peft import PeftConfig
-
-from ..._files import write_text
-from .._files import check_adapter_folder
+from .._config import AdapterConfig
 from .._peft import add_peft_type
 
 _EDITS = ("both", "multiplicative", "additive")
@@ -20,7 +15,7 @@ _SAMPLING = ("forward", "row")
 
 
 @dataclass
-class JolaConfig(PeftConfig):
+class JolaConfig(AdapterConfig):
     """Configuration of JoLA: every attention head's output z becomes `(1 + g_m*m) * z + g_a*a` (JoLA, eq. 2).
 
     m and a are vectors per head, g_m and g_a hard-concrete gates per head that the penalty can close for good.
@@ -58,6 +53,8 @@ class JolaConfig(PeftConfig):
         >>> model = get_peft_model(model, config)
     """
 
+    method: ClassVar[str] = "JOLA"
+
     target_modules: list[str] | set[str] | str | None = field(default=None)
     exclude_modules: list[str] | set[str] | str | None = field(default=None)
     layers_to_transform: list[int] | int | None = field(default=None)
@@ -76,7 +73,7 @@ class JolaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = add_peft_type("JOLA")
+        self.peft_type = add_peft_type(self.method)
         for name, allowed in (("edit", _EDITS), ("gate_estimator", _ESTIMATORS), ("gate_sampling", _SAMPLING)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"JolaConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}")
@@ -158,26 +155,3 @@ class JolaConfig(PeftConfig):
                 raise ValueError(f"{name}: heads must be distinct and in 0..{num_heads - 1}, got {part}")
         multiplicative, additive = (None if part is None else sorted(part) for part in parts)
         return multiplicative, additive
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, to a temporary name first."""
-        if os.path.isfile(save_directory):
-            raise ValueError(f"save_directory must be a folder, got the file {save_directory}")
-        auto_mapping = kwargs.pop("auto_mapping_dict", None)
-        values = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
-        if auto_mapping is not None:
-            values["auto_mapping"] = auto_mapping
-        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        write_text(os.path.join(save_directory, "adapter_config.json"), text)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Read the configuration of a saved adapter; a local folder is checked first (never unpickled).
-
-        Raises:
-            ValueError: the folder holds no readable safetensors file, only a pickle, or another method's adapter.
-        """
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        if os.path.isdir(folder):
-            check_adapter_folder(folder, "JOLA")
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

@@ -13,8 +13,9 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 
+from .._peft import check_state_dict
 from ..merge import hold_bias, mergeable
 from ..sites import default_targets, head_layout, near_misses
 from .config import JolaConfig
@@ -43,7 +44,7 @@ class JolaModel(BaseTuner):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
-        self.register_load_state_dict_pre_hook(_check_state_dict)
+        self.register_load_state_dict_pre_hook(partial(check_state_dict, ".jola_"))
 
     # ---- finding sites ----
 
@@ -230,22 +231,3 @@ def _encoder(model: nn.Module) -> nn.Module | None:
     return (
         getter() if getter is not None and not inspect.signature(getter).parameters else getattr(model, "encoder", None)
     )
-
-
-def _check_state_dict(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Refuse JoLA tensors that do not fit, before any of them is copied."""
-    parameters = model.named_parameters(remove_duplicate=False)
-    own = {f"{prefix}{name}": value for name, value in parameters if ".jola_" in name}
-    if any("_fsdp_wrapped_module" in name for name in own):
-        return  # FSDP1 renames and flattens parameters, and checks them itself
-    given = {name: value for name, value in state_dict.items() if ".jola_" in name}
-    foreign = sorted(set(given) - set(own))
-    if foreign:
-        raise ValueError(f"The adapter does not fit this model: unknown {foreign[:3]}" + ", ..." * (len(foreign) > 3))
-    adapters = {name.rsplit(".", 1)[-1] for name in given}
-    missing = sorted(name for name in own if name.rsplit(".", 1)[-1] in adapters and name not in given)
-    if missing:
-        raise ValueError(f"The adapter is incomplete: missing {missing[:3]}" + ", ..." * (len(missing) > 3))
-    for name, value in given.items():
-        if value.shape != own[name].shape:
-            raise ValueError(f"{name}: expected shape {tuple(own[name].shape)}, got {tuple(value.shape)}")

@@ -1,0 +1,41 @@
+"""What the configurations of this package's adapters have in common: how they are written and read."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+
+from .._files import write_text
+from ._files import check_adapter_folder
+
+
+class AdapterConfig(PeftConfig):
+    """A configuration that is written through a temporary name, and whose folder is checked before it is read."""
+
+    method: ClassVar[str]
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, to a temporary name first."""
+        if os.path.isfile(save_directory):
+            raise ValueError(f"save_directory must be a folder, got the file {save_directory}")
+        auto_mapping = kwargs.pop("auto_mapping_dict", None)
+        values = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
+        if auto_mapping is not None:
+            values["auto_mapping"] = auto_mapping
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        write_text(os.path.join(save_directory, "adapter_config.json"), text)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read the configuration of a saved adapter; a local folder is checked first (never unpickled).
+
+        Raises:
+            ValueError: the folder holds no readable safetensors file, only a pickle, or another method's adapter.
+        """
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        if os.path.isdir(folder):
+            check_adapter_folder(folder, cls.method)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

@@ -1,0 +1,7 @@
+"""Trainable Curvature Tuning: a learned (beta, coeff) in every activation of a frozen network."""
+
+from .config import CurvatureConfig
+from .layer import CurvatureLayer
+from .model import CurvatureModel
+
+__all__ = ["CurvatureConfig", "CurvatureLayer", "CurvatureModel"]

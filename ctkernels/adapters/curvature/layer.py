@@ -1,0 +1,197 @@
+"""What computes a site's activation while an adapter is on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ...steering.unit import unit
+from .config import CurvatureConfig
+from .layout import Channels
+
+
+def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` without its cast: in bfloat16, a beta near 1 would be 1."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if result.dtype == tensor.dtype else tensor.detach().to(result.device)
+
+    return moved
+
+
+class CurvatureLayer(nn.Module, BaseTunerLayer):
+    """The CT units of one site: a (beta, coeff) for each adapter on it. Without an active one the original runs.
+
+    Parameters of an adapter, float32 logits, C the number of channels (1 unless `granularity="channel"`):
+    `curvature_raw_beta`, `curvature_raw_coeff` (C,). A site that shares another one's parameters has none itself.
+
+    Args:
+        site: the site's name in the model, for messages.
+        activation: what it computes.
+        device: where its parameters go.
+    """
+
+    curvature_raw_beta: nn.ParameterDict
+    curvature_raw_coeff: nn.ParameterDict
+
+    adapter_layer_names = ("curvature_raw_beta", "curvature_raw_coeff")
+    other_param_names = ("curvature_config", "curvature_channels", "curvature_source")
+
+    def __init__(self, site: str, activation: str, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.site, self.activation, self.device = site, activation, device
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.curvature_config: dict[str, CurvatureConfig] = {}
+        self.curvature_channels: dict[str, Channels | None] = {}
+        self.curvature_source: dict[str, CurvatureLayer] = {}  # whose parameters; only where they are not its own
+        self._disable_adapters = False
+        self._active_adapter = []
+        self.merged_adapters: list[str] = []
+
+    # ---- adapters ----
+
+    def update_layer(self, adapter_name: str, config: CurvatureConfig, channels: Channels | None) -> None:
+        """Add the parameters of an adapter; `channels` None stands for one (beta, coeff) for all of them."""
+        self.curvature_config[adapter_name] = config
+        self.curvature_channels[adapter_name] = channels
+        for table, value in zip((self.curvature_raw_beta, self.curvature_raw_coeff), config.start(self.activation)):
+            logit = math.log(value) - math.log1p(-value)
+            raw = torch.full((1 if channels is None else channels.count,), logit, dtype=torch.float32)
+            if self.device is not None and raw.device.type != "meta":
+                raw = raw.to(self.device)
+            table[adapter_name] = nn.Parameter(raw)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def follow(self, adapter_name: str, config: CurvatureConfig, source: CurvatureLayer) -> None:
+        """Use the parameters of another site for an adapter."""
+        self.curvature_config[adapter_name] = config
+        self.curvature_channels[adapter_name] = source.curvature_channels[adapter_name]
+        self.curvature_source[adapter_name] = source
+
+    def parameters_of(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """raw beta and raw coeff of an adapter, its own or shared."""
+        owner = self.curvature_source.get(adapter_name, self)
+        return owner.curvature_raw_beta[adapter_name], owner.curvature_raw_coeff[adapter_name]
+
+    def adapter_in_use(self) -> str | None:
+        """The adapter that computes this site, or None.
+
+        Raises:
+            ValueError: several are active; units do not add up.
+        """
+        if self.disable_adapters:
+            return None
+        names = [name for name in self.merged_adapters or self.active_adapters if name in self.curvature_config]
+        if len(names) > 1:
+            raise ValueError(f"{self.site}: one adapter can be active at a time, got {names}")
+        return names[0] if names else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CurvatureLayer:
+        return super()._apply(_keeping_dtype(fn), recurse)
+
+    # ---- the unit ----
+
+    @property
+    def active(self) -> bool:
+        """Whether an adapter, and not the original activation, computes the site."""
+        return self.adapter_in_use() is not None
+
+    def forward(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
+        """The unit in the place of `activation(x)`."""
+        name = self.adapter_in_use()
+        assert name is not None
+        beta, coeff = self.parameters_of(name)
+        if self.merged:
+            beta, coeff = beta.detach(), coeff.detach()
+        return _unit(x, beta, coeff, self.curvature_channels[name], activation, slope, inplace, self.site)
+
+    # ---- merging ----
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fix the adapter: it computes the site without being trained, whatever is active. Nothing is folded away.
+
+        Raises:
+            ValueError: several adapters, or, with `safe_merge`, parameters that are not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.curvature_config]
+        if len([*self.merged_adapters, *names]) > 1:
+            raise ValueError(f"{self.site}: one adapter can be merged, got {[*self.merged_adapters, *names]}")
+        for name in names:
+            if safe_merge and not all(bool(raw.isfinite().all()) for raw in self.parameters_of(name)):
+                raise ValueError(f"{self.site}: adapter {name!r} has parameters that are not finite")
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Back to what is active."""
+        self.merged_adapters.clear()
+
+    def extra_repr(self) -> str:
+        """The site, its activation, and where each adapter has its channels."""
+        parts = [f"{self.site}, {self.activation}"]
+        for name, channels in self.curvature_channels.items():
+            parts.append(f"{name}: " + ("1" if channels is None else f"{channels.count} in dimension {channels.dim}"))
+        return ", ".join(parts)
+
+
+class FixedUnit(nn.Module):
+    """What is left of a `CurvatureLayer` after `merge_and_unload`: the fused unit with fixed values, as buffers.
+
+    Args:
+        raw_beta, raw_coeff: logits, float32, (C,); they stay float32 when the model is cast.
+        channels: what they line up with, None for one pair for all.
+        site: the site's name, for messages.
+    """
+
+    active = True
+    raw_beta: Tensor
+    raw_coeff: Tensor
+
+    def __init__(self, raw_beta: Tensor, raw_coeff: Tensor, channels: Channels | None, site: str) -> None:
+        super().__init__()
+        self.channels, self.site = channels, site
+        self.register_buffer("raw_beta", raw_beta.detach().clone())
+        self.register_buffer("raw_coeff", raw_coeff.detach().clone())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedUnit:
+        return super()._apply(_keeping_dtype(fn), recurse)
+
+    def forward(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
+        """The unit in the place of `activation(x)`."""
+        return _unit(x, self.raw_beta, self.raw_coeff, self.channels, activation, slope, inplace, self.site)
+
+
+class Original:
+    """At a site that no adapter was on when the model was merged."""
+
+    active = False
+
+
+def _unit(
+    x: Tensor,
+    beta: Tensor,
+    coeff: Tensor,
+    channels: Channels | None,
+    activation: str,
+    slope: Any,
+    inplace: bool,
+    site: str,
+) -> Tensor:
+    dim = None
+    if channels is not None:
+        dim = channels.dim
+        if not -x.dim() <= dim < x.dim() or x.shape[dim] != channels.count:
+            raise ValueError(
+                f"{site}: expected {channels.count} channels in dimension {dim}, got shape {tuple(x.shape)}"
+            )
+        if isinstance(slope, Tensor) and slope.numel() > 1 and dim % x.dim() != 1:
+            raise ValueError(f"{site}: the slopes of a PReLU are in dimension 1, so channels must be too, got {dim}")
+    if beta.device != x.device:  # one pair for a model that is spread over devices
+        beta, coeff = beta.to(x.device), coeff.to(x.device)
+    return unit(x, beta, coeff, activation, slope, inplace, channel_dim=dim, raw=True)

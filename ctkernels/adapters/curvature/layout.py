@@ -1,0 +1,287 @@
+"""Which dimension of an activation's input holds the channels, and how many there are: found without running the model.
+
+A copy of the model whose parameters and buffers are fake tensors (shapes and no data) is called once. Every tensor in
+it carries the position of its channels, which convolutions, linear layers and norms set and everything else passes on.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from ...steering.activations import ACTIVATIONS
+from ...steering.surgery import operate
+from ...steering.survey import Site, survey
+
+_AXIS = "_ctu_channel_axis"  # on a tensor: where its channels are, counted from the end
+
+_CONVOLUTIONS = {f"conv{name}{n}d": -1 - n for name in ("", "_transpose") for n in (1, 2, 3)}
+_LAST = {
+    *("linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "addbmm", "baddbmm"),
+    *("embedding", "scaled_dot_product_attention", "multi_head_attention_forward"),
+}
+_LAST_UNLESS_KNOWN = {"layer_norm", "rms_norm"}
+_SECOND = {"batch_norm", "instance_norm", "group_norm"}
+_MOVES = {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "adjoint"}
+_RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "__getitem__"}
+
+
+class Use(NamedTuple):
+    """One call of a site. ``axis``: the channels' dimension counted from the end, None if nothing says which it is."""
+
+    shape: tuple[int, ...]
+    axis: int | None
+
+
+class Channels(NamedTuple):
+    """What a site's parameters line up with."""
+
+    dim: int
+    count: int
+
+
+def find_channels(
+    model: nn.Module, input_shape: tuple[int, ...] | None = None, prepare: Callable[[nn.Module], None] | None = None
+) -> tuple[dict[str, list[Use]], str]:
+    """How every activation of ``model`` is called.
+
+    The model itself is neither run nor changed: no buffer, no random state, no mode.
+
+    Args:
+        model: the model.
+        input_shape: of one input, without the batch dimension. None tries what the model or its config says, and the
+            usual sizes for its first layer.
+        prepare: what makes the copy an unsteered model, if this one is not.
+
+    Returns:
+        {site name: its calls} (sites that are not reached are missing), and why the copy could not be called to its
+        end, or "".
+
+    Raises:
+        ValueError: the model cannot be copied.
+    """
+    problem = ""
+    best: dict[str, list[Use]] = {}
+    for values in _inputs(model, input_shape):
+        found, problem = _record(model, values, prepare)
+        if len(found) > len(best):
+            best = found
+        if not problem:
+            return found, ""
+    return best, problem
+
+
+def channels_of(uses: list[Use]) -> Channels | None:
+    """The one dimension that holds the channels in all calls; None if they disagree, or nothing says which it is."""
+    options: list[set[int]] = []
+    counts = set()
+    for use in uses:
+        axis = -1 if use.axis is None and len(use.shape) == 2 else use.axis
+        if axis is None:
+            return None
+        options.append({axis, axis + len(use.shape)})
+        counts.add(use.shape[axis])
+    common = set.intersection(*options)
+    if not common or len(counts) != 1:
+        return None
+    # -1 for what a linear layer feeds, however many dimensions there are before; 1 for what a convolution does.
+    dim = next((dim for dim in (-1, 1) if dim in common), None)
+    return Channels(max(common) if dim is None else dim, counts.pop())
+
+
+class _Recorder:
+    """Stands for the unit at a site, and notes how it is called."""
+
+    active = True
+
+    def __init__(self, uses: dict[str, list[Use]], site: Site) -> None:
+        self.uses, self.site = uses, site
+
+    def __call__(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
+        axis = getattr(x, _AXIS, None)
+        if isinstance(slope, Tensor) and slope.numel() > 1:
+            axis = 1 - x.dim()  # torch has a PReLU's channels there
+        self.uses.setdefault(self.site.name, []).append(Use(tuple(x.shape), axis))
+        return x if inplace else torch.empty_like(x)
+
+
+def _record(
+    model: nn.Module, values: dict[str, Any], prepare: Callable[[nn.Module], None] | None
+) -> tuple[dict[str, list[Use]], str]:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    uses: dict[str, list[Use]] = {}
+    twin = _copy(model, mode)
+    if prepare is not None:
+        prepare(twin)
+    plan = survey(twin, frozenset(ACTIVATIONS), split=True, make=lambda site, device: _Recorder(uses, site))
+    operate(plan.swaps, plan.edits)
+    problem = ""
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), mode:
+        inputs = {name: make() for name, make in values.items()}
+        positional, keywords = [inputs.pop("")] if "" in inputs else [], inputs
+        # In eval first; parts that only training reaches (auxiliary heads) after that, on the copy's fake buffers.
+        for training in (False, True):
+            twin.train(training)
+            try:
+                with _Axes():
+                    twin(*positional, **keywords)
+            except Exception as error:  # whatever a model may raise; the caller says what could not be found
+                if not training:
+                    problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                    break
+            if all(site.name in uses for site in plan.sites):
+                break
+    return uses, problem
+
+
+def _copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of ``model`` whose tensors are fake; they are shared where the model's are."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        fake = mode.from_tensor(tensor.detach(), static_shapes=True)
+        memo[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(
+            f"model: expected one that can be copied, to find its channels, got {type(error).__name__}: {error}; "
+            "give layout in CurvatureConfig, or granularity='layer'"
+        ) from error
+    for module in twin.modules():
+        module._forward_hooks.clear()  # the user's: they are not to see this
+    return twin
+
+
+# --------------------------------------------------------------------------------------------------------------- inputs
+
+
+def _inputs(model: nn.Module, shape: tuple[int, ...] | None) -> Iterator[dict[str, Any]]:
+    """Arguments to try, each a function that makes the tensor; "" is the first positional argument."""
+    first: Any = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def images(*size: int) -> Any:
+        return lambda: torch.empty(2, *size, dtype=first.dtype, device=first.device)
+
+    def tokens() -> Tensor:
+        return torch.zeros(2, 8, dtype=torch.long, device=first.device)
+
+    config: Any = getattr(model, "config", None)
+    is_transformer = hasattr(config, "model_type")
+    name = getattr(model, "main_input_name", "") if is_transformer else ""
+    if shape is not None:
+        yield {name: images(*shape)}
+        return
+    if is_transformer:
+        yield from _transformer_inputs(config, name, images, tokens)
+    declared = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    size = declared.get("input_size") if isinstance(declared, dict) else None
+    if size:
+        yield {"": images(*size)}
+    layer: Any = next(
+        (m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding))), 0
+    )
+    if isinstance(layer, nn.Embedding):
+        yield {"": tokens}
+    elif isinstance(layer, nn.Linear):
+        yield {"": images(layer.in_features)}
+        yield {"": images(8, layer.in_features)}
+    elif isinstance(layer, nn.modules.conv._ConvNd):
+        dims = len(layer.kernel_size)
+        for side in (224, 32, 28, 64, 96, 128, 256, 299, 384, 512):
+            yield {"": images(layer.in_channels, *[16] * (dims == 3), *[side] * min(dims, 2))}
+    else:
+        yield {"": images(3, 224, 224)}
+
+
+def _transformer_inputs(config: Any, name: str, images: Any, tokens: Any) -> Iterator[dict[str, Any]]:
+    parts = [config, getattr(config, "vision_config", None)]
+    size = next((part.image_size for part in parts if getattr(part, "image_size", None)), 224)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    channels = next((part.num_channels for part in parts if getattr(part, "num_channels", None)), 3)
+    pixels = {"pixel_values": images(channels, height, width)}
+    if name == "pixel_values":
+        yield pixels
+    elif name == "input_ids":
+        yield {name: tokens}
+        yield {name: tokens, "decoder_input_ids": tokens}
+        yield {name: tokens, **pixels}
+    elif name in ("input_values", "input_features"):
+        yield {name: images(16000)}
+        yield {name: images(getattr(config, "num_mel_bins", 80), 3000)}
+
+
+# ---------------------------------------------------------------------------------------------------------- propagation
+
+
+class _Axes(TorchFunctionMode):
+    """Passes the position of the channels from the tensors that go into a function to those that come out."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for out in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(out, Tensor):
+                axis = _axis(func, args, kwargs, out)
+                if axis is not None and -out.dim() <= axis < 0:
+                    setattr(out, _AXIS, axis)
+                elif hasattr(out, _AXIS):
+                    delattr(out, _AXIS)
+        return result
+
+
+def _axis(func: Any, args: Any, kwargs: dict[str, Any], out: Tensor) -> int | None:
+    name = getattr(func, "__name__", "")
+    if name in _CONVOLUTIONS:
+        return _CONVOLUTIONS[name]
+    if name in _LAST:
+        return -1
+    if name in _SECOND:
+        return 1 - out.dim()
+    known = [value for value in _tensors((*args, *kwargs.values())) if getattr(value, _AXIS, None) is not None]
+    if not known:
+        return -1 if name in _LAST_UNLESS_KNOWN else None
+    source = next((value for value in known if value.dim() == out.dim()), known[0])
+    axis: int = getattr(source, _AXIS)
+    if source is out:  # in place
+        return axis
+    if name in _MOVES:
+        return _moved(func, args, kwargs, source.dim(), axis)
+    if name in _RESHAPES and source.numel() == out.numel():
+        return _reshaped(source.shape, axis, out.shape)
+    if source.dim() == out.dim():
+        return axis
+    alike = [i - out.dim() for i, size in enumerate(out.shape) if size == source.shape[axis]]
+    return alike[0] if len(alike) == 1 else None  # a sum over some dimensions, or one taken out
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _moved(func: Any, args: Any, kwargs: dict[str, Any], dims: int, axis: int) -> int:
+    """Where the dimension goes: asked of a tensor with a different size in each."""
+    labels = torch.empty(*range(2, dims + 2), device="meta")
+    values = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
+    moved = func(labels, *args[1:], **values)
+    return list(moved.shape).index(dims + axis + 2) - dims
+
+
+def _reshaped(old: Any, axis: int, new: Any) -> int | None:
+    """The dimension of the new shape with the same size and as many elements before it."""
+    at = len(old) + axis
+    before = math.prod(old[:at])
+    for i, size in enumerate(new):
+        if size == old[at] and math.prod(new[:i]) == before:
+            return i - len(new)
+    return None

@@ -1,0 +1,355 @@
+"""The tuner: puts CT units at a model's activations and takes them out again."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ...steering.activations import ACTIVATIONS, select
+from ...steering.handle import lines, nothing_found
+from ...steering.surgery import MODULE, operate, undo
+from ...steering.survey import Edit, Plan, Site, is_steered, survey
+from .._peft import check_state_dict
+from .config import CurvatureConfig
+from .layer import CurvatureLayer, FixedUnit, Original
+from .layout import Channels, Use, channels_of, find_channels
+
+_STATE = "_ctu_curvature"
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass
+class Surgery:
+    """What was done to a model, kept in it: whoever adds a second adapter finds it there."""
+
+    modules: list[nn.Module]
+    edits: list[Edit]
+    sites: dict[str, Site]
+    layers: dict[str, CurvatureLayer]  # by site
+
+
+class CurvatureModel(BaseTuner):
+    """Trains the curvature of a model's activations; made by `peft.get_peft_model(model, CurvatureConfig(...))`.
+
+    Every activation of the model gets a `CurvatureLayer`; an adapter has parameters in those that its configuration
+    selects, and the others compute what they did. `disable_adapter()` and `unload()` give the original's outputs,
+    `unload()` also its modules. One adapter can be active at a time.
+
+    A LoRA adapter can be below it: `get_peft_model(lora_model, CurvatureConfig())` trains both.
+
+    Args:
+        model: the model to adapt.
+        config: the adapter's `CurvatureConfig`.
+        adapter_name: its name.
+
+    Raises:
+        ValueError: there is no activation to adapt (near misses are listed), its channels cannot be found, or the
+            model is steered. The model is left as it was.
+
+    Example:
+        >>> import ctkernels.adapters
+        >>> model = get_peft_model(torchvision.models.resnet18(), CurvatureConfig(modules_to_save=["fc"]))
+    """
+
+    prefix = "curvature_"
+    tuner_layer_cls = CurvatureLayer
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self.register_load_state_dict_pre_hook(partial(check_state_dict, ".curvature_"))
+
+    # ---- putting an adapter in ----
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter into the model; the first one also puts the layers in."""
+        name: Any = kwargs.get("adapter_name", args[0] if args else None)
+        config = self.peft_config[name]
+        if any(other is config for key, other in self.peft_config.items() if key != name):
+            self.peft_config[name] = config = copy.copy(config)
+        first = surgery_of(model) is None
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        groups = _plan(model, config)
+        if first:
+            _open(model)
+            # Before peft looks at it: it restores what it finds after the first of several injections.
+            self._mark_only_adapters_as_trainable(model)
+        surgery = surgery_of(model)
+        assert surgery is not None
+        self._groups = {id(surgery.layers[sites[0]]): (sites, channels) for sites, channels in groups}
+        self._targets = {key for key, module in model.named_modules() if id(module) in self._groups}
+        try:
+            super().inject_adapter(model, *args, **kwargs)
+        except BaseException:
+            if first:
+                _close(model)
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
+            raise
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
+        return key in self._targets
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        sites, channels = self._groups[id(target)]
+        target.update_layer(adapter_name, peft_config, channels)
+        surgery = surgery_of(self.model)
+        assert surgery is not None
+        for site in sites[1:]:
+            surgery.layers[site].follow(adapter_name, peft_config, target)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Freeze everything but adapters, those of other methods included, and modules that are trained beside them."""
+        kept = set()
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                tables = (getattr(module, name, None) for name in module.adapter_layer_names)
+                kept.update(id(p) for table in tables if isinstance(table, nn.Module) for p in table.parameters())
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                kept.update(id(parameter) for parameter in module.parameters())
+        for parameter in model.parameters():
+            if id(parameter) not in kept:
+                parameter.requires_grad_(False)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate an adapter.
+
+        Raises:
+            ValueError: several names; units do not add up.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if len(names) > 1:
+            raise ValueError(f"adapter_name: one curvature adapter can be active at a time, got {names}")
+        super().set_adapter(adapter_name, inference_mode)
+
+    # ---- taking it out ----
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fix an adapter's values. A nonlinearity cannot be folded into weights: the fused unit stays, at its cost."""
+        _warn_of_merge()
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
+    ) -> Any:
+        surgery = surgery_of(self.model)
+        assert surgery is not None
+        if merge:
+            _warn_of_merge()
+            for layer in surgery.layers.values():
+                layer.merge(safe_merge, adapter_names)
+        unload: Any = super()._unload_and_optionally_merge
+        model = unload(merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+        if merge:
+            _fix(model)
+        else:
+            _close(model)
+        return model
+
+
+def _warn_of_merge() -> None:
+    warnings.warn(
+        "A nonlinearity cannot be folded into the weights: merging fixes the learned values, and the activations stay "
+        "fused CT units, with what those cost at run time.",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- surgery
+
+
+def surgery_of(model: nn.Module) -> Surgery | None:
+    """What was done to `model`, or None."""
+    return model.__dict__.get(_STATE)
+
+
+def _make(site: Site, device: torch.device | None) -> Any:
+    return CurvatureLayer(site.name, site.activation, device)
+
+
+def _survey(model: nn.Module) -> Plan:
+    return survey(model, frozenset(ACTIVATIONS), split=True, make=_make)
+
+
+def _child(key: str) -> str:
+    """The name under which a module has the layer of its site `key`."""
+    return "ctu" if key == MODULE else "ctu_" + re.sub(r"\W+", "_", key).strip("_")
+
+
+def _open(model: nn.Module) -> None:
+    """Give every activation of the model a layer that does nothing yet."""
+    plan = _survey(model)
+    operate(plan.swaps, plan.edits)
+    for swap in plan.swaps:
+        for key, layer in swap.knobs.items():
+            if isinstance(layer, nn.Module) and _holds_children(swap.module, key):
+                swap.module._modules[_child(key)] = layer
+    layers = {site.name: layer for site, layer in zip(plan.sites, plan.knobs)}
+    sites = {site.name: site for site in plan.sites}
+    model.__dict__[_STATE] = Surgery([swap.module for swap in plan.swaps], plan.edits, sites, layers)
+
+
+def _holds_children(module: nn.Module, key: str) -> bool:
+    return key == MODULE or not isinstance(module, _CONTAINERS)  # those run whatever is registered in them
+
+
+def _close(model: nn.Module) -> None:
+    """Undo `_open`: the model has its own modules and classes again."""
+    surgery = model.__dict__.pop(_STATE)
+    for module in surgery.modules:
+        for key in vars(module).get("_ctu", {}):
+            module._modules.pop(_child(key), None)
+    undo(surgery.modules, surgery.edits)
+
+
+def _fix(model: nn.Module) -> None:
+    """Put fixed units where layers with a merged adapter are; peft is not needed to run them."""
+    surgery = model.__dict__.pop(_STATE)
+    made: dict[int, FixedUnit] = {}
+    for module in surgery.modules:
+        for key, layer in list(module._ctu.items()):
+            module._modules.pop(_child(key), None)
+            name = layer.adapter_in_use()
+            if name is None:
+                module._ctu[key] = Original()
+                continue
+            beta, coeff = layer.parameters_of(name)
+            if id(beta) not in made:
+                made[id(beta)] = FixedUnit(beta, coeff, layer.curvature_channels[name], layer.site)
+                module._modules[_child(key)] = made[id(beta)]
+            module._ctu[key] = made[id(beta)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- sites
+
+
+def find_activations(model: nn.Module) -> list[Site]:
+    """The places where `model` applies an activation, as `CurvatureConfig` names them.
+
+    Example:
+        >>> [site.name for site in find_activations(torchvision.models.resnet18())][:3]
+        ['relu', 'layer1.0.relu', 'layer1.0.relu#2']
+    """
+    surgery = surgery_of(model)
+    return list(surgery.sites.values()) if surgery is not None else _survey(model).sites
+
+
+def _plan(model: nn.Module, config: CurvatureConfig) -> list[tuple[list[str], Channels | None]]:
+    """The sites of an adapter, grouped by the parameters they have in common; writes the layout into `config`."""
+    surgery = surgery_of(model)
+    if surgery is None and is_steered(model):
+        raise ValueError("model: expected one that is not steered, got one that is; remove() its handle first")
+    plan = Plan(sites=list(surgery.sites.values())) if surgery is not None else _survey(model)
+    if config.layout is None:
+        sites = _selected(model, config, plan)
+        config.layout = dict.fromkeys(site.name for site in sites)
+        if config.granularity == "channel":
+            config.layout = _layout(model, config, list(config.layout))
+    known = {site.name: site for site in plan.sites}
+    foreign = [name for name in config.layout if name not in known]
+    if foreign:
+        raise ValueError(
+            f"layout: expected activations of this {type(model).__name__} ({_some(list(known))}), got {_some(foreign)}"
+        )
+    groups: dict[Any, list[str]] = {}
+    for name in config.layout:
+        site = known[name]
+        neutral = ACTIVATIONS[site.activation]
+        shared = {"shared": (neutral.beta, neutral.coeff)}.get(config.granularity)
+        groups.setdefault(shared or (site.module if config.share == "module" and site.module else name), []).append(
+            name
+        )
+    result: list[tuple[list[str], Channels | None]] = []
+    for names in groups.values():
+        if config.granularity != "channel":
+            result.append((names, None))
+            continue
+        entries = [Channels(*config.layout[name]) for name in names]
+        alike = len(set(entries)) == 1
+        result += [(names, entries[0])] if alike else [([name], entry) for name, entry in zip(names, entries)]
+    return result
+
+
+def _selected(model: nn.Module, config: CurvatureConfig, plan: Plan) -> list[Site]:
+    selection = select(config.activations)
+    wanted = SimpleNamespace(
+        target_modules=r".*" if config.target_modules is None else config.target_modules,
+        exclude_modules=config.exclude_modules,
+        modules_to_save=config.modules_to_save,
+        target_parameters=None,
+    )
+    sites = [site for site in plan.sites if site.activation in selection]
+    if not sites:
+        raise ValueError(nothing_found(model, selection, plan))
+    chosen = [site for site in sites if check_target_module_exists(wanted, site.name)]
+    if not chosen:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} matched no "
+            f"activation. Activations of this model: {_some([site.name for site in sites], 8)}"
+        )
+    missed = [miss for miss in plan.missed if miss.activation in selection]
+    if missed:
+        warnings.warn(
+            f"CurvatureConfig: {len(missed)} activations cannot be adapted:\n{lines(missed, limit=10)}", stacklevel=6
+        )
+    return chosen
+
+
+def _layout(model: nn.Module, config: CurvatureConfig, names: list[str]) -> dict[str, Any]:
+    shape = None if config.input_shape is None else tuple(config.input_shape)
+    uses, problem = find_channels(model, shape, _strip)
+    advice = "give input_shape, or layout for these sites, or choose granularity='layer'"
+    unreached = [name for name in names if name not in uses]
+    if unreached and problem:
+        raise ValueError(
+            f"the channels of {_some(unreached)} could not be found: calling a copy of the model stopped with "
+            f"{problem}; {advice}"
+        )
+    found = {name: channels_of(uses[name]) for name in names if name in uses}
+    for name, channels in found.items():
+        if channels is None:
+            calls = ", ".join(_show(use) for use in dict.fromkeys(uses[name]))
+            raise ValueError(f"{name}: expected one dimension that holds its channels, got inputs {calls}; {advice}")
+    if not found:
+        raise ValueError(f"no call of the model reaches {_some(unreached)}; {advice}")
+    if unreached:
+        warnings.warn(
+            f"CurvatureConfig: no call of the model reaches {_some(unreached)}: they keep their activation.",
+            stacklevel=6,
+        )
+    return {name: [*channels] for name, channels in found.items() if channels is not None}
+
+
+def _strip(model: nn.Module) -> None:
+    if surgery_of(model) is not None:
+        _close(model)
+
+
+def _show(use: Use) -> str:
+    return f"{use.shape} with channels in {use.axis}" if use.axis is not None else f"{use.shape} with unknown channels"
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
