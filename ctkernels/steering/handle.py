@@ -87,8 +87,8 @@ def steer(
     handle._write("beta", beta, values[0])
     handle._write("coeff", coeff, values[1])
     if plan.missed:
-        listed = lines(plan.missed, limit=10)
-        warnings.warn(f"steer: {len(plan.missed)} activations are not steered (handle.missed):\n{listed}", stacklevel=2)
+        missed = listed(plan.missed, limit=10)
+        warnings.warn(f"steer: {len(plan.missed)} activations are not steered (handle.missed):\n{missed}", stacklevel=2)
     return handle
 
 
@@ -180,7 +180,7 @@ class Steering:
         ]
         for title, records in (("missed", self.missed), ("skipped", self.skipped)):
             if records:
-                lines += [f"  {len(records)} {title}", lines(records)]
+                lines += [f"  {len(records)} {title}", listed(records)]
         return "\n".join(lines)
 
     def _resolve(self, name: str, value: Value) -> list[float]:
@@ -211,7 +211,7 @@ def _matches(site: Site, pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) or fnmatchcase(f"{name}:{site.activation}", pattern) for name in names)
 
 
-def lines(records: Sequence[Miss], limit: int | None = None) -> str:
+def listed(records: Sequence[Miss], limit: int | None = None) -> str:
     lines = [f"    {r.name} ({r.activation}{', ' + r.where if r.where else ''}): {r.reason}" for r in records[:limit]]
     return "\n".join(lines + ([f"    and {len(records) - len(lines)} more"] if len(lines) < len(records) else []))
 
@@ -219,5 +219,5 @@ def lines(records: Sequence[Miss], limit: int | None = None) -> str:
 def nothing_found(model: nn.Module, selection: frozenset[str], plan: Plan) -> str:
     wanted = ", ".join(name for name in ACTIVATIONS if name in selection)
     near = [*plan.missed, *plan.skipped]
-    found = f"got these near misses:\n{lines(near, limit=20)}" if near else "got none, and no near miss"
+    found = f"got these near misses:\n{listed(near, limit=20)}" if near else "got none, and no near miss"
     return f"model: expected {type(model).__name__} to have an activation among {wanted}; {found}"

@@ -97,7 +97,7 @@ def steered_class(
 def _new(*recipe: Any) -> Any:
     """An empty steered module: where copying and unpickling start."""
     cls = steered_class(*recipe)
-    return cls.__new__(cls)
+    return cls.__new__(cls)  # type: ignore[call-overload]
 
 
 class Swap(NamedTuple):

@@ -166,13 +166,13 @@ class _Survey:
             return
         places = self.places.get(module) or [(name, None, "")]
         shared = places[0][0]
-        for number, (place, parent, child) in enumerate(places):
+        for number, (place, owner, child) in enumerate(places):
             own = module
-            if number and parent is not None:
+            if number and owner is not None:
                 own = _twin(module)
-                self.plan.edits.append(Edit(parent, "_modules", child, module, own))
-            code = self.class_code(parent) if parent is not None else None
-            repeats = code.repeats.get(child, []) if code is not None and not _overridden(code, parent) else []
+                self.plan.edits.append(Edit(owner, "_modules", child, module, own))
+            code = self.class_code(owner) if owner is not None else None
+            repeats = code.repeats.get(child, []) if code is not None and not _overridden(code, owner) else []
             site = Site(place, "module", use.activation, type(module).__name__, module=shared)
             self.swap_activation(site, own, use, repeats)
 

@@ -63,7 +63,7 @@ class CurvatureLayer(nn.Module, BaseTunerLayer):
         self.curvature_channels[adapter_name] = channels
         for table, value in zip((self.curvature_raw_beta, self.curvature_raw_coeff), config.start(self.activation)):
             logit = math.log(value) - math.log1p(-value)
-            raw = torch.full((1 if channels is None else channels.count,), logit, dtype=torch.float32)
+            raw = torch.full((1 if channels is None else channels.size,), logit, dtype=torch.float32)
             if self.device is not None and raw.device.type != "meta":
                 raw = raw.to(self.device)
             table[adapter_name] = nn.Parameter(raw)
@@ -107,9 +107,8 @@ class CurvatureLayer(nn.Module, BaseTunerLayer):
         """The unit in the place of `activation(x)`."""
         name = self.adapter_in_use()
         assert name is not None
-        beta, coeff = self.parameters_of(name)
-        if self.merged:
-            beta, coeff = beta.detach(), coeff.detach()
+        raws: tuple[Tensor, Tensor] = self.parameters_of(name)
+        beta, coeff = (raw.detach() for raw in raws) if self.merged else raws
         return _unit(x, beta, coeff, self.curvature_channels[name], activation, slope, inplace, self.site)
 
     # ---- merging ----
@@ -136,7 +135,7 @@ class CurvatureLayer(nn.Module, BaseTunerLayer):
         """The site, its activation, and where each adapter has its channels."""
         parts = [f"{self.site}, {self.activation}"]
         for name, channels in self.curvature_channels.items():
-            parts.append(f"{name}: " + ("1" if channels is None else f"{channels.count} in dimension {channels.dim}"))
+            parts.append(f"{name}: " + ("1" if channels is None else f"{channels.size} in dimension {channels.dim}"))
         return ", ".join(parts)
 
 
@@ -186,9 +185,9 @@ def _unit(
     dim = None
     if channels is not None:
         dim = channels.dim
-        if not -x.dim() <= dim < x.dim() or x.shape[dim] != channels.count:
+        if not -x.dim() <= dim < x.dim() or x.shape[dim] != channels.size:
             raise ValueError(
-                f"{site}: expected {channels.count} channels in dimension {dim}, got shape {tuple(x.shape)}"
+                f"{site}: expected {channels.size} channels in dimension {dim}, got shape {tuple(x.shape)}"
             )
         if isinstance(slope, Tensor) and slope.numel() > 1 and dim % x.dim() != 1:
             raise ValueError(f"{site}: the slopes of a PReLU are in dimension 1, so channels must be too, got {dim}")

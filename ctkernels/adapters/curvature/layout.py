@@ -44,7 +44,7 @@ class Channels(NamedTuple):
     """What a site's parameters line up with."""
 
     dim: int
-    count: int
+    size: int
 
 
 def find_channels(

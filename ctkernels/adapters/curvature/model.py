@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...steering.activations import ACTIVATIONS, select
-from ...steering.handle import lines, nothing_found
+from ...steering.handle import listed, nothing_found
 from ...steering.surgery import MODULE, operate, undo
 from ...steering.survey import Edit, Plan, Site, is_steered, survey
 from .._peft import check_state_dict
@@ -73,7 +73,7 @@ class CurvatureModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model; the first one also puts the layers in."""
         name: Any = kwargs.get("adapter_name", args[0] if args else None)
-        config = self.peft_config[name]
+        config: Any = self.peft_config[name]
         if any(other is config for key, other in self.peft_config.items() if key != name):
             self.peft_config[name] = config = copy.copy(config)
         first = surgery_of(model) is None
@@ -121,7 +121,7 @@ class CurvatureModel(BaseTuner):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freeze everything but adapters, those of other methods included, and modules that are trained beside them."""
-        kept = set()
+        kept: set[int] = set()
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
                 tables = (getattr(module, name, None) for name in module.adapter_layer_names)
@@ -312,7 +312,7 @@ def _selected(model: nn.Module, config: CurvatureConfig, plan: Plan) -> list[Sit
     missed = [miss for miss in plan.missed if miss.activation in selection]
     if missed:
         warnings.warn(
-            f"CurvatureConfig: {len(missed)} activations cannot be adapted:\n{lines(missed, limit=10)}", stacklevel=6
+            f"CurvatureConfig: {len(missed)} activations cannot be adapted:\n{listed(missed, limit=10)}", stacklevel=6
         )
     return chosen
 
