@@ -60,7 +60,10 @@ def parser() -> argparse.ArgumentParser:
         "--feature-layer", help="submodule whose output is probed (default: what enters the classifier)"
     )
     network.add_argument(
-        "--coeff", type=float, default=0.5, help="mixing coefficient c of the unit (default: %(default)s)"
+        "--coeff",
+        type=lambda text: text if text == "mean-free" else float(text),
+        default=0.5,
+        help="mixing coefficient c of the unit, or mean-free: beta^2 / (1 + beta^2) (default: %(default)s)",
     )
     network.add_argument(
         "--betas",

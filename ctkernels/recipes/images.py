@@ -127,13 +127,21 @@ class Splits:
     source: str
 
     def complete(
-        self, *, val: float, test: float, seed: int, max_train: int | None = None, max_test: int | None = None
+        self,
+        *,
+        val: float,
+        test: float,
+        seed: int,
+        max_train: int | None = None,
+        max_test: int | None = None,
+        test_seed: int | None = None,
     ) -> tuple[ImageSet, ImageSet, ImageSet]:
         """Training, validation and test images; what the data lacks is cut off the training images, class by class.
 
         Args:
             val, test: fractions to cut, used only where there is no such split.
             seed: of the cuts and samples.
+            test_seed: of those of the test images. Default: ``seed``.
             max_train: at most so many images for training and for the validation that is cut off them.
             max_test: at most so many images for test.
 
@@ -144,10 +152,11 @@ class Splits:
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} must be at least 1, got {limit}")
         train, tested = self.train, self.test
+        test_seed = seed if test_seed is None else test_seed
         if tested is None:
-            rest, part = stratified_split(train.labels, [test], seed, "test")
+            rest, part = stratified_split(train.labels, [test], test_seed, "test")
             train, tested = train.take(rest), train.take(part)
-        train, tested = train.sample(max_train, seed), tested.sample(max_test, seed)
+        train, tested = train.sample(max_train, seed), tested.sample(max_test, test_seed)
         if self.val is not None:
             return train, self.val, tested
         rest, part = stratified_split(train.labels, [val], seed, "val")

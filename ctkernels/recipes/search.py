@@ -17,7 +17,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from .. import steer
 from .._extras import require
 from ._distributed import Group, group
-from ._inputs import Images, check_betas, check_labels, check_numbers, device_of, example_of, split
+from ._inputs import Images, check_betas, check_labels, check_numbers, coeff_at, device_of, example_of, split
 from .features import Tap, extract, find_tap, passes
 from .probe import Probe, check_probe, fit_probe
 from .result import BetaSearch, Comparison
@@ -30,7 +30,7 @@ def search_beta(
     test: Images | float = 0.2,
     *,
     betas: Iterable[float] | None = None,
-    coeff: float = 0.5,
+    coeff: float | str = 0.5,
     activations: Iterable[str] | None = None,
     feature_layer: str | None = None,
     probe: str = "logistic",
@@ -62,7 +62,8 @@ def search_beta(
         val: the same, or the fraction of ``train`` to use, drawn class by class.
         test: the same, or the fraction of ``train`` to use.
         betas: in [0, 1]. Default 0.70 to 1.00 in steps of 0.01. beta = 1 always takes part.
-        coeff: the mixing coefficient c of the CT unit, in [0, 1].
+        coeff: the mixing coefficient c of the CT unit, in [0, 1]; or ``"mean-free"``: beta^2 / (1 + beta^2), at which
+            the unit of that beta adds nothing to the integral of the ReLU.
         activations: which kinds to steer; default :func:`ctkernels.steer`'s.
         feature_layer: name of a submodule whose output is used. Default: what enters the classifier, the last linear
             layer.
@@ -95,16 +96,14 @@ def search_beta(
     grid = check_betas(betas)
     check_numbers(coeff=coeff, batch_size=batch_size, workers=workers, memory_limit=memory_limit)
     check_probe(probe, l2)
-    steering: dict[str, Any] = {"coeff": coeff}
-    if activations is not None:
-        steering["activations"] = tuple(activations)
+    steering: dict[str, Any] = {} if activations is None else {"activations": tuple(activations)}
     images, fractions = split(train, val, test, seed)
     labels = check_labels(images)
     place = device_of(model, device)
     seconds = dict.fromkeys(("features", "probes", "test"), 0.0)
-    with _evaluation(model.to(place)), ExitStack() as stack:
+    with evaluation(model.to(place)), ExitStack() as stack:
         example = example_of(images["train"], place)
-        subject = stack.enter_context(_subject(model, example, feature_layer, steering))
+        subject = stack.enter_context(_subject(model, example, feature_layer, coeff, steering))
         us = group(place)
         reader = _Reader(subject, us, place, batch_size, workers, progress)
         reference = 1.0 if subject.plain_is_beta_1 else None
@@ -189,12 +188,12 @@ class _Subject:
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode, and back to what each submodule was."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        yield model
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -202,10 +201,10 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _subject(
-    model: nn.Module, example: Tensor, feature_layer: str | None, steering: dict[str, Any]
+    model: nn.Module, example: Tensor, place: Tap | str | None, coeff: float | str, steering: dict[str, Any]
 ) -> Iterator[_Subject]:
     try:
-        tap = find_tap(model, example, feature_layer)
+        tap = place if isinstance(place, Tap) else find_tap(model, example, place)
         with tap.capture(model) as features:
             as_is = features(example)
     except RuntimeError as error:
@@ -221,7 +220,7 @@ def _subject(
                 if beta is None:
                     handle.neutralize()
                 else:
-                    handle.coeff, handle.beta = steering["coeff"], beta
+                    handle.coeff, handle.beta = coeff_at(coeff, beta), beta
                 return features(batch)
 
             return run

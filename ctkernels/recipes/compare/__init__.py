@@ -3,6 +3,17 @@
 Beyond torch it needs what is in ``ctkernels[recipes,adapters]``.
 """
 
+from .heads import Budget
+from .inputs import ImageOptions
+from .protocol import DEFAULT_METHODS, compare_transfer
 from .result import Cell, TransferComparison, read_comparison
 
-__all__ = ["Cell", "TransferComparison", "read_comparison"]
+__all__ = [
+    "DEFAULT_METHODS",
+    "Budget",
+    "Cell",
+    "ImageOptions",
+    "TransferComparison",
+    "compare_transfer",
+    "read_comparison",
+]

@@ -5,7 +5,7 @@ The result file (``result.json``) holds everything needed to read it without thi
 ``schema``
     ``"ctkernels.compare/1"``, and ``kind``, ``"compare"`` or ``"tune"``.
 ``setup``
-    what decides the numbers: ``models`` (name -> class, weights, digest, activations), ``data`` (name -> source,
+    what decides the numbers: ``models`` (name -> class, digest of the weights), ``data`` (name -> source,
     classes, sizes, digest), ``methods`` (name -> the settings tried), ``seeds`` (the first chose the settings),
     ``betas``, ``budget``, ``bn``, ``images``, ``precision``, ``processes``.
 ``cells``
@@ -148,9 +148,9 @@ class TransferComparison:
         each = []
         for data in self.sets(model, method, baseline):
             ours, theirs = (mean(c.test or 0.0 for c in self.tested(model, data, m)) for m in (method, baseline))
-            low = self.standard_error(model, data, method, baseline)
-            relative = ours / theirs - 1 if theirs else math.inf
-            each.append({"data": data, "relative": relative, "points": ours - theirs, "standard_error": low})
+            error = self.standard_error(model, data, method, baseline)
+            relative = ours / theirs - 1 if theirs else 0.0
+            each.append({"data": data, "relative": relative, "points": ours - theirs, "standard_error": error})
         if not each:
             return None
         return {
@@ -173,7 +173,7 @@ class TransferComparison:
         differences = [
             sum(map(int, a)) / len(a) - sum(map(int, b)) / len(b) for a, b in zip(zip(*ours), zip(*theirs))
         ]
-        return stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+        return stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 1.0
 
     def gains(self) -> list[dict[str, Any]]:
         """Every method against the linear probe, and T-CT against every LoRA."""
@@ -222,7 +222,7 @@ class TransferComparison:
             means = [mean(c.test or 0.0 for d in complete for c in self.tested(model, d, m)) for m in methods]
             if len(complete) > 1:
                 lines.append(["mean", *_marked([f"{100 * a:.1f}" for a in means], means, bold)])
-            found = [self.gain(model, m) for m in methods]
+            found = [None if m == BASELINE else self.gain(model, m) for m in methods]
             lines.append(["gain, points", *(f"{100 * g['points']:+.1f}" if g else "–" for g in found)])
             lines.append(["gain, relative", *(f"{100 * g['relative']:+.1f} %" if g else "–" for g in found)])
             lines.append(["better on", *(f"{g['better']} of {g['sets']}" if g else "–" for g in found)])
