@@ -79,13 +79,14 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     """Labelled images; item ``i`` is the preprocessed image, float32 (3, size, size), and its label.
 
     Args:
-        images: a tensor (n, H, W) or (n, C, H, W), C = 1 or 3, uint8 or floating point in [0, 1]; or n file paths.
+        images: a tensor (n, H, W) or (n, C, H, W), C = 1 or 3, uint8 or floating point in [0, 1]; or n file paths;
+            or anything of length n that gives such a tensor for a number, and a part of itself for int64 numbers.
         labels: int64 (n,), each an index into ``classes``.
         classes: the names.
         preprocess: default :class:`Preprocess`'s defaults.
     """
 
-    images: Tensor | Sequence[Path]
+    images: Tensor | Sequence[Path] | Any
     labels: Tensor
     classes: tuple[str, ...]
     preprocess: Preprocess = field(default_factory=Preprocess)
@@ -103,7 +104,8 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     def take(self, indices: Tensor) -> ImageSet:
         """The images at ``indices``, int64, in that order."""
-        images = self.images[indices] if isinstance(self.images, Tensor) else [self.images[i] for i in indices.tolist()]
+        whole = self.images  # a list of paths, or something that takes a tensor of indices
+        images = [whole[i] for i in indices.tolist()] if isinstance(whole, (list, tuple)) else whole[indices]
         return dataclasses.replace(self, images=images, labels=self.labels[indices])
 
     def sample(self, limit: int | None, seed: int) -> ImageSet:
