@@ -142,7 +142,7 @@ def _try(model: nn.Module, methods: Sequence[Method], size: int, activations: Se
     for method in methods:
         if method.attach is not None:
             network, head = with_head(model, example, classes=2)
-            method.attach(network, head, method.settings()[0], activations)
+            method.attach(network, head, method.settings()[0], activations, size)
 
 
 def digest_of(model: nn.Module) -> str:

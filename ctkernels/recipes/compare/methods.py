@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .._inputs import MEAN_FREE
+from ...steering.activations import RELU_FAMILY
 from .result import Setting
 
 HEAD_LR = 1e-3
@@ -37,14 +38,14 @@ class Attached:
 class Method:
     """A method by name; ``grid`` holds the values to try, ``optional`` names further settings it understands.
 
-    ``attach`` makes an :class:`Attached` of a network with a new head, the head's name, a setting and the kinds of
-    activation to treat (None: the default). It is None for methods that leave the network alone; of these ``coeff`` is
+    ``attach`` makes an :class:`Attached` of a network with a new head, the head's name, a setting, the kinds of
+    activation to treat (None: the default) and the side of the images. It is None for methods that leave the network alone; of these ``coeff`` is
     the coefficient of S-CT.
     """
 
     name: str
     grid: Mapping[str, tuple[float, ...]]
-    attach: Callable[[nn.Module, str, Setting, Sequence[str] | None], Attached] | None = None
+    attach: Callable[[nn.Module, str, Setting, Sequence[str] | None, int], Attached] | None = None
     optional: tuple[str, ...] = ()
     coeff: float | str | None = None
 
@@ -84,9 +85,9 @@ def method(name: str) -> Method:
         raise ValueError(f"methods must be linear, sct, sct-mean-free, tct, lora-rN or tct+lora-rN, got {name!r}")
     rank = int(found[2])
 
-    def attach(network: nn.Module, head: str, setting: Setting, kinds: Sequence[str] | None) -> Attached:
+    def attach(network: nn.Module, head: str, setting: Setting, kinds: Sequence[str] | None, size: int) -> Attached:
         if found[1]:
-            return _tct(network, head, setting, kinds, rank)
+            return _tct(network, head, setting, kinds, size, rank)
         return _lora(network, head, setting, rank)
 
     if found[1]:
@@ -126,21 +127,28 @@ def _lora(network: nn.Module, head: str, setting: Setting, rank: int) -> Attache
     return _attached(peft.get_peft_model(network, config), {"lora_": rate}, float(setting.get("head_lr", rate)))
 
 
-def _tct(network: nn.Module, head: str, setting: Setting, kinds: Sequence[str] | None, rank: int = 0) -> Attached:
+def _tct(network: nn.Module, head: str, setting: Setting, kinds: Sequence[str] | None, size: int, rank: int = 0) -> Attached:
     import peft
 
     from ...adapters import CurvatureConfig
 
-    wanted = {name: float(setting[name]) for name in ("beta", "coeff") if name in setting}
-    if kinds is not None:
-        wanted["activations"] = list(kinds)
-    lora = _lora_config(network, head, setting, rank) if rank else None  # the names before anything is wrapped
-    model = peft.get_peft_model(network, CurvatureConfig(modules_to_save=[head], **wanted))
-    rates = {"raw_": float(setting["lr"])}
-    if lora is not None:
-        model.base_model.model = peft.inject_adapter_in_model(lora, model.base_model.model)
+    model: Any = network
+    rates = {"curvature_": float(setting["lr"])}
+    if rank:
+        model = peft.get_peft_model(model, _lora_config(network, head, setting, rank))
         rates["lora_"] = float(setting["lora_lr"])
-    return _attached(model, rates, float(setting["head_lr"]))
+    config = CurvatureConfig(
+        activations=list(RELU_FAMILY if kinds is None else kinds),
+        init_beta=_number(setting, "beta"),
+        init_coeff=_number(setting, "coeff"),
+        input_shape=(3, size, size),
+        modules_to_save=[head],
+    )
+    return _attached(peft.get_peft_model(model, config), rates, float(setting["head_lr"]))
+
+
+def _number(setting: Setting, name: str) -> float | None:
+    return float(setting[name]) if name in setting else None
 
 
 def _attached(model: Any, rates: Mapping[str, float], head_lr: float) -> Attached:

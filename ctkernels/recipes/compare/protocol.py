@@ -280,7 +280,7 @@ class _Work:
         else:
             with self._attached(method, blank, images) as attached:
                 run = self._trained(attached, blank, images)
-                detail, parameters, head = learned(attached.network, run), attached.parameters, attached.head
+                detail, parameters, head = learned(attached.network, run.state), attached.parameters, attached.head
         cell = replace(
             blank,
             parameters=parameters,
@@ -322,7 +322,7 @@ class _Work:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cell.seed)
             network, head = with_head(self.model, self._example(images), self.classes, cell.seed)
-            yield method.attach(network, head, cell.setting, self.activations)
+            yield method.attach(network, head, cell.setting, self.activations, images.train[0][0].shape[-1])
 
     def _trained(self, attached: Attached, cell: Cell, images: Draw) -> Run:
         from .training import train
@@ -363,14 +363,15 @@ class _Work:
         return images.train[0][0][None].to(self.accelerator.device)
 
 
-def learned(network: nn.Module, run: Run) -> dict[str, Any]:
+def learned(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """``detail`` of a network whose curvature was learned: a summary of every site's beta and coeff."""
     sites: dict[str, dict[str, Any]] = {}
-    for name, raw in run.state.items():
+    for name, module in network.named_modules():
         for value in ("beta", "coeff"):
-            site, found, _ = name.partition(f".raw_{value}")
-            if found:
-                sites.setdefault(site.removeprefix("base_model.model."), {})[value] = _distribution(raw.sigmoid())
+            raw = state.get(f"{name}.curvature_raw_{value}.default")
+            if raw is not None:
+                site: str = module.site  # type: ignore[assignment]
+                sites.setdefault(site, {})[value] = _distribution(raw.sigmoid())
     return {"curvature": sites} if sites else {}
 
 
