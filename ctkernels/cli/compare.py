@@ -58,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument(
-        "data", nargs="+", help="folders of images, .npz files, fashion-mnist, mnist-5k, digits, emoji, torchvision:NAME"
+        "data",
+        nargs="+",
+        help="folders of images, .npz files, fashion-mnist, mnist-5k, digits, emoji, torchvision:NAME",
     )
     what = p.add_argument_group("comparison")
     what.add_argument(

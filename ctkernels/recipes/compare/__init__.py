@@ -7,6 +7,7 @@ from .heads import Budget
 from .inputs import ImageOptions
 from .protocol import DEFAULT_METHODS, compare_transfer
 from .result import Cell, TransferComparison, read_comparison
+from .tune import load_tuned, stages, tune_curvature
 
 __all__ = [
     "DEFAULT_METHODS",
@@ -15,5 +16,8 @@ __all__ = [
     "ImageOptions",
     "TransferComparison",
     "compare_transfer",
+    "load_tuned",
     "read_comparison",
+    "stages",
+    "tune_curvature",
 ]

@@ -16,7 +16,7 @@ from .._inputs import coeff_at
 from ..features import passes
 from ..search import _Reader, _Subject, _subject, evaluation
 from .heads import Budget, Run, fit_head, head_place, rank
-from .training import batch_norms
+from .state import batch_norms
 
 
 @dataclass(frozen=True)

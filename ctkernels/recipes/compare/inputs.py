@@ -73,9 +73,7 @@ def draw(splits: Splits, options: ImageOptions, seed: int, memory: int) -> Draw:
 
 def split(splits: Splits, options: ImageOptions, seed: int) -> dict[str, ImageSet]:
     o = options
-    parts = splits.complete(
-        val=o.val, test=o.test, seed=seed, max_train=o.max_train, max_test=o.max_test, test_seed=0
-    )
+    parts = splits.complete(val=o.val, test=o.test, seed=seed, max_train=o.max_train, max_test=o.max_test, test_seed=0)
     return dict(zip(("train", "val", "test"), parts))
 
 
@@ -152,5 +150,3 @@ def digest_of(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._inputs import MEAN_FREE
 from ...steering.activations import RELU_FAMILY
+from .._inputs import MEAN_FREE
 from .result import Setting
 
 HEAD_LR = 1e-3
@@ -39,8 +40,8 @@ class Method:
     """A method by name; ``grid`` holds the values to try, ``optional`` names further settings it understands.
 
     ``attach`` makes an :class:`Attached` of a network with a new head, the head's name, a setting, the kinds of
-    activation to treat (None: the default) and the side of the images. It is None for methods that leave the network alone; of these ``coeff`` is
-    the coefficient of S-CT.
+    activation to treat (None: the default) and the side of the images. It is None for methods that leave the network
+    alone; of these ``coeff`` is the coefficient of S-CT, None of the linear probe.
     """
 
     name: str
@@ -127,7 +128,9 @@ def _lora(network: nn.Module, head: str, setting: Setting, rank: int) -> Attache
     return _attached(peft.get_peft_model(network, config), {"lora_": rate}, float(setting.get("head_lr", rate)))
 
 
-def _tct(network: nn.Module, head: str, setting: Setting, kinds: Sequence[str] | None, size: int, rank: int = 0) -> Attached:
+def _tct(
+    network: nn.Module, head: str, setting: Setting, kinds: Sequence[str] | None, size: int, rank: int = 0
+) -> Attached:
     import peft
 
     from ...adapters import CurvatureConfig
@@ -144,7 +147,11 @@ def _tct(network: nn.Module, head: str, setting: Setting, kinds: Sequence[str] |
         input_shape=(3, size, size),
         modules_to_save=[head],
     )
-    return _attached(peft.get_peft_model(model, config), rates, float(setting["head_lr"]))
+    with warnings.catch_warnings():
+        for about in ("You are trying to modify a model with PEFT for a second time", "Already found a `peft_config`"):
+            warnings.filterwarnings("ignore", about)  # two methods on one model are what is wanted here
+        adapted = peft.get_peft_model(model, config)
+    return _attached(adapted, rates, float(setting["head_lr"]))
 
 
 def _number(setting: Setting, name: str) -> float | None:

@@ -27,6 +27,7 @@ from .heads import Budget, Run, rank, with_head
 from .inputs import Draw, ImageOptions, Models, check_data, check_model, draw
 from .methods import Attached, Method, method
 from .result import Cell, Setting, TransferComparison, describe, display, resumed
+from .state import load_state
 
 DEFAULT_METHODS = ("linear", "sct", "lora-r1", "tct", "tct+lora-r1")
 BN_MODES = ("eval", "train", "paper")
@@ -301,7 +302,7 @@ class _Work:
         """The run with its test accuracy, from its saved weights."""
         from safetensors.torch import load_file
 
-        from .training import load_state, score
+        from .training import score
 
         state = load_file(weights_path(self.folder, cell))
         if method.attach is None:

@@ -170,9 +170,7 @@ class TransferComparison:
         It does not cover the draw of training images, which the deviation over seeds shows.
         """
         ours, theirs = ([c.right for c in self.tested(model, data, m)] for m in (method, baseline))
-        differences = [
-            sum(map(int, a)) / len(a) - sum(map(int, b)) / len(b) for a, b in zip(zip(*ours), zip(*theirs))
-        ]
+        differences = [sum(map(int, a)) / len(a) - sum(map(int, b)) / len(b) for a, b in zip(zip(*ours), zip(*theirs))]
         return stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 1.0
 
     def gains(self) -> list[dict[str, Any]]:

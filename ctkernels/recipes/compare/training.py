@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from .heads import Budget, Run, logits_of, rank
+from .state import batch_norms, state_of, training_mode
 
 PRECISIONS = ("no", "bf16", "fp16")
 LARGE = 1e9  # stands for a loss that is not finite: JSON has no infinity
@@ -29,38 +29,6 @@ def make_accelerator(precision: str = "no", cpu: bool = False) -> Accelerator:
         # torchvision's Swin passes weights to a function, so that LoRA on those layers never acts
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-
-
-def batch_norms(network: nn.Module) -> list[Any]:
-    return [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-
-@contextmanager
-def training_mode(network: nn.Module, bn_train: bool) -> Iterator[None]:
-    """Evaluation mode, batch normalisation on batch statistics if ``bn_train``; evaluation mode after it."""
-    network.eval()
-    for module in batch_norms(network) if bn_train else ():
-        module.train()
-    try:
-        yield
-    finally:
-        network.eval()
-
-
-def state_of(network: nn.Module, bn_train: bool) -> dict[str, Tensor]:
-    """Copies of what training changes: trained parameters, and the statistics of batch normalisation if ``bn_train``."""
-    state = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
-    if bn_train:
-        own = {id(b) for module in batch_norms(network) for b in module.buffers()}
-        state |= {name: b.detach().clone() for name, b in network.named_buffers() if id(b) in own}
-    return state
-
-
-def load_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`state_of` gave."""
-    unknown = network.load_state_dict(dict(state), strict=False).unexpected_keys
-    if unknown:
-        raise ValueError(f"weights: expected those of this network, got {unknown[:3]} besides")
 
 
 def train(
