@@ -56,8 +56,6 @@ def efficientnet_lite0() -> nn.Module:
 
 def _plain(conv: nn.Conv2d) -> nn.Conv2d:
     stride, bias = tuple(conv.stride), conv.bias is not None
-    plain = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, stride, groups=conv.groups, bias=bias
-    )
+    plain = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, stride, groups=conv.groups, bias=bias)
     plain.load_state_dict(conv.state_dict())
     return plain

@@ -1,4 +1,4 @@
-"""Tiny networks and data for the comparison's tests; factories for ``--model tests.compare_networks:small``."""
+"""Tiny networks and data for the comparison's tests; factories for ``--model compare_networks:small``."""
 
 import math
 

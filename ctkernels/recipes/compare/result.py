@@ -280,8 +280,11 @@ class TransferComparison:
         }
 
     def save(self, path: str | os.PathLike[str], **extra: Any) -> None:
-        """Write :meth:`to_dict` as JSON, through a temporary name."""
-        write_text(path, json.dumps(self.to_dict(**extra), indent=1) + "\n")
+        """Write :meth:`to_dict` as JSON, one line per run, through a temporary name."""
+        values = self.to_dict(**extra)
+        cells = ",\n  ".join(json.dumps(cell) for cell in values["cells"])
+        text = json.dumps({**values, "cells": []}, indent=1)
+        write_text(path, text.replace('\n "cells": []', f'\n "cells": [\n  {cells}\n ]', 1) + "\n")
 
 
 def read_comparison(path: str | os.PathLike[str]) -> TransferComparison:
