@@ -176,16 +176,16 @@ def test_validation_chooses_and_test_images_are_read_once():
         max(result.cells, key=lambda c: c.validation["accuracy"]).setting["head_lr"]
     }
     assert len(result.cells) == 3  # both settings on the first seed, the chosen one on the second
-    checked = 2  # the first test image goes into the digest, once per seed
+    checked = 1  # the first test image goes into the digest
     assert len(reads) == 2 * 30 + checked
 
 
 def test_same_seed_same_table():
-    methods = ["linear", "sct", "lora-r1", "tct", "tct+lora-r1"]
-    first, again = compare(methods, bn="train"), compare(methods, bn="train")
+    methods, options = ["linear", "sct", "tct+lora-r1"], {"bn": "train", "budget": Budget(2, 16)}
+    first, again = compare(methods, **options), compare(methods, **options)
     assert stable(first.cells) == stable(again.cells)
     assert first.table() == again.table()
-    assert stable(compare(["linear"], seeds=(5,)).cells) != stable(compare(["linear"], seeds=(6,)).cells)
+    assert [c.right for c in compare(["linear"]).cells] != [c.right for c in compare(["linear"], seeds=(5, 6)).cells]
 
 
 def test_models_are_left_as_they_were():

@@ -101,7 +101,8 @@ def emoji() -> Splits:
 def _drawn(text: str, font: Any) -> Any:
     image_module, draw_module = (require(f"PIL.{n}", "recipes", "drawing emoji") for n in ("Image", "ImageDraw"))
     image = image_module.new("RGB", (SIDE, SIDE), "white")
-    draw_module.Draw(image).text((SIDE / 2, SIDE / 2), text, font=font, embedded_color=True, anchor="mm")
+    where = (SIDE / 2, SIDE / 2)
+    draw_module.Draw(image).text(where, text, fill="black", font=font, embedded_color=True, anchor="mm")
     return image
 
 
@@ -194,7 +195,7 @@ def _first(make: Callable[..., Any], options: Sequence[dict[str, Any]], name: st
         except ValueError as error:  # what torchvision says of a split that it does not have
             if "split" in str(error).lower():
                 continue
-            raise
+            raise ValueError(f"{name}: {error}") from error
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{name}: its files are not there, and could not be fetched: {error}") from error
         return _as_images(dataset, name)
