@@ -96,14 +96,16 @@ def search_beta(
     grid = check_betas(betas)
     check_numbers(coeff=coeff, batch_size=batch_size, workers=workers, memory_limit=memory_limit)
     check_probe(probe, l2)
-    steering: dict[str, Any] = {} if activations is None else {"activations": tuple(activations)}
+    steering: dict[str, Any] = {"coeff": coeff}
+    if activations is not None:
+        steering["activations"] = tuple(activations)
     images, fractions = split(train, val, test, seed)
     labels = check_labels(images)
     place = device_of(model, device)
     seconds = dict.fromkeys(("features", "probes", "test"), 0.0)
-    with evaluation(model.to(place)), ExitStack() as stack:
+    with _evaluation(model.to(place)), ExitStack() as stack:
         example = example_of(images["train"], place)
-        subject = stack.enter_context(_subject(model, example, feature_layer, coeff, steering))
+        subject = stack.enter_context(_subject(model, example, feature_layer, steering))
         us = group(place)
         reader = _Reader(subject, us, place, batch_size, workers, progress)
         reference = 1.0 if subject.plain_is_beta_1 else None
@@ -188,7 +190,7 @@ class _Subject:
 
 
 @contextmanager
-def evaluation(model: nn.Module) -> Iterator[nn.Module]:
+def _evaluation(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode, and back to what each submodule was."""
     training = {module: module.training for module in model.modules()}
     model.eval()
@@ -201,8 +203,9 @@ def evaluation(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def _subject(
-    model: nn.Module, example: Tensor, place: Tap | str | None, coeff: float | str, steering: dict[str, Any]
+    model: nn.Module, example: Tensor, place: Tap | str | None, steering: dict[str, Any]
 ) -> Iterator[_Subject]:
+    coeff, options = steering["coeff"], {k: v for k, v in steering.items() if k != "coeff"}
     try:
         tap = place if isinstance(place, Tap) else find_tap(model, example, place)
         with tap.capture(model) as features:
@@ -211,7 +214,7 @@ def _subject(
         raise ValueError(
             f"train: images of shape {tuple(example.shape[1:])} do not fit {type(model).__name__}: {error}"
         ) from error
-    with steer(model, 1.0, **steering) as handle, tap.capture(model) as features:
+    with steer(model, 1.0, **options) as handle, tap.capture(model) as features:
         at_one = features(example)
         same = torch.allclose(at_one, as_is, rtol=1e-4, atol=1e-5 * float(as_is.abs().max()))
 

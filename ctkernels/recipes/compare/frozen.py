@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from .._distributed import Group
 from .._inputs import coeff_at
 from ..features import passes
-from ..search import _Reader, _Subject, _subject, evaluation
+from ..search import _evaluation, _Reader, _Subject, _subject
 from .heads import Budget, Run, fit_head, head_place, rank
 from .state import batch_norms
 
@@ -99,14 +99,16 @@ class Frozen:
     @contextmanager
     def _open(self, text: str) -> Iterator[_Reader]:
         tap = head_place(self.model, self.example)
-        steering = {} if self.activations is None else {"activations": tuple(self.activations)}
-        with evaluation(self.model):
+        steering: dict[str, Any] = {"coeff": self.coeff}
+        if self.activations is not None:
+            steering["activations"] = tuple(self.activations)
+        with _evaluation(self.model):
             if self.betas is None:
                 with tap.capture(self.model) as features:
                     dim = features(self.example).shape[1]
                     yield self._reader(_Subject(lambda beta: features, tap, dim, (), (), True))
             else:
-                with _subject(self.model, self.example, tap, self.coeff, steering) as subject:
+                with _subject(self.model, self.example, tap, steering) as subject:
                     yield self._reader(subject)
 
     def _reader(self, subject: _Subject) -> _Reader:

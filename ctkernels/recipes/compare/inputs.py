@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 from ... import steer
 from .._inputs import check_labels
 from ..images import ImageSet, Preprocess, Splits, normalised_like
-from ..search import evaluation
+from ..search import _evaluation
 from .heads import logits_of, with_head
 from .methods import Method
 
@@ -119,7 +119,7 @@ def check_model(
             for LoRA.
     """
     try:
-        with evaluation(model):
+        with _evaluation(model):
             _try(model, methods, size, activations)
     except ValueError as error:
         raise ValueError(f"model {name}: {error}") from error
