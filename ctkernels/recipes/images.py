@@ -104,7 +104,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     def take(self, indices: Tensor) -> ImageSet:
         """The images at ``indices``, int64, in that order."""
-        whole = self.images  # a list of paths, or something that takes a tensor of indices
+        whole: Any = self.images  # a list of paths, or something that takes a tensor of indices
         images = [whole[i] for i in indices.tolist()] if isinstance(whole, (list, tuple)) else whole[indices]
         return dataclasses.replace(self, images=images, labels=self.labels[indices])
 

@@ -145,7 +145,7 @@ class TransferComparison:
 
     def gain(self, model: str, method: str, baseline: str = BASELINE) -> dict[str, Any] | None:
         """``method`` against ``baseline`` over the data sets; None if no set has both, every seed of them."""
-        each = []
+        each: list[dict[str, Any]] = []
         for data in self.sets(model, method, baseline):
             ours, theirs = (mean(c.test or 0.0 for c in self.tested(model, data, m)) for m in (method, baseline))
             error = self.standard_error(model, data, method, baseline)
