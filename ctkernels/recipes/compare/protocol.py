@@ -224,10 +224,13 @@ class _Todo:
         return {c.seed for c in self.now().tested(self.model, self.data, self.method.name)} >= set(self.seeds)
 
     def run(self, work: _Work, images_of: Callable[[int], Draw]) -> None:
-        def trained(seed: int, setting: Setting) -> Cell:
+        def trained(seed: int, setting: Setting, to_test: bool = False) -> Cell:
             blank = self.blank(seed, setting)
             found = self.cells().get(blank.key)
-            if found is None:
+            lost = (
+                to_test and found is not None and found.test is None and not weights_path(work.folder, found).exists()
+            )
+            if found is None or lost:
                 found = work.train(self.method, blank, images_of(seed))
                 self.keep(found)
             return found
@@ -235,7 +238,7 @@ class _Todo:
         tried = [trained(self.seeds[0], setting) for setting in self.settings]
         best = max(tried, key=lambda cell: rank(cell.validation))
         for seed in self.seeds:
-            cell = trained(seed, best.setting)
+            cell = trained(seed, best.setting, to_test=True)
             if cell.test is None:
                 self.keep(work.tested(self.method, cell, images_of(seed)))
         if work.us.rank == 0:
