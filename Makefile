@@ -7,10 +7,19 @@ BUILD  ?= auto
 PY := $(VENV)/bin/python
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-pure lint format bench build build-cuda sanitize clean help
+# The paper's table of transfer accuracies, made small: few and small images, few epochs, rates to match.
+COMPARE := fashion-mnist emoji digits --model mobilenet_v2=packaged --model examples.networks:mnist_cnn \
+    --methods linear,sct,sct-mean-free,lora-r1,tct,tct+lora-r1 --size 48 --resize 48 --max-train 260 --val 0.3 --max-test 300 \
+    --betas 0.75,0.8,0.85,0.9,0.95 --epochs 4 --batch-size 16 --cpu \
+    --grid linear.head_lr=3e-3 --grid sct.head_lr=3e-3 --grid sct-mean-free.head_lr=3e-3 \
+    --grid lora-r1.lr=3e-3 --grid lora-r1.head_lr=3e-3 --grid tct.lr=0.03 --grid tct.beta=0.95 --grid tct.head_lr=3e-3 \
+    --grid tct+lora-r1.lr=0.03 --grid tct+lora-r1.lora_lr=3e-3 --grid tct+lora-r1.beta=0.95 --grid tct+lora-r1.head_lr=3e-3
+
+.PHONY: demo compare test test-pure lint format bench build build-cuda sanitize clean help
 
 help:
 	@echo "make demo    adapt real pretrained networks on real images and texts (about nine minutes)"
+	@echo "make compare a linear probe, S-CT, LoRA and T-CT on two real networks and three data sets"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff and mypy       make format   ruff format"
 	@echo "make bench   kernel benchmarks   make build    rebuild the native kernels"
@@ -41,6 +50,10 @@ build-cuda: $(VENV)/built.stamp
 demo: $(VENV)/demo.stamp
 	$(PY) examples/demo_steering.py $(DEMO_ARGS)
 	$(PY) examples/demo_jola.py $(DEMO_ARGS)
+
+# Stopped, it goes on where it was.
+compare: $(VENV)/demo.stamp
+	$(PY) -m ctkernels compare $(COMPARE) --out out/compare $(COMPARE_ARGS)
 
 # The native kernels have to be there: a test run that skipped them would prove little.
 test: $(VENV)/built.stamp

@@ -101,7 +101,7 @@ def test_folder_from_end_to_end_as_a_process(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "data must be a folder of images, an .npz file or 'fashion-mnist'; nowhere does not exist"),
+        (["nowhere"], "torchvision:NAME; nowhere does not exist"),
         (
             ["{data}", "--betas", "0.9:0.7:0.1"],
             "--betas must be START:STOP:STEP or values with commas, got '0.9:0.7:0.1'",

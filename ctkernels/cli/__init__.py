@@ -17,6 +17,14 @@ COMMANDS = {
         "ctkernels.cli.steer",
         "find the curvature at which a pretrained network fits new data best, without training it",
     ),
+    "compare": (
+        "ctkernels.cli.compare",
+        "compare a linear probe, S-CT, LoRA and T-CT on image classifiers and data sets: the paper's tables",
+    ),
+    "tune": (
+        "ctkernels.cli.tune",
+        "learn the curvature of a network on new data (T-CT), from the best fixed one, and save the adapter",
+    ),
     "jola": (
         "ctkernels.cli.jola",
         "adapt a language model with a few examples by editing attention heads, beside LoRA and others",

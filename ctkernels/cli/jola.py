@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ._options import chosen_options, out_folder, parse_grids, parse_seeds
+
 SUMMARY = """\
 Adapt a language model with a few examples: JoLA beside zero-shot, LoRA, BitFit, (IA)3 and ungated head edits.
 
@@ -86,35 +88,12 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def parse_grids(texts: list[str]) -> dict[str, dict[str, list[float]]]:
-    """``["lora.rank=4,8"]`` gives ``{"lora": {"rank": [4.0, 8.0]}}``."""
-    grids: dict[str, dict[str, list[float]]] = {}
-    for text in texts:
-        name, _, values = text.partition("=")
-        method, _, setting = name.partition(".")
-        try:
-            grids.setdefault(method, {})[setting] = [float(value) for value in values.split(",")]
-        except ValueError:
-            raise ValueError(f"--grid must be METHOD.NAME=VALUE,VALUE, got {text!r}") from None
-    return grids
-
-
-def parse_seeds(text: str) -> list[int]:
-    """``"0,1"`` gives ``[0, 1]``."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--seeds must be numbers with commas, got {text!r}") from None
-
-
 def run(arguments: argparse.Namespace) -> int:
     from .._extras import require
     from ..recipes import _distributed, jola
 
     seeds, grids = parse_seeds(arguments.seeds), parse_grids(arguments.grid)
-    out = Path(arguments.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, {out} is a file")
+    out = out_folder(arguments.out)
     for module in ("transformers", "peft", "accelerate", *(() if arguments.no_report else ("matplotlib",))):
         require(module, "jola", "the JoLA recipe")
     from ..recipes.jola.training import Budget
@@ -156,10 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
         name=arguments.model,
         device=arguments.device or _distributed.launched_device(),
         progress=not arguments.no_progress,
-        extra={
-            "command": arguments.command,
-            "options": {k: v for k, v in vars(arguments).items() if k not in ("command", "traceback")},
-        },
+        extra={"command": arguments.command, "options": chosen_options(arguments)},
     )
     if _distributed.launched_rank() == 0:
         print(f"{data.source}: {arguments.train} to train, {arguments.val} to validate on")

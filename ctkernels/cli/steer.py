@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from pathlib import Path
+
+from ._options import add_image_options, add_running_options, chosen_options, out_folder, parse_betas, parse_bytes
 
 SUMMARY = """\
 Find the curvature at which a pretrained network fits new data best, without training it (S-CT).
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("data", help="folder of images, .npz file, or fashion-mnist")
+    p.add_argument("data", help="folder of images, .npz file, or a data set by name such as fashion-mnist")
     network = p.add_argument_group("network")
     network.add_argument("--model", required=True, help="torchvision name, timm:NAME, or factory module:function")
     network.add_argument(
@@ -60,30 +61,17 @@ def parser() -> argparse.ArgumentParser:
         "--feature-layer", help="submodule whose output is probed (default: what enters the classifier)"
     )
     network.add_argument(
-        "--coeff", type=float, default=0.5, help="mixing coefficient c of the unit (default: %(default)s)"
+        "--coeff",
+        type=lambda text: text if text == "mean-free" else float(text),
+        default=0.5,
+        help="mixing coefficient c of the unit, or mean-free: beta^2 / (1 + beta^2) (default: %(default)s)",
     )
     network.add_argument(
         "--betas",
         default="0.7:1:0.01",
         help="START:STOP:STEP with both ends, or values with commas (default: %(default)s); 1 always takes part",
     )
-    images = p.add_argument_group("images")
-    images.add_argument("--size", type=int, default=224, help="pixels that the network sees (default: %(default)s)")
-    images.add_argument("--resize", type=int, help="shorter side before the centre crop (default: size * 256 / 224)")
-    images.add_argument(
-        "--normalise",
-        choices=("target", "imagenet"),
-        default="target",
-        help="mean and deviation of up to 1000 training images, or of ImageNet (default: %(default)s)",
-    )
-    images.add_argument(
-        "--val", type=float, default=0.2, help="fraction for validation if none is given (default: %(default)s)"
-    )
-    images.add_argument(
-        "--test", type=float, default=0.2, help="fraction for test if none is given (default: %(default)s)"
-    )
-    images.add_argument("--max-train", type=int, help="at most so many for training and validation (default: all)")
-    images.add_argument("--max-test", type=int, help="at most so many for test (default: all)")
+    add_image_options(p)
     probe = p.add_argument_group("probe")
     probe.add_argument(
         "--probe",
@@ -92,38 +80,12 @@ def parser() -> argparse.ArgumentParser:
         help="logistic regression on standardised features, or the paper's own with Adam (default: %(default)s)",
     )
     probe.add_argument("--l2", type=float, default=0.01, help="penalty of the logistic probe (default: %(default)s)")
-    running = p.add_argument_group("running")
+    running = add_running_options(p, "out/steer")
     running.add_argument("--seed", type=int, default=0, help="of splits, samples and probe (default: %(default)s)")
     running.add_argument("--batch-size", type=int, default=32, help="images per forward pass (default: %(default)s)")
-    running.add_argument("--workers", type=int, default=0, help="processes that decode images (default: %(default)s)")
     running.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
-    running.add_argument("--memory-limit", default="2GiB", help="for features kept at once (default: %(default)s)")
-    running.add_argument("--out", default="out/steer", help="folder for the results (default: %(default)s)")
     running.add_argument("--no-plot", action="store_true", help="no picture")
-    running.add_argument("--no-progress", action="store_true", help="no progress bar")
     return p
-
-
-def parse_betas(text: str) -> list[float]:
-    """``"0.7:1:0.1"`` gives 0.7, 0.8, 0.9, 1; ``"0.8,1"`` gives these."""
-    try:
-        if ":" in text:
-            start, stop, step = (float(part) for part in text.split(":"))
-            if not (step > 0 and stop >= start):
-                raise ValueError
-            return [round(start + i * step, 10) for i in range(int((stop - start) / step + 1e-9) + 1)]
-        return [float(part) for part in text.split(",")]
-    except (ValueError, OverflowError):
-        raise ValueError(f"--betas must be START:STOP:STEP or values with commas, got {text!r}") from None
-
-
-def parse_bytes(text: str) -> int:
-    """``"2GiB"``, ``"500 MB"``, ``"1e9"``: a number of bytes."""
-    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*([a-z]*)\s*", text.lower())
-    if match and match[2] in units and float(match[1]) > 0:
-        return int(float(match[1]) * units[match[2]])
-    raise ValueError(f"--memory-limit must be a size such as 500MB or 2GiB, got {text!r}")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -137,9 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     betas = parse_betas(arguments.betas)
     memory_limit = parse_bytes(arguments.memory_limit)
     preprocess = recipes.Preprocess(size=arguments.size, resize=arguments.resize)
-    out = Path(arguments.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, {out} is a file")
+    out = out_folder(arguments.out)
     if not arguments.no_plot:
         require("matplotlib.figure", "recipes", "the picture")
     splits = recipes.load_data(arguments.data)
@@ -179,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
         result.save(
             out / "result.json",
             command=arguments.command,
-            options={k: v for k, v in vars(arguments).items() if k not in ("command", "traceback")},
+            options=chosen_options(arguments),
             data={
                 "source": splits.source,
                 "classes": list(train.classes),

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from .images import check_classes, labels_of, stratified_split
 
 DEFAULT_BETAS = tuple(round(0.70 + 0.01 * i, 2) for i in range(31))
+MEAN_FREE = "mean-free"
 Images = Dataset[Any] | tuple[Tensor, Tensor]
 
 
@@ -24,9 +25,22 @@ def check_betas(betas: Iterable[float] | None) -> set[float]:
     return grid
 
 
-def check_numbers(*, coeff: float, batch_size: int, workers: int, memory_limit: int) -> None:
-    if not 0 <= coeff <= 1:
-        raise ValueError(f"coeff must be in [0, 1], got {coeff}")
+def coeff_at(coeff: float | str, beta: float) -> float:
+    """``coeff`` itself, or for ``"mean-free"`` the coefficient at which a unit of ``beta`` has no mean shift.
+
+    The integral of (unit - ReLU) over all x is (pi^2 / 6) s^2 ((1 - c) - c / beta^2), s = 1 - beta. It is zero at
+    c = beta^2 / (1 + beta^2): 0.5 near beta = 1, 0.448 at 0.9, 0.329 at 0.7. At c = 0.5 it is negative for beta < 1.
+
+    Example:
+        >>> coeff_at("mean-free", 1.0)
+        0.5
+    """
+    return beta**2 / (1 + beta**2) if isinstance(coeff, str) else coeff
+
+
+def check_numbers(*, coeff: float | str, batch_size: int, workers: int, memory_limit: int) -> None:
+    if coeff != MEAN_FREE and (isinstance(coeff, str) or not 0 <= coeff <= 1):
+        raise ValueError(f"coeff must be in [0, 1] or {MEAN_FREE!r}, got {coeff!r}")
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("workers", workers, 0),

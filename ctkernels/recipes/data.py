@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._extras import require
+from . import packaged
 from ._debian import unpack
 from .images import ImageSet, Splits, check_classes
 
@@ -26,11 +27,16 @@ FASHION_CLASSES = (
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 FASHION_MNIST = "fashion-mnist"
+WORDS = f"{FASHION_MNIST}, mnist-5k, digits, emoji, torchvision:NAME"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 def load_data(spec: str | os.PathLike[str]) -> Splits:
-    """A folder, an ``.npz`` file, or ``"fashion-mnist"``, told apart by what they are.
+    """A folder, an ``.npz`` file, or a data set by name, told apart by what they are.
+
+    Names: ``"fashion-mnist"``, ``"mnist-5k"``, ``"digits"``, ``"emoji"`` (see the functions); and
+    ``"torchvision:Flowers102"`` or ``"torchvision:Flowers102:FOLDER"`` for a class of ``torchvision.datasets``, whose
+    files are in, or go to, FOLDER (default ``data``).
 
     Raises:
         ValueError: ``spec`` is neither, or what it holds is not labelled images; the message says what was found.
@@ -45,11 +51,21 @@ def load_data(spec: str | os.PathLike[str]) -> Splits:
         return read_folder(path)
     if path.is_file():
         if path.suffix != ".npz":
-            raise ValueError(f"data must be a folder of images, an .npz file or {FASHION_MNIST!r}, got the file {path}")
+            raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}, got the file {path}")
         return read_npz(path)
-    if str(spec) == FASHION_MNIST:
-        return fashion_mnist()
-    raise ValueError(f"data must be a folder of images, an .npz file or {FASHION_MNIST!r}; {path} does not exist")
+    named: dict[str, Callable[[], Splits]] = {
+        FASHION_MNIST: fashion_mnist,
+        "mnist-5k": packaged.mnist_5k,
+        "digits": packaged.digits,
+        "emoji": packaged.emoji,
+    }
+    if str(spec) in named:
+        return named[str(spec)]()
+    library, _, rest = str(spec).partition(":")
+    if library == "torchvision":
+        name, _, root = rest.partition(":")
+        return packaged.torchvision_data(name, root or "data")
+    raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}; {path} does not exist")
 
 
 # --- a folder ---------------------------------------------------------------------------------------------------------

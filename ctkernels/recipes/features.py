@@ -82,7 +82,7 @@ def find_tap(model: nn.Module, example: Tensor, feature_layer: str | None = None
     ]
     try:
         with torch.inference_mode():
-            output = _tensor(model(example))
+            output = output_tensor(model(example))
     finally:
         for hook in hooks:
             hook.remove()
@@ -91,7 +91,7 @@ def find_tap(model: nn.Module, example: Tensor, feature_layer: str | None = None
     return Tap("", "output")
 
 
-def _tensor(value: Any) -> Tensor:
+def output_tensor(value: Any) -> Tensor:
     """The tensor in what a network returns: itself, ``.logits``, or the first of a tuple or a dictionary."""
     if isinstance(value, Tensor):
         return value
@@ -105,7 +105,7 @@ def _tensor(value: Any) -> Tensor:
 
 def pool(value: Any) -> Tensor:
     """(b, d) as it is; (b, tokens, d) averaged over tokens; (b, d, ...) averaged over all places."""
-    x = _tensor(value)
+    x = output_tensor(value)
     if x.dim() < 2:
         raise ValueError(f"features must have at least two dimensions, got the shape {tuple(x.shape)}")
     if x.dim() == 2:

@@ -79,13 +79,14 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     """Labelled images; item ``i`` is the preprocessed image, float32 (3, size, size), and its label.
 
     Args:
-        images: a tensor (n, H, W) or (n, C, H, W), C = 1 or 3, uint8 or floating point in [0, 1]; or n file paths.
+        images: a tensor (n, H, W) or (n, C, H, W), C = 1 or 3, uint8 or floating point in [0, 1]; or n file paths;
+            or anything of length n that gives such a tensor for a number, and a part of itself for int64 numbers.
         labels: int64 (n,), each an index into ``classes``.
         classes: the names.
         preprocess: default :class:`Preprocess`'s defaults.
     """
 
-    images: Tensor | Sequence[Path]
+    images: Tensor | Sequence[Path] | Any
     labels: Tensor
     classes: tuple[str, ...]
     preprocess: Preprocess = field(default_factory=Preprocess)
@@ -103,7 +104,8 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     def take(self, indices: Tensor) -> ImageSet:
         """The images at ``indices``, int64, in that order."""
-        images = self.images[indices] if isinstance(self.images, Tensor) else [self.images[i] for i in indices.tolist()]
+        whole: Any = self.images  # a list of paths, or something that takes a tensor of indices
+        images = [whole[i] for i in indices.tolist()] if isinstance(whole, (list, tuple)) else whole[indices]
         return dataclasses.replace(self, images=images, labels=self.labels[indices])
 
     def sample(self, limit: int | None, seed: int) -> ImageSet:
@@ -127,13 +129,21 @@ class Splits:
     source: str
 
     def complete(
-        self, *, val: float, test: float, seed: int, max_train: int | None = None, max_test: int | None = None
+        self,
+        *,
+        val: float,
+        test: float,
+        seed: int,
+        max_train: int | None = None,
+        max_test: int | None = None,
+        test_seed: int | None = None,
     ) -> tuple[ImageSet, ImageSet, ImageSet]:
         """Training, validation and test images; what the data lacks is cut off the training images, class by class.
 
         Args:
             val, test: fractions to cut, used only where there is no such split.
             seed: of the cuts and samples.
+            test_seed: of those of the test images. Default: ``seed``.
             max_train: at most so many images for training and for the validation that is cut off them.
             max_test: at most so many images for test.
 
@@ -144,10 +154,11 @@ class Splits:
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} must be at least 1, got {limit}")
         train, tested = self.train, self.test
+        test_seed = seed if test_seed is None else test_seed
         if tested is None:
-            rest, part = stratified_split(train.labels, [test], seed, "test")
+            rest, part = stratified_split(train.labels, [test], test_seed, "test")
             train, tested = train.take(rest), train.take(part)
-        train, tested = train.sample(max_train, seed), tested.sample(max_test, seed)
+        train, tested = train.sample(max_train, seed), tested.sample(max_test, test_seed)
         if self.val is not None:
             return train, self.val, tested
         rest, part = stratified_split(train.labels, [val], seed, "val")

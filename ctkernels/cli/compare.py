@@ -1,0 +1,130 @@
+"""``python -m ctkernels compare``: the Curvature Tuning paper's comparison on any networks and data sets."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ._options import (
+    add_image_options,
+    add_running_options,
+    add_training_options,
+    image_options,
+    out_folder,
+    parse_grids,
+    parse_seeds,
+    training_options,
+)
+
+SUMMARY = """\
+Compare ways to adapt pretrained image classifiers: a linear probe, S-CT, LoRA, T-CT, and T-CT with LoRA.
+
+Every method trains a new head with the same schedule and keeps its best validation epoch. Where there are several
+settings to try, validation on the first seed chooses. The test images are read once per method and seed."""
+
+EXAMPLES = """\
+examples:
+  # the paper's table 1: one command a table
+  python -m ctkernels compare torchvision:Flowers102 torchvision:DTD beans/ \\
+      --model resnet18 --model resnet50 --methods linear,sct,lora-r1,tct --bn paper --out out/table1
+
+  # ranks of LoRA are methods of their own; rates to try are given by method
+  python -m ctkernels compare photos/ --model timm:resnet50d --methods linear,lora-r1,lora-r4,tct,tct+lora-r4 \\
+      --grid lora-r1.lr=1e-4,1e-3 --grid lora-r4.lr=1e-4,1e-3 --grid tct.lr=0.1,0.01
+
+  # a classifier of transformers with GELU
+  python -m ctkernels compare photos/ --model transformers:google/vit-base-patch16-224 --activations gelu
+
+  # without a network connection: packaged weights and data
+  python -m ctkernels compare fashion-mnist emoji --model mobilenet_v2=packaged --size 64 --resize 64 \\
+      --max-train 500 --max-test 500 --betas 0.7,0.8,0.9,0.95 --epochs 10
+
+  # four GPUs share each step; cut short, the same command goes on where it was
+  torchrun --nproc-per-node 4 -m ctkernels compare photos/ --model resnet152 --batch-size 128 --precision bf16
+
+results:
+  OUT/result.json   every run, the table with mean and deviation over seeds, the settings that were tried
+  OUT/table.md      the table as Markdown
+  OUT/weights/      what each tested run trained
+
+exit codes: 0 done, 2 bad input, 130 interrupted"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m ctkernels compare",
+        description=SUMMARY,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "data",
+        nargs="+",
+        help="folders of images, .npz files, fashion-mnist, mnist-5k, digits, emoji, torchvision:NAME",
+    )
+    what = p.add_argument_group("comparison")
+    what.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        metavar="NAME[=WEIGHTS]",
+        help="torchvision name, timm:NAME, transformers:NAME, or factory module:function; weights: default, none, "
+        "packaged, or a file (default: default). May be given several times",
+    )
+    what.add_argument(
+        "--methods",
+        default="linear,sct,lora-r1,tct,tct+lora-r1",
+        help="linear, sct, sct-mean-free, tct, lora-rN, tct+lora-rN, with commas (default: %(default)s)",
+    )
+    what.add_argument("--seeds", default="42,43,44", help="with commas; the first chooses (default: %(default)s)")
+    what.add_argument("--grid", action="append", default=[], metavar="METHOD.NAME=VALUES", help="settings to try")
+    add_training_options(p)
+    add_image_options(p)
+    running = add_running_options(p, "out/compare")
+    running.add_argument("--cpu", action="store_true", help="leave GPUs alone")
+    return p
+
+
+def model_source(text: str, seed: int) -> tuple[str, Any]:
+    """``"resnet18=none"`` gives the name and a function that loads it."""
+    name, _, weights = text.partition("=")
+
+    def load() -> Any:
+        import torch
+
+        from ..recipes import load_model
+
+        torch.manual_seed(seed)  # for weights drawn at random
+        return load_model(name, weights or "default")
+
+    return name, load
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from .. import recipes
+    from .._files import write_text
+    from ..recipes import _distributed
+    from ..recipes.compare import compare_transfer
+
+    seeds = parse_seeds(arguments.seeds)
+    out, options = out_folder(arguments.out), training_options(arguments)
+    sources = [model_source(text, seeds[0]) for text in arguments.model]
+    for what, names in (("--model", [name for name, _ in sources]), ("data", arguments.data)):
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{what} must name each one once, got {twice} more than once")
+    result = compare_transfer(
+        dict(sources),
+        {name: recipes.load_data(name) for name in arguments.data},
+        methods=arguments.methods.split(","),
+        seeds=seeds,
+        grids=parse_grids(arguments.grid),
+        images=image_options(arguments),
+        out=out,
+        **options,
+    )
+    if _distributed.launched_rank() == 0:
+        write_text(out / "table.md", result.markdown() + "\n")
+        tuning = result.tuning()
+        print("\n\n".join([*([tuning] if tuning else []), result.table(), result.verdict()]))
+        print(f"\nsaved {out / 'result.json'} and {out / 'table.md'}")
+    return 0

@@ -1,0 +1,104 @@
+"""``python -m ctkernels tune``: learn the curvature of one network on one data set."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ._options import (
+    add_image_options,
+    add_running_options,
+    add_training_options,
+    image_options,
+    out_folder,
+    training_options,
+)
+from .compare import model_source
+
+SUMMARY = """\
+Learn the curvature of a pretrained network on new data (T-CT): the fixed knob first, then learned ones.
+
+A linear probe and the best fixed beta (S-CT) come first. Then a beta and a coefficient per channel are learned together
+with a new head, starting at that beta, and saved as a PEFT adapter. Every stage is tested once."""
+
+EXAMPLES = """\
+examples:
+  python -m ctkernels tune photos/ --model resnet18
+
+  # rates to try; validation chooses
+  python -m ctkernels tune data.npz --model timm:resnet50d --lr 0.1,0.01 --head-lr 1e-3,1e-2
+
+  # without a network connection: packaged weights and data
+  python -m ctkernels tune fashion-mnist --model mobilenet_v2=packaged --size 64 --resize 64 --max-train 500 \\
+      --max-test 500 --betas 0.8,0.9,0.95 --lr 0.01 --epochs 10
+
+afterwards:
+  from ctkernels.recipes import load_model
+  from ctkernels.recipes.compare import load_tuned
+  network, preprocess, classes = load_tuned(load_model("resnet18"), "out/tune")
+
+results:
+  OUT/result.json   every stage, how the learned curvature is distributed, everything needed to repeat the run
+  OUT/adapter/      the adapter and the head, as peft saves them
+
+exit codes: 0 done, 2 bad input, 130 interrupted"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m ctkernels tune",
+        description=SUMMARY,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("data", help="folder of images, .npz file, or a data set by name such as fashion-mnist")
+    p.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME[=WEIGHTS]",
+        help="torchvision name, timm:NAME, transformers:NAME, or factory module:function; weights: default, none, "
+        "packaged, or a file",
+    )
+    p.add_argument("--lr", default="0.1", help="of beta and coeff, to try, with commas (default: %(default)s)")
+    p.add_argument("--head-lr", default="1e-3", help="of the head, to try, with commas (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=42, help="of splits, initial weights and order (default: %(default)s)")
+    add_training_options(p)
+    add_image_options(p)
+    add_running_options(p, "out/tune").add_argument("--cpu", action="store_true", help="leave GPUs alone")
+    return p
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from .. import recipes
+    from .._extras import require
+    from ..recipes import _distributed
+
+    rates = {name: parse_rates(name, getattr(arguments, name)) for name in ("lr", "head_lr")}
+    out, options = out_folder(arguments.out), training_options(arguments)
+    for module in ("accelerate", "peft", "safetensors"):
+        require(module, "adapters", "learning the curvature")
+    from ..recipes.compare import stages, tune_curvature
+
+    name, load = model_source(arguments.model, arguments.seed)
+    result = tune_curvature(
+        load,
+        recipes.load_data(arguments.data),
+        out,
+        name=name,
+        data_name=Path(arguments.data).name,
+        seed=arguments.seed,
+        images=image_options(arguments),
+        **rates,
+        **options,
+    )
+    if _distributed.launched_rank() == 0:
+        print(f"{stages(result)}\n\n{result.verdict()}\n\nsaved {out / 'adapter'} and {out / 'result.json'}")
+    return 0
+
+
+def parse_rates(name: str, text: str) -> list[float]:
+    """``"0.1,0.01"`` gives ``[0.1, 0.01]``."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{name.replace('_', '-')} must be numbers with commas, got {text!r}") from None

@@ -1,0 +1,188 @@
+"""One network, one data set: the best fixed knob first, then learned ones from there, saved as an adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..._extras import require
+from ..._files import replacing
+from ..images import Preprocess, Splits, normalised_like
+from .heads import with_head
+from .inputs import ImageOptions, split
+from .methods import method
+from .protocol import compare_transfer, weights_path
+from .result import SCHEMA, Setting, TransferComparison, display
+from .state import batch_norms, load_state
+
+HIGHEST = 0.99  # the rate of change of a learned beta dies as 1 - beta, so it cannot start nearer to 1
+STATISTICS = "statistics.safetensors"
+
+
+def tune_curvature(
+    model: nn.Module | Callable[[], nn.Module],
+    data: Splits,
+    out: str | PathLike[str],
+    *,
+    name: str = "model",
+    data_name: str = "data",
+    seed: int = 42,
+    lr: Sequence[float] = (0.1,),
+    head_lr: Sequence[float] = (1e-3,),
+    images: ImageOptions | None = None,
+    extra: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> TransferComparison:
+    """Learn a network's curvature on new data (T-CT), starting at the fixed beta that suits it best (S-CT).
+
+    First a linear probe and S-CT, as in :func:`compare_transfer`. Then a beta and a coefficient per channel are learned
+    together with a new head, from the beta that validation chose; from the paper's 0.8 where it chose the plain
+    network. The adapter is saved with PEFT in ``out/adapter``; :func:`load_tuned` puts it on the network again.
+
+    Args:
+        model: the pretrained network, or a function that builds it.
+        data: labelled images.
+        out: folder for ``result.json``, ``weights`` and ``adapter``. A call that was cut short goes on from there.
+        name, data_name: what they are called in the result.
+        seed: of the splits, initial weights and order.
+        lr: rates of the curvature to try.
+        head_lr: rates of the head to try, for all three stages.
+        images: how images are made ready and split.
+        extra: more entries for the result file.
+        options: ``betas``, ``budget``, ``bn``, ``activations`` and others of :func:`compare_transfer`.
+
+    Raises:
+        ValueError, ImportError: as :func:`compare_transfer`.
+
+    Example:
+        >>> result = tune_curvature(load_model("resnet18"), load_data("photos/"), "out/tune")  # doctest: +SKIP
+        >>> network = load_tuned(load_model("resnet18"), "out/tune")  # doctest: +SKIP
+
+    Source: Curvature Tuning paper, sections 3.3 and 4.1.
+    """
+    o, folder = images or ImageOptions(), Path(out)
+    head = {"head_lr": list(head_lr)}
+    common: dict[str, Any] = {"seeds": (seed,), "images": o, "out": out, **options}
+    sources, sets = {name: model}, {data_name: data}
+    method("tct").settings({"lr": list(lr), **head})  # refuse bad rates before the first stage
+    fixed = compare_transfer(
+        sources, sets, methods=("linear", "sct"), grids={"linear": head, "sct": head}, extra=extra, **common
+    )
+    chosen = fixed.tested(name, data_name, "sct")[0].detail["beta"]
+    start = {} if chosen is None or chosen == 1.0 else {"beta": [min(chosen, HIGHEST)]}
+    grids = {"linear": head, "sct": head, "tct": {"lr": list(lr), **head, **start}}
+    result = compare_transfer(
+        sources, sets, methods=("linear", "sct", "tct"), grids=grids, extra={**(extra or {}), "kind": "tune"}, **common
+    )
+    train = split(data, o, seed)["train"]
+    preprocess = Preprocess(o.size, o.resize)
+    if o.normalise == "target":
+        preprocess = normalised_like(preprocess, train)
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        built = (model if isinstance(model, nn.Module) else model()).cpu()
+        cell = result.tested(name, data_name, "tct")[0]
+        network = _network(built, len(train.classes), cell.setting, o.size, result.setup["activations"])
+        load_state(network, _read(weights_path(folder, cell)))
+        _save(network, folder / "adapter", result.setup["bn"] != "eval")
+        tuned = {
+            "adapter": "adapter",
+            "classes": list(train.classes),
+            "size": preprocess.size,
+            "resize": preprocess.resize,
+            "mean": list(preprocess.mean),
+            "std": list(preprocess.std),
+        }
+        result.save(folder / "result.json", **(extra or {}), kind="tune", tuned=tuned)
+    return result
+
+
+def load_tuned(model: nn.Module, folder: str | PathLike[str]) -> tuple[nn.Module, Preprocess, tuple[str, ...]]:
+    """What :func:`tune_curvature` left in a folder, on a copy of the pretrained network.
+
+    Args:
+        model: the network as it was before.
+        folder: ``out`` of :func:`tune_curvature`.
+
+    Returns:
+        the network in evaluation mode, from (n, 3, size, size) to logits (n, classes); what makes an image ready for
+        it; the classes.
+
+    Raises:
+        ValueError: the folder has no such result, or the network is another one.
+    """
+    peft = require("peft", "adapters", "loading an adapter")
+    from ...adapters import CurvatureConfig  # noqa: F401  (peft knows the method once it is imported)
+
+    path = Path(folder)
+    try:
+        values = json.loads((path / "result.json").read_text(encoding="utf-8"))
+        tuned = values["tuned"]
+        if values["schema"] != SCHEMA:
+            raise ValueError(f"schema {values['schema']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must hold what tune_curvature left, got {error!r}") from None
+    preprocess = Preprocess(tuned["size"], tuned["resize"], tuple(tuned["mean"]), tuple(tuned["std"]))
+    network, _ = with_head(model.eval(), _example(model, tuned["size"]), len(tuned["classes"]))
+    try:
+        adapted = peft.PeftModel.from_pretrained(network, str(path / tuned["adapter"]))
+    except RuntimeError as error:
+        raise ValueError(f"the adapter in {path} does not fit {type(model).__name__}: {error}") from error
+    if (path / "adapter" / STATISTICS).is_file():
+        load_state(adapted, _read(path / "adapter" / STATISTICS))
+    return adapted.eval(), preprocess, tuple(tuned["classes"])
+
+
+def stages(result: TransferComparison) -> str:
+    """What each stage gave on the test images, and which one validation would keep."""
+    (model,), (data,) = result.models, list(result.setup["data"])
+    lines, best = [], ("", -1.0)
+    for name in ("linear", "sct", "tct"):
+        cell = result.tested(model, data, name)[0]
+        accuracy = cell.validation["accuracy"]
+        best = (name, accuracy) if accuracy > best[1] else best  # of equals the simpler one
+        how = f", beta = {cell.detail['beta']:g}" if cell.detail.get("beta") is not None else ""
+        lines.append(
+            f"{display(name)}{how}: validation {100 * accuracy:.1f} %, test {100 * (cell.test or 0):.1f} %, "
+            f"{cell.parameters:,} numbers learned besides the head"
+        )
+    return "\n".join([*lines, f"validation prefers: {display(best[0])}"])
+
+
+def _network(
+    model: nn.Module, classes: int, setting: Setting, size: int, activations: Sequence[str] | None
+) -> nn.Module:
+    network, head = with_head(model.eval(), _example(model, size), classes)
+    attach = method("tct").attach
+    assert attach is not None
+    return attach(network, head, setting, activations, size).network
+
+
+def _example(model: nn.Module, size: int) -> torch.Tensor:
+    return torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _save(network: nn.Module, folder: Path, statistics: bool) -> None:
+    from safetensors.torch import save_file
+
+    from ...adapters import save_adapter
+
+    save_adapter(network, folder)
+    if statistics:
+        names = {id(b): name for name, b in network.named_buffers()}
+        own = {names[id(b)]: b.contiguous() for module in batch_norms(network) for b in module.buffers()}
+        with replacing(folder / STATISTICS) as temporary:
+            save_file(own, temporary)
