@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,11 @@ class Tap:
         return f"{self.side} of {self.layer or 'the network'}"
 
     @contextmanager
-    def capture(self, model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Give a function from a batch (b, ...) to its features (b, d), float32, for as long as the context lasts."""
+    def capture(self, model: nn.Module, gradients: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Give a function from a batch (b, ...) to its features (b, d), float32, for as long as the context lasts.
+
+        With ``gradients`` they can be differentiated with respect to the batch.
+        """
         seen: list[Any] = []
         module = model.get_submodule(self.layer)
         if self.side == "input":
@@ -36,7 +39,7 @@ class Tap:
 
         def features(batch: Tensor) -> Tensor:
             seen.clear()
-            with torch.inference_mode():
+            with nullcontext() if gradients else torch.inference_mode():
                 model(batch)
             if not seen:
                 raise ValueError(f"feature_layer {self.layer!r} is not used when the network runs")
@@ -82,7 +85,7 @@ def find_tap(model: nn.Module, example: Tensor, feature_layer: str | None = None
     ]
     try:
         with torch.inference_mode():
-            output = _tensor(model(example))
+            output = output_tensor(model(example))
     finally:
         for hook in hooks:
             hook.remove()
@@ -91,7 +94,7 @@ def find_tap(model: nn.Module, example: Tensor, feature_layer: str | None = None
     return Tap("", "output")
 
 
-def _tensor(value: Any) -> Tensor:
+def output_tensor(value: Any) -> Tensor:
     """The tensor in what a network returns: itself, ``.logits``, or the first of a tuple or a dictionary."""
     if isinstance(value, Tensor):
         return value
@@ -105,7 +108,7 @@ def _tensor(value: Any) -> Tensor:
 
 def pool(value: Any) -> Tensor:
     """(b, d) as it is; (b, tokens, d) averaged over tokens; (b, d, ...) averaged over all places."""
-    x = _tensor(value)
+    x = output_tensor(value)
     if x.dim() < 2:
         raise ValueError(f"features must have at least two dimensions, got the shape {tuple(x.shape)}")
     if x.dim() == 2:

@@ -158,10 +158,10 @@ class BetaSearch:
         write_text(path, json.dumps(self.to_dict(**extra), indent=2) + "\n")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on, where they are installed."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on, and of ``more``, where they are installed."""
     found = {"python": platform.python_version(), "ctkernels": __version__}
-    for package in ("torch", "numpy", "scikit-learn", "torchvision", "timm"):
+    for package in ("torch", "numpy", "scikit-learn", "torchvision", "timm", *more):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
