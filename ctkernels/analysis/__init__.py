@@ -9,13 +9,16 @@ from .curvature import (
     lipschitz,
     random_directions,
 )
+from .toys import Toys, run_toys
 
 __all__ = [
     "CurvatureProfile",
+    "Toys",
     "curvature",
     "curvature_profile",
     "data_directions",
     "hessian_vector",
     "lipschitz",
     "random_directions",
+    "run_toys",
 ]

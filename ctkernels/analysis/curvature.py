@@ -135,9 +135,9 @@ def lipschitz(function: Callable[[Tensor], Tensor], x: Tensor, *, iterations: in
     v = random_directions(x, 1, seed)[0]
     estimate = x.new_zeros(len(x))
     shape = (-1, *[1] * (x.dim() - 1))
-    _, pull = torch.func.vjp(function, x)
+    pull: Callable[[Tensor], tuple[Tensor]] = torch.func.vjp(function, x)[1]
     for _ in range(iterations):
-        _, forward = torch.func.jvp(function, (x,), (v,))
+        forward: Tensor = torch.func.jvp(function, (x,), (v,))[1]
         grown = forward.flatten(1).norm(dim=1)
         done = bool((grown <= estimate * (1 + 1e-4)).all())
         estimate = torch.maximum(estimate, grown)
