@@ -227,15 +227,14 @@ def boundaries(toy: Mapping[str, Any]) -> Any:
             origin="lower",
             extent=(-extent, extent, -extent, extent),
             cmap="PuOr",
-            vmin=0,
-            vmax=1,
-            alpha=0.75,
+            vmin=-0.5,
+            vmax=1.5,
             interpolation="bilinear",
         )
         ax.contour(line, line, grid, levels=[0.5], colors="black", linewidths=1.2)
-        for label, marker, colour in ((0, "o", "#7f3b08"), (1, "s", "#2d004b")):
+        for label, marker, colour in ((0, "o", "#8a3d00"), (1, "s", "#40107a")):
             some = [(a, b) for a, b, c in zip(x, y, labels) if c == label]
-            size = 9 if len(labels) < 300 else 3
+            size = 14 if len(labels) < 300 else 4
             ax.scatter(*zip(*some), s=size, marker=marker, color=colour, edgecolors="white", linewidths=0.25, zorder=3)
         ax.set_title(text(name), fontsize=10)
         ax.set_xticks([])

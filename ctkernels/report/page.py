@@ -170,7 +170,7 @@ def _kind(values: Any) -> Any:
     if not isinstance(values, dict):
         return None
     if "schema" in values:
-        return values["schema"]
+        return values["schema"] if isinstance(values["schema"], str) else None
     if "draws" in values:
         return "draws"
     return "benchmarks" if "records" in values and "provenance" in values else None

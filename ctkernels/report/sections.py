@@ -92,8 +92,12 @@ def _searches(results: list[Any], title: str) -> Section:
         f"Line chart of validation accuracy against beta; chosen: {chosen}. The table below has the numbers.",
         "Validation accuracy for every β, the choice ringed; diamonds are what the test said.",
     )
-    helped = says.startswith("Steering helped here")
-    return Section("pilot", title, [says], facts, [picture], not_helped=[] if helped else [f"{title}: {says}"])
+    return Section("pilot", title, [says], facts, [picture], not_helped=_unless_helped(title, says))
+
+
+def _unless_helped(title: str, says: str) -> list[str]:
+    """For the summary: what a verdict says before its numbers, unless it says that steering helped."""
+    return [] if says.startswith("Steering helped here") else [f"{title}: {says.partition(':')[0]}."]
 
 
 def _grid_table(results: list[Any]) -> Table:
@@ -146,14 +150,7 @@ def search_betas(values: Mapping[str, Any]) -> Section:
         Table("Chosen β by group", ["activations", "β", "how many"], rows),
     ]
     says = str(values["verdict"])
-    return Section(
-        "pilot",
-        title,
-        [says],
-        facts,
-        parts,
-        not_helped=[] if says.startswith("Steering helped") else [f"{title}: {says}"],
-    )
+    return Section("pilot", title, [says], facts, parts, not_helped=_unless_helped(title, says))
 
 
 # --- robustness -------------------------------------------------------------------------------------------------------
@@ -219,10 +216,20 @@ def robust(values: Mapping[str, Any]) -> Section:
         ),
         ("Time", seconds(values["seconds"]["total"])),
     ]
-    bad = ("no difference beyond chance", "did not help", " hurt: ", "do not trust")
+    bad = ("no difference beyond chance was shown", "steering did not help", " hurt", "do not trust")
     return Section(
-        "robust", title, lines, facts, parts, not_helped=[line for line in lines if any(b in line for b in bad)]
+        "robust",
+        title,
+        lines,
+        facts,
+        parts,
+        not_helped=[_start(line, found) for line in lines for found in bad if found in line],
     )
+
+
+def _start(line: str, found: str) -> str:
+    """A sentence up to the end of what was found in it, without its numbers."""
+    return f"{line[: line.index(found) + len(found)]}."
 
 
 # --- curvature and toys -----------------------------------------------------------------------------------------------
@@ -364,11 +371,10 @@ def benchmarks(values: Mapping[str, Any]) -> Section:
         parts.append(
             Table("Bounds that the kernels are held to", ["bound", "dtype", "measured", "must be", "met"], rows, (1,))
         )
-        missed = [
-            f"Kernels: {b['what']} ({b['dtype']}) was {b['value']:.2f}, {b['bound']} was wanted."
-            for b in bars
-            if not b["met"]
-        ]
+        unmet = sum(not b["met"] for b in bars)
+        missed = (
+            [f"Kernels: {unmet} of the {len(bars)} bounds they are held to were not met in this run."] if unmet else []
+        )
     facts = [
         (
             "Machine",

@@ -188,7 +188,7 @@ def jola(values: Mapping[str, Any]) -> Section:
             ("Time", seconds(sum(c["seconds"] for c in values["cells"]))),
         ],
         [Table("Test scores: mean ± deviation over seeds", header, rows, (len(header) - 1,))],
-        not_helped=[] if "better than every other method" in says else [f"JoLA: {says}"],
+        not_helped=[] if "better than every other method" in says else [f"JoLA: {says.partition(':')[0]}."],
     )
     if rows:
         dots = [{"method": row["method"], **row["metrics"][primary]} for row in table]
