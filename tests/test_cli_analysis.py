@@ -93,6 +93,21 @@ def test_robust_refuses_bad_options(data, tmp_path, capsys, options, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("strategy", ["coordinate", "bayesian"])
+def test_search_from_end_to_end(data, tmp_path, capsys, strategy):
+    if strategy == "bayesian":
+        pytest.importorskip("optuna", reason="Bayesian search needs Optuna")
+    options = ("--strategy", strategy, "--evaluations", 3, "--groups", 1, "--no-progress", "--out", tmp_path / "out")
+    assert run("search", data, *SMALL, *options) == 0
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert found["verdict"] in capsys.readouterr().out
+    assert found["evaluations"]["made"] == 3
+    assert found["strategy"] == strategy
+    assert run("search", data, *SMALL, "--groups", "layer", "--no-progress", "--out", tmp_path / "other") == 2
+    assert "groups must be one of" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_bounds():
     assert parse_bound("linf", "8/255") == 8 / 255
     assert parse_bound("l2", "0.5") == 0.5

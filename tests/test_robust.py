@@ -259,11 +259,12 @@ def test_trained_networks_are_tested_beside_it_and_everything_is_saved(tmp_path)
         None,
         planted_images(20, size=6),
         planted_images(40, size=6),
-        trained={"t-ct": other},
+        trained={"t-ct": other, "own pixels": PixelClassifier(other, (0.0,), (1.0,))},
         threats=[Threat("l2", 0.1)],
         **OWN,
     )
     assert result.test["ℓ2 0.1"]["t-ct"].accuracy == 1
+    assert result.test["ℓ2 0.1"]["own pixels"] == result.test["ℓ2 0.1"]["t-ct"]
     assert result.gain("ℓ2 0.1", "t-ct").points == pytest.approx(1 - result.test["ℓ2 0.1"]["plain"].accuracy)
     assert model.training
     assert other.training
@@ -271,7 +272,7 @@ def test_trained_networks_are_tested_beside_it_and_everything_is_saved(tmp_path)
     result.save(tmp_path / "result.json", command="x")
     saved = json.loads((tmp_path / "result.json").read_text())
     assert saved["schema"] == "ctkernels.robust/1"
-    assert [row["method"] for row in saved["conditions"][0]["test"]] == ["plain", "s-ct", "t-ct"]
+    assert [row["method"] for row in saved["conditions"][0]["test"]] == ["plain", "s-ct", "t-ct", "own pixels"]
     assert saved["command"] == "x"
     assert "t-ct" in result.table()
 

@@ -68,7 +68,7 @@ class PixelClassifier(nn.Module):
     So a bound on the change and the clamp to [0, 1] mean pixels, and gradients flow through all there is.
 
     Args:
-        model: the network, in evaluation mode; takes normalised images.
+        model: the network; takes normalised images. Its mode is left to the caller: evaluation mode for attacks.
         mean, std: of each channel. Default: 0 and 1 for however many channels come, no normalisation.
         probe: classifies features; needs ``tap``. Default: the network's own output classifies.
         tap: where features are taken.
@@ -107,7 +107,6 @@ class PixelClassifier(nn.Module):
             with torch.no_grad():
                 self.head.weight.copy_(torch.from_numpy(weight))
                 self.head.bias.copy_(torch.from_numpy(bias))
-        self.eval()
 
     mean: Tensor
     std: Tensor

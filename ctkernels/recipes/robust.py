@@ -72,8 +72,9 @@ def robustness(
             ``val``'s) preprocessing for an :class:`ImageSet`, no normalisation for tensors.
         head: ``"probe"``: a linear probe is fitted on frozen features of ``train`` for every beta, as in S-CT.
             ``"own"``: the network's own output classifies; its classes are the labels.
-        trained: further networks to test under every condition, by name, taking normalised images and classifying by
-            themselves: a network with learned curvature (T-CT), say, or LoRA.
+        trained: further networks to test under every condition, by name, classifying by themselves: a network with
+            learned curvature (T-CT), say, or LoRA. They take images normalised alike; one that was trained with another
+            normalisation is given as a :class:`PixelClassifier`.
         betas: in [0, 1]. Default 0.50 to 1.00 in steps of 0.05. The plain network always takes part.
         coeff: the mixing coefficient c of the CT unit.
         activations: which kinds to steer; default :func:`ctkernels.steer`'s.
@@ -170,7 +171,8 @@ def robustness(
                         rows["s-ct"] = condition.measure(heads[beta], sets["test"], attacks)
                     advance(2)
                     for name, network in others.items():
-                        rows[name] = condition.measure(PixelClassifier(network, mean, std), sets["test"], attacks)
+                        own = network if isinstance(network, PixelClassifier) else PixelClassifier(network, mean, std)
+                        rows[name] = condition.measure(own, sets["test"], attacks)
                         advance(1)
                     tested[condition.name] = rows
             seconds["test"] = time.perf_counter() - begun
