@@ -231,7 +231,7 @@ def test_finds_the_planted_beta_and_shows_its_gain():
     assert result.test[name]["plain"].accuracy == 0
     assert result.test[name]["plain"].clean == 1
     assert result.test[name]["s-ct"].accuracy == 1
-    assert result.verdict().startswith(f"{name}: S-CT at beta = 0.8 helped: 100.0 % against 0.0 %")
+    assert result.verdict().startswith(f"{name}, S-CT at beta = 0.8: it helped: 100.0 % against 0.0 %")
     assert [t.beta for t in result.validation[name]] == [0.7, 0.8, 0.9, 1.0]
     assert result.arguments["attacks"] == ["apgd-ce", "fab-t", "square"]
 

@@ -13,7 +13,7 @@ from .._files import write_text
 from .result import SIGNIFICANT, sign_test, versions
 
 SCHEMA = "ctkernels.robust/1"
-METHODS = {"plain": "plain network", "s-ct": "S-CT"}
+METHODS = {"plain": "plain network", "s-ct": "S-CT", "t-ct": "T-CT"}
 MASKED = 0.002  # AutoAttack's own threshold for calling its result unreliable
 
 
@@ -109,7 +109,7 @@ class Robustness:
             n = len(plain.right)
             if "s-ct" not in rows:
                 lines.append(
-                    f"{condition}: steering did not help, no beta did better than the plain network in validation; "
+                    f"{condition}, S-CT: steering did not help: no beta did better than the plain network in validation; "
                     f"it scored {_percent(plain.accuracy)} ({_percent(plain.clean)} clean) on {n} test images."
                 )
             for method in rows:
@@ -118,8 +118,8 @@ class Robustness:
             for method, outcome in rows.items():
                 if outcome.masked:
                     lines.append(
-                        f"{condition}: do not trust {METHODS.get(method, method)}'s number: the attack without gradients "
-                        "fooled images that those with gradients did not, so the gradients mislead."
+                        f"{condition}, {METHODS.get(method, method)}: do not trust this number: the attack without "
+                        "gradients fooled images that those with gradients did not, so the gradients mislead."
                     )
         return "\n".join(lines)
 
@@ -134,8 +134,8 @@ class Robustness:
             f"test images, p = {gain.p_value:.2g}; clean {_percent(own.clean)} against {_percent(plain.clean)}"
         )
         if gain.p_value >= SIGNIFICANT:
-            return f"{condition}: no difference beyond chance was shown: {name} scored {numbers}."
-        return f"{condition}: {name} {'helped' if gain.points > 0 else 'hurt'}: {numbers}."
+            return f"{condition}, {name}: no difference beyond chance was shown: {numbers}."
+        return f"{condition}, {name}: it {'helped' if gain.points > 0 else 'hurt'}: {numbers}."
 
     def table(self) -> str:
         """Test accuracies as text: a row per condition and method."""

@@ -33,7 +33,7 @@ def text(value: object, most: int = 40) -> str:
     return name.replace("$", r"\$")
 
 
-def new(width: float = 7.2, height: float = 4.0, **subplots: Any) -> tuple[Any, Any]:
+def new(width: float = 5.2, height: float = 3.4, **subplots: Any) -> tuple[Any, Any]:
     """A figure and its axes."""
     figure_module = require("matplotlib.figure", "report", "pictures")
     figure = figure_module.Figure(figsize=(width, height), dpi=110, layout="constrained")
@@ -48,7 +48,7 @@ def tidy(axes: Any, grid: str = "y") -> None:
 
 def validation_line(rows: Sequence[Mapping[str, Any]], chosen: float | None) -> Any:
     """Validation accuracy against beta, the choice ringed."""
-    figure, axes = new(6.6, 3.0)
+    figure, axes = new(height=3.0)
     points = [row for row in rows if row["beta"] is not None]
     axes.plot([r["beta"] for r in points], [100 * r["accuracy"] for r in points], "o-", color=BLUE, markersize=4)
     _mark(axes, rows, chosen)
@@ -72,7 +72,7 @@ def _mark(axes: Any, rows: Sequence[Mapping[str, Any]], chosen: float | None) ->
 
 def robust_choice(condition: Mapping[str, Any]) -> Any:
     """Validation accuracy under a condition, and without it, against beta; the choice ringed."""
-    figure, axes = new(6.6, 3.4)
+    figure, axes = new(height=3.4)
     rows = [row for row in condition["validation"] if row["beta"] is not None]
     betas = [row["beta"] for row in rows]
     axes.plot(betas, [100 * r["clean"] for r in rows], "s--", color=GREY, markersize=4, label="as they are")
@@ -89,7 +89,7 @@ def robust_choice(condition: Mapping[str, Any]) -> Any:
 
 def robust_test(conditions: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Any:
     """Test accuracies as dots: a row per condition, a colour and shape per method; lines are two standard errors."""
-    figure, axes = new(6.6, 1.5 + 0.55 * len(conditions))
+    figure, axes = new(height=1.5 + 0.55 * len(conditions))
     methods = list(dict.fromkeys(row["method"] for c in conditions for row in c["test"]))
     for k, method in enumerate(methods):
         xs, ys, errors = [], [], []
@@ -112,7 +112,7 @@ def robust_test(conditions: Sequence[Mapping[str, Any]], names: Mapping[str, str
 
 def search_history(history: Sequence[Mapping[str, Any]], reached: int) -> Any:
     """Validation accuracy of every evaluation, and the best so far."""
-    figure, axes = new(6.6, 3.2)
+    figure, axes = new(height=3.2)
     values = [100 * row["val_accuracy"] for row in history]
     numbers = list(range(1, len(values) + 1))
     best = [max(values[:i]) for i in numbers]
@@ -121,6 +121,7 @@ def search_history(history: Sequence[Mapping[str, Any]], reached: int) -> Any:
     axes.axhline(values[0], color=GREY, linestyle="--", linewidth=1.2, label="plain network")
     axes.axvline(reached, color=GREY, linestyle=":", linewidth=1.2, label="chosen here")
     axes.set_xlabel("evaluation")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("validation accuracy, %")
     tidy(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
@@ -129,7 +130,7 @@ def search_history(history: Sequence[Mapping[str, Any]], reached: int) -> Any:
 
 def chosen_betas(groups: Mapping[str, Sequence[str]], chosen: Mapping[str, float]) -> Any:
     """The beta of every activation, from the input to the output."""
-    figure, axes = new(6.6, 2.8)
+    figure, axes = new(height=2.6)
     values = [chosen[name] for name, sites in groups.items() for _ in sites]
     axes.step(range(len(values) + 1), [*values, values[-1]], where="post", color=BLUE, linewidth=2)
     axes.set_xlabel("activation, from input to output")
@@ -141,7 +142,7 @@ def chosen_betas(groups: Mapping[str, Sequence[str]], chosen: Mapping[str, float
 
 def method_dots(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], scale: float, label: str) -> Any:
     """A score per method: a large mark for the mean over seeds, small ones for each seed."""
-    figure, axes = new(6.6, 1.2 + 0.42 * len(rows))
+    figure, axes = new(height=1.2 + 0.42 * len(rows))
     for i, row in enumerate(rows):
         colour = COLOURS[i % 7]
         values = [scale * v for v in row["values"]]
@@ -159,7 +160,7 @@ def learned_values(curvature: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
     """How learned beta and c are distributed in every layer: shares of the channels as colours, means as dots."""
     matplotlib = require("matplotlib", "report", "pictures")
     sites = list(curvature)
-    figure, (left, right) = new(7.4, max(2.6, min(12.0, 1.6 + 0.2 * len(sites))), ncols=2, sharey=True)
+    figure, (left, right) = new(5.8, max(2.6, min(10.0, 1.6 + 0.19 * len(sites))), ncols=2, sharey=True)
     image = None
     for axes, kind, name in ((left, "beta", "β"), (right, "coeff", "c")):
         shares = []
@@ -189,7 +190,7 @@ def learned_values(curvature: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
 
 def curvature_lines(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Curvature along data and random directions, and slope, against beta; bands from quartile to quartile."""
-    figure, (left, right) = new(7.2, 3.2, ncols=2)
+    figure, (left, right) = new(5.6, 3.0, ncols=2)
     points = [row for row in rows if row["beta"] is not None]
     betas = [row["beta"] for row in points]
     for axes, kinds in ((left, ("data", "random")), (right, ("lipschitz",))):
@@ -216,7 +217,7 @@ def curvature_lines(rows: Sequence[Mapping[str, Any]]) -> Any:
 def boundaries(toy: Mapping[str, Any]) -> Any:
     """Decision functions on the plane with the training points; the line is where the classes meet."""
     networks = toy["networks"]
-    figure, axes = new(2.6 * len(networks), 2.9, ncols=len(networks), squeeze=False)
+    figure, axes = new(1.9 * len(networks), 2.25, ncols=len(networks), squeeze=False)
     extent, (x, y, labels) = toy["extent"], toy["points"]
     side = len(next(iter(networks.values()))["grid"])
     line = [extent * (2 * i / (side - 1) - 1) for i in range(side)]
@@ -244,7 +245,7 @@ def boundaries(toy: Mapping[str, Any]) -> Any:
 
 def curves(toy: Mapping[str, Any]) -> Any:
     """Regression curves through noisy points, and the truth."""
-    figure, axes = new(6.6, 3.2)
+    figure, axes = new(height=3.2)
     axes.plot(toy["line"], toy["truth"], color=GREY, linestyle="--", linewidth=1.2, label="truth")
     axes.plot(*toy["points"], "o", color="black", markersize=4, label="training points")
     for k, (name, network) in enumerate(toy["networks"].items()):
@@ -258,7 +259,7 @@ def curves(toy: Mapping[str, Any]) -> Any:
 def kernel_bars(rows: Sequence[tuple[str, Mapping[str, float]]], yardstick: str) -> Any:
     """Times relative to a yardstick, a group of bars per case, on a logarithmic scale."""
     names = [n for n in rows[0][1] if n != yardstick]
-    figure, axes = new(6.8, 1.4 + 0.2 * len(rows) * len(names))
+    figure, axes = new(height=1.6 + 0.2 * len(rows) * len(names))
     height = 0.8 / len(names)
     for k, name in enumerate(names):
         at = [i + height * (k - (len(names) - 1) / 2) for i in range(len(rows))]

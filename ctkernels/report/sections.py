@@ -7,10 +7,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from ..recipes.robust_result import METHODS
 from . import figures
 from .page import Picture, Reader, Section, Table
-
-METHODS = {"plain": "plain network", "s-ct": "S-CT", "t-ct": "T-CT"}
 
 
 def percent(share: float) -> str:
@@ -87,8 +86,10 @@ def _searches(results: list[Any], title: str) -> Section:
         ("Trained numbers", "0 (a linear probe reads the features)"),
         ("Time", seconds(sum(r.seconds["total"] for r in results))),
     ]
+    figure = draw(results)
+    figure.set_size_inches(5.6, 4.2)
     picture = Picture(
-        figures.data_uri(draw(results)),
+        figures.data_uri(figure),
         f"Line chart of validation accuracy against beta; chosen: {chosen}. The table below has the numbers.",
         "Validation accuracy for every β, the choice ringed; diamonds are what the test said.",
     )
@@ -216,15 +217,9 @@ def robust(values: Mapping[str, Any]) -> Section:
         ),
         ("Time", seconds(values["seconds"]["total"])),
     ]
-    bad = ("no difference beyond chance was shown", "steering did not help", " hurt", "do not trust")
-    return Section(
-        "robust",
-        title,
-        lines,
-        facts,
-        parts,
-        not_helped=[_start(line, found) for line in lines for found in bad if found in line],
-    )
+    # a sentence is "condition, method: what was found: numbers"
+    found = [": ".join(line.split(": ")[:2]) + "." for line in lines if ": it helped: " not in line]
+    return Section("robust", title, lines, facts, parts, not_helped=found)
 
 
 def _start(line: str, found: str) -> str:
