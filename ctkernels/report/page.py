@@ -17,12 +17,16 @@ from .._files import write_text
 
 @dataclass(frozen=True)
 class Table:
-    """A table: its first column names the rows, the others are numbers unless ``words`` names their index."""
+    """A table: its first column names the rows, the others are numbers unless ``words`` names their index.
+
+    A ``folded`` one is shown when it is asked for.
+    """
 
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: Sequence[int] = ()
+    folded: bool = False
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ def _learned(cell: Mapping[str, Any]) -> list[Table | Picture]:
             "layer",
             *(f"{kind} {name}" for kind in ("β", "c") for name in ("mean", "deviation", "least", "most")),
         ]
-        parts.append(Table(f"{where}: learned values by layer", header, rows_of))
+        parts.append(Table(f"{where}: learned values by layer", header, rows_of, folded=True))
     return parts
 
 
