@@ -29,6 +29,10 @@ COMMANDS = {
         "ctkernels.cli.jola",
         "adapt a language model with a few examples by editing attention heads, beside LoRA and others",
     ),
+    "search": ("ctkernels.cli.search", "as steer, with a beta per stage or activation, by coordinates or Optuna"),
+    "robust": ("ctkernels.cli.robust", "accuracy under attack and under corruptions, with beta chosen in validation"),
+    "curvature": ("ctkernels.cli.curvature", "measure and draw what the knob does to a network"),
+    "report": ("ctkernels.cli.report", "one HTML page from results"),
 }
 BAD_INPUT = 2
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,11 @@ class Tap:
         return f"{self.side} of {self.layer or 'the network'}"
 
     @contextmanager
-    def capture(self, model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Give a function from a batch (b, ...) to its features (b, d), float32, for as long as the context lasts."""
+    def capture(self, model: nn.Module, gradients: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Give a function from a batch (b, ...) to its features (b, d), float32, for as long as the context lasts.
+
+        With ``gradients`` they can be differentiated with respect to the batch.
+        """
         seen: list[Any] = []
         module = model.get_submodule(self.layer)
         if self.side == "input":
@@ -36,7 +39,7 @@ class Tap:
 
         def features(batch: Tensor) -> Tensor:
             seen.clear()
-            with torch.inference_mode():
+            with nullcontext() if gradients else torch.inference_mode():
                 model(batch)
             if not seen:
                 raise ValueError(f"feature_layer {self.layer!r} is not used when the network runs")

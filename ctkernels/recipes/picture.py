@@ -31,6 +31,12 @@ def plot(results: BetaSearch | Sequence[BetaSearch], path: str | os.PathLike[str
     Example:
         >>> plot(result, "accuracy_vs_beta.png", title="MobileNetV2 on Fashion-MNIST")  # doctest: +SKIP
     """
+    with replacing(path) as temporary:
+        draw(results, title).savefig(temporary)
+
+
+def draw(results: BetaSearch | Sequence[BetaSearch], title: str = "") -> Any:
+    """The picture that :func:`plot` saves, as a matplotlib figure."""
     runs = [results] if isinstance(results, BetaSearch) else list(results)
     if not runs or any(r.betas != runs[0].betas for r in runs):
         raise ValueError(
@@ -71,8 +77,7 @@ def plot(results: BetaSearch | Sequence[BetaSearch], path: str | os.PathLike[str
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.06, y=0.12)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    with replacing(path) as temporary:
-        figure.savefig(temporary)
+    return figure
 
 
 def _choices(axes: Any, runs: Sequence[BetaSearch]) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from statistics import mean
@@ -153,15 +153,35 @@ class BetaSearch:
             **extra,
         }
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BetaSearch:
+        """Back from :meth:`to_dict`. KeyError or TypeError for values that are not from there."""
+        grid, test = values["grid"], values["test"]
+        return cls(
+            betas=tuple(float(row["beta"]) for row in grid),
+            val_accuracy=tuple(float(row["val_accuracy"]) for row in grid),
+            plain_val_accuracy=float(values["plain"]["val_accuracy"]),
+            plain_is_beta_1=bool(values["plain"]["is_beta_1"]),
+            chosen=values["chosen"]["beta"],
+            test=Comparison(*(int(test[name]) for name in ("both", "only_plain", "only_steered", "neither"))),
+            sites=tuple(values["sites"]),
+            missed=tuple(values["missed"]),
+            arguments=dict(values["arguments"]),
+            sizes=dict(values["sizes"]),
+            feature_layer=values["feature_layer"],
+            converged=tuple(bool(row["converged"]) for row in grid),
+            seconds=dict(values["seconds"]),
+        )
+
     def save(self, path: str | os.PathLike[str], **extra: Any) -> None:
         """Write :meth:`to_dict` as JSON, through a temporary name."""
         write_text(path, json.dumps(self.to_dict(**extra), indent=2) + "\n")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on, where they are installed."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on, and of ``more``, where they are installed."""
     found = {"python": platform.python_version(), "ctkernels": __version__}
-    for package in ("torch", "numpy", "scikit-learn", "torchvision", "timm"):
+    for package in ("torch", "numpy", "scikit-learn", "torchvision", "timm", *more):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -132,6 +132,12 @@ def plot_gates(
     Example:
         >>> plot_gates([before, after], "gates.png", ["start", "end"])  # doctest: +SKIP
     """
+    with replacing(path) as temporary:
+        draw_gates(frames, labels, title).savefig(temporary)
+
+
+def draw_gates(frames: GateMap | Sequence[GateMap], labels: Sequence[str] | None = None, title: str = "") -> Any:
+    """The picture that :func:`plot_gates` saves, as a matplotlib figure."""
     maps = [frames] if isinstance(frames, GateMap) else list(frames)
     if not maps or any(m.sites != maps[0].sites for m in maps):
         raise ValueError(f"frames must be one or more maps of the same sites, got {[len(m.sites) for m in maps]} sites")
@@ -166,5 +172,4 @@ def plot_gates(
     bar.set_label("gate: 0 closed (×), 1 open", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=10)
-    with replacing(path) as temporary:
-        figure.savefig(temporary)
+    return figure

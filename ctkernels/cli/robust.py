@@ -1,0 +1,222 @@
+"""``python -m ctkernels robust``: accuracy under attack and under corruptions."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from .steer import parse_betas
+
+SUMMARY = """\
+Accuracy of a steered network under adversarial attack and under common corruptions (S-CT), beside the plain network and any
+adapters you trained (T-CT, LoRA).
+
+Bounds are in pixels, images stay in [0, 1], and normalisation is part of the network. For every condition beta is chosen on
+validation images under that condition; the test images are used once. Attacks are AutoAttack's; corruptions are
+ImageNet-C's, from five kinds of noise to JPEG."""
+
+EXAMPLES = """\
+examples:
+  # a linear probe on frozen features is the classifier, fitted anew for every beta
+  python -m ctkernels robust photos/ --model resnet18
+
+  # a network that was trained for the data, with its own output; your own factory and weights
+  python -m ctkernels robust cifar.npz --model my_project.networks:make --weights best.safetensors --head own
+
+  # beside adapters in PEFT's format, each with a classifier of its own
+  python -m ctkernels robust cifar.npz --model resnet18 --head own --adapter t-ct=out/tct --adapter lora=out/lora
+
+  # without a network connection, small: packaged MobileNetV2 weights and Fashion-MNIST
+  python -m ctkernels robust fashion-mnist --model mobilenet_v2 --weights packaged --size 64 --resize 64 \\
+      --max-train 900 --max-test 100 --max-attacked 50 --betas 0.5,0.85 --linf 2/255 --l2 none --severities 3 \\
+      --attacks apgd-ce,square --iterations 10 --queries 200
+
+results:
+  OUT/result.json   accuracies, choices, gains with their uncertainty, and everything needed to repeat the run
+
+exit codes: 0 done, 2 bad input, 130 interrupted"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m ctkernels robust",
+        description=SUMMARY,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("data", help="folder of images, .npz file, or fashion-mnist")
+    network = p.add_argument_group("network")
+    network.add_argument("--model", required=True, help="torchvision name, timm:NAME, or factory module:function")
+    network.add_argument(
+        "--weights", default="default", help="default, none, packaged, or a checkpoint file (default: %(default)s)"
+    )
+    network.add_argument(
+        "--head",
+        choices=("probe", "own"),
+        default="probe",
+        help="what classifies: a linear probe on frozen features, or the network's own output (default: %(default)s)",
+    )
+    network.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=FOLDER", help="also test this PEFT adapter; repeatable"
+    )
+    network.add_argument("--activations", help="kinds to steer, comma-separated (default: all that can be)")
+    network.add_argument(
+        "--feature-layer", help="submodule whose output is probed (default: what enters the classifier)"
+    )
+    network.add_argument("--coeff", type=float, default=0.5, help="mixing coefficient c (default: %(default)s)")
+    network.add_argument(
+        "--betas", default="0.5:1:0.05", help="START:STOP:STEP or values with commas (default: %(default)s)"
+    )
+    images = p.add_argument_group("images")
+    images.add_argument("--size", type=int, default=224, help="pixels that the network sees (default: %(default)s)")
+    images.add_argument("--resize", type=int, help="shorter side before the centre crop (default: size * 256 / 224)")
+    images.add_argument(
+        "--normalise",
+        choices=("target", "imagenet"),
+        default="target",
+        help="mean and deviation of up to 1000 training images, or of ImageNet (default: %(default)s)",
+    )
+    images.add_argument("--val", type=float, default=0.2, help="fraction for validation if none is given")
+    images.add_argument("--test", type=float, default=0.2, help="fraction for test if none is given")
+    images.add_argument("--max-train", type=int, help="at most so many for training and validation (default: all)")
+    images.add_argument("--max-test", type=int, help="at most so many for test (default: all)")
+    conditions = p.add_argument_group("conditions")
+    conditions.add_argument("--linf", default="8/255", help="bound in the maximum norm, or none (default: %(default)s)")
+    conditions.add_argument("--l2", default="0.5", help="bound in the Euclidean norm, or none (default: %(default)s)")
+    conditions.add_argument(
+        "--corruptions", default="all", help="all, none, or names with commas (default: %(default)s)"
+    )
+    conditions.add_argument("--severities", default="1,2,3,4,5", help="of the corruptions (default: %(default)s)")
+    conditions.add_argument("--attacks", help="names with commas (default: AutoAttack's standard ensemble)")
+    conditions.add_argument(
+        "--val-attacks", default="apgd-ce", help="to choose beta with; standard for the ensemble (default: %(default)s)"
+    )
+    conditions.add_argument("--iterations", type=int, default=100, help="of the attacks (default: %(default)s)")
+    conditions.add_argument("--queries", type=int, default=5000, help="of Square (default: %(default)s)")
+    conditions.add_argument(
+        "--max-attacked", type=int, default=1000, help="attack at most so many images of a set (default: %(default)s)"
+    )
+    running = p.add_argument_group("running")
+    running.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    running.add_argument("--batch-size", type=int, default=64, help="images at once (default: %(default)s)")
+    running.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    running.add_argument("--out", default="out/robust", help="folder for the results (default: %(default)s)")
+    running.add_argument("--no-progress", action="store_true", help="no progress bar")
+    return p
+
+
+def parse_bound(name: str, text: str) -> float | None:
+    """``"8/255"``, ``"0.5"``, or ``"none"``."""
+    if text == "none":
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:/(\d+))?", text)
+    if match is None or (match[2] and int(match[2]) == 0):
+        raise ValueError(f"--{name} must be a number, a fraction such as 8/255, or none, got {text!r}")
+    return float(match[1]) / int(match[2] or 1)
+
+
+def parse_names(text: str | None) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()] if text else []
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .. import recipes
+    from ..recipes import _distributed
+    from ..recipes.attacks import Threat
+    from ..recipes.corruptions import CORRUPTIONS
+    from ..recipes.robust import robustness
+
+    bounds = {norm: parse_bound(norm, getattr(arguments, norm)) for norm in ("linf", "l2")}
+    threats = [Threat(norm, eps) for norm, eps in bounds.items() if eps is not None]
+    corruptions = {"all": list(CORRUPTIONS), "none": []}.get(arguments.corruptions, parse_names(arguments.corruptions))
+    try:
+        severities = [int(s) for s in parse_names(arguments.severities)]
+    except ValueError:
+        raise ValueError(f"--severities must be numbers with commas, got {arguments.severities!r}") from None
+    val_attacks = None if arguments.val_attacks == "standard" else parse_names(arguments.val_attacks)
+    out = Path(arguments.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, {out} is a file")
+    folders = dict(_adapter(text) for text in arguments.adapter)
+    preprocess = recipes.Preprocess(size=arguments.size, resize=arguments.resize)
+    splits = recipes.load_data(arguments.data)
+    train, val, test = splits.complete(
+        val=arguments.val,
+        test=arguments.test,
+        seed=arguments.seed,
+        max_train=arguments.max_train,
+        max_test=arguments.max_test,
+    )
+    torch.manual_seed(arguments.seed)
+    model = recipes.load_model(arguments.model, arguments.weights)
+    trained = {name: load_adapter(model, folder) for name, folder in folders.items()}
+    if arguments.normalise == "target":
+        preprocess = recipes.normalised_like(preprocess, train)
+    train, val, test = (part.prepared(preprocess) for part in (train, val, test))
+    result = robustness(
+        model,
+        train if arguments.head == "probe" else None,
+        val,
+        test,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        head=arguments.head,
+        trained=trained,
+        betas=parse_betas(arguments.betas),
+        coeff=arguments.coeff,
+        activations=parse_names(arguments.activations) or None,
+        feature_layer=arguments.feature_layer,
+        threats=threats,
+        corruptions=corruptions,
+        severities=severities,
+        attacks=parse_names(arguments.attacks) or None,
+        val_attacks=val_attacks,
+        iterations=arguments.iterations,
+        queries=arguments.queries,
+        max_attacked=arguments.max_attacked,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        device=arguments.device or _distributed.launched_device(),
+        progress=not arguments.no_progress,
+    )
+    print(f"{splits.source}: {len(train)} train, {len(val)} validation, {len(test)} test images")
+    print(f"\n{result.table()}\n\n{result.verdict()}")
+    result.save(
+        out / "result.json",
+        command=arguments.command,
+        options={k: v for k, v in vars(arguments).items() if k not in ("command", "traceback")},
+        data={
+            "source": splits.source,
+            "classes": list(train.classes),
+            "preprocess": dataclasses.asdict(preprocess),
+        },
+    )
+    print(f"\nsaved {out / 'result.json'}")
+    return 0
+
+
+def _adapter(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not name or not folder or name in ("plain", "s-ct"):
+        raise ValueError(f"--adapter must be NAME=FOLDER, with a name other than plain and s-ct, got {text!r}")
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(f"--adapter {name}: expected adapter_config.json in {folder}, found none")
+    return name, Path(folder)
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """A copy of ``model`` with the PEFT adapter in ``folder`` (safetensors, nothing is unpickled)."""
+    import copy
+
+    from .. import adapters  # noqa: F401 - makes the library's own methods known to PEFT
+    from .._extras import require
+
+    peft = require("peft", "adapters", "adapters")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{folder}: expected adapter_model.safetensors, found none")
+    return peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
