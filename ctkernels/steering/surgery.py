@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..nn import Knobs
 from .activations import Use
 from .class_code import ClassCode
-from .unit import call_module
+from .unit import arguments, call_module
 
 MODULE = ""  # the key of a module's own knobs, where the module itself is the activation
 
@@ -57,6 +57,10 @@ class _UnitMixin(Steered):
 
     def forward(self, input: Tensor) -> Tensor:
         return call_module(self, self._ctu_use, self._ctu[MODULE], input)
+
+    def ctu_arguments(self, _: Tensor) -> dict[str, Any]:
+        use = self._ctu_use
+        return arguments(self._ctu[MODULE], use.activation, getattr(self, use.slope) if use.slope else None)
 
 
 _CLASSES: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()

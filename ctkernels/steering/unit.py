@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor
 
 from .. import functional
@@ -14,17 +15,20 @@ from ..nn import Knobs, needs_grad
 from .activations import ACTIVATIONS, FORMS, Use
 
 
+def arguments(knobs: Knobs, activation: str, slope: float | Tensor | None) -> dict[str, Any]:
+    """What :func:`ctkernels.functional.ctu` is called with at a site, beside the tensor."""
+    return {
+        "beta": knobs.beta,
+        "coeff": knobs.coeff,
+        "channel_dim": 1 if isinstance(slope, Tensor) and slope.numel() > 1 else None,
+        "activation": ACTIVATIONS[activation].op,
+        "negative_slope": 0.01 if slope is None else slope,
+    }
+
+
 def unit(x: Tensor, knobs: Knobs, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
     def ctu(x: Tensor, inplace: bool = False) -> Tensor:
-        return functional.ctu(
-            x,
-            knobs.beta,
-            knobs.coeff,
-            channel_dim=1 if isinstance(slope, Tensor) and slope.numel() > 1 else None,
-            activation=ACTIVATIONS[activation].op,
-            negative_slope=0.01 if slope is None else slope,
-            inplace=inplace,
-        )
+        return functional.ctu(x, inplace=inplace, **arguments(knobs, activation, slope))
 
     if inplace and needs_grad(x, slope):
         # The backward needs the input that is overwritten. Leaving it alone would be cheaper, and wrong where the
@@ -42,10 +46,31 @@ def call_function(owner: Any, key: str, form: str, function: Callable[..., Any],
     """``function(*args, **kwargs)`` with the knobs that ``owner`` keeps under ``key``."""
     name = form.rstrip("_")
     call = FORMS[name].read(*args, **kwargs)
+    if call is not None and isinstance(call.x, torch.fx.Proxy):
+        target = SteeredCall(owner, key, form, function)
+        return call.x.tracer.create_proxy("call_function", target, args, kwargs)
     if call is None or not torch.is_tensor(call.x) or not call.x.is_floating_point():
         return function(*args, **kwargs)
     inplace = call.inplace or name != form
     return unit(call.x, owner._ctu[key], FORMS[name].activation, call.slope, inplace)
+
+
+class SteeredCall:
+    """A steered call of a function as a node of a graph: a function of its arguments that keeps owner and key."""
+
+    __name__ = "steered_call"  # what generated code calls it
+
+    def __init__(self, owner: Any, key: str, form: str, function: Callable[..., Any]) -> None:
+        self.owner, self.key, self.form, self.function = owner, key, form, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return call_function(self.owner, self.key, self.form, self.function, *args, **kwargs)
+
+    def ctu_arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+        """:func:`arguments` of this call, None where it is not in the family. ``args`` start with the tensor."""
+        name = self.form.rstrip("_")
+        call = FORMS[name].read(*args, **kwargs)
+        return None if call is None else arguments(self.owner._ctu[self.key], FORMS[name].activation, call.slope)
 
 
 def call_global(owner: Any, key: str, use: Use, module: Any, input: Tensor) -> Tensor:
