@@ -20,7 +20,9 @@ SUITES = {"ctu": ctu, "head_edit": head_edit}
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--op", choices=SUITES, nargs="+", default=list(SUITES), help="which ops (default: all)")
-    parser.add_argument("--networks", action="store_true", help="whole networks (needs torchvision, transformers and peft)")
+    parser.add_argument(
+        "--networks", action="store_true", help="whole networks (needs torchvision, transformers and peft)"
+    )
     parser.add_argument("--dtype", choices=ctu.DTYPES, nargs="+", default=list(ctu.DTYPES))
     parser.add_argument("--quick", action="store_true", help="one small shape, without the compiled contestant")
     parser.add_argument("--seconds", type=float, default=1.5, help="time spent on each row (default 1.5)")

@@ -62,7 +62,9 @@ def _network(dtype: torch.dtype) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
-            module.weight.data.uniform_(0.2, 0.6, generator=generator)  # activations keep their size from block to block
+            module.weight.data.uniform_(
+                0.2, 0.6, generator=generator
+            )  # activations keep their size from block to block
     return model.to(dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -128,7 +130,7 @@ def _full(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
 def run(dtypes: list[str], seconds: float, quick: bool) -> list[dict[str, Any]]:
     """Median milliseconds and peak bytes of every contestant, one record per dtype."""
-    import torch.fx.experimental.optimization  # noqa: F401
+    import torch.fx.experimental.optimization
 
     records = []
     for name in dtypes:
@@ -210,7 +212,10 @@ def text(records: list[dict[str, Any]]) -> str:
         for name in names:
             peaks = [record[key].get(name) for key in ("step_peak_bytes", "full_step_peak_bytes")]
             times = [record[key].get(name) for key in ("inference_ms", "step_ms")]
-            rows.append([name, *("" if v is None else f"{v:.1f}" for v in times), *("" if v is None else f"{v / 2**20:.0f}" for v in peaks)])  # fmt: skip
+            shown = ["" if v is None else f"{v:.1f}" for v in times] + [
+                "" if v is None else f"{v / 2**20:.0f}" for v in peaks
+            ]
+            rows.append([name, *shown])
         title = f"ResNet-50, batch {BATCH} x {SIZE}^2, {record['dtype']}, channels last (all of them)"
         head = ["", "inference, ms", "step, ms", "peak, MiB", "peak, all trained"]
         parts.append(f"{title}\n{table(head, rows)}")

@@ -16,17 +16,17 @@ def is_eval(norm: Any) -> bool:
 
 
 def affine(norm: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, shift) with norm(z) = scale * z + shift, per channel of dimension 1; float32, float64 for float64.
+    """(scale, shift) with norm(z) = scale * z + shift, per channel of dimension 1.
 
-    In training they come from the statistics of ``z``, and the running statistics move on.
+    In training they come from the statistics of ``z``, and the running statistics move on. They are float64: their
+    gradients, sums over ``z`` that is not centred, nearly cancel.
     """
-    mean, variance = _running(norm) if is_eval(norm) else _of_batch(norm, z)
-    dtype = torch.promote_types(mean.dtype, torch.float32)
-    scale = torch.rsqrt(variance.to(dtype) + norm.eps)
+    mean, variance = (t.double() for t in (_running(norm) if is_eval(norm) else _of_batch(norm, z)))
+    scale = torch.rsqrt(variance + norm.eps)
     if norm.weight is not None:
-        scale = scale * norm.weight.to(dtype)
-    shift = -mean.to(dtype) * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.to(dtype)
+        scale = scale * norm.weight.double()
+    shift = -mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.double()
 
 
 def _running(norm: Any) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,8 @@ class Folded:
         if self.norm is None:
             return self.source.weight, self.source.bias  # type: ignore[return-value]
         layout = _memory_format(x)
-        key = (layout, *((t.data_ptr(), t._version) for t in self.parameters()))
+        watched = [*self.parameters(), self.norm.num_batches_tracked]  # the last: moving statistics keep their versions
+        key = (layout, *((t.data_ptr(), t._version) for t in watched if t is not None))  # type: ignore[union-attr]
         if key != self.key:
             with torch.inference_mode(False), torch.no_grad():
                 self.value, self.key = self._fold(layout), key
@@ -103,9 +104,10 @@ class Folded:
         weight: Any = self.source.weight
         scale, shift = affine(self.norm, weight)
         if self.source.bias is not None:
-            shift = shift + scale * self.source.bias.to(scale.dtype)  # type: ignore[operator]
+            shift = shift + scale * self.source.bias.double()  # type: ignore[operator]
         folded = torch.empty_like(weight, memory_format=layout)
-        folded.copy_(weight.to(scale.dtype) * scale.view(-1, *[1] * (weight.dim() - 1)))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        folded.copy_(weight.to(wide) * scale.view(-1, *[1] * (weight.dim() - 1)).to(wide))
         return folded, shift.to(weight.dtype)
 
 
@@ -121,7 +123,9 @@ class _FrozenConv(torch.autograd.Function):
     """A convolution whose weights need no gradient. It keeps them, and not its input, which torch's own keeps."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any], groups: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any], groups: int
+    ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape, ctx.geometry, ctx.groups = x.shape, geometry, groups
         return torch.convolution(x, weight, bias, *geometry, False, [0] * (x.dim() - 2), groups)

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..steering.handle import _FUSION
 from .match import Match, find
 from .program import Program
 from .site import Site
-from .trace import Untraceable, argument_count, has_hooks, trace
-
-HANDLE = "_ctu_fusion"
+from .trace import Untraceable, argument_count, trace
 
 
 def fuse(model: nn.Module) -> Fusion:
@@ -67,7 +66,9 @@ def fuse(model: nn.Module) -> Fusion:
     if any(isinstance(vars(m).get("forward"), Program) for m in model.modules()):
         raise ValueError("model: expected one that is not fused, got one that is; handle.remove() gives it back")
     names = {module: name for name, module in model.named_modules()}
-    programs, sites, left = [], {}, {}
+    programs: list[Program] = []
+    found: list[Site] = []
+    left: dict[str, str] = {}
     for module, name in names.items():
         try:
             inline = _inline(module)
@@ -78,18 +79,20 @@ def fuse(model: nn.Module) -> Fusion:
             continue
         program = Program(module, inline)
         for match in program.prepare():
-            site = _site(match, module, names)
-            sites[site] = None
+            found.append(_site(match, module, names))
         programs.append(program)
     if not programs:
         raise ValueError(
             f"model: expected {type(model).__name__} to have a BatchNorm or a CT unit after a layer; got none that can be "
             f"fused{_lines(left)}"
         )
+    # A part of a site may be a site of its own in a module inside, for calls of that module alone.
+    longer = {(site.layer, site.norm) for site in found if site.unit}
+    sites = dict.fromkeys(site for site in found if site.unit or (site.layer, site.norm) not in longer)
     handle = Fusion(model, programs, tuple(sites), left)
     for program in programs:
         program.scopes[0].__dict__["forward"] = program
-    model.__dict__[HANDLE] = handle
+    model.__dict__[_FUSION] = handle
     return handle
 
 
@@ -101,7 +104,9 @@ class Fusion:
         left: {module name: why its own code was left alone}; "" is the model itself.
     """
 
-    def __init__(self, model: nn.Module, programs: list[Program], sites: tuple[Site, ...], left: dict[str, str]) -> None:
+    def __init__(
+        self, model: nn.Module, programs: list[Program], sites: tuple[Site, ...], left: dict[str, str]
+    ) -> None:
         self._model, self._programs, self._active = model, programs, True
         self.sites, self.left = sites, left
 
@@ -121,7 +126,7 @@ class Fusion:
                 )
         for program in self._programs:
             del program.scopes[0].__dict__["forward"]
-        self._model.__dict__.pop(HANDLE, None)
+        self._model.__dict__.pop(_FUSION, None)
         self._active = False
 
     def __enter__(self) -> Fusion:
@@ -145,7 +150,11 @@ def _inline(module: nn.Module) -> list[nn.Module] | None:
 
     Raises Untraceable where ``module``'s own code calls layers and cannot be read.
     """
-    if not module._modules or "forward" in vars(module) or isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+    if (
+        not module._modules
+        or "forward" in vars(module)
+        or isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule))
+    ):
         return None
     if type(module).forward is nn.Module.forward:  # a container that is never called
         return None
@@ -169,7 +178,8 @@ def _across(module: nn.Module, inline: Collection[nn.Module] | None, count: int)
     found: dict[nn.Module, None] = {}
     here = False
     for match in find(module, read.graph):
-        paths = [read.scopes[node] for node in match.nodes]
+        operands = match.add.all_input_nodes if match.add is not None else []
+        paths = [read.scopes[node] for node in (*match.nodes, *operands)]
         if any(len(path) == 0 for path in paths) or len({path[0] for path in paths}) > 1:
             here = True
             found.update(dict.fromkeys(m for path in paths for m in path))
@@ -177,13 +187,12 @@ def _across(module: nn.Module, inline: Collection[nn.Module] | None, count: int)
 
 
 def _site(match: Match, module: nn.Module, names: dict[nn.Module, str]) -> Site:
-    prefix = names[module]
-
     def name(node: Any) -> str:
         if node is None:
             return ""
         if node.op == "call_module":
             return names[module.get_submodule(node.target)]
-        return f"{prefix}.{node.target.key}".lstrip(".")
+        call = node.target  # a steered call of a function: as handle.sites of the steering has it
+        return f"{names[call.owner]}.{call.key}:{call.activation}".lstrip(".")
 
     return Site(name(match.source), name(match.norm), match.add is not None, name(match.unit))

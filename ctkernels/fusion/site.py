@@ -31,7 +31,9 @@ class Site:
     unit: str
 
     def __str__(self) -> str:
-        return " -> ".join([n for n in (self.layer, self.norm) if n] + ["add"] * self.residual + [self.unit] * bool(self.unit))
+        return " -> ".join(
+            [n for n in (self.layer, self.norm) if n] + ["add"] * self.residual + [self.unit] * bool(self.unit)
+        )
 
 
 class FusedCall:
@@ -60,7 +62,11 @@ class FusedCall:
             return self.unfused(x, residual, *args, **kwargs)
         z, scale, shift = self.layer(x, fold), None, None
         if self.norm is not None and not fold:
-            if z.dim() > 1 and arguments["channel_dim"] in (None, 1, 1 - z.dim()) and (is_eval(self.norm) or not compiling):
+            if (
+                z.dim() > 1
+                and arguments["channel_dim"] in (None, 1, 1 - z.dim())
+                and (is_eval(self.norm) or not compiling)
+            ):
                 scale, shift = affine(self.norm, z)
                 arguments["channel_dim"] = 1
             else:

@@ -141,6 +141,17 @@ def trace(module: nn.Module, inline: Collection[nn.Module] | None, kinds: tuple[
         changed = _restore(before)
     if changed:
         raise Untraceable("it keeps values from one call to the next")
+    modules = dict(module.named_modules(remove_duplicate=False))
+    for node in list(graph.nodes):  # placeholders for layers that a configuration leaves out
+        held: Any = modules[node.target] if node.op == "call_module" else None
+        if (
+            held is not None
+            and type(held).forward is nn.Identity.forward
+            and not has_hooks(held)
+            and len(node.args) == 1
+        ):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     return Trace(graph, tracer.scopes, tracer.asked)
 
 

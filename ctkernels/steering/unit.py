@@ -62,15 +62,15 @@ class SteeredCall:
 
     def __init__(self, owner: Any, key: str, form: str, function: Callable[..., Any]) -> None:
         self.owner, self.key, self.form, self.function = owner, key, form, function
+        self.activation = FORMS[form.rstrip("_")].activation
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return call_function(self.owner, self.key, self.form, self.function, *args, **kwargs)
 
     def ctu_arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
         """:func:`arguments` of this call, None where it is not in the family. ``args`` start with the tensor."""
-        name = self.form.rstrip("_")
-        call = FORMS[name].read(*args, **kwargs)
-        return None if call is None else arguments(self.owner._ctu[self.key], FORMS[name].activation, call.slope)
+        call = FORMS[self.form.rstrip("_")].read(*args, **kwargs)
+        return None if call is None else arguments(self.owner._ctu[self.key], self.activation, call.slope)
 
 
 def call_global(owner: Any, key: str, use: Use, module: Any, input: Tensor) -> Tensor:
