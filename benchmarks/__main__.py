@@ -21,7 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--op", choices=SUITES, nargs="+", default=list(SUITES), help="which ops (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: needs a GPU (default: cpu)")
-    parser.add_argument("--networks", action="store_true", help="whole networks (needs transformers and peft)")
+    parser.add_argument(
+        "--networks", action="store_true", help="whole networks (needs torchvision, transformers and peft)"
+    )
     parser.add_argument("--dtype", choices=ctu.DTYPES, nargs="+", default=list(ctu.DTYPES))
     parser.add_argument("--quick", action="store_true", help="one small shape, without the compiled contestant")
     parser.add_argument("--seconds", type=float, default=1.5, help="time spent on each row (default 1.5)")
@@ -40,12 +42,15 @@ def main(argv: list[str] | None = None) -> int:
     print("medians of interleaved runs; copy is Tensor.copy_ into an existing tensor\n")
     result: dict[str, Any] = {"provenance": where, "records": [], "overhead_us": {}, "bars": []}
     if args.networks:
-        from . import jola_step
+        from . import jola_step, networks
 
+        records = networks.run(args.dtype, args.seconds, args.quick)
+        rows = networks.bars(records)
+        print(f"{networks.text(records)}\n\n{report.bars(rows)}\n")
         record = jola_step.run(args.seconds)
-        rows = jola_step.bars(record)
-        print(f"{jola_step.text(record)}\n\n{report.bars(rows)}")
-        result |= {"records": [record], "bars": rows}
+        jola_rows = jola_step.bars(record)
+        print(f"{jola_step.text(record)}\n\n{report.bars(jola_rows)}")
+        result |= {"records": [*records, record], "bars": rows + jola_rows}
     for name in () if args.networks else args.op:
         suite = SUITES[name]
         records = suite.run(args.dtype, args.quick, args.seconds)

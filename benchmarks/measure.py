@@ -75,6 +75,24 @@ def saved_bytes(run: Callable[[], Any]) -> int:
     return sum(seen.values())
 
 
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most memory that torch's CPU allocator has handed out at once in two calls of ``run``, above what it had before.
+
+    Two, so that what the first one leaves behind (gradients, the optimizer's state, copies of weights) counts.
+    """
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+        run()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    total = peak = 0
+    for _, change in changes:
+        total += change
+        peak = max(peak, total)
+    return peak
+
+
 def bar(dtype: str, what: str, value: float, sense: str, bound: float) -> dict[str, Any]:
     """A measured figure beside the bound it must keep; ``sense`` is ``"<="`` or ``">="``."""
     met = value <= bound if sense == "<=" else value >= bound

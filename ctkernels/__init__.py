@@ -1,8 +1,20 @@
 """Fused kernels and drop-in layers for two ways of adapting a frozen, pretrained network: Curvature Tuning and JoLA."""
 
 from . import functional, nn
+from .fusion import Fusion, fuse
 from .ops._backend import explain, use_backend
 from .steering import Steering, handle_of, steer
 
 __version__ = "0.1.0"
-__all__ = ["Steering", "__version__", "explain", "functional", "handle_of", "nn", "steer", "use_backend"]
+__all__ = [
+    "Fusion",
+    "Steering",
+    "__version__",
+    "explain",
+    "functional",
+    "fuse",
+    "handle_of",
+    "nn",
+    "steer",
+    "use_backend",
+]

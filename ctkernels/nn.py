@@ -158,16 +158,19 @@ class CTU(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        inplace = self.inplace and not needs_grad(x, self.negative_slope)
+        return functional.ctu(x, inplace=inplace, **self.ctu_arguments(x))
+
+    def ctu_arguments(self, _: Tensor) -> dict[str, Any]:
+        """What :func:`ctkernels.functional.ctu` is called with, beside the tensor."""
         slope = self.negative_slope
-        return functional.ctu(
-            x,
-            self.knobs.beta,
-            self.knobs.coeff,
-            channel_dim=1 if isinstance(slope, Tensor) and slope.numel() > 1 else None,
-            activation=self.activation,
-            negative_slope=slope,
-            inplace=self.inplace and not needs_grad(x, slope),
-        )
+        return {
+            "beta": self.knobs.beta,
+            "coeff": self.knobs.coeff,
+            "channel_dim": 1 if isinstance(slope, Tensor) and slope.numel() > 1 else None,
+            "activation": self.activation,
+            "negative_slope": slope,
+        }
 
     def extra_repr(self) -> str:
         parts = [f"beta={self.beta.item():.6g}", f"coeff={self.coeff.item():.6g}", *_describe(self)]
@@ -254,15 +257,18 @@ class TrainableCTU(nn.Module):
         dim = self.channel_dim
         if not -x.dim() <= dim < x.dim() or x.shape[dim] != self.num_channels:
             raise ValueError(f"x: expected {self.num_channels} channels in dimension {dim}, got shape {tuple(x.shape)}")
-        return functional.ctu(
-            x,
-            self.raw_beta,
-            self.raw_coeff,
-            channel_dim=dim,
-            raw=True,
-            activation=self.activation,
-            negative_slope=self.negative_slope,
-        )
+        return functional.ctu(x, **self.ctu_arguments(x))
+
+    def ctu_arguments(self, _: Tensor) -> dict[str, Any]:
+        """What :func:`ctkernels.functional.ctu` is called with, beside the tensor."""
+        return {
+            "beta": self.raw_beta,
+            "coeff": self.raw_coeff,
+            "channel_dim": self.channel_dim,
+            "raw": True,
+            "activation": self.activation,
+            "negative_slope": self.negative_slope,
+        }
 
     def extra_repr(self) -> str:
         return ", ".join([str(self.num_channels), f"channel_dim={self.channel_dim}", *_describe(self)])

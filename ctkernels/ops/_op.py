@@ -113,7 +113,7 @@ class Op:
             if _backend.reference_forced():
                 return _Inlined.apply(self, static, *inputs)
             return self._packet("")(*inputs, *static)
-        if _in_transform():
+        if in_transform():
             return _Forward.apply(self, static, *inputs)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
             return _ReverseMode.apply(self, static, *inputs)
@@ -128,7 +128,8 @@ class Op:
         return inputs[0]
 
 
-def _in_transform() -> bool:
+def in_transform() -> bool:
+    """Whether ``torch.func`` or forward-mode AD is at work."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
@@ -151,7 +152,7 @@ class _Forward(torch.autograd.Function):
         needs = op.needs(ctx.needs_input_grad[2:])
         if torch._C._functorch.is_legacy_batchedtensor(dy):  # autograd.grad(is_grads_batched=True)
             grads = op.reference_backward(dy, inputs, static, needs)
-        elif torch.is_grad_enabled() or _in_transform():
+        elif torch.is_grad_enabled() or in_transform():
             grads = _Backward.apply(op, static, needs, dy, *inputs)
         else:
             grads = op.backward(dy, inputs, static, needs)

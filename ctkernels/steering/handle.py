@@ -17,6 +17,7 @@ from .survey import Miss, Plan, Site, is_steered, survey
 Value = float | Tensor | Mapping[str, float | Tensor]
 
 _HANDLE = "_ctu_handle"
+_FUSION = "_ctu_fusion"  # where ctkernels.fuse puts its handle
 
 
 def steer(
@@ -73,6 +74,8 @@ def steer(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     selection = select(activations)
+    if _FUSION in vars(model):
+        raise ValueError("model: expected one that is not fused, got one that is; steer first, fuse then")
     if is_steered(model):
         raise ValueError(
             "model: expected one that is not steered, got one that is; set handle.beta, or handle.remove()"
@@ -157,9 +160,16 @@ class Steering:
         self.beta, self.coeff = {}, {}
 
     def remove(self) -> None:
-        """Give the model back as it was before, bit for bit. A second call does nothing."""
+        """Give the model back as it was before, bit for bit. A second call does nothing.
+
+        Raises RuntimeError for a model that is fused, or that something else has changed since.
+        """
         if not self._active:
             return
+        if _FUSION in vars(self._model):
+            raise RuntimeError(
+                "model: expected one that is not fused any more, got one that is; remove the fusion first"
+            )
         undo(self._modules, self._edits)
         self._model.__dict__.pop(_HANDLE, None)
         self._active = False

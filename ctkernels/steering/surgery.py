@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..nn import Knobs
 from .activations import Use
 from .class_code import ClassCode
-from .unit import Unit, call_module, is_active
+from .unit import Unit, arguments, call_module, is_active
 
 MODULE = ""  # the key of a module's own knobs, where the module itself is the activation
 
@@ -62,6 +62,11 @@ class _UnitMixin(Steered):
         if is_active(knobs):
             return call_module(self, self._ctu_use, knobs, input)
         return super().forward(input)  # type: ignore[misc]
+
+    def ctu_arguments(self, _: Tensor, site: str = MODULE) -> dict[str, Any] | None:
+        use, knobs = self._ctu_use, self._ctu[site]
+        slope = getattr(self, use.slope) if use.slope else None
+        return arguments(knobs, use.activation, slope) if isinstance(knobs, Knobs) else None
 
 
 _CLASSES: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()

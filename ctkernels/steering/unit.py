@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.fx
 from torch import Tensor
 
 from .. import functional
@@ -23,6 +24,23 @@ class Unit(Protocol):
     def __call__(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor: ...
 
 
+def arguments(knobs: Knobs, activation: str, slope: float | Tensor | None) -> dict[str, Any]:
+    """What :func:`ctkernels.functional.ctu` is called with at a steered site, beside the tensor."""
+    return _arguments(knobs.beta, knobs.coeff, activation, slope, None)
+
+
+def _arguments(
+    beta: Tensor, coeff: Tensor, activation: str, slope: float | Tensor | None, channel_dim: int | None
+) -> dict[str, Any]:
+    return {
+        "beta": beta,
+        "coeff": coeff,
+        "channel_dim": 1 if isinstance(slope, Tensor) and slope.numel() > 1 else channel_dim,
+        "activation": ACTIVATIONS[activation].op,
+        "negative_slope": 0.01 if slope is None else slope,
+    }
+
+
 def unit(
     x: Tensor,
     beta: Tensor,
@@ -37,16 +55,8 @@ def unit(
     """The CT unit in the place of an activation call, which may be in place."""
 
     def ctu(x: Tensor, inplace: bool = False) -> Tensor:
-        return functional.ctu(
-            x,
-            beta,
-            coeff,
-            channel_dim=1 if isinstance(slope, Tensor) and slope.numel() > 1 else channel_dim,
-            raw=raw,
-            activation=ACTIVATIONS[activation].op,
-            negative_slope=0.01 if slope is None else slope,
-            inplace=inplace,
-        )
+        found = _arguments(beta, coeff, activation, slope, channel_dim)
+        return functional.ctu(x, raw=raw, inplace=inplace, **found)
 
     if inplace and (needs_grad(x, slope) or needs_grad(beta, coeff)):
         # The backward needs the input that is overwritten. Leaving it alone would be cheaper, and wrong where the
@@ -75,10 +85,31 @@ def call_function(owner: Any, key: str, form: str, function: Callable[..., Any],
     """``function(*args, **kwargs)`` with the knobs that ``owner`` keeps under ``key``."""
     name = form.rstrip("_")
     call, knobs = FORMS[name].read(*args, **kwargs), owner._ctu[key]
+    if call is not None and isinstance(call.x, torch.fx.Proxy):
+        target = SteeredCall(owner, key, form, function)
+        return call.x.tracer.create_proxy("call_function", target, args, kwargs)
     if call is None or not torch.is_tensor(call.x) or not call.x.is_floating_point() or not is_active(knobs):
         return function(*args, **kwargs)
     inplace = call.inplace or name != form
     return _apply(call.x, knobs, FORMS[name].activation, call.slope, inplace)
+
+
+class SteeredCall:
+    """A steered call of a function as a node of a graph: a function of its arguments that keeps owner and key."""
+
+    __name__ = "steered_call"  # what generated code calls it
+
+    def __init__(self, owner: Any, key: str, form: str, function: Callable[..., Any]) -> None:
+        self.owner, self.key, self.form, self.function = owner, key, form, function
+        self.activation = FORMS[form.rstrip("_")].activation
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return call_function(self.owner, self.key, self.form, self.function, *args, **kwargs)
+
+    def ctu_arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+        """:func:`arguments` of this call, None where it is not in the family or has no knobs. ``args`` start with the tensor."""
+        call, knobs = FORMS[self.form.rstrip("_")].read(*args, **kwargs), self.owner._ctu[self.key]
+        return arguments(knobs, self.activation, call.slope) if call and isinstance(knobs, Knobs) else None
 
 
 def call_global(owner: Any, key: str, use: Use, module: Any, input: Tensor) -> Tensor:

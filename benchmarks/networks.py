@@ -1,0 +1,222 @@
+"""ResNet-50 with CT units, end to end: fused, as published, compiled, and beside the plain network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ctkernels
+
+from . import measure
+from .ctu import DTYPES, official
+from .report import table
+
+BATCH, SIZE = 8, 224
+PLAIN, FOLDED, OURS, OFFICIAL = "plain ReLU", "plain ReLU, BatchNorm folded", "CT, fused", "CT as published"
+COMPILED = ", compiled"
+
+
+class OfficialUnit(nn.Module):
+    """The Curvature Tuning authors' module: logits of beta and coeff, shared or per channel, in the published expression."""
+
+    def __init__(self, channels: int | None, beta: float) -> None:
+        super().__init__()
+        shape = (1,) if channels is None else (1, channels, 1, 1)
+        self.raw_beta = nn.Parameter(torch.logit(torch.full(shape, beta)), requires_grad=channels is not None)
+        self.raw_coeff = nn.Parameter(torch.zeros(shape), requires_grad=channels is not None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return official(x, self.raw_beta.to(x.dtype), self.raw_coeff.to(x.dtype))
+
+
+def _separate(model: nn.Module) -> nn.Module:
+    """Torchvision's blocks call one ReLU for three numbers of channels; learned units need three, as in the paper."""
+    from torchvision.models.resnet import Bottleneck
+
+    class Block(Bottleneck):
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.relu(self.bn1(self.conv1(x)))
+            out = self.bn3(self.conv3(self.relu2(self.bn2(self.conv2(out)))))
+            out += x if self.downsample is None else self.downsample(x)
+            return self.relu3(out)
+
+    for module in model.modules():
+        if isinstance(module, Bottleneck):
+            module.__class__ = Block
+            module.relu2, module.relu3 = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
+    return model
+
+
+def _network(dtype: torch.dtype) -> nn.Module:
+    """ResNet-50 with the statistics a trained one has, frozen, in evaluation; the format convolutions like best."""
+    import torchvision
+
+    generator = torch.Generator().manual_seed(0)
+    model = _separate(torchvision.models.resnet50())
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+            module.weight.data.uniform_(
+                0.2, 0.6, generator=generator
+            )  # activations keep their size from block to block
+    return model.to(dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def _replace_relus(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Module:
+    """Every ReLU replaced by ``make(channels)``."""
+    model.relu = make(model.bn1.num_features)
+    for block in (m for m in model.modules() if hasattr(m, "relu3")):
+        for name, norm in (("relu", block.bn1), ("relu2", block.bn2), ("relu3", block.bn3)):
+            setattr(block, name, make(norm.num_features))
+    return model
+
+
+def contestants(dtype: torch.dtype, trained: bool) -> dict[str, nn.Module]:
+    """The networks: with learned units, or with one (beta, coeff) for all."""
+    base = _network(dtype)
+    published, ours = copy.deepcopy(base), copy.deepcopy(base)
+    _replace_relus(published, lambda channels: OfficialUnit(channels if trained else None, 0.8 if trained else 0.9))
+    if trained:
+        _replace_relus(ours, ctkernels.nn.TrainableCTU)
+    else:
+        ctkernels.steer(ours, 0.9)
+    ctkernels.fuse(ours)
+    networks = {PLAIN: base, OURS: ours, OFFICIAL: published}
+    if not trained:
+        networks[FOLDED] = torch.fx.experimental.optimization.fuse(copy.deepcopy(base))
+    return networks
+
+
+def _inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+    return x, torch.randint(1000, (BATCH,), generator=generator)
+
+
+def inference(model: Any, x: Tensor) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        with torch.no_grad():
+            return model(x)
+
+    return call
+
+
+def step(model: Any, x: Tensor, labels: Tensor) -> Callable[[], None]:
+    """A training step of what is trainable; where nothing is, forward and backward to the input."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3) if parameters else None
+
+    def call() -> None:
+        given = x if parameters else x.clone().requires_grad_()
+        loss = F.cross_entropy(model(given).float(), labels)
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return call
+
+
+def _full(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Everything trainable, BatchNorm in training."""
+    return {name: model.train().requires_grad_() for name, model in networks.items()}
+
+
+def run(dtypes: list[str], seconds: float, quick: bool) -> list[dict[str, Any]]:
+    """Median milliseconds and peak bytes of every contestant, one record per dtype."""
+    import torch.fx.experimental.optimization
+
+    records = []
+    for name in dtypes:
+        dtype = DTYPES[name]
+        x, labels = _inputs(dtype)
+        _check(dtype)
+        fixed, learned = contestants(dtype, trained=False), contestants(dtype, trained=True)
+        calls = {label: inference(model, x) for label, model in fixed.items()}
+        steps = {label: step(model, x, labels) for label, model in learned.items()}
+        memory = {label: measure.peak_bytes(call) for label, call in steps.items()}
+        if not quick:
+            for label in (OURS, OFFICIAL):
+                compiled = torch.compile(fixed[label], fullgraph=True), torch.compile(learned[label], fullgraph=True)
+                calls[label + COMPILED] = inference(compiled[0], x)
+                steps[label + COMPILED] = step(compiled[1], x, labels)
+        record = {
+            "network": "resnet50",
+            "dtype": name,
+            "inference_ms": measure.interleaved(calls, seconds * 8),
+            "step_ms": measure.interleaved(steps, seconds * 8),
+            "step_peak_bytes": memory,
+        }
+        full = _full(contestants(dtype, trained=True))
+        record["full_step_peak_bytes"] = {
+            label: measure.peak_bytes(step(model, x, labels)) for label, model in full.items()
+        }
+        records.append(record)
+        torch.compiler.reset()
+    return records
+
+
+def _check(dtype: torch.dtype) -> None:
+    """Ours computes what is published: refuse to time it otherwise."""
+    x = _inputs(dtype)[0][:1, :, :64, :64]
+    for trained in (False, True):
+        networks = contestants(dtype, trained)
+        truth = copy.deepcopy(networks[OFFICIAL]).double()(x.double())
+        theirs, ours = (networks[name](x).double() for name in (OFFICIAL, OURS))
+        error, allowed = (ours - truth).abs().max(), 2 * (theirs - truth).abs().max()
+        # The published unit adds 1e-6 to 1 - beta.
+        allowed = allowed + (torch.finfo(dtype).eps + 1e-5) * truth.abs().max()
+        if not error <= allowed:
+            raise AssertionError(f"the fused network is off by {error:.3g}, allowed {allowed:.3g}: not timed")
+
+
+def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ratios beside the bound each must keep."""
+    rows = []
+    for record in records:
+        i, t, m = record["inference_ms"], record["step_ms"], record["step_peak_bytes"]
+        ratios = [
+            ("inference: fused / plain", i[OURS] / i[PLAIN], "<=", 0.97),
+            ("inference: fused / plain with BatchNorm folded", i[OURS] / i[FOLDED], "<=", 1.03),
+            ("step of learned units / plain forward + backward", t[OURS] / t[PLAIN], "<=", 1.05),
+            ("inference: as published / ours", i[OFFICIAL] / i[OURS], ">=", 1.9),
+            ("step: as published / ours", t[OFFICIAL] / t[OURS], ">=", 1.9),
+            ("peak memory of a step / plain", m[OURS] / m[PLAIN], "<=", 1.02),
+        ]
+        for kind, ms in (("inference", i), ("step", t)):
+            if OFFICIAL + COMPILED in ms:
+                theirs, ours = ms[OFFICIAL + COMPILED], ms[OURS + COMPILED]
+                ratios += [
+                    (f"{kind}: as published, compiled / ours", theirs / ms[OURS], ">=", 1.0),
+                    (f"{kind}: as published, compiled / ours, compiled", theirs / ours, ">=", 1.0),
+                    (f"{kind}: ours, compiled / ours", ours / ms[OURS], "<=", 1.0),
+                ]
+        f = record["full_step_peak_bytes"]
+        ratios.append(("peak memory of a step that trains everything / plain", f[OURS] / f[PLAIN], "<=", 1.02))
+        rows += [measure.bar(record["dtype"], *ratio) for ratio in ratios]
+    return rows
+
+
+def text(records: list[dict[str, Any]]) -> str:
+    """The records as tables."""
+    parts = []
+    for record in records:
+        names = list(dict.fromkeys([*record["inference_ms"], *record["step_ms"]]))
+        rows = []
+        for name in names:
+            peaks = [record[key].get(name) for key in ("step_peak_bytes", "full_step_peak_bytes")]
+            times = [record[key].get(name) for key in ("inference_ms", "step_ms")]
+            shown = ["" if v is None else f"{v:.1f}" for v in times] + [
+                "" if v is None else f"{v / 2**20:.0f}" for v in peaks
+            ]
+            rows.append([name, *shown])
+        title = f"ResNet-50, batch {BATCH} x {SIZE}^2, {record['dtype']}, channels last (all of them)"
+        head = ["", "inference, ms", "step, ms", "peak, MiB", "peak, all trained"]
+        parts.append(f"{title}\n{table(head, rows)}")
+    return "\n\n".join(parts)

@@ -1,0 +1,198 @@
+"""``fuse`` and the handle it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..steering.handle import _FUSION
+from .match import Match, find
+from .program import Program
+from .site import Site
+from .trace import Untraceable, argument_count, trace
+
+
+def fuse(model: nn.Module) -> Fusion:
+    """Let every CT unit of ``model`` take the BatchNorm and the residual sum before it into its one pass, reversibly.
+
+    What is recognised, in the graph of each module's forward (``torch.fx``), whatever the classes around it are called:
+
+    - convolution or linear layer -> BatchNorm -> CT unit, with or without a sum of two tensors before the unit, and with
+      any of the parts but the last missing;
+    - convolution or linear layer -> BatchNorm, with anything after it.
+
+    CT units are what :func:`steer` made, and the modules of :mod:`ctkernels.nn`. In a model without any, BatchNorms are
+    folded into layers, and activations stay as they are.
+
+    What then runs is decided at every call:
+
+    - BatchNorm in evaluation, and no weight of it or of the layer needs a gradient: it is folded into the layer's weights
+      (a copy, remade when one of them changes). In inference the unit works in place; where a gradient flows through, the
+      unit's input is all that is kept for the backward pass.
+    - BatchNorm in evaluation otherwise: its scale and shift are the unit's, with their gradients.
+    - BatchNorm in training: one pass for the statistics of the batch, and the unit does the rest. Running statistics move
+      as they do without fusion.
+    - Under ``torch.compile``: scale and shift, which a compiled program can compute anew, as the weights may change.
+
+    Outputs and gradients equal those of the unfused model within rounding. The model stays the same object with the same
+    modules, parameters and ``state_dict``, which can be saved and loaded at any time; the handle of :func:`steer` keeps
+    working. It can be copied, pickled, cast, moved and compiled.
+
+    Left alone is what cannot be read without doubt: modules whose path depends on values, that keep state between calls or
+    whose forward has optional arguments (what is below them is still looked at), layers with hooks, parametrized weights,
+    sites whose values are read or overwritten by something else. ``handle.left`` says which modules and why.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Fusion: the handle. Used as a context manager it removes itself at the end.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: it is fused already, or there is nothing to fuse. The model is unchanged.
+
+    Example::
+
+        ctkernels.steer(model, beta=0.9)
+        handle = ctkernels.fuse(model)
+        print(handle); handle.remove()
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(vars(m).get("forward"), Program) for m in model.modules()):
+        raise ValueError("model: expected one that is not fused, got one that is; handle.remove() gives it back")
+    names = {module: name for name, module in model.named_modules()}
+    programs: list[Program] = []
+    found: list[Site] = []
+    left: dict[str, str] = {}
+    for module, name in names.items():
+        try:
+            inline = _inline(module)
+        except Untraceable as reason:
+            left[name] = str(reason)
+            continue
+        if inline is None:
+            continue
+        program = Program(module, inline)
+        for match in program.prepare():
+            found.append(_site(match, module, names))
+        programs.append(program)
+    if not programs:
+        raise ValueError(
+            f"model: expected {type(model).__name__} to have a BatchNorm or a CT unit after a layer; got none that can be "
+            f"fused{_lines(left)}"
+        )
+    # A part of a site may be a site of its own in a module inside, for calls of that module alone.
+    longer = {(site.layer, site.norm) for site in found if site.unit}
+    sites = dict.fromkeys(site for site in found if site.unit or (site.layer, site.norm) not in longer)
+    handle = Fusion(model, programs, tuple(sites), left)
+    for program in programs:
+        program.scopes[0].__dict__["forward"] = program
+    model.__dict__[_FUSION] = handle
+    return handle
+
+
+class Fusion:
+    """What was fused in a model; made by :func:`fuse`.
+
+    Attributes:
+        sites: a tuple of :class:`Site`.
+        left: {module name: why its own code was left alone}; "" is the model itself.
+    """
+
+    def __init__(
+        self, model: nn.Module, programs: list[Program], sites: tuple[Site, ...], left: dict[str, str]
+    ) -> None:
+        self._model, self._programs, self._active = model, programs, True
+        self.sites, self.left = sites, left
+
+    def remove(self) -> None:
+        """Give the model back as it was before, bit for bit. A second call does nothing.
+
+        Raises RuntimeError, and changes nothing, if something else has replaced the forward of a module since.
+        """
+        if not self._active:
+            return
+        for program in self._programs:
+            found = vars(program.scopes[0]).get("forward")
+            if found is not program:
+                raise RuntimeError(
+                    f"model: expected every module to have the forward that fuse() gave it, got {found!r} in a "
+                    f"{type(program.scopes[0]).__name__}; first undo what was done to the model since"
+                )
+        for program in self._programs:
+            del program.scopes[0].__dict__["forward"]
+        self._model.__dict__.pop(_FUSION, None)
+        self._active = False
+
+    def __enter__(self) -> Fusion:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = f"{len(self.sites)} sites" if self._active else "removed"
+        lines = [f"Fusion of {type(self._model).__name__}: {state}", *(f"    {site}" for site in self.sites)]
+        return "\n".join(lines) + _lines(self.left)
+
+
+def _lines(left: dict[str, str]) -> str:
+    return "".join(f"\n    {name or '(the model)'} was left alone: {reason}" for name, reason in left.items())
+
+
+def _inline(module: nn.Module) -> list[nn.Module] | None:
+    """The modules below ``module`` whose code has to be read with its own, for the sites that lie across; None: no site.
+
+    Raises Untraceable where ``module``'s own code calls layers and cannot be read.
+    """
+    if (
+        not module._modules
+        or "forward" in vars(module)
+        or isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule))
+    ):
+        return None
+    if type(module).forward is nn.Module.forward:  # a container that is never called
+        return None
+    count = argument_count(module)
+    if count is None:
+        raise Untraceable("its forward has optional arguments")
+    try:
+        across = _across(module, None, count)
+    except Untraceable:
+        across = _across(module, (), count)
+    return across
+
+
+def _across(module: nn.Module, inline: Collection[nn.Module] | None, count: int) -> list[nn.Module] | None:
+    """The modules that the sites of ``module`` lie across, of those that ``inline`` lets it look into."""
+    asked_for = ("tensor",) * count
+    try:
+        read = trace(module, inline, asked_for)
+    except Untraceable:
+        read = trace(module, inline, ("list",) * count)
+    found: dict[nn.Module, None] = {}
+    here = False
+    for match in find(module, read.graph):
+        operands = match.add.all_input_nodes if match.add is not None else []
+        paths = [read.scopes[node] for node in (*match.nodes, *operands)]
+        if any(len(path) == 0 for path in paths) or len({path[0] for path in paths}) > 1:
+            here = True
+            found.update(dict.fromkeys(m for path in paths for m in path))
+    return list(found) if here else None
+
+
+def _site(match: Match, module: nn.Module, names: dict[nn.Module, str]) -> Site:
+    def name(node: Any) -> str:
+        if node is None:
+            return ""
+        if node.op == "call_module":
+            return names[module.get_submodule(node.target)]
+        call = node.target  # a steered call of a function: as handle.sites of the steering has it
+        return f"{names[call.owner]}.{call.key}:{call.activation}".lstrip(".")
+
+    return Site(name(match.source), name(match.norm), match.add is not None, name(match.unit))

@@ -1,0 +1,187 @@
+"""What can be fused in a graph: layer -> BatchNorm -> (+ residual) -> CT unit, and every part of it that is worth it.
+
+What a node does is read off the module or function it calls: off the forward of a layer, and off ``ctu_arguments``, which
+whatever computes the CT unit has.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx
+from torch import nn
+from torch.fx import Node
+
+from ..steering.unit import SteeredCall
+
+_SOURCES = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward)
+_NORM = nn.modules.batchnorm._BatchNorm.forward
+_ADDS = (operator.add, operator.iadd, torch.add)
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
+
+
+class Match(NamedTuple):
+    """The nodes of one site; ``main`` is the operand of ``add`` that the layer or the norm makes."""
+
+    source: Node | None
+    norm: Node | None
+    add: Node | None
+    main: int
+    unit: Node | None
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [node for node in (self.source, self.norm, self.add, self.unit) if node is not None]
+
+    @property
+    def input(self) -> Node:
+        first = self.source or self.norm
+        if first is not None:
+            return first.args[0]  # type: ignore[return-value]
+        assert self.add is not None
+        return self.add.args[self.main]  # type: ignore[return-value]
+
+    @property
+    def residual(self) -> Node | None:
+        return None if self.add is None else self.add.args[1 - self.main]  # type: ignore[return-value]
+
+
+def find(root: nn.Module, graph: torch.fx.Graph) -> list[Match]:
+    """Every site of ``graph``, which is ``root``'s, in order; no node is in two."""
+    reader = _Reader(root, graph)
+    taken: set[Node] = set()
+    found = []
+    for is_end in (reader.is_unit, reader.is_norm):  # units first: they take the norm that is before them
+        for node in graph.nodes:
+            if node not in taken and is_end(node):
+                match = reader.match(node, taken)
+                if match is not None:
+                    found.append(match)
+                    taken.update(match.nodes)
+    return sorted(found, key=lambda match: reader.order[match.nodes[-1]])
+
+
+class _Reader:
+    def __init__(self, root: nn.Module, graph: torch.fx.Graph) -> None:
+        self.modules = dict(root.named_modules(remove_duplicate=False))
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.nodes = list(graph.nodes)
+
+    def module(self, node: Node) -> nn.Module | None:
+        return self.modules[node.target] if node.op == "call_module" else None  # type: ignore[index]
+
+    def is_source(self, node: Node) -> bool:
+        module = self.module(node)
+        return (
+            module is not None
+            and type(module).forward in _SOURCES
+            and _is_ordinary(module, node)
+            and module._parameters.get("weight") is not None  # not one that a parametrization computes
+        )
+
+    def is_norm(self, node: Node) -> bool:
+        module = self.module(node)
+        return module is not None and type(module).forward is _NORM and _is_ordinary(module, node)
+
+    def is_unit(self, node: Node) -> bool:
+        module = self.module(node)
+        return bool(node.args) and (
+            isinstance(node.target, SteeredCall) or (module is not None and hasattr(type(module), "ctu_arguments"))
+        )
+
+    def is_add(self, node: Node) -> bool:
+        is_add = node.target in _ADDS if node.op == "call_function" else node.target in ("add", "add_")
+        operands = is_add and node.op in ("call_function", "call_method") and not node.kwargs and len(node.args) == 2
+        return operands and all(isinstance(a, Node) for a in node.args) and node.args[0] is not node.args[1]
+
+    # -- sites
+
+    def match(self, end: Node, taken: set[Node]) -> Match | None:
+        """The longest site that ends at ``end``, if it is worth it."""
+        if not self.is_unit(end):
+            norm, source = self.normalised(end, taken)
+            match = Match(source, norm, None, 0, None)
+            return match if source is not None and self.is_undisturbed(match) else None
+        before = end.args[0]
+        candidates = []
+        if isinstance(before, Node) and self.is_add(before) and self.feeds(before, end, taken):
+            later_first = sorted((0, 1), key=lambda i: -self.order[before.args[i]])  # type: ignore[index]
+            for main in later_first:  # less lies in between
+                norm, source = self.before(before.args[main], before, taken)
+                if self.mutates(before) in (None, before.args[main]) or self.is_private(before.args[0], before):
+                    candidates.append(Match(source, norm, before, main, end))
+            candidates.sort(key=lambda match: -len(match.nodes))
+            candidates = [match for match in candidates if match.source or match.norm or self.is_sum(match)]
+        else:
+            norm, source = self.before(before, end, taken)
+            candidates = [Match(source, norm, None, 0, end)] if norm is not None or source is not None else []
+        return next((match for match in candidates if self.is_undisturbed(match)), None)
+
+    def is_sum(self, match: Match) -> bool:
+        """Whether a sum without a layer before it can be taken into the unit: nobody sees it being written."""
+        assert match.add is not None
+        return self.mutates(match.add) is None
+
+    def before(self, node: Any, user: Node, taken: set[Node]) -> tuple[Node | None, Node | None]:
+        """The norm and the layer that ``node`` and what is before it are, for nobody but ``user``."""
+        if not isinstance(node, Node) or not self.feeds(node, user, taken):
+            return None, None
+        if self.is_source(node):
+            return None, node
+        return self.normalised(node, taken) if self.is_norm(node) else (None, None)
+
+    def normalised(self, norm: Node, taken: set[Node]) -> tuple[Node, Node | None]:
+        source = norm.args[0]
+        assert isinstance(source, Node)
+        return norm, source if self.is_source(source) and self.feeds(source, norm, taken) else None
+
+    def feeds(self, node: Node, user: Node, taken: set[Node]) -> bool:
+        return node not in taken and list(node.users) == [user]
+
+    # -- what happens in between
+
+    def is_undisturbed(self, match: Match) -> bool:
+        """Whether all of it can run where its last node stands: nothing that it reads is overwritten before."""
+        places = [self.order[node] for node in match.nodes]
+        return not any(
+            self.overwrites(node) for node in self.nodes[min(places) : max(places)] if node not in match.nodes
+        )
+
+    def overwrites(self, node: Node) -> bool:
+        target = self.mutates(node)
+        return target is not None and not self.is_private(target, node)
+
+    def mutates(self, node: Node) -> Any:
+        """The argument that ``node`` may write to, or None."""
+        first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+        if node.op == "call_method":
+            return first if str(node.target).endswith("_") and not str(node.target).endswith("__") else None
+        if node.op == "call_function":
+            name = getattr(node.target, "__name__", "")
+            inplace = True in node.args[1:] or node.kwargs.get("inplace") or "out" in node.kwargs
+            steered = isinstance(node.target, SteeredCall) and node.target.form.endswith("_")
+            return first if node.target in _IN_PLACE or name.endswith("_") or inplace or steered else None
+        module = self.module(node)
+        if module is not None:
+            layer = type(module).__module__.startswith(("torch.nn.", "ctkernels.nn"))
+            return first if getattr(module, "inplace", False) or not layer else None
+        return None
+
+    def is_private(self, value: Any, user: Node) -> bool:
+        """Whether ``value`` is a tensor of its own that only ``user`` reads."""
+        if not isinstance(value, Node) or list(value.users) != [user]:
+            return False
+        written = self.mutates(value)
+        if written is not None:
+            return self.is_private(written, value)
+        fresh = value.op == "call_function" and value.target in (operator.add, torch.add, torch.cat)
+        return fresh or self.is_source(value) or self.is_norm(value)
+
+
+def _is_ordinary(module: nn.Module, node: Node) -> bool:
+    from .trace import has_hooks
+
+    plain = "forward" not in vars(module) and not has_hooks(module)
+    return plain and len(node.args) == 1 and isinstance(node.args[0], Node) and not node.kwargs

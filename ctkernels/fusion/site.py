@@ -1,0 +1,113 @@
+"""What runs where a layer, a BatchNorm, a sum and an activation ran one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..ops._op import in_transform
+from .fold import Folded, affine, frozen_call, is_eval
+from .trace import has_hooks
+
+
+@dataclass(frozen=True)
+class Site:
+    """What was fused into one, by name in the model; "" for a part that is not there.
+
+    Attributes:
+        layer: the convolution or linear layer.
+        norm: the BatchNorm.
+        residual: whether a second tensor is added.
+        unit: the CT unit. Without one the BatchNorm is folded into the layer, and what follows is as it was.
+    """
+
+    layer: str
+    norm: str
+    residual: bool
+    unit: str
+
+    def __str__(self) -> str:
+        return " -> ".join(
+            [n for n in (self.layer, self.norm) if n] + ["add"] * self.residual + [self.unit] * bool(self.unit)
+        )
+
+
+class FusedCall:
+    """The call that stands for a site in generated code: ``(x, residual or None, *other arguments of the unit)``.
+
+    Which way it goes is decided at every call, by what the modules and tensors are then; where none applies, the modules
+    are called one after the other.
+    """
+
+    __name__ = "fused"  # what generated code calls it
+
+    def __init__(self, source: nn.Module | None, norm: nn.Module | None, unit: Any) -> None:
+        self.source, self.norm, self.unit = source, norm, unit
+        self.folded = None if source is None else Folded(source, norm)
+        self.modules = [m for m in (source, norm, unit) if isinstance(m, nn.Module)]
+
+    def __call__(self, x: Tensor, residual: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        if any(has_hooks(m) for m in self.modules) or (not compiling and in_transform()):
+            return self.unfused(x, residual, *args, **kwargs)
+        fold = not compiling and self.can_fold(x)
+        if self.unit is None:
+            return self.layer(x, fold) if fold else self.unfused(x, None)
+        arguments = self.arguments(x, *args, **kwargs)
+        if arguments is None or not isinstance(residual, (Tensor, type(None))):
+            return self.unfused(x, residual, *args, **kwargs)
+        z, scale, shift = self.layer(x, fold), None, None
+        if self.norm is not None and not fold:
+            if (
+                z.dim() > 1
+                and arguments["channel_dim"] in (None, 1, 1 - z.dim())
+                and (is_eval(self.norm) or not compiling)
+            ):
+                scale, shift = affine(self.norm, z)
+                arguments["channel_dim"] = 1
+            else:
+                z = self.norm(z)
+        if residual is not None and residual.shape != z.shape:
+            z, residual = z + residual, None
+        inplace = z is not x and not compiling and (residual is None or residual.dtype == z.dtype)
+        inplace = inplace and not _records(z, residual, scale, shift, *arguments.values())
+        return functional.ctu(z, scale=scale, shift=shift, residual=residual, inplace=inplace, **arguments)
+
+    def arguments(self, x: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+        read = getattr(self.unit, "ctu_arguments", None)  # gone once the steering was removed
+        return None if read is None else read(x, *args, **kwargs)
+
+    def layer(self, x: Tensor, fold: bool) -> Tensor:
+        if self.source is None:
+            return x
+        if not fold:
+            return self.source(x)
+        assert self.folded is not None
+        return frozen_call(self.source, x, *self.folded.get(x), _records(x))
+
+    def can_fold(self, x: Tensor) -> bool:
+        """Whether nobody needs the layer and the norm apart: both are frozen, and the norm is in evaluation."""
+        if self.folded is None or not (self.norm is None or is_eval(self.norm)):
+            return False
+        parameters = self.folded.parameters()
+        return not (
+            _records(*parameters)
+            or any(t.is_inference() or t.dtype != x.dtype for t in parameters)
+            or torch.is_autocast_enabled(x.device.type)
+        )
+
+    def unfused(self, x: Tensor, residual: Any, *args: Any, **kwargs: Any) -> Tensor:
+        for module in (self.source, self.norm):
+            x = x if module is None else module(x)
+        if residual is not None:
+            x = x + residual
+        return x if self.unit is None else self.unit(x, *args, **kwargs)
+
+
+def _records(*values: Any) -> bool:
+    """Whether a call on these records a gradient."""
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
