@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctkernels.testing import assert_no_worse
+
 NAMES = ("q", "k", "v", "m", "a", "g_m", "g_a")
 
 
@@ -113,12 +115,26 @@ def leaves(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {n: None if t is None else t.detach().requires_grad_() for n, t in tensors.items()}
 
 
-def results(function: Any, tensors: dict[str, Tensor | None], **arguments: Any) -> dict[str, Tensor]:
-    """The result and the gradient of every tensor, for one fixed upstream gradient."""
+def results(
+    function: Any, tensors: dict[str, Tensor | None], *, upstream: torch.dtype, **arguments: Any
+) -> dict[str, Tensor]:
+    """The result and the gradient of every tensor, for one fixed upstream gradient, of dtype ``upstream`` before y's."""
     own = leaves(tensors)
     y = function(**own, **arguments)
     generator = torch.Generator().manual_seed(99)
-    dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+    dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(upstream).to(y.dtype)
     given = {n: t for n, t in own.items() if t is not None}
     grads = torch.autograd.grad(y, list(given.values()), dy)
     return {"y": y.detach(), **{f"d{n}": g for n, g in zip(given, grads)}}
+
+
+def check(case: Case, dtype: torch.dtype, found: dict[str, Tensor]) -> None:
+    """``found``, by :func:`results`, against float64, and against the error of the definition in ``dtype``."""
+    wide = {n: None if t is None else t.double() for n, t in case.tensors(dtype).items()}
+    truth = results(case.plain, wide, upstream=dtype)
+    baseline = results(case.plain, case.tensors(dtype), upstream=dtype)
+    assert found.keys() == truth.keys()
+    for key, value in found.items():
+        # sums of many terms may cancel to nothing: a few ulps of their largest stand in
+        terms = 1 + truth[key].abs().max().item()
+        assert_no_worse(f"{case.name}: {key}", value, truth[key], baseline[key], terms, 4 * torch.finfo(dtype).eps)

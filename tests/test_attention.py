@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import NAMES, Case, results
+from attention_cases import NAMES, Case, check, results
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctkernels
 from ctkernels.functional import attention_head_edit, head_edit
 from ctkernels.ops.attention import KEEP_LSE, KEEP_Z, Problem, choice
-from ctkernels.testing import assert_no_worse
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
+FLOAT = torch.float32
 CASES = [
     Case("full", (2, 3, 3, 5, 5, 8, 8)),
     Case("causal", (2, 3, 3, 9, 9, 8, 8), {"is_causal": True}),
@@ -41,27 +41,17 @@ BY_NAME = {c.name: c for c in CASES}
 FEW = [BY_NAME[n] for n in ("causal, fewer queries than keys", "packed, causal", "mask with blind queries")]
 
 
-def _check(case: Case, dtype: torch.dtype, found: dict[str, torch.Tensor]) -> None:
-    truth = results(case.plain, {n: None if t is None else t.double() for n, t in case.tensors(dtype).items()})
-    baseline = results(case.plain, case.tensors(dtype))
-    assert found.keys() == truth.keys()
-    for key, value in found.items():
-        # sums of many terms may cancel to nothing: a few ulps of their largest stand in
-        terms = 1 + truth[key].abs().max().item()
-        assert_no_worse(f"{case.name}: {key}", value, truth[key], baseline[key], terms, 4 * torch.finfo(dtype).eps)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_against_float64(backend: str, case: Case, dtype: torch.dtype) -> None:
-    _check(case, dtype, results(attention_head_edit, case.tensors(dtype), **case.arguments()))
+    check(case, dtype, results(attention_head_edit, case.tensors(dtype), upstream=dtype, **case.arguments()))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_the_dispatcher_op_in_plain_torch(case: Case) -> None:
     """What the fused kernels' op computes where there are no such kernels."""
     with _fused_anywhere():
-        _check(case, torch.float32, results(attention_head_edit, case.tensors(torch.float32), **case.arguments()))
+        check(case, FLOAT, results(attention_head_edit, case.tensors(FLOAT), upstream=FLOAT, **case.arguments()))
 
 
 def _fused_anywhere():
@@ -154,12 +144,12 @@ def test_opcheck(case: Case, keep: int) -> None:
 def test_compile_fullgraph(case: Case, fused: bool) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(attention_head_edit, fullgraph=True, backend="aot_eager")
-    expected = results(attention_head_edit, case.tensors(torch.float32), **case.arguments())
+    expected = results(attention_head_edit, case.tensors(FLOAT), upstream=FLOAT, **case.arguments())
     if fused:
         with _fused_anywhere():
-            found = results(compiled, case.tensors(torch.float32), **case.arguments())
+            found = results(compiled, case.tensors(FLOAT), upstream=FLOAT, **case.arguments())
     else:
-        found = results(compiled, case.tensors(torch.float32), **case.arguments())
+        found = results(compiled, case.tensors(FLOAT), upstream=FLOAT, **case.arguments())
     for key, value in found.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-4)
 
@@ -168,7 +158,7 @@ def test_compiled_packed() -> None:
     torch._dynamo.reset()
     case = BY_NAME["packed, causal"]
     compiled = torch.compile(attention_head_edit, fullgraph=True)
-    found, expected = (results(f, case.tensors(torch.float32), **case.arguments()) for f in (compiled, attention_head_edit))
+    found, expected = (results(f, case.tensors(FLOAT), upstream=FLOAT, **case.arguments()) for f in (compiled, attention_head_edit))
     for key, value in found.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-4)
 

@@ -5,6 +5,7 @@ raises `KeyError: 'JOLA'`.
 """
 
 from ._peft import register
+from .attention import FusedAttention, fuse_attention
 from .gates import drop_closed_heads, freeze_gates, open_heads, parameter_groups
 from .jola import JolaConfig, JolaLayer, JolaModel
 from .merge import save_merged
@@ -32,6 +33,7 @@ __all__ = [
     "CyclicSchedule",
     "EditMonitor",
     "ExponentialSchedule",
+    "FusedAttention",
     "JolaConfig",
     "JolaLayer",
     "JolaModel",
@@ -41,6 +43,7 @@ __all__ = [
     "drop_closed_heads",
     "find_sites",
     "freeze_gates",
+    "fuse_attention",
     "jola_penalty",
     "load_official",
     "official_penalty",

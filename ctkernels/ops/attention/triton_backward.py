@@ -95,14 +95,9 @@ def _walk_queries(
         qs = load_tile(q + far * q_stride, near, d, q_stride, tokens - start, True, D, BD)
         s = tl.dot(k, tl.trans(qs), input_precision=PRECISION) * factor
         if mask is not None:
-            s = tl.trans(apply_mask(tl.trans(s), mask, rows, cols, mask_row, mask_col, tokens, keys, BOOL))
+            s = apply_mask(s, mask, rows[None, :], cols[:, None], mask_row, mask_col, tokens, keys, BOOL)
         if EDGE:
-            seen = cols[:, None] < keys
-            if RIGHT:
-                seen = seen & (cols[:, None] <= rows[None, :] + (shift + right))
-            if LEFT:
-                seen = seen & (cols[:, None] >= rows[None, :] + (shift - left))
-            s = tl.where(seen, s, -INFINITY)
+            s = hide(s, rows[None, :], cols[:, None], shift, keys, left, right, LEFT, RIGHT)
         w = tl.exp2(s - tl.load(lse + rows, mask=inside, other=INFINITY)[None, :])
         g = load_tile(dy + far * dy_stride, near, e, dy_stride, tokens - start, True, E, BE)
         dv = tl.dot(w.to(g.dtype), g, dv, input_precision=PRECISION)
@@ -175,10 +170,10 @@ def keys_kernel(
         if m is not None:
             dvs = dvs * p
         live = cols[:, None] < keys
-        dk += b * dk_batch + head * dk_head + (start + near)[:, None] * dk_row + d[None, :]
-        dv += b * dv_batch + head * dv_head + (start + near)[:, None] * dv_row + e[None, :]
-        tl.store(dk, (dks * scale).to(dk.dtype.element_ty), mask=live & (d[None, :] < D))
-        tl.store(dv, dvs.to(dv.dtype.element_ty), mask=live & (e[None, :] < E))
+        at_dk = dk + b * dk_batch + head * dk_head + (start + near)[:, None] * dk_row + d[None, :]
+        at_dv = dv + b * dv_batch + head * dv_head + (start + near)[:, None] * dv_row + e[None, :]
+        tl.store(at_dk, (dks * scale).to(dk.dtype.element_ty), mask=live & (d[None, :] < D))
+        tl.store(at_dv, dvs.to(dv.dtype.element_ty), mask=live & (e[None, :] < E))
 
 
 @triton.jit
@@ -195,9 +190,9 @@ def _walk_keys(
         ks = load_tile(k + start.to(tl.int64) * k_stride, near, d, k_stride, keys - start, EDGE, D, BD)
         s = tl.dot(q, tl.trans(ks), input_precision=PRECISION) * factor
         if mask is not None:
-            s = apply_mask(s, mask, rows, cols, mask_row, mask_col, tokens, keys, BOOL)
+            s = apply_mask(s, mask, rows[:, None], cols[None, :], mask_row, mask_col, tokens, keys, BOOL)
         if EDGE:
-            s = hide(s, rows, cols, shift, keys, left, right, LEFT, RIGHT)
+            s = hide(s, rows[:, None], cols[None, :], shift, keys, left, right, LEFT, RIGHT)
         w = tl.exp2(s - lse[:, None])
         vs = load_tile(v + start.to(tl.int64) * v_stride, near, e, v_stride, keys - start, EDGE, E, BE)
         ds = w * (tl.dot(dz, tl.trans(vs), input_precision=PRECISION) - delta[:, None])
@@ -262,5 +257,5 @@ def queries_kernel(
             dqs, qs, dz, k, v, lses, deltas, mask, rows, whole_high, high, shift, tokens, keys, left, right, factor,
             k_row, v_row, mask_row, mask_col, True, LEFT, RIGHT, BOOL, PRECISION, D, E, BD, BE, N,
         )  # fmt: skip
-        dq += b * dq_batch + head * dq_head + (start + near)[:, None] * dq_row + d[None, :]
-        tl.store(dq, (dqs * scale).to(dq.dtype.element_ty), mask=(rows < tokens)[:, None] & (d[None, :] < D))
+        at_dq = dq + b * dq_batch + head * dq_head + (start + near)[:, None] * dq_row + d[None, :]
+        tl.store(at_dq, (dqs * scale).to(dq.dtype.element_ty), mask=(rows < tokens)[:, None] & (d[None, :] < D))

@@ -28,21 +28,21 @@ def load_tile(p, rows, cols, row_stride, limit, ROWS: tl.constexpr, COLS: tl.con
 
 
 @triton.jit
-def hide(s, rows, cols, shift, keys, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Scores s[rows, cols], -inf where the query at position row + shift does not see the key."""
-    seen = cols[None, :] < keys
+def hide(s, rows[:, None], cols[None, :], shift, keys, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Scores, -inf where the query at position row + shift does not see the key. ``rows`` and ``cols`` broadcast against s."""
+    seen = cols < keys
     if RIGHT:
-        seen = seen & (cols[None, :] <= rows[:, None] + (shift + right))
+        seen = seen & (cols <= rows + (shift + right))
     if LEFT:
-        seen = seen & (cols[None, :] >= rows[:, None] + (shift - left))
+        seen = seen & (cols >= rows + (shift - left))
     return tl.where(seen, s, -INFINITY)
 
 
 @triton.jit
 def apply_mask(s, mask, rows, cols, row_stride, col_stride, tokens, keys, BOOL: tl.constexpr):
-    """Scores with a user's mask: booleans as bytes, or addends, in units of log 2 here."""
-    at = mask + rows[:, None].to(tl.int64) * row_stride + cols[None, :] * col_stride
-    inside = (rows[:, None] < tokens) & (cols[None, :] < keys)
+    """Scores, in units of log 2, with a user's mask: booleans as bytes, or addends. As :func:`hide`."""
+    at = mask + rows.to(tl.int64) * row_stride + cols.to(tl.int64) * col_stride
+    inside = (rows < tokens) & (cols < keys)
     if BOOL:
         return tl.where(tl.load(at, mask=inside, other=0) != 0, s, -INFINITY)
     else:
@@ -63,9 +63,9 @@ def walk(
         ks = load_tile(k + start.to(tl.int64) * k_stride, n, d, k_stride, keys - start, EDGE, D, BD)
         s = tl.dot(q, tl.trans(ks), input_precision=PRECISION) * factor
         if mask is not None:
-            s = apply_mask(s, mask, rows, cols, mask_row, mask_col, tokens, keys, BOOL)
+            s = apply_mask(s, mask, rows[:, None], cols[None, :], mask_row, mask_col, tokens, keys, BOOL)
         if EDGE:
-            s = hide(s, rows, cols, shift, keys, left, right, LEFT, RIGHT)
+            s = hide(s, rows[:, None], cols[None, :], shift, keys, left, right, LEFT, RIGHT)
         top = tl.maximum(peak, tl.max(s, 1))
         base = top
         if EDGE or mask is not None:  # a query that has seen nothing yet

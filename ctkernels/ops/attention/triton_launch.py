@@ -20,6 +20,8 @@ from .triton_forward import forward_kernel
 PROGRAMS = 256  # that keep a GPU busy: with fewer, decoding splits the keys
 FEW_ROWS = 64  # queries that share a key head, up to which a call is decoding
 PREPARED = 64  # queries of a program that prepares the backward pass
+# A sum across lanes of products: were a product fused into the first addition, lanes would end with different roundings.
+_SUMMING = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)
@@ -187,13 +189,13 @@ def _prepare(call: _Call, dy: Tensor, z: Tensor, delta: Tensor | None, grads: di
     args |= {"starts_q": p.starts_q, "heads": call.heads, "tokens": call.tokens, "blocks": blocks}
     args |= _strides("z", z if scaled else None) | _strides("dy", dy)
     args |= {name.replace("lse", "delta"): value for name, value in _sums_strides(delta).items()}
-    meta = call.sizes() | {"M": PREPARED, "num_warps": 4}
+    meta = call.sizes() | {"M": PREPARED, **_SUMMING}
     _triton.launch(prepare_kernel, slots * call.heads, args, meta)
     if partial is not None:
         outputs = {name: grads.get(3 + i) for i, name in enumerate(("dm", "da", "dg_m", "dg_a"))}
         args = {"partial": partial} | call.edits | outputs | {"heads": call.heads, "slots": slots}
         rows = min(max(1, 4096 // padded(size)), triton.next_power_of_2(slots))
-        _triton.launch(edit_kernel, call.heads, args, call.sizes() | {"SCALED": scaled, "ROWS": rows, "num_warps": 4})
+        _triton.launch(edit_kernel, call.heads, args, call.sizes() | {"SCALED": scaled, "ROWS": rows, **_SUMMING})
 
 
 def _shared(call: _Call, dy: Tensor, lse: Tensor, delta: Tensor | None) -> dict[str, Any]:
