@@ -63,7 +63,8 @@ def _edit(z: Tensor, edits: Edits, axis: int) -> Tensor:
         return z
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, *edits))
     transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return head_edit(z, m, a, g_m, g_a, head_axis=axis, inplace=not (wanted or transformed))
+    inplace = not (wanted or transformed or torch.compiler.is_compiling())
+    return head_edit(z, m, a, g_m, g_a, head_axis=axis, inplace=inplace)
 
 
 def attend_packed(
