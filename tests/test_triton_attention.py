@@ -71,3 +71,93 @@ def test_decoding(case: Case, dtype: torch.dtype) -> None:
     baseline = case.plain(*case.tensors(dtype).values())
     bound = 2 * (baseline.double() - truth).abs().max() + torch.finfo(dtype).eps * (truth.abs() + 4)
     assert ((y.double() - truth).abs() <= bound).all()
+
+
+SMALL = Case("small", (2, 2, 1, 70, 75, 32, 32), CAUSAL)
+
+
+def _small(recorder: Recorder, case: Case = SMALL) -> dict[str, torch.Tensor]:
+    with fused_on_cpu(recorder):
+        return results(attention_head_edit, case.tensors(BRAIN), upstream=BRAIN, **case.arguments())
+
+
+@pytest.mark.parametrize("approx", [-1, 1])
+def test_approximate_units_at_both_ends_of_their_error(approx: int) -> None:
+    check(SMALL, BRAIN, _small(Recorder(approx=approx)))
+
+
+def test_same_bits_on_every_run() -> None:
+    first, again = (_small(Recorder()) for _ in range(2))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_what_the_edit_costs_in_memory_traffic() -> None:
+    """Forward: z is written only if a gradient needs it. Backward: nothing of the output's size is written, and z and the
+    upstream gradient are read by the kernels that attention's own backward pass has anyway."""
+    recorder = Recorder()
+    _small(recorder)
+    by_name = {name: {k for k, t in args.items() if isinstance(t, torch.Tensor)} for name, _, args, _, _ in recorder.launches}
+    size = SMALL.sizes[0] * SMALL.sizes[1] * SMALL.sizes[3] * SMALL.sizes[6]
+    assert by_name["prepare_kernel"] >= {"z", "dy", "delta", "partial"}
+    for name in ("keys_kernel", "queries_kernel"):
+        assert "z" not in by_name[name]
+    for name, _, args, _, _ in recorder.launches[1:]:
+        written = {n: args[n].numel() for n in ("delta", "partial") if args.get(n) is not None and name == "prepare_kernel"}
+        assert all(count < size // 8 for count in written.values()), written
+
+    tensors = SMALL.tensors(BRAIN)
+    with fused_on_cpu(Recorder()) as recorder, torch.no_grad():
+        attention_head_edit(**tensors, **SMALL.arguments())
+    assert recorder.launches[0][2]["z"] is None
+    assert recorder.launches[0][2]["lse"] is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kernels"),
+    [
+        (("m", "g_a"), ["forward_kernel", "prepare_kernel", "edit_kernel"]),
+        (("a",), ["forward_kernel", "prepare_kernel", "edit_kernel"]),
+        (("q",), ["forward_kernel", "prepare_kernel", "queries_kernel"]),
+        (("v",), ["forward_kernel", "prepare_kernel", "keys_kernel"]),
+    ],
+    ids=str,
+)
+def test_only_the_gradients_that_are_wanted(wanted: tuple[str, ...], kernels: list[str]) -> None:
+    own = {n: t.requires_grad_(n in wanted) for n, t in SMALL.tensors(BRAIN).items()}
+    full = _small(Recorder())
+    generator = torch.Generator().manual_seed(99)
+    with fused_on_cpu(Recorder()) as recorder:
+        y = attention_head_edit(**own, **SMALL.arguments())
+        y.backward(torch.randn(y.shape, generator=generator, dtype=torch.float64).to(BRAIN))
+    assert _kernels(recorder) == kernels
+    for name in wanted:
+        assert torch.equal(own[name].grad, full[f"d{name}"]), name
+
+
+def test_decoding_with_gradients_and_one_split() -> None:
+    case = Case("short", (1, 2, 2, 2, 50, 32, 32), CAUSAL)
+    recorder = Recorder()
+    check(case, BRAIN, _small(recorder, case))
+    assert _kernels(recorder)[:2] == ["split_kernel", "join_kernel"]
+    assert recorder.launches[0][2]["splits"] == 1
+
+
+def test_unaligned_and_strided_inputs() -> None:
+    """Heads inside a fused qkv projection, at an odd offset: the executor faults on a misaligned vector."""
+    qkv = torch.randn(2 * 70 * 3 * 2 * 32 + 1).to(HALF)[1:].view(2, 70, 3, 2, 32)
+    q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))
+    m = torch.randn(2, 32)
+    expected = attention_head_edit(q, k, v, m, m)
+    with fused_on_cpu(Recorder()):
+        torch.testing.assert_close(attention_head_edit(q, k, v, m, m), expected, rtol=4e-3, atol=4e-3)
+
+
+def test_splits_depend_on_the_shape_alone_and_cover_the_keys() -> None:
+    q = torch.empty(1, 8, 1, 64, dtype=BRAIN)
+    for keys in (1, 63, 64, 257, 4096, 100_000):
+        k = torch.empty(1, 1, keys, 64, dtype=BRAIN)
+        problem = triton_launch.Problem(q, k, k, None, None, None, None, None, None, None, 0, 0, 1.0, -1, 0)
+        splits = triton_launch.splits_for(problem, 8, 1, keys)
+        assert 1 <= splits <= triton_launch.PROGRAMS
+        n = triton_launch.tile("split", problem).n
+        assert splits == 1 or keys >= 4 * n * splits

@@ -83,7 +83,7 @@ def edit_kernel(
 def _walk_queries(
     dk, dv, k, v, q, dy, lse, delta, mask, cols, begin, end, shift, tokens, keys, left, right, factor,
     q_stride, dy_stride, mask_row, mask_col,
-    EDGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL: tl.constexpr, PRECISION: tl.constexpr,
+    EDGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Adds what queries ``begin`` to ``end`` send to dk and dv of the keys ``cols``."""
@@ -95,7 +95,7 @@ def _walk_queries(
         qs = load_tile(q + far * q_stride, near, d, q_stride, tokens - start, True, D, BD)
         s = tl.dot(k, tl.trans(qs), input_precision=PRECISION) * factor
         if mask is not None:
-            s = apply_mask(s, mask, rows[None, :], cols[:, None], mask_row, mask_col, tokens, keys, BOOL)
+            s = apply_mask(s, mask, rows[None, :], cols[:, None], mask_row, mask_col, tokens, keys, KIND)
         if EDGE:
             s = hide(s, rows[None, :], cols[:, None], shift, keys, left, right, LEFT, RIGHT)
         w = tl.exp2(s - tl.load(lse + rows, mask=inside, other=INFINITY)[None, :])
@@ -113,7 +113,7 @@ def keys_kernel(
     heads, group, tokens, keys, blocks, left, right, factor, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch, mask_head, mask_row, mask_col,
     dy_batch, dy_head, dy_row, lse_batch, lse_head, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of N keys, from one query head: where heads share keys, a sum over them remains."""
@@ -152,20 +152,24 @@ def keys_kernel(
         whole_low = tl.minimum(whole_low, tl.cdiv(high, M) * M)
         whole_low = tl.maximum(whole_low, low)
         whole_high = tl.maximum(tl.minimum(whole_high, tl.cdiv(high, M) * M), whole_low)
+        if mask is not None:  # one loop: there is no telling which queries see
+            whole_low = tl.cdiv(high, M) * M
+            whole_high = whole_low
         dks, dvs = tl.zeros([N, BD], tl.float32), tl.zeros([N, BE], tl.float32)
-        if RIGHT:
+        if RIGHT or mask is not None:
             dks, dvs = _walk_queries(
                 dks, dvs, ks, vs, q, dy, lse, delta, mask, cols, low, whole_low, shift, tokens, keys, left, right, factor,
-                q_row, dy_row, mask_row, mask_col, True, LEFT, RIGHT, BOOL, PRECISION, D, E, BD, BE, M,
+                q_row, dy_row, mask_row, mask_col, True, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, M,
             )  # fmt: skip
-        dks, dvs = _walk_queries(
-            dks, dvs, ks, vs, q, dy, lse, delta, mask, cols, whole_low, whole_high, shift, tokens, keys, left, right, factor,
-            q_row, dy_row, mask_row, mask_col, False, LEFT, RIGHT, BOOL, PRECISION, D, E, BD, BE, M,
-        )  # fmt: skip
-        if LEFT:
+        if mask is None:
+            dks, dvs = _walk_queries(
+                dks, dvs, ks, vs, q, dy, lse, delta, mask, cols, whole_low, whole_high, shift, tokens, keys, left, right, factor,
+                q_row, dy_row, mask_row, mask_col, False, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, M,
+            )  # fmt: skip
+        if LEFT and mask is None:
             dks, dvs = _walk_queries(
                 dks, dvs, ks, vs, q, dy, lse, delta, mask, cols, whole_high, high, shift, tokens, keys, left, right, factor,
-                q_row, dy_row, mask_row, mask_col, True, LEFT, RIGHT, BOOL, PRECISION, D, E, BD, BE, M,
+                q_row, dy_row, mask_row, mask_col, True, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, M,
             )  # fmt: skip
         if m is not None:
             dvs = dvs * p
@@ -180,7 +184,7 @@ def keys_kernel(
 def _walk_keys(
     dq, q, dz, k, v, lse, delta, mask, rows, begin, end, shift, tokens, keys, left, right, factor,
     k_stride, v_stride, mask_row, mask_col,
-    EDGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL: tl.constexpr, PRECISION: tl.constexpr,
+    EDGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Adds what keys ``begin`` to ``end`` send to dq of the queries ``rows``."""
@@ -190,7 +194,7 @@ def _walk_keys(
         ks = load_tile(k + start.to(tl.int64) * k_stride, near, d, k_stride, keys - start, EDGE, D, BD)
         s = tl.dot(q, tl.trans(ks), input_precision=PRECISION) * factor
         if mask is not None:
-            s = apply_mask(s, mask, rows[:, None], cols[None, :], mask_row, mask_col, tokens, keys, BOOL)
+            s = apply_mask(s, mask, rows[:, None], cols[None, :], mask_row, mask_col, tokens, keys, KIND)
         if EDGE:
             s = hide(s, rows[:, None], cols[None, :], shift, keys, left, right, LEFT, RIGHT)
         w = tl.exp2(s - lse[:, None])
@@ -206,7 +210,7 @@ def queries_kernel(
     heads, group, tokens, keys, blocks, left, right, factor, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch, mask_head, mask_row, mask_col,
     dy_batch, dy_head, dy_row, lse_batch, lse_head, dq_batch, dq_head, dq_row,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dq of M queries of one head."""
@@ -243,19 +247,22 @@ def queries_kernel(
             whole_low = (tl.maximum(last + shift - left, 0) + N - 1) // N * N
         whole_low = tl.maximum(tl.minimum(whole_low, tl.cdiv(high, N) * N), low)
         whole_high = tl.maximum(whole_high // N * N, whole_low)
+        if mask is not None:  # one loop: there is no telling which keys are seen
+            whole_high = low
         dqs = tl.zeros([M, BD], tl.float32)
-        if LEFT:
+        if LEFT and mask is None:
             dqs = _walk_keys(
                 dqs, qs, dz, k, v, lses, deltas, mask, rows, low, whole_low, shift, tokens, keys, left, right, factor,
-                k_row, v_row, mask_row, mask_col, True, LEFT, RIGHT, BOOL, PRECISION, D, E, BD, BE, N,
+                k_row, v_row, mask_row, mask_col, True, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, N,
+            )  # fmt: skip
+        if mask is None:
+            dqs = _walk_keys(
+                dqs, qs, dz, k, v, lses, deltas, mask, rows, whole_low, whole_high, shift, tokens, keys, left, right, factor,
+                k_row, v_row, mask_row, mask_col, False, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, N,
             )  # fmt: skip
         dqs = _walk_keys(
-            dqs, qs, dz, k, v, lses, deltas, mask, rows, whole_low, whole_high, shift, tokens, keys, left, right, factor,
-            k_row, v_row, mask_row, mask_col, False, LEFT, RIGHT, BOOL, PRECISION, D, E, BD, BE, N,
-        )  # fmt: skip
-        dqs = _walk_keys(
             dqs, qs, dz, k, v, lses, deltas, mask, rows, whole_high, high, shift, tokens, keys, left, right, factor,
-            k_row, v_row, mask_row, mask_col, True, LEFT, RIGHT, BOOL, PRECISION, D, E, BD, BE, N,
+            k_row, v_row, mask_row, mask_col, True, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, N,
         )  # fmt: skip
         at_dq = dq + b * dq_batch + head * dq_head + (start + near)[:, None] * dq_row + d[None, :]
         tl.store(at_dq, (dqs * scale).to(dq.dtype.element_ty), mask=(rows < tokens)[:, None] & (d[None, :] < D))

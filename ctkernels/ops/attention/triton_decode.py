@@ -16,7 +16,7 @@ from .triton_forward import INFINITY, finish, walk_range
 def split_kernel(
     q, k, v, mask, part, part_peak, part_total, heads, group, tokens, keys, blocks, splits, per_split, left, right, factor,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch, mask_head, mask_row, mask_col,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Sums over keys split * per_split to (split + 1) * per_split, as [split, batch, head, token]."""
@@ -42,7 +42,7 @@ def split_kernel(
     acc, total, peak = walk_range(
         acc, total, peak, qs, k, v, mask, i, 0, tokens - 1, split * per_split, (split + 1) * per_split,
         keys - tokens, tokens, keys, left, right, factor, k_row, v_row, mask_row, mask_col,
-        LEFT, RIGHT, BOOL, PRECISION, D, E, BD, BE, N,
+        LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, N,
     )  # fmt: skip
     batch = tl.num_programs(0) // (splits * blocks * groups)
     row = ((split * batch + b).to(tl.int64) * heads + h) * tokens + i

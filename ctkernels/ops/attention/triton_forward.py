@@ -28,7 +28,7 @@ def load_tile(p, rows, cols, row_stride, limit, ROWS: tl.constexpr, COLS: tl.con
 
 
 @triton.jit
-def hide(s, rows[:, None], cols[None, :], shift, keys, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+def hide(s, rows, cols, shift, keys, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """Scores, -inf where the query at position row + shift does not see the key. ``rows`` and ``cols`` broadcast against s."""
     seen = cols < keys
     if RIGHT:
@@ -39,11 +39,13 @@ def hide(s, rows[:, None], cols[None, :], shift, keys, left, right, LEFT: tl.con
 
 
 @triton.jit
-def apply_mask(s, mask, rows, cols, row_stride, col_stride, tokens, keys, BOOL: tl.constexpr):
-    """Scores, in units of log 2, with a user's mask: booleans as bytes, or addends. As :func:`hide`."""
-    at = mask + rows.to(tl.int64) * row_stride + cols.to(tl.int64) * col_stride
-    inside = (rows < tokens) & (cols < keys)
-    if BOOL:
+def apply_mask(s, mask, rows, cols, row_stride, col_stride, tokens, keys, KIND: tl.constexpr):
+    """Scores, in units of log 2, with a user's mask: booleans as bytes (KIND & 1), or addends; one for all queries, or one
+    for each (KIND & 2). ``rows`` and ``cols`` as for :func:`hide`."""
+    at, inside = mask + cols.to(tl.int64) * col_stride, cols < keys
+    if KIND & 2:
+        at, inside = at + rows.to(tl.int64) * row_stride, inside & (rows < tokens)
+    if KIND & 1:
         return tl.where(tl.load(at, mask=inside, other=0) != 0, s, -INFINITY)
     else:
         return s + tl.load(at, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
@@ -53,7 +55,7 @@ def apply_mask(s, mask, rows, cols, row_stride, col_stride, tokens, keys, BOOL: 
 def walk(
     acc, total, peak, q, k, v, mask, rows, begin, end, shift, tokens, keys, left, right, factor,
     k_stride, v_stride, mask_row, mask_col,
-    EDGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL: tl.constexpr, PRECISION: tl.constexpr,
+    EDGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Keys ``begin`` to ``end``. EDGE: some may be hidden."""
@@ -63,12 +65,12 @@ def walk(
         ks = load_tile(k + start.to(tl.int64) * k_stride, n, d, k_stride, keys - start, EDGE, D, BD)
         s = tl.dot(q, tl.trans(ks), input_precision=PRECISION) * factor
         if mask is not None:
-            s = apply_mask(s, mask, rows[:, None], cols[None, :], mask_row, mask_col, tokens, keys, BOOL)
+            s = apply_mask(s, mask, rows[:, None], cols[None, :], mask_row, mask_col, tokens, keys, KIND)
         if EDGE:
             s = hide(s, rows[:, None], cols[None, :], shift, keys, left, right, LEFT, RIGHT)
         top = tl.maximum(peak, tl.max(s, 1))
         base = top
-        if EDGE or mask is not None:  # a query that has seen nothing yet
+        if EDGE:  # a query that has seen nothing yet
             base = tl.where(top == -INFINITY, 0.0, top)
         p = tl.exp2(s - base[:, None])
         keep = tl.exp2(peak - base)
@@ -83,7 +85,7 @@ def walk(
 def walk_range(
     acc, total, peak, q, k, v, mask, rows, first, last, begin, end, shift, tokens, keys, left, right, factor,
     k_stride, v_stride, mask_row, mask_col,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The keys from ``begin``, a multiple of N, to ``end`` that queries ``first`` to ``last`` see."""
@@ -92,6 +94,11 @@ def walk_range(
         high = tl.minimum(high, tl.maximum(last + shift + right + 1, 0))
     if LEFT:
         low = tl.maximum(low, tl.maximum(first + shift - left, 0) // N * N)
+    if mask is not None:  # there is no telling which keys are seen
+        return walk(
+            acc, total, peak, q, k, v, mask, rows, low, high, shift, tokens, keys, left, right, factor,
+            k_stride, v_stride, mask_row, mask_col, True, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, N,
+        )  # fmt: skip
     whole_high = high  # the keys from whole_low to whole_high are seen by all these queries
     if RIGHT:
         whole_high = tl.minimum(whole_high, tl.maximum(first + shift + right + 1, 0))
@@ -103,15 +110,15 @@ def walk_range(
     if LEFT:
         acc, total, peak = walk(
             acc, total, peak, q, k, v, mask, rows, low, whole_low, shift, tokens, keys, left, right, factor,
-            k_stride, v_stride, mask_row, mask_col, True, LEFT, RIGHT, BOOL, PRECISION, D, E, BD, BE, N,
+            k_stride, v_stride, mask_row, mask_col, True, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, N,
         )  # fmt: skip
     acc, total, peak = walk(
         acc, total, peak, q, k, v, mask, rows, whole_low, whole_high, shift, tokens, keys, left, right, factor,
-        k_stride, v_stride, mask_row, mask_col, False, LEFT, RIGHT, BOOL, PRECISION, D, E, BD, BE, N,
+        k_stride, v_stride, mask_row, mask_col, False, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, N,
     )  # fmt: skip
     return walk(
         acc, total, peak, q, k, v, mask, rows, whole_high, high, shift, tokens, keys, left, right, factor,
-        k_stride, v_stride, mask_row, mask_col, True, LEFT, RIGHT, BOOL, PRECISION, D, E, BD, BE, N,
+        k_stride, v_stride, mask_row, mask_col, True, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, N,
     )  # fmt: skip
 
 
@@ -171,7 +178,7 @@ def forward_kernel(
     heads, group, tokens, keys, blocks, left, right, factor,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_col, y_batch, y_head, y_row, lse_batch, lse_head,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOOL: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -198,7 +205,7 @@ def forward_kernel(
         acc, total, peak = walk_range(
             acc, total, peak, qs, k, v, mask, rows, first, tl.minimum(first + M, tokens) - 1, 0, keys,
             keys - tokens, tokens, keys, left, right, factor, k_row, v_row, mask_row, mask_col,
-            LEFT, RIGHT, BOOL, PRECISION, D, E, BD, BE, N,
+            LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, N,
         )  # fmt: skip
         at = b * y_batch + h.to(tl.int64) * y_head + (start + near) * y_row
         index = b * lse_batch + h.to(tl.int64) * lse_head + start + near

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,7 +55,9 @@ def padded(size: int) -> int:
 
 def tile(kernel: str, problem: Problem) -> Tile:
     width = max(64, padded(problem.q.shape[-1]), padded(problem.v.shape[-1]))
-    return (_FLOAT if problem.q.dtype == torch.float32 else _HALF)[kernel][width]
+    found = (_FLOAT if problem.q.dtype == torch.float32 else _HALF)[kernel][width]
+    # a mask with a row for each query is loaded value by value: a large tile of it is code without end
+    return replace(found, m=min(found.m, 64)) if problem.mask is not None and problem.mask.stride(2) != 0 else found
 
 
 def _strides(name: str, t: Tensor | None) -> dict[str, int]:
@@ -110,7 +112,7 @@ class _Call:
         p = self.p
         precision = "tf32x3" if p.q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
         found = {"LEFT": p.left != UNBOUNDED, "RIGHT": p.right != UNBOUNDED, "PRECISION": precision}
-        found["BOOL"] = p.mask is not None and p.mask.dtype == torch.bool
+        found["KIND"] = 0 if p.mask is None else (p.mask.dtype == torch.bool) + 2 * (p.mask.stride(2) != 0)
         return found | {"D": p.q.shape[-1], "BD": padded(p.q.shape[-1])} | self.sizes()
 
 
