@@ -59,7 +59,9 @@ class Cost:
 
 def problem(size: int, dtype: torch.dtype, edited: bool) -> Problem:
     q, k, v = (torch.empty(1, 1, LENGTH, size, dtype=dtype) for _ in range(3))
-    m, a, g_m, g_a = (torch.empty(1, size), torch.empty(1, size), torch.empty(1), torch.empty(1)) if edited else [None] * 4
+    m, a, g_m, g_a = (
+        (torch.empty(1, size), torch.empty(1, size), torch.empty(1), torch.empty(1)) if edited else [None] * 4
+    )
     return Problem(q, k, v, m, a, g_m, g_a, None, None, None, 0, 0, size**-0.5, UNBOUNDED, 0)
 
 
@@ -79,7 +81,11 @@ def launches(p: Problem, backward: bool) -> list[tuple[Any, int, dict[str, Any],
 def _clocks(body: list[sass.Instruction], warps: int, sm: int) -> dict[str, float]:
     """Of an SM, for all warps of a block to pass a piece of code once; tensor cores apart."""
     work = sass.pipes(body)
-    return {"issue": len(body) * warps / 4, "mufu": work["mufu"] * warps * 32 / 16, "fp32": work["fp32"] * warps * 32 / FP32[sm]}
+    return {
+        "issue": len(body) * warps / 4,
+        "mufu": work["mufu"] * warps * 32 / 16,
+        "fp32": work["fp32"] * warps * 32 / FP32[sm],
+    }
 
 
 def cost(variant: str, launch: tuple[Any, int, dict[str, Any], dict[str, Any]], sm: int) -> Cost:
@@ -166,11 +172,13 @@ def budget(c: Cost) -> dict[str, float]:
 
 
 def report(found: list[Cost]) -> None:
-    print("\nattention: registers, shared memory, tensor-core instructions; share of the tensor peak if pipes overlap, if not")
+    print(
+        "\nattention: registers, shared memory, tensor-core instructions; share of the tensor peak if pipes overlap, if not"
+    )
     for c in found:
         print(
-            f"{c.variant:<34} {c.kernel:<15} sm_{c.sm:<4} {c.registers:>4} {c.shared / 1024:5.1f} KiB {c.tensor:>4}  {c.share:5.2f} "
-            f"{c.serial:5.2f}" + (f"  {c.spills} spills" if c.spills else "")
+            f"{c.variant:<34} {c.kernel:<15} sm_{c.sm:<4} {c.registers:>4} {c.shared / 1024:5.1f} KiB {c.tensor:>4}  "
+            f"{c.share:5.2f} {c.serial:5.2f}" + (f"  {c.spills} spills" if c.spills else "")
         )
     for sm in sorted({c.sm for c in found}):
         print(f"sm_{sm}: " + ", ".join(f"{n} with edit / without {r:.4f}" for n, r in ratios(found, sm).items()))

@@ -158,7 +158,9 @@ def test_compiled_packed() -> None:
     torch._dynamo.reset()
     case = BY_NAME["packed, causal"]
     compiled = torch.compile(attention_head_edit, fullgraph=True)
-    found, expected = (results(f, case.tensors(FLOAT), upstream=FLOAT, **case.arguments()) for f in (compiled, attention_head_edit))
+    found, expected = (
+        results(f, case.tensors(FLOAT), upstream=FLOAT, **case.arguments()) for f in (compiled, attention_head_edit)
+    )
     for key, value in found.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-4)
 
@@ -305,7 +307,7 @@ def test_packed_errors() -> None:
 
 def test_forcing() -> None:
     t = CASES[0].tensors(torch.float32)
-    with pytest.raises(RuntimeError, match="fused kernels were forced .* cpu"):
+    with pytest.raises(RuntimeError, match=r"fused kernels were forced .* cpu"):
         attention_head_edit(**t, implementation="fused")
     with ctkernels.use_backend("triton"), pytest.raises(RuntimeError, match="forced"):
         attention_head_edit(**t)

@@ -19,15 +19,14 @@ from .jola.model import jola_layers
 NAME = "sdpa_head_edit"
 
 # Families whose attention output goes to the projection as it is, through the interface: tested one by one.
-FAMILIES = frozenset(
-    """
+_NAMES = """
     albert arcee bart beit bert biogpt blenderbot camembert clip cohere cohere2 deepseek_v3 deit dinov2
     dinov2_with_registers dinov3_vit distilbert electra ernie ernie4_5 esm exaone4 gemma gemma3_text glm glm4 gpt2
     gpt_bigcode gpt_neox granite granitemoe helium hubert layoutlm llama m2m_100 marian mbart mistral mixtral modernbert
     nemotron olmo olmo2 olmoe opt pegasus persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe roberta seed_oss siglip
     smollm3 stablelm starcoder2 swin vit vit_msn wav2vec2 whisper xlm-roberta yolos
-    """.split()
-)
+"""
+FAMILIES = frozenset(_NAMES.split())
 
 _LINK = "_jola_layer"
 # what torch's attention cannot do, or what changes the scores or the cache: transformers' own function deals with it

@@ -93,7 +93,8 @@ def keep_for(wanted: list[bool]) -> int:
 def _dense(problem: Problem) -> Iterator[tuple[slice, slice, Problem]]:
     """The sequences of a problem one by one, widened, with one mask each: where they lie in q and in k, and the problem."""
     wide = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
-    p = Problem(*(t.to(wide) if isinstance(t, Tensor) and t.is_floating_point() else t for t in problem))
+    widened: list[Any] = [t.to(wide) if isinstance(t, Tensor) and t.is_floating_point() else t for t in problem]
+    p = Problem(*widened)
     everything = slice(None)
     if p.starts_q is None or p.starts_k is None:
         yield everything, everything, _masked(p)
@@ -148,10 +149,11 @@ def _gradients(dy: Tensor, problem: Problem, needs: int) -> list[tuple[int, Tens
             if g is not None and needs >> i & 1:
                 found[i].append(g if i > 2 or problem.packed is None else g[0].transpose(0, 1))
     out = []
+    inputs: Sequence[Any] = problem
     for i, parts in enumerate(found):
         if needs >> i & 1:
             total = torch.cat(parts) if i < 3 and problem.packed is not None else torch.stack(parts).sum(0)
-            out.append((i, problem[i], total))
+            out.append((i, inputs[i], total))
     return out
 
 

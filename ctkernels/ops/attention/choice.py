@@ -67,7 +67,9 @@ def shape_of(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, training: b
     causal = right == 0 and tokens > 1
     if left != UNBOUNDED:
         keys, causal = min(keys, left + 1 + tokens), False
-    return Shape(count, q.shape[1], k.shape[1], tokens, keys, q.shape[-1], v.shape[-1], q.element_size(), causal, training)
+    return Shape(
+        count, q.shape[1], k.shape[1], tokens, keys, q.shape[-1], v.shape[-1], q.element_size(), causal, training
+    )
 
 
 def seconds(peak: Peak, shape: Shape, attention: str) -> float:
@@ -89,7 +91,11 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal
     """The kernel that torch's scaled_dot_product_attention would use on a CUDA device: its own answer."""
     cuda = torch.backends.cuda
     params = cuda.SDPAParams(q, k, v, mask, 0.0, causal, q.shape[1] != k.shape[1])
-    if cuda.cudnn_sdp_enabled() and cuda.can_use_cudnn_attention(params) and torch.cuda.get_device_capability(q.device)[0] >= 9:
+    if (
+        cuda.cudnn_sdp_enabled()
+        and cuda.can_use_cudnn_attention(params)
+        and torch.cuda.get_device_capability(q.device)[0] >= 9
+    ):
         return "cudnn"
     if cuda.flash_sdp_enabled() and cuda.can_use_flash_attention(params):
         active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
@@ -116,13 +122,25 @@ def fused_refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
 
 
 def estimates(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, left: int, right: int, training: bool, batch: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    left: int,
+    right: int,
+    training: bool,
+    batch: int | None = None,
 ) -> list[Estimate]:
     """What each implementation is predicted to take on q's CUDA device, the faster one first."""
     major = max((m for m in PEAKS if m <= torch.cuda.get_device_capability(q.device)[0]), default=8)
     shape, peak = shape_of(q, k, v, left, right, training, batch), PEAKS[major]
     # a window, unaligned lengths and padded packed sequences are an explicit mask to torch
-    masked = mask is not None or left != UNBOUNDED or batch is not None or (right == 0 and shape.tokens not in (1, shape.keys))
+    masked = (
+        mask is not None
+        or left != UNBOUNDED
+        or batch is not None
+        or (right == 0 and shape.tokens not in (1, shape.keys))
+    )
     kernel = "efficient" if masked else torch_attention(q, k, v, None, right == 0 and shape.tokens > 1)
     if masked and shape.causal:
         theirs = seconds(peak, shape._replace(causal=False), kernel)
@@ -154,7 +172,9 @@ def choose(
     reason = fused_refusal(q, k, v, mask, scale)
     if reason is not None:
         if wanted == FUSED:
-            raise RuntimeError(f"attention_head_edit: the fused kernels were forced but cannot serve this call: {reason}")
+            raise RuntimeError(
+                f"attention_head_edit: the fused kernels were forced but cannot serve this call: {reason}"
+            )
         return SEPARATE
     if wanted is not None or torch.compiler.is_compiling():  # torch's answers about its kernels cannot be traced
         return FUSED

@@ -37,7 +37,7 @@ def attend(
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         mask = reference.combine(mask, reference.visible(tokens, keys, left, right, q.device))
         widened = tuple(None if t is None else t.to(wide) for t in edits)
-        return reference.forward(*(t.to(wide) for t in (q, k, v)), widened, mask, scale).to(q.dtype)
+        return reference.forward(q.to(wide), k.to(wide), v.to(wide), widened, mask, scale).to(q.dtype)
     causal = right == 0 and left == UNBOUNDED and mask is None
     if causal and tokens == 1:  # one query, aligned with the last key, sees them all
         z = _sdpa(q, k, v, None, scale)
@@ -73,7 +73,7 @@ def attend_packed(
     """q (T, H, D), k (S, G, D), v (S, G, E): the sequences padded to the longest, attended, and packed again."""
     at_q, real_q = _places(packed.starts_q, packed.longest_q, q.shape[0])
     at_k, real_k = _places(packed.starts_k, packed.longest_k, k.shape[0])
-    padded = [t[at].transpose(1, 2) for t, at in ((q, at_q), (k, at_k), (v, at_k))]
+    padded_q, padded_k, padded_v = (t[at].transpose(1, 2) for t, at in ((q, at_q), (k, at_k), (v, at_k)))
     seen = real_q[:, None, :, None] & real_k[:, None, None, :]
     lengths_q, lengths_k = (starts.diff()[:, None, None, None] for starts in (packed.starts_q, packed.starts_k))
     if left != UNBOUNDED or right != UNBOUNDED:
@@ -83,7 +83,7 @@ def attend_packed(
             seen = seen & (distance <= right)
         if left != UNBOUNDED:
             seen = seen & (distance >= -left)
-    y = attend(*padded, edits, seen, scale, UNBOUNDED, UNBOUNDED).transpose(1, 2)
+    y = attend(padded_q, padded_k, padded_v, edits, seen, scale, UNBOUNDED, UNBOUNDED).transpose(1, 2)
     t = torch.arange(q.shape[0], device=q.device)
     sequence = torch.searchsorted(packed.starts_q, t.to(packed.starts_q.dtype), right=True) - 1
     return y[sequence, t - packed.starts_q[sequence]]

@@ -107,8 +107,8 @@ def attention_head_edit(
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (q, k, v, *edits)]
     chosen = choose(q, k, v, mask, scale, left, right, any(wanted), batch, implementation)
     if chosen == FUSED:
-        starts = (None, None, 0, 0) if packed is None else packed
-        return run(Problem(q, k, v, *edits, mask, *starts, scale, left, right), keep_for(wanted))
+        problem = Problem(q, k, v, *edits, mask, None, None, 0, 0, scale, left, right)
+        return run(problem if packed is None else problem._replace(**packed._asdict()), keep_for(wanted))
     if packed is None:
         return attend(q, k, v, edits, mask, scale, left, right)
     return attend_packed(q, k, v, edits, scale, left, right, packed)
@@ -135,18 +135,25 @@ def _edits(
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"{OP}: k must have q's head_dim {q.shape[-1]}, got {k.shape[-1]}")
     if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(f"{OP}: v must have k's shape but for head_dim, {tuple(k.shape[:-1])}, got {tuple(v.shape[:-1])}")
+        raise ValueError(
+            f"{OP}: v must have k's shape but for head_dim, {tuple(k.shape[:-1])}, got {tuple(v.shape[:-1])}"
+        )
     if not packed and k.shape[0] != q.shape[0]:
         raise ValueError(f"{OP}: k must have q's batch size {q.shape[0]}, got {k.shape[0]}")
     heads, size = q.shape[1], v.shape[-1]
     if m is None and a is None:
         raise ValueError(f"{OP}: at least one of m and a is needed, got None for both")
-    for name, t, expected in (("m", m, (heads, size)), ("a", a, (heads, size)), ("g_m", g_m, (heads,)), ("g_a", g_a, (heads,))):
-        if t is not None:
-            _check.tensor(OP, name, t)
-            if t.shape != expected:
-                raise ValueError(f"{OP}: {name} must have shape {expected}, got {tuple(t.shape)}")
-            _check.same_device(OP, name, t, "q", q)
+    for name, given, expected in (
+        ("m", m, (heads, size)),
+        ("a", a, (heads, size)),
+        ("g_m", g_m, (heads,)),
+        ("g_a", g_a, (heads,)),
+    ):
+        if given is not None:
+            _check.tensor(OP, name, given)
+            if given.shape != expected:
+                raise ValueError(f"{OP}: {name} must have shape {expected}, got {tuple(given.shape)}")
+            _check.same_device(OP, name, given, "q", q)
     for name, gate, edit in (("g_m", g_m, m), ("g_a", g_a, a)):
         if gate is not None and edit is None:
             raise ValueError(f"{OP}: {name} gates {name[2:]}, which is None; give both or neither")
@@ -169,9 +176,7 @@ def _mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return mask.expand(shape)
 
 
-def _packed(
-    cu_seqlens: Tensor | tuple[Tensor, Tensor], max_seqlen: int | tuple[int, int] | None, q: Tensor
-) -> Packed:
+def _packed(cu_seqlens: Tensor | tuple[Tensor, Tensor], max_seqlen: int | tuple[int, int] | None, q: Tensor) -> Packed:
     starts = cu_seqlens if isinstance(cu_seqlens, tuple) else (cu_seqlens, cu_seqlens)
     for t in starts:
         if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64) or t.dim() != 1 or t.shape[0] < 2:

@@ -32,10 +32,14 @@ def prepare_kernel(
     near, e = tl.arange(0, M), tl.arange(0, BE)
     start, head = q0.to(tl.int64) + first, h.to(tl.int64)
     left = tokens - first
-    g = load_tile(dy + b * dy_batch + head * dy_head + start * dy_row, near, e, dy_row, left, True, E, BE).to(tl.float32)
+    g = load_tile(dy + b * dy_batch + head * dy_head + start * dy_row, near, e, dy_row, left, True, E, BE).to(
+        tl.float32
+    )
     gz = g
     if z is not None:
-        gz = g * load_tile(z + b * z_batch + head * z_head + start * z_row, near, e, z_row, left, True, E, BE).to(tl.float32)
+        gz = g * load_tile(z + b * z_batch + head * z_head + start * z_row, near, e, z_row, left, True, E, BE).to(
+            tl.float32
+        )
     if delta is not None:
         value = tl.sum(gz * edit_scale(m, g_m, h, e, E)[None, :], 1)
         tl.store(delta + b * delta_batch + head * delta_head + start + near, value, mask=near < left)

@@ -193,7 +193,9 @@ def forward_kernel(
         rows, d, e = first + tl.arange(0, M), tl.arange(0, BD), tl.arange(0, BE)
         start = q0.to(tl.int64) + first
         near = tl.arange(0, M)
-        qs = load_tile(q + b * q_batch + h.to(tl.int64) * q_head + start * q_row, near, d, q_row, tokens - first, True, D, BD)
+        qs = load_tile(
+            q + b * q_batch + h.to(tl.int64) * q_head + start * q_row, near, d, q_row, tokens - first, True, D, BD
+        )
         g = (h // group).to(tl.int64)
         k += b * k_batch + g * k_head + k0.to(tl.int64) * k_row
         v += b * v_batch + g * v_head + k0.to(tl.int64) * v_row

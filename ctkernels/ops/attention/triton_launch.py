@@ -84,7 +84,8 @@ class _Call:
         mask = problem.mask
         if mask is not None and mask.dtype == torch.bool:
             mask = mask.view(torch.uint8)
-        self.p = problem._replace(q=q, k=k, v=v, **dict(zip(("m", "a", "g_m", "g_a"), edits)))
+        m, a, g_m, g_a = edits
+        self.p = problem._replace(q=q, k=k, v=v, m=m, a=a, g_m=g_m, g_a=g_a)
         self.heads, self.group = q.shape[1], q.shape[1] // k.shape[1]
         packed = problem.packed
         if packed is not None:
@@ -187,7 +188,14 @@ def _prepare(call: _Call, dy: Tensor, z: Tensor, delta: Tensor | None, grads: di
     slots = call.batch * blocks
     scaled = z.numel() > 0
     partial = p.q.new_empty((slots, call.heads, 2, size), dtype=torch.float32) if grads else None
-    args = {"z": z if scaled else None, "dy": dy, "delta": delta, "partial": partial, "m": p.m, "g_m": p.g_m}
+    args: dict[str, Any] = {
+        "z": z if scaled else None,
+        "dy": dy,
+        "delta": delta,
+        "partial": partial,
+        "m": p.m,
+        "g_m": p.g_m,
+    }
     args |= {"starts_q": p.starts_q, "heads": call.heads, "tokens": call.tokens, "blocks": blocks}
     args |= _strides("z", z if scaled else None) | _strides("dy", dy)
     args |= {name.replace("lse", "delta"): value for name, value in _sums_strides(delta).items()}
