@@ -2,8 +2,8 @@
 
 A kernel's time is predicted per SM from the instructions of its loops and of the rest, times the passes through each: every
 pipe busy at its own rate. ``share`` is the tensor cores' part if all pipes overlap, ``serial`` if none do: a real kernel lies
-between. ``ratio`` compares a pass with the edit to the same pass without, by the sum of all pipes' times, which hides
-nothing. No measurement.
+between. A pass with the edit is compared to the same pass without it by the larger of the time of memory and the sum of all
+pipes' times, of one kernel after the other. No measurement.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ctkernels.ops.attention.reference import UNBOUNDED
 
 from . import sass
 from .ahead_of_time import compiled
+from .roofline import GPUS
 
 TENSOR = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA")
 # Dense 16-bit flops a clock and SM, and fp32 lanes: data sheets. MUFU has 16 lanes, a warp scheduler issues one a clock.
@@ -38,7 +39,8 @@ PRODUCTS = {"forward_kernel": (1, 1), "keys_kernel": (2, 2), "queries_kernel": (
 
 @dataclass(frozen=True)
 class Cost:
-    """One kernel on one architecture. ``clocks``: of an SM for a program, by pipe."""
+    """One kernel on one architecture. ``clocks``: of an SM for a program, by pipe; ``rows``: queries (keys) of a program;
+    ``bytes``: of memory it moves per query."""
 
     variant: str
     kernel: str
@@ -51,10 +53,14 @@ class Cost:
     share: float
     serial: float
     clocks: dict[str, float]
+    rows: int
+    bytes: float
 
     @property
-    def total(self) -> float:
-        return sum(self.clocks.values())
+    def time(self) -> float:
+        """Clocks of an SM per query of one head: of the pipes, one after the other, or of memory."""
+        gpu = GPUS[self.sm]
+        return max(sum(self.clocks.values()) / self.rows, self.bytes / (gpu.gigabytes / gpu.sms / gpu.ghz))
 
 
 def problem(size: int, dtype: torch.dtype, edited: bool) -> Problem:
@@ -93,8 +99,10 @@ def cost(variant: str, launch: tuple[Any, int, dict[str, Any], dict[str, Any]], 
     found, _ = compiled(kernel, args, meta, sm)
     listing = sass.disassemble(found.asm["cubin"])
     warps, name = found.metadata.num_warps, kernel.__name__
-    loops = sorted({(a, b) for a, b in listing.loops if any(i.name in TENSOR for i in listing.instructions[a : b + 1])})
-    loops = [(a, b) for a, b in loops if not any(c <= a and b <= d and (a, b) != (c, d) for c, d in loops)]
+    # waits of sm_100 spin in code behind the last exit, from where they jump back: no loops
+    end = max(i for i, x in enumerate(listing.instructions) if x.name == "EXIT")
+    loops = [(a, b) for a, b in listing.loops if b < end]
+    loops = [(a, b) for a, b in loops if any(i.name in TENSOR for i in listing.instructions[a : b + 1])]
     inside = {i for a, b in loops for i in range(a, b + 1)}
     clocks = _clocks([x for i, x in enumerate(listing.instructions) if i not in inside], warps, sm)
     clocks["tensor"] = 0.0
@@ -111,9 +119,12 @@ def cost(variant: str, launch: tuple[Any, int, dict[str, Any], dict[str, Any]], 
         rate = FLOPS[sm] / (6 if args["q"].dtype == torch.float32 else 1)  # three products at half the rate
         clocks["tensor"] = sum(passes) * flops / rate
     tensor = sum(i.name in TENSOR for i in listing.instructions)
+    # a program's rows; the kernel of the edit's gradients runs once a head
+    rows = LENGTH if name == "edit_kernel" else meta["N"] if name == "keys_kernel" else meta["M"]
+    moved = sum(t.numel() * t.element_size() for t in args.values() if isinstance(t, torch.Tensor))
     return Cost(
         variant, name, sm, listing.registers, listing.count("LDL", "STL"), listing.stack, found.metadata.shared, tensor,
-        clocks["tensor"] / max(clocks.values()), clocks["tensor"] / sum(clocks.values()), clocks,
+        clocks["tensor"] / max(clocks.values()), clocks["tensor"] / sum(clocks.values()), clocks, rows, moved / LENGTH,
     )  # fmt: skip
 
 
@@ -121,8 +132,11 @@ def variants(every: bool) -> Iterator[tuple[str, list[Any]]]:
     """(name, launches): heads of 128 with the edit and without; with ``every``, the other sizes and dtypes too."""
     shapes = [("bf16", torch.bfloat16, 128, True), ("bf16", torch.bfloat16, 128, False)]
     if every:
-        shapes += [("bf16", torch.bfloat16, size, True) for size in (64, 256)]
-        shapes += [("fp32", torch.float32, size, True) for size in (64, 128, 256)]
+        shapes += [
+            ("bf16", torch.bfloat16, 64, True),
+            ("bf16", torch.bfloat16, 256, True),
+            ("fp32", torch.float32, 64, True),
+        ]
     for dtype_name, dtype, size, edited in shapes:
         for name, backward in (("forward", False), ("backward", True)):
             edit = "edited" if edited else "plain"
@@ -133,24 +147,14 @@ def costs(archs: list[int], every: bool = True) -> list[Cost]:
     return [cost(name, launch, sm) for name, found in variants(every) for launch in found for sm in archs]
 
 
-def seconds(found: list[Cost], name: str, sm: int) -> float:
-    """Clocks of an SM per query of one head for a pass: its kernels one after the other."""
-    rows = {"forward_kernel": "forward", "queries_kernel": "queries", "keys_kernel": "keys"}
-    total = 0.0
-    for c in found:
-        if c.variant == name and c.sm == sm:
-            half = triton_launch._HALF
-            tile = half[rows[c.kernel]][128] if c.kernel in rows else None
-            size = triton_launch.PREPARED if tile is None else tile.n if c.kernel == "keys_kernel" else tile.m
-            # the kernel of the edit's gradients runs once a head, on as many slots as there are blocks
-            total += c.total / (LENGTH if c.kernel == "edit_kernel" else size)
-    return total
-
-
 def ratios(found: list[Cost], sm: int) -> dict[str, float]:
     """Predicted time of a pass with the edit over the same pass without it."""
+
+    def time(name: str) -> float:
+        return sum(c.time for c in found if c.variant == name and c.sm == sm)
+
     names = {n: [f"attention {n}, {edit}, bf16 128" for edit in ("edited", "plain")] for n in ("forward", "backward")}
-    return {n: seconds(found, with_edit, sm) / seconds(found, without, sm) for n, (with_edit, without) in names.items()}
+    return {n: time(with_edit) / time(without) for n, (with_edit, without) in names.items()}
 
 
 def traffic(edited: bool, backward: bool) -> dict[str, int]:

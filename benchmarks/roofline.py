@@ -180,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{p['convert']:4.1f}  {c.vector:>2} B {c.registers:>4} {c.spills:>2} {c.calls:>2} {c.warps:>3} w  "
             f"{c.ratio:5.2f} ({c.limit})"
         )
+    print("\nThe fused attention: python -m benchmarks.attention")
     if args.json:
         args.json.write_text(json.dumps([asdict(c) for c in found], indent=1) + "\n")
     if args.write_budgets:

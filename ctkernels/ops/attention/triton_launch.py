@@ -40,8 +40,8 @@ class Tile:
 
 # By the larger padded head size; a block's shared memory stays below 99 KiB, what the smallest of these GPUs gives.
 _HALF = {"forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 4, 2)},
-         "queries": {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
-         "keys": {64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 4, 2), 256: Tile(16, 32, 4, 1)},
+         "queries": {64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
+         "keys": {64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 4, 1)},
          "split": {64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 2), 256: Tile(16, 32, 4, 2)}}  # fmt: skip
 _FLOAT = {"forward": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 1), 256: Tile(32, 16, 4, 1)},
           "queries": {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
