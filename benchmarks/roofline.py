@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{c.ratio:5.2f} ({c.limit})",
             flush=True,
         )
+    print("\nThe fused attention: python -m benchmarks.attention")
     if args.json:
         write_text(args.json, json.dumps([asdict(c) for c in found], indent=1) + "\n")
     if args.write_budgets:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .ops import _backend, _check
 from .ops._layout import NO_CHANNEL
+from .ops.attention.function import attention_head_edit
 from .ops.ctu import ACTIVATIONS
 from .ops.ctu import OP as _CTU
 from .ops.hard_concrete import CLIP, MEAN, OPEN, SAMPLE
@@ -16,7 +17,7 @@ from .ops.hard_concrete import OP as _HARD_CONCRETE
 from .ops.hard_concrete.reference import uniform
 from .ops.head_edit import OP as _HEAD_EDIT
 
-__all__ = ["ctu", "expected_l0", "hard_concrete", "head_edit"]
+__all__ = ["attention_head_edit", "ctu", "expected_l0", "hard_concrete", "head_edit"]
 
 
 def ctu(

@@ -5,6 +5,7 @@ peft raises `KeyError: 'JOLA'` (or `'CURVATURE'`).
 """
 
 from ._peft import register
+from .attention import FusedAttention, fuse_attention
 from .curvature import CurvatureConfig, CurvatureLayer, CurvatureModel
 from .curvature.model import find_activations
 from .gates import drop_closed_heads, freeze_gates, open_heads
@@ -39,6 +40,7 @@ __all__ = [
     "CyclicSchedule",
     "EditMonitor",
     "ExponentialSchedule",
+    "FusedAttention",
     "JolaConfig",
     "JolaLayer",
     "JolaModel",
@@ -49,6 +51,7 @@ __all__ = [
     "find_activations",
     "find_sites",
     "freeze_gates",
+    "fuse_attention",
     "jola_penalty",
     "load_official",
     "official_penalty",

@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-OPS = ("ctu", "head_edit", "hard_concrete")
+OPS = ("ctu", "head_edit", "hard_concrete", "attention_head_edit")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -161,12 +161,16 @@ def use_backend(name: str) -> Iterator[None]:
 def explain(x: Tensor, op: str = "ctu") -> str:
     """Which backend would serve ``op`` on ``x``, and why each of the others would not.
 
-    op: ``"ctu"``, ``"head_edit"`` or ``"hard_concrete"``.
+    op: ``"ctu"``, ``"head_edit"``, ``"hard_concrete"`` or ``"attention_head_edit"`` (then x is q, and the keys are as many).
 
     >>> print(ctkernels.explain(torch.randn(8)))
     """
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(map(repr, OPS))}; got {op!r}")
+    if op == "attention_head_edit":
+        from .attention import choice
+
+        return choice.explain(x)
     chosen = next(b for b in BACKENDS.values() if b.refusal(x, op) is None)
     lines = [f"{op} on a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)} on {x.device}"]
     for backend in BACKENDS.values():

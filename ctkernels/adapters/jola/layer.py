@@ -58,6 +58,8 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = []
         self.merged_adapters: list[str] = []
         self._originals: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        self.mixed_batch = False  # every row of the batch has an adapter of its own, for now
+        self.edited = False  # the attention function has edited what comes next
 
     # ---- adapters ----
 
@@ -182,6 +184,25 @@ class JolaLayer(nn.Module, BaseTunerLayer):
             index=index,
         )
 
+    def attention_edit(self, heads: int, size: int) -> tuple[Tensor | None, ...] | None:
+        """(m, a, g_m, g_a) for an attention function that applies the edit to its own output and then sets `edited`.
+
+        None where the edit has to happen here: no adapter or several, gates by row, local heads, a hook that looks at
+        what comes in.
+        """
+        names = [name for name in self.active_adapters if name in self.jola_config]
+        if self.disable_adapters or self.merged or self.mixed_batch or len(names) != 1 or self._forward_pre_hooks:
+            return None
+        config = self.jola_config[names[0]]
+        by_row = self.training and not config.freeze_gates and config.gate_sampling == "row"
+        if by_row or (heads, size) != (self.num_heads, self.head_dim):
+            return None
+        gates = self.gates(names[0])
+        if not gates:
+            return None
+        vectors, gates = self._operands(names[0], gates)
+        return vectors.get("m"), vectors.get("a"), gates.get("m"), gates.get("a")
+
     def _edit_mixed(self, z: Tensor, adapter_names: list[str]) -> Tensor:
         """Apply a different adapter to each row of the batch; "__base__" and adapters absent here edit nothing."""
         if z.shape[0] % len(adapter_names) != 0:
@@ -211,7 +232,9 @@ class JolaLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Edit the heads in `x` (..., heads * head_dim) and project."""
         adapter_names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters:
+        if self.edited:
+            self.edited = False
+        elif self.disable_adapters:
             if self.merged:
                 self.unmerge()
         elif adapter_names is not None:

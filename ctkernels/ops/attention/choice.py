@@ -1,0 +1,206 @@
+"""Which attention serves a call: ours with the edit inside, or torch's with the edit after it. A cost model decides.
+
+The model is arithmetic: time = max(flops / (peak * share), bytes / bandwidth) of the attention, plus the passes over
+memory that a separate edit takes. Peaks and bandwidths are data sheets'; a kernel's share of the peak is what its authors
+published for long sequences (FlashAttention-2, arXiv 2307.08691, on A100 and, in FlashAttention-3's figure 5, arXiv
+2407.08608, H100, which also has Triton and cuDNN); B200's are taken to be H100's. It has not been calibrated on a device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from .reference import UNBOUNDED
+
+FUSED, SEPARATE = "fused", "separate"
+IMPLEMENTATIONS = (FUSED, SEPARATE)
+LAUNCH = 4e-6  # seconds that one more kernel costs
+
+
+class Peak(NamedTuple):
+    """Dense bf16 flops and bytes a second, and each attention's share of the former."""
+
+    flops: float
+    bandwidth: float
+    shares: dict[str, float]
+
+
+PEAKS = {
+    8: Peak(312e12, 2.039e12, {"fused": 0.55, "flash": 0.70, "efficient": 0.40, "math": 0.05}),
+    9: Peak(989e12, 3.35e12, {"fused": 0.40, "flash3": 0.70, "cudnn": 0.62, "flash": 0.36, "efficient": 0.20, "math": 0.03}),
+    10: Peak(2250e12, 8e12, {"fused": 0.40, "cudnn": 0.62, "flash": 0.16, "efficient": 0.10, "math": 0.03}),
+}  # fmt: skip
+
+
+class Shape(NamedTuple):
+    """What a call's cost depends on."""
+
+    batch: int
+    heads: int
+    groups: int
+    tokens: int
+    keys: int
+    head_dim: int
+    value_dim: int
+    itemsize: int
+    causal: bool
+    training: bool
+
+
+class Estimate(NamedTuple):
+    implementation: str
+    seconds: float
+    attention: str
+
+
+def shape_of(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, training: bool, batch: int | None = None) -> Shape:
+    """``batch``: sequences of a packed q (T, H, D)."""
+    if batch is not None:
+        tokens, keys, count = math.ceil(q.shape[0] / max(batch, 1)), math.ceil(k.shape[0] / max(batch, 1)), batch
+    else:
+        count, tokens, keys = q.shape[0], q.shape[2], k.shape[2]
+    causal = right == 0 and tokens > 1
+    if left != UNBOUNDED:
+        keys, causal = min(keys, left + 1 + tokens), False
+    return Shape(
+        count, q.shape[1], k.shape[1], tokens, keys, q.shape[-1], v.shape[-1], q.element_size(), causal, training
+    )
+
+
+def seconds(peak: Peak, shape: Shape, attention: str) -> float:
+    """Predicted time of a call, forward and, in training, backward."""
+    work = 2.0 * shape.batch * shape.heads * shape.tokens * shape.keys * (shape.head_dim + shape.value_dim)
+    work *= (0.5 if shape.causal else 1.0) * (3.5 if shape.training else 1.0)
+    rate = peak.flops * peak.shares[attention] * (1.0 if shape.itemsize == 2 else 1 / 6)  # fp32: three tf32 products
+    rows = shape.batch * shape.tokens * shape.heads * shape.itemsize
+    cached = shape.batch * shape.keys * shape.groups * (shape.head_dim + shape.value_dim) * shape.itemsize
+    moved = rows * (shape.head_dim + shape.value_dim) + cached
+    time = max(work / rate, moved / peak.bandwidth) + LAUNCH
+    if attention != FUSED:  # the edit's passes: in place, or beside z; and z, dy and dz of its backward
+        time += rows * shape.value_dim * (5 if shape.training else 2) / peak.bandwidth
+        time += LAUNCH * (2 if shape.training else 1)
+    return time
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> str:
+    """The kernel that torch's scaled_dot_product_attention would use on a CUDA device: its own answer."""
+    cuda = torch.backends.cuda
+    params = cuda.SDPAParams(q, k, v, mask, 0.0, causal, q.shape[1] != k.shape[1])
+    if (
+        cuda.cudnn_sdp_enabled()
+        and cuda.can_use_cudnn_attention(params)
+        and torch.cuda.get_device_capability(q.device)[0] >= 9
+    ):
+        return "cudnn"
+    if cuda.flash_sdp_enabled() and cuda.can_use_flash_attention(params):
+        active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+        return "flash3" if active == "FA3" else "flash"
+    if cuda.mem_efficient_sdp_enabled() and cuda.can_use_efficient_attention(params):
+        return "efficient"
+    return "math"
+
+
+def fused_refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
+    """Why the fused kernels cannot serve a call, or None."""
+    reason = _backend.BACKENDS["triton"].refusal(q)
+    if reason is not None:
+        return reason
+    if q.dtype == torch.float64:
+        return "the kernels use tensor cores: float32, bfloat16 and float16, got float64"
+    if q.shape[-1] > 256 or v.shape[-1] > 256:
+        return f"heads of at most 256 values, got {max(q.shape[-1], v.shape[-1])}"
+    if not scale > 0:
+        return f"scale must be positive, got {scale}"
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return "torch.func transforms and forward-mode derivatives go through torch's attention"
+    return None
+
+
+def estimates(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    left: int,
+    right: int,
+    training: bool,
+    batch: int | None = None,
+) -> list[Estimate]:
+    """What each implementation is predicted to take on q's CUDA device, the faster one first."""
+    major = max((m for m in PEAKS if m <= torch.cuda.get_device_capability(q.device)[0]), default=8)
+    shape, peak = shape_of(q, k, v, left, right, training, batch), PEAKS[major]
+    # a window, unaligned lengths and padded packed sequences are an explicit mask to torch
+    masked = (
+        mask is not None
+        or left != UNBOUNDED
+        or batch is not None
+        or (right == 0 and shape.tokens not in (1, shape.keys))
+    )
+    kernel = "efficient" if masked else torch_attention(q, k, v, None, right == 0 and shape.tokens > 1)
+    if masked and shape.causal:
+        theirs = seconds(peak, shape._replace(causal=False), kernel)
+    else:
+        theirs = seconds(peak, shape, kernel if kernel in peak.shares else "math")
+    found = [Estimate(FUSED, seconds(peak, shape, FUSED), "fused"), Estimate(SEPARATE, theirs, kernel)]
+    return sorted(found, key=lambda e: e.seconds)
+
+
+def choose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    training: bool,
+    batch: int | None,
+    forced: str | None,
+) -> str:
+    """FUSED or SEPARATE. RuntimeError where what is forced, by argument or ``use_backend``, cannot serve."""
+    backend = _backend._forced
+    if backend is not None and backend != "triton":
+        _backend.forced_refusal(q, "attention_head_edit")
+    wanted = forced or {None: None, "triton": FUSED}.get(backend, SEPARATE)
+    if wanted == SEPARATE:
+        return SEPARATE
+    reason = fused_refusal(q, k, v, mask, scale)
+    if reason is not None:
+        if wanted == FUSED:
+            raise RuntimeError(
+                f"attention_head_edit: the fused kernels were forced but cannot serve this call: {reason}"
+            )
+        return SEPARATE
+    if wanted is not None or torch.compiler.is_compiling():  # torch's answers about its kernels cannot be traced
+        return FUSED
+    return estimates(q, k, v, mask, left, right, training, batch)[0].implementation
+
+
+def explain(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, training: bool = True) -> str:
+    """Which implementation would serve causal attention of q (B, H, T, D), and what each is predicted to take."""
+    k = q if k is None else k
+    v = k if v is None else v
+    lines = [
+        f"attention_head_edit on {str(q.dtype).removeprefix('torch.')} queries of shape {tuple(q.shape)} and keys of shape "
+        f"{tuple(k.shape)} on {q.device}, causal, {'with' if training else 'without'} gradients"
+    ]
+    reason = fused_refusal(q, k, v, None, 1.0)
+    forced = _backend._forced
+    chosen = choose(q, k, v, None, 1.0, UNBOUNDED, 0, training, None, None)
+    note = {FUSED: "triton kernels, the edit in their epilogue", SEPARATE: "torch's attention, then head_edit"}
+    times = {}
+    if q.is_cuda and reason is None:
+        times = {e.implementation: e for e in estimates(q, k, v, None, UNBOUNDED, 0, training)}
+    for name in IMPLEMENTATIONS:
+        text = ("forced: " if forced else "") + "used" if name == chosen else "not used"
+        if name in times:
+            text += f", {times[name].seconds * 1e6:.0f} us predicted ({times[name].attention})"
+        if name == FUSED and reason is not None:
+            text = reason
+        lines.append(f"  {name:<10} {text}  [{note[name]}]")
+    return "\n".join(lines)

@@ -1,0 +1,95 @@
+"""Torch's own attention followed by the head edit: every device, every dtype, and wherever torch's kernel is the faster one.
+
+The edit is in place where no gradient is needed: one pass over the attention output and no memory. Otherwise the
+attention output, which torch keeps for its own backward pass, is also what the edit keeps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _backend
+from . import reference
+from .reference import UNBOUNDED
+
+Edits = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Packed(NamedTuple):
+    """Sequences side by side in one dimension: (B + 1,) int32 starts of each, and the longest, of queries and of keys."""
+
+    starts_q: Tensor
+    starts_k: Tensor
+    longest_q: int
+    longest_k: int
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, edits: Edits, mask: Tensor | None, scale: float, left: int, right: int
+) -> Tensor:
+    """q (B, H, T, D), k (B, G, S, D), v (B, G, S, E)."""
+    tokens, keys = q.shape[2], k.shape[2]
+    if _backend.reference_forced():
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        mask = reference.combine(mask, reference.visible(tokens, keys, left, right, q.device))
+        widened = tuple(None if t is None else t.to(wide) for t in edits)
+        return reference.forward(q.to(wide), k.to(wide), v.to(wide), widened, mask, scale).to(q.dtype)
+    causal = right == 0 and left == UNBOUNDED and mask is None
+    if causal and tokens == 1:  # one query, aligned with the last key, sees them all
+        z = _sdpa(q, k, v, None, scale)
+    elif causal and tokens == keys:
+        z = _sdpa(q, k, v, None, scale, is_causal=True)
+    else:
+        z = _sdpa(q, k, v, reference.combine(mask, reference.visible(tokens, keys, left, right, q.device)), scale)
+    return _edit(z, edits, 1)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+
+
+def _edit(z: Tensor, edits: Edits, axis: int) -> Tensor:
+    from ...functional import head_edit
+
+    m, a, g_m, g_a = edits
+    if m is None and a is None:
+        return z
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, *edits))
+    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    inplace = not (wanted or transformed or torch.compiler.is_compiling())
+    return head_edit(z, m, a, g_m, g_a, head_axis=axis, inplace=inplace)
+
+
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, edits: Edits, scale: float, left: int, right: int, packed: Packed
+) -> Tensor:
+    """q (T, H, D), k (S, G, D), v (S, G, E): the sequences padded to the longest, attended, and packed again."""
+    at_q, real_q = _places(packed.starts_q, packed.longest_q, q.shape[0])
+    at_k, real_k = _places(packed.starts_k, packed.longest_k, k.shape[0])
+    padded_q, padded_k, padded_v = (t[at].transpose(1, 2) for t, at in ((q, at_q), (k, at_k), (v, at_k)))
+    seen = real_q[:, None, :, None] & real_k[:, None, None, :]
+    lengths_q, lengths_k = (starts.diff()[:, None, None, None] for starts in (packed.starts_q, packed.starts_k))
+    if left != UNBOUNDED or right != UNBOUNDED:
+        j = torch.arange(packed.longest_k, device=q.device)
+        distance = j - torch.arange(packed.longest_q, device=q.device)[:, None] - (lengths_k - lengths_q)
+        if right != UNBOUNDED:
+            seen = seen & (distance <= right)
+        if left != UNBOUNDED:
+            seen = seen & (distance >= -left)
+    y = attend(padded_q, padded_k, padded_v, edits, seen, scale, UNBOUNDED, UNBOUNDED).transpose(1, 2)
+    t = torch.arange(q.shape[0], device=q.device)
+    sequence = torch.searchsorted(packed.starts_q, t.to(packed.starts_q.dtype), right=True) - 1
+    return y[sequence, t - packed.starts_q[sequence]]
+
+
+def _places(starts: Tensor, longest: int, total: int) -> tuple[Tensor, Tensor]:
+    """(B, longest) indices into a packed dimension, and which of them are real."""
+    at = starts[:-1, None] + torch.arange(longest, device=starts.device)
+    return at.clamp(max=max(total - 1, 0)), at < starts[1:, None]

@@ -1,0 +1,195 @@
+"""The public function: checked here, once, and handed to the implementation that is chosen."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import _check
+from . import Problem, keep_for, run
+from .choice import FUSED, IMPLEMENTATIONS, choose
+from .composed import Edits, Packed, attend, attend_packed
+from .reference import UNBOUNDED
+
+OP = "attention_head_edit"
+
+
+def attention_head_edit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    m: Tensor | None = None,
+    a: Tensor | None = None,
+    g_m: Tensor | None = None,
+    g_a: Tensor | None = None,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: int | None = None,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
+    max_seqlen: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    r"""Attention and the gated affine edit of every head's output, fused: (1 + g_m * m) * softmax(scale q k^T) v + g_a * a.
+
+    ``torch.nn.functional.scaled_dot_product_attention`` followed by :func:`ctkernels.functional.head_edit`. On a GPU the edit
+    is in the epilogue of the attention kernel and its gradients are in passes that attention's backward makes anyway.
+
+    The last query is aligned with the last key (FlashAttention's convention): with T queries and S keys, query i is at
+    position i + S - T, which is what decoding with a cache means. torch aligns the first query with the first key; the two
+    differ only where ``is_causal`` or ``window`` meets T != S. A query that may see no key gives 0 before the edit.
+
+    Args:
+        q: (B, H, T, D), float32, float64, bfloat16 or float16; any strides. Packed: (total queries, H, D).
+        k, v: (B, G, S, D) and (B, G, S, E), of q's dtype; E may differ from D. Packed: (total keys, G, D or E).
+        m, a: (H, E): the multiplicative and the additive edit; either may be None, not both. float32 or wider is kept.
+        g_m, g_a: (H,): gates of ``m`` and ``a``; None is 1.
+        attn_mask: broadcastable to (B, H, T, S): booleans, True where a key takes part (a padding mask is (B, 1, 1, S)), or
+            floats added to the scores. May be combined with ``is_causal`` and ``window``. Gets no gradient.
+        is_causal: a query sees no key behind its own position.
+        scale: of the scores; None is 1 / sqrt(D).
+        enable_gqa: allow G < H, a divisor of H: query heads in runs of H / G share a key and value head.
+        window: a query sees the ``window`` positions up to and including its own, and, unless ``is_causal``, as many from it on.
+        cu_seqlens: (B + 1,) int32 or int64, 0 first: where the sequences of packed q, k and v start and end; a pair where
+            queries and keys differ. ``attn_mask`` is for unpacked calls.
+        max_seqlen: the length of the longest sequence, or a pair; None reads it from ``cu_seqlens``, which waits for a GPU
+            and cannot be compiled.
+        implementation: ``"fused"`` or ``"separate"`` (torch's attention, then the edit in place or, with gradients, beside
+            it); None lets a cost model choose. ``ctkernels.explain(q, "attention_head_edit")`` shows its choice.
+
+    Returns:
+        (B, H, T, E), or packed (total queries, H, E), of q's dtype. Differentiable in q, k, v, m, a, g_m and g_a. Derivatives
+        of derivatives: the fused kernels by plain torch, torch's attention where torch has them
+        (``use_backend("reference")`` has them everywhere).
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type, dtype, shape or device.
+        RuntimeError: for ``implementation="fused"`` where the kernels cannot serve the call; the message says why.
+
+    Example:
+        >>> z = ctkernels.functional.attention_head_edit(q, k, v, m, a, g_m, g_a, is_causal=True)
+        >>> z = ctkernels.functional.attention_head_edit(q, k, v, m, a, attn_mask=keep[:, None, None, :], enable_gqa=True)
+
+    Source: FlashAttention-2, arXiv 2307.08691; the edit is equation 2 of the JoLA paper.
+    """
+    edits = _edits(q, k, v, m, a, g_m, g_a, packed=cu_seqlens is not None)
+    heads, groups = q.shape[1], k.shape[1]
+    if groups != heads and (not enable_gqa or groups == 0 or heads % groups):
+        hint = "enable_gqa=True allows a divisor of H" if not enable_gqa else "it has to divide H"
+        raise ValueError(f"{OP}: k must have q's {heads} heads, got {groups}; {hint}")
+    if scale is None:
+        scale = 1 / math.sqrt(max(q.shape[-1], 1))
+    scale = _check.number(OP, "scale", scale)
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise ValueError(f"{OP}: window must be a positive int or None, got {window!r}")
+    if implementation is not None:
+        _check.choice(OP, "implementation", implementation, IMPLEMENTATIONS)
+    left = UNBOUNDED if window is None else window - 1
+    right = 0 if is_causal else left
+    packed = None
+    if cu_seqlens is not None:
+        if attn_mask is not None:
+            raise ValueError(f"{OP}: attn_mask is for unpacked q, k and v; leave it out with cu_seqlens")
+        packed = _packed(cu_seqlens, max_seqlen, q)
+    elif max_seqlen is not None:
+        raise ValueError(f"{OP}: max_seqlen belongs to cu_seqlens, which is None")
+    mask = None if attn_mask is None else _mask(attn_mask, q, k)
+    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+    if q.numel() == 0 or v.numel() == 0 or k.shape[-2 if packed is None else 0] == 0:
+        implementation = "separate"
+    batch = None if packed is None else packed.starts_q.shape[0] - 1
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (q, k, v, *edits)]
+    chosen = choose(q, k, v, mask, scale, left, right, any(wanted), batch, implementation)
+    if chosen == FUSED:
+        problem = Problem(q, k, v, *edits, mask, None, None, 0, 0, scale, left, right)
+        return run(problem if packed is None else problem._replace(**packed._asdict()), keep_for(wanted))
+    if packed is None:
+        return attend(q, k, v, edits, mask, scale, left, right)
+    return attend_packed(q, k, v, edits, scale, left, right, packed)
+
+
+def _edits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    m: Tensor | None,
+    a: Tensor | None,
+    g_m: Tensor | None,
+    g_a: Tensor | None,
+    packed: bool,
+) -> Edits:
+    rank, shape = (3, "(tokens, heads, head_dim)") if packed else (4, "(batch, heads, tokens, head_dim)")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        _check.tensor(OP, name, t)
+        if t.dim() != rank:
+            raise ValueError(f"{OP}: {name} must be {shape}, got shape {tuple(t.shape)}")
+        if t.dtype != q.dtype:
+            raise TypeError(f"{OP}: {name} must have q's dtype {q.dtype}, got {t.dtype}")
+        _check.same_device(OP, name, t, "q", q)
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"{OP}: k must have q's head_dim {q.shape[-1]}, got {k.shape[-1]}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"{OP}: v must have k's shape but for head_dim, {tuple(k.shape[:-1])}, got {tuple(v.shape[:-1])}"
+        )
+    if not packed and k.shape[0] != q.shape[0]:
+        raise ValueError(f"{OP}: k must have q's batch size {q.shape[0]}, got {k.shape[0]}")
+    heads, size = q.shape[1], v.shape[-1]
+    if m is None and a is None:
+        raise ValueError(f"{OP}: at least one of m and a is needed, got None for both")
+    for name, given, expected in (
+        ("m", m, (heads, size)),
+        ("a", a, (heads, size)),
+        ("g_m", g_m, (heads,)),
+        ("g_a", g_a, (heads,)),
+    ):
+        if given is not None:
+            _check.tensor(OP, name, given)
+            if given.shape != expected:
+                raise ValueError(f"{OP}: {name} must have shape {expected}, got {tuple(given.shape)}")
+            _check.same_device(OP, name, given, "q", q)
+    for name, gate, edit in (("g_m", g_m, m), ("g_a", g_a, a)):
+        if gate is not None and edit is None:
+            raise ValueError(f"{OP}: {name} gates {name[2:]}, which is None; give both or neither")
+    wide = [t if t is None or t.dtype in (torch.float32, torch.float64) else t.float() for t in (m, a, g_m, g_a)]
+    return wide[0], wide[1], wide[2], wide[3]
+
+
+def _mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{OP}: attn_mask must be a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        _check.tensor(OP, "attn_mask", mask)
+        if mask.requires_grad:
+            raise ValueError(f"{OP}: attn_mask gets no gradient, but requires one; detach it")
+    _check.same_device(OP, "attn_mask", mask, "q", q)
+    sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if len(sizes) != 4 or any(have not in (1, want) for have, want in zip(sizes, shape)):
+        raise ValueError(f"{OP}: attn_mask must broadcast to (B, H, T, S) = {shape}, got shape {tuple(mask.shape)}")
+    return mask.expand(shape)
+
+
+def _packed(cu_seqlens: Tensor | tuple[Tensor, Tensor], max_seqlen: int | tuple[int, int] | None, q: Tensor) -> Packed:
+    starts = cu_seqlens if isinstance(cu_seqlens, tuple) else (cu_seqlens, cu_seqlens)
+    for t in starts:
+        if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64) or t.dim() != 1 or t.shape[0] < 2:
+            got = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"{OP}: cu_seqlens must be int32 or int64 of shape (B + 1,), got {got}")
+        _check.same_device(OP, "cu_seqlens", t, "q", q)
+    if starts[0].shape != starts[1].shape:
+        raise ValueError(
+            f"{OP}: cu_seqlens of queries and keys must name as many sequences, got {starts[0].shape[0] - 1} and "
+            f"{starts[1].shape[0] - 1}"
+        )
+    if max_seqlen is None:
+        longest = tuple(int(t.diff().max()) for t in starts)
+    else:
+        longest = max_seqlen if isinstance(max_seqlen, tuple) else (max_seqlen, max_seqlen)
+    return Packed(starts[0].int(), starts[1].int(), longest[0], longest[1])

@@ -1,0 +1,82 @@
+"""Triton kernels for few queries and many keys: the keys are split between programs, whose results are then joined.
+
+Query heads that share a key head are rows of one tile, so that every key is read once. Row r is token r % tokens of query
+head r // tokens of its group.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_forward import INFINITY, finish, walk_range
+
+
+@triton.jit
+def split_kernel(
+    q, k, v, mask, part, part_peak, part_total, heads, group, tokens, keys, blocks, splits, per_split, left, right, factor,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch, mask_head, mask_row, mask_col,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Sums over keys split * per_split to (split + 1) * per_split, as [split, batch, head, token]."""
+    pid = tl.program_id(0)
+    split, block = pid % splits, pid // splits % blocks
+    groups = heads // group
+    g = pid // splits // blocks % groups
+    b = pid // splits // blocks // groups
+    r = block * M + tl.arange(0, M)
+    inside = r < group * tokens
+    i, h = r % tokens, g * group + r // tokens
+    d, e = tl.arange(0, BD), tl.arange(0, BE)
+    q += b.to(tl.int64) * q_batch
+    at = h.to(tl.int64)[:, None] * q_head + i.to(tl.int64)[:, None] * q_row + d[None, :]
+    qs = tl.load(q + at, mask=inside[:, None] & (d[None, :] < D), other=0.0)
+    if mask is not None:  # its rows are reached by head and token: see walk
+        mask += b.to(tl.int64) * mask_batch + tl.where(inside, h.to(tl.int64) * mask_head, 0)[:, None]
+    k += b.to(tl.int64) * k_batch + g.to(tl.int64) * k_head
+    v += b.to(tl.int64) * v_batch + g.to(tl.int64) * v_head
+    acc = tl.zeros([M, BE], tl.float32)
+    total = tl.zeros([M], tl.float32)
+    peak = tl.full([M], -INFINITY, tl.float32)
+    acc, total, peak = walk_range(
+        acc, total, peak, qs, k, v, mask, i, 0, tokens - 1, split * per_split, (split + 1) * per_split,
+        keys - tokens, tokens, keys, left, right, factor, k_row, v_row, mask_row, mask_col,
+        LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, N,
+    )  # fmt: skip
+    batch = tl.num_programs(0) // (splits * blocks * groups)
+    row = ((split * batch + b).to(tl.int64) * heads + h) * tokens + i
+    tl.store(part_peak + row, peak, mask=inside)
+    tl.store(part_total + row, total, mask=inside)
+    tl.store(part + row[:, None] * E + e[None, :], acc, mask=inside[:, None] & (e[None, :] < E))
+
+
+@triton.jit
+def join_kernel(
+    part, part_peak, part_total, y, z, lse, m, a, g_m, g_a, heads, tokens, rows, splits, y_batch, y_head, y_row,
+    E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """The splits of M tokens of one head joined, in order, and edited."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(tokens, M)
+    block, bh = pid % blocks, pid // blocks
+    i = block * M + tl.arange(0, M)
+    inside = i < tokens
+    e = tl.arange(0, BE)
+    row = bh.to(tl.int64) * tokens + i
+    acc = tl.zeros([M, BE], tl.float32)
+    total = tl.zeros([M], tl.float32)
+    peak = tl.full([M], -INFINITY, tl.float32)
+    for _ in tl.range(0, splits):
+        own = tl.load(part_peak + row, mask=inside, other=-INFINITY)
+        top = tl.maximum(peak, own)
+        base = tl.where(top == -INFINITY, 0.0, top)
+        keep, add = tl.exp2(peak - base), tl.exp2(own - base)
+        total = total * keep + tl.load(part_total + row, mask=inside, other=0.0) * add
+        values = tl.load(part + row[:, None] * E + e[None, :], mask=inside[:, None] & (e[None, :] < E), other=0.0)
+        acc = acc * keep[:, None] + values * add[:, None]
+        peak = top
+        row += rows
+    b, h = bh // heads, bh % heads
+    at = b.to(tl.int64) * y_batch + h.to(tl.int64) * y_head + i.to(tl.int64) * y_row
+    finish(acc, total, peak, y, z, lse, m, a, g_m, g_a, h, bh.to(tl.int64) * tokens + i, inside, at, e, E)

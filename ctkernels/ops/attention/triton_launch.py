@@ -1,0 +1,240 @@
+"""Launches of the attention kernels. Imported on the first CUDA call. How a problem is cut depends on its shape alone."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import _triton
+from . import KEEP_LSE, KEEP_Z, Problem, lse_for, result_for
+from .reference import LOG2E, UNBOUNDED
+from .triton_backward import edit_kernel, keys_kernel, prepare_kernel, queries_kernel
+from .triton_decode import join_kernel, split_kernel
+from .triton_forward import forward_kernel
+
+PROGRAMS = 256  # that keep a GPU busy: with fewer, decoding splits the keys
+FEW_ROWS = 64  # queries that share a key head, up to which a call is decoding
+PREPARED = 64  # queries of a program that prepares the backward pass
+# A sum across lanes of products: were a product fused into the first addition, lanes would end with different roundings.
+_SUMMING = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys of a step, warps, and the steps whose loads are in flight."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+    def meta(self, *names: str) -> dict[str, int]:
+        own = {"M": self.m, "N": self.n}
+        return {n: own[n] for n in names} | {"num_warps": self.warps, "num_stages": self.stages}
+
+
+# By the larger padded head size; a block's shared memory stays below 99 KiB, what the smallest of these GPUs gives.
+_HALF = {"forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+         "queries": {64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
+         "keys": {64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 4, 1)},
+         "split": {64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 2), 256: Tile(16, 32, 4, 2)}}  # fmt: skip
+_FLOAT = {"forward": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 1), 256: Tile(32, 16, 4, 1)},
+          "queries": {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
+          "keys": {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+          "split": {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 1)}}  # fmt: skip
+
+
+def padded(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def tile(kernel: str, problem: Problem) -> Tile:
+    width = max(64, padded(problem.q.shape[-1]), padded(problem.v.shape[-1]))
+    found = (_FLOAT if problem.q.dtype == torch.float32 else _HALF)[kernel][width]
+    # a mask with a row for each query is loaded value by value: a large tile of it is code without end
+    return replace(found, m=min(found.m, 64)) if problem.mask is not None and problem.mask.stride(2) != 0 else found
+
+
+def _strides(name: str, t: Tensor | None) -> dict[str, int]:
+    """By batch, head and row of (B, H, T, D), or of packed (T, H, D)."""
+    batch, head, row = (0, 0, 0) if t is None else (0, t.stride(1), t.stride(0)) if t.dim() == 3 else t.stride()[:3]
+    return {f"{name}_batch": batch, f"{name}_head": head, f"{name}_row": row}
+
+
+def _sums_strides(t: Tensor | None) -> dict[str, int]:
+    batch, head = (0, 0) if t is None else (0, t.stride(0)) if t.dim() == 2 else t.stride()[:2]
+    return {"lse_batch": batch, "lse_head": head}
+
+
+def _dense_rows(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+class _Call:
+    """The operands of a problem as kernels take them."""
+
+    def __init__(self, problem: Problem):
+        q, k, v = (_dense_rows(t) for t in problem[:3])
+        edits = [t if t is None else t.contiguous() for t in problem.edits]
+        mask = problem.mask
+        if mask is not None and mask.dtype == torch.bool:
+            mask = mask.view(torch.uint8)
+        m, a, g_m, g_a = edits
+        self.p = problem._replace(q=q, k=k, v=v, m=m, a=a, g_m=g_m, g_a=g_a)
+        self.heads, self.group = q.shape[1], q.shape[1] // k.shape[1]
+        packed = problem.packed
+        if packed is not None:
+            self.batch, self.tokens, self.keys = packed.starts_q.shape[0] - 1, packed.longest_q, packed.longest_k
+        else:
+            self.batch, self.tokens, self.keys = q.shape[0], q.shape[2], k.shape[2]
+        self.edits = dict(zip(("m", "a", "g_m", "g_a"), edits))
+        self.starts = {"starts_q": self.p.starts_q, "starts_k": self.p.starts_k}
+        strides = (0, 0, 0, 0) if mask is None else mask.stride()
+        self.mask = dict(zip(("mask_batch", "mask_head", "mask_row", "mask_col"), strides)) | {"mask": mask}
+        self.device = torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
+
+    def inputs(self) -> dict[str, Any]:
+        p = self.p
+        found: dict[str, Any] = {"q": p.q, "k": p.k, "v": p.v, **self.mask, "factor": p.scale * LOG2E}
+        found |= {"left": max(p.left, 0), "right": max(p.right, 0), "tokens": self.tokens, "keys": self.keys}
+        found |= {"heads": self.heads, "group": self.group}
+        return found | _strides("q", p.q) | _strides("k", p.k) | _strides("v", p.v)
+
+    def sizes(self) -> dict[str, int]:
+        size = self.p.v.shape[-1]
+        return {"E": size, "BE": padded(size)}
+
+    def meta(self) -> dict[str, Any]:
+        p = self.p
+        precision = "tf32x3" if p.q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+        found = {"LEFT": p.left != UNBOUNDED, "RIGHT": p.right != UNBOUNDED, "PRECISION": precision}
+        found["KIND"] = 0 if p.mask is None else (p.mask.dtype == torch.bool) + 2 * (p.mask.stride(2) != 0)
+        return found | {"D": p.q.shape[-1], "BD": padded(p.q.shape[-1])} | self.sizes()
+
+
+def splits_for(problem: Problem, rows: int, programs: int, keys: int) -> int:
+    """Programs that share the keys of one decoding problem; 0 where it is not one."""
+    if problem.packed is not None or rows > FEW_ROWS:
+        return 0
+    n = tile("split", problem).n
+    return max(1, min(PROGRAMS // max(programs, 1), keys // (4 * n)))
+
+
+def forward(problem: Problem, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    call = _Call(problem)
+    p = call.p
+    y = result_for(p.q, p.v.shape[-1])
+    z = result_for(p.q, p.v.shape[-1]) if keep & KEEP_Z else None
+    lse = lse_for(p.q) if keep & KEEP_LSE else None
+    outputs = {"y": y, "z": z, "lse": lse} | call.edits | _strides("y", y)
+    rows = call.tokens * call.group
+    cut = tile("split", problem)
+    blocks = triton.cdiv(rows, cut.m)
+    splits = splits_for(problem, rows, blocks * call.batch * call.heads // call.group, call.keys)
+    with call.device:
+        if splits:
+            _decode(call, outputs, cut, blocks, splits)
+        else:
+            cut = tile("forward", problem)
+            blocks = triton.cdiv(call.tokens, cut.m)
+            args = call.inputs() | outputs | call.starts | _sums_strides(lse) | {"blocks": blocks}
+            _triton.launch(forward_kernel, blocks * call.heads * call.batch, args, call.meta() | cut.meta("M", "N"))
+    empty = y.new_empty((0,))
+    return y, empty if z is None else z, lse_for(p.q).new_empty((0,)) if lse is None else lse
+
+
+def _decode(call: _Call, outputs: dict[str, Any], cut: Tile, blocks: int, splits: int) -> None:
+    p, total = call.p, call.batch * call.heads * call.tokens
+    per_split = triton.cdiv(triton.cdiv(call.keys, cut.n), splits) * cut.n
+    part = p.q.new_empty((splits, total, p.v.shape[-1]), dtype=torch.float32)
+    peak, weight = (p.q.new_empty((splits, total), dtype=torch.float32) for _ in range(2))
+    parts = {"part": part, "part_peak": peak, "part_total": weight, "splits": splits}
+    args = call.inputs() | parts | {"blocks": blocks, "per_split": per_split}
+    grid = splits * blocks * call.batch * call.heads // call.group
+    _triton.launch(split_kernel, grid, args, call.meta() | cut.meta("M", "N"))
+    m = min(16, triton.next_power_of_2(call.tokens))
+    args = parts | outputs | {"heads": call.heads, "tokens": call.tokens, "rows": total}
+    grid = call.batch * call.heads * triton.cdiv(call.tokens, m)
+    _triton.launch(join_kernel, grid, args, call.sizes() | {"M": m, "num_warps": 4})
+
+
+def backward(dy: Tensor, z: Tensor, lse: Tensor, problem: Problem, needs: int) -> list[Tensor]:
+    call = _Call(problem)
+    p = call.p
+    dy = _dense_rows(dy)
+    grads: dict[int, Tensor] = {}
+    inner, edited = needs & 0b111, needs >> 3
+    delta = lse_for(p.q) if inner else None
+    given = {i: p[i] for i in range(3, 7) if needs >> i & 1}
+    grads |= {i: torch.empty_like(t) for i, t in given.items()}  # type: ignore[arg-type]
+    with call.device:
+        _prepare(call, dy, z, delta, grads if edited else {})
+        if needs & 0b110:
+            grads |= _keys(call, dy, lse, delta, needs)
+        if needs & 0b001:
+            grads[0] = _queries(call, dy, lse, delta)
+    return [grads[i] for i in range(7) if needs >> i & 1]
+
+
+def _prepare(call: _Call, dy: Tensor, z: Tensor, delta: Tensor | None, grads: dict[int, Tensor]) -> None:
+    p = call.p
+    size = p.v.shape[-1]
+    blocks = triton.cdiv(call.tokens, PREPARED)
+    slots = call.batch * blocks
+    scaled = z.numel() > 0
+    partial = p.q.new_empty((slots, call.heads, 2, size), dtype=torch.float32) if grads else None
+    args: dict[str, Any] = {
+        "z": z if scaled else None,
+        "dy": dy,
+        "delta": delta,
+        "partial": partial,
+        "m": p.m,
+        "g_m": p.g_m,
+    }
+    args |= {"starts_q": p.starts_q, "heads": call.heads, "tokens": call.tokens, "blocks": blocks}
+    args |= _strides("z", z if scaled else None) | _strides("dy", dy)
+    args |= {name.replace("lse", "delta"): value for name, value in _sums_strides(delta).items()}
+    meta = call.sizes() | {"M": PREPARED, **_SUMMING}
+    _triton.launch(prepare_kernel, slots * call.heads, args, meta)
+    if partial is not None:
+        outputs = {name: grads.get(3 + i) for i, name in enumerate(("dm", "da", "dg_m", "dg_a"))}
+        args = {"partial": partial} | call.edits | outputs | {"heads": call.heads, "slots": slots}
+        rows = min(max(1, 4096 // padded(size)), triton.next_power_of_2(slots))
+        _triton.launch(edit_kernel, call.heads, args, call.sizes() | {"SCALED": scaled, "ROWS": rows, **_SUMMING})
+
+
+def _shared(call: _Call, dy: Tensor, lse: Tensor, delta: Tensor | None) -> dict[str, Any]:
+    args = call.inputs() | call.starts | {"dy": dy, "lse": lse, "delta": delta, "m": call.p.m, "g_m": call.p.g_m}
+    return args | {"scale": call.p.scale} | _strides("dy", dy) | _sums_strides(lse)
+
+
+def _keys(call: _Call, dy: Tensor, lse: Tensor, delta: Tensor | None, needs: int) -> dict[int, Tensor]:
+    p, cut = call.p, tile("keys", call.p)
+    like = (p.k, p.v)
+    if call.group == 1:
+        dk, dv = (result_for(t, t.shape[-1]) for t in like)
+    else:  # a query head's share each, added up below
+        shape = (p.k.shape[0], call.heads) if p.packed is not None else (p.k.shape[0], call.heads, p.k.shape[2])
+        dk, dv = (result_for(p.k.new_empty((*shape, 1)), t.shape[-1], torch.float32) for t in like)
+    blocks = triton.cdiv(call.keys, cut.n)
+    args = _shared(call, dy, lse, delta) | {"dk": dk, "dv": dv, "blocks": blocks}
+    args |= _strides("dk", dk) | _strides("dv", dv)
+    _triton.launch(keys_kernel, blocks * call.heads * call.batch, args, call.meta() | cut.meta("M", "N"))
+    if call.group > 1:
+        shares = (t.unflatten(1, (-1, call.group)).sum(2) for t in (dk, dv))
+        dk, dv = (result_for(t, t.shape[-1]).copy_(s) for t, s in zip(like, shares))
+    return {i: g for i, g in ((1, dk), (2, dv)) if needs >> i & 1}
+
+
+def _queries(call: _Call, dy: Tensor, lse: Tensor, delta: Tensor | None) -> Tensor:
+    cut = tile("queries", call.p)
+    dq = result_for(call.p.q, call.p.q.shape[-1])
+    blocks = triton.cdiv(call.tokens, cut.m)
+    args = _shared(call, dy, lse, delta) | {"dq": dq, "blocks": blocks} | _strides("dq", dq)
+    _triton.launch(queries_kernel, blocks * call.heads * call.batch, args, call.meta() | cut.meta("M", "N"))
+    return dq

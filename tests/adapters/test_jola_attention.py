@@ -1,0 +1,256 @@
+"""JoLA inside transformers' attention, held to the edit in the projection: every family, training, caches, padding."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from jola_families import FAMILIES, build, inputs, output
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+adapters = pytest.importorskip("ctkernels.adapters")
+
+attention = pytest.importorskip("ctkernels.adapters.attention")
+
+_LISTED = attention.FAMILIES
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+def _attach(name: str, **values):
+    torch.manual_seed(7)
+    return peft.get_peft_model(build(name), adapters.JolaConfig(**({"init_std": 0.3} | values))).eval()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The calls of the fused function."""
+    seen: list[dict] = []
+    function = attention.attention_head_edit
+
+    def counted(*args, **kwargs):
+        seen.append(kwargs)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "attention_head_edit", counted)
+    return seen
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_every_family_equals_the_edit_in_the_projection_or_is_refused(name: str, calls: list[dict]) -> None:
+    """Also for a family that is refused only because it was not known: it does not go through the interface, or differs."""
+    model, values = _attach(name), inputs(name)
+    expected = output(model, values)
+    if name not in attention.FAMILIES:
+        with pytest.raises(ValueError, match=f"model_type must be one of .* got '{name}'"):
+            adapters.fuse_attention(model)
+        assert torch.equal(output(model, values), expected)
+        return
+    handle = adapters.fuse_attention(model)
+    assert len(handle.sites) == FAMILIES[name].sites
+    # The same torch attention and the same edit, on CPU: the same bits.
+    assert torch.equal(output(model, values), expected)
+    assert len(calls) >= FAMILIES[name].sites
+    handle.remove()
+    count = len(calls)
+    assert torch.equal(output(model, values), expected)
+    assert len(calls) == count
+
+
+def test_no_family_is_left_out_that_would_do(monkeypatch: pytest.MonkeyPatch, calls: list[dict]) -> None:
+    """A family outside the table has another attention, does not ask the interface, or does more before it projects."""
+    monkeypatch.setattr(attention, "FAMILIES", frozenset(FAMILIES))
+    would_do = []
+    for name in sorted(set(FAMILIES) - _LISTED):
+        model, values = _attach(name), inputs(name)
+        if {m.config._attn_implementation for m in model.modules() if isinstance(m, transformers.PreTrainedModel)} != {
+            "sdpa"
+        }:
+            with pytest.raises(ValueError, match="the attention implementation must be"):
+                adapters.fuse_attention(model)
+            continue
+        expected = output(model, values)
+        calls.clear()
+        adapters.fuse_attention(model)
+        if torch.equal(output(model, values), expected) and len(calls) >= FAMILIES[name].sites:
+            would_do.append(name)
+    assert would_do == []
+
+
+LANGUAGE = ["llama", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "opt", "cohere2", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_padding_is_honoured(name: str, side: str, calls: list[dict]) -> None:
+    """The failure this guards against: without a registered mask function padding is attended to."""
+    model = _attach(name)
+    tokens = inputs(name, batch=1)["input_ids"]
+    padding = torch.zeros(1, 3, dtype=torch.long)
+    parts = [padding, tokens] if side == "left" else [tokens, padding]
+    mask = torch.cat([torch.full_like(part, int(part is tokens)) for part in parts], 1)
+    values = {"input_ids": torch.cat(parts, 1), "attention_mask": mask}
+    expected = output(model, values)
+    adapters.fuse_attention(model)
+    found = output(model, values)
+    own = slice(3, None) if side == "left" else slice(None, tokens.shape[1])
+    assert torch.equal(found[:, own], expected[:, own])
+    assert any(call["attn_mask"] is not None for call in calls)
+
+
+@pytest.mark.parametrize("name", [*LANGUAGE, "bart", "whisper"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generation_with_a_cache(name: str, beams: int, calls: list[dict]) -> None:
+    model = _attach(name, init_std=2.0)
+    if FAMILIES[name].kind == "audio":
+        values = {"input_features": inputs(name)["input_features"]}
+    else:
+        mask = torch.ones(2, 6, dtype=torch.long)
+        if FAMILIES[name].kind == "tokens":
+            mask[1, :2] = 0
+        values = {"input_ids": inputs(name)["input_ids"], "attention_mask": mask}
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": beams, "do_sample": False}
+    expected = model.generate(**values, **options)
+    adapters.fuse_attention(model)
+    assert torch.equal(model.generate(**values, **options), expected)
+    assert torch.equal(model.generate(**values, **options, use_cache=False), expected)
+    assert calls
+
+
+def test_a_static_cache() -> None:
+    model = _attach("llama", init_std=2.0)
+    values = {"input_ids": inputs("llama")["input_ids"], "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "disable_compile": True}
+    expected = model.generate(**values, **options)
+    adapters.fuse_attention(model)
+    assert torch.equal(model.generate(**values, **options, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_training(name: str, checkpointing: bool, calls: list[dict]) -> None:
+    """The same gates are sampled and the same gradients come out, with gradient checkpointing too."""
+    model = _attach(name, init_log_alpha=0.0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for rate in ("attention_dropout", "dropout_prob"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def step() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        torch.manual_seed(3)
+        result = model(**inputs(name))
+        loss = getattr(result, "logits", getattr(result, "last_hidden_state", None)).square().mean()
+        loss.backward()
+        return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    loss, grads = step()
+    adapters.fuse_attention(model)
+    again, found = step()
+    assert calls
+    assert torch.equal(again, loss)
+    assert found.keys() == grads.keys()
+    assert all(any(p.abs().max() > 0 for n, p in found.items() if kind in n) for kind in ("jola_m", "log_alpha_a"))
+    for n, g in grads.items():
+        torch.testing.assert_close(found[n], g, rtol=1e-5, atol=1e-7)
+
+
+def test_what_cannot_be_fused_is_edited_in_the_projection(calls: list[dict]) -> None:
+    model, values = _attach("llama"), inputs("llama")
+    model.add_adapter("other", adapters.JolaConfig(init_std=0.5))
+
+    def situations():
+        model.base_model.set_adapter(["default", "other"])
+        yield output(model, values)
+        model.set_adapter("default")
+        with model.disable_adapter():
+            yield output(model, values)
+        yield output(model, values | {"adapter_names": ["other", "__base__"]})
+        model.merge_adapter(["default"])
+        yield output(model, values)
+        model.unmerge_adapter()
+        with adapters.EditMonitor(model) as monitor:
+            yield output(model, values)
+        yield torch.tensor([site["mean"] for site in monitor.statistics().values()])
+
+    expected = list(situations())
+    adapters.fuse_attention(model)
+    for ours, theirs in zip(situations(), expected):
+        assert torch.equal(ours, theirs)
+    assert not calls
+    output(model, values)
+    assert calls
+
+
+def test_gates_sampled_by_row_stay_in_the_projection(calls: list[dict]) -> None:
+    model = _attach("llama", gate_sampling="row").train()
+    adapters.fuse_attention(model)
+    output(model, inputs("llama"))
+    assert not calls
+    output(model.eval(), inputs("llama"))
+    assert calls
+
+
+def test_some_layers_and_heads(calls: list[dict]) -> None:
+    for options in ({"layers_to_transform": [1]}, {"heads": {"0": [1, 3]}}, {"heads": {"1": {"m": [0], "a": []}}}):
+        model, values = _attach("llama", **options), inputs("llama")
+        expected = output(model, values)
+        calls.clear()
+        assert len(adapters.fuse_attention(model).sites) == 1
+        assert torch.equal(output(model, values), expected)
+        assert len(calls) == 1
+
+
+def test_an_error_in_the_attention_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, values = _attach("llama"), inputs("llama")
+    expected = output(model, values)
+    adapters.fuse_attention(model)
+    projection = next(m for m in model.modules() if isinstance(m, adapters.JolaLayer)).base_layer
+    handle = projection.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+    with pytest.raises(RuntimeError, match="stop"):
+        output(model, values)
+    handle.remove()
+    assert torch.equal(output(model, values), expected)
+
+
+def test_state_dict_copies_and_files_do_not_change(tmp_path) -> None:
+    model, values = _attach("llama"), inputs("llama")
+    keys, expected = list(model.state_dict()), output(model, values)
+    adapters.fuse_attention(model)
+    assert list(model.state_dict()) == keys
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if "jola_m" in name:
+                parameter.zero_()
+    assert torch.equal(output(model, values), expected)
+    assert not torch.equal(output(twin, values), expected)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(build("llama"), tmp_path).eval()
+    assert torch.equal(output(again, values), expected)
+
+
+def test_compiled() -> None:
+    model, values = _attach("llama"), inputs("llama")
+    expected = output(model, values)
+    adapters.fuse_attention(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(output(compiled, values), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output(compiled, values), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="expected a model with JoLA layers"):
+        adapters.fuse_attention(build("llama"))
+    model = _attach("llama")
+    model.get_base_model().set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"attention implementation must be \"sdpa\", got \['eager'\]"):
+        adapters.fuse_attention(model)
