@@ -19,7 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 TARGET = "0x020b000000000000"  # the oldest LibTorch the binary must load in: 2.11
@@ -192,4 +192,11 @@ def native_extensions(cuda: bool) -> tuple[list[Extension], dict]:
 
 mode = wanted()
 extensions, commands = ([], {}) if mode == "none" else native_extensions(cuda=mode == "cuda")
-setup(ext_modules=extensions, cmdclass=commands, options={"bdist_wheel": {"py_limited_api": False}})
+setup(
+    # The wheel has the benchmarks inside the package, for `python -m ctkernels bench`.
+    packages=[*find_packages(include=["ctkernels*"]), "ctkernels.benchmarks"],
+    package_dir={"ctkernels.benchmarks": "benchmarks"},
+    ext_modules=extensions,
+    cmdclass=commands,
+    options={"bdist_wheel": {"py_limited_api": False}},
+)

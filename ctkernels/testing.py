@@ -10,8 +10,19 @@ import torch
 from torch import Tensor
 
 from . import functional
+from ._gradcheck import Finding, GradientReport, gradcheck_module
 
-__all__ = ["Sample", "assert_no_worse", "ctu_samples", "gradcheck", "head_edit_samples", "samples"]
+__all__ = [
+    "Finding",
+    "GradientReport",
+    "Sample",
+    "assert_no_worse",
+    "ctu_samples",
+    "gradcheck",
+    "gradcheck_module",
+    "head_edit_samples",
+    "samples",
+]
 
 
 @dataclass

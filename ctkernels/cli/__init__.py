@@ -33,12 +33,20 @@ COMMANDS = {
     "robust": ("ctkernels.cli.robust", "accuracy under attack and under corruptions, with beta chosen in validation"),
     "curvature": ("ctkernels.cli.curvature", "measure and draw what the knob does to a network"),
     "report": ("ctkernels.cli.report", "one HTML page from results"),
+    "gradcheck": (
+        "ctkernels.cli.gradcheck",
+        "check gradients on this machine: of the ops, and of a model of yours, against finite differences and float64",
+    ),
+    "bench": ("ctkernels.cli.bench", "time the kernels on this machine; the options are those of the benchmark suite"),
 }
 BAD_INPUT = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0 done, 2 bad input (with one line on standard error), 130 interrupted."""
+    """Run a command. Returns the exit code.
+
+    0 done, 1 a check failed, 2 bad input (with one line on standard error), 130 interrupted.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
