@@ -40,7 +40,7 @@ def coeff_at(coeff: float | str, beta: float) -> float:
 
 def check_numbers(*, coeff: float | str, batch_size: int, workers: int, memory_limit: int) -> None:
     if coeff != MEAN_FREE and (isinstance(coeff, str) or not 0 <= coeff <= 1):
-        raise ValueError(f"coeff must be in [0, 1] or {MEAN_FREE!r}, got {coeff!r}")
+        raise ValueError(f"coeff must be in [0, 1], got {coeff!r}; or be {MEAN_FREE!r}")
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("workers", workers, 0),
