@@ -73,6 +73,32 @@ def test_robust_with_adapters(data, tmp_path, capsys):
     assert "expected adapter_model.safetensors" in capsys.readouterr().err
 
 
+def test_robust_with_what_tune_left(data, tmp_path):
+    for module in ("peft", "accelerate", "safetensors"):
+        pytest.importorskip(module, reason=f"tune needs {module}")
+    pytest.importorskip("pyautoattack", reason="attacks need pyautoattack")
+    shared = ("--size", 32, "--resize", 32, "--no-progress")
+    torch.manual_seed(0)
+    torch.save(make_net().state_dict(), tmp_path / "net.pt")
+    tuned = (
+        "--model",
+        f"{MODEL}={tmp_path / 'net.pt'}",
+        "--epochs",
+        1,
+        "--betas",
+        "0.8",
+        "--cpu",
+        "--out",
+        tmp_path / "tune",
+    )
+    assert run("tune", data, *shared, *tuned) == 0
+    options = ("--model", MODEL, "--weights", tmp_path / "net.pt", "--corruptions", "none", "--l2", "none")
+    adapter = ("--adapter", f"t-ct={tmp_path / 'tune'}", "--out", tmp_path / "out")
+    assert run("robust", data, *SMALL[2:], *QUICK, *options, *adapter) == 0
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert "t-ct" in [row["method"] for row in found["conditions"][0]["test"]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -82,7 +108,7 @@ def test_robust_with_adapters(data, tmp_path, capsys):
         (("--severities", "a"), "--severities must be numbers with commas"),
         (("--attacks", "pgd"), "attacks must be some of"),
         (("--adapter", "x"), "--adapter must be NAME=FOLDER"),
-        (("--adapter", "x=none"), "expected adapter_config.json in none"),
+        (("--adapter", "x=none"), "adapter_config.json or the result.json of tune in none"),
         (("--betas", "2"), "betas must be in"),
         (("--linf", "none", "--l2", "none", "--corruptions", "none"), "threats or corruptions must hold something"),
     ],

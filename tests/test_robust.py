@@ -274,7 +274,7 @@ def test_trained_networks_are_tested_beside_it_and_everything_is_saved(tmp_path)
     assert saved["schema"] == "ctkernels.robust/1"
     assert [row["method"] for row in saved["conditions"][0]["test"]] == ["plain", "s-ct", "t-ct", "own pixels"]
     assert saved["command"] == "x"
-    assert "t-ct" in result.table()
+    assert "T-CT" in result.table()
 
 
 @needs_corruptions

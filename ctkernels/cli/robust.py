@@ -26,8 +26,12 @@ examples:
   # a network that was trained for the data, with its own output; your own factory and weights
   python -m ctkernels robust cifar.npz --model my_project.networks:make --weights best.safetensors --head own
 
-  # beside adapters in PEFT's format, each with a classifier of its own
-  python -m ctkernels robust cifar.npz --model resnet18 --head own --adapter t-ct=out/tct --adapter lora=out/lora
+  # beside an adapter in PEFT's format, with a classifier of its own
+  python -m ctkernels robust cifar.npz --model resnet18 --head own --adapter lora=out/lora
+
+  # beside learned curvature: train it first
+  python -m ctkernels tune photos/ --model resnet18 --out out/tune
+  python -m ctkernels robust photos/ --model resnet18 --adapter t-ct=out/tune
 
   # without a network connection, small: packaged MobileNetV2 weights and Fashion-MNIST
   python -m ctkernels robust fashion-mnist --model mobilenet_v2 --weights packaged --size 64 --resize 64 \\
@@ -60,7 +64,11 @@ def parser() -> argparse.ArgumentParser:
         help="what classifies: a linear probe on frozen features, or the network's own output (default: %(default)s)",
     )
     network.add_argument(
-        "--adapter", action="append", default=[], metavar="NAME=FOLDER", help="also test this PEFT adapter; repeatable"
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="also test this: a PEFT adapter, or the folder of tune; repeatable",
     )
     network.add_argument("--activations", help="kinds to steer, comma-separated (default: all that can be)")
     network.add_argument(
@@ -204,19 +212,27 @@ def _adapter(text: str) -> tuple[str, Path]:
     name, _, folder = text.partition("=")
     if not name or not folder or name in ("plain", "s-ct"):
         raise ValueError(f"--adapter must be NAME=FOLDER, with a name other than plain and s-ct, got {text!r}")
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise ValueError(f"--adapter {name}: expected adapter_config.json in {folder}, found none")
+    if not any((Path(folder) / file).is_file() for file in ("adapter_config.json", "result.json")):
+        raise ValueError(
+            f"--adapter {name}: expected PEFT's adapter_config.json or the result.json of tune in {folder}, found none"
+        )
     return name, Path(folder)
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
-    """A copy of ``model`` with the PEFT adapter in ``folder`` (safetensors, nothing is unpickled)."""
+    """A copy of ``model`` with the adapter in ``folder``: PEFT's, or what ``tune`` left. Nothing is unpickled."""
     import copy
 
     from .. import adapters  # noqa: F401 - makes the library's own methods known to PEFT
     from .._extras import require
 
     peft = require("peft", "adapters", "adapters")
+    if not (folder / "adapter_config.json").is_file():
+        from ..recipes.attacks import PixelClassifier
+        from ..recipes.compare import load_tuned
+
+        network, preprocess, _ = load_tuned(copy.deepcopy(model), folder)
+        return PixelClassifier(network, preprocess.mean, preprocess.std)  # normalised as it was trained
     if not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"{folder}: expected adapter_model.safetensors, found none")
     return peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
