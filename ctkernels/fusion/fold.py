@@ -70,7 +70,7 @@ class _Statistics(torch.autograd.Function):
 class Folded:
     """The weight and bias of ``source`` with ``norm`` (in evaluation) folded in, kept until one of them changes."""
 
-    def __init__(self, source: nn.Module, norm: nn.Module | None) -> None:
+    def __init__(self, source: Any, norm: Any) -> None:
         self.source, self.norm = source, norm
         self.forget()
 
@@ -85,15 +85,15 @@ class Folded:
         found = [self.source.weight, self.source.bias]
         if self.norm is not None:
             found += [self.norm.weight, self.norm.bias, *_running(self.norm)]
-        return [t for t in found if t is not None]  # type: ignore[misc]
+        return [t for t in found if t is not None]
 
     def get(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(weight, bias) for a call on ``x``, laid out as ``x`` is."""
         if self.norm is None:
-            return self.source.weight, self.source.bias  # type: ignore[return-value]
+            return self.source.weight, self.source.bias
         layout = _memory_format(x)
         watched = [*self.parameters(), self.norm.num_batches_tracked]  # the last: moving statistics keep their versions
-        key = (layout, *((t.data_ptr(), t._version) for t in watched if t is not None))  # type: ignore[union-attr]
+        key = (layout, *((t.data_ptr(), t._version) for t in watched if t is not None))
         if key != self.key:
             with torch.inference_mode(False), torch.no_grad():
                 self.value, self.key = self._fold(layout), key
@@ -101,10 +101,10 @@ class Folded:
         return self.value
 
     def _fold(self, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
-        weight: Any = self.source.weight
+        weight = self.source.weight
         scale, shift = affine(self.norm, weight)
         if self.source.bias is not None:
-            shift = shift + scale * self.source.bias.double()  # type: ignore[operator]
+            shift = shift + scale * self.source.bias.double()
         folded = torch.empty_like(weight, memory_format=layout)
         wide = torch.promote_types(weight.dtype, torch.float32)
         folded.copy_(weight.to(wide) * scale.view(-1, *[1] * (weight.dim() - 1)).to(wide))
@@ -128,7 +128,8 @@ class _FrozenConv(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape, ctx.geometry, ctx.groups = x.shape, geometry, groups
-        return torch.convolution(x, weight, bias, *geometry, False, [0] * (x.dim() - 2), groups)
+        stride, padding, dilation = geometry
+        return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * (x.dim() - 2), groups)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

@@ -70,7 +70,7 @@ class _Reader:
         self.nodes = list(graph.nodes)
 
     def module(self, node: Node) -> nn.Module | None:
-        return self.modules[node.target] if node.op == "call_module" else None  # type: ignore[index]
+        return self.modules[str(node.target)] if node.op == "call_module" else None
 
     def is_source(self, node: Node) -> bool:
         module = self.module(node)
@@ -101,13 +101,12 @@ class _Reader:
     def match(self, end: Node, taken: set[Node]) -> Match | None:
         """The longest site that ends at ``end``, if it is worth it."""
         if not self.is_unit(end):
-            norm, source = self.normalised(end, taken)
-            match = Match(source, norm, None, 0, None)
-            return match if source is not None and self.is_undisturbed(match) else None
+            match = Match(self.normalised(end, taken)[1], end, None, 0, None)
+            return match if match.source is not None and self.is_undisturbed(match) else None
         before = end.args[0]
         candidates = []
         if isinstance(before, Node) and self.is_add(before) and self.feeds(before, end, taken):
-            later_first = sorted((0, 1), key=lambda i: -self.order[before.args[i]])  # type: ignore[index]
+            later_first = sorted((0, 1), key=lambda i: -self.order[before.args[i]])
             for main in later_first:  # less lies in between
                 norm, source = self.before(before.args[main], before, taken)
                 if self.mutates(before) in (None, before.args[main]) or self.is_private(before.args[0], before):

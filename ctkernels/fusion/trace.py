@@ -38,8 +38,8 @@ class _Value(torch.fx.Proxy):
 
     tracer: _Tracer
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         asking = sys._getframe(1).f_globals.get("__name__", "")
         return _Value if asking.split(".")[0] == "torch" else self.tracer.class_of(self.node)
 
