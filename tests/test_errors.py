@@ -104,7 +104,7 @@ def test_backends() -> None:
     assert "ctu on a float32 tensor of shape (2, 3) on cpu" in text
     assert "reference" in text
     assert "has kernels for ctu only" in ctkernels.explain(torch.randn(2), "head_edit") or "triton is not" in text
-    with pytest.raises(ValueError, match="op must be one of .*'attention_head_edit'; got 'add'"):
+    with pytest.raises(ValueError, match=r"op must be one of .*'attention_head_edit'; got 'add'"):
         ctkernels.explain(torch.randn(2), "add")
     with ctkernels.use_backend("reference"):
         assert "forced: used" in ctkernels.explain(torch.randn(2))
