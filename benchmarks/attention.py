@@ -129,7 +129,7 @@ def cost(variant: str, launch: tuple[Any, int, dict[str, Any], dict[str, Any]], 
 
 
 def variants(every: bool) -> Iterator[tuple[str, list[Any]]]:
-    """(name, launches): heads of 128 with the edit and without; with ``every``, the other sizes and dtypes too."""
+    """(name, launches): heads of 128 with the edit and without; with ``every``, heads of 256 too."""
     shapes = [("bf16", torch.bfloat16, 128, True), ("bf16", torch.bfloat16, 128, False)]
     if every:
         shapes += [
