@@ -147,6 +147,33 @@ def test_against_forty_digits(activation: str) -> None:
                 assert error <= bound, f"d{name} at x={point}, beta={beta}, coeff={coeff}: {error} > {bound}"
 
 
+def check_sixteen_bits(dtype: torch.dtype, activation: str, recorder: Recorder) -> None:
+    """Half an ulp of the result and 2e-4 of its terms; gradients of the knobs are float32 and have the second alone."""
+    x = torch.linspace(-9, 9, 1400).to(dtype).repeat(4).requires_grad_()
+    betas = torch.tensor([0.2, 0.5, 0.8, 0.95]).repeat_interleave(1400).requires_grad_()
+    coeffs = torch.tensor([0.0, 0.3, 0.7, 1.0]).repeat(1400).requires_grad_()
+    with triton_on_cpu(recorder):
+        y = ctu(x, betas, coeffs, channel_dim=0, activation=activation)
+        found = [y.detach(), *torch.autograd.grad(y, (x, betas, coeffs), torch.ones_like(y))]
+    wide = [t.detach().double().requires_grad_() for t in (x, betas, coeffs)]
+    exact = ctu(*wide, channel_dim=0, activation=activation)
+    expected = [exact.detach(), *torch.autograd.grad(exact, wide, torch.ones_like(exact))]
+    w, beta, _ = (t.detach() for t in wide)
+    s, u = 1 - beta, w.abs() / (1 - beta)
+    terms = [w.abs() + s, 1 + beta * u * torch.exp(-beta * u), 1 + u * u * torch.exp(-beta * u), w.abs() + s]
+    for name, got, want, size in zip(("y", "dx", "dbeta", "dcoeff"), found, expected, terms):
+        half_ulp = torch.finfo(dtype).eps / 2 * want.abs() + torch.finfo(dtype).tiny if got.dtype == dtype else 0.0
+        excess = ((got.double() - want).abs() - half_ulp - 2e-4 * size).max().item()
+        assert excess <= 0, f"{name}: {excess} too much"
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_sixteen_bits_are_good_to_half_an_ulp(dtype: torch.dtype, activation: str) -> None:
+    for sm, approx in ((80, -1), (100, 1)):
+        check_sixteen_bits(dtype, activation, Recorder(sm, approx))
+
+
 @pytest.mark.parametrize("dtype", [FLOAT, *HALVES], ids=str)
 def test_plain_activation_at_beta_one(dtype: torch.dtype) -> None:
     x = torch.cat([torch.randn(200, dtype=torch.float64) * 10.0**k for k in range(-8, 6)])

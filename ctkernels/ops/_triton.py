@@ -74,7 +74,7 @@ class _Call:
         }
 
 
-def _numbered(letter: str, tensors: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+def _numbered(letter: str, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
     return {f"{letter}{i}": t for i, t in enumerate(tensors)}
 
 
@@ -159,7 +159,9 @@ def _finish(call: _Call, plan: Plan, partials: Tensor, each: Sequence[Tensor | N
 
 def _fold(call: _Call, each: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
     view = call.view
-    args = _numbered("b", [None if g is None else e for e, g in zip(each, grads)]) | _numbered("d", grads)
+    args: dict[str, Any] = _numbered("b", [None if g is None else e for e, g in zip(each, grads)]) | _numbered(
+        "d", grads
+    )
     args |= {"groups": view.groups, "channels": view.channels}
     terms = max(view.groups * view.channels // g.numel() for g in grads if g is not None)
     lanes = max(32, min(1024, triton.next_power_of_2(terms)))
@@ -171,10 +173,16 @@ def implementations(op: Op) -> dict[str, Callable[..., Any]]:
     """The dispatcher ops of ``op``, by suffix, on flat arguments."""
     assert op.triton is not None
     module, count = importlib.import_module(op.triton), len(op.inputs)
+    functions: tuple[Callable[..., Any], ...]
     if hasattr(module, "MATH"):  # scalar functions, for the channelwise skeleton
-        forward, forward_, backward = (partial(f, op, module.MATH) for f in (_forward, _forward_, _backward))
+        functions = (
+            partial(_forward, op, module.MATH),
+            partial(_forward_, op, module.MATH),
+            partial(_backward, op, module.MATH),
+        )
     else:
-        forward, forward_, backward = module.forward, module.forward_, module.backward
+        functions = module.forward, module.forward_, module.backward
+    forward, forward_, backward = functions
     return {
         "": lambda *args: forward(args[:count], args[count:]),
         "_": lambda *args: forward_(args[:count], args[count:]),

@@ -105,7 +105,7 @@ def _launch(inputs: Inputs, static: Static, dy: Tensor | None, out: Tensor | Non
     n = log_alpha.numel()
     if n == 0:
         return
-    args = {"log_alpha": log_alpha.contiguous(), "noise": None if noise is None else noise.contiguous()}
+    args: dict[str, Any] = {"log_alpha": log_alpha.contiguous(), "noise": None if noise is None else noise.contiguous()}
     args |= {"dy": None if dy is None else dy.contiguous(), "out": out, "dnoise": dnoise, "n": n}
     shifts, weights = _thresholds(*static[1:])
     meta: dict[str, Any] = {"STATIC": tuple(static[1:]), "SHIFTS": shifts, "WEIGHTS": weights, "LANES": LANES}
