@@ -15,6 +15,7 @@ from .trace import KINDS, Trace, Untraceable, argument_count, has_hooks, trace
 
 Key = tuple[tuple[bool, ...], tuple[str, ...]]
 _SIMPLE = (bool, int, float, str, type(None))
+_NOT_READ = ("training", "_is_torch_compile")  # part of the key; set by torch.compile on the modules it sees
 
 
 class Program:
@@ -119,7 +120,7 @@ def _condition(scopes: list[nn.Module]) -> list[Any]:
         (
             type(m),
             dict(m._modules),
-            {k: v for k, v in vars(m).items() if isinstance(v, _SIMPLE) and k != "training"},
+            {k: v for k, v in vars(m).items() if isinstance(v, _SIMPLE) and k not in _NOT_READ},
         )
         for m in scopes
     ]
