@@ -122,7 +122,7 @@ class Op:
     def call_(self, inputs: Inputs, static: Static) -> Tensor:
         """The op written over its first input. The caller has checked that no gradient is wanted."""
         assert inputs[0] is not None
-        if not torch.compiler.is_compiling() and _in_transform():  # a kernel would not carry the tangent along
+        if not torch.compiler.is_compiling() and in_transform():  # a kernel would not carry the tangent along
             return inputs[0].copy_(self((inputs[0].clone(), *inputs[1:]), static))
         self.forward_(inputs, static)
         return inputs[0]
