@@ -121,7 +121,8 @@ def _run(
         sums |= call.math.sums[i] if g is not None else 0
     view, x = call.view, call.x
     plan = plan_for(view, x.element_size(), sums=sums > 0)
-    partials, like = None, {"dtype": torch.float64, "device": x.device}
+    partials = None
+    like: dict[str, Any] = {"dtype": torch.float64, "device": x.device}
     if sums and not plan.direct:
         shape = (view.groups, plan.slots, sums.bit_count(), plan.lanes_of(view))
         partials = torch.empty(shape, **like | {"dtype": like["dtype"] if call.grade == 2 else torch.float32})
