@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .._extras import require
     from ..recipes import _distributed
 
-    rates = {name: parse_rates(name, getattr(arguments, name)) for name in ("lr", "head_lr")}
+    lr, head_lr = (parse_rates(name, getattr(arguments, name)) for name in ("lr", "head_lr"))
     out, options = out_folder(arguments.out), training_options(arguments)
     for module in ("accelerate", "peft", "safetensors"):
         require(module, "adapters", "learning the curvature")
@@ -88,7 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
         data_name=Path(arguments.data).name,
         seed=arguments.seed,
         images=image_options(arguments),
-        **rates,
+        lr=lr,
+        head_lr=head_lr,
         **options,
     )
     if _distributed.launched_rank() == 0:

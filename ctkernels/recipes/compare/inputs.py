@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from ... import steer
+from ...steering.activations import RELU_FAMILY
 from .._inputs import check_labels
 from ..images import ImageSet, Preprocess, Splits, normalised_like
 from ..search import _evaluation
@@ -136,7 +137,7 @@ def _try(model: nn.Module, methods: Sequence[Method], size: int, activations: Se
     except RuntimeError as error:
         raise ValueError(f"it does not take images of shape {tuple(example.shape[1:])}: {error}") from error
     if any(m.coeff is not None for m in methods):
-        with steer(model, 1.0, **({} if activations is None else {"activations": activations})):
+        with steer(model, 1.0, activations=RELU_FAMILY if activations is None else activations):
             pass
     for method in methods:
         if method.attach is not None:

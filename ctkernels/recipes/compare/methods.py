@@ -101,13 +101,16 @@ def lora_targets(network: nn.Module, head: str, rank: int) -> tuple[list[str], l
 
     peft has no LoRA for dilated convolutions, nor for grouped ones whose groups do not divide the rank.
     """
-    fits, not_fits = [], []
+    fits: list[str] = []
+    not_fits: list[str] = []
     for name, module in network.named_modules():
-        if name == head or not isinstance(module, (nn.Conv2d, nn.Linear)):
+        if name == head:
             continue
-        convolution = isinstance(module, nn.Conv2d)
-        fit = not convolution or (rank % module.groups == 0 and set(module.dilation) == {1})
-        (fits if fit else not_fits).append(name)
+        if isinstance(module, nn.Conv2d):
+            fit = rank % module.groups == 0 and set(module.dilation) == {1}
+            (fits if fit else not_fits).append(name)
+        elif isinstance(module, nn.Linear):
+            fits.append(name)
     return fits, not_fits
 
 
@@ -117,7 +120,8 @@ def _lora_config(network: nn.Module, head: str, setting: Setting, rank: int, **m
     targets, _ = lora_targets(network, head, rank)
     if not targets:
         raise ValueError(f"lora-r{rank}: {type(network).__name__} has no convolution or linear layer that it fits")
-    return peft.LoraConfig(r=rank, lora_alpha=rank * float(setting.get("scale", 1.0)), target_modules=targets, **more)
+    alpha: Any = rank * float(setting.get("scale", 1.0))  # annotated as an integer, used as a number
+    return peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, **more)
 
 
 def _lora(network: nn.Module, head: str, setting: Setting, rank: int) -> Attached:

@@ -135,8 +135,7 @@ def compare_transfer(
     with folder as own, ExitStack() as stack:
         path = Path(us.share(own))
         file = path / "result.json"
-        result = us.share(resumed(file, setup) if us.rank == 0 else None)
-        assert result is not None
+        result = us.share(resumed(file, setup) if us.rank == 0 else TransferComparison((), setup))
 
         def keep(cell: Cell) -> None:
             nonlocal result
@@ -374,7 +373,7 @@ def learned(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
         for value in ("beta", "coeff"):
             raw = state.get(f"{name}.curvature_raw_{value}.default")
             if raw is not None:
-                site: str = module.site  # type: ignore[assignment]
+                site = str(module.site)
                 sites.setdefault(site, {})[value] = _distribution(raw.sigmoid())
     return {"curvature": sites} if sites else {}
 
