@@ -94,7 +94,7 @@ def ctu(
             if inplace and dtype != x.dtype:
                 raise TypeError(f"ctu: residual must have x's dtype {x.dtype} when inplace=True, got {residual.dtype}")
             x, residual = x.to(dtype), residual.to(dtype)
-    _backend.forced_refusal(x, "ctu")
+    _backend.forced_refusal(x)
     inputs = (x, beta, coeff, slope, scale, shift, residual)
     static = (NO_CHANNEL if channel is None else channel, kind, raw, eps)
     if not inplace:
@@ -200,7 +200,7 @@ def head_edit(
             _check.same_device(op, name, gate, "z", z)
     if index is not None:
         _check_index(index, z)
-    _backend.forced_refusal(z, op)
+    _backend.forced_refusal(z)
     params = [_widened(t) for t in (m, a, g_m, g_a)]
     if index is not None:
         params = [t if t is None else t.index_select(0, index) for t in params]
@@ -333,7 +333,7 @@ def hard_concrete(
     assert logits is not None
     mode = SAMPLE if training else CLIP if estimator == "clip" else MEAN
     noise = _noise(logits, noise, generator) if training else None
-    _backend.forced_refusal(logits, "hard_concrete")
+    _backend.forced_refusal(logits)
     return _HARD_CONCRETE((logits.contiguous(), noise), (NO_CHANNEL, mode, float(temperature), low, high))
 
 

@@ -103,7 +103,7 @@ def test_backends() -> None:
     text = ctkernels.explain(torch.randn(2, 3))
     assert "ctu on a float32 tensor of shape (2, 3) on cpu" in text
     assert "reference" in text
-    assert "has kernels for ctu only" in ctkernels.explain(torch.randn(2), "head_edit") or "triton is not" in text
+    assert "head_edit on a float32 tensor" in ctkernels.explain(torch.randn(2), "head_edit")
     with pytest.raises(ValueError, match=r"op must be one of .*'attention_head_edit'; got 'add'"):
         ctkernels.explain(torch.randn(2), "add")
     with ctkernels.use_backend("reference"):

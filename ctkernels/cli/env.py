@@ -119,7 +119,7 @@ def _dispatch(devices: list[str]) -> list[dict[str, Any]]:
         x = torch.empty(1, dtype=dtype, device=device)
         passed: dict[str, str] = {}
         for backend in BACKENDS.values():
-            refusal = backend.refusal(x, op)
+            refusal = backend.refusal(x)
             if refusal is None:
                 name = str(dtype).removeprefix("torch.")
                 rows.append({"op": op, "device": device, "dtype": name, "backend": backend.name, "passed_over": passed})

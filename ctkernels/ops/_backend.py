@@ -67,20 +67,17 @@ def _capability(device: int) -> tuple[int, int]:
 @dataclass(frozen=True)
 class Backend:
     """``missing``: why this backend is not available here at all, or None. ``device``: the type it serves, None for any.
-    ``capability``: the least compute capability of a CUDA device. ``ops``: those it has kernels for, None for all."""
+    ``capability``: the least compute capability of a CUDA device."""
 
     name: str
     device: str | None
     missing: str | None
     capability: tuple[int, int] = (0, 0)
-    ops: tuple[str, ...] | None = None
 
-    def refusal(self, x: Tensor, op: str = "ctu") -> str | None:
-        """Why this backend cannot serve ``op`` on ``x``, or None."""
+    def refusal(self, x: Tensor) -> str | None:
+        """Why this backend cannot serve ``x``, or None."""
         if self.missing is not None:
             return self.missing
-        if self.ops is not None and op not in self.ops:
-            return f"has kernels for {', '.join(self.ops)} only"
         if self.device is not None and x.device.type != self.device:
             return f"serves {self.device} tensors, got one on {x.device.type}"
         if x.is_cuda and self.capability > (0, 0) and (found := _capability(x.get_device())) < self.capability:
@@ -122,20 +119,20 @@ def triton_wanted() -> bool:
     return _forced == "triton" and BACKENDS["cuda"].missing is None
 
 
-def choose(x: Tensor, op: str = "ctu") -> Backend:
-    """The backend that serves ``op`` on ``x``; RuntimeError if the forced one cannot."""
+def choose(x: Tensor) -> Backend:
+    """The backend that serves ``x``; RuntimeError if the forced one cannot."""
     if _forced is not None:
-        refusal = BACKENDS[_forced].refusal(x, op)
+        refusal = BACKENDS[_forced].refusal(x)
         if refusal is not None:
             raise RuntimeError(f"backend {_forced!r} was forced but cannot serve this tensor: {refusal}")
         return BACKENDS[_forced]
-    return next(b for b in BACKENDS.values() if b.refusal(x, op) is None)
+    return next(b for b in BACKENDS.values() if b.refusal(x) is None)
 
 
-def forced_refusal(x: Tensor, op: str) -> None:
-    """Raises if a backend is forced that cannot serve ``op`` on ``x``. Costs nothing when none is forced."""
+def forced_refusal(x: Tensor) -> None:
+    """Raises if a backend is forced that cannot serve ``x``. Costs nothing when none is forced."""
     if _forced is not None:
-        choose(x, op)
+        choose(x)
 
 
 @contextlib.contextmanager
@@ -171,10 +168,10 @@ def explain(x: Tensor, op: str = "ctu") -> str:
         from .attention import choice
 
         return choice.explain(x)
-    chosen = next(b for b in BACKENDS.values() if b.refusal(x, op) is None)
+    chosen = next(b for b in BACKENDS.values() if b.refusal(x) is None)
     lines = [f"{op} on a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)} on {x.device}"]
     for backend in BACKENDS.values():
-        refusal = backend.refusal(x, op)
+        refusal = backend.refusal(x)
         if backend is chosen:
             note = "used" if _forced in (None, backend.name) else "first choice"
         else:

@@ -293,7 +293,7 @@ def _on_cuda(op: Op, suffix: str, composite: Callable[..., Any]) -> Callable[...
     """The Triton kernels, or the reference on a GPU that they do not serve."""
 
     def call(*args: Any) -> Any:
-        if _backend.BACKENDS["triton"].refusal(args[0], op.name) is not None:
+        if _backend.BACKENDS["triton"].refusal(args[0]) is not None:
             return composite(*args)
         from . import _triton
 

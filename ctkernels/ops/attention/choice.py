@@ -165,7 +165,7 @@ def choose(
     """FUSED or SEPARATE. RuntimeError where what is forced, by argument or ``use_backend``, cannot serve."""
     backend = _backend._forced
     if backend is not None and backend != "triton":
-        _backend.forced_refusal(q, "attention_head_edit")
+        _backend.forced_refusal(q)
     wanted = forced or {None: None, "triton": FUSED}.get(backend, SEPARATE)
     if wanted == SEPARATE:
         return SEPARATE
