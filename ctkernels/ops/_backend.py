@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-OPS = ("ctu", "head_edit", "hard_concrete", "attention_head_edit")
+OPS = ("ctu", "head_edit", "hard_concrete")  # served by a backend each call; attention makes its own choice
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -162,8 +162,9 @@ def explain(x: Tensor, op: str = "ctu") -> str:
 
     >>> print(ctkernels.explain(torch.randn(8)))
     """
-    if op not in OPS:
-        raise ValueError(f"explain: op must be one of {', '.join(map(repr, OPS))}; got {op!r}")
+    known = (*OPS, "attention_head_edit")
+    if op not in known:
+        raise ValueError(f"explain: op must be one of {', '.join(map(repr, known))}; got {op!r}")
     if op == "attention_head_edit":
         from .attention import choice
 
