@@ -112,10 +112,11 @@ __device__ __forceinline__ uint32_t pack(Half, const float* in) {
   return w;
 }
 
-// V neighbouring values: one, or 16 bytes of them.
+// V neighbouring values: one, or 16 bytes of them. Saying that they are global keeps accesses from becoming generic ones.
 template <class T, int V, class C>
 __device__ __forceinline__ void load(const void* from, int64_t at, C* out) {
   const T* p = static_cast<const T*>(from) + at;
+  __builtin_assume(__isGlobal(p));
   if constexpr (V == 1) {
     out[0] = widened(*p);
   } else if constexpr (sizeof(T) == 8) {
@@ -132,6 +133,7 @@ __device__ __forceinline__ void load(const void* from, int64_t at, C* out) {
 template <class T, int V, class C>
 __device__ __forceinline__ void store(void* to, int64_t at, const C* in) {
   T* p = static_cast<T*>(to) + at;
+  __builtin_assume(__isGlobal(p));
   if constexpr (V == 1) *p = narrowed<T>(in[0]);
   else if constexpr (sizeof(T) == 8) *reinterpret_cast<double2*>(p) = make_double2(in[0], in[1]);
   else if constexpr (sizeof(T) == 4) *reinterpret_cast<float4*>(p) = make_float4(in[0], in[1], in[2], in[3]);
