@@ -36,21 +36,23 @@ struct Place {
 // Calls f(offset) for the values of this thread, V at a time: steps along the rows of a plane, or down its columns.
 template <bool kPlane, int V, class F>
 __device__ __forceinline__ void for_values(const Tiling& t, const Place<kPlane, V>& place, const F& f) {
-  const int64_t width = blockDim.x * V, group = place.group * t.group;
+  if (!place.known) return;
+  const uint32_t width = blockDim.x * V;
+  int64_t start = place.group * t.group + place.first * t.row + place.column;
   if constexpr (kPlane) {
-    const int steps = int((place.end - place.column + width - 1) / width);
-    for (uint32_t row = place.first; row < place.last; ++row) {
-      int64_t at = group + row * t.row + place.plane * t.width + place.column;
+    start += place.plane * t.width;
+    const uint32_t steps = place.column < place.end ? (uint32_t(place.end - place.column) + width - 1) / width : 0;
+    for (uint32_t row = place.first; row < place.last; ++row, start += t.row) {
+      int64_t at = start;
 #pragma unroll 1  // the body is long
-      for (int i = 0; i < steps; ++i, at += width) f(at);
+      for (uint32_t i = 0; i < steps; ++i, at += width) f(at);
     }
   } else {
-    int64_t at = place.first * t.row + place.column;
-    const int64_t rest = (t.group - at + t.row - 1) / t.row;  // rows of the group that have this column
-    const int rows = place.known ? int(min(int64_t(place.last - place.first), rest)) : 0;
-    at += group;
+    uint32_t rows = place.last - place.first;
+    if (place.last == t.rows && (t.rows - 1) * t.row + place.column >= t.group) --rows;  // the last row may be shorter
+    int64_t at = start;
 #pragma unroll 1
-    for (int i = 0; i < rows; ++i, at += t.row) f(at);
+    for (uint32_t i = 0; i < rows; ++i, at += t.row) f(at);
   }
 }
 
@@ -123,35 +125,40 @@ __device__ __forceinline__ void backward(const Channelwise& a) {
   typename Unit::Constants k[kColumns];
   Unit::template derive<kColumns>(a, place.group, [&](int j) { return place.channel(t, j); }, k);
   C sums[kSumSlots][kColumns] = {};
-  for_values(t, place, [&](int64_t at) {
-    C x[V], w[V], dy[V], g[V];
-    load<T, V>(a.x, at, x), load<T, V>(a.dy, at, dy);
+  // A loop of its own for frozen parameters, where that is common.
+  const auto run = [&](auto with_sums) {
+    for_values(t, place, [&](int64_t at) {
+      C x[V], w[V], dy[V], g[V];
+      load<T, V>(a.x, at, x), load<T, V>(a.dy, at, dy);
 #pragma unroll
-    for (int j = 0; j < V; ++j) w[j] = x[j];
-    prologue<kFull, T, V>(a.residual, at, k, kPlane, w);
+      for (int j = 0; j < V; ++j) w[j] = x[j];
+      prologue<kFull, T, V>(a.residual, at, k, kPlane, w);
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const int column = kPlane ? 0 : j;
-      const auto grad = Unit::Op::gradients(w[j], k[column]);
-      g[j] = dy[j] * grad.w;
-      if (a.wanted & kOwnSums) {
+      for (int j = 0; j < V; ++j) {
+        const int column = kPlane ? 0 : j;
+        const auto grad = Unit::Op::gradients(w[j], k[column]);
+        g[j] = dy[j] * grad.w;
+        if constexpr (decltype(with_sums)::value) {
 #pragma unroll
-        for (int s = 0; s < Unit::Op::kSums; ++s) sums[s][column] = fused(dy[j], grad.sums[s], sums[s][column]);
+          for (int s = 0; s < Unit::Op::kSums; ++s) sums[s][column] = fused(dy[j], grad.sums[s], sums[s][column]);
+        }
+        if constexpr (kFull) {
+          sums[kCtuScaleSum][column] = fused(g[j], x[j], sums[kCtuScaleSum][column]);
+          sums[kCtuShiftSum][column] += g[j];
+        }
       }
-      if constexpr (kFull) {
-        sums[kCtuScaleSum][column] = fused(g[j], x[j], sums[kCtuScaleSum][column]);
-        sums[kCtuShiftSum][column] += g[j];
-      }
-    }
-    if (kFull && a.dresidual) store<T, V>(a.dresidual, at, g);
-    if (a.dx) {
-      if constexpr (kFull) {
+      if (kFull && a.dresidual) store<T, V>(a.dresidual, at, g);
+      if (a.dx) {
+        if constexpr (kFull) {
 #pragma unroll
-        for (int j = 0; j < V; ++j) g[j] *= k[kPlane ? 0 : j].scale;
+          for (int j = 0; j < V; ++j) g[j] *= k[kPlane ? 0 : j].scale;
+        }
+        store<T, V>(a.dx, at, g);
       }
-      store<T, V>(a.dx, at, g);
-    }
-  });
+    });
+  };
+  if (kFull || a.wanted & kOwnSums) run(std::true_type{});
+  else run(std::false_type{});
   if (!a.wanted) return;
 
   C* shared = reinterpret_cast<C*>(shared_bytes);
