@@ -87,7 +87,7 @@ def cost(file: str, kernel: str, sm: int) -> Cost:
     resident = min(32, 2048 // THREADS, 65536 // (-(-listing.registers // 8) * 8 * THREADS)) * THREADS // 32
     calls = sum(i.name == "CALL" and "$" in i.operands for i in body)  # others leave a loop: ptxas does so on sm_80
     made = Cost(
-        f"cuda {kernel.removeprefix('ctk_')}", sm, moved, len(body) / elements, pipes, narrowest, listing.registers,
+        f"cuda {kernel.removeprefix('ctk_')}", sm, True, moved, len(body) / elements, pipes, narrowest, listing.registers,
         listing.stack, sum(i.name in ("LDL", "STL") for i in body), calls, resident, 0.0, "",
     )  # fmt: skip
     clocks = GPUS[sm].clocks(made)
