@@ -96,8 +96,10 @@ def cuda_archs() -> list[str]:
     if given == ["native"]:
         import torch
 
-        return sorted(
-            {"".join(map(str, torch.cuda.get_device_capability(i))) for i in range(torch.cuda.device_count())}
+        found = {"".join(map(str, torch.cuda.get_device_capability(i))) for i in range(torch.cuda.device_count())}
+        archs = sorted((a for a in found if int(a) >= int(PTX_ARCHS[0])), key=int)
+        return archs or sys.exit(
+            f"CTKERNELS_CUDA_ARCHS=native: no GPU of compute capability 8.0 or more here; found {found}"
         )
     unknown = [a for a in given if a not in CUDA_ARCHS]
     if unknown:
