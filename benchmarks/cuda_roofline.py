@@ -1,25 +1,19 @@
-"""python -m benchmarks.cuda_roofline: :mod:`benchmarks.roofline` of the CUDA kernels, which nvcc compiles for GPUs that need
-not be there. ``--write-budgets`` replaces the checked-in budgets."""
+"""The CUDA kernels for ``python -m benchmarks.roofline``: nvcc compiles them for GPUs that need not be there."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from ctkernels._files import write_text
-
 from . import sass
-from .roofline import GPUS, Cost, budget
+from .roofline import GPUS, Cost
 
 BUDGETS = Path(__file__).parent / "budgets_cuda.json"
 CUDA = Path(__file__).parent.parent / "csrc/cuda"
@@ -102,29 +96,3 @@ def costs(archs: list[int], only: str = "") -> Iterator[Cost]:
             if only in name:
                 for sm in archs:
                     yield cost(file, name, sm)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_roofline", description=__doc__)
-    parser.add_argument("--arch", type=int, nargs="+", choices=GPUS, default=list(GPUS), help="default: all")
-    parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name contains it")
-    parser.add_argument("--write-budgets", action="store_true", help="write what is found as the new budgets")
-    args = parser.parse_args(argv)
-    print("per element: bytes, instructions, of them MUFU, FP32; then vector bytes, registers, stack, spills, calls,")
-    print("resident warps an SM, and predicted time over the memory floor (what limits it)\n")
-    found = {}
-    for c in costs(args.arch, args.only):
-        found[f"{c.variant} sm_{c.sm}"] = budget(c)
-        print(
-            f"{c.variant:<44} {GPUS[c.sm].name:<5} {c.bytes:3.0f} B {c.instructions:6.2f} {c.pipes.get('mufu', 0.0):5.2f} "
-            f"{c.pipes.get('fp32', 0.0):5.1f}  {c.vector:>2} B {c.registers:>4} {c.stack:>3} {c.spills:>2} {c.calls:>2} "
-            f"{c.warps:>3} w  {c.ratio:6.3f} ({c.limit})",
-            flush=True,
-        )
-    if args.write_budgets:
-        write_text(BUDGETS, json.dumps(found, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

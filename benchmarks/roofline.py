@@ -1,4 +1,4 @@
-"""python -m benchmarks.roofline: what every Triton kernel costs an element, from its machine code, without a GPU.
+"""python -m benchmarks.roofline: what every Triton and CUDA kernel costs an element, from its machine code, without a GPU.
 
 The predicted time of a kernel is the largest of memory time and the time of each execution pipe, per element and SM, over
 memory time alone: 1.00 is as fast as memory can be. It assumes that latency is hidden; it is no measurement.
@@ -98,6 +98,18 @@ def costs(archs: list[int], only: str = "") -> Iterator[Cost]:
                 yield cost(variant, sm)
 
 
+def _of_backends(backends: list[str], archs: list[int], only: str) -> Iterator[Cost]:
+    if "triton" in backends:
+        yield from costs(archs, only)
+    if "cuda" in backends:
+        from . import cuda_roofline
+
+        if cuda_roofline.nvcc() is None:
+            print("the CUDA kernels: nvcc is not installed")
+        else:
+            yield from cuda_roofline.costs(archs, only)
+
+
 def budget(found: Cost) -> dict[str, float]:
     """What the checked-in budget says about a kernel."""
     return {
@@ -115,17 +127,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name contains it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records there")
     parser.add_argument("--write-budgets", type=Path, metavar="FILE", help="write what is found as the new budgets")
+    parser.add_argument(
+        "--backend", nargs="+", choices=("triton", "cuda"), default=["triton", "cuda"], help="default: both"
+    )
     args = parser.parse_args(argv)
+    if args.write_budgets and len(args.backend) > 1:
+        parser.error(
+            "--write-budgets writes those of one --backend: budgets.json for triton, budgets_cuda.json for cuda"
+        )
     print(
         "per element: bytes, instructions, of them MUFU, FP32, conversions; then vector bytes, registers, spills, calls,"
     )
     print("resident warps an SM, and predicted time over the memory floor (what limits it)\n")
     found = []
-    for c in costs(args.arch, args.only):
+    for c in _of_backends(args.backend, args.arch, args.only):
         found.append(c)
         p = {k: c.pipes.get(k, 0.0) for k in ("mufu", "fp32", "convert")}
         print(
-            f"{c.variant:<40} {GPUS[c.sm].name:<5} {c.bytes:4.0f} B {c.instructions:6.1f} {p['mufu']:5.2f} {p['fp32']:5.1f} "
+            f"{c.variant:<44} {GPUS[c.sm].name:<5} {c.bytes:4.0f} B {c.instructions:6.1f} {p['mufu']:5.2f} {p['fp32']:5.1f} "
             f"{p['convert']:4.1f}  {c.vector:>2} B {c.registers:>4} {c.spills:>2} {c.calls:>2} {c.warps:>3} w  "
             f"{c.ratio:5.2f} ({c.limit})",
             flush=True,
