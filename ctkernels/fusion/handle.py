@@ -78,8 +78,7 @@ def fuse(model: nn.Module) -> Fusion:
         if inline is None:
             continue
         program = Program(module, inline)
-        for match in program.prepare():
-            found.append(_site(match, module, names))
+        _add(found, [_site(match, module, names) for match in program.prepare()])
         programs.append(program)
     if not programs:
         raise ValueError(
@@ -139,6 +138,24 @@ class Fusion:
         state = f"{len(self.sites)} sites" if self._active else "removed"
         lines = [f"Fusion of {type(self._model).__name__}: {state}", *(f"    {site}" for site in self.sites)]
         return "\n".join(lines) + _lines(self.left)
+
+
+def _add(found: list[Site], more: list[Site]) -> None:
+    """``more``, of a module inside those of ``found``: the sum before a unit counts once, with what most was fused into.
+
+    Read from outside, the other branch may have been taken for the main one.
+    """
+
+    def parts(site: Site) -> int:
+        return bool(site.layer) + bool(site.norm)
+
+    outer = {site.unit: i for i, site in enumerate(found) if site.residual and site.unit}
+    for site in more:
+        rival = outer.get(site.unit) if site.residual else None
+        if rival is None:
+            found.append(site)
+        elif parts(site) > parts(found[rival]):
+            found[rival] = site
 
 
 def _lines(left: dict[str, str]) -> str:
