@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", choices=ctu.DTYPES, nargs="+", default=list(ctu.DTYPES))
     parser.add_argument("--quick", action="store_true", help="one small shape, without the compiled contestant")
+    parser.add_argument("--tuned", action="store_true", help="only the shapes that have bounds to keep")
     parser.add_argument("--seconds", type=float, default=1.5, help="time spent on each row (default 1.5)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records there")
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         result |= {"records": [*records, record], "bars": rows + jola_rows}
     for name in () if args.networks else args.op:
         suite = SUITES[name]
-        records = suite.run(args.dtype, args.quick, args.seconds)
+        records = suite.run(args.dtype, args.quick, args.seconds, args.tuned)
         rows = suite.bars(records)
         overhead = suite.call_overhead()
         print(report.timings(records))

@@ -307,7 +307,7 @@ def test_packed_errors() -> None:
 
 def test_forcing() -> None:
     t = CASES[0].tensors(torch.float32)
-    with pytest.raises(RuntimeError, match=r"fused kernels were forced .* cpu"):
+    with pytest.raises(RuntimeError, match=r"fused kernels were forced .* (cpu|triton is not installed)"):
         attention_head_edit(**t, implementation="fused")
     with ctkernels.use_backend("triton"), pytest.raises(RuntimeError, match="forced"):
         attention_head_edit(**t)
