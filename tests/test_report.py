@@ -90,7 +90,7 @@ def test_every_kind_of_result_is_on_the_page(page):
         "corruptions, S-CT: steering did not help.",
         "python -m ctkernels steer photos/ --model resnet18",
         "python examples/demo_steering.py --short",
-        "python -m benchmarks --seconds 0.7",
+        "python -m benchmarks --tuned",
     ):
         assert part in text, part
     assert len(found.ids) == len(set(found.ids))
