@@ -14,8 +14,12 @@ import truth
 from conformance import check_against_float64, outputs, sample_named
 from ptx.toolchain import nvcc
 
+import ctkernels
 from ctkernels.functional import ctu, expected_l0, hard_concrete, head_edit
 from ctkernels.ops import _backend
+from ctkernels.ops.hard_concrete import OP as GATES
+from ctkernels.ops.hard_concrete import SAMPLE
+from ctkernels.ops.hard_concrete.reference import uniform
 from ctkernels.testing import samples
 
 if nvcc() is None:
@@ -289,7 +293,20 @@ def test_gates(sm: int, dtype: torch.dtype) -> None:
             assert ((ours.double() - theirs).abs() <= eps * theirs.abs() + 1e-10 * (1 + dy.abs())).all(), name
 
 
-def _reference():
-    import ctkernels
+@pytest.mark.parametrize("dtype", [FLOAT, DOUBLE], ids=str)
+def test_gates_from_a_seed(dtype: torch.dtype) -> None:
+    """The kernel makes the numbers of the reference's generator, bit for bit, and gates and gradients from them."""
+    log_alpha, dy = (torch.randn(1000, dtype=DOUBLE).to(dtype) for _ in range(2))
+    static = (-1, SAMPLE, 0.33, -0.1, 1.1)
+    for value in (0, 12345, -(2**62) - 7):
+        seed = torch.tensor([value])
+        noise = uniform(seed, log_alpha.shape, dtype)
+        with cuda_on_cpu(Recorder(80)):
+            found = [GATES.forward((log_alpha, seed), static), *GATES.backward(dy, (log_alpha, seed), static, 1)]
+            given = [GATES.forward((log_alpha, noise), static), *GATES.backward(dy, (log_alpha, noise), static, 1)]
+        for ours, theirs in zip(found, given):
+            assert torch.equal(ours, theirs)
 
+
+def _reference():
     return ctkernels.use_backend("reference")
