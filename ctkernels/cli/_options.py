@@ -3,9 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..recipes import ImageSet, Preprocess, Splits
+
+
+def add_network_options(p: argparse.ArgumentParser, betas: str) -> argparse._ArgumentGroup:
+    """The network, where it is steered, and what is read from it; ``betas`` are the default ones."""
+    network = p.add_argument_group("network")
+    network.add_argument("--model", required=True, help="torchvision name, timm:NAME, or factory module:function")
+    network.add_argument(
+        "--weights",
+        default="default",
+        help="default: the library's pretrained ones, may download; none: random; packaged: from an installed package; "
+        "else a .safetensors or torch.save file (default: %(default)s)",
+    )
+    network.add_argument("--activations", help="kinds to steer, comma-separated (default: all that can be)")
+    network.add_argument(
+        "--feature-layer", help="submodule whose output is probed (default: what enters the classifier)"
+    )
+    network.add_argument(
+        "--betas",
+        default=betas,
+        help="START:STOP:STEP with both ends, or values with commas (default: %(default)s); 1 always takes part",
+    )
+    return network
 
 
 def add_image_options(p: argparse.ArgumentParser) -> None:
@@ -62,6 +88,45 @@ def add_running_options(p: argparse.ArgumentParser, out: str) -> argparse._Argum
     running.add_argument("--out", default=out, help="folder for the results (default: %(default)s)")
     running.add_argument("--no-progress", action="store_true", help="no progress bar")
     return running
+
+
+def load_images(arguments: argparse.Namespace) -> tuple[Splits, ImageSet, ImageSet, ImageSet]:
+    """The data set, and its images for training, validation and test, as yet unprepared."""
+    from .. import recipes
+
+    splits = recipes.load_data(arguments.data)
+    return splits, *splits.complete(
+        val=arguments.val,
+        test=arguments.test,
+        seed=arguments.seed,
+        max_train=arguments.max_train,
+        max_test=arguments.max_test,
+    )
+
+
+def preprocess_for(arguments: argparse.Namespace, train: ImageSet) -> Preprocess:
+    """What :func:`add_image_options` asks for; the mean and deviation may be those of ``train``."""
+    from .. import recipes
+
+    preprocess = recipes.Preprocess(size=arguments.size, resize=arguments.resize)
+    return recipes.normalised_like(preprocess, train) if arguments.normalise == "target" else preprocess
+
+
+def save_result(
+    result: Any, out: Path, arguments: argparse.Namespace, splits: Splits, train: ImageSet, preprocess: Preprocess
+) -> None:
+    """``out/result.json``, with what it takes to repeat the run."""
+    result.save(
+        out / "result.json",
+        command=arguments.command,
+        options=chosen_options(arguments),
+        data={
+            "source": splits.source,
+            "classes": list(train.classes),
+            "preprocess": dataclasses.asdict(preprocess),
+        },
+    )
+    print(f"\nsaved {out / 'result.json'}")
 
 
 def image_options(arguments: argparse.Namespace) -> Any:

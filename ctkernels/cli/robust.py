@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
-from .steer import parse_betas
+from ._options import (
+    add_image_options,
+    add_network_options,
+    load_images,
+    out_folder,
+    parse_betas,
+    preprocess_for,
+    save_result,
+)
 
 SUMMARY = """\
 Accuracy of a steered network under adversarial attack and under common corruptions (S-CT), beside the plain network and any
@@ -52,11 +59,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("data", help="folder of images, .npz file, or fashion-mnist")
-    network = p.add_argument_group("network")
-    network.add_argument("--model", required=True, help="torchvision name, timm:NAME, or factory module:function")
-    network.add_argument(
-        "--weights", default="default", help="default, none, packaged, or a checkpoint file (default: %(default)s)"
-    )
+    network = add_network_options(p, "0.5:1:0.05")
     network.add_argument(
         "--head",
         choices=("probe", "own"),
@@ -70,27 +73,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=FOLDER",
         help="also test this: a PEFT adapter, or the folder of tune; repeatable",
     )
-    network.add_argument("--activations", help="kinds to steer, comma-separated (default: all that can be)")
-    network.add_argument(
-        "--feature-layer", help="submodule whose output is probed (default: what enters the classifier)"
-    )
     network.add_argument("--coeff", type=float, default=0.5, help="mixing coefficient c (default: %(default)s)")
-    network.add_argument(
-        "--betas", default="0.5:1:0.05", help="START:STOP:STEP or values with commas (default: %(default)s)"
-    )
-    images = p.add_argument_group("images")
-    images.add_argument("--size", type=int, default=224, help="pixels that the network sees (default: %(default)s)")
-    images.add_argument("--resize", type=int, help="shorter side before the centre crop (default: size * 256 / 224)")
-    images.add_argument(
-        "--normalise",
-        choices=("target", "imagenet"),
-        default="target",
-        help="mean and deviation of up to 1000 training images, or of ImageNet (default: %(default)s)",
-    )
-    images.add_argument("--val", type=float, default=0.2, help="fraction for validation if none is given")
-    images.add_argument("--test", type=float, default=0.2, help="fraction for test if none is given")
-    images.add_argument("--max-train", type=int, help="at most so many for training and validation (default: all)")
-    images.add_argument("--max-test", type=int, help="at most so many for test (default: all)")
+    add_image_options(p)
     conditions = p.add_argument_group("conditions")
     conditions.add_argument("--linf", default="8/255", help="bound in the maximum norm, or none (default: %(default)s)")
     conditions.add_argument("--l2", default="0.5", help="bound in the Euclidean norm, or none (default: %(default)s)")
@@ -147,24 +131,13 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError:
         raise ValueError(f"--severities must be numbers with commas, got {arguments.severities!r}") from None
     val_attacks = None if arguments.val_attacks == "standard" else parse_names(arguments.val_attacks)
-    out = Path(arguments.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, {out} is a file")
+    out = out_folder(arguments.out)
     folders = dict(_adapter(text) for text in arguments.adapter)
-    preprocess = recipes.Preprocess(size=arguments.size, resize=arguments.resize)
-    splits = recipes.load_data(arguments.data)
-    train, val, test = splits.complete(
-        val=arguments.val,
-        test=arguments.test,
-        seed=arguments.seed,
-        max_train=arguments.max_train,
-        max_test=arguments.max_test,
-    )
+    splits, train, val, test = load_images(arguments)
     torch.manual_seed(arguments.seed)
     model = recipes.load_model(arguments.model, arguments.weights)
     trained = {name: load_adapter(model, folder) for name, folder in folders.items()}
-    if arguments.normalise == "target":
-        preprocess = recipes.normalised_like(preprocess, train)
+    preprocess = preprocess_for(arguments, train)
     train, val, test = (part.prepared(preprocess) for part in (train, val, test))
     result = robustness(
         model,
@@ -194,17 +167,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(f"{splits.source}: {len(train)} train, {len(val)} validation, {len(test)} test images")
     print(f"\n{result.table()}\n\n{result.verdict()}")
-    result.save(
-        out / "result.json",
-        command=arguments.command,
-        options={k: v for k, v in vars(arguments).items() if k not in ("command", "traceback")},
-        data={
-            "source": splits.source,
-            "classes": list(train.classes),
-            "preprocess": dataclasses.asdict(preprocess),
-        },
-    )
-    print(f"\nsaved {out / 'result.json'}")
+    save_result(result, out, arguments, splits, train, preprocess)
     return 0
 
 

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 
-from ._options import add_image_options, add_running_options, chosen_options, out_folder, parse_betas, parse_bytes
+from ._options import (
+    add_image_options,
+    add_network_options,
+    add_running_options,
+    load_images,
+    out_folder,
+    parse_betas,
+    parse_bytes,
+    preprocess_for,
+    save_result,
+)
 
 SUMMARY = """\
 Find the curvature at which a pretrained network fits new data best, without training it (S-CT).
@@ -48,28 +57,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("data", help="folder of images, .npz file, or a data set by name such as fashion-mnist")
-    network = p.add_argument_group("network")
-    network.add_argument("--model", required=True, help="torchvision name, timm:NAME, or factory module:function")
-    network.add_argument(
-        "--weights",
-        default="default",
-        help="default: the library's pretrained ones, may download; none: random; packaged: from an installed package; "
-        "else a .safetensors or torch.save file (default: %(default)s)",
-    )
-    network.add_argument("--activations", help="kinds to steer, comma-separated (default: all that can be)")
-    network.add_argument(
-        "--feature-layer", help="submodule whose output is probed (default: what enters the classifier)"
-    )
+    network = add_network_options(p, "0.7:1:0.01")
     network.add_argument(
         "--coeff",
         type=lambda text: text if text == "mean-free" else float(text),
         default=0.5,
         help="mixing coefficient c of the unit, or mean-free: beta^2 / (1 + beta^2) (default: %(default)s)",
-    )
-    network.add_argument(
-        "--betas",
-        default="0.7:1:0.01",
-        help="START:STOP:STEP with both ends, or values with commas (default: %(default)s); 1 always takes part",
     )
     add_image_options(p)
     probe = p.add_argument_group("probe")
@@ -98,22 +91,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     betas = parse_betas(arguments.betas)
     memory_limit = parse_bytes(arguments.memory_limit)
-    preprocess = recipes.Preprocess(size=arguments.size, resize=arguments.resize)
     out = out_folder(arguments.out)
     if not arguments.no_plot:
         require("matplotlib.figure", "recipes", "the picture")
-    splits = recipes.load_data(arguments.data)
-    train, val, test = splits.complete(
-        val=arguments.val,
-        test=arguments.test,
-        seed=arguments.seed,
-        max_train=arguments.max_train,
-        max_test=arguments.max_test,
-    )
+    splits, train, val, test = load_images(arguments)
     torch.manual_seed(arguments.seed)  # for --weights none, and factories that draw weights
     model = recipes.load_model(arguments.model, arguments.weights)
-    if arguments.normalise == "target":
-        preprocess = recipes.normalised_like(preprocess, train)
+    preprocess = preprocess_for(arguments, train)
     out.mkdir(parents=True, exist_ok=True)
     result = recipes.search_beta(
         model,
@@ -136,17 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{arguments.model}: {len(result.sites)} activations steered; features: {result.feature_layer}")
         print(f"\n{result.table()}\n")
         print(result.verdict())
-        result.save(
-            out / "result.json",
-            command=arguments.command,
-            options=chosen_options(arguments),
-            data={
-                "source": splits.source,
-                "classes": list(train.classes),
-                "preprocess": dataclasses.asdict(preprocess),
-            },
-        )
-        print(f"\nsaved {out / 'result.json'}")
+        save_result(result, out, arguments, splits, train, preprocess)
         if not arguments.no_plot:
             plot(result, out / "accuracy_vs_beta.png", title=f"{arguments.model} on {Path(arguments.data).name}")
             print(f"saved {out / 'accuracy_vs_beta.png'}")

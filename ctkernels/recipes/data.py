@@ -252,7 +252,7 @@ def fashion_mnist(path: str | os.PathLike[str] | None = None, *, download: bool 
     if path is not None:
         attempts = [(f"folder {path}", lambda: Path(path))]
     else:
-        attempts = [(f"Debian package in {DEBIAN}", lambda: DEBIAN), (f"cache {cache}", lambda: cache)]
+        attempts = [(f"Debian package in {DEBIAN}", lambda: DEBIAN), (f"cache {_shown(cache)}", lambda: cache)]
         if download:
             attempts += [
                 ("Debian package dataset-fashion-mnist, downloaded", lambda: _cached(cache, _from_debian)),
@@ -267,6 +267,12 @@ def fashion_mnist(path: str | os.PathLike[str] | None = None, *, download: bool 
         except (OSError, ValueError, ImportError, RuntimeError, subprocess.SubprocessError) as error:
             reasons.append(f"  {source}: {error}")
     raise ValueError("Fashion-MNIST was not found:\n" + "\n".join(reasons))
+
+
+def _shown(path: Path) -> str:
+    """A result may be published: without the name of who made it."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
 def _cached(cache: Path, fetch: Callable[[Path], Path]) -> Path:
