@@ -5,6 +5,7 @@ TORCH  ?= torch==2.14.1 torchvision==0.29.1
 BUILD  ?= auto
 
 PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 # The paper's table of transfer accuracies, made small: few and small images, few epochs, rates to match.
@@ -57,7 +58,7 @@ compare: $(VENV)/demo.stamp
 
 # The native kernels have to be there: a test run that skipped them would prove little.
 test: $(VENV)/built.stamp
-	CTKERNELS_TEST_REQUIRE=cpu $(PY) -m pytest $(PYTEST_ARGS)
+	CTKERNELS_TEST_REQUIRE=cpu $(PYTEST) $(PYTEST_ARGS)
 
 # The same tests without native kernels, Triton, or any optional package.
 test-pure:
@@ -65,7 +66,7 @@ test-pure:
 
 pure-suite: $(VENV)/torch.stamp
 	CTKERNELS_BUILD=none $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test]"
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(VENV)/built.stamp
 	$(PY) -m ruff check .

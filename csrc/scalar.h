@@ -76,6 +76,17 @@ CTK_HD float scale_by_power(float p, float z) {
   return as_float(static_cast<int32_t>(static_cast<uint32_t>(as_int(p)) + (static_cast<uint32_t>(as_int(z)) << 23)));
 }
 
+// A polynomial: C::at(0) is the coefficient of the highest of its C::kTerms powers.
+template <class C, int i = 0>
+CTK_HD float horner(float x, float p = 0.f) {
+  if constexpr (i == C::kTerms) {
+    return p;
+  } else {
+    constexpr float c = C::at(i);
+    return horner<C, i + 1>(x, i == 0 ? c : fmaf(p, x, c));
+  }
+}
+
 // e^(-(t + t_lo)^2 / 2).
 template <class Math>
 CTK_HD float bell_by(float t, float t_lo) {
@@ -102,14 +113,14 @@ struct Exact {
   }
 
   // 2^f on [-1/2, 1/2], 8e-8 relative.
-  static CTK_HD float exp2_fraction(float f) {
-    float p = 0.00132764727275f;
-    p = fmaf(p, f, 0.00967554132619f);
-    p = fmaf(p, f, 0.0555071327119f);
-    p = fmaf(p, f, 0.240221197242f);
-    p = fmaf(p, f, 0.693146967066f);
-    return fmaf(p, f, 1.00000007165f);
-  }
+  struct Exp2 {
+    static constexpr int kTerms = 6;
+    static constexpr float at(int i) {
+      constexpr float c[] = {0.00132764727275f, 0.00967554132619f, 0.0555071327119f, 0.240221197242f, 0.693146967066f, 1.00000007165f};
+      return c[i];
+    }
+  };
+  static CTK_HD float exp2_fraction(float f) { return horner<Exp2>(f); }
 
   // e^(-rate a). a: the magnitude, ac: capped(a, d).
   static CTK_HD float decay(float a, float ac, const Decay<float>& d) {
@@ -126,34 +137,30 @@ struct Exact {
 
   static CTK_HD float bell(float t, float t_lo) { return bell_by<Exact>(t, t_lo); }
 
-  // log(1 + e) on [0, 1], 2e-7 relative.
+  // log(1 + e) / e on [0, 1], 2e-7 relative.
+  struct Log1p {
+    static constexpr int kTerms = 8;
+    static constexpr float at(int i) {
+      constexpr float c[] = {-0.00853920997913f, 0.0440896366184f, -0.107681719451f, 0.177452418669f,
+                             -0.24495462964f,    0.332754797946f,  -0.499974053971f, 0.999999805667f};
+      return c[i];
+    }
+  };
+  static CTK_HD float log1p_slope(float e) { return horner<Log1p>(e); }
   static CTK_HD float log1p_unit(float e) { return log1p_slope(e) * e; }
-  static CTK_HD float log1p_slope(float e) {
-    float p = -0.00853920997913f;
-    p = fmaf(p, e, 0.0440896366184f);
-    p = fmaf(p, e, -0.107681719451f);
-    p = fmaf(p, e, 0.177452418669f);
-    p = fmaf(p, e, -0.24495462964f);
-    p = fmaf(p, e, 0.332754797946f);
-    p = fmaf(p, e, -0.499974053971f);
-    return fmaf(p, e, 0.999999805667f);
-  }
   static CTK_HD double log1p_unit(double e) { return log1p(e); }
 
   // Phi(-t) / e^(-t^2/2) for t in [0, 13.2] (half the scaled complementary error function), 4e-8 relative.
   static CTK_HD float mills(float t) { return mills_at(1.f / fmaf(0.35f, t, 1.f)); }
-  static CTK_HD float mills_at(float v) {
-    float p = -0.0291206648984f;
-    p = fmaf(p, v, 0.143846442622f);
-    p = fmaf(p, v, -0.255450152319f);
-    p = fmaf(p, v, 0.158865701548f);
-    p = fmaf(p, v, -0.0228922507591f);
-    p = fmaf(p, v, 0.105413403751f);
-    p = fmaf(p, v, 0.119857536284f);
-    p = fmaf(p, v, 0.139858354813f);
-    p = fmaf(p, v, 0.139621613095f);
-    return p * v;
-  }
+  static CTK_HD float mills_at(float v) { return horner<Mills>(v) * v; }
+  struct Mills {
+    static constexpr int kTerms = 9;
+    static constexpr float at(int i) {
+      constexpr float c[] = {-0.0291206648984f, 0.143846442622f, -0.255450152319f, 0.158865701548f, -0.0228922507591f,
+                             0.105413403751f,   0.119857536284f, 0.139858354813f,  0.139621613095f};
+      return c[i];
+    }
+  };
 };
 
 struct Fast {
@@ -167,12 +174,14 @@ struct Fast {
     return x * y;
   }
 
-  static CTK_HD float exp2_fraction(float f) {  // 8e-5
-    float p = 0.0551716693023f;
-    p = fmaf(p, f, 0.242611122324f);
-    p = fmaf(p, f, 0.693260985408f);
-    return fmaf(p, f, 0.99992807352f);
-  }
+  struct Exp2 {  // 8e-5
+    static constexpr int kTerms = 4;
+    static constexpr float at(int i) {
+      constexpr float c[] = {0.0551716693023f, 0.242611122324f, 0.693260985408f, 0.99992807352f};
+      return c[i];
+    }
+  };
+  static CTK_HD float exp2_fraction(float f) { return horner<Exp2>(f); }
 
   static CTK_HD float decay(float a, float ac, const Decay<float>& d) {
     const float z = fmaf(-ac, d.hi, kRoundMagic);
@@ -183,14 +192,14 @@ struct Fast {
 
   static CTK_HD float bell(float t, float t_lo) { return bell_by<Fast>(t, t_lo); }
 
-  static CTK_HD float log1p_unit(float e) {  // 6e-5
-    float p = 0.041347300758f;
-    p = fmaf(p, e, -0.157427203911f);
-    p = fmaf(p, e, 0.306300927591f);
-    p = fmaf(p, e, -0.496977805093f);
-    p = fmaf(p, e, 0.999943277947f);
-    return p * e;
-  }
+  struct Log1p {  // 6e-5
+    static constexpr int kTerms = 5;
+    static constexpr float at(int i) {
+      constexpr float c[] = {0.041347300758f, -0.157427203911f, 0.306300927591f, -0.496977805093f, 0.999943277947f};
+      return c[i];
+    }
+  };
+  static CTK_HD float log1p_unit(float e) { return horner<Log1p>(e) * e; }
 
   static CTK_HD float mills(float t) { return Exact::mills(t); }
 };

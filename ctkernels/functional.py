@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -109,16 +110,18 @@ def ctu(
 
 
 def _knob(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, raw: bool) -> Tensor:
-    if not raw and not isinstance(value, Tensor):
-        _check.unit_interval("ctu", name, _check.number("ctu", name, value))
-    return _param(name, value, x, channel_dim)
+    if isinstance(value, Tensor):
+        return _param(name, value, x, channel_dim)
+    value = _check.number("ctu", name, value)
+    if not raw:
+        _check.unit_interval("ctu", name, value)
+    return _number(value, x)
 
 
 def _param(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, op: str = "ctu") -> Tensor:
     """A per-channel parameter as the ops take it: float32 or float64, 0-d or 1-D, on x's device."""
     if not isinstance(value, Tensor):
-        # float64, so that 1 - beta keeps every digit the user wrote
-        return torch.scalar_tensor(_check.number(op, name, value), dtype=torch.float64, device=x.device)
+        return _number(_check.number(op, name, value), x)
     _check.tensor(op, name, value)
     count = value.numel()
     if value.dim() > 1:
@@ -132,6 +135,25 @@ def _param(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None,
     if value.dtype not in (torch.float32, torch.float64):
         value = value.float()
     return value
+
+
+def _number(value: float, x: Tensor) -> Tensor:
+    """``value`` on x's device; in float64, so that 1 - beta keeps every digit the user wrote."""
+    if (
+        x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    ):
+        return _kept_number(value)
+    return torch.scalar_tensor(value, dtype=torch.float64, device=x.device)
+
+
+@lru_cache(maxsize=256)
+def _kept_number(value: float) -> Tensor:
+    # Making the tensors of a call's numbers anew would take a third of a small call's time.
+    with torch.inference_mode(False):
+        return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
 
 
 def head_edit(

@@ -3,6 +3,10 @@
 import os
 from collections.abc import Iterator
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers fill the cores already
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# ruff: noqa: E402
 import pytest
 import torch
 

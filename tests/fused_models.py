@@ -44,17 +44,19 @@ def observe(model, x):
     return found | {f"buffer {name}": b.clone() for name, b in model.named_buffers()}
 
 
-def rounded_anew(model, x, seeds=range(4)):
-    """The unfused model as it is, and with its weights and input an ulp away: {what ``observe`` says} of each.
+def rounded_anew(model, x, seeds=range(6)):
+    """The unfused model as it is, and with its weights and input two ulps away: {what ``observe`` says} of each.
 
-    One run of a small network may be right by luck; the worst of several says how far rounding carries in it.
+    Two, because a folded weight has been rounded four times, by half an ulp each: var + eps, its reciprocal root, times the
+    norm's weight, times the convolution's. Several, because one run of a small network may be right by luck; the worst of
+    them says how far rounding carries in it.
     """
     found = [observe(model, x)]
     for seed in seeds:
         generator, other = torch.Generator().manual_seed(seed), copy.deepcopy(model)
         with torch.no_grad():
             for value in (*other.parameters(), moved := x.clone()):
-                value *= 1 + torch.finfo(value.dtype).eps * (torch.rand(value.shape, generator=generator) - 0.5).sign()
+                value *= 1 + 2 * torch.finfo(value.dtype).eps * (torch.rand(value.shape, generator=generator) - 0.5).sign()
         found.append(observe(other, moved))
     return found
 

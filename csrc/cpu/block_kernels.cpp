@@ -268,14 +268,15 @@ struct OpTable {
 #if defined(__AVX512BW__)
 #define CTK_HALF_OPS(format)                                                      \
   {                                                                               \
-    direct::direct_ops<direct::format, direct::CtuVectors>(), {}, {}, {},         \
+    direct::direct_ops<direct::format, direct::CtuVectors<direct::FastMath>>(), {}, {}, {},         \
         direct::direct_ops<direct::format, direct::HeadEditVectors>()             \
   }
 // In the order of DType.
-#define CTK_DIRECT_OPS                                                            \
-  {                                                                               \
-    {{}, {}, {}, {}, direct::direct_ops<direct::Float, direct::HeadEditVectors>()}, {}, CTK_HALF_OPS(BFloat16), \
-        CTK_HALF_OPS(Half)                                                        \
+#define CTK_DIRECT_OPS                                                                   \
+  {                                                                                      \
+    {direct::direct_ops<direct::Float, direct::CtuVectors<direct::ExactMath>>(), {}, {}, {}, \
+     direct::direct_ops<direct::Float, direct::HeadEditVectors>()},                      \
+        {}, CTK_HALF_OPS(BFloat16), CTK_HALF_OPS(Half)                                   \
   }
 #else
 #define CTK_DIRECT_OPS {}

@@ -1,7 +1,7 @@
 // Kernels from memory to memory for AVX-512: loads, conversions, maths and stores in one pass.
-// The CT unit in bfloat16 and half, where what the compiler makes of the scalar headers is bound by instructions: same
-// formulas as ctu.h, but the exponential is two instructions shorter and the reciprocals are the machine's 14-bit
-// estimates. Relative errors 9e-5 (2^f), 6e-5 (log1p), 6e-5 (1/d): a fraction of half an ulp of either type.
+// The CT unit, whose loop the compiler makes of the scalar headers is bound by instructions: same formulas as ctu.h with
+// masks for what is beyond a limit. In bfloat16 and half the exponential is shorter and the reciprocals are the machine's
+// 14-bit estimates: relative errors 9e-5 (2^f), 6e-5 (log1p), 6e-5 (1/d), a fraction of half an ulp of either type.
 // The head edit in every type but double, where all that counts is how memory is read and written.
 #pragma once
 #if defined(__GNUC__) && !defined(__clang__)
@@ -9,6 +9,9 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
+
+#include <array>
+#include <utility>
 
 #include "block.h"
 #include "../ctu.h"
@@ -25,10 +28,12 @@ inline V all(float v) { return _mm512_set1_ps(v); }
 inline __m512i bits(V v) { return _mm512_castps_si512(v); }
 inline V real(__m512i v) { return _mm512_castsi512_ps(v); }
 
-// 32 values as two vectors, in order; `live` masks the tail of a run.
-struct Pair {
-  V v[2];
+// N vectors of 16 values, in order; `live` masks the tail of a run.
+template <int N>
+struct Vectors {
+  V v[N];
 };
+using Pair = Vectors<2>;
 
 constexpr __mmask32 kFull = ~__mmask32(0);
 inline Mask part(__mmask32 live, int h) { return static_cast<Mask>(live >> 16 * h); }
@@ -40,6 +45,7 @@ CTK_HD void store_words(uint16_t* p, __mmask32 live, bool stream, __m512i words)
 
 struct BFloat16 {
   using Value = uint16_t;
+  static constexpr int kVectors = 2;
   static Pair load(const Value* p, __mmask32 live) {
     const __m512i raw = _mm512_maskz_loadu_epi16(live, p);
     // word i to the high half of lane i, zeros below
@@ -47,21 +53,21 @@ struct BFloat16 {
     const __m512i high = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, spread(16), raw);
     return {{real(low), real(high)}};
   }
-  template <bool exact>
+  template <bool even>
   static void store(Value* p, __mmask32 live, bool stream, const Pair& y) {
-    const __m512i words = _mm512_permutex2var_epi16(rounded<exact>(y.v[0]), high_words(), rounded<exact>(y.v[1]));
+    const __m512i words = _mm512_permutex2var_epi16(rounded<even>(y.v[0]), high_words(), rounded<even>(y.v[1]));
     store_words(p, live, stream, words);
   }
 
  private:
-  // To nearest, in the high half of each lane; ties to even where results can be `exact`, away from zero where a tie is
+  // To nearest, in the high half of each lane; ties to even where results can be ties, away from zero where a tie is
   // an accident of 1e-4. NaNs pass: those that can come here have a low half of zeros.
-  template <bool exact>
+  template <bool even>
   static __m512i rounded(V v) {
-    if constexpr (!exact) return _mm512_add_epi32(bits(v), _mm512_set1_epi32(0x8000));
+    if constexpr (!even) return _mm512_add_epi32(bits(v), _mm512_set1_epi32(0x8000));
     const __mmask16 odd = _mm512_test_epi32_mask(bits(v), _mm512_set1_epi32(0x10000));
-    const __m512i even = _mm512_add_epi32(bits(v), _mm512_set1_epi32(0x7fff));
-    return _mm512_mask_add_epi32(even, odd, bits(v), _mm512_set1_epi32(0x8000));
+    const __m512i down = _mm512_add_epi32(bits(v), _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_add_epi32(down, odd, bits(v), _mm512_set1_epi32(0x8000));
   }
   static __m512i spread(int from) {
     alignas(64) static constexpr auto index = [] {
@@ -84,6 +90,7 @@ struct BFloat16 {
 
 struct Half {
   using Value = uint16_t;
+  static constexpr int kVectors = 2;
   static Pair load(const Value* p, __mmask32 live) {
     const __m512i raw = _mm512_maskz_loadu_epi16(live, p);
     return {{_mm512_cvtph_ps(_mm512_castsi512_si256(raw)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(raw, 1))}};
@@ -98,48 +105,104 @@ struct Half {
 
 struct Float {
   using Value = float;
-  static Pair load(const Value* p, __mmask32 live) {
-    return {{_mm512_maskz_loadu_ps(part(live, 0), p), _mm512_maskz_loadu_ps(part(live, 1), p + 16)}};
-  }
+  static constexpr int kVectors = 1;  // sums and constants of two do not fit the registers
+  static Vectors<1> load(const Value* p, __mmask32 live) { return {{_mm512_maskz_loadu_ps(part(live, 0), p)}}; }
   template <bool>
-  static void store(Value* p, __mmask32 live, bool stream, const Pair& y) {
-    for (int h = 0; h < 2; ++h) {
-      if (stream && live == kFull) _mm512_stream_ps(p + 16 * h, y.v[h]);
-      else _mm512_mask_storeu_ps(p + 16 * h, part(live, h), y.v[h]);
-    }
+  static void store(Value* p, __mmask32 live, bool stream, const Vectors<1>& y) {
+    if (stream && part(live, 0) == part(kFull, 0)) _mm512_stream_ps(p, y.v[0]);
+    else _mm512_mask_storeu_ps(p, part(live, 0), y.v[0]);
   }
 };
 
 // ---- the CT unit ---------------------------------------------------------------------------------------------------
 
+// See horner in scalar.h.
+template <class C, int i = 0>
+CTK_HD V horner(V x, V p = _mm512_setzero_ps()) {
+  if constexpr (i == C::kTerms) {
+    return p;
+  } else {
+    constexpr float c = C::at(i);
+    return horner<C, i + 1>(x, i == 0 ? all(c) : _mm512_fmadd_ps(p, x, all(c)));
+  }
+}
+
+// The transcendental parts for results in float.
+struct ExactMath {
+  struct Rate {
+    V hi, lo, limit;
+  };
+  template <class Field>
+  static Rate rate(const Field& field, int first) {
+    return {field(first), field(first + 1), field(first + 2)};
+  }
+
+  // e^(-rate a) where `near`, else 0.
+  static V decay(V a, const Rate& rate, Mask near) {
+    const V magic = all(kRoundMagic), z = _mm512_fnmadd_ps(a, rate.hi, magic);
+    V f = _mm512_fnmadd_ps(a, rate.hi, _mm512_sub_ps(magic, z));
+    f = _mm512_fnmadd_ps(a, rate.lo, f);
+    return real(_mm512_maskz_add_epi32(near, bits(horner<Exact::Exp2>(f)), _mm512_slli_epi32(bits(z), 23)));
+  }
+  static V log1p_over(V e) { return horner<Exact::Log1p>(e); }  // log(1 + e) / e
+  static V inverse(V d) { return _mm512_div_ps(all(1.f), d); }
+};
+
+// For results that are rounded to 16 bits.
+struct FastMath {
+  struct Rate {
+    V ulps, limit;
+  };
+  // In units of the last place of an exponent field. Rates beyond the cap act on values below 1e-29 alone.
+  template <class Field>
+  static Rate rate(const Field& field, int first) {
+    return {_mm512_mul_ps(_mm512_min_ps(field(first), all(4e31f)), all(8388608.f)), field(first + 2)};
+  }
+
+  // The bits of (127 - a rate) 2^23 hold floor and fraction of the exponent; a cubic that maps [1, 2) into [1, 2) turns the
+  // fraction into a significand.
+  static V decay(V a, const Rate& rate, Mask near) {
+    const __m512i low = _mm512_set1_epi32(0x7fffff);
+    const __m512i z = _mm512_cvtps_epi32(_mm512_fnmadd_ps(a, rate.ulps, all(1065353216.f)));
+    const V g = real(_mm512_ternarylogic_epi32(z, low, _mm512_set1_epi32(0x3f800000), 0xea));  // (z & low) | 1.0
+    V p = _mm512_fmadd_ps(all(0.07706496f), g, all(-0.0035463814f));
+    p = _mm512_fmadd_ps(p, g, all(0.471013f));
+    p = _mm512_fmadd_ps(p, g, all(0.45546862f));
+    return real(_mm512_maskz_ternarylogic_epi32(near, bits(p), z, low, 0xe4));  // p's low bits, z's others
+  }
+  static V log1p_over(V e) { return horner<Fast::Log1p>(e); }
+  static V inverse(V d) { return _mm512_rcp14_ps(d); }
+};
+
+template <class Math>
 struct CtuVectors {
   static constexpr int kSums = 4;
-  static constexpr bool kExact = false;
-  V t_rate, u_rate, t_limit, u_limit, c, c1, c1s, c_eta;
+  static constexpr bool kTiesToEven = false;
+  typename Math::Rate t, u;
+  V c, c1, c1s, c_eta;
 
   template <class Field>  // field(i): the vector of constant i
   explicit CtuVectors(const Field& field)
-      : t_rate(exponent_rate(field(kTHi))), u_rate(exponent_rate(field(kUHi))), t_limit(field(kTLimit)),
-        u_limit(field(kULimit)), c(field(kC)), c1(field(kC1)), c1s(field(kC1S)),
+      : t(Math::rate(field, kTHi)), u(Math::rate(field, kUHi)), c(field(kC)), c1(field(kC1)), c1s(field(kC1S)),
         c_eta(_mm512_mul_ps(field(kC), field(kEta))) {}
 
   V forward(V w) const {
     const V a = _mm512_abs_ps(w), base = _mm512_max_ps(w, _mm512_setzero_ps());
-    const Mask t_near = within(a, t_limit);
-    const V et = decay(a, t_rate, t_near), eu = decay(a, u_rate, within(a, u_limit));
+    const Mask t_near = within(a, t.limit);
+    const V et = Math::decay(a, t, t_near), eu = Math::decay(a, u, within(a, u.limit));
     // base - c a et / (1 + et) + (1 - c) s log1p(eu). An infinite a leaves base alone.
     const V ratio = _mm512_div_ps(_mm512_mul_ps(c, a), _mm512_add_ps(et, all(1.f)));
     const V y = _mm512_mask3_fnmadd_ps(et, ratio, base, t_near);
-    return _mm512_fmadd_ps(_mm512_mul_ps(c1s, log1p_over(eu)), eu, y);
+    return _mm512_fmadd_ps(_mm512_mul_ps(c1s, Math::log1p_over(eu)), eu, y);
   }
 
   // dw, and with `sums` the terms of ctu_parameter_gradients added to them.
   template <bool sums>
   V backward(V w, V dy, V* sum) const {
     const V a = _mm512_abs_ps(w), one = all(1.f);
-    const Mask t_near = within(a, t_limit), u_near = within(a, u_limit);
-    const V et = decay(a, t_rate, t_near), eu = decay(a, u_rate, u_near);
-    const V pt = _mm512_rcp14_ps(_mm512_add_ps(et, one)), pu = _mm512_rcp14_ps(_mm512_add_ps(eu, one));
+    const Mask t_near = within(a, t.limit), u_near = within(a, u.limit);
+    const V et = Math::decay(a, t, t_near), eu = Math::decay(a, u, u_near);
+    const V pt = Math::inverse(_mm512_add_ps(et, one)), pu = Math::inverse(_mm512_add_ps(eu, one));
     const V qt = _mm512_mul_ps(et, pt), qu = _mm512_mul_ps(eu, pu);
     const V ap = _mm512_maskz_mul_ps(t_near, a, pt);
     const V h = _mm512_fmadd_ps(qt, _mm512_fnmadd_ps(c_eta, ap, c), _mm512_mul_ps(c1, qu));
@@ -148,7 +211,7 @@ struct CtuVectors {
       const V s1 = _mm512_mul_ps(dy, _mm512_maskz_mul_ps(t_near, a, qt));
       sum[0] = _mm512_fmadd_ps(s1, ap, sum[0]);
       sum[1] = _mm512_add_ps(sum[1], s1);
-      sum[2] = _mm512_fmadd_ps(_mm512_mul_ps(dy, eu), log1p_over(eu), sum[2]);
+      sum[2] = _mm512_fmadd_ps(_mm512_mul_ps(dy, eu), Math::log1p_over(eu), sum[2]);
       sum[3] = _mm512_mask3_fmadd_ps(_mm512_mul_ps(dy, qu), a, sum[3], u_near);
     }
     return _mm512_mul_ps(dy, _mm512_mask_sub_ps(h, up, one, h));
@@ -156,36 +219,13 @@ struct CtuVectors {
 
  private:
   static Mask within(V a, V limit) { return _mm512_cmp_ps_mask(a, limit, _CMP_NGT_UQ); }  // a NaN is within
-
-  // The rate in units of the last place of an exponent field. Rates beyond the cap act on values below 1e-29 alone.
-  static V exponent_rate(V hi) { return _mm512_mul_ps(_mm512_min_ps(hi, all(4e31f)), all(8388608.f)); }
-
-  // 2^(-a rate) where `near`, else 0. The bits of (127 - a rate) 2^23 hold floor and fraction of the exponent; a cubic
-  // that maps [1, 2) into [1, 2) turns the fraction into a significand.
-  static V decay(V a, V rate, Mask near) {
-    const __m512i low = _mm512_set1_epi32(0x7fffff);
-    const __m512i z = _mm512_cvtps_epi32(_mm512_fnmadd_ps(a, rate, all(1065353216.f)));
-    const V g = real(_mm512_ternarylogic_epi32(z, low, _mm512_set1_epi32(0x3f800000), 0xea));  // (z & low) | 1.0
-    V p = _mm512_fmadd_ps(all(0.07706496f), g, all(-0.0035463814f));
-    p = _mm512_fmadd_ps(p, g, all(0.471013f));
-    p = _mm512_fmadd_ps(p, g, all(0.45546862f));
-    return real(_mm512_maskz_ternarylogic_epi32(near, bits(p), z, low, 0xe4));  // p's low bits, z's others
-  }
-
-  // log(1 + e) / e
-  static V log1p_over(V e) {
-    V p = _mm512_fmadd_ps(all(0.041347300758f), e, all(-0.157427203911f));
-    p = _mm512_fmadd_ps(p, e, all(0.306300927591f));
-    p = _mm512_fmadd_ps(p, e, all(-0.496977805093f));
-    return _mm512_fmadd_ps(p, e, all(0.999943277947f));
-  }
 };
 
 // ---- the head edit -------------------------------------------------------------------------------------------------
 
 struct HeadEditVectors {
   static constexpr int kSums = 2;
-  static constexpr bool kExact = true;
+  static constexpr bool kTiesToEven = true;
   V p, q;
 
   template <class Field>
@@ -205,18 +245,30 @@ struct HeadEditVectors {
 
 // ---- loops ---------------------------------------------------------------------------------------------------------
 
-// f(i, live) for every 32 values from i; all of them are live but in the last call.
-template <class F>
-CTK_HD void for_pairs(int64_t n, const F& f) {
+// f(0), ..., f(N - 1) with constants, so that arrays they index can live in registers.
+template <int N, class F>
+CTK_HD void unrolled(const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+
+// f(i, live) for every N vectors of values from i; all of them are live but in the last call.
+template <int N, class F>
+CTK_HD void for_vectors(int64_t n, const F& f) {
   int64_t i = 0;
-  for (; i + 32 <= n; i += 32) f(i, kFull);
+  for (; i + 16 * N <= n; i += 16 * N) f(i, kFull);
   if (i < n) f(i, (__mmask32(1) << (n - i)) - 1);
 }
 
-// The op with the constants of lanes 16 h to 16 h + 15.
-template <class Op>
-Op lanes_op(const float* consts, int64_t stride, __mmask32 live, int h) {
-  return Op([&](int f) { return _mm512_maskz_loadu_ps(part(live, h), consts + f * stride + 16 * h); });
+// The op with the constants of 16 lanes, for each vector of a format.
+template <class Format, class Op>
+std::array<Op, Format::kVectors> lanes_ops(const float* consts, int64_t stride, __mmask32 live) {
+  const auto of = [&](int h) {
+    return Op([&](int f) { return _mm512_maskz_loadu_ps(part(live, h), consts + f * stride + 16 * h); });
+  };
+  if constexpr (Format::kVectors == 1) return {of(0)};
+  else return {of(0), of(1)};
 }
 
 template <class Format, class Op>
@@ -224,10 +276,10 @@ void forward_uniform(const void* x_, void* y_, const float* consts, int64_t n, b
   const auto* x = static_cast<const typename Format::Value*>(x_);
   auto* y = static_cast<typename Format::Value*>(y_);
   const Op op([&](int i) { return all(consts[i]); });
-  for_pairs(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
-    Pair w = Format::load(x + i, live);
+  for_vectors<Format::kVectors>(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
+    auto w = Format::load(x + i, live);
     for (V& v : w.v) v = op.forward(v);
-    Format::template store<Op::kExact>(y + i, live, stream, w);
+    Format::template store<Op::kTiesToEven>(y + i, live, stream, w);
   });
 }
 
@@ -236,12 +288,12 @@ void forward_lanes(const void* x_, void* y_, const float* consts, int64_t stride
                    bool stream) {
   const auto* x = static_cast<const typename Format::Value*>(x_);
   auto* y = static_cast<typename Format::Value*>(y_);
-  for_pairs(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
-    const Op ops[2] = {lanes_op<Op>(consts + i, stride, live, 0), lanes_op<Op>(consts + i, stride, live, 1)};
+  for_vectors<Format::kVectors>(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
+    const auto ops = lanes_ops<Format, Op>(consts + i, stride, live);
     for (int64_t r = 0; r < rows; ++r) {
-      Pair w = Format::load(x + r * row + i, live);
-      for (int h = 0; h < 2; ++h) w.v[h] = ops[h].forward(w.v[h]);
-      Format::template store<Op::kExact>(y + r * row + i, live, stream, w);
+      auto w = Format::load(x + r * row + i, live);
+      for (int h = 0; h < Format::kVectors; ++h) w.v[h] = ops[h].forward(w.v[h]);
+      Format::template store<Op::kTiesToEven>(y + r * row + i, live, stream, w);
     }
   });
 }
@@ -253,15 +305,26 @@ void backward_uniform(const void* x_, const void* dy_, void* dx_, const float* c
   const auto* dy = static_cast<const typename Format::Value*>(dy_);
   auto* dx = static_cast<typename Format::Value*>(dx_);
   const Op op([&](int i) { return all(consts[i]); });
-  V sum[2][Op::kSums] = {};
-  for_pairs(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
-    const Pair w = Format::load(x + i, live);
-    Pair g = Format::load(dy + i, live);
-    for (int h = 0; h < 2; ++h) g.v[h] = op.template backward<sums>(w.v[h], g.v[h], sum[h]);
-    if (dx) Format::template store<Op::kExact>(dx + i, live, stream, g);
-  });
-  if constexpr (sums)
-    for (int s = 0; s < Op::kSums; ++s) totals[s] += _mm512_reduce_add_ps(_mm512_add_ps(sum[0][s], sum[1][s]));
+  V sum[Format::kVectors][Op::kSums] = {};
+  const auto run = [&](auto write) __attribute__((always_inline)) {
+    for_vectors<Format::kVectors>(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
+      const auto w = Format::load(x + i, live);
+      auto g = Format::load(dy + i, live);
+      unrolled<Format::kVectors>([&](auto h) __attribute__((always_inline)) {
+        g.v[h] = op.template backward<sums>(w.v[h], g.v[h], sum[h]);
+      });
+      if constexpr (write) Format::template store<Op::kTiesToEven>(dx + i, live, stream, g);
+    });
+  };
+  if (dx) run(std::true_type{});
+  else run(std::false_type{});
+  if constexpr (sums) {
+    unrolled<Op::kSums>([&](auto s) __attribute__((always_inline)) {
+      V all = sum[0][s];
+      if constexpr (Format::kVectors == 2) all = _mm512_add_ps(all, sum[1][s]);
+      totals[s] += _mm512_reduce_add_ps(all);
+    });
+  }
 }
 
 template <class Format, class Op, bool sums>
@@ -270,23 +333,25 @@ void backward_lanes(const void* x_, const void* dy_, void* dx_, const float* con
   const auto* x = static_cast<const typename Format::Value*>(x_);
   const auto* dy = static_cast<const typename Format::Value*>(dy_);
   auto* dx = static_cast<typename Format::Value*>(dx_);
-  for_pairs(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
-    V sum[2][Op::kSums] = {};
-    const Op ops[2] = {lanes_op<Op>(consts + i, stride, live, 0), lanes_op<Op>(consts + i, stride, live, 1)};
+  for_vectors<Format::kVectors>(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
+    V sum[Format::kVectors][Op::kSums] = {};
+    const auto ops = lanes_ops<Format, Op>(consts + i, stride, live);
     for (int64_t r = 0; r < rows; ++r) {
-      const Pair w = Format::load(x + r * row + i, live);
-      Pair g = Format::load(dy + r * row + i, live);
-      for (int h = 0; h < 2; ++h) g.v[h] = ops[h].template backward<sums>(w.v[h], g.v[h], sum[h]);
-      if (dx) Format::template store<Op::kExact>(dx + r * row + i, live, stream, g);
+      const auto w = Format::load(x + r * row + i, live);
+      auto g = Format::load(dy + r * row + i, live);
+      unrolled<Format::kVectors>([&](auto h) __attribute__((always_inline)) {
+        g.v[h] = ops[h].template backward<sums>(w.v[h], g.v[h], sum[h]);
+      });
+      if (dx) Format::template store<Op::kTiesToEven>(dx + r * row + i, live, stream, g);
     }
     if constexpr (sums) {
-      for (int h = 0; h < 2; ++h) {
-        for (int s = 0; s < Op::kSums; ++s) {
+      unrolled<Format::kVectors>([&](auto h) __attribute__((always_inline)) {
+        unrolled<Op::kSums>([&](auto s) __attribute__((always_inline)) {
           float* to = lanes + s * stride + i + 16 * h;
           const Mask m = part(live, h);
           _mm512_mask_storeu_ps(to, m, _mm512_add_ps(_mm512_maskz_loadu_ps(m, to), sum[h][s]));
-        }
-      }
+        });
+      });
     }
   });
 }

@@ -26,6 +26,7 @@ Inputs = tuple[Tensor | None, ...]
 Static = tuple[Any, ...]
 
 _LIBRARY = torch.library.Library("ctkernels", "DEF")
+_OVERLOADS: dict[str, torch._ops.OpOverload] = {}  # looking one up in torch.ops costs as much as a small kernel
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Op:
             from . import _triton
 
             return _triton.implementations(self)[suffix]
-        return getattr(torch.ops.ctkernels, self.name + suffix).default
+        return _OVERLOADS[self.name + suffix]
 
     def composed_forward(self, inputs: Inputs, static: Static) -> Tensor:
         """The reference, with the strides that every backend's result has."""
@@ -328,6 +329,7 @@ def register(op: Op) -> Op:
 
     for suffix, implementation in (("", forward), ("_", forward_), ("_backward", backward)):
         _LIBRARY.impl(op.name + suffix, implementation, "CompositeExplicitAutograd")
+        _OVERLOADS[op.name + suffix] = getattr(torch.ops.ctkernels, op.name + suffix).default
 
     # The compiled CUDA kernels, where there are any, have registered themselves.
     compiled = _backend.BACKENDS["cuda"].missing is None
