@@ -101,6 +101,22 @@ def test_strides_are_kept(backend: str) -> None:
     assert ctu(x.detach().transpose(1, 3), 0.9).stride() == x.transpose(1, 3).stride()
 
 
+def test_a_gradient_that_two_inputs_share_is_computed_once(backend):
+    x, residual = torch.randn(2, 3, 40, requires_grad=True), torch.randn(2, 3, 40, requires_grad=True)
+    dy = torch.randn(2, 3, 40)
+    scale = torch.full((3,), 1.5)
+    dx, dr = torch.autograd.grad(ctu(x, 0.8, residual=residual), (x, residual), dy)
+    assert dx.data_ptr() == dr.data_ptr()
+    dx, apart = torch.autograd.grad(ctu(x, 0.8, residual=residual, scale=scale, channel_dim=1), (x, residual), dy)
+    torch.testing.assert_close(dx, 1.5 * apart)
+    alone = [torch.autograd.grad(ctu(x, 0.8, residual=residual), t, dy)[0] for t in (x, residual)]
+    assert all(torch.equal(dr, t) for t in alone)
+    total = (ctu(x, 0.8, residual=residual) * dy).sum()
+    total.backward()  # leaves keep gradients of their own
+    assert x.grad.data_ptr() != residual.grad.data_ptr()
+    assert torch.equal(x.grad, residual.grad)
+
+
 def test_inplace(backend: str) -> None:
     for x in (torch.randn(3, 8, 5), torch.randn(8, 3).T, torch.randn(4, 6, 8)[:, ::2]):
         expected = ctu(x, 0.8, residual=x)

@@ -42,16 +42,27 @@ struct Staging {
   void (*prologue_lane_sums)(const T* g, const T* x, T* dscale, T* dshift, int64_t n);
 };
 
-// The same from memory to memory, in any dtype; dx may be null. `stream`: results are written past the caches; every row
-// of them is aligned to 64 bytes then.
+// w = scale x + shift (+ residual) before an op, and the residual's gradient after it (null: not wanted). scale and shift
+// are one value or one per lane, as the op's constants are; residuals are read and written at x's offsets.
+struct Prologue {
+  const float* scale;
+  const float* shift;
+  const void* residual;
+  void* dresidual;
+};
+
+// The same from memory to memory, in any dtype; dx may be null, `prologue` is null for [0] and not for [1]. `stream`:
+// results are written past the caches; every row of them is aligned to 64 bytes then.
 struct DirectOps {
-  void (*forward_uniform)(const void* x, void* y, const float* consts, int64_t n, bool stream);
-  void (*forward_lanes)(const void* x, void* y, const float* consts, int64_t stride, int64_t rows, int64_t row, int64_t n,
-                        bool stream);
-  void (*backward_uniform[2])(const void* x, const void* dy, void* dx, const float* consts, double* totals, int64_t n,
-                              bool stream);
-  void (*backward_lanes[2])(const void* x, const void* dy, void* dx, const float* consts, int64_t stride, float* lanes,
-                            int64_t rows, int64_t row, int64_t n, bool stream);
+  // [with a prologue]
+  void (*forward_uniform[2])(const void* x, void* y, const float* consts, const Prologue* prologue, int64_t n, bool stream);
+  void (*forward_lanes[2])(const void* x, void* y, const float* consts, int64_t stride, const Prologue* prologue,
+                           int64_t rows, int64_t row, int64_t n, bool stream);
+  // [with a prologue][with sums]
+  void (*backward_uniform[2][2])(const void* x, const void* dy, void* dx, const float* consts, const Prologue* prologue,
+                                 double* totals, int64_t n, bool stream);
+  void (*backward_lanes[2][2])(const void* x, const void* dy, void* dx, const float* consts, int64_t stride,
+                               const Prologue* prologue, float* lanes, int64_t rows, int64_t row, int64_t n, bool stream);
 };
 
 struct BlockTable {
@@ -63,9 +74,9 @@ struct BlockTable {
   Staging<double> stage64;
   DirectOps direct[kDTypes][kKernels];  // empty where this level has nothing better than the above
 
-  const DirectOps* direct_ops(Kernel k, DType t) const {
+  const DirectOps* direct_ops(Kernel k, DType t, bool prologue) const {
     const DirectOps& ops = direct[static_cast<int>(t)][static_cast<int>(k)];
-    return ops.forward_uniform ? &ops : nullptr;
+    return ops.forward_uniform[prologue] ? &ops : nullptr;
   }
 
   template <class T>

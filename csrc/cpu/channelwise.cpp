@@ -72,6 +72,14 @@ void for_units(const Plan& p, const F& f) {
   else torch::stable::parallel_for(0, p.units, grain, f);
 }
 
+// f(begin, end) over the channels: on several threads where there are many, since each takes some hundred instructions.
+template <class F>
+void for_channels(int64_t channels, const F& f) {
+  constexpr int64_t grain = 256;
+  if (channels <= grain) f(0, channels);
+  else torch::stable::parallel_for(0, channels, grain, f);
+}
+
 // Constants of every channel: kUniform [group][channel][field]; kPerLane [group][field][lane]. Prologue scale and shift
 // are the last two fields.
 template <class T>
@@ -96,11 +104,10 @@ Constants<T> derive(const Op& op, const Operands& in, const Plan& plan, int op_f
   const int64_t lanes = plan.mode == kUniform ? v.channels : plan.length;
   k.per_group = k.fields * lanes;
   k.data.resize(k.rows * k.per_group);
-  double p[kMaxParams];
-  T one[kMaxFields + 2];
-  for (int64_t g = 0; g < k.rows; ++g) {
-    T* out = k.data.data() + g * k.per_group;
-    for (int64_t c = 0; c < v.channels; ++c) {
+  const auto channels = [&](int64_t g, int64_t begin, int64_t end) {
+    double p[kMaxParams];
+    T one[kMaxFields + 2], *out = k.data.data() + g * k.per_group;
+    for (int64_t c = begin; c < end; ++c) {
       read_params(op, in, g, c, p);
       if (op.kernel == Kernel::kHeadEdit) derive_head_edit<T>(p, one, 1);
       else derive_ctu<T>(op.ctu, p, one, 1);
@@ -114,6 +121,10 @@ Constants<T> derive(const Op& op, const Operands& in, const Plan& plan, int op_f
         for (int f = 0; f < k.fields; ++f) std::fill_n(out + f * plan.length + c * v.inner, v.inner, one[f]);
       }
     }
+  };
+  for (int64_t g = 0; g < k.rows; ++g) {
+    T* out = k.data.data() + g * k.per_group;
+    for_channels(v.channels, [&](int64_t begin, int64_t end) { channels(g, begin, end); });
     if (plan.mode == kPerLane)
       for (int f = 0; f < k.fields; ++f)
         for (int64_t r = 1; r < plan.repeat; ++r)
@@ -242,6 +253,9 @@ bool aligned(const void* p, int64_t row_bytes) { return reinterpret_cast<uintptr
 
 const char* at(const void* p, int64_t i, int64_t size) { return static_cast<const char*>(p) + i * size; }
 char* at(void* p, int64_t i, int64_t size) { return static_cast<char*>(p) + i * size; }
+// The same for a tensor that may be absent.
+const char* offset(const void* p, int64_t i, int64_t size) { return p ? at(p, i, size) : nullptr; }
+char* offset(void* p, int64_t i, int64_t size) { return p ? at(p, i, size) : nullptr; }
 
 // Values in the compute type: in place where the tensor already has it, else converted into `buffer`.
 template <class T>
@@ -263,7 +277,7 @@ void forward_as(const Op& op, const Operands& in, void* y) {
   const Constants<T> k = derive<T>(op, in, plan, ops.fields);
   const bool direct = in.dtype == (sizeof(T) == 8 ? DType::kDouble : DType::kFloat);
   const bool prologue = op.has_prologue() && (in.residual || uses(in.params[kScaleParam]) || uses(in.params[kShiftParam]));
-  const DirectOps* whole = prologue ? nullptr : table.direct_ops(op.kernel, in.dtype);
+  const DirectOps* whole = table.direct_ops(op.kernel, in.dtype, prologue);
   const bool in_place = y == in.x;
   const bool stream = !in_place && streams(ops.rows, in.view, in.dtype);
   const Runs runs = runs_of(!whole && (!direct || prologue || in_place), ops.rows);
@@ -276,8 +290,9 @@ void forward_as(const Op& op, const Operands& in, void* y) {
         if (whole) {
           const char* from = at(in.x, run.offset, size);
           const bool past = stream && aligned(out, run.rows > 1 ? run.row * size : 0);
-          if (run.mode == kUniform) whole->forward_uniform(from, out, run.consts, run.n, past);
-          else whole->forward_lanes(from, out, run.consts, run.stride, run.rows, run.row, run.n, past);
+          const Prologue before{run.scale, run.shift, offset(in.residual, run.offset, size), nullptr};
+          if (run.mode == kUniform) whole->forward_uniform[prologue](from, out, run.consts, &before, run.n, past);
+          else whole->forward_lanes[prologue](from, out, run.consts, run.stride, &before, run.rows, run.row, run.n, past);
           return;
         }
       }
@@ -311,7 +326,7 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
   const bool prologue_sums = with_prologue && (out.params[kScaleParam] || out.params[kShiftParam]);
   bool op_sums = false;
   for (int i = 0; i < (with_prologue ? int(kScaleParam) : op.params()); ++i) op_sums = op_sums || out.params[i];
-  const DirectOps* whole = prologue || prologue_sums || out.dresidual ? nullptr : table.direct_ops(op.kernel, in.dtype);
+  const DirectOps* whole = prologue_sums ? nullptr : table.direct_ops(op.kernel, in.dtype, prologue);
   // The op's own sums come first, the prologue's at the index finish_ctu expects.
   const int sums = prologue_sums ? int(kCtuSums) : ops.sums;
   const int64_t size = size_of(in.dtype);
@@ -335,10 +350,13 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
       if constexpr (sizeof(T) == 4) {
         if (whole) {
           const char *from = at(in.x, run.offset, size), *upstream = at(dy, run.offset, size);
-          char* to = out.dx ? at(out.dx, run.offset, size) : nullptr;
+          char* to = offset(out.dx, run.offset, size);
           const bool past = stream && aligned(to, run.rows > 1 ? run.row * size : 0);
-          if (run.mode == kUniform) whole->backward_uniform[op_sums](from, upstream, to, run.consts, totals, run.n, past);
-          else whole->backward_lanes[op_sums](from, upstream, to, run.consts, run.stride, lane, run.rows, run.row, run.n, past);
+          const Prologue before{run.scale, run.shift, offset(in.residual, run.offset, size), offset(out.dresidual, run.offset, size)};
+          if (run.mode == kUniform)
+            whole->backward_uniform[prologue][op_sums](from, upstream, to, run.consts, &before, totals, run.n, past);
+          else
+            whole->backward_lanes[prologue][op_sums](from, upstream, to, run.consts, run.stride, &before, lane, run.rows, run.row, run.n, past);
           return;
         }
       }
@@ -382,7 +400,8 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
   for (int i = 0; i < op.params(); ++i)
     if (out.params[i]) grads[i].assign(in.params[i].numel(), 0.0);
   std::vector<double> columns;
-  double p[kMaxParams], total[kMaxSums] = {}, grad[kMaxParams];
+  bool shared = false;
+  for (int i = 0; i < op.params(); ++i) shared = shared || (out.params[i] && in.params[i].count != channels);
   for (int64_t group = 0; group < v.groups; ++group) {
     if (plan.mode == kPerLane) {
       const int64_t width = sums * plan.length;
@@ -395,26 +414,31 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
       if (width * plan.cuts < kParallelFrom) add(0, width);
       else torch::stable::parallel_for(0, width, kLaneBlock, add);
     }
-    for (int64_t c = 0; c < channels; ++c) {
-      for (int s = 0; s < sums; ++s) {
-        double sum = 0;
-        if (plan.mode == kUniform) {
-          const int64_t per_group = plan.planes / v.groups;
-          for (int64_t plane = c; plane < per_group; plane += channels)
-            for (int64_t cut = 0; cut < plan.cuts; ++cut)
-              sum += slots[((group * per_group + plane) * plan.cuts + cut) * sums + s];
-        } else {
-          for (int64_t r = 0; r < plan.repeat; ++r)
-            for (int64_t i = 0; i < v.inner; ++i) sum += columns[s * plan.length + (r * channels + c) * v.inner + i];
+    const auto finish = [&](int64_t begin, int64_t end) {
+      double p[kMaxParams], total[kMaxSums] = {}, grad[kMaxParams];
+      for (int64_t c = begin; c < end; ++c) {
+        for (int s = 0; s < sums; ++s) {
+          double sum = 0;
+          if (plan.mode == kUniform) {
+            const int64_t per_group = plan.planes / v.groups;
+            for (int64_t plane = c; plane < per_group; plane += channels)
+              for (int64_t cut = 0; cut < plan.cuts; ++cut)
+                sum += slots[((group * per_group + plane) * plan.cuts + cut) * sums + s];
+          } else {
+            for (int64_t r = 0; r < plan.repeat; ++r)
+              for (int64_t i = 0; i < v.inner; ++i) sum += columns[s * plan.length + (r * channels + c) * v.inner + i];
+          }
+          total[s] = sum;
         }
-        total[s] = sum;
+        read_params(op, in, group, c, p);
+        if (op.kernel == Kernel::kHeadEdit) finish_head_edit(p, total, grad);
+        else finish_ctu(op.ctu, p, total, grad);
+        for (int i = 0; i < op.params(); ++i)
+          if (out.params[i]) grads[i][in.params[i].index(group, c, channels)] += grad[i];
       }
-      read_params(op, in, group, c, p);
-      if (op.kernel == Kernel::kHeadEdit) finish_head_edit(p, total, grad);
-      else finish_ctu(op.ctu, p, total, grad);
-      for (int i = 0; i < op.params(); ++i)
-        if (out.params[i]) grads[i][in.params[i].index(group, c, channels)] += grad[i];
-    }
+    };
+    if (shared) finish(0, channels);  // channels add to the same gradient
+    else for_channels(channels, finish);
   }
   for (int i = 0; i < op.params(); ++i) {
     if (!out.params[i]) continue;

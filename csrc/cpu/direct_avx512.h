@@ -177,7 +177,7 @@ struct FastMath {
 template <class Math>
 struct CtuVectors {
   static constexpr int kSums = 4;
-  static constexpr bool kTiesToEven = false;
+  static constexpr bool kTiesToEven = false, kPrologue = true;
   typename Math::Rate t, u;
   V c, c1, c1s, c_eta;
 
@@ -225,7 +225,7 @@ struct CtuVectors {
 
 struct HeadEditVectors {
   static constexpr int kSums = 2;
-  static constexpr bool kTiesToEven = true;
+  static constexpr bool kTiesToEven = true, kPrologue = false;
   V p, q;
 
   template <class Field>
@@ -271,49 +271,95 @@ std::array<Op, Format::kVectors> lanes_ops(const float* consts, int64_t stride, 
   else return {of(0), of(1)};
 }
 
-template <class Format, class Op>
-void forward_uniform(const void* x_, void* y_, const float* consts, int64_t n, bool stream) {
+// w = scale x + shift (+ residual), for each vector of a format. `scale` and `shift` point to one value or to one a lane.
+template <class Format>
+struct AffineVectors {
+  V scale[Format::kVectors], shift[Format::kVectors];
+
+  static AffineVectors uniform(const Prologue& p) {
+    AffineVectors a;
+    for (int h = 0; h < Format::kVectors; ++h) a.scale[h] = all(*p.scale), a.shift[h] = all(*p.shift);
+    return a;
+  }
+  static AffineVectors lanes(const Prologue& p, int64_t lane, __mmask32 live) {
+    AffineVectors a;
+    for (int h = 0; h < Format::kVectors; ++h) {
+      a.scale[h] = _mm512_maskz_loadu_ps(part(live, h), p.scale + lane + 16 * h);
+      a.shift[h] = _mm512_maskz_loadu_ps(part(live, h), p.shift + lane + 16 * h);
+    }
+    return a;
+  }
+  CTK_HD void apply(Vectors<Format::kVectors>& w, const void* residual, int64_t i, __mmask32 live) const {
+    for (int h = 0; h < Format::kVectors; ++h) w.v[h] = _mm512_fmadd_ps(scale[h], w.v[h], shift[h]);
+    if (!residual) return;
+    const auto r = Format::load(static_cast<const typename Format::Value*>(residual) + i, live);
+    for (int h = 0; h < Format::kVectors; ++h) w.v[h] = _mm512_add_ps(w.v[h], r.v[h]);
+  }
+};
+
+template <class Format, class Op, bool prologue>
+void forward_uniform(const void* x_, void* y_, const float* consts, const Prologue* pro, int64_t n, bool stream) {
   const auto* x = static_cast<const typename Format::Value*>(x_);
   auto* y = static_cast<typename Format::Value*>(y_);
   const Op op([&](int i) { return all(consts[i]); });
+  AffineVectors<Format> affine;
+  if constexpr (prologue) affine = AffineVectors<Format>::uniform(*pro);
   for_vectors<Format::kVectors>(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
     auto w = Format::load(x + i, live);
+    if constexpr (prologue) affine.apply(w, pro->residual, i, live);
     for (V& v : w.v) v = op.forward(v);
     Format::template store<Op::kTiesToEven>(y + i, live, stream, w);
   });
 }
 
-template <class Format, class Op>
-void forward_lanes(const void* x_, void* y_, const float* consts, int64_t stride, int64_t rows, int64_t row, int64_t n,
-                   bool stream) {
+template <class Format, class Op, bool prologue>
+void forward_lanes(const void* x_, void* y_, const float* consts, int64_t stride, const Prologue* pro, int64_t rows,
+                   int64_t row, int64_t n, bool stream) {
   const auto* x = static_cast<const typename Format::Value*>(x_);
   auto* y = static_cast<typename Format::Value*>(y_);
   for_vectors<Format::kVectors>(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
     const auto ops = lanes_ops<Format, Op>(consts + i, stride, live);
+    AffineVectors<Format> affine;
+    if constexpr (prologue) affine = AffineVectors<Format>::lanes(*pro, i, live);
     for (int64_t r = 0; r < rows; ++r) {
       auto w = Format::load(x + r * row + i, live);
+      if constexpr (prologue) affine.apply(w, pro->residual, r * row + i, live);
       for (int h = 0; h < Format::kVectors; ++h) w.v[h] = ops[h].forward(w.v[h]);
       Format::template store<Op::kTiesToEven>(y + r * row + i, live, stream, w);
     }
   });
 }
 
-template <class Format, class Op, bool sums>
-void backward_uniform(const void* x_, const void* dy_, void* dx_, const float* consts, double* totals, int64_t n,
-                      bool stream) {
+// Stores the gradients of a prologue's residual and of x, from the gradient g of the op's input.
+template <class Format, class Op>
+CTK_HD void store_through(const AffineVectors<Format>& affine, void* dresidual, typename Format::Value* dx, int64_t i,
+                          __mmask32 live, bool stream, Vectors<Format::kVectors>& g) {
+  if (dresidual) Format::template store<Op::kTiesToEven>(static_cast<typename Format::Value*>(dresidual) + i, live, stream, g);
+  if (!dx) return;
+  for (int h = 0; h < Format::kVectors; ++h) g.v[h] = _mm512_mul_ps(g.v[h], affine.scale[h]);
+  Format::template store<Op::kTiesToEven>(dx + i, live, stream, g);
+}
+
+template <class Format, class Op, bool prologue, bool sums>
+void backward_uniform(const void* x_, const void* dy_, void* dx_, const float* consts, const Prologue* pro, double* totals,
+                      int64_t n, bool stream) {
   const auto* x = static_cast<const typename Format::Value*>(x_);
   const auto* dy = static_cast<const typename Format::Value*>(dy_);
   auto* dx = static_cast<typename Format::Value*>(dx_);
   const Op op([&](int i) { return all(consts[i]); });
+  AffineVectors<Format> affine;
+  if constexpr (prologue) affine = AffineVectors<Format>::uniform(*pro);
   V sum[Format::kVectors][Op::kSums] = {};
   const auto run = [&](auto write) __attribute__((always_inline)) {
     for_vectors<Format::kVectors>(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
-      const auto w = Format::load(x + i, live);
+      auto w = Format::load(x + i, live);
+      if constexpr (prologue) affine.apply(w, pro->residual, i, live);
       auto g = Format::load(dy + i, live);
       unrolled<Format::kVectors>([&](auto h) __attribute__((always_inline)) {
         g.v[h] = op.template backward<sums>(w.v[h], g.v[h], sum[h]);
       });
-      if constexpr (write) Format::template store<Op::kTiesToEven>(dx + i, live, stream, g);
+      if constexpr (prologue) store_through<Format, Op>(affine, pro->dresidual, dx, i, live, stream, g);
+      else if constexpr (write) Format::template store<Op::kTiesToEven>(dx + i, live, stream, g);
     });
   };
   if (dx) run(std::true_type{});
@@ -327,22 +373,26 @@ void backward_uniform(const void* x_, const void* dy_, void* dx_, const float* c
   }
 }
 
-template <class Format, class Op, bool sums>
-void backward_lanes(const void* x_, const void* dy_, void* dx_, const float* consts, int64_t stride, float* lanes,
-                    int64_t rows, int64_t row, int64_t n, bool stream) {
+template <class Format, class Op, bool prologue, bool sums>
+void backward_lanes(const void* x_, const void* dy_, void* dx_, const float* consts, int64_t stride, const Prologue* pro,
+                    float* lanes, int64_t rows, int64_t row, int64_t n, bool stream) {
   const auto* x = static_cast<const typename Format::Value*>(x_);
   const auto* dy = static_cast<const typename Format::Value*>(dy_);
   auto* dx = static_cast<typename Format::Value*>(dx_);
   for_vectors<Format::kVectors>(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
     V sum[Format::kVectors][Op::kSums] = {};
     const auto ops = lanes_ops<Format, Op>(consts + i, stride, live);
+    AffineVectors<Format> affine;
+    if constexpr (prologue) affine = AffineVectors<Format>::lanes(*pro, i, live);
     for (int64_t r = 0; r < rows; ++r) {
-      const auto w = Format::load(x + r * row + i, live);
+      auto w = Format::load(x + r * row + i, live);
+      if constexpr (prologue) affine.apply(w, pro->residual, r * row + i, live);
       auto g = Format::load(dy + r * row + i, live);
       unrolled<Format::kVectors>([&](auto h) __attribute__((always_inline)) {
         g.v[h] = ops[h].template backward<sums>(w.v[h], g.v[h], sum[h]);
       });
-      if (dx) Format::template store<Op::kTiesToEven>(dx + r * row + i, live, stream, g);
+      if constexpr (prologue) store_through<Format, Op>(affine, pro->dresidual, dx, r * row + i, live, stream, g);
+      else if (dx) Format::template store<Op::kTiesToEven>(dx + r * row + i, live, stream, g);
     }
     if constexpr (sums) {
       unrolled<Format::kVectors>([&](auto h) __attribute__((always_inline)) {
@@ -358,9 +408,19 @@ void backward_lanes(const void* x_, const void* dy_, void* dx_, const float* con
 
 template <class Format, class Op>
 constexpr DirectOps direct_ops() {
-  return {forward_uniform<Format, Op>,         forward_lanes<Format, Op>,
-          {backward_uniform<Format, Op, false>, backward_uniform<Format, Op, true>},
-          {backward_lanes<Format, Op, false>,   backward_lanes<Format, Op, true>}};
+  DirectOps ops = {{forward_uniform<Format, Op, false>, nullptr},
+                   {forward_lanes<Format, Op, false>, nullptr},
+                   {{backward_uniform<Format, Op, false, false>, backward_uniform<Format, Op, false, true>}, {}},
+                   {{backward_lanes<Format, Op, false, false>, backward_lanes<Format, Op, false, true>}, {}}};
+  if constexpr (Op::kPrologue) {
+    ops.forward_uniform[1] = forward_uniform<Format, Op, true>;
+    ops.forward_lanes[1] = forward_lanes<Format, Op, true>;
+    ops.backward_uniform[1][0] = backward_uniform<Format, Op, true, false>;
+    ops.backward_uniform[1][1] = backward_uniform<Format, Op, true, true>;
+    ops.backward_lanes[1][0] = backward_lanes<Format, Op, true, false>;
+    ops.backward_lanes[1][1] = backward_lanes<Format, Op, true, true>;
+  }
+  return ops;
 }
 
 }  // namespace direct

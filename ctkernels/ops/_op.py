@@ -37,7 +37,8 @@ class Op:
     optional: the inputs that may be None. elementwise: the inputs that have the first one's shape; the others are
     per-channel parameters. static: schema of the other arguments, the first of which is ``int channel_dim``. triton: the
     module of its Triton kernels, imported on the first CUDA call: a ``MATH`` for the channelwise skeleton, or launches of
-    its own, ``forward``, ``forward_`` and ``backward``.
+    its own, ``forward``, ``forward_`` and ``backward``. twin: (input, other, unless): the gradient of ``input`` is that of
+    ``other`` where ``unless`` is None; it is computed once.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Op:
     reference_backward: Callable[[Tensor, Inputs, Static, int], list[Tensor]]
     reference_jvp: Callable[[Inputs, Static, Inputs], Tensor]
     triton: str | None = None
+    twin: tuple[str, str, str] | None = None
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -60,6 +62,22 @@ class Op:
     def wanted(self, needs: int) -> list[int]:
         """Indices of the inputs in a bit mask."""
         return [i for i in range(len(self.inputs)) if needs >> i & 1]
+
+    def gradients(
+        self, wanted: Sequence[bool], inputs: Inputs, compute: Callable[[int], Sequence[Tensor]]
+    ) -> list[Tensor | None]:
+        """A gradient or None for every input, from ``compute(needs)``, the gradients of a bit mask of them."""
+        needs, same = self.needs(wanted), None
+        if self.twin is not None:
+            twin, other, unless = (self.inputs.index(name) for name in self.twin)
+            if wanted[twin] and wanted[other] and inputs[unless] is None:
+                needs, same = needs & ~(1 << twin), (twin, other)
+        out: list[Tensor | None] = [None] * len(self.inputs)
+        for i, grad in zip(self.wanted(needs), compute(needs)):
+            out[i] = grad
+        if same is not None:
+            out[same[0]] = out[same[1]]
+        return out
 
     @property
     def elementwise_flags(self) -> tuple[bool, ...]:
@@ -150,14 +168,15 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         op, static, inputs = ctx.op, ctx.static, ctx.saved_tensors
-        needs = op.needs(ctx.needs_input_grad[2:])
-        if torch._C._functorch.is_legacy_batchedtensor(dy):  # autograd.grad(is_grads_batched=True)
-            grads = op.reference_backward(dy, inputs, static, needs)
-        elif torch.is_grad_enabled() or in_transform():
-            grads = _Backward.apply(op, static, needs, dy, *inputs)
-        else:
-            grads = op.backward(dy, inputs, static, needs)
-        return (None, None, *_spread(op, needs, grads))
+
+        def compute(needs: int) -> Sequence[Tensor]:
+            if torch._C._functorch.is_legacy_batchedtensor(dy):  # autograd.grad(is_grads_batched=True)
+                return op.reference_backward(dy, inputs, static, needs)
+            if torch.is_grad_enabled() or in_transform():
+                return _Backward.apply(op, static, needs, dy, *inputs)
+            return op.backward(dy, inputs, static, needs)
+
+        return (None, None, *op.gradients(ctx.needs_input_grad[2:], inputs, compute))
 
     @staticmethod
     def jvp(ctx: Any, _op: None, _static: None, *tangents: Tensor | None) -> Tensor:
@@ -241,16 +260,12 @@ class _Inlined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.op.needs(ctx.needs_input_grad[2:])
-        grads = ctx.op.reference_backward(dy, ctx.saved_tensors, ctx.static, needs)
-        return (None, None, *_spread(ctx.op, needs, grads))
+        op, static, inputs = ctx.op, ctx.static, ctx.saved_tensors
 
+        def compute(needs: int) -> Sequence[Tensor]:
+            return op.reference_backward(dy, inputs, static, needs)
 
-def _spread(op: Op, needs: int, grads: Sequence[Tensor]) -> list[Tensor | None]:
-    out: list[Tensor | None] = [None] * len(op.inputs)
-    for i, grad in zip(op.wanted(needs), grads):
-        out[i] = grad
-    return out
+        return (None, None, *op.gradients(ctx.needs_input_grad[2:], inputs, compute))
 
 
 def _shift_channel(static: Static, same_rank: bool) -> Static:
@@ -359,9 +374,12 @@ def register(op: Op) -> Op:
         ctx.save_for_backward(*inputs[:count])
 
     def first_order(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        needs = op.needs(ctx.needs_input_grad[:count])
-        grads = op._packet("_backward")(dy, *ctx.saved_tensors, *ctx.static, needs)
-        return (*_spread(op, needs, grads), *[None] * len(ctx.static))
+        inputs = ctx.saved_tensors
+
+        def compute(needs: int) -> Sequence[Tensor]:
+            return op._packet("_backward")(dy, *inputs, *ctx.static, needs)
+
+        return (*op.gradients(ctx.needs_input_grad[:count], inputs, compute), *[None] * len(ctx.static))
 
     def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.static, ctx.needs = inputs[1 + count : -1], inputs[-1]

@@ -107,5 +107,6 @@ OP = register(
         reference_backward=_backward,
         reference_jvp=_jvp,
         triton="ctkernels.ops.ctu.triton_math",
+        twin=("residual", "x", "scale"),
     )
 )
