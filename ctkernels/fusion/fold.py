@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import packing
+
 
 def is_eval(norm: Any) -> bool:
     """Whether ``norm`` uses its running statistics."""
@@ -68,7 +70,7 @@ class _Statistics(torch.autograd.Function):
 
 
 class Folded:
-    """The weight and bias of ``source`` with ``norm`` (in evaluation) folded in, kept until one of them changes."""
+    """``source`` with ``norm`` (in evaluation) folded into its weight and bias, which are kept until one of them changes."""
 
     def __init__(self, source: Any, norm: Any) -> None:
         self.source, self.norm = source, norm
@@ -76,7 +78,7 @@ class Folded:
 
     def forget(self) -> None:
         self.key: tuple[Any, ...] | None = None
-        self.value: tuple[Tensor, Tensor | None] | None = None
+        self.value: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"source": self.source, "norm": self.norm, "key": None, "value": None}
@@ -87,16 +89,26 @@ class Folded:
             found += [self.norm.weight, self.norm.bias, *_running(self.norm)]
         return [t for t in found if t is not None]
 
-    def get(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(weight, bias) for a call on ``x``, laid out as ``x`` is."""
+    def __call__(self, x: Tensor, needs_grad: bool) -> Tensor:
+        """The layer and the norm, of which nothing needs a gradient; ``needs_grad``: whether ``x`` does."""
+        source = self.source
         if self.norm is None:
-            return self.source.weight, self.source.bias
+            return _frozen(source, x, source.weight, source.bias, needs_grad)
+        # A backward pass wants the weights as they are, so packing would mean to keep them twice.
+        packed = not needs_grad and packing.can_pack(source, x)
+        weight, bias = self._get(x, packed)
+        return packing.call(source, x, weight, bias) if packed else _frozen(source, x, weight, bias, needs_grad)
+
+    def _get(self, x: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+        """(weight, bias) for a call on ``x``: packed, or laid out as ``x`` is."""
         layout = _memory_format(x)
         watched = [*self.parameters(), self.norm.num_batches_tracked]  # the last: moving statistics keep their versions
-        key = (layout, *((t.data_ptr(), t._version) for t in watched if t is not None))
+        key = (layout, packed, *((t.data_ptr(), t._version) for t in watched if t is not None))
         if key != self.key:
             with torch.inference_mode(False), torch.no_grad():
-                self.value, self.key = self._fold(layout), key
+                weight, bias = self._fold(layout)
+                self.value = packing.pack(self.source, x, weight) if packed else weight, bias
+                self.key = key
         assert self.value is not None
         return self.value
 
@@ -142,7 +154,7 @@ class _FrozenConv(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-def frozen_call(source: Any, x: Tensor, weight: Tensor, bias: Tensor | None, needs_grad: bool) -> Tensor:
+def _frozen(source: Any, x: Tensor, weight: Tensor, bias: Tensor | None, needs_grad: bool) -> Tensor:
     """``source(x)`` with other weights, which need no gradient."""
     if isinstance(source, nn.Linear):
         return F.linear(x, weight, bias)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..ops._op import in_transform
-from .fold import Folded, affine, frozen_call, is_eval
+from .fold import Folded, affine, is_eval
 from .trace import has_hooks
 
 
@@ -87,7 +87,7 @@ class FusedCall:
         if not fold:
             return self.source(x)
         assert self.folded is not None
-        return frozen_call(self.source, x, *self.folded.get(x), _records(x))
+        return self.folded(x, _records(x))
 
     def can_fold(self, x: Tensor) -> bool:
         """Whether nobody needs the layer and the norm apart: both are frozen, and the norm is in evaluation."""
