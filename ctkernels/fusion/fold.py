@@ -139,14 +139,18 @@ class _FrozenConv(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any], groups: int
     ) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.geometry, ctx.groups = x.shape, geometry, groups
+        ctx.shape, ctx.layout, ctx.geometry, ctx.groups = x.shape, _memory_format(x), geometry, groups
         stride, padding, dilation = geometry
         return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * (x.dim() - 2), groups)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        x = g.new_empty(1).expand(ctx.shape)  # only its shape is read
+        # Only its shape is read; but on the CPU, what is not laid out as expected would be copied first.
+        if g.is_cpu:
+            x = torch.empty(ctx.shape, dtype=g.dtype, memory_format=ctx.layout)
+        else:
+            x = g.new_empty(1).expand(ctx.shape)
         mask = [True, False, False]
         dx, _, _ = torch.ops.aten.convolution_backward(
             g, x, weight, None, *ctx.geometry, False, [0] * (g.dim() - 2), ctx.groups, mask
