@@ -99,6 +99,7 @@ def run(seconds: float) -> dict[str, Any]:
             "loop over heads, step": step(loop, optimizers[loop]),
         },
         seconds * 6,
+        least=15,
     )
     jola.eval()
     merged = jola.merge_and_unload()
