@@ -94,6 +94,8 @@ class Folded:
         source = self.source
         if self.norm is None:
             return _frozen(source, x, source.weight, source.bias, needs_grad)
+        if torch.compiler.is_compiling():  # the compiler sees the fold, and does it ahead of time where it freezes weights
+            return _frozen(source, x, *self._fold(_memory_format(x)), needs_grad)
         # A backward pass wants the weights as they are, so packing would mean to keep them twice.
         packed = not needs_grad and packing.can_pack(source, x)
         weight, bias = self._get(x, packed)
@@ -117,10 +119,9 @@ class Folded:
         scale, shift = affine(self.norm, weight)
         if self.source.bias is not None:
             shift = shift + scale * self.source.bias.double()
-        folded = torch.empty_like(weight, memory_format=layout)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        folded.copy_(weight.to(wide) * scale.view(-1, *[1] * (weight.dim() - 1)).to(wide))
-        return folded, shift.to(weight.dtype)
+        folded = (weight.to(wide) * scale.view(-1, *[1] * (weight.dim() - 1)).to(wide)).to(weight.dtype)
+        return folded.contiguous(memory_format=layout), shift.to(weight.dtype)
 
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -163,6 +164,6 @@ def _frozen(source: Any, x: Tensor, weight: Tensor, bias: Tensor | None, needs_g
     if isinstance(source, nn.Linear):
         return F.linear(x, weight, bias)
     batched = x.dim() == weight.dim()
-    if not needs_grad or not batched or source.padding_mode != "zeros" or isinstance(source.padding, str):
+    if torch.compiler.is_compiling() or not needs_grad or not batched or source.padding_mode != "zeros" or isinstance(source.padding, str):
         return source._conv_forward(x, weight, bias)
     return _FrozenConv.apply(x, weight, bias, (source.stride, source.padding, source.dilation), source.groups)

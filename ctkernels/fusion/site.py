@@ -54,7 +54,7 @@ class FusedCall:
         compiling = torch.compiler.is_compiling()
         if any(has_hooks(m) for m in self.modules) or (not compiling and in_transform()):
             return self.unfused(x, residual, *args, **kwargs)
-        fold = not compiling and self.can_fold(x)
+        fold = self.can_fold(x)
         if self.unit is None:
             return self.layer(x, fold) if fold else self.unfused(x, None)
         arguments = self.arguments(x, *args, **kwargs)
@@ -96,7 +96,8 @@ class FusedCall:
         parameters = self.folded.parameters()
         return not (
             _records(*parameters)
-            or any(t.is_inference() or t.dtype != x.dtype for t in parameters)
+            or any(t.dtype != x.dtype for t in parameters)
+            or (not torch.compiler.is_compiling() and any(t.is_inference() for t in parameters))
             or torch.is_autocast_enabled(x.device.type)
         )
 
