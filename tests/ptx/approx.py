@@ -37,7 +37,11 @@ BOUNDS: dict[tuple[str, str], tuple[float, float]] = {
     ("rsqrt", "f64"): (2**-19, 0.0),
 }
 LG2 = 2.0**-22  # 9.7.3.20
-SINE = ((2 * np.pi, 2.0**-20.5), (100 * np.pi, 2.0**-14.7), (np.inf, 2.0))  # 9.7.3.18 and .19; no guarantee beyond 100 pi
+SINE = (
+    (2 * np.pi, 2.0**-20.5),
+    (100 * np.pi, 2.0**-14.7),
+    (np.inf, 2.0),
+)  # 9.7.3.18 and .19; no guarantee beyond 100 pi
 
 EXACT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "ex2": np.exp2,
