@@ -58,7 +58,24 @@ def _other_constant(mutant: Mutant) -> list[str]:
     return [line]
 
 
+def _zero(mutant: Mutant) -> list[str]:
+    """0 in place of what is loaded."""
+    found = re.search(r"ld\.param\.u(\d+)\s+(%\w+),", mutant.before)
+    assert found
+    return [f"mov.u{found[1]} {found[2]}, 0;"]
+
+
+def _never(mutant: Mutant) -> list[str]:
+    """The comparison is never true."""
+    found = re.match(r"setp\.\w\w\.(\w+)\s+(%p\d+), (\S+), ", mutant.before)
+    assert found
+    return [f"setp.ne.{found[1]} {found[2]}, {found[3]}, {found[3]};"]
+
+
+SHORTCUT = "chooses a shortcut (one value a channel, plain parameters); the general way gives the same result"
 REASONS = [
+    Reason("wrong stride or displacement", r"ld\.param\.u32\s+%r\d+, .*\+12\]", SHORTCUT, _zero),
+    Reason("other comparison", r"setp\.eq\.s(16|32).*, [01];", SHORTCUT, _never),
     Reason("missing mask", r"ld\.global", "what the mask leaves out is loaded, and not used", _poisoned),
     Reason("other comparison", r"setp\.\w\w\.(f|bf)\d+", "two floats that are equal only by chance", _never_equal),
     Reason("other comparison", r"setp\.\w\w\.s32\s.*, -1;", "a number of a channel, which is not negative", _never_equal),

@@ -171,7 +171,7 @@ CASES = [
     _ctu("gelu, float", "triton", 100, FLOAT, (2, 9, 2100), 1, activation="gelu"),
     _ctu("float64", "triton", 80, DOUBLE, (2, 9, 1100), 1),
     _head_edit("heads side by side", "triton", 80, FLOAT, (2, 70, 6 * 44), 6),
-    _head_edit("tokens between heads", "triton", 90, BF16, (3, 4, 90, 64), 4),
+    _head_edit("tokens between heads", "triton", 90, BF16, (3, 4, 91, 64), 4),
     _head_edit("an edit for every sample", "triton", 100, FLOAT, (3, 70, 4 * 64), 4, adapters=5),
     _gates("gates from noise", "triton", 80, FLOAT, training=True),
     _gates("gates from a seed", "triton", 90, FLOAT, seed=-0x123456789ABCDEF, training=True),
