@@ -19,10 +19,8 @@ CUDA = pytest.mark.skipif(
 )
 NAMES = [
     "triton: tokens between heads",
-    "triton: prologue",
     "triton: gates from noise",
     pytest.param("cuda: tokens between heads", marks=CUDA),
-    pytest.param("cuda: gates from noise", marks=CUDA),
 ]
 
 
