@@ -1,5 +1,7 @@
 """python -m benchmarks.roofline: what every Triton and CUDA kernel costs an element, from its machine code, without a GPU.
 
+For comparison, a plain translation of the formula, and what torch.compile makes of the composed reference.
+
 The predicted time of a kernel is the largest of memory time and the time of each execution pipe, per element and SM, over
 memory time alone: 1.00 is as fast as memory can be. It assumes that latency is hidden; it is no measurement.
 """
@@ -108,6 +110,10 @@ def _of_backends(backends: list[str], archs: list[int], only: str) -> Iterator[C
             print("the CUDA kernels: nvcc is not installed")
         else:
             yield from cuda_roofline.costs(archs, only)
+    if "inductor" in backends:
+        from . import inductor
+
+        yield from inductor.costs(archs, only)
 
 
 def budget(found: Cost) -> dict[str, float]:
@@ -128,7 +134,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records there")
     parser.add_argument("--write-budgets", type=Path, metavar="FILE", help="write what is found as the new budgets")
     parser.add_argument(
-        "--backend", nargs="+", choices=("triton", "cuda"), default=["triton", "cuda"], help="default: both"
+        "--backend",
+        nargs="+",
+        choices=("triton", "cuda", "inductor"),
+        default=["triton", "cuda", "inductor"],
+        help="ours, and what torch.compile makes of the reference (default: all)",
     )
     args = parser.parse_args(argv)
     if args.write_budgets and len(args.backend) > 1:
@@ -153,8 +163,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         write_text(args.json, json.dumps([asdict(c) for c in found], indent=1) + "\n")
     if args.write_budgets:
-        known = json.loads(args.write_budgets.read_text()) if args.only and args.write_budgets.exists() else {}
-        table = known | {f"{c.variant} sm_{c.sm}": budget(c) for c in found if c.ours}
+        known = json.loads(args.write_budgets.read_text()) if args.write_budgets.exists() else {}
+        table = known if args.only else {}
+        for c in found:
+            if c.ours:
+                name = f"{c.variant} sm_{c.sm}"
+                table[name] = budget(c) | {k: v for k, v in known.get(name, {}).items() if k == "reason"}
         write_text(args.write_budgets, json.dumps(table, indent=1) + "\n")
     return 0
 

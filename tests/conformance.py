@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from unittest import mock
+
 import torch
 from torch import Tensor
 
 import ctkernels
+from ctkernels.ops._op import Op
 from ctkernels.testing import Sample, assert_no_worse, samples
 
 
@@ -29,25 +34,78 @@ def outputs(sample: Sample, dy: Tensor | None = None) -> dict[str, Tensor]:
     return {"y": y.detach(), **{f"d{k}": g for k, g in zip(leaves.tensors(), grads) if g is not None}}
 
 
-def _magnitudes(sample: Sample) -> float:
-    """A scale for results that cancel: the largest magnitudes that enter."""
-    return 1 + max((t.abs().max().item() for t in sample.tensors().values() if t.numel()), default=0.0)
+class Expected:
+    """What a sample's :func:`outputs` have to be: computed once, to check many results against.
+
+    The bound is that of :func:`ctkernels.testing.assert_no_worse`, with these sums of magnitudes as ``terms``:
+
+        of y                             |y| and, for every argument t, |t dy/dt|: what rounding the arguments would do
+        of a gradient by the element     the upstream gradient, times the largest slope
+        of a parameter's gradient        the sum that it is, of the same magnitudes of its terms: |upstream| (|J| + |t dJ/dt|)
+
+    J = dy/dt comes from forward mode: a value of y depends on one value of each parameter, so a tangent of ones gives all.
+    """
+
+    def __init__(self, sample: Sample):
+        self.sample, self.dtype = sample, sample.args[0].dtype
+        self.grade = 2e-4 if self.dtype in (torch.bfloat16, torch.float16) else 4 * torch.finfo(self.dtype).eps
+        self.least = 1e-303 if self.dtype == torch.float64 else 0.0  # e^-700, below which exponentials are flushed
+        wide = sample.map(lambda _, t: t.double())
+        with ctkernels.use_backend("reference"):
+            dy = upstream(sample())
+            self.truth, self.baseline = outputs(wide, dy), outputs(sample, dy)
+            dy = dy.double()
+            arguments = {name: t.clone() for name, t in wide.tensors().items()}
+
+            def call(t: dict[str, Tensor]) -> Tensor:
+                return wide.map(lambda name, _: t[name])()
+
+            def slope(name: str, t: dict[str, Tensor]) -> Tensor:
+                return _tangent(call, t, name, torch.ones_like(t[name]))
+
+            self.terms = {"y": call(arguments).abs() + _moved(call, arguments)}
+            for key in self.truth.keys() - {"y"}:
+                slopes = slope(key[1:], arguments)
+                if self.truth[key].shape == dy.shape:
+                    self.terms[key] = dy.abs() * slopes.abs().nan_to_num().max() if slopes.numel() else dy
+                else:
+                    with mock.patch.object(
+                        Op, "__call__", Op.composed_forward
+                    ):  # forward mode twice: through plain torch
+                        moved = _moved(partial(slope, key[1:]), arguments)
+                    times = 1 + (moved / slopes.abs()).nan_to_num(0, 0, 0)
+                    self.terms[key] = outputs(wide, dy.abs() * times * slopes.sign())[key].abs()
+
+    def bound(self, key: str) -> Tensor:
+        """How far off a result may be, without the ulp of its own dtype."""
+        error = (
+            (self.baseline[key].double() - self.truth[key]).abs().nan_to_num().max() if self.truth[key].numel() else 0.0
+        )
+        return 2 * error + self.grade * self.terms[key] + self.least + torch.finfo(torch.float32).tiny
+
+    def check(self, found: dict[str, Tensor]) -> None:
+        """Raises AssertionError, with the first value that is off."""
+        assert found.keys() == self.truth.keys()
+        for key, value in found.items():
+            argument = self.sample.tensors().get(key[1:])
+            assert value.dtype == (self.dtype if key == "y" else argument.dtype)
+            name, terms = f"{self.sample.name}: {key}", self.terms[key] + self.least / self.grade
+            assert_no_worse(name, value.cpu(), self.truth[key], self.baseline[key], terms, self.grade)
+
+
+Function = Callable[[dict[str, Tensor]], Tensor]
+
+
+def _tangent(function: Function, t: dict[str, Tensor], name: str, direction: Tensor) -> Tensor:
+    """The derivative of ``function(t)`` along a direction of one argument."""
+    return torch.func.jvp(lambda value: function(t | {name: value}), (t[name],), (direction,))[1]
+
+
+def _moved(function: Function, t: dict[str, Tensor]) -> Tensor:
+    """How far the magnitude of every argument moves the result: with the result's own, the natural unit of its error."""
+    return sum((_tangent(function, t, name, t[name]).abs().nan_to_num(0, 0, 0) for name in t), torch.zeros(()))
 
 
 def check_against_float64(sample: Sample, found: dict[str, Tensor]) -> None:
     """``found``: what :func:`outputs` gave for the sample, or for the sample on another device."""
-    dtype = sample.args[0].dtype
-    found = {key: value.cpu() for key, value in found.items()}
-    dy = upstream(found["y"])
-    with ctkernels.use_backend("reference"):
-        truth = outputs(sample.map(lambda _, t: t.double()), dy)
-        baseline = outputs(sample, dy)
-    assert found.keys() == truth.keys()
-    grade = 2e-4 if dtype in (torch.bfloat16, torch.float16) else 4 * torch.finfo(dtype).eps
-    for key, value in found.items():
-        argument = sample.tensors().get(key[1:])
-        assert value.dtype == (dtype if key == "y" else argument.dtype)
-        count = value.numel() and max(1, sample.args[0].numel() // value.numel())
-        # a parameter gradient adds up `count` terms; each term is at most the magnitudes that enter, squared
-        terms = _magnitudes(sample) ** 2 * (max(count, 1) ** 0.5 if key != "y" else 1)
-        assert_no_worse(f"{sample.name}: {key}", value, truth[key], baseline[key], terms, grade)
+    Expected(sample).check(found)

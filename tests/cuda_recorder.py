@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from ptx import Memory
 from ptx.launch import Launch, execute
+from ptx.runner import MAX_STEPS
 from ptx.toolchain import compile_cuda
 from torch import Tensor
 
@@ -133,10 +134,20 @@ def compiled(kernel: str, sm: int) -> str:
 
 
 class Recorder:
-    """Stands in for the library of kernels. ``launches`` keeps (kernel name, grid, block, shared memory, arguments)."""
+    """Stands in for the library of kernels. ``launches`` keeps (kernel name, grid, block, shared memory, arguments).
 
-    def __init__(self, sm: int, approx: int = 0, races: bool = True):
-        self.sm, self.approx, self.races = sm, approx, races
+    ``approx``: the end of their error at which approximate units work. ``rewrite``: changes the PTX before it is run.
+    """
+
+    def __init__(
+        self,
+        sm: int,
+        approx: int = 0,
+        races: bool = True,
+        rewrite: Callable[[str], str] = str,
+        max_steps: int = MAX_STEPS,
+    ):
+        self.sm, self.approx, self.races, self.rewrite, self.max_steps = sm, approx, races, rewrite, max_steps
         self.launches: list[tuple[str, int, tuple[int, int], int, ctypes.Structure]] = []
         self.memory = Memory()
         self.known: dict[int, np.ndarray] = {}
@@ -195,10 +206,9 @@ class Recorder:
             if address:
                 self.bytes_at(address, size, readonly=True)
         written = [self.bytes_at(a, size, unwritten=True) for a, size in outputs if a]
-        launch = Launch(
-            compiled(kernel, self.sm), kernel, (r.grid,), (r.block_x, r.block_y), r.shared, bytes(args)
-        )  # fmt: skip
-        execute([launch], memory=self.memory, races=self.races, approx=self.approx)
+        text = self.rewrite(compiled(kernel, self.sm))
+        launch = Launch(text, kernel, (r.grid,), (r.block_x, r.block_y), r.shared, bytes(args))
+        execute([launch], memory=self.memory, races=self.races, approx=self.approx, max_steps=self.max_steps)
         for output in written:
             assert self.memory.written(output).all(), f"{kernel} leaves part of an output unwritten"
 

@@ -56,7 +56,9 @@ def rounded_anew(model, x, seeds=range(6)):
         generator, other = torch.Generator().manual_seed(seed), copy.deepcopy(model)
         with torch.no_grad():
             for value in (*other.parameters(), moved := x.clone()):
-                value *= 1 + 2 * torch.finfo(value.dtype).eps * (torch.rand(value.shape, generator=generator) - 0.5).sign()
+                value *= (
+                    1 + 2 * torch.finfo(value.dtype).eps * (torch.rand(value.shape, generator=generator) - 0.5).sign()
+                )
         found.append(observe(other, moved))
     return found
 

@@ -1,377 +1,259 @@
 """python tests/mutation.py [--json FILE]: plants bugs in the compiled kernels and counts how many the tests notice.
 
-A mutant is the PTX of one kernel with one line changed. It is run by the kernel's own launch code, and is caught if the
-executor faults or a result leaves the bounds that the tests hold it to. What survives has to be explained: either the change
-does nothing that a correct result would show (`EQUIVALENT`), or a test is missing.
+A mutant is the PTX of one kernel, by Triton or by nvcc, with one line changed that the calls of `mutation_cases` reach. It is
+run by the kernel's own launch code, and is caught if the executor faults or a result leaves the bounds that the tests hold
+it to. A mutant is equivalent, and does not count, if ptxas makes the same machine code of it, or if all its results have the
+same bits and there is a reason why they must, itself checked (`equivalence`). Any other survivor counts against the tests; it
+is said how far it moves the results. A full run takes hours; ``--each`` plants that many of every kind in every kernel.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import re
-import struct
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # when run as a program
 
 # ruff: noqa: E402
-import test_triton_ctu
+import equivalence
+import ptx.launch
 import torch
-import truth
-from conformance import check_against_float64, outputs
-from ptx import Fault, Unsupported
-from triton_recorder import Recorder, triton_on_cpu
-
-from ctkernels import functional
-from ctkernels.testing import Sample
-
-truth.unit = functools.lru_cache(None)(truth.unit)  # forty digits take their time
-
-STEPS = 40_000  # several times what the longest of these launches takes
-
-
-@dataclass(frozen=True)
-class Case:
-    """A test, run on a recorder. Between them, the launches have the parts that bugs are planted in, and sizes that leave
-    no lane idle and no mask without work."""
-
-    name: str
-    sm: int
-    test: Callable[[Recorder], None]
-
-
-def _conformance(make: Callable[[torch.Generator], Sample]) -> Callable[[Recorder], None]:
-    def test(recorder: Recorder) -> None:
-        sample = make(torch.Generator().manual_seed(0))
-        with triton_on_cpu(recorder):
-            found = outputs(sample)
-        check_against_float64(sample, found)
-
-    return test
-
-
-def _forty_digits(activation: str) -> Callable[[Recorder], None]:
-    def test(recorder: Recorder) -> None:
-        with mock.patch.object(test_triton_ctu, "Recorder", return_value=recorder):
-            test_triton_ctu.test_against_forty_digits(activation)
-
-    return test
-
-
-def _data(g: torch.Generator, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    return (2 * torch.randn(shape, generator=g, dtype=torch.float64)).to(dtype)
-
-
-def _knob(g: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return (0.05 + 0.9 * torch.rand(shape, generator=g, dtype=torch.float64)).to(dtype)
-
-
-def _ctu(
-    name: str,
-    sm: int,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    channel_dim: int,
-    prologue: bool = False,
-    **options: Any,
-) -> Case:
-    def make(g: torch.Generator) -> Sample:
-        count = shape[channel_dim]
-        kwargs: dict[str, Any] = {"channel_dim": channel_dim, **options}
-        if prologue:
-            kwargs |= {"scale": _data(g, torch.float32, count), "shift": _data(g, torch.float32, count)}
-            kwargs["residual"] = _data(g, dtype, *shape)
-        if options.get("activation") == "prelu":
-            kwargs["negative_slope"] = _knob(g, count) * 1.5
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        knobs = _knob(g, count, dtype=wide), _knob(g, count, dtype=wide)
-        return Sample(name, functional.ctu, (_data(g, dtype, *shape), *knobs), kwargs)
-
-    return Case(name, sm, _conformance(make))
-
-
-def _head_edit(name: str, sm: int, dtype: torch.dtype, shape: tuple[int, ...], heads: int, adapters: int = 0) -> Case:
-    def make(g: torch.Generator) -> Sample:
-        dim = shape[-1] if len(shape) == 4 else shape[-1] // heads
-        lead = (adapters,) if adapters else ()
-        kwargs: dict[str, Any] = {"head_axis": 1} if len(shape) == 4 else {}
-        if adapters:
-            kwargs["index"] = torch.randint(adapters, shape[:1], generator=g)
-        edits = [_data(g, torch.float32, *lead, heads, dim) for _ in (0, 1)]
-        gates = [_knob(g, *lead, heads) for _ in (0, 1)]
-        return Sample(name, functional.head_edit, (_data(g, dtype, *shape), *edits, *gates), kwargs)
-
-    return Case(name, sm, _conformance(make))
-
-
-CASES = [
-    Case("ctu, sixteen bits", 90, lambda recorder: test_triton_ctu.check_sixteen_bits(torch.float16, "relu", recorder)),
-    Case("ctu, forty digits", 80, _forty_digits("relu")),
-    Case("gelu, forty digits", 100, _forty_digits("gelu")),
-    # scalar constants, a tree of sums, slots, a finishing launch
-    _ctu("ctu, planes", 80, torch.float32, (2, 3, 8500), 1),
-    _ctu("ctu, planes, a group each", 90, torch.bfloat16, (3, 2, 1100), 1),
-    # constants per lane; several periods side by side
-    _ctu("ctu, channels inside", 100, torch.float32, (40, 650), 1),
-    _ctu("ctu, few channels inside", 90, torch.bfloat16, (700, 19), 1),
-    _ctu("prologue", 90, torch.float32, (70, 130), 1, prologue=True),
-    _ctu("prelu", 80, torch.float32, (2, 3, 1100), 1, activation="prelu"),
-    _ctu("relu6", 80, torch.float32, (2, 3, 1100), 1, activation="relu6"),
-    _ctu("gelu", 90, torch.float16, (2, 3, 1100), 1, activation="gelu"),
-    _ctu("ctu, float64", 80, torch.float64, (2, 3, 550), 1),
-    _head_edit("heads side by side", 80, torch.float32, (2, 35, 6 * 44), 6),
-    _head_edit("tokens between heads", 90, torch.bfloat16, (3, 4, 90, 66), 4),
-    _head_edit("an edit for every sample", 100, torch.float32, (3, 70, 4 * 66), 4, adapters=5),
-]
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One changed line."""
-
-    kernel: str
-    operator: str
-    line: int
-    before: str
-    after: str
-
-
-# ---- what is changed -------------------------------------------------------------------------------------------------
-
-_SWAPS = {
-    "other comparison": [("setp.lt", "setp.le"), ("setp.gt", "setp.ge"), ("setp.le", "setp.lt"), ("setp.ge", "setp.gt"),
-                         ("setp.eq", "setp.ne"), ("setp.ne", "setp.eq")],
-    "other operator": [("add.f", "sub.f"), ("sub.f", "add.f"), ("mul.f", "add.f"), ("add.rn.f", "sub.rn.f"),
-                       ("mul.rn.f", "add.rn.f"), ("min.", "max."), ("max.", "min."), ("and.pred", "or.pred"),
-                       ("or.pred", "and.pred"), ("add.s", "sub.s"), ("sub.s", "add.s"), ("shl.", "shr."),
-                       ("neg.f", "abs.f"), ("abs.f", "neg.f")],
-    "other rounding of an index": [("div.s", "rem.s"), ("rem.s", "div.s"), ("div.u", "rem.u"), ("rem.u", "div.u")],
-}  # fmt: skip
-
-
-def _constant(line: str) -> str | None:
-    """A floating constant a quarter off, zeros and infinities left alone."""
-    for found in re.finditer(r"\b0([fd])([0-9A-Fa-f]{8,16})\b", line):
-        single = found[1] == "f"
-        code, size = ("f", 4) if single else ("d", 8)
-        (value,) = struct.unpack(f">{code}", bytes.fromhex(found[2].rjust(2 * size, "0")))
-        if value not in (0.0, float("inf"), -float("inf")) and value == value:
-            word = struct.pack(f">{code}", value * 0.75).hex().upper()
-            return line[: found.start()] + f"0{found[1]}{word}" + line[found.end() :]
-    return None
-
-
-def _index(line: str) -> str | None:
-    """An integer constant of address arithmetic off by one."""
-    found = re.search(r"^(\s*(?:mul|mad|add|shl|shr|and|or)\.\S+ .*, )(-?\d+);", line)
-    return f"{found[1]}{int(found[2]) + 1};{line[found.end() :]}" if found else None
-
-
-def _displacement(line: str) -> str | None:
-    """An access one element further."""
-    found = re.search(r"\[ ?(%rd?\d+) ?\+ ?(\d+) ?\]", line)
-    return line[: found.start()] + f"[{found[1]}+{int(found[2]) + 4}]" + line[found.end() :] if found else None
-
-
-def _mask(line: str) -> str | None:
-    found = re.match(r"\s*@!?%p\d+ (?=ld|st)", line)
-    return line[found.end() :] if found else None
-
-
-def _barrier(line: str) -> str | None:
-    return "" if re.match(r"\s*(bar|barrier)\.", line) else None
-
-
-def _shuffle(line: str) -> str | None:
-    """A step of a tree of sums that takes the wrong partner."""
-    found = re.search(r"(shfl\.sync\.\S+ .*, )(\d+)(, \d+, -1;)", line)
-    return f"{line[: found.start()]}{found[1]}{int(found[2]) // 2}{found[3]}" if found else None
-
-
-def _pointer(line: str) -> str | None:
-    """The tensor before or after: another operand, the wrong residual."""
-    found = re.search(r"(ld\.param\.[bu]64 .*_param_)(\d+)\]", line)
-    return (
-        f"{line[: found.start()]}{found[1]}{int(found[2]) + 1 if int(found[2]) == 0 else int(found[2]) - 1}];"
-        if found
-        else None
-    )
-
-
-def _select(line: str) -> str | None:
-    found = re.search(r"(selp\.\S+ \S+ )(\S+), (\S+), (%p\d+;)", line)
-    return f"{line[: found.start()]}{found[1]}{found[3]}, {found[2]}, {found[4]}" if found else None
-
-
-def _swap(pairs: list[tuple[str, str]]) -> Callable[[str], str | None]:
-    def change(line: str) -> str | None:
-        body = re.sub(r"^\s*@!?%p\d+ ", "", line).strip()
-        for old, new in pairs:
-            if body.startswith(old):
-                return line.replace(old, new, 1)
-        return None
-
-    return change
-
-
-OPERATORS: dict[str, Callable[[str], str | None]] = {
-    "dropped barrier": _barrier,
-    "missing mask": _mask,
-    "wrong stride or displacement": _displacement,
-    "index constant off by one": _index,
-    "wrong partner in a sum": _shuffle,
-    "another tensor": _pointer,
-    "constant a quarter off": _constant,
-    "operands of a selection swapped": _select,
-    **{name: _swap(pairs) for name, pairs in _SWAPS.items()},
-}
-
-
-def mutants(kernel: str, text: str) -> Iterator[Mutant]:
-    """Every change of every line of code."""
-    for number, line in enumerate(text.splitlines()):
-        if re.match(r"\s*[.@/{}$]|^\S", line) and not re.match(r"\s*@!?%p\d+ ", line):
-            continue
-        for name, change in OPERATORS.items():
-            after = change(line)
-            if after is not None and after != line:
-                yield Mutant(kernel, name, number, line.strip(), after.strip())
-
-
-def _planted(text: str, mutant: Mutant) -> str:
-    lines = text.splitlines()
-    lines[mutant.line] = mutant.after
-    return "\n".join(lines) + "\n"
-
-
-# ---- whether it is noticed -------------------------------------------------------------------------------------------
-
-
-def kernels(case: Case) -> dict[str, str]:
-    """The PTX of the case's launches, by the kernel's name."""
-    recorder = Recorder(case.sm)
-    case.test(recorder)
-    return {name: found.asm["ptx"] for name, _, _, found in recorder.launches}
-
-
-def caught_by(case: Case, text: str, mutant: Mutant) -> str | None:
-    """What noticed the mutant, or None."""
-    changed = _planted(text, mutant)
-    try:
-        case.test(Recorder(case.sm, rewrite=lambda ptx: changed if ptx == text else ptx, max_steps=STEPS))
-    except Fault as fault:
-        return f"executor: {fault.kind}"
-    except AssertionError as error:
-        return "unwritten output" if "unwritten" in str(error) else "result"
-    return None
-
-
-# Changes that a correct result need not show, by operator and line.
-EQUIVALENT = [
-    (
-        "missing mask",
-        r"ld\.global",
-        "a masked lane that reads inside the tensor all the same, and whose value is not stored",
-    ),
-    ("constant a quarter off", r"selp.*0fBF800000", "a limit of -1 stands for any below zero"),
-    ("constant a quarter off", r"setp\.gt\.f(32|64).*0(f0380|d3870)", "any tiny width of a bump counts as none"),
-    ("other comparison", r"setp\.[gl][te]\.f(32|64)", "two floats that are equal only by chance"),
-    ("constant a quarter off", r"0f7F7FFFFF|0f7EFFFFFF", "a cap where any huge number would do"),
-]
-
-
-def explanation(mutant: Mutant) -> str | None:
-    """Why a survivor is no missing test, or None."""
-    return next(
-        (why for operator, line, why in EQUIVALENT if mutant.operator == operator and re.search(line, mutant.before)),
-        None,
-    )
-
+from conformance import Expected
+from mutants import OPERATORS, Mutant, mutants
+from mutation_cases import CASES, Case
+from ptx import Fault, Unsupported, parse
+from ptx.runner import LANES
+from ptx.toolchain import nvcc
+from torch import Tensor
 
 # The bugs that are made when kernels are written, rather than when their formulas are.
 STRUCTURAL = (
     "dropped barrier",
     "missing mask",
+    "loop of one turn",
     "wrong stride or displacement",
+    "index constant off by one",
     "wrong partner in a sum",
     "another tensor",
     "other rounding of an index",
 )
 
+# Of survivors that change no bit of any result in any call, and are not known to be equivalent.
+UNSEEN = (
+    "no call shows it: with one group, or lengths that a vector divides, the terms or bounds it changes do not matter"
+)
+
+
+class _Trace(list):
+    """A program's code that remembers what was read of it."""
+
+    def __init__(self, code: list, reached: set[str]):
+        super().__init__(code)
+        self.reached = reached
+
+    def __getitem__(self, at: int) -> object:
+        op = super().__getitem__(at)
+        self.reached.add(_plain(op.text))
+        return op
+
+
+def _plain(line: str) -> str:
+    """An instruction, without its guard and spaces."""
+    return re.sub(r"^@!?%p\d+|\s", "", line.strip()).rstrip(";")
+
+
+class Subject:
+    """A kernel, all calls that launch it, and what its results have to be."""
+
+    def __init__(self, case: Case, text: str):
+        self.case, self.text = case, text
+        (self.name,) = parse(text).entries
+        self.limit = 0
+
+    def caught_by(self, changed: str) -> str | None:
+        """What notices that the kernel is changed, or None."""
+        try:
+            for variant in self.case.variants:
+                _expected(self.case, variant).check(self.run(variant, changed))
+        except Fault as fault:
+            return f"executor: {fault.kind}"
+        except AssertionError as error:
+            return "unwritten output" if "unwritten" in str(error) else "result"
+        return None
+
+    def run(self, variant: str, changed: str) -> dict[str, Tensor]:
+        return self.case.run(variant, lambda text: changed if text == self.text else text, max_steps=self.limit)
+
+    def moved(self, changed: str) -> float | None:
+        """The largest change of a result, in units of what its bound allows; None if every bit is the same."""
+        most = None
+        for variant in self.case.variants:
+            expected, after = _expected(self.case, variant), self.run(variant, changed)
+            for key, value in _unchanged(self.case, variant).items():
+                if not torch.equal(value.view(torch.uint8), after[key].view(torch.uint8)):
+                    change = (after[key].double() - value.double()).abs() / expected.bound(key)
+                    most = max(most or 0.0, change.nan_to_num().max().item())
+        return most
+
+
+@lru_cache(maxsize=4)
+def _expected(case: Case, variant: str) -> Expected:
+    return case.expected(variant)
+
+
+@lru_cache(maxsize=4)
+def _unchanged(case: Case, variant: str) -> dict[str, Tensor]:
+    return case.run(variant)
+
+
+def subjects(case: Case) -> Iterator[tuple[Subject, set[str]]]:
+    """The kernels that a case launches, with the instructions that are reached."""
+    found: dict[str, set[str]] = {}
+    steps: list[int] = []
+    load, run = ptx.launch._program, ptx.launch.Run
+
+    def traced(launch: ptx.launch.Launch, storages: dict) -> object:
+        program = load(launch, storages)
+        program.code = _Trace(list(program.code), found.setdefault(launch.ptx, set()))
+        return program
+
+    class Counted(run):
+        def execute(self) -> ptx.launch.Run:
+            super().execute()
+            batches = -(-self.grid_blocks // max(1, LANES // self.lanes_per_block))
+            steps.append(self.steps // batches)
+            return self
+
+    with mock.patch.object(ptx.launch, "_program", traced), mock.patch.object(ptx.launch, "Run", Counted):
+        for variant in case.variants:
+            _expected(case, variant).check(case.run(variant))
+    ptx.launch._PROGRAMS.clear()
+    for text, reached in found.items():
+        subject = Subject(case, text)
+        subject.limit = 3 * max(steps)  # in a batch of blocks; more is an endless loop
+        yield subject, reached
+
+
+@lru_cache(maxsize=8)
+def _machine_code(text: str) -> bytes | None:
+    """What ptxas makes of it; None where it is no program, or there is no ptxas."""
+    compiler = nvcc()
+    ptxas = shutil.which("ptxas", path=str(Path(compiler).parent)) if compiler else None
+    if ptxas is None:
+        return None
+    target = re.search(r"^\.target (\w+)", text, re.M)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        # without the lines that say where in the source an instruction comes from
+        source.write_text(re.sub(r"^\s*\.loc.*$", "", text.split(".section")[0].replace(", debug", ""), flags=re.M))
+        command = [ptxas, f"-arch={target[1]}", "kernel.ptx", "-o", "kernel.cubin"]
+        done = subprocess.run(command, cwd=folder, capture_output=True)
+        return (Path(folder) / "kernel.cubin").read_bytes() if done.returncode == 0 else None
+
+
+def explain(subject: Subject, mutant: Mutant, changed: str) -> tuple[bool, str] | None:
+    """Of a survivor: whether it is equivalent, and why, or what it does. None for a branch that no call takes: there is no bug
+    in leaving it out."""
+
+    def same(lines: list[str]) -> bool:
+        text = subject.text.splitlines()
+        text[mutant.line : mutant.line + 1] = lines
+        try:
+            return subject.moved("\n".join(text) + "\n") is None
+        except (Fault, AssertionError, Unsupported):
+            return False
+
+    if not mutant.after and "bra" in mutant.before and same(equivalence.never_taken(mutant)):
+        return None
+    code = _machine_code(changed)
+    if code is not None and code == _machine_code(subject.text):
+        return True, "ptxas makes the same machine code of it"
+    moved = subject.moved(changed)
+    if moved is not None:
+        return False, f"stays within the bounds: moves a result by {moved:.2g} of what is allowed"
+    why = equivalence.reason(mutant, same)
+    return why is not None, why or UNSEEN
+
+
+def chosen(subject: Subject, reached: set[str], each: int, operators: Collection[str]) -> Iterator[Mutant]:
+    """Up to ``each`` mutants of every kind, evenly spread over the kernel."""
+    for operator in operators:
+        found = [
+            m for m in mutants(subject.name, subject.text) if m.operator == operator and _plain(m.before) in reached
+        ]
+        count = min(each, len(found))
+        yield from (found[at * len(found) // count] for at in range(count))
+
 
 def run(
-    per_kernel: int,
+    each: int,
     cases: list[Case] = CASES,
     operators: Collection[str] = tuple(OPERATORS),
     log: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, object]]:
-    """``per_kernel`` mutants of every kernel, evenly spread over the operators; a record for each."""
+    """``each`` mutants of every kind of every kernel of the cases; a record for each."""
     records: list[dict[str, object]] = []
     for case in cases:
-        for kernel, text in kernels(case).items():
-            every = sorted(
-                (m for m in mutants(kernel, text) if m.operator in operators),
-                key=lambda m: (list(OPERATORS).index(m.operator), m.line),
-            )
-            for mutant in every[:: max(1, len(every) // per_kernel)][: per_kernel + 1]:
+        for subject, reached in list(subjects(case)):
+            for mutant in chosen(subject, reached, each, operators):
+                changed = mutant.planted(subject.text)
                 try:
-                    by = caught_by(case, text, mutant)
+                    by = subject.caught_by(changed)
                 except (Unsupported, LookupError) as error:
                     log(f"not a program: {mutant}: {error}")
                     continue
-                why = None if by else explanation(mutant)
-                records.append(
-                    {
-                        "case": f"{case.name}, sm_{case.sm}",
-                        **asdict(mutant),
-                        "caught_by": by,
-                        "equivalent": why,
-                    }
-                )
+                explained = (False, None) if by else explain(subject, mutant, changed)
+                if explained is None:
+                    continue
+                equivalent, why = explained
+                record = {"case": f"{case.name}, sm_{case.sm}", **asdict(mutant), "caught_by": by}
+                records.append(record | {"equivalent": equivalent, "survives": why})
                 if by is None:
-                    log(
-                        f"survived: {case.name}: {mutant.kernel}: {mutant.operator}: {mutant.before} -> {mutant.after} ({why})"
-                    )
+                    log(f"survived: {case.name}: {subject.name}: {mutant.operator}: {mutant.before} -> {mutant.after}: "
+                        f"{'equivalent: ' * equivalent}{why}")  # fmt: skip
     return records
 
 
 def summary(records: list[dict[str, object]]) -> dict[str, object]:
     """Counts, and the share caught of the mutants that are not equivalent."""
-    caught = [r for r in records if r["caught_by"]]
-    equivalent = [r for r in records if r["equivalent"]]
+
+    def counts(chosen: list[dict[str, object]]) -> dict[str, object]:
+        caught, equivalent = (sum(bool(r[key]) for r in chosen) for key in ("caught_by", "equivalent"))
+        share = caught / max(1, len(chosen) - equivalent)
+        return {"mutants": len(chosen), "caught": caught, "equivalent": equivalent, "share": round(share, 4)}
+
     return {
-        "mutants": len(records),
-        "caught": len(caught),
-        "equivalent": len(equivalent),
-        "share": len(caught) / max(1, len(records) - len(equivalent)),
-        "share_of_all": len(caught) / max(1, len(records)),
-        "caught_by": dict(Counter(str(r["caught_by"]) for r in caught)),
-        "by_operator": {
-            name: [
-                sum(bool(r["caught_by"]) for r in records if r["operator"] == name),
-                sum(r["operator"] == name for r in records),
-            ]
-            for name in OPERATORS
-        },
+        **counts(records),
+        "structural": counts([r for r in records if r["operator"] in STRUCTURAL]),
+        "survivors": dict(
+            Counter(re.sub(r"[\d.e+-]+ of", "part of", str(r["survives"])) for r in records if r["survives"])
+        ),
+        "caught_by": dict(Counter(str(r["caught_by"]) for r in records if r["caught_by"])),
+        "by_toolchain": {t: counts([r for r in records if str(r["case"]).startswith(t)]) for t in ("triton", "cuda")},
+        "by_operator": {name: counts([r for r in records if r["operator"] == name]) for name in OPERATORS},
     }
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python tests/mutation.py", description=__doc__)
-    parser.add_argument("--per-kernel", type=int, default=10_000, help="mutants of each kernel (default: all)")
+    parser.add_argument("--each", type=int, default=10_000, help="mutants of each kind of each kernel (default: all)")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records and the summary there")
     args = parser.parse_args(argv)
     torch.use_deterministic_algorithms(True)  # and with it, uninitialised memory is filled with NaN
-    records = run(args.per_kernel, [c for c in CASES if args.only in c.name], log=lambda line: print(line, flush=True))
+    cases = [c for c in CASES if args.only in c.name]
+    records = run(args.each, cases, log=lambda line: print(line, flush=True))
     found = summary(records)
     print(json.dumps(found, indent=1))
     if args.json:

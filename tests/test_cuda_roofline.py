@@ -46,3 +46,9 @@ def _parts(variant: str) -> dict[str, str]:
     words = variant.removeprefix("cuda ").split("_")
     at = next(i for i, w in enumerate(words) if w in ("forward", "backward"))
     return {"_".join(words[: at + 1]): words[at + 1]}
+
+
+def test_what_is_above_the_memory_floor_has_a_target_or_a_reason() -> None:
+    for name, allowed in BUDGETS.items():
+        op, dtype = next((k, v) for k, v in _parts(name.rsplit(" ", 1)[0]).items())
+        assert (op, dtype) in TARGETS or allowed["ratio"] <= 1.05 or allowed["reason"], name

@@ -13,7 +13,7 @@ import pytest
 np = pytest.importorskip("numpy", minversion="2.0")
 
 from ptx import HANDLERS, Unsupported, load, oracle  # noqa: E402
-from ptx.approx import BOUNDS  # noqa: E402
+from ptx.approx import BOUNDS, ULPS  # noqa: E402
 from ptx.bench import evaluate, handler_key, kernel, samples  # noqa: E402
 from ptx.oracle import FLOATS, bits_of, from_float, is_negative, to_float, to_int, wrap  # noqa: E402
 
@@ -588,6 +588,8 @@ def documented(unit: str, fmt: str, x: float, y: float) -> float:
         return 2.0**-22 if 0.5 < x < 2 else abs(y) * 2.0**-22
     if unit in ("sin", "cos"):
         return 2.0**-20.5
+    if fmt == "f32" and unit in ULPS:
+        return ULPS[unit] * 2.0 ** (math.frexp(y)[1] - 24)
     relative, absolute = BOUNDS[unit, fmt]
     return relative * abs(y) + absolute
 

@@ -18,7 +18,7 @@ __device__ __forceinline__ float reciprocal(float x) {  // 1 ulp; an IEEE divisi
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
-__device__ __forceinline__ float power_of_two(float x) {  // 2^-22.5
+__device__ __forceinline__ float power_of_two(float x) {  // 2 ulp
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;

@@ -21,6 +21,7 @@ from ._triton_kernels import Math, channelwise_kernel, finish_kernel, fold_kerne
 from ._triton_plan import Plan, plan_for
 
 PARAMS = 5  # that the kernels have room for
+LANES = 1024  # that the launches which add up partial sums work on at a time, at most
 
 
 def launch(kernel: Any, grid: int, args: dict[str, Any], meta: dict[str, Any]) -> None:
@@ -153,7 +154,7 @@ def _finish(call: _Call, plan: Plan, partials: Tensor, each: Sequence[Tensor | N
         "slots": plan.slots,
         "repeat": repeat,
     }
-    terms = min(1024 // lanes, triton.next_power_of_2(plan.slots * repeat * inner))
+    terms = min(LANES // lanes, triton.next_power_of_2(plan.slots * repeat * inner))
     meta = call.meta("finish") | {"WANTED": sums, "TERMS": terms, "LANES": lanes, "num_warps": 4}
     launch(finish_kernel, view.groups * triton.cdiv(view.channels, lanes), args, meta)
 
@@ -165,7 +166,7 @@ def _fold(call: _Call, each: Sequence[Tensor | None], grads: Sequence[Tensor | N
     )
     args |= {"groups": view.groups, "channels": view.channels}
     terms = max(view.groups * view.channels // g.numel() for g in grads if g is not None)
-    lanes = max(32, min(1024, triton.next_power_of_2(terms)))
+    lanes = max(32, min(LANES, triton.next_power_of_2(terms)))
     meta = {"ROWS": call.rows, "RUNS": call.runs, "LANES": lanes, "num_warps": min(4, lanes // 32)}
     launch(fold_kernel, max(g.numel() for g in grads if g is not None), args, meta)
 

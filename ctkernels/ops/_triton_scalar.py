@@ -12,7 +12,7 @@ from triton.language.target_info import cuda_capability_geq
 def reciprocal(x):
     """1 / x for a normal x, or NaN; an IEEE division in double is a subroutine call on the GPU."""
     y = tl.inline_asm_elementwise("rcp.approx.ftz.f64 $0, $1;", "=d,d", [x], dtype=tl.float64, is_pure=True, pack=1)
-    y = tl.fma(y, tl.fma(-x, y, 1.0), y)  # 2^-20 at first, squared by every step
+    y = tl.fma(y, tl.fma(-x, y, 1.0), y)  # 20 bits at first, twice as many after every step
     return tl.fma(y, tl.fma(-x, y, 1.0), y)
 
 

@@ -1,8 +1,9 @@
 """The approximate units: the exact value, then the documented worst-case error in the direction the run asks for.
 
-`Machine.approx` is 0 (exact, rounded), +1 or -1. The bounds are those of the PTX ISA: relative errors for ex2, rcp,
-sqrt, rsqrt and tanh, absolute ones for sin, cos and the 16-bit tanh; lg2 has an absolute bound between 1/2 and 2 and a
-relative one outside. Values the ISA tabulates (zeros, infinities, NaN) stay exact.
+`Machine.approx` is 0 (exact, rounded), +1 or -1. Sections are those of the PTX ISA manual, version 9.1. It bounds div, rcp
+and ex2 in units in the last place, sqrt, rsqrt and tanh by relative errors, sin, cos and the 16-bit tanh by absolute ones;
+lg2 has an absolute bound between 1/2 and 2 and a relative one outside. Values the manual tabulates (zeros, infinities,
+NaN) stay exact.
 """
 
 from __future__ import annotations
@@ -15,22 +16,32 @@ from .decode import Instruction, Step, handles
 from .packed import halves, join
 from .values import U32, U64, canonical, flush, flush_half, narrow, widen
 
+# Units in the last place, from the correctly rounded result.
+ULPS = {
+    "div": 2,  # 9.7.3.8, .approx and .full
+    "rcp": 1,  # 9.7.3.13, .f32
+    "ex2": 2,  # 9.7.3.21, .f32; editions before ulps were counted said 2^-22.5, which is less
+}
 # unit, format: (relative bound, absolute bound)
 BOUNDS: dict[tuple[str, str], tuple[float, float]] = {
-    ("ex2", "f32"): (2**-22.5, 0.0),
-    ("ex2", "f16"): (2**-9.9, 0.0),
-    ("ex2", "bf16"): (2**-7, 0.0),
-    ("rcp", "f32"): (2**-23, 0.0),
-    ("sqrt", "f32"): (2**-23, 0.0),
-    ("rsqrt", "f32"): (2**-22.9, 0.0),
-    ("tanh", "f32"): (2**-11, 0.0),
-    ("tanh", "f16"): (0.0, 2**-10.987),
-    ("tanh", "bf16"): (0.0, 2**-8),
-    # The ISA calls these fp64 ones gross: they read and return the upper half of the number.
-    ("rcp", "f64"): (2**-20, 0.0),
-    ("rsqrt", "f64"): (2**-20, 0.0),
+    ("sqrt", "f32"): (2**-23, 0.0),  # 9.7.3.15
+    ("rsqrt", "f32"): (2**-22.9, 0.0),  # 9.7.3.16
+    ("tanh", "f32"): (2**-11, 0.0),  # 9.7.3.22
+    ("tanh", "f16"): (0.0, 2**-10.987),  # 9.7.4.9
+    ("tanh", "bf16"): (0.0, 2**-8),  # 9.7.4.9
+    ("ex2", "f16"): (2**-9.9, 0.0),  # 9.7.4.10
+    ("ex2", "bf16"): (2**-7, 0.0),  # 9.7.4.10
+    # 9.7.3.14 and 9.7.3.17 give no number: "gross", from the 20 upper bits of the mantissa, to 20 bits. Taken to be two
+    # units of the last of those, on top of the bits that are cut off on the way in and out.
+    ("rcp", "f64"): (2**-19, 0.0),
+    ("rsqrt", "f64"): (2**-19, 0.0),
 }
-DIV_ULPS = 2  # div.full.f32 and div.approx.f32
+LG2 = 2.0**-22  # 9.7.3.20
+SINE = (
+    (2 * np.pi, 2.0**-20.5),
+    (100 * np.pi, 2.0**-14.7),
+    (np.inf, 2.0),
+)  # 9.7.3.18 and .19; no guarantee beyond 100 pi
 
 EXACT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "ex2": np.exp2,
@@ -47,14 +58,20 @@ EXACT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def perturb(name: str, fmt: str, x: np.ndarray, y: np.ndarray, sign: int) -> np.ndarray:
     """The exact value y of unit(x), moved by the worst documented error."""
     if name == "lg2":
-        moved = y + sign * np.where((x > 0.5) & (x < 2), 1.0, np.abs(y)) * 2.0**-22
+        moved = y + sign * np.where((x > 0.5) & (x < 2), 1.0, np.abs(y)) * LG2
     elif name in ("sin", "cos"):
-        moved = y + sign * np.where(np.abs(x) <= 2 * np.pi, 2.0**-20.5, 2.0**-14.7)
+        moved = y + sign * np.select([np.abs(x) <= limit for limit, _ in SINE], [bound for _, bound in SINE])
     else:
         relative, absolute = BOUNDS[name, fmt]
         moved = y + sign * (relative * np.abs(y) + absolute)
-    special = ~np.isfinite(x) | ~np.isfinite(y) | (x == 0)
-    return np.where(special, y, moved)
+    return np.where(~np.isfinite(x) | ~np.isfinite(y) | (x == 0), y, moved)
+
+
+def step_ulps(y: np.ndarray, fixed: np.ndarray, steps: int) -> np.ndarray:
+    """float32 y moved up by ``steps`` units in the last place, but for zeros, infinities, NaN and where it is ``fixed``."""
+    size = (y.view(U32) & U32(0x7FFFFFFF)).astype(np.int64)
+    moved = np.clip(size + np.where(np.signbit(y), -steps, steps), 0, 0x7F800000).astype(U32).view(np.float32)
+    return np.where((y != 0) & np.isfinite(y) & ~fixed, np.copysign(moved, y), y)
 
 
 def evaluate(name: str, fmt: str, x: np.ndarray, sign: int) -> np.ndarray:
@@ -84,9 +101,12 @@ def unit(i: Instruction) -> Step:
 
         def step(m) -> None:
             a = flush(read(m)) if ftz else read(m)
-            y = evaluate(name, fmt, a.astype(np.float64), m.approx)
+            ulps = ULPS.get(name)
+            y = evaluate(name, fmt, a.astype(np.float64), 0 if ulps else m.approx)
             with np.errstate(all="ignore"):
                 y = canonical(y.astype(np.float32))
+            if ulps and m.approx:
+                y = step_ulps(y, (a == 0) | ~np.isfinite(a), m.approx * ulps)
             write(m, flush(y) if ftz else y)
 
         return step
@@ -134,10 +154,7 @@ def divide(i: Instruction) -> Step:
         with np.errstate(all="ignore"):
             q = canonical(a / b)
             if m.approx:
-                size = (q.view(U32) & U32(0x7FFFFFFF)).astype(np.int64)
-                moved = size + np.where(np.signbit(q), -m.approx, m.approx) * DIV_ULPS
-                moved = np.clip(moved, 0, 0x7F800000).astype(U32).view(np.float32)
-                q = np.where((q != 0) & np.isfinite(q) & np.isfinite(b), np.copysign(moved, q), q)
+                q = step_ulps(q, ~np.isfinite(b), m.approx * ULPS["div"])
             if approximate:
                 huge = (np.abs(b) > np.float32(2.0**126)) & np.isfinite(b)
                 q = np.where(huge, np.where(~np.isfinite(a), np.float32(np.nan), np.copysign(np.float32(0), q)), q)

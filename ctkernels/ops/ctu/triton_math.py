@@ -1,8 +1,8 @@
 """The CT unit as scalar Triton functions: the same bump formulation, constants and sums as csrc/ctu.h.
 
 Imported only where Triton is installed. Three grades of arithmetic: DOUBLE for float64, EXACT for float32, and FAST for
-16-bit results, the only one that leaves exponentials to the approximate unit (2^-22.5 relative, against half an ulp of
-2^-12 at best). ``rcp.approx`` is good to 1 ulp and serves both; an IEEE division is a subroutine call on the GPU.
+16-bit results, the only one that leaves exponentials to the approximate unit (2 ulp, at most 2^-22 relative, against half
+an ulp of 2^-12 at best). ``rcp.approx`` is good to 1 ulp and serves both; an IEEE division is a subroutine call on the GPU.
 """
 
 import triton

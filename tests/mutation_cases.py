@@ -1,0 +1,194 @@
+"""Calls whose kernels get bugs planted: between them, the parts that bugs are planted in, with sizes that take every loop
+more than once and leave no lane idle and no mask without work."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from conformance import Expected, outputs
+from ptx.runner import MAX_STEPS
+from torch import Tensor
+
+from ctkernels import functional
+from ctkernels.ops.hard_concrete.reference import uniform
+from ctkernels.testing import Sample
+
+VARIANTS = ("plain", "edges", "groups")
+# Triton's plan for a GPU has loops of one turn where tensors are small.
+LONG_LOOPS = {"PROGRAMS": 6, "MOST_STEPS": 8, "LEAST_ROWS": 3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """``make``: a sample of a variant. "edges" has the ends of every range, and infinities and NaN in channels of their own:
+    they must not reach other channels. "groups" has parameters for every row of the first dimension. ``truth``: the sample
+    whose results are expected, where it is another."""
+
+    name: str
+    toolchain: str
+    sm: int
+    make: Callable[[str], Sample]
+    truth: Callable[[str], Sample] | None = None
+    long_loops: bool = False
+    variants: tuple[str, ...] = VARIANTS[:2]
+
+    def expected(self, variant: str) -> Expected:
+        expected = Expected((self.truth or self.make)(variant))
+        given = {"y", *(f"d{name}" for name in self.make(variant).tensors())}
+        expected.truth = {key: value for key, value in expected.truth.items() if key in given}
+        return expected
+
+    def run(self, variant: str, rewrite: Callable[[str], str] = str, max_steps: int = MAX_STEPS) -> dict[str, Tensor]:
+        """The results of the kernels, and of the kernels whose PTX ``rewrite`` changes."""
+        module = importlib.import_module(f"{self.toolchain}_recorder")
+        recorder = module.Recorder(self.sm, rewrite=rewrite, max_steps=max_steps)
+        on_cpu: Callable[..., AbstractContextManager[Any]] = getattr(module, f"{self.toolchain}_on_cpu")
+        with ExitStack() as stack:
+            if self.long_loops:
+                stack.enter_context(mock.patch.multiple("ctkernels.ops._triton_plan", **LONG_LOOPS))
+                stack.enter_context(mock.patch("ctkernels.ops._triton.LANES", 64))
+            stack.enter_context(on_cpu(recorder))
+            return outputs(self.make(variant))
+
+
+def _generator(variant: str) -> torch.Generator:
+    return torch.Generator().manual_seed(VARIANTS.index(variant))
+
+
+def _normal(g: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return (2 * torch.randn(shape, generator=g, dtype=torch.float64)).to(dtype)
+
+
+def _knob(g: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (0.05 + 0.9 * torch.rand(shape, generator=g, dtype=torch.float64)).to(dtype)
+
+
+def _wide_range(g: torch.Generator, x: Tensor, channel_dim: int) -> Tensor:
+    """Magnitudes from 1e-6 to 300 times x's; infinities in the first channel, NaN in the last."""
+    scale = 10 ** (8.5 * torch.rand(x.shape, generator=g, dtype=torch.float64) - 6)
+    x = (x.double() * scale).to(x.dtype)
+    first, last = x.select(channel_dim, 0), x.select(channel_dim, -1)
+    first[..., -1] = float("inf")
+    last[..., -1] = float("nan")
+    return x
+
+
+ENDS = torch.tensor([0.9, 0.0, 1.0, 1 - 2.0**-24, 0.5, 0.99, 1e-20, 0.3], dtype=torch.float64)
+
+
+def _ctu(
+    name: str, toolchain: str, sm: int, dtype: torch.dtype, shape: tuple[int, ...], channel_dim: int, prologue: bool = False,
+    long_loops: bool = True, **options: Any,
+) -> Case:  # fmt: skip
+    def make(variant: str) -> Sample:
+        g, count = _generator(variant), shape[channel_dim]
+        x, wide = _normal(g, dtype, *shape), torch.float64 if dtype == torch.float64 else torch.float32
+        beta, coeff = _knob(g, count, dtype=wide), _knob(g, count, dtype=wide)
+        kwargs: dict[str, Any] = {"channel_dim": channel_dim, **options}
+        if prologue:
+            kwargs |= {"scale": _normal(g, torch.float32, count), "shift": _normal(g, torch.float32, count)}
+            kwargs["residual"] = _normal(g, dtype, *shape)
+        if options.get("activation") == "prelu":
+            kwargs["negative_slope"] = _knob(g, count) * 1.5
+        if variant == "edges":
+            x = _wide_range(g, x, channel_dim)
+            beta = ENDS.repeat(-(-count // 8))[:count].to(wide)
+            beta[-1] = 0.9  # not the plain activation, whose knobs have no gradient, of NaN either
+            coeff = ENDS.roll(3).repeat(-(-count // 8))[:count].to(wide)
+            if options.get("raw"):
+                beta, coeff = 30 * _normal(g, wide, count), 10 * _normal(g, wide, count)
+        if variant == "groups":
+            beta, coeff = (_knob(g, shape[0], count, dtype=wide) for _ in (0, 1))
+            each = partial(functional.ctu, channel_dim=channel_dim - 1, **options)
+            return Sample(f"{name}, {variant}", torch.func.vmap(each), (x, beta, coeff))
+        return Sample(f"{name}, {variant}", functional.ctu, (x, beta, coeff), kwargs)
+
+    long_loops = long_loops and toolchain == "triton"
+    variants = VARIANTS if len(shape) == 3 and not prologue and "activation" not in options else VARIANTS[:2]
+    return Case(f"{toolchain}: {name}", toolchain, sm, make, long_loops=long_loops, variants=variants)
+
+
+def _head_edit(
+    name: str, toolchain: str, sm: int, dtype: torch.dtype, shape: tuple[int, ...], heads: int, adapters: int = 0
+) -> Case:
+    def make(variant: str) -> Sample:
+        g, outside = _generator(variant), len(shape) == 4
+        dim = shape[-1] if outside else shape[-1] // heads
+        lead = (adapters,) if adapters else ()
+        kwargs: dict[str, Any] = {"head_axis": 1} if outside else {}
+        if adapters:
+            kwargs["index"] = torch.randint(adapters, shape[:1], generator=g)
+        z, edits = _normal(g, dtype, *shape), [_normal(g, torch.float32, *lead, heads, dim) for _ in (0, 1)]
+        gates = [_knob(g, *lead, heads) for _ in (0, 1)]
+        if variant == "edges":
+            z = _wide_range(g, z if outside else z.unflatten(-1, (heads, dim)), 1 if outside else -2).reshape(shape)
+            gates = [t.where(torch.arange(heads) % 3 != i + 1, torch.tensor(float(i))) for i, t in enumerate(gates)]
+        return Sample(f"{name}, {variant}", functional.head_edit, (z, *edits, *gates), kwargs)
+
+    return Case(f"{toolchain}: {name}", toolchain, sm, make, long_loops=toolchain == "triton")
+
+
+def _gates(name: str, toolchain: str, sm: int, dtype: torch.dtype, seed: int | None = None, **options: Any) -> Case:
+    def make(variant: str, seeded: bool = seed is not None) -> Sample:
+        g = _generator(variant)
+        logits = _normal(g, dtype, 13, 43)
+        if variant == "edges":
+            special = [0.0, -40.0, 40.0, -800.0, 800.0, float("inf"), -float("inf"), float("nan"), 1e-30]
+            logits.view(-1)[: 3 * len(special)] = torch.tensor(special * 3, dtype=dtype)
+        kwargs = dict(options)
+        if options["training"]:
+            kwargs["noise"] = torch.rand(13, 43, generator=g, dtype=torch.float64).clamp(1e-6, 1 - 1e-6).to(dtype)
+            if seed is not None:
+                word = torch.tensor([seed])
+                kwargs["noise"] = word if seeded else uniform(word, logits.shape, dtype)
+        return Sample(f"{name}, {variant}", functional.hard_concrete, (logits,), kwargs)
+
+    truth = None if seed is None else lambda variant: make(variant, seeded=False)
+    return Case(f"{toolchain}: {name}", toolchain, sm, make, truth)
+
+
+FLOAT, DOUBLE, BF16, HALF = torch.float32, torch.float64, torch.bfloat16, torch.float16
+CASES = [
+    # scalar constants, a tree of sums, slots, a finishing launch
+    _ctu("planes", "triton", 80, FLOAT, (2, 9, 2500), 1),
+    _ctu("planes, a group each", "triton", 90, BF16, (3, 9, 1100), 1),
+    # constants per lane; several periods side by side
+    _ctu("channels inside", "triton", 100, FLOAT, (70, 650), 1),
+    _ctu("few channels inside", "triton", 90, BF16, (700, 19), 1),
+    _ctu("one launch", "triton", 80, HALF, (7, 9, 70), 1, long_loops=False),
+    _ctu("logits", "triton", 90, FLOAT, (3, 9, 1100), 1, raw=True),
+    _ctu("prologue", "triton", 90, FLOAT, (70, 130), 1, prologue=True),
+    _ctu("prelu", "triton", 80, FLOAT, (2, 9, 2100), 1, activation="prelu"),
+    _ctu("relu6", "triton", 80, FLOAT, (2, 9, 2100), 1, activation="relu6"),
+    _ctu("gelu", "triton", 90, HALF, (2, 9, 2100), 1, activation="gelu"),
+    _ctu("gelu, float", "triton", 100, FLOAT, (2, 9, 2100), 1, activation="gelu"),
+    _ctu("float64", "triton", 80, DOUBLE, (2, 9, 1100), 1),
+    _head_edit("heads side by side", "triton", 80, FLOAT, (2, 70, 6 * 44), 6),
+    _head_edit("tokens between heads", "triton", 90, BF16, (3, 4, 91, 64), 4),
+    _head_edit("an edit for every sample", "triton", 100, FLOAT, (3, 70, 4 * 64), 4, adapters=5),
+    _gates("gates from noise", "triton", 80, FLOAT, training=True),
+    _gates("gates from a seed", "triton", 90, FLOAT, seed=-0x123456789ABCDEF, training=True),
+    _gates("mean gates", "triton", 100, FLOAT, training=False, estimator="mean"),
+    _ctu("planes", "cuda", 80, FLOAT, (2, 5, 8704), 1),
+    _ctu("planes, any start", "cuda", 90, FLOAT, (36, 5, 301), 1),
+    _ctu("planes, sixteen bits", "cuda", 90, BF16, (36, 5, 1104), 1),
+    _ctu("channels inside", "cuda", 100, FLOAT, (70, 652), 1),
+    _ctu("few channels inside", "cuda", 80, FLOAT, (700, 19), 1),
+    _ctu("logits", "cuda", 80, FLOAT, (3, 9, 1104), 1, raw=True),
+    _ctu("prologue", "cuda", 90, FLOAT, (70, 132), 1, prologue=True),
+    _ctu("prelu", "cuda", 90, FLOAT, (36, 5, 304), 1, activation="prelu"),
+    _ctu("gelu", "cuda", 80, BF16, (36, 5, 304), 1, activation="gelu"),
+    _head_edit("heads side by side", "cuda", 80, FLOAT, (2, 70, 6 * 44), 6),
+    _head_edit("tokens between heads", "cuda", 90, BF16, (3, 2, 20, 1088), 2),
+    _head_edit("an edit for every sample", "cuda", 100, FLOAT, (3, 70, 4 * 64), 4, adapters=5),
+    _gates("gates from noise", "cuda", 80, FLOAT, training=True),
+    _gates("gates from a seed", "cuda", 90, FLOAT, seed=-0x123456789ABCDEF, training=True),
+    _gates("mean gates", "cuda", 100, FLOAT, training=False, estimator="mean"),
+]
