@@ -149,8 +149,7 @@ def search_betas(
 
         plain = (1.0,) * len(named)
         with bar(evaluations, strategy, progress) as advance:
-            try:
-                score(plain)
+            try:  # each of these begins with the plain network
                 if strategy == "grid":
                     _grid(score, grid, len(named))
                 elif strategy == "coordinate":
@@ -257,7 +256,8 @@ def _bayesian(
         differ = sorted(k for k in identity if known.get(k) != identity[k])
         raise ValueError(f"study {study!r} in {storage} is of other data or another network (different: {differ})")
     made.set_user_attr("identity", identity)
-    if not made.trials:
+    states = optuna.trial.TrialState
+    if not any(t.state in (states.COMPLETE, states.WAITING) for t in made.trials):  # a worker may have died in the first
         made.enqueue_trial(dict(zip(names, plain)))
 
     def objective(trial: Any) -> float:
@@ -266,7 +266,6 @@ def _bayesian(
         trial.set_user_attr("seconds", time.perf_counter() - begun)
         return accuracy
 
-    states = optuna.trial.TrialState
     stop = optuna.study.MaxTrialsCallback(evaluations, states=(states.COMPLETE,))
     if sum(t.state == states.COMPLETE for t in made.trials) < evaluations:
         made.optimize(objective, callbacks=[stop], catch=())
