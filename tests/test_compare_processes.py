@@ -19,7 +19,18 @@ for module in ("peft", "accelerate", "safetensors", "sklearn", "tqdm"):
 numpy = pytest.importorskip("numpy", reason="the recipes need numpy")
 
 ROOT = Path(__file__).parent.parent
-MODEL = ["--model", "compare_networks:small", "--size", "8", "--resize", "8", "--batch-size", "8", "--cpu", "--no-progress"]
+MODEL = [
+    "--model",
+    "compare_networks:small",
+    "--size",
+    "8",
+    "--resize",
+    "8",
+    "--batch-size",
+    "8",
+    "--cpu",
+    "--no-progress",
+]
 
 
 def saved(folder: Path) -> str:

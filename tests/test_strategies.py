@@ -132,7 +132,10 @@ def test_killed_and_resumed(done, tmp_path, monkeypatch):
     from ctkernels.recipes import strategies
 
     storage = str(tmp_path / "trials.log")
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])}
+    here = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)]),
+    }
     killed = subprocess.run([sys.executable, "-c", KILLED, str(done), storage], env=here, check=False)
     assert killed.returncode == -signal.SIGKILL
     fitted = []

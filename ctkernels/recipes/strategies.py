@@ -257,7 +257,9 @@ def _bayesian(
         raise ValueError(f"study {study!r} in {storage} is of other data or another network (different: {differ})")
     made.set_user_attr("identity", identity)
     states = optuna.trial.TrialState
-    if not any(t.state in (states.COMPLETE, states.WAITING) for t in made.trials):  # a worker may have died in the first
+    if not any(
+        t.state in (states.COMPLETE, states.WAITING) for t in made.trials
+    ):  # a worker may have died in the first
         made.enqueue_trial(dict(zip(names, plain)))
 
     def objective(trial: Any) -> float:
