@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._differences import central_difference, rounding_noise
 from .nn import Knobs
 from .ops._backend import use_backend
 from .steering.surgery import Steered
 
 Run = Callable[[dict[str, Tensor]], Any]  # from the leaves, by name, to whatever the call returns
 
-# ulps of a term of a gradient: the unit's closed forms are within 1e-6 of the sum of their terms in float32
-# (for |x| up to ten times 1 - beta).
-GRADE = 16
+DRAWS = 8  # of torch's rounding errors; the largest of so many is seldom half of another one
 
 DIFFERENCES = "finite differences"
 DOUBLE = "reference, float64"
@@ -104,10 +103,13 @@ def gradcheck_module(
     Three comparisons, of the model and of each of its units (whose inputs are recorded in a forward pass):
 
     - the gradient of every trainable parameter and floating-point input in float64 against central differences along
-      random directions;
-    - outputs and gradients in float64 against the same model on the reference backend;
-    - outputs and gradients in the model's own dtype against the reference in float64: at most twice the error that
-      plain torch makes there, with these parameters and with others an ulp away, plus one ulp.
+      random directions, within what the differences can miss: by truncation, by a kink of an output between their points,
+      and by rounding, which is measured;
+    - outputs and gradients in the model's own dtype against the reference in float64: at most twice the error that plain
+      torch makes there, plus one ulp of the result and of the sum of the magnitudes of its terms, as sums may be formed in
+      another order. Torch's error is the largest of several draws: with these parameters and with others an ulp away, and
+      with the terms of a gradient under other signs;
+    - outputs and gradients in float64 against the reference in float64, in the same way.
 
     ``model`` itself is not changed: copies are run, each time from the same random state.
 
@@ -145,8 +147,8 @@ def gradcheck_module(
             site, own = wide.get_submodule(name), narrow.get_submodule(name)
             given = {"": arguments}
             leaves = _leaves(own, given)
-            if leaves:
-                check(name or "model", _runner(site, given), _runner(own, given), leaves)
+            if leaves and name:  # else it is the model
+                check(name, _runner(site, given), _runner(own, given), leaves)
     return report
 
 
@@ -183,32 +185,49 @@ class _Check:
         got = self.gradients(wide, double, self.backend)
         truth = self.gradients(wide, double, "reference")
         own = self.gradients(narrow, leaves, self.backend)
-        plain = self.gradients(narrow, leaves, "reference")
-        nudged = self.gradients(narrow, self.nudged(leaves), "reference")
+        errors, double_errors = self.torchs_errors(wide, narrow, leaves, double)
         terms = self.differences(wide, double, got)
         for what, exact in truth.items():
-            baseline = max(_distance(plain[what], exact), _distance(nudged[what], exact))
-            info = torch.finfo(plain[what].dtype)
-            largest = float(exact.abs().max()) if exact.numel() else 0.0
-            # A gradient may be a sum that nearly cancels; each of its terms carries some ulps (GRADE).
-            sums = GRADE * terms.get(what, 0.0)
-            allowed = 2 * baseline + info.eps * (largest + sums) + info.tiny + self.accuracy
-            self.add(what, OWN, _distance(own[what], exact), allowed)
-            # Rounding errors scale with the unit roundoff; here both sides make them.
-            ulp = torch.finfo(torch.float64).eps
-            scaled = 2 * baseline * ulp / info.eps
-            self.add(what, DOUBLE, _distance(got[what], exact), 2 * scaled + 2 * ulp * (largest + sums) + self.accuracy)
+            size = terms.get(what, 0.0) + (float(exact.abs().max()) if exact.numel() else 0.0)
+            # The truth is torch's too, in float64, and may itself be off by that much.
+            doubt = double_errors[what] + torch.finfo(torch.float64).eps * size + self.accuracy
+            for check, value, error in ((OWN, own[what], errors[what]), (DOUBLE, got[what], double_errors[what])):
+                info = torch.finfo(value.dtype)
+                self.add(what, check, _distance(value, exact), 2 * error + info.eps * size + info.tiny + doubt)
 
     def add(self, what: str, check: str, error: float, allowed: float) -> None:
         self.report.findings.append(Finding(self.place, what, check, error, allowed))
 
-    def nudged(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The leaves, half an ulp off at random: how a network carries rounding shows even where torch's own is lucky."""
-        generator = torch.Generator().manual_seed(self.seed + 2)
+    def torchs_errors(
+        self, wide: Run, narrow: Run, leaves: dict[str, Tensor], double: dict[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """How far plain torch is off, by what, in the leaves' own dtypes and in float64: the largest of some draws.
+
+        One draw says little of a gradient with one element: its error may be anything from nothing to many ulps. Each
+        draw has the same magnitudes, and other rounding errors: the outputs are weighted with other signs, and the leaves
+        are an ulp off, which also shows how errors of that size are carried through the network.
+        """
+        errors: dict[str, float] = {}
+        double_errors: dict[str, float] = {}
+        for draw in range(1, DRAWS + 1):
+            exact = self.gradients(wide, double, "reference", draw)
+            for found, run, values in (
+                (errors, narrow, leaves),
+                (errors, narrow, self.nudged(leaves, draw)),
+                (double_errors, wide, self.nudged(double, draw)),
+            ):
+                for what, value in self.gradients(run, values, "reference", draw).items():
+                    found[what] = max(found.get(what, 0.0), _distance(value, exact[what]))
+        return errors, double_errors
+
+    def nudged(self, leaves: dict[str, Tensor], draw: int) -> dict[str, Tensor]:
+        """The leaves, an ulp off, up or down at random."""
+        generator = torch.Generator().manual_seed(self.seed + 2 + draw)
         result = {}
         for name, leaf in leaves.items():
-            sign = torch.rand(leaf.shape, generator=generator).to(leaf.device) - 0.5
-            result[name] = leaf * (1 + torch.finfo(leaf.dtype).eps * sign.sign()).to(leaf.dtype)
+            up = torch.rand(leaf.shape, generator=generator).to(leaf.device) < 0.5
+            away = torch.where(up, math.inf, -math.inf).to(leaf.dtype)
+            result[name] = torch.nextafter(leaf, away)
         return result
 
     def outputs(self, run: Run, leaves: dict[str, Tensor], backend: str | None) -> list[Tensor]:
@@ -220,21 +239,22 @@ class _Check:
             raise ValueError(f"{self.place}: expected floating-point outputs, got none")
         return found
 
-    def weights(self, outputs: list[Tensor]) -> list[Tensor]:
-        """What a scalar is made of the outputs with; the same for all copies."""
+    def weights(self, outputs: list[Tensor], draw: int = 0) -> list[Tensor]:
+        """What a scalar is made of the outputs with; the same for all copies, but for their signs in other draws."""
         generator = torch.Generator().manual_seed(self.seed)
-        return [
-            torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.dtype)
-            for out in outputs
-        ]
+        found = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in outputs]
+        if draw:
+            generator.manual_seed(self.seed + 2 + draw)
+            found = [w * (torch.randint(0, 2, w.shape, generator=generator) * 2 - 1) for w in found]
+        return [w.to(out.device, out.dtype) for w, out in zip(found, outputs)]
 
-    def gradients(self, run: Run, leaves: dict[str, Tensor], backend: str | None) -> dict[str, Tensor]:
+    def gradients(self, run: Run, leaves: dict[str, Tensor], backend: str | None, draw: int = 0) -> dict[str, Tensor]:
         """Outputs and gradients, by what they are."""
         names = list(leaves)
         values = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
         outputs = self.outputs(run, values, backend)
         context = nullcontext() if backend is None else use_backend(backend)
-        live = [(out, w) for out, w in zip(outputs, self.weights(outputs)) if out.requires_grad]
+        live = [(out, w) for out, w in zip(outputs, self.weights(outputs, draw)) if out.requires_grad]
         with context:
             grads = torch.autograd.grad(
                 [out for out, _ in live], [values[n] for n in names], [w for _, w in live], allow_unused=True
@@ -244,58 +264,42 @@ class _Check:
             result[f"gradient of {name}"] = torch.zeros_like(leaves[name]) if grad is None else grad
         return result
 
+    def terms(self, run: Run, leaves: dict[str, Tensor]) -> Tensor:
+        """Of the scalar, one for each element of the outputs."""
+        with torch.no_grad():
+            outputs = self.outputs(run, leaves, self.backend)
+        return torch.cat([(out * w).double().flatten().cpu() for out, w in zip(outputs, self.weights(outputs))])
+
     def differences(self, run: Run, leaves: dict[str, Tensor], got: dict[str, Tensor]) -> dict[str, float]:
-        """Compare; returns how large the terms are whose sum a gradient's element is, on average over its elements."""
-        terms: dict[str, float] = {}
+        """Compare the slopes along random directions with central differences.
+
+        Returns, by what, the sum of the magnitudes of the terms of a gradient's element; an estimate that is not too large.
+        With t_ij the part of term i in element j, and n elements, the terms change by sum_j t_ij d_j along a direction d of
+        length 1, of magnitude about (sum_j t_ij^2 / n)^(1/2). Summed over i and divided by n^(1/2) that is at most the mean
+        over j of sum_i |t_ij|; and equal to it where every term belongs to one element, as those of a channel do.
+        """
+        sizes: dict[str, float] = {}
         generator = torch.Generator().manual_seed(self.seed + 1)
+
+        def terms(at: dict[str, Tensor]) -> Tensor:
+            return self.terms(run, at)
+
+        here, noise = terms(leaves), rounding_noise(terms, leaves, self.seed)
         for name, leaf in leaves.items():
-            worst = (0.0, math.inf)
+            worst = (0.0, 1.0)
             for _ in range(self.directions if leaf.numel() > 1 else min(leaf.numel(), 1)):
                 direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.device)
                 direction /= direction.norm()
                 slope = float((got[f"gradient of {name}"] * direction).sum())
-                error, allowed, spread = self.difference(run, leaves, name, direction, slope)
-                what = f"gradient of {name}"
-                terms[what] = max(terms.get(what, 0.0), spread / math.sqrt(leaf.numel()))
+                changes, allowed = central_difference(terms, leaves, name, direction, here, noise)
+                error = abs(slope - float(changes.sum()))
                 if not error / allowed <= worst[0] / worst[1]:
                     worst = (error, allowed)
+                size = float(changes.abs().sum()) / math.sqrt(leaf.numel())
+                sizes[f"gradient of {name}"] = max(sizes.get(f"gradient of {name}", 0.0), size)
             if leaf.numel():
                 self.add(f"gradient of {name}", DIFFERENCES, *worst)
-        return terms
-
-    def difference(
-        self, run: Run, leaves: dict[str, Tensor], name: str, direction: Tensor, slope: float
-    ) -> tuple[float, float, float]:
-        """|slope - central difference|, the difference's own error (truncation and rounding), and its terms' magnitudes.
-
-        The change from a step to half of it bounds the truncation, three times over; where a kink lies between the
-        points it is large, so that smaller steps are tried, and the one that is known best is taken.
-        """
-        eps = torch.finfo(torch.float64).eps
-        scale = 1 + float(leaves[name].abs().max())
-        best: tuple[float, float, float] | None = None
-        for shrink in (1, 16, 256):
-            step = eps ** (1 / 3) * scale / shrink
-            values = []
-            magnitude = 0.0
-            for h in (step, step / 2):
-                ends: list[list[Tensor]] = []
-                for sign in (1, -1):
-                    moved = leaves | {name: leaves[name] + sign * h * direction}
-                    with torch.no_grad():
-                        outputs = self.outputs(run, moved, self.backend)
-                    terms = [(out * w).double() for out, w in zip(outputs, self.weights(outputs))]
-                    magnitude = max(magnitude, sum(float(term.abs().sum()) for term in terms))
-                    ends.append(terms)
-                changes = [(a - b) / (2 * h) for a, b in zip(*ends)]
-                values.append(sum(float(change.sum()) for change in changes))
-            spread = sum(float(change.abs().sum()) for change in changes)
-            # Each value carries the rounding of a whole network, tens of ulps; the difference divides it by the step.
-            allowed = 4 * abs(values[0] - values[1]) + 64 * eps * magnitude / step
-            if best is None or allowed < best[1]:
-                best = (abs(slope - values[1]), allowed, spread)
-        assert best is not None
-        return best
+        return sizes
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -1,5 +1,6 @@
 """Tiny networks and data for the comparison's tests; factories for ``--model compare_networks:small``."""
 
+import json
 import math
 
 import torch
@@ -65,3 +66,8 @@ def planted(n: int = 240) -> Splits:
 
 def one_linear() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 2))
+
+
+def stable(cells) -> list[tuple]:
+    """Everything of a run that must not change from time to time."""
+    return sorted((c.key, c.test, c.right, c.parameters, json.dumps(c.epochs), json.dumps(c.detail)) for c in cells)

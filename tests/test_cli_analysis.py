@@ -73,30 +73,34 @@ def test_robust_with_adapters(data, tmp_path, capsys):
     assert "expected adapter_model.safetensors" in capsys.readouterr().err
 
 
-def test_robust_with_what_tune_left(data, tmp_path):
+def test_robust_with_what_tune_left(data, tmp_path, capsys):
+    """The network that tune tested, on the same test images, whatever the seed; refused on others."""
     for module in ("peft", "accelerate", "safetensors"):
         pytest.importorskip(module, reason=f"tune needs {module}")
     pytest.importorskip("pyautoattack", reason="attacks need pyautoattack")
-    shared = ("--size", 32, "--resize", 32, "--no-progress")
     torch.manual_seed(0)
     torch.save(make_net().state_dict(), tmp_path / "net.pt")
-    tuned = (
-        "--model",
-        f"{MODEL}={tmp_path / 'net.pt'}",
-        "--epochs",
-        1,
-        "--betas",
-        "0.8",
-        "--cpu",
-        "--out",
-        tmp_path / "tune",
+    network = ("--model", f"{MODEL}={tmp_path / 'net.pt'}", "--size", 32, "--resize", 32, "--no-progress", "--cpu")
+    assert (
+        run("tune", data, *network, "--epochs", 3, "--head-lr", 0.3, "--betas", "0.8", "--out", tmp_path / "tune") == 0
     )
-    assert run("tune", data, *shared, *tuned) == 0
-    options = ("--model", MODEL, "--weights", tmp_path / "net.pt", "--corruptions", "none", "--l2", "none")
+    tuned = json.loads((tmp_path / "tune/result.json").read_text())
+    (cell,) = [c for c in tuned["cells"] if c["method"] == "tct"]
+    assert cell["test"] > 0.5  # it is not one that knows one class only
+    options = ("--model", MODEL, "--weights", tmp_path / "net.pt", "--corruptions", "none", "--l2", "none", "--seed", 3)
     adapter = ("--adapter", f"t-ct={tmp_path / 'tune'}", "--out", tmp_path / "out")
     assert run("robust", data, *SMALL[2:], *QUICK, *options, *adapter) == 0
     found = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert "t-ct" in [row["method"] for row in found["conditions"][0]["test"]]
+    (row,) = [row for row in found["conditions"][0]["test"] if row["method"] == "t-ct"]
+    assert row["clean"] == cell["test"]
+    assert run("robust", data, *SMALL[2:], *QUICK, *options, *adapter, "--test", 0.3) == 2
+    assert "--test must be 0.2, as when" in capsys.readouterr().err
+    np.savez(tmp_path / "other.npz", x=np.load(data)["x"], y=np.arange(60) % 3)
+    assert run("robust", tmp_path / "other.npz", *SMALL[2:], *QUICK, *options, *adapter) == 2
+    assert (
+        "--adapter t-ct: expected one for the classes ['0', '1', '2'], got one for ['0', '1']"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

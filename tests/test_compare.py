@@ -1,13 +1,7 @@
-"""The comparison: that it counts, chooses, resumes and repeats itself rightly, and refuses bad input at once."""
+"""The comparison: that it counts, chooses and repeats itself rightly, and refuses bad input at once."""
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import compare_networks as made
 import pytest
@@ -52,11 +46,6 @@ def compare(methods, models=None, data=None, **options) -> TransferComparison:
     }
     models, data = models or {"small": made.small}, data or {"patches": made.images()}
     return compare_transfer(models, data, **{**defaults, **options})
-
-
-def stable(cells) -> list[tuple]:
-    """Everything of a run that must not change from time to time."""
-    return sorted((c.key, c.test, c.right, c.parameters, json.dumps(c.epochs), json.dumps(c.detail)) for c in cells)
 
 
 # --- what is trained --------------------------------------------------------------------------------------------------
@@ -183,7 +172,7 @@ def test_validation_chooses_and_test_images_are_read_once():
 def test_same_seed_same_table():
     methods, options = ["linear", "sct", "tct+lora-r1"], {"bn": "train", "budget": Budget(1, 16)}
     first, again = compare(methods, **options), compare(methods, **options)
-    assert stable(first.cells) == stable(again.cells)
+    assert made.stable(first.cells) == made.stable(again.cells)
     assert first.table() == again.table()
     assert [c.right for c in compare(["linear"]).cells] != [c.right for c in compare(["linear"], seeds=(5, 6)).cells]
 
@@ -203,7 +192,7 @@ def test_models_are_left_as_they_were():
 def test_batch_normalisation_modes():
     """On features shifted far from pretraining's, statistics of the new data matter; "paper" mixes the two."""
     found = {bn: compare(["linear", "tct"], seeds=(0,), bn=bn) for bn in ("eval", "train", "paper")}
-    cells = {(bn, c.method): stable([c])[0][2:] for bn, r in found.items() for c in r.cells}
+    cells = {(bn, c.method): made.stable([c])[0][2:] for bn, r in found.items() for c in r.cells}
     assert cells["paper", "linear"] == cells["eval", "linear"] != cells["train", "linear"]
     assert cells["paper", "tct"] == cells["train", "tct"] != cells["eval", "tct"]
 
@@ -221,71 +210,6 @@ def test_more_can_be_added_and_nothing_is_repeated(tmp_path):
         compare(["linear"], seeds=(1, 0), out=tmp_path)
     with pytest.raises(ValueError, match="data: patches"):
         compare(["linear"], data={"patches": made.images(seed=9)}, seeds=(0, 1), out=tmp_path)
-
-
-def test_killed_and_resumed(tmp_path):
-    """SIGKILL in the middle: what was finished stays as it was, and the end is that of a run that was never killed."""
-    import numpy
-
-    data = made.images()
-    numpy.savez(
-        tmp_path / "data.npz",
-        x_train=data.train.images.numpy(), y_train=data.train.labels.numpy(),
-        x_test=data.test.images.numpy(), y_test=data.test.labels.numpy(),
-    )  # fmt: skip
-    options = [
-        *("--model", "compare_networks:small", "--methods", "linear,lora-r1,tct", "--seeds", "0,1,2"),
-        *("--grid", "lora-r1.lr=0.01,0.1", "--size", "8", "--resize", "8", "--epochs", "3", "--batch-size", "8"),
-        *("--cpu", "--no-progress"),
-    ]
-    command = [sys.executable, "-m", "ctkernels", "compare", str(tmp_path / "data.npz"), *options]
-    root = Path(__file__).parent.parent
-    path = {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])}
-    killed = tmp_path / "killed"
-    process = subprocess.Popen([*command, "--out", str(killed)], cwd=root, env={**os.environ, **path})
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        if (killed / "result.json").exists() and len(read_comparison(killed / "result.json").cells) >= 4:
-            break
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    before = {c.key: c for c in read_comparison(killed / "result.json").cells}
-    assert 4 <= len(before) < 10, "the run must be killed in the middle for this to show anything"
-    assert main([*command[3:], "--out", str(killed)]) == 0
-    after = read_comparison(killed / "result.json").cells
-    for cell in after:
-        if cell.key in before and before[cell.key].test is not None:
-            assert cell == before[cell.key]  # seconds and all
-    assert len(after) == len({c.key for c in after}) == 10
-    assert main([*command[3:], "--out", str(tmp_path / "whole")]) == 0
-    assert stable(after) == stable(read_comparison(tmp_path / "whole/result.json").cells)
-    assert (killed / "table.md").read_text() == (tmp_path / "whole/table.md").read_text()
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_accuracies_of_one(tmp_path):
-    """Steps of 8 images dealt to two processes; sums in another order, so losses agree to rounding only."""
-    import numpy
-
-    data = made.images()
-    numpy.savez(tmp_path / "data.npz", x=data.train.images.numpy(), y=data.train.labels.numpy())
-    options = ["compare", str(tmp_path / "data.npz"), "--model", "compare_networks:small", "--seeds", "0"]
-    options += ["--methods", "linear,sct,tct", "--betas", "0.8,0.9", "--size", "8", "--resize", "8", "--epochs", "2"]
-    options += ["--batch-size", "8", "--cpu", "--no-progress", "--out"]
-    assert main([*options, str(tmp_path / "one")]) == 0
-    root = Path(__file__).parent.parent
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ctkernels"]
-    path = {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [*launch, *options, str(tmp_path / "two")], cwd=root, env={**os.environ, **path}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    one, two = (read_comparison(tmp_path / name / "result.json") for name in ("one", "two"))
-    assert two.setup["processes"] == 2
-    for a, b in zip(one.cells, two.cells):
-        assert a.key == b.key
-        assert a.validation["loss"] == pytest.approx(b.validation["loss"], rel=1e-3)
 
 
 # --- tune -------------------------------------------------------------------------------------------------------------

@@ -327,7 +327,13 @@ class Chooses(nn.Sequential):
         return super().forward(2 * input if double else input)
 
 
-@pytest.mark.parametrize("cls", [NoGrad, Keeps, Asks, Chooses])
+class Asserts(nn.Sequential):
+    def forward(self, input):
+        assert input.dim() in (3, 4) and input.shape[0] > 0  # noqa: PT018
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("cls", [NoGrad, Keeps, Asks, Chooses, Asserts])
 def test_doubtful_modules_are_left_alone(cls):
     torch.manual_seed(0)
     model = nn.Sequential(cls(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))

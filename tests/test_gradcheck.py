@@ -14,6 +14,7 @@ from torch import nn
 
 import ctkernels
 from ctkernels import cli, functional
+from ctkernels._differences import central_difference, rounding_noise
 from ctkernels.testing import gradcheck_module
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +108,102 @@ def test_a_kink_between_the_points_is_no_error():
     assert report.ok, report
 
 
+# ------------------------------------------------------------------------------------------------------- the tolerances
+
+
+class Planted(nn.Module):
+    """The unit with one beta, whose gradient is off by a given part."""
+
+    def __init__(self, part: float) -> None:
+        super().__init__()
+        self.raw_beta, self.part = nn.Parameter(torch.tensor([0.7])), part
+
+    def forward(self, x):
+        raw = self.raw_beta + self.part * (self.raw_beta - self.raw_beta.detach())
+        return functional.ctu(x, raw, 0.5, raw=True, channel_dim=1)
+
+
+def _finding(report, check, what):
+    (found,) = [f for f in report.findings if (f.place, f.check, f.what) == ("model", check, what)]
+    return found
+
+
+def test_finite_differences_find_an_error_just_beyond_their_bound():
+    def found(part):
+        return _finding(gradcheck_module(Planted(part), _x(2, 3, 5)), "finite differences", "gradient of raw_beta")
+
+    honest, one_more = found(0.0), found(1e-3)
+    gradient = (one_more.error - honest.error) / 1e-3
+    assert honest.allowed < 1e-8 * gradient
+    assert not found(1.01 * (honest.allowed + honest.error) / gradient).ok
+    assert found(0.99 * (honest.allowed - honest.error) / gradient).ok
+
+
+@pytest.mark.parametrize(
+    ("check", "dtype"),
+    [
+        ("reference, float64", torch.float32),
+        ("reference, own dtype", torch.float32),
+        ("reference, own dtype", torch.bfloat16),
+        ("reference, own dtype", torch.float16),
+    ],
+)
+def test_comparisons_with_the_reference_find_an_error_just_beyond_their_bound(check, dtype, monkeypatch):
+    """Every output of the unit is moved by as much, in the dtype that is compared; the reference is left alone."""
+    from ctkernels.ops import _backend
+
+    honest, offset = functional.ctu, 0.0
+    compared = torch.float64 if check == "reference, float64" else dtype
+
+    def moved(x, *args, **kwargs):
+        y = honest(x, *args, **kwargs)
+        return y if _backend.reference_forced() or y.dtype != compared else y + offset
+
+    monkeypatch.setattr(functional, "ctu", moved)
+
+    def found():
+        return _finding(gradcheck_module(ctkernels.nn.CTU(0.9), _x(2, 30).to(dtype)), check, "output 0")
+
+    before, ulp = found(), torch.finfo(compared).eps * float(_x(2, 30).abs().max())
+    assert before.error <= 0.75 * before.allowed
+    offset = before.allowed + before.error + ulp  # the sum with the offset is rounded, too
+    assert not found().ok
+    offset = before.allowed - before.error - ulp
+    assert found().ok
+
+
+@pytest.mark.parametrize("jump", [1.0, -3.0])
+def test_differences_know_what_a_kink_does_to_them(jump):
+    step = torch.finfo(torch.float64).eps ** (1 / 3)
+    for part in torch.linspace(-1.3, 1.3, 131, dtype=torch.float64):
+
+        def terms(at, place=part * step):
+            x = at["x"]
+            return torch.stack([x.sin() + jump * (x - place).relu(), x.exp()])
+
+        leaves = {"x": torch.zeros((), dtype=torch.float64)}
+        one = torch.ones((), dtype=torch.float64)
+        changes, allowed = central_difference(terms, leaves, "x", one, terms(leaves), rounding_noise(terms, leaves))
+        slope = 2 + jump * (part < 0)
+        assert abs(changes.sum() - slope) <= allowed
+        assert abs(part) < 0.01 or allowed < 1e-5  # a smaller step was found, unless the kink is where we stand
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize("lost", [0.0, 1e3, 1e7])
+def test_differences_know_their_truncation_and_their_rounding(scale, lost):
+    """sin(x / scale) at many x; added to a large number and taken away again it has few digits left."""
+    for place in torch.linspace(-2, 2, 41, dtype=torch.float64):
+
+        def terms(at):
+            return ((at["x"] / scale).sin() + lost - lost)[None]
+
+        leaves, one = {"x": place}, torch.ones((), dtype=torch.float64)
+        changes, allowed = central_difference(terms, leaves, "x", one, terms(leaves), rounding_noise(terms, leaves))
+        assert abs(changes.sum() - (place / scale).cos() / scale) <= allowed
+        assert allowed <= (1e-8 + 1e-8 * lost) / scale**2
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="model: expected parameters or inputs that can be differentiated, got none"):
         gradcheck_module(nn.Embedding(3, 2).requires_grad_(False), torch.tensor([1]))
@@ -131,10 +228,15 @@ def test_an_adapter_is_checked_site_by_site():
 # ------------------------------------------------------------------------------------------------------------- commands
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("op", ["ctu", "head_edit", "hard_concrete"])
-def test_the_ops_pass_on_this_machine(op, capsys):
-    assert cli.main(["gradcheck", "--op", op, "--directions", "1"]) == 0
+def test_the_ops_pass_on_this_machine_with_room(op, dtype, tmp_path, capsys):
+    file = tmp_path / "out.json"
+    assert cli.main(["gradcheck", "--op", op, "--dtype", dtype, "--directions", "1", "--json", str(file)]) == 0
     assert capsys.readouterr().out.rstrip().endswith("all agree")
+    (report,) = json.loads(file.read_text())["reports"].values()
+    for found in report["findings"]:
+        assert found["error"] <= 0.75 * found["allowed"], found
 
 
 def test_the_command_checks_a_model_and_writes_json(tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +104,48 @@ def test_workers_share_a_study_and_a_later_call_only_reports(tmp_path):
     assert again.chosen == result.chosen
     with pytest.raises(ValueError, match=r"is of other data or another network \(different: \['seed'\]"):
         search(strategy="bayesian", evaluations=8, width=0.1, storage=storage, seed=1)
+
+
+KILLED = """
+import os, signal, sys
+import test_strategies
+from ctkernels.recipes import strategies
+
+honest, left = strategies.fit_probe, int(sys.argv[1])
+
+def fit_probe(*arguments):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return honest(*arguments)
+
+strategies.fit_probe = fit_probe
+test_strategies.search(strategy="bayesian", evaluations=6, storage=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("done", [0, 3])
+def test_killed_and_resumed(done, tmp_path, monkeypatch):
+    """SIGKILL in the middle of an evaluation: those before it count and are not repeated, the plain network is among all."""
+    pytest.importorskip("optuna", reason="Bayesian search needs Optuna")
+    from ctkernels.recipes import strategies
+
+    storage = str(tmp_path / "trials.log")
+    here = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)]),
+    }
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(done), storage], env=here, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    fitted = []
+    honest = strategies.fit_probe
+    monkeypatch.setattr(strategies, "fit_probe", lambda *arguments: fitted.append(1) or honest(*arguments))
+    result = search(strategy="bayesian", evaluations=6, storage=storage)
+    assert len(result.history) == 6
+    assert result.history[0].betas == (1.0, 1.0)
+    assert len({e.betas for e in result.history}) == 6
+    assert len(fitted) == 6 - done + (1 if result.kept_plain else 2)  # the last ones for the test images
 
 
 def test_evaluations_are_a_limit():

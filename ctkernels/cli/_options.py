@@ -91,7 +91,10 @@ def add_running_options(p: argparse.ArgumentParser, out: str) -> argparse._Argum
 
 
 def load_images(arguments: argparse.Namespace) -> tuple[Splits, ImageSet, ImageSet, ImageSet]:
-    """The data set, and its images for training, validation and test, as yet unprepared."""
+    """The data set, and its images for training, validation and test, as yet unprepared.
+
+    The test images are the same for every seed and command, so that what was trained on the others can be tested on them.
+    """
     from .. import recipes
 
     splits = recipes.load_data(arguments.data)
@@ -99,6 +102,7 @@ def load_images(arguments: argparse.Namespace) -> tuple[Splits, ImageSet, ImageS
         val=arguments.val,
         test=arguments.test,
         seed=arguments.seed,
+        test_seed=0,
         max_train=arguments.max_train,
         max_test=arguments.max_test,
     )

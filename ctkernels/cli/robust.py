@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._options import (
     add_image_options,
@@ -16,6 +16,9 @@ from ._options import (
     preprocess_for,
     save_result,
 )
+
+if TYPE_CHECKING:
+    from ..recipes import Splits
 
 SUMMARY = """\
 Accuracy of a steered network under adversarial attack and under common corruptions (S-CT), beside the plain network and any
@@ -136,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
     splits, train, val, test = load_images(arguments)
     torch.manual_seed(arguments.seed)
     model = recipes.load_model(arguments.model, arguments.weights)
-    trained = {name: load_adapter(model, folder) for name, folder in folders.items()}
+    trained = {name: load_adapter(model, name, folder, splits, arguments.test) for name, folder in folders.items()}
     preprocess = preprocess_for(arguments, train)
     train, val, test = (part.prepared(preprocess) for part in (train, val, test))
     result = robustness(
@@ -182,8 +185,11 @@ def _adapter(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-def load_adapter(model: Any, folder: Path) -> Any:
-    """A copy of ``model`` with the adapter in ``folder``: PEFT's, or what ``tune`` left. Nothing is unpickled."""
+def load_adapter(model: Any, name: str, folder: Path, splits: Splits, test: float) -> Any:
+    """A copy of ``model`` with the adapter in ``folder``: PEFT's, or what ``tune`` left. Nothing is unpickled.
+
+    ValueError if ``tune`` had other classes, or cut other test images off the same data: it has seen some of these.
+    """
     import copy
 
     from .. import adapters  # noqa: F401 - makes the library's own methods known to PEFT
@@ -192,9 +198,19 @@ def load_adapter(model: Any, folder: Path) -> Any:
     peft = require("peft", "adapters", "adapters")
     if not (folder / "adapter_config.json").is_file():
         from ..recipes.attacks import PixelClassifier
-        from ..recipes.compare import load_tuned
+        from ..recipes.compare import load_tuned, read_comparison
 
-        network, preprocess, _ = load_tuned(copy.deepcopy(model), folder)
+        network, preprocess, classes = load_tuned(copy.deepcopy(model), folder)
+        if classes != splits.train.classes:
+            raise ValueError(
+                f"--adapter {name}: expected one for the classes {list(splits.train.classes)}, got one for {list(classes)}"
+            )
+        setup = read_comparison(folder / "result.json").setup
+        same = splits.source in [data["source"] for data in setup["data"].values()]
+        if same and splits.test is None and setup["images"]["test"] != test:
+            raise ValueError(
+                f"--test must be {setup['images']['test']}, as when {folder} was trained on the other images, got {test}"
+            )
         return PixelClassifier(network, preprocess.mean, preprocess.std)  # normalised as it was trained
     if not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"{folder}: expected adapter_model.safetensors, found none")

@@ -24,7 +24,8 @@ def fuse(model: nn.Module) -> Fusion:
       any of the parts but the last missing;
     - convolution or linear layer -> BatchNorm, with anything after it.
 
-    CT units are what :func:`steer` made, and the modules of :mod:`ctkernels.nn`. In a model without any, BatchNorms are
+    CT units are what :func:`steer` made, those of a :class:`ctkernels.adapters.CurvatureConfig`, learned or merged, and the
+    modules of :mod:`ctkernels.nn`. In a model without any, BatchNorms are
     folded into layers, and activations stay as they are.
 
     What then runs is decided at every call:
@@ -174,6 +175,8 @@ def _inline(module: nn.Module) -> list[nn.Module] | None:
     ):
         return None
     if type(module).forward is nn.Module.forward:  # a container that is never called
+        return None
+    if hasattr(type(module), "ctu_arguments"):  # a unit: part of what calls it
         return None
     count = argument_count(module)
     if count is None:

@@ -79,7 +79,7 @@ class FusedCall:
 
     def arguments(self, x: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
         read = getattr(self.unit, "ctu_arguments", None)  # gone once the steering was removed
-        return None if read is None else read(x, *args, **kwargs)
+        return read(x, *args, **kwargs) if read is not None and isinstance(x, Tensor) else None
 
     def layer(self, x: Tensor, fold: bool) -> Tensor:
         if self.source is None:

@@ -136,7 +136,8 @@ def trace(module: nn.Module, inline: Collection[nn.Module] | None, kinds: tuple[
     except Untraceable:
         raise
     except Exception as error:  # any code may run here, and any error means that it cannot be read this way
-        raise Untraceable(f"torch.fx cannot trace it: {str(error).strip().splitlines()[0]}") from error
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Untraceable(f"torch.fx cannot trace it: {what}") from error
     finally:
         changed = _restore(before)
     if changed:

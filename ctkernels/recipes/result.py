@@ -12,6 +12,8 @@ from importlib import metadata
 from statistics import mean
 from typing import Any
 
+from torch import Tensor
+
 from .. import __version__
 from .._files import write_text
 
@@ -27,6 +29,12 @@ class Comparison:
     only_plain: int
     only_steered: int
     neither: int
+
+    @classmethod
+    def of(cls, plain: Tensor, steered: Tensor) -> Comparison:
+        """From whether each test image was classified rightly, bool (n,), by the plain and by the steered network."""
+        both, neither = int((plain & steered).sum()), int((~plain & ~steered).sum())
+        return cls(both, int((plain & ~steered).sum()), int((~plain & steered).sum()), neither)
 
     @property
     def samples(self) -> int:

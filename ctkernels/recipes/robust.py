@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 from .. import Steering, steer
 from ._inputs import check_betas, check_numbers, device_of
-from .attacks import ATTACKS, Attacked, PixelClassifier, Threat, attack, check_attacks
-from .corruptions import CORRUPTIONS, LEAST_SIDE, check_corruptions, corrupt
+from ._progress import bar
+from .attacks import ATTACKS, PixelClassifier, Threat, check_attacks
+from .corruptions import CORRUPTIONS, LEAST_SIDE, check_corruptions
 from .features import Tap, find_tap, output_tensor
-from .images import ImageSet, check_classes, stratified_order
+from .images import ImageSet, check_classes
 from .probe import check_probe, fit_probe
+from .reading import evaluation
+from .robust_conditions import Images, Pixels, conditions_of, read_pixels
 from .robust_result import Outcome, Robustness, Trial
-from .search import _evaluation, bar
 
-Pixels = ImageSet | tuple[Tensor, Tensor]
 HEADS = ("probe", "own")
 ROBUST_BETAS = tuple(round(0.5 + 0.05 * i, 2) for i in range(11))
 LINF, L2 = Threat("linf", 8 / 255), Threat("l2", 0.5)
-CORRUPTION = "corruptions"
 
 
 def robustness(
@@ -126,7 +126,9 @@ def robustness(
     if max_attacked is not None and max_attacked < 1:
         raise ValueError(f"max_attacked must be at least 1, got {max_attacked}")
     sets = {
-        name: _read(data, name) for name, data in (("train", train), ("val", val), ("test", test)) if data is not None
+        name: read_pixels(data, name)
+        for name, data in (("train", train), ("val", val), ("test", test))
+        if data is not None
     }
     if corruptions and severities and min(sets["test"].pixels.shape[2:]) < LEAST_SIDE:
         size = " x ".join(map(str, sets["test"].pixels.shape[2:]))
@@ -139,11 +141,13 @@ def robustness(
     others = {name: network.to(place) for name, network in (trained or {}).items()}
     with ExitStack() as stack:
         for network in (model.to(place), *others.values()):
-            stack.enter_context(_evaluation(network))
+            stack.enter_context(evaluation(network))
         classes = _classes(sets, head, model, mean, std, place)
         for chosen in (attacks, val_attacks):
             check_attacks(chosen, classes)
-        conditions = _conditions(threats, corruptions, severities, iterations, queries, batch_size, seed, max_attacked)
+        conditions = conditions_of(
+            threats, corruptions, severities, iterations, queries, batch_size, seed, max_attacked
+        )
         with _knob(model, sets, head, mean, std, coeff, kinds, feature_layer, l2, seed, place, batch_size) as knob:
             candidates: list[float | None] = [*sorted(grid | {1.0})] if knob.plain_is_beta_1 else [None, *sorted(grid)]
             plain: float | None = 1.0 if knob.plain_is_beta_1 else None
@@ -209,54 +213,8 @@ def robustness(
     )
 
 
-# --- the images -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Images:
-    """Pixels (n, c, h, w) in [0, 1] and labels, with corrupted versions as they are asked for (not kept)."""
-
-    pixels: Tensor
-    labels: Tensor
-
-    def sample(self, limit: int | None, seed: int) -> _Images:
-        if limit is None or limit >= len(self.labels):
-            return self
-        taken = stratified_order(self.labels, seed)[:limit].sort().values
-        return _Images(self.pixels[taken], self.labels[taken])
-
-
-def _read(data: Pixels, name: str) -> _Images:
-    if isinstance(data, ImageSet):
-        gray = len(data) > 0 and (data.raw(0).dim() == 2 or data.raw(0).shape[0] == 1)
-        images = [data.preprocess.pixels(data.raw(i)) for i in range(len(data))]
-        if not images:
-            raise ValueError(f"{name} must have images, got none")
-        stack = torch.stack([image[:1] if gray else image for image in images])
-        return _Images(stack, data.labels)
-    if not (isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)):
-        raise ValueError(f"{name} must be an ImageSet or a pair of tensors (pixels, labels), got {type(data).__name__}")
-    pixels, labels = data
-    if pixels.dim() != 4 or not pixels.is_floating_point() or len(pixels) == 0:
-        raise ValueError(
-            f"{name}: pixels must be floating point (n, c, h, w), got {pixels.dtype}, shape {tuple(pixels.shape)}"
-        )
-    bad = (~((pixels >= 0) & (pixels <= 1))).flatten(1).any(1)  # NaN compares false
-    if bad.any():
-        first = int(bad.nonzero()[0, 0])
-        raise ValueError(
-            f"{name}: pixels must be in [0, 1] without NaN, as normalisation happens inside the network: "
-            f"{int(bad.sum())} of {len(pixels)} images are not, the first is number {first}"
-        )
-    if labels.shape != (len(pixels),) or labels.is_floating_point():
-        raise ValueError(
-            f"{name}: labels must be {len(pixels)} integers, got {labels.dtype}, shape {tuple(labels.shape)}"
-        )
-    return _Images(pixels.float(), labels.long())
-
-
 def _classes(
-    sets: Mapping[str, _Images],
+    sets: Mapping[str, Images],
     head: str,
     model: nn.Module,
     mean: Sequence[float] | None,
@@ -288,80 +246,6 @@ def _classes(
     return classes
 
 
-# --- the conditions ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Condition:
-    """Something that makes images harder: ``measure`` is a classifier's outcome under it, image by image."""
-
-    name: str
-    about: dict[str, Any]
-    measure: Callable[[nn.Module, _Images, Sequence[str] | None], Outcome]
-
-    def describe(self) -> dict[str, Any]:
-        return {"name": self.name, **self.about}
-
-
-def _conditions(
-    threats: Sequence[Threat],
-    corruptions: Sequence[str],
-    severities: Sequence[int],
-    iterations: int,
-    queries: int,
-    batch_size: int,
-    seed: int,
-    max_attacked: int | None,
-) -> list[_Condition]:
-    def under(threat: Threat) -> Callable[[nn.Module, _Images, Sequence[str] | None], Outcome]:
-        def measure(classifier: nn.Module, images: _Images, attacks: Sequence[str] | None) -> Outcome:
-            some = images.sample(max_attacked, seed)
-            done: Attacked = attack(
-                classifier,
-                some.pixels,
-                some.labels,
-                threat,
-                attacks=attacks,
-                iterations=iterations,
-                queries=queries,
-                batch_size=batch_size,
-                seed=seed,
-            )
-            steps = done.accuracies()
-            return Outcome(tuple(done.robust.double().tolist()), steps.pop("clean"), steps)
-
-        return measure
-
-    def corrupted(classifier: nn.Module, images: _Images, _: object) -> Outcome:
-        clean = _right(classifier, images.pixels, images.labels, batch_size)
-        each = {
-            (name, severity): _right(
-                classifier, corrupt(images.pixels, name, severity, seed), images.labels, batch_size
-            )
-            for name in corruptions
-            for severity in severities
-        }
-        mean_of = {
-            name: float(torch.stack([each[name, s] for s in severities]).double().mean()) for name in corruptions
-        }
-        average = torch.stack(list(each.values())).double().mean(0)
-        return Outcome(tuple(average.tolist()), float(clean.double().mean()), mean_of)
-
-    found = [_Condition(str(t), {"kind": "attack", "norm": t.norm, "eps": t.eps}, under(t)) for t in threats]
-    if corruptions and severities:
-        about = {"kind": "corruption", "corruptions": list(corruptions), "severities": list(severities)}
-        found.append(_Condition(CORRUPTION, about, corrupted))
-    return found
-
-
-@torch.no_grad()
-def _right(classifier: nn.Module, pixels: Tensor, labels: Tensor, batch_size: int) -> Tensor:
-    """bool (n,): whether each image is classified rightly."""
-    place = next((p.device for p in classifier.parameters()), pixels.device)
-    parts = [classifier(batch.to(place)).argmax(1).cpu() for batch in pixels.split(batch_size)]
-    return torch.cat(parts) == labels
-
-
 def _best(trials: Sequence[Trial]) -> Trial:
     """The best accuracy under the condition; of equals the plain network, then the beta nearest 1."""
     return max(trials, key=lambda trial: (trial.accuracy, 2.0 if trial.beta is None else trial.beta))
@@ -384,7 +268,7 @@ class _Knob:
 @contextmanager
 def _knob(
     model: nn.Module,
-    sets: Mapping[str, _Images],
+    sets: Mapping[str, Images],
     head: str,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, Dataset
 
-from .. import steer
 from .._extras import require
-from ._distributed import Group, group
-from ._inputs import Images, check_betas, check_labels, check_numbers, coeff_at, device_of, example_of, split
-from .features import Tap, extract, find_tap, passes
+from ._distributed import group
+from ._inputs import Images, check_betas, check_labels, check_numbers, device_of, example_of, split
+from .features import passes
 from .probe import Probe, check_probe, fit_probe
+from .reading import Reader, evaluation, subject_of
 from .result import BetaSearch, Comparison
 
 
@@ -103,11 +102,11 @@ def search_beta(
     labels = check_labels(images)
     place = device_of(model, device)
     seconds = dict.fromkeys(("features", "probes", "test"), 0.0)
-    with _evaluation(model.to(place)), ExitStack() as stack:
+    with evaluation(model.to(place)), ExitStack() as stack:
         example = example_of(images["train"], place)
-        subject = stack.enter_context(_subject(model, example, feature_layer, steering))
+        subject = stack.enter_context(subject_of(model, example, feature_layer, steering))
         us = group(place)
-        reader = _Reader(subject, us, place, batch_size, workers, progress)
+        reader = Reader(subject, us, place, batch_size, workers, progress)
         reference = 1.0 if subject.plain_is_beta_1 else None
         candidates: list[float | None] = [*sorted(grid | {1.0})] if subject.plain_is_beta_1 else [None, *sorted(grid)]
         stretches = passes(len(labels["train"]) + len(labels["val"]), subject.dim, len(candidates), memory_limit)
@@ -128,7 +127,7 @@ def search_beta(
         outcome = None
         if us.rank == 0:
             right = [scores[b].predict(f) == labels["test"] for b, f in zip(compared, found)]
-            outcome = _compare(right[0], right[-1])
+            outcome = Comparison.of(right[0], right[-1])
             scores = {b: replace(score, probe=None) for b, score in scores.items()}
         processes = us.size
         scores, outcome = us.share((scores, outcome))
@@ -172,97 +171,6 @@ def search_beta(
         converged=tuple(scores[b].converged for b in ordered),
         seconds=seconds,
     )
-
-
-# --- the network ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """A steered network: ``features(beta)`` is a function from a batch to features; None: of the plain network."""
-
-    features: Callable[[float | None], Callable[[Tensor], Tensor]]
-    tap: Tap
-    dim: int
-    sites: tuple[str, ...]
-    missed: tuple[str, ...]
-    plain_is_beta_1: bool
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode, and back to what each submodule was."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
-@contextmanager
-def _subject(
-    model: nn.Module, example: Tensor, place: Tap | str | None, steering: dict[str, Any]
-) -> Iterator[_Subject]:
-    coeff, options = steering["coeff"], {k: v for k, v in steering.items() if k != "coeff"}
-    try:
-        tap = place if isinstance(place, Tap) else find_tap(model, example, place)
-        with tap.capture(model) as features:
-            as_is = features(example)
-    except RuntimeError as error:
-        raise ValueError(
-            f"train: images of shape {tuple(example.shape[1:])} do not fit {type(model).__name__}: {error}"
-        ) from error
-    with steer(model, 1.0, **options) as handle, tap.capture(model) as features:
-        at_one = features(example)
-        same = torch.allclose(at_one, as_is, rtol=1e-4, atol=1e-5 * float(as_is.abs().max()))
-
-        def features_at(beta: float | None) -> Callable[[Tensor], Tensor]:
-            def run(batch: Tensor) -> Tensor:
-                if beta is None:
-                    handle.neutralize()
-                else:
-                    handle.coeff, handle.beta = coeff_at(coeff, beta), beta
-                return features(batch)
-
-            return run
-
-        yield _Subject(
-            features=features_at,
-            tap=tap,
-            dim=as_is.shape[1],
-            sites=tuple(site.name for site in handle.sites),
-            missed=tuple(f"{miss.name} ({miss.activation}): {miss.reason}" for miss in handle.missed),
-            plain_is_beta_1=same,
-        )
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """One pass over data for some settings of the network, with a progress bar."""
-
-    subject: _Subject
-    group: Group
-    device: torch.device
-    batch_size: int
-    workers: int
-    progress: bool
-
-    def __call__(self, text: str, data: Sequence[Dataset[Any]], betas: Sequence[float | None]) -> Tensor:
-        samples = len(ConcatDataset(data))
-        batches = len(range(self.group.rank * self.batch_size, samples, self.group.size * self.batch_size))
-        with bar(batches * len(betas), text, self.progress and self.group.rank == 0) as advance:
-            return extract(
-                data,
-                [self.subject.features(b) for b in betas],
-                self.subject.dim,
-                batch_size=self.batch_size,
-                workers=self.workers,
-                device=self.device,
-                group=self.group,
-                advance=advance,
-            )
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -318,25 +226,8 @@ def _forget(scores: dict[float | None, _Score], reference: float | None) -> None
         scores[beta] = replace(scores[beta], probe=None)
 
 
-def _compare(plain: Tensor, steered: Tensor) -> Comparison:
-    """From whether each test image was classified rightly, by the plain and by the steered network."""
-    both, neither = int((plain & steered).sum()), int((~plain & ~steered).sum())
-    return Comparison(both, int((plain & ~steered).sum()), int((~plain & steered).sum()), neither)
-
-
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] += time.perf_counter() - start
-
-
-@contextmanager
-def bar(total: int, text: str, show: bool) -> Iterator[Callable[[int], object]]:
-    """A progress bar on standard error; gives the function that advances it."""
-    if not show:
-        yield lambda step: None
-        return
-    tqdm = require("tqdm", "recipes", "a progress bar").tqdm
-    with tqdm(total=total, desc=text, leave=False, mininterval=0.5) as shown:
-        yield shown.update

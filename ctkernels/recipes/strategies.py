@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from .._extras import require
 from ._distributed import Group
 from ._inputs import Images, check_betas, check_labels, check_numbers, device_of, example_of, split
+from ._progress import bar
 from .probe import Probe, check_probe, fit_probe
-from .search import _compare, _evaluation, _Reader, _Subject, _subject, bar
+from .reading import Reader, Subject, evaluation, subject_of
+from .result import Comparison
 from .strategy_result import Evaluation, StrategySearch
 
 STRATEGIES = ("grid", "coordinate", "bayesian")
@@ -108,8 +110,8 @@ def search_betas(
     labels = check_labels(images)
     place = device_of(model, device)
     with (
-        _evaluation(model.to(place)),
-        _subject(model, example := example_of(images["train"], place), feature_layer, steering) as subject,
+        evaluation(model.to(place)),
+        subject_of(model, example := example_of(images["train"], place), feature_layer, steering) as subject,
     ):
         if not subject.plain_is_beta_1:
             raise ValueError(
@@ -122,7 +124,7 @@ def search_betas(
                 f"the grid has {len(grid)} ** {len(named)} = {len(grid) ** len(named)} points, more than the "
                 f"evaluations allowed, {evaluations}; give fewer betas or groups, or another strategy"
             )
-        reader = _Reader(subject, Group(), place, batch_size, workers, False)
+        reader = Reader(subject, Group(), place, batch_size, workers, False)
         history: list[Evaluation] = []
         seen: dict[tuple[float, ...], float] = {}
         n = len(labels["train"])
@@ -149,8 +151,7 @@ def search_betas(
 
         plain = (1.0,) * len(named)
         with bar(evaluations, strategy, progress) as advance:
-            try:
-                score(plain)
+            try:  # each of these begins with the plain network
                 if strategy == "grid":
                     _grid(score, grid, len(named))
                 elif strategy == "coordinate":
@@ -166,7 +167,7 @@ def search_betas(
         for point in dict.fromkeys((plain, chosen)):
             probe, _ = fit(point)
             right.append(probe.predict(reader("", [images["test"]], [setting(point)])[0]) == labels["test"])
-        outcome = _compare(right[0], right[-1])
+        outcome = Comparison.of(right[0], right[-1])
         sites, missed, layer = subject.sites, subject.missed, str(subject.tap)
     return StrategySearch(
         strategy=strategy,
@@ -257,7 +258,10 @@ def _bayesian(
         differ = sorted(k for k in identity if known.get(k) != identity[k])
         raise ValueError(f"study {study!r} in {storage} is of other data or another network (different: {differ})")
     made.set_user_attr("identity", identity)
-    if not made.trials:
+    states = optuna.trial.TrialState
+    if not any(
+        t.state in (states.COMPLETE, states.WAITING) for t in made.trials
+    ):  # a worker may have died in the first
         made.enqueue_trial(dict(zip(names, plain)))
 
     def objective(trial: Any) -> float:
@@ -266,7 +270,6 @@ def _bayesian(
         trial.set_user_attr("seconds", time.perf_counter() - begun)
         return accuracy
 
-    states = optuna.trial.TrialState
     stop = optuna.study.MaxTrialsCallback(evaluations, states=(states.COMPLETE,))
     if sum(t.state == states.COMPLETE for t in made.trials) < evaluations:
         made.optimize(objective, callbacks=[stop], catch=())
@@ -285,7 +288,7 @@ def _digest(labels: Mapping[str, Tensor]) -> dict[str, list[int]]:
 # --- the groups -------------------------------------------------------------------------------------------------------
 
 
-def _groups(model: nn.Module, subject: _Subject, example: Tensor, groups: str | int) -> dict[str, list[str]]:
+def _groups(model: nn.Module, subject: Subject, example: Tensor, groups: str | int) -> dict[str, list[str]]:
     sites = list(subject.sites)
     if groups == "shared":
         return {"all": sites}

@@ -134,10 +134,11 @@ def _learned(cell: Mapping[str, Any]) -> list[Table | Picture]:
                 f"{where}: validation accuracy against β, the choice ringed.",
             )
         )
-    if "curvature" in detail:
+    if "curvature" in detail:  # peft's wrappers are no part of a layer's name
+        learned = {site.removeprefix("base_model.model."): found for site, found in detail["curvature"].items()}
         parts.append(
             Picture(
-                figures.data_uri(figures.learned_values(detail["curvature"]), "png"),
+                figures.data_uri(figures.learned_values(learned), "png"),
                 f"Learned beta and c in every layer, {where}; the table below has the numbers.",
                 f"{where}: how the learned β and c are distributed in every layer; dots are means.",
             )
@@ -151,7 +152,7 @@ def _learned(cell: Mapping[str, Any]) -> list[Table | Picture]:
                     for name in ("mean", "deviation", "low", "high")
                 ),
             ]
-            for site, found in detail["curvature"].items()
+            for site, found in learned.items()
         ]
         header = [
             "layer",

@@ -63,10 +63,10 @@ class _UnitMixin(Steered):
             return call_module(self, self._ctu_use, knobs, input)
         return super().forward(input)  # type: ignore[misc]
 
-    def ctu_arguments(self, _: Tensor, site: str = MODULE) -> dict[str, Any] | None:
+    def ctu_arguments(self, x: Tensor, site: str = MODULE) -> dict[str, Any] | None:
         use, knobs = self._ctu_use, self._ctu[site]
         slope = getattr(self, use.slope) if use.slope else None
-        return arguments(knobs, use.activation, slope) if isinstance(knobs, Knobs) else None
+        return arguments(knobs, x.device, use.activation, slope)
 
 
 _CLASSES: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()

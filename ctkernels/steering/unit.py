@@ -23,15 +23,24 @@ class Unit(Protocol):
 
     def __call__(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor: ...
 
+    def ctu_arguments(
+        self, device: torch.device, activation: str, slope: float | Tensor | None
+    ) -> dict[str, Any] | None: ...
 
-def arguments(knobs: Knobs, activation: str, slope: float | Tensor | None) -> dict[str, Any]:
-    """What :func:`ctkernels.functional.ctu` is called with at a steered site, beside the tensor."""
-    return _arguments(knobs.beta, knobs.coeff, activation, slope, None)
+
+def arguments(
+    knobs: Knobs | Unit, device: torch.device, activation: str, slope: float | Tensor | None
+) -> dict[str, Any] | None:
+    """What :func:`ctkernels.functional.ctu` is called with at a site, beside the tensor; None where the unit does not run."""
+    if isinstance(knobs, Knobs):
+        return unit_arguments(knobs.beta, knobs.coeff, activation, slope)
+    return knobs.ctu_arguments(device, activation, slope) if knobs.active else None
 
 
-def _arguments(
-    beta: Tensor, coeff: Tensor, activation: str, slope: float | Tensor | None, channel_dim: int | None
+def unit_arguments(
+    beta: Tensor, coeff: Tensor, activation: str, slope: float | Tensor | None, channel_dim: int | None = None
 ) -> dict[str, Any]:
+    """The same from its parts."""
     return {
         "beta": beta,
         "coeff": coeff,
@@ -55,7 +64,7 @@ def unit(
     """The CT unit in the place of an activation call, which may be in place."""
 
     def ctu(x: Tensor, inplace: bool = False) -> Tensor:
-        found = _arguments(beta, coeff, activation, slope, channel_dim)
+        found = unit_arguments(beta, coeff, activation, slope, channel_dim)
         return functional.ctu(x, raw=raw, inplace=inplace, **found)
 
     if inplace and (needs_grad(x, slope) or needs_grad(beta, coeff)):
@@ -109,7 +118,7 @@ class SteeredCall:
     def ctu_arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
         """:func:`arguments` of this call, None where it is not in the family or has no knobs. ``args`` start with the tensor."""
         call, knobs = FORMS[self.form.rstrip("_")].read(*args, **kwargs), self.owner._ctu[self.key]
-        return arguments(knobs, self.activation, call.slope) if call and isinstance(knobs, Knobs) else None
+        return arguments(knobs, call.x.device, self.activation, call.slope) if call else None
 
 
 def call_global(owner: Any, key: str, use: Use, module: Any, input: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ...steering.unit import unit
+from ...steering.unit import unit, unit_arguments
 from .config import CurvatureConfig
 from .layout import Channels
 
@@ -112,11 +112,20 @@ class CurvatureLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
         """The unit in the place of `activation(x)`."""
+        values, channels = self._values()
+        return _unit(x, values, channels, activation, slope, inplace, self.site)
+
+    def ctu_arguments(
+        self, device: torch.device, activation: str, slope: float | Tensor | None
+    ) -> dict[str, Any] | None:
+        """What `ctkernels.functional.ctu` is called with for it; None where only the call itself can tell."""
+        return _arguments(device, *self._values(), activation, slope)
+
+    def _values(self) -> tuple[tuple[Tensor, Tensor], Channels | None]:
         name = self.adapter_in_use()
         assert name is not None
-        raws: tuple[Tensor, Tensor] = self.parameters_of(name)
-        beta, coeff = (raw.detach() for raw in raws) if self.merged else raws
-        return _unit(x, beta, coeff, self.curvature_channels[name], activation, slope, inplace, self.site)
+        beta, coeff = self.parameters_of(name)
+        return (beta.detach(), coeff.detach()) if self.merged else (beta, coeff), self.curvature_channels[name]
 
     # ---- merging ----
 
@@ -170,7 +179,13 @@ class FixedUnit(nn.Module):
 
     def forward(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
         """The unit in the place of `activation(x)`."""
-        return _unit(x, self.raw_beta, self.raw_coeff, self.channels, activation, slope, inplace, self.site)
+        return _unit(x, (self.raw_beta, self.raw_coeff), self.channels, activation, slope, inplace, self.site)
+
+    def ctu_arguments(
+        self, device: torch.device, activation: str, slope: float | Tensor | None
+    ) -> dict[str, Any] | None:
+        """What `ctkernels.functional.ctu` is called with for it; None where only the call itself can tell."""
+        return _arguments(device, (self.raw_beta, self.raw_coeff), self.channels, activation, slope)
 
 
 class Original:
@@ -181,8 +196,7 @@ class Original:
 
 def _unit(
     x: Tensor,
-    beta: Tensor,
-    coeff: Tensor,
+    values: tuple[Tensor, Tensor],
     channels: Channels | None,
     activation: str,
     slope: Any,
@@ -196,8 +210,26 @@ def _unit(
             raise ValueError(
                 f"{site}: expected {channels.size} channels in dimension {dim}, got shape {tuple(x.shape)}"
             )
-        if isinstance(slope, Tensor) and slope.numel() > 1 and dim % x.dim() != 1:
+        if _by_channel(slope) and dim % x.dim() != 1:
             raise ValueError(f"{site}: the slopes of a PReLU are in dimension 1, so channels must be too, got {dim}")
-    if beta.device != x.device:  # one pair for a model that is spread over devices
-        beta, coeff = beta.to(x.device), coeff.to(x.device)
-    return unit(x, beta, coeff, activation, slope, inplace, channel_dim=dim, raw=True)
+    return unit(x, *_at(x.device, values), activation, slope, inplace, channel_dim=dim, raw=True)
+
+
+def _arguments(
+    device: torch.device, values: tuple[Tensor, Tensor], channels: Channels | None, activation: str, slope: Any
+) -> dict[str, Any] | None:
+    dim = None if channels is None else channels.dim
+    if _by_channel(slope) and dim not in (None, 1):
+        return None
+    return {**unit_arguments(*_at(device, values), activation, slope, dim), "raw": True}
+
+
+def _at(device: torch.device, values: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    beta, coeff = values
+    if beta.device != device:  # one pair for a model that is spread over devices
+        beta, coeff = beta.to(device), coeff.to(device)
+    return beta, coeff
+
+
+def _by_channel(slope: Any) -> bool:
+    return isinstance(slope, Tensor) and slope.numel() > 1

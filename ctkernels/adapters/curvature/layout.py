@@ -114,6 +114,9 @@ class _Recorder:
         self.uses.setdefault(self.site.name, []).append(Use(tuple(x.shape), axis))
         return x if inplace else torch.empty_like(x)
 
+    def ctu_arguments(self, *_: Any) -> None:
+        """It is nothing that could be fused."""
+
 
 def _record(
     model: nn.Module, values: dict[str, Any], prepare: Callable[[nn.Module], None] | None

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from .._distributed import Group
 from .._inputs import coeff_at
 from ..features import passes
-from ..search import _evaluation, _Reader, _Subject, _subject
+from ..reading import Reader, Subject, evaluation, subject_of
 from .heads import Budget, Run, fit_head, head_place, rank
 from .state import batch_norms
 
@@ -89,7 +89,7 @@ class Frozen:
                 found = ((features[0] @ state["weight"].T + state["bias"]).argmax(1) == labels).tolist()
         return self.group.share(found)
 
-    def _candidates(self, subject: _Subject) -> list[float | None]:
+    def _candidates(self, subject: Subject) -> list[float | None]:
         if self.betas is None:
             return [None]
         if subject.plain_is_beta_1:
@@ -97,24 +97,24 @@ class Frozen:
         return [None, *sorted(set(self.betas))]
 
     @contextmanager
-    def _open(self, text: str) -> Iterator[_Reader]:
+    def _open(self, text: str) -> Iterator[Reader]:
         tap = head_place(self.model, self.example)
         steering: dict[str, Any] = {"coeff": self.coeff}
         if self.activations is not None:
             steering["activations"] = tuple(self.activations)
-        with _evaluation(self.model):
+        with evaluation(self.model):
             if self.betas is None:
                 with tap.capture(self.model) as features:
                     dim = features(self.example).shape[1]
-                    yield self._reader(_Subject(lambda beta: features, tap, dim, (), (), True))
+                    yield self._reader(Subject(lambda beta: features, tap, dim, (), (), True))
             else:
-                with _subject(self.model, self.example, tap, steering) as subject:
+                with subject_of(self.model, self.example, tap, steering) as subject:
                     yield self._reader(subject)
 
-    def _reader(self, subject: _Subject) -> _Reader:
-        return _Reader(subject, self.group, self.example.device, self.batch_size, self.workers, self.progress)
+    def _reader(self, subject: Subject) -> Reader:
+        return Reader(subject, self.group, self.example.device, self.batch_size, self.workers, self.progress)
 
-    def _features(self, read: _Reader, data: Sequence[Dataset[Any]], betas: Sequence[float | None]) -> Tensor:
+    def _features(self, read: Reader, data: Sequence[Dataset[Any]], betas: Sequence[float | None]) -> Tensor:
         if self.recalibrate is None:
             return read("features", data, betas)
         (beta,) = betas

@@ -15,7 +15,7 @@ from ... import steer
 from ...steering.activations import RELU_FAMILY
 from .._inputs import check_labels
 from ..images import ImageSet, Preprocess, Splits, normalised_like
-from ..search import _evaluation
+from ..reading import evaluation
 from .heads import logits_of, with_head
 from .methods import Method
 
@@ -120,7 +120,7 @@ def check_model(
             for LoRA.
     """
     try:
-        with _evaluation(model):
+        with evaluation(model):
             _try(model, methods, size, activations)
     except ValueError as error:
         raise ValueError(f"model {name}: {error}") from error

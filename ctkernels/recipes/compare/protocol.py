@@ -20,8 +20,9 @@ from ..._extras import require
 from ..._files import replacing
 from .._distributed import Group, group
 from .._inputs import check_betas
+from .._progress import bar
 from ..images import Splits
-from ..search import _evaluation, bar
+from ..reading import evaluation
 from .frozen import Frozen
 from .heads import Budget, Run, rank, with_head
 from .inputs import Draw, ImageOptions, Models, check_data, check_model, draw
@@ -153,7 +154,7 @@ def compare_transfer(
                     if todo.finished():
                         continue
                     if model is None:
-                        model = stack.enter_context(_evaluation(_built(source).to(accelerator.device)))
+                        model = stack.enter_context(evaluation(_built(source).to(accelerator.device)))
                     text = f"{name}, {data_name}, {number + 1} of {len(chosen)}, {display(m.name)}"
                     work = _Work(
                         model, len(splits.train.classes), accelerator, us, budget, bn, grid, kinds, workers,

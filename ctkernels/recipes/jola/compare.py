@@ -16,7 +16,7 @@ import torch
 from ..._extras import require
 from ..._files import replacing
 from .._distributed import Group, group
-from ..search import bar
+from .._progress import bar
 from .methods import METHODS, Attached, Method
 from .reporting import weights_path
 from .result import Cell, MethodComparison, merged_setup, read_cells

@@ -1,0 +1,253 @@
+"""Trainable Curvature Tuning as a PEFT method: sites, channels, and what is computed there."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ctkernels.functional import ctu
+
+peft = pytest.importorskip("peft")
+adapters = pytest.importorskip("ctkernels.adapters")
+from curvature_networks import ACTIVATIONS, Net, count_of, image, layer_at, make_net, merged, shaken, tuned  # noqa: E402
+
+from ctkernels.adapters import CurvatureConfig, CurvatureLayer, find_activations  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+# ---------------------------------------------------------------------------------------------------------------- sites
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("resnet18", 3968), ("resnet50", 45440), ("resnet152", 143744), ("vgg11", 21888)]
+)
+def test_parameter_counts_are_the_papers(name, count):
+    models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):  # the counts need no weights
+        model = getattr(models, name)()
+    tuned = peft.get_peft_model(model, CurvatureConfig())
+    assert count_of(tuned) == count
+    assert sum(p.numel() for p in tuned.parameters() if p.requires_grad) == count
+
+
+@pytest.mark.parametrize(("name", "count"), [("swin_t", 35328), ("swin_s", 72192)])
+def test_a_swin_is_tuned_by_hidden_channel_and_not_by_image_row(name, count):
+    models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        model = getattr(models, name)()
+    config = CurvatureConfig()
+    assert count_of(peft.get_peft_model(model, config)) == count
+    assert {dim for dim, _ in config.layout.values()} == {-1}
+
+
+def test_channels_come_from_what_feeds_the_site():
+    config = CurvatureConfig()
+    peft.get_peft_model(make_net(wide=4), config)
+    assert config.layout == {
+        "act": [1, 6],
+        "block.relu": [1, 6],
+        "block.relu#2": [1, 4],
+        "forward:relu": [-1, 5],
+    }
+
+
+class Tour(nn.Module):
+    """Ways for channels to get about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 1), nn.LayerNorm(6)
+        self.pointwise, self.seq = nn.Linear(6, 8), nn.Conv1d(8, 5, 1)
+        self.acts = nn.ModuleList(nn.ReLU() for _ in range(6))
+
+    def forward(self, x):
+        x = self.acts[0](self.conv(x))  # (N, 6, H, W)
+        x = self.acts[1](self.norm(x.permute(0, 2, 3, 1)))  # channels last
+        x = self.acts[2](self.pointwise(x).flatten(1, 2))  # (N, HW, 8)
+        x = self.acts[3](torch.cat([x.mT, x.mT], 1))  # (N, 16, HW)
+        x = self.acts[4](self.seq(x[:, 8:]).unsqueeze(-1))  # (N, 5, HW, 1)
+        return self.acts[5](x.mean((2, 3)))  # (N, 5)
+
+
+def test_channels_are_followed_through_views_and_permutations():
+    config = CurvatureConfig()
+    model = peft.get_peft_model(Tour(), config).eval()
+    assert list(config.layout.values()) == [[1, 6], [-1, 6], [-1, 8], [1, 16], [1, 5], [-1, 5]]
+    assert model(image()).shape == (4, 5)
+
+
+def test_finding_channels_leaves_the_model_alone():
+    net = make_net()
+    net.train()
+    net.block.eval()
+    calls = []
+    net.stem.register_forward_hook(lambda *_: calls.append(1))
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    random = torch.get_rng_state()
+    config = CurvatureConfig()
+    peft.get_peft_model(net, config)
+    assert config.layout
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in state.items())
+    assert net.training
+    assert not net.block.training
+    assert not calls
+    assert not any(type(value).__name__ == "FakeTensor" for value in (*net.parameters(), *net.buffers()))
+
+
+def test_a_layout_takes_the_place_of_the_search():
+    class Odd(Net):
+        def forward(self, x):
+            return super().forward(x) if float(x.sum()) > -1e9 else x  # looks at data: no copy without data can be run
+
+    torch.manual_seed(0)
+    with pytest.raises(
+        ValueError, match=r"the channels of forward:relu, act, .* could not be found: .* Give input_shape"
+    ):
+        peft.get_peft_model(Odd(), CurvatureConfig())
+    model = tuned(Odd().eval(), layout={"act": [1, 6], "block.relu": None})
+    assert count_of(model) == 2 * (6 + 1)
+    assert model(image()).shape == (4, 3)
+    assert count_of(tuned(Odd().eval(), granularity="layer")) == 2 * 3
+
+
+def test_a_site_whose_channels_cannot_be_told_gets_one_pair():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.act = nn.Linear(6, 12), nn.ReLU()
+
+        def forward(self, x):
+            return self.act(self.q(x).view(-1, 3, 4).sum(0).flatten()[:7])
+
+    with pytest.warns(UserWarning, match=r"no single dimension holds the channels of 1 activations.*act: \(7,\)"):
+        model = peft.get_peft_model(Heads(), CurvatureConfig())
+    assert count_of(model) == 2
+
+
+def test_parts_that_only_training_reaches_are_found():
+    class Auxiliary(Net):
+        def forward(self, x):
+            out = super().forward(x)
+            return out + F.relu(self.fc.weight.sum() * out) if self.training else out
+
+    config = CurvatureConfig()
+    peft.get_peft_model(Auxiliary(), config)
+    assert config.layout["forward:relu"] == [-1, 5]
+    assert config.layout["forward#2:relu"] == [-1, 3]
+
+
+# --------------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_family_computes_its_unit(name):
+    net = make_net(act=ACTIVATIONS[name])
+    model = shaken(tuned(copy.deepcopy(net)))
+    layers = {layer.site: layer for layer in model.modules() if isinstance(layer, CurvatureLayer)}
+
+    def unit(x, site, activation="relu", **values):
+        beta, coeff = layers[site].parameters_of("default")
+        return ctu(x, beta, coeff, raw=True, activation=activation, **values)
+
+    more = {"negative_slope": net.act.weight} if name == "prelu" else {}
+    x = unit(net.stem(image()), "act", name, channel_dim=1, **more)
+    x = unit(net.block.bn1(net.block.conv1(x)), "block.relu", channel_dim=1)
+    x = unit(net.block.bn2(net.block.conv2(x)), "block.relu#2", channel_dim=1)
+    expected = net.fc(unit(net.hidden(x.mean((2, 3))), "forward:relu", channel_dim=-1))
+    torch.testing.assert_close(model(image()), expected, rtol=0, atol=0)
+
+
+def test_the_start_is_the_papers_for_relu_and_the_activation_itself_for_the_others():
+    for name, (beta, coeff) in {"relu": (0.8, 0.5), "silu": (0.5, 1 / (1 + math.exp(-10)))}.items():
+        model = tuned(make_net(act=ACTIVATIONS[name]))
+        layer = next(m for m in model.modules() if isinstance(m, CurvatureLayer) and m.site == "act")
+        raws = layer.parameters_of("default")
+        torch.testing.assert_close(torch.sigmoid(raws[0]), torch.full((6,), beta))
+        torch.testing.assert_close(torch.sigmoid(raws[1]), torch.full((6,), coeff))
+    config = CurvatureConfig(init_beta=0.9, init_coeff=0.25)
+    assert config.start("gelu") == (0.9, 0.25)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_at_the_neutral_point_nothing_changes(name):
+    net = make_net(act=ACTIVATIONS[name])
+    expected = net(image())
+    model = tuned(net)
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, CurvatureLayer):
+                smooth = layer.activation in ("silu", "gelu")
+                for table, value in (
+                    (layer.curvature_raw_beta, 0.0 if smooth else 1e4),
+                    (layer.curvature_raw_coeff, 1e4),
+                ):
+                    for parameter in table.values():
+                        parameter.fill_(value)
+    bound = (
+        4 * torch.finfo(torch.float32).eps * (1 + float(expected.detach().abs().max()))
+    )  # SiLU and GELU round their own way
+    torch.testing.assert_close(model(image()), expected, rtol=0, atol=0 if name not in ("silu", "gelu") else bound)
+
+
+@pytest.mark.parametrize(
+    ("values", "count"),
+    [
+        ({}, 2 * (6 + 6 + 5)),
+        ({"share": "site"}, 2 * (6 + 6 + 6 + 5)),
+        ({"granularity": "layer"}, 2 * 3),
+        ({"granularity": "layer", "share": "site"}, 2 * 4),
+        ({"granularity": "shared"}, 2),
+        ({"target_modules": ["relu"]}, 2 * 6),
+        ({"target_modules": r"block\..*|act", "exclude_modules": ["relu#2"]}, 2 * (6 + 6)),
+        ({"exclude_modules": ["act"]}, 2 * (6 + 5)),
+    ],
+)
+def test_granularity_sharing_and_targets(values, count):
+    model = tuned(**values)
+    assert count_of(model) == count
+    state = peft.get_peft_model_state_dict(model)
+    assert sum(value.numel() for value in state.values()) == count  # nothing is saved twice
+    model(image()).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_uses_with_other_channels_are_split_and_uses_with_the_same_are_not():
+    assert count_of(tuned(make_net(wide=4))) == 2 * (6 + 6 + 4 + 5)
+    same = shaken(tuned())
+    first, second = (layer_at(same, name) for name in ("block.relu", "block.relu#2"))
+    assert first.parameters_of("default")[0] is second.parameters_of("default")[0]
+
+
+def test_one_module_registered_in_several_places_can_be_split():
+    act = nn.ReLU()
+    net = nn.Sequential(nn.Linear(3, 4), act, nn.Linear(4, 6), act, nn.Linear(6, 4), act)
+    names = [site.name for site in find_activations(net)]
+    assert names == ["1", "3", "5"]
+    x = torch.randn(2, 3)
+    expected = net(x)
+    model = peft.get_peft_model(net, CurvatureConfig())
+    assert count_of(model) == 2 * (4 + 6 + 4)
+    assert not torch.equal(model(x), expected)
+    plain = model.unload()
+    assert plain[1] is plain[3] is plain[5] is act
+    assert torch.equal(plain(x), expected)
+
+
+def test_mixed_families_share_a_pair_for_each_neutral_point():
+    assert count_of(tuned(make_net(act=nn.SiLU), granularity="shared")) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_parameters_stay_float32_when_the_model_is_cast(dtype):
+    model = tuned().to(dtype)
+    assert {p.dtype for name, p in model.named_parameters() if "curvature_" in name} == {torch.float32}
+    assert model(image().to(dtype)).dtype == dtype
+    fixed = merged(model)
+    assert {b.dtype for name, b in fixed.to(torch.float16).named_buffers() if "ctu" in name} == {torch.float32}
