@@ -6,7 +6,6 @@ from collections.abc import Iterator
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers fill the cores already
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# ruff: noqa: E402
 import pytest
 import torch
 

@@ -126,7 +126,20 @@ def test_inplace(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "transform", ["vmap", "grad", "jacrev", "jacfwd", "hessian", "jvp", "vmap of grad", "nested vmap"]
+    "transform",
+    [
+        "vmap",
+        "grad",
+        "jacrev",
+        "jacfwd",
+        "hessian",
+        "jvp",
+        "jvp of jvp",
+        "jacfwd of jacfwd",
+        "jacfwd of grad of a sum",
+        "vmap of grad",
+        "nested vmap",
+    ],
 )
 def test_function_transforms(backend: str, transform: str) -> None:
     x = torch.randn(3, 4, dtype=torch.float64)
@@ -148,6 +161,11 @@ def test_function_transforms(backend: str, transform: str) -> None:
         "jacfwd": lambda g: torch.func.jacfwd(g, (0, 1))(x, beta),
         "hessian": lambda g: torch.func.hessian(total[g], (0, 1))(x, beta),
         "jvp": lambda g: torch.func.jvp(g, (x, beta), tangents),
+        "jvp of jvp": lambda g: torch.func.jvp(lambda *at: torch.func.jvp(g, at, tangents)[1], (x, beta), tangents),
+        "jacfwd of jacfwd": lambda g: torch.func.jacfwd(torch.func.jacfwd(total[g], (0, 1)), (0, 1))(x, beta),
+        "jacfwd of grad of a sum": lambda g: torch.func.jacfwd(
+            torch.func.grad(lambda x, b: g(x, b).sum(), (0, 1)), (0, 1)
+        )(x, beta),
         "vmap of grad": lambda g: torch.func.vmap(torch.func.grad(total[g], (0, 1)), (0, None))(x, beta),
         "nested vmap": lambda g: torch.func.vmap(
             lambda b: torch.func.vmap(torch.func.grad(total[g], (0, 1)), (0, None))(x, b)

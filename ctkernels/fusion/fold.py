@@ -94,7 +94,9 @@ class Folded:
         source = self.source
         if self.norm is None:
             return _frozen(source, x, source.weight, source.bias, needs_grad)
-        if torch.compiler.is_compiling():  # the compiler sees the fold, and does it ahead of time where it freezes weights
+        if (
+            torch.compiler.is_compiling()
+        ):  # the compiler sees the fold, and does it ahead of time where it freezes weights
             return _frozen(source, x, *self._fold(_memory_format(x)), needs_grad)
         # A backward pass wants the weights as they are, so packing would mean to keep them twice.
         packed = not needs_grad and packing.can_pack(source, x)
@@ -163,7 +165,7 @@ def _frozen(source: Any, x: Tensor, weight: Tensor, bias: Tensor | None, needs_g
     """``source(x)`` with other weights, which need no gradient."""
     if isinstance(source, nn.Linear):
         return F.linear(x, weight, bias)
-    batched = x.dim() == weight.dim()
-    if torch.compiler.is_compiling() or not needs_grad or not batched or source.padding_mode != "zeros" or isinstance(source.padding, str):
+    own = needs_grad and not torch.compiler.is_compiling() and x.dim() == weight.dim()
+    if not own or source.padding_mode != "zeros" or isinstance(source.padding, str):
         return source._conv_forward(x, weight, bias)
     return _FrozenConv.apply(x, weight, bias, (source.stride, source.padding, source.dilation), source.groups)

@@ -21,17 +21,11 @@ def _supported(dtype: torch.dtype) -> bool:
 
 def can_pack(source: Any, x: Tensor) -> bool:
     """Whether ``source(x)`` is a convolution that has a packed form."""
-    return (
-        isinstance(source, nn.Conv2d)
-        and x.is_cpu
-        and x.dim() == 4
-        and x.numel() > 0
-        and source.padding_mode == "zeros"
-        and not isinstance(source.padding, str)
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
-        and _supported(x.dtype)
-    )
+    if not isinstance(source, nn.Conv2d) or source.padding_mode != "zeros" or isinstance(source.padding, str):
+        return False
+    if not x.is_cpu or x.dim() != 4 or x.numel() == 0:
+        return False
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled) and _supported(x.dtype)
 
 
 def pack(source: Any, x: Tensor, weight: Tensor) -> Tensor:

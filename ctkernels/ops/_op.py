@@ -133,6 +133,8 @@ class Op:
                 return _Inlined.apply(self, static, *inputs)
             return self._packet("")(*inputs, *static)
         if in_transform():
+            if _forward_modes() > 1:  # a Function's jvp is called once, and the outer derivative of it would be lost
+                return self.composed_forward(inputs, static)
             return _Forward.apply(self, static, *inputs)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
             return _ReverseMode.apply(self, static, *inputs)
@@ -150,6 +152,12 @@ class Op:
 def in_transform() -> bool:
     """Whether ``torch.func`` or forward-mode AD is at work."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _forward_modes() -> int:
+    """How many forward-mode derivatives of ``torch.func`` are being taken, one inside the other."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
 
 
 class _Forward(torch.autograd.Function):
@@ -225,7 +233,9 @@ class _Backward(torch.autograd.Function):
     def jvp(ctx: Any, _op: None, _static: None, _needs: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         moving = [i for i, t in enumerate(tangents) if t is not None]
         function, primals = _backward_of(ctx.op, ctx.static, ctx.needs, ctx.saved_tensors, moving)
-        return torch.func.jvp(function, primals, tuple(tangents[i] for i in moving))[1]
+        # A dual number cannot be made of an expanded tensor, which a gradient of a sum is.
+        primals, moved = (tuple(t.contiguous() for t in ts if t is not None) for ts in (primals, tangents))
+        return torch.func.jvp(function, primals, moved)[1]
 
     @staticmethod
     def vmap(
