@@ -3,15 +3,13 @@ kernels' bounds."""
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
 pytest.importorskip("numpy", minversion="2.0", reason="the PTX executor needs numpy 2")
 
-import truth
 from conformance import check_against_float64, outputs, sample_named
+from ctu_checks import Run, check_extremes, check_forty_digits, check_plain_at_beta_one, check_sixteen_bits
 from ptx.toolchain import nvcc
 
 import ctkernels
@@ -46,6 +44,10 @@ FEW = [
     "head edit (T, H D)",
     "head edit per sample",
 ]
+
+
+def _on_cpu(sm: int = 80) -> Run:
+    return lambda approx: cuda_on_cpu(Recorder(sm, approx))
 
 
 def _run(name: str, dtype: torch.dtype, sm: int, approx: int = 0) -> dict[str, torch.Tensor]:
@@ -204,62 +206,28 @@ def test_attention_heads(dtype: torch.dtype, layout: str) -> None:
         assert ((value.double() - truth_).abs() <= torch.finfo(FLOAT).eps * 4 * terms).all()
 
 
-POINTS = [0.0, 1e-40, 1e-5, -3e-4, 0.01, 0.3, -0.7, 1.5, -2.5, 4.0, -6.0, 9.5, -20.0, 50.0, -87.0, 300.0, -1e4, 1e4]
-BETAS = [0.0, 0.1, 0.5, 0.9, 0.999, 1 - 1e-6]
-
-
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_against_forty_digits(activation: str) -> None:
     pytest.importorskip("mpmath", reason="needs the test extra")
-    x = torch.tensor(POINTS)
-    leaf = x.repeat(len(BETAS) * 3).requires_grad_()
-    cases = list(itertools.product(BETAS, (0.0, 0.3, 1.0), POINTS))
-    knobs = [torch.tensor([case[i] for case in cases], dtype=DOUBLE, requires_grad=True) for i in (0, 1)]
-    for approx in (-1, 1):
-        with cuda_on_cpu(Recorder(80, approx)):
-            y = ctu(leaf, *knobs, channel_dim=0, activation=activation)
-            found = [y.detach(), *torch.autograd.grad(y, (leaf, *knobs), torch.ones_like(y))]
-        for i, (beta, coeff, _) in enumerate(cases):
-            point = leaf[i].item()
-            expected, u = truth.unit(point, beta, coeff, gaussian=activation == "gelu"), abs(point) / (1 - beta)
-            for name, values in zip(("y", "x", "beta", "coeff"), found):
-                bound = (2e-6 if u <= 10 else 1e-5) * float(expected[name].terms) + 2.0**-118 * max(1.0, u, abs(point))
-                error = abs(values[i].item() - float(expected[name].value))
-                assert error <= bound, f"d{name} at x={point}, beta={beta}, coeff={coeff}: {error} > {bound}"
+    check_forty_digits(activation, _on_cpu())
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_sixteen_bits_are_good_to_half_an_ulp(dtype: torch.dtype, activation: str) -> None:
+    for sm, approx in ((80, -1), (100, 1)):
+        check_sixteen_bits(dtype, activation, _on_cpu(sm), approx)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, *HALVES], ids=str)
 def test_plain_activation_at_beta_one(dtype: torch.dtype) -> None:
-    x = torch.cat([torch.randn(200, dtype=DOUBLE) * 10.0**k for k in range(-8, 6)])
-    x = torch.cat([x, torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-45, 6.25]).double()]).to(dtype)
-    x = x[x != 6]  # torch's relu6 has slope 0 there, the unit 1
-    for activation, plain in (("relu", torch.relu), ("relu6", torch.nn.functional.relu6)):
-        leaf = x.clone().requires_grad_()
-        beta = torch.ones((), requires_grad=True)
-        with cuda_on_cpu(Recorder(80)):
-            y = ctu(leaf, beta, 0.3, activation=activation)
-            dx, dbeta = torch.autograd.grad(y, (leaf, beta), torch.ones_like(y))
-        assert torch.equal(y, plain(x))
-        assert dbeta == 0
-        expected = x.clone().requires_grad_()
-        assert torch.equal(dx, torch.autograd.grad(plain(expected), expected, torch.ones_like(x))[0])
+    check_plain_at_beta_one(dtype, _on_cpu())
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu"])
 @pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16], ids=str)
 def test_infinities_nan_and_extremes(dtype: torch.dtype, activation: str) -> None:
-    special = torch.tensor([float("inf"), -float("inf"), float("nan"), 3e38, -3e38, 1e30, 1e-45])
-    betas = torch.tensor([0.0, 1e-20, 0.5, 0.9, 1 - 2.0**-24, 1.0]).repeat_interleave(2)
-    x = special.to(dtype).unsqueeze(1).expand(7, 12).contiguous().requires_grad_()
-    with cuda_on_cpu(Recorder(80)):
-        y = ctu(x, betas, torch.tensor([0.0, 1.0]).repeat(6), channel_dim=1, activation=activation, negative_slope=0.1)
-        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    assert (y[0] == (6.0 if activation == "relu6" else float("inf"))).all()
-    assert (y[1] == (-float("inf") if activation == "leaky_relu" else 0.0)).all()
-    assert y[2].isnan().all()
-    assert dx[2].isnan().all()
-    assert torch.isfinite(y[3:]).all()
-    assert torch.isfinite(dx[[0, 1, 3, 4, 5, 6]]).all()
+    check_extremes(dtype, activation, _on_cpu())
 
 
 # ---- gates -----------------------------------------------------------------------------------------------------------
