@@ -19,7 +19,7 @@ COMPARE := fashion-mnist emoji digits --model mobilenet_v2=packaged --model exam
 .PHONY: demo compare test test-pure lint format bench build build-cuda sanitize clean help
 
 help:
-	@echo "make demo    adapt real pretrained networks on real images and texts (about nine minutes)"
+	@echo "make demo    adapt real pretrained networks on real images and texts (about ten minutes)"
 	@echo "make compare a linear probe, S-CT, LoRA and T-CT on two real networks and three data sets"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff and mypy       make format   ruff format"
