@@ -13,11 +13,11 @@ from torch import nn
 
 import ctkernels
 
-peft = pytest.importorskip("peft")
-adapters = pytest.importorskip("ctkernels.adapters")
-from curvature_networks import count_of, image, make_net, merged, reached, shaken, tuned  # noqa: E402
+pytest.importorskip("peft")
+import peft
+from curvature_networks import count_of, image, make_net, merged, reached, shaken, tuned
 
-from ctkernels.adapters import CurvatureConfig, CurvatureLayer, parameter_groups  # noqa: E402
+from ctkernels.adapters import CurvatureConfig, CurvatureLayer, parameter_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 

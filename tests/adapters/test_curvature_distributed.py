@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import socket
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from two_processes import run_in_two
 
 pytest.importorskip("peft")
 
@@ -74,7 +70,7 @@ WRAPS = {"ddp": _ddp, "fsdp2": _fsdp2}
 CASES = [f"{wrap}, {granularity}" for wrap in WRAPS for granularity in ("channel", "layer", "shared")]
 
 
-def _case(name, rank, want):
+def _case(name, rank, folder, want):
     wrap, granularity = name.split(", ")
     model = WRAPS[wrap](_model(granularity))
     x, labels = _batch()
@@ -93,24 +89,6 @@ def _case(name, rank, want):
         torch.testing.assert_close(value, want[granularity]["learned"][key], rtol=1e-4, atol=1e-5, msg=key)
 
 
-def _worker(rank, port, folder, want):
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"
-    )
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    results = {}
-    for name in CASES:
-        try:
-            _case(name, rank, want)
-            results[name] = ""
-        except BaseException:
-            results[name] = traceback.format_exc()
-    with open(os.path.join(folder, f"results{rank}.json"), "w") as file:
-        json.dump(results, file)
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Run every case in two processes, started once; their error texts by case."""
@@ -123,11 +101,7 @@ def results(tmp_path_factory):
         assert losses[-1] < losses[0]
         for name, value in want[granularity]["learned"].items():
             assert not torch.equal(value, before[name]), f"{name} was not trained"
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    mp.spawn(_worker, args=(port, str(folder), want), nprocs=2)
-    return [json.loads((folder / f"results{rank}.json").read_text()) for rank in range(2)]
+    return run_in_two(_case, CASES, folder, want)
 
 
 @pytest.mark.slow

@@ -14,10 +14,13 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
-peft = pytest.importorskip("peft")
-adapters = pytest.importorskip("ctkernels.adapters")
-safetensors = pytest.importorskip("safetensors.torch")
-from ctkernels.adapters import CurvatureConfig, load_official, parameter_groups, save_adapter  # noqa: E402
+pytest.importorskip("peft")
+pytest.importorskip("safetensors")
+import peft
+import safetensors.torch as safetensors
+
+from ctkernels import adapters
+from ctkernels.adapters import CurvatureConfig, load_official, parameter_groups, save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 WEIGHTS = "adapter_model.safetensors"

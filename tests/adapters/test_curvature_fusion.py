@@ -9,13 +9,23 @@ import torch
 
 import ctkernels
 
-peft = pytest.importorskip("peft")
-pytest.importorskip("ctkernels.adapters")
-from curvature_networks import merged, shaken  # noqa: E402
-from fused_models import BLOCKS, Residual, assert_networks_agree, observe, prepare, rounded_anew  # noqa: E402
-from steered_models import assert_same, snapshot  # noqa: E402
+pytest.importorskip("peft")
+import peft
 
-from ctkernels.adapters import CurvatureConfig, save_adapter  # noqa: E402
+pytest.importorskip("ctkernels.adapters")
+from curvature_networks import merged, shaken
+from fused_models import (
+    BLOCKS,
+    Residual,
+    assert_networks_agree,
+    assert_one_activation_a_unit,
+    observe,
+    prepare,
+    rounded_anew,
+)
+from steered_models import assert_same, snapshot
+
+from ctkernels.adapters import CurvatureConfig, save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -75,17 +85,7 @@ def test_one_activation_a_unit_is_kept():
     """Frozen BatchNorms are folded into frozen convolutions, whose inputs are not kept."""
     model = tuned(residual(["basic"] * 3))
     ctkernels.fuse(model)
-    kept = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(image(4, 16))
-    activation = 4 * 4 * 16 * 16 * 4
-    # seven units; a block's input is also the residual of its second unit
-    assert sum(size for size in kept.values() if size == activation) == (7 + 3) * activation
+    assert_one_activation_a_unit(model, image(4, 16))
 
 
 def test_the_adapter_stays_an_adapter(tmp_path):

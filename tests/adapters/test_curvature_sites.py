@@ -12,11 +12,11 @@ from torch import nn
 
 from ctkernels.functional import ctu
 
-peft = pytest.importorskip("peft")
-adapters = pytest.importorskip("ctkernels.adapters")
-from curvature_networks import ACTIVATIONS, Net, count_of, image, layer_at, make_net, merged, shaken, tuned  # noqa: E402
+pytest.importorskip("peft")
+import peft
+from curvature_networks import ACTIVATIONS, Net, count_of, image, layer_at, make_net, merged, shaken, tuned
 
-from ctkernels.adapters import CurvatureConfig, CurvatureLayer, find_activations  # noqa: E402
+from ctkernels.adapters import CurvatureConfig, CurvatureLayer, find_activations
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import traceback
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from two_processes import run_in_two
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -124,22 +118,8 @@ CASES = {
 }
 
 
-def _worker(rank, port, folder, want):
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"
-    )
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    results = {}
-    for name, case in CASES.items():
-        try:
-            case(rank, folder, want)
-            results[name] = ""
-        except BaseException:
-            results[name] = traceback.format_exc()
-    with open(os.path.join(folder, f"results{rank}.json"), "w") as file:
-        json.dump(results, file)
-    dist.destroy_process_group()
+def _case(name, rank, folder, want):
+    CASES[name](rank, folder, want)
 
 
 @pytest.fixture(scope="module")
@@ -166,11 +146,7 @@ def results(tmp_path_factory):
     model(tokens, labels=tokens).loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     want["tp"] = {"logits": logits.detach(), "gradients": gradients}
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    mp.spawn(_worker, args=(port, str(folder), want), nprocs=2)
-    return [json.loads((folder / f"results{rank}.json").read_text()) for rank in range(2)]
+    return run_in_two(_case, CASES, folder, want)
 
 
 @pytest.mark.slow
