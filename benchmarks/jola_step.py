@@ -39,7 +39,8 @@ class LoopOverHeads(nn.Module):
         return self.base(torch.cat(heads, -1))
 
 
-def _llama() -> Any:
+def _llama(like: nn.Module | None = None) -> Any:
+    """A frozen Llama; with the weights of ``like`` where given, so that no contestant's lie better in memory."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -53,7 +54,10 @@ def _llama() -> Any:
         max_position_embeddings=TOKENS,
         attention_bias=True,
     )
-    return LlamaForCausalLM(config).requires_grad_(False)
+    model = LlamaForCausalLM(config).requires_grad_(False)
+    if like is not None:
+        model.load_state_dict(like.state_dict(), assign=True)
+    return model
 
 
 def run(seconds: float) -> dict[str, Any]:
@@ -63,7 +67,8 @@ def run(seconds: float) -> dict[str, Any]:
     from ctkernels.adapters import JolaConfig, jola_penalty, parameter_groups
 
     ids = torch.randint(2048, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
-    frozen, jola, lora, loop = _llama(), _llama(), _llama(), _llama()
+    frozen = _llama()
+    jola, lora, loop = (_llama(frozen) for _ in range(3))
     jola = get_peft_model(jola, JolaConfig(task_type="CAUSAL_LM"))
     lora = get_peft_model(lora, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     for layer in loop.model.layers:

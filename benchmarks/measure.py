@@ -35,17 +35,22 @@ def tune_allocator() -> str:
 
 
 def interleaved(contestants: Contestants, seconds: float = 1.5, least: int = 5) -> dict[str, float]:
-    """Median milliseconds of each contestant; they run in turn, after one warm-up each, for about ``seconds`` in all."""
+    """Median milliseconds of each contestant; they run in turn, after one warm-up each, for about ``seconds`` in all.
+
+    Every round begins with another of them, so that none always runs in what the same one left behind.
+    """
     for run in contestants.values():
         run()
     gc.collect()
     times: dict[str, list[float]] = {name: [] for name in contestants}
+    order = list(contestants.items())
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
-        for name, run in contestants.items():
+    while time.perf_counter() < end or len(times[order[0][0]]) < least:
+        for name, run in order:
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
+        order.append(order.pop(0))
     return {name: statistics.median(t) * 1e3 for name, t in times.items()}
 
 

@@ -15,7 +15,6 @@ from fused_models import (
     Residual,
     Strange,
     assert_networks_agree,
-    assert_one_activation_a_unit,
     compare,
     observe,
     prepare,
@@ -243,12 +242,6 @@ def test_copies_are_fused_on_their_own(copied):
     twin._ctu_fusion.remove()
     assert "forward" not in vars(twin.blocks[0])
     assert "forward" in vars(model.blocks[0])
-
-
-def test_nothing_is_kept_but_the_units_input():
-    model = steered(("basic",) * 3).requires_grad_(False)
-    ctkernels.fuse(model)
-    assert_one_activation_a_unit(model, image(4, 16).requires_grad_())
 
 
 # ------------------------------------------------------------------------------------------------------------- compiled

@@ -1,15 +1,14 @@
-"""What a BatchNorm becomes: other weights of the layer before it, or a scale and a shift per channel."""
+"""What a BatchNorm becomes: a scale and a shift per channel, or other weights of the layer before it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from . import packing
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 def is_eval(norm: Any) -> bool:
@@ -23,16 +22,18 @@ def affine(norm: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     In training they come from the statistics of ``z``, and the running statistics move on. They are float64: their
     gradients, sums over ``z`` that is not centred, nearly cancel.
     """
-    mean, variance = (t.double() for t in (_running(norm) if is_eval(norm) else _of_batch(norm, z)))
-    scale = torch.rsqrt(variance + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.double()
+    mean, variance = (norm.running_mean, norm.running_var) if is_eval(norm) else _of_batch(norm, z)
+    return _affine(mean, variance, norm.weight, norm.bias, norm.eps)
 
 
-def _running(norm: Any) -> tuple[Tensor, Tensor]:
-    return norm.running_mean, norm.running_var
+def _affine(
+    mean: Tensor, variance: Tensor, gain: Tensor | None, offset: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    scale = torch.rsqrt(variance.double() + eps)
+    if gain is not None:
+        scale = scale * gain.double()
+    shift = -mean.double() * scale
+    return scale, shift if offset is None else shift + offset.double()
 
 
 def _of_batch(norm: Any, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,103 +70,78 @@ class _Statistics(torch.autograd.Function):
         return torch.addcmul(offset.view(shape), z, slope.view(shape)).to(z.dtype), None, None, None
 
 
-class Folded:
-    """``source`` with ``norm`` (in evaluation) folded into its weight and bias, which are kept until one of them changes."""
+class Frozen(NamedTuple):
+    """A layer and the BatchNorm (in evaluation) after it, none of which needs a gradient.
 
-    def __init__(self, source: Any, norm: Any) -> None:
-        self.source, self.norm = source, norm
-        self.forget()
+    ``gain`` and ``offset`` are the BatchNorm's weight and bias, ``counter`` is its count of batches. Without a BatchNorm,
+    ``mean`` and ``variance`` are None.
+    """
 
-    def forget(self) -> None:
-        self.key: tuple[Any, ...] | None = None
-        self.value: tuple[Tensor, Tensor] | None = None
+    weight: Tensor
+    bias: Tensor | None
+    gain: Tensor | None = None
+    offset: Tensor | None = None
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+    counter: Tensor | None = None
+    eps: float = 0.0
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"source": self.source, "norm": self.norm, "key": None, "value": None}
+    @classmethod
+    def of(cls, source: Any, norm: Any) -> Frozen:
+        if norm is None:
+            return cls(source.weight, source.bias)
+        statistics = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        return cls(source.weight, source.bias, norm.weight, norm.bias, *statistics, norm.eps)
 
-    def parameters(self) -> list[Tensor]:
-        found = [self.source.weight, self.source.bias]
-        if self.norm is not None:
-            found += [self.norm.weight, self.norm.bias, *_running(self.norm)]
-        return [t for t in found if t is not None]
+    def tensors(self) -> list[Tensor]:
+        return [t for t in self[:-1] if t is not None]
 
-    def __call__(self, x: Tensor, needs_grad: bool) -> Tensor:
-        """The layer and the norm, of which nothing needs a gradient; ``needs_grad``: whether ``x`` does."""
-        source = self.source
-        if self.norm is None:
-            return _frozen(source, x, source.weight, source.bias, needs_grad)
-        if (
-            torch.compiler.is_compiling()
-        ):  # the compiler sees the fold, and does it ahead of time where it freezes weights
-            return _frozen(source, x, *self._fold(_memory_format(x)), needs_grad)
-        # A backward pass wants the weights as they are, so packing would mean to keep them twice.
-        packed = not needs_grad and packing.can_pack(source, x)
-        weight, bias = self._get(x, packed)
-        return packing.call(source, x, weight, bias) if packed else _frozen(source, x, weight, bias, needs_grad)
-
-    def _get(self, x: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
-        """(weight, bias) for a call on ``x``: packed, or laid out as ``x`` is."""
-        layout = _memory_format(x)
-        watched = [*self.parameters(), self.norm.num_batches_tracked]  # the last: moving statistics keep their versions
-        key = (layout, packed, *((t.data_ptr(), t._version) for t in watched if t is not None))
-        if key != self.key:
-            with torch.inference_mode(False), torch.no_grad():
-                weight, bias = self._fold(layout)
-                self.value = packing.pack(self.source, x, weight) if packed else weight, bias
-                self.key = key
-        assert self.value is not None
-        return self.value
-
-    def _fold(self, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
-        weight = self.source.weight
-        scale, shift = affine(self.norm, weight)
-        if self.source.bias is not None:
-            shift = shift + scale * self.source.bias.double()
+    def fold(self, layout: torch.memory_format = torch.contiguous_format) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) of the layer that does what both do."""
+        weight = self.weight
+        if self.mean is None or self.variance is None:
+            return weight, self.bias
+        scale, shift = _affine(self.mean, self.variance, self.gain, self.offset, self.eps)
+        if self.bias is not None:
+            shift = shift + scale * self.bias.double()
         wide = torch.promote_types(weight.dtype, torch.float32)
         folded = (weight.to(wide) * scale.view(-1, *[1] * (weight.dim() - 1)).to(wide)).to(weight.dtype)
         return folded.contiguous(memory_format=layout), shift.to(weight.dtype)
 
+    def folded(
+        self, layout: torch.memory_format, order: Callable[[Tensor], Tensor] | None = None, settings: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """:meth:`fold`, kept until a tensor changes. ``order`` is applied to the weight; ``settings`` are what it depends on."""
+        if self.mean is None:
+            return self.weight, self.bias
+        # The counter is watched since moving statistics keep their versions.
+        try:
+            versions = [None if t is None else (t.data_ptr(), t._version) for t in self[:-1]]
+        except RuntimeError:  # inference tensors do not say when they change
+            return self.fold(layout)
+        key, place = (layout, self.eps, settings, versions), self._place()
+        kept = _KEPT.get(place)
+        if kept is None or kept.key != key or kept.owner.expired():
+            for other in [k for k, v in _KEPT.items() if v.owner.expired()]:
+                del _KEPT[other]
+            with torch.inference_mode(False), torch.no_grad():
+                weight, bias = self.fold(layout)
+                value = weight if order is None else order(weight), bias
+            kept = _KEPT[place] = _Kept(StorageWeakRef(self.weight.untyped_storage()), key, value)
+        return kept.value
 
-_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+    def forget(self) -> None:
+        """Give up what :meth:`folded` keeps."""
+        _KEPT.pop(self._place(), None)
 
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    last = _LAST.get(x.dim())
-    return last if last is not None and x.is_contiguous(memory_format=last) else torch.contiguous_format
-
-
-class _FrozenConv(torch.autograd.Function):
-    """A convolution whose weights need no gradient. It keeps them, and not its input, which torch's own keeps."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any], groups: int
-    ) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.shape, ctx.layout, ctx.geometry, ctx.groups = x.shape, _memory_format(x), geometry, groups
-        stride, padding, dilation = geometry
-        return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * (x.dim() - 2), groups)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        # Only its shape is read; but on the CPU, what is not laid out as expected would be copied first.
-        if g.is_cpu:
-            x = torch.empty(ctx.shape, dtype=g.dtype, memory_format=ctx.layout)
-        else:
-            x = g.new_empty(1).expand(ctx.shape)
-        mask = [True, False, False]
-        dx, _, _ = torch.ops.aten.convolution_backward(
-            g, x, weight, None, *ctx.geometry, False, [0] * (g.dim() - 2), ctx.groups, mask
-        )
-        return dx, None, None, None, None
+    def _place(self) -> tuple[int, ...]:
+        return self.weight.data_ptr(), 0 if self.mean is None else self.mean.data_ptr()
 
 
-def _frozen(source: Any, x: Tensor, weight: Tensor, bias: Tensor | None, needs_grad: bool) -> Tensor:
-    """``source(x)`` with other weights, which need no gradient."""
-    if isinstance(source, nn.Linear):
-        return F.linear(x, weight, bias)
-    own = needs_grad and not torch.compiler.is_compiling() and x.dim() == weight.dim()
-    if not own or source.padding_mode != "zeros" or isinstance(source.padding, str):
-        return source._conv_forward(x, weight, bias)
-    return _FrozenConv.apply(x, weight, bias, (source.stride, source.padding, source.dilation), source.groups)
+class _Kept(NamedTuple):
+    owner: StorageWeakRef  # of the layer's weight: what is kept goes with it
+    key: tuple[Any, ...]
+    value: tuple[Tensor, Tensor | None]
+
+
+_KEPT: dict[tuple[int, ...], _Kept] = {}

@@ -36,7 +36,9 @@ def fuse(model: nn.Module) -> Fusion:
     - BatchNorm in evaluation otherwise: its scale and shift are the unit's, with their gradients.
     - BatchNorm in training: one pass for the statistics of the batch, and the unit does the rest. Running statistics move
       as they do without fusion.
-    - Under ``torch.compile``: scale and shift, which a compiled program can compute anew, as the weights may change.
+    - Under ``torch.compile`` and ``torch.export``: the same, in one graph. On the CPU a compiled program shares the folded
+      weights with eager calls; elsewhere, where exported, and where the compiler is told to freeze weights, the fold is
+      part of the graph.
 
     Outputs and gradients equal those of the unfused model within rounding. The model stays the same object with the same
     modules, parameters and ``state_dict``, which can be saved and loaded at any time; the handle of :func:`steer` keeps
@@ -125,6 +127,8 @@ class Fusion:
                     f"{type(program.scopes[0]).__name__}; first undo what was done to the model since"
                 )
         for program in self._programs:
+            for call in program.calls.values():
+                call.forget()
             del program.scopes[0].__dict__["forward"]
         self._model.__dict__.pop(_FUSION, None)
         self._active = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..ops._op import in_transform
-from .fold import Folded, affine, is_eval
+from . import frozen
+from .anew import computed_anew, normalised
+from .fold import Frozen, affine, is_eval
 from .trace import has_hooks
 
 
@@ -47,7 +50,6 @@ class FusedCall:
 
     def __init__(self, source: nn.Module | None, norm: nn.Module | None, unit: Any) -> None:
         self.source, self.norm, self.unit = source, norm, unit
-        self.folded = None if source is None else Folded(source, norm)
         self.modules = [m for m in (source, norm, unit) if isinstance(m, nn.Module)]
 
     def __call__(self, x: Tensor, residual: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -56,7 +58,9 @@ class FusedCall:
             return self.unfused(x, residual, *args, **kwargs)
         fold = self.can_fold(x)
         if self.unit is None:
-            return self.layer(x, fold) if fold else self.unfused(x, None)
+            if fold or self.source is None or compiling:
+                return self.layer(x, fold) if fold else self.unfused(x, None)
+            return normalised(self.norm, self.source(x))
         arguments = self.arguments(x, *args, **kwargs)
         if arguments is None or not isinstance(residual, (Tensor, type(None))):
             return self.unfused(x, residual, *args, **kwargs)
@@ -73,9 +77,10 @@ class FusedCall:
                 z = self.norm(z)
         if residual is not None and residual.shape != z.shape:
             z, residual = z + residual, None
-        inplace = z is not x and not compiling and (residual is None or residual.dtype == z.dtype)
+        inplace = z is not x and (residual is None or residual.dtype == z.dtype)
         inplace = inplace and not _records(z, residual, scale, shift, *arguments.values())
-        return functional.ctu(z, scale=scale, shift=shift, residual=residual, inplace=inplace, **arguments)
+        with nullcontext() if compiling else computed_anew(residual):
+            return functional.ctu(z, scale=scale, shift=shift, residual=residual, inplace=inplace, **arguments)
 
     def arguments(self, x: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
         read = getattr(self.unit, "ctu_arguments", None)  # gone once the steering was removed
@@ -84,16 +89,18 @@ class FusedCall:
     def layer(self, x: Tensor, fold: bool) -> Tensor:
         if self.source is None:
             return x
-        if not fold:
-            return self.source(x)
-        assert self.folded is not None
-        return self.folded(x, _records(x))
+        return frozen.call(self.source, self.norm, x, _records(x)) if fold else self.source(x)
+
+    def forget(self) -> None:
+        """Give up copies of weights."""
+        if self.source is not None:
+            Frozen.of(self.source, self.norm).forget()
 
     def can_fold(self, x: Tensor) -> bool:
         """Whether nobody needs the layer and the norm apart: both are frozen, and the norm is in evaluation."""
-        if self.folded is None or not (self.norm is None or is_eval(self.norm)):
+        if self.source is None or not (self.norm is None or is_eval(self.norm)):
             return False
-        parameters = self.folded.parameters()
+        parameters = [t for t in Frozen.of(self.source, self.norm).tensors() if t.is_floating_point()]
         return not (
             _records(*parameters)
             or any(t.dtype != x.dtype for t in parameters)
