@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         records = networks.run(args.dtype, args.seconds, args.quick)
         rows = networks.bars(records)
         print(f"{networks.text(records)}\n\n{report.bars(rows)}\n")
-        record = jola_step.run(args.seconds)
+        record = jola_step.run(args.seconds, args.quick)
         jola_rows = jola_step.bars(record)
         print(f"{jola_step.text(record)}\n\n{report.bars(jola_rows)}")
         result |= {"records": [*records, record], "bars": rows + jola_rows}

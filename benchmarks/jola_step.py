@@ -13,6 +13,7 @@ from .report import table
 
 BATCH, TOKENS, LAYERS, HIDDEN, HEADS = 8, 256, 8, 512, 16
 YARDSTICK = "frozen, forward + backward to the embeddings"
+JOLA, COMPILED, COMPOSED = "JoLA step", "JoLA step, compiled", "JoLA step, composed reference, compiled"
 
 
 class LoopOverHeads(nn.Module):
@@ -60,8 +61,11 @@ def _llama(like: nn.Module | None = None) -> Any:
     return model
 
 
-def run(seconds: float) -> dict[str, Any]:
-    """Median milliseconds of every contestant's training step, and of merged and plain inference."""
+def run(seconds: float, quick: bool = False) -> dict[str, Any]:
+    """Median milliseconds of every contestant's training step, and of merged and plain inference.
+
+    ``quick``: without the compiled ones, which run among themselves after the others, beside an eager one.
+    """
     from peft import LoraConfig, get_peft_model
 
     from ctkernels.adapters import JolaConfig, jola_penalty, parameter_groups
@@ -96,16 +100,26 @@ def run(seconds: float) -> dict[str, Any]:
 
         return call
 
+    def penalty() -> Tensor:
+        return 0.1 * jola_penalty(jola)
+
+    eager = step(jola, jola_optimizer, penalty)
     training = measure.interleaved(
         {
             YARDSTICK: yardstick,
-            "JoLA step": step(jola, jola_optimizer, lambda: 0.1 * jola_penalty(jola)),
+            JOLA: eager,
             "LoRA r=8 step": step(lora, optimizers[lora]),
             "loop over heads, step": step(loop, optimizers[loop]),
         },
         seconds * 6,
         least=15,
     )
+    record = {"op": "jola_step", "training_ms": training}
+    if not quick:
+        compiled, seen_through = (step(torch.compile(jola, fullgraph=True), jola_optimizer, penalty) for _ in range(2))
+        contestants = {JOLA: eager, COMPILED: compiled, COMPOSED: measure.composed(seen_through)}
+        record["compiled_training_ms"] = measure.interleaved(contestants, seconds * 4, least=9)
+        torch.compiler.reset()
     jola.eval()
     merged = jola.merge_and_unload()
     frozen.eval()
@@ -117,18 +131,26 @@ def run(seconds: float) -> dict[str, Any]:
 
         return call
 
-    inference = measure.interleaved({"plain": infer(frozen), "merged": infer(merged)}, seconds * 2)
-    return {"op": "jola_step", "training_ms": training, "inference_ms": inference}
+    record["inference_ms"] = measure.interleaved({"plain": infer(frozen), "merged": infer(merged)}, seconds * 3)
+    return record
 
 
 def bars(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Ratios beside the bound each must keep."""
-    t, i = record["training_ms"], record["inference_ms"]
-    return [
-        measure.bar("fp32", "JoLA training step / frozen forward+backward", t["JoLA step"] / t[YARDSTICK], "<=", 1.06),
-        measure.bar("fp32", "LoRA r=8 step / JoLA step", t["LoRA r=8 step"] / t["JoLA step"], ">=", 1.05),
+    t, i, c = record["training_ms"], record["inference_ms"], record.get("compiled_training_ms")
+    rows = [
+        measure.bar("fp32", "JoLA training step / frozen forward+backward", t[JOLA] / t[YARDSTICK], "<=", 1.06),
+        measure.bar("fp32", "LoRA r=8 step / JoLA step", t["LoRA r=8 step"] / t[JOLA], ">=", 1.05),
         measure.bar("fp32", "merged inference / plain inference", i["merged"] / i["plain"], "<=", 1.03),
     ]
+    if c is not None:
+        rows += [
+            measure.bar("fp32", "JoLA step: compiled / eager", c[COMPILED] / c[JOLA], "<=", 1.0),
+            measure.bar(
+                "fp32", "JoLA step: composed reference, compiled / ours, compiled", c[COMPOSED] / c[COMPILED], ">=", 1.0
+            ),
+        ]
+    return rows
 
 
 def text(record: dict[str, Any]) -> str:
@@ -136,6 +158,9 @@ def text(record: dict[str, Any]) -> str:
     rows = [
         [name, f"{ms:.1f}", f"{ms / record['training_ms'][YARDSTICK]:.3f}"]
         for name, ms in record["training_ms"].items()
+    ]
+    rows += [
+        [f"beside compiled: {name}", f"{ms:.1f}", ""] for name, ms in record.get("compiled_training_ms", {}).items()
     ]
     rows += [[f"inference, {name}", f"{ms:.1f}", ""] for name, ms in record["inference_ms"].items()]
     title = f"Llama of {LAYERS} layers, hidden {HIDDEN}, {HEADS} heads, batch {BATCH} x {TOKENS}, fp32"

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+import ctkernels
+
 Contestants = dict[str, Callable[[], Any]]
 
 
@@ -52,6 +54,16 @@ def interleaved(contestants: Contestants, seconds: float = 1.5, least: int = 5) 
             times[name].append(time.perf_counter() - start)
         order.append(order.pop(0))
     return {name: statistics.median(t) * 1e3 for name, t in times.items()}
+
+
+def composed(run: Callable[[], Any]) -> Callable[[], Any]:
+    """``run`` with the composed reference of every op, which a compiler sees through."""
+
+    def call() -> Any:
+        with ctkernels.use_backend("reference"):
+            return run()
+
+    return call
 
 
 def overhead(contestants: Contestants, calls: int = 400, rounds: int = 15) -> dict[str, float]:
