@@ -18,7 +18,7 @@ from .report import table
 
 BATCH, SIZE = 8, 224
 PLAIN, FOLDED, OURS, OFFICIAL = "plain ReLU", "plain ReLU, BatchNorm folded", "CT, fused", "CT as published"
-COMPILED, COMPOSED = ", compiled", ", composed reference, compiled"
+COMPILED, COMPOSED = ", compiled", "composed reference, compiled"
 
 
 class OfficialUnit(nn.Module):
@@ -146,9 +146,6 @@ def run(dtypes: list[str], seconds: float, quick: bool) -> list[dict[str, Any]]:
                 compiled = torch.compile(fixed[label], fullgraph=True), torch.compile(learned[label], fullgraph=True)
                 calls[label + COMPILED] = inference(compiled[0], x)
                 steps[label + COMPILED] = step(compiled[1], x, labels)
-            compiled = torch.compile(fixed[OURS], fullgraph=True), torch.compile(learned[OURS], fullgraph=True)
-            calls[OURS + COMPOSED] = measure.composed(inference(compiled[0], x))
-            steps[OURS + COMPOSED] = measure.composed(step(compiled[1], x, labels))
         record = {
             "network": "resnet50",
             "dtype": name,
@@ -156,6 +153,8 @@ def run(dtypes: list[str], seconds: float, quick: bool) -> list[dict[str, Any]]:
             "step_ms": measure.interleaved(steps, seconds * 8),
             "step_peak_bytes": memory,
         }
+        if not quick:
+            record |= _composed(fixed[OURS], learned[OURS], x, labels)
         full = _full(contestants(dtype, trained=True))
         record["full_step_peak_bytes"] = {
             label: measure.peak_bytes(step(model, x, labels)) for label, model in full.items()
@@ -163,6 +162,23 @@ def run(dtypes: list[str], seconds: float, quick: bool) -> list[dict[str, Any]]:
         records.append(record)
         torch.compiler.reset()
     return records
+
+
+def _composed(fixed: nn.Module, learned: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Ours compiled beside ours compiled with the composed reference, apart since that is slow, and few times."""
+    torch.compiler.reset()
+    inferences: measure.Contestants = {
+        COMPILED: inference(torch.compile(fixed, fullgraph=True), x),
+        COMPOSED: measure.composed(inference(torch.compile(fixed, fullgraph=True), x)),
+    }
+    steps: measure.Contestants = {
+        COMPILED: step(torch.compile(learned, fullgraph=True), x, labels),
+        COMPOSED: measure.composed(step(torch.compile(learned, fullgraph=True), x, labels)),
+    }
+    return {
+        "composed_inference_ms": measure.interleaved(inferences, 0, least=5),
+        "composed_step_ms": measure.interleaved(steps, 0, least=1),
+    }
 
 
 def _check(dtype: torch.dtype) -> None:
@@ -199,7 +215,12 @@ def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     (f"{kind}: as published, compiled / ours", theirs / ms[OURS], ">=", 1.0),
                     (f"{kind}: as published, compiled / ours, compiled", theirs / ours, ">=", 1.0),
                     (f"{kind}: ours, compiled / ours", ours / ms[OURS], "<=", 1.0),
-                    (f"{kind}: composed reference, compiled / ours, compiled", ms[OURS + COMPOSED] / ours, ">=", 1.0),
+                    (
+                        f"{kind}: composed reference, compiled / ours, compiled",
+                        record[f"composed_{kind}_ms"][COMPOSED] / record[f"composed_{kind}_ms"][COMPILED],
+                        ">=",
+                        1.0,
+                    ),
                 ]
         f = record["full_step_peak_bytes"]
         ratios.append(("peak memory of a step that trains everything / plain", f[OURS] / f[PLAIN], "<=", 1.02))
