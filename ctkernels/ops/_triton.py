@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _layout
 from ._op import Inputs, Op, Static
-from ._triton_kernels import Math, channelwise_kernel, finish_kernel, fold_kernel
+from ._triton_kernels import Math, fold_kernel
 from ._triton_plan import Plan, plan_for
 
 PARAMS = 5  # that the kernels have room for
@@ -64,15 +64,9 @@ class _Call:
     def args(self) -> dict[str, Any]:
         return _numbered("p", self.params)
 
-    def meta(self, *functions: str) -> dict[str, Any]:
-        """Constants of the kernels that read parameters, and the scalar functions they are made of."""
-        found: dict[str, Any] = {name.upper(): getattr(self.math, name) for name in functions}
-        return found | {
-            "STATIC": self.static,
-            "FALLBACKS": self.math.fallbacks,
-            "ROWS": self.rows,
-            "RUNS": self.runs,
-        }
+    def meta(self) -> dict[str, Any]:
+        """Constants of the kernels that read parameters."""
+        return {"STATIC": self.static, "FALLBACKS": self.math.fallbacks, "ROWS": self.rows, "RUNS": self.runs}
 
 
 def _numbered(letter: str, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
@@ -132,10 +126,10 @@ def _run(
     each = [torch.empty(cells, **like) if s else g for s, g in zip(shared, grads)]
     args = {"x": x, "residual": call.residual, "dy": dy, "out": out, "dresidual": dresidual, "partial": partials}
     args |= call.args() | _numbered("d", [None] * PARAMS if partials is not None else each) | plan.args(view)
-    meta = call.meta("derive", "forward", "gradients", "finish") | plan.meta()
+    meta = call.meta() | plan.meta()
     meta |= {"PROLOGUE": call.math.prologue, "GRADE": call.grade, "WANTED": sums}
     with guard(x):
-        launch(channelwise_kernel, plan.programs, args, meta)
+        launch(call.math.channelwise_kernel, plan.programs, args, meta)
         if partials is not None:
             _finish(call, plan, partials, each, sums)
         if any(shared):
@@ -155,8 +149,8 @@ def _finish(call: _Call, plan: Plan, partials: Tensor, each: Sequence[Tensor | N
         "repeat": repeat,
     }
     terms = min(LANES // lanes, triton.next_power_of_2(plan.slots * repeat * inner))
-    meta = call.meta("finish") | {"WANTED": sums, "TERMS": terms, "LANES": lanes, "num_warps": 4}
-    launch(finish_kernel, view.groups * triton.cdiv(view.channels, lanes), args, meta)
+    meta = call.meta() | {"WANTED": sums, "TERMS": terms, "LANES": lanes, "num_warps": 4}
+    launch(call.math.finish_kernel, view.groups * triton.cdiv(view.channels, lanes), args, meta)
 
 
 def _fold(call: _Call, each: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
