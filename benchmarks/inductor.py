@@ -58,6 +58,7 @@ def _pretended(sm: int) -> Iterator[None]:
             "torch.cuda.get_device_capability": lambda *_: (sm // 10, sm % 10),
             "torch.cuda.current_device": lambda: 0,
             "torch._inductor.scheduler.has_triton": lambda *_: True,
+            "torch._dynamo.device_interface.CudaInterface.raise_if_triton_unavailable": lambda *_: None,
         }.items():
             stack.enter_context(mock.patch(name, value))
         stack.enter_context(mock.patch.object(DeviceProperties, "create", classmethod(lambda cls, device: hints)))

@@ -114,6 +114,10 @@ def reference_wanted(x: Tensor) -> bool:
     return cuda.missing is None and _capability(x.get_device()) < cuda.capability
 
 
+def triton_forced() -> bool:
+    return _forced == "triton"
+
+
 def triton_wanted() -> bool:
     """Whether Triton is forced where the dispatcher has compiled kernels."""
     return _forced == "triton" and BACKENDS["cuda"].missing is None

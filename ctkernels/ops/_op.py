@@ -26,6 +26,7 @@ Inputs = tuple[Tensor | None, ...]
 Static = tuple[Any, ...]
 
 _LIBRARY = torch.library.Library("ctkernels", "DEF")
+OPS: list[Op] = []  # that are registered
 _OVERLOADS: dict[str, torch._ops.OpOverload] = {}  # looking one up in torch.ops costs as much as a small kernel
 
 
@@ -107,7 +108,11 @@ class Op:
             return self._packet("_backward")(dy, *inputs, *static, needs)
 
     def _packet(self, suffix: str) -> Any:
-        if _backend.triton_wanted() and not torch.compiler.is_compiling():
+        if _backend.triton_forced() and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            from . import _triton_inlined
+
+            return _triton_inlined.OVERLOADS[self.name + suffix]
+        if _backend.triton_wanted():
             from . import _triton
 
             return _triton.implementations(self)[suffix]
@@ -378,6 +383,15 @@ def register(op: Op) -> Op:
     torch.library.register_fake(qualified, fake_forward, lib=_LIBRARY)
     torch.library.register_fake(qualified + "_", lambda *args: None, lib=_LIBRARY)
     torch.library.register_fake(qualified + "_backward", fake_backward, lib=_LIBRARY)
+    for suffix, (backward_of, save) in derivatives(op, op._packet).items():
+        torch.library.register_autograd(qualified + suffix, backward_of, setup_context=save, lib=_LIBRARY)
+    OPS.append(op)
+    return op
+
+
+def derivatives(op: Op, packet: Callable[[str], Any]) -> dict[str, tuple[Callable[..., Any], Callable[..., None]]]:
+    """By suffix, the autograd of dispatcher ops: what ``register_autograd`` takes. ``packet``: the op of a suffix."""
+    count = len(op.inputs)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.static = inputs[count:]
@@ -387,7 +401,7 @@ def register(op: Op) -> Op:
         inputs = ctx.saved_tensors
 
         def compute(needs: int) -> Sequence[Tensor]:
-            return op._packet("_backward")(dy, *inputs, *ctx.static, needs)
+            return packet("_backward")(dy, *inputs, *ctx.static, needs)
 
         return (*op.gradients(ctx.needs_input_grad[:count], inputs, compute), *[None] * len(ctx.static))
 
@@ -399,6 +413,4 @@ def register(op: Op) -> Op:
         grads = _second_order(op, ctx.static, ctx.needs, ctx.saved_tensors, cotangents)
         return (*grads, *[None] * (len(ctx.static) + 1))
 
-    torch.library.register_autograd(qualified, first_order, setup_context=save, lib=_LIBRARY)
-    torch.library.register_autograd(qualified + "_backward", second_order, setup_context=save_backward, lib=_LIBRARY)
-    return op
+    return {"": (first_order, save), "_backward": (second_order, save_backward)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -24,14 +25,20 @@ PARAMS = 5  # that the kernels have room for
 LANES = 1024  # that the launches which add up partial sums work on at a time, at most
 
 
+# Whether launches are being traced, by a compiler that sees through the ops.
+inlining: ContextVar[bool] = ContextVar("inlining", default=False)
+
+
 def launch(kernel: Any, grid: int, args: dict[str, Any], meta: dict[str, Any]) -> None:
     """The one place where kernels are started: on the current stream of the current device, without waiting."""
+    if inlining.get():
+        kernel = torch.library.wrap_triton(kernel)
     kernel[(grid,)](**args, **meta)
 
 
 def guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes x's device the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    """Makes x's device the current one. What a compiler traces runs where it decides."""
+    return torch.cuda.device(x.device) if x.is_cuda and not inlining.get() else contextlib.nullcontext()
 
 
 class _Call:
@@ -163,6 +170,15 @@ def _fold(call: _Call, each: Sequence[Tensor | None], grads: Sequence[Tensor | N
     lanes = max(32, min(LANES, triton.next_power_of_2(terms)))
     meta = {"ROWS": call.rows, "RUNS": call.runs, "LANES": lanes, "num_warps": min(4, lanes // 32)}
     launch(fold_kernel, max(g.numel() for g in grads if g is not None), args, meta)
+
+
+def kernels(op: Op) -> list[Any]:
+    """All that the implementations of ``op`` launch."""
+    assert op.triton is not None
+    module = importlib.import_module(op.triton)
+    if hasattr(module, "MATH"):
+        return [module.MATH.channelwise_kernel, module.MATH.finish_kernel, fold_kernel]
+    return list(module.KERNELS)
 
 
 def implementations(op: Op) -> dict[str, Callable[..., Any]]:
