@@ -11,7 +11,6 @@ import ctypes
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -58,10 +57,15 @@ def _triton_missing() -> str | None:
     return "the kernels are for NVIDIA GPUs" if torch.version.hip else None
 
 
-@lru_cache(maxsize=64)
+_CAPABILITIES: dict[int, tuple[int, int]] = {}
+
+
 def _capability(device: int) -> tuple[int, int]:
-    # Without a device, a tensor on one is a fake: taken to be where everything runs.
-    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (1 << 10, 0)
+    if device not in _CAPABILITIES:  # not an lru_cache, of which torch.compile warns
+        # Without a device, a tensor on one is a fake: taken to be where everything runs.
+        known = torch.cuda.is_available()
+        _CAPABILITIES[device] = torch.cuda.get_device_capability(device) if known else (1 << 10, 0)
+    return _CAPABILITIES[device]
 
 
 @dataclass(frozen=True)
