@@ -119,9 +119,8 @@ def generated(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str,
     return only
 
 
-def kernels(function: Callable[..., Any], args: tuple[Any, ...], folder: Path) -> list[Kernel]:
-    """What Inductor generates for a function of fake tensors; the sources go to ``folder``. Call it where a GPU is pretended."""
-    text, moved = generated(function, args)
+def kernels(text: str, moved: list[int], folder: Path) -> list[Kernel]:
+    """The launches of a module of :func:`generated`, in order; the sources of its kernels go to ``folder``."""
     sources = {
         name: (source, defined)
         for name, source, defined in re.findall(r"^(\w+) = async_compile\.triton\('(\w+)', '''\n(.*?)''',", text, re.S | re.M)
@@ -218,7 +217,7 @@ def cost(name: str, dtype_name: str, sm: int) -> Cost:
     dtype, compiled = DTYPES[dtype_name], PASSES[name]
     with tempfile.TemporaryDirectory() as folder, pretended(sm), use_backend(compiled.forced):
         args = tensors(dtype)
-        every = kernels(compiled.function, args, Path(folder))
+        every = kernels(*generated(compiled.function, args), Path(folder))
         x = args[0]
         parts = [_cost(k, x.numel(), dtype.itemsize, sm) for k in every if k.bytes > 0.01 * x.nbytes]
     pipes: Counter[str] = sum((Counter(p.pipes) for p in parts), Counter())
