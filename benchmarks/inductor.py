@@ -123,7 +123,9 @@ def kernels(text: str, moved: list[int], folder: Path) -> list[Kernel]:
     """The launches of a module of :func:`generated`, in order; the sources of its kernels go to ``folder``."""
     sources = {
         name: (source, defined)
-        for name, source, defined in re.findall(r"^(\w+) = async_compile\.triton\('(\w+)', '''\n(.*?)''',", text, re.S | re.M)
+        for name, source, defined in re.findall(
+            r"^(\w+) = async_compile\.triton\('(\w+)', '''\n(.*?)''',", text, re.S | re.M
+        )
     }
     launched = re.findall(r"^\s+(\w+)\.run\(", text, re.M)
     found = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("numpy", minversion="2.0", reason="the PTX executor needs numpy 2")
-inductor = pytest.importorskip("benchmarks.inductor")
 
 from inlined_on_cpu import graph_on_cpu, module_on_cpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_recorder import Recorder, triton_on_cpu
 
+from benchmarks import inductor
 from ctkernels import use_backend
 from ctkernels.functional import ctu, head_edit
 from ctkernels.ops import _triton
@@ -52,8 +53,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
 
 def _inputs(case: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     g = torch.Generator().manual_seed(0)
-    return [(0.05 + 0.9 * torch.rand(shape, generator=g)).to(dtype if i == 0 else torch.float32) for i, shape in
-            enumerate(CASES[case][1])]
+    return [
+        (0.05 + 0.9 * torch.rand(shape, generator=g)).to(dtype if i == 0 else torch.float32)
+        for i, shape in enumerate(CASES[case][1])
+    ]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -128,16 +131,38 @@ def test_compilers_caches_know_the_kernels() -> None:
 
 
 def test_what_is_the_default() -> None:
-    """Opaque ops, in compiled programs and in exported ones, whatever is forced there."""
+    """Opaque ops, in compiled programs, and in exported ones whatever is forced."""
     x, beta, coeff, _ = _inputs("ctu")
+
+    class Net(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return ctu(x, beta, coeff, channel_dim=1)
+
     nodes = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         nodes.extend(str(node.target) for node in graph.graph.nodes)
         return graph.forward
 
-    torch.compile(partial(ctu, channel_dim=1), fullgraph=True, backend=backend)(x, beta, coeff)
+    torch._dynamo.reset()
+    torch.compile(Net(), fullgraph=True, backend=backend)(x)
     assert "ctkernels.ctu.default" in nodes
+    for strict in (False, True):
+        with graph_on_cpu(Recorder(90), 90):
+            program = torch.export.export(Net(), (x,), strict=strict)
+        assert "ctkernels.ctu.default" in program.graph_module.code
+
+
+def test_inlining_moves_as_much_memory() -> None:
+    """Inductor writes the same neighbours around an inlined kernel and an opaque op."""
+    found = []
+    for forced in (nullcontext(), use_backend("triton")):
+        with inductor.pretended(90), forced:
+            text, _ = inductor.generated(inductor.chain, inductor.tensors(torch.float32))
+        assert ("torch.ops.ctkernels.ctu.default" in text) == ("def channelwise_kernel" not in text)
+        neighbours = re.findall(r"^def triton_poi\w+(.*?)'''", text, re.S | re.M)
+        found.append([(code.count("tl.load("), code.count("tl.store(")) for code in neighbours])
+    assert found == [[(1, 1), (2, 1)]] * 2
 
 
 MODULES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {

@@ -148,7 +148,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Forces one backend for every ctkernels op in the process, while the context lasts.
 
     name: ``"cpu"`` or ``"cuda"`` (compiled), ``"triton"`` (on CUDA tensors) or ``"reference"`` (plain torch). Raises
-    ValueError for an unknown name; an op whose tensor the backend cannot serve raises RuntimeError with the reason.
+    ValueError for an unknown name; an op whose tensor the backend cannot serve raises RuntimeError with the reason. Under
+    ``torch.compile``, ops are opaque to the compiler, but it sees through those of ``"reference"`` and ``"triton"``:
+    ctkernels/ops/README.md.
 
     >>> with ctkernels.use_backend("reference"):
     ...     y = ctkernels.functional.ctu(x, 0.9)

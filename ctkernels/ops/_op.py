@@ -7,8 +7,8 @@ An op is one description, :class:`Op`. From it come two dispatcher ops and a mut
     ctkernels::NAME_backward(dy, inputs..., static..., needs) -> Tensor[]    gradients of the inputs whose bit is set
 
 whose kernels are native (``csrc``) where built and the reference elsewhere. Compiled and exported programs see those ops,
-with the autograd registered here. Eager calls go through :class:`_Forward`, an ``autograd.Function`` over the same kernels,
-which costs less per call and adds forward-mode AD and ``torch.func``.
+with the autograd registered here (README.md: what else a compiler can see). Eager calls go through :class:`_Forward`, an
+``autograd.Function`` over the same kernels, which costs less per call and adds forward-mode AD and ``torch.func``.
 """
 
 from __future__ import annotations
@@ -108,11 +108,12 @@ class Op:
             return self._packet("_backward")(dy, *inputs, *static, needs)
 
     def _packet(self, suffix: str) -> Any:
-        if _backend.triton_forced() and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            from . import _triton_inlined
+        if torch.compiler.is_compiling():
+            if _backend.triton_forced() and not torch.compiler.is_exporting():
+                from . import _triton_inlined
 
-            return _triton_inlined.OVERLOADS[self.name + suffix]
-        if _backend.triton_wanted():
+                return _triton_inlined.OVERLOADS[self.name + suffix]
+        elif _backend.triton_wanted():
             from . import _triton
 
             return _triton.implementations(self)[suffix]

@@ -41,14 +41,14 @@ def _define(op: Op) -> None:
     overloads = {}
     for suffix, host in _triton.implementations(op).items():
         schema = str(_op._OVERLOADS[op.name + suffix]._schema).partition("(")
-        name = f"ctkernels::{op.name}{suffix}_triton"
+        name = f"{op.name}{suffix}_triton"
         mutated = (op.inputs[0],) if suffix == "_" else ()
         # torch.compile's caches hash the kernels that torch finds in a function's source. In this one's it would not find
         # them: it gets a partial, whose source it does not read, and a list.
         traced = _traced(partial(host))
-        made = torch.library.triton_op(name, traced, mutates_args=mutated, schema="".join(schema[1:]))
-        _library.triton_ops_to_kernels[name] = _triton.kernels(op)
-        overloads[suffix] = made._opoverload
+        torch.library.triton_op(f"ctkernels::{name}", traced, mutates_args=mutated, schema="".join(schema[1:]))
+        _library.triton_ops_to_kernels[f"ctkernels::{name}"] = _triton.kernels(op)
+        overloads[suffix] = getattr(torch.ops.ctkernels, name).default
     for suffix, (backward, save) in _op.derivatives(op, overloads.__getitem__).items():
         torch.library.register_autograd(f"ctkernels::{op.name}{suffix}_triton", backward, setup_context=save)
     OVERLOADS.update({op.name + suffix: overload for suffix, overload in overloads.items()})

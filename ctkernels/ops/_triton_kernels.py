@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import triton
 import triton.language as tl
@@ -53,11 +53,9 @@ class Math:
         return _kernel(finish_kernel, self)
 
 
-# In the skeletons, the scalar functions of the op that a kernel is made for.
-derive: Any
-forward: Any
-gradients: Any
-finish: Any
+derive = forward = gradients = finish = (
+    None  # in the skeletons, the scalar functions of the op that a kernel is made for
+)
 
 
 def _kernel(skeleton: Any, math: Math) -> Any:
