@@ -53,9 +53,8 @@ class Math:
         return _kernel(finish_kernel, self)
 
 
-derive = forward = gradients = finish = (
-    None  # in the skeletons, the scalar functions of the op that a kernel is made for
-)
+# In the skeletons, the scalar functions of the op that a kernel is made for.
+derive = forward = gradients = finish = cast(Any, None)
 
 
 def _kernel(skeleton: Any, math: Math) -> Any:

@@ -123,12 +123,20 @@ def walk_range(
 
 
 @triton.jit
+def row_of(p, h, E: tl.constexpr, BE: tl.constexpr):
+    """p[h], from a load of more values than a program has threads: a smaller one, and all that is computed from it, the
+    compiler would repeat in every thread for each of its elements."""
+    i = tl.arange(0, 256)
+    return tl.sum(tl.reshape(tl.load(p + h * E + i, mask=i < E, other=0.0), [256 // BE, BE]), 0).to(tl.float32)
+
+
+@triton.jit
 def edit_scale(m, g_m, h, e, E: tl.constexpr):
     """1 + g_m m of a head; 1 where nothing is scaled."""
     if m is None:
         return e * 0.0 + 1.0
     else:
-        value = tl.load(m + h * E + e, mask=e < E, other=0.0).to(tl.float32)
+        value = row_of(m, h, E, e.shape[0])
         if g_m is not None:
             value = value * tl.load(g_m + h).to(tl.float32)
         return 1.0 + value
@@ -137,7 +145,7 @@ def edit_scale(m, g_m, h, e, E: tl.constexpr):
 @triton.jit
 def edit_offset(a, g_a, h, e, E: tl.constexpr):
     """g_a a of a head."""
-    value = tl.load(a + h * E + e, mask=e < E, other=0.0).to(tl.float32)
+    value = row_of(a, h, E, e.shape[0])
     if g_a is not None:
         value = value * tl.load(g_a + h).to(tl.float32)
     return value
