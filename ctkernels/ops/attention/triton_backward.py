@@ -132,9 +132,8 @@ def keys_kernel(
         room = keys - first
         ks = load_tile(k + b * k_batch + g * k_head + start * k_row, near, d, k_row, room, True, D, BD)
         vs = load_tile(v + b * v_batch + g * v_head + start * v_row, near, e, v_row, room, True, E, BE)
-        p = edit_scale(m, g_m, h, e, E)[None, :]
         if m is not None:
-            vs = (vs.to(tl.float32) * p).to(vs.dtype)
+            vs = (vs.to(tl.float32) * edit_scale(m, g_m, h, e, E)[None, :]).to(vs.dtype)
         q += b * q_batch + head * q_head + q0.to(tl.int64) * q_row
         dy += b * dy_batch + head * dy_head + q0.to(tl.int64) * dy_row
         lse += b * lse_batch + head * lse_head + q0
@@ -176,7 +175,8 @@ def keys_kernel(
                 q_row, dy_row, mask_row, mask_col, True, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, M,
             )  # fmt: skip
         if m is not None:
-            dvs = dvs * p
+            tl.debug_barrier()  # the scale is loaded again: kept over the loops, it would cost registers
+            dvs = dvs * edit_scale(m, g_m, h, e, E)[None, :]
         live = cols[:, None] < keys
         at_dk = dk + b * dk_batch + head * dk_head + (start + near)[:, None] * dk_row + d[None, :]
         at_dv = dv + b * dv_batch + head * dv_head + (start + near)[:, None] * dv_row + e[None, :]
