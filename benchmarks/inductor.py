@@ -1,4 +1,4 @@
-"""What ``torch.compile`` makes of the composed reference, for ``python -m benchmarks.roofline``: without a GPU.
+"""What ``torch.compile`` makes of the ops where it sees through them, for ``python -m benchmarks.roofline``: without a GPU.
 
 Inductor asks the CUDA runtime for little more than a device's properties. With those given, it lowers a graph traced on fake
 CUDA tensors to the Triton kernels it would launch, with the block sizes it would try. They are compiled ahead of time, like
@@ -7,6 +7,7 @@ ours, and their predicted times added up: intermediate tensors go through memory
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import tempfile
@@ -21,18 +22,23 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._inductor import config
+from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
 from torch._inductor.debug import DebugContext
-from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
+from torch._inductor.ir import UserDefinedTritonKernel
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.hints import DeviceProperties
+from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.runtime.driver import driver
 
+from ctkernels import use_backend
+from ctkernels.functional import ctu
 from ctkernels.ops.ctu import OP
 
 from . import sass
@@ -40,10 +46,11 @@ from .roofline import GPUS, Cost
 
 SHAPE = (32, 64, 56, 56)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STATIC = (1, 0, False, 0.0)
 
 
 @contextmanager
-def _pretended(sm: int) -> Iterator[None]:
+def pretended(sm: int) -> Iterator[None]:
     """A device of this architecture, as far as Inductor looks."""
     numbers = {
         "major": sm // 10, "multi_processor_count": GPUS[sm].sms, "regs_per_multiprocessor": 65536, "warp_size": 32,
@@ -58,6 +65,7 @@ def _pretended(sm: int) -> Iterator[None]:
             "torch.cuda.get_device_capability": lambda *_: (sm // 10, sm % 10),
             "torch.cuda.current_device": lambda: 0,
             "torch._inductor.scheduler.has_triton": lambda *_: True,
+            "torch._dynamo.device_interface.CudaInterface.raise_if_triton_unavailable": lambda *_: None,
         }.items():
             stack.enter_context(mock.patch(name, value))
         stack.enter_context(mock.patch.object(DeviceProperties, "create", classmethod(lambda cls, device: hints)))
@@ -75,48 +83,90 @@ class Kernel:
     bytes: int
 
 
-def kernels(function: Callable[..., Any], args: tuple[Tensor, ...], mode: FakeTensorMode, folder: Path) -> list[Kernel]:
-    """What Inductor generates for a function of fake tensors; the sources go to ``folder``. Call it where a GPU is pretended."""
-    with mode:
-        traced = make_fx(function, decomposition_table=select_decomp_table())(*args)
-    graph = GraphLowering(traced, example_inputs=args)
-    with V.set_graph_handler(graph), V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
-        graph.run(*args)
-        code = graph.codegen()[0]
-        moved = [node.get_read_write_buffers_sizes() for node in graph.scheduler.nodes]
-    text = getattr(code, "value", code)
-    sources = dict(re.findall(r"async_compile\.triton\('(\w+)', '''\n(.*?)''',", text, re.S))
+def _moved(node: BaseSchedulerNode) -> int:
+    """Bytes. Of a kernel that is not Inductor's own, every tensor once: it would count twice what is written."""
+    if isinstance(node.node, UserDefinedTritonKernel):
+        return sum(int(t.get_numel()) * t.get_dtype().itemsize for t in node.node.inputs)
+    return node.get_read_write_buffers_sizes()
+
+
+def generated(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, list[int]]:
+    """The module that Inductor writes for a function of fake tensors, and the bytes that each of its launches moves. Call it
+    where a GPU is pretended; the module is not run."""
+    found: list[tuple[str, list[int]]] = []
+
+    def lower(graph_module: torch.fx.GraphModule, inputs: list[Tensor], **_: Any) -> Any:
+        mode = detect_fake_mode(inputs)
+        with V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
+            _recursive_post_grad_passes(graph_module, is_inference=True)
+            graph = GraphLowering(graph_module, example_inputs=inputs)
+            with V.set_graph_handler(graph):
+                graph.run(*inputs)
+                code = graph.codegen()[0]
+                moved = [_moved(n) for n in graph.scheduler.nodes if not isinstance(n, NopKernelSchedulerNode)]
+        found.append((getattr(code, "value", code), moved))
+        (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
+        results = [None if node is None else node.meta["val"] for node in output.args[0]]
+        return lambda *_: results
+
+    def backend(graph_module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        return compile_fx(graph_module, inputs, inner_compile=lower)
+
+    torch._dynamo.reset()
+    with torch.no_grad(), config.patch(joint_graph_constant_folding=False):  # folding computes on the device
+        torch.compile(function, fullgraph=True, backend=backend)(*args)
+    (only,) = found
+    return only
+
+
+def kernels(text: str, moved: list[int], folder: Path) -> list[Kernel]:
+    """The launches of a module of :func:`generated`, in order; the sources of its kernels go to ``folder``."""
+    sources = {
+        name: (source, defined)
+        for name, source, defined in re.findall(
+            r"^(\w+) = async_compile\.triton\('(\w+)', '''\n(.*?)''',", text, re.S | re.M
+        )
+    }
     launched = re.findall(r"^\s+(\w+)\.run\(", text, re.M)
     found = []
     for name, size in zip(launched, moved, strict=True):
+        function_name, source = sources[name]
         path = folder / f"{name}.py"
-        path.write_text(sources[name])
+        path.write_text(ast.literal_eval(f"'''{source}'''"))
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        found.append(Kernel(name, getattr(module, name), size))
+        found.append(Kernel(name, getattr(module, function_name), size))
     return found
 
 
-def _cost(kernel: Kernel, elements: int, sm: int) -> Cost:
+def made(kernel: Kernel, tried: Any, sm: int) -> Any:
+    """The compiled kernel, in one of its configurations."""
+    jit, meta = kernel.function.fn, kernel.function.triton_meta
+    constants = {(jit.arg_names.index(k),): v for k, v in {**meta["constants"], **tried.kwargs}.items()}
+    source = ASTSource(jit, meta["signature"], constants, meta["configs"][0])
+    options = {"num_warps": tried.num_warps, "num_stages": tried.num_stages}
+    return compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+
+
+def _cost(kernel: Kernel, elements: int, itemsize: int, sm: int) -> Cost:
     """Of the fastest of its configurations, per element of the tensors that the whole function is of."""
     costs = []
-    for config in kernel.function.configs:
-        jit, meta = kernel.function.fn, kernel.function.triton_meta
-        constants = {(jit.arg_names.index(k),): v for k, v in {**meta["constants"], **config.kwargs}.items()}
-        source = ASTSource(jit, meta["signature"], constants, meta["configs"][0])
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        made = compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-        listing = sass.disassemble(made.asm["cubin"])
+    for tried in kernel.function.configs:
+        listing = sass.disassemble(made(kernel, tried, sm).asm["cubin"])
         body = listing.hot(outermost=False)
-        block = config.kwargs["XBLOCK"] * config.kwargs.get("R0_BLOCK", 1)
-        each = block / (32 * config.num_warps)  # elements of a thread, in one turn of its loop
-        moves = [i.bytes for i in body if i.name in ("LDG", "STG")]
+        moves = [i for i in body if i.name in ("LDG", "STG")]
+        widest = max(i.bytes for i in moves)
+        # Elements of a thread, in one turn of its loop. A kernel of ours stores one tensor in it.
+        if "XBLOCK" in tried.kwargs:
+            each = tried.kwargs["XBLOCK"] * tried.kwargs.get("R0_BLOCK", 1) / (32 * tried.num_warps)
+        else:
+            each = sum(i.bytes for i in moves if i.name == "STG") / itemsize
         cost = Cost(
             kernel.name, sm, False, kernel.bytes / elements, len(body) / each,
-            {k: v / each for k, v in sass.pipes(body).items()}, max(moves), listing.registers, listing.stack,
+            {k: v / each for k, v in sass.pipes(body).items()}, widest, listing.registers, listing.stack,
             listing.count("LDL", "STL"), listing.calls(body), 0, 0.0, "",
         )  # fmt: skip
         clocks = GPUS[sm].clocks(cost)
@@ -125,29 +175,57 @@ def _cost(kernel: Kernel, elements: int, sm: int) -> Cost:
     return min(costs, key=lambda c: c.ratio)
 
 
-def cost(direction: str, dtype_name: str, sm: int) -> Cost:
-    """All kernels of one pass, over the memory time of its inputs and outputs alone. Sums over a few values are left out."""
-    dtype, static = DTYPES[dtype_name], (1, 0, False, 0.0)
-    with tempfile.TemporaryDirectory() as folder, _pretended(sm):
-        mode = FakeTensorMode()
-        with mode:
-            x = torch.empty(SHAPE, dtype=dtype, device="cuda:0")
-            dy, *knobs = torch.empty_like(x), *(torch.empty(SHAPE[1], device="cuda:0") for _ in range(2))
+@dataclass(frozen=True)
+class Pass:
+    """What is compiled, and how many tensors of x's size it has to read and write. ``forced``: the backend that ctkernels'
+    ops are inlined of."""
 
-        def forward(x: Tensor, *knobs: Tensor) -> Tensor:
-            return OP.reference_forward((x, *knobs, None, None, None, None), static)
+    forced: str
+    function: Callable[..., Any]
+    tensors: int
 
-        def backward(dy: Tensor, x: Tensor, *knobs: Tensor) -> list[Tensor]:
-            return OP.reference_backward(dy, (x, *knobs, None, None, None, None), static, 0b111)
 
-        function, args = (forward, (x, *knobs)) if direction == "forward" else (backward, (dy, x, *knobs))
-        every = kernels(function, args, mode, Path(folder))
-        parts = [_cost(k, x.numel(), sm) for k in every if k.bytes > 0.01 * x.nbytes]
+def _reference_forward(_: Tensor, x: Tensor, *knobs: Tensor) -> Tensor:
+    return OP.reference_forward((x, *knobs, None, None, None, None), STATIC)
+
+
+def _reference_backward(dy: Tensor, x: Tensor, *knobs: Tensor) -> list[Tensor]:
+    return OP.reference_backward(dy, (x, *knobs, None, None, None, None), STATIC, 0b111)
+
+
+def chain(z: Tensor, x: Tensor, *knobs: Tensor) -> Tensor:
+    """The unit between neighbours that a compiler could fuse with it."""
+    return ctu(x * 2, *knobs, channel_dim=1) * 2 + z
+
+
+PASSES = {
+    "reference forward": Pass("reference", _reference_forward, 2),
+    "reference backward": Pass("reference", _reference_backward, 3),
+    "chain, reference inlined, forward": Pass("reference", chain, 3),
+    "chain, triton inlined, forward": Pass("triton", chain, 3),
+}
+
+
+def tensors(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """A gradient or a residual, x, beta and coeff, all of them fakes on a GPU."""
+    with FakeTensorMode():
+        x = torch.empty(SHAPE, dtype=dtype, device="cuda:0")
+        return torch.empty_like(x), x, *(torch.empty(SHAPE[1], device="cuda:0") for _ in range(2))
+
+
+def cost(name: str, dtype_name: str, sm: int) -> Cost:
+    """All kernels of one of PASSES, over the memory time of its inputs and outputs alone. Sums over a few values are left
+    out."""
+    dtype, compiled = DTYPES[dtype_name], PASSES[name]
+    with tempfile.TemporaryDirectory() as folder, pretended(sm), use_backend(compiled.forced):
+        args = tensors(dtype)
+        every = kernels(*generated(compiled.function, args), Path(folder))
+        x = args[0]
+        parts = [_cost(k, x.numel(), dtype.itemsize, sm) for k in every if k.bytes > 0.01 * x.nbytes]
     pipes: Counter[str] = sum((Counter(p.pipes) for p in parts), Counter())
-    needed = (3 if direction == "backward" else 2) * dtype.itemsize
-    floor = GPUS[sm].clocks(replace(parts[0], bytes=needed))["memory"]
+    floor = GPUS[sm].clocks(replace(parts[0], bytes=compiled.tensors * dtype.itemsize))["memory"]
     return Cost(
-        f"inductor reference {direction} NCHW {dtype_name}", sm, False, sum(p.bytes for p in parts),
+        f"inductor {name} NCHW {dtype_name}", sm, False, sum(p.bytes for p in parts),
         sum(p.instructions for p in parts), dict(pipes), min(p.vector for p in parts), max(p.registers for p in parts),
         max(p.stack for p in parts), sum(p.spills for p in parts), sum(p.calls for p in parts), 0,
         sum(p.ratio for p in parts) / floor, max(parts, key=lambda p: p.ratio).limit,
@@ -157,7 +235,7 @@ def cost(direction: str, dtype_name: str, sm: int) -> Cost:
 def costs(archs: list[int], only: str = "") -> Iterator[Cost]:
     """Of the passes whose name contains ``only``."""
     for dtype_name in DTYPES:
-        for direction in ("forward", "backward"):
-            if only in f"inductor reference {direction} NCHW {dtype_name}":
+        for name in PASSES:
+            if only in f"inductor {name} NCHW {dtype_name}":
                 for sm in archs:
-                    yield cost(direction, dtype_name, sm)
+                    yield cost(name, dtype_name, sm)

@@ -13,10 +13,6 @@ from benchmarks import attention
 
 BUDGETS = json.loads((Path(attention.__file__).parent / "attention_budgets.json").read_text())
 
-# Predicted time with the edit over that without, nothing overlapped. On sm_100 the multiplications of attention are so fast
-# that the epilogue of 2048 keys, on average, is 1.5 % of the instructions.
-FORWARD = {80: 1.01, 90: 1.01, 100: 1.015}
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", attention.FLOPS)
@@ -35,7 +31,8 @@ def test_every_kernel_keeps_its_budget_and_the_edit_is_free(sm: int) -> None:
         assert used["share"] >= allowed["share"] - 0.03, name
         assert used["serial"] >= allowed["serial"] - 0.03, name
     ratios = attention.ratios(found, sm)
-    assert ratios["forward"] <= FORWARD[sm]
+    # predicted time with the edit over that without, nothing overlapped
+    assert ratios["forward"] <= 1.01
     assert ratios["backward"] <= 1.02
 
 

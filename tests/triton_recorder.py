@@ -24,7 +24,7 @@ from ctkernels.ops._op import Op
 OUTPUTS = {"out", "dresidual", "dnoise", "d0", "d1", "d2", "d3", "d4"}
 SCRATCH = {"partial", "b0", "b1", "b2", "b3", "b4"}
 # What these kernels read is what the ones before them wrote.
-FOLLOWING = (_triton.finish_kernel, _triton.fold_kernel)
+FOLLOWING = ("finish_kernel", "fold_kernel")
 
 
 class Recorder:
@@ -48,12 +48,12 @@ class Recorder:
     def __call__(self, kernel: Any, grid: int, args: dict[str, Any], meta: dict[str, Any]) -> None:
         found, values = compiled(kernel, args, meta, self.sm)
         self.launches.append((found.metadata.name, grid, meta, found))
-        if kernel not in FOLLOWING:
+        if kernel.__name__ not in FOLLOWING:
             self.memory = Memory()
         tensors = {name: t for name, t in values.items() if isinstance(t, Tensor)}
         in_place = tensors.get("out") is tensors.get("x")
         outputs = [t for name, t in tensors.items() if name in OUTPUTS and not (name == "out" and in_place)]
-        scratch = [t for name, t in tensors.items() if name == "partial" and kernel not in FOLLOWING]
+        scratch = [t for name, t in tensors.items() if name == "partial" and kernel.__name__ not in FOLLOWING]
         inputs = [t for name, t in tensors.items() if name not in OUTPUTS | SCRATCH and not (name == "x" and in_place)]
         text = self.rewrite(found.asm["ptx"])
         (entry,) = parse(text).entries

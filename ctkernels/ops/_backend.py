@@ -11,7 +11,6 @@ import ctypes
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -58,10 +57,15 @@ def _triton_missing() -> str | None:
     return "the kernels are for NVIDIA GPUs" if torch.version.hip else None
 
 
-@lru_cache(maxsize=64)
+_CAPABILITIES: dict[int, tuple[int, int]] = {}
+
+
 def _capability(device: int) -> tuple[int, int]:
-    # Without a device, a tensor on one is a fake: taken to be where everything runs.
-    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (1 << 10, 0)
+    if device not in _CAPABILITIES:  # not an lru_cache, of which torch.compile warns
+        # Without a device, a tensor on one is a fake: taken to be where everything runs.
+        known = torch.cuda.is_available()
+        _CAPABILITIES[device] = torch.cuda.get_device_capability(device) if known else (1 << 10, 0)
+    return _CAPABILITIES[device]
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,10 @@ def reference_wanted(x: Tensor) -> bool:
     return cuda.missing is None and _capability(x.get_device()) < cuda.capability
 
 
+def triton_forced() -> bool:
+    return _forced == "triton"
+
+
 def triton_wanted() -> bool:
     """Whether Triton is forced where the dispatcher has compiled kernels."""
     return _forced == "triton" and BACKENDS["cuda"].missing is None
@@ -140,7 +148,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Forces one backend for every ctkernels op in the process, while the context lasts.
 
     name: ``"cpu"`` or ``"cuda"`` (compiled), ``"triton"`` (on CUDA tensors) or ``"reference"`` (plain torch). Raises
-    ValueError for an unknown name; an op whose tensor the backend cannot serve raises RuntimeError with the reason.
+    ValueError for an unknown name; an op whose tensor the backend cannot serve raises RuntimeError with the reason. Under
+    ``torch.compile``, ops are opaque to the compiler, but it sees through those of ``"reference"`` and ``"triton"``:
+    ctkernels/ops/README.md.
 
     >>> with ctkernels.use_backend("reference"):
     ...     y = ctkernels.functional.ctu(x, 0.9)

@@ -7,8 +7,8 @@ An op is one description, :class:`Op`. From it come two dispatcher ops and a mut
     ctkernels::NAME_backward(dy, inputs..., static..., needs) -> Tensor[]    gradients of the inputs whose bit is set
 
 whose kernels are native (``csrc``) where built and the reference elsewhere. Compiled and exported programs see those ops,
-with the autograd registered here. Eager calls go through :class:`_Forward`, an ``autograd.Function`` over the same kernels,
-which costs less per call and adds forward-mode AD and ``torch.func``.
+with the autograd registered here (README.md: what else a compiler can see). Eager calls go through :class:`_Forward`, an
+``autograd.Function`` over the same kernels, which costs less per call and adds forward-mode AD and ``torch.func``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ Inputs = tuple[Tensor | None, ...]
 Static = tuple[Any, ...]
 
 _LIBRARY = torch.library.Library("ctkernels", "DEF")
+OPS: list[Op] = []  # that are registered
 _OVERLOADS: dict[str, torch._ops.OpOverload] = {}  # looking one up in torch.ops costs as much as a small kernel
 
 
@@ -107,7 +108,12 @@ class Op:
             return self._packet("_backward")(dy, *inputs, *static, needs)
 
     def _packet(self, suffix: str) -> Any:
-        if _backend.triton_wanted() and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            if _backend.triton_forced() and not torch.compiler.is_exporting():
+                from . import _triton_inlined
+
+                return _triton_inlined.OVERLOADS[self.name + suffix]
+        elif _backend.triton_wanted():
             from . import _triton
 
             return _triton.implementations(self)[suffix]
@@ -378,6 +384,15 @@ def register(op: Op) -> Op:
     torch.library.register_fake(qualified, fake_forward, lib=_LIBRARY)
     torch.library.register_fake(qualified + "_", lambda *args: None, lib=_LIBRARY)
     torch.library.register_fake(qualified + "_backward", fake_backward, lib=_LIBRARY)
+    for suffix, (backward_of, save) in derivatives(op, op._packet).items():
+        torch.library.register_autograd(qualified + suffix, backward_of, setup_context=save, lib=_LIBRARY)
+    OPS.append(op)
+    return op
+
+
+def derivatives(op: Op, packet: Callable[[str], Any]) -> dict[str, tuple[Callable[..., Any], Callable[..., None]]]:
+    """By suffix, the autograd of dispatcher ops: what ``register_autograd`` takes. ``packet``: the op of a suffix."""
+    count = len(op.inputs)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.static = inputs[count:]
@@ -387,7 +402,7 @@ def register(op: Op) -> Op:
         inputs = ctx.saved_tensors
 
         def compute(needs: int) -> Sequence[Tensor]:
-            return op._packet("_backward")(dy, *inputs, *ctx.static, needs)
+            return packet("_backward")(dy, *inputs, *ctx.static, needs)
 
         return (*op.gradients(ctx.needs_input_grad[:count], inputs, compute), *[None] * len(ctx.static))
 
@@ -399,6 +414,4 @@ def register(op: Op) -> Op:
         grads = _second_order(op, ctx.static, ctx.needs, ctx.saved_tensors, cotangents)
         return (*grads, *[None] * (len(ctx.static) + 1))
 
-    torch.library.register_autograd(qualified, first_order, setup_context=save, lib=_LIBRARY)
-    torch.library.register_autograd(qualified + "_backward", second_order, setup_context=save_backward, lib=_LIBRARY)
-    return op
+    return {"": (first_order, save), "_backward": (second_order, save_backward)}

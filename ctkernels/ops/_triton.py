@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -17,21 +18,27 @@ from torch import Tensor
 
 from . import _layout
 from ._op import Inputs, Op, Static
-from ._triton_kernels import Math, channelwise_kernel, finish_kernel, fold_kernel
+from ._triton_kernels import Math, fold_kernel
 from ._triton_plan import Plan, plan_for
 
 PARAMS = 5  # that the kernels have room for
 LANES = 1024  # that the launches which add up partial sums work on at a time, at most
 
 
+# Whether launches are being traced, by a compiler that sees through the ops.
+inlining: ContextVar[bool] = ContextVar("inlining", default=False)
+
+
 def launch(kernel: Any, grid: int, args: dict[str, Any], meta: dict[str, Any]) -> None:
     """The one place where kernels are started: on the current stream of the current device, without waiting."""
+    if inlining.get():
+        kernel = torch.library.wrap_triton(kernel)
     kernel[(grid,)](**args, **meta)
 
 
 def guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes x's device the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    """Makes x's device the current one. What a compiler traces runs where it decides."""
+    return torch.cuda.device(x.device) if x.is_cuda and not inlining.get() else contextlib.nullcontext()
 
 
 class _Call:
@@ -64,15 +71,9 @@ class _Call:
     def args(self) -> dict[str, Any]:
         return _numbered("p", self.params)
 
-    def meta(self, *functions: str) -> dict[str, Any]:
-        """Constants of the kernels that read parameters, and the scalar functions they are made of."""
-        found: dict[str, Any] = {name.upper(): getattr(self.math, name) for name in functions}
-        return found | {
-            "STATIC": self.static,
-            "FALLBACKS": self.math.fallbacks,
-            "ROWS": self.rows,
-            "RUNS": self.runs,
-        }
+    def meta(self) -> dict[str, Any]:
+        """Constants of the kernels that read parameters."""
+        return {"STATIC": self.static, "FALLBACKS": self.math.fallbacks, "ROWS": self.rows, "RUNS": self.runs}
 
 
 def _numbered(letter: str, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
@@ -132,10 +133,10 @@ def _run(
     each = [torch.empty(cells, **like) if s else g for s, g in zip(shared, grads)]
     args = {"x": x, "residual": call.residual, "dy": dy, "out": out, "dresidual": dresidual, "partial": partials}
     args |= call.args() | _numbered("d", [None] * PARAMS if partials is not None else each) | plan.args(view)
-    meta = call.meta("derive", "forward", "gradients", "finish") | plan.meta()
+    meta = call.meta() | plan.meta()
     meta |= {"PROLOGUE": call.math.prologue, "GRADE": call.grade, "WANTED": sums}
     with guard(x):
-        launch(channelwise_kernel, plan.programs, args, meta)
+        launch(call.math.channelwise_kernel, plan.programs, args, meta)
         if partials is not None:
             _finish(call, plan, partials, each, sums)
         if any(shared):
@@ -155,8 +156,8 @@ def _finish(call: _Call, plan: Plan, partials: Tensor, each: Sequence[Tensor | N
         "repeat": repeat,
     }
     terms = min(LANES // lanes, triton.next_power_of_2(plan.slots * repeat * inner))
-    meta = call.meta("finish") | {"WANTED": sums, "TERMS": terms, "LANES": lanes, "num_warps": 4}
-    launch(finish_kernel, view.groups * triton.cdiv(view.channels, lanes), args, meta)
+    meta = call.meta() | {"WANTED": sums, "TERMS": terms, "LANES": lanes, "num_warps": 4}
+    launch(call.math.finish_kernel, view.groups * triton.cdiv(view.channels, lanes), args, meta)
 
 
 def _fold(call: _Call, each: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
@@ -169,6 +170,15 @@ def _fold(call: _Call, each: Sequence[Tensor | None], grads: Sequence[Tensor | N
     lanes = max(32, min(LANES, triton.next_power_of_2(terms)))
     meta = {"ROWS": call.rows, "RUNS": call.runs, "LANES": lanes, "num_warps": min(4, lanes // 32)}
     launch(fold_kernel, max(g.numel() for g in grads if g is not None), args, meta)
+
+
+def kernels(op: Op) -> list[Any]:
+    """All that the implementations of ``op`` launch."""
+    assert op.triton is not None
+    module = importlib.import_module(op.triton)
+    if hasattr(module, "MATH"):
+        return [module.MATH.channelwise_kernel, module.MATH.finish_kernel, fold_kernel]
+    return list(module.KERNELS)
 
 
 def implementations(op: Op) -> dict[str, Callable[..., Any]]:

@@ -1,4 +1,4 @@
-"""Triton kernels for channelwise ops: one skeleton (loops, masks, sums), handed an op's scalar functions.
+"""Triton kernels for channelwise ops: one skeleton (loops, masks, sums), with an op's scalar functions.
 
 A program owns a rectangle of a view (groups, outer, channels, inner), cut so that its parameters are constants of the
 program. PLANE: rows of one channel's ``inner`` neighbouring values; constants are scalars. Otherwise, for short
@@ -12,7 +12,9 @@ channels or groups share have their gradients added up by a third, also in float
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from types import FunctionType
+from typing import Any, cast
 
 import triton
 import triton.language as tl
@@ -41,6 +43,34 @@ class Math:
     fallbacks: tuple[float, ...]
     sums: tuple[int, ...]
     prologue: bool
+
+    @cached_property
+    def channelwise_kernel(self) -> Any:
+        return _kernel(channelwise_kernel, self)
+
+    @cached_property
+    def finish_kernel(self) -> Any:
+        return _kernel(finish_kernel, self)
+
+
+# In the skeletons, the scalar functions of the op that a kernel is made for.
+derive = forward = gradients = finish = cast(Any, None)
+
+
+def _kernel(skeleton: Any, math: Math) -> Any:
+    """The skeleton with an op's scalar functions. They are globals of it, not constants: Inductor writes a kernel's source into
+    its own, with that of the functions its globals name, but constants as their ``repr``."""
+    functions = {"derive": math.derive, "forward": math.forward, "gradients": math.gradients, "finish": math.finish}
+    kernel = FunctionType(skeleton.__code__, skeleton.__globals__ | functions, skeleton.__name__)
+    kernel.__annotations__, kernel.__doc__ = skeleton.__annotations__, skeleton.__doc__
+    op = math.forward.__module__.split(".")[-2]
+
+    def name(specialization: Any) -> str:
+        """What profilers show. Inductor looks for the skeleton's own name in it."""
+        direction = "forward" if specialization.constants.get("dy", 0) is None else "backward"
+        return f"{op}_{direction}_{skeleton.__name__}"
+
+    return triton.jit(kernel, repr=name)
 
 
 @triton.constexpr_function
@@ -136,24 +166,15 @@ def _add(total, term, WANTED: tl.constexpr, i: tl.constexpr):
     return total + term if WANTED >> i & 1 else total
 
 
-def _kernel_name(specialization: Any) -> str:
-    """What profilers show: the op and the direction."""
-    constants = specialization.constants
-    op = constants["FORWARD"].__module__.split(".")[-2]
-    return f"{op}_forward" if constants.get("dy", 0) is None else f"{op}_backward"
-
-
-@triton.jit(repr=_kernel_name)
 def channelwise_kernel(
     x, residual, dy, out, dresidual, partial, p0, p1, p2, p3, p4, d0, d1, d2, d3, d4,
     channels, inner, row_units, rows, row_cuts, rows_per, col_cuts, cols_per, group_units,
-    DERIVE: tl.constexpr, FORWARD: tl.constexpr, GRADIENTS: tl.constexpr, FINISH: tl.constexpr,
-    STATIC: tl.constexpr, FALLBACKS: tl.constexpr, PROLOGUE: tl.constexpr,
-    GRADE: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr, WANTED: tl.constexpr,
+    STATIC: tl.constexpr, FALLBACKS: tl.constexpr, PROLOGUE: tl.constexpr, GRADE: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, WANTED: tl.constexpr,
     PLANE: tl.constexpr, WRAP: tl.constexpr, UNIT: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """out = op(x), or where ``dy`` is given, the gradient of x. WANTED: mask of the sums to make. They go to ``partial``,
-    or where that is null, through FINISH to d0 to d4. Null outputs are not computed."""
+    or where that is null, through finish to d0 to d4. Null outputs are not computed."""
     DOUBLES: tl.constexpr = GRADE == 2
     HAS_SCALE: tl.constexpr = PROLOGUE and p3 is not None
     HAS_SHIFT: tl.constexpr = PROLOGUE and p4 is not None
@@ -166,7 +187,7 @@ def channelwise_kernel(
     c = _channel(plane, cols, channels, inner, PLANE, WRAP, UNIT)
     known = c < channels
     p = _params(p0, p1, p2, p3, p4, g, c, channels, known, FALLBACKS, ROWS, RUNS)
-    k = DERIVE(p, GRADE, STATIC)
+    k = derive(p, GRADE, STATIC)
     scale, shift = _number(p[3], DOUBLES), _number(p[4], DOUBLES)
     zero = tl.zeros([LANES], tl.float64 if DOUBLES else tl.float32)
     s = (zero, zero, zero, zero, zero, zero, zero)
@@ -188,10 +209,10 @@ def channelwise_kernel(
             if residual is not None:
                 w = w + _number(tl.load(residual + at + lane, mask=live, other=0.0), DOUBLES)
             if dy is None:
-                result = FORWARD(w, k, GRADE, STATIC)
+                result = forward(w, k, GRADE, STATIC)
             else:
                 up = _number(tl.load(dy + at + lane, mask=live, other=0.0), DOUBLES)
-                slope, t0, t1, t2, t3, t4 = GRADIENTS(w, k, GRADE, STATIC)
+                slope, t0, t1, t2, t3, t4 = gradients(w, k, GRADE, STATIC)
                 result = up * slope
                 if dresidual is not None:
                     tl.store(dresidual + at + lane, result.to(dresidual.dtype.element_ty), mask=live)
@@ -228,7 +249,7 @@ def channelwise_kernel(
                 if WANTED >> i & 1:
                     tl.store(to + _rank(WANTED, i) * length, s[i], mask=mask)
         else:
-            _store(d0, d1, d2, d3, d4, FINISH(p, s, STATIC), g * channels + c, mask)
+            _store(d0, d1, d2, d3, d4, finish(p, s, STATIC), g * channels + c, mask)
 
 
 @triton.jit
@@ -240,11 +261,10 @@ def _total(total, partial, at, length, live, WANTED: tl.constexpr, i: tl.constex
         return total
 
 
-@triton.jit
 def finish_kernel(
     partial, p0, p1, p2, p3, p4, d0, d1, d2, d3, d4,
     channels, inner, length, slots, repeat,
-    FINISH: tl.constexpr, STATIC: tl.constexpr, FALLBACKS: tl.constexpr,
+    STATIC: tl.constexpr, FALLBACKS: tl.constexpr,
     ROWS: tl.constexpr, RUNS: tl.constexpr, WANTED: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """partial[group, slot, sum, repeat, channel, inner] -> gradients[group, channel]. TERMS x LANES: terms x channels."""
@@ -282,7 +302,7 @@ def finish_kernel(
         tl.sum(s[6], 0),
     )
     p = _params(p0, p1, p2, p3, p4, g, c, channels, known, FALLBACKS, ROWS, RUNS)
-    _store(d0, d1, d2, d3, d4, FINISH(p, sums, STATIC), g * channels + c, known)
+    _store(d0, d1, d2, d3, d4, finish(p, sums, STATIC), g * channels + c, known)
 
 
 @triton.jit

@@ -41,7 +41,7 @@ def prepare_kernel(
             tl.float32
         )
     if delta is not None:
-        value = tl.sum(gz * edit_scale(m, g_m, h, e, E)[None, :], 1)
+        value = tl.sum(gz * edit_scale(m, g_m, h, e, E, False)[None, :], 1)
         tl.store(delta + b * delta_batch + head * delta_head + start + near, value, mask=near < left)
     if partial is not None:
         at = partial + ((slot.to(tl.int64) * heads + h) * 2) * E + e
@@ -132,9 +132,8 @@ def keys_kernel(
         room = keys - first
         ks = load_tile(k + b * k_batch + g * k_head + start * k_row, near, d, k_row, room, True, D, BD)
         vs = load_tile(v + b * v_batch + g * v_head + start * v_row, near, e, v_row, room, True, E, BE)
-        p = edit_scale(m, g_m, h, e, E)[None, :]
         if m is not None:
-            vs = (vs.to(tl.float32) * p).to(vs.dtype)
+            vs = (vs.to(tl.float32) * edit_scale(m, g_m, h, e, E, True)[None, :]).to(vs.dtype)
         q += b * q_batch + head * q_head + q0.to(tl.int64) * q_row
         dy += b * dy_batch + head * dy_head + q0.to(tl.int64) * dy_row
         lse += b * lse_batch + head * lse_head + q0
@@ -176,7 +175,8 @@ def keys_kernel(
                 q_row, dy_row, mask_row, mask_col, True, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, M,
             )  # fmt: skip
         if m is not None:
-            dvs = dvs * p
+            tl.debug_barrier()  # the scale is loaded again: kept over the loops, it would cost registers
+            dvs = dvs * edit_scale(m, g_m, h, e, E, True)[None, :]
         live = cols[:, None] < keys
         at_dk = dk + b * dk_batch + head * dk_head + (start + near)[:, None] * dk_row + d[None, :]
         at_dv = dv + b * dv_batch + head * dv_head + (start + near)[:, None] * dv_row + e[None, :]
@@ -232,7 +232,7 @@ def queries_kernel(
         qs = load_tile(q + b * q_batch + head * q_head + start * q_row, near, d, q_row, room, True, D, BD)
         dz = load_tile(dy + b * dy_batch + head * dy_head + start * dy_row, near, e, dy_row, room, True, E, BE)
         if m is not None:
-            dz = (dz.to(tl.float32) * edit_scale(m, g_m, h, e, E)[None, :]).to(dz.dtype)
+            dz = (dz.to(tl.float32) * edit_scale(m, g_m, h, e, E, True)[None, :]).to(dz.dtype)
         at = b * lse_batch + head * lse_head + start + near
         lses = tl.load(lse + at, mask=rows < tokens, other=INFINITY)
         deltas = tl.load(delta + at, mask=rows < tokens, other=0.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 INFINITY = tl.constexpr(float("inf"))
 
@@ -123,21 +124,33 @@ def walk_range(
 
 
 @triton.jit
-def edit_scale(m, g_m, h, e, E: tl.constexpr):
+def row_of(p, h, e, E: tl.constexpr, ONCE: tl.constexpr):
+    """p[h]. A load of fewer values than a program has threads, and all that is computed from it, the compiler repeats in
+    every thread for each of its elements; with ONCE, more are loaded."""
+    if ONCE:
+        i = tl.arange(0, 256)
+        found = tl.load(p + h * E + i, mask=i < E, other=0.0)
+        return tl.sum(tl.reshape(found, [256 // e.shape[0], e.shape[0]]), 0).to(tl.float32)
+    else:
+        return tl.load(p + h * E + e, mask=e < E, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def edit_scale(m, g_m, h, e, E: tl.constexpr, ONCE: tl.constexpr):
     """1 + g_m m of a head; 1 where nothing is scaled."""
     if m is None:
         return e * 0.0 + 1.0
     else:
-        value = tl.load(m + h * E + e, mask=e < E, other=0.0).to(tl.float32)
+        value = row_of(m, h, e, E, ONCE)
         if g_m is not None:
             value = value * tl.load(g_m + h).to(tl.float32)
         return 1.0 + value
 
 
 @triton.jit
-def edit_offset(a, g_a, h, e, E: tl.constexpr):
+def edit_offset(a, g_a, h, e, E: tl.constexpr, ONCE: tl.constexpr):
     """g_a a of a head."""
-    value = tl.load(a + h * E + e, mask=e < E, other=0.0).to(tl.float32)
+    value = row_of(a, h, e, E, ONCE)
     if g_a is not None:
         value = value * tl.load(g_a + h).to(tl.float32)
     return value
@@ -156,9 +169,9 @@ def finish(
     if z is not None:
         tl.store(z + at[:, None] + e[None, :], out.to(z.dtype.element_ty), mask=live)
     if m is not None:
-        out = out * edit_scale(m, g_m, h, e, E)[None, :]
+        out = out * edit_scale(m, g_m, h, e, E, cuda_capability_geq(10))[None, :]
     if a is not None:
-        out = out + edit_offset(a, g_a, h, e, E)[None, :]
+        out = out + edit_offset(a, g_a, h, e, E, cuda_capability_geq(10))[None, :]
     tl.store(y + at[:, None] + e[None, :], out.to(y.dtype.element_ty), mask=live)
 
 

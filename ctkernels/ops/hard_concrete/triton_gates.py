@@ -88,6 +88,9 @@ def gate_kernel(
             tl.store(dnoise + i, (up * rate_u).to(dnoise.dtype.element_ty), mask=live)
 
 
+KERNELS = (gate_kernel,)
+
+
 def _thresholds(mode: int, temperature: float, low: float, high: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(shifts, weights) of the modes that are sums of sigmoids: P(g != 0), and E[g], the integral of P(g > v)."""
     if mode in (SAMPLE.value, CLIP.value):
