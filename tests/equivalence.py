@@ -15,12 +15,14 @@ Same = Callable[[list[str]], bool]
 
 @dataclass(frozen=True)
 class Reason:
-    """``stronger``: lines to put in place of the mutated one; none: the same bits are enough."""
+    """``stronger``: lines to put in place of the mutated one; none: the same bits are enough. ``source``: the instruction that
+    the last operand comes from."""
 
     operator: str
     line: str
     why: str
     stronger: Callable[[Mutant], list[str]] | None = None
+    source: str = ""
 
 
 def _guard(mutant: Mutant) -> tuple[str, str]:
@@ -72,10 +74,44 @@ def _never(mutant: Mutant) -> list[str]:
     return [f"setp.ne.{found[1]} {found[2]}, {found[3]}, {found[3]};"]
 
 
+def _operands(mutant: Mutant) -> list[str]:
+    return re.findall(r"[^\s,;]+", mutant.before.split(maxsplit=1)[1])
+
+
+def _checked(mutant: Mutant, *condition: str) -> list[str]:
+    """The instruction, after a fault where the condition makes %fault true."""
+    return ["{", ".reg .pred %fault;", ".reg .b32 %rest;", *condition, "@%fault trap;", "}", mutant.before]
+
+
+def _adds_zero(mutant: Mutant) -> list[str]:
+    return _checked(mutant, f"setp.ne.s32 %fault, {_operands(mutant)[2]}, 0;")
+
+
+def _no_multiple(mutant: Mutant) -> list[str]:
+    """What is rounded up is no multiple of 16."""
+    return _checked(mutant, f"and.b32 %rest, {_operands(mutant)[1]}, 15;", "setp.eq.s32 %fault, %rest, 0;")
+
+
+def _equals(mutant: Mutant) -> list[str]:
+    _, a, b = _operands(mutant)
+    return _checked(mutant, f"setp.ne.s32 %fault, {a}, {b};")
+
+
+def _any_number(mutant: Mutant) -> list[str]:
+    return [f"mov.b32 {_operands(mutant)[0]}, 3;"]
+
+
 SHORTCUT = "chooses a shortcut (one value a channel, plain parameters); the general way gives the same result"
 REASONS = [
     Reason("wrong stride or displacement", r"ld\.param\.u32\s+%r\d+, .*\+12\]", SHORTCUT, _zero),
     Reason("other comparison", r"setp\.eq\.s(16|32).*, [01];", SHORTCUT, _never),
+    # Triton compiles a kernel anew for lengths that are 1, or multiples of 16, and for parameters by the group or not
+    Reason("other operator", r"sub\.s32", "channels of the groups before, of which there are none", _adds_zero, r"mul\.lo\.s32"),
+    Reason("other operator", r"add\.s32", "rounds negative numbers, and a length is none", _adds_zero, r"shr\.u32"),
+    Reason("other operator", r"min\.s32", "the only program along a dimension ends where that does", _equals),
+    Reason("other rounding of an index", r"div\.s32", "where a group is one row, any number of groups before leads there",
+           _any_number),
+    Reason("index constant off by one", r"add\.s32.*, (15|31|63);", "rounds up what is no multiple of 16", _no_multiple),
     Reason("missing mask", r"ld\.global", "what the mask leaves out is loaded, and not used", _poisoned),
     Reason("other comparison", r"setp\.\w\w\.(f|bf)\d+", "two floats that are equal only by chance", _never_equal),
     Reason("other comparison", r"setp\.\w\w\.s32\s.*, -1;", "a number of a channel, which is not negative", _never_equal),
@@ -89,10 +125,18 @@ REASONS = [
 ]  # fmt: skip
 
 
-def reason(mutant: Mutant, same: Same) -> str | None:
-    """Why a mutant that changes no bit is equivalent, or None."""
+def _source(mutant: Mutant, text: str) -> str:
+    """The instruction that the last operand of the mutated one comes from."""
+    before = text.splitlines()[: mutant.line]
+    made = re.compile(rf"\s*(?:@\S+\s+)?\S+\s+{re.escape(_operands(mutant)[-1])},")
+    return next((line.strip() for line in reversed(before) if made.match(line)), "")
+
+
+def reason(mutant: Mutant, text: str, same: Same) -> str | None:
+    """Why a mutant of the kernel ``text`` that changes no bit is equivalent, or None."""
     for found in REASONS:
         applies = mutant.operator == found.operator and re.search(found.line, mutant.before)
+        applies = applies and (not found.source or re.match(found.source, _source(mutant, text)))
         if applies and (found.stronger is None or same(found.stronger(mutant))):
             return found.why
     return None

@@ -10,16 +10,20 @@ is said how far it moves the results. A full run takes hours; ``--each`` plants 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict
-from functools import lru_cache
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property, lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
@@ -36,6 +40,10 @@ from ptx import Fault, Unsupported, parse
 from ptx.runner import LANES
 from ptx.toolchain import nvcc
 from torch import Tensor
+
+from ctkernels._files import write_text
+
+Record = dict[str, object]
 
 # The bugs that are made when kernels are written, rather than when their formulas are.
 STRUCTURAL = (
@@ -73,52 +81,104 @@ def _plain(line: str) -> str:
     return re.sub(r"^@!?%p\d+|\s", "", line.strip()).rstrip(";")
 
 
+@dataclass(frozen=True)
+class Call:
+    """``limit``: steps that a batch of blocks may take; more is an endless loop."""
+
+    case: Case
+    variant: str
+    limit: int
+
+    def run(self, text: str, changed: str) -> dict[str, Tensor]:
+        """The results with ``changed`` in place of the kernel ``text``."""
+        return self.case.run(self.variant, lambda t: changed if t == text else t, max_steps=self.limit)
+
+    def __str__(self) -> str:
+        return f"{self.case.name}, {self.variant}"
+
+
 class Subject:
     """A kernel, all calls that launch it, and what its results have to be."""
 
-    def __init__(self, case: Case, text: str):
-        self.case, self.text = case, text
+    def __init__(self, case: Case, text: str, calls: list[Call]):
+        self.case, self.text, self.own = case, text, calls
         (self.name,) = parse(text).entries
-        self.limit = 0
 
-    def caught_by(self, changed: str) -> str | None:
-        """What notices that the kernel is changed, or None."""
-        try:
-            for variant in self.case.variants:
-                _expected(self.case, variant).check(self.run(variant, changed))
-        except Fault as fault:
-            return f"executor: {fault.kind}"
-        except AssertionError as error:
-            return "unwritten output" if "unwritten" in str(error) else "result"
+    @cached_property
+    def others(self) -> list[Call]:
+        """Calls of the case with other sizes, and of other cases, that launch the kernel as well."""
+        found = []
+        for other in CASES:
+            if (other.toolchain, other.op) == (self.case.toolchain, self.case.op):
+                there = replace(other, sm=self.case.sm)
+                for variant in (*other.variants, *other.more):
+                    mine = other is self.case and variant in other.variants
+                    if not mine and self.name in _names(other, variant) and self.text in _launched(there, variant):
+                        found.append(Call(there, variant, _traced(there, variant)[1]))
+        return found
+
+    def calls(self) -> Iterator[Call]:
+        yield from self.own
+        yield from self.others
+
+    def caught_by(self, changed: str) -> tuple[str, str] | None:
+        """What notices that the kernel is changed, in which call; or None."""
+        for call in self.calls():
+            try:
+                _expected(call.case, call.variant).check(call.run(self.text, changed))
+            except Fault as fault:
+                return f"executor: {fault.kind}", str(call)
+            except AssertionError as error:
+                return "unwritten output" if "unwritten" in str(error) else "result", str(call)
         return None
-
-    def run(self, variant: str, changed: str) -> dict[str, Tensor]:
-        return self.case.run(variant, lambda text: changed if text == self.text else text, max_steps=self.limit)
 
     def moved(self, changed: str) -> float | None:
         """The largest change of a result, in units of what its bound allows; None if every bit is the same."""
         most = None
-        for variant in self.case.variants:
-            expected, after = _expected(self.case, variant), self.run(variant, changed)
-            for key, value in _unchanged(self.case, variant).items():
+        for call in self.calls():
+            expected, after = _expected(call.case, call.variant), call.run(self.text, changed)
+            for key, value in _unchanged(call.case, call.variant).items():
                 if not torch.equal(value.view(torch.uint8), after[key].view(torch.uint8)):
                     change = (after[key].double() - value.double()).abs() / expected.bound(key)
                     most = max(most or 0.0, change.nan_to_num().max().item())
         return most
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)
 def _expected(case: Case, variant: str) -> Expected:
     return case.expected(variant)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)
 def _unchanged(case: Case, variant: str) -> dict[str, Tensor]:
     return case.run(variant)
 
 
-def subjects(case: Case) -> Iterator[tuple[Subject, set[str]]]:
-    """The kernels that a case launches, with the instructions that are reached."""
+@cache
+def _launched(case: Case, variant: str) -> frozenset[str]:
+    """The kernels that a call launches, none of them executed."""
+    found: set[str] = set()
+
+    def noted(launch: ptx.launch.Launch, storages: dict) -> None:
+        found.add(launch.ptx)
+
+    with (
+        mock.patch.object(ptx.launch, "_program", noted),
+        mock.patch.object(ptx.launch, "Run"),
+        mock.patch.object(ptx.Memory, "written"),
+    ):
+        case.run(variant)
+    return frozenset(found)
+
+
+@cache
+def _names(case: Case, variant: str) -> frozenset[str]:
+    return frozenset(name for text in _launched(case, variant) for name in parse(text).entries)
+
+
+@cache
+def _traced(case: Case, variant: str) -> tuple[dict[str, set[str]], int]:
+    """The kernels that a call launches, each with the instructions that are reached; a limit to steps."""
     found: dict[str, set[str]] = {}
     steps: list[int] = []
     load, run = ptx.launch._program, ptx.launch.Run
@@ -136,13 +196,24 @@ def subjects(case: Case) -> Iterator[tuple[Subject, set[str]]]:
             return self
 
     with mock.patch.object(ptx.launch, "_program", traced), mock.patch.object(ptx.launch, "Run", Counted):
-        for variant in case.variants:
-            _expected(case, variant).check(case.run(variant))
+        _expected(case, variant).check(case.run(variant))
     ptx.launch._PROGRAMS.clear()
-    for text, reached in found.items():
-        subject = Subject(case, text)
-        subject.limit = 3 * max(steps)  # in a batch of blocks; more is an endless loop
-        yield subject, reached
+    return found, 3 * max(steps)
+
+
+def subjects(case: Case) -> Iterator[tuple[Subject, set[str]]]:
+    """The kernels that a case launches, with the instructions that are reached."""
+    traces = {variant: _traced(case, variant) for variant in case.variants}
+    limit = max(limit for _, limit in traces.values())
+    for text in dict.fromkeys(text for found, _ in traces.values() for text in found):
+        launching = [variant for variant, (found, _) in traces.items() if text in found]
+        reached = set().union(*(traces[variant][0][text] for variant in launching))
+        yield Subject(case, text, [Call(case, variant, limit) for variant in launching]), reached
+
+
+def _code(text: str) -> str:
+    """PTX without what says where in the source it comes from."""
+    return re.sub(r"^\s*\.(loc|file)\b.*$", "", text.split(".section")[0].replace(", debug", ""), flags=re.M)
 
 
 @lru_cache(maxsize=8)
@@ -155,8 +226,7 @@ def _machine_code(text: str) -> bytes | None:
     target = re.search(r"^\.target (\w+)", text, re.M)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
-        # without the lines that say where in the source an instruction comes from
-        source.write_text(re.sub(r"^\s*\.loc.*$", "", text.split(".section")[0].replace(", debug", ""), flags=re.M))
+        source.write_text(_code(text))
         command = [ptxas, f"-arch={target[1]}", "kernel.ptx", "-o", "kernel.cubin"]
         done = subprocess.run(command, cwd=folder, capture_output=True)
         return (Path(folder) / "kernel.cubin").read_bytes() if done.returncode == 0 else None
@@ -182,7 +252,7 @@ def explain(subject: Subject, mutant: Mutant, changed: str) -> tuple[bool, str] 
     moved = subject.moved(changed)
     if moved is not None:
         return False, f"stays within the bounds: moves a result by {moved:.2g} of what is allowed"
-    why = equivalence.reason(mutant, same)
+    why = equivalence.reason(mutant, subject.text, same)
     return why is not None, why or UNSEEN
 
 
@@ -198,15 +268,23 @@ def chosen(subject: Subject, reached: set[str], each: int, operators: Collection
 
 def run(
     each: int,
-    cases: list[Case] = CASES,
+    cases: Collection[Case] = CASES,
     operators: Collection[str] = tuple(OPERATORS),
     log: Callable[[str], None] = lambda line: None,
-) -> list[dict[str, object]]:
-    """``each`` mutants of every kind of every kernel of the cases; a record for each."""
-    records: list[dict[str, object]] = []
+    known: Collection[Record] = (),
+) -> list[Record]:
+    """``each`` mutants of every kind of every kernel of the cases; a record for each. What ``known`` records say was caught,
+    in the same PTX, is not tried again."""
+    caught = {_key(r): r for r in known if r["caught_by"]}
+    records: list[Record] = []
     for case in cases:
         for subject, reached in list(subjects(case)):
             for mutant in chosen(subject, reached, each, operators):
+                digest = hashlib.sha256(_code(subject.text).encode()).hexdigest()[:16]
+                record = {"case": f"{case.name}, sm_{case.sm}", "ptx": digest, **asdict(mutant)}
+                if _key(record) in caught:
+                    records.append(caught[_key(record)])
+                    continue
                 changed = mutant.planted(subject.text)
                 try:
                     by = subject.caught_by(changed)
@@ -217,18 +295,36 @@ def run(
                 if explained is None:
                     continue
                 equivalent, why = explained
-                record = {"case": f"{case.name}, sm_{case.sm}", **asdict(mutant), "caught_by": by}
-                records.append(record | {"equivalent": equivalent, "survives": why})
+                how, where = by or (None, None)
+                record |= {"caught_by": how, "in": where, "equivalent": equivalent, "survives": why}
+                records.append(record)
                 if by is None:
                     log(f"survived: {case.name}: {subject.name}: {mutant.operator}: {mutant.before} -> {mutant.after}: "
                         f"{'equivalent: ' * equivalent}{why}")  # fmt: skip
     return records
 
 
-def summary(records: list[dict[str, object]]) -> dict[str, object]:
+def _key(record: Record) -> tuple[object, ...]:
+    return tuple(record[name] for name in ("case", "ptx", "operator", "line", "after"))
+
+
+def _run_one(number: int, each: int, known: Collection[Record]) -> tuple[list[Record], list[str]]:
+    """The records of a case of :data:`CASES`, and the lines to log: in a process of its own."""
+    torch.use_deterministic_algorithms(True)  # and with it, uninitialised memory is filled with NaN
+    torch.set_num_threads(1)
+    lines: list[str] = []
+    start = time.monotonic()
+    records = run(each, [CASES[number]], log=lines.append, known=known)
+    found = summary(records)
+    lines.append(f"{CASES[number].name}: {found['caught']} caught and {found['equivalent']} equivalent "
+                 f"of {found['mutants']}, in {time.monotonic() - start:.0f} s")  # fmt: skip
+    return records, lines
+
+
+def summary(records: list[Record]) -> dict[str, object]:
     """Counts, and the share caught of the mutants that are not equivalent."""
 
-    def counts(chosen: list[dict[str, object]]) -> dict[str, object]:
+    def counts(chosen: list[Record]) -> dict[str, object]:
         caught, equivalent = (sum(bool(r[key]) for r in chosen) for key in ("caught_by", "equivalent"))
         share = caught / max(1, len(chosen) - equivalent)
         return {"mutants": len(chosen), "caught": caught, "equivalent": equivalent, "share": round(share, 4)}
@@ -250,15 +346,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--each", type=int, default=10_000, help="mutants of each kind of each kernel (default: all)")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records and the summary there")
+    parser.add_argument("--jobs", type=int, default=1, help="cases to work on at a time (default: 1)")
+    parser.add_argument(
+        "--resume", action="store_true", help="what FILE says was caught, in the same PTX, is not tried again"
+    )
     args = parser.parse_args(argv)
-    torch.use_deterministic_algorithms(True)  # and with it, uninitialised memory is filled with NaN
-    cases = [c for c in CASES if args.only in c.name]
-    records = run(args.each, cases, log=lambda line: print(line, flush=True))
-    found = summary(records)
-    print(json.dumps(found, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps({"summary": found, "mutants": records}, indent=1) + "\n")
-    return 0 if found["share"] >= 0.95 else 1
+    if args.resume and not args.json:
+        parser.error("--resume needs --json FILE")
+    known = json.loads(args.json.read_text())["mutants"] if args.resume and args.json.exists() else []
+    numbers = [number for number, case in enumerate(CASES) if args.only in case.name]
+    found: dict[int, list[Record]] = {}
+    # a process for every case: what a case keeps in memory goes with it
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        running = {}
+        for number in numbers:
+            mine = [r for r in known if str(r["case"]).startswith(f"{CASES[number].name}, sm_")]
+            running[pool.submit(_run_one, number, args.each, mine)] = number
+        for done in as_completed(running):
+            found[running[done]], lines = done.result()
+            print(*lines, sep="\n", flush=True)
+            records = [r for number in sorted(found) for r in found[number]]
+            if args.json:  # after every case, so that a run that is cut short can be resumed
+                cases = {str(r["case"]) for r in records}
+                rest = [r for r in known if r["case"] not in cases]
+                text = json.dumps({"summary": summary(records), "mutants": records + rest}, indent=1)
+                write_text(args.json, text + "\n")
+    total = summary(records)
+    print(json.dumps(total, indent=1))
+    return 0 if total["share"] >= 0.95 else 1
 
 
 if __name__ == "__main__":

@@ -29,15 +29,17 @@ LONG_LOOPS = {"PROGRAMS": 6, "MOST_STEPS": 8, "LEAST_ROWS": 3}
 class Case:
     """``make``: a sample of a variant. "edges" has the ends of every range, and infinities and NaN in channels of their own:
     they must not reach other channels. "groups" has parameters for every row of the first dimension. ``truth``: the sample
-    whose results are expected, where it is another."""
+    whose results are expected, where it is another. ``more``: variants of other sizes, for bugs that ``variants`` do not show."""
 
     name: str
     toolchain: str
+    op: str
     sm: int
     make: Callable[[str], Sample]
     truth: Callable[[str], Sample] | None = None
     long_loops: bool = False
     variants: tuple[str, ...] = VARIANTS[:2]
+    more: tuple[str, ...] = ()
 
     def expected(self, variant: str) -> Expected:
         expected = Expected((self.truth or self.make)(variant))
@@ -59,7 +61,15 @@ class Case:
 
 
 def _generator(variant: str) -> torch.Generator:
-    return torch.Generator().manual_seed(VARIANTS.index(variant))
+    return torch.Generator().manual_seed(VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS))
+
+
+Shape = tuple[int, ...]
+
+
+def _named(shapes: tuple[Shape, ...]) -> dict[str, Shape]:
+    """Variants of other sizes: "2x5x301"."""
+    return {"x".join(map(str, shape)): shape for shape in shapes}
 
 
 def _normal(g: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -84,10 +94,13 @@ ENDS = torch.tensor([0.9, 0.0, 1.0, 1 - 2.0**-24, 0.5, 0.99, 1e-20, 0.3], dtype=
 
 
 def _ctu(
-    name: str, toolchain: str, sm: int, dtype: torch.dtype, shape: tuple[int, ...], channel_dim: int, prologue: bool = False,
-    long_loops: bool = True, **options: Any,
+    name: str, toolchain: str, sm: int, dtype: torch.dtype, usual: Shape, channel_dim: int, prologue: bool = False,
+    long_loops: bool = True, more: tuple[Shape, ...] = (), **options: Any,
 ) -> Case:  # fmt: skip
+    sizes = _named(more)
+
     def make(variant: str) -> Sample:
+        shape = sizes.get(variant, usual)
         g, count = _generator(variant), shape[channel_dim]
         x, wide = _normal(g, dtype, *shape), torch.float64 if dtype == torch.float64 else torch.float32
         beta, coeff = _knob(g, count, dtype=wide), _knob(g, count, dtype=wide)
@@ -111,14 +124,18 @@ def _ctu(
         return Sample(f"{name}, {variant}", functional.ctu, (x, beta, coeff), kwargs)
 
     long_loops = long_loops and toolchain == "triton"
-    variants = VARIANTS if len(shape) == 3 and not prologue and "activation" not in options else VARIANTS[:2]
-    return Case(f"{toolchain}: {name}", toolchain, sm, make, long_loops=long_loops, variants=variants)
+    variants = VARIANTS if len(usual) >= 3 and not prologue and "activation" not in options else VARIANTS[:2]
+    return Case(f"{toolchain}: {name}", toolchain, "ctu", sm, make, None, long_loops, variants, tuple(sizes))
 
 
 def _head_edit(
-    name: str, toolchain: str, sm: int, dtype: torch.dtype, shape: tuple[int, ...], heads: int, adapters: int = 0
-) -> Case:
+    name: str, toolchain: str, sm: int, dtype: torch.dtype, usual: Shape, heads: int, adapters: int = 0,
+    more: tuple[Shape, ...] = (),
+) -> Case:  # fmt: skip
+    sizes = _named(more)
+
     def make(variant: str) -> Sample:
+        shape = sizes.get(variant, usual)
         g, outside = _generator(variant), len(shape) == 4
         dim = shape[-1] if outside else shape[-1] // heads
         lead = (adapters,) if adapters else ()
@@ -132,7 +149,8 @@ def _head_edit(
             gates = [t.where(torch.arange(heads) % 3 != i + 1, torch.tensor(float(i))) for i, t in enumerate(gates)]
         return Sample(f"{name}, {variant}", functional.head_edit, (z, *edits, *gates), kwargs)
 
-    return Case(f"{toolchain}: {name}", toolchain, sm, make, long_loops=toolchain == "triton")
+    long_loops = toolchain == "triton"
+    return Case(f"{toolchain}: {name}", toolchain, "head_edit", sm, make, None, long_loops, more=tuple(sizes))
 
 
 def _gates(name: str, toolchain: str, sm: int, dtype: torch.dtype, seed: int | None = None, **options: Any) -> Case:
@@ -151,7 +169,7 @@ def _gates(name: str, toolchain: str, sm: int, dtype: torch.dtype, seed: int | N
         return Sample(f"{name}, {variant}", functional.hard_concrete, (logits,), kwargs)
 
     truth = None if seed is None else lambda variant: make(variant, seeded=False)
-    return Case(f"{toolchain}: {name}", toolchain, sm, make, truth)
+    return Case(f"{toolchain}: {name}", toolchain, "gates", sm, make, truth)
 
 
 FLOAT, DOUBLE, BF16, HALF = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -159,6 +177,7 @@ CASES = [
     # scalar constants, a tree of sums, slots, a finishing launch
     _ctu("planes", "triton", 80, FLOAT, (2, 9, 2500), 1),
     _ctu("planes, a group each", "triton", 90, BF16, (3, 9, 1100), 1),
+    _ctu("planes, groups of rows", "triton", 80, FLOAT, (3, 4, 5, 600), 2),
     # constants per lane; several periods side by side
     _ctu("channels inside", "triton", 100, FLOAT, (70, 650), 1),
     _ctu("few channels inside", "triton", 90, BF16, (700, 19), 1),
@@ -177,6 +196,7 @@ CASES = [
     _gates("gates from a seed", "triton", 90, FLOAT, seed=-0x123456789ABCDEF, training=True),
     _gates("mean gates", "triton", 100, FLOAT, training=False, estimator="mean"),
     _ctu("planes", "cuda", 80, FLOAT, (2, 5, 8704), 1),
+    _ctu("planes, groups of rows", "cuda", 80, FLOAT, (3, 4, 5, 600), 2),
     _ctu("planes, any start", "cuda", 90, FLOAT, (36, 5, 301), 1),
     _ctu("planes, sixteen bits", "cuda", 90, BF16, (36, 5, 1104), 1),
     _ctu("channels inside", "cuda", 100, FLOAT, (70, 652), 1),

@@ -71,12 +71,12 @@ def test_branches_forward_are_masks_and_backward_are_loops() -> None:
 def test_a_reason_holds_only_where_its_stronger_change_shows_nothing_either() -> None:
     load = mutants.Mutant("k", "missing mask", 0, "@%p1 ld.global.v2.b32 { %r1, %r2 }, [ %rd1 + 0 ];", "")
     tried: list[list[str]] = []
-    assert equivalence.reason(load, lambda lines: bool(tried.append(lines))) is None
+    assert equivalence.reason(load, "", lambda lines: bool(tried.append(lines))) is None
     assert tried == [[load.before, "@!%p1 mov.b32 %r1, 0x7FC00000;", "@!%p1 mov.b32 %r2, 0x7FC00000;"]]
-    assert equivalence.reason(load, lambda lines: True) == "what the mask leaves out is loaded, and not used"
+    assert equivalence.reason(load, "", lambda lines: True) == "what the mask leaves out is loaded, and not used"
     compare = mutants.Mutant("k", "other comparison", 0, "setp.gt.f32 \t%p8, %r90, %r10;", "")
     tried.clear()
-    assert equivalence.reason(compare, lambda lines: bool(tried.append(lines))) is None
+    assert equivalence.reason(compare, "", lambda lines: bool(tried.append(lines))) is None
     assert tried == [["setp.eq.f32 %p8, %r90, %r10;", "@%p8 trap;", compare.before]]
     store = mutants.Mutant("k", "missing mask", 0, "@%p1 st.global.b32 [ %rd1 + 0 ], { %r1 };", "")
-    assert equivalence.reason(store, lambda lines: True) is None
+    assert equivalence.reason(store, "", lambda lines: True) is None
