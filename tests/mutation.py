@@ -1,4 +1,4 @@
-"""python tests/mutation.py [--json FILE]: plants bugs in the compiled kernels and counts how many the tests notice.
+"""python tests/mutation.py [--json FILE] [--summary FILE]: plants bugs in the compiled kernels, counts those noticed.
 
 A mutant is the PTX of one kernel, by Triton or by nvcc, with one line changed that the calls of `mutation_cases` reach. It is
 run by the kernel's own launch code, and is caught if the executor faults or a result leaves the bounds that the tests hold
@@ -18,13 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property, lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # when run as a program
@@ -36,6 +36,7 @@ import torch
 from conformance import Expected
 from mutants import OPERATORS, Mutant, mutants
 from mutation_cases import CASES, Case
+from mutation_report import Record, counts, summary
 from ptx import Fault, Unsupported, parse
 from ptx.runner import LANES
 from ptx.toolchain import nvcc
@@ -43,24 +44,8 @@ from torch import Tensor
 
 from ctkernels._files import write_text
 
-Record = dict[str, object]
-
-# The bugs that are made when kernels are written, rather than when their formulas are.
-STRUCTURAL = (
-    "dropped barrier",
-    "missing mask",
-    "loop of one turn",
-    "wrong stride or displacement",
-    "index constant off by one",
-    "wrong partner in a sum",
-    "another tensor",
-    "other rounding of an index",
-)
-
 # Of survivors that change no bit of any result in any call, and are not known to be equivalent.
-UNSEEN = (
-    "no call shows it: with one group, or lengths that a vector divides, the terms or bounds it changes do not matter"
-)
+UNSEEN = "no call shows it, and no reason is known why none could"
 
 
 class _Trace(list):
@@ -89,12 +74,14 @@ class Call:
     variant: str
     limit: int
 
-    def run(self, text: str, changed: str) -> dict[str, Tensor]:
-        """The results with ``changed`` in place of the kernel ``text``."""
-        return self.case.run(self.variant, lambda t: changed if t == text else t, max_steps=self.limit)
-
     def __str__(self) -> str:
         return f"{self.case.name}, {self.variant}"
+
+
+@lru_cache(maxsize=64)
+def _results(call: Call, text: str, changed: str) -> dict[str, Tensor]:
+    """Of a call, with ``changed`` in place of the kernel ``text``."""
+    return call.case.run(call.variant, lambda t: changed if t == text else t, max_steps=call.limit)
 
 
 class Subject:
@@ -106,15 +93,14 @@ class Subject:
 
     @cached_property
     def others(self) -> list[Call]:
-        """Calls of the case with other sizes, and of other cases, that launch the kernel as well."""
+        """Calls of the case with other sizes, and of other cases for the same target, that launch the kernel as well."""
         found = []
-        for other in CASES:
-            if (other.toolchain, other.op) == (self.case.toolchain, self.case.op):
-                there = replace(other, sm=self.case.sm)
+        for other in CASES if self.case.toolchain == "cuda" else [self.case]:  # Triton compiles for a case's constants
+            if (other.toolchain, other.op, other.sm) == (self.case.toolchain, self.case.op, self.case.sm):
                 for variant in (*other.variants, *other.more):
                     mine = other is self.case and variant in other.variants
-                    if not mine and self.name in _names(other, variant) and self.text in _launched(there, variant):
-                        found.append(Call(there, variant, _traced(there, variant)[1]))
+                    if not mine and variant != "edges" and self.text in _launched(other, variant):
+                        found.append(Call(other, variant, _traced(other, variant).limit))
         return found
 
     def calls(self) -> Iterator[Call]:
@@ -125,7 +111,7 @@ class Subject:
         """What notices that the kernel is changed, in which call; or None."""
         for call in self.calls():
             try:
-                _expected(call.case, call.variant).check(call.run(self.text, changed))
+                _expected(call.case, call.variant).check(_results(call, self.text, changed))
             except Fault as fault:
                 return f"executor: {fault.kind}", str(call)
             except AssertionError as error:
@@ -136,8 +122,8 @@ class Subject:
         """The largest change of a result, in units of what its bound allows; None if every bit is the same."""
         most = None
         for call in self.calls():
-            expected, after = _expected(call.case, call.variant), call.run(self.text, changed)
-            for key, value in _unchanged(call.case, call.variant).items():
+            expected, after = _expected(call.case, call.variant), _results(call, self.text, changed)
+            for key, value in _traced(call.case, call.variant).results.items():
                 if not torch.equal(value.view(torch.uint8), after[key].view(torch.uint8)):
                     change = (after[key].double() - value.double()).abs() / expected.bound(key)
                     most = max(most or 0.0, change.nan_to_num().max().item())
@@ -147,11 +133,6 @@ class Subject:
 @lru_cache(maxsize=64)
 def _expected(case: Case, variant: str) -> Expected:
     return case.expected(variant)
-
-
-@lru_cache(maxsize=64)
-def _unchanged(case: Case, variant: str) -> dict[str, Tensor]:
-    return case.run(variant)
 
 
 @cache
@@ -171,14 +152,16 @@ def _launched(case: Case, variant: str) -> frozenset[str]:
     return frozenset(found)
 
 
-@cache
-def _names(case: Case, variant: str) -> frozenset[str]:
-    return frozenset(name for text in _launched(case, variant) for name in parse(text).entries)
+class Trace(NamedTuple):
+    """Of a call: the instructions that are reached, of every kernel; a limit to steps; the results."""
+
+    reached: dict[str, set[str]]
+    limit: int
+    results: dict[str, Tensor]
 
 
 @cache
-def _traced(case: Case, variant: str) -> tuple[dict[str, set[str]], int]:
-    """The kernels that a call launches, each with the instructions that are reached; a limit to steps."""
+def _traced(case: Case, variant: str) -> Trace:
     found: dict[str, set[str]] = {}
     steps: list[int] = []
     load, run = ptx.launch._program, ptx.launch.Run
@@ -196,18 +179,19 @@ def _traced(case: Case, variant: str) -> tuple[dict[str, set[str]], int]:
             return self
 
     with mock.patch.object(ptx.launch, "_program", traced), mock.patch.object(ptx.launch, "Run", Counted):
-        _expected(case, variant).check(case.run(variant))
+        results = case.run(variant)
+    _expected(case, variant).check(results)
     ptx.launch._PROGRAMS.clear()
-    return found, 3 * max(steps)
+    return Trace(found, 3 * max(steps), results)
 
 
 def subjects(case: Case) -> Iterator[tuple[Subject, set[str]]]:
     """The kernels that a case launches, with the instructions that are reached."""
     traces = {variant: _traced(case, variant) for variant in case.variants}
-    limit = max(limit for _, limit in traces.values())
-    for text in dict.fromkeys(text for found, _ in traces.values() for text in found):
-        launching = [variant for variant, (found, _) in traces.items() if text in found]
-        reached = set().union(*(traces[variant][0][text] for variant in launching))
+    limit = max(trace.limit for trace in traces.values())
+    for text in dict.fromkeys(text for trace in traces.values() for text in trace.reached):
+        launching = [variant for variant, trace in traces.items() if text in trace.reached]
+        reached = set().union(*(traces[variant].reached[text] for variant in launching))
         yield Subject(case, text, [Call(case, variant, limit) for variant in launching]), reached
 
 
@@ -274,16 +258,16 @@ def run(
     known: Collection[Record] = (),
 ) -> list[Record]:
     """``each`` mutants of every kind of every kernel of the cases; a record for each. What ``known`` records say was caught,
-    in the same PTX, is not tried again."""
-    caught = {_key(r): r for r in known if r["caught_by"]}
+    or is equivalent, in the same PTX, is not tried again."""
+    settled = {_key(r): r for r in known if r["caught_by"] or r["equivalent"]}
     records: list[Record] = []
     for case in cases:
         for subject, reached in list(subjects(case)):
             for mutant in chosen(subject, reached, each, operators):
                 digest = hashlib.sha256(_code(subject.text).encode()).hexdigest()[:16]
-                record = {"case": f"{case.name}, sm_{case.sm}", "ptx": digest, **asdict(mutant)}
-                if _key(record) in caught:
-                    records.append(caught[_key(record)])
+                record = {"case": _label(case), "ptx": digest, **asdict(mutant)}
+                if _key(record) in settled:
+                    records.append(settled[_key(record)])
                     continue
                 changed = mutant.planted(subject.text)
                 try:
@@ -304,6 +288,10 @@ def run(
     return records
 
 
+def _label(case: Case) -> str:
+    return f"{case.name}, sm_{case.sm}"
+
+
 def _key(record: Record) -> tuple[object, ...]:
     return tuple(record[name] for name in ("case", "ptx", "operator", "line", "after"))
 
@@ -315,65 +303,49 @@ def _run_one(number: int, each: int, known: Collection[Record]) -> tuple[list[Re
     lines: list[str] = []
     start = time.monotonic()
     records = run(each, [CASES[number]], log=lines.append, known=known)
-    found = summary(records)
+    found = counts(records)
     lines.append(f"{CASES[number].name}: {found['caught']} caught and {found['equivalent']} equivalent "
-                 f"of {found['mutants']}, in {time.monotonic() - start:.0f} s")  # fmt: skip
+                 f"of {found['planted']}, in {time.monotonic() - start:.0f} s")  # fmt: skip
     return records, lines
-
-
-def summary(records: list[Record]) -> dict[str, object]:
-    """Counts, and the share caught of the mutants that are not equivalent."""
-
-    def counts(chosen: list[Record]) -> dict[str, object]:
-        caught, equivalent = (sum(bool(r[key]) for r in chosen) for key in ("caught_by", "equivalent"))
-        share = caught / max(1, len(chosen) - equivalent)
-        return {"mutants": len(chosen), "caught": caught, "equivalent": equivalent, "share": round(share, 4)}
-
-    return {
-        **counts(records),
-        "structural": counts([r for r in records if r["operator"] in STRUCTURAL]),
-        "survivors": dict(
-            Counter(re.sub(r"[\d.e+-]+ of", "part of", str(r["survives"])) for r in records if r["survives"])
-        ),
-        "caught_by": dict(Counter(str(r["caught_by"]) for r in records if r["caught_by"])),
-        "by_toolchain": {t: counts([r for r in records if str(r["case"]).startswith(t)]) for t in ("triton", "cuda")},
-        "by_operator": {name: counts([r for r in records if r["operator"] == name]) for name in OPERATORS},
-    }
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python tests/mutation.py", description=__doc__)
     parser.add_argument("--each", type=int, default=10_000, help="mutants of each kind of each kernel (default: all)")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records and the summary there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a record of every mutant there")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="write counts and survivors there")
     parser.add_argument("--jobs", type=int, default=1, help="cases to work on at a time (default: 1)")
     parser.add_argument(
-        "--resume", action="store_true", help="what FILE says was caught, in the same PTX, is not tried again"
+        "--resume",
+        action="store_true",
+        help="what FILE says was caught, or is equivalent, in the same PTX, is not tried again",
     )
     args = parser.parse_args(argv)
     if args.resume and not args.json:
         parser.error("--resume needs --json FILE")
     known = json.loads(args.json.read_text())["mutants"] if args.resume and args.json.exists() else []
-    numbers = [number for number, case in enumerate(CASES) if args.only in case.name]
-    found: dict[int, list[Record]] = {}
+    labels = [_label(case) for case in CASES]
+    found: dict[str, list[Record]] = {label: [r for r in known if r["case"] == label] for label in labels}
     # a process for every case: what a case keeps in memory goes with it
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        running = {}
-        for number in numbers:
-            mine = [r for r in known if str(r["case"]).startswith(f"{CASES[number].name}, sm_")]
-            running[pool.submit(_run_one, number, args.each, mine)] = number
+        running = {
+            pool.submit(_run_one, number, args.each, found[labels[number]]): labels[number]
+            for number, case in enumerate(CASES)
+            if args.only in case.name
+        }
         for done in as_completed(running):
             found[running[done]], lines = done.result()
             print(*lines, sep="\n", flush=True)
-            records = [r for number in sorted(found) for r in found[number]]
+            records = [r for label in labels for r in found[label]]
             if args.json:  # after every case, so that a run that is cut short can be resumed
-                cases = {str(r["case"]) for r in records}
-                rest = [r for r in known if r["case"] not in cases]
-                text = json.dumps({"summary": summary(records), "mutants": records + rest}, indent=1)
-                write_text(args.json, text + "\n")
-    total = summary(records)
-    print(json.dumps(total, indent=1))
-    return 0 if total["share"] >= 0.95 else 1
+                write_text(args.json, json.dumps({"mutants": records}, indent=1) + "\n")
+    total = summary(records, labels)
+    text = json.dumps({"command": " ".join(["python tests/mutation.py", *(argv or sys.argv[1:])]), **total}, indent=1)
+    print(text)
+    if args.summary:
+        write_text(args.summary, text + "\n")
+    return 0 if counts(records)["share"] >= 0.95 else 1
 
 
 if __name__ == "__main__":
