@@ -214,7 +214,7 @@ CASES = [
     _gates("clipped gates", "triton", 90, training=False),
     _gates("open gates", "triton", 80),
     _ctu("planes", "cuda", 80, FLOAT, (2, 5, 8704), 1),
-    _ctu("planes, groups of rows", "cuda", 80, FLOAT, (4, 2, 3, 600), 2),
+    _ctu("planes, groups of rows", "cuda", 80, FLOAT, (3, 2, 2, 8704), 2),
     _ctu("planes, any start", "cuda", 90, FLOAT, (36, 5, 301), 1),
     _ctu("planes, sixteen bits", "cuda", 90, BF16, (36, 5, 1104), 1),
     _ctu("channels inside", "cuda", 100, FLOAT, (70, 652), 1),
