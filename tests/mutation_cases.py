@@ -217,7 +217,7 @@ CASES = [
     _ctu("planes, groups of rows", "cuda", 80, FLOAT, (3, 2, 2, 8704), 2),
     _ctu("planes, any start", "cuda", 90, FLOAT, (36, 5, 301), 1, more=((700, 19, 1),)),
     _ctu("planes, sixteen bits", "cuda", 90, BF16, (36, 5, 1104), 1, more=((2, 3, 8704),)),
-    _ctu("channels inside", "cuda", 100, FLOAT, (70, 652), 1),
+    _ctu("channels inside", "cuda", 100, FLOAT, (70, 652), 1, more=((70, 640), (700, 20))),
     _ctu("few channels inside", "cuda", 80, FLOAT, (700, 19), 1),
     _ctu("logits", "cuda", 80, FLOAT, (3, 9, 1104), 1, raw=True),
     _ctu("prologue", "cuda", 90, FLOAT, (70, 132), 1, prologue=True),
