@@ -22,7 +22,7 @@ NAMES = [
     "triton: prologue",
     "triton: gates from noise",
     pytest.param("cuda: gates from noise", marks=CUDA),
-    pytest.param("cuda: an edit for every sample", marks=CUDA),
+    pytest.param("cuda: tokens between heads", marks=CUDA),
 ]
 
 
