@@ -327,6 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     known = json.loads(args.json.read_text())["mutants"] if args.resume and args.json.exists() else []
     labels = [_label(case) for case in CASES]
     found: dict[str, list[Record]] = {label: [r for r in known if r["case"] == label] for label in labels}
+    records = [r for label in labels for r in found[label]]
     # a process for every case: what a case keeps in memory goes with it
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         running = {
