@@ -88,3 +88,19 @@ def check_extremes(dtype: torch.dtype, activation: str, run: Run) -> None:
     assert dx[2].isnan().all()
     assert torch.isfinite(y[3:]).all()
     assert torch.isfinite(dx[[0, 1, 3, 4, 5, 6]]).all()
+
+
+def check_nan_at_beta_one(dtype: torch.dtype, activation: str, run: Run) -> None:
+    """Where the knobs have no effect their gradients are 0, of infinities too; a NaN is passed on to those of its channel."""
+    for shape in ((6, 4), (2, 4, 600)):
+        x = torch.linspace(-3, 3, shape[0] * 4 * (600 if len(shape) == 3 else 1)).view(shape)
+        x[0, 0], x[0, 1], x[1, 1] = float("nan"), float("inf"), -float("inf")
+        leaf, beta, coeff = x.to(dtype).requires_grad_(), torch.ones(4), torch.full((4,), 0.3)
+        beta[3] = 0.5
+        with run(0):
+            y = ctu(leaf, beta.requires_grad_(), coeff.requires_grad_(), channel_dim=1, activation=activation)
+            for grad in torch.autograd.grad(y, (beta, coeff), torch.ones_like(y)):
+                assert grad[0].isnan(), grad
+                assert (grad[1:3] == 0).all(), grad
+                assert grad[3].isfinite(), grad
+                assert grad[3] != 0, grad

@@ -15,12 +15,14 @@ Same = Callable[[list[str]], bool]
 
 @dataclass(frozen=True)
 class Reason:
-    """``stronger``: lines to put in place of the mutated one; none: the same bits are enough."""
+    """``line``: what "kernel: instruction" has to match. ``stronger``: lines to put in place of the mutated one; none: the same
+    bits are enough. ``source``: the instruction that the last operand comes from."""
 
     operator: str
     line: str
     why: str
     stronger: Callable[[Mutant], list[str]] | None = None
+    source: str = ""
 
 
 def _guard(mutant: Mutant) -> tuple[str, str]:
@@ -52,10 +54,10 @@ def _never_equal(mutant: Mutant) -> list[str]:
 
 
 def _other_constant(mutant: Mutant) -> list[str]:
-    """1e30 for one, -1e30 for minus one."""
+    """1e30 for one or a half, -1e30 for minus one."""
     line = mutant.before.replace("0f3F800000", "0f7149F2CA").replace("0fBF800000", "0fF149F2CA")
     line = line.replace("0d3FF0000000000000", "0d46293E5939A08CEA").replace("0dBFF0000000000000", "0dC6293E5939A08CEA")
-    return [line]
+    return [line.replace("0f3F000000", "0f7149F2CA").replace("0d3FE0000000000000", "0d46293E5939A08CEA")]
 
 
 def _zero(mutant: Mutant) -> list[str]:
@@ -72,10 +74,81 @@ def _never(mutant: Mutant) -> list[str]:
     return [f"setp.ne.{found[1]} {found[2]}, {found[3]}, {found[3]};"]
 
 
+def _operands(mutant: Mutant) -> list[str]:
+    return re.findall(r"[^\s,;]+", mutant.before.split(maxsplit=1)[1])
+
+
+def _checked(mutant: Mutant, *condition: str) -> list[str]:
+    """The instruction, after a fault where the condition makes %fault true."""
+    return ["{", ".reg .pred %fault;", ".reg .b32 %rest;", *condition, "@%fault trap;", "}", mutant.before]
+
+
+def _adds_zero(mutant: Mutant) -> list[str]:
+    return _checked(mutant, f"setp.ne.s32 %fault, {_operands(mutant)[2]}, 0;")
+
+
+def _no_multiple(mutant: Mutant) -> list[str]:
+    """What is rounded up is no multiple of 16."""
+    return _checked(mutant, f"and.b32 %rest, {_operands(mutant)[1]}, 15;", "setp.eq.s32 %fault, %rest, 0;")
+
+
+def _equals(mutant: Mutant) -> list[str]:
+    _, a, b = _operands(mutant)
+    return _checked(mutant, f"setp.ne.s32 %fault, {a}, {b};")
+
+
+def _first(mutant: Mutant) -> list[str]:
+    """What is divided is 0."""
+    return _checked(mutant, f"setp.ne.s32 %fault, {_operands(mutant)[1]}, 0;")
+
+
+def _not_negative(mutant: Mutant) -> list[str]:
+    return _checked(mutant, f"setp.lt.s32 %fault, {_operands(mutant)[1]}, 0;")
+
+
+def _neither(mutant: Mutant) -> list[str]:
+    """What is compared is neither the constant nor the mutant's."""
+    first, second = (line.split(maxsplit=1)[1].split(", ", 1)[1] for line in (mutant.before, mutant.after))
+    return _checked(mutant, f"setp.eq.f32 %fault, {first}", "@%fault trap;", f"setp.eq.f32 %fault, {second}")
+
+
+def _further(mutant: Mutant) -> list[str]:
+    """A thousand times as far off."""
+    head, constant = mutant.before.rstrip(";").rsplit(" ", 1)
+    return [f"{head} {int(constant) + 1000};"]
+
+
+def _endless(mutant: Mutant) -> list[str]:
+    """A tensor's length in place of a program's: far more than there is."""
+    return [f"mov.u64 {_operands(mutant)[0]}, 1099511627776;"]
+
+
+def _any_number(mutant: Mutant) -> list[str]:
+    return [f"mov.b32 {_operands(mutant)[0]}, 3;"]
+
+
 SHORTCUT = "chooses a shortcut (one value a channel, plain parameters); the general way gives the same result"
 REASONS = [
     Reason("wrong stride or displacement", r"ld\.param\.u32\s+%r\d+, .*\+12\]", SHORTCUT, _zero),
     Reason("other comparison", r"setp\.eq\.s(16|32).*, [01];", SHORTCUT, _never),
+    # Triton compiles a kernel anew for lengths that are 1, or multiples of 16, and for parameters by the group or not.
+    Reason("other operator", r"sub\.s32", "leaves out the groups before, and there is one group", _adds_zero, r"mul\.lo\.s32"),
+    Reason("other operator", r"add\.s32", "rounds negative numbers, and a length is none", _adds_zero, r"shr\.u32"),
+    Reason("other operator", r"min\.s32", "the only program along a dimension ends where that does", _equals),
+    Reason("other rounding of an index", r"div\.s32", "where a group is one row, any number of groups before leads there",
+           _any_number),
+    Reason("other rounding of an index", r"div\.s32", "number of the only program: all channels fit into one", _first,
+           r"shr\.s32.*, [0-5];"),
+    Reason("index constant off by one", r"add\.s32.*, (15|31|63);", "rounds up what is no multiple of 16", _no_multiple),
+    Reason("index constant off by one", r"shr\.u32.*, 31;", "the sign of a length, which is not negative", _not_negative),
+    Reason("index constant off by one", r"shr\.s32.*, 31;", "a shift by more bits than there are leaves the sign, as this one"),
+    Reason("index constant off by one", r"mul\.hi\.s32", "last place of a reciprocal, of which few are used", _further),
+    Reason("other comparison", r"fold_kernel: setp\.ge\.s32", "a program without a value, and there is none", _never_equal),
+    Reason("constant a quarter off", r"gate_kernel: setp\.eq\.f32.*0f3F800000", "noise from a seed is an odd number of 2^-24",
+           _neither),
+    Reason("operands of a selection swapped", r"(gates_backward\w*|gate_kernel): selp\.f64.*, 0d0{16},",
+           "an exponential of hundreds, 0 or infinite: a gate that far out has no slope"),
+    Reason("another tensor", r"forward\w*: ld\.param\.u64.*_param_0\+24\]", "a row's first block does all of it", _endless),
     Reason("missing mask", r"ld\.global", "what the mask leaves out is loaded, and not used", _poisoned),
     Reason("other comparison", r"setp\.\w\w\.(f|bf)\d+", "two floats that are equal only by chance", _never_equal),
     Reason("other comparison", r"setp\.\w\w\.s32\s.*, -1;", "a number of a channel, which is not negative", _never_equal),
@@ -84,15 +157,25 @@ REASONS = [
     Reason("constant a quarter off", r"selp.*0[fd](BF800000|BFF0000000000000)", "stands for any limit below 0", _other_constant),
     Reason("constant a quarter off", r"selp.*0[fd](3F800000|3FF0000000000000)", "stands in for a width of 0, and is not used",
            _other_constant),
+    Reason("constant a quarter off", r"mov\.f.*0(f3F000000|d3FE0000000000000)", "stands in for noise where none is used",
+           _other_constant),
     Reason("constant a quarter off", r"setp\.\w\w\.f(32|64).*0(f0380|d3870)", "any tiny width of a bump counts as none"),
     Reason("constant a quarter off", r"0f7F7FFFFF|0f7EFFFFFF|0d7FE", "a cap, where any huge number would do"),
 ]  # fmt: skip
 
 
-def reason(mutant: Mutant, same: Same) -> str | None:
-    """Why a mutant that changes no bit is equivalent, or None."""
+def _source(mutant: Mutant, text: str) -> str:
+    """The instruction that the last operand of the mutated one comes from."""
+    before = text.splitlines()[: mutant.line]
+    made = re.compile(rf"\s*(?:@\S+\s+)?\S+\s+{re.escape(_operands(mutant)[-1])},")
+    return next((line.strip() for line in reversed(before) if made.match(line)), "")
+
+
+def reason(mutant: Mutant, text: str, same: Same) -> str | None:
+    """Why a mutant of the kernel ``text`` that changes no bit is equivalent, or None."""
     for found in REASONS:
-        applies = mutant.operator == found.operator and re.search(found.line, mutant.before)
+        applies = mutant.operator == found.operator and re.search(found.line, f"{mutant.kernel}: {mutant.before}")
+        applies = applies and (not found.source or re.match(found.source, _source(mutant, text)))
         if applies and (found.stronger is None or same(found.stronger(mutant))):
             return found.why
     return None

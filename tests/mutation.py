@@ -1,4 +1,4 @@
-"""python tests/mutation.py [--json FILE]: plants bugs in the compiled kernels and counts how many the tests notice.
+"""python tests/mutation.py [--json FILE] [--summary FILE]: plants bugs in the compiled kernels, counts those noticed.
 
 A mutant is the PTX of one kernel, by Triton or by nvcc, with one line changed that the calls of `mutation_cases` reach. It is
 run by the kernel's own launch code, and is caught if the executor faults or a result leaves the bounds that the tests hold
@@ -10,17 +10,21 @@ is said how far it moves the results. A full run takes hours; ``--each`` plants 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict
-from functools import lru_cache
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property, lru_cache
+from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # when run as a program
@@ -32,27 +36,16 @@ import torch
 from conformance import Expected
 from mutants import OPERATORS, Mutant, mutants
 from mutation_cases import CASES, Case
+from mutation_report import Record, counts, summary
 from ptx import Fault, Unsupported, parse
 from ptx.runner import LANES
 from ptx.toolchain import nvcc
 from torch import Tensor
 
-# The bugs that are made when kernels are written, rather than when their formulas are.
-STRUCTURAL = (
-    "dropped barrier",
-    "missing mask",
-    "loop of one turn",
-    "wrong stride or displacement",
-    "index constant off by one",
-    "wrong partner in a sum",
-    "another tensor",
-    "other rounding of an index",
-)
+from ctkernels._files import write_text
 
 # Of survivors that change no bit of any result in any call, and are not known to be equivalent.
-UNSEEN = (
-    "no call shows it: with one group, or lengths that a vector divides, the terms or bounds it changes do not matter"
-)
+UNSEEN = "no call shows it, and no reason is known why none could"
 
 
 class _Trace(list):
@@ -73,52 +66,102 @@ def _plain(line: str) -> str:
     return re.sub(r"^@!?%p\d+|\s", "", line.strip()).rstrip(";")
 
 
+@dataclass(frozen=True)
+class Call:
+    """``limit``: steps that a batch of blocks may take; more is an endless loop."""
+
+    case: Case
+    variant: str
+    limit: int
+
+    def __str__(self) -> str:
+        return f"{self.case.name}, {self.variant}"
+
+
+@lru_cache(maxsize=64)
+def _results(call: Call, text: str, changed: str) -> dict[str, Tensor]:
+    """Of a call, with ``changed`` in place of the kernel ``text``."""
+    return call.case.run(call.variant, lambda t: changed if t == text else t, max_steps=call.limit)
+
+
 class Subject:
     """A kernel, all calls that launch it, and what its results have to be."""
 
-    def __init__(self, case: Case, text: str):
-        self.case, self.text = case, text
+    def __init__(self, case: Case, text: str, calls: list[Call]):
+        self.case, self.text, self.own = case, text, calls
         (self.name,) = parse(text).entries
-        self.limit = 0
 
-    def caught_by(self, changed: str) -> str | None:
-        """What notices that the kernel is changed, or None."""
-        try:
-            for variant in self.case.variants:
-                _expected(self.case, variant).check(self.run(variant, changed))
-        except Fault as fault:
-            return f"executor: {fault.kind}"
-        except AssertionError as error:
-            return "unwritten output" if "unwritten" in str(error) else "result"
+    @cached_property
+    def others(self) -> list[Call]:
+        """Calls of the case with other sizes, and of other cases for the same target, that launch the kernel as well."""
+        found = []
+        for other in CASES if self.case.toolchain == "cuda" else [self.case]:  # Triton compiles for a case's constants
+            if (other.toolchain, other.op, other.sm) == (self.case.toolchain, self.case.op, self.case.sm):
+                for variant in (*other.variants, *other.more):
+                    mine = other is self.case and variant in other.variants
+                    if not mine and variant != "edges" and self.text in _launched(other, variant):
+                        found.append(Call(other, variant, _traced(other, variant).limit))
+        return found
+
+    def calls(self) -> Iterator[Call]:
+        yield from self.own
+        yield from self.others
+
+    def caught_by(self, changed: str) -> tuple[str, str] | None:
+        """What notices that the kernel is changed, in which call; or None."""
+        for call in self.calls():
+            try:
+                _expected(call.case, call.variant).check(_results(call, self.text, changed))
+            except Fault as fault:
+                return f"executor: {fault.kind}", str(call)
+            except AssertionError as error:
+                return "unwritten output" if "unwritten" in str(error) else "result", str(call)
         return None
-
-    def run(self, variant: str, changed: str) -> dict[str, Tensor]:
-        return self.case.run(variant, lambda text: changed if text == self.text else text, max_steps=self.limit)
 
     def moved(self, changed: str) -> float | None:
         """The largest change of a result, in units of what its bound allows; None if every bit is the same."""
         most = None
-        for variant in self.case.variants:
-            expected, after = _expected(self.case, variant), self.run(variant, changed)
-            for key, value in _unchanged(self.case, variant).items():
+        for call in self.calls():
+            expected, after = _expected(call.case, call.variant), _results(call, self.text, changed)
+            for key, value in _traced(call.case, call.variant).results.items():
                 if not torch.equal(value.view(torch.uint8), after[key].view(torch.uint8)):
                     change = (after[key].double() - value.double()).abs() / expected.bound(key)
                     most = max(most or 0.0, change.nan_to_num().max().item())
         return most
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)
 def _expected(case: Case, variant: str) -> Expected:
     return case.expected(variant)
 
 
-@lru_cache(maxsize=4)
-def _unchanged(case: Case, variant: str) -> dict[str, Tensor]:
-    return case.run(variant)
+@cache
+def _launched(case: Case, variant: str) -> frozenset[str]:
+    """The kernels that a call launches, none of them executed."""
+    found: set[str] = set()
+
+    def noted(launch: ptx.launch.Launch, storages: dict) -> None:
+        found.add(launch.ptx)
+
+    with (
+        mock.patch.object(ptx.launch, "_program", noted),
+        mock.patch.object(ptx.launch, "Run"),
+        mock.patch.object(ptx.Memory, "written"),
+    ):
+        case.run(variant)
+    return frozenset(found)
 
 
-def subjects(case: Case) -> Iterator[tuple[Subject, set[str]]]:
-    """The kernels that a case launches, with the instructions that are reached."""
+class Trace(NamedTuple):
+    """Of a call: the instructions that are reached, of every kernel; a limit to steps; the results."""
+
+    reached: dict[str, set[str]]
+    limit: int
+    results: dict[str, Tensor]
+
+
+@cache
+def _traced(case: Case, variant: str) -> Trace:
     found: dict[str, set[str]] = {}
     steps: list[int] = []
     load, run = ptx.launch._program, ptx.launch.Run
@@ -136,13 +179,25 @@ def subjects(case: Case) -> Iterator[tuple[Subject, set[str]]]:
             return self
 
     with mock.patch.object(ptx.launch, "_program", traced), mock.patch.object(ptx.launch, "Run", Counted):
-        for variant in case.variants:
-            _expected(case, variant).check(case.run(variant))
+        results = case.run(variant)
+    _expected(case, variant).check(results)
     ptx.launch._PROGRAMS.clear()
-    for text, reached in found.items():
-        subject = Subject(case, text)
-        subject.limit = 3 * max(steps)  # in a batch of blocks; more is an endless loop
-        yield subject, reached
+    return Trace(found, 3 * max(steps), results)
+
+
+def subjects(case: Case) -> Iterator[tuple[Subject, set[str]]]:
+    """The kernels that a case launches, with the instructions that are reached."""
+    traces = {variant: _traced(case, variant) for variant in case.variants}
+    limit = max(trace.limit for trace in traces.values())
+    for text in dict.fromkeys(text for trace in traces.values() for text in trace.reached):
+        launching = [variant for variant, trace in traces.items() if text in trace.reached]
+        reached = set().union(*(traces[variant].reached[text] for variant in launching))
+        yield Subject(case, text, [Call(case, variant, limit) for variant in launching]), reached
+
+
+def _code(text: str) -> str:
+    """PTX without what says where in the source it comes from."""
+    return re.sub(r"^\s*\.(loc|file)\b.*$", "", text.split(".section")[0].replace(", debug", ""), flags=re.M)
 
 
 @lru_cache(maxsize=8)
@@ -155,8 +210,7 @@ def _machine_code(text: str) -> bytes | None:
     target = re.search(r"^\.target (\w+)", text, re.M)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
-        # without the lines that say where in the source an instruction comes from
-        source.write_text(re.sub(r"^\s*\.loc.*$", "", text.split(".section")[0].replace(", debug", ""), flags=re.M))
+        source.write_text(_code(text))
         command = [ptxas, f"-arch={target[1]}", "kernel.ptx", "-o", "kernel.cubin"]
         done = subprocess.run(command, cwd=folder, capture_output=True)
         return (Path(folder) / "kernel.cubin").read_bytes() if done.returncode == 0 else None
@@ -182,7 +236,7 @@ def explain(subject: Subject, mutant: Mutant, changed: str) -> tuple[bool, str] 
     moved = subject.moved(changed)
     if moved is not None:
         return False, f"stays within the bounds: moves a result by {moved:.2g} of what is allowed"
-    why = equivalence.reason(mutant, same)
+    why = equivalence.reason(mutant, subject.text, same)
     return why is not None, why or UNSEEN
 
 
@@ -198,15 +252,23 @@ def chosen(subject: Subject, reached: set[str], each: int, operators: Collection
 
 def run(
     each: int,
-    cases: list[Case] = CASES,
+    cases: Collection[Case] = CASES,
     operators: Collection[str] = tuple(OPERATORS),
     log: Callable[[str], None] = lambda line: None,
-) -> list[dict[str, object]]:
-    """``each`` mutants of every kind of every kernel of the cases; a record for each."""
-    records: list[dict[str, object]] = []
+    known: Collection[Record] = (),
+) -> list[Record]:
+    """``each`` mutants of every kind of every kernel of the cases; a record for each. What ``known`` records say was caught,
+    or is equivalent, in the same PTX, is not tried again."""
+    settled = {_key(r): r for r in known if r["caught_by"] or r["equivalent"]}
+    records: list[Record] = []
     for case in cases:
         for subject, reached in list(subjects(case)):
             for mutant in chosen(subject, reached, each, operators):
+                digest = hashlib.sha256(_code(subject.text).encode()).hexdigest()[:16]
+                record = {"case": _label(case), "ptx": digest, **asdict(mutant)}
+                if _key(record) in settled:
+                    records.append(settled[_key(record)])
+                    continue
                 changed = mutant.planted(subject.text)
                 try:
                     by = subject.caught_by(changed)
@@ -217,48 +279,74 @@ def run(
                 if explained is None:
                     continue
                 equivalent, why = explained
-                record = {"case": f"{case.name}, sm_{case.sm}", **asdict(mutant), "caught_by": by}
-                records.append(record | {"equivalent": equivalent, "survives": why})
+                how, where = by or (None, None)
+                record |= {"caught_by": how, "in": where, "equivalent": equivalent, "survives": why}
+                records.append(record)
                 if by is None:
                     log(f"survived: {case.name}: {subject.name}: {mutant.operator}: {mutant.before} -> {mutant.after}: "
                         f"{'equivalent: ' * equivalent}{why}")  # fmt: skip
     return records
 
 
-def summary(records: list[dict[str, object]]) -> dict[str, object]:
-    """Counts, and the share caught of the mutants that are not equivalent."""
+def _label(case: Case) -> str:
+    return f"{case.name}, sm_{case.sm}"
 
-    def counts(chosen: list[dict[str, object]]) -> dict[str, object]:
-        caught, equivalent = (sum(bool(r[key]) for r in chosen) for key in ("caught_by", "equivalent"))
-        share = caught / max(1, len(chosen) - equivalent)
-        return {"mutants": len(chosen), "caught": caught, "equivalent": equivalent, "share": round(share, 4)}
 
-    return {
-        **counts(records),
-        "structural": counts([r for r in records if r["operator"] in STRUCTURAL]),
-        "survivors": dict(
-            Counter(re.sub(r"[\d.e+-]+ of", "part of", str(r["survives"])) for r in records if r["survives"])
-        ),
-        "caught_by": dict(Counter(str(r["caught_by"]) for r in records if r["caught_by"])),
-        "by_toolchain": {t: counts([r for r in records if str(r["case"]).startswith(t)]) for t in ("triton", "cuda")},
-        "by_operator": {name: counts([r for r in records if r["operator"] == name]) for name in OPERATORS},
-    }
+def _key(record: Record) -> tuple[object, ...]:
+    return tuple(record[name] for name in ("case", "ptx", "operator", "line", "after"))
+
+
+def _run_one(number: int, each: int, known: Collection[Record]) -> tuple[list[Record], list[str]]:
+    """The records of a case of :data:`CASES`, and the lines to log: in a process of its own."""
+    torch.use_deterministic_algorithms(True)  # and with it, uninitialised memory is filled with NaN
+    torch.set_num_threads(1)
+    lines: list[str] = []
+    start = time.monotonic()
+    records = run(each, [CASES[number]], log=lines.append, known=known)
+    found = counts(records)
+    lines.append(f"{CASES[number].name}: {found['caught']} caught and {found['equivalent']} equivalent "
+                 f"of {found['planted']}, in {time.monotonic() - start:.0f} s")  # fmt: skip
+    return records, lines
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python tests/mutation.py", description=__doc__)
     parser.add_argument("--each", type=int, default=10_000, help="mutants of each kind of each kernel (default: all)")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records and the summary there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a record of every mutant there")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="write counts and survivors there")
+    parser.add_argument("--jobs", type=int, default=1, help="cases to work on at a time (default: 1)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="what FILE says was caught, or is equivalent, in the same PTX, is not tried again",
+    )
     args = parser.parse_args(argv)
-    torch.use_deterministic_algorithms(True)  # and with it, uninitialised memory is filled with NaN
-    cases = [c for c in CASES if args.only in c.name]
-    records = run(args.each, cases, log=lambda line: print(line, flush=True))
-    found = summary(records)
-    print(json.dumps(found, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps({"summary": found, "mutants": records}, indent=1) + "\n")
-    return 0 if found["share"] >= 0.95 else 1
+    if args.resume and not args.json:
+        parser.error("--resume needs --json FILE")
+    known = json.loads(args.json.read_text())["mutants"] if args.resume and args.json.exists() else []
+    labels = [_label(case) for case in CASES]
+    found: dict[str, list[Record]] = {label: [r for r in known if r["case"] == label] for label in labels}
+    records = [r for label in labels for r in found[label]]
+    # a process for every case: what a case keeps in memory goes with it
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        running = {
+            pool.submit(_run_one, number, args.each, found[labels[number]]): labels[number]
+            for number, case in enumerate(CASES)
+            if args.only in case.name
+        }
+        for done in as_completed(running):
+            found[running[done]], lines = done.result()
+            print(*lines, sep="\n", flush=True)
+            records = [r for label in labels for r in found[label]]
+            if args.json:  # after every case, so that a run that is cut short can be resumed
+                write_text(args.json, json.dumps({"mutants": records}, indent=1) + "\n")
+    total = summary(records, labels)
+    text = json.dumps({"command": " ".join(["python tests/mutation.py", *(argv or sys.argv[1:])]), **total}, indent=1)
+    print(text)
+    if args.summary:
+        write_text(args.summary, text + "\n")
+    return 0 if counts(records)["share"] >= 0.95 else 1
 
 
 if __name__ == "__main__":

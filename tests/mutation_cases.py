@@ -17,8 +17,12 @@ from ptx.runner import MAX_STEPS
 from torch import Tensor
 
 from ctkernels import functional
+from ctkernels.ops.hard_concrete import OP as GATES
+from ctkernels.ops.hard_concrete import SAMPLE
 from ctkernels.ops.hard_concrete.reference import uniform
 from ctkernels.testing import Sample
+
+FLOAT, DOUBLE, BF16, HALF = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 VARIANTS = ("plain", "edges", "groups")
 # Triton's plan for a GPU has loops of one turn where tensors are small.
@@ -29,15 +33,17 @@ LONG_LOOPS = {"PROGRAMS": 6, "MOST_STEPS": 8, "LEAST_ROWS": 3}
 class Case:
     """``make``: a sample of a variant. "edges" has the ends of every range, and infinities and NaN in channels of their own:
     they must not reach other channels. "groups" has parameters for every row of the first dimension. ``truth``: the sample
-    whose results are expected, where it is another."""
+    whose results are expected, where it is another. ``more``: variants of other sizes, for bugs that ``variants`` do not show."""
 
     name: str
     toolchain: str
+    op: str
     sm: int
     make: Callable[[str], Sample]
     truth: Callable[[str], Sample] | None = None
     long_loops: bool = False
     variants: tuple[str, ...] = VARIANTS[:2]
+    more: tuple[str, ...] = ()
 
     def expected(self, variant: str) -> Expected:
         expected = Expected((self.truth or self.make)(variant))
@@ -59,7 +65,15 @@ class Case:
 
 
 def _generator(variant: str) -> torch.Generator:
-    return torch.Generator().manual_seed(VARIANTS.index(variant))
+    return torch.Generator().manual_seed(VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS))
+
+
+Shape = tuple[int, ...]
+
+
+def _named(shapes: tuple[Shape, ...]) -> dict[str, Shape]:
+    """Variants of other sizes: "2x5x301"."""
+    return {"x".join(map(str, shape)): shape for shape in shapes}
 
 
 def _normal(g: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -84,10 +98,13 @@ ENDS = torch.tensor([0.9, 0.0, 1.0, 1 - 2.0**-24, 0.5, 0.99, 1e-20, 0.3], dtype=
 
 
 def _ctu(
-    name: str, toolchain: str, sm: int, dtype: torch.dtype, shape: tuple[int, ...], channel_dim: int, prologue: bool = False,
-    long_loops: bool = True, **options: Any,
+    name: str, toolchain: str, sm: int, dtype: torch.dtype, usual: Shape, channel_dim: int, prologue: bool = False,
+    long_loops: bool = True, more: tuple[Shape, ...] = (), **options: Any,
 ) -> Case:  # fmt: skip
+    sizes = _named(more)
+
     def make(variant: str) -> Sample:
+        shape = sizes.get(variant, usual)
         g, count = _generator(variant), shape[channel_dim]
         x, wide = _normal(g, dtype, *shape), torch.float64 if dtype == torch.float64 else torch.float32
         beta, coeff = _knob(g, count, dtype=wide), _knob(g, count, dtype=wide)
@@ -111,14 +128,18 @@ def _ctu(
         return Sample(f"{name}, {variant}", functional.ctu, (x, beta, coeff), kwargs)
 
     long_loops = long_loops and toolchain == "triton"
-    variants = VARIANTS if len(shape) == 3 and not prologue and "activation" not in options else VARIANTS[:2]
-    return Case(f"{toolchain}: {name}", toolchain, sm, make, long_loops=long_loops, variants=variants)
+    variants = VARIANTS if len(usual) >= 3 and not prologue and "activation" not in options else VARIANTS[:2]
+    return Case(f"{toolchain}: {name}", toolchain, "ctu", sm, make, None, long_loops, variants, tuple(sizes))
 
 
 def _head_edit(
-    name: str, toolchain: str, sm: int, dtype: torch.dtype, shape: tuple[int, ...], heads: int, adapters: int = 0
-) -> Case:
+    name: str, toolchain: str, sm: int, dtype: torch.dtype, usual: Shape, heads: int, adapters: int = 0,
+    more: tuple[Shape, ...] = (),
+) -> Case:  # fmt: skip
+    sizes = _named(more)
+
     def make(variant: str) -> Sample:
+        shape = sizes.get(variant, usual)
         g, outside = _generator(variant), len(shape) == 4
         dim = shape[-1] if outside else shape[-1] // heads
         lead = (adapters,) if adapters else ()
@@ -132,33 +153,47 @@ def _head_edit(
             gates = [t.where(torch.arange(heads) % 3 != i + 1, torch.tensor(float(i))) for i, t in enumerate(gates)]
         return Sample(f"{name}, {variant}", functional.head_edit, (z, *edits, *gates), kwargs)
 
-    return Case(f"{toolchain}: {name}", toolchain, sm, make, long_loops=toolchain == "triton")
+    long_loops = toolchain == "triton"
+    return Case(f"{toolchain}: {name}", toolchain, "head_edit", sm, make, None, long_loops, more=tuple(sizes))
 
 
-def _gates(name: str, toolchain: str, sm: int, dtype: torch.dtype, seed: int | None = None, **options: Any) -> Case:
+def _from_seed(log_alpha: Tensor, seed: Tensor) -> Tensor:
+    """What the public function does on a GPU; for tensors of the CPU it makes the noise itself."""
+    return GATES((log_alpha, seed), (-1, SAMPLE, 0.33, -0.1, 1.1))
+
+
+def _gates(name: str, toolchain: str, sm: int, seed: int | None = None, **options: Any) -> Case:
+    """Without options: the probabilities of being open."""
+
     def make(variant: str, seeded: bool = seed is not None) -> Sample:
         g = _generator(variant)
-        logits = _normal(g, dtype, 13, 43)
+        logits = _normal(g, FLOAT, 13, 43)
+        noise = torch.rand(13, 43, generator=g, dtype=torch.float64).clamp(1e-6, 1 - 1e-6).to(FLOAT)
         if variant == "edges":
             special = [0.0, -40.0, 40.0, -800.0, 800.0, float("inf"), -float("inf"), float("nan"), 1e-30]
-            logits.view(-1)[: 3 * len(special)] = torch.tensor(special * 3, dtype=dtype)
-        kwargs = dict(options)
-        if options["training"]:
-            kwargs["noise"] = torch.rand(13, 43, generator=g, dtype=torch.float64).clamp(1e-6, 1 - 1e-6).to(dtype)
-            if seed is not None:
-                word = torch.tensor([seed])
-                kwargs["noise"] = word if seeded else uniform(word, logits.shape, dtype)
-        return Sample(f"{name}, {variant}", functional.hard_concrete, (logits,), kwargs)
+            logits.view(-1)[: 3 * len(special)] = torch.tensor(special * 3)
+            noise.view(-1)[-6:] = torch.tensor([1e-30, 2.0**-24, 0.25, 0.5, 0.75, 1 - 2.0**-24])
+            logits.view(-1)[-6:] = 0.1 - noise.view(-1)[-6:].logit()  # gates that are not clipped
+        label = f"{name}, {variant}"
+        if seeded:
+            return Sample(label, _from_seed, (logits,), {"seed": torch.tensor([seed])})
+        if seed is not None:
+            noise = uniform(torch.tensor([seed]), logits.shape, FLOAT)
+        if not options:
+            return Sample(label, functional.expected_l0, (logits,))
+        return Sample(
+            label, functional.hard_concrete, (logits,), options | {"noise": noise} if options["training"] else options
+        )
 
     truth = None if seed is None else lambda variant: make(variant, seeded=False)
-    return Case(f"{toolchain}: {name}", toolchain, sm, make, truth)
+    return Case(f"{toolchain}: {name}", toolchain, "gates", sm, make, truth)
 
 
-FLOAT, DOUBLE, BF16, HALF = torch.float32, torch.float64, torch.bfloat16, torch.float16
 CASES = [
     # scalar constants, a tree of sums, slots, a finishing launch
     _ctu("planes", "triton", 80, FLOAT, (2, 9, 2500), 1),
     _ctu("planes, a group each", "triton", 90, BF16, (3, 9, 1100), 1),
+    _ctu("planes, groups of rows", "triton", 80, FLOAT, (4, 2, 3, 600), 2),
     # constants per lane; several periods side by side
     _ctu("channels inside", "triton", 100, FLOAT, (70, 650), 1),
     _ctu("few channels inside", "triton", 90, BF16, (700, 19), 1),
@@ -169,26 +204,31 @@ CASES = [
     _ctu("relu6", "triton", 80, FLOAT, (2, 9, 2100), 1, activation="relu6"),
     _ctu("gelu", "triton", 90, HALF, (2, 9, 2100), 1, activation="gelu"),
     _ctu("gelu, float", "triton", 100, FLOAT, (2, 9, 2100), 1, activation="gelu"),
-    _ctu("float64", "triton", 80, DOUBLE, (2, 9, 1100), 1),
+    _ctu("float64", "triton", 80, DOUBLE, (2, 3, 700), 1),
     _head_edit("heads side by side", "triton", 80, FLOAT, (2, 70, 6 * 44), 6),
     _head_edit("tokens between heads", "triton", 90, BF16, (3, 4, 91, 64), 4),
     _head_edit("an edit for every sample", "triton", 100, FLOAT, (3, 70, 4 * 64), 4, adapters=5),
-    _gates("gates from noise", "triton", 80, FLOAT, training=True),
-    _gates("gates from a seed", "triton", 90, FLOAT, seed=-0x123456789ABCDEF, training=True),
-    _gates("mean gates", "triton", 100, FLOAT, training=False, estimator="mean"),
+    _gates("gates from noise", "triton", 80, training=True),
+    _gates("gates from a seed", "triton", 90, seed=-0x123456789ABCDEF, training=True),
+    _gates("mean gates", "triton", 100, training=False, estimator="mean"),
+    _gates("clipped gates", "triton", 90, training=False),
+    _gates("open gates", "triton", 80),
     _ctu("planes", "cuda", 80, FLOAT, (2, 5, 8704), 1),
-    _ctu("planes, any start", "cuda", 90, FLOAT, (36, 5, 301), 1),
-    _ctu("planes, sixteen bits", "cuda", 90, BF16, (36, 5, 1104), 1),
-    _ctu("channels inside", "cuda", 100, FLOAT, (70, 652), 1),
+    _ctu("planes, groups of rows", "cuda", 80, FLOAT, (3, 2, 2, 8704), 2),
+    _ctu("planes, any start", "cuda", 90, FLOAT, (36, 5, 301), 1, more=((700, 19, 1),)),
+    _ctu("planes, sixteen bits", "cuda", 90, BF16, (36, 5, 1104), 1, more=((2, 3, 8704),)),
+    _ctu("channels inside", "cuda", 100, FLOAT, (70, 652), 1, more=((70, 640), (700, 20))),
     _ctu("few channels inside", "cuda", 80, FLOAT, (700, 19), 1),
     _ctu("logits", "cuda", 80, FLOAT, (3, 9, 1104), 1, raw=True),
     _ctu("prologue", "cuda", 90, FLOAT, (70, 132), 1, prologue=True),
     _ctu("prelu", "cuda", 90, FLOAT, (36, 5, 304), 1, activation="prelu"),
     _ctu("gelu", "cuda", 80, BF16, (36, 5, 304), 1, activation="gelu"),
-    _head_edit("heads side by side", "cuda", 80, FLOAT, (2, 70, 6 * 44), 6),
+    _head_edit("heads side by side", "cuda", 100, FLOAT, (2, 70, 6 * 44), 6),
     _head_edit("tokens between heads", "cuda", 90, BF16, (3, 2, 20, 1088), 2),
     _head_edit("an edit for every sample", "cuda", 100, FLOAT, (3, 70, 4 * 64), 4, adapters=5),
-    _gates("gates from noise", "cuda", 80, FLOAT, training=True),
-    _gates("gates from a seed", "cuda", 90, FLOAT, seed=-0x123456789ABCDEF, training=True),
-    _gates("mean gates", "cuda", 100, FLOAT, training=False, estimator="mean"),
+    _gates("gates from noise", "cuda", 90, training=True),
+    _gates("gates from a seed", "cuda", 90, seed=-0x123456789ABCDEF, training=True),
+    _gates("mean gates", "cuda", 90, training=False, estimator="mean"),
+    _gates("clipped gates", "cuda", 90, training=False),
+    _gates("open gates", "cuda", 90),
 ]

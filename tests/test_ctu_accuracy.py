@@ -1,6 +1,7 @@
 """Rung 1: the unit against 40-digit arithmetic, at its limits, and against the official expression."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 pytest.importorskip("mpmath", reason="needs the test extra")
 
 import truth
+from ctu_checks import check_nan_at_beta_one
 
 import ctkernels
 from ctkernels.functional import ctu
@@ -112,6 +114,12 @@ def test_infinities_and_nan(backend: str, dtype: torch.dtype, activation: str) -
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
         assert dx[2].isnan()
         assert torch.isfinite(dx[:2]).all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_nan_at_beta_one(backend: str, dtype: torch.dtype, activation: str) -> None:
+    check_nan_at_beta_one(dtype, activation, lambda approx: nullcontext())
 
 
 def test_finite_in_finite_out(backend: str) -> None:

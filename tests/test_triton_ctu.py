@@ -9,7 +9,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("numpy", minversion="2.0", reason="the PTX executor needs numpy 2")
 
 from conformance import check_against_float64, outputs, sample_named
-from ctu_checks import Run, check_extremes, check_forty_digits, check_plain_at_beta_one, check_sixteen_bits
+from ctu_checks import (
+    Run,
+    check_extremes,
+    check_forty_digits,
+    check_nan_at_beta_one,
+    check_plain_at_beta_one,
+    check_sixteen_bits,
+)
 from triton_recorder import Recorder, triton_on_cpu
 
 from ctkernels.functional import ctu
@@ -146,6 +153,11 @@ def test_sixteen_bits_are_good_to_half_an_ulp(dtype: torch.dtype, activation: st
 @pytest.mark.parametrize("dtype", [FLOAT, *HALVES], ids=str)
 def test_plain_activation_at_beta_one(dtype: torch.dtype) -> None:
     check_plain_at_beta_one(dtype, _on_cpu())
+
+
+@pytest.mark.parametrize(("dtype", "activation"), [(FLOAT, "relu"), (FLOAT, "gelu"), (torch.bfloat16, "relu")], ids=str)
+def test_nan_at_beta_one(dtype: torch.dtype, activation: str) -> None:
+    check_nan_at_beta_one(dtype, activation, _on_cpu())
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu"])

@@ -271,8 +271,8 @@ struct CtuUnit {
 
   static __device__ void finish(const CtuStatic& ctu, const double* p, const double* sums, double* grads) {
     finish_ctu(ctu, p, sums, grads);
-    // Without a bump the knobs have no effect.
-    if (sizeof(C) == 4 && ctu_knobs(p[kBeta], p[kCoeff], ctu.raw, ctu.eps).s <= kLeastWidth) grads[kBeta] = grads[kCoeff] = 0.0;
+    // Without a bump the knobs have no effect; NaN stays NaN.
+    if (sizeof(C) == 4 && ctu_knobs(p[kBeta], p[kCoeff], ctu.raw, ctu.eps).s <= kLeastWidth) grads[kBeta] *= 0.0, grads[kCoeff] *= 0.0;
   }
 };
 
