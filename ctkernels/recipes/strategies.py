@@ -111,7 +111,7 @@ def search_betas(
     place = device_of(model, device)
     with (
         evaluation(model.to(place)),
-        subject_of(model, example := example_of(images["train"], place), feature_layer, steering) as subject,
+        subject_of(model, example := example_of(images["train"], place), feature_layer, steering, fast=True) as subject,
     ):
         if not subject.plain_is_beta_1:
             raise ValueError(
