@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from ctkernels import _files
 from ctkernels._extras import require
 from ctkernels.recipes import (
     ImageSet,
@@ -436,24 +435,7 @@ def test_missing_libraries_name_the_extra(monkeypatch):
             load_model(name)
 
 
-# --- writing and optional packages ---
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    target = tmp_path / "a.txt"
-    _files.write_text(target, "old")
-
-    def fail():
-        with _files.replacing(target) as temporary:
-            temporary.write_text("half")
-            raise RuntimeError("stopped")
-
-    with pytest.raises(RuntimeError, match="stopped"):
-        fail()
-    assert target.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-    _files.write_text(target, "new")
-    assert target.read_text() == "new"
+# --- optional packages ---
 
 
 def test_require(monkeypatch):

@@ -53,12 +53,14 @@ def test_fused_features_are_the_unfused_ones(beta):
 def test_the_network_is_given_back_after_an_error():
     model, x = network(), images()
     before, expected = snapshot(model), model(x)
-    with (
-        pytest.raises(RuntimeError, match="on the way"),
-        reading.subject_of(model, x[:1], None, {"coeff": 0.5}, fast=True) as subject,
-    ):
-        subject.features(0.9)(x)
-        raise RuntimeError("on the way")
+
+    def stopped():
+        with reading.subject_of(model, x[:1], None, {"coeff": 0.5}, fast=True) as subject:
+            subject.features(0.9)(x)
+            raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        stopped()
     assert_same(before, snapshot(model))
     assert torch.equal(model(x), expected)
 
