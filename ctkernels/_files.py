@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where leftovers then stay
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary name beside ``path``; rename it to ``path`` on success, delete it on error.
 
-    Missing parent folders are made. The temporary name keeps the suffix, so writers that look at it still work.
+    Missing parent folders are made. The temporary name keeps the suffix, so writers that look at it still work. What
+    killed writers of ``path`` left behind is deleted; the files of those at work are locked.
 
     Example:
         >>> with replacing("result.json") as temporary:  # doctest: +SKIP
@@ -21,9 +28,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    _clean(target)
+    descriptor, temporary = _reserve(target)
     try:
         yield temporary
         umask = os.umask(0)
@@ -32,6 +38,44 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _reserve(target: Path) -> tuple[int, Path]:
+    """A new file beside ``target``, open and locked for as long as this process lives."""
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=f".tmp{target.suffix}", dir=target.parent)
+        if not _lock(descriptor) or os.fstat(descriptor).st_nlink:
+            return descriptor, Path(name)
+        os.close(descriptor)  # another process took it for a leftover, before it was locked
+
+
+def _clean(target: Path) -> None:
+    """Delete the temporary files of ``target`` that no living process has locked."""
+    ours = re.compile(rf"\.{re.escape(target.stem)}-\w{{8}}\.tmp{re.escape(target.suffix)}")
+    for file in target.parent.iterdir():
+        if not ours.fullmatch(file.name):
+            continue
+        try:
+            descriptor = os.open(file, os.O_RDWR)
+        except OSError:  # renamed or deleted since, or another user's
+            continue
+        try:
+            if _lock(descriptor, wait=False):
+                file.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: bool = True) -> bool:
+    """Whether the file could be locked: not if another process holds it, nor where there are no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

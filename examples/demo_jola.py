@@ -110,21 +110,18 @@ def merged_equals_unmerged(result: MethodComparison, model: Any, tokenizer: Any,
 @torch.inference_mode()
 def written(model: Any, tokenizer: Any, prompts: list[str], tokens: int = 12) -> list[list[int]]:
     """What a model writes after each prompt, greedily."""
-    found = []
-    for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt")
-        out = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        found.append(out[0, inputs["input_ids"].shape[1] :].tolist())
-    return found
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    out = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return out[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 if __name__ == "__main__":

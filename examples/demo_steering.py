@@ -97,6 +97,7 @@ def main() -> int:
                 *(part.prepared(preprocess) for part in (train, val, tested)),
                 betas=SHORT_BETAS if o.short else BETAS,
                 seed=draw,
+                batch_size=64,
             )
         )
         r = results[-1]

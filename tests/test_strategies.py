@@ -86,17 +86,35 @@ def test_bayesian_search_comes_near_the_planted_betas():
     assert result.test.gain > 0.1
 
 
+AT_ONCE = """
+import sys, time
+import optuna, test_strategies
+
+create = optuna.create_study
+
+def create_study(**options):
+    study = create(**options)
+    study.set_user_attr(f"here {time.time()}", True)
+    while sum(name.startswith("here") for name in study.user_attrs) < 2:
+        time.sleep(0.01)
+    return study
+
+optuna.create_study = create_study
+test_strategies.search(strategy="bayesian", evaluations=8, width=0.1, storage=sys.argv[1])
+"""
+
+
 def test_workers_share_a_study_and_a_later_call_only_reports(tmp_path):
     pytest.importorskip("optuna", reason="Bayesian search needs Optuna")
     storage = str(tmp_path / "trials.log")
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_strategies import search\n"
-        f"search(strategy='bayesian', evaluations=8, width=0.1, storage={storage!r})"
-    )
-    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    here = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent.parent, Path(__file__).parent))),
+    }
+    processes = [subprocess.Popen([sys.executable, "-c", AT_ONCE, storage], env=here) for _ in range(2)]
     assert [p.wait(timeout=120) for p in processes] == [0, 0]
     result = search(strategy="bayesian", evaluations=8, width=0.1, storage=storage)
+    assert [e.betas == (1.0, 1.0) for e in result.history] == [True] + [False] * (len(result.history) - 1)
     # a worker that began a trial before the eighth was done still ends it
     assert 8 <= len(result.history) <= 9
     again = search(strategy="bayesian", evaluations=8, width=0.1, storage=storage)

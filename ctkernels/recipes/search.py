@@ -104,7 +104,7 @@ def search_beta(
     seconds = dict.fromkeys(("features", "probes", "test"), 0.0)
     with evaluation(model.to(place)), ExitStack() as stack:
         example = example_of(images["train"], place)
-        subject = stack.enter_context(subject_of(model, example, feature_layer, steering))
+        subject = stack.enter_context(subject_of(model, example, feature_layer, steering, fast=True))
         us = group(place)
         reader = Reader(subject, us, place, batch_size, workers, progress)
         reference = 1.0 if subject.plain_is_beta_1 else None

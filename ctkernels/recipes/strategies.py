@@ -111,7 +111,7 @@ def search_betas(
     place = device_of(model, device)
     with (
         evaluation(model.to(place)),
-        subject_of(model, example := example_of(images["train"], place), feature_layer, steering) as subject,
+        subject_of(model, example := example_of(images["train"], place), feature_layer, steering, fast=True) as subject,
     ):
         if not subject.plain_is_beta_1:
             raise ValueError(
@@ -242,7 +242,7 @@ def _bayesian(
     study: str,
     identity: dict[str, Any],
 ) -> list[Evaluation]:
-    """Run Optuna until the study has so many trials; all of the study's, in the order they began."""
+    """Run Optuna until the study has so many trials; the plain network's, then the others in the order they began."""
     optuna = require("optuna", "search", "Bayesian search")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     names = [f"beta_{i}" for i in range(len(plain))]
@@ -259,24 +259,52 @@ def _bayesian(
         raise ValueError(f"study {study!r} in {storage} is of other data or another network (different: {differ})")
     made.set_user_attr("identity", identity)
     states = optuna.trial.TrialState
-    if not any(
-        t.state in (states.COMPLETE, states.WAITING) for t in made.trials
-    ):  # a worker may have died in the first
-        made.enqueue_trial(dict(zip(names, plain)))
 
-    def objective(trial: Any) -> float:
+    def trials(*wanted: Any) -> list[Any]:
+        return made.get_trials(deepcopy=False, states=wanted)
+
+    def of_plain(found: Iterable[Any]) -> list[Any]:
+        return [t for t in found if t.user_attrs.get("plain") or tuple(t.params.get(n) for n in names) == plain]
+
+    def evaluate(trial: Any) -> None:
         begun = time.perf_counter()
-        accuracy = score(tuple(trial.suggest_float(name, grid[-1], grid[0]) for name in names))
+        try:
+            accuracy = score(tuple(trial.suggest_float(name, grid[-1], grid[0]) for name in names))
+        except BaseException:
+            made.tell(trial, state=states.FAIL)
+            raise
         trial.set_user_attr("seconds", time.perf_counter() - begun)
-        return accuracy
+        made.tell(trial, accuracy)
 
-    stop = optuna.study.MaxTrialsCallback(evaluations, states=(states.COMPLETE,))
-    if sum(t.state == states.COMPLETE for t in made.trials) < evaluations:
-        made.optimize(objective, callbacks=[stop], catch=())
-    done = [t for t in made.trials if t.state == states.COMPLETE]
+    # Workers that start at once may all enqueue the plain network; the first of these trials is the one that counts.
+    if not of_plain(trials(states.COMPLETE, states.RUNNING, states.WAITING)):
+        made.enqueue_trial(dict(zip(names, plain)), user_attrs={"plain": True})
+    while True:
+        done = trials(states.COMPLETE)
+        waiting = of_plain(trials(states.WAITING))
+        if len(done) + (not of_plain(done) and not waiting) >= evaluations:
+            break
+        trial = made.ask()
+        others = of_plain(trials(states.COMPLETE, states.RUNNING)) if trial.user_attrs.get("plain") else []
+        if any(t.number < trial.number for t in others):
+            made.tell(trial, state=states.FAIL)
+        else:
+            evaluate(trial)
+    if not of_plain(done):  # another worker has it, and may have died in it
+        begun, accuracy = time.perf_counter(), score(plain)
+        made.add_trial(
+            optuna.trial.create_trial(
+                params=dict(zip(names, plain)),
+                distributions={n: optuna.distributions.FloatDistribution(grid[-1], grid[0]) for n in names},
+                value=accuracy,
+                user_attrs={"plain": True, "seconds": time.perf_counter() - begun},
+            )
+        )
+        done = trials(states.COMPLETE)
+    first = of_plain(done)[0]
     return [
         Evaluation(tuple(t.params[n] for n in names), float(t.value), float(t.user_attrs.get("seconds", 0)))
-        for t in done
+        for t in (first, *(t for t in done if t.number != first.number))
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -148,3 +149,39 @@ def test_compiles_without_graph_breaks():
     for name, value in theirs.items():
         found = ours[name] if name in ours else ours[name.replace(" ", " _orig_mod.", 1)]
         torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+@pytest.mark.parametrize(("targets", "layers"), [(("conv1",), 3), (("conv1", "conv2", "stem.0"), 0)])
+def test_beside_lora(targets, layers, batch_statistics):
+    """A convolution with LoRA stays as it is, and the unit takes the BatchNorm after it; one without is folded."""
+    network = residual(["basic", "two branches"])
+    lora = peft.LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False)  # random, so that both parts act
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT|Already found a `peft_config`")
+        model = tuned(peft.get_peft_model(network, lora))
+    trained = ("lora_", "curvature_raw")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in trained))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train(batch_statistics)
+    x = image()
+    with torch.no_grad():
+        unfused = copy.deepcopy(model)(x)
+    before = snapshot(model)
+    handle = assert_fusion_changes_nothing(model, x)
+    units = [site for site in handle.sites if site.unit]
+    assert len(units) == 4
+    assert all(site.norm for site in units)
+    assert not any(site.layer.endswith(targets) for site in units)
+    assert sum(bool(site.layer) for site in units) == layers
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    assert all(any(part in name for name, p in model.named_parameters() if p.requires_grad) for part in trained)
+    handle.remove()
+    model.zero_grad()
+    if not batch_statistics:  # else the running statistics have moved on, as they do without fusion
+        assert_same(before, snapshot(model))
+        with torch.no_grad():
+            assert torch.equal(model(x), unfused)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +74,9 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         raise ValueError(f"model: {path} does not exist")
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        with _read_once():
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise ValueError(f"model: {path} does not load: {error}") from error
     config = loaded.config
@@ -93,3 +97,17 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         raise ValueError(f"model: {path} lacks weights of {type(model).__name__}")
     model.generation_config = loaded.generation_config
     return model, tokenizer
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Let transformers share what it reads for configuration, weights and tokenizer: gguf takes seconds each time."""
+    gguf = require("gguf", "jola", "a GGUF file")
+    slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in slow.items():
+        setattr(gguf, name, functools.lru_cache(maxsize=1)(function))
+    try:
+        yield
+    finally:
+        for name, function in slow.items():
+            setattr(gguf, name, function)
