@@ -24,6 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--networks", action="store_true", help="whole networks (needs torchvision, transformers and peft)"
     )
+    parser.add_argument(
+        "--composed", action="store_true", help="instead, the ResNet compiled beside its compiled composed reference"
+    )
     parser.add_argument("--dtype", choices=ctu.DTYPES, nargs="+", default=list(ctu.DTYPES))
     parser.add_argument("--quick", action="store_true", help="one small shape, without the compiled contestant")
     parser.add_argument("--tuned", action="store_true", help="only the shapes that have bounds to keep")
@@ -42,7 +45,14 @@ def main(argv: list[str] | None = None) -> int:
     print(measure.tune_allocator())
     print("medians of interleaved runs; copy is Tensor.copy_ into an existing tensor\n")
     result: dict[str, Any] = {"provenance": where, "records": [], "overhead_us": {}, "bars": []}
-    if args.networks:
+    if args.composed:
+        from . import networks
+
+        records = networks.run_composed(args.dtype)
+        rows = networks.composed_bars(records)
+        print(report.bars(rows))
+        result |= {"records": records, "bars": rows}
+    elif args.networks:
         from . import jola_step, networks
 
         records = networks.run(args.dtype, args.seconds, args.quick)
@@ -52,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         jola_rows = jola_step.bars(record)
         print(f"{jola_step.text(record)}\n\n{report.bars(jola_rows)}")
         result |= {"records": [*records, record], "bars": rows + jola_rows}
-    for name in () if args.networks else args.op:
+    for name in () if args.networks or args.composed else args.op:
         suite = SUITES[name]
         records = suite.run(args.dtype, args.quick, args.seconds, args.tuned)
         rows = suite.bars(records)
