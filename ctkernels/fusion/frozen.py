@@ -30,11 +30,11 @@ def call(source: Any, norm: Any, x: Tensor, needs_grad: bool) -> Tensor:
         weight, bias = frozen.fold(_memory_format(x))
     elif _is_plain_convolution(source, x):
         geometry = source.stride, source.padding, source.dilation, source.groups
-        if not compiling and not needs_grad:
-            return _forward(
-                x, *frozen, *geometry, False
-            )  # a way through the dispatcher costs as much as a small convolution
-        return torch.ops.ctkernels.frozen_conv(x, *frozen, *geometry, needs_grad)
+        arguments = (*frozen, *geometry, needs_grad)
+        if compiling:
+            return torch.ops.ctkernels.frozen_conv(x, *arguments)
+        # A way through the dispatcher would cost as much as a small convolution.
+        return _Recorded.apply(x, arguments) if needs_grad else _forward(x, *arguments)
     else:
         weight, bias = frozen.fold() if compiling else frozen.folded(torch.contiguous_format)
     return F.linear(x, weight, bias) if isinstance(source, nn.Linear) else source._conv_forward(x, weight, bias)
@@ -131,6 +131,22 @@ def _first_order(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         dy, ctx.shape, ctx.channels_last, *ctx.saved_tensors, ctx.eps, *ctx.geometry
     )
     return (dx, *[None] * (_COUNT + len(ctx.geometry) + 1))
+
+
+class _Recorded(torch.autograd.Function):
+    """The op with its gradient, called directly."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+        _save(ctx, (x, *arguments), x)
+        return _forward(x, *arguments)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            return _first_order(ctx, dy)[:2]
+        arguments = (*ctx.saved_tensors, ctx.eps, *ctx.geometry)
+        return _backward(dy, ctx.shape, ctx.channels_last, *arguments), None
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
