@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 
 def is_eval(norm: Any) -> bool:
@@ -122,6 +121,8 @@ class Frozen(NamedTuple):
         key, place = (layout, self.eps, settings, versions), self._place()
         kept = _KEPT.get(place)
         if kept is None or kept.key != key or kept.owner.expired():
+            from torch.multiprocessing.reductions import StorageWeakRef  # which imports much
+
             for other in [k for k, v in _KEPT.items() if v.owner.expired()]:
                 del _KEPT[other]
             with torch.inference_mode(False), torch.no_grad():
@@ -139,7 +140,7 @@ class Frozen(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    owner: StorageWeakRef  # of the layer's weight: what is kept goes with it
+    owner: Any  # a weak reference to the storage of the layer's weight: what is kept goes with it
     key: tuple[Any, ...]
     value: tuple[Tensor, Tensor | None]
 

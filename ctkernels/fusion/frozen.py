@@ -46,12 +46,15 @@ def _is_plain_convolution(source: Any, x: Tensor) -> bool:
     return x.dim() == source.weight.dim()  # not of one image without a batch
 
 
-@torch.compiler.assume_constant_result
 def _compiler_folds() -> bool:
     """Whether the compiler takes weights for constants, or writes a program for other machines."""
     import torch._inductor.config
 
     return torch.compiler.is_exporting() or bool(torch._inductor.config.freezing)
+
+
+# What torch.compiler.assume_constant_result does, which as a decorator would import the compiler along with this package.
+_compiler_folds._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
