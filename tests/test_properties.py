@@ -74,14 +74,15 @@ def test_bounds_of_the_unit(value: float, beta: float, coeff: float, activation:
     assert -0.14 <= slope.item() <= 1.14
     s = 1 - beta
     excess = (y - (x.clamp(0, 6) if activation == "relu6" else x.relu())).item()
-    spread = 2 if activation == "relu6" else 1
     # relu - w sigma(beta w / s) is at most 0.2785 s / beta; softplus exceeds the relu by at most s ln 2
-    low = -spread * coeff * min(abs(value) + 6, 0.2785 * s / beta if beta > 0 else float("inf"))
-    assert (
-        low - 1e-9 * (1 + abs(value))
-        <= excess
-        <= spread * (1 - coeff) * s * 0.6932 + (low < 0) * spread * abs(low) + 1e-9
-    )
+    low = -coeff * min(abs(value) + 6, 0.2785 * s / beta if beta > 0 else float("inf"))
+    high = (1 - coeff) * s * 0.6932
+    if activation == "relu6":  # the difference of two
+        low, high = low - high, high - low
+    rounding = 1e-9 + 8 * torch.finfo(torch.float64).eps * abs(
+        value
+    )  # of quotient, products and sum, as large as value
+    assert low - rounding <= excess <= high + rounding
 
 
 @common
