@@ -42,7 +42,7 @@ def fuse(model: nn.Module) -> Fusion:
 
     Outputs and gradients equal those of the unfused model within rounding. The model stays the same object with the same
     modules, parameters and ``state_dict``, which can be saved and loaded at any time; the handle of :func:`steer` keeps
-    working. It can be copied, pickled, cast, moved and compiled.
+    working. It can be copied, pickled, cast, moved and compiled; a copy has to be called once before it is compiled.
 
     Left alone is what cannot be read without doubt: modules whose path depends on values, that keep state between calls or
     whose forward has optional arguments (what is below them is still looked at), layers with hooks, parametrized weights,
