@@ -148,6 +148,8 @@ REASONS = [
            _neither),
     Reason("operands of a selection swapped", r"(gates_backward\w*|gate_kernel): selp\.f64.*, 0d0{16},",
            "an exponential of hundreds, 0 or infinite: a gate that far out has no slope"),
+    Reason("operands of a selection swapped", r"finish_kernel: selp\.b32\s+\S+ 0, \d+,",
+           "the halves of a sum change places, and a + b is b + a"),
     Reason("another tensor", r"forward\w*: ld\.param\.u64.*_param_0\+24\]", "a row's first block does all of it", _endless),
     Reason("missing mask", r"ld\.global", "what the mask leaves out is loaded, and not used", _poisoned),
     Reason("other comparison", r"setp\.\w\w\.(f|bf)\d+", "two floats that are equal only by chance", _never_equal),

@@ -33,7 +33,8 @@ LONG_LOOPS = {"PROGRAMS": 6, "MOST_STEPS": 8, "LEAST_ROWS": 3}
 class Case:
     """``make``: a sample of a variant. "edges" has the ends of every range, and infinities and NaN in channels of their own:
     they must not reach other channels. "groups" has parameters for every row of the first dimension. ``truth``: the sample
-    whose results are expected, where it is another. ``more``: variants of other sizes, for bugs that ``variants`` do not show."""
+    whose results are expected, where it is another. ``more``: variants of other sizes, for bugs that ``variants`` do not show;
+    with one dimension more than usual, they are of groups, with two more, of groups that take fewer parameters in turn."""
 
     name: str
     toolchain: str
@@ -105,7 +106,8 @@ def _ctu(
 
     def make(variant: str) -> Sample:
         shape = sizes.get(variant, usual)
-        g, count = _generator(variant), shape[channel_dim]
+        levels, channel = len(shape) - len(usual), channel_dim - len(usual)
+        g, count = _generator(variant), shape[channel]
         x, wide = _normal(g, dtype, *shape), torch.float64 if dtype == torch.float64 else torch.float32
         beta, coeff = _knob(g, count, dtype=wide), _knob(g, count, dtype=wide)
         kwargs: dict[str, Any] = {"channel_dim": channel_dim, **options}
@@ -121,10 +123,13 @@ def _ctu(
             coeff = ENDS.roll(3).repeat(-(-count // 8))[:count].to(wide)
             if options.get("raw"):
                 beta, coeff = 30 * _normal(g, wide, count), 10 * _normal(g, wide, count)
-        if variant == "groups":
-            beta, coeff = (_knob(g, shape[0], count, dtype=wide) for _ in (0, 1))
-            each = partial(functional.ctu, channel_dim=channel_dim - 1, **options)
-            return Sample(f"{name}, {variant}", torch.func.vmap(each), (x, beta, coeff))
+        if variant == "groups" or levels:
+            groups = shape[levels - 1 if levels else 0]
+            beta, coeff = (_knob(g, groups, count, dtype=wide) for _ in (0, 1))
+            each = torch.func.vmap(partial(functional.ctu, channel_dim=channel, **options))
+            if levels == 2:
+                each = torch.func.vmap(each, in_dims=(0, None, None))
+            return Sample(f"{name}, {variant}", each, (x, beta, coeff))
         return Sample(f"{name}, {variant}", functional.ctu, (x, beta, coeff), kwargs)
 
     long_loops = long_loops and toolchain == "triton"
@@ -169,16 +174,18 @@ def _gates(name: str, toolchain: str, sm: int, seed: int | None = None, **option
         g = _generator(variant)
         logits = _normal(g, FLOAT, 13, 43)
         noise = torch.rand(13, 43, generator=g, dtype=torch.float64).clamp(1e-6, 1 - 1e-6).to(FLOAT)
+        if seed is not None:
+            noise = uniform(torch.tensor([seed]), logits.shape, FLOAT)
         if variant == "edges":
             special = [0.0, -40.0, 40.0, -800.0, 800.0, float("inf"), -float("inf"), float("nan"), 1e-30]
             logits.view(-1)[: 3 * len(special)] = torch.tensor(special * 3)
-            noise.view(-1)[-6:] = torch.tensor([1e-30, 2.0**-24, 0.25, 0.5, 0.75, 1 - 2.0**-24])
-            logits.view(-1)[-6:] = 0.1 - noise.view(-1)[-6:].logit()  # gates that are not clipped
+            if seed is None:
+                noise.view(-1)[-6:] = torch.tensor([1e-30, 2.0**-24, 0.25, 0.5, 0.75, 1 - 2.0**-24])
+            rare = (noise.view(-1) - 0.5).abs().topk(24).indices
+            logits.view(-1)[rare] = 0.1 - noise.view(-1)[rare].logit()  # gates that are not clipped
         label = f"{name}, {variant}"
         if seeded:
             return Sample(label, _from_seed, (logits,), {"seed": torch.tensor([seed])})
-        if seed is not None:
-            noise = uniform(torch.tensor([seed]), logits.shape, FLOAT)
         if not options:
             return Sample(label, functional.expected_l0, (logits,))
         return Sample(
@@ -193,7 +200,7 @@ CASES = [
     # scalar constants, a tree of sums, slots, a finishing launch
     _ctu("planes", "triton", 80, FLOAT, (2, 9, 2500), 1),
     _ctu("planes, a group each", "triton", 90, BF16, (3, 9, 1100), 1),
-    _ctu("planes, groups of rows", "triton", 80, FLOAT, (4, 2, 3, 600), 2),
+    _ctu("planes, groups of rows", "triton", 80, FLOAT, (4, 2, 3, 600), 2, more=((2, 4, 2, 4, 600),)),
     # constants per lane; several periods side by side
     _ctu("channels inside", "triton", 100, FLOAT, (70, 650), 1),
     _ctu("few channels inside", "triton", 90, BF16, (700, 19), 1),
@@ -215,14 +222,14 @@ CASES = [
     _gates("open gates", "triton", 80),
     _ctu("planes", "cuda", 80, FLOAT, (2, 5, 8704), 1),
     _ctu("planes, groups of rows", "cuda", 80, FLOAT, (3, 2, 2, 8704), 2),
-    _ctu("planes, any start", "cuda", 90, FLOAT, (36, 5, 301), 1, more=((700, 19, 1),)),
+    _ctu("planes, any start", "cuda", 90, FLOAT, (36, 5, 301), 1, more=((700, 19, 1), (2, 3, 5001))),
     _ctu("planes, sixteen bits", "cuda", 90, BF16, (36, 5, 1104), 1, more=((2, 3, 8704),)),
-    _ctu("channels inside", "cuda", 100, FLOAT, (70, 652), 1, more=((70, 640), (700, 20))),
-    _ctu("few channels inside", "cuda", 80, FLOAT, (700, 19), 1),
-    _ctu("logits", "cuda", 80, FLOAT, (3, 9, 1104), 1, raw=True),
-    _ctu("prologue", "cuda", 90, FLOAT, (70, 132), 1, prologue=True),
-    _ctu("prelu", "cuda", 90, FLOAT, (36, 5, 304), 1, activation="prelu"),
-    _ctu("gelu", "cuda", 80, BF16, (36, 5, 304), 1, activation="gelu"),
+    _ctu("channels inside", "cuda", 100, FLOAT, (70, 652), 1, more=((70, 640), (700, 20), (3, 70, 640))),
+    _ctu("few channels inside", "cuda", 80, FLOAT, (700, 19), 1, more=((70, 652),)),
+    _ctu("logits", "cuda", 80, FLOAT, (3, 9, 1104), 1, raw=True, more=((2, 3, 2, 5, 320),)),
+    _ctu("prologue", "cuda", 90, FLOAT, (70, 132), 1, prologue=True, more=((70, 652),)),
+    _ctu("prelu", "cuda", 90, FLOAT, (36, 5, 304), 1, activation="prelu", more=((2, 3, 17408), (2, 3, 2, 5, 304))),
+    _ctu("gelu", "cuda", 80, BF16, (36, 5, 304), 1, activation="gelu", more=((1, 2, 34816), (2, 3, 2, 5, 304))),
     _head_edit("heads side by side", "cuda", 100, FLOAT, (2, 70, 6 * 44), 6),
     _head_edit("tokens between heads", "cuda", 90, BF16, (3, 2, 20, 1088), 2),
     _head_edit("an edit for every sample", "cuda", 100, FLOAT, (3, 70, 4 * 64), 4, adapters=5),
