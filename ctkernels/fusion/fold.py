@@ -87,13 +87,14 @@ class Frozen(NamedTuple):
 
     @classmethod
     def of(cls, source: Any, norm: Any) -> Frozen:
+        weight, bias = _tensor(source, "weight"), _tensor(source, "bias")
         if norm is None:
-            return cls(source.weight, source.bias)
-        statistics = norm.running_mean, norm.running_var, norm.num_batches_tracked
-        return cls(source.weight, source.bias, norm.weight, norm.bias, *statistics, norm.eps)
+            return cls(weight, bias)
+        gain, offset = _tensor(norm, "weight"), _tensor(norm, "bias")
+        return cls(weight, bias, gain, offset, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.eps)
 
-    def tensors(self) -> list[Tensor]:
-        return [t for t in self[:-1] if t is not None]
+    def floats(self) -> list[Tensor]:
+        return [t for t in self[:-2] if t is not None]
 
     def fold(self, layout: torch.memory_format = torch.contiguous_format) -> tuple[Tensor, Tensor | None]:
         """(weight, bias) of the layer that does what both do."""
@@ -137,6 +138,11 @@ class Frozen(NamedTuple):
 
     def _place(self) -> tuple[int, ...]:
         return self.weight.data_ptr(), 0 if self.mean is None else self.mean.data_ptr()
+
+
+def _tensor(module: Any, name: str) -> Any:
+    """A parameter, without the time that a module takes to look for it; what it is parametrized by is looked for."""
+    return module._parameters[name] if name in module._parameters else getattr(module, name)
 
 
 class _Kept(NamedTuple):

@@ -5,14 +5,15 @@ The operators are those that torch's own compiler uses for frozen weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@lru_cache
+@cache
 def _supported(dtype: torch.dtype) -> bool:
     if dtype == torch.float32:
         return True
@@ -28,21 +29,22 @@ def can_pack(x: Tensor) -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled) and _supported(x.dtype)
 
 
-def pack(
-    weight: Tensor, x: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
-) -> Tensor:
-    """``weight``, for inputs like ``x`` (and correct for others)."""
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, list(x.shape))
+def order(x: Tensor, geometry: Sequence[Any]) -> Callable[[Tensor], Tensor]:
+    """Of a weight: the order for inputs like ``x`` (correct for others). ``geometry``: stride, padding, dilation, groups."""
+    stride, padding, dilation, groups = geometry
+
+    def pack(weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, list(x.shape))
+
+    return pack
 
 
-def call(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+def call(x: Tensor, packed: Tensor, bias: Tensor | None, geometry: Sequence[Any]) -> Tensor:
     """The convolution with a packed weight."""
-    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, padding, stride, dilation, groups, "none", [], None)
+    stride, padding, dilation, groups = geometry
+    return _pointwise()(x, packed, bias, padding, stride, dilation, groups, "none", [], None)
+
+
+@cache
+def _pointwise() -> Any:
+    return torch.ops.mkldnn._convolution_pointwise.default

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..ops._op import in_transform
-from . import frozen
 from .anew import computed_anew, normalised
 from .fold import Frozen, affine, is_eval
+from .frozen import call
 from .trace import has_hooks
 
 
@@ -56,16 +56,18 @@ class FusedCall:
         compiling = torch.compiler.is_compiling()
         if any(has_hooks(m) for m in self.modules) or (not compiling and in_transform()):
             return self.unfused(x, residual, *args, **kwargs)
-        fold = self.can_fold(x)
+        frozen = self.frozen(x, compiling)
         if self.unit is None:
-            if fold or self.source is None or compiling:
-                return self.layer(x, fold) if fold else self.unfused(x, None)
+            if frozen is not None:
+                return self.layer(x, frozen)
+            if self.source is None or compiling:
+                return self.unfused(x, None)
             return normalised(self.norm, self.source(x))
         arguments = self.arguments(x, *args, **kwargs)
         if arguments is None or not isinstance(residual, (Tensor, type(None))):
             return self.unfused(x, residual, *args, **kwargs)
-        z, scale, shift = self.layer(x, fold), None, None
-        if self.norm is not None and not fold:
+        z, scale, shift = self.layer(x, frozen), None, None
+        if self.norm is not None and frozen is None:
             if (
                 z.dim() > 1
                 and arguments["channel_dim"] in (None, 1, 1 - z.dim())
@@ -86,27 +88,27 @@ class FusedCall:
         read = getattr(self.unit, "ctu_arguments", None)  # gone once the steering was removed
         return read(x, *args, **kwargs) if read is not None and isinstance(x, Tensor) else None
 
-    def layer(self, x: Tensor, fold: bool) -> Tensor:
+    def layer(self, x: Tensor, frozen: Frozen | None) -> Tensor:
         if self.source is None:
             return x
-        return frozen.call(self.source, self.norm, x, _records(x)) if fold else self.source(x)
+        return self.source(x) if frozen is None else call(self.source, frozen, x, _records(x))
 
     def forget(self) -> None:
         """Give up copies of weights."""
         if self.source is not None:
             Frozen.of(self.source, self.norm).forget()
 
-    def can_fold(self, x: Tensor) -> bool:
-        """Whether nobody needs the layer and the norm apart: both are frozen, and the norm is in evaluation."""
+    def frozen(self, x: Tensor, compiling: bool) -> Frozen | None:
+        """The layer and the norm, where nobody needs them apart: both are frozen, and the norm is in evaluation."""
         if self.source is None or not (self.norm is None or is_eval(self.norm)):
-            return False
-        parameters = [t for t in Frozen.of(self.source, self.norm).tensors() if t.is_floating_point()]
-        return not (
-            _records(*parameters)
-            or any(t.dtype != x.dtype for t in parameters)
-            or (not torch.compiler.is_compiling() and any(t.is_inference() for t in parameters))
-            or torch.is_autocast_enabled(x.device.type)
-        )
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            return None
+        frozen, recording = Frozen.of(self.source, self.norm), torch.is_grad_enabled()
+        for t in frozen.floats():
+            if t.dtype != x.dtype or (recording and t.requires_grad) or (not compiling and t.is_inference()):
+                return None
+        return frozen
 
     def unfused(self, x: Tensor, residual: Any, *args: Any, **kwargs: Any) -> Tensor:
         for module in (self.source, self.norm):
