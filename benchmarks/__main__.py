@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         "--networks", action="store_true", help="whole networks (needs torchvision, transformers and peft)"
     )
     parser.add_argument(
-        "--composed", action="store_true", help="instead, the ResNet compiled beside its compiled composed reference"
+        "--composed", action="store_true", help="instead, a stage compiled beside its compiled composed reference"
     )
     parser.add_argument("--dtype", choices=ctu.DTYPES, nargs="+", default=list(ctu.DTYPES))
     parser.add_argument("--quick", action="store_true", help="one small shape, without the compiled contestant")
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.composed:
         from . import networks
 
-        records = networks.run_composed(args.dtype)
+        records = networks.run_composed(args.dtype, args.seconds)
         rows = networks.composed_bars(records)
         print(report.bars(rows))
         result |= {"records": records, "bars": rows}

@@ -168,6 +168,8 @@ def draw_gates(frames: GateMap | Sequence[GateMap], labels: Sequence[str] | None
             if column == 0:
                 grid.set_ylabel(f"{KINDS[kind]}\nlayer", fontsize=8)
             grid.tick_params(labelsize=7)
+            for axis in (grid.xaxis, grid.yaxis):
+                axis.get_major_locator().set_params(integer=True)
     bar = figure.colorbar(image, ax=axes, shrink=0.6)
     bar.set_label("gate: 0 closed (×), 1 open", fontsize=8)
     bar.ax.tick_params(labelsize=7)
