@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -36,10 +37,13 @@ def tune_allocator() -> str:
     return "allocator: glibc keeps freed blocks up to 1 GiB (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD), for every contestant alike"
 
 
-def interleaved(contestants: Contestants, seconds: float = 1.5, least: int = 5) -> dict[str, float]:
+def interleaved(
+    contestants: Contestants, seconds: float = 1.5, least: int = 5, seldom: Collection[str] = ()
+) -> dict[str, float]:
     """Median milliseconds of each contestant; they run in turn, after one warm-up each, for about ``seconds`` in all.
 
-    Every round begins with another of them, so that none always runs in what the same one left behind.
+    Every round begins with another of them, so that none always runs in what the same one left behind. Those of ``seldom``,
+    slow ones that are far from their bounds, run in every fourth round.
     """
     for run in contestants.values():
         run()
@@ -47,8 +51,12 @@ def interleaved(contestants: Contestants, seconds: float = 1.5, least: int = 5) 
     times: dict[str, list[float]] = {name: [] for name in contestants}
     order = list(contestants.items())
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[order[0][0]]) < least:
+    for turn in itertools.count():
+        if time.perf_counter() >= end and turn >= least:
+            break
         for name, run in order:
+            if name in seldom and turn % 4:
+                continue
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
