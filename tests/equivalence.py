@@ -151,6 +151,10 @@ REASONS = [
     Reason("operands of a selection swapped", r"finish_kernel: selp\.b32\s+\S+ 0, \d+,",
            "the halves of a sum change places, and a + b is b + a"),
     Reason("another tensor", r"forward\w*: ld\.param\.u64.*_param_0\+24\]", "a row's first block does all of it", _endless),
+    Reason("index constant off by one", r"finish_kernel: add\.s32.*, 3;", "more blocks a group, and there is one group",
+           _further),
+    Reason("loop of one turn", r"bra", "the exponential's short way; the general one gives the same",
+           source=r"setp\.lt\.f32.*, 0f4086232B;"),
     Reason("missing mask", r"ld\.global", "what the mask leaves out is loaded, and not used", _poisoned),
     Reason("other comparison", r"setp\.\w\w\.(f|bf)\d+", "two floats that are equal only by chance", _never_equal),
     Reason("other comparison", r"setp\.\w\w\.s32\s.*, -1;", "a number of a channel, which is not negative", _never_equal),
@@ -167,9 +171,10 @@ REASONS = [
 
 
 def _source(mutant: Mutant, text: str) -> str:
-    """The instruction that the last operand of the mutated one comes from."""
+    """The instruction that the last operand of the mutated one, or a branch's guard, comes from."""
     before = text.splitlines()[: mutant.line]
-    made = re.compile(rf"\s*(?:@\S+\s+)?\S+\s+{re.escape(_operands(mutant)[-1])},")
+    name = _guard(mutant)[0].lstrip("@!") if " bra" in mutant.before else _operands(mutant)[-1]
+    made = re.compile(rf"\s*(?:@\S+\s+)?\S+\s+{re.escape(name)},")
     return next((line.strip() for line in reversed(before) if made.match(line)), "")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -10,6 +13,7 @@ pytest.importorskip("numpy", minversion="2.0", reason="the PTX executor needs nu
 import equivalence
 import mutants
 import mutation
+from mutation_cases import Case
 from mutation_report import STRUCTURAL, counts
 from ptx.toolchain import nvcc
 
@@ -38,6 +42,18 @@ def test_planted_bugs_are_noticed(name: str) -> None:
     assert all(r["caught_by"] or r["survives"] for r in records)
     assert found["share"] >= 0.95, "\n".join(survivors)
     assert found["caught"] >= 0.7 * found["planted"], "\n".join(survivors)  # the equivalent ones are the exception
+
+
+def _calls() -> Iterator[Any]:
+    for case in mutation.CASES:
+        for variant in case.more:
+            marks = [pytest.mark.slow, *([CUDA] if case.toolchain == "cuda" else [])]
+            yield pytest.param(case, variant, marks=marks, id=f"{case.name}, {variant}")
+
+
+@pytest.mark.parametrize(("case", "variant"), list(_calls()))
+def test_sizes_that_were_missing_to_notice_a_bug(case: Case, variant: str) -> None:
+    case.expected(variant).check(case.run(variant))
 
 
 LINES = {
