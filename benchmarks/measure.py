@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import itertools
 import platform
 import statistics
 import subprocess
@@ -43,25 +42,32 @@ def interleaved(
     """Median milliseconds of each contestant; they run in turn, after one warm-up each, for about ``seconds`` in all.
 
     Every round begins with another of them, so that none always runs in what the same one left behind. Those of ``seldom``,
-    slow ones that are far from their bounds, run in every fourth round.
+    slow ones that are far from their bounds, run in every fourth round. Of the rounds the faster half counts, by what all
+    contestants took together: the others tell what else the machine was doing.
     """
     for run in contestants.values():
         run()
     gc.collect()
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    rounds: list[dict[str, float]] = []
     order = list(contestants.items())
     end = time.perf_counter() + seconds
-    for turn in itertools.count():
-        if time.perf_counter() >= end and turn >= least:
-            break
+    while time.perf_counter() < end or len(rounds) < least:
+        times = {}
         for name, run in order:
-            if name in seldom and turn % 4:
+            if name in seldom and len(rounds) % 4:
                 continue
             start = time.perf_counter()
             run()
-            times[name].append(time.perf_counter() - start)
+            times[name] = time.perf_counter() - start
+        rounds.append(times)
         order.append(order.pop(0))
-    return {name: statistics.median(t) * 1e3 for name, t in times.items()}
+    rounds.sort(key=lambda times: sum(t for name, t in times.items() if name not in seldom))
+
+    def median(name: str) -> float:
+        own = [times[name] for times in rounds if name in times]
+        return statistics.median(own[: (len(own) + 1) // 2]) * 1e3
+
+    return {name: median(name) for name in contestants}
 
 
 def composed(run: Callable[[], Any]) -> Callable[[], Any]:
