@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{where['cpu']} ({where['cpu_capability']}), {where['threads']} threads")
     print(f"torch {where['torch']}, commit {where['commit']}{' with changes' if where['dirty'] else ''}")
     print(measure.tune_allocator())
-    print("medians of interleaved runs, of the faster half of the rounds; copy is Tensor.copy_ into an existing tensor\n")
+    print("medians of interleaved runs, the faster half of the rounds; copy is Tensor.copy_ into an existing tensor\n")
     result: dict[str, Any] = {"provenance": where, "records": [], "overhead_us": {}, "bars": []}
     if args.composed:
         from . import networks

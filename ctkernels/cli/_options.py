@@ -12,6 +12,16 @@ if TYPE_CHECKING:
     from ..recipes import ImageSet, Preprocess, Splits
 
 
+def command_parser(command: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    """The parser of ``python -m ctkernels COMMAND``; ``examples`` stand below its options, and then the exit codes."""
+    return argparse.ArgumentParser(
+        prog=f"python -m ctkernels {command}",
+        description=summary,
+        epilog=f"{examples}\n\nexit codes: 0 done, 2 bad input, 130 interrupted",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def add_network_options(p: argparse.ArgumentParser, betas: str) -> argparse._ArgumentGroup:
     """The network, where it is steered, and what is read from it; ``betas`` are the default ones."""
     network = p.add_argument_group("network")

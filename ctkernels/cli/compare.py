@@ -9,6 +9,7 @@ from ._options import (
     add_image_options,
     add_running_options,
     add_training_options,
+    command_parser,
     image_options,
     out_folder,
     parse_grids,
@@ -45,18 +46,11 @@ examples:
 results:
   OUT/result.json   every run, the table with mean and deviation over seeds, the settings that were tried
   OUT/table.md      the table as Markdown
-  OUT/weights/      what each tested run trained
-
-exit codes: 0 done, 2 bad input, 130 interrupted"""
+  OUT/weights/      what each tested run trained"""
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m ctkernels compare",
-        description=SUMMARY,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("compare", SUMMARY, EXAMPLES)
     p.add_argument(
         "data",
         nargs="+",

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from ._options import command_parser
 from .steer import parse_betas
 
 SUMMARY = """\
@@ -20,18 +21,11 @@ examples:
   python -m ctkernels curvature photos/ --model resnet18 --images 64
 
 results:
-  OUT/result.json, and OUT/*.png for the small networks
-
-exit codes: 0 done, 2 bad input, 130 interrupted"""
+  OUT/result.json, and OUT/*.png for the small networks"""
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m ctkernels curvature",
-        description=SUMMARY,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("curvature", SUMMARY, EXAMPLES)
     p.add_argument(
         "data", nargs="?", help="folder of images, .npz file, or fashion-mnist (default: the small networks)"
     )

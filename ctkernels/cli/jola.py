@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ._options import chosen_options, out_folder, parse_grids, parse_seeds
+from ._options import chosen_options, command_parser, out_folder, parse_grids, parse_seeds
 
 SUMMARY = """\
 Adapt a language model with a few examples: JoLA beside zero-shot, LoRA, BitFit, (IA)3 and ungated head edits.
@@ -37,18 +37,11 @@ results:
   OUT/result.json   every run, the table with mean and deviation over seeds, the settings that were tried
   OUT/weights/      what each tested run trained
   OUT/gates.png     JoLA's gates by layer and head over training
-  OUT/edits.txt     the heads that act most, and the test prompts on which they do
-
-exit codes: 0 done, 2 bad input, 130 interrupted"""
+  OUT/edits.txt     the heads that act most, and the test prompts on which they do"""
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m ctkernels jola",
-        description=SUMMARY,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("jola", SUMMARY, EXAMPLES)
     p.add_argument("data", help=".jsonl, .csv or .parquet file with prompt and answer; folder of such; or wordnet")
     p.add_argument("--model", required=True, help="folder, .gguf file, smollm2-135m, or a name on the hub")
     p.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")

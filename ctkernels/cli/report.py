@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ._options import command_parser
+
 SUMMARY = """\
 Write one self-contained HTML page from results: what was run, tables and pictures, a verdict per stage in plain words, and
 the commands to repeat it. The page loads nothing and opens from disk."""
@@ -17,18 +19,11 @@ examples:
   python -m ctkernels report out/steer/result.json out/compare benchmarks/results/cpu.json -o report/
 
 results:
-  OUT/index.html
-
-exit codes: 0 done, 2 bad input, 130 interrupted"""
+  OUT/index.html"""
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m ctkernels report",
-        description=SUMMARY,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("report", SUMMARY, EXAMPLES)
     p.add_argument("results", nargs="+", help="result files, or folders in which every result.json counts")
     p.add_argument("-o", "--out", default="report", help="folder for the page (default: %(default)s)")
     p.add_argument("--title", default="", help="of the page (default: Curvature report)")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ._options import (
     add_image_options,
     add_network_options,
+    command_parser,
     load_images,
     out_folder,
     parse_betas,
@@ -49,18 +50,11 @@ examples:
       --attacks apgd-ce,square --iterations 10 --queries 200
 
 results:
-  OUT/result.json   accuracies, choices, gains with their uncertainty, and everything needed to repeat the run
-
-exit codes: 0 done, 2 bad input, 130 interrupted"""
+  OUT/result.json   accuracies, choices, gains with their uncertainty, and everything needed to repeat the run"""
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m ctkernels robust",
-        description=SUMMARY,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("robust", SUMMARY, EXAMPLES)
     p.add_argument("data", help="folder of images, .npz file, or fashion-mnist")
     network = add_network_options(p, "0.5:1:0.05")
     network.add_argument(

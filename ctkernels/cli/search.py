@@ -7,6 +7,7 @@ import argparse
 from ._options import (
     add_image_options,
     add_network_options,
+    command_parser,
     load_images,
     out_folder,
     parse_betas,
@@ -29,18 +30,11 @@ examples:
   python -m ctkernels search photos/ --model resnet18 --strategy bayesian --storage trials.log
 
 results:
-  OUT/result.json   every evaluation, the chosen betas, how many evaluations it took, and the test with its uncertainty
-
-exit codes: 0 done, 2 bad input, 130 interrupted"""
+  OUT/result.json   every evaluation, the chosen betas, how many evaluations it took, and the test with its uncertainty"""
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m ctkernels search",
-        description=SUMMARY,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("search", SUMMARY, EXAMPLES)
     p.add_argument("data", help="folder of images, .npz file, or fashion-mnist")
     search = p.add_argument_group("search")
     search.add_argument(

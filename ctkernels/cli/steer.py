@@ -9,6 +9,7 @@ from ._options import (
     add_image_options,
     add_network_options,
     add_running_options,
+    command_parser,
     load_images,
     out_folder,
     parse_betas,
@@ -44,18 +45,11 @@ examples:
 
 results:
   OUT/result.json            accuracies, choice, test with its uncertainty, and everything needed to repeat the run
-  OUT/accuracy_vs_beta.png   the picture
-
-exit codes: 0 done, 2 bad input, 130 interrupted"""
+  OUT/accuracy_vs_beta.png   the picture"""
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m ctkernels steer",
-        description=SUMMARY,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("steer", SUMMARY, EXAMPLES)
     p.add_argument("data", help="folder of images, .npz file, or a data set by name such as fashion-mnist")
     network = add_network_options(p, "0.7:1:0.01")
     network.add_argument(

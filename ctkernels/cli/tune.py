@@ -9,6 +9,7 @@ from ._options import (
     add_image_options,
     add_running_options,
     add_training_options,
+    command_parser,
     image_options,
     out_folder,
     training_options,
@@ -39,18 +40,11 @@ afterwards:
 
 results:
   OUT/result.json   every stage, how the learned curvature is distributed, everything needed to repeat the run
-  OUT/adapter/      the adapter and the head, as peft saves them
-
-exit codes: 0 done, 2 bad input, 130 interrupted"""
+  OUT/adapter/      the adapter and the head, as peft saves them"""
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m ctkernels tune",
-        description=SUMMARY,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser("tune", SUMMARY, EXAMPLES)
     p.add_argument("data", help="folder of images, .npz file, or a data set by name such as fashion-mnist")
     p.add_argument(
         "--model",
