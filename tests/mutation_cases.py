@@ -167,7 +167,7 @@ def _from_seed(log_alpha: Tensor, seed: Tensor) -> Tensor:
     return GATES((log_alpha, seed), (-1, SAMPLE, 0.33, -0.1, 1.1))
 
 
-# Its noise is close to 0 and to 1 (2^-17 and less) at even and at odd places, which one thread may have both of.
+# Its noise comes within 2^-16 of 0 or 1 both at an even and at an odd place: a thread may make two neighbours.
 SEED = -0x123456789ABD3A7
 
 

@@ -124,15 +124,15 @@ _LIBRARY.define(
 
 
 def _op(x: Tensor, *args: Any) -> Tensor:
-    frozen, geometry, needs_grad = Frozen(*args[:_COUNT]), _hashable(args[_COUNT:-1]), args[-1]
+    frozen, geometry, needs_grad = Frozen(*args[:_COUNT]), _as_tuples(args[_COUNT:-1]), args[-1]
     if not needs_grad:
         return _forward(x, frozen, geometry)
     layout = _memory_format(x)
     return _convolution(x, *frozen.folded(layout), geometry).contiguous(memory_format=layout)
 
 
-def _hashable(geometry: Sequence[Any]) -> tuple[Any, ...]:
-    """As modules have it: the dispatcher makes lists of tuples."""
+def _as_tuples(geometry: Sequence[Any]) -> tuple[Any, ...]:
+    """As modules have it, and as it is compared: the dispatcher makes lists of tuples."""
     return (*map(tuple, geometry[:3]), geometry[3])
 
 
