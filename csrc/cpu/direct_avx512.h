@@ -114,6 +114,14 @@ struct Float {
   }
 };
 
+// f(0), ..., f(N - 1) with constants, so that arrays they index can live in registers.
+template <int N, class F>
+CTK_HD void unrolled(const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+
 // ---- the CT unit ---------------------------------------------------------------------------------------------------
 
 // See horner in scalar.h.
@@ -144,7 +152,7 @@ struct ExactMath {
     f = _mm512_fnmadd_ps(a, rate.lo, f);
     return real(_mm512_maskz_add_epi32(near, bits(horner<Exact::Exp2>(f)), _mm512_slli_epi32(bits(z), 23)));
   }
-  static V log1p_over(V e) { return horner<Exact::Log1p>(e); }  // log(1 + e) / e
+  using Log1p = Exact::Log1p;  // log(1 + e) / e
   static V inverse(V d) { return _mm512_div_ps(all(1.f), d); }
 };
 
@@ -170,7 +178,7 @@ struct FastMath {
     p = _mm512_fmadd_ps(p, g, all(0.45546862f));
     return real(_mm512_maskz_ternarylogic_epi32(near, bits(p), z, low, 0xe4));  // p's low bits, z's others
   }
-  static V log1p_over(V e) { return horner<Fast::Log1p>(e); }
+  using Log1p = Fast::Log1p;
   static V inverse(V d) { return _mm512_rcp14_ps(d); }
 };
 
@@ -178,22 +186,30 @@ template <class Math>
 struct CtuVectors {
   static constexpr int kSums = 4;
   static constexpr bool kTiesToEven = false, kPrologue = true;
+  using Log1p = typename Math::Log1p;
   typename Math::Rate t, u;
-  V c, c1, c1s, c_eta;
+  V c, c1, c_eta;
+  V c_inverse, scaled_log1p[Log1p::kTerms];  // 1 / c and the coefficients of (1 - c) s log1p(e) / e: two products fewer
 
   template <class Field>  // field(i): the vector of constant i
   explicit CtuVectors(const Field& field)
-      : t(Math::rate(field, kTHi)), u(Math::rate(field, kUHi)), c(field(kC)), c1(field(kC1)), c1s(field(kC1S)),
-        c_eta(_mm512_mul_ps(field(kC), field(kEta))) {}
+      : t(Math::rate(field, kTHi)), u(Math::rate(field, kUHi)), c(field(kC)), c1(field(kC1)),
+        c_eta(_mm512_mul_ps(field(kC), field(kEta))), c_inverse(_mm512_div_ps(all(1.f), field(kC))) {
+    unrolled<Log1p::kTerms>([&](auto i) { scaled_log1p[i] = _mm512_mul_ps(field(kC1S), all(Log1p::at(i))); });
+  }
 
   V forward(V w) const {
     const V a = _mm512_abs_ps(w), base = _mm512_max_ps(w, _mm512_setzero_ps());
     const Mask t_near = within(a, t.limit);
     const V et = Math::decay(a, t, t_near), eu = Math::decay(a, u, within(a, u.limit));
-    // base - c a et / (1 + et) + (1 - c) s log1p(eu). An infinite a leaves base alone.
-    const V ratio = _mm512_div_ps(_mm512_mul_ps(c, a), _mm512_add_ps(et, all(1.f)));
+    // base - a et / ((1 + et) / c) + (1 - c) s log1p(eu). An infinite a leaves base alone; a c of 0 divides by infinity.
+    const V ratio = _mm512_div_ps(a, _mm512_fmadd_ps(et, c_inverse, c_inverse));
     const V y = _mm512_mask3_fnmadd_ps(et, ratio, base, t_near);
-    return _mm512_fmadd_ps(_mm512_mul_ps(c1s, Math::log1p_over(eu)), eu, y);
+    V p = scaled_log1p[0];
+    unrolled<Log1p::kTerms - 1>([&](auto i) __attribute__((always_inline)) {
+      p = _mm512_fmadd_ps(p, eu, scaled_log1p[i + 1]);
+    });
+    return _mm512_fmadd_ps(p, eu, y);
   }
 
   // dw, and with `sums` the terms of ctu_parameter_gradients added to them.
@@ -211,7 +227,7 @@ struct CtuVectors {
       const V s1 = _mm512_mul_ps(dy, _mm512_maskz_mul_ps(t_near, a, qt));
       sum[0] = _mm512_fmadd_ps(s1, ap, sum[0]);
       sum[1] = _mm512_add_ps(sum[1], s1);
-      sum[2] = _mm512_fmadd_ps(_mm512_mul_ps(dy, eu), Math::log1p_over(eu), sum[2]);
+      sum[2] = _mm512_fmadd_ps(_mm512_mul_ps(dy, eu), horner<Log1p>(eu), sum[2]);
       sum[3] = _mm512_mask3_fmadd_ps(_mm512_mul_ps(dy, qu), a, sum[3], u_near);
     }
     return _mm512_mul_ps(dy, _mm512_mask_sub_ps(h, up, one, h));
@@ -244,14 +260,6 @@ struct HeadEditVectors {
 };
 
 // ---- loops ---------------------------------------------------------------------------------------------------------
-
-// f(0), ..., f(N - 1) with constants, so that arrays they index can live in registers.
-template <int N, class F>
-CTK_HD void unrolled(const F& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, i>{}), ...);
-  }(std::make_integer_sequence<int, N>{});
-}
 
 // f(i, live) for every N vectors of values from i; all of them are live but in the last call.
 template <int N, class F>
