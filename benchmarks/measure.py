@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -41,18 +42,19 @@ def interleaved(
 ) -> dict[str, float]:
     """Median milliseconds of each contestant; they run in turn, after one warm-up each, for about ``seconds`` in all.
 
-    Every round begins with another of them, so that none always runs in what the same one left behind. Those of ``seldom``,
-    slow ones that are far from their bounds, run in every fourth round. Of the rounds the faster half counts, by what all
-    contestants took together: the others tell what else the machine was doing.
+    Every round has an order of its own, drawn from a fixed seed, so that none always runs in what the same one left behind.
+    Those of ``seldom``, slow ones that are far from their bounds, run in every fourth round. Of the rounds the faster half
+    counts, by what all contestants took together: the others tell what else the machine was doing.
     """
     for run in contestants.values():
         run()
     gc.collect()
     rounds: list[dict[str, float]] = []
-    order = list(contestants.items())
+    order, shuffle = list(contestants.items()), random.Random(0).shuffle
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(rounds) < least:
         times = {}
+        shuffle(order)
         for name, run in order:
             if name in seldom and len(rounds) % 4:
                 continue
@@ -60,7 +62,6 @@ def interleaved(
             run()
             times[name] = time.perf_counter() - start
         rounds.append(times)
-        order.append(order.pop(0))
     rounds.sort(key=lambda times: sum(t for name, t in times.items() if name not in seldom))
 
     def median(name: str) -> float:

@@ -188,28 +188,21 @@ struct CtuVectors {
   static constexpr bool kTiesToEven = false, kPrologue = true;
   using Log1p = typename Math::Log1p;
   typename Math::Rate t, u;
-  V c, c1, c_eta;
-  V c_inverse, scaled_log1p[Log1p::kTerms];  // 1 / c and the coefficients of (1 - c) s log1p(e) / e: two products fewer
+  V c, c1, c1s, c_eta;
 
   template <class Field>  // field(i): the vector of constant i
   explicit CtuVectors(const Field& field)
-      : t(Math::rate(field, kTHi)), u(Math::rate(field, kUHi)), c(field(kC)), c1(field(kC1)),
-        c_eta(_mm512_mul_ps(field(kC), field(kEta))), c_inverse(_mm512_div_ps(all(1.f), field(kC))) {
-    unrolled<Log1p::kTerms>([&](auto i) { scaled_log1p[i] = _mm512_mul_ps(field(kC1S), all(Log1p::at(i))); });
-  }
+      : t(Math::rate(field, kTHi)), u(Math::rate(field, kUHi)), c(field(kC)), c1(field(kC1)), c1s(field(kC1S)),
+        c_eta(_mm512_mul_ps(field(kC), field(kEta))) {}
 
   V forward(V w) const {
     const V a = _mm512_abs_ps(w), base = _mm512_max_ps(w, _mm512_setzero_ps());
     const Mask t_near = within(a, t.limit);
     const V et = Math::decay(a, t, t_near), eu = Math::decay(a, u, within(a, u.limit));
-    // base - a et / ((1 + et) / c) + (1 - c) s log1p(eu). An infinite a leaves base alone; a c of 0 divides by infinity.
-    const V ratio = _mm512_div_ps(a, _mm512_fmadd_ps(et, c_inverse, c_inverse));
+    // base - c a et / (1 + et) + (1 - c) s log1p(eu). An infinite a leaves base alone.
+    const V ratio = _mm512_div_ps(_mm512_mul_ps(c, a), _mm512_add_ps(et, all(1.f)));
     const V y = _mm512_mask3_fnmadd_ps(et, ratio, base, t_near);
-    V p = scaled_log1p[0];
-    unrolled<Log1p::kTerms - 1>([&](auto i) __attribute__((always_inline)) {
-      p = _mm512_fmadd_ps(p, eu, scaled_log1p[i + 1]);
-    });
-    return _mm512_fmadd_ps(p, eu, y);
+    return _mm512_fmadd_ps(_mm512_mul_ps(c1s, horner<Log1p>(eu)), eu, y);
   }
 
   // dw, and with `sums` the terms of ctu_parameter_gradients added to them.
@@ -233,8 +226,32 @@ struct CtuVectors {
     return _mm512_mul_ps(dy, _mm512_mask_sub_ps(h, up, one, h));
   }
 
- private:
   static Mask within(V a, V limit) { return _mm512_cmp_ps_mask(a, limit, _CMP_NGT_UQ); }  // a NaN is within
+
+  // The forward pass where many values share their constants: two products fewer, for more constants to prepare and to hold.
+  struct Shared {
+    typename Math::Rate t, u;
+    V c_inverse, scaled_log1p[Log1p::kTerms];  // 1 / c, and the coefficients of (1 - c) s log1p(e) / e
+
+    template <class Field>
+    explicit Shared(const Field& field)
+        : t(Math::rate(field, kTHi)), u(Math::rate(field, kUHi)), c_inverse(_mm512_div_ps(all(1.f), field(kC))) {
+      unrolled<Log1p::kTerms>([&](auto i) { scaled_log1p[i] = _mm512_mul_ps(field(kC1S), all(Log1p::at(i))); });
+    }
+
+    V forward(V w) const {
+      const V a = _mm512_abs_ps(w), base = _mm512_max_ps(w, _mm512_setzero_ps());
+      const Mask t_near = within(a, t.limit);
+      const V et = Math::decay(a, t, t_near), eu = Math::decay(a, u, within(a, u.limit));
+      // As above, with (1 + et) / c as the divisor; that is infinite for a c of 0.
+      const V ratio = _mm512_div_ps(a, _mm512_fmadd_ps(et, c_inverse, c_inverse));
+      V p = scaled_log1p[0];
+      unrolled<Log1p::kTerms - 1>([&](auto i) __attribute__((always_inline)) {
+        p = _mm512_fmadd_ps(p, eu, scaled_log1p[i + 1]);
+      });
+      return _mm512_fmadd_ps(p, eu, _mm512_mask3_fnmadd_ps(et, ratio, base, t_near));
+    }
+  };
 };
 
 // ---- the head edit -------------------------------------------------------------------------------------------------
@@ -242,6 +259,7 @@ struct CtuVectors {
 struct HeadEditVectors {
   static constexpr int kSums = 2;
   static constexpr bool kTiesToEven = true, kPrologue = false;
+  using Shared = HeadEditVectors;
   V p, q;
 
   template <class Field>
@@ -267,6 +285,13 @@ CTK_HD void for_vectors(int64_t n, const F& f) {
   int64_t i = 0;
   for (; i + 16 * N <= n; i += 16 * N) f(i, kFull);
   if (i < n) f(i, (__mmask32(1) << (n - i)) - 1);
+}
+
+// Asks for the line at `p`, of a row to come: the machine foresees runs, and not vectors a row apart.
+constexpr int64_t kRowsAhead = 4;
+template <class T>
+CTK_HD void prefetch(const T* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
 }
 
 // The op with the constants of 16 lanes, for each vector of a format.
@@ -297,6 +322,9 @@ struct AffineVectors {
     }
     return a;
   }
+  static void prefetch_residual(const Prologue& p, int64_t i) {
+    if (p.residual) prefetch(static_cast<const typename Format::Value*>(p.residual) + i);
+  }
   CTK_HD void apply(Vectors<Format::kVectors>& w, const void* residual, int64_t i, __mmask32 live) const {
     for (int h = 0; h < Format::kVectors; ++h) w.v[h] = _mm512_fmadd_ps(scale[h], w.v[h], shift[h]);
     if (!residual) return;
@@ -309,7 +337,7 @@ template <class Format, class Op, bool prologue>
 void forward_uniform(const void* x_, void* y_, const float* consts, const Prologue* pro, int64_t n, bool stream) {
   const auto* x = static_cast<const typename Format::Value*>(x_);
   auto* y = static_cast<typename Format::Value*>(y_);
-  const Op op([&](int i) { return all(consts[i]); });
+  const typename Op::Shared op([&](int i) { return all(consts[i]); });
   AffineVectors<Format> affine;
   if constexpr (prologue) affine = AffineVectors<Format>::uniform(*pro);
   for_vectors<Format::kVectors>(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
@@ -330,6 +358,8 @@ void forward_lanes(const void* x_, void* y_, const float* consts, int64_t stride
     AffineVectors<Format> affine;
     if constexpr (prologue) affine = AffineVectors<Format>::lanes(*pro, i, live);
     for (int64_t r = 0; r < rows; ++r) {
+      prefetch(x + (r + kRowsAhead) * row + i);
+      if constexpr (prologue) affine.prefetch_residual(*pro, (r + kRowsAhead) * row + i);
       auto w = Format::load(x + r * row + i, live);
       if constexpr (prologue) affine.apply(w, pro->residual, r * row + i, live);
       for (int h = 0; h < Format::kVectors; ++h) w.v[h] = ops[h].forward(w.v[h]);
@@ -393,6 +423,9 @@ void backward_lanes(const void* x_, const void* dy_, void* dx_, const float* con
     AffineVectors<Format> affine;
     if constexpr (prologue) affine = AffineVectors<Format>::lanes(*pro, i, live);
     for (int64_t r = 0; r < rows; ++r) {
+      prefetch(x + (r + kRowsAhead) * row + i);
+      prefetch(dy + (r + kRowsAhead) * row + i);
+      if constexpr (prologue) affine.prefetch_residual(*pro, (r + kRowsAhead) * row + i);
       auto w = Format::load(x + r * row + i, live);
       if constexpr (prologue) affine.apply(w, pro->residual, r * row + i, live);
       auto g = Format::load(dy + r * row + i, live);
