@@ -150,8 +150,8 @@ def run(dtypes: list[str], seconds: float, quick: bool) -> list[dict[str, Any]]:
         record = {
             "network": "resnet50",
             "dtype": name,
-            "inference_ms": measure.interleaved(calls, seconds * 8, seldom=PUBLISHED),
-            "step_ms": measure.interleaved(steps, seconds * 8, seldom=PUBLISHED),
+            "inference_ms": measure.interleaved(calls, seconds * 12, seldom=PUBLISHED),
+            "step_ms": measure.interleaved(steps, seconds * 12, seldom=PUBLISHED),
             "step_peak_bytes": memory,
         }
         full = _full(contestants(dtype, trained=True))
