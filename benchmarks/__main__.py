@@ -21,10 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--op", choices=SUITES, nargs="+", default=list(SUITES), help="which ops (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: needs a GPU (default: cpu)")
-    parser.add_argument(
-        "--networks", action="store_true", help="whole networks (needs torchvision, transformers and peft)"
-    )
-    parser.add_argument(
+    whole = parser.add_mutually_exclusive_group()
+    whole.add_argument("--networks", action="store_true", help="instead, a ResNet-50 (needs torchvision)")
+    whole.add_argument("--jola", action="store_true", help="instead, a Llama (needs transformers and peft)")
+    whole.add_argument(
         "--composed", action="store_true", help="instead, a stage compiled beside its compiled composed reference"
     )
     parser.add_argument("--dtype", choices=ctu.DTYPES, nargs="+", default=list(ctu.DTYPES))
@@ -45,24 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     print(measure.tune_allocator())
     print("medians of interleaved runs, the faster half of the rounds; copy is Tensor.copy_ into an existing tensor\n")
     result: dict[str, Any] = {"provenance": where, "records": [], "overhead_us": {}, "bars": []}
-    if args.composed:
-        from . import networks
-
-        records = networks.run_composed(args.dtype, args.seconds)
-        rows = networks.composed_bars(records)
-        print(report.bars(rows))
+    whole = _whole(args)
+    if whole is not None:
+        records, rows, text = whole
+        print(f"{text}\n\n{report.bars(rows)}")
         result |= {"records": records, "bars": rows}
-    elif args.networks:
-        from . import jola_step, networks
-
-        records = networks.run(args.dtype, args.seconds, args.quick)
-        rows = networks.bars(records)
-        print(f"{networks.text(records)}\n\n{report.bars(rows)}\n")
-        record = jola_step.run(args.seconds, args.quick)
-        jola_rows = jola_step.bars(record)
-        print(f"{jola_step.text(record)}\n\n{report.bars(jola_rows)}")
-        result |= {"records": [*records, record], "bars": rows + jola_rows}
-    for name in () if args.networks or args.composed else args.op:
+    for name in args.op if whole is None else ():
         suite = SUITES[name]
         records = suite.run(args.dtype, args.quick, args.seconds, args.tuned)
         rows = suite.bars(records)
@@ -81,6 +69,24 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         write_text(args.json, json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def _whole(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str] | None:
+    """(records, bars, text) of whole networks, where they were asked for."""
+    if args.jola:
+        from . import jola_step
+
+        record = jola_step.run(args.seconds, args.quick)
+        return [record], jola_step.bars(record), jola_step.text(record)
+    if not (args.networks or args.composed):
+        return None
+    from . import networks
+
+    if args.composed:
+        records = networks.run_composed(args.dtype, args.seconds)
+        return records, networks.composed_bars(records), "The first stage of a ResNet-50"
+    records = networks.run(args.dtype, args.seconds, args.quick)
+    return records, networks.bars(records), networks.text(records)
 
 
 def _on_device(args: argparse.Namespace) -> int:

@@ -186,8 +186,9 @@ template <class Math>
 struct CtuVectors {
   static constexpr int kSums = 4;
   static constexpr bool kTiesToEven = false, kPrologue = true;
+  using Rate = typename Math::Rate;
   using Log1p = typename Math::Log1p;
-  typename Math::Rate t, u;
+  Rate t, u;
   V c, c1, c1s, c_eta;
 
   template <class Field>  // field(i): the vector of constant i
@@ -195,22 +196,18 @@ struct CtuVectors {
       : t(Math::rate(field, kTHi)), u(Math::rate(field, kUHi)), c(field(kC)), c1(field(kC1)), c1s(field(kC1S)),
         c_eta(_mm512_mul_ps(field(kC), field(kEta))) {}
 
+  // base - c a et / (1 + et) + (1 - c) s log1p(eu).
   V forward(V w) const {
-    const V a = _mm512_abs_ps(w), base = _mm512_max_ps(w, _mm512_setzero_ps());
-    const Mask t_near = within(a, t.limit);
-    const V et = Math::decay(a, t, t_near), eu = Math::decay(a, u, within(a, u.limit));
-    // base - c a et / (1 + et) + (1 - c) s log1p(eu). An infinite a leaves base alone.
-    const V ratio = _mm512_div_ps(_mm512_mul_ps(c, a), _mm512_add_ps(et, all(1.f)));
-    const V y = _mm512_mask3_fnmadd_ps(et, ratio, base, t_near);
-    return _mm512_fmadd_ps(_mm512_mul_ps(c1s, horner<Log1p>(eu)), eu, y);
+    const Parts p(w, t, u);
+    const V ratio = _mm512_div_ps(_mm512_mul_ps(c, p.a), _mm512_add_ps(p.et, all(1.f)));
+    return _mm512_fmadd_ps(_mm512_mul_ps(c1s, horner<Log1p>(p.eu)), p.eu, p.base_less(ratio));
   }
 
   // dw, and with `sums` the terms of ctu_parameter_gradients added to them.
   template <bool sums>
   V backward(V w, V dy, V* sum) const {
-    const V a = _mm512_abs_ps(w), one = all(1.f);
-    const Mask t_near = within(a, t.limit), u_near = within(a, u.limit);
-    const V et = Math::decay(a, t, t_near), eu = Math::decay(a, u, u_near);
+    const auto [a, base, t_near, u_near, et, eu] = Parts(w, t, u);
+    const V one = all(1.f);
     const V pt = Math::inverse(_mm512_add_ps(et, one)), pu = Math::inverse(_mm512_add_ps(eu, one));
     const V qt = _mm512_mul_ps(et, pt), qu = _mm512_mul_ps(eu, pu);
     const V ap = _mm512_maskz_mul_ps(t_near, a, pt);
@@ -226,11 +223,9 @@ struct CtuVectors {
     return _mm512_mul_ps(dy, _mm512_mask_sub_ps(h, up, one, h));
   }
 
-  static Mask within(V a, V limit) { return _mm512_cmp_ps_mask(a, limit, _CMP_NGT_UQ); }  // a NaN is within
-
   // The forward pass where many values share their constants: two products fewer, for more constants to prepare and to hold.
   struct Shared {
-    typename Math::Rate t, u;
+    Rate t, u;
     V c_inverse, scaled_log1p[Log1p::kTerms];  // 1 / c, and the coefficients of (1 - c) s log1p(e) / e
 
     template <class Field>
@@ -240,17 +235,29 @@ struct CtuVectors {
     }
 
     V forward(V w) const {
-      const V a = _mm512_abs_ps(w), base = _mm512_max_ps(w, _mm512_setzero_ps());
-      const Mask t_near = within(a, t.limit);
-      const V et = Math::decay(a, t, t_near), eu = Math::decay(a, u, within(a, u.limit));
-      // As above, with (1 + et) / c as the divisor; that is infinite for a c of 0.
-      const V ratio = _mm512_div_ps(a, _mm512_fmadd_ps(et, c_inverse, c_inverse));
-      V p = scaled_log1p[0];
+      const Parts p(w, t, u);
+      const V ratio = _mm512_div_ps(p.a, _mm512_fmadd_ps(p.et, c_inverse, c_inverse));  // a c of 0 divides by infinity
+      V log1p = scaled_log1p[0];
       unrolled<Log1p::kTerms - 1>([&](auto i) __attribute__((always_inline)) {
-        p = _mm512_fmadd_ps(p, eu, scaled_log1p[i + 1]);
+        log1p = _mm512_fmadd_ps(log1p, p.eu, scaled_log1p[i + 1]);
       });
-      return _mm512_fmadd_ps(p, eu, _mm512_mask3_fnmadd_ps(et, ratio, base, t_near));
+      return _mm512_fmadd_ps(log1p, p.eu, p.base_less(ratio));
     }
+  };
+
+ private:
+  static Mask within(V a, V limit) { return _mm512_cmp_ps_mask(a, limit, _CMP_NGT_UQ); }  // a NaN is within
+
+  struct Parts {
+    V a, base;
+    Mask t_near, u_near;
+    V et, eu;
+
+    Parts(V w, const Rate& t, const Rate& u)
+        : a(_mm512_abs_ps(w)), base(_mm512_max_ps(w, _mm512_setzero_ps())), t_near(within(a, t.limit)),
+          u_near(within(a, u.limit)), et(Math::decay(a, t, t_near)), eu(Math::decay(a, u, u_near)) {}
+    // base - ratio et; an infinite a leaves base alone.
+    V base_less(V ratio) const { return _mm512_mask3_fnmadd_ps(et, ratio, base, t_near); }
   };
 };
 
