@@ -70,8 +70,8 @@ def _llama(like: nn.Module | None = None) -> Any:
 def run(seconds: float, quick: bool = False) -> dict[str, Any]:
     """Milliseconds of every contestant's training step, and of merged and plain inference.
 
-    Geometric means over the medians of three processes (``quick``: one): ratios differ by several percent between processes
-    and are steadier within one.
+    Geometric means over the medians of three processes (``quick``: one): ratios were seen to differ by several percent from
+    one to the next.
     """
     records, spawn, threads = [], multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
     for _ in range(1 if quick else PROCESSES):

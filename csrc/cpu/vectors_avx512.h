@@ -1,0 +1,287 @@
+// Vectors of AVX-512: how each dtype is loaded and stored, and the maths of the ops.
+// The CT unit, whose loop the compiler makes of the scalar headers is bound by instructions: same formulas as ctu.h with
+// masks for what is beyond a limit. In bfloat16 and half the exponential is shorter and the reciprocals are the machine's
+// 14-bit estimates: relative errors 9e-5 (2^f), 6e-5 (log1p), 6e-5 (1/d), a fraction of half an ulp of either type.
+// The head edit in every type but double, where all that counts is how memory is read and written.
+#pragma once
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns about its own intrinsics (its bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+
+#include <utility>
+
+#include "../ctu.h"
+#include "../head_edit.h"
+
+namespace ctk::cpu {
+namespace {
+namespace direct {
+
+using V = __m512;
+using Mask = __mmask16;
+
+inline V all(float v) { return _mm512_set1_ps(v); }
+inline __m512i bits(V v) { return _mm512_castps_si512(v); }
+inline V real(__m512i v) { return _mm512_castsi512_ps(v); }
+
+// N vectors of 16 values, in order; `live` masks the tail of a run.
+template <int N>
+struct Vectors {
+  V v[N];
+};
+using Pair = Vectors<2>;
+
+constexpr __mmask32 kFull = ~__mmask32(0);
+inline Mask part(__mmask32 live, int h) { return static_cast<Mask>(live >> 16 * h); }
+
+CTK_HD void store_words(uint16_t* p, __mmask32 live, bool stream, __m512i words) {
+  if (stream && live == kFull) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), words);
+  else _mm512_mask_storeu_epi16(p, live, words);
+}
+
+struct BFloat16 {
+  using Value = uint16_t;
+  static constexpr int kVectors = 2;
+  static Pair load(const Value* p, __mmask32 live) {
+    const __m512i raw = _mm512_maskz_loadu_epi16(live, p);
+    // word i to the high half of lane i, zeros below
+    const __m512i low = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, spread(0), raw);
+    const __m512i high = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, spread(16), raw);
+    return {{real(low), real(high)}};
+  }
+  template <bool even>
+  static void store(Value* p, __mmask32 live, bool stream, const Pair& y) {
+    const __m512i words = _mm512_permutex2var_epi16(rounded<even>(y.v[0]), high_words(), rounded<even>(y.v[1]));
+    store_words(p, live, stream, words);
+  }
+
+ private:
+  // To nearest, in the high half of each lane; ties to even where results can be ties, away from zero where a tie is
+  // an accident of 1e-4. NaNs pass: those that can come here have a low half of zeros.
+  template <bool even>
+  static __m512i rounded(V v) {
+    if constexpr (!even) return _mm512_add_epi32(bits(v), _mm512_set1_epi32(0x8000));
+    const __mmask16 odd = _mm512_test_epi32_mask(bits(v), _mm512_set1_epi32(0x10000));
+    const __m512i down = _mm512_add_epi32(bits(v), _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_add_epi32(down, odd, bits(v), _mm512_set1_epi32(0x8000));
+  }
+  static __m512i spread(int from) {
+    alignas(64) static constexpr auto index = [] {
+      struct { int16_t i[2][32]; } t{};
+      for (int h = 0; h < 2; ++h)
+        for (int j = 0; j < 32; ++j) t.i[h][j] = static_cast<int16_t>(16 * h + j / 2);
+      return t;
+    }();
+    return _mm512_load_si512(index.i[from / 16]);
+  }
+  static __m512i high_words() {
+    alignas(64) static constexpr auto index = [] {
+      struct { int16_t i[32]; } t{};
+      for (int j = 0; j < 32; ++j) t.i[j] = static_cast<int16_t>(2 * j + 1);
+      return t;
+    }();
+    return _mm512_load_si512(index.i);
+  }
+};
+
+struct Half {
+  using Value = uint16_t;
+  static constexpr int kVectors = 2;
+  static Pair load(const Value* p, __mmask32 live) {
+    const __m512i raw = _mm512_maskz_loadu_epi16(live, p);
+    return {{_mm512_cvtph_ps(_mm512_castsi512_si256(raw)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(raw, 1))}};
+  }
+  template <bool>
+  static void store(Value* p, __mmask32 live, bool stream, const Pair& y) {
+    const __m256i low = _mm512_cvtps_ph(y.v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i high = _mm512_cvtps_ph(y.v[1], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    store_words(p, live, stream, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+  }
+};
+
+struct Float {
+  using Value = float;
+  static constexpr int kVectors = 1;  // sums and constants of two do not fit the registers
+  static Vectors<1> load(const Value* p, __mmask32 live) { return {{_mm512_maskz_loadu_ps(part(live, 0), p)}}; }
+  template <bool>
+  static void store(Value* p, __mmask32 live, bool stream, const Vectors<1>& y) {
+    if (stream && part(live, 0) == part(kFull, 0)) _mm512_stream_ps(p, y.v[0]);
+    else _mm512_mask_storeu_ps(p, part(live, 0), y.v[0]);
+  }
+};
+
+// f(0), ..., f(N - 1) with constants, so that arrays they index can live in registers.
+template <int N, class F>
+CTK_HD void unrolled(const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+
+// ---- the CT unit ---------------------------------------------------------------------------------------------------
+
+// See horner in scalar.h.
+template <class C, int i = 0>
+CTK_HD V horner(V x, V p = _mm512_setzero_ps()) {
+  if constexpr (i == C::kTerms) {
+    return p;
+  } else {
+    constexpr float c = C::at(i);
+    return horner<C, i + 1>(x, i == 0 ? all(c) : _mm512_fmadd_ps(p, x, all(c)));
+  }
+}
+
+// The transcendental parts for results in float.
+struct ExactMath {
+  struct Rate {
+    V hi, lo, limit;
+  };
+  template <class Field>
+  static Rate rate(const Field& field, int first) {
+    return {field(first), field(first + 1), field(first + 2)};
+  }
+
+  // e^(-rate a) where `near`, else 0.
+  static V decay(V a, const Rate& rate, Mask near) {
+    const V magic = all(kRoundMagic), z = _mm512_fnmadd_ps(a, rate.hi, magic);
+    V f = _mm512_fnmadd_ps(a, rate.hi, _mm512_sub_ps(magic, z));
+    f = _mm512_fnmadd_ps(a, rate.lo, f);
+    return real(_mm512_maskz_add_epi32(near, bits(horner<Exact::Exp2>(f)), _mm512_slli_epi32(bits(z), 23)));
+  }
+  using Log1p = Exact::Log1p;  // log(1 + e) / e
+  static V inverse(V d) { return _mm512_div_ps(all(1.f), d); }
+};
+
+// For results that are rounded to 16 bits.
+struct FastMath {
+  struct Rate {
+    V ulps, limit;
+  };
+  // In units of the last place of an exponent field. Rates beyond the cap act on values below 1e-29 alone.
+  template <class Field>
+  static Rate rate(const Field& field, int first) {
+    return {_mm512_mul_ps(_mm512_min_ps(field(first), all(4e31f)), all(8388608.f)), field(first + 2)};
+  }
+
+  // The bits of (127 - a rate) 2^23 hold floor and fraction of the exponent; a cubic that maps [1, 2) into [1, 2) turns the
+  // fraction into a significand.
+  static V decay(V a, const Rate& rate, Mask near) {
+    const __m512i low = _mm512_set1_epi32(0x7fffff);
+    const __m512i z = _mm512_cvtps_epi32(_mm512_fnmadd_ps(a, rate.ulps, all(1065353216.f)));
+    const V g = real(_mm512_ternarylogic_epi32(z, low, _mm512_set1_epi32(0x3f800000), 0xea));  // (z & low) | 1.0
+    V p = _mm512_fmadd_ps(all(0.07706496f), g, all(-0.0035463814f));
+    p = _mm512_fmadd_ps(p, g, all(0.471013f));
+    p = _mm512_fmadd_ps(p, g, all(0.45546862f));
+    return real(_mm512_maskz_ternarylogic_epi32(near, bits(p), z, low, 0xe4));  // p's low bits, z's others
+  }
+  using Log1p = Fast::Log1p;
+  static V inverse(V d) { return _mm512_rcp14_ps(d); }
+};
+
+template <class Math>
+struct CtuVectors {
+  static constexpr int kSums = 4;
+  static constexpr bool kTiesToEven = false, kPrologue = true;
+  using Rate = typename Math::Rate;
+  using Log1p = typename Math::Log1p;
+  Rate t, u;
+  V c, c1, c1s, c_eta;
+
+  template <class Field>  // field(i): the vector of constant i
+  explicit CtuVectors(const Field& field)
+      : t(Math::rate(field, kTHi)), u(Math::rate(field, kUHi)), c(field(kC)), c1(field(kC1)), c1s(field(kC1S)),
+        c_eta(_mm512_mul_ps(field(kC), field(kEta))) {}
+
+  // base - c a et / (1 + et) + (1 - c) s log1p(eu).
+  V forward(V w) const {
+    const Parts p(w, t, u);
+    const V ratio = _mm512_div_ps(_mm512_mul_ps(c, p.a), _mm512_add_ps(p.et, all(1.f)));
+    return _mm512_fmadd_ps(_mm512_mul_ps(c1s, horner<Log1p>(p.eu)), p.eu, p.base_less(ratio));
+  }
+
+  // dw, and with `sums` the terms of ctu_parameter_gradients added to them.
+  template <bool sums>
+  V backward(V w, V dy, V* sum) const {
+    const auto [a, base, t_near, u_near, et, eu] = Parts(w, t, u);
+    const V one = all(1.f);
+    const V pt = Math::inverse(_mm512_add_ps(et, one)), pu = Math::inverse(_mm512_add_ps(eu, one));
+    const V qt = _mm512_mul_ps(et, pt), qu = _mm512_mul_ps(eu, pu);
+    const V ap = _mm512_maskz_mul_ps(t_near, a, pt);
+    const V h = _mm512_fmadd_ps(qt, _mm512_fnmadd_ps(c_eta, ap, c), _mm512_mul_ps(c1, qu));
+    const Mask up = _mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_GT_OQ);
+    if constexpr (sums) {
+      const V s1 = _mm512_mul_ps(dy, _mm512_maskz_mul_ps(t_near, a, qt));
+      sum[0] = _mm512_fmadd_ps(s1, ap, sum[0]);
+      sum[1] = _mm512_add_ps(sum[1], s1);
+      sum[2] = _mm512_fmadd_ps(_mm512_mul_ps(dy, eu), horner<Log1p>(eu), sum[2]);
+      sum[3] = _mm512_mask3_fmadd_ps(_mm512_mul_ps(dy, qu), a, sum[3], u_near);
+    }
+    return _mm512_mul_ps(dy, _mm512_mask_sub_ps(h, up, one, h));
+  }
+
+  // The forward pass where many values share their constants: two products fewer, for more constants to prepare and to hold.
+  struct Shared {
+    Rate t, u;
+    V c_inverse, scaled_log1p[Log1p::kTerms];  // 1 / c, and the coefficients of (1 - c) s log1p(e) / e
+
+    template <class Field>
+    explicit Shared(const Field& field)
+        : t(Math::rate(field, kTHi)), u(Math::rate(field, kUHi)), c_inverse(_mm512_div_ps(all(1.f), field(kC))) {
+      unrolled<Log1p::kTerms>([&](auto i) { scaled_log1p[i] = _mm512_mul_ps(field(kC1S), all(Log1p::at(i))); });
+    }
+
+    V forward(V w) const {
+      const Parts p(w, t, u);
+      const V ratio = _mm512_div_ps(p.a, _mm512_fmadd_ps(p.et, c_inverse, c_inverse));  // a c of 0 divides by infinity
+      V log1p = scaled_log1p[0];
+      unrolled<Log1p::kTerms - 1>([&](auto i) __attribute__((always_inline)) {
+        log1p = _mm512_fmadd_ps(log1p, p.eu, scaled_log1p[i + 1]);
+      });
+      return _mm512_fmadd_ps(log1p, p.eu, p.base_less(ratio));
+    }
+  };
+
+ private:
+  static Mask within(V a, V limit) { return _mm512_cmp_ps_mask(a, limit, _CMP_NGT_UQ); }  // a NaN is within
+
+  struct Parts {
+    V a, base;
+    Mask t_near, u_near;
+    V et, eu;
+
+    Parts(V w, const Rate& t, const Rate& u)
+        : a(_mm512_abs_ps(w)), base(_mm512_max_ps(w, _mm512_setzero_ps())), t_near(within(a, t.limit)),
+          u_near(within(a, u.limit)), et(Math::decay(a, t, t_near)), eu(Math::decay(a, u, u_near)) {}
+    // base - ratio et; an infinite a leaves base alone.
+    V base_less(V ratio) const { return _mm512_mask3_fnmadd_ps(et, ratio, base, t_near); }
+  };
+};
+
+// ---- the head edit -------------------------------------------------------------------------------------------------
+
+struct HeadEditVectors {
+  static constexpr int kSums = 2;
+  static constexpr bool kTiesToEven = true, kPrologue = false;
+  using Shared = HeadEditVectors;
+  V p, q;
+
+  template <class Field>
+  explicit HeadEditVectors(const Field& field) : p(field(0)), q(field(1)) {}
+
+  V forward(V z) const { return _mm512_fmadd_ps(p, z, q); }
+
+  template <bool sums>
+  V backward(V z, V dy, V* sum) const {
+    if constexpr (sums) {
+      sum[0] = _mm512_fmadd_ps(dy, z, sum[0]);
+      sum[1] = _mm512_add_ps(sum[1], dy);
+    }
+    return _mm512_mul_ps(p, dy);
+  }
+};
+
+}  // namespace direct
+}  // namespace
+}  // namespace ctk::cpu
