@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import statistics
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -15,7 +12,7 @@ from . import measure
 from .report import table
 
 BATCH, TOKENS, LAYERS, HIDDEN, HEADS = 8, 256, 8, 512, 16
-PROCESSES = 3
+PROCESSES = 6
 YARDSTICK = "frozen, forward + backward to the embeddings"
 FLOOR = "frozen, forward + backward to the first edit"
 LORA, LOOP = "LoRA r=8 step", "loop over heads, step"
@@ -68,27 +65,14 @@ def _llama(like: nn.Module | None = None) -> Any:
 
 
 def run(seconds: float, quick: bool = False) -> dict[str, Any]:
-    """Milliseconds of every contestant's training step, and of merged and plain inference.
-
-    Geometric means over the medians of three processes (``quick``: one): ratios were seen to differ by several percent from
-    one to the next.
-    """
-    records, spawn, threads = [], multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
-    for _ in range(1 if quick else PROCESSES):
-        with ProcessPoolExecutor(1, spawn, initializer=torch.set_num_threads, initargs=threads) as pool:
-            records.append(pool.submit(_run, seconds, quick).result())
-
-    def mean(part: str) -> dict[str, float]:
-        return {name: statistics.geometric_mean(r[part][name] for r in records) for name in records[0][part]}
-
-    return {"op": "jola_step", **{part: mean(part) for part in records[0]}, "processes": records}
+    """Milliseconds of every contestant's training step, and of merged and plain inference (``quick``: from one process)."""
+    return {"op": "jola_step", **measure.over_processes(1 if quick else PROCESSES, _run, seconds, quick)}
 
 
-def _run(seconds: float, quick: bool) -> dict[str, dict[str, float]]:
+def _run(seed: int, seconds: float, quick: bool) -> dict[str, dict[str, float]]:
     """Medians of one process. ``FLOOR`` is what any method must do whose first learned edit is that of JoLA, were the edits
     free. The compiled contestants run among themselves after the others, beside an eager one; not in a quick run.
     """
-    measure.tune_allocator()
     from peft import LoraConfig, get_peft_model
 
     from ctkernels.adapters import JolaConfig, jola_penalty, parameter_groups
@@ -146,15 +130,15 @@ def _run(seconds: float, quick: bool) -> dict[str, dict[str, float]]:
             LORA: step(lora, optimizers[lora]),
             LOOP: step(loop, optimizers[loop]),
         },
-        seconds * 22,
-        least=5,
+        seconds * 12,
         seldom=[LOOP],
+        seed=seed,
     )
     record = {"training_ms": training}
     if not quick:
         compiled, seen_through = (step(torch.compile(jola, fullgraph=True), jola_optimizer, penalty) for _ in range(2))
         contestants = {JOLA: eager, COMPILED: compiled, COMPOSED: measure.composed(seen_through)}
-        record["compiled_training_ms"] = measure.interleaved(contestants, seconds * 6)
+        record["compiled_training_ms"] = measure.interleaved(contestants, seconds * 8, seed=seed)
         torch.compiler.reset()
     jola.eval()
     merged = jola.merge_and_unload()
@@ -168,7 +152,7 @@ def _run(seconds: float, quick: bool) -> dict[str, dict[str, float]]:
         return call
 
     inferences: measure.Contestants = {"plain": infer(frozen), "merged": infer(merged)}
-    record["inference_ms"] = measure.interleaved(inferences, seconds * 5)
+    record["inference_ms"] = measure.interleaved(inferences, seconds * 3, seed=seed)
     return record
 
 

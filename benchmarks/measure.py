@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import multiprocessing
 import platform
 import random
 import statistics
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -38,19 +40,21 @@ def tune_allocator() -> str:
 
 
 def interleaved(
-    contestants: Contestants, seconds: float = 1.5, least: int = 5, seldom: Collection[str] = ()
+    contestants: Contestants, seconds: float = 1.5, least: int = 5, seldom: Collection[str] = (), seed: int = 0
 ) -> dict[str, float]:
     """Median milliseconds of each contestant; they run in turn, after one warm-up each, for about ``seconds`` in all.
 
-    Every round has an order of its own, drawn from a fixed seed, so that none always runs in what the same one left behind.
+    Every round, the warm-up too, has an order of its own, drawn from ``seed``, so that none always runs in what the same one
+    left behind.
     Those of ``seldom``, slow ones that are far from their bounds, run in every fourth round. Of the rounds the faster half
     counts, by what all contestants took together: the others tell what else the machine was doing.
     """
-    for run in contestants.values():
+    order, shuffle = list(contestants.items()), random.Random(seed).shuffle
+    shuffle(order)
+    for _, run in order:
         run()
     gc.collect()
     rounds: list[dict[str, float]] = []
-    order, shuffle = list(contestants.items()), random.Random(0).shuffle
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(rounds) < least:
         times = {}
@@ -69,6 +73,30 @@ def interleaved(
         return statistics.median(own[: (len(own) + 1) // 2]) * 1e3
 
     return {name: median(name) for name in contestants}
+
+
+def over_processes(count: int, function: Callable[..., dict[str, dict[str, float]]], *args: Any) -> dict[str, Any]:
+    """``function(seed, *args)``, which returns {part: {contestant: figure}}, in ``count`` processes one after the other, with
+    a seed each: geometric means by part and contestant, and under "processes" what each returned.
+
+    Where a process happens to have its memory decides ratios of whole networks by several percent.
+    """
+    records, spawn, threads = [], multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
+    for seed in range(count):
+        with ProcessPoolExecutor(1, spawn, initializer=_start, initargs=threads) as pool:
+            records.append(pool.submit(function, seed, *args).result())
+        if sys.stderr.isatty():
+            print(f"process {seed + 1} of {count} done", file=sys.stderr)
+
+    def mean(part: str) -> dict[str, float]:
+        return {name: statistics.geometric_mean(r[part][name] for r in records) for name in records[0][part]}
+
+    return {part: mean(part) for part in records[0]} | {"processes": records}
+
+
+def _start(threads: int) -> None:
+    torch.set_num_threads(threads)
+    tune_allocator()
 
 
 def composed(run: Callable[[], Any]) -> Callable[[], Any]:

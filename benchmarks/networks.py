@@ -17,6 +17,7 @@ from .ctu import DTYPES, official
 from .report import table
 
 BATCH, SIZE = 8, 224
+PROCESSES = 4
 PLAIN, FOLDED, OURS, OFFICIAL = "plain ReLU", "plain ReLU, BatchNorm folded", "CT, fused", "CT as published"
 COMPILED, COMPOSED = ", compiled", "composed reference, compiled"
 PUBLISHED = (OFFICIAL, OFFICIAL + COMPILED)
@@ -132,35 +133,37 @@ def _full(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def run(dtypes: list[str], seconds: float, quick: bool) -> list[dict[str, Any]]:
-    """Median milliseconds and peak bytes of every contestant, one record per dtype."""
-    records = []
-    for name in dtypes:
-        dtype = DTYPES[name]
-        x, labels = _inputs(dtype)
-        _check(dtype)
-        fixed, learned = contestants(dtype, trained=False), contestants(dtype, trained=True)
-        calls = {label: inference(model, x) for label, model in fixed.items()}
-        steps = {label: step(model, x, labels) for label, model in learned.items()}
-        memory = {label: measure.peak_bytes(call) for label, call in steps.items()}
-        if not quick:
-            for label in (OURS, OFFICIAL):
-                compiled = torch.compile(fixed[label], fullgraph=True), torch.compile(learned[label], fullgraph=True)
-                calls[label + COMPILED] = inference(compiled[0], x)
-                steps[label + COMPILED] = step(compiled[1], x, labels)
-        record = {
-            "network": "resnet50",
-            "dtype": name,
-            "inference_ms": measure.interleaved(calls, seconds * 12, seldom=PUBLISHED),
-            "step_ms": measure.interleaved(steps, seconds * 12, seldom=PUBLISHED),
-            "step_peak_bytes": memory,
-        }
-        full = _full(contestants(dtype, trained=True))
-        record["full_step_peak_bytes"] = {
-            label: measure.peak_bytes(step(model, x, labels)) for label, model in full.items()
-        }
-        records.append(record)
-        torch.compiler.reset()
-    return records
+    """Milliseconds and peak bytes of every contestant, one record per dtype (``quick``: from one process)."""
+    count = 1 if quick else PROCESSES
+    return [
+        {"network": "resnet50", "dtype": name, **measure.over_processes(count, _run, name, seconds, quick)}
+        for name in dtypes
+    ]
+
+
+def _run(seed: int, name: str, seconds: float, quick: bool) -> dict[str, dict[str, float]]:
+    """Medians of one process."""
+    dtype = DTYPES[name]
+    x, labels = _inputs(dtype)
+    _check(dtype)
+    fixed, learned = contestants(dtype, trained=False), contestants(dtype, trained=True)
+    calls = {label: inference(model, x) for label, model in fixed.items()}
+    steps = {label: step(model, x, labels) for label, model in learned.items()}
+    memory: dict[str, float] = {label: measure.peak_bytes(call) for label, call in steps.items()}
+    if not quick:
+        for label in (OURS, OFFICIAL):
+            compiled = torch.compile(fixed[label], fullgraph=True), torch.compile(learned[label], fullgraph=True)
+            calls[label + COMPILED] = inference(compiled[0], x)
+            steps[label + COMPILED] = step(compiled[1], x, labels)
+    times = [measure.interleaved(runs, seconds * 6, seldom=PUBLISHED, seed=seed) for runs in (calls, steps)]
+    full = _full(contestants(dtype, trained=True))
+    everything: dict[str, float] = {label: measure.peak_bytes(step(model, x, labels)) for label, model in full.items()}
+    return {
+        "inference_ms": times[0],
+        "step_ms": times[1],
+        "step_peak_bytes": memory,
+        "full_step_peak_bytes": everything,
+    }
 
 
 def run_composed(dtypes: list[str], seconds: float) -> list[dict[str, Any]]:

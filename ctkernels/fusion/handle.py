@@ -10,6 +10,7 @@ from torch import nn
 
 from ..steering.handle import _FUSION
 from .match import Match, find
+from .pooling import Pooling, poolings
 from .program import Program
 from .site import Site
 from .trace import Untraceable, argument_count, trace
@@ -37,8 +38,8 @@ def fuse(model: nn.Module) -> Fusion:
     - BatchNorm in training: one pass for the statistics of the batch, and the unit does the rest. Running statistics move
       as they do without fusion.
     - Under ``torch.compile`` and ``torch.export``: the same, in one graph. On the CPU a compiled program shares the folded
-      weights with eager calls; elsewhere, where exported, and where the compiler is told to freeze weights, the fold is
-      part of the graph.
+      weights with eager calls, and pools with torch's own kernels where a gradient flows through; elsewhere, where
+      exported, and where the compiler is told to freeze weights, the fold is part of the graph.
 
     Outputs and gradients equal those of the unfused model within rounding. The model stays the same object with the same
     modules, parameters and ``state_dict``, which can be saved and loaded at any time; the handle of :func:`steer` keeps
@@ -91,9 +92,10 @@ def fuse(model: nn.Module) -> Fusion:
     # A part of a site may be a site of its own in a module inside, for calls of that module alone.
     longer = {(site.layer, site.norm) for site in found if site.unit}
     sites = dict.fromkeys(site for site in found if site.unit or (site.layer, site.norm) not in longer)
-    handle = Fusion(model, programs, tuple(sites), left)
-    for program in programs:
-        program.scopes[0].__dict__["forward"] = program
+    forwards = {program.scopes[0]: program for program in programs} | poolings(model)
+    handle = Fusion(model, forwards, tuple(sites), left)
+    for module, forward in forwards.items():
+        module.__dict__["forward"] = forward
     model.__dict__[_FUSION] = handle
     return handle
 
@@ -107,9 +109,13 @@ class Fusion:
     """
 
     def __init__(
-        self, model: nn.Module, programs: list[Program], sites: tuple[Site, ...], left: dict[str, str]
+        self,
+        model: nn.Module,
+        forwards: dict[nn.Module, Program | Pooling],
+        sites: tuple[Site, ...],
+        left: dict[str, str],
     ) -> None:
-        self._model, self._programs, self._active = model, programs, True
+        self._model, self._forwards, self._active = model, forwards, True
         self.sites, self.left = sites, left
 
     def remove(self) -> None:
@@ -119,17 +125,18 @@ class Fusion:
         """
         if not self._active:
             return
-        for program in self._programs:
-            found = vars(program.scopes[0]).get("forward")
-            if found is not program:
+        for module, forward in self._forwards.items():
+            found = vars(module).get("forward")
+            if found is not forward:
                 raise RuntimeError(
                     f"model: expected every module to have the forward that fuse() gave it, got {found!r} in a "
-                    f"{type(program.scopes[0]).__name__}; first undo what was done to the model since"
+                    f"{type(module).__name__}; first undo what was done to the model since"
                 )
-        for program in self._programs:
-            for call in program.calls.values():
-                call.forget()
-            del program.scopes[0].__dict__["forward"]
+        for module, forward in self._forwards.items():
+            if isinstance(forward, Program):
+                for call in forward.calls.values():
+                    call.forget()
+            del module.__dict__["forward"]
         self._model.__dict__.pop(_FUSION, None)
         self._active = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
@@ -38,6 +39,15 @@ class Program:
     def forget(self) -> None:
         self.functions: dict[Key, Callable[..., Any] | None] = {}
         self.known = _condition(self.scopes)
+
+    @property
+    def __code__(self) -> Any:
+        """Of the original forward: ``torch.export`` asks for its name and place."""
+        return type(self.scopes[0]).forward.__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.scopes[0]).forward.__get__(self.scopes[0]))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"scopes": self.scopes}  # a copy reads its own modules
