@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     whole.add_argument("--networks", action="store_true", help="instead, a ResNet-50 (needs torchvision)")
     whole.add_argument("--jola", action="store_true", help="instead, a Llama (needs transformers and peft)")
     whole.add_argument(
-        "--composed", action="store_true", help="instead, a stage compiled beside its compiled composed reference"
+        "--composed", action="store_true", help="instead, parts of both beside their composed reference, all compiled"
     )
     parser.add_argument("--dtype", choices=ctu.DTYPES, nargs="+", default=list(ctu.DTYPES))
     parser.add_argument("--quick", action="store_true", help="one small shape, without the compiled contestant")
@@ -78,15 +78,17 @@ def _whole(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[st
 
         record = jola_step.run(args.seconds, args.quick)
         return [record], jola_step.bars(record), jola_step.text(record)
-    if not (args.networks or args.composed):
-        return None
-    from . import networks
+    if args.networks:
+        from . import networks
 
+        records = networks.run(args.dtype, args.seconds, args.quick)
+        return records, networks.bars(records), networks.text(records)
     if args.composed:
-        records = networks.run_composed(args.dtype, args.seconds)
-        return records, networks.composed_bars(records), "The first stage of a ResNet-50"
-    records = networks.run(args.dtype, args.seconds, args.quick)
-    return records, networks.bars(records), networks.text(records)
+        from . import composed
+
+        records = composed.run(args.dtype, args.seconds)
+        return records, composed.bars(records), composed.text(records)
+    return None
 
 
 def _on_device(args: argparse.Namespace) -> int:

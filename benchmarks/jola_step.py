@@ -43,7 +43,7 @@ class LoopOverHeads(nn.Module):
         return self.base(torch.cat(heads, -1))
 
 
-def _llama(like: nn.Module | None = None) -> Any:
+def llama(like: nn.Module | None = None) -> Any:
     """A frozen Llama; with the weights of ``like`` where given, so that no contestant's lie better in memory."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -78,8 +78,8 @@ def _run(seed: int, seconds: float, quick: bool) -> dict[str, dict[str, float]]:
     from ctkernels.adapters import JolaConfig, jola_penalty, parameter_groups
 
     ids = torch.randint(2048, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
-    frozen = _llama()
-    floored, jola, lora, loop = (_llama(frozen) for _ in range(4))
+    frozen = llama()
+    floored, jola, lora, loop = (llama(frozen) for _ in range(4))
     jola = get_peft_model(jola, JolaConfig(task_type="CAUSAL_LM"))
     lora = get_peft_model(lora, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     for layer in loop.model.layers:

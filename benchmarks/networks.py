@@ -19,7 +19,7 @@ from .report import table
 BATCH, SIZE = 8, 224
 PROCESSES = 4
 PLAIN, FOLDED, OURS, OFFICIAL = "plain ReLU", "plain ReLU, BatchNorm folded", "CT, fused", "CT as published"
-COMPILED, COMPOSED = ", compiled", "composed reference, compiled"
+COMPILED = ", compiled"
 PUBLISHED = (OFFICIAL, OFFICIAL + COMPILED)
 
 
@@ -97,7 +97,7 @@ def contestants(dtype: torch.dtype, trained: bool) -> dict[str, nn.Module]:
     return networks
 
 
-def _inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
     return x, torch.randint(1000, (BATCH,), generator=generator)
@@ -144,7 +144,7 @@ def run(dtypes: list[str], seconds: float, quick: bool) -> list[dict[str, Any]]:
 def _run(seed: int, name: str, seconds: float, quick: bool) -> dict[str, dict[str, float]]:
     """Medians of one process."""
     dtype = DTYPES[name]
-    x, labels = _inputs(dtype)
+    x, labels = inputs(dtype)
     _check(dtype)
     fixed, learned = contestants(dtype, trained=False), contestants(dtype, trained=True)
     calls = {label: inference(model, x) for label, model in fixed.items()}
@@ -166,54 +166,9 @@ def _run(seed: int, name: str, seconds: float, quick: bool) -> dict[str, dict[st
     }
 
 
-def run_composed(dtypes: list[str], seconds: float) -> list[dict[str, Any]]:
-    """Ours compiled beside ours compiled with the composed reference, of which the compiler makes long programs: on the first
-    of the four stages, nine units."""
-    return [_composed(name, seconds) for name in dtypes]
-
-
-def _composed(name: str, seconds: float) -> dict[str, Any]:
-    torch.compiler.reset()
-    x, labels = (
-        torch.randn(BATCH, 64, SIZE // 4, SIZE // 4, generator=torch.Generator().manual_seed(1)),
-        torch.arange(BATCH),
-    )
-    x = x.to(DTYPES[name]).contiguous(memory_format=torch.channels_last)
-
-    def stage(trained: bool) -> Any:
-        model = contestants(DTYPES[name], trained)[OURS]
-        return torch.compile(nn.Sequential(model.layer1, model.avgpool, nn.Flatten()), fullgraph=True)
-
-    inferences: measure.Contestants = {
-        COMPILED: inference(stage(trained=False), x),
-        COMPOSED: measure.composed(inference(stage(trained=False), x)),
-    }
-    steps: measure.Contestants = {
-        COMPILED: step(stage(trained=True), x, labels),
-        COMPOSED: measure.composed(step(stage(trained=True), x, labels)),
-    }
-    return {
-        "network": "first stage of resnet50",
-        "dtype": name,
-        "inference_ms": measure.interleaved(inferences, seconds * 4),
-        "step_ms": measure.interleaved(steps, seconds * 4),
-    }
-
-
-def composed_bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of :func:`run_composed`: the composed reference beside ours."""
-    return [
-        measure.bar(
-            r["dtype"], f"{kind}: composed reference / ours, both compiled", ms[COMPOSED] / ms[COMPILED], ">=", 1.0
-        )
-        for r in records
-        for kind, ms in (("inference", r["inference_ms"]), ("step", r["step_ms"]))
-    ]
-
-
 def _check(dtype: torch.dtype) -> None:
     """Ours computes what is published: refuse to time it otherwise."""
-    x = _inputs(dtype)[0][:1, :, :64, :64]
+    x = inputs(dtype)[0][:1, :, :64, :64]
     for trained in (False, True):
         networks = contestants(dtype, trained)
         truth = copy.deepcopy(networks[OFFICIAL]).double()(x.double())
