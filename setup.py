@@ -159,7 +159,7 @@ def native_extensions(cuda: bool) -> tuple[list[Extension], dict]:
                     ext.extra_objects.append(str(target))
             super().build_extension(ext)
 
-    flags = [*COMMON_FLAGS, "-O2", f"-DTORCH_TARGET_VERSION={TARGET}", *extra]
+    flags = [*COMMON_FLAGS, "-O3", f"-DTORCH_TARGET_VERSION={TARGET}", *extra]
     headers = [str(p) for p in (ROOT / "csrc").rglob("*.h")]
     kernels = cpp_extension.CppExtension(
         "ctkernels._C",

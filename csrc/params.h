@@ -36,24 +36,26 @@ struct CtuStatic {
 };
 enum CtuParam : int { kBeta, kCoeff, kSlopeParam, kScaleParam, kShiftParam, kCtuParams };
 
+// Parameters, constants, sums and gradients of one channel lie `stride` apart.
 template <class T>
 CTK_ONCE void derive_ctu(const CtuStatic& cfg, const double* p, T* out, int64_t stride) {
-  const CtuKnobs knobs = ctu_knobs(p[kBeta], p[kCoeff], cfg.raw, cfg.eps);
-  if (cfg.kind == CtuKind::kGaussian) Ctu<T, CtuKind::kGaussian>::derive(knobs, p[kSlopeParam], out, stride);
-  else Ctu<T, CtuKind::kLogistic>::derive(knobs, p[kSlopeParam], out, stride);
+  const CtuKnobs knobs = ctu_knobs(p[kBeta * stride], p[kCoeff * stride], cfg.raw, cfg.eps);
+  if (cfg.kind == CtuKind::kGaussian) Ctu<T, CtuKind::kGaussian>::derive(knobs, p[kSlopeParam * stride], out, stride);
+  else Ctu<T, CtuKind::kLogistic>::derive(knobs, p[kSlopeParam * stride], out, stride);
 }
 
 // Sums of one channel: the op's own, then, where the prologue's are wanted, kCtuScaleSum and kCtuShiftSum.
 enum CtuSum : int { kCtuSlopeSum = 4, kCtuScaleSum = 5, kCtuShiftSum = 6, kCtuSums = 7 };
 
-CTK_ONCE void finish_ctu(const CtuStatic& cfg, const double* p, const double* sums, double* grads) {
-  const CtuKnobs knobs = ctu_knobs(p[kBeta], p[kCoeff], cfg.raw, cfg.eps);
-  const CtuGradients g = ctu_parameter_gradients(knobs, cfg.kind, p[kSlopeParam], cfg.eps, sums);
-  grads[kBeta] = g.beta;
-  grads[kCoeff] = g.coeff;
-  grads[kSlopeParam] = sums[kCtuSlopeSum];
-  grads[kScaleParam] = sums[kCtuScaleSum];
-  grads[kShiftParam] = sums[kCtuShiftSum];
+CTK_ONCE void finish_ctu(const CtuStatic& cfg, const double* p, const double* sums, double* grads, int64_t stride = 1) {
+  const CtuKnobs knobs = ctu_knobs(p[kBeta * stride], p[kCoeff * stride], cfg.raw, cfg.eps);
+  const double own[] = {sums[0], sums[stride], sums[2 * stride], sums[3 * stride]};
+  const CtuGradients g = ctu_parameter_gradients(knobs, cfg.kind, p[kSlopeParam * stride], cfg.eps, own);
+  grads[kBeta * stride] = g.beta;
+  grads[kCoeff * stride] = g.coeff;
+  grads[kSlopeParam * stride] = sums[kCtuSlopeSum * stride];
+  grads[kScaleParam * stride] = sums[kCtuScaleSum * stride];
+  grads[kShiftParam * stride] = sums[kCtuShiftSum * stride];
 }
 
 // The head edit: m, a, g_m, g_a.
@@ -61,16 +63,16 @@ enum HeadEditParam : int { kM, kA, kGateM, kGateA, kHeadEditParams };
 
 template <class T>
 CTK_ONCE void derive_head_edit(const double* p, T* out, int64_t stride) {
-  out[0] = static_cast<T>(1.0 + p[kGateM] * p[kM]);
-  out[stride] = static_cast<T>(p[kGateA] * p[kA]);
+  out[0] = static_cast<T>(1.0 + p[kGateM * stride] * p[kM * stride]);
+  out[stride] = static_cast<T>(p[kGateA * stride] * p[kA * stride]);
 }
 
 // sums: S1 = sum dy z, S0 = sum dy.
-CTK_ONCE void finish_head_edit(const double* p, const double* sums, double* grads) {
-  grads[kM] = p[kGateM] * sums[0];
-  grads[kA] = p[kGateA] * sums[1];
-  grads[kGateM] = p[kM] * sums[0];
-  grads[kGateA] = p[kA] * sums[1];
+CTK_ONCE void finish_head_edit(const double* p, const double* sums, double* grads, int64_t stride = 1) {
+  grads[kM * stride] = p[kGateM * stride] * sums[0];
+  grads[kA * stride] = p[kGateA * stride] * sums[stride];
+  grads[kGateM * stride] = p[kM * stride] * sums[0];
+  grads[kGateA * stride] = p[kA * stride] * sums[stride];
 }
 
 }  // namespace ctk

@@ -168,12 +168,13 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
 
   // Second stage, in an order that depends on the shape alone: slots -> channels -> parameters.
   const int64_t channels = v.channels;
-  std::vector<double> grads[kMaxParams];
-  for (int i = 0; i < op.params(); ++i)
-    if (out.params[i]) grads[i].assign(in.params[i].numel(), 0.0);
+  std::vector<double> grads[kMaxParams], each[kMaxParams];  // per parameter; of one group, per channel
+  for (int i = 0; i < op.params(); ++i) {
+    if (!out.params[i]) continue;
+    grads[i].assign(in.params[i].numel(), 0.0);
+    each[i].resize(channels);
+  }
   std::vector<double> columns;
-  bool shared = false;
-  for (int i = 0; i < op.params(); ++i) shared = shared || (out.params[i] && in.params[i].count != channels);
   for (int64_t group = 0; group < v.groups; ++group) {
     if (plan.mode == kPerLane) {
       const int64_t width = sums * plan.length;
@@ -186,31 +187,41 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
       if (width * plan.cuts < kParallelFrom) add(0, width);
       else torch::stable::parallel_for(0, width, kLaneBlock, add);
     }
-    const auto finish = [&](int64_t begin, int64_t end) {
-      double p[kMaxParams], total[kMaxSums] = {}, grad[kMaxParams];
-      for (int64_t c = begin; c < end; ++c) {
-        for (int s = 0; s < sums; ++s) {
-          double sum = 0;
-          if (plan.mode == kUniform) {
-            const int64_t per_group = plan.planes / v.groups;
-            for (int64_t plane = c; plane < per_group; plane += channels)
+    for_channels(op, channels, [&](int64_t begin, int64_t end) {
+      const ParamBlock params(op, in, group, begin, end);
+      const int64_t n = end - begin;
+      double totals[kMaxSums][kChannelBlock] = {}, found[kMaxParams][kChannelBlock];
+      for (int s = 0; s < sums; ++s) {
+        double* total = totals[s];
+        if (plan.mode == kUniform) {
+          const int64_t per_group = plan.planes / v.groups;
+          for (int64_t plane = begin; plane < per_group; plane += channels)
+            for (int64_t j = 0; j < n; ++j)
               for (int64_t cut = 0; cut < plan.cuts; ++cut)
-                sum += slots[((group * per_group + plane) * plan.cuts + cut) * sums + s];
-          } else {
-            for (int64_t r = 0; r < plan.repeat; ++r)
-              for (int64_t i = 0; i < v.inner; ++i) sum += columns[s * plan.length + (r * channels + c) * v.inner + i];
+                total[j] += slots[((group * per_group + plane + j) * plan.cuts + cut) * sums + s];
+        } else {
+          for (int64_t r = 0; r < plan.repeat; ++r) {
+            const double* column = columns.data() + s * plan.length + (r * channels + begin) * v.inner;
+            for (int64_t j = 0; j < n; ++j)
+              for (int64_t i = 0; i < v.inner; ++i) total[j] += column[j * v.inner + i];
           }
-          total[s] = sum;
         }
-        read_params(op, in, group, c, p);
-        if (op.kernel == Kernel::kHeadEdit) finish_head_edit(p, total, grad);
-        else finish_ctu(op.ctu, p, total, grad);
-        for (int i = 0; i < op.params(); ++i)
-          if (out.params[i]) grads[i][in.params[i].index(group, c, channels)] += grad[i];
       }
-    };
-    if (shared) finish(0, channels);  // channels add to the same gradient
-    else for_channels(channels, finish);
+      for (int64_t j = 0; j < n; ++j) {
+        const double* p = params.values[0] + j;
+        if (op.kernel == Kernel::kHeadEdit) finish_head_edit(p, totals[0] + j, found[0] + j, kChannelBlock);
+        else finish_ctu(op.ctu, p, totals[0] + j, found[0] + j, kChannelBlock);
+      }
+      for (int i = 0; i < op.params(); ++i)
+        if (out.params[i]) std::copy_n(found[i], n, each[i].data() + begin);
+    });
+    for (int i = 0; i < op.params(); ++i) {
+      if (!out.params[i]) continue;
+      const int64_t count = in.params[i].count, together = channels / count;
+      double* to = grads[i].data() + in.params[i].index(group, 0, channels);
+      for (int64_t n = 0; n < count; ++n)
+        for (int64_t c = n * together; c < (n + 1) * together; ++c) to[n] += each[i][c];
+    }
   }
   for (int i = 0; i < op.params(); ++i) {
     if (!out.params[i]) continue;

@@ -73,13 +73,50 @@ void for_units(const Plan& p, const F& f) {
   else torch::stable::parallel_for(0, p.units, grain, f);
 }
 
-// f(begin, end) over the channels: on several threads where there are many, since each takes some hundred instructions.
+// Channels whose parameters are read at once.
+constexpr int64_t kChannelBlock = 64;
+
+// f(begin, end) over blocks of channels: on several threads where there are many and each takes some hundred instructions.
 template <class F>
-void for_channels(int64_t channels, const F& f) {
-  constexpr int64_t grain = 256;
-  if (channels <= grain) f(0, channels);
-  else torch::stable::parallel_for(0, channels, grain, f);
+void for_channels(const Op& op, int64_t channels, const F& f) {
+  const auto blocks = [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; c += kChannelBlock) f(c, std::min(end, c + kChannelBlock));
+  };
+  const int64_t grain = op.kernel == Kernel::kHeadEdit ? 8192 : 256;
+  if (channels <= grain) blocks(0, channels);
+  else torch::stable::parallel_for(0, channels, grain, blocks);
 }
+
+// The parameters of a block of channels.
+struct ParamBlock {
+  double values[kMaxParams][kChannelBlock];
+
+  ParamBlock(const Op& op, const Operands& in, int64_t g, int64_t begin, int64_t end) {
+    for (int i = 0; i < op.params(); ++i) {
+      const Param& p = in.params[i];
+      double* to = values[i];
+      if (!p.data) std::fill_n(to, end - begin, p.fallback);
+      else if (p.is_double) read(p, static_cast<const double*>(p.data), g, in.view.channels, begin, end, to);
+      else read(p, static_cast<const float*>(p.data), g, in.view.channels, begin, end, to);
+    }
+  }
+
+ private:
+  template <class From>
+  static void read(const Param& p, const From* from, int64_t g, int64_t channels, int64_t begin, int64_t end, double* to) {
+    from += p.index(g, 0, channels);
+    if (p.count == channels) {
+      std::copy(from + begin, from + end, to);
+      return;
+    }
+    const int64_t each = channels / p.count;
+    for (int64_t c = begin, i = begin / each; c < end; ++i) {
+      const int64_t next = std::min(end, (i + 1) * each);
+      std::fill_n(to + (c - begin), next - c, static_cast<double>(from[i]));
+      c = next;
+    }
+  }
+};
 
 // Constants of every channel: kUniform [group][channel][field]; kPerLane [group][field][lane]. Prologue scale and shift
 // are the last two fields.
@@ -91,10 +128,6 @@ struct Constants {
   int64_t rows = 1;  // sets of constants; group g uses set g % rows
 };
 
-void read_params(const Op& op, const Operands& in, int64_t g, int64_t c, double* p) {
-  for (int i = 0; i < op.params(); ++i) p[i] = in.params[i].at(g, c, in.view.channels);
-}
-
 template <class T>
 Constants<T> derive(const Op& op, const Operands& in, const Plan& plan, int op_fields) {
   Constants<T> k;
@@ -105,27 +138,33 @@ Constants<T> derive(const Op& op, const Operands& in, const Plan& plan, int op_f
   const int64_t lanes = plan.mode == kUniform ? v.channels : plan.length;
   k.per_group = k.fields * lanes;
   k.data.resize(k.rows * k.per_group);
-  const auto channels = [&](int64_t g, int64_t begin, int64_t end) {
-    double p[kMaxParams];
-    T one[kMaxFields + 2], *out = k.data.data() + g * k.per_group;
-    for (int64_t c = begin; c < end; ++c) {
-      read_params(op, in, g, c, p);
-      if (op.kernel == Kernel::kHeadEdit) derive_head_edit<T>(p, one, 1);
-      else derive_ctu<T>(op.ctu, p, one, 1);
-      // One kind of NaN: rounding to bfloat16 relies on zeros in its low half.
-      for (int f = 0; f < op_fields; ++f)
-        if (one[f] != one[f]) one[f] = std::numeric_limits<T>::quiet_NaN();
-      if (prologue) one[op_fields] = static_cast<T>(p[kScaleParam]), one[op_fields + 1] = static_cast<T>(p[kShiftParam]);
-      if (plan.mode == kUniform) {
-        std::copy(one, one + k.fields, out + c * k.fields);
-      } else {
-        for (int f = 0; f < k.fields; ++f) std::fill_n(out + f * plan.length + c * v.inner, v.inner, one[f]);
-      }
+  const auto block = [&](int64_t g, int64_t begin, int64_t end) {
+    const ParamBlock params(op, in, g, begin, end);
+    const int64_t n = end - begin;
+    T fields[kMaxFields + 2][kChannelBlock];
+    for (int64_t j = 0; j < n; ++j) {
+      if (op.kernel == Kernel::kHeadEdit) derive_head_edit<T>(params.values[0] + j, fields[0] + j, kChannelBlock);
+      else derive_ctu<T>(op.ctu, params.values[0] + j, fields[0] + j, kChannelBlock);
+    }
+    // One kind of NaN: rounding to bfloat16 relies on zeros in its low half.
+    for (int f = 0; f < op_fields; ++f)
+      for (int64_t j = 0; j < n; ++j)
+        if (fields[f][j] != fields[f][j]) fields[f][j] = std::numeric_limits<T>::quiet_NaN();
+    for (int f = 0; f < k.fields - op_fields; ++f)
+      for (int64_t j = 0; j < n; ++j) fields[op_fields + f][j] = static_cast<T>(params.values[kScaleParam + f][j]);
+    T* out = k.data.data() + g * k.per_group;
+    for (int f = 0; f < k.fields; ++f) {
+      T* lane = out + f * plan.length + begin * v.inner;
+      if (plan.mode == kUniform)
+        for (int64_t j = 0; j < n; ++j) out[(begin + j) * k.fields + f] = fields[f][j];
+      else if (v.inner == 1) std::copy_n(fields[f], n, lane);
+      else
+        for (int64_t j = 0; j < n; ++j) std::fill_n(lane + j * v.inner, v.inner, fields[f][j]);
     }
   };
   for (int64_t g = 0; g < k.rows; ++g) {
     T* out = k.data.data() + g * k.per_group;
-    for_channels(v.channels, [&](int64_t begin, int64_t end) { channels(g, begin, end); });
+    for_channels(op, v.channels, [&](int64_t begin, int64_t end) { block(g, begin, end); });
     if (plan.mode == kPerLane)
       for (int f = 0; f < k.fields; ++f)
         for (int64_t r = 1; r < plan.repeat; ++r)
