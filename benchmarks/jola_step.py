@@ -12,7 +12,7 @@ from . import measure
 from .report import table
 
 BATCH, TOKENS, LAYERS, HIDDEN, HEADS = 8, 256, 8, 512, 16
-PROCESSES = 6
+PROCESSES = 5
 YARDSTICK = "frozen, forward + backward to the embeddings"
 FLOOR = "frozen, forward + backward to the first edit"
 LORA, LOOP = "LoRA r=8 step", "loop over heads, step"

@@ -17,7 +17,7 @@ from .ctu import DTYPES, official
 from .report import table
 
 BATCH, SIZE = 8, 224
-PROCESSES = 4
+PROCESSES = 3
 PLAIN, FOLDED, OURS, OFFICIAL = "plain ReLU", "plain ReLU, BatchNorm folded", "CT, fused", "CT as published"
 COMPILED = ", compiled"
 PUBLISHED = (OFFICIAL, OFFICIAL + COMPILED)
