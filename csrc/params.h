@@ -18,11 +18,6 @@ struct Param {
   int64_t index(int64_t g, int64_t c, int64_t channels) const {
     return (g % groups) * count + (count == channels ? c : c / (channels / count));
   }
-  double at(int64_t g, int64_t c, int64_t channels) const {
-    if (!data) return fallback;
-    const int64_t i = index(g, c, channels);
-    return is_double ? static_cast<const double*>(data)[i] : static_cast<double>(static_cast<const float*>(data)[i]);
-  }
   int64_t numel() const { return groups * count; }
 };
 
