@@ -6,6 +6,7 @@ A model that asks transformers' `AttentionInterface` for its attention function 
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,7 @@ _NAMES = """
 FAMILIES = frozenset(_NAMES.split())
 
 _LINK = "_jola_layer"
+_NO_CODE = (lambda: None).__code__
 # what torch's attention cannot do, or what changes the scores or the cache: transformers' own function deals with it
 _FOREIGN = ("position_bias", "cache", "softcap", "s_aux", "output_attentions")
 
@@ -56,6 +58,8 @@ def attention_forward(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     tokens, keys = query.shape[2], key.shape[2]
     wanted = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is not None:  # may be of a cache longer than what it holds
+        attention_mask = attention_mask[..., :keys]
     causal = tokens > 1 and attention_mask is None and wanted
     if causal and keys > tokens:  # a cache longer than what it holds: transformers drops the mask, meaning this
         key, value = key[:, :, :tokens], value[:, :, :tokens]
@@ -96,8 +100,9 @@ def fuse_attention(model: nn.Module) -> FusedAttention:
         a handle with `.sites` and `.remove()`.
 
     Raises:
-        ValueError: no JoLA layer, a family not known to keep its attention output untouched until the projection, or
-            another attention implementation. The model is left as it was.
+        ValueError: no JoLA layer, a family not known to keep its attention output untouched until the projection or
+            which the installed transformers does not yet route through its interface, or another attention
+            implementation. The model is left as it was.
 
     Example:
         >>> model = get_peft_model(model, JolaConfig(task_type="CAUSAL_LM"))
@@ -119,10 +124,17 @@ def fuse_attention(model: nn.Module) -> FusedAttention:
     found = {module.config._attn_implementation for module in _pretrained(base)}
     if found != {"sdpa"}:
         raise ValueError(f'fuse_attention: the attention implementation must be "sdpa", got {sorted(map(str, found))}')
+    owners = list(_owners(base))
+    for _, owner in owners:
+        if not _asks_interface(owner):
+            raise ValueError(
+                f"fuse_attention: expected attention that transformers' AttentionInterface provides; "
+                f"{type(owner).__name__} of this version of transformers brings its own"
+            )
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     modules = []
-    for layer, owner in _owners(base):
+    for layer, owner in owners:
         for module in owner.modules():
             if module is not layer and module is not layer.base_layer:
                 module.__dict__[_LINK] = layer  # not an attribute: it must not become a submodule
@@ -135,6 +147,12 @@ def _pretrained(base: nn.Module) -> Iterator[Any]:
     from transformers import PreTrainedModel
 
     return (module for module in base.modules() if isinstance(module, PreTrainedModel))
+
+
+def _asks_interface(owner: nn.Module) -> bool:
+    """Whether the code of ``owner`` or of a module in it names transformers' table of attention functions."""
+    forwards = (inspect.unwrap(type(module).forward) for module in owner.modules())
+    return any("ALL_ATTENTION_FUNCTIONS" in getattr(f, "__code__", _NO_CODE).co_names for f in forwards)
 
 
 def _owners(base: nn.Module) -> Iterator[tuple[JolaLayer, nn.Module]]:

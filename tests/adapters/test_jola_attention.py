@@ -15,6 +15,14 @@ adapters = pytest.importorskip("ctkernels.adapters")
 attention = pytest.importorskip("ctkernels.adapters.attention")
 
 _LISTED = attention.FAMILIES
+# Families whose attention, or whose mask, transformers took to its interface in version 5.
+_LATE = """
+    albert beit bert camembert distilbert electra ernie layoutlm modernbert nemotron olmoe phimoe qwen2_moe roberta
+    stablelm swin xlm-roberta
+""".split()
+_IS_OLD = int(transformers.__version__.split(".")[0]) < 5
+_OLD = _LATE if _IS_OLD else []
+_OTHER_MASK = ["granitemoe", "persimmon"] if _IS_OLD else []
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -48,10 +56,17 @@ def test_every_family_equals_the_edit_in_the_projection_or_is_refused(name: str,
             adapters.fuse_attention(model)
         assert torch.equal(output(model, values), expected)
         return
+    if name in _OLD:
+        with pytest.raises(ValueError, match="of this version of transformers brings its own|must be \"sdpa\", got"):
+            adapters.fuse_attention(model)
+        assert torch.equal(output(model, values), expected)
+        return
     handle = adapters.fuse_attention(model)
     assert len(handle.sites) == FAMILIES[name].sites
-    # The same torch attention and the same edit, on CPU: the same bits.
-    assert torch.equal(output(model, values), expected)
+    if name in _OTHER_MASK:
+        torch.testing.assert_close(output(model, values), expected)
+    else:  # the same torch attention and the same edit, on CPU: the same bits
+        assert torch.equal(output(model, values), expected)
     assert len(calls) >= FAMILIES[name].sites
     handle.remove()
     count = len(calls)
@@ -73,7 +88,11 @@ def test_no_family_is_left_out_that_would_do(monkeypatch: pytest.MonkeyPatch, ca
             continue
         expected = output(model, values)
         calls.clear()
-        adapters.fuse_attention(model)
+        try:
+            adapters.fuse_attention(model)
+        except ValueError as refusal:
+            assert "brings its own" in str(refusal)
+            continue
         if torch.equal(output(model, values), expected) and len(calls) >= FAMILIES[name].sites:
             would_do.append(name)
     assert would_do == []
@@ -129,7 +148,7 @@ def test_a_static_cache() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("name", [name for name in ("llama", "gpt2", "bert") if name not in _OLD])
 def test_training(name: str, checkpointing: bool, calls: list[dict]) -> None:
     """The same gates are sampled and the same gradients come out, with gradient checkpointing too."""
     model = _attach(name, init_log_alpha=0.0)
