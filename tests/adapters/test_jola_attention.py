@@ -19,9 +19,9 @@ _LISTED = attention.FAMILIES
 _LATE = """
     albert beit bert camembert distilbert electra ernie layoutlm modernbert nemotron olmoe phimoe qwen2_moe roberta
     stablelm swin xlm-roberta
-""".split()
+"""
 _IS_OLD = int(transformers.__version__.split(".")[0]) < 5
-_OLD = _LATE if _IS_OLD else []
+_OLD = _LATE.split() if _IS_OLD else []
 _OTHER_MASK = ["granitemoe", "persimmon"] if _IS_OLD else []
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -57,7 +57,7 @@ def test_every_family_equals_the_edit_in_the_projection_or_is_refused(name: str,
         assert torch.equal(output(model, values), expected)
         return
     if name in _OLD:
-        with pytest.raises(ValueError, match="of this version of transformers brings its own|must be \"sdpa\", got"):
+        with pytest.raises(ValueError, match=r'of this version of transformers brings its own|must be "sdpa", got'):
             adapters.fuse_attention(model)
         assert torch.equal(output(model, values), expected)
         return
@@ -87,12 +87,12 @@ def test_no_family_is_left_out_that_would_do(monkeypatch: pytest.MonkeyPatch, ca
                 adapters.fuse_attention(model)
             continue
         expected = output(model, values)
-        calls.clear()
-        try:
-            adapters.fuse_attention(model)
-        except ValueError as refusal:
-            assert "brings its own" in str(refusal)
+        if not all(attention._asks_interface(owner) for _, owner in attention._owners(model)):
+            with pytest.raises(ValueError, match="brings its own"):
+                adapters.fuse_attention(model)
             continue
+        calls.clear()
+        adapters.fuse_attention(model)
         if torch.equal(output(model, values), expected) and len(calls) >= FAMILIES[name].sites:
             would_do.append(name)
     assert would_do == []
