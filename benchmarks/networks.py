@@ -97,7 +97,7 @@ def contestants(dtype: torch.dtype, trained: bool) -> dict[str, nn.Module]:
     return networks
 
 
-def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
     return x, torch.randint(1000, (BATCH,), generator=generator)
@@ -144,7 +144,7 @@ def run(dtypes: list[str], seconds: float, quick: bool) -> list[dict[str, Any]]:
 def _run(seed: int, name: str, seconds: float, quick: bool) -> dict[str, dict[str, float]]:
     """Medians of one process."""
     dtype = DTYPES[name]
-    x, labels = inputs(dtype)
+    x, labels = _inputs(dtype)
     _check(dtype)
     fixed, learned = contestants(dtype, trained=False), contestants(dtype, trained=True)
     calls = {label: inference(model, x) for label, model in fixed.items()}
@@ -168,7 +168,7 @@ def _run(seed: int, name: str, seconds: float, quick: bool) -> dict[str, dict[st
 
 def _check(dtype: torch.dtype) -> None:
     """Ours computes what is published: refuse to time it otherwise."""
-    x = inputs(dtype)[0][:1, :, :64, :64]
+    x = _inputs(dtype)[0][:1, :, :64, :64]
     for trained in (False, True):
         networks = contestants(dtype, trained)
         truth = copy.deepcopy(networks[OFFICIAL]).double()(x.double())

@@ -30,7 +30,6 @@ _NAMES = """
 FAMILIES = frozenset(_NAMES.split())
 
 _LINK = "_jola_layer"
-_NO_CODE = (lambda: None).__code__
 # what torch's attention cannot do, or what changes the scores or the cache: transformers' own function deals with it
 _FOREIGN = ("position_bias", "cache", "softcap", "s_aux", "output_attentions")
 
@@ -151,8 +150,8 @@ def _pretrained(base: nn.Module) -> Iterator[Any]:
 
 def _asks_interface(owner: nn.Module) -> bool:
     """Whether the code of ``owner`` or of a module in it names transformers' table of attention functions."""
-    forwards = (inspect.unwrap(type(module).forward) for module in owner.modules())
-    return any("ALL_ATTENTION_FUNCTIONS" in getattr(f, "__code__", _NO_CODE).co_names for f in forwards)
+    codes = (getattr(inspect.unwrap(type(module).forward), "__code__", None) for module in owner.modules())
+    return any(code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
 
 
 def _owners(base: nn.Module) -> Iterator[tuple[JolaLayer, nn.Module]]:

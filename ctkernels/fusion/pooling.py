@@ -32,8 +32,8 @@ class Pooling:
 
 def poolings(model: nn.Module) -> dict[nn.Module, Pooling]:
     """For every max pooling in ``model`` whose forward is torch's."""
-    found = (m for m in model.modules() if type(m).forward is nn.MaxPool2d.forward and "forward" not in vars(m))
-    return {m: Pooling(m) for m in found}  # type: ignore[arg-type]
+    found = (m for m in model.modules() if isinstance(m, nn.MaxPool2d) and "forward" not in vars(m))
+    return {m: Pooling(m) for m in found if type(m).forward is nn.MaxPool2d.forward}
 
 
 def _pair(size: Any) -> list[int]:
