@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     whole = parser.add_mutually_exclusive_group()
     whole.add_argument("--networks", action="store_true", help="instead, a ResNet-50 (needs torchvision)")
     whole.add_argument("--jola", action="store_true", help="instead, a Llama (needs transformers and peft)")
+    whole.add_argument("--attention", action="store_true", help="instead, attention with the edit (needs a GPU)")
     whole.add_argument(
         "--composed", action="store_true", help="instead, parts of both beside their composed reference, all compiled"
     )
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.device == "cuda":
         return _on_device(args)
+    if args.attention:
+        parser.error("--attention: on a CPU it is torch's attention; give --device cuda")
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -76,12 +79,12 @@ def _whole(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[st
     if args.jola:
         from . import jola_step
 
-        record = jola_step.run(args.seconds, args.quick)
+        record = jola_step.run(args.seconds, args.quick, args.device)
         return [record], jola_step.bars(record), jola_step.text(record)
     if args.networks:
         from . import networks
 
-        records = networks.run(args.dtype, args.seconds, args.quick)
+        records = networks.run(args.dtype, args.seconds, args.quick, args.device)
         return records, networks.bars(records), networks.text(records)
     if args.composed:
         from . import composed
@@ -98,10 +101,21 @@ def _on_device(args: argparse.Namespace) -> int:
         return 1
     where = measure.provenance() | {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     print(f"{where['device']}, CUDA {where['cuda']}, torch {where['torch']}, commit {where['commit']}\n")
-    records = device.run(args.op, args.dtype, args.quick, args.seconds)
-    print(device.text(records))
+    result: dict[str, Any] = {"provenance": where}
+    if args.attention:
+        from . import device_attention
+
+        result["records"] = device_attention.run(args.dtype, args.quick, args.seconds)
+        text = device_attention.text(result["records"])
+    elif (whole := _whole(args)) is not None:
+        result["records"], _, text = whole  # the bounds are a CPU's
+    else:
+        result["records"] = device.run(args.op, args.dtype, args.quick, args.seconds)
+        result["overhead_us"] = device.call_overhead()
+        text = device.text(result["records"], result["overhead_us"])
+    print(text)
     if args.json:
-        write_text(args.json, json.dumps({"provenance": where, "records": records}, indent=1) + "\n")
+        write_text(args.json, json.dumps(result, indent=1) + "\n")
     return 0
 
 

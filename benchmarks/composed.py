@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .ctu import DTYPES
 from .report import table
 
 OURS, COMPOSED = "ours, compiled", "composed reference, compiled"
+SIZE = jola_step.SIZES["cpu"]
 STAGE, PROJECTION = "first stage of a ResNet-50", "edited output projection of a Llama"
 
 
@@ -38,8 +40,8 @@ def _pair(make: Callable[[], Callable[[], Any]]) -> measure.Contestants:
 
 def _stage(dtype: torch.dtype) -> dict[str, measure.Contestants]:
     side, generator = networks.SIZE // 4, torch.Generator().manual_seed(1)
-    x = torch.randn(networks.BATCH, 64, side, side, generator=generator).to(dtype)
-    x, labels = x.contiguous(memory_format=torch.channels_last), torch.arange(networks.BATCH)
+    x = torch.randn(networks.BATCH["cpu"], 64, side, side, generator=generator).to(dtype)
+    x, labels = x.contiguous(memory_format=torch.channels_last), torch.arange(networks.BATCH["cpu"])
 
     def stage(trained: bool) -> Any:
         model: Any = networks.contestants(dtype, trained)[networks.OURS]
@@ -56,9 +58,9 @@ def _projection(dtype: torch.dtype) -> dict[str, measure.Contestants]:
 
     from ctkernels.adapters import JolaConfig
 
-    model = get_peft_model(jola_step.llama().to(dtype), JolaConfig(task_type="CAUSAL_LM")).train()
+    model = get_peft_model(jola_step.llama(replace(SIZE, dtype=dtype)), JolaConfig(task_type="CAUSAL_LM")).train()
     projection = model.get_base_model().model.layers[0].self_attn.o_proj
-    generator, shape = torch.Generator().manual_seed(1), (jola_step.BATCH, jola_step.TOKENS, jola_step.HIDDEN)
+    generator, shape = torch.Generator().manual_seed(1), (SIZE.batch, SIZE.tokens, SIZE.hidden)
     z, dy = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     wanted = [z.requires_grad_(), *(p for p in projection.parameters() if p.requires_grad)]
 

@@ -1,5 +1,7 @@
 """The kernels on a GPU: times by CUDA events, as a share of the bandwidth that a copy reaches, against what a user would run.
 
+"ours" is what a call uses by itself, ``explain`` says which; the other backends beside it are forced.
+
 Every call works on other buffers than the calls before it, enough of them to fill the L2 cache several times over, so that
 tensors come from memory as they do in a network. Contestants take turns; medians are reported.
 """
@@ -16,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ctkernels
+from ctkernels.ops import _backend
 
-from . import ctu, head_edit
+from . import ctu, head_edit, measure
 from .report import table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Call = Callable[[int], Any]  # with the number of the buffers to work on
+OURS = "ours"
 
 
 def missing() -> str | None:
@@ -84,8 +88,8 @@ def _record(
         "forward_ms": forward_ms,
         "forward_backward_ms": both_ms,
         "copy_gb_s": copy / 1e6,
-        "forward_share_of_copy_bandwidth": 2 * x.nbytes / forward_ms["ours"] / copy,
-        "forward_backward_share_of_copy_bandwidth": 5 * x.nbytes / both_ms["ours"] / copy,
+        "forward_share_of_copy_bandwidth": 2 * x.nbytes / forward_ms[OURS] / copy,
+        "forward_backward_share_of_copy_bandwidth": 5 * x.nbytes / both_ms[OURS] / copy,
     }
 
 
@@ -106,7 +110,7 @@ def _ctu(case: ctu.Case, dtype: str, seconds: float) -> dict[str, Any]:
 
     torch._dynamo.reset()
     functions = {
-        "ours": ours,
+        **_by_backend(ours),
         "official": official,
         "official compiled": torch.compile(official, dynamic=False),
         "relu": F.relu,
@@ -127,12 +131,52 @@ def _head_edit(name: str, lead: tuple[int, int], dtype: str, seconds: float) -> 
     row = torch.randn(heads * dim, device="cuda").to(z.dtype)
     torch._dynamo.reset()
     compiled = torch.compile(head_edit.reference, dynamic=False)
-    edits = {"ours": ctkernels.functional.head_edit, "official": head_edit.official, "reference compiled": compiled}
+    ours = _by_backend(ctkernels.functional.head_edit)
+    edits = {**ours, "official": head_edit.official, "reference compiled": compiled}
     head_edit._gate(z.cpu(), [p.detach().cpu() for p in parameters])
     functions: dict[str, Callable[[Tensor], Tensor]] = {n: lambda t, f=f: f(t, *parameters) for n, f in edits.items()}  # type: ignore[misc]
     functions["mul"] = lambda t: t * row
     forward, both = _calls(functions, zs, leaves, ups, lambda name: [] if name == "mul" else parameters)
     return _record("head_edit", name, dtype, z, {"copy": lambda i: out[i].copy_(zs[i]), **forward}, both, sets, seconds)
+
+
+def _by_backend(function: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+    """``function`` as it is, and with every other GPU backend that is here."""
+
+    def forced(name: str) -> Callable[..., Tensor]:
+        def call(*args: Tensor) -> Tensor:
+            with ctkernels.use_backend(name):
+                return function(*args)
+
+        return call
+
+    names = [b.name for b in _backend.BACKENDS.values() if b.device == "cuda" and b.missing is None]
+    return {OURS: function} | {f"{OURS}, {name}": forced(name) for name in names[1:]}
+
+
+def call_overhead() -> dict[str, float]:
+    """Microseconds of the host and the device for a call on next to nothing, as networks of small batches pay it."""
+    x, dy = (torch.randn(16, device="cuda") for _ in range(2))
+    z, dz = (torch.randn(1, 4, 64, device="cuda") for _ in range(2))
+    leaf, zleaf = x.clone().requires_grad_(), z.clone().requires_grad_()
+    beta = torch.full((16,), 0.9, device="cuda", requires_grad=True)
+    m, a = (torch.randn(4, 64, device="cuda", requires_grad=True) for _ in range(2))
+    functions = ctkernels.functional
+    edits = _by_backend(lambda t: functions.head_edit(t.flatten(-2), m, a))
+    units = _by_backend(lambda t: functions.ctu(t, beta, channel_dim=0))
+    forward: dict[str, Callable[[], Any]] = {"silu": lambda: F.silu(x)}
+    both: dict[str, Callable[[], Any]] = {"silu": lambda: torch.autograd.grad(F.silu(leaf), leaf, dy)}
+    for name, unit in units.items():
+        forward[f"ctu, {name}"] = lambda f=unit: f(x)  # type: ignore[misc]
+        both[f"ctu, {name}"] = lambda f=unit: torch.autograd.grad(f(leaf), (leaf, beta), dy)  # type: ignore[misc]
+    for name, edit in edits.items():
+        forward[f"head_edit, {name}"] = lambda f=edit: f(z)  # type: ignore[misc]
+        both[f"head_edit, {name}"] = lambda f=edit: torch.autograd.grad(f(zleaf), (zleaf, m, a), dz.flatten(-2))  # type: ignore[misc]
+    with torch.no_grad():
+        found = measure.overhead(forward)
+    return {f"{name} forward": us for name, us in found.items()} | {
+        f"{name} forward+backward": us for name, us in measure.overhead(both).items()
+    }
 
 
 def _calls(
@@ -166,7 +210,7 @@ def run(ops: list[str], dtypes: list[str], quick: bool, seconds: float) -> list[
     return records
 
 
-def text(records: list[dict[str, Any]]) -> str:
+def text(records: list[dict[str, Any]], overhead: dict[str, float]) -> str:
     """Tables of the records, an op after the other."""
     blocks = []
     for op in dict.fromkeys(r["op"] for r in records):
@@ -179,4 +223,5 @@ def text(records: list[dict[str, Any]]) -> str:
             cells = [[r["case"], r["dtype"], *(f"{r[key][n]:.4f}" for n in names), f"{r[share]:.0%}"] for r in rows]
             title = f"{op}, {key.removesuffix('_ms').replace('_', ' + ')}, ms on the device"
             blocks.append(f"{title}\n{table(['case', 'dtype', *names, 'of copy bandwidth'], cells)}")
-    return "\n\n".join(blocks)
+    rows = [[name, f"{us:.1f}"] for name, us in overhead.items()]
+    return "\n\n".join([*blocks, table(["a call on next to nothing", "us"], rows)])

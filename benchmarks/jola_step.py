@@ -1,8 +1,9 @@
-"""A JoLA training step on a small Llama, end to end, against the frozen model and peft's LoRA."""
+"""A JoLA training step on a Llama, end to end, against the frozen model and peft's LoRA: a small one on a CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,22 +12,41 @@ from torch import Tensor, nn
 from . import measure
 from .report import table
 
-BATCH, TOKENS, LAYERS, HIDDEN, HEADS = 8, 256, 8, 512, 16
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained: the Llama and the batch."""
+
+    batch: int
+    tokens: int
+    layers: int
+    hidden: int
+    heads: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        of = f"{self.layers} layers, hidden {self.hidden}, {self.heads} heads"
+        return f"Llama of {of}, batch {self.batch} x {self.tokens}, {kind}"
+
+
+SIZES = {"cpu": Size(8, 256, 8, 512, 16, torch.float32), "cuda": Size(8, 1024, 16, 2048, 16, torch.bfloat16)}
 PROCESSES = 5
 YARDSTICK = "frozen, forward + backward to the embeddings"
 FLOOR = "frozen, forward + backward to the first edit"
 LORA, LOOP = "LoRA r=8 step", "loop over heads, step"
+INSIDE = "JoLA step, edits inside attention"
 JOLA, COMPILED, COMPOSED = "JoLA step", "JoLA step, compiled", "JoLA step, composed reference, compiled"
 
 
 class LoopOverHeads(nn.Module):
     """The projection behind the published edit: one head after the other."""
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, heads: int, head_dim: int) -> None:
         super().__init__()
-        self.base, dim = base, HIDDEN // HEADS
-        self.m, self.a = (nn.Parameter(1e-3 * torch.randn(HEADS, dim)) for _ in range(2))
-        self.log_g1, self.log_g2 = (nn.Parameter(torch.zeros(HEADS, 1)) for _ in range(2))
+        self.base = base
+        self.m, self.a = (nn.Parameter(1e-3 * torch.randn(heads, head_dim)) for _ in range(2))
+        self.log_g1, self.log_g2 = (nn.Parameter(torch.zeros(heads, 1)) for _ in range(2))
 
     def gate(self, log_alpha: Tensor) -> Tensor:
         u = torch.rand_like(log_alpha)
@@ -34,59 +54,64 @@ class LoopOverHeads(nn.Module):
         return (s * 1.2 - 0.1).clamp(0, 1)
 
     def forward(self, z: Tensor) -> Tensor:
-        dim = HIDDEN // HEADS
+        count, dim = self.m.shape
         heads = []
-        for h in range(HEADS):
+        for h in range(count):
             head = z[..., h * dim : (h + 1) * dim].clone()
             g_m, g_a = self.gate(self.log_g2[h]), self.gate(self.log_g1[h])
             heads.append((1 + g_m * self.m[h]) * head + g_a * self.a[h])
-        return self.base(torch.cat(heads, -1))
+        return self.base(torch.cat(heads, -1).to(z.dtype))
 
 
-def llama(like: nn.Module | None = None) -> Any:
+def llama(size: Size, device: str = "cpu", like: nn.Module | None = None) -> Any:
     """A frozen Llama; with the weights of ``like`` where given, so that no contestant's lie better in memory."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=4 * HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
+        hidden_size=size.hidden,
+        intermediate_size=4 * size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
         vocab_size=2048,
-        max_position_embeddings=TOKENS,
+        max_position_embeddings=size.tokens,
         attention_bias=True,
     )
-    model = LlamaForCausalLM(config).requires_grad_(False)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(size.dtype).requires_grad_(False)
     if like is not None:
         model.load_state_dict(like.state_dict(), assign=True)
     return model
 
 
-def run(seconds: float, quick: bool = False) -> dict[str, Any]:
+def run(seconds: float, quick: bool = False, device: str = "cpu") -> dict[str, Any]:
     """Milliseconds of every contestant's training step, and of merged and plain inference (``quick``: from one process)."""
-    return {"op": "jola_step", **measure.over_processes(1 if quick else PROCESSES, _run, seconds, quick)}
+    count = 1 if quick or device != "cpu" else PROCESSES
+    size = str(SIZES[device])
+    return {"op": "jola_step", "size": size, **measure.over_processes(count, _run, device, seconds, quick)}
 
 
-def _run(seed: int, seconds: float, quick: bool) -> dict[str, dict[str, float]]:
-    """Medians of one process. ``FLOOR`` is what any method must do whose first learned edit is that of JoLA, were the edits
-    free. The compiled contestants run among themselves after the others, beside an eager one; not in a quick run.
+def _run(seed: int, device: str, seconds: float, quick: bool) -> dict[str, Any]:
+    """The rounds of one process. ``FLOOR`` is what any method must do whose first learned edit is that of JoLA, were the
+    edits free. The compiled contestants run among themselves after the others, beside an eager one; not in a quick run.
     """
     from peft import LoraConfig, get_peft_model
 
-    from ctkernels.adapters import JolaConfig, jola_penalty, parameter_groups
+    from ctkernels.adapters import JolaConfig, fuse_attention, jola_penalty, parameter_groups
 
-    ids = torch.randint(2048, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
-    frozen = llama()
-    floored, jola, lora, loop = (llama(frozen) for _ in range(4))
-    jola = get_peft_model(jola, JolaConfig(task_type="CAUSAL_LM"))
+    size, on_cpu = SIZES[device], device == "cpu"
+    wait = None if on_cpu else torch.cuda.synchronize
+    ids = torch.randint(2048, (size.batch, size.tokens), generator=torch.Generator().manual_seed(1)).to(device)
+    frozen = llama(size, device)
+    floored, jola, lora, loop, inside = (llama(size, device, frozen) for _ in range(5))
+    jola, inside = (get_peft_model(model, JolaConfig(task_type="CAUSAL_LM")) for model in (jola, inside))
     lora = get_peft_model(lora, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     for layer in loop.model.layers:
-        layer.self_attn.o_proj = LoopOverHeads(layer.self_attn.o_proj)
-    for model in (jola, lora, loop):
+        layer.self_attn.o_proj = LoopOverHeads(layer.self_attn.o_proj, size.heads, size.hidden // size.heads).to(device)
+    for model in (jola, lora, loop, inside):
         model.train()
-    jola_optimizer = torch.optim.AdamW(parameter_groups(jola, lr=1e-3))
+    jola_optimizer, inside_optimizer = (torch.optim.AdamW(parameter_groups(m, lr=1e-3)) for m in (jola, inside))
     optimizers = {m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3) for m in (lora, loop)}
 
     def yardstick() -> None:
@@ -105,40 +130,35 @@ def _run(seed: int, seconds: float, quick: bool) -> dict[str, dict[str, float]]:
     def floor() -> None:
         torch.autograd.grad(floored(input_ids=ids, labels=ids).loss, edited)
 
-    def step(
-        model: Any, optimizer: torch.optim.Optimizer, penalty: Callable[[], Tensor] | None = None
-    ) -> Callable[[], None]:
+    def step(model: Any, optimizer: torch.optim.Optimizer, penalized: Any = None) -> Callable[[], None]:
         def call() -> None:
             loss = model(input_ids=ids, labels=ids).loss
-            if penalty is not None:
-                loss = loss + penalty()
+            if penalized is not None:
+                loss = loss + 0.1 * jola_penalty(penalized)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
         return call
 
-    def penalty() -> Tensor:
-        return 0.1 * jola_penalty(jola)
-
-    eager = step(jola, jola_optimizer, penalty)
-    training = measure.interleaved(
-        {
-            YARDSTICK: yardstick,
-            FLOOR: floor,
-            JOLA: eager,
-            LORA: step(lora, optimizers[lora]),
-            LOOP: step(loop, optimizers[loop]),
-        },
-        seconds * 12,
-        seldom=[LOOP],
-        seed=seed,
-    )
-    record = {"training_ms": training}
+    eager = step(jola, jola_optimizer, jola)
+    steps: measure.Contestants = {
+        YARDSTICK: yardstick,
+        FLOOR: floor,
+        JOLA: eager,
+        LORA: step(lora, optimizers[lora]),
+        LOOP: step(loop, optimizers[loop]),
+    }
+    if not on_cpu:  # where it is torch's attention, then the same edit
+        fuse_attention(inside)
+        steps[INSIDE] = step(inside, inside_optimizer, inside)
+    record: dict[str, Any] = {"training_ms": measure.in_turn(steps, seconds * 12, seldom=[LOOP], seed=seed, wait=wait)}
+    if not on_cpu:
+        record["training_peak_bytes"] = {name: measure.peak_bytes(run) for name, run in steps.items()}
     if not quick:
-        compiled, seen_through = (step(torch.compile(jola, fullgraph=True), jola_optimizer, penalty) for _ in range(2))
+        compiled, seen_through = (step(torch.compile(jola, fullgraph=True), jola_optimizer, jola) for _ in range(2))
         contestants = {JOLA: eager, COMPILED: compiled, COMPOSED: measure.composed(seen_through)}
-        record["compiled_training_ms"] = measure.interleaved(contestants, seconds * 8, seed=seed)
+        record["compiled_training_ms"] = measure.in_turn(contestants, seconds * 8, seed=seed, wait=wait)
         torch.compiler.reset()
     jola.eval()
     merged = jola.merge_and_unload()
@@ -152,7 +172,7 @@ def _run(seed: int, seconds: float, quick: bool) -> dict[str, dict[str, float]]:
         return call
 
     inferences: measure.Contestants = {"plain": infer(frozen), "merged": infer(merged)}
-    record["inference_ms"] = measure.interleaved(inferences, seconds * 3, seed=seed)
+    record["inference_ms"] = measure.in_turn(inferences, seconds * 3, seed=seed, wait=wait)
     return record
 
 
@@ -184,5 +204,7 @@ def text(record: dict[str, Any]) -> str:
         [f"beside compiled: {name}", f"{ms:.1f}", ""] for name, ms in record.get("compiled_training_ms", {}).items()
     ]
     rows += [[f"inference, {name}", f"{ms:.1f}", ""] for name, ms in record["inference_ms"].items()]
-    title = f"Llama of {LAYERS} layers, hidden {HIDDEN}, {HEADS} heads, batch {BATCH} x {TOKENS}, fp32"
-    return f"{title}\n{table(['', 'ms', '/ yardstick'], rows)}"
+    rows += [
+        [f"peak, MiB: {name}", f"{b / 2**20:.0f}", ""] for name, b in record.get("training_peak_bytes", {}).items()
+    ]
+    return f"{record['size']}\n{table(['', 'ms', '/ yardstick'], rows)}"

@@ -20,6 +20,7 @@ import torch
 import ctkernels
 
 Contestants = dict[str, Callable[[], Any]]
+Rounds = list[dict[str, float]]  # milliseconds by contestant
 
 
 def tune_allocator() -> str:
@@ -42,19 +43,30 @@ def tune_allocator() -> str:
 def interleaved(
     contestants: Contestants, seconds: float = 1.5, least: int = 5, seldom: Collection[str] = (), seed: int = 0
 ) -> dict[str, float]:
-    """Median milliseconds of each contestant; they run in turn, after one warm-up each, for about ``seconds`` in all.
+    """Median milliseconds of each contestant: :func:`medians` of :func:`in_turn`."""
+    return medians(in_turn(contestants, seconds, least, seldom, seed))
+
+
+def in_turn(
+    contestants: Contestants,
+    seconds: float = 1.5,
+    least: int = 5,
+    seldom: Collection[str] = (),
+    seed: int = 0,
+    wait: Callable[[], None] | None = None,
+) -> Rounds:
+    """Milliseconds of each contestant, round by round; they run in turn, after one warm-up each, for about ``seconds`` in all.
 
     Every round, the warm-up too, has an order of its own, drawn from ``seed``, so that none always runs in what the same one
-    left behind.
-    Those of ``seldom``, slow ones that are far from their bounds, run in every fourth round. Of the rounds the faster half
-    counts, by what all contestants took together: the others tell what else the machine was doing.
+    left behind. Those of ``seldom``, slow ones that are far from their bounds, run in every fourth round. ``wait``: for what
+    a call has started on a device.
     """
     order, shuffle = list(contestants.items()), random.Random(seed).shuffle
     shuffle(order)
     for _, run in order:
         run()
     gc.collect()
-    rounds: list[dict[str, float]] = []
+    rounds: Rounds = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(rounds) < least:
         times = {}
@@ -62,36 +74,55 @@ def interleaved(
         for name, run in order:
             if name in seldom and len(rounds) % 4:
                 continue
+            if wait is not None:
+                wait()
             start = time.perf_counter()
             run()
-            times[name] = time.perf_counter() - start
-        rounds.append(times)
-    rounds.sort(key=lambda times: sum(t for name, t in times.items() if name not in seldom))
+            if wait is not None:
+                wait()
+            times[name] = (time.perf_counter() - start) * 1e3
+        rounds.append({name: times[name] for name in contestants if name in times})
+    return rounds
+
+
+def medians(rounds: Rounds) -> dict[str, float]:
+    """Of each contestant, over the faster half of the rounds, by what those took together that ran in every round: the other
+    half tells what else the machine was doing."""
+    always = set.intersection(*map(set, rounds))
+    ordered = sorted(rounds, key=lambda times: sum(t for name, t in times.items() if name in always))
+    names = dict.fromkeys(name for times in rounds for name in times)
 
     def median(name: str) -> float:
-        own = [times[name] for times in rounds if name in times]
-        return statistics.median(own[: (len(own) + 1) // 2]) * 1e3
+        own = [times[name] for times in ordered if name in times]
+        return statistics.median(own[: (len(own) + 1) // 2])
 
-    return {name: median(name) for name in contestants}
+    return {name: median(name) for name in names}
 
 
-def over_processes(count: int, function: Callable[..., dict[str, dict[str, float]]], *args: Any) -> dict[str, Any]:
-    """``function(seed, *args)``, which returns {part: {contestant: figure}}, in ``count`` processes one after the other, with
-    a seed each: geometric means by part and contestant, and under "processes" what each returned.
+def over_processes(count: int, function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """``function(seed, *args)``, which returns {part: rounds, or figures by contestant}, in ``count`` processes one after the
+    other, with a seed each. The rounds of all processes count as those of one: :func:`medians` of them; of figures,
+    geometric means. Under "processes", the same of every process by itself.
 
-    Where a process happens to have its memory decides ratios of whole networks by several percent.
+    Where a process happens to have its memory decides ratios of whole networks by several percent, and whether the machine
+    was busy meanwhile by more.
     """
-    records, spawn, threads = [], multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
+    found, spawn, threads = [], multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
     for seed in range(count):
         with ProcessPoolExecutor(1, spawn, initializer=_start, initargs=threads) as pool:
-            records.append(pool.submit(function, seed, *args).result())
+            found.append(pool.submit(function, seed, *args).result())
         if sys.stderr.isatty():
             print(f"process {seed + 1} of {count} done", file=sys.stderr)
+    return _joined(found) | {"processes": [_joined([one]) for one in found]}
 
-    def mean(part: str) -> dict[str, float]:
-        return {name: statistics.geometric_mean(r[part][name] for r in records) for name in records[0][part]}
 
-    return {part: mean(part) for part in records[0]} | {"processes": records}
+def _joined(found: list[dict[str, Any]]) -> dict[str, Any]:
+    def join(parts: list[Any]) -> dict[str, float]:
+        if isinstance(parts[0], list):
+            return medians([times for rounds in parts for times in rounds])
+        return {name: statistics.geometric_mean(part[name] for part in parts) for name in parts[0]}
+
+    return {part: join([one[part] for one in found]) for part in found[0]}
 
 
 def _start(threads: int) -> None:
@@ -136,11 +167,18 @@ def saved_bytes(run: Callable[[], Any]) -> int:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most memory that torch's CPU allocator has handed out at once in two calls of ``run``, above what it had before.
+    """The most memory that torch's allocator has handed out at once in two calls of ``run``, above what it had before: of the
+    GPU if there is one.
 
     Two, so that what the first one leaves behind (gradients, the optimizer's state, copies of weights) counts.
     """
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
         run()

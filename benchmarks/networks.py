@@ -16,7 +16,7 @@ from . import measure
 from .ctu import DTYPES, official
 from .report import table
 
-BATCH, SIZE = 8, 224
+BATCH, SIZE = {"cpu": 8, "cuda": 64}, 224
 PROCESSES = 3
 PLAIN, FOLDED, OURS, OFFICIAL = "plain ReLU", "plain ReLU, BatchNorm folded", "CT, fused", "CT as published"
 COMPILED = ", compiled"
@@ -54,7 +54,7 @@ def _separate(model: nn.Module) -> nn.Module:
     return model
 
 
-def _network(dtype: torch.dtype) -> nn.Module:
+def _network(dtype: torch.dtype, device: str) -> nn.Module:
     """ResNet-50 with the statistics a trained one has, frozen, in evaluation; the format convolutions like best."""
     import torchvision
 
@@ -67,7 +67,7 @@ def _network(dtype: torch.dtype) -> nn.Module:
             module.weight.data.uniform_(
                 0.2, 0.6, generator=generator
             )  # activations keep their size from block to block
-    return model.to(dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return model.to(device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def _replace_relus(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Module:
@@ -79,13 +79,14 @@ def _replace_relus(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Mod
     return model
 
 
-def contestants(dtype: torch.dtype, trained: bool) -> dict[str, nn.Module]:
+def contestants(dtype: torch.dtype, trained: bool, device: str = "cpu") -> dict[str, nn.Module]:
     """The networks: with learned units, or with one (beta, coeff) for all."""
-    base = _network(dtype)
+    base = _network(dtype, device)
     published, ours = copy.deepcopy(base), copy.deepcopy(base)
     _replace_relus(published, lambda channels: OfficialUnit(channels if trained else None, 0.8 if trained else 0.9))
+    published.to(device)
     if trained:
-        _replace_relus(ours, ctkernels.nn.TrainableCTU)
+        _replace_relus(ours, ctkernels.nn.TrainableCTU).to(device)
     else:
         ctkernels.steer(ours, 0.9)
     ctkernels.fuse(ours)
@@ -97,10 +98,10 @@ def contestants(dtype: torch.dtype, trained: bool) -> dict[str, nn.Module]:
     return networks
 
 
-def _inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
-    return x, torch.randint(1000, (BATCH,), generator=generator)
+def _inputs(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    generator, batch = torch.Generator().manual_seed(1), BATCH[device]
+    x = torch.randn(batch, 3, SIZE, SIZE, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+    return x.to(device), torch.randint(1000, (batch,), generator=generator).to(device)
 
 
 def inference(model: Any, x: Tensor) -> Callable[[], Tensor]:
@@ -132,21 +133,26 @@ def _full(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
     return {name: model.train().requires_grad_() for name, model in networks.items()}
 
 
-def run(dtypes: list[str], seconds: float, quick: bool) -> list[dict[str, Any]]:
+def run(dtypes: list[str], seconds: float, quick: bool, device: str = "cpu") -> list[dict[str, Any]]:
     """Milliseconds and peak bytes of every contestant, one record per dtype (``quick``: from one process)."""
-    count = 1 if quick else PROCESSES
+    count = 1 if quick or device != "cpu" else PROCESSES
     return [
-        {"network": "resnet50", "dtype": name, **measure.over_processes(count, _run, name, seconds, quick)}
+        {
+            "network": "resnet50",
+            "dtype": name,
+            "batch": BATCH[device],
+            **measure.over_processes(count, _run, device, name, seconds, quick),
+        }
         for name in dtypes
     ]
 
 
-def _run(seed: int, name: str, seconds: float, quick: bool) -> dict[str, dict[str, float]]:
-    """Medians of one process."""
+def _run(seed: int, device: str, name: str, seconds: float, quick: bool) -> dict[str, Any]:
+    """The rounds of one process, and peak bytes."""
     dtype = DTYPES[name]
-    x, labels = _inputs(dtype)
-    _check(dtype)
-    fixed, learned = contestants(dtype, trained=False), contestants(dtype, trained=True)
+    x, labels = _inputs(dtype, device)
+    _check(dtype, device)
+    fixed, learned = contestants(dtype, False, device), contestants(dtype, True, device)
     calls = {label: inference(model, x) for label, model in fixed.items()}
     steps = {label: step(model, x, labels) for label, model in learned.items()}
     memory: dict[str, float] = {label: measure.peak_bytes(call) for label, call in steps.items()}
@@ -155,8 +161,9 @@ def _run(seed: int, name: str, seconds: float, quick: bool) -> dict[str, dict[st
             compiled = torch.compile(fixed[label], fullgraph=True), torch.compile(learned[label], fullgraph=True)
             calls[label + COMPILED] = inference(compiled[0], x)
             steps[label + COMPILED] = step(compiled[1], x, labels)
-    times = [measure.interleaved(runs, seconds * 6, seldom=PUBLISHED, seed=seed) for runs in (calls, steps)]
-    full = _full(contestants(dtype, trained=True))
+    wait = None if device == "cpu" else torch.cuda.synchronize
+    times = [measure.in_turn(runs, seconds * 6, seldom=PUBLISHED, seed=seed, wait=wait) for runs in (calls, steps)]
+    full = _full(contestants(dtype, True, device))
     everything: dict[str, float] = {label: measure.peak_bytes(step(model, x, labels)) for label, model in full.items()}
     return {
         "inference_ms": times[0],
@@ -166,11 +173,11 @@ def _run(seed: int, name: str, seconds: float, quick: bool) -> dict[str, dict[st
     }
 
 
-def _check(dtype: torch.dtype) -> None:
+def _check(dtype: torch.dtype, device: str) -> None:
     """Ours computes what is published: refuse to time it otherwise."""
-    x = _inputs(dtype)[0][:1, :, :64, :64]
+    x = _inputs(dtype, device)[0][:1, :, :64, :64]
     for trained in (False, True):
-        networks = contestants(dtype, trained)
+        networks = contestants(dtype, trained, device)
         truth = copy.deepcopy(networks[OFFICIAL]).double()(x.double())
         theirs, ours = (networks[name](x).double() for name in (OFFICIAL, OURS))
         error, allowed = (ours - truth).abs().max(), 2 * (theirs - truth).abs().max()
@@ -220,7 +227,7 @@ def text(records: list[dict[str, Any]]) -> str:
                 "" if v is None else f"{v / 2**20:.0f}" for v in peaks
             ]
             rows.append([name, *shown])
-        title = f"ResNet-50, batch {BATCH} x {SIZE}^2, {record['dtype']}, channels last (all of them)"
+        title = f"ResNet-50, batch {record['batch']} x {SIZE}^2, {record['dtype']}, channels last (all of them)"
         head = ["", "inference, ms", "step, ms", "peak, MiB", "peak, all trained"]
         parts.append(f"{title}\n{table(head, rows)}")
     return "\n\n".join(parts)

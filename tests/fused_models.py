@@ -37,7 +37,7 @@ def observe(model, x):
     model.zero_grad()
     x = x.clone().requires_grad_()
     y = first_tensor(model(x))
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
     (y * weights).sum().backward()
     found = {"output": y.detach(), "input": x.grad}
     found |= {f"grad {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -56,9 +56,8 @@ def rounded_anew(model, x, seeds=range(6)):
         generator, other = torch.Generator().manual_seed(seed), copy.deepcopy(model)
         with torch.no_grad():
             for value in (*other.parameters(), moved := x.clone()):
-                value *= (
-                    1 + 2 * torch.finfo(value.dtype).eps * (torch.rand(value.shape, generator=generator) - 0.5).sign()
-                )
+                signs = (torch.rand(value.shape, generator=generator) - 0.5).sign().to(value.device)
+                value *= 1 + 2 * torch.finfo(value.dtype).eps * signs
         found.append(observe(other, moved))
     return found
 
