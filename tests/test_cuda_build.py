@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import shutil
@@ -138,6 +139,21 @@ def test_the_compiled_kernels_come_first() -> None:
     for op in _backend.OPS:
         for suffix in ("", "_", "_backward"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ctkernels::{op}{suffix}", "CUDA")
+
+
+@needs_build
+@linux
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build")
+def test_a_launch_finds_what_it_needs() -> None:
+    """On a GPU: torch's library with the current stream is not among those that an extension's symbols are looked up in."""
+    binding, torchs = ctypes.CDLL(str(_backend.CUDA_BINDING)), ctypes.CDLL("libtorch_cuda.so", os.RTLD_NOLOAD)
+    expected = ctypes.cast(torchs.aoti_torch_get_current_cuda_stream, ctypes.c_void_p).value
+    assert ctypes.c_void_p.in_dll(binding, "ctk_cuda_current_stream").value == expected
+    assert ctypes.c_void_p.in_dll(binding, "ctk_cuda_launcher").value
+    listed = subprocess.run(["nm", "-D", str(_backend.CUDA_BINDING)], capture_output=True, text=True, check=True)
+    assert not [
+        line for line in listed.stdout.splitlines() if line.split()[-2:-1] in (["w"], ["v"]) and "torch" in line
+    ]
 
 
 @needs_build

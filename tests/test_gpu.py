@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from conformance import check_against_float64, outputs, sample_named
@@ -80,23 +82,30 @@ def test_every_replay_draws_other_gates() -> None:
     assert not torch.equal(first, gates)
 
 
-def _ctu_call(shape: tuple[int, ...], channel_dim: int) -> list[Tensor]:
-    x = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+Call = Callable[[], list[Tensor]]  # a result and all gradients
+
+
+def _call(function: Callable[..., Tensor], *tensors: Tensor) -> Call:
+    leaves = [t.requires_grad_() for t in tensors]
+
+    def call() -> list[Tensor]:
+        y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    return call
+
+
+def _ctu_call(shape: tuple[int, ...], channel_dim: int) -> Call:
     knobs = [torch.linspace(0.1, 0.9, shape[channel_dim], device="cuda") for _ in range(2)]
-    leaves = [t.requires_grad_() for t in (x, *knobs)]
-    y = ctu(*leaves, channel_dim=channel_dim)
-    return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+    return _call(lambda *leaves: ctu(*leaves, channel_dim=channel_dim), torch.randn(shape, device="cuda"), *knobs)
 
 
-def _head_edit_call(*shape: int) -> list[Tensor]:
-    generator = torch.Generator("cuda").manual_seed(0)
-    shapes = (shape, (32, 128), (32, 128), (32,), (32,))
-    leaves = [torch.randn(s, device="cuda", generator=generator).requires_grad_() for s in shapes]
-    y = head_edit(*leaves, head_axis=1 if len(shape) == 4 else None)
-    return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+def _head_edit_call(*shape: int) -> Call:
+    tensors = [torch.randn(s, device="cuda") for s in (shape, (32, 128), (32, 128), (32,), (32,))]
+    return _call(lambda *leaves: head_edit(*leaves, head_axis=1 if len(shape) == 4 else None), *tensors)
 
 
-CALLS = {
+CALLS: dict[str, Callable[[], Call]] = {
     "planes": lambda: _ctu_call((32, 64, 56, 56), 1),
     "channels inside": lambda: _ctu_call((8, 197, 768), 2),
     "one token": lambda: _ctu_call((1, 1, 3072), 2),
@@ -105,17 +114,18 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_same_bits_on_every_run_stream_and_graph_replay(call: str) -> None:
-    first = CALLS[call]()
+@pytest.mark.parametrize("name", CALLS)
+def test_same_bits_on_every_run_stream_and_graph_replay(name: str) -> None:
+    call = CALLS[name]()
+    first = call()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        second = CALLS[call]()
+        second = call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = CALLS[call]()
+        captured = call()
     graph.replay()
     torch.cuda.synchronize()
     for a, b, c in zip(first, second, captured):
@@ -123,12 +133,13 @@ def test_same_bits_on_every_run_stream_and_graph_replay(call: str) -> None:
         assert torch.equal(a, c)
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_the_host_never_waits(call: str) -> None:
-    CALLS[call]()
+@pytest.mark.parametrize("name", CALLS)
+def test_the_host_never_waits(name: str) -> None:
+    call = CALLS[name]()
+    call()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        CALLS[call]()
+        call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -1,6 +1,6 @@
 // The CUDA implementations of the ops, on the LibTorch stable ABI. Schemas, checks and autograd live in Python
 // (ctkernels/ops); here arguments are unpacked, results allocated, and the launches made. Nothing here needs CUDA to load:
-// kernels are started through a function that whoever loads this library hands over.
+// kernels are started, and the current stream is asked for, through functions that whoever loads this library hands over.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -11,14 +11,13 @@
 #include "../bind.h"
 #include "channelwise.h"
 
-// Absent in a CPU build of torch, where it is never called.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
-
 #define CTK_EXPORT extern "C" __attribute__((visibility("default")))
 
-// What starts kernels; whoever loads this library sets it.
+// What starts kernels, and torch's `aoti_torch_get_current_cuda_stream`, which lives in a library that a CPU build of torch
+// does not have, and that Python loads for itself alone: not even a weak reference would find it.
 extern "C" {
 __attribute__((visibility("default"))) ctk::cuda::Launcher ctk_cuda_launcher = nullptr;
+__attribute__((visibility("default"))) int32_t (*ctk_cuda_current_stream)(int32_t device_index, void** stream) = nullptr;
 }
 
 namespace {
@@ -35,7 +34,8 @@ class TorchDevice final : public Device {
     STD_TORCH_CHECK(ctk_cuda_launcher, "ctkernels: the library of CUDA kernels is not loaded");
     if (!x.is_cuda()) return;  // only under a launcher that records
     guard_ = std::make_unique<torch::stable::accelerator::DeviceGuard>(x.get_device_index());
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
+    STD_TORCH_CHECK(ctk_cuda_current_stream, "ctkernels: torch's CUDA library is not loaded");
+    TORCH_ERROR_CODE_CHECK(ctk_cuda_current_stream(x.get_device_index(), &stream_));
   }
 
   // The caching allocator keeps what is freed here for this stream, whose kernels come first.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +44,16 @@ def _load_cuda() -> str | None:
         return "not built (CTKERNELS_BUILD=cuda builds it, with nvcc and a CUDA build of torch)"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
+    try:
+        torchs = ctypes.CDLL("libtorch_cuda.so", os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except OSError as error:
+        return f"torch's CUDA library is not loaded ({error})"
     binding, kernels = ctypes.CDLL(str(CUDA_BINDING)), ctypes.CDLL(str(CUDA_KERNELS))
-    launcher = ctypes.c_void_p.in_dll(binding, "ctk_cuda_launcher")
-    launcher.value = ctypes.cast(kernels.ctk_cuda_launch, ctypes.c_void_p).value
+    for slot, function in (
+        ("ctk_cuda_launcher", kernels.ctk_cuda_launch),
+        ("ctk_cuda_current_stream", torchs.aoti_torch_get_current_cuda_stream),
+    ):
+        ctypes.c_void_p.in_dll(binding, slot).value = ctypes.cast(function, ctypes.c_void_p).value
     binding.ctk_cuda_register(b"ctkernels", b"CUDA")
     return None
 
