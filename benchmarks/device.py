@@ -3,13 +3,16 @@
 "ours" is what a call uses by itself, ``explain`` says which; the other backends beside it are forced.
 
 Every call works on other buffers than the calls before it, enough of them to fill the L2 cache several times over, so that
-tensors come from memory as they do in a network. Contestants take turns; medians are reported.
+tensors come from memory as they do in a network. A round of calls is captured in a CUDA graph, and its replays are timed: of
+the host's own time, most of that of an eager call on a small tensor, a table of its own tells. Contestants take turns;
+medians are reported.
 """
 
 from __future__ import annotations
 
 import gc
 import statistics
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -34,35 +37,37 @@ def missing() -> str | None:
 
 
 def copies(nbytes: int) -> int:
-    """Sets of buffers of this size that fill the L2 cache four times."""
+    """Sets of buffers of this size that fill the L2 cache four times, but no more than a graph should hold."""
     l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    return max(2, -(-4 * l2 // nbytes))
+    return max(2, min(64, -(-4 * l2 // nbytes)))
 
 
-def interleaved(contestants: dict[str, Call], sets: int, seconds: float, least: int = 20) -> dict[str, float]:
-    """Median milliseconds of each contestant on the device, after three warm-up calls; they run in turn, about ``seconds``
-    in all. The host never waits between calls, so that its own time does not show unless it is the longer one."""
-    for run in contestants.values():
-        for i in range(3):
+def interleaved(contestants: dict[str, Call], sets: int, seconds: float, least: int = 10) -> dict[str, float]:
+    """Median milliseconds of each contestant's call on the device; they run in turn, about ``seconds`` in all."""
+    graphs = {}
+    for name, run in contestants.items():
+        for i in range(max(sets, 3)):  # compiled, if it is to be
             run(i % sets)
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for i in range(sets):
+                run(i)
     gc.collect()
-    first = _events(contestants, sets, 2)
-    rounds = max(least, min(1000, int(seconds * 1e3 / max(sum(statistics.median(t) for t in first.values()), 1e-3))))
-    return {name: statistics.median(t) for name, t in _events(contestants, sets, rounds).items()}
+    first = _replayed(graphs, 2)
+    rounds = max(least, min(500, int(seconds * 1e3 / sum(statistics.median(t) for t in first.values()))))
+    return {name: statistics.median(t) / sets for name, t in _replayed(graphs, rounds).items()}
 
 
-def _events(contestants: dict[str, Call], sets: int, rounds: int) -> dict[str, list[float]]:
-    marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in contestants}
-    turn = 0
+def _replayed(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:
+    marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
     for _ in range(rounds):
-        for name, run in contestants.items():
+        for name, graph in graphs.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            run(turn % sets)
+            graph.replay()
             end.record()
             marks[name].append((begin, end))
-            turn += 1
     torch.cuda.synchronize()
     return {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in marks.items()}
 
@@ -207,6 +212,7 @@ def run(ops: list[str], dtypes: list[str], quick: bool, seconds: float) -> list[
         if "head_edit" in ops:
             cases = head_edit.CASES[1:2] if quick else head_edit.CASES
             records += [_head_edit(name, lead, dtype, seconds) for name, lead in cases]
+        print(f"{dtype} done", file=sys.stderr)
     return records
 
 
