@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=ctu.DTYPES, nargs="+", default=list(ctu.DTYPES))
     parser.add_argument("--quick", action="store_true", help="one small shape, without the compiled contestant")
     parser.add_argument("--tuned", action="store_true", help="only the shapes that have bounds to keep")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it (with --device cuda)")
     parser.add_argument("--seconds", type=float, default=1.5, help="time spent on each row (default 1.5)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records there")
@@ -105,12 +106,12 @@ def _on_device(args: argparse.Namespace) -> int:
     if args.attention:
         from . import device_attention
 
-        result["records"] = device_attention.run(args.dtype, args.quick, args.seconds)
+        result["records"] = device_attention.run(args.dtype, args.quick, args.seconds, args.only)
         text = device_attention.text(result["records"])
     elif (whole := _whole(args)) is not None:
         result["records"], _, text = whole  # the bounds are a CPU's
     else:
-        result["records"] = device.run(args.op, args.dtype, args.quick, args.seconds)
+        result["records"] = device.run(args.op, args.dtype, args.quick, args.seconds, args.only)
         result["overhead_us"] = device.call_overhead()
         text = device.text(result["records"], result["overhead_us"])
     print(text)

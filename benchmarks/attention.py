@@ -160,15 +160,14 @@ def ratios(found: list[Cost], sm: int) -> dict[str, float]:
 def traffic(edited: bool, backward: bool) -> dict[str, int]:
     """Tensors of the output's size that a pass reads and writes outside attention's own q, k, v, lse and their gradients:
     counted from the arguments of its kernels."""
-    found = launches(problem(128, torch.bfloat16, edited), backward)
-    full = [
-        {n for n, t in args.items() if isinstance(t, torch.Tensor) and t.numel() >= LENGTH * 128 and n in names}
-        for _, _, args, _ in found
-        for names in (("y", "z", "dy"),)
-    ]
-    writes = sum(len(names & {"y", "z"}) for names, (k, *_) in zip(full, found) if k.__name__ == "forward_kernel")
-    reads = sum(len(names) for names, (k, *_) in zip(full, found) if k.__name__ != "forward_kernel")
-    return {"reads": reads, "writes": writes}
+    written = {"forward_kernel": {"y", "z"}, "prepare_kernel": {"dz"}}
+    found = {"reads": 0, "writes": 0}
+    for kernel, _, args, _ in launches(problem(128, torch.bfloat16, edited), backward):
+        for name in ("y", "z", "dy", "dz"):
+            t = args.get(name)
+            if isinstance(t, torch.Tensor) and t.numel() >= LENGTH * 128:
+                found["writes" if name in written.get(kernel.__name__, ()) else "reads"] += 1
+    return found
 
 
 def budget(c: Cost) -> dict[str, float]:

@@ -203,15 +203,16 @@ def _calls(
     return {n: forward(f) for n, f in functions.items()}, {n: both(n, f) for n, f in functions.items()}
 
 
-def run(ops: list[str], dtypes: list[str], quick: bool, seconds: float) -> list[dict[str, Any]]:
-    """One record per case and dtype. Raises if a result is not what the float64 reference says."""
+def run(ops: list[str], dtypes: list[str], quick: bool, seconds: float, only: str = "") -> list[dict[str, Any]]:
+    """One record per dtype and case whose name contains ``only``. Raises if a result is not what the float64 reference says."""
     records = []
     for dtype in dtypes:
         if "ctu" in ops:
-            records += [_ctu(case, dtype, seconds) for case in (ctu.QUICK if quick else ctu.CASES)]
+            units = ctu.QUICK if quick else ctu.CASES
+            records += [_ctu(case, dtype, seconds) for case in units if only in case.name]
         if "head_edit" in ops:
-            cases = head_edit.CASES[1:2] if quick else head_edit.CASES
-            records += [_head_edit(name, lead, dtype, seconds) for name, lead in cases]
+            edits = head_edit.CASES[1:2] if quick else head_edit.CASES
+            records += [_head_edit(name, lead, dtype, seconds) for name, lead in edits if only in name]
         print(f"{dtype} done", file=sys.stderr)
     return records
 

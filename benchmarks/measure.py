@@ -85,6 +85,20 @@ def in_turn(
     return rounds
 
 
+def graphed(run: Callable[[], Any]) -> Callable[[], None]:
+    """``run`` as a CUDA graph: the device's own time."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def medians(rounds: Rounds) -> dict[str, float]:
     """Of each contestant, over the faster half of the rounds, by what those took together that ran in every round: the other
     half tells what else the machine was doing."""

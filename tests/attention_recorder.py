@@ -19,7 +19,7 @@ WRITES = {
     "forward_kernel": ("y", "z", "lse"),
     "split_kernel": ("part", "part_peak", "part_total"),
     "join_kernel": ("y", "z", "lse"),
-    "prepare_kernel": ("delta", "partial"),
+    "prepare_kernel": ("dz", "delta", "partial"),
     "edit_kernel": ("dm", "da", "dg_m", "dg_a"),
     "keys_kernel": ("dk", "dv"),
     "queries_kernel": ("dq",),

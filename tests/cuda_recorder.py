@@ -76,7 +76,15 @@ class Channelwise(ctypes.Structure):
     _fields_ = [
         ("tiling", Tiling),
         *((n, ctypes.c_void_p) for n in ("x", "residual", "dy", "y", "dx", "dresidual", "partial")),
-        ("wanted", ctypes.c_uint32), ("plain", ctypes.c_bool), ("ctu", Static), ("params", ParamRef * 5), ("grads", GradRef * 5),
+        ("knobs", ctypes.c_void_p), ("wanted", ctypes.c_uint32), ("knob_rows", ctypes.c_uint32), ("ctu", Static),
+        ("params", ParamRef * 5), ("grads", GradRef * 5),
+    ]  # fmt: skip
+
+
+class Knobs(ctypes.Structure):
+    _fields_ = [
+        ("to", ctypes.c_void_p), ("rows", ctypes.c_uint32), ("channels", ctypes.c_uint32), ("ctu", Static),
+        ("params", ParamRef * 2),
     ]  # fmt: skip
 
 
@@ -109,8 +117,8 @@ class Gates(ctypes.Structure):
 
 def structure(kernel: str) -> type[ctypes.Structure]:
     """The argument of a kernel."""
-    if kernel == "ctk_collect":
-        return Collect
+    if kernel in ("ctk_collect", "ctk_ctu_knobs"):
+        return Collect if kernel == "ctk_collect" else Knobs
     return Finish if "_finish_" in kernel else Gates if "_gates_" in kernel else Channelwise
 
 
@@ -192,6 +200,8 @@ class Recorder:
             if args.x == args.y:
                 self.bytes_at(args.x, big)
             values = args.tiling.channels * (self.numel // (args.tiling.group or 1))
+        elif kind is Knobs:
+            inputs = [p.extent() for p in args.params]
         elif kind is Finish:
             inputs = [p.extent() for p in args.params]
             values = args.channels * (r.grid // -(-args.channels // r.block_x))

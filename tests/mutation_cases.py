@@ -26,7 +26,7 @@ FLOAT, DOUBLE, BF16, HALF = torch.float32, torch.float64, torch.bfloat16, torch.
 
 VARIANTS = ("plain", "edges", "groups")
 # Triton's plan for a GPU has loops of one turn where tensors are small.
-LONG_LOOPS = {"PROGRAMS": 6, "MOST_STEPS": 8, "LEAST_ROWS": 3}
+LONG_LOOPS = {"PROGRAMS": 6, "SUMMING_PROGRAMS": 6, "MOST_STEPS": 8, "LEAST_ROWS": 3, "LEAST_SUMMED_ROWS": 3}
 
 
 @dataclass(frozen=True)

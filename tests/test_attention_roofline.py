@@ -37,7 +37,7 @@ def test_every_kernel_keeps_its_budget_and_the_edit_is_free(sm: int) -> None:
 
 
 def test_the_edit_reads_nothing_more_and_writes_at_most_one_tensor_more() -> None:
-    for backward, writes in ((False, 1), (True, 0)):
+    for backward in (False, True):  # z, dz
         edited, plain = attention.traffic(True, backward), attention.traffic(False, backward)
         assert edited["reads"] == plain["reads"]
-        assert edited["writes"] == plain["writes"] + writes
+        assert edited["writes"] == plain["writes"] + 1

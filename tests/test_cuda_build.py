@@ -95,7 +95,7 @@ def test_fake_cuda_gates() -> None:
 
 def _kernel_names() -> set[str]:
     """Every name that the host code can ask for."""
-    names = {"ctk_collect"}
+    names = {"ctk_collect", "ctk_ctu_knobs"}
     names |= {f"ctk_{op}_finish_{t}" for op in ("ctu", "head_edit") for t in ("f32", "f64")}
     names |= {f"ctk_gates_{p}_{t}" for p in ("forward", "backward") for t in ("f32", "f64")}
     for op, dtype, form in itertools.product(

@@ -36,11 +36,20 @@ struct Channelwise {
   const void *x, *residual, *dy;
   void *y, *dx, *dresidual;
   void* partial;  // [group, slot, sum, column]; null: sums are finished on the spot
-  uint32_t wanted;  // mask of the sums to make
-  bool plain;       // float knobs as they are: no logits, no eps
+  const float* knobs;  // what `knobs` made, of all channels; null where knobs are no logits
+  uint32_t wanted;     // mask of the sums to make
+  uint32_t knob_rows;  // groups that `knobs` tells apart
   CtuStatic ctu;
   ParamRef params[kMaxParams];
   GradRef grads[kMaxParams];
+};
+
+// beta and coeff -> to[knob][row][channel], the fields of FloatKnobs: sigmoids in double precision are not for every block.
+struct Knobs {
+  float* to;
+  uint32_t rows, channels;
+  CtuStatic ctu;
+  ParamRef beta, coeff;
 };
 
 // partial[group, slot, sum, repeat, channel, inner] -> grads[group, channel]
@@ -75,7 +84,9 @@ struct Gates {
 
 inline constexpr int kMaxThreads = 128;    // channelwise kernels
 inline constexpr int kFinishThreads = 512;
+inline constexpr int kKnobFields = 6;  // of FloatKnobs
 inline constexpr int kCollectThreads = 128;
 inline constexpr int kGateThreads = 128;
+inline constexpr int kKnobThreads = 128;
 
 }  // namespace ctk::cuda

@@ -17,11 +17,12 @@ const char* type_name(DType t) {
 }
 int64_t size_of(DType t) { return t == DType::kDouble ? 8 : t == DType::kFloat ? 4 : 2; }
 
+// Shared memory comes in whole 16 bytes: ptxas may read neighbouring values together, up to there.
 template <class Args>
 void launch(Device& device, const std::string& kernel, int64_t grid, int block_x, int block_y, int64_t shared, const Args& args) {
   if (grid > 0x7fffffff) throw std::runtime_error("ctkernels: a tensor too large for one launch (" + kernel + ")");
   device.launch({kernel.c_str(), static_cast<uint32_t>(grid), static_cast<uint32_t>(block_x), static_cast<uint32_t>(block_y),
-                 static_cast<uint32_t>(shared), &args, sizeof(args), nullptr, nullptr, 0});
+                 static_cast<uint32_t>(ceil_div(shared, 16) * 16), &args, sizeof(args), nullptr, nullptr, 0});
 }
 
 bool aligned(std::initializer_list<const void*> pointers) {
@@ -57,14 +58,22 @@ struct Call {
       : plan(plan_for(in.view, size_of(in.dtype), sums, is_aligned && !(in.dtype == DType::kDouble && op.prologue))) {
     args.tiling = tiling_of(plan, in.view);
     args.x = in.x, args.residual = in.residual, args.ctu = op.ctu;
-    args.plain = !op.ctu.raw && op.ctu.eps == 0;
-    for (int i = 0; i < op.params; ++i) {
-      args.params[i] = reference(in.params[i], in.view.channels);
-      if (i == kBeta || i == kCoeff) args.plain = args.plain && !in.params[i].is_double;
-    }
+    for (int i = 0; i < op.params; ++i) args.params[i] = reference(in.params[i], in.view.channels);
     suffix = std::string("_") + type_name(in.dtype) + (plan.plane ? "_plane" : "_lanes") + (!plan.wide ? "_one" : lean ? "_lean" : "_wide");
   }
 };
+
+// Has the knobs made from logits once for all blocks.
+void make_knobs(const Op& op, const Operands& in, Channelwise& args, Device& device) {
+  if (!op.prologue || !op.ctu.raw || in.dtype == DType::kDouble) return;
+  const Param &beta = in.params[kBeta], &coeff = in.params[kCoeff];
+  const int64_t rows = beta.groups > 1 || coeff.groups > 1 ? in.view.groups : 1, count = rows * in.view.channels;
+  auto* to = static_cast<float*>(device.allocate(kKnobFields * count * sizeof(float)));
+  args.knobs = to, args.knob_rows = narrow(rows);
+  const Knobs knobs{to, narrow(rows), narrow(in.view.channels), op.ctu, args.params[kBeta], args.params[kCoeff]};
+  narrow(count);
+  launch(device, "ctk_ctu_knobs", ceil_div(count, kKnobThreads), kKnobThreads, 1, 0, knobs);
+}
 
 // Only the unit that networks are full of has kernels without a prologue.
 bool is_lean(const Op& op, const Operands& in) {
@@ -89,6 +98,7 @@ Op head_edit_op() { return {"head_edit", false, kHeadEditParams, {}}; }
 void forward(const Op& op, const Operands& in, void* y, Device& device) {
   Call call(op, in, false, aligned({in.x, in.residual, y}), is_lean(op, in));
   call.args.y = y;
+  make_knobs(op, in, call.args, device);
   launch(device, "ctk_" + std::string(op.name) + "_forward" + call.suffix, call.plan.programs, call.plan.threads, 1, 0, call.args);
 }
 
@@ -126,14 +136,14 @@ void backward(const Op& op, const Operands& in, const void* dy, const Gradients&
     }
   }
 
-  const int64_t compute_size = in.dtype == DType::kDouble ? 8 : 4, vector = plan.wide ? 16 / size_of(in.dtype) : 1;
+  const int64_t compute_size = in.dtype == DType::kDouble ? 8 : 4;
   int64_t shared = 0;
   if (wanted) {
     if (plan.plane) shared = kSumSlots * (plan.threads / 32) * compute_size;
-    else if (plan.direct) shared = kSumSlots * vector * plan.threads * compute_size;
     if (plan.direct) std::copy(grads, grads + kMaxParams, args.grads);
     else args.partial = device.allocate(v.groups * plan.slots() * kSumSlots * plan.columns(v) * compute_size);
   }
+  make_knobs(op, in, args, device);
   launch(device, "ctk_" + std::string(op.name) + "_backward" + call.suffix, plan.programs, plan.threads, 1, shared, args);
 
   if (args.partial) {
@@ -141,8 +151,10 @@ void backward(const Op& op, const Operands& in, const void* dy, const Gradients&
                   narrow(plan.slots()), wanted, op.ctu, {}, {}};
     std::copy(args.params, args.params + kMaxParams, finish.params);
     std::copy(grads, grads + kMaxParams, finish.grads);
-    const int64_t lanes = std::min<int64_t>(32, power_of_two(v.channels));
+    // of few channels, many blocks with few each
+    const int64_t lanes = std::min(std::clamp<int64_t>(power_of_two(ceil_div(v.channels, 256)), 4, 16), power_of_two(v.channels));
     const int64_t terms = plan.slots() * finish.repeat * finish.inner;
+    narrow(terms);
     const int64_t rows = std::min(kFinishThreads / lanes, power_of_two(terms));
     const std::string name = std::string("ctk_") + (op.prologue ? "ctu" : op.name) + "_finish_" + (compute_size == 8 ? "f64" : "f32");
     launch(device, name, v.groups * ceil_div(v.channels, lanes), static_cast<int>(lanes), static_cast<int>(rows), lanes * rows * 8, finish);

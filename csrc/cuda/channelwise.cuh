@@ -25,46 +25,85 @@ struct Place {
     column = begin + threadIdx.x * V;
     known = column < t.width;
   }
-  __device__ __forceinline__ uint32_t channel(const Tiling& t, int j) const {
-    if (kPlane) return plane;
-    if (!known) return 0;
-    const uint32_t c = uint32_t(column) + j;
-    return t.inner == 1 && t.width == t.channels ? c : c / t.inner % t.channels;
+  // The channels of this thread's values: of a plane, one.
+  template <int N>
+  __device__ __forceinline__ void channels(const Tiling& t, uint32_t (&c)[N]) const {
+    const bool plain = t.inner == 1 && t.width == t.channels;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const uint32_t at = uint32_t(column) + j;
+      c[j] = kPlane ? plane : !known ? 0 : plain ? at : at / t.inner % t.channels;
+    }
   }
 };
 
-// Calls f(offset) for the values of this thread, V at a time: steps along the rows of a plane, or down its columns.
-template <bool kPlane, int V, class F>
-__device__ __forceinline__ void for_values(const Tiling& t, const Place<kPlane, V>& place, const F& f) {
-  if (!place.known) return;
-  const uint32_t width = blockDim.x * V;
-  int64_t start = place.group * t.group + place.first * t.row + place.column;
-  if constexpr (kPlane) {
-    start += place.plane * t.width;
-    const uint32_t steps = place.column < place.end ? (uint32_t(place.end - place.column) + width - 1) / width : 0;
-    for (uint32_t row = place.first; row < place.last; ++row, start += t.row) {
-      int64_t at = start;
-#pragma unroll 1  // the body is long
-      for (uint32_t i = 0; i < steps; ++i, at += width) f(at);
+// A thread's way through its tile, V values at a time: along the rows of a plane, or down its columns.
+template <bool kPlane, int V>
+struct Walk {
+  int64_t at, row, start;
+  uint32_t left, steps, step = 0;
+
+  __device__ __forceinline__ Walk(const Tiling& t, const Place<kPlane, V>& place) : row(t.row) {
+    start = place.group * t.group + place.first * t.row + place.column;
+    left = place.last - place.first;
+    if constexpr (kPlane) {
+      const uint32_t width = blockDim.x * V;
+      start += place.plane * t.width;
+      steps = place.column < place.end ? (uint32_t(place.end - place.column) + width - 1) / width : 0;
+      left *= steps;
+    } else if (place.last == t.rows && (t.rows - 1) * t.row + place.column >= t.group) {
+      --left;  // the last row may be shorter
     }
-  } else {
-    uint32_t rows = place.last - place.first;
-    if (place.last == t.rows && (t.rows - 1) * t.row + place.column >= t.group) --rows;  // the last row may be shorter
-    int64_t at = start;
-#pragma unroll 1
-    for (uint32_t i = 0; i < rows; ++i, at += t.row) f(at);
+    if (!place.known) left = 0;
+    at = start;
   }
+  __device__ __forceinline__ void next() {
+    if (!kPlane) at += row;
+    else if (++step == steps) step = 0, at = start += row;
+    else at += blockDim.x * V;
+  }
+};
+
+// Calls use(fetch(offset), offset) along the way. What a step reads is fetched a step ahead: the arithmetic of one does not
+// last as long as memory takes.
+template <bool kPlane, int V, class Fetch, class Use>
+__device__ __forceinline__ void for_values(const Tiling& t, const Place<kPlane, V>& place, const Fetch& fetch, const Use& use) {
+  Walk<kPlane, V> walk(t, place);
+  if (!walk.left) return;
+  auto ahead = fetch(walk.at);
+#pragma unroll 1  // the body is long
+  for (;;) {
+    const auto now = ahead;
+    const int64_t at = walk.at;
+    if (--walk.left) walk.next(), ahead = fetch(walk.at);
+    use(now, at);
+    if (!walk.left) break;
+  }
+}
+
+// What a step reads. `residual` and `dy` are left out where they are not there.
+template <class T, int V>
+struct Read {
+  Bits<T, V> x, residual, dy;
+};
+template <class T, int V, bool kFull, bool kBackward>
+__device__ __forceinline__ Read<T, V> read(const Channelwise& a, int64_t at) {
+  Read<T, V> r;
+  r.x = fetch<T, V>(a.x, at);
+  if (kFull && a.residual) r.residual = fetch<T, V>(a.residual, at);
+  if (kBackward) r.dy = fetch<T, V>(a.dy, at);
+  return r;
 }
 
 // The values that go into the op: w = scale x + shift + residual.
 template <bool kFull, class T, int V, class C, class K>
-__device__ __forceinline__ void prologue(const void* residual, int64_t at, const K* k, bool plane, C* w) {
+__device__ __forceinline__ void prologue(bool has_residual, const Bits<T, V>& residual, const K* k, bool plane, C* w) {
   if constexpr (kFull) {
 #pragma unroll
     for (int j = 0; j < V; ++j) w[j] = fused(k[plane ? 0 : j].scale, w[j], k[plane ? 0 : j].shift);
-    if (residual) {
+    if (has_residual) {
       C r[V];
-      load<T, V>(residual, at, r);
+      unpack(residual, r);
 #pragma unroll
       for (int j = 0; j < V; ++j) w[j] += r[j];
     }
@@ -76,16 +115,19 @@ template <class Unit, class T, bool kPlane, bool kFull, int V>
 __device__ __forceinline__ void forward(const Channelwise& a) {
   using C = typename Unit::C;
   const Place<kPlane, V> place(a.tiling);
+  uint32_t channels[kPlane ? 1 : V];
   typename Unit::Constants k[kPlane ? 1 : V];
-  Unit::template derive<kPlane ? 1 : V>(a, place.group, [&](int j) { return place.channel(a.tiling, j); }, k);
-  for_values(a.tiling, place, [&](int64_t at) {
+  place.channels(a.tiling, channels);
+  Unit::template derive<kFull>(a, place.group, channels, k);
+  const auto use = [&](const Read<T, V>& given, int64_t at) {
     C w[V], y[V];
-    load<T, V>(a.x, at, w);
-    prologue<kFull, T, V>(a.residual, at, k, kPlane, w);
+    unpack(given.x, w);
+    prologue<kFull>(a.residual, given.residual, k, kPlane, w);
 #pragma unroll
     for (int j = 0; j < V; ++j) y[j] = Unit::Op::forward(w[j], k[kPlane ? 0 : j]);
     store<T, V>(a.y, at, y);
-  });
+  };
+  for_values(a.tiling, place, [&](int64_t at) { return read<T, V, kFull, false>(a, at); }, use);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
@@ -122,17 +164,19 @@ __device__ __forceinline__ void backward(const Channelwise& a) {
   constexpr int kColumns = kPlane ? 1 : V;
   const Tiling& t = a.tiling;
   const Place<kPlane, V> place(t);
+  uint32_t channels[kColumns];
   typename Unit::Constants k[kColumns];
-  Unit::template derive<kColumns>(a, place.group, [&](int j) { return place.channel(t, j); }, k);
+  place.channels(t, channels);
+  Unit::template derive<kFull>(a, place.group, channels, k);
   C sums[kSumSlots][kColumns] = {};
   // A loop of its own for frozen parameters, where that is common.
   const auto run = [&](auto with_sums) {
-    for_values(t, place, [&](int64_t at) {
+    const auto use = [&](const Read<T, V>& given, int64_t at) {
       C x[V], w[V], dy[V], g[V];
-      load<T, V>(a.x, at, x), load<T, V>(a.dy, at, dy);
+      unpack(given.x, x), unpack(given.dy, dy);
 #pragma unroll
       for (int j = 0; j < V; ++j) w[j] = x[j];
-      prologue<kFull, T, V>(a.residual, at, k, kPlane, w);
+      prologue<kFull>(a.residual, given.residual, k, kPlane, w);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const int column = kPlane ? 0 : j;
@@ -155,7 +199,8 @@ __device__ __forceinline__ void backward(const Channelwise& a) {
         }
         store<T, V>(a.dx, at, g);
       }
-    });
+    };
+    for_values(t, place, [&](int64_t at) { return read<T, V, kFull, true>(a, at); }, use);
   };
   if (kFull || a.wanted & kOwnSums) run(std::true_type{});
   else run(std::false_type{});
@@ -195,21 +240,12 @@ __device__ __forceinline__ void backward(const Channelwise& a) {
 #pragma unroll
       for (int j = 0; j < V; j += n) store<C, n>(to, s * t.width + j, &sums[s][j]);
     }
-  } else {  // a column is a channel, all of which this thread has seen; via shared[sum][j][thread], so that j is a loop
+  } else if constexpr (V == 1) {  // a column is a channel, all of which this thread has seen
     if (!place.known) return;
-    C* mine = shared + threadIdx.x;
+    double total[kSumSlots];
 #pragma unroll
-    for (int s = 0; s < kSumSlots; ++s) {
-#pragma unroll
-      for (int j = 0; j < V; ++j) mine[(s * V + j) * blockDim.x] = sums[s][j];
-    }
-#pragma unroll 1
-    for (int j = 0; j < V; ++j) {
-      double total[kSumSlots];
-#pragma unroll
-      for (int s = 0; s < kSumSlots; ++s) total[s] = mine[(s * V + j) * blockDim.x];
-      write_gradients<Unit>(a.params, a.grads, a.ctu, place.group, uint32_t(place.column) + j, t.channels, total);
-    }
+    for (int s = 0; s < kSumSlots; ++s) total[s] = sums[s][0];
+    write_gradients<Unit>(a.params, a.grads, a.ctu, place.group, uint32_t(place.column), t.channels, total);
   }
 }
 

@@ -21,13 +21,12 @@ __device__ __forceinline__ void finish(const Finish& a) {
   const uint32_t blocks = (a.channels + lanes - 1) / lanes;
   const uint32_t g = blockIdx.x / blocks, c = blockIdx.x % blocks * lanes + lane;
   const uint32_t per_slot = a.repeat * a.inner;
-  const uint64_t terms = uint64_t(a.slots) * per_slot;
+  const uint32_t terms = a.slots * per_slot;
   double total[kSumSlots] = {};
   if (c < a.channels) {
 #pragma unroll 4  // loads that need not wait for each other
-    for (uint64_t term = row; term < terms; term += rows) {
-      const uint64_t slot = term / per_slot;
-      const uint32_t rest = uint32_t(term - slot * per_slot), repeat = rest / a.inner, i = rest % a.inner;
+    for (uint32_t term = row; term < terms; term += rows) {
+      const uint32_t slot = term / per_slot, rest = term % per_slot, repeat = rest / a.inner, i = rest % a.inner;
       const C* from = static_cast<const C*>(a.partial) + (int64_t(g) * a.slots + slot) * kSumSlots * a.columns +
                       (int64_t(repeat) * a.channels + c) * a.inner + i;
 #pragma unroll

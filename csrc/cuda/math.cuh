@@ -95,10 +95,10 @@ __device__ __forceinline__ double narrowed(double v) {
   return v;
 }
 
-__device__ __forceinline__ void unpack(BFloat16, uint32_t w, float* out) {
+__device__ __forceinline__ void unpack_pair(BFloat16, uint32_t w, float* out) {
   out[0] = __uint_as_float(w << 16), out[1] = __uint_as_float(w & 0xffff0000u);
 }
-__device__ __forceinline__ void unpack(Half, uint32_t w, float* out) {
+__device__ __forceinline__ void unpack_pair(Half, uint32_t w, float* out) {
   asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(out[0]), "=f"(out[1]) : "r"(w));
 }
 __device__ __forceinline__ uint32_t pack(BFloat16, const float* in) {
@@ -112,22 +112,30 @@ __device__ __forceinline__ uint32_t pack(Half, const float* in) {
   return w;
 }
 
-// V neighbouring values: one, or 16 bytes of them. Saying that they are global keeps accesses from becoming generic ones.
-template <class T, int V, class C>
-__device__ __forceinline__ void load(const void* from, int64_t at, C* out) {
+// V neighbouring values as they lie in memory: one, or 16 bytes of them. Saying that they are global keeps accesses from
+// becoming generic ones.
+template <class T, int V>
+struct Bits {
+  using Word = std::conditional_t<V == 1, T, uint4>;
+  Word word;
+};
+template <class T, int V>
+__device__ __forceinline__ Bits<T, V> fetch(const void* from, int64_t at) {
   const T* p = static_cast<const T*>(from) + at;
   __builtin_assume(__isGlobal(p));
+  return {*reinterpret_cast<const typename Bits<T, V>::Word*>(p)};
+}
+template <class T, int V, class C>
+__device__ __forceinline__ void unpack(const Bits<T, V>& bits, C* out) {
+  const auto& v = bits.word;
   if constexpr (V == 1) {
-    out[0] = widened(*p);
+    out[0] = widened(v);
   } else if constexpr (sizeof(T) == 8) {
-    const double2 v = *reinterpret_cast<const double2*>(p);
-    out[0] = v.x, out[1] = v.y;
+    out[0] = __hiloint2double(v.y, v.x), out[1] = __hiloint2double(v.w, v.z);
   } else if constexpr (sizeof(T) == 4) {
-    const float4 v = *reinterpret_cast<const float4*>(p);
-    out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+    out[0] = __uint_as_float(v.x), out[1] = __uint_as_float(v.y), out[2] = __uint_as_float(v.z), out[3] = __uint_as_float(v.w);
   } else {
-    const uint4 v = *reinterpret_cast<const uint4*>(p);
-    unpack(T{}, v.x, out), unpack(T{}, v.y, out + 2), unpack(T{}, v.z, out + 4), unpack(T{}, v.w, out + 6);
+    unpack_pair(T{}, v.x, out), unpack_pair(T{}, v.y, out + 2), unpack_pair(T{}, v.z, out + 4), unpack_pair(T{}, v.w, out + 6);
   }
 }
 template <class T, int V, class C>
@@ -147,15 +155,26 @@ __device__ __forceinline__ double parameter(const ParamRef& p, uint32_t g, uint3
   const int64_t i = int64_t(p.rows == 1 ? 0 : g % p.rows) * p.count + (p.run == 1 ? c : c / p.run);
   return p.is_double ? static_cast<const double*>(p.data)[i] : double(static_cast<const float*>(p.data)[i]);
 }
-__device__ __forceinline__ float parameter_as_float(const ParamRef& p, uint32_t g, uint32_t c) {
-  if (!p.data) return float(p.fallback);
-  const int64_t i = int64_t(p.rows == 1 ? 0 : g % p.rows) * p.count + (p.run == 1 ? c : c / p.run);
-  return p.is_double ? float(static_cast<const double*>(p.data)[i]) : static_cast<const float*>(p.data)[i];
-}
-template <class C>
-__device__ __forceinline__ C parameter_as(const ParamRef& p, uint32_t g, uint32_t c) {
-  if constexpr (sizeof(C) == 8) return parameter(p, g, c);
-  else return parameter_as_float(p, g, c);
+// Of V channels, all loads in flight together: what decides the way to the values is the same for all of them.
+template <class C, int V>
+__device__ __forceinline__ void parameters(const ParamRef& p, uint32_t g, const uint32_t (&c)[V], C (&out)[V]) {
+  const auto read = [&](const auto* from, const auto& at) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) out[j] = static_cast<C>(from[at(c[j])]);
+  };
+  const auto find = [&](const auto& at) {
+    const int64_t row = int64_t(p.rows == 1 ? 0 : g % p.rows) * p.count;
+    if (p.is_double) read(static_cast<const double*>(p.data) + row, at);
+    else read(static_cast<const float*>(p.data) + row, at);
+  };
+  if (!p.data) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) out[j] = static_cast<C>(p.fallback);
+  } else if (p.run == 1) {
+    find([](uint32_t channel) { return channel; });
+  } else {
+    find([&](uint32_t channel) { return channel / p.run; });
+  }
 }
 
 // A bump lower than this is flushed, so that its rate stays finite.
@@ -178,15 +197,38 @@ __device__ __forceinline__ TwoFloats product(TwoFloats x, TwoFloats y) {
   return {hi, fmaf(x.hi, y.lo, fmaf(x.lo, y.hi, fmaf(x.hi, y.hi, -hi)))};
 }
 
-__device__ __forceinline__ FloatKnobs plain_knobs(const Channelwise& a, uint32_t g, uint32_t c) {
-  const float beta = parameter_as_float(a.params[kBeta], g, c), coeff = parameter_as_float(a.params[kCoeff], g, c);
-  const float s = 1.f - beta;
-  return {beta, 0.f, s, (1.f - s) - beta, coeff, 1.f - coeff};  // s_lo: what the subtraction rounded off
-}
-__device__ __forceinline__ FloatKnobs derived_knobs(const Channelwise& a, uint32_t g, uint32_t c) {
-  const CtuKnobs k = ctu_knobs(parameter(a.params[kBeta], g, c), parameter(a.params[kCoeff], g, c), a.ctu.raw, a.ctu.eps);
+__device__ __forceinline__ FloatKnobs narrowed_knobs(const CtuKnobs& k) {
   const TwoFloats beta = split(k.beta), s = split(k.s);
   return {beta.hi, beta.lo, s.hi, s.lo, static_cast<float>(k.coeff), static_cast<float>(1.0 - k.coeff)};
+}
+
+// Of V channels: from the table where there is one, else of knobs that are no logits.
+template <int V>
+__device__ __forceinline__ void knobs_of(const Channelwise& a, uint32_t g, const uint32_t (&c)[V], FloatKnobs (&out)[V]) {
+  const ParamRef &beta = a.params[kBeta], &coeff = a.params[kCoeff];
+  if (a.knobs) {
+    const uint32_t channels = a.tiling.channels;
+    const int64_t field = int64_t(a.knob_rows) * channels;
+    const float* from = a.knobs + int64_t(a.knob_rows == 1 ? 0 : g) * channels;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const float* k = from + c[j];
+      out[j] = {k[0], k[field], k[2 * field], k[3 * field], k[4 * field], k[5 * field]};
+    }
+  } else if (beta.is_double || coeff.is_double || a.ctu.eps != 0) {
+    double b[V], q[V];
+    parameters(beta, g, c, b), parameters(coeff, g, c, q);
+#pragma unroll
+    for (int j = 0; j < V; ++j) out[j] = narrowed_knobs(ctu_knobs(b[j], q[j], false, a.ctu.eps));
+  } else {
+    float b[V], q[V];
+    parameters(beta, g, c, b), parameters(coeff, g, c, q);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const float s = 1.f - b[j];
+      out[j] = {b[j], 0.f, s, (1.f - s) - b[j], q[j], 1.f - q[j]};  // s_lo: what the subtraction rounded off
+    }
+  }
 }
 
 template <class T>
@@ -208,37 +250,28 @@ struct CtuUnit {
   static constexpr bool kPrologue = true;
   static constexpr int kParams = kCtuParams;
 
-  // Constants of V channels, channel(j) for j < V.
-  template <int V, class F>
-  static __device__ __forceinline__ void derive(const Channelwise& a, uint32_t g, const F& channel, Constants* out) {
+  // Constants of V channels. kFull: those of the prologue too.
+  template <bool kFull, int V>
+  static __device__ __forceinline__ void derive(const Channelwise& a, uint32_t g, const uint32_t (&c)[V], Constants (&out)[V]) {
+    C slope[V];
+    parameters(a.params[kSlopeParam], g, c, slope);
     if constexpr (sizeof(C) == 8) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const uint32_t c = channel(j);
-        const CtuKnobs k = ctu_knobs(parameter(a.params[kBeta], g, c), parameter(a.params[kCoeff], g, c), a.ctu.raw, a.ctu.eps);
-        Op::derive(k, parameter(a.params[kSlopeParam], g, c), out[j].f, 1);
+        const CtuKnobs k = ctu_knobs(parameter(a.params[kBeta], g, c[j]), parameter(a.params[kCoeff], g, c[j]), a.ctu.raw, a.ctu.eps);
+        Op::derive(k, slope[j], out[j].f, 1);
       }
     } else {
       FloatKnobs knobs[V];
-      if (a.plain) {
+      knobs_of(a, g, c, knobs);
 #pragma unroll
-        for (int j = 0; j < V; ++j) knobs[j] = plain_knobs(a, g, channel(j));
-      } else {
-#pragma unroll 1  // double precision is long
-        for (int i = 0; i < V; ++i) {
-          const FloatKnobs made = derived_knobs(a, g, channel(i));
-#pragma unroll
-          for (int j = 0; j < V; ++j)
-            if (i == j) knobs[j] = made;
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < V; ++j) derive_floats(knobs[j], parameter_as_float(a.params[kSlopeParam], g, channel(j)), out[j].f);
+      for (int j = 0; j < V; ++j) derive_floats(knobs[j], slope[j], out[j].f);
     }
+    if constexpr (kFull) {
+      C scale[V], shift[V];
+      parameters(a.params[kScaleParam], g, c, scale), parameters(a.params[kShiftParam], g, c, shift);
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      out[j].scale = parameter_as<C>(a.params[kScaleParam], g, channel(j));
-      out[j].shift = parameter_as<C>(a.params[kShiftParam], g, channel(j));
+      for (int j = 0; j < V; ++j) out[j].scale = scale[j], out[j].shift = shift[j];
     }
   }
 
@@ -287,15 +320,13 @@ struct HeadEditUnit {
     __device__ __forceinline__ C operator()(int field) const { return f[field]; }
   };
 
-  template <int V, class F>
-  static __device__ __forceinline__ void derive(const Channelwise& a, uint32_t g, const F& channel, Constants* out) {
+  template <bool, int V>
+  static __device__ __forceinline__ void derive(const Channelwise& a, uint32_t g, const uint32_t (&c)[V], Constants (&out)[V]) {
+    C m[V], add[V], gate_m[V], gate_a[V];
+    parameters(a.params[kM], g, c, m), parameters(a.params[kGateM], g, c, gate_m);
+    parameters(a.params[kA], g, c, add), parameters(a.params[kGateA], g, c, gate_a);
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const uint32_t c = channel(j);
-      const auto at = [&](int i) { return parameter_as<C>(a.params[i], g, c); };
-      out[j].f[kScale] = fused(at(kGateM), at(kM), C(1));
-      out[j].f[kOffset] = at(kGateA) * at(kA);
-    }
+    for (int j = 0; j < V; ++j) out[j].f[kScale] = fused(gate_m[j], m[j], C(1)), out[j].f[kOffset] = gate_a[j] * add[j];
   }
 
   static __device__ void finish(const CtuStatic&, const double* p, const double* sums, double* grads) {

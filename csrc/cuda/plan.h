@@ -19,10 +19,11 @@ struct Plan {
 
 // Channels with at least this many neighbouring values run with constants for the whole block.
 inline constexpr int64_t kMinPlane = 256;
-// Enough blocks to fill every GPU several times over: beyond it, blocks get longer instead.
-inline constexpr int64_t kBlocks = 4096;
-// Accesses of a thread: at most, and at least where constants are per column and have to pay off.
-inline constexpr int64_t kMostSteps = 32, kLeastRows = 8;
+// Enough blocks to fill every GPU several times over: beyond it, blocks get longer instead. Fewer where each leaves sums of
+// its columns behind.
+inline constexpr int64_t kBlocks = 4096, kSummingBlocks = 2048;
+// Accesses of a thread: at most, and at least where constants are per column, or sums too, and have to pay off.
+inline constexpr int64_t kMostSteps = 32, kLeastRows = 8, kLeastSummedRows = 16;
 // One block finishes a channel's sums alone up to this many steps; a small tensor is arranged so that it can.
 inline constexpr int64_t kAlone = 32, kSmall = 1 << 16;
 
@@ -64,7 +65,8 @@ inline Plan plan_with(const View& v, int64_t vector, bool sums) {
     p.cols_per = cols * lanes, p.col_cuts = ceil_div(blocks, cols), planes = v.channels;
   } else {
     p.cols_per = lanes, p.col_cuts = blocks;
-    p.rows_per = std::min({std::max(ceil_div(p.rows * blocks * v.groups, kBlocks), kLeastRows), 2 * kMostSteps, p.rows});
+    const int64_t even = ceil_div(p.rows * blocks * v.groups, sums ? kSummingBlocks : kBlocks);
+    p.rows_per = std::min({std::max(even, sums ? kLeastSummedRows : kLeastRows), 2 * kMostSteps, p.rows});
     if (sums && p.rows <= kAlone) p.rows_per = p.rows;
   }
   p.row_cuts = ceil_div(p.rows, p.rows_per);
@@ -73,10 +75,12 @@ inline Plan plan_with(const View& v, int64_t vector, bool sums) {
   return p;
 }
 
-// aligned: whether every tensor starts at a multiple of 16 bytes.
+// aligned: whether every tensor starts at a multiple of 16 bytes. Threads that finish the sums of their columns have one
+// column each: it takes longer than to move the few values there are.
 inline Plan plan_for(const View& v, int64_t itemsize, bool sums, bool aligned) {
   const Plan p = plan_with(v, 16 / itemsize, sums);
-  return p.wide && aligned ? p : plan_with(v, 1, sums);
+  const bool finishing = sums && p.direct && !p.plane;
+  return p.wide && aligned && !finishing ? p : plan_with(v, 1, sums);
 }
 
 }  // namespace ctk::cuda

@@ -1,8 +1,19 @@
-// The kernels after a backward kernel, and those of the gates: small tensors, double precision.
+// The kernels around a channelwise one, and those of the gates: small tensors, double precision.
 #include "ctu.cuh"
 
 namespace ctk::cuda {
 
+__device__ __forceinline__ void knobs(const Knobs& a) {
+  const uint32_t n = a.rows * a.channels, i = blockIdx.x * kKnobThreads + threadIdx.x;
+  if (i >= n) return;
+  const uint32_t g = i / a.channels, c = i % a.channels;
+  const FloatKnobs k = narrowed_knobs(ctu_knobs(parameter(a.beta, g, c), parameter(a.coeff, g, c), a.ctu.raw, a.ctu.eps));
+  const float made[kKnobFields] = {k.beta, k.beta_lo, k.s, k.s_lo, k.coeff, k.coeff1};
+#pragma unroll
+  for (int f = 0; f < kKnobFields; ++f) a.to[int64_t(f) * n + i] = made[f];
+}
+
+CTK_KERNEL(ctk_ctu_knobs, kKnobThreads, Knobs, knobs)
 CTK_KERNEL(ctk_ctu_finish_f32, kFinishThreads, Finish, finish<Logistic<float>>)
 CTK_KERNEL(ctk_ctu_finish_f64, kFinishThreads, Finish, finish<Logistic<double>>)
 CTK_KERNEL(ctk_head_edit_finish_f32, kFinishThreads, Finish, finish<HeadEditUnit<float>>)

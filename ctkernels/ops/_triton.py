@@ -146,7 +146,8 @@ def _run(
 def _finish(call: _Call, plan: Plan, partials: Tensor, each: Sequence[Tensor | None], sums: int) -> None:
     view = call.view
     repeat, inner = (1, 1) if plan.plane else (plan.repeat, view.inner)
-    lanes = min(64, triton.next_power_of_2(view.channels))
+    # of few channels, many programs with few each
+    lanes = min(max(triton.next_power_of_2(triton.cdiv(view.channels, 256)), 4), 16, triton.next_power_of_2(view.channels))
     args = {"partial": partials} | call.args() | _numbered("d", each)
     args |= {
         "channels": view.channels,

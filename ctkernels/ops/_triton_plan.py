@@ -10,11 +10,13 @@ from ._layout import View
 
 # Channels with at least this many neighbouring values run with scalar constants.
 MIN_PLANE = 256
-# Enough programs to fill every GPU several times over: beyond it, programs get longer instead.
-PROGRAMS = 4096
-# Vectors of 16 bytes that a lane works through: at most, and at least where constants are per lane and have to pay off.
+# Enough programs to fill every GPU several times over: beyond it, programs get longer instead. Fewer where each leaves sums
+# of its lanes behind.
+PROGRAMS, SUMMING_PROGRAMS = 4096, 2048
+# Vectors of 16 bytes that a lane works through: at most, and at least where constants are per lane, or sums too, and have to
+# pay off.
 MOST_STEPS = 32
-LEAST_ROWS = 8
+LEAST_ROWS, LEAST_SUMMED_ROWS = 8, 16
 # One program finishes a channel's sums alone up to this many steps; a small tensor is arranged so that it can.
 ALONE = 32
 SMALL = 1 << 16
@@ -107,7 +109,8 @@ def plan_for(view: View, itemsize: int, sums: bool) -> Plan:
         col_cuts, planes = _ceil(blocks, cols), view.channels
     else:
         cols, col_cuts, planes = 1, blocks, 1
-        rows_per = min(max(_ceil(rows * blocks * view.groups, PROGRAMS), LEAST_ROWS), 2 * MOST_STEPS, rows)
+        even = _ceil(rows * blocks * view.groups, SUMMING_PROGRAMS if sums else PROGRAMS)
+        rows_per = min(max(even, LEAST_SUMMED_ROWS if sums else LEAST_ROWS), 2 * MOST_STEPS, rows)
         if sums and rows <= ALONE:
             rows_per = rows
     row_cuts = _ceil(rows, rows_per)

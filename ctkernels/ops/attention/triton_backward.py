@@ -1,11 +1,8 @@
-"""Triton kernels of the backward pass. None of them writes the gradient of the unedited output.
+"""Triton kernels of the backward pass.
 
-With G the gradient of the edited output and p = 1 + g_m m a head's scale, dz = G p enters attention's backward three times:
-
-* delta = rowsum(dz z), which ``prepare_kernel`` makes from z and G, which it has to read anyway, along with the edit's own
-  sums S1 = sum G z and S0 = sum G, in slots that ``edit_kernel`` adds up in order;
-* dp = dz v' = G (p v)', where the keys' kernel scales its values once, and the queries' kernel its G once;
-* dv = w' dz = (w' G) p, scaled once at the end.
+With G the gradient of the edited output and p = 1 + g_m m a head's scale, attention's own backward pass is that of the
+gradient dz = G p. ``prepare_kernel``, which reads z and G for delta = rowsum(dz z) anyway, writes dz, and makes the edit's own
+sums S1 = sum G z and S0 = sum G, in slots that ``edit_kernel`` adds up in order. Without a scale dz is G.
 
 Keys and queries have a kernel each, so that every sum has one owner: no atomics, and the same bits on every run.
 """
@@ -20,11 +17,11 @@ from .triton_forward import INFINITY, apply_mask, edit_scale, hide, load_tile, s
 
 @triton.jit
 def prepare_kernel(
-    z, dy, delta, partial, m, g_m, starts_q, heads, tokens, blocks,
-    z_batch, z_head, z_row, dy_batch, dy_head, dy_row, delta_batch, delta_head,
+    z, dy, dz, delta, partial, m, g_m, starts_q, heads, tokens, blocks,
+    z_batch, z_head, z_row, dy_batch, dy_head, dy_row, dz_batch, dz_head, dz_row, delta_batch, delta_head,
     E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """delta [B, H, T] of M queries, and, in ``partial`` [B * blocks, H, 2, E], their part of S1 and S0."""
+    """dz and delta [B, H, T] of M queries, and, in ``partial`` [B * blocks, H, 2, E], their part of S1 and S0."""
     pid = tl.program_id(0)
     h, slot = pid % heads, pid // heads
     b, first = (slot // blocks).to(tl.int64), slot % blocks * M
@@ -35,18 +32,23 @@ def prepare_kernel(
     g = load_tile(dy + b * dy_batch + head * dy_head + start * dy_row, near, e, dy_row, left, True, E, BE).to(
         tl.float32
     )
-    gz = g
+    zs = g
     if z is not None:
-        gz = g * load_tile(z + b * z_batch + head * z_head + start * z_row, near, e, z_row, left, True, E, BE).to(
+        zs = load_tile(z + b * z_batch + head * z_head + start * z_row, near, e, z_row, left, True, E, BE).to(
             tl.float32
         )
     if delta is not None:
-        value = tl.sum(gz * edit_scale(m, g_m, h, e, E, False)[None, :], 1)
-        tl.store(delta + b * delta_batch + head * delta_head + start + near, value, mask=near < left)
+        own = g
+        if dz is not None:  # rounded, as the others will read it
+            rounded = (g * edit_scale(m, g_m, h, e, E, False)[None, :]).to(dz.dtype.element_ty)
+            at = dz + b * dz_batch + head * dz_head + (start + near)[:, None] * dz_row + e[None, :]
+            tl.store(at, rounded, mask=(near < left)[:, None] & (e < E)[None, :])
+            own = rounded.to(tl.float32)
+        tl.store(delta + b * delta_batch + head * delta_head + start + near, tl.sum(own * zs, 1), mask=near < left)
     if partial is not None:
         at = partial + ((slot.to(tl.int64) * heads + h) * 2) * E + e
         if z is not None:
-            tl.store(at, tl.sum(gz, 0), mask=e < E)
+            tl.store(at, tl.sum(g * zs, 0), mask=e < E)
         tl.store(at + E, tl.sum(g, 0), mask=e < E)
 
 
@@ -85,8 +87,8 @@ def edit_kernel(
 
 @triton.jit
 def _walk_queries(
-    dk, dv, k, v, q, dy, lse, delta, mask, cols, begin, end, shift, tokens, keys, left, right, factor,
-    q_stride, dy_stride, mask_row, mask_col,
+    dk, dv, k, v, q, dz, lse, delta, mask, cols, begin, end, shift, tokens, keys, left, right, factor,
+    q_stride, dz_stride, mask_row, mask_col,
     EDGE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +105,7 @@ def _walk_queries(
         if EDGE:
             s = hide(s, rows[None, :], cols[:, None], shift, keys, left, right, LEFT, RIGHT)
         w = tl.exp2(s - tl.load(lse + rows, mask=inside, other=INFINITY)[None, :])
-        g = load_tile(dy + far * dy_stride, near, e, dy_stride, tokens - start, True, E, BE)
+        g = load_tile(dz + far * dz_stride, near, e, dz_stride, tokens - start, True, E, BE)
         dv = tl.dot(w.to(g.dtype), g, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
         ds = w * (dp - tl.load(delta + rows, mask=inside, other=0.0)[None, :])
@@ -113,10 +115,10 @@ def _walk_queries(
 
 @triton.jit
 def keys_kernel(
-    q, k, v, mask, dy, lse, delta, dk, dv, m, g_m, starts_q, starts_k,
+    q, k, v, mask, dz, lse, delta, dk, dv, starts_q, starts_k,
     heads, group, tokens, keys, blocks, left, right, factor, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch, mask_head, mask_row, mask_col,
-    dy_batch, dy_head, dy_row, lse_batch, lse_head, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
+    dz_batch, dz_head, dz_row, lse_batch, lse_head, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -132,10 +134,8 @@ def keys_kernel(
         room = keys - first
         ks = load_tile(k + b * k_batch + g * k_head + start * k_row, near, d, k_row, room, True, D, BD)
         vs = load_tile(v + b * v_batch + g * v_head + start * v_row, near, e, v_row, room, True, E, BE)
-        if m is not None:
-            vs = (vs.to(tl.float32) * edit_scale(m, g_m, h, e, E, True)[None, :]).to(vs.dtype)
         q += b * q_batch + head * q_head + q0.to(tl.int64) * q_row
-        dy += b * dy_batch + head * dy_head + q0.to(tl.int64) * dy_row
+        dz += b * dz_batch + head * dz_head + q0.to(tl.int64) * dz_row
         lse += b * lse_batch + head * lse_head + q0
         delta += b * lse_batch + head * lse_head + q0
         if mask is not None:
@@ -161,22 +161,19 @@ def keys_kernel(
         dks, dvs = tl.zeros([N, BD], tl.float32), tl.zeros([N, BE], tl.float32)
         if RIGHT or mask is not None:
             dks, dvs = _walk_queries(
-                dks, dvs, ks, vs, q, dy, lse, delta, mask, cols, low, whole_low, shift, tokens, keys, left, right, factor,
-                q_row, dy_row, mask_row, mask_col, True, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, M,
+                dks, dvs, ks, vs, q, dz, lse, delta, mask, cols, low, whole_low, shift, tokens, keys, left, right, factor,
+                q_row, dz_row, mask_row, mask_col, True, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, M,
             )  # fmt: skip
         if mask is None:
             dks, dvs = _walk_queries(
-                dks, dvs, ks, vs, q, dy, lse, delta, mask, cols, whole_low, whole_high, shift, tokens, keys, left, right, factor,
-                q_row, dy_row, mask_row, mask_col, False, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, M,
+                dks, dvs, ks, vs, q, dz, lse, delta, mask, cols, whole_low, whole_high, shift, tokens, keys, left, right, factor,
+                q_row, dz_row, mask_row, mask_col, False, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, M,
             )  # fmt: skip
         if LEFT and mask is None:
             dks, dvs = _walk_queries(
-                dks, dvs, ks, vs, q, dy, lse, delta, mask, cols, whole_high, high, shift, tokens, keys, left, right, factor,
-                q_row, dy_row, mask_row, mask_col, True, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, M,
+                dks, dvs, ks, vs, q, dz, lse, delta, mask, cols, whole_high, high, shift, tokens, keys, left, right, factor,
+                q_row, dz_row, mask_row, mask_col, True, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, M,
             )  # fmt: skip
-        if m is not None:
-            tl.debug_barrier()  # the scale is loaded again: kept over the loops, it would cost registers
-            dvs = dvs * edit_scale(m, g_m, h, e, E, True)[None, :]
         live = cols[:, None] < keys
         at_dk = dk + b * dk_batch + head * dk_head + (start + near)[:, None] * dk_row + d[None, :]
         at_dv = dv + b * dv_batch + head * dv_head + (start + near)[:, None] * dv_row + e[None, :]
@@ -210,10 +207,10 @@ def _walk_keys(
 
 @triton.jit
 def queries_kernel(
-    q, k, v, mask, dy, lse, delta, dq, m, g_m, starts_q, starts_k,
+    q, k, v, mask, dz, lse, delta, dq, starts_q, starts_k,
     heads, group, tokens, keys, blocks, left, right, factor, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch, mask_head, mask_row, mask_col,
-    dy_batch, dy_head, dy_row, lse_batch, lse_head, dq_batch, dq_head, dq_row,
+    dz_batch, dz_head, dz_row, lse_batch, lse_head, dq_batch, dq_head, dq_row,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -230,9 +227,7 @@ def queries_kernel(
         rows, shift, room = first + near, keys - tokens, tokens - first
         head, g, start = h.to(tl.int64), (h // group).to(tl.int64), q0.to(tl.int64) + first
         qs = load_tile(q + b * q_batch + head * q_head + start * q_row, near, d, q_row, room, True, D, BD)
-        dz = load_tile(dy + b * dy_batch + head * dy_head + start * dy_row, near, e, dy_row, room, True, E, BE)
-        if m is not None:
-            dz = (dz.to(tl.float32) * edit_scale(m, g_m, h, e, E, True)[None, :]).to(dz.dtype)
+        dzs = load_tile(dz + b * dz_batch + head * dz_head + start * dz_row, near, e, dz_row, room, True, E, BE)
         at = b * lse_batch + head * lse_head + start + near
         lses = tl.load(lse + at, mask=rows < tokens, other=INFINITY)
         deltas = tl.load(delta + at, mask=rows < tokens, other=0.0)
@@ -256,16 +251,16 @@ def queries_kernel(
         dqs = tl.zeros([M, BD], tl.float32)
         if LEFT and mask is None:
             dqs = _walk_keys(
-                dqs, qs, dz, k, v, lses, deltas, mask, rows, low, whole_low, shift, tokens, keys, left, right, factor,
+                dqs, qs, dzs, k, v, lses, deltas, mask, rows, low, whole_low, shift, tokens, keys, left, right, factor,
                 k_row, v_row, mask_row, mask_col, True, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, N,
             )  # fmt: skip
         if mask is None:
             dqs = _walk_keys(
-                dqs, qs, dz, k, v, lses, deltas, mask, rows, whole_low, whole_high, shift, tokens, keys, left, right, factor,
+                dqs, qs, dzs, k, v, lses, deltas, mask, rows, whole_low, whole_high, shift, tokens, keys, left, right, factor,
                 k_row, v_row, mask_row, mask_col, False, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, N,
             )  # fmt: skip
         dqs = _walk_keys(
-            dqs, qs, dz, k, v, lses, deltas, mask, rows, whole_high, high, shift, tokens, keys, left, right, factor,
+            dqs, qs, dzs, k, v, lses, deltas, mask, rows, whole_high, high, shift, tokens, keys, left, right, factor,
             k_row, v_row, mask_row, mask_col, True, LEFT, RIGHT, KIND, PRECISION, D, E, BD, BE, N,
         )  # fmt: skip
         at_dq = dq + b * dq_batch + head * dq_head + (start + near)[:, None] * dq_row + d[None, :]

@@ -19,7 +19,7 @@ from .triton_forward import forward_kernel
 
 PROGRAMS = 256  # that keep a GPU busy: with fewer, decoding splits the keys
 FEW_ROWS = 64  # queries that share a key head, up to which a call is decoding
-PREPARED = 64  # queries of a program that prepares the backward pass
+PREPARED = 8192  # values, of at most 64 queries, of a program that prepares the backward pass
 # A sum across lanes of products: were a product fused into the first addition, lanes would end with different roundings.
 _SUMMING = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -170,36 +170,43 @@ def backward(dy: Tensor, z: Tensor, lse: Tensor, problem: Problem, needs: int) -
     grads: dict[int, Tensor] = {}
     inner, edited = needs & 0b111, needs >> 3
     delta = lse_for(p.q) if inner else None
+    dz = result_for(p.q, p.v.shape[-1]) if inner and p.m is not None else None
     given = {i: p[i] for i in range(3, 7) if needs >> i & 1}
     grads |= {i: torch.empty_like(t) for i, t in given.items()}  # type: ignore[arg-type]
     with call.device:
-        _prepare(call, dy, z, delta, grads if edited else {})
+        _prepare(call, dy, z, dz, delta, grads if edited else {})
+        if dz is None:
+            dz = dy
         if needs & 0b110:
-            grads |= _keys(call, dy, lse, delta, needs)
+            grads |= _keys(call, dz, lse, delta, needs)
         if needs & 0b001:
-            grads[0] = _queries(call, dy, lse, delta)
+            grads[0] = _queries(call, dz, lse, delta)
     return [grads[i] for i in range(7) if needs >> i & 1]
 
 
-def _prepare(call: _Call, dy: Tensor, z: Tensor, delta: Tensor | None, grads: dict[int, Tensor]) -> None:
+def _prepare(
+    call: _Call, dy: Tensor, z: Tensor, dz: Tensor | None, delta: Tensor | None, grads: dict[int, Tensor]
+) -> None:
     p = call.p
     size = p.v.shape[-1]
-    blocks = triton.cdiv(call.tokens, PREPARED)
+    m = min(64, PREPARED // padded(size))
+    blocks = triton.cdiv(call.tokens, m)
     slots = call.batch * blocks
     scaled = z.numel() > 0
     partial = p.q.new_empty((slots, call.heads, 2, size), dtype=torch.float32) if grads else None
     args: dict[str, Any] = {
         "z": z if scaled else None,
         "dy": dy,
+        "dz": dz,
         "delta": delta,
         "partial": partial,
         "m": p.m,
         "g_m": p.g_m,
     }
     args |= {"starts_q": p.starts_q, "heads": call.heads, "tokens": call.tokens, "blocks": blocks}
-    args |= _strides("z", z if scaled else None) | _strides("dy", dy)
+    args |= _strides("z", z if scaled else None) | _strides("dy", dy) | _strides("dz", dz)
     args |= {name.replace("lse", "delta"): value for name, value in _sums_strides(delta).items()}
-    meta = call.sizes() | {"M": PREPARED, **_SUMMING}
+    meta = call.sizes() | {"M": m, **_SUMMING}
     _triton.launch(prepare_kernel, slots * call.heads, args, meta)
     if partial is not None:
         outputs = {name: grads.get(3 + i) for i, name in enumerate(("dm", "da", "dg_m", "dg_a"))}
@@ -208,12 +215,12 @@ def _prepare(call: _Call, dy: Tensor, z: Tensor, delta: Tensor | None, grads: di
         _triton.launch(edit_kernel, call.heads, args, call.sizes() | {"SCALED": scaled, "ROWS": rows, **_SUMMING})
 
 
-def _shared(call: _Call, dy: Tensor, lse: Tensor, delta: Tensor | None) -> dict[str, Any]:
-    args = call.inputs() | call.starts | {"dy": dy, "lse": lse, "delta": delta, "m": call.p.m, "g_m": call.p.g_m}
-    return args | {"scale": call.p.scale} | _strides("dy", dy) | _sums_strides(lse)
+def _shared(call: _Call, dz: Tensor, lse: Tensor, delta: Tensor | None) -> dict[str, Any]:
+    args = call.inputs() | call.starts | {"dz": dz, "lse": lse, "delta": delta}
+    return args | {"scale": call.p.scale} | _strides("dz", dz) | _sums_strides(lse)
 
 
-def _keys(call: _Call, dy: Tensor, lse: Tensor, delta: Tensor | None, needs: int) -> dict[int, Tensor]:
+def _keys(call: _Call, dz: Tensor, lse: Tensor, delta: Tensor | None, needs: int) -> dict[int, Tensor]:
     p, cut = call.p, tile("keys", call.p)
     like = (p.k, p.v)
     if call.group == 1:
@@ -222,7 +229,7 @@ def _keys(call: _Call, dy: Tensor, lse: Tensor, delta: Tensor | None, needs: int
         shape = (p.k.shape[0], call.heads) if p.packed is not None else (p.k.shape[0], call.heads, p.k.shape[2])
         dk, dv = (result_for(p.k.new_empty((*shape, 1)), t.shape[-1], torch.float32) for t in like)
     blocks = triton.cdiv(call.keys, cut.n)
-    args = _shared(call, dy, lse, delta) | {"dk": dk, "dv": dv, "blocks": blocks}
+    args = _shared(call, dz, lse, delta) | {"dk": dk, "dv": dv, "blocks": blocks}
     args |= _strides("dk", dk) | _strides("dv", dv)
     _triton.launch(keys_kernel, blocks * call.heads * call.batch, args, call.meta() | cut.meta("M", "N"))
     if call.group > 1:
@@ -231,10 +238,10 @@ def _keys(call: _Call, dy: Tensor, lse: Tensor, delta: Tensor | None, needs: int
     return {i: g for i, g in ((1, dk), (2, dv)) if needs >> i & 1}
 
 
-def _queries(call: _Call, dy: Tensor, lse: Tensor, delta: Tensor | None) -> Tensor:
+def _queries(call: _Call, dz: Tensor, lse: Tensor, delta: Tensor | None) -> Tensor:
     cut = tile("queries", call.p)
     dq = result_for(call.p.q, call.p.q.shape[-1])
     blocks = triton.cdiv(call.tokens, cut.m)
-    args = _shared(call, dy, lse, delta) | {"dq": dq, "blocks": blocks} | _strides("dq", dq)
+    args = _shared(call, dz, lse, delta) | {"dq": dq, "blocks": blocks} | _strides("dq", dq)
     _triton.launch(queries_kernel, blocks * call.heads * call.batch, args, call.meta() | cut.meta("M", "N"))
     return dq
