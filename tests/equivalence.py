@@ -62,9 +62,9 @@ def _other_constant(mutant: Mutant) -> list[str]:
 
 def _zero(mutant: Mutant) -> list[str]:
     """0 in place of what is loaded."""
-    found = re.search(r"ld\.param\.u(\d+)\s+(%\w+),", mutant.before)
+    found = re.search(r"ld\.param\.u\d+\s+(%\w+),", mutant.before)
     assert found
-    return [f"mov.u{found[1]} {found[2]}, 0;"]
+    return [f"mov.u{64 if found[1].startswith('%rd') else 32} {found[1]}, 0;"]
 
 
 def _never(mutant: Mutant) -> list[str]:
@@ -129,7 +129,8 @@ def _any_number(mutant: Mutant) -> list[str]:
 
 SHORTCUT = "chooses a shortcut (one value a channel, plain parameters); the general way gives the same result"
 REASONS = [
-    Reason("wrong stride or displacement", r"ld\.param\.u32\s+%r\d+, .*\+12\]", SHORTCUT, _zero),
+    Reason("wrong stride or displacement", r"ld\.param\.u32\s+%rd?\d+, .*\+(8|12)\]", SHORTCUT, _zero),
+    Reason("missing mask", r"_lanes_\w+: @%p\d+ bra", SHORTCUT, source=r"not\.pred"),
     Reason("other comparison", r"setp\.eq\.s(16|32).*, [01];", SHORTCUT, _never),
     # Triton compiles a kernel anew for lengths that are 1, or multiples of 16, and for parameters by the group or not.
     Reason("other operator", r"sub\.s32", "leaves out the groups before, and there is one group", _adds_zero, r"mul\.lo\.s32"),
@@ -170,6 +171,18 @@ REASONS = [
 ]  # fmt: skip
 
 
+def _any_bits(mutant: Mutant) -> list[str]:
+    """In place of what another lane sends."""
+    return [f"mov.b32 {_operands(mutant)[0].split('|')[0]}, 0x5A5A5A5A;"]
+
+
+# Changes that move a result, by less than its bound: ``stronger`` has to stay within the bounds too.
+BELOW_THE_BOUNDS = [
+    Reason("wrong partner in a sum", r"finish_kernel: shfl", "the lower half of a double, of which a float32 shows nothing",
+           _any_bits),
+]  # fmt: skip
+
+
 def _source(mutant: Mutant, text: str) -> str:
     """The instruction that the last operand of the mutated one, or a branch's guard, comes from."""
     before = text.splitlines()[: mutant.line]
@@ -178,9 +191,9 @@ def _source(mutant: Mutant, text: str) -> str:
     return next((line.strip() for line in reversed(before) if made.match(line)), "")
 
 
-def reason(mutant: Mutant, text: str, same: Same) -> str | None:
+def reason(mutant: Mutant, text: str, same: Same, reasons: list[Reason] = REASONS) -> str | None:
     """Why a mutant of the kernel ``text`` that changes no bit is equivalent, or None."""
-    for found in REASONS:
+    for found in reasons:
         applies = mutant.operator == found.operator and re.search(found.line, f"{mutant.kernel}: {mutant.before}")
         applies = applies and (not found.source or re.match(found.source, _source(mutant, text)))
         if applies and (found.stronger is None or same(found.stronger(mutant))):

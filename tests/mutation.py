@@ -220,12 +220,21 @@ def explain(subject: Subject, mutant: Mutant, changed: str) -> tuple[bool, str] 
     """Of a survivor: whether it is equivalent, and why, or what it does. None for a branch that no call takes: there is no bug
     in leaving it out."""
 
-    def same(lines: list[str]) -> bool:
+    def with_lines(lines: list[str]) -> str:
         text = subject.text.splitlines()
         text[mutant.line : mutant.line + 1] = lines
+        return "\n".join(text) + "\n"
+
+    def same(lines: list[str]) -> bool:
         try:
-            return subject.moved("\n".join(text) + "\n") is None
+            return subject.moved(with_lines(lines)) is None
         except (Fault, AssertionError, Unsupported):
+            return False
+
+    def within(lines: list[str]) -> bool:
+        try:
+            return subject.caught_by(with_lines(lines)) is None
+        except (Unsupported, LookupError):
             return False
 
     if not mutant.after and "bra" in mutant.before and same(equivalence.never_taken(mutant)):
@@ -235,6 +244,9 @@ def explain(subject: Subject, mutant: Mutant, changed: str) -> tuple[bool, str] 
         return True, "ptxas makes the same machine code of it"
     moved = subject.moved(changed)
     if moved is not None:
+        why = equivalence.reason(mutant, subject.text, within, equivalence.BELOW_THE_BOUNDS)
+        if why is not None:
+            return True, why
         return False, f"stays within the bounds: moves a result by {moved:.2g} of what is allowed"
     why = equivalence.reason(mutant, subject.text, same)
     return why is not None, why or UNSEEN

@@ -64,20 +64,30 @@ struct Walk {
   }
 };
 
-// Calls use(fetch(offset), offset) along the way. What a step reads is fetched a step ahead: the arithmetic of one does not
-// last as long as memory takes.
-template <bool kPlane, int V, class Fetch, class Use>
+// Calls use(fetch(offset), offset) along the way, what a step reads fetched a step ahead: the arithmetic of one does not last
+// as long as memory takes. Forward, a plane's few constants leave room for so many threads that it is not worth its
+// instructions (kAhead).
+template <bool kAhead, bool kPlane, int V, class Fetch, class Use>
 __device__ __forceinline__ void for_values(const Tiling& t, const Place<kPlane, V>& place, const Fetch& fetch, const Use& use) {
   Walk<kPlane, V> walk(t, place);
   if (!walk.left) return;
-  auto ahead = fetch(walk.at);
+  if constexpr (kAhead) {
+    auto ahead = fetch(walk.at);
 #pragma unroll 1  // the body is long
-  for (;;) {
-    const auto now = ahead;
-    const int64_t at = walk.at;
-    if (--walk.left) walk.next(), ahead = fetch(walk.at);
-    use(now, at);
-    if (!walk.left) break;
+    for (;;) {
+      const auto now = ahead;
+      const int64_t at = walk.at;
+      if (--walk.left) walk.next(), ahead = fetch(walk.at);
+      use(now, at);
+      if (!walk.left) break;
+    }
+  } else {
+    const uint32_t width = blockDim.x * V;
+    for (uint32_t row = place.first; row < place.last; ++row, walk.start += t.row) {
+      int64_t at = walk.start;
+#pragma unroll 1
+      for (uint32_t i = 0; i < walk.steps; ++i, at += width) use(fetch(at), at);
+    }
   }
 }
 
@@ -127,7 +137,7 @@ __device__ __forceinline__ void forward(const Channelwise& a) {
     for (int j = 0; j < V; ++j) y[j] = Unit::Op::forward(w[j], k[kPlane ? 0 : j]);
     store<T, V>(a.y, at, y);
   };
-  for_values(a.tiling, place, [&](int64_t at) { return read<T, V, kFull, false>(a, at); }, use);
+  for_values<!kPlane>(a.tiling, place, [&](int64_t at) { return read<T, V, kFull, false>(a, at); }, use);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
@@ -200,7 +210,7 @@ __device__ __forceinline__ void backward(const Channelwise& a) {
         store<T, V>(a.dx, at, g);
       }
     };
-    for_values(t, place, [&](int64_t at) { return read<T, V, kFull, true>(a, at); }, use);
+    for_values<true>(t, place, [&](int64_t at) { return read<T, V, kFull, true>(a, at); }, use);
   };
   if (kFull || a.wanted & kOwnSums) run(std::true_type{});
   else run(std::false_type{});

@@ -147,7 +147,9 @@ def _finish(call: _Call, plan: Plan, partials: Tensor, each: Sequence[Tensor | N
     view = call.view
     repeat, inner = (1, 1) if plan.plane else (plan.repeat, view.inner)
     # of few channels, many programs with few each
-    lanes = min(max(triton.next_power_of_2(triton.cdiv(view.channels, 256)), 4), 16, triton.next_power_of_2(view.channels))
+    lanes = min(
+        max(triton.next_power_of_2(triton.cdiv(view.channels, 256)), 4), 16, triton.next_power_of_2(view.channels)
+    )
     args = {"partial": partials} | call.args() | _numbered("d", each)
     args |= {
         "channels": view.channels,

@@ -1,9 +1,11 @@
 """Which attention serves a call: ours with the edit inside, or torch's with the edit after it. A cost model decides.
 
 The model is arithmetic: time = max(flops / (peak * share), bytes / bandwidth) of the attention, plus the passes over
-memory that a separate edit takes. Peaks and bandwidths are data sheets'; a kernel's share of the peak is what its authors
-published for long sequences (FlashAttention-2, arXiv 2307.08691, on A100 and, in FlashAttention-3's figure 5, arXiv
-2407.08608, H100, which also has Triton and cuDNN); B200's are taken to be H100's. It has not been calibrated on a device.
+memory that a separate edit takes. Peaks and bandwidths are data sheets'. A kernel's share of the peak, in inference and over a
+training step's forward and backward, was measured on an H100 (``python -m benchmarks --device cuda --attention``, the run in
+benchmarks/results/h100.json, where the predictions are). Not measured: FlashAttention-3, which has the share its authors
+published (arXiv 2407.08608); A100, where FlashAttention-2 and the others have what its authors published for long sequences
+(arXiv 2307.08691) and ours keeps its proportion to them; B200, taken to be H100.
 """
 
 from __future__ import annotations
@@ -23,18 +25,29 @@ LAUNCH = 4e-6  # seconds that one more kernel costs
 
 
 class Peak(NamedTuple):
-    """Dense bf16 flops and bytes a second, and each attention's share of the former."""
+    """Dense bf16 flops and bytes a second, and each attention's share of the former, (inference, training): in 16 bits, and in
+    float32, where a sixth of it is the peak (three products in tf32)."""
 
     flops: float
     bandwidth: float
-    shares: dict[str, float]
+    half: dict[str, tuple[float, float]]
+    single: dict[str, tuple[float, float]]
 
 
+_SINGLE = {"fused": (0.19, 0.12), "efficient": (0.27, 0.23), "math": (0.064, 0.10)}
+_H100 = {
+    "fused": (0.31, 0.15),
+    "cudnn": (0.56, 0.50),
+    "flash": (0.30, 0.27),
+    "efficient": (0.24, 0.28),
+    "math": (0.03, 0.03),
+}
+_A100 = {"fused": (0.60, 0.33), "flash": (0.70, 0.60), "efficient": (0.40, 0.40), "math": (0.05, 0.05)}
 PEAKS = {
-    8: Peak(312e12, 2.039e12, {"fused": 0.55, "flash": 0.70, "efficient": 0.40, "math": 0.05}),
-    9: Peak(989e12, 3.35e12, {"fused": 0.40, "flash3": 0.70, "cudnn": 0.62, "flash": 0.36, "efficient": 0.20, "math": 0.03}),
-    10: Peak(2250e12, 8e12, {"fused": 0.40, "cudnn": 0.62, "flash": 0.16, "efficient": 0.10, "math": 0.03}),
-}  # fmt: skip
+    8: Peak(312e12, 2.039e12, _A100, _SINGLE),
+    9: Peak(989e12, 3.35e12, _H100 | {"flash3": (0.70, 0.60)}, _SINGLE),
+    10: Peak(2250e12, 8e12, _H100, _SINGLE),
+}
 
 
 class Shape(NamedTuple):
@@ -50,6 +63,7 @@ class Shape(NamedTuple):
     itemsize: int
     causal: bool
     training: bool
+    window: int | None = None  # keys that a query sees
 
 
 class Estimate(NamedTuple):
@@ -64,21 +78,33 @@ def shape_of(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, training: b
         tokens, keys, count = math.ceil(q.shape[0] / max(batch, 1)), math.ceil(k.shape[0] / max(batch, 1)), batch
     else:
         count, tokens, keys = q.shape[0], q.shape[2], k.shape[2]
-    causal = right == 0 and tokens > 1
+    causal, window = right == 0 and tokens > 1, None
     if left != UNBOUNDED:
-        keys, causal = min(keys, left + 1 + tokens), False
+        window, causal = min(keys, left + 1 + (0 if right == UNBOUNDED else right)), False
     return Shape(
-        count, q.shape[1], k.shape[1], tokens, keys, q.shape[-1], v.shape[-1], q.element_size(), causal, training
+        count,
+        q.shape[1],
+        k.shape[1],
+        tokens,
+        keys,
+        q.shape[-1],
+        v.shape[-1],
+        q.element_size(),
+        causal,
+        training,
+        window,
     )
 
 
 def seconds(peak: Peak, shape: Shape, attention: str) -> float:
-    """Predicted time of a call, forward and, in training, backward."""
-    work = 2.0 * shape.batch * shape.heads * shape.tokens * shape.keys * (shape.head_dim + shape.value_dim)
+    """Predicted time of a call, forward and, in training, backward. Only the fused kernels leave out what is outside a window."""
+    keys = shape.window if attention == FUSED and shape.window is not None else shape.keys
+    work = 2.0 * shape.batch * shape.heads * shape.tokens * keys * (shape.head_dim + shape.value_dim)
     work *= (0.5 if shape.causal else 1.0) * (3.5 if shape.training else 1.0)
-    rate = peak.flops * peak.shares[attention] * (1.0 if shape.itemsize == 2 else 1 / 6)  # fp32: three tf32 products
+    shares, unit = (peak.half, 1.0) if shape.itemsize == 2 else (peak.single, 1 / 6)
+    rate = peak.flops * unit * shares[attention][shape.training]
     rows = shape.batch * shape.tokens * shape.heads * shape.itemsize
-    cached = shape.batch * shape.keys * shape.groups * (shape.head_dim + shape.value_dim) * shape.itemsize
+    cached = shape.batch * keys * shape.groups * (shape.head_dim + shape.value_dim) * shape.itemsize
     moved = rows * (shape.head_dim + shape.value_dim) + cached
     time = max(work / rate, moved / peak.bandwidth) + LAUNCH
     if attention != FUSED:  # the edit's passes: in place, or beside z; and z, dy and dz of its backward
@@ -134,20 +160,29 @@ def estimates(
     """What each implementation is predicted to take on q's CUDA device, the faster one first."""
     major = max((m for m in PEAKS if m <= torch.cuda.get_device_capability(q.device)[0]), default=8)
     shape, peak = shape_of(q, k, v, left, right, training, batch), PEAKS[major]
-    # a window, unaligned lengths and padded packed sequences are an explicit mask to torch
-    masked = (
-        mask is not None
-        or left != UNBOUNDED
-        or batch is not None
-        or (right == 0 and shape.tokens not in (1, shape.keys))
-    )
+    masked = _masked(q, k, mask, left, right, batch)
     kernel = "efficient" if masked else torch_attention(q, k, v, None, right == 0 and shape.tokens > 1)
-    if masked and shape.causal:
+    if masked:
         theirs = seconds(peak, shape._replace(causal=False), kernel)
     else:
-        theirs = seconds(peak, shape, kernel if kernel in peak.shares else "math")
+        shares = peak.half if shape.itemsize == 2 else peak.single
+        theirs = seconds(peak, shape, kernel if kernel in shares else "math")
     found = [Estimate(FUSED, seconds(peak, shape, FUSED), "fused"), Estimate(SEPARATE, theirs, kernel)]
     return sorted(found, key=lambda e: e.seconds)
+
+
+def _masked(q: Tensor, k: Tensor, mask: Tensor | None, left: int, right: int, batch: int | None) -> bool:
+    """Whether torch gets an explicit mask: for a window, unaligned lengths and padded packed sequences too."""
+    if mask is not None or left != UNBOUNDED or batch is not None:
+        return True
+    return right == 0 and q.shape[2] not in (1, k.shape[2])
+
+
+def _slow_in_torch(q: Tensor, k: Tensor, mask: Tensor | None, left: int, right: int, batch: int | None) -> bool:
+    """Whether torch has no fast kernel for a call: with a mask, for float32 that shares key heads, for a single query."""
+    if _masked(q, k, mask, left, right, batch) or q.shape[2] == 1:
+        return True
+    return q.dtype == torch.float32 and q.shape[1] != k.shape[1]
 
 
 def choose(
@@ -176,8 +211,10 @@ def choose(
                 f"attention_head_edit: the fused kernels were forced but cannot serve this call: {reason}"
             )
         return SEPARATE
-    if wanted is not None or torch.compiler.is_compiling():  # torch's answers about its kernels cannot be traced
+    if wanted is not None:
         return FUSED
+    if torch.compiler.is_compiling():  # sizes may be unknown, and torch's answers about its kernels cannot be traced
+        return FUSED if _slow_in_torch(q, k, mask, left, right, batch) else SEPARATE
     return estimates(q, k, v, mask, left, right, training, batch)[0].implementation
 
 
