@@ -139,7 +139,7 @@ def _head_edit(name: str, lead: tuple[int, int], dtype: str, seconds: float) -> 
     ours = _by_backend(ctkernels.functional.head_edit)
     edits = {**ours, "official": head_edit.official, "reference compiled": compiled}
     head_edit._gate(z.cpu(), [p.detach().cpu() for p in parameters])
-    functions: dict[str, Callable[[Tensor], Tensor]] = {n: lambda t, f=f: f(t, *parameters) for n, f in edits.items()}  # type: ignore[misc]
+    functions: dict[str, Callable[[Tensor], Tensor]] = {n: lambda t, f=f: f(t, *parameters) for n, f in edits.items()}
     functions["mul"] = lambda t: t * row
     forward, both = _calls(functions, zs, leaves, ups, lambda name: [] if name == "mul" else parameters)
     return _record("head_edit", name, dtype, z, {"copy": lambda i: out[i].copy_(zs[i]), **forward}, both, sets, seconds)
@@ -160,28 +160,29 @@ def _by_backend(function: Callable[..., Tensor]) -> dict[str, Callable[..., Tens
 
 
 def call_overhead() -> dict[str, float]:
-    """Microseconds of the host and the device for a call on next to nothing, as networks of small batches pay it."""
+    """Microseconds of the host for a call on next to nothing, as networks of small batches pay it."""
     x, dy = (torch.randn(16, device="cuda") for _ in range(2))
-    z, dz = (torch.randn(1, 4, 64, device="cuda") for _ in range(2))
-    leaf, zleaf = x.clone().requires_grad_(), z.clone().requires_grad_()
+    z, dz = (torch.randn(1, 256, device="cuda") for _ in range(2))
     beta = torch.full((16,), 0.9, device="cuda", requires_grad=True)
     m, a = (torch.randn(4, 64, device="cuda", requires_grad=True) for _ in range(2))
-    functions = ctkernels.functional
-    edits = _by_backend(lambda t: functions.head_edit(t.flatten(-2), m, a))
-    units = _by_backend(lambda t: functions.ctu(t, beta, channel_dim=0))
-    forward: dict[str, Callable[[], Any]] = {"silu": lambda: F.silu(x)}
-    both: dict[str, Callable[[], Any]] = {"silu": lambda: torch.autograd.grad(F.silu(leaf), leaf, dy)}
+    units = _by_backend(lambda t: ctkernels.functional.ctu(t, beta, channel_dim=0))
+    edits = _by_backend(lambda t: ctkernels.functional.head_edit(t, m, a))
+    forward: dict[str, Callable[[], Any]] = {}
+    both: dict[str, Callable[[], Any]] = {}
+
+    def add(name: str, function: Callable[..., Tensor], given: Tensor, up: Tensor, *learned: Tensor) -> None:
+        leaf = given.clone().requires_grad_()
+        forward[f"{name} forward"] = lambda: function(given)
+        both[f"{name} forward+backward"] = lambda: torch.autograd.grad(function(leaf), (leaf, *learned), up)
+
+    add("silu", F.silu, x, dy)
     for name, unit in units.items():
-        forward[f"ctu, {name}"] = lambda f=unit: f(x)  # type: ignore[misc]
-        both[f"ctu, {name}"] = lambda f=unit: torch.autograd.grad(f(leaf), (leaf, beta), dy)  # type: ignore[misc]
+        add(f"ctu, {name}", unit, x, dy, beta)
     for name, edit in edits.items():
-        forward[f"head_edit, {name}"] = lambda f=edit: f(z)  # type: ignore[misc]
-        both[f"head_edit, {name}"] = lambda f=edit: torch.autograd.grad(f(zleaf), (zleaf, m, a), dz.flatten(-2))  # type: ignore[misc]
+        add(f"head_edit, {name}", edit, z, dz, m, a)
     with torch.no_grad():
         found = measure.overhead(forward)
-    return {f"{name} forward": us for name, us in found.items()} | {
-        f"{name} forward+backward": us for name, us in measure.overhead(both).items()
-    }
+    return found | measure.overhead(both)
 
 
 def _calls(

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ctkernels
 from ctkernels.functional import attention_head_edit, head_edit
 from ctkernels.ops.attention import KEEP_LSE, KEEP_Z, Problem, choice
+from ctkernels.ops.attention.reference import UNBOUNDED
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -321,6 +322,22 @@ def test_explain() -> None:
     text = ctkernels.explain(CASES[0].tensors(torch.float32)["q"], "attention_head_edit")
     assert "serves cuda tensors" in text or "triton is not installed" in text
     assert "separate   used" in text
+
+
+def test_a_compiled_program_is_fused_where_torch_has_no_fast_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "fused_refusal", lambda *args: None)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+    def chosen(
+        tokens: int = 9, groups: int = 4, dtype: torch.dtype = torch.bfloat16, mask: bool = False, left: int = UNBOUNDED
+    ) -> str:
+        q, k = torch.empty(2, 4, tokens, 8, dtype=dtype), torch.empty(2, groups, 9, 8, dtype=dtype)
+        seen = torch.ones(2, 4, tokens, 9, dtype=torch.bool) if mask else None
+        return choice.choose(q, k, k, seen, 1.0, left, 0, True, None, None)
+
+    assert chosen() == chosen(groups=2) == chosen(dtype=FLOAT) == choice.SEPARATE
+    assert chosen(mask=True) == chosen(left=3) == chosen(tokens=1) == chosen(tokens=5) == choice.FUSED
+    assert chosen(groups=2, dtype=FLOAT) == choice.FUSED
 
 
 def test_the_cost_model_agrees_with_what_was_measured() -> None:
