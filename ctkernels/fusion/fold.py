@@ -96,30 +96,39 @@ class Frozen(NamedTuple):
     def floats(self) -> list[Tensor]:
         return [t for t in self[:-2] if t is not None]
 
-    def fold(self, layout: torch.memory_format = torch.contiguous_format) -> tuple[Tensor, Tensor | None]:
-        """(weight, bias) of the layer that does what both do."""
+    def fold(
+        self, layout: torch.memory_format = torch.contiguous_format, wide_bias: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) of the layer that does what both do. ``wide_bias``: the bias in float32 at least."""
         weight = self.weight
         if self.mean is None or self.variance is None:
-            return weight, self.bias
+            bias = self.bias
+            return weight, bias if bias is None or not wide_bias else bias.to(
+                torch.promote_types(bias.dtype, torch.float32)
+            )
         scale, shift = _affine(self.mean, self.variance, self.gain, self.offset, self.eps)
         if self.bias is not None:
             shift = shift + scale * self.bias.double()
         wide = torch.promote_types(weight.dtype, torch.float32)
         folded = (weight.to(wide) * scale.view(-1, *[1] * (weight.dim() - 1)).to(wide)).to(weight.dtype)
-        return folded.contiguous(memory_format=layout), shift.to(weight.dtype)
+        return folded.contiguous(memory_format=layout), shift.to(wide if wide_bias else weight.dtype)
 
     def folded(
-        self, layout: torch.memory_format, order: Callable[[Tensor], Tensor] | None = None, settings: Any = None
+        self,
+        layout: torch.memory_format,
+        order: Callable[[Tensor], Tensor] | None = None,
+        settings: Any = None,
+        wide_bias: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """:meth:`fold`, kept until a tensor changes. ``order`` is applied to the weight; ``settings`` are what it depends on."""
         if self.mean is None:
-            return self.weight, self.bias
+            return self.fold(layout, wide_bias)
         # The counter is watched since moving statistics keep their versions.
         try:
             versions = [None if t is None else (t.data_ptr(), t._version) for t in self[:-1]]
         except RuntimeError:  # inference tensors do not say when they change
-            return self.fold(layout)
-        key, place = (layout, self.eps, settings, versions), self._place()
+            return self.fold(layout, wide_bias)
+        key, place = (layout, self.eps, settings, wide_bias, versions), self._place()
         kept = _KEPT.get(place)
         if kept is None or kept.key != key or kept.owner.expired():
             from torch.multiprocessing.reductions import StorageWeakRef  # which imports much
@@ -127,7 +136,7 @@ class Frozen(NamedTuple):
             for other in [k for k, v in _KEPT.items() if v.owner.expired()]:
                 del _KEPT[other]
             with torch.inference_mode(False), torch.no_grad():
-                weight, bias = self.fold(layout)
+                weight, bias = self.fold(layout, wide_bias)
                 value = weight if order is None else order(weight), bias
             kept = _KEPT[place] = _Kept(StorageWeakRef(self.weight.untyped_storage()), key, value)
         return kept.value

@@ -40,6 +40,23 @@ def call(source: Any, frozen: Frozen, x: Tensor, needs_grad: bool) -> Tensor:
     return F.linear(x, weight, bias) if isinstance(source, nn.Linear) else source._conv_forward(x, weight, bias)
 
 
+def adds_bias_apart(source: Any, frozen: Frozen, x: Tensor) -> bool:
+    """Whether torch would make a pass of its own over the result to add the bias, as it does after cuDNN's convolutions."""
+    if not x.is_cuda or (frozen.mean is None and frozen.bias is None):
+        return False
+    return _is_plain_convolution(source) and x.dim() == frozen.weight.dim()
+
+
+def call_without_bias(source: Any, frozen: Frozen, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`call` gives, without a gradient, but for the bias, which is left to add."""
+    layout = _memory_format(x)
+    fold = frozen.fold if torch.compiler.is_compiling() else frozen.folded
+    weight, bias = fold(layout, wide_bias=True)
+    assert bias is not None
+    y = _convolution(x, weight, None, (source.stride, source.padding, source.dilation, source.groups))
+    return y.contiguous(memory_format=layout), bias
+
+
 def _is_plain_convolution(source: Any) -> bool:
     return not isinstance(source, nn.Linear) and source.padding_mode == "zeros" and not isinstance(source.padding, str)
 

@@ -13,7 +13,7 @@ from .. import functional
 from ..ops._op import in_transform
 from .anew import computed_anew, normalised
 from .fold import Frozen, affine, is_eval
-from .frozen import call
+from .frozen import adds_bias_apart, call, call_without_bias
 from .trace import has_hooks
 
 
@@ -66,7 +66,12 @@ class FusedCall:
         arguments = self.arguments(x, *args, **kwargs)
         if arguments is None or not isinstance(residual, (Tensor, type(None))):
             return self.unfused(x, residual, *args, **kwargs)
-        z, scale, shift = self.layer(x, frozen), None, None
+        scale = shift = None
+        if frozen is not None and self.leaves_bias(x, residual, frozen, arguments):
+            z, shift = call_without_bias(self.source, frozen, x)
+            arguments["channel_dim"] = 1
+        else:
+            z = self.layer(x, frozen)
         if self.norm is not None and frozen is None:
             if (
                 z.dim() > 1
@@ -92,6 +97,12 @@ class FusedCall:
         if self.source is None:
             return x
         return self.source(x) if frozen is None else call(self.source, frozen, x, _records(x))
+
+    def leaves_bias(self, x: Tensor, residual: Tensor | None, frozen: Frozen, arguments: dict[str, Any]) -> bool:
+        """Whether the unit adds the layer's bias, in its own pass: in inference, where that saves one."""
+        if _records(x, residual, *arguments.values()) or arguments["channel_dim"] not in (None, 1, 1 - x.dim()):
+            return False
+        return adds_bias_apart(self.source, frozen, x)
 
     def forget(self) -> None:
         """Give up copies of weights."""

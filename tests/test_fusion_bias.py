@@ -1,0 +1,83 @@
+"""Fusion on a GPU, in inference: the unit adds the bias of the convolution before it. Here on the CPU, with the choice forced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fused_models import BLOCKS, Residual, compare, prepare
+from torch import Tensor, nn
+
+import ctkernels
+from ctkernels.fusion import frozen, site
+
+
+@pytest.fixture(autouse=True)
+def any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `adds_bias_apart` says of a CUDA tensor."""
+
+    class OnCuda:
+        is_cuda = True
+
+        def __init__(self, x: Tensor):
+            self.dim = x.dim
+
+    real: Any = frozen.adds_bias_apart
+    monkeypatch.setattr(site, "adds_bias_apart", lambda source, given, x: real(source, given, OnCuda(x)))
+
+
+@pytest.fixture
+def shifts(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
+    """The shifts that units were given."""
+    seen: list[Tensor | None] = []
+    unit = site.functional.ctu
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(kwargs["shift"])
+        return unit(*args, **kwargs)
+
+    monkeypatch.setattr(site.functional, "ctu", noted)
+    return seen
+
+
+def _network(*blocks: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    model = prepare(Residual(blocks)).eval().to(dtype)
+    ctkernels.steer(model, 0.8)
+    return model
+
+
+def _image(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_fused_network_equals_itself(block: str, dtype: torch.dtype) -> None:
+    compare(_network(block, dtype=dtype), _image(dtype), ctkernels.fuse, "frozen")
+
+
+def test_only_in_inference(shifts: list[Tensor | None]) -> None:
+    model, x = _network("basic", dtype=torch.bfloat16).requires_grad_(False), _image(torch.bfloat16)
+    sites = ctkernels.fuse(model).sites
+    with torch.no_grad():
+        model(x)
+    assert len(shifts) == len([s for s in sites if s.unit])
+    assert all(s is not None and s.dtype == torch.float32 for s in shifts)
+    shifts.clear()
+    model(x.requires_grad_())
+    assert shifts
+    assert all(s is None for s in shifts)
+
+
+def test_compiled_programs() -> None:
+    model, x = _network("basic").requires_grad_(False), _image()
+    handle = ctkernels.fuse(model)
+    with torch.no_grad():
+        expected = model(x)
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected)
+    handle.remove()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
