@@ -61,7 +61,8 @@ def test_every_family_of_the_table_is_tested():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_attach_edit_merge_and_detach(name):
     family, values = FAMILIES[name], inputs(name)
-    model = build(name)
+    # frozen as it will be: torch's own multi-head attention then takes another way, with other roundings
+    model = build(name).requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     expected = output(model, values)
     wrapped = _attach(model)
