@@ -93,7 +93,7 @@ def run(seconds: float, quick: bool = False, device: str = "cpu") -> dict[str, A
 
 
 def _run(seed: int, device: str, seconds: float, quick: bool) -> dict[str, Any]:
-    """The rounds of one process. ``FLOOR`` is what any method must do whose first learned edit is that of JoLA, were the
+    """Medians of one process. ``FLOOR`` is what any method must do whose first learned edit is that of JoLA, were the
     edits free. The compiled contestants run among themselves after the others, beside an eager one; not in a quick run.
     """
     from peft import LoraConfig, get_peft_model
@@ -152,13 +152,15 @@ def _run(seed: int, device: str, seconds: float, quick: bool) -> dict[str, Any]:
     if not on_cpu:  # where it is torch's attention, then the same edit
         fuse_attention(inside)
         steps[INSIDE] = step(inside, inside_optimizer, inside)
-    record: dict[str, Any] = {"training_ms": measure.in_turn(steps, seconds * 12, seldom=[LOOP], seed=seed, wait=wait)}
+    record: dict[str, Any] = {
+        "training_ms": measure.interleaved(steps, seconds * 12, seldom=[LOOP], seed=seed, wait=wait)
+    }
     if not on_cpu:
         record["training_peak_bytes"] = {name: measure.peak_bytes(run) for name, run in steps.items()}
     if not quick:
         compiled, seen_through = (step(torch.compile(jola, fullgraph=True), jola_optimizer, jola) for _ in range(2))
         contestants = {JOLA: eager, COMPILED: compiled, COMPOSED: measure.composed(seen_through)}
-        record["compiled_training_ms"] = measure.in_turn(contestants, seconds * 8, seed=seed, wait=wait)
+        record["compiled_training_ms"] = measure.interleaved(contestants, seconds * 8, seed=seed, wait=wait)
         torch.compiler.reset()
     jola.eval()
     merged = jola.merge_and_unload()
@@ -172,7 +174,7 @@ def _run(seed: int, device: str, seconds: float, quick: bool) -> dict[str, Any]:
         return call
 
     inferences: measure.Contestants = {"plain": infer(frozen), "merged": infer(merged)}
-    record["inference_ms"] = measure.in_turn(inferences, seconds * 3, seed=seed, wait=wait)
+    record["inference_ms"] = measure.interleaved(inferences, seconds * 3, seed=seed, wait=wait)
     return record
 
 

@@ -20,7 +20,6 @@ import torch
 import ctkernels
 
 Contestants = dict[str, Callable[[], Any]]
-Rounds = list[dict[str, float]]  # milliseconds by contestant
 
 
 def tune_allocator() -> str:
@@ -41,32 +40,27 @@ def tune_allocator() -> str:
 
 
 def interleaved(
-    contestants: Contestants, seconds: float = 1.5, least: int = 5, seldom: Collection[str] = (), seed: int = 0
-) -> dict[str, float]:
-    """Median milliseconds of each contestant: :func:`medians` of :func:`in_turn`."""
-    return medians(in_turn(contestants, seconds, least, seldom, seed))
-
-
-def in_turn(
     contestants: Contestants,
     seconds: float = 1.5,
     least: int = 5,
     seldom: Collection[str] = (),
     seed: int = 0,
     wait: Callable[[], None] | None = None,
-) -> Rounds:
-    """Milliseconds of each contestant, round by round; they run in turn, after one warm-up each, for about ``seconds`` in all.
+) -> dict[str, float]:
+    """Median milliseconds of each contestant; they run in turn, after one warm-up each, for about ``seconds`` in all.
 
     Every round, the warm-up too, has an order of its own, drawn from ``seed``, so that none always runs in what the same one
-    left behind. Those of ``seldom``, slow ones that are far from their bounds, run in every fourth round. ``wait``: for what
-    a call has started on a device.
+    left behind.
+    Those of ``seldom``, slow ones that are far from their bounds, run in every fourth round. Of the rounds the faster half
+    counts, by what all contestants took together: the others tell what else the machine was doing. ``wait``: for what a call
+    has started on a device.
     """
     order, shuffle = list(contestants.items()), random.Random(seed).shuffle
     shuffle(order)
     for _, run in order:
         run()
     gc.collect()
-    rounds: Rounds = []
+    rounds: list[dict[str, float]] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(rounds) < least:
         times = {}
@@ -80,9 +74,15 @@ def in_turn(
             run()
             if wait is not None:
                 wait()
-            times[name] = (time.perf_counter() - start) * 1e3
-        rounds.append({name: times[name] for name in contestants if name in times})
-    return rounds
+            times[name] = time.perf_counter() - start
+        rounds.append(times)
+    rounds.sort(key=lambda times: sum(t for name, t in times.items() if name not in seldom))
+
+    def median(name: str) -> float:
+        own = [times[name] for times in rounds if name in times]
+        return statistics.median(own[: (len(own) + 1) // 2]) * 1e3
+
+    return {name: median(name) for name in contestants}
 
 
 def graphed(run: Callable[[], Any]) -> Callable[[], None]:
@@ -99,44 +99,23 @@ def graphed(run: Callable[[], Any]) -> Callable[[], None]:
     return graph.replay
 
 
-def medians(rounds: Rounds) -> dict[str, float]:
-    """Of each contestant, over the faster half of the rounds, by what those took together that ran in every round: the other
-    half tells what else the machine was doing."""
-    always = set.intersection(*map(set, rounds))
-    ordered = sorted(rounds, key=lambda times: sum(t for name, t in times.items() if name in always))
-    names = dict.fromkeys(name for times in rounds for name in times)
+def over_processes(count: int, function: Callable[..., dict[str, dict[str, float]]], *args: Any) -> dict[str, Any]:
+    """``function(seed, *args)``, which returns {part: {contestant: figure}}, in ``count`` processes one after the other, with
+    a seed each: geometric means by part and contestant, and under "processes" what each returned.
 
-    def median(name: str) -> float:
-        own = [times[name] for times in ordered if name in times]
-        return statistics.median(own[: (len(own) + 1) // 2])
-
-    return {name: median(name) for name in names}
-
-
-def over_processes(count: int, function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """``function(seed, *args)``, which returns {part: rounds, or figures by contestant}, in ``count`` processes one after the
-    other, with a seed each. The rounds of all processes count as those of one: :func:`medians` of them; of figures,
-    geometric means. Under "processes", the same of every process by itself.
-
-    Where a process happens to have its memory decides ratios of whole networks by several percent, and whether the machine
-    was busy meanwhile by more.
+    Where a process happens to have its memory decides ratios of whole networks by several percent.
     """
-    found, spawn, threads = [], multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
+    records, spawn, threads = [], multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
     for seed in range(count):
         with ProcessPoolExecutor(1, spawn, initializer=_start, initargs=threads) as pool:
-            found.append(pool.submit(function, seed, *args).result())
+            records.append(pool.submit(function, seed, *args).result())
         if sys.stderr.isatty():
             print(f"process {seed + 1} of {count} done", file=sys.stderr)
-    return _joined(found) | {"processes": [_joined([one]) for one in found]}
 
+    def mean(part: str) -> dict[str, float]:
+        return {name: statistics.geometric_mean(r[part][name] for r in records) for name in records[0][part]}
 
-def _joined(found: list[dict[str, Any]]) -> dict[str, Any]:
-    def join(parts: list[Any]) -> dict[str, float]:
-        if isinstance(parts[0], list):
-            return medians([times for rounds in parts for times in rounds])
-        return {name: statistics.geometric_mean(part[name] for part in parts) for name in parts[0]}
-
-    return {part: join([one[part] for one in found]) for part in found[0]}
+    return {part: mean(part) for part in records[0]} | {"processes": records}
 
 
 def _start(threads: int) -> None:

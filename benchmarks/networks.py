@@ -148,7 +148,7 @@ def run(dtypes: list[str], seconds: float, quick: bool, device: str = "cpu") -> 
 
 
 def _run(seed: int, device: str, name: str, seconds: float, quick: bool) -> dict[str, Any]:
-    """The rounds of one process, and peak bytes."""
+    """Medians of one process, and peak bytes."""
     dtype = DTYPES[name]
     x, labels = _inputs(dtype, device)
     _check(dtype, device)
@@ -165,7 +165,7 @@ def _run(seed: int, device: str, name: str, seconds: float, quick: bool) -> dict
             calls[label + COMPILED] = inference(compiled[0], x)
             steps[label + COMPILED] = step(compiled[1], x, labels)
     wait = None if device == "cpu" else torch.cuda.synchronize
-    times = [measure.in_turn(runs, seconds * 6, seldom=PUBLISHED, seed=seed, wait=wait) for runs in (calls, steps)]
+    times = [measure.interleaved(runs, seconds * 6, seldom=PUBLISHED, seed=seed, wait=wait) for runs in (calls, steps)]
     full = _full(contestants(dtype, True, device))
     everything: dict[str, float] = {label: measure.peak_bytes(step(model, x, labels)) for label, model in full.items()}
     return {
