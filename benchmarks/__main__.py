@@ -36,6 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records there")
     args = parser.parse_args(argv)
+    if args.device == "cuda" and args.composed:
+        parser.error("--composed: measured on a CPU; leave out --device")
+    if args.only and (args.device == "cpu" or args.networks or args.jola):
+        parser.error("--only: for the ops and the attention of --device cuda")
     if args.device == "cuda":
         return _on_device(args)
     if args.attention:

@@ -67,11 +67,10 @@ struct Call {
 void make_knobs(const Op& op, const Operands& in, Channelwise& args, Device& device) {
   if (!op.prologue || !op.ctu.raw || in.dtype == DType::kDouble) return;
   const Param &beta = in.params[kBeta], &coeff = in.params[kCoeff];
-  const int64_t rows = beta.groups > 1 || coeff.groups > 1 ? in.view.groups : 1, count = rows * in.view.channels;
+  const int64_t rows = beta.groups > 1 || coeff.groups > 1 ? in.view.groups : 1, count = narrow(rows * in.view.channels);
   auto* to = static_cast<float*>(device.allocate(kKnobFields * count * sizeof(float)));
   args.knobs = to, args.knob_rows = narrow(rows);
   const Knobs knobs{to, narrow(rows), narrow(in.view.channels), op.ctu, args.params[kBeta], args.params[kCoeff]};
-  narrow(count);
   launch(device, "ctk_ctu_knobs", ceil_div(count, kKnobThreads), kKnobThreads, 1, 0, knobs);
 }
 
@@ -153,8 +152,7 @@ void backward(const Op& op, const Operands& in, const void* dy, const Gradients&
     std::copy(grads, grads + kMaxParams, finish.grads);
     // of few channels, many blocks with few each
     const int64_t lanes = std::min(std::clamp<int64_t>(power_of_two(ceil_div(v.channels, 256)), 4, 16), power_of_two(v.channels));
-    const int64_t terms = plan.slots() * finish.repeat * finish.inner;
-    narrow(terms);
+    const int64_t terms = narrow(plan.slots() * finish.repeat * finish.inner);
     const int64_t rows = std::min(kFinishThreads / lanes, power_of_two(terms));
     const std::string name = std::string("ctk_") + (op.prologue ? "ctu" : op.name) + "_finish_" + (compute_size == 8 ? "f64" : "f32");
     launch(device, name, v.groups * ceil_div(v.channels, lanes), static_cast<int>(lanes), static_cast<int>(rows), lanes * rows * 8, finish);

@@ -247,7 +247,6 @@ struct CtuUnit {
   using Math = typename Arithmetic<T>::Math;
   using Op = Ctu<C, kind, Math>;
   using Constants = CtuConstants<C>;
-  static constexpr bool kPrologue = true;
   static constexpr int kParams = kCtuParams;
 
   // Constants of V channels. kFull: those of the prologue too.
@@ -313,7 +312,6 @@ template <class T>
 struct HeadEditUnit {
   using C = typename Arithmetic<T>::Compute;
   using Op = HeadEdit<C>;
-  static constexpr bool kPrologue = false;
   static constexpr int kParams = kHeadEditParams;
   struct Constants {
     C f[kHeadEditFields];

@@ -103,9 +103,9 @@ class Frozen(NamedTuple):
         weight = self.weight
         if self.mean is None or self.variance is None:
             bias = self.bias
-            return weight, bias if bias is None or not wide_bias else bias.to(
-                torch.promote_types(bias.dtype, torch.float32)
-            )
+            if bias is not None and wide_bias:
+                bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
+            return weight, bias
         scale, shift = _affine(self.mean, self.variance, self.gain, self.offset, self.eps)
         if self.bias is not None:
             shift = shift + scale * self.bias.double()

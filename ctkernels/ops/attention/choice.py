@@ -3,9 +3,10 @@
 The model is arithmetic: time = max(flops / (peak * share), bytes / bandwidth) of the attention, plus the passes over
 memory that a separate edit takes. Peaks and bandwidths are data sheets'. A kernel's share of the peak, in inference and over a
 training step's forward and backward, was measured on an H100 (``python -m benchmarks --device cuda --attention``, the run in
-benchmarks/results/h100.json, where the predictions are). Not measured: FlashAttention-3, which has the share its authors
-published (arXiv 2407.08608); A100, where FlashAttention-2 and the others have what its authors published for long sequences
-(arXiv 2307.08691) and ours keeps its proportion to them; B200, taken to be H100.
+benchmarks/results/h100.json). Not measured: FlashAttention-3, about what its authors published (arXiv 2407.08608); torch's plain
+attention in 16 bits; A100, where FlashAttention-2 has about what its authors published for long sequences (arXiv 2307.08691) and
+the others are guessed from that; B200, taken to be H100, but for kernels with the tensor instructions of before Hopper, which
+are no faster there.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _A100 = {"fused": (0.60, 0.33), "flash": (0.70, 0.60), "efficient": (0.40, 0.40)
 PEAKS = {
     8: Peak(312e12, 2.039e12, _A100, _SINGLE),
     9: Peak(989e12, 3.35e12, _H100 | {"flash3": (0.70, 0.60)}, _SINGLE),
-    10: Peak(2250e12, 8e12, _H100, _SINGLE),
+    10: Peak(2250e12, 8e12, _H100 | {"flash": (0.13, 0.12), "efficient": (0.11, 0.12)}, _SINGLE),
 }
 
 
