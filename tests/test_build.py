@@ -1,10 +1,11 @@
-"""What setup.py decides to build, and what it says; the installed package; the introspection."""
+"""What setup.py decides to build, and what it says; the installed package; what `env` knows of the build."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -52,36 +53,110 @@ def test_cpu_without_a_compiler_is_an_error() -> None:
 
 
 def test_cuda_without_nvcc_says_what_to_do(tmp_path: Path) -> None:
-    pytest.importorskip("pybind11", reason="needs the test extra")
     done = _setup("--version", CTKERNELS_BUILD="cuda", CUDA_HOME=str(tmp_path))
     assert done.returncode != 0
     assert "CTKERNELS_BUILD=cuda: no nvcc; install the CUDA toolkit and set CUDA_HOME" in done.stderr
 
 
-@pytest.mark.slow
-def test_pure_wheel(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, unpacked in an empty folder."""
+    folder = tmp_path_factory.mktemp("sdist")
+    done = _setup(
+        "-q", "egg_info", "--egg-base", str(folder), "sdist", "--dist-dir", str(folder), CTKERNELS_BUILD="none"
+    )
+    assert done.returncode == 0, done.stderr
+    (archive,) = folder.glob("ctkernels-*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
+    return next(p for p in folder.glob("ctkernels-*") if p.is_dir())
+
+
+def _wheel(source: Path, out: Path, **variables: str) -> tuple[Path, str]:
+    """The wheel that pip makes of ``source``, and what was said meanwhile."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("CTKERNELS_")}
     command = [
         sys.executable,
         "-m",
         "pip",
         "wheel",
-        "--quiet",
+        "-v",
         "--no-build-isolation",
         "--no-deps",
         "-w",
-        str(tmp_path),
-        str(ROOT),
+        str(out),
+        str(source),
     ]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("CTKERNELS_")}
-    done = subprocess.run(
-        command, env={**clean, "CTKERNELS_BUILD": "none"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("ctkernels-*.whl")
+    done = subprocess.run(command, env={**clean, **variables}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = out.glob("ctkernels-*.whl")
+    return wheel, done.stdout + done.stderr
+
+
+def test_the_source_distribution_has_every_source(source: Path) -> None:
+    for folder in ("csrc", "benchmarks", "tests", "examples"):
+        here = {
+            p.relative_to(ROOT)
+            for p in (ROOT / folder).rglob("*")
+            if p.suffix in (".h", ".cpp", ".cu", ".cuh", ".py", ".json")
+        }
+        assert here
+        assert here == {p.relative_to(source) for p in (source / folder).rglob("*") if p.relative_to(source) in here}
+    for name in (
+        "LICENSE",
+        "README.md",
+        "CITATION.cff",
+        "Makefile",
+        "setup.py",
+        "ctkernels/py.typed",
+        "ctkernels/report/page.html",
+    ):
+        assert (source / name).exists(), name
+    assert not list(source.rglob("*.so"))
+
+
+@pytest.mark.slow
+def test_pure_wheel_from_the_source_distribution(source: Path, tmp_path: Path) -> None:
+    wheel, _ = _wheel(source, tmp_path, CTKERNELS_BUILD="none")
+    assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "ctkernels/py.typed" in names
     assert "ctkernels/ops/ctu/reference.py" in names
-    assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "csrc/"))]
+    assert "ctkernels/benchmarks/__main__.py" in names
+    assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "csrc/", "tools/"))]
+    entry = next(n for n in names if n.endswith(".dist-info/entry_points.txt"))
+    assert "ctkernels = ctkernels.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
+
+
+@pytest.mark.slow
+def test_auto_goes_on_without_kernels_if_the_compiler_fails(source: Path, tmp_path: Path) -> None:
+    compiler = tmp_path / "broken-c++"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exec c++ "$@"\necho \'fatal error: no such header\' >&2\nexit 1\n'
+    )
+    compiler.chmod(0o755)
+    wheel, said = _wheel(source, tmp_path / "out", CTKERNELS_BUILD="auto", CXX=str(compiler), CC=str(compiler))
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")]
+    (line,) = [line.strip() for line in said.splitlines() if line.strip().startswith("ctkernels:")]
+    assert line.startswith("ctkernels: building without native kernels: the compiler failed (")
+    assert line.endswith("CTKERNELS_BUILD=cpu makes this an error")
+
+
+@pytest.mark.slow
+def test_cpu_with_a_compiler_that_fails_is_an_error(source: Path, tmp_path: Path) -> None:
+    compiler = tmp_path / "broken-c++"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)],
+        cwd=source,
+        env={**os.environ, "CTKERNELS_BUILD": "cpu", "CXX": str(compiler), "CC": str(compiler)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
 
 
 def test_env_command_knows_the_build(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import platform
@@ -85,17 +85,14 @@ def _native() -> dict[str, Any]:
     """The compiled part: where it is, what it was built with, and what it runs at here."""
     if _backend.NATIVE is None:
         return {"built": False, "why": BACKENDS["cpu"].missing}
-    path = str(_backend.NATIVE.__file__)
-    found: dict[str, Any] = {"built": True, "library": path}
-    if importlib.util.find_spec("ctkernels._introspect") is None:
-        return {**found, "introspection": "not built for this Python"}
-    introspect = importlib.import_module("ctkernels._introspect")
+    library = ctypes.CDLL(str(_backend.NATIVE.__file__))
     return {
-        **found,
-        "compiler": introspect.compiler(),
-        "simd_levels": list(introspect.simd_levels()),
-        "simd_level_used": introspect.simd_level(path),
-        "threads": introspect.threads(),
+        "built": True,
+        "library": str(_backend.NATIVE.__file__),
+        "compiler": _exported(library, "ctk_compiler"),
+        "simd_levels": (_exported(library, "ctk_simd_levels") or "").split(),
+        "simd_level_used": _exported(library, "ctk_simd_level"),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -104,12 +101,28 @@ def _cuda() -> dict[str, Any]:
     path = _backend.CUDA_KERNELS
     if not path.exists():
         return {"built": False, "why": BACKENDS["cuda"].missing}
-    found: dict[str, Any] = {"built": True, "library": str(path)}
-    if importlib.util.find_spec("ctkernels._introspect") is None:
-        return {**found, "introspection": "not built for this Python"}
-    introspect = importlib.import_module("ctkernels._introspect")
-    kernels = introspect.cuda_kernels(str(path))
-    return {**found, "architectures": list(introspect.cuda_architectures(str(path))), "kernels": len(kernels)}
+    library = ctypes.CDLL(str(path))
+    return {
+        "built": True,
+        "library": str(path),
+        "architectures": (_exported(library, "ctk_cuda_architectures") or "").split(),
+        "kernels": len(cuda_kernels()),
+    }
+
+
+def cuda_kernels() -> list[str]:
+    """Names of the kernels in the compiled CUDA library."""
+    library = ctypes.CDLL(str(_backend.CUDA_KERNELS))
+    named = (_exported(library, "ctk_cuda_kernel", i) for i in itertools.count())
+    return list(itertools.takewhile(lambda name: name is not None, named))  # type: ignore[arg-type]
+
+
+def _exported(library: ctypes.CDLL, function: str, *arguments: int) -> str | None:
+    """Calls an exported ``const char* function(int...)``; None for a null pointer."""
+    call = getattr(library, function)
+    call.restype, call.argtypes = ctypes.c_char_p, [ctypes.c_int] * len(arguments)
+    text = call(*arguments)
+    return None if text is None else text.decode()
 
 
 def _dispatch(devices: list[str]) -> list[dict[str, Any]]:
