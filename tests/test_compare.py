@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import compare_networks as made
 import pytest
@@ -20,6 +21,7 @@ from ctkernels.recipes.compare import (
     load_tuned,
     read_comparison,
     stages,
+    tune,
     tune_curvature,
 )
 from ctkernels.recipes.compare.heads import fit_head, with_head
@@ -215,24 +217,44 @@ def test_more_can_be_added_and_nothing_is_repeated(tmp_path):
 # --- tune -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bn", ["eval", "train"])
-def test_tune_saves_what_it_tested(tmp_path, bn):
+@pytest.mark.parametrize("bn", ["eval", "train", "paper"])
+@pytest.mark.parametrize("kept", ["linear", "sct", "tct"])
+def test_tune_saves_what_it_tested(tmp_path, bn, kept, monkeypatch):
+    """Whichever stage is kept, what is loaded again classifies the test images as that stage did."""
+    monkeypatch.setattr(tune, "kept_stage", lambda result: kept)
     options = {"betas": [0.8, 0.9], "budget": Budget(3, 8), "images": IMAGES, "cpu": True, "progress": False}
     data = made.images()
-    result = tune_curvature(made.small, data, tmp_path, head_lr=[0.05], bn=bn, seed=0, **options)
-    cell = result.tested("model", "data", "tct")[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that T-CT is below the probe, where it is
+        result = tune_curvature(made.small, data, tmp_path, head_lr=[0.05], bn=bn, seed=0, **options)
     chosen = result.tested("model", "data", "sct")[0].detail["beta"]
-    assert cell.setting.get("beta", 1.0) == min(chosen, 1.0)
+    start = result.tested("model", "data", "tct")[0].setting.get("beta")
+    assert start == (None if chosen in (None, 1.0) else chosen)
+    cell = result.tested("model", "data", kept)[0]
     network, preprocess, classes = load_tuned(made.small(), tmp_path)
     assert classes == data.train.classes
     with torch.no_grad():
         logits = network(torch.stack([preprocess(data.test.raw(i)) for i in range(len(data.test))]))
     right = "".join("1" if r else "0" for r in (logits.argmax(1) == data.test.labels).tolist())
     assert right == cell.right
-    assert json.loads((tmp_path / "result.json").read_text())["kind"] == "tune"
+    values = json.loads((tmp_path / "result.json").read_text())
+    assert (values["kind"], values["tuned"]["kept"]) == ("tune", kept)
+    assert (tmp_path / "adapter").exists() == (kept == "tct")
     assert stages(result).count("\n") == 3
     with pytest.raises(ValueError, match="must hold what tune_curvature left"):
         load_tuned(made.small(), tmp_path / "weights")
+
+
+def test_tune_keeps_the_best_stage_and_warns_of_a_curvature_that_learned_nothing(tmp_path):
+    """A rate at which the knobs are thrown to their ends in the first steps."""
+    options = {"betas": [0.9], "budget": Budget(2, 8), "images": IMAGES, "cpu": True, "progress": False}
+    with pytest.warns(UserWarning, match=r"T-CT ended .* points below the linear probe .* is kept"):
+        result = tune_curvature(made.small, made.images(), tmp_path, lr=[1e4], head_lr=[0.05], seed=0, **options)
+    accuracy = {name: result.tested("model", "data", name)[0].validation["accuracy"] for name in tune.STAGES}
+    assert accuracy["tct"] < accuracy["linear"]
+    best = max(accuracy.values())
+    assert tune.kept_stage(result) == ("linear" if accuracy["linear"] == best else "sct")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_tune_from_the_command_line(tmp_path, capsys):
@@ -240,7 +262,8 @@ def test_tune_from_the_command_line(tmp_path, capsys):
     arguments += ["--max-train", "100", "--max-test", "60", "--betas", "0.9", "--epochs", "1", "--cpu", "--no-progress"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     assert "validation prefers" in capsys.readouterr().out
-    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+    kept = json.loads((tmp_path / "result.json").read_text())["tuned"]
+    assert (tmp_path / kept.get("head", "adapter/adapter_model.safetensors")).is_file()
     assert main([*arguments, "--lr", "fast", "--out", str(tmp_path)]) == 2
 
 

@@ -20,7 +20,8 @@ SUMMARY = """\
 Learn the curvature of a pretrained network on new data (T-CT): the fixed knob first, then learned ones.
 
 A linear probe and the best fixed beta (S-CT) come first. Then a beta and a coefficient per channel are learned together
-with a new head, starting at that beta, and saved as a PEFT adapter. Every stage is tested once."""
+with a new head, starting at that beta (T-CT). Validation decides which of the three is kept; T-CT is saved as a PEFT
+adapter. Every stage is tested once."""
 
 EXAMPLES = """\
 examples:
@@ -31,7 +32,7 @@ examples:
 
   # without a network connection: packaged weights and data
   python -m ctkernels tune fashion-mnist --model mobilenet_v2=packaged --size 64 --resize 64 --max-train 500 \\
-      --max-test 500 --betas 0.8,0.9,0.95 --lr 0.01 --epochs 10
+      --max-test 500 --betas 0.8,0.9,0.95 --epochs 10
 
 afterwards:
   from ctkernels.recipes import load_model
@@ -40,7 +41,8 @@ afterwards:
 
 results:
   OUT/result.json   every stage, how the learned curvature is distributed, everything needed to repeat the run
-  OUT/adapter/      the adapter and the head, as peft saves them"""
+  OUT/adapter/      the adapter and the head, as peft saves them, where T-CT is kept
+  OUT/head.safetensors   the head, where the plain network or S-CT is"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     for module in ("accelerate", "peft", "safetensors"):
         require(module, "adapters", "learning the curvature")
     from ..recipes.compare import stages, tune_curvature
+    from ..recipes.compare.tune import HEAD, kept_stage
 
     name, load = model_source(arguments.model, arguments.seed)
     result = tune_curvature(
@@ -87,7 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
         **options,
     )
     if _distributed.launched_rank() == 0:
-        print(f"{stages(result)}\n\n{result.verdict()}\n\nsaved {out / 'adapter'} and {out / 'result.json'}")
+        kept = out / ("adapter" if kept_stage(result) == "tct" else HEAD)
+        print(f"{stages(result)}\n\n{result.verdict()}\n\nsaved {kept} and {out / 'result.json'}")
     return 0
 
 
