@@ -169,7 +169,8 @@ def test_npz_of_either_byte_order_and_layout(tmp_path, order):
     """Arrays that are not needed are not read: they may hold objects, which would have to be unpickled."""
     images = np.asfortranarray((IMAGES / 255).astype(f"{order}f4"))
     labels = LABELS.astype(f"{order}i8")
-    np.savez(tmp_path / "A.NPZ", x=images, y=labels, notes=np.array([object()]))
+    with (tmp_path / "A.NPZ").open("wb") as file:
+        np.savez(file, x=images, y=labels, notes=np.array([object()]))
     train = load_data(tmp_path / "A.NPZ").train
     assert torch.equal(train.images, torch.from_numpy((IMAGES / 255).astype(np.float32)))
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]

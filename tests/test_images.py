@@ -161,7 +161,7 @@ def test_every_file_is_read_or_named(tmp_path):
         GREYS[1].save(tmp_path / "a" / name, format="PNG")
     for name in ("a/notes.txt", "a/more/raw.cr2", "loose.png", "README.md", "a/Thumbs.db", "a/.hidden.txt"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="not read") as told:
         train = load_data(tmp_path).train
     assert [p.name for p in train.images] == ["0.png", "1.JFIF", "2.jpe", "4.png", "3.webp", "0.png"]
     messages = [str(w.message) for w in told]

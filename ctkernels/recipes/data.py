@@ -169,8 +169,9 @@ def read_npz(path: str | os.PathLike[str]) -> Splits:
     Labels are integers or strings of shape (n,) or (n, 1).
 
     Raises:
-        ValueError: not an ``.npz`` file, names missing or several for one thing, arrays of Python objects, a shape or dtype other than these, values that are NaN or out
-            of range, counts that differ, one class only, a class in ``val`` or ``test`` that ``train`` does not have.
+        ValueError: not an ``.npz`` file, names missing or several for one thing, arrays of Python objects, a shape or
+            dtype other than these, values that are NaN or out of range, counts that differ, one class only, a class in
+            ``val`` or ``test`` that ``train`` does not have.
     """
     numpy = require("numpy", "recipes", "reading .npz files")
     try:
