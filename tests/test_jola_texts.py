@@ -107,14 +107,14 @@ def test_long_and_awkward_text_is_read_whole(tmp_path):
 def test_bad_parquet_is_named(tmp_path):
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 cut")
-    with pytest.raises(ValueError, match="a.parquet: expected a Parquet file"):
+    with pytest.raises(ValueError, match=r"a.parquet: expected a Parquet file"):
         read_texts(tmp_path / "a.parquet")
     columns = pyarrow.array(["a", "b"]), pyarrow.array(["c", None])
     parquet.write_table(pyarrow.table(columns, ["prompt", "answer"]), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="a.parquet: row 2: prompt, answer and choices must be text, got None"):
+    with pytest.raises(ValueError, match=r"a.parquet: row 2: prompt, answer and choices must be text, got None"):
         read_texts(tmp_path / "a.parquet")
     parquet.write_table(pyarrow.table(columns, ["prompt", "prompt"]), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="a.parquet: expected the columns prompt and answer"):
+    with pytest.raises(ValueError, match=r"a.parquet: expected the columns prompt and answer"):
         read_texts(tmp_path / "a.parquet")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,13 +11,15 @@ import torch
 from torch import nn
 
 from ..._extras import require
-from ..._files import replacing
+from ..._files import read_json
+from .._weights import read_weights, save_weights
 from ..images import Preprocess, Splits, normalised_like
 from .heads import with_head
 from .inputs import ImageOptions, split
 from .methods import method
-from .protocol import compare_transfer, weights_path
+from .protocol import compare_transfer
 from .result import SCHEMA, Setting, TransferComparison, display
+from .soundness import weights_path
 from .state import batch_norms, load_state
 
 HIGHEST = 0.99  # the rate of change of a learned beta dies as 1 - beta, so it cannot start nearer to 1
@@ -90,7 +91,7 @@ def tune_curvature(
         built = (model if isinstance(model, nn.Module) else model()).cpu()
         cell = result.tested(name, data_name, "tct")[0]
         network = _network(built, len(train.classes), cell.setting, o.size, result.setup["activations"])
-        load_state(network, _read(weights_path(folder, cell)))
+        load_state(network, read_weights(weights_path(folder, cell)))
         _save(network, folder / "adapter", result.setup["bn"] != "eval")
         tuned = {
             "adapter": "adapter",
@@ -123,21 +124,25 @@ def load_tuned(model: nn.Module, folder: str | PathLike[str]) -> tuple[nn.Module
 
     path = Path(folder)
     try:
-        values = json.loads((path / "result.json").read_text(encoding="utf-8"))
+        values = read_json(path / "result.json")
         tuned = values["tuned"]
         if values["schema"] != SCHEMA:
             raise ValueError(f"schema {values['schema']}")
+        classes, adapter = tuple(tuned["classes"]), path / tuned["adapter"]
+        preprocess = Preprocess(tuned["size"], tuned["resize"], tuple(tuned["mean"]), tuple(tuned["std"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must hold what tune_curvature left, got {error!r}") from None
-    preprocess = Preprocess(tuned["size"], tuned["resize"], tuple(tuned["mean"]), tuple(tuned["std"]))
-    network, _ = with_head(model.eval(), _example(model, tuned["size"]), len(tuned["classes"]))
+    network, _ = with_head(model.eval(), _example(model, preprocess.size), len(classes))
+    if not (adapter / "adapter_model.safetensors").is_file():  # else peft asks the hub for it
+        raise ValueError(f"{adapter}: expected adapter_model.safetensors, found none")
+    read_weights(adapter / "adapter_model.safetensors")
     try:
-        adapted = peft.PeftModel.from_pretrained(network, str(path / tuned["adapter"]))
+        adapted = peft.PeftModel.from_pretrained(network, str(adapter))
     except RuntimeError as error:
         raise ValueError(f"the adapter in {path} does not fit {type(model).__name__}: {error}") from error
-    if (path / "adapter" / STATISTICS).is_file():
-        load_state(adapted, _read(path / "adapter" / STATISTICS))
-    return adapted.eval(), preprocess, tuple(tuned["classes"])
+    if (adapter / STATISTICS).is_file():
+        load_state(adapted, read_weights(adapter / STATISTICS))
+    return adapted.eval(), preprocess, classes
 
 
 def stages(result: TransferComparison) -> str:
@@ -169,20 +174,11 @@ def _example(model: nn.Module, size: int) -> torch.Tensor:
     return torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
 def _save(network: nn.Module, folder: Path, statistics: bool) -> None:
-    from safetensors.torch import save_file
-
     from ...adapters import save_adapter
 
     save_adapter(network, folder)
     if statistics:
         names = {id(b): name for name, b in network.named_buffers()}
-        own = {names[id(b)]: b.contiguous() for module in batch_norms(network) for b in module.buffers()}
-        with replacing(folder / STATISTICS) as temporary:
-            save_file(own, temporary)
+        own = {names[id(b)]: b for module in batch_norms(network) for b in module.buffers()}
+        save_weights(folder / STATISTICS, own)
