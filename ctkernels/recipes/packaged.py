@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._extras import require
 from ._debian import unpack
-from .images import ImageSet, Splits, check_classes, labels_of
+from .images import ImageSet, Splits, UnreadableImage, check_classes, decoded, labels_of
 
 SIDE = 136  # pixels of a drawing in the emoji font
 EMOJI = {  # Debian package -> the file in it
@@ -143,9 +143,12 @@ class Decoded:
     def __getitem__(self, index: int | Tensor) -> Any:
         if isinstance(index, Tensor):
             return Decoded(self.dataset, self.indices[index])
-        numpy = require("numpy", "recipes", "decoding images")
-        image = self.dataset[int(self.indices[index])][0]
-        return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
+        number = int(self.indices[index])
+        try:
+            return decoded(self.dataset[number][0])
+        except Exception as error:  # Pillow raises nearly anything for damaged files
+            name = type(self.dataset).__name__
+            raise UnreadableImage(f"cannot read image {number} of {name}: {error or type(error).__name__}") from error
 
 
 def torchvision_data(name: str, root: str | os.PathLike[str]) -> Splits:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +13,17 @@ import torch
 from torch import nn
 
 from ..._extras import require
-from ..._files import replacing
+from ..._files import read_json
 from ...steering import steer
+from .._weights import read_weights, save_weights
 from ..images import Preprocess, Splits, normalised_like
 from .frozen import recalibrated
 from .heads import with_head
 from .inputs import ImageOptions, draw, split
 from .methods import method
-from .protocol import compare_transfer, weights_path
+from .protocol import compare_transfer
 from .result import SCHEMA, Cell, Setting, TransferComparison, display, read_comparison
+from .soundness import weights_path
 from .state import batch_norms, load_state
 
 HIGHEST = 0.99  # the rate of change of a learned beta dies as 1 - beta, so it cannot start nearer to 1
@@ -105,7 +106,7 @@ def tune_curvature(
     if PartialState().is_main_process:
         built = (model if isinstance(model, nn.Module) else model()).cpu()
         cell, classes = cells[kept], len(train.classes)
-        state, own_statistics = _read(weights_path(folder, cell)), result.setup["bn"] != "eval"
+        state, own_statistics = read_weights(weights_path(folder, cell)), result.setup["bn"] != "eval"
         for stale in (folder / HEAD, folder / STATISTICS):
             stale.unlink(missing_ok=True)
         if kept == "tct":
@@ -114,13 +115,13 @@ def tune_curvature(
             _save(network, folder / "adapter", own_statistics)
         else:
             shutil.rmtree(folder / "adapter", ignore_errors=True)  # of an earlier call, which chose among fewer runs
-            _write(folder / HEAD, state)
+            save_weights(folder / HEAD, state)
             if result.setup["bn"] == "train":
                 network, _ = with_head(built.eval(), _example(built, o.size), classes)
                 _steered(network, cell, result.setup["activations"])
                 batch = result.setup["budget"]["batch_size"]
                 with torch.no_grad(), recalibrated(network, draw(data, o, seed, 0).train, network, batch, 0):
-                    _write(folder / STATISTICS, _statistics(network))
+                    save_weights(folder / STATISTICS, _statistics(network))
         tuned = {
             "kept": kept,
             **({"adapter": "adapter"} if kept == "tct" else {"head": HEAD}),
@@ -153,31 +154,36 @@ def load_tuned(model: nn.Module, folder: str | PathLike[str]) -> tuple[nn.Module
 
     path = Path(folder)
     try:
-        values = json.loads((path / "result.json").read_text(encoding="utf-8"))
+        values = read_json(path / "result.json")
         tuned = values["tuned"]
         if values["schema"] != SCHEMA:
             raise ValueError(f"schema {values['schema']}")
+        classes, kept = tuple(tuned["classes"]), tuned.get("kept", "tct")
+        preprocess = Preprocess(tuned["size"], tuned["resize"], tuple(tuned["mean"]), tuple(tuned["std"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must hold what tune_curvature left, got {error!r}") from None
-    preprocess = Preprocess(tuned["size"], tuned["resize"], tuple(tuned["mean"]), tuple(tuned["std"]))
-    network, head = with_head(model.eval(), _example(model, tuned["size"]), len(tuned["classes"]))
+    network, head = with_head(model.eval(), _example(model, preprocess.size), len(classes))
     statistics = path / STATISTICS
-    if "adapter" in tuned:
+    if kept == "tct":
+        adapter = path / tuned["adapter"]
+        if not (adapter / "adapter_model.safetensors").is_file():  # else peft asks the hub for it
+            raise ValueError(f"{adapter}: expected adapter_model.safetensors, found none")
+        read_weights(adapter / "adapter_model.safetensors")
         try:
-            network = peft.PeftModel.from_pretrained(network, str(path / tuned["adapter"]))
+            network = peft.PeftModel.from_pretrained(network, str(adapter))
         except RuntimeError as error:
             raise ValueError(f"the adapter in {path} does not fit {type(model).__name__}: {error}") from error
-        statistics = path / tuned["adapter"] / STATISTICS
+        statistics = adapter / STATISTICS
     else:
         result = read_comparison(path / "result.json")
-        _steered(network, _by_stage(result)[tuned["kept"]], result.setup["activations"])
+        _steered(network, _by_stage(result)[kept], result.setup["activations"])
         try:
-            network.get_submodule(head).load_state_dict(_read(path / tuned["head"]))
+            network.get_submodule(head).load_state_dict(read_weights(path / tuned["head"]))
         except RuntimeError as error:
             raise ValueError(f"the head in {path} does not fit {type(model).__name__}: {error}") from error
     if statistics.is_file():
-        load_state(network, _read(statistics))
-    return network.eval(), preprocess, tuple(tuned["classes"])
+        load_state(network, read_weights(statistics))
+    return network.eval(), preprocess, classes
 
 
 def kept_stage(result: TransferComparison) -> str:
@@ -224,19 +230,6 @@ def _example(model: nn.Module, size: int) -> torch.Tensor:
     return torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-def _write(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    with replacing(path) as temporary:
-        save_file({name: value.contiguous() for name, value in state.items()}, temporary)
-
-
 def _statistics(network: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers of batch normalisation by name."""
     names = {id(b): name for name, b in network.named_buffers()}
@@ -248,4 +241,4 @@ def _save(network: nn.Module, folder: Path, statistics: bool) -> None:
 
     save_adapter(network, folder)
     if statistics:
-        _write(folder / STATISTICS, _statistics(network))
+        save_weights(folder / STATISTICS, _statistics(network))
