@@ -214,7 +214,7 @@ def _steered(network: nn.Module, cell: Cell, activations: Sequence[str] | None) 
     beta, coeff = cell.detail.get("beta"), cell.detail.get("coeff")
     if beta is not None:
         options: dict[str, Any] = {} if activations is None else {"activations": tuple(activations)}
-        steer(network, beta, coeff=coeff, **options)
+        steer(network, beta, coeff=float(coeff or 0.0), **options)
 
 
 def _network(
