@@ -212,9 +212,9 @@ def _by_stage(result: TransferComparison) -> dict[str, Cell]:
 def _steered(network: nn.Module, cell: Cell, activations: Sequence[str] | None) -> None:
     """Steers as a frozen stage did; nothing for the plain network."""
     beta, coeff = cell.detail.get("beta"), cell.detail.get("coeff")
-    if beta is not None:
+    if beta is not None and coeff is not None:
         options: dict[str, Any] = {} if activations is None else {"activations": tuple(activations)}
-        steer(network, beta, coeff=float(coeff or 0.0), **options)
+        steer(network, beta, coeff=coeff, **options)
 
 
 def _network(
