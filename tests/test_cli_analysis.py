@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ctkernels import cli
-from ctkernels.cli.robust import parse_bound
+from ctkernels.cli import _types as types
 from ctkernels.report.page import read_section
 
 np = pytest.importorskip("numpy", reason="the recipes need numpy")
@@ -106,14 +106,14 @@ def test_robust_with_what_tune_left(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--linf", "x"), "--linf must be a number, a fraction such as 8/255, or none, got 'x'"),
-        (("--l2", "1/0"), "--l2 must be a number"),
-        (("--corruptions", "rain"), "corruptions must be some of"),
-        (("--severities", "a"), "--severities must be numbers with commas"),
-        (("--attacks", "pgd"), "attacks must be some of"),
+        (("--linf", "x"), "--linf must be a positive number, a fraction such as 8/255, or none, got 'x'"),
+        (("--l2", "1/0"), "--l2 must be a positive number"),
+        (("--corruptions", "rain"), "--corruptions must be some of gaussian_noise, "),
+        (("--severities", "a"), "--severities must be whole numbers from 1 to 5 with commas"),
+        (("--attacks", "pgd"), "--attacks must be some of"),
         (("--adapter", "x"), "--adapter must be NAME=FOLDER"),
         (("--adapter", "x=none"), "adapter_config.json or the result.json of tune in none"),
-        (("--betas", "2"), "betas must be in"),
+        (("--betas", "2"), "--betas must be START:STOP:STEP"),
         (("--linf", "none", "--l2", "none", "--corruptions", "none"), "threats or corruptions must hold something"),
     ],
 )
@@ -134,14 +134,14 @@ def test_search_from_end_to_end(data, tmp_path, capsys, strategy):
     assert found["evaluations"]["made"] == 3
     assert found["strategy"] == strategy
     assert run("search", data, *SMALL, "--groups", "layer", "--no-progress", "--out", tmp_path / "other") == 2
-    assert "groups must be one of" in capsys.readouterr().err
+    assert "--groups must be shared, stage, site, or a number of groups" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 
 def test_bounds():
-    assert parse_bound("linf", "8/255") == 8 / 255
-    assert parse_bound("l2", "0.5") == 0.5
-    assert parse_bound("l2", "none") is None
+    assert types.BOUND("8/255") == 8 / 255
+    assert types.BOUND("0.5") == 0.5
+    assert types.BOUND("none") is None
 
 
 def test_curvature_of_a_network(data, tmp_path, capsys):
@@ -174,8 +174,8 @@ def test_curvature_of_small_networks(tmp_path, capsys):
     [
         (("--model", "resnet18"), "data and --model belong together"),
         (("--seeds", "x"), "--seeds must be whole numbers"),
-        (("--steps", "1,2"), "--steps must be three numbers"),
-        (("--betas", "2"), "betas must be in"),
+        (("--steps", "1,2"), "--steps must be three whole numbers"),
+        (("--betas", "2"), "--betas must be START:STOP:STEP"),
     ],
 )
 def test_curvature_refuses_bad_options(options, message, tmp_path, capsys):

@@ -442,7 +442,10 @@ BAD = [
     ({"grids": {"lora-r1": {"lr": [1]}}}, "grids must be of methods that take part"),
     ({"models": {"plain": made.one_linear}, "methods": ["sct"]}, "model plain: .*to have an activation"),
     ({"models": {"plain": made.one_linear}, "methods": ["tct"]}, "model plain: .*activation"),
-    ({"models": {"grey": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())}}, "model grey: it does not take images"),
+    (
+        {"models": {"grey": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())}},
+        "model grey: images of shape .* do not fit Sequential: RuntimeError",
+    ),
     ({"data": {"nan": with_nan()}}, "data nan: images must be finite, 1 of 90"),
     ({"data": {"one": made.images(30, classes=1)}}, "data one: .*at least two classes"),
     ({"data": {"few": made.images(3)}}, "data few: .*too few to split"),
@@ -466,7 +469,7 @@ def test_bad_input_is_named_before_any_training(change, message, monkeypatch):
     [
         (["missing/", "--model", "resnet18"], "missing does not exist"),
         (["digits", "digits", "--model", "compare_networks:small"], "more than once"),
-        (["digits", "--model", "compare_networks:small", "--seeds", "a"], "--seeds must be numbers"),
+        (["digits", "--model", "compare_networks:small", "--seeds", "a"], "--seeds must be whole numbers"),
         (["digits", "--model", "compare_networks:small", "--grid", "tct.lr=a"], "--grid must be"),
         (["torchvision:Nothing", "--model", "resnet18"], "torchvision has no data set 'Nothing'"),
     ],

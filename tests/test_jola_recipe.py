@@ -267,7 +267,7 @@ def test_damaged_weights_are_not_put_back(tiny, finished, tmp_path):
     _cut(tmp_path / "out", None, None)
     (cell,) = finished[1].tested("lora")
     with (
-        pytest.raises(ValueError, match="lora, seed 0: its weights, .*, are not those"),
+        pytest.raises(ValueError, match=r"lora, seed 0: its weights, .*, are not those"),
         restored(cell, tiny[0], tmp_path / "out"),
     ):
         pass
@@ -380,15 +380,18 @@ def test_the_command_from_end_to_end(folder, file, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["gone.jsonl"], "gone.jsonl does not exist"),
-        (["{file}", "--seeds", "a"], "--seeds must be numbers with commas, got 'a'"),
-        (["{file}", "--grid", "jola.lr=x"], "--grid must be METHOD.NAME=VALUE,VALUE, got 'jola.lr=x'"),
+        (["{file}", "--seeds", "a"], "--seeds must be whole numbers from 0 to 4294967295 with commas, got 'a'"),
+        (
+            ["{file}", "--grid", "jola.lr=x"],
+            "--grid must be METHOD.NAME=VALUE,VALUE with finite numbers, got 'jola.lr=x'",
+        ),
         (["{file}", "--out", "{file}"], "--out must be a folder"),
         (["{file}", "--train", "100"], "100 training and 100 validation examples were asked for"),
         (
             ["{file}", "--train", "8", "--val", "8", "--test", "8", "--model", "{here}"],
             "expected a folder with config.json",
         ),
-        (["{file}", "--beams", "0"], "beams must be at least 1, got 0"),
+        (["{file}", "--beams", "0"], "--beams must be a whole number of at least 1, got '0'"),
     ],
 )
 def test_bad_input_is_one_line(file, tmp_path, capsys, arguments, message):
