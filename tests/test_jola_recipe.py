@@ -360,7 +360,7 @@ def file(tmp_path):
 
 ARGUMENTS = [
     *("--train", "16", "--val", "8", "--test", "12", "--epochs", "2", "--batch-size", "4", "--device", "cpu"),
-    *("--grid", "jola.gate_lr=0.05", "--grid", "lora.rank=2", "--no-progress"),
+    *("--grid", "jola.gate_lr=0.05", "--no-progress"),
 ]
 
 
@@ -394,10 +394,10 @@ def test_the_command_from_end_to_end(folder, file, tmp_path, capsys):
         (["{file}", "--beams", "0"], "--beams must be a whole number of at least 1, got '0'"),
     ],
 )
-def test_bad_input_is_one_line(file, tmp_path, capsys, arguments, message):
+def test_bad_input_is_one_line(folder, file, tmp_path, capsys, arguments, message):
     pytest.importorskip("matplotlib")
     given = [a.format(file=file, here=tmp_path) for a in arguments]
-    assert cli.main(["jola", "--model", str(tmp_path), "--out", str(tmp_path / "out"), *given]) == 2
+    assert cli.main(["jola", "--model", str(folder), "--out", str(tmp_path / "out"), *given]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
@@ -407,6 +407,7 @@ def test_bad_input_is_one_line(file, tmp_path, capsys, arguments, message):
 def test_a_killed_run_goes_on_without_losing_or_repeating(folder, file, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ctkernels", "jola", str(file), "--model", str(folder), "--methods", "lora,jola"]
+    command += ["--grid", "lora.rank=2"]
     command += ["--seeds", "0,1", "--no-report", *ARGUMENTS]
     result = tmp_path / "killed/result.json"
     process = subprocess.Popen([*command, "--out", str(result.parent)], env=environment, stdout=subprocess.DEVNULL)
