@@ -68,7 +68,11 @@ def test_robust_with_adapters(data, tmp_path, capsys):
     assert run("robust", data, *SMALL, *QUICK, *options, *adapter) == 0
     found = json.loads((tmp_path / "out" / "result.json").read_text())
     assert "lora" in [row["method"] for row in found["conditions"][0]["test"]]
-    (tmp_path / "lora" / "adapter_model.safetensors").unlink()
+    weights = tmp_path / "lora" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    assert run("robust", data, *SMALL, *QUICK, *options, *adapter) == 2
+    assert "adapter_model.safetensors: expected a .safetensors file" in capsys.readouterr().err
+    weights.unlink()
     assert run("robust", data, *SMALL, *QUICK, *options, *adapter) == 2
     assert "expected adapter_model.safetensors" in capsys.readouterr().err
 
@@ -136,6 +140,16 @@ def test_search_from_end_to_end(data, tmp_path, capsys, strategy):
     assert run("search", data, *SMALL, "--groups", "layer", "--no-progress", "--out", tmp_path / "other") == 2
     assert "--groups must be shared, stage, site, or a number of groups" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("content", [b"no journal\n", b'{"op_code": 0, "worker_id"', b"\xff\xfe\0", b"[]\n"])
+def test_search_names_a_storage_that_is_damaged(data, tmp_path, capsys, content):
+    pytest.importorskip("optuna", reason="Bayesian search needs Optuna")
+    (tmp_path / "trials.log").write_bytes(content)
+    options = ("--strategy", "bayesian", "--evaluations", 2, "--no-progress", "--out", tmp_path / "out")
+    assert run("search", data, *SMALL, *options, "--storage", tmp_path / "trials.log") == 2
+    assert f"storage must be a file or database that Optuna can use, got '{tmp_path}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_bounds():

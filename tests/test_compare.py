@@ -290,7 +290,7 @@ def test_a_finished_comparison_is_not_done_again_without_a_record_of_its_weights
     assert {c.seconds for c in after.cells} == {c.seconds for c in before.cells}
     assert not [w for w in recwarn if "done again" in str(w.message)]
     weights_of("tct", cut)(tmp_path / "out")
-    with pytest.warns(UserWarning, match="expected the weights of a run: .*; this run is done again"):
+    with pytest.warns(UserWarning, match=r"expected a .safetensors file: .*; this run is done again"):
         compare(["linear", "sct", "tct"], out=tmp_path / "out", seeds=(0,))
 
 
@@ -353,7 +353,7 @@ def test_tune_saves_what_it_tested(tmp_path, bn):
     with pytest.raises(ValueError, match="must hold what tune_curvature left"):
         load_tuned(made.small(), tmp_path / "weights")
     cut(tmp_path / "adapter/adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors: expected the weights of a run"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors: expected a .safetensors file"):
         load_tuned(made.small(), tmp_path)
 
 

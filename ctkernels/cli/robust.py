@@ -200,6 +200,9 @@ def load_adapter(model: Any, name: str, folder: Path, splits: Splits, test: floa
 
     from .. import adapters  # noqa: F401 - makes the library's own methods known to PEFT
     from .._extras import require
+    from .._factories import told
+    from .._files import read_json
+    from ..recipes._weights import read_weights
 
     peft = require("peft", "adapters", "adapters")
     if not (folder / "adapter_config.json").is_file():
@@ -212,12 +215,19 @@ def load_adapter(model: Any, name: str, folder: Path, splits: Splits, test: floa
                 f"--adapter {name}: expected one for the classes {list(splits.train.classes)}, got one for {list(classes)}"
             )
         setup = read_comparison(folder / "result.json").setup
-        same = splits.source in [data["source"] for data in setup["data"].values()]
-        if same and splits.test is None and setup["images"]["test"] != test:
-            raise ValueError(
-                f"--test must be {setup['images']['test']}, as when {folder} was trained on the other images, got {test}"
-            )
+        try:
+            same = splits.source in [data["source"] for data in setup["data"].values()]
+            held_out = setup["images"]["test"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / 'result.json'} is damaged: {error!r}") from error
+        if same and splits.test is None and held_out != test:
+            raise ValueError(f"--test must be {held_out}, as when {folder} was trained on the other images, got {test}")
         return PixelClassifier(network, preprocess.mean, preprocess.std)  # normalised as it was trained
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not (folder / "adapter_model.safetensors").is_file():  # else peft asks the hub for it
         raise ValueError(f"{folder}: expected adapter_model.safetensors, found none")
-    return peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
+    read_json(folder / "adapter_config.json")
+    read_weights(folder / "adapter_model.safetensors")
+    try:
+        return peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--adapter {name}: what is in {folder} does not fit the network: {told(error)}") from error

