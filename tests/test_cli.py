@@ -109,7 +109,7 @@ def test_folder_from_end_to_end_as_a_process(tmp_path):
         ),
         (["{data}", "--betas", "0.9,1.5"], "all in [0, 1], got '0.9,1.5'"),
         (["{data}", "--memory-limit", "lots"], "--memory-limit must be a size such as 500MB or 2GiB, got 'lots'"),
-        (["{data}", "--device", "abacus"], "--device: device must be one that is here, got 'abacus'"),
+        (["{data}", "--device", "abacus"], "--device must be one that is here, got 'abacus'"),
         (["{data}", "--out", "{data}"], "--out must be a folder"),
         (["{data}", "--size", "0"], "--size must be a whole number of at least 1 and at most 16384, got '0'"),
         (["{data}", "--max-train", "0"], "--max-train must be a whole number of at least 1, got '0'"),

@@ -270,7 +270,7 @@ def test_the_command_checks_a_model_and_writes_json(tmp_path, capsys):
         (["--module", f"{__name__}:nothing", "--input", "2"], "has no function 'nothing'"),
         (["--module", f"{__name__}:make_text", "--input", "2"], "must return a torch.nn.Module, got str"),
         (["--module", f"{__name__}:make_net", "--input", "2x-3"], "--input must be positive sizes"),
-        (["--device", "moon"], "--device: device must be one that is here, got 'moon'"),
+        (["--device", "moon"], "--device must be one that is here, got 'moon'"),
     ],
 )
 def test_bad_arguments_exit_with_2_and_one_line(arguments, message, capsys):

@@ -31,8 +31,9 @@ class Parser(argparse.ArgumentParser):
         if found is None:
             raise OptionError(message)
         name, said = found.groups()
-        if said.startswith((f"{name} ", f"{name}:")):  # it names the argument itself
-            raise OptionError(said)
+        bare = name.lstrip("-")
+        if said.startswith((f"{bare} ", f"{bare}:")):  # it names the argument itself, as a function's
+            raise OptionError(name + said[len(bare) :])
         raise OptionError(f"{name} {said}" if said.startswith("must ") else f"{name}: {said}")
 
 

@@ -36,7 +36,7 @@ def add_network_options(p: argparse.ArgumentParser, betas: str) -> argparse._Arg
     )
     network.add_argument(
         "--weights",
-        type=types.weights,
+        type=types.WEIGHTS,
         default="default",
         help="default: the library's pretrained ones, may download; none: random; packaged: from an installed package; "
         "else a .safetensors or torch.save file (default: %(default)s)",

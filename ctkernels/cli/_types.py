@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -214,16 +213,11 @@ def _pattern(text: str) -> str:
 PATTERN = Kind("a regular expression", _pattern)
 
 
-def _device(text: str) -> str:
-    from .._devices import existing_device
-
-    existing_device(_text(text))
-    return text
-
-
 def device(text: str) -> str:
     """The name of a device that is here."""
-    return checked(_device)(text) if text.strip() else Kind("such as cpu or cuda:0", _text)(text)
+    from .._devices import existing_device
+
+    return checked(existing_device)(text)
 
 
 def _grid(text: str) -> tuple[str, str, list[float]]:
@@ -239,22 +233,18 @@ GRID = Kind("METHOD.NAME=VALUE,VALUE with finite numbers", _grid)
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _readable(text: str) -> Path:
-    path = Path(_text(text))
+def _check_readable(path: Path, expected: str) -> None:
     try:
-        with path.open("rb"):
-            pass
+        if path.is_dir():
+            next(path.iterdir(), None)
+        else:
+            path.open("rb").close()
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"must be a file that can be read, got {text!r}: {error.strerror}") from None
-    return path
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {str(path)!r}: {error.strerror}") from None
 
 
 def _existing(text: str) -> str:
-    path = Path(_text(text))
-    if not path.is_dir():
-        _readable(text)
-    elif not os.access(path, os.R_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"must be a folder that can be read, got {text!r}: Permission denied")
+    _check_readable(Path(_text(text)), "a file or folder that can be read")
     return text
 
 
@@ -315,17 +305,15 @@ def _check_room(folder: Path, text: str) -> None:
         ) from None
 
 
-def weights(text: str) -> str:
-    """``default``, ``none``, ``packaged`` or a file."""
+def _weights(text: str) -> str:
     if text not in ("default", "none", "packaged"):
-        try:
-            _readable(text)
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            reason = f": {error}" if str(error) else ""
-            raise argparse.ArgumentTypeError(
-                f"must be default, none, packaged or a file, got {text!r}{reason}"
-            ) from None
+        path = Path(_text(text))
+        _check(not path.is_dir())
+        _check_readable(path, WEIGHTS.expected)
     return text
+
+
+WEIGHTS = Kind("default, none, packaged or a file", _weights)
 
 
 # --- what recipes know ------------------------------------------------------------------------------------------------
@@ -348,7 +336,7 @@ def network(text: str) -> str:
 def network_and_weights(text: str) -> tuple[str, str]:
     """``NAME`` or ``NAME=WEIGHTS``."""
     name, equals, chosen = text.partition("=")
-    return network(name), weights(chosen) if equals else "default"
+    return network(name), WEIGHTS(chosen) if equals else "default"
 
 
 def activations() -> Kind[list[str]]:

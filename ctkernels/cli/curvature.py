@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     network.add_argument("--model", type=types.network, help="torchvision name, timm:NAME, or factory module:function")
     network.add_argument(
         "--weights",
-        type=types.weights,
+        type=types.WEIGHTS,
         default="default",
         help="default, none, packaged or a file (default: %(default)s)",
     )

@@ -41,14 +41,9 @@ results:
   OUT/edits.txt     the heads that act most, and the test prompts on which they do"""
 
 
-METHODS = ("zero-shot", "lora", "bitfit", "ia3", "lofit", "jola")
-SCHEDULES = ("constant", "linear", "cyclic", "exponential")
-DTYPES = ("float32", "bfloat16", "float16")
-WORDNET = "wordnet"
-
-
 def _data(text: str) -> str:
     from ..recipes.jola.texts import find_texts
+    from ..recipes.jola.wordnet import WORDNET
 
     return types.TEXT(text) if text == WORDNET else types.checked(find_texts)(text)
 
@@ -69,6 +64,10 @@ def _grid(text: str) -> tuple[str, str, list[float]]:
 
 
 def parser() -> argparse.ArgumentParser:
+    from ..recipes.jola.compare import DEFAULT_METHODS, SCHEDULES
+    from ..recipes.jola.language_models import DTYPES
+    from ..recipes.jola.methods import METHODS
+
     p = command_parser("jola", SUMMARY, EXAMPLES)
     p.add_argument(
         "data", type=_data, help=".jsonl, .csv or .parquet file with prompt and answer; folder of such; or wordnet"
@@ -78,8 +77,8 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("comparison")
     what.add_argument(
         "--methods",
-        type=types.names(METHODS),
-        default=",".join(METHODS),
+        type=types.names(list(METHODS)),
+        default=",".join(DEFAULT_METHODS),
         help="with commas (default: %(default)s)",
     )
     what.add_argument("--seeds", type=types.SEEDS, default="0,1,2", help="with commas (default: %(default)s)")
@@ -136,6 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
     for module in ("transformers", "peft", "accelerate", *(() if arguments.no_report else ("matplotlib",))):
         require(module, "jola", "the JoLA recipe")
     from ..recipes.jola.training import Budget
+    from ..recipes.jola.wordnet import WORDNET
 
     answering = jola.Answering(
         separator=arguments.separator,
