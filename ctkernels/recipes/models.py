@@ -44,7 +44,6 @@ def load_model(name: str, weights: str | os.PathLike[str] = "default") -> nn.Mod
         >>> model = load_model("mobilenet_v2", weights="packaged")  # doctest: +SKIP
         >>> model = load_model("my_project.networks:make", weights="best.safetensors")  # doctest: +SKIP
     """
-    build = find_model(name)
     choice = str(weights)
     checkpoint = None
     if choice == "packaged":
@@ -55,6 +54,7 @@ def load_model(name: str, weights: str | os.PathLike[str] = "default") -> nn.Mod
             raise ValueError(
                 f"weights must be 'default', 'none', 'packaged' or a file, {str(weights)!r} does not exist"
             )
+    build = find_model(name)
     state = None if checkpoint is None else read_checkpoint(checkpoint)
     model = build(choice == "default")
     if state is not None:
