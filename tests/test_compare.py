@@ -292,7 +292,7 @@ def test_a_finished_comparison_is_not_done_again_without_a_record_of_its_weights
     assert {c.seconds for c in after.cells} == {c.seconds for c in before.cells}
     assert not [w for w in recwarn if "done again" in str(w.message)]
     weights_of("tct", cut)(tmp_path / "out")
-    with pytest.warns(UserWarning, match="expected the weights of a run: .*; this run is done again"):
+    with pytest.warns(UserWarning, match=r"expected a .safetensors file: .*; this run is done again"):
         compare(["linear", "sct", "tct"], out=tmp_path / "out", seeds=(0,))
 
 
@@ -363,7 +363,7 @@ def test_tune_saves_what_it_tested(tmp_path, bn, kept, monkeypatch):
     with pytest.raises(ValueError, match="must hold what tune_curvature left"):
         load_tuned(made.small(), tmp_path / "weights")
     cut(tmp_path / ("adapter/adapter_model.safetensors" if kept == "tct" else "head.safetensors"))
-    with pytest.raises(ValueError, match=r"(adapter_model|head).safetensors: expected the weights of a run"):
+    with pytest.raises(ValueError, match=r"(adapter_model|head).safetensors: expected a .safetensors file"):
         load_tuned(made.small(), tmp_path)
 
 
@@ -465,7 +465,10 @@ BAD = [
     ({"grids": {"lora-r1": {"lr": [1]}}}, "grids must be of methods that take part"),
     ({"models": {"plain": made.one_linear}, "methods": ["sct"]}, "model plain: .*to have an activation"),
     ({"models": {"plain": made.one_linear}, "methods": ["tct"]}, "model plain: .*activation"),
-    ({"models": {"grey": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())}}, "model grey: it does not take images"),
+    (
+        {"models": {"grey": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())}},
+        "model grey: images of shape .* do not fit Sequential: RuntimeError",
+    ),
     ({"data": {"nan": with_nan()}}, "data nan: images must be finite, 1 of 90"),
     ({"data": {"one": made.images(30, classes=1)}}, "data one: .*at least two classes"),
     ({"data": {"few": made.images(3)}}, "data few: .*too few to split"),
@@ -489,7 +492,7 @@ def test_bad_input_is_named_before_any_training(change, message, monkeypatch):
     [
         (["missing/", "--model", "resnet18"], "missing does not exist"),
         (["digits", "digits", "--model", "compare_networks:small"], "more than once"),
-        (["digits", "--model", "compare_networks:small", "--seeds", "a"], "--seeds must be numbers"),
+        (["digits", "--model", "compare_networks:small", "--seeds", "a"], "--seeds must be whole numbers"),
         (["digits", "--model", "compare_networks:small", "--grid", "tct.lr=a"], "--grid must be"),
         (["torchvision:Nothing", "--model", "resnet18"], "torchvision has no data set 'Nothing'"),
     ],

@@ -375,7 +375,7 @@ def test_the_core_imports_without_the_extras():
         f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))\n"
         "import ctkernels.recipes\n"
         "from ctkernels import cli\n"
-        "sys.exit(cli.main(['steer', 'nowhere', '--model', 'resnet18']))"
+        "sys.exit(cli.main(['steer', 'digits', '--model', 'torch.nn:Identity']))"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr

@@ -267,7 +267,7 @@ def test_damaged_weights_are_not_put_back(tiny, finished, tmp_path):
     _cut(tmp_path / "out", None, None)
     (cell,) = finished[1].tested("lora")
     with (
-        pytest.raises(ValueError, match="lora, seed 0: its weights, .*, are not those"),
+        pytest.raises(ValueError, match=r"lora, seed 0: its weights, .*, are not those"),
         restored(cell, tiny[0], tmp_path / "out"),
     ):
         pass
@@ -360,7 +360,7 @@ def file(tmp_path):
 
 ARGUMENTS = [
     *("--train", "16", "--val", "8", "--test", "12", "--epochs", "2", "--batch-size", "4", "--device", "cpu"),
-    *("--grid", "jola.gate_lr=0.05", "--grid", "lora.rank=2", "--no-progress"),
+    *("--grid", "jola.gate_lr=0.05", "--no-progress"),
 ]
 
 
@@ -380,21 +380,24 @@ def test_the_command_from_end_to_end(folder, file, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["gone.jsonl"], "gone.jsonl does not exist"),
-        (["{file}", "--seeds", "a"], "--seeds must be numbers with commas, got 'a'"),
-        (["{file}", "--grid", "jola.lr=x"], "--grid must be METHOD.NAME=VALUE,VALUE, got 'jola.lr=x'"),
+        (["{file}", "--seeds", "a"], "--seeds must be whole numbers from 0 to 4294967295 with commas, got 'a'"),
+        (
+            ["{file}", "--grid", "jola.lr=x"],
+            "--grid must be METHOD.NAME=VALUE,VALUE with finite numbers, got 'jola.lr=x'",
+        ),
         (["{file}", "--out", "{file}"], "--out must be a folder"),
         (["{file}", "--train", "100"], "100 training and 100 validation examples were asked for"),
         (
             ["{file}", "--train", "8", "--val", "8", "--test", "8", "--model", "{here}"],
             "expected a folder with config.json",
         ),
-        (["{file}", "--beams", "0"], "beams must be at least 1, got 0"),
+        (["{file}", "--beams", "0"], "--beams must be a whole number of at least 1, got '0'"),
     ],
 )
-def test_bad_input_is_one_line(file, tmp_path, capsys, arguments, message):
+def test_bad_input_is_one_line(folder, file, tmp_path, capsys, arguments, message):
     pytest.importorskip("matplotlib")
     given = [a.format(file=file, here=tmp_path) for a in arguments]
-    assert cli.main(["jola", "--model", str(tmp_path), "--out", str(tmp_path / "out"), *given]) == 2
+    assert cli.main(["jola", "--model", str(folder), "--out", str(tmp_path / "out"), *given]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
@@ -404,6 +407,7 @@ def test_bad_input_is_one_line(file, tmp_path, capsys, arguments, message):
 def test_a_killed_run_goes_on_without_losing_or_repeating(folder, file, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ctkernels", "jola", str(file), "--model", str(folder), "--methods", "lora,jola"]
+    command += ["--grid", "lora.rank=2"]
     command += ["--seeds", "0,1", "--no-report", *ARGUMENTS]
     result = tmp_path / "killed/result.json"
     process = subprocess.Popen([*command, "--out", str(result.parent)], env=environment, stdout=subprocess.DEVNULL)

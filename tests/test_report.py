@@ -205,7 +205,7 @@ def test_bad_files(content, message, tmp_path, capsys):
     with pytest.raises(ValueError, match=message):
         read_section(path)
     assert cli.main(["report", str(path), "-o", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {path}: ")
+    assert capsys.readouterr().err.startswith(f"ctkernels: error: {path}: ")
     assert not (tmp_path / "out").exists()
 
 

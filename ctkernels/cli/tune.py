@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from . import _types as types
 from ._options import (
     add_image_options,
     add_running_options,
     add_training_options,
     command_parser,
     image_options,
-    out_folder,
     training_options,
 )
 from .compare import model_source
@@ -47,17 +47,26 @@ results:
 
 def parser() -> argparse.ArgumentParser:
     p = command_parser("tune", SUMMARY, EXAMPLES)
-    p.add_argument("data", help="folder of images, .npz file, or a data set by name such as fashion-mnist")
+    p.add_argument(
+        "data", type=types.image_data, help="folder of images, .npz file, or a data set by name such as fashion-mnist"
+    )
     p.add_argument(
         "--model",
+        type=types.network_and_weights,
         required=True,
         metavar="NAME[=WEIGHTS]",
         help="torchvision name, timm:NAME, transformers:NAME, or factory module:function; weights: default, none, "
         "packaged, or a file",
     )
-    p.add_argument("--lr", default="0.1", help="of beta and coeff, to try, with commas (default: %(default)s)")
-    p.add_argument("--head-lr", default="1e-3", help="of the head, to try, with commas (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=42, help="of splits, initial weights and order (default: %(default)s)")
+    p.add_argument(
+        "--lr", type=types.RATES, default="0.1", help="of beta and coeff, to try, with commas (default: %(default)s)"
+    )
+    p.add_argument(
+        "--head-lr", type=types.RATES, default="1e-3", help="of the head, to try, with commas (default: %(default)s)"
+    )
+    p.add_argument(
+        "--seed", type=types.SEED, default=42, help="of splits, initial weights and order (default: %(default)s)"
+    )
     add_training_options(p)
     add_image_options(p)
     add_running_options(p, "out/tune").add_argument("--cpu", action="store_true", help="leave GPUs alone")
@@ -69,14 +78,14 @@ def run(arguments: argparse.Namespace) -> int:
     from .._extras import require
     from ..recipes import _distributed
 
-    lr, head_lr = (parse_rates(name, getattr(arguments, name)) for name in ("lr", "head_lr"))
-    out, options = out_folder(arguments.out), training_options(arguments)
+    out, options, images = arguments.out, training_options(arguments), image_options(arguments)
     for module in ("accelerate", "peft", "safetensors"):
         require(module, "adapters", "learning the curvature")
     from ..recipes.compare import stages, tune_curvature
     from ..recipes.compare.tune import HEAD, kept_stage
 
-    name, load = model_source(arguments.model, arguments.seed)
+    name, weights = arguments.model
+    _, load = model_source(name, weights, arguments.seed)
     result = tune_curvature(
         load,
         recipes.load_data(arguments.data),
@@ -84,20 +93,12 @@ def run(arguments: argparse.Namespace) -> int:
         name=name,
         data_name=Path(arguments.data).name,
         seed=arguments.seed,
-        images=image_options(arguments),
-        lr=lr,
-        head_lr=head_lr,
+        images=images,
+        lr=arguments.lr,
+        head_lr=arguments.head_lr,
         **options,
     )
     if _distributed.launched_rank() == 0:
         kept = out / ("adapter" if kept_stage(result) == "tct" else HEAD)
         print(f"{stages(result)}\n\n{result.verdict()}\n\nsaved {kept} and {out / 'result.json'}")
     return 0
-
-
-def parse_rates(name: str, text: str) -> list[float]:
-    """``"0.1,0.01"`` gives ``[0.1, 0.01]``."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--{name.replace('_', '-')} must be numbers with commas, got {text!r}") from None

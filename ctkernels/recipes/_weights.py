@@ -41,7 +41,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: expected the weights of a run: {error}") from error
+        raise ValueError(f"{path}: expected a .safetensors file: {error}") from error
 
 
 def damage(path: Path, record: Mapping[str, Any] | None) -> str | None:

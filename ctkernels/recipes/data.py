@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import os
 import struct
@@ -51,13 +52,25 @@ def load_data(spec: str | os.PathLike[str]) -> Splits:
         >>> splits = load_data("photos/")  # doctest: +SKIP
         >>> splits.train.classes  # doctest: +SKIP
     """
+    return find_data(spec)()
+
+
+def find_data(spec: str | os.PathLike[str]) -> Callable[[], Splits]:
+    """What :func:`load_data` will do, found out without reading any images.
+
+    Raises:
+        ValueError: ``spec`` is no folder, ``.npz`` file or data set that is known.
+        ImportError: torchvision is missing, and one of its data sets was asked for.
+    """
     path = Path(spec)
+    if not str(spec).strip():
+        raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}, got {str(spec)!r}")
     if path.is_dir():
-        return read_folder(path)
+        return functools.partial(read_folder, path)
     if path.is_file():
         if path.suffix.lower() != ".npz":
             raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}, got the file {path}")
-        return read_npz(path)
+        return functools.partial(read_npz, path)
     named: dict[str, Callable[[], Splits]] = {
         FASHION_MNIST: fashion_mnist,
         "mnist-5k": packaged.mnist_5k,
@@ -65,11 +78,12 @@ def load_data(spec: str | os.PathLike[str]) -> Splits:
         "emoji": packaged.emoji,
     }
     if str(spec) in named:
-        return named[str(spec)]()
+        return named[str(spec)]
     library, _, rest = str(spec).partition(":")
     if library == "torchvision":
         name, _, root = rest.partition(":")
-        return packaged.torchvision_data(name, root or "data")
+        packaged.torchvision_class(name)
+        return functools.partial(packaged.torchvision_data, name, root or "data")
     raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}; {path} does not exist")
 
 

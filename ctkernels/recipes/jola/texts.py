@@ -8,7 +8,7 @@ import io
 import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 from ..._extras import require
 from ..._files import parse_json
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
 CHOICE_SEPARATOR = "|"
 
@@ -154,31 +153,44 @@ def read_texts(path: str | os.PathLike[str]) -> TextData:
     Example:
         >>> read_texts("questions.jsonl").train[0].answer  # doctest: +SKIP
     """
+    return find_texts(path)()
+
+
+def find_texts(path: str | os.PathLike[str]) -> Callable[[], TextData]:
+    """What :func:`read_texts` will do, found out without reading any examples. ValueError if there are none."""
     root = Path(path)
-    if root.is_dir():
-        files = [f for f in sorted(root.iterdir()) if f.is_file() and f.suffix.lower() in SUFFIXES]
-        found: dict[str, Path | None] = {}
-        for split, names in SPLITS.items():
-            fit = [f for f in files if f.stem in names]
-            if len(fit) > 1:
-                raise ValueError(f"{root}: expected one file for {split}, found {[f.name for f in fit]}")
-            found[split] = fit[0] if fit else None
-        if found["train"] is None:
-            others = sorted(f.name for f in root.iterdir())
-            raise ValueError(f"{root}: expected train.jsonl, train.csv or train.parquet, found {others[:8]}")
+    if not root.is_file() and not root.is_dir():
+        raise ValueError(f"data must be a {', '.join(SUFFIXES)} file or a folder of such; {root} does not exist")
+    if root.is_file():
+        if root.suffix.lower() not in READERS:
+            raise ValueError(f"data must be a {', '.join(SUFFIXES)} file or a folder of such, got the file {root}")
+        return lambda: TextData(_read(root), source=f"file {root}")
+    found = _split_files(root)
+
+    def read() -> TextData:
         parts = {split: None if file is None else _read(file) for split, file in found.items()}
         return TextData(parts["train"] or (), parts["val"], parts["test"], f"folder {root}")
-    if not root.is_file():
-        raise ValueError(f"data must be a {', '.join(SUFFIXES)} file or a folder of such; {root} does not exist")
-    return TextData(_read(root), source=f"file {root}")
+
+    return read
+
+
+def _split_files(root: Path) -> dict[str, Path | None]:
+    """The file of each split in a folder."""
+    files = [f for f in sorted(root.iterdir()) if f.is_file() and f.suffix.lower() in SUFFIXES]
+    found: dict[str, Path | None] = {}
+    for split, names in SPLITS.items():
+        fit = [f for f in files if f.stem in names]
+        if len(fit) > 1:
+            raise ValueError(f"{root}: expected one file for {split}, found {[f.name for f in fit]}")
+        found[split] = fit[0] if fit else None
+    if found["train"] is None:
+        others = sorted(f.name for f in root.iterdir())
+        raise ValueError(f"{root}: expected train.jsonl, train.csv or train.parquet, found {others[:8]}")
+    return found
 
 
 def _read(path: Path) -> tuple[Example, ...]:
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
-    suffix = path.suffix.lower()
-    if suffix not in readers:
-        raise ValueError(f"data must be a {', '.join(SUFFIXES)} file, got {path}")
-    examples = tuple(_example(row, where) for where, row in readers[suffix](path))
+    examples = tuple(_example(row, where) for where, row in READERS[path.suffix.lower()](path))
     if not examples:
         raise ValueError(f"{path}: expected at least one row, found none")
     return examples
@@ -285,3 +297,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path}: expected a Parquet file: {error}") from error
     for number, row in enumerate(rows, 1):
         yield f"{path}: row {number}", row
+
+
+READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+SUFFIXES = tuple(READERS)
