@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ctkernels._files import write_text
+from ctkernels.cli import _types as types
+from ctkernels.cli._errors import OptionError, Parser, reported
 
 from . import ctu, device, head_edit, measure, report
 
@@ -18,7 +19,11 @@ SUITES = {"ctu": ctu, "head_edit": head_edit}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    return reported(lambda: run(parser().parse_args(argv)))
+
+
+def parser(prog: str = "python -m benchmarks") -> argparse.ArgumentParser:
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("--op", choices=SUITES, nargs="+", default=list(SUITES), help="which ops (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: needs a GPU (default: cpu)")
     whole = parser.add_mutually_exclusive_group()
@@ -32,18 +37,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one small shape, without the compiled contestant")
     parser.add_argument("--tuned", action="store_true", help="only the shapes that have bounds to keep")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it (with --device cuda)")
-    parser.add_argument("--seconds", type=float, default=1.5, help="time spent on each row (default 1.5)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records there")
-    args = parser.parse_args(argv)
+    parser.add_argument("--seconds", type=types.POSITIVE, default=1.5, help="time spent on each row (default 1.5)")
+    parser.add_argument("--threads", type=types.whole(1, 1024), help="CPU threads (default: torch's)")
+    parser.add_argument("--json", type=types.OUT_FILE, metavar="FILE", help="also write the records there")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and args.composed:
-        parser.error("--composed: measured on a CPU; leave out --device")
+        raise OptionError("--composed: measured on a CPU; leave out --device")
     if args.only and (args.device == "cpu" or args.networks or args.jola):
-        parser.error("--only: for the ops and the attention of --device cuda")
+        raise OptionError("--only: for the ops and the attention of --device cuda")
     if args.device == "cuda":
         return _on_device(args)
     if args.attention:
-        parser.error("--attention: on a CPU it is torch's attention; give --device cuda")
+        raise OptionError("--attention: on a CPU it is torch's attention; give --device cuda")
     if args.threads:
         torch.set_num_threads(args.threads)
 

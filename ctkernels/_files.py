@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -31,7 +33,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     _clean(target)
     descriptor, temporary = _reserve(target)
     try:
-        yield temporary
+        try:
+            yield temporary
+        except OSError as error:
+            if error.errno is None or error.filename is not None:
+                raise
+            raise OSError(error.errno, error.strerror, str(target)) from error  # a full disk does not say which file
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; give what open() would have given
@@ -82,3 +89,42 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` as UTF-8 through a temporary name (see :func:`replacing`)."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: the file is not there or is no JSON (see :func:`parse_json`); the message names it.
+    """
+    try:
+        return parse_json(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from None
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: the text is cut short or otherwise no JSON, has NaN or an infinity, which JSON does not have, a name
+            twice in one object, or too many brackets in one another.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number of JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
+    return found

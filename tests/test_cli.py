@@ -1,5 +1,6 @@
 """The command line, from files to results, and what it says about bad input."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ctkernels import cli
-from ctkernels.cli.steer import parse_betas, parse_bytes
+from ctkernels.cli import _types as types
 
 np = pytest.importorskip("numpy", reason="the recipes need numpy")
 pytest.importorskip("sklearn", reason="the recipes need scikit-learn")
@@ -104,17 +105,17 @@ def test_folder_from_end_to_end_as_a_process(tmp_path):
         (["nowhere"], "torchvision:NAME; nowhere does not exist"),
         (
             ["{data}", "--betas", "0.9:0.7:0.1"],
-            "--betas must be START:STOP:STEP or values with commas, got '0.9:0.7:0.1'",
+            "--betas must be START:STOP:STEP with both ends, or values with commas, all in [0, 1], got '0.9:0.7:0.1'",
         ),
-        (["{data}", "--betas", "0.9,1.5"], "betas must be in [0, 1], got [1.5]"),
+        (["{data}", "--betas", "0.9,1.5"], "all in [0, 1], got '0.9,1.5'"),
         (["{data}", "--memory-limit", "lots"], "--memory-limit must be a size such as 500MB or 2GiB, got 'lots'"),
-        (["{data}", "--device", "abacus"], "device must be one that is here, got 'abacus'"),
+        (["{data}", "--device", "abacus"], "--device must be one that is here, got 'abacus'"),
         (["{data}", "--out", "{data}"], "--out must be a folder"),
-        (["{data}", "--size", "0"], "size must be at least 1 pixel, got 0"),
-        (["{data}", "--max-train", "0"], "max_train must be at least 1, got 0"),
+        (["{data}", "--size", "0"], "--size must be a whole number of at least 1 and at most 16384, got '0'"),
+        (["{data}", "--max-train", "0"], "--max-train must be a whole number of at least 1, got '0'"),
         (["{data}", "--max-train", "3"], "has 1 images, too few to split into 2 parts"),
-        (["{data}", "--val", "2"], "fractions to split off must be in (0, 1)"),
-        (["{data}", "--weights", "gone.pth"], "'gone.pth' does not exist"),
+        (["{data}", "--val", "2"], "--val must be a number between 0 and 1, got '2'"),
+        (["{data}", "--weights", "gone.pth"], "--weights must be default, none, packaged or a file, got 'gone.pth'"),
         (["{data}", "--model", "no_such:make"], "no module named 'no_such'"),
         (["{data}", "--feature-layer", "body"], "feature_layer must be one of"),
     ],
@@ -124,7 +125,7 @@ def test_bad_input_is_one_line_and_code_2(data, tmp_path, monkeypatch, capsys, a
     filled = [str(data) if a == "{data}" else a for a in arguments]
     assert steer("--model", MODEL, *SMALL, *filled) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ")
+    assert error.startswith("ctkernels: error: ")
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "out/steer/result.json").exists()
@@ -133,7 +134,7 @@ def test_bad_input_is_one_line_and_code_2(data, tmp_path, monkeypatch, capsys, a
 def test_network_without_activation(data, capsys, tmp_path):
     assert steer(data, "--model", f"{__name__}:make_linear", *SMALL, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ")
+    assert error.startswith("ctkernels: error: ")
     assert "activation" in error
 
 
@@ -148,7 +149,7 @@ def test_overview_and_unknown_commands(capsys):
     assert cli.main([]) == 2
     capsys.readouterr()
     assert cli.main(["ster"]) == 2
-    assert capsys.readouterr().err == "error: unknown command 'ster'; did you mean steer?\n"
+    assert capsys.readouterr().err == "ctkernels: error: unknown command 'ster'; did you mean steer?\n"
     assert cli.main(["--version"]) == 0
 
 
@@ -181,22 +182,25 @@ def test_weights_are_drawn_from_the_seed(data, tmp_path):
     ],
 )
 def test_parse_betas(text, betas):
-    assert parse_betas(text) == betas
-    assert parse_betas("0.7:1:0.01") == [round(0.7 + 0.01 * i, 2) for i in range(31)]
+    assert types.BETAS(text) == betas
+    assert types.BETAS("0.7:1:0.01") == [round(0.7 + 0.01 * i, 2) for i in range(31)]
 
 
-@pytest.mark.parametrize("text", ["", "a", "1:2", "0:1:0", "0:1:-1", "0:1:nan", "0.1,,0.2"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "a", "1:2", "0:1:0", "0:1:-1", "0:1:nan", "0.1,,0.2", "0:inf:1", "1.5", "-0.1", "0:2:0.5", "1_0", "0:1:1e-9"],
+)
 def test_bad_betas(text):
-    with pytest.raises(ValueError, match="--betas must be"):
-        parse_betas(text)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"must (be START:STOP:STEP|give at most 10000 values)"):
+        types.BETAS(text)
 
 
 @pytest.mark.parametrize(("text", "size"), [("2GiB", 2 << 30), ("500 MB", 500 * 10**6), ("1e3", 1000), ("7", 7)])
 def test_parse_bytes(text, size):
-    assert parse_bytes(text) == size
+    assert types.SIZE(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "1.2.3GB", "5 apples", "1e9999"])
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.2.3GB", "5 apples", "1e9999", "1e99"])
 def test_bad_bytes(text):
-    with pytest.raises(ValueError, match="--memory-limit must be"):
-        parse_bytes(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a size such as 500MB or 2GiB, got "):
+        types.SIZE(text)

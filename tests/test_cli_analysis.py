@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ctkernels import cli
-from ctkernels.cli.robust import parse_bound
+from ctkernels.cli import _types as types
 from ctkernels.report.page import read_section
 
 np = pytest.importorskip("numpy", reason="the recipes need numpy")
@@ -68,7 +68,11 @@ def test_robust_with_adapters(data, tmp_path, capsys):
     assert run("robust", data, *SMALL, *QUICK, *options, *adapter) == 0
     found = json.loads((tmp_path / "out" / "result.json").read_text())
     assert "lora" in [row["method"] for row in found["conditions"][0]["test"]]
-    (tmp_path / "lora" / "adapter_model.safetensors").unlink()
+    weights = tmp_path / "lora" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    assert run("robust", data, *SMALL, *QUICK, *options, *adapter) == 2
+    assert "adapter_model.safetensors: expected a .safetensors file" in capsys.readouterr().err
+    weights.unlink()
     assert run("robust", data, *SMALL, *QUICK, *options, *adapter) == 2
     assert "expected adapter_model.safetensors" in capsys.readouterr().err
 
@@ -106,14 +110,14 @@ def test_robust_with_what_tune_left(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--linf", "x"), "--linf must be a number, a fraction such as 8/255, or none, got 'x'"),
-        (("--l2", "1/0"), "--l2 must be a number"),
-        (("--corruptions", "rain"), "corruptions must be some of"),
-        (("--severities", "a"), "--severities must be numbers with commas"),
-        (("--attacks", "pgd"), "attacks must be some of"),
+        (("--linf", "x"), "--linf must be a positive number, a fraction such as 8/255, or none, got 'x'"),
+        (("--l2", "1/0"), "--l2 must be a positive number"),
+        (("--corruptions", "rain"), "--corruptions must be some of gaussian_noise, "),
+        (("--severities", "a"), "--severities must be whole numbers from 1 to 5 with commas"),
+        (("--attacks", "pgd"), "--attacks must be some of"),
         (("--adapter", "x"), "--adapter must be NAME=FOLDER"),
         (("--adapter", "x=none"), "adapter_config.json or the result.json of tune in none"),
-        (("--betas", "2"), "betas must be in"),
+        (("--betas", "2"), "--betas must be START:STOP:STEP"),
         (("--linf", "none", "--l2", "none", "--corruptions", "none"), "threats or corruptions must hold something"),
     ],
 )
@@ -134,14 +138,24 @@ def test_search_from_end_to_end(data, tmp_path, capsys, strategy):
     assert found["evaluations"]["made"] == 3
     assert found["strategy"] == strategy
     assert run("search", data, *SMALL, "--groups", "layer", "--no-progress", "--out", tmp_path / "other") == 2
-    assert "groups must be one of" in capsys.readouterr().err
+    assert "--groups must be shared, stage, site, or a number of groups" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("content", [b"no journal\n", b'{"op_code": 0, "worker_id"', b"\xff\xfe\0", b"[]\n"])
+def test_search_names_a_storage_that_is_damaged(data, tmp_path, capsys, content):
+    pytest.importorskip("optuna", reason="Bayesian search needs Optuna")
+    (tmp_path / "trials.log").write_bytes(content)
+    options = ("--strategy", "bayesian", "--evaluations", 2, "--no-progress", "--out", tmp_path / "out")
+    assert run("search", data, *SMALL, *options, "--storage", tmp_path / "trials.log") == 2
+    assert f"storage must be a file or database that Optuna can use, got '{tmp_path}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_bounds():
-    assert parse_bound("linf", "8/255") == 8 / 255
-    assert parse_bound("l2", "0.5") == 0.5
-    assert parse_bound("l2", "none") is None
+    assert types.BOUND("8/255") == 8 / 255
+    assert types.BOUND("0.5") == 0.5
+    assert types.BOUND("none") is None
 
 
 def test_curvature_of_a_network(data, tmp_path, capsys):
@@ -174,8 +188,8 @@ def test_curvature_of_small_networks(tmp_path, capsys):
     [
         (("--model", "resnet18"), "data and --model belong together"),
         (("--seeds", "x"), "--seeds must be whole numbers"),
-        (("--steps", "1,2"), "--steps must be three numbers"),
-        (("--betas", "2"), "betas must be in"),
+        (("--steps", "1,2"), "--steps must be three whole numbers"),
+        (("--betas", "2"), "--betas must be START:STOP:STEP"),
     ],
 )
 def test_curvature_refuses_bad_options(options, message, tmp_path, capsys):

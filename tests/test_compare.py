@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import warnings
 
 import compare_networks as made
 import pytest
@@ -20,11 +22,13 @@ from ctkernels.recipes.compare import (
     load_tuned,
     read_comparison,
     stages,
+    tune,
     tune_curvature,
 )
 from ctkernels.recipes.compare.heads import fit_head, with_head
 from ctkernels.recipes.compare.methods import lora_targets, method
-from ctkernels.recipes.compare.result import resumed
+from ctkernels.recipes.compare.result import SCHEMA, resumed
+from ctkernels.recipes.compare.soundness import weights_path
 
 for module in ("peft", "accelerate", "safetensors", "sklearn", "tqdm"):
     pytest.importorskip(module, reason="the comparison needs ctkernels[recipes,adapters]")
@@ -212,27 +216,167 @@ def test_more_can_be_added_and_nothing_is_repeated(tmp_path):
         compare(["linear"], data={"patches": made.images(seed=9)}, seeds=(0, 1), out=tmp_path)
 
 
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def change(method, **values):
+    """Make a function that changes the first run of a method in a result file."""
+
+    def apply(folder):
+        saved = json.loads((folder / "result.json").read_text())
+        cell = next(c for c in saved["cells"] if c["method"] == method)
+        for name, value in values.items():
+            cell[name] = value(cell) if callable(value) else value
+        (folder / "result.json").write_text(json.dumps(saved))
+
+    return apply
+
+
+def weights_of(method, damage):
+    return lambda folder: damage(next((folder / "weights").glob(f"small_patches_{method}_0_*")))
+
+
+DAMAGE = {
+    "gone": (weights_of("tct", lambda file: file.unlink()), "tct, seed 0, .*: its weights, .*, are gone"),
+    "cut short": (weights_of("linear", cut), "linear, seed 0, .*: its weights, .*, are not those that it left"),
+    "changed": (weights_of("sct", flip), "sct, seed 0, .*: its weights, .*, are not those that it left"),
+    "best": (change("tct", best=lambda c: c["best"] % 3 + 1), "it names epoch . as its best, which is epoch ."),
+    "test": (
+        change("linear", test=1.0, right=lambda c: "1" + c["right"][1:-1] + "0"),
+        "its test accuracy, 1.0, is not",
+    ),
+    "images": (change("linear", right="1", test=1.0), "its test accuracy, 1.0, is not that of its 60 test images"),
+    "beta": (change("sct", detail=lambda c: {**c["detail"], "beta": 0.123}), "it names beta 0.123 as its best"),
+    "epochs": (change("tct", epochs=[]), "its 0 epochs are not numbers"),
+    "kinds": (change("tct", epochs=[{"accuracy": "high", "loss": 1}]), r"it is damaged \(TypeError"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, compare(["linear", "sct", "tct"], out=folder, seeds=(0,))
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=list(DAMAGE))
+def test_a_damaged_run_is_told_and_done_again(damage, message, finished, tmp_path):
+    """And no other: the rest is as it was, and the end is what it would have been."""
+    folder, before = finished
+    shutil.copytree(folder, tmp_path / "out")
+    damage(tmp_path / "out")
+    with pytest.warns(UserWarning, match=f"{message}.*; this run is done again") as told:
+        after = compare(["linear", "sct", "tct"], out=tmp_path / "out", seeds=(0,))
+    assert len([w for w in told if "done again" in str(w.message)]) == 1
+    assert made.stable(after.cells) == made.stable(before.cells)
+    assert len({c.seconds for c in after.cells} & {c.seconds for c in before.cells}) == 2
+    for file in (folder / "weights").iterdir():
+        assert (tmp_path / "out/weights" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_finished_comparison_is_not_done_again_without_a_record_of_its_weights(finished, tmp_path, recwarn):
+    """Results of before the record was kept: their weights have to be readable, which is all that can be known."""
+    folder, before = finished
+    shutil.copytree(folder, tmp_path / "out")
+    saved = json.loads((tmp_path / "out/result.json").read_text())
+    for cell in saved["cells"]:
+        del cell["weights"]
+    (tmp_path / "out/result.json").write_text(json.dumps(saved))
+    after = compare(["linear", "sct", "tct"], out=tmp_path / "out", seeds=(0,))
+    assert {c.seconds for c in after.cells} == {c.seconds for c in before.cells}
+    assert not [w for w in recwarn if "done again" in str(w.message)]
+    weights_of("tct", cut)(tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"expected a .safetensors file: .*; this run is done again"):
+        compare(["linear", "sct", "tct"], out=tmp_path / "out", seeds=(0,))
+
+
+def test_a_choice_that_validation_does_not_make_is_taken_back(tmp_path):
+    """The setting that was tested has to be the best of those that were tried."""
+    options = {"out": tmp_path, "seeds": (0,), "grids": {"linear": {"head_lr": [0.05, 1e-6]}}}
+    before = compare(["linear"], **options)
+    good, poor = sorted(before.cells, key=lambda c: -c.validation["accuracy"])
+    assert good.test is not None
+    assert poor.test is None
+    saved = json.loads((tmp_path / "result.json").read_text())
+    for cell in saved["cells"]:  # as if the other one had been chosen
+        cell["test"], cell["right"] = (None, "") if cell["test"] is not None else (good.test, good.right)
+        cell["weights"] = good.weights
+    (tmp_path / "result.json").write_text(json.dumps(saved))
+    shutil.copy(weights_path(tmp_path, good), weights_path(tmp_path, poor))
+    with pytest.warns(UserWarning, match="head_lr 1e-06: validation chooses head_lr 0.05; its test does not count"):
+        after = compare(["linear"], **options)
+    assert made.stable(after.cells) == made.stable(before.cells)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "result.json: expected JSON"),
+        ('{"schema": "ctkernels.compare_transfer/1", "cells": [', "result.json: expected JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"schema": NaN}', "NaN is not a number of JSON"),
+        ('{"schema": "ctkernels.compare_transfer/0", "cells": []}', "expected the schema"),
+        ('{"schema": "SCHEMA", "cells": [{"model": "x"}], "setup": {}, "seconds": 0}', "is not a result"),
+        ('{"schema": "SCHEMA", "cells": [], "setup": {"models": 3}, "seconds": 0}', "is not a result"),
+    ],
+)
+def test_a_damaged_result_is_not_gone_on_from(text, message, tmp_path):
+    (tmp_path / "result.json").write_text(text.replace("SCHEMA", SCHEMA))
+    with pytest.raises(ValueError, match=message):
+        compare(["linear"], out=tmp_path)
+    assert (tmp_path / "result.json").read_text() == text.replace("SCHEMA", SCHEMA)
+
+
 # --- tune -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bn", ["eval", "train"])
-def test_tune_saves_what_it_tested(tmp_path, bn):
+@pytest.mark.parametrize("bn", ["eval", "train", "paper"])
+@pytest.mark.parametrize("kept", ["linear", "sct", "tct"])
+def test_tune_saves_what_it_tested(tmp_path, bn, kept, monkeypatch):
+    """Whichever stage is kept, what is loaded again classifies the test images as that stage did."""
+    monkeypatch.setattr(tune, "kept_stage", lambda result: kept)
     options = {"betas": [0.8, 0.9], "budget": Budget(3, 8), "images": IMAGES, "cpu": True, "progress": False}
     data = made.images()
-    result = tune_curvature(made.small, data, tmp_path, head_lr=[0.05], bn=bn, seed=0, **options)
-    cell = result.tested("model", "data", "tct")[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that T-CT is below the probe, where it is
+        result = tune_curvature(made.small, data, tmp_path, head_lr=[0.05], bn=bn, seed=0, **options)
     chosen = result.tested("model", "data", "sct")[0].detail["beta"]
-    assert cell.setting.get("beta", 1.0) == min(chosen, 1.0)
+    start = result.tested("model", "data", "tct")[0].setting.get("beta")
+    assert start == (None if chosen in (None, 1.0) else chosen)
+    cell = result.tested("model", "data", kept)[0]
     network, preprocess, classes = load_tuned(made.small(), tmp_path)
     assert classes == data.train.classes
     with torch.no_grad():
         logits = network(torch.stack([preprocess(data.test.raw(i)) for i in range(len(data.test))]))
     right = "".join("1" if r else "0" for r in (logits.argmax(1) == data.test.labels).tolist())
     assert right == cell.right
-    assert json.loads((tmp_path / "result.json").read_text())["kind"] == "tune"
+    values = json.loads((tmp_path / "result.json").read_text())
+    assert (values["kind"], values["tuned"]["kept"]) == ("tune", kept)
+    assert (tmp_path / "adapter").exists() == (kept == "tct")
     assert stages(result).count("\n") == 3
     with pytest.raises(ValueError, match="must hold what tune_curvature left"):
         load_tuned(made.small(), tmp_path / "weights")
+    cut(tmp_path / ("adapter/adapter_model.safetensors" if kept == "tct" else "head.safetensors"))
+    with pytest.raises(ValueError, match=r"(adapter_model|head).safetensors: expected a .safetensors file"):
+        load_tuned(made.small(), tmp_path)
+
+
+def test_tune_keeps_the_best_stage_and_warns_of_a_curvature_that_learned_nothing(tmp_path):
+    """A rate at which the knobs are thrown to their ends in the first steps."""
+    options = {"betas": [0.9], "budget": Budget(2, 8), "images": IMAGES, "cpu": True, "progress": False}
+    with pytest.warns(UserWarning, match=r"T-CT ended .* points below the linear probe .* is kept"):
+        result = tune_curvature(made.small, made.images(), tmp_path, lr=[1e4], head_lr=[0.05], seed=0, **options)
+    accuracy = {name: result.tested("model", "data", name)[0].validation["accuracy"] for name in tune.STAGES}
+    assert accuracy["tct"] < accuracy["linear"]
+    best = max(accuracy.values())
+    assert tune.kept_stage(result) == ("linear" if accuracy["linear"] == best else "sct")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_tune_from_the_command_line(tmp_path, capsys):
@@ -240,7 +384,8 @@ def test_tune_from_the_command_line(tmp_path, capsys):
     arguments += ["--max-train", "100", "--max-test", "60", "--betas", "0.9", "--epochs", "1", "--cpu", "--no-progress"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     assert "validation prefers" in capsys.readouterr().out
-    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+    kept = json.loads((tmp_path / "result.json").read_text())["tuned"]
+    assert (tmp_path / kept.get("head", "adapter/adapter_model.safetensors")).is_file()
     assert main([*arguments, "--lr", "fast", "--out", str(tmp_path)]) == 2
 
 
@@ -288,9 +433,13 @@ def test_unfinished_results_are_no_errors():
 
 
 def test_files_that_are_no_result(tmp_path):
-    for name, text in (("text", "hello"), ("list", "[]"), ("other", '{"schema": "ctkernels.search_beta/1"}')):
+    for name, text, message in (
+        ("text", "hello", "expected JSON"),
+        ("list", "[]", "is not a result"),
+        ("other", '{"schema": "ctkernels.search_beta/1"}', "is not a result"),
+    ):
         (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=f"{name} is not a result"):
+        with pytest.raises(ValueError, match=rf"{name}:? {message}"):
             read_comparison(tmp_path / name)
     assert resumed(tmp_path / "none", {"models": {}}).cells == ()
 
@@ -316,7 +465,10 @@ BAD = [
     ({"grids": {"lora-r1": {"lr": [1]}}}, "grids must be of methods that take part"),
     ({"models": {"plain": made.one_linear}, "methods": ["sct"]}, "model plain: .*to have an activation"),
     ({"models": {"plain": made.one_linear}, "methods": ["tct"]}, "model plain: .*activation"),
-    ({"models": {"grey": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())}}, "model grey: it does not take images"),
+    (
+        {"models": {"grey": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())}},
+        "model grey: images of shape .* do not fit Sequential: RuntimeError",
+    ),
     ({"data": {"nan": with_nan()}}, "data nan: images must be finite, 1 of 90"),
     ({"data": {"one": made.images(30, classes=1)}}, "data one: .*at least two classes"),
     ({"data": {"few": made.images(3)}}, "data few: .*too few to split"),
@@ -340,7 +492,7 @@ def test_bad_input_is_named_before_any_training(change, message, monkeypatch):
     [
         (["missing/", "--model", "resnet18"], "missing does not exist"),
         (["digits", "digits", "--model", "compare_networks:small"], "more than once"),
-        (["digits", "--model", "compare_networks:small", "--seeds", "a"], "--seeds must be numbers"),
+        (["digits", "--model", "compare_networks:small", "--seeds", "a"], "--seeds must be whole numbers"),
         (["digits", "--model", "compare_networks:small", "--grid", "tct.lr=a"], "--grid must be"),
         (["torchvision:Nothing", "--model", "resnet18"], "torchvision has no data set 'Nothing'"),
     ],

@@ -146,6 +146,7 @@ def test_npz_with_splits(tmp_path):
             r"x must be in \[0, 1\] without NaN: 6 images are not, .* from 0 to 15",
         ),
         ({"x": np.where(IMAGES == 20, np.nan, 0.5), "y": LABELS}, "1 images are not, the first is number 1,"),
+        ({"x": IMAGES, "images": IMAGES, "y": LABELS}, r"found \['images', 'x', 'y'\]"),
         ({"x": IMAGES, "y": LABELS[:5]}, r"x has 6 images, expected one per label \(5\)"),
         ({"x": IMAGES, "y": LABELS * 1.0}, r"y must be integers or strings of shape \(n,\), got float64"),
         ({"x": IMAGES, "y": np.stack([LABELS] * 2, 1)}, r"got int64 of shape \(6, 2\)"),
@@ -161,6 +162,19 @@ def test_bad_npz(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         read_npz(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_npz_of_either_byte_order_and_layout(tmp_path, order):
+    """Arrays that are not needed are not read: they may hold objects, which would have to be unpickled."""
+    images = np.asfortranarray((IMAGES / 255).astype(f"{order}f4"))
+    labels = LABELS.astype(f"{order}i8")
+    with (tmp_path / "A.NPZ").open("wb") as file:
+        np.savez(file, x=images, y=labels, notes=np.array([object()]))
+    train = load_data(tmp_path / "A.NPZ").train
+    assert torch.equal(train.images, torch.from_numpy((IMAGES / 255).astype(np.float32)))
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert train.classes == ("3", "8")
 
 
 def test_files_that_are_no_npz(tmp_path):
@@ -361,7 +375,7 @@ def test_the_core_imports_without_the_extras():
         f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))\n"
         "import ctkernels.recipes\n"
         "from ctkernels import cli\n"
-        "sys.exit(cli.main(['steer', 'nowhere', '--model', 'resnet18']))"
+        "sys.exit(cli.main(['steer', 'digits', '--model', 'torch.nn:Identity']))"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr

@@ -258,13 +258,19 @@ def test_the_command_checks_a_model_and_writes_json(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--input", "2x3"], "--module and --input: expected both or neither"),
-        (["--module", "nowhere", "--input", "2"], "--module: expected package.module:function"),
-        (["--module", "no_such_module:make", "--input", "2"], "--module: cannot import no_such_module"),
-        (["--module", "no_such_file.py:make", "--input", "2"], "--module: expected a file, found none"),
-        (["--module", f"{__name__}:nothing", "--input", "2"], "expected a function nothing"),
-        (["--module", f"{__name__}:make_text", "--input", "2"], "to return a torch.nn.Module, got str"),
-        (["--module", f"{__name__}:make_net", "--input", "2x-3"], "--input: expected positive sizes"),
-        (["--device", "moon"], "--device moon"),
+        (["--module", "nowhere", "--input", "2"], "--module: model must be package.module:function"),
+        (
+            ["--module", "no_such_module:make", "--input", "2"],
+            "--module: model 'no_such_module:make': no module named",
+        ),
+        (
+            ["--module", "no_such_file.py:make", "--input", "2"],
+            "--module: model 'no_such_file.py:make': expected a file",
+        ),
+        (["--module", f"{__name__}:nothing", "--input", "2"], "has no function 'nothing'"),
+        (["--module", f"{__name__}:make_text", "--input", "2"], "must return a torch.nn.Module, got str"),
+        (["--module", f"{__name__}:make_net", "--input", "2x-3"], "--input must be positive sizes"),
+        (["--device", "moon"], "--device must be one that is here, got 'moon'"),
     ],
 )
 def test_bad_arguments_exit_with_2_and_one_line(arguments, message, capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from ctkernels import cli
-from ctkernels.recipes.jola import METHODS, Answering, Example, TextData, compare_methods, draw
+from ctkernels.recipes.jola import METHODS, Answering, Cell, Example, TextData, compare_methods, draw
 from ctkernels.recipes.jola import metrics as scores
 
 transformers = pytest.importorskip("transformers")
@@ -23,6 +24,7 @@ pytest.importorskip("accelerate")
 tokenizers = pytest.importorskip("tokenizers")
 
 from ctkernels.recipes.jola import load_language_model, restored, save_report, scoring  # noqa: E402
+from ctkernels.recipes.jola.soundness import weights_path  # noqa: E402
 from ctkernels.recipes.jola.training import Budget  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -210,6 +212,73 @@ def test_the_protocol_from_end_to_end(tiny, tmp_path):
     assert "of 8 heads edited" in (tmp_path / "edits.txt").read_text()
 
 
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    return out, compare_methods(*load_language_model(folder), DATA, out=out, **FINISHED)
+
+
+FINISHED = {
+    **SMALL,
+    "methods": ["zero-shot", "lora"],
+    "seeds": [0],
+    "grids": {"lora": {"lr": [0.01, 1e-9], "rank": [2]}},
+}
+
+
+def _change(name, value):
+    def apply(out, saved, cell):
+        cell[name] = value(cell) if callable(value) else value
+        (out / "result.json").write_text(json.dumps(saved))
+
+    return apply
+
+
+def _cut(out, saved, cell):
+    (file,) = (out / "weights").iterdir()
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda out, *_: next((out / "weights").iterdir()).unlink(), "its weights, .*, are gone"),
+        (_cut, "its weights, .*, are not those that it left"),
+        (_change("best", lambda cell: 3 - cell["best"]), "it names epoch . as its best, which is epoch ."),
+        (_change("test", {"accuracy": 99.0}), "its accuracy, 99.0, is not that of its 12 test examples"),
+        (_change("epochs", None), "it is damaged"),
+    ],
+    ids=["gone", "cut short", "best", "test", "kinds"],
+)
+def test_a_damaged_run_is_told_and_done_again(tiny, finished, damage, message, tmp_path):
+    before, out = finished[1], tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    saved = json.loads((out / "result.json").read_text())
+    damage(out, saved, next(c for c in saved["cells"] if c["method"] == "lora" and c["test"]))
+    with pytest.warns(UserWarning, match=f"lora, seed 0, lr 0.01, rank 2: {message}.*; this run is done again"):
+        after = compare_methods(*tiny, DATA, out=out, **FINISHED)
+    assert _without_times(after) == _without_times(before)
+    (file,) = (out / "weights").iterdir()
+    assert file.read_bytes() == (finished[0] / "weights" / file.name).read_bytes()
+
+
+def test_damaged_weights_are_not_put_back(tiny, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "out")
+    _cut(tmp_path / "out", None, None)
+    (cell,) = finished[1].tested("lora")
+    with (
+        pytest.raises(ValueError, match=r"lora, seed 0: its weights, .*, are not those"),
+        restored(cell, tiny[0], tmp_path / "out"),
+    ):
+        pass
+
+
+def test_settings_that_agree_to_six_digits_have_files_of_their_own(tmp_path):
+    cells = [Cell("lora", 0, {"lr": lr, "rank": 2}, 1) for lr in (0.01, 0.0100000001)]
+    names = [weights_path(tmp_path, cell).name for cell in cells]
+    assert names == ["lora-0-lr=0.01-rank=2.safetensors", "lora-0-lr=0.0100000001-rank=2.safetensors"]
+
+
 def test_free_text_is_generated_and_scored(tiny):
     pytest.importorskip("rouge_score")
     pytest.importorskip("sacrebleu")
@@ -291,7 +360,7 @@ def file(tmp_path):
 
 ARGUMENTS = [
     *("--train", "16", "--val", "8", "--test", "12", "--epochs", "2", "--batch-size", "4", "--device", "cpu"),
-    *("--grid", "jola.gate_lr=0.05", "--grid", "lora.rank=2", "--no-progress"),
+    *("--grid", "jola.gate_lr=0.05", "--no-progress"),
 ]
 
 
@@ -311,21 +380,24 @@ def test_the_command_from_end_to_end(folder, file, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["gone.jsonl"], "gone.jsonl does not exist"),
-        (["{file}", "--seeds", "a"], "--seeds must be numbers with commas, got 'a'"),
-        (["{file}", "--grid", "jola.lr=x"], "--grid must be METHOD.NAME=VALUE,VALUE, got 'jola.lr=x'"),
+        (["{file}", "--seeds", "a"], "--seeds must be whole numbers from 0 to 4294967295 with commas, got 'a'"),
+        (
+            ["{file}", "--grid", "jola.lr=x"],
+            "--grid must be METHOD.NAME=VALUE,VALUE with finite numbers, got 'jola.lr=x'",
+        ),
         (["{file}", "--out", "{file}"], "--out must be a folder"),
         (["{file}", "--train", "100"], "100 training and 100 validation examples were asked for"),
         (
             ["{file}", "--train", "8", "--val", "8", "--test", "8", "--model", "{here}"],
             "expected a folder with config.json",
         ),
-        (["{file}", "--beams", "0"], "beams must be at least 1, got 0"),
+        (["{file}", "--beams", "0"], "--beams must be a whole number of at least 1, got '0'"),
     ],
 )
-def test_bad_input_is_one_line(file, tmp_path, capsys, arguments, message):
+def test_bad_input_is_one_line(folder, file, tmp_path, capsys, arguments, message):
     pytest.importorskip("matplotlib")
     given = [a.format(file=file, here=tmp_path) for a in arguments]
-    assert cli.main(["jola", "--model", str(tmp_path), "--out", str(tmp_path / "out"), *given]) == 2
+    assert cli.main(["jola", "--model", str(folder), "--out", str(tmp_path / "out"), *given]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
@@ -335,6 +407,7 @@ def test_bad_input_is_one_line(file, tmp_path, capsys, arguments, message):
 def test_a_killed_run_goes_on_without_losing_or_repeating(folder, file, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ctkernels", "jola", str(file), "--model", str(folder), "--methods", "lora,jola"]
+    command += ["--grid", "lora.rank=2"]
     command += ["--seeds", "0,1", "--no-report", *ARGUMENTS]
     result = tmp_path / "killed/result.json"
     process = subprocess.Popen([*command, "--out", str(result.parent)], env=environment, stdout=subprocess.DEVNULL)

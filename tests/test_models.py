@@ -64,7 +64,7 @@ def test_bad_checkpoints(tmp_path, capsys):
     ("name", "weights", "message"),
     [
         ("no_such_module:make", "default", "no module named 'no_such_module'"),
-        (f"{__name__}:make_nett", "default", "has no 'make_nett'"),
+        (f"{__name__}:make_nett", "default", "has no function 'make_nett'"),
         (f"{__name__}:make_nothing", "default", "must return a torch.nn.Module, got NoneType"),
         (f"{__name__}:make_net", "gone.pth", "'gone.pth' does not exist"),
         ("resnet18", "packaged", r"known for \['mobilenet_v2'\], got model 'resnet18'"),

@@ -187,8 +187,8 @@ def test_a_damaged_result_is_read_or_refused_by_name(name, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "expected a JSON file that a recipe wrote"),
-        ("{", "expected a JSON file that a recipe wrote"),
+        ("", "expected JSON: "),
+        ("{", "expected JSON: "),
         ('{"schema": NaN}', "NaN is not a number of JSON"),
         ("[1, 2]", "got a list without a schema"),
         ("{}", "got a dict without a schema"),
@@ -196,7 +196,7 @@ def test_a_damaged_result_is_read_or_refused_by_name(name, tmp_path, monkeypatch
         ('{"schema": ["x"]}', "got a dict without a schema"),
         ('{"schema": "ctkernels.robust/1"}', "calls itself ctkernels.robust/1 but is damaged: KeyError: 'conditions'"),
         ('{"draws": []}', "damaged"),
-        ("[" * 100_000, "expected a JSON file"),
+        ("[" * 100_000, "expected JSON: brackets are nested too deeply"),
     ],
 )
 def test_bad_files(content, message, tmp_path, capsys):
@@ -205,7 +205,7 @@ def test_bad_files(content, message, tmp_path, capsys):
     with pytest.raises(ValueError, match=message):
         read_section(path)
     assert cli.main(["report", str(path), "-o", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {path}: ")
+    assert capsys.readouterr().err.startswith(f"ctkernels: error: {path}: ")
     assert not (tmp_path / "out").exists()
 
 

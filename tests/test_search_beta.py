@@ -290,7 +290,10 @@ def test_extract_keeps_the_order_and_reads_in_order():
         ({"val": 0.6, "test": 0.6}, "with a sum below 1"),
         ({"feature_layer": "nope"}, "feature_layer must be one of .*'0'.*, got 'nope'"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(108, 3))}, "(?i)activation"),
-        ({"model": nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU())}, r"images of shape \(3, 6, 6\) do not fit Sequential"),
+        (
+            {"model": nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU())},
+            r"images of shape \(1, 3, 6, 6\) do not fit Sequential",
+        ),
         (
             {"data": (small_data()[0], torch.zeros(90, dtype=torch.int64))},
             "at least two classes, got 90 images, all of class 0",

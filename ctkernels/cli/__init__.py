@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import shlex
 import sys
-import traceback
 from collections.abc import Sequence
+
+from ._errors import BAD_INPUT, OptionError, reported
 
 # command -> (module with parser() -> ArgumentParser and run(arguments) -> int, one line of help)
 COMMANDS = {
@@ -39,15 +41,19 @@ COMMANDS = {
     ),
     "bench": ("ctkernels.cli.bench", "time the kernels on this machine; the options are those of the benchmark suite"),
 }
-BAD_INPUT = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code.
 
-    0 done, 1 a check failed, 2 bad input (with one line on standard error), 130 interrupted.
+    0 done, 1 a check failed, 2 bad input (with one line on standard error), 130 interrupted. An error that is none of
+    these is a fault of this library and is raised.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    return reported(lambda: _run(argv), "--traceback" in argv)
+
+
+def _run(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
         return 0 if argv else BAD_INPUT
@@ -59,23 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of: {', '.join(COMMANDS)}"
-        print(f"error: unknown command {argv[0]!r}; {hint}", file=sys.stderr)
-        return BAD_INPUT
+        raise OptionError(f"unknown command {argv[0]!r}; {hint}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a factory may be in a module of the current folder
     module = importlib.import_module(COMMANDS[argv[0]][0])
     parser: argparse.ArgumentParser = module.parser()
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     arguments = parser.parse_args(argv[1:])
     arguments.command = shlex.join(["python", "-m", "ctkernels", *argv])
-    try:
-        return module.run(arguments)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        if arguments.traceback:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    return module.run(arguments)
 
 
 def _overview() -> str:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import _types as types
+from ._errors import OptionError, Parser
+
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..recipes import ImageSet, Preprocess, Splits
 
 
-def command_parser(command: str, summary: str, examples: str) -> argparse.ArgumentParser:
+def command_parser(command: str, summary: str, examples: str) -> Parser:
     """The parser of ``python -m ctkernels COMMAND``; ``examples`` stand below its options, and then the exit codes."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=f"python -m ctkernels {command}",
         description=summary,
         epilog=f"{examples}\n\nexit codes: 0 done, 2 bad input, 130 interrupted",
@@ -25,19 +31,27 @@ def command_parser(command: str, summary: str, examples: str) -> argparse.Argume
 def add_network_options(p: argparse.ArgumentParser, betas: str) -> argparse._ArgumentGroup:
     """The network, where it is steered, and what is read from it; ``betas`` are the default ones."""
     network = p.add_argument_group("network")
-    network.add_argument("--model", required=True, help="torchvision name, timm:NAME, or factory module:function")
+    network.add_argument(
+        "--model", required=True, type=types.network, help="torchvision name, timm:NAME, or factory module:function"
+    )
     network.add_argument(
         "--weights",
+        type=types.WEIGHTS,
         default="default",
         help="default: the library's pretrained ones, may download; none: random; packaged: from an installed package; "
         "else a .safetensors or torch.save file (default: %(default)s)",
     )
-    network.add_argument("--activations", help="kinds to steer, comma-separated (default: all that can be)")
     network.add_argument(
-        "--feature-layer", help="submodule whose output is probed (default: what enters the classifier)"
+        "--activations", type=types.activations(), help="kinds to steer, comma-separated (default: all that can be)"
+    )
+    network.add_argument(
+        "--feature-layer",
+        type=types.TEXT,
+        help="submodule whose output is probed (default: what enters the classifier)",
     )
     network.add_argument(
         "--betas",
+        type=types.BETAS,
         default=betas,
         help="START:STOP:STEP with both ends, or values with commas (default: %(default)s); 1 always takes part",
     )
@@ -47,8 +61,12 @@ def add_network_options(p: argparse.ArgumentParser, betas: str) -> argparse._Arg
 def add_image_options(p: argparse.ArgumentParser) -> None:
     """How images are made ready and split."""
     images = p.add_argument_group("images")
-    images.add_argument("--size", type=int, default=224, help="pixels that the network sees (default: %(default)s)")
-    images.add_argument("--resize", type=int, help="shorter side before the centre crop (default: size * 256 / 224)")
+    images.add_argument(
+        "--size", type=types.PIXELS, default=224, help="pixels that the network sees (default: %(default)s)"
+    )
+    images.add_argument(
+        "--resize", type=types.PIXELS, help="shorter side before the centre crop (default: size * 256 / 224)"
+    )
     images.add_argument(
         "--normalise",
         choices=("target", "imagenet"),
@@ -56,20 +74,25 @@ def add_image_options(p: argparse.ArgumentParser) -> None:
         help="mean and deviation of up to 1000 training images, or of ImageNet (default: %(default)s)",
     )
     images.add_argument(
-        "--val", type=float, default=0.2, help="fraction for validation if none is given (default: %(default)s)"
+        "--val",
+        type=types.FRACTION,
+        default=0.2,
+        help="fraction for validation if none is given (default: %(default)s)",
     )
     images.add_argument(
-        "--test", type=float, default=0.2, help="fraction for test if none is given (default: %(default)s)"
+        "--test", type=types.FRACTION, default=0.2, help="fraction for test if none is given (default: %(default)s)"
     )
-    images.add_argument("--max-train", type=int, help="at most so many for training and validation (default: all)")
-    images.add_argument("--max-test", type=int, help="at most so many for test (default: all)")
+    images.add_argument(
+        "--max-train", type=types.COUNT, help="at most so many for training and validation (default: all)"
+    )
+    images.add_argument("--max-test", type=types.COUNT, help="at most so many for test (default: all)")
 
 
 def add_training_options(p: argparse.ArgumentParser) -> None:
     """How methods are trained."""
     training = p.add_argument_group("training")
-    training.add_argument("--epochs", type=int, default=20, help="the best is kept (default: %(default)s)")
-    training.add_argument("--batch-size", type=int, default=32, help="images per step (default: %(default)s)")
+    training.add_argument("--epochs", type=types.COUNT, default=20, help="the best is kept (default: %(default)s)")
+    training.add_argument("--batch-size", type=types.COUNT, default=32, help="images per step (default: %(default)s)")
     training.add_argument(
         "--bn",
         choices=("eval", "train", "paper"),
@@ -79,11 +102,14 @@ def add_training_options(p: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--betas",
+        type=types.BETAS,
         default="0.7:1:0.01",
         help="for S-CT: START:STOP:STEP with both ends, or values with commas (default: %(default)s)",
     )
     training.add_argument(
-        "--activations", help="kinds to treat, comma-separated (default: relu,leaky_relu,prelu,relu6)"
+        "--activations",
+        type=types.activations(),
+        help="kinds to treat, comma-separated (default: relu,leaky_relu,prelu,relu6)",
     )
     training.add_argument(
         "--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision (default: %(default)s)"
@@ -93,11 +119,34 @@ def add_training_options(p: argparse.ArgumentParser) -> None:
 def add_running_options(p: argparse.ArgumentParser, out: str) -> argparse._ArgumentGroup:
     """Where results go, and what is shown meanwhile."""
     running = p.add_argument_group("running")
-    running.add_argument("--workers", type=int, default=0, help="processes that decode images (default: %(default)s)")
-    running.add_argument("--memory-limit", default="2GiB", help="for features kept at once (default: %(default)s)")
-    running.add_argument("--out", default=out, help="folder for the results (default: %(default)s)")
+    running.add_argument(
+        "--workers", type=types.WORKERS, default=0, help="processes that decode images (default: %(default)s)"
+    )
+    running.add_argument(
+        "--memory-limit", type=types.SIZE, default="2GiB", help="for features kept at once (default: %(default)s)"
+    )
+    running.add_argument("--out", type=types.OUT, default=out, help="folder for the results (default: %(default)s)")
     running.add_argument("--no-progress", action="store_true", help="no progress bar")
     return running
+
+
+def plain_preprocess(arguments: argparse.Namespace) -> Preprocess:
+    """What :func:`add_image_options` asks for, with ImageNet's mean and deviation."""
+    from .. import recipes
+
+    if arguments.resize is not None and arguments.resize < arguments.size:
+        raise OptionError(f"--resize must be at least --size, {arguments.size}, got {arguments.resize}")
+    return recipes.Preprocess(size=arguments.size, resize=arguments.resize)
+
+
+def load_network(arguments: argparse.Namespace) -> nn.Module:
+    """The network of :func:`add_network_options`; weights that are random, or that its factory draws, from the seed."""
+    import torch
+
+    from .. import recipes
+
+    torch.manual_seed(arguments.seed)
+    return recipes.load_model(arguments.model, arguments.weights)
 
 
 def load_images(arguments: argparse.Namespace) -> tuple[Splits, ImageSet, ImageSet, ImageSet]:
@@ -122,7 +171,7 @@ def preprocess_for(arguments: argparse.Namespace, train: ImageSet) -> Preprocess
     """What :func:`add_image_options` asks for; the mean and deviation may be those of ``train``."""
     from .. import recipes
 
-    preprocess = recipes.Preprocess(size=arguments.size, resize=arguments.resize)
+    preprocess = plain_preprocess(arguments)
     return recipes.normalised_like(preprocess, train) if arguments.normalise == "target" else preprocess
 
 
@@ -146,6 +195,7 @@ def save_result(
 def image_options(arguments: argparse.Namespace) -> Any:
     from ..recipes.compare import ImageOptions
 
+    plain_preprocess(arguments)
     names = ("size", "resize", "normalise", "val", "test", "max_train", "max_test")
     return ImageOptions(**{name: getattr(arguments, name) for name in names})
 
@@ -155,14 +205,14 @@ def training_options(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..recipes.compare import Budget
 
     return {
-        "betas": parse_betas(arguments.betas),
+        "betas": arguments.betas,
         "budget": Budget(arguments.epochs, arguments.batch_size),
         "bn": arguments.bn,
-        "activations": arguments.activations.split(",") if arguments.activations else None,
+        "activations": arguments.activations,
         "precision": arguments.precision,
         "cpu": arguments.cpu,
         "workers": arguments.workers,
-        "memory_limit": parse_bytes(arguments.memory_limit),
+        "memory_limit": arguments.memory_limit,
         "progress": not arguments.no_progress,
         "extra": {"command": arguments.command, "options": chosen_options(arguments)},
     }
@@ -170,55 +220,19 @@ def training_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def chosen_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every option's value, for the result file."""
-    return {k: v for k, v in vars(arguments).items() if k not in ("command", "traceback")}
+    values = {name: value for name, value in vars(arguments).items() if name not in ("command", "traceback")}
+    return json.loads(json.dumps(values, default=str))  # folders are paths
 
 
-def out_folder(text: str) -> Path:
-    """The folder for results. ValueError if it is a file."""
-    out = Path(text)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, {out} is a file")
-    return out
-
-
-def parse_seeds(text: str) -> list[int]:
-    """``"0,1"`` gives ``[0, 1]``."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--seeds must be numbers with commas, got {text!r}") from None
-
-
-def parse_grids(texts: list[str]) -> dict[str, dict[str, list[float]]]:
-    """``["lora.rank=4,8"]`` gives ``{"lora": {"rank": [4.0, 8.0]}}``."""
+def grids_of(
+    given: Sequence[tuple[str, str, list[float]]], methods: Sequence[str]
+) -> dict[str, dict[str, list[float]]]:
+    """The values of every ``--grid`` by method and setting. OptionError for a method that does not take part."""
     grids: dict[str, dict[str, list[float]]] = {}
-    for text in texts:
-        name, _, values = text.partition("=")
-        method, _, setting = name.partition(".")
-        try:
-            grids.setdefault(method, {})[setting] = [float(value) for value in values.split(",")]
-        except ValueError:
-            raise ValueError(f"--grid must be METHOD.NAME=VALUE,VALUE, got {text!r}") from None
+    for method, setting, values in given:
+        if method not in methods:
+            raise OptionError(f"--grid must be of methods that take part, {', '.join(methods)}, got {method}")
+        if setting in grids.setdefault(method, {}):
+            raise OptionError(f"--grid must name {method}.{setting} once, got it more than once")
+        grids[method][setting] = values
     return grids
-
-
-def parse_betas(text: str) -> list[float]:
-    """``"0.7:1:0.1"`` gives 0.7, 0.8, 0.9, 1; ``"0.8,1"`` gives these."""
-    try:
-        if ":" in text:
-            start, stop, step = (float(part) for part in text.split(":"))
-            if not (step > 0 and stop >= start):
-                raise ValueError
-            return [round(start + i * step, 10) for i in range(int((stop - start) / step + 1e-9) + 1)]
-        return [float(part) for part in text.split(",")]
-    except (ValueError, OverflowError):
-        raise ValueError(f"--betas must be START:STOP:STEP or values with commas, got {text!r}") from None
-
-
-def parse_bytes(text: str) -> int:
-    """``"2GiB"``, ``"500 MB"``, ``"1e9"``: a number of bytes."""
-    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*([a-z]*)\s*", text.lower())
-    if match and match[2] in units and float(match[1]) > 0:
-        return int(float(match[1]) * units[match[2]])
-    raise ValueError(f"--memory-limit must be a size such as 500MB or 2GiB, got {text!r}")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from . import _types as types
+from ._errors import OptionError
 from ._options import (
     add_image_options,
     add_running_options,
     add_training_options,
     command_parser,
+    grids_of,
     image_options,
-    out_folder,
-    parse_grids,
-    parse_seeds,
     training_options,
 )
 
@@ -49,17 +49,36 @@ results:
   OUT/weights/      what each tested run trained"""
 
 
+def _method(text: str) -> str:
+    from ..recipes.compare.methods import method
+
+    return method(text).name
+
+
+METHOD = types.Kind("linear, sct, sct-mean-free, tct, lora-rN or tct+lora-rN", _method)
+
+
+def _grid(text: str) -> tuple[str, str, list[float]]:
+    from ..recipes.compare.methods import method
+
+    name, setting, values = types.GRID(text)
+    types.checked(lambda _: method(name).settings({setting: values}))(text)
+    return name, setting, values
+
+
 def parser() -> argparse.ArgumentParser:
     p = command_parser("compare", SUMMARY, EXAMPLES)
     p.add_argument(
         "data",
         nargs="+",
+        type=types.image_data,
         help="folders of images, .npz files, fashion-mnist, mnist-5k, digits, emoji, torchvision:NAME",
     )
     what = p.add_argument_group("comparison")
     what.add_argument(
         "--model",
         action="append",
+        type=types.network_and_weights,
         required=True,
         metavar="NAME[=WEIGHTS]",
         help="torchvision name, timm:NAME, transformers:NAME, or factory module:function; weights: default, none, "
@@ -67,11 +86,16 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--methods",
+        type=types.several(METHOD, METHOD.expected),
         default="linear,sct,lora-r1,tct,tct+lora-r1",
         help="linear, sct, sct-mean-free, tct, lora-rN, tct+lora-rN, with commas (default: %(default)s)",
     )
-    what.add_argument("--seeds", default="42,43,44", help="with commas; the first chooses (default: %(default)s)")
-    what.add_argument("--grid", action="append", default=[], metavar="METHOD.NAME=VALUES", help="settings to try")
+    what.add_argument(
+        "--seeds", type=types.SEEDS, default="42,43,44", help="with commas; the first chooses (default: %(default)s)"
+    )
+    what.add_argument(
+        "--grid", action="append", type=_grid, default=[], metavar="METHOD.NAME=VALUES", help="settings to try"
+    )
     add_training_options(p)
     add_image_options(p)
     running = add_running_options(p, "out/compare")
@@ -79,9 +103,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def model_source(text: str, seed: int) -> tuple[str, Any]:
-    """``"resnet18=none"`` gives the name and a function that loads it."""
-    name, _, weights = text.partition("=")
+def model_source(name: str, weights: str, seed: int) -> tuple[str, Any]:
+    """The name, and a function that loads the network."""
 
     def load() -> Any:
         import torch
@@ -89,30 +112,34 @@ def model_source(text: str, seed: int) -> tuple[str, Any]:
         from ..recipes import load_model
 
         torch.manual_seed(seed)  # for weights drawn at random
-        return load_model(name, weights or "default")
+        return load_model(name, weights)
 
     return name, load
 
 
 def run(arguments: argparse.Namespace) -> int:
     from .. import recipes
+    from .._extras import require
     from .._files import write_text
     from ..recipes import _distributed
     from ..recipes.compare import compare_transfer
 
-    seeds = parse_seeds(arguments.seeds)
-    out, options = out_folder(arguments.out), training_options(arguments)
-    sources = [model_source(text, seeds[0]) for text in arguments.model]
+    seeds, out = arguments.seeds, arguments.out
+    grids = grids_of(arguments.grid, arguments.methods)
+    options, images = training_options(arguments), image_options(arguments)
+    for module in ("accelerate", "peft", "safetensors"):
+        require(module, "adapters", "comparing methods")
+    sources = [model_source(name, weights, seeds[0]) for name, weights in arguments.model]
     for what, names in (("--model", [name for name, _ in sources]), ("data", arguments.data)):
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{what} must name each one once, got {twice} more than once")
+            raise OptionError(f"{what} must name each one once, got {twice} more than once")
     result = compare_transfer(
         dict(sources),
         {name: recipes.load_data(name) for name in arguments.data},
-        methods=arguments.methods.split(","),
+        methods=arguments.methods,
         seeds=seeds,
-        grids=parse_grids(arguments.grid),
-        images=image_options(arguments),
+        grids=grids,
+        images=images,
         out=out,
         **options,
     )

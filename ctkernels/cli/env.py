@@ -16,6 +16,7 @@ import ctkernels
 
 from ..ops import _backend
 from ..ops._backend import BACKENDS, DTYPES, OPS
+from ._errors import Parser
 
 OPTIONAL = (
     "triton",
@@ -32,7 +33,7 @@ OPTIONAL = (
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m ctkernels env",
         description="Print versions, devices, what was built, and which backend serves which op and dtype, and why.",
     )

@@ -3,61 +3,75 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import copy
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._factories import check_takes, find_factory
 from .._files import write_text
 from .._gradcheck import GradientReport, check_call, gradcheck_module
 from ..functional import hard_concrete
 from ..ops._backend import BACKENDS, OPS
 from ..testing import Sample, ctu_samples, head_edit_samples
+from . import _types as types
+from ._errors import OptionError, Parser
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m ctkernels gradcheck",
         description="Compare outputs and gradients with finite differences, with the reference in float64, and in the "
         "tensors' own dtype with what plain torch gets there. Without --module the ops are checked. "
         "Exit code: 0 all agree, 1 something does not, 2 bad input.",
     )
     p.add_argument("--op", choices=OPS, nargs="+", help="which ops (default: all; none with --module)")
-    p.add_argument("--module", metavar="PATH:FACTORY", help="a function that returns the model: package.module:function, "
-                   "or file.py:function")  # fmt: skip
-    p.add_argument("--input", metavar="SHAPE", action="append", help="shape of an input of the model, as 2x3x32x32; "
-                   "once for each input")  # fmt: skip
-    p.add_argument("--integers", type=int, metavar="N", help="the inputs are integers below N, such as tokens")
+    p.add_argument(
+        "--module",
+        type=types.checked(find_factory),
+        metavar="PATH:FACTORY",
+        help="a function that returns the model: package.module:function, or file.py:function",
+    )
+    p.add_argument(
+        "--input",
+        type=types.SHAPE,
+        metavar="SHAPE",
+        action="append",
+        help="shape of an input of the model, as 2x3x32x32; once for each input",
+    )
+    p.add_argument("--integers", type=types.COUNT, metavar="N", help="the inputs are integers below N, such as tokens")
     p.add_argument("--backend", choices=BACKENDS, nargs="+", help="which backends (default: what serves each call)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="the own dtype to check (default float32)")
-    p.add_argument("--device", default="cpu", help="where (default cpu)")
-    p.add_argument("--directions", type=int, default=3, help="finite differences for each tensor (default 3)")
+    p.add_argument("--device", type=types.device, default="cpu", help="where (default cpu)")
+    p.add_argument(
+        "--directions", type=types.whole(1, 10_000), default=3, help="finite differences for each tensor (default 3)"
+    )
     p.add_argument("--train", action="store_true", help="the model in training mode (default: evaluation)")
-    p.add_argument("--seed", type=int, default=0, help="of inputs and directions (default 0)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="also write every comparison there; - for standard output")
+    p.add_argument("--seed", type=types.SEED, default=0, help="of inputs and directions (default 0)")
+    p.add_argument(
+        "--json", type=types.OUT_FILE, metavar="FILE", help="also write every comparison there; - for standard output"
+    )
     return p
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, print, and say by the exit code whether everything agrees."""
     if (arguments.module is None) != (arguments.input is None):
-        raise ValueError("--module and --input: expected both or neither, got one")
-    device = _device(arguments.device)
-    inputs = [_shape(text) for text in arguments.input or []]
-    model = None if arguments.module is None else _model(arguments.module)
+        raise OptionError("--module and --input: expected both or neither, got one")
+    device = torch.device(arguments.device)
+    inputs = arguments.input or []
+    model = None if arguments.module is None else find_factory(arguments.module)()
     backends = arguments.backend or [None]
     for name in arguments.backend or []:
         refusal = BACKENDS[name].refusal(torch.empty(1, device=device, dtype=DTYPES[arguments.dtype]))
         if refusal is not None:
-            raise ValueError(f"--backend {name}: {refusal}")
+            raise OptionError(f"--backend {name}: {refusal}")
     ops = arguments.op or (() if model is not None else OPS)
     results = {}
     for backend in backends:
@@ -119,46 +133,13 @@ def _check_model(
         inputs = [torch.randint(0, arguments.integers, shape, generator=generator) for shape in shapes]
     else:
         inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    options = {"backend": backend, "directions": arguments.directions, "training": arguments.train}
+    model, given = model.to(device, dtype), [value.to(device) for value in inputs]
+    check_takes(copy.deepcopy(model), *given, what="--input: values")
     return gradcheck_module(
-        model.to(device, dtype), *(value.to(device) for value in inputs), seed=arguments.seed, **options
+        model,
+        *given,
+        backend=backend,
+        directions=arguments.directions,
+        training=arguments.train,
+        seed=arguments.seed,
     )
-
-
-def _device(name: str) -> torch.device:
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    sizes = text.replace(",", "x").split("x")
-    if not all(size.isdigit() and int(size) > 0 for size in sizes):
-        raise ValueError(f"--input: expected positive sizes as in 2x3x32x32, got {text!r}")
-    return tuple(int(size) for size in sizes)
-
-
-def _model(path: str) -> nn.Module:
-    """The module that the factory returns; a file is imported by its path, a module as from the current folder."""
-    place, colon, name = path.rpartition(":")
-    if not colon or not place or not name:
-        raise ValueError(f"--module: expected package.module:function or file.py:function, got {path!r}")
-    if place.endswith(".py"):
-        if not Path(place).is_file():
-            raise ValueError(f"--module: expected a file, found none at {place}")
-        sys.path.insert(0, str(Path(place).resolve().parent))
-        place = Path(place).stem
-    elif os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        factory = getattr(importlib.import_module(place), name, None)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--module: cannot import {place} ({error})") from error
-    if not callable(factory):
-        raise ValueError(f"--module: expected a function {name} in {place}, got {factory!r}")
-    made = factory()
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"--module: expected {path} to return a torch.nn.Module, got {type(made).__name__}")
-    return made

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ._options import chosen_options, command_parser, out_folder, parse_grids, parse_seeds
+from . import _types as types
+from ._options import chosen_options, command_parser, grids_of
 
 SUMMARY = """\
 Adapt a language model with a few examples: JoLA beside zero-shot, LoRA, BitFit, (IA)3 and ungated head edits.
@@ -40,42 +41,86 @@ results:
   OUT/edits.txt     the heads that act most, and the test prompts on which they do"""
 
 
+def _data(text: str) -> str:
+    from ..recipes.jola.texts import find_texts
+    from ..recipes.jola.wordnet import WORDNET
+
+    return types.TEXT(text) if text == WORDNET else types.checked(find_texts)(text)
+
+
+def _model(text: str) -> str:
+    from ..recipes.jola.language_models import find_language_model
+
+    return types.checked(find_language_model)(text)
+
+
+def _grid(text: str) -> tuple[str, str, list[float]]:
+    from ..recipes.jola.methods import METHODS
+
+    name, setting, values = types.GRID(text)
+    types.names(list(METHODS))(name)
+    types.checked(lambda _: METHODS[name].settings({setting: values}))(text)
+    return name, setting, values
+
+
 def parser() -> argparse.ArgumentParser:
+    from ..recipes.jola.compare import DEFAULT_METHODS, SCHEDULES
+    from ..recipes.jola.language_models import DTYPES
+    from ..recipes.jola.methods import METHODS
+
     p = command_parser("jola", SUMMARY, EXAMPLES)
-    p.add_argument("data", help=".jsonl, .csv or .parquet file with prompt and answer; folder of such; or wordnet")
-    p.add_argument("--model", required=True, help="folder, .gguf file, smollm2-135m, or a name on the hub")
-    p.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
+    p.add_argument(
+        "data", type=_data, help=".jsonl, .csv or .parquet file with prompt and answer; folder of such; or wordnet"
+    )
+    p.add_argument("--model", required=True, type=_model, help="folder, .gguf file, smollm2-135m, or a name on the hub")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
     what = p.add_argument_group("comparison")
     what.add_argument(
-        "--methods", default="zero-shot,lora,bitfit,ia3,lofit,jola", help="with commas (default: %(default)s)"
+        "--methods",
+        type=types.names(list(METHODS)),
+        default=",".join(DEFAULT_METHODS),
+        help="with commas (default: %(default)s)",
     )
-    what.add_argument("--seeds", default="0,1,2", help="with commas (default: %(default)s)")
-    what.add_argument("--grid", action="append", default=[], metavar="METHOD.NAME=VALUES", help="settings to try")
-    what.add_argument("--train", type=int, default=200, help="training examples (default: %(default)s)")
-    what.add_argument("--val", type=int, default=100, help="validation examples (default: %(default)s)")
-    what.add_argument("--test", type=int, default=300, help="test examples at most (default: %(default)s)")
+    what.add_argument("--seeds", type=types.SEEDS, default="0,1,2", help="with commas (default: %(default)s)")
+    what.add_argument(
+        "--grid", action="append", type=_grid, default=[], metavar="METHOD.NAME=VALUES", help="settings to try"
+    )
+    what.add_argument("--train", type=types.COUNT, default=200, help="training examples (default: %(default)s)")
+    what.add_argument("--val", type=types.COUNT, default=100, help="validation examples (default: %(default)s)")
+    what.add_argument("--test", type=types.COUNT, default=300, help="test examples at most (default: %(default)s)")
     training = p.add_argument_group("training")
-    training.add_argument("--epochs", type=int, default=10, help="at most (default: %(default)s)")
-    training.add_argument("--patience", type=int, default=2, help="epochs without progress (default: %(default)s)")
-    training.add_argument("--batch-size", type=int, default=10, help="examples per step (default: %(default)s)")
-    training.add_argument("--warmup", type=float, default=0.1, help="part of the steps (default: %(default)s)")
+    training.add_argument("--epochs", type=types.COUNT, default=10, help="at most (default: %(default)s)")
+    training.add_argument(
+        "--patience", type=types.COUNT, default=2, help="epochs without progress (default: %(default)s)"
+    )
+    training.add_argument("--batch-size", type=types.COUNT, default=10, help="examples per step (default: %(default)s)")
+    training.add_argument("--warmup", type=types.SHARE, default=0.1, help="part of the steps (default: %(default)s)")
     training.add_argument(
         "--schedule",
+        choices=SCHEDULES,
         default="exponential",
-        help="of the penalty on gates: constant, linear, cyclic or exponential (default: %(default)s)",
+        help="of the penalty on gates (default: %(default)s)",
     )
     answers = p.add_argument_group("answers")
     answers.add_argument("--separator", default=" ", help="between prompt and answer (default: a space)")
-    answers.add_argument("--max-length", type=int, default=400, help="tokens of an example (default: %(default)s)")
-    answers.add_argument("--max-new-tokens", type=int, default=16, help="to generate (default: %(default)s)")
-    answers.add_argument("--beams", type=int, default=1, help="of beam search (default: %(default)s)")
-    answers.add_argument("--extract", help="regular expression whose first match is the answer (default: all text)")
-    answers.add_argument("--bertscore-model", help="folder of an encoder for BERTScore (default: none)")
-    answers.add_argument("--bertscore-layer", type=int, help="of that encoder")
+    answers.add_argument(
+        "--max-length", type=types.COUNT, default=400, help="tokens of an example (default: %(default)s)"
+    )
+    answers.add_argument("--max-new-tokens", type=types.COUNT, default=16, help="to generate (default: %(default)s)")
+    answers.add_argument("--beams", type=types.COUNT, default=1, help="of beam search (default: %(default)s)")
+    answers.add_argument(
+        "--extract", type=types.PATTERN, help="regular expression whose first match is the answer (default: all text)"
+    )
+    answers.add_argument(
+        "--bertscore-model", type=types.FOLDER, help="folder of an encoder for BERTScore (default: none)"
+    )
+    answers.add_argument("--bertscore-layer", type=types.COUNT, help="of that encoder")
     running = p.add_argument_group("running")
-    running.add_argument("--score-batch-size", type=int, default=16, help="when scoring (default: %(default)s)")
-    running.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
-    running.add_argument("--out", default="out/jola", help="folder for the results (default: %(default)s)")
+    running.add_argument("--score-batch-size", type=types.COUNT, default=16, help="when scoring (default: %(default)s)")
+    running.add_argument("--device", type=types.device, help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    running.add_argument(
+        "--out", type=types.OUT, default="out/jola", help="folder for the results (default: %(default)s)"
+    )
     running.add_argument("--no-report", action="store_true", help="no picture and no report on edits")
     running.add_argument("--no-progress", action="store_true", help="no progress bar")
     return p
@@ -85,11 +130,12 @@ def run(arguments: argparse.Namespace) -> int:
     from .._extras import require
     from ..recipes import _distributed, jola
 
-    seeds, grids = parse_seeds(arguments.seeds), parse_grids(arguments.grid)
-    out = out_folder(arguments.out)
+    seeds, out = arguments.seeds, arguments.out
+    grids = grids_of(arguments.grid, arguments.methods)
     for module in ("transformers", "peft", "accelerate", *(() if arguments.no_report else ("matplotlib",))):
         require(module, "jola", "the JoLA recipe")
     from ..recipes.jola.training import Budget
+    from ..recipes.jola.wordnet import WORDNET
 
     answering = jola.Answering(
         separator=arguments.separator,
@@ -107,7 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         warmup=arguments.warmup,
     )
-    named = arguments.data == "wordnet" and not Path(arguments.data).exists()
+    named = arguments.data == WORDNET and not Path(arguments.data).exists()
     data = jola.wordnet_nouns() if named else jola.read_texts(arguments.data)
     jola.draw(data, seeds[0], train=arguments.train, val=arguments.val, test=arguments.test)  # before the model loads
     model, tokenizer = jola.load_language_model(arguments.model, arguments.dtype)
@@ -115,7 +161,7 @@ def run(arguments: argparse.Namespace) -> int:
         model,
         tokenizer,
         data,
-        methods=arguments.methods.split(","),
+        methods=arguments.methods,
         seeds=seeds,
         train=arguments.train,
         val=arguments.val,

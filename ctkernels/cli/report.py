@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from . import _types as types
 from ._options import command_parser
 
 SUMMARY = """\
@@ -24,8 +25,10 @@ results:
 
 def parser() -> argparse.ArgumentParser:
     p = command_parser("report", SUMMARY, EXAMPLES)
-    p.add_argument("results", nargs="+", help="result files, or folders in which every result.json counts")
-    p.add_argument("-o", "--out", default="report", help="folder for the page (default: %(default)s)")
+    p.add_argument(
+        "results", nargs="+", type=types.EXISTING, help="result files, or folders in which every result.json counts"
+    )
+    p.add_argument("-o", "--out", type=types.OUT, default="report", help="folder for the page (default: %(default)s)")
     p.add_argument("--title", default="", help="of the page (default: Curvature report)")
     return p
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import _types as types
+from ._errors import OptionError
 from ._options import (
     add_image_options,
     add_network_options,
     command_parser,
     load_images,
-    out_folder,
-    parse_betas,
+    load_network,
+    plain_preprocess,
     preprocess_for,
     save_result,
 )
@@ -53,9 +54,34 @@ results:
   OUT/result.json   accuracies, choices, gains with their uncertainty, and everything needed to repeat the run"""
 
 
+def _adapter(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not name or not folder or name in ("plain", "s-ct"):
+        raise argparse.ArgumentTypeError(f"must be NAME=FOLDER, with a name other than plain and s-ct, got {text!r}")
+    if not any((Path(folder) / file).is_file() for file in ("adapter_config.json", "result.json")):
+        raise argparse.ArgumentTypeError(
+            f"must have PEFT's adapter_config.json or the result.json of tune in {folder}, found none"
+        )
+    return name, Path(folder)
+
+
+def _corruptions(text: str) -> list[str]:
+    from ..recipes.corruptions import CORRUPTIONS
+
+    if text in ("all", "none"):
+        return list(CORRUPTIONS) if text == "all" else []
+    return types.names(CORRUPTIONS)(text)
+
+
+def _attacks(text: str) -> list[str] | None:
+    from ..recipes.attacks import ATTACKS
+
+    return None if text == "standard" else types.names(ATTACKS)(text)
+
+
 def parser() -> argparse.ArgumentParser:
     p = command_parser("robust", SUMMARY, EXAMPLES)
-    p.add_argument("data", help="folder of images, .npz file, or fashion-mnist")
+    p.add_argument("data", type=types.image_data, help="folder of images, .npz file, or fashion-mnist")
     network = add_network_options(p, "0.5:1:0.05")
     network.add_argument(
         "--head",
@@ -66,73 +92,70 @@ def parser() -> argparse.ArgumentParser:
     network.add_argument(
         "--adapter",
         action="append",
+        type=_adapter,
         default=[],
         metavar="NAME=FOLDER",
         help="also test this: a PEFT adapter, or the folder of tune; repeatable",
     )
-    network.add_argument("--coeff", type=float, default=0.5, help="mixing coefficient c (default: %(default)s)")
+    network.add_argument("--coeff", type=types.SHARE, default=0.5, help="mixing coefficient c (default: %(default)s)")
     add_image_options(p)
     conditions = p.add_argument_group("conditions")
-    conditions.add_argument("--linf", default="8/255", help="bound in the maximum norm, or none (default: %(default)s)")
-    conditions.add_argument("--l2", default="0.5", help="bound in the Euclidean norm, or none (default: %(default)s)")
     conditions.add_argument(
-        "--corruptions", default="all", help="all, none, or names with commas (default: %(default)s)"
+        "--linf", type=types.BOUND, default="8/255", help="bound in the maximum norm, or none (default: %(default)s)"
     )
-    conditions.add_argument("--severities", default="1,2,3,4,5", help="of the corruptions (default: %(default)s)")
-    conditions.add_argument("--attacks", help="names with commas (default: AutoAttack's standard ensemble)")
     conditions.add_argument(
-        "--val-attacks", default="apgd-ce", help="to choose beta with; standard for the ensemble (default: %(default)s)"
+        "--l2", type=types.BOUND, default="0.5", help="bound in the Euclidean norm, or none (default: %(default)s)"
     )
-    conditions.add_argument("--iterations", type=int, default=100, help="of the attacks (default: %(default)s)")
-    conditions.add_argument("--queries", type=int, default=5000, help="of Square (default: %(default)s)")
     conditions.add_argument(
-        "--max-attacked", type=int, default=1000, help="attack at most so many images of a set (default: %(default)s)"
+        "--corruptions",
+        type=_corruptions,
+        default="all",
+        help="all, none, or names with commas (default: %(default)s)",
+    )
+    conditions.add_argument(
+        "--severities", type=types.LEVELS, default="1,2,3,4,5", help="of the corruptions (default: %(default)s)"
+    )
+    conditions.add_argument(
+        "--attacks", type=_attacks, help="names with commas (default: AutoAttack's standard ensemble)"
+    )
+    conditions.add_argument(
+        "--val-attacks",
+        type=_attacks,
+        default="apgd-ce",
+        help="to choose beta with; standard for the ensemble (default: %(default)s)",
+    )
+    conditions.add_argument("--iterations", type=types.COUNT, default=100, help="of the attacks (default: %(default)s)")
+    conditions.add_argument("--queries", type=types.COUNT, default=5000, help="of Square (default: %(default)s)")
+    conditions.add_argument(
+        "--max-attacked",
+        type=types.COUNT,
+        default=1000,
+        help="attack at most so many images of a set (default: %(default)s)",
     )
     running = p.add_argument_group("running")
-    running.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    running.add_argument("--batch-size", type=int, default=64, help="images at once (default: %(default)s)")
-    running.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
-    running.add_argument("--out", default="out/robust", help="folder for the results (default: %(default)s)")
+    running.add_argument("--seed", type=types.SEED, default=0, help="of everything random (default: %(default)s)")
+    running.add_argument("--batch-size", type=types.COUNT, default=64, help="images at once (default: %(default)s)")
+    running.add_argument("--device", type=types.device, help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    running.add_argument(
+        "--out", type=types.OUT, default="out/robust", help="folder for the results (default: %(default)s)"
+    )
     running.add_argument("--no-progress", action="store_true", help="no progress bar")
     return p
 
 
-def parse_bound(name: str, text: str) -> float | None:
-    """``"8/255"``, ``"0.5"``, or ``"none"``."""
-    if text == "none":
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:/(\d+))?", text)
-    if match is None or (match[2] and int(match[2]) == 0):
-        raise ValueError(f"--{name} must be a number, a fraction such as 8/255, or none, got {text!r}")
-    return float(match[1]) / int(match[2] or 1)
-
-
-def parse_names(text: str | None) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()] if text else []
-
-
 def run(arguments: argparse.Namespace) -> int:
-    import torch
-
-    from .. import recipes
     from ..recipes import _distributed
     from ..recipes.attacks import Threat
-    from ..recipes.corruptions import CORRUPTIONS
-    from ..recipes.robust import robustness
+    from ..recipes.robust import check_conditions, robustness
 
-    bounds = {norm: parse_bound(norm, getattr(arguments, norm)) for norm in ("linf", "l2")}
-    threats = [Threat(norm, eps) for norm, eps in bounds.items() if eps is not None]
-    corruptions = {"all": list(CORRUPTIONS), "none": []}.get(arguments.corruptions, parse_names(arguments.corruptions))
-    try:
-        severities = [int(s) for s in parse_names(arguments.severities)]
-    except ValueError:
-        raise ValueError(f"--severities must be numbers with commas, got {arguments.severities!r}") from None
-    val_attacks = None if arguments.val_attacks == "standard" else parse_names(arguments.val_attacks)
-    out = out_folder(arguments.out)
-    folders = dict(_adapter(text) for text in arguments.adapter)
+    threats = [Threat(norm, eps) for norm in ("linf", "l2") if (eps := getattr(arguments, norm)) is not None]
+    check_conditions(threats, arguments.corruptions, arguments.severities)
+    folders = dict(arguments.adapter)
+    if len(folders) < len(arguments.adapter):
+        raise OptionError(f"--adapter must have different names, got {[name for name, _ in arguments.adapter]}")
+    plain_preprocess(arguments)
+    model = load_network(arguments)
     splits, train, val, test = load_images(arguments)
-    torch.manual_seed(arguments.seed)
-    model = recipes.load_model(arguments.model, arguments.weights)
     trained = {name: load_adapter(model, name, folder, splits, arguments.test) for name, folder in folders.items()}
     preprocess = preprocess_for(arguments, train)
     train, val, test = (part.prepared(preprocess) for part in (train, val, test))
@@ -145,15 +168,15 @@ def run(arguments: argparse.Namespace) -> int:
         std=preprocess.std,
         head=arguments.head,
         trained=trained,
-        betas=parse_betas(arguments.betas),
+        betas=arguments.betas,
         coeff=arguments.coeff,
-        activations=parse_names(arguments.activations) or None,
+        activations=arguments.activations,
         feature_layer=arguments.feature_layer,
         threats=threats,
-        corruptions=corruptions,
-        severities=severities,
-        attacks=parse_names(arguments.attacks) or None,
-        val_attacks=val_attacks,
+        corruptions=arguments.corruptions,
+        severities=arguments.severities,
+        attacks=arguments.attacks,
+        val_attacks=arguments.val_attacks,
         iterations=arguments.iterations,
         queries=arguments.queries,
         max_attacked=arguments.max_attacked,
@@ -164,19 +187,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(f"{splits.source}: {len(train)} train, {len(val)} validation, {len(test)} test images")
     print(f"\n{result.table()}\n\n{result.verdict()}")
-    save_result(result, out, arguments, splits, train, preprocess)
+    save_result(result, arguments.out, arguments, splits, train, preprocess)
     return 0
-
-
-def _adapter(text: str) -> tuple[str, Path]:
-    name, _, folder = text.partition("=")
-    if not name or not folder or name in ("plain", "s-ct"):
-        raise ValueError(f"--adapter must be NAME=FOLDER, with a name other than plain and s-ct, got {text!r}")
-    if not any((Path(folder) / file).is_file() for file in ("adapter_config.json", "result.json")):
-        raise ValueError(
-            f"--adapter {name}: expected PEFT's adapter_config.json or the result.json of tune in {folder}, found none"
-        )
-    return name, Path(folder)
 
 
 def load_adapter(model: Any, name: str, folder: Path, splits: Splits, test: float) -> Any:
@@ -188,6 +200,9 @@ def load_adapter(model: Any, name: str, folder: Path, splits: Splits, test: floa
 
     from .. import adapters  # noqa: F401 - makes the library's own methods known to PEFT
     from .._extras import require
+    from .._factories import told
+    from .._files import read_json
+    from ..recipes._weights import read_weights
 
     peft = require("peft", "adapters", "adapters")
     if not (folder / "adapter_config.json").is_file():
@@ -200,12 +215,19 @@ def load_adapter(model: Any, name: str, folder: Path, splits: Splits, test: floa
                 f"--adapter {name}: expected one for the classes {list(splits.train.classes)}, got one for {list(classes)}"
             )
         setup = read_comparison(folder / "result.json").setup
-        same = splits.source in [data["source"] for data in setup["data"].values()]
-        if same and splits.test is None and setup["images"]["test"] != test:
-            raise ValueError(
-                f"--test must be {setup['images']['test']}, as when {folder} was trained on the other images, got {test}"
-            )
+        try:
+            same = splits.source in [data["source"] for data in setup["data"].values()]
+            held_out = setup["images"]["test"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / 'result.json'} is damaged: {error!r}") from error
+        if same and splits.test is None and held_out != test:
+            raise ValueError(f"--test must be {held_out}, as when {folder} was trained on the other images, got {test}")
         return PixelClassifier(network, preprocess.mean, preprocess.std)  # normalised as it was trained
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not (folder / "adapter_model.safetensors").is_file():  # else peft asks the hub for it
         raise ValueError(f"{folder}: expected adapter_model.safetensors, found none")
-    return peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
+    read_json(folder / "adapter_config.json")
+    read_weights(folder / "adapter_model.safetensors")
+    try:
+        return peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--adapter {name}: what is in {folder} does not fit the network: {told(error)}") from error

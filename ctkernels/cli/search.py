@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from . import _types as types
+from ._errors import OptionError
 from ._options import (
     add_image_options,
     add_network_options,
     command_parser,
     load_images,
-    out_folder,
-    parse_betas,
+    load_network,
+    plain_preprocess,
     preprocess_for,
     save_result,
 )
@@ -33,53 +35,73 @@ results:
   OUT/result.json   every evaluation, the chosen betas, how many evaluations it took, and the test with its uncertainty"""
 
 
+GROUPS = ("shared", "stage", "site")
+GROUPING: types.Kind[int | str] = types.Kind(
+    "shared, stage, site, or a number of groups", lambda text: text if text in GROUPS else types.COUNT.read(text)
+)
+
+
 def parser() -> argparse.ArgumentParser:
     p = command_parser("search", SUMMARY, EXAMPLES)
-    p.add_argument("data", help="folder of images, .npz file, or fashion-mnist")
+    p.add_argument("data", type=types.image_data, help="folder of images, .npz file, or fashion-mnist")
     search = p.add_argument_group("search")
     search.add_argument(
         "--strategy", choices=("grid", "coordinate", "bayesian"), default="coordinate", help="(default: %(default)s)"
     )
     search.add_argument(
-        "--groups", default="stage", help="what shares a beta: shared, stage, site, or a number (default: %(default)s)"
+        "--groups",
+        type=GROUPING,
+        default="stage",
+        help="what shares a beta: shared, stage, site, or a number (default: %(default)s)",
     )
-    search.add_argument("--evaluations", type=int, default=60, help="at most so many (default: %(default)s)")
-    search.add_argument("--storage", help="file or database that workers of a Bayesian search share")
-    search.add_argument("--study", default="ctkernels", help="its name in the storage (default: %(default)s)")
+    search.add_argument("--evaluations", type=types.COUNT, default=60, help="at most so many (default: %(default)s)")
+    search.add_argument(
+        "--storage", type=types.STORAGE, help="file or database that workers of a Bayesian search share"
+    )
+    search.add_argument(
+        "--study", type=types.TEXT, default="ctkernels", help="its name in the storage (default: %(default)s)"
+    )
     network = add_network_options(p, "0.7:1:0.05")
-    network.add_argument("--coeff", type=float, default=0.5, help="mixing coefficient c (default: %(default)s)")
+    network.add_argument("--coeff", type=types.SHARE, default=0.5, help="mixing coefficient c (default: %(default)s)")
     add_image_options(p)
     running = p.add_argument_group("running")
-    running.add_argument("--seed", type=int, default=0, help="of splits and samples (default: %(default)s)")
-    running.add_argument("--batch-size", type=int, default=32, help="images per forward pass (default: %(default)s)")
-    running.add_argument("--workers", type=int, default=0, help="processes that decode images (default: %(default)s)")
-    running.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
-    running.add_argument("--out", default="out/search", help="folder for the results (default: %(default)s)")
+    running.add_argument("--seed", type=types.SEED, default=0, help="of splits and samples (default: %(default)s)")
+    running.add_argument(
+        "--batch-size", type=types.COUNT, default=32, help="images per forward pass (default: %(default)s)"
+    )
+    running.add_argument(
+        "--workers", type=types.WORKERS, default=0, help="processes that decode images (default: %(default)s)"
+    )
+    running.add_argument("--device", type=types.device, help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    running.add_argument(
+        "--out", type=types.OUT, default="out/search", help="folder for the results (default: %(default)s)"
+    )
     running.add_argument("--no-progress", action="store_true", help="no progress bar")
     return p
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import torch
-
-    from .. import recipes
+    from .._extras import require
     from ..recipes import _distributed
     from ..recipes.strategies import search_betas
 
-    out = out_folder(arguments.out)
+    if arguments.strategy == "bayesian":
+        require("optuna", "search", "Bayesian search")
+    elif arguments.storage is not None:
+        raise OptionError(f"--storage must go with --strategy bayesian, got --strategy {arguments.strategy}")
+    plain_preprocess(arguments)
+    model = load_network(arguments)
     splits, train, val, test = load_images(arguments)
-    torch.manual_seed(arguments.seed)
-    model = recipes.load_model(arguments.model, arguments.weights)
     preprocess = preprocess_for(arguments, train)
     result = search_betas(
         model,
         *(part.prepared(preprocess) for part in (train, val, test)),
         strategy=arguments.strategy,
-        groups=int(arguments.groups) if arguments.groups.isdecimal() else arguments.groups,
-        betas=parse_betas(arguments.betas),
+        groups=arguments.groups,
+        betas=arguments.betas,
         evaluations=arguments.evaluations,
         coeff=arguments.coeff,
-        activations=arguments.activations.split(",") if arguments.activations else None,
+        activations=arguments.activations,
         feature_layer=arguments.feature_layer,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
@@ -91,5 +113,5 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(f"{splits.source}: {len(train)} train, {len(val)} validation, {len(test)} test images")
     print(f"\n{result.table()}\n\n{result.verdict()}")
-    save_result(result, out, arguments, splits, train, preprocess)
+    save_result(result, arguments.out, arguments, splits, train, preprocess)
     return 0

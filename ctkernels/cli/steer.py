@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from . import _types as types
 from ._options import (
     add_image_options,
     add_network_options,
     add_running_options,
     command_parser,
     load_images,
-    out_folder,
-    parse_betas,
-    parse_bytes,
+    load_network,
+    plain_preprocess,
     preprocess_for,
     save_result,
 )
@@ -50,11 +50,13 @@ results:
 
 def parser() -> argparse.ArgumentParser:
     p = command_parser("steer", SUMMARY, EXAMPLES)
-    p.add_argument("data", help="folder of images, .npz file, or a data set by name such as fashion-mnist")
+    p.add_argument(
+        "data", type=types.image_data, help="folder of images, .npz file, or a data set by name such as fashion-mnist"
+    )
     network = add_network_options(p, "0.7:1:0.01")
     network.add_argument(
         "--coeff",
-        type=lambda text: text if text == "mean-free" else float(text),
+        type=types.COEFF,
         default=0.5,
         help="mixing coefficient c of the unit, or mean-free: beta^2 / (1 + beta^2) (default: %(default)s)",
     )
@@ -66,39 +68,39 @@ def parser() -> argparse.ArgumentParser:
         default="logistic",
         help="logistic regression on standardised features, or the paper's own with Adam (default: %(default)s)",
     )
-    probe.add_argument("--l2", type=float, default=0.01, help="penalty of the logistic probe (default: %(default)s)")
+    probe.add_argument(
+        "--l2", type=types.POSITIVE, default=0.01, help="penalty of the logistic probe (default: %(default)s)"
+    )
     running = add_running_options(p, "out/steer")
-    running.add_argument("--seed", type=int, default=0, help="of splits, samples and probe (default: %(default)s)")
-    running.add_argument("--batch-size", type=int, default=32, help="images per forward pass (default: %(default)s)")
-    running.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    running.add_argument(
+        "--seed", type=types.SEED, default=0, help="of splits, samples and probe (default: %(default)s)"
+    )
+    running.add_argument(
+        "--batch-size", type=types.COUNT, default=32, help="images per forward pass (default: %(default)s)"
+    )
+    running.add_argument("--device", type=types.device, help="such as cpu or cuda:0 (default: a GPU if there is one)")
     running.add_argument("--no-plot", action="store_true", help="no picture")
     return p
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import torch
-
     from .. import recipes
     from .._extras import require
     from ..recipes import _distributed
     from ..recipes.picture import plot
 
-    betas = parse_betas(arguments.betas)
-    memory_limit = parse_bytes(arguments.memory_limit)
-    out = out_folder(arguments.out)
     if not arguments.no_plot:
         require("matplotlib.figure", "recipes", "the picture")
+    plain_preprocess(arguments)
+    model = load_network(arguments)
     splits, train, val, test = load_images(arguments)
-    torch.manual_seed(arguments.seed)  # for --weights none, and factories that draw weights
-    model = recipes.load_model(arguments.model, arguments.weights)
     preprocess = preprocess_for(arguments, train)
-    out.mkdir(parents=True, exist_ok=True)
     result = recipes.search_beta(
         model,
         *(part.prepared(preprocess) for part in (train, val, test)),
-        betas=betas,
+        betas=arguments.betas,
         coeff=arguments.coeff,
-        activations=arguments.activations.split(",") if arguments.activations else None,
+        activations=arguments.activations,
         feature_layer=arguments.feature_layer,
         probe=arguments.probe,
         l2=arguments.l2,
@@ -106,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         workers=arguments.workers,
         device=arguments.device or _distributed.launched_device(),
-        memory_limit=memory_limit,
+        memory_limit=arguments.memory_limit,
         progress=not arguments.no_progress,
     )
     if _distributed.launched_rank() == 0:
@@ -114,8 +116,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{arguments.model}: {len(result.sites)} activations steered; features: {result.feature_layer}")
         print(f"\n{result.table()}\n")
         print(result.verdict())
-        save_result(result, out, arguments, splits, train, preprocess)
+        save_result(result, arguments.out, arguments, splits, train, preprocess)
         if not arguments.no_plot:
-            plot(result, out / "accuracy_vs_beta.png", title=f"{arguments.model} on {Path(arguments.data).name}")
-            print(f"saved {out / 'accuracy_vs_beta.png'}")
+            plot(
+                result,
+                arguments.out / "accuracy_vs_beta.png",
+                title=f"{arguments.model} on {Path(arguments.data).name}",
+            )
+            print(f"saved {arguments.out / 'accuracy_vs_beta.png'}")
     return 0

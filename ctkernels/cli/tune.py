@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from . import _types as types
 from ._options import (
     add_image_options,
     add_running_options,
     add_training_options,
     command_parser,
     image_options,
-    out_folder,
     training_options,
 )
 from .compare import model_source
@@ -20,7 +20,8 @@ SUMMARY = """\
 Learn the curvature of a pretrained network on new data (T-CT): the fixed knob first, then learned ones.
 
 A linear probe and the best fixed beta (S-CT) come first. Then a beta and a coefficient per channel are learned together
-with a new head, starting at that beta, and saved as a PEFT adapter. Every stage is tested once."""
+with a new head, starting at that beta (T-CT). Validation decides which of the three is kept; T-CT is saved as a PEFT
+adapter. Every stage is tested once."""
 
 EXAMPLES = """\
 examples:
@@ -31,7 +32,7 @@ examples:
 
   # without a network connection: packaged weights and data
   python -m ctkernels tune fashion-mnist --model mobilenet_v2=packaged --size 64 --resize 64 --max-train 500 \\
-      --max-test 500 --betas 0.8,0.9,0.95 --lr 0.01 --epochs 10
+      --max-test 500 --betas 0.8,0.9,0.95 --epochs 10
 
 afterwards:
   from ctkernels.recipes import load_model
@@ -40,22 +41,32 @@ afterwards:
 
 results:
   OUT/result.json   every stage, how the learned curvature is distributed, everything needed to repeat the run
-  OUT/adapter/      the adapter and the head, as peft saves them"""
+  OUT/adapter/      the adapter and the head, as peft saves them, where T-CT is kept
+  OUT/head.safetensors   the head, where the plain network or S-CT is"""
 
 
 def parser() -> argparse.ArgumentParser:
     p = command_parser("tune", SUMMARY, EXAMPLES)
-    p.add_argument("data", help="folder of images, .npz file, or a data set by name such as fashion-mnist")
+    p.add_argument(
+        "data", type=types.image_data, help="folder of images, .npz file, or a data set by name such as fashion-mnist"
+    )
     p.add_argument(
         "--model",
+        type=types.network_and_weights,
         required=True,
         metavar="NAME[=WEIGHTS]",
         help="torchvision name, timm:NAME, transformers:NAME, or factory module:function; weights: default, none, "
         "packaged, or a file",
     )
-    p.add_argument("--lr", default="0.1", help="of beta and coeff, to try, with commas (default: %(default)s)")
-    p.add_argument("--head-lr", default="1e-3", help="of the head, to try, with commas (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=42, help="of splits, initial weights and order (default: %(default)s)")
+    p.add_argument(
+        "--lr", type=types.RATES, default="0.1", help="of beta and coeff, to try, with commas (default: %(default)s)"
+    )
+    p.add_argument(
+        "--head-lr", type=types.RATES, default="1e-3", help="of the head, to try, with commas (default: %(default)s)"
+    )
+    p.add_argument(
+        "--seed", type=types.SEED, default=42, help="of splits, initial weights and order (default: %(default)s)"
+    )
     add_training_options(p)
     add_image_options(p)
     add_running_options(p, "out/tune").add_argument("--cpu", action="store_true", help="leave GPUs alone")
@@ -67,13 +78,14 @@ def run(arguments: argparse.Namespace) -> int:
     from .._extras import require
     from ..recipes import _distributed
 
-    lr, head_lr = (parse_rates(name, getattr(arguments, name)) for name in ("lr", "head_lr"))
-    out, options = out_folder(arguments.out), training_options(arguments)
+    out, options, images = arguments.out, training_options(arguments), image_options(arguments)
     for module in ("accelerate", "peft", "safetensors"):
         require(module, "adapters", "learning the curvature")
     from ..recipes.compare import stages, tune_curvature
+    from ..recipes.compare.tune import HEAD, kept_stage
 
-    name, load = model_source(arguments.model, arguments.seed)
+    name, weights = arguments.model
+    _, load = model_source(name, weights, arguments.seed)
     result = tune_curvature(
         load,
         recipes.load_data(arguments.data),
@@ -81,19 +93,12 @@ def run(arguments: argparse.Namespace) -> int:
         name=name,
         data_name=Path(arguments.data).name,
         seed=arguments.seed,
-        images=image_options(arguments),
-        lr=lr,
-        head_lr=head_lr,
+        images=images,
+        lr=arguments.lr,
+        head_lr=arguments.head_lr,
         **options,
     )
     if _distributed.launched_rank() == 0:
-        print(f"{stages(result)}\n\n{result.verdict()}\n\nsaved {out / 'adapter'} and {out / 'result.json'}")
+        kept = out / ("adapter" if kept_stage(result) == "tct" else HEAD)
+        print(f"{stages(result)}\n\n{result.verdict()}\n\nsaved {kept} and {out / 'result.json'}")
     return 0
-
-
-def parse_rates(name: str, text: str) -> list[float]:
-    """``"0.1,0.01"`` gives ``[0.1, 0.01]``."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--{name.replace('_', '-')} must be numbers with commas, got {text!r}") from None

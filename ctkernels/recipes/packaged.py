@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._extras import require
 from ._debian import unpack
-from .images import ImageSet, Splits, check_classes, labels_of
+from .images import ImageSet, Splits, UnreadableImage, check_classes, decoded, labels_of
 
 SIDE = 136  # pixels of a drawing in the emoji font
 EMOJI = {  # Debian package -> the file in it
@@ -143,9 +143,12 @@ class Decoded:
     def __getitem__(self, index: int | Tensor) -> Any:
         if isinstance(index, Tensor):
             return Decoded(self.dataset, self.indices[index])
-        numpy = require("numpy", "recipes", "decoding images")
-        image = self.dataset[int(self.indices[index])][0]
-        return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
+        number = int(self.indices[index])
+        try:
+            return decoded(self.dataset[number][0])
+        except Exception as error:  # Pillow raises nearly anything for damaged files
+            name = type(self.dataset).__name__
+            raise UnreadableImage(f"cannot read image {number} of {name}: {error or type(error).__name__}") from error
 
 
 def torchvision_data(name: str, root: str | os.PathLike[str]) -> Splits:
@@ -160,13 +163,7 @@ def torchvision_data(name: str, root: str | os.PathLike[str]) -> Splits:
             that are not one class per image.
         ImportError: torchvision is missing.
     """
-    datasets = require("torchvision.datasets", "recipes", "torchvision's data sets")
-    make = getattr(datasets, name, None) if name in datasets.__all__ else None
-    if make is None:
-        raise ValueError(f"torchvision has no data set {name!r}; it has {', '.join(datasets.__all__)}")
-    known = inspect.signature(make).parameters
-    if "root" not in known:
-        raise ValueError(f"torchvision's {name} does not take a root folder")
+    make, known = torchvision_class(name)
     parts: dict[str, tuple[Any, ...]] = {"train": ("train", "trainval"), "val": ("val", "valid"), "test": ("test",)}
     found: dict[str, ImageSet | None] = {}
     for part, splits in parts.items():
@@ -180,6 +177,18 @@ def torchvision_data(name: str, root: str | os.PathLike[str]) -> Splits:
     if found["train"] is None:
         raise ValueError(f"torchvision's {name} has no training images")
     return Splits(found["train"], found["val"], found["test"], f"torchvision's {name} in {root}")
+
+
+def torchvision_class(name: str) -> tuple[Callable[..., Any], Collection[str]]:
+    """A data set's class, and the names of its arguments. ValueError and ImportError as :func:`torchvision_data`."""
+    datasets = require("torchvision.datasets", "recipes", "torchvision's data sets")
+    make = getattr(datasets, name, None) if name in datasets.__all__ else None
+    if make is None:
+        raise ValueError(f"torchvision has no data set {name!r}; it has {', '.join(datasets.__all__)}")
+    known = inspect.signature(make).parameters
+    if "root" not in known:
+        raise ValueError(f"torchvision's {name} does not take a root folder")
+    return make, list(known)
 
 
 def _first(make: Callable[..., Any], options: Sequence[dict[str, Any]], name: str, downloads: bool) -> ImageSet | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset
 
 from .. import fuse, steer
+from .._factories import check_takes
 from ._distributed import Group
 from ._inputs import coeff_at
 from ._progress import bar
@@ -70,14 +71,10 @@ def subject_of(
         ValueError: the network does not take the example, or has nothing to steer.
     """
     coeff, options = steering["coeff"], {k: v for k, v in steering.items() if k != "coeff"}
-    try:
-        tap = place if isinstance(place, Tap) else find_tap(model, example, place)
-        with tap.capture(model) as features:
-            as_is = features(example)
-    except RuntimeError as error:
-        raise ValueError(
-            f"train: images of shape {tuple(example.shape[1:])} do not fit {type(model).__name__}: {error}"
-        ) from error
+    check_takes(model, example, what="train: images")
+    tap = place if isinstance(place, Tap) else find_tap(model, example, place)
+    with tap.capture(model) as features:
+        as_is = features(example)
     with steer(model, 1.0, **options) as handle, tap.capture(model) as features, ExitStack() as stack:
         at_one = features(example)
         if fast:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import Steering, steer
+from .._extras import require
+from .._factories import check_takes
 from ._inputs import check_betas, check_numbers, device_of
 from ._progress import bar
 from .attacks import ATTACKS, PixelClassifier, Threat, check_attacks
@@ -26,6 +28,24 @@ from .robust_result import Outcome, Robustness, Trial
 HEADS = ("probe", "own")
 ROBUST_BETAS = tuple(round(0.5 + 0.05 * i, 2) for i in range(11))
 LINF, L2 = Threat("linf", 8 / 255), Threat("l2", 0.5)
+
+
+def check_conditions(threats: Sequence[Threat], corruptions: Sequence[str], severities: Sequence[int]) -> None:
+    """Refuse conditions of which there are none, or that cannot be made here.
+
+    Raises:
+        ValueError: nothing to test, threats that are alike, corruptions or severities that are not known.
+        ImportError: the package that attacks or corrupts is missing; the message names the extra.
+    """
+    check_corruptions(corruptions, severities)
+    if not threats and not (corruptions and severities):
+        raise ValueError("threats or corruptions must hold something to test, both are empty")
+    if len({str(t) for t in threats}) < len(threats):
+        raise ValueError(f"threats must differ, got {[str(t) for t in threats]}")
+    if threats:
+        require("pyautoattack", "robust", "adversarial attacks")
+    if corruptions and severities:
+        require("imagecorruptions", "robust", "common corruptions")
 
 
 def robustness(
@@ -110,7 +130,7 @@ def robustness(
     started = time.perf_counter()
     grid = check_betas(ROBUST_BETAS if betas is None else betas)
     check_numbers(coeff=coeff, batch_size=batch_size, workers=0, memory_limit=1)
-    check_corruptions(corruptions, severities)
+    check_conditions(threats, corruptions, severities)
     for chosen in (attacks, val_attacks):
         check_attacks(chosen, len(ATTACKS))  # the names; whether there are classes enough is checked below
     if head not in HEADS:
@@ -119,10 +139,6 @@ def robustness(
         raise ValueError(f"train must be {'images' if head == 'probe' else 'None'} for head={head!r}")
     if head == "probe":
         check_probe("logistic", l2)
-    if not threats and not (corruptions and severities):
-        raise ValueError("threats or corruptions must hold something to test, both are empty")
-    if len({str(t) for t in threats}) < len(threats):
-        raise ValueError(f"threats must differ, got {[str(t) for t in threats]}")
     if max_attacked is not None and max_attacked < 1:
         raise ValueError(f"max_attacked must be at least 1, got {max_attacked}")
     sets = {
@@ -223,12 +239,8 @@ def _classes(
 ) -> int:
     """How many classes there are; ValueError unless the network takes the images and the labels fit."""
     example = sets["val"].pixels[:1].to(place)
-    try:
-        with torch.no_grad():
-            outputs = PixelClassifier(model, mean, std)(example).shape
-    except RuntimeError as error:
-        shape = tuple(example.shape[1:])
-        raise ValueError(f"val: images of shape {shape} do not fit {type(model).__name__}: {error}") from error
+    classifier = PixelClassifier(model, mean, std)
+    outputs = check_takes(classifier, example, what="val: images", name=type(model).__name__).shape
     if head == "probe":
         check_classes(sets["train"].labels, "train")
         known = sets["train"].labels.unique()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._extras import require
+from .._factories import told
 from ._distributed import Group
 from ._inputs import Images, check_betas, check_labels, check_numbers, device_of, example_of, split
 from ._progress import bar
@@ -247,12 +248,20 @@ def _bayesian(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     names = [f"beta_{i}" for i in range(len(plain))]
     sampler = optuna.samplers.TPESampler(seed=None if storage else seed, multivariate=True, constant_liar=bool(storage))
-    place: Any = storage
-    if storage is not None and "://" not in storage:  # appended to under a lock: workers may start at once
-        place = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
-    made = optuna.create_study(
-        study_name=study, storage=place, sampler=sampler, direction="maximize", load_if_exists=storage is not None
-    )
+    try:
+        place: Any = storage
+        if storage is not None and "://" not in storage:  # appended to under a lock: workers may start at once
+            place = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
+        made = optuna.create_study(
+            study_name=study, storage=place, sampler=sampler, direction="maximize", load_if_exists=storage is not None
+        )
+        made.get_trials(deepcopy=False)
+    except Exception as error:  # a damaged file makes Optuna raise nearly anything, a database what its driver does
+        if storage is None:
+            raise
+        raise ValueError(
+            f"storage must be a file or database that Optuna can use, got {storage!r}: {told(error)}"
+        ) from error
     known = made.user_attrs.get("identity")
     if known is not None and known != identity:
         differ = sorted(k for k in identity if known.get(k) != identity[k])

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import __version__
 from .._extras import require
-from .._files import write_text
+from .._files import read_json, write_text
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,7 @@ def read_section(path: Path) -> Section:
     Raises:
         ValueError: the file is no JSON, is of an unknown kind, or lacks what its kind has; the message names the file.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a JSON file that a recipe wrote: {error}") from None
+    values = read_json(path)
     known = readers()
     kind = _kind(values)
     if kind not in known:
@@ -183,7 +180,3 @@ def _kind(values: Any) -> Any:
 def _command(values: Mapping[str, Any]) -> str:
     command = values.get("command", values.get("provenance", {}).get("command", ""))
     return " ".join(["python", *map(str, command)]) if isinstance(command, list) else str(command)
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number of JSON")

@@ -12,7 +12,10 @@ from .._peft import add_peft_type
 
 GRANULARITIES = ("channel", "layer", "shared")
 SHARING = ("module", "site")
-PAPER = (0.8, 0.5)  # beta and coeff at the start, for the ReLU family
+# beta and coeff at the start, for the ReLU family. The paper starts beta at 0.8, from where training falls to chance in deep
+# networks whose other weights and statistics are frozen: their features at 0.8 are no longer those that were pretrained
+# (docs/compare.md).
+RELU_START = (0.95, 0.5)
 SMOOTH_COEFF = 1 / (1 + math.exp(-10))  # and coeff for SiLU and GELU: 1 is out of reach of a logit
 
 
@@ -34,7 +37,7 @@ class CurvatureConfig(AdapterConfig):
         target_modules: which sites: None (all), a regular expression matched against whole site names, or a list of
             names or name endings. `find_activations` lists them.
         exclude_modules: sites to leave alone, likewise.
-        init_beta: beta at the start, strictly between 0 and 1. None: the paper's 0.8 for the ReLU family, and for SiLU
+        init_beta: beta at the start, strictly between 0 and 1. None: 0.95 for the ReLU family (the paper: 0.8), and for SiLU
             and GELU the value at which the unit is the activation itself (0.5; 0.63 for the quick GELU).
         init_coeff: coeff at the start, likewise. None: the paper's 0.5 for the ReLU family, 0.99995 for the others.
         input_shape: shape of one input, without the batch dimension, for the copy of the model; None tries what the
@@ -105,7 +108,7 @@ class CurvatureConfig(AdapterConfig):
     def start(self, activation: str) -> tuple[float, float]:
         """beta and coeff at the start, for a site with this activation."""
         neutral = ACTIVATIONS[activation]
-        beta, coeff = PAPER if neutral.beta == 1.0 else (neutral.beta, SMOOTH_COEFF)
+        beta, coeff = RELU_START if neutral.beta == 1.0 else (neutral.beta, SMOOTH_COEFF)
         return (
             beta if self.init_beta is None else self.init_beta,
             coeff if self.init_coeff is None else self.init_coeff,

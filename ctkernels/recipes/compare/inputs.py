@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from ... import steer
+from ..._factories import check_takes
 from ...steering.activations import RELU_FAMILY
 from .._inputs import check_labels
+from ..features import output_tensor
 from ..images import ImageSet, Preprocess, Splits, normalised_like
 from ..reading import evaluation
-from .heads import logits_of, with_head
+from .heads import with_head
 from .methods import Method
 
 Models = Mapping[str, nn.Module | Callable[[], nn.Module]]
@@ -131,11 +133,7 @@ def _try(model: nn.Module, methods: Sequence[Method], size: int, activations: Se
     """Every method once on one made-up image, without training."""
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
     example = torch.zeros(1, 3, size, size, device=place)
-    try:
-        with torch.no_grad():
-            logits_of(model, example)
-    except RuntimeError as error:
-        raise ValueError(f"it does not take images of shape {tuple(example.shape[1:])}: {error}") from error
+    output_tensor(check_takes(model, example, what="images"))
     if any(m.coeff is not None for m in methods):
         with steer(model, 1.0, activations=RELU_FAMILY if activations is None else activations):
             pass

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..._extras import require
-from ..._files import replacing
 from .._distributed import Group, group
 from .._inputs import check_betas
 from .._progress import bar
+from .._weights import damage, read_weights, save_weights
 from ..images import Splits
 from ..reading import evaluation
 from .frozen import Frozen
@@ -28,6 +27,7 @@ from .heads import Budget, Run, rank, with_head
 from .inputs import Draw, ImageOptions, Models, check_data, check_model, draw
 from .methods import Attached, Method, method
 from .result import Cell, Setting, TransferComparison, describe, display, resumed
+from .soundness import sound, title, weights_path
 from .state import load_state
 
 DEFAULT_METHODS = ("linear", "sct", "lora-r1", "tct", "tct+lora-r1")
@@ -136,7 +136,11 @@ def compare_transfer(
     with folder as own, ExitStack() as stack:
         path = Path(us.share(own))
         file = path / "result.json"
-        result = us.share(resumed(file, setup) if us.rank == 0 else TransferComparison((), setup))
+        result, told = us.share(
+            sound(resumed(file, setup), path) if us.rank == 0 else (TransferComparison((), setup), [])
+        )
+        for sentence in told if us.rank == 0 else ():
+            warnings.warn(f"{file}: {sentence}", stacklevel=2)
 
         def keep(cell: Cell) -> None:
             nonlocal result
@@ -221,22 +225,38 @@ class _Todo:
         return Cell(self.model, self.data, self.method.name, seed, dict(setting), 0, 0, [], 0, 0.0)
 
     def finished(self) -> bool:
-        return {c.seed for c in self.now().tested(self.model, self.data, self.method.name)} >= set(self.seeds)
+        """Whether the setting that validation chooses has been tested on every seed, and no other one."""
+        cells = self.cells()
+        tried = [cells.get(self.blank(self.seeds[0], setting).key) for setting in self.settings]
+        if None in tried:
+            return False
+        best = _best(tried)  # type: ignore[arg-type]
+        return not self.strays(best) and all(
+            (cell := cells.get(self.blank(seed, best.setting).key)) is not None and cell.test is not None
+            for seed in self.seeds
+        )
+
+    def strays(self, best: Cell) -> list[Cell]:
+        """Tested runs of a setting that validation does not choose."""
+        return [c for c in self.now().tested(self.model, self.data, self.method.name) if c.setting != best.setting]
 
     def run(self, work: _Work, images_of: Callable[[int], Draw]) -> None:
         def trained(seed: int, setting: Setting, to_test: bool = False) -> Cell:
             blank = self.blank(seed, setting)
             found = self.cells().get(blank.key)
-            lost = (
-                to_test and found is not None and found.test is None and not weights_path(work.folder, found).exists()
-            )
-            if found is None or lost:
+            if found is not None and to_test and found.test is None and (reason := work.lost(found)):
+                work.tell(f"{title(found)}: {reason}; this run is done again")
+                found = None
+            if found is None:
                 found = work.train(self.method, blank, images_of(seed))
                 self.keep(found)
             return found
 
         tried = [trained(self.seeds[0], setting) for setting in self.settings]
-        best = max(tried, key=lambda cell: rank(cell.validation))
+        best = _best(tried)
+        for stray in self.strays(best):
+            work.tell(f"{title(stray)}: validation chooses {describe(best.setting)}; its test does not count")
+            self.keep(replace(stray, test=None, right=""))
         for seed in self.seeds:
             cell = trained(seed, best.setting, to_test=True)
             if cell.test is None:
@@ -247,10 +267,8 @@ class _Todo:
                     weights_path(work.folder, cell).unlink(missing_ok=True)
 
 
-def weights_path(folder: Path, cell: Cell) -> Path:
-    """Where a run keeps what it trained."""
-    name = re.sub(r"[^\w.+-]+", "-", f"{cell.model}_{cell.data}_{cell.method}_{cell.seed}")
-    return folder / "weights" / f"{name}_{hashlib.sha256(repr(cell.key).encode()).hexdigest()[:8]}.safetensors"
+def _best(tried: Sequence[Cell]) -> Cell:
+    return max(tried, key=lambda cell: rank(cell.validation))
 
 
 @dataclass(frozen=True)
@@ -273,8 +291,6 @@ class _Work:
 
     def train(self, method: Method, blank: Cell, images: Draw) -> Cell:
         """One run, its weights saved."""
-        from safetensors.torch import save_file
-
         started = time.perf_counter()
         if method.attach is None:
             run, detail = self._frozen(method, images).fit(
@@ -285,7 +301,9 @@ class _Work:
             with self._attached(method, blank, images) as attached:
                 run = self._trained(attached, blank, images)
                 detail, parameters, head = learned(attached.network, run.state), attached.parameters, attached.head
-        cell = replace(
+        file = weights_path(self.folder, blank)
+        record = self.us.share(save_weights(file, run.state) if self.us.rank == 0 else None)
+        return replace(
             blank,
             parameters=parameters,
             head=head,
@@ -294,20 +312,22 @@ class _Work:
             seconds=time.perf_counter() - started,
             detail=detail,
             diverged=run.diverged,
+            weights=record,
         )
+
+    def lost(self, cell: Cell) -> str | None:
+        """Why the run's weights cannot be tested; None if they can."""
+        return self.us.share(damage(weights_path(self.folder, cell), cell.weights) if self.us.rank == 0 else None)
+
+    def tell(self, sentence: str) -> None:
         if self.us.rank == 0:
-            with replacing(weights_path(self.folder, cell)) as temporary:
-                save_file({k: v.contiguous() for k, v in run.state.items()}, temporary)
-        self.us.meet()
-        return cell
+            warnings.warn(f"{self.folder / 'result.json'}: {sentence}", stacklevel=3)
 
     def tested(self, method: Method, cell: Cell, images: Draw) -> Cell:
         """The run with its test accuracy, from its saved weights."""
-        from safetensors.torch import load_file
-
         from .training import score
 
-        state = load_file(weights_path(self.folder, cell))
+        state = read_weights(weights_path(self.folder, cell))
         if method.attach is None:
             frozen = self._frozen(method, images)
             right = frozen.right(images.test, images.labels["test"], state, cell.detail.get("beta"))

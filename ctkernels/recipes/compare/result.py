@@ -36,7 +36,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from ..._files import write_text
+from ..._files import read_json, write_text
 from ..result import versions
 
 SCHEMA = "ctkernels.compare/1"
@@ -60,6 +60,7 @@ class Cell:
         diverged: whether the loss stopped being finite; training ended there.
         test: accuracy on the test images; None for a run that only served to choose the setting.
         right: a "1" or "0" for every test image.
+        weights: size and digest of the file of what was trained; None in results that are older than this entry.
     """
 
     model: str
@@ -76,6 +77,7 @@ class Cell:
     diverged: bool = False
     test: float | None = None
     right: str = ""
+    weights: dict[str, Any] | None = None
 
     @property
     def validation(self) -> dict[str, float]:
@@ -293,16 +295,15 @@ def read_comparison(path: str | os.PathLike[str]) -> TransferComparison:
     Raises:
         ValueError: the file is no result of this recipe.
     """
-    file = Path(path)
+    values = read_json(path)
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
         if values["schema"] != SCHEMA:
-            raise ValueError(f"schema {values['schema']}")
+            raise ValueError(f"expected the schema {SCHEMA}, got {values['schema']}")
         return TransferComparison(
-            tuple(Cell(**cell) for cell in values["cells"]), values["setup"], float(values["seconds"])
+            tuple(Cell(**cell) for cell in values["cells"]), dict(values["setup"]), float(values["seconds"])
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a result of this recipe: {error!r}") from None
+        raise ValueError(f"{path} is not a result of this recipe: {error!r}") from None
 
 
 def resumed(path: str | os.PathLike[str], setup: dict[str, Any]) -> TransferComparison:
@@ -315,14 +316,21 @@ def resumed(path: str | os.PathLike[str], setup: dict[str, Any]) -> TransferComp
     """
     if not Path(path).exists():
         return TransferComparison((), setup)
-    found = read_comparison(path)
+    try:
+        found = read_comparison(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it to start anew, or choose another folder") from error
     now, before = json.loads(json.dumps(setup)), found.setup
     grown = ("models", "data", "methods")
     differ = sorted(k for k in now.keys() | before.keys() if k not in (*grown, "seeds") and now.get(k) != before.get(k))
-    for kind in grown:
-        differ += [f"{kind}: {n}" for n in now[kind].keys() & before[kind].keys() if now[kind][n] != before[kind][n]]
-    if now["seeds"][0] != before["seeds"][0]:
-        differ.append("the first seed")
+    try:
+        for kind in grown:
+            both = now[kind].keys() & before[kind].keys()
+            differ += [f"{kind}: {n}" for n in sorted(both) if now[kind][n] != before[kind][n]]
+        if now["seeds"][0] != before["seeds"][0]:
+            differ.append("the first seed")
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a result of this recipe: {error!r}") from None
     if differ:
         raise ValueError(
             f"{path} is the result of another set-up (different: {', '.join(differ)}); choose another folder"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -14,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..._extras import require
-from ..._files import replacing
 from .._distributed import Group, group
 from .._progress import bar
+from .._weights import damage, read_weights, save_weights
 from .methods import METHODS, Attached, Method
-from .reporting import weights_path
-from .result import Cell, MethodComparison, merged_setup, read_cells
+from .result import Cell, MethodComparison, resumed
 from .scoring import Answering, Scores, answer_row, generate, primary_metric, score_choices, score_texts
+from .soundness import sound, title, weights_path
 from .texts import Draw, Example, TextData, draw
 
 if TYPE_CHECKING:
@@ -117,8 +118,14 @@ def compare_methods(
     with folder as own:
         path = us.share(own)
         file = Path(path) / "result.json"
-        cells, setup = us.share((read_cells(file, setup), merged_setup(setup, file)) if us.rank == 0 else ([], setup))
         work = _Work(model.to(place).eval(), tokenizer, how, budget, schedule, us, Path(path), primary, progress)
+        cells: list[Cell] = []
+        if us.rank == 0:
+            cells, setup = resumed(file, setup)
+            cells, told = sound(cells, Path(path), setup["sizes"]["test"], primary, work.rank)
+            for sentence in told:
+                work.tell(sentence)
+        cells, setup = us.share((cells, setup))
         result = MethodComparison(tuple(cells), setup, primary)
 
         def keep(cell: Cell) -> None:
@@ -167,17 +174,24 @@ def _run_method(
             keep(Cell(method.name, first, {}, 0, test=scores.metrics, each=list(scores.each)))
         return
 
-    def run(seed: int, setting: dict[str, float]) -> Cell:
-        found = [c for c in now().cells if c.is_run(method.name, seed, setting)]
-        if not found:
-            found = [work.train(method, seed, setting, draws[seed])]
-            keep(found[0])
-        return found[0]
+    def run(seed: int, setting: dict[str, float], to_test: bool = False) -> Cell:
+        found = next((c for c in now().cells if c.is_run(method.name, seed, setting)), None)
+        if found is not None and to_test and found.test is None and (reason := work.lost(found)):
+            work.tell(f"{title(found)}: {reason}; this run is done again")
+            found = None
+        if found is None:
+            found = work.train(method, seed, setting, draws[seed])
+            keep(found)
+        return found
 
     tried = [run(first, setting) for setting in settings]
     best = max(tried, key=lambda cell: work.rank(cell.validation))
+    for stray in now().tested(method.name):
+        if stray.setting != best.setting:
+            work.tell(f"{title(stray)}: validation chooses {title(best)}; its test does not count")
+            keep(replace(stray, test=None, each=[]))
     for seed in seeds:
-        cell = run(seed, best.setting)
+        cell = run(seed, best.setting, to_test=True)
         if cell.test is None:
             keep(work.tested(method, cell, draws[seed]))
     if work.us.rank == 0:
@@ -209,6 +223,14 @@ class _Work:
     def weights(self, cell: Cell) -> Path:
         return weights_path(self.folder, cell)
 
+    def lost(self, cell: Cell) -> str | None:
+        """Why the run's weights cannot be tested; None if they can."""
+        return self.us.share(damage(self.weights(cell), cell.weights) if self.us.rank == 0 else None)
+
+    def tell(self, sentence: str) -> None:
+        if self.us.rank == 0:
+            warnings.warn(f"{self.folder / 'result.json'}: {sentence}", stacklevel=3)
+
     @contextmanager
     def attached(self, method: Method, seed: int, setting: Mapping[str, float]) -> Iterator[Attached]:
         assert method.attach is not None
@@ -218,8 +240,6 @@ class _Work:
 
     def train(self, method: Method, seed: int, setting: dict[str, float], examples: Draw) -> Cell:
         """One training run, its weights saved."""
-        from safetensors.torch import save_file
-
         from .training import train
 
         rows = [answer_row(e, self.tokenizer, self.how) for e in examples.train]
@@ -243,18 +263,13 @@ class _Work:
         cell = Cell(
             method.name, seed, setting, parameters, run.epochs, run.best, time.perf_counter() - started, run.gates
         )
-        if self.us.rank == 0:
-            with replacing(self.weights(cell)) as temporary:
-                save_file({k: v.contiguous() for k, v in run.state.items()}, temporary)
-        self.us.meet()
-        return cell
+        record = self.us.share(save_weights(self.weights(cell), run.state) if self.us.rank == 0 else None)
+        return replace(cell, weights=record)
 
     def tested(self, method: Method, cell: Cell, examples: Draw) -> Cell:
         """The run with its test scores, from its saved weights."""
-        from safetensors.torch import load_file
-
         with self.attached(method, cell.seed, cell.setting) as attached:
-            attached.load(load_file(self.weights(cell)))
+            attached.load(read_weights(self.weights(cell)))
             scores = self.test(attached, examples.test, cell.method)
         return replace(cell, test=scores.metrics, each=list(scores.each))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,12 +40,10 @@ def load_language_model(name: str | os.PathLike[str], dtype: str = "float32") ->
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
     transformers = require("transformers", "jola", "a language model")
-    path = _packaged(str(name)) if str(name) in PACKAGED else Path(name)
+    path = find_language_model(name)
     if path.suffix == ".gguf":
         model, tokenizer = _from_gguf(path, DTYPES[dtype])
     else:
-        if path.exists() and not (path / "config.json").is_file():
-            raise ValueError(f"model: expected a folder with config.json or a .gguf file, got {path}")
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 str(name), dtype=DTYPES[dtype], use_safetensors=True
@@ -55,6 +54,28 @@ def load_language_model(name: str | os.PathLike[str], dtype: str = "float32") ->
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def find_language_model(name: str | os.PathLike[str]) -> Path:
+    """Where :func:`load_language_model` will look; a name on the hub as it is.
+
+    Raises:
+        ValueError: no model is there, nor can the hub have one of that name.
+        ImportError: the package of a packaged model is missing.
+    """
+    text = str(name)
+    if text in PACKAGED:
+        return _packaged(text)
+    path = Path(name)
+    if path.is_dir() and text.strip():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model: expected a folder with config.json or a .gguf file, got {path}")
+    elif path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"model: expected a folder with config.json or a .gguf file, got {path}")
+    elif path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text, re.ASCII):
+        raise ValueError(f"model: expected a folder, a .gguf file or a name on the hub; {text!r} does not exist")
+    return path
 
 
 def _packaged(name: str) -> Path:
@@ -70,8 +91,6 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """The weights dequantised, in a model that knows nothing of the quantisation: such a one can be saved."""
     transformers = require("transformers", "jola", "a language model")
     require("gguf", "jola", "a GGUF file")
-    if not path.is_file():
-        raise ValueError(f"model: {path} does not exist")
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         with _read_once():

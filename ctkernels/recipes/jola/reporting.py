@@ -10,14 +10,10 @@ from typing import Any
 
 from ..._files import write_text
 from ...report import GateMap, edit_sizes, plot_gates
+from .._weights import damage, read_weights
 from .methods import METHODS
 from .result import Cell, MethodComparison
-
-
-def weights_path(folder: str | os.PathLike[str], cell: Cell) -> Path:
-    """Where a comparison in ``folder`` keeps what a run trained."""
-    setting = "".join(f"-{name}={value:g}" for name, value in cell.setting.items())
-    return Path(folder) / "weights" / f"{cell.method}-{cell.seed}{setting}.safetensors"
+from .soundness import weights_path
 
 
 @contextmanager
@@ -30,19 +26,19 @@ def restored(cell: Cell, model: Any, folder: str | os.PathLike[str]) -> Iterator
         folder: the comparison's ``out``.
 
     Raises:
-        ValueError: the run trained nothing, or its weights are not there.
+        ValueError: the run trained nothing, or its weights are not there or not those that it left.
 
     Example:
         >>> with restored(result.tested("jola")[0], model, "out/jola") as adapted:  # doctest: +SKIP
         ...     adapted.generate(**inputs)
     """
     method, path = METHODS[cell.method], weights_path(folder, cell)
-    if method.attach is None or not path.is_file():
-        raise ValueError(f"expected the weights of a run in {path}, found none")
-    from safetensors.torch import load_file
-
+    if method.attach is None:
+        raise ValueError(f"{cell.method} trained nothing that could be put back")
+    if reason := damage(path, cell.weights):
+        raise ValueError(f"{cell.method}, seed {cell.seed}: {reason}")
     with method.attach(model, cell.setting) as attached:
-        attached.load(load_file(path))
+        attached.load(read_weights(path))
         attached.model.eval()
         yield attached.model
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from ..._files import write_text
+from ..._files import read_json, write_text
 from ..result import versions
 
 SCHEMA = "ctkernels.compare_methods/1"
@@ -32,6 +32,8 @@ class Cell:
         gates: of JoLA, before training and after each epoch (see :class:`ctkernels.report.GateMap`).
         test: metrics on the test examples, in [0, 100]; None for a run that only served to choose the setting.
         each: the primary metric of every test example, in [0, 1].
+        weights: size and digest of the file of what was trained; None where nothing was, and in results that are older
+            than this entry.
     """
 
     method: str
@@ -44,6 +46,7 @@ class Cell:
     gates: list[dict[str, Any]] = field(default_factory=list)
     test: dict[str, float] | None = None
     each: list[float] = field(default_factory=list)
+    weights: dict[str, Any] | None = None
 
     @property
     def validation(self) -> dict[str, float]:
@@ -196,34 +199,39 @@ class MethodComparison:
         write_text(path, json.dumps(self.to_dict(**extra), indent=1) + "\n")
 
 
-def read_cells(path: str | os.PathLike[str], setup: Mapping[str, Any]) -> list[Cell]:
-    """The finished runs in a result file, to go on from; none if there is no file.
+def resumed(path: str | os.PathLike[str], setup: dict[str, Any]) -> tuple[list[Cell], dict[str, Any]]:
+    """The runs in a result file, to go on from, and ``setup`` with the methods and seeds that the file has besides.
 
     Raises:
         ValueError: the file is of another set-up, or is no result; the message names what differs.
     """
     file = Path(path)
     if not file.exists():
-        return []
+        return [], setup
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         if values["schema"] != SCHEMA:
-            raise ValueError(f"schema {values['schema']}")
+            raise ValueError(f"expected the schema {SCHEMA}, got {values['schema']}")
         found, cells = values["setup"], [Cell(**cell) for cell in values["cells"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a result of this recipe to go on from: {error!r}") from None
-    now = json.loads(json.dumps(setup))
-    # more methods or seeds may be added to a result; the first seed chose the settings
-    free = ("methods", "seeds")
-    differ = sorted(k for k in now.keys() | found.keys() if k not in free and now.get(k) != found.get(k))
-    if now["seeds"][0] != found["seeds"][0]:
-        differ.append("the first seed")
-    differ += [m for m in now["methods"].keys() & found["methods"].keys() if now["methods"][m] != found["methods"][m]]
+        now = json.loads(json.dumps(setup))
+        # more methods or seeds may be added to a result; the first seed chose the settings
+        free = ("methods", "seeds")
+        differ = sorted(k for k in now.keys() | found.keys() if k not in free and now.get(k) != found.get(k))
+        if now["seeds"][0] != found["seeds"][0]:
+            differ.append("the first seed")
+        both = now["methods"].keys() & found["methods"].keys()
+        differ += [m for m in sorted(both) if now["methods"][m] != found["methods"][m]]
+        seeds = [*setup["seeds"], *(s for s in found["seeds"] if s not in setup["seeds"])]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is not a result of this recipe to go on from: {error!r}; delete it to start anew, or choose another "
+            "folder"
+        ) from None
     if differ:
         raise ValueError(
             f"{file} is the result of another set-up (different: {', '.join(differ)}); choose another folder"
         )
-    return cells
+    return cells, {**setup, "methods": {**found["methods"], **setup["methods"]}, "seeds": seeds}
 
 
 def _cell(metric: Mapping[str, Any]) -> str:
@@ -240,12 +248,3 @@ def _more_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def merged_setup(setup: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The set-up with the methods and seeds that a result file already has besides."""
-    if not Path(path).exists():
-        return setup
-    found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))["setup"]
-    seeds: Sequence[int] = [*setup["seeds"], *(s for s in found["seeds"] if s not in setup["seeds"])]
-    return {**setup, "methods": {**found["methods"], **setup["methods"]}, "seeds": list(seeds)}

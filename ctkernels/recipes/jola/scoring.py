@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,11 @@ class Answering:
         for name in ("max_length", "max_new_tokens", "beams", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.extract is not None:
+            try:
+                re.compile(self.extract)
+            except re.error as error:
+                raise ValueError(f"extract must be a regular expression, got {self.extract!r}: {error}") from error
 
 
 def encode(prompt: str, answer: str, tokenizer: Any, how: Answering, *, end: bool) -> Row:

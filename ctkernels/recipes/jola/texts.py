@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..._extras import require
+from ..._files import parse_json
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
 CHOICE_SEPARATOR = "|"
 
@@ -28,9 +30,16 @@ class Example:
     choices: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.prompt or not self.answer:
+        for text in (self.prompt, self.answer, *(self.choices or ())):
+            if not isinstance(text, str):
+                raise ValueError(f"prompt, answer and choices must be text, got {text!r}")
+            if "\0" in text or not _encodable(text):
+                raise ValueError(f"text must have neither NUL nor half a surrogate pair, got {_shown(text)}")
+        if not self.prompt.strip() or not self.answer.strip():
             raise ValueError(f"prompt and answer must not be empty, got {self.prompt!r} and {self.answer!r}")
         if self.choices is not None:
+            if not all(choice.strip() for choice in self.choices):
+                raise ValueError(f"choices must not be empty, got {list(self.choices)}")
             if len(set(self.choices)) != len(self.choices) or len(self.choices) < 2:
                 raise ValueError(f"choices must be two or more different ones, got {list(self.choices)}")
             if self.answer not in self.choices:
@@ -115,46 +124,73 @@ def draw(data: TextData, seed: int, *, train: int = 200, val: int = 100, test: i
     return Draw(tuple(pool[:train]), tuple(validated), tuple(tested))
 
 
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(text: str) -> str:
+    return ascii(text if len(text) <= 60 else f"{text[:60]}...")
+
+
 def read_texts(path: str | os.PathLike[str]) -> TextData:
     """Read prompts with answers from a file, or from a folder with ``train``, ``val`` and ``test`` files.
 
-    Files are JSONL, CSV or Parquet (``.jsonl``, ``.csv``, ``.parquet``) with the columns ``prompt`` and ``answer`` and,
-    if answers are to be chosen, ``choices``: a list, or in CSV a JSON list or words between ``|``.
+    Files are JSONL, CSV or Parquet (``.jsonl``, ``.csv``, ``.parquet``), text in UTF-8, with the columns ``prompt`` and
+    ``answer`` and, if answers are to be chosen, ``choices``: a list, or in CSV a JSON list or words between ``|``. Other
+    columns are not used. In CSV a value with a comma, a quote or a line break stands in double quotes, and quotes in it
+    are doubled.
 
     Raises:
-        ValueError: no such file, another format, a column missing, a value that is no text, an answer that is none of
-            its choices; the message names the file and the row.
+        ValueError: no such file or several for one split, another format or encoding, a column missing or there twice, a
+            row with more or fewer values than columns, a value that is no text or empty, an answer that is none of its
+            choices; the message names the file and the line (of Parquet the row).
         ImportError: pyarrow is missing and the file is Parquet.
 
     Example:
         >>> read_texts("questions.jsonl").train[0].answer  # doctest: +SKIP
     """
+    return find_texts(path)()
+
+
+def find_texts(path: str | os.PathLike[str]) -> Callable[[], TextData]:
+    """What :func:`read_texts` will do, found out without reading any examples. ValueError if there are none."""
     root = Path(path)
-    if root.is_dir():
-        found = {
-            split: next((f for n in names for s in SUFFIXES if (f := root / f"{n}{s}").is_file()), None)
-            for split, names in SPLITS.items()
-        }
-        if found["train"] is None:
-            names = sorted(f.name for f in root.iterdir())
-            raise ValueError(f"{root}: expected train.jsonl, train.csv or train.parquet, found {names[:8]}")
+    if not root.is_file() and not root.is_dir():
+        raise ValueError(f"data must be a {', '.join(SUFFIXES)} file or a folder of such; {root} does not exist")
+    if root.is_file():
+        if root.suffix.lower() not in READERS:
+            raise ValueError(f"data must be a {', '.join(SUFFIXES)} file or a folder of such, got the file {root}")
+        return lambda: TextData(_read(root), source=f"file {root}")
+    found = _split_files(root)
+
+    def read() -> TextData:
         parts = {split: None if file is None else _read(file) for split, file in found.items()}
         return TextData(parts["train"] or (), parts["val"], parts["test"], f"folder {root}")
-    if not root.is_file():
-        raise ValueError(f"data must be a {', '.join(SUFFIXES)} file or a folder of such; {root} does not exist")
-    return TextData(_read(root), source=f"file {root}")
+
+    return read
+
+
+def _split_files(root: Path) -> dict[str, Path | None]:
+    """The file of each split in a folder."""
+    files = [f for f in sorted(root.iterdir()) if f.is_file() and f.suffix.lower() in SUFFIXES]
+    found: dict[str, Path | None] = {}
+    for split, names in SPLITS.items():
+        fit = [f for f in files if f.stem in names]
+        if len(fit) > 1:
+            raise ValueError(f"{root}: expected one file for {split}, found {[f.name for f in fit]}")
+        found[split] = fit[0] if fit else None
+    if found["train"] is None:
+        others = sorted(f.name for f in root.iterdir())
+        raise ValueError(f"{root}: expected train.jsonl, train.csv or train.parquet, found {others[:8]}")
+    return found
 
 
 def _read(path: Path) -> tuple[Example, ...]:
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
-    if path.suffix not in readers:
-        raise ValueError(f"data must be a {', '.join(SUFFIXES)} file, got {path}")
-    try:
-        examples = tuple(
-            _example(row, f"{path}: row {number}") for number, row in enumerate(readers[path.suffix](path), 1)
-        )
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
+    examples = tuple(_example(row, where) for where, row in READERS[path.suffix.lower()](path))
     if not examples:
         raise ValueError(f"{path}: expected at least one row, found none")
     return examples
@@ -167,44 +203,101 @@ def _example(row: Any, where: str) -> Example:
     choices = row.get("choices")
     if isinstance(choices, str):
         choices = _split(choices, where) if choices.strip() else None
-    values: Sequence[Any] = [row["prompt"], row["answer"], *(choices or ())]
-    for value in values:
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: prompt, answer and choices must be text, got {value!r}")
+    if choices is not None and not isinstance(choices, list):
+        raise ValueError(f"{where}: choices must be a list, got {choices!r}")
     try:
         return Example(row["prompt"], row["answer"], None if choices is None else tuple(choices))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _split(text: str, where: str) -> list[Any]:
+def _split(text: str, where: str) -> Any:
     if not text.lstrip().startswith("["):
         return text.split(CHOICE_SEPARATOR)
     try:
-        return list(json.loads(text))
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{where}: choices must be a JSON list or words between |: {error}") from None
 
 
-def _jsonl(path: Path) -> Iterable[Any]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}: line {number} is not JSON: {error}") from None
+def _text(path: Path) -> str:
+    """The file as text, without a byte order mark."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{line}: expected UTF-8 text: {error}; save the file as UTF-8") from None
 
 
-def _csv(path: Path) -> Iterable[Any]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
+def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(io.StringIO(_text(path), newline=None), 1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", parse_json(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: expected JSON: {error}") from None
 
 
-def _parquet(path: Path) -> Iterable[Any]:
+def _csv(path: Path) -> Iterator[tuple[str, Any]]:
+    rows = _csv_rows(path)
+    where, columns = next(rows, ("", []))
+    if columns:
+        _check_columns(columns, where)
+    for where, row in rows:
+        if len(row) != len(columns):
+            raise ValueError(
+                f"{where}: expected {len(columns)} values ({', '.join(columns)}), found {len(row)}; "
+                "a value with a comma in it needs double quotes"
+            )
+        yield where, dict(zip(columns, row))
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The rows that are not empty, with the line each begins at. Quotes that do not fit are refused."""
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    while True:
+        where = f"{path}:{reader.line_num + 1}"
+        try:
+            with _fields_of_any_length():
+                row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(f"{where}: expected CSV with commas and double quotes: {error}") from None
+        if row:
+            yield where, row
+
+
+@contextmanager
+def _fields_of_any_length() -> Iterator[None]:
+    """Without the csv module's limit on a field, which is one for all of the process."""
+    before = csv.field_size_limit(2**31 - 1)  # a C long, which may have 32 bits
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _check_columns(columns: Sequence[str], where: str) -> None:
+    if not {"prompt", "answer"} <= set(columns):
+        raise ValueError(f"{where}: expected the columns prompt and answer, found {list(columns)}")
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise ValueError(f"{where}: expected columns of different names, found {twice} more than once")
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     pyarrow = require("pyarrow", "jola", "reading Parquet files")
     parquet = require("pyarrow.parquet", "jola", "reading Parquet files")
     try:
-        return parquet.ParquetFile(path).read().to_pylist()
-    except pyarrow.ArrowInvalid as error:
+        table = parquet.ParquetFile(path).read()
+        _check_columns(table.column_names, str(path))
+        rows = table.to_pylist()
+    except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: expected a Parquet file: {error}") from error
+    for number, row in enumerate(rows, 1):
+        yield f"{path}: row {number}", row
+
+
+READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+SUFFIXES = tuple(READERS)

@@ -5,6 +5,7 @@ Importing this module needs transformers and accelerate.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch.utils.data import Dataset
 
 from .methods import Attached
 from .scoring import Row, answer_loss, collate
+
+LARGE = 1e9  # stands for a loss that is not finite: JSON has no infinity, and NaN is never worse than another
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ class _BestEpoch(transformers.TrainerCallback):
         return tuple(sign * self.epochs[number - 1][name] for name, sign in self.better_by)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        self.epochs.append({k.removeprefix("eval_"): v for k, v in metrics.items() if isinstance(v, float)})
+        found = {k.removeprefix("eval_"): v for k, v in metrics.items() if isinstance(v, float)}
+        self.epochs.append({k: v if math.isfinite(v) else LARGE for k, v in found.items()})
         now = len(self.epochs)
         if frame := gate_frame(self.attached.model, state.global_step):
             self.gates.append(frame)

@@ -1,0 +1,97 @@
+"""What the command line says of bad input: one line and exit code 2, here and nowhere else."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+BAD_INPUT, INTERRUPTED = 2, 130
+PACKAGE = Path(__file__).absolute().parent.parent
+OURS = (PACKAGE, PACKAGE.parent / "benchmarks")
+
+
+class OptionError(ValueError):
+    """A bad option; the message names it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises :class:`OptionError` where argparse would print its usage and end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.fullmatch(r"argument (.+?): (.*)", message, re.DOTALL)
+        if found is None:
+            raise OptionError(message)
+        name, said = found.groups()
+        bare = name.lstrip("-")
+        if said.startswith((f"{bare} ", f"{bare}:")):  # it names the argument itself, as a function's
+            raise OptionError(name + said[len(bare) :])
+        raise OptionError(f"{name} {said}" if said.startswith("must ") else f"{name}: {said}")
+
+
+def reported(run: Callable[[], int], show_traceback: bool = False) -> int:
+    """What ``run`` returns, or the exit code for the error that it raised.
+
+    Bad input is told in one line on standard error. Any other error is a fault of this library and is left alone, so
+    that its traceback shows.
+    """
+    try:
+        with _plain_warnings():
+            return run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if not is_bad_input(error):
+            raise
+        if show_traceback:
+            traceback.print_exc()
+        print(f"ctkernels: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def is_bad_input(error: Exception) -> bool:
+    """Whether an error tells of bad input, of the machine's state, or of the user's own code, rather than of a fault.
+
+    A ValueError or an ImportError does that was raised by a line of this library, with a message of its own; one from
+    within another library was not foreseen. Files that cannot be read or written, and too little memory, always do.
+    """
+    if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
+        return True
+    if not isinstance(error, (ValueError, ImportError)):
+        return False
+    if type(error).__module__.partition(".")[0] == "ctkernels":  # raised anew by a loader's worker, say
+        return True
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and _is_ours(last.tb_frame.f_code.co_filename)
+
+
+def _is_ours(file: str) -> bool:
+    return any(Path(file).absolute().is_relative_to(folder) for folder in OURS)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """This library's warnings in one line, without the place in the code."""
+    before = warnings.formatwarning
+
+    def formatted(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+        if _is_ours(filename):
+            return f"ctkernels: warning: {message}\n"
+        return before(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before

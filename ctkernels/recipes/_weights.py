@@ -1,0 +1,66 @@
+"""What a run trained, in a file of its own, and the record in the result by which a damaged file is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .._files import replacing
+
+
+def save_weights(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a .safetensors file. Returns its record: ``bytes`` and ``sha256``.
+
+    Raises:
+        OSError: the file cannot be written, as the disk is full, say.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        try:
+            save_file({name: value.contiguous() for name, value in state.items()}, temporary)
+        except SafetensorError as error:  # no OSError, though it is one
+            raise OSError(f"{path} cannot be written: {error}") from error
+        return _record(temporary)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged; the message names it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: expected a .safetensors file: {error}") from error
+
+
+def damage(path: Path, record: Mapping[str, Any] | None) -> str | None:
+    """Why the file is not the one that ``record`` is of; None if it is. Without a record it has to be readable."""
+    if not path.is_file():
+        return f"its weights, {path}, are gone"
+    if record is None:
+        try:
+            read_weights(path)
+        except ValueError as error:
+            return str(error)
+    elif _record(path) != record:
+        return f"its weights, {path}, are not those that it left"
+    return None
+
+
+def _record(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
