@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .ops import _backend, _check
+from .ops import _backend, _check, _memory
 from .ops._layout import NO_CHANNEL
 from .ops.attention.function import attention_head_edit
 from .ops.ctu import ACTIVATIONS
@@ -100,12 +100,6 @@ def ctu(
     static = (NO_CHANNEL if channel is None else channel, kind, raw, eps)
     if not inplace:
         return _CTU(inputs, static)
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
-        raise ValueError(f"ctu: inplace=True needs an x without overlapping elements, got strides {tuple(x.stride())}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        raise RuntimeError(
-            "ctu: inplace=True would overwrite x, which the backward pass needs; use inplace=False, or torch.no_grad()"
-        )
     return _CTU.call_(inputs, static)
 
 
@@ -230,15 +224,12 @@ def head_edit(
     inputs, static = (flat, *params), (flat.dim() - 1,)
     if not inplace:
         return restore(_HEAD_EDIT(inputs, static))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        raise RuntimeError(
-            "head_edit: inplace=True would overwrite z, which the backward pass needs; use inplace=False, or torch.no_grad()"
-        )
-    if flat.data_ptr() != z.data_ptr():
-        z.copy_(restore(_HEAD_EDIT(inputs, static)))
-    else:
+    _memory.refuse_self_overlap(op, "z", z)
+    if flat is z or (not torch.compiler.is_compiling() and torch._C._is_alias_of(flat, z)):  # type: ignore[attr-defined]
         _HEAD_EDIT.call_(inputs, static)
-    return z
+        return z
+    _HEAD_EDIT.refuse_gradient(inputs)
+    return z.copy_(restore(_HEAD_EDIT(inputs, static)))
 
 
 def _check_index(index: Tensor, z: Tensor) -> None:
