@@ -75,10 +75,10 @@ def overlaps_itself(shape: Sequence[int], strides: Sequence[int]) -> bool:
         reach += stride * (size - 1)
     if apart:
         return False
-    # Two elements differ first in dimension i, by 1 or more there and by any signed step in those after it.
+    # Two elements differ first in dimension i, by 1 or more there, and by any number of steps either way in those after it.
     for i, (stride, size) in enumerate(dims):
         later = [(s, 2 * n - 1) for s, n in dims[i + 1 :]]
-        if _reachable(sum(s * (n - 1) for s, n in dims[i + 1 :]) - stride, [(-stride, size - 1), *later]):
+        if _reachable(sum(s * (n - 1) for s, n in dims[i + 1 :]) - stride, [(stride, size - 1), *later]):
             return True
     return False
 

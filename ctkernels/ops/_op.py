@@ -394,12 +394,17 @@ def register(op: Op) -> Op:
 
     def writes(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
         _memory.count_write(op.name, op.inputs[0], args[0])
-        _OVERLOADS[op.name + "_"].redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+        with torch._C._AutoDispatchBelowADInplaceOrView():  # a kernel that copies into the tensor must not count that too
+            _OVERLOADS[op.name + "_"].redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
     def refuses(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
         op.refuse_gradient(args[:count])
         _OVERLOADS[op.name + "_"].redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
+    def negated(*args: Any) -> None:
+        args[0].copy_(_OVERLOADS[op.name](*args))
+
+    _LIBRARY.impl(op.name + "_", negated, "Negative")  # torch's own fallback takes an op that writes to return a tensor
     _LIBRARY.impl(op.name + "_", refuses, "Autograd", with_keyset=True)
     _LIBRARY.impl(op.name + "_", writes, "ADInplaceOrView", with_keyset=True)
     for suffix, implementation in (("", forward), ("_", forward_), ("_backward", backward)):
