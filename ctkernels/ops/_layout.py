@@ -41,7 +41,7 @@ def reduce(values: Tensor, param: Tensor, channel_dim: int) -> Tensor:
         kept.append(0)
     if channel_dim != NO_CHANNEL and count != 1:
         kept.append(channel_dim)
-        run = values.shape[channel_dim] // max(count, 1) or 1
+        run = values.shape[channel_dim] // max(count, 1)
     dims = [d for d in range(values.dim()) if d not in kept]
     total = values.sum(dims) if dims else values
     total = total.reshape(values.shape[0] // rows if rows != 1 else 1, rows, count, run)
