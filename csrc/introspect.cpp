@@ -19,13 +19,12 @@ PYBIND11_MODULE(_introspect, m) {
         const auto level = reinterpret_cast<const char* (*)()>(dlsym(handle, "ctk_simd_level"));
         dlclose(handle);
         if (!level) throw py::value_error(library + " does not export ctk_simd_level");
-        const char* name = level();
-        return name ? py::object(py::str(name)) : py::object(py::none());
+        return py::str(level());
       },
-      py::arg("library"), "SIMD level that the CPU kernels in `library` run at on this machine; None if it fits none.");
+      py::arg("library"), "SIMD level that the CPU kernels in `library` run at on this machine.");
   m.def("simd_levels", [] {
 #if defined(__x86_64__)
-    return py::make_tuple("avx2", "avx512");
+    return py::make_tuple("baseline", "avx2", "avx512");
 #else
     return py::make_tuple("baseline");
 #endif

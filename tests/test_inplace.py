@@ -53,12 +53,12 @@ def test_every_op_that_writes_is_tested() -> None:
     assert {f"ctkernels::{op.name}_" for op in OPS} == set(OVERLOADS)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "head_edit, heads apart"])
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "transposed"])
 def test_the_version_goes_up_by_one_where_the_kernel_works_on_a_copy(backend: str, layout: str, name: str) -> None:
-    if name == "head_edit, heads apart" and layout != "contiguous":
-        pytest.skip("views the tensor with heads of its own")
-    x = {"contiguous": torch.randn(4, 6), "sliced": torch.randn(4, 12)[:, ::2], "transposed": torch.randn(6, 4).T}[layout]
+    x = {"contiguous": torch.randn(4, 6), "sliced": torch.randn(4, 12)[:, ::2], "transposed": torch.randn(6, 4).T}[
+        layout
+    ]
     EVERY[name](x)
     assert x._version == 1
 
@@ -80,7 +80,9 @@ def test_inference_tensors(backend: str, name: str) -> None:
         EVERY[name](expected)
     before = x.clone()
     for write in (torch.relu_, EVERY[name]):
-        with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode is not allowed"):
+        with pytest.raises(
+            RuntimeError, match="Inplace update to inference tensor outside InferenceMode is not allowed"
+        ):
             write(x)
     assert torch.equal(x, before)
     normal = torch.ones(4, 6)
@@ -117,7 +119,9 @@ def test_forward_mode(backend: str) -> None:
 def test_the_bare_op_refuses_what_has_a_gradient(name: str) -> None:
     x = torch.randn(4, 6, requires_grad=True)
     before = x.detach().clone()
-    with pytest.raises(RuntimeError, match=r"inplace=True would overwrite (x|z|log_alpha), which the backward pass needs"):
+    with pytest.raises(
+        RuntimeError, match=r"inplace=True would overwrite (x|z|log_alpha), which the backward pass needs"
+    ):
         OVERLOADS[name](x)
     assert torch.equal(x, before)
     with torch.no_grad():
@@ -176,7 +180,9 @@ def test_a_steered_inplace_activation_does_not_hide_what_it_overwrites(beta: flo
 
 
 def _addresses(t: Tensor) -> list[int]:
-    where = torch.arange(t.untyped_storage().nbytes() // t.element_size()).as_strided(t.shape, t.stride(), t.storage_offset())
+    where = torch.arange(t.untyped_storage().nbytes() // t.element_size()).as_strided(
+        t.shape, t.stride(), t.storage_offset()
+    )
     return where.flatten().tolist()
 
 
@@ -198,7 +204,11 @@ def test_sharing_is_found_exactly() -> None:
     ]
     for x, t in itertools.product(views, views):
         expected = bool(set(_addresses(x)) & set(_addresses(t)))
-        assert _memory._share(x, t, t.data_ptr() - x.data_ptr()) == expected, (x.stride(), t.stride(), t.storage_offset())
+        assert _memory._share(x, t, t.data_ptr() - x.data_ptr()) == expected, (
+            x.stride(),
+            t.stride(),
+            t.storage_offset(),
+        )
 
 
 def _shifted() -> tuple[Tensor, dict]:
@@ -230,7 +240,9 @@ def test_an_argument_that_x_writes_over_is_refused(backend: str, case: str) -> N
     x, arguments = make()
     before = x.clone()
     name = "slope" if name == "negative_slope" else name
-    with pytest.raises(ValueError, match=rf"ctu: {name} must not share memory with x when inplace=True.* {name}\.clone\(\)"):
+    with pytest.raises(
+        ValueError, match=rf"ctu: {name} must not share memory with x when inplace=True.* {name}\.clone\(\)"
+    ):
         ctu(x, inplace=True, **arguments)
     assert torch.equal(x, before)
     assert x._version == 0
@@ -283,9 +295,15 @@ def test_a_residual_that_is_x(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_x_that_overlaps_itself_is_refused(backend: str) -> None:
-    for x in (torch.randn(1, 6).expand(4, 6), torch.randn(30).as_strided((4, 6), (3, 1)), torch.randn(9).unfold(0, 6, 1)):
+    for x in (
+        torch.randn(1, 6).expand(4, 6),
+        torch.randn(30).as_strided((4, 6), (3, 1)),
+        torch.randn(9).unfold(0, 6, 1),
+    ):
         before = x.clone()
-        with pytest.raises(ValueError, match=r"ctu: inplace=True needs x without overlapping elements, got shape .*\.clone\(\)"):
+        with pytest.raises(
+            ValueError, match=r"ctu: inplace=True needs x without overlapping elements, got shape .*\.clone\(\)"
+        ):
             ctu(x, 0.5, inplace=True)
         with pytest.raises(ValueError, match="head_edit: inplace=True needs z without overlapping elements"):
             head_edit(x, M, inplace=True)
@@ -327,15 +345,13 @@ def test_subclasses(backend: str) -> None:
     assert parameter._version == 1
 
 
-@pytest.mark.parametrize("bits", ["negative", "conjugate"])
-def test_lazy_negation(backend: str, bits: str) -> None:
-    pair = torch.randn(4, 6, dtype=torch.complex64)
-    view = pair.conj().imag if bits == "negative" else torch.view_as_real(pair.conj().resolve_conj())[..., 1]
-    assert view.is_neg() == (bits == "negative")
+def test_lazy_negation(backend: str) -> None:
+    view = torch.randn(4, 6, dtype=torch.complex64).conj().imag
+    assert view.is_neg()
     expected = ctu(view.clone(), 0.5)
     ctu(view, 0.5, inplace=True)
-    torch.testing.assert_close(view, expected, rtol=0, atol=0)
-    assert view._version >= 1
+    assert torch.equal(view, expected)
+    assert view._version == 1
 
 
 def test_a_forced_kernel_beside_the_dispatcher_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:

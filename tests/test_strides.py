@@ -16,14 +16,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("hypothesis", reason="needs the test extra")
-from hypothesis import HealthCheck, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-import ctkernels  # noqa: E402
-import ctkernels.fusion  # noqa: E402
-from ctkernels.functional import ctu, head_edit  # noqa: E402
-from ctkernels.ops import _backend, _layout  # noqa: E402
-from ctkernels.ops._op import OPS, Op  # noqa: E402
+import ctkernels
+import ctkernels.fusion
+from ctkernels.functional import ctu, head_edit
+from ctkernels.ops import _backend, _layout
+from ctkernels.ops._op import OPS, Op
 
 # An implementation is in force for all examples.
 quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -166,7 +166,9 @@ def test_results_of_the_head_edit(implementation: str, data: st.DataObject) -> N
 @given(data=st.data())
 def test_results_of_gates(implementation: str, data: st.DataObject) -> None:
     log_alpha = data.draw(views()).to(data.draw(st.sampled_from([torch.float32, torch.float64])))
-    noise, mode = data.draw(st.sampled_from([(None, 1), (None, 2), (torch.rand(log_alpha.shape).to(log_alpha.dtype), 0)]))
+    noise, mode = data.draw(
+        st.sampled_from([(None, 1), (None, 2), (torch.rand(log_alpha.shape).to(log_alpha.dtype), 0)])
+    )
     op = next(op for op in OPS if op.name == "hard_concrete")
     _agree(op, (log_alpha, noise), (-1, mode, 0.33, -0.1, 1.1), torch.randn(log_alpha.shape).to(log_alpha.dtype))
 
@@ -215,7 +217,11 @@ def _images(data: st.DataObject) -> Tensor:
     batch, channels = data.draw(st.sampled_from([0, 1, 2])), data.draw(st.sampled_from([1, 2, 4]))
     size = [data.draw(st.sampled_from([1, 3, 6])) for _ in range(2)]
     x = torch.randn(batch, channels, *size)
-    layouts = [x, x.contiguous(memory_format=torch.channels_last), torch.randn(batch, *size, 2 * channels)[..., ::2].movedim(-1, 1)]
+    layouts = [
+        x,
+        x.contiguous(memory_format=torch.channels_last),
+        torch.randn(batch, *size, 2 * channels)[..., ::2].movedim(-1, 1),
+    ]
     return data.draw(st.sampled_from([*layouts, x.transpose(2, 3)]))
 
 
@@ -232,7 +238,11 @@ def test_results_of_a_frozen_convolution(data: st.DataObject) -> None:
         y = ops.frozen_conv(x, *frozen, *geometry, True)
         last = x.is_contiguous(memory_format=torch.channels_last)
         dy = torch.randn(y.shape)
-        found = [y, ops.frozen_conv(x, *frozen, *geometry, False), ops.frozen_conv_backward(dy, x.shape, last, *frozen, *geometry)]
+        found = [
+            y,
+            ops.frozen_conv(x, *frozen, *geometry, False),
+            ops.frozen_conv_backward(dy, x.shape, last, *frozen, *geometry),
+        ]
         with FakeTensorMode() as mode:
             fakes = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in frozen]
             fake = mode.from_tensor(x)

@@ -394,7 +394,9 @@ def register(op: Op) -> Op:
 
     def writes(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
         _memory.count_write(op.name, op.inputs[0], args[0])
-        with torch._C._AutoDispatchBelowADInplaceOrView():  # a kernel that copies into the tensor must not count that too
+        with (
+            torch._C._AutoDispatchBelowADInplaceOrView()
+        ):  # a kernel that copies into the tensor must not count that too
             _OVERLOADS[op.name + "_"].redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
     def refuses(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
