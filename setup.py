@@ -28,6 +28,7 @@ TARGET = "0x020b000000000000"  # the oldest LibTorch the binary must load in: 2.
 # The block kernels are compiled once per SIMD level; the widest one that the machine has is picked at run time.
 LEVELS = {
     "x86_64": {
+        "baseline": [],
         "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
         "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mbmi2",
                    "-mprefer-vector-width=512"],

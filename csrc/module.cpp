@@ -14,7 +14,7 @@ CTK_EXPORT const char* ctk_compiler() { return __VERSION__; }
 
 CTK_EXPORT const char* ctk_simd_levels() {
 #if defined(__x86_64__)
-  return "avx2 avx512";
+  return "baseline avx2 avx512";
 #else
   return "baseline";
 #endif

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .ops import _backend, _check
+from .ops import _backend, _check, _memory
 from .ops._layout import NO_CHANNEL
 from .ops.attention.function import attention_head_edit
 from .ops.ctu import ACTIVATIONS
@@ -56,7 +57,9 @@ def ctu(
         negative_slope: of ``leaky_relu`` and ``prelu``; a number or a tensor as ``beta`` (learned slopes).
         scale, shift: per-channel (or size-1) tensors of the affine map before the unit, a folded BatchNorm say.
         residual: tensor of ``x``'s shape added before the unit.
-        inplace: write the result over ``x``. Not possible where a gradient is needed: the backward pass starts from ``x``.
+        inplace: write the result over ``x``, as torch's in-place operations do: autograd notices. Not possible where a gradient
+            is needed (the backward pass starts from ``x``), nor where ``x`` overlaps itself or another argument's memory;
+            ``residual`` may be ``x``.
         eps: added to 1 - beta. The official implementation has 1e-6 there; 0 here.
 
     Returns:
@@ -66,20 +69,20 @@ def ctu(
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range.
-        RuntimeError: for ``inplace=True`` where a gradient is needed.
+        RuntimeError: for ``inplace=True`` where a gradient is needed, or on an inference tensor outside of inference mode.
 
     Example:
         >>> y = ctkernels.functional.ctu(x, 0.9)                                # one knob for all
         >>> y = ctkernels.functional.ctu(x, beta, coeff, channel_dim=1)          # a knob per channel
     """
     _check.tensor("ctu", "x", x)
-    kind = ACTIVATIONS.get(activation, -1)
+    kind = ACTIVATIONS.get(activation, -1) if isinstance(activation, str) else -1
     if kind < 0:
         _check.choice("ctu", "activation", activation, ACTIVATIONS)
     channel = None if channel_dim is None else _check.dimension("ctu", "channel_dim", channel_dim, x)
     eps = _check.number("ctu", "eps", eps)
-    if eps < 0:
-        raise ValueError(f"ctu: eps must not be negative, got {eps}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"ctu: eps must be finite and not negative, got {eps}")
     beta = _knob("beta", beta, x, channel, raw)
     coeff = _knob("coeff", coeff, x, channel, raw)
     slope = _param("negative_slope", negative_slope, x, channel) if kind == 1 else None
@@ -100,12 +103,6 @@ def ctu(
     static = (NO_CHANNEL if channel is None else channel, kind, raw, eps)
     if not inplace:
         return _CTU(inputs, static)
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
-        raise ValueError(f"ctu: inplace=True needs an x without overlapping elements, got strides {tuple(x.stride())}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        raise RuntimeError(
-            "ctu: inplace=True would overwrite x, which the backward pass needs; use inplace=False, or torch.no_grad()"
-        )
     return _CTU.call_(inputs, static)
 
 
@@ -138,7 +135,7 @@ def _param(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None,
 
 
 def _number(value: float, x: Tensor) -> Tensor:
-    """``value`` on x's device; in float64, so that 1 - beta keeps every digit the user wrote."""
+    """``value`` on x's device, in the widest dtype there: then 1 - beta keeps every digit the user wrote."""
     if (
         x.is_cpu
         and not torch.compiler.is_compiling()
@@ -146,7 +143,7 @@ def _number(value: float, x: Tensor) -> Tensor:
         and torch._C._len_torch_dispatch_stack() == 0
     ):
         return _kept_number(value)
-    return torch.scalar_tensor(value, dtype=torch.float64, device=x.device)
+    return torch.scalar_tensor(value, dtype=_backend.scalar_dtype(x.device), device=x.device)
 
 
 @lru_cache(maxsize=256)
@@ -181,7 +178,8 @@ def head_edit(
         head_axis: the axis of ``z`` that holds the heads, for layouts that the shape alone does not tell.
         index: (B,) integers that give each sample, along dimension 0 of ``z``, its own edit: then ``m`` and ``a`` are
             (A, H, D), the gates (A, H), and sample b uses row ``index[b]``.
-        inplace: write the result over ``z``. Not possible where a gradient is needed.
+        inplace: write the result over ``z``, as torch's in-place operations do: autograd notices. Not possible where a gradient
+            is needed, nor where ``z`` overlaps itself or another argument's memory.
 
     Returns:
         A tensor of ``z``'s shape and dtype. Arithmetic is float32 (float64 for float64). Differentiable in z, m, a, g_m and
@@ -189,7 +187,7 @@ def head_edit(
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or device.
-        RuntimeError: for ``inplace=True`` where a gradient is needed.
+        RuntimeError: for ``inplace=True`` where a gradient is needed, or on an inference tensor outside of inference mode.
 
     Example:
         >>> z = ctkernels.functional.head_edit(z, m, a, g_m, g_a)                  # z: (batch, tokens, heads * head_dim)
@@ -230,15 +228,12 @@ def head_edit(
     inputs, static = (flat, *params), (flat.dim() - 1,)
     if not inplace:
         return restore(_HEAD_EDIT(inputs, static))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        raise RuntimeError(
-            "head_edit: inplace=True would overwrite z, which the backward pass needs; use inplace=False, or torch.no_grad()"
-        )
-    if flat.data_ptr() != z.data_ptr():
-        z.copy_(restore(_HEAD_EDIT(inputs, static)))
-    else:
+    _memory.refuse_self_overlap(op, "z", z)
+    if flat is z or (not torch.compiler.is_compiling() and torch._C._is_alias_of(flat, z)):  # type: ignore[attr-defined]
         _HEAD_EDIT.call_(inputs, static)
-    return z
+        return z
+    _HEAD_EDIT.refuse_gradient(inputs)
+    return z.copy_(restore(_HEAD_EDIT(inputs, static)))
 
 
 def _check_index(index: Tensor, z: Tensor) -> None:
@@ -395,9 +390,11 @@ def expected_l0(log_alpha: Tensor, *, temperature: float = 0.33, stretch: tuple[
 
 
 def _stretch(op: str, temperature: float, stretch: tuple[float, float]) -> tuple[float, float]:
-    if not _check.number(op, "temperature", temperature) > 0:
-        raise ValueError(f"{op}: temperature must be positive, got {temperature}")
+    if not 0 < _check.number(op, "temperature", temperature) < math.inf:
+        raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
+    if not isinstance(stretch, (tuple, list)) or len(stretch) != 2:
+        raise ValueError(f"{op}: stretch must be a pair (low, high), got {stretch!r}")
     low, high = (_check.number(op, "stretch", v) for v in stretch)
-    if not (low < 0 and high > 1):
+    if not -math.inf < low < 0 or not 1 < high < math.inf:
         raise ValueError(f"{op}: stretch must be (low, high) with low < 0 and high > 1, got {stretch}")
     return low, high

@@ -176,12 +176,40 @@ def test_env_command_knows_the_build(capsys: pytest.CaptureFixture[str]) -> None
     assert "hard_concrete cpu   float64" in capsys.readouterr().out
 
 
-def test_a_machine_without_avx2_uses_the_reference() -> None:
-    code = "import torch, ctkernels; print(ctkernels.explain(torch.randn(2))); ctkernels.functional.ctu(torch.randn(3), 0.9)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
+@pytest.mark.skipif(_backend.NATIVE is None, reason="no native kernels here")
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_cpu_has_kernels(capability: str) -> None:
+    """Torch calls whatever has no AVX2 "default": old x86, ARM. The kernels for those are as right as the others."""
+    code = """
+import torch, ctkernels
+from ctkernels.cli import env
+x, beta = torch.randn(5, 3, 40), torch.rand(3)
+print(ctkernels.explain(x))
+with ctkernels.use_backend("reference"):
+    expected = ctkernels.functional.ctu(x, beta, channel_dim=1)
+torch.testing.assert_close(ctkernels.functional.ctu(x, beta, channel_dim=1), expected)
+print("level:", env.describe()["native"].get("simd_level_used"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "reference  used" in done.stdout
+    assert "cpu        used" in done.stdout
+    if capability == "default" and "level: None" not in done.stdout:
+        assert "level: baseline" in done.stdout
+
+
+def test_compiled_modules_are_found_by_the_names_that_python_imports(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "ctkernels"
+    monkeypatch.setattr(_backend, "__file__", str(package / "ops/_backend.py"))
+    (package / "ops").mkdir(parents=True)
+    assert not _backend.built("_C")
+    (package / "_C.cp311-win_amd64.pyd").touch()
+    assert not _backend.built("_C")
+    monkeypatch.setattr(_backend, "EXTENSION_SUFFIXES", [".cp311-win_amd64.pyd", ".pyd"])
+    assert _backend.built("_C")
+    assert not _backend.built("_cuda")
 
 
 def test_importing_the_package_imports_torch_alone() -> None:

@@ -60,9 +60,9 @@ struct CtuArgs {
 Tensor ctu(Tensor x, Tensor beta, Tensor coeff, std::optional<Tensor> slope, std::optional<Tensor> scale,
            std::optional<Tensor> shift, std::optional<Tensor> residual, int64_t channel_dim, int64_t kind, bool raw, double eps) {
   CtuArgs a(x, beta, coeff, slope, scale, shift, residual, channel_dim, kind, raw, eps);
-  Tensor y = torch::stable::empty_like(a.x);
+  Tensor y = result_like(a.x);
   forward(a.op, a.in, y.mutable_data_ptr());
-  return y;
+  return conform(y, x);
 }
 
 void ctu_(Tensor x, Tensor beta, Tensor coeff, std::optional<Tensor> slope, std::optional<Tensor> scale,
@@ -83,15 +83,17 @@ std::vector<Tensor> ctu_backward(Tensor dy, Tensor x, Tensor beta, Tensor coeff,
   const bool need_x = needs >> kNeedX & 1, need_residual = needs >> kNeedResidual & 1;
   std::vector<Tensor> grads;
   Gradients out;
-  const auto allocate = [&](const Tensor& like, void*& slot) {
-    grads.push_back(torch::stable::empty_like(like));
+  const auto allocate = [&](Tensor grad, void*& slot) {
+    grads.push_back(std::move(grad));
     slot = grads.back().mutable_data_ptr();
   };
-  if (need_x) allocate(a.x, out.dx);
+  if (need_x) allocate(result_like(a.x), out.dx);
   for (int i = 0; i < kCtuParams; ++i)
-    if (needs >> (kNeedParams + i) & 1) allocate(*a.params[i], out.params[i]);
-  if (need_residual) allocate(a.x, out.dresidual);
+    if (needs >> (kNeedParams + i) & 1) allocate(contiguous_like(*a.params[i]), out.params[i]);
+  if (need_residual) allocate(result_like(a.x), out.dresidual);
   backward(a.op, a.in, dy.const_data_ptr(), out);
+  if (need_x) grads.front() = conform(grads.front(), x);
+  if (need_residual) grads.back() = conform(grads.back(), x);
   return grads;
 }
 
@@ -125,9 +127,9 @@ struct HeadEditArgs {
 Tensor head_edit(Tensor z, std::optional<Tensor> m, std::optional<Tensor> a, std::optional<Tensor> g_m,
                  std::optional<Tensor> g_a, int64_t channel_dim) {
   HeadEditArgs args(z, m, a, g_m, g_a, channel_dim);
-  Tensor y = torch::stable::empty_like(args.z);
+  Tensor y = result_like(args.z);
   forward(args.op, args.in, y.mutable_data_ptr());
-  return y;
+  return conform(y, z);
 }
 
 void head_edit_(Tensor z, std::optional<Tensor> m, std::optional<Tensor> a, std::optional<Tensor> g_m,
@@ -144,14 +146,15 @@ std::vector<Tensor> head_edit_backward(Tensor dy, Tensor z, std::optional<Tensor
   dy = laid_out_like(dy, args.z);
   std::vector<Tensor> grads;
   Gradients out;
-  const auto allocate = [&](const Tensor& like, void*& slot) {
-    grads.push_back(torch::stable::empty_like(like));
+  const auto allocate = [&](Tensor grad, void*& slot) {
+    grads.push_back(std::move(grad));
     slot = grads.back().mutable_data_ptr();
   };
-  if (needs & 1) allocate(args.z, out.dx);
+  if (needs & 1) allocate(result_like(args.z), out.dx);
   for (int i = 0; i < kHeadEditParams; ++i)
-    if (needs >> (1 + i) & 1) allocate(*args.params[i], out.params[i]);
+    if (needs >> (1 + i) & 1) allocate(contiguous_like(*args.params[i]), out.params[i]);
   backward(args.op, args.in, dy.const_data_ptr(), out);
+  if (needs & 1) grads.front() = conform(grads.front(), z);
   return grads;
 }
 
@@ -196,10 +199,10 @@ struct GateArgs {
 Tensor hard_concrete(Tensor log_alpha, std::optional<Tensor> noise, int64_t, int64_t mode, double temperature, double low,
                      double high) {
   GateArgs a(log_alpha, noise, mode, temperature, low, high);
-  Tensor g = torch::stable::empty_like(a.log_alpha);
+  Tensor g = result_like(a.log_alpha);
   const Reals out(g);
   for_gates(a.log_alpha.numel(), [&](int64_t i) { out.set(i, a.at(i).value); });
-  return g;
+  return conform(g, log_alpha);
 }
 
 void hard_concrete_(Tensor log_alpha, std::optional<Tensor> noise, int64_t channel_dim, int64_t mode, double temperature,
@@ -215,12 +218,13 @@ std::vector<Tensor> hard_concrete_backward(Tensor dy, Tensor log_alpha, std::opt
   std::vector<Tensor> grads;
   for (int input = 0; input < 2; ++input) {
     if (!(needs >> input & 1)) continue;
-    grads.push_back(torch::stable::empty_like(a.log_alpha));
-    const Reals out(grads.back());
+    Tensor grad = result_like(a.log_alpha);
+    const Reals out(grad);
     for_gates(a.log_alpha.numel(), [&](int64_t i) {
       const GateValue v = a.at(i);
       out.set(i, upstream.get(i) * (input == 0 ? v.slope : v.noise_slope));
     });
+    grads.push_back(conform(grad, log_alpha));
   }
   return grads;
 }

@@ -91,7 +91,7 @@ struct BlockTable {
   }
 };
 
-// The best table this machine can run, or null where none of the compiled levels fits it.
+// The best table this machine can run.
 const BlockTable* block_table();
 
 }  // namespace ctk::cpu

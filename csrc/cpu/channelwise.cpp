@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include "plan.h"
 
@@ -29,6 +30,21 @@ char* at(void* p, int64_t i, int64_t size) { return static_cast<char*>(p) + i * 
 const char* offset(const void* p, int64_t i, int64_t size) { return p ? at(p, i, size) : nullptr; }
 char* offset(void* p, int64_t i, int64_t size) { return p ? at(p, i, size) : nullptr; }
 
+// Staging buffers of one thread, on the heap: a worker's stack may be as small as 16 KiB (OMP_STACKSIZE).
+template <class T>
+class Buffers {
+ public:
+  explicit Buffers(int count) : data_(count ? static_cast<T*>(::operator new(count * kBlock * sizeof(T), kAlignment)) : nullptr) {}
+  T* operator[](int i) const { return data_.get() + i * kBlock; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, kAlignment); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
 // Values in the compute type: in place where the tensor already has it, else converted into `buffer`.
 template <class T>
 const T* staged(const void* from, int64_t offset, DType t, bool direct, const Staging<T>& stage, T* buffer, int64_t n) {
@@ -55,7 +71,8 @@ void forward_as(const Op& op, const Operands& in, void* y) {
   const Runs runs = runs_of(!whole && (!direct || prologue || in_place), ops.rows);
   const int64_t size = size_of(in.dtype);
   for_units(plan, [&](int64_t begin, int64_t end) {
-    alignas(64) T x_buffer[kBlock], r_buffer[kBlock], w_buffer[kBlock], y_buffer[kBlock];
+    const Buffers<T> buffers(whole ? 0 : 4);
+    T *const x_buffer = buffers[0], *const r_buffer = buffers[1], *const w_buffer = buffers[2], *const y_buffer = buffers[3];
     for_runs(plan, runs, in.view, k, ops.fields, prologue, begin, end, [&](const Run<T>& run, int64_t) {
       char* out = at(y, run.offset, size);
       if constexpr (sizeof(T) == 4) {
@@ -113,7 +130,9 @@ void backward_as(const Op& op, const Operands& in, const void* dy, const Gradien
   else if (any_sums) slots.reset(new double[plan.units * sums]());
 
   for_units(plan, [&](int64_t begin, int64_t end) {
-    alignas(64) T x_buffer[kBlock], r_buffer[kBlock], w_buffer[kBlock], dy_buffer[kBlock], g_buffer[kBlock], dx_buffer[kBlock];
+    const Buffers<T> buffers(whole ? 0 : 6);
+    T *const x_buffer = buffers[0], *const r_buffer = buffers[1], *const w_buffer = buffers[2];
+    T *const dy_buffer = buffers[3], *const g_buffer = buffers[4], *const dx_buffer = buffers[5];
     LaneSums<T> lanes(sums, plan.length, lane_sums ? slots.get() : nullptr);
     for_runs(plan, runs, v, k, ops.fields, prologue, begin, end, [&](const Run<T>& run, int64_t unit) {
       if (lane_sums && run.lane == 0) lanes.expect(unit, run.rows);

@@ -73,8 +73,9 @@ void for_units(const Plan& p, const F& f) {
   else torch::stable::parallel_for(0, p.units, grain, f);
 }
 
-// Channels whose parameters are read at once.
-constexpr int64_t kChannelBlock = 64;
+// Channels whose parameters are read at once: what is made of them, a value per channel, constant and sum, is on the stack,
+// which may be as small as 16 KiB (OMP_STACKSIZE).
+constexpr int64_t kChannelBlock = 16;
 
 // f(begin, end) over blocks of channels: on several threads where there are many and each takes some hundred instructions.
 template <class F>

@@ -1,30 +1,41 @@
 #include "block.h"
 
+#include <cstdlib>
+#include <string_view>
+
 namespace ctk::cpu {
 
+extern const BlockTable baseline;
 #if defined(__x86_64__)
 extern const BlockTable avx2, avx512;
+#endif
+
+namespace {
+
+// The widest level that this machine has, and that torch's own switch, ATEN_CPU_CAPABILITY, does not hide.
+const BlockTable* widest() {
+#if defined(__x86_64__)
+  const char* given = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view most = given ? given : "";
+  if (most == "default") return &baseline;
+  __builtin_cpu_init();
+  if (most != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return &avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return &avx2;
+#endif
+  return &baseline;
+}
+
+}  // namespace
 
 const BlockTable* block_table() {
-  static const BlockTable* const best = [] {
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-      return &avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return &avx2;
-    return static_cast<const BlockTable*>(nullptr);
-  }();
+  static const BlockTable* const best = widest();
   return best;
 }
-#else
-extern const BlockTable baseline;
-
-const BlockTable* block_table() { return &baseline; }
-#endif
 
 }  // namespace ctk::cpu
 
 extern "C" __attribute__((visibility("default"))) const char* ctk_simd_level() {
-  const auto* table = ctk::cpu::block_table();
-  return table ? table->name : nullptr;
+  return ctk::cpu::block_table()->name;
 }

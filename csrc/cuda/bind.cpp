@@ -71,7 +71,7 @@ DType dtype_of(const Tensor& t) {
 
 // The arguments of a channelwise op: x first, then parameters, then perhaps a residual.
 struct Call {
-  Tensor x;
+  Tensor given, x;  // x: `given`, or a contiguous copy of it
   std::vector<std::optional<Tensor>> params;
   std::optional<Tensor> residual;
   Op op;
@@ -79,7 +79,7 @@ struct Call {
 
   Call(Op op_, Tensor x_, std::vector<std::optional<Tensor>> params_, const double* fallback, std::optional<Tensor> residual_,
        int64_t channel_dim)
-      : x(std::move(x_)), params(std::move(params_)), residual(std::move(residual_)), op(op_) {
+      : given(x_), x(std::move(x_)), params(std::move(params_)), residual(std::move(residual_)), op(op_) {
     bool shared = true, per_group = false;
     for (size_t i = 0; i < params.size(); ++i) {
       in.params[i] = param_of(params[i], fallback[i]);
@@ -103,14 +103,14 @@ struct Call {
   bool empty() const { return in.view.numel() == 0; }
 
   Tensor run_forward() {
-    Tensor y = torch::stable::empty_like(x);
+    Tensor y = result_like(x);
     if (empty()) return y;
     TorchDevice device(x);
     forward(op, in, y.mutable_data_ptr(), device);
-    return y;
+    return conform(y, given);
   }
 
-  void run_forward_over(Tensor given) {
+  void run_forward_over() {
     if (empty()) return;
     TorchDevice device(x);
     forward(op, in, x.mutable_data_ptr(), device);
@@ -121,20 +121,23 @@ struct Call {
   std::vector<Tensor> run_backward(Tensor dy, int64_t needs) {
     std::vector<Tensor> grads;
     Gradients out;
-    const auto allocate = [&](size_t bit, const Tensor& like, void*& slot) {
-      if (!(needs >> bit & 1)) return;
-      grads.push_back(torch::stable::empty_like(like));
+    const auto wanted = [&](size_t bit) { return needs >> bit & 1; };
+    const auto allocate = [&](Tensor grad, void*& slot) {
+      grads.push_back(std::move(grad));
       slot = grads.back().mutable_data_ptr();
       if (empty()) torch::stable::zero_(grads.back());
     };
-    allocate(0, x, out.dx);
+    if (wanted(0)) allocate(result_like(x), out.dx);
     for (size_t i = 0; i < params.size(); ++i)
-      if (params[i]) allocate(1 + i, *params[i], out.params[i]);
-    if (residual) allocate(1 + params.size(), x, out.dresidual);
+      if (params[i] && wanted(1 + i)) allocate(contiguous_like(*params[i]), out.params[i]);
+    const bool for_residual = residual && wanted(1 + params.size());
+    if (for_residual) allocate(result_like(x), out.dresidual);
     if (empty() || grads.empty()) return grads;
     dy = laid_out_like(dy, x);
     TorchDevice device(x);
     backward(op, in, dy.const_data_ptr(), out, device);
+    if (wanted(0)) grads.front() = conform(grads.front(), given);
+    if (for_residual) grads.back() = conform(grads.back(), given);
     return grads;
   }
 };
@@ -154,7 +157,7 @@ Tensor ctu(Tensor x, Tensor beta, Tensor coeff, std::optional<Tensor> slope, std
 
 void ctu_(Tensor x, Tensor beta, Tensor coeff, std::optional<Tensor> slope, std::optional<Tensor> scale,
           std::optional<Tensor> shift, std::optional<Tensor> residual, int64_t channel_dim, int64_t kind, bool raw, double eps) {
-  ctu_call(x, beta, coeff, slope, scale, shift, residual, channel_dim, kind, raw, eps).run_forward_over(x);
+  ctu_call(x, beta, coeff, slope, scale, shift, residual, channel_dim, kind, raw, eps).run_forward_over();
 }
 
 std::vector<Tensor> ctu_backward(Tensor dy, Tensor x, Tensor beta, Tensor coeff, std::optional<Tensor> slope,
@@ -178,7 +181,7 @@ Tensor head_edit(Tensor z, std::optional<Tensor> m, std::optional<Tensor> a, std
 
 void head_edit_(Tensor z, std::optional<Tensor> m, std::optional<Tensor> a, std::optional<Tensor> g_m,
                 std::optional<Tensor> g_a, int64_t channel_dim) {
-  head_edit_call(z, m, a, g_m, g_a, channel_dim).run_forward_over(z);
+  head_edit_call(z, m, a, g_m, g_a, channel_dim).run_forward_over();
 }
 
 std::vector<Tensor> head_edit_backward(Tensor dy, Tensor z, std::optional<Tensor> m, std::optional<Tensor> a,
@@ -215,12 +218,12 @@ struct GateCall {
 Tensor hard_concrete(Tensor log_alpha, std::optional<Tensor> noise, int64_t, int64_t mode, double temperature, double low,
                      double high) {
   GateCall call(log_alpha, noise, mode, temperature, low, high);
-  Tensor g = torch::stable::empty_like(call.log_alpha);
+  Tensor g = result_like(call.log_alpha);
   if (call.args.n == 0) return g;
   call.args.value = g.mutable_data_ptr();
   TorchDevice device(call.log_alpha);
   gates_forward(call.is_double, call.args, device);
-  return g;
+  return conform(g, log_alpha);
 }
 
 void hard_concrete_(Tensor log_alpha, std::optional<Tensor> noise, int64_t channel_dim, int64_t mode, double temperature,
@@ -236,13 +239,14 @@ std::vector<Tensor> hard_concrete_backward(Tensor dy, Tensor log_alpha, std::opt
   void** const outputs[] = {&call.args.d_log_alpha, &call.args.d_noise};
   for (int input = 0; input < 2; ++input) {
     if (!(needs >> input & 1)) continue;
-    grads.push_back(torch::stable::empty_like(call.log_alpha));
+    grads.push_back(result_like(call.log_alpha));
     *outputs[input] = grads.back().mutable_data_ptr();
   }
   if (call.args.n == 0 || grads.empty()) return grads;
   call.args.dy = dy.const_data_ptr();
   TorchDevice device(call.log_alpha);
   gates_backward(call.is_double, call.args, device);
+  for (Tensor& grad : grads) grad = conform(grad, log_alpha);
   return grads;
 }
 

@@ -12,6 +12,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
@@ -22,13 +23,15 @@ OPS = ("ctu", "head_edit", "hard_concrete")  # served by a backend each call; at
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def built(module: str) -> bool:
+    """Whether a compiled module of this package is there, under any name that this Python imports: Windows has its own."""
+    return any((Path(__file__).parent.parent / (module + suffix)).exists() for suffix in EXTENSION_SUFFIXES)
+
+
 def _load_native() -> tuple[ModuleType | None, str | None]:
     """The compiled CPU kernels, or why they are not there. Loading them registers them with the dispatcher."""
-    if not list(Path(__file__).parent.parent.glob("_C.*so")):
+    if not built("_C"):
         return None, "not built (CTKERNELS_BUILD=none, or no C++ compiler when the package was installed)"
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability == "DEFAULT":
-        return None, "this machine has no AVX2 (or ATEN_CPU_CAPABILITY hides it)"
     from ctkernels import _C  # type: ignore[attr-defined]
 
     return _C, None
@@ -143,6 +146,13 @@ def choose(x: Tensor) -> Backend:
             raise RuntimeError(f"backend {_forced!r} was forced but cannot serve this tensor: {refusal}")
         return BACKENDS[_forced]
     return next(b for b in BACKENDS.values() if b.refusal(x) is None)
+
+
+def scalar_dtype(device: torch.device) -> torch.dtype:
+    """What numbers become on a device: float64, so that 1 - beta keeps every digit, float32 where there is no such thing."""
+    if device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64):
+        return torch.float32
+    return torch.float64
 
 
 def forced_refusal(x: Tensor) -> None:

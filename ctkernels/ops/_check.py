@@ -17,6 +17,8 @@ def tensor(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in _FLOATING:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {_name(value.dtype)}")
+    if value.is_nested:
+        raise TypeError(f"{op}: {name} must be a strided tensor, got a nested one; pad it, or give it part by part")
     if value.layout != torch.strided:
         raise TypeError(
             f"{op}: {name} must be a strided tensor, got {_name(value.layout)}; convert it with .to_dense()"
@@ -38,6 +40,8 @@ def dimension(op: str, name: str, value: Any, x: Tensor) -> int:
     """``value`` as a non-negative dimension of ``x``."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if x.dim() == 0:
+        raise ValueError(f"{op}: {name} must be None for an x without dimensions, got {value}")
     if not -x.dim() <= value < x.dim():
         raise ValueError(
             f"{op}: {name} must be between {-x.dim()} and {x.dim() - 1} for x of {x.dim()} dimensions, got {value}"
@@ -53,11 +57,14 @@ def unit_interval(op: str, name: str, value: float) -> None:
 def number(op: str, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an int of more than 308 digits
+        raise ValueError(f"{op}: {name} must be a number that float64 can hold, got an int beyond it") from None
 
 
 def choice(op: str, name: str, value: Any, allowed: Any) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 

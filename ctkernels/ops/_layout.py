@@ -41,7 +41,7 @@ def reduce(values: Tensor, param: Tensor, channel_dim: int) -> Tensor:
         kept.append(0)
     if channel_dim != NO_CHANNEL and count != 1:
         kept.append(channel_dim)
-        run = values.shape[channel_dim] // max(count, 1) or 1
+        run = values.shape[channel_dim] // max(count, 1)
     dims = [d for d in range(values.dim()) if d not in kept]
     total = values.sum(dims) if dims else values
     total = total.reshape(values.shape[0] // rows if rows != 1 else 1, rows, count, run)
@@ -49,15 +49,27 @@ def reduce(values: Tensor, param: Tensor, channel_dim: int) -> Tensor:
 
 
 def result_like(x: Tensor) -> Tensor:
-    """An uninitialised result for ``x``: its own strides where it is dense, contiguous where it is not."""
-    dense = torch._prims_common.is_non_overlapping_and_dense_or_false(x)
-    return torch.empty_like(x) if dense else torch.empty_like(x, memory_format=torch.contiguous_format)
+    """An uninitialised result for ``x``: its own strides where it is dense, contiguous where it is not, or is empty.
+
+    Compilers take every result and every elementwise gradient to have these strides: the fakes say so. ``result_like`` of
+    csrc/bind.h is the same for compiled kernels."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    if guard_or_false(x.numel() == 0) or not torch._prims_common.is_non_overlapping_and_dense_or_false(x):
+        return x.new_empty(x.shape)
+    return x.new_empty_strided(x.shape, x.stride())
+
+
+def parameter_like(param: Tensor) -> Tensor:
+    """An uninitialised gradient of a parameter: contiguous."""
+    return param.new_empty(param.shape)
 
 
 def conform(value: Tensor, x: Tensor) -> Tensor:
     """``value`` with the strides of :func:`result_like` (``x``)."""
     out = result_like(x)
-    return value if value.stride() == out.stride() else out.copy_(value)
+    same = all(a == b or size == 1 for size, a, b in zip(x.shape, value.stride(), out.stride()))
+    return value if same else out.copy_(value)
 
 
 def groups_first(
@@ -141,4 +153,4 @@ def laid_out_like(t: Tensor, x: Tensor) -> Tensor:
     """``t`` with the strides of the dense ``x``: itself, or a copy."""
     if all(size == 1 or a == b for size, a, b in zip(x.shape, t.stride(), x.stride())):
         return t
-    return torch.empty_like(x).copy_(t)
+    return x.new_empty_strided(x.shape, x.stride()).copy_(t)

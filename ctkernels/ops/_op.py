@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _backend, _layout
+from . import _backend, _layout, _memory
 
 Inputs = tuple[Tensor | None, ...]
 Static = tuple[Any, ...]
@@ -80,7 +81,7 @@ class Op:
             out[same[0]] = out[same[1]]
         return out
 
-    @property
+    @cached_property
     def elementwise_flags(self) -> tuple[bool, ...]:
         return tuple(name in self.elementwise for name in self.inputs)
 
@@ -96,10 +97,19 @@ class Op:
     def forward_(self, inputs: Inputs, static: Static) -> None:
         x = inputs[0]
         assert x is not None
-        if _backend.reference_wanted(x):
-            x.copy_(self.reference_forward(inputs, static))
+        if torch.compiler.is_compiling():
+            if _backend.reference_forced():
+                x.copy_(self.reference_forward(inputs, static))
+            else:
+                self._packet("_")(*inputs, *static)
             return
-        self._packet("_")(*inputs, *static)
+        # What the dispatcher op would do first, without the detour through its Python code.
+        _memory.count_write(self.name, self.inputs[0], x)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            if _backend.reference_wanted(x):
+                x.copy_(self.reference_forward(inputs, static))
+            else:
+                self._packet("_")(*inputs, *static)
 
     def backward(self, dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
         if _backend.reference_wanted(dy):
@@ -128,7 +138,9 @@ class Op:
         """The reference gradients, with the strides that every backend's have."""
         assert inputs[0] is not None
         grads, flags = self.reference_backward(dy, inputs, static, needs), self.elementwise_flags
-        return [_layout.conform(g, inputs[0]) if flags[i] else g for i, g in zip(self.wanted(needs), grads)]
+        return [
+            _layout.conform(g, inputs[0]) if flags[i] else g.contiguous() for i, g in zip(self.wanted(needs), grads)
+        ]
 
     # ---- the call ---------------------------------------------------------------------------------------------------
 
@@ -142,17 +154,39 @@ class Op:
             if _forward_modes() > 1:  # a Function's jvp is called once, and the outer derivative of it would be lost
                 return self.composed_forward(inputs, static)
             return _Forward.apply(self, static, *inputs)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        if _wants_gradient(inputs):
             return _ReverseMode.apply(self, static, *inputs)
         return self.forward(inputs, static)
 
     def call_(self, inputs: Inputs, static: Static) -> Tensor:
-        """The op written over its first input. The caller has checked that no gradient is wanted."""
-        assert inputs[0] is not None
-        if not torch.compiler.is_compiling() and in_transform():  # a kernel would not carry the tangent along
-            return inputs[0].copy_(self((inputs[0].clone(), *inputs[1:]), static))
+        """The op written over its first input, refused where torch refuses an in-place operation."""
+        x = inputs[0]
+        assert x is not None
+        self.refuse_gradient(inputs)
+        _memory.refuse_self_overlap(self.name, self.inputs[0], x)
+        if not torch.compiler.is_compiling():  # a compiler makes two steps of it, as is done here with transforms
+            if in_transform():  # a kernel would not carry the tangent along
+                return x.copy_(self((x.clone(), *inputs[1:]), static))
+            _memory.refuse_sharing(self.name, self.inputs, inputs, self.elementwise_flags)
         self.forward_(inputs, static)
-        return inputs[0]
+        return x
+
+    def refuse_gradient(self, inputs: Inputs) -> None:
+        """RuntimeError where a gradient is wanted of a call in place."""
+        if _wants_gradient(inputs):
+            x = self.inputs[0]
+            raise RuntimeError(
+                f"{self.name}: inplace=True would overwrite {x}, which the backward pass needs; use inplace=False, or "
+                "torch.no_grad()"
+            )
+
+
+def _wants_gradient(inputs: Inputs) -> bool:
+    if torch.is_grad_enabled():
+        for t in inputs:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def in_transform() -> bool:
@@ -358,6 +392,23 @@ def register(op: Op) -> Op:
     def backward(dy: Tensor, *args: Any) -> list[Tensor]:
         return op.composed_backward(dy, args[:count], args[count:-1], args[-1])
 
+    def writes(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+        _memory.count_write(op.name, op.inputs[0], args[0])
+        with (
+            torch._C._AutoDispatchBelowADInplaceOrView()
+        ):  # a kernel that copies into the tensor must not count that too
+            _OVERLOADS[op.name + "_"].redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    def refuses(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+        op.refuse_gradient(args[:count])
+        _OVERLOADS[op.name + "_"].redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def negated(*args: Any) -> None:
+        args[0].copy_(_OVERLOADS[op.name](*args))
+
+    _LIBRARY.impl(op.name + "_", negated, "Negative")  # torch's own fallback takes an op that writes to return a tensor
+    _LIBRARY.impl(op.name + "_", refuses, "Autograd", with_keyset=True)
+    _LIBRARY.impl(op.name + "_", writes, "ADInplaceOrView", with_keyset=True)
     for suffix, implementation in (("", forward), ("_", forward_), ("_backward", backward)):
         _LIBRARY.impl(op.name + suffix, implementation, "CompositeExplicitAutograd")
         _OVERLOADS[op.name + suffix] = getattr(torch.ops.ctkernels, op.name + suffix).default
@@ -374,9 +425,7 @@ def register(op: Op) -> Op:
     def fake_backward(dy: Tensor, *args: Any) -> list[Tensor]:
         inputs, flags = args[:count], op.elementwise_flags
         return [
-            _layout.result_like(inputs[0])
-            if flags[i]
-            else torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
+            _layout.result_like(inputs[0]) if flags[i] else _layout.parameter_like(inputs[i])
             for i in op.wanted(args[-1])
         ]
 

@@ -60,6 +60,8 @@ class _Call:
             view = _layout.view_of(x, channel_dim, per_group)
             assert view is not None
         spare = PARAMS - count
+        assert inputs[0] is not None
+        self.given = inputs[0]  # x is that, or a contiguous copy of it
         self.math, self.x, self.view, self.static = math, x, view, tuple(static[1:])
         self.params = [*given, *[None] * spare]
         self.rows = (*[0 if 1 < r == view.groups else r for r in rows], *[1] * spare)
@@ -82,32 +84,31 @@ def _numbered(letter: str, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
 
 def _forward(op: Op, math: Math, inputs: Inputs, static: Static) -> Tensor:
     call = _Call(op, math, inputs, static)
-    y = torch.empty_like(call.x)
+    y = _layout.result_like(call.x)
     _run(call, y)
-    return y
+    return _layout.conform(y, call.given)
 
 
 def _forward_(op: Op, math: Math, inputs: Inputs, static: Static) -> None:
     call = _Call(op, math, inputs, static)
     _run(call, call.x)
-    x = inputs[0]
-    assert x is not None
-    if call.x is not x:
-        x.copy_(call.x)
+    if call.x is not call.given:
+        call.given.copy_(call.x)
 
 
 def _backward(op: Op, math: Math, dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
     call = _Call(op, math, inputs, static)
     x = call.x
-    dx = torch.empty_like(x) if needs & 1 else None
-    dresidual = torch.empty_like(x) if needs >> call.residual_input & 1 else None
+    dx = _layout.result_like(x) if needs & 1 else None
+    dresidual = _layout.result_like(x) if needs >> call.residual_input & 1 else None
     wanted = [p if needs >> (1 + i) & 1 else None for i, p in enumerate(call.params)]
-    grads = [None if p is None else torch.empty_like(p) for p in wanted]
+    grads = [None if p is None else _layout.parameter_like(p) for p in wanted]
     if x.numel() == 0:
-        grads = [None if p is None else torch.zeros_like(p) for p in wanted]
+        grads = [None if g is None else g.zero_() for g in grads]
     else:
         dy = _layout.laid_out_like(dy, x)
         _run(call, dx, dy, dresidual, grads)
+    dx, dresidual = (None if g is None else _layout.conform(g, call.given) for g in (dx, dresidual))
     return [g for g in (dx, *grads, dresidual) if g is not None]
 
 

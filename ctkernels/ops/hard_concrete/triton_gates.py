@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from .. import _triton
+from .. import _layout, _triton
 from .._op import Inputs, Static
 from .._triton_scalar import reciprocal, sigmoids
 
@@ -119,9 +118,9 @@ def _launch(inputs: Inputs, static: Static, dy: Tensor | None, out: Tensor | Non
 
 def forward(inputs: Inputs, static: Static) -> Tensor:
     assert inputs[0] is not None
-    gates = torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
+    gates = _contiguous(inputs[0])
     _launch(inputs, static, None, gates, None)
-    return gates
+    return _layout.conform(gates, inputs[0])
 
 
 def forward_(inputs: Inputs, static: Static) -> None:
@@ -130,9 +129,12 @@ def forward_(inputs: Inputs, static: Static) -> None:
 
 
 def backward(dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
-    assert inputs[0] is not None
-    grads = [
-        torch.empty_like(inputs[0], memory_format=torch.contiguous_format) if needs >> i & 1 else None for i in (0, 1)
-    ]
+    log_alpha = inputs[0]
+    assert log_alpha is not None
+    grads = [_contiguous(log_alpha) if needs >> i & 1 else None for i in (0, 1)]
     _launch(inputs, static, dy, *grads)
-    return [g for g in grads if g is not None]
+    return [_layout.conform(g, log_alpha) for g in grads if g is not None]
+
+
+def _contiguous(log_alpha: Tensor) -> Tensor:
+    return log_alpha.new_empty(log_alpha.shape)

@@ -1,0 +1,140 @@
+"""Writing over a tensor: what torch's own in-place operations refuse, and that autograd hears of it.
+
+Autograd tells by a counter of a tensor's memory whether what another operation saved was overwritten. Torch's in-place
+operations count it up once a call and refuse the tensors that have none: inference tensors outside of inference mode.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+Terms = Iterable[tuple[int, int]]  # (step, count): any of 0, step, ... (count - 1) * step
+SEARCHED = 10_000  # partial sums that a search looks at before it gives up
+
+
+def count_write(op: str, name: str, x: Tensor) -> None:
+    """Tells autograd that ``x``, argument ``name`` of ``op``, is about to be written over. RuntimeError if nobody may."""
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{op}: Inplace update to inference tensor outside InferenceMode is not allowed; {name} is one: use inplace=False, "
+            f"give {name}.clone(), or call inside of torch.inference_mode()"
+        )
+    torch._C._increment_version([x])
+
+
+def refuse_self_overlap(op: str, name: str, x: Tensor) -> None:
+    """ValueError where elements of ``x``, which is to be written over, share memory with each other."""
+    if not x.is_contiguous() and overlaps_itself(x.shape, x.stride()):
+        raise ValueError(
+            f"{op}: inplace=True needs {name} without overlapping elements, got shape {tuple(x.shape)} with strides "
+            f"{tuple(x.stride())}; use inplace=False, or give {name}.clone()"
+        )
+
+
+def refuse_sharing(
+    op: str, names: Sequence[str], tensors: Sequence[Tensor | None], elementwise: Sequence[bool]
+) -> None:
+    """ValueError where writing over the first tensor would change another one while that is still read. An elementwise
+    tensor may be the very same one: each of its values is read before it is written."""
+    x = tensors[0]
+    assert x is not None
+    if not _has_memory(x):
+        return
+    begin = x.data_ptr()
+    end = begin + _extent(x)
+    for i in range(1, len(tensors)):
+        t = tensors[i]
+        if t is None or not _has_memory(t):
+            continue
+        first = t.data_ptr()
+        if first >= end or (first < begin and first + _extent(t) <= begin) or t.device != x.device:
+            continue
+        if (elementwise[i] and _same(x, t)) or not _share(x, t, first - begin):
+            continue
+        raise ValueError(
+            f"{op}: {names[i]} must not share memory with {names[0]} when inplace=True, which writes over it; use "
+            f"inplace=False, or give {names[i]}.clone()"
+        )
+
+
+def overlaps_itself(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether two elements of a strided tensor share memory."""
+    if 0 in shape:
+        return False
+    dims = sorted((stride, size) for size, stride in zip(shape, strides) if size != 1)
+    reach = 0  # of the dimensions so far: where every stride steps over it, all elements are apart
+    apart = True
+    for stride, size in dims:
+        if stride == 0:
+            return True
+        apart = apart and stride > reach
+        reach += stride * (size - 1)
+    if apart:
+        return False
+    # Two elements differ first in dimension i, by 1 or more there, and by any number of steps either way in those after it.
+    for i, (stride, size) in enumerate(dims):
+        later = [(s, 2 * n - 1) for s, n in dims[i + 1 :]]
+        if _reachable(sum(s * (n - 1) for s, n in dims[i + 1 :]) - stride, [(stride, size - 1), *later]):
+            return True
+    return False
+
+
+def _has_memory(t: Tensor) -> bool:
+    """Whether a tensor has values at an address, and does not stand for another, as those of a compiler do."""
+    plain = type(t).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+    return plain and not t.is_meta and t.numel() > 0
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from a tensor's first element to behind its last."""
+    if t.is_contiguous():
+        return t.nbytes
+    return t.element_size() * (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride())))
+
+
+def _same(x: Tensor, t: Tensor) -> bool:
+    return t.data_ptr() == x.data_ptr() and t.dtype == x.dtype and all(
+        a == b or size == 1 for size, a, b in zip(x.shape, x.stride(), t.stride())
+    )  # fmt: skip
+
+
+def _share(x: Tensor, t: Tensor, offset: int) -> bool:
+    """Whether an element of ``x`` and one of ``t``, which starts ``offset`` bytes behind it, share a byte."""
+    terms = [(stride * x.element_size(), size) for size, stride in zip(x.shape, x.stride())]
+    terms += [(-stride * t.element_size(), size) for size, stride in zip(t.shape, t.stride())]
+    # byte i of an element of x is byte j of one of t
+    return _reachable(offset, [*terms, (1, x.element_size()), (-1, t.element_size())])
+
+
+def _reachable(target: int, terms: Terms) -> bool:
+    """Whether a sum of one number of each of ``terms`` is ``target``; taken for true where the search is too long."""
+    counts: dict[int, int] = {}
+    for step, count in terms:
+        if step < 0:  # counted from its other end
+            step, target = -step, target - step * (count - 1)
+        if step and count > 1:
+            counts[step] = counts.get(step, 1) + count - 1
+    steps = sorted(counts, reverse=True)
+    reach = [0]  # of the steps from there on
+    for step in reversed(steps):
+        reach.append(reach[-1] + step * (counts[step] - 1))
+    reach.reverse()
+    divisors = [math.gcd(*steps[i:]) for i in range(len(steps))]
+    found, left = [(0, target)], SEARCHED
+    while found and left:
+        left -= 1
+        i, rest = found.pop()
+        if not 0 <= rest <= reach[i]:
+            continue
+        if i == len(steps):
+            return True
+        if rest % divisors[i]:
+            continue
+        step = steps[i]
+        low, high = max(0, -(-(rest - reach[i + 1]) // step)), min(counts[step] - 1, rest // step)
+        found.extend((i + 1, rest - k * step) for k in range(low, high + 1))
+    return bool(found)

@@ -1,0 +1,298 @@
+"""Shapes, dtypes and strides of results and gradients: those of the fakes, which compiled programs rely on, everywhere.
+
+Strides of dimensions of one value are not compared: nobody steps along them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("hypothesis", reason="needs the test extra")
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ctkernels
+import ctkernels.fusion
+from ctkernels.functional import ctu, head_edit
+from ctkernels.ops import _backend, _layout
+from ctkernels.ops._op import OPS, Op
+
+# An implementation is in force for all examples.
+quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+common = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=quiet)
+FLOATS = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+
+
+# ---- implementations, kernels apart ------------------------------------------------------------------------------------
+# Results are allocated and copied by host code, which runs here without a GPU. What kernels would write is another test's.
+
+
+@contextlib.contextmanager
+def _cuda() -> Iterator[None]:
+    pytest.importorskip("numpy", minversion="2.0", reason="the recorder needs numpy 2")
+    if not _backend.CUDA_BINDING.exists():
+        pytest.skip("the host code of the CUDA kernels is not built (CTKERNELS_BUILD=none)")
+    from cuda_recorder import cuda_on_cpu
+
+    class Silent:
+        error = None
+
+        def begin(self, x: Tensor) -> None: ...
+
+        def __call__(self, request: Any) -> None: ...
+
+    with cuda_on_cpu(Silent()):  # type: ignore[type-var]
+        yield
+
+
+@contextlib.contextmanager
+def _triton() -> Iterator[None]:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from ctkernels.ops import _triton
+
+    def packet(op: Op, suffix: str) -> Callable[..., Any]:
+        return _triton.implementations(op)[suffix]
+
+    with mock.patch.object(_triton, "launch"), mock.patch.object(Op, "_packet", packet):
+        yield
+
+
+IMPLEMENTATIONS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "cpu": lambda: ctkernels.use_backend("cpu"),
+    "reference": lambda: ctkernels.use_backend("reference"),
+    "cuda": _cuda,
+    "triton": _triton,
+}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "cpu" and _backend.NATIVE is None:
+        pytest.skip(_backend.BACKENDS["cpu"].missing)
+    with IMPLEMENTATIONS[request.param]():
+        yield request.param
+
+
+def _metadata(t: Tensor) -> tuple[Any, ...]:
+    steps = tuple(step for size, step in zip(t.shape, t.stride()) if size != 1)
+    return tuple(t.shape), t.dtype, steps if t.numel() else None
+
+
+def _agree(op: Op, inputs: tuple[Tensor | None, ...], static: tuple[Any, ...], dy: Tensor) -> None:
+    wanted = [t is not None and t.is_floating_point() for t in inputs]
+    needs = op.needs(wanted)
+    found = [op.forward(inputs, static), *op.backward(dy, inputs, static, needs)]
+    with FakeTensorMode() as mode:
+        fakes = [None if t is None else mode.from_tensor(t) for t in inputs]
+        ops = torch.ops.ctkernels
+        expected = [getattr(ops, op.name)(*fakes, *static)]
+        expected += getattr(ops, op.name + "_backward")(mode.from_tensor(dy), *fakes, *static, needs)
+    for name, a, b in zip(["y", *(op.inputs[i] for i in op.wanted(needs))], found, expected):
+        assert _metadata(a) == _metadata(b), name
+    assert len(found) == len(expected)
+
+
+# ---- random views ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def views(draw: st.DrawFn, least: int = 1, sizes: Sequence[int] = (0, 1, 1, 2, 3, 4, 6)) -> Tensor:
+    """Permuted, sliced, flipped in order, expanded, channels last; sizes of 0 and 1 among others."""
+    shape = draw(st.lists(st.sampled_from(sizes), min_size=least, max_size=4))
+    order = draw(st.permutations(range(len(shape))))
+    steps = draw(st.lists(st.sampled_from([1, 1, 1, 2]), min_size=len(shape), max_size=len(shape)))
+    base = torch.randn([shape[d] * step for d, step in zip(order, steps)])
+    base = base[tuple(slice(None, None, step) for step in steps)]
+    x = base.permute([order.index(d) for d in range(len(shape))])
+    kind = draw(st.sampled_from(["as it is"] * 4 + ["flipped", "expanded", "channels last", "offset"]))
+    if kind == "flipped":
+        x = x.flip(0)
+    elif kind == "expanded":
+        d = draw(st.integers(0, len(shape) - 1))
+        x = x.narrow(d, 0, min(1, shape[d])).expand(shape) if shape[d] else x
+    elif kind == "channels last" and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif kind == "offset":
+        x = torch.randn(x.numel() + 3)[3:].view(x.shape)
+    return x
+
+
+@common
+@given(data=st.data())
+def test_results_of_the_unit(implementation: str, data: st.DataObject) -> None:
+    dtype = data.draw(FLOATS)
+    x = data.draw(views()).to(dtype)
+    dim = data.draw(st.integers(0, x.dim() - 1))
+    count, rows = x.shape[dim], x.shape[0]
+
+    def knob() -> Tensor | None:
+        forms = [(), (1,), (count,)]
+        if dim > 0 and rows > 0:
+            forms += [(rows, count), (rows, 1)]
+        t = torch.rand(data.draw(st.sampled_from(forms)))
+        return t.T.contiguous().T if t.dim() == 2 and data.draw(st.booleans()) else t
+
+    optional = [knob() if data.draw(st.booleans()) else None for _ in range(3)]
+    residual = data.draw(st.sampled_from([None, torch.randn_like(x), torch.randn(x.shape).to(dtype)]))
+    inputs, kind = (x, knob(), knob(), *optional, residual), int(optional[0] is not None)
+    _agree(next(op for op in OPS if op.name == "ctu"), inputs, (dim, kind, False, 0.0), torch.randn(x.shape).to(dtype))
+
+
+@common
+@given(data=st.data())
+def test_results_of_the_head_edit(implementation: str, data: st.DataObject) -> None:
+    dtype, heads = data.draw(FLOATS), data.draw(st.sampled_from([1, 2, 3]))
+    x = data.draw(views(least=2, sizes=(0, 1, 2, 3, 6)))
+    if x.shape[-1] % heads:
+        heads = 1
+    rows = x.shape[0]
+    lead = (rows,) if rows and data.draw(st.booleans()) else ()
+    edits = [torch.randn(*lead, x.shape[-1]) if data.draw(st.booleans()) else None for _ in range(2)]
+    gates = [None if e is None or data.draw(st.booleans()) else torch.rand(*lead, heads) for e in edits]
+    x = x.to(dtype)
+    op = next(op for op in OPS if op.name == "head_edit")
+    _agree(op, (x, *edits, *gates), (x.dim() - 1,), torch.randn(x.shape).to(dtype))
+
+
+@common
+@given(data=st.data())
+def test_results_of_gates(implementation: str, data: st.DataObject) -> None:
+    log_alpha = data.draw(views()).to(data.draw(st.sampled_from([torch.float32, torch.float64])))
+    noise, mode = data.draw(
+        st.sampled_from([(None, 1), (None, 2), (torch.rand(log_alpha.shape).to(log_alpha.dtype), 0)])
+    )
+    op = next(op for op in OPS if op.name == "hard_concrete")
+    _agree(op, (log_alpha, noise), (-1, mode, 0.33, -0.1, 1.1), torch.randn(log_alpha.shape).to(log_alpha.dtype))
+
+
+@common
+@given(x=views())
+def test_one_rule(x: Tensor) -> None:
+    """x's own strides where it is dense, contiguous where it is not or is empty."""
+    dense = x.numel() > 0 and torch.ops.aten.is_non_overlapping_and_dense(x)
+    assert _layout.result_like(x).stride() == (x.stride() if dense else torch.empty(x.shape).stride())
+
+
+# ---- ops of more than one shape ------------------------------------------------------------------------------------------
+
+
+@common
+@given(data=st.data())
+def test_results_of_attention(data: st.DataObject) -> None:
+    batch, heads, tokens, keys, size, value = (data.draw(st.sampled_from([1, 2, 3])) for _ in range(6))
+
+    def laid_out(*shape: int) -> Tensor:
+        t = torch.randn(shape)
+        return data.draw(st.sampled_from([t, t.transpose(1, 2).contiguous().transpose(1, 2), t.mT.contiguous().mT]))
+
+    q, k, v = (laid_out(batch, heads, t, d) for t, d in ((tokens, size), (keys, size), (keys, value)))
+    m = torch.randn(value, heads).T if data.draw(st.booleans()) else None
+    a = torch.randn(heads, value)
+    gates = [None if e is None else torch.rand(2 * heads)[::2] for e in (m, a)]
+    mask = torch.ones(tokens, keys, dtype=torch.bool).expand(batch, heads, tokens, keys)
+    tensors = (q, k, v, m, a, *gates, mask, None, None)
+    numbers = (0, 0, 0.5, 1 << 30, 1 << 30)
+    keep, needs = 3, sum(1 << i for i, t in enumerate(tensors[:7]) if t is not None)
+    ops = torch.ops.ctkernels
+    found = ops.attention_head_edit(*tensors, *numbers, keep)
+    dy = torch.randn(found[0].shape)
+    found = [*found, *ops.attention_head_edit_backward(dy, *found[1:], *tensors, *numbers, needs)]
+    with FakeTensorMode() as mode:
+        fakes = [None if t is None else mode.from_tensor(t) for t in tensors]
+        expected = ops.attention_head_edit(*fakes, *numbers, keep)
+        grads = ops.attention_head_edit_backward(mode.from_tensor(dy), *expected[1:], *fakes, *numbers, needs)
+        expected = [*expected, *grads]
+    assert [_metadata(t) for t in found] == [_metadata(t) for t in expected]
+
+
+def _images(data: st.DataObject) -> Tensor:
+    batch, channels = data.draw(st.sampled_from([0, 1, 2])), data.draw(st.sampled_from([1, 2, 4]))
+    size = [data.draw(st.sampled_from([1, 3, 6])) for _ in range(2)]
+    x = torch.randn(batch, channels, *size)
+    layouts = [
+        x,
+        x.contiguous(memory_format=torch.channels_last),
+        torch.randn(batch, *size, 2 * channels)[..., ::2].movedim(-1, 1),
+    ]
+    return data.draw(st.sampled_from([*layouts, x.transpose(2, 3)]))
+
+
+@common
+@given(data=st.data())
+def test_results_of_a_frozen_convolution(data: st.DataObject) -> None:
+    x = _images(data)
+    kernel = data.draw(st.sampled_from([1, 3]))
+    weight, bias = torch.randn(3, x.shape[1], kernel, kernel), data.draw(st.sampled_from([None, torch.randn(3)]))
+    frozen = (weight, bias, torch.rand(3), torch.randn(3), torch.randn(3), torch.rand(3), torch.tensor(1), 1e-5)
+    geometry = ([data.draw(st.sampled_from([1, 2]))] * 2, [1, 1], [1, 1], 1)
+    ops = torch.ops.ctkernels
+    with torch.no_grad():
+        y = ops.frozen_conv(x, *frozen, *geometry, True)
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        dy = torch.randn(y.shape)
+        found = [
+            y,
+            ops.frozen_conv(x, *frozen, *geometry, False),
+            ops.frozen_conv_backward(dy, x.shape, last, *frozen, *geometry),
+        ]
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in frozen]
+            fake = mode.from_tensor(x)
+            expected = [ops.frozen_conv(fake, *fakes, *geometry, needs_grad) for needs_grad in (True, False)]
+            expected.append(ops.frozen_conv_backward(mode.from_tensor(dy), x.shape, last, *fakes, *geometry))
+    assert [_metadata(t) for t in found] == [_metadata(t) for t in expected]
+
+
+@common
+@given(data=st.data())
+def test_results_of_a_pooling(data: st.DataObject) -> None:
+    x = _images(data)
+    sizes = ([2, 2], [2, 2], [1, 1], [1, 1], data.draw(st.booleans()))
+    ops = torch.ops.ctkernels
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    y, indices = ops.max_pool2d(x, *sizes)
+    dy = torch.randn(y.shape)
+    found = [y, indices, ops.max_pool2d_backward(dy, indices, x.shape, last, *sizes)]
+    with FakeTensorMode() as mode:
+        expected = [*ops.max_pool2d(mode.from_tensor(x), *sizes)]
+        expected.append(ops.max_pool2d_backward(mode.from_tensor(dy), expected[1], x.shape, last, *sizes))
+    assert [_metadata(t) for t in found] == [_metadata(t) for t in expected]
+
+
+# ---- compiled ----------------------------------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "sequence first": lambda: torch.randn(7, 2, 12).transpose(0, 1),
+    "turned": lambda: torch.randn(12, 7, 2).permute(2, 1, 0),
+    "sliced": lambda: torch.randn(2, 7, 24)[:, :, ::2],
+    "expanded": lambda: torch.randn(2, 1, 12).expand(2, 7, 12),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_programs(layout: str) -> None:
+    """The compiler's own check of strides, of results and gradients, and the values after it."""
+    torch._dynamo.reset()
+    z, m, index = LAYOUTS[layout](), torch.randn(3, 3, 4), torch.tensor([2, 0])
+    beta = torch.rand(12)
+
+    def f(z: Tensor, m: Tensor, beta: Tensor) -> Tensor:
+        return head_edit(z, m, index=index) + ctu(z, beta, channel_dim=-1)
+
+    leaves = [t.detach().requires_grad_() for t in (z, m, beta)]
+    expected = f(*leaves)
+    wanted = torch.autograd.grad(expected.square().sum(), leaves)
+    found = torch.compile(f, fullgraph=True)(*leaves)
+    grads = torch.autograd.grad(found.square().sum(), leaves)
+    assert found.stride() == expected.stride()
+    for a, b in zip((found, *grads), (expected, *wanted)):
+        torch.testing.assert_close(a, b)
