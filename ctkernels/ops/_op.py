@@ -157,10 +157,10 @@ class Op:
 
 def in_transform() -> bool:
     """Whether ``torch.func`` or forward-mode AD is at work."""
-    return torch._C._are_functorch_transforms_active() or _forward_mode()
+    return torch._C._are_functorch_transforms_active() or in_forward_mode()
 
 
-def _forward_mode() -> bool:
+def in_forward_mode() -> bool:
     """Whether a forward-mode derivative is being taken, of ``torch.func`` or of ``torch.autograd.forward_ad``."""
     return torch.autograd.forward_ad._current_level >= 0
 
@@ -190,7 +190,7 @@ class _Forward(torch.autograd.Function):
 
         def compute(needs: int) -> Sequence[Tensor]:
             # Through plain torch: autograd.grad(is_grads_batched=True), and forward mode, whose tangents have to be carried on.
-            if torch._C._functorch.is_legacy_batchedtensor(dy) or _forward_mode():
+            if torch._C._functorch.is_legacy_batchedtensor(dy) or in_forward_mode():
                 return op.reference_backward(dy, inputs, static, needs)
             if torch.is_grad_enabled() or in_transform():
                 return _Backward.apply(op, static, needs, dy, *inputs)
