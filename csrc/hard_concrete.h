@@ -45,10 +45,11 @@ struct GatePanels {
   int count;
 };
 CTK_ONCE GatePanels gate_panels(const Gate& g) {
-  const double first = log(-g.low / g.high), last = log((1.0 - g.low) / (g.high - 1.0));
-  const double start = first > -38.0 ? first : -38.0, end = last < 38.0 ? last : 38.0;
-  const double count = ceil((end - start) * (g.temperature > 1.0 ? g.temperature : 1.0) / 5.0);
-  return {start, (end - start) / count, static_cast<int>(count)};
+  const double first = log(-g.low / g.high), start = first > -38.0 ? first : -38.0;
+  const double whole = log1p((g.high - g.low) / (g.high - 1.0) / -g.low);  // to the last y, from the first
+  const double length = fmin(whole - (start - first), 38.0 - start);
+  const double count = fmax(ceil(length * fmax(g.temperature, 1.0) / 5.0), 1.0);
+  return {start, length / count, static_cast<int>(count)};
 }
 
 CTK_ONCE GateValue mean_gate(const Gate& g, double log_alpha) {

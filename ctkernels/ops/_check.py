@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -51,9 +53,20 @@ def unit_interval(op: str, name: str, value: float) -> None:
 
 
 def number(op: str, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """``value``, a real number of any type, as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} must be a number that fits a float, got one of {len(str(value))} digits") from None
+
+
+def finite(op: str, name: str, value: Any) -> float:
+    value = number(op, name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    return value
 
 
 def choice(op: str, name: str, value: Any, allowed: Any) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 # How a gate is read off its logit: sampled, deterministic as published, its expectation, its probability of being open.
 SAMPLE, CLIP, MEAN, OPEN = range(4)
+HOTTEST_MEAN = 10.0  # temperature of an expectation, which takes 2,500 points at worst
 SETTLED = 38.0  # the derivative of the sigmoid is below 1e-16 there
 
 
@@ -78,6 +79,13 @@ def _bell(x: Tensor) -> Tensor:
     return torch.sigmoid(x) * torch.sigmoid(-x)
 
 
+def span(low: float, high: float) -> tuple[float, float]:
+    """Where y = log((v - low) / (high - v)) is at v = 0, and how far from there to v = 1, within what counts."""
+    first = math.log(-low / high)
+    start = max(first, -SETTLED)
+    return start, min(math.log1p((high - low) / (high - 1) / -low) - (start - first), SETTLED - start)
+
+
 def thresholds(temperature: float, low: float, high: float) -> list[tuple[float, float]]:
     """(c, w) with E[g] = sum of w sigma(log_alpha - c).
 
@@ -90,9 +98,9 @@ def thresholds(temperature: float, low: float, high: float) -> list[tuple[float,
              0.9815606342467193)  # fmt: skip
     weights = (0.2491470458134028, 0.2334925365383548, 0.2031674267230659, 0.1600783285433462, 0.1069393259953184,
                0.0471753363865118)  # fmt: skip
-    start, end = max(math.log(-low / high), -SETTLED), min(math.log((1 - low) / (high - 1)), SETTLED)
-    panels = math.ceil((end - start) * max(1.0, temperature) / 2.5)
-    half = (end - start) / panels / 2
+    start, length = span(low, high)
+    panels = max(1, math.ceil(length * max(1.0, temperature) / 2.5))
+    half = length / panels / 2
     out = []
     for panel in range(panels):
         for node, weight in zip(nodes, weights):

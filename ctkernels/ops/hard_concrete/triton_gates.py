@@ -18,7 +18,7 @@ from triton.language.extra import libdevice
 from .. import _triton
 from .._op import Inputs, Static
 from .._triton_scalar import reciprocal, sigmoids
-from .reference import SETTLED
+from .reference import span
 
 SAMPLE = tl.constexpr(0)
 CLIP = tl.constexpr(1)
@@ -110,12 +110,11 @@ KERNELS = (gate_kernel,)
 
 def _panels(mode: int, temperature: float, low: float, high: float) -> tuple[float, float, int]:
     """Where the panels of the integral start, how long each is, and how many there are."""
-    first, last = math.log(-low / high), math.log((1 - low) / (high - 1))
     if mode != MEAN.value:
-        return first, 0.0, 0
-    start, end = max(first, -SETTLED), min(last, SETTLED)
-    count = math.ceil((end - start) * max(1.0, temperature) / 5)
-    return start, (end - start) / count, count
+        return math.log(-low / high), 0.0, 0
+    start, length = span(low, high)
+    count = max(1, math.ceil(length * max(1.0, temperature) / 5))
+    return start, length / count, count
 
 
 def _launch(inputs: Inputs, static: Static, dy: Tensor | None, out: Tensor | None, dnoise: Tensor | None) -> None:
