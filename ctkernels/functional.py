@@ -407,5 +407,7 @@ def _stretch(op: str, temperature: float, stretch: tuple[float, float]) -> tuple
         raise TypeError(f"{op}: stretch must be a pair (low, high), got {stretch!r}")
     low, high = (_check.finite(op, "stretch", v) for v in stretch)
     if not (low < 0 and high > 1 and high - low < math.inf):
-        raise ValueError(f"{op}: stretch must be (low, high) with low < 0 and high > 1, not too far apart, got {stretch}")
+        raise ValueError(
+            f"{op}: stretch must be (low, high) with low < 0 and high > 1, not too far apart, got {stretch}"
+        )
     return low, high

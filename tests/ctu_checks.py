@@ -113,9 +113,10 @@ def _nan(bits: int) -> torch.Tensor:
     return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
 
 
-def check_nan_parameter(dtype: torch.dtype, activation: str, name: str, run: Run, raw: bool, bits: int) -> None:
+def check_nan_parameter(
+    dtype: torch.dtype, activation: str, name: str, run: Run, raw: bool, bits: int, channels: int = 4
+) -> None:
     """A NaN in a parameter is in every value and gradient of its channel, and in no other channel."""
-    channels = 4
     x = torch.linspace(-4, 4, 9 * channels).view(9, channels)
     x[0], x[1] = float("inf"), -float("inf")
 
@@ -147,7 +148,9 @@ def check_products_that_overflow(dtype: torch.dtype, activation: str, run: Run) 
     """A term of the sums may be infinite; times an upstream gradient of 0 it is 0. +inf adds 0 to the gradient of a slope."""
 
     def gradients(values: list[float], dy: list[float], beta: float = 0.0) -> torch.Tensor:
-        knobs = [torch.full((1,), v, requires_grad=True) for v in (beta, 0.5, 0.25)[: 3 if activation == "prelu" else 2]]
+        knobs = [
+            torch.full((1,), v, requires_grad=True) for v in (beta, 0.5, 0.25)[: 3 if activation == "prelu" else 2]
+        ]
         slope = {"negative_slope": knobs[2]} if activation == "prelu" else {}
         with run(0):
             y = ctu(torch.tensor(values, dtype=dtype), *knobs[:2], activation=activation, **slope)

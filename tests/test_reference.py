@@ -80,7 +80,11 @@ def test_derivatives_of_any_order_at_the_joints(activation: str) -> None:
             order = torch.func.grad(order)
             found.append(order(*at))
         second = torch.func.grad(torch.func.grad(unit))
-        return [*found, *torch.func.grad(second, (1, 2))(*at), *torch.func.jacfwd(torch.func.jacfwd(unit, 0), (0, 1, 2))(*at)]
+        return [
+            *found,
+            *torch.func.grad(second, (1, 2))(*at),
+            *torch.func.jacfwd(torch.func.jacfwd(unit, 0), (0, 1, 2))(*at),
+        ]
 
     for joint in (0.0, 6.0):
         step = 1e-5

@@ -59,7 +59,9 @@ def number(op: str, name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{op}: {name} must be a number that fits a float, got one of {len(str(value))} digits") from None
+        raise ValueError(
+            f"{op}: {name} must be a number that fits a float, got one of {len(str(value))} digits"
+        ) from None
 
 
 def finite(op: str, name: str, value: Any) -> float:

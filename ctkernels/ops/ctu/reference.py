@@ -245,6 +245,4 @@ def _leaky_partials(w: Tensor, slope: Tensor, k: Knobs) -> Partials:
     within = torch.where(infinite, 0, w)
     d = logistic_partials(torch.where(infinite, w + _no_effect(slope), sign * (1 - slope) * within), k)
     d_slope = torch.where(infinite & (w < 0), w, within * d.w_left) + _no_effect(k.s, k.coeff, slope)
-    return Partials(
-        slope + (1 - slope) * d.w, (1 - slope) * d.w_left, d.beta.scaled(sign), sign * d.coeff, d_slope
-    )
+    return Partials(slope + (1 - slope) * d.w, (1 - slope) * d.w_left, d.beta.scaled(sign), sign * d.coeff, d_slope)

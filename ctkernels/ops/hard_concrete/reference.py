@@ -64,9 +64,7 @@ def slopes(
     return slope, torch.where(settled, 0, slope / torch.where(settled, 1, noise * (1 - noise)))
 
 
-def _logit(
-    log_alpha: Tensor, noise: Tensor | None, mode: int, temperature: float, low: float, high: float
-) -> Tensor:
+def _logit(log_alpha: Tensor, noise: Tensor | None, mode: int, temperature: float, low: float, high: float) -> Tensor:
     """What the sigmoid is taken of."""
     if mode == SAMPLE:
         assert noise is not None
