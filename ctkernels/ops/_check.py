@@ -54,6 +54,8 @@ def unit_interval(op: str, name: str, value: float) -> None:
 
 def number(op: str, name: str, value: Any) -> float:
     """``value``, a real number of any type, as a float."""
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(value).__name__}")
     try:
