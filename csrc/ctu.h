@@ -24,28 +24,19 @@ struct CtuKnobs {
   double beta, s, coeff, dbeta, dcoeff;  // the last two: d beta / d given, d coeff / d given
 };
 
-// sigma(r) and sigma(-r), both to full precision.
-struct Sigmoids {
-  double of, of_negative;
-};
-CTK_ONCE Sigmoids sigmoids(double r) {
-  const double e = exp(-fabs(r)), large = 1.0 / (1.0 + e), small = e * large;
-  return r < 0 ? Sigmoids{small, large} : Sigmoids{large, small};
-}
-
 CTK_ONCE CtuKnobs ctu_knobs(double beta, double coeff, bool raw, double eps) {
   if (!raw) return {beta, (1.0 - beta) + eps, coeff, 1.0, 1.0};
   const Sigmoids b = sigmoids(beta), c = sigmoids(coeff);
   return {b.of, b.of_negative + eps, c.of, b.of * b.of_negative, c.of * c.of_negative};
 }
 
-// From one channel's sums (Ctu::Grads::sums times dy, added up) to the gradients of the given beta and coeff.
+// From one channel's sums (of Ctu::Grads::sums) to the gradients of the given beta and coeff.
 struct CtuGradients {
   double beta, coeff;
 };
 CTK_ONCE CtuGradients ctu_parameter_gradients(const CtuKnobs& v, CtuKind kind, double slope, double eps, const double* sums) {
-  const double inv_s = v.s > 0 ? 1.0 / v.s : 0.0, c1 = 1.0 - v.coeff;
-  const double silu = v.coeff * (1.0 + eps) * inv_s * inv_s * sums[0];
+  const double inv_s = v.s < std::numeric_limits<double>::min() ? 0.0 : 1.0 / v.s, c1 = 1.0 - v.coeff;  // of NaN, NaN
+  const double silu = v.coeff * (1.0 + eps) * (inv_s * (inv_s * sums[0]));
   double beta, coeff;
   if (kind == CtuKind::kGaussian) {
     beta = silu - c1 * sums[2];
@@ -74,10 +65,14 @@ struct Ctu {
       t = make_decay<T>(v.s > 0 ? eta : inv_s), u = make_decay<T>(inv_s);
     }
     const bool smooth = t.limit >= 0 && u.limit >= 0;
-    const double fields[kCtuFields] = {t.hi, t.lo, t.limit, u.hi, u.lo, u.limit, v.coeff, 1.0 - v.coeff, -v.coeff, (1.0 - v.coeff) * v.s,
-                                       smooth ? eta : 0.0, slope, 1.0 - slope};
-    for (int i = 0; i < kCtuFields; ++i) out[i * stride] = static_cast<T>(fields[i]);
+    const double coeff = v.coeff + v.s * 0.0;  // no bump shows a NaN in s: its rates are those of s = 0
+    const double fields[kCtuFields] = {t.hi, t.lo, t.limit, u.hi, u.lo, u.limit, coeff, 1.0 - coeff, -coeff, (1.0 - coeff) * v.s,
+                                       smooth ? eta : 0.0, slope, reach(static_cast<T>(1.0 - slope))};
+    for (int i = 0; i < kCtuFields; ++i) out[i * stride] = constant<T>(fields[i]);
   }
+
+  // Not 0 at slope 1, so that infinity stays infinite.
+  static CTK_ONCE T reach(T r) { return r == T(0) ? std::numeric_limits<T>::denorm_min() : r; }
 
   template <class K>
   static CTK_HD T forward(T w, const K& k) {
@@ -94,34 +89,41 @@ struct Ctu {
     }
   }
 
-  // d/dw, and the terms whose sums over a channel, times the upstream gradient, make the parameter gradients: see
-  // ctu_parameter_gradients. Constant factors stay out of the sums.
+  // From the upstream gradient dy, the gradient of w and the terms whose sums over a channel make the parameter gradients: see
+  // ctu_parameter_gradients. Constant factors stay out of the sums. dy is the first factor of every product: what comes after it
+  // may be infinite, and a dy of 0 makes 0.
   struct Grads {
     T w, sums[kSums];
   };
 
   template <class K>
-  static CTK_HD Grads gradients(T w, const K& k) {
+  static CTK_HD Grads gradients(T w, T dy, const K& k) {
     const T a = magnitude(w);
     if constexpr (kind == CtuKind::kRelu6) {
       const auto low = bump(a, k), high = bump(magnitude(w - T(6)), k);
       const T step = (w > T(0) ? T(1) - low.h : low.h) - (w > T(6) ? T(1) - high.h : high.h);
-      return {step, {low.s0 - high.s0, low.s1 - high.s1, low.s2 - high.s2, low.s3 - high.s3}};
+      const T low_square = low.square(dy), high_square = high.square(dy);
+      const T square = low_square == high_square ? T(0) : low_square - high_square;  // both may be infinite
+      return {dy * step, {square, dy * (low.s1 - high.s1), dy * (low.s2 - high.s2), dy * (low.s3 - high.s3)}};
     } else if constexpr (kind == CtuKind::kLeaky) {
       const auto b = bump(magnitude(k(kReach)) * a, k);
       const T fall = k(kReach) * b.h;  // phi' relative to the near branch's own slope
       const bool up = w > T(0);
-      return {up ? T(1) - fall : k(kSlope) + fall, {b.s0, b.s1, b.s2, b.s3, w * (up ? b.h : T(1) - b.h)}};
+      const T finite = capped(w, std::numeric_limits<T>::max());  // up there h is 0
+      return {dy * (up ? T(1) - fall : k(kSlope) + fall),
+              {b.square(dy), dy * b.s1, dy * b.s2, dy * b.s3, dy * (finite * (up ? b.h : T(1) - b.h))}};
     } else {
       const auto b = bump(a, k);
-      return {w > T(0) ? T(1) - b.h : b.h, {b.s0, b.s1, b.s2, b.s3}};
+      return {dy * (w > T(0) ? T(1) - b.h : b.h), {b.square(dy), dy * b.s1, dy * b.s2, dy * b.s3}};
     }
   }
 
  private:
   struct Bump {
-    T delta, h;        // the bump and -d/da of it
-    T s0, s1, s2, s3;  // terms of the parameter gradients
+    T delta, h;             // the bump and -d/da of it
+    T inner, outer;         // terms of the parameter gradients: their product, which may overflow,
+    T s1, s2, s3;           // and three more
+    CTK_HD T square(T dy) const { return dy * inner * outer; }
   };
 
   // A Gaussian decays as e^(-t^2/2): the rate is kept for t itself, and the limit is where the square reaches 125 ln 2.
@@ -136,13 +138,13 @@ struct Ctu {
   template <class K>
   static CTK_HD Bump bump(T a, const K& k) {
     const Decay<T> dt{k(kTHi), k(kTLo), k(kTLimit)}, du{k(kUHi), k(kULo), k(kULimit)};
-    const T at = capped(a, dt), au = capped(a, du);
+    const T at = capped(a, dt.limit), au = capped(a, du.limit);
     if constexpr (kind == CtuKind::kGaussian) {
       const auto gt = gaussian_tail(a, at, dt), gu = gaussian_tail(a, au, du);
       const T aq = at * gt.cdf, ap = at * gt.pdf, uq = au * gu.cdf;
       return {fused(k(kC1S), gu.pdf, fused(k(kNegC), aq, -k(kC1) * uq)),
               fused(k(kC), fused(-k(kEta), ap, gt.cdf), k(kC1) * gu.cdf),
-              at * ap, aq, gu.pdf, uq};
+              ap, at, aq, gu.pdf, uq};
     } else {
       const T et = Math::decay(a, at, dt), eu = Math::decay(a, au, du);
       const T pt = Math::inverse(T(1) + et), pu = Math::inverse(T(1) + eu);
@@ -151,7 +153,7 @@ struct Ctu {
       T h;
       if constexpr (Math::kUncapped) h = fused(k(kC), fused(-k(kEta), aq * pt, qt), k(kC1) * qu);
       else h = fused(k(kC) * qt, fused(-k(kEta), ap, T(1)), k(kC1) * qu);
-      return {fused(k(kC1S), log_term, k(kNegC) * aq), h, aq * ap, aq, log_term, au * qu};
+      return {fused(k(kC1S), log_term, k(kNegC) * aq), h, aq, ap, aq, log_term, au * qu};
     }
   }
 

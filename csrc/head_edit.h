@@ -22,8 +22,8 @@ struct HeadEdit {
   };
 
   template <class K>
-  static CTK_HD Grads gradients(T w, const K& k) {
-    return {k(kScale), {w, T(1)}};
+  static CTK_HD Grads gradients(T w, T dy, const K& k) {
+    return {dy * k(kScale), {dy * w, dy}};
   }
 };
 

@@ -58,8 +58,8 @@ enum HeadEditParam : int { kM, kA, kGateM, kGateA, kHeadEditParams };
 
 template <class T>
 CTK_ONCE void derive_head_edit(const double* p, T* out, int64_t stride) {
-  out[0] = static_cast<T>(1.0 + p[kGateM * stride] * p[kM * stride]);
-  out[stride] = static_cast<T>(p[kGateA * stride] * p[kA * stride]);
+  out[0] = constant<T>(1.0 + p[kGateM * stride] * p[kM * stride]);
+  out[stride] = constant<T>(p[kGateA * stride] * p[kA * stride]);
 }
 
 // sums: S1 = sum dy z, S0 = sum dy.

@@ -45,17 +45,33 @@ CTK_ONCE Decay<double> make_decay<double>(double rate) {
   return {rate, 0.0, limit < 1.7e308 ? limit : std::numeric_limits<double>::max()};
 }
 
+// A constant of a channel. A NaN becomes the one whose low bits are 0: vector code rounds to 16 bits without looking for
+// NaNs, and 0x7fffffff, which GPUs make, would round to -0.
+template <class T>
+CTK_ONCE T constant(double v) {
+  return v == v ? static_cast<T>(v) : std::numeric_limits<T>::quiet_NaN();
+}
+
+// sigma(r) and sigma(-r), both to full precision.
+struct Sigmoids {
+  double of, of_negative;
+};
+CTK_ONCE Sigmoids sigmoids(double r) {
+  const double e = exp(-fabs(r)), large = 1.0 / (1.0 + e), small = e * large;
+  return r < 0 ? Sigmoids{small, large} : Sigmoids{large, small};
+}
+
 // min(a, limit), NaN stays NaN.
 template <class T>
-CTK_HD T capped(T a, const Decay<T>& d) {
+CTK_HD T capped(T a, T limit) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(T) == 4) {  // one instruction, where the comparison is two
     float r;
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(d.limit));
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(limit));
     return r;
   }
 #endif
-  return d.limit < a ? d.limit : a;
+  return limit < a ? limit : a;
 }
 
 CTK_HD float as_float(int32_t i) {
@@ -122,7 +138,7 @@ struct Exact {
   };
   static CTK_HD float exp2_fraction(float f) { return horner<Exp2>(f); }
 
-  // e^(-rate a). a: the magnitude, ac: capped(a, d).
+  // e^(-rate a). a: the magnitude, ac: capped(a, d.limit).
   static CTK_HD float decay(float a, float ac, const Decay<float>& d) {
     const float z = fmaf(-ac, d.hi, kRoundMagic);
     float f = fmaf(-ac, d.hi, kRoundMagic - z);

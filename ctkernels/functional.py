@@ -16,7 +16,7 @@ from .ops.ctu import ACTIVATIONS
 from .ops.ctu import OP as _CTU
 from .ops.hard_concrete import CLIP, MEAN, OPEN, SAMPLE
 from .ops.hard_concrete import OP as _HARD_CONCRETE
-from .ops.hard_concrete.reference import uniform
+from .ops.hard_concrete.reference import HOTTEST_MEAN, uniform
 from .ops.head_edit import OP as _HEAD_EDIT
 
 __all__ = ["attention_head_edit", "ctu", "expected_l0", "hard_concrete", "head_edit"]
@@ -60,7 +60,7 @@ def ctu(
         inplace: write the result over ``x``, as torch's in-place operations do: autograd notices. Not possible where a gradient
             is needed (the backward pass starts from ``x``), nor where ``x`` overlaps itself or another argument's memory;
             ``residual`` may be ``x``.
-        eps: added to 1 - beta. The official implementation has 1e-6 there; 0 here.
+        eps: added to 1 - beta; between 0 and 1. The official implementation has 1e-6 there; 0 here.
 
     Returns:
         A tensor of ``x``'s shape, in the wider of the dtypes of ``x`` and ``residual``. Arithmetic is float32 (float64 for
@@ -81,8 +81,8 @@ def ctu(
         _check.choice("ctu", "activation", activation, ACTIVATIONS)
     channel = None if channel_dim is None else _check.dimension("ctu", "channel_dim", channel_dim, x)
     eps = _check.number("ctu", "eps", eps)
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"ctu: eps must be finite and not negative, got {eps}")
+    if eps:
+        _check.unit_interval("ctu", "eps", eps)
     beta = _knob("beta", beta, x, channel, raw)
     coeff = _knob("coeff", coeff, x, channel, raw)
     slope = _param("negative_slope", negative_slope, x, channel) if kind == 1 else None
@@ -323,10 +323,10 @@ def hard_concrete(
     Args:
         log_alpha: logits of any shape; float32 or wider is kept, narrower is widened.
         training: sample, or be deterministic.
-        temperature: of the concrete distribution.
+        temperature: of the concrete distribution; at most 10 for ``estimator="mean"``.
         stretch: (low, high) with low < 0 and high > 1: how far the distribution is stretched before it is clipped.
         estimator: the deterministic gate: ``"clip"``, clip(sigmoid(log_alpha) * (high - low) + low), of the L0 paper and the
-            JoLA code; or ``"mean"``, the expectation E[g], of the JoLA paper.
+            JoLA code; or ``"mean"``, the expectation E[g], of the JoLA paper, within 1e-12.
         noise: uniform numbers in (0, 1) of ``log_alpha``'s shape to sample from; or an int64 seed of shape (1,), from which
             a counter-based generator (Philox) makes them, the same on every device; drawn if None.
         generator: draws the noise, or on a GPU a seed; torch's default generator of the device if None.
@@ -349,6 +349,11 @@ def hard_concrete(
     logits = _widened(log_alpha)
     assert logits is not None
     mode = SAMPLE if training else CLIP if estimator == "clip" else MEAN
+    if mode == MEAN and temperature > HOTTEST_MEAN:
+        raise ValueError(
+            f"hard_concrete: temperature must be at most {HOTTEST_MEAN:g} for estimator='mean', an integral that takes more "
+            f"points the higher it is; got {temperature}"
+        )
     noise = _noise(logits, noise, generator) if training else None
     _backend.forced_refusal(logits)
     return _HARD_CONCRETE((logits.contiguous(), noise), (NO_CHANNEL, mode, float(temperature), low, high))
@@ -390,11 +395,13 @@ def expected_l0(log_alpha: Tensor, *, temperature: float = 0.33, stretch: tuple[
 
 
 def _stretch(op: str, temperature: float, stretch: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < _check.number(op, "temperature", temperature) < math.inf:
-        raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
+    if not _check.finite(op, "temperature", temperature) > 0:
+        raise ValueError(f"{op}: temperature must be positive, got {temperature}")
     if not isinstance(stretch, (tuple, list)) or len(stretch) != 2:
-        raise ValueError(f"{op}: stretch must be a pair (low, high), got {stretch!r}")
-    low, high = (_check.number(op, "stretch", v) for v in stretch)
-    if not -math.inf < low < 0 or not 1 < high < math.inf:
-        raise ValueError(f"{op}: stretch must be (low, high) with low < 0 and high > 1, got {stretch}")
+        raise TypeError(f"{op}: stretch must be a pair (low, high), got {stretch!r}")
+    low, high = (_check.finite(op, "stretch", v) for v in stretch)
+    if not (low < 0 and high > 1 and high - low < math.inf):
+        raise ValueError(
+            f"{op}: stretch must be (low, high) with low < 0 and high > 1, not too far apart, got {stretch}"
+        )
     return low, high

@@ -186,7 +186,8 @@ def assert_no_worse(
 
 
 def gradcheck(sample: Sample, *, second_order: bool = True) -> None:
-    """Reverse and forward mode, batched, and second order, of a float64 sample against finite differences.
+    """Reverse and forward mode, batched, of a float64 sample against finite differences; and second order: reverse and
+    forward mode over reverse, batched.
 
     Raises torch.autograd.gradcheck.GradcheckError with the Jacobians that disagree.
     """
@@ -202,4 +203,4 @@ def gradcheck(sample: Sample, *, second_order: bool = True) -> None:
         call, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
     )
     if second_order:
-        torch.autograd.gradgradcheck(call, inputs)
+        torch.autograd.gradgradcheck(call, inputs, check_fwd_over_rev=True, check_batched_grad=True)

@@ -104,3 +104,66 @@ def check_nan_at_beta_one(dtype: torch.dtype, activation: str, run: Run) -> None
                 assert (grad[1:3] == 0).all(), grad
                 assert grad[3].isfinite(), grad
                 assert grad[3] != 0, grad
+
+
+NANS = (0x7FC00000, 0x7FFFFFFF)  # what CPUs make, and GPUs
+
+
+def _nan(bits: int) -> torch.Tensor:
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+
+
+def check_nan_parameter(
+    dtype: torch.dtype, activation: str, name: str, run: Run, raw: bool, bits: int, channels: int = 4
+) -> None:
+    """A NaN in a parameter is in every value and gradient of its channel, and in no other channel."""
+    x = torch.linspace(-4, 4, 9 * channels).view(9, channels)
+    x[0], x[1] = float("inf"), -float("inf")
+
+    def measured(value: torch.Tensor) -> dict[str, torch.Tensor]:
+        leaf = x.to(dtype).requires_grad_()
+        given = dict.fromkeys(["beta", "coeff"], torch.full((channels,), 0.75))
+        given["beta"] = torch.tensor([1.0, 0.5] * (channels // 2))
+        if activation == "prelu":
+            given["negative_slope"] = torch.full((channels,), 0.25)
+        if name in ("scale", "shift"):
+            given[name] = torch.full((channels,), 1.5)
+        given[name] = given[name].clone()
+        given[name][:2] = value
+        given = {key: t.detach().clone().requires_grad_() for key, t in given.items()}
+        with run(0):
+            y = ctu(leaf, raw=raw, activation=activation, channel_dim=1, **given)
+            grads = torch.autograd.grad(y, [leaf, *given.values()], torch.ones_like(y))
+        return {"y": y.detach(), "x": grads[0], **dict(zip(given, grads[1:]))}
+
+    found, without = measured(_nan(bits)), measured(torch.tensor(0.5))
+    for key, values in found.items():
+        case = f"{activation}, {dtype}, NaN in {name} (raw={raw}), d{key}: {values}"
+        if (name, key, raw) != ("coeff", "coeff", False):  # y is linear in coeff
+            assert values[..., :2].isnan().all(), case
+        assert torch.equal(values[..., 2:].nan_to_num(7.0), without[key][..., 2:].nan_to_num(7.0)), case
+
+
+def check_products_that_overflow(dtype: torch.dtype, activation: str, run: Run) -> None:
+    """A term of the sums may be infinite; times an upstream gradient of 0 it is 0. +inf adds 0 to the gradient of a slope."""
+
+    def gradients(values: list[float], dy: list[float], beta: float = 0.0) -> torch.Tensor:
+        knobs = [
+            torch.full((1,), v, requires_grad=True) for v in (beta, 0.5, 0.25)[: 3 if activation == "prelu" else 2]
+        ]
+        slope = {"negative_slope": knobs[2]} if activation == "prelu" else {}
+        with run(0):
+            y = ctu(torch.tensor(values, dtype=dtype), *knobs[:2], activation=activation, **slope)
+            return torch.cat(torch.autograd.grad(y, knobs, torch.tensor(dy, dtype=dtype)))
+
+    expected = gradients([1.0], [1.0])
+    for large in (1e20, 1e38, float("inf")):
+        large = min(large, torch.finfo(dtype).max)
+        torch.testing.assert_close(gradients([large, 1.0, -large], [0.0, 1.0, 0.0]), expected, rtol=1e-6, atol=0)
+    if activation == "relu6" and torch.finfo(dtype).max > 1e20:
+        assert gradients([1e20], [1.0]).isfinite().all()  # the difference of two that are not
+    if activation == "prelu":
+        assert gradients([float("inf")], [1.0], beta=0.9)[2] == 0
+        with run(0):
+            y = ctu(torch.tensor([float("inf")], dtype=dtype), 0.9, 0.5, activation="prelu", negative_slope=1.0)
+        assert y.item() == float("inf")

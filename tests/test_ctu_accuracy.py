@@ -2,6 +2,7 @@
 
 import itertools
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 pytest.importorskip("mpmath", reason="needs the test extra")
 
 import truth
-from ctu_checks import check_nan_at_beta_one
+from ctu_checks import NANS, check_nan_at_beta_one, check_nan_parameter, check_products_that_overflow
 
 import ctkernels
 from ctkernels.functional import ctu
@@ -120,6 +121,98 @@ def test_infinities_and_nan(backend: str, dtype: torch.dtype, activation: str) -
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_nan_at_beta_one(backend: str, dtype: torch.dtype, activation: str) -> None:
     check_nan_at_beta_one(dtype, activation, lambda approx: nullcontext())
+
+
+@pytest.mark.parametrize("activation", ["relu", "prelu", "relu6", "silu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_nan_parameters(backend: str, dtype: torch.dtype, activation: str) -> None:
+    names = ["beta", "coeff", "scale", "shift"] + ["negative_slope"] * (activation == "prelu")
+    for name, raw, bits in itertools.product(names, (False, True), NANS):
+        check_nan_parameter(dtype, activation, name, lambda approx: nullcontext(), raw, bits, channels=40)
+
+
+@pytest.mark.parametrize("activation", ["relu", "prelu", "relu6", "silu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_products_that_overflow(backend: str, dtype: torch.dtype, activation: str) -> None:
+    check_products_that_overflow(dtype, activation, lambda approx: nullcontext())
+
+
+LARGE = [1e-30, -1e-20, 1e-15, -1e-12, 1e-8, -1.0, 10.0, 1e4, 1e16, 1e17, -1e18, 1e19, 1e30, -1e37, 1e38]
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "leaky_relu", "relu6"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sharp_units_and_huge_values(backend: str, dtype: torch.dtype, activation: str) -> None:
+    """Logits up to where 1 - beta is no number any more, and x up to the largest: values, slopes, tangents, d/dlogit."""
+    huge = [] if dtype == torch.float32 else [1e100, -1e200, 1e300]
+    x = torch.tensor(LARGE + huge, dtype=torch.float64).to(dtype)
+    slope, smallest = 0.25, 2.0**-118 if dtype == torch.float32 else 2.0**-960
+
+    def bounds(u: float, plain: bool) -> float:
+        """As in test_against_forty_digits; and what four roundings of u, s among them, do to e^-u or e^(-u^2/2)."""
+        if dtype == torch.float32:
+            bound, settled = 2e-6 if u <= 10 else 1e-5, 104.0
+        else:
+            bound, settled = 4e-13 if activation == "gelu" else 1e-13, 745.0
+        if plain or dtype == torch.float64:
+            bound += 4 * torch.finfo(dtype).eps * (min(u * u, 2 * settled) if activation == "gelu" else min(u, settled))
+        return bound
+
+    for logit, coeff in itertools.product(
+        (-40.0, 2.2, 17.0, 36.7, 38.0, 45.0, 60.0, 88.0, 100.0, 400.0, 740.0), (0.0, 0.5, 1.0)
+    ):
+        knobs = [torch.full((x.numel(),), v, dtype=dtype, requires_grad=True) for v in (logit, _logit(coeff))]
+        leaf = x.clone().requires_grad_()
+        given = {"activation": activation, "negative_slope": slope, "raw": True, "channel_dim": 0}
+        y = ctu(leaf, *knobs, **given)
+        d_x, d_logit, d_coeff = torch.autograd.grad(y, (leaf, *knobs), torch.ones_like(y))
+        fixed = partial(ctu, beta=knobs[0].detach(), coeff=knobs[1].detach(), **given)
+        tangent = torch.func.jvp(fixed, (x,), (torch.ones_like(x),))[1]
+        assert torch.isfinite(d_coeff).all()
+        for i, point in enumerate(x.double().tolist()):
+            exact = knobs[0][i].item()
+            terms = _family(activation, point, exact, coeff, slope)
+            s = truth.logistic(-truth.mp.mpf(exact))
+            for found, name in ((y, "y"), (d_x, "x"), (tangent, "x"), (d_logit, "beta")):
+                value = truth.mp.fsum(sign * e[name].value for sign, e in terms)
+                size = truth.mp.fsum(e[name].terms for _, e in terms)
+                if size > torch.finfo(dtype).max / 1e3:  # kernels add up w^2 before they divide by s^2
+                    continue
+                reach = max(abs(point), abs(point - 6)) if activation == "relu6" else abs(point)
+                u = float(min(reach / s, 1e3))
+                bound = bounds(u, backend == "reference" or found is tangent) * float(size) + smallest * max(
+                    1.0, u, reach
+                )
+                if name == "beta":  # the last bit of that w^2
+                    bound += float(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / s)
+                assert abs(found[i].item() - float(value)) <= bound, (
+                    name,
+                    point,
+                    logit,
+                    coeff,
+                    found[i].item(),
+                    value,
+                    bound,
+                )
+
+
+def _logit(coeff: float) -> float:
+    return {0.0: -1e3, 0.5: 0.0, 1.0: 1e3}[coeff]
+
+
+def _family(
+    activation: str, x: float, logit: float, coeff: float, slope: float
+) -> list[tuple[float, dict[str, truth.Value]]]:
+    """The unit as a sum of units and of plain terms."""
+    if activation == "leaky_relu":
+        unit = truth.unit_of_logit((1 - slope) * x, logit, coeff)
+        zero = truth.Value(truth.mp.mpf(0), truth.mp.mpf(0))
+        unit["x"] = truth.Value(unit["x"].value * (1 - slope), unit["x"].terms * (1 - slope))
+        line = {"y": truth.mp.mpf(slope * x), "x": truth.mp.mpf(slope)}
+        return [(1, unit), (1, {n: truth.Value(v, abs(v)) for n, v in line.items()} | {"beta": zero, "coeff": zero})]
+    if activation == "relu6":
+        return [(1, truth.unit_of_logit(x, logit, coeff)), (-1, truth.unit_of_logit(x - 6, logit, coeff))]
+    return [(1, truth.unit_of_logit(x, logit, coeff, gaussian=activation == "gelu"))]
 
 
 def test_finite_in_finite_out(backend: str) -> None:

@@ -10,11 +10,14 @@ pytest.importorskip("numpy", minversion="2.0", reason="the PTX executor needs nu
 
 from conformance import check_against_float64, outputs, sample_named
 from ctu_checks import (
+    NANS,
     Run,
     check_extremes,
     check_forty_digits,
     check_nan_at_beta_one,
+    check_nan_parameter,
     check_plain_at_beta_one,
+    check_products_that_overflow,
     check_sixteen_bits,
 )
 from ptx.toolchain import nvcc
@@ -234,6 +237,33 @@ def test_plain_activation_at_beta_one(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("dtype", "activation"), [(FLOAT, "relu"), (FLOAT, "gelu"), (torch.bfloat16, "relu")], ids=str)
 def test_nan_at_beta_one(dtype: torch.dtype, activation: str) -> None:
     check_nan_at_beta_one(dtype, activation, _on_cpu())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activation", "name", "raw"),
+    [
+        (FLOAT, "relu", "beta", False),
+        (FLOAT, "relu", "coeff", True),
+        (FLOAT, "prelu", "negative_slope", False),
+        (torch.bfloat16, "relu", "beta", True),
+        (torch.bfloat16, "gelu", "coeff", False),
+        (torch.bfloat16, "gelu", "beta", False),
+        (torch.float64, "relu6", "beta", False),
+        (torch.bfloat16, "relu", "scale", False),
+    ],
+    ids=str,
+)
+def test_nan_parameters(dtype: torch.dtype, activation: str, name: str, raw: bool) -> None:
+    check_nan_parameter(dtype, activation, name, _on_cpu(), raw, NANS[1])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activation"),
+    [(FLOAT, "prelu"), (FLOAT, "relu6"), (torch.bfloat16, "relu6"), (torch.bfloat16, "gelu"), (torch.float64, "relu")],
+    ids=str,
+)
+def test_products_that_overflow(dtype: torch.dtype, activation: str) -> None:
+    check_products_that_overflow(dtype, activation, _on_cpu())
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu"])

@@ -80,7 +80,16 @@ BAD = {
         r"residual must have x's shape \(2, 4, 3\), got \(2, 4\)",
     ),
     "residual type": ((X, 0.9), {"residual": 1.0}, TypeError, "residual must be a tensor, got float"),
-    "eps negative": ((X, 0.9), {"eps": -1.0}, ValueError, "eps must be finite and not negative, got -1.0"),
+    "beta too large": ((X, 10**400), {}, ValueError, "beta must be a number that float64 can hold, got one beyond 1.8e308"),
+    "slope too large": (
+        (X, 0.9),
+        {"activation": "prelu", "negative_slope": -(10**400)},
+        ValueError,
+        "negative_slope must be a number that float64 can hold",
+    ),
+    "eps infinite": ((X, 0.9), {"eps": float("inf")}, ValueError, "eps must be between 0 and 1, got inf"),
+    "eps NaN": ((X, 0.9), {"eps": float("nan")}, ValueError, "eps must be between 0 and 1, got nan"),
+    "eps negative": ((X, 0.9), {"eps": -1.0}, ValueError, "eps must be between 0 and 1, got -1.0"),
     "device": (
         (X, torch.rand(4, device="meta")),
         {"channel_dim": 1},

@@ -103,6 +103,68 @@ def test_noise_at_the_ends() -> None:
     assert gates.tolist() == [0.0, 1.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_nan_is_in_the_gate_and_in_its_gradient(backend: str, dtype: torch.dtype) -> None:
+    log_alpha = torch.tensor([0.3, float("nan"), -0.5], dtype=dtype, requires_grad=True)
+    noise = torch.tensor([0.4, 0.5, float("nan")], dtype=dtype, requires_grad=True)
+    found = {
+        "clip": (hard_concrete(log_alpha, training=False), [log_alpha]),
+        "mean": (hard_concrete(log_alpha, training=False, estimator="mean"), [log_alpha]),
+        "penalty": (expected_l0(log_alpha), [log_alpha]),
+        "sample": (hard_concrete(log_alpha, training=True, noise=noise), [log_alpha, noise]),
+    }
+    for case, (gates, leaves) in found.items():
+        hidden = [False, True, case == "sample"]
+        for values in (gates, *torch.autograd.grad(gates, leaves, torch.ones_like(gates))):
+            assert values.isnan().tolist() == hidden, (case, values)
+
+
+STRETCHES = [
+    (-0.1, 1.1),
+    (-0.3, 1.01),
+    (-1e-3, 1.001),
+    (-1e-6, 1 + 1e-6),
+    (-1e-300, 1 + 1e-15),
+    (-2.0, 9.0),
+    (-1e9, 1e9),
+]
+
+
+@pytest.mark.parametrize("stretch", STRETCHES, ids=str)
+def test_expectation_for_every_stretch_and_temperature(backend: str, stretch: tuple[float, float]) -> None:
+    mp = pytest.importorskip("mpmath", reason="needs the test extra").mp
+    low, high = (mp.mpf(v) for v in stretch)
+    places = [-30.0, -3.0, 0.4, 2.0, 25.0]
+    for temperature in (0.33, 1.0, 5.0):
+
+        def expectation(log_alpha, cuts, temperature=temperature):
+            def density(y):
+                return (high - low) / (2 + mp.exp(y) + mp.exp(-y)) / (1 + mp.exp(temperature * y - log_alpha))
+
+            return float(mp.quad(density, cuts))
+
+        with mp.workdps(40):
+            ends = (mp.log(-low / high), mp.log((1 - low) / (high - 1)))
+            inside = (cut for cut in map(mp.mpf, (-60, -20, -5, 0, 5, 20, 60)) if ends[0] < cut < ends[1])
+            cuts = [ends[0], *inside, ends[1]]
+            expected = [expectation(log_alpha, cuts) for log_alpha in places]
+        log_alpha = torch.tensor(places, dtype=torch.float64)
+        gates = hard_concrete(log_alpha, training=False, estimator="mean", stretch=stretch, temperature=temperature)
+        assert (gates - torch.tensor(expected, dtype=torch.float64)).abs().max() <= 1e-12
+        assert (gates <= 1).all()
+    wide = torch.linspace(20, 700, 2001, dtype=torch.float64)
+    gates = hard_concrete(wide, training=False, estimator="mean", stretch=stretch)
+    assert (gates <= 1).all()
+    assert (1 - gates <= 1e-7).all()
+
+
+def test_slopes_keep_the_digits_of_one_minus_the_gate(backend: str) -> None:
+    log_alpha = torch.tensor([15.0, 20.0, 30.0], requires_grad=True)
+    expected = torch.sigmoid(-log_alpha.detach().double() + TEMPERATURE * math.log(-LOW / HIGH))
+    (found,) = torch.autograd.grad(expected_l0(log_alpha).sum(), log_alpha)
+    torch.testing.assert_close(found.double(), expected, rtol=4e-6, atol=0)
+
+
 def test_opcheck() -> None:
     for mode, noise in ((0, torch.rand(3, 4)), (1, None), (2, None), (3, None)):
         args = (torch.randn(3, 4, requires_grad=True), noise, -1, mode, TEMPERATURE, LOW, HIGH)
@@ -136,6 +198,30 @@ BAD = {
         {"training": True, "temperature": 0.0},
         ValueError,
         "temperature must be positive and finite, got 0.0",
+    ),
+    "temperature infinite": (
+        (torch.zeros(3),),
+        {"training": False, "temperature": math.inf},
+        ValueError,
+        "temperature must be finite, got inf",
+    ),
+    "temperature of an expectation": (
+        (torch.zeros(3),),
+        {"training": False, "estimator": "mean", "temperature": 11.0},
+        ValueError,
+        "temperature must be at most 10 for estimator='mean', .* got 11.0",
+    ),
+    "three ends": (
+        (torch.zeros(3),),
+        {"training": False, "stretch": (-0.1, 0.5, 1.1)},
+        TypeError,
+        r"stretch must be a pair \(low, high\), got \(-0.1, 0.5, 1.1\)",
+    ),
+    "stretch infinite": (
+        (torch.zeros(3),),
+        {"training": False, "stretch": (-math.inf, math.inf)},
+        ValueError,
+        "stretch must be finite, got -inf",
     ),
     "stretch": (
         (torch.zeros(3),),

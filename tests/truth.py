@@ -20,30 +20,40 @@ class Value:
     terms: mp.mpf
 
 
-def _logistic(t: mp.mpf) -> mp.mpf:
+def logistic(t: mp.mpf) -> mp.mpf:
     return 1 / (1 + mp.exp(-t))
 
 
 def unit(x: float, beta: float, coeff: float, gaussian: bool = False) -> dict[str, Value]:
     """phi and its partial derivatives at doubles taken as exact, for beta < 1."""
-    x, b, c = mp.mpf(x), mp.mpf(beta), mp.mpf(coeff)
-    s = 1 - b
+    b = mp.mpf(beta)
+    return _unit(mp.mpf(x), b, 1 - b, mp.mpf(coeff), gaussian)
+
+
+def unit_of_logit(x: float, logit: float, coeff: float, gaussian: bool = False) -> dict[str, Value]:
+    """The same where beta is the sigmoid of ``logit``, whose derivative takes the place of that of beta."""
+    b, s = logistic(mp.mpf(logit)), logistic(-mp.mpf(logit))
+    values = _unit(mp.mpf(x), b, s, mp.mpf(coeff), gaussian)
+    return values | {"beta": Value(values["beta"].value * b * s, values["beta"].terms * b * s)}
+
+
+def _unit(x: mp.mpf, b: mp.mpf, s: mp.mpf, c: mp.mpf, gaussian: bool) -> dict[str, Value]:
     u = x / s
     t = b * u
     a = abs(u)
     if gaussian:
-        cdf, pdf = mp.ncdf, mp.npdf
+        cdf, pdf = (lambda v, f=f: f(max(min(v, 10**4), -(10**4))) for f in (mp.ncdf, mp.npdf))  # settled there
         gate, slope_u, bell = cdf(t), cdf(u), pdf(t)
         slope_t = t * bell
         soft, tail = [max(u, 0), pdf(u), -a * cdf(-a)], [abs(x) * cdf(-abs(t)), s * pdf(u), -s * a * cdf(-a)]
         entropy = pdf(u)
     else:
-        gate, slope_u = _logistic(t), _logistic(u)
-        bell = gate * _logistic(-t)
+        gate, slope_u = logistic(t), logistic(u)
+        bell = gate * logistic(-t)
         slope_t = t * bell
         soft = [max(u, 0) + mp.log1p(mp.exp(-a))]
-        tail = [abs(x) * _logistic(-abs(t)), s * mp.log1p(mp.exp(-a))]
-        entropy = mp.log1p(mp.exp(-a)) + a * _logistic(-a)
+        tail = [abs(x) * logistic(-abs(t)), s * mp.log1p(mp.exp(-a))]
+        entropy = mp.log1p(mp.exp(-a)) + a * logistic(-a)
     y = [c * x * gate, *((1 - c) * s * term for term in soft)]
     d_x = [c * gate, c * slope_t, (1 - c) * slope_u]
     d_beta = [c * u * u * bell, -(1 - c) * entropy]

@@ -36,11 +36,11 @@ struct Lane {
 };
 
 // Sums of up to five terms, each by its own name: the compiler keeps no array in vector registers.
-#define CTK_ADD_TERMS(Op, s0, s1, s2, s3, s4, dy, g)                             \
-  s0 += (dy) * (g).sums[0];                                                      \
-  s1 += (dy) * (g).sums[1];                                                      \
-  if constexpr (Op::kSums > 2) s2 += (dy) * (g).sums[2], s3 += (dy) * (g).sums[3]; \
-  if constexpr (Op::kSums > 4) s4 += (dy) * (g).sums[4]
+#define CTK_ADD_TERMS(Op, s0, s1, s2, s3, s4, g)                     \
+  s0 += (g).sums[0];                                                 \
+  s1 += (g).sums[1];                                                 \
+  if constexpr (Op::kSums > 2) s2 += (g).sums[2], s3 += (g).sums[3]; \
+  if constexpr (Op::kSums > 4) s4 += (g).sums[4]
 
 template <class Op, class T>
 void forward_uniform(const T* __restrict w, T* __restrict y, const T* consts, int64_t n) {
@@ -65,10 +65,10 @@ void backward_uniform(const T* __restrict w, const T* __restrict dy, T* __restri
   T s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3, s4)
   for (int64_t i = 0; i < n; ++i) {
-    const auto g = Op::gradients(w[i], k);
-    dw[i] = dy[i] * g.w;
+    const auto g = Op::gradients(w[i], dy[i], k);
+    dw[i] = g.w;
     if constexpr (sums) {
-      CTK_ADD_TERMS(Op, s0, s1, s2, s3, s4, dy[i], g);
+      CTK_ADD_TERMS(Op, s0, s1, s2, s3, s4, g);
     }
   }
   if constexpr (sums) {
@@ -93,10 +93,10 @@ void backward_rows(const T* __restrict w, const T* __restrict dy, T* __restrict 
     T s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const auto g = Op::gradients(w[r * row + i], Lane<T>{consts + i, stride});
-      dw[r * row + i] = dy[r * row + i] * g.w;
+      const auto g = Op::gradients(w[r * row + i], dy[r * row + i], Lane<T>{consts + i, stride});
+      dw[r * row + i] = g.w;
       if constexpr (sums) {
-        CTK_ADD_TERMS(Op, s0, s1, s2, s3, s4, dy[r * row + i], g);
+        CTK_ADD_TERMS(Op, s0, s1, s2, s3, s4, g);
       }
     }
     if constexpr (sums) {

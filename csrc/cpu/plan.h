@@ -152,7 +152,7 @@ Constants<T> derive(const Op& op, const Operands& in, const Plan& plan, int op_f
       for (int64_t j = 0; j < n; ++j)
         if (fields[f][j] != fields[f][j]) fields[f][j] = std::numeric_limits<T>::quiet_NaN();
     for (int f = 0; f < k.fields - op_fields; ++f)
-      for (int64_t j = 0; j < n; ++j) fields[op_fields + f][j] = static_cast<T>(params.values[kScaleParam + f][j]);
+      for (int64_t j = 0; j < n; ++j) fields[op_fields + f][j] = constant<T>(params.values[kScaleParam + f][j]);
     T* out = k.data.data() + g * k.per_group;
     for (int f = 0; f < k.fields; ++f) {
       T* lane = out + f * plan.length + begin * v.inner;

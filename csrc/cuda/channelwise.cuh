@@ -190,11 +190,11 @@ __device__ __forceinline__ void backward(const Channelwise& a) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const int column = kPlane ? 0 : j;
-        const auto grad = Unit::Op::gradients(w[j], k[column]);
-        g[j] = dy[j] * grad.w;
+        const auto grad = Unit::Op::gradients(w[j], dy[j], k[column]);
+        g[j] = grad.w;
         if constexpr (decltype(with_sums)::value) {
 #pragma unroll
-          for (int s = 0; s < Unit::Op::kSums; ++s) sums[s][column] = fused(dy[j], grad.sums[s], sums[s][column]);
+          for (int s = 0; s < Unit::Op::kSums; ++s) sums[s][column] += grad.sums[s];
         }
         if constexpr (kFull) {
           sums[kCtuScaleSum][column] = fused(g[j], x[j], sums[kCtuScaleSum][column]);

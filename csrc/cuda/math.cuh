@@ -297,8 +297,9 @@ struct CtuUnit {
       }
     }
     f[kTHi] = t.hi, f[kTLo] = t.lo, f[kUHi] = u.hi, f[kULo] = u.lo;
-    f[kC] = smooth ? v.coeff : 0.f, f[kC1] = smooth ? v.coeff1 : 0.f, f[kC1S] = smooth ? v.coeff1 * v.s : 0.f;
-    f[kSlope] = slope, f[kReach] = 1.f - slope;
+    const float kept = smooth ? 1.f : 0.f;  // as factors: a NaN is kept
+    f[kC] = kept * v.coeff, f[kC1] = kept * v.coeff1, f[kC1S] = kept * v.coeff1 * s;
+    f[kSlope] = slope, f[kReach] = Op::reach(1.f - slope);
   }
 
   static __device__ void finish(const CtuStatic& ctu, const double* p, const double* sums, double* grads) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -55,12 +57,22 @@ def unit_interval(op: str, name: str, value: float) -> None:
 
 
 def number(op: str, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """``value``, a real number of any type, as a float."""
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(value).__name__}")
     try:
         return float(value)
-    except OverflowError:  # an int of more than 308 digits
-        raise ValueError(f"{op}: {name} must be a number that float64 can hold, got an int beyond it") from None
+    except OverflowError:
+        raise ValueError(f"{op}: {name} must be a number that float64 can hold, got one beyond 1.8e308") from None
+
+
+def finite(op: str, name: str, value: Any) -> float:
+    value = number(op, name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    return value
 
 
 def choice(op: str, name: str, value: Any, allowed: Any) -> None:

@@ -191,7 +191,12 @@ def _wants_gradient(inputs: Inputs) -> bool:
 
 def in_transform() -> bool:
     """Whether ``torch.func`` or forward-mode AD is at work."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or in_forward_mode()
+
+
+def in_forward_mode() -> bool:
+    """Whether a forward-mode derivative is being taken, of ``torch.func`` or of ``torch.autograd.forward_ad``."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def _forward_modes() -> int:
@@ -218,7 +223,8 @@ class _Forward(torch.autograd.Function):
         op, static, inputs = ctx.op, ctx.static, ctx.saved_tensors
 
         def compute(needs: int) -> Sequence[Tensor]:
-            if torch._C._functorch.is_legacy_batchedtensor(dy):  # autograd.grad(is_grads_batched=True)
+            # Through plain torch: autograd.grad(is_grads_batched=True), and forward mode, whose tangents have to be carried on.
+            if torch._C._functorch.is_legacy_batchedtensor(dy) or in_forward_mode():
                 return op.reference_backward(dy, inputs, static, needs)
             if torch.is_grad_enabled() or in_transform():
                 return _Backward.apply(op, static, needs, dy, *inputs)
@@ -263,19 +269,10 @@ class _Backward(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.op, ctx.static, ctx.needs = inputs[:3]
         ctx.save_for_backward(*inputs[3:])
-        ctx.save_for_forward(*inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, None, *_second_order(ctx.op, ctx.static, ctx.needs, ctx.saved_tensors, cotangents))
-
-    @staticmethod
-    def jvp(ctx: Any, _op: None, _static: None, _needs: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        moving = [i for i, t in enumerate(tangents) if t is not None]
-        function, primals = _backward_of(ctx.op, ctx.static, ctx.needs, ctx.saved_tensors, moving)
-        # A dual number cannot be made of an expanded tensor, which a gradient of a sum is.
-        primals, moved = (tuple(t.contiguous() for t in ts if t is not None) for ts in (primals, tangents))
-        return torch.func.jvp(function, primals, moved)[1]
 
     @staticmethod
     def vmap(

@@ -31,7 +31,8 @@ class Math:
     """An op's scalar functions; GRADE is one of the three above, STATIC the op's static arguments after channel_dim.
 
     derive(params, GRADE, STATIC) -> constants        forward(w, constants, GRADE, STATIC) -> y
-    gradients(w, constants, GRADE, STATIC) -> (d/dw, five terms)    finish(params, sums, STATIC) -> gradients of params
+    gradients(w, dy, constants, GRADE, STATIC) -> (gradient of w, five terms of sums)
+    finish(params, sums, STATIC) -> gradients of params
     fallbacks: values of absent parameters. sums: of each parameter, a mask of the sums that its gradient is made of.
     prologue: whether parameters 3 and 4 are a scale and a shift before the op.
     """
@@ -212,16 +213,15 @@ def channelwise_kernel(
                 result = forward(w, k, GRADE, STATIC)
             else:
                 up = _number(tl.load(dy + at + lane, mask=live, other=0.0), DOUBLES)
-                slope, t0, t1, t2, t3, t4 = gradients(w, k, GRADE, STATIC)
-                result = up * slope
+                result, t0, t1, t2, t3, t4 = gradients(w, up, k, GRADE, STATIC)
                 if dresidual is not None:
                     tl.store(dresidual + at + lane, result.to(dresidual.dtype.element_ty), mask=live)
                 s = (
-                    _add(s[0], up * t0, WANTED, 0),
-                    _add(s[1], up * t1, WANTED, 1),
-                    _add(s[2], up * t2, WANTED, 2),
-                    _add(s[3], up * t3, WANTED, 3),
-                    _add(s[4], up * t4, WANTED, 4),
+                    _add(s[0], t0, WANTED, 0),
+                    _add(s[1], t1, WANTED, 1),
+                    _add(s[2], t2, WANTED, 2),
+                    _add(s[3], t3, WANTED, 3),
+                    _add(s[4], t4, WANTED, 4),
                     _add(s[5], result * v, WANTED, 5),
                     _add(s[6], result, WANTED, 6),
                 )

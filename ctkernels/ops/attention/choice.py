@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
+from .._op import in_transform
 from .reference import UNBOUNDED
 
 FUSED, SEPARATE = "fused", "separate"
@@ -143,7 +144,7 @@ def fused_refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
         return f"heads of at most 256 values, got {max(q.shape[-1], v.shape[-1])}"
     if not scale > 0:
         return f"scale must be positive, got {scale}"
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if in_transform():
         return "torch.func transforms and forward-mode derivatives go through torch's attention"
     return None
 

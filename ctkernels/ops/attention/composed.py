@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _backend
+from .._op import in_forward_mode, in_transform
 from . import reference
 from .reference import UNBOUNDED
 
@@ -33,7 +34,7 @@ def attend(
 ) -> Tensor:
     """q (B, H, T, D), k (B, G, S, D), v (B, G, S, E)."""
     tokens, keys = q.shape[2], k.shape[2]
-    if _backend.reference_forced():
+    if _backend.reference_forced() or in_forward_mode():  # which torch's fast kernels have not
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         mask = reference.combine(mask, reference.visible(tokens, keys, left, right, q.device))
         widened = tuple(None if t is None else t.to(wide) for t in edits)
@@ -62,8 +63,7 @@ def _edit(z: Tensor, edits: Edits, axis: int) -> Tensor:
     if m is None and a is None:
         return z
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, *edits))
-    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    inplace = not (wanted or transformed or torch.compiler.is_compiling())
+    inplace = not (wanted or in_transform() or torch.compiler.is_compiling())
     return head_edit(z, m, a, g_m, g_a, head_axis=axis, inplace=inplace)
 
 

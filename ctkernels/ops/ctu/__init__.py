@@ -33,7 +33,8 @@ def _unpack(inputs: Inputs, static: Static) -> tuple[list[Tensor | None], Tensor
     assert w is not None
     assert beta is not None
     assert coeff is not None
-    # 1 - beta and the sigmoids in the parameters' own precision, then in the compute dtype
+    # 1 - beta and the sigmoids in the parameters' own precision where that is higher, then in the compute dtype
+    beta, coeff = (p.to(torch.promote_types(p.dtype, dtype)) for p in (beta, coeff))
     knobs = reference.knobs(beta, coeff, raw, eps).to(dtype)
     ready[1:6] = [p if p is None else p.to(dtype) for p in ready[1:6]]
     scale, shift = ready[4], ready[5]
@@ -52,11 +53,24 @@ def _forward(inputs: Inputs, static: Static) -> Tensor:
     return reference.forward(w, ready[3], knobs, kind).to(inputs[0].dtype)
 
 
-def _backward(dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
+def _partials(inputs: Inputs, static: Static) -> tuple[list[Tensor | None], reference.Partials]:
     ready, w, knobs, kind = _unpack(inputs, static)
-    d_w, d_beta, d_coeff, d_slope = reference.partials(w, ready[3], knobs, kind)
-    dy = dy.to(w.dtype)
-    g = dy * d_w
+    return ready, reference.partials(w, ready[3], knobs, kind)
+
+
+def _by_knob(name: str, partials: reference.Partials, g: Tensor) -> Tensor:
+    """``g`` times the derivative by beta, coeff or slope."""
+    if name == "beta":
+        return partials.beta.times(g)
+    partial = partials.coeff if name == "coeff" else partials.slope
+    assert partial is not None
+    return g * partial
+
+
+def _backward(dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
+    ready, partials = _partials(inputs, static)
+    dy = dy.to(partials.w.dtype)
+    g = dy * partials.w
     x, scale = ready[0], ready[4]
     assert x is not None
     grads = []
@@ -68,31 +82,26 @@ def _backward(dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Te
         elif name == "residual":
             grads.append(g.to(like.dtype, copy=True))
         else:
-            upstream, partial = {
-                "beta": (dy, d_beta),
-                "coeff": (dy, d_coeff),
-                "slope": (dy, d_slope),
-                "scale": (g, x),
-                "shift": (g, None),
-            }[name]
-            grads.append(_layout.reduce(upstream if partial is None else upstream * partial, like, static[0]))
+            values = g * x if name == "scale" else g if name == "shift" else _by_knob(name, partials, dy)
+            grads.append(_layout.reduce(values, like, static[0]))
     return grads
 
 
 def _jvp(inputs: Inputs, static: Static, tangents: Inputs) -> Tensor:
-    ready, w, knobs, kind = _unpack(inputs, static)
-    d_w, d_beta, d_coeff, d_slope = reference.partials(w, ready[3], knobs, kind)
+    ready, partials = _partials(inputs, static)
     x, scale = ready[0], ready[4]
     assert inputs[0] is not None
     assert x is not None
-    weights = (d_w if scale is None else d_w * scale, d_beta, d_coeff, d_slope, d_w * x, d_w, d_w)
-    total = torch.zeros_like(w)
-    for i, tangent in enumerate(tangents):
-        if tangent is not None:
-            moved = tangent if i in (0, 6) else _layout.broadcast(tangent, inputs[0], static[0])
-            weight = weights[i]
-            assert weight is not None
-            total = total + weight * moved.to(w.dtype)
+    total = torch.zeros_like(partials.w)
+    for name, tangent in zip(OP.inputs, tangents):
+        if tangent is None:
+            continue
+        g = (tangent if name in OP.elementwise else _layout.broadcast(tangent, inputs[0], static[0])).to(total.dtype)
+        if name in ("beta", "coeff", "slope"):
+            total = total + _by_knob(name, partials, g)
+        else:
+            factor = scale if name == "x" else x if name == "scale" else None
+            total = total + partials.w * (g if factor is None else g * factor)
     return total.to(inputs[0].dtype)
 
 

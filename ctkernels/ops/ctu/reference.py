@@ -1,9 +1,12 @@
 """The CT unit in plain torch: the textbook forward, and the closed-form partial derivatives.
 
 Everything here is elementwise and differentiable, broadcasts, and works in the dtype it is given. The forward is written
-with other algebra than the kernels (``logaddexp``, ``erfc``), on purpose: agreement between two independent writings is
+with other algebra than the kernels (two branches, ``erfc``), on purpose: agreement between two independent writings is
 what the tests rest on. The partials are closed forms because autograd through the textbook expression loses up to every
 digit of d/dbeta near beta = 1 (see this folder's README).
+
+Nothing overflows on the way to a finite result, in the decomposition of these functions that an exported graph holds
+neither: exponentials are of numbers below 0, and ratios are bounded where everything they enter has settled.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor
 
 INV_SQRT2 = math.sqrt(0.5)
 INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
+FAR = 1e3  # exp(-FAR) and erfc(FAR) are 0 in float64
 
 
 class Knobs(NamedTuple):
@@ -44,28 +48,62 @@ def knobs(beta: Tensor, coeff: Tensor, raw: bool, eps: float) -> Knobs:
     return Knobs(b, one_minus_b + eps, c, b * one_minus_b, c * one_minus_c, eps)
 
 
-def _ratio(w: Tensor, k: Knobs) -> tuple[Tensor, Tensor]:
-    """u = w / s where s > 0 (0 elsewhere), kept finite, and the mask of entries where the unit is smooth."""
-    smooth = (k.s > 0).expand(torch.broadcast_shapes(w.shape, k.s.shape))
-    u = w / torch.where(k.s > 0, k.s, torch.ones_like(k.s))
-    limit = torch.finfo(w.dtype).max ** 0.45  # u * u must not overflow
-    return torch.where(smooth, u.clamp(-limit, limit), torch.zeros_like(u)), smooth & ~torch.isinf(w)
+class _Point(NamedTuple):
+    """Where the unit is evaluated: w, u = w / s, t = beta u; all 0 where it is ``plain``, that is, the plain activation."""
+
+    w: Tensor
+    u: Tensor
+    t: Tensor
+    plain: Tensor
+
+
+def _point(w: Tensor, k: Knobs) -> _Point:
+    """Where s = 0 (or w is infinite) the unit is plain. A NaN is not."""
+    sharp = k.s <= 0
+    plain = sharp | torch.isinf(w)
+    w, s = torch.where(plain, 0, w), torch.where(sharp, 1, k.s)
+    largest = torch.finfo(w.dtype).max
+    eta = (k.beta / s).clamp(max=largest)
+    return _Point(w, (w / s).clamp(-largest, largest), (w * eta).clamp(-FAR, FAR), plain)
+
+
+# Of two functions that continue each other smoothly, such as those on both sides of 0, the one on the right decides at 0,
+# in each of these: so that their sums and products have the right derivatives there, of any order.
+
+
+def _positive(w: Tensor) -> Tensor:
+    return torch.where(w < 0, 0, w)
+
+
+def _magnitude(w: Tensor) -> Tensor:
+    return torch.where(w < 0, -w, w)
+
+
+def _distance(p: _Point) -> Tensor:
+    """|u|, for functions that have settled at FAR."""
+    return _magnitude(p.u).clamp(max=FAR)
+
+
+def _no_effect(*knobs: Tensor) -> Tensor:
+    """0, where a knob has no effect; but NaN if one is."""
+    return sum((knob * 0 for knob in knobs[1:]), knobs[0] * 0)
 
 
 def logistic_forward(w: Tensor, k: Knobs) -> Tensor:
     """c w sigma(beta u) + (1 - c) s softplus(u): equation 8 of the Curvature Tuning paper."""
-    u, smooth = _ratio(w, k)
-    soft = torch.logaddexp(u, torch.zeros_like(u))
-    y = k.coeff * w * torch.sigmoid(k.beta * u) + (1 - k.coeff) * k.s * soft
-    return torch.where(smooth, y, torch.relu(w))
+    p = _point(w, k)
+    soft = _positive(p.w) + k.s * torch.log1p(torch.exp(-_distance(p)))
+    y = k.coeff * p.w * torch.sigmoid(p.t) + (1 - k.coeff) * soft
+    return torch.where(p.plain, torch.relu(w) + _no_effect(k.s, k.coeff), y)
 
 
 def gaussian_forward(w: Tensor, k: Knobs) -> Tensor:
     """c w Phi(beta u) + (1 - c) s (u Phi(u) + phi(u)): the GELU member of the family, exact at coeff=1, beta=1/2."""
-    u, smooth = _ratio(w, k)
-    soft = u * _normal_cdf(u) + _normal_pdf(u)
-    y = k.coeff * w * _normal_cdf(k.beta * u) + (1 - k.coeff) * k.s * soft
-    return torch.where(smooth, y, torch.relu(w))
+    p = _point(w, k)
+    a = _distance(p)
+    soft = _positive(p.w) + k.s * (_normal_pdf(a) - a * _normal_cdf(-a))
+    y = k.coeff * p.w * _normal_cdf(p.t) + (1 - k.coeff) * soft
+    return torch.where(p.plain, torch.relu(w) + _no_effect(k.s, k.coeff), y)
 
 
 def _normal_cdf(u: Tensor) -> Tensor:
@@ -76,45 +114,93 @@ def _normal_pdf(u: Tensor) -> Tensor:
     return INV_SQRT_2PI * torch.exp(-0.5 * u * u)
 
 
-def logistic_partials(w: Tensor, k: Knobs) -> tuple[Tensor, Tensor, Tensor]:
-    """(d/dw, d/dbeta, d/dcoeff) of the logistic unit, at the (beta, coeff) in ``k``."""
-    u, smooth = _ratio(w, k)
-    t = k.beta * u
-    p, q = torch.sigmoid(t), torch.sigmoid(-t)
-    a = u.abs()
+class Factors(NamedTuple):
+    """The number small * large + rest - minus, for products with it: one with 0 is 0 where small * large is infinite."""
+
+    small: Tensor
+    large: Tensor
+    rest: Tensor
+    minus: Factors | None = None
+
+    def scaled(self, g: Tensor | float) -> Factors:
+        minus = None if self.minus is None else self.minus.scaled(g)
+        return Factors(self.small * g, self.large, self.rest * g, minus)
+
+    def times(self, g: Tensor) -> Tensor:
+        value = g * self.small * self.large + g * self.rest
+        if self.minus is None:
+            return value
+        other = self.minus.times(g)
+        return torch.where(torch.isinf(value) & (value == other), 0, value - other)
+
+
+class Partials(NamedTuple):
+    """Derivatives of a unit by w, beta, coeff and slope. ``w_left``: 1 - d/dw, without cancellation."""
+
+    w: Tensor
+    w_left: Tensor
+    beta: Factors
+    coeff: Tensor
+    slope: Tensor | None = None
+
+
+def logistic_partials(w: Tensor, k: Knobs) -> Partials:
+    """Of :func:`logistic_forward`."""
+    p = _point(w, k)
+    t, a = _magnitude(p.t), _distance(p)
+    small, large = torch.sigmoid(-t), torch.sigmoid(t)
+    rising, falling = torch.sigmoid(p.t), torch.sigmoid(-p.t)
+    bend = p.t * rising * falling
     log_term = torch.log1p(torch.exp(-a))
-    entropy = log_term + a * torch.sigmoid(-a)
-    d_w = k.coeff * (p + t * p * q) + (1 - k.coeff) * torch.sigmoid(u)
-    d_beta = k.coeff * (u * u * p * q) * (1 + k.eps) - (1 - k.coeff) * entropy
-    d_coeff = -(k.s * (a * torch.sigmoid(-t.abs()) + log_term))
-    return _at_kink(w, smooth, d_w, d_beta, d_coeff)
+    return _partials(
+        w,
+        k,
+        p,
+        k.coeff * (rising + bend) + (1 - k.coeff) * torch.sigmoid(p.u),
+        k.coeff * (falling - bend) + (1 - k.coeff) * torch.sigmoid(-p.u),
+        Factors(p.u * small, p.u * large, log_term + a * torch.sigmoid(-a)),
+        -(_magnitude(p.w) * small + k.s * log_term),
+    )
 
 
-def gaussian_partials(w: Tensor, k: Knobs) -> tuple[Tensor, Tensor, Tensor]:
-    """(d/dw, d/dbeta, d/dcoeff) of the Gaussian unit, at the (beta, coeff) in ``k``."""
-    u, smooth = _ratio(w, k)
-    t = k.beta * u
-    a = u.abs()
-    pdf_u, pdf_t = _normal_pdf(u), _normal_pdf(t)
-    d_w = k.coeff * (_normal_cdf(t) + t * pdf_t) + (1 - k.coeff) * _normal_cdf(u)
-    d_beta = k.coeff * (u * u * pdf_t) * (1 + k.eps) - (1 - k.coeff) * pdf_u
-    d_coeff = -(k.s * (a * _normal_cdf(-t.abs()) + pdf_u - a * _normal_cdf(-a)))
-    return _at_kink(w, smooth, d_w, d_beta, d_coeff)
+def gaussian_partials(w: Tensor, k: Knobs) -> Partials:
+    """Of :func:`gaussian_forward`."""
+    p = _point(w, k)
+    a = _distance(p)
+    pdf_a, pdf_t = _normal_pdf(a), _normal_pdf(p.t)
+    bend = p.t * pdf_t
+    return _partials(
+        w,
+        k,
+        p,
+        k.coeff * (_normal_cdf(p.t) + bend) + (1 - k.coeff) * _normal_cdf(p.u),
+        k.coeff * (_normal_cdf(-p.t) - bend) + (1 - k.coeff) * _normal_cdf(-p.u),
+        Factors(p.u * pdf_t, p.u, pdf_a),
+        -(_magnitude(p.w) * _normal_cdf(-_magnitude(p.t)) + k.s * (pdf_a - a * _normal_cdf(-a))),
+    )
 
 
-def _at_kink(w: Tensor, smooth: Tensor, d_w: Tensor, d_beta: Tensor, d_coeff: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where s = 0 (or w is infinite) the unit is the ReLU and the knobs have no effect; NaN stays NaN."""
-    zero = torch.where(torch.isnan(w), w, torch.zeros_like(w))
-    step = torch.where(torch.isnan(w), w, (w > 0).to(w.dtype))
-    return torch.where(smooth, d_w, step), torch.where(smooth, d_beta, zero), torch.where(smooth, d_coeff, zero)
+def _partials(
+    w: Tensor, k: Knobs, p: _Point, d_w: Tensor, d_w_left: Tensor, beta: Factors, d_coeff: Tensor
+) -> Partials:
+    """From what holds where the unit is smooth; of d/dbeta, u^2 as two factors and the entropy, without the knobs."""
+    none = torch.where(torch.isnan(w), w, 0)
+    step = torch.where(torch.isnan(w), w, (w > 0).to(w.dtype)) + _no_effect(k.s, k.coeff)
+    rest = torch.where(p.plain, none + _no_effect(k.s, k.coeff), (k.coeff - 1) * beta.rest)
+    return Partials(
+        torch.where(p.plain, step, d_w),
+        torch.where(p.plain, 1 - step, d_w_left),
+        Factors(k.coeff * (1 + k.eps) * beta.small, beta.large, rest),
+        torch.where(p.plain, none + _no_effect(k.s), d_coeff),
+    )
 
 
 def _excess(w: Tensor, k: Knobs) -> Tensor:
     """phi(w) - relu(w) of the logistic unit without the cancellation: an even function that vanishes away from 0."""
-    u, smooth = _ratio(w, k)
-    a = u.abs()
-    delta = k.s * ((1 - k.coeff) * torch.log1p(torch.exp(-a)) - k.coeff * a * torch.sigmoid(-k.beta * a))
-    return torch.where(smooth, delta, torch.zeros_like(delta))
+    p = _point(w, k)
+    soft = k.s * torch.log1p(torch.exp(-_distance(p)))
+    delta = (1 - k.coeff) * soft - k.coeff * _magnitude(p.w) * torch.sigmoid(-_magnitude(p.t))
+    return torch.where(p.plain, _no_effect(k.s, k.coeff), delta)
 
 
 def _orientation(slope: Tensor) -> Tensor:
@@ -128,28 +214,35 @@ def forward(w: Tensor, slope: Tensor | None, k: Knobs, kind: str) -> Tensor:
         return gaussian_forward(w, k)
     if kind == "leaky":
         assert slope is not None
-        smooth = (k.s > 0) & ~torch.isinf(w)
-        y = slope * w + _orientation(slope) * logistic_forward((1 - slope).abs() * w, k)
-        return torch.where(smooth, y, torch.where(w > 0, w, slope * w))
+        sign = _orientation(slope)
+        plain = (k.s <= 0) | torch.isinf(w)
+        within = torch.where(plain, 0, w)
+        y = slope * within + sign * logistic_forward(sign * (1 - slope) * within, k)
+        return torch.where(plain, torch.where(w > 0, w, slope * w) + _no_effect(k.s, k.coeff, slope), y)
     if kind == "relu6":
-        return w.clamp(0, 6) + _excess(w, k) - _excess(w - 6, k)
+        base = torch.where(w < 0, 0, torch.where(w >= 6, 6, w))
+        return base + (_excess(w, k) - _excess(w - 6, k))
     return logistic_forward(w, k)
 
 
-def partials(w: Tensor, slope: Tensor | None, k: Knobs, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(d/dw, d/dparam_beta, d/dparam_coeff, d/dslope), the middle two with the chain factor of raw parameters applied."""
-    d_slope = None
+def partials(w: Tensor, slope: Tensor | None, k: Knobs, kind: str) -> Partials:
+    """Of :func:`forward`, by the given parameters: logits where the knobs came from logits."""
     if kind == "gaussian":
-        d_w, d_beta, d_coeff = gaussian_partials(w, k)
+        d = gaussian_partials(w, k)
     elif kind == "leaky":
         assert slope is not None
-        sign = _orientation(slope)
-        d_v, d_beta, d_coeff = logistic_partials((1 - slope).abs() * w, k)
-        d_w, d_slope = slope + (1 - slope) * d_v, w * (1 - d_v)
-        d_beta, d_coeff = sign * d_beta, sign * d_coeff
+        d = _leaky_partials(w, slope, k)
     elif kind == "relu6":
-        (low_w, low_b, low_c), (high_w, high_b, high_c) = logistic_partials(w, k), logistic_partials(w - 6, k)
-        d_w, d_beta, d_coeff = low_w - high_w, low_b - high_b, low_c - high_c
+        low, high = logistic_partials(w, k), logistic_partials(w - 6, k)
+        d = Partials(low.w - high.w, 1 - low.w + high.w, low.beta._replace(minus=high.beta), low.coeff - high.coeff)
     else:
-        d_w, d_beta, d_coeff = logistic_partials(w, k)
-    return d_w, d_beta * k.dbeta, d_coeff * k.dcoeff, d_slope
+        d = logistic_partials(w, k)
+    return d._replace(beta=d.beta.scaled(k.dbeta), coeff=d.coeff * k.dcoeff)
+
+
+def _leaky_partials(w: Tensor, slope: Tensor, k: Knobs) -> Partials:
+    sign, infinite = _orientation(slope), torch.isinf(w)
+    within = torch.where(infinite, 0, w)
+    d = logistic_partials(torch.where(infinite, w + _no_effect(slope), sign * (1 - slope) * within), k)
+    d_slope = torch.where(infinite & (w < 0), w, within * d.w_left) + _no_effect(k.s, k.coeff, slope)
+    return Partials(slope + (1 - slope) * d.w, (1 - slope) * d.w_left, d.beta.scaled(sign), sign * d.coeff, d_slope)

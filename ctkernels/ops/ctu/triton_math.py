@@ -35,6 +35,7 @@ _MILLS = horner(
 )  # fmt: skip
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer
 _LARGEST = tl.constexpr(3.4028234e38)
+_LARGEST_DOUBLE = tl.constexpr(1.7976931348623157e308)
 _SMALLEST_S = tl.constexpr(2.0**-120)  # a bump lower than this is flushed, so that its rate stays finite
 
 
@@ -85,6 +86,12 @@ def _scaled(x_hi, x_lo, y_hi, y_lo):
 
 
 @triton.jit
+def _reach(r, LEAST: tl.constexpr):
+    """Not 0 at slope 1, so that infinity stays infinite."""
+    return tl.where(r == 0.0, LEAST, r)
+
+
+@triton.jit
 def derive(p, GRADE: tl.constexpr, STATIC: tl.constexpr):
     """(rate hi, lo, limit) of both decays, coeff, 1 - coeff, (1 - coeff) s, eta = beta / s, slope, 1 - slope."""
     KIND: tl.constexpr = STATIC[0]
@@ -93,14 +100,15 @@ def derive(p, GRADE: tl.constexpr, STATIC: tl.constexpr):
     beta, coeff, slope = p[0], p[1], p[2]
     if GRADE == DOUBLE:
         b, s, c, c1, _db, _dc = _knobs(beta, coeff, RAW, EPS)
-        smooth = s > 1e-300
+        smooth = ~(s <= 1e-300)  # a NaN is passed on
         u = 1.0 / tl.where(smooth, s, 1.0)
         t = b * u
         gone: tl.constexpr = 37.0 if KIND == GAUSSIAN else 700.0
         t_limit = tl.where(smooth, tl.where(t > 1e-300, gone / tl.where(t > 1e-300, t, 1.0), 1.7e308), -1.0)
         u_limit = tl.where(smooth, gone / u, -1.0)
         slope = slope.to(tl.float64)
-        return t, t, t_limit, u, u, u_limit, c, c1, c1 * s, tl.where(smooth, t, 0.0), slope, 1.0 - slope
+        reach = _reach(1.0 - slope, 4.9406564584124654e-324)
+        return t, t, t_limit, u, u, u_limit, c, c1, c1 * s, tl.where(smooth, t, 0.0), slope, reach
     else:
         if RAW or EPS != 0.0 or beta.dtype == tl.float64 or coeff.dtype == tl.float64:
             b64, s64, c64, c164, _db, _dc = _knobs(beta, coeff, RAW, EPS)
@@ -112,7 +120,7 @@ def derive(p, GRADE: tl.constexpr, STATIC: tl.constexpr):
             s = 1.0 - beta
             s_lo = (1.0 - s) - beta  # what the subtraction rounded off
             c, c1 = coeff, 1.0 - coeff
-        smooth = s > _SMALLEST_S
+        smooth = ~(s <= _SMALLEST_S)  # a NaN is passed on
         c1s = c1 * s
         safe = tl.where(smooth, s, 1.0)
         r = _rcp(safe)
@@ -130,9 +138,11 @@ def derive(p, GRADE: tl.constexpr, STATIC: tl.constexpr):
         if GRADE == FAST:  # without limits: a unit without a bump has no coefficients instead
             # At beta = 0 too, infinity decays to 0. (The smallest float; written as a number it would be a double.)
             t = tl.maximum(t.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
-            c, c1, c1s = tl.where(smooth, c, 0.0), tl.where(smooth, c1, 0.0), tl.where(smooth, c1s, 0.0)
+            kept = tl.where(smooth, 1.0, 0.0)  # as a factor: a NaN is kept
+            c, c1, c1s = kept * c, kept * c1, kept * c1s
         slope = slope.to(tl.float32)
-        return t, t_lo, t_limit, u, u_lo, u_limit, c, c1, c1s, eta, slope, 1.0 - slope
+        reach = _reach(1.0 - slope, 1.4012984643e-45)
+        return t, t_lo, t_limit, u, u_lo, u_limit, c, c1, c1s, eta, slope, reach
 
 
 # ---- per element -----------------------------------------------------------------------------------------------------
@@ -211,7 +221,8 @@ def _tail(a, hi, lo, limit, GRADE: tl.constexpr):
 
 @triton.jit
 def _bump(a, k, GRADE: tl.constexpr, KIND: tl.constexpr):
-    """The bump, minus its derivative, and the four terms of the parameter gradients. What is not used is not computed.
+    """The bump, minus its derivative, and the four terms of the parameter gradients, the first as two factors, whose
+    product may overflow. What is not used is not computed.
 
     Every product starts from a q or a phi, which are 0 where a is huge.
     """
@@ -222,7 +233,7 @@ def _bump(a, k, GRADE: tl.constexpr, KIND: tl.constexpr):
         ap, aq, uq = at * pdf_t, at * cdf_t, au * cdf_u
         delta = tl.fma(c1s, pdf_u, tl.fma(-c, aq, -(c1 * uq)))
         h = tl.fma(c, tl.fma(-eta, ap, cdf_t), c1 * cdf_u)
-        return delta, h, at * ap, aq, pdf_u, uq
+        return delta, h, ap, at, aq, pdf_u, uq
     else:
         et, at = _decay(a, t_hi, t_lo, t_limit, GRADE)
         eu, au = _decay(a, u_hi, u_lo, u_limit, GRADE)
@@ -232,43 +243,49 @@ def _bump(a, k, GRADE: tl.constexpr, KIND: tl.constexpr):
         apq = aq * pt
         delta = tl.fma(c1s, log_term, -(c * aq))
         h = tl.fma(c, tl.fma(-eta, apq, qt), c1 * qu)
-        return delta, h, at * apq, aq, log_term, au * qu
+        return delta, h, apq, at, aq, log_term, au * qu
 
 
 @triton.jit
 def forward(w, k, GRADE: tl.constexpr, STATIC: tl.constexpr):
     KIND: tl.constexpr = STATIC[0]
     if KIND == RELU6:
-        low, _h, _s0, _s1, _s2, _s3 = _bump(tl.abs(w), k, GRADE, KIND)
-        high, _h, _s0, _s1, _s2, _s3 = _bump(tl.abs(w - 6.0), k, GRADE, KIND)
+        low, _h, _i, _o, _s1, _s2, _s3 = _bump(tl.abs(w), k, GRADE, KIND)
+        high, _h, _i, _o, _s1, _s2, _s3 = _bump(tl.abs(w - 6.0), k, GRADE, KIND)
         return tl.where(w > 6.0, 6.0, tl.where(w < 0.0, 0.0, w)) + (low - high)
     elif KIND == LEAKY:
         slope, reach = k[10], k[11]
-        delta, _h, _s0, _s1, _s2, _s3 = _bump(tl.abs(reach) * tl.abs(w), k, GRADE, KIND)
+        delta, _h, _i, _o, _s1, _s2, _s3 = _bump(tl.abs(reach) * tl.abs(w), k, GRADE, KIND)
         return tl.where(w > 0.0, w, slope * w) + tl.where(reach < 0.0, -delta, delta)
     else:
-        delta, _h, _s0, _s1, _s2, _s3 = _bump(tl.abs(w), k, GRADE, KIND)
+        delta, _h, _i, _o, _s1, _s2, _s3 = _bump(tl.abs(w), k, GRADE, KIND)
         return tl.maximum(w, 0.0) + delta
 
 
 @triton.jit
-def gradients(w, k, GRADE: tl.constexpr, STATIC: tl.constexpr):
-    """d/dw and the terms whose sums, times the upstream gradient, make the parameter gradients; see `finish`."""
+def gradients(w, dy, k, GRADE: tl.constexpr, STATIC: tl.constexpr):
+    """The gradient of w, and the terms whose sums make the parameter gradients; see `finish`. ``dy`` is the first factor of
+    every product: what comes after it may be infinite, and a ``dy`` of 0 makes 0."""
     KIND: tl.constexpr = STATIC[0]
     if KIND == RELU6:
-        _d, low, l0, l1, l2, l3 = _bump(tl.abs(w), k, GRADE, KIND)
-        _d, high, h0, h1, h2, h3 = _bump(tl.abs(w - 6.0), k, GRADE, KIND)
+        _d, low, low_i, low_o, l1, l2, l3 = _bump(tl.abs(w), k, GRADE, KIND)
+        _d, high, high_i, high_o, h1, h2, h3 = _bump(tl.abs(w - 6.0), k, GRADE, KIND)
         step = tl.where(w > 0.0, 1.0 - low, low) - tl.where(w > 6.0, 1.0 - high, high)
-        return step, l0 - h0, l1 - h1, l2 - h2, l3 - h3, l0
+        l0, h0 = dy * low_i * low_o, dy * high_i * high_o
+        s0 = tl.where(l0 == h0, 0.0, l0 - h0)  # both may be infinite
+        return dy * step, s0, dy * (l1 - h1), dy * (l2 - h2), dy * (l3 - h3), s0
     elif KIND == LEAKY:
         slope, reach = k[10], k[11]
-        _d, h, s0, s1, s2, s3 = _bump(tl.abs(reach) * tl.abs(w), k, GRADE, KIND)
+        _d, h, inner, outer, s1, s2, s3 = _bump(tl.abs(reach) * tl.abs(w), k, GRADE, KIND)
         up = w > 0.0
         step = tl.where(up, 1.0 - reach * h, slope + reach * h)
-        return step, s0, s1, s2, s3, w * tl.where(up, h, 1.0 - h)
+        finite = _smaller(w, _LARGEST_DOUBLE if GRADE == DOUBLE else _LARGEST)  # up there h is 0
+        s4 = dy * (finite * tl.where(up, h, 1.0 - h))
+        return dy * step, dy * inner * outer, dy * s1, dy * s2, dy * s3, s4
     else:
-        _d, h, s0, s1, s2, s3 = _bump(tl.abs(w), k, GRADE, KIND)
-        return tl.where(w > 0.0, 1.0 - h, h), s0, s1, s2, s3, s0
+        _d, h, inner, outer, s1, s2, s3 = _bump(tl.abs(w), k, GRADE, KIND)
+        s0 = dy * inner * outer
+        return dy * tl.where(w > 0.0, 1.0 - h, h), s0, dy * s1, dy * s2, dy * s3, s0
 
 
 @triton.jit
@@ -279,7 +296,7 @@ def finish(p, s, STATIC: tl.constexpr):
     EPS: tl.constexpr = STATIC[2]
     s0, s1, s2, s3 = s[0].to(tl.float64), s[1].to(tl.float64), s[2].to(tl.float64), s[3].to(tl.float64)
     _b, width, c, c1, d_beta, d_coeff = _knobs(p[0], p[1], RAW, EPS)
-    smooth = width > _SMALLEST_S
+    smooth = ~(width <= _SMALLEST_S)  # a NaN is passed on
     inv = 1.0 / tl.where(smooth, width, 1.0)
     silu = c * (1.0 + EPS) * inv * inv * s0
     if KIND == GAUSSIAN:

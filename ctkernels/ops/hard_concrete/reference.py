@@ -9,6 +9,8 @@ from torch import Tensor
 
 # How a gate is read off its logit: sampled, deterministic as published, its expectation, its probability of being open.
 SAMPLE, CLIP, MEAN, OPEN = range(4)
+HOTTEST_MEAN = 10.0  # temperature of an expectation, which takes 2,500 points at worst
+SETTLED = 38.0  # the derivative of the sigmoid is below 1e-16 there
 
 
 def uniform(seed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -35,50 +37,72 @@ def _simple(x: Tensor, low: float, high: float) -> Tensor:
 
 
 def forward(log_alpha: Tensor, noise: Tensor | None, mode: int, temperature: float, low: float, high: float) -> Tensor:
-    if mode == SAMPLE:
-        assert noise is not None
-        return _simple(torch.sigmoid((torch.logit(noise) + log_alpha) / temperature), low, high)
-    if mode == CLIP:
-        return _simple(torch.sigmoid(log_alpha), low, high)
-    if mode == OPEN:
-        return torch.sigmoid(log_alpha - temperature * math.log(-low / high))
-    terms = (w * torch.sigmoid(log_alpha - c) for c, w in thresholds(temperature, low, high))
-    return sum(terms, torch.zeros_like(log_alpha))
+    if mode == MEAN:
+        terms = (weight * torch.sigmoid(log_alpha - shift) for shift, weight in thresholds(temperature, low, high))
+        return sum(terms, torch.zeros_like(log_alpha)).clamp(max=1)  # rounding may lead beyond
+    s = torch.sigmoid(_logit(log_alpha, noise, mode, temperature, low, high))
+    return s if mode == OPEN else _simple(s, low, high)
 
 
 def slopes(
     log_alpha: Tensor, noise: Tensor | None, mode: int, temperature: float, low: float, high: float
 ) -> tuple[Tensor, Tensor | None]:
     """dg / d log_alpha and dg / d noise."""
-    if mode == OPEN:
-        p = forward(log_alpha, None, OPEN, temperature, low, high)
-        return p * (1 - p), None
     if mode == MEAN:
-        terms = ((w, torch.sigmoid(log_alpha - c)) for c, w in thresholds(temperature, low, high))
-        return sum((w * p * (1 - p) for w, p in terms), torch.zeros_like(log_alpha)), None
-    if mode == CLIP:
-        s, rate = torch.sigmoid(log_alpha), 1.0
-    else:
+        terms = (w * _bell(log_alpha - shift) for shift, w in thresholds(temperature, low, high))
+        return sum(terms, torch.zeros_like(log_alpha)), None
+    logit = _logit(log_alpha, noise, mode, temperature, low, high)
+    if mode == OPEN:
+        return _bell(logit), None
+    stretched = torch.sigmoid(logit) * (high - low) + low
+    settled = (stretched <= 0) | (stretched >= 1)  # a NaN is not
+    rate = 1 / temperature if mode == SAMPLE else 1.0
+    slope = torch.where(settled, 0, (high - low) * rate * _bell(logit))
+    if mode != SAMPLE:
+        return slope, None
+    assert noise is not None
+    return slope, torch.where(settled, 0, slope / torch.where(settled, 1, noise * (1 - noise)))
+
+
+def _logit(log_alpha: Tensor, noise: Tensor | None, mode: int, temperature: float, low: float, high: float) -> Tensor:
+    """What the sigmoid is taken of."""
+    if mode == SAMPLE:
         assert noise is not None
-        s, rate = torch.sigmoid((torch.logit(noise) + log_alpha) / temperature), 1.0 / temperature
-    stretched = s * (high - low) + low
-    inside = (stretched > 0) & (stretched < 1)
-    slope = torch.where(inside, (high - low) * rate * s * (1 - s), torch.zeros_like(s))
-    return slope, None if noise is None or mode != SAMPLE else slope / (noise * (1 - noise)).clamp_min(1e-38)
+        return (torch.logit(noise) + log_alpha) / temperature
+    return log_alpha - temperature * math.log(-low / high) if mode == OPEN else log_alpha
+
+
+def _bell(x: Tensor) -> Tensor:
+    """The derivative of the sigmoid."""
+    return torch.sigmoid(x) * torch.sigmoid(-x)
+
+
+def span(low: float, high: float) -> tuple[float, float]:
+    """Where y = log((v - low) / (high - v)) is at v = 0, and how far from there to v = 1, within what counts."""
+    first = math.log(-low / high)
+    start = max(first, -SETTLED)
+    return start, min(math.log1p((high - low) / (high - 1) / -low) - (start - first), SETTLED - start)
 
 
 def thresholds(temperature: float, low: float, high: float) -> list[tuple[float, float]]:
-    """(c, w) with E[g] = sum of w sigma(log_alpha - c): E[g] is the integral over v in [0, 1] of P(g > v), here by
-    Gauss-Legendre on two panels, where the kernels use sixteen points on one."""
+    """(c, w) with E[g] = sum of w sigma(log_alpha - c).
+
+    E[g] is the integral over v in [0, 1] of P(g > v), here by Gauss-Legendre in y = log((v - low) / (high - v)), in which it is
+    smooth however close low and high come to 0 and 1: on panels of at most 2.5 of the distance of the nearest singularities
+    over pi, with twelve points, where the kernels use sixteen points on panels twice as long.
+    """
     # the 12-point rule on [-1, 1]; symmetric
     nodes = (0.1252334085114689, 0.3678314989981802, 0.5873179542866175, 0.7699026741943047, 0.9041172563704749,
              0.9815606342467193)  # fmt: skip
     weights = (0.2491470458134028, 0.2334925365383548, 0.2031674267230659, 0.1600783285433462, 0.1069393259953184,
                0.0471753363865118)  # fmt: skip
+    start, length = span(low, high)
+    panels = max(1, math.ceil(length * max(1.0, temperature) / 2.5))
+    half = length / panels / 2
     out = []
-    for panel in (0.0, 0.5):
+    for panel in range(panels):
         for node, weight in zip(nodes, weights):
-            for sign in (-1.0, 1.0):
-                v = panel + 0.25 * (1 + sign * node)
-                out.append((temperature * math.log((v - low) / (high - v)), 0.25 * weight))
+            for y in (start + (2 * panel + 1 + sign * node) * half for sign in (-1, 1)):
+                density = (high - low) / (2 + math.exp(y) + math.exp(-y))
+                out.append((temperature * y, weight * half * density))
     return out

@@ -17,17 +17,21 @@ from triton.language.extra import libdevice
 from .. import _layout, _triton
 from .._op import Inputs, Static
 from .._triton_scalar import reciprocal, sigmoids
+from .reference import span
 
 SAMPLE = tl.constexpr(0)
 CLIP = tl.constexpr(1)
 MEAN = tl.constexpr(2)
+OPEN = tl.constexpr(3)
 LANES = 128
 
-# 16-point Gauss-Legendre on [0, 1], positive half: E[g] is within 1e-11.
-NODES = (0.0950125098376374402, 0.2816035507792589132, 0.4580167776572273863, 0.6178762444026437484,
-         0.7554044083550030339, 0.8656312023878317439, 0.9445750230732325761, 0.9894009349916499326)  # fmt: skip
-WEIGHTS = (0.1894506104550684963, 0.1826034150449235889, 0.1691565193950025382, 0.1495959888165767321,
-           0.1246289712555338720, 0.0951585116824927848, 0.0622535239386478929, 0.0271524594117540949)  # fmt: skip
+# 16-point Gauss-Legendre on [-1, 1].
+_HALF_NODES = (0.0950125098376374402, 0.2816035507792589132, 0.4580167776572273863, 0.6178762444026437484,
+               0.7554044083550030339, 0.8656312023878317439, 0.9445750230732325761, 0.9894009349916499326)  # fmt: skip
+_HALF_WEIGHTS = (0.1894506104550684963, 0.1826034150449235889, 0.1691565193950025382, 0.1495959888165767321,
+                 0.1246289712555338720, 0.0951585116824927848, 0.0622535239386478929, 0.0271524594117540949)  # fmt: skip
+NODES = tuple(sign * node for node in _HALF_NODES for sign in (-1.0, 1.0))
+WEIGHTS = tuple(weight for weight in _HALF_WEIGHTS for _ in (0, 1))
 
 
 @triton.jit
@@ -44,12 +48,15 @@ def _uniform(seed, i, DOUBLES: tl.constexpr):
 @triton.jit
 def gate_kernel(
     log_alpha, noise, dy, out, dnoise, n,
-    STATIC: tl.constexpr, SHIFTS: tl.constexpr, WEIGHTS: tl.constexpr, SEEDED: tl.constexpr, LANES: tl.constexpr,
+    STATIC: tl.constexpr, PANELS: tl.constexpr, NODES: tl.constexpr, WEIGHTS: tl.constexpr, SEEDED: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """out = gates, or where ``dy`` is given, the gradient of log_alpha; dnoise, that of the noise. Null: not wanted.
-    SHIFTS, WEIGHTS: the gate is the sum of weight * sigmoid(log_alpha - shift), where it is not stretched and clipped."""
+    PANELS: of the integral that E[g] is, see csrc/hard_concrete.h: where they start, how long each is, how many; for P(g != 0),
+    where they start. NODES, WEIGHTS: of a panel from -1 to 1."""
     MODE: tl.constexpr = STATIC[0]
-    RATE: tl.constexpr = 1.0 / STATIC[1]
+    TEMPERATURE: tl.constexpr = STATIC[1]
+    RATE: tl.constexpr = 1.0 / TEMPERATURE
     LOW: tl.constexpr = STATIC[2]
     WIDTH: tl.constexpr = STATIC[3] - STATIC[2]
     DOUBLES: tl.constexpr = log_alpha.dtype.element_ty == tl.float64
@@ -57,7 +64,23 @@ def gate_kernel(
     live = i < n
     logit = tl.load(log_alpha + i, mask=live, other=0.0).to(tl.float64)
     u = tl.zeros_like(logit) + 0.5
-    if not len(SHIFTS):
+    if MODE == MEAN:
+        value, slope = tl.zeros_like(logit), tl.zeros_like(logit)
+        HALF: tl.constexpr = 0.5 * PANELS[1]
+        for panel in tl.range(PANELS[2]):
+            middle = PANELS[0] + (tl.zeros_like(logit) + panel + 0.5) * PANELS[1]
+            for j in tl.static_range(len(NODES)):
+                y = middle + NODES[j] * HALF
+                v, rest_v = sigmoids(y)
+                s, rest = sigmoids(logit - TEMPERATURE * y)
+                weight = (WEIGHTS[j] * HALF * WIDTH) * (v * rest_v)
+                value += weight * s
+                slope += weight * (s * rest)
+        value = tl.where(value > 1.0, 1.0, value)  # rounding may lead beyond 1
+    elif MODE == OPEN:
+        value, rest = sigmoids(logit - TEMPERATURE * PANELS[0])
+        slope = value * rest
+    else:
         if MODE == SAMPLE:
             if SEEDED:
                 u = _uniform(tl.load(noise), i, DOUBLES)
@@ -67,15 +90,9 @@ def gate_kernel(
             logit = (libdevice.log(odds) + logit) * RATE
         s, rest = sigmoids(logit)
         stretched = s * WIDTH + LOW
-        inside = (stretched > 0.0) & (stretched < 1.0)
-        value = tl.where(stretched > 1.0, 1.0, tl.where(stretched < 0.0, 0.0, stretched))  # NaN stays
-        slope = tl.where(inside, WIDTH * (RATE if MODE == SAMPLE else 1.0) * s * rest, 0.0)
-    else:
-        value, slope = tl.zeros_like(logit), tl.zeros_like(logit)
-        for j in tl.static_range(len(SHIFTS)):
-            s, rest = sigmoids(logit - SHIFTS[j])
-            value += WEIGHTS[j] * s
-            slope += WEIGHTS[j] * (s * rest)
+        settled = (stretched <= 0.0) | (stretched >= 1.0)  # a NaN is not
+        value = tl.where(stretched > 1.0, 1.0, tl.where(stretched < 0.0, 0.0, stretched))
+        slope = tl.where(settled, 0.0, WIDTH * (RATE if MODE == SAMPLE else 1.0) * s * rest)
     if dy is None:
         tl.store(out + i, value.to(out.dtype.element_ty), mask=live)
     else:
@@ -90,15 +107,13 @@ def gate_kernel(
 KERNELS = (gate_kernel,)
 
 
-def _thresholds(mode: int, temperature: float, low: float, high: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(shifts, weights) of the modes that are sums of sigmoids: P(g != 0), and E[g], the integral of P(g > v)."""
-    if mode in (SAMPLE.value, CLIP.value):
-        return (), ()
+def _panels(mode: int, temperature: float, low: float, high: float) -> tuple[float, float, int]:
+    """Where the panels of the integral start, how long each is, and how many there are."""
     if mode != MEAN.value:
-        return (temperature * math.log(-low / high),), (1.0,)
-    nodes = [sign * node for node in NODES for sign in (-1.0, 1.0)]
-    shifts = (temperature * math.log((0.5 + 0.5 * x - low) / (high - 0.5 - 0.5 * x)) for x in nodes)
-    return tuple(shifts), tuple(0.5 * w for w in WEIGHTS for _ in (0, 1))
+        return math.log(-low / high), 0.0, 0
+    start, length = span(low, high)
+    count = max(1, math.ceil(length * max(1.0, temperature) / 5))
+    return start, length / count, count
 
 
 def _launch(inputs: Inputs, static: Static, dy: Tensor | None, out: Tensor | None, dnoise: Tensor | None) -> None:
@@ -109,8 +124,8 @@ def _launch(inputs: Inputs, static: Static, dy: Tensor | None, out: Tensor | Non
         return
     args: dict[str, Any] = {"log_alpha": log_alpha.contiguous(), "noise": None if noise is None else noise.contiguous()}
     args |= {"dy": None if dy is None else dy.contiguous(), "out": out, "dnoise": dnoise, "n": n}
-    shifts, weights = _thresholds(*static[1:])
-    meta: dict[str, Any] = {"STATIC": tuple(static[1:]), "SHIFTS": shifts, "WEIGHTS": weights, "LANES": LANES}
+    meta: dict[str, Any] = {"STATIC": tuple(static[1:]), "PANELS": _panels(*static[1:]), "LANES": LANES}
+    meta |= {"NODES": NODES, "WEIGHTS": WEIGHTS}
     meta |= {"SEEDED": noise is not None and not noise.is_floating_point(), "num_warps": LANES // 32}
     with _triton.guard(log_alpha):
         _triton.launch(gate_kernel, triton.cdiv(n, LANES), args, meta)

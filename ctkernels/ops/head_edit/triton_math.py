@@ -20,10 +20,10 @@ def forward(w, k, GRADE: tl.constexpr, STATIC: tl.constexpr):
 
 
 @triton.jit
-def gradients(w, k, GRADE: tl.constexpr, STATIC: tl.constexpr):
-    """d/dw, and the terms of S1 = sum dy w and S0 = sum dy."""
+def gradients(w, dy, k, GRADE: tl.constexpr, STATIC: tl.constexpr):
+    """The gradient of w, and the terms of S1 = sum dy w and S0 = sum dy."""
     none = tl.zeros_like(w)
-    return k[0], w, none + 1.0, none, none, none
+    return dy * k[0], dy * w, dy, none, none, none
 
 
 @triton.jit
