@@ -17,8 +17,8 @@ from torch import nn
 
 from ...steering.activations import ACTIVATIONS, select
 from ...steering.handle import listed, nothing_found
-from ...steering.surgery import MODULE, operate, undo
-from ...steering.survey import Edit, Miss, Plan, Site, is_steered, survey
+from ...steering.surgery import MODULE, Copy, Edit, operate, undo
+from ...steering.survey import Miss, Plan, Site, is_steered, survey
 from .._peft import check_state_dict
 from .config import CurvatureConfig
 from .layer import CurvatureLayer, FixedUnit, Original
@@ -34,6 +34,7 @@ class Surgery:
 
     modules: list[nn.Module]
     edits: list[Edit]
+    copies: list[Copy]
     sites: dict[str, Site]
     layers: dict[str, CurvatureLayer]  # by site
 
@@ -209,7 +210,7 @@ def _open(model: nn.Module) -> None:
                 swap.module._modules[_child(key)] = layer
     layers = {site.name: layer for site, layer in zip(plan.sites, plan.knobs)}
     sites = {site.name: site for site in plan.sites}
-    model.__dict__[_STATE] = Surgery([swap.module for swap in plan.swaps], plan.edits, sites, layers)
+    model.__dict__[_STATE] = Surgery([swap.module for swap in plan.swaps], plan.edits, plan.copies, sites, layers)
 
 
 def _holds_children(module: nn.Module, key: str) -> bool:
@@ -222,7 +223,7 @@ def _close(model: nn.Module) -> None:
     for module in surgery.modules:
         for key in vars(module).get("_ctu", {}):
             module._modules.pop(_child(key), None)
-    undo(surgery.modules, surgery.edits)
+    undo(surgery.modules, surgery.edits, surgery.copies)
 
 
 def _fix(model: nn.Module) -> None:
