@@ -225,6 +225,8 @@ def test_transformers(name, monkeypatch):
         with torch.no_grad():
             expected = first_tensor(run())
             handle = ctkernels.steer(model, {}, {}, activations=activation)
+            assert torch.equal(first_tensor(run()), expected)
+            handle.beta, handle.coeff = neutral(handle)
             torch.testing.assert_close(first_tensor(run()), expected, rtol=1e-4, atol=1e-5)
     else:
         tolerance = {} if activation == "relu" else {"rtol": 1e-4, "atol": 1e-5}

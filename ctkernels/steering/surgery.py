@@ -101,10 +101,59 @@ class _EncoderMixin(Steered):
         self.__dict__["use_nested_tensor"] = value
 
 
-# Modules of torch that decide by their activations which way they go, and what they are steered with.
-DECIDING: dict[type[nn.Module], type] = {
+class _ContainerMixin(Steered):
+    """For a container, which runs whatever is registered in it: a unit that is, is no item of it."""
+
+    def __iter__(self) -> Any:
+        return iter([item for _, item in self._ctu_items()])
+
+    def __len__(self) -> int:
+        return len(self._ctu_items())
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return (
+                nn.Sequential(*list(self)[index])
+                if isinstance(self, nn.Sequential)
+                else nn.ModuleList(list(self)[index])
+            )
+        return list(self)[index]
+
+    def _ctu_items(self) -> list[tuple[str, Any]]:
+        modules: dict[str, Any] = self._modules  # type: ignore[attr-defined]
+        return [(name, item) for name, item in modules.items() if not any(item is k for k in self._ctu.values())]
+
+
+class _ModuleDictMixin(_ContainerMixin):
+    """The same for a container whose items have names."""
+
+    def __iter__(self) -> Any:
+        return iter([name for name, _ in self._ctu_items()])
+
+    def __getitem__(self, key: str) -> Any:
+        return dict(self._ctu_items())[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in dict(self._ctu_items())
+
+    def keys(self) -> Any:
+        return dict(self._ctu_items()).keys()
+
+    def values(self) -> Any:
+        return dict(self._ctu_items()).values()
+
+    def items(self) -> Any:
+        return dict(self._ctu_items()).items()
+
+
+# Modules of torch that decide by their activations which way they go.
+DECIDING = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+_MIXINS: dict[type[nn.Module], type] = {
     nn.TransformerEncoderLayer: _EncoderLayerMixin,
     nn.TransformerEncoder: _EncoderMixin,
+    nn.Sequential: _ContainerMixin,
+    nn.ModuleList: _ContainerMixin,
+    nn.ModuleDict: _ModuleDictMixin,
 }
 
 _CLASSES: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
@@ -128,7 +177,7 @@ def steered_class(
     if selection is None:
         parents, namespace = (_UnitMixin, base), {}
     else:
-        mixin = next((found for kind, found in DECIDING.items() if issubclass(base, kind)), Steered)
+        mixin = next((found for kind, found in _MIXINS.items() if issubclass(base, kind)), Steered)
         parents, namespace = (mixin, base), dict((code or ClassCode(base, selection, {}, children)).namespace)
     # The name and module of the original: print(model), wrapping policies and tracers go by them.
     namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}

@@ -123,7 +123,7 @@ class _Survey:
             else:
                 self.module(name, tuple(aliases), module)
         for module in self.names:
-            if isinstance(module, tuple(DECIDING)):
+            if isinstance(module, DECIDING):
                 self.deciding(module)
         classes = {swap.module: swap.cls for swap in self.plan.swaps}
         for module in self.names:

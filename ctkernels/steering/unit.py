@@ -71,12 +71,13 @@ def unit(
     *,
     channel_dim: int | None = None,
     raw: bool = False,
+    index: Tensor | None = None,
 ) -> Tensor:
     """The CT unit in the place of an activation call, which may be in place."""
 
     def ctu(x: Tensor, inplace: bool = False) -> Tensor:
         found = unit_arguments(beta, coeff, activation, slope, channel_dim)
-        return functional.ctu(x, raw=raw, inplace=inplace, **found)
+        return functional.ctu(x, raw=raw, inplace=inplace, index=index, **found)
 
     if inplace and (needs_grad(x, slope) or needs_grad(beta, coeff)):
         # The backward needs the input that is overwritten. Leaving it alone would be cheaper, and wrong where the
