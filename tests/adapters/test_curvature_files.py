@@ -132,7 +132,9 @@ def test_a_transformers_model_saves_the_adapters_it_was_given(tmp_path):
     net = _opt()
     try:
         net.add_adapter(CurvatureConfig(task_type="CAUSAL_LM", init_beta=0.2))
-    except ImportError as error:  # transformers asks for a newer peft
+    except ValueError as error:
+        if "version of PEFT you are using is not compatible" not in str(error):
+            raise
         pytest.skip(str(error))
     net.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()

@@ -47,7 +47,8 @@ class CurvatureModel(BaseTuner):
 
     Every activation of the model gets a `CurvatureLayer`; an adapter has parameters in those that its configuration
     selects, and the others compute what they did. `disable_adapter()` and `unload()` give the original's outputs,
-    `unload()` also its modules. One adapter can be active at a time.
+    `unload()` also its modules. One adapter can be active at a time; in evaluation, `adapter_names` of a call gives
+    every sample of the batch its own, "__base__" for none, in one pass.
 
     A LoRA adapter can be below it: `get_peft_model(lora_model, CurvatureConfig())` trains both.
 
@@ -174,8 +175,9 @@ class CurvatureModel(BaseTuner):
     def _find_samples(self, surgery: Surgery) -> None:
         """Find out, the first time, which activations have the samples in dimension 0."""
         if surgery.samples is None:
-            shapes = [config.input_shape for config in self.peft_config.values() if config.input_shape is not None]
-            surgery.samples = find_samples(self.model, tuple(shapes[0]) if shapes else None, _strip)
+            configs: list[Any] = list(self.peft_config.values())
+            shape = next((config.input_shape for config in configs if config.input_shape is not None), None)
+            surgery.samples = find_samples(self.model, None if shape is None else tuple(shape), _strip)
             for name, layer in surgery.layers.items():
                 layer.samples_first = surgery.samples.get(name)
 
