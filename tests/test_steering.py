@@ -348,6 +348,16 @@ def test_export():
     torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_scripting_says_what_to_do_instead():
+    model, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.randn(3, 2)
+    handle = steer(model, 0.9)
+    with pytest.raises(TypeError, match=r"torch.jit.script: expected a model that is not steered, got a steered ReLU"):
+        torch.jit.script(model)
+    handle.remove()
+    assert torch.equal(torch.jit.script(model)(x), model(x))
+
+
 def test_a_deep_copy_has_its_own_handle():
     model, x = ConvNet().eval(), images()
     original = type(model.relu)

@@ -52,6 +52,13 @@ class Steered:
             raise TypeError(f"cannot copy or pickle a steered {cls.__name__}, which has its own way to; remove() first")
         return (_new, cls._ctu_recipe, *reduced[2:])
 
+    def __prepare_scriptable__(self) -> Any:
+        """What ``torch.jit.script`` asks first."""
+        raise TypeError(
+            f"torch.jit.script: expected a model that is not steered, got a steered {type(self).__name__}; use torch.export, "
+            "torch.compile or torch.jit.trace, or remove() first"
+        )
+
 
 class _UnitMixin(Steered):
     _ctu_use: Use
