@@ -49,7 +49,8 @@ def steer(
     So one number for a model that mixes both is rarely what you want: give a mapping.
 
     Limits: a multi-head ``nn.TransformerEncoderLayer`` whose activation is steered leaves its fused inference path,
-    which would go past the unit; its outputs then have the rounding of the ordinary path. Activations chosen at run
+    which would go past the unit; its outputs then have the rounding of the ordinary path. Whether a site is named at all
+    is fixed in an exported program and a captured graph (``torch.compile`` compiles anew). Activations chosen at run
     time from containers, or called by objects that are no modules, cannot be seen in the source.
 
     Args:

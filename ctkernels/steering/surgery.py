@@ -8,6 +8,7 @@ back leaves the module as it was.
 from __future__ import annotations
 
 import copyreg
+import inspect
 import types
 import weakref
 from collections.abc import Callable
@@ -184,8 +185,13 @@ def steered_class(
     if selection is None:
         parents, namespace = (_UnitMixin, base), {}
     else:
-        mixin = next((found for kind, found in _MIXINS.items() if issubclass(base, kind)), Steered)
+        kind = next((kind for kind in _MIXINS if issubclass(base, kind)), nn.Module)
+        mixin = _MIXINS.get(kind, Steered)
         parents, namespace = (mixin, base), dict((code or ClassCode(base, selection, {}, children)).namespace)
+        for name in vars(mixin).keys() & dir(kind) if kind in _MIXINS else ():
+            own = inspect.getattr_static(base, name)
+            if own is not inspect.getattr_static(kind, name):  # the user's own way comes first
+                namespace.setdefault(name, own)
     # The name and module of the original: print(model), wrapping policies and tracers go by them.
     namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     namespace |= {"_ctu_base": base, "_ctu_recipe": recipe}

@@ -147,7 +147,16 @@ class NamesItsItems(nn.ModuleDict):
         return F.relu(x + len(self) - 3)
 
 
+class HasItsOwnWay(nn.Sequential):
+    def __iter__(self):
+        return (self._modules[name] for name in reversed("012"))
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
 CONTAINERS = {
+    "own iteration": lambda layers: HasItsOwnWay(*layers),
     "sequential": lambda layers: RunsItsItems(*layers),
     "list": lambda layers: CountsItsItems(layers),
     "dict": lambda layers: NamesItsItems({str(i): layer for i, layer in enumerate(layers)}),
