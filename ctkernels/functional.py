@@ -34,6 +34,7 @@ def ctu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
+    index: Tensor | None = None,
     inplace: bool = False,
     eps: float = 0.0,
 ) -> Tensor:
@@ -57,6 +58,8 @@ def ctu(
         negative_slope: of ``leaky_relu`` and ``prelu``; a number or a tensor as ``beta`` (learned slopes).
         scale, shift: per-channel (or size-1) tensors of the affine map before the unit, a folded BatchNorm say.
         residual: tensor of ``x``'s shape added before the unit.
+        index: (B,) integers that give each sample, along dimension 0 of ``x``, its own knobs: then ``beta`` and ``coeff``
+            are tensors (A, C), or (A, 1) for one value for all channels, and sample b uses row ``index[b]``.
         inplace: write the result over ``x``, as torch's in-place operations do: autograd notices. Not possible where a gradient
             is needed (the backward pass starts from ``x``), nor where ``x`` overlaps itself or another argument's memory;
             ``residual`` may be ``x``.
@@ -83,8 +86,13 @@ def ctu(
     eps = _check.number("ctu", "eps", eps)
     if eps:
         _check.unit_interval("ctu", "eps", eps)
-    beta = _knob("beta", beta, x, channel, raw)
-    coeff = _knob("coeff", coeff, x, channel, raw)
+    if index is None:
+        beta, coeff = _knob("beta", beta, x, channel, raw), _knob("coeff", coeff, x, channel, raw)
+    else:
+        _check_index("ctu", index, x)
+        if channel == 0:
+            raise ValueError("ctu: index gives the samples of dimension 0 their knobs, so channel_dim must not be 0")
+        beta, coeff = _rows("beta", beta, x, channel, index), _rows("coeff", coeff, x, channel, index)
     slope = _param("negative_slope", negative_slope, x, channel) if kind == 1 else None
     if scale is not None:
         scale = _param("scale", scale, x, channel)
@@ -132,6 +140,20 @@ def _param(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None,
     if value.dtype not in (torch.float32, torch.float64):
         value = value.float()
     return value
+
+
+def _rows(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, index: Tensor) -> Tensor:
+    """The row of ``value`` for each sample, as the op takes them: float32 or float64, (B, C) or (B, 1)."""
+    if not isinstance(value, Tensor) or value.dim() != 2:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"ctu: with index, {name} must be a tensor of shape (rows, channels), got {got}")
+    _check.tensor("ctu", name, value)
+    _check.same_device("ctu", name, value, "x", x)
+    if value.shape[1] != 1:
+        _check.channel_count("ctu", name, value.shape[1], x, channel_dim)
+    widened = _widened(value)
+    assert widened is not None
+    return widened.index_select(0, index)
 
 
 def _number(value: float, x: Tensor) -> Tensor:
@@ -219,7 +241,7 @@ def head_edit(
                 raise ValueError(f"head_edit: {name} must have shape {tuple(shape[:-1])}, got {tuple(gate.shape)}")
             _check.same_device(op, name, gate, "z", z)
     if index is not None:
-        _check_index(index, z)
+        _check_index(op, index, z)
     _backend.forced_refusal(z)
     params = [_widened(t) for t in (m, a, g_m, g_a)]
     if index is not None:
@@ -236,15 +258,15 @@ def head_edit(
     return z.copy_(restore(_HEAD_EDIT(inputs, static)))
 
 
-def _check_index(index: Tensor, z: Tensor) -> None:
+def _check_index(op: str, index: Tensor, x: Tensor) -> None:
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
         kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"head_edit: index must be an int64 or int32 tensor, got {kind}")
-    if z.dim() == 0 or index.shape != z.shape[:1]:
+        raise TypeError(f"{op}: index must be an int64 or int32 tensor, got {kind}")
+    if x.dim() == 0 or index.shape != x.shape[:1]:
         raise ValueError(
-            f"head_edit: index must have one entry per sample, shape {tuple(z.shape[:1])}, got {tuple(index.shape)}"
+            f"{op}: index must have one entry per sample, shape {tuple(x.shape[:1])}, got {tuple(index.shape)}"
         )
-    _check.same_device("head_edit", "index", index, "z", z)
+    _check.same_device(op, "index", index, "x" if op == "ctu" else "z", x)
 
 
 def _widened(t: Tensor | None) -> Tensor | None:

@@ -49,6 +49,57 @@ class TorchRelu(nn.Module):
         return torch.relu(x)
 
 
+class Overload(nn.Module):
+    def forward(self, x):
+        return torch.ops.aten.relu.default(x)
+
+
+class OfTheTensorClass(nn.Module):
+    def forward(self, x):
+        return torch.Tensor.relu(x)
+
+
+class OfTheType(nn.Module):
+    act = F.leaky_relu
+
+    def forward(self, x):
+        return type(self).act(x, 0.1)
+
+
+class OfTheClass(nn.Module):
+    act = F.leaky_relu
+
+    def forward(self, x):
+        return self.__class__.act(x, 0.1)
+
+
+class ModuleOfTheClass(nn.Module):
+    act = nn.LeakyReLU(0.2)
+
+    def forward(self, x):
+        return self.act(x)
+
+
+class PartialOfTheClass(nn.Module):
+    half = functools.partial(F.leaky_relu, negative_slope=0.5)
+
+    def forward(self, x):
+        return PartialOfTheClass.half(x)
+
+
+class ByLiteralName(nn.Module):
+    def forward(self, x):
+        return getattr(torch, "relu")(x)  # noqa: B009
+
+
+PARTIAL = functools.partial(F.leaky_relu, negative_slope=0.3)
+
+
+class GlobalPartial(nn.Module):
+    def forward(self, x):
+        return PARTIAL(x)
+
+
 class MethodRelu(nn.Module):
     def forward(self, x):
         return (x + 0).relu()
@@ -279,6 +330,14 @@ class ConvNet(nn.Module):
 FUNCTIONAL = {
     FunctionalRelu: 1,
     TorchRelu: 1,
+    Overload: 1,
+    OfTheTensorClass: 1,
+    OfTheType: 1,
+    OfTheClass: 1,
+    ModuleOfTheClass: 1,
+    PartialOfTheClass: 1,
+    ByLiteralName: 1,
+    GlobalPartial: 1,
     MethodRelu: 1,
     InplaceMethod: 1,
     Imported: 1,

@@ -181,7 +181,43 @@ def test_neutral_is_the_original_model():
     handle = steer(model, 0.7, activations="all")
     assert (model(x) - expected).abs().max() > 1e-3
     handle.neutralize()
+    assert torch.equal(model(x), expected)
+    handle.beta, handle.coeff = {"1": 0.5, "2": 0.5, "3": 1.0}, {"1": 1.0, "2": 1.0, "3": 0.5}  # the units themselves
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
+
+
+MIXED = {"0": nn.ReLU, "1": nn.SiLU, "2": nn.GELU}
+
+
+@pytest.mark.parametrize("named", MIXED)
+@pytest.mark.parametrize("through", ["beta", "coeff"])
+def test_sites_that_no_mapping_names_keep_their_bits(named, through, units):
+    model, x = nn.ModuleDict({name: act() for name, act in MIXED.items()}), torch.randn(64)
+    expected = {name: act(x) for name, act in model.items()}
+    handle = steer(model, {named: 0.6} if through == "beta" else {}, {named: 0.6} if through == "coeff" else 0.5, "all")
+    for name, act in model.items():
+        assert torch.equal(act(x), expected[name]) == (name != named or (through, named) == ("coeff", "0"))
+    assert len(units) == 1
+    handle.beta = 0.7
+    assert not any(torch.equal(act(x), expected[name]) for name, act in model.items())
+    handle.beta = {named: 0.7}
+    assert sum(torch.equal(act(x), expected[name]) for name, act in model.items()) == 2
+    handle.neutralize()
+    assert all(torch.equal(act(x), expected[name]) for name, act in model.items())
+
+
+def test_a_compiled_model_follows_which_sites_are_named():
+    model, x = nn.Sequential(nn.SiLU(), nn.Linear(8, 8), nn.GELU()), torch.randn(3, 8)
+    expected = model(x)
+    handle = steer(model, {}, activations="all")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected)
+    for beta in (0.7, {"0": 0.7}, {"2": 0.4}):
+        handle.beta = beta
+        assert torch.equal(compiled(x), model(x))
+        assert (compiled(x) - expected).abs().max() > 1e-3
+    handle.neutralize()
+    assert torch.equal(compiled(x), expected)
 
 
 def test_beta_one_makes_a_relu_of_gelu():
@@ -312,6 +348,16 @@ def test_export():
     torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_scripting_says_what_to_do_instead():
+    model, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.randn(3, 2)
+    handle = steer(model, 0.9)
+    with pytest.raises(TypeError, match=r"torch.jit.script: expected a model that is not steered, got a steered ReLU"):
+        torch.jit.script(model)
+    handle.remove()
+    assert torch.equal(torch.jit.script(model)(x), model(x))
+
+
 def test_a_deep_copy_has_its_own_handle():
     model, x = ConvNet().eval(), images()
     original = type(model.relu)
@@ -386,12 +432,42 @@ def test_the_fast_path_of_a_transformer_layer_is_left(activation, units):
         assert torch.equal(model(x), expected)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("sites", ["*", "layers.1.*"], ids=["every layer", "the second layer"])
+def test_an_encoder_with_a_padding_mask_in_inference(sites):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 16)
+    pad = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]).bool()
+    before = snapshot(model)
+    with torch.no_grad():
+        plain = model(x, src_key_padding_mask=pad)
+        handle = steer(model, {})
+        assert torch.equal(model(x, src_key_padding_mask=pad), plain)  # nobody is named: the fused path, and its bits
+        handle.beta = {sites: 0.5}
+        steered = model(x, src_key_padding_mask=pad)
+    with torch.enable_grad():  # torch's ordinary path
+        expected = model(x, src_key_padding_mask=pad)
+    torch.testing.assert_close(steered[~pad], expected.detach()[~pad])
+    assert (steered - plain)[~pad].abs().max() > 1e-3
+    handle.remove()
+    assert_same(before, snapshot(model))
+    with torch.no_grad():
+        assert torch.equal(model(x, src_key_padding_mask=pad), plain)
+
+
 def test_a_transformer_layer_that_is_not_steered_keeps_its_fast_path():
     layer = nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", batch_first=True)
     model = nn.Sequential(layer, nn.ReLU()).eval()
     handle = steer(model, 0.9)
     assert layer.activation_relu_or_gelu == 2
     assert [skipped.name for skipped in handle.skipped] == ["0.activation"]
+
+
+def test_integers_go_through_a_module_as_before():
+    model, x = nn.Sequential(nn.ReLU()), torch.arange(-3, 3)
+    steer(model, 0.5)
+    assert torch.equal(model(x), x.clamp(min=0))
+    assert not torch.equal(model(x.float()), x.float().clamp(min=0))
 
 
 def test_parametrized_module():

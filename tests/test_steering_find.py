@@ -164,6 +164,41 @@ class ByName(nn.Module):
         return getattr(F, "re" + "lu")(x)
 
 
+class ByNameInTorch(nn.Module):
+    kind = "relu"
+
+    def forward(self, x):
+        x = x.to(dtype=getattr(torch, "float" + "32"))  # no function
+        return getattr(torch, self.kind)(x)
+
+
+class ByNameInDict(nn.Module):
+    def forward(self, x):
+        return vars(F)["re" + "lu"](x)
+
+
+class ByMethodName(nn.Module):
+    def forward(self, x):
+        return getattr(x, "relu")()  # noqa: B009
+
+
+class ByDefault(nn.Module):
+    def forward(self, x, act=F.relu):
+        return act(x)
+
+
+class Out(nn.Module):
+    def forward(self, x):
+        return torch.ops.aten.relu.out(x, out=torch.empty_like(x))
+
+
+class FromClassContainer(nn.Module):
+    acts = (F.relu, F.tanh)
+
+    def forward(self, x):
+        return self.acts[0](x)
+
+
 class CallsScripted(nn.Module):
     def forward(self, x):
         return scripted(x)
@@ -202,6 +237,14 @@ CANNOT = {
     "hiding decorator": lambda: FindsOne(child=Hidden()),
     "from a container": lambda: FindsOne(child=FromContainer()),
     "chosen by name": lambda: FindsOne(child=ByName()),
+    "chosen by name in torch": lambda: FindsOne(child=ByNameInTorch()),
+    "chosen by name in a dict": lambda: FindsOne(child=ByNameInDict()),
+    "a tensor's method by name": lambda: FindsOne(child=ByMethodName()),
+    "default of an argument": lambda: FindsOne(child=ByDefault()),
+    "written to a tensor": lambda: FindsOne(child=Out()),
+    "from a container of the class": lambda: FindsOne(child=FromClassContainer()),
+    "container of partials": lambda: FindsOne(acts=[functools.partial(F.leaky_relu, negative_slope=0.1)]),
+    "exported": lambda: FindsOne(child=torch.export.export(nn.ReLU(), (torch.zeros(2),)).module()),
     "scripted function": lambda: FindsOne(child=calls_scripted()),
     "named like one": lambda: FindsOne(child=type("MyReLU", (nn.Module,), {"forward": lambda self, x: x * (x > 0)})()),
 }
@@ -219,6 +262,30 @@ def test_what_cannot_be_steered_is_named(case):
     assert missed.name.split(".")[0] in ("child", "act", "acts", "hidden")
     assert missed.reason
     assert missed.name in repr(handle)
+
+
+def test_recurrent_layers_are_named_only_where_their_activation_is_a_relu():
+    model = nn.ModuleDict(
+        {
+            "act": nn.ReLU(),
+            "lstm": nn.LSTM(2, 2),
+            "gru": nn.GRU(2, 2),
+            "cell": nn.LSTMCell(2, 2),
+            "tanh": nn.RNN(2, 2),
+            "relu": nn.RNN(2, 2, nonlinearity="relu"),
+            "relu_cell": nn.RNNCell(2, 2, nonlinearity="relu"),
+        }
+    )
+    with pytest.warns(UserWarning, match=r"2 activations are not steered"):
+        handle = steer(model, 0.9)
+    reason = "its ReLU is fused into the recurrence"
+    assert [(miss.name, miss.activation, miss.reason) for miss in handle.missed] == [
+        ("relu", "relu", reason),
+        ("relu_cell", "relu", reason),
+    ]
+    handle.remove()
+    model["act"] = nn.SiLU()
+    assert steer(model, 0.9, activations="silu").missed == ()
 
 
 def test_outside_the_family_is_skipped_without_a_warning():

@@ -56,12 +56,26 @@ def first_tensor(output):
     return first_tensor(next(iter(output.values())) if isinstance(output, dict) else output[0])
 
 
+def neutral(handle):
+    """The neutral point of every site by name, so that the units run there."""
+    used = {site.activation for site in handle.sites}
+    return ({f"*:{name}": getattr(ACTIVATIONS[name], knob) for name in used} for knob in ("beta", "coeff"))
+
+
 def check(model, run, monkeypatch, activations=RELU_FAMILY, rtol=0.0, atol=0.0):
-    """Steer at the neutral point: the same output, one unit call for every activation call, and no activation call."""
+    """Steer at the neutral point: the same output, one unit call for every activation call, and no activation call.
+
+    With nothing named: the same calls as before, and the same bits. Removed: the very objects.
+    """
     model.eval()
     expected, plain, _ = count(run, activations, monkeypatch)
     state = {key: value.clone() for key, value in model.state_dict().items() if "running" in key or "num_" in key}
+    modules = list(model.modules())
     handle = ctkernels.steer(model, {}, {}, activations=activations)
+    output, rest, units = count(run, activations, monkeypatch)
+    assert (rest, units) == (plain, 0)
+    assert torch.equal(first_tensor(output), first_tensor(expected))
+    handle.beta, handle.coeff = neutral(handle)
     output, rest, units = count(run, activations, monkeypatch)
     assert (rest, units) == (0, plain)
     assert not handle.missed
@@ -72,6 +86,7 @@ def check(model, run, monkeypatch, activations=RELU_FAMILY, rtol=0.0, atol=0.0):
     now = model.state_dict()
     assert all(torch.equal(value, now[key]) for key, value in state.items())
     handle.remove()
+    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
     return handle
 
 
@@ -210,6 +225,8 @@ def test_transformers(name, monkeypatch):
         with torch.no_grad():
             expected = first_tensor(run())
             handle = ctkernels.steer(model, {}, {}, activations=activation)
+            assert torch.equal(first_tensor(run()), expected)
+            handle.beta, handle.coeff = neutral(handle)
             torch.testing.assert_close(first_tensor(run()), expected, rtol=1e-4, atol=1e-5)
     else:
         tolerance = {} if activation == "relu" else {"rtol": 1e-4, "atol": 1e-5}

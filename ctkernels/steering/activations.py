@@ -6,6 +6,7 @@ named, never imported.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -62,10 +63,14 @@ class Use(NamedTuple):
 
 
 class NearMiss(NamedTuple):
-    """Something like an activation that is not steered. ``family``: it would be, were it written otherwise."""
+    """Something like an activation that is not steered. ``family``: it would be, were it written otherwise.
+
+    ``activation``: the member of the family that it computes, where that is known; else it goes by its class's name.
+    """
 
     reason: str
     family: bool = False
+    activation: str = ""
 
 
 def _hardtanh(module: Any) -> Use | NearMiss:
@@ -88,8 +93,8 @@ def _gelu(module: Any) -> Use | NearMiss:
 
 def _recurrent(module: Any) -> NearMiss | None:
     if getattr(module, "nonlinearity", None) == "relu":
-        return NearMiss("its ReLU is fused into the recurrence", family=True)
-    return None
+        return NearMiss("its ReLU is fused into the recurrence", family=True, activation="relu")
+    return None  # tanh, and the gates of an LSTM or a GRU
 
 
 def _outside(module: Any) -> NearMiss:
@@ -122,9 +127,10 @@ def read_module(module: nn.Module) -> Use | NearMiss | None:
     for base in type(module).__mro__:
         row = MODULES.get(f"{base.__module__}.{base.__qualname__}")
         if row is not None:
-            if type(module).forward is not base.forward:  # type: ignore[attr-defined]
+            found = row if isinstance(row, Use) else row(module)
+            if isinstance(found, Use) and type(module).forward is not base.forward:  # type: ignore[attr-defined]
                 return NearMiss(f"{type(module).__name__} overrides the forward of {base.__name__}", family=True)
-            return row if isinstance(row, Use) else row(module)
+            return found
     return None
 
 
@@ -163,6 +169,11 @@ def _read_threshold(input: Any, threshold: float, value: float, inplace: bool = 
     return Arguments(input, None, inplace) if (threshold, value) == (0, 0) else None
 
 
+def read_partial(made: functools.partial[Any]) -> Arguments | None:
+    """The arguments that a partial of a function in ``FUNCTIONS`` has already; None if they are not in the family."""
+    return FORMS[FUNCTIONS[made.func].rstrip("_")].read(*(made.args or (None,)), **made.keywords)
+
+
 class Form(NamedTuple):
     """A calling convention: ``read`` takes a call's arguments, and returns None for one that is not in the family."""
 
@@ -182,19 +193,23 @@ FORMS = {
     "gelu": Form("gelu", _read_gelu),
 }
 METHODS = ("relu", "relu_", "prelu")  # of a tensor
+# Where torch keeps its functions: each of them may have its own object for one function.
+SPACES = (torch, F, torch._C._nn, torch._VF, torch.ops.aten, Tensor)
 _OUTSIDE = ("rrelu", "elu", "selu", "celu", "hardswish", "hardsigmoid", "mish", "softplus")
 
 
 def _collect(names: Iterable[str]) -> dict[Any, str]:
     """Every function of torch by one of these names, or the name with an underscore: {function: name}."""
-    spaces = (torch, F, torch._C._nn, torch.ops.aten)
-    return {
+    found = {
         function: name
         for base in names
         for name in (base, base + "_")
-        for space in spaces
+        for space in SPACES
         if (function := getattr(space, name, None)) is not None
     }
+    packets = [(packet, name) for packet, name in found.items() if isinstance(packet, torch._ops.OpOverloadPacket)]
+    overloads = {getattr(packet, overload): name for packet, name in packets for overload in packet.overloads()}
+    return found | overloads
 
 
 FUNCTIONS = _collect(FORMS)
@@ -202,7 +217,9 @@ OUTSIDE = _collect(_OUTSIDE)
 
 
 def activation_of(target: Any) -> str:
-    """The activation that a function of torch in ``FUNCTIONS``, or an activation module, computes."""
+    """The activation that a function of torch in ``FUNCTIONS``, a partial of one, or an activation module computes."""
+    if isinstance(target, functools.partial):
+        target = target.func
     if isinstance(target, nn.Module):
         use = read_module(target)
         assert isinstance(use, Use)

@@ -9,8 +9,17 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from . import unit
-from .activations import ANY, FUNCTIONS, activation_of
-from .lookup import UNKNOWN, code_names, is_listed, is_torch, known_calls, mentions
+from .activations import ANY, activation_of
+from .lookup import (
+    UNKNOWN,
+    code_names,
+    default_values,
+    hidden_activations,
+    is_activation,
+    is_torch,
+    known_calls,
+    mentions,
+)
 from .rewrite import Rewriter
 from .source import NoSource, compile_function, copy_function, parse_function
 
@@ -19,16 +28,21 @@ _RUNTIME: dict[str, Any] = {
     "_ctu_function": unit.call_function,
     "_ctu_method": unit.call_method,
     "_ctu_global": unit.call_global,
+    "_ctu_made": unit.call_partial,
 }
 
 
 class Call(NamedTuple):
-    """An activation in source code. ``key`` is unique in its class: the function's name, numbered from the second."""
+    """An activation in source code. ``key`` is unique in its class: the function's name, numbered from the second.
+
+    ``attribute``: the attribute of the class that holds what is called, which an instance may have another of.
+    """
 
     key: str
     activation: str
     where: str
     reason: str = ""
+    attribute: str = ""
 
 
 class ClassCode:
@@ -61,6 +75,8 @@ class ClassCode:
         for name, base in _methods(cls):
             found = base.__dict__[name]
             if isinstance(found, types.FunctionType):
+                if is_torch(found.__module__):
+                    continue  # `act = F.silu` in a class: a method of it is what calls that
                 copy = self.method(found)
                 if copy is not None:
                     self.namespace[name] = copy
@@ -73,11 +89,11 @@ class ClassCode:
 
     # -- records
 
-    def record(self, function: types.FunctionType, activation: str, line: int) -> str:
+    def record(self, function: types.FunctionType, activation: str, line: int, attribute: str = "") -> str:
         self._counts[function.__name__] += 1
         count = self._counts[function.__name__]
         key = function.__name__ if count == 1 else f"{function.__name__}#{count}"
-        self.calls.append(Call(key, activation, _where(function, line)))
+        self.calls.append(Call(key, activation, _where(function, line), attribute=attribute))
         return key
 
     def child_call(self, function: types.FunctionType, attribute: str, line: int) -> str:
@@ -114,7 +130,7 @@ class ClassCode:
         inherited = [base.__dict__[name] for base in bases for name in names if name in base.__dict__]
         static = [inspect.getattr_static(self.cls, name, None) for name in names]
         own = [found.__func__ for found in static if isinstance(found, staticmethod)]
-        if any(is_listed(found, FUNCTIONS) for found in (*static, *own)):
+        if any(is_activation(found) or hidden_activations(found) for found in (*static, *own)):
             return True
         seen |= {function}
         return any(
@@ -171,6 +187,9 @@ class ClassCode:
         except NoSource as error:
             self.report(function, str(error))
             return None
+        for value in filter(is_activation, default_values(function)):
+            reason = "it is the default of an argument, and another may be given"
+            self.miss(function, activation_of(value), definition.lineno, reason)
         rewriter = Rewriter(self, function, definition, helper)
         rewriter.visit_body()
         if not rewriter.changed:

@@ -34,19 +34,23 @@ def steer(
 
     The model stays the same object, with the same parameters, hooks and ``state_dict``. It can be compiled, cast,
     moved, copied and pickled; beta and coeff stay float32. A copy is steered on its own: :func:`handle_of` gives its
-    handle.
+    handle. Activations, and other modules without weights, may be held by other models, too (as a default argument, or
+    an attribute of a class): until ``remove()`` the model holds its own copies of them, and the others are not steered.
+    A part with weights that another model has is steered for both.
 
     ``beta`` and ``coeff`` are numbers in [0, 1] for all sites, or mappings from patterns to numbers. A pattern is
     matched (as by ``fnmatch``) against a site's name, with and without ":activation" at its end: ``{"layer1.*": 0.9}``,
-    ``{"*:gelu": 0.5}``. Of several that match the last one counts; a site that none matches is left at its neutral
-    point, where the unit is the original activation.
+    ``{"*:gelu": 0.5}``. Of several that match the last one counts. A site that beta's mapping does not name stays as it
+    was, bit for bit, whatever number coeff is, unless a mapping for coeff names it; a site that only one of two
+    mappings names has the other value at the neutral point.
 
     What the numbers mean depends on the activation. The ReLU family is neutral at beta = 1, with any coeff. SiLU and
     GELU are neutral at beta = 0.5, coeff = 1 (quick GELU at beta = 0.6299, coeff = 1); beta = 1 makes a ReLU of them.
     So one number for a model that mixes both is rarely what you want: give a mapping.
 
     Limits: a multi-head ``nn.TransformerEncoderLayer`` whose activation is steered leaves its fused inference path,
-    which would go past the unit; its outputs then have the rounding of the ordinary path. Activations chosen at run
+    which would go past the unit; its outputs then have the rounding of the ordinary path. Whether a site is named at all
+    is fixed in an exported program and a captured graph (``torch.compile`` compiles anew). Activations chosen at run
     time from containers, or called by objects that are no modules, cannot be seen in the source.
 
     Args:
@@ -84,11 +88,10 @@ def steer(
     if not plan.sites:
         raise ValueError(nothing_found(model, selection, plan))
     handle = Steering(model, plan)
-    values = handle._resolve("beta", beta), handle._resolve("coeff", coeff)
+    points = handle._resolve(beta, coeff)
     operate(plan.swaps, plan.edits)
     model.__dict__[_HANDLE] = handle
-    handle._write("beta", beta, values[0])
-    handle._write("coeff", coeff, values[1])
+    handle._write(beta, coeff, points)
     if plan.missed:
         missed = listed(plan.missed, limit=10)
         warnings.warn(f"steer: {len(plan.missed)} activations are not steered (handle.missed):\n{missed}", stacklevel=2)
@@ -126,7 +129,7 @@ class Steering:
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self._model, self._active = model, True
         # Not the plan itself: a handle is copied and pickled with its model, and the classes in a plan cannot be.
-        self._knobs, self._edits = plan.knobs, plan.edits
+        self._knobs, self._edits, self._copies = plan.knobs, plan.edits, plan.copies
         self._modules = [swap.module for swap in plan.swaps]
         self._given: dict[str, Any] = {}
         self.sites: tuple[Site, ...] = tuple(plan.sites)
@@ -140,7 +143,7 @@ class Steering:
 
     @beta.setter
     def beta(self, value: Value) -> None:
-        self._write("beta", value, self._resolve("beta", value))
+        self._write(value, self.coeff, self._resolve(value, self.coeff))
 
     @property
     def coeff(self) -> float | dict[str, float]:
@@ -149,7 +152,7 @@ class Steering:
 
     @coeff.setter
     def coeff(self, value: Value) -> None:
-        self._write("coeff", value, self._resolve("coeff", value))
+        self._write(self.beta, value, self._resolve(self.beta, value))
 
     def values(self) -> dict[str, tuple[float, float]]:
         """{site name: (beta, coeff)}, as the units have them (float32)."""
@@ -157,7 +160,7 @@ class Steering:
 
     def neutralize(self) -> None:
         """Set every site to its neutral point, where the model computes what it did before."""
-        self.beta, self.coeff = {}, {}
+        self._write({}, {}, self._resolve({}, {}))
 
     def remove(self) -> None:
         """Give the model back as it was before, bit for bit. A second call does nothing.
@@ -170,7 +173,7 @@ class Steering:
             raise RuntimeError(
                 "model: expected one that is not fused any more, got one that is; remove the fusion first"
             )
-        undo(self._modules, self._edits)
+        undo(self._modules, self._edits, self._copies)
         self._model.__dict__.pop(_HANDLE, None)
         self._active = False
 
@@ -193,13 +196,22 @@ class Steering:
                 lines += [f"  {len(records)} {title}", listed(records)]
         return "\n".join(lines)
 
-    def _resolve(self, name: str, value: Value) -> list[float]:
-        """The value of every site; errors come before anything is written."""
+    def _resolve(self, beta: Value, coeff: Value) -> list[tuple[bool, float, float]]:
+        """(whether the unit runs, its beta, its coeff) of every site; errors come before anything is written."""
+        points = []
+        for site, b, c in zip(self.sites, self._numbers("beta", beta), self._numbers("coeff", coeff)):
+            neutral = ACTIVATIONS[site.activation]
+            runs = b is not None or (isinstance(coeff, Mapping) and c is not None)
+            points.append((runs, neutral.beta if b is None else b, neutral.coeff if c is None or not runs else c))
+        return points
+
+    def _numbers(self, name: str, value: Value) -> list[float | None]:
+        """The number that ``value`` gives each site; None for one that it does not name."""
         if not self._active:
             raise RuntimeError(f"{name}: expected a handle in use, got one that was removed")
         if not isinstance(value, Mapping):
             return [unit_interval(name, value)] * len(self.sites)
-        values = [getattr(ACTIVATIONS[site.activation], name) for site in self.sites]
+        numbers: list[float | None] = [None] * len(self.sites)
         for pattern, given in value.items():
             number = unit_interval(f"{name}[{pattern!r}]", given)
             hits = [i for i, site in enumerate(self.sites) if _matches(site, pattern)]
@@ -207,13 +219,14 @@ class Steering:
                 known = ", ".join(site.name for site in self.sites[:5])
                 raise ValueError(f"{name}: expected patterns that match a site ({known}, ...), got {pattern!r}")
             for i in hits:
-                values[i] = number
-        return values
+                numbers[i] = number
+        return numbers
 
-    def _write(self, name: str, given: Value, values: list[float]) -> None:
-        for knobs, value in zip(self._knobs, values):
-            setattr(knobs, name, value)
-        self._given[name] = {k: float(v) for k, v in given.items()} if isinstance(given, Mapping) else float(given)
+    def _write(self, beta: Value, coeff: Value, points: list[tuple[bool, float, float]]) -> None:
+        for knobs, (runs, b, c) in zip(self._knobs, points):
+            knobs.active, knobs.beta, knobs.coeff = runs, b, c
+        for name, given in (("beta", beta), ("coeff", coeff)):
+            self._given[name] = {k: float(v) for k, v in given.items()} if isinstance(given, Mapping) else float(given)
 
 
 def _matches(site: Site, pattern: str) -> bool:

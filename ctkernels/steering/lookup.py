@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import dis
+import functools
 import re
 import sys
 import types
@@ -12,13 +13,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .activations import FORMS, FUNCTIONS, MODULES, OUTSIDE, Use, activation_of, read_module
+from .activations import FORMS, FUNCTIONS, METHODS, MODULES, OUTSIDE, SPACES, Use, activation_of, read_module
 
 UNKNOWN: Any = object()
 CLAMPS = ("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_")
+_BY_NAME = {"getattr", "vars", "__dict__"}
 _NAMING = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler, ast.MatchAs, ast.MatchStar)
 _CLASSES = {path.rpartition(".")[2] for path, row in MODULES.items() if isinstance(row, Use)}
 _WORDS = {*FUNCTIONS.values(), *OUTSIDE.values(), *CLAMPS, *_CLASSES}
@@ -43,7 +44,7 @@ def member(target: Any, name: str) -> Any:
     """``target.name`` where reading it runs no code of a stranger: in modules and classes."""
     if isinstance(target, types.ModuleType):
         return vars(target).get(name, UNKNOWN)
-    if isinstance(target, type):
+    if isinstance(target, (type, torch._ops.OpOverloadPacket)):
         return getattr(target, name, UNKNOWN)
     return UNKNOWN
 
@@ -56,10 +57,20 @@ def is_listed(target: Any, table: dict[Any, str]) -> bool:
 
 
 def is_activation(target: Any) -> bool:
-    """A function of torch that is an activation, or a module that is one and lives outside the model."""
+    """A function of torch that is an activation, a partial of one, or a module that is one and lives outside the model."""
     if isinstance(target, nn.Module):
         return isinstance(read_module(target), Use)
-    return is_listed(target, FUNCTIONS)
+    return is_listed(target.func if isinstance(target, functools.partial) else target, FUNCTIONS)
+
+
+def is_space(target: Any) -> bool:
+    """A module or class of torch in which a function or a class of it may be looked up by its name."""
+    return any(target is space for space in (*SPACES, nn))
+
+
+def default_values(function: types.FunctionType) -> list[Any]:
+    """The defaults of the arguments of ``function``."""
+    return [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
 
 
 def code_names(code: types.CodeType) -> set[str]:
@@ -87,8 +98,9 @@ def mentions(function: types.FunctionType, memo: dict[types.FunctionType, bool])
             continue
         seen.add(current)
         names = code_names(current.__code__)
-        targets = [*_named(current, names), getattr(current, "__wrapped__", None)]
-        by_name = "getattr" in names and ("functional" in names or F in targets)
+        targets = [*_named(current, names), *default_values(current), getattr(current, "__wrapped__", None)]
+        by_name = bool(names & _BY_NAME) and ("functional" in names or any(map(is_space, targets)))
+        by_name = by_name or ("getattr" in names and any(method in current.__code__.co_consts for method in METHODS))
         if names & _WORDS or by_name or any(is_activation(t) or hidden_activations(t) for t in targets):
             memo[function] = memo[current] = True
             return True
@@ -98,12 +110,12 @@ def mentions(function: types.FunctionType, memo: dict[types.FunctionType, bool])
 
 
 def hidden_activations(target: Any) -> list[str]:
-    """The activations in a scripted function, or in a list, tuple or dict of functions."""
+    """The activations in a scripted function, or in a list, tuple or dict of functions and modules."""
     if isinstance(target, torch.jit.ScriptFunction):
         operators = {name.rstrip("_") for name in re.findall(r"aten::(\w+)", str(target.inlined_graph))}
         return sorted(FORMS[name].activation for name in operators & set(FORMS))
     held = target.values() if isinstance(target, dict) else target if isinstance(target, (list, tuple)) else ()
-    return sorted({activation_of(f) for f in held if is_listed(f, FUNCTIONS)})
+    return sorted({activation_of(value) for value in held if is_activation(value)})
 
 
 def known_calls(function: types.FunctionType) -> Iterator[tuple[types.FunctionType, Any, int]]:

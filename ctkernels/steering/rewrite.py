@@ -9,15 +9,26 @@ original, which is left alone. It is plain Python: compilers trace it, and no ho
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import types
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-import torch.nn.functional as F
 from torch import nn
 
-from .activations import ANY, FORMS, FUNCTIONS, METHODS, MODULES, OUTSIDE, Use, activation_of, read_module
-from .lookup import CLAMPS, UNKNOWN, bound_names, hidden_activations, is_listed, is_torch, lookup, member
+from .activations import ANY, FORMS, FUNCTIONS, METHODS, MODULES, OUTSIDE, Use, activation_of, read_module, read_partial
+from .lookup import (
+    CLAMPS,
+    UNKNOWN,
+    bound_names,
+    hidden_activations,
+    is_activation,
+    is_listed,
+    is_space,
+    is_torch,
+    lookup,
+    member,
+)
 
 if TYPE_CHECKING:
     from .class_code import ClassCode
@@ -32,6 +43,7 @@ class Rewriter(ast.NodeTransformer):
         self.scan, self.function, self.definition = scan, function, definition
         self.bound, self.imported = bound_names(definition)
         self.changed = False
+        self.statement: ast.stmt = definition
         arguments = definition.args
         first = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)][:1]
         is_method = any(function in base.__dict__.values() for base in scan.cls.__mro__) if helper else True
@@ -64,13 +76,23 @@ class Rewriter(ast.NodeTransformer):
         if isinstance(node, ast.Attribute):
             if isinstance(node.value, ast.Name) and node.value.id == self.own:
                 static = inspect.getattr_static(self.scan.cls, node.attr, UNKNOWN)
+                if node.attr == "__class__":
+                    return self.scan.cls
                 if isinstance(static, staticmethod):
                     return static.__func__
-                return static if isinstance(static, types.BuiltinFunctionType) else UNKNOWN
+                return UNKNOWN if hasattr(type(static), "__get__") else static  # a method would get `self`
             if self._is_super(node.value):
                 return self._inherited(node.value, node.attr)
             target = self.resolve(node.value)
             return UNKNOWN if target is UNKNOWN else member(target, node.attr)
+        if isinstance(node, ast.Call) and not node.keywords and isinstance(node.func, ast.Name):
+            function, arguments = self.resolve(node.func), node.args
+            if function is type and len(arguments) == 1 and self._is_own(arguments[0]):
+                return self.scan.cls
+            if function is getattr and len(arguments) > 1:
+                name = arguments[1]
+                if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                    return self.resolve(ast.Attribute(arguments[0], name.value, ast.Load()))
         return UNKNOWN
 
     def _is_super(self, node: ast.expr) -> TypeGuard[ast.Call]:
@@ -94,6 +116,10 @@ class Rewriter(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         target = self.resolve(node.func)
         function = node.func
+        if is_listed(target, FUNCTIONS) and any(keyword.arg == "out" for keyword in node.keywords):
+            self.scan.miss(self.function, activation_of(target), node.lineno, "it writes to a tensor that it is given")
+            node.args = [self.visit(argument) for argument in node.args]
+            return node
         if is_listed(target, FUNCTIONS) and not self._in_family(node, FUNCTIONS[target]):
             reason = "its arguments put it outside the family"
             self.scan.skip(self.function, activation_of(target), node.lineno, reason)
@@ -111,13 +137,30 @@ class Rewriter(ast.NodeTransformer):
             if key:
                 self.changed = True
                 node.keywords.append(ast.keyword("site", ast.copy_location(ast.Constant(key), node)))
-        if target is getattr and node.args and self.resolve(node.args[0]) is F:
-            self.scan.miss(self.function, ANY, node.lineno, "the function is chosen by name, at run time")
+        if target is getattr and len(node.args) > 1:
+            found = self._reference(node)
+            if found is not None:
+                return found
+            if self.resolve(node) is UNKNOWN:
+                self._by_name(node, node.args[0], node.args[1])
         if isinstance(function, ast.Attribute) and target is UNKNOWN and self._is_tensor_method(node, function):
             return self._method(node, function)
         if isinstance(function, ast.Attribute) and function.attr in CLAMPS:
             self._clamp(node, function.attr, is_method=target is UNKNOWN)
         return self.generic_visit(node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        held = node.value
+        if isinstance(held, ast.Attribute) and held.attr == "__dict__":
+            self._by_name(node, held.value, node.slice)
+        elif isinstance(held, ast.Call) and held.args and self.resolve(held.func) is vars:
+            self._by_name(node, held.args[0], node.slice)
+        return self.generic_visit(node)
+
+    def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.stmt):
+            self.statement = node
+        return super().visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         return self._reference(node) or self.generic_visit(node)
@@ -125,8 +168,8 @@ class Rewriter(ast.NodeTransformer):
     def visit_Name(self, node: ast.Name) -> ast.AST:
         return self._reference(node) or node
 
-    def _reference(self, node: ast.Attribute | ast.Name) -> ast.AST | None:
-        if not isinstance(node.ctx, ast.Load):
+    def _reference(self, node: ast.Attribute | ast.Name | ast.Call) -> ast.AST | None:
+        if not isinstance(node, ast.Call) and not isinstance(node.ctx, ast.Load):
             return None
         target = self.resolve(node)
         if target is UNKNOWN:
@@ -136,6 +179,13 @@ class Rewriter(ast.NodeTransformer):
         elif is_listed(target, FUNCTIONS):
             form = ast.Constant(FUNCTIONS[target])
             return self._site(node, activation_of(target), "_ctu_function", [form, node])
+        elif isinstance(target, functools.partial) and is_activation(target):
+            if read_partial(target) is None:
+                reason = "its arguments put it outside the family"
+                self.scan.skip(self.function, activation_of(target), node.lineno, reason)
+                return None
+            form = ast.Constant(FUNCTIONS[target.func])
+            return self._site(node, activation_of(target), "_ctu_made", [form, node])
         elif isinstance(target, nn.Module):
             use = read_module(target)
             if isinstance(use, Use):
@@ -157,7 +207,8 @@ class Rewriter(ast.NodeTransformer):
         if self.owner is None:
             scan.miss(self.function, activation, node.lineno, "the function has no name for its module")
             return None
-        key = scan.record(self.function, activation, node.lineno)
+        own = isinstance(node, ast.Attribute) and self._is_own(node.value)
+        key = scan.record(self.function, activation, node.lineno, node.attr if own else "")  # type: ignore[attr-defined]
         return self._partial(node, [_load(call), _load(self.owner), ast.Constant(key), *arguments])
 
     def _method(self, node: ast.Call, function: ast.Attribute) -> ast.AST:
@@ -187,6 +238,14 @@ class Rewriter(ast.NodeTransformer):
         return ast.fix_missing_locations(ast.copy_location(ast.Call(_load("_ctu_partial"), arguments, []), node))
 
     # -- details
+
+    def _by_name(self, node: ast.expr, space: ast.expr, name: ast.expr) -> None:
+        """A look-up of a function or a class of torch by a name that only the run tells, or of a tensor's method."""
+        method = isinstance(name, ast.Constant) and name.value in METHODS and not self._is_own(space)
+        # What is looked up in torch by its name is most often a dtype.
+        in_line = not hasattr(self.statement, "body") and "dtype" in ast.unparse(self.statement)
+        if method or (is_space(self.resolve(space)) and not in_line and "dtype" not in ast.unparse(node)):
+            self.scan.miss(self.function, ANY, node.lineno, "the function is chosen by name, at run time")
 
     def _is_own(self, node: ast.expr) -> bool:
         return isinstance(node, ast.Name) and node.id == self.own

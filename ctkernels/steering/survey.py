@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import re
-import sys
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,12 +14,11 @@ import torch
 import torch.fx
 from torch import nn
 
-from ..nn import Knobs
 from . import unit
-from .activations import FORMS, FUNCTIONS, METHODS, NearMiss, Use, activation_of, read_module
+from .activations import FORMS, FUNCTIONS, METHODS, NearMiss, Use, activation_of, read_module, read_partial
 from .class_code import Call, ClassCode
-from .lookup import is_listed, is_torch, known_calls, mentions
-from .surgery import MODULE, Edit, Steered, Swap, steered_class
+from .lookup import is_activation, is_listed, is_torch, known_calls, mentions
+from .surgery import DECIDING, MODULE, Copy, Edit, Steered, Swap, steered_class
 
 _PLAIN_MODULE = frozenset(nn.Module().__dict__)
 _LOOKS_LIKE = re.compile("relu|gelu|silu|swish|mish", re.IGNORECASE)
@@ -70,6 +68,7 @@ class Plan:
     skipped: list[Miss] = field(default_factory=list)
     swaps: list[Swap] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
 
 
 def survey(
@@ -77,32 +76,35 @@ def survey(
     selection: frozenset[str],
     *,
     split: bool = False,
-    make: Callable[[Site, torch.device | None], Knobs | unit.Unit] | None = None,
+    make: Callable[[Site, torch.device | None], unit.SiteKnobs | unit.Unit] | None = None,
 ) -> Plan:
     """Find the activations of ``model``.
 
     Args:
         split: tell the uses of a shared activation module apart: a site for each place where it is registered, and for
             each call of it in its parent's code. Otherwise an activation module is one site.
-        make: what gives a site its knobs. Default: :class:`Knobs`.
+        make: what gives a site its knobs. Default: :class:`SiteKnobs`.
     """
     return _Survey(model, selection, split, make or _own_knobs).plan
 
 
-def _own_knobs(site: Site, device: torch.device | None) -> Knobs:
-    return Knobs(persistent=False, device=device)
+def _own_knobs(site: Site, device: torch.device | None) -> unit.SiteKnobs:
+    return unit.SiteKnobs(device)
 
 
 class _Survey:
     def __init__(self, model: nn.Module, selection: frozenset[str], split: bool, make: Callable[..., Any]) -> None:
         self.selection, self.split, self.make, self.plan = selection, split, make, Plan()
+        self.root = model
+        self.copies: dict[nn.Module, Copy] = {}  # in use only if something is done to them
+        self.apart: dict[tuple[nn.Module, str], Copy] = {}  # in one place only: {(parent, name there): the copy}
         self.memo: dict[types.FunctionType, bool] = {}
         self.code: dict[tuple[type, frozenset[str]], ClassCode] = {}
         self.names: dict[nn.Module, list[str]] = {}
         self.device = next((p.device for p in model.parameters()), None)
         for name, module in model.named_modules(remove_duplicate=False):
             self.names.setdefault(module, []).append(name)
-        self.places: dict[nn.Module, list[tuple[str, nn.Module | None, str]]] = {}
+        self.places: dict[nn.Module, list[tuple[str, nn.Module, str]]] = {}
         for parent, (name, *_) in self.names.items():
             for child, held in parent._modules.items():
                 if held is not None:
@@ -120,11 +122,55 @@ class _Survey:
                 self.graph(name, module)
             else:
                 self.module(name, tuple(aliases), module)
+        for module in self.names:
+            if isinstance(module, DECIDING):
+                self.deciding(module)
         classes = {swap.module: swap.cls for swap in self.plan.swaps}
         for module in self.names:
             self.bound_methods(module, classes)
-            if isinstance(module, nn.TransformerEncoderLayer):
-                self.fast_path(module)
+        self.put_copies()
+
+    # -- copies
+
+    def own(self, module: nn.Module) -> nn.Module:
+        """What is changed where ``module`` is: a copy, unless it is the model itself or its weights make it one object.
+
+        Other models may hold the same activation, and are to stay as they are. Modules with weights are shared on
+        purpose where they are shared.
+        """
+        if module is self.root or not (isinstance(read_module(module), Use) or _is_stateless(module)):
+            return module
+        if module not in self.copies:
+            self.copies[module] = Copy.of(module)
+        return self.copies[module].copy
+
+    def put_copies(self) -> None:
+        """Put the copies that something is done to where the modules are, and those of the modules that hold them."""
+        edited = {(edit.owner, edit.name) for edit in self.plan.edits}
+        changed = {swap.module for swap in self.plan.swaps} | {edit.owner for edit in self.plan.edits}
+        used = {module: found.copy for module, found in self.copies.items() if found.copy in changed}
+        todo = [*used, *(module for parent, name in self.apart if (module := parent._modules[name]) is not None)]
+        references: dict[tuple[nn.Module, str], tuple[Any, Any]] = {}
+        while todo:
+            holders = {parent for module in todo for _, parent, _ in self.places.get(module, ())}
+            for module in self.names:
+                for attribute, value in vars(module).items():
+                    if attribute not in _PLAIN_MODULE and (self.own(module), attribute) not in edited:
+                        new = _with_copies(value, used)
+                        if new is not value:
+                            references[module, attribute] = value, new
+                            holders.add(module)
+            todo = [module for module in holders if self.own(module) is not module and module not in used]
+            used |= {module: self.own(module) for module in todo}
+        for (module, attribute), (value, new) in references.items():
+            self.plan.edits.append(Edit(self.own(module), "__dict__", attribute, value, new))
+        for parent in self.names:
+            for child, module in parent._modules.items():
+                apart = self.apart.get((parent, child))
+                new = apart.copy if apart is not None else used.get(module)  # type: ignore[arg-type]
+                if new is not None:
+                    self.plan.edits.append(Edit(self.own(parent), "_modules", child, module, new))
+        self.plan.copies += [self.copies[module] for module in used] + list(self.apart.values())
 
     # -- one module
 
@@ -134,7 +180,7 @@ class _Survey:
             self.activation_module(name, aliases, module, read)
             return
         before = len(self.plan.sites), len(self.plan.missed), len(self.plan.skipped)
-        keys: dict[str, Knobs | unit.Unit] = {}
+        keys: dict[str, unit.SiteKnobs | unit.Unit] = {}
         code = self.class_code(module)
         if code is not None:
             self.calls(name, aliases, module, code, keys)
@@ -142,10 +188,13 @@ class _Survey:
             if attribute not in _PLAIN_MODULE:
                 self.attribute(name, module, attribute, value, keys)
         if keys or (code is not None and any(code.repeats.values())):
-            cls = steered_class(type(module), self.selection, code.children if code else frozenset(), code)
-            self.plan.swaps.append(Swap(module, cls, keys, None))
+            self.swap(module, keys, code)
         found = before != (len(self.plan.sites), len(self.plan.missed), len(self.plan.skipped))
         self.near_miss(name, module, read, found)
+
+    def swap(self, module: nn.Module, keys: dict[str, unit.SiteKnobs | unit.Unit], code: ClassCode | None) -> None:
+        cls = steered_class(type(module), self.selection, code.children if code else frozenset(), code)
+        self.plan.swaps.append(Swap(self.own(module), cls, keys, None))
 
     def activation_module(self, name: str, aliases: tuple[str, ...], module: nn.Module, use: Use) -> None:
         if use.activation not in self.selection:
@@ -154,26 +203,21 @@ class _Survey:
         if "forward" in vars(module):
             self.miss(name, use.activation, "its forward is overridden on the instance")
             return
-        if _is_global(module):  # other models hold it too: this one gets its own
-            original, module = module, _twin(module)
-            for parent in self.names:
-                for child, value in parent._modules.items():
-                    if value is original:
-                        self.plan.edits.append(Edit(parent, "_modules", child, original, module))
-            self.places.setdefault(module, self.places.get(original, []))
+        own = self.own(module)
         if not self.split:
-            self.swap_activation(Site(name, "module", use.activation, type(module).__name__, aliases), module, use)
+            self.swap_activation(Site(name, "module", use.activation, type(module).__name__, aliases), own, use)
             return
-        places = self.places.get(module) or [(name, None, "")]
-        shared = places[0][0]
+        places = self.places.get(module)
+        if not places:  # the model itself, or held where no name leads to
+            self.swap_activation(Site(name, "module", use.activation, type(module).__name__, module=name), own, use)
+            return
         for number, (place, owner, child) in enumerate(places):
-            own = module
-            if number and owner is not None:
-                own = _twin(module)
-                self.plan.edits.append(Edit(owner, "_modules", child, module, own))
-            code = self.class_code(owner) if owner is not None else None
+            if number:
+                self.apart[owner, child] = Copy.of(module)
+                own = self.apart[owner, child].copy
+            code = self.class_code(owner)
             repeats = code.repeats.get(child, []) if code is not None and not _overridden(code, owner) else []
-            site = Site(place, "module", use.activation, type(module).__name__, module=shared)
+            site = Site(place, "module", use.activation, type(module).__name__, module=places[0][0])
             self.swap_activation(site, own, use, repeats)
 
     def swap_activation(self, site: Site, module: nn.Module, use: Use, repeats: Sequence[Call] = ()) -> None:
@@ -189,13 +233,15 @@ class _Survey:
         aliases: tuple[str, ...],
         module: nn.Module,
         code: ClassCode,
-        keys: dict[str, Knobs | unit.Unit],
+        keys: dict[str, unit.SiteKnobs | unit.Unit],
     ) -> None:
         own = _overridden(code, module)
         for call in code.calls:
             label = _join(name, f"{call.key}:{call.activation}")
             if own:
                 self.miss(label, call.activation, f"{own[0]} is overridden on the instance", call.where)
+                continue
+            if call.attribute in vars(module):  # looked at where it is
                 continue
             others = tuple(_join(alias, f"{call.key}:{call.activation}") for alias in aliases)
             kind = type(module).__name__
@@ -212,15 +258,16 @@ class _Survey:
                 self.skip(label, activation, f"{activation!r} is not among the selected activations")
                 return
             key = f".{attribute}"
-            steered = functools.partial(unit.call_function, module, key, form, call)
+            owner = self.own(module)
+            steered = functools.partial(unit.call_function, owner, key, form, call)
             if isinstance(value, functools.partial):
-                if FORMS[form.rstrip("_")].read(*(value.args or (None,)), **value.keywords) is None:
+                if read_partial(value) is None:
                     self.skip(label, activation, "its arguments put it outside the family")
                     return
                 steered = functools.partial(steered, *value.args, **value.keywords)
             kind = type(module).__name__
             keys[key] = self.site(Site(f"{label}:{activation}", "functional", activation, kind))
-            self.plan.edits.append(Edit(module, "__dict__", attribute, value, steered))
+            self.plan.edits.append(Edit(owner, "__dict__", attribute, value, steered))
         elif isinstance(call, types.FunctionType) and not is_torch(call.__module__) and mentions(call, self.memo):
             for caller, target, line in known_calls(call):
                 where = f"{caller.__code__.co_filename}:{line}"
@@ -240,14 +287,16 @@ class _Survey:
             inside = {read.activation for m in held.modules() if isinstance(read := read_module(m), Use)}
             for activation in sorted(inside):
                 self.miss(label, activation, "it is in a module that is not registered as a submodule")
-        elif not isinstance(held, nn.Module) and is_listed(held, FUNCTIONS):
+        elif not isinstance(held, nn.Module) and is_activation(held):
             self.miss(label, activation_of(held), "the function is held in a container")
 
     def near_miss(self, name: str, module: nn.Module, read: NearMiss | None, found: bool) -> None:
         kind = type(module).__name__
         if read is not None and not (read.family and found):
-            activation = kind.lower()
-            if read.family:
+            activation = read.activation or kind.lower()
+            if read.activation:
+                self.miss(name, activation, read.reason)
+            elif read.family:
                 self.plan.missed.append(Miss(name, activation, read.reason))
             else:
                 self.skip(name, activation, read.reason)
@@ -260,22 +309,18 @@ class _Survey:
         """``self.act = self._relu`` holds the method as it was: it is to hold the copy."""
         for attribute, value in vars(module).items():
             if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
-                name = value.__func__.__name__
-                method = vars(classes.get(value.__self__, object)).get(name)
-                if isinstance(method, types.FunctionType):
-                    new = types.MethodType(method, value.__self__)
-                    self.plan.edits.append(Edit(module, "__dict__", attribute, value, new))
+                name, holder = value.__func__.__name__, self.own(value.__self__)
+                method = getattr(classes.get(holder), name, None)
+                if isinstance(method, types.FunctionType) and method is not value.__func__:
+                    new = types.MethodType(method, holder)
+                    self.plan.edits.append(Edit(self.own(module), "__dict__", attribute, value, new))
 
-    def fast_path(self, module: nn.TransformerEncoderLayer) -> None:
-        """In inference the layer may call a fused kernel, past its activation, unless this flag says it has another."""
-        sites = {swap.module for swap in self.plan.swaps}
-        activation = vars(module).get("activation", module._modules.get("activation"))
-        if (
-            module in sites or activation in sites or _is_edited(self.plan.edits, module)
-        ) and module.activation_relu_or_gelu:
-            self.plan.edits.append(
-                Edit(module, "__dict__", "activation_relu_or_gelu", module.activation_relu_or_gelu, 0)
-            )
+    def deciding(self, module: nn.Module) -> None:
+        """A module of torch that takes another way, past the activations, where it knows them."""
+        swapped = {swap.module for swap in self.plan.swaps}
+        below = any(self.copies[m].copy in swapped if m in self.copies else m in swapped for m in module.modules())
+        if below and module not in swapped:
+            self.swap(module, {}, self.class_code(module))
 
     # -- code that cannot be rewritten
 
@@ -311,7 +356,7 @@ class _Survey:
         read = None if module is None else read_module(module)
         return isinstance(read, Use) and read.activation in self.selection and "forward" not in vars(module)
 
-    def site(self, site: Site) -> Knobs | unit.Unit:
+    def site(self, site: Site) -> unit.SiteKnobs | unit.Unit:
         knobs = self.make(site, self.device)
         self.plan.sites.append(site)
         self.plan.knobs.append(knobs)
@@ -346,24 +391,33 @@ def _held(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f".{key}", held) for key, held in value.items())
 
 
-def _is_global(module: nn.Module) -> bool:
-    """Whether the module is a global of the Python module that defines its class, as transformers' ``gelu`` is."""
-    home = sys.modules.get(type(module).__module__)
-    return home is not None and any(value is module for value in list(vars(home).values()))
+def _is_stateless(module: nn.Module) -> bool:
+    """Whether no part of ``module`` has a parameter or a buffer."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    tensors = (tensor for part in module.modules() for tensor in (*part._parameters.values(), *part._buffers.values()))
+    return all(tensor is None for tensor in tensors)
+
+
+def _with_copies(value: Any, copies: dict[nn.Module, nn.Module], depth: int = 3) -> Any:
+    """``value`` with the copies in place of the modules, also in containers and methods; itself where it has none."""
+    if isinstance(value, nn.Module):
+        return copies.get(value, value)
+    if isinstance(value, types.MethodType):
+        holder = _with_copies(value.__self__, copies, 0)
+        return value if holder is value.__self__ else types.MethodType(value.__func__, holder)
+    if depth and type(value) in (list, tuple):
+        held = [_with_copies(item, copies, depth - 1) for item in value]
+        return value if all(new is old for new, old in zip(held, value)) else type(value)(held)
+    if depth and type(value) in (dict, OrderedDict):
+        held = [_with_copies(item, copies, depth - 1) for item in value.values()]
+        return value if all(new is old for new, old in zip(held, value.values())) else type(value)(zip(value, held))
+    if depth and isinstance(value, functools.partial):
+        found = _with_copies((value.func, value.args, value.keywords), copies, depth)
+        return value if found is value else functools.partial(found[0], *found[1], **found[2])
+    return value
 
 
 def _overridden(code: ClassCode, module: Any) -> list[str]:
     """The rewritten methods that ``module`` has its own version of."""
     return [key for key in code.namespace if key in vars(module)]
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    """A module of its own around the same parameters."""
-    twin = copy.copy(module)
-    for space in ("_parameters", "_buffers", "_modules"):
-        twin.__dict__[space] = dict(module.__dict__[space])
-    return twin
-
-
-def _is_edited(edits: list[Edit], module: nn.Module) -> bool:
-    return any(edit.owner is module for edit in edits)

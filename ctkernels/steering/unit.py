@@ -15,8 +15,17 @@ from ..nn import Knobs, needs_grad
 from .activations import ACTIVATIONS, FORMS, Use
 
 
+class SiteKnobs(Knobs):
+    """The knobs of one site; in nobody's ``state_dict``. While they are not ``active`` the original activation runs."""
+
+    active = True
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__(persistent=False, device=device)
+
+
 class Unit(Protocol):
-    """What a site's knobs may be beside :class:`Knobs`. While it is not ``active`` the original activation runs."""
+    """What a site's knobs may be beside :class:`SiteKnobs`. While it is not ``active`` the original activation runs."""
 
     @property
     def active(self) -> bool: ...
@@ -29,12 +38,14 @@ class Unit(Protocol):
 
 
 def arguments(
-    knobs: Knobs | Unit, device: torch.device, activation: str, slope: float | Tensor | None
+    knobs: SiteKnobs | Unit, device: torch.device, activation: str, slope: float | Tensor | None
 ) -> dict[str, Any] | None:
     """What :func:`ctkernels.functional.ctu` is called with at a site, beside the tensor; None where the unit does not run."""
-    if isinstance(knobs, Knobs):
+    if not knobs.active:
+        return None
+    if isinstance(knobs, SiteKnobs):
         return unit_arguments(knobs.beta, knobs.coeff, activation, slope)
-    return knobs.ctu_arguments(device, activation, slope) if knobs.active else None
+    return knobs.ctu_arguments(device, activation, slope)
 
 
 def unit_arguments(
@@ -60,12 +71,13 @@ def unit(
     *,
     channel_dim: int | None = None,
     raw: bool = False,
+    index: Tensor | None = None,
 ) -> Tensor:
     """The CT unit in the place of an activation call, which may be in place."""
 
     def ctu(x: Tensor, inplace: bool = False) -> Tensor:
         found = unit_arguments(beta, coeff, activation, slope, channel_dim)
-        return functional.ctu(x, raw=raw, inplace=inplace, **found)
+        return functional.ctu(x, raw=raw, inplace=inplace, index=index, **found)
 
     if inplace and (needs_grad(x, slope) or needs_grad(beta, coeff)):
         # The backward needs the input that is overwritten. Leaving it alone would be cheaper, and wrong where the
@@ -74,33 +86,42 @@ def unit(
     return ctu(x, inplace)
 
 
-def call_module(module: Any, use: Use, knobs: Knobs | Unit, input: Tensor) -> Tensor:
+def call_module(module: Any, use: Use, knobs: SiteKnobs | Unit, input: Tensor) -> Tensor:
     slope = getattr(module, use.slope) if use.slope else None
     return _apply(input, knobs, use.activation, slope, getattr(module, "inplace", False))
 
 
-def _apply(x: Tensor, knobs: Knobs | Unit, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
-    if isinstance(knobs, Knobs):
+def _apply(x: Tensor, knobs: SiteKnobs | Unit, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
+    if isinstance(knobs, SiteKnobs):
         return unit(x, knobs.beta, knobs.coeff, activation, slope, inplace)
     return knobs(x, activation, slope, inplace)
 
 
-def is_active(knobs: Knobs | Unit) -> bool:
-    """Whether the unit, and not the original activation, is to run."""
-    return isinstance(knobs, Knobs) or knobs.active
+def runs(knobs: SiteKnobs | Unit, x: Any) -> bool:
+    """Whether the unit, and not the original activation, is to run on ``x``: a ReLU may also be one of integers."""
+    if isinstance(x, torch.fx.Proxy):  # of a tracer that looks into the module: refused where it is computed
+        return knobs.active
+    return knobs.active and torch.is_tensor(x) and x.is_floating_point()
 
 
 def call_function(owner: Any, key: str, form: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``function(*args, **kwargs)`` with the knobs that ``owner`` keeps under ``key``."""
     name = form.rstrip("_")
-    call, knobs = FORMS[name].read(*args, **kwargs), owner._ctu[key]
+    call, knobs = FORMS[name].read(*args, **kwargs), owner._ctu.get(key)
+    if knobs is None:  # the instance has something else under the name that its class has an activation under
+        return function(*args, **kwargs)
     if call is not None and isinstance(call.x, torch.fx.Proxy):
         target = SteeredCall(owner, key, form, function)
         return call.x.tracer.create_proxy("call_function", target, args, kwargs)
-    if call is None or not torch.is_tensor(call.x) or not call.x.is_floating_point() or not is_active(knobs):
+    if call is None or not runs(knobs, call.x):
         return function(*args, **kwargs)
     inplace = call.inplace or name != form
     return _apply(call.x, knobs, FORMS[name].activation, call.slope, inplace)
+
+
+def call_partial(owner: Any, key: str, form: str, made: Any, *args: Any, **kwargs: Any) -> Any:
+    """``made(*args, **kwargs)``, for a ``functools.partial`` of an activation function."""
+    return call_function(owner, key, form, made.func, *made.args, *args, **{**made.keywords, **kwargs})
 
 
 class SteeredCall:
@@ -123,8 +144,8 @@ class SteeredCall:
 
 def call_global(owner: Any, key: str, use: Use, module: Any, input: Tensor) -> Tensor:
     """``module(input)``, for an activation module that is not part of the model."""
-    knobs = owner._ctu[key]
-    return call_module(module, use, knobs, input) if is_active(knobs) else module(input)
+    knobs = owner._ctu.get(key)
+    return call_module(module, use, knobs, input) if knobs is not None and runs(knobs, input) else module(input)
 
 
 def call_method(owner: Any, key: str, form: str, x: Any, *args: Any) -> Any:

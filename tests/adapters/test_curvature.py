@@ -50,6 +50,42 @@ def test_training_moves_only_the_adapter_and_the_head_and_reduces_the_loss():
             assert torch.equal(value, frozen[name])
 
 
+@pytest.mark.parametrize("optimizer", [lambda p: torch.optim.SGD(p, lr=1.0), lambda p: torch.optim.Adam(p, lr=0.1)])
+def test_a_few_steps_change_every_parameter_of_the_adapter_and_no_other_and_disabling_gives_the_original(optimizer):
+    net = make_net()
+    plain, x = net(image()), image()
+    model = tuned(net)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    started = model(x)
+    steps = optimizer([p for p in model.parameters() if p.requires_grad])
+    for _ in range(3):
+        steps.zero_grad()
+        model(x).square().sum().backward()
+        steps.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("curvature_" not in name)
+    assert (model(x) - started).abs().max() > 1e-4
+    with model.disable_adapter():
+        assert torch.equal(model(x), plain)
+
+
+def test_loops_over_modules_that_look_for_weights():
+    net = make_net()
+    model = shaken(tuned(net))
+    x = image()
+    expected = model(x)
+    for module in model.modules():
+        if isinstance(module, CurvatureLayer):
+            for name in ("weight", "bias", "in_features", "out_features", "base_layer", "qweight"):
+                assert not hasattr(module, name)
+    biases = []
+    model.apply(lambda module: biases.append(module) if hasattr(module, "bias") and module.bias is not None else None)
+    assert {type(module).__name__ for module in biases} == {"Conv2d", "BatchNorm2d", "Linear"}
+    decayed = {id(p) for module in model.modules() if hasattr(module, "weight") for p in module.parameters(False)}
+    assert decayed.isdisjoint(id(p) for name, p in model.named_parameters() if "curvature_" in name)
+    assert torch.equal(model(x), expected)
+
+
 def test_gradients_are_those_of_the_expression():
     model = shaken(tuned(share="site")).double()
     reference = copy.deepcopy(model)

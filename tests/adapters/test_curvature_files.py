@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import socket
 
 import pytest
@@ -78,6 +79,66 @@ def test_a_saved_configuration_needs_no_search(tmp_path, monkeypatch):
     again = peft.PeftModel.from_pretrained(_net(), tmp_path).eval()
     assert torch.equal(again(_x()), model(_x()))
     assert isinstance(again.peft_config["default"], CurvatureConfig)
+
+
+def _opt():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.OPTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+    )
+    torch.manual_seed(0)
+    return transformers.OPTForCausalLM(config).eval()
+
+
+def test_a_model_with_units_is_not_saved_as_a_plain_one(tmp_path):
+    ids = torch.arange(5, 17).view(2, 6)
+    net = _opt()
+    expected = net(input_ids=ids).logits
+    model = peft.get_peft_model(net, CurvatureConfig(task_type="CAUSAL_LM", init_beta=0.2)).eval()
+    adapted = model(input_ids=ids).logits
+    assert (adapted - expected).abs().max() > 1e-2
+    refusal = "save_pretrained: a OPTForCausalLM with CT units cannot be saved as a plain one.*Save the adapter instead"
+    with pytest.raises(ValueError, match=refusal):
+        net.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=refusal):
+        adapters.save_merged(model, tmp_path / "merged")
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(_opt(), tmp_path / "adapter").eval()
+    assert torch.equal(again(input_ids=ids).logits, adapted)
+
+    with pytest.warns(UserWarning, match="To keep the result, save the adapter"):
+        fixed = copy.deepcopy(model).merge_and_unload()
+    assert torch.equal(fixed(input_ids=ids).logits, adapted)
+    for either in (fixed, copy.deepcopy(fixed), pickle.loads(pickle.dumps(fixed))):
+        with pytest.raises(ValueError, match=refusal):
+            either.save_pretrained(tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*raw_beta"):
+        _opt().load_state_dict(fixed.state_dict())
+
+    plain = model.unload()
+    plain.save_pretrained(tmp_path / "plain")
+    assert torch.equal(type(plain).from_pretrained(tmp_path / "plain").eval()(input_ids=ids).logits, expected)
+
+
+def test_a_transformers_model_saves_the_adapters_it_was_given(tmp_path):
+    pytest.importorskip("transformers")
+    net = _opt()
+    try:
+        net.add_adapter(CurvatureConfig(task_type="CAUSAL_LM", init_beta=0.2))
+    except ValueError as error:
+        if "version of PEFT you are using is not compatible" not in str(error):
+            raise
+        pytest.skip(str(error))
+    net.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_loading_beside_another_adapter(tmp_path):

@@ -101,6 +101,99 @@ def test_finding_channels_leaves_the_model_alone():
     assert not any(type(value).__name__ == "FakeTensor" for value in (*net.parameters(), *net.buffers()))
 
 
+def test_finding_channels_calls_nobodys_hooks():
+    net = make_net(act=nn.ReLU)
+    seen = []
+
+    def note(*values):
+        seen.extend(values)
+
+    for module in net.modules():
+        module.register_forward_pre_hook(note)
+        module.register_forward_pre_hook(note, with_kwargs=True)
+        module.register_forward_hook(note, always_call=True)
+    everywhere = nn.modules.module.register_module_forward_pre_hook(note)
+    after = nn.modules.module.register_module_forward_hook(note)
+    try:
+        config = CurvatureConfig()
+        model = peft.get_peft_model(net, config)
+        assert seen == []
+        assert set(config.layout) == {"act", "block.relu", "block.relu#2", "forward:relu"}
+        model(image())
+        assert seen
+    finally:
+        everywhere.remove()
+        after.remove()
+
+
+class RunsItsItems(nn.Sequential):
+    def forward(self, x):
+        return F.relu(super().forward(x) - 0.1)
+
+
+class CountsItsItems(nn.ModuleList):
+    def forward(self, x):
+        for i in range(len(self)):
+            x = self[i](x)
+        return F.relu(self[-1](x) + len(self[:2]) - 2)
+
+
+class NamesItsItems(nn.ModuleDict):
+    def forward(self, x):
+        for name, layer in self.items():
+            x = layer(x) if name in self else x * float("nan")
+        for layer in (*self.values(), *(self[name] for name in self), *(self[name] for name in self.keys())):
+            x = layer(x)
+        return F.relu(x + len(self) - 3)
+
+
+class HasItsOwnWay(nn.Sequential):
+    def __iter__(self):
+        return (self._modules[name] for name in reversed("012"))
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+CONTAINERS = {
+    "own iteration": lambda layers: HasItsOwnWay(*layers),
+    "sequential": lambda layers: RunsItsItems(*layers),
+    "list": lambda layers: CountsItsItems(layers),
+    "dict": lambda layers: NamesItsItems({str(i): layer for i, layer in enumerate(layers)}),
+}
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["part", "model"])
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_a_container_with_an_activation_in_its_code(kind, inside):
+    torch.manual_seed(0)
+    container, x = CONTAINERS[kind]([nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)]), torch.randn(4, 8)
+    net = nn.Sequential(container, nn.Linear(8, 2)) if inside else container
+    expected, names = net(x), [name for name, _ in net.named_modules()]
+    model = peft.get_peft_model(net, CurvatureConfig(input_shape=[8]))
+    site = "0.forward:relu" if inside else "forward:relu"
+    assert find_activations(net)[0].name == site
+    assert count_of(model) == 16
+    start = model(x)
+    assert (start - expected).abs().max() > 1e-4
+    layer = layer_at(model, site)
+    assert [list(p.shape) for p in layer.parameters_of("default")] == [[8], [8]]
+    compiled = torch.compile(net, backend="eager")
+    assert torch.equal(compiled(x), start)
+    shaken(model)
+    output = model(x)
+    assert (output - start).abs().max() > 1e-4
+    output.sum().backward()
+    assert all(p.grad is not None for p in layer.parameters_of("default"))
+    with model.disable_adapter():
+        assert torch.equal(model(x), expected)
+    fixed = merged(copy.deepcopy(model))
+    assert torch.equal(fixed(x), output)
+    plain = model.unload()
+    assert torch.equal(plain(x), expected)
+    assert [name for name, _ in plain.named_modules()] == names
+
+
 def test_a_layout_takes_the_place_of_the_search():
     class Odd(Net):
         def forward(self, x):

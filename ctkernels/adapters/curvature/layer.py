@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...steering.unit import unit, unit_arguments
+from .batch import index_of, names_for, neutral_logits
 from .config import CurvatureConfig
 from .layout import Channels
 
@@ -25,8 +26,14 @@ def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     return moved
 
 
+def _absent(layer: CurvatureLayer) -> Any:
+    raise AttributeError("an activation has no weight")
+
+
 class CurvatureLayer(nn.Module, BaseTunerLayer):
     """The CT units of one site: a (beta, coeff) for each adapter on it. Without an active one the original runs.
+
+    It stands beside an activation and wraps no layer: unlike peft's other layers it has no `weight` and no `bias`.
 
     Parameters of an adapter, float32 logits, C the number of channels (1 unless `granularity="channel"`):
     `curvature_raw_beta`, `curvature_raw_coeff` (C,). A site that shares another one's parameters has none itself.
@@ -40,6 +47,9 @@ class CurvatureLayer(nn.Module, BaseTunerLayer):
     curvature_raw_beta: nn.ParameterDict
     curvature_raw_coeff: nn.ParameterDict
 
+    weight = property(_absent)
+    bias = property(_absent)
+
     adapter_layer_names = ("curvature_raw_beta", "curvature_raw_coeff")
     other_param_names = ("curvature_config", "curvature_channels", "curvature_source")
 
@@ -51,6 +61,7 @@ class CurvatureLayer(nn.Module, BaseTunerLayer):
         self.curvature_config: dict[str, CurvatureConfig] = {}
         self.curvature_channels: dict[str, Channels | None] = {}
         self.curvature_source: dict[str, CurvatureLayer] = {}  # whose parameters; only where they are not its own
+        self.samples_first: bool | None = None  # whether dimension 0 of the input holds the samples; None: not known
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters: list[str] = []
@@ -108,18 +119,40 @@ class CurvatureLayer(nn.Module, BaseTunerLayer):
     @property
     def active(self) -> bool:
         """Whether an adapter, and not the original activation, computes the site."""
+        names = names_for(self)
+        if names is not None and not self.disable_adapters:
+            return any(name in self.curvature_config for name in names)
         return self.adapter_in_use() is not None
 
     def forward(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
-        """The unit in the place of `activation(x)`."""
-        values, channels = self._values()
-        return _unit(x, values, channels, activation, slope, inplace, self.site)
+        """The unit in the place of `activation(x)`; every sample's own, in one pass, inside `adapters_by_sample`."""
+        names = names_for(self)
+        if names is None:
+            values, channels, index = *self._values(), None
+        else:
+            values, channels, index = self._values_by_sample(names, x)
+        return _unit(x, values, channels, activation, slope, inplace, self.site, index)
 
     def ctu_arguments(
         self, device: torch.device, activation: str, slope: float | Tensor | None
     ) -> dict[str, Any] | None:
         """What `ctkernels.functional.ctu` is called with for it; None where only the call itself can tell."""
-        return _arguments(device, *self._values(), activation, slope)
+        return None if names_for(self) is not None else _arguments(device, *self._values(), activation, slope)
+
+    def _values_by_sample(self, names: list[str], x: Tensor) -> tuple[tuple[Tensor, Tensor], Channels | None, Tensor]:
+        """Rows of raw beta and raw coeff, what they line up with, and each sample's row; row 0 is the activation itself."""
+        if self.merged:
+            raise ValueError(f"{self.site}: adapter_names needs unmerged adapters, got {self.merged_adapters} merged")
+        used = [name for name in dict.fromkeys(names) if name in self.curvature_config]
+        placed = {self.curvature_channels[name] for name in used} - {None}
+        if len(placed) > 1:
+            raise ValueError(f"{self.site}: adapters in one batch must have their channels in one place, got {placed}")
+        channels = next(iter(placed), None)
+        size = 1 if channels is None else channels.size
+        rows = [self.parameters_of(name) for name in used]
+        neutral = neutral_logits(self.activation, rows[0][0].detach())
+        beta, coeff = (torch.stack([row.expand(size) for row in kind]) for kind in zip(neutral, *rows))
+        return (beta, coeff), channels, index_of(names, used, x, self.site, self.samples_first)
 
     def _values(self) -> tuple[tuple[Tensor, Tensor], Channels | None]:
         name = self.adapter_in_use()
@@ -202,6 +235,7 @@ def _unit(
     slope: Any,
     inplace: bool,
     site: str,
+    index: Tensor | None = None,
 ) -> Tensor:
     dim = None
     if channels is not None:
@@ -212,7 +246,7 @@ def _unit(
             )
         if _by_channel(slope) and dim % x.dim() != 1:
             raise ValueError(f"{site}: the slopes of a PReLU are in dimension 1, so channels must be too, got {dim}")
-    return unit(x, *_at(x.device, values), activation, slope, inplace, channel_dim=dim, raw=True)
+    return unit(x, *_at(x.device, values), activation, slope, inplace, channel_dim=dim, raw=True, index=index)
 
 
 def _arguments(

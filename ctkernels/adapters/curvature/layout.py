@@ -70,9 +70,41 @@ def find_channels(
     Raises:
         ValueError: the model cannot be copied.
     """
+    return _calls(model, input_shape, prepare, batch=2)
+
+
+def find_samples(
+    model: nn.Module, input_shape: tuple[int, ...] | None = None, prepare: Callable[[nn.Module], None] | None = None
+) -> dict[str, bool]:
+    """Whether dimension 0 of a site's inputs holds the samples, or a multiple of them: it grows as the batch does.
+
+    Args:
+        model, input_shape, prepare: as in :func:`find_channels`.
+
+    Returns:
+        {site name: whether it does}; sites that are not reached are missing.
+    """
+    try:
+        two, three = (_calls(model, input_shape, prepare, batch)[0] for batch in (2, 3))
+    except ValueError:  # it cannot be copied
+        return {}
+
+    def grows(a: Use, b: Use) -> bool:
+        return len(a.shape) > 0 and 3 * a.shape[0] == 2 * b.shape[0] and a.shape[1:] == b.shape[1:]
+
+    return {
+        name: len(uses) == len(three[name]) and all(map(grows, uses, three[name]))
+        for name, uses in two.items()
+        if name in three
+    }
+
+
+def _calls(
+    model: nn.Module, input_shape: tuple[int, ...] | None, prepare: Callable[[nn.Module], None] | None, batch: int
+) -> tuple[dict[str, list[Use]], str]:
     best: dict[str, list[Use]] = {}
     problem = "no input to try"
-    for values in _inputs(model, input_shape):
+    for values in _inputs(model, input_shape, batch):
         found, stopped = _record(model, values, prepare)
         if len(found) > len(best) or not best:
             best, problem = found, stopped
@@ -128,6 +160,10 @@ def _record(
         prepare(twin)
     plan = survey(twin, frozenset(ACTIVATIONS), split=True, make=lambda site, device: _Recorder(uses, site))
     operate(plan.swaps, plan.edits)
+    for module in {*twin.modules(), *(swap.module for swap in plan.swaps)}:
+        if not isinstance(module, torch.jit.ScriptModule):
+            # What torch calls in place of hooks and forward: hooks, also those for all modules, are not to see this.
+            module._compiled_call_impl = module.forward
     problem = ""
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet("torch._subclasses.fake_tensor"), mode:
         inputs = {name: make() for name, make in values.items()}
@@ -170,23 +206,21 @@ def _copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
             f"model: expected one that can be copied, to find its channels, got {type(error).__name__}: {error}; "
             "give layout in CurvatureConfig, or granularity='layer'"
         ) from error
-    for module in twin.modules():
-        module._forward_hooks.clear()  # the user's: they are not to see this
     return twin
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs
 
 
-def _inputs(model: nn.Module, shape: tuple[int, ...] | None) -> Iterator[dict[str, Any]]:
+def _inputs(model: nn.Module, shape: tuple[int, ...] | None, batch: int) -> Iterator[dict[str, Any]]:
     """Arguments to try, each a function that makes the tensor; "" is the first positional argument."""
     first: Any = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
     def images(*size: int) -> Any:
-        return lambda: torch.empty(2, *size, dtype=first.dtype, device=first.device)
+        return lambda: torch.empty(batch, *size, dtype=first.dtype, device=first.device)
 
     def tokens() -> Tensor:
-        return torch.zeros(2, 8, dtype=torch.long, device=first.device)
+        return torch.zeros(batch, 8, dtype=torch.long, device=first.device)
 
     config: Any = getattr(model, "config", None)
     is_transformer = hasattr(config, "model_type")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -13,19 +15,19 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from ...steering.activations import ACTIVATIONS, select
 from ...steering.handle import listed, nothing_found
-from ...steering.surgery import MODULE, operate, undo
-from ...steering.survey import Edit, Miss, Plan, Site, is_steered, survey
+from ...steering.surgery import MODULE, Copy, Edit, operate, undo
+from ...steering.survey import Miss, Plan, Site, is_steered, survey
 from .._peft import check_state_dict
+from .batch import BASE, adapters_by_sample, check_names
 from .config import CurvatureConfig
 from .layer import CurvatureLayer, FixedUnit, Original
-from .layout import Channels, Use, channels_of, find_channels
+from .layout import Channels, Use, channels_of, find_channels, find_samples
 
 _STATE = "_ctu_curvature"
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass
@@ -34,8 +36,10 @@ class Surgery:
 
     modules: list[nn.Module]
     edits: list[Edit]
+    copies: list[Copy]
     sites: dict[str, Site]
     layers: dict[str, CurvatureLayer]  # by site
+    samples: dict[str, bool] | None = None  # whether its input has them in dimension 0, by site, once somebody asked
 
 
 class CurvatureModel(BaseTuner):
@@ -43,7 +47,8 @@ class CurvatureModel(BaseTuner):
 
     Every activation of the model gets a `CurvatureLayer`; an adapter has parameters in those that its configuration
     selects, and the others compute what they did. `disable_adapter()` and `unload()` give the original's outputs,
-    `unload()` also its modules. One adapter can be active at a time.
+    `unload()` also its modules. One adapter can be active at a time; in evaluation, `adapter_names` of a call gives
+    every sample of the batch its own, "__base__" for none, in one pass.
 
     A LoRA adapter can be below it: `get_peft_model(lora_model, CurvatureConfig())` trains both.
 
@@ -144,6 +149,38 @@ class CurvatureModel(BaseTuner):
             raise ValueError(f"adapter_name: one curvature adapter can be active at a time, got {names}")
         super().set_adapter(adapter_name, inference_mode)
 
+    # ---- one adapter for each sample of a batch ----
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        given = kwargs.pop("adapter_names", None)
+        if given is None:
+            yield
+            return
+        surgery = surgery_of(self.model)
+        assert surgery is not None
+        inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
+        samples = None if inputs is None else inputs.shape[0]
+        names = check_names(given, {*self.peft_config, BASE}, samples, self.training)
+        self._find_samples(surgery)
+        wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        handles = [w.register_forward_pre_hook(partial(_pass_names, names), with_kwargs=True) for w in wrappers]
+        try:
+            with adapters_by_sample(list(surgery.layers.values()), names):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _find_samples(self, surgery: Surgery) -> None:
+        """Find out, the first time, which activations have the samples in dimension 0."""
+        if surgery.samples is None:
+            configs: list[Any] = list(self.peft_config.values())
+            shape = next((config.input_shape for config in configs if config.input_shape is not None), None)
+            surgery.samples = find_samples(self.model, None if shape is None else tuple(shape), _strip)
+            for name, layer in surgery.layers.items():
+                layer.samples_first = surgery.samples.get(name)
+
     # ---- taking it out ----
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -169,12 +206,32 @@ class CurvatureModel(BaseTuner):
         return model
 
 
+def _pass_names(names: list[str], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    beams = len(args[0]) // len(names) or 1
+    kwargs["adapter_names"] = [name for name in names for _ in range(beams)]
+    return args, kwargs
+
+
 def _warn_of_merge() -> None:
     warnings.warn(
         "A nonlinearity cannot be folded into the weights: merging fixes the learned values, and the activations stay "
-        "fused CT units, with what those cost at run time.",
+        "fused CT units, with what those cost at run time. They are part of this object, not of its weights: a saved "
+        "state_dict has their values under names that the plain network does not know, and save_pretrained refuses. "
+        "To keep the result, save the adapter (save_pretrained of the PeftModel, before merging) and merge after "
+        "loading.",
         UserWarning,
         stacklevel=4,
+    )
+
+
+def _refuse_to_save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """In the place of a transformers model's `save_pretrained` while it has CT units."""
+    if getattr(model, "_hf_peft_config_loaded", False):  # by its own `add_adapter`: it saves the adapter alone
+        return type(model).save_pretrained(model, *args, **kwargs)  # type: ignore[attr-defined]
+    raise ValueError(
+        f"save_pretrained: a {type(model).__name__} with CT units cannot be saved as a plain one; it would load without "
+        "them and compute something else. Save the adapter instead (save_pretrained of the PeftModel, before merging), "
+        "and load it with PeftModel.from_pretrained"
     )
 
 
@@ -204,25 +261,24 @@ def _open(model: nn.Module) -> None:
     plan = _survey(model)
     operate(plan.swaps, plan.edits)
     for swap in plan.swaps:
+        layer: Any
         for key, layer in swap.knobs.items():
-            if isinstance(layer, nn.Module) and _holds_children(swap.module, key):
-                swap.module._modules[_child(key)] = layer
+            swap.module._modules[_child(key)] = layer
     layers = {site.name: layer for site, layer in zip(plan.sites, plan.knobs)}
     sites = {site.name: site for site in plan.sites}
-    model.__dict__[_STATE] = Surgery([swap.module for swap in plan.swaps], plan.edits, sites, layers)
-
-
-def _holds_children(module: nn.Module, key: str) -> bool:
-    return key == MODULE or not isinstance(module, _CONTAINERS)  # those run whatever is registered in them
+    if hasattr(model, "save_pretrained"):
+        model.__dict__["save_pretrained"] = partial(_refuse_to_save, model)
+    model.__dict__[_STATE] = Surgery([swap.module for swap in plan.swaps], plan.edits, plan.copies, sites, layers)
 
 
 def _close(model: nn.Module) -> None:
     """Undo `_open`: the model has its own modules and classes again."""
     surgery = model.__dict__.pop(_STATE)
+    model.__dict__.pop("save_pretrained", None)
     for module in surgery.modules:
         for key in vars(module).get("_ctu", {}):
             module._modules.pop(_child(key), None)
-    undo(surgery.modules, surgery.edits)
+    undo(surgery.modules, surgery.edits, surgery.copies)
 
 
 def _fix(model: nn.Module) -> None:

@@ -1,0 +1,79 @@
+"""An adapter of its own for every sample of a batch: who has which, while a forward pass runs.
+
+The names are in a context variable, not on the layers: a forward pass in another thread has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...steering.activations import ACTIVATIONS
+
+_NAMES: ContextVar[dict[Any, list[str]] | None] = ContextVar("ctkernels_adapter_names", default=None)
+
+BASE = "__base__"  # peft's name for no adapter
+
+
+@contextmanager
+def adapters_by_sample(layers: Sequence[Any], names: list[str]) -> Iterator[None]:
+    """For the calls made in this context, the samples of `layers` have the adapters `names`."""
+    token = _NAMES.set({**(_NAMES.get() or {}), **dict.fromkeys(layers, names)})
+    try:
+        yield
+    finally:
+        _NAMES.reset(token)
+
+
+def names_for(layer: Any) -> list[str] | None:
+    """The adapters of the samples that `layer` is called with; None outside of `adapters_by_sample`."""
+    found = _NAMES.get()
+    return None if found is None else found.get(layer)
+
+
+def index_of(names: list[str], used: list[str], x: Tensor, site: str, samples_first: bool | None) -> Tensor:
+    """The row of each sample of `x`: its place in `used`, and 0 for one whose activation stays.
+
+    `samples_first`: whether dimension 0 is known to hold the samples, side by side what belongs to one (beams, tokens,
+    windows); None if nothing is known, where it has to have just as many.
+    """
+    size = x.shape[0] if x.dim() else 0
+    fits = size % len(names) == 0 if samples_first else size == len(names)
+    if samples_first is False or not fits:
+        raise ValueError(
+            f"{site}: adapter_names gives {len(names)} samples an adapter each, so dimension 0 of what the activation "
+            f"gets must be those samples, got shape {tuple(x.shape)}"
+            + (", where it does not grow with the batch" if samples_first is False else "")
+            + "; call the model once for each adapter"
+        )
+    rows = [used.index(name) + 1 if name in used else 0 for name in names]
+    return torch.tensor(rows, device=x.device).repeat_interleave(size // len(rows))
+
+
+def neutral_logits(activation: str, like: Tensor) -> tuple[Tensor, Tensor]:
+    """raw beta and raw coeff at which the unit is the activation itself, one value each."""
+    point = ACTIVATIONS[activation]
+    return torch.logit(like.new_tensor([point.beta])), torch.logit(like.new_tensor([point.coeff]))
+
+
+def check_names(names: Any, known: set[str], samples: int | None, training: bool) -> list[str]:
+    """`adapter_names` of a call as a list.
+
+    Raises:
+        ValueError: the model is in training mode, or there is an unknown name, or not one for each sample.
+    """
+    if training:
+        raise ValueError("adapter_names is for inference, but the model is in training mode; call model.eval()")
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"adapter_names must be a list of names, got {names!r}")
+    unknown = sorted(set(names) - known)
+    if unknown:
+        raise ValueError(f"adapter_names must be among {sorted(known)}, got {unknown}")
+    if samples is not None and len(names) != samples:
+        raise ValueError(f"adapter_names must have one entry for each of the {samples} samples, got {len(names)}")
+    return list(names)
