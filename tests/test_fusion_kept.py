@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ctkernels
 from ctkernels.fusion import fold
-from ctkernels.fusion.anew import computed_anew, normalised
+from ctkernels.fusion.recompute import normalised, recomputed
 
 
 def steered(blocks=("basic", "projected"), **kwargs):
@@ -213,7 +213,7 @@ def test_a_branch_that_was_overwritten_is_noticed():
 
     norm, z, branch = nn.BatchNorm2d(2), torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4, requires_grad=True)
     residual = normalised(norm, branch)
-    with computed_anew(residual):
+    with recomputed(residual):
         y = ctkernels.functional.ctu(z, 0.8, residual=residual)
     z.mul_(2)
     with pytest.raises(RuntimeError, match="at version 1; expected 0"):

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from ..steering.handle import _FUSION
-from .match import Match, find
+from .layers import is_layer
+from .match import Match, Norms, find
 from .pooling import Pooling, poolings
 from .program import Program
+from .shadow import Untraceable
 from .site import Site
-from .trace import Untraceable, argument_count, trace
+from .trace import argument_count, trace
 
 
 def fuse(model: nn.Module) -> Fusion:
@@ -73,16 +75,17 @@ def fuse(model: nn.Module) -> Fusion:
     programs: list[Program] = []
     found: list[Site] = []
     left: dict[str, str] = {}
+    norms = Norms()
     for module, name in names.items():
         try:
-            inline = _inline(module)
+            inline = _inline(module, norms)
         except Untraceable as reason:
             left[name] = str(reason)
             continue
         if inline is None:
             continue
         program = Program(module, inline)
-        _add(found, [_site(match, module, names) for match in program.prepare()])
+        _add(found, [_site(match, module, names, norms) for match in program.prepare(norms)])
         programs.append(program)
     if not programs:
         raise ValueError(
@@ -133,9 +136,6 @@ class Fusion:
                     f"{type(module).__name__}; first undo what was done to the model since"
                 )
         for module, forward in self._forwards.items():
-            if isinstance(forward, Program):
-                for call in forward.calls.values():
-                    call.forget()
             del module.__dict__["forward"]
         self._model.__dict__.pop(_FUSION, None)
         self._active = False
@@ -174,7 +174,7 @@ def _lines(left: dict[str, str]) -> str:
     return "".join(f"\n    {name or '(the model)'} was left alone: {reason}" for name, reason in left.items())
 
 
-def _inline(module: nn.Module) -> list[nn.Module] | None:
+def _inline(module: nn.Module, norms: Norms) -> list[nn.Module] | None:
     """The modules below ``module`` whose code has to be read with its own, for the sites that lie across; None: no site.
 
     Raises Untraceable where ``module``'s own code calls layers and cannot be read.
@@ -193,22 +193,19 @@ def _inline(module: nn.Module) -> list[nn.Module] | None:
     if count is None:
         raise Untraceable("its forward has optional arguments")
     try:
-        across = _across(module, None, count)
+        return _across(module, None, count, norms)
     except Untraceable:
-        across = _across(module, (), count)
-    return across
+        return _across(module, (), count, norms)
 
 
-def _across(module: nn.Module, inline: Collection[nn.Module] | None, count: int) -> list[nn.Module] | None:
+def _across(
+    module: nn.Module, inline: Collection[nn.Module] | None, count: int, norms: Norms
+) -> list[nn.Module] | None:
     """The modules that the sites of ``module`` lie across, of those that ``inline`` lets it look into."""
-    asked_for = ("tensor",) * count
-    try:
-        read = trace(module, inline, asked_for)
-    except Untraceable:
-        read = trace(module, inline, ("list",) * count)
+    read = trace(module, inline, ("tensor",) * count, {})
     found: dict[nn.Module, None] = {}
     here = False
-    for match in find(module, read.graph):
+    for match in find(module, read.graph, norms):
         operands = match.add.all_input_nodes if match.add is not None else []
         paths = [read.scopes[node] for node in (*match.nodes, *operands)]
         if any(len(path) == 0 for path in paths) or len({path[0] for path in paths}) > 1:
@@ -217,7 +214,7 @@ def _across(module: nn.Module, inline: Collection[nn.Module] | None, count: int)
     return list(found) if here else None
 
 
-def _site(match: Match, module: nn.Module, names: dict[nn.Module, str]) -> Site:
+def _site(match: Match, module: nn.Module, names: dict[nn.Module, str], norms: Norms) -> Site:
     def name(node: Any) -> str:
         if node is None:
             return ""
@@ -226,4 +223,6 @@ def _site(match: Match, module: nn.Module, names: dict[nn.Module, str]) -> Site:
         call = node.target  # a steered call of a function: as handle.sites of the steering has it
         return f"{names[call.owner]}.{call.key}:{call.activation}".lstrip(".")
 
-    return Site(name(match.source), name(match.norm), match.add is not None, name(match.unit))
+    norm = norms(module.get_submodule(str(match.norm.target))) if match.norm is not None else None
+    unit = names[norm.unit] if norm is not None and norm.unit is not None else name(match.unit)
+    return Site(name(match.source), name(match.norm), match.add is not None, unit)

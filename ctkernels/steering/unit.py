@@ -94,13 +94,19 @@ def call_function(owner: Any, key: str, form: str, function: Callable[..., Any],
     """``function(*args, **kwargs)`` with the knobs that ``owner`` keeps under ``key``."""
     name = form.rstrip("_")
     call, knobs = FORMS[name].read(*args, **kwargs), owner._ctu[key]
-    if call is not None and isinstance(call.x, torch.fx.Proxy):
+    if call is not None and isinstance(call.x, (torch.fx.Proxy, StandIn)):
         target = SteeredCall(owner, key, form, function)
         return call.x.tracer.create_proxy("call_function", target, args, kwargs)
     if call is None or not torch.is_tensor(call.x) or not call.x.is_floating_point() or not is_active(knobs):
         return function(*args, **kwargs)
     inplace = call.inplace or name != form
     return _apply(call.x, knobs, FORMS[name].activation, call.slope, inplace)
+
+
+class StandIn:
+    """What stands for a tensor while code is read as a graph, beside ``torch.fx.Proxy``; ``tracer`` records calls."""
+
+    tracer: Any
 
 
 class SteeredCall:
