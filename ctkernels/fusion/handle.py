@@ -9,13 +9,17 @@ import torch
 from torch import nn
 
 from ..steering.handle import _FUSION
-from .layers import is_layer
+from .layers import is_unit, why_not
 from .match import Match, Norms, find
 from .pooling import Pooling, poolings
 from .program import Program
 from .shadow import Untraceable
 from .site import Site
 from .trace import argument_count, trace
+
+
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def fuse(model: nn.Module) -> Fusion:
@@ -96,6 +100,7 @@ def fuse(model: nn.Module) -> Fusion:
     longer = {(site.layer, site.norm) for site in found if site.unit}
     sites = dict.fromkeys(site for site in found if site.unit or (site.layer, site.norm) not in longer)
     forwards = {program.scopes[0]: program for program in programs} | poolings(model)
+    left |= _alone(names, tuple(sites), left)
     handle = Fusion(model, forwards, tuple(sites), left)
     for module, forward in forwards.items():
         module.__dict__["forward"] = forward
@@ -170,6 +175,24 @@ def _add(found: list[Site], more: list[Site]) -> None:
             found[rival] = site
 
 
+def _alone(names: dict[nn.Module, str], sites: tuple[Site, ...], left: dict[str, str]) -> dict[str, str]:
+    """Layers, BatchNorms and units that are in no site, and of which no module around them says why."""
+    taken = {name for site in sites for name in (site.layer, site.norm, site.unit)}
+    found = {}
+    for module, name in names.items():
+        around = [name[:i] for i, letter in enumerate(name) if letter == "."] + [""]
+        if name in taken or not name or any(outer in left for outer in around):
+            continue
+        if isinstance(module, (*_LAYERS, _BATCH_NORM)):
+            reason = why_not(module)
+            if isinstance(module, _BATCH_NORM):
+                reason = reason or "no layer before it, or no unit after it, that nothing else reads the values of"
+            found.update({name: reason} if reason else {})
+        elif is_unit(module):
+            found[name] = "no layer, BatchNorm or sum before it that nothing else reads the values of"
+    return found
+
+
 def _lines(left: dict[str, str]) -> str:
     return "".join(f"\n    {name or '(the model)'} was left alone: {reason}" for name, reason in left.items())
 
@@ -187,7 +210,7 @@ def _inline(module: nn.Module, norms: Norms) -> list[nn.Module] | None:
         return None
     if type(module).forward is nn.Module.forward:  # a container that is never called
         return None
-    if hasattr(type(module), "ctu_arguments"):  # a unit: part of what calls it
+    if hasattr(type(module), "ctu_arguments") or isinstance(module, _BATCH_NORM):  # a part of what calls it
         return None
     count = argument_count(module)
     if count is None:

@@ -53,11 +53,26 @@ def _has_its_tensors(module: Any) -> bool:
     )
 
 
+def why_not(module: Any) -> str:
+    """Why a layer or a BatchNorm is none that something else may stand for; "" if it is one."""
+    if isinstance(module, _BATCH_NORM):
+        if is_norm(module) or norm_of(module) is not None:
+            return ""
+    elif is_layer(module):
+        return ""
+    if not is_open(module) or "forward" in vars(module):
+        return "it has hooks, or a forward of its own"
+    if not _has_its_tensors(module) or module._parameters.get("weight", module) is None:
+        return "its weights are computed, or of a class of their own"
+    return f"its class {type(module).__name__} has code of its own, which does not read as torch's"
+
+
 class Norm(NamedTuple):
-    """A BatchNorm; one with code of its own, which was read, has in it the unit that comes after (or none)."""
+    """A BatchNorm; one with code of its own, which was read, calls what comes after: the ``unit``, or another module."""
 
     module: Any
     unit: nn.Module | None = None
+    other: nn.Module | None = None
     reads: tuple[Reads, ...] = ()
 
     def is_as_read(self) -> bool:
@@ -69,7 +84,7 @@ class Norm(NamedTuple):
 
 
 def norm_of(module: nn.Module | None) -> Norm | None:
-    """What is known of a BatchNorm: torch's own, or a subclass whose forward does the same and calls a unit at the end.
+    """What is known of a BatchNorm: torch's own, or a subclass whose forward does the same and calls a module at the end.
 
     The latter is what timm's ``BatchNormAct2d`` does.
     """
@@ -86,10 +101,9 @@ def norm_of(module: nn.Module | None) -> Norm | None:
     ends = [_after_normalising(module, r.graph, training) for r, training in zip(read, (False, True))]
     if ends[0] is None or ends[0] != ends[1]:
         return None
-    unit = module.get_submodule(ends[0]) if ends[0] else None
-    if unit is not None and not is_unit(unit):
-        return None
-    return Norm(module, unit, tuple(r.reads for r in read))
+    after = module.get_submodule(ends[0]) if ends[0] else None
+    unit = after if after is not None and is_unit(after) else None
+    return Norm(module, unit, None if after is unit else after, tuple(r.reads for r in read))
 
 
 _SIGNATURE = inspect.signature(F.batch_norm)

@@ -71,7 +71,7 @@ def find(root: nn.Module, graph: torch.fx.Graph, norms: Norms) -> list[Match]:
     reader = _Reader(root, graph, norms)
     taken: set[Node] = set()
     found = []
-    for is_end in (reader.is_unit, reader.is_norm):  # units first: they take the norm that is before them
+    for is_end in (reader.is_unit, reader.ends_with_norm):  # units first: they take the norm that is before them
         for node in graph.nodes:
             if node not in taken and is_end(node):
                 match = reader.match(node, taken)
@@ -98,6 +98,11 @@ class _Reader:
         return node.op == "call_module" and is_layer(self.module(node)) and _takes_one(node)
 
     def is_norm(self, node: Node) -> bool:
+        norm = self.norm(node)
+        return norm is not None and norm.unit is None and norm.other is None
+
+    def ends_with_norm(self, node: Node) -> bool:
+        """Whether it is a BatchNorm, whatever its own code calls after it."""
         norm = self.norm(node)
         return norm is not None and norm.unit is None
 

@@ -133,13 +133,15 @@ class FusedCall:
     def folded(self, x: Tensor, compiling: bool) -> Tensor:
         """Without a unit: the norm's scale and shift go into the layer's weights, where that is less work."""
         source, norm = self.source, self.norm
+        assert self.known is not None
         constant = is_eval(norm) and not _records(source.weight, source.bias, norm.weight, norm.bias)
         constant = constant and _by_itself(x, source) and norm.running_mean.dtype == x.dtype
         if constant and _normalises(norm, x.dtype) and frozen.folds_cheaply(source, x):
             norm._check_input_dim(x)
-            return frozen.call(source, x, _records(x), *affine(norm, x))
+            z = frozen.call(source, x, _records(x), *affine(norm, x))
+            return z if self.known.other is None else self.known.other(z)
         z = self.layer(x)
-        return norm(z) if compiling else normalised(norm, z)
+        return norm(z) if compiling or self.known.reads else normalised(norm, z)
 
     def unfused(self, z: Tensor, residual: Any, *args: Any, **kwargs: Any) -> Tensor:
         """What comes after the layer, one after the other."""

@@ -312,6 +312,8 @@ class _Tracer(GraphAppendingTracer):
             return True
         if self.inline is not None:
             return module not in self.inline
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # one with code of its own is read by itself, in ``layers``
+            return True
         torchs = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
         return torchs and not isinstance(module, nn.Sequential)
 
