@@ -15,7 +15,7 @@ from .pooling import Pooling, poolings
 from .program import Program
 from .shadow import Untraceable
 from .site import Site
-from .trace import argument_count, trace
+from .trace import argument_count, is_stand_in, trace
 
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -144,6 +144,7 @@ class Fusion:
             del module.__dict__["forward"]
         self._model.__dict__.pop(_FUSION, None)
         self._active = False
+        _check_nothing_left(self._model)
 
     def __enter__(self) -> Fusion:
         return self
@@ -173,6 +174,22 @@ def _add(found: list[Site], more: list[Site]) -> None:
             found.append(site)
         elif parts(site) > parts(found[rival]):
             found[rival] = site
+
+
+def _check_nothing_left(model: nn.Module) -> None:
+    """That no module holds anything of a fusion any more."""
+
+    def is_left(value: Any) -> bool:
+        return isinstance(value, (Program, Pooling, Fusion)) or is_stand_in(value)
+
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            if is_left(value) or any(map(is_left, inside)):
+                raise RuntimeError(
+                    f"model: expected nothing of fuse() to be left after remove(), got {key!r} of {name or 'the model'}, a "
+                    f"{type(module).__name__}: something has copied it there while the model was fused; take it away"
+                )
 
 
 def _alone(names: dict[nn.Module, str], sites: tuple[Site, ...], left: dict[str, str]) -> dict[str, str]:

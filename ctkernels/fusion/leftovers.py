@@ -62,13 +62,14 @@ class Remains:
     """The stand-ins of one reading. After it none may be alive."""
 
     def __init__(self) -> None:
-        self.made: list[weakref.ref[Any]] = []
+        self.made: list[tuple[weakref.ref[Any], str]] = []
 
-    def watch(self, stand_in: Any) -> None:
-        self.made.append(weakref.ref(stand_in))
+    def watch(self, stand_in: Any, where: str) -> None:
+        """``where``: the class of the module in whose forward it is made."""
+        self.made.append((weakref.ref(stand_in), where))
 
     def alive(self) -> tuple[Any, ...]:
-        return tuple(value for made in self.made if (value := made()) is not None)
+        return tuple(value for made, _ in self.made if (value := made()) is not None)
 
     def found(self) -> bool:
         if not self.alive():
@@ -76,11 +77,8 @@ class Remains:
         gc.collect()  # cycles of the forward's own
         return bool(self.alive())
 
-    def take_back(self, before: Before, name: str) -> None:
-        """Remove them from where they are.
-
-        Raises RuntimeError where that is not possible, naming ``name``, the class of the module that was read.
-        """
+    def take_back(self, before: Before) -> None:
+        """Remove them from where they are. Raises RuntimeError where that is not possible."""
         before.restore(self._is_left)
         for _ in range(4):
             if not self.found():
@@ -90,6 +88,7 @@ class Remains:
             value = None
         if self.found():
             left = self.alive()
+            name = next(where for made, where in self.made if made() is not None)
             holders = sorted({type(h).__name__ for v in left for h in gc.get_referrers(v) if h is not left})
             raise RuntimeError(
                 f"model: expected a {name} whose forward keeps nothing outside of its modules, got one that keeps tensors "

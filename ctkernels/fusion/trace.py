@@ -83,7 +83,7 @@ def trace(
 
 def _checked(tracer: _Tracer, kinds: Sequence[Kind]) -> Trace:
     """Run it; then make sure that nothing was left behind."""
-    state, name = random.getstate(), type(tracer.module).__name__
+    state = random.getstate()
     reason, read = "", None
     try:
         read = tracer.run(kinds)
@@ -97,7 +97,7 @@ def _checked(tracer: _Tracer, kinds: Sequence[Kind]) -> Trace:
     remains = tracer.remains
     tracer.close()
     if remains.found():
-        remains.take_back(tracer.before, name)
+        remains.take_back(tracer.before)
         reason = "it keeps values, outside of the module, from one call to the next"
     if reason or read is None:
         raise Untraceable(reason)
@@ -121,7 +121,7 @@ class _Known(Tensor, StandIn):
         made.tracer, made.creation, made.made = tracer, (op, target, args), None
         if is_parameter:
             made._is_param = True
-        tracer.remains.watch(made)
+        tracer.watch(made)
         return made
 
     tracer: _Tracer
@@ -139,6 +139,10 @@ class _Known(Tensor, StandIn):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = next(a for a in _flat((args, kwargs)) if isinstance(a, _Known))
         return given.tracer.function(func, args, kwargs or {})
+
+
+def is_stand_in(value: Any) -> bool:
+    return isinstance(value, (_Known, _Noticing))
 
 
 class _Noticing:
@@ -228,10 +232,10 @@ class _Tracer(GraphAppendingTracer):
     ) -> None:
         super().__init__(torch.fx.Graph())
         self.module, self.inline, self.closed = module, inline, closed
-        self.stack: list[nn.Module] = []
         self.scopes: dict[torch.fx.Node, tuple[nn.Module, ...]] = {}
         self.remains, self.before = Remains(), Before(type(m) for m in module.modules())
         self.modes, self.asking, self.writing = _modes(), False, False
+        self.stack: list[nn.Module] = []
         flags = {m: m.training for m in (module, *(inline or ()))} | training
         self.shadows = Shadows(module, self.held_tensor, self.call, flags)
 
@@ -319,6 +323,9 @@ class _Tracer(GraphAppendingTracer):
 
     # -- values
 
+    def watch(self, made: Any) -> None:
+        self.remains.watch(made, type(self.stack[-1] if self.stack else self.module).__name__)
+
     def argument(self, name: str, kind: Kind) -> Any:
         if kind == "tensor":
             made = _Known.make(self, "placeholder", name)
@@ -341,12 +348,12 @@ class _Tracer(GraphAppendingTracer):
 
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
         made = _Value(node, self)
-        self.remains.watch(made)
+        self.watch(made)
         return made
 
     def attribute(self, root: Any, name: str) -> Any:
         made = _Attribute(root, name)
-        self.remains.watch(made)
+        self.watch(made)
         return made
 
     # -- what is done to them
