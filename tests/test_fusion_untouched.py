@@ -8,6 +8,7 @@ import linecache
 import random
 import threading
 import traceback
+from typing import ClassVar
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def doubled(x):
 class Caches(nn.Module):
     """``keep``: where a value is put by the forward, once."""
 
-    shared: dict[str, torch.Tensor] = {}
+    shared: ClassVar[dict[str, torch.Tensor]] = {}
 
     def __init__(self, keep):
         super().__init__()
@@ -133,8 +134,8 @@ def test_what_was_overwritten_is_put_back():
     ctkernels.steer(model, 0.9)
     with pytest.raises(ValueError, match="keeps values"):
         ctkernels.fuse(model)
-    assert HISTORY == [value]
-    assert GLOBAL == {"table": value}
+    assert [value] == HISTORY
+    assert {"table": value} == GLOBAL
     for place in (GLOBAL, Caches.shared, HISTORY):
         place.clear()
 
@@ -156,7 +157,7 @@ def test_what_cannot_be_taken_back_is_an_error_that_names_the_module():
     model = nn.Sequential(Hides()).eval()
     ctkernels.steer(model, 0.9)
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match="expected a Hides whose forward keeps nothing.*Cell"):
+    with pytest.raises(RuntimeError, match=r"expected a Hides whose forward keeps nothing.*Cell"):
         ctkernels.fuse(model)
     assert_same(before, snapshot(model))
 
@@ -376,10 +377,12 @@ CHANGES = {
     "forward hook": lambda m: m.norm.register_forward_hook(lambda module, args, out: out * 2) and None,
     "another part": lambda m: setattr(m, "norm", nn.Hardswish()),
     "conv.compile": lambda m: setattr(m.conv, "_compiled_call_impl", lambda x: nn.Conv2d.forward(m.conv, x) * 2),
-    "padding": lambda m: setattr(m.conv, "padding_mode", "circular") or setattr(
-        m.conv, "_reversed_padding_repeated_twice", [1, 1, 1, 1]
+    "padding": lambda m: (
+        setattr(m.conv, "padding_mode", "circular") or setattr(m.conv, "_reversed_padding_repeated_twice", [1, 1, 1, 1])
     ),
-    "tensor of its own class": lambda m: setattr(m.conv, "weight", nn.Parameter(m.conv.weight.as_subclass(Halves), False)),
+    "tensor of its own class": lambda m: setattr(
+        m.conv, "weight", nn.Parameter(m.conv.weight.as_subclass(Halves), False)
+    ),
 }
 
 
@@ -394,8 +397,9 @@ def test_code_that_is_put_on_a_part(change, when):
     with torch.no_grad():
         try:
             ctkernels.fuse(model)
-        except ValueError as error:
-            assert when == "before", error
+        except ValueError:  # there may be nothing left to fuse
+            if when == "after":
+                raise
         if when == "after":
             model(x)
             torch.manual_seed(1)

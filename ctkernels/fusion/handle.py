@@ -17,7 +17,6 @@ from .shadow import Untraceable
 from .site import Site
 from .trace import argument_count, is_stand_in, trace
 
-
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -29,7 +28,8 @@ def fuse(model: nn.Module) -> Fusion:
 
     - convolution or linear layer -> BatchNorm -> CT unit, with or without a sum of two tensors before the unit, and with
       any of the parts but the last missing;
-    - convolution or linear layer -> BatchNorm, with anything after it.
+    - convolution or linear layer -> BatchNorm, with anything after it;
+    - the same with a BatchNorm that calls the activation itself, as timm's ``BatchNormAct2d`` does.
 
     CT units are what :func:`steer` made, those of a :class:`ctkernels.adapters.CurvatureConfig`, learned or merged, and the
     modules of :mod:`ctkernels.nn`. In a model without any, BatchNorms are
@@ -37,23 +37,23 @@ def fuse(model: nn.Module) -> Fusion:
 
     What then runs is decided at every call:
 
-    - BatchNorm in evaluation, and no weight of it or of the layer needs a gradient: it is folded into the layer's weights
-      (a copy, remade when one of them changes). In inference the unit works in place; where a gradient flows through, the
-      unit's input is all that is kept for the backward pass.
-    - BatchNorm in evaluation otherwise: its scale and shift are the unit's, with their gradients.
+    - BatchNorm in evaluation: its scale and shift are the unit's, with their gradients where they need them. In inference
+      the unit works in place; where a gradient flows through a frozen layer, the unit's input is all that is kept for the
+      backward pass. Without a unit after it, it is folded into the layer's weights where these are smaller than the result.
+      Nothing of this is kept from one call to the next, so weights may be written to in any way.
     - BatchNorm in training: one pass for the statistics of the batch, and the unit does the rest. Running statistics move
       as they do without fusion.
-    - Under ``torch.compile`` and ``torch.export``: the same, in one graph. On the CPU a compiled program shares the folded
-      weights with eager calls, and pools with torch's own kernels where a gradient flows through; elsewhere, where
-      exported, and where the compiler is told to freeze weights, the fold is part of the graph.
+    - Under ``torch.compile`` and ``torch.export``: the same, in one graph. On the CPU a compiled training step pools with
+      torch's own kernels: for that, every ``nn.MaxPool2d`` gets a forward too.
 
     Outputs and gradients equal those of the unfused model within rounding. The model stays the same object with the same
     modules, parameters and ``state_dict``, which can be saved and loaded at any time; the handle of :func:`steer` keeps
     working. It can be copied, pickled, cast, moved and compiled; a copy has to be called once before it is compiled.
 
     Left alone is what cannot be read without doubt: modules whose path depends on values, that keep state between calls or
-    whose forward has optional arguments (what is below them is still looked at), layers with hooks, parametrized weights,
-    sites whose values are read or overwritten by something else. ``handle.left`` says which modules and why.
+    whose forward has optional arguments (what is below them is still looked at), layers with code of their own, hooks or
+    parametrized weights (whenever they get them), sites whose values are read or overwritten by something else.
+    ``handle.left`` says which modules and why.
 
     Args:
         model: any module.
@@ -64,6 +64,7 @@ def fuse(model: nn.Module) -> Fusion:
     Raises:
         TypeError: ``model`` is no module.
         ValueError: it is fused already, or there is nothing to fuse. The model is unchanged.
+        RuntimeError: a forward has put what it was read with into a cache that cannot be cleared; it is named.
 
     Example::
 
@@ -80,17 +81,23 @@ def fuse(model: nn.Module) -> Fusion:
     found: list[Site] = []
     left: dict[str, str] = {}
     norms = Norms()
-    for module, name in names.items():
+    inlines: dict[nn.Module, list[nn.Module] | None] = {}
+    closed: set[nn.Module] = set()
+    for module, name in reversed(
+        names.items()
+    ):  # what is inside first: what cannot be read there, cannot be from outside
         try:
-            inline = _inline(module, norms)
+            inlines[module] = _inline(module, norms, closed)
         except Untraceable as reason:
             left[name] = str(reason)
-            continue
-        if inline is None:
-            continue
-        program = Program(module, inline)
-        _add(found, [_site(match, module, names, norms) for match in program.prepare(norms)])
-        programs.append(program)
+            closed.add(module)
+    left = dict(reversed(left.items()))
+    for module in names:
+        inline = inlines.get(module)
+        if inline is not None:
+            program = Program(module, inline)
+            _add(found, [_site(match, module, names, norms) for match in program.prepare(norms)])
+            programs.append(program)
     if not programs:
         raise ValueError(
             f"model: expected {type(model).__name__} to have a BatchNorm or a CT unit after a layer; got none that can be "
@@ -113,7 +120,8 @@ class Fusion:
 
     Attributes:
         sites: a tuple of :class:`Site`.
-        left: {module name: why its own code was left alone}; "" is the model itself.
+        left: {module name: why it was left alone}: modules whose code cannot be read (the whole model is ""), and single
+            layers, BatchNorms and units.
     """
 
     def __init__(
@@ -140,7 +148,7 @@ class Fusion:
                     f"model: expected every module to have the forward that fuse() gave it, got {found!r} in a "
                     f"{type(module).__name__}; first undo what was done to the model since"
                 )
-        for module, forward in self._forwards.items():
+        for module in self._forwards:
             del module.__dict__["forward"]
         self._model.__dict__.pop(_FUSION, None)
         self._active = False
@@ -214,7 +222,7 @@ def _lines(left: dict[str, str]) -> str:
     return "".join(f"\n    {name or '(the model)'} was left alone: {reason}" for name, reason in left.items())
 
 
-def _inline(module: nn.Module, norms: Norms) -> list[nn.Module] | None:
+def _inline(module: nn.Module, norms: Norms, closed: set[nn.Module]) -> list[nn.Module] | None:
     """The modules below ``module`` whose code has to be read with its own, for the sites that lie across; None: no site.
 
     Raises Untraceable where ``module``'s own code calls layers and cannot be read.
@@ -233,16 +241,16 @@ def _inline(module: nn.Module, norms: Norms) -> list[nn.Module] | None:
     if count is None:
         raise Untraceable("its forward has optional arguments")
     try:
-        return _across(module, None, count, norms)
+        return _across(module, None, count, norms, closed)
     except Untraceable:
-        return _across(module, (), count, norms)
+        return _across(module, (), count, norms, closed)
 
 
 def _across(
-    module: nn.Module, inline: Collection[nn.Module] | None, count: int, norms: Norms
+    module: nn.Module, inline: Collection[nn.Module] | None, count: int, norms: Norms, closed: set[nn.Module]
 ) -> list[nn.Module] | None:
     """The modules that the sites of ``module`` lie across, of those that ``inline`` lets it look into."""
-    read = trace(module, inline, ("tensor",) * count, {})
+    read = trace(module, inline, ("tensor",) * count, {}, closed)
     found: dict[nn.Module, None] = {}
     here = False
     for match in find(module, read.graph, norms):

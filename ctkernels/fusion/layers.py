@@ -120,9 +120,16 @@ def _after_normalising(module: Any, graph: torch.fx.Graph, training: bool) -> st
         elif node.op == "call_function" and node.target is F.batch_norm:
             given = _SIGNATURE.bind(*node.args, **node.kwargs)
             given.apply_defaults()
-            values = {name: known.get(v, v) if isinstance(v, torch.fx.Node) else v for name, v in given.arguments.items()}
+            values = {
+                name: known.get(v, v) if isinstance(v, torch.fx.Node) else v for name, v in given.arguments.items()
+            }
             affine = {name: name if module._parameters[name] is not None else None for name in ("weight", "bias")}
-            wanted = {"input": "x", "running_mean": "running_mean", "running_var": "running_var", **affine}
+            wanted: dict[str, Any] = {
+                "input": "x",
+                "running_mean": "running_mean",
+                "running_var": "running_var",
+                **affine,
+            }
             wanted |= {"training": training, "momentum": module.momentum if training else values["momentum"]}
             if "y" in known.values() or values != wanted | {"eps": module.eps}:
                 return None

@@ -22,7 +22,7 @@ class Before:
         self.held: list[tuple[Any, dict[str, Any]]] = []
         self.contents: list[tuple[Any, Any]] = []
         self.known: set[int] = set()
-        for cls in {base for cls in set(classes) for base in cls.__mro__}:
+        for cls in {base for given in set(classes) for base in given.__mro__}:
             if not cls.__module__.startswith(("torch.", "builtins", "ctkernels.")):
                 self.note(cls, dict(vars(cls)))
 
@@ -72,9 +72,10 @@ class Remains:
         return tuple(value for made, _ in self.made if (value := made()) is not None)
 
     def found(self) -> bool:
-        if not self.alive():
-            return False
-        gc.collect()  # cycles of the forward's own
+        for generation in range(3):  # cycles of the forward's own, most of them new
+            if not self.alive():
+                return False
+            gc.collect(generation)
         return bool(self.alive())
 
     def take_back(self, before: Before) -> None:

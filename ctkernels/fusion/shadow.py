@@ -19,7 +19,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-_SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, torch.memory_format)
+_SIMPLE = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    torch.memory_format,
+)
 _SHARED = (*_SIMPLE, type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, range, slice, type(...))
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = (
@@ -105,7 +117,7 @@ def _known(value: Any, depth: int = 0) -> Any:
         return type(value), tuple(_known(v, depth + 1) for v in value)
     if type(value) in (dict, OrderedDict) and depth < 4:
         return type(value), tuple((k, _known(v, depth + 1)) for k, v in value.items())
-    if isinstance(value, _SHARED) or isinstance(value, nn.Module) or not hasattr(value, "__dict__") or depth > 0:
+    if isinstance(value, (*_SHARED, nn.Module)) or not hasattr(value, "__dict__") or depth > 0:
         return value
     return value, {k: v for k, v in vars(value).items() if isinstance(v, _SIMPLE)}
 
@@ -156,7 +168,8 @@ class Shadows:
         training: dict[nn.Module, bool],
     ) -> None:
         self.call, self.tensor, self.training = call, tensor, training
-        self.reads, self.memo = Reads(), {}
+        self.reads = Reads()
+        self.memo: dict[int, Any] = {}
         self.names: dict[nn.Module, str] = {}
         self.originals: list[Any] = []  # what the ids in ``memo`` belong to
         self.shadows: list[tuple[Any, nn.Module]] = []
@@ -177,7 +190,9 @@ class Shadows:
         known = self.memo.get(id(module))
         if known is not None:
             return known
-        made = object.__new__(_shadow_class(nn.Module if isinstance(module, torch.jit.ScriptModule) else type(module)))
+        made: Any = object.__new__(
+            _shadow_class(nn.Module if isinstance(module, torch.jit.ScriptModule) else type(module))
+        )
         self.remember(module, made)
         self.names[module] = name
         self.shadows.append((made, module))
@@ -227,7 +242,9 @@ class Shadows:
             return types.MethodType(value.__func__, self._copy(value.__self__))
         if type(value) is functools.partial:
             return functools.partial(
-                self._copy(value.func), *map(self._copy, value.args), **{k: self._copy(v) for k, v in value.keywords.items()}
+                self._copy(value.func),
+                *map(self._copy, value.args),
+                **{k: self._copy(v) for k, v in value.keywords.items()},
             )
         made: Any
         if type(value) in (list, set, deque, tuple, frozenset):

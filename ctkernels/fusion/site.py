@@ -16,7 +16,6 @@ from .fold import affine, is_eval, normalise
 from .layers import Norm, is_layer, is_unit
 from .recompute import normalised, recomputed
 
-
 _SMALL = 256  # values of a channel: about 50 ns to derive its constants, 0.2 ns for a value more in a pass
 
 
@@ -52,8 +51,9 @@ class FusedCall:
     __name__ = "fused"  # what generated code calls it
 
     def __init__(self, source: nn.Module | None, norm: Norm | None, unit: Any) -> None:
-        self.source, self.known, self.unit = source, norm, unit
-        self.norm = None if norm is None else norm.module
+        self.source: Any = source
+        self.known, self.unit = norm, unit
+        self.norm: Any = None if norm is None else norm.module
         self.inside = norm is not None and norm.unit is not None  # the norm's own forward calls the unit
 
     def __call__(self, x: Tensor, residual: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -67,7 +67,8 @@ class FusedCall:
         if arguments is None:
             z = x if self.source is None else self.source(x)
             return self.unfused(z, residual, *args, **kwargs)
-        bias = scale = shift = None
+        bias: Any = None
+        scale = shift = None
         if self.leaves_bias(x, residual, arguments):
             z, bias = frozen.without_bias(self.source, x), self.source.bias
         else:

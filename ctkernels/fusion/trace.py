@@ -17,6 +17,7 @@ import inspect
 import operator
 import random
 import sys
+import traceback
 from collections.abc import Collection, Sequence
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.fx.immutable_collections import immutable_list
 from torch.fx.proxy import Attribute, GraphAppendingTracer
 from torch.overrides import TorchFunctionMode
 
@@ -33,7 +35,7 @@ from .shadow import Reads, Shadows, Untraceable
 
 # What an argument is: "tensor", or ("list", *kinds) and ("tuple", *kinds).
 Kind = str | tuple[Any, ...]
-_SEQUENCES = {list: "list", tuple: "tuple"}
+_SEQUENCES: dict[type, str] = {list: "list", tuple: "tuple"}
 
 
 def kind_of(value: Any) -> Kind | None:
@@ -55,8 +57,15 @@ class Trace(NamedTuple):
     reads: Reads
 
 
+_TRIES = 8
+
+
 def trace(
-    module: nn.Module, inline: Collection[nn.Module] | None, kinds: Sequence[Kind], training: dict[nn.Module, bool]
+    module: nn.Module,
+    inline: Collection[nn.Module] | None,
+    kinds: Sequence[Kind],
+    training: dict[nn.Module, bool],
+    closed: set[nn.Module] | None = None,
 ) -> Trace:
     """The graph of ``module``'s forward.
 
@@ -64,21 +73,21 @@ def trace(
         inline: the modules below it that are looked into. None: all that can be, but for layers of torch.
         kinds: what the arguments are.
         training: the flags to read it with, {module: flag}; other modules have their own.
+        closed: with ``inline`` None, modules that are known not to be readable. What is found out is added.
 
     Raises:
         Untraceable: it cannot be read. RuntimeError: it has put stand-ins where they cannot be taken back from.
     """
-    closed: set[nn.Module] = set()
-    while True:
+    closed = set() if closed is None else closed
+    for tries_left in reversed(range(_TRIES)):
         tracer = _Tracer(module, inline, closed, training)
         try:
             return _checked(tracer, kinds)
         except Untraceable:
-            if inline is not None or not tracer.stack:
+            if inline is not None or not tracer.stack or not tries_left:
                 raise
             closed.add(tracer.stack[-1])  # a part that cannot be read: called, and not looked into
-        finally:
-            del tracer
+    raise AssertionError("the last try returns or raises")
 
 
 def _checked(tracer: _Tracer, kinds: Sequence[Kind]) -> Trace:
@@ -87,10 +96,10 @@ def _checked(tracer: _Tracer, kinds: Sequence[Kind]) -> Trace:
     reason, read = "", None
     try:
         read = tracer.run(kinds)
-    except Untraceable as error:
-        reason = str(error)
     except Exception as error:  # any code may run here, and any error means that it cannot be read this way
-        reason = tracer.shadows.refused or f"it cannot be read: {_first_line(error)}"
+        said = str(error) if isinstance(error, Untraceable) else f"it cannot be read: {_first_line(error)}"
+        reason = tracer.shadows.refused or said
+        _let_go(error)
     if random.getstate() != state:
         random.setstate(state)
         reason = reason or "it draws random numbers"
@@ -102,6 +111,13 @@ def _checked(tracer: _Tracer, kinds: Sequence[Kind]) -> Trace:
     if reason or read is None:
         raise Untraceable(reason)
     return read
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Of what the frames of an error hold: stand-ins among it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _first_line(error: Exception) -> str:
@@ -176,11 +192,27 @@ def _is_fx(frame: FrameType) -> bool:
 _IN_PLACE = {f"__{name}__": getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "setitem")}
 _OPERATORS = {
     f"__{name}__": getattr(operator, name)
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "getitem", "neg", "invert", "abs")
-    + ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "xor", "lshift", "rshift")
+    for name in (
+        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "getitem", "neg", "invert", "abs"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "xor", "lshift", "rshift"),
+    )
 } | {"__and__": operator.and_, "__or__": operator.or_}
 # Of these Python wants a value, which a stand-in does not have.
-_VALUES = ("bool", "int", "float", "index", "complex", "len", "contains", "iter", "repr", "format", "str", "array", "reversed")
+_VALUES = (
+    "bool",
+    "int",
+    "float",
+    "index",
+    "complex",
+    "len",
+    "contains",
+    "iter",
+    "repr",
+    "format",
+    "str",
+    "array",
+    "reversed",
+)
 _ASKS_FOR_A_VALUE = {f"__{name}__" for name in _VALUES} | {"item", "tolist", "numpy", "__deepcopy__", "__reduce_ex__"}
 
 
@@ -316,7 +348,9 @@ class _Tracer(GraphAppendingTracer):
             return True
         if self.inline is not None:
             return module not in self.inline
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # one with code of its own is read by itself, in ``layers``
+        if isinstance(
+            module, nn.modules.batchnorm._BatchNorm
+        ):  # one with code of its own is read by itself, in ``layers``
             return True
         torchs = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
         return torchs and not isinstance(module, nn.Sequential)
@@ -334,6 +368,7 @@ class _Tracer(GraphAppendingTracer):
         return self.sequence(self.create_proxy("placeholder", name, (), {}), kind)
 
     def sequence(self, held: Any, kind: Kind) -> Any:
+        assert isinstance(kind, tuple)
         name, *kinds = kind
         values = []
         for i, inner in enumerate(kinds):
@@ -372,7 +407,7 @@ class _Tracer(GraphAppendingTracer):
             return self.create_proxy("call_function", getattr, (args[0], func.__self__.__name__), {})
         if name in ("__set__", "__delete__"):
             raise self.shadows.refuse("it writes to an attribute of a tensor")
-        if func is torch._C._set_grad_enabled:  # type: ignore[attr-defined]
+        if func is torch._C._set_grad_enabled:
             raise self.shadows.refuse(_MODES)
         if name == "__hash__":
             return id(args[0])
@@ -387,10 +422,12 @@ class _Tracer(GraphAppendingTracer):
             return self.create_proxy("call_function", target, args, kwargs)
         return self.create_proxy("call_method", name, args, kwargs)
 
-    def create_node(self, op: str, target: Any, args: Any, kwargs: Any, *others: Any, **more: Any) -> torch.fx.Node:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any | None = None
+    ) -> torch.fx.Node:
         if isinstance(target, SteeredCall):
             target = SteeredCall(self.shadows.original(target.owner), target.key, target.form, target.function)
-        node = super().create_node(op, target, args, kwargs, *others, **more)
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if _modes() != self.modes:
             raise self.shadows.refuse(_MODES)
         self.scopes[node] = tuple(self.stack)
@@ -400,7 +437,7 @@ class _Tracer(GraphAppendingTracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, _Known) and type(a) is _Known:
             return a.recorded()
-        if isinstance(a, (list, dict)) and type(a) not in (list, dict) and not isinstance(a, torch.fx.node.immutable_list):
+        if isinstance(a, (list, dict)) and type(a) not in (list, dict) and not isinstance(a, immutable_list):
             raise self.shadows.refuse(f"it makes a {type(a).__name__}")
         if isinstance(a, Tensor):
             raise self.shadows.refuse("it uses a tensor that is no part of it")
@@ -434,7 +471,8 @@ def _asks_for_a_type(code: CodeType) -> bool:
     if "type" not in names and "__class__" not in names:
         return False
     return any(
-        (i.argval == "type" and i.opname in ("LOAD_GLOBAL", "LOAD_NAME")) or (i.argval == "__class__" and "ATTR" in i.opname)
+        (i.argval == "type" and i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+        or (i.argval == "__class__" and "ATTR" in i.opname)
         for i in dis.get_instructions(code)
     )
 
