@@ -1,4 +1,4 @@
-"""Fusion: copies of weights that follow their originals, and what is kept for the backward pass."""
+"""Fusion: weights that change in any way, and what is kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-import torch._inductor.config
 from fused_models import (
     Residual,
     assert_networks_agree,
@@ -22,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ctkernels
 from ctkernels.fusion import fold
-from ctkernels.fusion.anew import computed_anew, normalised
+from ctkernels.fusion.recompute import normalised, recomputed
 
 
 def steered(blocks=("basic", "projected"), **kwargs):
@@ -44,8 +43,12 @@ def arguments(cls=nn.Conv2d, dtype=torch.float64, norm=True, bias=True, **kwargs
     conv = cls(4, 6, 3, bias=bias, **kwargs).to(dtype).requires_grad_(False)
     bn = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}[cls](6)
     prepare(bn).to(dtype).eval().requires_grad_(False)
-    frozen = fold.Frozen.of(conv, bn if norm else None)
-    return conv, bn if norm else nn.Identity(), (*frozen, conv.stride, conv.padding, conv.dilation, conv.groups)
+    bias, scale = conv.bias, None
+    if norm:
+        scale, shift = fold.affine(bn, conv.weight)
+        bias = (shift if conv.bias is None else shift + scale * conv.bias).to(dtype)
+    geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+    return conv, bn if norm else nn.Identity(), (conv.weight, bias, scale, *geometry)
 
 
 CASES = {
@@ -65,13 +68,12 @@ def test_frozen_conv(case, last):
     x = torch.randn(2, 4, *[7] * (conv.weight.dim() - 2), dtype=torch.float64)
     if last and x.dim() > 3:
         x = x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-    for needs_grad in (False, True):
-        y = torch.ops.ctkernels.frozen_conv(x, *args, needs_grad)
-        torch.testing.assert_close(y, norm(conv(x)), rtol=1e-12, atol=1e-12)
+    y = torch.ops.ctkernels.frozen_conv(x, *args)
+    torch.testing.assert_close(y, norm(conv(x)), rtol=1e-12, atol=1e-12)
     given = x.clone().requires_grad_()
 
     def op(v):
-        return torch.ops.ctkernels.frozen_conv(v, *args, True)
+        return torch.ops.ctkernels.frozen_conv(v, *args)
 
     assert torch.autograd.gradcheck(op, given, fast_mode=True)
     assert torch.autograd.gradgradcheck(op, given, fast_mode=True)
@@ -79,44 +81,58 @@ def test_frozen_conv(case, last):
     (theirs,) = torch.autograd.grad(norm(conv(given)).square().sum(), given)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert ours.stride() == given.stride()
-    torch.library.opcheck(torch.ops.ctkernels.frozen_conv.default, (given, *args, True))
+    torch.library.opcheck(torch.ops.ctkernels.frozen_conv.default, (given, *args))
     shape = list(x.shape)
     dy = torch.randn_like(y, requires_grad=True)
     channels_last = last and x.dim() > 3
-    torch.library.opcheck(torch.ops.ctkernels.frozen_conv_backward.default, (dy, shape, channels_last, *args))
+    weight, _, scale, *geometry = args
+    more = weight, scale, shape, channels_last, *geometry
+    torch.library.opcheck(torch.ops.ctkernels.frozen_conv_backward.default, (dy, *more))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_weights_round_no_worse(dtype):
+def test_folded_weights_round_no_worse(dtype):
     conv, norm, args = arguments(dtype=dtype, padding=1)
     x = torch.randn(2, 4, 9, 8).to(dtype)
     truth = copy.deepcopy(norm).double()(copy.deepcopy(conv).double()(x.double()))
-    ours, theirs = torch.ops.ctkernels.frozen_conv(x, *args, False), norm(conv(x))
+    ours, theirs = torch.ops.ctkernels.frozen_conv(x, *args), norm(conv(x))
     error, allowed = ((y.double() - truth).abs().max() for y in (ours, theirs))
     assert error <= 2 * allowed + torch.finfo(dtype).eps * truth.abs().max()
 
 
-def test_a_copy_goes_with_its_weight():
-    fold._KEPT.clear()
-    model = steered().requires_grad_(False)
-    handle = ctkernels.fuse(model)
-    with torch.no_grad():
-        model(image())
-    kept = len(fold._KEPT)
-    assert kept == len(handle.sites)
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        twin(image())
-    assert len(fold._KEPT) == 2 * kept
-    del twin
-    gc.collect()
-    *_, args = arguments(dtype=torch.float32)
-    torch.ops.ctkernels.frozen_conv(
-        torch.randn(1, 4, 3, 3), *args, False
-    )  # a new one clears away what has lost its owner
-    assert len(fold._KEPT) == kept + 1
-    handle.remove()
-    assert len(fold._KEPT) == 1
+# --------------------------------------------------------------------------------------------------- weights that change
+
+WRITES = {
+    "in place": lambda m: m.weight.mul_(2),
+    "through .data": lambda m: m.weight.data.copy_(torch.linspace(-1, 1, m.weight.numel()).view_as(m.weight)),
+    "through numpy": lambda m: m.weight.detach().numpy().__imul__(2.0),
+    "through a view of .data": lambda m: m.weight.data.view(-1)[1:3].fill_(3.0),
+    "another tensor as .data": lambda m: setattr(m.weight, "data", m.weight.data.flip(0)),
+    "another parameter": lambda m: setattr(m, "weight", nn.Parameter(m.weight.detach() * 3, requires_grad=False)),
+    "a buffer through .data": lambda m: [b.data.mul_(4) for b in m.buffers() if b.is_floating_point()],
+    "inside a storage": lambda m: m.weight.untyped_storage().copy_((m.weight * 2).untyped_storage()),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("write", WRITES)
+def test_every_write_to_a_weight_is_seen(write, compiled):
+    """With and without a unit after the BatchNorm, in inference and where a gradient flows through."""
+    torch._dynamo.reset()
+    model, x = steered(("projected",)).requires_grad_(False), image(size=12)
+    plain = copy.deepcopy(model)
+    ctkernels.fuse(model)
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    run(x), run(x.clone().requires_grad_())
+    for name in ("stem.0", "stem.1", "blocks.0.skip.0", "blocks.0.skip.1", "blocks.0.norm2"):
+        for net in (model, plain):
+            with torch.no_grad():
+                WRITES[write](net.get_submodule(name))
+        with torch.no_grad():
+            torch.testing.assert_close(run(x), plain(x), rtol=1e-4, atol=1e-5)
+        ours, theirs = observe(run, x), observe(plain, x)
+        for kind in ("output", "input"):
+            torch.testing.assert_close(ours[kind], theirs[kind], rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------ compiled
@@ -136,19 +152,18 @@ def test_compiled_code_follows_the_weights():
             torch.testing.assert_close(compiled(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("freezing", [False, True])
-def test_what_the_compiler_sees(freezing):
+@pytest.mark.parametrize("gradient", [False, True])
+def test_what_the_compiler_sees(gradient):
     torch._dynamo.reset()
-    model, x, seen = steered().requires_grad_(False), image(), []
+    model, x, seen = steered().requires_grad_(False), image().requires_grad_(gradient), []
     ctkernels.fuse(model)
 
     def backend(graph, inputs):
         seen.extend(str(node.target) for node in graph.graph.nodes)
         return graph
 
-    with torch._inductor.config.patch(freezing=freezing), torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=backend)(x), model(x))
-    assert any("frozen_conv" in target for target in seen) != freezing
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=backend)(x), model(x))
+    assert any("frozen_conv" in target for target in seen) == gradient
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -213,7 +228,7 @@ def test_a_branch_that_was_overwritten_is_noticed():
 
     norm, z, branch = nn.BatchNorm2d(2), torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4, requires_grad=True)
     residual = normalised(norm, branch)
-    with computed_anew(residual):
+    with recomputed(residual):
         y = ctkernels.functional.ctu(z, 0.8, residual=residual)
     z.mul_(2)
     with pytest.raises(RuntimeError, match="at version 1; expected 0"):

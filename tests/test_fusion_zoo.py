@@ -73,3 +73,20 @@ def test_network(name, mode):
     handle.remove()
     if mode == "frozen":
         assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("mode", ["frozen", "eval", "train"])
+@pytest.mark.parametrize(("name", "units"), [("test_efficientnet", 11), ("mobilenetv3_small_050", 14)])
+def test_norms_that_call_the_activation_themselves(name, units, mode):
+    """timm's ``BatchNormAct2d``: with a CT unit inside, with another activation (a Hardswish), with none."""
+    timm = pytest.importorskip("timm", reason="needs timm")
+    torch.manual_seed(0)
+    model = prepare(timm.create_model(name, num_classes=10)).eval()
+    ctkernels.steer(model, 0.7, activations="all")
+    before = snapshot(model)
+    handle = compare(model, torch.randn(2, 3, 64, 64), ctkernels.fuse, mode, lambda m, x: rounded_anew(m, x, range(3)))
+    assert {n for n, m in model.named_modules() if isinstance(m, NORMS)} == {s.norm for s in handle.sites if s.norm}
+    assert sum(bool(site.unit) for site in handle.sites) == units
+    handle.remove()
+    if mode != "train":
+        assert_same(before, snapshot(model))

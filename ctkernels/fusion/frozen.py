@@ -1,7 +1,6 @@
-"""Calls of a frozen layer with its BatchNorm folded in.
+"""Convolutions whose weights need no gradient: their backward pass needs those and not the input, which torch's own keeps.
 
-A convolution's folded weights are kept, and its backward pass needs those and not the input, which torch's own keeps. In
-compiled programs it is an op, ``ctkernels::frozen_conv``: there the weights are inputs, and would be folded at every run.
+In compiled programs it is an op, ``ctkernels::frozen_conv``.
 """
 
 from __future__ import annotations
@@ -14,78 +13,69 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops._op import _LIBRARY
-from . import packing
-from .fold import Frozen
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def call(source: Any, frozen: Frozen, x: Tensor, needs_grad: bool) -> Tensor:
-    """``source`` and the norm after it, which are ``frozen``; ``needs_grad``: whether ``x`` needs a gradient."""
-    if frozen.mean is None and not needs_grad:
+def call(source: Any, x: Tensor, recorded: bool, scale: Tensor | None = None, shift: Any = None) -> Tensor:
+    """``source(x)``, times ``scale`` and plus ``shift`` per channel, if they are given: they are folded into the weights.
+
+    ``source`` is a layer by torch's code, and neither its weights nor ``scale`` and ``shift`` need a gradient. ``recorded``:
+    ``x`` needs one.
+    """
+    convolves = is_plain_convolution(source, x)
+    if scale is None and not (recorded and convolves):
         return source(x)
-    compiling = torch.compiler.is_compiling()
-    if compiling and (not x.is_cpu or _compiler_folds()):
-        weight, bias = frozen.fold(_memory_format(x))
-    elif _is_plain_convolution(source) and x.dim() == frozen.weight.dim():  # not of one image without a batch
-        geometry = source.stride, source.padding, source.dilation, source.groups
-        if compiling:
-            return torch.ops.ctkernels.frozen_conv(x, *frozen, *geometry, needs_grad)
-        if not needs_grad:
-            return _forward(x, frozen, geometry)
-        layout = _memory_format(x)
-        return _Recorded.apply(x, *frozen.folded(layout), layout, geometry)
-    else:
-        weight, bias = frozen.fold() if compiling else frozen.folded(torch.contiguous_format)
+    weight, bias = source.weight, source.bias
+    if scale is not None:
+        bias = (shift if bias is None else shift + scale * bias).to(weight.dtype)
+    geometry = (source.stride, source.padding, source.dilation, source.groups) if convolves else ()
+    if recorded and convolves and not torch.compiler.is_exporting():
+        recording = torch.ops.ctkernels.frozen_conv if torch.compiler.is_compiling() else _recorded
+        return recording(x, weight, bias, scale, *geometry)
+    weight = _scaled(weight, scale)
+    if convolves:
+        return _convolution(x, weight, bias, geometry)
     return F.linear(x, weight, bias) if isinstance(source, nn.Linear) else source._conv_forward(x, weight, bias)
 
 
-def adds_bias_apart(source: Any, frozen: Frozen, x: Tensor) -> bool:
-    """Whether torch would make a pass of its own over the result to add the bias, as it does after cuDNN's convolutions."""
-    if not x.is_cuda or (frozen.mean is None and frozen.bias is None):
+def folds_cheaply(source: Any, x: Tensor) -> bool:
+    """Whether the weights of ``source`` are smaller than its result, so that scaling them costs less than scaling that."""
+    weight = source.weight
+    if x.dim() != weight.dim():  # other dimensions than the BatchNorm's are the layer's channels
         return False
-    return _is_plain_convolution(source) and x.dim() == frozen.weight.dim()
+    result = x.shape[0] * weight.shape[0]
+    if not isinstance(source, nn.Linear):
+        for size, stride in zip(x.shape[2:], source.stride):
+            result *= size // stride
+    return weight.numel() < result
 
 
-def call_without_bias(source: Any, frozen: Frozen, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What :func:`call` gives, without a gradient, but for the bias, which is left to add."""
-    layout = _memory_format(x)
-    fold = frozen.fold if torch.compiler.is_compiling() else frozen.folded
-    weight, bias = fold(layout, wide_bias=True)
-    assert bias is not None
-    y = _convolution(x, weight, None, (source.stride, source.padding, source.dilation, source.groups))
-    return y.contiguous(memory_format=layout), bias
+def is_plain_convolution(source: Any, x: Tensor) -> bool:
+    """Whether it is a convolution that pads with zeros, by numbers, and ``x`` is a batch."""
+    return (
+        not isinstance(source, nn.Linear)
+        and source.padding_mode == "zeros"
+        and not isinstance(source.padding, str)
+        and x.dim() == source.weight.dim()
+    )
 
 
-def _is_plain_convolution(source: Any) -> bool:
-    return not isinstance(source, nn.Linear) and source.padding_mode == "zeros" and not isinstance(source.padding, str)
+def without_bias(source: Any, x: Tensor) -> Tensor:
+    """``source``, a plain convolution, without its bias."""
+    return _convolution(x, source.weight, None, (source.stride, source.padding, source.dilation, source.groups))
 
 
-def _compiler_folds() -> bool:
-    """Whether the compiler takes weights for constants, or writes a program for other machines."""
-    import torch._inductor.config
-
-    return torch.compiler.is_exporting() or bool(torch._inductor.config.freezing)
-
-
-# What torch.compiler.assume_constant_result does, which as a decorator would import the compiler along with this package.
-_compiler_folds._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) * scale.to(wide).view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
     last = _LAST.get(x.dim())
     return last if last is not None and x.is_contiguous(memory_format=last) else torch.contiguous_format
-
-
-def _forward(x: Tensor, frozen: Frozen, geometry: Sequence[Any]) -> Tensor:
-    """Without a gradient: a backward pass wants the weights unpacked, and packing would keep them twice."""
-    layout = _memory_format(x)
-    if frozen.mean is not None and packing.can_pack(x):
-        weight, bias = frozen.folded(layout, packing.order(x, geometry), geometry)
-        y = packing.call(x, weight, bias, geometry)
-    else:
-        y = _convolution(x, *frozen.folded(layout), geometry)
-    return y.contiguous(memory_format=layout)
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Sequence[Any]) -> Tensor:
@@ -109,92 +99,82 @@ def _backward(
 
 
 class _Recorded(torch.autograd.Function):
-    """The convolution, with a backward pass that differentiates through the kept weights."""
+    """The convolution with ``scale * weight``, with a backward pass that keeps both and not the input."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: torch.memory_format, geometry: Sequence[Any]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, geometry: Sequence[Any]
     ) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.shape, ctx.layout, ctx.geometry = x.shape, layout, geometry
-        return _convolution(x, weight, bias, geometry).contiguous(memory_format=layout)
+        ctx.save_for_backward(weight, scale)
+        ctx.shape, ctx.layout, ctx.geometry = x.shape, _memory_format(x), geometry
+        return _convolution(x, _scaled(weight, scale), bias, geometry).contiguous(memory_format=ctx.layout)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        (weight,) = ctx.saved_tensors
-        return _backward(dy, ctx.shape, ctx.layout, weight, ctx.geometry), None, None, None, None
+        weight, scale = ctx.saved_tensors
+        dx = _backward(dy, ctx.shape, ctx.layout, _scaled(weight, scale), ctx.geometry)
+        return dx, None, None, None, None
+
+
+def _recorded(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, *geometry: Any) -> Tensor:
+    return _Recorded.apply(x, weight, bias, scale, geometry)
 
 
 # ---- the op, for compiled programs -------------------------------------------------------------------------------------
 
-_WEIGHTS = "Tensor weight, Tensor? bias, Tensor? gain, Tensor? offset, Tensor? mean, Tensor? variance, Tensor? counter, float eps"
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
-_COUNT = len(Frozen._fields)
-
+_TAGS = [torch.Tag.pt2_compliant_tag]
+_LIBRARY.define(f"frozen_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, {_GEOMETRY}) -> Tensor", tags=_TAGS)
 _LIBRARY.define(
-    f"frozen_conv(Tensor x, {_WEIGHTS}, {_GEOMETRY}, bool needs_grad) -> Tensor", tags=[torch.Tag.pt2_compliant_tag]
-)
-_LIBRARY.define(
-    f"frozen_conv_backward(Tensor dy, SymInt[] shape, bool channels_last, {_WEIGHTS}, {_GEOMETRY}) -> Tensor",
-    tags=[torch.Tag.pt2_compliant_tag],
+    f"frozen_conv_backward(Tensor dy, Tensor weight, Tensor? scale, SymInt[] shape, bool channels_last, {_GEOMETRY}) -> Tensor",
+    tags=_TAGS,
 )
 
 
-def _op(x: Tensor, *args: Any) -> Tensor:
-    frozen, geometry, needs_grad = Frozen(*args[:_COUNT]), _as_tuples(args[_COUNT:-1]), args[-1]
-    if not needs_grad:
-        return _forward(x, frozen, geometry)
-    layout = _memory_format(x)
-    return _convolution(x, *frozen.folded(layout), geometry).contiguous(memory_format=layout)
+def _op(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, *geometry: Any) -> Tensor:
+    return _convolution(x, _scaled(weight, scale), bias, geometry).contiguous(memory_format=_memory_format(x))
 
 
-def _as_tuples(geometry: Sequence[Any]) -> tuple[Any, ...]:
-    """As modules have it, and as it is compared: the dispatcher makes lists of tuples."""
-    return (*map(tuple, geometry[:3]), geometry[3])
-
-
-def _fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    y = _convolution(x, weight, None, args[_COUNT - 1 : -1])
-    return torch.empty_like(y, memory_format=_memory_format(x))
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, *geometry: Any) -> Tensor:
+    return torch.empty_like(_convolution(x, weight, None, geometry), memory_format=_memory_format(x))
 
 
 def _layout(dimensions: int, channels_last: bool) -> torch.memory_format:
     return _LAST[dimensions] if channels_last else torch.contiguous_format
 
 
-def _op_backward(dy: Tensor, shape: Sequence[int], channels_last: bool, *args: Any) -> Tensor:
-    layout = _layout(len(shape), channels_last)
-    weight, _ = Frozen(*args[:_COUNT]).folded(layout)
-    return _backward(dy, shape, layout, weight, args[_COUNT:])
+def _op_backward(
+    dy: Tensor, weight: Tensor, scale: Tensor | None, shape: Sequence[int], channels_last: bool, *geometry: Any
+) -> Tensor:
+    return _backward(dy, shape, _layout(len(shape), channels_last), _scaled(weight, scale), geometry)
 
 
-def _fake_backward(dy: Tensor, shape: Sequence[int], channels_last: bool, *args: Any) -> Tensor:
+def _fake_backward(
+    dy: Tensor, weight: Tensor, scale: Tensor | None, shape: Sequence[int], channels_last: bool, *geometry: Any
+) -> Tensor:
     return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=_layout(len(shape), channels_last))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *args = inputs
-    ctx.save_for_backward(*args[: _COUNT - 1])
-    ctx.eps, ctx.geometry = args[_COUNT - 1], args[_COUNT:-1]
+    x, weight, _, scale, *ctx.geometry = inputs
+    ctx.save_for_backward(weight, scale)
     ctx.shape, ctx.channels_last = x.shape, _memory_format(x) != torch.contiguous_format
 
 
 def _first_order(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    dx = torch.ops.ctkernels.frozen_conv_backward(
-        dy, ctx.shape, ctx.channels_last, *ctx.saved_tensors, ctx.eps, *ctx.geometry
-    )
-    return (dx, *[None] * (_COUNT + len(ctx.geometry) + 1))
+    weight, scale = ctx.saved_tensors
+    dx = torch.ops.ctkernels.frozen_conv_backward(dy, weight, scale, ctx.shape, ctx.channels_last, *ctx.geometry)
+    return (dx, *[None] * (3 + len(ctx.geometry)))
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    args = inputs[3:]
-    ctx.save_for_backward(*args[: _COUNT - 1])
-    ctx.eps, ctx.geometry = args[_COUNT - 1], args[_COUNT:]
+    _, weight, scale, _, _, *ctx.geometry = inputs
+    ctx.save_for_backward(weight, scale)
 
 
 def _second_order(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
-    weight, _ = Frozen._make([*ctx.saved_tensors, ctx.eps]).fold(_memory_format(ddx))
-    return (_convolution(ddx, weight, None, ctx.geometry), *[None] * (2 + _COUNT + len(ctx.geometry)))
+    weight, scale = ctx.saved_tensors
+    return (_convolution(ddx, _scaled(weight, scale), None, ctx.geometry), *[None] * (4 + len(ctx.geometry)))
 
 
 for _name, _kernel, _abstract, _derivative, _context in (

@@ -9,11 +9,16 @@ import torch
 from torch import nn
 
 from ..steering.handle import _FUSION
-from .match import Match, find
+from .layers import is_unit, why_not
+from .match import Match, Norms, find
 from .pooling import Pooling, poolings
 from .program import Program
+from .shadow import Untraceable
 from .site import Site
-from .trace import Untraceable, argument_count, trace
+from .trace import argument_count, is_stand_in, trace
+
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def fuse(model: nn.Module) -> Fusion:
@@ -23,7 +28,8 @@ def fuse(model: nn.Module) -> Fusion:
 
     - convolution or linear layer -> BatchNorm -> CT unit, with or without a sum of two tensors before the unit, and with
       any of the parts but the last missing;
-    - convolution or linear layer -> BatchNorm, with anything after it.
+    - convolution or linear layer -> BatchNorm, with anything after it;
+    - the same with a BatchNorm that calls the activation itself, as timm's ``BatchNormAct2d`` does.
 
     CT units are what :func:`steer` made, those of a :class:`ctkernels.adapters.CurvatureConfig`, learned or merged, and the
     modules of :mod:`ctkernels.nn`. In a model without any, BatchNorms are
@@ -31,23 +37,23 @@ def fuse(model: nn.Module) -> Fusion:
 
     What then runs is decided at every call:
 
-    - BatchNorm in evaluation, and no weight of it or of the layer needs a gradient: it is folded into the layer's weights
-      (a copy, remade when one of them changes). In inference the unit works in place; where a gradient flows through, the
-      unit's input is all that is kept for the backward pass.
-    - BatchNorm in evaluation otherwise: its scale and shift are the unit's, with their gradients.
+    - BatchNorm in evaluation: its scale and shift are the unit's, with their gradients where they need them. In inference
+      the unit works in place; where a gradient flows through a frozen layer, the unit's input is all that is kept for the
+      backward pass. Without a unit after it, it is folded into the layer's weights where these are smaller than the result.
+      Nothing of this is kept from one call to the next, so weights may be written to in any way.
     - BatchNorm in training: one pass for the statistics of the batch, and the unit does the rest. Running statistics move
       as they do without fusion.
-    - Under ``torch.compile`` and ``torch.export``: the same, in one graph. On the CPU a compiled program shares the folded
-      weights with eager calls, and pools with torch's own kernels where a gradient flows through; elsewhere, where
-      exported, and where the compiler is told to freeze weights, the fold is part of the graph.
+    - Under ``torch.compile`` and ``torch.export``: the same, in one graph. On the CPU a compiled training step pools with
+      torch's own kernels: for that, every ``nn.MaxPool2d`` gets a forward too.
 
     Outputs and gradients equal those of the unfused model within rounding. The model stays the same object with the same
     modules, parameters and ``state_dict``, which can be saved and loaded at any time; the handle of :func:`steer` keeps
     working. It can be copied, pickled, cast, moved and compiled; a copy has to be called once before it is compiled.
 
     Left alone is what cannot be read without doubt: modules whose path depends on values, that keep state between calls or
-    whose forward has optional arguments (what is below them is still looked at), layers with hooks, parametrized weights,
-    sites whose values are read or overwritten by something else. ``handle.left`` says which modules and why.
+    whose forward has optional arguments (what is below them is still looked at), layers with code of their own, hooks or
+    parametrized weights (whenever they get them), sites whose values are read or overwritten by something else.
+    ``handle.left`` says which modules and why.
 
     Args:
         model: any module.
@@ -58,6 +64,7 @@ def fuse(model: nn.Module) -> Fusion:
     Raises:
         TypeError: ``model`` is no module.
         ValueError: it is fused already, or there is nothing to fuse. The model is unchanged.
+        RuntimeError: a forward has put what it was read with into a cache that cannot be cleared; it is named.
 
     Example::
 
@@ -73,17 +80,24 @@ def fuse(model: nn.Module) -> Fusion:
     programs: list[Program] = []
     found: list[Site] = []
     left: dict[str, str] = {}
-    for module, name in names.items():
+    norms = Norms()
+    inlines: dict[nn.Module, list[nn.Module] | None] = {}
+    closed: set[nn.Module] = set()
+    for module, name in reversed(
+        names.items()
+    ):  # what is inside first: what cannot be read there, cannot be from outside
         try:
-            inline = _inline(module)
+            inlines[module] = _inline(module, norms, closed)
         except Untraceable as reason:
             left[name] = str(reason)
-            continue
-        if inline is None:
-            continue
-        program = Program(module, inline)
-        _add(found, [_site(match, module, names) for match in program.prepare()])
-        programs.append(program)
+            closed.add(module)
+    left = dict(reversed(left.items()))
+    for module in names:
+        inline = inlines.get(module)
+        if inline is not None:
+            program = Program(module, inline)
+            _add(found, [_site(match, module, names, norms) for match in program.prepare(norms)])
+            programs.append(program)
     if not programs:
         raise ValueError(
             f"model: expected {type(model).__name__} to have a BatchNorm or a CT unit after a layer; got none that can be "
@@ -93,6 +107,7 @@ def fuse(model: nn.Module) -> Fusion:
     longer = {(site.layer, site.norm) for site in found if site.unit}
     sites = dict.fromkeys(site for site in found if site.unit or (site.layer, site.norm) not in longer)
     forwards = {program.scopes[0]: program for program in programs} | poolings(model)
+    left |= _alone(names, tuple(sites), left)
     handle = Fusion(model, forwards, tuple(sites), left)
     for module, forward in forwards.items():
         module.__dict__["forward"] = forward
@@ -105,7 +120,8 @@ class Fusion:
 
     Attributes:
         sites: a tuple of :class:`Site`.
-        left: {module name: why its own code was left alone}; "" is the model itself.
+        left: {module name: why it was left alone}: modules whose code cannot be read (the whole model is ""), and single
+            layers, BatchNorms and units.
     """
 
     def __init__(
@@ -132,13 +148,11 @@ class Fusion:
                     f"model: expected every module to have the forward that fuse() gave it, got {found!r} in a "
                     f"{type(module).__name__}; first undo what was done to the model since"
                 )
-        for module, forward in self._forwards.items():
-            if isinstance(forward, Program):
-                for call in forward.calls.values():
-                    call.forget()
+        for module in self._forwards:
             del module.__dict__["forward"]
         self._model.__dict__.pop(_FUSION, None)
         self._active = False
+        _check_nothing_left(self._model)
 
     def __enter__(self) -> Fusion:
         return self
@@ -170,11 +184,45 @@ def _add(found: list[Site], more: list[Site]) -> None:
             found[rival] = site
 
 
+def _check_nothing_left(model: nn.Module) -> None:
+    """That no module holds anything of a fusion any more."""
+
+    def is_left(value: Any) -> bool:
+        return isinstance(value, (Program, Pooling, Fusion)) or is_stand_in(value)
+
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            if is_left(value) or any(map(is_left, inside)):
+                raise RuntimeError(
+                    f"model: expected nothing of fuse() to be left after remove(), got {key!r} of {name or 'the model'}, a "
+                    f"{type(module).__name__}: something has copied it there while the model was fused; take it away"
+                )
+
+
+def _alone(names: dict[nn.Module, str], sites: tuple[Site, ...], left: dict[str, str]) -> dict[str, str]:
+    """Layers, BatchNorms and units that are in no site, and of which no module around them says why."""
+    taken = {name for site in sites for name in (site.layer, site.norm, site.unit)}
+    found = {}
+    for module, name in names.items():
+        around = [name[:i] for i, letter in enumerate(name) if letter == "."] + [""]
+        if name in taken or not name or any(outer in left for outer in around):
+            continue
+        if isinstance(module, (*_LAYERS, _BATCH_NORM)):
+            reason = why_not(module)
+            if isinstance(module, _BATCH_NORM):
+                reason = reason or "no layer before it, or no unit after it, that nothing else reads the values of"
+            found.update({name: reason} if reason else {})
+        elif is_unit(module):
+            found[name] = "no layer, BatchNorm or sum before it that nothing else reads the values of"
+    return found
+
+
 def _lines(left: dict[str, str]) -> str:
     return "".join(f"\n    {name or '(the model)'} was left alone: {reason}" for name, reason in left.items())
 
 
-def _inline(module: nn.Module) -> list[nn.Module] | None:
+def _inline(module: nn.Module, norms: Norms, closed: set[nn.Module]) -> list[nn.Module] | None:
     """The modules below ``module`` whose code has to be read with its own, for the sites that lie across; None: no site.
 
     Raises Untraceable where ``module``'s own code calls layers and cannot be read.
@@ -187,28 +235,25 @@ def _inline(module: nn.Module) -> list[nn.Module] | None:
         return None
     if type(module).forward is nn.Module.forward:  # a container that is never called
         return None
-    if hasattr(type(module), "ctu_arguments"):  # a unit: part of what calls it
+    if hasattr(type(module), "ctu_arguments") or isinstance(module, _BATCH_NORM):  # a part of what calls it
         return None
     count = argument_count(module)
     if count is None:
         raise Untraceable("its forward has optional arguments")
     try:
-        across = _across(module, None, count)
+        return _across(module, None, count, norms, closed)
     except Untraceable:
-        across = _across(module, (), count)
-    return across
+        return _across(module, (), count, norms, closed)
 
 
-def _across(module: nn.Module, inline: Collection[nn.Module] | None, count: int) -> list[nn.Module] | None:
+def _across(
+    module: nn.Module, inline: Collection[nn.Module] | None, count: int, norms: Norms, closed: set[nn.Module]
+) -> list[nn.Module] | None:
     """The modules that the sites of ``module`` lie across, of those that ``inline`` lets it look into."""
-    asked_for = ("tensor",) * count
-    try:
-        read = trace(module, inline, asked_for)
-    except Untraceable:
-        read = trace(module, inline, ("list",) * count)
+    read = trace(module, inline, ("tensor",) * count, {}, closed)
     found: dict[nn.Module, None] = {}
     here = False
-    for match in find(module, read.graph):
+    for match in find(module, read.graph, norms):
         operands = match.add.all_input_nodes if match.add is not None else []
         paths = [read.scopes[node] for node in (*match.nodes, *operands)]
         if any(len(path) == 0 for path in paths) or len({path[0] for path in paths}) > 1:
@@ -217,7 +262,7 @@ def _across(module: nn.Module, inline: Collection[nn.Module] | None, count: int)
     return list(found) if here else None
 
 
-def _site(match: Match, module: nn.Module, names: dict[nn.Module, str]) -> Site:
+def _site(match: Match, module: nn.Module, names: dict[nn.Module, str], norms: Norms) -> Site:
     def name(node: Any) -> str:
         if node is None:
             return ""
@@ -226,4 +271,6 @@ def _site(match: Match, module: nn.Module, names: dict[nn.Module, str]) -> Site:
         call = node.target  # a steered call of a function: as handle.sites of the steering has it
         return f"{names[call.owner]}.{call.key}:{call.activation}".lstrip(".")
 
-    return Site(name(match.source), name(match.norm), match.add is not None, name(match.unit))
+    norm = norms(module.get_submodule(str(match.norm.target))) if match.norm is not None else None
+    unit = names[norm.unit] if norm is not None and norm.unit is not None else name(match.unit)
+    return Site(name(match.source), name(match.norm), match.add is not None, unit)

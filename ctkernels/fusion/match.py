@@ -15,15 +15,18 @@ from torch import nn
 from torch.fx import Node
 
 from ..steering.unit import SteeredCall
+from .layers import Norm, is_layer, is_unit, norm_of
+from .trace import is_open
 
-_SOURCES = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward)
-_NORM = nn.modules.batchnorm._BatchNorm.forward
 _ADDS = (operator.add, operator.iadd, torch.add)
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
 
 
 class Match(NamedTuple):
-    """The nodes of one site; ``main`` is the operand of ``add`` that the layer or the norm makes."""
+    """The nodes of one site; ``main`` is the operand of ``add`` that the layer or the norm makes.
+
+    ``norm`` and ``unit`` are one node where a BatchNorm calls the unit itself.
+    """
 
     source: Node | None
     norm: Node | None
@@ -33,7 +36,8 @@ class Match(NamedTuple):
 
     @property
     def nodes(self) -> list[Node]:
-        return [node for node in (self.source, self.norm, self.add, self.unit) if node is not None]
+        found = (self.source, self.norm, self.add, self.unit)
+        return list(dict.fromkeys(node for node in found if node is not None))
 
     @property
     def input(self) -> Node:
@@ -48,12 +52,26 @@ class Match(NamedTuple):
         return None if self.add is None else self.add.args[1 - self.main]  # type: ignore[return-value]
 
 
-def find(root: nn.Module, graph: torch.fx.Graph) -> list[Match]:
+class Norms:
+    """What is known of BatchNorms, each read once."""
+
+    def __init__(self) -> None:
+        self.known: dict[nn.Module, Norm | None] = {}
+
+    def __call__(self, module: nn.Module | None) -> Norm | None:
+        if module is None:
+            return None
+        if module not in self.known:
+            self.known[module] = norm_of(module)
+        return self.known[module]
+
+
+def find(root: nn.Module, graph: torch.fx.Graph, norms: Norms) -> list[Match]:
     """Every site of ``graph``, which is ``root``'s, in order; no node is in two."""
-    reader = _Reader(root, graph)
+    reader = _Reader(root, graph, norms)
     taken: set[Node] = set()
     found = []
-    for is_end in (reader.is_unit, reader.is_norm):  # units first: they take the norm that is before them
+    for is_end in (reader.is_unit, reader.ends_with_norm):  # units first: they take the norm that is before them
         for node in graph.nodes:
             if node not in taken and is_end(node):
                 match = reader.match(node, taken)
@@ -64,32 +82,40 @@ def find(root: nn.Module, graph: torch.fx.Graph) -> list[Match]:
 
 
 class _Reader:
-    def __init__(self, root: nn.Module, graph: torch.fx.Graph) -> None:
+    def __init__(self, root: nn.Module, graph: torch.fx.Graph, norms: Norms) -> None:
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.nodes = list(graph.nodes)
+        self.norms = norms
 
     def module(self, node: Node) -> nn.Module | None:
         return self.modules[str(node.target)] if node.op == "call_module" else None
 
+    def norm(self, node: Node) -> Norm | None:
+        return self.norms(self.module(node)) if _takes_one(node) else None
+
     def is_source(self, node: Node) -> bool:
-        module = self.module(node)
-        return (
-            module is not None
-            and type(module).forward in _SOURCES
-            and _is_ordinary(module, node)
-            and module._parameters.get("weight") is not None  # not one that a parametrization computes
-        )
+        return node.op == "call_module" and is_layer(self.module(node)) and _takes_one(node)
 
     def is_norm(self, node: Node) -> bool:
-        module = self.module(node)
-        return module is not None and type(module).forward is _NORM and _is_ordinary(module, node)
+        norm = self.norm(node)
+        return norm is not None and norm.unit is None and norm.other is None
+
+    def ends_with_norm(self, node: Node) -> bool:
+        """Whether it is a BatchNorm, whatever its own code calls after it."""
+        norm = self.norm(node)
+        return norm is not None and norm.unit is None
+
+    def is_norm_and_unit(self, node: Node) -> bool:
+        norm = self.norm(node)
+        return norm is not None and norm.unit is not None
 
     def is_unit(self, node: Node) -> bool:
+        if self.is_norm_and_unit(node):
+            return True
         module = self.module(node)
-        return bool(node.args) and (
-            isinstance(node.target, SteeredCall) or (module is not None and hasattr(type(module), "ctu_arguments"))
-        )
+        steered = isinstance(node.target, SteeredCall) or (module is not None and is_unit(module))
+        return steered and bool(node.args)
 
     def is_add(self, node: Node) -> bool:
         is_add = node.target in _ADDS if node.op == "call_function" else node.target in ("add", "add_")
@@ -103,6 +129,9 @@ class _Reader:
         if not self.is_unit(end):
             match = Match(self.normalised(end, taken)[1], end, None, 0, None)
             return match if match.source is not None and self.is_undisturbed(match) else None
+        if self.is_norm_and_unit(end):
+            match = Match(self.normalised(end, taken)[1], end, None, 0, end)
+            return match if self.is_undisturbed(match) else None
         before = end.args[0]
         candidates = []
         if isinstance(before, Node) and self.is_add(before) and self.feeds(before, end, taken):
@@ -133,7 +162,7 @@ class _Reader:
 
     def normalised(self, norm: Node, taken: set[Node]) -> tuple[Node, Node | None]:
         source = norm.args[0]
-        assert isinstance(source, Node)
+        assert isinstance(source, Node)  # _takes_one
         return norm, source if self.is_source(source) and self.feeds(source, norm, taken) else None
 
     def feeds(self, node: Node, user: Node, taken: set[Node]) -> bool:
@@ -163,10 +192,7 @@ class _Reader:
             steered = isinstance(node.target, SteeredCall) and node.target.form.endswith("_")
             return first if node.target in _IN_PLACE or name.endswith("_") or inplace or steered else None
         module = self.module(node)
-        if module is not None:
-            layer = type(module).__module__.startswith(("torch.nn.", "ctkernels.nn"))
-            return first if getattr(module, "inplace", False) or not layer else None
-        return None
+        return first if module is not None and any(map(_may_write, module.modules())) else None
 
     def is_private(self, value: Any, user: Node) -> bool:
         """Whether ``value`` is a tensor of its own that only ``user`` reads."""
@@ -179,8 +205,11 @@ class _Reader:
         return fresh or self.is_source(value) or self.is_norm(value)
 
 
-def _is_ordinary(module: nn.Module, node: Node) -> bool:
-    from .trace import has_hooks
+def _may_write(module: nn.Module) -> bool:
+    """Whether a call of ``module`` may overwrite its argument, in code of its own (not of its parts)."""
+    layer = type(module).__module__.startswith(("torch.nn.", "ctkernels.nn"))
+    return getattr(module, "inplace", False) or not layer or not is_open(module)
 
-    plain = "forward" not in vars(module) and not has_hooks(module)
-    return plain and len(node.args) == 1 and isinstance(node.args[0], Node) and not node.kwargs
+
+def _takes_one(node: Node) -> bool:
+    return len(node.args) == 1 and isinstance(node.args[0], Node) and not node.kwargs

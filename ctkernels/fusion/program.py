@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import inspect
+import linecache
+import os
+import weakref
 from collections.abc import Callable, Sequence
-from itertools import product
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from .match import Match, find
+from .match import Match, Norms, find
+from .shadow import Reads, Untraceable
 from .site import FusedCall
-from .trace import KINDS, Trace, Untraceable, argument_count, has_hooks, trace
+from .trace import Kind, Trace, argument_count, is_open, kind_of, trace
 
-Key = tuple[tuple[bool, ...], tuple[str, ...]]
-_SIMPLE = (bool, int, float, str, type(None))
-_NOT_READ = ("training", "_is_torch_compile")  # part of the key; set by torch.compile on the modules it sees
+Key = tuple[tuple[bool, ...], tuple[Kind | None, ...]]
+_NUMBERS = count()
+
+
+class Path(NamedTuple):
+    """One path through the modules. ``run``: its code, None where it has no site; ``reads``: what it depends on."""
+
+    run: Callable[..., Any] | None
+    reads: Reads
+    matches: list[Match]
 
 
 class Program:
@@ -33,12 +45,7 @@ class Program:
 
     def __init__(self, module: nn.Module, inline: Sequence[nn.Module]) -> None:
         self.scopes = [module, *inline]
-        self.calls: dict[tuple[int, ...], FusedCall] = {}
-        self.forget()
-
-    def forget(self) -> None:
-        self.functions: dict[Key, Callable[..., Any] | None] = {}
-        self.known = _condition(self.scopes)
+        self.paths: dict[Key, Path] = {}
 
     @property
     def __code__(self) -> Any:
@@ -53,84 +60,84 @@ class Program:
         return {"scopes": self.scopes}  # a copy reads its own modules
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.scopes, self.calls, self.functions, self.known = state["scopes"], {}, {}, []
+        self.scopes, self.paths = state["scopes"], {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.scopes[0]
-        compiling = torch.compiler.is_compiling()
-        if not kwargs and not any(has_hooks(m) for m in self.scopes[1:]):
-            if not compiling and _condition(self.scopes) != self.known:
-                self.forget()
-            key = tuple(m.training for m in self.scopes), tuple(KINDS.get(type(a), "") for a in args)
-            if key not in self.functions and not compiling:
-                self.functions[key] = self.function(key)
-            function = self.functions.get(key)
-            if function is not None:
-                return function(module, *args)
+        if not kwargs and not _has_any_global_hook() and all(is_open(m) for m in self.scopes[1:]):
+            key = tuple(m.training for m in self.scopes), tuple(kind_of(a) for a in args)
+            path = self.paths.get(key)
+            if not torch.compiler.is_compiling() and (path is None or not path.reads.hold()):
+                path = self.paths[key] = self.read(key, Norms())
+            if path is not None and path.run is not None and (not torch.compiler.is_compiling() or path.reads.hold()):
+                return path.run(module, *args)
         return type(module).forward(module, *args, **kwargs)
 
-    def prepare(self) -> list[Match]:
+    def prepare(self, norms: Norms) -> list[Match]:
         """Make the functions that are likely to be called, so that a compiler finds them. Returns the sites."""
-        count = argument_count(self.scopes[0])
-        assert count is not None
-        found: list[Match] = []
-        for training, kind in product((self.scopes[0].training, not self.scopes[0].training), ("tensor", "list")):
-            key = (training,) * len(self.scopes), (kind,) * count
-            if kind == "list" and not self.asked:
-                continue
-            before = [m.training for m in self.scopes]
-            try:
-                for m in self.scopes:
-                    m.training = training
-                self.functions[key] = self.function(key)
-            finally:
-                for m, flag in zip(self.scopes, before):
-                    m.training = flag
-            found = found or self.matches
-        self.known = _condition(self.scopes)
-        return found
+        arguments = argument_count(self.scopes[0])
+        assert arguments is not None
+        now = self.scopes[0].training
+        for training in (now, not now):
+            key = (training,) * len(self.scopes), ("tensor",) * arguments
+            self.paths[key] = self.read(key, norms)
+        return next((path.matches for path in self.paths.values() if path.matches), [])
 
-    def function(self, key: Key) -> Callable[..., Any] | None:
-        module, self.asked, self.matches = self.scopes[0], False, []
-        if "" in key[1]:
-            return None
+    def read(self, key: Key, norms: Norms) -> Path:
+        module, (training, kinds) = self.scopes[0], key
+        nothing = Path(None, Reads(), [])
+        if None in kinds:
+            return nothing
         try:
-            read = trace(module, self.scopes[1:], key[1])
+            read = trace(module, self.scopes[1:], kinds, dict(zip(self.scopes, training)))  # type: ignore[arg-type]
         except Untraceable:
-            return None
-        self.asked, self.matches = read.asked, find(module, read.graph)
-        if not self.matches:
-            return None
+            return nothing
+        matches = find(module, read.graph, norms)
+        if not matches:
+            return Path(None, read.reads, [])
         modules = dict(module.named_modules(remove_duplicate=False))
-        for match in self.matches:
-            self.replace(read, match, modules)
-        code = read.graph.python_code("self")
-        namespace = dict(code.globals)
-        exec(compile(code.src, f"<fused {type(module).__name__}>", "exec"), namespace)
-        return namespace["forward"]
-
-    def replace(self, read: Trace, match: Match, modules: dict[str, nn.Module]) -> None:
-        def held(node: Any) -> Any:
-            return None if node is None else modules[node.target] if node.op == "call_module" else node.target
-
-        parts = held(match.source), held(match.norm), held(match.unit)
-        call = self.calls.setdefault(tuple(id(part) for part in parts), FusedCall(*parts))
-        last = match.nodes[-1]
-        others, kwargs = (last.args[1:], last.kwargs) if match.unit is not None else ((), {})
-        with read.graph.inserting_before(last):
-            fused = read.graph.call_function(call, (match.input, match.residual, *others), dict(kwargs))
-        last.replace_all_uses_with(fused)
-        for node in reversed(match.nodes):
-            read.graph.erase_node(node)
+        for match in matches:
+            _replace(read, match, modules, norms)
+        return Path(_function(read.graph, type(module).__name__), read.reads, matches)
 
 
-def _condition(scopes: list[nn.Module]) -> list[Any]:
-    """What a path through the modules may depend on, beside their training flags and arguments."""
-    return [
-        (
-            type(m),
-            dict(m._modules),
-            {k: v for k, v in vars(m).items() if isinstance(v, _SIMPLE) and k not in _NOT_READ},
-        )
-        for m in scopes
-    ]
+def _replace(read: Trace, match: Match, modules: dict[str, nn.Module], norms: Norms) -> None:
+    """Put one call in the place of the nodes of ``match``."""
+
+    def held(node: Any) -> Any:
+        return None if node is None else modules[node.target] if node.op == "call_module" else node.target
+
+    norm = norms(held(match.norm))
+    inside = norm is not None and norm.unit is not None
+    unit = norm.unit if norm is not None and inside else held(match.unit)
+    last = match.nodes[-1]
+    others, kwargs = (last.args[1:], last.kwargs) if match.unit is not None and not inside else ((), {})
+    with read.graph.inserting_before(last):
+        call = FusedCall(held(match.source), norm, unit)
+        fused = read.graph.call_function(call, (match.input, match.residual, *others), dict(kwargs))
+    fused.meta["line"] = last.meta.get("line")
+    last.replace_all_uses_with(fused)
+    for node in reversed(match.nodes):
+        read.graph.erase_node(node)
+
+
+def _function(graph: torch.fx.Graph, name: str) -> Callable[..., Any]:
+    """``graph`` as a function whose source tracebacks can show, with the line of the original that each line stands for."""
+    code = graph.python_code("self")
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    lines = code.src.splitlines()
+    where = {f"{node.name} = ": node.meta.get("line") for node in nodes}
+    for i, line in enumerate(lines):
+        place = next((p for start, p in where.items() if line.strip().startswith(start)), None)
+        if place is not None:
+            file, number = place
+            original = linecache.getline(file, number).strip()
+            lines[i] = f"{line}  # {os.path.basename(file)}:{number}: {original}"
+    source = "\n".join(lines) + "\n"
+    file = f"<fused {name} {next(_NUMBERS)}>"
+    namespace = dict(code.globals)
+    exec(compile(source, file, "exec"), namespace)
+    run: Callable[..., Any] = namespace["forward"]
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    weakref.finalize(run, linecache.cache.pop, file, None)
+    return run

@@ -110,7 +110,7 @@ def call_function(owner: Any, key: str, form: str, function: Callable[..., Any],
     call, knobs = FORMS[name].read(*args, **kwargs), owner._ctu.get(key)
     if knobs is None:  # the instance has something else under the name that its class has an activation under
         return function(*args, **kwargs)
-    if call is not None and isinstance(call.x, torch.fx.Proxy):
+    if call is not None and isinstance(call.x, (torch.fx.Proxy, StandIn)):
         target = SteeredCall(owner, key, form, function)
         return call.x.tracer.create_proxy("call_function", target, args, kwargs)
     if call is None or not runs(knobs, call.x):
@@ -122,6 +122,12 @@ def call_function(owner: Any, key: str, form: str, function: Callable[..., Any],
 def call_partial(owner: Any, key: str, form: str, made: Any, *args: Any, **kwargs: Any) -> Any:
     """``made(*args, **kwargs)``, for a ``functools.partial`` of an activation function."""
     return call_function(owner, key, form, made.func, *made.args, *args, **{**made.keywords, **kwargs})
+
+
+class StandIn:
+    """What stands for a tensor while code is read as a graph, beside ``torch.fx.Proxy``; ``tracer`` records calls."""
+
+    tracer: Any
 
 
 class SteeredCall:

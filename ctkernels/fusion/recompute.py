@@ -1,4 +1,4 @@
-"""A normalised branch that the unit behind a sum does not keep, but has computed once more in the backward pass.
+"""A normalised branch that the unit behind a sum does not keep, but has recomputed in the backward pass.
 
 BatchNorm keeps its input in any case. Its output is needed again only by the unit: a tensor saved for one cheap pass.
 """
@@ -46,7 +46,7 @@ def normalised(norm: Any, z: Tensor) -> Tensor:
     return y
 
 
-def computed_anew(y: Tensor | None) -> AbstractContextManager[Any]:
+def recomputed(y: Tensor | None) -> AbstractContextManager[Any]:
     """Inside, autograd keeps how ``y`` was made in its place, if :func:`normalised` made it."""
     made_by = getattr(y, "_ctkernels_made_by", None)
     if y is None or made_by is None or not torch.is_grad_enabled() or y._version != 0:

@@ -1,0 +1,173 @@
+"""Which layers run torch's own code and nothing else, so that something that computes the same may stand for them.
+
+Asked when a model is fused and at every call: a forward, a hook, a class, a parametrization may be put on a layer at any
+time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .shadow import Reads, Untraceable
+from .trace import is_open, trace
+
+_CONVOLUTIONS = {cls.forward: cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+_LINEAR = nn.Linear.forward
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_BATCH_NORM_FORWARD = _BATCH_NORM.forward
+_GETATTR, _GETATTRIBUTE = nn.Module.__getattr__, nn.Module.__getattribute__
+# What may be put into the ``__dict__`` of a layer to change what it does.
+_CODE = ("forward", "_conv_forward", "_check_input_dim", "weight", "bias", "running_mean", "running_var")
+
+
+def is_layer(module: Any) -> bool:
+    """Whether ``module`` is a convolution or a linear layer, by torch's code."""
+    cls = type(module)
+    if cls.forward in _CONVOLUTIONS:
+        own_code = cls._conv_forward is not _CONVOLUTIONS[cls.forward]
+    else:
+        own_code = cls.forward is not _LINEAR
+    return not own_code and _has_its_tensors(module) and module._parameters.get("weight") is not None
+
+
+def is_norm(module: Any) -> bool:
+    """Whether ``module`` is a BatchNorm, by torch's code."""
+    return type(module).forward is _BATCH_NORM_FORWARD and _has_its_tensors(module)
+
+
+def _has_its_tensors(module: Any) -> bool:
+    """Whether it runs as its class says, on tensors of its own that are torch's."""
+    cls, own = type(module), vars(module)
+    return (
+        is_open(module)
+        and not any(name in own for name in _CODE)
+        and cls.__getattr__ is _GETATTR
+        and cls.__getattribute__ is _GETATTRIBUTE
+        and all(p is None or type(p) is nn.Parameter or type(p) is Tensor for p in module._parameters.values())
+        and all(b is None or type(b) is Tensor for b in module._buffers.values())
+    )
+
+
+def why_not(module: Any) -> str:
+    """Why a layer or a BatchNorm is none that something else may stand for; "" if it is one."""
+    if isinstance(module, _BATCH_NORM):
+        if is_norm(module) or norm_of(module) is not None:
+            return ""
+    elif is_layer(module):
+        return ""
+    if not is_open(module) or "forward" in vars(module):
+        return "it has hooks, or a forward of its own"
+    if not _has_its_tensors(module) or module._parameters.get("weight", module) is None:
+        return "its weights are computed, or of a class of their own"
+    return f"its class {type(module).__name__} has code of its own, which does not read as torch's"
+
+
+class Norm(NamedTuple):
+    """A BatchNorm; one with code of its own, which was read, calls what comes after: the ``unit``, or another module."""
+
+    module: Any
+    unit: nn.Module | None = None
+    other: nn.Module | None = None
+    reads: tuple[Reads, ...] = ()
+
+    def is_as_read(self) -> bool:
+        if not self.reads:
+            return is_norm(self.module)
+        return _has_its_tensors(self.module) and all(
+            reads.hold() and all(is_open(m) for m in reads.classes) for reads in self.reads
+        )
+
+
+def norm_of(module: nn.Module | None) -> Norm | None:
+    """What is known of a BatchNorm: torch's own, or a subclass whose forward does the same and calls a module at the end.
+
+    The latter is what timm's ``BatchNormAct2d`` does.
+    """
+    if not isinstance(module, _BATCH_NORM) or not _has_its_tensors(module):
+        return None
+    if is_norm(module):
+        return Norm(module)
+    if not module.track_running_stats or module.running_mean is None or module.momentum is None:
+        return None
+    try:
+        read = [trace(module, (), ("tensor",), {module: training}) for training in (False, True)]
+    except Untraceable:
+        return None
+    ends = [_after_normalising(module, r.graph, training) for r, training in zip(read, (False, True))]
+    if ends[0] is None or ends[0] != ends[1]:
+        return None
+    after = module.get_submodule(ends[0]) if ends[0] else None
+    unit = after if after is not None and is_unit(after) else None
+    return Norm(module, unit, None if after is unit else after, tuple(r.reads for r in read))
+
+
+_SIGNATURE = inspect.signature(F.batch_norm)
+
+
+def _after_normalising(module: Any, graph: torch.fx.Graph, training: bool) -> str | None:
+    """The path of what ``graph`` calls after a batch_norm with all that is ``module``'s; "": nothing; None: it is not so."""
+    x, *nodes = graph.nodes
+    known: dict[Any, Any] = {x: "x"}
+    after = None
+    for node in nodes:
+        if node.op == "get_attr":
+            known[node] = node.target
+        elif node.op == "call_function" and node.target is F.batch_norm:
+            given = _SIGNATURE.bind(*node.args, **node.kwargs)
+            given.apply_defaults()
+            values = {
+                name: known.get(v, v) if isinstance(v, torch.fx.Node) else v for name, v in given.arguments.items()
+            }
+            affine = {name: name if module._parameters[name] is not None else None for name in ("weight", "bias")}
+            wanted: dict[str, Any] = {
+                "input": "x",
+                "running_mean": "running_mean",
+                "running_var": "running_var",
+                **affine,
+            }
+            wanted |= {"training": training, "momentum": module.momentum if training else values["momentum"]}
+            if "y" in known.values() or values != wanted | {"eps": module.eps}:
+                return None
+            known[node] = "y"
+        elif node.op == "call_module":
+            if known.get(node.args[0] if node.args else None) != "y" or len(node.args) != 1 or node.kwargs or after:
+                return None
+            known[node], after = "z", str(node.target)
+        elif node.op == "output":
+            return (after or "") if known.get(node.args[0]) == ("z" if after else "y") else None
+        elif not _is_bookkeeping(node, known, training):
+            return None
+    return None
+
+
+def _is_bookkeeping(node: torch.fx.Node, known: dict[Any, Any], training: bool) -> bool:
+    """Whether ``node`` counts batches as BatchNorm does, or looks at the shape of the input."""
+    given = [known.get(a) for a in node.args if isinstance(a, torch.fx.Node)]
+    if node.op == "call_method":
+        counts = (node.target, *given, *node.args[1:]) == ("add_", "num_batches_tracked", 1)
+        return training and counts and not node.kwargs
+    if node.op != "call_function":
+        return False
+    if node.target is getattr and given == ["x"] and node.args[1] in ("ndim", "shape", "dtype"):
+        known[node] = "shape"
+        return True
+    if given == ["shape"] and getattr(node.target, "__name__", "") in ("eq", "_assert", "getitem"):
+        known[node] = "shape"
+        return True
+    return False
+
+
+def is_unit(module: Any) -> bool:
+    """Whether ``module`` says what it computes, by ``ctu_arguments``, and computes just that."""
+    cls = type(module)
+    if not hasattr(cls, "ctu_arguments"):
+        return False
+    # A class that is derived from a unit and has a forward of its own does something else.
+    says = next(base for base in cls.__mro__ if "ctu_arguments" in base.__dict__)
+    does = next(base for base in cls.__mro__ if "forward" in base.__dict__)
+    return says is does and is_open(module) and "forward" not in vars(module)

@@ -1,0 +1,127 @@
+"""Whether a forward that was read has kept a stand-in somewhere, and how it is taken back.
+
+A forward runs on copies of its modules, but caches also live in classes, globals and memoised functions.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterable
+from typing import Any
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
+
+
+class Before:
+    """The globals and the attributes of classes that a forward may write to, and what containers among them held."""
+
+    def __init__(self, classes: Iterable[type]) -> None:
+        self.held: list[tuple[Any, dict[str, Any]]] = []
+        self.contents: list[tuple[Any, Any]] = []
+        self.known: set[int] = set()
+        for cls in {base for given in set(classes) for base in given.__mro__}:
+            if not cls.__module__.startswith(("torch.", "builtins", "ctkernels.")):
+                self.note(cls, dict(vars(cls)))
+
+    def see(self, namespace: dict[str, Any]) -> None:
+        """The globals of a function that is about to run."""
+        if id(namespace) not in self.known:
+            self.known.add(id(namespace))
+            self.note(namespace, dict(namespace))
+
+    def note(self, owner: Any, held: dict[str, Any]) -> None:
+        self.held.append((owner, held))
+        self.contents += [(value, value.copy()) for value in held.values() if type(value) in _CONTAINERS]
+
+    def restore(self, is_left: Any) -> None:
+        """Put back what the values for which ``is_left`` took the place of."""
+        for owner, held in self.held:
+            now = owner if isinstance(owner, dict) else vars(owner)
+            for name in [name for name, value in list(now.items()) if is_left(value)]:
+                if isinstance(owner, dict):
+                    owner.pop(name)
+                    owner.update({name: held[name]} if name in held else {})
+                elif name in held:
+                    setattr(owner, name, held[name])
+                else:
+                    delattr(owner, name)
+        for container, held in self.contents:
+            if isinstance(container, dict):
+                for key in [k for k, v in list(container.items()) if is_left(v) or is_left(k)]:
+                    container.pop(key)
+                    container.update({key: held[key]} if key in held else {})
+            elif any(map(is_left, list(container))):
+                container.clear()
+                (container.update if isinstance(container, set) else container.extend)(held)
+
+
+class Remains:
+    """The stand-ins of one reading. After it none may be alive."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[weakref.ref[Any], str]] = []
+
+    def watch(self, stand_in: Any, where: str) -> None:
+        """``where``: the class of the module in whose forward it is made."""
+        self.made.append((weakref.ref(stand_in), where))
+
+    def alive(self) -> tuple[Any, ...]:
+        return tuple(value for made, _ in self.made if (value := made()) is not None)
+
+    def found(self) -> bool:
+        for generation in range(3):  # cycles of the forward's own, most of them new
+            if not self.alive():
+                return False
+            gc.collect(generation)
+        return bool(self.alive())
+
+    def take_back(self, before: Before) -> None:
+        """Remove them from where they are. Raises RuntimeError where that is not possible."""
+        before.restore(self._is_left)
+        for _ in range(4):
+            if not self.found():
+                return
+            for value in self.alive():
+                _remove(value)
+            value = None
+        if self.found():
+            left = self.alive()
+            name = next(where for made, where in self.made if made() is not None)
+            holders = sorted({type(h).__name__ for v in left for h in gc.get_referrers(v) if h is not left})
+            raise RuntimeError(
+                f"model: expected a {name} whose forward keeps nothing outside of its modules, got one that keeps tensors "
+                f"in a {', '.join(holders) or 'place that Python does not tell'}; the stand-ins with which fuse() reads "
+                "code are there now. Clear that cache, and fuse the rest of the model without this module"
+            )
+
+    def _is_left(self, value: Any) -> bool:
+        ids = {id(v) for v in self.alive()}
+        if id(value) in ids:
+            return True
+        return isinstance(value, (tuple, list)) and any(id(v) in ids for v in value)
+
+
+def _remove(value: Any) -> None:
+    for holder in gc.get_referrers(value):
+        if isinstance(holder, functools._lru_cache_wrapper):
+            holder.cache_clear()
+        elif isinstance(holder, dict):
+            for key in [k for k, v in holder.items() if v is value or k is value]:
+                del holder[key]
+        elif isinstance(holder, set):
+            holder.discard(value)
+        elif isinstance(holder, (list, deque)) and holder is not None:
+            kept = [v for v in holder if v is not value]
+            if len(kept) < len(holder):
+                holder.clear()
+                holder.extend(kept)
+        elif isinstance(holder, tuple):
+            for outer in gc.get_referrers(holder):
+                if isinstance(outer, functools._lru_cache_wrapper):
+                    outer.cache_clear()
+                elif isinstance(outer, dict):
+                    for key in [k for k, v in outer.items() if v is holder or k is holder]:
+                        del outer[key]

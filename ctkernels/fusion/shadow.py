@@ -1,0 +1,399 @@
+"""Copies of modules to run a forward on, and a record of what it read from them.
+
+A forward is read by running it with stand-ins, and whatever it writes meanwhile must not reach the model. So it runs on
+shadows: one object for every module, of a subclass of its class, whose attributes are copied from the original when they
+are asked for. Every such read is noted. A path holds for as long as what was read is the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+import types
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_SIMPLE = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    torch.memory_format,
+)
+_SHARED = (*_SIMPLE, type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, range, slice, type(...))
+_TABLES = ("_parameters", "_buffers", "_modules")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
+_OURS = ("_ctu", "_ctu_use", "_ctu_handle", "_ctu_fusion")  # shared: reading a forward does not write there
+_ABSENT = object()
+_STATE = "_ctkernels_shadow"
+
+
+class Untraceable(Exception):
+    """Why a module is left alone."""
+
+
+# ---- what was read -----------------------------------------------------------------------------------------------------
+
+
+class Read(NamedTuple):
+    """An entry of a module's ``__dict__`` (``table`` None) or of one of its tables, and what it was; see :func:`_known`."""
+
+    module: nn.Module
+    table: str | None
+    name: str
+    value: Any
+
+    def holds(self) -> bool:
+        entries = self.module.__dict__
+        if self.table is not None:
+            entries = entries[self.table]
+        return _is(entries.get(self.name, _ABSENT), self.value)
+
+
+class Reads:
+    """Everything that a path was read with. ``hold()`` says whether all of it still is as it was."""
+
+    def __init__(self) -> None:
+        self.classes: dict[nn.Module, tuple[type, Any]] = {}
+        self.children: dict[nn.Module, tuple[tuple[str, Any], ...]] = {}
+        self.entries: dict[tuple[nn.Module, str | None, str], Read] = {}
+
+    def of(self, module: nn.Module) -> None:
+        if module not in self.classes:
+            self.classes[module] = type(module), type(module).forward
+
+    def entry(self, module: nn.Module, table: str | None, name: str, value: Any) -> None:
+        self.of(module)
+        if (module, table, name) not in self.entries:
+            self.entries[module, table, name] = Read(module, table, name, _known(value))
+
+    def every_child(self, module: nn.Module) -> None:
+        self.of(module)
+        self.children.setdefault(module, tuple(module._modules.items()))
+
+    def path(self, root: nn.Module, target: str) -> None:
+        """Every step from ``root`` to the module at ``target``."""
+        for name in target.split(".") if target else ():
+            child = root._modules[name]
+            assert child is not None
+            self.entry(root, "_modules", name, child)
+            root = child
+
+    def hold(self) -> bool:
+        for module, (cls, forward) in self.classes.items():
+            if type(module) is not cls or cls.forward is not forward:
+                return False
+        for module, children in self.children.items():
+            if tuple(module._modules.items()) != children:
+                return False
+        return all(read.holds() for read in self.entries.values())
+
+
+def _known(value: Any, depth: int = 0) -> Any:
+    """What is kept of a value that was read: itself, or the contents of a container, or "a tensor"."""
+    if isinstance(value, Tensor):
+        return Tensor  # any: the code that is generated reads the one that is there
+    if type(value) in (list, tuple, set, frozenset, deque) and depth < 4:
+        return type(value), tuple(_known(v, depth + 1) for v in value)
+    if type(value) in (dict, OrderedDict) and depth < 4:
+        return type(value), tuple((k, _known(v, depth + 1)) for k, v in value.items())
+    if isinstance(value, (*_SHARED, nn.Module)) or not hasattr(value, "__dict__") or depth > 0:
+        return value
+    return value, {k: v for k, v in vars(value).items() if isinstance(v, _SIMPLE)}
+
+
+def _is(now: Any, then: Any) -> bool:
+    if now is then:
+        return True
+    if isinstance(then, _SIMPLE) and not isinstance(then, type):
+        return type(now) is type(then) and now == then
+    if then is Tensor:
+        return isinstance(now, Tensor)
+    if not isinstance(then, tuple) or len(then) != 2:
+        return False
+    known = _known(now)
+    return isinstance(known, tuple) and len(known) == 2 and _equal(known, then)
+
+
+def _equal(now: Any, then: Any) -> bool:
+    if now is then:
+        return True
+    if type(now) is not type(then):
+        return False
+    if isinstance(then, tuple):
+        return len(now) == len(then) and all(map(_equal, now, then))
+    if isinstance(then, dict):
+        return list(now) == list(then) and all(_equal(now[k], then[k]) for k in then)
+    return isinstance(then, _SIMPLE) and now == then
+
+
+# ---- the copies --------------------------------------------------------------------------------------------------------
+
+
+class Shadows:
+    """The shadows of ``root`` and all modules in it.
+
+    Args:
+        root: the module whose forward is to be run.
+        tensor: makes the stand-in for a tensor from its path and whether it is a parameter.
+        call: what a call of a shadow is: ``call(original, shadow, args, kwargs)``.
+        training: {module: the flag it is to have}; the others have their own.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        tensor: Callable[[str, bool], Any],
+        call: Callable[..., Any],
+        training: dict[nn.Module, bool],
+    ) -> None:
+        self.call, self.tensor, self.training = call, tensor, training
+        self.reads = Reads()
+        self.memo: dict[int, Any] = {}
+        self.names: dict[nn.Module, str] = {}
+        self.originals: list[Any] = []  # what the ids in ``memo`` belong to
+        self.shadows: list[tuple[Any, nn.Module]] = []
+        self.copied: list[tuple[dict[str, Any], str, Any, Any]] = []
+        self.refused = ""
+        self.root = self.shadow(root, "")
+
+    def refuse(self, reason: str) -> Untraceable:
+        """To be raised; and remembered, for the code that is run may catch it."""
+        self.refused = self.refused or reason
+        return Untraceable(reason)
+
+    def original(self, shadow: Any) -> Any:
+        state = _entries(shadow).get(_STATE) if isinstance(shadow, Shadow) else None
+        return shadow if state is None else state.original
+
+    def shadow(self, module: nn.Module, name: str) -> Any:
+        known = self.memo.get(id(module))
+        if known is not None:
+            return known
+        made: Any = object.__new__(
+            _shadow_class(nn.Module if isinstance(module, torch.jit.ScriptModule) else type(module))
+        )
+        self.remember(module, made)
+        self.names[module] = name
+        self.shadows.append((made, module))
+        entries = _entries(made)
+        entries[_STATE] = _State(module, name, self)
+        entries |= {hooks: OrderedDict() for hooks in _HOOKS}
+        entries["training"] = self.training.get(module, module.training)
+        prefix = f"{name}." if name else ""
+        for table in ("_parameters", "_buffers"):
+            held = vars(module).get(table, {})
+            entries[table] = {
+                k: None if t is None else self.stand_in(t, prefix + k, table == "_parameters") for k, t in held.items()
+            }
+        entries["_non_persistent_buffers_set"] = set(vars(module).get("_non_persistent_buffers_set", ()))
+        inside = {} if isinstance(module, torch.jit.ScriptModule) else module._modules
+        entries["_modules"] = {k: None if m is None else self.shadow(m, prefix + k) for k, m in inside.items()}
+        return made
+
+    def remember(self, original: Any, copied: Any) -> None:
+        self.memo[id(original)] = copied
+        self.originals.append(original)
+
+    def stand_in(self, t: Tensor, path: str, is_parameter: bool) -> Any:
+        if id(t) not in self.memo:
+            self.remember(t, self.tensor(path, is_parameter))
+        return self.memo[id(t)]
+
+    def copy(self, value: Any, path: str) -> Any:
+        """Of an attribute. What belongs to the modules becomes what belongs to their shadows."""
+        known = self.memo.get(id(value))
+        if known is not None:
+            return known
+        if isinstance(value, Tensor):
+            return self.stand_in(value, path, isinstance(value, nn.Parameter))
+        made = self._copy(value)
+        return made
+
+    def _copy(self, value: Any) -> Any:
+        known = self.memo.get(id(value))
+        if known is not None:
+            return known
+        if isinstance(value, (Tensor, nn.Module)):
+            raise self.refuse(f"it reads a {type(value).__name__} that is no part of it")
+        if isinstance(value, _SHARED):
+            return value
+        if isinstance(value, types.MethodType):
+            return types.MethodType(value.__func__, self._copy(value.__self__))
+        if type(value) is functools.partial:
+            return functools.partial(
+                self._copy(value.func),
+                *map(self._copy, value.args),
+                **{k: self._copy(v) for k, v in value.keywords.items()},
+            )
+        made: Any
+        if type(value) in (list, set, deque, tuple, frozenset):
+            made = type(value)(self._copy(v) for v in value)
+        elif type(value) in (dict, OrderedDict):
+            made = type(value)((k, self._copy(v)) for k, v in value.items())
+        else:
+            try:
+                made = copy.deepcopy(value, self.memo)
+            except Untraceable:
+                raise
+            except Exception as error:
+                raise self.refuse(f"it reads a {type(value).__name__}, which cannot be copied") from error
+        self.remember(value, made)
+        return made
+
+    def written(self) -> bool:
+        """Whether the forward has written to what it was given copies of."""
+        for shadow, _ in self.shadows:
+            entries = _entries(shadow)
+            known = {name for held, name, _, _ in self.copied if held is entries}
+            if any(name not in known and name not in _MADE for name in entries):
+                return True
+        return any(
+            entries.get(name) is not made or not self._unchanged(value, made)
+            for entries, name, value, made in self.copied
+        )
+
+    def _unchanged(self, value: Any, made: Any, depth: int = 0) -> bool:
+        if value is made or depth > 6 or isinstance(value, (nn.Module, Tensor)):
+            return value is made or self.memo.get(id(value)) is made or depth > 6
+        if type(value) is not type(made):
+            return False
+        if isinstance(value, dict):
+            return list(value) == list(made) and all(self._unchanged(value[k], made[k], depth + 1) for k in value)
+        if isinstance(value, (list, tuple, deque)):
+            return len(value) == len(made) and all(self._unchanged(a, b, depth + 1) for a, b in zip(value, made))
+        if isinstance(value, (set, frozenset)):
+            return len(value) == len(made)
+        if isinstance(value, _SIMPLE):
+            return bool(value == made)
+        return not hasattr(value, "__dict__") or self._unchanged(vars(value), vars(made), depth + 1)
+
+    def close(self) -> None:
+        """Let go of everything, so that nothing outlives the reading."""
+        for shadow, _ in self.shadows:
+            _entries(shadow).clear()
+        self.shadows, self.copied, self.memo = [], [], {}
+
+
+class _State(NamedTuple):
+    original: nn.Module
+    name: str
+    shadows: Shadows
+
+
+_MADE = frozenset((_STATE, "training", "_non_persistent_buffers_set", *_HOOKS, *_TABLES))
+
+
+def _entries(shadow: Any) -> dict[str, Any]:
+    return object.__getattribute__(shadow, "__dict__")
+
+
+class Shadow:
+    """What the class of a shadow has beyond its original's."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Deliberately not passed on: a registry of subclasses must not hear of a class that exists for a while."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        state = _entries(self)[_STATE]
+        return state.shadows.call(state.original, self, args, kwargs)
+
+    def __getattribute__(self, name: str) -> Any:
+        entries = object.__getattribute__(self, "__dict__")
+        state = entries.get(_STATE)
+        if state is None:
+            return super().__getattribute__(name)
+        original, reads = state.original, state.shadows.reads
+        if name in _TABLES:
+            if name == "_modules":
+                reads.every_child(original)
+            else:
+                for key, value in vars(original)[name].items():
+                    reads.entry(original, name, key, value)
+            return entries[name]
+        if name == "__dict__":
+            if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch.nn.modules"):
+                raise state.shadows.refuse("it looks into the __dict__ of a module")
+            return entries
+        if name == "forward":
+            raise state.shadows.refuse("it calls a forward by hand")
+        if name == "training":
+            if original not in state.shadows.training:
+                reads.entry(original, None, name, entries[name])
+            return entries[name]
+        on_class = _on_class(type(self), name)
+        if hasattr(type(on_class), "__set__") and on_class is not _ABSENT:
+            return super().__getattribute__(name)
+        if name in entries:
+            return entries[name]
+        held = vars(original)
+        if name in held:
+            if name in _OURS:
+                return held[name]
+            reads.entry(original, None, name, held[name])
+            path = f"{state.name}.{name}" if state.name else name
+            entries[name] = made = state.shadows.copy(held[name], path)
+            state.shadows.copied.append((entries, name, held[name], made))
+            return made
+        if on_class is _ABSENT:
+            for table in _TABLES:
+                if name in entries[table]:
+                    reads.entry(original, table, name, held[table][name])
+                    return entries[table][name]
+        if not name.startswith("__"):
+            reads.entry(original, None, name, _ABSENT)
+        return super().__getattribute__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise _entries(self)[_STATE].shadows.refuse(_KEEPS)
+
+    def __delattr__(self, name: str) -> None:
+        raise _entries(self)[_STATE].shadows.refuse(_KEEPS)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise _entries(self)[_STATE].shadows.refuse("it copies a module")
+
+
+_KEEPS = "it keeps values from one call to the next"
+
+
+def _on_class(cls: type, name: str) -> Any:
+    for base in cls.__mro__:
+        if name in base.__dict__:
+            return base.__dict__[name]
+    return _ABSENT
+
+
+_CLASSES: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
+
+
+def _shadow_class(base: type) -> type:
+    found = _CLASSES.get(base)
+    if found is None:
+        try:
+            found = types.new_class(base.__name__, (Shadow, base))
+        except Exception as error:
+            raise Untraceable(f"its class {base.__name__} cannot be derived from") from error
+        found.__module__, found.__qualname__ = base.__module__, base.__qualname__
+        _CLASSES[base] = found
+    return found
