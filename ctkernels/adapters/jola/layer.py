@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...functional import hard_concrete, head_edit
 from ..merge import folded, mergeable
 from ..parallel import local_heads
+from .calls import take_edit
 from .config import JolaConfig
 
 KINDS = ("m", "a")
@@ -58,8 +59,6 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = []
         self.merged_adapters: list[str] = []
         self._originals: tuple[nn.Parameter, nn.Parameter | None] | None = None
-        self.mixed_batch = False  # every row of the batch has an adapter of its own, for now
-        self.edited = False  # the attention function has edited what comes next
 
     # ---- adapters ----
 
@@ -185,13 +184,13 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         )
 
     def attention_edit(self, heads: int, size: int) -> tuple[Tensor | None, ...] | None:
-        """(m, a, g_m, g_a) for an attention function that applies the edit to its own output and then sets `edited`.
+        """(m, a, g_m, g_a) for an attention function that applies the edit to its own output and records it.
 
         None where the edit has to happen here: no adapter or several, gates by row, local heads, a hook that looks at
-        what comes in.
+        what comes in or brings an adapter for each row.
         """
         names = [name for name in self.active_adapters if name in self.jola_config]
-        if self.disable_adapters or self.merged or self.mixed_batch or len(names) != 1 or self._forward_pre_hooks:
+        if self.disable_adapters or self.merged or len(names) != 1 or self._forward_pre_hooks:
             return None
         config = self.jola_config[names[0]]
         by_row = self.training and not config.freeze_gates and config.gate_sampling == "row"
@@ -232,8 +231,8 @@ class JolaLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Edit the heads in `x` (..., heads * head_dim) and project."""
         adapter_names = kwargs.pop("adapter_names", None)
-        if self.edited:
-            self.edited = False
+        if take_edit(self):
+            pass
         elif self.disable_adapters:
             if self.merged:
                 self.unmerge()

@@ -190,12 +190,8 @@ class JolaModel(BaseTuner):
                     own = names if id(module) in inside else repeated
                     hook = partial(_pass_adapter_names, adapter_names=list(own))
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            for layer in jola_layers(self.model):
-                layer.mixed_batch = True
             yield
         finally:
-            for layer in jola_layers(self.model):
-                layer.mixed_batch = False
             for handle in handles:
                 handle.remove()
 
