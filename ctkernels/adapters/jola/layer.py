@@ -8,12 +8,15 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...functional import hard_concrete, head_edit
 from ..merge import folded, mergeable
 from ..parallel import local_heads
+from ..sites import linear_shape
 from .calls import take_edit
 from .config import JolaConfig
+from .reads import note_call, note_read, watch
 
 KINDS = ("m", "a")
 
@@ -59,6 +62,7 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = []
         self.merged_adapters: list[str] = []
         self._originals: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        self._watches: list[RemovableHandle] = []
 
     # ---- adapters ----
 
@@ -124,6 +128,46 @@ class JolaLayer(nn.Module, BaseTunerLayer):
 
     def _heads(self, kind: str) -> BufferDict:
         return self.jola_heads_m if kind == "m" else self.jola_heads_a
+
+    # ---- what others read of a projection ----
+
+    @property
+    def weight(self) -> Tensor:
+        """The projection's weight. A model that multiplies by it instead of calling this layer gets an error."""
+        if self._edits():
+            note_read(self)
+        return super().weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The projection's bias; as `weight`."""
+        if self._edits():
+            note_read(self)
+        return super().bias
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input: that of the projection, or what is left of it under tensor parallelism."""
+        return linear_shape(self.get_base_layer())[0]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return linear_shape(self.get_base_layer())[1]
+
+    def watch(self, block: nn.Module) -> None:
+        """Have `block`, the module that holds this layer, checked: it may not use the weight without calling the layer."""
+        self._watches += watch(block, self)
+
+    def unwatch(self) -> None:
+        """End all checks begun by `watch`."""
+        for handle in self._watches:
+            handle.remove()
+        self._watches.clear()
+
+    def _edits(self) -> bool:
+        active = any(name in self.jola_config for name in self.active_adapters)
+        return active and not self.disable_adapters and not self.merged
 
     # ---- the edit ----
 
@@ -230,6 +274,7 @@ class JolaLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Edit the heads in `x` (..., heads * head_dim) and project."""
+        note_call(self)
         adapter_names = kwargs.pop("adapter_names", None)
         if take_edit(self):
             pass
