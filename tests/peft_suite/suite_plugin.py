@@ -16,18 +16,30 @@ import pytest
 import torch
 from suite_exceptions import EXCEPTIONS, FAST
 
-import ctkernels.adapters
 from ctkernels.adapters import CurvatureConfig, JolaConfig
 
 OURS = (JolaConfig, CurvatureConfig)
-JOLA = {"target_modules": ["lin1"], "head_dim": 5}
+
+
+class JolaOnMlp(JolaConfig):
+    """JoLA for the tests that give a method nothing but the names of an MLP's modules, which say nothing of heads."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**{"head_dim": 5, "init_std": 0.5} | values)
+
+
+# peft's lists ask for an initialisation that changes nothing
+JOLA = {"target_modules": ["lin1"], "head_dim": 5, "init_std": 0.0}
+# gates whose samples are hardly ever clipped, so that every log alpha gets a gradient at every step
+SOFT = {"temperature": 5.0, "stretch": (-1e-4, 1.0001)}
 LAYER = {"granularity": "layer"}
 
 CUSTOM: list[tuple[str, str, type, dict[str, Any]]] = [
     ("MLP JoLA", "MLP", JolaConfig, JOLA),
-    ("MLP JoLA, pattern", "MLP", JolaConfig, {"target_modules": ".*lin1", "head_dim": 20}),
+    ("MLP JoLA, soft gates", "MLP", JolaConfig, JOLA | SOFT),
+    ("MLP JoLA, pattern", "MLP", JolaConfig, JOLA | {"target_modules": ".*lin1", "head_dim": 20}),
     ("MLP JoLA, modules_to_save", "MLP", JolaConfig, JOLA | {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
-    ("EmbConv1D JoLA", "EmbConv1D", JolaConfig, {"target_modules": ["conv1d"], "head_dim": 5}),
+    ("EmbConv1D JoLA", "EmbConv1D", JolaConfig, JOLA | {"target_modules": ["conv1d"]}),
     ("MLP CT", "MLP", CurvatureConfig, {"input_shape": [10]}),
     ("MLP CT, layer", "MLP", CurvatureConfig, LAYER),
     ("MLP CT, modules_to_save", "MLP", CurvatureConfig, {"input_shape": [10], "modules_to_save": ["lin1"]}),
@@ -62,11 +74,10 @@ MIXED = [
         CurvatureConfig(granularity="layer", init_beta=0.6),
     ),
 ]
-# init_std and betas away from the identity, and one model of each kind of block
-MODEL_TYPES = {
-    "decoder_models": ("CAUSAL_LM", "PEFT_DECODER_MODELS_TO_TEST"),
-    "feature_extraction_models": ("FEATURE_EXTRACTION", "PEFT_FEATURE_EXTRACTION_MODELS_TO_TEST"),
-    "encoder_decoder_models": ("SEQ_2_SEQ_LM", "PEFT_ENCODER_DECODER_MODELS_TO_TEST"),
+TASKS = {
+    "decoder_models": "CAUSAL_LM",
+    "feature_extraction_models": "FEATURE_EXTRACTION",
+    "encoder_decoder_models": "SEQ_2_SEQ_LM",
 }
 
 
@@ -88,7 +99,7 @@ def _stand_ins(**attributes: str) -> Iterator[None]:
 
 
 def _away_from_identity(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
-    if config_class is JolaConfig:
+    if issubclass(config_class, JolaConfig):
         return values | {"init_std": 0.5}
     return values | {"init_beta": 0.3, "init_coeff": 0.4}
 
@@ -104,17 +115,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{marker}: of peft's own")
     pytest.register_assert_rewrite("peft_tests")
     with _stand_ins(diffusers="StableDiffusionPipeline", datasets="load_dataset"):
-        modules = {name: importlib.import_module(f"peft_tests.test_{name}") for name in ("custom_models", *MODEL_TYPES)}
+        modules = {name: importlib.import_module(f"peft_tests.test_{name}") for name in ("custom_models", *TASKS)}
     if not config.getoption("--fast") and not hasattr(config, "workerinput"):
         suite_models.make(Path.cwd())
     # the lists are changed in place before collection: `parametrize` holds the lists themselves
     custom: Any = modules["custom_models"]
     custom.TEST_CASES[:] = CUSTOM
-    custom.ALL_PEFT_CONFIG_CLASSES[:] = OURS
+    custom.ALL_PEFT_CONFIG_CLASSES[:] = (JolaOnMlp, CurvatureConfig)
     custom.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = SEVERAL
     custom.MIXED_ADAPTER_TEST_CASES[:] = MIXED
     custom.set_init_weights_false = _away_from_identity
-    for name, (task, models) in MODEL_TYPES.items():
+    for name, task in TASKS.items():
         module: Any = modules[name]
         module.ALL_CONFIGS[:] = [
             (JolaConfig, {"task_type": task, "target_modules": None}),
@@ -125,7 +136,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _is_ours(item: pytest.Item) -> bool:
     values = getattr(getattr(item, "callspec", None), "params", {}).values()
-    return any(value in OURS if isinstance(value, type) else isinstance(value, OURS) for value in values)
+    return any(issubclass(value, OURS) if isinstance(value, type) else isinstance(value, OURS) for value in values)
 
 
 def _name(item: pytest.Item) -> str:

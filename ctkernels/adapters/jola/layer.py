@@ -250,8 +250,8 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         """Apply a different adapter to each row of the batch; "__base__" and adapters absent here edit nothing."""
         if z.shape[0] % len(adapter_names) != 0:
             raise ValueError(
-                f"{self.site}: adapter_names must have one entry for each of the {z.shape[0]} rows, "
-                f"got {len(adapter_names)}"
+                f"{self.site}: Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {z.shape[0]} respectively."
             )
         used = [name for name in dict.fromkeys(adapter_names) if name in self.jola_config]
         local = z.shape[-1] // self.head_dim
@@ -284,7 +284,8 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         elif adapter_names is not None:
             if self.merged:
                 raise ValueError(
-                    f"{self.site}: adapter_names needs unmerged adapters, got {self.merged_adapters} merged"
+                    f"{self.site}: Cannot pass `adapter_names` when there are merged adapters, please call "
+                    f"`unmerge_adapter` first. Merged: {self.merged_adapters}"
                 )
             x = self._edit_mixed(x, list(adapter_names))
         elif not self.merged:

@@ -185,12 +185,11 @@ class JolaModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names is for inference, but the model is in training mode; call model.eval()")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"adapter_names must be a list of names, got {names!r}")
-        rows = _batch_size(args, kwargs)
-        if not names or (rows is not None and len(names) != rows):
-            raise ValueError(f"adapter_names must have one entry for each of the {rows} rows, got {len(names)}")
+        thread = threading.get_ident()
+        _check_length(names, args, kwargs)
         known = {name for layer in jola_layers(self.model) for name in layer.jola_config} | {"__base__"}
         unknown = sorted(set(names) - known)
         if unknown:
@@ -199,12 +198,17 @@ class JolaModel(BaseTuner):
         repeated = [name for name in names for _ in range(beams)] if isinstance(beams, int) and beams > 1 else names
         encoder = _encoder(self.model)
         inside = set() if encoder is None else {id(module) for module in encoder.modules()}
-        handles = []
+        handles = [
+            self.register_forward_pre_hook(
+                lambda _, args, kwargs: _check_length(names, args, kwargs) if threading.get_ident() == thread else None,
+                with_kwargs=True,
+            )
+        ]
         try:
             for module in self.modules():
                 if isinstance(module, (JolaLayer, AuxiliaryTrainingWrapper)):
                     own = names if id(module) in inside else repeated
-                    hook = partial(_pass_adapter_names, adapter_names=list(own), thread=threading.get_ident())
+                    hook = partial(_pass_adapter_names, adapter_names=list(own), thread=thread)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
@@ -238,12 +242,16 @@ def _warn_of_missed(model: nn.Module, config: JolaConfig, sites: list[str]) -> N
         )
 
 
-def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Rows of the batch that a model is called with; None if no tensor among the arguments tells."""
+def _check_length(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Hold `adapter_names` against the batch, the first dimension of a call's first tensor; there may be none yet."""
     named = [kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")]
     tensors = (value for value in (*args, *named, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0)
-    first = next(tensors, None)
-    return None if first is None else first.shape[0]
+    rows = next((tensor.shape[0] for tensor in tensors), None)
+    if rows is not None and rows != len(names):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} and {rows} respectively."
+        )
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str], thread: int) -> Any:
