@@ -21,14 +21,20 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = "peft_tests"
+CACHE = Path(tempfile.gettempdir()) / "ctkernels-peft-suite"
 MODULES = ("custom_models", "decoder_models", "feature_extraction_models", "encoder_decoder_models")
+
+
+class NotDownloaded(RuntimeError):
+    """pip could not get the source distribution, for want of a network or an index that has it."""
 
 
 def unpack_tests(cache: Path) -> Path:
     """Return the folder that holds peft's tests as the package `peft_tests`; download them if it is not there.
 
     Raises:
-        RuntimeError: pip could not get the source distribution, or it holds no tests.
+        NotDownloaded: pip could not get the source distribution.
+        RuntimeError: it holds no tests.
     """
     version = importlib.metadata.version("peft")
     folder = cache / f"peft-{version}"
@@ -40,7 +46,7 @@ def unpack_tests(cache: Path) -> Path:
         command += ["--no-binary", "peft", "--dest", scratch, f"peft=={version}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode:
-            raise RuntimeError(f"peft {version}: its source distribution could not be downloaded\n{done.stderr}")
+            raise NotDownloaded(f"peft {version}: its source distribution could not be downloaded\n{done.stderr}")
         (archive,) = Path(scratch).glob("peft-*.tar.gz")
         made = Path(scratch) / "made"
         (made / PACKAGE).mkdir(parents=True)
@@ -84,7 +90,7 @@ def command(cache: Path, arguments: list[str]) -> tuple[list[str], dict[str, str
 def main() -> int:
     """Run the suite; the exit status is pytest's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "ctkernels-peft-suite")
+    parser.add_argument("--cache", type=Path, default=CACHE, help=f"where the download is kept (default {CACHE})")
     parser.add_argument("--fast", action="store_true", help="a handful of tests on an MLP instead of all")
     options, arguments = parser.parse_known_args()
     if options.fast:

@@ -66,7 +66,7 @@ class Recording:
         self._block = block
         self._before = block.__dict__.get("forward")
         self._forward = functools.update_wrapper(functools.partial(_recorded, layer, block.forward), block.forward)
-        block.forward = self._forward  # type: ignore[method-assign]
+        block.forward = self._forward
 
     def stop(self) -> None:
         """Put the block's forward back, unless another one has been put over this one since."""
@@ -74,4 +74,4 @@ class Recording:
             return
         del self._block.forward
         if self._before is not None:
-            self._block.forward = self._before  # type: ignore[method-assign]
+            self._block.forward = self._before

@@ -139,21 +139,27 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         return super().weight
 
     @property
-    def bias(self) -> Tensor | None:
-        """The projection's bias; as `weight`."""
+    def bias(self) -> Tensor:
+        """The projection's bias (None if it has none); as `weight`."""
         if self._edits():
             note_read(self)
         return super().bias
 
     @property
     def in_features(self) -> int:
-        """Width of the input: that of the projection, or what is left of it under tensor parallelism."""
-        return linear_shape(self.get_base_layer())[0]
+        """Width of the projection's input."""
+        return self._shape()[0]
 
     @property
     def out_features(self) -> int:
-        """Width of the output."""
-        return linear_shape(self.get_base_layer())[1]
+        """Width of the projection's output."""
+        return self._shape()[1]
+
+    def _shape(self) -> tuple[int, int]:
+        shape = linear_shape(self.get_base_layer())
+        if shape is None:
+            raise AttributeError(f"{self.site}: {type(self.get_base_layer()).__name__} does not say how wide it is")
+        return shape
 
     def watch(self, block: nn.Module) -> None:
         """Have `block`, the module that holds this layer, checked: it may not use the weight without calling the layer."""

@@ -77,10 +77,9 @@ class JolaModel(BaseTuner):
             peft_config.heads_of(name, heads)
         if peft_config.target_modules is None:
             _warn_of_missed(model, peft_config, sites)
-        unused = unused_sites(model)
-        for name in sites:
-            if name in unused:
-                warnings.warn(f"{name}: its edit is for nothing, {unused[name]}", UserWarning, stacklevel=2)
+        for name, reason in unused_sites(model).items():
+            if name in sites:
+                warnings.warn(f"{name}: its edit is for nothing, {reason}", UserWarning, stacklevel=2)
         peft_config.target_modules = targets
 
     @staticmethod
