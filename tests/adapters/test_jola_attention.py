@@ -28,7 +28,9 @@ _IS_OLD = _VERSION < (5,)
 _OLD = (_LATE.split() if _IS_OLD else []) + (["codegen", "gptj"] if _VERSION < (5, 24) else [])
 _OTHER_MASK = ["granitemoe", "persimmon"] if _IS_OLD else []
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:JoLA edits only a part:UserWarning"
+)
 
 
 def _attach(name: str, **values):
