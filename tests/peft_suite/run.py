@@ -4,8 +4,8 @@
 
 The source distribution of the installed peft is downloaded once into the cache folder; nothing of it is kept in this
 repository. The models its tests ask a hub for are made there too: tiny, with random weights, under the same names.
-Failures that are meant are listed, each with its reason, in `suite_exceptions.py`; the list is exact: a test that
-passes against expectation fails the run, and so does, in a whole run, an entry that matches no failing test.
+Failures that are meant are listed, each with its reason, in `suite_exceptions.py`; a test that is listed there and
+passes fails the run.
 """
 
 from __future__ import annotations
