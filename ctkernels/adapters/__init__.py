@@ -10,6 +10,7 @@ from .curvature import CurvatureConfig, CurvatureLayer, CurvatureModel
 from .curvature.model import find_activations
 from .gates import drop_closed_heads, freeze_gates, open_heads
 from .jola import JolaConfig, JolaLayer, JolaModel
+from .jola.coverage import Coverage, coverage, print_coverage
 from .merge import save_merged
 from .monitor import EditMonitor
 from .official import load_official
@@ -34,6 +35,7 @@ register("curvature", CurvatureConfig, CurvatureModel)
 __all__ = [
     "AdaptiveSchedule",
     "ConstantSchedule",
+    "Coverage",
     "CurvatureConfig",
     "CurvatureLayer",
     "CurvatureModel",
@@ -47,6 +49,7 @@ __all__ = [
     "JolaPenaltyCallback",
     "LinearSchedule",
     "add_penalty_grad",
+    "coverage",
     "drop_closed_heads",
     "find_activations",
     "find_sites",
@@ -57,6 +60,7 @@ __all__ = [
     "official_penalty",
     "open_heads",
     "parameter_groups",
+    "print_coverage",
     "save_adapter",
     "save_merged",
 ]

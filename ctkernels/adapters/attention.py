@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..functional import attention_head_edit
+from .jola.calls import Recording, current
 from .jola.layer import JolaLayer
 from .jola.model import jola_layers
 
@@ -21,15 +22,14 @@ NAME = "sdpa_head_edit"
 
 # Families whose attention output goes to the projection as it is, through the interface: tested one by one.
 _NAMES = """
-    albert arcee bart beit bert biogpt blenderbot camembert clip cohere cohere2 deepseek_v3 deit dinov2
+    albert arcee bart beit bert biogpt blenderbot camembert clip codegen cohere cohere2 deepseek_v3 deit dinov2
     dinov2_with_registers dinov3_vit distilbert electra ernie ernie4_5 esm exaone4 gemma gemma3_text glm glm4 gpt2
-    gpt_bigcode gpt_neox granite granitemoe helium hubert layoutlm llama m2m_100 marian mbart mistral mixtral modernbert
-    nemotron olmo olmo2 olmoe opt pegasus persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe roberta seed_oss siglip
-    smollm3 stablelm starcoder2 swin vit vit_msn wav2vec2 whisper xlm-roberta yolos
+    gpt_bigcode gpt_neox gptj granite granitemoe helium hubert layoutlm llama m2m_100 marian mbart mistral mixtral
+    modernbert nemotron olmo olmo2 olmoe opt pegasus persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe roberta
+    seed_oss siglip smollm3 stablelm starcoder2 swin vit vit_msn wav2vec2 whisper xlm-roberta yolos
 """
 FAMILIES = frozenset(_NAMES.split())
 
-_LINK = "_jola_layer"
 # what torch's attention cannot do, or what changes the scores or the cache: transformers' own function deals with it
 _FOREIGN = ("position_bias", "cache", "softcap", "s_aux", "output_attentions")
 
@@ -45,11 +45,11 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What `AttentionInterface` calls: attention with the edit of the module's JoLA layer, or transformers' `sdpa`."""
-    layer: JolaLayer | None = module.__dict__.get(_LINK)
-    edit = None if layer is None else layer.attention_edit(query.shape[1], value.shape[-1])
+    """What `AttentionInterface` calls: attention with the edit of the block's JoLA layer, or transformers' `sdpa`."""
+    call = current()
+    edit = None if call is None else call.layer.attention_edit(query.shape[1], value.shape[-1])
     foreign = any(kwargs.get(name) is not None and kwargs[name] is not False for name in _FOREIGN)
-    if layer is None or edit is None or dropout or foreign:
+    if call is None or edit is None or dropout or foreign:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         if is_causal is not None:
@@ -65,23 +65,22 @@ def attention_forward(
     y = attention_head_edit(
         query, key, value, *edit, attn_mask=attention_mask, is_causal=causal, scale=scaling, enable_gqa=True
     )
-    layer.edited = True
+    call.edited = True
     return y.transpose(1, 2).contiguous(), None
 
 
 class FusedAttention:
     """What :func:`fuse_attention` did. `sites`: the projections whose edit is now in the attention."""
 
-    def __init__(self, model: Any, layers: list[JolaLayer], modules: list[nn.Module]):
-        self._model, self._layers, self._modules = model, layers, modules
-        self.sites = [layer.site for layer in layers]
+    def __init__(self, model: Any, owners: list[tuple[JolaLayer, nn.Module]]):
+        self._model = model
+        self._recordings = [Recording(owner, layer) for layer, owner in owners]
+        self.sites = [layer.site for layer, _ in owners]
 
     def remove(self) -> None:
         """Put transformers' `sdpa` back; the edits are made in the projections again."""
-        for module in self._modules:
-            module.__dict__.pop(_LINK, None)
-        for layer in self._layers:
-            layer.edited = False
+        for recording in self._recordings:
+            recording.stop()
         self._model.set_attn_implementation("sdpa")
 
 
@@ -110,8 +109,7 @@ def fuse_attention(model: nn.Module) -> FusedAttention:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import sdpa_mask
 
-    layers = list(jola_layers(model))
-    if not layers:
+    if not any(True for _ in jola_layers(model)):
         raise ValueError("fuse_attention: expected a model with JoLA layers, got none")
     base: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     family = getattr(getattr(base, "config", None), "model_type", None)
@@ -132,14 +130,8 @@ def fuse_attention(model: nn.Module) -> FusedAttention:
             )
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    modules = []
-    for layer, owner in owners:
-        for module in owner.modules():
-            if module is not layer and module is not layer.base_layer:
-                module.__dict__[_LINK] = layer  # not an attribute: it must not become a submodule
-                modules.append(module)
     base.set_attn_implementation(NAME)
-    return FusedAttention(base, layers, modules)
+    return FusedAttention(base, owners)
 
 
 def _pretrained(base: nn.Module) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Where the output of attention heads can be edited: a table of model families, and a probe for the rest.
+"""Where the output of attention heads can be edited: a table of model families, and a search for the rest.
 
 A site is the attention output projection: its input holds the heads side by side, `(..., heads * head_dim)`. A family
 is a row of `LAYOUTS`: the regular expression its sites' names end with. Head count and size are read from the model.
@@ -6,8 +6,10 @@ is a row of `LAYOUTS`: the regular expression its sites' names end with. Head co
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -47,14 +49,50 @@ UNSUPPORTED: dict[str, str] = {
     "mamba2": "it has no attention heads",
     "fnet": "it has no attention heads",
     "rwkv": "it has no attention heads",
+    "xlstm": "its heads are those of an LSTM, not of attention",
 }
 
 _DIM_NAMES = ("v_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_per_head")
 _COUNT_NAMES = ("num_attention_heads", "num_heads", "n_heads", "n_head")
-_INPUT_PROJECTIONS = re.compile(
-    r"(q|k|v|qkv|query|key|value|in|qkvz)(_proj|_lin|_proj_weight)?|query_key_value|c_attn|Wqkv|Wq|Wk|Wv|q_[ab]_proj|kv_.*"
+# Children and parameters of an attention module that make queries, keys or values: one for each, or one for all.
+_ALL = r"qkvz?|wqkv|c_attn|query_key_value|in_proj"
+_ONE = r"(linear_|project_|to_|w)?({})(_global)?(_[ab])?"
+_END = r"(_?(proj|projection|lin|linear|attn|layer))?(_with_mqa)?(_weight)?"
+_FUSED = re.compile(rf"(to_)?({_ALL}){_END}", re.IGNORECASE)
+_QUERY, _KEY, _VALUE = (
+    re.compile(_ONE.format(name) + _END, re.IGNORECASE) for name in ("q|query", "k|key|kv", "v|value|kv")
 )
-_OUTPUT_NAMES = {"o_proj", "out_proj", "out_lin", "dense", "c_proj", "wo", "Wo", "o", "out", "proj", "projection"}
+_OUTPUT_NAMES = {
+    *(
+        "o_proj",
+        "out_proj",
+        "output_proj",
+        "out_lin",
+        "linear_out",
+        "dense",
+        "c_proj",
+        "wo",
+        "Wo",
+        "o",
+        "out",
+        "output",
+    ),
+    *("proj", "projection", "attention_out"),
+}
+_NAMED_ATTENTION = re.compile(r"atte?nt?ion|attn", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention module: its name in the model, its class's, and the projection whose input holds its heads.
+
+    `site` is None where no such projection was found, and `reason` says why.
+    """
+
+    name: str
+    kind: str
+    site: str | None
+    reason: str = ""
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -104,6 +142,13 @@ def _declared(model: nn.Module, name: str) -> tuple[int | None, int | None]:
     return count, size
 
 
+def _gives_weights_away(attention: nn.Module) -> bool:
+    """Whether the class's code names torch's function of attention, as `nn.MultiheadAttention` and WavLM's do."""
+    functions = (value for cls in type(attention).__mro__ if cls is not nn.Module for value in vars(cls).values())
+    codes = (getattr(inspect.unwrap(value), "__code__", None) for value in functions if callable(value))
+    return any(code is not None and "multi_head_attention_forward" in code.co_names for code in codes)
+
+
 def head_layout(model: nn.Module, name: str, module: nn.Module, head_dim: int | None = None) -> tuple[int, int]:
     """Read `(heads, head_dim)` of the site `name`.
 
@@ -125,12 +170,12 @@ def head_layout(model: nn.Module, name: str, module: nn.Module, head_dim: int | 
     if shape is None:
         raise ValueError(f"{name}: expected a linear projection (Linear or Conv1D), got {type(module).__name__}")
     parent = next(_ancestors(model, name))
-    if isinstance(parent, nn.MultiheadAttention):
+    if _gives_weights_away(parent):
         raise ValueError(
-            f"{name}: nn.MultiheadAttention never calls its output projection as a module, so its heads cannot be "
-            "edited there; exclude it with exclude_modules"
+            f"{name}: {type(parent).__name__} gives its weights to F.multi_head_attention_forward and never calls its "
+            "output projection, so its heads cannot be edited there; exclude it with exclude_modules"
         )
-    if _INPUT_PROJECTIONS.fullmatch(name.rsplit(".", 1)[-1]):
+    if _is_input(name.rsplit(".", 1)[-1]):
         raise ValueError(f"{name}: expected an attention output projection, got an input projection")
     width = shape[0]
     count, size = _declared(model, name)
@@ -149,11 +194,99 @@ def head_layout(model: nn.Module, name: str, module: nn.Module, head_dim: int | 
     return width // size, size
 
 
+def _is_input(leaf: str) -> bool:
+    return any(pattern.fullmatch(leaf) for pattern in (_FUSED, _QUERY, _KEY, _VALUE))
+
+
+def unwrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules by name, without the insides of adapter layers."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if name and hasattr(type(module), "get_base_layer"):
+            inside = (*inside, f"{name}.")
+        yield name, module
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether the module makes queries and keys itself (or is named attention, and makes a part of them)."""
+    if hasattr(type(module), "get_base_layer"):
+        return False
+    leaves = [name for name, _ in (*module.named_children(), *module.named_parameters(recurse=False))]
+    fused, query, key, value = (
+        any(pattern.fullmatch(leaf) for leaf in leaves) for pattern in (_FUSED, _QUERY, _KEY, _VALUE)
+    )
+    if _NAMED_ATTENTION.search(type(module).__name__):
+        return fused or query or (key and value)  # a layer may share another's keys and values
+    return (fused and "in_proj" not in leaves) or (query and key)  # a state-space mixer has an in_proj too
+
+
+def _planned(model: nn.Module) -> re.Pattern[str] | None:
+    """The projections that transformers shards by rows under tensor parallelism: an attention has one, its output's."""
+    patterns = set()
+    for prefix, owner in model.named_modules():
+        plan = vars(owner).get("_tp_plan")
+        for name, style in (plan if isinstance(plan, dict) else {}).items():
+            if "rowwise" in str(style):
+                whole = f"{prefix}.{name}" if prefix else name
+                patterns.add(r"[^.]+".join(map(re.escape, whole.split("*"))))
+    return re.compile("|".join(sorted(patterns))) if patterns else None
+
+
+def find_attention(model: nn.Module) -> list[Attention]:
+    """Find a model's attention modules and the projection in each whose input holds the heads, without the table.
+
+    An attention module makes queries, keys and values by children (or parameters) named so. Its projection is the one
+    that the model's plan for tensor parallelism shards by rows; without a plan, the one linear module with an output's
+    name, in it or else in the attention module around it (BERT's way). It has to be a whole number of heads wide.
+    """
+    planned = _planned(model)
+    modules = dict(unwrapped(model))
+    found: dict[str, Attention] = {}
+    for name, module in modules.items():
+        if not _attends(module):
+            continue
+        around = name.rpartition(".")[0]
+        names = [name]
+        if around in modules and _NAMED_ATTENTION.search(type(modules[around]).__name__):
+            names.append(around)
+        attention = Attention(name, type(module).__name__, None, "it has no output projection of its own")
+        for owner in names:
+            inside = [key for key in modules if key.startswith(f"{owner}.") or not owner]
+            outputs = [key for key in inside if key.rsplit(".", 1)[-1] in _OUTPUT_NAMES and key != name]
+            by_plan = [key for key in inside if planned is not None and planned.fullmatch(key)]
+            chosen = _choose(model, owner, modules, by_plan)
+            if chosen is None or chosen.site is None:
+                chosen = _choose(model, owner, modules, outputs)
+            attention = chosen or attention
+            if attention.site is not None:
+                break
+        found.setdefault(attention.site or attention.name, attention)
+    return list(found.values())
+
+
+def _choose(model: nn.Module, owner: str, modules: dict[str, nn.Module], names: list[str]) -> Attention | None:
+    """The attention module `owner` with the one of `names` that is as wide as its heads; None without names."""
+    fits, reasons = [], []
+    for name in names:
+        try:
+            head_layout(model, name, modules[name])
+            fits.append(name)
+        except ValueError as error:
+            reasons.append(str(error))
+    kind = type(modules[owner]).__name__
+    if len(fits) == 1:
+        return Attention(owner, kind, fits[0])
+    if len(fits) > 1:
+        return Attention(owner, kind, None, f"several modules may be its output projection: {', '.join(fits)}")
+    return Attention(owner, kind, None, reasons[0]) if reasons else None
+
+
 def find_sites(model: nn.Module) -> list[str]:
     """Find the attention output projections of a model without the table, by their names and shapes.
 
-    A site is a linear module with an output-like name whose nearest attention ancestor has no other such module, and
-    whose width is a whole number of heads. Use it to look at an unknown model before passing `target_modules`.
+    Use it to look at an unknown model before passing `target_modules`; `print_coverage` says more.
 
     Returns:
         module names, in the model's order; empty if nothing fits.
@@ -162,26 +295,42 @@ def find_sites(model: nn.Module) -> list[str]:
         >>> find_sites(model)[:1]
         ['model.layers.0.self_attn.o_proj']
     """
-    by_attention: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        if linear_shape(module) is None or name.rsplit(".", 1)[-1] not in _OUTPUT_NAMES:
+    sites = {attention.site for attention in find_attention(model)}
+    return [name for name, _ in unwrapped(model) if name in sites]
+
+
+def unused_sites(model: nn.Module) -> dict[str, str]:
+    """The sites whose output the model never uses, with the reason: they would get no gradient.
+
+    Models like LLaVA take their image features from a layer of the vision tower before its last
+    (`vision_feature_layer` of the config, -2 in LLaVA itself); what comes after that layer is for nothing.
+    """
+    found: dict[str, str] = {}
+    for prefix, owner in model.named_modules():
+        config, tower = getattr(owner, "config", None), owner._modules.get("vision_tower")
+        taken = getattr(config, "vision_feature_layer", None)
+        if tower is None or taken is None:
             continue
-        attention = next((owner for owner in _ancestors(model, name) if "ttention" in type(owner).__name__), None)
-        if attention is None:
-            continue
-        try:
-            head_layout(model, name, module)
-        except ValueError:
-            continue
-        by_attention.setdefault(id(attention), []).append(name)
-    return [names[0] for names in by_attention.values() if len(names) == 1]
+        layers: dict[str, int] = {}
+        for site in find_sites(tower):
+            number = re.search(r"(?:^|\.)(\d+)\.", site)
+            if number:
+                layers[site] = int(number.group(1))
+        depth = max(layers.values(), default=-1) + 1
+        # hidden state 0 is what goes into layer 0
+        needed = max(int(state) % (depth + 1) for state in ([taken] if isinstance(taken, int) else taken))
+        for site, layer in layers.items():
+            if layer >= needed:
+                name = f"{prefix}.vision_tower.{site}" if prefix else f"vision_tower.{site}"
+                found[name] = f"the model does not use its output (vision_feature_layer={taken})"
+    return found
 
 
 def default_targets(model: nn.Module) -> str | list[str]:
-    """What `target_modules=None` means for `model`: the table's pattern, or the probe's names.
+    """What `target_modules=None` means for `model`: the table's pattern, or what `find_sites` finds and is used.
 
     Raises:
-        ValueError: the family is known to have no editable projection, or the probe found none.
+        ValueError: the family is known to have no editable projection, or none was found.
     """
     config = getattr(model, "config", None)
     family = str(getattr(config, "model_type", "") or "")
@@ -189,7 +338,8 @@ def default_targets(model: nn.Module) -> str | list[str]:
         raise ValueError(f"model_type {family!r} cannot be edited per head: {UNSUPPORTED[family]}")
     if family in PATTERNS:
         return r"(.*\.)?" + PATTERNS[family]
-    sites = find_sites(model)
+    unused = unused_sites(model)
+    sites = [site for site in find_sites(model) if site not in unused]
     if not sites:
         raise ValueError(
             f"model_type {family!r} is not in the table of families and no attention output projection was "

@@ -294,3 +294,23 @@ def test_steered_models_are_refused_both_ways():
 def test_a_model_without_activations_names_its_near_misses():
     with pytest.raises(ValueError, match=r"got these near misses:\n    1 \(hardswish\)"):
         peft.get_peft_model(nn.Sequential(nn.Linear(2, 2), nn.Hardswish()), CurvatureConfig())
+
+
+@pytest.mark.parametrize(("size", "moves"), [(0.1, True), (90.0, False)])
+def test_far_from_the_bend_a_unit_is_its_activation_and_learns_nothing(size, moves):
+    """Tests that expect a step of training to change the output and every parameter need inputs near the bend."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), nn.ReLU()).double()
+    with torch.no_grad():
+        base[0].weight.copy_(torch.tensor([1.0, -1.0, 0.7, -0.7]).view(4, 1, 1, 1))
+    x = size * (1 + torch.rand(2, 1, 5, 5, dtype=torch.float64))
+    expected = base(x)
+    model = peft.get_peft_model(base, CurvatureConfig(granularity="layer"))
+    y = model(x)
+    y.square().sum().backward()
+    grads = [p.grad.abs().max() / expected.square().sum() for n, p in model.named_parameters() if p.requires_grad]
+    assert len(grads) == 2
+    assert all((grad > 1e-3) == moves for grad in grads)
+    assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5) != moves
+    with model.disable_adapter():
+        assert torch.equal(model(x), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -118,20 +119,50 @@ def test_a_batch_of_mixed_adapters_equals_one_run_each():
     assert torch.equal(mixed[0], model.generate(**VALUES, **options)[0])
 
 
+def test_rows_of_the_base_model_alone_and_of_one_adapter_alone():
+    model, plain = _two()
+    expected = output(model, VALUES)
+    with torch.no_grad():
+        assert torch.equal(model(**VALUES, adapter_names=["__base__"] * 3).logits, plain)
+        repeated = model(**VALUES, adapter_names=[model.active_adapter] * 3).logits
+    torch.testing.assert_close(repeated, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_names_for_one_call_do_not_reach_a_call_in_another_thread():
+    model, plain = _two()
+    expected, seen = output(model, VALUES), []
+
+    def meanwhile(module, args):
+        if not seen:
+            seen.append(None)
+            with ThreadPoolExecutor(1) as pool:
+                seen.append(pool.submit(output, model, VALUES).result())
+
+    model.get_input_embeddings().register_forward_pre_hook(meanwhile)
+    with torch.no_grad():
+        assert torch.equal(model(**VALUES, adapter_names=["__base__"] * 3).logits, plain)
+    assert torch.equal(seen[1], expected)
+
+
 def test_mixed_adapters_need_known_names_eval_and_one_name_a_row():
     model, _ = _two()
     with pytest.raises(ValueError, match=r"adapter_names must be among .*, got \['third'\]"):
         model(**VALUES, adapter_names=["third"] * 3)
-    with pytest.raises(ValueError, match="one entry for each of the 3 rows, got 2"):
-        model(**VALUES, adapter_names=["default"] * 2)
+    for count in (0, 1, 2, 6):
+        with pytest.raises(ValueError, match=rf"same as the number of inputs, but got {count} and 3 respectively"):
+            model(**VALUES, adapter_names=["default"] * count)
+    with pytest.raises(ValueError, match="same as the number of inputs, but got 1 and 3 respectively"):
+        model.generate(**VALUES, adapter_names=["default"])
+    with pytest.raises(ValueError, match=r"list of names, got \[0, 0, 0\]"):
+        model(**VALUES, adapter_names=[0, 0, 0])
     with pytest.raises(ValueError, match="list of names, got 'default'"):
         model(**VALUES, adapter_names="default")
     model.merge_adapter()
-    with pytest.raises(ValueError, match="adapter_names needs unmerged adapters"):
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when there are merged adapters"):
         model(**VALUES, adapter_names=["default"] * 3)
     model.unmerge_adapter()
     model.train()
-    with pytest.raises(ValueError, match="training mode"):
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
         model(**VALUES, adapter_names=["default"] * 3)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,11 +23,14 @@ _LATE = """
     albert beit bert camembert distilbert electra ernie layoutlm modernbert nemotron olmoe phimoe qwen2_moe roberta
     stablelm swin xlm-roberta
 """
-_IS_OLD = int(transformers.__version__.split(".")[0]) < 5
-_OLD = _LATE.split() if _IS_OLD else []
+_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+_IS_OLD = _VERSION < (5,)
+_OLD = (_LATE.split() if _IS_OLD else []) + (["codegen", "gptj"] if _VERSION < (5, 24) else [])
 _OTHER_MASK = ["granitemoe", "persimmon"] if _IS_OLD else []
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:JoLA edits only a part:UserWarning"
+)
 
 
 def _attach(name: str, **values):
@@ -239,18 +245,114 @@ def test_an_error_in_the_attention_leaves_nothing_behind(monkeypatch: pytest.Mon
     assert torch.equal(output(model, values), expected)
 
 
-def test_state_dict_copies_and_files_do_not_change(tmp_path) -> None:
+def test_two_threads_in_one_model(calls: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are between attention and projection at once: each edit is made once in each thread."""
+    model = _attach("llama", init_std=0.5)
+    batches = [inputs("llama"), {"input_ids": inputs("llama")["input_ids"].flip(1)}]
+    expected = [output(model, values) for values in batches]
+    adapters.fuse_attention(model)
+    meet, forward = threading.Barrier(2), adapters.JolaLayer.forward
+
+    def meeting(self, *args, **kwargs):
+        meet.wait(timeout=60)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(adapters.JolaLayer, "forward", meeting)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda values: output(model, values), batches))
+    assert len(calls) == 4
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected))
+
+
+def test_one_thread_with_the_attention_and_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second calls the projections alone, while the first is between its attention and its projection."""
+    model = _attach("llama", init_std=0.5)
+    values = inputs("llama")
+    expected = output(model, values)
+    layers = [module for module in model.modules() if isinstance(module, adapters.JolaLayer)]
+    x = torch.randn(2, 3, 32)
+    alone = [layer(x) for layer in layers]
+    adapters.fuse_attention(model)
+    seen, forward = [], adapters.JolaLayer.forward
+
+    def meanwhile(self, *args, **kwargs):
+        if threading.current_thread() is threading.main_thread():
+            with ThreadPoolExecutor(1) as pool:
+                seen.extend(pool.submit(lambda: [layer(x) for layer in layers]).result())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(adapters.JolaLayer, "forward", meanwhile)
+    assert torch.equal(output(model, values), expected)
+    assert len(seen) == 2 * len(layers)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen, alone * 2))
+
+
+def test_a_model_run_inside_its_own_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between attention and projection the whole model runs once more: no edit is lost or made twice in either run."""
+    model, values = _attach("llama", init_std=0.5), inputs("llama")
+    expected = output(model, values)
+    adapters.fuse_attention(model)
+    inner: list[torch.Tensor] = []
+    forward = adapters.JolaLayer.forward
+
+    def again(self, *args, **kwargs):
+        if not inner:
+            inner.append(torch.empty(0))
+            inner.append(output(model, values))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(adapters.JolaLayer, "forward", again)
+    assert torch.equal(output(model, values), expected)
+    assert torch.equal(inner[1], expected)
+
+
+def test_an_implementation_set_later_keeps_the_edits(calls: list[dict]) -> None:
+    """Our attention function is not asked then: the projections edit."""
+    model, values = _attach("llama", init_std=0.5), inputs("llama")
+    adapters.fuse_attention(model)
+    model.get_base_model().set_attn_implementation("eager")
+    found = output(model, values)
+    assert not calls
+    plain = _attach("llama", init_std=0.5)
+    plain.get_base_model().set_attn_implementation("eager")
+    assert torch.equal(found, output(plain, values))
+
+
+def test_an_interrupt_in_the_attention_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even for a projection that is called on its own afterwards."""
+    model, values = _attach("llama", init_std=0.5), inputs("llama")
+    layer = next(m for m in model.modules() if isinstance(m, adapters.JolaLayer))
+    x = torch.randn(2, 3, 32)
+    expected, alone = output(model, values), layer(x)
+    adapters.fuse_attention(model)
+    forward = adapters.JolaLayer.forward
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapters.JolaLayer, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        output(model, values)
+    monkeypatch.setattr(adapters.JolaLayer, "forward", forward)
+    assert torch.equal(layer(x), alone)
+    assert torch.equal(output(model, values), expected)
+
+
+def test_state_dict_copies_and_files_do_not_change(tmp_path, calls: list[dict]) -> None:
     model, values = _attach("llama"), inputs("llama")
     keys, expected = list(model.state_dict()), output(model, values)
     adapters.fuse_attention(model)
     assert list(model.state_dict()) == keys
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, parameter in twin.named_parameters():
-            if "jola_m" in name:
-                parameter.zero_()
-    assert torch.equal(output(model, values), expected)
-    assert not torch.equal(output(twin, values), expected)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        count = len(calls)
+        assert torch.equal(output(twin, values), expected)
+        assert len(calls) > count
+        with torch.no_grad():
+            for name, parameter in twin.named_parameters():
+                if "jola_m" in name:
+                    parameter.zero_()
+        assert torch.equal(output(model, values), expected)
+        assert not torch.equal(output(twin, values), expected)
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(build("llama"), tmp_path).eval()
     assert torch.equal(output(again, values), expected)

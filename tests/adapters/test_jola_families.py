@@ -16,7 +16,9 @@ NO_BIAS = {
     *("gpt_neox_japanese", "gptj", "codegen", "mpt", "t5", "mt5", "umt5"),
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:JoLA edits only a part:UserWarning"
+)
 
 
 def _layers(model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jola_families import FAMILIES, build, inputs, output
+from jola_families import inputs, output
 from torch import nn
 
 peft = pytest.importorskip("peft")
@@ -39,13 +39,6 @@ class OwnModel(nn.Module):
 
 def _sites(model):
     return [module.site for module in model.modules() if isinstance(module, adapters.JolaLayer)]
-
-
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("siglip", "openai-gpt")])
-def test_the_probe_agrees_with_the_table(name):
-    model = build(name)
-    found = adapters.find_sites(model)
-    assert found == _sites(peft.get_peft_model(model, adapters.JolaConfig()))
 
 
 def test_an_unknown_model_is_probed():
@@ -114,7 +107,7 @@ class WithTorchAttention(nn.Module):
         (
             WithTorchAttention,
             {"target_modules": ["out_proj"]},
-            r"attention\.out_proj: nn\.MultiheadAttention never calls",
+            r"attention\.out_proj: MultiheadAttention gives its weights to",
         ),
         (WithTorchAttention, {}, "is not in the table of families and no attention output projection was recognised"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), {"target_modules": ["0"]}, "0: cannot read the head size"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -305,3 +306,37 @@ def test_compiles_without_graph_breaks(sampled):
         torch.manual_seed(4)
         results.append(module(z))
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_log_alpha_has_a_gradient_unless_its_sampled_gate_is_clipped(soft, monkeypatch):
+    """So a step may leave log alphas as they are: most gates sample 1 exactly, and of those the gradient is zero.
+
+    Tests that expect every parameter to change at every step, or the same parameters to have gradients in two runs
+    with other samples, find that with the gates of the paper, and do not with gates whose samples are never clipped.
+    """
+    layer_module = sys.modules[adapters.JolaLayer.__module__]
+    sampled, function = [], layer_module.hard_concrete
+
+    def recorded(*args, **kwargs):
+        sampled.append(function(*args, **kwargs))
+        return sampled[-1]
+
+    monkeypatch.setattr(layer_module, "hard_concrete", recorded)
+    values = {"temperature": 5.0, "stretch": (-1e-4, 1.0001)} if soft else {}
+    model = peft.get_peft_model(build("llama"), adapters.JolaConfig(init_std=0.5, **values)).train()
+    values, clipped, count = inputs("llama"), 0, 0  # making inputs seeds the generator
+    for _ in range(10):
+        sampled.clear()
+        model.zero_grad()
+        model(**values).logits.square().mean().backward()
+        layers = [module for module in model.modules() if isinstance(module, adapters.JolaLayer)]
+        assert len(sampled) == len(layers)
+        for layer, gates in zip(layers, sampled):
+            grads = torch.cat([layer.jola_log_alpha_m["default"].grad, layer.jola_log_alpha_a["default"].grad])
+            is_clipped = (gates == 0) | (gates == 1)
+            assert torch.equal(grads == 0, is_clipped)
+            clipped, count = clipped + int(is_clipped.sum()), count + len(gates)
+    # P(the stretched sigmoid reaches 1) = sigmoid(log alpha - temperature * log(11)); 5 standard deviations of 160 gates
+    expected = 0.0 if soft else torch.sigmoid(torch.tensor(2.5 - 0.33 * math.log(11))).item()
+    assert abs(clipped / count - expected) <= 5 * math.sqrt(expected * (1 - expected) / count)

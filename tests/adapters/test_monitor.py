@@ -56,6 +56,7 @@ def test_statistics_are_those_of_the_edits():
 
 def test_off_leaves_no_hook_and_on_changes_no_output():
     model = _model()
+    hooks = [list(module._forward_pre_hooks) for module in model.modules()]
     monitor = adapters.EditMonitor(model)
     with torch.no_grad():
         plain = model(input_ids=TOKENS).logits
@@ -63,7 +64,7 @@ def test_off_leaves_no_hook_and_on_changes_no_output():
             assert torch.equal(model(input_ids=TOKENS).logits, plain)
             assert monitor.on
     assert not monitor.on
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert [list(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
 class _Operations(TorchDispatchMode):

@@ -8,11 +8,15 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...functional import hard_concrete, head_edit
 from ..merge import folded, mergeable
 from ..parallel import local_heads
+from ..sites import linear_shape
+from .calls import take_edit
 from .config import JolaConfig
+from .reads import note_call, note_read, watch
 
 KINDS = ("m", "a")
 
@@ -58,8 +62,7 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = []
         self.merged_adapters: list[str] = []
         self._originals: tuple[nn.Parameter, nn.Parameter | None] | None = None
-        self.mixed_batch = False  # every row of the batch has an adapter of its own, for now
-        self.edited = False  # the attention function has edited what comes next
+        self._watches: list[RemovableHandle] = []
 
     # ---- adapters ----
 
@@ -126,6 +129,52 @@ class JolaLayer(nn.Module, BaseTunerLayer):
     def _heads(self, kind: str) -> BufferDict:
         return self.jola_heads_m if kind == "m" else self.jola_heads_a
 
+    # ---- what others read of a projection ----
+
+    @property
+    def weight(self) -> Tensor:
+        """The projection's weight. A model that multiplies by it instead of calling this layer gets an error."""
+        if self._edits():
+            note_read(self)
+        return super().weight
+
+    @property
+    def bias(self) -> Tensor:
+        """The projection's bias (None if it has none); as `weight`."""
+        if self._edits():
+            note_read(self)
+        return super().bias
+
+    @property
+    def in_features(self) -> int:
+        """Width of the projection's input."""
+        return self._shape()[0]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the projection's output."""
+        return self._shape()[1]
+
+    def _shape(self) -> tuple[int, int]:
+        shape = linear_shape(self.get_base_layer())
+        if shape is None:
+            raise AttributeError(f"{self.site}: {type(self.get_base_layer()).__name__} does not say how wide it is")
+        return shape
+
+    def watch(self, block: nn.Module) -> None:
+        """Have `block`, the module that holds this layer, checked: it may not use the weight without calling the layer."""
+        self._watches += watch(block, self)
+
+    def unwatch(self) -> None:
+        """End all checks begun by `watch`."""
+        for handle in self._watches:
+            handle.remove()
+        self._watches.clear()
+
+    def _edits(self) -> bool:
+        active = any(name in self.jola_config for name in self.active_adapters)
+        return active and not self.disable_adapters and not self.merged
+
     # ---- the edit ----
 
     def gates(self, adapter_name: str, *, training: bool | None = None, rows: int | None = None) -> dict[str, Tensor]:
@@ -185,13 +234,13 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         )
 
     def attention_edit(self, heads: int, size: int) -> tuple[Tensor | None, ...] | None:
-        """(m, a, g_m, g_a) for an attention function that applies the edit to its own output and then sets `edited`.
+        """(m, a, g_m, g_a) for an attention function that applies the edit to its own output and records it.
 
         None where the edit has to happen here: no adapter or several, gates by row, local heads, a hook that looks at
-        what comes in.
+        what comes in or brings an adapter for each row.
         """
         names = [name for name in self.active_adapters if name in self.jola_config]
-        if self.disable_adapters or self.merged or self.mixed_batch or len(names) != 1 or self._forward_pre_hooks:
+        if self.disable_adapters or self.merged or len(names) != 1 or self._forward_pre_hooks:
             return None
         config = self.jola_config[names[0]]
         by_row = self.training and not config.freeze_gates and config.gate_sampling == "row"
@@ -207,8 +256,8 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         """Apply a different adapter to each row of the batch; "__base__" and adapters absent here edit nothing."""
         if z.shape[0] % len(adapter_names) != 0:
             raise ValueError(
-                f"{self.site}: adapter_names must have one entry for each of the {z.shape[0]} rows, "
-                f"got {len(adapter_names)}"
+                f"{self.site}: Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {z.shape[0]} respectively."
             )
         used = [name for name in dict.fromkeys(adapter_names) if name in self.jola_config]
         local = z.shape[-1] // self.head_dim
@@ -231,16 +280,18 @@ class JolaLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Edit the heads in `x` (..., heads * head_dim) and project."""
+        note_call(self)
         adapter_names = kwargs.pop("adapter_names", None)
-        if self.edited:
-            self.edited = False
+        if take_edit(self):
+            pass
         elif self.disable_adapters:
             if self.merged:
                 self.unmerge()
         elif adapter_names is not None:
             if self.merged:
                 raise ValueError(
-                    f"{self.site}: adapter_names needs unmerged adapters, got {self.merged_adapters} merged"
+                    f"{self.site}: Cannot pass `adapter_names` when there are merged adapters, please call "
+                    f"`unmerge_adapter` first. Merged: {self.merged_adapters}"
                 )
             x = self._edit_mixed(x, list(adapter_names))
         elif not self.merged:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +15,13 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from .._peft import check_state_dict
 from ..merge import hold_bias, mergeable
-from ..sites import default_targets, head_layout, near_misses
+from ..sites import default_targets, head_layout, near_misses, unused_sites, unwrapped
 from .config import JolaConfig
+from .coverage import left_out
 from .layer import JolaLayer
 
 
@@ -58,7 +61,7 @@ class JolaModel(BaseTuner):
             found = default_targets(model)
             targets = found if isinstance(found, str) else set(found)
         probe = _with_targets(peft_config, targets)
-        sites = [name for name, _ in _unwrapped(model) if self._check_target_module_exists(probe, name)]
+        sites = [name for name, _ in unwrapped(model) if name and self._check_target_module_exists(probe, name)]
         if not sites:
             raise ValueError(
                 f"target_modules={peft_config.target_modules!r} with layers_to_transform="
@@ -72,6 +75,11 @@ class JolaModel(BaseTuner):
             base = module.get_base_layer() if isinstance(module, JolaLayer) else module
             heads, _ = head_layout(model, name, base, peft_config.head_dim)
             peft_config.heads_of(name, heads)
+        if peft_config.target_modules is None:
+            _warn_of_missed(model, peft_config, sites)
+        for name, reason in unused_sites(model).items():
+            if name in sites:
+                warnings.warn(f"{name}: its edit is for nothing, {reason}", UserWarning, stacklevel=2)
         peft_config.target_modules = targets
 
     @staticmethod
@@ -104,6 +112,7 @@ class JolaModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+        layer.watch(parent)
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model, also where one projection is registered under several names."""
@@ -118,6 +127,7 @@ class JolaModel(BaseTuner):
                 for leaf, child in owner.named_children():
                     if id(child) in wrappers:
                         setattr(owner, leaf, wrappers[id(child)])
+                        wrappers[id(child)].watch(owner)
 
     # ---- merging, taking layers out ----
 
@@ -144,6 +154,8 @@ class JolaModel(BaseTuner):
                 mergeable(layer.get_base_layer(), layer.site)
             else:
                 layer.unmerge()
+        for layer in layers:
+            layer.unwatch()
         unbiased = [layer.site for layer in layers if not layer.had_bias()]
         unload: Any = super()._unload_and_optionally_merge
         model = unload(merge, *args, **kwargs)
@@ -172,9 +184,11 @@ class JolaModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names is for inference, but the model is in training mode; call model.eval()")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"adapter_names must be a list of names, got {names!r}")
+        thread = threading.get_ident()
+        _check_length(names, args, kwargs)
         known = {name for layer in jola_layers(self.model) for name in layer.jola_config} | {"__base__"}
         unknown = sorted(set(names) - known)
         if unknown:
@@ -183,19 +197,20 @@ class JolaModel(BaseTuner):
         repeated = [name for name in names for _ in range(beams)] if isinstance(beams, int) and beams > 1 else names
         encoder = _encoder(self.model)
         inside = set() if encoder is None else {id(module) for module in encoder.modules()}
-        handles = []
+        handles = [
+            self.register_forward_pre_hook(
+                lambda _, args, kwargs: _check_length(names, args, kwargs) if threading.get_ident() == thread else None,
+                with_kwargs=True,
+            )
+        ]
         try:
             for module in self.modules():
                 if isinstance(module, (JolaLayer, AuxiliaryTrainingWrapper)):
                     own = names if id(module) in inside else repeated
-                    hook = partial(_pass_adapter_names, adapter_names=list(own))
+                    hook = partial(_pass_adapter_names, adapter_names=list(own), thread=thread)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            for layer in jola_layers(self.model):
-                layer.mixed_batch = True
             yield
         finally:
-            for layer in jola_layers(self.model):
-                layer.mixed_batch = False
             for handle in handles:
                 handle.remove()
 
@@ -211,19 +226,36 @@ def _with_targets(config: JolaConfig, targets: Any) -> JolaConfig:
     return probe
 
 
-def _unwrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by name, without the insides of JoLA layers."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if not name or (inside and name.startswith(inside)):
-            continue
-        if isinstance(module, JolaLayer):
-            inside = (*inside, f"{name}.")
-        yield name, module
+def _warn_of_missed(model: nn.Module, config: JolaConfig, sites: list[str]) -> None:
+    """Say which attention modules the default targets miss: the user may think that they are edited."""
+    missed: dict[str, str] = {}
+    for name, reason in left_out(model, config, sites):
+        missed.setdefault(re.sub(r"(?<=\.)\d+\b", "*", name), re.sub(r"(?<=\.)\d+\b", "*", reason))
+    if missed:
+        listed = "; ".join(f"{name} ({reason})" for name, reason in missed.items())
+        warnings.warn(
+            f"JoLA edits only a part of this model's attention: {listed}. ctkernels.adapters.print_coverage shows all of "
+            "it; name what is meant with target_modules, or leave these out with exclude_modules.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
-def _pass_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> Any:
-    kwargs["adapter_names"] = adapter_names
+def _check_length(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Hold `adapter_names` against the batch, the first dimension of a call's first tensor; there may be none yet."""
+    named = [kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")]
+    tensors = (value for value in (*args, *named, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0)
+    rows = next((tensor.shape[0] for tensor in tensors), None)
+    if rows is not None and rows != len(names):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} and {rows} respectively."
+        )
+
+
+def _pass_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str], thread: int) -> Any:
+    if threading.get_ident() == thread:  # not to a call that another thread makes meanwhile
+        kwargs["adapter_names"] = adapter_names
     return args, kwargs
 
 

@@ -1,0 +1,151 @@
+"""Which attention modules of a model JoLA edits, which not, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from ..sites import find_attention, unused_sites
+from .config import JolaConfig
+from .layer import JolaLayer
+
+
+@dataclass(frozen=True)
+class AttentionCoverage:
+    """One attention module of a model.
+
+    Attributes:
+        name: its name in the model.
+        kind: its class's name.
+        site: the output projection whose input holds its heads; None if none was recognised.
+        adapters: the JoLA adapters that edit it.
+        reason: why no adapter edits it; "" if one does.
+    """
+
+    name: str
+    kind: str
+    site: str | None
+    adapters: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The attention modules of a model, in its order; printing it shows layers of one stack in one line."""
+
+    attention: tuple[AttentionCoverage, ...]
+
+    @property
+    def edited(self) -> list[AttentionCoverage]:
+        """Those that an adapter edits."""
+        return [module for module in self.attention if module.adapters]
+
+    @property
+    def skipped(self) -> list[AttentionCoverage]:
+        """Those that none does; each has a `reason`."""
+        return [module for module in self.attention if not module.adapters]
+
+    def __str__(self) -> str:
+        stacks: dict[tuple[str, str], list[AttentionCoverage]] = {}
+        for module in self.attention:
+            stacks.setdefault((re.sub(r"(?<=\.)\d+\b", "*", module.name), module.kind), []).append(module)
+        rows = [("attention", "class", "edited", "left out because")]
+        for (name, kind), modules in stacks.items():
+            reasons = dict.fromkeys(re.sub(r"(?<=\.)\d+\b", "*", module.reason) for module in modules if module.reason)
+            edited = sum(bool(module.adapters) for module in modules)
+            rows.append((name, kind, f"{edited} of {len(modules)}", "; ".join(reasons)))
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]) for row in rows]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """Find a model's attention modules and tell which of them the JoLA adapters in it edit.
+
+    Args:
+        model: any model, with or without JoLA adapters.
+
+    Returns:
+        the attention modules, each with the adapters that edit it, or the reason why none does.
+
+    Example:
+        >>> coverage(model).skipped[0].reason
+        'left out by exclude_modules'
+    """
+    inner = model
+    while hasattr(type(inner), "get_base_model") and hasattr(inner, "base_model"):
+        inner = inner.get_base_model()  # type: ignore[operator]
+    layers = {name: module for name, module in inner.named_modules() if isinstance(module, JolaLayer)}
+    configs = {name: config for layer in layers.values() for name, config in layer.jola_config.items()}
+    unused = unused_sites(inner)
+    found: list[AttentionCoverage] = []
+    seen: set[str] = set()
+    for attention in find_attention(inner):
+        inside = [name for name in layers if name == attention.site or name.startswith(f"{attention.name}.")]
+        seen.update(inside)
+        names = tuple(dict.fromkeys(name for site in inside for name in layers[site].jola_config))
+        site = inside[0] if inside else attention.site
+        reason = "" if names else _reason(configs, attention.name, site, attention.reason, unused)
+        found.append(AttentionCoverage(attention.name, attention.kind, site, names, reason))
+    for name, layer in layers.items():
+        if name not in seen:  # named in target_modules, and not recognised as an attention's
+            around = name.rpartition(".")[0]
+            kind = type(inner.get_submodule(around)).__name__
+            found.append(AttentionCoverage(around, kind, name, tuple(layer.jola_config), ""))
+    return Coverage(tuple(found))
+
+
+def print_coverage(model: nn.Module) -> None:
+    """Print which attention modules of a model are edited, which are not, and why; see `coverage`.
+
+    Example:
+        >>> print_coverage(get_peft_model(model, JolaConfig()))
+        attention                      class             edited    left out because
+        encoder.layers.*.self_attn     SiglipAttention   12 of 12
+        head                           SiglipMultihea... 0 of 1    head.attention.out_proj: MultiheadAttention gives ...
+    """
+    print(coverage(model))
+
+
+def _reason(configs: dict[str, JolaConfig], name: str, site: str | None, problem: str, unused: dict[str, str]) -> str:
+    if site is None:
+        return problem
+    if site in unused:
+        return unused[site]
+    if not configs:
+        return "the model has no JoLA adapter"
+    return "; ".join(
+        dict.fromkeys(_choice(config, name, site) or "not in target_modules" for config in configs.values())
+    )
+
+
+def _choice(config: JolaConfig, name: str, site: str | None) -> str:
+    """The setting that leaves an attention module out, apart from `target_modules`; "" if there is none."""
+    names = [name] if site is None else [name, site]
+    if any(excluded(config, module) for module in names):
+        return "left out by exclude_modules"
+    if not any(config.selects_layer(f"{module}.") for module in names):
+        return "left out by layers_to_transform or heads"
+    return ""
+
+
+def excluded(config: JolaConfig, name: str) -> bool:
+    """Whether `exclude_modules` names the module."""
+    everything = SimpleNamespace(
+        target_modules=".*", exclude_modules=config.exclude_modules, modules_to_save=None, target_parameters=None
+    )
+    return not check_target_module_exists(everything, name)
+
+
+def left_out(model: nn.Module, config: JolaConfig, sites: list[str]) -> Iterator[tuple[str, str]]:
+    """Name and reason of the attention modules that `sites` misses and no setting of `config` leaves out."""
+    unused = unused_sites(model)
+    for attention in find_attention(model):
+        covered = attention.site in sites or any(site.startswith(f"{attention.name}.") for site in sites)
+        if not covered and attention.site not in unused and not _choice(config, attention.name, attention.site):
+            yield attention.name, attention.reason or "its family's entry in the table does not name it"

@@ -1,0 +1,162 @@
+"""The pytest plugin that puts JoLA and Curvature Tuning into peft's tests, in place of the methods listed there."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from suite_exceptions import EXCEPTIONS, FAST
+
+from ctkernels.adapters import CurvatureConfig, JolaConfig
+
+OURS = (JolaConfig, CurvatureConfig)
+
+
+class JolaOnMlp(JolaConfig):
+    """JoLA for the tests that give a method nothing but the names of an MLP's modules, which say nothing of heads."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**{"head_dim": 2, "init_std": 0.5} | values)
+
+
+# peft's lists ask for an initialisation that changes nothing
+JOLA = {"target_modules": ["lin1"], "head_dim": 5, "init_std": 0.0}
+# gates whose samples are never clipped, so that every log alpha gets a gradient at every step, as the tests expect
+SOFT = {"temperature": 5.0, "stretch": (-1e-4, 1.0001)}
+LAYER = {"granularity": "layer"}
+
+CUSTOM: list[tuple[str, str, type, dict[str, Any]]] = [
+    ("MLP JoLA", "MLP", JolaConfig, JOLA),
+    ("MLP JoLA, soft gates", "MLP", JolaConfig, JOLA | SOFT),
+    ("MLP JoLA, pattern", "MLP", JolaConfig, JOLA | {"target_modules": ".*lin1", "head_dim": 20}),
+    ("MLP JoLA, modules_to_save", "MLP", JolaConfig, JOLA | {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    ("EmbConv1D JoLA", "EmbConv1D", JolaConfig, JOLA | {"target_modules": ["conv1d"]}),
+    ("MLP CT", "MLP", CurvatureConfig, {"input_shape": [10]}),
+    ("MLP CT, layer", "MLP", CurvatureConfig, LAYER),
+    ("MLP CT, modules_to_save", "MLP", CurvatureConfig, {"input_shape": [10], "modules_to_save": ["lin1"]}),
+    ("MLP_LayerNorm CT", "MLP_LayerNorm", CurvatureConfig, {"input_shape": [10]}),
+    ("EmbConv1D CT", "EmbConv1D", CurvatureConfig, LAYER),
+    ("Conv1d CT", "Conv1d", CurvatureConfig, LAYER),
+    ("Conv2d CT", "Conv2d", CurvatureConfig, {"layout": {"relu": [1, 10]}}),
+    ("Conv2d CT, layer", "Conv2d", CurvatureConfig, LAYER),
+    ("Conv3d CT", "Conv3d", CurvatureConfig, LAYER),
+]
+SEVERAL = [
+    ("JoLA, same modules", "jola", JolaConfig, JOLA | {"init_std": 0.5}, JOLA | {"init_std": 0.5}),
+    (
+        "JoLA, other modules",
+        "jola",
+        JolaConfig,
+        JOLA | {"init_std": 0.5, "target_modules": ["lin0"]},
+        JOLA | {"init_std": 0.5},
+    ),
+    ("CT", "curvature", CurvatureConfig, LAYER | {"init_beta": 0.3}, LAYER | {"init_beta": 0.6}),
+]
+MIXED = [
+    (
+        "JoLA, mixed",
+        JolaConfig(target_modules=["lin0"], head_dim=5, init_std=0.5),
+        JolaConfig(target_modules=["lin0"], head_dim=5, init_std=0.5),
+    ),
+    (
+        "CT, mixed",
+        CurvatureConfig(granularity="layer", init_beta=0.3),
+        CurvatureConfig(granularity="layer", init_beta=0.6),
+    ),
+]
+TASKS = {
+    "decoder_models": "CAUSAL_LM",
+    "feature_extraction_models": "FEATURE_EXTRACTION",
+    "encoder_decoder_models": "SEQ_2_SEQ_LM",
+}
+
+
+@contextmanager
+def _stand_ins(**attributes: str) -> Iterator[None]:
+    """Give modules that peft's tests import, and none of the tests run here uses, to imports where they are missing."""
+    import transformers.trainer  # noqa: F401  (looks for datasets itself, and must not find the stand-in)
+
+    missing = [name for name in attributes if importlib.util.find_spec(name) is None]
+    for name in missing:
+        module = types.ModuleType(name)
+        setattr(module, attributes[name], type(attributes[name], (), {}))
+        sys.modules[name] = module
+    try:
+        yield
+    finally:
+        for name in missing:
+            del sys.modules[name]
+
+
+def _away_from_identity(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
+    if issubclass(config_class, JolaConfig):
+        return values | {"init_std": 0.5}
+    return values | {"init_beta": 0.3, "init_coeff": 0.4}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="a handful of tests on an MLP")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import suite_models
+
+    for marker in ("single_gpu_tests", "multi_gpu_tests", "regression", "bitsandbytes"):
+        config.addinivalue_line("markers", f"{marker}: of peft's own")
+    pytest.register_assert_rewrite("peft_tests")
+    with _stand_ins(diffusers="StableDiffusionPipeline", datasets="load_dataset"):
+        modules = {name: importlib.import_module(f"peft_tests.test_{name}") for name in ("custom_models", *TASKS)}
+    if not config.getoption("--fast") and not hasattr(config, "workerinput"):
+        suite_models.make(Path.cwd())
+    # the lists are changed in place before collection: `parametrize` holds the lists themselves
+    custom: Any = modules["custom_models"]
+    custom.TEST_CASES[:] = CUSTOM
+    custom.ALL_PEFT_CONFIG_CLASSES[:] = (JolaOnMlp, CurvatureConfig)
+    custom.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = SEVERAL
+    custom.MIXED_ADAPTER_TEST_CASES[:] = MIXED
+    custom.set_init_weights_false = _away_from_identity
+    for name, task in TASKS.items():
+        module: Any = modules[name]
+        module.ALL_CONFIGS[:] = [
+            (JolaConfig, {"task_type": task, "target_modules": None} | SOFT),
+            (CurvatureConfig, {"task_type": task, "target_modules": None, "activations": "all"}),
+        ]
+        module.set_init_weights_false = _away_from_identity
+
+
+def _is_ours(item: pytest.Item) -> bool:
+    values = getattr(getattr(item, "callspec", None), "params", {}).values()
+    return any(issubclass(value, OURS) if isinstance(value, type) else isinstance(value, OURS) for value in values)
+
+
+def _name(item: pytest.Item) -> str:
+    return item.nodeid.split("::", 1)[-1]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the rows with one of our configurations, and mark the ones that are meant to fail."""
+    kept = [item for item in items if _is_ours(item)]
+    if config.getoption("--fast"):
+        kept = [item for item in kept if re.search(FAST, _name(item))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+    for item in items:
+        for pattern, reason in EXCEPTIONS.items():
+            if re.search(pattern, _name(item)):
+                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+                break
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
