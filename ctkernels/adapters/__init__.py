@@ -10,7 +10,6 @@ from .curvature import CurvatureConfig, CurvatureLayer, CurvatureModel
 from .curvature.model import find_activations
 from .gates import drop_closed_heads, freeze_gates, open_heads
 from .jola import JolaConfig, JolaLayer, JolaModel
-from .merge import save_merged
 from .monitor import EditMonitor
 from .official import load_official
 from .optimizer import parameter_groups
@@ -25,7 +24,7 @@ from .penalty import (
     jola_penalty,
     official_penalty,
 )
-from .saving import save_adapter
+from .saving import save_adapter, save_merged
 from .sites import find_sites
 
 register("jola", JolaConfig, JolaModel)
