@@ -58,6 +58,16 @@ def keep_resident(tables: Iterable[nn.Module | None]) -> None:
         if table is not None and "_hf_hook" in table.__dict__:
             from accelerate.hooks import remove_hook_from_module
 
+            hook = offload_hook(table)
+            lost = [
+                name for name, _ in table.named_parameters() if hook is not None and hook.weights_map.get(name) is None
+            ]
+            if lost:
+                raise ValueError(
+                    f"the parameters of adapters {lost} were offloaded to disk without their values, as "
+                    "PeftModel.from_pretrained does with a base model that is partly on disk. Use get_peft_model(base, "
+                    "config) and peft.set_peft_model_state_dict(model, peft.load_peft_weights(folder)) instead"
+                )
             remove_hook_from_module(table)
 
 
@@ -72,3 +82,12 @@ def drop_offloading(model: nn.Module) -> None:
         if "_hf_hook" in module.__dict__:
             del module._hf_hook
             module.forward = module.__dict__.pop("_old_forward")
+
+
+def whole_state_dict(model: Any) -> dict[str, Any]:
+    """Arguments with which `save_pretrained` finds all weights: those that it does not fetch by itself."""
+    if getattr(model, "hf_device_map", None) or not any(parameter.is_meta for parameter in model.parameters()):
+        return {}
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+    return {"state_dict": get_state_dict_offloaded_model(model)}

@@ -57,11 +57,11 @@ def folded(base: nn.Module, weight: Tensor, bias: Tensor | None, p: Tensor, q: T
     return new_weight.to(weight.dtype), new_bias
 
 
-def stack(layer: nn.Module) -> Iterator[nn.Module]:
+def stack(layer: nn.Module | None) -> Iterator[nn.Module]:
     """A tuner layer and those below it on the same projection, from the outside in."""
     while isinstance(layer, BaseTunerLayer):
         yield layer
-        layer = getattr(layer, "base_layer", layer.get_base_layer())
+        layer = getattr(layer, "base_layer", None)
 
 
 def not_merged(layer: Any, wanted: list[str] | None) -> list[str]:
@@ -114,6 +114,8 @@ class Kept:
         here = offload_hook(base) is not None and not any(p.is_meta for p in base.parameters(recurse=False))
         for layer, names in zip(layers, self._merged):
             layer.merged_adapters[:] = names
+            if not names and getattr(layer, "_kept", None) is not None:
+                layer._kept = None
         base._parameters.update(self._parameters._parameters)
         hook = offload_hook(base)
         if hook is not None:

@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ._files import model_files, replacing_folder
-from ._offload import fetched
+from ._offload import fetched, whole_state_dict
 from ._peft import check_adapter_name
 from .bias import config_parts, hold_bias
 from .jola.layer import JolaLayer
@@ -94,7 +94,7 @@ def save_merged(model: Any, path: str | os.PathLike[str], *, overwrite: bool = F
             f"model: expected a transformers model, got {type(base).__name__}; use model.merge_and_unload()"
         )
     with _plain(base), replacing_folder(path, stale=model_files) as folder:
-        base.save_pretrained(folder, **kwargs)
+        base.save_pretrained(folder, **{**whole_state_dict(base), **kwargs})
 
 
 @contextmanager
@@ -138,9 +138,6 @@ def _plain(model: nn.Module) -> Iterator[None]:
         for owner, name, child in wrappers:
             setattr(owner, name, child)
         for layers, base, before in zip(stacks, bases, kept):
-            for layer in layers:
-                if isinstance(layer, JolaLayer) and layer.merged:
-                    layer.unmerge()
             before.restore(base, layers)
         for owner, key in empty:
             owner._parameters[key] = None

@@ -85,14 +85,14 @@ def test_an_offloaded_base_is_edited_merged_and_saved(how, tmp_path):
 def test_an_adapter_loads_onto_an_offloaded_base(tmp_path):
     trained = peft.get_peft_model(build("llama"), _config()).eval()
     adapters.save_adapter(trained, tmp_path / "adapter")
-    model = peft.PeftModel.from_pretrained(
-        _offloaded("disk", tmp_path),
-        tmp_path / "adapter",
-        device_map={f"base_model.model.{name}": device for name, device in DISK.items()},
-        offload_folder=tmp_path / "again",
-    ).eval()
+    model = peft.get_peft_model(_offloaded("disk", tmp_path), _config()).eval()
+    peft.set_peft_model_state_dict(model, peft.load_peft_weights(tmp_path / "adapter"))
     assert {p.device.type for n, p in model.named_parameters() if "jola_" in n} == {"cpu"}
     assert torch.equal(output(model, VALUES), output(trained, VALUES))
+    device_map = {f"base_model.model.{name}": device for name, device in DISK.items()}
+    options = {"device_map": device_map, "offload_folder": tmp_path / "again"}
+    with pytest.raises(ValueError, match=r"offloaded to disk without their values.*set_peft_model_state_dict"):
+        peft.PeftModel.from_pretrained(_offloaded("disk", tmp_path), tmp_path / "adapter", **options)
 
 
 def test_a_model_offloaded_after_the_adapter_was_put_on():

@@ -400,10 +400,16 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         return getattr(self.get_base_layer(), "bias", None) is not None
 
     def unmerge(self) -> None:
-        """Put the original parameters back, the same objects with the same bits, where the layer is now."""
+        """Put the original parameters back, the same objects with the same bits, where the layer is now.
+
+        What is merged over this layer is unmerged first.
+        """
         if self._kept is None:
             warnings.warn(f"{self.site}: nothing is merged, so there is nothing to unmerge", UserWarning, stacklevel=2)
             return
+        above = self.__dict__.get("_above")
+        if above is not None and above.merged and any(layer is self for layer in stack(above)):
+            above.unmerge()
         self._kept.restore(self.get_base_layer(), self._below())
         self._kept = None
         self.merged_adapters.clear()
@@ -426,14 +432,15 @@ def _runs(heads: tuple[int, ...], count: int) -> tuple[list[int], list[int]]:
 
 
 def _covered(owner: nn.Module, name: str, module: nn.Module | None) -> None:
-    """See that a tuner layer put over a JoLA layer merges what is below it first.
+    """See that a tuner layer put over a JoLA layer merges what is below it first, and is unmerged before it.
 
     peft merges from the outside in, which is right only for methods that all add to the weight.
     """
     if name == "base_layer" and isinstance(owner, BaseTunerLayer) and not isinstance(owner, JolaLayer):
-        layer: Any = module
-        if any(isinstance(below, JolaLayer) for below in stack(layer)):
-            owner.merge = partial(merge_from_inside, owner)  # type: ignore[method-assign]
+        for below in stack(module):
+            if isinstance(below, JolaLayer):
+                owner.merge = partial(merge_from_inside, owner)  # type: ignore[method-assign]
+                below.__dict__["_above"] = owner  # no child of it
 
 
 register_module_module_registration_hook(_covered)

@@ -142,21 +142,6 @@ class JolaModel(BaseTuner):
             layer.keep_resident()  # loading onto an offloaded model offloads the adapter too
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters.
-
-        Raises:
-            ValueError: others are merged, which would go on computing what they do.
-        """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for layer in jola_layers(self.model):
-            if layer.merged and {n for n in names if n in layer.jola_config} != set(layer.merged_adapters):
-                raise ValueError(
-                    f"{layer.site}: cannot activate {names} while {layer.merged_adapters} are merged; call "
-                    "unmerge_adapter() first"
-                )
-        super().set_adapter(adapter_name, inference_mode)
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter.
 
