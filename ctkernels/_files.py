@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,38 @@ def _clean(target: Path) -> None:
                 file.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Give a hidden folder inside ``parent``, deleted when the block ends; then also those of killed processes.
+
+    It is locked while this process lives, as the files of :func:`replacing` are.
+    """
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=".saving-", suffix=".tmp", dir=parent))
+        descriptor = _open_folder(folder)
+        if descriptor is None or not _lock(descriptor) or os.fstat(descriptor).st_nlink:
+            break
+        os.close(descriptor)  # another process took it for a leftover, before it was locked
+    try:
+        yield folder
+        for other in parent.glob(".saving-????????.tmp"):
+            if other != folder and (leftover := _open_folder(other)) is not None:
+                if _lock(leftover, wait=False):
+                    shutil.rmtree(other, ignore_errors=True)
+                os.close(leftover)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _open_folder(folder: Path) -> int | None:
+    try:
+        return os.open(folder, os.O_RDONLY)
+    except OSError:  # deleted since, another user's, or on Windows, where folders cannot be opened
+        return None
 
 
 def _lock(descriptor: int, wait: bool = True) -> bool:

@@ -11,7 +11,6 @@ from .curvature.model import find_activations
 from .gates import drop_closed_heads, freeze_gates, open_heads
 from .jola import JolaConfig, JolaLayer, JolaModel
 from .jola.coverage import Coverage, coverage, print_coverage
-from .merge import save_merged
 from .monitor import EditMonitor
 from .official import load_official
 from .optimizer import parameter_groups
@@ -26,7 +25,7 @@ from .penalty import (
     jola_penalty,
     official_penalty,
 )
-from .saving import save_adapter
+from .saving import save_adapter, save_merged
 from .sites import find_sites
 
 register("jola", JolaConfig, JolaModel)

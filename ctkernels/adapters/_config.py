@@ -6,10 +6,13 @@ import json
 import os
 from typing import Any, ClassVar
 
+import torch
 from peft import PeftConfig
 
 from .._files import write_text
 from ._files import check_adapter_folder
+
+_SAVED = "_saved_shapes"
 
 
 class AdapterConfig(PeftConfig):
@@ -32,10 +35,21 @@ class AdapterConfig(PeftConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """Read the configuration of a saved adapter; a local folder is checked first (never unpickled).
 
+        The first adapter made from it is checked against the weights beside it before the model is changed. For an
+        adapter that is not to be loaded from there, take `dataclasses.replace(config)`.
+
         Raises:
-            ValueError: the folder holds no readable safetensors file, only a pickle, or another method's adapter.
+            ValueError: the folder holds no readable safetensors file, only a pickle, values that are not finite, or
+                another method's adapter.
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        if os.path.isdir(folder):
-            check_adapter_folder(folder, cls.method)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        shapes = check_adapter_folder(folder, cls.method) if os.path.isdir(folder) else {}
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if shapes:
+            config.__dict__[_SAVED] = shapes
+        return config
+
+
+def saved_shapes(config: PeftConfig) -> dict[str, torch.Size]:
+    """The shapes of the tensors that lie beside a configuration read from a folder, once; empty for any other."""
+    return config.__dict__.pop(_SAVED, {})

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -17,13 +20,12 @@ def require_peft() -> None:
         import peft
     except ImportError as error:
         raise ImportError(
-            "ctkernels.adapters needs peft and transformers: pip install 'ctkernels[adapters]' (peft >= 0.18, < 0.22)"
+            "ctkernels.adapters needs peft and transformers: pip install 'ctkernels[adapters]' (peft >= 0.18)"
         ) from error
     version = tuple(int(part) for part in peft.__version__.split(".")[:2])
     if version < (0, 18):
         raise ImportError(
-            f"ctkernels.adapters needs peft >= 0.18, < 0.22, found {peft.__version__}: "
-            "pip install -U 'ctkernels[adapters]'"
+            f"ctkernels.adapters needs peft >= 0.18, found {peft.__version__}: pip install -U 'ctkernels[adapters]'"
         )
 
 
@@ -60,20 +62,110 @@ def register(name: str, config_cls: type, model_cls: type) -> None:
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
 
 
-def check_state_dict(part: str, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Refuse an adapter's tensors (those with `part` in their names) that do not fit, before any of them is copied."""
-    parameters = model.named_parameters(remove_duplicate=False)
-    own = {f"{prefix}{name}": value for name, value in parameters if part in name}
-    if any("_fsdp_wrapped_module" in name for name in own):
-        return  # FSDP1 renames and flattens parameters, and checks them itself
-    given = {name: value for name, value in state_dict.items() if part in name}
+_NAMES_IN_USE = frozenset(dir(nn.ParameterDict()))  # an adapter's name becomes an attribute of one
+
+
+def check_adapter_name(name: Any) -> None:
+    """Check that an adapter's name can be a part of a tensor's name and the name of a folder.
+
+    Raises:
+        ValueError: it is empty, a path, has a dot or a character that file systems refuse, or means something already.
+    """
+    if not isinstance(name, str) or not name.strip() or name in _NAMES_IN_USE or name == "__base__":
+        raise ValueError(f"adapter_name must be a word that is not in use otherwise, got {name!r}")
+    found = re.search(r"""[./\\:*?"<>|\x00-\x1f\x7f]""", name)
+    if found:
+        raise ValueError(
+            f"adapter_name must not contain {found.group()!r}, got {name!r}: it names a folder and a part of tensor names"
+        )
+
+
+def check_saved(saved: dict[str, torch.Size], own: dict[str, torch.Size], model: nn.Module, config: Any) -> None:
+    """Check the tensors of a saved adapter against a model, before it is changed.
+
+    Args:
+        saved: shapes of the file's tensors by name; empty if there is no file to check.
+        own: shapes of the parameters that the adapter will have, by their name in `model` without the adapter's name.
+        model: the base model.
+        config: the adapter's configuration.
+
+    Raises:
+        ValueError: tensors that are unknown, missing, of another shape, or that would overwrite the base model.
+    """
+    if not saved or getattr(model, "_checkpoint_conversion_mapping", None):
+        return  # in the second case peft renames tensors while it loads them
+    start = "base_model.model."
+    given = {name.removeprefix(start): shape for name, shape in saved.items()}
+    beside: dict[str, torch.Size] = {}
+    marker = f".{config.peft_type.value.lower()}_"
+    for name, shape in given.items():
+        if marker in f".{name}":
+            continue
+        owner = name.rpartition(".")[0]
+        if any(f".{kept}." in f".{owner}." for kept in config.modules_to_save or []):
+            beside[name] = shape
+        elif _is_embedding(model, owner):
+            beside[name] = shape
+            warnings.warn(f"The saved adapter replaces the base model's embeddings, {name}", UserWarning, stacklevel=6)
+        else:
+            raise ValueError(
+                f"The saved adapter would overwrite {name} of the base model: expected tensors named {marker[1:]}* and "
+                f"those of modules_to_save={config.modules_to_save}"
+            )
+    tensors = {key: value.shape for key, value in [*model.named_parameters(), *model.named_buffers()]}
+    for name, shape in beside.items():
+        expected = _beside(tensors, name)
+        if expected is not None and expected != shape:
+            raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(shape)} in the saved adapter")
+    check_names(own, {name: shape for name, shape in given.items() if name not in beside})
+
+
+def _is_embedding(model: Any, name: str) -> bool:
+    getters = [getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output")]
+    try:
+        module = model.get_submodule(name)
+        return any(get is not None and get() is module for get in getters)
+    except (AttributeError, NotImplementedError):
+        return False
+
+
+def _beside(tensors: dict[str, torch.Size], name: str) -> torch.Size | None:
+    """The shape of what `modules_to_save` has under this name, also where an adapter wraps it already."""
+    owner, _, leaf = name.rpartition(".")
+    return tensors.get(name, tensors.get(f"{owner}.original_module.{leaf}"))
+
+
+def check_names(own: dict[str, torch.Size], given: dict[str, torch.Size]) -> None:
+    """Check that a set of tensors is the expected one.
+
+    Raises:
+        ValueError: some are unknown, missing or of another shape.
+    """
     foreign = sorted(set(given) - set(own))
     if foreign:
         raise ValueError(f"The adapter does not fit this model: unknown {foreign[:3]}" + ", ..." * (len(foreign) > 3))
-    adapters = {name.rsplit(".", 1)[-1] for name in given}
-    missing = sorted(name for name in own if name.rsplit(".", 1)[-1] in adapters and name not in given)
+    missing = sorted(set(own) - set(given))
     if missing:
         raise ValueError(f"The adapter is incomplete: missing {missing[:3]}" + ", ..." * (len(missing) > 3))
+    for name, shape in given.items():
+        if shape != own[name]:
+            raise ValueError(f"{name}: expected shape {tuple(own[name])}, got {tuple(shape)}")
+
+
+def check_state_dict(part: str, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Refuse an adapter's tensors (those with `part` in their names) that do not fit, before any of them is copied."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    own = {f"{prefix}{name}": value.shape for name, value in parameters if part in name}
+    if any("_fsdp_wrapped_module" in name for name in own):
+        return  # FSDP1 renames and flattens parameters, and checks them itself
+    given = {name: value for name, value in state_dict.items() if part in name}
+    adapters = {name.rsplit(".", 1)[-1] for name in given}
+    expected = {name: shape for name, shape in own.items() if name.rsplit(".", 1)[-1] in adapters}
+    check_names(expected, {name: value.shape for name, value in given.items()})
     for name, value in given.items():
-        if value.shape != own[name].shape:
-            raise ValueError(f"{name}: expected shape {tuple(own[name].shape)}, got {tuple(value.shape)}")
+        if not value.is_meta and not bool(value.isfinite().all()):
+            raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+    for name, module in model.named_modules():
+        merged = sorted(adapters & set(getattr(module, "merged_adapters", ())))
+        if merged and hasattr(module, "base_layer"):
+            raise ValueError(f"{name}: cannot load the adapters {merged} while they are merged; unmerge them first")

@@ -55,9 +55,8 @@ def open_heads(model: nn.Module, adapter: str | None = None) -> dict[str, dict[s
     found: dict[str, dict[str, list[int]]] = {}
     for layer, name, kind, _ in log_alphas(model, adapter):
         gate = layer.gates(name, training=False)[kind]
-        heads = layer._heads(kind)[name] if name in layer._heads(kind) else torch.arange(layer.num_heads)
         parts = found.setdefault(layer.site, {"m": [], "a": []})
-        parts[kind] = heads.cpu()[(gate != 0).cpu()].tolist()
+        parts[kind] = [head for head, is_open in zip(layer.heads(kind, name), (gate != 0).tolist()) if is_open]
     return found
 
 

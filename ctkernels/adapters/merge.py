@@ -1,28 +1,19 @@
-"""Folding edits into the projection, and saving the result for plain transformers."""
+"""Folding edits into the projection, and putting back what was there.
+
+Adapters of several methods can lie on one projection: a stack, the outermost first in peft's terms. What is folded in
+depends on the order, so a stack is merged from the inside out and unmerged from the outside in, as a unit.
+"""
 
 from __future__ import annotations
 
-import copy
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ._files import replacing_folder
-
-# Config switches that give a bias-free architecture a bias in its attention output projection.
-_BIAS_SWITCHES: tuple[tuple[str, Any], ...] = (
-    ("attention_out_bias", True),
-    ("attention_bias", True),
-    ("use_bias", True),
-    ("bias", True),
-    ("no_bias", False),
-    ("add_bias_linear", True),
-)
-
+from ._offload import offload_hook
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -66,137 +57,112 @@ def folded(base: nn.Module, weight: Tensor, bias: Tensor | None, p: Tensor, q: T
     return new_weight.to(weight.dtype), new_bias
 
 
-def _configs(config: Any) -> dict[str, Any]:
-    """A config and its parts (text, vision) by attribute name; the config itself is ""."""
-    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}}
-    return {"": config} | {name: part for name, part in parts.items() if part is not None}
+def stack(layer: nn.Module | None) -> Iterator[nn.Module]:
+    """A tuner layer and those below it on the same projection, from the outside in."""
+    while isinstance(layer, BaseTunerLayer):
+        yield layer
+        layer = getattr(layer, "base_layer", None)
 
 
-def bias_switch(model: nn.Module, sites: list[str]) -> tuple[str, str, Any, dict[str, torch.Size]] | None:
-    """Find the config switch that gives the projections `sites` a bias in plain transformers.
+def not_merged(layer: Any, wanted: list[str] | None) -> list[str]:
+    """The active adapters of a tuner layer that are neither merged nor among those to be merged (None: all active)."""
+    own = layer._get_available_adapters()
+    done = {*layer.merged_adapters, *(layer.active_adapters if wanted is None else wanted)}
+    return [name for name in layer.active_adapters if name in own and name not in done]
 
-    The architecture itself is asked: it is built on the meta device with each candidate switch.
 
-    Returns:
-        the part of the config that holds the switch ("" for the config itself), the switch, its value, and the shapes
-        of all parameters it adds; None if no switch adds just these biases and others that can be zero.
+def to_merge(layer: Any, wanted: list[str] | None) -> list[str]:
+    """The adapters among `wanted` (None: the active ones) that a tuner layer has and that are not merged yet."""
+    if isinstance(wanted, str):
+        raise TypeError(f"adapter_names must be a list of names, got {wanted!r}")
+    own = layer._get_available_adapters()
+    names = dict.fromkeys(layer.active_adapters if wanted is None else wanted)
+    return [name for name in names if name in own and name not in layer.merged_adapters]
+
+
+class Kept:
+    """What a projection and the stack on it were before merging.
+
+    It goes where the projection goes: `apply` casts and moves it along. So unmerging gives, bit for bit, the base model
+    as it would be had it been cast or moved unmerged. Of an offloaded projection it keeps where the weights lie, and no
+    copy of them.
     """
-    config: Any = getattr(model, "config", None)
-    if config is None or not hasattr(type(model), "_from_config"):
-        return None
-    present = set(dict(model.named_parameters(remove_duplicate=False)))
-    wanted = {f"{site}.bias" for site in sites}
-    for part, own in _configs(config).items():
-        for name, value in _BIAS_SWITCHES:
-            if not hasattr(own, name) or getattr(own, name) == value:
-                continue
-            changed = copy.deepcopy(config)
-            setattr(_configs(changed)[part], name, value)
-            with torch.device("meta"):
-                twin = type(model)(changed)
-            shapes = {key: parameter.shape for key, parameter in twin.named_parameters(remove_duplicate=False)}
-            added = {key: shape for key, shape in shapes.items() if key not in present}
-            if wanted | present <= set(shapes) and all(key.endswith(".bias") for key in added):
-                return part, name, value, added
-    return None
+
+    def __init__(self, base: nn.Module, layers: list[Any]) -> None:
+        self._parameters = nn.Module()
+        for name in ("weight", "bias"):
+            self._parameters.register_parameter(name, base._parameters.get(name))
+        self._merged = [list(layer.merged_adapters) for layer in layers]
+        hook = offload_hook(base)
+        self._weights_map = None if hook is None else hook.weights_map
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the projection had a bias."""
+        return self._parameters._parameters["bias"] is not None
+
+    def merged_since(self, layers: list[Any]) -> list[list[str]]:
+        """What was merged in the layers of the stack together with the projection."""
+        return [[n for n in layer.merged_adapters if n not in names] for layer, names in zip(layers, self._merged)]
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """What `nn.Module._apply` does to the parameters of a module, done to these."""
+        self._parameters._apply(fn)
+
+    def restore(self, base: nn.Module, layers: list[Any]) -> None:
+        """Put the parameters back, the same objects with the same bits."""
+        here = offload_hook(base) is not None and not any(p.is_meta for p in base.parameters(recurse=False))
+        for layer, names in zip(layers, self._merged):
+            layer.merged_adapters[:] = names
+            if not names and getattr(layer, "_kept", None) is not None:
+                layer._kept = None
+        base._parameters.update(self._parameters._parameters)
+        hook = offload_hook(base)
+        if hook is not None:
+            hook.weights_map = self._weights_map
+            if here and any(p.is_meta for p in base.parameters(recurse=False)):
+                hook.pre_forward(base)  # whoever fetched the weights offloads what is there at the end
 
 
-def hold_bias(model: nn.Module, sites: list[str]) -> str | None:
-    """Make a merged model's new biases survive `save_pretrained`: set the config switch, add zero biases beside them.
-
-    Args:
-        model: a plain model whose projections `sites` got a bias they did not have.
-
-    Returns:
-        None when done, else the reason why the architecture cannot hold them (nothing is changed then).
-    """
-    switch = bias_switch(model, sites)
-    if switch is None:
-        family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        return f"the architecture {family!r} has no bias in {sites[0]}, and no config switch for one"
-    part, name, value, added = switch
-    for key, shape in added.items():
-        owner_name, _, leaf = key.rpartition(".")
-        owner = model.get_submodule(owner_name)
-        if getattr(owner, leaf, None) is None:
-            weight: Any = next(iter(owner.parameters(recurse=False)))
-            zeros = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-            setattr(owner, leaf, nn.Parameter(zeros, requires_grad=False))
-    setattr(_configs(model.config)[part], name, value)
-    return None
+def copied(base: nn.Module) -> None:
+    """Give a projection copies of its parameters, for methods that merge in place."""
+    for name, value in base._parameters.items():
+        if value is not None:
+            base._parameters[name] = nn.Parameter(value.detach().clone(), requires_grad=False)
 
 
-@contextmanager
-def _plain(model: nn.Module) -> Iterator[None]:
-    """Merge the model and take peft's wrappers out of it; everything is put back afterwards, bit for bit."""
-    from peft.utils.other import ModulesToSaveWrapper
+def merge_from_inside(outer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """Merge a tuner layer of another method that lies over a JoLA layer: first what is below it, then its own.
 
-    from .jola.layer import JolaLayer
-
-    wrappers: list[tuple[nn.Module, str, Any]] = [
-        (owner, name, child)
-        for owner in model.modules()
-        for name, child in owner._modules.items()
-        if isinstance(child, (JolaLayer, ModulesToSaveWrapper)) and not isinstance(owner, JolaLayer)
-    ]
-    layers = {id(child): child for _, _, child in wrappers if isinstance(child, JolaLayer)}.values()
-    for layer in layers:
-        if layer.merged:
-            raise ValueError(f"{layer.site}: save_merged needs unmerged adapters, got {layer.merged_adapters} merged")
-        mergeable(layer.get_base_layer(), layer.site)
-    config: Any = getattr(model, "config", None)
-    settings = [(part, dict(part.__dict__)) for part in _configs(config).values()] if config is not None else []
-    empty = [(owner, key) for owner in model.modules() for key, value in owner._parameters.items() if value is None]
-    hooked = model.__dict__.pop("peft_config", None)
-    try:
-        for layer in layers:
-            layer.merge()
-        for owner, name, child in wrappers:
-            if isinstance(child, JolaLayer):
-                setattr(owner, name, child.get_base_layer())
-            else:
-                setattr(owner, name, child.modules_to_save[child.active_adapters[0]])
-        unbiased = [layer.site for layer in layers if not layer.had_bias()]
-        created = [site for site in unbiased if model.get_submodule(site).bias is not None]
-        problem = hold_bias(model, created) if created else None
-        if problem:
-            raise ValueError(
-                f"Cannot save a merged model: {problem}. Save the adapter instead, or train with edit='multiplicative'."
-            )
-        yield
-    finally:
-        for owner, name, child in wrappers:
-            setattr(owner, name, child)
-        for layer in layers:
-            layer.unmerge()
-        for owner, key in empty:
-            owner._parameters[key] = None
-        for part, values in settings:
-            part.__dict__.clear()
-            part.__dict__.update(values)
-        if hooked is not None:
-            model.__dict__["peft_config"] = hooked
-
-
-def save_merged(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> None:
-    """Save a model with its active JoLA adapters folded in, for plain transformers; the model itself is unchanged.
-
-    The multiplicative edit always fits. The additive one needs a bias in the projection: where the architecture has
-    none but a config switch for it (`attention_bias` of Llama and others), the switch is set and the biases that come
-    with it are zero.
-
-    Args:
-        model: a `PeftModel` with JoLA adapters, or a model with JoLA layers, not merged.
-        path: folder to write to; its files are replaced only when all new ones are complete.
-        kwargs: passed to `save_pretrained`.
+    It takes the place of `outer.merge`. By itself that would add to a weight that JoLA scales afterwards.
 
     Raises:
-        ValueError: the architecture cannot hold the bias, the base is quantised or sharded, or adapters are merged.
-
-    Example:
-        >>> save_merged(model, "merged")
-        >>> plain = AutoModelForCausalLM.from_pretrained("merged")
+        ValueError: an adapter below is active and is not to be merged, or the projection is offloaded. Nothing is
+            changed then.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with _plain(base), replacing_folder(path) as folder:
-        base.save_pretrained(folder, **kwargs)
+    base, below = outer.get_base_layer(), list(stack(outer.base_layer))
+    if to_merge(outer, adapter_names):
+        for layer in below:
+            refuse_live(layer, adapter_names, type(outer).__name__)
+        if offload_hook(base) is not None:
+            raise ValueError(
+                f"{_site(below)}: cannot merge a {type(outer).__name__} over a JolaLayer while the weights are "
+                "offloaded; load the base model without offloading and merge there"
+            )
+    if any(to_merge(layer, adapter_names) for layer in below):
+        outer.base_layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+    type(outer).merge(outer, safe_merge=safe_merge, adapter_names=adapter_names)
+
+
+def refuse_live(layer: Any, adapter_names: list[str] | None, over: str) -> None:
+    """Refuse to merge over a tuner layer whose active adapters stay unmerged: they would see another input."""
+    live = not_merged(layer, adapter_names)
+    if live:
+        raise ValueError(
+            f"{_site([layer])}: cannot merge a {over} over a {type(layer).__name__} whose active adapters {live} are "
+            "not merged; merge them too (adapter_names=None merges all active ones), or deactivate them"
+        )
+
+
+def _site(layers: list[Any]) -> str:
+    return next((layer.site for layer in layers if hasattr(layer, "site")), type(layers[0]).__name__)

@@ -1,18 +1,31 @@
-"""Saving adapters so that an interruption leaves the old files whole."""
+"""Saving adapters, and models with adapters folded in, so that an interruption leaves the old files whole."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from ._files import replacing_folder
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+from ._files import model_files, replacing_folder
+from ._offload import fetched, whole_state_dict
+from ._peft import check_adapter_name
+from .bias import config_parts, hold_bias
+from .jola.layer import JolaLayer
+from .merge import Kept, copied, mergeable, stack
 
 
 def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> None:
     """Save the adapters of a `PeftModel` as `model.save_pretrained` does, but never half.
 
     `save_pretrained` writes in place, so an interruption there leaves a file cut short (which loading refuses). Here
-    every file is written to a temporary folder and renamed at the end.
+    every file is written to a temporary folder inside `path` and renamed at the end.
 
     Args:
         model: a `PeftModel`.
@@ -20,7 +33,8 @@ def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> Non
         kwargs: passed to `save_pretrained`, for example `selected_adapters`; `safe_serialization` stays True.
 
     Raises:
-        ValueError: path is a file, or pickled weights are asked for.
+        ValueError: path is a file, or a folder with a model of its own (transformers would put the adapter on top of it);
+            an adapter's name is no name for a folder; pickled weights are asked for.
 
     Example:
         >>> save_adapter(model, "adapter")
@@ -28,5 +42,159 @@ def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> Non
     """
     if not kwargs.get("safe_serialization", True):
         raise ValueError("safe_serialization must be True: pickled weights are not written")
-    with replacing_folder(path) as folder:
-        model.save_pretrained(str(folder), **kwargs)
+    for name in kwargs.get("selected_adapters") or model.peft_config:
+        check_adapter_name(name)
+    folder = Path(path)
+    if (folder / "config.json").exists() and any("adapter" not in file.name for file in model_files(folder)):
+        raise ValueError(
+            f"path: expected a folder without a model in it, got {folder}; transformers would load that model and put "
+            "this adapter on top. Choose a folder of its own"
+        )
+    with replacing_folder(folder) as fresh:
+        if (folder / "README.md").is_file():
+            shutil.copy2(folder / "README.md", fresh)  # a model card is extended, not begun anew
+        model.save_pretrained(str(fresh), **kwargs)
+
+
+def save_merged(model: Any, path: str | os.PathLike[str], *, overwrite: bool = False, **kwargs: Any) -> None:
+    """Save a model with its active adapters folded in, for plain transformers; the model itself is unchanged.
+
+    JoLA's multiplicative edit always fits. The additive one needs a bias in the projection: where the architecture has
+    none but a config switch for it (`attention_bias` of Llama and others), the switch is set and the biases that come
+    with it are zero. A warning names runtimes that are known to lose them. LoRA and other adapters that fold into
+    weights are merged too, in the order in which they lie on each other.
+
+    Args:
+        model: a `PeftModel` with JoLA adapters, or a transformers model with JoLA layers, not merged.
+        path: folder to write to; its files are replaced only when all new ones are complete.
+        overwrite: take out the weights and adapters that are in the folder already. A loader would take those for
+            parts of the new model.
+        kwargs: passed to `save_pretrained`.
+
+    Raises:
+        ValueError: there is no JoLA adapter; the architecture cannot hold the bias; the base is quantised or sharded;
+            adapters are merged, or cannot be folded into weights; the folder has weights or adapters in it.
+
+    Example:
+        >>> save_merged(model, "merged")
+        >>> plain = AutoModelForCausalLM.from_pretrained("merged")
+    """
+    base = model
+    while hasattr(base, "get_base_model"):
+        base = base.get_base_model()
+    found = [] if overwrite else model_files(path)
+    if found:
+        names = ", ".join(file.name for file in found[:3]) + ", ..." * (len(found) > 3)
+        raise ValueError(
+            f"path: expected a folder without weights or adapters, got {os.fspath(path)} with {names}; a loader would "
+            "take them for parts of the merged model. Choose another folder, or overwrite=True to take them out"
+        )
+    if not hasattr(base, "save_pretrained"):
+        raise ValueError(
+            f"model: expected a transformers model, got {type(base).__name__}; use model.merge_and_unload()"
+        )
+    with _plain(base), replacing_folder(path, stale=model_files) as folder:
+        base.save_pretrained(folder, **{**whole_state_dict(base), **kwargs})
+
+
+@contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Merge the model and take peft's wrappers out of it; everything is put back afterwards, bit for bit."""
+    wrappers = [
+        (owner, name, child)
+        for owner in model.modules()
+        for name, child in owner._modules.items()
+        if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(owner, BaseTunerLayer)
+    ]
+    tops = {id(child): child for _, _, child in wrappers if isinstance(child, BaseTunerLayer)}
+    stacks: list[list[Any]] = [list(stack(top)) for top in tops.values()]
+    _check(stacks, [child for _, _, child in wrappers if isinstance(child, AuxiliaryTrainingWrapper)])
+    bases = [layers[-1].get_base_layer() for layers in stacks]
+    shared = _shared(model, bases)
+    kept = [Kept(base, layers) for base, layers in zip(bases, stacks)]
+    config: Any = getattr(model, "config", None)
+    settings = [(part, dict(part.__dict__)) for part in config_parts(config).values()] if config is not None else []
+    empty = [(owner, key) for owner in model.modules() for key, value in owner._parameters.items() if value is None]
+    marks: dict[str, Any] = {
+        name: model.__dict__.pop(name) for name in ("peft_config", "_hf_peft_config_loaded") if name in vars(model)
+    }
+    try:
+        for layers, base in zip(stacks, bases):
+            with fetched(base):
+                copied(base)  # other methods merge in place
+                layers[0].merge()
+        for owner, name, child in wrappers:
+            setattr(owner, name, child.get_base_layer() if isinstance(child, BaseTunerLayer) else _trained(child))
+        _untie(model, shared)
+        made = {id(base) for base, before in zip(bases, kept) if base.bias is not None and not before.has_bias}
+        created = [name for name, module in model.named_modules() if id(module) in made]
+        problem = hold_bias(model, created) if created else None
+        if problem:
+            raise ValueError(
+                f"Cannot save a merged model: {problem}. Save the adapter instead, or train with edit='multiplicative'."
+            )
+        yield
+    finally:
+        for owner, name, child in wrappers:
+            setattr(owner, name, child)
+        for layers, base, before in zip(stacks, bases, kept):
+            before.restore(base, layers)
+        for owner, key in empty:
+            owner._parameters[key] = None
+        for part, values in settings:
+            part.__dict__.clear()
+            part.__dict__.update(values)
+        model.__dict__.update(marks)
+
+
+def _check(stacks: list[list[Any]], others: list[Any]) -> None:
+    """Refuse what cannot be folded, before anything is changed."""
+    for layers in stacks:
+        for layer in layers:
+            site = getattr(layer, "site", type(layer).__name__)
+            if layer.merged:
+                raise ValueError(f"{site}: save_merged needs unmerged adapters, got {layer.merged_adapters} merged")
+            if not hasattr(layer, "base_layer"):
+                raise ValueError(
+                    f"{site}: a {type(layer).__name__} cannot be folded into weights, so plain transformers would not "
+                    "compute it; unload that adapter, or save the adapters instead"
+                )
+        mergeable(layers[-1].get_base_layer(), getattr(layers[-1], "site", type(layers[-1]).__name__))
+    if not any(isinstance(layer, JolaLayer) for layers in stacks for layer in layers):
+        raise ValueError("model: expected one with a JoLA adapter, got one without")
+    for other in others:
+        if not isinstance(other, ModulesToSaveWrapper):
+            raise ValueError(f"save_merged knows no plain form of a {type(other).__name__}; save the adapters instead")
+
+
+def _trained(wrapper: Any) -> nn.Module:
+    names = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
+    return wrapper.modules_to_save[names[0]] if names else wrapper.original_module
+
+
+def _shared(model: nn.Module, bases: list[Any]) -> list[tuple[nn.Module, nn.Module]]:
+    """Pairs of modules with one weight, the first of them to be merged."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for value in module._parameters.values():
+            if value is not None:
+                owners.setdefault(id(value), []).append(module)
+    return [(base, other) for base in bases for other in owners[id(base.weight)] if other is not base]
+
+
+def _untie(model: Any, shared: list[tuple[nn.Module, nn.Module]]) -> None:
+    """Tell the config that weights that were one are two now.
+
+    Raises:
+        ValueError: it has no word for it, so that plain transformers would make them one again.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    for base, other in shared:
+        ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+        if any(base is end for end in ends) and any(other is end for end in ends):
+            model.config.tie_word_embeddings = False
+        else:
+            raise ValueError(
+                f"{names[id(base)]}: its weight is also that of {names.get(id(other), 'another module')}, and plain "
+                "transformers would share it again when it loads the merged model; save the adapter instead"
+            )

@@ -99,9 +99,8 @@ def gate_map(model: nn.Module, adapter: str | None = None) -> GateMap:
     parameters = 0
     for layer, name, kind, log_alpha in entries:
         gates = layer.gates(name, training=False)[kind].tolist()
-        index = layer._heads(kind)[name].tolist() if name in layer._heads(kind) else range(layer.num_heads)
         own = rows.setdefault(layer.site, {k: [math.nan] * width for k in KINDS})[kind]
-        for head, gate in zip(index, gates):
+        for head, gate in zip(layer.heads(kind, name), gates):
             own[head] = gate
         parameters += log_alpha.numel() + layer._of(kind)[name].numel()
     sites = tuple(rows)

@@ -186,6 +186,55 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
         CurvatureConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["overwrites", "nan", "shape", "incomplete", "unknown"])
+def test_a_failed_load_leaves_the_network_as_it_was(tmp_path, kind):
+    _tuned().save_pretrained(tmp_path)
+    tensors = safetensors.load_file(tmp_path / WEIGHTS)
+    name = next(key for key in sorted(tensors) if "raw_beta" in key)
+    if kind == "overwrites":
+        tensors["base_model.model.conv.weight"] = torch.zeros(6, 3, 3, 3)
+    elif kind == "nan":
+        tensors[name][0] = float("nan")
+    elif kind == "shape":
+        tensors[name] = tensors[name][:-1].clone()
+    elif kind == "incomplete":
+        del tensors[name]
+    else:
+        tensors[name.replace("relu", "later").replace("head", "later")] = tensors[name].clone()
+    safetensors.save_file(tensors, tmp_path / WEIGHTS)
+    message = {
+        "overwrites": r"would overwrite conv\.weight of the base model",
+        "nan": "got NaN or infinity in .*raw_beta",
+        "shape": r"raw_beta: expected shape",
+        "incomplete": "is incomplete: missing .*raw_beta",
+        "unknown": "does not fit this model: unknown .*later",
+    }[kind]
+    net = _net()
+    expected, state = net(_x()), list(net.state_dict())
+    with pytest.raises(ValueError, match=message):
+        peft.PeftModel.from_pretrained(net, tmp_path)
+    assert list(net.state_dict()) == state
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert torch.equal(net(_x()), expected)
+    model = _tuned(seed=5)
+    before = model(_x())
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(tmp_path, "second")
+    assert list(model.peft_config) == ["default"]
+    assert not any("second" in key for key in model.state_dict())
+    assert torch.equal(model(_x()), before)
+
+
+def test_a_broken_adapter_is_refused_in_the_words_of_peft():
+    model = _tuned()
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "raw_beta" in name)[0] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"
+    ):
+        model.merge_adapter(safe_merge=True)
+
+
 # ------------------------------------------------------------------------------------------------- official checkpoints
 
 

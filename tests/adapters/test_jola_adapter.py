@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -401,6 +402,54 @@ def test_adapters_made_from_one_config_stay_apart():
     assert not model.peft_config["second"].freeze_gates
 
 
+@pytest.fixture
+def any_peft(monkeypatch):
+    """transformers asks for a newer peft than there may be on the index: by its version only, not for what it has."""
+    integration = pytest.importorskip("transformers.integrations.peft")
+    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "0.18.0")
+
+
+def test_no_bound_of_ours_keeps_out_the_peft_that_transformers_asks_for():
+    requirements = pytest.importorskip("packaging.requirements")
+    wanted = pytest.importorskip("transformers.integrations.peft").MIN_PEFT_VERSION
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    for extra, listed in project["optional-dependencies"].items():
+        for requirement in map(requirements.Requirement, listed):
+            assert requirement.name != "peft" or requirement.specifier.contains(wanted), extra
+
+
+@pytest.mark.usefixtures("any_peft")
+def test_transformers_adds_an_adapter_of_its_own():
+    plain = build("llama").eval()
+    before = output(plain, VALUES)
+    torch.manual_seed(2)
+    plain.add_adapter(_config(), "mine")
+    layers = _layers(plain)
+    assert plain.active_adapters() == ["mine"]
+    twin = peft.get_peft_model(build("llama"), _config(init_std=0)).eval()
+    with torch.no_grad():
+        for layer, other in zip(layers, _layers(twin)):
+            for name in layer.adapter_layer_names:
+                getattr(other, name)["default"].copy_(getattr(layer, name)["mine"])
+    edited = output(plain, VALUES)
+    assert torch.equal(edited, output(twin, VALUES))
+    assert not torch.equal(edited, before)
+    assert {p.requires_grad for n, p in plain.named_parameters() if "jola" not in n} == {False}
+    plain.add_adapter(_config(init_std=0), "second")
+    assert torch.equal(output(plain, VALUES), before)
+    plain.set_adapter("mine")
+    assert torch.equal(output(plain, VALUES), edited)
+    plain.disable_adapters()
+    assert torch.equal(output(plain, VALUES), before)
+    plain.enable_adapters()
+    plain.delete_adapter("second")
+    assert torch.equal(output(plain, VALUES), edited)
+    with pytest.raises(ValueError, match="adapter_name must not contain '/'"):
+        plain.add_adapter(_config(), "a/b")
+
+
+@pytest.mark.usefixtures("any_peft")
 def test_transformers_own_adapter_methods_work(tmp_path):
     model, _ = _two()
     expected = output(model, VALUES)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
+import tempfile
+import traceback
+import warnings
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,7 +213,7 @@ def test_tensors_that_do_not_fit_change_nothing(saved, kind):
 @pytest.mark.parametrize("save", ["adapter", "merged"])
 def test_an_interrupted_save_leaves_the_old_files(tmp_path, monkeypatch, save):
     model = _model()
-    write = adapters.save_adapter if save == "adapter" else adapters.save_merged
+    write = adapters.save_adapter if save == "adapter" else partial(adapters.save_merged, overwrite=True)
     write(model, tmp_path / "out")
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert any(name.endswith(".safetensors") for name in before)
@@ -235,6 +242,250 @@ def test_save_merged_needs_unmerged_adapters(tmp_path):
     with pytest.raises(ValueError, match="save_merged needs unmerged adapters"):
         adapters.save_merged(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------- where and over what to save
+
+SAVERS = {"adapter": adapters.save_adapter, "merged": adapters.save_merged}
+
+
+def _reads(kind, folder):
+    if kind == "merged":
+        return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    return peft.PeftModel.from_pretrained(build("llama"), folder).eval()
+
+
+@pytest.mark.parametrize("kind", SAVERS)
+def test_saving_into_a_folder_that_is_elsewhere(tmp_path, kind):
+    model, expected = _model(), output(_model(), VALUES)
+    elsewhere = tmp_path / "mounted"
+    elsewhere.mkdir()
+    (tmp_path / "link").symlink_to(elsewhere)
+    SAVERS[kind](model, tmp_path / "link")
+    torch.testing.assert_close(output(_reads(kind, elsewhere), VALUES), expected, rtol=1e-4, atol=1e-5)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "mounted"]
+    assert not [file.name for file in elsewhere.iterdir() if file.name.startswith(".")]
+
+
+def test_files_go_to_another_file_system_too(tmp_path):
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second file system")
+    with tempfile.TemporaryDirectory(dir=shared) as other:
+        model = _model()
+        model.add_adapter("second", model.peft_config["default"])
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "second").symlink_to(other)
+        adapters.save_adapter(model, tmp_path / "out")
+        assert sorted(os.listdir(other)) == ["adapter_config.json", WEIGHTS]
+        assert torch.equal(output(_reads("adapter", tmp_path / "out"), VALUES), output(model, VALUES))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process of another user")
+@pytest.mark.parametrize("kind", SAVERS)
+def test_only_the_folder_itself_has_to_be_writable(kind):
+    model = _model()
+    with tempfile.TemporaryDirectory() as parent:
+        Path(parent, "out").mkdir()
+        os.chmod(Path(parent, "out"), 0o777)
+        os.chmod(parent, 0o555)
+        child = os.fork()
+        if child == 0:
+            if os.getuid() == 0:
+                os.setgid(65534)
+                os.setuid(65534)  # root may write anywhere
+            try:
+                SAVERS[kind](model, Path(parent, "out"))
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        os.chmod(parent, 0o755)
+        torch.testing.assert_close(
+            output(_reads(kind, f"{parent}/out"), VALUES), output(model, VALUES), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_used_folder_is_refused_and_overwritten_only_on_request(tmp_path):
+    first, second = _model(), _model(init_std=0.6)
+    adapters.save_merged(first, tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    with pytest.raises(ValueError, match=r"got .*out with model\.safetensors.*overwrite=True to take them out"):
+        adapters.save_merged(second, tmp_path / "out", max_shard_size="20KB")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    (tmp_path / "out" / "notes.txt").write_text("kept")
+    adapters.save_merged(second, tmp_path / "out", overwrite=True, max_shard_size="20KB")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert "model.safetensors" not in names
+    assert {"model.safetensors.index.json", "notes.txt"} < names
+    torch.testing.assert_close(
+        output(_reads("merged", tmp_path / "out"), VALUES), output(second, VALUES), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_an_adapter_beside_a_merged_model_would_be_applied_again(tmp_path):
+    model = _model()
+    expected = output(model, VALUES)
+    adapters.save_adapter(model, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"with adapter_config\.json, adapter_model\.safetensors"):
+        adapters.save_merged(model, tmp_path / "out")
+    adapters.save_merged(model, tmp_path / "out", overwrite=True)
+    again = _reads("merged", tmp_path / "out")
+    assert type(again.model.layers[0].self_attn.o_proj) is torch.nn.Linear
+    torch.testing.assert_close(output(again, VALUES), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="expected a folder without a model in it"):
+        adapters.save_adapter(model, tmp_path / "out")
+
+
+def test_an_error_between_two_renames_puts_the_old_files_back(tmp_path, monkeypatch):
+    adapters.save_merged(_model(), tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    replace, left = os.replace, list(range(3))
+
+    def failing(source, destination):
+        if "new" in Path(source).parts and not left:
+            left.append("once")
+            raise OSError("disk full")
+        if left:
+            left.pop()
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="disk full"):
+        adapters.save_merged(_model(init_std=0.6), tmp_path / "out", overwrite=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "/abs", "", " ", "a.b", "a\\b", "C:x", "a\nb", "values", "__base__"])
+@pytest.mark.parametrize("config", [adapters.JolaConfig, adapters.CurvatureConfig])
+def test_names_of_adapters_are_no_paths(name, config):
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()) if config is not adapters.JolaConfig else None
+    base = build("llama") if base is None else base
+    before = list(base.state_dict())
+    with pytest.raises(ValueError, match="adapter_name must"):
+        peft.get_peft_model(base, config(), adapter_name=name)
+    assert list(base.state_dict()) == before
+    model = peft.get_peft_model(base, config())
+    with pytest.raises(ValueError, match="adapter_name must"):
+        model.add_adapter(name, config())
+    assert list(model.peft_config) == ["default"]
+
+
+def test_names_of_foreign_adapters_are_no_paths_when_saved(tmp_path):
+    lora = peft.LoraConfig(target_modules=["q_proj"])
+    model = peft.get_peft_model(build("llama"), lora, adapter_name="up/there")
+    with pytest.raises(ValueError, match="adapter_name must not contain '/', got 'up/there'"):
+        adapters.save_adapter(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------ loads all or nothing
+
+
+def _state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["layers", "overwrites", "nan", "infinity", "shape", "incomplete", "saved module"])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_failed_load_leaves_the_model_as_it_was(tmp_path, kind, trainable):
+    made = _model(modules_to_save=["lm_head"])
+    made.save_pretrained(tmp_path)
+    tensors = safetensors.load_file(tmp_path / WEIGHTS)
+    name = next(key for key in sorted(tensors) if "jola_m" in key)
+    if kind == "layers":
+        tensors[name.replace("layers.0", "layers.2")] = tensors[name].clone()
+    elif kind == "overwrites":
+        tensors["base_model.model.model.norm.weight"] = torch.zeros(32)
+    elif kind in ("nan", "infinity"):
+        tensors[name][0, 0] = float("nan" if kind == "nan" else "inf")
+    elif kind == "shape":
+        tensors[name] = tensors[name][:-1].clone()
+    elif kind == "incomplete":
+        del tensors[name]
+    else:
+        tensors["base_model.model.lm_head.weight"] = torch.zeros(3, 32)
+    safetensors.save_file(tensors, tmp_path / WEIGHTS)
+    message = {
+        "layers": r"does not fit this model: unknown \['model\.layers\.2",
+        "overwrites": r"would overwrite model\.norm\.weight of the base model",
+        "nan": "expected finite values, got NaN or infinity in .*jola_m",
+        "infinity": "expected finite values, got NaN or infinity in .*jola_m",
+        "shape": r"o_proj\.jola_m: expected shape \(4, 8\), got \(3, 8\)",
+        "incomplete": r"is incomplete: missing .*jola_m",
+        "saved module": r"lm_head\.weight: expected shape \(64, 32\), got \(3, 32\)",
+    }[kind]
+    base = build("llama")
+    state, flags = _state(base), [p.requires_grad for p in base.parameters()]
+    with pytest.raises(ValueError, match=message):
+        peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=trainable)
+    assert {type(module) for module in base.modules()} == {type(module) for module in build("llama").modules()}
+    assert [p.requires_grad for p in base.parameters()] == flags
+    assert all(torch.equal(value, state[key]) for key, value in base.state_dict().items())
+    model = _model(init_std=0.7)
+    state = _state(model)
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(tmp_path, "second", is_trainable=trainable)
+    assert list(model.peft_config) == ["default"]
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_configuration_can_be_used_without_its_weights(saved):
+    folder, _ = saved
+    config = adapters.JolaConfig.from_pretrained(folder)
+    other = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**build("llama").config.to_dict() | {"num_hidden_layers": 3})
+    )
+    with pytest.raises(ValueError, match="is incomplete"):
+        peft.get_peft_model(other, config)
+    model = peft.get_peft_model(other, dataclasses.replace(config))
+    assert sum(isinstance(module, adapters.JolaLayer) for module in model.modules()) == 3
+
+
+def test_resized_embeddings_are_loaded_with_a_warning(tmp_path):
+    base = build("llama")
+    base.resize_token_embeddings(70)
+    model = peft.get_peft_model(base, adapters.JolaConfig(task_type="CAUSAL_LM", init_std=0.3)).eval()
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    expected = output(model, VALUES)
+    again = build("llama")
+    again.resize_token_embeddings(70)
+    with pytest.warns(UserWarning, match="replaces the base model's embeddings"):
+        loaded = peft.PeftModel.from_pretrained(again, tmp_path).eval()
+    assert torch.equal(output(loaded, VALUES), expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ runtimes
+
+
+@pytest.mark.parametrize("how", ["save_merged", "merge_and_unload"])
+def test_a_runtime_that_loses_the_additive_edits_is_named(tmp_path, how):
+    def merge(**values):
+        torch.manual_seed(2)
+        config = adapters.JolaConfig(task_type="CAUSAL_LM", init_std=0.3, **values)
+        model = peft.get_peft_model(build("qwen3"), config).eval()
+        if how == "save_merged":
+            adapters.save_merged(model, tmp_path / values.get("edit", "both"))
+        else:
+            model.merge_and_unload()
+
+    with pytest.warns(UserWarning, match=r"vLLM builds .* without a bias .* Do not serve .* edit='multiplicative'"):
+        merge()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(vLLM|llama.cpp).*")
+        merge(edit="multiplicative")
+        adapters.save_merged(_model(), tmp_path / "llama")
+
+
+def test_every_row_of_the_table_of_runtimes_is_a_family_that_gets_a_bias():
+    from ctkernels.adapters.runtimes import BIAS_LOSSES, losses
+
+    assert losses("llama") == []
+    for family, rows in BIAS_LOSSES.items():
+        assert transformers.AutoConfig.for_model(family).attention_bias is False
+        assert [text.split()[0] for text in losses(family)] == list(rows)
 
 
 def _official(layers=2, heads=4, size=8):

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...steering.unit import unit, unit_arguments
+from .._offload import keep_resident
 from .batch import index_of, names_for, neutral_logits
 from .config import CurvatureConfig
 from .layout import Channels
@@ -75,7 +76,7 @@ class CurvatureLayer(nn.Module, BaseTunerLayer):
         for table, value in zip((self.curvature_raw_beta, self.curvature_raw_coeff), config.start(self.activation)):
             logit = math.log(value) - math.log1p(-value)
             raw = torch.full((1 if channels is None else channels.size,), logit, dtype=torch.float32)
-            if self.device is not None and raw.device.type != "meta":
+            if self.device is not None and "meta" not in (raw.device.type, self.device.type):
                 raw = raw.to(self.device)
             table[adapter_name] = nn.Parameter(raw)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -106,8 +107,15 @@ class CurvatureLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         for table in (self.curvature_raw_beta, self.curvature_raw_coeff):
-            if adapter_name in table and table[adapter_name].device.type != "meta":
-                table[adapter_name] = table[adapter_name].to(device or self.device)
+            target = device or self.device
+            known = target is not None and target.type != "meta"  # an offloaded model is there while it does not run
+            if known and adapter_name in table and table[adapter_name].device.type != "meta":
+                table[adapter_name] = table[adapter_name].to(target)
+
+    def keep_resident(self) -> None:
+        """Take back parameters of adapters that accelerate offloads."""
+        for layer in (self, *self.curvature_source.values()):
+            keep_resident((layer.curvature_raw_beta, layer.curvature_raw_coeff))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CurvatureLayer:
         device = fn(torch.empty(0, device=self.device)).device  # where a later adapter goes
@@ -157,6 +165,7 @@ class CurvatureLayer(nn.Module, BaseTunerLayer):
     def _values(self) -> tuple[tuple[Tensor, Tensor], Channels | None]:
         name = self.adapter_in_use()
         assert name is not None
+        self.keep_resident()
         beta, coeff = self.parameters_of(name)
         return (beta.detach(), coeff.detach()) if self.merged else (beta, coeff), self.curvature_channels[name]
 
@@ -173,7 +182,10 @@ class CurvatureLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"{self.site}: one adapter can be merged, got {[*self.merged_adapters, *names]}")
         for name in names:
             if safe_merge and not all(bool(raw.isfinite().all()) for raw in self.parameters_of(name)):
-                raise ValueError(f"{self.site}: adapter {name!r} has parameters that are not finite")
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: its parameters at "
+                    f"{self.site} are not finite"
+                )
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ...steering.activations import ACTIVATIONS
 from ...steering.surgery import operate
 from ...steering.survey import Site, survey
+from .._offload import drop_offloading, offload_memo
 
 _AXIS = "_ctu_channel_axis"  # on a tensor: where its channels are, counted from the end
 
@@ -195,9 +196,15 @@ def _quiet(name: str) -> Iterator[None]:
 
 def _copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of ``model`` whose tensors are fake; they are shared where the model's are."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        fake = mode.from_tensor(tensor.detach(), static_shapes=True)
+    memo: dict[int, Any] = offload_memo(model)
+    tensors = (*model.parameters(), *model.buffers())
+    device = next((tensor.device for tensor in tensors if not tensor.is_meta), None)
+    for tensor in tensors:
+        if tensor.is_meta and device is not None:  # offloaded: it comes to the others to compute
+            with mode:
+                fake = torch.empty_like(tensor, device=device)
+        else:
+            fake = mode.from_tensor(tensor.detach(), static_shapes=True)
         memo[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
     try:
         twin = copy.deepcopy(model, memo)
@@ -206,6 +213,7 @@ def _copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
             f"model: expected one that can be copied, to find its channels, got {type(error).__name__}: {error}; "
             "give layout in CurvatureConfig, or granularity='layer'"
         ) from error
+    drop_offloading(twin)
     return twin
 
 
@@ -214,7 +222,8 @@ def _copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 def _inputs(model: nn.Module, shape: tuple[int, ...] | None, batch: int) -> Iterator[dict[str, Any]]:
     """Arguments to try, each a function that makes the tensor; "" is the first positional argument."""
-    first: Any = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    floats = [p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()] or [torch.empty(0)]
+    first = next((p for p in floats if not p.is_meta), floats[0])
 
     def images(*size: int) -> Any:
         return lambda: torch.empty(batch, *size, dtype=first.dtype, device=first.device)

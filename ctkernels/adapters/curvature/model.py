@@ -21,7 +21,8 @@ from ...steering.activations import ACTIVATIONS, select
 from ...steering.handle import listed, nothing_found
 from ...steering.surgery import MODULE, Copy, Edit, operate, undo
 from ...steering.survey import Miss, Plan, Site, is_steered, survey
-from .._peft import check_state_dict
+from .._config import saved_shapes
+from .._peft import check_adapter_name, check_saved, check_state_dict
 from .batch import BASE, adapters_by_sample, check_names
 from .config import CurvatureConfig
 from .layer import CurvatureLayer, FixedUnit, Original
@@ -78,6 +79,7 @@ class CurvatureModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model; the first one also puts the layers in."""
         name: Any = kwargs.get("adapter_name", args[0] if args else None)
+        check_adapter_name(name)
         config: Any = self.peft_config[name]
         if any(other is config for key, other in self.peft_config.items() if key != name):
             self.peft_config[name] = config = copy.copy(config)
@@ -103,6 +105,20 @@ class CurvatureModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        shapes: dict[str, torch.Size] = {}
+        for key in self._targets:
+            _, channels = self._groups[id(model.get_submodule(key))]
+            size = torch.Size((1 if channels is None else channels.size,))
+            shapes |= {f"{key}.{table}": size for table in CurvatureLayer.adapter_layer_names}
+        check_saved(saved_shapes(peft_config), shapes, model, peft_config)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        surgery = surgery_of(self.model)
+        for layer in surgery.layers.values() if surgery is not None else ():
+            layer.keep_resident()  # loading onto an offloaded model offloads the adapter too
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         # The sites are chosen in `_plan`; peft warns if an adapter excludes something and no module is of this type.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
 from ...functional import hard_concrete, head_edit
-from ..merge import folded, mergeable
+from .._offload import fetched, home, keep_resident
+from ..merge import Kept, copied, folded, merge_from_inside, mergeable, refuse_live, stack, to_merge
 from ..parallel import local_heads
 from ..sites import linear_shape
 from .calls import take_edit
@@ -55,13 +60,16 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         self.site = site
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
-        self.jola_heads_m = BufferDict(persistent=False)
-        self.jola_heads_a = BufferDict(persistent=False)
+        # Which heads an adapter edits, where not all. No tensors: those lose their values when a model passes through the
+        # meta device, and no checkpoint has them.
+        self.jola_heads_m: dict[str, tuple[int, ...]] = {}
+        self.jola_heads_a: dict[str, tuple[int, ...]] = {}
         self.jola_config: dict[str, JolaConfig] = {}
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters: list[str] = []
-        self._originals: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        self._kept: Kept | None = None  # what merging replaced
+        self._paused: list[str] = []  # merged again when adapters are enabled
         self._watches: list[RemovableHandle] = []
 
     # ---- adapters ----
@@ -77,7 +85,7 @@ class JolaLayer(nn.Module, BaseTunerLayer):
             self._of(kind)[adapter_name] = nn.Parameter(nn.init.normal_(vectors, std=config.init_std))
             self._log_alpha(kind)[adapter_name] = nn.Parameter(torch.full((count,), float(config.init_log_alpha)))
             if heads is not None:
-                self._heads(kind)[adapter_name] = torch.tensor(heads, dtype=torch.long)
+                self._heads(kind)[adapter_name] = tuple(heads)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -91,12 +99,40 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         super().set_requires_grad(adapter_names, requires_grad)
         self._keep_gates_frozen()
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters on or off. Off, a forward unmerges them; on, those that are not active are merged again."""
+        super().enable_adapters(enabled)
+        self._keep_gates_frozen()
+        if enabled and self._paused:
+            self.merge(adapter_names=self._paused)
+            self._paused = []
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter.
+
+        Raises:
+            ValueError: it is merged.
+        """
+        if adapter_name in self.merged_adapters:
+            raise ValueError(
+                f"{self.site}: cannot delete adapter {adapter_name!r} while it is merged; unmerge it first"
+            )
+        super().delete_adapter(adapter_name)
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # some peft versions cast every buffer to the base layer's dtype, which would round head indices
-        heads = {kind: self._heads(kind)[adapter_name] for kind in KINDS if adapter_name in self._heads(kind)}
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        for kind, index in heads.items():
-            self._heads(kind)[adapter_name] = index.to(self._heads(kind)[adapter_name].device)
+        # never to the meta device, where an offloaded base layer is while it does not run
+        device = device or home(self.get_base_layer())
+        if device is not None:
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
+    def keep_resident(self) -> None:
+        """Take back parameters of adapters that accelerate offloads."""
+        keep_resident([self._modules[name] for name in self.adapter_layer_names])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> JolaLayer:
+        if self._kept is not None:
+            self._kept.apply(fn)
+        return super()._apply(fn, recurse)
 
     def _keep_gates_frozen(self) -> None:
         for name, config in self.jola_config.items():
@@ -107,10 +143,9 @@ class JolaLayer(nn.Module, BaseTunerLayer):
 
     def keep_heads(self, adapter_name: str, kind: str, heads: list[int]) -> None:
         """Drop every head but `heads` (indices among all heads) from one edit of an adapter."""
-        old = self._heads(kind)[adapter_name].tolist() if adapter_name in self._heads(kind) else range(self.num_heads)
-        rows = [list(old).index(head) for head in heads]
-        if adapter_name in self._heads(kind):
-            del self._heads(kind)[adapter_name]
+        old = self.heads(kind, adapter_name)
+        rows = [old.index(head) for head in heads]
+        self._heads(kind).pop(adapter_name, None)
         for table in (self._of(kind), self._log_alpha(kind)):
             parameter = table[adapter_name]
             del table[adapter_name]
@@ -118,7 +153,7 @@ class JolaLayer(nn.Module, BaseTunerLayer):
                 kept = parameter.detach()[rows].clone()
                 table[adapter_name] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
         if rows:
-            self._heads(kind)[adapter_name] = torch.tensor(heads, dtype=torch.long, device=kept.device)
+            self._heads(kind)[adapter_name] = tuple(heads)
 
     def _of(self, kind: str) -> nn.ParameterDict:
         return self.jola_m if kind == "m" else self.jola_a
@@ -126,8 +161,12 @@ class JolaLayer(nn.Module, BaseTunerLayer):
     def _log_alpha(self, kind: str) -> nn.ParameterDict:
         return self.jola_log_alpha_m if kind == "m" else self.jola_log_alpha_a
 
-    def _heads(self, kind: str) -> BufferDict:
+    def _heads(self, kind: str) -> dict[str, tuple[int, ...]]:
         return self.jola_heads_m if kind == "m" else self.jola_heads_a
+
+    def heads(self, kind: str, adapter_name: str) -> tuple[int, ...]:
+        """The heads, in order, that the rows of an adapter's parameters belong to."""
+        return self._heads(kind).get(adapter_name, tuple(range(self.num_heads)))
 
     # ---- what others read of a projection ----
 
@@ -201,9 +240,14 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         """Place the rows of the edited heads among all heads, zeros elsewhere."""
         if adapter_name not in self._heads(kind):
             return value
+        lengths, gaps = _runs(self._heads(kind)[adapter_name], self.num_heads)
         shape = list(value.shape)
-        shape[dim] = self.num_heads
-        return value.new_zeros(shape).index_copy(dim, self._heads(kind)[adapter_name], value)
+        shape[dim] = max(gaps)
+        zeros = value.new_zeros(shape)
+        pieces = [zeros.narrow(dim, 0, gaps[0])]
+        for piece, gap in zip(value.split(lengths, dim), gaps[1:]):
+            pieces += [piece, zeros.narrow(dim, 0, gap)]
+        return torch.cat(pieces, dim)
 
     def _operands(self, adapter_name: str, gates: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         vectors = {kind: self._spread(self._of(kind)[adapter_name], adapter_name, kind, 0) for kind in gates}
@@ -282,10 +326,13 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         """Edit the heads in `x` (..., heads * head_dim) and project."""
         note_call(self)
         adapter_names = kwargs.pop("adapter_names", None)
+        self.keep_resident()
         if take_edit(self):
             pass
         elif self.disable_adapters:
             if self.merged:
+                if set(self.merged_adapters) != {name for name in self.active_adapters if name in self.jola_config}:
+                    self._paused = self._merged_names()
                 self.unmerge()
         elif adapter_names is not None:
             if self.merged:
@@ -298,6 +345,9 @@ class JolaLayer(nn.Module, BaseTunerLayer):
             for name in self.active_adapters:
                 if name in self.jola_config:
                     x = self.edit(x, name)
+        elif isinstance(self.base_layer, BaseTunerLayer):
+            for layer in self._below():
+                refuse_live(layer, [], "merged JolaLayer")
         return self.base_layer(x, *args, **kwargs)
 
     # ---- merging ----
@@ -308,7 +358,7 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         base: Any = self.get_base_layer()
         weight = base.weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        p = torch.ones(self.num_heads, self.head_dim, dtype=dtype, device=weight.device)
+        p = torch.ones(self.num_heads, self.head_dim, dtype=dtype, device=home(base) or weight.device)
         q = torch.zeros_like(p)
         for name in adapter_names:
             vectors, gates = self._operands(name, self.gates(name, training=False))
@@ -318,45 +368,130 @@ class JolaLayer(nn.Module, BaseTunerLayer):
                 q = q + vectors["a"].to(p) * gates["a"].to(p).unsqueeze(-1)
         return p.flatten(), q.flatten()
 
+    def check_merge(self, adapter_names: list[str] | None = None) -> list[str]:
+        """Check that adapters can be merged; nothing is changed.
+
+        Returns:
+            the names, among `adapter_names` or the active ones, that would be merged.
+
+        Raises:
+            ValueError: the projection is quantised or sharded, or an active adapter below this layer is not to be merged.
+        """
+        names = to_merge(self, adapter_names)
+        if names:
+            mergeable(self.get_base_layer(), self.site)
+            for layer in self._below():
+                refuse_live(layer, adapter_names, "JolaLayer")
+        return names
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the projection: `W <- W diag(p)`, `b <- b + W q`, computed in fp32 or wider.
 
-        New parameters take the place of the old ones, which are kept for `unmerge`; a weight tied to another module
-        is untied here. A bias is created only if q is not zero.
+        Adapters of other methods below this layer are merged first. New parameters take the place of the old ones, which
+        are kept for `unmerge` (and cast and moved with the layer); a weight tied to another module is untied here. A bias
+        is created only if q is not zero. Merging more adapters later begins anew from the original parameters.
 
         Raises:
-            ValueError: the projection is quantised or sharded, or `safe_merge` met a non-finite value. Nothing is
-                changed then.
+            ValueError: the projection is quantised or sharded, an active adapter below this layer is not to be merged,
+                or `safe_merge` met a non-finite value. Nothing is changed then.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.jola_config]
+        names = self.check_merge(adapter_names)
         if not names:
             return
-        base: Any = self.get_base_layer()
-        mergeable(base, self.site)
-        originals = self._originals or (base.weight, base.bias)
-        p, q = self.factors([*self.merged_adapters, *names])
-        weight, bias = folded(base, originals[0], originals[1], p, q)
-        if safe_merge and not all(bool(value.isfinite().all()) for value in (weight, bias) if value is not None):
-            raise ValueError(f"{self.site}: merging {names} gives values that are not finite")
-        self._originals = originals
-        base.weight = nn.Parameter(weight, requires_grad=False)
-        base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.merged_adapters.extend(names)
+        before, jola = self._merged_names(), list(self.merged_adapters)
+        wanted = None if adapter_names is None else [*before, *adapter_names]
+        if self.merged:
+            check_adapters_to_merge(self, adapter_names)  # peft's warning
+            self.unmerge()
+        try:
+            self._fold([*jola, *names], wanted, safe_merge)
+        except BaseException:
+            if jola:
+                self._fold(jola, before, False)
+            raise
 
-    def had_bias(self) -> bool:
+    def _fold(self, names: list[str], below: list[str] | None, safe_merge: bool) -> None:
+        """Fold `names` into the original parameters, and before them what is below (names; None for what is active)."""
+        base: Any = self.get_base_layer()
+        layers = self._below()
+        kept = Kept(base, layers)
+        try:
+            with fetched(base):
+                if any(to_merge(layer, below) for layer in layers):
+                    copied(base)  # other methods merge in place
+                    layers[0].merge(safe_merge=safe_merge, adapter_names=below)
+                weight, bias = folded(base, base.weight, base.bias, *self.factors(names))
+                if safe_merge and not all(bool(v.isfinite().all()) for v in (weight, bias) if v is not None):
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "
+                        f"{self.site} would get values that are not finite"
+                    )
+                base.weight = nn.Parameter(weight, requires_grad=False)
+                base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        except BaseException:
+            kept.restore(base, layers)
+            raise
+        self._kept = kept
+        self.merged_adapters[:] = names
+
+    def _below(self) -> list[Any]:
+        """Tuner layers of other methods on the same projection, below this one, from the outside in."""
+        return list(stack(self.base_layer))
+
+    def _merged_names(self) -> list[str]:
+        """What `merge` merged, here and below."""
+        below = [] if self._kept is None else self._kept.merged_since(self._below())
+        return [*self.merged_adapters, *(name for names in below for name in names)]
+
+    def has_own_bias(self) -> bool:
         """Whether the projection has a bias of its own, not made by merging."""
-        bias = getattr(self.get_base_layer(), "bias", None) if self._originals is None else self._originals[1]
-        return bias is not None
+        if self._kept is not None:
+            return self._kept.has_bias
+        return getattr(self.get_base_layer(), "bias", None) is not None
 
     def unmerge(self) -> None:
-        """Put the original parameters back, the same objects with the same bits."""
-        if self._originals is not None:
-            base: Any = self.get_base_layer()
-            base.weight, base.bias = self._originals
-            self._originals = None
+        """Put the original parameters back, the same objects with the same bits, where the layer is now.
+
+        What is merged over this layer is unmerged first.
+        """
+        if self._kept is None:
+            warnings.warn(f"{self.site}: nothing is merged, so there is nothing to unmerge", UserWarning, stacklevel=2)
+            return
+        above = self.__dict__.get("_above")
+        if above is not None and above.merged and any(layer is self for layer in stack(above)):
+            above.unmerge()
+        self._kept.restore(self.get_base_layer(), self._below())
+        self._kept = None
         self.merged_adapters.clear()
 
     def extra_repr(self) -> str:
         """Heads and head size, shown when the model is printed."""
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}"
+
+
+def _runs(heads: tuple[int, ...], count: int) -> tuple[list[int], list[int]]:
+    """The lengths of runs of neighbours among `heads`, and of the gaps before, between and after them."""
+    lengths, gaps = [1], [heads[0]]
+    for left, right in pairwise(heads):
+        if right == left + 1:
+            lengths[-1] += 1
+        else:
+            lengths.append(1)
+            gaps.append(right - left - 1)
+    return lengths, [*gaps, count - heads[-1] - 1]
+
+
+def _covered(owner: nn.Module, name: str, module: nn.Module | None) -> None:
+    """See that a tuner layer put over a JoLA layer merges what is below it first, and is unmerged before it.
+
+    peft merges from the outside in, which is right only for methods that all add to the weight.
+    """
+    if name == "base_layer" and isinstance(owner, BaseTunerLayer) and not isinstance(owner, JolaLayer):
+        for below in stack(module):
+            if isinstance(below, JolaLayer):
+                owner.merge = partial(merge_from_inside, owner)  # type: ignore[method-assign]
+                below.__dict__["_above"] = owner  # no child of it
+
+
+register_module_module_registration_hook(_covered)

@@ -8,21 +8,24 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .._peft import check_state_dict
-from ..merge import hold_bias, mergeable
+from .._config import saved_shapes
+from .._peft import check_adapter_name, check_saved, check_state_dict
+from ..bias import hold_bias
+from ..merge import to_merge
 from ..sites import default_targets, head_layout, near_misses, unused_sites, unwrapped
 from .config import JolaConfig
 from .coverage import left_out
-from .layer import JolaLayer
+from .layer import KINDS, JolaLayer
 
 
 class JolaModel(BaseTuner):
@@ -70,11 +73,17 @@ class JolaModel(BaseTuner):
         unused = probe.unused(sites)
         if unused:
             raise ValueError(f"layers_to_transform and heads name {unused}, where no module is to be edited")
+        shapes: dict[str, torch.Size] = {}
         for name in sites:
             module = model.get_submodule(name)
             base = module.get_base_layer() if isinstance(module, JolaLayer) else module
-            heads, _ = head_layout(model, name, base, peft_config.head_dim)
-            peft_config.heads_of(name, heads)
+            heads, size = head_layout(model, name, base, peft_config.head_dim)
+            for kind, edited in zip(KINDS, peft_config.heads_of(name, heads)):
+                count = heads if edited is None else len(edited)
+                if count:
+                    shapes[f"{name}.jola_{kind}"] = torch.Size((count, size))
+                    shapes[f"{name}.jola_log_alpha_{kind}"] = torch.Size((count,))
+        check_saved(saved_shapes(peft_config), shapes, model, peft_config)
         if peft_config.target_modules is None:
             _warn_of_missed(model, peft_config, sites)
         for name, reason in unused_sites(model).items():
@@ -114,9 +123,16 @@ class JolaModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
         layer.watch(parent)
 
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        if isinstance(new_module, JolaLayer):
+            setattr(parent, child_name, new_module)  # peft would move its parameters to the base's device, even to meta
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model, also where one projection is registered under several names."""
         name: Any = kwargs.get("adapter_name", args[0] if args else None)
+        check_adapter_name(name)
         config = self.peft_config[name]
         if any(other is config for key, other in self.peft_config.items() if key != name):
             self.peft_config[name] = copy.copy(config)  # freezing and dropping heads change one adapter's config
@@ -129,36 +145,98 @@ class JolaModel(BaseTuner):
                         setattr(owner, leaf, wrappers[id(child)])
                         wrappers[id(child)].watch(owner)
 
-    # ---- merging, taking layers out ----
+    # ---- switching, merging, taking layers out ----
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        for layer in jola_layers(self.model):
+            layer.keep_resident()  # loading onto an offloaded model offloads the adapter too
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter.
+
+        Raises:
+            ValueError: there is none of that name, or it is merged.
+        """
+        for layer in jola_layers(self.model):
+            if adapter_name in layer.merged_adapters:
+                raise ValueError(f"cannot delete adapter {adapter_name!r} while it is merged; unmerge it first")
+        super().delete_adapter(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into every layer, or into none if one cannot be merged."""
+        """Merge adapters into every layer, or into none if one cannot be merged.
+
+        Raises:
+            ValueError: there is no adapter of a name, or a layer cannot be merged (see `JolaLayer.merge`).
+        """
+        self._check_merge_allowed()
+        tuners: list[Any] = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        known = {name for layer in tuners for name in layer._get_available_adapters()}
+        unknown = [name for name in adapter_names or [] if name not in known]
+        if unknown:
+            raise ValueError(f"adapter_names must be among {sorted(known)}, got {unknown}")
+        with self._all_or_none(adapter_names, safe_merge) as done:
+            for layer in tuners:
+                if to_merge(layer, adapter_names):
+                    with onload_layer(layer):
+                        done.append(layer)
+                        layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Put the original weights back, bit for bit."""
+        for layer in [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]:
+            if layer.merged:
+                with nullcontext() if isinstance(layer, JolaLayer) else onload_layer(layer):
+                    layer.unmerge()
+
+    @contextmanager
+    def _all_or_none(self, adapter_names: list[str] | None, safe_merge: bool) -> Iterator[list[Any]]:
+        """Merge the JoLA layers; an error there or in the block takes it back, and what the block says it merged."""
         layers = list(jola_layers(self.model))
-        before = [list(layer.merged_adapters) for layer in layers]
         for layer in layers:
-            mergeable(layer.get_base_layer(), layer.site)
+            layer.check_merge(adapter_names)
+        before = [(layer, list(layer.merged_adapters)) for layer in layers]
+        done: list[Any] = []
         try:
-            super().merge_adapter(adapter_names, safe_merge)
-        except ValueError:
-            for layer, names in zip(layers, before):
+            for layer in layers:
+                layer.merge(safe_merge, adapter_names)
+            yield done
+        except BaseException:
+            for tuner in reversed(done):
+                if tuner.merged:
+                    tuner.unmerge()
+            for layer, names in before:
                 if layer.merged_adapters != names:
                     layer.unmerge()
                     if names:
                         layer.merge(adapter_names=names)
             raise
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if hasattr(self.model, "get_base_model"):
+            raise ValueError(
+                "model: expected a model with one PeftModel around it, got one inside another, which peft takes apart "
+                "only halfway; save_merged saves it merged"
+            )
         layers = list(jola_layers(self.model))
-        for layer in layers:
-            if merge:
-                mergeable(layer.get_base_layer(), layer.site)
-            else:
-                layer.unmerge()
+        unbiased = [layer.site for layer in layers if not layer.has_own_bias()]
+        if merge:
+            with self._all_or_none(adapter_names, safe_merge):
+                pass
+        else:
+            for layer in layers:
+                if layer.merged:
+                    layer.unmerge()
         for layer in layers:
             layer.unwatch()
-        unbiased = [layer.site for layer in layers if not layer.had_bias()]
         unload: Any = super()._unload_and_optionally_merge
-        model = unload(merge, *args, **kwargs)
+        model = unload(merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
         for owner in model.modules():  # a projection registered under several names
             for name, child in owner.named_children():
                 if isinstance(child, JolaLayer):
