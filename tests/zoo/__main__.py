@@ -36,13 +36,15 @@ def main() -> int:
         found.append(one)
         counts = f"{one.sites:4} steered {one.missed:3} missed {one.fused:4} fused {one.left:3} left {one.adapted:4} adapted"
         print(f"{i + 1:3}/{len(groups)} {one.name:42} {one.size:4} {counts} {one.seconds:6.1f} s", flush=True)
+        if one.skipped:
+            print(f"        not looked at: {one.skipped}", flush=True)
         for line in one.failures:
             print(f"        {line}", flush=True)
         if options.json:
             options.json.write_text(json.dumps([dataclasses.asdict(f) for f in found], indent=1) + "\n")
     failed = [one for one in found if one.failures]
     crashed = sum("interpreter ended" in line for one in failed for line in one.failures)
-    print(f"{len(found)} architectures, {len(failed)} with findings, {crashed} crashes")
+    print(f"{sum(not one.skipped for one in found)} architectures, {len(failed)} with findings, {crashed} crashes")
     return 1 if failed else 0
 
 

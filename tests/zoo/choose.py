@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+MOST = 200_000_000  # parameters: 13 GB in float64, four times over
 SIZES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 384, 448, 512)
 
 
@@ -47,6 +48,8 @@ def smallest(module: str, names: list[str]) -> Architecture:
     if not counts:
         raise LookupError(f"{module}: none of {names} can be built on the meta device: {refused}")
     count, name = min(counts)
+    if count > MOST:
+        raise LookupError(f"{name}: {count / 1e6:.0f} million parameters, at most {MOST / 1e6:.0f} fit")
     for size in SIZES:
         for arguments in ({}, {"img_size": size}):
             try:

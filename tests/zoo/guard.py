@@ -49,8 +49,8 @@ def _guarded(context: multiprocessing.context.ForkServerContext, group: Group, s
     if process.is_alive():
         process.kill()
     process.join()
-    if isinstance(chosen, str):  # no model to be had
-        failed.failures = [chosen]
+    if isinstance(chosen, str):  # too large, or no model to be had
+        failed.failures, failed.skipped = [], chosen
     elif isinstance(chosen, Architecture):
         failed = dataclasses.replace(failed, name=chosen.name, size=chosen.size)
     found = found or failed
@@ -65,7 +65,7 @@ def _work(group: Group, connection: Connection) -> None:
     try:
         chosen = smallest(*group)
     except LookupError as error:
-        connection.send(f"not looked at: {error}")
+        connection.send(str(error))
         return
     connection.send(chosen)
     connection.send(check(chosen))
