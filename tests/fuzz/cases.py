@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -11,6 +11,9 @@ from .tensors import SPECIAL, Spec
 
 DTYPES = ("float32", "float32", "float64", "bfloat16", "float16")
 MEMBERS = ("relu", "silu", "leaky_relu", "prelu", "relu6", "gelu")
+OPTIONS = ("channel_dim", "activation", "eps", "head_dim", "head_axis", "window", "scale", "implementation", "temperature", "stretch",
+           "estimator")  # fmt: skip
+BROKEN = "an argument is wrong: "
 OPS = ("ctu", "head_edit", "hard_concrete", "expected_l0", "attention_head_edit")
 
 
@@ -59,23 +62,84 @@ def draw(seed: int | str, number: int, op: str | None = None, backends: tuple[st
     specs = case.specs.values()
     if case.options.get("inplace") and mode == "grad" and any(s.grad for s in specs):
         mode = "no_grad"
-    return _judged(
-        Case(
-            case.op,
-            case.arguments,
-            case.options,
-            random.choice(backends),
-            mode,
-            random.choices(("normal", "zero", "expanded"), (8, 1, 1))[0],
-            random.choices((1, 2, 3), (8, 1, 1))[0] if max(s.count for s in specs) > 4000 else 1,
-        )
+    case = Case(
+        case.op,
+        case.arguments,
+        case.options,
+        random.choice(backends),
+        mode,
+        random.choices(("normal", "zero", "expanded"), (8, 1, 1))[0],
+        random.choices((1, 2, 3), (8, 1, 1))[0] if max(s.count for s in specs) > 4000 else 1,
     )
+    return _broken(random, case) if random.random() < 0.08 else judged(case)
 
 
-def _judged(case: Case) -> Case:
+def _broken(random: Random, case: Case) -> Case:
+    """The call with one argument that the documentation excludes."""
+    first = next(iter(case.arguments))
+    spec = case.arguments[first]
+    arguments, options = dict(case.arguments), dict(case.options)
+    ways: dict[str, tuple[str, Any]] = {
+        "no tensor": (first, random.choice((None, 1.0, [1.0], "x"))),
+        "of integers": (first, Spec(spec.shape, "int64", spec.strides, spec.offset, "index", 3)),
+    }
+    if case.op == "ctu":
+        long = (*spec.shape, 2)
+        ways |= {
+            "beta above 1": ("beta", 1.5),
+            "beta below 0": ("beta", -0.1),
+            "beta no number": ("beta", random.choice((float("nan"), "0.5", None, True))),
+            "coeff of two dimensions": ("coeff", Spec((2, 2), "float32", (2, 1))),
+            "coeff of other length": ("coeff", Spec((spec.shape[0] + 2 if spec.shape else 2,), "float32", (1,))),
+            "channel_dim out of range": ("channel_dim", random.choice((len(spec.shape), -len(spec.shape) - 1))),
+            "channel_dim no int": ("channel_dim", random.choice((0.0, "1", True))),
+            "activation unknown": ("activation", random.choice(("tanh", "", None, "ReLU"))),
+            "eps negative": ("eps", random.choice((-1e-6, float("nan"), "0"))),
+            "residual of other shape": ("residual", Spec(long, spec.dtype, tuple([0] * len(long)))),
+            "shift of two dimensions": ("shift", Spec((1, 1), "float32", (1, 1))),
+        }
+        if options.get("raw"):
+            for name in ("beta above 1", "beta below 0"):
+                del ways[name]
+    elif case.op == "head_edit":
+        heads, dim = case.arguments.get("m", case.arguments.get("a")).shape[-2:]
+        ways |= {
+            "m of other heads": ("m", Spec((heads + 1, dim), "float32", (dim, 1))),
+            "a of one dimension": ("a", Spec((heads * dim,), "float32", (1,))),
+            "g_m of other length": ("g_m", Spec((heads + 1,), "float32", (1,))),
+            "head_dim of another size": ("head_dim", dim + 1),
+            "head_axis out of range": ("head_axis", len(spec.shape)),
+            "index of floats": ("index", Spec(spec.shape[:1], "float32", (1,) * len(spec.shape[:1]))),
+        }
+        if "index" in arguments:
+            ways |= {"index past the adapters": ("index", Spec(spec.shape[:1], "int64", (1,), 0, "index", 1e6, 3))}
+    elif case.op == "attention_head_edit":
+        ways |= {
+            "window of 0": ("window", random.choice((0, -1, 1.5, True))),
+            "mask of other shape": ("attn_mask", Spec((3, 3, 3, 3, 3), spec.dtype, (0,) * 5)),
+            "scale no number": ("scale", "1"),
+            "implementation unknown": ("implementation", "fastest"),
+            "k of another width": ("k", Spec((*case.arguments["k"].shape[:-1], spec.shape[-1] + 1), spec.dtype, (0,) * 4)),
+        }
+    else:
+        ways |= {
+            "temperature not positive": ("temperature", random.choice((0.0, -1.0, float("nan"), "1"))),
+            "stretch reversed": ("stretch", random.choice(((1.1, -0.1), (0.1, 1.1), (-0.1, 0.9), (float("nan"), 1.1)))),
+            "stretch no pair": ("stretch", random.choice(((-0.1, 0.5, 1.1), 1.1, None))),
+        }
+        if case.op == "hard_concrete":
+            ways |= {"estimator unknown": ("estimator", random.choice(("median", None)))}
+            if options.get("training"):
+                ways |= {"noise of other shape": ("noise", Spec((*spec.shape, 2), "float32", (0,) * (len(spec.shape) + 1)))}
+    what, (name, value) = random.choice(sorted(ways.items()))
+    (options if name in options or name in OPTIONS else arguments)[name] = value
+    return replace(case, arguments=arguments, options=options, refused=f"{BROKEN}{what}")
+
+
+def judged(case: Case) -> Case:
     """With what torch's own functions refuse: writing over tensors that overlap, and over inference tensors outside of
     inference mode. Saving those for a backward pass is refused by torch itself."""
-    refused = case.refused
+    refused = case.refused if case.refused.startswith(BROKEN) else ""
     target = case.arguments.get(case.target)
     if isinstance(target, Spec):
         others = [s for s in case.specs.values() if s.alias == case.target]

@@ -263,18 +263,27 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
     reach = np.maximum(np.maximum(prologue, np.abs(w)), np.abs(1 - slope) * np.abs(w) if leaky else 0)
     with np.errstate(invalid="ignore"):
         over = np.isfinite(x) & (reach > grade.largest / 16)
-        over |= np.isinf(w) & (np.isfinite(x) | ~np.isin(member, ("relu", "silu", "gelu", "relu6", "leaky_relu", "prelu")))
+        over |= np.isinf(w) & np.isfinite(x)
+        for name in ("scale", "shift", "negative_slope"):
+            if name in given:  # infinite in the working precision
+                over |= (np.abs(along(given[name])) > grade.largest / 16) & ~np.isinf(along(given[name]))
     ineffective = (np.isnan(beta) | np.isnan(c)) & ~((s > 0) & np.isfinite(w)) & ~np.isnan(w) & ~np.isnan(beta)
     ineffective |= np.isnan(beta) & np.isinf(w)
     free = over | ineffective | (np.isinf(w) & leaky & ((slope == 0) | ~np.isfinite(slope)))
     if leaky:
         free |= np.isinf(slope)
-    found = {"y": Exact(y, grade.share * np.where(smooth, terms.y_terms, 0) + 1.3 * off_w + least, free)}
+    # coeff and 1 - coeff may be rounded to the working precision
+    with np.errstate(invalid="ignore"):
+        reach_u = np.where(smooth, np.abs(w) / np.where(s > 0, s, 1) * (np.abs(1 - slope) if leaky else 1), 0)
+    mixed = 2 * grade.eps * np.where(smooth, np.abs(w) * (np.abs(1 - slope) if leaky else 1) + s, 0)
+    found = {"y": Exact(y, grade.share * np.where(smooth, terms.y_terms, 0) + 1.3 * off_w + np.nan_to_num(mixed) + least, free)}
     if dy is None:
         return found
+    least = least * np.maximum(1, np.nan_to_num(reach_u * reach_u))
     d_w = chosen(terms.w, hard_w)
     # The gradient at a kink may be either side's where rounding decides the side.
     kink = ~smooth & (np.abs(w) <= off_w)
+    kink |= (np.abs(w) <= 1e3 * grade.least) & (s < 1e3 * grade.least)  # flushed: s is taken for 0
     if member == "relu6":
         kink |= ~smooth & (np.abs(w - 6) <= off_w + grade.eps * 6)
     partial = {
@@ -452,7 +461,7 @@ def _gate(mode: str, values: Values, options: dict[str, Any], dy: Array | None) 
         at = temperature * np.log((v - low) / (high - v))
         p = _sigmoid(logits[..., None] - at)
         y, slope = (p * weight).sum(-1), (p * (1 - p) * weight).sum(-1)
-        quadrature = 3e-6  # of sixteen points; 2e-11 at the published stretch (tests/test_gates.py)
+        quadrature = 1e-4  # of sixteen points: 2e-11 at the published stretch (tests/test_gates.py), more near the edges
         if (float(low), float(high)) == (-0.1, 1.1) and float(temperature) <= 0.67:
             quadrature = 2e-9
         off = 8 * grade.eps * (1 + np.abs(np.nan_to_num(logits, posinf=0, neginf=0)))

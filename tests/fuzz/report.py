@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .cases import Case, draw
+from .cases import Case, draw, judged
 from .check import check, replace, respec
 from .tensors import Spec
 
@@ -68,7 +68,7 @@ def shrink(case: Case, wanted: str, tries: int = 400) -> Case:
     smaller = True
     while smaller:
         smaller = False
-        for candidate in _simpler(case):
+        for candidate in map(judged, _simpler(case)):
             tries -= 1
             if tries < 0:
                 return case
@@ -90,7 +90,7 @@ def _simpler(case: Case) -> Iterator[Case]:
         if name not in needed:
             yield replace(case, arguments={k: v for k, v in case.arguments.items() if k != name})
     for name in case.options:
-        if name not in ("training", "channel_dim", "activation"):
+        if name not in ("training", "channel_dim", "activation", "raw"):
             yield replace(case, options={k: v for k, v in case.options.items() if k != name})
     if case.options.get("activation") not in (None, "relu"):
         yield replace(case, options={**case.options, "activation": "relu"})
