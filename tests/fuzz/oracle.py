@@ -389,7 +389,7 @@ def head_edit(values: Values, options: dict[str, Any], dy: Array | None) -> dict
         product = up * value
         with np.errstate(invalid="ignore"):
             loose = np.isinf(product) | np.isnan(product) & ~np.isnan(value)
-            loose |= np.isinf(split) | np.isinf(value)
+            loose |= np.isinf(split) | (np.abs(value) > grade.largest / 16)
         total = summed(np.nan_to_num(np.abs(product), posinf=0), name)
         certain = summed((np.isnan(product) & ~loose).astype(WIDE), name) > 0
         allowed = (share + 64 * grade.eps) * total + grade.least
