@@ -84,7 +84,9 @@ def _shared_with_numpy(layer: nn.Module, seed: int) -> None:
 
 
 def _load(layer: nn.Module, seed: int) -> None:
-    layer.load_state_dict({name: noise(t, seed) if t.is_floating_point() else t for name, t in layer.state_dict().items()})
+    layer.load_state_dict(
+        {name: noise(t, seed) if t.is_floating_point() else t for name, t in layer.state_dict().items()}
+    )
 
 
 def _assigned(layer: nn.Module, seed: int) -> None:

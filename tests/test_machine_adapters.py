@@ -59,7 +59,9 @@ class AdapterMachine(RuleBasedStateMachine):
         self.fused: Any = None
         self.lora = False
 
-    @initialize(order=st.sampled_from((("JoLA",), ("LoRA",), ("JoLA", "LoRA"), ("LoRA", "JoLA"))), seed=st.integers(0, 99))
+    @initialize(
+        order=st.sampled_from((("JoLA",), ("LoRA",), ("JoLA", "LoRA"), ("LoRA", "JoLA"))), seed=st.integers(0, 99)
+    )
     def attach(self, order: tuple[str, ...], seed: int) -> None:
         pair = self.bases
         for method in order:
@@ -152,7 +154,12 @@ class AdapterMachine(RuleBasedStateMachine):
             else:
                 self.outer[0].save_pretrained(folder, selected_adapters=[active])
             for model in self.outer:
-                model.load_adapter(folder if active == "default" or isinstance(model.peft_config[active], JolaConfig) else f"{folder}/{active}", name)
+                model.load_adapter(
+                    folder
+                    if active == "default" or isinstance(model.peft_config[active], JolaConfig)
+                    else f"{folder}/{active}",
+                    name,
+                )
         for model in self.outer:
             before = logits(model)
             model.set_adapter(name)

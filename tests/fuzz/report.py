@@ -24,7 +24,9 @@ class Failure:
     error: str
 
     def __str__(self) -> str:
-        again = f"python -m tests.fuzz --seed {self.seed} --case {self.number}" + (f" --op {self.op}" if self.op else "")
+        again = f"python -m tests.fuzz --seed {self.seed} --case {self.number}" + (
+            f" --op {self.op}" if self.op else ""
+        )
         return f"{'-' * 100}\n{again}\n{self.error}\n\n{script(self.case)}"
 
 
@@ -85,7 +87,9 @@ def shrink(case: Case, wanted: str, tries: int = 400) -> Case:
 def _simpler(case: Case) -> Iterator[Case]:
     """Cases with one thing less, what saves most first."""
     first = next(iter(case.arguments))
-    needed = {"ctu": {"x", "beta"}, "head_edit": {"z"}, "attention_head_edit": {"q", "k", "v"}}.get(case.op, {first, "noise"})
+    needed = {"ctu": {"x", "beta"}, "head_edit": {"z"}, "attention_head_edit": {"q", "k", "v"}}.get(
+        case.op, {first, "noise"}
+    )
     for name in list(case.arguments):
         if name not in needed:
             yield replace(case, arguments={k: v for k, v in case.arguments.items() if k != name})
@@ -188,7 +192,9 @@ def _tensor_lines(name: str, spec: Spec) -> list[str]:
         if draw is None:
             values = f"torch.randint(0, {int(spec.scale)}, {spec.shape}, generator={generator}).to({dtype})"
         else:
-            values = f"(torch.{draw}({spec.count}, generator={generator}, dtype=torch.float64) * {spec.scale}).to({dtype})"
+            values = (
+                f"(torch.{draw}({spec.count}, generator={generator}, dtype=torch.float64) * {spec.scale}).to({dtype})"
+            )
             lines = [f"values = {values}"]
             for position, value in spec.special:
                 number = torch.tensor(float(_special(value, spec)), dtype=getattr(torch, spec.dtype)).item()
@@ -197,7 +203,9 @@ def _tensor_lines(name: str, spec: Spec) -> list[str]:
     sign = "-" if spec.negative else ""
     lines += [f"{name}_buffer = torch.zeros({spec.length}, dtype={dtype})", f"{name} = {name}_buffer.{where}"]
     if spec.count:
-        lines.append(f"{name}.copy_({sign}{values})" if not spec.overlaps_itself else f"{name}.copy_({sign}{values})  # overlaps")
+        lines.append(
+            f"{name}.copy_({sign}{values})" if not spec.overlaps_itself else f"{name}.copy_({sign}{values})  # overlaps"
+        )
     if spec.inference:
         lines = ["with torch.inference_mode():", *(f"    {line}" for line in lines)]
     if spec.negative:

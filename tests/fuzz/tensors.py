@@ -114,9 +114,9 @@ def _build(name: str, spec: Spec, built: Built) -> Tensor:
     t = buffer.as_strided(spec.shape, spec.strides, spec.offset)
     if spec.count:
         # an expanded dimension holds one value: the last one written
-        buffer.as_strided(spec.shape, spec.strides, spec.offset).copy_(values) if not spec.overlaps_itself else _scatter(
-            buffer, spec, values
-        )
+        buffer.as_strided(spec.shape, spec.strides, spec.offset).copy_(
+            values
+        ) if not spec.overlaps_itself else _scatter(buffer, spec, values)
     built.buffers[name] = buffer
     if spec.negative:
         t = torch._neg_view(t)

@@ -12,14 +12,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from zoo.choose import families  # noqa: E402
-from zoo.guard import run  # noqa: E402
+from zoo.choose import families
+from zoo.guard import run
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("--sample", type=int, help="so many families instead of all")
-    parser.add_argument("--seed", type=int, default=datetime.date.today().toordinal(), help="of the sample; default: the date")
+    parser.add_argument(
+        "--seed", type=int, default=datetime.date.today().toordinal(), help="of the sample; default: the date"
+    )
     parser.add_argument("--only", help="families whose module file or a model's name contains this")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=600, help="after which an architecture is given up")
@@ -34,7 +36,9 @@ def main() -> int:
     found = []
     for i, one in enumerate(run(groups, options.jobs, options.seconds)):
         found.append(one)
-        counts = f"{one.sites:4} steered {one.missed:3} missed {one.fused:4} fused {one.left:3} left {one.adapted:4} adapted"
+        counts = (
+            f"{one.sites:4} steered {one.missed:3} missed {one.fused:4} fused {one.left:3} left {one.adapted:4} adapted"
+        )
         print(f"{i + 1:3}/{len(groups)} {one.name:42} {one.size:4} {counts} {one.seconds:6.1f} s", flush=True)
         if one.skipped:
             print(f"        not looked at: {one.skipped}", flush=True)

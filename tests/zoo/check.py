@@ -116,7 +116,9 @@ class _Calls(TorchFunctionMode):
         form = FORMS.get(getattr(function, "__name__", "").rstrip("_"))
         if form is not None and form.activation in RELU_FAMILY and form.read(*args, **kwargs) is not None:
             frame = sys._getframe(1)
-            while frame.f_back is not None and ("/torch/" in frame.f_code.co_filename or "zoo" in frame.f_code.co_filename):
+            while frame.f_back is not None and (
+                "/torch/" in frame.f_code.co_filename or "zoo" in frame.f_code.co_filename
+            ):
                 frame = frame.f_back
             if "ctkernels" not in frame.f_code.co_filename:
                 self.places.append(f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}")
@@ -139,12 +141,16 @@ def _steer(model: nn.Module, x: Tensor, runs: Runs, found: Finding) -> None:
     with _Calls() as rest, torch.no_grad():
         model(x)
     if rest.places and not handle.missed:
-        raise AssertionError(f"{len(rest.places)} activations are neither steered nor missed: {sorted(set(rest.places))}")
+        raise AssertionError(
+            f"{len(rest.places)} activations are neither steered nor missed: {sorted(set(rest.places))}"
+        )
     handle.beta = 0.9
     with mock.patch.object(ctkernels.functional, "ctu", wraps=ctkernels.functional.ctu) as unit:
         changed = model(x)
     if unit.call_count != len(there.places) - len(rest.places):
-        raise AssertionError(f"{len(there.places)} activations were called, {len(rest.places)} still are, {unit.call_count} units are")
+        raise AssertionError(
+            f"{len(there.places)} activations were called, {len(rest.places)} still are, {unit.call_count} units are"
+        )
     if not changed.isfinite().all() and plain.isfinite().all():
         raise AssertionError("steered at beta = 0.9 the model's output is not finite")
     handle.remove()
@@ -196,7 +202,9 @@ def _fuse(model: nn.Module, x: Tensor, runs: Runs, found: Finding) -> None:
         taken = {site.norm for site in handle.sites}
         unnamed = [name for name in norms if name not in taken and not _named(name, handle.left)]
         if unnamed:
-            raise AssertionError(f"{len(unnamed)} of {len(norms)} BatchNorms are neither fused nor named: {unnamed[:3]}")
+            raise AssertionError(
+                f"{len(unnamed)} of {len(norms)} BatchNorms are neither fused nor named: {unnamed[:3]}"
+            )
     finally:
         handle.remove()
     assert_same(before, snapshot(model))
