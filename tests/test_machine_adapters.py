@@ -4,6 +4,7 @@ that is never merged, and unloaded it is bitwise the original."""
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 import warnings
 from typing import Any
@@ -83,6 +84,11 @@ class AdapterMachine(RuleBasedStateMachine):
                     parameter.data.copy_(drawn)
 
     @property
+    def alone(self) -> bool:
+        """Neither merged nor stacked: peft tells the adapters of a stack apart by their names alone, and deletes both."""
+        return not self.merged and len(self.levels) == 1
+
+    @property
     def outer(self) -> tuple[Any, Any]:
         return self.levels[0]
 
@@ -102,7 +108,7 @@ class AdapterMachine(RuleBasedStateMachine):
 
     # ---- adapters ----
 
-    @precondition(lambda self: not self.merged and len(self.outer[0].peft_config) < len(NAMES))
+    @precondition(lambda self: self.alone and len(self.outer[0].peft_config) < len(NAMES))
     @rule(seed=st.integers(0, 99))
     def add(self, seed: int) -> None:
         name = next(n for n in NAMES if n not in self.outer[0].peft_config)
@@ -118,7 +124,7 @@ class AdapterMachine(RuleBasedStateMachine):
         for model in self.outer:
             model.set_adapter(names[which % len(names)])
 
-    @precondition(lambda self: not self.merged and len(self.outer[0].peft_config) > 1)
+    @precondition(lambda self: self.alone and len(self.outer[0].peft_config) > 1)
     @rule(which=st.integers(0, 2))
     def delete(self, which: int) -> None:
         names = sorted(self.outer[0].peft_config)
@@ -143,7 +149,7 @@ class AdapterMachine(RuleBasedStateMachine):
 
     # ---- files and copies ----
 
-    @precondition(lambda self: not self.merged and len(self.outer[0].peft_config) < len(NAMES))
+    @precondition(lambda self: self.alone and len(self.outer[0].peft_config) < len(NAMES))
     @rule()
     def save_and_load(self) -> None:
         name = next(n for n in NAMES if n not in self.outer[0].peft_config)
@@ -153,13 +159,10 @@ class AdapterMachine(RuleBasedStateMachine):
                 save_adapter(self.outer[0], folder, adapter_name=active)
             else:
                 self.outer[0].save_pretrained(folder, selected_adapters=[active])
+            # peft puts an adapter that is not called "default" into a folder of its name
+            inner = f"{folder}/{active}"
             for model in self.outer:
-                model.load_adapter(
-                    folder
-                    if active == "default" or isinstance(model.peft_config[active], JolaConfig)
-                    else f"{folder}/{active}",
-                    name,
-                )
+                model.load_adapter(inner if os.path.isdir(inner) else folder, name)
         for model in self.outer:
             before = logits(model)
             model.set_adapter(name)

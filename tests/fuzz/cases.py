@@ -11,8 +11,8 @@ from .tensors import SPECIAL, Spec
 
 DTYPES = ("float32", "float32", "float64", "bfloat16", "float16")
 MEMBERS = ("relu", "silu", "leaky_relu", "prelu", "relu6", "gelu")
-OPTIONS = ("channel_dim", "activation", "eps", "head_dim", "head_axis", "window", "scale", "implementation", "temperature", "stretch",
-           "estimator")  # fmt: skip
+OPTIONS = ("channel_dim", "activation", "eps", "head_dim", "head_axis", "window", "scale")
+OPTIONS += ("implementation", "temperature", "stretch", "estimator")
 BROKEN = "an argument is wrong: "
 OPS = ("ctu", "head_edit", "hard_concrete", "expected_l0", "attention_head_edit")
 
@@ -59,8 +59,8 @@ def draw(
     }[op](random)
     # torch itself takes no gradient of an inference tensor
     arguments = {
-        n: Spec(**{**vars(a), "grad": False}) if isinstance(a, Spec) and a.inference else a
-        for n, a in case.arguments.items()
+        name: replace(value, grad=False) if isinstance(value, Spec) and value.inference else value
+        for name, value in case.arguments.items()
     }
     case = Case(case.op, arguments, case.options)
     mode = random.choices(("grad", "no_grad", "inference"), (6, 3, 1))[0]
@@ -164,7 +164,7 @@ def judged(case: Case) -> Case:
     specs = case.specs.values()
     if not refused and case.mode == "grad" and any(s.grad for s in specs) and any(s.inference for s in specs):
         refused = "?"
-    return Case(**{**vars(case), "refused": refused})
+    return replace(case, refused=refused)
 
 
 # ---- shapes and layouts -----------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def _aliased(random: Random, other: str, target: Spec, spec: Spec) -> Spec:
         changes["offset"] = target.offset - 1
     if how == "transposed" and len(target.shape) == 2 and target.shape[0] == target.shape[1]:
         changes["strides"] = target.strides[::-1]
-    return Spec(**{**vars(spec), **changes})
+    return replace(spec, **changes)
 
 
 # ---- ctu --------------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def _knob(random: Random, x: Spec, channel: int | None, raw: bool) -> Any:
     scale = random.choice((1.0, 5.0, 40.0)) if raw else 1.0
     chosen: list[str] = ["nan", "inf", "-inf"] if raw else ["nan", "0.0", "1.0", "1.0", "1e-20"]
     marks = tuple((p, random.choice(chosen)) for p, _ in specials(random, spec.count, 0.2))
-    return Spec(**{**vars(spec), "values": "normal" if raw else "unit", "scale": scale, "special": marks})
+    return replace(spec, values="normal" if raw else "unit", scale=scale, special=marks)
 
 
 def _affine(random: Random, x: Spec, channel: int | None, scale: float = 1.0, chance: float = 0.1) -> Spec:
@@ -270,14 +270,14 @@ def _affine(random: Random, x: Spec, channel: int | None, scale: float = 1.0, ch
     spec = spec_of(
         random, shape, random.choice(("float32", "float64", "bfloat16")), grad=random.random() < 0.4, scale=scale
     )
-    return Spec(**{**vars(spec), "special": specials(random, spec.count, chance)})
+    return replace(spec, special=specials(random, spec.count, chance))
 
 
 def _ctu(random: Random) -> Case:
     inplace = random.random() < 0.25
     shape, dtype = shape_of(random), random.choice(DTYPES)
     x = spec_of(random, shape, dtype, writable=inplace, scale=random.choice((1e-3, 1.0, 1.0, 4.0, 30.0, 1e4)))
-    x = Spec(**{**vars(x), "special": specials(random, x.count), "grad": random.random() < 0.5})
+    x = replace(x, special=specials(random, x.count), grad=random.random() < 0.5)
     options: dict[str, Any] = {}
     channel = None
     if shape and random.random() < 0.7:
@@ -302,7 +302,7 @@ def _ctu(random: Random) -> Case:
     if random.random() < 0.25:
         kind = x.dtype if inplace or random.random() < 0.8 else random.choice(DTYPES)
         residual = spec_of(random, shape, kind, grad=random.random() < 0.5)
-        residual = Spec(**{**vars(residual), "special": specials(random, residual.count, 0.1)})
+        residual = replace(residual, special=specials(random, residual.count, 0.1))
         if random.random() < 0.15:
             residual = _aliased(random, "x", x, residual)
         arguments["residual"] = residual
@@ -331,7 +331,7 @@ def _head_edit(random: Random) -> Case:
     z = spec_of(
         random, tuple(shape), random.choice(DTYPES), writable=inplace, scale=random.choice((1e-3, 1.0, 1.0, 30.0))
     )
-    z = Spec(**{**vars(z), "special": specials(random, z.count), "grad": random.random() < 0.5})
+    z = replace(z, special=specials(random, z.count), grad=random.random() < 0.5)
     adapters = 0
     if random.random() < 0.35 and lead and options.get("head_axis") not in (0, -len(shape)):
         adapters = random.randint(1, 4)
@@ -341,14 +341,14 @@ def _head_edit(random: Random) -> Case:
     wide = random.choice(("float32", "float32", "float64", "bfloat16"))
     for name in which:
         t = spec_of(random, (*rows, heads, dim), wide, grad=random.random() < 0.5)
-        arguments[name] = Spec(**{**vars(t), "special": specials(random, t.count, 0.1)})
+        arguments[name] = replace(t, special=specials(random, t.count, 0.1))
     for name in which:
         if random.random() < 0.6:
             t = spec_of(random, (*rows, heads), random.choice((wide, "float32")), grad=random.random() < 0.5)
-            arguments["g_" + name] = Spec(**{**vars(t), "special": specials(random, t.count, 0.1)})
+            arguments["g_" + name] = replace(t, special=specials(random, t.count, 0.1))
     if adapters:
         t = spec_of(random, (shape[0],), random.choice(("int64", "int32")), values="index", scale=adapters)
-        arguments["index"] = Spec(**{**vars(t), "negative": False, "subclass": False, "inference": False})
+        arguments["index"] = replace(t, negative=False, subclass=False, inference=False)
     if inplace:
         options["inplace"] = True
     return Case("head_edit", arguments, options)
@@ -360,7 +360,7 @@ def _head_edit(random: Random) -> Case:
 def _logits(random: Random) -> Spec:
     shape = shape_of(random, 0, 4)
     t = spec_of(random, shape, random.choice(DTYPES), scale=random.choice((0.5, 3.0, 20.0)))
-    return Spec(**{**vars(t), "special": specials(random, t.count), "grad": random.random() < 0.6})
+    return replace(t, special=specials(random, t.count), grad=random.random() < 0.6)
 
 
 def _distribution(random: Random) -> dict[str, Any]:
@@ -377,7 +377,7 @@ def _hard_concrete(random: Random) -> Case:
     arguments: dict[str, Any] = {"log_alpha": logits}
     if options["training"]:
         noise = spec_of(random, logits.shape, random.choice((logits.dtype, "float32", "float64")), values="unit")
-        noise = Spec(**{**vars(noise), "grad": random.random() < 0.3})
+        noise = replace(noise, grad=random.random() < 0.3)
         arguments["noise"] = noise
     else:
         options["estimator"] = random.choice(("clip", "mean"))
@@ -411,7 +411,7 @@ def _attention(random: Random) -> Case:
         arguments[name] = spec_of(random, shape, dtype, grad=random.random() < 0.5)
     for name in random.choice((("m",), ("a",), ("m", "a"))):
         t = spec_of(random, (heads, out), random.choice(("float32", "float64")), grad=random.random() < 0.5)
-        arguments[name] = Spec(**{**vars(t), "special": tuple((p, "nan") for p, _ in specials(random, t.count, 0.05))})
+        arguments[name] = replace(t, special=tuple((p, "nan") for p, _ in specials(random, t.count, 0.05)))
         if random.random() < 0.5:
             arguments["g_" + name] = spec_of(random, (heads,), "float32", grad=random.random() < 0.5)
     if heads != groups:
@@ -425,7 +425,6 @@ def _attention(random: Random) -> Case:
     if random.random() < 0.3:
         shape = (random.choice((1, batch)), random.choice((1, heads)), random.choice((1, tokens)), keys)
         mask = spec_of(random, shape, random.choice((dtype, "float32")))
-        arguments["attn_mask"] = Spec(
-            **{**vars(mask), "special": tuple((p, "-inf") for p, _ in specials(random, mask.count, 0.8))}
-        )
+        hidden = tuple((p, "-inf") for p, _ in specials(random, mask.count, 0.8))
+        arguments["attn_mask"] = replace(mask, special=hidden)
     return Case("attention_head_edit", arguments, options)

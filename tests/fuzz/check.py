@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -256,16 +257,14 @@ def _expect_attention(case: Case, y: Tensor, dy: Tensor | None, grads: dict[str,
     wants = [name[1:] for name in grads]
 
     def run(dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """In ``dtype``, or in the tensors' own; 16 bits are widened, as the edit's arithmetic is."""
+        mask = {"attn_mask": q.dtype}
         with torch.inference_mode(False), torch.enable_grad():
-            leaves = {
-                n: t.clone().to(dtype if dtype is not None else q.dtype if n in ("attn_mask",) else t.dtype)
-                for n, t in fresh.items()
-            }
+            leaves = {n: t.clone().to(dtype or mask.get(n, t.dtype)) for n, t in fresh.items()}
             for n in wants:
                 leaves[n].requires_grad_()
-            out = oracle.attention(
-                {n: t.to(dtype or torch.promote_types(q.dtype, torch.float32)) for n, t in leaves.items()}, case.options
-            )
+            used = dtype or torch.promote_types(q.dtype, torch.float32)
+            out = oracle.attention({n: t.to(used) for n, t in leaves.items()}, case.options)
             found = {"y": out.detach()}
             if dy is not None:
                 back = torch.autograd.grad(out, [leaves[n] for n in wants], dy.to(out.dtype), allow_unused=True)
@@ -352,10 +351,10 @@ def _layout(t: Tensor) -> tuple[tuple[int, ...], torch.dtype, tuple[int, ...]]:
 
 
 def replace(case: Case, **changes: Any) -> Case:
-    return Case(**{**vars(case), **changes})
+    return dataclasses.replace(case, **changes)
 
 
 def respec(case: Case, name: str, **changes: Any) -> Case:
     spec = case.arguments[name]
     assert isinstance(spec, Spec)
-    return replace(case, arguments={**case.arguments, name: Spec(**{**vars(spec), **changes})})
+    return replace(case, arguments={**case.arguments, name: dataclasses.replace(spec, **changes)})

@@ -315,11 +315,8 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
     partial["x"] = (d_w * scale, w_terms * np.abs(scale), 2 * steep * np.abs(scale))
     partial["residual"] = partial["shift"] = (d_w, w_terms, 2 * steep)
     partial["scale"] = (d_w * x, w_terms * np.abs(x), 2 * steep * np.abs(x))
-    partial["negative_slope"] = (
-        chosen(d_slope, hard_slope),
-        np.where(smooth, slope_terms, np.abs(w)),
-        2 * steep * np.abs(w) + off_w,
-    )
+    far = np.where(smooth, slope_terms, np.abs(w))
+    partial["negative_slope"] = (chosen(d_slope, hard_slope), far, 2 * steep * np.abs(w) + off_w)
     # The derivative by coeff does not depend on coeff, and 0 times a NaN is what the order of operations makes of it.
     unsure = free | kink
     for name, (value, magnitude, moved) in partial.items():
@@ -473,9 +470,8 @@ def _gate(mode: str, values: Values, options: dict[str, Any], dy: Array | None) 
         y = np.clip(stretched, 0, 1)
         off = np.nan_to_num(off, posinf=0)
         error = (high - low) * (p * q * off + 4 * grade.eps * p) + 4 * grade.eps * (1 + high - low)
-        slope = np.where((stretched > 0) & (stretched < 1), (high - low) * rate * p * q, WIDE(0)) + 0 * np.where(
-            np.isnan(t), t, 0
-        )
+        inside = (stretched > 0) & (stretched < 1)
+        slope = np.where(np.isnan(t), t, np.where(inside, (high - low) * rate * p * q, WIDE(0)))
         edge = np.minimum(np.abs(stretched), np.abs(stretched - 1)) <= 4 * error
         slope_error = slope * off + 16 * grade.eps * rate * (high - low) * p  # 1 - p is rounded as p is
         if mode == "sample":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import traceback
 from collections.abc import Iterable, Iterator
@@ -135,9 +136,9 @@ def _fewer_values(case: Case, first: str) -> Iterator[Case]:
             arguments: dict[str, Any] = {}
             for name, value in case.arguments.items():
                 if isinstance(value, Spec) and value.shape == whole.shape and name in (first, "residual", "noise"):
-                    value = Spec(**{**vars(value), "shape": (*whole.shape[:d], new, *whole.shape[d + 1 :])})
+                    value = dataclasses.replace(value, shape=(*whole.shape[:d], new, *whole.shape[d + 1 :]))
                 elif isinstance(value, Spec) and d == channel and value.shape == (size,):
-                    value = Spec(**{**vars(value), "shape": (new,)})
+                    value = dataclasses.replace(value, shape=(new,))
                 arguments[name] = value
             yield replace(case, arguments=arguments)
 

@@ -1,8 +1,8 @@
 """What has to hold of one architecture: steered, fused and adapted it computes what it should, and what is left alone is named.
 
-In float64, where a network's own amplification of rounding is far below any mistake. What rounding may do is measured: the model
-is run with weights and input two ulps away, several times (``fused_models.rounded_anew``). With ``worst`` the largest change of an
-output or of the input's gradient by that, a model that computes the same in another order is off by at most
+In float64, where a network's own amplification of rounding is far below any mistake. What rounding may do is measured: the
+model is run with weights and input two ulps away, several times (``fused_models.rounded_anew``). With ``worst`` the largest
+change of an output or of the input's gradient by that, a model that computes the same in another order is off by at most
 
     3 * worst * (1 + error / 2 ulps)
 
@@ -43,7 +43,7 @@ OTHERS = {"*:silu": 0.45, "*:gelu": 0.45}  # near the neutral point, where beta 
 
 @dataclass
 class Finding:
-    """What was seen of one architecture. ``failures``: one line each, none where all is well. ``skipped``: why it was not looked at."""
+    """What was seen of one architecture. ``failures``: a line each, none where all is well. ``skipped``: why it was left out."""
 
     name: str
     module: str
@@ -148,9 +148,8 @@ def _steer(model: nn.Module, x: Tensor, runs: Runs, found: Finding) -> None:
     with mock.patch.object(ctkernels.functional, "ctu", wraps=ctkernels.functional.ctu) as unit:
         changed = model(x)
     if unit.call_count != len(there.places) - len(rest.places):
-        raise AssertionError(
-            f"{len(there.places)} activations were called, {len(rest.places)} still are, {unit.call_count} units are"
-        )
+        calls = f"{len(there.places)} activations were called, {len(rest.places)} still are"
+        raise AssertionError(f"{calls}, and {unit.call_count} units")
     if not changed.isfinite().all() and plain.isfinite().all():
         raise AssertionError("steered at beta = 0.9 the model's output is not finite")
     handle.remove()
