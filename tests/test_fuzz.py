@@ -7,13 +7,15 @@ import datetime
 import pytest
 import torch
 
-pytest.importorskip("numpy", reason="needs the test extra")
-from fuzz.cases import BROKEN, OPS, draw
-from fuzz.report import Failure, hunt, script
-from fuzz.tensors import build
+np = pytest.importorskip("numpy", reason="needs the test extra")
+if np.finfo(np.longdouble).nmant < 63:
+    pytest.skip("long double is no wider than double here", allow_module_level=True)
+from fuzz.cases import BROKEN, OPS, draw  # noqa: E402
+from fuzz.report import Failure, hunt, script  # noqa: E402
+from fuzz.tensors import build  # noqa: E402
 
-import ctkernels
-from ctkernels.ops import _backend
+import ctkernels  # noqa: E402
+from ctkernels.ops import _backend  # noqa: E402
 
 TODAY = str(datetime.date.today().toordinal())
 COUNTS = {"ctu": 150, "head_edit": 80, "hard_concrete": 40, "expected_l0": 15, "attention_head_edit": 40}
@@ -59,9 +61,13 @@ def test_a_wrong_kernel_is_found_and_made_small(monkeypatch: pytest.MonkeyPatch)
         return y * 1.001 if x.numel() > 3 and not kwargs.get("inplace") else y
 
     monkeypatch.setattr(ctkernels.functional, "ctu", wrong)
-    failure = next(
-        f for f in hunt("wrong", range(300), "ctu") if f is not None and "y: " in f.error and "values off" in f.error
+    cases = ((number, draw("wrong", number, "ctu")) for number in range(300))
+    plain = (
+        n for n, c in cases if not (c.refused or c.target or any(s.special or s.inference for s in c.specs.values()))
     )
+    failure = next(f for f in hunt("wrong", plain, "ctu") if f is not None)
+    assert "y: " in failure.error
+    assert "values off" in failure.error
     assert 3 < failure.case.specs["x"].count <= 8
     assert set(failure.case.arguments) <= {"x", "beta", "coeff"}
     namespace: dict[str, object] = {}
@@ -91,5 +97,5 @@ def test_scripts_make_the_tensors_of_their_case() -> None:
                 tensor.is_neg(),
                 tensor.requires_grad,
             )
-            if not case.specs[name].alias and not case.specs[name].overlaps_itself:
+            if not case.specs[name].alias:
                 assert torch.equal(*(t.detach().as_subclass(torch.Tensor).nan_to_num() for t in (made, tensor)))

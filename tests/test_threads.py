@@ -212,9 +212,9 @@ def test_an_adapter_is_disabled_beside_another_model() -> None:
 
 
 def test_attention_is_fused_beside_another_model() -> None:
+    served, other = adapted(0), adapted(1)
     from ctkernels.adapters import fuse_attention
 
-    served, other = adapted(0), adapted(1)
     with running(lambda: logits(served), [logits(served)]) as wrong:
         for _ in range(ROUNDS):
             handle = fuse_attention(other)
@@ -225,9 +225,9 @@ def test_attention_is_fused_beside_another_model() -> None:
 
 def test_fused_attention_gives_each_thread_its_edit_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads are between attention and projection of one layer at the same time."""
+    model = adapted()
     from ctkernels.adapters import JolaLayer, fuse_attention
 
-    model = adapted()
     inputs = (IDS, IDS.flip(1))
     fuse_attention(model)
     expected = [logits(model, ids) for ids in inputs]

@@ -203,10 +203,11 @@ def _tensor_lines(name: str, spec: Spec) -> list[str]:
             values = f"values.view({spec.shape})"
     sign = "-" if spec.negative else ""
     lines += [f"{name}_buffer = torch.zeros({spec.length}, dtype={dtype})", f"{name} = {name}_buffer.{where}"]
-    if spec.count:
-        lines.append(
-            f"{name}.copy_({sign}{values})" if not spec.overlaps_itself else f"{name}.copy_({sign}{values})  # overlaps"
-        )
+    if spec.count and spec.overlaps_itself:  # which copy_ refuses
+        lines.append(f"places = torch.arange({spec.length}).{where}.reshape(-1)")
+        lines.append(f"for place, value in zip(places, ({sign}{values}).reshape(-1)): {name}_buffer[place] = value")
+    elif spec.count:
+        lines.append(f"{name}.copy_({sign}{values})")
     if spec.inference:
         lines = ["with torch.inference_mode():", *(f"    {line}" for line in lines)]
     if spec.negative:
