@@ -80,7 +80,12 @@ BAD = {
         r"residual must have x's shape \(2, 4, 3\), got \(2, 4\)",
     ),
     "residual type": ((X, 0.9), {"residual": 1.0}, TypeError, "residual must be a tensor, got float"),
-    "beta too large": ((X, 10**400), {}, ValueError, "beta must be a number that float64 can hold, got one beyond 1.8e308"),
+    "beta too large": (
+        (X, 10**400),
+        {},
+        ValueError,
+        "beta must be a number that float64 can hold, got one beyond 1.8e308",
+    ),
     "slope too large": (
         (X, 0.9),
         {"activation": "prelu", "negative_slope": -(10**400)},
