@@ -16,7 +16,7 @@ COMPARE := fashion-mnist emoji digits --model mobilenet_v2=packaged --model exam
     --grid lora-r1.lr=3e-3 --grid lora-r1.head_lr=3e-3 --grid tct.lr=0.03 --grid tct.beta=0.95 --grid tct.head_lr=3e-3 \
     --grid tct+lora-r1.lr=0.03 --grid tct+lora-r1.lora_lr=3e-3 --grid tct+lora-r1.beta=0.95 --grid tct+lora-r1.head_lr=3e-3
 
-.PHONY: demo compare test test-pure lint format bench build build-cuda wheels clean help
+.PHONY: demo compare test test-pure test-newest newest-suite peft-suite fuzz zoo lint format bench build build-cuda wheels clean help
 
 help:
 	@echo "make demo    adapt real pretrained networks on real images and texts (about ten minutes)"
@@ -25,6 +25,9 @@ help:
 	@echo "make lint    ruff and mypy       make format   ruff format"
 	@echo "make bench   kernel benchmarks   make build    rebuild the native kernels"
 	@echo "make build-cuda   the CUDA kernels too, for every architecture (needs nvcc, no GPU)"
+	@echo "make fuzz    random calls of the ops, and state machines over models (long)"
+	@echo "make zoo     every family of timm's architectures, steered, fused and adapted (long)"
+	@echo "make peft-suite   peft's own tests with our adapters (long)"
 	@echo "make wheels  the release files, each tried in fresh environments"
 
 # The environment: torch, the package with every extra that tests and demos use, native kernels built in place.
@@ -69,6 +72,28 @@ pure-suite: $(VENV)/torch.stamp
 	CTKERNELS_BUILD=none $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test]"
 	$(PYTEST) $(PYTEST_ARGS)
 
+# The adapters with the newest peft, transformers and accelerate: no bound of ours may keep them out.
+test-newest:
+	$(MAKE) VENV=.venv-newest newest-suite
+
+newest-suite: $(VENV)/built.stamp
+	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade peft transformers accelerate safetensors
+	$(PYTEST) tests/adapters $(PYTEST_ARGS)
+
+# peft's own tests, from its source distribution, with both methods beside peft's own.
+peft-suite: $(VENV)/built.stamp
+	$(PY) tests/peft_suite/run.py $(PEFT_SUITE_ARGS)
+
+# Random calls of the ops, and long runs of the state machines. The seed is the date: FUZZ_ARGS="--seed 1 --case 2" repeats a case.
+fuzz: $(VENV)/built.stamp
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(FUZZ_ARGS)
+	OMP_NUM_THREADS=1 CTKERNELS_MACHINES=long $(PY) -m pytest tests/test_machine_vision.py tests/test_machine_adapters.py
+
+# Every family of timm's architectures, steered, fused and adapted, each in a process of its own; hours on one core.
+zoo: $(VENV)/built.stamp
+	mkdir -p out
+	OMP_NUM_THREADS=1 $(PY) -m tests.zoo --json out/zoo.json $(ZOO_ARGS)
+
 lint: $(VENV)/built.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -87,4 +112,4 @@ wheels: $(VENV)/built.stamp
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tools/wheels.py $(WHEELS_ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-pure build dist *.egg-info ctkernels/*.so out
+	rm -rf $(VENV) .venv-pure .venv-newest build dist *.egg-info ctkernels/*.so out
