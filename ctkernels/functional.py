@@ -89,7 +89,7 @@ def ctu(
     if index is None:
         beta, coeff = _knob("beta", beta, x, channel, raw), _knob("coeff", coeff, x, channel, raw)
     else:
-        _check_index("ctu", index, x)
+        _check_index("ctu", index, x, beta, coeff)
         if channel == 0:
             raise ValueError("ctu: index gives the samples of dimension 0 their knobs, so channel_dim must not be 0")
         beta, coeff = _rows("beta", beta, x, channel, index), _rows("coeff", coeff, x, channel, index)
@@ -241,7 +241,7 @@ def head_edit(
                 raise ValueError(f"head_edit: {name} must have shape {tuple(shape[:-1])}, got {tuple(gate.shape)}")
             _check.same_device(op, name, gate, "z", z)
     if index is not None:
-        _check_index(op, index, z)
+        _check_index(op, index, z, m, a)
     _backend.forced_refusal(z)
     params = [_widened(t) for t in (m, a, g_m, g_a)]
     if index is not None:
@@ -258,7 +258,8 @@ def head_edit(
     return z.copy_(restore(_HEAD_EDIT(inputs, static)))
 
 
-def _check_index(op: str, index: Tensor, x: Tensor) -> None:
+def _check_index(op: str, index: Tensor, x: Tensor, *tables: float | Tensor | None) -> None:
+    """Raises if ``index`` does not give every sample of ``x`` a row of the ``tables``. On a GPU, indexing checks the values."""
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
         kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"{op}: index must be an int64 or int32 tensor, got {kind}")
@@ -267,6 +268,11 @@ def _check_index(op: str, index: Tensor, x: Tensor) -> None:
             f"{op}: index must have one entry per sample, shape {tuple(x.shape[:1])}, got {tuple(index.shape)}"
         )
     _check.same_device(op, "index", index, "x" if op == "ctu" else "z", x)
+    if type(index) is Tensor and index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        rows = [t.shape[0] for t in tables if isinstance(t, Tensor) and t.dim()]
+        low, high = (int(v) for v in index.aminmax())
+        if rows and not 0 <= low <= high < min(rows):
+            raise ValueError(f"{op}: index must lie in 0..{min(rows) - 1}, got values from {low} to {high}")
 
 
 def _widened(t: Tensor | None) -> Tensor | None:

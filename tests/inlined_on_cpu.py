@@ -41,7 +41,7 @@ def graph_on_cpu(launch: Callable[..., None], sm: int) -> Iterator[None]:
     torch._dynamo.reset()
     with (
         inductor.pretended(sm),
-        mock.patch.object(_backend, "_forced", "triton"),
+        mock.patch.object(_backend, "_forced", ["triton"]),
         mock.patch.object(_backend, "forced_refusal", _allowed),
         mock.patch.object(JITFunction, "run", run),
     ):

@@ -113,38 +113,45 @@ BACKENDS = {
     )
 }
 
-_forced: str | None = None
+_forced: list[str] = []  # by `use_backend`, those of other threads among them; the last one counts
+
+
+def forced() -> str | None:
+    """The backend that is forced, or None."""
+    last = _forced[-1:]  # another thread may take it off meanwhile
+    return last[0] if last else None
 
 
 def reference_forced() -> bool:
-    return _forced == "reference"
+    return forced() == "reference"
 
 
 def reference_wanted(x: Tensor) -> bool:
     """Whether the reference serves ``x`` although the dispatcher has another kernel: forced, or on a GPU that is too old
     for the compiled kernels."""
-    if _forced is not None or not x.is_cuda:
-        return _forced == "reference"
+    if _forced or not x.is_cuda:
+        return forced() == "reference"
     cuda = BACKENDS["cuda"]
     return cuda.missing is None and _capability(x.get_device()) < cuda.capability
 
 
 def triton_forced() -> bool:
-    return _forced == "triton"
+    return forced() == "triton"
 
 
 def triton_wanted() -> bool:
     """Whether Triton is forced where the dispatcher has compiled kernels."""
-    return _forced == "triton" and BACKENDS["cuda"].missing is None
+    return forced() == "triton" and BACKENDS["cuda"].missing is None
 
 
 def choose(x: Tensor) -> Backend:
     """The backend that serves ``x``; RuntimeError if the forced one cannot."""
-    if _forced is not None:
-        refusal = BACKENDS[_forced].refusal(x)
+    name = forced()
+    if name is not None:
+        refusal = BACKENDS[name].refusal(x)
         if refusal is not None:
-            raise RuntimeError(f"backend {_forced!r} was forced but cannot serve this tensor: {refusal}")
-        return BACKENDS[_forced]
+            raise RuntimeError(f"backend {name!r} was forced but cannot serve this tensor: {refusal}")
+        return BACKENDS[name]
     return next(b for b in BACKENDS.values() if b.refusal(x) is None)
 
 
@@ -157,7 +164,7 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
 
 def forced_refusal(x: Tensor) -> None:
     """Raises if a backend is forced that cannot serve ``x``. Costs nothing when none is forced."""
-    if _forced is not None:
+    if _forced:
         choose(x)
 
 
@@ -173,14 +180,13 @@ def use_backend(name: str) -> Iterator[None]:
     >>> with ctkernels.use_backend("reference"):
     ...     y = ctkernels.functional.ctu(x, 0.9)
     """
-    global _forced
     if name not in BACKENDS:
         raise ValueError(f"use_backend: name must be one of {', '.join(map(repr, BACKENDS))}; got {name!r}")
-    previous, _forced = _forced, name
+    _forced.append(name)
     try:
         yield
-    finally:
-        _forced = previous
+    finally:  # the last one of this name: contexts of two threads may end in any order
+        del _forced[len(_forced) - 1 - _forced[::-1].index(name)]
 
 
 def explain(x: Tensor, op: str = "ctu") -> str:
@@ -197,15 +203,15 @@ def explain(x: Tensor, op: str = "ctu") -> str:
         from .attention import choice
 
         return choice.explain(x)
-    chosen = next(b for b in BACKENDS.values() if b.refusal(x) is None)
+    chosen, name = next(b for b in BACKENDS.values() if b.refusal(x) is None), forced()
     lines = [f"{op} on a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)} on {x.device}"]
     for backend in BACKENDS.values():
         refusal = backend.refusal(x)
         if backend is chosen:
-            note = "used" if _forced in (None, backend.name) else "first choice"
+            note = "used" if name in (None, backend.name) else "first choice"
         else:
             note = refusal or "could serve it, comes later"
-        if backend.name == _forced:
+        if backend.name == name:
             note = f"forced; {refusal}" if refusal else "forced: used"
         lines.append(f"  {backend.name:<10} {note}")
     return "\n".join(lines)

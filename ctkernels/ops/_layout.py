@@ -55,7 +55,10 @@ def result_like(x: Tensor) -> Tensor:
     csrc/bind.h is the same for compiled kernels."""
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-    if guard_or_false(x.numel() == 0) or not torch._prims_common.is_non_overlapping_and_dense_or_false(x):
+    # Views of fake tensors have other strides than those of real ones where the size is 1.
+    sized = [(n, s) for n, s in zip(x.shape, x.stride()) if not (isinstance(n, int) and n == 1)]
+    dense = torch._prims_common._is_non_overlapping_and_dense_or_false([n for n, _ in sized], [s for _, s in sized])
+    if guard_or_false(x.numel() == 0) or not dense:
         return x.new_empty(x.shape)
     return x.new_empty_strided(x.shape, x.stride())
 

@@ -200,7 +200,7 @@ def choose(
     forced: str | None,
 ) -> str:
     """FUSED or SEPARATE. RuntimeError where what is forced, by argument or ``use_backend``, cannot serve."""
-    backend = _backend._forced
+    backend = _backend.forced()
     if backend is not None and backend != "triton":
         _backend.forced_refusal(q)
     wanted = forced or {None: None, "triton": FUSED}.get(backend, SEPARATE)
@@ -229,7 +229,7 @@ def explain(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, trainin
         f"{tuple(k.shape)} on {q.device}, causal, {'with' if training else 'without'} gradients"
     ]
     reason = fused_refusal(q, k, v, None, 1.0)
-    forced = _backend._forced
+    forced = _backend.forced()
     chosen = choose(q, k, v, None, 1.0, UNBOUNDED, 0, training, None, None)
     note = {FUSED: "triton kernels, the edit in their epilogue", SEPARATE: "torch's attention, then head_edit"}
     times = {}

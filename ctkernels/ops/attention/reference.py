@@ -51,9 +51,8 @@ def scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """(softmax(scale q k') v, log2 of the sum of exponentials). A query that sees no key gives 0 and +inf."""
     s = scores(q, k, mask, scale)
-    lse = s.logsumexp(-1)
-    blind = lse == -math.inf
-    lse = lse.masked_fill(blind, math.inf)
+    blind = (s == -math.inf).all(-1)  # logsumexp has no gradient there
+    lse = s.masked_fill(blind[..., None], 0.0).logsumexp(-1).masked_fill(blind, math.inf)
     return torch.exp(s - lse[..., None]) @ repeat_heads(v, q.shape[1]), lse * LOG2E
 
 
