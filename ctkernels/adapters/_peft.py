@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,6 +80,26 @@ def check_adapter_name(name: Any) -> None:
         raise ValueError(
             f"adapter_name must not contain {found.group()!r}, got {name!r}: it names a folder and a part of tensor names"
         )
+
+
+@contextmanager
+def own_base_layers(model: nn.Module) -> Iterator[None]:
+    """Keeps peft's unloading off the model's own modules that happen to have a part named ``base_layer`` (timm's DLA).
+
+    peft takes every module with such a part for one of its layers, unless it brings its way of being unloaded.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    way = "unload_and_optionally_merge_module"
+    own = [m for m in model.modules() if "base_layer" in m._modules and not isinstance(m, BaseTunerLayer)]
+    own = [m for m in own if not hasattr(m, way)]
+    for module in own:
+        setattr(module, way, lambda module=module, **_: module)
+    try:
+        yield
+    finally:
+        for module in own:
+            delattr(module, way)
 
 
 def check_saved(saved: dict[str, torch.Size], own: dict[str, torch.Size], model: nn.Module, config: Any) -> None:

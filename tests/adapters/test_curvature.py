@@ -314,3 +314,28 @@ def test_far_from_the_bend_a_unit_is_its_activation_and_learns_nothing(size, mov
     assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5) != moves
     with model.disable_adapter():
         assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_part_named_as_pefts_own_is_left_alone(merge):
+    """timm's DLA has a module `base_layer`; peft's unloading takes whatever has one for a layer of its own."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_layer = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+
+        def forward(self, x):
+            return self.base_layer(x)
+
+    net, x = nn.Sequential(Net(), nn.ReLU()).eval(), torch.randn(2, 3, 8, 8)
+    inner, plain = net[0].base_layer, net(x)
+    adapted = peft.get_peft_model(net, CurvatureConfig(input_shape=[3, 8, 8], init_beta=0.6)).eval()
+    changed = adapted(x)
+    assert not torch.equal(changed, plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        unloaded = adapted.merge_and_unload() if merge else adapted.unload()
+    assert torch.equal(unloaded(x), changed if merge else plain)
+    assert unloaded[0].base_layer is inner
+    assert not hasattr(unloaded[0], "unload_and_optionally_merge_module")

@@ -22,7 +22,7 @@ from ...steering.handle import listed, nothing_found
 from ...steering.surgery import MODULE, Copy, Edit, operate, undo
 from ...steering.survey import Miss, Plan, Site, is_steered, survey
 from .._config import saved_shapes
-from .._peft import check_adapter_name, check_saved, check_state_dict
+from .._peft import check_adapter_name, check_saved, check_state_dict, own_base_layers
 from .batch import BASE, adapters_by_sample, check_names
 from .config import CurvatureConfig
 from .layer import CurvatureLayer, FixedUnit, Original
@@ -214,7 +214,8 @@ class CurvatureModel(BaseTuner):
             for layer in surgery.layers.values():
                 layer.merge(safe_merge, adapter_names)
         unload: Any = super()._unload_and_optionally_merge
-        model = unload(merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+        with own_base_layers(self.model):
+            model = unload(merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
         if merge:
             _fix(model)
         else:

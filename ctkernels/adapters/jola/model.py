@@ -19,7 +19,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .._config import saved_shapes
-from .._peft import check_adapter_name, check_saved, check_state_dict
+from .._peft import check_adapter_name, check_saved, check_state_dict, own_base_layers
 from ..bias import hold_bias
 from ..merge import to_merge
 from ..sites import default_targets, head_layout, near_misses, unused_sites, unwrapped
@@ -236,7 +236,8 @@ class JolaModel(BaseTuner):
         for layer in layers:
             layer.unwatch()
         unload: Any = super()._unload_and_optionally_merge
-        model = unload(merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+        with own_base_layers(self.model):
+            model = unload(merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
         for owner in model.modules():  # a projection registered under several names
             for name, child in owner.named_children():
                 if isinstance(child, JolaLayer):
