@@ -19,15 +19,12 @@ BAD = {
         TypeError,
         "x must be a strided tensor, got a nested one",
     ),
-    "eps is infinite": ((X, 0.9), {"eps": float("inf")}, ValueError, "eps must be finite and not negative, got inf"),
-    "eps is NaN": ((X, 0.9), {"eps": float("nan")}, ValueError, "eps must be finite and not negative, got nan"),
     "activation is a list": (
         (X, 0.9),
         {"activation": ["relu"]},
         ValueError,
         r"activation must be one of .* got \['relu'\]",
     ),
-    "beta is a huge int": ((X, 10**400), {}, ValueError, "beta must be a number that float64 can hold"),
     "channel_dim of a scalar": (
         (torch.tensor(1.0), 0.9),
         {"channel_dim": 0},
