@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,23 @@ def test_function_transforms() -> None:
     own = [q.clone().requires_grad_(), edits[0].clone().requires_grad_()]
     for a, b in zip(grads, torch.autograd.grad(total(*own), own)):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_query_that_sees_no_key_has_the_edit_alone_and_no_gradient(kind: str) -> None:
+    """Its output is a, whatever q, k and v are, also in the reference, whose softmax has no value there."""
+    q, k, v = (torch.randn(1, 1, size, 4, requires_grad=True) for size in (2, 3, 3))
+    a = torch.randn(1, 4)
+    sees = torch.tensor([[False] * 3, [True] * 3])
+    mask = sees if kind == "bool" else torch.zeros(2, 3).masked_fill(~sees, -math.inf)
+    with ctkernels.use_backend("reference"):
+        y = attention_head_edit(q, k, v, a=a, attn_mask=mask)
+        blind = torch.autograd.grad(y[:, :, 0].sum(), (q, k, v), retain_graph=True)
+        assert torch.equal(y[:, :, 0], a[None])
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in blind)
+        want = torch.autograd.grad((torch.softmax(q[:, :, 1:] @ k.mT / 2, -1) @ v).sum(), (q, k, v))
+        for got, expected in zip(torch.autograd.grad(y.sum(), (q, k, v)), want):
+            torch.testing.assert_close(got, expected)
 
 
 def test_empty() -> None:

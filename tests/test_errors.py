@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ctkernels
-from ctkernels.functional import ctu
+from ctkernels.functional import ctu, head_edit
 
 X = torch.randn(2, 4, 3)
 
@@ -141,3 +141,13 @@ def test_backends() -> None:
     with ctkernels.use_backend("reference"):
         assert "forced: used" in ctkernels.explain(torch.randn(2))
     assert "meta" in ctkernels.explain(torch.empty(2, device="meta"))
+
+
+@pytest.mark.parametrize("index", [[0, 3], [-1, 0]])
+def test_an_index_past_the_rows_is_named(index: list[int]) -> None:
+    rows = torch.tensor(index)
+    message = rf"index must lie in 0..2, got values from {min(index)} to {max(index)}"
+    with pytest.raises(ValueError, match=f"head_edit: {message}"):
+        head_edit(torch.randn(2, 5, 6), torch.randn(3, 2, 3), index=rows)
+    with pytest.raises(ValueError, match=f"ctu: {message}"):
+        ctu(torch.randn(2, 4), torch.rand(3, 4), torch.rand(3, 1), channel_dim=1, index=rows)

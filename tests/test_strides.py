@@ -173,6 +173,17 @@ def test_results_of_gates(implementation: str, data: st.DataObject) -> None:
     _agree(op, (log_alpha, noise), (-1, mode, 0.33, -0.1, 1.1), torch.randn(log_alpha.shape).to(log_alpha.dtype))
 
 
+def test_sizes_of_one_have_no_say() -> None:
+    """Views of fake tensors have other strides there than those of real ones."""
+    for strides in ((1, 0, 5, 60), (1, 120, 120, 60), (1, 7, 7, 60)):
+        x = torch.empty(120).as_strided((60, 1, 1, 2), strides)
+        assert _layout.result_like(x).stride()[::3] == (1, 60)
+    z = torch.zeros(130).as_strided((2, 60, 1, 1, 1), (60, 1, 0, 5, 5))
+    with FakeTensorMode() as mode:
+        fake = head_edit(mode.from_tensor(z), a=torch.ones(2, 1), head_axis=0).stride()
+    assert fake[:2] == head_edit(z, a=torch.ones(2, 1), head_axis=0).stride()[:2] == (60, 1)
+
+
 @common
 @given(x=views())
 def test_one_rule(x: Tensor) -> None:
