@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +80,39 @@ def check_adapter_name(name: Any) -> None:
     if found:
         raise ValueError(
             f"adapter_name must not contain {found.group()!r}, got {name!r}: it names a folder and a part of tensor names"
+        )
+
+
+def pass_adapter_names(names: list[str], thread: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Give a layer the adapters of its samples: a forward pre-hook, for the calls of one thread.
+
+    peft's modules that are trained beside adapters want a name for each row of their input, which has those of a
+    sample (beams, returned sequences) side by side.
+    """
+    if threading.get_ident() == thread:
+        trained = hasattr(module, "original_module")
+        rows = len(args[0]) // len(names) or 1 if trained and args else 1
+        kwargs["adapter_names"] = [name for name in names for _ in range(rows)]
+    return args, kwargs
+
+
+def plain_model(model: Any) -> Any:
+    """The model inside all `PeftModel`s around it."""
+    while hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return model
+
+
+def check_not_nested(model: nn.Module) -> None:
+    """Check that what a tuner adapts is no `PeftModel` itself, before adapters are unloaded.
+
+    Raises:
+        ValueError: it is; peft would take out the layers of both, and stop there.
+    """
+    if hasattr(model, "get_base_model"):
+        raise ValueError(
+            "model: expected a model with one PeftModel around it, got one inside another, which peft takes apart "
+            "only halfway; save the adapters of each, or, where JoLA is among them and all fold into weights, save_merged"
         )
 
 

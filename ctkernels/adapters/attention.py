@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..functional import attention_head_edit
-from .jola.calls import Recording, current
+from .jola.calls import FUSION, Recording, current
 from .jola.layer import JolaLayer
 from .jola.model import jola_layers
 
@@ -70,18 +70,26 @@ def attention_forward(
 
 
 class FusedAttention:
-    """What :func:`fuse_attention` did. `sites`: the projections whose edit is now in the attention."""
+    """What :func:`fuse_attention` did. `sites`: the projections whose edit is now in the attention.
+
+    The model keeps it, and so does a copy of the model: whoever takes the JoLA layers out ends the fusion.
+    """
 
     def __init__(self, model: Any, owners: list[tuple[JolaLayer, nn.Module]]):
         self._model = model
+        model.__dict__[FUSION] = self
         self._recordings = [Recording(owner, layer) for layer, owner in owners]
         self.sites = [layer.site for layer, _ in owners]
 
     def remove(self) -> None:
         """Put transformers' `sdpa` back; the edits are made in the projections again."""
+        if self._model.__dict__.get(FUSION) is not self:
+            return
+        del self._model.__dict__[FUSION]
         for recording in self._recordings:
             recording.stop()
-        self._model.set_attn_implementation("sdpa")
+        if self._model.config._attn_implementation == NAME:  # and not another one that was set since
+            self._model.set_attn_implementation("sdpa")
 
 
 def fuse_attention(model: nn.Module) -> FusedAttention:
@@ -95,7 +103,7 @@ def fuse_attention(model: nn.Module) -> FusedAttention:
         model: a model with JoLA layers, from `peft.get_peft_model` or bare, whose attention implementation is "sdpa".
 
     Returns:
-        a handle with `.sites` and `.remove()`.
+        a handle with `.sites` and `.remove()`; unloading the adapters removes it too.
 
     Raises:
         ValueError: no JoLA layer, a family not known to keep its attention output untouched until the projection or

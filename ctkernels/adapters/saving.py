@@ -13,9 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
+from ..steering.survey import is_steered
 from ._files import model_files, replacing_folder
 from ._offload import fetched, whole_state_dict
-from ._peft import check_adapter_name
+from ._peft import check_adapter_name, plain_model
 from .bias import config_parts, hold_bias
 from .jola.layer import JolaLayer
 from .merge import Kept, copied, mergeable, stack
@@ -73,15 +74,14 @@ def save_merged(model: Any, path: str | os.PathLike[str], *, overwrite: bool = F
 
     Raises:
         ValueError: there is no JoLA adapter; the architecture cannot hold the bias; the base is quantised or sharded;
-            adapters are merged, or cannot be folded into weights; the folder has weights or adapters in it.
+            adapters are merged, or cannot be folded into weights; the model is steered; the folder has weights or
+            adapters in it.
 
     Example:
         >>> save_merged(model, "merged")
         >>> plain = AutoModelForCausalLM.from_pretrained("merged")
     """
-    base = model
-    while hasattr(base, "get_base_model"):
-        base = base.get_base_model()
+    base = plain_model(model)
     found = [] if overwrite else model_files(path)
     if found:
         names = ", ".join(file.name for file in found[:3]) + ", ..." * (len(found) > 3)
@@ -108,7 +108,7 @@ def _plain(model: nn.Module) -> Iterator[None]:
     ]
     tops = {id(child): child for _, _, child in wrappers if isinstance(child, BaseTunerLayer)}
     stacks: list[list[Any]] = [list(stack(top)) for top in tops.values()]
-    _check(stacks, [child for _, _, child in wrappers if isinstance(child, AuxiliaryTrainingWrapper)])
+    _check(model, stacks, [child for _, _, child in wrappers if isinstance(child, AuxiliaryTrainingWrapper)])
     bases = [layers[-1].get_base_layer() for layers in stacks]
     shared = _shared(model, bases)
     kept = [Kept(base, layers) for base, layers in zip(bases, stacks)]
@@ -147,7 +147,7 @@ def _plain(model: nn.Module) -> Iterator[None]:
         model.__dict__.update(marks)
 
 
-def _check(stacks: list[list[Any]], others: list[Any]) -> None:
+def _check(model: nn.Module, stacks: list[list[Any]], others: list[Any]) -> None:
     """Refuse what cannot be folded, before anything is changed."""
     for layers in stacks:
         for layer in layers:
@@ -165,6 +165,11 @@ def _check(stacks: list[list[Any]], others: list[Any]) -> None:
     for other in others:
         if not isinstance(other, ModulesToSaveWrapper):
             raise ValueError(f"save_merged knows no plain form of a {type(other).__name__}; save the adapters instead")
+    if is_steered(model):
+        raise ValueError(
+            "model: expected plain activations, got CT units (it is steered, or has a merged curvature adapter), which "
+            "plain transformers would not compute; remove() the steering first, or save the adapter instead"
+        )
 
 
 def _trained(wrapper: Any) -> nn.Module:

@@ -235,6 +235,20 @@ def test_lora_and_curvature_train_together():
         assert torch.equal(model(image()), expected)
 
 
+@pytest.mark.parametrize("way", ["unload", "merge_and_unload"])
+def test_units_over_lora_are_not_unloaded_halfway(way):
+    lora = peft.get_peft_model(
+        make_net(), peft.LoraConfig(r=1, target_modules=["conv1", "hidden"], init_lora_weights=False)
+    )
+    with pytest.warns(UserWarning, match="multiple adapters in the model"):
+        model = peft.get_peft_model(lora, CurvatureConfig(), adapter_name="units").eval()
+    modules, expected = [type(module) for module in model.modules()], model(image())
+    with pytest.raises(ValueError, match="expected a model with one PeftModel around it, got one inside another"):
+        getattr(model, way)()
+    assert [type(module) for module in model.modules()] == modules
+    assert torch.equal(model(image()), expected)
+
+
 # --------------------------------------------------------------------------------------------------------------- errors
 
 

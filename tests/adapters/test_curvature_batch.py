@@ -109,8 +109,9 @@ def test_compiled():
     assert torch.equal(model(x), plain)
 
 
-def test_another_thread_is_not_concerned():
-    model, x = mixed(), image()
+@pytest.mark.parametrize("values", [{}, {"modules_to_save": ["fc"]}], ids=["units", "and a head"])
+def test_another_thread_is_not_concerned(values):
+    model, x = mixed(None, values, **values), image()
     plain, expected = model(x), model(x, adapter_names=NAMES)
     inside, done, seen = threading.Event(), threading.Event(), []
 

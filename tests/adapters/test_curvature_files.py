@@ -106,7 +106,7 @@ def test_a_model_with_units_is_not_saved_as_a_plain_one(tmp_path):
     refusal = "save_pretrained: a OPTForCausalLM with CT units cannot be saved as a plain one.*Save the adapter instead"
     with pytest.raises(ValueError, match=refusal):
         net.save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match=refusal):
+    with pytest.raises(ValueError, match="a CurvatureLayer cannot be folded into weights"):
         adapters.save_merged(model, tmp_path / "merged")
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(_opt(), tmp_path / "adapter").eval()
@@ -125,6 +125,21 @@ def test_a_model_with_units_is_not_saved_as_a_plain_one(tmp_path):
     plain = model.unload()
     plain.save_pretrained(tmp_path / "plain")
     assert torch.equal(type(plain).from_pretrained(tmp_path / "plain").eval()(input_ids=ids).logits, expected)
+
+
+def test_an_adapter_of_another_method_below_saves_itself(tmp_path):
+    ids = torch.arange(5, 17).view(2, 6)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["fc1"], init_lora_weights=False)
+    below = peft.get_peft_model(_opt(), lora, adapter_name="below").eval()
+    alone = below(input_ids=ids).logits
+    with pytest.warns(UserWarning, match="multiple adapters in the model"):
+        model = peft.get_peft_model(below, CurvatureConfig(task_type="CAUSAL_LM", init_beta=0.2), adapter_name="units")
+    assert not torch.equal(model.eval()(input_ids=ids).logits, alone)
+    below.save_pretrained(tmp_path / "adapters", selected_adapters=["below"])
+    with pytest.raises(ValueError, match="save_pretrained: a OPTForCausalLM with CT units cannot be saved"):
+        below.get_base_model().save_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(_opt(), tmp_path / "adapters" / "below", adapter_name="below").eval()
+    assert torch.equal(again(input_ids=ids).logits, alone)
 
 
 def test_a_transformers_model_saves_the_adapters_it_was_given(tmp_path):

@@ -120,6 +120,33 @@ def test_a_batch_of_mixed_adapters_equals_one_run_each():
     assert torch.equal(mixed[0], model.generate(**VALUES, **options)[0])
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+@pytest.mark.parametrize("inside", [False, True], ids=["arguments", "generation_config"])
+def test_beams_of_a_sample_keep_its_adapter_in_modules_trained_beside(options, inside):
+    torch.manual_seed(2)
+    model = peft.get_peft_model(build("llama"), _config(modules_to_save=["lm_head"]))
+    model.add_adapter("second", _config(init_std=0.5, modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter))
+    values: dict = {"max_new_tokens": 4, "do_sample": False} | options
+    if inside:
+        values = {"generation_config": transformers.GenerationConfig(**values, pad_token_id=0)}
+    names = ["second", "__base__", "default"]
+    together = model.eval().generate(**VALUES, adapter_names=names, **values)
+    count = options.get("num_return_sequences", 1)
+    for row, name in enumerate(names):
+        alone = {key: value[row : row + 1] for key, value in VALUES.items()}
+        if name == "__base__":
+            with model.disable_adapter():
+                expected = model.generate(**alone, **values)
+        else:
+            model.set_adapter(name)
+            expected = model.generate(**alone, **values)
+        assert torch.equal(together[row * count : (row + 1) * count, : expected.shape[1]], expected)
+
+
 def test_rows_of_the_base_model_alone_and_of_one_adapter_alone():
     model, plain = _two()
     expected = output(model, VALUES)

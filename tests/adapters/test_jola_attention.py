@@ -318,6 +318,39 @@ def test_an_implementation_set_later_keeps_the_edits(calls: list[dict]) -> None:
     assert torch.equal(found, output(plain, values))
 
 
+@pytest.mark.parametrize("way", ["unload", "merge_and_unload"])
+def test_taking_the_layers_out_ends_the_fusion(way: str, calls: list[dict]) -> None:
+    """Also in a copy, whose handle nobody has."""
+    values, plain = inputs("llama"), build("llama").eval()
+    model = _attach("llama", init_std=0.5)
+    before = {name: set(vars(module)) for name, module in plain.named_modules()}
+    expected = output(plain, values) if way == "unload" else output(model, values)
+    handle = adapters.fuse_attention(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        bare = getattr(twin, way)()
+        count = len(calls)
+        torch.testing.assert_close(output(bare, values), expected, rtol=1e-5, atol=1e-5)
+        assert len(calls) == count
+        assert bare.config._attn_implementation == "sdpa"
+        assert {name: set(vars(module)) for name, module in bare.named_modules()} == before
+    handle.remove()
+    assert bare.config._attn_implementation == "sdpa"
+
+
+def test_a_handle_removes_its_own_fusion_only(calls: list[dict]) -> None:
+    model, values = _attach("llama"), inputs("llama")
+    expected = output(model, values)
+    first = adapters.fuse_attention(model)
+    first.remove()
+    second = adapters.fuse_attention(model)
+    first.remove()
+    assert torch.equal(output(model, values), expected)
+    assert calls
+    model.get_base_model().set_attn_implementation("eager")
+    second.remove()
+    assert model.get_base_model().config._attn_implementation == "eager"
+
+
 def test_an_interrupt_in_the_attention_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even for a projection that is called on its own afterwards."""
     model, values = _attach("llama", init_std=0.5), inputs("llama")

@@ -11,6 +11,8 @@ import torch
 from jola_families import build, inputs, output
 from torch import nn
 
+import ctkernels
+
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 adapters = pytest.importorskip("ctkernels.adapters")
@@ -358,6 +360,23 @@ def test_an_activation_cannot_be_saved_as_weights(tmp_path):
     with pytest.raises(ValueError, match="expected one with a JoLA adapter, got one without"):
         adapters.save_merged(peft.get_peft_model(build("llama"), _lora()), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:steer:UserWarning")
+def test_a_steered_model_is_not_saved_as_a_plain_one(tmp_path):
+    model = peft.get_peft_model(build("llama"), _jola()).eval()
+    handle = ctkernels.steer(model, 0.2, 0.8, activations=["silu"])
+    steered = output(model, VALUES)
+    with pytest.raises(ValueError, match=r"expected plain activations, got CT units.*remove\(\) the steering first"):
+        adapters.save_merged(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    assert torch.equal(output(model, VALUES), steered)
+    handle.remove()
+    expected = output(model, VALUES)
+    assert not torch.equal(expected, steered)
+    adapters.save_merged(model, tmp_path / "merged")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(output(plain, VALUES), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_network_of_its_own_is_merged_in_memory_only(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,15 @@ from ...steering.handle import listed, nothing_found
 from ...steering.surgery import MODULE, Copy, Edit, operate, undo
 from ...steering.survey import Miss, Plan, Site, is_steered, survey
 from .._config import saved_shapes
-from .._peft import check_adapter_name, check_saved, check_state_dict, own_base_layers
+from .._peft import (
+    check_adapter_name,
+    check_not_nested,
+    check_saved,
+    check_state_dict,
+    own_base_layers,
+    pass_adapter_names,
+    plain_model,
+)
 from .batch import BASE, adapters_by_sample, check_names
 from .config import CurvatureConfig
 from .layer import CurvatureLayer, FixedUnit, Original
@@ -180,7 +189,8 @@ class CurvatureModel(BaseTuner):
         names = check_names(given, {*self.peft_config, BASE}, samples, self.training)
         self._find_samples(surgery)
         wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-        handles = [w.register_forward_pre_hook(partial(_pass_names, names), with_kwargs=True) for w in wrappers]
+        hook = partial(pass_adapter_names, names, threading.get_ident())
+        handles = [wrapper.register_forward_pre_hook(hook, with_kwargs=True) for wrapper in wrappers]
         try:
             with adapters_by_sample(list(surgery.layers.values()), names):
                 yield
@@ -207,6 +217,7 @@ class CurvatureModel(BaseTuner):
     def _unload_and_optionally_merge(
         self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
     ) -> Any:
+        check_not_nested(self.model)
         surgery = surgery_of(self.model)
         assert surgery is not None
         if merge:
@@ -221,12 +232,6 @@ class CurvatureModel(BaseTuner):
         else:
             _close(model)
         return model
-
-
-def _pass_names(names: list[str], module: nn.Module, args: Any, kwargs: Any) -> Any:
-    beams = len(args[0]) // len(names) or 1
-    kwargs["adapter_names"] = [name for name in names for _ in range(beams)]
-    return args, kwargs
 
 
 def _warn_of_merge() -> None:
@@ -283,15 +288,16 @@ def _open(model: nn.Module) -> None:
             swap.module._modules[_child(key)] = layer
     layers = {site.name: layer for site, layer in zip(plan.sites, plan.knobs)}
     sites = {site.name: site for site in plan.sites}
-    if hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = partial(_refuse_to_save, model)
+    plain = plain_model(model)  # a PeftModel below saves its adapters alone
+    if hasattr(plain, "save_pretrained"):
+        plain.__dict__["save_pretrained"] = partial(_refuse_to_save, plain)
     model.__dict__[_STATE] = Surgery([swap.module for swap in plan.swaps], plan.edits, plan.copies, sites, layers)
 
 
 def _close(model: nn.Module) -> None:
     """Undo `_open`: the model has its own modules and classes again."""
     surgery = model.__dict__.pop(_STATE)
-    model.__dict__.pop("save_pretrained", None)
+    plain_model(model).__dict__.pop("save_pretrained", None)
     for module in surgery.modules:
         for key in vars(module).get("_ctu", {}):
             module._modules.pop(_child(key), None)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from .._peft import plain_model
 from ..sites import find_attention, unused_sites
 from .config import JolaConfig
 from .layer import JolaLayer
@@ -77,9 +78,7 @@ def coverage(model: nn.Module) -> Coverage:
         >>> coverage(model).skipped[0].reason
         'left out by exclude_modules'
     """
-    inner = model
-    while hasattr(type(inner), "get_base_model") and hasattr(inner, "base_model"):
-        inner = inner.get_base_model()  # type: ignore[operator]
+    inner = plain_model(model)
     layers = {name: module for name, module in inner.named_modules() if isinstance(module, JolaLayer)}
     configs = {name: config for layer in layers.values() for name, config in layer.jola_config.items()}
     unused = unused_sites(inner)

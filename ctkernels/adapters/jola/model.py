@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 import threading
 import warnings
@@ -19,10 +18,18 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .._config import saved_shapes
-from .._peft import check_adapter_name, check_saved, check_state_dict, own_base_layers
+from .._peft import (
+    check_adapter_name,
+    check_not_nested,
+    check_saved,
+    check_state_dict,
+    own_base_layers,
+    pass_adapter_names,
+)
 from ..bias import hold_bias
 from ..merge import to_merge
 from ..sites import default_targets, head_layout, near_misses, unused_sites, unwrapped
+from .calls import FUSION
 from .config import JolaConfig
 from .coverage import left_out
 from .layer import KINDS, JolaLayer
@@ -219,11 +226,7 @@ class JolaModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        if hasattr(self.model, "get_base_model"):
-            raise ValueError(
-                "model: expected a model with one PeftModel around it, got one inside another, which peft takes apart "
-                "only halfway; save_merged saves it merged"
-            )
+        check_not_nested(self.model)
         layers = list(jola_layers(self.model))
         unbiased = [layer.site for layer in layers if not layer.has_own_bias()]
         if merge:
@@ -235,6 +238,9 @@ class JolaModel(BaseTuner):
                     layer.unmerge()
         for layer in layers:
             layer.unwatch()
+        for module in self.model.modules():
+            if FUSION in vars(module):
+                vars(module)[FUSION].remove()
         unload: Any = super()._unload_and_optionally_merge
         with own_base_layers(self.model):
             model = unload(merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
@@ -272,10 +278,6 @@ class JolaModel(BaseTuner):
         unknown = sorted(set(names) - known)
         if unknown:
             raise ValueError(f"adapter_names must be among {sorted(known)}, got {unknown}")
-        beams = kwargs.get("num_beams")
-        repeated = [name for name in names for _ in range(beams)] if isinstance(beams, int) and beams > 1 else names
-        encoder = _encoder(self.model)
-        inside = set() if encoder is None else {id(module) for module in encoder.modules()}
         handles = [
             self.register_forward_pre_hook(
                 lambda _, args, kwargs: _check_length(names, args, kwargs) if threading.get_ident() == thread else None,
@@ -285,8 +287,7 @@ class JolaModel(BaseTuner):
         try:
             for module in self.modules():
                 if isinstance(module, (JolaLayer, AuxiliaryTrainingWrapper)):
-                    own = names if id(module) in inside else repeated
-                    hook = partial(_pass_adapter_names, adapter_names=list(own), thread=thread)
+                    hook = partial(pass_adapter_names, list(names), thread)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
@@ -330,19 +331,3 @@ def _check_length(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(names)} and {rows} respectively."
         )
-
-
-def _pass_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str], thread: int) -> Any:
-    if threading.get_ident() == thread:  # not to a call that another thread makes meanwhile
-        kwargs["adapter_names"] = adapter_names
-    return args, kwargs
-
-
-def _encoder(model: nn.Module) -> nn.Module | None:
-    """The encoder of an encoder-decoder model; its batch is not repeated for beams."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return None
-    getter: Any = getattr(model, "get_encoder", None)
-    return (
-        getter() if getter is not None and not inspect.signature(getter).parameters else getattr(model, "encoder", None)
-    )
