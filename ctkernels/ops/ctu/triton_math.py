@@ -140,9 +140,8 @@ def derive(p, GRADE: tl.constexpr, STATIC: tl.constexpr):
         t_limit = tl.where(smooth, tl.minimum(vanished * _rcp(t), furthest), -1.0)
         u_limit = tl.where(smooth, tl.minimum(vanished * _rcp(u), furthest), -1.0)
         eta = tl.where(smooth, eta, 0.0)
-        if GRADE == FAST:  # without limits: a unit without a bump has no coefficients instead
-            if KIND != GAUSSIAN:  # the approximate unit takes every magnitude
-                t_limit, u_limit = furthest, furthest
+        if GRADE == FAST:  # the approximate unit takes every magnitude; a unit without a bump has no coefficients
+            t_limit, u_limit = furthest, furthest
             # At beta = 0 too, infinity decays to 0. (The smallest float; written as a number it would be a double.)
             t = tl.maximum(t.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
             kept = tl.where(smooth, 1.0, 0.0)  # as a factor: a NaN is kept
@@ -210,18 +209,18 @@ def _tail(a, hi, lo, limit, GRADE: tl.constexpr):
         return pdf, tl.where(a > limit, 0.0, 0.5 * libdevice.erfc(t * 0.70710678118654752440)), ac
     else:
         ac = _smaller(a, limit)
-        t = ac * hi
-        y = t * t
         if GRADE == EXACT:
+            t = ac * hi
+            y = t * t
             t_lo = tl.fma(ac, lo, tl.fma(ac, hi, -t))
             y_lo = tl.fma(2.0 * t, t_lo, tl.fma(t, t, -y))
             z = tl.fma(-y, _HALF_LOG2E, _MAGIC)
             f = tl.fma(-y, _HALF_LOG2E, _MAGIC - z)
             f = tl.fma(-y_lo, _HALF_LOG2E, tl.fma(-y, _HALF_LOG2E_LO, f))
-            e = _exp2_scaled(f, z)
+            e = tl.where(a > limit, 0.0, _exp2_scaled(f, z))
         else:
-            e = _ex2(-y * _HALF_LOG2E)
-        e = tl.where(a > limit, 0.0, e)
+            t = a * hi
+            e = _ex2(-t * t * _HALF_LOG2E)
         v = _rcp(tl.fma(t, 0.35, 1.0))
         return 0.3989422804 * e, e * (polynomial(v, _MILLS) * v), ac
 
