@@ -64,12 +64,16 @@ struct Ctu {
     } else {
       t = make_decay<T>(v.s > 0 ? eta : inv_s), u = make_decay<T>(inv_s);
     }
+    if constexpr (kind == CtuKind::kRelu6) t.limit = capped(t.limit, kFlat);
     const bool smooth = t.limit >= 0 && u.limit >= 0;
     const double coeff = v.coeff + v.s * 0.0;  // no bump shows a NaN in s: its rates are those of s = 0
     const double fields[kCtuFields] = {t.hi, t.lo, t.limit, u.hi, u.lo, u.limit, coeff, 1.0 - coeff, -coeff, (1.0 - coeff) * v.s,
                                        smooth ? eta : 0.0, slope, reach(static_cast<T>(1.0 - slope))};
     for (int i = 0; i < kCtuFields; ++i) out[i * stride] = constant<T>(fields[i]);
   }
+
+  // From here on w - 6 is w: the two bumps of a relu6 cancel, however far out they are evaluated. A square still fits.
+  static constexpr T kFlat = 1152921504606846976.0;  // 2^60
 
   // Not 0 at slope 1, so that infinity stays infinite.
   static CTK_ONCE T reach(T r) { return r == T(0) ? std::numeric_limits<T>::denorm_min() : r; }
@@ -102,9 +106,8 @@ struct Ctu {
     if constexpr (kind == CtuKind::kRelu6) {
       const auto low = bump(a, k), high = bump(magnitude(w - T(6)), k);
       const T step = (w > T(0) ? T(1) - low.h : low.h) - (w > T(6) ? T(1) - high.h : high.h);
-      const T low_square = low.square(dy), high_square = high.square(dy);
-      const T square = low_square == high_square ? T(0) : low_square - high_square;  // both may be infinite
-      return {dy * step, {square, dy * (low.s1 - high.s1), dy * (low.s2 - high.s2), dy * (low.s3 - high.s3)}};
+      const T square = low.inner * low.outer - high.inner * high.outer;  // finite: see kFlat
+      return {dy * step, {dy * square, dy * (low.s1 - high.s1), dy * (low.s2 - high.s2), dy * (low.s3 - high.s3)}};
     } else if constexpr (kind == CtuKind::kLeaky) {
       const auto b = bump(magnitude(k(kReach)) * a, k);
       const T fall = k(kReach) * b.h;  // phi' relative to the near branch's own slope

@@ -36,6 +36,7 @@ template <class T>
 CTK_ONCE void derive_ctu(const CtuStatic& cfg, const double* p, T* out, int64_t stride) {
   const CtuKnobs knobs = ctu_knobs(p[kBeta * stride], p[kCoeff * stride], cfg.raw, cfg.eps);
   if (cfg.kind == CtuKind::kGaussian) Ctu<T, CtuKind::kGaussian>::derive(knobs, p[kSlopeParam * stride], out, stride);
+  else if (cfg.kind == CtuKind::kRelu6) Ctu<T, CtuKind::kRelu6>::derive(knobs, p[kSlopeParam * stride], out, stride);
   else Ctu<T, CtuKind::kLogistic>::derive(knobs, p[kSlopeParam * stride], out, stride);
 }
 

@@ -291,9 +291,10 @@ struct CtuUnit {
       if constexpr (std::is_same_v<Math, GpuExact>) {
         t.hi = t.hi < GpuExact::kLeastRate ? GpuExact::kLeastRate : t.hi;
         f[kTLimit] = GpuExact::kGone * reciprocal(t.hi), f[kULimit] = GpuExact::kGone * reciprocal(u.hi);
+        if constexpr (kind == CtuKind::kRelu6) f[kTLimit] = capped(f[kTLimit], Op::kFlat);
       } else {  // infinity decays to 0 at beta = 0 too
         t.hi = t.hi < 1.4e-45f ? 1.4e-45f : t.hi;
-        f[kTLimit] = f[kULimit] = largest;
+        f[kTLimit] = f[kULimit] = kind == CtuKind::kRelu6 ? Op::kFlat : largest;
       }
     }
     f[kTHi] = t.hi, f[kTLo] = t.lo, f[kUHi] = u.hi, f[kULo] = u.lo;

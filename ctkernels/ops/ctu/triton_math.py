@@ -36,6 +36,7 @@ _MILLS = horner(
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer
 _LARGEST = tl.constexpr(3.4028234e38)
 _LARGEST_DOUBLE = tl.constexpr(1.7976931348623157e308)
+_FLAT = tl.constexpr(2.0**60)  # of csrc/ctu.h: where a relu6's two bumps cancel, and a square still fits
 _SMALLEST_S = tl.constexpr(2.0**-120)  # a bump lower than this is flushed, so that its rate stays finite
 
 
@@ -104,7 +105,10 @@ def derive(p, GRADE: tl.constexpr, STATIC: tl.constexpr):
         u = 1.0 / tl.where(smooth, s, 1.0)
         t = b * u
         gone: tl.constexpr = 37.0 if KIND == GAUSSIAN else 700.0
-        t_limit = tl.where(smooth, tl.where(t > 1e-300, gone / tl.where(t > 1e-300, t, 1.0), 1.7e308), -1.0)
+        t_limit = tl.where(t > 1e-300, gone / tl.where(t > 1e-300, t, 1.0), 1.7e308)
+        if KIND == RELU6:
+            t_limit = tl.minimum(t_limit, _FLAT)
+        t_limit = tl.where(smooth, t_limit, -1.0)
         u_limit = tl.where(smooth, gone / u, -1.0)
         slope = slope.to(tl.float64)
         reach = _reach(1.0 - slope, 4.9406564584124654e-324)
@@ -132,10 +136,12 @@ def derive(p, GRADE: tl.constexpr, STATIC: tl.constexpr):
             t, t_lo = _scaled(eta, eta_lo, _LOG2E_HI, _LOG2E_LO)
             u, u_lo = _scaled(r, r_lo, _LOG2E_HI, _LOG2E_LO)
         vanished: tl.constexpr = 13.16 if KIND == GAUSSIAN else 125.0
-        t_limit = tl.where(smooth, tl.minimum(vanished * _rcp(t), _LARGEST), -1.0)
-        u_limit = tl.where(smooth, tl.minimum(vanished * _rcp(u), _LARGEST), -1.0)
+        furthest: tl.constexpr = _FLAT if KIND == RELU6 else _LARGEST
+        t_limit = tl.where(smooth, tl.minimum(vanished * _rcp(t), furthest), -1.0)
+        u_limit = tl.where(smooth, tl.minimum(vanished * _rcp(u), furthest), -1.0)
         eta = tl.where(smooth, eta, 0.0)
-        if GRADE == FAST:  # without limits: a unit without a bump has no coefficients instead
+        if GRADE == FAST:  # the approximate unit takes every magnitude; a unit without a bump has no coefficients
+            t_limit, u_limit = furthest, furthest
             # At beta = 0 too, infinity decays to 0. (The smallest float; written as a number it would be a double.)
             t = tl.maximum(t.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
             kept = tl.where(smooth, 1.0, 0.0)  # as a factor: a NaN is kept
@@ -167,7 +173,7 @@ def _decay(a, hi, lo, limit, GRADE: tl.constexpr):
         f = tl.fma(-ac, lo, tl.fma(-ac, hi, _MAGIC - z))
         return tl.where(a > limit, 0.0, _exp2_scaled(f, z)), ac
     else:
-        return _ex2(-a * hi), _smaller(a, _LARGEST)
+        return _ex2(-a * hi), _smaller(a, limit)
 
 
 @triton.jit
@@ -203,18 +209,18 @@ def _tail(a, hi, lo, limit, GRADE: tl.constexpr):
         return pdf, tl.where(a > limit, 0.0, 0.5 * libdevice.erfc(t * 0.70710678118654752440)), ac
     else:
         ac = _smaller(a, limit)
-        t = ac * hi
-        y = t * t
         if GRADE == EXACT:
+            t = ac * hi
+            y = t * t
             t_lo = tl.fma(ac, lo, tl.fma(ac, hi, -t))
             y_lo = tl.fma(2.0 * t, t_lo, tl.fma(t, t, -y))
             z = tl.fma(-y, _HALF_LOG2E, _MAGIC)
             f = tl.fma(-y, _HALF_LOG2E, _MAGIC - z)
             f = tl.fma(-y_lo, _HALF_LOG2E, tl.fma(-y, _HALF_LOG2E_LO, f))
-            e = _exp2_scaled(f, z)
+            e = tl.where(a > limit, 0.0, _exp2_scaled(f, z))
         else:
-            e = _ex2(-y * _HALF_LOG2E)
-        e = tl.where(a > limit, 0.0, e)
+            t = a * hi
+            e = _ex2(-t * t * _HALF_LOG2E)
         v = _rcp(tl.fma(t, 0.35, 1.0))
         return 0.3989422804 * e, e * (polynomial(v, _MILLS) * v), ac
 
@@ -271,8 +277,7 @@ def gradients(w, dy, k, GRADE: tl.constexpr, STATIC: tl.constexpr):
         _d, low, low_i, low_o, l1, l2, l3 = _bump(tl.abs(w), k, GRADE, KIND)
         _d, high, high_i, high_o, h1, h2, h3 = _bump(tl.abs(w - 6.0), k, GRADE, KIND)
         step = tl.where(w > 0.0, 1.0 - low, low) - tl.where(w > 6.0, 1.0 - high, high)
-        l0, h0 = dy * low_i * low_o, dy * high_i * high_o
-        s0 = tl.where(l0 == h0, 0.0, l0 - h0)  # both may be infinite
+        s0 = dy * (low_i * low_o - high_i * high_o)  # finite: see _FLAT
         return dy * step, s0, dy * (l1 - h1), dy * (l2 - h2), dy * (l3 - h3), s0
     elif KIND == LEAKY:
         slope, reach = k[10], k[11]
