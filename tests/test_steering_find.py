@@ -298,7 +298,7 @@ class CallsInherited(Project):
         return super().apply_kind(x)
 
 
-@pytest.mark.parametrize("build", (CallsProject, lambda: FindsOne(child=CallsInherited())))
+@pytest.mark.parametrize("build", [CallsProject, lambda: FindsOne(child=CallsInherited())])
 def test_a_function_chosen_by_name_is_an_activation_only_where_a_forward_may_choose_it(build):
     with pytest.warns(UserWarning, match=r"steer: 1 activations are not steered"):
         handle = steer(build(), 0.9)

@@ -70,9 +70,10 @@ def _check(case: Case) -> None:
         _expect_untouched(case, built, before, versions, written=False)
     _expect_values(case, built, y, dy, grads)
     _expect_same_again(case, y, dy, grads)
-    # fakes take most of the time; the reference, a dozen operations of torch, is looked at more rarely
+    # A fake of an operation takes a hundred times as long as the operation: a part of the cases are looked at, and fewer of
+    # those of the reference, which is a dozen operations.
     first = next(iter(case.specs.values()))
-    if first.seed % (2 if case.backend is None else 8) == 0:
+    if first.seed % (4 if case.backend is None else 16) == 0:
         _expect_same_as_fake(case, y, dy, grads)
 
 
@@ -330,6 +331,7 @@ def _expect_same_as_fake(case: Case, y: Tensor, dy: Tensor | None, grads: dict[s
     names = [name[1:] for name in grads]
     leaves = {name: t.detach() for name, t in built.tensors.items()}
     with FakeTensorMode() as mode:
+        mode.cache_enabled = False  # hardly a case has the operations of another: keys would take longer than answers
         fakes = Built({name: mode.from_tensor(t) for name, t in leaves.items()})
         for name, t in built.tensors.items():
             fakes.tensors[name].requires_grad_(t.requires_grad)
