@@ -273,6 +273,8 @@ def _expect_attention(case: Case, y: Tensor, dy: Tensor | None, grads: dict[str,
         return found
 
     truth, plain = run(torch.float64), run(None)
+    # Whether a weight of 0 keeps out a NaN that the edit puts into the gradient is not promised: torch's attention does not.
+    poisoned = any(not fresh[n].isfinite().all() for n in ("m", "g_m") if n in fresh)
     terms = q.shape[2] * q.shape[1] + k.shape[2] + q.shape[-1] + fresh["v"].shape[-1]
     eps = torch.finfo(q.dtype).eps
     for name, got in {"y": y, **grads}.items():
@@ -285,6 +287,8 @@ def _expect_attention(case: Case, y: Tensor, dy: Tensor | None, grads: dict[str,
         allowed = 2 * base + 4 * terms * eps * (1 + largest)
         bad = ~((g - exact).abs() <= allowed) & ~(g == exact) & ~(g.isnan() & exact.isnan())
         bad &= ~(exact.isinf() | (exact.abs() > 1e30))
+        if poisoned and name in ("dq", "dk"):
+            bad &= ~g.isnan()
         if bad.any():
             at = tuple(int(i) for i in bad.nonzero()[0])
             raise Wrong(
