@@ -255,7 +255,10 @@ def head_edit(
         _HEAD_EDIT.call_(inputs, static)
         return z
     _HEAD_EDIT.refuse_gradient(inputs)
-    return z.copy_(restore(_HEAD_EDIT(inputs, static)))
+    if not torch.compiler.is_compiling():
+        _memory.refuse_inference(op, "z", z)
+    z.copy_(restore(_HEAD_EDIT(inputs, static)))
+    return z  # of which copy_ gives another object where an edit is of a subclass
 
 
 def _check_index(op: str, index: Tensor, x: Tensor, *tables: float | Tensor | None) -> None:
@@ -289,9 +292,10 @@ def _heads_last(
     """
     shape = z.shape
     if head_axis is None:
-        if shape[-2:] == (heads, dim):
+        flat_heads = z.dim() > 0 and shape[-1] == heads * dim  # asked first: of one head (N, D) is N samples
+        if not flat_heads and shape[-2:] == (heads, dim):
             head_axis = z.dim() - 2
-        elif z.dim() == 0 or shape[-1] != heads * dim:
+        elif not flat_heads:
             raise ValueError(
                 f"head_edit: z must end in (heads * head_dim) = ({heads * dim},) or in (heads, head_dim) = ({heads}, {dim}), or "
                 f"head_axis must be given; got z of shape {tuple(shape)}"

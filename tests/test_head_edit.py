@@ -67,6 +67,22 @@ def test_several_adapters_in_one_batch(backend: str) -> None:
         assert torch.allclose(g, e, rtol=1e-4, atol=1e-4)
 
 
+def test_one_head_of_one_sample_with_an_adapter_of_its_own(backend: str) -> None:
+    """(1, D) could be one head as well: then it would be no batch."""
+    m, z = torch.randn(3, 1, D), torch.randn(1, D)
+    index = torch.tensor([2])
+    for batch in (z, z.view(1, 1, D)):
+        assert torch.equal(head_edit(batch, m, index=index).view(1, D), head_edit(z, m[2]))
+
+
+def test_an_empty_batch_with_adapters(backend: str) -> None:
+    m, g = (p.requires_grad_() for p in (torch.randn(3, H, D), torch.randn(3, H)))
+    z = torch.randn(0, 5, H * D, requires_grad=True)
+    y = head_edit(z, m, g_m=g, index=torch.zeros(0, dtype=torch.int64))
+    grads = torch.autograd.grad(y, [z, m, g], torch.zeros_like(y))
+    assert all(torch.equal(grad, torch.zeros_like(t)) for grad, t in zip(grads, (z, m, g)))
+
+
 def test_inplace(backend: str) -> None:
     parameters = _parameters()
     for z, kwargs in (

@@ -20,6 +20,7 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     "ctu, a knob per channel": lambda t: ctu(t, torch.full((t.shape[-1],), 0.5), channel_dim=-1, inplace=True),
     "head_edit": lambda t: head_edit(t, M, inplace=True),
     "head_edit, heads apart": lambda t: head_edit(t.view(4, 2, 3).transpose(0, 1), M, head_axis=0, inplace=True),
+    "head_edit, by way of a copy": lambda t: head_edit(t.view(4, 3, 2).transpose(1, 2), M, inplace=True),
     "head_edit, an edit per sample": lambda t: head_edit(
         t, torch.stack([M, -M]), index=torch.tensor([0, 1, 1, 0]), inplace=True
     ),
@@ -338,6 +339,10 @@ def test_subclasses(backend: str) -> None:
     assert ctu(sub, 0.5, inplace=True) is sub
     assert torch.equal(sub, expected)
     assert sub._version == 1
+    for z in (torch.ones(4, 2, 3), torch.ones(4, 3, 2).transpose(1, 2)):  # in place, and by way of a copy
+        edited = head_edit(z, M)
+        assert head_edit(z, M.as_subclass(Sub), inplace=True) is z
+        assert torch.equal(z, edited)
     parameter = nn.Parameter(x.clone())
     with torch.no_grad():
         assert ctu(parameter, 0.5, inplace=True) is parameter

@@ -264,6 +264,49 @@ def test_what_cannot_be_steered_is_named(case):
     assert missed.name in repr(handle)
 
 
+def chosen_by_name(kind, x):
+    return getattr(torch, kind)(x)
+
+
+class Project(nn.Module):
+    """Has the same look-up in three methods: one that another module's forward calls, and two that serve no forward."""
+
+    def project(self, x):
+        return self.apply_kind(x)
+
+    def apply_kind(self, x):
+        return chosen_by_name("relu", x)
+
+    def load(self, device):
+        return getattr(torch, device).current_device()
+
+    def save(self, device):
+        return self.load(device)
+
+
+class CallsProject(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part, self.act = Project(), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.part.project(x))
+
+
+class CallsInherited(Project):
+    def forward(self, x):
+        return super().apply_kind(x)
+
+
+@pytest.mark.parametrize("build", [CallsProject, lambda: FindsOne(child=CallsInherited())])
+def test_a_function_chosen_by_name_is_an_activation_only_where_a_forward_may_choose_it(build):
+    with pytest.warns(UserWarning, match=r"steer: 1 activations are not steered"):
+        handle = steer(build(), 0.9)
+    assert [miss.name.rpartition(".")[2] for miss in handle.missed] == ["chosen_by_name:any"]
+    unreached = [skip for skip in handle.skipped if skip.reason.endswith("where no forward leads to")]
+    assert [skip.name.rpartition(".")[2] for skip in unreached] == ["load:any"]
+
+
 def test_recurrent_layers_are_named_only_where_their_activation_is_a_relu():
     model = nn.ModuleDict(
         {

@@ -241,24 +241,21 @@ def _images(data: st.DataObject) -> Tensor:
 def test_results_of_a_frozen_convolution(data: st.DataObject) -> None:
     x = _images(data)
     kernel = data.draw(st.sampled_from([1, 3]))
-    weight, bias = torch.randn(3, x.shape[1], kernel, kernel), data.draw(st.sampled_from([None, torch.randn(3)]))
-    frozen = (weight, bias, torch.rand(3), torch.randn(3), torch.randn(3), torch.rand(3), torch.tensor(1), 1e-5)
+    weight = torch.randn(3, x.shape[1], kernel, kernel)
+    bias, scale = (data.draw(st.sampled_from([None, torch.randn(3)])) for _ in range(2))
     geometry = ([data.draw(st.sampled_from([1, 2]))] * 2, [1, 1], [1, 1], 1)
     ops = torch.ops.ctkernels
     with torch.no_grad():
-        y = ops.frozen_conv(x, *frozen, *geometry, True)
-        last = x.is_contiguous(memory_format=torch.channels_last)
+        y = ops.frozen_conv(x, weight, bias, scale, *geometry)
+        last = data.draw(st.booleans())
         dy = torch.randn(y.shape)
-        found = [
-            y,
-            ops.frozen_conv(x, *frozen, *geometry, False),
-            ops.frozen_conv_backward(dy, x.shape, last, *frozen, *geometry),
-        ]
+        found = [y, ops.frozen_conv_backward(dy, weight, scale, x.shape, last, *geometry)]
         with FakeTensorMode() as mode:
-            fakes = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in frozen]
-            fake = mode.from_tensor(x)
-            expected = [ops.frozen_conv(fake, *fakes, *geometry, needs_grad) for needs_grad in (True, False)]
-            expected.append(ops.frozen_conv_backward(mode.from_tensor(dy), x.shape, last, *fakes, *geometry))
+            fake, *fakes = [t if t is None else mode.from_tensor(t) for t in (x, weight, bias, scale)]
+            expected = [ops.frozen_conv(fake, *fakes, *geometry)]
+            expected.append(
+                ops.frozen_conv_backward(mode.from_tensor(dy), fakes[0], fakes[2], x.shape, last, *geometry)
+            )
     assert [_metadata(t) for t in found] == [_metadata(t) for t in expected]
 
 

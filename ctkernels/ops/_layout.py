@@ -44,7 +44,7 @@ def reduce(values: Tensor, param: Tensor, channel_dim: int) -> Tensor:
         run = values.shape[channel_dim] // max(count, 1)
     dims = [d for d in range(values.dim()) if d not in kept]
     total = values.sum(dims) if dims else values
-    total = total.reshape(values.shape[0] // rows if rows != 1 else 1, rows, count, run)
+    total = total.reshape(values.shape[0] // max(rows, 1) if rows != 1 else 1, rows, count, run)
     return total.sum((0, 3)).reshape(param.shape).to(param.dtype)
 
 

@@ -18,12 +18,20 @@ SEARCHED = 10_000  # partial sums that a search looks at before it gives up
 
 def count_write(op: str, name: str, x: Tensor) -> None:
     """Tells autograd that ``x``, argument ``name`` of ``op``, is about to be written over. RuntimeError if nobody may."""
+    refuse_inference(op, name, x)
+    torch._C._increment_version([x])
+
+
+def refuse_inference(op: str, name: str, x: Tensor) -> None:
+    """RuntimeError where ``x``, which is to be written over, is an inference tensor outside of inference mode.
+
+    Asked before anything is written: torch's own operations refuse such a tensor after they have written to it.
+    """
     if x.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"{op}: Inplace update to inference tensor outside InferenceMode is not allowed; {name} is one: use inplace=False, "
             f"give {name}.clone(), or call inside of torch.inference_mode()"
         )
-    torch._C._increment_version([x])
 
 
 def refuse_self_overlap(op: str, name: str, x: Tensor) -> None:

@@ -165,8 +165,10 @@ class Op:
         self.refuse_gradient(inputs)
         _memory.refuse_self_overlap(self.name, self.inputs[0], x)
         if not torch.compiler.is_compiling():  # a compiler makes two steps of it, as is done here with transforms
+            _memory.refuse_inference(self.name, self.inputs[0], x)
             if in_transform():  # a kernel would not carry the tangent along
-                return x.copy_(self((x.clone(), *inputs[1:]), static))
+                x.copy_(self((x.clone(), *inputs[1:]), static))
+                return x  # of which copy_ gives another object where a result of the op has a subclass
             _memory.refuse_sharing(self.name, self.inputs, inputs, self.elementwise_flags)
         self.forward_(inputs, static)
         return x

@@ -6,6 +6,7 @@ import functools
 import inspect
 import types
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import unit
@@ -62,7 +63,9 @@ class ClassCode:
         selection: frozenset[str],
         memo: dict[types.FunctionType, bool],
         children: frozenset[str] = frozenset(),
+        is_reached: Callable[[types.FunctionType], bool] = lambda function: True,
     ) -> None:
+        self.is_reached = is_reached  # by a forward pass
         self.cls, self.selection, self.memo, self.children = cls, selection, memo, children
         self.repeats: dict[str, list[Call]] = {}
         self.calls: list[Call] = []

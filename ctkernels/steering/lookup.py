@@ -98,7 +98,7 @@ def mentions(function: types.FunctionType, memo: dict[types.FunctionType, bool])
             continue
         seen.add(current)
         names = code_names(current.__code__)
-        targets = [*_named(current, names), *default_values(current), getattr(current, "__wrapped__", None)]
+        targets = [*named(current, names), *default_values(current), getattr(current, "__wrapped__", None)]
         by_name = bool(names & _BY_NAME) and ("functional" in names or any(map(is_space, targets)))
         by_name = by_name or ("getattr" in names and any(method in current.__code__.co_consts for method in METHODS))
         if names & _WORDS or by_name or any(is_activation(t) or hidden_activations(t) for t in targets):
@@ -170,7 +170,8 @@ def bound_names(tree: ast.AST) -> tuple[set[str], dict[str, Any]]:
     return bound, {name: target for name, target in imported.items() if name not in bound}
 
 
-def _named(function: types.FunctionType, names: set[str]) -> Iterator[Any]:
+def named(function: types.FunctionType, names: set[str]) -> Iterator[Any]:
+    """What the names that are in the code of ``function`` may stand for."""
     for name in names:
         target = lookup(function, name)
         yield target

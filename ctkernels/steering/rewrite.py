@@ -245,7 +245,11 @@ class Rewriter(ast.NodeTransformer):
         # What is looked up in torch by its name is most often a dtype.
         in_line = not hasattr(self.statement, "body") and "dtype" in ast.unparse(self.statement)
         if method or (is_space(self.resolve(space)) and not in_line and "dtype" not in ast.unparse(node)):
-            self.scan.miss(self.function, ANY, node.lineno, "the function is chosen by name, at run time")
+            reason = "the function is chosen by name, at run time"
+            if self.scan.is_reached(self.function):
+                self.scan.miss(self.function, ANY, node.lineno, reason)
+            else:
+                self.scan.skip(self.function, ANY, node.lineno, f"{reason}, where no forward leads to")
 
     def _is_own(self, node: ast.expr) -> bool:
         return isinstance(node, ast.Name) and node.id == self.own

@@ -18,6 +18,7 @@ from . import unit
 from .activations import FORMS, FUNCTIONS, METHODS, NearMiss, Use, activation_of, read_module, read_partial
 from .class_code import Call, ClassCode
 from .lookup import is_activation, is_listed, is_torch, known_calls, mentions
+from .reach import reached
 from .surgery import DECIDING, MODULE, Copy, Edit, Steered, Swap, steered_class
 
 _PLAIN_MODULE = frozenset(nn.Module().__dict__)
@@ -349,8 +350,15 @@ class _Survey:
         if self.split:
             children = frozenset(name for name, child in module._modules.items() if self._is_splittable(child))
         if (cls, children) not in self.code:
-            self.code[cls, children] = ClassCode(cls, self.selection, self.memo, children)
+            self.code[cls, children] = ClassCode(cls, self.selection, self.memo, children, self.is_reached)
         return self.code[cls, children]
+
+    @functools.cached_property
+    def _reached(self) -> set[types.FunctionType]:
+        return reached({type(module) for module in self.names})
+
+    def is_reached(self, function: types.FunctionType) -> bool:
+        return function in self._reached
 
     def _is_splittable(self, module: nn.Module | None) -> bool:
         read = None if module is None else read_module(module)

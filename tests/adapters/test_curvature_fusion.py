@@ -49,7 +49,8 @@ def assert_fusion_changes_nothing(model, x):
     plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     handle = ctkernels.fuse(model)
     fused = observe(model, x)
-    assert_networks_agree(fused, rounded_anew(plain, x), observe(exact, x.double()))
+    # Many runs: in so small a network the worst of a few is often right by luck.
+    assert_networks_agree(fused, rounded_anew(plain, x, range(40)), observe(exact, x.double()))
     assert sum("curvature_raw" in name for name in fused if name.startswith("grad")) > 0
     return handle
 

@@ -103,9 +103,10 @@ def _broken(random: Random, case: Case) -> Case:
             "residual of other shape": ("residual", Spec(long, spec.dtype, tuple([0] * len(long)))),
             "shift of two dimensions": ("shift", Spec((1, 1), "float32", (1, 1))),
         }
-        if options.get("raw"):
+        if options.get("raw"):  # of which any number is one, NaN too
             for name in ("beta above 1", "beta below 0"):
                 del ways[name]
+            ways["beta no number"] = ("beta", random.choice(("0.5", None, True)))
     elif case.op == "head_edit":
         heads, dim = case.arguments.get("m", case.arguments.get("a")).shape[-2:]
         ways |= {
@@ -142,6 +143,9 @@ def _broken(random: Random, case: Case) -> Case:
                     "noise of other shape": ("noise", Spec((*spec.shape, 2), "float32", (0,) * (len(spec.shape) + 1)))
                 }
     what, (name, value) = random.choice(sorted(ways.items()))
+    for other, spec in case.specs.items():
+        if spec.alias == name:  # whose memory is no longer there
+            del arguments[other]
     (options if name in options or name in OPTIONS else arguments)[name] = value
     return replace(case, arguments=arguments, options=options, refused=f"{BROKEN}{what}")
 

@@ -70,9 +70,10 @@ def _check(case: Case) -> None:
         _expect_untouched(case, built, before, versions, written=False)
     _expect_values(case, built, y, dy, grads)
     _expect_same_again(case, y, dy, grads)
-    # fakes take most of the time; the reference, a dozen operations of torch, is looked at more rarely
+    # A fake of an operation takes a hundred times as long as the operation: a part of the cases are looked at, and fewer of
+    # those of the reference, which is a dozen operations.
     first = next(iter(case.specs.values()))
-    if first.seed % (2 if case.backend is None else 8) == 0:
+    if first.seed % (4 if case.backend is None else 16) == 0:
         _expect_same_as_fake(case, y, dy, grads)
 
 
@@ -272,6 +273,8 @@ def _expect_attention(case: Case, y: Tensor, dy: Tensor | None, grads: dict[str,
         return found
 
     truth, plain = run(torch.float64), run(None)
+    # Whether a weight of 0 keeps out a NaN that the edit puts into the gradient is not promised: torch's attention does not.
+    poisoned = any(not fresh[n].isfinite().all() for n in ("m", "g_m") if n in fresh)
     terms = q.shape[2] * q.shape[1] + k.shape[2] + q.shape[-1] + fresh["v"].shape[-1]
     eps = torch.finfo(q.dtype).eps
     for name, got in {"y": y, **grads}.items():
@@ -284,6 +287,8 @@ def _expect_attention(case: Case, y: Tensor, dy: Tensor | None, grads: dict[str,
         allowed = 2 * base + 4 * terms * eps * (1 + largest)
         bad = ~((g - exact).abs() <= allowed) & ~(g == exact) & ~(g.isnan() & exact.isnan())
         bad &= ~(exact.isinf() | (exact.abs() > 1e30))
+        if poisoned and name in ("dq", "dk"):
+            bad &= ~g.isnan()
         if bad.any():
             at = tuple(int(i) for i in bad.nonzero()[0])
             raise Wrong(
@@ -330,6 +335,7 @@ def _expect_same_as_fake(case: Case, y: Tensor, dy: Tensor | None, grads: dict[s
     names = [name[1:] for name in grads]
     leaves = {name: t.detach() for name, t in built.tensors.items()}
     with FakeTensorMode() as mode:
+        mode.cache_enabled = False  # hardly a case has the operations of another: keys would take longer than answers
         fakes = Built({name: mode.from_tensor(t) for name, t in leaves.items()})
         for name, t in built.tensors.items():
             fakes.tensors[name].requires_grad_(t.requires_grad)

@@ -17,7 +17,7 @@ import torch
 
 Array = np.ndarray
 WIDE = np.longdouble
-FLUSHED = WIDE(2) ** -118  # magnitudes below 2^-120 are flushed to zero
+FLUSHED = WIDE(2) ** -118  # magnitudes below 2^-120 are flushed to zero; of float64 those below 2^-960
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Grade:
     @staticmethod
     def of(dtype: torch.dtype, member: str = "") -> Grade:
         if dtype == torch.float64:
-            return Grade(4e-13, 2.0**-52, float(np.finfo(np.float64).max), 1e-303)
+            return Grade(4e-13, 2.0**-52, float(np.finfo(np.float64).max), float(WIDE(2) ** -958))
         share = 1e-5 if dtype == torch.float32 else 2e-4
         return Grade(share, 2.0**-23, float(np.finfo(np.float32).max), float(FLUSHED))
 
@@ -363,7 +363,7 @@ def head_edit(values: Values, options: dict[str, Any], dy: Array | None) -> dict
     *rows, heads, dim = edit.shape
     axis = options.get("head_axis")
     if axis is None:
-        split = z if z.shape[-2:] == (heads, dim) and z.ndim >= 2 else z.reshape(*z.shape[:-1], heads, dim)
+        split = z.reshape(*z.shape[:-1], heads, dim) if z.shape[-1] == heads * dim else z
         undo: Callable[[Array], Array] = lambda v: v.reshape(z.shape)  # noqa: E731
     else:
         split = np.moveaxis(z, axis, -2)
@@ -415,11 +415,13 @@ def head_edit(values: Values, options: dict[str, Any], dy: Array | None) -> dict
         with np.errstate(invalid="ignore"):
             loose = np.isinf(product) | np.isnan(product) & ~np.isnan(value)
             loose |= np.isinf(split) | (np.abs(value) > grade.largest / 16)
+            if name in ("m", "a"):  # the gate is multiplied with the sum, or with each term: inf * 0 may be a term
+                loose |= np.isinf(g_m if name == "m" else g_a)
         total = summed(np.nan_to_num(np.abs(product), posinf=0), name)
         certain = summed((np.isnan(product) & ~loose).astype(WIDE), name) > 0
         allowed = (share + 64 * grade.eps) * total + grade.least
         if index is not None:  # a gradient a sample, in the parameter's dtype, added up by torch
-            allowed += 4 * torch.finfo(values.dtypes[name]).eps * total
+            allowed += max(4, len(index)) * torch.finfo(values.dtypes[name]).eps * total
         exact = np.where(certain, WIDE(np.nan), summed(np.where(loose | np.isnan(product), 0, product), name))
         wild = ((summed(loose.astype(WIDE), name) > 0) | (total > grade.largest / 16)) & ~certain
         # gates' gradients are sums over a head, of NaN times anything
