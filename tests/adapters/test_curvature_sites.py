@@ -389,3 +389,18 @@ def test_adapters_have_their_sites_and_their_gradients_apart():
     assert act.active_adapters == relu.active_adapters == ["second"]
     assert relu.active
     assert trained(act) == trained(relu) == {f"{name}.second" for name in raw}
+
+
+def test_channels_of_a_float16_model_that_looks_for_overflow():
+    class Clamping(Net):
+        def forward(self, x):
+            x = self.act(self.stem(x))
+            if x.dtype == torch.float16 and not torch.isfinite(x).all():
+                x = x.clamp(-65000, 65000)
+            return self.fc(F.relu(self.hidden(self.block(x).mean((2, 3)))))
+
+    model = tuned(Clamping().half())
+    assert model.peft_config["default"].layout == tuned().peft_config["default"].layout
+    assert model.get_base_model().stem.weight.dtype == torch.float16
+    batch = peft.get_peft_model(Clamping().half(), CurvatureConfig()).eval()
+    assert batch(image().half(), adapter_names=["default", "__base__"] * 2).dtype == torch.float16
