@@ -117,7 +117,7 @@ class ClassCode:
 
     def report(self, function: types.FunctionType, reason: str) -> None:
         """Name the calls of a function, and of its helpers, that cannot be rewritten."""
-        for caller, target, line in known_calls(function):
+        for caller, target, line in known_calls(function, self.memo):
             self.miss(caller, activation_of(target), line, reason)
 
     # -- copies

@@ -118,7 +118,9 @@ def hidden_activations(target: Any) -> list[str]:
     return sorted({activation_of(value) for value in held if is_activation(value)})
 
 
-def known_calls(function: types.FunctionType) -> Iterator[tuple[types.FunctionType, Any, int]]:
+def known_calls(
+    function: types.FunctionType, memo: dict[types.FunctionType, bool]
+) -> Iterator[tuple[types.FunctionType, Any, int]]:
     """(function, activation function, line) of what the bytecode of ``function`` and its helpers loads.
 
     For code whose source cannot be used; a method such as ``x.relu()`` stands as ``Tensor.relu``'s function of torch.
@@ -145,7 +147,8 @@ def known_calls(function: types.FunctionType) -> Iterator[tuple[types.FunctionTy
                 yield current, target, line
             if isinstance(target, types.FunctionType) and not is_torch(target.__module__) and target not in seen:
                 seen.add(target)
-                todo.append(target)
+                if mentions(target, memo):
+                    todo.append(target)
 
 
 def bound_names(tree: ast.AST) -> tuple[set[str], dict[str, Any]]:

@@ -7,6 +7,8 @@ import re
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +25,8 @@ from .surgery import DECIDING, MODULE, Copy, Edit, Steered, Swap, steered_class
 
 _PLAIN_MODULE = frozenset(nn.Module().__dict__)
 _LOOKS_LIKE = re.compile("relu|gelu|silu|swish|mish", re.IGNORECASE)
+_Code = dict[tuple[type, frozenset[str], frozenset[str]], ClassCode]  # by class, selection, and children told apart
+_KEPT: ContextVar[_Code | None] = ContextVar("_KEPT", default=None)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,19 @@ def survey(
     return _Survey(model, selection, split, make or _own_knobs).plan
 
 
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Inside, surveys read each class once: of a model and its copies, whose code cannot change meanwhile.
+
+    Reading is the time that a survey takes, about a second for a model of transformers.
+    """
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
 def _own_knobs(site: Site, device: torch.device | None) -> unit.SiteKnobs:
     return unit.SiteKnobs(device)
 
@@ -100,7 +117,8 @@ class _Survey:
         self.copies: dict[nn.Module, Copy] = {}  # in use only if something is done to them
         self.apart: dict[tuple[nn.Module, str], Copy] = {}  # in one place only: {(parent, name there): the copy}
         self.memo: dict[types.FunctionType, bool] = {}
-        self.code: dict[tuple[type, frozenset[str]], ClassCode] = {}
+        kept = _KEPT.get()
+        self.code: _Code = {} if kept is None else kept
         self.names: dict[nn.Module, list[str]] = {}
         self.device = next((p.device for p in model.parameters()), None)
         for name, module in model.named_modules(remove_duplicate=False):
@@ -270,7 +288,7 @@ class _Survey:
             keys[key] = self.site(Site(f"{label}:{activation}", "functional", activation, kind))
             self.plan.edits.append(Edit(owner, "__dict__", attribute, value, steered))
         elif isinstance(call, types.FunctionType) and not is_torch(call.__module__) and mentions(call, self.memo):
-            for caller, target, line in known_calls(call):
+            for caller, target, line in known_calls(call, self.memo):
                 where = f"{caller.__code__.co_filename}:{line}"
                 self.miss(label, activation_of(target), f"the attribute holds the function {call.__qualname__}", where)
         else:
@@ -349,9 +367,10 @@ class _Survey:
         children: frozenset[str] = frozenset()
         if self.split:
             children = frozenset(name for name, child in module._modules.items() if self._is_splittable(child))
-        if (cls, children) not in self.code:
-            self.code[cls, children] = ClassCode(cls, self.selection, self.memo, children, self.is_reached)
-        return self.code[cls, children]
+        key = cls, self.selection, children
+        if key not in self.code:
+            self.code[key] = ClassCode(cls, self.selection, self.memo, children, self.is_reached)
+        return self.code[key]
 
     @functools.cached_property
     def _reached(self) -> set[types.FunctionType]:

@@ -14,9 +14,10 @@ from ctkernels.functional import ctu
 
 pytest.importorskip("peft")
 import peft
-from curvature_networks import ACTIVATIONS, Net, count_of, image, layer_at, make_net, merged, shaken, tuned
+from curvature_networks import ACTIVATIONS, Block, Net, count_of, image, layer_at, make_net, merged, shaken, tuned
 
 from ctkernels.adapters import CurvatureConfig, CurvatureLayer, find_activations
+from ctkernels.steering import survey
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -344,3 +345,62 @@ def test_parameters_stay_float32_when_the_model_is_cast(dtype):
     assert model(image().to(dtype)).dtype == dtype
     fixed = merged(model)
     assert {b.dtype for name, b in fixed.to(torch.float16).named_buffers() if "ctu" in name} == {torch.float32}
+
+
+def test_each_class_is_read_once_for_an_adapter(monkeypatch):
+    read = []
+
+    class Counting(survey.ClassCode):
+        def __init__(self, cls, *args):
+            read.append(cls)
+            super().__init__(cls, *args)
+
+    monkeypatch.setattr(survey, "ClassCode", Counting)
+    model = tuned()
+    assert len(read) == len(set(read))
+    assert set(read) >= {Net, Block}
+    assert count_of(model) == 2 * (6 + 6 + 5)  # as of another model that is read again
+    read.clear()
+    find_activations(make_net())
+    assert set(read) >= {Net, Block}
+
+
+def test_adapters_have_their_sites_and_their_gradients_apart():
+    model = tuned(target_modules=["act"])
+    model.add_adapter("second", CurvatureConfig(target_modules=["act", "block.relu"]))
+    act, relu = layer_at(model, "act"), layer_at(model, "block.relu")
+
+    def trained(layer):
+        return {name for name, p in layer.named_parameters(recurse=True) if p.requires_grad}
+
+    assert act.active_adapters == relu.active_adapters == ["default"]
+    assert act.active
+    assert not relu.active
+    raw = {f"curvature_raw_{kind}" for kind in ("beta", "coeff")}
+    assert trained(act) == {f"{name}.default" for name in raw}
+    assert not trained(relu)
+    model.set_requires_grad("second")
+    assert trained(act) == {f"{name}.{adapter}" for name in raw for adapter in ("default", "second")}
+    assert trained(relu) == {f"{name}.second" for name in raw}
+    model.set_requires_grad(["default", "second"], requires_grad=False)
+    assert not trained(act)
+    assert not trained(relu)
+    model.set_adapter("second")
+    assert act.active_adapters == relu.active_adapters == ["second"]
+    assert relu.active
+    assert trained(act) == trained(relu) == {f"{name}.second" for name in raw}
+
+
+def test_channels_of_a_float16_model_that_looks_for_overflow():
+    class Clamping(Net):
+        def forward(self, x):
+            x = self.act(self.stem(x))
+            if x.dtype == torch.float16 and not torch.isfinite(x).all():
+                x = x.clamp(-65000, 65000)
+            return self.fc(F.relu(self.hidden(self.block(x).mean((2, 3)))))
+
+    model = tuned(Clamping().half())
+    assert model.peft_config["default"].layout == tuned().peft_config["default"].layout
+    assert model.get_base_model().stem.weight.dtype == torch.float16
+    batch = peft.get_peft_model(Clamping().half(), CurvatureConfig()).eval()
+    assert batch(image().half(), adapter_names=["default", "__base__"] * 2).dtype == torch.float16

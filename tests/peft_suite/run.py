@@ -11,6 +11,7 @@ passes fails the run.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import os
 import subprocess
@@ -72,7 +73,8 @@ def unpack_tests(cache: Path) -> Path:
 def command(cache: Path, arguments: list[str]) -> tuple[list[str], dict[str, str], Path]:
     """The pytest command over peft's tests, its environment, and the folder to run it in."""
     folder = unpack_tests(cache)
-    hub = folder / "hub"
+    recipe = hashlib.sha256((HERE / "suite_models.py").read_bytes()).hexdigest()[:12]
+    hub = folder / f"hub-{recipe}"  # so that models of another recipe are not taken for these
     hub.mkdir(exist_ok=True)
     paths = [str(HERE), str(HERE.parent.parent), str(folder), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {

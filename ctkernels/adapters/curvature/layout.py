@@ -105,12 +105,15 @@ def _calls(
 ) -> tuple[dict[str, list[Use]], str]:
     best: dict[str, list[Use]] = {}
     problem = "no input to try"
-    for values in _inputs(model, input_shape, batch):
-        found, stopped = _record(model, values, prepare)
-        if len(found) > len(best) or not best:
-            best, problem = found, stopped
-        if not stopped:
-            return best, ""
+    half = any(tensor.dtype == torch.float16 for tensor in (*model.parameters(), *model.buffers()))
+    # In float16 models look at values, of which a copy has none, for overflow (BART does); in float32 they do not.
+    for widened in (False, True) if half else (False,):
+        for values in _inputs(model, input_shape, batch):
+            found, stopped = _record(model, values, prepare, widened)
+            if len(found) > len(best) or not best:
+                best, problem = found, stopped
+            if not stopped:
+                return best, ""
     return best, problem
 
 
@@ -152,11 +155,12 @@ class _Recorder:
 
 
 def _record(
-    model: nn.Module, values: dict[str, Any], prepare: Callable[[nn.Module], None] | None
+    model: nn.Module, values: dict[str, Any], prepare: Callable[[nn.Module], None] | None, widened: bool
 ) -> tuple[dict[str, list[Use]], str]:
+    """How the sites of a copy are called with `values`, and what stopped it; `widened`: in float32 for float16."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     uses: dict[str, list[Use]] = {}
-    twin = _copy(model, mode)
+    twin = _copy(model, mode, widened)
     if prepare is not None:
         prepare(twin)
     plan = survey(twin, frozenset(ACTIVATIONS), split=True, make=lambda site, device: _Recorder(uses, site))
@@ -167,7 +171,7 @@ def _record(
             module._compiled_call_impl = module.forward
     problem = ""
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet("torch._subclasses.fake_tensor"), mode:
-        inputs = {name: make() for name, make in values.items()}
+        inputs = {name: _wide(make()) if widened else make() for name, make in values.items()}
         positional, keywords = [inputs.pop("")] if "" in inputs else [], inputs
         # In eval first; parts that only training reaches (auxiliary heads) after that, on the copy's fake buffers.
         for training in (False, True):
@@ -194,7 +198,11 @@ def _quiet(name: str) -> Iterator[None]:
         logger.disabled = before
 
 
-def _copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+def _copy(model: nn.Module, mode: FakeTensorMode, widened: bool) -> nn.Module:
     """A copy of ``model`` whose tensors are fake; they are shared where the model's are."""
     memo: dict[int, Any] = offload_memo(model)
     tensors = (*model.parameters(), *model.buffers())
@@ -205,6 +213,8 @@ def _copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
                 fake = torch.empty_like(tensor, device=device)
         else:
             fake = mode.from_tensor(tensor.detach(), static_shapes=True)
+        if widened:
+            fake = _wide(fake)
         memo[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
     try:
         twin = copy.deepcopy(model, memo)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...steering.activations import ACTIVATIONS, select
 from ...steering.handle import listed, nothing_found
 from ...steering.surgery import MODULE, Copy, Edit, operate, undo
-from ...steering.survey import Miss, Plan, Site, is_steered, survey
+from ...steering.survey import Miss, Plan, Site, is_steered, reading_once, survey
 from .._config import saved_shapes
 from .._peft import (
     check_adapter_name,
@@ -85,6 +85,7 @@ class CurvatureModel(BaseTuner):
 
     # ---- putting an adapter in ----
 
+    @reading_once()
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model; the first one also puts the layers in."""
         name: Any = kwargs.get("adapter_name", args[0] if args else None)
@@ -198,6 +199,7 @@ class CurvatureModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
+    @reading_once()
     def _find_samples(self, surgery: Surgery) -> None:
         """Find out, the first time, which activations have the samples in dimension 0."""
         if surgery.samples is None:
