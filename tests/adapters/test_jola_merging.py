@@ -251,7 +251,10 @@ def test_a_merged_adapter_is_neither_replaced_nor_deleted_nor_loaded_over(tmp_pa
     model.save_pretrained(tmp_path, selected_adapters=["default"])
     model.merge_adapter()
     merged = output(model, VALUES)
-    with pytest.raises(ValueError, match="cannot delete adapter 'default' while it is merged"):
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
+        model.merge_adapter()
+    assert torch.equal(output(model, VALUES), merged)
+    with pytest.raises(ValueError, match=r"Cannot delete adapter\(s\) \['default'\] while they are merged"):
         model.delete_adapter("default")
     with pytest.raises(ValueError, match=r"cannot load the adapters \['default'\] while they are merged"):
         model.load_adapter(tmp_path, "default")

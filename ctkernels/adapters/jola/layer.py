@@ -115,7 +115,7 @@ class JolaLayer(nn.Module, BaseTunerLayer):
         """
         if adapter_name in self.merged_adapters:
             raise ValueError(
-                f"{self.site}: cannot delete adapter {adapter_name!r} while it is merged; unmerge it first"
+                f"{self.site}: Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
         super().delete_adapter(adapter_name)
 
@@ -397,12 +397,13 @@ class JolaLayer(nn.Module, BaseTunerLayer):
                 or `safe_merge` met a non-finite value. Nothing is changed then.
         """
         names = self.check_merge(adapter_names)
+        if self.merged:
+            check_adapters_to_merge(self, adapter_names)  # peft's warning, also where nothing is left to merge
         if not names:
             return
         before, jola = self._merged_names(), list(self.merged_adapters)
         wanted = None if adapter_names is None else [*before, *adapter_names]
         if self.merged:
-            check_adapters_to_merge(self, adapter_names)  # peft's warning
             self.unmerge()
         try:
             self._fold([*jola, *names], wanted, safe_merge)

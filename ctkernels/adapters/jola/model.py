@@ -167,7 +167,9 @@ class JolaModel(BaseTuner):
         """
         for layer in jola_layers(self.model):
             if adapter_name in layer.merged_adapters:
-                raise ValueError(f"cannot delete adapter {adapter_name!r} while it is merged; unmerge it first")
+                raise ValueError(  # in the words of peft, which says it in its newer versions
+                    f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+                )
         super().delete_adapter(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
