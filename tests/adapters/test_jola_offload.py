@@ -82,7 +82,8 @@ def test_an_offloaded_base_is_edited_merged_and_saved(how, tmp_path):
     assert torch.equal(output(model.merge_and_unload(), VALUES), merged)
 
 
-def test_an_adapter_loads_onto_an_offloaded_base(tmp_path):
+def test_an_adapter_loads_onto_an_offloaded_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # peft writes the offloaded weights below the current folder
     trained = peft.get_peft_model(build("llama"), _config()).eval()
     adapters.save_adapter(trained, tmp_path / "adapter")
     model = peft.get_peft_model(_offloaded("disk", tmp_path), _config()).eval()
