@@ -394,3 +394,11 @@ def test_a_network_of_its_own_is_merged_in_memory_only(tmp_path):
     model = peft.get_peft_model(Attention(), adapters.JolaConfig(target_modules=["o_proj"]))
     with pytest.raises(ValueError, match=r"expected a transformers model, got Attention; use model\.merge_and_unload"):
         adapters.save_merged(model, tmp_path / "out")
+
+
+def test_unloading_merged_does_not_warn_of_what_it_merged_itself():
+    model = peft.get_peft_model(build("llama"), _jola(edit="multiplicative")).eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.merge_and_unload()
+    assert not [w for w in caught if "already merged" in str(w.message)]

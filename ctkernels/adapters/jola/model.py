@@ -244,7 +244,8 @@ class JolaModel(BaseTuner):
             if FUSION in vars(module):
                 vars(module)[FUSION].remove()
         unload: Any = super()._unload_and_optionally_merge
-        with own_base_layers(self.model):
+        with own_base_layers(self.model), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")  # they are, by the block above
             model = unload(merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
         for owner in model.modules():  # a projection registered under several names
             for name, child in owner.named_children():
