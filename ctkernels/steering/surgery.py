@@ -246,13 +246,14 @@ class Copy(NamedTuple):
     def hand_back(self) -> None:
         """Pass on what was done to the copy while it stood in: to its mode, an attribute, a forward of its own."""
         for name, value in self.copy.__dict__.items():
-            if name != "_modules" and self.state.get(name, _ABSENT) is not value:
+            if name != "_modules" and name not in _OURS and self.state.get(name, _ABSENT) is not value:
                 self.original.__dict__[name] = value
         for name in self.state.keys() - self.copy.__dict__.keys():
             self.original.__dict__.pop(name, None)
 
 
 _ABSENT = object()
+_OURS = ("_ctu", "_ctu_use")
 
 
 def operate(swaps: list[Swap], edits: list[Edit]) -> None:
@@ -261,16 +262,19 @@ def operate(swaps: list[Swap], edits: list[Edit]) -> None:
     done_edits: list[Edit] = []
     try:
         for swap in swaps:
-            swap.module.__class__ = swap.cls
-            done_swaps.append(swap.module)
             swap.module.__dict__["_ctu"] = swap.knobs
             if swap.use is not None:
                 swap.module.__dict__["_ctu_use"] = swap.use
+            swap.module.__class__ = swap.cls  # last: another thread may be calling the module
+            done_swaps.append(swap.module)
         for edit in edits:
             getattr(edit.owner, edit.space)[edit.name] = edit.new
             done_edits.append(edit)
     except BaseException:
         undo(done_swaps, done_edits, [])
+        for swap in swaps[len(done_swaps) :]:
+            for name in _OURS:
+                swap.module.__dict__.pop(name, None)
         raise
 
 
@@ -285,9 +289,10 @@ def undo(modules: list[nn.Module], edits: list[Edit], copies: list[Copy]) -> Non
                 f"model: expected every module to have the class that steer() gave it, got {type(module).__name__}; "
                 "first undo what was done to the model since (FSDP, a parametrization)"
             )
+    copied = {id(copy.copy) for copy in copies}  # another thread may be inside of one: it keeps what it runs with
     for module in modules:
         module.__class__ = type(module)._ctu_base  # type: ignore[attr-defined]
-        for name in ("_ctu", "_ctu_use"):
+        for name in _OURS if id(module) not in copied else ():
             module.__dict__.pop(name, None)
     for edit in reversed(edits):
         space = getattr(edit.owner, edit.space)
