@@ -16,7 +16,7 @@ import ctkernels
 
 from ..ops import _backend
 from ..ops._backend import BACKENDS, DTYPES, OPS
-from ._errors import Parser
+from .errors import Parser
 
 OPTIONAL = (
     "triton",
