@@ -127,7 +127,7 @@ def test_workers_share_a_study_and_a_later_call_only_reports(tmp_path):
 KILLED = """
 import os, signal, sys
 import test_strategies
-from ctkernels.lab import strategies
+from ctkernels.lab.search import strategies
 
 honest, left = strategies.fit_probe, int(sys.argv[1])
 

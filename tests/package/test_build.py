@@ -94,7 +94,7 @@ def _wheel(source: Path, out: Path, **variables: str) -> tuple[Path, str]:
 
 
 def test_the_source_distribution_has_every_source(source: Path) -> None:
-    for folder in ("csrc", "benchmarks", "tests", "examples"):
+    for folder in ("csrc", "benchmarks", "tests", "tools", "examples"):
         here = {
             p.relative_to(ROOT)
             for p in (ROOT / folder).rglob("*")
@@ -109,7 +109,7 @@ def test_the_source_distribution_has_every_source(source: Path) -> None:
         "Makefile",
         "setup.py",
         "ctkernels/py.typed",
-        "ctkernels/report/page.html",
+        "ctkernels/lab/report/page.html",
     ):
         assert (source / name).exists(), name
     assert not list(source.rglob("*.so"))
