@@ -17,7 +17,7 @@ COMPARE := fashion-mnist emoji digits --model mobilenet_v2=packaged --model exam
     --grid lora-r1.lr=3e-3 --grid lora-r1.head_lr=3e-3 --grid tct.lr=0.03 --grid tct.beta=0.95 --grid tct.head_lr=3e-3 \
     --grid tct+lora-r1.lr=0.03 --grid tct+lora-r1.lora_lr=3e-3 --grid tct+lora-r1.beta=0.95 --grid tct+lora-r1.head_lr=3e-3
 
-.PHONY: demo compare test test-pure test-newest newest-suite peft-suite fuzz zoo mutation lint format bench build build-cuda wheels clean help
+.PHONY: roofline-table demo compare test test-pure test-newest newest-suite peft-suite fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
 
 help:
 	@echo "make demo    adapt real pretrained networks on real images and texts (about ten minutes)"
@@ -29,6 +29,7 @@ help:
 	@echo "make fuzz    random calls of the ops, and state machines over models (long)"
 	@echo "make zoo     every family of timm's architectures, steered, fused and adapted (long)"
 	@echo "make mutation   plants bugs in the compiled GPU kernels and counts those that tests notice (hours)"
+	@echo "make roofline   the machine code of the GPU kernels against its budgets; make roofline-table prints it"
 	@echo "make peft-suite   peft's own tests with our adapters (long)"
 	@echo "make wheels  the release files, each tried in fresh environments"
 
@@ -99,6 +100,13 @@ zoo: $(VENV)/built.stamp
 # Bugs planted in the compiled GPU kernels, and how many of them the tests notice: docs/proof.md.
 mutation: $(VENV)/built.stamp
 	OMP_NUM_THREADS=1 $(TOOL) mutation $(MUTATION_ARGS)
+
+# The machine code of every GPU kernel against its budget of instructions, registers and predicted time; then the predictions.
+roofline: $(VENV)/built.stamp
+	$(PYTEST) tools/roofline
+
+roofline-table: $(VENV)/built.stamp
+	$(TOOL) roofline $(ROOFLINE_ARGS)
 
 lint: $(VENV)/built.stamp
 	$(PY) -m ruff check .

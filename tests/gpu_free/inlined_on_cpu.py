@@ -11,11 +11,11 @@ from unittest import mock
 import torch
 from ptx import parse
 from ptx.launch import Launch, execute
+from roofline import inductor
 from torch import Tensor
 from torch._inductor.async_compile import AsyncCompile
 from triton.runtime.jit import JITFunction
 
-from benchmarks import inductor
 from ctkernels.ops import _backend
 
 

@@ -17,10 +17,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("numpy", minversion="2.0", reason="the PTX executor needs numpy 2")
 
 from inlined_on_cpu import graph_on_cpu, module_on_cpu
+from roofline import inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_recorder import Recorder, triton_on_cpu
 
-from benchmarks import inductor
 from ctkernels import use_backend
 from ctkernels.functional import ctu, head_edit
 from ctkernels.ops import _triton

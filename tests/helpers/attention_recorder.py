@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from ptx import Memory, parse
 from ptx.launch import Launch, execute
+from roofline.ahead_of_time import compiled
 from torch import Tensor
 
-from benchmarks.ahead_of_time import compiled
 from ctkernels.ops import _triton, attention
 from ctkernels.ops.attention import choice, function, triton_launch
 

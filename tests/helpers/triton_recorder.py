@@ -15,9 +15,9 @@ from unittest import mock
 from ptx import Memory, parse
 from ptx.launch import Launch, execute
 from ptx.runner import MAX_STEPS
+from roofline.ahead_of_time import compiled
 from torch import Tensor
 
-from benchmarks.ahead_of_time import compiled
 from ctkernels.ops import _triton
 from ctkernels.ops._op import Op
 

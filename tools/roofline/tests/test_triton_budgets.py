@@ -10,9 +10,10 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import roofline, sass
+from roofline import predict, sass
+from roofline.gpus import GPUS
 
-BUDGETS = json.loads((Path(roofline.__file__).parent / "budgets.json").read_text())
+BUDGETS = json.loads((Path(predict.__file__).parent / "budgets_triton.json").read_text())
 # Predicted time over the memory floor that the kernels are built for, on each GPU, by name and dtype.
 TARGETS = {
     r"ctu forward (NCHW|NLC) fp32": {80: 1.0, 90: 1.0, 100: 1.25},
@@ -24,14 +25,14 @@ TARGETS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sm", roofline.GPUS)
+@pytest.mark.parametrize("sm", GPUS)
 def test_every_kernel_keeps_its_budget(sm: int) -> None:
-    found = [c for c in roofline.costs([sm]) if c.ours]
+    found = [c for c in predict.costs([sm]) if c.ours]
     assert {f"{c.variant} sm_{c.sm}" for c in found} == {name for name in BUDGETS if name.endswith(f"sm_{sm}")}
     aimed = set()
     for c in found:
         name = f"{c.variant} sm_{c.sm}"
-        allowed, used = BUDGETS[name], roofline.budget(c)
+        allowed, used = BUDGETS[name], predict.budget(c)
         assert c.spills == c.stack == c.calls == 0, name
         assert used["vector"] >= allowed["vector"], name
         # room for another compiler's scheduling, not for another instruction in the maths
@@ -71,7 +72,7 @@ def test_the_hot_loop_is_the_one_that_loads() -> None:
 @pytest.mark.slow
 def test_what_inductor_makes_of_the_reference_is_scored_too() -> None:
     """Compiled for a GPU that is not there. It keeps intermediate results of the backward pass in memory; ours does not."""
-    inductor = pytest.importorskip("benchmarks.inductor")
+    inductor = pytest.importorskip("roofline.inductor")
     forward, backward = (inductor.cost(f"reference {direction}", "bf16", 90) for direction in ("forward", "backward"))
     assert not forward.ours
     assert 4 <= forward.bytes < 4.1  # one kernel: x in, y out

@@ -1,4 +1,4 @@
-"""What ``torch.compile`` makes of the ops where it sees through them, for ``python -m benchmarks.roofline``: without a GPU.
+"""What ``torch.compile`` makes of the ops where it sees through them, for ``python -m roofline``: without a GPU.
 
 Inductor asks the CUDA runtime for little more than a device's properties. With those given, it lowers a graph traced on fake
 CUDA tensors to the Triton kernels it would launch, with the block sizes it would try. They are compiled ahead of time, like
@@ -42,7 +42,7 @@ from ctkernels.functional import ctu
 from ctkernels.ops.ctu import OP
 
 from . import sass
-from .roofline import GPUS, Cost
+from .gpus import GPUS, Cost
 
 SHAPE = (32, 64, 56, 56)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

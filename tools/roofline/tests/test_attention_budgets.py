@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import attention
+from roofline import attention
 
-BUDGETS = json.loads((Path(attention.__file__).parent / "attention_budgets.json").read_text())
+BUDGETS = json.loads((Path(attention.__file__).parent / "budgets_attention.json").read_text())
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The CUDA kernels for ``python -m benchmarks.roofline``: nvcc compiles them for GPUs that need not be there."""
+"""The CUDA kernels for ``python -m roofline``: nvcc compiles them for GPUs that need not be there."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from . import sass
-from .roofline import GPUS, Cost
+from .gpus import GPUS, Cost
 
 BUDGETS = Path(__file__).parent / "budgets_cuda.json"
-CUDA = Path(__file__).parent.parent / "csrc/cuda"
+CUDA = Path(__file__).parents[2] / "csrc/cuda"
 ITEMSIZE = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8}
 THREADS = 128
 

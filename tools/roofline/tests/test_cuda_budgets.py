@@ -8,13 +8,14 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed (its disassembler is used)")
 
-from benchmarks import cuda_roofline
-from benchmarks.roofline import GPUS, budget
+from roofline import cuda
+from roofline.gpus import GPUS
+from roofline.predict import budget
 
-if cuda_roofline.nvcc() is None:
+if cuda.nvcc() is None:
     pytest.skip("nvcc is not installed", allow_module_level=True)
 
-BUDGETS = json.loads(cuda_roofline.BUDGETS.read_text())
+BUDGETS = json.loads(cuda.BUDGETS.read_text())
 # Predicted time over the memory floor, by op and pass, type, and GPU.
 TARGETS = {
     ("logistic_forward", "f32"): {80: 1.0, 90: 1.0, 100: 1.25},
@@ -23,13 +24,13 @@ TARGETS = {
     ("logistic_backward", "f32"): {80: 1.0, 90: 1.0, 100: 1.4},
     ("logistic_backward", "bf16"): {80: 1.1, 90: 1.2, 100: 2.0},
     ("logistic_backward", "f16"): {80: 1.1, 90: 1.2, 100: 2.0},
-} | {(f"head_edit_{p}", t): dict.fromkeys(GPUS, 1.0) for p in ("forward", "backward") for t in cuda_roofline.ITEMSIZE}
+} | {(f"head_edit_{p}", t): dict.fromkeys(GPUS, 1.0) for p in ("forward", "backward") for t in cuda.ITEMSIZE}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", GPUS)
 def test_every_kernel_reaches_its_target(sm: int) -> None:
-    for c in cuda_roofline.costs([sm]):
+    for c in cuda.costs([sm]):
         name = f"{c.variant} sm_{sm}"
         assert c.spills == c.calls == 0, name
         assert c.vector == 16, name

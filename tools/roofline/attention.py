@@ -25,7 +25,7 @@ from ctkernels.ops.attention.reference import UNBOUNDED
 
 from . import sass
 from .ahead_of_time import compiled
-from .roofline import GPUS
+from .gpus import GPUS
 
 TENSOR = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA")
 # Dense 16-bit flops a clock and SM, and fp32 lanes: data sheets. MUFU has 16 lanes, a warp scheduler issues one a clock.
@@ -188,7 +188,7 @@ def report(found: list[Cost]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m roofline.attention", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=FLOPS, default=list(FLOPS), help="default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records there")
     parser.add_argument("--write-budgets", type=Path, metavar="FILE", help="write what is found as the new budgets")

@@ -1,4 +1,4 @@
-"""python -m benchmarks.roofline: what every Triton and CUDA kernel costs an element, from its machine code, without a GPU.
+"""python -m roofline: what every Triton and CUDA kernel costs an element, from its machine code, without a GPU.
 
 For comparison, a plain translation of the formula, and what torch.compile makes of the composed reference.
 
@@ -10,62 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ctkernels._files import write_text
 
 from . import sass
 from .ahead_of_time import compiled
+from .gpus import GPUS, Cost
 from .variants import Variant, variants
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """SMs, clock and bandwidth: vendor data sheets of the SXM parts. Lanes a clock and SM of each pipe: the throughput
-    table of the CUDA C++ programming guide, for its compute capability. The clock is a sustained one."""
-
-    name: str
-    sms: int
-    ghz: float
-    gigabytes: float
-    fp32: int
-    fp64: int
-
-    def clocks(self, cost: Cost) -> dict[str, float]:
-        """Clocks of an SM per element, by what limits them."""
-        lanes = {"issue": 128, "mufu": 16, "fp32": self.fp32, "fp64": self.fp64, "convert": 64, "other": 64}
-        work = {"issue": cost.instructions, **{k: cost.pipes.get(k, 0.0) for k in lanes if k != "issue"}}
-        return {"memory": cost.bytes / (self.gigabytes / self.sms / self.ghz), **{k: work[k] / lanes[k] for k in lanes}}
-
-
-GPUS = {
-    80: Gpu("A100", 108, 1.41, 2039, fp32=64, fp64=32),
-    90: Gpu("H100", 132, 1.755, 3350, fp32=128, fp64=64),
-    100: Gpu("B200", 148, 1.85, 8000, fp32=128, fp64=64),
-}
-
-
-@dataclass(frozen=True)
-class Cost:
-    """A kernel on one architecture; instructions and bytes are per element of its hot loop."""
-
-    variant: str
-    sm: int
-    ours: bool
-    bytes: float
-    instructions: float
-    pipes: dict[str, float]
-    vector: int
-    registers: int
-    stack: int
-    spills: int
-    calls: int
-    warps: int
-    ratio: float
-    limit: str
 
 
 def cost(variant: Variant, sm: int) -> Cost:
@@ -128,7 +82,7 @@ def budget(found: Cost) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m roofline", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=GPUS, default=list(GPUS), help="default: all")
     parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name contains it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records there")
@@ -143,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.write_budgets and len(args.backend) > 1:
         parser.error(
-            "--write-budgets writes those of one --backend: budgets.json for triton, budgets_cuda.json for cuda"
+            "--write-budgets writes those of one --backend: budgets_triton.json for triton, budgets_cuda.json for cuda"
         )
     print(
         "per element: bytes, instructions, of them MUFU, FP32, conversions; then vector bytes, registers, spills, calls,"
@@ -159,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{c.ratio:5.2f} ({c.limit})",
             flush=True,
         )
-    print("\nThe fused attention: python -m benchmarks.attention")
+    print("\nThe fused attention: python -m roofline.attention")
     if args.json:
         write_text(args.json, json.dumps([asdict(c) for c in found], indent=1) + "\n")
     if args.write_budgets:
@@ -171,7 +125,3 @@ def main(argv: list[str] | None = None) -> int:
                 table[name] = budget(c) | {k: v for k, v in known.get(name, {}).items() if k == "reason"}
         write_text(args.write_budgets, json.dumps(table, indent=1) + "\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
