@@ -1,4 +1,4 @@
-"""Rung 7: the conformance suite on a real GPU. Everything else about the GPU kernels is proven without one."""
+"""On a GPU: the conformance suite on a real GPU. Everything else about the GPU kernels is proven without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rung 7: the fused attention on a real GPU, against float64 and against torch's attention followed by the edit."""
+"""On a GPU: the fused attention on a real GPU, against float64 and against torch's attention followed by the edit."""
 
 from __future__ import annotations
 

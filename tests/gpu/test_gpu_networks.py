@@ -1,4 +1,4 @@
-"""Rung 7, whole networks on a real GPU: fused ones against themselves, JoLA against the same model on the CPU in float64."""
+"""On a GPU, whole networks on a real GPU: fused ones against themselves, JoLA against the same model on the CPU in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rung 5: the CUDA backend's host code and the PTX that nvcc makes of its kernels, executed on the CPU, held to the CPU
+"""Executed PTX: the CUDA backend's host code and the PTX that nvcc makes of its kernels, executed on the CPU, held to the CPU
 kernels' bounds."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rung 5: the fused attention's launch code and compiled PTX, executed on the CPU with race checks, against float64."""
+"""Executed PTX: the fused attention's launch code and compiled PTX, executed on the CPU with race checks, against float64."""
 
 from __future__ import annotations
 

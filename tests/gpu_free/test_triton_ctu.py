@@ -1,4 +1,4 @@
-"""Rung 5: the Triton backend's launch code and compiled PTX, executed on the CPU, held to the CPU kernels' bounds."""
+"""Executed PTX: the Triton backend's launch code and compiled PTX, executed on the CPU, held to the CPU kernels' bounds."""
 
 from __future__ import annotations
 

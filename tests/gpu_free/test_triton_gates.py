@@ -1,4 +1,4 @@
-"""Rung 5: the gates' Triton launches and compiled PTX, executed on the CPU: values, gradients, noise made from a seed."""
+"""Executed PTX: the gates' Triton launches and compiled PTX, executed on the CPU: values, gradients, noise made from a seed."""
 
 from __future__ import annotations
 

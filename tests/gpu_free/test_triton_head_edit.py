@@ -1,4 +1,4 @@
-"""Rung 5: the head edit's Triton launches and compiled PTX, executed on the CPU, held to the CPU kernels' bounds."""
+"""Executed PTX: the head edit's Triton launches and compiled PTX, executed on the CPU, held to the CPU kernels' bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rung 2: every sample x backend x dtype against float64, autograd of every kind, and the same bits on every run."""
+"""Conformance: every sample x backend x dtype against float64, autograd of every kind, and the same bits on every run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rung 1: the unit against 40-digit arithmetic, at its limits, and against the official expression."""
+"""Accuracy: the unit against 40-digit arithmetic, at its limits, and against the official expression."""
 
 import itertools
 from contextlib import nullcontext

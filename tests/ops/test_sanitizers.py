@@ -1,4 +1,4 @@
-"""Rung 6: the native kernels, built with AddressSanitizer and UndefinedBehaviorSanitizer, over every sample."""
+"""Sanitizers: the native kernels, built with AddressSanitizer and UndefinedBehaviorSanitizer, over every sample."""
 
 from __future__ import annotations
 

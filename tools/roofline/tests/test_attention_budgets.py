@@ -1,4 +1,4 @@
-"""Rung 4 for the fused attention: its machine code against its budget, and the price of the edit in it."""
+"""Machine code for the fused attention: its machine code against its budget, and the price of the edit in it."""
 
 from __future__ import annotations
 
