@@ -17,7 +17,7 @@ COMPARE := fashion-mnist emoji digits --model mobilenet_v2=packaged --model exam
     --grid lora-r1.lr=3e-3 --grid lora-r1.head_lr=3e-3 --grid tct.lr=0.03 --grid tct.beta=0.95 --grid tct.head_lr=3e-3 \
     --grid tct+lora-r1.lr=0.03 --grid tct+lora-r1.lora_lr=3e-3 --grid tct+lora-r1.beta=0.95 --grid tct+lora-r1.head_lr=3e-3
 
-.PHONY: roofline-table demo compare test test-pure test-newest newest-suite peft-suite fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
+.PHONY: roofline-table docs demo compare test test-pure test-newest newest-suite peft-suite fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
 
 help:
 	@echo "make demo    adapt real pretrained networks on real images and texts (about ten minutes)"
@@ -31,6 +31,7 @@ help:
 	@echo "make mutation   plants bugs in the compiled GPU kernels and counts those that tests notice (hours)"
 	@echo "make roofline   the machine code of the GPU kernels against its budgets; make roofline-table prints it"
 	@echo "make peft-suite   peft's own tests with our adapters (long)"
+	@echo "make docs    the documentation as pages: out/site"
 	@echo "make wheels  the release files, each tried in fresh environments"
 
 # The environment: torch, the package with every extra that tests and demos use, native kernels built in place.
@@ -119,6 +120,11 @@ format: $(VENV)/built.stamp
 
 bench: $(VENV)/built.stamp
 	$(PY) -m benchmarks $(BENCH_ARGS)
+
+# The documentation, as pages that open from the disk: out/site/index.html. A broken link or an unknown name is an error.
+docs: $(VENV)/built.stamp
+	$(PY) -m pip install --quiet --disable-pip-version-check "mkdocs-material>=9.8" "mkdocstrings[python]>=1.0"
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 
 # Source distribution, pure wheel, abi3 wheel; each installed in an empty environment of every Python that is found.
 wheels: $(VENV)/built.stamp
