@@ -12,6 +12,7 @@ from conformance import check_against_float64, outputs, sample_named
 from ctu_checks import (
     NANS,
     Run,
+    check_digits_of_logits,
     check_extremes,
     check_forty_digits,
     check_nan_at_beta_one,
@@ -232,6 +233,12 @@ def test_sixteen_bits_are_good_to_half_an_ulp(dtype: torch.dtype, activation: st
 @pytest.mark.parametrize("dtype", [FLOAT, *HALVES], ids=str)
 def test_plain_activation_at_beta_one(dtype: torch.dtype) -> None:
     check_plain_at_beta_one(dtype, _on_cpu())
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float64, FLOAT, torch.bfloat16], ids=str)
+def test_logits_keep_the_digits_of_one_minus_a_knob(dtype: torch.dtype, activation: str) -> None:
+    check_digits_of_logits(dtype, activation, _on_cpu())
 
 
 @pytest.mark.parametrize(("dtype", "activation"), [(FLOAT, "relu"), (FLOAT, "gelu"), (torch.bfloat16, "relu")], ids=str)

@@ -4,6 +4,7 @@ its code is executed on the CPU, with the approximate units ``approx`` times the
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -104,6 +105,26 @@ def check_nan_at_beta_one(dtype: torch.dtype, activation: str, run: Run) -> None
                 assert (grad[1:3] == 0).all(), grad
                 assert grad[3].isfinite(), grad
                 assert grad[3] != 0, grad
+
+
+def check_digits_of_logits(dtype: torch.dtype, activation: str, run: Run) -> None:
+    """1 - beta and 1 - coeff have all their digits where the sigmoids of the logits are 1 to the last bit. Values and
+    gradients of a unit at w = 0 are products of them, (1 - coeff) s times ln 2 or 1 / sqrt(2 pi), so nothing else is in sight."""
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    logits = [(rho, -20.0) for rho in (17.0, 25.0, 40.0)] + [(0.5, rho) for rho in (17.0, 25.0, 40.0, 60.0)]
+    knobs = [torch.tensor(values, dtype=precision, requires_grad=True) for values in zip(*logits)]
+    with run(0):
+        y = ctu(torch.zeros(1, len(logits), dtype=dtype), *knobs, channel_dim=1, raw=True, activation=activation)
+        found = [y.detach()[0], *torch.autograd.grad(y, knobs, torch.ones_like(y))]
+    b, c = (torch.sigmoid(k.detach().double()) for k in knobs)
+    s, c1 = (torch.sigmoid(-k.detach().double()) for k in knobs)
+    height = math.log(2) if activation != "gelu" else 1 / math.sqrt(2 * math.pi)
+    expected = [c1 * s * height, -c1 * height * b * s, -s * height * c * c1]
+    share = {torch.float64: 4e-13, torch.float32: 2e-6}.get(dtype, 2e-4)
+    for name, got, exact in zip(("y", "dbeta", "dcoeff"), found, expected):
+        info = torch.finfo(got.dtype)
+        bound = (share + info.eps / 2) * exact.abs() + info.tiny
+        assert ((got.double() - exact).abs() <= bound).all(), f"{name}: {got} instead of {exact}"
 
 
 NANS = (0x7FC00000, 0x7FFFFFFF)  # what CPUs make, and GPUs

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 pytest.importorskip("mpmath", reason="needs the test extra")
 
 import truth
-from ctu_checks import NANS, check_nan_at_beta_one, check_nan_parameter, check_products_that_overflow
+from ctu_checks import (
+    NANS,
+    check_digits_of_logits,
+    check_nan_at_beta_one,
+    check_nan_parameter,
+    check_products_that_overflow,
+)
 
 import ctkernels
 from ctkernels.functional import ctu
@@ -266,10 +272,7 @@ def test_official_checkpoints_agree_with_eps(backend: str, dtype: torch.dtype) -
     assert error <= 2 * own_error + torch.finfo(dtype).eps * expected.abs().max() + threshold
 
 
-def test_logits_keep_the_digits_of_one_minus_beta(backend: str) -> None:
-    raw = torch.tensor([17.0, 25.0, 40.0], requires_grad=True)
-    y = ctu(torch.zeros(1, 3), raw, -200.0, channel_dim=1, raw=True)  # coeff = sigmoid(-200) = 0
-    expected = torch.sigmoid(-raw.detach().double()) * torch.log(torch.tensor(2.0, dtype=torch.float64))
-    assert torch.allclose(y[0].double(), expected, rtol=1e-6, atol=0)
-    (g,) = torch.autograd.grad(y.sum(), raw)
-    assert torch.allclose(g.double(), -expected, rtol=1e-5, atol=0)  # d/drho: -beta s ln 2 at x = 0, coeff = 0
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_logits_keep_the_digits_of_one_minus_a_knob(backend: str, dtype: torch.dtype, activation: str) -> None:
+    check_digits_of_logits(dtype, activation, lambda approx: nullcontext())

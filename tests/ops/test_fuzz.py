@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ import torch
 np = pytest.importorskip("numpy", reason="needs the test extra")
 if np.finfo(np.longdouble).nmant < 63:
     pytest.skip("long double is no wider than double here", allow_module_level=True)
-from fuzz.cases import BROKEN, OPS, draw  # noqa: E402
+from fuzz.cases import BROKEN, OPS, Case, draw  # noqa: E402
+from fuzz.check import check  # noqa: E402
 from fuzz.report import Failure, hunt, script  # noqa: E402
-from fuzz.tensors import build  # noqa: E402
+from fuzz.tensors import Spec, build  # noqa: E402
 
 import ctkernels  # noqa: E402
 from ctkernels.ops import _backend  # noqa: E402
@@ -27,6 +29,40 @@ COUNTS = {"ctu": 150, "head_edit": 80, "hard_concrete": 40, "expected_l0": 15, "
 def test_random_calls(op: str, seed: str) -> None:
     found: list[Failure] = [f for f in hunt(seed, range(COUNTS[op]), op) if f is not None]
     assert not found, "\n".join(map(str, found))
+
+
+def _values(dtype: str, *values: float, grad: bool = False) -> Spec:
+    return Spec((len(values),), dtype, (1,), special=tuple((i, str(v)) for i, v in enumerate(values)), grad=grad)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(
+            "ctu",
+            {"x": _values("float64", 0.0), "beta": _values("float32", 0.88, grad=True), "coeff": 21.65},
+            {"raw": True},
+        ),
+        Case(
+            "ctu",
+            {
+                "x": _values("float16", -1.41, math.inf, -math.inf),
+                "beta": 0.5,
+                "coeff": _values("float32", 0.06, grad=True),
+                "residual": _values("float16", -0.5, -0.8, -0.2),
+            },
+        ),
+        Case(
+            "ctu",
+            {"x": _values("float32", -1.8692677021026611, grad=True), "beta": _values("float32", 1.5442906618118286)},
+            {"raw": True, "activation": "gelu"},
+            backend="reference",
+        ),
+    ],
+    ids=["1 - coeff of a logit", "an infinite sum of a prologue", "exponent that the reference rounds"],
+)
+def test_cases_that_failed_once(case: Case) -> None:
+    check(case)
 
 
 def test_cases_are_the_same_everywhere() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,19 +31,28 @@ class Exact:
 
 @dataclass
 class Grade:
-    """What is promised for a dtype: the share of its terms' magnitudes that a result may be off by, and of rounding."""
+    """What is promised for a dtype: the share of its terms' magnitudes that a result may be off by, and of rounding.
+
+    exponent: how far off an exponent may be, relative to it, as a multiple of ``share``. The kernels carry exponents as
+    unevaluated sums. The reference rounds them: up to 7 half ulps of t = beta (1 - slope) w / s, for beta, s, 1 - slope (two),
+    and the quotient and the products; and a Gaussian squares it. 4 eps is enough for both: t moves e^-t by 7/2 eps t, and
+    e^(-t^2 / 2), which has no slope, by (2 * 4 + 1)/2 eps t^2 / 2.
+    """
 
     share: float
     eps: float
     largest: float
     least: float
+    exponent: float = 0.0
 
     @staticmethod
-    def of(dtype: torch.dtype, member: str = "") -> Grade:
+    def of(dtype: torch.dtype, reference: bool = False) -> Grade:
         if dtype == torch.float64:
-            return Grade(4e-13, 2.0**-52, float(np.finfo(np.float64).max), float(WIDE(2) ** -958))
-        share = 1e-5 if dtype == torch.float32 else 2e-4
-        return Grade(share, 2.0**-23, float(np.finfo(np.float32).max), float(FLUSHED))
+            grade = Grade(4e-13, 2.0**-52, float(np.finfo(np.float64).max), float(WIDE(2) ** -958))
+        else:
+            share = 1e-5 if dtype == torch.float32 else 2e-4
+            grade = Grade(share, 2.0**-23, float(np.finfo(np.float32).max), float(FLUSHED))
+        return replace(grade, exponent=4 * grade.eps / grade.share) if reference else grade
 
 
 def wide(t: torch.Tensor) -> Array:
@@ -54,10 +63,11 @@ def wide(t: torch.Tensor) -> Array:
 
 @dataclass
 class Values:
-    """The tensors of a call as long doubles; ``dtypes`` are torch's."""
+    """The tensors of a call as long doubles; ``dtypes`` are torch's. ``reference``: whether plain torch computes it."""
 
     arrays: dict[str, Array]
     dtypes: dict[str, torch.dtype]
+    reference: bool = False
 
 
 def _sigmoid(t: Array) -> Array:
@@ -70,7 +80,8 @@ def _sigmoid(t: Array) -> Array:
 
 @dataclass
 class _Terms:
-    """A unit and its derivatives by w, beta and coeff; of each the value and the sum of magnitudes."""
+    """A unit and its derivatives by w, beta and coeff; of each the value and the sum of magnitudes, to which tails count
+    once more for what their exponents may be off by, ``exponent`` relative to them."""
 
     y: Array
     w: Array
@@ -95,7 +106,7 @@ def _pdf(t: Array) -> Array:
     return np.exp(-t * t / 2) / np.sqrt(2 * WIDE(np.pi))
 
 
-def _logistic(w: Array, beta: Array, s: Array, c: Array, eps: float) -> _Terms:
+def _logistic(w: Array, beta: Array, s: Array, c: Array, eps: float, exponent: float) -> _Terms:
     u = w / s
     t, a = beta * u, np.abs(u)
     p, q = _sigmoid(t), _sigmoid(-t)
@@ -105,19 +116,24 @@ def _logistic(w: Array, beta: Array, s: Array, c: Array, eps: float) -> _Terms:
     bell = c * u * u * p * q * (1 + WIDE(eps))
     d_c = np.abs(w) * _sigmoid(-np.abs(t)) + s * log_term
     y = c * w * p + (1 - c) * s * soft
+    off_t, off_u = exponent * np.abs(t) * p * q, exponent * a * _sigmoid(-a)  # of sigma(t), and of the log term
     return _Terms(
         y,
         c * (p + t * p * q) + (1 - c) * _sigmoid(u),
         bell - (1 - c) * entropy,
         -d_c,
-        np.abs(c * w * p) + (1 - c) * s * soft,
-        c * (p + np.abs(t) * p * q) + (1 - c) * _sigmoid(u) + q,  # 1 - h, where it is read off from h
-        bell + (1 - c) * entropy,
-        d_c,
+        np.abs(c * w * p) + (1 - c) * s * soft + c * np.abs(w) * off_t + (1 - c) * s * off_u,
+        c * (p + np.abs(t) * p * q)
+        + (1 - c) * _sigmoid(u)
+        + q  # 1 - h, where it is read off from h
+        + c * (1 + np.abs(t)) * off_t
+        + (1 - c) * off_u,
+        bell * (1 + exponent * np.abs(t)) + (1 - c) * (entropy + a * off_u),
+        d_c + np.abs(w) * off_t + s * off_u,
     )
 
 
-def _gaussian(w: Array, beta: Array, s: Array, c: Array, eps: float) -> _Terms:
+def _gaussian(w: Array, beta: Array, s: Array, c: Array, eps: float, exponent: float) -> _Terms:
     u = w / s
     t, a = beta * u, np.abs(u)
     bell = c * u * u * _pdf(t) * (1 + WIDE(eps))
@@ -125,40 +141,45 @@ def _gaussian(w: Array, beta: Array, s: Array, c: Array, eps: float) -> _Terms:
     tails = [np.abs(w) * _cdf(-np.abs(t)), s * _pdf(u), -s * a * _cdf(-a)]
     y_terms = [c * w * _cdf(t), (1 - c) * s * np.maximum(u, 0), (1 - c) * s * _pdf(u), -(1 - c) * s * a * _cdf(-a)]
     w_terms = [c * _cdf(t), c * t * _pdf(t), (1 - c) * _cdf(u)]
+    off_t, off_u = (
+        exponent * np.abs(t) * _pdf(t),
+        exponent * a * _pdf(u),
+    )  # of the cdf; the pdf is off by |t| times that
     return _Terms(
         sum(y_terms),
         sum(w_terms),
         bell - (1 - c) * _pdf(u),
         -sum(tails),
-        sum(np.abs(v) for v in y_terms),
-        sum(np.abs(v) for v in w_terms) + _cdf(-np.abs(t)),
-        bell + (1 - c) * _pdf(u),
-        sum(np.abs(v) for v in tails),
+        sum(np.abs(v) for v in y_terms) + c * np.abs(w) * off_t + 2 * (1 - c) * s * a * off_u,
+        sum(np.abs(v) for v in w_terms) + _cdf(-np.abs(t)) + c * (1 + t * t) * off_t + (1 - c) * off_u,
+        bell * (1 + exponent * t * t) + (1 - c) * (_pdf(u) + a * off_u),
+        sum(np.abs(v) for v in tails) + np.abs(w) * off_t + 2 * s * a * off_u,
     )
 
 
-def _excess(w: Array, beta: Array, s: Array, c: Array, eps: float) -> _Terms:
+def _excess(w: Array, beta: Array, s: Array, c: Array, eps: float, exponent: float) -> _Terms:
     """The logistic unit less the ReLU, without the cancellation that large w would bring."""
-    found = _logistic(w, beta, s, c, eps)
+    found = _logistic(w, beta, s, c, eps, exponent)
     a = np.abs(w)
     parts = [(1 - c) * s * np.log1p(np.exp(-a / s)), -c * a * _sigmoid(-beta * a / s)]
-    found.y, found.y_terms = sum(parts), sum(np.abs(p) for p in parts)
     t = beta * a / s
+    off = exponent * np.stack([a / s, t])
+    found.y, found.y_terms = sum(parts), sum(np.abs(p) * (1 + o) for p, o in zip(parts, off))
     h = c * _sigmoid(-t) * (1 - t * _sigmoid(t)) + (1 - c) * _sigmoid(-a / s)
     found.w = np.where(w > 0, -h, h)
     return found
 
 
 def _unit(
-    member: str, w: Array, beta: Array, s: Array, c: Array, slope: Array, eps: float
+    member: str, w: Array, beta: Array, s: Array, c: Array, slope: Array, eps: float, exponent: float
 ) -> tuple[_Terms, Array, Array]:
     """(the unit where it is smooth, its derivative by the slope, that one's terms)."""
     zero = np.zeros_like(w)
     if member == "gelu":
-        return _gaussian(w, beta, s, c, eps), zero, zero
+        return _gaussian(w, beta, s, c, eps, exponent), zero, zero
     if member in ("leaky_relu", "prelu"):
         sign, up, reach = np.where(slope > 1, WIDE(-1), WIDE(1)), (w > 0).astype(WIDE), np.abs(1 - slope)
-        inner = _excess(reach * w, beta, s, c, eps)
+        inner = _excess(reach * w, beta, s, c, eps, exponent)
         base = np.where(w > 0, w, slope * w)
         terms = _Terms(
             base + sign * inner.y,
@@ -172,7 +193,7 @@ def _unit(
         )
         return terms, (1 - up) * w - w * inner.w, np.abs(w) * (1 + inner.w_terms)
     if member == "relu6":
-        low, high = _excess(w, beta, s, c, eps), _excess(w - 6, beta, s, c, eps)
+        low, high = (_excess(v, beta, s, c, eps, exponent) for v in (w, w - 6))
         base, step = np.clip(w, 0, 6), (w > 0).astype(WIDE) - (w > 6).astype(WIDE)
         terms = _Terms(
             base + low.y - high.y,
@@ -185,7 +206,7 @@ def _unit(
             low.coeff_terms + high.coeff_terms,
         )
         return terms, zero, zero
-    return _logistic(w, beta, s, c, eps), zero, zero
+    return _logistic(w, beta, s, c, eps, exponent), zero, zero
 
 
 def _plain(member: str, w: Array, slope: Array) -> tuple[Array, Array, Array]:
@@ -206,7 +227,7 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
     dtype = kinds["x"]
     if "residual" in kinds:
         dtype = torch.promote_types(dtype, kinds["residual"])
-    grade = Grade.of(dtype)
+    grade = Grade.of(dtype, values.reference)
     dim = options.get("channel_dim")
 
     def along(p: Array) -> Array:
@@ -251,6 +272,7 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
         np.where(smooth, c, 0),
         np.where(smooth, slope, 0),
         eps,
+        grade.exponent,
     )
     hard_y, hard_w, hard_slope = _plain(member, w, slope)
     nan = WIDE(np.nan)
@@ -258,8 +280,8 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
     def chosen(soft: Array, hard: Any) -> Array:
         return np.where(smooth, soft, np.where(lost, nan, hard))
 
-    # Rounding of the prologue moves w, and u = w / s by as much over s. Slopes are at most about 1.2.
-    off_w = 3 * grade.eps * prologue * (1 + np.abs(1 - slope) if leaky else 1)
+    # Rounding of the prologue moves w, and u = w / s by as much over s. Slopes are at most about 1.2. An infinite w stays put.
+    off_w = 3 * grade.eps * np.where(np.isinf(w), 0, prologue) * (1 + np.abs(1 - slope) if leaky else 1)
     with np.errstate(invalid="ignore"):
         off_u = np.where(smooth, off_w / np.where(s > 0, s, 1), 0)
     off_w, off_u = np.nan_to_num(off_w), np.nan_to_num(off_u)
