@@ -1,4 +1,4 @@
-"""Machine code: the machine code of the CUDA kernels: no spills, no calls, wide accesses, and the predicted time they are built for."""
+"""Machine code of the CUDA kernels: no spills, no calls, wide accesses, and the predicted time they are built for."""
 
 from __future__ import annotations
 

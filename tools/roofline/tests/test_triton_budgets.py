@@ -1,4 +1,4 @@
-"""Machine code: the machine code of every Triton kernel against its budget: no spills, no calls, wide accesses, few instructions."""
+"""Machine code of every Triton kernel against its budget: no spills, no calls, wide accesses, few instructions."""
 
 from __future__ import annotations
 
