@@ -19,9 +19,10 @@ from unittest import mock
 
 import torch
 
-from ctkernels.ops import _triton
-from ctkernels.ops.attention import KEEP_LSE, KEEP_Z, Problem, lse_for, triton_launch
+from ctkernels.ops.attention import KEEP_LSE, KEEP_Z, Problem, lse_for
 from ctkernels.ops.attention.reference import UNBOUNDED
+from ctkernels.ops.attention.triton import launch as triton_launch
+from ctkernels.ops.channelwise import launch as _triton
 
 from . import sass
 from .ahead_of_time import compiled

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ctkernels.ops import _triton
-from ctkernels.ops._op import Op
+from ctkernels.ops.channelwise import launch as _triton
 from ctkernels.ops.ctu import ACTIVATIONS
 from ctkernels.ops.ctu import OP as CTU
 from ctkernels.ops.hard_concrete import MEAN, SAMPLE
 from ctkernels.ops.hard_concrete import OP as GATES
 from ctkernels.ops.head_edit import OP as HEAD_EDIT
+from ctkernels.ops.record import Op
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 # A ResNet's activations, a transformer's MLP, attention heads side by side and with tokens between them.

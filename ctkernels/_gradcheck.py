@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ._differences import central_difference, rounding_noise
 from .nn import Knobs
-from .ops._backend import use_backend
+from .ops.backends import use_backend
 from .steering.surgery import Steered
 
 Run = Callable[[dict[str, Tensor]], Any]  # from the leaves, by name, to whatever the call returns

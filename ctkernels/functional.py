@@ -9,8 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .ops import _backend, _check, _memory
-from .ops._layout import NO_CHANNEL
+from .ops import backends, checks, memory
 from .ops.attention.function import attention_head_edit
 from .ops.ctu import ACTIVATIONS
 from .ops.ctu import OP as _CTU
@@ -18,6 +17,7 @@ from .ops.hard_concrete import CLIP, MEAN, OPEN, SAMPLE
 from .ops.hard_concrete import OP as _HARD_CONCRETE
 from .ops.hard_concrete.reference import HOTTEST_MEAN, uniform
 from .ops.head_edit import OP as _HEAD_EDIT
+from .ops.layout import NO_CHANNEL
 
 __all__ = ["attention_head_edit", "ctu", "expected_l0", "hard_concrete", "head_edit"]
 
@@ -78,14 +78,14 @@ def ctu(
         >>> y = ctkernels.functional.ctu(x, 0.9)                                # one knob for all
         >>> y = ctkernels.functional.ctu(x, beta, coeff, channel_dim=1)          # a knob per channel
     """
-    _check.tensor("ctu", "x", x)
+    checks.tensor("ctu", "x", x)
     kind = ACTIVATIONS.get(activation, -1) if isinstance(activation, str) else -1
     if kind < 0:
-        _check.choice("ctu", "activation", activation, ACTIVATIONS)
-    channel = None if channel_dim is None else _check.dimension("ctu", "channel_dim", channel_dim, x)
-    eps = _check.number("ctu", "eps", eps)
+        checks.choice("ctu", "activation", activation, ACTIVATIONS)
+    channel = None if channel_dim is None else checks.dimension("ctu", "channel_dim", channel_dim, x)
+    eps = checks.number("ctu", "eps", eps)
     if eps:
-        _check.unit_interval("ctu", "eps", eps)
+        checks.unit_interval("ctu", "eps", eps)
     if index is None:
         beta, coeff = _knob("beta", beta, x, channel, raw), _knob("coeff", coeff, x, channel, raw)
     else:
@@ -99,14 +99,14 @@ def ctu(
     if shift is not None:
         shift = _param("shift", shift, x, channel)
     if residual is not None:
-        _check.tensor("ctu", "residual", residual)
-        _check.same_shape("ctu", "residual", residual, "x", x)
+        checks.tensor("ctu", "residual", residual)
+        checks.same_shape("ctu", "residual", residual, "x", x)
         if residual.dtype != x.dtype:
             dtype = torch.promote_types(x.dtype, residual.dtype)
             if inplace and dtype != x.dtype:
                 raise TypeError(f"ctu: residual must have x's dtype {x.dtype} when inplace=True, got {residual.dtype}")
             x, residual = x.to(dtype), residual.to(dtype)
-    _backend.forced_refusal(x)
+    backends.forced_refusal(x)
     inputs = (x, beta, coeff, slope, scale, shift, residual)
     static = (NO_CHANNEL if channel is None else channel, kind, raw, eps)
     if not inplace:
@@ -117,25 +117,25 @@ def ctu(
 def _knob(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, raw: bool) -> Tensor:
     if isinstance(value, Tensor):
         return _param(name, value, x, channel_dim)
-    value = _check.number("ctu", name, value)
+    value = checks.number("ctu", name, value)
     if not raw:
-        _check.unit_interval("ctu", name, value)
+        checks.unit_interval("ctu", name, value)
     return _number(value, x)
 
 
 def _param(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, op: str = "ctu") -> Tensor:
     """A per-channel parameter as the ops take it: float32 or float64, 0-d or 1-D, on x's device."""
     if not isinstance(value, Tensor):
-        return _number(_check.number(op, name, value), x)
-    _check.tensor(op, name, value)
+        return _number(checks.number(op, name, value), x)
+    checks.tensor(op, name, value)
     count = value.numel()
     if value.dim() > 1:
         raise ValueError(f"{op}: {name} must have at most one dimension, got shape {tuple(value.shape)}")
     if count != 1:
-        _check.channel_count(op, name, count, x, channel_dim)
+        checks.channel_count(op, name, count, x, channel_dim)
     if value.device != x.device:
         if value.dim():
-            _check.same_device(op, name, value, "x", x)
+            checks.same_device(op, name, value, "x", x)
         value = value.to(x.device)
     if value.dtype not in (torch.float32, torch.float64):
         value = value.float()
@@ -147,10 +147,10 @@ def _rows(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, 
     if not isinstance(value, Tensor) or value.dim() != 2:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"ctu: with index, {name} must be a tensor of shape (rows, channels), got {got}")
-    _check.tensor("ctu", name, value)
-    _check.same_device("ctu", name, value, "x", x)
+    checks.tensor("ctu", name, value)
+    checks.same_device("ctu", name, value, "x", x)
     if value.shape[1] != 1:
-        _check.channel_count("ctu", name, value.shape[1], x, channel_dim)
+        checks.channel_count("ctu", name, value.shape[1], x, channel_dim)
     widened = _widened(value)
     assert widened is not None
     return widened.index_select(0, index)
@@ -165,7 +165,7 @@ def _number(value: float, x: Tensor) -> Tensor:
         and torch._C._len_torch_dispatch_stack() == 0
     ):
         return _kept_number(value)
-    return torch.scalar_tensor(value, dtype=_backend.scalar_dtype(x.device), device=x.device)
+    return torch.scalar_tensor(value, dtype=backends.scalar_dtype(x.device), device=x.device)
 
 
 @lru_cache(maxsize=256)
@@ -216,7 +216,7 @@ def head_edit(
         >>> z = ctkernels.functional.head_edit(z, m, a, head_axis=1)               # z: (batch, heads, tokens, head_dim)
     """
     op = "head_edit"
-    _check.tensor(op, "z", z)
+    checks.tensor(op, "z", z)
     edits = {name: t for name, t in (("m", m), ("a", a)) if t is not None}
     if not edits:
         raise ValueError("head_edit: at least one of m and a is needed, got None for both")
@@ -226,23 +226,23 @@ def head_edit(
     rank = 2 if index is None else 3
     shape = next(iter(edits.values())).shape
     for name, t in edits.items():
-        _check.tensor(op, name, t)
+        checks.tensor(op, name, t)
         if t.dim() != rank or t.shape != shape:
             expected = "(heads, head_dim)" if index is None else "(adapters, heads, head_dim)"
             raise ValueError(f"head_edit: m and a must both be {expected}, got {name} of shape {tuple(t.shape)}")
-        _check.same_device(op, name, t, "z", z)
+        checks.same_device(op, name, t, "z", z)
     heads, dim = shape[-2:]
     if head_dim is not None and head_dim != dim:
         raise ValueError(f"head_edit: head_dim is {head_dim}, but m and a have {dim} values a head")
     for name, gate in (("g_m", g_m), ("g_a", g_a)):
         if gate is not None:
-            _check.tensor(op, name, gate)
+            checks.tensor(op, name, gate)
             if gate.shape != shape[:-1]:
                 raise ValueError(f"head_edit: {name} must have shape {tuple(shape[:-1])}, got {tuple(gate.shape)}")
-            _check.same_device(op, name, gate, "z", z)
+            checks.same_device(op, name, gate, "z", z)
     if index is not None:
         _check_index(op, index, z, m, a)
-    _backend.forced_refusal(z)
+    backends.forced_refusal(z)
     params = [_widened(t) for t in (m, a, g_m, g_a)]
     if index is not None:
         params = [t if t is None else t.index_select(0, index) for t in params]
@@ -250,13 +250,13 @@ def head_edit(
     inputs, static = (flat, *params), (flat.dim() - 1,)
     if not inplace:
         return restore(_HEAD_EDIT(inputs, static))
-    _memory.refuse_self_overlap(op, "z", z)
+    memory.refuse_self_overlap(op, "z", z)
     if flat is z or (not torch.compiler.is_compiling() and torch._C._is_alias_of(flat, z)):  # type: ignore[attr-defined]
         _HEAD_EDIT.call_(inputs, static)
         return z
     _HEAD_EDIT.refuse_gradient(inputs)
     if not torch.compiler.is_compiling():
-        _memory.refuse_inference(op, "z", z)
+        memory.refuse_inference(op, "z", z)
     z.copy_(restore(_HEAD_EDIT(inputs, static)))
     return z  # of which copy_ gives another object where an edit is of a subclass
 
@@ -270,7 +270,7 @@ def _check_index(op: str, index: Tensor, x: Tensor, *tables: float | Tensor | No
         raise ValueError(
             f"{op}: index must have one entry per sample, shape {tuple(x.shape[:1])}, got {tuple(index.shape)}"
         )
-    _check.same_device(op, "index", index, "x" if op == "ctu" else "z", x)
+    checks.same_device(op, "index", index, "x" if op == "ctu" else "z", x)
     if type(index) is Tensor and index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
         rows = [t.shape[0] for t in tables if isinstance(t, Tensor) and t.dim()]
         low, high = (int(v) for v in index.aminmax())
@@ -301,7 +301,7 @@ def _heads_last(
                 f"head_axis must be given; got z of shape {tuple(shape)}"
             )
     else:
-        head_axis = _check.dimension("head_edit", "head_axis", head_axis, z)
+        head_axis = checks.dimension("head_edit", "head_axis", head_axis, z)
         if shape[head_axis] != heads or shape[-1] != dim or head_axis == z.dim() - 1:
             raise ValueError(
                 f"head_edit: with head_axis={head_axis}, z must have {heads} heads there and end in head_dim = {dim}; got shape "
@@ -375,8 +375,8 @@ def hard_concrete(
 
     Source: Louizos, Welling and Kingma 2018, equations 10 to 13; JoLA, ICML 2025, section 3.2.
     """
-    _check.tensor("hard_concrete", "log_alpha", log_alpha)
-    _check.choice("hard_concrete", "estimator", estimator, ("clip", "mean"))
+    checks.tensor("hard_concrete", "log_alpha", log_alpha)
+    checks.choice("hard_concrete", "estimator", estimator, ("clip", "mean"))
     low, high = _stretch("hard_concrete", temperature, stretch)
     logits = _widened(log_alpha)
     assert logits is not None
@@ -387,7 +387,7 @@ def hard_concrete(
             f"points the higher it is; got {temperature}"
         )
     noise = _noise(logits, noise, generator) if training else None
-    _backend.forced_refusal(logits)
+    backends.forced_refusal(logits)
     return _HARD_CONCRETE((logits.contiguous(), noise), (NO_CHANNEL, mode, float(temperature), low, high))
 
 
@@ -402,10 +402,10 @@ def _noise(logits: Tensor, noise: Tensor | None, generator: torch.Generator | No
     if isinstance(noise, Tensor) and noise.dtype == torch.int64:
         if noise.shape != (1,):
             raise ValueError(f"hard_concrete: noise as an int64 seed must have shape (1,), got {tuple(noise.shape)}")
-        _check.same_device("hard_concrete", "noise", noise, "log_alpha", logits)
+        checks.same_device("hard_concrete", "noise", noise, "log_alpha", logits)
         return noise if on_device else uniform(noise, logits.shape, logits.dtype)
-    _check.tensor("hard_concrete", "noise", noise)
-    _check.same_shape("hard_concrete", "noise", noise, "log_alpha", logits)
+    checks.tensor("hard_concrete", "noise", noise)
+    checks.same_shape("hard_concrete", "noise", noise, "log_alpha", logits)
     return noise.to(logits.dtype).contiguous()
 
 
@@ -419,7 +419,7 @@ def expected_l0(log_alpha: Tensor, *, temperature: float = 0.33, stretch: tuple[
 
     Source: Louizos, Welling and Kingma 2018, equation 12; JoLA, ICML 2025, equation 4.
     """
-    _check.tensor("expected_l0", "log_alpha", log_alpha)
+    checks.tensor("expected_l0", "log_alpha", log_alpha)
     low, high = _stretch("expected_l0", temperature, stretch)
     logits = _widened(log_alpha)
     assert logits is not None
@@ -427,11 +427,11 @@ def expected_l0(log_alpha: Tensor, *, temperature: float = 0.33, stretch: tuple[
 
 
 def _stretch(op: str, temperature: float, stretch: tuple[float, float]) -> tuple[float, float]:
-    if not _check.finite(op, "temperature", temperature) > 0:
+    if not checks.finite(op, "temperature", temperature) > 0:
         raise ValueError(f"{op}: temperature must be positive, got {temperature}")
     if not isinstance(stretch, (tuple, list)) or len(stretch) != 2:
         raise TypeError(f"{op}: stretch must be a pair (low, high), got {stretch!r}")
-    low, high = (_check.finite(op, "stretch", v) for v in stretch)
+    low, high = (checks.finite(op, "stretch", v) for v in stretch)
     if not (low < 0 and high > 1 and high - low < math.inf):
         raise ValueError(
             f"{op}: stretch must be (low, high) with low < 0 and high > 1, not too far apart, got {stretch}"

@@ -12,8 +12,10 @@ from ptx.launch import Launch, execute
 from torch import Tensor
 
 from benchmarks.ahead_of_time import compiled
-from ctkernels.ops import _triton, attention
-from ctkernels.ops.attention import choice, function, triton_launch
+from ctkernels.ops import attention
+from ctkernels.ops.attention import cost_model, function
+from ctkernels.ops.attention.triton import launch as triton_launch
+from ctkernels.ops.channelwise import launch as _triton
 
 WRITES = {
     "forward_kernel": ("y", "z", "lse"),
@@ -63,5 +65,5 @@ def fused_on_cpu(recorder: Recorder) -> Iterator[Recorder]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_triton, "launch", recorder)
         patch.setattr(attention, "kernels", lambda q: triton_launch)
-        patch.setattr(function, "choose", lambda *args: choice.FUSED)
+        patch.setattr(function, "choose", lambda *args: cost_model.FUSED)
         yield recorder

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ctkernels
-from ctkernels.ops._op import Op
+from ctkernels.ops.record import Op
 from ctkernels.testing import Sample, assert_no_worse, samples
 
 

@@ -24,8 +24,8 @@ from ptx.runner import MAX_STEPS
 from ptx.toolchain import compile_cuda
 from torch import Tensor
 
-from ctkernels.ops import _backend
-from ctkernels.ops._op import Op
+from ctkernels.ops import backends
+from ctkernels.ops.record import Op
 
 SOURCES = Path(__file__).parent.parent / "csrc"
 LIBRARY = "ctkernels_recorded"
@@ -226,9 +226,9 @@ class Recorder:
 @lru_cache(maxsize=1)
 def _library() -> tuple[ctypes.CDLL, torch.library.Library]:
     """The binding, registered for CPU tensors under LIBRARY with the schemas of the real ops."""
-    binding = ctypes.CDLL(str(_backend.CUDA_BINDING))
+    binding = ctypes.CDLL(str(backends.CUDA_BINDING))
     library = torch.library.Library(LIBRARY, "DEF")
-    for name in _backend.OPS:
+    for name in backends.OPS:
         for suffix in ("", "_", "_backward"):
             schema = str(getattr(torch.ops.ctkernels, name + suffix).default._schema)
             library.define(schema.removeprefix("ctkernels::"))

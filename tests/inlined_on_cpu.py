@@ -16,7 +16,7 @@ from torch._inductor.async_compile import AsyncCompile
 from triton.runtime.jit import JITFunction
 
 from benchmarks import inductor
-from ctkernels.ops import _backend
+from ctkernels.ops import backends
 
 
 def _allowed(x: Tensor) -> None:
@@ -41,8 +41,8 @@ def graph_on_cpu(launch: Callable[..., None], sm: int) -> Iterator[None]:
     torch._dynamo.reset()
     with (
         inductor.pretended(sm),
-        mock.patch.object(_backend, "_forced", ["triton"]),
-        mock.patch.object(_backend, "forced_refusal", _allowed),
+        mock.patch.object(backends, "_forced", ["triton"]),
+        mock.patch.object(backends, "forced_refusal", _allowed),
         mock.patch.object(JITFunction, "run", run),
     ):
         yield

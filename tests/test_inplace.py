@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import ctkernels
 from ctkernels.functional import ctu, head_edit
-from ctkernels.ops import _memory
-from ctkernels.ops._op import OPS, Op
+from ctkernels.ops import memory
+from ctkernels.ops.record import OPS, Op
 
 M = torch.full((2, 3), 0.5)
 CALLS: dict[str, Callable[[Tensor], object]] = {
@@ -140,7 +140,7 @@ def test_compiled_programs(forced: str | None, name: str, compiler: str) -> None
     def write(t: Tensor) -> None:
         CALLS[name](t)
 
-    with ctkernels.use_backend(forced or ctkernels.ops._backend.choose(M).name):
+    with ctkernels.use_backend(forced or ctkernels.ops.backends.choose(M).name):
         compiled = torch.compile(write, backend=compiler, fullgraph=True)
         x = torch.randn(4, 6)
         expected = x.clone()
@@ -193,7 +193,7 @@ def test_overlap_with_itself_is_found_exactly() -> None:
         for strides in itertools.product((0, 1, 2, 3, 4, 6), repeat=len(shape)):
             storage = torch.empty(64)
             places = _addresses(storage.as_strided(shape, strides))
-            assert _memory.overlaps_itself(shape, strides) == (len(set(places)) < len(places)), (shape, strides)
+            assert memory.overlaps_itself(shape, strides) == (len(set(places)) < len(places)), (shape, strides)
 
 
 def test_sharing_is_found_exactly() -> None:
@@ -205,7 +205,7 @@ def test_sharing_is_found_exactly() -> None:
     ]
     for x, t in itertools.product(views, views):
         expected = bool(set(_addresses(x)) & set(_addresses(t)))
-        assert _memory._share(x, t, t.data_ptr() - x.data_ptr()) == expected, (
+        assert memory._share(x, t, t.data_ptr() - x.data_ptr()) == expected, (
             x.stride(),
             t.stride(),
             t.storage_offset(),

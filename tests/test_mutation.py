@@ -17,10 +17,10 @@ from mutation_cases import Case
 from mutation_report import STRUCTURAL, counts
 from ptx.toolchain import nvcc
 
-from ctkernels.ops import _backend
+from ctkernels.ops import backends
 
 CUDA = pytest.mark.skipif(
-    nvcc() is None or not _backend.CUDA_BINDING.exists(), reason="nvcc, or the host code, is not there"
+    nvcc() is None or not backends.CUDA_BINDING.exists(), reason="nvcc, or the host code, is not there"
 )
 NAMES = [
     "triton: prologue",

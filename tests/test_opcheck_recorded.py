@@ -20,12 +20,12 @@ pytest.importorskip("numpy", minversion="2.0", reason="the PTX executor needs nu
 
 from ptx.toolchain import has_triton, nvcc
 
-from ctkernels.ops import _backend
-from ctkernels.ops._op import Op
+from ctkernels.ops import backends
 from ctkernels.ops.ctu import OP as CTU
 from ctkernels.ops.hard_concrete import CLIP, SAMPLE
 from ctkernels.ops.hard_concrete import OP as GATES
 from ctkernels.ops.head_edit import OP as HEAD_EDIT
+from ctkernels.ops.record import Op
 
 LIBRARY = "ctkernels_triton_recorded"
 
@@ -33,7 +33,7 @@ LIBRARY = "ctkernels_triton_recorded"
 @lru_cache(maxsize=1)
 def _triton_library() -> torch.library.Library:
     """The Triton host code, registered for CPU tensors under LIBRARY with the schemas of the real ops."""
-    from ctkernels.ops import _triton
+    from ctkernels.ops.channelwise import launch as _triton
 
     library = torch.library.Library(LIBRARY, "DEF")
     for op in (CTU, HEAD_EDIT, GATES):
@@ -62,7 +62,7 @@ def _cuda(x: Tensor) -> tuple[str, AbstractContextManager[Any]]:
 TOOLCHAINS = [
     pytest.param(_triton, id="triton", marks=pytest.mark.skipif(not has_triton(), reason="triton is not installed")),
     pytest.param(_cuda, id="cuda", marks=pytest.mark.skipif(
-        nvcc() is None or not _backend.CUDA_BINDING.exists(), reason="nvcc, or the host code, is not there")),
+        nvcc() is None or not backends.CUDA_BINDING.exists(), reason="nvcc, or the host code, is not there")),
 ]  # fmt: skip
 
 

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 import ctkernels
 import ctkernels.fusion
 from ctkernels.functional import ctu, head_edit
-from ctkernels.ops import _backend, _layout
-from ctkernels.ops._op import OPS, Op
+from ctkernels.ops import backends, layout
+from ctkernels.ops.record import OPS, Op
 
 # An implementation is in force for all examples.
 quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -38,7 +38,7 @@ FLOATS = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.fl
 @contextlib.contextmanager
 def _cuda() -> Iterator[None]:
     pytest.importorskip("numpy", minversion="2.0", reason="the recorder needs numpy 2")
-    if not _backend.CUDA_BINDING.exists():
+    if not backends.CUDA_BINDING.exists():
         pytest.skip("the host code of the CUDA kernels is not built (CTKERNELS_BUILD=none)")
     from cuda_recorder import cuda_on_cpu
 
@@ -56,7 +56,7 @@ def _cuda() -> Iterator[None]:
 @contextlib.contextmanager
 def _triton() -> Iterator[None]:
     pytest.importorskip("triton", reason="triton is not installed")
-    from ctkernels.ops import _triton
+    from ctkernels.ops.channelwise import launch as _triton
 
     def packet(op: Op, suffix: str) -> Callable[..., Any]:
         return _triton.implementations(op)[suffix]
@@ -75,8 +75,8 @@ IMPLEMENTATIONS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "cpu" and _backend.NATIVE is None:
-        pytest.skip(_backend.BACKENDS["cpu"].missing)
+    if request.param == "cpu" and backends.NATIVE is None:
+        pytest.skip(backends.BACKENDS["cpu"].missing)
     with IMPLEMENTATIONS[request.param]():
         yield request.param
 
@@ -177,7 +177,7 @@ def test_sizes_of_one_have_no_say() -> None:
     """Views of fake tensors have other strides there than those of real ones."""
     for strides in ((1, 0, 5, 60), (1, 120, 120, 60), (1, 7, 7, 60)):
         x = torch.empty(120).as_strided((60, 1, 1, 2), strides)
-        assert _layout.result_like(x).stride()[::3] == (1, 60)
+        assert layout.result_like(x).stride()[::3] == (1, 60)
     z = torch.zeros(130).as_strided((2, 60, 1, 1, 1), (60, 1, 0, 5, 5))
     with FakeTensorMode() as mode:
         fake = head_edit(mode.from_tensor(z), a=torch.ones(2, 1), head_axis=0).stride()
@@ -189,7 +189,7 @@ def test_sizes_of_one_have_no_say() -> None:
 def test_one_rule(x: Tensor) -> None:
     """x's own strides where it is dense, contiguous where it is not or is empty."""
     dense = x.numel() > 0 and torch.ops.aten.is_non_overlapping_and_dense(x)
-    assert _layout.result_like(x).stride() == (x.stride() if dense else torch.empty(x.shape).stride())
+    assert layout.result_like(x).stride() == (x.stride() if dense else torch.empty(x.shape).stride())
 
 
 # ---- ops of more than one shape ------------------------------------------------------------------------------------------

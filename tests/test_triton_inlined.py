@@ -23,7 +23,7 @@ from triton_recorder import Recorder, triton_on_cpu
 from benchmarks import inductor
 from ctkernels import use_backend
 from ctkernels.functional import ctu, head_edit
-from ctkernels.ops import _triton
+from ctkernels.ops.channelwise import launch as _triton
 from ctkernels.ops.ctu import OP as CTU
 from ctkernels.ops.hard_concrete import OP as GATES
 from ctkernels.ops.hard_concrete import SAMPLE
@@ -122,7 +122,7 @@ def test_compilers_caches_know_the_kernels() -> None:
     """Without them in the key, a cached graph would outlive a change of the kernels."""
     from torch._library.triton import get_triton_kernels_for_op
 
-    from ctkernels.ops import _triton_inlined
+    from ctkernels.ops.channelwise import inlined as _triton_inlined
 
     for op in (CTU, HEAD_EDIT, GATES):
         for suffix in ("", "_", "_backward"):

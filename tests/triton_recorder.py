@@ -18,8 +18,8 @@ from ptx.runner import MAX_STEPS
 from torch import Tensor
 
 from benchmarks.ahead_of_time import compiled
-from ctkernels.ops import _triton
-from ctkernels.ops._op import Op
+from ctkernels.ops.channelwise import launch as _triton
+from ctkernels.ops.record import Op
 
 OUTPUTS = {"out", "dresidual", "dnoise", "d0", "d1", "d2", "d3", "d4"}
 SCRATCH = {"partial", "b0", "b1", "b2", "b3", "b4"}
@@ -28,7 +28,7 @@ FOLLOWING = ("finish_kernel", "fold_kernel")
 
 
 class Recorder:
-    """Stands in for :func:`ctkernels.ops._triton.launch`. ``launches`` keeps (kernel name, grid, meta, compiled).
+    """Stands in for :func:`ctkernels.ops.channelwise.launch.launch`. ``launches`` keeps (kernel name, grid, meta, compiled).
 
     ``approx``: the end of their error at which approximate units work. ``rewrite``: changes the PTX before it is run.
     """

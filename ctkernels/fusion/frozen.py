@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._op import _LIBRARY
+from ..ops.record import _LIBRARY
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 

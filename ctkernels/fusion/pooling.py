@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._op import _LIBRARY
+from ..ops.record import _LIBRARY
 
 
 class Pooling:

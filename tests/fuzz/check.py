@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ctkernels
 from ctkernels import functional
-from ctkernels.ops import _backend
+from ctkernels.ops import backends
 
 from . import oracle
 from .cases import Case
@@ -313,7 +313,7 @@ def _run_again(case: Case, built: Built, dy: Tensor | None, names: list[str]) ->
 def _expect_same_again(case: Case, y: Tensor, dy: Tensor | None, grads: dict[str, Tensor]) -> None:
     """The same bits from a second run, on another number of threads."""
     names = [name[1:] for name in grads]
-    compiled = case.backend is None and _backend.NATIVE is not None  # torch's own kernels depend on the threads
+    compiled = case.backend is None and backends.NATIVE is not None  # torch's own kernels depend on the threads
     if compiled and max(s.count for s in case.specs.values()) > 4000:
         torch.set_num_threads(3 - min(case.threads, 2))
     try:

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._op import _LIBRARY
+from ..record import _LIBRARY
 from . import reference
-from .composed import Edits, Packed
+from .sdpa import Edits, Packed
 
 DIFFERENTIABLE = ("q", "k", "v", "m", "a", "g_m", "g_a")
 KEEP_Z, KEEP_LSE = 1, 2
@@ -161,7 +161,7 @@ def kernels(q: Tensor) -> Any:
     """The implementation that serves a tensor: Triton's launches on CUDA, or :class:`Plain`."""
     if not q.is_cuda:
         return Plain
-    from . import triton_launch
+    from .triton import launch as triton_launch
 
     return triton_launch
 

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _check
+from .. import checks
 from . import Problem, keep_for, run
-from .choice import FUSED, IMPLEMENTATIONS, choose
-from .composed import Edits, Packed, attend, attend_packed
+from .cost_model import FUSED, IMPLEMENTATIONS, choose
 from .reference import UNBOUNDED
+from .sdpa import Edits, Packed, attend, attend_packed
 
 OP = "attention_head_edit"
 
@@ -83,11 +83,11 @@ def attention_head_edit(
         raise ValueError(f"{OP}: k must have q's {heads} heads, got {groups}; {hint}")
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
-    scale = _check.number(OP, "scale", scale)
+    scale = checks.number(OP, "scale", scale)
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
         raise ValueError(f"{OP}: window must be a positive int or None, got {window!r}")
     if implementation is not None:
-        _check.choice(OP, "implementation", implementation, IMPLEMENTATIONS)
+        checks.choice(OP, "implementation", implementation, IMPLEMENTATIONS)
     left = UNBOUNDED if window is None else window - 1
     right = 0 if is_causal else left
     packed = None
@@ -126,12 +126,12 @@ def _edits(
 ) -> Edits:
     rank, shape = (3, "(tokens, heads, head_dim)") if packed else (4, "(batch, heads, tokens, head_dim)")
     for name, t in (("q", q), ("k", k), ("v", v)):
-        _check.tensor(OP, name, t)
+        checks.tensor(OP, name, t)
         if t.dim() != rank:
             raise ValueError(f"{OP}: {name} must be {shape}, got shape {tuple(t.shape)}")
         if t.dtype != q.dtype:
             raise TypeError(f"{OP}: {name} must have q's dtype {q.dtype}, got {t.dtype}")
-        _check.same_device(OP, name, t, "q", q)
+        checks.same_device(OP, name, t, "q", q)
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"{OP}: k must have q's head_dim {q.shape[-1]}, got {k.shape[-1]}")
     if v.shape[:-1] != k.shape[:-1]:
@@ -150,10 +150,10 @@ def _edits(
         ("g_a", g_a, (heads,)),
     ):
         if given is not None:
-            _check.tensor(OP, name, given)
+            checks.tensor(OP, name, given)
             if given.shape != expected:
                 raise ValueError(f"{OP}: {name} must have shape {expected}, got {tuple(given.shape)}")
-            _check.same_device(OP, name, given, "q", q)
+            checks.same_device(OP, name, given, "q", q)
     for name, gate, edit in (("g_m", g_m, m), ("g_a", g_a, a)):
         if gate is not None and edit is None:
             raise ValueError(f"{OP}: {name} gates {name[2:]}, which is None; give both or neither")
@@ -166,10 +166,10 @@ def _mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{OP}: attn_mask must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
-        _check.tensor(OP, "attn_mask", mask)
+        checks.tensor(OP, "attn_mask", mask)
         if mask.requires_grad:
             raise ValueError(f"{OP}: attn_mask gets no gradient, but requires one; detach it")
-    _check.same_device(OP, "attn_mask", mask, "q", q)
+    checks.same_device(OP, "attn_mask", mask, "q", q)
     sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if len(sizes) != 4 or any(have not in (1, want) for have, want in zip(sizes, shape)):
         raise ValueError(f"{OP}: attn_mask must broadcast to (B, H, T, S) = {shape}, got shape {tuple(mask.shape)}")
@@ -182,7 +182,7 @@ def _packed(cu_seqlens: Tensor | tuple[Tensor, Tensor], max_seqlen: int | tuple[
         if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64) or t.dim() != 1 or t.shape[0] < 2:
             got = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
             raise ValueError(f"{OP}: cu_seqlens must be int32 or int64 of shape (B + 1,), got {got}")
-        _check.same_device(OP, "cu_seqlens", t, "q", q)
+        checks.same_device(OP, "cu_seqlens", t, "q", q)
     if starts[0].shape != starts[1].shape:
         raise ValueError(
             f"{OP}: cu_seqlens of queries and keys must name as many sequences, got {starts[0].shape[0] - 1} and "

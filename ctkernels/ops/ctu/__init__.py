@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _layout
-from .._op import Inputs, Op, Static, register
+from .. import layout
+from ..record import Inputs, Op, Static, register
 from . import reference
 
 # Family members, in the numbering of csrc/ctu.h. SiLU is the logistic unit at another neutral point.
@@ -26,7 +26,7 @@ def _unpack(inputs: Inputs, static: Static) -> tuple[list[Tensor | None], Tensor
     dtype = _compute_dtype(x)
     elementwise = (True, False, False, False, False, False, True)
     ready = [
-        t if t is None else (t.to(dtype) if e else _layout.broadcast(t, x, channel_dim))
+        t if t is None else (t.to(dtype) if e else layout.broadcast(t, x, channel_dim))
         for t, e in zip(inputs, elementwise)
     ]
     w, beta, coeff, _, _, _, residual = ready
@@ -83,7 +83,7 @@ def _backward(dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Te
             grads.append(g.to(like.dtype, copy=True))
         else:
             values = g * x if name == "scale" else g if name == "shift" else _by_knob(name, partials, dy)
-            grads.append(_layout.reduce(values, like, static[0]))
+            grads.append(layout.reduce(values, like, static[0]))
     return grads
 
 
@@ -96,7 +96,7 @@ def _jvp(inputs: Inputs, static: Static, tangents: Inputs) -> Tensor:
     for name, tangent in zip(OP.inputs, tangents):
         if tangent is None:
             continue
-        g = (tangent if name in OP.elementwise else _layout.broadcast(tangent, inputs[0], static[0])).to(total.dtype)
+        g = (tangent if name in OP.elementwise else layout.broadcast(tangent, inputs[0], static[0])).to(total.dtype)
         if name in ("beta", "coeff", "slope"):
             total = total + _by_knob(name, partials, g)
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._op import Inputs, Op, Static, register
+from ..record import Inputs, Op, Static, register
 from . import reference
 from .reference import CLIP, MEAN, OPEN, SAMPLE
 
@@ -59,6 +59,6 @@ OP = register(
         reference_forward=_forward,
         reference_backward=_backward,
         reference_jvp=_jvp,
-        triton="ctkernels.ops.hard_concrete.triton_gates",
+        triton="ctkernels.ops.hard_concrete.triton",
     )
 )

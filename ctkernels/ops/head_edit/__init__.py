@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _layout
-from .._op import Inputs, Op, Static, register
+from .. import layout
+from ..record import Inputs, Op, Static, register
 from . import reference
 
 
@@ -15,7 +15,7 @@ def _unpack(inputs: Inputs, static: Static) -> list[Tensor | None]:
     z = inputs[0]
     assert z is not None
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    params = [p if p is None else _layout.broadcast(p, z, static[0]).to(dtype) for p in inputs[1:]]
+    params = [p if p is None else layout.broadcast(p, z, static[0]).to(dtype) for p in inputs[1:]]
     return [z.to(dtype), *params]
 
 
@@ -36,7 +36,7 @@ def _backward(dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Te
         like = inputs[i]
         assert like is not None
         values = dy * weights[i]
-        grads.append(values.to(like.dtype) if i == 0 else _layout.reduce(values, like, static[0]))
+        grads.append(values.to(like.dtype) if i == 0 else layout.reduce(values, like, static[0]))
     return grads
 
 
@@ -49,7 +49,7 @@ def _jvp(inputs: Inputs, static: Static, tangents: Inputs) -> Tensor:
     total = torch.zeros_like(ready[0])
     for i, tangent in enumerate(tangents):
         if tangent is not None:
-            moved = tangent if i == 0 else _layout.broadcast(tangent, z, static[0])
+            moved = tangent if i == 0 else layout.broadcast(tangent, z, static[0])
             total = total + weights[i] * moved.to(total.dtype)
     return total.to(z.dtype)
 

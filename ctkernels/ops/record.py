@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backend, _layout, _memory
+from . import backends, layout, memory
 
 Inputs = tuple[Tensor | None, ...]
 Static = tuple[Any, ...]
@@ -89,7 +89,7 @@ class Op:
 
     def forward(self, inputs: Inputs, static: Static) -> Tensor:
         assert inputs[0] is not None
-        if _backend.reference_wanted(inputs[0]):
+        if backends.reference_wanted(inputs[0]):
             return self.composed_forward(inputs, static)
         with torch._C._AutoDispatchBelowAutograd():
             return self._packet("")(*inputs, *static)
@@ -98,33 +98,33 @@ class Op:
         x = inputs[0]
         assert x is not None
         if torch.compiler.is_compiling():
-            if _backend.reference_forced():
+            if backends.reference_forced():
                 x.copy_(self.reference_forward(inputs, static))
             else:
                 self._packet("_")(*inputs, *static)
             return
         # What the dispatcher op would do first, without the detour through its Python code.
-        _memory.count_write(self.name, self.inputs[0], x)
+        memory.count_write(self.name, self.inputs[0], x)
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            if _backend.reference_wanted(x):
+            if backends.reference_wanted(x):
                 x.copy_(self.reference_forward(inputs, static))
             else:
                 self._packet("_")(*inputs, *static)
 
     def backward(self, dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
-        if _backend.reference_wanted(dy):
+        if backends.reference_wanted(dy):
             return self.composed_backward(dy, inputs, static, needs)
         with torch._C._AutoDispatchBelowAutograd():
             return self._packet("_backward")(dy, *inputs, *static, needs)
 
     def _packet(self, suffix: str) -> Any:
         if torch.compiler.is_compiling():
-            if _backend.triton_forced() and not torch.compiler.is_exporting():
-                from . import _triton_inlined
+            if backends.triton_forced() and not torch.compiler.is_exporting():
+                from .channelwise import inlined as _triton_inlined
 
                 return _triton_inlined.OVERLOADS[self.name + suffix]
-        elif _backend.triton_wanted():
-            from . import _triton
+        elif backends.triton_wanted():
+            from .channelwise import launch as _triton
 
             return _triton.implementations(self)[suffix]
         return _OVERLOADS[self.name + suffix]
@@ -132,22 +132,20 @@ class Op:
     def composed_forward(self, inputs: Inputs, static: Static) -> Tensor:
         """The reference, with the strides that every backend's result has."""
         assert inputs[0] is not None
-        return _layout.conform(self.reference_forward(inputs, static), inputs[0])
+        return layout.conform(self.reference_forward(inputs, static), inputs[0])
 
     def composed_backward(self, dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
         """The reference gradients, with the strides that every backend's have."""
         assert inputs[0] is not None
         grads, flags = self.reference_backward(dy, inputs, static, needs), self.elementwise_flags
-        return [
-            _layout.conform(g, inputs[0]) if flags[i] else g.contiguous() for i, g in zip(self.wanted(needs), grads)
-        ]
+        return [layout.conform(g, inputs[0]) if flags[i] else g.contiguous() for i, g in zip(self.wanted(needs), grads)]
 
     # ---- the call ---------------------------------------------------------------------------------------------------
 
     def __call__(self, inputs: Inputs, static: Static) -> Tensor:
         """The op with autograd of every kind."""
         if torch.compiler.is_compiling():
-            if _backend.reference_forced():
+            if backends.reference_forced():
                 return _Inlined.apply(self, static, *inputs)
             return self._packet("")(*inputs, *static)
         if in_transform():
@@ -163,13 +161,13 @@ class Op:
         x = inputs[0]
         assert x is not None
         self.refuse_gradient(inputs)
-        _memory.refuse_self_overlap(self.name, self.inputs[0], x)
+        memory.refuse_self_overlap(self.name, self.inputs[0], x)
         if not torch.compiler.is_compiling():  # a compiler makes two steps of it, as is done here with transforms
-            _memory.refuse_inference(self.name, self.inputs[0], x)
+            memory.refuse_inference(self.name, self.inputs[0], x)
             if in_transform():  # a kernel would not carry the tangent along
                 x.copy_(self((x.clone(), *inputs[1:]), static))
                 return x  # of which copy_ gives another object where a result of the op has a subclass
-            _memory.refuse_sharing(self.name, self.inputs, inputs, self.elementwise_flags)
+            memory.refuse_sharing(self.name, self.inputs, inputs, self.elementwise_flags)
         self.forward_(inputs, static)
         return x
 
@@ -243,7 +241,7 @@ class _Forward(torch.autograd.Function):
         info: Any, in_dims: tuple[int | None, ...], op: Op, static: Static, *inputs: Tensor | None
     ) -> tuple[Tensor, int]:
         flags = op.elementwise_flags
-        merged, grouped, inner = _layout.groups_first(inputs, in_dims[2:], info.batch_size, flags, force=False)
+        merged, grouped, inner = layout.groups_first(inputs, in_dims[2:], info.batch_size, flags, force=False)
         y = op(tuple(merged), _shift_channel(static, grouped and inner > 0))
         return (y.unflatten(0, (info.batch_size, inner)) if grouped and inner else y), 0
 
@@ -281,7 +279,7 @@ class _Backward(torch.autograd.Function):
         info: Any, in_dims: tuple[Any, ...], op: Op, static: Static, needs: int, dy: Tensor, *inputs: Tensor | None
     ) -> tuple[tuple[Tensor, ...], int]:
         size, flags = info.batch_size, op.elementwise_flags
-        merged, grouped, inner = _layout.groups_first((dy, *inputs), in_dims[3:], size, (True, *flags), force=True)
+        merged, grouped, inner = layout.groups_first((dy, *inputs), in_dims[3:], size, (True, *flags), force=True)
         static = _shift_channel(static, grouped and inner > 0)
         grads = _Backward.apply(op, static, needs, *merged)
         out = []
@@ -318,7 +316,7 @@ class _Inlined(torch.autograd.Function):
 
 
 def _shift_channel(static: Static, same_rank: bool) -> Static:
-    if same_rank or static[0] == _layout.NO_CHANNEL:
+    if same_rank or static[0] == layout.NO_CHANNEL:
         return static
     return (static[0] + 1, *static[1:])
 
@@ -358,9 +356,9 @@ def _on_cuda(op: Op, suffix: str, composite: Callable[..., Any]) -> Callable[...
     """The Triton kernels, or the reference on a GPU that they do not serve."""
 
     def call(*args: Any) -> Any:
-        if _backend.BACKENDS["triton"].refusal(args[0]) is not None:
+        if backends.BACKENDS["triton"].refusal(args[0]) is not None:
             return composite(*args)
-        from . import _triton
+        from .channelwise import launch as _triton
 
         return _triton.implementations(op)[suffix](*args)
 
@@ -392,7 +390,7 @@ def register(op: Op) -> Op:
         return op.composed_backward(dy, args[:count], args[count:-1], args[-1])
 
     def writes(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
-        _memory.count_write(op.name, op.inputs[0], args[0])
+        memory.count_write(op.name, op.inputs[0], args[0])
         with (
             torch._C._AutoDispatchBelowADInplaceOrView()
         ):  # a kernel that copies into the tensor must not count that too
@@ -413,19 +411,18 @@ def register(op: Op) -> Op:
         _OVERLOADS[op.name + suffix] = getattr(torch.ops.ctkernels, op.name + suffix).default
 
     # The compiled CUDA kernels, where there are any, have registered themselves.
-    compiled = _backend.BACKENDS["cuda"].missing is None
-    if not compiled and op.triton is not None and _backend.BACKENDS["triton"].missing is None:
+    compiled = backends.BACKENDS["cuda"].missing is None
+    if not compiled and op.triton is not None and backends.BACKENDS["triton"].missing is None:
         for suffix, composite in (("", forward), ("_", forward_), ("_backward", backward)):
             _LIBRARY.impl(op.name + suffix, _on_cuda(op, suffix, composite), "CUDA")
 
     def fake_forward(*args: Any) -> Tensor:
-        return _layout.result_like(args[0])
+        return layout.result_like(args[0])
 
     def fake_backward(dy: Tensor, *args: Any) -> list[Tensor]:
         inputs, flags = args[:count], op.elementwise_flags
         return [
-            _layout.result_like(inputs[0]) if flags[i] else _layout.parameter_like(inputs[i])
-            for i in op.wanted(args[-1])
+            layout.result_like(inputs[0]) if flags[i] else layout.parameter_like(inputs[i]) for i in op.wanted(args[-1])
         ]
 
     qualified = f"ctkernels::{op.name}"

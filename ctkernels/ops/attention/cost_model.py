@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend
-from .._op import in_transform
+from .. import backends
+from ..record import in_transform
 from .reference import UNBOUNDED
 
 FUSED, SEPARATE = "fused", "separate"
@@ -135,7 +135,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal
 
 def fused_refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
     """Why the fused kernels cannot serve a call, or None."""
-    reason = _backend.BACKENDS["triton"].refusal(q)
+    reason = backends.BACKENDS["triton"].refusal(q)
     if reason is not None:
         return reason
     if q.dtype == torch.float64:
@@ -200,9 +200,9 @@ def choose(
     forced: str | None,
 ) -> str:
     """FUSED or SEPARATE. RuntimeError where what is forced, by argument or ``use_backend``, cannot serve."""
-    backend = _backend.forced()
+    backend = backends.forced()
     if backend is not None and backend != "triton":
-        _backend.forced_refusal(q)
+        backends.forced_refusal(q)
     wanted = forced or {None: None, "triton": FUSED}.get(backend, SEPARATE)
     if wanted == SEPARATE:
         return SEPARATE
@@ -229,7 +229,7 @@ def explain(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, trainin
         f"{tuple(k.shape)} on {q.device}, causal, {'with' if training else 'without'} gradients"
     ]
     reason = fused_refusal(q, k, v, None, 1.0)
-    forced = _backend.forced()
+    forced = backends.forced()
     chosen = choose(q, k, v, None, 1.0, UNBOUNDED, 0, training, None, None)
     note = {FUSED: "triton kernels, the edit in their epilogue", SEPARATE: "torch's attention, then head_edit"}
     times = {}

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch._library import triton as _library
 
-from . import _op, _triton
-from ._op import Op
+from .. import record as _op
+from ..record import Op
+from . import launch as _triton
 
 OVERLOADS: dict[str, torch._ops.OpOverload] = {}  # by the name of the op that each one stands for
 

@@ -10,12 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import _triton
-from . import KEEP_LSE, KEEP_Z, Problem, lse_for, result_for
-from .reference import LOG2E, UNBOUNDED
-from .triton_backward import edit_kernel, keys_kernel, prepare_kernel, queries_kernel
-from .triton_decode import join_kernel, split_kernel
-from .triton_forward import forward_kernel
+from ...channelwise import launch as _triton
+from .. import KEEP_LSE, KEEP_Z, Problem, lse_for, result_for
+from ..reference import LOG2E, UNBOUNDED
+from .backward import edit_kernel, keys_kernel, prepare_kernel, queries_kernel
+from .decode import join_kernel, split_kernel
+from .forward import forward_kernel
 
 PROGRAMS = 256  # that keep a GPU busy: with fewer, decoding splits the keys
 FEW_ROWS = 64  # queries that share a key head, up to which a call is decoding

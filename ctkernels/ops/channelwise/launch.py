@@ -16,10 +16,10 @@ import torch
 import triton
 from torch import Tensor
 
-from . import _layout
-from ._op import Inputs, Op, Static
-from ._triton_kernels import Math, fold_kernel
-from ._triton_plan import Plan, plan_for
+from .. import layout
+from ..record import Inputs, Op, Static
+from .kernels import Math, fold_kernel
+from .partition import Plan, plan_for
 
 PARAMS = 5  # that the kernels have room for
 LANES = 1024  # that the launches which add up partial sums work on at a time, at most
@@ -53,11 +53,11 @@ class _Call:
         rows = [p.shape[0] if p is not None and p.dim() == 2 else 1 for p in given]
         values = [p.shape[-1] if p is not None and p.dim() else 1 for p in given]
         per_group = any(r > 1 for r in rows)
-        channel_dim = static[0] if any(v > 1 for v in values) else _layout.NO_CHANNEL
-        view = _layout.view_of(x, channel_dim, per_group)
+        channel_dim = static[0] if any(v > 1 for v in values) else layout.NO_CHANNEL
+        view = layout.view_of(x, channel_dim, per_group)
         if view is None:
             x = x.contiguous()
-            view = _layout.view_of(x, channel_dim, per_group)
+            view = layout.view_of(x, channel_dim, per_group)
             assert view is not None
         spare = PARAMS - count
         assert inputs[0] is not None
@@ -66,7 +66,7 @@ class _Call:
         self.params = [*given, *[None] * spare]
         self.rows = (*[0 if 1 < r == view.groups else r for r in rows], *[1] * spare)
         self.runs = (*[view.channels // v if v > 1 else 0 for v in values], *[0] * spare)
-        self.residual = None if residual is None else _layout.laid_out_like(residual, x)
+        self.residual = None if residual is None else layout.laid_out_like(residual, x)
         self.residual_input = 1 + count
         self.grade = {torch.float32: 0, torch.float64: 2}.get(x.dtype, 1)
 
@@ -84,9 +84,9 @@ def _numbered(letter: str, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
 
 def _forward(op: Op, math: Math, inputs: Inputs, static: Static) -> Tensor:
     call = _Call(op, math, inputs, static)
-    y = _layout.result_like(call.x)
+    y = layout.result_like(call.x)
     _run(call, y)
-    return _layout.conform(y, call.given)
+    return layout.conform(y, call.given)
 
 
 def _forward_(op: Op, math: Math, inputs: Inputs, static: Static) -> None:
@@ -99,16 +99,16 @@ def _forward_(op: Op, math: Math, inputs: Inputs, static: Static) -> None:
 def _backward(op: Op, math: Math, dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
     call = _Call(op, math, inputs, static)
     x = call.x
-    dx = _layout.result_like(x) if needs & 1 else None
-    dresidual = _layout.result_like(x) if needs >> call.residual_input & 1 else None
+    dx = layout.result_like(x) if needs & 1 else None
+    dresidual = layout.result_like(x) if needs >> call.residual_input & 1 else None
     wanted = [p if needs >> (1 + i) & 1 else None for i, p in enumerate(call.params)]
-    grads = [None if p is None else _layout.parameter_like(p) for p in wanted]
+    grads = [None if p is None else layout.parameter_like(p) for p in wanted]
     if x.numel() == 0:
         grads = [None if g is None else g.zero_() for g in grads]
     else:
-        dy = _layout.laid_out_like(dy, x)
+        dy = layout.laid_out_like(dy, x)
         _run(call, dx, dy, dresidual, grads)
-    dx, dresidual = (None if g is None else _layout.conform(g, call.given) for g in (dx, dresidual))
+    dx, dresidual = (None if g is None else layout.conform(g, call.given) for g in (dx, dresidual))
     return [g for g in (dx, *grads, dresidual) if g is not None]
 
 

@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from .. import _layout, _triton
-from .._op import Inputs, Static
-from .._triton_scalar import reciprocal, sigmoids
+from .. import layout
+from ..channelwise import launch as _triton
+from ..channelwise.scalar import reciprocal, sigmoids
+from ..record import Inputs, Static
 from .reference import span
 
 SAMPLE = tl.constexpr(0)
@@ -135,7 +136,7 @@ def forward(inputs: Inputs, static: Static) -> Tensor:
     assert inputs[0] is not None
     gates = _contiguous(inputs[0])
     _launch(inputs, static, None, gates, None)
-    return _layout.conform(gates, inputs[0])
+    return layout.conform(gates, inputs[0])
 
 
 def forward_(inputs: Inputs, static: Static) -> None:
@@ -148,7 +149,7 @@ def backward(dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Ten
     assert log_alpha is not None
     grads = [_contiguous(log_alpha) if needs >> i & 1 else None for i in (0, 1)]
     _launch(inputs, static, dy, *grads)
-    return [_layout.conform(g, log_alpha) for g in grads if g is not None]
+    return [layout.conform(g, log_alpha) for g in grads if g is not None]
 
 
 def _contiguous(log_alpha: Tensor) -> Tensor:

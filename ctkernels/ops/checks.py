@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backend import DTYPES
+from .backends import DTYPES
 
 _FLOATING = frozenset(DTYPES)
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ._layout import View
+from ..layout import View
 
 # Channels with at least this many neighbouring values run with scalar constants.
 MIN_PLANE = 256

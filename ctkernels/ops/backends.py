@@ -200,9 +200,9 @@ def explain(x: Tensor, op: str = "ctu") -> str:
     if op not in known:
         raise ValueError(f"explain: op must be one of {', '.join(map(repr, known))}; got {op!r}")
     if op == "attention_head_edit":
-        from .attention import choice
+        from .attention import cost_model
 
-        return choice.explain(x)
+        return cost_model.explain(x)
     chosen, name = next(b for b in BACKENDS.values() if b.refusal(x) is None), forced()
     lines = [f"{op} on a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)} on {x.device}"]
     for backend in BACKENDS.values():

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _backend
-from .._op import in_forward_mode, in_transform
+from .. import backends
+from ..record import in_forward_mode, in_transform
 from . import reference
 from .reference import UNBOUNDED
 
@@ -34,7 +34,7 @@ def attend(
 ) -> Tensor:
     """q (B, H, T, D), k (B, G, S, D), v (B, G, S, E)."""
     tokens, keys = q.shape[2], k.shape[2]
-    if _backend.reference_forced() or in_forward_mode():  # which torch's fast kernels have not
+    if backends.reference_forced() or in_forward_mode():  # which torch's fast kernels have not
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         mask = reference.combine(mask, reference.visible(tokens, keys, left, right, q.device))
         widened = tuple(None if t is None else t.to(wide) for t in edits)
