@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ctkernels.functional import attention_head_edit
-from ctkernels.ops.attention import KEEP_LSE, KEEP_Z, Problem, cost_model
+from ctkernels.ops.attention import cost_model
+from ctkernels.ops.attention.problem import KEEP_LSE, KEEP_Z, Problem
 from ctkernels.ops.attention.reference import UNBOUNDED
 from ctkernels.ops.attention.triton import launch as triton_launch
 

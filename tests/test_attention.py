@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctkernels
 from ctkernels.functional import attention_head_edit, head_edit
-from ctkernels.ops.attention import KEEP_LSE, KEEP_Z, Problem, cost_model
+from ctkernels.ops.attention import cost_model
+from ctkernels.ops.attention.problem import KEEP_LSE, KEEP_Z, Problem
 from ctkernels.ops.attention.reference import UNBOUNDED
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

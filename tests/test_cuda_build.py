@@ -22,7 +22,8 @@ import ctkernels
 from ctkernels.cli import env as environment
 from ctkernels.functional import ctu, expected_l0, hard_concrete
 from ctkernels.ops import backends
-from ctkernels.ops.record import Op
+from ctkernels.ops.record import Kernels, Op
+from ctkernels.ops.registration import OPS
 from ctkernels.testing import samples
 
 ROOT = Path(__file__).parent.parent
@@ -39,15 +40,18 @@ def _calls(function: Callable[[], object]) -> list[tuple[str, tuple[Any, ...], A
     """The dispatcher ops that a function calls: (name, arguments, result)."""
     found = []
 
-    def packet(op: Op, suffix: str) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            result = getattr(torch.ops.ctkernels, op.name + suffix).default(*args)
-            found.append((op.name + suffix, args, result))
-            return result
+    def kernels(op: Op) -> Kernels:
+        def recorded(name: str) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                result = getattr(torch.ops.ctkernels, name).default(*args)
+                found.append((name, args, result))
+                return result
 
-        return call
+            return call
 
-    with mock.patch.object(Op, "_packet", packet):
+        return Kernels(*(recorded(op.name + suffix) for suffix in ("", "_", "_backward")))
+
+    with mock.patch.object(Op, "kernels", kernels):
         function()
     return found
 
@@ -133,9 +137,9 @@ def test_the_compiled_kernels_come_first() -> None:
     assert list(backends.BACKENDS).index("cuda") < list(backends.BACKENDS).index("triton")
     with FakeTensorMode():
         x = torch.empty(3, device="cuda")
-        for op in backends.OPS:
+        for op in OPS:
             assert "cuda       used" in ctkernels.explain(x, op)
-    for op in backends.OPS:
+    for op in OPS:
         for suffix in ("", "_", "_backward"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ctkernels::{op}{suffix}", "CUDA")
 

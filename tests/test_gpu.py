@@ -13,6 +13,7 @@ import ctkernels
 from ctkernels.functional import ctu, hard_concrete, head_edit
 from ctkernels.ops import backends
 from ctkernels.ops.hard_concrete import reference
+from ctkernels.ops.registration import OPS
 from ctkernels.testing import samples
 
 pytestmark = pytest.mark.gpu
@@ -179,5 +180,5 @@ def test_compiled_code_calls_the_kernels() -> None:
 
 
 def test_explain_names_the_backend(gpu_backend: str) -> None:
-    for op in backends.OPS:
+    for op in OPS:
         assert f"{gpu_backend:<10} forced: used" in ctkernels.explain(torch.ones(2, device="cuda"), op)

@@ -15,7 +15,8 @@ import torch
 import ctkernels
 
 from ..ops import backends
-from ..ops.backends import BACKENDS, DTYPES, OPS
+from ..ops.backends import BACKENDS, DTYPES
+from ..ops.registration import OPS
 from ._errors import Parser
 
 OPTIONAL = (

@@ -15,7 +15,8 @@ from .._factories import check_takes, find_factory
 from .._files import write_text
 from .._gradcheck import GradientReport, check_call, gradcheck_module
 from ..functional import hard_concrete
-from ..ops.backends import BACKENDS, OPS
+from ..ops.backends import BACKENDS
+from ..ops.registration import OPS
 from ..testing import Sample, ctu_samples, head_edit_samples
 from . import _types as types
 from ._errors import OptionError, Parser

@@ -1,4 +1,4 @@
-"""Which attention serves a call: ours with the edit inside, or torch's with the edit after it. A cost model decides.
+"""Cost model of attention: chooses ours, with the edit inside, or torch's, with the edit after it.
 
 The model is arithmetic: time = max(flops / (peak * share), bytes / bandwidth) of the attention, plus the passes over
 memory that a separate edit takes. Peaks and bandwidths are data sheets'. A kernel's share of the peak, in inference and over a
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..record import in_transform
+from ..autograd import in_transform
 from .reference import UNBOUNDED
 
 FUSED, SEPARATE = "fused", "separate"
@@ -169,8 +169,8 @@ def estimates(
     else:
         shares = peak.half if shape.itemsize == 2 else peak.single
         theirs = seconds(peak, shape, kernel if kernel in shares else "math")
-    found = [Estimate(FUSED, seconds(peak, shape, FUSED), "fused"), Estimate(SEPARATE, theirs, kernel)]
-    return sorted(found, key=lambda e: e.seconds)
+    both = [Estimate(FUSED, seconds(peak, shape, FUSED), "fused"), Estimate(SEPARATE, theirs, kernel)]
+    return sorted(both, key=lambda e: e.seconds)
 
 
 def _masked(q: Tensor, k: Tensor, mask: Tensor | None, left: int, right: int, batch: int | None) -> bool:
@@ -202,18 +202,18 @@ def choose(
     """FUSED or SEPARATE. RuntimeError where what is forced, by argument or ``use_backend``, cannot serve."""
     backend = backends.forced()
     if backend is not None and backend != "triton":
-        backends.forced_refusal(q)
-    wanted = forced or {None: None, "triton": FUSED}.get(backend, SEPARATE)
-    if wanted == SEPARATE:
+        backends.check_forced_backend(q)
+    requested = forced or {None: None, "triton": FUSED}.get(backend, SEPARATE)
+    if requested == SEPARATE:
         return SEPARATE
     reason = fused_refusal(q, k, v, mask, scale)
     if reason is not None:
-        if wanted == FUSED:
+        if requested == FUSED:
             raise RuntimeError(
                 f"attention_head_edit: the fused kernels were forced but cannot serve this call: {reason}"
             )
         return SEPARATE
-    if wanted is not None:
+    if requested is not None:
         return FUSED
     if torch.compiler.is_compiling():  # sizes may be unknown, and torch's answers about its kernels cannot be traced
         return FUSED if _slow_in_torch(q, k, mask, left, right, batch) else SEPARATE

@@ -1,4 +1,4 @@
-"""The public function: checked here, once, and handed to the implementation that is chosen."""
+"""``ctkernels.functional.attention_head_edit``: checks its arguments, and calls the implementation that is chosen."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from . import Problem, keep_for, run
 from .cost_model import FUSED, IMPLEMENTATIONS, choose
+from .op import run
+from .problem import Edits, Packed, Problem, keep_for
 from .reference import UNBOUNDED
-from .sdpa import Edits, Packed, attend, attend_packed
+from .sdpa import attend, attend_packed
 
 OP = "attention_head_edit"
 
@@ -104,11 +105,11 @@ def attention_head_edit(
     if q.numel() == 0 or v.numel() == 0 or k.shape[-2 if packed is None else 0] == 0:
         implementation = "separate"
     batch = None if packed is None else packed.starts_q.shape[0] - 1
-    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (q, k, v, *edits)]
-    chosen = choose(q, k, v, mask, scale, left, right, any(wanted), batch, implementation)
+    needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (q, k, v, *edits)]
+    chosen = choose(q, k, v, mask, scale, left, right, any(needs_grad), batch, implementation)
     if chosen == FUSED:
         problem = Problem(q, k, v, *edits, mask, None, None, 0, 0, scale, left, right)
-        return run(problem if packed is None else problem._replace(**packed._asdict()), keep_for(wanted))
+        return run(problem if packed is None else problem._replace(**packed._asdict()), keep_for(needs_grad))
     if packed is None:
         return attend(q, k, v, edits, mask, scale, left, right)
     return attend_packed(q, k, v, edits, scale, left, right, packed)
@@ -143,22 +144,21 @@ def _edits(
     heads, size = q.shape[1], v.shape[-1]
     if m is None and a is None:
         raise ValueError(f"{OP}: at least one of m and a is needed, got None for both")
-    for name, given, expected in (
+    for name, edit, expected in (
         ("m", m, (heads, size)),
         ("a", a, (heads, size)),
         ("g_m", g_m, (heads,)),
         ("g_a", g_a, (heads,)),
     ):
-        if given is not None:
-            checks.tensor(OP, name, given)
-            if given.shape != expected:
-                raise ValueError(f"{OP}: {name} must have shape {expected}, got {tuple(given.shape)}")
-            checks.same_device(OP, name, given, "q", q)
+        if edit is not None:
+            checks.tensor(OP, name, edit)
+            if edit.shape != expected:
+                raise ValueError(f"{OP}: {name} must have shape {expected}, got {tuple(edit.shape)}")
+            checks.same_device(OP, name, edit, "q", q)
     for name, gate, edit in (("g_m", g_m, m), ("g_a", g_a, a)):
         if gate is not None and edit is None:
             raise ValueError(f"{OP}: {name} gates {name[2:]}, which is None; give both or neither")
-    wide = [t if t is None or t.dtype in (torch.float32, torch.float64) else t.float() for t in (m, a, g_m, g_a)]
-    return wide[0], wide[1], wide[2], wide[3]
+    return checks.widened(m), checks.widened(a), checks.widened(g_m), checks.widened(g_a)
 
 
 def _mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -1,14 +1,12 @@
-"""Launches of the Triton kernels. Imported on the first CUDA call, never by ``import ctkernels``.
+"""Launches of the channelwise Triton kernels. Imported on the first CUDA call, never by ``import ctkernels``.
 
-How a tensor is cut depends on its shape alone, so that the same bits come out on every device and every run.
+The partition of a tensor depends on its shape alone: the same bits come out on every device and every run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Callable, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,191 +14,154 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import layout
-from ..record import Inputs, Op, Static
-from .kernels import Math, fold_kernel
-from .partition import Plan, plan_for
+from .. import launcher, layout
+from ..record import Attrs, Inputs, Kernels, Op
+from .kernels import Math, reduce_shared_kernel
+from .partition import Partition, partition_of
 
 PARAMS = 5  # that the kernels have room for
-LANES = 1024  # that the launches which add up partial sums work on at a time, at most
+LANES = 1024  # that the reducing launches work on at a time, at most
 
 
-# Whether launches are being traced, by a compiler that sees through the ops.
-inlining: ContextVar[bool] = ContextVar("inlining", default=False)
-
-
-def launch(kernel: Any, grid: int, args: dict[str, Any], meta: dict[str, Any]) -> None:
-    """The one place where kernels are started: on the current stream of the current device, without waiting."""
-    if inlining.get():
-        kernel = torch.library.wrap_triton(kernel)
-    kernel[(grid,)](**args, **meta)
-
-
-def guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes x's device the current one. What a compiler traces runs where it decides."""
-    return torch.cuda.device(x.device) if x.is_cuda and not inlining.get() else contextlib.nullcontext()
-
-
-class _Call:
+class _Operands:
     """The operands of one call, ready for kernels: dense, parameters contiguous, the view known."""
 
-    def __init__(self, op: Op, math: Math, inputs: Inputs, static: Static):
-        count = len(op.inputs) - len(op.elementwise)
-        x = inputs[0]
-        assert x is not None
-        given = [None if p is None else p.contiguous() for p in inputs[1 : 1 + count]]
+    def __init__(self, op: Op, math: Math, inputs: Inputs, attrs: Attrs):
+        count = len(op.elementwise_flags) - len(op.elementwise)
+        x = self.original = inputs[0]
+        params = [None if p is None else p.contiguous() for p in inputs[1 : 1 + count]]
         residual = inputs[1 + count] if len(inputs) > 1 + count else None
-        rows = [p.shape[0] if p is not None and p.dim() == 2 else 1 for p in given]
-        values = [p.shape[-1] if p is not None and p.dim() else 1 for p in given]
+        rows = [p.shape[0] if p is not None and p.dim() == 2 else 1 for p in params]
+        values = [p.shape[-1] if p is not None and p.dim() else 1 for p in params]
         per_group = any(r > 1 for r in rows)
-        channel_dim = static[0] if any(v > 1 for v in values) else layout.NO_CHANNEL
+        channel_dim = attrs[0] if any(v > 1 for v in values) else layout.NO_CHANNEL
         view = layout.view_of(x, channel_dim, per_group)
         if view is None:
             x = x.contiguous()
             view = layout.view_of(x, channel_dim, per_group)
             assert view is not None
         spare = PARAMS - count
-        assert inputs[0] is not None
-        self.given = inputs[0]  # x is that, or a contiguous copy of it
-        self.math, self.x, self.view, self.static = math, x, view, tuple(static[1:])
-        self.params = [*given, *[None] * spare]
+        self.math, self.x, self.view, self.attrs = math, x, view, tuple(attrs[1:])
+        self.params = [*params, *[None] * spare]
         self.rows = (*[0 if 1 < r == view.groups else r for r in rows], *[1] * spare)
         self.runs = (*[view.channels // v if v > 1 else 0 for v in values], *[0] * spare)
         self.residual = None if residual is None else layout.laid_out_like(residual, x)
-        self.residual_input = 1 + count
-        self.grade = {torch.float32: 0, torch.float64: 2}.get(x.dtype, 1)
+        self.residual_index = 1 + count
+        self.precision = {torch.float32: 0, torch.float64: 2}.get(x.dtype, 1)
 
     def args(self) -> dict[str, Any]:
         return _numbered("p", self.params)
 
     def meta(self) -> dict[str, Any]:
         """Constants of the kernels that read parameters."""
-        return {"STATIC": self.static, "FALLBACKS": self.math.fallbacks, "ROWS": self.rows, "RUNS": self.runs}
+        return {"ATTRS": self.attrs, "FALLBACKS": self.math.fallbacks, "ROWS": self.rows, "RUNS": self.runs}
 
 
 def _numbered(letter: str, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
     return {f"{letter}{i}": t for i, t in enumerate(tensors)}
 
 
-def _forward(op: Op, math: Math, inputs: Inputs, static: Static) -> Tensor:
-    call = _Call(op, math, inputs, static)
-    y = layout.result_like(call.x)
-    _run(call, y)
-    return layout.conform(y, call.given)
+def _forward(op: Op, math: Math, *args: Any) -> Tensor:
+    operands = _Operands(op, math, *_split(op, args))
+    y = layout.result_like(operands.x)
+    _run(operands, y)
+    return layout.conform(y, operands.original)
 
 
-def _forward_(op: Op, math: Math, inputs: Inputs, static: Static) -> None:
-    call = _Call(op, math, inputs, static)
-    _run(call, call.x)
-    if call.x is not call.given:
-        call.given.copy_(call.x)
+def _inplace(op: Op, math: Math, *args: Any) -> None:
+    operands = _Operands(op, math, *_split(op, args))
+    _run(operands, operands.x)
+    if operands.x is not operands.original:
+        operands.original.copy_(operands.x)
 
 
-def _backward(op: Op, math: Math, dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
-    call = _Call(op, math, inputs, static)
-    x = call.x
-    dx = layout.result_like(x) if needs & 1 else None
-    dresidual = layout.result_like(x) if needs >> call.residual_input & 1 else None
-    wanted = [p if needs >> (1 + i) & 1 else None for i, p in enumerate(call.params)]
-    grads = [None if p is None else layout.parameter_like(p) for p in wanted]
+def _backward(op: Op, math: Math, dy: Tensor, *args: Any) -> list[Tensor]:
+    operands, grad_mask = _Operands(op, math, *_split(op, args[:-1])), args[-1]
+    x = operands.x
+    dx = layout.result_like(x) if grad_mask & 1 else None
+    dresidual = layout.result_like(x) if grad_mask >> operands.residual_index & 1 else None
+    grads = [
+        layout.parameter_like(p) if p is not None and grad_mask >> (1 + i) & 1 else None
+        for i, p in enumerate(operands.params)
+    ]
     if x.numel() == 0:
         grads = [None if g is None else g.zero_() for g in grads]
     else:
-        dy = layout.laid_out_like(dy, x)
-        _run(call, dx, dy, dresidual, grads)
-    dx, dresidual = (None if g is None else layout.conform(g, call.given) for g in (dx, dresidual))
+        _run(operands, dx, layout.laid_out_like(dy, x), dresidual, grads)
+    dx, dresidual = (None if g is None else layout.conform(g, operands.original) for g in (dx, dresidual))
     return [g for g in (dx, *grads, dresidual) if g is not None]
 
 
+def _split(op: Op, args: tuple[Any, ...]) -> tuple[Inputs, Attrs]:
+    count = len(op.elementwise_flags)
+    return args[:count], args[count:]
+
+
 def _run(
-    call: _Call, out: Tensor | None, dy: Tensor | None = None, dresidual: Tensor | None = None,
+    operands: _Operands, out: Tensor | None, dy: Tensor | None = None, dresidual: Tensor | None = None,
     grads: Sequence[Tensor | None] = (None,) * PARAMS,
 ) -> None:  # fmt: skip
-    """One pass over x, and where sums are left in slots, or parameters are shared, a launch that adds those up."""
-    if call.x.numel() == 0:
+    """One pass over x; where it leaves partial sums, or parameters are shared, a launch that reduces those."""
+    if operands.x.numel() == 0:
         return
-    sums = 0
+    sum_mask = 0
     for i, g in enumerate(grads):
-        sums |= call.math.sums[i] if g is not None else 0
-    view, x = call.view, call.x
-    plan = plan_for(view, x.element_size(), sums=sums > 0)
+        sum_mask |= operands.math.sums[i] if g is not None else 0
+    view, x = operands.view, operands.x
+    part = partition_of(view, x.element_size(), sums=sum_mask > 0)
+    double: dict[str, Any] = {"dtype": torch.float64, "device": x.device}
     partials = None
-    like: dict[str, Any] = {"dtype": torch.float64, "device": x.device}
-    if sums and not plan.direct:
-        shape = (view.groups, plan.slots, sums.bit_count(), plan.lanes_of(view))
-        partials = torch.empty(shape, **like | {"dtype": like["dtype"] if call.grade == 2 else torch.float32})
-    cells = view.groups * view.channels
-    shared = [g is not None and g.numel() != cells for g in grads]
-    each = [torch.empty(cells, **like) if s else g for s, g in zip(shared, grads)]
-    args = {"x": x, "residual": call.residual, "dy": dy, "out": out, "dresidual": dresidual, "partial": partials}
-    args |= call.args() | _numbered("d", [None] * PARAMS if partials is not None else each) | plan.args(view)
-    meta = call.meta() | plan.meta()
-    meta |= {"PROLOGUE": call.math.prologue, "GRADE": call.grade, "WANTED": sums}
-    with guard(x):
-        launch(call.math.channelwise_kernel, plan.programs, args, meta)
+    if sum_mask and not part.one_program_per_channel:
+        shape = (view.groups, part.slots, sum_mask.bit_count(), part.columns(view))
+        partials = torch.empty(shape, **double if operands.precision == 2 else double | {"dtype": torch.float32})
+    shared = [g is not None and g.numel() != view.groups * view.channels for g in grads]
+    per_channel = [torch.empty(view.groups * view.channels, **double) if s else g for s, g in zip(shared, grads)]
+    args: dict[str, Any] = {"x": x, "residual": operands.residual, "dy": dy, "out": out, "dresidual": dresidual}
+    args |= (
+        {"partial": partials}
+        | operands.args()
+        | _numbered("d", [None] * PARAMS if partials is not None else per_channel)
+    )
+    args |= part.args(view)
+    meta = operands.meta() | part.meta()
+    meta |= {"PROLOGUE": operands.math.prologue, "PRECISION": operands.precision, "SUM_MASK": sum_mask}
+    with launcher.guard(x):
+        launcher.launch(operands.math.channelwise_kernel, part.programs, args, meta)
         if partials is not None:
-            _finish(call, plan, partials, each, sums)
+            _reduce_partials(operands, part, partials, per_channel, sum_mask)
         if any(shared):
-            _fold(call, each, [g if s else None for s, g in zip(shared, grads)])
+            _reduce_shared(operands, per_channel, [g if s else None for s, g in zip(shared, grads)])
 
 
-def _finish(call: _Call, plan: Plan, partials: Tensor, each: Sequence[Tensor | None], sums: int) -> None:
-    view = call.view
-    repeat, inner = (1, 1) if plan.plane else (plan.repeat, view.inner)
+def _reduce_partials(
+    operands: _Operands, part: Partition, partials: Tensor, grads: Sequence[Tensor | None], sum_mask: int
+) -> None:
+    view = operands.view
+    repeat, inner = (1, 1) if part.plane else (part.repeat, view.inner)
+    channels = view.channels
     # of few channels, many programs with few each
-    lanes = min(
-        max(triton.next_power_of_2(triton.cdiv(view.channels, 256)), 4), 16, triton.next_power_of_2(view.channels)
-    )
-    args = {"partial": partials} | call.args() | _numbered("d", each)
-    args |= {
-        "channels": view.channels,
-        "inner": inner,
-        "length": plan.lanes_of(view),
-        "slots": plan.slots,
-        "repeat": repeat,
-    }
-    terms = min(LANES // lanes, triton.next_power_of_2(plan.slots * repeat * inner))
-    meta = call.meta() | {"WANTED": sums, "TERMS": terms, "LANES": lanes, "num_warps": 4}
-    launch(call.math.finish_kernel, view.groups * triton.cdiv(view.channels, lanes), args, meta)
+    lanes = min(max(triton.next_power_of_2(triton.cdiv(channels, 256)), 4), 16, triton.next_power_of_2(channels))
+    args = {"partial": partials} | operands.args() | _numbered("d", grads)
+    args |= {"channels": channels, "inner": inner, "length": part.columns(view), "slots": part.slots, "repeat": repeat}
+    terms = min(LANES // lanes, triton.next_power_of_2(part.slots * repeat * inner))
+    meta = operands.meta() | {"SUM_MASK": sum_mask, "TERMS": terms, "LANES": lanes, "num_warps": 4}
+    launcher.launch(operands.math.reduce_partials_kernel, view.groups * triton.cdiv(channels, lanes), args, meta)
 
 
-def _fold(call: _Call, each: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
-    view = call.view
-    args: dict[str, Any] = _numbered("b", [None if g is None else e for e, g in zip(each, grads)]) | _numbered(
-        "d", grads
-    )
-    args |= {"groups": view.groups, "channels": view.channels}
-    terms = max(view.groups * view.channels // g.numel() for g in grads if g is not None)
-    lanes = max(32, min(LANES, triton.next_power_of_2(terms)))
-    meta = {"ROWS": call.rows, "RUNS": call.runs, "LANES": lanes, "num_warps": min(4, lanes // 32)}
-    launch(fold_kernel, max(g.numel() for g in grads if g is not None), args, meta)
+def _reduce_shared(operands: _Operands, per_channel: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
+    view = operands.view
+    args: dict[str, Any] = _numbered("b", [None if g is None else b for b, g in zip(per_channel, grads)])
+    args |= _numbered("d", grads) | {"groups": view.groups, "channels": view.channels}
+    sizes = [g.numel() for g in grads if g is not None]
+    lanes = max(32, min(LANES, triton.next_power_of_2(view.groups * view.channels // min(sizes))))
+    meta = {"ROWS": operands.rows, "RUNS": operands.runs, "LANES": lanes, "num_warps": min(4, lanes // 32)}
+    launcher.launch(reduce_shared_kernel, max(sizes), args, meta)
 
 
-def kernels(op: Op) -> list[Any]:
-    """All that the implementations of ``op`` launch."""
+def implementation(op: Op) -> Kernels:
+    """The Triton kernels of ``op``, as functions with the dispatcher ops' signatures."""
     assert op.triton is not None
     module = importlib.import_module(op.triton)
-    if hasattr(module, "MATH"):
-        return [module.MATH.channelwise_kernel, module.MATH.finish_kernel, fold_kernel]
-    return list(module.KERNELS)
-
-
-def implementations(op: Op) -> dict[str, Callable[..., Any]]:
-    """The dispatcher ops of ``op``, by suffix, on flat arguments."""
-    assert op.triton is not None
-    module, count = importlib.import_module(op.triton), len(op.inputs)
-    functions: tuple[Callable[..., Any], ...]
-    if hasattr(module, "MATH"):  # scalar functions, for the channelwise skeleton
-        functions = (
-            partial(_forward, op, module.MATH),
-            partial(_forward_, op, module.MATH),
-            partial(_backward, op, module.MATH),
-        )
-    else:
-        functions = module.forward, module.forward_, module.backward
-    forward, forward_, backward = functions
-    return {
-        "": lambda *args: forward(args[:count], args[count:]),
-        "_": lambda *args: forward_(args[:count], args[count:]),
-        "_backward": lambda dy, *args: backward(dy, args[:count], args[count:-1], args[-1]),
-    }
+    if not hasattr(module, "MATH"):  # launches of its own
+        return Kernels(module.forward, None, module.backward)
+    return Kernels(*(partial(function, op, module.MATH) for function in (_forward, _inplace, _backward)))
