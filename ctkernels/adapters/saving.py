@@ -17,9 +17,9 @@ from ..steering.survey import is_steered
 from ._files import model_files, replacing_folder
 from ._offload import fetched, whole_state_dict
 from ._peft import check_adapter_name, plain_model
-from .bias import config_parts, hold_bias
+from .jola.bias import config_parts, hold_bias
+from .jola.fold import Kept, copied, mergeable, stack
 from .jola.layer import JolaLayer
-from .merge import Kept, copied, mergeable, stack
 
 
 def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> None:

@@ -10,31 +10,34 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from ._errors import BAD_INPUT, OptionError, reported
+from .errors import BAD_INPUT, OptionError, reported
 
 # command -> (module with parser() -> ArgumentParser and run(arguments) -> int, one line of help)
 COMMANDS = {
     "env": ("ctkernels.cli.env", "print versions, devices, what was built, and which backend serves what, and why"),
     "steer": (
-        "ctkernels.cli.steer",
+        "ctkernels.lab.cli.steer",
         "find the curvature at which a pretrained network fits new data best, without training it",
     ),
     "compare": (
-        "ctkernels.cli.compare",
+        "ctkernels.lab.cli.compare",
         "compare a linear probe, S-CT, LoRA and T-CT on image classifiers and data sets: the paper's tables",
     ),
     "tune": (
-        "ctkernels.cli.tune",
+        "ctkernels.lab.cli.tune",
         "learn the curvature of a network on new data (T-CT), from the best fixed one, and save the adapter",
     ),
     "jola": (
-        "ctkernels.cli.jola",
+        "ctkernels.lab.cli.jola",
         "adapt a language model with a few examples by editing attention heads, beside LoRA and others",
     ),
-    "search": ("ctkernels.cli.search", "as steer, with a beta per stage or activation, by coordinates or Optuna"),
-    "robust": ("ctkernels.cli.robust", "accuracy under attack and under corruptions, with beta chosen in validation"),
-    "curvature": ("ctkernels.cli.curvature", "measure and draw what the knob does to a network"),
-    "report": ("ctkernels.cli.report", "one HTML page from results"),
+    "search": ("ctkernels.lab.cli.search", "as steer, with a beta per stage or activation, by coordinates or Optuna"),
+    "robust": (
+        "ctkernels.lab.cli.robust",
+        "accuracy under attack and under corruptions, with beta chosen in validation",
+    ),
+    "curvature": ("ctkernels.lab.cli.curvature", "measure and draw what the knob does to a network"),
+    "report": ("ctkernels.lab.cli.report", "one HTML page from results"),
     "gradcheck": (
         "ctkernels.cli.gradcheck",
         "check gradients on this machine: of the ops, and of a model of yours, against finite differences and float64",

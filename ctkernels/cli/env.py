@@ -17,7 +17,7 @@ import ctkernels
 from ..ops import backends
 from ..ops.backends import BACKENDS, DTYPES
 from ..ops.registration import OPS
-from ._errors import Parser
+from .errors import Parser
 
 OPTIONAL = (
     "triton",

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from .._factories import check_takes, find_factory
 from .._files import write_text
-from .._gradcheck import GradientReport, check_call, gradcheck_module
 from ..functional import hard_concrete
 from ..ops.backends import BACKENDS
 from ..ops.registration import OPS
 from ..testing import Sample, ctu_samples, head_edit_samples
-from . import _types as types
-from ._errors import OptionError, Parser
+from ..testing.gradients import GradientReport, check_call, gradcheck_module
+from . import option_types as types
+from .errors import OptionError, Parser
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

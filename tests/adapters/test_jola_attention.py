@@ -15,7 +15,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 adapters = pytest.importorskip("ctkernels.adapters")
 
-attention = pytest.importorskip("ctkernels.adapters.attention")
+attention = pytest.importorskip("ctkernels.adapters.jola.attention")
 
 _LISTED = attention.FAMILIES
 # Families whose attention, or whose mask, transformers took to its interface in version 5.

@@ -57,7 +57,7 @@ def assert_near(actual, expected, tolerance=2e-5):
 
 
 def test_every_family_of_the_table_is_tested():
-    assert set(adapters.sites.PATTERNS) == set(FAMILIES)
+    assert set(adapters.jola.sites.PATTERNS) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -480,7 +480,7 @@ def test_a_runtime_that_loses_the_additive_edits_is_named(tmp_path, how):
 
 
 def test_every_row_of_the_table_of_runtimes_is_a_family_that_gets_a_bias():
-    from ctkernels.adapters.runtimes import BIAS_LOSSES, losses
+    from ctkernels.adapters.jola.runtimes import BIAS_LOSSES, losses
 
     assert losses("llama") == []
     for family, rows in BIAS_LOSSES.items():

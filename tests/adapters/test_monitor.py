@@ -11,7 +11,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 adapters = pytest.importorskip("ctkernels.adapters")
 
-from ctkernels.report import edit_sizes, gate_map  # noqa: E402
+from ctkernels.adapters import edit_sizes, gate_map  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 TOKENS = inputs("llama", batch=3)["input_ids"]
@@ -240,7 +240,7 @@ def test_the_gate_map_knows_open_closed_and_absent(tmp_path):
     again = type(found).from_dict(found.to_dict())
     assert str(again) == str(found)
     pytest.importorskip("matplotlib")
-    from ctkernels.report import plot_gates
+    from ctkernels.adapters import plot_gates
 
     plot_gates([found, again], tmp_path / "gates.png", ["start", "end"])
     assert (tmp_path / "gates.png").stat().st_size > 5000

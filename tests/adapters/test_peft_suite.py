@@ -1,4 +1,4 @@
-"""A few of peft's own tests with our methods; `python tests/peft_suite/run.py` runs all of them."""
+"""A few of peft's own tests with our methods; `python tools/peft_suite/run.py` runs all of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 pytest.importorskip("ctkernels.adapters")
 
-_SPEC = importlib.util.spec_from_file_location("run", Path(__file__).parents[1] / "peft_suite" / "run.py")
+_SPEC = importlib.util.spec_from_file_location("run", Path(__file__).parents[2] / "tools" / "peft_suite" / "run.py")
 run = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(run)
 

@@ -11,9 +11,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from .._peft import plain_model
-from ..sites import find_attention, unused_sites
 from .config import JolaConfig
 from .layer import JolaLayer
+from .sites import find_attention, unused_sites
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ...functional import hard_concrete, head_edit
 from .._offload import fetched, home, keep_resident
-from ..merge import Kept, copied, folded, merge_from_inside, mergeable, refuse_live, stack, to_merge
-from ..parallel import local_heads
-from ..sites import linear_shape
 from .calls import take_edit
 from .config import JolaConfig
+from .fold import Kept, copied, folded, merge_from_inside, mergeable, refuse_live, stack, to_merge
+from .parallel import local_heads
 from .reads import note_call, note_read, watch
+from .sites import linear_shape
 
 KINDS = ("m", "a")
 

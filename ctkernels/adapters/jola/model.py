@@ -26,13 +26,13 @@ from .._peft import (
     own_base_layers,
     pass_adapter_names,
 )
-from ..bias import hold_bias
-from ..merge import to_merge
-from ..sites import default_targets, head_layout, near_misses, unused_sites, unwrapped
+from .bias import hold_bias
 from .calls import FUSION
 from .config import JolaConfig
 from .coverage import left_out
+from .fold import to_merge
 from .layer import KINDS, JolaLayer
+from .sites import default_targets, head_layout, near_misses, unused_sites, unwrapped
 
 
 class JolaModel(BaseTuner):

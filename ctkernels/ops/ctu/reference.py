@@ -23,29 +23,26 @@ FAR = 1e3  # exp(-FAR) and erfc(FAR) are 0 in float64
 
 
 class Knobs(NamedTuple):
-    """beta, s = 1 - beta (+ eps) and coeff, with the chain factors from the given parameters to (beta, coeff)."""
+    """beta, s = 1 - beta (+ eps), coeff and 1 - coeff, with the chain factors from the given parameters to (beta, coeff)."""
 
     beta: Tensor
     s: Tensor
     coeff: Tensor
+    coeff1: Tensor
     dbeta: Tensor | float
     dcoeff: Tensor | float
     eps: float
 
     def to(self, dtype: torch.dtype) -> Knobs:
-        beta, s, coeff, dbeta, dcoeff = (v.to(dtype) if isinstance(v, Tensor) else v for v in self[:5])
-        return Knobs(beta, s, coeff, dbeta, dcoeff, self.eps)  # type: ignore[arg-type]
+        return Knobs(*(v.to(dtype) if isinstance(v, Tensor) else v for v in self))  # type: ignore[arg-type]
 
 
 def knobs(beta: Tensor, coeff: Tensor, raw: bool, eps: float) -> Knobs:
+    """In the precision of the given parameters. 1 - sigmoid(rho) has no digits left at rho > 17: sigmoid(-rho) has them all."""
     if not raw:
-        return Knobs(beta, (1 - beta) + eps, coeff, 1.0, 1.0, eps)
-    b, c = torch.sigmoid(beta), torch.sigmoid(coeff)
-    one_minus_b, one_minus_c = (
-        torch.sigmoid(-beta),
-        torch.sigmoid(-coeff),
-    )  # 1 - sigmoid(rho) has no digits left at rho > 17
-    return Knobs(b, one_minus_b + eps, c, b * one_minus_b, c * one_minus_c, eps)
+        return Knobs(beta, (1 - beta) + eps, coeff, 1 - coeff, 1.0, 1.0, eps)
+    b, c, b1, c1 = torch.sigmoid(beta), torch.sigmoid(coeff), torch.sigmoid(-beta), torch.sigmoid(-coeff)
+    return Knobs(b, b1 + eps, c, c1, b * b1, c * c1, eps)
 
 
 class _Point(NamedTuple):
@@ -93,7 +90,7 @@ def logistic_forward(w: Tensor, k: Knobs) -> Tensor:
     """c w sigma(beta u) + (1 - c) s softplus(u): equation 8 of the Curvature Tuning paper."""
     p = _point(w, k)
     soft = _positive(p.w) + k.s * torch.log1p(torch.exp(-_distance(p)))
-    y = k.coeff * p.w * torch.sigmoid(p.t) + (1 - k.coeff) * soft
+    y = k.coeff * p.w * torch.sigmoid(p.t) + k.coeff1 * soft
     return torch.where(p.plain, torch.relu(w) + _no_effect(k.s, k.coeff), y)
 
 
@@ -102,7 +99,7 @@ def gaussian_forward(w: Tensor, k: Knobs) -> Tensor:
     p = _point(w, k)
     a = _distance(p)
     soft = _positive(p.w) + k.s * (_normal_pdf(a) - a * _normal_cdf(-a))
-    y = k.coeff * p.w * _normal_cdf(p.t) + (1 - k.coeff) * soft
+    y = k.coeff * p.w * _normal_cdf(p.t) + k.coeff1 * soft
     return torch.where(p.plain, torch.relu(w) + _no_effect(k.s, k.coeff), y)
 
 
@@ -156,8 +153,8 @@ def logistic_partials(w: Tensor, k: Knobs) -> Partials:
         w,
         k,
         p,
-        k.coeff * (rising + bend) + (1 - k.coeff) * torch.sigmoid(p.u),
-        k.coeff * (falling - bend) + (1 - k.coeff) * torch.sigmoid(-p.u),
+        k.coeff * (rising + bend) + k.coeff1 * torch.sigmoid(p.u),
+        k.coeff * (falling - bend) + k.coeff1 * torch.sigmoid(-p.u),
         Factors(p.u * small, p.u * large, log_term + a * torch.sigmoid(-a)),
         -(_magnitude(p.w) * small + k.s * log_term),
     )
@@ -173,8 +170,8 @@ def gaussian_partials(w: Tensor, k: Knobs) -> Partials:
         w,
         k,
         p,
-        k.coeff * (_normal_cdf(p.t) + bend) + (1 - k.coeff) * _normal_cdf(p.u),
-        k.coeff * (_normal_cdf(-p.t) - bend) + (1 - k.coeff) * _normal_cdf(-p.u),
+        k.coeff * (_normal_cdf(p.t) + bend) + k.coeff1 * _normal_cdf(p.u),
+        k.coeff * (_normal_cdf(-p.t) - bend) + k.coeff1 * _normal_cdf(-p.u),
         Factors(p.u * pdf_t, p.u, pdf_a),
         -(_magnitude(p.w) * _normal_cdf(-_magnitude(p.t)) + k.s * (pdf_a - a * _normal_cdf(-a))),
     )
@@ -186,7 +183,7 @@ def _partials(
     """From what holds where the unit is smooth; of d/dbeta, u^2 as two factors and the entropy, without the knobs."""
     none = torch.where(torch.isnan(w), w, 0)
     step = torch.where(torch.isnan(w), w, (w > 0).to(w.dtype)) + _no_effect(k.s, k.coeff)
-    rest = torch.where(p.plain, none + _no_effect(k.s, k.coeff), (k.coeff - 1) * beta.rest)
+    rest = torch.where(p.plain, none + _no_effect(k.s, k.coeff), -k.coeff1 * beta.rest)
     return Partials(
         torch.where(p.plain, step, d_w),
         torch.where(p.plain, 1 - step, d_w_left),
@@ -199,7 +196,7 @@ def _excess(w: Tensor, k: Knobs) -> Tensor:
     """phi(w) - relu(w) of the logistic unit without the cancellation: an even function that vanishes away from 0."""
     p = _point(w, k)
     soft = k.s * torch.log1p(torch.exp(-_distance(p)))
-    delta = (1 - k.coeff) * soft - k.coeff * _magnitude(p.w) * torch.sigmoid(-_magnitude(p.t))
+    delta = k.coeff1 * soft - k.coeff * _magnitude(p.w) * torch.sigmoid(-_magnitude(p.t))
     return torch.where(p.plain, _no_effect(k.s, k.coeff), delta)
 
 

@@ -1,0 +1,168 @@
+"""Folding edits into the projection, and putting back what was there.
+
+Adapters of several methods can lie on one projection: a stack, the outermost first in peft's terms. What is folded in
+depends on the order, so a stack is merged from the inside out and unmerged from the outside in, as a unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .._offload import offload_hook
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def mergeable(base: Any, site: str) -> None:
+    """Check that edits can be folded into a projection.
+
+    Raises:
+        ValueError: its weight is quantised, or sharded over ranks.
+    """
+    weight = getattr(base, "weight", None)
+    data = weight.data if isinstance(weight, Tensor) else None
+    if type(weight) is nn.Parameter and type(data) is Tensor and data.dtype in _FLOATS:
+        return
+    if hasattr(weight, "device_mesh"):
+        raise ValueError(f"{site}: cannot merge into a weight that is sharded over ranks; merge in one process")
+    kind = type(weight).__name__ if type(weight) is not nn.Parameter else type(data).__name__
+    dtype = getattr(weight, "dtype", None)
+    raise ValueError(
+        f"{site}: cannot merge into a quantised {type(base).__name__} (weight {kind}, {dtype}): scaling its columns "
+        "would mean quantising again, with another result. Keep the adapter unmerged, or load the base model without "
+        "quantisation and merge there."
+    )
+
+
+def folded(base: nn.Module, weight: Tensor, bias: Tensor | None, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`W diag(p)` and `b + W q` for a Linear (out, in) or a Conv1D (in, out).
+
+    Computed in the dtype of p, returned in that of `weight`. With no bias and q zero the bias stays None.
+    """
+    wide = weight.detach().to(p.dtype)
+    if type(base).__name__ == "Conv1D":
+        new_weight, offset = wide * p[:, None], q @ wide
+    else:
+        new_weight, offset = wide * p, wide @ q
+    new_bias: Tensor | None = None
+    if bias is not None:
+        new_bias = (bias.detach().to(p.dtype) + offset).to(bias.dtype)
+    elif bool(q.any()):
+        new_bias = offset.to(weight.dtype)
+    return new_weight.to(weight.dtype), new_bias
+
+
+def stack(layer: nn.Module | None) -> Iterator[nn.Module]:
+    """A tuner layer and those below it on the same projection, from the outside in."""
+    while isinstance(layer, BaseTunerLayer):
+        yield layer
+        layer = getattr(layer, "base_layer", None)
+
+
+def not_merged(layer: Any, wanted: list[str] | None) -> list[str]:
+    """The active adapters of a tuner layer that are neither merged nor among those to be merged (None: all active)."""
+    own = layer._get_available_adapters()
+    done = {*layer.merged_adapters, *(layer.active_adapters if wanted is None else wanted)}
+    return [name for name in layer.active_adapters if name in own and name not in done]
+
+
+def to_merge(layer: Any, wanted: list[str] | None) -> list[str]:
+    """The adapters among `wanted` (None: the active ones) that a tuner layer has and that are not merged yet."""
+    if isinstance(wanted, str):
+        raise TypeError(f"adapter_names must be a list of names, got {wanted!r}")
+    own = layer._get_available_adapters()
+    names = dict.fromkeys(layer.active_adapters if wanted is None else wanted)
+    return [name for name in names if name in own and name not in layer.merged_adapters]
+
+
+class Kept:
+    """What a projection and the stack on it were before merging.
+
+    It goes where the projection goes: `apply` casts and moves it along. So unmerging gives, bit for bit, the base model
+    as it would be had it been cast or moved unmerged. Of an offloaded projection it keeps where the weights lie, and no
+    copy of them.
+    """
+
+    def __init__(self, base: nn.Module, layers: list[Any]) -> None:
+        self._parameters = nn.Module()
+        for name in ("weight", "bias"):
+            self._parameters.register_parameter(name, base._parameters.get(name))
+        self._merged = [list(layer.merged_adapters) for layer in layers]
+        hook = offload_hook(base)
+        self._weights_map = None if hook is None else hook.weights_map
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the projection had a bias."""
+        return self._parameters._parameters["bias"] is not None
+
+    def merged_since(self, layers: list[Any]) -> list[list[str]]:
+        """What was merged in the layers of the stack together with the projection."""
+        return [[n for n in layer.merged_adapters if n not in names] for layer, names in zip(layers, self._merged)]
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """What `nn.Module._apply` does to the parameters of a module, done to these."""
+        self._parameters._apply(fn)
+
+    def restore(self, base: nn.Module, layers: list[Any]) -> None:
+        """Put the parameters back, the same objects with the same bits."""
+        here = offload_hook(base) is not None and not any(p.is_meta for p in base.parameters(recurse=False))
+        for layer, names in zip(layers, self._merged):
+            layer.merged_adapters[:] = names
+            if not names and getattr(layer, "_kept", None) is not None:
+                layer._kept = None
+        base._parameters.update(self._parameters._parameters)
+        hook = offload_hook(base)
+        if hook is not None:
+            hook.weights_map = self._weights_map
+            if here and any(p.is_meta for p in base.parameters(recurse=False)):
+                hook.pre_forward(base)  # whoever fetched the weights offloads what is there at the end
+
+
+def copied(base: nn.Module) -> None:
+    """Give a projection copies of its parameters, for methods that merge in place."""
+    for name, value in base._parameters.items():
+        if value is not None:
+            base._parameters[name] = nn.Parameter(value.detach().clone(), requires_grad=False)
+
+
+def merge_from_inside(outer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """Merge a tuner layer of another method that lies over a JoLA layer: first what is below it, then its own.
+
+    It takes the place of `outer.merge`. By itself that would add to a weight that JoLA scales afterwards.
+
+    Raises:
+        ValueError: an adapter below is active and is not to be merged, or the projection is offloaded. Nothing is
+            changed then.
+    """
+    base, below = outer.get_base_layer(), list(stack(outer.base_layer))
+    if to_merge(outer, adapter_names):
+        for layer in below:
+            refuse_live(layer, adapter_names, type(outer).__name__)
+        if offload_hook(base) is not None:
+            raise ValueError(
+                f"{_site(below)}: cannot merge a {type(outer).__name__} over a JolaLayer while the weights are "
+                "offloaded; load the base model without offloading and merge there"
+            )
+    if any(to_merge(layer, adapter_names) for layer in below):
+        outer.base_layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+    type(outer).merge(outer, safe_merge=safe_merge, adapter_names=adapter_names)
+
+
+def refuse_live(layer: Any, adapter_names: list[str] | None, over: str) -> None:
+    """Refuse to merge over a tuner layer whose active adapters stay unmerged: they would see another input."""
+    live = not_merged(layer, adapter_names)
+    if live:
+        raise ValueError(
+            f"{_site([layer])}: cannot merge a {over} over a {type(layer).__name__} whose active adapters {live} are "
+            "not merged; merge them too (adapter_names=None merges all active ones), or deactivate them"
+        )
+
+
+def _site(layers: list[Any]) -> str:
+    return next((layer.site for layer in layers if hasattr(layer, "site")), type(layers[0]).__name__)

@@ -1,0 +1,176 @@
+"""Which heads a JoLA adapter edits: gates by layer and head as numbers and as a picture, and what it costs."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..._extras import require
+from ..._files import replacing
+
+KINDS = {"a": "additive gate", "m": "multiplicative gate"}
+
+
+@dataclass(frozen=True)
+class GateMap:
+    """Deterministic gates of an adapter, in [0, 1]; NaN where a head has no such edit.
+
+    Attributes:
+        sites: names of the edited projections, in the model's order.
+        m, a: multiplicative and additive gates, each (sites, heads).
+        parameters: numbers that a file of the adapter holds.
+    """
+
+    sites: tuple[str, ...]
+    m: tuple[tuple[float, ...], ...]
+    a: tuple[tuple[float, ...], ...]
+    parameters: int
+
+    def kept(self) -> list[tuple[str, int]]:
+        """The (site, head) pairs of which at least one gate is open."""
+        return [
+            (site, head)
+            for site, *rows in zip(self.sites, self.m, self.a)
+            for head, gates in enumerate(zip(*rows))
+            if any(gate > 0 for gate in gates)
+        ]
+
+    @property
+    def sparsity(self) -> float:
+        """The part of the gates that is closed, in [0, 1]."""
+        gates = [g for kind in (self.m, self.a) for row in kind for g in row if not math.isnan(g)]
+        return sum(g == 0 for g in gates) / len(gates)
+
+    def text(self) -> str:
+        """One line: heads kept, gates closed, size."""
+        heads = sum(len(row) for row in self.m)
+        return (
+            f"{len(self.kept())} of {heads} heads edited, {100 * self.sparsity:.1f} % of the gates closed, "
+            f"{self.parameters} parameters ({self.parameters * 4 / 1024:.0f} KiB in float32)"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, NaN as None, gates to five digits."""
+        rounded = {
+            kind: [[None if math.isnan(g) else round(g, 5) for g in row] for row in getattr(self, kind)]
+            for kind in KINDS
+        }
+        return {"sites": list(self.sites), "parameters": self.parameters, **rounded}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GateMap:
+        """Back from :meth:`to_dict`."""
+        rows = {
+            kind: tuple(tuple(math.nan if g is None else float(g) for g in row) for row in values[kind])
+            for kind in KINDS
+        }
+        return cls(tuple(values["sites"]), rows["m"], rows["a"], int(values["parameters"]))
+
+
+@torch.no_grad()
+def gate_map(model: nn.Module, adapter: str | None = None) -> GateMap:
+    """Read the gates of a JoLA adapter.
+
+    Args:
+        model: a model with a JoLA adapter.
+        adapter: its name; None takes the active one.
+
+    Raises:
+        ValueError: the model has no JoLA adapter, or several are active and none is named.
+
+    Example:
+        >>> print(gate_map(model).text())  # doctest: +SKIP
+        9 of 270 heads edited, 97.4 % of the gates closed, 35100 parameters (137 KiB in float32)
+    """
+    from .gates import log_alphas
+
+    entries = list(log_alphas(model, adapter))
+    names = sorted({name for _, name, *_ in entries})
+    if len(names) > 1:
+        raise ValueError(f"adapter must name one of the active adapters {names}, got None")
+    width = max((layer.num_heads for layer, *_ in entries), default=0)
+    rows: dict[str, dict[str, list[float]]] = {}
+    parameters = 0
+    for layer, name, kind, log_alpha in entries:
+        gates = layer.gates(name, training=False)[kind].tolist()
+        own = rows.setdefault(layer.site, {k: [math.nan] * width for k in KINDS})[kind]
+        for head, gate in zip(layer.heads(kind, name), gates):
+            own[head] = gate
+        parameters += log_alpha.numel() + layer._of(kind)[name].numel()
+    sites = tuple(rows)
+    m, a = (tuple(tuple(rows[site][kind]) for site in sites) for kind in ("m", "a"))
+    return GateMap(sites, m, a, parameters)
+
+
+def plot_gates(
+    frames: GateMap | Sequence[GateMap],
+    path: str | os.PathLike[str],
+    labels: Sequence[str] | None = None,
+    title: str = "",
+) -> None:
+    """Draw gates as heat maps, layers by heads: additive above, multiplicative below, one column per frame.
+
+    Crosses mark closed gates, grey is a head without that edit.
+
+    Args:
+        frames: one map, or several of one adapter over training.
+        path: where to; the suffix decides the format (``.png``, ``.svg``, ``.pdf``).
+        labels: above the columns. Default: none for one frame, "frame 1" and so on for more.
+        title: above the picture. Default: none.
+
+    Raises:
+        ValueError: no frames, frames of different sites, or another number of labels.
+        ImportError: matplotlib is missing; the message names the extra.
+
+    Example:
+        >>> plot_gates([before, after], "gates.png", ["start", "end"])  # doctest: +SKIP
+    """
+    with replacing(path) as temporary:
+        draw_gates(frames, labels, title).savefig(temporary)
+
+
+def draw_gates(frames: GateMap | Sequence[GateMap], labels: Sequence[str] | None = None, title: str = "") -> Any:
+    """The picture that :func:`plot_gates` saves, as a matplotlib figure."""
+    maps = [frames] if isinstance(frames, GateMap) else list(frames)
+    if not maps or any(m.sites != maps[0].sites for m in maps):
+        raise ValueError(f"frames must be one or more maps of the same sites, got {[len(m.sites) for m in maps]} sites")
+    if labels is None:
+        labels = [""] if len(maps) == 1 else [f"frame {i + 1}" for i in range(len(maps))]
+    if len(labels) != len(maps):
+        raise ValueError(f"labels must be one per frame, {len(maps)}, got {len(labels)}")
+    figure_module = require("matplotlib.figure", "lab", "the picture")
+    matplotlib = require("matplotlib", "lab", "the picture")
+    layers, heads = len(maps[0].sites), max(len(row) for m in maps for row in m.m)
+    size = (max(4.0, 1.6 + len(maps) * max(1.1, 0.16 * heads)), max(3.6, 1.5 + 2 * max(1.0, 0.1 * layers)))
+    figure = figure_module.Figure(figsize=size, dpi=150, layout="constrained")
+    axes = figure.subplots(2, len(maps), squeeze=False, sharex=True, sharey=True)
+    colours = matplotlib.colormaps["cividis"].with_extremes(bad="#d9d9d9")
+    image = None
+    for column, (frame, label) in enumerate(zip(maps, labels)):
+        for row, kind in enumerate(KINDS):
+            grid = axes[row][column]
+            values = getattr(frame, kind)
+            image = grid.imshow(values, vmin=0, vmax=1, cmap=colours, aspect="auto", interpolation="nearest")
+            closed = [(head, layer) for layer, own in enumerate(values) for head, gate in enumerate(own) if gate == 0]
+            if closed:
+                grid.scatter(*zip(*closed), marker="x", s=9, linewidths=0.7, color="white")
+            if row == 0:
+                grid.set_title(label, fontsize=8)
+            if row == 1:
+                grid.set_xlabel("head", fontsize=8)
+            if column == 0:
+                grid.set_ylabel(f"{KINDS[kind]}\nlayer", fontsize=8)
+            grid.tick_params(labelsize=7)
+            for axis in (grid.xaxis, grid.yaxis):
+                axis.get_major_locator().set_params(integer=True)
+    bar = figure.colorbar(image, ax=axes, shrink=0.6)
+    bar.set_label("gate: 0 closed (×), 1 open", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    figure.suptitle(title, fontsize=10)
+    return figure

@@ -1,0 +1,282 @@
+"""The L0 penalty on gates, its schedules, and a Trainer callback."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from ...functional import expected_l0
+from .gates import log_alphas
+
+
+def _local(parameter: Any) -> Tensor:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def _over_shards(local: Tensor, parameter: Any) -> Tensor:
+    """The sum over a parameter's shards, with the gradient of the local part (each rank holds its own shard)."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return local
+    total = local.detach().clone()
+    for dim, placement in enumerate(parameter.placements):
+        if placement.is_shard():
+            dist.all_reduce(total, group=mesh.get_group(dim))
+    return local + (total - local.detach())
+
+
+def _sums(model: nn.Module, adapter: str | None) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Sum of P(g != 0) and number of gates, for "m" and "a": one call of `expected_l0` per distribution and device."""
+    groups: dict[Any, list[tuple[str, Tensor]]] = {}
+    counts = {"m": 0, "a": 0}
+    for layer, name, kind, parameter in log_alphas(model, adapter):
+        config = layer.jola_config[name]
+        groups.setdefault((config.temperature, config.stretch, parameter.device), []).append((kind, parameter))
+        counts[kind] += parameter.numel()
+    totals: dict[str, Tensor] = {}
+    home: Any = None
+    for (temperature, stretch, device), members in groups.items():
+        home = home or device
+        flat = torch.cat([_local(parameter) for _, parameter in members])
+        probability = expected_l0(flat, temperature=temperature, stretch=stretch)
+        parts = probability.split([_local(parameter).numel() for _, parameter in members])
+        for kind in counts:
+            own = [part.sum() for part, (other, _) in zip(parts, members) if other == kind]
+            if own:
+                share = _over_shards(torch.stack(own).sum(), members[0][1]).to(home)
+                totals[kind] = totals[kind] + share if kind in totals else share
+    return totals, counts
+
+
+def jola_penalty(model: nn.Module, adapter: str | None = None, *, reduction: str = "mean") -> Tensor:
+    """The L0 penalty on gates, to be added to a loss: the sum of `P(g != 0)` over all gates (JoLA, eq. 4 and 5).
+
+    Args:
+        model: a model with a JoLA adapter, bare or inside DDP or FSDP2.
+        adapter: its name; None takes the active ones.
+        reduction: "mean" divides by the number of gates, so that a weight means the same for every model; "sum" is
+            the paper's formula as printed.
+
+    Returns:
+        a scalar with gradient, in the dtype of log alpha; no host synchronisation. Under FSDP2 it is the whole sum on
+        every rank, and its gradient goes to the rank's own shard.
+
+    Raises:
+        ValueError: reduction is neither, or the model has no JoLA adapter.
+
+    Example:
+        >>> loss = model(**batch).loss + 0.1 * jola_penalty(model)
+        >>> loss.backward()
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    totals, counts = _sums(model, adapter)
+    total = torch.stack(list(totals.values())).sum()
+    return total / sum(counts.values()) if reduction == "mean" else total
+
+
+def official_penalty(model: nn.Module, weight: float, adapter: str | None = None) -> Tensor:
+    """The penalty as the released code computes it, with two weights; not the paper's formula.
+
+    Additive gates get `weight`, multiplicative gates `1 - weight`, each sum of `P(g != 0)` is divided by the number of
+    heads and then by the number of gates of its kind: for 32 layers of 32 heads the multiplicative gates are pushed at
+    least nine times harder, and as the weight decays the additive ones are not pushed at all.
+
+    Args:
+        model: a model with a JoLA adapter whose layers all have the same number of heads.
+        weight: the released code's lambda, which already contains the schedule.
+        adapter: its name; None takes the active ones.
+
+    Returns:
+        a scalar with gradient, to be added to the loss without another factor.
+
+    Example:
+        >>> loss = loss + official_penalty(model, ExponentialSchedule()(step))
+    """
+    totals, counts = _sums(model, adapter)
+    heads = next(layer.num_heads for layer, *_ in log_alphas(model, adapter))
+    scaled = [
+        totals[kind] * (factor / (counts[kind] * heads))
+        for kind, factor in (("a", weight), ("m", 1 - weight))
+        if kind in totals
+    ]
+    return torch.stack(scaled).sum()
+
+
+class ConstantSchedule:
+    """The same weight at every step. Args: weight (default 0.1)."""
+
+    def __init__(self, weight: float = 0.1) -> None:
+        self.weight = weight
+
+    def __call__(self, step: int, total: int = 1) -> float:
+        """The weight at `step` of `total` optimizer steps."""
+        return self.weight
+
+
+class LinearSchedule:
+    """From `start` to `end` over the run (released code: 0 to 0.2)."""
+
+    def __init__(self, start: float = 0.0, end: float = 0.2) -> None:
+        self.start, self.end = start, end
+
+    def __call__(self, step: int, total: int = 1) -> float:
+        """The weight at `step` of `total` optimizer steps."""
+        return self.start + (self.end - self.start) * min(step / max(total, 1), 1.0)
+
+
+class CyclicSchedule:
+    """`centre + amplitude * sin(2 pi step / period)` (released code: 0.5, 0.5, 20 steps)."""
+
+    def __init__(self, centre: float = 0.5, amplitude: float = 0.5, period: int = 20) -> None:
+        if period < 1:
+            raise ValueError(f"period must be at least 1, got {period}")
+        self.centre, self.amplitude, self.period = centre, amplitude, period
+
+    def __call__(self, step: int, total: int = 1) -> float:
+        """The weight at `step` of `total` optimizer steps."""
+        return self.centre + self.amplitude * math.sin(2 * math.pi * step / self.period)
+
+
+class ExponentialSchedule:
+    """`start * exp(-rate * step)` (the paper's best and the released default: 0.1, 0.01)."""
+
+    def __init__(self, start: float = 0.1, rate: float = 0.01) -> None:
+        self.start, self.rate = start, rate
+
+    def __call__(self, step: int, total: int = 1) -> float:
+        """The weight at `step` of `total` optimizer steps."""
+        return self.start * math.exp(-self.rate * step)
+
+
+class AdaptiveSchedule:
+    """Moves by `change` after each evaluation: up when the model got better, down when it got worse.
+
+    The released code feeds its adaptive schedule the training loss minus the last one at every step, so there the
+    weight rises when the loss does.
+
+    Args:
+        start: weight at the start. Default 0.1.
+        change: step up or down. Default 0.01.
+        low, high: bounds. Default 0 and 1.
+        metric: key of the evaluation metric the callback reads. Default "eval_loss".
+        greater_is_better: whether a larger metric is better. Default False.
+    """
+
+    def __init__(
+        self,
+        start: float = 0.1,
+        change: float = 0.01,
+        low: float = 0.0,
+        high: float = 1.0,
+        metric: str = "eval_loss",
+        greater_is_better: bool = False,
+    ) -> None:
+        self.weight, self.change, self.low, self.high = start, change, low, high
+        self.metric, self.greater_is_better = metric, greater_is_better
+        self.last: float | None = None
+
+    def __call__(self, step: int, total: int = 1) -> float:
+        """The weight now; `update` changes it."""
+        return self.weight
+
+    def update(self, value: float) -> None:
+        """Take in an evaluation result."""
+        if self.last is not None and value != self.last:
+            better = (value > self.last) == self.greater_is_better
+            self.weight = min(max(self.weight + (self.change if better else -self.change), self.low), self.high)
+        self.last = value
+
+
+SCHEDULES: dict[str, Callable[[], Any]] = {
+    "constant": ConstantSchedule,
+    "linear": LinearSchedule,
+    "cyclic": CyclicSchedule,
+    "adaptive": AdaptiveSchedule,
+    "exponential": ExponentialSchedule,
+}
+
+
+class JolaPenaltyCallback(TrainerCallback):
+    """Adds the penalty's gradient to the gates before each optimizer step of a `transformers.Trainer`.
+
+    Once per optimizer step, so gradient accumulation does not repeat it; after gradient clipping, which therefore
+    does not see it; nothing is read back from the device. Losses that the Trainer reports, and evaluation, do not
+    contain the penalty, and evaluation does not advance the schedule.
+
+    Args:
+        schedule: a function of (step, total steps) giving the weight, or one of "constant", "linear", "cyclic",
+            "adaptive", "exponential" with its defaults. Default "exponential".
+        adapter: name of the adapter; None takes the active ones.
+        penalty: "paper" (`jola_penalty`) or "official" (`official_penalty`, two weights).
+
+    Raises:
+        ValueError: an unknown schedule or penalty; at the start of training, if fp16 is used without clipping (then
+            gradients are still scaled when the callback runs).
+
+    Example:
+        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[JolaPenaltyCallback("exponential")])
+    """
+
+    def __init__(
+        self,
+        schedule: str | Callable[[int, int], float] = "exponential",
+        adapter: str | None = None,
+        penalty: str = "paper",
+    ) -> None:
+        if isinstance(schedule, str) and schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {sorted(SCHEDULES)} or a function, got {schedule!r}")
+        if penalty not in ("paper", "official"):
+            raise ValueError(f"penalty must be 'paper' or 'official', got {penalty!r}")
+        self.schedule: Any = SCHEDULES[schedule]() if isinstance(schedule, str) else schedule
+        self.adapter = adapter
+        self.penalty = penalty
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse a set-up in which the gradient would be added in the wrong scale."""
+        if args.fp16 and not args.max_grad_norm:
+            raise ValueError("JolaPenaltyCallback: fp16 needs max_grad_norm > 0, got 0 (gradients would stay scaled)")
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Add the gradient of the weighted penalty."""
+        add_penalty_grad(model, self.schedule(state.global_step, state.max_steps), self.adapter, self.penalty)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Let an adaptive schedule see the metric."""
+        if hasattr(self.schedule, "update"):
+            if self.schedule.metric not in (metrics or {}):
+                raise ValueError(
+                    f"AdaptiveSchedule: metric must be among {sorted(metrics or {})}, got {self.schedule.metric!r}"
+                )
+            self.schedule.update(float(metrics[self.schedule.metric]))
+
+
+@torch.enable_grad()
+def add_penalty_grad(model: nn.Module, weight: float, adapter: str | None = None, penalty: str = "paper") -> None:
+    """Add the gradient of the weighted penalty to `.grad` of the trainable gates, without a backward pass.
+
+    For one's own loop: call it once between `backward` and `step`, after clipping and unscaling. No hook of DDP or
+    FSDP runs; every rank adds the same.
+
+    Args:
+        model: a model with a JoLA adapter.
+        weight: the penalty's weight.
+        adapter: its name; None takes the active ones.
+        penalty: "paper" or "official".
+
+    Example:
+        >>> loss.backward()
+        >>> add_penalty_grad(model, 0.1); optimizer.step()
+    """
+    parameters = [parameter for *_, parameter in log_alphas(model, adapter) if parameter.requires_grad]
+    if not parameters:
+        return
+    value = official_penalty(model, weight, adapter) if penalty == "official" else weight * jola_penalty(model, adapter)
+    for parameter, grad in zip(parameters, torch.autograd.grad(value, parameters)):
+        parameter.grad = grad if parameter.grad is None else parameter.grad + grad

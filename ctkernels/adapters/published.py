@@ -1,0 +1,128 @@
+"""Reading checkpoints of the official codes of JoLA and trainable Curvature Tuning."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._files import safetensors_names
+from .curvature.layer import CurvatureLayer
+from .curvature.published import NAME, curvature_copies
+from .jola.gates import _adapters
+from .jola.model import jola_layers
+
+_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.(attn_A|attn_v|log_g1|log_g2)(?:\.(\d+))?$")
+
+
+def _from_file(path: Path, wanted: re.Pattern[str]) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    names = [name for name in safetensors_names(path) if wanted.search(name)]
+    with safe_open(str(path), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+def _read(source: str | os.PathLike[str] | Mapping[str, Tensor], wanted: re.Pattern[str]) -> dict[str, Tensor]:
+    """The method's tensors in a state dict, a safetensors file, or a folder of them (only these tensors are read)."""
+    if isinstance(source, Mapping):
+        return {name: value for name, value in source.items() if wanted.search(name)}
+    path = Path(source)
+    if path.is_dir():
+        index = path / "model.safetensors.index.json"
+        if index.exists():
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+            files = [path / shard for shard in sorted(shards)]
+        else:
+            files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{path}: expected safetensors files, found none (pickled checkpoints are not loaded)")
+        return {name: value for file in files for name, value in _from_file(file, wanted).items()}
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected a .safetensors file, got {path.suffix!r} (pickled files are not loaded)")
+    return _from_file(path, wanted)
+
+
+@torch.no_grad()
+def load_official(
+    model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor], adapter: str | None = None
+) -> None:
+    """Copy the parameters of an official checkpoint into a JoLA or a curvature adapter of `model`.
+
+    JoLA: the official names hold one tensor a head: `layers.N.self_attn.attn_A.H` is m, `attn_v.H` is a, `log_g2` (heads, 1)
+    gates m and `log_g1` gates a. Its test-time gate is the "clip" estimator.
+
+    Curvature Tuning: `<module>._raw_beta` and `._raw_coeff`, in a state dict of the whole model. Its head and its
+    BatchNorm statistics, which the official code trains too, are not read: `load_state_dict` takes them. Its unit adds
+    1e-6 to 1 - beta, this one does not.
+
+    Args:
+        model: a Llama- or Qwen2-like model with a JoLA adapter on all heads of the layers to fill, or a model with a
+            curvature adapter (per channel) on the sites to fill.
+        source: a state dict, a safetensors file, or a folder with safetensors files.
+        adapter: name of the adapter; None takes the active one.
+
+    Raises:
+        ValueError: no such tensors, layers or heads that do not match, wrong shapes, or a pickled file. Nothing is
+            changed then.
+
+    Example:
+        >>> model = get_peft_model(base, JolaConfig(task_type="CAUSAL_LM"))
+        >>> load_official(model, "official_checkpoint")
+    """
+    if any(isinstance(module, CurvatureLayer) for module in model.modules()):
+        tensors = _read(source, NAME)
+        if not tensors:
+            raise ValueError("expected tensors named <module>._raw_beta and <module>._raw_coeff; got none")
+        copies = curvature_copies(model, tensors, adapter)
+    else:
+        copies = _jola_copies(model, _read(source, _NAME), adapter)
+    for target, value in copies:
+        target.copy_(value.to(target))
+
+
+def _jola_copies(model: nn.Module, tensors: dict[str, Tensor], adapter: str | None) -> list[tuple[Tensor, Tensor]]:
+    if not tensors:
+        raise ValueError("expected tensors named layers.N.self_attn.attn_A, attn_v, log_g1, log_g2; got none")
+    found: dict[tuple[int, str], dict[int, Tensor]] = {}
+    for name, value in tensors.items():
+        match = _NAME.search(name)
+        if match:
+            layer_index, part, head = match.groups()
+            found.setdefault((int(layer_index), part), {})[int(head or 0)] = value
+    (name,) = _adapters(model, adapter)[:1]
+    copies: list[tuple[Tensor, Tensor]] = []
+    filled: set[int] = set()
+    for layer in jola_layers(model):
+        if name not in layer.jola_config:
+            continue
+        index: Any = layer.jola_config[name].layer_index(layer.site)
+        filled.add(index)
+        for part, table, shape in (
+            ("attn_A", layer.jola_m, (layer.num_heads, layer.head_dim)),
+            ("attn_v", layer.jola_a, (layer.num_heads, layer.head_dim)),
+            ("log_g2", layer.jola_log_alpha_m, (layer.num_heads,)),
+            ("log_g1", layer.jola_log_alpha_a, (layer.num_heads,)),
+        ):
+            pieces = found.get((index, part), {})
+            if sorted(pieces) != list(range(shape[0] if part.startswith("attn_") else 1)):
+                raise ValueError(f"{layer.site}: expected {part} of {shape[0]} heads, got {len(pieces)} tensors")
+            ordered = [pieces[head].flatten() for head in sorted(pieces)]
+            if any(piece.shape != ordered[0].shape for piece in ordered):
+                raise ValueError(f"{layer.site}: expected {part} of equal shapes, got {[p.shape[0] for p in ordered]}")
+            value = torch.stack(ordered).reshape(-1, ordered[0].shape[0]) if len(shape) == 2 else ordered[0]
+            target = dict(table).get(name)
+            if target is None or tuple(value.shape) != shape or target.shape != value.shape:
+                have = None if target is None else tuple(target.shape)
+                raise ValueError(f"{layer.site}: expected {part} of shape {have}, got {tuple(value.shape)}")
+            copies.append((target, value))
+    missing = sorted({index for index, _ in found} - filled)
+    if missing:
+        raise ValueError(f"the checkpoint edits layers {missing}, which adapter {name!r} does not")
+    return copies

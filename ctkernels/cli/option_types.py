@@ -1,0 +1,325 @@
+"""Types of options: each reads a text or says what was expected instead. Every command's options are of these."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+MOST_VALUES = 10_000  # of a grid: more are a slip of the step
+PROBE = 1 << 20  # bytes that a folder for results has to have room for
+
+
+@dataclass(frozen=True)
+class Kind(Generic[T]):
+    """A type of option.
+
+    Attributes:
+        expected: continues "must be": what :attr:`read` takes.
+        read: from the text to the value. ValueError if it does not fit; ArgumentTypeError if there is more to say.
+    """
+
+    expected: str
+    read: Callable[[str], T]
+
+    def __call__(self, text: str) -> T:
+        try:
+            return self.read(text)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f"must be {self.expected}, got {text!r}") from None
+
+
+def _check(fits: bool) -> None:
+    if not fits:
+        raise ValueError
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def _whole(text: str) -> int:
+    _check(re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()) is not None)
+    return int(text)
+
+
+def _real(text: str) -> float:
+    value = float(text)
+    _check(math.isfinite(value) and text.isascii() and "_" not in text)
+    return value
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Kind[int]:
+    """A whole number in a range."""
+
+    def read(text: str) -> int:
+        value = _whole(text)
+        _check(least <= value <= most)
+        return value
+
+    upper = f" and at most {most}" if most < 2**31 - 1 else ""
+    return Kind(f"a whole number of at least {least}{upper}", read)
+
+
+def real(expected: str, fits: Callable[[float], bool]) -> Kind[float]:
+    """A finite number that fits."""
+
+    def read(text: str) -> float:
+        value = _real(text)
+        _check(fits(value))
+        return value
+
+    return Kind(expected, read)
+
+
+COUNT = whole(1)
+SEED = whole(0, 2**32 - 1)  # what NumPy takes
+WORKERS = whole(0, 1024)
+PIXELS = whole(1, 1 << 14)
+POSITIVE = real("a positive number", lambda x: x > 0)
+SHARE = real("a number in [0, 1]", lambda x: 0 <= x <= 1)
+FRACTION = real("a number between 0 and 1", lambda x: 0 < x < 1)
+
+
+def several(one: Kind[T], plural: str) -> Kind[list[T]]:
+    """Different values with commas."""
+
+    def read(text: str) -> list[T]:
+        try:
+            found = [one(part.strip()) for part in text.split(",")]
+        except argparse.ArgumentTypeError:
+            raise ValueError from None
+        _check_different(found, text)
+        return found
+
+    return Kind(f"{plural} with commas", read)
+
+
+def _check_different(found: Sequence[object], text: str) -> None:
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"must name each value once, got {text!r}")
+
+
+SEEDS = several(SEED, "whole numbers from 0 to 4294967295")
+RATES = several(POSITIVE, "positive numbers")
+LEVELS = several(whole(1, 5), "whole numbers from 1 to 5")
+
+
+def _betas(text: str) -> list[float]:
+    if ":" not in text:
+        found = [_real(part) for part in text.split(",")]
+    else:
+        start, stop, step = (_real(part) for part in text.split(":"))
+        _check(step > 0 and stop >= start)
+        count = (stop - start) / step + 1e-9
+        if not count < MOST_VALUES:
+            raise argparse.ArgumentTypeError(
+                f"must give at most {MOST_VALUES} values, got {text!r}, which gives {count:.3g}"
+            )
+        found = [round(start + i * step, 10) for i in range(int(count) + 1)]
+    _check(all(0 <= beta <= 1 for beta in found))
+    _check_different(found, text)
+    return found
+
+
+BETAS = Kind("START:STOP:STEP with both ends, or values with commas, all in [0, 1]", _betas)
+
+
+COEFF = Kind("a number in [0, 1], or mean-free", lambda text: text if text == "mean-free" else SHARE.read(text))
+
+
+def _bytes(text: str) -> int:
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*([a-z]*)\s*", text.lower(), re.ASCII)
+    _check(match is not None and match[2] in units)
+    assert match is not None
+    size = float(match[1]) * units[match[2]]
+    _check(1 <= size < 2**63)
+    return int(size)
+
+
+SIZE = Kind("a size such as 500MB or 2GiB", _bytes)
+
+
+def _bound(text: str) -> float | None:
+    if text == "none":
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:/(\d+))?", text, re.ASCII)
+    _check(match is not None)
+    assert match is not None
+    return POSITIVE.read(str(float(match[1]) / (int(match[2]) or math.inf if match[2] else 1)))
+
+
+BOUND = Kind("a positive number, a fraction such as 8/255, or none", _bound)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = tuple(COUNT.read(part) for part in text.replace(",", "x").split("x"))
+    _check(math.prod(sizes) < 2**31)
+    return sizes
+
+
+SHAPE = Kind("positive sizes as in 2x3x32x32, fewer than 2**31 values in all", _shape)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def names(known: Sequence[str]) -> Kind[list[str]]:
+    """Some of the known names, each once."""
+
+    def read(text: str) -> str:
+        _check(text in known)
+        return text
+
+    return several(Kind("", read), f"some of {', '.join(known)}")
+
+
+def checked(check: Callable[[str], object]) -> Callable[[str], str]:
+    """A text that ``check`` has nothing against; what it says is passed on."""
+
+    def read(text: str) -> str:
+        try:
+            check(text)
+        except (ValueError, ImportError, OSError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return text
+
+    return read
+
+
+def _text(text: str) -> str:
+    _check(bool(text.strip()) and "\0" not in text)
+    return text
+
+
+TEXT = Kind("some text", _text)
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(_text(text))
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"must be a regular expression, got {text!r}: {error}") from None
+    return text
+
+
+PATTERN = Kind("a regular expression", _pattern)
+
+
+def device(text: str) -> str:
+    """The name of a device that is here."""
+    from .._devices import existing_device
+
+    return checked(existing_device)(text)
+
+
+def _grid(text: str) -> tuple[str, str, list[float]]:
+    name, equals, values = text.partition("=")
+    method, point, setting = name.rpartition(".")
+    _check(bool(equals and point and method and setting))
+    return method, setting, several(real("", lambda x: True), "").read(values)
+
+
+GRID = Kind("METHOD.NAME=VALUE,VALUE with finite numbers", _grid)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _check_readable(path: Path, expected: str) -> None:
+    try:
+        if path.is_dir():
+            next(path.iterdir(), None)
+        else:
+            path.open("rb").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {str(path)!r}: {error.strerror}") from None
+
+
+def _existing(text: str) -> str:
+    _check_readable(Path(_text(text)), "a file or folder that can be read")
+    return text
+
+
+EXISTING = Kind("a file or folder", _existing)
+
+
+def _folder(text: str) -> str:
+    _check(Path(_text(text)).is_dir())
+    return _existing(text)
+
+
+FOLDER = Kind("a folder that is there", _folder)
+
+
+def _out(text: str) -> Path:
+    out = Path(_text(text))
+    if out.exists() and not out.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder, {out} is a file")
+    _check_room(out, text)
+    return out
+
+
+OUT = Kind("a folder for the results", _out)
+
+
+def _out_file(text: str) -> Path:
+    path = Path(_text(text))
+    if text != "-":
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"must be a file, {path} is a folder")
+        _check_room(path.absolute().parent, text)
+    return path
+
+
+OUT_FILE = Kind("a file to write", _out_file)
+
+
+def _storage(text: str) -> str:
+    if "://" not in _text(text):
+        _out_file(text)
+    return text
+
+
+STORAGE = Kind("a file or the URL of a database", _storage)
+
+
+def _check_room(folder: Path, text: str) -> None:
+    """Refuse a folder that cannot be written to, before there are results; nothing is left there."""
+    there = folder.absolute()
+    try:
+        while not there.exists():
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(PROBE))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be where files can be written, got {text!r}: {there}: {error.strerror or error}"
+        ) from None
+
+
+def _weights(text: str) -> str:
+    if text not in ("default", "none", "packaged"):
+        path = Path(_text(text))
+        _check(not path.is_dir())
+        _check_readable(path, WEIGHTS.expected)
+    return text
+
+
+WEIGHTS = Kind("default, none, packaged or a file", _weights)
+
+
+# --- what the library knows -------------------------------------------------------------------------------------------
+
+
+def activations() -> Kind[list[str]]:
+    from ..steering.activations import ACTIVATIONS
+
+    return names(list(ACTIVATIONS))

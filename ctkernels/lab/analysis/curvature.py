@@ -1,0 +1,317 @@
+"""Curvature and slope of a network in its input: exact Hessian-vector products, and Jacobian norms by power iteration."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ... import steer
+from ..._files import write_text
+
+SCHEMA = "ctkernels.curvature/1"
+QUANTITIES = ("loss", "logit", "margin")
+Scalar = Callable[[Tensor], Tensor]
+
+
+def hessian_vector(function: Scalar, x: Tensor, v: Tensor) -> Tensor:
+    """H v for every sample: the derivative along ``v`` of the gradient, exact (forward mode over reverse mode).
+
+    Args:
+        function: from inputs (n, ...) to one number per sample (n,); samples must not depend on each other.
+        x: floating point (n, ...).
+        v: of ``x``'s shape.
+
+    Returns:
+        Tensor of ``x``'s shape.
+
+    Raises:
+        ValueError: ``v`` is not of ``x``'s shape, or the function does not give one number per sample.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0]])
+        >>> hessian_vector(lambda x: (x**3).sum(1), x, torch.ones(1, 2))
+        tensor([[ 6., 12.]])
+    """
+    if v.shape != x.shape:
+        raise ValueError(f"v must have x's shape {tuple(x.shape)}, got {tuple(v.shape)}")
+
+    def total(x: Tensor) -> Tensor:
+        values = function(x)
+        if values.shape != x.shape[:1]:
+            raise ValueError(f"function must give one number per sample, ({len(x)},), got {tuple(values.shape)}")
+        return values.sum()
+
+    return torch.func.jvp(torch.func.grad(total), (x,), (v,))[1]
+
+
+def curvature(function: Scalar, x: Tensor, directions: Tensor) -> Tensor:
+    """Second derivatives of a function along straight lines through ``x``: v' H v / v' v.
+
+    Args:
+        function: as in :func:`hessian_vector`.
+        x: floating point (n, ...).
+        directions: (k, n, ...), none of them zero.
+
+    Returns:
+        (k, n): positive where the function curves up.
+
+    Raises:
+        ValueError: directions of another shape, or a zero one.
+
+    Example:
+        >>> x = torch.zeros(1, 2)
+        >>> curvature(lambda x: x[:, 0] ** 2, x, torch.tensor([[[3.0, 0.0]], [[0.0, 1.0]]]))
+        tensor([[2.],
+                [0.]])
+    """
+    if directions.shape[1:] != x.shape:
+        raise ValueError(f"directions must have the shape (k, *{tuple(x.shape)}), got {tuple(directions.shape)}")
+    lengths = directions.flatten(2).norm(dim=2)
+    if not bool((lengths > 0).all()):
+        raise ValueError("directions must not be zero, got one that is")
+    unit = directions / lengths.reshape(*lengths.shape, *[1] * (x.dim() - 1))
+    return torch.stack([(v * hessian_vector(function, x, v)).flatten(1).sum(1) for v in unit])
+
+
+def random_directions(x: Tensor, count: int, seed: int = 0) -> Tensor:
+    """``count`` directions per sample, (count, *x.shape): evenly distributed on the sphere, of length 1."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(count, *x.shape, generator=generator, dtype=torch.float64)
+    lengths = drawn.flatten(2).norm(dim=2).reshape(count, len(x), *[1] * (x.dim() - 1))
+    return (drawn / lengths).to(x)
+
+
+def data_directions(x: Tensor, count: int, seed: int = 0) -> Tensor:
+    """``count`` directions per sample, (count, *x.shape): towards other samples, drawn at random, of length 1.
+
+    Raises:
+        ValueError: a sample that no other sample differs from.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    flat = x.flatten(1).double()
+    chosen = torch.empty(count, *flat.shape, dtype=torch.float64, device=x.device)
+    for i, own in enumerate(flat):
+        towards = flat - own
+        lengths = towards.norm(dim=1)
+        others = (lengths > 0).nonzero()[:, 0].cpu()
+        if not len(others):
+            raise ValueError(f"x must have samples that differ, sample {i} equals all others")
+        drawn = others[torch.randint(len(others), (count,), generator=generator)]
+        chosen[:, i] = towards[drawn] / lengths[drawn, None]
+    return chosen.reshape(count, *x.shape).to(x.dtype)
+
+
+def lipschitz(function: Callable[[Tensor], Tensor], x: Tensor, *, iterations: int = 50, seed: int = 0) -> Tensor:
+    """Local Lipschitz constants: the spectral norm of the Jacobian at every sample, by power iteration on J'J.
+
+    The iteration approaches the norm from below; it stops early once no sample's estimate grows by more than 1e-4.
+
+    Args:
+        function: from inputs (n, ...) to outputs (n, d); samples must not depend on each other.
+        x: floating point (n, ...).
+        iterations: at most.
+        seed: of the first vector.
+
+    Returns:
+        (n,).
+
+    Example:
+        >>> lipschitz(lambda x: x @ torch.diag(torch.tensor([3.0, 1.0])), torch.zeros(1, 2))
+        tensor([3.])
+
+    Source: Curvature Tuning paper, appendix C.1, bounds what this measures.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    v = random_directions(x, 1, seed)[0]
+    estimate = x.new_zeros(len(x))
+    shape = (-1, *[1] * (x.dim() - 1))
+    pull: Callable[[Tensor], tuple[Tensor]] = torch.func.vjp(function, x)[1]
+    for _ in range(iterations):
+        forward: Tensor = torch.func.jvp(function, (x,), (v,))[1]
+        grown = forward.flatten(1).norm(dim=1)
+        done = bool((grown <= estimate * (1 + 1e-4)).all())
+        estimate = torch.maximum(estimate, grown)
+        if done:
+            break
+        (back,) = pull(forward)
+        lengths = back.flatten(1).norm(dim=1)
+        v = torch.where(
+            lengths.reshape(shape) > 0,
+            back / lengths.clamp_min(1e-300 if x.dtype == torch.float64 else 1e-38).reshape(shape),
+            v,
+        )
+    return estimate
+
+
+def scalar_of(model: Callable[[Tensor], Tensor], quantity: str, labels: Tensor) -> Scalar:
+    """One number per sample of a classifier.
+
+    Args:
+        model: gives logits (n, classes).
+        quantity: ``"loss"``: cross-entropy; ``"logit"``: of the label's class; ``"margin"``: that minus the mean of the
+            other classes' logits.
+        labels: int64 (n,).
+
+    Raises:
+        ValueError: an unknown quantity.
+    """
+    if quantity not in QUANTITIES:
+        raise ValueError(f"quantity must be one of {list(QUANTITIES)}, got {quantity!r}")
+
+    def value(x: Tensor) -> Tensor:
+        logits = model(x)
+        if quantity == "loss":
+            return functional.cross_entropy(logits, labels, reduction="none")
+        own = logits.gather(1, labels[:, None])[:, 0]
+        return own if quantity == "logit" else own - (logits.sum(1) - own) / (logits.shape[1] - 1)
+
+    return value
+
+
+@dataclass(frozen=True)
+class CurvatureProfile:
+    """Curvature and slope of a network at several betas.
+
+    Attributes:
+        betas: those measured; None is the network as it was.
+        rows: for each beta, mean and quartiles over samples (and directions) of the absolute ``data`` and ``random``
+            curvature, and of ``lipschitz``; and the ``accuracy``.
+        quantity: what was differentiated.
+        samples, directions: how many.
+        seconds: in all.
+    """
+
+    betas: tuple[float | None, ...]
+    rows: tuple[dict[str, Any], ...]
+    quantity: str
+    samples: int
+    directions: int
+    seconds: float
+
+    def table(self) -> str:
+        lines = [f"{'beta':>6}  {'along data':>12}  {'random':>12}  {'Lipschitz':>10}  {'accuracy':>8}"]
+        for beta, row in zip(self.betas, self.rows):
+            name = "plain" if beta is None else f"{beta:g}"
+            lines.append(
+                f"{name:>6}  {row['data']['mean']:>12.4g}  {row['random']['mean']:>12.4g}  "
+                f"{row['lipschitz']['mean']:>10.4g}  {100 * row['accuracy']:>6.1f} %"
+            )
+        return "\n".join(lines)
+
+    def to_dict(self, **extra: Any) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "quantity": self.quantity,
+            "samples": self.samples,
+            "directions": self.directions,
+            "rows": [{"beta": beta, **row} for beta, row in zip(self.betas, self.rows)],
+            "seconds": {"total": self.seconds},
+            **extra,
+        }
+
+    def save(self, path: str | os.PathLike[str], **extra: Any) -> None:
+        """Write :meth:`to_dict` as JSON, through a temporary name."""
+        write_text(path, json.dumps(self.to_dict(**extra), indent=1) + "\n")
+
+
+def curvature_profile(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    betas: Iterable[float] = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0),
+    coeff: float = 0.5,
+    quantity: str = "margin",
+    directions: int = 4,
+    seed: int = 0,
+    batch_size: int = 32,
+    **steering: Any,
+) -> CurvatureProfile:
+    """How curved and how steep a classifier is around data, as it is and at several betas.
+
+    A network of piecewise-linear units has no curvature in its logits at beta = 1 but for pooling and normalisation; a
+    ReLU's bends, being of measure zero, do not show. Loss adds the softmax's.
+
+    Args:
+        model: gives logits (n, classes); put into evaluation mode, and left as it was.
+        x: floating point (n, ...), as the network takes it; at least two samples that differ.
+        labels: int64 (n,).
+        betas: in [0, 1].
+        coeff: of the CT unit.
+        quantity: "loss", "logit" or "margin", see :func:`scalar_of`.
+        directions: of each kind, per sample.
+        seed: of the directions.
+        batch_size: samples at once.
+        steering: as :func:`ctkernels.steer` takes it, ``activations`` say.
+
+    Raises:
+        ValueError: an unknown quantity, fewer than two samples, another number of labels.
+
+    Example:
+        >>> print(curvature_profile(model, images, labels).table())  # doctest: +SKIP
+
+    Source: Curvature Tuning paper, theorem 3.1, which compares these Hessians.
+    """
+    started = time.perf_counter()
+    if quantity not in QUANTITIES:
+        raise ValueError(f"quantity must be one of {list(QUANTITIES)}, got {quantity!r}")
+    if len(x) < 2 or labels.shape != (len(x),):
+        raise ValueError(f"x must be at least two samples with a label each, got {len(x)} and {tuple(labels.shape)}")
+    if directions < 1 or batch_size < 1:
+        raise ValueError(f"directions and batch_size must be at least 1, got {directions} and {batch_size}")
+    lines = {"data": data_directions(x, directions, seed), "random": random_directions(x, directions, seed)}
+
+    def measure() -> dict[str, Any]:
+        found: dict[str, list[Tensor]] = {"data": [], "random": [], "lipschitz": [], "right": []}
+        for part in (slice(i, i + batch_size) for i in range(0, len(x), batch_size)):
+            function = scalar_of(model, quantity, labels[part])
+            for kind, vectors in lines.items():
+                found[kind].append(curvature(function, x[part], vectors[:, part]).abs().flatten())
+            found["lipschitz"].append(lipschitz(model, x[part], seed=seed))
+            with torch.no_grad():
+                found["right"].append((model(x[part]).argmax(1) == labels[part]).double())
+        joined = {kind: torch.cat(parts) for kind, parts in found.items()}
+        accuracy = float(joined.pop("right").mean())
+        return {**{kind: _summary(values) for kind, values in joined.items()}, "accuracy": accuracy}
+
+    with _still(model):
+        rows: list[dict[str, Any]] = [measure()]
+        points = sorted({float(b) for b in betas})
+        with steer(model, 1.0, coeff, **steering) as handle:
+            for beta in points:
+                handle.beta = beta
+                rows.append(measure())
+    return CurvatureProfile((None, *points), tuple(rows), quantity, len(x), directions, time.perf_counter() - started)
+
+
+def _summary(values: Tensor) -> dict[str, float]:
+    values = values.detach().double()
+    low, middle, high = torch.quantile(
+        values, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device=values.device)
+    )
+    return {"mean": float(values.mean()), "low": float(low), "median": float(middle), "high": float(high)}
+
+
+@contextmanager
+def _still(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and parameters without gradients, and back to what each was."""
+    modes = [(m, m.training) for m in model.modules()]
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, grad in wanted:
+            parameter.requires_grad_(grad)

@@ -1,0 +1,280 @@
+"""Two-dimensional decision boundaries and one-dimensional regression curves: what the knob does, on every seed asked for."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ... import steer
+from ..._extras import require
+from ..._files import write_text
+from ...nn import TrainableCTU
+
+SCHEMA = "ctkernels.toys/1"
+SIDE = 64  # of the grids on which decision functions are drawn
+RATES = (0.1, 0.01, 0.001)
+
+
+@dataclass(frozen=True)
+class Toys:
+    """The outcome of :func:`run_toys`: plain values, as they are saved.
+
+    Attributes:
+        runs: one dictionary per seed with "spirals", "curve" and "circles": data points, what each network says on a
+            grid or a line (rounded to three digits), and its errors.
+        setup: sizes, steps, betas, seeds.
+        seconds: in all.
+    """
+
+    runs: tuple[dict[str, Any], ...]
+    setup: dict[str, Any]
+    seconds: float
+
+    def table(self) -> str:
+        """Means over seeds, and each seed's value, as text."""
+        lines = []
+        for title, key, measure, scale, better in MEASURES:
+            lines.append(f"{title} ({better} is better)")
+            for name in self.runs[0][key]["networks"]:
+                values = [scale * run[key]["networks"][name][measure] for run in self.runs]
+                each = ", ".join(f"{v:.3g}" for v in values)
+                lines.append(f"  {name:<12} {sum(values) / len(values):.3g}   (each seed: {each})")
+        return "\n".join(lines)
+
+    def to_dict(self, **extra: Any) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "setup": self.setup,
+            "runs": list(self.runs),
+            "seconds": {"total": self.seconds},
+            **extra,
+        }
+
+    def save(self, path: str | os.PathLike[str], **extra: Any) -> None:
+        """Write :meth:`to_dict` as JSON, through a temporary name."""
+        write_text(path, json.dumps(self.to_dict(**extra)) + "\n")
+
+
+# title, which toy, which measure, factor, what is good
+MEASURES = (
+    ("spirals, trained with flipped labels: accuracy on fresh points, %", "spirals", "accuracy", 100.0, "higher"),
+    ("noisy sine: mean squared error against the sine", "curve", "error", 1.0, "lower"),
+    ("two circles: training loss", "circles", "loss", 1.0, "lower"),
+    ("two circles: deviation of the boundary from a circle, % of its radius", "circles", "roughness", 100.0, "lower"),
+)
+
+
+def run_toys(
+    seeds: Sequence[int] = (0, 1, 2),
+    betas: Sequence[float] = (1.0, 0.9, 0.5),
+    *,
+    coeff: float = 0.5,
+    steps: tuple[int, int, int] = (2000, 20000, 4000),
+) -> Toys:
+    """Train small ReLU networks and turn their knob: the paper's figures 1 and 2, with nothing selected.
+
+    *Spirals*: two noisy arms with a sixth of the labels flipped, a network of width 20; *curve*: 30 noisy points of
+    1.2 sin 2x, width 64; both are trained as ReLU networks, then steered, not trained again. *Circles*: 180 points on
+    circles of radius 1 and 3, width 7; trained, then trained on either with LoRA of rank 1 or with a learned (beta, c) per
+    unit (T-CT), each at the best by training loss of three learning rates.
+
+    Args:
+        seeds: of data and weights; all of them are reported.
+        betas: to show, in [0, 1]; 1 is the network that was trained.
+        coeff: of the CT unit.
+        steps: of training, for the three in this order. Default: the paper's.
+
+    Returns:
+        :class:`Toys`.
+
+    Raises:
+        ValueError: no seeds or betas, a beta out of range, fewer than one step.
+        ImportError: peft, for LoRA, is missing; the message names the extra.
+
+    Example:
+        >>> print(run_toys(seeds=[0], steps=(200, 200, 200)).table())  # doctest: +SKIP
+
+    Source: Curvature Tuning paper, figures 1 and 2. Its script shows figure 2 only for seeds on which T-CT beats LoRA.
+    """
+    if not seeds or not betas:
+        raise ValueError(f"seeds and betas must not be empty, got {list(seeds)} and {list(betas)}")
+    if bad := [b for b in betas if not 0 <= b <= 1]:
+        raise ValueError(f"betas must be in [0, 1], got {bad}")
+    if len(steps) != 3 or min(steps) < 1:
+        raise ValueError(f"steps must be three numbers of at least 1, got {steps}")
+    require("peft", "adapters", "LoRA beside T-CT")
+    started = time.perf_counter()
+    runs = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in seeds:
+            runs.append(
+                {
+                    "seed": seed,
+                    "spirals": _spirals(seed, betas, coeff, steps[0]),
+                    "curve": _curve(seed, betas, coeff, steps[1]),
+                    "circles": _circles(seed, steps[2]),
+                }
+            )
+    setup = {"seeds": list(seeds), "betas": list(betas), "coeff": coeff, "steps": list(steps), "rates": list(RATES)}
+    return Toys(tuple(runs), setup, time.perf_counter() - started)
+
+
+def mlp(inputs: int, width: int, depth: int = 2) -> nn.Sequential:
+    """``depth`` hidden layers of ``width`` ReLUs, one output."""
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        layers += [nn.Linear(inputs if i == 0 else width, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, 1))
+
+
+def spirals(n: int, noise: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two interleaved arms: points (n, 2), labels 0 and 1 in turn."""
+    labels = torch.arange(n) % 2
+    angle = 3 * math.pi * torch.rand(n, generator=generator).sqrt()
+    radius = angle + noise * torch.randn(n, generator=generator)
+    turned = angle + math.pi * labels
+    return torch.stack([radius * turned.cos(), radius * turned.sin()], 1), labels
+
+
+def _train(model: nn.Module, loss: Callable[[], Tensor], steps: int, lr: float) -> float:
+    """AdamW on what requires a gradient; the last loss."""
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        value = loss()
+        optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        optimiser.step()
+    return float(loss().detach())
+
+
+def _spirals(seed: int, betas: Sequence[float], coeff: float, steps: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    x, true = spirals(1024, 0.7, generator)
+    labels = torch.where(torch.rand(len(x), generator=generator) < 0.16, 1 - true, true)
+    fresh, fresh_true = spirals(4096, 0.7, generator)
+    model = mlp(2, 20)
+    _train(model, lambda: _logistic(model(x), labels), steps, 1e-2)
+    extent = float(x.abs().max()) * 1.05
+    networks = {}
+    with torch.no_grad(), steer(model, 1.0, coeff) as handle:
+        for beta in betas:
+            handle.beta = beta
+            accuracy = float(((model(fresh)[:, 0] > 0) == fresh_true.bool()).double().mean())
+            networks[f"beta {beta:g}"] = {"grid": _grid(model, extent), "accuracy": accuracy}
+    return {"points": _points(x, labels), "extent": extent, "networks": networks}
+
+
+def _curve(seed: int, betas: Sequence[float], coeff: float, steps: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    x = (6 * torch.rand(30, 1, generator=generator) - 3).sort(0).values
+    y = 1.2 * torch.sin(2 * x) + 0.3 * torch.randn(30, 1, generator=generator)
+    model = mlp(1, 64)
+    _train(model, lambda: functional.mse_loss(model(x), y), steps, 1e-3)
+    line = torch.linspace(-3, 3, 241)[:, None]
+    truth = 1.2 * torch.sin(2 * line)
+    networks = {}
+    with torch.no_grad(), steer(model, 1.0, coeff) as handle:
+        for beta in betas:
+            handle.beta = beta
+            values = model(line)
+            error = float(functional.mse_loss(values, truth))
+            networks[f"beta {beta:g}"] = {"values": _rounded(values[:, 0]), "error": error}
+    return {
+        "points": [_rounded(x[:, 0]), _rounded(y[:, 0])],
+        "line": _rounded(line[:, 0]),
+        "truth": _rounded(truth[:, 0]),
+        "networks": networks,
+    }
+
+
+def _circles(seed: int, steps: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    labels = torch.arange(180) % 2
+    angle = 2 * math.pi * torch.rand(180, generator=generator)
+    radius = 1.0 + 2.0 * labels
+    x = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+
+    def fit(model: nn.Module, lr: float) -> float:
+        return _train(model, lambda: _logistic(model(x), labels), steps, lr)
+
+    base = mlp(2, 7, depth=1)
+    fit(base, 1e-3)
+    networks: dict[str, tuple[nn.Module, float, float]] = {
+        "trained": (base, float(_logistic(base(x), labels).detach()), 1e-3)
+    }
+    for name, attach in (("LoRA, rank 1", _with_lora), ("T-CT", _with_curvature)):
+        tried = []
+        for rate in RATES:
+            torch.manual_seed(seed)
+            network = attach(copy.deepcopy(base))
+            tried.append((network, fit(network, rate), rate))
+        networks[name] = min(tried, key=lambda item: item[1])
+    found = {}
+    for name, (network, loss, rate) in networks.items():
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        with torch.no_grad():
+            found[name] = {
+                "grid": _grid(network, 4.0),
+                "loss": loss,
+                "roughness": _roughness(network),
+                "rate": rate,
+                "parameters": trained,
+            }
+    return {"points": _points(x, labels), "extent": 4.0, "networks": found}
+
+
+def _with_lora(model: nn.Module) -> nn.Module:
+    peft = require("peft", "adapters", "LoRA beside T-CT")
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return peft.inject_adapter_in_model(peft.LoraConfig(r=1, lora_alpha=1, target_modules=names), model)
+
+
+def _with_curvature(model: nn.Module) -> nn.Module:
+    model.requires_grad_(False)
+    for name, module in list(model.named_children()):
+        if isinstance(module, nn.ReLU):
+            width = model.get_parameter(f"{int(name) - 1}.bias").numel()  # of the linear layer before it
+            setattr(model, name, TrainableCTU(width, beta=0.8, coeff=0.5))  # the paper's start
+    return model
+
+
+def _roughness(model: nn.Module, angles: int = 360) -> float:
+    """Deviation of the boundary's distance from the centre, over its mean; where the boundary is out of sight, 4."""
+    angle = torch.arange(angles) * (2 * math.pi / angles)
+    radii = torch.linspace(0, 4, 401)
+    points = torch.stack([torch.outer(radii, angle.cos()), torch.outer(radii, angle.sin())], -1)
+    outside = model(points.reshape(-1, 2)).reshape(401, angles) > 0
+    first = torch.where(outside.any(0), radii[outside.int().argmax(0)], radii[-1]).double()
+    return float(first.std() / first.mean().clamp_min(0.01))
+
+
+def _logistic(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype))
+
+
+def _grid(model: nn.Module, extent: float) -> list[list[float]]:
+    """The probability of class 1 on SIDE x SIDE points of [-extent, extent], rows from the bottom up."""
+    line = torch.linspace(-extent, extent, SIDE)
+    points = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).reshape(-1, 2)
+    return [_rounded(row) for row in torch.sigmoid(model(points)[:, 0]).reshape(SIDE, SIDE)]
+
+
+def _points(x: Tensor, labels: Tensor) -> list[list[float]]:
+    return [_rounded(x[:, 0]), _rounded(x[:, 1]), labels.tolist()]
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(v, 3) for v in values.tolist()]

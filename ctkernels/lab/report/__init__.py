@@ -1,0 +1,1 @@
+"""One HTML page from the results of any protocol."""

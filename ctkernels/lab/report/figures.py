@@ -1,0 +1,275 @@
+"""The report's pictures, drawn from results as they are saved (plain values from JSON)."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..._extras import require
+
+# Okabe and Ito's colours: told apart with every kind of colour vision. All but the last stand out from white at 3:1.
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#007D5A", "#B0548B", "#595959"
+COLOURS = (BLUE, ORANGE, GREEN, PINK, GREY, "#8A6D00", "#3B4BA3")
+MARKERS = "osD^vPX"
+
+
+def data_uri(figure: Any, kind: str = "svg") -> str:
+    """The picture as a data URI: SVG, or PNG for pictures of many cells. The same bytes for the same picture."""
+    matplotlib = require("matplotlib", "lab", "pictures")
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "ctkernels"}):
+        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f"data:image/{'svg+xml' if kind == 'svg' else kind};base64,{encoded}"
+
+
+def text(value: object, most: int = 40) -> str:
+    """A name as a picture can show it: matplotlib would take dollar signs for formulas; long names lose their middle."""
+    name = str(value)
+    if len(name) > most:
+        name = f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
+    return name.replace("$", r"\$")
+
+
+def new(width: float = 5.2, height: float = 3.4, **subplots: Any) -> tuple[Any, Any]:
+    """A figure and its axes."""
+    figure_module = require("matplotlib.figure", "lab", "pictures")
+    figure = figure_module.Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return figure, figure.subplots(**subplots)
+
+
+def tidy(axes: Any, grid: str = "y") -> None:
+    axes.grid(axis=grid, color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def validation_line(rows: Sequence[Mapping[str, Any]], chosen: float | None) -> Any:
+    """Validation accuracy against beta, the choice ringed."""
+    figure, axes = new(height=3.0)
+    points = [row for row in rows if row["beta"] is not None]
+    axes.plot([r["beta"] for r in points], [100 * r["accuracy"] for r in points], "o-", color=BLUE, markersize=4)
+    _mark(axes, rows, chosen)
+    axes.set_xlabel("β")
+    axes.set_ylabel("validation accuracy, %")
+    axes.margins(x=0.06, y=0.14)
+    tidy(axes)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def _mark(axes: Any, rows: Sequence[Mapping[str, Any]], chosen: float | None) -> None:
+    """A ring around the chosen beta, and a line for a plain network that is none of the betas."""
+    for row in rows:
+        if row["beta"] is None:
+            axes.axhline(100 * row["accuracy"], color=GREY, linestyle=":", label="plain network")
+        elif row["beta"] == chosen:
+            style = {"facecolors": "none", "edgecolors": ORANGE, "linewidths": 2, "zorder": 4}
+            axes.scatter([row["beta"]], [100 * row["accuracy"]], s=150, **style, label="chosen by validation")
+
+
+def robust_choice(condition: Mapping[str, Any]) -> Any:
+    """Validation accuracy under a condition, and without it, against beta; the choice ringed."""
+    figure, axes = new(height=3.4)
+    rows = [row for row in condition["validation"] if row["beta"] is not None]
+    betas = [row["beta"] for row in rows]
+    axes.plot(betas, [100 * r["clean"] for r in rows], "s--", color=GREY, markersize=4, label="as they are")
+    name = text(condition["name"])
+    axes.plot(betas, [100 * r["accuracy"] for r in rows], "o-", color=BLUE, markersize=5, label=f"under {name}")
+    _mark(axes, condition["validation"], condition["chosen"])
+    axes.set_xlabel("β")
+    axes.set_ylabel("validation accuracy, %")
+    axes.margins(x=0.06, y=0.14)
+    tidy(axes)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def robust_test(conditions: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Any:
+    """Test accuracies as dots: a row per condition, a colour and shape per method; lines are two standard errors."""
+    figure, axes = new(height=1.5 + 0.55 * len(conditions))
+    methods = list(dict.fromkeys(row["method"] for c in conditions for row in c["test"]))
+    for k, method in enumerate(methods):
+        xs, ys, errors = [], [], []
+        for i, condition in enumerate(conditions):
+            for row in condition["test"]:
+                if row["method"] == method:
+                    xs.append(100 * row["accuracy"])
+                    ys.append(i + 0.16 * (k - (len(methods) - 1) / 2))
+                    errors.append(200 * row.get("standard_error", 0.0))
+        style = {"color": COLOURS[k % 7], "marker": MARKERS[k % 7], "linestyle": "none", "markersize": 7}
+        axes.errorbar(xs, ys, xerr=errors, elinewidth=1, capsize=2, label=text(names.get(method, method)), **style)
+    axes.set_yticks(range(len(conditions)), [text(c["name"]) for c in conditions])
+    axes.set_ylim(len(conditions) - 0.5, -0.5)
+    axes.set_xlim(-2, 102)
+    axes.set_xlabel("test accuracy, %")
+    tidy(axes, "x")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def search_history(history: Sequence[Mapping[str, Any]], reached: int) -> Any:
+    """Validation accuracy of every evaluation, and the best so far."""
+    figure, axes = new(height=3.2)
+    values = [100 * row["val_accuracy"] for row in history]
+    numbers = list(range(1, len(values) + 1))
+    best = [max(values[:i]) for i in numbers]
+    axes.plot(numbers, values, "o", color=BLUE, markersize=4, alpha=0.6, label="each evaluation")
+    axes.step(numbers, best, where="post", color=ORANGE, linewidth=2, label="best so far")
+    axes.axhline(values[0], color=GREY, linestyle="--", linewidth=1.2, label="plain network")
+    axes.axvline(reached, color=GREY, linestyle=":", linewidth=1.2, label="chosen here")
+    axes.set_xlabel("evaluation")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylabel("validation accuracy, %")
+    tidy(axes)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def chosen_betas(groups: Mapping[str, Sequence[str]], chosen: Mapping[str, float]) -> Any:
+    """The beta of every activation, from the input to the output."""
+    figure, axes = new(height=2.6)
+    values = [chosen[name] for name, sites in groups.items() for _ in sites]
+    axes.step(range(len(values) + 1), [*values, values[-1]], where="post", color=BLUE, linewidth=2)
+    axes.set_xlabel("activation, from input to output")
+    axes.set_ylabel("chosen β")
+    axes.set_ylim(min(*values, 0.98) - 0.02, 1.01)
+    tidy(axes)
+    return figure
+
+
+def method_dots(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], scale: float, label: str) -> Any:
+    """A score per method: a large mark for the mean over seeds, small ones for each seed."""
+    figure, axes = new(height=1.2 + 0.42 * len(rows))
+    for i, row in enumerate(rows):
+        colour = COLOURS[i % 7]
+        values = [scale * v for v in row["values"]]
+        axes.scatter(values, [i] * len(values), s=22, color=colour, alpha=0.55, linewidths=0)
+        axes.scatter([scale * row["mean"]], [i], s=80, color=colour, marker=MARKERS[i % 7], zorder=3)
+    axes.set_yticks(range(len(rows)), [text(names.get(row["method"], row["method"])) for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    axes.margins(x=0.08)
+    tidy(axes, "both")
+    return figure
+
+
+def learned_values(curvature: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Any:
+    """How learned beta and c are distributed in every layer: shares of the channels as colours, means as dots."""
+    matplotlib = require("matplotlib", "lab", "pictures")
+    sites = list(curvature)
+    figure, (left, right) = new(5.8, max(2.6, min(10.0, 1.6 + 0.19 * len(sites))), ncols=2, sharey=True)
+    image = None
+    for axes, kind, name in ((left, "beta", "β"), (right, "coeff", "c")):
+        shares = []
+        for site in sites:
+            counts = [float(n) for n in curvature[site][kind]["histogram"]]
+            shares.append([n / (sum(counts) or 1.0) for n in counts])
+        image = axes.imshow(
+            shares,
+            extent=(0, 1, len(sites) - 0.5, -0.5),
+            aspect="auto",
+            cmap=matplotlib.colormaps["Blues"],
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+        )
+        means = [curvature[site][kind]["mean"] for site in sites]
+        axes.plot(
+            means, range(len(sites)), "o", color=ORANGE, markersize=4, markeredgecolor="white", markeredgewidth=0.5
+        )
+        axes.set_xlabel(f"learned {name}")
+    step = max(1, -(-len(sites) // 40))
+    left.set_yticks(range(0, len(sites), step), [text(s, 26) for s in sites[::step]], fontsize=7)
+    bar = figure.colorbar(image, ax=(left, right), shrink=0.6)
+    bar.set_label("share of the layer's channels", fontsize=8)
+    return figure
+
+
+def curvature_lines(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Curvature along data and random directions, and slope, against beta; bands from quartile to quartile."""
+    figure, (left, right) = new(5.6, 3.0, ncols=2)
+    points = [row for row in rows if row["beta"] is not None]
+    betas = [row["beta"] for row in points]
+    for axes, kinds in ((left, ("data", "random")), (right, ("lipschitz",))):
+        for kind in kinds:
+            colour, marker = {"data": (BLUE, "o"), "random": (ORANGE, "s"), "lipschitz": (GREEN, "D")}[kind]
+            label = {"data": "towards other images", "random": "random", "lipschitz": "Lipschitz constant"}[kind]
+            axes.fill_between(
+                betas,
+                [r[kind]["low"] for r in points],
+                [r[kind]["high"] for r in points],
+                color=colour,
+                alpha=0.15,
+                linewidth=0,
+            )
+            axes.plot(betas, [r[kind]["mean"] for r in points], f"{marker}-", color=colour, markersize=5, label=label)
+        axes.set_xlabel("β")
+        axes.legend(frameon=False, fontsize=8)
+        tidy(axes)
+    left.set_ylabel("mean absolute second derivative")
+    right.set_ylabel("local Lipschitz constant")
+    return figure
+
+
+def boundaries(toy: Mapping[str, Any]) -> Any:
+    """Decision functions on the plane with the training points; the line is where the classes meet."""
+    networks = toy["networks"]
+    figure, axes = new(1.9 * len(networks), 2.25, ncols=len(networks), squeeze=False)
+    extent, (x, y, labels) = toy["extent"], toy["points"]
+    side = len(next(iter(networks.values()))["grid"])
+    line = [extent * (2 * i / (side - 1) - 1) for i in range(side)]
+    for ax, (name, network) in zip(axes[0], networks.items()):
+        grid = network["grid"]
+        ax.imshow(
+            grid,
+            origin="lower",
+            extent=(-extent, extent, -extent, extent),
+            cmap="PuOr",
+            vmin=-0.5,
+            vmax=1.5,
+            interpolation="bilinear",
+        )
+        ax.contour(line, line, grid, levels=[0.5], colors="black", linewidths=1.2)
+        for label, marker, colour in ((0, "o", "#8a3d00"), (1, "s", "#40107a")):
+            some = [(a, b) for a, b, c in zip(x, y, labels) if c == label]
+            size = 14 if len(labels) < 300 else 4
+            ax.scatter(*zip(*some), s=size, marker=marker, color=colour, edgecolors="white", linewidths=0.25, zorder=3)
+        ax.set_title(text(name), fontsize=10)
+        ax.set_xticks([])
+        ax.set_yticks([])
+    return figure
+
+
+def curves(toy: Mapping[str, Any]) -> Any:
+    """Regression curves through noisy points, and the truth."""
+    figure, axes = new(height=3.2)
+    axes.plot(toy["line"], toy["truth"], color=GREY, linestyle="--", linewidth=1.2, label="truth")
+    axes.plot(*toy["points"], "o", color="black", markersize=4, label="training points")
+    for k, (name, network) in enumerate(toy["networks"].items()):
+        style = ("-", "-.", ":")[k % 3]
+        axes.plot(toy["line"], network["values"], linestyle=style, color=COLOURS[k % 7], linewidth=2, label=text(name))
+    tidy(axes)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def kernel_bars(rows: Sequence[tuple[str, Mapping[str, float]]], yardstick: str) -> Any:
+    """Times relative to a yardstick, a group of bars per case, on a logarithmic scale."""
+    names = [n for n in rows[0][1] if n != yardstick]
+    figure, axes = new(height=1.6 + 0.2 * len(rows) * len(names))
+    height = 0.8 / len(names)
+    for k, name in enumerate(names):
+        at = [i + height * (k - (len(names) - 1) / 2) for i in range(len(rows))]
+        ratios = [times[name] / times[yardstick] for _, times in rows]
+        axes.barh(at, ratios, height=height * 0.9, color=COLOURS[k % 7], label=text(name))
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(rows)), [text(case, 34) for case, _ in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel(f"time relative to {text(yardstick)} (logarithmic; shorter is faster)")
+    tidy(axes, "x")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure

@@ -1,0 +1,182 @@
+"""One self-contained HTML page from result files: what was run, what it showed, and how to repeat it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ... import __version__
+from ..._extras import require
+from ..._files import read_json, write_text
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: its first column names the rows, the others are numbers unless ``words`` names their index.
+
+    A ``folded`` one is shown when it is asked for.
+    """
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: Sequence[int] = ()
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as a data URI, with the text that stands for it where it cannot be seen."""
+
+    source: str
+    alt: str
+    caption: str = ""
+
+
+@dataclass
+class Section:
+    """One result. ``stage`` is a key of ``STAGES``; ``helped`` and ``not_helped`` are sentences for the summary."""
+
+    stage: str
+    title: str
+    verdict: Sequence[str] = ()
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    parts: list[Table | Picture] = field(default_factory=list)
+    command: str = ""
+    source: str = ""
+    not_helped: list[str] = field(default_factory=list)
+    settings: str = ""
+
+
+STAGES = {
+    "pilot": (
+        "Pilot: a fixed β, nothing trained",
+        "Was it worth trying? A frozen network, its curvature turned by hand.",
+    ),
+    "trained": ("Trained", "Then the curvature, or the edits, were learned, beside other ways of adapting."),
+    "robust": ("Robustness", "The same knob under attack and under corrupted images."),
+    "understand": ("What the knob does", "Curvature, slope and decision boundaries."),
+    "speed": ("Speed of the kernels", "What the operations cost."),
+}
+
+Reader = Callable[[Mapping[str, Any]], Section]
+
+
+def readers() -> dict[str, Reader]:
+    """How each kind of result is read, by the schema its files name."""
+    from . import sections, sections_trained
+
+    return {**sections.READERS, **sections_trained.READERS}
+
+
+def find_results(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The result files in ``paths``: files as they are; of folders, every ``result.json`` in them, at any depth.
+
+    Raises:
+        ValueError: a path that does not exist, or a folder without results.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("result.json") if p.is_file())
+            if not inside:
+                raise ValueError(f"{path}: expected result.json files in the folder, found none")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ValueError(f"{path} does not exist")
+    if not found:
+        raise ValueError("results must be at least one file or folder, got none")
+    return list(dict.fromkeys(found))
+
+
+def read_section(path: Path) -> Section:
+    """One result file as a section.
+
+    Raises:
+        ValueError: the file is no JSON, is of an unknown kind, or lacks what its kind has; the message names the file.
+    """
+    values = read_json(path)
+    known = readers()
+    kind = _kind(values)
+    if kind not in known:
+        told = f"schema {kind!r}" if isinstance(kind, str) else f"a {type(values).__name__} without a schema"
+        raise ValueError(f"{path}: expected a result of {', '.join(sorted(known))}, got {told}")
+    try:
+        section = known[kind](values)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: calls itself {kind} but is damaged: {type(error).__name__}: {error}") from error
+    section.source = str(path)
+    section.command = section.command or _command(values)
+    rest = {k: values[k] for k in ("arguments", "options", "setup", "provenance", "versions") if k in values}
+    section.settings = json.dumps(rest, indent=1, ensure_ascii=False, default=str)
+    return section
+
+
+def build(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], title: str = "") -> Path:
+    """Write ``out/index.html`` from result files. It loads nothing: pictures, styles and all are in it.
+
+    Args:
+        paths: result files of any recipe, or folders of them.
+        out: folder.
+        title: of the page. Default: "Curvature report".
+
+    Returns:
+        the page.
+
+    Raises:
+        ValueError: a file that is missing, no JSON, of an unknown kind, or damaged; nothing is written then.
+        ImportError: Jinja2 or matplotlib is missing; the message names the extra.
+
+    Example:
+        >>> build(["out/steer", "out/compare/result.json"], "report")  # doctest: +SKIP
+    """
+    target = Path(out)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"out must be a folder, {target} is a file")
+    require("jinja2", "lab", "the report")
+    require("matplotlib", "lab", "the report")
+    page = render([read_section(path) for path in find_results(paths)], title or "Curvature report")
+    write_text(target / "index.html", page)
+    return target / "index.html"
+
+
+def render(sections: Sequence[Section], title: str) -> str:
+    """The page of some sections. All text is escaped; pictures are data URIs."""
+    jinja = require("jinja2", "lab", "the report")
+    source = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    environment = jinja.Environment(
+        autoescape=True, undefined=jinja.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    stages = [
+        {"key": key, "name": name, "about": about, "sections": [s for s in sections if s.stage == key]}
+        for key, (name, about) in STAGES.items()
+    ]
+    return environment.from_string(source).render(
+        title=title,
+        stages=[stage for stage in stages if stage["sections"]],
+        not_helped=list(dict.fromkeys(line for s in sections for line in s.not_helped)),
+        version=__version__,
+        is_table=lambda part: isinstance(part, Table),
+    )
+
+
+def _kind(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return None
+    if "schema" in values:
+        return values["schema"] if isinstance(values["schema"], str) else None
+    if "draws" in values:
+        return "draws"
+    return "benchmarks" if "records" in values and "provenance" in values else None
+
+
+def _command(values: Mapping[str, Any]) -> str:
+    command = values.get("command", values.get("provenance", {}).get("command", ""))
+    return " ".join(["python", *map(str, command)]) if isinstance(command, list) else str(command)

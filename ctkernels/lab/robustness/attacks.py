@@ -1,0 +1,291 @@
+"""Adversarial attacks in pixel space: AutoAttack, in its authors' implementation, on networks that normalise inside."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._extras import require
+from ..images.features import Tap, output_tensor
+from ..images.probe import Probe
+
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # what their loss, a ratio of sorted logits, needs
+NORMS = {"linf": "Linf", "l2": "L2"}
+TARGETS = 9  # classes that a targeted attack tries, the likeliest first
+ROUNDING = 2.0**-23  # of a float32 pixel in [0, 1] plus a perturbation
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What an attacker may do: change the pixels, in [0, 1], by at most ``eps`` in ``norm``, and stay in [0, 1].
+
+    Args:
+        norm: ``"linf"`` or ``"l2"``.
+        eps: the bound, > 0. RobustBench's for CIFAR-10: 8/255 and 0.5.
+
+    Raises:
+        ValueError: an unknown norm, a bound that is not positive.
+    """
+
+    norm: str
+    eps: float
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {list(NORMS)}, got {self.norm!r}")
+        if not (math.isfinite(self.eps) and self.eps > 0):
+            raise ValueError(f"eps must be a positive number, got {self.eps}")
+
+    def size(self, change: Tensor) -> Tensor:
+        """The norm of each change (n, ...), as float64 (n,)."""
+        flat = change.flatten(1).double()
+        return flat.abs().amax(1) if self.norm == "linf" else flat.norm(dim=1)
+
+    def allows(self, before: Tensor, after: Tensor) -> Tensor:
+        """bool (n,): whether each change of float32 pixels is within the bound, rounding apart, and within [0, 1]."""
+        entries = 1 if self.norm == "linf" else before[0].numel()
+        near = self.size(after - before) <= self.eps + ROUNDING * math.sqrt(entries)
+        return near & ((after >= 0) & (after <= 1)).flatten(1).all(1)
+
+    def __str__(self) -> str:
+        scaled = self.eps * 255
+        whole = self.norm == "linf" and abs(scaled - round(scaled)) < 1e-9
+        return f"{'ℓ∞' if self.norm == 'linf' else 'ℓ2'} {f'{round(scaled)}/255' if whole else f'{self.eps:g}'}"
+
+
+class PixelClassifier(nn.Module):
+    """A network from pixels in [0, 1] to logits: normalisation, and perhaps a linear probe, are part of it.
+
+    So a bound on the change and the clamp to [0, 1] mean pixels, and gradients flow through all there is.
+
+    Args:
+        model: the network; takes normalised images. Its mode is left to the caller: evaluation mode for attacks.
+        mean, std: of each channel. Default: 0 and 1 for however many channels come, no normalisation.
+        probe: classifies features; needs ``tap``. Default: the network's own output classifies.
+        tap: where features are taken.
+
+    Shape: (n, c, h, w) to (n, classes). One channel is repeated for a network with more (``len(mean)``).
+
+    Example::
+
+        classifier = PixelClassifier(model.eval(), (0.5,), (0.25,))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        probe: Probe | None = None,
+        tap: Tap | None = None,
+    ) -> None:
+        super().__init__()
+        if (probe is None) != (tap is None):
+            raise ValueError("probe and tap must be given together")
+        if (mean is None) != (std is None) or (mean is not None and len(mean) != len(std or ())):
+            raise ValueError(f"mean and std must be given together, with one value per channel, got {mean} and {std}")
+        self.model, self.tap = model, tap
+        self.channels = None if mean is None else len(mean)
+        place = next((p.device for p in model.parameters()), torch.device("cpu"))
+        for name, values in (("mean", mean or (0.0,)), ("std", std or (1.0,))):
+            self.register_buffer(name, torch.tensor(values, device=place)[:, None, None])
+        self.head: nn.Linear | None = None
+        if probe is not None:
+            # ((x - mean) / scale) @ weight.T + bias in one product, the constants formed in float64
+            weight = probe.weight / probe.scale
+            bias = probe.bias - (probe.weight * (probe.mean / probe.scale)).sum(1)
+            self.head = nn.Linear(weight.shape[1], weight.shape[0], device=place).requires_grad_(False)
+            with torch.no_grad():
+                self.head.weight.copy_(torch.from_numpy(weight))
+                self.head.bias.copy_(torch.from_numpy(bias))
+
+    mean: Tensor
+    std: Tensor
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if self.channels is not None and pixels.shape[1] == 1:
+            pixels = pixels.expand(-1, self.channels, -1, -1)
+        images = (pixels - self.mean) / self.std
+        if self.head is None or self.tap is None:
+            return output_tensor(self.model(images))
+        with self.tap.capture(self.model, gradients=True) as features:
+            return self.head(features(images))
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What attacks left: for every image, whether it was classified rightly at first, and after each attack."""
+
+    clean: Tensor
+    after: dict[str, Tensor] = field(default_factory=dict)
+    adversarial: Tensor | None = None
+
+    @property
+    def robust(self) -> Tensor:
+        """bool (n,): right on the clean image and after every attack."""
+        return list(self.after.values())[-1] if self.after else self.clean
+
+    def accuracies(self) -> dict[str, float]:
+        """Accuracy on clean images and after each attack, in order; each attack sees what the ones before it left."""
+        steps = {"clean": self.clean, **self.after}
+        return {name: float(right.double().mean()) for name, right in steps.items()}
+
+
+def attack(
+    classifier: nn.Module,
+    pixels: Tensor,
+    labels: Tensor,
+    threat: Threat,
+    *,
+    attacks: Sequence[str] | None = None,
+    iterations: int = 100,
+    queries: int = 5000,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Attacked:
+    """Attack a classifier with an ensemble: each attack tries the images that withstood the ones before it.
+
+    What an attack returns is checked here, not believed: an image counts as fooled if the change is within the bound,
+    the pixels are in [0, 1], and the classifier errs on it.
+
+    Args:
+        classifier: from pixels in [0, 1] to logits, deterministic, in evaluation mode: :class:`PixelClassifier`.
+        pixels: float32 (n, c, h, w) in [0, 1].
+        labels: int64 (n,).
+        threat: norm and bound.
+        attacks: some of "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t" and "square". Default: AutoAttack's standard
+            version, which is APGD on the cross-entropy, targeted APGD, targeted FAB and, without gradients, Square. With
+            fewer than four classes targeted APGD has no loss, and is left out.
+        iterations: of APGD and FAB; AutoAttack's: 100.
+        queries: of Square, per image; AutoAttack's: 5000.
+        batch_size: images at once.
+        seed: of random starts and of Square.
+
+    Returns:
+        :class:`Attacked`, tensors on the CPU.
+
+    Raises:
+        ValueError: an unknown attack or one that the number of classes rules out, pixels outside [0, 1], a bad number.
+        ImportError: pyautoattack is missing; the message names the extra.
+
+    Example:
+        >>> result = attack(classifier, pixels, labels, Threat("linf", 8 / 255))  # doctest: +SKIP
+        >>> result.accuracies()  # doctest: +SKIP
+
+    Source: Croce and Hein 2020 (AutoAttack); Curvature Tuning paper, section 4.3. Unlike the paper's code, bounds are in
+    pixels: normalisation happens inside the network.
+    """
+    if pixels.dim() != 4 or not pixels.is_floating_point() or not bool(((pixels >= 0) & (pixels <= 1)).all()):
+        raise ValueError(
+            f"pixels must be floating point (n, c, h, w) in [0, 1], got {pixels.dtype} of shape {tuple(pixels.shape)}"
+            + (f" from {pixels.min():g} to {pixels.max():g}" if pixels.numel() else "")
+        )
+    for name, value in (("iterations", iterations), ("queries", queries), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if threat.norm == "l2" and "square" in (STANDARD if attacks is None else attacks) and min(pixels.shape[2:]) < 5:
+        raise ValueError(f"attacks: square in l2 needs images of at least 5 x 5, got the shape {tuple(pixels.shape)}")
+    place = next(classifier.parameters(), pixels).device
+    with _frozen(classifier), torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        batches = [slice(i, i + batch_size) for i in range(0, len(pixels), batch_size)]
+        parts = []
+        for batch in batches:
+            x, y = pixels[batch].to(place, torch.float32), labels[batch].to(place)
+            with torch.no_grad():
+                logits = classifier(x)
+            names = check_attacks(attacks, logits.shape[1])
+            ensemble = _ensemble(classifier, threat, logits.shape[1], iterations, queries, seed, place)
+            parts.append(_batch(classifier, ensemble, names, x, y, threat))
+    if not parts:
+        raise ValueError("pixels must hold at least one image, got none")
+    return Attacked(
+        torch.cat([p.clean for p in parts]),
+        {name: torch.cat([p.after[name] for p in parts]) for name in parts[0].after},
+        torch.cat([p.adversarial for p in parts if p.adversarial is not None]),
+    )
+
+
+def check_attacks(attacks: Sequence[str] | None, classes: int) -> tuple[str, ...]:
+    """The attacks to run on so many classes. ValueError for an unknown one, or one asked for that cannot be run."""
+    if attacks is None:
+        return tuple(name for name in STANDARD if classes >= LEAST_CLASSES.get(name, 2))
+    names = tuple(dict.fromkeys(attacks))
+    if not names or any(name not in ATTACKS for name in names):
+        raise ValueError(f"attacks must be some of {list(ATTACKS)}, got {list(attacks)}")
+    for name in names:
+        if classes < LEAST_CLASSES.get(name, 2):
+            raise ValueError(f"attacks: {name} needs at least {LEAST_CLASSES[name]} classes, got {classes}")
+    return names
+
+
+def _batch(
+    classifier: nn.Module, ensemble: Any, names: Sequence[str], x: Tensor, y: Tensor, threat: Threat
+) -> Attacked:
+    with torch.no_grad():
+        right = classifier(x).argmax(1) == y
+    clean, adversarial, after = right.cpu(), x.clone(), {}
+    for name in names:
+        left = right.nonzero()[:, 0]
+        if len(left):
+            found = _run(ensemble, name, x[left].clone(), y[left].clone()).detach()
+            with torch.no_grad():
+                fooled = threat.allows(x[left], found) & (classifier(found).argmax(1) != y[left])
+            adversarial[left[fooled]] = found[fooled]
+            right = right.clone()
+            right[left[fooled]] = False
+        after[name] = right.cpu()
+    return Attacked(clean, after, adversarial.cpu())
+
+
+def _ensemble(
+    classifier: nn.Module, threat: Threat, classes: int, iterations: int, queries: int, seed: int, place: torch.device
+) -> Any:
+    """The authors' attacks as their standard version has them, but for iterations, queries and few classes."""
+    package = require("pyautoattack", "lab", "adversarial attacks")
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)  # it reports each image without a gradient
+    made = package.AutoAttack(
+        classifier, norm=NORMS[threat.norm], eps=threat.eps, seed=seed, version="standard", device=place
+    )
+    for part in (made.apgd, made.apgd_targeted, made.fab):
+        part.n_iter = iterations
+    for part in (made.apgd, made.apgd_targeted):  # where it looks whether to halve its step, by share of the iterations
+        part.n_iter_orig = iterations
+        part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(f * iterations), 1) for f in (0.22, 0.06, 0.03))
+    made.apgd_targeted.n_target_classes = made.fab.n_target_classes = min(TARGETS, classes - 1)
+    made.square.n_queries = queries
+    return made
+
+
+def _run(made: Any, name: str, x: Tensor, y: Tensor) -> Tensor:
+    if name.startswith("apgd"):
+        if name == "apgd-t":
+            return made.apgd_targeted.perturb(x, y)
+        made.apgd.loss = name.removeprefix("apgd-")
+        return made.apgd.perturb(x, y)
+    if name == "square":
+        with torch.no_grad():
+            return made.square.perturb(x, y)
+    made.fab.targeted = name == "fab-t"
+    return made.fab.perturb(x, y)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters without gradients, so that attacks do not pay for them; and back to what each was."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    for p, _ in before:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, wanted in before:
+            p.requires_grad_(wanted)

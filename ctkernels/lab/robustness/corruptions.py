@@ -1,0 +1,84 @@
+"""Common corruptions (noise, blur, weather, digital) of images, seeded, from a maintained library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._extras import require
+
+CORRUPTIONS = (
+    *("gaussian_noise", "shot_noise", "impulse_noise"),
+    *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness"),
+    *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+)
+OWN_SEED = ("impulse_noise", "glass_blur")  # do not draw from NumPy's global state
+LEAST_SIDE = 32
+
+
+def corrupt(pixels: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
+    """Corrupt images as ImageNet-C and CIFAR-10-C do.
+
+    Every image has randomness of its own, which depends on ``seed``, ``name``, ``severity`` and its number alone.
+
+    Args:
+        pixels: floating point (n, 1 or 3, h, w) in [0, 1], at least 32 x 32.
+        name: one of ``CORRUPTIONS``.
+        severity: 1 (mild) to 5.
+        seed: of the noise.
+
+    Returns:
+        float32 (n, 3, h, w): multiples of 1/255 in [0, 1], as an 8-bit image has them.
+
+    Raises:
+        ValueError: an unknown name, another severity, images too small or out of range.
+        ImportError: imagecorruptions-imaug is missing; the message names the extra.
+
+    Example:
+        >>> foggy = corrupt(pixels, "fog", severity=3)  # doctest: +SKIP
+
+    Source: Hendrycks and Dietterich 2019.
+    """
+    check_corruptions([name], [severity])
+    if pixels.dim() != 4 or pixels.shape[1] not in (1, 3) or min(pixels.shape[2:]) < LEAST_SIDE:
+        raise ValueError(
+            f"corruptions need images (n, 1 or 3, h, w) of at least {LEAST_SIDE} x {LEAST_SIDE} pixels, "
+            f"got the shape {tuple(pixels.shape)}"
+        )
+    if not bool(((pixels >= 0) & (pixels <= 1)).all()):
+        raise ValueError(f"pixels must be in [0, 1], got values from {pixels.min():g} to {pixels.max():g}")
+    numpy = require("numpy", "lab", "common corruptions")
+    library = require("imagecorruptions", "lab", "common corruptions")
+    images = (pixels * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
+    done = []
+    for number, image in enumerate(images):
+        entropy = [seed, CORRUPTIONS.index(name), severity, number]
+        own = int(numpy.random.SeedSequence(entropy).generate_state(1)[0]) >> 1
+        keywords = {"seed": own} if name in OWN_SEED else {}
+        with _seeded(numpy, own):
+            done.append(library.corrupt(image, severity=severity, corruption_name=name, **keywords))
+    return torch.from_numpy(numpy.stack(done)).permute(0, 3, 1, 2).float() / 255
+
+
+def check_corruptions(names: Iterable[str], severities: Iterable[int]) -> None:
+    """ValueError unless all names and severities are known."""
+    if unknown := sorted(set(names) - set(CORRUPTIONS)):
+        raise ValueError(f"corruptions must be some of {list(CORRUPTIONS)}, got {unknown}")
+    if bad := sorted(s for s in set(severities) if s not in (1, 2, 3, 4, 5)):
+        raise ValueError(f"severities must be some of 1 to 5, got {bad}")
+
+
+@contextmanager
+def _seeded(numpy: Any, seed: int) -> Iterator[None]:
+    """NumPy's global random state, which the library draws from, set for as long as the context lasts."""
+    before = numpy.random.get_state()
+    numpy.random.seed(seed)
+    try:
+        yield
+    finally:
+        numpy.random.set_state(before)

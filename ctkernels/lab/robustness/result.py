@@ -1,0 +1,207 @@
+"""What a robustness evaluation found: accuracies image by image, tables, and one honest sentence per condition."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from ..._files import write_text
+from ..search.result import SIGNIFICANT, sign_test, versions
+
+SCHEMA = "ctkernels.robust/1"
+METHODS = {"plain": "plain network", "s-ct": "S-CT", "t-ct": "T-CT"}
+MASKED = 0.002  # AutoAttack's own threshold for calling its result unreliable
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A beta (None: the plain network) on the validation images: accuracy under a condition, and without it."""
+
+    beta: float | None
+    accuracy: float
+    clean: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A classifier on the test images under a condition.
+
+    Attributes:
+        right: of every image, in [0, 1]: whether it was right under the condition (its share of the corruptions).
+        clean: accuracy on the images as they are.
+        steps: of an attack, the accuracy left after each attack of the ensemble; of corruptions, the accuracy on each.
+    """
+
+    right: tuple[float, ...]
+    clean: float
+    steps: dict[str, float]
+
+    @property
+    def accuracy(self) -> float:
+        return mean(self.right)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the attack without gradients fooled more than those with: then these were led astray."""
+        before = [a for name, a in self.steps.items() if name != "square"]
+        return bool(before) and "square" in self.steps and self.steps["square"] < before[-1] - MASKED
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A difference of accuracy between two classifiers on the same images."""
+
+    points: float
+    standard_error: float
+    p_value: float
+
+    def to_dict(self) -> dict[str, float]:
+        return {"gain": self.points, "standard_error": self.standard_error, "p_value": self.p_value}
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """The outcome of :func:`robustness`. Accuracies are in [0, 1].
+
+    Attributes:
+        conditions: ``name``, ``kind`` ("attack" or "corruption") and what defines each.
+        validation: per condition every beta that was tried.
+        chosen: per condition the beta that validation chose; None is a plain network that is not beta = 1.
+        test: per condition and method ("plain", "s-ct", and those given as trained) the outcome. "s-ct" is absent where
+            validation kept the plain network.
+        plain_is_beta_1: whether the network at beta = 1 is the plain one.
+        sites, missed: names of what was, and what could not be, steered.
+        sizes: images in ``train``, ``val`` and ``test``, and ``classes``.
+        arguments: what the recipe was called with.
+        seconds: ``validation``, ``test`` and ``total``.
+    """
+
+    conditions: tuple[dict[str, Any], ...]
+    validation: dict[str, tuple[Trial, ...]]
+    chosen: dict[str, float | None]
+    test: dict[str, dict[str, Outcome]]
+    plain_is_beta_1: bool
+    sites: tuple[str, ...]
+    missed: tuple[str, ...]
+    sizes: dict[str, int]
+    arguments: dict[str, Any]
+    seconds: dict[str, float]
+
+    def gain(self, condition: str, method: str) -> Gain:
+        """Of ``method`` over the plain network, paired by image; the p-value is that of a two-sided sign test."""
+        plain, other = self.test[condition]["plain"].right, self.test[condition][method].right
+        differences = [b - a for a, b in zip(plain, other)]
+        n = len(differences)
+        error = stdev(differences) / math.sqrt(n) if n > 1 else 1.0
+        wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+        return Gain(mean(differences), error, sign_test(wins, losses))
+
+    def verdict(self) -> str:
+        """One sentence per condition and method."""
+        lines = []
+        for condition in self.test:
+            rows = self.test[condition]
+            plain = rows["plain"]
+            n = len(plain.right)
+            if "s-ct" not in rows:
+                lines.append(
+                    f"{condition}, S-CT: steering did not help: no beta did better than the plain network in validation; "
+                    f"it scored {_percent(plain.accuracy)} ({_percent(plain.clean)} clean) on {n} test images."
+                )
+            for method in rows:
+                if method != "plain":
+                    lines.append(self._sentence(condition, method))
+            for method, outcome in rows.items():
+                if outcome.masked:
+                    lines.append(
+                        f"{condition}, {METHODS.get(method, method)}: do not trust this number: the attack without "
+                        "gradients fooled images that those with gradients did not, so the gradients mislead."
+                    )
+        return "\n".join(lines)
+
+    def _sentence(self, condition: str, method: str) -> str:
+        rows, gain = self.test[condition], self.gain(condition, method)
+        plain, own = rows["plain"], rows[method]
+        beta = self.chosen[condition]
+        name = METHODS.get(method, method) + (f" at beta = {beta:g}" if method == "s-ct" and beta is not None else "")
+        numbers = (
+            f"{_percent(own.accuracy)} against {_percent(plain.accuracy)} for the plain network, "
+            f"{100 * gain.points:+.1f} ± {100 * gain.standard_error:.1f} points (standard error) on {len(own.right)} "
+            f"test images, p = {gain.p_value:.2g}; clean {_percent(own.clean)} against {_percent(plain.clean)}"
+        )
+        if gain.p_value >= SIGNIFICANT:
+            return f"{condition}, {name}: no difference beyond chance was shown: {numbers}."
+        return f"{condition}, {name}: it {'helped' if gain.points > 0 else 'hurt'}: {numbers}."
+
+    def table(self) -> str:
+        """Test accuracies as text: a row per condition and method."""
+        lines = [["condition", "method", "beta", "clean", "accuracy", "gain", "worst step"]]
+        for condition, rows in self.test.items():
+            for method, outcome in rows.items():
+                beta = self.chosen[condition] if method == "s-ct" else None
+                gain = self.gain(condition, method)
+                worst = min(outcome.steps, key=lambda name: outcome.steps[name]) if outcome.steps else "–"
+                lines.append(
+                    [
+                        condition,
+                        METHODS.get(method, method),
+                        "–" if beta is None else f"{beta:g}",
+                        _percent(outcome.clean),
+                        _percent(outcome.accuracy),
+                        "–" if method == "plain" else f"{100 * gain.points:+.1f} ± {100 * gain.standard_error:.1f}",
+                        f"{worst} {_percent(outcome.steps[worst])}" if outcome.steps else "–",
+                    ]
+                )
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        return "\n".join("  ".join(t.ljust(w) for t, w in zip(line, widths)).rstrip() for line in lines)
+
+    def to_dict(self, **extra: Any) -> dict[str, Any]:
+        """Everything as plain values for JSON, with ``extra`` entries (a command line, say) at the end."""
+        return {
+            "schema": SCHEMA,
+            "verdict": self.verdict(),
+            "conditions": [
+                {
+                    **condition,
+                    "chosen": self.chosen[condition["name"]],
+                    "validation": [
+                        {"beta": t.beta, "accuracy": t.accuracy, "clean": t.clean}
+                        for t in self.validation[condition["name"]]
+                    ],
+                    "test": [self._row(condition["name"], method) for method in self.test[condition["name"]]],
+                }
+                for condition in self.conditions
+            ],
+            "plain_is_beta_1": self.plain_is_beta_1,
+            "sites": list(self.sites),
+            "missed": list(self.missed),
+            "sizes": self.sizes,
+            "arguments": self.arguments,
+            "seconds": self.seconds,
+            "versions": versions("pyautoattack", "imagecorruptions-imaug"),
+            **extra,
+        }
+
+    def _row(self, condition: str, method: str) -> dict[str, Any]:
+        outcome = self.test[condition][method]
+        return {
+            "method": method,
+            "accuracy": outcome.accuracy,
+            "clean": outcome.clean,
+            "steps": outcome.steps,
+            "masked": outcome.masked,
+            "images": len(outcome.right),
+            **({} if method == "plain" else self.gain(condition, method).to_dict()),
+        }
+
+    def save(self, path: str | os.PathLike[str], **extra: Any) -> None:
+        """Write :meth:`to_dict` as JSON, through a temporary name."""
+        write_text(path, json.dumps(self.to_dict(**extra), indent=1) + "\n")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

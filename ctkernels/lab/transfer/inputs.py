@@ -1,0 +1,152 @@
+"""What :func:`compare_transfer` is given, checked before any long work starts, and made ready for the networks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from ... import steer
+from ..._factories import check_takes
+from ...steering.activations import RELU_FAMILY
+from ..betas import check_labels
+from ..images.features import output_tensor
+from ..images.sets import ImageSet, Preprocess, Splits, normalised_like
+from ..search.reading import evaluation
+from .heads import with_head
+from .methods import Method
+
+Models = Mapping[str, nn.Module | Callable[[], nn.Module]]
+NORMALISE = ("target", "imagenet")
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How images are made ready and split; the paper's ways by default.
+
+    Args:
+        size, resize: as of :class:`Preprocess`.
+        normalise: "target": with the mean and deviation of the training images; "imagenet": with ImageNet's.
+        val, test: fractions to cut off the training images where the data has no such split.
+        max_train: at most so many images for training and for the validation that is cut off them.
+        max_test: at most so many images for test.
+    """
+
+    size: int = 224
+    resize: int | None = None
+    normalise: str = "target"
+    val: float = 0.2
+    test: float = 0.2
+    max_train: int | None = None
+    max_test: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.normalise not in NORMALISE:
+            raise ValueError(f"normalise must be one of {NORMALISE}, got {self.normalise!r}")
+        Preprocess(self.size, self.resize)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One seed's images, ready for the network, and their labels. The test images are every seed's."""
+
+    train: Dataset[Any]
+    val: Dataset[Any]
+    test: Dataset[Any]
+    labels: dict[str, Tensor]
+
+
+def draw(splits: Splits, options: ImageOptions, seed: int, memory: int) -> Draw:
+    """Split and prepare; images are kept prepared if all take at most ``memory`` bytes, else made when read."""
+    parts = split(splits, options, seed)
+    preprocess = Preprocess(options.size, options.resize)
+    if options.normalise == "target":
+        preprocess = normalised_like(preprocess, parts["train"])
+    ready = {name: part.prepared(preprocess) for name, part in parts.items()}
+    labels = {name: part.labels for name, part in parts.items()}
+    keep = sum(map(len, parts.values())) * 3 * 4 * options.size**2 <= memory
+    found = {name: _kept(part) if keep else part for name, part in ready.items()}
+    return Draw(**found, labels=labels)
+
+
+def split(splits: Splits, options: ImageOptions, seed: int) -> dict[str, ImageSet]:
+    o = options
+    parts = splits.complete(val=o.val, test=o.test, seed=seed, max_train=o.max_train, max_test=o.max_test, test_seed=0)
+    return dict(zip(("train", "val", "test"), parts))
+
+
+def _kept(images: ImageSet) -> TensorDataset:
+    return TensorDataset(torch.stack([images[i][0] for i in range(len(images))]), images.labels)
+
+
+def check_data(name: str, splits: Splits, options: ImageOptions, seeds: Sequence[int]) -> dict[str, Any]:
+    """What the result says about a data set.
+
+    Raises:
+        ValueError: too few images of a class to split, one class only, a class to predict that was not learnt, NaN.
+    """
+    try:
+        for part in (splits.train, splits.val, splits.test):
+            images = None if part is None else part.images
+            if isinstance(images, Tensor) and images.is_floating_point():
+                bad = int((~images.flatten(1).isfinite().all(1)).sum())
+                if bad:
+                    raise ValueError(f"images must be finite, {bad} of {len(images)} have NaN or infinity")
+        digest, sizes = hashlib.sha256(), {}
+        for seed in seeds:
+            parts = split(splits, options, seed)
+            check_labels(parts)
+            if seed == seeds[0]:  # more seeds may be added later
+                sizes = {part: len(images) for part, images in parts.items()}
+                for images in parts.values():
+                    digest.update(images.labels.numpy().tobytes())
+                    digest.update(images.raw(0).contiguous().numpy().tobytes())
+    except ValueError as error:
+        raise ValueError(f"data {name}: {error}") from error
+    classes = list(splits.train.classes)
+    return {"source": splits.source, "classes": classes, "sizes": sizes, "digest": digest.hexdigest()[:16]}
+
+
+def check_model(
+    name: str, model: nn.Module, methods: Sequence[Method], size: int, activations: Sequence[str] | None
+) -> dict[str, Any]:
+    """What the result says about a network.
+
+    Raises:
+        ValueError: it takes no images of this size, a method needs an activation to treat and it has none, or a layer
+            for LoRA.
+    """
+    try:
+        with evaluation(model):
+            _try(model, methods, size, activations)
+    except ValueError as error:
+        raise ValueError(f"model {name}: {error}") from error
+    return {"class": type(model).__name__, "digest": digest_of(model)}
+
+
+def _try(model: nn.Module, methods: Sequence[Method], size: int, activations: Sequence[str] | None) -> None:
+    """Every method once on one made-up image, without training."""
+    place = next((p.device for p in model.parameters()), torch.device("cpu"))
+    example = torch.zeros(1, 3, size, size, device=place)
+    output_tensor(check_takes(model, example, what="images"))
+    if any(m.coeff is not None for m in methods):
+        with steer(model, 1.0, activations=RELU_FAMILY if activations is None else activations):
+            pass
+    for method in methods:
+        if method.attach is not None:
+            network, head = with_head(model, example, classes=2)
+            method.attach(network, head, method.settings()[0], activations, size)
+
+
+def digest_of(model: nn.Module) -> str:
+    """A short hash of a network's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

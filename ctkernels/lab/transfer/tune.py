@@ -1,0 +1,244 @@
+"""One network, one data set: the best fixed knob first, then learned ones from there, saved as an adapter."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..._extras import require
+from ..._files import read_json
+from ...steering import steer
+from .._weights import read_weights, save_weights
+from ..images.sets import Preprocess, Splits, normalised_like
+from .frozen import recalibrated
+from .heads import with_head
+from .inputs import ImageOptions, draw, split
+from .methods import method
+from .protocol import compare_transfer
+from .result import SCHEMA, Cell, Setting, TransferComparison, display, read_comparison
+from .soundness import weights_path
+from .state import batch_norms, load_state
+
+HIGHEST = 0.99  # the rate of change of a learned beta dies as 1 - beta, so it cannot start nearer to 1
+STAGES = ("linear", "sct", "tct")
+HEAD, STATISTICS = "head.safetensors", "statistics.safetensors"
+
+
+def tune_curvature(
+    model: nn.Module | Callable[[], nn.Module],
+    data: Splits,
+    out: str | PathLike[str],
+    *,
+    name: str = "model",
+    data_name: str = "data",
+    seed: int = 42,
+    lr: Sequence[float] = (0.1,),
+    head_lr: Sequence[float] = (1e-3,),
+    images: ImageOptions | None = None,
+    extra: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> TransferComparison:
+    """Learn a network's curvature on new data (T-CT), starting at the fixed beta that suits it best (S-CT).
+
+    First a linear probe and S-CT, as in :func:`compare_transfer`. Then a beta and a coefficient per channel are learned
+    together with a new head, from the beta that validation chose; from :class:`CurvatureConfig`'s default where it chose
+    the plain network. The stage with the best validation accuracy is kept, of equals the simplest: as a PEFT adapter in
+    ``out/adapter`` if that is T-CT, else as a head in ``out/head.safetensors``. :func:`load_tuned` puts it on the network
+    again. A T-CT below the linear probe on validation is warned of.
+
+    Args:
+        model: the pretrained network, or a function that builds it.
+        data: labelled images.
+        out: folder for ``result.json``, ``weights`` and what is kept. A call that was cut short goes on from there.
+        name, data_name: what they are called in the result.
+        seed: of the splits, initial weights and order.
+        lr: rates of the curvature to try.
+        head_lr: rates of the head to try, for all three stages.
+        images: how images are made ready and split.
+        extra: more entries for the result file.
+        options: ``betas``, ``budget``, ``bn``, ``activations`` and others of :func:`compare_transfer`.
+
+    Raises:
+        ValueError, ImportError: as :func:`compare_transfer`.
+
+    Example:
+        >>> result = tune_curvature(load_model("resnet18"), load_data("photos/"), "out/tune")  # doctest: +SKIP
+        >>> network = load_tuned(load_model("resnet18"), "out/tune")  # doctest: +SKIP
+
+    Source: Curvature Tuning paper, sections 3.3 and 4.1.
+    """
+    o, folder = images or ImageOptions(), Path(out)
+    head = {"head_lr": list(head_lr)}
+    common: dict[str, Any] = {"seeds": (seed,), "images": o, "out": out, **options}
+    sources, sets = {name: model}, {data_name: data}
+    method("tct").settings({"lr": list(lr), **head})  # refuse bad rates before the first stage
+    fixed = compare_transfer(
+        sources, sets, methods=("linear", "sct"), grids={"linear": head, "sct": head}, extra=extra, **common
+    )
+    chosen = fixed.tested(name, data_name, "sct")[0].detail["beta"]
+    start = {} if chosen is None or chosen == 1.0 else {"beta": [min(chosen, HIGHEST)]}
+    grids = {"linear": head, "sct": head, "tct": {"lr": list(lr), **head, **start}}
+    result = compare_transfer(
+        sources, sets, methods=("linear", "sct", "tct"), grids=grids, extra={**(extra or {}), "kind": "tune"}, **common
+    )
+    cells = _by_stage(result)
+    kept = kept_stage(result)
+    below = cells["linear"].validation["accuracy"] - cells["tct"].validation["accuracy"]
+    if below > 0:
+        warnings.warn(
+            f"T-CT ended {100 * below:.1f} points below the linear probe on validation; {display(kept)} is kept. A lower "
+            f"rate (lr, now {cells['tct'].setting['lr']:g}) or more epochs may help",
+            stacklevel=2,
+        )
+    train = split(data, o, seed)["train"]
+    preprocess = Preprocess(o.size, o.resize)
+    if o.normalise == "target":
+        preprocess = normalised_like(preprocess, train)
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        built = (model if isinstance(model, nn.Module) else model()).cpu()
+        cell, classes = cells[kept], len(train.classes)
+        state, own_statistics = read_weights(weights_path(folder, cell)), result.setup["bn"] != "eval"
+        for stale in (folder / HEAD, folder / STATISTICS):
+            stale.unlink(missing_ok=True)
+        if kept == "tct":
+            network = _network(built, classes, cell.setting, o.size, result.setup["activations"])
+            load_state(network, state)
+            _save(network, folder / "adapter", own_statistics)
+        else:
+            shutil.rmtree(folder / "adapter", ignore_errors=True)  # of an earlier call, which chose among fewer runs
+            save_weights(folder / HEAD, state)
+            if result.setup["bn"] == "train":
+                network, _ = with_head(built.eval(), _example(built, o.size), classes)
+                _steered(network, cell, result.setup["activations"])
+                batch = result.setup["budget"]["batch_size"]
+                with torch.no_grad(), recalibrated(network, draw(data, o, seed, 0).train, network, batch, 0):
+                    save_weights(folder / STATISTICS, _statistics(network))
+        tuned = {
+            "kept": kept,
+            **({"adapter": "adapter"} if kept == "tct" else {"head": HEAD}),
+            "classes": list(train.classes),
+            "size": preprocess.size,
+            "resize": preprocess.resize,
+            "mean": list(preprocess.mean),
+            "std": list(preprocess.std),
+        }
+        result.save(folder / "result.json", **(extra or {}), kind="tune", tuned=tuned)
+    return result
+
+
+def load_tuned(model: nn.Module, folder: str | PathLike[str]) -> tuple[nn.Module, Preprocess, tuple[str, ...]]:
+    """What :func:`tune_curvature` kept in a folder, T-CT, S-CT or the plain network, on a copy of the pretrained network.
+
+    Args:
+        model: the network as it was before.
+        folder: ``out`` of :func:`tune_curvature`.
+
+    Returns:
+        the network in evaluation mode, from (n, 3, size, size) to logits (n, classes); what makes an image ready for
+        it; the classes.
+
+    Raises:
+        ValueError: the folder has no such result, or the network is another one.
+    """
+    peft = require("peft", "adapters", "loading an adapter")
+    from ...adapters import CurvatureConfig  # noqa: F401  (peft knows the method once it is imported)
+
+    path = Path(folder)
+    try:
+        values = read_json(path / "result.json")
+        tuned = values["tuned"]
+        if values["schema"] != SCHEMA:
+            raise ValueError(f"schema {values['schema']}")
+        classes, kept = tuple(tuned["classes"]), tuned.get("kept", "tct")
+        preprocess = Preprocess(tuned["size"], tuned["resize"], tuple(tuned["mean"]), tuple(tuned["std"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must hold what tune_curvature left, got {error!r}") from None
+    network, head = with_head(model.eval(), _example(model, preprocess.size), len(classes))
+    statistics = path / STATISTICS
+    if kept == "tct":
+        adapter = path / tuned["adapter"]
+        if not (adapter / "adapter_model.safetensors").is_file():  # else peft asks the hub for it
+            raise ValueError(f"{adapter}: expected adapter_model.safetensors, found none")
+        read_weights(adapter / "adapter_model.safetensors")
+        try:
+            network = peft.PeftModel.from_pretrained(network, str(adapter))
+        except RuntimeError as error:
+            raise ValueError(f"the adapter in {path} does not fit {type(model).__name__}: {error}") from error
+        statistics = adapter / STATISTICS
+    else:
+        result = read_comparison(path / "result.json")
+        _steered(network, _by_stage(result)[kept], result.setup["activations"])
+        try:
+            network.get_submodule(head).load_state_dict(read_weights(path / tuned["head"]))
+        except RuntimeError as error:
+            raise ValueError(f"the head in {path} does not fit {type(model).__name__}: {error}") from error
+    if statistics.is_file():
+        load_state(network, read_weights(statistics))
+    return network.eval(), preprocess, classes
+
+
+def kept_stage(result: TransferComparison) -> str:
+    """The stage with the best validation accuracy: ``linear``, ``sct`` or ``tct``; of equals the simplest."""
+    cells = _by_stage(result)
+    return max(STAGES, key=lambda name: cells[name].validation["accuracy"])
+
+
+def stages(result: TransferComparison) -> str:
+    """What each stage gave on the test images, and which one is kept."""
+    lines = []
+    for name, cell in _by_stage(result).items():
+        how = f", beta = {cell.detail['beta']:g}" if cell.detail.get("beta") is not None else ""
+        lines.append(
+            f"{display(name)}{how}: validation {100 * cell.validation['accuracy']:.1f} %, "
+            f"test {100 * (cell.test or 0):.1f} %, {cell.parameters:,} numbers learned besides the head"
+        )
+    return "\n".join([*lines, f"validation prefers: {display(kept_stage(result))}, which is kept"])
+
+
+def _by_stage(result: TransferComparison) -> dict[str, Cell]:
+    (model,), (data,) = result.models, list(result.setup["data"])
+    return {name: result.tested(model, data, name)[0] for name in STAGES}
+
+
+def _steered(network: nn.Module, cell: Cell, activations: Sequence[str] | None) -> None:
+    """Steers as a frozen stage did; nothing for the plain network."""
+    beta, coeff = cell.detail.get("beta"), cell.detail.get("coeff")
+    if beta is not None and coeff is not None:
+        options: dict[str, Any] = {} if activations is None else {"activations": tuple(activations)}
+        steer(network, beta, coeff=coeff, **options)
+
+
+def _network(
+    model: nn.Module, classes: int, setting: Setting, size: int, activations: Sequence[str] | None
+) -> nn.Module:
+    network, head = with_head(model.eval(), _example(model, size), classes)
+    attach = method("tct").attach
+    assert attach is not None
+    return attach(network, head, setting, activations, size).network
+
+
+def _example(model: nn.Module, size: int) -> torch.Tensor:
+    return torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
+
+
+def _statistics(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of batch normalisation by name."""
+    names = {id(b): name for name, b in network.named_buffers()}
+    return {names[id(b)]: b for module in batch_norms(network) for b in module.buffers()}
+
+
+def _save(network: nn.Module, folder: Path, statistics: bool) -> None:
+    from ...adapters import save_adapter
+
+    save_adapter(network, folder)
+    if statistics:
+        save_weights(folder / STATISTICS, _statistics(network))

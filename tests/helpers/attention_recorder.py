@@ -1,0 +1,68 @@
+"""Runs the attention kernels' own launch code on CPU tensors: see :mod:`triton_recorder`. Only where Triton is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from ptx import Memory, parse
+from ptx.launch import Launch, execute
+from roofline.ahead_of_time import compiled
+from torch import Tensor
+
+from ctkernels.ops import launcher
+from ctkernels.ops.attention import cost_model, function, op
+from ctkernels.ops.attention.triton import launch as triton_launch
+
+WRITES = {
+    "forward_kernel": ("y", "z", "lse"),
+    "split_kernel": ("part", "part_peak", "part_total"),
+    "join_kernel": ("y", "z", "lse"),
+    "prepare_kernel": ("dz", "delta", "partial"),
+    "edit_kernel": ("dm", "da", "dg_m", "dg_a"),
+    "keys_kernel": ("dk", "dv"),
+    "queries_kernel": ("dq",),
+}
+
+
+class Recorder:
+    """Stands in for ``launcher.launch``. ``launches`` keeps (kernel name, grid, arguments, constants, compiled)."""
+
+    def __init__(self, sm: int = 80, approx: int = 0, races: bool = True):
+        self.sm, self.approx, self.races = sm, approx, races
+        self.launches: list[tuple[str, int, dict[str, Any], dict[str, Any], Any]] = []
+
+    def __call__(self, kernel: Any, grid: int, args: dict[str, Any], meta: dict[str, Any]) -> None:
+        found, values = compiled(kernel, args, meta, self.sm)
+        name = kernel.__name__
+        self.launches.append((name, grid, args, meta, found))
+        tensors = {n: t for n, t in values.items() if isinstance(t, Tensor)}
+        outputs = {n: t for n, t in tensors.items() if n in WRITES[name]}
+        text, memory = found.asm["ptx"], Memory()
+        (entry,) = parse(text).entries
+        hidden = len(parse(text).functions[entry].params) - len(values)
+        block = (32 * found.metadata.num_warps,)
+        launch = Launch(text, entry, (grid,), block, found.metadata.shared, [*values.values(), *[0] * hidden])
+        execute(
+            [launch],
+            memory=memory,
+            unwritten=outputs.values(),
+            readonly=[t for n, t in tensors.items() if n not in outputs],
+            races=self.races,
+            approx=self.approx,
+        )
+        for n, t in outputs.items():
+            partly = n == "partial" and args["z"] is None  # the sums that need z
+            assert partly or memory.written(t).all(), f"{name} leaves part of {n} unwritten"
+
+
+@contextmanager
+def fused_on_cpu(recorder: Recorder) -> Iterator[Recorder]:
+    """attention_head_edit goes through its Triton launch code, whose kernels go through ``recorder``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "launch", recorder)
+        patch.setattr(op, "kernels", lambda q: triton_launch)
+        patch.setattr(function, "choose", lambda *args: cost_model.FUSED)
+        yield recorder

@@ -1,0 +1,49 @@
+"""Shared fixtures. Uninitialised memory is filled with NaN throughout, so that a value nobody wrote shows up."""
+
+import os
+from collections.abc import Iterator
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers fill the cores already
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+import ctkernels
+from ctkernels.ops import backends
+
+# The native kernels must not be skipped by accident: `make test` and CI say what has to be there.
+REQUIRED = [name for name in os.environ.get("CTKERNELS_TEST_REQUIRE", "").split(",") if name]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    missing = {name: backends.BACKENDS[name].missing for name in REQUIRED if backends.BACKENDS[name].missing}
+    if missing:
+        raise pytest.UsageError(f"CTKERNELS_TEST_REQUIRE names backends that are not here: {missing}")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+CPU_BACKENDS = [
+    pytest.param(
+        name,
+        marks=[]
+        if backends.BACKENDS[name].missing is None
+        else pytest.mark.skip(reason=backends.BACKENDS[name].missing),
+    )
+    for name in ("cpu", "reference")
+]
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend that can serve a CPU tensor, forced."""
+    with ctkernels.use_backend(request.param):
+        yield request.param

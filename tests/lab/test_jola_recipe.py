@@ -1,0 +1,450 @@
+"""The JoLA recipe on a tiny random Llama: scores, protocol, resuming, command line."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctkernels import cli
+from ctkernels.lab.jola import METHODS, Answering, Cell, Example, TextData, compare_methods, draw
+from ctkernels.lab.jola import metrics as scores
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+tokenizers = pytest.importorskip("tokenizers")
+
+from ctkernels.lab.jola import load_language_model, restored, save_report, scoring  # noqa: E402
+from ctkernels.lab.jola.soundness import weights_path  # noqa: E402
+from ctkernels.lab.jola.training import Budget  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+ROOT = Path(__file__).parents[2]
+WORDS = ["red", "blue", "is", "a", "colour", "fruit", "apple", "pear", "sky", "sea", "grass", "leaf"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved tiny Llama with a tokenizer of words."""
+    path = tmp_path_factory.mktemp("tiny")
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def tiny(folder):
+    return load_language_model(folder)
+
+
+def _examples(count, choices=("fruit", "colour")):
+    """Whether the first word names a fruit: learnable."""
+    made = []
+    for i in range(count):
+        word = ("apple", "red", "pear", "blue")[i % 4]
+        rest = " ".join(WORDS[(i * k) % len(WORDS)] for k in (1, 3, 5))[: 4 + i % 9]
+        made.append(Example(f"{rest} {word} is a", ("fruit", "colour")[i % 2], choices))
+    return tuple(made)
+
+
+DATA = TextData(_examples(80))
+SMALL = {"train": 16, "val": 8, "test": 12, "budget": Budget(epochs=2, batch_size=4), "progress": False}
+GRIDS = {"jola": {"lr": [0.05], "gate_lr": [0.05, 0.5]}, "lora": {"lr": [0.01, 0.03], "rank": [2]}}
+
+
+def _without_times(result):
+    values = result if isinstance(result, dict) else result.to_dict()
+    cells = sorted(values["cells"], key=lambda c: (c["method"], c["seed"], json.dumps(c["setting"])))
+    return [{k: v for k, v in cell.items() if k != "seconds"} for cell in cells]
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_found_in_generated_text():
+    assert scores.extracted(" The answer is (B) or C.", r"\b([A-J])\b") == "B"
+    assert scores.extracted("no letter", r"\d+") == ""
+    assert scores.extracted("  Paris \n", None) == "Paris"
+    assert scores.exact_matches(["Paris.", "a  b", "x"], ["paris", "A b", "y"]) == [1.0, 1.0, 0.0]
+
+
+def test_rouge_l_by_hand():
+    pytest.importorskip("rouge_score")
+    # longest common subsequence "the cat mat": precision 3/4, recall 3/6
+    value = scores.rouge_l(["the cat a mat"], ["the cat sat on the mat"])[0]
+    assert value == pytest.approx(2 * 0.75 * 0.5 / 1.25)
+
+
+def test_bleu_by_hand():
+    pytest.importorskip("sacrebleu")
+    # 5 tokens against 6: n-gram precisions 5/5, 4/4, 3/3, 2/2 and a brevity penalty exp(1 - 6/5)
+    value = scores.bleu(["the cat sat on the"], ["the cat sat on the mat"])
+    assert value == pytest.approx(100 * math.exp(1 - 6 / 5))
+
+
+def test_probabilities_by_hand_and_padding_changes_nothing(tiny):
+    model, tokenizer = tiny
+    how = Answering()
+    rows = [
+        scoring.encode(p, a, tokenizer, how, end=False)
+        for p in ("sky is a", "red")
+        for a in ("red", "sea apple", "pear")
+    ]
+    found = scoring.log_probabilities(model, rows, 0, batch_size=4)
+    for (before, after), value in zip(rows, found):
+        logs = model(torch.tensor([before + after])).logits[0].detach().log_softmax(-1)
+        expected = sum(float(logs[len(before) + i - 1, token]) for i, token in enumerate(after))
+        assert value == pytest.approx(expected, abs=1e-4)
+    batch = scoring.collate(rows, 0)
+    tokens = sum(len(after) for _, after in rows)
+    assert float(scoring.answer_loss(model, batch).detach()) == pytest.approx(-sum(found) / tokens, abs=1e-4)
+
+
+def test_long_prompts_lose_their_beginning(tiny):
+    before, after = scoring.encode("sky sea red is a", "blue", tiny[1], Answering(max_length=3), end=True)
+    assert tiny[1].decode(before) == "a"
+    assert tiny[1].convert_ids_to_tokens(list(after)) == ["blue", "</s>"]
+    with pytest.raises(ValueError, match="max_length must leave room for a prompt"):
+        scoring.encode("sky", "blue red", tiny[1], Answering(max_length=2), end=False)
+
+
+def test_generation_in_a_batch_is_that_of_each_prompt(tiny):
+    model, tokenizer = tiny
+    prompts = ["sky", "red apple is a", "sea is"]
+    how = Answering(max_new_tokens=5)
+    alone = [scoring.generate(model, tokenizer, [p], how)[0] for p in prompts]
+    assert scoring.generate(model, tokenizer, prompts, how) == alone
+
+
+# --- the protocol -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.attach])
+def test_methods_leave_the_model_as_it_was(tiny, name):
+    model, _ = tiny
+    ids = torch.tensor([[4, 5, 6]])
+    before = {k: (v.clone(), v.requires_grad) for k, v in model.named_parameters()}
+    logits = model(ids).logits
+    with METHODS[name].attach(model, METHODS[name].settings()[0]) as attached:
+        trained = [p for group in attached.groups for p in group["params"]]
+        assert trained
+        assert {id(p) for p in trained} == {id(p) for p in attached.model.parameters() if p.requires_grad}
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.add_(0.3)
+        assert not torch.equal(attached.model(ids).logits, logits)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[k], v) and after[k].requires_grad == grad for k, (v, grad) in before.items())
+    assert torch.equal(model(ids).logits, logits)
+
+
+def test_the_protocol_from_end_to_end(tiny, tmp_path):
+    model, tokenizer = tiny
+    options = {**SMALL, "methods": ["zero-shot", "lora", "jola"], "seeds": [0, 1], "grids": GRIDS}
+    result = compare_methods(model, tokenizer, DATA, out=tmp_path, **options)
+    assert result.methods == ["zero-shot", "lora", "jola"]
+    for name in ("lora", "jola"):
+        cells = [c for c in result.cells if c.method == name]
+        assert [(c.seed, c.test is not None) for c in cells].count((0, True)) == 1  # the test is for the chosen alone
+        assert len(cells) == 3  # two settings on the first seed, the chosen one on the second
+        chosen = result.tested(name)
+        assert [c.seed for c in chosen] == [0, 1]
+        tried = [c for c in cells if c.seed == 0]
+        best = max(tried, key=lambda c: (c.validation["accuracy"], -c.validation["loss"]))
+        assert chosen[0] == best
+        for cell in cells:
+            ranks = [(e["accuracy"], -e["loss"]) for e in cell.epochs]
+            assert ranks[cell.best - 1] == max(ranks)
+    rows = {row["method"]: row for row in result.rows()}
+    values = rows["jola"]["metrics"]["accuracy"]["values"]
+    assert rows["jola"]["metrics"]["accuracy"]["mean"] == pytest.approx(sum(values) / 2)
+    assert rows["jola"]["metrics"]["accuracy"]["deviation"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert rows["jola"]["parameters"] == 2 * 4 * (2 * 8 + 2)
+    saved = json.loads((tmp_path / "result.json").read_text())
+    assert saved["verdict"] == result.verdict()
+    assert len(result.tested("jola")[0].gates) == 1 + len(result.tested("jola")[0].epochs)
+    assert len(list((tmp_path / "weights").iterdir())) == 4
+    # the same seeds give the same table, and a finished comparison is not run again
+    again = compare_methods(model, tokenizer, DATA, **options)
+    assert _without_times(again) == _without_times(result)
+    third = compare_methods(model, tokenizer, DATA, out=tmp_path, **options)
+    assert third.cells == result.cells
+    with pytest.raises(ValueError, match=r"another set-up \(different: sizes\)"):
+        compare_methods(model, tokenizer, DATA, out=tmp_path, **{**options, "train": 17})
+    # the tested weights come back, and the report is written
+    tested = draw(DATA, 0, train=16, val=8, test=12).test
+    with restored(result.tested("jola")[0], model, tmp_path) as adapted:
+        own = scoring.score_choices(adapted, tokenizer, tested, Answering())
+    assert [right for right, _ in own] == result.tested("jola")[0].each
+    pytest.importorskip("matplotlib")
+    save_report(result, model, tokenizer, [e.prompt for e in tested], tmp_path)
+    assert (tmp_path / "gates.png").stat().st_size > 5000
+    assert "of 8 heads edited" in (tmp_path / "edits.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    return out, compare_methods(*load_language_model(folder), DATA, out=out, **FINISHED)
+
+
+FINISHED = {
+    **SMALL,
+    "methods": ["zero-shot", "lora"],
+    "seeds": [0],
+    "grids": {"lora": {"lr": [0.01, 1e-9], "rank": [2]}},
+}
+
+
+def _change(name, value):
+    def apply(out, saved, cell):
+        cell[name] = value(cell) if callable(value) else value
+        (out / "result.json").write_text(json.dumps(saved))
+
+    return apply
+
+
+def _cut(out, saved, cell):
+    (file,) = (out / "weights").iterdir()
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda out, *_: next((out / "weights").iterdir()).unlink(), "its weights, .*, are gone"),
+        (_cut, "its weights, .*, are not those that it left"),
+        (_change("best", lambda cell: 3 - cell["best"]), "it names epoch . as its best, which is epoch ."),
+        (_change("test", {"accuracy": 99.0}), "its accuracy, 99.0, is not that of its 12 test examples"),
+        (_change("epochs", None), "it is damaged"),
+    ],
+    ids=["gone", "cut short", "best", "test", "kinds"],
+)
+def test_a_damaged_run_is_told_and_done_again(tiny, finished, damage, message, tmp_path):
+    before, out = finished[1], tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    saved = json.loads((out / "result.json").read_text())
+    damage(out, saved, next(c for c in saved["cells"] if c["method"] == "lora" and c["test"]))
+    with pytest.warns(UserWarning, match=f"lora, seed 0, lr 0.01, rank 2: {message}.*; this run is done again"):
+        after = compare_methods(*tiny, DATA, out=out, **FINISHED)
+    assert _without_times(after) == _without_times(before)
+    (file,) = (out / "weights").iterdir()
+    assert file.read_bytes() == (finished[0] / "weights" / file.name).read_bytes()
+
+
+def test_damaged_weights_are_not_put_back(tiny, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "out")
+    _cut(tmp_path / "out", None, None)
+    (cell,) = finished[1].tested("lora")
+    with (
+        pytest.raises(ValueError, match=r"lora, seed 0: its weights, .*, are not those"),
+        restored(cell, tiny[0], tmp_path / "out"),
+    ):
+        pass
+
+
+def test_settings_that_agree_to_six_digits_have_files_of_their_own(tmp_path):
+    cells = [Cell("lora", 0, {"lr": lr, "rank": 2}, 1) for lr in (0.01, 0.0100000001)]
+    names = [weights_path(tmp_path, cell).name for cell in cells]
+    assert names == ["lora-0-lr=0.01-rank=2.safetensors", "lora-0-lr=0.0100000001-rank=2.safetensors"]
+
+
+def test_free_text_is_generated_and_scored(tiny):
+    pytest.importorskip("rouge_score")
+    pytest.importorskip("sacrebleu")
+    data = TextData(_examples(40, choices=None))
+    grids = {"lofit": {"lr": [0.05]}}
+    options = {**SMALL, "seeds": [3], "grids": grids, "answering": Answering(max_new_tokens=3)}
+    result = compare_methods(*tiny, data, methods=["zero-shot", "lofit"], **options)
+    assert result.primary == "rouge_l"
+    for row in result.rows():
+        assert set(row["metrics"]) == {"exact_match", "bleu", "rouge_l"}
+    assert "ROUGE-L" in result.table()
+    assert len(result.tested("lofit")[0].each) == 12
+    assert not result.tested("lofit")[0].gates
+
+
+def test_the_verdict_is_honest():
+    from ctkernels.lab.jola import Cell, MethodComparison
+
+    def made(own, other):
+        cells = tuple(
+            Cell(name, 0, {}, 1, test={"accuracy": 100 * sum(each) / len(each)}, each=each)
+            for name, each in (("jola", own), ("lora", other))
+        )
+        return MethodComparison(cells, {"methods": {"lora": {}, "jola": {}}, "seeds": [0]}, "accuracy").verdict()
+
+    assert made([1.0] * 50, [1.0, 0.0] * 25).startswith(
+        "jola was better than every other method here: 100.0 against 50.0"
+    )
+    assert made([1.0, 0.0] * 25, [1.0] * 50).startswith("jola was worse than lora here")
+    assert made([1.0, 0.0] * 25, [0.0, 1.0] * 25).startswith("No difference beyond chance")
+    assert made([1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]).startswith("No difference beyond chance")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ["lorra"]}, r"methods must be among .*, got \['lorra'\]"),
+        ({"methods": []}, "got none"),
+        ({"seeds": []}, "seeds must be one or more numbers"),
+        ({"schedule": "falling"}, "schedule must be one of"),
+        ({"grids": {"jola": {"rank": [1]}}}, r"grid: jola has \['gate_lr', 'lr'\], not \['rank'\]"),
+        ({"grids": {"jola": {"lr": [-1]}}}, r"grid: jola.lr must be one or more positive numbers, got \[-1\]"),
+        ({"train": 500}, "500 training and 8 validation examples were asked for"),
+    ],
+)
+def test_bad_arguments_are_refused(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        compare_methods(*tiny, DATA, **{**SMALL, **options})
+
+
+def test_bertscore_goes_through_its_package(tiny, monkeypatch):
+    """The package is not among the tests' own: a stand-in shows what it is asked."""
+    asked = {}
+
+    def score(predictions, references, **options):
+        asked.update(options, predictions=predictions, references=references)
+        return torch.tensor([0.1, 0.2]), torch.tensor([0.3, 0.4]), torch.tensor([0.25, 0.75])
+
+    module = types.ModuleType("bert_score")
+    module.score = score
+    monkeypatch.setitem(sys.modules, "bert_score", module)
+    how = Answering(bertscore_model="encoder", bertscore_layer=4)
+    found = scoring.score_texts([" a", "b "], [Example("p", " a"), Example("p", "c")], how)
+    assert found.metrics["bertscore"] == pytest.approx(50)
+    assert found.metrics["exact_match"] == 50
+    assert asked == {"predictions": ["a", "b"], "references": ["a", "c"], "model_type": "encoder", "num_layers": 4}
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "data.jsonl"
+    rows = [{"prompt": e.prompt, "answer": e.answer, "choices": list(e.choices)} for e in DATA.train]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+ARGUMENTS = [
+    *("--train", "16", "--val", "8", "--test", "12", "--epochs", "2", "--batch-size", "4", "--device", "cpu"),
+    *("--grid", "jola.gate_lr=0.05", "--no-progress"),
+]
+
+
+def test_the_command_from_end_to_end(folder, file, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    command = ["jola", str(file), "--model", str(folder), "--methods", "zero-shot,jola", "--seeds", "0", *ARGUMENTS]
+    assert cli.main([*command, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((out / "result.json").read_text())
+    assert found["verdict"] in shown
+    assert found["command"].startswith("python -m ctkernels jola")
+    assert sorted(p.name for p in out.iterdir()) == ["edits.txt", "gates.png", "result.json", "weights"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gone.jsonl"], "gone.jsonl does not exist"),
+        (["{file}", "--seeds", "a"], "--seeds must be whole numbers from 0 to 4294967295 with commas, got 'a'"),
+        (
+            ["{file}", "--grid", "jola.lr=x"],
+            "--grid must be METHOD.NAME=VALUE,VALUE with finite numbers, got 'jola.lr=x'",
+        ),
+        (["{file}", "--out", "{file}"], "--out must be a folder"),
+        (["{file}", "--train", "100"], "100 training and 100 validation examples were asked for"),
+        (
+            ["{file}", "--train", "8", "--val", "8", "--test", "8", "--model", "{here}"],
+            "expected a folder with config.json",
+        ),
+        (["{file}", "--beams", "0"], "--beams must be a whole number of at least 1, got '0'"),
+    ],
+)
+def test_bad_input_is_one_line(folder, file, tmp_path, capsys, arguments, message):
+    pytest.importorskip("matplotlib")
+    given = [a.format(file=file, here=tmp_path) for a in arguments]
+    assert cli.main(["jola", "--model", str(folder), "--out", str(tmp_path / "out"), *given]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_without_losing_or_repeating(folder, file, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ctkernels", "jola", str(file), "--model", str(folder), "--methods", "lora,jola"]
+    command += ["--grid", "lora.rank=2"]
+    command += ["--seeds", "0,1", "--no-report", *ARGUMENTS]
+    result = tmp_path / "killed/result.json"
+    process = subprocess.Popen([*command, "--out", str(result.parent)], env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if result.exists() and len(json.loads(result.read_text())["cells"]) >= 2:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = json.loads(result.read_text())["cells"]
+    assert 2 <= len(before) < 6
+    assert cli.main([*command[3:], "--out", str(result.parent)]) == 0
+    after = json.loads(result.read_text())
+    assert len(after["cells"]) == 6
+    seconds = {(c["method"], c["seed"], json.dumps(c["setting"])): c["seconds"] for c in after["cells"]}
+    assert all(seconds[c["method"], c["seed"], json.dumps(c["setting"])] == c["seconds"] for c in before)
+    assert cli.main([*command[3:], "--out", str(tmp_path / "whole")]) == 0
+    assert _without_times(after) == _without_times(json.loads((tmp_path / "whole/result.json").read_text()))
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(folder, file, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["-m", "ctkernels", "jola", str(file), "--model", str(folder), "--methods", "zero-shot,jola"]
+    command += ["--seeds", "0", "--no-report", *ARGUMENTS]
+    found = []
+    for name, launcher in (
+        ("one", []),
+        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
+    ):
+        run = [sys.executable, *launcher, *command, "--out", str(tmp_path / name)]
+        done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("jola ") >= 1
+        found.append(json.loads((tmp_path / name / "result.json").read_text()))
+    cells = [{c["method"]: c for c in values["cells"] if c["test"]} for values in found]
+    assert cells[0]["zero-shot"]["each"] == cells[1]["zero-shot"]["each"]
+    assert len(cells[1]["jola"]["each"]) == 12
+    assert found[1]["setup"]["processes"] == 2

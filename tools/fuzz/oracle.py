@@ -1,0 +1,567 @@
+"""What a call has to give: the textbook formulas, in numpy's long double (64 bits of mantissa, exponents to 4932).
+
+Every quantity comes with the error it may have, from the precision that the ops' notes promise: a share of the magnitudes that
+add up to it (ctkernels/ops/ctu/README.md), and what rounding the arguments of a prologue does. Written from the papers alone;
+nothing of the library is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+Array = np.ndarray
+WIDE = np.longdouble
+FLUSHED = WIDE(2) ** -118  # magnitudes below 2^-120 are flushed to zero; of float64 those below 2^-960
+
+
+@dataclass
+class Exact:
+    """``error``: how far off a result may be before it is rounded to its dtype. ``free``: where nothing is promised."""
+
+    value: Array
+    error: Array
+    free: Array
+
+
+@dataclass
+class Grade:
+    """What is promised for a dtype: the share of its terms' magnitudes that a result may be off by, and of rounding.
+
+    exponent: how far off an exponent may be, relative to it, as a multiple of ``share``. The kernels carry exponents as
+    unevaluated sums. The reference rounds them: up to 7 half ulps of t = beta (1 - slope) w / s, for beta, s, 1 - slope (two),
+    and the quotient and the products; and a Gaussian squares it. 4 eps is enough for both: t moves e^-t by 7/2 eps t, and
+    e^(-t^2 / 2), which has no slope, by (2 * 4 + 1)/2 eps t^2 / 2.
+    """
+
+    share: float
+    eps: float
+    largest: float
+    least: float
+    exponent: float = 0.0
+
+    @staticmethod
+    def of(dtype: torch.dtype, reference: bool = False) -> Grade:
+        if dtype == torch.float64:
+            grade = Grade(4e-13, 2.0**-52, float(np.finfo(np.float64).max), float(WIDE(2) ** -958))
+        else:
+            share = 1e-5 if dtype == torch.float32 else 2e-4
+            grade = Grade(share, 2.0**-23, float(np.finfo(np.float32).max), float(FLUSHED))
+        return replace(grade, exponent=4 * grade.eps / grade.share) if reference else grade
+
+
+def wide(t: torch.Tensor) -> Array:
+    with torch.no_grad():
+        plain = t.detach().as_subclass(torch.Tensor).double().resolve_neg()
+    return plain.numpy().astype(WIDE)
+
+
+@dataclass
+class Values:
+    """The tensors of a call as long doubles; ``dtypes`` are torch's. ``reference``: whether plain torch computes it."""
+
+    arrays: dict[str, Array]
+    dtypes: dict[str, torch.dtype]
+    reference: bool = False
+
+
+def _sigmoid(t: Array) -> Array:
+    e = np.exp(-np.abs(t))
+    return np.where(t < 0, e, WIDE(1)) / (1 + e)
+
+
+# ---- the CT unit ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Terms:
+    """A unit and its derivatives by w, beta and coeff; of each the value and the sum of magnitudes, to which tails count
+    once more for what their exponents may be off by, ``exponent`` relative to them."""
+
+    y: Array
+    w: Array
+    beta: Array
+    coeff: Array
+    y_terms: Array
+    w_terms: Array
+    beta_terms: Array
+    coeff_terms: Array
+
+
+_erfc = np.frompyfunc(lambda t: math.erfc(t), 1, 1)
+
+
+def _cdf(t: Array) -> Array:
+    if not t.size:
+        return t
+    return WIDE(0.5) * np.asarray(_erfc(np.asarray(-t / np.sqrt(WIDE(2)), np.float64)), WIDE)
+
+
+def _pdf(t: Array) -> Array:
+    return np.exp(-t * t / 2) / np.sqrt(2 * WIDE(np.pi))
+
+
+def _logistic(w: Array, beta: Array, s: Array, c: Array, eps: float, exponent: float) -> _Terms:
+    u = w / s
+    t, a = beta * u, np.abs(u)
+    p, q = _sigmoid(t), _sigmoid(-t)
+    log_term = np.log1p(np.exp(-a))
+    soft = np.maximum(u, 0) + log_term
+    entropy = log_term + a * _sigmoid(-a)
+    bell = c * u * u * p * q * (1 + WIDE(eps))
+    d_c = np.abs(w) * _sigmoid(-np.abs(t)) + s * log_term
+    y = c * w * p + (1 - c) * s * soft
+    off_t, off_u = exponent * np.abs(t) * p * q, exponent * a * _sigmoid(-a)  # of sigma(t), and of the log term
+    return _Terms(
+        y,
+        c * (p + t * p * q) + (1 - c) * _sigmoid(u),
+        bell - (1 - c) * entropy,
+        -d_c,
+        np.abs(c * w * p) + (1 - c) * s * soft + c * np.abs(w) * off_t + (1 - c) * s * off_u,
+        c * (p + np.abs(t) * p * q)
+        + (1 - c) * _sigmoid(u)
+        + q  # 1 - h, where it is read off from h
+        + c * (1 + np.abs(t)) * off_t
+        + (1 - c) * off_u,
+        bell * (1 + exponent * np.abs(t)) + (1 - c) * (entropy + a * off_u),
+        d_c + np.abs(w) * off_t + s * off_u,
+    )
+
+
+def _gaussian(w: Array, beta: Array, s: Array, c: Array, eps: float, exponent: float) -> _Terms:
+    u = w / s
+    t, a = beta * u, np.abs(u)
+    bell = c * u * u * _pdf(t) * (1 + WIDE(eps))
+    # w gate - s soft without its cancellation: both are relu(w) but for tails
+    tails = [np.abs(w) * _cdf(-np.abs(t)), s * _pdf(u), -s * a * _cdf(-a)]
+    y_terms = [c * w * _cdf(t), (1 - c) * s * np.maximum(u, 0), (1 - c) * s * _pdf(u), -(1 - c) * s * a * _cdf(-a)]
+    w_terms = [c * _cdf(t), c * t * _pdf(t), (1 - c) * _cdf(u)]
+    off_t, off_u = (
+        exponent * np.abs(t) * _pdf(t),
+        exponent * a * _pdf(u),
+    )  # of the cdf; the pdf is off by |t| times that
+    return _Terms(
+        sum(y_terms),
+        sum(w_terms),
+        bell - (1 - c) * _pdf(u),
+        -sum(tails),
+        sum(np.abs(v) for v in y_terms) + c * np.abs(w) * off_t + 2 * (1 - c) * s * a * off_u,
+        sum(np.abs(v) for v in w_terms) + _cdf(-np.abs(t)) + c * (1 + t * t) * off_t + (1 - c) * off_u,
+        bell * (1 + exponent * t * t) + (1 - c) * (_pdf(u) + a * off_u),
+        sum(np.abs(v) for v in tails) + np.abs(w) * off_t + 2 * s * a * off_u,
+    )
+
+
+def _excess(w: Array, beta: Array, s: Array, c: Array, eps: float, exponent: float) -> _Terms:
+    """The logistic unit less the ReLU, without the cancellation that large w would bring."""
+    found = _logistic(w, beta, s, c, eps, exponent)
+    a = np.abs(w)
+    parts = [(1 - c) * s * np.log1p(np.exp(-a / s)), -c * a * _sigmoid(-beta * a / s)]
+    t = beta * a / s
+    off = exponent * np.stack([a / s, t])
+    found.y, found.y_terms = sum(parts), sum(np.abs(p) * (1 + o) for p, o in zip(parts, off))
+    h = c * _sigmoid(-t) * (1 - t * _sigmoid(t)) + (1 - c) * _sigmoid(-a / s)
+    found.w = np.where(w > 0, -h, h)
+    return found
+
+
+def _unit(
+    member: str, w: Array, beta: Array, s: Array, c: Array, slope: Array, eps: float, exponent: float
+) -> tuple[_Terms, Array, Array]:
+    """(the unit where it is smooth, its derivative by the slope, that one's terms)."""
+    zero = np.zeros_like(w)
+    if member == "gelu":
+        return _gaussian(w, beta, s, c, eps, exponent), zero, zero
+    if member in ("leaky_relu", "prelu"):
+        sign, up, reach = np.where(slope > 1, WIDE(-1), WIDE(1)), (w > 0).astype(WIDE), np.abs(1 - slope)
+        inner = _excess(reach * w, beta, s, c, eps, exponent)
+        base = np.where(w > 0, w, slope * w)
+        terms = _Terms(
+            base + sign * inner.y,
+            np.where(w > 0, WIDE(1), slope) + (1 - slope) * inner.w,
+            sign * inner.beta,
+            sign * inner.coeff,
+            np.abs(slope * w) + np.abs(reach * w) + inner.y_terms + np.abs(w),
+            np.abs(slope) + reach * inner.w_terms + 1,
+            inner.beta_terms,
+            inner.coeff_terms,
+        )
+        return terms, (1 - up) * w - w * inner.w, np.abs(w) * (1 + inner.w_terms)
+    if member == "relu6":
+        low, high = (_excess(v, beta, s, c, eps, exponent) for v in (w, w - 6))
+        base, step = np.clip(w, 0, 6), (w > 0).astype(WIDE) - (w > 6).astype(WIDE)
+        terms = _Terms(
+            base + low.y - high.y,
+            step + low.w - high.w,
+            low.beta - high.beta,
+            low.coeff - high.coeff,
+            base + low.y_terms + high.y_terms,
+            low.w_terms + high.w_terms + 1,
+            low.beta_terms + high.beta_terms,
+            low.coeff_terms + high.coeff_terms,
+        )
+        return terms, zero, zero
+    return _logistic(w, beta, s, c, eps, exponent), zero, zero
+
+
+def _plain(member: str, w: Array, slope: Array) -> tuple[Array, Array, Array]:
+    """The plain activation at beta = 1 or an infinite w, its derivative, and that by the slope."""
+    up = (w > 0).astype(WIDE)
+    if member == "relu6":
+        return np.clip(w, 0, 6), up - (w > 6), np.zeros_like(w)
+    if member in ("leaky_relu", "prelu"):
+        return np.where(w > 0, w, slope * w), np.where(w > 0, WIDE(1), slope), np.where(w > 0, WIDE(0), w)
+    return np.where(w > 0, w, WIDE(0)), up, np.zeros_like(w)
+
+
+def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, Exact]:
+    """ "y", and with ``dy`` the gradient of every argument."""
+    given, kinds = values.arrays, values.dtypes
+    x = given["x"]
+    member, raw, eps = options.get("activation", "relu"), options.get("raw", False), options.get("eps", 0.0)
+    dtype = kinds["x"]
+    if "residual" in kinds:
+        dtype = torch.promote_types(dtype, kinds["residual"])
+    grade = Grade.of(dtype, values.reference)
+    dim = options.get("channel_dim")
+
+    def along(p: Array) -> Array:
+        """A parameter against x."""
+        if p.size == 1:
+            return np.broadcast_to(p.reshape(()), x.shape)
+        shape = [1] * x.ndim
+        shape[dim] = p.size
+        return np.broadcast_to(p.reshape(shape), x.shape)
+
+    def reduced(v: Array, p: Array) -> Array:
+        if p.size == 1:
+            return v.sum().reshape(p.shape)
+        return np.moveaxis(v, dim, 0).reshape(p.size, v.size // max(p.size, 1)).sum(1).reshape(p.shape)
+
+    beta_in, coeff_in = along(given["beta"]), along(given.get("coeff", np.asarray(WIDE(0.5))))
+    slope = along(given.get("negative_slope", np.asarray(WIDE(0.01))))
+    if raw:
+        beta, s0, c = _sigmoid(beta_in), _sigmoid(-beta_in), _sigmoid(coeff_in)
+        d_beta_in, d_coeff_in = beta * s0, c * _sigmoid(-coeff_in)
+    else:
+        beta, s0, c = beta_in, 1 - beta_in, coeff_in
+        d_beta_in = d_coeff_in = np.ones_like(x)
+    s = s0 + WIDE(eps)
+    w, prologue = x, np.zeros_like(x)
+    if "scale" in given:
+        w = w * along(given["scale"])
+        prologue = np.abs(w)
+    for name in ("shift", "residual"):
+        if name in given:
+            part = along(given[name]) if name == "shift" else given[name]
+            w, prologue = w + part, np.maximum(prologue, np.abs(w)) + np.abs(part)
+    leaky = member in ("leaky_relu", "prelu")
+    lost = np.isnan(w) | np.isnan(beta) | np.isnan(c) | (np.isnan(slope) if leaky else False)
+    smooth = (s > 0) & np.isfinite(w) & ~lost
+    inner = np.where(smooth, w, WIDE(0))
+    terms, d_slope, slope_terms = _unit(
+        member,
+        inner,
+        np.where(smooth, beta, 0),
+        np.where(smooth, s, 1),
+        np.where(smooth, c, 0),
+        np.where(smooth, slope, 0),
+        eps,
+        grade.exponent,
+    )
+    hard_y, hard_w, hard_slope = _plain(member, w, slope)
+    nan = WIDE(np.nan)
+
+    def chosen(soft: Array, hard: Any) -> Array:
+        return np.where(smooth, soft, np.where(lost, nan, hard))
+
+    # Rounding of the prologue moves w, and u = w / s by as much over s. Slopes are at most about 1.2. An infinite w stays put.
+    off_w = 3 * grade.eps * np.where(np.isinf(w), 0, prologue) * (1 + np.abs(1 - slope) if leaky else 1)
+    with np.errstate(invalid="ignore"):
+        off_u = np.where(smooth, off_w / np.where(s > 0, s, 1), 0)
+    off_w, off_u = np.nan_to_num(off_w), np.nan_to_num(off_u)
+    steep = np.minimum(off_u, 2) * (1 + np.abs(1 - slope) if leaky else 1)
+    steep = np.nan_to_num(steep)
+    least = grade.least * np.maximum(1, np.nan_to_num(np.abs(w), posinf=0, neginf=0))
+    y = chosen(terms.y, hard_y)
+    # Not promised: what the order of operations decides (overflow on the way, NaN knobs where they have no effect).
+    reach = np.maximum(np.maximum(prologue, np.abs(w)), np.abs(1 - slope) * np.abs(w) if leaky else 0)
+    with np.errstate(invalid="ignore"):
+        over = np.isfinite(x) & (reach > grade.largest / 16)
+        over |= np.isinf(w) & np.isfinite(x)
+        for name in ("scale", "shift", "negative_slope"):
+            if name in given:  # infinite in the working precision
+                over |= (np.abs(along(given[name])) > grade.largest / 16) & ~np.isinf(along(given[name]))
+    ineffective = (np.isnan(beta) | np.isnan(c)) & ~((s > 0) & np.isfinite(w)) & ~np.isnan(w) & ~np.isnan(beta)
+    ineffective |= np.isnan(beta) & np.isinf(w)
+    free = over | ineffective | (np.isinf(w) & leaky & ((slope == 0) | ~np.isfinite(slope)))
+    if leaky:
+        free |= np.isinf(slope)
+    # coeff and 1 - coeff may be rounded to the working precision
+    with np.errstate(invalid="ignore"):
+        reach_u = np.where(smooth, np.abs(w) / np.where(s > 0, s, 1) * (np.abs(1 - slope) if leaky else 1), 0)
+    mixed = 2 * grade.eps * np.where(smooth, np.abs(w) * (np.abs(1 - slope) if leaky else 1) + s, 0)
+    found = {
+        "y": Exact(
+            y, grade.share * np.where(smooth, terms.y_terms, 0) + 1.3 * off_w + np.nan_to_num(mixed) + least, free
+        )
+    }
+    if dy is None:
+        return found
+    least = least * np.maximum(1, np.nan_to_num(reach_u * reach_u))
+    d_w = chosen(terms.w, hard_w)
+    # The gradient at a kink may be either side's where rounding decides the side.
+    kink = ~smooth & (np.abs(w) <= off_w)
+    kink |= (np.abs(w) <= 1e3 * grade.least) & (s < 1e3 * grade.least)  # flushed: s is taken for 0
+    if member == "relu6":
+        kink |= ~smooth & (np.abs(w - 6) <= off_w + grade.eps * 6)
+    partial = {
+        "beta": (
+            chosen(terms.beta, 0) * d_beta_in,
+            np.where(smooth, terms.beta_terms, 0) * d_beta_in,
+            steep * d_beta_in,
+        ),
+        "coeff": (
+            chosen(terms.coeff, 0) * d_coeff_in,
+            np.where(smooth, terms.coeff_terms, 0) * d_coeff_in,
+            off_w * d_coeff_in,
+        ),
+    }
+    w_terms = np.where(smooth, terms.w_terms, np.abs(np.nan_to_num(hard_w)) + 1)
+    scale = along(given["scale"]) if "scale" in given else np.ones_like(x)
+    partial["x"] = (d_w * scale, w_terms * np.abs(scale), 2 * steep * np.abs(scale))
+    partial["residual"] = partial["shift"] = (d_w, w_terms, 2 * steep)
+    partial["scale"] = (d_w * x, w_terms * np.abs(x), 2 * steep * np.abs(x))
+    far = np.where(smooth, slope_terms, np.abs(w))
+    partial["negative_slope"] = (chosen(d_slope, hard_slope), far, 2 * steep * np.abs(w) + off_w)
+    # The derivative by coeff does not depend on coeff, and 0 times a NaN is what the order of operations makes of it.
+    unsure = free | kink
+    for name, (value, magnitude, moved) in partial.items():
+        if name not in given:
+            continue
+        loose = unsure.copy()
+        if name == "coeff":
+            loose |= np.isnan(coeff_in)
+        if name in ("scale", "x"):
+            loose |= np.isinf(x) | ~np.isfinite(scale)
+        if name in ("beta", "coeff") and raw:
+            loose |= np.isinf(beta_in) | np.isinf(coeff_in)
+        with np.errstate(invalid="ignore"):
+            loose |= np.abs(dy) * magnitude > grade.largest / 16
+        # zero upstream: nothing flows, whatever the size of what it is multiplied with
+        error = np.abs(dy) * (grade.share * magnitude + moved) + least * np.maximum(1, np.abs(dy))
+        product = dy * value
+        if name in ("x", "residual"):
+            found[f"d{name}"] = Exact(product, error, loose)
+            continue
+        p = given[name]
+        total = reduced(np.abs(np.nan_to_num(dy)) * np.nan_to_num(magnitude, posinf=0), p)
+        summed = reduced(np.where(loose, 0, product), p)
+        loosened = reduced(loose.astype(WIDE), p) > 0
+        # a NaN that is certain makes the sum one, whatever the others are
+        certain = reduced((np.isnan(product) & ~loose).astype(WIDE), p) > 0
+        allowed = reduced(np.nan_to_num(error), p) + 64 * grade.eps * total + reduced(np.ones_like(x), p) * grade.least
+        found[f"d{name}"] = Exact(
+            np.where(certain, nan, summed), allowed, (loosened & ~certain) | (total > grade.largest / 16)
+        )
+    return found
+
+
+# ---- the head edit ----------------------------------------------------------------------------------------------------
+
+
+def head_edit(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, Exact]:
+    given = values.arrays
+    z = given["z"]
+    grade = Grade.of(values.dtypes["z"])
+    share = 4 * grade.eps
+    edit = given.get("m", given.get("a"))
+    assert edit is not None
+    *rows, heads, dim = edit.shape
+    axis = options.get("head_axis")
+    if axis is None:
+        split = z.reshape(*z.shape[:-1], heads, dim) if z.shape[-1] == heads * dim else z
+        undo: Callable[[Array], Array] = lambda v: v.reshape(z.shape)  # noqa: E731
+    else:
+        split = np.moveaxis(z, axis, -2)
+        undo = lambda v: np.moveaxis(v, -2, axis)  # noqa: E731
+    index = given["index"].astype(int) if "index" in given else None
+
+    def along(name: str, default: float) -> Array:
+        p = given.get(name)
+        if p is None:
+            return np.broadcast_to(WIDE(default), split.shape)
+        if name.startswith("g_"):
+            p = p[..., None]
+        if index is not None:
+            p = p[index].reshape(len(index), *[1] * (split.ndim - 3), *p.shape[1:])
+        return np.broadcast_to(p, split.shape)
+
+    m, a = along("m", 0.0), along("a", 0.0)
+    g_m, g_a = along("g_m", 1.0), along("g_a", 1.0)
+    p, q = (1 + g_m * m if "m" in given else np.ones_like(m)), (g_a * a if "a" in given else np.zeros_like(a))
+    y = p * split + q
+    rounded = (1 + np.abs(g_m * m)) * np.abs(split) + np.abs(q)
+    with np.errstate(invalid="ignore"):
+        free = np.isfinite(split) & (rounded > grade.largest / 16)
+        free |= (np.abs(p) > grade.largest / 16) | (np.abs(q) > grade.largest / 16)
+    error = np.nan_to_num(share * rounded, posinf=0) + grade.least
+    found = {"y": Exact(undo(y), undo(error), undo(free))}
+    if dy is None:
+        return found
+    up = dy.reshape(split.shape) if axis is None else np.moveaxis(dy, axis, -2)
+    size = 1 + np.abs(g_m * m)
+    found["dz"] = Exact(
+        undo(up * p), undo(np.nan_to_num(share * np.abs(up) * size, posinf=0) + grade.least), undo(free)
+    )
+
+    def summed(v: Array, name: str) -> Array:
+        gate = name.startswith("g_")
+        if index is None:
+            v = v.reshape(math.prod(v.shape[:-2]), heads, dim).sum(0)
+        else:
+            each = v.reshape(len(index), math.prod(v.shape[1:-2]), heads, dim).sum(1)
+            v = np.zeros((*rows, heads, dim), WIDE)
+            np.add.at(v, index, each)
+        return v.sum(-1) if gate else v
+
+    for name, value in (("m", g_m * split), ("a", g_a), ("g_m", m * split), ("g_a", a)):
+        if name not in given:
+            continue
+        product = up * value
+        with np.errstate(invalid="ignore"):
+            loose = np.isinf(product) | np.isnan(product) & ~np.isnan(value)
+            loose |= np.isinf(split) | (np.abs(value) > grade.largest / 16)
+            if name in ("m", "a"):  # the gate is multiplied with the sum, or with each term: inf * 0 may be a term
+                loose |= np.isinf(g_m if name == "m" else g_a)
+        total = summed(np.nan_to_num(np.abs(product), posinf=0), name)
+        certain = summed((np.isnan(product) & ~loose).astype(WIDE), name) > 0
+        allowed = (share + 64 * grade.eps) * total + grade.least
+        if index is not None:  # a gradient a sample, in the parameter's dtype, added up by torch
+            allowed += max(4, len(index)) * torch.finfo(values.dtypes[name]).eps * total
+        exact = np.where(certain, WIDE(np.nan), summed(np.where(loose | np.isnan(product), 0, product), name))
+        wild = ((summed(loose.astype(WIDE), name) > 0) | (total > grade.largest / 16)) & ~certain
+        # gates' gradients are sums over a head, of NaN times anything
+        if name.startswith("g_"):
+            wild |= certain & (summed(np.ones_like(product), name) == 0)
+        found[f"d{name}"] = Exact(exact, allowed, wild)
+    return found
+
+
+# ---- hard-concrete gates ----------------------------------------------------------------------------------------------
+
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
+
+
+def hard_concrete(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, Exact]:
+    mode = "sample" if options["training"] else options.get("estimator", "clip")
+    return _gate(mode, values, options, dy)
+
+
+def expected_l0(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, Exact]:
+    return _gate("open", values, options, dy)
+
+
+def _gate(mode: str, values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, Exact]:
+    logits, kind = values.arrays["log_alpha"], values.dtypes["log_alpha"]
+    temperature = WIDE(options.get("temperature", 0.33))
+    low, high = (WIDE(v) for v in options.get("stretch", (-0.1, 1.1)))
+    grade = Grade.of(torch.float64 if kind == torch.float64 else torch.float32)
+    free = np.zeros(logits.shape, bool)
+    slope_noise = None
+    if mode in ("clip", "sample"):
+        t, rate = logits, WIDE(1)
+        off = grade.eps * np.abs(logits)
+        if mode == "sample":
+            noise = values.arrays["noise"]
+            if kind != torch.float64:  # the noise is rounded to the logits' working precision
+                noise = noise.astype(np.float32).astype(WIDE)
+            else:
+                noise = noise.astype(np.float64).astype(WIDE)
+            with np.errstate(divide="ignore"):
+                logit = np.log(noise) - np.log1p(-noise)
+            rate = 1 / temperature
+            t = (logit + logits) * rate
+            off = 4 * grade.eps * (np.abs(logit) + np.abs(logits)) * rate
+            free |= (noise <= 0) | (noise >= 1)
+        p, q = _sigmoid(t), _sigmoid(-t)
+        stretched = p * (high - low) + low
+        y = np.clip(stretched, 0, 1)
+        off = np.nan_to_num(off, posinf=0)
+        error = (high - low) * (p * q * off + 4 * grade.eps * p) + 4 * grade.eps * (1 + high - low)
+        inside = (stretched > 0) & (stretched < 1)
+        slope = np.where(np.isnan(t), t, np.where(inside, (high - low) * rate * p * q, WIDE(0)))
+        edge = np.minimum(np.abs(stretched), np.abs(stretched - 1)) <= 4 * error
+        slope_error = slope * off + 16 * grade.eps * rate * (high - low) * p  # 1 - p is rounded as p is
+        if mode == "sample":
+            slope_noise = slope / (noise * (1 - noise))
+    elif mode == "open":
+        t = logits - temperature * np.log(-low / high)
+        p, q = _sigmoid(t), _sigmoid(-t)
+        off = 4 * grade.eps * (np.abs(np.nan_to_num(t, posinf=0, neginf=0)) + 1)
+        y, error, slope = p, p * (q * off + 8 * grade.eps), p * q
+        slope_error, edge = slope * 2 * off + 8 * grade.eps * p, np.zeros_like(free)
+    else:
+        v, weight = (_NODES.astype(WIDE) + 1) / 2, _WEIGHTS.astype(WIDE) / 2
+        at = temperature * np.log((v - low) / (high - v))
+        p = _sigmoid(logits[..., None] - at)
+        y, slope = (p * weight).sum(-1), (p * (1 - p) * weight).sum(-1)
+        quadrature = (
+            1e-4  # of sixteen points: 2e-11 at the published stretch (tests/ops/test_gates.py), more near the edges
+        )
+        if (float(low), float(high)) == (-0.1, 1.1) and float(temperature) <= 0.67:
+            quadrature = 2e-9
+        off = 8 * grade.eps * (1 + np.abs(np.nan_to_num(logits, posinf=0, neginf=0)))
+        error, slope_error = quadrature + off * (slope + y), quadrature * 10 + off
+        edge = np.zeros_like(free)
+    found = {"y": Exact(y, error + grade.least, free)}
+    if dy is None:
+        return found
+    loose = free | edge | np.isinf(logits)
+    found["dlog_alpha"] = Exact(dy * slope, np.abs(dy) * np.nan_to_num(slope_error) + grade.least, loose)
+    if slope_noise is not None:
+        noise = values.arrays["noise"]
+        steep = np.nan_to_num(slope_error + slope * 8 * grade.eps) / np.maximum(noise * (1 - noise), WIDE(1e-38))
+        tiny = (noise < 1e-6) | (noise > 1 - 1e-6)
+        found["dnoise"] = Exact(dy * slope_noise, np.abs(dy) * steep + grade.least, loose | tiny)
+    return found
+
+
+# ---- attention --------------------------------------------------------------------------------------------------------
+
+
+def attention(tensors: dict[str, torch.Tensor], options: dict[str, Any]) -> torch.Tensor:
+    """Attention and the edit, score by score, for tensors of one precision; differentiable."""
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    heads, tokens, keys = q.shape[1], q.shape[2], k.shape[2]
+    shared = heads // k.shape[1]
+    k, v = (torch.stack([t[:, h // shared] for h in range(heads)], 1) for t in (k, v))
+    scale = options.get("scale", 1 / math.sqrt(q.shape[-1]))
+    scores = scale * torch.einsum("bhtd,bhsd->bhts", q, k)
+    position = torch.arange(tokens)[:, None] + keys - tokens
+    at = torch.arange(keys)
+    seen = torch.ones(tokens, keys, dtype=torch.bool)
+    if options.get("is_causal"):
+        seen &= at <= position
+    if "window" in options:
+        seen &= at > position - options["window"]
+        if not options.get("is_causal"):
+            seen &= at < position + options["window"]
+    if "attn_mask" in tensors:
+        scores = scores + tensors["attn_mask"]
+    scores = torch.where(seen, scores, -math.inf)
+    blind = (scores == -math.inf).all(-1, keepdim=True)
+    weights = torch.where(blind, 0, torch.softmax(torch.where(blind, 0, scores), -1))
+    z = torch.einsum("bhts,bhse->bhte", weights, v)
+    if "m" in tensors:
+        m = tensors["m"] if "g_m" not in tensors else tensors["g_m"][:, None] * tensors["m"]
+        z = (1 + m)[:, None] * z
+    if "a" in tensors:
+        a = tensors["a"] if "g_a" not in tensors else tensors["g_a"][:, None] * tensors["a"]
+        z = z + a[:, None]
+    return z

@@ -1,0 +1,7 @@
+"""``python -m mutation``."""
+
+import sys
+
+from .harness import main
+
+sys.exit(main())

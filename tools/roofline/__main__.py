@@ -1,0 +1,7 @@
+"""``python -m roofline``."""
+
+import sys
+
+from .predict import main
+
+sys.exit(main())

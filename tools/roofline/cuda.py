@@ -1,0 +1,98 @@
+"""The CUDA kernels for ``python -m roofline``: nvcc compiles them for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from . import sass
+from .gpus import GPUS, Cost
+
+BUDGETS = Path(__file__).parent / "budgets_cuda.json"
+CUDA = Path(__file__).parents[2] / "csrc/cuda"
+ITEMSIZE = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8}
+THREADS = 128
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler, if there is one."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def kernels() -> dict[str, list[str]]:
+    """The kernels that move 16 bytes at a time, by the file that holds them."""
+    found: dict[str, list[str]] = {}
+    for file, dtypes, ops in (
+        *((f"ctu_{t}.cu", [t], ["logistic"]) for t in ("f32", "bf16", "f16")),
+        *((f"ctu_{t}.cu", [t], ["leaky", "relu6", "gaussian"]) for t in ("f32", "bf16")),
+        ("head_edit.cu", list(ITEMSIZE), ["head_edit"]),
+    ):
+        for op in ops:
+            tiles = ["plane"] if op in ("leaky", "relu6", "gaussian") else ["plane", "lanes"]
+            form = "lean" if op == "logistic" else "wide"
+            names = [
+                f"ctk_{op}_{p}_{t}_{tile}_{form}" for t in dtypes for p in ("forward", "backward") for tile in tiles
+            ]
+            found.setdefault(file, []).extend(names)
+    return found
+
+
+@lru_cache(maxsize=32)
+def _cubin(file: str, sm: int) -> bytes:
+    compiler = nvcc()
+    if compiler is None:
+        raise FileNotFoundError("nvcc: install the CUDA toolkit, or set CUDA_HOME")
+    select = f'-DCTK_SELECT=" {" ".join(kernels()[file])} "'
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.cubin"
+        command = [compiler, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", f"-arch=sm_{sm}", select]
+        subprocess.run([*command, "-o", str(out), str(CUDA / file)], check=True)
+        return out.read_bytes()
+
+
+def cost(file: str, kernel: str, sm: int) -> Cost:
+    """Of the loop that moves the tensors, which the kernel spends its time in."""
+    listing = sass.disassemble(_cubin(file, sm), kernel)
+    loops = [
+        (a, b)
+        for a, b in listing.loops
+        if any(i.name == "STG" and i.bytes == 16 for i in listing.instructions[a : b + 1])
+    ]
+    inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
+    # The compiler may make several of a loop, with and without sums: the one with most work.
+    body = max((listing.instructions[a : b + 1] for a, b in inner), key=len)
+    dtype = re.split("_(?:forward|backward)_", kernel)[1].split("_")[0]
+    backward, full = "_backward_" in kernel, kernel.endswith("_wide") and "head_edit" not in kernel
+    # Kernels with a prologue also have accesses to the residual and its gradient, which are skipped where there is none.
+    moves = [i for i in body if i.name in ("LDG", "STG") and i.bytes == 16]
+    packs = sum(i.name == "STG" for i in moves) / (2 if backward and full else 1)
+    elements = packs * 16 / ITEMSIZE[dtype]
+    moved = float(ITEMSIZE[dtype] * (3 if backward else 2))
+    pipes = {k: v / elements for k, v in sass.pipes(body).items()}
+    narrowest = min(i.bytes for i in body if i.name in ("LDG", "STG"))
+    resident = min(32, 2048 // THREADS, 65536 // (-(-listing.registers // 8) * 8 * THREADS)) * THREADS // 32
+    calls = sum(i.name == "CALL" and "$" in i.operands for i in body)  # others leave a loop: ptxas does so on sm_80
+    made = Cost(
+        f"cuda {kernel.removeprefix('ctk_')}", sm, True, moved, len(body) / elements, pipes, narrowest, listing.registers,
+        listing.stack, sum(i.name in ("LDL", "STL") for i in body), calls, resident, 0.0, "",
+    )  # fmt: skip
+    clocks = GPUS[sm].clocks(made)
+    limit = max(clocks, key=lambda k: clocks[k])
+    return replace(made, ratio=clocks[limit] / clocks["memory"], limit=limit)
+
+
+def costs(archs: list[int], only: str = "") -> Iterator[Cost]:
+    """Of the kernels whose name contains ``only``."""
+    for file, names in kernels().items():
+        for name in names:
+            if only in name:
+                for sm in archs:
+                    yield cost(file, name, sm)
