@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import INFINITY, finish, walk_range
+from .forward import INFINITY, walk_range, write_outputs
 
 
 @triton.jit
@@ -79,4 +79,4 @@ def join_kernel(
         row += rows
     b, h = bh // heads, bh % heads
     at = b.to(tl.int64) * y_batch + h.to(tl.int64) * y_head + i.to(tl.int64) * y_row
-    finish(acc, total, peak, y, z, lse, m, a, g_m, g_a, h, bh.to(tl.int64) * tokens + i, inside, at, e, E)
+    write_outputs(acc, total, peak, y, z, lse, m, a, g_m, g_a, h, bh.to(tl.int64) * tokens + i, inside, at, e, E)

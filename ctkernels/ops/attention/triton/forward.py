@@ -157,7 +157,7 @@ def edit_offset(a, g_a, h, e, E: tl.constexpr, ONCE: tl.constexpr):
 
 
 @triton.jit
-def finish(
+def write_outputs(
     acc, total, peak, y, z, lse, m, a, g_m, g_a, h, i, inside, at, e, E: tl.constexpr
 ):  # fmt: skip
     """The epilogue: from sums to outputs, the edit on the way. Rows go to index ``i`` of lse, offset ``at`` of y and z."""
@@ -224,4 +224,4 @@ def forward_kernel(
         )  # fmt: skip
         at = b * y_batch + h.to(tl.int64) * y_head + (start + near) * y_row
         index = b * lse_batch + h.to(tl.int64) * lse_head + start + near
-        finish(acc, total, peak, y, z, lse, m, a, g_m, g_a, h, index, rows < tokens, at, e, E)
+        write_outputs(acc, total, peak, y, z, lse, m, a, g_m, g_a, h, index, rows < tokens, at, e, E)
