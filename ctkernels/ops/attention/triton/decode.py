@@ -68,10 +68,10 @@ def join_kernel(
     total = tl.zeros([M], tl.float32)
     peak = tl.full([M], -INFINITY, tl.float32)
     for _ in tl.range(0, splits):
-        own = tl.load(part_peak + row, mask=inside, other=-INFINITY)
-        top = tl.maximum(peak, own)
+        part_top = tl.load(part_peak + row, mask=inside, other=-INFINITY)
+        top = tl.maximum(peak, part_top)
         base = tl.where(top == -INFINITY, 0.0, top)
-        keep, add = tl.exp2(peak - base), tl.exp2(own - base)
+        keep, add = tl.exp2(peak - base), tl.exp2(part_top - base)
         total = total * keep + tl.load(part_total + row, mask=inside, other=0.0) * add
         values = tl.load(part + row[:, None] * E + e[None, :], mask=inside[:, None] & (e[None, :] < E), other=0.0)
         acc = acc * keep[:, None] + values * add[:, None]

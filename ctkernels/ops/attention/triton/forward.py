@@ -129,8 +129,8 @@ def row_of(p, h, e, E: tl.constexpr, ONCE: tl.constexpr):
     every thread for each of its elements; with ONCE, more are loaded."""
     if ONCE:
         i = tl.arange(0, 256)
-        found = tl.load(p + h * E + i, mask=i < E, other=0.0)
-        return tl.sum(tl.reshape(found, [256 // e.shape[0], e.shape[0]]), 0).to(tl.float32)
+        row = tl.load(p + h * E + i, mask=i < E, other=0.0)
+        return tl.sum(tl.reshape(row, [256 // e.shape[0], e.shape[0]]), 0).to(tl.float32)
     else:
         return tl.load(p + h * E + e, mask=e < E, other=0.0).to(tl.float32)
 
