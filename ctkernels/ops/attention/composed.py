@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _backend
+from .. import _backend, _memory
 from .._op import in_forward_mode, in_transform
 from . import reference
 from .reference import UNBOUNDED
@@ -50,6 +50,11 @@ def attend(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False) -> Tensor:
+    # Torch's CPU kernel lays its result out as q would be if it were dense, and then takes the last dimension for the innermost
+    # one. Where elements of q share memory it need not be, and part of the result is never written.
+    eager = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if eager and not q.is_contiguous() and _memory.overlaps_itself(q.shape, q.stride()):
+        q = q.contiguous()
     grouped = q.shape[1] != k.shape[1]
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)

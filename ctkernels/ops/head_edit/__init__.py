@@ -12,11 +12,12 @@ from . import reference
 
 
 def _unpack(inputs: Inputs, static: Static) -> list[Tensor | None]:
+    """The inputs ready to broadcast: z in the compute dtype, parameters in it too, or in their own where that is wider."""
     z = inputs[0]
     assert z is not None
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    params = [p if p is None else _layout.broadcast(p, z, static[0]).to(dtype) for p in inputs[1:]]
-    return [z.to(dtype), *params]
+    params = [None if p is None else _layout.broadcast(p, z, static[0]) for p in inputs[1:]]
+    return [z.to(dtype), *(None if p is None else p.to(torch.promote_types(p.dtype, dtype)) for p in params)]
 
 
 def _forward(inputs: Inputs, static: Static) -> Tensor:
