@@ -443,11 +443,12 @@ def head_edit(values: Values, options: dict[str, Any], dy: Array | None) -> dict
                 loose |= np.isinf(g_m if name == "m" else g_a)
         total = summed(np.nan_to_num(np.abs(product), posinf=0), name)
         certain = summed((np.isnan(product) & ~loose).astype(WIDE), name) > 0
-        allowed = (share + 64 * grade.eps) * total + grade.least
+        allowed, largest = (share + 64 * grade.eps) * total + grade.least, grade.largest
         if index is not None:  # a gradient a sample, in the parameter's dtype, added up by torch
-            allowed += max(4, len(index)) * torch.finfo(values.dtypes[name]).eps * total
+            info = torch.finfo(values.dtypes[name])
+            allowed, largest = allowed + max(4, len(index)) * info.eps * total, min(largest, info.max)
         exact = np.where(certain, WIDE(np.nan), summed(np.where(loose | np.isnan(product), 0, product), name))
-        wild = ((summed(loose.astype(WIDE), name) > 0) | (total > grade.largest / 16)) & ~certain
+        wild = ((summed(loose.astype(WIDE), name) > 0) | (total > largest / 16)) & ~certain
         # gates' gradients are sums over a head, of NaN times anything
         if name.startswith("g_"):
             wild |= certain & (summed(np.ones_like(product), name) == 0)
