@@ -20,6 +20,8 @@ LEAST_ROWS, LEAST_SUMMED_ROWS = 8, 16
 # One program finishes a channel's sums alone up to this many steps; a small tensor is arranged so that it can.
 ALONE = 32
 SMALL = 1 << 16
+# Kernels count the columns of a period in 32 bits, and look past its end.
+FURTHEST = 1 << 30
 
 
 def _ceil(a: int, b: int) -> int:
@@ -82,7 +84,7 @@ def plan_for(view: View, itemsize: int, sums: bool) -> Plan:
     vector = 16 // itemsize
     group = view.outer * view.channels * view.inner
     one_launch = sums and view.outer <= ALONE and group * view.groups <= SMALL
-    plane = view.channels == 1 or view.inner >= MIN_PLANE or view.channels * view.inner >= 2**31
+    plane = view.channels == 1 or view.inner >= MIN_PLANE or view.channels * view.inner >= FURTHEST
     plane = plane or (one_launch and view.inner > 1)
     repeat = 1
     if plane:

@@ -71,6 +71,13 @@ def _values(dtype: str, *values: float, grad: bool = False) -> Spec:
             "ctu",
             {"x": _values("bfloat16", -math.inf), "beta": 0.5, "negative_slope": _values("float64", 5e-309)},
             {"activation": "prelu"},
+            backend="reference",
+        ),
+        Case(
+            "ctu",
+            {"x": _values("float32", math.inf), "beta": 0.5, "scale": _values("float64", 5e-309)},
+            {"activation": "relu"},
+            backend="reference",
         ),
     ],
     ids=[
@@ -79,6 +86,7 @@ def _values(dtype: str, *values: float, grad: bool = False) -> Spec:
         "exponent that the reference rounds",
         "slope of 1",
         "slope that is no float",
+        "scale that is no float",
     ],
 )
 def test_cases_that_failed_once(case: Case) -> None:

@@ -300,8 +300,10 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
                 over |= (np.abs(along(given[name])) > grade.largest / 16) & ~np.isinf(along(given[name]))
     ineffective = (np.isnan(beta) | np.isnan(c)) & ~((s > 0) & np.isfinite(w)) & ~np.isnan(w) & ~np.isnan(beta)
     ineffective |= np.isnan(beta) & np.isinf(w)
-    # a slope that is 0, or is taken for it, times infinity
+    # infinity times a slope or a scale that is 0, or that the working precision takes for it
     free = over | ineffective | (np.isinf(w) & leaky & ((np.abs(slope) <= grade.least) | ~np.isfinite(slope)))
+    if "scale" in given:
+        free |= np.isinf(x) & (np.abs(along(given["scale"])) <= grade.least)
     if leaky:
         free |= np.isinf(slope)
     # coeff and 1 - coeff may be rounded to the working precision
