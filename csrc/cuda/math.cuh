@@ -284,18 +284,16 @@ struct CtuUnit {
     u.lo = u.hi * fmaf(-s_lo, u.hi, fmaf(-s, u.hi, 1.f));
     TwoFloats t = product({v.beta, v.beta_lo}, u);
     f[kEta] = smooth ? t.hi : 0.f;
-    if constexpr (kind == CtuKind::kGaussian) {
+    if constexpr (kind != CtuKind::kGaussian) t = product(t, log2e), u = product(u, log2e);
+    if constexpr (Math::kUncapped) {  // infinity decays to 0 at beta = 0 too
+      t.hi = t.hi < 1.4e-45f ? 1.4e-45f : t.hi;
+      f[kTLimit] = f[kULimit] = kind == CtuKind::kRelu6 ? Op::kFlat : largest;
+    } else if constexpr (kind == CtuKind::kGaussian) {
       f[kTLimit] = fminf(13.16f * reciprocal(t.hi), largest), f[kULimit] = fminf(13.16f * reciprocal(u.hi), largest);
     } else {
-      t = product(t, log2e), u = product(u, log2e);
-      if constexpr (std::is_same_v<Math, GpuExact>) {
-        t.hi = t.hi < GpuExact::kLeastRate ? GpuExact::kLeastRate : t.hi;
-        f[kTLimit] = GpuExact::kGone * reciprocal(t.hi), f[kULimit] = GpuExact::kGone * reciprocal(u.hi);
-        if constexpr (kind == CtuKind::kRelu6) f[kTLimit] = capped(f[kTLimit], Op::kFlat);
-      } else {  // infinity decays to 0 at beta = 0 too
-        t.hi = t.hi < 1.4e-45f ? 1.4e-45f : t.hi;
-        f[kTLimit] = f[kULimit] = kind == CtuKind::kRelu6 ? Op::kFlat : largest;
-      }
+      t.hi = t.hi < GpuExact::kLeastRate ? GpuExact::kLeastRate : t.hi;
+      f[kTLimit] = GpuExact::kGone * reciprocal(t.hi), f[kULimit] = GpuExact::kGone * reciprocal(u.hi);
+      if constexpr (kind == CtuKind::kRelu6) f[kTLimit] = capped(f[kTLimit], Op::kFlat);
     }
     f[kTHi] = t.hi, f[kTLo] = t.lo, f[kUHi] = u.hi, f[kULo] = u.lo;
     const float kept = smooth ? 1.f : 0.f;  // as factors: a NaN is kept

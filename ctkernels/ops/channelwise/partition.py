@@ -20,6 +20,8 @@ LEAST_ROWS, LEAST_SUMMED_ROWS = 8, 16
 # Up to this many steps one program sees all of a channel, and needs no partial sums; small tensors are partitioned for that.
 ALONE = 32
 SMALL = 1 << 16
+# Kernels count the columns of a period in 32 bits, and look past its end.
+FURTHEST = 1 << 30
 
 
 def _ceil(a: int, b: int) -> int:
@@ -83,7 +85,7 @@ def partition_of(view: View, itemsize: int, sums: bool) -> Partition:
     vector = 16 // itemsize
     group = view.outer * view.channels * view.inner
     one_launch = sums and view.outer <= ALONE and group * view.groups <= SMALL
-    plane = view.channels == 1 or view.inner >= MIN_PLANE or view.channels * view.inner >= 2**31
+    plane = view.channels == 1 or view.inner >= MIN_PLANE or view.channels * view.inner >= FURTHEST
     plane = plane or (one_launch and view.inner > 1)
     repeat = 1
     if plane:
