@@ -87,4 +87,33 @@ CTK_ONCE GateValue evaluate(const Gate& g, double log_alpha, double u) {
   return {clipped, slope, sampled && !settled ? slope / (u * (1 - u)) : 0.0};
 }
 
+// The gates of a call: contiguous tensors of n values, in float or double. Null outputs are not computed.
+struct Gates {
+  const void *log_alpha, *noise, *dy;  // noise: null if nothing is sampled; n values, or with `seeded` the seed of them
+  void *value, *d_log_alpha, *d_noise;
+  int64_t n;
+  Gate gate;
+  bool seeded;
+};
+
+template <class T>
+CTK_ONCE GateValue gate_at(const Gates& a, int64_t i) {
+  T u = T(0.5);
+  if (a.noise) u = a.seeded ? uniform<T>(*static_cast<const uint64_t*>(a.noise), i) : static_cast<const T*>(a.noise)[i];
+  return evaluate(a.gate, static_cast<const T*>(a.log_alpha)[i], u);
+}
+
+template <class T>
+CTK_ONCE void gate_forward(const Gates& a, int64_t i) {
+  static_cast<T*>(a.value)[i] = static_cast<T>(gate_at<T>(a, i).value);
+}
+
+template <class T>
+CTK_ONCE void gate_backward(const Gates& a, int64_t i) {
+  const GateValue gate = gate_at<T>(a, i);
+  const double dy = static_cast<const T*>(a.dy)[i];
+  if (a.d_log_alpha) static_cast<T*>(a.d_log_alpha)[i] = static_cast<T>(dy * gate.slope);
+  if (a.d_noise) static_cast<T*>(a.d_noise)[i] = static_cast<T>(dy * gate.noise_slope);
+}
+
 }  // namespace ctk

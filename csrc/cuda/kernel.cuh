@@ -37,10 +37,3 @@ constexpr bool selected([[maybe_unused]] const char* name) {
     if constexpr (ctk::cuda::selected(#NAME)) __VA_ARGS__(a);                                                \
   }                                                                                                          \
   static const ctk::cuda::Entry NAME##_entry(#NAME, reinterpret_cast<const void*>(NAME));
-
-// ctk_OP_PASS_TYPE_TILE_FORM, see `kernel_name` in channelwise.cpp
-#define CTK_CHANNELWISE(OP, UNIT, TYPE, T, FORM, FULL, V)                                                                   \
-  CTK_KERNEL(ctk_##OP##_forward_##TYPE##_plane_##FORM, kMaxThreads, Channelwise, (forward<UNIT, T, true, FULL, V>))         \
-  CTK_KERNEL(ctk_##OP##_forward_##TYPE##_lanes_##FORM, kMaxThreads, Channelwise, (forward<UNIT, T, false, FULL, V>))        \
-  CTK_KERNEL(ctk_##OP##_backward_##TYPE##_plane_##FORM, kMaxThreads, Channelwise, (backward<UNIT, T, true, FULL, V>))       \
-  CTK_KERNEL(ctk_##OP##_backward_##TYPE##_lanes_##FORM, kMaxThreads, Channelwise, (backward<UNIT, T, false, FULL, V>))

@@ -1,22 +1,22 @@
-#include "block.h"
+#include "kernels.h"
 
 #include <cstdlib>
 #include <string_view>
 
 namespace ctk::cpu {
 
-extern const BlockTable baseline;
+extern const KernelTable baseline;
 #if defined(__x86_64__)
-extern const BlockTable avx2, avx512;
+extern const KernelTable avx2, avx512;
 #endif
 
 namespace {
 
 // The widest level that this machine has, and that torch's own switch, ATEN_CPU_CAPABILITY, does not hide.
-const BlockTable* widest() {
+const KernelTable* widest() {
 #if defined(__x86_64__)
-  const char* given = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string_view most = given ? given : "";
+  const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view most = capability ? capability : "";
   if (most == "default") return &baseline;
   __builtin_cpu_init();
   if (most != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -29,13 +29,13 @@ const BlockTable* widest() {
 
 }  // namespace
 
-const BlockTable* block_table() {
-  static const BlockTable* const best = widest();
-  return best;
+const KernelTable& kernel_table() {
+  static const KernelTable* const best = widest();
+  return *best;
 }
 
 }  // namespace ctk::cpu
 
 extern "C" __attribute__((visibility("default"))) const char* ctk_simd_level() {
-  return ctk::cpu::block_table()->name;
+  return ctk::cpu::kernel_table().level;
 }
