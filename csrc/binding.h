@@ -51,10 +51,6 @@ Param param_of(std::optional<Tensor>& t, double fallback) {
   return p;
 }
 
-View view_of_tensor(const Tensor& x, int64_t channel_dim, bool per_group) {
-  return view_of(x.sizes().data(), x.strides().data(), x.dim(), channel_dim, per_group);
-}
-
 // As `result_like` and `conform` of ctkernels/ops/_layout.py: compilers rely on every result having those strides.
 bool is_dense(const Tensor& x) {
   int order[64] = {}, used = 0;
@@ -112,22 +108,12 @@ constexpr int count_of(Attributes (*)(T...)) {
   return sizeof...(T);
 }
 
-// Name and type of each attribute in schemas.
-template <class T>
-constexpr const char* kSchemaType = nullptr;
-template <>
-constexpr const char* kSchemaType<int64_t> = "int";
-template <>
-constexpr const char* kSchemaType<bool> = "bool";
-template <>
-constexpr const char* kSchemaType<double> = "float";
-
 template <class Op, class... T>
 std::string attribute_schema(typename Op::Attributes (*)(T...)) {
   static_assert(std::size(Op::kAttributes) == sizeof...(T), "kAttributes has a name for every argument of `attributes`");
   std::string text;
   size_t i = 0;
-  ((text += std::string(", ") + kSchemaType<T> + " " + Op::kAttributes[i++]), ...);
+  ((text += std::string(std::is_same_v<T, bool> ? ", bool " : std::is_same_v<T, double> ? ", float " : ", int ") + Op::kAttributes[i++]), ...);
   return text;
 }
 
@@ -208,11 +194,9 @@ class Channelwise {
     attributes_ = arguments.attributes(&Op::attributes);
     in_.dtype = dtype_of(x_);
     if (shared) channel_dim = -1;
-    in_.view = view_of_tensor(x_, channel_dim, per_group);
-    if (!in_.view.dense) {
-      x_ = torch::stable::contiguous(x_);
-      in_.view = view_of_tensor(x_, channel_dim, per_group);
-    }
+    const auto view = [&] { return view_of(x_.sizes().data(), x_.strides().data(), x_.dim(), channel_dim, per_group); };
+    in_.view = view();
+    if (!in_.view.dense) x_ = torch::stable::contiguous(x_), in_.view = view();
     in_.x = x_.const_data_ptr();
     if (residual_) {
       residual_ = laid_out_like(*residual_, x_);

@@ -34,141 +34,149 @@ std::array<Unit, Format::kVectors> lanes_ops(const float* constants, int64_t str
   else return {of(0), of(1)};
 }
 
-// w = scale x + shift (+ residual), for each vector of a format. `scale` and `shift` point to one value or to one a lane.
+// w = scale x + shift (+ residual), for each vector of a format, and back from the gradient of w.
 template <class Format>
 struct AffineVectors {
   V scale[Format::kVectors], shift[Format::kVectors];
 
-  static AffineVectors plane(const Prologue& p) {
+  static AffineVectors plane(const Run<float>& run) {
     AffineVectors a;
-    for (int h = 0; h < Format::kVectors; ++h) a.scale[h] = all(*p.scale), a.shift[h] = all(*p.shift);
+    for (int h = 0; h < Format::kVectors; ++h) a.scale[h] = all(*run.scale), a.shift[h] = all(*run.shift);
     return a;
   }
-  static AffineVectors lanes(const Prologue& p, int64_t lane, __mmask32 live) {
+  static AffineVectors lanes(const Run<float>& run, int64_t lane, __mmask32 live) {
     AffineVectors a;
     for (int h = 0; h < Format::kVectors; ++h) {
-      a.scale[h] = _mm512_maskz_loadu_ps(part(live, h), p.scale + lane + 16 * h);
-      a.shift[h] = _mm512_maskz_loadu_ps(part(live, h), p.shift + lane + 16 * h);
+      a.scale[h] = _mm512_maskz_loadu_ps(part(live, h), run.scale + lane + 16 * h);
+      a.shift[h] = _mm512_maskz_loadu_ps(part(live, h), run.shift + lane + 16 * h);
     }
     return a;
   }
-  static void prefetch_residual(const Prologue& p, int64_t i) {
-    if (p.residual) prefetch(static_cast<const typename Format::Value*>(p.residual) + i);
-  }
-  CTK_HD void apply(Vectors<Format::kVectors>& w, const void* residual, int64_t i, __mmask32 live) const {
+  CTK_HD void apply(Vectors<Format::kVectors>& w, const typename Format::Value* residual, int64_t i, __mmask32 live) const {
     for (int h = 0; h < Format::kVectors; ++h) w.v[h] = _mm512_fmadd_ps(scale[h], w.v[h], shift[h]);
     if (!residual) return;
-    const auto r = Format::load(static_cast<const typename Format::Value*>(residual) + i, live);
+    const auto r = Format::load(residual + i, live);
     for (int h = 0; h < Format::kVectors; ++h) w.v[h] = _mm512_add_ps(w.v[h], r.v[h]);
   }
 };
 
+// A call's tensors in their dtype.
 template <class Format, class Unit, bool prologue>
-void forward_plane(const void* x_, void* y_, const float* constants, const Prologue* pro, int64_t n, bool stream) {
-  const auto* x = static_cast<const typename Format::Value*>(x_);
-  auto* y = static_cast<typename Format::Value*>(y_);
-  const typename Unit::Shared op([&](int i) { return all(constants[i]); });
-  AffineVectors<Format> affine;
-  if constexpr (prologue) affine = AffineVectors<Format>::plane(*pro);
-  for_vectors<Format::kVectors>(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
+struct Tensors {
+  using Value = typename Format::Value;
+  const Value *x, *residual, *dy;
+  Value *y, *dx, *dresidual;
+  bool stream;
+
+  explicit Tensors(const MemoryCall& c)
+      : x(static_cast<const Value*>(c.x)), residual(static_cast<const Value*>(c.residual)), dy(static_cast<const Value*>(c.dy)),
+        y(static_cast<Value*>(c.y)), dx(static_cast<Value*>(c.dx)), dresidual(static_cast<Value*>(c.dresidual)), stream(c.stream) {}
+
+  CTK_HD void prefetch_row(int64_t i) const {
+    prefetch(x + i);
+    if constexpr (prologue) if (residual) prefetch(residual + i);
+  }
+  // What the op is applied to.
+  CTK_HD auto input(const AffineVectors<Format>& affine, int64_t i, __mmask32 live) const {
     auto w = Format::load(x + i, live);
-    if constexpr (prologue) affine.apply(w, pro->residual, i, live);
+    if constexpr (prologue) affine.apply(w, residual, i, live);
+    return w;
+  }
+  CTK_HD void store(Value* to, int64_t i, __mmask32 live, const Vectors<Format::kVectors>& v) const {
+    Format::template store<Unit::kTiesToEven>(to + i, live, stream, v);
+  }
+  // The gradients of x and the residual, from that of the op's input.
+  CTK_HD void store_gradients(const AffineVectors<Format>& affine, int64_t i, __mmask32 live, Vectors<Format::kVectors>& g) const {
+    if constexpr (prologue) {
+      if (dresidual) store(dresidual, i, live, g);
+      if (!dx) return;
+      for (int h = 0; h < Format::kVectors; ++h) g.v[h] = _mm512_mul_ps(g.v[h], affine.scale[h]);
+    }
+    if (dx) store(dx, i, live, g);
+  }
+};
+
+template <class Format, class Unit, bool prologue>
+void forward_plane(MemoryCall c) {
+  const Tensors<Format, Unit, prologue> t(c);
+  const typename Unit::Shared op([&](int i) { return all(c.run.constants[i]); });
+  AffineVectors<Format> affine;
+  if constexpr (prologue) affine = AffineVectors<Format>::plane(c.run);
+  for_vectors<Format::kVectors>(c.run.n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
+    auto w = t.input(affine, i, live);
     for (V& v : w.v) v = op.forward(v);
-    Format::template store<Unit::kTiesToEven>(y + i, live, stream, w);
+    t.store(t.y, i, live, w);
   });
 }
 
 template <class Format, class Unit, bool prologue>
-void forward_lanes(const void* x_, void* y_, const float* constants, int64_t stride, const Prologue* pro, int64_t rows,
-                   int64_t row, int64_t n, bool stream) {
-  const auto* x = static_cast<const typename Format::Value*>(x_);
-  auto* y = static_cast<typename Format::Value*>(y_);
-  for_vectors<Format::kVectors>(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
-    const auto ops = lanes_ops<Format, Unit>(constants + i, stride, live);
+void forward_lanes(MemoryCall c) {
+  const Tensors<Format, Unit, prologue> t(c);
+  const int64_t rows = c.run.rows, row = c.run.row;
+  for_vectors<Format::kVectors>(c.run.n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
+    const auto ops = lanes_ops<Format, Unit>(c.run.constants + i, c.run.stride, live);
     AffineVectors<Format> affine;
-    if constexpr (prologue) affine = AffineVectors<Format>::lanes(*pro, i, live);
+    if constexpr (prologue) affine = AffineVectors<Format>::lanes(c.run, i, live);
     for (int64_t r = 0; r < rows; ++r) {
-      prefetch(x + (r + kRowsAhead) * row + i);
-      if constexpr (prologue) affine.prefetch_residual(*pro, (r + kRowsAhead) * row + i);
-      auto w = Format::load(x + r * row + i, live);
-      if constexpr (prologue) affine.apply(w, pro->residual, r * row + i, live);
+      t.prefetch_row((r + kRowsAhead) * row + i);
+      auto w = t.input(affine, r * row + i, live);
       for (int h = 0; h < Format::kVectors; ++h) w.v[h] = ops[h].forward(w.v[h]);
-      Format::template store<Unit::kTiesToEven>(y + r * row + i, live, stream, w);
+      t.store(t.y, r * row + i, live, w);
     }
   });
 }
 
-// Stores the gradients of a prologue's residual and of x, from the gradient g of the op's input.
-template <class Format, class Unit>
-CTK_HD void store_through(const AffineVectors<Format>& affine, void* dresidual, typename Format::Value* dx, int64_t i,
-                          __mmask32 live, bool stream, Vectors<Format::kVectors>& g) {
-  if (dresidual) Format::template store<Unit::kTiesToEven>(static_cast<typename Format::Value*>(dresidual) + i, live, stream, g);
-  if (!dx) return;
-  for (int h = 0; h < Format::kVectors; ++h) g.v[h] = _mm512_mul_ps(g.v[h], affine.scale[h]);
-  Format::template store<Unit::kTiesToEven>(dx + i, live, stream, g);
-}
-
 template <class Format, class Unit, bool prologue, bool sums>
-void backward_plane(const void* x_, const void* dy_, void* dx_, const float* constants, const Prologue* pro, double* totals,
-                      int64_t n, bool stream) {
-  const auto* x = static_cast<const typename Format::Value*>(x_);
-  const auto* dy = static_cast<const typename Format::Value*>(dy_);
-  auto* dx = static_cast<typename Format::Value*>(dx_);
-  const Unit op([&](int i) { return all(constants[i]); });
+void backward_plane(MemoryCall c) {
+  const Tensors<Format, Unit, prologue> t(c);
+  const Unit op([&](int i) { return all(c.run.constants[i]); });
   AffineVectors<Format> affine;
-  if constexpr (prologue) affine = AffineVectors<Format>::plane(*pro);
+  if constexpr (prologue) affine = AffineVectors<Format>::plane(c.run);
   V sum[Format::kVectors][Unit::kSums] = {};
   const auto run = [&](auto write) __attribute__((always_inline)) {
-    for_vectors<Format::kVectors>(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
-      auto w = Format::load(x + i, live);
-      if constexpr (prologue) affine.apply(w, pro->residual, i, live);
-      auto g = Format::load(dy + i, live);
+    for_vectors<Format::kVectors>(c.run.n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
+      auto w = t.input(affine, i, live);
+      auto g = Format::load(t.dy + i, live);
       unrolled<Format::kVectors>([&](auto h) __attribute__((always_inline)) {
         g.v[h] = op.template backward<sums>(w.v[h], g.v[h], sum[h]);
       });
-      if constexpr (prologue) store_through<Format, Unit>(affine, pro->dresidual, dx, i, live, stream, g);
-      else if constexpr (write) Format::template store<Unit::kTiesToEven>(dx + i, live, stream, g);
+      if constexpr (prologue || write) t.store_gradients(affine, i, live, g);
     });
   };
-  if (dx) run(std::true_type{});
+  if (t.dx) run(std::true_type{});
   else run(std::false_type{});
   if constexpr (sums) {
     unrolled<Unit::kSums>([&](auto s) __attribute__((always_inline)) {
       V all = sum[0][s];
       if constexpr (Format::kVectors == 2) all = _mm512_add_ps(all, sum[1][s]);
-      totals[s] += _mm512_reduce_add_ps(all);
+      c.totals[s] += _mm512_reduce_add_ps(all);
     });
   }
 }
 
 template <class Format, class Unit, bool prologue, bool sums>
-void backward_lanes(const void* x_, const void* dy_, void* dx_, const float* constants, int64_t stride, const Prologue* pro,
-                    float* lanes, int64_t rows, int64_t row, int64_t n, bool stream) {
-  const auto* x = static_cast<const typename Format::Value*>(x_);
-  const auto* dy = static_cast<const typename Format::Value*>(dy_);
-  auto* dx = static_cast<typename Format::Value*>(dx_);
-  for_vectors<Format::kVectors>(n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
+void backward_lanes(MemoryCall c) {
+  const Tensors<Format, Unit, prologue> t(c);
+  const int64_t rows = c.run.rows, row = c.run.row;
+  for_vectors<Format::kVectors>(c.run.n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
     V sum[Format::kVectors][Unit::kSums] = {};
-    const auto ops = lanes_ops<Format, Unit>(constants + i, stride, live);
+    const auto ops = lanes_ops<Format, Unit>(c.run.constants + i, c.run.stride, live);
     AffineVectors<Format> affine;
-    if constexpr (prologue) affine = AffineVectors<Format>::lanes(*pro, i, live);
+    if constexpr (prologue) affine = AffineVectors<Format>::lanes(c.run, i, live);
     for (int64_t r = 0; r < rows; ++r) {
-      prefetch(x + (r + kRowsAhead) * row + i);
-      prefetch(dy + (r + kRowsAhead) * row + i);
-      if constexpr (prologue) affine.prefetch_residual(*pro, (r + kRowsAhead) * row + i);
-      auto w = Format::load(x + r * row + i, live);
-      if constexpr (prologue) affine.apply(w, pro->residual, r * row + i, live);
-      auto g = Format::load(dy + r * row + i, live);
+      t.prefetch_row((r + kRowsAhead) * row + i);
+      prefetch(t.dy + (r + kRowsAhead) * row + i);
+      auto w = t.input(affine, r * row + i, live);
+      auto g = Format::load(t.dy + r * row + i, live);
       unrolled<Format::kVectors>([&](auto h) __attribute__((always_inline)) {
         g.v[h] = ops[h].template backward<sums>(w.v[h], g.v[h], sum[h]);
       });
-      if constexpr (prologue) store_through<Format, Unit>(affine, pro->dresidual, dx, r * row + i, live, stream, g);
-      else if (dx) Format::template store<Unit::kTiesToEven>(dx + r * row + i, live, stream, g);
+      t.store_gradients(affine, r * row + i, live, g);
     }
     if constexpr (sums) {
       unrolled<Format::kVectors>([&](auto h) __attribute__((always_inline)) {
         unrolled<Unit::kSums>([&](auto s) __attribute__((always_inline)) {
-          float* to = lanes + s * stride + i + 16 * h;
+          float* to = c.lanes + s * c.run.stride + i + 16 * h;
           const Mask m = part(live, h);
           _mm512_mask_storeu_ps(to, m, _mm512_add_ps(_mm512_maskz_loadu_ps(m, to), sum[h][s]));
         });
@@ -181,21 +189,17 @@ template <class Op, typename Op::Variant variant, class Format>
 constexpr MemoryKernels memory_kernels() {
   using U = Arithmetic<Op, variant, typename Format::Math>;
   MemoryKernels k{};
+  const auto set = [&]<bool prologue>(std::bool_constant<prologue>) {
+    k.forward[kPlane][prologue] = forward_plane<Format, U, prologue>;
+    k.forward[kLanes][prologue] = forward_lanes<Format, U, prologue>;
+    k.backward[kPlane][prologue][0] = backward_plane<Format, U, prologue, false>;
+    k.backward[kPlane][prologue][1] = backward_plane<Format, U, prologue, true>;
+    k.backward[kLanes][prologue][0] = backward_lanes<Format, U, prologue, false>;
+    k.backward[kLanes][prologue][1] = backward_lanes<Format, U, prologue, true>;
+  };
   if constexpr (U::kSums > 0) {
-    k.forward_plane[0] = forward_plane<Format, U, false>;
-    k.forward_lanes[0] = forward_lanes<Format, U, false>;
-    k.backward_plane[0][0] = backward_plane<Format, U, false, false>;
-    k.backward_plane[0][1] = backward_plane<Format, U, false, true>;
-    k.backward_lanes[0][0] = backward_lanes<Format, U, false, false>;
-    k.backward_lanes[0][1] = backward_lanes<Format, U, false, true>;
-    if constexpr (Op::kPrologue) {
-      k.forward_plane[1] = forward_plane<Format, U, true>;
-      k.forward_lanes[1] = forward_lanes<Format, U, true>;
-      k.backward_plane[1][0] = backward_plane<Format, U, true, false>;
-      k.backward_plane[1][1] = backward_plane<Format, U, true, true>;
-      k.backward_lanes[1][0] = backward_lanes<Format, U, true, false>;
-      k.backward_lanes[1][1] = backward_lanes<Format, U, true, true>;
-    }
+    set(std::false_type{});
+    if constexpr (Op::kPrologue) set(std::true_type{});
   }
   return k;
 }

@@ -49,10 +49,10 @@ CTK_HD void unrolled(const F& f) {
 // See horner in scalar.h.
 template <class C, int i = 0>
 CTK_HD V horner(V x, V p = _mm512_setzero_ps()) {
-  if constexpr (i == C::kTerms) {
+  if constexpr (i == kTerms<C>) {
     return p;
   } else {
-    constexpr float c = C::at(i);
+    constexpr float c = C::k[i];
     return horner<C, i + 1>(x, i == 0 ? all(c) : _mm512_fmadd_ps(p, x, all(c)));
   }
 }
@@ -238,19 +238,19 @@ struct Arithmetic<CtuOp, CtuOp::Variant::kLogistic, Math> {
   // The forward pass where many values share their constants: two products fewer, for more constants to prepare and to hold.
   struct Shared {
     Rate t, u;
-    V c_inverse, scaled_log1p[Log1p::kTerms];  // 1 / c, and the coefficients of (1 - c) s log1p(e) / e
+    V c_inverse, scaled_log1p[kTerms<Log1p>];  // 1 / c, and the coefficients of (1 - c) s log1p(e) / e
 
     template <class Field>
     explicit Shared(const Field& field)
         : t(Math::rate(field, CtuOp::kTHi)), u(Math::rate(field, CtuOp::kUHi)), c_inverse(_mm512_div_ps(all(1.f), field(CtuOp::kC))) {
-      unrolled<Log1p::kTerms>([&](auto i) { scaled_log1p[i] = _mm512_mul_ps(field(CtuOp::kC1S), all(Log1p::at(i))); });
+      unrolled<kTerms<Log1p>>([&](auto i) { scaled_log1p[i] = _mm512_mul_ps(field(CtuOp::kC1S), all(Log1p::k[i])); });
     }
 
     V forward(V w) const {
       const Parts p(w, t, u);
       const V ratio = _mm512_div_ps(p.a, _mm512_fmadd_ps(p.et, c_inverse, c_inverse));  // a c of 0 divides by infinity
       V log1p = scaled_log1p[0];
-      unrolled<Log1p::kTerms - 1>([&](auto i) __attribute__((always_inline)) {
+      unrolled<kTerms<Log1p> - 1>([&](auto i) __attribute__((always_inline)) {
         log1p = _mm512_fmadd_ps(log1p, p.eu, scaled_log1p[i + 1]);
       });
       return _mm512_fmadd_ps(log1p, p.eu, p.base_less(ratio));

@@ -2,7 +2,6 @@
 
 #include <cstring>
 #include <memory>
-#include <new>
 
 #include "partition.h"
 
@@ -27,25 +26,10 @@ void drain() {
 
 bool aligned(const void* p, int64_t row_bytes) { return reinterpret_cast<uintptr_t>(p) % 64 == 0 && row_bytes % 64 == 0; }
 
-const char* at(const void* p, int64_t i, int64_t size) { return static_cast<const char*>(p) + i * size; }
-char* at(void* p, int64_t i, int64_t size) { return static_cast<char*>(p) + i * size; }
-// The same for a tensor that may be absent.
-const char* offset(const void* p, int64_t i, int64_t size) { return p ? at(p, i, size) : nullptr; }
-char* offset(void* p, int64_t i, int64_t size) { return p ? at(p, i, size) : nullptr; }
-
-// Staging buffers of one thread, on the heap: a worker's stack may be as small as 16 KiB (OMP_STACKSIZE).
+// Staging buffers are on the heap: a worker's stack may be as small as 16 KiB (OMP_STACKSIZE).
 template <class T>
-class Buffers {
- public:
-  explicit Buffers(int count) : data_(count ? static_cast<T*>(::operator new(count * kBlock * sizeof(T), kAlignment)) : nullptr) {}
-  T* operator[](int i) const { return data_.get() + i * kBlock; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, kAlignment); }
-  };
-  std::unique_ptr<T, Free> data_;
+struct alignas(64) Buffer {
+  T values[kBlock];
 };
 
 // What a call needs to know of its op, tensor and machine, forward and backward.
@@ -78,17 +62,21 @@ struct Call {
 
   const MemoryKernels* memory_kernels() const { return kernel_table().memory_kernels(kernel, in.dtype, prologue); }
 
+  // Where a run begins in a tensor; null if that is absent.
+  const char* from(const void* p, const Run<T>& run) const { return p ? static_cast<const char*>(p) + run.offset * size : nullptr; }
+  char* from(void* p, const Run<T>& run) const { return p ? static_cast<char*>(p) + run.offset * size : nullptr; }
+
   // Values of a tensor in the compute type: in place if it has that, else converted into `buffer`.
-  const T* load(const void* from, const Run<T>& run, T* buffer) const {
-    const char* p = at(from, run.offset, size);
+  const T* load(const void* tensor, const Run<T>& run, T* buffer) const {
+    const char* p = from(tensor, run);
     if (native) return reinterpret_cast<const T*>(p);
     staging.load[static_cast<int>(in.dtype)](p, buffer, run.n);
     return buffer;
   }
   // Writes values to a tensor, unless they are there already.
-  void store(const T* from, void* to, const Run<T>& run) const {
-    char* p = at(to, run.offset, size);
-    if (static_cast<const void*>(from) != p) staging.store[static_cast<int>(in.dtype)](from, p, run.n);
+  void store(const T* values, void* tensor, const Run<T>& run) const {
+    char* p = from(tensor, run);
+    if (static_cast<const void*>(values) != p) staging.store[static_cast<int>(in.dtype)](values, p, run.n);
   }
   // What the op is applied to: x, or scale x + shift + residual.
   const T* input(const T* x, const Run<T>& run, T* residual_buffer, T* buffer) const {
@@ -106,27 +94,21 @@ void forward_as(const typename Op::Attributes& attributes, const Operands& in, v
   const MemoryKernels* memory = call.memory_kernels();
   const bool in_place = y == in.x;
   const bool stream = !in_place && streams<Op>(in.view, in.dtype);
-  const RunSize run_size_ = run_size(!memory && (!call.native || call.prologue || in_place), Op::kMemoryBound, blocks.rows);
+  const RunSize sizes = run_size(!memory && (!call.native || call.prologue || in_place), Op::kMemoryBound, blocks.rows);
   for_tiles(call.partition, [&](int64_t begin, int64_t end) {
-    const Buffers<T> buffers(memory ? 0 : 4);
-    for_runs(call.partition, run_size_, in.view, call.constants, call.prologue, begin, end, [&](const Run<T>& run, int64_t) {
-      char* out = at(y, run.offset, call.size);
+    const auto buffers = std::make_unique_for_overwrite<Buffer<T>[]>(memory ? 0 : 4);
+    for_runs(call.partition, sizes, in.view, call.constants, call.prologue, begin, end, [&](const Run<T>& run, int64_t) {
+      char* const out = call.from(y, run);
       if constexpr (sizeof(T) == 4) {
         if (memory) {
-          const char* from = at(in.x, run.offset, call.size);
           const bool past = stream && aligned(out, run.rows > 1 ? run.row * call.size : 0);
-          const Prologue prologue{run.scale, run.shift, offset(in.residual, run.offset, call.size), nullptr};
-          if (run.layout == kPlane)
-            memory->forward_plane[call.prologue](from, out, run.constants, &prologue, run.n, past);
-          else
-            memory->forward_lanes[call.prologue](from, out, run.constants, run.stride, &prologue, run.rows, run.row, run.n, past);
+          memory->forward[run.layout][call.prologue]({run, call.from(in.x, run), call.from(in.residual, run), nullptr, out, nullptr, nullptr, nullptr, nullptr, past});
           return;
         }
       }
-      const T* w = call.input(call.load(in.x, run, buffers[0]), run, buffers[1], buffers[2]);
-      T* to = call.native && !in_place ? reinterpret_cast<T*>(out) : buffers[3];
-      if (run.layout == kPlane) blocks.forward_plane(w, to, run.constants, run.n);
-      else blocks.forward_lanes(w, to, run.constants, run.stride, run.rows, run.row, run.n);
+      const T* w = call.input(call.load(in.x, run, buffers[0].values), run, buffers[1].values, buffers[2].values);
+      T* to = call.native && !in_place ? reinterpret_cast<T*>(out) : buffers[3].values;
+      blocks.forward[run.layout](w, to, run);
       call.store(to, y, run);
     });
     if (stream) drain();
@@ -217,7 +199,7 @@ void backward_as(const typename Op::Attributes& attributes, const Operands& in, 
   const int sums = prologue_sums ? kSumsOf<Op> : blocks.sums;
   const bool stream = streams<Op>(in.view, in.dtype);
   const bool staged = !memory && (!call.native || call.prologue || prologue_sums || !out.dx);
-  const RunSize run_size_ = run_size(staged, Op::kMemoryBound, blocks.rows);
+  const RunSize sizes = run_size(staged, Op::kMemoryBound, blocks.rows);
 
   const bool lane_sums = any_sums && partition.layout == kLanes;
   std::unique_ptr<double[]> slots;
@@ -225,41 +207,34 @@ void backward_as(const typename Op::Attributes& attributes, const Operands& in, 
   else if (any_sums) slots.reset(new double[partition.tiles * sums]());
 
   for_tiles(partition, [&](int64_t begin, int64_t end) {
-    const Buffers<T> buffers(memory ? 0 : 6);
+    const auto buffers = std::make_unique_for_overwrite<Buffer<T>[]>(memory ? 0 : 6);
     LaneSums<T> lanes(sums, partition.length, lane_sums ? slots.get() : nullptr);
-    for_runs(partition, run_size_, in.view, call.constants, call.prologue, begin, end, [&](const Run<T>& run, int64_t tile) {
+    for_runs(partition, sizes, in.view, call.constants, call.prologue, begin, end, [&](const Run<T>& run, int64_t tile) {
       if (lane_sums && run.lane == 0) lanes.expect(tile, run.rows);
       T* lane = lanes.data() + run.lane;
       double* totals = any_sums && !lane_sums ? slots.get() + tile * sums : nullptr;
       if constexpr (sizeof(T) == 4) {
         if (memory) {
-          const char *from = at(in.x, run.offset, call.size), *upstream = at(dy, run.offset, call.size);
-          char* to = offset(out.dx, run.offset, call.size);
-          const bool past = stream && aligned(to, run.rows > 1 ? run.row * call.size : 0);
-          const Prologue prologue{run.scale, run.shift, offset(in.residual, run.offset, call.size),
-                                  offset(out.dresidual, run.offset, call.size)};
-          if (run.layout == kPlane)
-            memory->backward_plane[call.prologue][op_sums](from, upstream, to, run.constants, &prologue, totals, run.n, past);
-          else
-            memory->backward_lanes[call.prologue][op_sums](from, upstream, to, run.constants, run.stride, &prologue, lane,
-                                                           run.rows, run.row, run.n, past);
+          char* const dx = call.from(out.dx, run);
+          const bool past = stream && aligned(dx, run.rows > 1 ? run.row * call.size : 0);
+          memory->backward[run.layout][call.prologue][op_sums]({run, call.from(in.x, run), call.from(in.residual, run), call.from(dy, run), nullptr, dx,
+                                                                call.from(out.dresidual, run), totals, lane, past});
           return;
         }
       }
-      const T* x = call.load(in.x, run, buffers[0]);
-      const T* w = call.input(x, run, buffers[1], buffers[2]);
-      const T* upstream = call.load(dy, run, buffers[3]);
+      const T* x = call.load(in.x, run, buffers[0].values);
+      const T* w = call.input(x, run, buffers[1].values, buffers[2].values);
+      const T* upstream = call.load(dy, run, buffers[3].values);
       void* g_out = out.dresidual ? out.dresidual : (call.has_scale ? nullptr : out.dx);
-      T* g = call.native && g_out ? reinterpret_cast<T*>(at(g_out, run.offset, call.size)) : buffers[4];
-      if (run.layout == kPlane) blocks.backward_plane[op_sums](w, upstream, g, run.constants, totals, run.n);
-      else blocks.backward_lanes[op_sums](w, upstream, g, run.constants, run.stride, lane, run.rows, run.row, run.n);
+      T* g = call.native && g_out ? reinterpret_cast<T*>(call.from(g_out, run)) : buffers[4].values;
+      blocks.backward[run.layout][op_sums](w, upstream, g, run, totals, lane);
       if (prologue_sums) {
         if (totals) call.staging.prologue_plane_sums(g, x, totals + Op::kSums, run.n);
         else call.staging.prologue_lane_sums(g, x, lane + Op::kSums * partition.length, lane + (Op::kSums + 1) * partition.length, run.n);
       }
       if (out.dresidual) call.store(g, out.dresidual, run);
       if (out.dx && call.has_scale) {
-        T* dx = call.native ? reinterpret_cast<T*>(at(out.dx, run.offset, call.size)) : buffers[5];
+        T* dx = call.native ? reinterpret_cast<T*>(call.from(out.dx, run)) : buffers[5].values;
         call.staging.scaled(g, run.scale, run.step(), dx, run.n);
         call.store(dx, out.dx, run);
       } else if (out.dx) {
@@ -284,27 +259,27 @@ void for_gates(int64_t n, const F& f) {
 }  // namespace
 
 template <class Op>
-void forward(const typename Op::Attributes& attributes, const Operands& in, void* y) {
+void Driver::forward(const typename Op::Attributes& attributes, const Operands& in, void* y) {
   if (in.dtype == DType::kDouble) forward_as<Op, double>(attributes, in, y);
   else forward_as<Op, float>(attributes, in, y);
 }
 
 template <class Op>
-void backward(const typename Op::Attributes& attributes, const Operands& in, const void* dy, const Gradients& out) {
+void Driver::backward(const typename Op::Attributes& attributes, const Operands& in, const void* dy, const Gradients& out) {
   if (in.dtype == DType::kDouble) backward_as<Op, double>(attributes, in, dy, out);
   else backward_as<Op, float>(attributes, in, dy, out);
 }
 
-#define CTK_OP(name, Op, ...)                                                \
-  template void forward<Op>(const Op::Attributes&, const Operands&, void*); \
-  template void backward<Op>(const Op::Attributes&, const Operands&, const void*, const Gradients&);
+#define CTK_OP(name, Op, ...)                                                        \
+  template void Driver::forward<Op>(const Op::Attributes&, const Operands&, void*); \
+  template void Driver::backward<Op>(const Op::Attributes&, const Operands&, const void*, const Gradients&);
 #include "../ops.def"
 
-void gates_forward(bool is_double, const Gates& gates) {
+void Driver::gates_forward(bool is_double, const Gates& gates) {
   for_gates(gates.n, [&](int64_t i) { is_double ? gate_forward<double>(gates, i) : gate_forward<float>(gates, i); });
 }
 
-void gates_backward(bool is_double, const Gates& gates) {
+void Driver::gates_backward(bool is_double, const Gates& gates) {
   for_gates(gates.n, [&](int64_t i) { is_double ? gate_backward<double>(gates, i) : gate_backward<float>(gates, i); });
 }
 

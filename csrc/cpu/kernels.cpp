@@ -52,25 +52,27 @@ struct Unit : Op_::template Arithmetic<variant, T, Math> {
   if constexpr (Unit::kSums > 4) s4 += (terms)[4]
 
 template <class Unit, class T>
-void forward_plane(const T* __restrict w, T* __restrict y, const T* constants, int64_t n) {
-  const typename Unit::Constants k(constants);
+void forward_plane(const T* __restrict w, T* __restrict y, const Run<T>& run) {
+  const typename Unit::Constants k(run.constants);
+  const int64_t n = run.n;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) y[i] = Unit::forward(w[i], k);
 }
 
 template <class Unit, class T>
-void forward_lanes(const T* __restrict w, T* __restrict y, const T* __restrict constants, int64_t stride, int64_t rows,
-                   int64_t row, int64_t n) {
-  for (int64_t r = 0; r < rows; ++r) {
+void forward_lanes(const T* __restrict w, T* __restrict y, const Run<T>& run) {
+  const T* __restrict constants = run.constants;
+  const int64_t n = run.n, row = run.row, stride = run.stride;
+  for (int64_t r = 0; r < run.rows; ++r) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) y[r * row + i] = Unit::forward(w[r * row + i], Lane<T>{constants + i, stride});
   }
 }
 
 template <class Unit, class T, bool sums>
-void backward_plane(const T* __restrict w, const T* __restrict dy, T* __restrict dw, const T* constants,
-                    double* __restrict totals, int64_t n) {
-  const typename Unit::Constants k(constants);
+void backward_plane(const T* __restrict w, const T* __restrict dy, T* __restrict dw, const Run<T>& run, double* __restrict totals, T*) {
+  const typename Unit::Constants k(run.constants);
+  const int64_t n = run.n;
   T s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3, s4)
   for (int64_t i = 0; i < n; ++i) {
@@ -89,10 +91,7 @@ void backward_plane(const T* __restrict w, const T* __restrict dy, T* __restrict
 template <class Unit, class T, int R, bool sums>
 void backward_rows(const T* __restrict w, const T* __restrict dy, T* __restrict dw, const T* __restrict constants,
                    int64_t stride, T* __restrict lanes, int64_t row, int64_t n) {
-  T* __restrict l1 = lanes + stride;
-  T* __restrict l2 = lanes + 2 * stride;
-  T* __restrict l3 = lanes + 3 * stride;
-  T* __restrict l4 = lanes + 4 * stride;
+  T *__restrict l1 = lanes + stride, *__restrict l2 = l1 + stride, *__restrict l3 = l2 + stride, *__restrict l4 = l3 + stride;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     T s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
@@ -112,24 +111,21 @@ void backward_rows(const T* __restrict w, const T* __restrict dy, T* __restrict 
 }
 
 template <class Unit, class T, bool sums>
-void backward_lanes(const T* w, const T* dy, T* dw, const T* constants, int64_t stride, T* lanes, int64_t rows, int64_t row,
-                    int64_t n) {
+void backward_lanes(const T* w, const T* dy, T* dw, const Run<T>& run, double*, T* lanes) {
+  const auto rows = [&]<int R>(int64_t r, std::integral_constant<int, R>) {
+    const int64_t at = r * run.row;
+    backward_rows<Unit, T, R, sums>(w + at, dy + at, dw + at, run.constants, run.stride, lanes, run.row, run.n);
+  };
   int64_t r = 0;
-  for (; r + Unit::kRows <= rows; r += Unit::kRows)
-    backward_rows<Unit, T, Unit::kRows, sums>(w + r * row, dy + r * row, dw + r * row, constants, stride, lanes, row, n);
-  for (; r < rows; ++r)
-    backward_rows<Unit, T, 1, sums>(w + r * row, dy + r * row, dw + r * row, constants, stride, lanes, row, n);
+  for (; r + Unit::kRows <= run.rows; r += Unit::kRows) rows(r, std::integral_constant<int, Unit::kRows>{});
+  for (; r < run.rows; ++r) rows(r, std::integral_constant<int, 1>{});
 }
 
 template <class Op, typename Op::Variant variant, class T, class Math>
 constexpr BlockKernels<T> block_kernels() {
   using U = Unit<Op, variant, T, Math>;
-  return {U::kSums,
-          U::kRows,
-          forward_plane<U, T>,
-          forward_lanes<U, T>,
-          {backward_plane<U, T, false>, backward_plane<U, T, true>},
-          {backward_lanes<U, T, false>, backward_lanes<U, T, true>}};
+  return {U::kSums, U::kRows, {forward_plane<U, T>, forward_lanes<U, T>},
+          {{backward_plane<U, T, false>, backward_plane<U, T, true>}, {backward_lanes<U, T, false>, backward_lanes<U, T, true>}}};
 }
 
 // ---- staging: dtypes and the prologue ------------------------------------------------------------------------------
@@ -189,28 +185,24 @@ void store_f16(const float* __restrict from, void* to, int64_t n) {
 template <class T>
 void prologue(const T* __restrict x, const T* __restrict residual, const T* __restrict scale, const T* __restrict shift,
               int64_t step, T* __restrict w, int64_t n) {
-  if (step == 0) {
-    const T a = *scale, b = *shift;
+  const auto run = [&](auto affine) __attribute__((always_inline)) {
     if (residual) {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) w[i] = fused(a, x[i], b) + residual[i];
+      for (int64_t i = 0; i < n; ++i) w[i] = affine(i) + residual[i];
     } else {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) w[i] = fused(a, x[i], b);
+      for (int64_t i = 0; i < n; ++i) w[i] = affine(i);
     }
-  } else if (residual) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) w[i] = fused(scale[i], x[i], shift[i]) + residual[i];
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) w[i] = fused(scale[i], x[i], shift[i]);
-  }
+  };
+  const T a = *scale, b = *shift;
+  if (step == 0) run([=](int64_t i) __attribute__((always_inline)) { return fused(a, x[i], b); });
+  else run([=](int64_t i) __attribute__((always_inline)) { return fused(scale[i], x[i], shift[i]); });
 }
 
 template <class T>
 void scaled(const T* __restrict g, const T* __restrict scale, int64_t step, T* __restrict dx, int64_t n) {
+  const T a = *scale;
   if (step == 0) {
-    const T a = *scale;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) dx[i] = a * g[i];
   } else {
@@ -255,22 +247,21 @@ constexpr Staging<T> staging() {
 }
 
 template <class Op, typename Op::Variant variant>
-struct Tag {};
+constexpr void fill(KernelTable& t, Kernel kernel) {
+  const int i = static_cast<int>(kernel);
+  t.f32[i] = block_kernels<Op, variant, float, Exact>();
+  t.f16[i] = block_kernels<Op, variant, float, Fast>();
+  t.f64[i] = block_kernels<Op, variant, double, Exact>();
+#if defined(__AVX512BW__)
+  t.memory[static_cast<int>(DType::kFloat)][i] = avx512::memory_kernels<Op, variant, avx512::Float>();
+  t.memory[static_cast<int>(DType::kBFloat16)][i] = avx512::memory_kernels<Op, variant, avx512::BFloat16>();
+  t.memory[static_cast<int>(DType::kHalf)][i] = avx512::memory_kernels<Op, variant, avx512::Half>();
+#endif
+}
 
 constexpr KernelTable make_table() {
   KernelTable t{CTK_STR(CTK_LEVEL), {}, {}, {}, staging<float>(), staging<double>(), {}};
-  const auto fill = [&]<class Op, typename Op::Variant variant>(Kernel kernel, Tag<Op, variant>) {
-    const int i = static_cast<int>(kernel);
-    t.f32[i] = block_kernels<Op, variant, float, Exact>();
-    t.f16[i] = block_kernels<Op, variant, float, Fast>();
-    t.f64[i] = block_kernels<Op, variant, double, Exact>();
-#if defined(__AVX512BW__)
-    t.memory[static_cast<int>(DType::kFloat)][i] = avx512::memory_kernels<Op, variant, avx512::Float>();
-    t.memory[static_cast<int>(DType::kBFloat16)][i] = avx512::memory_kernels<Op, variant, avx512::BFloat16>();
-    t.memory[static_cast<int>(DType::kHalf)][i] = avx512::memory_kernels<Op, variant, avx512::Half>();
-#endif
-  };
-#define CTK_KERNELS(stem, Op, variant) fill(Kernel::stem, Tag<Op, Op::Variant::variant>{});
+#define CTK_KERNELS(stem, Op, variant) fill<Op, Op::Variant::variant>(t, Kernel::stem);
 #include "../ops.def"
   return t;
 }

@@ -5,8 +5,22 @@
 namespace ctk::cpu {
 
 // How constants lie. kPlane: one set for a run of values, which belong to one channel. kLanes: one set per lane of a row,
-// constant i of lane j at constants[i * stride + j]; a kernel takes `rows` rows of n lanes, `row` values apart.
+// constant i of lane j at constants[i * stride + j].
 enum Layout : int { kPlane = 0, kLanes = 1 };
+
+// n values with one set of constants, or rows of n lanes.
+template <class T>
+struct Run {
+  Layout layout;
+  int64_t offset, n;      // in values
+  int64_t rows = 1, row;  // kLanes: this many rows, `row` values apart
+  int64_t lane = 0;       // kLanes: the first value's lane
+  const T* constants;     // of the first lane
+  int64_t stride = 1;     // 1: kPlane
+  const T* scale;         // null: no prologue
+  const T* shift;
+  int64_t step() const { return layout == kLanes ? 1 : 0; }
+};
 
 // Sums go to totals[k] in a plane, and lane j's to lanes[k * stride + j].
 //
@@ -16,12 +30,8 @@ template <class T>
 struct BlockKernels {
   int sums;  // of this variant: the op's own, and not the prologue's
   int rows;  // that lane kernels take at once
-  void (*forward_plane)(const T* w, T* y, const T* constants, int64_t n);
-  void (*forward_lanes)(const T* w, T* y, const T* constants, int64_t stride, int64_t rows, int64_t row, int64_t n);
-  // [with sums]
-  void (*backward_plane[2])(const T* w, const T* dy, T* dw, const T* constants, double* totals, int64_t n);
-  void (*backward_lanes[2])(const T* w, const T* dy, T* dw, const T* constants, int64_t stride, T* lanes, int64_t rows,
-                            int64_t row, int64_t n);
+  void (*forward[2])(const T* w, T* y, const Run<T>& run);  // [layout]
+  void (*backward[2][2])(const T* w, const T* dy, T* dw, const Run<T>& run, double* totals, T* lanes);  // [layout][with sums]
 };
 
 // Between memory and block kernels: dtypes and the prologue.
@@ -36,27 +46,18 @@ struct Staging {
   void (*prologue_lane_sums)(const T* g, const T* x, T* dscale, T* dshift, int64_t n);
 };
 
-// w = scale x + shift (+ residual) before an op, and the residual's gradient after it (null: not wanted). scale and shift
-// are one value or one per lane, as the op's constants are; residuals are read and written at x's offsets.
-struct Prologue {
-  const float* scale;
-  const float* shift;
-  const void* residual;
-  void* dresidual;
+// Memory kernels do all in one pass from memory to memory, in any dtype.
+struct MemoryCall {
+  const Run<float>& run;
+  const void *x, *residual, *dy;  // of the run's first value; residual: null if there is none
+  void *y, *dx, *dresidual;       // null: not wanted
+  double* totals;
+  float* lanes;
+  bool stream;  // results bypass the caches; every row of them is aligned to 64 bytes
 };
-
-// Memory kernels do all in one pass from memory to memory, in any dtype. dx may be null; `prologue` is null for [0] and not
-// for [1]. `stream`: results bypass the caches; every row of them is aligned to 64 bytes then.
 struct MemoryKernels {
-  // [with a prologue]
-  void (*forward_plane[2])(const void* x, void* y, const float* constants, const Prologue* prologue, int64_t n, bool stream);
-  void (*forward_lanes[2])(const void* x, void* y, const float* constants, int64_t stride, const Prologue* prologue,
-                           int64_t rows, int64_t row, int64_t n, bool stream);
-  // [with a prologue][with sums]
-  void (*backward_plane[2][2])(const void* x, const void* dy, void* dx, const float* constants, const Prologue* prologue,
-                               double* totals, int64_t n, bool stream);
-  void (*backward_lanes[2][2])(const void* x, const void* dy, void* dx, const float* constants, int64_t stride,
-                               const Prologue* prologue, float* lanes, int64_t rows, int64_t row, int64_t n, bool stream);
+  void (*forward[2][2])(MemoryCall);      // [layout][with a prologue]
+  void (*backward[2][2][2])(MemoryCall);  // [layout][with a prologue][with sums]
 };
 
 struct KernelTable {
@@ -70,7 +71,7 @@ struct KernelTable {
 
   const MemoryKernels* memory_kernels(Kernel k, DType t, bool prologue) const {
     const MemoryKernels& kernels = memory[static_cast<int>(t)][static_cast<int>(k)];
-    return kernels.forward_plane[prologue] ? &kernels : nullptr;
+    return kernels.forward[kPlane][prologue] ? &kernels : nullptr;
   }
   template <class T>
   const BlockKernels<T>& block_kernels(Kernel k, DType t) const {

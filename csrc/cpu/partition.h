@@ -176,20 +176,6 @@ Constants<T> precompute(const typename Op::Attributes& attributes, const Operand
   return k;
 }
 
-// The arguments of a kernel: n values with one set of constants, or rows of n lanes.
-template <class T>
-struct Run {
-  int64_t offset, n;      // in values
-  int64_t rows = 1, row;  // kLanes: this many rows, `row` values apart
-  int64_t lane = 0;       // kLanes: the first value's lane
-  const T* constants;     // of the first lane
-  int64_t stride = 1;     // 1: kPlane
-  Layout layout;
-  const T* scale;         // null: no prologue
-  const T* shift;
-  int64_t step() const { return layout == kLanes ? 1 : 0; }
-};
-
 // How large a run may be: `values` with one set of constants; `rows` rows of `lanes` lanes, in strips of `strip` rows.
 struct RunSize {
   int64_t values, rows, lanes, strip;

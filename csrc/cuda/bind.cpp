@@ -7,8 +7,6 @@
 #include "../binding.h"
 #include "driver.h"
 
-#define CTK_EXPORT extern "C" __attribute__((visibility("default")))
-
 // What starts kernels, and torch's `aoti_torch_get_current_cuda_stream`, which lives in a library that a CPU build of torch
 // does not have, and that Python loads for itself alone: not even a weak reference would find it.
 extern "C" {
@@ -21,12 +19,11 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using namespace ctk::cuda;
-using ctk::Gates;
 
 // The device of a tensor, made current while this lives, and its current stream.
-class TorchDevice final : public Device {
+class TorchDriver final : public Driver {
  public:
-  explicit TorchDevice(const Tensor& x) : like_(x) {
+  explicit TorchDriver(const Tensor& x) : like_(x) {
     STD_TORCH_CHECK(ctk_cuda_launcher, "ctkernels: the library of CUDA kernels is not loaded");
     if (!x.is_cuda()) return;  // only under a launcher that records
     guard_ = std::make_unique<torch::stable::accelerator::DeviceGuard>(x.get_device_index());
@@ -55,25 +52,10 @@ class TorchDevice final : public Device {
   std::vector<Scratch> blocks_;
 };
 
-struct Cuda {
-  TorchDevice device;
-  explicit Cuda(const Tensor& x) : device(x) {}
-  template <class Op, class... T>
-  void forward(const T&... arguments) {
-    ctk::cuda::forward<Op>(arguments..., device);
-  }
-  template <class Op, class... T>
-  void backward(const T&... arguments) {
-    ctk::cuda::backward<Op>(arguments..., device);
-  }
-  void gates_forward(bool is_double, const Gates& gates) { ctk::cuda::gates_forward(is_double, gates, device); }
-  void gates_backward(bool is_double, const Gates& gates) { ctk::cuda::gates_backward(is_double, gates, device); }
-};
-
 }  // namespace
 
 // Makes these functions the kernels of the ops of library `name` for a dispatch key, for as long as the process lives.
 CTK_EXPORT void ctk_cuda_register(const char* name, const char* key) {
   using torch::stable::detail::StableLibrary;
-  ctk::add_to<Cuda>(*new StableLibrary(StableLibrary::Kind::IMPL, name, key, __FILE__, __LINE__));
+  ctk::add_to<TorchDriver>(*new StableLibrary(StableLibrary::Kind::IMPL, name, key, __FILE__, __LINE__));
 }

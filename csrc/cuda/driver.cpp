@@ -18,29 +18,26 @@ const char* type_name(DType t) {
   throw std::invalid_argument("ctkernels: no such dtype");
 }
 
-// Rows of the kernel tables: sums of each variant, and which kernels there are.
-constexpr int kVariantSums[] = {
-#define CTK_KERNELS(stem, Op, variant) Op::Arithmetic<Op::Variant::variant, float, Exact>::Gradients::kSums,
-#include "../ops.def"
+// What ops.def says of a variant's kernels.
+struct KernelInfo {
+  int sums = 0;
+  bool plain = false, double_vector = false;
 };
-constexpr bool has_plain(Kernel k) {
-  return false
-#define CTK_PLAIN_KERNELS(stem, Op, variant) || k == Kernel::stem
+constexpr KernelInfo info_of(Kernel k) {
+  KernelInfo info;
+#define CTK_KERNELS(stem, Op, variant) \
+  if (k == Kernel::stem) info.sums = Op::Arithmetic<Op::Variant::variant, float, Exact>::Gradients::kSums;
+#define CTK_PLAIN_KERNELS(stem, Op, variant) info.plain = info.plain || k == Kernel::stem;
+#define CTK_DOUBLE_KERNELS(stem, Op, variant) info.double_vector = info.double_vector || k == Kernel::stem;
 #include "../ops.def"
-      ;
-}
-constexpr bool has_double_vector(Kernel k) {
-  return false
-#define CTK_DOUBLE_KERNELS(stem, Op, variant) || k == Kernel::stem
-#include "../ops.def"
-      ;
+  return info;
 }
 
 // Shared memory comes in whole 16 bytes: ptxas may read neighbouring values together, up to there.
 template <class Args>
-void launch(Device& device, const std::string& kernel, int64_t grid, int block_x, int block_y, int64_t shared, const Args& args) {
+void launch(Driver& driver, const std::string& kernel, int64_t grid, int block_x, int block_y, int64_t shared, const Args& args) {
   if (grid > 0x7fffffff) throw std::runtime_error("ctkernels: a tensor too large for one launch (" + kernel + ")");
-  device.launch({kernel.c_str(), static_cast<uint32_t>(grid), static_cast<uint32_t>(block_x), static_cast<uint32_t>(block_y),
+  driver.launch({kernel.c_str(), static_cast<uint32_t>(grid), static_cast<uint32_t>(block_x), static_cast<uint32_t>(block_y),
                  static_cast<uint32_t>(ceil_div(shared, 16) * 16), &args, sizeof(args), nullptr, nullptr, 0});
 }
 
@@ -72,10 +69,10 @@ struct Call {
   Channelwise<Op> args{};
   std::string suffix;
 
-  Call(const typename Op::Attributes& attributes, const Operands& in, bool sums, bool is_aligned, Device& device)
+  Call(const typename Op::Attributes& attributes, const Operands& in, bool sums, bool is_aligned, Driver& driver)
       : kernel(kernel_of<Op>(Op::variant(attributes))),
         partition(partition_for(in.view, size_of(in.dtype), sums,
-                                is_aligned && (in.dtype != DType::kDouble || has_double_vector(kernel)))) {
+                                is_aligned && (in.dtype != DType::kDouble || info_of(kernel).double_vector))) {
     const View& v = in.view;
     const Partition& p = partition;
     const uint32_t inner = p.plane ? 1 : narrow(v.inner);
@@ -83,50 +80,50 @@ struct Call {
                    narrow(v.channels), inner};
     args.x = in.x, args.residual = in.residual, args.attributes = attributes;
     for (int i = 0; i < kParamsOf<Op>; ++i) args.params[i] = reference(in.params[i], v.channels);
-    bool plain = has_plain(kernel);
+    bool plain = info_of(kernel).plain;
     if constexpr (Op::kPrologue) plain = plain && !in.residual && !in.params[Op::kParams].data && !in.params[Op::kParams + 1].data;
     suffix = std::string(type_name(in.dtype)) + (p.plane ? "_plane" : "_lanes") + (!p.vector ? "_scalar" : plain ? "_plain" : "_vector");
     if constexpr (Op::kTable > 0) {
-      if (Op::needs_table(attributes) && in.dtype != DType::kDouble) make_table(in, device);
+      if (Op::needs_table(attributes) && in.dtype != DType::kDouble) make_table(in, driver);
     }
   }
 
-  void run(const char* pass, int64_t shared, Device& device) const {
-    launch(device, std::string(kKernelStems[static_cast<int>(kernel)]) + pass + suffix, partition.blocks, partition.threads, 1, shared, args);
+  void run(const char* pass, int64_t shared, Driver& driver) const {
+    launch(driver, std::string(kKernelStems[static_cast<int>(kernel)]) + pass + suffix, partition.blocks, partition.threads, 1, shared, args);
   }
 
  private:
-  void make_table(const Operands& in, Device& device) {
+  void make_table(const Operands& in, Driver& driver) {
     const bool grouped = std::any_of(in.params, in.params + Op::kParams, [](const Param& p) { return p.groups > 1; });
     const int64_t rows = grouped ? in.view.groups : 1, count = narrow(rows * in.view.channels);
-    auto* to = static_cast<float*>(device.allocate(Op::kTable * count * sizeof(float)));
+    auto* to = static_cast<float*>(driver.allocate(Op::kTable * count * sizeof(float)));
     args.table = to, args.table_rows = narrow(rows);
     Precompute<Op> table{to, narrow(rows), narrow(in.view.channels), {}, args.attributes};
     std::copy(std::begin(args.params), std::end(args.params), table.params);
-    launch(device, std::string("ctk_") + kName<Op> + "_precompute", ceil_div(count, kTableThreads), kTableThreads, 1, 0, table);
+    launch(driver, std::string("ctk_") + kName<Op> + "_precompute", ceil_div(count, kTableThreads), kTableThreads, 1, 0, table);
   }
 };
 
 }  // namespace
 
 template <class Op>
-void forward(const typename Op::Attributes& attributes, const Operands& in, void* y, Device& device) {
-  Call<Op> call(attributes, in, false, aligned({in.x, in.residual, y}), device);
+void Driver::forward(const typename Op::Attributes& attributes, const Operands& in, void* y) {
+  Call<Op> call(attributes, in, false, aligned({in.x, in.residual, y}), *this);
   call.args.y = y;
-  call.run("_forward", 0, device);
+  call.run("_forward", 0, *this);
 }
 
 template <class Op>
-void backward(const typename Op::Attributes& attributes, const Operands& in, const void* dy, const Gradients& out, Device& device) {
+void Driver::backward(const typename Op::Attributes& attributes, const Operands& in, const void* dy, const Gradients& out) {
   constexpr int kParams = kParamsOf<Op>, kSums = kSumsOf<Op>;
   const View& v = in.view;
   // Any of the op's own gradients may take any of its own sums; the prologue's take one each.
-  const uint32_t own = (1u << kVariantSums[static_cast<int>(kernel_of<Op>(Op::variant(attributes)))]) - 1;
+  const uint32_t own = (1u << info_of(kernel_of<Op>(Op::variant(attributes))).sums) - 1;
   uint32_t wanted = 0;
   for (int i = 0; i < kParams; ++i)
     if (out.params[i]) wanted |= i < Op::kParams ? own : 1u << (Op::kSums + i - Op::kParams);
 
-  Call<Op> call(attributes, in, wanted != 0, aligned({in.x, in.residual, dy, out.dx, out.dresidual}), device);
+  Call<Op> call(attributes, in, wanted != 0, aligned({in.x, in.residual, dy, out.dx, out.dresidual}), *this);
   const Partition& p = call.partition;
   Channelwise<Op>& args = call.args;
   args.dy = dy, args.dx = out.dx, args.dresidual = out.dresidual, args.wanted = wanted;
@@ -142,7 +139,7 @@ void backward(const typename Op::Attributes& attributes, const Operands& in, con
     if (param.numel() == v.groups * v.channels) {
       grads[i] = {out.params[i], param.is_double};
     } else {
-      grads[i] = {device.allocate(v.groups * v.channels * 8), true};
+      grads[i] = {allocate(v.groups * v.channels * 8), true};
       const ParamRef& r = args.params[i];
       reduce.item[reduce.items++] = {static_cast<const double*>(grads[i].data), out.params[i], r.rows, r.count, r.run, narrow(reduced), r.is_double};
       reduced += param.numel();
@@ -154,9 +151,9 @@ void backward(const typename Op::Attributes& attributes, const Operands& in, con
   if (wanted) {
     if (p.plane) shared = kSums * (p.threads / 32) * compute_size;
     if (p.one_pass) std::copy(grads, grads + kParams, args.grads);
-    else args.partial = device.allocate(v.groups * p.slots() * kSums * p.columns(v) * compute_size);
+    else args.partial = allocate(v.groups * p.slots() * kSums * p.columns(v) * compute_size);
   }
-  call.run("_backward", shared, device);
+  call.run("_backward", shared, *this);
 
   if (args.partial) {
     ReducePartials<Op> partials{args.partial, p.columns(v), narrow(v.channels), args.tiling.inner, p.plane ? 1u : narrow(p.repeat),
@@ -168,21 +165,21 @@ void backward(const typename Op::Attributes& attributes, const Operands& in, con
     const int64_t terms = narrow(p.slots() * partials.repeat * partials.inner);
     const int64_t rows = std::min(kReduceThreads / lanes, power_of_two(terms));
     const std::string name = std::string("ctk_") + kName<Op> + "_reduce_partials" + (compute_size == 8 ? "_f64" : "_f32");
-    launch(device, name, v.groups * ceil_div(v.channels, lanes), static_cast<int>(lanes), static_cast<int>(rows), lanes * rows * 8, partials);
+    cuda::launch(*this, name, v.groups * ceil_div(v.channels, lanes), static_cast<int>(lanes), static_cast<int>(rows), lanes * rows * 8, partials);
   }
-  if (reduce.items) launch(device, "ctk_reduce_shared", reduced, kSharedThreads, 1, kSharedThreads * 8, reduce);
+  if (reduce.items) cuda::launch(*this, "ctk_reduce_shared", reduced, kSharedThreads, 1, kSharedThreads * 8, reduce);
 }
 
-#define CTK_OP(name, Op, ...)                                                         \
-  template void forward<Op>(const Op::Attributes&, const Operands&, void*, Device&); \
-  template void backward<Op>(const Op::Attributes&, const Operands&, const void*, const Gradients&, Device&);
+#define CTK_OP(name, Op, ...)                                                        \
+  template void Driver::forward<Op>(const Op::Attributes&, const Operands&, void*);         \
+  template void Driver::backward<Op>(const Op::Attributes&, const Operands&, const void*, const Gradients&);
 #include "../ops.def"
 
-void gates_forward(bool is_double, const Gates& gates, Device& device) {
-  launch(device, is_double ? "ctk_gates_forward_f64" : "ctk_gates_forward_f32", ceil_div(gates.n, kGateThreads), kGateThreads, 1, 0, gates);
+void Driver::gates_forward(bool is_double, const Gates& gates) {
+  cuda::launch(*this, is_double ? "ctk_gates_forward_f64" : "ctk_gates_forward_f32", ceil_div(gates.n, kGateThreads), kGateThreads, 1, 0, gates);
 }
-void gates_backward(bool is_double, const Gates& gates, Device& device) {
-  launch(device, is_double ? "ctk_gates_backward_f64" : "ctk_gates_backward_f32", ceil_div(gates.n, kGateThreads), kGateThreads, 1, 0, gates);
+void Driver::gates_backward(bool is_double, const Gates& gates) {
+  cuda::launch(*this, is_double ? "ctk_gates_backward_f64" : "ctk_gates_backward_f32", ceil_div(gates.n, kGateThreads), kGateThreads, 1, 0, gates);
 }
 
 }  // namespace ctk::cuda
