@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ctkernels
-from ctkernels.ops import _backend
+from ctkernels.ops import backends
 
 from . import ctu, head_edit, measure
 from .report import table
@@ -155,7 +155,7 @@ def _by_backend(function: Callable[..., Tensor]) -> dict[str, Callable[..., Tens
 
         return call
 
-    names = [b.name for b in _backend.BACKENDS.values() if b.device == "cuda" and b.missing is None]
+    names = [b.name for b in backends.BACKENDS.values() if b.device == "cuda" and b.missing is None]
     return {OURS: function} | {f"{OURS}, {name}": forced(name) for name in names[1:]}
 
 

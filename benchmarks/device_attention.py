@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ctkernels.functional import attention_head_edit
-from ctkernels.ops.attention import KEEP_LSE, KEEP_Z, Problem, choice, triton_launch
+from ctkernels.ops.attention import cost_model
+from ctkernels.ops.attention.problem import KEEP_LSE, KEEP_Z, Problem
 from ctkernels.ops.attention.reference import UNBOUNDED
+from ctkernels.ops.attention.triton import launch as triton_launch
 
 from .device import DTYPES, interleaved
 from .report import table
@@ -124,11 +126,12 @@ def _one(case: Case, dtype: str, seconds: float) -> dict[str, Any]:
     times |= _price(Problem(q, k, v, *edits, *seen), dy, seconds)
     predicted = {
         key: {
-            e.implementation: e.seconds * 1e3 for e in choice.estimates(q, k, v, options["attn_mask"], left, right, t)
+            e.implementation: e.seconds * 1e3
+            for e in cost_model.estimates(q, k, v, options["attn_mask"], left, right, t)
         }
         for key, t in (("forward_ms", False), ("forward_backward_ms", True))
     }
-    chosen = choice.estimates(q, k, v, options["attn_mask"], left, right, False)
+    chosen = cost_model.estimates(q, k, v, options["attn_mask"], left, right, False)
     pairs = case.tokens * case.keys * (0.5 if options["is_causal"] and case.tokens > 1 else 1.0)
     if "window" in options:
         pairs = case.tokens * options["window"]

@@ -2,7 +2,8 @@
 
 from . import functional, nn
 from .fusion import Fusion, fuse
-from .ops._backend import explain, use_backend
+from .ops.backends import use_backend
+from .ops.explain import explain
 from .steering import Steering, handle_of, steer
 
 __version__ = "0.1.0"

@@ -42,7 +42,7 @@ for got, want in zip(torch.autograd.grad(y.sum(), (x, beta)), torch.autograd.gra
     assert torch.allclose(got, want, rtol=1e-9, atol=1e-9), (got - want).abs().max()
 net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
 handle = ctkernels.steer(net, 0.9); handle.remove()
-backend = "cpu" if ctkernels.ops._backend.NATIVE is not None else "reference"
+backend = "cpu" if ctkernels.ops.backends.NATIVE is not None else "reference"
 assert backend == sys.argv[1], f"served by {backend}, expected {sys.argv[1]}: {ctkernels.explain(x)}"
 print(f"Python {sys.version.split()[0]}, torch {torch.__version__}: {backend}, right")
 """

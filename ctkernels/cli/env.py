@@ -14,8 +14,9 @@ import torch
 
 import ctkernels
 
-from ..ops import _backend
-from ..ops._backend import BACKENDS, DTYPES, OPS
+from ..ops import backends
+from ..ops.backends import BACKENDS, DTYPES
+from ..ops.registration import OPS
 from .errors import Parser
 
 OPTIONAL = (
@@ -84,12 +85,12 @@ def describe() -> dict[str, Any]:
 
 def _native() -> dict[str, Any]:
     """The compiled part: where it is, what it was built with, and what it runs at here."""
-    if _backend.NATIVE is None:
+    if backends.NATIVE is None:
         return {"built": False, "why": BACKENDS["cpu"].missing}
-    library = ctypes.CDLL(str(_backend.NATIVE.__file__))
+    library = ctypes.CDLL(str(backends.NATIVE.__file__))
     return {
         "built": True,
-        "library": str(_backend.NATIVE.__file__),
+        "library": str(backends.NATIVE.__file__),
         "compiler": _exported(library, "ctk_compiler"),
         "simd_levels": (_exported(library, "ctk_simd_levels") or "").split(),
         "simd_level_used": _exported(library, "ctk_simd_level"),
@@ -99,7 +100,7 @@ def _native() -> dict[str, Any]:
 
 def _cuda() -> dict[str, Any]:
     """The compiled CUDA kernels: where they are, and the architectures in them, with or without a GPU."""
-    path = _backend.CUDA_KERNELS
+    path = backends.CUDA_KERNELS
     if not path.exists():
         return {"built": False, "why": BACKENDS["cuda"].missing}
     library = ctypes.CDLL(str(path))
@@ -113,7 +114,7 @@ def _cuda() -> dict[str, Any]:
 
 def cuda_kernels() -> list[str]:
     """Names of the kernels in the compiled CUDA library."""
-    library = ctypes.CDLL(str(_backend.CUDA_KERNELS))
+    library = ctypes.CDLL(str(backends.CUDA_KERNELS))
     named = (_exported(library, "ctk_cuda_kernel", i) for i in itertools.count())
     return list(itertools.takewhile(lambda name: name is not None, named))  # type: ignore[arg-type]
 

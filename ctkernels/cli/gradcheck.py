@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .._factories import check_takes, find_factory
 from .._files import write_text
 from ..functional import hard_concrete
-from ..ops._backend import BACKENDS, OPS
+from ..ops.backends import BACKENDS
+from ..ops.registration import OPS
 from ..testing import Sample, ctu_samples, head_edit_samples
 from ..testing.gradients import GradientReport, check_call, gradcheck_module
 from . import option_types as types

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..ops._op import in_transform
+from ..ops.autograd import in_transform
 from . import frozen
 from .fold import affine, is_eval, normalise
 from .layers import Norm, is_layer, is_unit

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Knobs
-from ..ops._backend import use_backend
+from ..ops.backends import use_backend
 from ..steering.surgery import Steered
 from .differences import central_difference, rounding_noise
 from .samples import Sample

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import ctkernels
 from ctkernels.functional import ctu, hard_concrete, head_edit
-from ctkernels.ops import _backend
+from ctkernels.ops import backends
 from ctkernels.ops.hard_concrete import reference
+from ctkernels.ops.registration import OPS
 from ctkernels.testing import samples
 
 pytestmark = pytest.mark.gpu
@@ -20,7 +21,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device (torch.cuda.is_available() is False)", allow_module_level=True)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-BACKENDS = [b.name for b in _backend.BACKENDS.values() if b.device == "cuda" and b.missing is None]
+BACKENDS = [b.name for b in backends.BACKENDS.values() if b.device == "cuda" and b.missing is None]
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
@@ -179,5 +180,5 @@ def test_compiled_code_calls_the_kernels() -> None:
 
 
 def test_explain_names_the_backend(gpu_backend: str) -> None:
-    for op in _backend.OPS:
+    for op in OPS:
         assert f"{gpu_backend:<10} forced: used" in ctkernels.explain(torch.ones(2, device="cuda"), op)

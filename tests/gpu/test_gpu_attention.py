@@ -8,13 +8,13 @@ from attention_cases import Case, check, results
 
 import ctkernels
 from ctkernels.functional import attention_head_edit
-from ctkernels.ops import _backend
+from ctkernels.ops import backends
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(
-        _backend.BACKENDS["triton"].missing is not None, reason=str(_backend.BACKENDS["triton"].missing)
+        backends.BACKENDS["triton"].missing is not None, reason=str(backends.BACKENDS["triton"].missing)
     ),
 ]
 CAUSAL = {"is_causal": True}

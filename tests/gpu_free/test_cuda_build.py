@@ -21,12 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ctkernels
 from ctkernels.cli import env as environment
 from ctkernels.functional import ctu, expected_l0, hard_concrete
-from ctkernels.ops import _backend
-from ctkernels.ops._op import Op
+from ctkernels.ops import backends
+from ctkernels.ops.record import Kernels, Op
+from ctkernels.ops.registration import OPS
 from ctkernels.testing import samples
 
 ROOT = Path(__file__).parents[2]
-BUILT = _backend.CUDA_KERNELS.exists()
+BUILT = backends.CUDA_KERNELS.exists()
 needs_build = pytest.mark.skipif(not BUILT, reason="the CUDA kernels are not built (make build-cuda)")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
@@ -39,15 +40,18 @@ def _calls(function: Callable[[], object]) -> list[tuple[str, tuple[Any, ...], A
     """The dispatcher ops that a function calls: (name, arguments, result)."""
     found = []
 
-    def packet(op: Op, suffix: str) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            result = getattr(torch.ops.ctkernels, op.name + suffix).default(*args)
-            found.append((op.name + suffix, args, result))
-            return result
+    def kernels(op: Op) -> Kernels:
+        def recorded(name: str) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                result = getattr(torch.ops.ctkernels, name).default(*args)
+                found.append((name, args, result))
+                return result
 
-        return call
+            return call
 
-    with mock.patch.object(Op, "_packet", packet):
+        return Kernels(*(recorded(op.name + suffix) for suffix in ("", "_", "_backward")))
+
+    with mock.patch.object(Op, "kernels", kernels):
         function()
     return found
 
@@ -119,7 +123,7 @@ def test_every_kernel_and_architecture_is_there() -> None:
 @needs_build
 @linux
 def test_the_library_needs_neither_torch_nor_a_driver() -> None:
-    listed = subprocess.run(["readelf", "-d", str(_backend.CUDA_KERNELS)], capture_output=True, text=True, check=True)
+    listed = subprocess.run(["readelf", "-d", str(backends.CUDA_KERNELS)], capture_output=True, text=True, check=True)
     needed = [line for line in listed.stdout.splitlines() if "NEEDED" in line]
     assert needed
     assert not [line for line in needed if any(name in line for name in ("torch", "c10", "cuda", "python"))], needed
@@ -128,15 +132,15 @@ def test_the_library_needs_neither_torch_nor_a_driver() -> None:
 @needs_build
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build")
 def test_the_compiled_kernels_come_first() -> None:
-    assert _backend.BACKENDS["cuda"].missing is None
-    assert list(_backend.BACKENDS).index("cuda") < list(_backend.BACKENDS).index("triton")
+    assert backends.BACKENDS["cuda"].missing is None
+    assert list(backends.BACKENDS).index("cuda") < list(backends.BACKENDS).index("triton")
     with FakeTensorMode():
         x = torch.empty(3, device="cuda")
-        for op in _backend.OPS:
+        for op in OPS:
             assert "cuda       used" in ctkernels.explain(x, op)
-    for op in _backend.OPS:
-        for suffix in ("", "_backward") if op == "hard_concrete" else ("", "_", "_backward"):
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ctkernels::{op}{suffix}", "CUDA")
+    for op in OPS.values():
+        for overload in filter(None, op.overloads):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(overload._schema.name, "CUDA")
 
 
 @needs_build
@@ -144,11 +148,11 @@ def test_the_compiled_kernels_come_first() -> None:
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build")
 def test_a_launch_finds_what_it_needs() -> None:
     """On a GPU: torch's library with the current stream is not among those that an extension's symbols are looked up in."""
-    binding, torchs = ctypes.CDLL(str(_backend.CUDA_BINDING)), ctypes.CDLL("libtorch_cuda.so", os.RTLD_NOLOAD)
+    binding, torchs = ctypes.CDLL(str(backends.CUDA_BINDING)), ctypes.CDLL("libtorch_cuda.so", os.RTLD_NOLOAD)
     expected = ctypes.cast(torchs.aoti_torch_get_current_cuda_stream, ctypes.c_void_p).value
     assert ctypes.c_void_p.in_dll(binding, "ctk_cuda_current_stream").value == expected
     assert ctypes.c_void_p.in_dll(binding, "ctk_cuda_launcher").value
-    listed = subprocess.run(["nm", "-D", str(_backend.CUDA_BINDING)], capture_output=True, text=True, check=True)
+    listed = subprocess.run(["nm", "-D", str(backends.CUDA_BINDING)], capture_output=True, text=True, check=True)
     assert not [
         line for line in listed.stdout.splitlines() if line.split()[-2:-1] in (["w"], ["v"]) and "torch" in line
     ]
@@ -157,12 +161,12 @@ def test_a_launch_finds_what_it_needs() -> None:
 @needs_build
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is a CUDA build")
 def test_a_cpu_build_of_torch_leaves_them_alone() -> None:
-    assert "is not a CUDA build" in str(_backend.BACKENDS["cuda"].missing)
+    assert "is not a CUDA build" in str(backends.BACKENDS["cuda"].missing)
     assert torch.isfinite(ctu(torch.randn(5), 0.9)).all()
 
 
 def test_a_forced_backend_that_cannot_serve_says_why() -> None:
-    reason = _backend.BACKENDS["cuda"].missing or "serves cuda tensors, got one on cpu"
+    reason = backends.BACKENDS["cuda"].missing or "serves cuda tensors, got one on cpu"
     with ctkernels.use_backend("cuda"), pytest.raises(RuntimeError) as error:
         ctu(torch.ones(2), 0.9)
     assert "backend 'cuda' was forced but cannot serve this tensor" in str(error.value)

@@ -25,7 +25,7 @@ from ptx.toolchain import nvcc
 
 import ctkernels
 from ctkernels.functional import ctu, expected_l0, hard_concrete, head_edit
-from ctkernels.ops import _backend
+from ctkernels.ops import backends
 from ctkernels.ops.hard_concrete import OP as GATES
 from ctkernels.ops.hard_concrete import SAMPLE
 from ctkernels.ops.hard_concrete.reference import uniform
@@ -33,7 +33,7 @@ from ctkernels.testing import samples
 
 if nvcc() is None:
     pytest.skip("nvcc is not installed", allow_module_level=True)
-if not _backend.CUDA_BINDING.exists():
+if not backends.CUDA_BINDING.exists():
     pytest.skip("the host code of the CUDA kernels is not built (CTKERNELS_BUILD=none)", allow_module_level=True)
 
 from cuda_recorder import Recorder, cuda_on_cpu

@@ -20,12 +20,12 @@ pytest.importorskip("numpy", minversion="2.0", reason="the PTX executor needs nu
 
 from ptx.toolchain import has_triton, nvcc
 
-from ctkernels.ops import _backend
-from ctkernels.ops._op import Op
+from ctkernels.ops import backends
 from ctkernels.ops.ctu import OP as CTU
 from ctkernels.ops.hard_concrete import CLIP, SAMPLE
 from ctkernels.ops.hard_concrete import OP as GATES
 from ctkernels.ops.head_edit import OP as HEAD_EDIT
+from ctkernels.ops.record import Op
 
 LIBRARY = "ctkernels_triton_recorded"
 
@@ -33,14 +33,15 @@ LIBRARY = "ctkernels_triton_recorded"
 @lru_cache(maxsize=1)
 def _triton_library() -> torch.library.Library:
     """The Triton host code, registered for CPU tensors under LIBRARY with the schemas of the real ops."""
-    from ctkernels.ops import _triton
+    from ctkernels.ops.channelwise.launch import implementation
 
     library = torch.library.Library(LIBRARY, "DEF")
     for op in (CTU, HEAD_EDIT, GATES):
-        for suffix, implementation in _triton.implementations(op).items():
-            schema = str(getattr(torch.ops.ctkernels, op.name + suffix).default._schema)
-            library.define(schema.removeprefix("ctkernels::"))
-            library.impl(op.name + suffix, implementation, "CPU")
+        for overload, kernel in zip(op.overloads, implementation(op)):
+            if overload is not None:
+                schema = str(overload._schema).removeprefix("ctkernels::")
+                library.define(schema)
+                library.impl(schema.partition("(")[0], kernel, "CPU")
     return library
 
 
@@ -62,7 +63,7 @@ def _cuda(x: Tensor) -> tuple[str, AbstractContextManager[Any]]:
 TOOLCHAINS = [
     pytest.param(_triton, id="triton", marks=pytest.mark.skipif(not has_triton(), reason="triton is not installed")),
     pytest.param(_cuda, id="cuda", marks=pytest.mark.skipif(
-        nvcc() is None or not _backend.CUDA_BINDING.exists(), reason="nvcc, or the host code, is not there")),
+        nvcc() is None or not backends.CUDA_BINDING.exists(), reason="nvcc, or the host code, is not there")),
 ]  # fmt: skip
 
 
@@ -95,9 +96,16 @@ CALLS: dict[str, tuple[Op, Callable[[], tuple[Any, ...]], int]] = {
 }
 
 
-@pytest.mark.parametrize("suffix", ["", "_", "_backward"])
-@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("toolchain", TOOLCHAINS)
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        (name, suffix)
+        for name, (op, *_) in CALLS.items()
+        for suffix in ("", "_", "_backward")
+        if suffix != "_" or op.inplace_schema is not None
+    ],
+)
 def test_schema(toolchain: Callable[[Tensor], tuple[str, AbstractContextManager[Any]]], name: str, suffix: str) -> None:
     op, make, needs = CALLS[name]
     args = make()

@@ -12,8 +12,8 @@ from attention_cases import Case, check, results
 from attention_recorder import Recorder, fused_on_cpu
 
 from ctkernels.functional import attention_head_edit
-from ctkernels.ops.attention import triton_launch
-from ctkernels.ops.attention.triton_launch import Tile
+from ctkernels.ops.attention.triton import launch as triton_launch
+from ctkernels.ops.attention.triton.launch import Tile
 
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 CAUSAL = {"is_causal": True}

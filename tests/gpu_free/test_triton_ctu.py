@@ -102,7 +102,7 @@ def test_frozen_parameters_cost_nothing() -> None:
         "ctu_forward_channelwise_kernel",
         "ctu_backward_channelwise_kernel",
     ]
-    assert recorder.launches[1][2]["WANTED"] == 0
+    assert recorder.launches[1][2]["SUM_MASK"] == 0
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 5), (4, 6, 300)])

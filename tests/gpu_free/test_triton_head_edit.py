@@ -71,8 +71,8 @@ def test_long_sequences(layout: str) -> None:
     assert names == [
         FORWARD,
         BACKWARD,
-        "head_edit_backward_finish_kernel",
-        "fold_kernel",
+        "head_edit_backward_reduce_partials_kernel",
+        "reduce_shared_kernel",
     ]
     for ours, theirs in zip(found, expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
@@ -88,7 +88,7 @@ def test_only_wanted_gradients_are_computed() -> None:
         "gates": (
             [g_m, g_a],
             3,
-            [FORWARD, BACKWARD, "fold_kernel"],
+            [FORWARD, BACKWARD, "reduce_shared_kernel"],
         ),
     }
     for leaves, sums, names in cases.values():
@@ -99,7 +99,7 @@ def test_only_wanted_gradients_are_computed() -> None:
         for t in leaves:
             t.requires_grad_(False)
         assert [name for name, *_ in recorder.launches] == names
-        assert recorder.launches[1][2]["WANTED"] == sums
+        assert recorder.launches[1][2]["SUM_MASK"] == sums
 
 
 def test_closed_gates_are_the_identity() -> None:

@@ -12,8 +12,9 @@ from ptx.launch import Launch, execute
 from roofline.ahead_of_time import compiled
 from torch import Tensor
 
-from ctkernels.ops import _triton, attention
-from ctkernels.ops.attention import choice, function, triton_launch
+from ctkernels.ops import launcher
+from ctkernels.ops.attention import cost_model, function, op
+from ctkernels.ops.attention.triton import launch as triton_launch
 
 WRITES = {
     "forward_kernel": ("y", "z", "lse"),
@@ -27,7 +28,7 @@ WRITES = {
 
 
 class Recorder:
-    """Stands in for ``_triton.launch``. ``launches`` keeps (kernel name, grid, arguments, constants, compiled)."""
+    """Stands in for ``launcher.launch``. ``launches`` keeps (kernel name, grid, arguments, constants, compiled)."""
 
     def __init__(self, sm: int = 80, approx: int = 0, races: bool = True):
         self.sm, self.approx, self.races = sm, approx, races
@@ -61,7 +62,7 @@ class Recorder:
 def fused_on_cpu(recorder: Recorder) -> Iterator[Recorder]:
     """attention_head_edit goes through its Triton launch code, whose kernels go through ``recorder``."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_triton, "launch", recorder)
-        patch.setattr(attention, "kernels", lambda q: triton_launch)
-        patch.setattr(function, "choose", lambda *args: choice.FUSED)
+        patch.setattr(launcher, "launch", recorder)
+        patch.setattr(op, "kernels", lambda q: triton_launch)
+        patch.setattr(function, "choose", lambda *args: cost_model.FUSED)
         yield recorder

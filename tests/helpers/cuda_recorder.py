@@ -26,8 +26,9 @@ from ptx.runner import MAX_STEPS
 from ptx.toolchain import compile_cuda
 from torch import Tensor
 
-from ctkernels.ops import _backend
-from ctkernels.ops._op import Op
+from ctkernels.ops import backends
+from ctkernels.ops.record import Kernels, Op
+from ctkernels.ops.registration import OPS
 
 SOURCES = Path(__file__).parents[2] / "csrc"
 LIBRARY = "ctkernels_recorded"
@@ -278,12 +279,11 @@ class Recorder:
 def _library() -> tuple[ctypes.CDLL, torch.library.Library]:
     """The binding, registered for CPU tensors under LIBRARY with the schemas of the real ops."""
     check_layouts()
-    binding = ctypes.CDLL(str(_backend.CUDA_BINDING))
+    binding = ctypes.CDLL(str(backends.CUDA_BINDING))
     library = torch.library.Library(LIBRARY, "DEF")
-    for name in _backend.OPS:
-        for suffix in ("", "_", "_backward"):
-            schema = str(getattr(torch.ops.ctkernels, name + suffix).default._schema)
-            library.define(schema.removeprefix("ctkernels::"))
+    for op in OPS.values():
+        for overload in filter(None, op.overloads):
+            library.define(str(overload._schema).removeprefix("ctkernels::"))
     binding.ctk_cuda_register(LIBRARY.encode(), b"CPU")
     return binding, library
 
@@ -295,22 +295,25 @@ def cuda_on_cpu(recorder: Recorder) -> Iterator[Recorder]:
     launcher = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(Request))(recorder)
     ops = getattr(torch.ops, LIBRARY)
 
-    def packet(op: Op, suffix: str) -> Any:
-        def call(*args: Any) -> Any:
-            recorder.begin(args[0])
-            try:
-                return getattr(ops, op.name + suffix).default(*args)
-            except RuntimeError:
-                if recorder.error is not None:
-                    raise recorder.error from None
-                raise
+    def kernels(op: Op) -> Kernels:
+        def recorded(name: str) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                recorder.begin(args[0])
+                try:
+                    return getattr(ops, name).default(*args)
+                except RuntimeError:
+                    if recorder.error is not None:
+                        raise recorder.error from None
+                    raise
 
-        return call
+            return call
+
+        return Kernels(*(recorded(op.name + suffix) for suffix in ("", "_", "_backward")))
 
     slot = ctypes.c_void_p.in_dll(binding, "ctk_cuda_launcher")
     previous, slot.value = slot.value, ctypes.cast(launcher, ctypes.c_void_p).value
     try:
-        with mock.patch.object(Op, "_packet", packet):
+        with mock.patch.object(Op, "kernels", kernels):
             yield recorder
     finally:
         slot.value = previous

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import ctkernels
-from ctkernels.ops import _backend
+from ctkernels.ops import backends
 
 # The native kernels must not be skipped by accident: `make test` and CI say what has to be there.
 REQUIRED = [name for name in os.environ.get("CTKERNELS_TEST_REQUIRE", "").split(",") if name]
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    missing = {name: _backend.BACKENDS[name].missing for name in REQUIRED if _backend.BACKENDS[name].missing}
+    missing = {name: backends.BACKENDS[name].missing for name in REQUIRED if backends.BACKENDS[name].missing}
     if missing:
         raise pytest.UsageError(f"CTKERNELS_TEST_REQUIRE names backends that are not here: {missing}")
 
@@ -35,8 +35,8 @@ CPU_BACKENDS = [
     pytest.param(
         name,
         marks=[]
-        if _backend.BACKENDS[name].missing is None
-        else pytest.mark.skip(reason=_backend.BACKENDS[name].missing),
+        if backends.BACKENDS[name].missing is None
+        else pytest.mark.skip(reason=backends.BACKENDS[name].missing),
     )
     for name in ("cpu", "reference")
 ]

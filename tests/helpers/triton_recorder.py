@@ -18,17 +18,18 @@ from ptx.runner import MAX_STEPS
 from roofline.ahead_of_time import compiled
 from torch import Tensor
 
-from ctkernels.ops import _triton
-from ctkernels.ops._op import Op
+from ctkernels.ops import launcher
+from ctkernels.ops.channelwise.launch import implementation
+from ctkernels.ops.record import Op
 
 OUTPUTS = {"out", "dresidual", "dnoise", "d0", "d1", "d2", "d3", "d4"}
 SCRATCH = {"partial", "b0", "b1", "b2", "b3", "b4"}
 # What these kernels read is what the ones before them wrote.
-FOLLOWING = ("finish_kernel", "fold_kernel")
+FOLLOWING = ("reduce_partials_kernel", "reduce_shared_kernel")
 
 
 class Recorder:
-    """Stands in for :func:`ctkernels.ops._triton.launch`. ``launches`` keeps (kernel name, grid, meta, compiled).
+    """Stands in for :func:`ctkernels.ops.launcher.launch`. ``launches`` keeps (kernel name, grid, meta, compiled).
 
     ``approx``: the end of their error at which approximate units work. ``rewrite``: changes the PTX before it is run.
     """
@@ -82,9 +83,5 @@ class Recorder:
 @contextmanager
 def triton_on_cpu(recorder: Recorder) -> Iterator[Recorder]:
     """Every op goes through its Triton host code, and its kernels through ``recorder``."""
-
-    def packet(op: Op, suffix: str) -> Any:
-        return _triton.implementations(op)[suffix]
-
-    with mock.patch.object(_triton, "launch", recorder), mock.patch.object(Op, "_packet", packet):
+    with mock.patch.object(launcher, "launch", recorder), mock.patch.object(Op, "kernels", implementation):
         yield recorder

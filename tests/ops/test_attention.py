@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctkernels
 from ctkernels.functional import attention_head_edit, head_edit
-from ctkernels.ops.attention import KEEP_LSE, KEEP_Z, Problem, choice
+from ctkernels.ops.attention import cost_model
+from ctkernels.ops.attention.problem import KEEP_LSE, KEEP_Z, Problem
 from ctkernels.ops.attention.reference import UNBOUNDED
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -66,8 +67,8 @@ class _Patched:
 
     def __enter__(self) -> None:
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(choice, "fused_refusal", lambda *args: None)
-        self.patch.setattr("ctkernels.ops.attention.function.choose", lambda *args: choice.FUSED)
+        self.patch.setattr(cost_model, "fused_refusal", lambda *args: None)
+        self.patch.setattr("ctkernels.ops.attention.function.choose", lambda *args: cost_model.FUSED)
 
     def __exit__(self, *exception: object) -> None:
         self.patch.undo()
@@ -180,7 +181,7 @@ class _Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.skipif(ctkernels.ops._backend.NATIVE is None, reason="the passes of the compiled edit are counted")
+@pytest.mark.skipif(ctkernels.ops.backends.NATIVE is None, reason="the passes of the compiled edit are counted")
 def test_passes_over_memory_that_the_edit_makes() -> None:
     """Without gradients one pass, in place; with them one forward, beside the z that attention keeps anyway, one backward."""
     t = BY_NAME["causal"].tensors(torch.float32)
@@ -341,7 +342,7 @@ def test_explain() -> None:
 
 
 def test_a_compiled_program_is_fused_where_torch_has_no_fast_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "fused_refusal", lambda *args: None)
+    monkeypatch.setattr(cost_model, "fused_refusal", lambda *args: None)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
     def chosen(
@@ -349,29 +350,29 @@ def test_a_compiled_program_is_fused_where_torch_has_no_fast_kernel(monkeypatch:
     ) -> str:
         q, k = torch.empty(2, 4, tokens, 8, dtype=dtype), torch.empty(2, groups, 9, 8, dtype=dtype)
         seen = torch.ones(2, 4, tokens, 9, dtype=torch.bool) if mask else None
-        return choice.choose(q, k, k, seen, 1.0, left, 0, True, None, None)
+        return cost_model.choose(q, k, k, seen, 1.0, left, 0, True, None, None)
 
-    assert chosen() == chosen(groups=2) == chosen(dtype=FLOAT) == choice.SEPARATE
-    assert chosen(mask=True) == chosen(left=3) == chosen(tokens=1) == chosen(tokens=5) == choice.FUSED
-    assert chosen(groups=2, dtype=FLOAT) == choice.FUSED
+    assert chosen() == chosen(groups=2) == chosen(dtype=FLOAT) == cost_model.SEPARATE
+    assert chosen(mask=True) == chosen(left=3) == chosen(tokens=1) == chosen(tokens=5) == cost_model.FUSED
+    assert chosen(groups=2, dtype=FLOAT) == cost_model.FUSED
 
 
 def test_cost_model() -> None:
     """Our kernel where its fused edit pays, a faster attention where its lead is larger than the edit's passes."""
-    long = choice.Shape(8, 32, 32, 8192, 8192, 128, 128, 2, True, True)
+    long = cost_model.Shape(8, 32, 32, 8192, 8192, 128, 128, 2, True, True)
     short = long._replace(tokens=128, keys=128)
-    decode = choice.Shape(1, 32, 8, 1, 8192, 128, 128, 2, False, False)
-    hopper, ampere = choice.PEAKS[9], choice.PEAKS[8]
-    assert choice.seconds(hopper, long, "cudnn") < choice.seconds(hopper, long, "fused")
-    assert choice.seconds(hopper, short._replace(training=False), "fused") < choice.seconds(
+    decode = cost_model.Shape(1, 32, 8, 1, 8192, 128, 128, 2, False, False)
+    hopper, ampere = cost_model.PEAKS[9], cost_model.PEAKS[8]
+    assert cost_model.seconds(hopper, long, "cudnn") < cost_model.seconds(hopper, long, "fused")
+    assert cost_model.seconds(hopper, short._replace(training=False), "fused") < cost_model.seconds(
         hopper, short._replace(training=False), "cudnn"
     )
     for peak in (hopper, ampere):
-        assert choice.seconds(peak, decode, "fused") < choice.seconds(peak, decode, "flash")
-        assert choice.seconds(peak, long, "fused") < choice.seconds(peak, long, "math")
+        assert cost_model.seconds(peak, decode, "fused") < cost_model.seconds(peak, decode, "flash")
+        assert cost_model.seconds(peak, long, "fused") < cost_model.seconds(peak, long, "math")
         windowed = long._replace(window=1024, causal=False)
-        assert choice.seconds(peak, windowed, "fused") < choice.seconds(peak, windowed, "efficient") / 4
+        assert cost_model.seconds(peak, windowed, "fused") < cost_model.seconds(peak, windowed, "efficient") / 4
     # the edit's passes: in place two, with gradients five of the size of the output, at the bandwidth
-    passes = choice.seconds(ampere, long._replace(training=False), "flash") - 2 * choice.LAUNCH
+    passes = cost_model.seconds(ampere, long._replace(training=False), "flash") - 2 * cost_model.LAUNCH
     work = 2.0 * 8 * 32 * 8192 * 8192 * 256 * 0.5 / (312e12 * 0.70)
     assert passes - work == pytest.approx(2 * 8 * 8192 * 32 * 128 * 2 / 2.039e12)

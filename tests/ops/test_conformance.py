@@ -8,7 +8,7 @@ from conformance import check_against_float64, outputs, sample_named
 from torch import Tensor
 
 from ctkernels.functional import ctu
-from ctkernels.ops import _backend
+from ctkernels.ops import backends
 from ctkernels.testing import gradcheck, samples
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -56,7 +56,7 @@ def test_same_bits_on_every_run_and_thread_count(name: str) -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(_backend.NATIVE is None, reason="torch's own sums, in the reference, depend on the thread count")
+@pytest.mark.skipif(backends.NATIVE is None, reason="torch's own sums, in the reference, depend on the thread count")
 def test_same_bits_on_large_parallel_sums() -> None:
     for shape, channel_dim in (((8, 16, 60, 60), 1), ((700, 300), 1), ((300000,), None)):
         x, dy = torch.randn(shape), torch.randn(shape)

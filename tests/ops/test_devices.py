@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import ctkernels
 from ctkernels.functional import attention_head_edit, ctu, expected_l0, hard_concrete, head_edit
-from ctkernels.ops import _backend
+from ctkernels.ops import backends
 
 
 class WithoutFloat64(TorchDispatchMode):
@@ -28,18 +28,18 @@ class WithoutFloat64(TorchDispatchMode):
 
 
 def test_what_numbers_become(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _backend.scalar_dtype(torch.device("mps")) == torch.float32
-    assert _backend.scalar_dtype(torch.device("cpu")) == _backend.scalar_dtype(torch.device("cuda")) == torch.float64
+    assert backends.scalar_dtype(torch.device("mps")) == torch.float32
+    assert backends.scalar_dtype(torch.device("cpu")) == backends.scalar_dtype(torch.device("cuda")) == torch.float64
     for has in (True, False):
         properties = SimpleNamespace(has_fp64=has)
         monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device, p=properties: p)
-        assert _backend.scalar_dtype(torch.device("xpu")) == (torch.float64 if has else torch.float32)
+        assert backends.scalar_dtype(torch.device("xpu")) == (torch.float64 if has else torch.float32)
 
 
 @pytest.fixture
 def no_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    known = _backend.scalar_dtype
-    monkeypatch.setattr(_backend, "scalar_dtype", lambda device: known(torch.device("mps")))
+    known = backends.scalar_dtype
+    monkeypatch.setattr(backends, "scalar_dtype", lambda device: known(torch.device("mps")))
     with ctkernels.use_backend("reference"), WithoutFloat64():
         yield
 

@@ -17,7 +17,7 @@ from fuzz.report import Failure, hunt, script  # noqa: E402
 from fuzz.tensors import Spec, build  # noqa: E402
 
 import ctkernels  # noqa: E402
-from ctkernels.ops import _backend  # noqa: E402
+from ctkernels.ops import backends  # noqa: E402
 
 TODAY = str(datetime.date.today().toordinal())
 COUNTS = {"ctu": 150, "head_edit": 80, "hard_concrete": 40, "expected_l0": 15, "attention_head_edit": 40}
@@ -86,7 +86,7 @@ def test_every_kind_of_case_is_drawn() -> None:
     assert any(case.target for case in cases)
 
 
-@pytest.mark.skipif(_backend.NATIVE is None, reason="no native kernels here")
+@pytest.mark.skipif(backends.NATIVE is None, reason="no native kernels here")
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrong_kernel_is_found_and_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A result that is off by a thousandth in one place, of large tensors alone."""

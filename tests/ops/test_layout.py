@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from ctkernels.ops._layout import NO_CHANNEL, View, view_of
+from ctkernels.ops.layout import NO_CHANNEL, View, view_of
 
 SHAPES = [(4,), (1,), (2, 3), (2, 3, 4), (3, 1, 5), (1, 3, 1), (2, 3, 4, 5)]
 

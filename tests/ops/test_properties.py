@@ -11,10 +11,10 @@ from hypothesis import strategies as st  # noqa: E402
 
 import ctkernels  # noqa: E402
 from ctkernels.functional import ctu  # noqa: E402
-from ctkernels.ops import _backend  # noqa: E402
+from ctkernels.ops import backends  # noqa: E402
 from ctkernels.testing import assert_no_worse  # noqa: E402
 
-needs_native = pytest.mark.skipif(_backend.NATIVE is None, reason="no native kernels here")
+needs_native = pytest.mark.skipif(backends.NATIVE is None, reason="no native kernels here")
 common = settings(max_examples=150, deadline=None, derandomize=True)
 
 

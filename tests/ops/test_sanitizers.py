@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from ctkernels.ops import _backend
+from ctkernels.ops import backends
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(_backend.NATIVE is None, reason="no native kernels here"),
+    pytest.mark.skipif(backends.NATIVE is None, reason="no native kernels here"),
     pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("gcc"), reason="needs gcc on Linux"),
 ]
 
@@ -23,7 +23,7 @@ WORKLOAD = """
 import torch, ctkernels
 from ctkernels.testing import samples
 from ctkernels.functional import expected_l0, hard_concrete
-assert "{library}" in ctkernels.ops._backend.NATIVE.__file__
+assert "{library}" in ctkernels.ops.backends.NATIVE.__file__
 count = 0
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     for seed in range(2):

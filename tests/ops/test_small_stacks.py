@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ctkernels.ops import _backend
+from ctkernels.ops import backends
 
 # Large enough for two threads, with sums, in every cut: long runs of one channel, and rows of many channels.
 PROGRAM = """
@@ -42,7 +42,7 @@ print("kernels", flush=True)
 """
 
 
-@pytest.mark.skipif(_backend.NATIVE is None, reason="no native kernels here")
+@pytest.mark.skipif(backends.NATIVE is None, reason="no native kernels here")
 def test_threads_with_a_stack_of_16_kib() -> None:
     environment = {**os.environ, "OMP_STACKSIZE": "16k", "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=Path(__file__).parents[2], env=environment,

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 import ctkernels
 import ctkernels.fusion
 from ctkernels.functional import ctu, head_edit
-from ctkernels.ops import _backend, _layout
-from ctkernels.ops._op import OPS, Op
+from ctkernels.ops import backends, layout
+from ctkernels.ops.record import Op
+from ctkernels.ops.registration import OPS
 
 # An implementation is in force for all examples.
 quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -38,7 +39,7 @@ FLOATS = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.fl
 @contextlib.contextmanager
 def _cuda() -> Iterator[None]:
     pytest.importorskip("numpy", minversion="2.0", reason="the recorder needs numpy 2")
-    if not _backend.CUDA_BINDING.exists():
+    if not backends.CUDA_BINDING.exists():
         pytest.skip("the host code of the CUDA kernels is not built (CTKERNELS_BUILD=none)")
     from cuda_recorder import cuda_on_cpu
 
@@ -56,12 +57,10 @@ def _cuda() -> Iterator[None]:
 @contextlib.contextmanager
 def _triton() -> Iterator[None]:
     pytest.importorskip("triton", reason="triton is not installed")
-    from ctkernels.ops import _triton
+    from ctkernels.ops import launcher
+    from ctkernels.ops.channelwise.launch import implementation
 
-    def packet(op: Op, suffix: str) -> Callable[..., Any]:
-        return _triton.implementations(op)[suffix]
-
-    with mock.patch.object(_triton, "launch"), mock.patch.object(Op, "_packet", packet):
+    with mock.patch.object(launcher, "launch"), mock.patch.object(Op, "kernels", implementation):
         yield
 
 
@@ -75,8 +74,8 @@ IMPLEMENTATIONS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "cpu" and _backend.NATIVE is None:
-        pytest.skip(_backend.BACKENDS["cpu"].missing)
+    if request.param == "cpu" and backends.NATIVE is None:
+        pytest.skip(backends.BACKENDS["cpu"].missing)
     with IMPLEMENTATIONS[request.param]():
         yield request.param
 
@@ -86,16 +85,15 @@ def _metadata(t: Tensor) -> tuple[Any, ...]:
     return tuple(t.shape), t.dtype, steps if t.numel() else None
 
 
-def _agree(op: Op, inputs: tuple[Tensor | None, ...], static: tuple[Any, ...], dy: Tensor) -> None:
-    wanted = [t is not None and t.is_floating_point() for t in inputs]
-    needs = op.needs(wanted)
-    found = [op.forward(inputs, static), *op.backward(dy, inputs, static, needs)]
+def _agree(op: Op, inputs: tuple[Tensor | None, ...], attrs: tuple[Any, ...], dy: Tensor) -> None:
+    grad_mask = op.grad_mask([t is not None and t.is_floating_point() for t in inputs])
+    found = [op.forward(inputs, attrs), *op.backward(dy, inputs, attrs, grad_mask)]
     with FakeTensorMode() as mode:
         fakes = [None if t is None else mode.from_tensor(t) for t in inputs]
         ops = torch.ops.ctkernels
-        expected = [getattr(ops, op.name)(*fakes, *static)]
-        expected += getattr(ops, op.name + "_backward")(mode.from_tensor(dy), *fakes, *static, needs)
-    for name, a, b in zip(["y", *(op.inputs[i] for i in op.wanted(needs))], found, expected):
+        expected = [getattr(ops, op.name)(*fakes, *attrs)]
+        expected += getattr(ops, op.name + "_backward")(mode.from_tensor(dy), *fakes, *attrs, grad_mask)
+    for name, a, b in zip(["y", *(op.inputs._fields[i] for i in op.indices(grad_mask))], found, expected):
         assert _metadata(a) == _metadata(b), name
     assert len(found) == len(expected)
 
@@ -143,7 +141,7 @@ def test_results_of_the_unit(implementation: str, data: st.DataObject) -> None:
     optional = [knob() if data.draw(st.booleans()) else None for _ in range(3)]
     residual = data.draw(st.sampled_from([None, torch.randn_like(x), torch.randn(x.shape).to(dtype)]))
     inputs, kind = (x, knob(), knob(), *optional, residual), int(optional[0] is not None)
-    _agree(next(op for op in OPS if op.name == "ctu"), inputs, (dim, kind, False, 0.0), torch.randn(x.shape).to(dtype))
+    _agree(OPS["ctu"], inputs, (dim, kind, False, 0.0), torch.randn(x.shape).to(dtype))
 
 
 @common
@@ -158,7 +156,7 @@ def test_results_of_the_head_edit(implementation: str, data: st.DataObject) -> N
     edits = [torch.randn(*lead, x.shape[-1]) if data.draw(st.booleans()) else None for _ in range(2)]
     gates = [None if e is None or data.draw(st.booleans()) else torch.rand(*lead, heads) for e in edits]
     x = x.to(dtype)
-    op = next(op for op in OPS if op.name == "head_edit")
+    op = OPS["head_edit"]
     _agree(op, (x, *edits, *gates), (x.dim() - 1,), torch.randn(x.shape).to(dtype))
 
 
@@ -169,7 +167,7 @@ def test_results_of_gates(implementation: str, data: st.DataObject) -> None:
     noise, mode = data.draw(
         st.sampled_from([(None, 1), (None, 2), (torch.rand(log_alpha.shape).to(log_alpha.dtype), 0)])
     )
-    op = next(op for op in OPS if op.name == "hard_concrete")
+    op = OPS["hard_concrete"]
     _agree(op, (log_alpha, noise), (-1, mode, 0.33, -0.1, 1.1), torch.randn(log_alpha.shape).to(log_alpha.dtype))
 
 
@@ -177,7 +175,7 @@ def test_sizes_of_one_have_no_say() -> None:
     """Views of fake tensors have other strides there than those of real ones."""
     for strides in ((1, 0, 5, 60), (1, 120, 120, 60), (1, 7, 7, 60)):
         x = torch.empty(120).as_strided((60, 1, 1, 2), strides)
-        assert _layout.result_like(x).stride()[::3] == (1, 60)
+        assert layout.result_like(x).stride()[::3] == (1, 60)
     z = torch.zeros(130).as_strided((2, 60, 1, 1, 1), (60, 1, 0, 5, 5))
     with FakeTensorMode() as mode:
         fake = head_edit(mode.from_tensor(z), a=torch.ones(2, 1), head_axis=0).stride()
@@ -189,7 +187,7 @@ def test_sizes_of_one_have_no_say() -> None:
 def test_one_rule(x: Tensor) -> None:
     """x's own strides where it is dense, contiguous where it is not or is empty."""
     dense = x.numel() > 0 and torch.ops.aten.is_non_overlapping_and_dense(x)
-    assert _layout.result_like(x).stride() == (x.stride() if dense else torch.empty(x.shape).stride())
+    assert layout.result_like(x).stride() == (x.stride() if dense else torch.empty(x.shape).stride())
 
 
 # ---- ops of more than one shape ------------------------------------------------------------------------------------------

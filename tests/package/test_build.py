@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ctkernels.cli import env as environment
-from ctkernels.ops import _backend
+from ctkernels.ops import backends
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("setuptools", reason="needs setuptools")
@@ -162,12 +162,12 @@ def test_cpu_with_a_compiler_that_fails_is_an_error(source: Path, tmp_path: Path
 def test_env_command_knows_the_build(capsys: pytest.CaptureFixture[str]) -> None:
     found = environment.describe()
     assert found["versions"]["torch"] == torch.__version__
-    assert found["native"]["built"] == (_backend.NATIVE is not None)
-    if _backend.NATIVE is not None:
+    assert found["native"]["built"] == (backends.NATIVE is not None)
+    if backends.NATIVE is not None:
         assert found["native"]["simd_level_used"] in found["native"]["simd_levels"]
         assert found["native"]["threads"] == torch.get_num_threads()
     rows = {(r["op"], r["device"], r["dtype"]): r for r in found["dispatch"]}
-    expected = "cpu" if _backend.NATIVE is not None else "reference"
+    expected = "cpu" if backends.NATIVE is not None else "reference"
     assert rows["head_edit", "cpu", "bfloat16"]["backend"] == expected
     if expected == "reference":
         assert "not built" in rows["ctu", "cpu", "float32"]["passed_over"]["cpu"]
@@ -176,7 +176,7 @@ def test_env_command_knows_the_build(capsys: pytest.CaptureFixture[str]) -> None
     assert "hard_concrete cpu   float64" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(_backend.NATIVE is None, reason="no native kernels here")
+@pytest.mark.skipif(backends.NATIVE is None, reason="no native kernels here")
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_cpu_has_kernels(capability: str) -> None:
     """Torch calls whatever has no AVX2 "default": old x86, ARM. The kernels for those are as right as the others."""
@@ -202,14 +202,14 @@ def test_compiled_modules_are_found_by_the_names_that_python_imports(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     package = tmp_path / "ctkernels"
-    monkeypatch.setattr(_backend, "__file__", str(package / "ops/_backend.py"))
+    monkeypatch.setattr(backends, "__file__", str(package / "ops/backends.py"))
     (package / "ops").mkdir(parents=True)
-    assert not _backend.built("_C")
+    assert not backends.built("_C")
     (package / "_C.cp311-win_amd64.pyd").touch()
-    assert not _backend.built("_C")
-    monkeypatch.setattr(_backend, "EXTENSION_SUFFIXES", [".cp311-win_amd64.pyd", ".pyd"])
-    assert _backend.built("_C")
-    assert not _backend.built("_cuda")
+    assert not backends.built("_C")
+    monkeypatch.setattr(backends, "EXTENSION_SUFFIXES", [".cp311-win_amd64.pyd", ".pyd"])
+    assert backends.built("_C")
+    assert not backends.built("_cuda")
 
 
 def test_importing_the_package_imports_torch_alone() -> None:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ctkernels
 from ctkernels import functional
-from ctkernels.ops import _backend
+from ctkernels.ops import backends
 
 from . import oracle
 from .cases import Case
@@ -203,7 +203,7 @@ def _expect_values(case: Case, built: Built, y: Tensor, dy: Tensor | None, grads
     for name, value in case.arguments.items():
         if name not in arrays and value is not None:
             arrays[name] = np.asarray(np.float64(value), oracle.WIDE)
-    plain = case.backend == "reference" or _backend.NATIVE is None
+    plain = case.backend == "reference" or backends.NATIVE is None
     values = Values(arrays, {name: t.dtype for name, t in fresh.items()}, plain)
     with np.errstate(all="ignore"):
         exact = getattr(oracle, case.op)(values, case.options, None if dy is None else oracle.wide(dy))
@@ -315,7 +315,7 @@ def _run_again(case: Case, built: Built, dy: Tensor | None, names: list[str]) ->
 def _expect_same_again(case: Case, y: Tensor, dy: Tensor | None, grads: dict[str, Tensor]) -> None:
     """The same bits from a second run, on another number of threads."""
     names = [name[1:] for name in grads]
-    compiled = case.backend is None and _backend.NATIVE is not None  # torch's own kernels depend on the threads
+    compiled = case.backend is None and backends.NATIVE is not None  # torch's own kernels depend on the threads
     if compiled and max(s.count for s in case.specs.values()) > 4000:
         torch.set_num_threads(3 - min(case.threads, 2))
     try:

@@ -59,8 +59,8 @@ class Case:
         on_cpu: Callable[..., AbstractContextManager[Any]] = getattr(module, f"{self.toolchain}_on_cpu")
         with ExitStack() as stack:
             if self.long_loops:
-                stack.enter_context(mock.patch.multiple("ctkernels.ops._triton_plan", **LONG_LOOPS))
-                stack.enter_context(mock.patch("ctkernels.ops._triton.LANES", 64))
+                stack.enter_context(mock.patch.multiple("ctkernels.ops.channelwise.partition", **LONG_LOOPS))
+                stack.enter_context(mock.patch("ctkernels.ops.channelwise.launch.LANES", 64))
             stack.enter_context(on_cpu(recorder))
             return outputs(self.make(variant))
 

@@ -144,15 +144,16 @@ REASONS = [
     Reason("index constant off by one", r"shr\.u32.*, 31;", "the sign of a length, which is not negative", _not_negative),
     Reason("index constant off by one", r"shr\.s32.*, 31;", "a shift by more bits than there are leaves the sign, as this one"),
     Reason("index constant off by one", r"mul\.hi\.s32", "last place of a reciprocal, of which few are used", _further),
-    Reason("other comparison", r"fold_kernel: setp\.ge\.s32", "a program without a value, and there is none", _never_equal),
+    Reason("other comparison", r"reduce_shared_kernel: setp\.ge\.s32", "a program without a value, and there is none",
+           _never_equal),
     Reason("constant a quarter off", r"gate_kernel: setp\.eq\.f32.*0f3F800000", "noise from a seed is an odd number of 2^-24",
            _neither),
     Reason("operands of a selection swapped", r"(gates_backward\w*|gate_kernel): selp\.f64.*, 0d0{16},",
            "an exponential of hundreds, 0 or infinite: a gate that far out has no slope"),
-    Reason("operands of a selection swapped", r"finish_kernel: selp\.b32\s+\S+ 0, \d+,",
+    Reason("operands of a selection swapped", r"reduce_partials_kernel: selp\.b32\s+\S+ 0, \d+,",
            "the halves of a sum change places, and a + b is b + a"),
     Reason("another tensor", r"forward\w*: ld\.param\.u64.*_param_0\+24\]", "a row's first block does all of it", _endless),
-    Reason("index constant off by one", r"finish_kernel: add\.s32.*, 3;", "more blocks a group, and there is one group",
+    Reason("index constant off by one", r"reduce_partials_kernel: add\.s32.*, 3;", "more blocks a group, and there is one group",
            _further),
     Reason("loop of one turn", r"bra", "the exponential's short way; the general one gives the same",
            source=r"setp\.lt\.f32.*, 0f4086232B;"),
@@ -178,8 +179,8 @@ def _any_bits(mutant: Mutant) -> list[str]:
 
 # Changes that move a result, by less than its bound: ``stronger`` has to stay within the bounds too.
 BELOW_THE_BOUNDS = [
-    Reason("wrong partner in a sum", r"finish_kernel: shfl", "the lower half of a double, of which a float32 shows nothing",
-           _any_bits),
+    Reason("wrong partner in a sum", r"reduce_partials_kernel: shfl",
+           "the lower half of a double, of which a float32 shows nothing", _any_bits),
 ]  # fmt: skip
 
 

@@ -12,13 +12,13 @@ pytest.importorskip("numpy", minversion="2.0", reason="the PTX executor needs nu
 
 from ptx.toolchain import nvcc
 
-from ctkernels.ops import _backend
+from ctkernels.ops import backends
 from mutation import equivalence, harness, mutants
 from mutation.cases import Case
 from mutation.summary import STRUCTURAL, counts
 
 CUDA = pytest.mark.skipif(
-    nvcc() is None or not _backend.CUDA_BINDING.exists(), reason="nvcc, or the host code, is not there"
+    nvcc() is None or not backends.CUDA_BINDING.exists(), reason="nvcc, or the host code, is not there"
 )
 NAMES = [
     "triton: prologue",

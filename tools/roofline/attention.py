@@ -19,9 +19,10 @@ from unittest import mock
 
 import torch
 
-from ctkernels.ops import _triton
-from ctkernels.ops.attention import KEEP_LSE, KEEP_Z, Problem, lse_for, triton_launch
+from ctkernels.ops import launcher
+from ctkernels.ops.attention.problem import KEEP_LSE, KEEP_Z, Problem, lse_for
 from ctkernels.ops.attention.reference import UNBOUNDED
+from ctkernels.ops.attention.triton import launch as triton_launch
 
 from . import sass
 from .ahead_of_time import compiled
@@ -74,7 +75,7 @@ def problem(size: int, dtype: torch.dtype, edited: bool) -> Problem:
 def launches(p: Problem, backward: bool) -> list[tuple[Any, int, dict[str, Any], dict[str, Any]]]:
     """What a training step's forward or backward would start."""
     found: list[Any] = []
-    with mock.patch.object(_triton, "launch", lambda *launch: found.append(launch)):
+    with mock.patch.object(launcher, "launch", lambda *launch: found.append(launch)):
         if backward:
             z, needs = torch.empty_like(p.q), 0b1111111 if p.m is not None else 0b111
             triton_launch.backward(torch.empty_like(p.q), z, lse_for(p.q), p, needs)

@@ -27,10 +27,9 @@ from torch._inductor import config
 from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
 from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
-from torch._inductor.ir import UserDefinedTritonKernel
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.hints import DeviceProperties
-from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
+from torch._inductor.scheduler import NopKernelSchedulerNode
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
@@ -46,7 +45,7 @@ from .gpus import GPUS, Cost
 
 SHAPE = (32, 64, 56, 56)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-STATIC = (1, 0, False, 0.0)
+ATTRS = (1, 0, False, 0.0)
 
 
 @contextmanager
@@ -83,13 +82,6 @@ class Kernel:
     bytes: int
 
 
-def _moved(node: BaseSchedulerNode) -> int:
-    """Bytes. Of a kernel that is not Inductor's own, every tensor once: it would count twice what is written."""
-    if isinstance(node.node, UserDefinedTritonKernel):
-        return sum(int(t.get_numel()) * t.get_dtype().itemsize for t in node.node.inputs)
-    return node.get_read_write_buffers_sizes()
-
-
 def generated(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, list[int]]:
     """The module that Inductor writes for a function of fake tensors, and the bytes that each of its launches moves. Call it
     where a GPU is pretended; the module is not run."""
@@ -103,7 +95,11 @@ def generated(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str,
             with V.set_graph_handler(graph):
                 graph.run(*inputs)
                 code = graph.codegen()[0]
-                moved = [_moved(n) for n in graph.scheduler.nodes if not isinstance(n, NopKernelSchedulerNode)]
+                moved = [
+                    n.get_read_write_buffers_sizes()
+                    for n in graph.scheduler.nodes
+                    if not isinstance(n, NopKernelSchedulerNode)
+                ]
         found.append((getattr(code, "value", code), moved))
         (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
         results = [None if node is None else node.meta["val"] for node in output.args[0]]
@@ -151,7 +147,7 @@ def made(kernel: Kernel, tried: Any, sm: int) -> Any:
     return compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
 
-def _cost(kernel: Kernel, elements: int, itemsize: int, sm: int) -> Cost:
+def _cost(kernel: Kernel, elements: int, sm: int) -> Cost:
     """Of the fastest of its configurations, per element of the tensors that the whole function is of."""
     costs = []
     for tried in kernel.function.configs:
@@ -159,11 +155,8 @@ def _cost(kernel: Kernel, elements: int, itemsize: int, sm: int) -> Cost:
         body = listing.hot(outermost=False)
         moves = [i for i in body if i.name in ("LDG", "STG")]
         widest = max(i.bytes for i in moves)
-        # Elements of a thread, in one turn of its loop. A kernel of ours stores one tensor in it.
-        if "XBLOCK" in tried.kwargs:
-            each = tried.kwargs["XBLOCK"] * tried.kwargs.get("R0_BLOCK", 1) / (32 * tried.num_warps)
-        else:
-            each = sum(i.bytes for i in moves if i.name == "STG") / itemsize
+        # elements of a thread, in one turn of its loop
+        each = tried.kwargs["XBLOCK"] * tried.kwargs.get("R0_BLOCK", 1) / (32 * tried.num_warps)
         cost = Cost(
             kernel.name, sm, False, kernel.bytes / elements, len(body) / each,
             {k: v / each for k, v in sass.pipes(body).items()}, widest, listing.registers, listing.stack,
@@ -177,20 +170,18 @@ def _cost(kernel: Kernel, elements: int, itemsize: int, sm: int) -> Cost:
 
 @dataclass(frozen=True)
 class Pass:
-    """What is compiled, and how many tensors of x's size it has to read and write. ``forced``: the backend that ctkernels'
-    ops are inlined of."""
+    """What is compiled, with the reference of ctkernels' ops, and how many tensors of x's size it has to read and write."""
 
-    forced: str
     function: Callable[..., Any]
     tensors: int
 
 
 def _reference_forward(_: Tensor, x: Tensor, *knobs: Tensor) -> Tensor:
-    return OP.reference_forward((x, *knobs, None, None, None, None), STATIC)
+    return OP.reference_forward((x, *knobs, None, None, None, None), ATTRS)
 
 
 def _reference_backward(dy: Tensor, x: Tensor, *knobs: Tensor) -> list[Tensor]:
-    return OP.reference_backward(dy, (x, *knobs, None, None, None, None), STATIC, 0b111)
+    return OP.reference_backward(dy, (x, *knobs, None, None, None, None), ATTRS, 0b111)
 
 
 def chain(z: Tensor, x: Tensor, *knobs: Tensor) -> Tensor:
@@ -199,10 +190,9 @@ def chain(z: Tensor, x: Tensor, *knobs: Tensor) -> Tensor:
 
 
 PASSES = {
-    "reference forward": Pass("reference", _reference_forward, 2),
-    "reference backward": Pass("reference", _reference_backward, 3),
-    "chain, reference inlined, forward": Pass("reference", chain, 3),
-    "chain, triton inlined, forward": Pass("triton", chain, 3),
+    "reference forward": Pass(_reference_forward, 2),
+    "reference backward": Pass(_reference_backward, 3),
+    "chain, reference inlined, forward": Pass(chain, 3),
 }
 
 
@@ -217,11 +207,11 @@ def cost(name: str, dtype_name: str, sm: int) -> Cost:
     """All kernels of one of PASSES, over the memory time of its inputs and outputs alone. Sums over a few values are left
     out."""
     dtype, compiled = DTYPES[dtype_name], PASSES[name]
-    with tempfile.TemporaryDirectory() as folder, pretended(sm), use_backend(compiled.forced):
+    with tempfile.TemporaryDirectory() as folder, pretended(sm), use_backend("reference"):
         args = tensors(dtype)
         every = kernels(*generated(compiled.function, args), Path(folder))
         x = args[0]
-        parts = [_cost(k, x.numel(), dtype.itemsize, sm) for k in every if k.bytes > 0.01 * x.nbytes]
+        parts = [_cost(k, x.numel(), sm) for k in every if k.bytes > 0.01 * x.nbytes]
     pipes: Counter[str] = sum((Counter(p.pipes) for p in parts), Counter())
     floor = GPUS[sm].clocks(replace(parts[0], bytes=compiled.tensors * dtype.itemsize))["memory"]
     return Cost(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ctkernels.ops import _triton
-from ctkernels.ops._op import Op
+from ctkernels.ops import launcher
+from ctkernels.ops.channelwise.launch import implementation
 from ctkernels.ops.ctu import ACTIVATIONS
 from ctkernels.ops.ctu import OP as CTU
 from ctkernels.ops.hard_concrete import MEAN, SAMPLE
 from ctkernels.ops.hard_concrete import OP as GATES
 from ctkernels.ops.head_edit import OP as HEAD_EDIT
+from ctkernels.ops.record import Op
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 # A ResNet's activations, a transformer's MLP, attention heads side by side and with tokens between them.
@@ -38,22 +39,22 @@ class Variant:
     ours: bool = True
 
 
-def _launches(op: Op, suffix: str, *args: Any) -> list[tuple[Any, dict[str, Any], dict[str, Any]]]:
+def _launches(kernel: Callable[..., Any], *args: Any) -> list[tuple[Any, dict[str, Any], dict[str, Any]]]:
     found: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
-    with mock.patch.object(_triton, "launch", lambda kernel, grid, args, meta: found.append((kernel, args, meta))):
-        _triton.implementations(op)[suffix](*args)
+    with mock.patch.object(launcher, "launch", lambda kernel, grid, args, meta: found.append((kernel, args, meta))):
+        kernel(*args)
     return found
 
 
 def _pair(
-    op: Op, name: str, inputs: tuple[Tensor | None, ...], static: tuple[Any, ...], needs: int, reads: int = 1
+    op: Op, name: str, inputs: tuple[Tensor | None, ...], attrs: tuple[Any, ...], grad_mask: int, reads: int = 1
 ) -> Iterator[Variant]:
     """The forward and the backward pass."""
     x = inputs[0]
     assert x is not None
-    kernel, args, meta = _launches(op, "", *inputs, *static)[0]
+    kernel, args, meta = _launches(implementation(op).forward, *inputs, *attrs)[0]
     yield Variant(f"{op.name} forward {name}", kernel, args, meta, reads, x.element_size())
-    kernel, args, meta = _launches(op, "_backward", torch.empty_like(x), *inputs, *static, needs)[0]
+    kernel, args, meta = _launches(implementation(op).backward, torch.empty_like(x), *inputs, *attrs, grad_mask)[0]
     yield Variant(f"{op.name} backward {name}", kernel, args, meta, reads + 1, x.element_size())
 
 
@@ -66,9 +67,9 @@ def _ctu(dtype_name: str, dtype: torch.dtype) -> Iterator[Variant]:
     for layout, shape, channel_dim in layouts if dtype_name in ("fp32", "bf16") else layouts[:1]:
         x = torch.empty(shape, dtype=dtype)
         knobs = _knobs(shape[channel_dim], dtype)
-        inputs, static = (x, *knobs, None, None, None, None), (channel_dim, 0, False, 0.0)
-        yield from _pair(CTU, f"{layout} {dtype_name}", inputs, static, 0b111)
-        *_, frozen = _pair(CTU, f"frozen {layout} {dtype_name}", inputs, static, 0b1)
+        inputs, attrs = (x, *knobs, None, None, None, None), (channel_dim, 0, False, 0.0)
+        yield from _pair(CTU, f"{layout} {dtype_name}", inputs, attrs, 0b111)
+        *_, frozen = _pair(CTU, f"frozen {layout} {dtype_name}", inputs, attrs, 0b1)
         yield frozen
     if dtype == torch.float64:
         return
@@ -76,9 +77,9 @@ def _ctu(dtype_name: str, dtype: torch.dtype) -> Iterator[Variant]:
     knobs = _knobs(NCHW[1], dtype)
     for activation in ("prelu", "relu6", "gelu"):
         slope = knobs[0] if activation == "prelu" else None
-        needs = 0b1111 if activation == "prelu" else 0b111
-        inputs, static = (x, *knobs, slope, None, None, None), (1, ACTIVATIONS[activation], False, 0.0)
-        yield from _pair(CTU, f"{activation} {dtype_name}", inputs, static, needs)
+        grad_mask = 0b1111 if activation == "prelu" else 0b111
+        inputs, attrs = (x, *knobs, slope, None, None, None), (1, ACTIVATIONS[activation], False, 0.0)
+        yield from _pair(CTU, f"{activation} {dtype_name}", inputs, attrs, grad_mask)
     inputs = (x, *knobs, None, *knobs, torch.empty_like(x))
     yield from _pair(CTU, f"prologue {dtype_name}", inputs, (1, 0, False, 0.0), 0b1110111, reads=2)
 
@@ -112,9 +113,10 @@ def _followers() -> Iterator[Variant]:
     """The launches that add up partial sums and shared parameters."""
     z = torch.empty(HEADS)
     parameters = [torch.empty(n) for n in (4096, 4096, 32, 32)]
-    _, finish, fold = _launches(HEAD_EDIT, "_backward", torch.empty_like(z), z, *parameters, 2, 0b11111)
-    yield Variant("finish", *finish, reads=1, itemsize=4)
-    yield Variant("fold", *fold, reads=1, itemsize=8)
+    backward = implementation(HEAD_EDIT).backward
+    _, partials, shared = _launches(backward, torch.empty_like(z), z, *parameters, 2, 0b11111)
+    yield Variant("reduce partials", *partials, reads=1, itemsize=4)
+    yield Variant("reduce shared", *shared, reads=1, itemsize=8)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The public function: checked here, once, and handed to the implementation that is chosen."""
+"""``ctkernels.functional.attention_head_edit``: checks its arguments, and calls the implementation that is chosen."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _check
-from . import Problem, keep_for, run
-from .choice import FUSED, IMPLEMENTATIONS, choose
-from .composed import Edits, Packed, attend, attend_packed
+from .. import checks
+from .cost_model import FUSED, IMPLEMENTATIONS, choose
+from .op import run
+from .problem import Edits, Packed, Problem, keep_for
 from .reference import UNBOUNDED
+from .sdpa import attend, attend_packed
 
 OP = "attention_head_edit"
 
@@ -83,11 +84,11 @@ def attention_head_edit(
         raise ValueError(f"{OP}: k must have q's {heads} heads, got {groups}; {hint}")
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
-    scale = _check.number(OP, "scale", scale)
+    scale = checks.number(OP, "scale", scale)
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
         raise ValueError(f"{OP}: window must be a positive int or None, got {window!r}")
     if implementation is not None:
-        _check.choice(OP, "implementation", implementation, IMPLEMENTATIONS)
+        checks.choice(OP, "implementation", implementation, IMPLEMENTATIONS)
     left = UNBOUNDED if window is None else window - 1
     right = 0 if is_causal else left
     packed = None
@@ -104,11 +105,11 @@ def attention_head_edit(
     if q.numel() == 0 or v.numel() == 0 or k.shape[-2 if packed is None else 0] == 0:
         implementation = "separate"
     batch = None if packed is None else packed.starts_q.shape[0] - 1
-    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (q, k, v, *edits)]
-    chosen = choose(q, k, v, mask, scale, left, right, any(wanted), batch, implementation)
+    needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (q, k, v, *edits)]
+    chosen = choose(q, k, v, mask, scale, left, right, any(needs_grad), batch, implementation)
     if chosen == FUSED:
         problem = Problem(q, k, v, *edits, mask, None, None, 0, 0, scale, left, right)
-        return run(problem if packed is None else problem._replace(**packed._asdict()), keep_for(wanted))
+        return run(problem if packed is None else problem._replace(**packed._asdict()), keep_for(needs_grad))
     if packed is None:
         return attend(q, k, v, edits, mask, scale, left, right)
     return attend_packed(q, k, v, edits, scale, left, right, packed)
@@ -126,12 +127,12 @@ def _edits(
 ) -> Edits:
     rank, shape = (3, "(tokens, heads, head_dim)") if packed else (4, "(batch, heads, tokens, head_dim)")
     for name, t in (("q", q), ("k", k), ("v", v)):
-        _check.tensor(OP, name, t)
+        checks.tensor(OP, name, t)
         if t.dim() != rank:
             raise ValueError(f"{OP}: {name} must be {shape}, got shape {tuple(t.shape)}")
         if t.dtype != q.dtype:
             raise TypeError(f"{OP}: {name} must have q's dtype {q.dtype}, got {t.dtype}")
-        _check.same_device(OP, name, t, "q", q)
+        checks.same_device(OP, name, t, "q", q)
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"{OP}: k must have q's head_dim {q.shape[-1]}, got {k.shape[-1]}")
     if v.shape[:-1] != k.shape[:-1]:
@@ -143,22 +144,21 @@ def _edits(
     heads, size = q.shape[1], v.shape[-1]
     if m is None and a is None:
         raise ValueError(f"{OP}: at least one of m and a is needed, got None for both")
-    for name, given, expected in (
+    for name, edit, expected in (
         ("m", m, (heads, size)),
         ("a", a, (heads, size)),
         ("g_m", g_m, (heads,)),
         ("g_a", g_a, (heads,)),
     ):
-        if given is not None:
-            _check.tensor(OP, name, given)
-            if given.shape != expected:
-                raise ValueError(f"{OP}: {name} must have shape {expected}, got {tuple(given.shape)}")
-            _check.same_device(OP, name, given, "q", q)
+        if edit is not None:
+            checks.tensor(OP, name, edit)
+            if edit.shape != expected:
+                raise ValueError(f"{OP}: {name} must have shape {expected}, got {tuple(edit.shape)}")
+            checks.same_device(OP, name, edit, "q", q)
     for name, gate, edit in (("g_m", g_m, m), ("g_a", g_a, a)):
         if gate is not None and edit is None:
             raise ValueError(f"{OP}: {name} gates {name[2:]}, which is None; give both or neither")
-    wide = [t if t is None or t.dtype in (torch.float32, torch.float64) else t.float() for t in (m, a, g_m, g_a)]
-    return wide[0], wide[1], wide[2], wide[3]
+    return checks.widened(m), checks.widened(a), checks.widened(g_m), checks.widened(g_a)
 
 
 def _mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -166,10 +166,10 @@ def _mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{OP}: attn_mask must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
-        _check.tensor(OP, "attn_mask", mask)
+        checks.tensor(OP, "attn_mask", mask)
         if mask.requires_grad:
             raise ValueError(f"{OP}: attn_mask gets no gradient, but requires one; detach it")
-    _check.same_device(OP, "attn_mask", mask, "q", q)
+    checks.same_device(OP, "attn_mask", mask, "q", q)
     sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if len(sizes) != 4 or any(have not in (1, want) for have, want in zip(sizes, shape)):
         raise ValueError(f"{OP}: attn_mask must broadcast to (B, H, T, S) = {shape}, got shape {tuple(mask.shape)}")
@@ -182,7 +182,7 @@ def _packed(cu_seqlens: Tensor | tuple[Tensor, Tensor], max_seqlen: int | tuple[
         if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64) or t.dim() != 1 or t.shape[0] < 2:
             got = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
             raise ValueError(f"{OP}: cu_seqlens must be int32 or int64 of shape (B + 1,), got {got}")
-        _check.same_device(OP, "cu_seqlens", t, "q", q)
+        checks.same_device(OP, "cu_seqlens", t, "q", q)
     if starts[0].shape != starts[1].shape:
         raise ValueError(
             f"{OP}: cu_seqlens of queries and keys must name as many sequences, got {starts[0].shape[0] - 1} and "

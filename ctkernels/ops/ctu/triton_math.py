@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .._triton_kernels import DOUBLE, EXACT, FAST, Math
-from .._triton_scalar import horner, polynomial, reciprocal, sigmoids
+from ..channelwise.kernels import DOUBLE, EXACT, FAST, Math
+from ..channelwise.scalar import horner, polynomial, reciprocal, sigmoids
 
 LOGISTIC = tl.constexpr(0)
 LEAKY = tl.constexpr(1)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .._triton_kernels import DOUBLE, Math
+from ..channelwise.kernels import DOUBLE, Math
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks.device_attention import CASES
-from ctkernels.ops.attention import choice
+from ctkernels.ops.attention import cost_model
 
 
 def test_the_cost_model_agrees_with_what_was_measured() -> None:
@@ -22,7 +22,7 @@ def test_the_cost_model_agrees_with_what_was_measured() -> None:
         options = {"is_causal": True} | case.options
         itemsize, causal = 4 if record["dtype"] == "fp32" else 2, options["is_causal"] and case.tokens > 1
         window = options.get("window")
-        shape = choice.Shape(
+        shape = cost_model.Shape(
             case.batch, case.heads, case.groups, case.tokens, case.keys, case.head_dim, case.head_dim, itemsize,
             causal and window is None, False, window,
         )  # fmt: skip
@@ -33,8 +33,8 @@ def test_the_cost_model_agrees_with_what_was_measured() -> None:
             ours = shape._replace(training=training)
             theirs = ours._replace(causal=ours.causal and not masked)
             predicted = {
-                "fused": choice.seconds(choice.PEAKS[9], ours, "fused") * 1e3,
-                "separate": choice.seconds(choice.PEAKS[9], theirs, kernel) * 1e3,
+                "fused": cost_model.seconds(cost_model.PEAKS[9], ours, "fused") * 1e3,
+                "separate": cost_model.seconds(cost_model.PEAKS[9], theirs, kernel) * 1e3,
             }
             measured = {name: record[key][name] for name in predicted}
             faster, slower = sorted(measured, key=lambda name: measured[name])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_forward import INFINITY, finish, walk_range
+from .forward import INFINITY, finish, walk_range
 
 
 @triton.jit

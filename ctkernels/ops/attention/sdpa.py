@@ -1,4 +1,4 @@
-"""Torch's own attention followed by the head edit: every device, every dtype, and wherever torch's kernel is the faster one.
+"""Torch's own attention followed by the head edit: for every device and dtype, and where torch's kernel is faster.
 
 The edit is in place where no gradient is needed: one pass over the attention output and no memory. Otherwise the
 attention output, which torch keeps for its own backward pass, is also what the edit keeps.
@@ -6,27 +6,16 @@ attention output, which torch keeps for its own backward pass, is also what the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _backend
-from .._op import in_forward_mode, in_transform
+from .. import backends
+from ..autograd import in_forward_mode, in_transform, needs_grad
+from ..head_edit.function import head_edit
 from . import reference
+from .problem import Edits, Packed
 from .reference import UNBOUNDED
-
-Edits = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-class Packed(NamedTuple):
-    """Sequences side by side in one dimension: (B + 1,) int32 starts of each, and the longest, of queries and of keys."""
-
-    starts_q: Tensor
-    starts_k: Tensor
-    longest_q: int
-    longest_k: int
 
 
 def attend(
@@ -34,7 +23,7 @@ def attend(
 ) -> Tensor:
     """q (B, H, T, D), k (B, G, S, D), v (B, G, S, E)."""
     tokens, keys = q.shape[2], k.shape[2]
-    if _backend.reference_forced() or in_forward_mode():  # which torch's fast kernels have not
+    if backends.forced() == "reference" or in_forward_mode():  # torch's fast kernels have no forward mode
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         mask = reference.combine(mask, reference.visible(tokens, keys, left, right, q.device))
         widened = tuple(None if t is None else t.to(wide) for t in edits)
@@ -57,13 +46,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is
 
 
 def _edit(z: Tensor, edits: Edits, axis: int) -> Tensor:
-    from ...functional import head_edit
-
     m, a, g_m, g_a = edits
     if m is None and a is None:
         return z
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, *edits))
-    inplace = not (wanted or in_transform() or torch.compiler.is_compiling())
+    inplace = not (needs_grad((z, *edits)) or in_transform() or torch.compiler.is_compiling())
     return head_edit(z, m, a, g_m, g_a, head_axis=axis, inplace=inplace)
 
 
@@ -71,8 +57,8 @@ def attend_packed(
     q: Tensor, k: Tensor, v: Tensor, edits: Edits, scale: float, left: int, right: int, packed: Packed
 ) -> Tensor:
     """q (T, H, D), k (S, G, D), v (S, G, E): the sequences padded to the longest, attended, and packed again."""
-    at_q, real_q = _places(packed.starts_q, packed.longest_q, q.shape[0])
-    at_k, real_k = _places(packed.starts_k, packed.longest_k, k.shape[0])
+    at_q, real_q = _padded_indices(packed.starts_q, packed.longest_q, q.shape[0])
+    at_k, real_k = _padded_indices(packed.starts_k, packed.longest_k, k.shape[0])
     padded_q, padded_k, padded_v = (t[at].transpose(1, 2) for t, at in ((q, at_q), (k, at_k), (v, at_k)))
     seen = real_q[:, None, :, None] & real_k[:, None, None, :]
     lengths_q, lengths_k = (starts.diff()[:, None, None, None] for starts in (packed.starts_q, packed.starts_k))
@@ -89,7 +75,7 @@ def attend_packed(
     return y[sequence, t - packed.starts_q[sequence]]
 
 
-def _places(starts: Tensor, longest: int, total: int) -> tuple[Tensor, Tensor]:
+def _padded_indices(starts: Tensor, longest: int, total: int) -> tuple[Tensor, Tensor]:
     """(B, longest) indices into a packed dimension, and which of them are real."""
     at = starts[:-1, None] + torch.arange(longest, device=starts.device)
     return at.clamp(max=max(total - 1, 0)), at < starts[1:, None]

@@ -1,4 +1,4 @@
-"""Which attention serves a call: ours with the edit inside, or torch's with the edit after it. A cost model decides.
+"""Cost model of attention: chooses ours, with the edit inside, or torch's, with the edit after it.
 
 The model is arithmetic: time = max(flops / (peak * share), bytes / bandwidth) of the attention, plus the passes over
 memory that a separate edit takes. Peaks and bandwidths are data sheets'. A kernel's share of the peak, in inference and over a
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend
-from .._op import in_transform
+from .. import backends
+from ..autograd import in_transform
 from .reference import UNBOUNDED
 
 FUSED, SEPARATE = "fused", "separate"
@@ -135,7 +135,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal
 
 def fused_refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> str | None:
     """Why the fused kernels cannot serve a call, or None."""
-    reason = _backend.BACKENDS["triton"].refusal(q)
+    reason = backends.BACKENDS["triton"].refusal(q)
     if reason is not None:
         return reason
     if q.dtype == torch.float64:
@@ -169,8 +169,8 @@ def estimates(
     else:
         shares = peak.half if shape.itemsize == 2 else peak.single
         theirs = seconds(peak, shape, kernel if kernel in shares else "math")
-    found = [Estimate(FUSED, seconds(peak, shape, FUSED), "fused"), Estimate(SEPARATE, theirs, kernel)]
-    return sorted(found, key=lambda e: e.seconds)
+    both = [Estimate(FUSED, seconds(peak, shape, FUSED), "fused"), Estimate(SEPARATE, theirs, kernel)]
+    return sorted(both, key=lambda e: e.seconds)
 
 
 def _masked(q: Tensor, k: Tensor, mask: Tensor | None, left: int, right: int, batch: int | None) -> bool:
@@ -200,20 +200,20 @@ def choose(
     forced: str | None,
 ) -> str:
     """FUSED or SEPARATE. RuntimeError where what is forced, by argument or ``use_backend``, cannot serve."""
-    backend = _backend.forced()
+    backend = backends.forced()
     if backend is not None and backend != "triton":
-        _backend.forced_refusal(q)
-    wanted = forced or {None: None, "triton": FUSED}.get(backend, SEPARATE)
-    if wanted == SEPARATE:
+        backends.check_forced_backend(q)
+    requested = forced or {None: None, "triton": FUSED}.get(backend, SEPARATE)
+    if requested == SEPARATE:
         return SEPARATE
     reason = fused_refusal(q, k, v, mask, scale)
     if reason is not None:
-        if wanted == FUSED:
+        if requested == FUSED:
             raise RuntimeError(
                 f"attention_head_edit: the fused kernels were forced but cannot serve this call: {reason}"
             )
         return SEPARATE
-    if wanted is not None:
+    if requested is not None:
         return FUSED
     if torch.compiler.is_compiling():  # sizes may be unknown, and torch's answers about its kernels cannot be traced
         return FUSED if _slow_in_torch(q, k, mask, left, right, batch) else SEPARATE
@@ -229,7 +229,7 @@ def explain(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, trainin
         f"{tuple(k.shape)} on {q.device}, causal, {'with' if training else 'without'} gradients"
     ]
     reason = fused_refusal(q, k, v, None, 1.0)
-    forced = _backend.forced()
+    forced = backends.forced()
     chosen = choose(q, k, v, None, 1.0, UNBOUNDED, 0, training, None, None)
     note = {FUSED: "triton kernels, the edit in their epilogue", SEPARATE: "torch's attention, then head_edit"}
     times = {}

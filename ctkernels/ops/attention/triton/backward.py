@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_forward import INFINITY, apply_mask, edit_scale, hide, load_tile, sequence
+from .forward import INFINITY, apply_mask, edit_scale, hide, load_tile, sequence
 
 
 @triton.jit

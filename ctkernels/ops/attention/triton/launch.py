@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,12 +9,12 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import _triton
-from . import KEEP_LSE, KEEP_Z, Problem, lse_for, result_for
-from .reference import LOG2E, UNBOUNDED
-from .triton_backward import edit_kernel, keys_kernel, prepare_kernel, queries_kernel
-from .triton_decode import join_kernel, split_kernel
-from .triton_forward import forward_kernel
+from ... import launcher
+from ..problem import KEEP_LSE, KEEP_Z, Problem, lse_for, result_for
+from ..reference import LOG2E, UNBOUNDED
+from .backward import edit_kernel, keys_kernel, prepare_kernel, queries_kernel
+from .decode import join_kernel, split_kernel
+from .forward import forward_kernel
 
 PROGRAMS = 256  # that keep a GPU busy: with fewer, decoding splits the keys
 FEW_ROWS = 64  # queries that share a key head, up to which a call is decoding
@@ -75,7 +74,7 @@ def _dense_rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-class _Call:
+class _Operands:
     """The operands of a problem as kernels take them."""
 
     def __init__(self, problem: Problem):
@@ -96,7 +95,7 @@ class _Call:
         self.starts = {"starts_q": self.p.starts_q, "starts_k": self.p.starts_k}
         strides = (0, 0, 0, 0) if mask is None else mask.stride()
         self.mask = dict(zip(("mask_batch", "mask_head", "mask_row", "mask_col"), strides)) | {"mask": mask}
-        self.device = torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
+        self.device = launcher.guard(q)
 
     def inputs(self) -> dict[str, Any]:
         p = self.p
@@ -126,7 +125,7 @@ def splits_for(problem: Problem, rows: int, programs: int, keys: int) -> int:
 
 
 def forward(problem: Problem, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call(problem)
+    call = _Operands(problem)
     p = call.p
     y = result_for(p.q, p.v.shape[-1])
     z = result_for(p.q, p.v.shape[-1]) if keep & KEEP_Z else None
@@ -143,12 +142,12 @@ def forward(problem: Problem, keep: int) -> tuple[Tensor, Tensor, Tensor]:
             cut = tile("forward", problem)
             blocks = triton.cdiv(call.tokens, cut.m)
             args = call.inputs() | outputs | call.starts | _sums_strides(lse) | {"blocks": blocks}
-            _triton.launch(forward_kernel, blocks * call.heads * call.batch, args, call.meta() | cut.meta("M", "N"))
+            launcher.launch(forward_kernel, blocks * call.heads * call.batch, args, call.meta() | cut.meta("M", "N"))
     empty = y.new_empty((0,))
     return y, empty if z is None else z, lse_for(p.q).new_empty((0,)) if lse is None else lse
 
 
-def _decode(call: _Call, outputs: dict[str, Any], cut: Tile, blocks: int, splits: int) -> None:
+def _decode(call: _Operands, outputs: dict[str, Any], cut: Tile, blocks: int, splits: int) -> None:
     p, total = call.p, call.batch * call.heads * call.tokens
     per_split = triton.cdiv(triton.cdiv(call.keys, cut.n), splits) * cut.n
     part = p.q.new_empty((splits, total, p.v.shape[-1]), dtype=torch.float32)
@@ -156,36 +155,36 @@ def _decode(call: _Call, outputs: dict[str, Any], cut: Tile, blocks: int, splits
     parts = {"part": part, "part_peak": peak, "part_total": weight, "splits": splits}
     args = call.inputs() | parts | {"blocks": blocks, "per_split": per_split}
     grid = splits * blocks * call.batch * call.heads // call.group
-    _triton.launch(split_kernel, grid, args, call.meta() | cut.meta("M", "N"))
+    launcher.launch(split_kernel, grid, args, call.meta() | cut.meta("M", "N"))
     m = min(16, triton.next_power_of_2(call.tokens))
     args = parts | outputs | {"heads": call.heads, "tokens": call.tokens, "rows": total}
     grid = call.batch * call.heads * triton.cdiv(call.tokens, m)
-    _triton.launch(join_kernel, grid, args, call.sizes() | {"M": m, "num_warps": 4})
+    launcher.launch(join_kernel, grid, args, call.sizes() | {"M": m, "num_warps": 4})
 
 
-def backward(dy: Tensor, z: Tensor, lse: Tensor, problem: Problem, needs: int) -> list[Tensor]:
-    call = _Call(problem)
+def backward(dy: Tensor, z: Tensor, lse: Tensor, problem: Problem, grad_mask: int) -> list[Tensor]:
+    call = _Operands(problem)
     p = call.p
     dy = _dense_rows(dy)
     grads: dict[int, Tensor] = {}
-    inner, edited = needs & 0b111, needs >> 3
+    inner, edited = grad_mask & 0b111, grad_mask >> 3
     delta = lse_for(p.q) if inner else None
     dz = result_for(p.q, p.v.shape[-1]) if inner and p.m is not None else None
-    given = {i: p[i] for i in range(3, 7) if needs >> i & 1}
+    given = {i: p[i] for i in range(3, 7) if grad_mask >> i & 1}
     grads |= {i: torch.empty_like(t) for i, t in given.items()}  # type: ignore[arg-type]
     with call.device:
         _prepare(call, dy, z, dz, delta, grads if edited else {})
         if dz is None:
             dz = dy
-        if needs & 0b110:
-            grads |= _keys(call, dz, lse, delta, needs)
-        if needs & 0b001:
+        if grad_mask & 0b110:
+            grads |= _keys(call, dz, lse, delta, grad_mask)
+        if grad_mask & 0b001:
             grads[0] = _queries(call, dz, lse, delta)
-    return [grads[i] for i in range(7) if needs >> i & 1]
+    return [grads[i] for i in range(7) if grad_mask >> i & 1]
 
 
 def _prepare(
-    call: _Call, dy: Tensor, z: Tensor, dz: Tensor | None, delta: Tensor | None, grads: dict[int, Tensor]
+    call: _Operands, dy: Tensor, z: Tensor, dz: Tensor | None, delta: Tensor | None, grads: dict[int, Tensor]
 ) -> None:
     p = call.p
     size = p.v.shape[-1]
@@ -207,20 +206,20 @@ def _prepare(
     args |= _strides("z", z if scaled else None) | _strides("dy", dy) | _strides("dz", dz)
     args |= {name.replace("lse", "delta"): value for name, value in _sums_strides(delta).items()}
     meta = call.sizes() | {"M": m, **_SUMMING}
-    _triton.launch(prepare_kernel, slots * call.heads, args, meta)
+    launcher.launch(prepare_kernel, slots * call.heads, args, meta)
     if partial is not None:
         outputs = {name: grads.get(3 + i) for i, name in enumerate(("dm", "da", "dg_m", "dg_a"))}
         args = {"partial": partial} | call.edits | outputs | {"heads": call.heads, "slots": slots}
         rows = min(max(1, 4096 // padded(size)), triton.next_power_of_2(slots))
-        _triton.launch(edit_kernel, call.heads, args, call.sizes() | {"SCALED": scaled, "ROWS": rows, **_SUMMING})
+        launcher.launch(edit_kernel, call.heads, args, call.sizes() | {"SCALED": scaled, "ROWS": rows, **_SUMMING})
 
 
-def _shared(call: _Call, dz: Tensor, lse: Tensor, delta: Tensor | None) -> dict[str, Any]:
+def _shared(call: _Operands, dz: Tensor, lse: Tensor, delta: Tensor | None) -> dict[str, Any]:
     args = call.inputs() | call.starts | {"dz": dz, "lse": lse, "delta": delta}
     return args | {"scale": call.p.scale} | _strides("dz", dz) | _sums_strides(lse)
 
 
-def _keys(call: _Call, dz: Tensor, lse: Tensor, delta: Tensor | None, needs: int) -> dict[int, Tensor]:
+def _keys(call: _Operands, dz: Tensor, lse: Tensor, delta: Tensor | None, grad_mask: int) -> dict[int, Tensor]:
     p, cut = call.p, tile("keys", call.p)
     like = (p.k, p.v)
     if call.group == 1:
@@ -231,17 +230,17 @@ def _keys(call: _Call, dz: Tensor, lse: Tensor, delta: Tensor | None, needs: int
     blocks = triton.cdiv(call.keys, cut.n)
     args = _shared(call, dz, lse, delta) | {"dk": dk, "dv": dv, "blocks": blocks}
     args |= _strides("dk", dk) | _strides("dv", dv)
-    _triton.launch(keys_kernel, blocks * call.heads * call.batch, args, call.meta() | cut.meta("M", "N"))
+    launcher.launch(keys_kernel, blocks * call.heads * call.batch, args, call.meta() | cut.meta("M", "N"))
     if call.group > 1:
         shares = (t.unflatten(1, (-1, call.group)).sum(2) for t in (dk, dv))
         dk, dv = (result_for(t, t.shape[-1]).copy_(s) for t, s in zip(like, shares))
-    return {i: g for i, g in ((1, dk), (2, dv)) if needs >> i & 1}
+    return {i: g for i, g in ((1, dk), (2, dv)) if grad_mask >> i & 1}
 
 
-def _queries(call: _Call, dz: Tensor, lse: Tensor, delta: Tensor | None) -> Tensor:
+def _queries(call: _Operands, dz: Tensor, lse: Tensor, delta: Tensor | None) -> Tensor:
     cut = tile("queries", call.p)
     dq = result_for(call.p.q, call.p.q.shape[-1])
     blocks = triton.cdiv(call.tokens, cut.m)
     args = _shared(call, dz, lse, delta) | {"dq": dq, "blocks": blocks} | _strides("dq", dq)
-    _triton.launch(queries_kernel, blocks * call.heads * call.batch, args, call.meta() | cut.meta("M", "N"))
+    launcher.launch(queries_kernel, blocks * call.heads * call.batch, args, call.meta() | cut.meta("M", "N"))
     return dq

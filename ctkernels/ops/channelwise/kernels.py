@@ -28,11 +28,11 @@ SUMS = tl.constexpr(7)  # the op's own five, then those of the prologue's scale 
 
 @dataclass(frozen=True)
 class Math:
-    """An op's scalar functions; GRADE is one of the three above, STATIC the op's static arguments after channel_dim.
+    """An op's scalar functions; PRECISION is one of the three above, ATTRS the op's static arguments after channel_dim.
 
-    derive(params, GRADE, STATIC) -> constants        forward(w, constants, GRADE, STATIC) -> y
-    gradients(w, dy, constants, GRADE, STATIC) -> (gradient of w, five terms of sums)
-    finish(params, sums, STATIC) -> gradients of params
+    derive(params, PRECISION, ATTRS) -> constants        forward(w, constants, PRECISION, ATTRS) -> y
+    gradients(w, dy, constants, PRECISION, ATTRS) -> (gradient of w, five terms of sums)
+    finish(params, sums, ATTRS) -> gradients of params
     fallbacks: values of absent parameters. sums: of each parameter, a mask of the sums that its gradient is made of.
     prologue: whether parameters 3 and 4 are a scale and a shift before the op.
     """
@@ -50,8 +50,8 @@ class Math:
         return _kernel(channelwise_kernel, self)
 
     @cached_property
-    def finish_kernel(self) -> Any:
-        return _kernel(finish_kernel, self)
+    def reduce_partials_kernel(self) -> Any:
+        return _kernel(reduce_partials_kernel, self)
 
 
 # In the skeletons, the scalar functions of the op that a kernel is made for.
@@ -163,20 +163,20 @@ def _number(v, DOUBLES: tl.constexpr):
 
 
 @triton.jit
-def _add(total, term, WANTED: tl.constexpr, i: tl.constexpr):
-    return total + term if WANTED >> i & 1 else total
+def _add(total, term, SUM_MASK: tl.constexpr, i: tl.constexpr):
+    return total + term if SUM_MASK >> i & 1 else total
 
 
 def channelwise_kernel(
     x, residual, dy, out, dresidual, partial, p0, p1, p2, p3, p4, d0, d1, d2, d3, d4,
     channels, inner, row_units, rows, row_cuts, rows_per, col_cuts, cols_per, group_units,
-    STATIC: tl.constexpr, FALLBACKS: tl.constexpr, PROLOGUE: tl.constexpr, GRADE: tl.constexpr,
-    ROWS: tl.constexpr, RUNS: tl.constexpr, WANTED: tl.constexpr,
+    ATTRS: tl.constexpr, FALLBACKS: tl.constexpr, PROLOGUE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, SUM_MASK: tl.constexpr,
     PLANE: tl.constexpr, WRAP: tl.constexpr, UNIT: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """out = op(x), or where ``dy`` is given, the gradient of x. WANTED: mask of the sums to make. They go to ``partial``,
+    """out = op(x), or where ``dy`` is given, the gradient of x. SUM_MASK: mask of the sums to make. They go to ``partial``,
     or where that is null, through finish to d0 to d4. Null outputs are not computed."""
-    DOUBLES: tl.constexpr = GRADE == 2
+    DOUBLES: tl.constexpr = PRECISION == 2
     HAS_SCALE: tl.constexpr = PROLOGUE and p3 is not None
     HAS_SHIFT: tl.constexpr = PROLOGUE and p4 is not None
     inner_units = inner // UNIT if PLANE else inner
@@ -188,7 +188,7 @@ def channelwise_kernel(
     c = _channel(plane, cols, channels, inner, PLANE, WRAP, UNIT)
     known = c < channels
     p = _params(p0, p1, p2, p3, p4, g, c, channels, known, FALLBACKS, ROWS, RUNS)
-    k = derive(p, GRADE, STATIC)
+    k = derive(p, PRECISION, ATTRS)
     scale, shift = _number(p[3], DOUBLES), _number(p[4], DOUBLES)
     zero = tl.zeros([LANES], tl.float64 if DOUBLES else tl.float32)
     s = (zero, zero, zero, zero, zero, zero, zero)
@@ -210,26 +210,26 @@ def channelwise_kernel(
             if residual is not None:
                 w = w + _number(tl.load(residual + at + lane, mask=live, other=0.0), DOUBLES)
             if dy is None:
-                result = forward(w, k, GRADE, STATIC)
+                result = forward(w, k, PRECISION, ATTRS)
             else:
                 up = _number(tl.load(dy + at + lane, mask=live, other=0.0), DOUBLES)
-                result, t0, t1, t2, t3, t4 = gradients(w, up, k, GRADE, STATIC)
+                result, t0, t1, t2, t3, t4 = gradients(w, up, k, PRECISION, ATTRS)
                 if dresidual is not None:
                     tl.store(dresidual + at + lane, result.to(dresidual.dtype.element_ty), mask=live)
                 s = (
-                    _add(s[0], t0, WANTED, 0),
-                    _add(s[1], t1, WANTED, 1),
-                    _add(s[2], t2, WANTED, 2),
-                    _add(s[3], t3, WANTED, 3),
-                    _add(s[4], t4, WANTED, 4),
-                    _add(s[5], result * v, WANTED, 5),
-                    _add(s[6], result, WANTED, 6),
+                    _add(s[0], t0, SUM_MASK, 0),
+                    _add(s[1], t1, SUM_MASK, 1),
+                    _add(s[2], t2, SUM_MASK, 2),
+                    _add(s[3], t3, SUM_MASK, 3),
+                    _add(s[4], t4, SUM_MASK, 4),
+                    _add(s[5], result * v, SUM_MASK, 5),
+                    _add(s[6], result, SUM_MASK, 6),
                 )
                 if HAS_SCALE:
                     result = result * scale
             if out is not None:
                 tl.store(out + at + lane, result.to(out.dtype.element_ty), mask=live)
-    if WANTED:
+    if SUM_MASK:
         if PLANE:
             s = (
                 tl.sum(s[0], 0),
@@ -244,28 +244,28 @@ def channelwise_kernel(
         else:
             mask, column, length, slots, slot = cols < row_units * UNIT, cols, row_units * UNIT, row_cuts, row_cut
         if partial is not None:
-            to = partial + (g.to(tl.int64) * slots + slot) * _rank(WANTED, SUMS) * length + column
+            to = partial + (g.to(tl.int64) * slots + slot) * _rank(SUM_MASK, SUMS) * length + column
             for i in tl.static_range(SUMS):
-                if WANTED >> i & 1:
-                    tl.store(to + _rank(WANTED, i) * length, s[i], mask=mask)
+                if SUM_MASK >> i & 1:
+                    tl.store(to + _rank(SUM_MASK, i) * length, s[i], mask=mask)
         else:
-            _store(d0, d1, d2, d3, d4, finish(p, s, STATIC), g * channels + c, mask)
+            _store(d0, d1, d2, d3, d4, finish(p, s, ATTRS), g * channels + c, mask)
 
 
 @triton.jit
-def _total(total, partial, at, length, live, WANTED: tl.constexpr, i: tl.constexpr):
+def _total(total, partial, at, length, live, SUM_MASK: tl.constexpr, i: tl.constexpr):
     """``total`` with the terms of sum i added."""
-    if WANTED >> i & 1:
-        return total + tl.load(partial + at + _rank(WANTED, i) * length, mask=live, other=0.0).to(tl.float64)
+    if SUM_MASK >> i & 1:
+        return total + tl.load(partial + at + _rank(SUM_MASK, i) * length, mask=live, other=0.0).to(tl.float64)
     else:
         return total
 
 
-def finish_kernel(
+def reduce_partials_kernel(
     partial, p0, p1, p2, p3, p4, d0, d1, d2, d3, d4,
     channels, inner, length, slots, repeat,
-    STATIC: tl.constexpr, FALLBACKS: tl.constexpr,
-    ROWS: tl.constexpr, RUNS: tl.constexpr, WANTED: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr,
+    ATTRS: tl.constexpr, FALLBACKS: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, SUM_MASK: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """partial[group, slot, sum, repeat, channel, inner] -> gradients[group, channel]. TERMS x LANES: terms x channels."""
     blocks = tl.cdiv(channels, LANES)
@@ -278,19 +278,19 @@ def finish_kernel(
         term = begin + tl.arange(0, TERMS)
         i, r, slot = term % inner, term // inner % repeat, term // (inner * repeat)
         at = (
-            (g.to(tl.int64) * slots + slot[:, None]) * _rank(WANTED, SUMS) * length
+            (g.to(tl.int64) * slots + slot[:, None]) * _rank(SUM_MASK, SUMS) * length
             + (r[:, None] * channels + c[None, :]) * inner
             + i[:, None]
         )
         live = (term < terms)[:, None] & known[None, :]
         s = (
-            _total(s[0], partial, at, length, live, WANTED, 0),
-            _total(s[1], partial, at, length, live, WANTED, 1),
-            _total(s[2], partial, at, length, live, WANTED, 2),
-            _total(s[3], partial, at, length, live, WANTED, 3),
-            _total(s[4], partial, at, length, live, WANTED, 4),
-            _total(s[5], partial, at, length, live, WANTED, 5),
-            _total(s[6], partial, at, length, live, WANTED, 6),
+            _total(s[0], partial, at, length, live, SUM_MASK, 0),
+            _total(s[1], partial, at, length, live, SUM_MASK, 1),
+            _total(s[2], partial, at, length, live, SUM_MASK, 2),
+            _total(s[3], partial, at, length, live, SUM_MASK, 3),
+            _total(s[4], partial, at, length, live, SUM_MASK, 4),
+            _total(s[5], partial, at, length, live, SUM_MASK, 5),
+            _total(s[6], partial, at, length, live, SUM_MASK, 6),
         )
     sums = (
         tl.sum(s[0], 0),
@@ -302,11 +302,11 @@ def finish_kernel(
         tl.sum(s[6], 0),
     )
     p = _params(p0, p1, p2, p3, p4, g, c, channels, known, FALLBACKS, ROWS, RUNS)
-    _store(d0, d1, d2, d3, d4, finish(p, sums, STATIC), g * channels + c, known)
+    _store(d0, d1, d2, d3, d4, finish(p, sums, ATTRS), g * channels + c, known)
 
 
 @triton.jit
-def _fold(b, d, groups, channels, rows: tl.constexpr, run: tl.constexpr, LANES: tl.constexpr):
+def _reduce_shared(b, d, groups, channels, rows: tl.constexpr, run: tl.constexpr, LANES: tl.constexpr):
     """d[row, value] = sum of b[group, channel] over the groups of the row and the channels of the value."""
     if d is not None:
         own_rows = rows if rows else groups
@@ -324,13 +324,13 @@ def _fold(b, d, groups, channels, rows: tl.constexpr, run: tl.constexpr, LANES: 
 
 
 @triton.jit
-def fold_kernel(
+def reduce_shared_kernel(
     b0, b1, b2, b3, b4, d0, d1, d2, d3, d4, groups, channels,
     ROWS: tl.constexpr, RUNS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Gradients [group, channel] in float64 -> gradients of the parameters that are shared between those."""
-    _fold(b0, d0, groups, channels, ROWS[0], RUNS[0], LANES)
-    _fold(b1, d1, groups, channels, ROWS[1], RUNS[1], LANES)
-    _fold(b2, d2, groups, channels, ROWS[2], RUNS[2], LANES)
-    _fold(b3, d3, groups, channels, ROWS[3], RUNS[3], LANES)
-    _fold(b4, d4, groups, channels, ROWS[4], RUNS[4], LANES)
+    _reduce_shared(b0, d0, groups, channels, ROWS[0], RUNS[0], LANES)
+    _reduce_shared(b1, d1, groups, channels, ROWS[1], RUNS[1], LANES)
+    _reduce_shared(b2, d2, groups, channels, ROWS[2], RUNS[2], LANES)
+    _reduce_shared(b3, d3, groups, channels, ROWS[3], RUNS[3], LANES)
+    _reduce_shared(b4, d4, groups, channels, ROWS[4], RUNS[4], LANES)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ._layout import View
+from ..layout import View
 
 # Channels with at least this many neighbouring values run with scalar constants.
 MIN_PLANE = 256
@@ -27,7 +27,7 @@ def _ceil(a: int, b: int) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Partition:
     """``unit`` divides every length. A program's columns and rows: ``cols_per`` (in units), ``rows_per``."""
 
     plane: bool
@@ -42,14 +42,14 @@ class Plan:
     rows_per: int
     row_cuts: int
     programs: int
-    direct: bool
+    one_program_per_channel: bool
 
     @property
     def slots(self) -> int:
         """Partial sums a column, or a channel."""
         return self.row_cuts * self.col_cuts if self.plane else self.row_cuts
 
-    def lanes_of(self, view: View) -> int:
+    def columns(self, view: View) -> int:
         """Columns of the partial sums."""
         return view.channels if self.plane else self.row_units * self.unit
 
@@ -77,7 +77,7 @@ def _lanes(width: int, vector: int) -> int:
     return min(sizes, key=lambda n: _ceil(width, n) * (n + 2 * vector))
 
 
-def plan_for(view: View, itemsize: int, sums: bool) -> Plan:
+def partition_of(view: View, itemsize: int, sums: bool) -> Partition:
     """``sums``: whether the kernel adds up over channels."""
     vector = 16 // itemsize
     group = view.outer * view.channels * view.inner
@@ -114,8 +114,8 @@ def plan_for(view: View, itemsize: int, sums: bool) -> Plan:
         if sums and rows <= ALONE:
             rows_per = rows
     row_cuts = _ceil(rows, rows_per)
-    direct = row_cuts * col_cuts == 1 if plane else row_cuts == 1 and repeat == 1 and view.inner == 1
-    return Plan(
+    one_program_per_channel = row_cuts * col_cuts == 1 if plane else row_cuts == 1 and repeat == 1 and view.inner == 1
+    return Partition(
         plane=plane,
         unit=unit,
         lanes=lanes,
@@ -128,5 +128,5 @@ def plan_for(view: View, itemsize: int, sums: bool) -> Plan:
         rows_per=rows_per,
         row_cuts=row_cuts,
         programs=view.groups * planes * row_cuts * col_cuts,
-        direct=direct,
+        one_program_per_channel=one_program_per_channel,
     )

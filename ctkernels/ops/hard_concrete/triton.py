@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from .. import _layout, _triton
-from .._op import Inputs, Static
-from .._triton_scalar import reciprocal, sigmoids
+from .. import launcher, layout
+from ..channelwise.scalar import reciprocal, sigmoids
+from .op import HardConcreteAttrs
 from .reference import span
 
 SAMPLE = tl.constexpr(0)
@@ -48,17 +48,17 @@ def _uniform(seed, i, DOUBLES: tl.constexpr):
 @triton.jit
 def gate_kernel(
     log_alpha, noise, dy, out, dnoise, n,
-    STATIC: tl.constexpr, PANELS: tl.constexpr, NODES: tl.constexpr, WEIGHTS: tl.constexpr, SEEDED: tl.constexpr,
+    ATTRS: tl.constexpr, PANELS: tl.constexpr, NODES: tl.constexpr, WEIGHTS: tl.constexpr, SEEDED: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """out = gates, or where ``dy`` is given, the gradient of log_alpha; dnoise, that of the noise. Null: not wanted.
-    PANELS: of the integral that E[g] is, see csrc/hard_concrete.h: where they start, how long each is, how many; for P(g != 0),
-    where they start. NODES, WEIGHTS: of a panel from -1 to 1."""
-    MODE: tl.constexpr = STATIC[0]
-    TEMPERATURE: tl.constexpr = STATIC[1]
+    PANELS: of the integral that E[g] is, see csrc/hard_concrete.h: start, length of each, count; for P(g != 0), the start.
+    NODES, WEIGHTS: of a panel from -1 to 1."""
+    MODE: tl.constexpr = ATTRS[0]
+    TEMPERATURE: tl.constexpr = ATTRS[1]
     RATE: tl.constexpr = 1.0 / TEMPERATURE
-    LOW: tl.constexpr = STATIC[2]
-    WIDTH: tl.constexpr = STATIC[3] - STATIC[2]
+    LOW: tl.constexpr = ATTRS[2]
+    WIDTH: tl.constexpr = ATTRS[3] - ATTRS[2]
     DOUBLES: tl.constexpr = log_alpha.dtype.element_ty == tl.float64
     i = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     live = i < n
@@ -104,9 +104,6 @@ def gate_kernel(
             tl.store(dnoise + i, (up * rate_u).to(dnoise.dtype.element_ty), mask=live)
 
 
-KERNELS = (gate_kernel,)
-
-
 def _panels(mode: int, temperature: float, low: float, high: float) -> tuple[float, float, int]:
     """Where the panels of the integral start, how long each is, and how many there are."""
     if mode != MEAN.value:
@@ -116,40 +113,31 @@ def _panels(mode: int, temperature: float, low: float, high: float) -> tuple[flo
     return start, length / count, count
 
 
-def _launch(inputs: Inputs, static: Static, dy: Tensor | None, out: Tensor | None, dnoise: Tensor | None) -> None:
-    log_alpha, noise = inputs
-    assert log_alpha is not None
+def _launch(args: tuple[Any, ...], dy: Tensor | None, out: Tensor | None, dnoise: Tensor | None) -> None:
+    log_alpha, noise, attrs = args[0], args[1], HardConcreteAttrs(*args[2:])
     n = log_alpha.numel()
     if n == 0:
         return
-    args: dict[str, Any] = {"log_alpha": log_alpha.contiguous(), "noise": None if noise is None else noise.contiguous()}
-    args |= {"dy": None if dy is None else dy.contiguous(), "out": out, "dnoise": dnoise, "n": n}
-    meta: dict[str, Any] = {"STATIC": tuple(static[1:]), "PANELS": _panels(*static[1:]), "LANES": LANES}
+    values: dict[str, Any] = {
+        "log_alpha": log_alpha.contiguous(),
+        "noise": None if noise is None else noise.contiguous(),
+    }
+    values |= {"dy": None if dy is None else dy.contiguous(), "out": out, "dnoise": dnoise, "n": n}
+    meta: dict[str, Any] = {"ATTRS": tuple(attrs[1:]), "PANELS": _panels(*attrs[1:]), "LANES": LANES}
     meta |= {"NODES": NODES, "WEIGHTS": WEIGHTS}
     meta |= {"SEEDED": noise is not None and not noise.is_floating_point(), "num_warps": LANES // 32}
-    with _triton.guard(log_alpha):
-        _triton.launch(gate_kernel, triton.cdiv(n, LANES), args, meta)
+    with launcher.guard(log_alpha):
+        launcher.launch(gate_kernel, triton.cdiv(n, LANES), values, meta)
 
 
-def forward(inputs: Inputs, static: Static) -> Tensor:
-    assert inputs[0] is not None
-    gates = _contiguous(inputs[0])
-    _launch(inputs, static, None, gates, None)
-    return _layout.conform(gates, inputs[0])
+def forward(*args: Any) -> Tensor:
+    gates = layout.parameter_like(args[0])
+    _launch(args, None, gates, None)
+    return layout.conform(gates, args[0])
 
 
-def forward_(inputs: Inputs, static: Static) -> None:
-    assert inputs[0] is not None
-    inputs[0].copy_(forward(inputs, static))
-
-
-def backward(dy: Tensor, inputs: Inputs, static: Static, needs: int) -> list[Tensor]:
-    log_alpha = inputs[0]
-    assert log_alpha is not None
-    grads = [_contiguous(log_alpha) if needs >> i & 1 else None for i in (0, 1)]
-    _launch(inputs, static, dy, *grads)
-    return [_layout.conform(g, log_alpha) for g in grads if g is not None]
-
-
-def _contiguous(log_alpha: Tensor) -> Tensor:
-    return log_alpha.new_empty(log_alpha.shape)
+def backward(dy: Tensor, *args: Any) -> list[Tensor]:
+    log_alpha, grad_mask = args[0], args[-1]
+    grads = [layout.parameter_like(log_alpha) if grad_mask >> i & 1 else None for i in (0, 1)]
+    _launch(args[:-1], dy, *grads)
+    return [layout.conform(g, log_alpha) for g in grads if g is not None]

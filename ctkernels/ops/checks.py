@@ -1,17 +1,19 @@
-"""Argument checks: the only code that words errors. Every message names the argument, what was expected and what came."""
+"""Argument checks, and arguments as the ops take them. Every message names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from functools import lru_cache
 from numbers import Real
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from ._backend import DTYPES
+from . import backends
 
-_FLOATING = frozenset(DTYPES)
+_FLOATING = frozenset(backends.DTYPES)
 
 
 def tensor(op: str, name: str, value: Any) -> None:
@@ -89,6 +91,71 @@ def channel_count(op: str, name: str, count: int, x: Tensor, channel_dim: int | 
         raise ValueError(
             f"{op}: {name} must have 1 value or x.shape[{channel_dim}] = {x.shape[channel_dim]} values, got {count}"
         )
+
+
+# ---- conversions -----------------------------------------------------------------------------------------------------
+
+
+@overload
+def widened(t: Tensor) -> Tensor: ...
+@overload
+def widened(t: None) -> None: ...
+def widened(t: Tensor | None) -> Tensor | None:
+    """``t`` in float32 or float64, as parameters are."""
+    return t if t is None or t.dtype in (torch.float32, torch.float64) else t.float()
+
+
+def parameter(op: str, name: str, value: float | Tensor, x: Tensor, channel_dim: int | None) -> Tensor:
+    """A number or a per-channel tensor as the ops take it: float32 or float64, 0-d or 1-D, on x's device."""
+    if not isinstance(value, Tensor):
+        return scalar_tensor(number(op, name, value), x)
+    tensor(op, name, value)
+    if value.dim() > 1:
+        raise ValueError(f"{op}: {name} must have at most one dimension, got shape {tuple(value.shape)}")
+    count = value.numel()
+    if count != 1:
+        channel_count(op, name, count, x, channel_dim)
+    if value.device != x.device:
+        if value.dim():
+            same_device(op, name, value, "x", x)
+        value = value.to(x.device)
+    return widened(value)
+
+
+def scalar_tensor(value: float, x: Tensor) -> Tensor:
+    """``value`` on x's device, in the widest dtype there: then 1 - beta keeps every digit the user wrote."""
+    if (
+        x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    ):
+        return _cached_scalar(value)
+    return torch.scalar_tensor(value, dtype=backends.scalar_dtype(x.device), device=x.device)
+
+
+@lru_cache(maxsize=256)
+def _cached_scalar(value: float) -> Tensor:
+    """Making a call's numbers anew would take a third of a small call's time."""
+    with torch.inference_mode(False):
+        return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
+
+
+def sample_index(op: str, index: Tensor, x_name: str, x: Tensor, tables: Iterable[float | Tensor | None]) -> None:
+    """Raises if ``index`` does not give every sample of ``x`` a row of the ``tables``. On a GPU, indexing checks the values."""
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+        kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"{op}: index must be an int64 or int32 tensor, got {kind}")
+    if x.dim() == 0 or index.shape != x.shape[:1]:
+        raise ValueError(
+            f"{op}: index must have one entry per sample, shape {tuple(x.shape[:1])}, got {tuple(index.shape)}"
+        )
+    same_device(op, "index", index, x_name, x)
+    if type(index) is Tensor and index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        rows = [t.shape[0] for t in tables if isinstance(t, Tensor) and t.dim()]
+        low, high = (int(v) for v in index.aminmax())
+        if rows and not 0 <= low <= high < min(rows):
+            raise ValueError(f"{op}: index must lie in 0..{min(rows) - 1}, got values from {low} to {high}")
 
 
 def _name(dtype: object) -> str:

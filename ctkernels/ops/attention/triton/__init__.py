@@ -1,0 +1,1 @@
+"""The attention kernels in Triton: forward, backward and decoding, and their launches."""

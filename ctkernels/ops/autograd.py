@@ -1,0 +1,188 @@
+"""Autograd of eager calls: ``autograd.Function`` classes over an op's kernels.
+
+They cost less per call than what ``register_autograd`` gives a dispatcher op (:mod:`.registration`, for compiled and
+exported programs), and add forward-mode AD and ``torch.func``. README.md of this folder lists all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import layout
+
+if TYPE_CHECKING:
+    from .record import Attrs, Op
+
+
+def needs_grad(inputs: Sequence[Tensor | None]) -> bool:
+    """Whether a call on these tensors records a gradient."""
+    if torch.is_grad_enabled():
+        for t in inputs:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def in_transform() -> bool:
+    """Whether ``torch.func`` or forward-mode AD is at work."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def in_forward_mode() -> bool:
+    """Whether a forward-mode derivative is being taken, of ``torch.func`` or of ``torch.autograd.forward_ad``."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def nested_forward_mode() -> bool:
+    """Whether a forward-mode derivative of ``torch.func`` is being taken inside another one."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
+
+
+class Forward(torch.autograd.Function):
+    """y = op(inputs), under transforms. Saves its inputs and nothing else."""
+
+    @staticmethod
+    def forward(op: Op, attrs: Attrs, *inputs: Any) -> Tensor:
+        return op.forward(inputs, attrs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.op, ctx.attrs = inputs[0], inputs[1]
+        ctx.save_for_backward(*inputs[2:])
+        ctx.save_for_forward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        op, attrs, inputs = ctx.op, ctx.attrs, ctx.saved_tensors
+
+        def compute(grad_mask: int) -> Sequence[Tensor]:
+            # In plain torch: autograd.grad(is_grads_batched=True), and forward mode, whose tangents have to be carried on.
+            if torch._C._functorch.is_legacy_batchedtensor(dy) or in_forward_mode():
+                return op.reference_backward(dy, inputs, attrs, grad_mask)
+            if torch.is_grad_enabled() or in_transform():
+                return Backward.apply(op, attrs, grad_mask, dy, *inputs)
+            return op.backward(dy, inputs, attrs, grad_mask)
+
+        return (None, None, *op.gradients(ctx.needs_input_grad[2:], inputs, compute))
+
+    @staticmethod
+    def jvp(ctx: Any, _op: None, _attrs: None, *tangents: Tensor | None) -> Tensor:
+        return ctx.op.reference_jvp(ctx.saved_tensors, ctx.attrs, tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], op: Op, attrs: Attrs, *inputs: Any) -> tuple[Tensor, int]:
+        flags = op.elementwise_flags
+        merged, grouped, inner = layout.groups_first(inputs, in_dims[2:], info.batch_size, flags, force=False)
+        y = op(tuple(merged), _shifted(op, attrs, grouped and inner > 0))  # type: ignore[arg-type]
+        return (y.unflatten(0, (info.batch_size, inner)) if grouped and inner else y), 0
+
+
+class ReverseForward(torch.autograd.Function):
+    """:class:`Forward` without transforms: a Function with ``setup_context`` costs three times as much per call."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, attrs: Attrs, *inputs: Any) -> Tensor:
+        ctx.op, ctx.attrs = op, attrs
+        ctx.save_for_backward(*inputs)
+        return op.forward(inputs, attrs)
+
+    backward = Forward.backward
+
+
+class Backward(torch.autograd.Function):
+    """The gradients as a differentiable function of (dy, inputs); its own derivatives come from the reference."""
+
+    @staticmethod
+    def forward(op: Op, attrs: Attrs, grad_mask: int, dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(op.backward(dy, inputs, attrs, grad_mask))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.op, ctx.attrs, ctx.grad_mask = inputs[:3]
+        ctx.save_for_backward(*inputs[3:])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, None, *second_order(ctx.op, ctx.attrs, ctx.grad_mask, ctx.saved_tensors, cotangents))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], op: Op, attrs: Attrs, grad_mask: int, dy: Tensor, *inputs: Any
+    ) -> tuple[tuple[Tensor, ...], int]:
+        size, flags = info.batch_size, op.elementwise_flags
+        merged, grouped, inner = layout.groups_first((dy, *inputs), in_dims[3:], size, (True, *flags), force=True)
+        attrs = _shifted(op, attrs, grouped and inner > 0)
+        grads = Backward.apply(op, attrs, grad_mask, *merged)
+        out = []
+        for i, grad in zip(op.indices(grad_mask), grads):
+            if flags[i]:
+                out.append(grad.unflatten(0, (size, inner)) if grouped and inner else grad)
+            else:
+                shape = list(inputs[i].shape)
+                if in_dims[4 + i] is not None:
+                    del shape[in_dims[4 + i]]
+                out.append(grad.reshape(size, *shape))
+        return tuple(out), 0
+
+
+class TracedReference(torch.autograd.Function):
+    """The reference as a pair of traceable functions, for a compiler that is to see through the op."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, attrs: Attrs, *inputs: Any) -> Tensor:
+        ctx.op, ctx.attrs = op, attrs
+        ctx.save_for_backward(*inputs)
+        return op.reference_forward(inputs, attrs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        op, attrs, inputs = ctx.op, ctx.attrs, ctx.saved_tensors
+
+        def compute(grad_mask: int) -> Sequence[Tensor]:
+            return op.reference_backward(dy, inputs, attrs, grad_mask)
+
+        return (None, None, *op.gradients(ctx.needs_input_grad[2:], inputs, compute))
+
+
+def second_order(
+    op: Op, attrs: Attrs, grad_mask: int, saved: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of <gradients, cotangents> with respect to ``saved``, which is (dy, *inputs), through the reference."""
+
+    def gradients(dy: Tensor, *inputs: Any) -> list[Tensor]:
+        return op.reference_backward(dy, inputs, attrs, grad_mask)
+
+    return vjp(gradients, saved, cotangents)
+
+
+def vjp(
+    function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of <function(*arguments), cotangents> with respect to the floating-point arguments; None for the others."""
+    moving = [i for i, t in enumerate(arguments) if t is not None and t.is_floating_point()]
+
+    def of_moving(*values: Tensor) -> tuple[Tensor, ...]:
+        full = list(arguments)
+        for i, value in zip(moving, values):
+            full[i] = value
+        return tuple(function(*full))
+
+    outputs, pullback, *_ = torch.func.vjp(of_moving, *(arguments[i] for i in moving))
+    filled = tuple(torch.zeros_like(o) if c is None else c.to(o.dtype) for o, c in zip(outputs, cotangents))
+    grads: list[Tensor | None] = [None] * len(arguments)
+    for i, grad in zip(moving, pullback(filled)):
+        grads[i] = grad
+    return grads
+
+
+def _shifted(op: Op, attrs: Attrs, same_rank: bool) -> Attrs:
+    """``attrs`` for tensors with one more leading dimension, unless they have the ``same_rank``."""
+    named = op.attrs(*attrs)
+    if same_rank or named.channel_dim == layout.NO_CHANNEL:
+        return attrs
+    return named._replace(channel_dim=named.channel_dim + 1)

@@ -1,0 +1,167 @@
+"""Launches of the channelwise Triton kernels. Imported on the first CUDA call, never by ``import ctkernels``.
+
+The partition of a tensor depends on its shape alone: the same bits come out on every device and every run.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import launcher, layout
+from ..record import Attrs, Inputs, Kernels, Op
+from .kernels import Math, reduce_shared_kernel
+from .partition import Partition, partition_of
+
+PARAMS = 5  # that the kernels have room for
+LANES = 1024  # that the reducing launches work on at a time, at most
+
+
+class _Operands:
+    """The operands of one call, ready for kernels: dense, parameters contiguous, the view known."""
+
+    def __init__(self, op: Op, math: Math, inputs: Inputs, attrs: Attrs):
+        count = len(op.elementwise_flags) - len(op.elementwise)
+        x = self.original = inputs[0]
+        params = [None if p is None else p.contiguous() for p in inputs[1 : 1 + count]]
+        residual = inputs[1 + count] if len(inputs) > 1 + count else None
+        rows = [p.shape[0] if p is not None and p.dim() == 2 else 1 for p in params]
+        values = [p.shape[-1] if p is not None and p.dim() else 1 for p in params]
+        per_group = any(r > 1 for r in rows)
+        channel_dim = attrs[0] if any(v > 1 for v in values) else layout.NO_CHANNEL
+        view = layout.view_of(x, channel_dim, per_group)
+        if view is None:
+            x = x.contiguous()
+            view = layout.view_of(x, channel_dim, per_group)
+            assert view is not None
+        spare = PARAMS - count
+        self.math, self.x, self.view, self.attrs = math, x, view, tuple(attrs[1:])
+        self.params = [*params, *[None] * spare]
+        self.rows = (*[0 if 1 < r == view.groups else r for r in rows], *[1] * spare)
+        self.runs = (*[view.channels // v if v > 1 else 0 for v in values], *[0] * spare)
+        self.residual = None if residual is None else layout.laid_out_like(residual, x)
+        self.residual_index = 1 + count
+        self.precision = {torch.float32: 0, torch.float64: 2}.get(x.dtype, 1)
+
+    def args(self) -> dict[str, Any]:
+        return _numbered("p", self.params)
+
+    def meta(self) -> dict[str, Any]:
+        """Constants of the kernels that read parameters."""
+        return {"ATTRS": self.attrs, "FALLBACKS": self.math.fallbacks, "ROWS": self.rows, "RUNS": self.runs}
+
+
+def _numbered(letter: str, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
+    return {f"{letter}{i}": t for i, t in enumerate(tensors)}
+
+
+def _forward(op: Op, math: Math, *args: Any) -> Tensor:
+    operands = _Operands(op, math, *_split(op, args))
+    y = layout.result_like(operands.x)
+    _run(operands, y)
+    return layout.conform(y, operands.original)
+
+
+def _inplace(op: Op, math: Math, *args: Any) -> None:
+    operands = _Operands(op, math, *_split(op, args))
+    _run(operands, operands.x)
+    if operands.x is not operands.original:
+        operands.original.copy_(operands.x)
+
+
+def _backward(op: Op, math: Math, dy: Tensor, *args: Any) -> list[Tensor]:
+    operands, grad_mask = _Operands(op, math, *_split(op, args[:-1])), args[-1]
+    x = operands.x
+    dx = layout.result_like(x) if grad_mask & 1 else None
+    dresidual = layout.result_like(x) if grad_mask >> operands.residual_index & 1 else None
+    grads = [
+        layout.parameter_like(p) if p is not None and grad_mask >> (1 + i) & 1 else None
+        for i, p in enumerate(operands.params)
+    ]
+    if x.numel() == 0:
+        grads = [None if g is None else g.zero_() for g in grads]
+    else:
+        _run(operands, dx, layout.laid_out_like(dy, x), dresidual, grads)
+    dx, dresidual = (None if g is None else layout.conform(g, operands.original) for g in (dx, dresidual))
+    return [g for g in (dx, *grads, dresidual) if g is not None]
+
+
+def _split(op: Op, args: tuple[Any, ...]) -> tuple[Inputs, Attrs]:
+    count = len(op.elementwise_flags)
+    return args[:count], args[count:]
+
+
+def _run(
+    operands: _Operands, out: Tensor | None, dy: Tensor | None = None, dresidual: Tensor | None = None,
+    grads: Sequence[Tensor | None] = (None,) * PARAMS,
+) -> None:  # fmt: skip
+    """One pass over x; where it leaves partial sums, or parameters are shared, a launch that reduces those."""
+    if operands.x.numel() == 0:
+        return
+    sum_mask = 0
+    for i, g in enumerate(grads):
+        sum_mask |= operands.math.sums[i] if g is not None else 0
+    view, x = operands.view, operands.x
+    part = partition_of(view, x.element_size(), sums=sum_mask > 0)
+    double: dict[str, Any] = {"dtype": torch.float64, "device": x.device}
+    partials = None
+    if sum_mask and not part.one_program_per_channel:
+        shape = (view.groups, part.slots, sum_mask.bit_count(), part.columns(view))
+        partials = torch.empty(shape, **double if operands.precision == 2 else double | {"dtype": torch.float32})
+    shared = [g is not None and g.numel() != view.groups * view.channels for g in grads]
+    per_channel = [torch.empty(view.groups * view.channels, **double) if s else g for s, g in zip(shared, grads)]
+    args: dict[str, Any] = {"x": x, "residual": operands.residual, "dy": dy, "out": out, "dresidual": dresidual}
+    args |= (
+        {"partial": partials}
+        | operands.args()
+        | _numbered("d", [None] * PARAMS if partials is not None else per_channel)
+    )
+    args |= part.args(view)
+    meta = operands.meta() | part.meta()
+    meta |= {"PROLOGUE": operands.math.prologue, "PRECISION": operands.precision, "SUM_MASK": sum_mask}
+    with launcher.guard(x):
+        launcher.launch(operands.math.channelwise_kernel, part.programs, args, meta)
+        if partials is not None:
+            _reduce_partials(operands, part, partials, per_channel, sum_mask)
+        if any(shared):
+            _reduce_shared(operands, per_channel, [g if s else None for s, g in zip(shared, grads)])
+
+
+def _reduce_partials(
+    operands: _Operands, part: Partition, partials: Tensor, grads: Sequence[Tensor | None], sum_mask: int
+) -> None:
+    view = operands.view
+    repeat, inner = (1, 1) if part.plane else (part.repeat, view.inner)
+    channels = view.channels
+    # of few channels, many programs with few each
+    lanes = min(max(triton.next_power_of_2(triton.cdiv(channels, 256)), 4), 16, triton.next_power_of_2(channels))
+    args = {"partial": partials} | operands.args() | _numbered("d", grads)
+    args |= {"channels": channels, "inner": inner, "length": part.columns(view), "slots": part.slots, "repeat": repeat}
+    terms = min(LANES // lanes, triton.next_power_of_2(part.slots * repeat * inner))
+    meta = operands.meta() | {"SUM_MASK": sum_mask, "TERMS": terms, "LANES": lanes, "num_warps": 4}
+    launcher.launch(operands.math.reduce_partials_kernel, view.groups * triton.cdiv(channels, lanes), args, meta)
+
+
+def _reduce_shared(operands: _Operands, per_channel: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
+    view = operands.view
+    args: dict[str, Any] = _numbered("b", [None if g is None else b for b, g in zip(per_channel, grads)])
+    args |= _numbered("d", grads) | {"groups": view.groups, "channels": view.channels}
+    sizes = [g.numel() for g in grads if g is not None]
+    lanes = max(32, min(LANES, triton.next_power_of_2(view.groups * view.channels // min(sizes))))
+    meta = {"ROWS": operands.rows, "RUNS": operands.runs, "LANES": lanes, "num_warps": min(4, lanes // 32)}
+    launcher.launch(reduce_shared_kernel, max(sizes), args, meta)
+
+
+def implementation(op: Op) -> Kernels:
+    """The Triton kernels of ``op``, as functions with the dispatcher ops' signatures."""
+    assert op.triton is not None
+    module = importlib.import_module(op.triton)
+    if not hasattr(module, "MATH"):  # launches of its own
+        return Kernels(module.forward, None, module.backward)
+    return Kernels(*(partial(function, op, module.MATH) for function in (_forward, _inplace, _backward)))

@@ -1,0 +1,120 @@
+"""``ctkernels.functional.ctu``: checks its arguments and hands them to the op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..layout import NO_CHANNEL
+from .op import ACTIVATIONS, OP, CtuAttrs
+
+
+def ctu(
+    x: Tensor,
+    beta: float | Tensor,
+    coeff: float | Tensor = 0.5,
+    *,
+    channel_dim: int | None = None,
+    raw: bool = False,
+    activation: str = "relu",
+    negative_slope: float | Tensor = 0.01,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    index: Tensor | None = None,
+    inplace: bool = False,
+    eps: float = 0.0,
+) -> Tensor:
+    r"""The Curvature Tuning unit, fused: an activation whose curvature is one knob.
+
+    With s = 1 - beta (+ eps), u = w / s and w = scale * x + shift + residual,
+
+        y = coeff * w * sigmoid(beta * u) + (1 - coeff) * s * softplus(u)
+
+    (equation 8 of the Curvature Tuning paper). beta = 1 is the plain activation, exactly; towards 0 the unit gets smoother.
+
+    Args:
+        x: float32, float64, bfloat16 or float16; any shape and strides, empty included.
+        beta: the curvature knob in [0, 1]: a number, or a tensor that is 0-d, of size 1, or of size
+            ``x.shape[channel_dim]`` (one value per channel). float32 or wider is kept; narrower is widened.
+        coeff: the mix in [0, 1] of the two smoothings: 1 is the SiLU-like branch, 0 the softplus branch. As ``beta``.
+        channel_dim: the dimension of ``x`` that per-channel tensors belong to. Needed if there are any.
+        raw: ``beta`` and ``coeff`` are logits, mapped by the sigmoid inside the kernel without losing digits of 1 - beta.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"prelu"``, ``"relu6"``, ``"silu"`` or ``"gelu"`` (the exact, Gaussian
+            form). The ReLU family equals the plain activation at beta = 1; SiLU and GELU at beta = 0.5, coeff = 1.
+        negative_slope: of ``leaky_relu`` and ``prelu``; a number or a tensor as ``beta`` (learned slopes).
+        scale, shift: per-channel (or size-1) tensors of the affine map before the unit, a folded BatchNorm say.
+        residual: tensor of ``x``'s shape added before the unit.
+        index: (B,) integers that give each sample, along dimension 0 of ``x``, its own knobs: then ``beta`` and ``coeff``
+            are tensors (A, C), or (A, 1) for one value for all channels, and sample b uses row ``index[b]``.
+        inplace: write the result over ``x``, as torch's in-place operations do: autograd notices. Not possible where a gradient
+            is needed (the backward pass starts from ``x``), nor where ``x`` overlaps itself or another argument's memory;
+            ``residual`` may be ``x``.
+        eps: added to 1 - beta; between 0 and 1. The official implementation has 1e-6 there; 0 here.
+
+    Returns:
+        A tensor of ``x``'s shape, in the wider of the dtypes of ``x`` and ``residual``. Arithmetic is float32 (float64 for
+        float64). Differentiable in every tensor argument, to any order, in forward and reverse mode; the backward pass
+        keeps ``x`` (and ``residual``) and nothing else.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range.
+        RuntimeError: for ``inplace=True`` where a gradient is needed, or on an inference tensor outside of inference mode.
+
+    Example:
+        >>> y = ctkernels.functional.ctu(x, 0.9)                                # one knob for all
+        >>> y = ctkernels.functional.ctu(x, beta, coeff, channel_dim=1)          # a knob per channel
+    """
+    checks.tensor("ctu", "x", x)
+    kind = ACTIVATIONS.get(activation, -1) if isinstance(activation, str) else -1
+    if kind < 0:
+        checks.choice("ctu", "activation", activation, ACTIVATIONS)
+    channel = None if channel_dim is None else checks.dimension("ctu", "channel_dim", channel_dim, x)
+    eps = checks.number("ctu", "eps", eps)
+    if eps:
+        checks.unit_interval("ctu", "eps", eps)
+    if index is None:
+        beta, coeff = _knob("beta", beta, x, channel, raw), _knob("coeff", coeff, x, channel, raw)
+    else:
+        checks.sample_index("ctu", index, "x", x, (beta, coeff))
+        if channel == 0:
+            raise ValueError("ctu: index gives the samples of dimension 0 their knobs, so channel_dim must not be 0")
+        beta, coeff = _rows("beta", beta, x, channel, index), _rows("coeff", coeff, x, channel, index)
+    slope = checks.parameter("ctu", "negative_slope", negative_slope, x, channel) if kind == 1 else None
+    if scale is not None:
+        scale = checks.parameter("ctu", "scale", scale, x, channel)
+    if shift is not None:
+        shift = checks.parameter("ctu", "shift", shift, x, channel)
+    if residual is not None:
+        checks.tensor("ctu", "residual", residual)
+        checks.same_shape("ctu", "residual", residual, "x", x)
+        if residual.dtype != x.dtype:
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            if inplace and dtype != x.dtype:
+                raise TypeError(f"ctu: residual must have x's dtype {x.dtype} when inplace=True, got {residual.dtype}")
+            x, residual = x.to(dtype), residual.to(dtype)
+    backends.check_forced_backend(x)
+    inputs = (x, beta, coeff, slope, scale, shift, residual)
+    attrs = CtuAttrs(NO_CHANNEL if channel is None else channel, kind, raw, eps)
+    return OP.call_(inputs, attrs) if inplace else OP(inputs, attrs)
+
+
+def _knob(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, raw: bool) -> Tensor:
+    """beta or coeff: a parameter that, unless it is a logit, is between 0 and 1 if it is a number."""
+    if not raw and not isinstance(value, Tensor):
+        value = checks.number("ctu", name, value)
+        checks.unit_interval("ctu", name, value)
+    return checks.parameter("ctu", name, value, x, channel_dim)
+
+
+def _rows(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, index: Tensor) -> Tensor:
+    """The row of ``value`` for each sample, as the op takes them: float32 or float64, (B, C) or (B, 1)."""
+    if not isinstance(value, Tensor) or value.dim() != 2:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"ctu: with index, {name} must be a tensor of shape (rows, channels), got {got}")
+    checks.tensor("ctu", name, value)
+    checks.same_device("ctu", name, value, "x", x)
+    if value.shape[1] != 1:
+        checks.channel_count("ctu", name, value.shape[1], x, channel_dim)
+    return checks.widened(value).index_select(0, index)

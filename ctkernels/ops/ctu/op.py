@@ -1,0 +1,135 @@
+"""The record of the CT unit, and its reference on an op's inputs: widened, broadcast, with the affine map and the sum."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import layout
+from ..record import Op, Reference
+from ..registration import register
+from . import reference
+
+# Family members, in the numbering of csrc/ctu.h. SiLU is the logistic unit at another neutral point.
+KINDS = ("logistic", "leaky", "relu6", "gaussian")
+ACTIVATIONS = {"relu": 0, "silu": 0, "leaky_relu": 1, "prelu": 1, "relu6": 2, "gelu": 3}
+
+
+class CtuInputs(NamedTuple):
+    """w = scale * x + shift + residual is the pre-activation; all but x and residual are per-channel parameters."""
+
+    x: Tensor
+    beta: Tensor
+    coeff: Tensor
+    slope: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    residual: Tensor | None
+
+
+class CtuAttrs(NamedTuple):
+    """kind: index into KINDS. raw: whether beta and coeff are logits. eps: added to 1 - beta."""
+
+    channel_dim: int
+    kind: int
+    raw: bool
+    eps: float
+
+
+class _Wide(NamedTuple):
+    """Inputs in the compute dtype and ready to broadcast, and what the unit is evaluated at."""
+
+    x: Tensor
+    slope: Tensor | None
+    scale: Tensor | None
+    w: Tensor
+    knobs: reference.Knobs
+
+
+def _widen(inputs: CtuInputs, attrs: CtuAttrs) -> _Wide:
+    dtype = torch.float64 if inputs.x.dtype == torch.float64 else torch.float32
+
+    def parameter(p: Tensor | None) -> Tensor | None:
+        return None if p is None else layout.broadcast(p, inputs.x, attrs.channel_dim).to(dtype)
+
+    def knob(p: Tensor) -> Tensor:
+        """1 - beta and the sigmoids are computed in the parameters' own precision where that is higher."""
+        return layout.broadcast(p, inputs.x, attrs.channel_dim).to(torch.promote_types(p.dtype, dtype))
+
+    knobs = reference.knobs(knob(inputs.beta), knob(inputs.coeff), attrs.raw, attrs.eps).to(dtype)
+    scale, shift = parameter(inputs.scale), parameter(inputs.shift)
+    x = w = inputs.x.to(dtype)
+    if scale is not None:
+        w = w * scale
+    if shift is not None:
+        w = w + shift
+    if inputs.residual is not None:
+        w = w + inputs.residual.to(dtype)
+    return _Wide(x, parameter(inputs.slope), scale, w, knobs)
+
+
+def _forward(inputs: CtuInputs, attrs: CtuAttrs) -> Tensor:
+    wide = _widen(inputs, attrs)
+    return reference.forward(wide.w, wide.slope, wide.knobs, KINDS[attrs.kind]).to(inputs.x.dtype)
+
+
+def _by_parameter(name: str, g: Tensor, d_w: Tensor, wide: _Wide, partials: reference.Partials) -> Tensor:
+    """``g`` times the derivative by an input; ``d_w``: ``g`` times that by w."""
+    if name == "beta":
+        return partials.beta.times(g)
+    if name == "coeff":
+        return g * partials.coeff
+    if name == "slope":
+        assert partials.slope is not None  # only the leaky unit takes a slope
+        return g * partials.slope
+    if name == "scale":
+        return d_w * wide.x
+    return d_w * wide.scale if name == "x" and wide.scale is not None else d_w
+
+
+def _backward(dy: Tensor, inputs: CtuInputs, attrs: CtuAttrs, grad_mask: int) -> list[Tensor]:
+    wide = _widen(inputs, attrs)
+    partials = reference.partials(wide.w, wide.slope, wide.knobs, KINDS[attrs.kind])
+    dy = dy.to(partials.w.dtype)
+    d_w = dy * partials.w
+    grads = []
+    for i, like in OP.requested(inputs, grad_mask):
+        name = CtuInputs._fields[i]
+        values = _by_parameter(name, dy, d_w, wide, partials)
+        if name in OP.elementwise:  # the residual's gradient may be x's: a result of its own
+            grads.append(values.to(like.dtype, copy=name == "residual"))
+        else:
+            grads.append(layout.reduce(values, like, attrs.channel_dim))
+    return grads
+
+
+def _jvp(inputs: CtuInputs, attrs: CtuAttrs, tangents: CtuInputs) -> Tensor:
+    wide = _widen(inputs, attrs)
+    partials = reference.partials(wide.w, wide.slope, wide.knobs, KINDS[attrs.kind])
+    total = torch.zeros_like(partials.w)
+    for name, tangent in zip(CtuInputs._fields, tangents):
+        if tangent is not None:
+            wider = tangent if name in OP.elementwise else layout.broadcast(tangent, inputs.x, attrs.channel_dim)
+            g = wider.to(total.dtype)
+            total = total + _by_parameter(name, g, partials.w * g, wide, partials)
+    return total.to(inputs.x.dtype)
+
+
+_PARAMETERS = "Tensor beta, Tensor coeff, Tensor? slope, Tensor? scale, Tensor? shift, Tensor? residual"
+_ATTRS = "int channel_dim, int kind, bool raw, float eps"
+
+OP = register(
+    Op(
+        schema=f"ctu(Tensor x, {_PARAMETERS}, {_ATTRS}) -> Tensor",
+        inplace_schema=f"ctu_(Tensor(a!) x, {_PARAMETERS}, {_ATTRS}) -> ()",
+        backward_schema=f"ctu_backward(Tensor dy, Tensor x, {_PARAMETERS}, {_ATTRS}, int grad_mask) -> Tensor[]",
+        inputs=CtuInputs,
+        attrs=CtuAttrs,
+        elementwise=frozenset({"x", "residual"}),
+        reference=Reference(_forward, _backward, _jvp),
+        triton="ctkernels.ops.ctu.triton_math",
+        shared_grad=("residual", "x", "scale"),
+    )
+)

@@ -1,0 +1,35 @@
+"""Which backend serves an op, in words."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .attention import cost_model
+from .backends import BACKENDS, forced
+from .registration import OPS
+
+
+def explain(x: Tensor, op: str = "ctu") -> str:
+    """Which backend would serve ``op`` on ``x``, and why each of the others would not.
+
+    op: ``"ctu"``, ``"head_edit"``, ``"hard_concrete"`` or ``"attention_head_edit"`` (then x is q, and the keys are as many).
+
+    >>> print(ctkernels.explain(torch.randn(8)))
+    """
+    known = (*OPS, "attention_head_edit")
+    if op not in known:
+        raise ValueError(f"explain: op must be one of {', '.join(map(repr, known))}; got {op!r}")
+    if op == "attention_head_edit":
+        return cost_model.explain(x)
+    first, name = next(b for b in BACKENDS.values() if b.refusal(x) is None), forced()
+    lines = [f"{op} on a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)} on {x.device}"]
+    for backend in BACKENDS.values():
+        refusal = backend.refusal(x)
+        if backend is first:
+            note = "used" if name in (None, backend.name) else "first choice"
+        else:
+            note = refusal or "could serve it, comes later"
+        if backend.name == name:
+            note = f"forced; {refusal}" if refusal else "forced: used"
+        lines.append(f"  {backend.name:<10} {note}")
+    return "\n".join(lines)

@@ -1,0 +1,152 @@
+"""``ctkernels.functional.head_edit``: checks its arguments and hands them to the op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks, memory
+from .op import OP, HeadEditAttrs, HeadEditInputs
+
+
+def head_edit(
+    z: Tensor,
+    m: Tensor | None = None,
+    a: Tensor | None = None,
+    g_m: Tensor | None = None,
+    g_a: Tensor | None = None,
+    *,
+    head_dim: int | None = None,
+    head_axis: int | None = None,
+    index: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    r"""The gated affine edit of every attention head's output, fused: z' = (1 + g_m * m) * z + g_a * a.
+
+    (Equation 2 of the JoLA paper.) The backward pass is one pass over z and the upstream gradient, and keeps z alone.
+
+    Args:
+        z: float32, float64, bfloat16 or float16, of shape (..., H * D), (..., H, D), or with the heads along ``head_axis``
+            and D last: (B, H, T, D) has ``head_axis=1``. Any strides.
+        m, a: (H, D): the multiplicative and the additive edit; either may be None (absent). float32 or wider is kept.
+        g_m, g_a: (H,): gates of ``m`` and ``a``; None is 1.
+        head_dim: D, as a check of ``m`` and ``a``; read off them if None.
+        head_axis: the axis of ``z`` that holds the heads, for layouts that the shape alone does not tell.
+        index: (B,) integers that give each sample, along dimension 0 of ``z``, its own edit: then ``m`` and ``a`` are
+            (A, H, D), the gates (A, H), and sample b uses row ``index[b]``.
+        inplace: write the result over ``z``, as torch's in-place operations do: autograd notices. Not possible where a gradient
+            is needed, nor where ``z`` overlaps itself or another argument's memory.
+
+    Returns:
+        A tensor of ``z``'s shape and dtype. Arithmetic is float32 (float64 for float64). Differentiable in z, m, a, g_m and
+        g_a, to any order, in forward and reverse mode.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type, dtype, shape or device.
+        RuntimeError: for ``inplace=True`` where a gradient is needed, or on an inference tensor outside of inference mode.
+
+    Example:
+        >>> z = ctkernels.functional.head_edit(z, m, a, g_m, g_a)                  # z: (batch, tokens, heads * head_dim)
+        >>> z = ctkernels.functional.head_edit(z, m, a, head_axis=1)               # z: (batch, heads, tokens, head_dim)
+    """
+    op = "head_edit"
+    checks.tensor(op, "z", z)
+    edits = {name: t for name, t in (("m", m), ("a", a)) if t is not None}
+    if not edits:
+        raise ValueError("head_edit: at least one of m and a is needed, got None for both")
+    for name, gate, edit in (("g_m", g_m, m), ("g_a", g_a, a)):
+        if gate is not None and edit is None:
+            raise ValueError(f"head_edit: {name} gates {name[2:]}, which is None; give both or neither")
+    rank = 2 if index is None else 3
+    shape = next(iter(edits.values())).shape
+    for name, t in edits.items():
+        checks.tensor(op, name, t)
+        if t.dim() != rank or t.shape != shape:
+            expected = "(heads, head_dim)" if index is None else "(adapters, heads, head_dim)"
+            raise ValueError(f"head_edit: m and a must both be {expected}, got {name} of shape {tuple(t.shape)}")
+        checks.same_device(op, name, t, "z", z)
+    heads, dim = shape[-2:]
+    if head_dim is not None and head_dim != dim:
+        raise ValueError(f"head_edit: head_dim is {head_dim}, but m and a have {dim} values a head")
+    for name, gate in (("g_m", g_m), ("g_a", g_a)):
+        if gate is not None:
+            checks.tensor(op, name, gate)
+            if gate.shape != shape[:-1]:
+                raise ValueError(f"head_edit: {name} must have shape {tuple(shape[:-1])}, got {tuple(gate.shape)}")
+            checks.same_device(op, name, gate, "z", z)
+    if index is not None:
+        checks.sample_index(op, index, "z", z, (m, a))
+    backends.check_forced_backend(z)
+    params = [checks.widened(t) for t in (m, a, g_m, g_a)]
+    if index is not None:
+        params = [t if t is None else t.index_select(0, index) for t in params]
+    flat, params, restore = _heads_last(z, params, heads, dim, head_axis, per_sample=index is not None)
+    inputs, attrs = HeadEditInputs(flat, *params), HeadEditAttrs(flat.dim() - 1)
+    if not inplace:
+        return restore(OP(inputs, attrs))
+    memory.refuse_self_overlap(op, "z", z)
+    if flat is z or (not torch.compiler.is_compiling() and torch._C._is_alias_of(flat, z)):  # type: ignore[attr-defined]
+        OP.call_(inputs, attrs)
+        return z
+    OP.refuse_gradient(inputs)
+    if not torch.compiler.is_compiling():
+        memory.refuse_inference(op, "z", z)
+    z.copy_(restore(OP(inputs, attrs)))
+    return z  # of which copy_ gives another object where an edit is of a subclass
+
+
+def _heads_last(
+    z: Tensor, params: list[Tensor | None], heads: int, dim: int, head_axis: int | None, per_sample: bool
+) -> tuple[Tensor, list[Tensor | None], Callable[[Tensor], Tensor]]:
+    """``z`` as the op takes it, the parameters to match, and the way back to ``z``'s shape.
+
+    Where the heads lie side by side in memory, channels are heads * head_dim. Where tokens lie between them, as in a
+    contiguous (B, H, T, D), every (sample, head) is a group of its own. Neither copies.
+    """
+    shape = z.shape
+    if head_axis is None:
+        flat_heads = z.dim() > 0 and shape[-1] == heads * dim  # asked first: of one head (N, D) is N samples
+        if not flat_heads and shape[-2:] == (heads, dim):
+            head_axis = z.dim() - 2
+        elif not flat_heads:
+            raise ValueError(
+                f"head_edit: z must end in (heads * head_dim) = ({heads * dim},) or in (heads, head_dim) = ({heads}, {dim}), or "
+                f"head_axis must be given; got z of shape {tuple(shape)}"
+            )
+    else:
+        head_axis = checks.dimension("head_edit", "head_axis", head_axis, z)
+        if shape[head_axis] != heads or shape[-1] != dim or head_axis == z.dim() - 1:
+            raise ValueError(
+                f"head_edit: with head_axis={head_axis}, z must have {heads} heads there and end in head_dim = {dim}; got shape "
+                f"{tuple(shape)}"
+            )
+    edits, gates = params[:2], params[2:]
+    if head_axis is not None:
+        moved = z.movedim(head_axis, -2)
+        side_by_side = moved.stride(-2) == dim * moved.stride(-1) or heads == 1 or moved.numel() == 0
+        if (
+            not side_by_side
+            and head_axis == 1
+            and z.is_contiguous()
+            and not torch._C._are_functorch_transforms_active()
+        ):
+            rows = shape[0] * heads if per_sample else heads
+            edits = [t if t is None else t.reshape(rows, dim) for t in edits]
+            gates = [t if t is None else t.reshape(rows, 1) for t in gates]
+            return z.flatten(0, 1), [*edits, *gates], lambda y: y.unflatten(0, (shape[0], heads))
+        flat = moved.flatten(-2)
+        axis = head_axis
+
+        def restore(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (heads, dim)).movedim(-2, axis)
+    else:
+        flat, restore = z, lambda y: y
+    lead = shape[:1] if per_sample else ()
+    edits = [t if t is None else t.reshape(*lead, heads * dim) for t in edits]
+    if per_sample and flat.dim() == 1:
+        raise ValueError(
+            f"head_edit: index needs a z with a sample dimension before the heads, got shape {tuple(shape)}"
+        )
+    return flat, [*edits, *gates], restore

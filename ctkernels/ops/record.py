@@ -1,0 +1,207 @@
+"""The record of an op: its schemas, its reference in plain torch, and the call of its kernels.
+
+An op becomes up to three dispatcher ops (:mod:`.registration`), whose schemas are written out in the op's folder:
+
+    ctkernels::NAME(inputs..., attrs...) -> Tensor
+    ctkernels::NAME_(inputs..., attrs...) -> ()               the same, written over the first input
+    ctkernels::NAME_backward(dy, inputs..., attrs..., grad_mask) -> Tensor[]    gradients of the inputs whose bit is set
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import autograd, backends, layout, memory
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# The first input is always there: it gives the result its shape and dtype.
+Inputs: TypeAlias = "tuple[Tensor, Unpack[tuple[Tensor | None, ...]]]"
+Attrs: TypeAlias = tuple[Any, ...]  # the op's NamedTuple, or its values in order
+
+
+class Kernels(NamedTuple):
+    """One implementation of an op, on flat arguments: the dispatcher's overloads, or functions with their signatures."""
+
+    forward: Callable[..., Any]
+    inplace: Any  # None for an op without an in-place form
+    backward: Callable[..., Any]
+
+
+class Reference(NamedTuple):
+    """An op in plain, differentiable torch, with closed forms where autograd would lose digits.
+
+    forward(inputs, attrs) -> y        backward(dy, inputs, attrs, grad_mask) -> gradients
+    jvp(inputs, attrs, tangents) -> tangent of y
+    """
+
+    forward: Callable[[Any, Any], Tensor]
+    backward: Callable[[Tensor, Any, Any, int], list[Tensor]]
+    jvp: Callable[[Any, Any, Any], Tensor]
+
+
+@dataclass(eq=False)
+class Op:
+    """One op.
+
+    schema, backward_schema, inplace_schema: of the dispatcher ops; None for an op without an in-place form.
+    inputs, attrs: NamedTuple classes of the differentiable tensors and of the other arguments.
+    elementwise: the inputs of the first one's shape; the others are per-channel parameters.
+    triton: the module of its Triton kernels, imported on the first CUDA call: a ``MATH`` for the channelwise skeleton, or
+        ``forward`` and ``backward``.
+    shared_grad: (b, a, c): where c is None, the gradients of b and a are the same; it is computed once.
+    """
+
+    schema: str
+    backward_schema: str
+    inputs: Any
+    attrs: Any
+    elementwise: frozenset[str]
+    reference: Reference
+    inplace_schema: str | None = None
+    triton: str | None = None
+    shared_grad: tuple[str, str, str] | None = None
+    name: str = field(init=False)
+    overloads: Kernels = field(init=False)  # set by registration, as is the next
+    triton_overloads: Kernels | None = field(init=False, default=None)  # where compiled CUDA kernels serve the others
+
+    def __post_init__(self) -> None:
+        schema = torch._C.parse_schema(self.schema)
+        self.name = schema.name
+        declared, expected = [a.name for a in schema.arguments], [*self.inputs._fields, *self.attrs._fields]
+        if declared != expected:
+            raise ValueError(f"{self.name}: the schema's arguments must be {expected}, got {declared}")
+
+    # ---- masks of gradients ------------------------------------------------------------------------------------------
+
+    def grad_mask(self, needs_grad: Sequence[bool]) -> int:
+        """Bit mask over the inputs."""
+        return sum(1 << i for i, needed in enumerate(needs_grad) if needed)
+
+    def indices(self, grad_mask: int) -> list[int]:
+        """Indices of the inputs in a bit mask."""
+        return [i for i in range(len(self.elementwise_flags)) if grad_mask >> i & 1]
+
+    def requested(self, inputs: Sequence[Any], grad_mask: int) -> list[tuple[int, Tensor]]:
+        """Those of the inputs in a bit mask, with their indices."""
+        return [(i, inputs[i]) for i in self.indices(grad_mask)]
+
+    def gradients(
+        self, needs_grad: Sequence[bool], inputs: Inputs, compute: Callable[[int], Sequence[Tensor]]
+    ) -> list[Tensor | None]:
+        """A gradient or None for every input, from ``compute(grad_mask)``, the gradients of a bit mask of them."""
+        mask, shared = self.grad_mask(needs_grad), None
+        if self.shared_grad is not None:
+            b, a, c = (self.inputs._fields.index(name) for name in self.shared_grad)
+            if needs_grad[b] and needs_grad[a] and inputs[c] is None:
+                mask, shared = mask & ~(1 << b), (b, a)
+        out: list[Tensor | None] = [None] * len(inputs)
+        for i, grad in zip(self.indices(mask), compute(mask)):
+            out[i] = grad
+        if shared is not None:
+            out[shared[0]] = out[shared[1]]
+        return out
+
+    @cached_property
+    def elementwise_flags(self) -> tuple[bool, ...]:
+        return tuple(name in self.elementwise for name in self.inputs._fields)
+
+    # ---- the reference -----------------------------------------------------------------------------------------------
+
+    def reference_forward(self, inputs: Inputs, attrs: Attrs) -> Tensor:
+        return self.reference.forward(self.inputs(*inputs), self.attrs(*attrs))
+
+    def reference_backward(self, dy: Tensor, inputs: Inputs, attrs: Attrs, grad_mask: int) -> list[Tensor]:
+        return self.reference.backward(dy, self.inputs(*inputs), self.attrs(*attrs), grad_mask)
+
+    def reference_jvp(self, inputs: Inputs, attrs: Attrs, tangents: Sequence[Tensor | None]) -> Tensor:
+        return self.reference.jvp(self.inputs(*inputs), self.attrs(*attrs), self.inputs(*tangents))
+
+    def strided_forward(self, inputs: Inputs, attrs: Attrs) -> Tensor:
+        """The reference, with the strides that every backend's result has."""
+        return layout.conform(self.reference_forward(inputs, attrs), inputs[0])
+
+    def strided_backward(self, dy: Tensor, inputs: Inputs, attrs: Attrs, grad_mask: int) -> list[Tensor]:
+        """The reference gradients, with the strides that every backend's have."""
+        grads = self.reference_backward(dy, inputs, attrs, grad_mask)
+        return [
+            layout.conform(g, inputs[0]) if self.elementwise_flags[i] else g.contiguous()
+            for i, g in zip(self.indices(grad_mask), grads)
+        ]
+
+    # ---- the kernels, or the reference where it is forced ------------------------------------------------------------
+
+    def kernels(self) -> Kernels:
+        """The dispatcher's overloads; those of the Triton kernels where these are forced and others serve CUDA tensors."""
+        if backends.FORCED and self.triton_overloads is not None and backends.forced() == "triton":
+            # An exported program may run where another backend serves it.
+            return self.overloads if torch.compiler.is_exporting() else self.triton_overloads
+        return self.overloads
+
+    def forward(self, inputs: Inputs, attrs: Attrs) -> Tensor:
+        if backends.uses_reference(inputs[0]):
+            return self.strided_forward(inputs, attrs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.kernels().forward(*inputs, *attrs)
+
+    def backward(self, dy: Tensor, inputs: Inputs, attrs: Attrs, grad_mask: int) -> list[Tensor]:
+        if backends.uses_reference(dy):
+            return self.strided_backward(dy, inputs, attrs, grad_mask)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.kernels().backward(dy, *inputs, *attrs, grad_mask)
+
+    # ---- the call ----------------------------------------------------------------------------------------------------
+
+    def __call__(self, inputs: Inputs, attrs: Attrs) -> Tensor:
+        """The op, with autograd of every kind."""
+        if torch.compiler.is_compiling():
+            if backends.forced() == "reference":
+                return autograd.TracedReference.apply(self, attrs, *inputs)
+            return self.kernels().forward(*inputs, *attrs)
+        if autograd.in_transform():
+            if autograd.nested_forward_mode():  # a Function's jvp is called once: the outer derivative would be lost
+                return self.strided_forward(inputs, attrs)
+            return autograd.Forward.apply(self, attrs, *inputs)
+        if autograd.needs_grad(inputs):
+            return autograd.ReverseForward.apply(self, attrs, *inputs)
+        return self.forward(inputs, attrs)
+
+    def call_(self, inputs: Inputs, attrs: Attrs) -> Tensor:
+        """The op written over its first input, refused where torch refuses an in-place operation."""
+        x, name = inputs[0], self.inputs._fields[0]
+        self.refuse_gradient(inputs)
+        memory.refuse_self_overlap(self.name, name, x)
+        if torch.compiler.is_compiling():  # makes two steps of it, as is done below for transforms
+            if backends.forced() == "reference":
+                x.copy_(self.reference_forward(inputs, attrs))
+            else:
+                self.kernels().inplace(*inputs, *attrs)
+            return x
+        memory.refuse_inference(self.name, name, x)
+        if autograd.in_transform():  # a kernel would not carry the tangent along
+            x.copy_(self((x.clone(), *inputs[1:]), attrs))
+            return x  # copy_ returns another object if a result of the op has a subclass
+        memory.refuse_sharing(self.name, self.inputs._fields, inputs, self.elementwise_flags)
+        # What the dispatcher op would do first, without the detour through its Python code.
+        memory.count_write(self.name, name, x)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            if backends.uses_reference(x):
+                x.copy_(self.reference_forward(inputs, attrs))
+            else:
+                self.kernels().inplace(*inputs, *attrs)
+        return x
+
+    def refuse_gradient(self, inputs: Inputs) -> None:
+        """RuntimeError if a call in place would need a gradient."""
+        if autograd.needs_grad(inputs):
+            raise RuntimeError(
+                f"{self.name}: inplace=True would overwrite {self.inputs._fields[0]}, which the backward pass needs; use "
+                "inplace=False, or torch.no_grad()"
+            )

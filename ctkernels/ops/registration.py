@@ -1,0 +1,166 @@
+"""Dispatcher ops: the only code of the package that talks to ``torch.library``.
+
+:func:`define` makes one op of the library ``ctkernels``, from its schema and its functions. :func:`register` makes those of
+an :class:`~.record.Op`. Kernels of the compiled extensions (``csrc``) register themselves with the dispatcher, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd, backends, layout, memory
+from .record import Kernels, Op
+
+_LIBRARY = torch.library.Library("ctkernels", "DEF")
+OPS: dict[str, Op] = {}  # registered, by name
+
+
+def define(
+    schema: str,
+    *,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    save: Callable[..., None] | None = None,
+    keys: dict[str, Callable[..., Any]] | None = None,
+) -> torch._ops.OpOverload:
+    """Defines a dispatcher op of the library ``ctkernels``.
+
+    Args:
+        schema: ``"name(Tensor x, ...) -> Tensor"``.
+        kernel: the implementation on devices for which nobody registers another one.
+        fake: allocates results as the kernels do, of fake tensors.
+        backward, save: what ``torch.library.register_autograd`` takes; None for an op without gradients.
+        keys: implementations for dispatch keys, such as ``"CUDA"``. That of ADInplaceOrView or Autograd takes the call's
+            set of keys first.
+    """
+    _LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag])
+    name = schema.partition("(")[0]
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    for key, implementation in (keys or {}).items():
+        _LIBRARY.impl(name, implementation, key, with_keyset=key in ("ADInplaceOrView", "Autograd"))
+    torch.library.register_fake(f"ctkernels::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"ctkernels::{name}", backward, setup_context=save, lib=_LIBRARY)
+    return getattr(torch.ops.ctkernels, name).default
+
+
+def register(op: Op) -> Op:
+    """Defines the dispatcher ops of ``op``. Called once per op, at import."""
+    reference = reference_kernels(op)
+    triton = None
+    if op.triton is not None and backends.BACKENDS["triton"].missing is None:
+        triton = triton_kernels(op)
+    if backends.BACKENDS["cuda"].missing is not None:  # else the compiled kernels have registered themselves
+        op.overloads = define_kernels(op, reference, cuda=triton)
+    else:
+        op.overloads = define_kernels(op, reference)
+        if triton is not None:
+            op.triton_overloads = define_kernels(op, reference, cuda=triton, suffix="_triton")
+    OPS[op.name] = op
+    return op
+
+
+def define_kernels(op: Op, kernels: Kernels, cuda: Kernels | None = None, suffix: str = "") -> Kernels:
+    """The dispatcher ops of ``op`` with these implementations, and others for CUDA tensors, under the schemas' names and
+    ``suffix``."""
+    count = len(op.inputs._fields)
+
+    def schema(text: str) -> str:
+        return text.replace("(", suffix + "(", 1)
+
+    def fake_forward(*args: Any) -> Tensor:
+        return layout.result_like(args[0])
+
+    def fake_backward(dy: Tensor, *args: Any) -> list[Tensor]:
+        return [
+            layout.result_like(args[0]) if op.elementwise_flags[i] else layout.parameter_like(args[i])
+            for i in op.indices(args[-1])
+        ]
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.attrs = inputs[count:]
+        ctx.save_for_backward(*inputs[:count])
+
+    def first_order(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        inputs = ctx.saved_tensors
+
+        def compute(grad_mask: int) -> Sequence[Tensor]:
+            return backward(dy, *inputs, *ctx.attrs, grad_mask)
+
+        return (*op.gradients(ctx.needs_input_grad[:count], inputs, compute), *[None] * len(ctx.attrs))
+
+    def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.attrs, ctx.grad_mask = inputs[1 + count : -1], inputs[-1]
+        ctx.save_for_backward(*inputs[: 1 + count])
+
+    def second_order(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        grads = autograd.second_order(op, ctx.attrs, ctx.grad_mask, ctx.saved_tensors, cotangents)
+        return (*grads, *[None] * (len(ctx.attrs) + 1))
+
+    def on_cuda(i: int) -> dict[str, Callable[..., Any]]:
+        return {} if cuda is None else {"CUDA": cuda[i]}
+
+    forward = define(
+        schema(op.schema),
+        kernel=kernels.forward, fake=fake_forward, backward=first_order, save=save, keys=on_cuda(0),
+    )  # fmt: skip
+    backward = define(
+        schema(op.backward_schema),
+        kernel=kernels.backward, fake=fake_backward, backward=second_order, save=save_backward, keys=on_cuda(2),
+    )  # fmt: skip
+    if op.inplace_schema is None:
+        return Kernels(forward, None, backward)
+
+    def refuses(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+        op.refuse_gradient(args[:count])
+        inplace.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def writes(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+        memory.count_write(op.name, op.inputs._fields[0], args[0])
+        with torch._C._AutoDispatchBelowADInplaceOrView():  # a kernel that copies into the tensor must not count again
+            inplace.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    def negated(*args: Any) -> None:  # torch's own fallback expects an op that writes to return a tensor
+        args[0].copy_(forward(*args))
+
+    keys = {"Negative": negated, "Autograd": refuses, "ADInplaceOrView": writes, **on_cuda(1)}
+    inplace = define(schema(op.inplace_schema), kernel=kernels.inplace, fake=lambda *args: None, keys=keys)
+    return Kernels(forward, inplace, backward)
+
+
+def reference_kernels(op: Op) -> Kernels:
+    """The reference on flat arguments."""
+    count = len(op.inputs._fields)
+
+    def forward(*args: Any) -> Tensor:
+        return op.strided_forward(args[:count], args[count:])
+
+    def inplace(*args: Any) -> None:
+        args[0].copy_(op.reference_forward(args[:count], args[count:]))
+
+    def backward(dy: Tensor, *args: Any) -> list[Tensor]:
+        return op.strided_backward(dy, args[:count], args[count:-1], args[-1])
+
+    return Kernels(forward, inplace, backward)
+
+
+def triton_kernels(op: Op) -> Kernels:
+    """The Triton kernels on flat arguments, or the reference on a GPU that they do not serve. Imports Triton when called."""
+    reference = reference_kernels(op)
+
+    def choose(i: int) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if backends.BACKENDS["triton"].refusal(args[0]) is not None:
+                return reference[i](*args)
+            from .channelwise.launch import implementation
+
+            return implementation(op)[i](*args)
+
+        return call
+
+    return Kernels(*(choose(i) for i in range(3)))
