@@ -52,7 +52,7 @@ def result_like(x: Tensor) -> Tensor:
     """An uninitialised result for ``x``: its own strides where it is dense, contiguous where it is not, or is empty.
 
     Compilers take every result and every elementwise gradient to have these strides: the fakes say so. ``result_like`` of
-    csrc/bind.h is the same for compiled kernels."""
+    csrc/binding.h is the same for compiled kernels."""
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
     # Views of fake tensors have other strides than those of real ones where the size is 1.

@@ -167,10 +167,16 @@ def arrays(kernel: str, data: bytes) -> dict[str, list[Any]]:
     """The arrays after the structure, of the argument ``data`` of a kernel."""
     kind, at, found = structure(kernel), _end(structure(kernel)), {}
     for name, item in _ARRAYS.get(kind, {}).items():
-        length = 5 if kind is ReduceShared or kernel.startswith("ctk_ctu_") else 4
+        length = ReduceShared.from_buffer_copy(data).items if kind is ReduceShared else _parameters(kernel)
         found[name] = list((item * length).from_buffer_copy(data, at))
         at += ctypes.sizeof(item * length)
     return found
+
+
+def _parameters(kernel: str) -> int:
+    """How many parameters the op of a kernel has."""
+    (op,) = (op for op in OPS.values() if kernel.startswith(f"ctk_{op.name}_"))
+    return op.elementwise_flags.count(False)
 
 
 def source(kernel: str) -> tuple[Path, list[str]]:
@@ -258,7 +264,7 @@ class Recorder:
             inputs = [p.extent() for p in more["params"]]
             values = args.channels * (r.grid // -(-args.channels // r.block_x))
         elif kind is ReduceShared:
-            outputs = [(i.to, i.rows * i.count * (8 if i.is_double else 4)) for i in more["item"][: args.items]]
+            outputs = [(i.to, i.rows * i.count * (8 if i.is_double else 4)) for i in more["item"]]
         else:
             inputs = [(args.log_alpha, big), (args.noise, 8 if args.seeded else big), (args.dy, big)]
             outputs = [(a, big) for a in (args.value, args.d_log_alpha, args.d_noise)]
