@@ -91,9 +91,7 @@ class Arguments {
                     results, " results, the compiled kernel ", expected, " and ", expected_results, "; rebuild the extension");
   }
   template <class T>
-  T next() {
-    return torch::stable::detail::to<T>(*stack_++);
-  }
+  T next() { return torch::stable::detail::to<T>(*stack_++); }
   template <class Attributes, class... T>
   Attributes attributes(Attributes (*make)(T...)) {
     return std::apply(make, std::tuple<T...>{next<T>()...});  // braces: from left to right
@@ -104,9 +102,7 @@ class Arguments {
 };
 
 template <class Attributes, class... T>
-constexpr int count_of(Attributes (*)(T...)) {
-  return sizeof...(T);
-}
+constexpr int count_of(Attributes (*)(T...)) { return sizeof...(T); }
 
 template <class Op, class... T>
 std::string attribute_schema(typename Op::Attributes (*)(T...)) {

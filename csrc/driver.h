@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <iterator>
 #include <stdexcept>
+#include <type_traits>
 
 #include "hard_concrete.h"
 #include "layout.h"
@@ -54,15 +55,19 @@ inline constexpr const char* kName = nullptr;
 template <class Op>
 Kernel kernel_of(typename Op::Variant variant);
 
-#define CTK_OP(name, Op, ...)                                            \
-  template <>                                                            \
-  inline constexpr const char* kName<Op> = #name;                        \
-  template <>                                                            \
-  inline Kernel kernel_of<Op>(Op::Variant variant) {                     \
-    switch (variant) { __VA_ARGS__ }                                     \
+#define CTK_OP(name, Op, ...)                                             \
+  template <>                                                             \
+  inline constexpr const char* kName<Op> = #name;                         \
+  template <>                                                             \
+  inline Kernel kernel_of<Op>(Op::Variant variant) {                      \
+    using Listed = Op;                                                    \
+    switch (variant) { __VA_ARGS__ }                                      \
     throw std::invalid_argument("ctkernels: " #name ": no such variant"); \
   }
-#define CTK_KERNELS(stem, Op, variant) case Op::Variant::variant: return Kernel::stem;
+#define CTK_KERNELS(stem, Op, variant)                                                    \
+  case Op::Variant::variant:                                                              \
+    static_assert(std::is_same_v<Op, Listed>, #stem " is listed under another struct");   \
+    return Kernel::stem;
 #include "ops.def"
 
 // ---- a call --------------------------------------------------------------------------------------------------------

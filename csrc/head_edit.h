@@ -33,13 +33,9 @@ struct HeadEditOp : SimpleOp {
     using Gradients = Terms<T, kSums>;
 
     template <class K>
-    static CTK_HD T forward(T w, const K& k) {
-      return fused(k(kScale), w, k(kOffset));
-    }
+    static CTK_HD T forward(T w, const K& k) { return fused(k(kScale), w, k(kOffset)); }
     template <class K>
-    static CTK_HD Gradients gradients(T w, T dy, const K& k) {
-      return {dy * k(kScale), {dy * w, dy}};
-    }
+    static CTK_HD Gradients gradients(T w, T dy, const K& k) { return {dy * k(kScale), {dy * w, dy}}; }
   };
 };
 

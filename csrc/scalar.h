@@ -116,13 +116,9 @@ CTK_HD float bell_by(float t, float t_lo) {
 struct Exact {
   static constexpr bool kUncapped = false;  // true: decays have no limit; products start from q, so that inf * 0 cannot occur
   template <class T>
-  static CTK_HD T inverse(T x) {
-    return T(1) / x;
-  }
+  static CTK_HD T inverse(T x) { return T(1) / x; }
   template <class T>
-  static CTK_HD T times(T x, T y) {
-    return x * y;
-  }
+  static CTK_HD T times(T x, T y) { return x * y; }
 
   // 2^f on [-1/2, 1/2], 8e-8 relative.
   struct Exp2 {

@@ -20,9 +20,7 @@ CTK_HD void for_vectors(int64_t n, const F& f) {
 // Asks for the line at `p`, of a row to come: the machine foresees runs, and not vectors a row apart.
 constexpr int64_t kRowsAhead = 4;
 template <class T>
-CTK_HD void prefetch(const T* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
-}
+CTK_HD void prefetch(const T* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
 // The op with the constants of 16 lanes, for each vector of a format.
 template <class Format, class Unit>

@@ -63,9 +63,7 @@ struct ExactMath {
     V hi, lo, limit;
   };
   template <class Field>
-  static Rate rate(const Field& field, int first) {
-    return {field(first), field(first + 1), field(first + 2)};
-  }
+  static Rate rate(const Field& field, int first) { return {field(first), field(first + 1), field(first + 2)}; }
 
   // e^(-rate a) where `near`, else 0.
   static V decay(V a, const Rate& rate, Mask near) {

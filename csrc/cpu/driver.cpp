@@ -13,9 +13,7 @@ namespace {
 // float and bfloat16, on 2 cores. Ops bound by arithmetic lose by it.
 constexpr int64_t kStreamFrom = int64_t(8) << 20;
 template <class Op>
-bool streams(const View& v, DType t) {
-  return Op::kMemoryBound && v.numel() * size_of(t) >= kStreamFrom;
-}
+bool streams(const View& v, DType t) { return Op::kMemoryBound && v.numel() * size_of(t) >= kStreamFrom; }
 
 // Makes this thread's streamed results visible to the others.
 void drain() {

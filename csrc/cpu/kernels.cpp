@@ -131,13 +131,9 @@ constexpr BlockKernels<T> block_kernels() {
 // ---- staging: dtypes and the prologue ------------------------------------------------------------------------------
 
 template <class T>
-void copy_in(const void* from, T* to, int64_t n) {
-  memcpy(to, from, n * sizeof(T));
-}
+void copy_in(const void* from, T* to, int64_t n) { memcpy(to, from, n * sizeof(T)); }
 template <class T>
-void copy_out(const T* from, void* to, int64_t n) {
-  memcpy(to, from, n * sizeof(T));
-}
+void copy_out(const T* from, void* to, int64_t n) { memcpy(to, from, n * sizeof(T)); }
 
 void load_bf16(const void* from, float* __restrict to, int64_t n) {
   const uint16_t* __restrict p = static_cast<const uint16_t*>(from);

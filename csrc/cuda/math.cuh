@@ -91,9 +91,7 @@ __device__ __forceinline__ T narrowed(float v) {
   }
 }
 template <class T>
-__device__ __forceinline__ double narrowed(double v) {
-  return v;
-}
+__device__ __forceinline__ double narrowed(double v) { return v; }
 
 __device__ __forceinline__ void unpack_pair(BFloat16, uint32_t w, float* out) {
   out[0] = __uint_as_float(w << 16), out[1] = __uint_as_float(w & 0xffff0000u);

@@ -121,7 +121,8 @@ class Gates(ctypes.Structure):
 _MIRRORS = [
     ("cuda::Scratch", Scratch), ("cuda::Launch", Request), ("cuda::Tiling", Tiling), ("cuda::ParamRef", ParamRef),
     ("cuda::GradRef", GradRef), ("cuda::ReduceShared::Item", Item), ("cuda::ReduceShared", ReduceShared), ("Gates", Gates),
-    *((f"cuda::{kind.__name__}<{op}>", kind) for kind in (Channelwise, Precompute, ReducePartials) for op in ("CtuOp", "HeadEditOp")),
+    *((f"cuda::{kind.__name__}<CtuOp>", kind) for kind in (Channelwise, Precompute, ReducePartials)),
+    *((f"cuda::{kind.__name__}<HeadEditOp>", kind) for kind in (Channelwise, Precompute, ReducePartials)),
 ]  # fmt: skip
 
 
@@ -141,13 +142,23 @@ def check_layouts() -> None:
             if mirror is Gates and field in ("mode", "temperature", "low", "high"):
                 member = f"gate.{field}"
             offset, size = getattr(mirror, field).offset, ctypes.sizeof(kind)
-            lines.append(f"static_assert(offsetof(S{number}, {member}) == {offset} && sizeof(S{number}::{member}) == {size});")
+            lines.append(
+                f"static_assert(offsetof(S{number}, {member}) == {offset} && sizeof(S{number}::{member}) == {size});"
+            )
         at = str(_end(mirror))
         for array, item in _ARRAYS.get(mirror, {}).items():
             size = f"sizeof(S{number}::{array})"
             lines.append(f"static_assert(offsetof(S{number}, {array}) == {at} && {size} % {ctypes.sizeof(item)} == 0);")
             at += f" + {size}"
-    command = [os.environ.get("CXX", "c++"), "-std=c++20", "-fsyntax-only", "-Wno-invalid-offsetof", f"-I{SOURCES}", "-xc++", "-"]
+    command = [
+        os.environ.get("CXX", "c++"),
+        "-std=c++20",
+        "-fsyntax-only",
+        "-Wno-invalid-offsetof",
+        f"-I{SOURCES}",
+        "-xc++",
+        "-",
+    ]
     subprocess.run(command, input="\n".join(lines), text=True, check=True)
 
 

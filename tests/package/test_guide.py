@@ -45,15 +45,25 @@ def _follow(tree: Path) -> None:
         file.write_text(file.read_text().replace(before, "".join(line[1:] for line in lines if line[0] in " +")))
 
 
-def _compiles(tree: Path, *sources: str) -> subprocess.CompletedProcess[str]:
-    """Whether the CPU sources are C++, without code being made of them."""
+def _compiles(tree: Path, source: str) -> subprocess.CompletedProcess[str]:
+    """Whether a CPU source is C++, without code being made of it."""
     from torch.utils.cpp_extension import include_paths
 
     includes = [f"-I{path}" for path in include_paths()]
-    command = ["c++", "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror"]
+    command = [
+        "c++",
+        "-std=c++20",
+        "-fsyntax-only",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
+        "-Werror",
+        "-fopenmp-simd",
+    ]
     command += ["-DCTK_LEVEL=baseline", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    files = [str(tree / "csrc/cpu" / source) for source in sources]
-    return subprocess.run([*command, *includes, *files], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*command, *includes, str(tree / "csrc/cpu" / source)], capture_output=True, text=True, check=False
+    )
 
 
 def _copy(target: Path) -> Path:
@@ -95,23 +105,25 @@ torch.testing.assert_close(grads, expected)
     done = subprocess.run(suite, cwd=tree, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) >= 3 * (4 * 2 + 2), done.stdout[-500:]
+    assert passed
+    assert int(passed[1]) >= 3 * (4 * 2 + 2), done.stdout[-500:]
 
 
-MEMBERS = {
-    "kParameters": r"^  static constexpr Parameter kParameters.*\n",
-    "a name for every parameter": r'\{"slope"\}',
-    "kPrologue": r"^  static constexpr bool kPrologue.*\n",
-    "kMemoryBound": r"^  static constexpr bool kMemoryBound.*\n",
-    "kParallelChannels": r"^  static constexpr int64_t kParallelChannels.*\n",
-    "constants": r"^  enum Constant.*\n",
-    "sums": r"^  enum Sum.*\n",
-    "precompute": r"^  template <class P, class T>\n.*?^  }\n",
-    "parameter_gradients": r"^  static CTK_ONCE void parameter_gradients.*?^  }\n",
-    "forward": r"^    template <class K>\n    static CTK_HD T forward.*?^    }\n",
-    "gradients": r"^    template <class K>\n    static CTK_HD Gradients gradients.*?^    }\n",
-    "a term for every sum": r", \{w > T\(0\) \? T\(0\) : dy \* w\}",
-}
+# What is left out, and the source that has to notice.
+MEMBERS = [
+    ("bind.cpp", r"^  static constexpr Parameter kParameters.*\n"),
+    ("bind.cpp", r'\{"slope"\}'),
+    ("kernels.cpp", r"^  static constexpr bool kPrologue.*\n"),
+    ("kernels.cpp", r"^  static constexpr bool kMemoryBound.*\n"),
+    ("driver.cpp", r"^  static constexpr int64_t kParallelChannels.*\n"),
+    ("kernels.cpp", r"^  enum Constant.*\n"),
+    ("kernels.cpp", r"^  enum Sum.*\n"),
+    ("driver.cpp", r"^  template <class P, class T>\n.*?^  }\n"),
+    ("driver.cpp", r"^  static CTK_ONCE void parameter_gradients.*?^  }\n"),
+    ("kernels.cpp", r"^    template <class K>\n    static CTK_HD T forward.*?^    }\n"),
+    ("kernels.cpp", r"^    template <class K>\n    static CTK_HD Gradients gradients.*?^    }\n"),
+    ("kernels.cpp", r", \{w > T\(0\) \? T\(0\) : dy \* w\}"),
+]
 
 
 @pytest.mark.slow
@@ -121,22 +133,25 @@ def test_whatever_is_left_out_is_a_compile_error(tmp_path: Path) -> None:
     for path, language, text in _blocks():
         if path.startswith("csrc/") and language != "diff":
             (tmp_path / path).write_text(text)
-    listed = (tmp_path / "csrc/ops.def").read_text()
+    header, ops = tmp_path / HEADER, tmp_path / "csrc/ops.def"
     (added,) = [text for path, _, text in _blocks() if path == "csrc/ops.def"]
     line = "".join(part[1:] for part in added.splitlines(keepends=True) if part[0] == "+")
-    (tmp_path / "csrc/ops.def").write_text(listed.replace("#undef CTK_OP\n", line + "#undef CTK_OP\n"))
-    sources = ("kernels.cpp", "driver.cpp", "bind.cpp")
-    whole = _compiles(tmp_path, *sources)
-    assert whole.returncode == 0, whole.stderr[:2000]
-    header = (tmp_path / HEADER).read_text()
-    for what, pattern in MEMBERS.items():
-        without, count = re.subn(pattern, "", header, count=1, flags=re.M | re.S)
-        assert count == 1, what
-        (tmp_path / HEADER).write_text(without)
-        failed = _compiles(tmp_path, *sources)
-        assert "error:" in failed.stderr, f"nothing notices that {what} is left out"
-    (tmp_path / HEADER).write_text(header)
-    variant = listed.replace("       CTK_KERNELS(ctk_ctu_leaky, CtuOp, kLeaky)\n", "")
-    assert variant != listed
-    (tmp_path / "csrc/ops.def").write_text(variant)
-    assert "kLeaky" in _compiles(tmp_path, "driver.cpp").stderr
+    complete, listed = header.read_text(), ops.read_text().replace("#undef CTK_OP\n", line + "#undef CTK_OP\n")
+    ops.write_text(listed)
+    for source in ("kernels.cpp", "driver.cpp", "bind.cpp"):
+        whole = _compiles(tmp_path, source)
+        assert whole.returncode == 0, whole.stderr[:2000]
+    for source, pattern in MEMBERS:
+        without, count = re.subn(pattern, "", complete, count=1, flags=re.M | re.S)
+        assert count == 1, pattern
+        header.write_text(without)
+        assert "error:" in _compiles(tmp_path, source).stderr, f"nothing notices that {pattern} is left out"
+    header.write_text(complete)
+    for before, after, message in (
+        ("       CTK_KERNELS(ctk_ctu_leaky, CtuOp, kLeaky)\n", "", "kLeaky"),
+        ("CTK_KERNELS(ctk_prelu, PReluOp, kOnly)", "", "kOnly"),
+        ("CTK_KERNELS(ctk_prelu, PReluOp, kOnly)", "CTK_KERNELS(ctk_prelu, HeadEditOp, kOnly)", "listed under another"),
+    ):
+        assert listed.count(before) == 1
+        ops.write_text(listed.replace(before, after))
+        assert message in _compiles(tmp_path, "driver.cpp").stderr
