@@ -54,8 +54,7 @@ Param param_of(std::optional<Tensor>& t, double fallback) {
 // As `result_like` and `conform` of ctkernels/ops/_layout.py: compilers rely on every result having those strides.
 bool is_dense(const Tensor& x) {
   int order[64] = {}, used = 0;
-  for (int64_t d = 0; d < x.dim(); ++d)
-    if (x.size(d) == 0) return false;
+  if (x.numel() == 0) return false;
   return memory_order(x.sizes().data(), x.strides().data(), x.dim(), order, used);
 }
 
@@ -109,7 +108,8 @@ std::string attribute_schema(typename Op::Attributes (*)(T...)) {
   static_assert(std::size(Op::kAttributes) == sizeof...(T), "kAttributes has a name for every argument of `attributes`");
   std::string text;
   size_t i = 0;
-  ((text += std::string(std::is_same_v<T, bool> ? ", bool " : std::is_same_v<T, double> ? ", float " : ", int ") + Op::kAttributes[i++]), ...);
+  [[maybe_unused]] const auto add = [&](const char* type) { text += std::string(", ") + type + " " + Op::kAttributes[i++]; };
+  (add(std::is_same_v<T, bool> ? "bool" : std::is_same_v<T, double> ? "float" : "int"), ...);
   return text;
 }
 
@@ -121,7 +121,8 @@ class Channelwise {
     std::string text = std::string(kName<Op>) + "(Tensor " + Op::kInput;
     for (int i = 0; i < kParams; ++i)
       text += std::string(parameter_of<Op>(i).fallback ? ", Tensor? " : ", Tensor ") + parameter_of<Op>(i).name;
-    return text + (Op::kPrologue ? ", Tensor? residual" : "") + ", int channel_dim" + attribute_schema<Op>(&Op::attributes) + ") -> Tensor";
+    if (Op::kPrologue) text += ", Tensor? residual";
+    return text + ", int channel_dim" + attribute_schema<Op>(&Op::attributes) + ") -> Tensor";
   }
 
   static void forward(StableIValue* stack, uint64_t count, uint64_t results) {

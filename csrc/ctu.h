@@ -38,7 +38,7 @@ struct CtuRates {
 };
 
 struct CtuOp : SimpleOp {
-  enum class Variant : int { kLogistic = 0, kLeaky = 1, kRelu6 = 2, kGaussian = 3 };  // as in ctkernels/ops/ctu/__init__.py
+  enum class Variant : int { kLogistic = 0, kLeaky = 1, kRelu6 = 2, kGaussian = 3 };  // as in ctkernels/ops/ctu/op.py
   struct Attributes {
     Variant kind;
     bool raw;
@@ -64,8 +64,8 @@ struct CtuOp : SimpleOp {
     kNear, kReach,         // leaky only: slope, 1 - slope
     kConstants
   };
-  // Of dy times: a^2 q (1 - q) and a q of the SiLU branch, log(1 + e^-u), a q of the softplus branch; the leaky unit's dphi/dslope.
-  // The Gaussian unit's: a^2 times the density, a times the tail, the other branch's density, and a times its tail.
+  // Sums of dy times: a^2 q (1 - q) and a q of the SiLU branch; log(1 + e^-u) and a q of the softplus branch; dphi/dslope, of the
+  // leaky unit only. For the Gaussian unit: a^2 density, a tail; density and a tail of the other branch.
   enum Sum : int { kSumSquare, kSumT, kSumPeak, kSumU, kSumSlope, kSums };
 
   template <class T>
@@ -146,7 +146,7 @@ struct CtuOp::Arithmetic {
       const auto b = bump(magnitude(k(kReach)) * a, k);
       const T fall = k(kReach) * b.h;  // phi' relative to the near branch's own slope
       const bool up = w > T(0);
-      const T finite = capped(w, std::numeric_limits<T>::max());  // up there h is 0
+      const T finite = capped(w, std::numeric_limits<T>::max());  // where this caps, h is 0
       return {dy * (up ? T(1) - fall : k(kNear) + fall),
               {b.square(dy), dy * b.s1, dy * b.s2, dy * b.s3, dy * (finite * (up ? b.h : T(1) - b.h))}};
     } else {
@@ -158,8 +158,8 @@ struct CtuOp::Arithmetic {
  private:
   struct Bump {
     T delta, h;             // the bump and -d/da of it
-    T inner, outer;         // terms of the parameter gradients: their product, which may overflow,
-    T s1, s2, s3;           // and three more
+    T inner, outer;         // terms of the parameter gradients: the first is a product, which may overflow;
+    T s1, s2, s3;           // three more
     CTK_HD T square(T dy) const { return dy * inner * outer; }
   };
 

@@ -1,7 +1,5 @@
 // Memory kernels for AVX-512: loads, conversions, arithmetic and stores in one pass, by the vectors of avx512_vectors.h.
 #pragma once
-#include <array>
-
 #include "avx512_vectors.h"
 #include "kernels.h"
 
@@ -17,7 +15,7 @@ CTK_HD void for_vectors(int64_t n, const F& f) {
   if (i < n) f(i, (__mmask32(1) << (n - i)) - 1);
 }
 
-// Asks for the line at `p`, of a row to come: the machine foresees runs, and not vectors a row apart.
+// Prefetches from a later row: the hardware follows runs, but not vectors a row apart.
 constexpr int64_t kRowsAhead = 4;
 template <class T>
 CTK_HD void prefetch(const T* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
@@ -74,7 +72,7 @@ struct Tensors {
     prefetch(x + i);
     if constexpr (prologue) if (residual) prefetch(residual + i);
   }
-  // What the op is applied to.
+  // The op's input.
   CTK_HD auto input(const AffineVectors<Format>& affine, int64_t i, __mmask32 live) const {
     auto w = Format::load(x + i, live);
     if constexpr (prologue) affine.apply(w, residual, i, live);

@@ -10,6 +10,7 @@
 #endif
 #include <immintrin.h>
 
+#include <array>
 #include <utility>
 
 #include "../ctu.h"
@@ -57,7 +58,7 @@ CTK_HD V horner(V x, V p = _mm512_setzero_ps()) {
   }
 }
 
-// The transcendental parts for results in float.
+// Transcendental functions for results in float.
 struct ExactMath {
   struct Rate {
     V hi, lo, limit;
@@ -81,7 +82,7 @@ struct FastMath {
   struct Rate {
     V ulps, limit;
   };
-  // In units of the last place of an exponent field. Rates beyond the cap act on values below 1e-29 alone.
+  // In units of the last place of an exponent field. Rates beyond the cap matter only for values below 1e-29.
   template <class Field>
   static Rate rate(const Field& field, int first) {
     return {_mm512_mul_ps(_mm512_min_ps(field(first), all(4e31f)), all(8388608.f)), field(first + 2)};
@@ -116,14 +117,14 @@ struct BFloat16 {
   static Pair load(const Value* p, __mmask32 live) {
     const __m512i raw = _mm512_maskz_loadu_epi16(live, p);
     // word i to the high half of lane i, zeros below
-    const __m512i low = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, spread(0), raw);
-    const __m512i high = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, spread(16), raw);
+    const __m512i low = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, words<0, 1>(), raw);
+    const __m512i high = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, words<16, 1>(), raw);
     return {{real(low), real(high)}};
   }
   template <bool even>
   static void store(Value* p, __mmask32 live, bool stream, const Pair& y) {
-    const __m512i words = _mm512_permutex2var_epi16(rounded<even>(y.v[0]), high_words(), rounded<even>(y.v[1]));
-    store_words(p, live, stream, words);
+    const __m512i both = _mm512_permutex2var_epi16(rounded<even>(y.v[0]), words<1, 4>(), rounded<even>(y.v[1]));
+    store_words(p, live, stream, both);
   }
 
  private:
@@ -136,22 +137,15 @@ struct BFloat16 {
     const __m512i down = _mm512_add_epi32(bits(v), _mm512_set1_epi32(0x7fff));
     return _mm512_mask_add_epi32(down, odd, bits(v), _mm512_set1_epi32(0x8000));
   }
-  static __m512i spread(int from) {
+  // Word j is from + j step / 2.
+  template <int from, int step>
+  static __m512i words() {
     alignas(64) static constexpr auto index = [] {
-      struct { int16_t i[2][32]; } t{};
-      for (int h = 0; h < 2; ++h)
-        for (int j = 0; j < 32; ++j) t.i[h][j] = static_cast<int16_t>(16 * h + j / 2);
+      std::array<int16_t, 32> t{};
+      for (int j = 0; j < 32; ++j) t[j] = static_cast<int16_t>(from + j * step / 2);
       return t;
     }();
-    return _mm512_load_si512(index.i[from / 16]);
-  }
-  static __m512i high_words() {
-    alignas(64) static constexpr auto index = [] {
-      struct { int16_t i[32]; } t{};
-      for (int j = 0; j < 32; ++j) t.i[j] = static_cast<int16_t>(2 * j + 1);
-      return t;
-    }();
-    return _mm512_load_si512(index.i);
+    return _mm512_load_si512(index.data());
   }
 };
 
@@ -233,7 +227,7 @@ struct Arithmetic<CtuOp, CtuOp::Variant::kLogistic, Math> {
     return _mm512_mul_ps(dy, _mm512_mask_sub_ps(h, up, one, h));
   }
 
-  // The forward pass where many values share their constants: two products fewer, for more constants to prepare and to hold.
+  // The forward pass for many values with the same constants: two products fewer, more constants.
   struct Shared {
     Rate t, u;
     V c_inverse, scaled_log1p[kTerms<Log1p>];  // 1 / c, and the coefficients of (1 - c) s log1p(e) / e
@@ -246,7 +240,7 @@ struct Arithmetic<CtuOp, CtuOp::Variant::kLogistic, Math> {
 
     V forward(V w) const {
       const Parts p(w, t, u);
-      const V ratio = _mm512_div_ps(p.a, _mm512_fmadd_ps(p.et, c_inverse, c_inverse));  // a c of 0 divides by infinity
+      const V ratio = _mm512_div_ps(p.a, _mm512_fmadd_ps(p.et, c_inverse, c_inverse));  // c = 0: a division by infinity
       V log1p = scaled_log1p[0];
       unrolled<kTerms<Log1p> - 1>([&](auto i) __attribute__((always_inline)) {
         log1p = _mm512_fmadd_ps(log1p, p.eu, scaled_log1p[i + 1]);
@@ -266,7 +260,7 @@ struct Arithmetic<CtuOp, CtuOp::Variant::kLogistic, Math> {
     Parts(V w, const Rate& t, const Rate& u)
         : a(_mm512_abs_ps(w)), base(_mm512_max_ps(w, _mm512_setzero_ps())), t_near(within(a, t.limit)),
           u_near(within(a, u.limit)), et(Math::decay(a, t, t_near)), eu(Math::decay(a, u, u_near)) {}
-    // base - ratio et; an infinite a leaves base alone.
+    // base - ratio et; base if a is infinite.
     V base_less(V ratio) const { return _mm512_mask3_fnmadd_ps(et, ratio, base, t_near); }
   };
 };

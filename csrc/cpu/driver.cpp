@@ -100,7 +100,8 @@ void forward_as(const typename Op::Attributes& attributes, const Operands& in, v
       if constexpr (sizeof(T) == 4) {
         if (memory) {
           const bool past = stream && aligned(out, run.rows > 1 ? run.row * call.size : 0);
-          memory->forward[run.layout][call.prologue]({run, call.from(in.x, run), call.from(in.residual, run), nullptr, out, nullptr, nullptr, nullptr, nullptr, past});
+          memory->forward[run.layout][call.prologue](
+              {.run = run, .x = call.from(in.x, run), .residual = call.from(in.residual, run), .y = out, .stream = past});
           return;
         }
       }
@@ -180,8 +181,9 @@ void reduce_partials(const typename Op::Attributes& attributes, const Operands& 
   }
   for (int i = 0; i < kParams; ++i) {
     if (!out.params[i]) continue;
-    if (in.params[i].is_double) std::copy(grads[i].begin(), grads[i].end(), static_cast<double*>(out.params[i]));
-    else std::transform(grads[i].begin(), grads[i].end(), static_cast<float*>(out.params[i]), [](double d) { return static_cast<float>(d); });
+    const auto convert = [&](auto* to) { for (double grad : grads[i]) *to++ = static_cast<std::decay_t<decltype(*to)>>(grad); };
+    if (in.params[i].is_double) convert(static_cast<double*>(out.params[i]));
+    else convert(static_cast<float*>(out.params[i]));
   }
 }
 
@@ -215,8 +217,9 @@ void backward_as(const typename Op::Attributes& attributes, const Operands& in, 
         if (memory) {
           char* const dx = call.from(out.dx, run);
           const bool past = stream && aligned(dx, run.rows > 1 ? run.row * call.size : 0);
-          memory->backward[run.layout][call.prologue][op_sums]({run, call.from(in.x, run), call.from(in.residual, run), call.from(dy, run), nullptr, dx,
-                                                                call.from(out.dresidual, run), totals, lane, past});
+          memory->backward[run.layout][call.prologue][op_sums](
+              {.run = run, .x = call.from(in.x, run), .residual = call.from(in.residual, run), .dy = call.from(dy, run), .dx = dx,
+               .dresidual = call.from(out.dresidual, run), .totals = totals, .lanes = lane, .stream = past});
           return;
         }
       }
@@ -228,7 +231,7 @@ void backward_as(const typename Op::Attributes& attributes, const Operands& in, 
       blocks.backward[run.layout][op_sums](w, upstream, g, run, totals, lane);
       if (prologue_sums) {
         if (totals) call.staging.prologue_plane_sums(g, x, totals + Op::kSums, run.n);
-        else call.staging.prologue_lane_sums(g, x, lane + Op::kSums * partition.length, lane + (Op::kSums + 1) * partition.length, run.n);
+        else call.staging.prologue_lane_sums(g, x, lane + Op::kSums * run.row, lane + (Op::kSums + 1) * run.row, run.n);
       }
       if (out.dresidual) call.store(g, out.dresidual, run);
       if (out.dx && call.has_scale) {

@@ -49,11 +49,11 @@ struct Staging {
 // Memory kernels do all in one pass from memory to memory, in any dtype.
 struct MemoryCall {
   const Run<float>& run;
-  const void *x, *residual, *dy;  // of the run's first value; residual: null if there is none
-  void *y, *dx, *dresidual;       // null: not wanted
-  double* totals;
-  float* lanes;
-  bool stream;  // results bypass the caches; every row of them is aligned to 64 bytes
+  const void *x, *residual, *dy = nullptr;             // of the run's first value; residual: null if there is none
+  void *y = nullptr, *dx = nullptr, *dresidual = nullptr;  // null: not wanted
+  double* totals = nullptr;
+  float* lanes = nullptr;
+  bool stream = false;  // results bypass the caches; every row of them is aligned to 64 bytes
 };
 struct MemoryKernels {
   void (*forward[2][2])(MemoryCall);      // [layout][with a prologue]

@@ -1,4 +1,4 @@
-// What the host hands to the kernels: plain structs, the only argument of each kernel. tests/cuda_recorder.py reads them.
+// What the host hands to the kernels: plain structs, the only argument of each kernel. tests/helpers/cuda_recorder.py reads them.
 #pragma once
 #include "../driver.h"
 

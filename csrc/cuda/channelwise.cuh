@@ -37,7 +37,7 @@ struct Tile {
   }
 };
 
-// A thread's way through its tile, V values at a time: along the rows of a plane, or down its columns.
+// A thread's path through its tile, V values at a time: along the rows of a plane, or down its columns.
 template <bool kPlane, int V>
 struct Walk {
   int64_t at, row, start;
@@ -64,7 +64,7 @@ struct Walk {
   }
 };
 
-// Calls use(fetch(offset), offset) along the way. kAhead: what a step reads is fetched a step ahead, since its arithmetic takes
+// Calls use(fetch(offset), offset) along the path. kAhead: what a step reads is fetched a step ahead, since its arithmetic takes
 // less time than memory does. Forward, a plane's few constants leave room for so many threads that this is not worth its
 // instructions.
 template <bool kAhead, bool kPlane, int V, class Fetch, class Use>
@@ -105,7 +105,7 @@ __device__ __forceinline__ Read<T, V> read(const Channelwise<Op>& a, int64_t at)
   return r;
 }
 
-// The values that go into the op: w = scale x + shift + residual.
+// The op's input: w = scale x + shift + residual.
 template <bool kFull, class T, int V, class C, class K>
 __device__ __forceinline__ void prologue(bool has_residual, const Bits<T, V>& residual, const K* k, bool plane, C* w) {
   if constexpr (kFull) {

@@ -4,7 +4,7 @@
 
 namespace ctk::cuda {
 
-// A bump lower than this is flushed, so that its rate stays finite.
+// A bump narrower than this is taken for none, so that its rate stays finite.
 inline constexpr double kLeastWidth = 7.52316384526264e-37;  // 2^-120
 
 // beta and s as unevaluated sums of floats, coeff and 1 - coeff.
@@ -29,7 +29,7 @@ __device__ __forceinline__ FloatKnobs float_knobs(const CtuKnobs& k) {
   return {beta.hi, beta.lo, s.hi, s.lo, static_cast<float>(k.coeff), static_cast<float>(k.coeff1)};
 }
 
-// Of V channels: from the table, or computed here if they are no logits.
+// The knobs of V channels: from the table, or computed here if they are not logits.
 template <int V>
 __device__ __forceinline__ void knobs_of(const Channelwise<CtuOp>& a, uint32_t g, const uint32_t (&c)[V], FloatKnobs (&out)[V]) {
   const ParamRef &beta = a.params[CtuOp::kBeta], &coeff = a.params[CtuOp::kCoeff];
@@ -53,7 +53,7 @@ __device__ __forceinline__ void knobs_of(const Channelwise<CtuOp>& a, uint32_t g
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const float s = 1.f - b[j];
-      out[j] = {b[j], 0.f, s, (1.f - s) - b[j], q[j], 1.f - q[j]};  // s_lo: what the subtraction rounded off
+      out[j] = {b[j], 0.f, s, (1.f - s) - b[j], q[j], 1.f - q[j]};  // s_lo: the rounding error of the subtraction
     }
   }
 }
@@ -79,7 +79,7 @@ struct OnGpu<CtuOp, float> {
   static __device__ __forceinline__ void precompute(const FloatKnobs& v, float slope, float* k) {
     constexpr float largest = 3.4028234e38f;
     constexpr TwoFloats log2e = {1.44269502162933349609375f, 1.92596299112661746887e-8f};
-    const bool smooth = !(v.s <= float(kLeastWidth));  // a NaN is passed on
+    const bool smooth = !(v.s <= float(kLeastWidth));  // true for NaN
     const float s = smooth ? v.s : 1.f, s_lo = smooth ? v.s_lo : 0.f;
     TwoFloats u{reciprocal(s), 0.f};
     u.lo = u.hi * fmaf(-s_lo, u.hi, fmaf(-s, u.hi, 1.f));
@@ -99,7 +99,7 @@ struct OnGpu<CtuOp, float> {
       }
     }
     k[CtuOp::kTHi] = t.hi, k[CtuOp::kTLo] = t.lo, k[CtuOp::kUHi] = u.hi, k[CtuOp::kULo] = u.lo;
-    const float kept = smooth ? 1.f : 0.f;  // as factors: a NaN is kept
+    const float kept = smooth ? 1.f : 0.f;  // factors, so that NaN stays NaN
     k[CtuOp::kC] = kept * v.coeff, k[CtuOp::kC1] = kept * v.coeff1, k[CtuOp::kC1S] = kept * v.coeff1 * s;
     k[CtuOp::kNear] = slope, k[CtuOp::kReach] = CtuRates<float>::reach(1.f - slope);
   }

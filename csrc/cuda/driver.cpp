@@ -82,14 +82,16 @@ struct Call {
     for (int i = 0; i < kParamsOf<Op>; ++i) args.params[i] = reference(in.params[i], v.channels);
     bool plain = info_of(kernel).plain;
     if constexpr (Op::kPrologue) plain = plain && !in.residual && !in.params[Op::kParams].data && !in.params[Op::kParams + 1].data;
-    suffix = std::string(type_name(in.dtype)) + (p.plane ? "_plane" : "_lanes") + (!p.vector ? "_scalar" : plain ? "_plain" : "_vector");
+    const char* form = !p.vector ? "_scalar" : plain ? "_plain" : "_vector";
+    suffix = std::string(type_name(in.dtype)) + (p.plane ? "_plane" : "_lanes") + form;
     if constexpr (Op::kTable > 0) {
       if (Op::needs_table(attributes) && in.dtype != DType::kDouble) make_table(in, driver);
     }
   }
 
   void run(const char* pass, int64_t shared, Driver& driver) const {
-    launch(driver, std::string(kKernelStems[static_cast<int>(kernel)]) + pass + suffix, partition.blocks, partition.threads, 1, shared, args);
+    const std::string name = std::string(kKernelStems[static_cast<int>(kernel)]) + pass + suffix;
+    launch(driver, name, partition.blocks, partition.threads, 1, shared, args);
   }
 
  private:
@@ -140,8 +142,9 @@ void Driver::backward(const typename Op::Attributes& attributes, const Operands&
       grads[i] = {out.params[i], param.is_double};
     } else {
       grads[i] = {allocate(v.groups * v.channels * 8), true};
-      const ParamRef& r = args.params[i];
-      reduce.item[reduce.items++] = {static_cast<const double*>(grads[i].data), out.params[i], r.rows, r.count, r.run, narrow(reduced), r.is_double};
+      const auto [data, fallback, rows, count, run, is_double] = args.params[i];
+      const auto* from = static_cast<const double*>(grads[i].data);
+      reduce.item[reduce.items++] = {from, out.params[i], rows, count, run, narrow(reduced), is_double};
       reduced += param.numel();
     }
   }
@@ -163,9 +166,9 @@ void Driver::backward(const typename Op::Attributes& attributes, const Operands&
     // of few channels, many blocks with few each
     const int64_t lanes = std::min(std::clamp<int64_t>(power_of_two(ceil_div(v.channels, 256)), 4, 16), power_of_two(v.channels));
     const int64_t terms = narrow(p.slots() * partials.repeat * partials.inner);
-    const int64_t rows = std::min(kReduceThreads / lanes, power_of_two(terms));
+    const int64_t rows = std::min(kReduceThreads / lanes, power_of_two(terms)), blocks = v.groups * ceil_div(v.channels, lanes);
     const std::string name = std::string("ctk_") + kName<Op> + "_reduce_partials" + (compute_size == 8 ? "_f64" : "_f32");
-    cuda::launch(*this, name, v.groups * ceil_div(v.channels, lanes), static_cast<int>(lanes), static_cast<int>(rows), lanes * rows * 8, partials);
+    cuda::launch(*this, name, blocks, static_cast<int>(lanes), static_cast<int>(rows), lanes * rows * 8, partials);
   }
   if (reduce.items) cuda::launch(*this, "ctk_reduce_shared", reduced, kSharedThreads, 1, kSharedThreads * 8, reduce);
 }
@@ -176,10 +179,12 @@ void Driver::backward(const typename Op::Attributes& attributes, const Operands&
 #include "../ops.def"
 
 void Driver::gates_forward(bool is_double, const Gates& gates) {
-  cuda::launch(*this, is_double ? "ctk_gates_forward_f64" : "ctk_gates_forward_f32", ceil_div(gates.n, kGateThreads), kGateThreads, 1, 0, gates);
+  const char* name = is_double ? "ctk_gates_forward_f64" : "ctk_gates_forward_f32";
+  cuda::launch(*this, name, ceil_div(gates.n, kGateThreads), kGateThreads, 1, 0, gates);
 }
 void Driver::gates_backward(bool is_double, const Gates& gates) {
-  cuda::launch(*this, is_double ? "ctk_gates_backward_f64" : "ctk_gates_backward_f32", ceil_div(gates.n, kGateThreads), kGateThreads, 1, 0, gates);
+  const char* name = is_double ? "ctk_gates_backward_f64" : "ctk_gates_backward_f32";
+  cuda::launch(*this, name, ceil_div(gates.n, kGateThreads), kGateThreads, 1, 0, gates);
 }
 
 }  // namespace ctk::cuda

@@ -1,5 +1,5 @@
-// Runs an op over a tensor on a GPU: which kernels, how many blocks, which arguments. Plain C++: it neither
-// reads nor writes tensors.
+// Runs an op over a tensor on a GPU: which kernels, how many blocks, which arguments. Plain C++; it neither reads nor writes
+// tensors.
 #pragma once
 #include "../driver.h"
 #include "launch.h"

@@ -1,4 +1,4 @@
-// A kernel under a plain name, which launch.cu finds it by.
+// Kernels by name: launch.cu looks them up.
 #pragma once
 #include <string_view>
 

@@ -1,5 +1,5 @@
-// The kernels around a channelwise one: from partial sums to parameter gradients, in double and in a fixed order; and what is
-// precomputed for all blocks.
+// The kernels after a channelwise one, from partial sums to parameter gradients, in double and in a fixed order; and the one before
+// it, which precomputes what is too expensive for every block.
 #include "channelwise.cuh"
 #include "ctu.cuh"
 #include "kernel.cuh"
