@@ -78,7 +78,8 @@ def test_the_op_of_the_guide_is_built_and_right(tmp_path: Path) -> None:
     """Value, gradients, finite differences and sums of the compiled kernels, and of the CUDA kernels where there is nvcc."""
     tree = _copy(tmp_path / "tree")
     _follow(tree)
-    variables = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    variables = {**os.environ, "PATH": path, "PYTHONPATH": str(tree)}
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     made = subprocess.run(build, cwd=tree, env={**variables, "CTKERNELS_BUILD": "cpu"}, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-3000:]
@@ -96,17 +97,17 @@ expected = torch.autograd.grad(theirs.double().square().sum(), (x, slope))
 torch.testing.assert_close(grads, expected)
 """
     command = [sys.executable, "-c", code.format(tree=tree)]
-    done = subprocess.run(command, cwd=tree, env={**variables, "PYTHONPATH": str(tree)}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tree, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     suites = ["tests/ops/test_conformance.py", "tests/ops/test_schemas.py"]
     if shutil.which("nvcc"):
         suites.append("tests/gpu_free/test_cuda_kernels.py")
-    suite = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-k", "prelu or schema", *suites]
+    suite = [sys.executable, "-m", "pytest", "-n", "0", "-k", "rectified or schema", *suites]
     done = subprocess.run(suite, cwd=tree, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed
-    assert int(passed[1]) >= 3 * (4 * 2 + 2), done.stdout[-500:]
+    assert int(passed[1]) > 3 * 4 * 2, done.stdout[-500:]  # samples, dtypes and backends, at least
 
 
 # What is left out, and the source that has to notice.
