@@ -25,7 +25,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 ROOT = Path(__file__).parent
 TARGET = "0x020b000000000000"  # the oldest LibTorch the binary must load in: 2.11
 
-# The block kernels are compiled once per SIMD level; the widest one that the machine has is picked at run time.
+# The CPU kernels are compiled once per SIMD level; the widest one that the machine has is picked at run time.
 LEVELS = {
     "x86_64": {
         "baseline": [],
@@ -42,8 +42,10 @@ KERNEL_FLAGS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
 # PTX; the newest goes into the library too, for architectures to come.
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 PTX_ARCHS = ("80", "90", "100")
+CUDA_DTYPES = ("f32", "f64", "bf16", "f16")  # channelwise.cu is compiled for each
 CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xcompiler",
               "-fPIC,-fvisibility=hidden,-Wall,-Werror"]  # fmt: skip
+# Warnings are errors, -Wswitch of -Wall among them: a variant or dtype that is not handled somewhere does not compile.
 COMMON_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror"]
 
 
@@ -122,14 +124,16 @@ def build_cuda_kernels(directory: Path, target: Path) -> None:
     define = f'-DCTK_ARCHITECTURES="{" ".join(f"sm_{a}" for a in archs)} compute_{newest}"'
     directory.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    objects = [str(directory / f"{source.stem}.o") for source in sources]
+    units = [(source, []) for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) if source.stem != "channelwise"]
+    units += [(ROOT / "csrc/cuda/channelwise.cu", [f"-DCTK_DTYPE={dtype}"]) for dtype in CUDA_DTYPES]
+    objects = [str(directory / f"cuda_{number}.o") for number in range(len(units))]
 
-    def compile_one(source: Path, to: str) -> None:
-        subprocess.run([nvcc, *CUDA_FLAGS, *code, define, "-c", str(source), "-o", to], check=True)
+    def compile_one(unit: tuple[Path, list[str]], to: str) -> None:
+        source, options = unit
+        subprocess.run([nvcc, *CUDA_FLAGS, *code, define, *options, "-c", str(source), "-o", to], check=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, sources, objects))
+        list(pool.map(compile_one, units, objects))
     subprocess.run([nvcc, "-shared", "-cudart=static", *objects, "-o", str(target)], check=True)
 
 
@@ -173,7 +177,7 @@ def native_extensions(mode: str, fall_back: bool) -> tuple[list[Extension], dict
                 directory.mkdir(parents=True, exist_ok=True)
                 for level, flags in levels.items():
                     target = directory / f"kernels_{level}.o"
-                    source = ROOT / "csrc/cpu/block_kernels.cpp"
+                    source = ROOT / "csrc/cpu/kernels.cpp"
                     command = [*self.compiler.compiler_so, *COMMON_FLAGS, *KERNEL_FLAGS, *flags, *extra]
                     self.spawn([*command, f"-DCTK_LEVEL={level}", "-c", str(source), "-o", str(target)])
                     ext.extra_objects.append(str(target))
@@ -189,7 +193,7 @@ def native_extensions(mode: str, fall_back: bool) -> tuple[list[Extension], dict
             super().run()
 
     flags = [*COMMON_FLAGS, "-O3", f"-DTORCH_TARGET_VERSION={TARGET}", *extra]
-    headers = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")]
+    headers = [str(p.relative_to(ROOT)) for pattern in ("*.h", "*.def") for p in (ROOT / "csrc").rglob(pattern)]
 
     def extension(name: str, *sources: str) -> Extension:
         ext = cpp_extension.CppExtension(
@@ -205,9 +209,9 @@ def native_extensions(mode: str, fall_back: bool) -> tuple[list[Extension], dict
         return ext
 
     extensions = [
-        extension("_C", "module.cpp", "cpu/bind.cpp", "cpu/channelwise.cpp", "cpu/simd.cpp"),
+        extension("_C", "module.cpp", "cpu/bind.cpp", "cpu/driver.cpp", "cpu/dispatch.cpp"),
         # The host code of the CUDA kernels needs no CUDA; without the library of kernels, the tests run it.
-        extension("_cuda", "cuda/bind.cpp", "cuda/channelwise.cpp"),
+        extension("_cuda", "cuda/bind.cpp", "cuda/driver.cpp"),
     ]
     if mode == "cuda":
         cuda_sources = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc/cuda").glob("*.cu"))]

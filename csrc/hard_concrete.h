@@ -38,15 +38,15 @@ CTK_ONCE T uniform(uint64_t seed, uint64_t index) {
 //
 //     integral of sigma(log_alpha - temperature y) width sigma(y) sigma(-y) dy     from y = log(-low / high) to log((1 - low) / (high - 1)),
 //
-// smooth however close low and high come to 0 and 1: the nearest singularities are pi, or pi / temperature, off the real line.
-// On panels of at most 5 of those units over pi, 16 points of Gauss-Legendre are within 1e-13. Beyond 38 nothing is left.
+// smooth however close low and high come to 0 and 1: the nearest singularities are pi / max(temperature, 1) off the real line.
+// 16 points of Gauss-Legendre on panels of at most 5 / pi times that distance are within 1e-13. Beyond |y| = 38 the integrand is 0.
 struct GatePanels {
   double start, length;
   int count;
 };
 CTK_ONCE GatePanels gate_panels(const Gate& g) {
   const double first = log(-g.low / g.high), start = first > -38.0 ? first : -38.0;
-  const double whole = log1p((g.high - g.low) / (g.high - 1.0) / -g.low);  // to the last y, from the first
+  const double whole = log1p((g.high - g.low) / (g.high - 1.0) / -g.low);  // from the first y to the last
   const double length = fmin(whole - (start - first), 38.0 - start);
   const double count = fmax(ceil(length * fmax(g.temperature, 1.0) / 5.0), 1.0);
   return {start, length / count, static_cast<int>(count)};
@@ -69,7 +69,7 @@ CTK_ONCE GateValue mean_gate(const Gate& g, double log_alpha) {
       slope += weight * p.of * p.of_negative;
     }
   }
-  return {value > 1.0 ? 1.0 : value, slope, 0};  // rounding may lead beyond 1
+  return {value > 1.0 ? 1.0 : value, slope, 0};  // rounding may exceed 1
 }
 
 CTK_ONCE GateValue evaluate(const Gate& g, double log_alpha, double u) {
@@ -81,10 +81,39 @@ CTK_ONCE GateValue evaluate(const Gate& g, double log_alpha, double u) {
   const bool sampled = g.mode == GateMode::kSample;
   const Sigmoids s = sigmoids(sampled ? (log(u) - log1p(-u) + log_alpha) / g.temperature : log_alpha);
   const double width = g.high - g.low, stretched = s.of * width + g.low;
-  const bool settled = stretched <= 0 || stretched >= 1;  // a NaN is not
+  const bool settled = stretched <= 0 || stretched >= 1;  // false for NaN
   const double slope = settled ? 0.0 : width * s.of * s.of_negative / (sampled ? g.temperature : 1.0);
   const double clipped = stretched > 1 ? 1.0 : stretched < 0 ? 0.0 : stretched;
   return {clipped, slope, sampled && !settled ? slope / (u * (1 - u)) : 0.0};
+}
+
+// The gates of a call: contiguous tensors of n values, in float or double. Null outputs are not computed.
+struct Gates {
+  const void *log_alpha, *noise, *dy;  // noise: null if nothing is sampled; n values, or with `seeded` the seed of them
+  void *value, *d_log_alpha, *d_noise;
+  int64_t n;
+  Gate gate;
+  bool seeded;
+};
+
+template <class T>
+CTK_ONCE GateValue gate_at(const Gates& a, int64_t i) {
+  T u = T(0.5);
+  if (a.noise) u = a.seeded ? uniform<T>(*static_cast<const uint64_t*>(a.noise), i) : static_cast<const T*>(a.noise)[i];
+  return evaluate(a.gate, static_cast<const T*>(a.log_alpha)[i], u);
+}
+
+template <class T>
+CTK_ONCE void gate_forward(const Gates& a, int64_t i) {
+  static_cast<T*>(a.value)[i] = static_cast<T>(gate_at<T>(a, i).value);
+}
+
+template <class T>
+CTK_ONCE void gate_backward(const Gates& a, int64_t i) {
+  const GateValue gate = gate_at<T>(a, i);
+  const double dy = static_cast<const T*>(a.dy)[i];
+  if (a.d_log_alpha) static_cast<T*>(a.d_log_alpha)[i] = static_cast<T>(dy * gate.slope);
+  if (a.d_noise) static_cast<T*>(a.d_noise)[i] = static_cast<T>(dy * gate.noise_slope);
 }
 
 }  // namespace ctk

@@ -1,30 +1,42 @@
-// The head edit z' = (1 + g_m m) z + g_a a, per channel of every head: y = p w + q. The backward pass needs two column
-// sums only, S1 = sum dy w and S0 = sum dy; every parameter gradient is a product of those with the parameters.
+// The head edit z' = (1 + g_m m) z + g_a a, per channel of every head: y = scale w + offset. The backward pass needs two
+// sums per channel; every parameter's gradient is the product of one of them and another parameter.
 #pragma once
-#include "scalar.h"
+#include "op.h"
 
 namespace ctk {
 
-enum HeadEditField : int { kScale, kOffset, kHeadEditFields };
+struct HeadEditOp : SimpleOp {
+  static constexpr const char* kInput = "z";
+  enum Param : int { kM, kA, kGateM, kGateA, kParams };
+  static constexpr Parameter kParameters[] = {{"m", 0.0}, {"a", 0.0}, {"g_m", 1.0}, {"g_a", 1.0}};
+  static constexpr bool kPrologue = false, kMemoryBound = true;
+  static constexpr int64_t kParallelChannels = 8192;
 
-template <class T>
-struct HeadEdit {
-  static constexpr int kFields = kHeadEditFields;
-  static constexpr int kSums = 2;  // S1, S0
+  enum Constant : int { kScale, kOffset, kConstants };
+  enum Sum : int { kSumDyW, kSumDy, kSums };
 
-  template <class K>
-  static CTK_HD T forward(T w, const K& k) {
-    return fused(k(kScale), w, k(kOffset));
+  template <class P, class T>
+  static CTK_ONCE void precompute(const Attributes&, const P* p, T* k) {
+    k[kScale] = static_cast<T>(P(1) + p[kGateM] * p[kM]);
+    k[kOffset] = static_cast<T>(p[kGateA] * p[kA]);
   }
 
-  struct Grads {
-    T w, sums[2];
+  static CTK_ONCE void parameter_gradients(const Attributes&, const double* p, const double* sums, double* grads) {
+    grads[kM] = p[kGateM] * sums[kSumDyW];
+    grads[kA] = p[kGateA] * sums[kSumDy];
+    grads[kGateM] = p[kM] * sums[kSumDyW];
+    grads[kGateA] = p[kA] * sums[kSumDy];
+  }
+
+  template <Variant, class T, class Math>
+  struct Arithmetic {
+    using Gradients = Terms<T, kSums>;
+
+    template <class K>
+    static CTK_HD T forward(T w, const K& k) { return fused(k(kScale), w, k(kOffset)); }
+    template <class K>
+    static CTK_HD Gradients gradients(T w, T dy, const K& k) { return {dy * k(kScale), {dy * w, dy}}; }
   };
-
-  template <class K>
-  static CTK_HD Grads gradients(T w, T dy, const K& k) {
-    return {dy * k(kScale), {dy * w, dy}};
-  }
 };
 
 }  // namespace ctk

@@ -14,6 +14,7 @@
 #define CTK_HD inline __attribute__((always_inline))
 #define CTK_ONCE inline
 #endif
+#define CTK_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace ctk {
 
@@ -43,13 +44,6 @@ CTK_ONCE Decay<double> make_decay<double>(double rate) {
   if (!(rate < 1e308)) return {0.0, 0.0, -1.0};
   const double limit = 700.0 / rate;
   return {rate, 0.0, limit < 1.7e308 ? limit : std::numeric_limits<double>::max()};
-}
-
-// A constant of a channel. A NaN becomes the one whose low bits are 0: vector code rounds to 16 bits without looking for
-// NaNs, and 0x7fffffff, which GPUs make, would round to -0.
-template <class T>
-CTK_ONCE T constant(double v) {
-  return v == v ? static_cast<T>(v) : std::numeric_limits<T>::quiet_NaN();
 }
 
 // sigma(r) and sigma(-r), both to full precision.
@@ -92,13 +86,15 @@ CTK_HD float scale_by_power(float p, float z) {
   return as_float(static_cast<int32_t>(static_cast<uint32_t>(as_int(p)) + (static_cast<uint32_t>(as_int(z)) << 23)));
 }
 
-// A polynomial: C::at(0) is the coefficient of the highest of its C::kTerms powers.
+// A polynomial with coefficients C::k, that of the highest power first.
+template <class C>
+inline constexpr int kTerms = sizeof(C::k) / sizeof(float);
 template <class C, int i = 0>
 CTK_HD float horner(float x, float p = 0.f) {
-  if constexpr (i == C::kTerms) {
+  if constexpr (i == kTerms<C>) {
     return p;
   } else {
-    constexpr float c = C::at(i);
+    constexpr float c = C::k[i];
     return horner<C, i + 1>(x, i == 0 ? c : fmaf(p, x, c));
   }
 }
@@ -115,26 +111,18 @@ CTK_HD float bell_by(float t, float t_lo) {
   return scale_by_power(Math::exp2_fraction(f), z);
 }
 
-// The transcendental parts, in two grades. Exact: for float and double results. Fast: for results that are rounded to 16
+// Transcendental functions, in two precisions. Exact: for float and double results. Fast: for results that are rounded to 16
 // bits; 1e-4 relative, a fraction of half an ulp of the result.
 struct Exact {
-  static constexpr bool kUncapped = false;  // whether magnitudes are capped at the largest number only: products start from a q
+  static constexpr bool kUncapped = false;  // true: decays have no limit; products start from q, so that inf * 0 cannot occur
   template <class T>
-  static CTK_HD T inverse(T x) {
-    return T(1) / x;
-  }
+  static CTK_HD T inverse(T x) { return T(1) / x; }
   template <class T>
-  static CTK_HD T times(T x, T y) {
-    return x * y;
-  }
+  static CTK_HD T times(T x, T y) { return x * y; }
 
   // 2^f on [-1/2, 1/2], 8e-8 relative.
   struct Exp2 {
-    static constexpr int kTerms = 6;
-    static constexpr float at(int i) {
-      constexpr float c[] = {0.00132764727275f, 0.00967554132619f, 0.0555071327119f, 0.240221197242f, 0.693146967066f, 1.00000007165f};
-      return c[i];
-    }
+    static constexpr float k[] = {0.00132764727275f, 0.00967554132619f, 0.0555071327119f, 0.240221197242f, 0.693146967066f, 1.00000007165f};
   };
   static CTK_HD float exp2_fraction(float f) { return horner<Exp2>(f); }
 
@@ -155,12 +143,8 @@ struct Exact {
 
   // log(1 + e) / e on [0, 1], 2e-7 relative.
   struct Log1p {
-    static constexpr int kTerms = 8;
-    static constexpr float at(int i) {
-      constexpr float c[] = {-0.00853920997913f, 0.0440896366184f, -0.107681719451f, 0.177452418669f,
-                             -0.24495462964f,    0.332754797946f,  -0.499974053971f, 0.999999805667f};
-      return c[i];
-    }
+    static constexpr float k[] = {-0.00853920997913f, 0.0440896366184f, -0.107681719451f, 0.177452418669f,
+                                  -0.24495462964f,    0.332754797946f,  -0.499974053971f, 0.999999805667f};
   };
   static CTK_HD float log1p_slope(float e) { return horner<Log1p>(e); }
   static CTK_HD float log1p_unit(float e) { return log1p_slope(e) * e; }
@@ -170,32 +154,14 @@ struct Exact {
   static CTK_HD float mills(float t) { return mills_at(1.f / fmaf(0.35f, t, 1.f)); }
   static CTK_HD float mills_at(float v) { return horner<Mills>(v) * v; }
   struct Mills {
-    static constexpr int kTerms = 9;
-    static constexpr float at(int i) {
-      constexpr float c[] = {-0.0291206648984f, 0.143846442622f, -0.255450152319f, 0.158865701548f, -0.0228922507591f,
-                             0.105413403751f,   0.119857536284f, 0.139858354813f,  0.139621613095f};
-      return c[i];
-    }
+    static constexpr float k[] = {-0.0291206648984f, 0.143846442622f, -0.255450152319f, 0.158865701548f, -0.0228922507591f,
+                                  0.105413403751f,   0.119857536284f, 0.139858354813f,  0.139621613095f};
   };
 };
 
-struct Fast {
-  static constexpr bool kUncapped = false;
-  template <class T>
-  static CTK_HD T inverse(T x) {
-    return T(1) / x;
-  }
-  template <class T>
-  static CTK_HD T times(T x, T y) {
-    return x * y;
-  }
-
+struct Fast : Exact {
   struct Exp2 {  // 8e-5
-    static constexpr int kTerms = 4;
-    static constexpr float at(int i) {
-      constexpr float c[] = {0.0551716693023f, 0.242611122324f, 0.693260985408f, 0.99992807352f};
-      return c[i];
-    }
+    static constexpr float k[] = {0.0551716693023f, 0.242611122324f, 0.693260985408f, 0.99992807352f};
   };
   static CTK_HD float exp2_fraction(float f) { return horner<Exp2>(f); }
 
@@ -209,15 +175,9 @@ struct Fast {
   static CTK_HD float bell(float t, float t_lo) { return bell_by<Fast>(t, t_lo); }
 
   struct Log1p {  // 6e-5
-    static constexpr int kTerms = 5;
-    static constexpr float at(int i) {
-      constexpr float c[] = {0.041347300758f, -0.157427203911f, 0.306300927591f, -0.496977805093f, 0.999943277947f};
-      return c[i];
-    }
+    static constexpr float k[] = {0.041347300758f, -0.157427203911f, 0.306300927591f, -0.496977805093f, 0.999943277947f};
   };
   static CTK_HD float log1p_unit(float e) { return horner<Log1p>(e) * e; }
-
-  static CTK_HD float mills(float t) { return Exact::mills(t); }
 };
 
 CTK_HD float magnitude(float x) { return fabsf(x); }

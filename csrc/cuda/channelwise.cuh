@@ -1,21 +1,21 @@
 // The skeleton of channelwise kernels: loops, accesses, sums. A block owns a tile of a tensor (see Tiling), cut so that
-// its parameters are constants of the block (kPlane) or of each thread's columns. A thread moves V values at a time, 16
+// its parameters are constants of the block (kPlane) or of each thread's columns (lanes). A thread moves V values at a time, 16
 // bytes where the layout allows.
 //
-// Sums have a fixed order: a thread's own, a tree over a block's threads, then the blocks, by `finish`, in double.
+// Sums have a fixed order: a thread's own, a tree over a block's threads, then the blocks, by reduce.cuh, in double.
 #pragma once
 #include "math.cuh"
 
 namespace ctk::cuda {
 
 template <bool kPlane, int V>
-struct Place {
+struct Tile {
   uint32_t group, plane, row_cut, col_cut, first, last;
   int64_t begin, end;  // columns
   int64_t column;      // of this thread's first value
-  bool known;          // whether that is one
+  bool inside;         // whether it has one
 
-  __device__ __forceinline__ explicit Place(const Tiling& t) {
+  __device__ __forceinline__ explicit Tile(const Tiling& t) {
     uint32_t b = blockIdx.x;
     col_cut = b % t.col_cuts, b /= t.col_cuts;
     row_cut = b % t.row_cuts, b /= t.row_cuts;
@@ -23,7 +23,7 @@ struct Place {
     begin = col_cut * t.cols_per, end = min(begin + t.cols_per, t.width);
     first = row_cut * t.rows_per, last = min(first + t.rows_per, t.rows);
     column = begin + threadIdx.x * V;
-    known = column < t.width;
+    inside = column < t.width;
   }
   // The channels of this thread's values: of a plane, one.
   template <int N>
@@ -32,29 +32,29 @@ struct Place {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const uint32_t at = uint32_t(column) + j;
-      c[j] = kPlane ? plane : !known ? 0 : plain ? at : at / t.inner % t.channels;
+      c[j] = kPlane ? plane : !inside ? 0 : plain ? at : at / t.inner % t.channels;
     }
   }
 };
 
-// A thread's way through its tile, V values at a time: along the rows of a plane, or down its columns.
+// A thread's path through its tile, V values at a time: along the rows of a plane, or down its columns.
 template <bool kPlane, int V>
 struct Walk {
   int64_t at, row, start;
   uint32_t left, steps, step = 0;
 
-  __device__ __forceinline__ Walk(const Tiling& t, const Place<kPlane, V>& place) : row(t.row) {
-    start = place.group * t.group + place.first * t.row + place.column;
-    left = place.last - place.first;
+  __device__ __forceinline__ Walk(const Tiling& t, const Tile<kPlane, V>& tile) : row(t.row) {
+    start = tile.group * t.group + tile.first * t.row + tile.column;
+    left = tile.last - tile.first;
     if constexpr (kPlane) {
       const uint32_t width = blockDim.x * V;
-      start += place.plane * t.width;
-      steps = place.column < place.end ? (uint32_t(place.end - place.column) + width - 1) / width : 0;
+      start += tile.plane * t.width;
+      steps = tile.column < tile.end ? (uint32_t(tile.end - tile.column) + width - 1) / width : 0;
       left *= steps;
-    } else if (place.last == t.rows && (t.rows - 1) * t.row + place.column >= t.group) {
+    } else if (tile.last == t.rows && (t.rows - 1) * t.row + tile.column >= t.group) {
       --left;  // the last row may be shorter
     }
-    if (!place.known) left = 0;
+    if (!tile.inside) left = 0;
     at = start;
   }
   __device__ __forceinline__ void next() {
@@ -64,12 +64,12 @@ struct Walk {
   }
 };
 
-// Calls use(fetch(offset), offset) along the way, what a step reads fetched a step ahead: the arithmetic of one does not last
-// as long as memory takes. Forward, a plane's few constants leave room for so many threads that it is not worth its
-// instructions (kAhead).
+// Calls use(fetch(offset), offset) along the path. kAhead: what a step reads is fetched a step ahead, since its arithmetic takes
+// less time than memory does. Forward, a plane's few constants leave room for so many threads that this is not worth its
+// instructions.
 template <bool kAhead, bool kPlane, int V, class Fetch, class Use>
-__device__ __forceinline__ void for_values(const Tiling& t, const Place<kPlane, V>& place, const Fetch& fetch, const Use& use) {
-  Walk<kPlane, V> walk(t, place);
+__device__ __forceinline__ void for_values(const Tiling& t, const Tile<kPlane, V>& tile, const Fetch& fetch, const Use& use) {
+  Walk<kPlane, V> walk(t, tile);
   if (!walk.left) return;
   if constexpr (kAhead) {
     auto ahead = fetch(walk.at);
@@ -83,7 +83,7 @@ __device__ __forceinline__ void for_values(const Tiling& t, const Place<kPlane, 
     }
   } else {
     const uint32_t width = blockDim.x * V;
-    for (uint32_t row = place.first; row < place.last; ++row, walk.start += t.row) {
+    for (uint32_t row = tile.first; row < tile.last; ++row, walk.start += t.row) {
       int64_t at = walk.start;
 #pragma unroll 1
       for (uint32_t i = 0; i < walk.steps; ++i, at += width) use(fetch(at), at);
@@ -91,13 +91,13 @@ __device__ __forceinline__ void for_values(const Tiling& t, const Place<kPlane, 
   }
 }
 
-// What a step reads. `residual` and `dy` are left out where they are not there.
+// What a step reads.
 template <class T, int V>
 struct Read {
   Bits<T, V> x, residual, dy;
 };
-template <class T, int V, bool kFull, bool kBackward>
-__device__ __forceinline__ Read<T, V> read(const Channelwise& a, int64_t at) {
+template <class T, int V, bool kFull, bool kBackward, class Op>
+__device__ __forceinline__ Read<T, V> read(const Channelwise<Op>& a, int64_t at) {
   Read<T, V> r;
   r.x = fetch<T, V>(a.x, at);
   if (kFull && a.residual) r.residual = fetch<T, V>(a.residual, at);
@@ -105,7 +105,7 @@ __device__ __forceinline__ Read<T, V> read(const Channelwise& a, int64_t at) {
   return r;
 }
 
-// The values that go into the op: w = scale x + shift + residual.
+// The op's input: w = scale x + shift + residual.
 template <bool kFull, class T, int V, class C, class K>
 __device__ __forceinline__ void prologue(bool has_residual, const Bits<T, V>& residual, const K* k, bool plane, C* w) {
   if constexpr (kFull) {
@@ -120,24 +120,38 @@ __device__ __forceinline__ void prologue(bool has_residual, const Bits<T, V>& re
   }
 }
 
-// kFull: with the prologue.
-template <class Unit, class T, bool kPlane, bool kFull, int V>
-__device__ __forceinline__ void forward(const Channelwise& a) {
-  using C = typename Unit::C;
-  const Place<kPlane, V> place(a.tiling);
-  uint32_t channels[kPlane ? 1 : V];
-  typename Unit::Constants k[kPlane ? 1 : V];
-  place.channels(a.tiling, channels);
-  Unit::template derive<kFull>(a, place.group, channels, k);
-  const auto use = [&](const Read<T, V>& given, int64_t at) {
-    C w[V], y[V];
-    unpack(given.x, w);
-    prologue<kFull>(a.residual, given.residual, k, kPlane, w);
+// The constants of this thread's channels: one set in a plane.
+template <class Op, typename Op::Variant variant, class T, bool kFull, class Tile, class K, int N>
+__device__ __forceinline__ void constants(const Channelwise<Op>& a, const Tile& tile, K (&k)[N]) {
+  using C = typename Storage<T>::Compute;
+  uint32_t channels[N];
+  tile.channels(a.tiling, channels);
+  OnGpu<Op, C>::template precompute<variant, typename Storage<T>::Math>(a, tile.group, channels, k);
+  if constexpr (kFull) {
+    C scale[N], shift[N];
+    parameters(a.params[Op::kParams], tile.group, channels, scale), parameters(a.params[Op::kParams + 1], tile.group, channels, shift);
 #pragma unroll
-    for (int j = 0; j < V; ++j) y[j] = Unit::Op::forward(w[j], k[kPlane ? 0 : j]);
+    for (int j = 0; j < N; ++j) k[j].scale = scale[j], k[j].shift = shift[j];
+  }
+}
+
+// kFull: with the prologue.
+template <class Op, typename Op::Variant variant, class T, bool kPlane, bool kFull, int V>
+__device__ __forceinline__ void forward(const Channelwise<Op>& a) {
+  using C = typename Storage<T>::Compute;
+  using Arithmetic = typename Op::template Arithmetic<variant, C, typename Storage<T>::Math>;
+  const Tile<kPlane, V> tile(a.tiling);
+  typename OnGpu<Op, C>::Constants k[kPlane ? 1 : V];
+  constants<Op, variant, T, kFull>(a, tile, k);
+  const auto use = [&](const Read<T, V>& in, int64_t at) {
+    C w[V], y[V];
+    unpack(in.x, w);
+    prologue<kFull>(a.residual, in.residual, k, kPlane, w);
+#pragma unroll
+    for (int j = 0; j < V; ++j) y[j] = Arithmetic::forward(w[j], k[kPlane ? 0 : j]);
     store<T, V>(a.y, at, y);
   };
-  for_values<!kPlane>(a.tiling, place, [&](int64_t at) { return read<T, V, kFull, false>(a, at); }, use);
+  for_values<!kPlane>(a.tiling, tile, [&](int64_t at) { return read<T, V, kFull, false>(a, at); }, use);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
@@ -149,56 +163,56 @@ __device__ __forceinline__ C warp_sum(C v) {
   return v;
 }
 
-// From a channel's sums to the gradients of its parameters.
-template <class Unit>
-__device__ void write_gradients(const ParamRef* params, const GradRef* grads, const CtuStatic& ctu, uint32_t g, uint32_t c,
-                                uint32_t channels, const double* sums) {
-  double p[kMaxParams], made[kMaxParams];
+// From a channel's sums to the gradients of its parameters. A: Channelwise or ReducePartials. C: type of the arithmetic.
+template <class Op, class C, class A>
+__device__ void write_gradients(const A& a, uint32_t g, uint32_t c, uint32_t channels, const double* sums) {
+  double p[Op::kParams], made[kParamsOf<Op>];
 #pragma unroll
-  for (int i = 0; i < Unit::kParams; ++i) p[i] = parameter(params[i], g, c);
-  Unit::finish(ctu, p, sums, made);
+  for (int i = 0; i < Op::kParams; ++i) p[i] = parameter(a.params[i], g, c);
+  OnGpu<Op, C>::parameter_gradients(a.attributes, p, sums, made);
+#pragma unroll
+  for (int i = Op::kParams; i < kParamsOf<Op>; ++i) made[i] = sums[Op::kSums + i - Op::kParams];
   const int64_t at = int64_t(g) * channels + c;
 #pragma unroll
-  for (int i = 0; i < Unit::kParams; ++i) {
-    if (!grads[i].data) continue;
-    if (grads[i].is_double) static_cast<double*>(grads[i].data)[at] = made[i];
-    else static_cast<float*>(grads[i].data)[at] = static_cast<float>(made[i]);
+  for (int i = 0; i < kParamsOf<Op>; ++i) {
+    if (!a.grads[i].data) continue;
+    if (a.grads[i].is_double) static_cast<double*>(a.grads[i].data)[at] = made[i];
+    else static_cast<float*>(a.grads[i].data)[at] = static_cast<float>(made[i]);
   }
 }
 
 extern __shared__ __align__(16) unsigned char shared_bytes[];
 
-template <class Unit, class T, bool kPlane, bool kFull, int V>
-__device__ __forceinline__ void backward(const Channelwise& a) {
-  using C = typename Unit::C;
-  constexpr int kColumns = kPlane ? 1 : V;
+template <class Op, typename Op::Variant variant, class T, bool kPlane, bool kFull, int V>
+__device__ __forceinline__ void backward(const Channelwise<Op>& a) {
+  using C = typename Storage<T>::Compute;
+  using Arithmetic = typename Op::template Arithmetic<variant, C, typename Storage<T>::Math>;
+  constexpr int kColumns = kPlane ? 1 : V, kSums = kSumsOf<Op>;
   const Tiling& t = a.tiling;
-  const Place<kPlane, V> place(t);
-  uint32_t channels[kColumns];
-  typename Unit::Constants k[kColumns];
-  place.channels(t, channels);
-  Unit::template derive<kFull>(a, place.group, channels, k);
-  C sums[kSumSlots][kColumns] = {};
-  // A loop of its own for frozen parameters, where that is common.
+  const Tile<kPlane, V> tile(t);
+  typename OnGpu<Op, C>::Constants k[kColumns];
+  constants<Op, variant, T, kFull>(a, tile, k);
+  C sums[kSums][kColumns] = {};
+  // Frozen parameters, which are common without a prologue, have a loop of their own.
   const auto run = [&](auto with_sums) {
-    const auto use = [&](const Read<T, V>& given, int64_t at) {
+    const auto use = [&](const Read<T, V>& in, int64_t at) {
       C x[V], w[V], dy[V], g[V];
-      unpack(given.x, x), unpack(given.dy, dy);
+      unpack(in.x, x), unpack(in.dy, dy);
 #pragma unroll
       for (int j = 0; j < V; ++j) w[j] = x[j];
-      prologue<kFull>(a.residual, given.residual, k, kPlane, w);
+      prologue<kFull>(a.residual, in.residual, k, kPlane, w);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const int column = kPlane ? 0 : j;
-        const auto grad = Unit::Op::gradients(w[j], dy[j], k[column]);
+        const auto grad = Arithmetic::gradients(w[j], dy[j], k[column]);
         g[j] = grad.w;
         if constexpr (decltype(with_sums)::value) {
 #pragma unroll
-          for (int s = 0; s < Unit::Op::kSums; ++s) sums[s][column] += grad.sums[s];
+          for (int s = 0; s < Arithmetic::Gradients::kSums; ++s) sums[s][column] += grad.sums[s];
         }
         if constexpr (kFull) {
-          sums[kCtuScaleSum][column] = fused(g[j], x[j], sums[kCtuScaleSum][column]);
-          sums[kCtuShiftSum][column] += g[j];
+          sums[Op::kSums][column] = fused(g[j], x[j], sums[Op::kSums][column]);
+          sums[Op::kSums + 1][column] += g[j];
         }
       }
       if (kFull && a.dresidual) store<T, V>(a.dresidual, at, g);
@@ -210,9 +224,9 @@ __device__ __forceinline__ void backward(const Channelwise& a) {
         store<T, V>(a.dx, at, g);
       }
     };
-    for_values<true>(t, place, [&](int64_t at) { return read<T, V, kFull, true>(a, at); }, use);
+    for_values<true>(t, tile, [&](int64_t at) { return read<T, V, kFull, true>(a, at); }, use);
   };
-  if (kFull || a.wanted & kOwnSums) run(std::true_type{});
+  if (kFull || a.wanted & ((1u << Op::kSums) - 1)) run(std::true_type{});
   else run(std::false_type{});
   if (!a.wanted) return;
 
@@ -220,42 +234,42 @@ __device__ __forceinline__ void backward(const Channelwise& a) {
   if constexpr (kPlane) {  // one channel a block: a tree over the warps, in shared[sum][warp]
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
 #pragma unroll
-    for (int s = 0; s < kSumSlots; ++s) {
+    for (int s = 0; s < kSums; ++s) {
       if (!(a.wanted >> s & 1)) continue;
       const C v = warp_sum(sums[s][0]);
       if (threadIdx.x % 32 == 0) shared[s * warps + warp] = v;
     }
     __syncthreads();
     if (threadIdx.x) return;
-    double total[kSumSlots];
+    double total[kSums];
 #pragma unroll
-    for (int s = 0; s < kSumSlots; ++s) {
+    for (int s = 0; s < kSums; ++s) {
       C v = 0;
       if (a.wanted >> s & 1)
         for (int i = 0; i < warps; ++i) v += shared[s * warps + i];
       total[s] = v;
       if (a.partial && a.wanted >> s & 1) {
-        const int64_t slots = int64_t(t.row_cuts) * t.col_cuts, slot = int64_t(place.row_cut) * t.col_cuts + place.col_cut;
-        static_cast<C*>(a.partial)[((place.group * slots + slot) * kSumSlots + s) * t.channels + place.plane] = v;
+        const int64_t slots = int64_t(t.row_cuts) * t.col_cuts, slot = int64_t(tile.row_cut) * t.col_cuts + tile.col_cut;
+        static_cast<C*>(a.partial)[((tile.group * slots + slot) * kSums + s) * t.channels + tile.plane] = v;
       }
     }
-    if (!a.partial) write_gradients<Unit>(a.params, a.grads, a.ctu, place.group, place.plane, t.channels, total);
+    if (!a.partial) write_gradients<Op, C>(a, tile.group, tile.plane, t.channels, total);
   } else if (a.partial) {
-    if (!place.known) return;
-    C* to = static_cast<C*>(a.partial) + (int64_t(place.group) * t.row_cuts + place.row_cut) * kSumSlots * t.width + place.column;
+    if (!tile.inside) return;
+    C* to = static_cast<C*>(a.partial) + (int64_t(tile.group) * t.row_cuts + tile.row_cut) * kSums * t.width + tile.column;
 #pragma unroll
-    for (int s = 0; s < kSumSlots; ++s) {
+    for (int s = 0; s < kSums; ++s) {
       if (!(a.wanted >> s & 1)) continue;
       constexpr int n = V * sizeof(C) >= 16 ? 16 / sizeof(C) : 1;
 #pragma unroll
       for (int j = 0; j < V; j += n) store<C, n>(to, s * t.width + j, &sums[s][j]);
     }
   } else if constexpr (V == 1) {  // a column is a channel, all of which this thread has seen
-    if (!place.known) return;
-    double total[kSumSlots];
+    if (!tile.inside) return;
+    double total[kSums];
 #pragma unroll
-    for (int s = 0; s < kSumSlots; ++s) total[s] = sums[s][0];
-    write_gradients<Unit>(a.params, a.grads, a.ctu, place.group, uint32_t(place.column), t.channels, total);
+    for (int s = 0; s < kSums; ++s) total[s] = sums[s][0];
+    write_gradients<Op, C>(a, tile.group, uint32_t(tile.column), t.channels, total);
   }
 }
 

@@ -1,5 +1,6 @@
-// A kernel under a plain name, known to `find_kernel` by that name.
+// Kernels by name: launch.cu looks them up.
 #pragma once
+#include <string_view>
 
 namespace ctk::cuda {
 
@@ -14,33 +15,17 @@ struct Entry {
   Entry(const char* n, const void* f) : name(n), function(f), next(first()) { first() = this; }
 };
 
-// Whether a kernel is one of those that -DCTK_SELECT=" NAME NAME " asks for: all, without it.
-constexpr bool selected([[maybe_unused]] const char* name) {
-#if defined(CTK_SELECT)
-  const char* list = CTK_SELECT;
-  for (; *list; ++list) {
-    if (*list != ' ') continue;
-    const char *a = list + 1, *b = name;
-    while (*b && *a == *b) ++a, ++b;
-    if (!*b && *a == ' ') return true;
-  }
-  return false;
-#else
-  return true;
-#endif
-}
-
 }  // namespace ctk::cuda
+
+// -DCTK_SELECT=" NAME NAME " leaves the bodies of all other kernels empty.
+#if defined(CTK_SELECT)
+#define CTK_SELECTED(NAME) (std::string_view(CTK_SELECT).find(" " NAME " ") != std::string_view::npos)
+#else
+#define CTK_SELECTED(NAME) true
+#endif
 
 #define CTK_KERNEL(NAME, THREADS, ARGS, ...)                                                                 \
   extern "C" __global__ void __launch_bounds__(THREADS) NAME([[maybe_unused]] const __grid_constant__ ARGS a) { \
-    if constexpr (ctk::cuda::selected(#NAME)) __VA_ARGS__(a);                                                \
+    if constexpr (CTK_SELECTED(#NAME)) __VA_ARGS__(a);                                                \
   }                                                                                                          \
   static const ctk::cuda::Entry NAME##_entry(#NAME, reinterpret_cast<const void*>(NAME));
-
-// ctk_OP_PASS_TYPE_TILE_FORM, see `kernel_name` in channelwise.cpp
-#define CTK_CHANNELWISE(OP, UNIT, TYPE, T, FORM, FULL, V)                                                                   \
-  CTK_KERNEL(ctk_##OP##_forward_##TYPE##_plane_##FORM, kMaxThreads, Channelwise, (forward<UNIT, T, true, FULL, V>))         \
-  CTK_KERNEL(ctk_##OP##_forward_##TYPE##_lanes_##FORM, kMaxThreads, Channelwise, (forward<UNIT, T, false, FULL, V>))        \
-  CTK_KERNEL(ctk_##OP##_backward_##TYPE##_plane_##FORM, kMaxThreads, Channelwise, (backward<UNIT, T, true, FULL, V>))       \
-  CTK_KERNEL(ctk_##OP##_backward_##TYPE##_lanes_##FORM, kMaxThreads, Channelwise, (backward<UNIT, T, false, FULL, V>))

@@ -1,30 +1,20 @@
 // The library of kernels: what it holds, and how to start one. Loadable on any machine; only a launch needs a GPU.
 #include <cstring>
 
+#include "../scalar.h"
 #include "kernel.cuh"
 #include "launch.h"
 
 using namespace ctk::cuda;
 
-namespace {
-
-const void* find_kernel(const char* name) {
-  for (const Entry* e = Entry::first(); e; e = e->next)
-    if (std::strcmp(e->name, name) == 0) return e->function;
-  return nullptr;
-}
-
-}  // namespace
-
-#define CTK_EXPORT extern "C" __attribute__((visibility("default")))
-
 CTK_EXPORT const char* ctk_cuda_launch(const Launch* launch) {
-  const void* function = find_kernel(launch->kernel);
-  if (!function) return "no such kernel";
+  const Entry* e = Entry::first();
+  while (e && std::strcmp(e->name, launch->kernel)) e = e->next;
+  if (!e) return "no such kernel";
   void* args[] = {const_cast<void*>(launch->args)};
   const dim3 block(launch->block_x, launch->block_y);
   const cudaError_t error =
-      cudaLaunchKernel(function, launch->grid, block, args, launch->shared, static_cast<cudaStream_t>(launch->stream));
+      cudaLaunchKernel(e->function, launch->grid, block, args, launch->shared, static_cast<cudaStream_t>(launch->stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -1,4 +1,4 @@
-// The one way kernels are started. The kernels live in a library of their own (launch.cu), which needs the CUDA runtime
+// How kernels are launched. They live in a library of their own (launch.cu), which needs the CUDA runtime
 // and nothing of torch; whoever loads it puts its `ctk_cuda_launch` into `ctk_cuda_launcher` (bind.cpp).
 #pragma once
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What the scalar headers leave to the GPU: storage types, the arithmetic of each, and constants without double precision.
+// What the scalar headers leave to the GPU: transcendental functions, storage types, accesses, and the constants of a channel.
 #pragma once
 #include <type_traits>
 
@@ -56,17 +56,17 @@ struct GpuFast : Fast {
 // ---- storage -------------------------------------------------------------------------------------------------------
 
 template <class T>
-struct Arithmetic {
+struct Storage {
   using Compute = float;
   using Math = GpuFast;
 };
 template <>
-struct Arithmetic<float> {
+struct Storage<float> {
   using Compute = float;
   using Math = GpuExact;
 };
 template <>
-struct Arithmetic<double> {
+struct Storage<double> {
   using Compute = double;
   using Math = Exact;
 };
@@ -91,9 +91,7 @@ __device__ __forceinline__ T narrowed(float v) {
   }
 }
 template <class T>
-__device__ __forceinline__ double narrowed(double v) {
-  return v;
-}
+__device__ __forceinline__ double narrowed(double v) { return v; }
 
 __device__ __forceinline__ void unpack_pair(BFloat16, uint32_t w, float* out) {
   out[0] = __uint_as_float(w << 16), out[1] = __uint_as_float(w & 0xffff0000u);
@@ -155,7 +153,7 @@ __device__ __forceinline__ double parameter(const ParamRef& p, uint32_t g, uint3
   const int64_t i = int64_t(p.rows == 1 ? 0 : g % p.rows) * p.count + (p.run == 1 ? c : c / p.run);
   return p.is_double ? static_cast<const double*>(p.data)[i] : double(static_cast<const float*>(p.data)[i]);
 }
-// Of V channels, all loads in flight together: what decides the way to the values is the same for all of them.
+// Loads a parameter for V channels; the branches are taken once, so that all V loads overlap.
 template <class C, int V>
 __device__ __forceinline__ void parameters(const ParamRef& p, uint32_t g, const uint32_t (&c)[V], C (&out)[V]) {
   const auto read = [&](const auto* from, const auto& at) {
@@ -177,158 +175,36 @@ __device__ __forceinline__ void parameters(const ParamRef& p, uint32_t g, const 
   }
 }
 
-// A bump lower than this is flushed, so that its rate stays finite.
-inline constexpr double kLeastWidth = 7.52316384526264e-37;  // 2^-120
-
-// beta and s as unevaluated sums of floats, coeff and 1 - coeff.
-struct FloatKnobs {
-  float beta, beta_lo, s, s_lo, coeff, coeff1;
+// An op's constants of one channel.
+template <class Op, class C>
+struct Constants {
+  C k[Op::kConstants], scale, shift;
+  __device__ __forceinline__ C operator()(int i) const { return k[i]; }
 };
 
-struct TwoFloats {
-  float hi, lo;
-};
-__device__ __forceinline__ TwoFloats split(double v) {
-  const float hi = static_cast<float>(v);
-  return {hi, static_cast<float>(v - hi)};
-}
-__device__ __forceinline__ TwoFloats product(TwoFloats x, TwoFloats y) {
-  const float hi = x.hi * y.hi;
-  return {hi, fmaf(x.hi, y.lo, fmaf(x.lo, y.hi, fmaf(x.hi, y.hi, -hi)))};
-}
+// How a GPU gets from parameters to constants and from sums to gradients. C: the type of the arithmetic. ctu.cuh specialises it:
+// double precision is scarce.
+template <class Op, class C>
+struct OnGpu {
+  using Constants = cuda::Constants<Op, C>;
 
-__device__ __forceinline__ FloatKnobs narrowed_knobs(const CtuKnobs& k) {
-  const TwoFloats beta = split(k.beta), s = split(k.s);
-  return {beta.hi, beta.lo, s.hi, s.lo, static_cast<float>(k.coeff), static_cast<float>(k.coeff1)};
-}
-
-// Of V channels: from the table where there is one, else of knobs that are no logits.
-template <int V>
-__device__ __forceinline__ void knobs_of(const Channelwise& a, uint32_t g, const uint32_t (&c)[V], FloatKnobs (&out)[V]) {
-  const ParamRef &beta = a.params[kBeta], &coeff = a.params[kCoeff];
-  if (a.knobs) {
-    const uint32_t channels = a.tiling.channels;
-    const int64_t field = int64_t(a.knob_rows) * channels;
-    const float* from = a.knobs + int64_t(a.knob_rows == 1 ? 0 : g) * channels;
+  // Of V channels.
+  template <typename Op::Variant, class Math, int V>
+  static __device__ __forceinline__ void precompute(const Channelwise<Op>& a, uint32_t g, const uint32_t (&c)[V], Constants (&out)[V]) {
+    C p[Op::kParams][V];
+#pragma unroll
+    for (int i = 0; i < Op::kParams; ++i) parameters(a.params[i], g, c, p[i]);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      const float* k = from + c[j];
-      out[j] = {k[0], k[field], k[2 * field], k[3 * field], k[4 * field], k[5 * field]};
-    }
-  } else if (beta.is_double || coeff.is_double || a.ctu.eps != 0) {
-    double b[V], q[V];
-    parameters(beta, g, c, b), parameters(coeff, g, c, q);
+      C own[Op::kParams];
 #pragma unroll
-    for (int j = 0; j < V; ++j) out[j] = narrowed_knobs(ctu_knobs(b[j], q[j], false, a.ctu.eps));
-  } else {
-    float b[V], q[V];
-    parameters(beta, g, c, b), parameters(coeff, g, c, q);
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const float s = 1.f - b[j];
-      out[j] = {b[j], 0.f, s, (1.f - s) - b[j], q[j], 1.f - q[j]};  // s_lo: what the subtraction rounded off
-    }
-  }
-}
-
-template <class T>
-struct CtuConstants {
-  T f[kCtuFields], scale, shift;
-  __device__ __forceinline__ T operator()(int field) const {
-    if (field == kNegC) return -f[kC];
-    return f[field];
-  }
-};
-
-// The unit of one family member over one storage type, as the skeleton wants it.
-template <CtuKind kind, class T>
-struct CtuUnit {
-  using C = typename Arithmetic<T>::Compute;
-  using Math = typename Arithmetic<T>::Math;
-  using Op = Ctu<C, kind, Math>;
-  using Constants = CtuConstants<C>;
-  static constexpr int kParams = kCtuParams;
-
-  // Constants of V channels. kFull: those of the prologue too.
-  template <bool kFull, int V>
-  static __device__ __forceinline__ void derive(const Channelwise& a, uint32_t g, const uint32_t (&c)[V], Constants (&out)[V]) {
-    C slope[V];
-    parameters(a.params[kSlopeParam], g, c, slope);
-    if constexpr (sizeof(C) == 8) {
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        const CtuKnobs k = ctu_knobs(parameter(a.params[kBeta], g, c[j]), parameter(a.params[kCoeff], g, c[j]), a.ctu.raw, a.ctu.eps);
-        Op::derive(k, slope[j], out[j].f, 1);
-      }
-    } else {
-      FloatKnobs knobs[V];
-      knobs_of(a, g, c, knobs);
-#pragma unroll
-      for (int j = 0; j < V; ++j) derive_floats(knobs[j], slope[j], out[j].f);
-    }
-    if constexpr (kFull) {
-      C scale[V], shift[V];
-      parameters(a.params[kScaleParam], g, c, scale), parameters(a.params[kShiftParam], g, c, shift);
-#pragma unroll
-      for (int j = 0; j < V; ++j) out[j].scale = scale[j], out[j].shift = shift[j];
+      for (int i = 0; i < Op::kParams; ++i) own[i] = p[i][j];
+      Op::precompute(a.attributes, own, out[j].k);
     }
   }
 
-  // As Ctu::derive, in pairs of floats. A unit without a bump has no coefficients.
-  static __device__ __forceinline__ void derive_floats(const FloatKnobs& v, float slope, float* f) {
-    constexpr float largest = 3.4028234e38f;
-    constexpr TwoFloats log2e = {1.44269502162933349609375f, 1.92596299112661746887e-8f};
-    const bool smooth = !(v.s <= float(kLeastWidth));  // a NaN is passed on
-    const float s = smooth ? v.s : 1.f, s_lo = smooth ? v.s_lo : 0.f;
-    TwoFloats u{reciprocal(s), 0.f};
-    u.lo = u.hi * fmaf(-s_lo, u.hi, fmaf(-s, u.hi, 1.f));
-    TwoFloats t = product({v.beta, v.beta_lo}, u);
-    f[kEta] = smooth ? t.hi : 0.f;
-    if constexpr (kind != CtuKind::kGaussian) t = product(t, log2e), u = product(u, log2e);
-    if constexpr (Math::kUncapped) {  // infinity decays to 0 at beta = 0 too
-      t.hi = t.hi < 1.4e-45f ? 1.4e-45f : t.hi;
-      f[kTLimit] = f[kULimit] = kind == CtuKind::kRelu6 ? Op::kFlat : largest;
-    } else if constexpr (kind == CtuKind::kGaussian) {
-      f[kTLimit] = fminf(13.16f * reciprocal(t.hi), largest), f[kULimit] = fminf(13.16f * reciprocal(u.hi), largest);
-    } else {
-      t.hi = t.hi < GpuExact::kLeastRate ? GpuExact::kLeastRate : t.hi;
-      f[kTLimit] = GpuExact::kGone * reciprocal(t.hi), f[kULimit] = GpuExact::kGone * reciprocal(u.hi);
-      if constexpr (kind == CtuKind::kRelu6) f[kTLimit] = capped(f[kTLimit], Op::kFlat);
-    }
-    f[kTHi] = t.hi, f[kTLo] = t.lo, f[kUHi] = u.hi, f[kULo] = u.lo;
-    const float kept = smooth ? 1.f : 0.f;  // as factors: a NaN is kept
-    f[kC] = kept * v.coeff, f[kC1] = kept * v.coeff1, f[kC1S] = kept * v.coeff1 * s;
-    f[kSlope] = slope, f[kReach] = Op::reach(1.f - slope);
-  }
-
-  static __device__ void finish(const CtuStatic& ctu, const double* p, const double* sums, double* grads) {
-    finish_ctu(ctu, p, sums, grads);
-    // Without a bump the knobs have no effect; NaN stays NaN.
-    if (sizeof(C) == 4 && ctu_knobs(p[kBeta], p[kCoeff], ctu.raw, ctu.eps).s <= kLeastWidth) grads[kBeta] *= 0.0, grads[kCoeff] *= 0.0;
-  }
-};
-
-template <class T>
-struct HeadEditUnit {
-  using C = typename Arithmetic<T>::Compute;
-  using Op = HeadEdit<C>;
-  static constexpr int kParams = kHeadEditParams;
-  struct Constants {
-    C f[kHeadEditFields];
-    __device__ __forceinline__ C operator()(int field) const { return f[field]; }
-  };
-
-  template <bool, int V>
-  static __device__ __forceinline__ void derive(const Channelwise& a, uint32_t g, const uint32_t (&c)[V], Constants (&out)[V]) {
-    C m[V], add[V], gate_m[V], gate_a[V];
-    parameters(a.params[kM], g, c, m), parameters(a.params[kGateM], g, c, gate_m);
-    parameters(a.params[kA], g, c, add), parameters(a.params[kGateA], g, c, gate_a);
-#pragma unroll
-    for (int j = 0; j < V; ++j) out[j].f[kScale] = fused(gate_m[j], m[j], C(1)), out[j].f[kOffset] = gate_a[j] * add[j];
-  }
-
-  static __device__ void finish(const CtuStatic&, const double* p, const double* sums, double* grads) {
-    finish_head_edit(p, sums, grads);
+  static __device__ void parameter_gradients(const typename Op::Attributes& attributes, const double* p, const double* sums, double* grads) {
+    Op::parameter_gradients(attributes, p, sums, grads);
   }
 };
 

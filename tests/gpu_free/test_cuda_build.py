@@ -99,13 +99,12 @@ def test_fake_cuda_gates() -> None:
 
 def _kernel_names() -> set[str]:
     """Every name that the host code can ask for."""
-    names = {"ctk_collect", "ctk_ctu_knobs"}
-    names |= {f"ctk_{op}_finish_{t}" for op in ("ctu", "head_edit") for t in ("f32", "f64")}
+    names = {"ctk_reduce_shared", "ctk_ctu_precompute"}
+    names |= {f"ctk_{op}_reduce_partials_{t}" for op in ("ctu", "head_edit") for t in ("f32", "f64")}
     names |= {f"ctk_gates_{p}_{t}" for p in ("forward", "backward") for t in ("f32", "f64")}
-    for op, dtype, form in itertools.product(
-        ("logistic", "leaky", "relu6", "gaussian", "head_edit"), ("f32", "f64", "bf16", "f16"), ("one", "wide", "lean")
-    ):
-        if (form == "lean" and op != "logistic") or (form != "one" and dtype == "f64" and op != "head_edit"):
+    ops = ("ctu_logistic", "ctu_leaky", "ctu_relu6", "ctu_gaussian", "head_edit")
+    for op, dtype, form in itertools.product(ops, ("f32", "f64", "bf16", "f16"), ("scalar", "vector", "plain")):
+        if (form == "plain" and op != "ctu_logistic") or (form != "scalar" and dtype == "f64" and op != "head_edit"):
             continue
         names |= {f"ctk_{op}_{p}_{dtype}_{t}_{form}" for p in ("forward", "backward") for t in ("plane", "lanes")}
     return names
@@ -139,9 +138,9 @@ def test_the_compiled_kernels_come_first() -> None:
         x = torch.empty(3, device="cuda")
         for op in OPS:
             assert "cuda       used" in ctkernels.explain(x, op)
-    for op in OPS:
-        for suffix in ("", "_", "_backward"):
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ctkernels::{op}{suffix}", "CUDA")
+    for op in OPS.values():
+        for overload in filter(None, op.overloads):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(overload._schema.name, "CUDA")
 
 
 @needs_build
@@ -179,11 +178,11 @@ def test_a_forced_backend_that_cannot_serve_says_why() -> None:
 def test_a_library_of_kernels_compiles_loads_and_reports_a_missing_device(tmp_path: Path) -> None:
     """The smallest files, for one architecture, warnings as errors; `make build-cuda` builds all of it."""
     target = tmp_path / "kernels.so"
-    sources = [str(ROOT / "csrc/cuda" / name) for name in ("launch.cu", "small.cu")]
+    sources = [str(ROOT / "csrc/cuda" / name) for name in ("launch.cu", "reduce.cu", "gates.cu")]
     command = [
         "nvcc", "-std=c++17", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-arch=sm_80", "-shared", "-cudart=static",
         "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Werror", '-DCTK_ARCHITECTURES="sm_80"',
-        '-DCTK_SELECT=" ctk_collect ctk_gates_forward_f32 "', *sources, "-o", str(target),
+        '-DCTK_SELECT=" ctk_reduce_shared ctk_gates_forward_f32 "', *sources, "-o", str(target),
     ]  # fmt: skip
     subprocess.run(command, check=True)
     code = f"""
@@ -196,7 +195,7 @@ library = ctypes.CDLL({str(target)!r})
 library.ctk_cuda_launch.restype = library.ctk_cuda_architectures.restype = ctypes.c_char_p
 print(library.ctk_cuda_architectures().decode())
 args = ctypes.create_string_buffer(4096)
-for name in (b"no_such", b"ctk_collect"):
+for name in (b"no_such", b"ctk_reduce_shared"):
     print(library.ctk_cuda_launch(ctypes.byref(Launch(name, 1, 128, 1, 1024, ctypes.addressof(args), 4096, None, None, 0))))
 """
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

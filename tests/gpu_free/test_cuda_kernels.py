@@ -133,19 +133,19 @@ def test_frozen_parameters_cost_nothing() -> None:
     with cuda_on_cpu(Recorder(80)) as recorder:
         ctu(x, 0.9).sum().backward()
     assert [name for name, *_ in recorder.launches] == [
-        "ctk_logistic_forward_f32_plane_lean",
-        "ctk_logistic_backward_f32_plane_lean",
+        "ctk_ctu_logistic_forward_f32_plane_plain",
+        "ctk_ctu_logistic_backward_f32_plane_plain",
     ]
     assert recorder.launches[1][-1].wanted == 0
 
 
 def test_sixteen_bytes_at_a_time_where_the_layout_allows() -> None:
     cases = {
-        (4, 8, 16, 16): (1, "plane_lean"),  # NCHW
-        (4, 8, 7, 7): (1, "lanes_lean"),  # 49 values a channel, 392 a sample
-        (4, 33, 64): (2, "lanes_lean"),
-        (4, 8, 17, 17): (1, "plane_one"),  # 289 values a channel: rows start anywhere
-        (5, 19): (1, "lanes_one"),
+        (4, 8, 16, 16): (1, "plane_plain"),  # NCHW
+        (4, 8, 7, 7): (1, "lanes_plain"),  # 49 values a channel, 392 a sample
+        (4, 33, 64): (2, "lanes_plain"),
+        (4, 8, 17, 17): (1, "plane_scalar"),  # 289 values a channel: rows start anywhere
+        (5, 19): (1, "lanes_scalar"),
     }
     for shape, (channel_dim, expected) in cases.items():
         with cuda_on_cpu(Recorder(80)) as recorder:
@@ -206,7 +206,7 @@ def test_attention_heads(dtype: torch.dtype, layout: str) -> None:
 
     with cuda_on_cpu(Recorder(90)) as recorder:
         found = gradients()
-    assert recorder.launches[0][0].endswith("_lanes_wide")
+    assert recorder.launches[0][0].endswith("_lanes_vector")
     expected = gradients(DOUBLE)
     eps = torch.finfo(dtype).eps
     magnitude = [1 + e.abs() for e in expected[:2]]

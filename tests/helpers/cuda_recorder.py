@@ -8,7 +8,9 @@ shared memory and argument bytes are those that the host code made.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -55,10 +57,6 @@ class Tiling(ctypes.Structure):
     _fields_ += [(n, ctypes.c_uint32) for n in ("rows", "rows_per", "row_cuts", "col_cuts", "channels", "inner")]
 
 
-class Static(ctypes.Structure):
-    _fields_ = [("kind", ctypes.c_int), ("raw", ctypes.c_bool), ("eps", ctypes.c_double)]
-
-
 class ParamRef(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p), ("fallback", ctypes.c_double), ("rows", ctypes.c_uint32), ("count", ctypes.c_uint32),
@@ -74,26 +72,27 @@ class GradRef(ctypes.Structure):
 
 
 class Channelwise(ctypes.Structure):
+    """struct Channelwise up to its arrays: a ParamRef and then a GradRef for each parameter, and the op's attributes."""
+
     _fields_ = [
         ("tiling", Tiling),
-        *((n, ctypes.c_void_p) for n in ("x", "residual", "dy", "y", "dx", "dresidual", "partial")),
-        ("knobs", ctypes.c_void_p), ("wanted", ctypes.c_uint32), ("knob_rows", ctypes.c_uint32), ("ctu", Static),
-        ("params", ParamRef * 5), ("grads", GradRef * 5),
+        *((n, ctypes.c_void_p) for n in ("x", "residual", "dy", "y", "dx", "dresidual", "partial", "table")),
+        ("wanted", ctypes.c_uint32), ("table_rows", ctypes.c_uint32),
     ]  # fmt: skip
 
 
-class Knobs(ctypes.Structure):
-    _fields_ = [
-        ("to", ctypes.c_void_p), ("rows", ctypes.c_uint32), ("channels", ctypes.c_uint32), ("ctu", Static),
-        ("params", ParamRef * 2),
-    ]  # fmt: skip
+class Precompute(ctypes.Structure):
+    """struct Precompute up to its array of a ParamRef for each parameter."""
+
+    _fields_ = [("to", ctypes.c_void_p), ("rows", ctypes.c_uint32), ("channels", ctypes.c_uint32)]
 
 
-class Finish(ctypes.Structure):
+class ReducePartials(ctypes.Structure):
+    """struct ReducePartials up to its arrays, which are those of Channelwise."""
+
     _fields_ = [
         ("partial", ctypes.c_void_p), ("columns", ctypes.c_int64),
         *((n, ctypes.c_uint32) for n in ("channels", "inner", "repeat", "slots", "wanted")),
-        ("ctu", Static), ("params", ParamRef * 5), ("grads", GradRef * 5),
     ]  # fmt: skip
 
 
@@ -104,8 +103,10 @@ class Item(ctypes.Structure):
     ]  # fmt: skip
 
 
-class Collect(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_uint32) for n in ("groups", "channels", "items")] + [("item", Item * 5)]
+class ReduceShared(ctypes.Structure):
+    """struct ReduceShared up to its array of items."""
+
+    _fields_ = [(n, ctypes.c_uint32) for n in ("groups", "channels", "items")]
 
 
 class Gates(ctypes.Structure):
@@ -116,27 +117,93 @@ class Gates(ctypes.Structure):
     ]  # fmt: skip
 
 
+# The types of csrc/cuda/launch.h, csrc/cuda/args.h and csrc/hard_concrete.h that this file mirrors.
+_MIRRORS = [
+    ("cuda::Scratch", Scratch), ("cuda::Launch", Request), ("cuda::Tiling", Tiling), ("cuda::ParamRef", ParamRef),
+    ("cuda::GradRef", GradRef), ("cuda::ReduceShared::Item", Item), ("cuda::ReduceShared", ReduceShared), ("Gates", Gates),
+    *((f"cuda::{kind.__name__}<CtuOp>", kind) for kind in (Channelwise, Precompute, ReducePartials)),
+    *((f"cuda::{kind.__name__}<HeadEditOp>", kind) for kind in (Channelwise, Precompute, ReducePartials)),
+]  # fmt: skip
+
+
+_ARRAYS: dict[type[ctypes.Structure], dict[str, type[ctypes.Structure]]] = {
+    Channelwise: {"params": ParamRef, "grads": GradRef}, ReducePartials: {"params": ParamRef, "grads": GradRef},
+    Precompute: {"params": ParamRef}, ReduceShared: {"item": Item},
+}  # fmt: skip
+
+
+def check_layouts() -> None:
+    """Has the C++ compiler assert that the structures here are laid out as those of csrc."""
+    lines = ["#include <cstddef>", '#include "cuda/args.h"', '#include "cuda/launch.h"', "using namespace ctk;"]
+    for number, (name, mirror) in enumerate(_MIRRORS):
+        lines.append(f"using S{number} = {name};")
+        for field, kind in mirror._fields_:
+            member = "from" if field == "from_" else field
+            if mirror is Gates and field in ("mode", "temperature", "low", "high"):
+                member = f"gate.{field}"
+            offset, size = getattr(mirror, field).offset, ctypes.sizeof(kind)
+            lines.append(
+                f"static_assert(offsetof(S{number}, {member}) == {offset} && sizeof(S{number}::{member}) == {size});"
+            )
+        at = str(_end(mirror))
+        for array, item in _ARRAYS.get(mirror, {}).items():
+            size = f"sizeof(S{number}::{array})"
+            lines.append(f"static_assert(offsetof(S{number}, {array}) == {at} && {size} % {ctypes.sizeof(item)} == 0);")
+            at += f" + {size}"
+    command = [
+        os.environ.get("CXX", "c++"),
+        "-std=c++20",
+        "-fsyntax-only",
+        "-Wno-invalid-offsetof",
+        f"-I{SOURCES}",
+        "-xc++",
+        "-",
+    ]
+    subprocess.run(command, input="\n".join(lines), text=True, check=True)
+
+
+def _end(mirror: type[ctypes.Structure]) -> int:
+    """Where the arrays after a structure begin: they are aligned to 8 bytes."""
+    return -(-ctypes.sizeof(mirror) // 8) * 8
+
+
 def structure(kernel: str) -> type[ctypes.Structure]:
-    """The argument of a kernel."""
-    if kernel in ("ctk_collect", "ctk_ctu_knobs"):
-        return Collect if kernel == "ctk_collect" else Knobs
-    return Finish if "_finish_" in kernel else Gates if "_gates_" in kernel else Channelwise
+    """The argument of a kernel, up to arrays whose length depends on the op."""
+    if kernel in ("ctk_reduce_shared", "ctk_ctu_precompute"):
+        return ReduceShared if kernel == "ctk_reduce_shared" else Precompute
+    return ReducePartials if "_reduce_partials_" in kernel else Gates if "_gates_" in kernel else Channelwise
 
 
-def source(kernel: str) -> Path:
-    """The file that instantiates a kernel."""
+def arrays(kernel: str, data: bytes) -> dict[str, list[Any]]:
+    """The arrays after the structure, of the argument ``data`` of a kernel."""
+    kind, at, found = structure(kernel), _end(structure(kernel)), {}
+    for name, item in _ARRAYS.get(kind, {}).items():
+        length = ReduceShared.from_buffer_copy(data).items if kind is ReduceShared else _parameters(kernel)
+        found[name] = list((item * length).from_buffer_copy(data, at))
+        at += ctypes.sizeof(item * length)
+    return found
+
+
+def _parameters(kernel: str) -> int:
+    """How many parameters the op of a kernel has."""
+    (op,) = (op for op in OPS.values() if kernel.startswith(f"ctk_{op.name}_"))
+    return op.elementwise_flags.count(False)
+
+
+def source(kernel: str) -> tuple[Path, list[str]]:
+    """The file that instantiates a kernel, and the options that it is compiled with for that."""
     if structure(kernel) is not Channelwise:
-        return SOURCES / "cuda/small.cu"
-    found = re.fullmatch(r"ctk_(\w+)_(?:forward|backward)_(\w+)_(?:plane|lanes)_(?:one|wide|lean)", kernel)
-    assert found, kernel
-    return SOURCES / ("cuda/head_edit.cu" if found[1] == "head_edit" else f"cuda/ctu_{found[2]}.cu")
+        return SOURCES / ("cuda/gates.cu" if structure(kernel) is Gates else "cuda/reduce.cu"), []
+    dtype = re.fullmatch(r"ctk_\w+_(?:forward|backward)_(\w+)_(?:plane|lanes)_(?:scalar|vector|plain)", kernel)
+    assert dtype, kernel
+    return SOURCES / "cuda/channelwise.cu", [f"-DCTK_DTYPE={dtype[1]}"]
 
 
 @lru_cache(maxsize=256)
 def compiled(kernel: str, sm: int) -> str:
     """PTX of one kernel."""
-    options = [*OPTIONS, f'-DCTK_SELECT=" {kernel} "']
-    text = compile_cuda(source(kernel), sm, options=options, include=[SOURCES])
+    file, options = source(kernel)
+    text = compile_cuda(file, sm, options=[*OPTIONS, *options, f'-DCTK_SELECT=" {kernel} "'], include=[SOURCES])
     # the other entries of the file are empty
     empty = re.compile(r"^\.visible \.entry (\w+)\((?:.*?)^\}\n", re.M | re.S)
     return empty.sub(lambda m: m[0] if m[1] == kernel else "", text)
@@ -185,8 +252,9 @@ class Recorder:
 
     def execute(self, r: Request) -> None:
         kernel, kind = r.kernel.decode(), structure(r.kernel.decode())
-        assert r.args_size == ctypes.sizeof(kind), kernel
-        args = kind.from_buffer_copy(ctypes.string_at(r.args, r.args_size))
+        data = ctypes.string_at(r.args, r.args_size)
+        args = kind.from_buffer_copy(data)
+        more = arrays(kernel, data)
         self.launches.append((kernel, r.grid, (r.block_x, r.block_y), r.shared, args))
         outputs: list[tuple[int | None, int]] = []
         inputs: list[tuple[int | None, int]] = []
@@ -196,29 +264,29 @@ class Recorder:
         big = self.numel * self.itemsize
         if kind is Channelwise:
             inputs = [(args.x, big)] if args.x != args.y else []
-            inputs += [(args.residual, big), (args.dy, big), *(p.extent() for p in args.params)]
+            inputs += [(args.residual, big), (args.dy, big), *(p.extent() for p in more["params"])]
             outputs = [(a, big) for a in (args.y, args.dx, args.dresidual) if a != args.x]
             if args.x == args.y:
                 self.bytes_at(args.x, big)
             values = args.tiling.channels * (self.numel // (args.tiling.group or 1))
-        elif kind is Knobs:
-            inputs = [p.extent() for p in args.params]
-        elif kind is Finish:
-            inputs = [p.extent() for p in args.params]
+        elif kind is Precompute:
+            inputs = [p.extent() for p in more["params"]]
+        elif kind is ReducePartials:
+            inputs = [p.extent() for p in more["params"]]
             values = args.channels * (r.grid // -(-args.channels // r.block_x))
-        elif kind is Collect:
-            outputs = [(i.to, i.rows * i.count * (8 if i.is_double else 4)) for i in args.item[: args.items]]
+        elif kind is ReduceShared:
+            outputs = [(i.to, i.rows * i.count * (8 if i.is_double else 4)) for i in more["item"]]
         else:
             inputs = [(args.log_alpha, big), (args.noise, 8 if args.seeded else big), (args.dy, big)]
             outputs = [(a, big) for a in (args.value, args.d_log_alpha, args.d_noise)]
-        if kind in (Channelwise, Finish):
-            outputs += [(g.data, values * (8 if g.is_double else 4)) for g in args.grads]
+        if kind in (Channelwise, ReducePartials):
+            outputs += [(g.data, values * (8 if g.is_double else 4)) for g in more["grads"]]
         for address, size in inputs:
             if address:
                 self.bytes_at(address, size, readonly=True)
         written = [self.bytes_at(a, size, unwritten=True) for a, size in outputs if a]
         text = self.rewrite(compiled(kernel, self.sm))
-        launch = Launch(text, kernel, (r.grid,), (r.block_x, r.block_y), r.shared, bytes(args))
+        launch = Launch(text, kernel, (r.grid,), (r.block_x, r.block_y), r.shared, data)
         execute([launch], memory=self.memory, races=self.races, approx=self.approx, max_steps=self.max_steps)
         for output in written:
             assert self.memory.written(output).all(), f"{kernel} leaves part of an output unwritten"
@@ -227,6 +295,7 @@ class Recorder:
 @lru_cache(maxsize=1)
 def _library() -> tuple[ctypes.CDLL, torch.library.Library]:
     """The binding, registered for CPU tensors under LIBRARY with the schemas of the real ops."""
+    check_layouts()
     binding = ctypes.CDLL(str(backends.CUDA_BINDING))
     library = torch.library.Library(LIBRARY, "DEF")
     for op in OPS.values():

@@ -98,7 +98,7 @@ def test_the_source_distribution_has_every_source(source: Path) -> None:
         here = {
             p.relative_to(ROOT)
             for p in (ROOT / folder).rglob("*")
-            if p.suffix in (".h", ".cpp", ".cu", ".cuh", ".py", ".json")
+            if p.suffix in (".h", ".def", ".cpp", ".cu", ".cuh", ".py", ".json")
         }
         assert here
         assert here == {p.relative_to(source) for p in (source / folder).rglob("*") if p.relative_to(source) in here}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -28,39 +27,36 @@ def nvcc() -> str | None:
 
 
 def kernels() -> dict[str, list[str]]:
-    """The kernels that move 16 bytes at a time, by the file that holds them."""
+    """The kernels that move 16 bytes at a time, by their storage type."""
     found: dict[str, list[str]] = {}
-    for file, dtypes, ops in (
-        *((f"ctu_{t}.cu", [t], ["logistic"]) for t in ("f32", "bf16", "f16")),
-        *((f"ctu_{t}.cu", [t], ["leaky", "relu6", "gaussian"]) for t in ("f32", "bf16")),
-        ("head_edit.cu", list(ITEMSIZE), ["head_edit"]),
+    for op, dtypes, tiles, form in (
+        ("ctu_logistic", ("f32", "bf16", "f16"), ("plane", "lanes"), "plain"),
+        *((f"ctu_{variant}", ("f32", "bf16"), ("plane",), "vector") for variant in ("leaky", "relu6", "gaussian")),
+        ("head_edit", tuple(ITEMSIZE), ("plane", "lanes"), "vector"),
     ):
-        for op in ops:
-            tiles = ["plane"] if op in ("leaky", "relu6", "gaussian") else ["plane", "lanes"]
-            form = "lean" if op == "logistic" else "wide"
-            names = [
-                f"ctk_{op}_{p}_{t}_{tile}_{form}" for t in dtypes for p in ("forward", "backward") for tile in tiles
-            ]
-            found.setdefault(file, []).extend(names)
+        for t in dtypes:
+            names = [f"ctk_{op}_{p}_{t}_{tile}_{form}" for p in ("forward", "backward") for tile in tiles]
+            found.setdefault(t, []).extend(names)
     return found
 
 
 @lru_cache(maxsize=32)
-def _cubin(file: str, sm: int) -> bytes:
+def _cubin(dtype: str, sm: int) -> bytes:
     compiler = nvcc()
     if compiler is None:
         raise FileNotFoundError("nvcc: install the CUDA toolkit, or set CUDA_HOME")
-    select = f'-DCTK_SELECT=" {" ".join(kernels()[file])} "'
+    select = f'-DCTK_SELECT=" {" ".join(kernels()[dtype])} "'
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.cubin"
         command = [compiler, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", f"-arch=sm_{sm}", select]
-        subprocess.run([*command, "-o", str(out), str(CUDA / file)], check=True)
+        command += [f"-DCTK_DTYPE={dtype}", str(CUDA / "channelwise.cu")]
+        subprocess.run([*command, "-o", str(out)], check=True)
         return out.read_bytes()
 
 
-def cost(file: str, kernel: str, sm: int) -> Cost:
+def cost(dtype: str, kernel: str, sm: int) -> Cost:
     """Of the loop that moves the tensors, which the kernel spends its time in."""
-    listing = sass.disassemble(_cubin(file, sm), kernel)
+    listing = sass.disassemble(_cubin(dtype, sm), kernel)
     loops = [
         (a, b)
         for a, b in listing.loops
@@ -69,8 +65,7 @@ def cost(file: str, kernel: str, sm: int) -> Cost:
     inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
     # The compiler may make several of a loop, with and without sums: the one with most work.
     body = max((listing.instructions[a : b + 1] for a, b in inner), key=len)
-    dtype = re.split("_(?:forward|backward)_", kernel)[1].split("_")[0]
-    backward, full = "_backward_" in kernel, kernel.endswith("_wide") and "head_edit" not in kernel
+    backward, full = "_backward_" in kernel, kernel.endswith("_vector") and "head_edit" not in kernel
     # Kernels with a prologue also have accesses to the residual and its gradient, which are skipped where there is none.
     moves = [i for i in body if i.name in ("LDG", "STG") and i.bytes == 16]
     packs = sum(i.name == "STG" for i in moves) / (2 if backward and full else 1)
@@ -91,8 +86,8 @@ def cost(file: str, kernel: str, sm: int) -> Cost:
 
 def costs(archs: list[int], only: str = "") -> Iterator[Cost]:
     """Of the kernels whose name contains ``only``."""
-    for file, names in kernels().items():
+    for dtype, names in kernels().items():
         for name in names:
             if only in name:
                 for sm in archs:
-                    yield cost(file, name, sm)
+                    yield cost(dtype, name, sm)

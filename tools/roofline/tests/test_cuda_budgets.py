@@ -18,12 +18,12 @@ if cuda.nvcc() is None:
 BUDGETS = json.loads(cuda.BUDGETS.read_text())
 # Predicted time over the memory floor, by op and pass, type, and GPU.
 TARGETS = {
-    ("logistic_forward", "f32"): {80: 1.0, 90: 1.0, 100: 1.25},
-    ("logistic_forward", "bf16"): {80: 1.0, 90: 1.05, 100: 1.6},
-    ("logistic_forward", "f16"): {80: 1.0, 90: 1.05, 100: 1.6},
-    ("logistic_backward", "f32"): {80: 1.0, 90: 1.0, 100: 1.4},
-    ("logistic_backward", "bf16"): {80: 1.1, 90: 1.2, 100: 2.0},
-    ("logistic_backward", "f16"): {80: 1.1, 90: 1.2, 100: 2.0},
+    ("ctu_logistic_forward", "f32"): {80: 1.0, 90: 1.0, 100: 1.25},
+    ("ctu_logistic_forward", "bf16"): {80: 1.0, 90: 1.05, 100: 1.6},
+    ("ctu_logistic_forward", "f16"): {80: 1.0, 90: 1.05, 100: 1.6},
+    ("ctu_logistic_backward", "f32"): {80: 1.0, 90: 1.0, 100: 1.4},
+    ("ctu_logistic_backward", "bf16"): {80: 1.1, 90: 1.2, 100: 2.0},
+    ("ctu_logistic_backward", "f16"): {80: 1.1, 90: 1.2, 100: 2.0},
 } | {(f"head_edit_{p}", t): dict.fromkeys(GPUS, 1.0) for p in ("forward", "backward") for t in cuda.ITEMSIZE}
 
 

@@ -1,8 +1,8 @@
-// Vectors of AVX-512: how each dtype is loaded and stored, and the maths of the ops.
-// The CT unit, whose loop the compiler makes of the scalar headers is bound by instructions: same formulas as ctu.h with
-// masks for what is beyond a limit. In bfloat16 and half the exponential is shorter and the reciprocals are the machine's
-// 14-bit estimates: relative errors 9e-5 (2^f), 6e-5 (log1p), 6e-5 (1/d), a fraction of half an ulp of either type.
-// The head edit in every type but double, where all that counts is how memory is read and written.
+// AVX-512 vectors: how each dtype is loaded and stored, and the arithmetic of some ops.
+// The CT unit's loop, as compiled from the scalar headers, is bound by instructions. This is the same formula as in ctu.h with
+// masks for what is beyond a limit. In bfloat16 and half the exponential is shorter and reciprocals are the machine's 14-bit
+// estimates: relative errors of 9e-5 (2^f), 6e-5 (log1p) and 6e-5 (1/d), a fraction of half an ulp of either type.
+// The head edit, in every type but double, is bound by how memory is read and written.
 #pragma once
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns about its own intrinsics (its bug 105593)
@@ -10,6 +10,7 @@
 #endif
 #include <immintrin.h>
 
+#include <array>
 #include <utility>
 
 #include "../ctu.h"
@@ -17,7 +18,7 @@
 
 namespace ctk::cpu {
 namespace {
-namespace direct {
+namespace avx512 {
 
 using V = __m512;
 using Mask = __mmask16;
@@ -36,82 +37,6 @@ using Pair = Vectors<2>;
 constexpr __mmask32 kFull = ~__mmask32(0);
 inline Mask part(__mmask32 live, int h) { return static_cast<Mask>(live >> 16 * h); }
 
-CTK_HD void store_words(uint16_t* p, __mmask32 live, bool stream, __m512i words) {
-  if (stream && live == kFull) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), words);
-  else _mm512_mask_storeu_epi16(p, live, words);
-}
-
-struct BFloat16 {
-  using Value = uint16_t;
-  static constexpr int kVectors = 2;
-  static Pair load(const Value* p, __mmask32 live) {
-    const __m512i raw = _mm512_maskz_loadu_epi16(live, p);
-    // word i to the high half of lane i, zeros below
-    const __m512i low = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, spread(0), raw);
-    const __m512i high = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, spread(16), raw);
-    return {{real(low), real(high)}};
-  }
-  template <bool even>
-  static void store(Value* p, __mmask32 live, bool stream, const Pair& y) {
-    const __m512i words = _mm512_permutex2var_epi16(rounded<even>(y.v[0]), high_words(), rounded<even>(y.v[1]));
-    store_words(p, live, stream, words);
-  }
-
- private:
-  // To nearest, in the high half of each lane; ties to even where results can be ties, away from zero where a tie is
-  // an accident of 1e-4. NaNs pass: those that can come here have a low half of zeros.
-  template <bool even>
-  static __m512i rounded(V v) {
-    if constexpr (!even) return _mm512_add_epi32(bits(v), _mm512_set1_epi32(0x8000));
-    const __mmask16 odd = _mm512_test_epi32_mask(bits(v), _mm512_set1_epi32(0x10000));
-    const __m512i down = _mm512_add_epi32(bits(v), _mm512_set1_epi32(0x7fff));
-    return _mm512_mask_add_epi32(down, odd, bits(v), _mm512_set1_epi32(0x8000));
-  }
-  static __m512i spread(int from) {
-    alignas(64) static constexpr auto index = [] {
-      struct { int16_t i[2][32]; } t{};
-      for (int h = 0; h < 2; ++h)
-        for (int j = 0; j < 32; ++j) t.i[h][j] = static_cast<int16_t>(16 * h + j / 2);
-      return t;
-    }();
-    return _mm512_load_si512(index.i[from / 16]);
-  }
-  static __m512i high_words() {
-    alignas(64) static constexpr auto index = [] {
-      struct { int16_t i[32]; } t{};
-      for (int j = 0; j < 32; ++j) t.i[j] = static_cast<int16_t>(2 * j + 1);
-      return t;
-    }();
-    return _mm512_load_si512(index.i);
-  }
-};
-
-struct Half {
-  using Value = uint16_t;
-  static constexpr int kVectors = 2;
-  static Pair load(const Value* p, __mmask32 live) {
-    const __m512i raw = _mm512_maskz_loadu_epi16(live, p);
-    return {{_mm512_cvtph_ps(_mm512_castsi512_si256(raw)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(raw, 1))}};
-  }
-  template <bool>
-  static void store(Value* p, __mmask32 live, bool stream, const Pair& y) {
-    const __m256i low = _mm512_cvtps_ph(y.v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m256i high = _mm512_cvtps_ph(y.v[1], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    store_words(p, live, stream, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
-  }
-};
-
-struct Float {
-  using Value = float;
-  static constexpr int kVectors = 1;  // sums and constants of two do not fit the registers
-  static Vectors<1> load(const Value* p, __mmask32 live) { return {{_mm512_maskz_loadu_ps(part(live, 0), p)}}; }
-  template <bool>
-  static void store(Value* p, __mmask32 live, bool stream, const Vectors<1>& y) {
-    if (stream && part(live, 0) == part(kFull, 0)) _mm512_stream_ps(p, y.v[0]);
-    else _mm512_mask_storeu_ps(p, part(live, 0), y.v[0]);
-  }
-};
-
 // f(0), ..., f(N - 1) with constants, so that arrays they index can live in registers.
 template <int N, class F>
 CTK_HD void unrolled(const F& f) {
@@ -120,28 +45,26 @@ CTK_HD void unrolled(const F& f) {
   }(std::make_integer_sequence<int, N>{});
 }
 
-// ---- the CT unit ---------------------------------------------------------------------------------------------------
+// ---- transcendental functions -------------------------------------------------------------------------------------
 
 // See horner in scalar.h.
 template <class C, int i = 0>
 CTK_HD V horner(V x, V p = _mm512_setzero_ps()) {
-  if constexpr (i == C::kTerms) {
+  if constexpr (i == kTerms<C>) {
     return p;
   } else {
-    constexpr float c = C::at(i);
+    constexpr float c = C::k[i];
     return horner<C, i + 1>(x, i == 0 ? all(c) : _mm512_fmadd_ps(p, x, all(c)));
   }
 }
 
-// The transcendental parts for results in float.
+// Transcendental functions for results in float.
 struct ExactMath {
   struct Rate {
     V hi, lo, limit;
   };
   template <class Field>
-  static Rate rate(const Field& field, int first) {
-    return {field(first), field(first + 1), field(first + 2)};
-  }
+  static Rate rate(const Field& field, int first) { return {field(first), field(first + 1), field(first + 2)}; }
 
   // e^(-rate a) where `near`, else 0.
   static V decay(V a, const Rate& rate, Mask near) {
@@ -159,7 +82,7 @@ struct FastMath {
   struct Rate {
     V ulps, limit;
   };
-  // In units of the last place of an exponent field. Rates beyond the cap act on values below 1e-29 alone.
+  // In units of the last place of an exponent field. Rates beyond the cap matter only for values below 1e-29.
   template <class Field>
   static Rate rate(const Field& field, int first) {
     return {_mm512_mul_ps(_mm512_min_ps(field(first), all(4e31f)), all(8388608.f)), field(first + 2)};
@@ -180,19 +103,102 @@ struct FastMath {
   static V inverse(V d) { return _mm512_rcp14_ps(d); }
 };
 
+// ---- dtypes --------------------------------------------------------------------------------------------------------
+
+CTK_HD void store_words(uint16_t* p, __mmask32 live, bool stream, __m512i words) {
+  if (stream && live == kFull) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), words);
+  else _mm512_mask_storeu_epi16(p, live, words);
+}
+
+struct BFloat16 {
+  using Math = FastMath;
+  using Value = uint16_t;
+  static constexpr int kVectors = 2;
+  static Pair load(const Value* p, __mmask32 live) {
+    const __m512i raw = _mm512_maskz_loadu_epi16(live, p);
+    // word i to the high half of lane i, zeros below
+    const __m512i low = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, words<0, 1>(), raw);
+    const __m512i high = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, words<16, 1>(), raw);
+    return {{real(low), real(high)}};
+  }
+  template <bool even>
+  static void store(Value* p, __mmask32 live, bool stream, const Pair& y) {
+    const __m512i both = _mm512_permutex2var_epi16(rounded<even>(y.v[0]), words<1, 4>(), rounded<even>(y.v[1]));
+    store_words(p, live, stream, both);
+  }
+
+ private:
+  // To nearest, in the high half of each lane; ties to even where results can be ties, away from zero where a tie is
+  // an accident of 1e-4. NaNs pass: those that can come here have a low half of zeros.
+  template <bool even>
+  static __m512i rounded(V v) {
+    if constexpr (!even) return _mm512_add_epi32(bits(v), _mm512_set1_epi32(0x8000));
+    const __mmask16 odd = _mm512_test_epi32_mask(bits(v), _mm512_set1_epi32(0x10000));
+    const __m512i down = _mm512_add_epi32(bits(v), _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_add_epi32(down, odd, bits(v), _mm512_set1_epi32(0x8000));
+  }
+  // Word j is from + j step / 2.
+  template <int from, int step>
+  static __m512i words() {
+    alignas(64) static constexpr auto index = [] {
+      std::array<int16_t, 32> t{};
+      for (int j = 0; j < 32; ++j) t[j] = static_cast<int16_t>(from + j * step / 2);
+      return t;
+    }();
+    return _mm512_load_si512(index.data());
+  }
+};
+
+struct Half {
+  using Math = FastMath;
+  using Value = uint16_t;
+  static constexpr int kVectors = 2;
+  static Pair load(const Value* p, __mmask32 live) {
+    const __m512i raw = _mm512_maskz_loadu_epi16(live, p);
+    return {{_mm512_cvtph_ps(_mm512_castsi512_si256(raw)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(raw, 1))}};
+  }
+  template <bool>
+  static void store(Value* p, __mmask32 live, bool stream, const Pair& y) {
+    const __m256i low = _mm512_cvtps_ph(y.v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i high = _mm512_cvtps_ph(y.v[1], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    store_words(p, live, stream, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+  }
+};
+
+struct Float {
+  using Math = ExactMath;
+  using Value = float;
+  static constexpr int kVectors = 1;  // sums and constants of two do not fit the registers
+  static Vectors<1> load(const Value* p, __mmask32 live) { return {{_mm512_maskz_loadu_ps(part(live, 0), p)}}; }
+  template <bool>
+  static void store(Value* p, __mmask32 live, bool stream, const Vectors<1>& y) {
+    if (stream && part(live, 0) == part(kFull, 0)) _mm512_stream_ps(p, y.v[0]);
+    else _mm512_mask_storeu_ps(p, part(live, 0), y.v[0]);
+  }
+};
+
+// An op on vectors, for those that gain from it: constants in, 16 values at a time. kTiesToEven: results can be halfway between
+// two 16-bit values other than by accident. Shared: for many values with the same constants.
+template <class Op, typename Op::Variant variant, class Math>
+struct Arithmetic {
+  static constexpr int kSums = 0;  // none
+};
+
+// ---- the CT unit ---------------------------------------------------------------------------------------------------
+
 template <class Math>
-struct CtuVectors {
-  static constexpr int kSums = 4;
-  static constexpr bool kTiesToEven = false, kPrologue = true;
+struct Arithmetic<CtuOp, CtuOp::Variant::kLogistic, Math> {
+  static constexpr int kSums = CtuOp::kSumSlope;
+  static constexpr bool kTiesToEven = false;
   using Rate = typename Math::Rate;
   using Log1p = typename Math::Log1p;
   Rate t, u;
   V c, c1, c1s, c_eta;
 
   template <class Field>  // field(i): the vector of constant i
-  explicit CtuVectors(const Field& field)
-      : t(Math::rate(field, kTHi)), u(Math::rate(field, kUHi)), c(field(kC)), c1(field(kC1)), c1s(field(kC1S)),
-        c_eta(_mm512_mul_ps(field(kC), field(kEta))) {}
+  explicit Arithmetic(const Field& field)
+      : t(Math::rate(field, CtuOp::kTHi)), u(Math::rate(field, CtuOp::kUHi)), c(field(CtuOp::kC)), c1(field(CtuOp::kC1)), c1s(field(CtuOp::kC1S)),
+        c_eta(_mm512_mul_ps(field(CtuOp::kC), field(CtuOp::kEta))) {}
 
   // base - c a et / (1 + et) + (1 - c) s log1p(eu).
   V forward(V w) const {
@@ -201,7 +207,7 @@ struct CtuVectors {
     return _mm512_fmadd_ps(_mm512_mul_ps(c1s, horner<Log1p>(p.eu)), p.eu, p.base_less(ratio));
   }
 
-  // dw, and with `sums` the terms of ctu_parameter_gradients added to them.
+  // dw, and with `sums` the terms of its parameter gradients added to them.
   template <bool sums>
   V backward(V w, V dy, V* sum) const {
     const auto [a, base, t_near, u_near, et, eu] = Parts(w, t, u);
@@ -221,22 +227,22 @@ struct CtuVectors {
     return _mm512_mul_ps(dy, _mm512_mask_sub_ps(h, up, one, h));
   }
 
-  // The forward pass where many values share their constants: two products fewer, for more constants to prepare and to hold.
+  // The forward pass for many values with the same constants: two products fewer, more constants.
   struct Shared {
     Rate t, u;
-    V c_inverse, scaled_log1p[Log1p::kTerms];  // 1 / c, and the coefficients of (1 - c) s log1p(e) / e
+    V c_inverse, scaled_log1p[kTerms<Log1p>];  // 1 / c, and the coefficients of (1 - c) s log1p(e) / e
 
     template <class Field>
     explicit Shared(const Field& field)
-        : t(Math::rate(field, kTHi)), u(Math::rate(field, kUHi)), c_inverse(_mm512_div_ps(all(1.f), field(kC))) {
-      unrolled<Log1p::kTerms>([&](auto i) { scaled_log1p[i] = _mm512_mul_ps(field(kC1S), all(Log1p::at(i))); });
+        : t(Math::rate(field, CtuOp::kTHi)), u(Math::rate(field, CtuOp::kUHi)), c_inverse(_mm512_div_ps(all(1.f), field(CtuOp::kC))) {
+      unrolled<kTerms<Log1p>>([&](auto i) { scaled_log1p[i] = _mm512_mul_ps(field(CtuOp::kC1S), all(Log1p::k[i])); });
     }
 
     V forward(V w) const {
       const Parts p(w, t, u);
-      const V ratio = _mm512_div_ps(p.a, _mm512_fmadd_ps(p.et, c_inverse, c_inverse));  // a c of 0 divides by infinity
+      const V ratio = _mm512_div_ps(p.a, _mm512_fmadd_ps(p.et, c_inverse, c_inverse));  // c = 0: a division by infinity
       V log1p = scaled_log1p[0];
-      unrolled<Log1p::kTerms - 1>([&](auto i) __attribute__((always_inline)) {
+      unrolled<kTerms<Log1p> - 1>([&](auto i) __attribute__((always_inline)) {
         log1p = _mm512_fmadd_ps(log1p, p.eu, scaled_log1p[i + 1]);
       });
       return _mm512_fmadd_ps(log1p, p.eu, p.base_less(ratio));
@@ -254,21 +260,22 @@ struct CtuVectors {
     Parts(V w, const Rate& t, const Rate& u)
         : a(_mm512_abs_ps(w)), base(_mm512_max_ps(w, _mm512_setzero_ps())), t_near(within(a, t.limit)),
           u_near(within(a, u.limit)), et(Math::decay(a, t, t_near)), eu(Math::decay(a, u, u_near)) {}
-    // base - ratio et; an infinite a leaves base alone.
+    // base - ratio et; base if a is infinite.
     V base_less(V ratio) const { return _mm512_mask3_fnmadd_ps(et, ratio, base, t_near); }
   };
 };
 
 // ---- the head edit -------------------------------------------------------------------------------------------------
 
-struct HeadEditVectors {
-  static constexpr int kSums = 2;
-  static constexpr bool kTiesToEven = true, kPrologue = false;
-  using Shared = HeadEditVectors;
+template <class Math>
+struct Arithmetic<HeadEditOp, HeadEditOp::Variant::kOnly, Math> {
+  static constexpr int kSums = HeadEditOp::kSums;
+  static constexpr bool kTiesToEven = true;
+  using Shared = Arithmetic;
   V p, q;
 
   template <class Field>
-  explicit HeadEditVectors(const Field& field) : p(field(0)), q(field(1)) {}
+  explicit Arithmetic(const Field& field) : p(field(HeadEditOp::kScale)), q(field(HeadEditOp::kOffset)) {}
 
   V forward(V z) const { return _mm512_fmadd_ps(p, z, q); }
 
@@ -282,6 +289,6 @@ struct HeadEditVectors {
   }
 };
 
-}  // namespace direct
+}  // namespace avx512
 }  // namespace
 }  // namespace ctk::cpu

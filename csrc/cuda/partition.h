@@ -1,4 +1,4 @@
-// How a tensor is cut into blocks: a function of its shape and element size alone, like ctkernels/ops/_triton_plan.py.
+// The partition of a tensor into tiles, one a block: a function of its shape and element size alone, as in the Triton backend.
 #pragma once
 #include <algorithm>
 #include <numeric>
@@ -7,10 +7,12 @@
 
 namespace ctk::cuda {
 
-struct Plan {
-  bool plane = false, wide = false, direct = false;
+struct Partition {
+  bool plane = false;     // a tile has one channel, and constants for all its values; otherwise constants per column
+  bool vector = false;    // a thread moves 16 bytes at a time, not one value
+  bool one_pass = false;  // a block, or a thread of it, sees all of a channel and finishes its sums
   int threads = 0;
-  int64_t repeat = 1, programs = 0;
+  int64_t repeat = 1, blocks = 0;
   int64_t group = 0, row = 0, width = 0, cols_per = 0, rows = 0, rows_per = 0, row_cuts = 0, col_cuts = 0;
 
   int64_t slots() const { return plane ? row_cuts * col_cuts : row_cuts; }  // partial sums a channel, or a column
@@ -27,12 +29,10 @@ inline constexpr int64_t kMostSteps = 32, kLeastRows = 8, kLeastSummedRows = 16;
 // One block finishes a channel's sums alone up to this many steps; a small tensor is arranged so that it can.
 inline constexpr int64_t kAlone = 32, kSmall = 1 << 16;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// vector: values a thread moves at a time. sums: whether the kernel adds up over channels. wide only if what is asked for
-// divides every length.
-inline Plan plan_with(const View& v, int64_t vector, bool sums) {
-  Plan p;
+// values: that a thread is to move at a time; it does if they divide every length. sums: whether the kernel adds up over
+// channels.
+inline Partition partition_with(const View& v, int64_t values, bool sums) {
+  Partition p;
   p.group = v.outer * v.channels * v.inner;
   const bool one_launch = sums && v.outer <= kAlone && p.group * v.groups <= kSmall;
   const int64_t period = v.channels * v.inner;
@@ -40,47 +40,47 @@ inline Plan plan_with(const View& v, int64_t vector, bool sums) {
   if (p.plane) {
     p.width = v.inner, p.row = period, p.rows = v.outer;
   } else {
-    if (period < 32 * vector && v.outer > 1 && !one_launch) {  // several periods side by side, a whole number of vectors
-      const int64_t step = vector / std::gcd(period, vector);
-      p.repeat = std::min(std::max(step, 64 * vector / period / step * step), v.outer);
+    if (period < 32 * values && v.outer > 1 && !one_launch) {  // several periods side by side, a whole number of vectors
+      const int64_t step = values / std::gcd(period, values);
+      p.repeat = std::min(std::max(step, 64 * values / period / step * step), v.outer);
     }
     p.width = p.row = period * p.repeat;
     p.rows = ceil_div(v.outer, p.repeat);
   }
-  p.wide = vector > 1 && p.width % vector == 0 && p.group % vector == 0;
+  p.vector = values > 1 && p.width % values == 0 && p.group % values == 0;
   // The size that leaves fewest threads idle, counting a little for every step saved.
   int64_t lanes = 0, least = 0;
   for (int threads = 32; threads <= kMaxThreads; threads *= 2) {
-    const int64_t n = threads * vector, cost = ceil_div(p.width, n) * (n + 2 * vector);
+    const int64_t n = threads * values, cost = ceil_div(p.width, n) * (n + 2 * values);
     if (!lanes || cost < least) lanes = n, least = cost, p.threads = threads;
   }
-  const int64_t blocks = ceil_div(p.width, lanes);
+  const int64_t strides = ceil_div(p.width, lanes);
   int64_t planes = 1;
   if (p.plane) {
-    const int64_t total = blocks * p.rows * v.channels * v.groups;
+    const int64_t total = strides * p.rows * v.channels * v.groups;
     int64_t steps = std::min(std::max(ceil_div(total, kBlocks), int64_t(1)), kMostSteps);
-    if (sums && blocks * p.rows <= kAlone) steps = kAlone;
-    const int64_t cols = std::min(blocks, steps);
-    p.rows_per = std::min(p.rows, std::max(int64_t(1), steps / blocks));
-    p.cols_per = cols * lanes, p.col_cuts = ceil_div(blocks, cols), planes = v.channels;
+    if (sums && strides * p.rows <= kAlone) steps = kAlone;
+    const int64_t cols = std::min(strides, steps);
+    p.rows_per = std::min(p.rows, std::max(int64_t(1), steps / strides));
+    p.cols_per = cols * lanes, p.col_cuts = ceil_div(strides, cols), planes = v.channels;
   } else {
-    p.cols_per = lanes, p.col_cuts = blocks;
-    const int64_t even = ceil_div(p.rows * blocks * v.groups, sums ? kSummingBlocks : kBlocks);
+    p.cols_per = lanes, p.col_cuts = strides;
+    const int64_t even = ceil_div(p.rows * strides * v.groups, sums ? kSummingBlocks : kBlocks);
     p.rows_per = std::min({std::max(even, sums ? kLeastSummedRows : kLeastRows), 2 * kMostSteps, p.rows});
     if (sums && p.rows <= kAlone) p.rows_per = p.rows;
   }
   p.row_cuts = ceil_div(p.rows, p.rows_per);
-  p.direct = p.plane ? p.row_cuts * p.col_cuts == 1 : p.row_cuts == 1 && p.repeat == 1 && v.inner == 1;
-  p.programs = v.groups * planes * p.row_cuts * p.col_cuts;
+  p.one_pass = p.plane ? p.row_cuts * p.col_cuts == 1 : p.row_cuts == 1 && p.repeat == 1 && v.inner == 1;
+  p.blocks = v.groups * planes * p.row_cuts * p.col_cuts;
   return p;
 }
 
 // aligned: whether every tensor starts at a multiple of 16 bytes. Threads that finish the sums of their columns have one
-// column each: it takes longer than to move the few values there are.
-inline Plan plan_for(const View& v, int64_t itemsize, bool sums, bool aligned) {
-  const Plan p = plan_with(v, 16 / itemsize, sums);
-  const bool finishing = sums && p.direct && !p.plane;
-  return p.wide && aligned && !finishing ? p : plan_with(v, 1, sums);
+// column each: it takes longer than to move the few values they have.
+inline Partition partition_for(const View& v, int64_t itemsize, bool sums, bool aligned) {
+  const Partition p = partition_with(v, 16 / itemsize, sums);
+  const bool finishing = sums && p.one_pass && !p.plane;
+  return p.vector && aligned && !finishing ? p : partition_with(v, 1, sums);
 }
 
 }  // namespace ctk::cuda

@@ -1,4 +1,4 @@
-"""The CUDA host code (csrc/cuda/plan.h, as a pybind11 module) cuts tensors as the Triton launches do."""
+"""The CUDA host code (csrc/cuda/partition.h, as a pybind11 module) partitions tensors as the Triton launches do."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from ctkernels.ops._layout import View
-from ctkernels.ops._triton_plan import plan_for
+from ctkernels.ops.channelwise.partition import partition_of
+from ctkernels.ops.layout import View
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
@@ -33,14 +33,14 @@ Shape = tuple[int, int, int, int]  # groups, outer, channels, inner
 
 @pytest.fixture(scope="module")
 def cuda(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    library = tmp_path_factory.mktemp("plan") / "plan_module.so"
+    library = tmp_path_factory.mktemp("partition") / "partition_module.so"
     includes = [f"-I{folder}" for folder in (ROOT / "csrc", *HEADERS)]
-    source = Path(__file__).parent / "plan_module.cpp"
+    source = Path(__file__).parent / "partition_module.cpp"
     assert COMPILER is not None
     subprocess.run(
         [COMPILER, "-std=c++20", "-O0", "-shared", "-fPIC", *includes, str(source), "-o", str(library)], check=True
     )
-    spec = importlib.util.spec_from_file_location("plan_module", library)
+    spec = importlib.util.spec_from_file_location("partition_module", library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -85,16 +85,16 @@ def shapes() -> list[Shape]:
 
 
 def triton(shape: Shape, itemsize: int, sums: bool) -> dict[str, Any]:
-    """The plan of a Triton launch, lengths in values, in the words of the C++ one."""
+    """The partition of a Triton launch, lengths in values, in the words of the C++ one."""
     view = View(*shape)
-    p = plan_for(view, itemsize, sums)
+    p = partition_of(view, itemsize, sums)
     return {
         "plane": p.plane,
-        "wide": p.unit == 16 // itemsize,
-        "direct": p.direct,
+        "vector": p.unit == 16 // itemsize,
+        "one_pass": p.one_program_per_channel,
         "threads": 32 * p.warps,
         "repeat": p.repeat,
-        "programs": p.programs,
+        "blocks": p.programs,
         "group": view.outer * view.channels * view.inner,
         "row": p.row_units * p.unit,
         "cols_per": p.cols_per * p.unit,
@@ -103,15 +103,15 @@ def triton(shape: Shape, itemsize: int, sums: bool) -> dict[str, Any]:
         "row_cuts": p.row_cuts,
         "col_cuts": p.col_cuts,
         "slots": p.slots,
-        "columns": p.lanes_of(view),
+        "columns": p.columns(view),
     }
 
 
 @pytest.mark.parametrize("sums", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
-def test_both_make_the_same_cuts(cuda: ModuleType, itemsize: int, sums: bool) -> None:
+def test_both_make_the_same_partition(cuda: ModuleType, itemsize: int, sums: bool) -> None:
     for shape in shapes():
-        assert cuda.plan_with(*shape, 16 // itemsize, sums) == triton(shape, itemsize, sums), shape
+        assert cuda.partition_with(*shape, 16 // itemsize, sums) == triton(shape, itemsize, sums), shape
 
 
 @pytest.mark.parametrize("sums", [False, True])
@@ -120,12 +120,12 @@ def test_single_values_where_vectors_do_not_fit(cuda: ModuleType, itemsize: int,
     """Lengths that no vector divides, storage that starts anywhere, and blocks that finish the sums of their own columns."""
     kinds = set()
     for shape in shapes():
-        vectors, single = (cuda.plan_with(*shape, n, sums) for n in (16 // itemsize, 1))
-        finishes = sums and vectors["direct"] and not vectors["plane"]
-        expected = vectors if vectors["wide"] and not finishes else single
-        assert cuda.plan_for(*shape, itemsize, sums, True) == expected, shape
-        assert cuda.plan_for(*shape, itemsize, sums, False) == single, shape
-        kinds.add((vectors["wide"], finishes))
+        vectors, single = (cuda.partition_with(*shape, n, sums) for n in (16 // itemsize, 1))
+        finishes = sums and vectors["one_pass"] and not vectors["plane"]
+        expected = vectors if vectors["vector"] and not finishes else single
+        assert cuda.partition_for(*shape, itemsize, sums, True) == expected, shape
+        assert cuda.partition_for(*shape, itemsize, sums, False) == single, shape
+        kinds.add((vectors["vector"], finishes))
     assert kinds == {(True, False), (False, False)} | ({(True, True), (False, True)} if sums else set())
 
 
@@ -133,8 +133,8 @@ def test_single_values_where_vectors_do_not_fit(cuda: ModuleType, itemsize: int,
 def test_every_value_is_in_one_block(cuda: ModuleType, itemsize: int) -> None:
     for shape in shapes():
         groups, _, channels, _ = shape
-        p = cuda.plan_with(*shape, 16 // itemsize, True)
+        p = cuda.partition_with(*shape, 16 // itemsize, True)
         width = shape[3] if p["plane"] else p["row"]
         assert (p["row_cuts"] - 1) * p["rows_per"] < p["rows"] <= p["row_cuts"] * p["rows_per"], shape
         assert (p["col_cuts"] - 1) * p["cols_per"] < width <= p["col_cuts"] * p["cols_per"], shape
-        assert p["programs"] == groups * (channels if p["plane"] else 1) * p["row_cuts"] * p["col_cuts"], shape
+        assert p["blocks"] == groups * (channels if p["plane"] else 1) * p["row_cuts"] * p["col_cuts"], shape

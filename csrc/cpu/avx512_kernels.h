@@ -1,0 +1,205 @@
+// Memory kernels for AVX-512: loads, conversions, arithmetic and stores in one pass, by the vectors of avx512_vectors.h.
+#pragma once
+#include "avx512_vectors.h"
+#include "kernels.h"
+
+namespace ctk::cpu {
+namespace {
+namespace avx512 {
+
+// f(i, live) for every N vectors of values from i; all of them are live but in the last call.
+template <int N, class F>
+CTK_HD void for_vectors(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + 16 * N <= n; i += 16 * N) f(i, kFull);
+  if (i < n) f(i, (__mmask32(1) << (n - i)) - 1);
+}
+
+// Prefetches from a later row: the hardware follows runs, but not vectors a row apart.
+constexpr int64_t kRowsAhead = 4;
+template <class T>
+CTK_HD void prefetch(const T* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+// The op with the constants of 16 lanes, for each vector of a format.
+template <class Format, class Unit>
+std::array<Unit, Format::kVectors> lanes_ops(const float* constants, int64_t stride, __mmask32 live) {
+  const auto of = [&](int h) {
+    return Unit([&](int f) { return _mm512_maskz_loadu_ps(part(live, h), constants + f * stride + 16 * h); });
+  };
+  if constexpr (Format::kVectors == 1) return {of(0)};
+  else return {of(0), of(1)};
+}
+
+// w = scale x + shift (+ residual), for each vector of a format, and back from the gradient of w.
+template <class Format>
+struct AffineVectors {
+  V scale[Format::kVectors], shift[Format::kVectors];
+
+  static AffineVectors plane(const Run<float>& run) {
+    AffineVectors a;
+    for (int h = 0; h < Format::kVectors; ++h) a.scale[h] = all(*run.scale), a.shift[h] = all(*run.shift);
+    return a;
+  }
+  static AffineVectors lanes(const Run<float>& run, int64_t lane, __mmask32 live) {
+    AffineVectors a;
+    for (int h = 0; h < Format::kVectors; ++h) {
+      a.scale[h] = _mm512_maskz_loadu_ps(part(live, h), run.scale + lane + 16 * h);
+      a.shift[h] = _mm512_maskz_loadu_ps(part(live, h), run.shift + lane + 16 * h);
+    }
+    return a;
+  }
+  CTK_HD void apply(Vectors<Format::kVectors>& w, const typename Format::Value* residual, int64_t i, __mmask32 live) const {
+    for (int h = 0; h < Format::kVectors; ++h) w.v[h] = _mm512_fmadd_ps(scale[h], w.v[h], shift[h]);
+    if (!residual) return;
+    const auto r = Format::load(residual + i, live);
+    for (int h = 0; h < Format::kVectors; ++h) w.v[h] = _mm512_add_ps(w.v[h], r.v[h]);
+  }
+};
+
+// A call's tensors in their dtype.
+template <class Format, class Unit, bool prologue>
+struct Tensors {
+  using Value = typename Format::Value;
+  const Value *x, *residual, *dy;
+  Value *y, *dx, *dresidual;
+  bool stream;
+
+  explicit Tensors(const MemoryCall& c)
+      : x(static_cast<const Value*>(c.x)), residual(static_cast<const Value*>(c.residual)), dy(static_cast<const Value*>(c.dy)),
+        y(static_cast<Value*>(c.y)), dx(static_cast<Value*>(c.dx)), dresidual(static_cast<Value*>(c.dresidual)), stream(c.stream) {}
+
+  CTK_HD void prefetch_row(int64_t i) const {
+    prefetch(x + i);
+    if constexpr (prologue) if (residual) prefetch(residual + i);
+  }
+  // The op's input.
+  CTK_HD auto input(const AffineVectors<Format>& affine, int64_t i, __mmask32 live) const {
+    auto w = Format::load(x + i, live);
+    if constexpr (prologue) affine.apply(w, residual, i, live);
+    return w;
+  }
+  CTK_HD void store(Value* to, int64_t i, __mmask32 live, const Vectors<Format::kVectors>& v) const {
+    Format::template store<Unit::kTiesToEven>(to + i, live, stream, v);
+  }
+  // The gradients of x and the residual, from that of the op's input.
+  CTK_HD void store_gradients(const AffineVectors<Format>& affine, int64_t i, __mmask32 live, Vectors<Format::kVectors>& g) const {
+    if constexpr (prologue) {
+      if (dresidual) store(dresidual, i, live, g);
+      if (!dx) return;
+      for (int h = 0; h < Format::kVectors; ++h) g.v[h] = _mm512_mul_ps(g.v[h], affine.scale[h]);
+    }
+    if (dx) store(dx, i, live, g);
+  }
+};
+
+template <class Format, class Unit, bool prologue>
+void forward_plane(MemoryCall c) {
+  const Tensors<Format, Unit, prologue> t(c);
+  const typename Unit::Shared op([&](int i) { return all(c.run.constants[i]); });
+  AffineVectors<Format> affine;
+  if constexpr (prologue) affine = AffineVectors<Format>::plane(c.run);
+  for_vectors<Format::kVectors>(c.run.n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
+    auto w = t.input(affine, i, live);
+    for (V& v : w.v) v = op.forward(v);
+    t.store(t.y, i, live, w);
+  });
+}
+
+template <class Format, class Unit, bool prologue>
+void forward_lanes(MemoryCall c) {
+  const Tensors<Format, Unit, prologue> t(c);
+  const int64_t rows = c.run.rows, row = c.run.row;
+  for_vectors<Format::kVectors>(c.run.n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
+    const auto ops = lanes_ops<Format, Unit>(c.run.constants + i, c.run.stride, live);
+    AffineVectors<Format> affine;
+    if constexpr (prologue) affine = AffineVectors<Format>::lanes(c.run, i, live);
+    for (int64_t r = 0; r < rows; ++r) {
+      t.prefetch_row((r + kRowsAhead) * row + i);
+      auto w = t.input(affine, r * row + i, live);
+      for (int h = 0; h < Format::kVectors; ++h) w.v[h] = ops[h].forward(w.v[h]);
+      t.store(t.y, r * row + i, live, w);
+    }
+  });
+}
+
+template <class Format, class Unit, bool prologue, bool sums>
+void backward_plane(MemoryCall c) {
+  const Tensors<Format, Unit, prologue> t(c);
+  const Unit op([&](int i) { return all(c.run.constants[i]); });
+  AffineVectors<Format> affine;
+  if constexpr (prologue) affine = AffineVectors<Format>::plane(c.run);
+  V sum[Format::kVectors][Unit::kSums] = {};
+  const auto run = [&](auto write) __attribute__((always_inline)) {
+    for_vectors<Format::kVectors>(c.run.n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
+      auto w = t.input(affine, i, live);
+      auto g = Format::load(t.dy + i, live);
+      unrolled<Format::kVectors>([&](auto h) __attribute__((always_inline)) {
+        g.v[h] = op.template backward<sums>(w.v[h], g.v[h], sum[h]);
+      });
+      if constexpr (prologue || write) t.store_gradients(affine, i, live, g);
+    });
+  };
+  if (t.dx) run(std::true_type{});
+  else run(std::false_type{});
+  if constexpr (sums) {
+    unrolled<Unit::kSums>([&](auto s) __attribute__((always_inline)) {
+      V all = sum[0][s];
+      if constexpr (Format::kVectors == 2) all = _mm512_add_ps(all, sum[1][s]);
+      c.totals[s] += _mm512_reduce_add_ps(all);
+    });
+  }
+}
+
+template <class Format, class Unit, bool prologue, bool sums>
+void backward_lanes(MemoryCall c) {
+  const Tensors<Format, Unit, prologue> t(c);
+  const int64_t rows = c.run.rows, row = c.run.row;
+  for_vectors<Format::kVectors>(c.run.n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
+    V sum[Format::kVectors][Unit::kSums] = {};
+    const auto ops = lanes_ops<Format, Unit>(c.run.constants + i, c.run.stride, live);
+    AffineVectors<Format> affine;
+    if constexpr (prologue) affine = AffineVectors<Format>::lanes(c.run, i, live);
+    for (int64_t r = 0; r < rows; ++r) {
+      t.prefetch_row((r + kRowsAhead) * row + i);
+      prefetch(t.dy + (r + kRowsAhead) * row + i);
+      auto w = t.input(affine, r * row + i, live);
+      auto g = Format::load(t.dy + r * row + i, live);
+      unrolled<Format::kVectors>([&](auto h) __attribute__((always_inline)) {
+        g.v[h] = ops[h].template backward<sums>(w.v[h], g.v[h], sum[h]);
+      });
+      t.store_gradients(affine, r * row + i, live, g);
+    }
+    if constexpr (sums) {
+      unrolled<Format::kVectors>([&](auto h) __attribute__((always_inline)) {
+        unrolled<Unit::kSums>([&](auto s) __attribute__((always_inline)) {
+          float* to = c.lanes + s * c.run.stride + i + 16 * h;
+          const Mask m = part(live, h);
+          _mm512_mask_storeu_ps(to, m, _mm512_add_ps(_mm512_maskz_loadu_ps(m, to), sum[h][s]));
+        });
+      });
+    }
+  });
+}
+
+template <class Op, typename Op::Variant variant, class Format>
+constexpr MemoryKernels memory_kernels() {
+  using U = Arithmetic<Op, variant, typename Format::Math>;
+  MemoryKernels k{};
+  const auto set = [&]<bool prologue>(std::bool_constant<prologue>) {
+    k.forward[kPlane][prologue] = forward_plane<Format, U, prologue>;
+    k.forward[kLanes][prologue] = forward_lanes<Format, U, prologue>;
+    k.backward[kPlane][prologue][0] = backward_plane<Format, U, prologue, false>;
+    k.backward[kPlane][prologue][1] = backward_plane<Format, U, prologue, true>;
+    k.backward[kLanes][prologue][0] = backward_lanes<Format, U, prologue, false>;
+    k.backward[kLanes][prologue][1] = backward_lanes<Format, U, prologue, true>;
+  };
+  if constexpr (U::kSums > 0) {
+    set(std::false_type{});
+    if constexpr (Op::kPrologue) set(std::true_type{});
+  }
+  return k;
+}
+
+}  // namespace avx512
+}  // namespace
+}  // namespace ctk::cpu

@@ -1,0 +1,105 @@
+// What the drivers of every backend are called with, and the list of ops (ops.def) as C++.
+#pragma once
+#include <algorithm>
+#include <initializer_list>
+#include <iterator>
+#include <stdexcept>
+#include <type_traits>
+
+#include "hard_concrete.h"
+#include "layout.h"
+#include "op.h"
+#define CTK_OP(...)
+#include "ops.def"  // here for the ops' headers
+
+namespace ctk {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+enum class DType : int { kFloat, kDouble, kBFloat16, kHalf };
+inline constexpr int kDTypes = 4;
+inline int64_t size_of(DType t) { return t == DType::kDouble ? 8 : t == DType::kFloat ? 4 : 2; }
+
+// ---- ops -----------------------------------------------------------------------------------------------------------
+
+// The parameters of a call are an op's own, then the prologue's scale and shift; so are the sums.
+template <class Op>
+inline constexpr int kParamsOf = Op::kParams + (Op::kPrologue ? 2 : 0);
+template <class Op>
+inline constexpr int kSumsOf = Op::kSums + (Op::kPrologue ? 2 : 0);
+
+template <class Op>
+constexpr Parameter parameter_of(int i) {
+  static_assert(std::size(Op::kParameters) == Op::kParams, "kParameters has a name for every Param");
+  return i < Op::kParams ? Op::kParameters[i] : i == Op::kParams ? Parameter{"scale", 1.0} : Parameter{"shift", 0.0};
+}
+
+inline constexpr int kMaxParams = std::max({
+#define CTK_OP(name, Op, ...) kParamsOf<Op>,
+#include "ops.def"
+});
+
+// Rows of the kernel tables.
+enum class Kernel : int {
+#define CTK_KERNELS(stem, Op, variant) stem,
+#include "ops.def"
+};
+inline constexpr const char* kKernelStems[] = {
+#define CTK_KERNELS(stem, Op, variant) #stem,
+#include "ops.def"
+};
+inline constexpr int kKernels = std::size(kKernelStems);
+
+template <class Op>
+inline constexpr const char* kName = nullptr;
+template <class Op>
+Kernel kernel_of(typename Op::Variant variant);
+
+#define CTK_OP(name, Op, ...)                                             \
+  template <>                                                             \
+  inline constexpr const char* kName<Op> = #name;                         \
+  template <>                                                             \
+  inline Kernel kernel_of<Op>(Op::Variant variant) {                      \
+    using Listed = Op;                                                    \
+    switch (variant) { __VA_ARGS__ }                                      \
+    throw std::invalid_argument("ctkernels: " #name ": no such variant"); \
+  }
+#define CTK_KERNELS(stem, Op, variant)                                                    \
+  case Op::Variant::variant:                                                              \
+    static_assert(std::is_same_v<Op, Listed>, #stem " is listed under another struct");   \
+    return Kernel::stem;
+#include "ops.def"
+
+// ---- a call --------------------------------------------------------------------------------------------------------
+
+// `count` values for `channels` channels: channel c reads value c / (channels / count), so 1 is shared by all and the
+// number of heads is one a head. Group g of the view reads row g % groups.
+struct Param {
+  const void* data = nullptr;  // null: absent, `fallback` everywhere
+  bool is_double = false;
+  int64_t groups = 1, count = 1;
+  double fallback = 0.0;
+
+  int64_t index(int64_t g, int64_t c, int64_t channels) const {
+    return (g % groups) * count + (count == channels ? c : c / (channels / count));
+  }
+  int64_t numel() const { return groups * count; }
+};
+
+// The tensor is not empty; the residual has its layout.
+struct Operands {
+  DType dtype;
+  View view;
+  const void* x;
+  const void* residual = nullptr;
+  Param params[kMaxParams];
+};
+
+// Null outputs are not computed; dx and dresidual may be null together. A parameter's gradient has its shape and dtype.
+struct Gradients {
+  void* dx = nullptr;
+  void* dresidual = nullptr;
+  void* params[kMaxParams] = {};
+};
+
+}  // namespace ctk
