@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ctkernels.ops.channelwise.partition import partition_of
+from ctkernels.ops.channelwise.partition import partition_for
 from ctkernels.ops.layout import View
 
 ROOT = Path(__file__).parents[2]
@@ -87,11 +87,11 @@ def shapes() -> list[Shape]:
 def triton(shape: Shape, itemsize: int, sums: bool) -> dict[str, Any]:
     """The partition of a Triton launch, lengths in values, in the words of the C++ one."""
     view = View(*shape)
-    p = partition_of(view, itemsize, sums)
+    p = partition_for(view, itemsize, sums)
     return {
         "plane": p.plane,
         "vector": p.unit == 16 // itemsize,
-        "one_pass": p.one_program_per_channel,
+        "one_pass": p.one_pass,
         "threads": 32 * p.warps,
         "repeat": p.repeat,
         "blocks": p.programs,
