@@ -49,7 +49,7 @@ def unit(w: Value, slope: Value, k: Knobs, kind: str) -> Value:
     if kind == "gaussian":
         return _mix(k, lambda: _gelu(w, k.eta), lambda: _soft_gaussian(w, k))
     if kind == "relu6":
-        return torch.clamp(w, min=0, max=6) + (_excess(w, k) - _excess(w - 6, k))
+        return torch.clamp(torch.relu(w), max=6.0) + (_excess(w, k) - _excess(w - 6, k))
     if kind == "leaky":
         return _leaky(w, slope, k)
     return _logistic(w, k)

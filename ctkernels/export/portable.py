@@ -20,6 +20,7 @@ _LAYERS = (_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default, _AT
 _NORM = _ATEN._native_batch_norm_legit_no_training.default
 
 
+@torch.no_grad()
 def portable(
     model: nn.Module | ExportedProgram,
     args: tuple[Any, ...] | None = None,
@@ -91,8 +92,7 @@ def _exported(
         if dynamic_shapes != "batch":
             raise ValueError(f'dynamic_shapes: expected "batch" or what torch.export takes, got {dynamic_shapes!r}')
         args, kwargs, dynamic_shapes = _batch_of(args, kwargs)
-    with torch.no_grad():
-        return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+    return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
 
 
 def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> tuple[Any, Any, Any]:

@@ -57,7 +57,8 @@ class FusedCall:
         self.inside = norm is not None and norm.unit is not None  # the norm's own forward calls the unit
 
     def __call__(self, x: Tensor, residual: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        compiling = torch.compiler.is_compiling()
+        tracing = torch._C._is_tracing()  # like a compiler, a trace is to hold for other sizes, and for calls with gradients
+        compiling = tracing or torch.compiler.is_compiling()
         if not self.is_as_read() or (not compiling and in_transform()):
             z = x if self.source is None else self.source(x)
             return self.unfused(z, residual, *args, **kwargs)
@@ -92,7 +93,7 @@ class FusedCall:
         if shift is not None:
             arguments["channel_dim"] = 1
         inplace = z is not x and (residual is None or residual.dtype == z.dtype)
-        inplace = inplace and not _records(z, residual, scale, shift, *arguments.values())
+        inplace = inplace and not tracing and not _records(z, residual, scale, shift, *arguments.values())
         with nullcontext() if compiling else recomputed(residual):
             return functional.ctu(z, scale=scale, shift=shift, residual=residual, inplace=inplace, **arguments)
 

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ...nn import Unscriptable
 from ...steering.unit import unit, unit_arguments
 from .._offload import keep_resident
 from .batch import index_of, names_for, neutral_logits
@@ -31,7 +32,7 @@ def _absent(layer: CurvatureLayer) -> Any:
     raise AttributeError("an activation has no weight")
 
 
-class CurvatureLayer(nn.Module, BaseTunerLayer):
+class CurvatureLayer(Unscriptable, nn.Module, BaseTunerLayer):
     """The CT units of one site: a (beta, coeff) for each adapter on it. Without an active one the original runs.
 
     It stands beside an activation and wraps no layer: unlike peft's other layers it has no `weight` and no `bias`.
@@ -200,7 +201,7 @@ class CurvatureLayer(nn.Module, BaseTunerLayer):
         return ", ".join(parts)
 
 
-class FixedUnit(nn.Module):
+class FixedUnit(Unscriptable, nn.Module):
     """What is left of a `CurvatureLayer` after `merge_and_unload`: the fused unit with fixed values, as buffers.
 
     Args:
