@@ -107,9 +107,7 @@ def _soft(w: Value, k: Knobs) -> Value:
 def _excess(w: Value, k: Knobs) -> Value:
     """The unit minus relu(w), an even function that vanishes away from 0, without cancellation."""
     below = -torch.abs(w)
-    return _mix(
-        k, lambda: swish(below, k), lambda: times(torch.log1p(torch.exp(times(below, k.sharpness))), k.s)
-    )
+    return _mix(k, lambda: swish(below, k), lambda: times(torch.log1p(torch.exp(times(below, k.sharpness))), k.s))
 
 
 def _leaky(w: Value, slope: Value, k: Knobs) -> Value:

@@ -124,18 +124,18 @@ def _no_form(node: Node) -> str:
 
 
 def _ctu(editor: Editor, node: Node) -> None:
-    x: Any
-    x, beta, coeff, slope, scale, shift, residual, channel_dim, kind, raw, eps = node.args  # type: ignore[misc]
-    operands = _Operands(editor, node, x.meta["val"], channel_dim)  # type: ignore[arg-type]
+    args: tuple[Any, ...] = node.args
+    x, beta, coeff, slope, scale, shift, residual, channel_dim, kind, raw, eps = args
+    operands = _Operands(editor, node, x.meta["val"], channel_dim)
     scales, shifts = editor.constant(scale), editor.constant(shift)
-    if (scale is None) == (scales is None) and (shift is None) == (shifts is None) and channel_dim in (-1, 1):
-        if (scale is not None or shift is not None) and _fold(editor, x, scales, shifts):
-            scale = shift = None
+    constant = (scale is None) == (scales is None) and (shift is None) == (shifts is None) and channel_dim in (-1, 1)
+    if constant and (scale is not None or shift is not None) and _fold(editor, x, scales, shifts):
+        scale = shift = None
     w = lowering.times(operands.wide(x), 1.0 if scale is None else operands.value(scale, "scale"))
     w = lowering.plus(w, 0.0 if shift is None else operands.value(shift, "shift"))
     w = lowering.plus(w, 0.0 if residual is None else operands.wide(residual))
-    knobs = operands.knobs(beta, coeff, bool(raw), float(eps))  # type: ignore[arg-type]
-    member = lowering.KINDS[kind]  # type: ignore[index]
+    knobs = operands.knobs(beta, coeff, bool(raw), float(eps))
+    member = lowering.KINDS[kind]
     operands.replace(lowering.unit(w, operands.value(slope, "slope") if slope is not None else None, knobs, member))
 
 
@@ -181,6 +181,8 @@ def _fold(editor: Editor, layer: Node, scale: Tensor | None, shift: Tensor | Non
     if weight is None or (bias is None) != (bias_node is None) or layer.meta["val"].dim() != rank:
         return False
     dtype, channels = weight.dtype, weight.shape[0]
+    if any(t is not None and t.numel() not in (1, channels) for t in (scale, shift)):
+        return False
     bias = weight.new_zeros(channels) if bias is None else bias
     if scale is not None:
         rows = scale.double().expand(channels)
@@ -216,8 +218,8 @@ class _Operands:
             least.extend([float(found[3].min())] if isinstance(b, Tensor) else [])
             return found
 
-        names = ("coeff", "s", "sharpness", "eta")
-        return lowering.Knobs(*self.computed(derive, [beta, coeff], names), least[0] if least else None)  # type: ignore[arg-type]
+        coeff_value, s, sharpness, eta = self.computed(derive, [beta, coeff], ("coeff", "s", "sharpness", "eta"))
+        return lowering.Knobs(coeff_value, s, sharpness, eta, least[0] if least else None)
 
     def computed(self, function: Callable[..., tuple[Any, ...]], nodes: list[Any], names: tuple[str, ...]) -> list[Any]:
         """What ``function`` makes of per-channel parameters: in float64 and lifted where all of them are constants."""
@@ -240,7 +242,9 @@ class _Operands:
     def _number(self, value: Tensor, name: str) -> Any:
         """A float if ``value`` is one number, else a constant of the program."""
         if not bool(value.isfinite().all()):
-            raise ValueError(f"model: expected finite knobs and edits, got {name} with NaN or infinity at {self._node.name}")
+            raise ValueError(
+                f"model: expected finite knobs and edits, got {name} with NaN or infinity at {self._node.name}"
+            )
         if value.numel() and bool((value == value.flatten()[0]).all()):
             return float(value.flatten()[0])
         return self._editor.proxy(self._editor.lift(value.to(self._dtype), f"{self._node.name}_{name}"))

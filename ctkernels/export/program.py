@@ -56,9 +56,9 @@ class Editor:
         known = {argument: self.constant(argument) for argument in node.all_input_nodes}
         if any(value is None for value in known.values()):
             return None
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda argument: known[argument])  # type: ignore[misc]
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda argument: known[argument])
         with torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[operator,misc]
+            return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def proxy(self, node: Node) -> Proxy:
         """What stands for ``node`` in code that is recorded at the current insertion point."""
@@ -68,7 +68,11 @@ class Editor:
         """A new constant of the program, held by it under a name like ``name``."""
         value = value.detach().contiguous()
         after = self._placeholders()[: self._first_user_input()]
-        with self.graph.inserting_after(after[-1]) if after else self.graph.inserting_before(next(iter(self.graph.nodes))):
+        with (
+            self.graph.inserting_after(after[-1])
+            if after
+            else self.graph.inserting_before(next(iter(self.graph.nodes)))
+        ):
             node = self.graph.placeholder(name)
         fake_mode = next(n.meta["val"].fake_mode for n in self._placeholders() if isinstance(n.meta.get("val"), Tensor))
         node.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -91,6 +92,8 @@ def steer(
     points = handle._resolve(beta, coeff)
     operate(plan.swaps, plan.edits)
     model.__dict__[_HANDLE] = handle
+    if hasattr(model, "save_pretrained"):
+        model.__dict__["save_pretrained"] = partial(_refuse_to_save, model)
     handle._write(beta, coeff, points)
     if plan.missed:
         missed = listed(plan.missed, limit=10)
@@ -174,7 +177,8 @@ class Steering:
                 "model: expected one that is not fused any more, got one that is; remove the fusion first"
             )
         undo(self._modules, self._edits, self._copies)
-        self._model.__dict__.pop(_HANDLE, None)
+        for name in (_HANDLE, "save_pretrained"):
+            self._model.__dict__.pop(name, None)
         self._active = False
 
     def __enter__(self) -> Steering:
@@ -227,6 +231,16 @@ class Steering:
             knobs.active, knobs.beta, knobs.coeff = runs, b, c
         for name, given in (("beta", beta), ("coeff", coeff)):
             self._given[name] = {k: float(v) for k, v in given.items()} if isinstance(given, Mapping) else float(given)
+
+
+def _refuse_to_save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Stands for the ``save_pretrained`` of a model of transformers while it is steered."""
+    if getattr(model, "_hf_peft_config_loaded", False):  # by its own `add_adapter`: it saves the adapter alone
+        return type(model).save_pretrained(model, *args, **kwargs)  # type: ignore[attr-defined]
+    raise ValueError(
+        f"save_pretrained: a steered {type(model).__name__} would be saved, and loaded, as the plain network; use "
+        "ctkernels.save_pretrained, or remove() its handle first"
+    )
 
 
 def _matches(site: Site, pattern: str) -> bool:

@@ -53,7 +53,8 @@ def runtimes() -> list[Run]:
 
 def check(path: Path, inputs: list[torch.Tensor], want: torch.Tensor) -> None:
     for run in runtimes():
-        torch.testing.assert_close(run(path, inputs)[0], want, rtol=1e-5, atol=1e-5, msg=lambda m: f"{run.__name__}: {m}")
+        excess = (run(path, inputs)[0] - want).abs() - 1e-5 * (1 + want.abs())
+        assert excess.max() <= 0, run.__name__
 
 
 class Units(nn.Module):

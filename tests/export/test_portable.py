@@ -185,23 +185,25 @@ def test_what_cannot_be_exported_is_refused() -> None:
     model = Net(nn.ReLU())
     with pytest.raises(ValueError, match="model: expected one in evaluation mode, got one in training mode"):
         portable(model, (x,))
-    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module or a torch.export.ExportedProgram, got int"):
+    with pytest.raises(
+        TypeError, match=r"model: expected a torch.nn.Module or a torch.export.ExportedProgram, got int"
+    ):
         portable(3, (x,))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="args: expected a tuple of example inputs, got Tensor"):
         portable(model.eval(), x)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match='dynamic_shapes: expected "batch" or what torch.export takes, got \'rows\''):
+    with pytest.raises(ValueError, match="dynamic_shapes: expected \"batch\" or what torch.export takes, got 'rows'"):
         portable(model, (x,), dynamic_shapes="rows")
 
     class Sampled(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return functional.hard_concrete(x, training=False)
 
-    with pytest.raises(ValueError, match="hard_concrete.*its gates depend on the inputs of the program"):
+    with pytest.raises(ValueError, match=r"hard_concrete.*its gates depend on the inputs of the program"):
         portable(Sampled().eval(), (torch.randn(3),))
     unit = ctkernels.nn.TrainableCTU(3)
     with torch.no_grad():
         unit.raw_beta.fill_(float("nan"))
-    with pytest.raises(ValueError, match="expected finite knobs and edits, got .* with NaN or infinity"):
+    with pytest.raises(ValueError, match=r"expected finite knobs and edits, got .* with NaN or infinity"):
         portable(unit.eval(), (x,))
     program = torch.export.export(model, (x,))
     with pytest.raises(TypeError, match="args: expected none beside an ExportedProgram"):

@@ -10,7 +10,6 @@ from torch import nn
 import ctkernels
 from ctkernels import functional
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
 
 

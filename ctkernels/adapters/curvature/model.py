@@ -255,8 +255,15 @@ def _refuse_to_save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     raise ValueError(
         f"save_pretrained: a {type(model).__name__} with CT units cannot be saved as a plain one; it would load without "
         "them and compute something else. Save the adapter instead (save_pretrained of the PeftModel, before merging), "
-        "and load it with PeftModel.from_pretrained"
+        "and load it with PeftModel.from_pretrained; or use ctkernels.save_pretrained after merging"
     )
+
+
+def refuse_plain_saving(model: nn.Module) -> None:
+    """Keep a model of transformers from being saved as the plain one."""
+    plain = plain_model(model)  # a PeftModel below saves its adapters alone
+    if hasattr(plain, "save_pretrained"):
+        plain.__dict__["save_pretrained"] = partial(_refuse_to_save, plain)
 
 
 # -------------------------------------------------------------------------------------------------------------- surgery
@@ -271,28 +278,27 @@ def _make(site: Site, device: torch.device | None) -> Any:
     return CurvatureLayer(site.name, site.activation, device)
 
 
-def _survey(model: nn.Module) -> Plan:
+def survey_all(model: nn.Module) -> Plan:
+    """Every activation of a model, the uses of one module told apart, each with a layer that does nothing yet."""
     return survey(model, frozenset(ACTIVATIONS), split=True, make=_make)
 
 
-def _child(key: str) -> str:
+def child_name(key: str) -> str:
     """The name under which a module has the layer of its site `key`."""
     return "ctu" if key == MODULE else "ctu_" + re.sub(r"\W+", "_", key).strip("_")
 
 
 def _open(model: nn.Module) -> None:
     """Give every activation of the model a layer that does nothing yet."""
-    plan = _survey(model)
+    plan = survey_all(model)
     operate(plan.swaps, plan.edits)
     for swap in plan.swaps:
         layer: Any
         for key, layer in swap.knobs.items():
-            swap.module._modules[_child(key)] = layer
+            swap.module._modules[child_name(key)] = layer
     layers = {site.name: layer for site, layer in zip(plan.sites, plan.knobs)}
     sites = {site.name: site for site in plan.sites}
-    plain = plain_model(model)  # a PeftModel below saves its adapters alone
-    if hasattr(plain, "save_pretrained"):
-        plain.__dict__["save_pretrained"] = partial(_refuse_to_save, plain)
+    refuse_plain_saving(model)
     model.__dict__[_STATE] = Surgery([swap.module for swap in plan.swaps], plan.edits, plan.copies, sites, layers)
 
 
@@ -302,7 +308,7 @@ def _close(model: nn.Module) -> None:
     plain_model(model).__dict__.pop("save_pretrained", None)
     for module in surgery.modules:
         for key in vars(module).get("_ctu", {}):
-            module._modules.pop(_child(key), None)
+            module._modules.pop(child_name(key), None)
     undo(surgery.modules, surgery.edits, surgery.copies)
 
 
@@ -312,7 +318,7 @@ def _fix(model: nn.Module) -> None:
     made: dict[int, FixedUnit] = {}
     for module in surgery.modules:
         for key, layer in list(module._ctu.items()):
-            module._modules.pop(_child(key), None)
+            module._modules.pop(child_name(key), None)
             name = layer.adapter_in_use()
             if name is None:
                 module._ctu[key] = Original()
@@ -320,7 +326,7 @@ def _fix(model: nn.Module) -> None:
             beta, coeff = layer.parameters_of(name)
             if id(beta) not in made:
                 made[id(beta)] = FixedUnit(beta, coeff, layer.curvature_channels[name], layer.site)
-                module._modules[_child(key)] = made[id(beta)]
+                module._modules[child_name(key)] = made[id(beta)]
             module._ctu[key] = made[id(beta)]
 
 
@@ -335,7 +341,7 @@ def find_activations(model: nn.Module) -> list[Site]:
         ['relu', 'layer1.0.relu', 'layer1.0.relu#2']
     """
     surgery = surgery_of(model)
-    return list(surgery.sites.values()) if surgery is not None else _survey(model).sites
+    return list(surgery.sites.values()) if surgery is not None else survey_all(model).sites
 
 
 def _plan(model: nn.Module, config: CurvatureConfig) -> list[tuple[list[str], Channels | None]]:
@@ -343,7 +349,7 @@ def _plan(model: nn.Module, config: CurvatureConfig) -> list[tuple[list[str], Ch
     surgery = surgery_of(model)
     if surgery is None and is_steered(model):
         raise ValueError("model: expected one that is not steered, got one that is; remove() its handle first")
-    plan = Plan(sites=list(surgery.sites.values())) if surgery is not None else _survey(model)
+    plan = Plan(sites=list(surgery.sites.values())) if surgery is not None else survey_all(model)
     if config.layout is None:
         sites = _selected(model, config, plan)
         by_channel = config.granularity == "channel"
