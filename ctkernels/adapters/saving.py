@@ -20,6 +20,7 @@ from ._peft import check_adapter_name, plain_model
 from .jola.bias import config_parts, hold_bias
 from .jola.fold import Kept, copied, mergeable, stack
 from .jola.layer import JolaLayer
+from .jola.runtimes import TARGETS
 
 
 def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -57,7 +58,9 @@ def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> Non
         model.save_pretrained(str(fresh), **kwargs)
 
 
-def save_merged(model: Any, path: str | os.PathLike[str], *, overwrite: bool = False, **kwargs: Any) -> None:
+def save_merged(
+    model: Any, path: str | os.PathLike[str], *, target: str | None = None, overwrite: bool = False, **kwargs: Any
+) -> None:
     """Save a model with its active adapters folded in, for plain transformers; the model itself is unchanged.
 
     JoLA's multiplicative edit always fits. The additive one needs a bias in the projection: where the architecture has
@@ -68,19 +71,23 @@ def save_merged(model: Any, path: str | os.PathLike[str], *, overwrite: bool = F
     Args:
         model: a `PeftModel` with JoLA adapters, or a transformers model with JoLA layers, not merged.
         path: folder to write to; its files are replaced only when all new ones are complete.
+        target: the runtime that is to serve it: "transformers", "vllm" or "llama.cpp"; one that is known to lose a part of
+            the model is refused. None: a warning names all that do.
         overwrite: take out the weights and adapters that are in the folder already. A loader would take those for
             parts of the new model.
         kwargs: passed to `save_pretrained`.
 
     Raises:
-        ValueError: there is no JoLA adapter; the architecture cannot hold the bias; the base is quantised or sharded;
-            adapters are merged, or cannot be folded into weights; the model is steered; the folder has weights or
-            adapters in it.
+        ValueError: there is no JoLA adapter; the architecture, or the target, cannot hold the bias; the base is
+            quantised or sharded; adapters are merged, or cannot be folded into weights; the model is steered; the folder
+            has weights or adapters in it; the target is unknown.
 
     Example:
         >>> save_merged(model, "merged")
         >>> plain = AutoModelForCausalLM.from_pretrained("merged")
     """
+    if target is not None and target not in TARGETS:
+        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
     base = plain_model(model)
     found = [] if overwrite else model_files(path)
     if found:
@@ -93,12 +100,12 @@ def save_merged(model: Any, path: str | os.PathLike[str], *, overwrite: bool = F
         raise ValueError(
             f"model: expected a transformers model, got {type(base).__name__}; use model.merge_and_unload()"
         )
-    with _plain(base), replacing_folder(path, stale=model_files) as folder:
+    with _plain(base, target), replacing_folder(path, stale=model_files) as folder:
         base.save_pretrained(folder, **{**whole_state_dict(base), **kwargs})
 
 
 @contextmanager
-def _plain(model: nn.Module) -> Iterator[None]:
+def _plain(model: nn.Module, target: str | None) -> Iterator[None]:
     """Merge the model and take peft's wrappers out of it; everything is put back afterwards, bit for bit."""
     wrappers = [
         (owner, name, child)
@@ -128,7 +135,7 @@ def _plain(model: nn.Module) -> Iterator[None]:
         _untie(model, shared)
         made = {id(base) for base, before in zip(bases, kept) if base.bias is not None and not before.has_bias}
         created = [name for name, module in model.named_modules() if id(module) in made]
-        problem = hold_bias(model, created) if created else None
+        problem = hold_bias(model, created, target) if created else None
         if problem:
             raise ValueError(
                 f"Cannot save a merged model: {problem}. Save the adapter instead, or train with edit='multiplicative'."

@@ -479,6 +479,40 @@ def test_a_runtime_that_loses_the_additive_edits_is_named(tmp_path, how):
         adapters.save_merged(_model(), tmp_path / "llama")
 
 
+def test_a_merged_model_that_its_target_would_serve_wrongly_is_refused(tmp_path):
+    config = transformers.Qwen3Config(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+
+    def model(edit):
+        torch.manual_seed(0)
+        base = transformers.Qwen3ForCausalLM(config).eval()
+        return peft.get_peft_model(base, adapters.JolaConfig(task_type="CAUSAL_LM", init_std=0.5, edit=edit)).eval()
+
+    tuned, tokens = model("both"), torch.arange(6)[None]
+    want = tuned(tokens).logits
+    with pytest.raises(ValueError, match=r"target: expected one of transformers, vllm, llama\.cpp, got 'tgi'"):
+        adapters.save_merged(tuned, tmp_path / "out", target="tgi")
+    for target, message in (("vllm", "vLLM builds .* without a bias"), ("llama.cpp", "llama.cpp refuses the file")):
+        with pytest.raises(ValueError, match=f"Cannot save a merged model: {message}"):
+            adapters.save_merged(tuned, tmp_path / "out", target=target)
+        assert not (tmp_path / "out").exists()
+        assert torch.equal(tuned(tokens).logits, want)
+        assert not tuned.base_model.model.config.attention_bias
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(vLLM|llama.cpp).*")
+        adapters.save_merged(tuned, tmp_path / "out", target="transformers")
+        adapters.save_merged(model("multiplicative"), tmp_path / "scaled", target="vllm")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(plain(tokens).logits, want)
+
+
 def test_every_row_of_the_table_of_runtimes_is_a_family_that_gets_a_bias():
     from ctkernels.adapters.jola.runtimes import BIAS_LOSSES, losses
 

@@ -59,16 +59,17 @@ def bias_switch(model: nn.Module, sites: list[str]) -> tuple[str, str, Any, dict
     return None
 
 
-def hold_bias(model: nn.Module, sites: list[str]) -> str | None:
+def hold_bias(model: nn.Module, sites: list[str], target: str | None = None) -> str | None:
     """Make a merged model's new biases survive `save_pretrained`: set the config switch, add zero biases beside them.
 
     Warns where a runtime is known to read the architecture without these biases.
 
     Args:
         model: a plain model whose projections `sites` got a bias they did not have.
+        target: the runtime that the model is for; what others do is of no interest then.
 
     Returns:
-        None when done, else the reason why the architecture cannot hold them (nothing is changed then).
+        None when done, else the reason why the architecture, or the target, cannot hold them (nothing is changed then).
     """
     switch = bias_switch(model, sites)
     config: Any = getattr(model, "config", None)
@@ -76,6 +77,11 @@ def hold_bias(model: nn.Module, sites: list[str]) -> str | None:
         family = getattr(config, "model_type", type(model).__name__)
         return f"the architecture {family!r} has no bias in {sites[0]}, and no config switch for one"
     part, name, value, added = switch
+    parts = config_parts(config)
+    families = dict.fromkeys(getattr(p, "model_type", "") for p in (parts[part], config))
+    problems = [loss for family in families for loss in losses(family, target)]
+    if target is not None and problems:
+        return problems[0].removesuffix(".")
     for key, shape in added.items():
         owner_name, _, leaf = key.rpartition(".")
         owner = model.get_submodule(owner_name)
@@ -86,9 +92,7 @@ def hold_bias(model: nn.Module, sites: list[str]) -> str | None:
                 hook.weights_map = ChainMap({leaf: torch.zeros(shape, dtype=weight.dtype)}, hook.weights_map)
             zeros = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
             setattr(owner, leaf, nn.Parameter(zeros, requires_grad=False))
-    parts = config_parts(config)
     setattr(parts[part], name, value)
-    for family in dict.fromkeys(getattr(p, "model_type", "") for p in (parts[part], config)):
-        for loss in losses(family):
-            warnings.warn(loss, UserWarning, stacklevel=3)
+    for problem in problems:
+        warnings.warn(problem, UserWarning, stacklevel=3)
     return None

@@ -27,9 +27,17 @@ BIAS_LOSSES: dict[str, dict[str, Loss]] = {
 }
 
 
-def losses(family: str) -> list[str]:
-    """Sentences about a merged model of `family` whose output projections got a bias, one for each runtime."""
+# What `save_merged` takes as its target, and what the table calls it.
+TARGETS = {"transformers": "transformers", "vllm": "vLLM", "llama.cpp": "llama.cpp"}
+
+
+def losses(family: str, target: str | None = None) -> list[str]:
+    """Sentences about a merged model of `family` whose output projections got a bias, one for each runtime.
+
+    target: a name in TARGETS, to hear of that runtime alone.
+    """
     return [
         f"{runtime} {loss.effect} (model_type {family!r}). Do not serve this merged model with {runtime}: {loss.way_out}."
         for runtime, loss in BIAS_LOSSES.get(family, {}).items()
+        if target is None or TARGETS[target] == runtime
     ]
