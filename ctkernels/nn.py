@@ -305,7 +305,7 @@ def unit_interval(name: str, value: object) -> float:
 
 def needs_grad(x: Tensor, slope: object = None) -> bool:
     """Whether a call on ``x`` records a gradient, so that its input has to be kept; a trace may be called with one."""
-    if torch._C._is_tracing():
+    if torch.jit.is_tracing():
         return True
     return torch.is_grad_enabled() and (x.requires_grad or (isinstance(slope, Tensor) and slope.requires_grad))
 

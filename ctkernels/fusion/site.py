@@ -57,9 +57,8 @@ class FusedCall:
         self.inside = norm is not None and norm.unit is not None  # the norm's own forward calls the unit
 
     def __call__(self, x: Tensor, residual: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        tracing = (
-            torch._C._is_tracing()
-        )  # like a compiler, a trace is to hold for other sizes, and for calls with gradients
+        # Like a compiled program, a trace is to hold for other sizes, and for calls with gradients.
+        tracing = torch.jit.is_tracing()
         compiling = tracing or torch.compiler.is_compiling()
         if not self.is_as_read() or (not compiling and in_transform()):
             z = x if self.source is None else self.source(x)
