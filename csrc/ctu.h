@@ -190,6 +190,10 @@ struct CtuOp::Arithmetic {
   };
 
   static CTK_HD Tail gaussian_tail(float a, float ac, const Decay<float>& d) {
+    if constexpr (Math::kUncapped) {
+      const float t = a * d.hi, e = Math::bell(t, 0.f);
+      return {0.3989422804f * e, e * Math::mills(t)};
+    }
     const float t = ac * d.hi, t_lo = fmaf(ac, d.lo, fmaf(ac, d.hi, -t));
     float e = Math::bell(t, t_lo);
     e = a > d.limit ? 0.f : e;

@@ -162,7 +162,7 @@ class CTU(nn.Module):
         return functional.ctu(x, inplace=inplace, **self.ctu_arguments(x))
 
     def ctu_arguments(self, _: Tensor) -> dict[str, Any]:
-        """What :func:`ctkernels.functional.ctu` is called with, beside the tensor."""
+        """Keyword arguments for :func:`ctkernels.functional.ctu`."""
         slope = self.negative_slope
         return {
             "beta": self.knobs.beta,
@@ -260,7 +260,7 @@ class TrainableCTU(nn.Module):
         return functional.ctu(x, **self.ctu_arguments(x))
 
     def ctu_arguments(self, _: Tensor) -> dict[str, Any]:
-        """What :func:`ctkernels.functional.ctu` is called with, beside the tensor."""
+        """Keyword arguments for :func:`ctkernels.functional.ctu`."""
         return {
             "beta": self.raw_beta,
             "coeff": self.raw_coeff,

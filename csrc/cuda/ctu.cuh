@@ -85,18 +85,16 @@ struct OnGpu<CtuOp, float> {
     u.lo = u.hi * fmaf(-s_lo, u.hi, fmaf(-s, u.hi, 1.f));
     TwoFloats t = product({v.beta, v.beta_lo}, u);
     k[CtuOp::kEta] = smooth ? t.hi : 0.f;
-    if constexpr (kind == CtuOp::Variant::kGaussian) {
+    if constexpr (kind != CtuOp::Variant::kGaussian) t = product(t, log2e), u = product(u, log2e);
+    if constexpr (Math::kUncapped) {  // infinity decays to 0 at beta = 0 too
+      t.hi = t.hi < 1.4e-45f ? 1.4e-45f : t.hi;
+      k[CtuOp::kTLimit] = k[CtuOp::kULimit] = kind == CtuOp::Variant::kRelu6 ? CtuRates<float>::kFlat : largest;
+    } else if constexpr (kind == CtuOp::Variant::kGaussian) {
       k[CtuOp::kTLimit] = fminf(13.16f * reciprocal(t.hi), largest), k[CtuOp::kULimit] = fminf(13.16f * reciprocal(u.hi), largest);
     } else {
-      t = product(t, log2e), u = product(u, log2e);
-      if constexpr (std::is_same_v<Math, GpuExact>) {
-        t.hi = t.hi < GpuExact::kLeastRate ? GpuExact::kLeastRate : t.hi;
-        k[CtuOp::kTLimit] = GpuExact::kGone * reciprocal(t.hi), k[CtuOp::kULimit] = GpuExact::kGone * reciprocal(u.hi);
-        if constexpr (kind == CtuOp::Variant::kRelu6) k[CtuOp::kTLimit] = capped(k[CtuOp::kTLimit], CtuRates<float>::kFlat);
-      } else {  // infinity decays to 0 at beta = 0 too
-        t.hi = t.hi < 1.4e-45f ? 1.4e-45f : t.hi;
-        k[CtuOp::kTLimit] = k[CtuOp::kULimit] = kind == CtuOp::Variant::kRelu6 ? CtuRates<float>::kFlat : largest;
-      }
+      t.hi = t.hi < GpuExact::kLeastRate ? GpuExact::kLeastRate : t.hi;
+      k[CtuOp::kTLimit] = GpuExact::kGone * reciprocal(t.hi), k[CtuOp::kULimit] = GpuExact::kGone * reciprocal(u.hi);
+      if constexpr (kind == CtuOp::Variant::kRelu6) k[CtuOp::kTLimit] = capped(k[CtuOp::kTLimit], CtuRates<float>::kFlat);
     }
     k[CtuOp::kTHi] = t.hi, k[CtuOp::kTLo] = t.lo, k[CtuOp::kUHi] = u.hi, k[CtuOp::kULo] = u.lo;
     const float kept = smooth ? 1.f : 0.f;  // factors, so that NaN stays NaN

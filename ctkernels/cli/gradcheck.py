@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from .._factories import check_takes, find_factory
 from .._files import write_text
-from ..functional import hard_concrete
 from ..ops.backends import BACKENDS
-from ..ops.registration import OPS
-from ..testing import Sample, ctu_samples, head_edit_samples
 from ..testing.gradients import GradientReport, check_call, gradcheck_module
+from ..testing.samples import SAMPLES, Sample
 from . import option_types as types
 from .errors import OptionError, Parser
 
@@ -32,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         "tensors' own dtype with what plain torch gets there. Without --module the ops are checked. "
         "Exit code: 0 all agree, 1 something does not, 2 bad input.",
     )
-    p.add_argument("--op", choices=OPS, nargs="+", help="which ops (default: all; none with --module)")
+    p.add_argument("--op", choices=SAMPLES, nargs="+", help="which ops (default: all; none with --module)")
     p.add_argument(
         "--module",
         type=types.checked(find_factory),
@@ -73,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         refusal = BACKENDS[name].refusal(torch.empty(1, device=device, dtype=DTYPES[arguments.dtype]))
         if refusal is not None:
             raise OptionError(f"--backend {name}: {refusal}")
-    ops = arguments.op or (() if model is not None else OPS)
+    ops = arguments.op or (() if model is not None else SAMPLES)
     results = {}
     for backend in backends:
         for op in ops:
@@ -99,7 +97,7 @@ def _named(backend: str | None) -> str:
 
 def _check_op(op: str, backend: str | None, arguments: argparse.Namespace, device: torch.device) -> GradientReport:
     report = GradientReport()
-    for sample in _samples(op, DTYPES[arguments.dtype], str(device), arguments.seed):
+    for sample in SAMPLES[op](DTYPES[arguments.dtype], str(device), arguments.seed):
         leaves = sample.tensors()
         if all(leaf.numel() for leaf in leaves.values()):
 
@@ -110,19 +108,6 @@ def _check_op(op: str, backend: str | None, arguments: argparse.Namespace, devic
             accuracy = 2 * 6e-12 if sample.kwargs.get("estimator") == "mean" else 0.0
             check_call(sample.name, call, leaves, report, backend, arguments.directions, accuracy)
     return report
-
-
-def _samples(op: str, dtype: torch.dtype, device: str, seed: int) -> list[Sample]:
-    if op == "ctu":
-        return list(ctu_samples(dtype, device, seed))
-    if op == "head_edit":
-        return list(head_edit_samples(dtype, device, seed))
-    values = 3 * torch.randn(37, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return [
-        Sample(f"gates in evaluation, {estimator}", hard_concrete, (values.to(device, torch.float32),),
-               {"training": False, "estimator": estimator})
-        for estimator in ("clip", "mean")
-    ]  # fmt: skip
 
 
 def _check_model(

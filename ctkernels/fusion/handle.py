@@ -101,7 +101,7 @@ def fuse(model: nn.Module) -> Fusion:
     if not programs:
         raise ValueError(
             f"model: expected {type(model).__name__} to have a BatchNorm or a CT unit after a layer; got none that can be "
-            f"fused{_lines(left)}"
+            f"fused{_lines(left | _alone(names, (), left), 8)}"
         )
     # A part of a site may be a site of its own in a module inside, for calls of that module alone.
     longer = {(site.layer, site.norm) for site in found if site.unit}
@@ -218,8 +218,10 @@ def _alone(names: dict[nn.Module, str], sites: tuple[Site, ...], left: dict[str,
     return found
 
 
-def _lines(left: dict[str, str]) -> str:
-    return "".join(f"\n    {name or '(the model)'} was left alone: {reason}" for name, reason in left.items())
+def _lines(left: dict[str, str], most: int | None = None) -> str:
+    """A line for each module that was left alone; for ``most`` of them and the number of the rest."""
+    lines = [f"\n    {name or '(the model)'} was left alone: {reason}" for name, reason in left.items()]
+    return "".join(lines[:most]) + (f"\n    and {len(lines) - most} more" if most and len(lines) > most else "")
 
 
 def _inline(module: nn.Module, norms: Norms, closed: set[nn.Module]) -> list[nn.Module] | None:

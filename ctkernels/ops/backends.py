@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -31,9 +32,7 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
     """The compiled CPU kernels, or why they are missing. Loading registers them with the dispatcher."""
     if not built("_C"):
         return None, "not built (CTKERNELS_BUILD=none, or no C++ compiler when the package was installed)"
-    from ctkernels import _C  # type: ignore[attr-defined]
-
-    return _C, None
+    return importlib.import_module("ctkernels._C"), None
 
 
 CUDA_BINDING = Path(__file__).parent.parent / "_cuda.abi3.so"

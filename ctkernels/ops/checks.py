@@ -53,11 +53,6 @@ def dimension(op: str, name: str, value: Any, x: Tensor) -> int:
     return value + x.dim() if value < 0 else value
 
 
-def unit_interval(op: str, name: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{op}: {name} must be between 0 and 1, got {value}")
-
-
 def number(op: str, name: str, value: Any) -> float:
     """``value``, a real number of any type, as a float."""
     if type(value) is float:
@@ -68,6 +63,14 @@ def number(op: str, name: str, value: Any) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{op}: {name} must be a number that float64 can hold, got one beyond 1.8e308") from None
+
+
+def unit_interval(op: str, name: str, value: Any) -> float:
+    if type(value) is not float:
+        value = number(op, name, value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{op}: {name} must be between 0 and 1, got {value}")
+    return value
 
 
 def finite(op: str, name: str, value: Any) -> float:

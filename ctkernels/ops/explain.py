@@ -12,7 +12,7 @@ from .registration import OPS
 def explain(x: Tensor, op: str = "ctu") -> str:
     """Which backend would serve ``op`` on ``x``, and why each of the others would not.
 
-    op: ``"ctu"``, ``"head_edit"``, ``"hard_concrete"`` or ``"attention_head_edit"`` (then x is q, and the keys are as many).
+    op: the name of an op, such as ``"ctu"``; for ``"attention_head_edit"``, x is q, and the keys are as many.
 
     >>> print(ctkernels.explain(torch.randn(8)))
     """

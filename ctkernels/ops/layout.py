@@ -1,4 +1,4 @@
-"""Per-channel parameters against a tensor's dimensions: the only Python code that knows how they line up.
+"""How per-channel parameters line up with a tensor's dimensions, and which strides results have.
 
 A parameter is 0-d or of size 1 (shared), of size C (one value per index of ``channel_dim``), of a size that divides C (one
 value per run of channels: the gate of a head), or 2-D with such rows: index g of dimension 0 of the tensor uses row
@@ -49,10 +49,10 @@ def reduce(values: Tensor, param: Tensor, channel_dim: int) -> Tensor:
 
 
 def result_like(x: Tensor) -> Tensor:
-    """An uninitialised result for ``x``: its own strides where it is dense, contiguous where it is not, or is empty.
+    """An uninitialised result for ``x``: with its strides if it is dense, contiguous if it is not, or is empty.
 
-    Compilers take every result and every elementwise gradient to have these strides: the fakes say so. ``result_like`` of
-    csrc/binding.h is the same for compiled kernels."""
+    Compilers rely on every result and every elementwise gradient having these strides: the fakes promise them.
+    ``result_like`` of csrc/binding.h is the same for compiled kernels."""
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
     # Views of fake tensors have other strides than those of real ones where the size is 1.
@@ -82,10 +82,10 @@ def groups_first(
     elementwise: tuple[bool, ...],
     force: bool,
 ) -> tuple[list[Tensor | None], bool, int]:
-    """Tensors of a vmapped call as one bigger call: (tensors, whether the batch became groups, inner groups).
+    """A vmapped call as one bigger call: (tensors, whether the batch became groups, inner groups).
 
-    Where no parameter is batched, the batch is one more leading dimension of the elementwise tensors. Where one is (or
-    ``force``: per-sample parameter gradients are wanted), every sample gets its own row of parameters.
+    If no parameter is batched, the batch is one more leading dimension of the elementwise tensors. If one is, or with
+    ``force`` (for per-sample parameter gradients), every sample gets its own row of parameters.
     """
     params_batched = any(d is not None for d, e in zip(dims, elementwise) if not e)
     params = [t for t, e in zip(tensors, elementwise) if not e and t is not None]
@@ -109,7 +109,7 @@ def groups_first(
 
 
 def _rows(t: Tensor, batch_dim: int | None) -> int:
-    """Rows of a parameter that already is per sample, 0 if it is not."""
+    """Rows of a parameter that is per sample already; 0 if it is not."""
     dim = t.dim() - (batch_dim is not None)
     if dim < 2:
         return 0
@@ -120,8 +120,8 @@ def _rows(t: Tensor, batch_dim: int | None) -> int:
 
 
 class View(NamedTuple):
-    """A dense tensor as kernels see it, in memory order, like csrc/layout.h: ``groups`` samples that may each have parameters
-    of their own; within one, ``outer`` runs over ``channels`` over ``inner`` neighbouring values of one channel."""
+    """A dense tensor as kernels see it, in memory order, like csrc/layout.h: (groups, outer, channels, inner). Each group may
+    have its own row of parameters; ``inner`` counts neighbouring values of one channel."""
 
     groups: int
     outer: int
@@ -130,7 +130,7 @@ class View(NamedTuple):
 
 
 def view_of(x: Tensor, channel_dim: int, per_group: bool) -> View | None:
-    """How kernels see ``x``, None if it has to be copied first. ``per_group``: dimension 0 is the group."""
+    """The view of ``x``; None if ``x`` has to be copied first. ``per_group``: dimension 0 is the group."""
     groups = x.shape[0] if per_group else 1
     channels = x.shape[channel_dim] if channel_dim != NO_CHANNEL else 1
     if x.numel() == 0:

@@ -1,13 +1,14 @@
-"""Writing over a tensor: what torch's own in-place operations refuse, and that autograd hears of it.
+"""Checks for writing over a tensor, as torch's in-place operations make them, and the version counter.
 
-Autograd tells by a counter of a tensor's memory whether what another operation saved was overwritten. Torch's in-place
-operations count it up once a call and refuse the tensors that have none: inference tensors outside of inference mode.
+Autograd compares a version counter of a tensor's memory to find out whether a saved tensor was overwritten. In-place
+operations increment it once per call, and refuse tensors without one: inference tensors outside of inference mode.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +18,15 @@ SEARCHED = 10_000  # partial sums that a search looks at before it gives up
 
 
 def count_write(op: str, name: str, x: Tensor) -> None:
-    """Tells autograd that ``x``, argument ``name`` of ``op``, is about to be written over. RuntimeError if nobody may."""
+    """Increments the version of ``x``, argument ``name`` of ``op``, before it is written over. RuntimeError if it has none."""
     refuse_inference(op, name, x)
     torch._C._increment_version([x])
 
 
 def refuse_inference(op: str, name: str, x: Tensor) -> None:
-    """RuntimeError where ``x``, which is to be written over, is an inference tensor outside of inference mode.
+    """RuntimeError if ``x``, which is to be written over, is an inference tensor outside of inference mode.
 
-    Asked before anything is written: torch's own operations refuse such a tensor after they have written to it.
+    Called before anything is written; torch's own operations refuse such a tensor after they have written to it.
     """
     if x.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
@@ -35,7 +36,7 @@ def refuse_inference(op: str, name: str, x: Tensor) -> None:
 
 
 def refuse_self_overlap(op: str, name: str, x: Tensor) -> None:
-    """ValueError where elements of ``x``, which is to be written over, share memory with each other."""
+    """ValueError if elements of ``x``, which is to be written over, share memory with each other."""
     if not x.is_contiguous() and overlaps_itself(x.shape, x.stride()):
         raise ValueError(
             f"{op}: inplace=True needs {name} without overlapping elements, got shape {tuple(x.shape)} with strides "
@@ -43,13 +44,10 @@ def refuse_self_overlap(op: str, name: str, x: Tensor) -> None:
         )
 
 
-def refuse_sharing(
-    op: str, names: Sequence[str], tensors: Sequence[Tensor | None], elementwise: Sequence[bool]
-) -> None:
-    """ValueError where writing over the first tensor would change another one while that is still read. An elementwise
+def refuse_sharing(op: str, names: Sequence[str], tensors: Sequence[Any], elementwise: Sequence[bool]) -> None:
+    """ValueError if writing over the first tensor would change another one while that is still read. An elementwise
     tensor may be the very same one: each of its values is read before it is written."""
     x = tensors[0]
-    assert x is not None
     if not _has_memory(x):
         return
     begin = x.data_ptr()
@@ -98,7 +96,7 @@ def _has_memory(t: Tensor) -> bool:
 
 
 def _extent(t: Tensor) -> int:
-    """Bytes from a tensor's first element to behind its last."""
+    """Bytes from the start of a tensor's first element to the end of its last."""
     if t.is_contiguous():
         return t.nbytes
     return t.element_size() * (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride())))
@@ -119,7 +117,7 @@ def _share(x: Tensor, t: Tensor, offset: int) -> bool:
 
 
 def _reachable(target: int, terms: Terms) -> bool:
-    """Whether a sum of one number of each of ``terms`` is ``target``; taken for true where the search is too long."""
+    """Whether ``target`` is a sum of one number of each of ``terms``; true if the search takes too long."""
     counts: dict[int, int] = {}
     for step, count in terms:
         if step < 0:  # counted from its other end
@@ -132,10 +130,10 @@ def _reachable(target: int, terms: Terms) -> bool:
         reach.append(reach[-1] + step * (counts[step] - 1))
     reach.reverse()
     divisors = [math.gcd(*steps[i:]) for i in range(len(steps))]
-    found, left = [(0, target)], SEARCHED
-    while found and left:
+    stack, left = [(0, target)], SEARCHED
+    while stack and left:
         left -= 1
-        i, rest = found.pop()
+        i, rest = stack.pop()
         if not 0 <= rest <= reach[i]:
             continue
         if i == len(steps):
@@ -144,5 +142,5 @@ def _reachable(target: int, terms: Terms) -> bool:
             continue
         step = steps[i]
         low, high = max(0, -(-(rest - reach[i + 1]) // step)), min(counts[step] - 1, rest // step)
-        found.extend((i + 1, rest - k * step) for k in range(low, high + 1))
-    return bool(found)
+        stack.extend((i + 1, rest - k * step) for k in range(low, high + 1))
+    return bool(stack)

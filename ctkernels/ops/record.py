@@ -97,17 +97,21 @@ class Op:
         self, needs_grad: Sequence[bool], inputs: Inputs, compute: Callable[[int], Sequence[Tensor]]
     ) -> list[Tensor | None]:
         """A gradient or None for every input, from ``compute(grad_mask)``, the gradients of a bit mask of them."""
-        mask, shared = self.grad_mask(needs_grad), None
+        mask, shared = self.grad_mask(needs_grad), False
         if self.shared_grad is not None:
-            b, a, c = (self.inputs._fields.index(name) for name in self.shared_grad)
-            if needs_grad[b] and needs_grad[a] and inputs[c] is None:
-                mask, shared = mask & ~(1 << b), (b, a)
+            b, a, c = self._shared_indices
+            shared = needs_grad[b] and needs_grad[a] and inputs[c] is None
+            mask &= ~(shared << b)
         out: list[Tensor | None] = [None] * len(inputs)
         for i, grad in zip(self.indices(mask), compute(mask)):
             out[i] = grad
-        if shared is not None:
-            out[shared[0]] = out[shared[1]]
+        if shared:
+            out[b] = out[a]
         return out
+
+    @cached_property
+    def _shared_indices(self) -> list[int]:
+        return [self.inputs._fields.index(name) for name in self.shared_grad or ()]
 
     @cached_property
     def elementwise_flags(self) -> tuple[bool, ...]:

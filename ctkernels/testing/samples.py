@@ -139,6 +139,22 @@ def head_edit_samples(dtype: torch.dtype = torch.float32, device: str = "cpu", s
                  {"index": index, "head_axis": 1})  # fmt: skip
 
 
+def hard_concrete_samples(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Iterator[Sample]:
+    """Calls of :func:`ctkernels.functional.hard_concrete` without noise. Gates are float32 whatever ``dtype`` is."""
+    values = 3 * torch.randn(37, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for estimator in ("clip", "mean"):
+        yield Sample(f"gates in evaluation, {estimator}", functional.hard_concrete, (values.to(device, torch.float32),),
+                     {"training": False, "estimator": estimator})  # fmt: skip
+
+
+# By the name of the op.
+SAMPLES: dict[str, Callable[..., Iterator[Sample]]] = {
+    "ctu": ctu_samples,
+    "head_edit": head_edit_samples,
+    "hard_concrete": hard_concrete_samples,
+}
+
+
 def samples(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Iterator[Sample]:
     """The samples of every op that has elementwise data and per-channel parameters."""
     yield from ctu_samples(dtype, device, seed)

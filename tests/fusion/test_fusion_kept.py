@@ -233,3 +233,14 @@ def test_a_branch_that_was_overwritten_is_noticed():
     z.mul_(2)
     with pytest.raises(RuntimeError, match="at version 1; expected 0"):
         y.sum().backward()
+
+
+def test_where_nothing_can_be_fused_the_error_names_what_was_left() -> None:
+    """BatchNorms that no layer stands before, as in ConvMixer, where they follow activations."""
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.GELU(), nn.BatchNorm2d(3)) for _ in range(10))).eval()
+    with pytest.raises(ValueError, match="got none that can be fused") as caught:
+        ctkernels.fuse(model)
+    message = str(caught.value)
+    assert message.count("was left alone: no layer before it") == 8
+    assert "0.2 was left alone" in message
+    assert message.endswith("and 2 more")

@@ -56,7 +56,9 @@ def rounded_anew(model, x, seeds=range(6)):
         generator, other = torch.Generator().manual_seed(seed), copy.deepcopy(model)
         with torch.no_grad():
             for value in (*other.parameters(), moved := x.clone()):
-                signs = (torch.rand(value.shape, generator=generator) - 0.5).sign().to(value.device)
+                signs = (
+                    (torch.rand(value.shape, generator=generator) - 0.5).sign().to(value)
+                )  # in its dtype: 1 + eps has to be there
                 value *= 1 + 2 * torch.finfo(value.dtype).eps * signs
         found.append(observe(other, moved))
     return found

@@ -58,8 +58,36 @@ def _values(dtype: str, *values: float, grad: bool = False) -> Spec:
             {"raw": True, "activation": "gelu"},
             backend="reference",
         ),
+        Case(
+            "ctu",
+            {
+                "x": _values("float32", 1.25, -0.5),
+                "beta": 0.5,
+                "negative_slope": _values("float32", 1.0, grad=True),
+            },
+            {"activation": "prelu"},
+        ),
+        Case(
+            "ctu",
+            {"x": _values("bfloat16", -math.inf), "beta": 0.5, "negative_slope": _values("float64", 5e-309)},
+            {"activation": "prelu"},
+            backend="reference",
+        ),
+        Case(
+            "ctu",
+            {"x": _values("float32", math.inf), "beta": 0.5, "scale": _values("float64", 5e-309)},
+            {"activation": "relu"},
+            backend="reference",
+        ),
     ],
-    ids=["1 - coeff of a logit", "an infinite sum of a prologue", "exponent that the reference rounds"],
+    ids=[
+        "1 - coeff of a logit",
+        "an infinite sum of a prologue",
+        "exponent that the reference rounds",
+        "slope of 1",
+        "slope that is no float",
+        "scale that is no float",
+    ],
 )
 def test_cases_that_failed_once(case: Case) -> None:
     check(case)

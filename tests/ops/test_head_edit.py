@@ -37,6 +37,8 @@ def test_closed_gates_are_the_identity(backend: str) -> None:
     z, (m, a, _, _) = torch.randn(2, 5, H * D), _parameters()
     closed = torch.zeros(H)
     assert torch.equal(head_edit(z, m, a, closed, closed), z)
+    huge = torch.full_like(m, 1e300, dtype=torch.float64)  # infinite in the precision of z
+    assert torch.equal(head_edit(z, huge, -huge, closed.double(), closed), z)
 
 
 def test_all_layouts_agree(backend: str) -> None:

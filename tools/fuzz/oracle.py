@@ -93,6 +93,18 @@ class _Terms:
     coeff_terms: Array
 
 
+@dataclass
+class _Knobs:
+    """``s`` and ``c1``: 1 - beta + eps and 1 - c. ``exponent``: of :class:`Grade`."""
+
+    beta: Array
+    s: Array
+    c: Array
+    c1: Array
+    eps: float
+    exponent: float
+
+
 _erfc = np.frompyfunc(lambda t: math.erfc(t), 1, 1)
 
 
@@ -106,80 +118,77 @@ def _pdf(t: Array) -> Array:
     return np.exp(-t * t / 2) / np.sqrt(2 * WIDE(np.pi))
 
 
-def _logistic(w: Array, beta: Array, s: Array, c: Array, eps: float, exponent: float) -> _Terms:
+def _logistic(w: Array, k: _Knobs) -> _Terms:
+    beta, s, c, c1, exponent = k.beta, k.s, k.c, k.c1, k.exponent
     u = w / s
     t, a = beta * u, np.abs(u)
     p, q = _sigmoid(t), _sigmoid(-t)
     log_term = np.log1p(np.exp(-a))
     soft = np.maximum(u, 0) + log_term
     entropy = log_term + a * _sigmoid(-a)
-    bell = c * u * u * p * q * (1 + WIDE(eps))
+    bell = c * u * u * p * q * (1 + WIDE(k.eps))
     d_c = np.abs(w) * _sigmoid(-np.abs(t)) + s * log_term
-    y = c * w * p + (1 - c) * s * soft
+    y = c * w * p + c1 * s * soft
     off_t, off_u = exponent * np.abs(t) * p * q, exponent * a * _sigmoid(-a)  # of sigma(t), and of the log term
     return _Terms(
         y,
-        c * (p + t * p * q) + (1 - c) * _sigmoid(u),
-        bell - (1 - c) * entropy,
+        c * (p + t * p * q) + c1 * _sigmoid(u),
+        bell - c1 * entropy,
         -d_c,
-        np.abs(c * w * p) + (1 - c) * s * soft + c * np.abs(w) * off_t + (1 - c) * s * off_u,
-        c * (p + np.abs(t) * p * q)
-        + (1 - c) * _sigmoid(u)
-        + q  # 1 - h, where it is read off from h
-        + c * (1 + np.abs(t)) * off_t
-        + (1 - c) * off_u,
-        bell * (1 + exponent * np.abs(t)) + (1 - c) * (entropy + a * off_u),
+        np.abs(c * w * p) + c1 * s * soft + c * np.abs(w) * off_t + c1 * s * off_u,
+        # q: 1 - h, where it is read off from h
+        c * (p + np.abs(t) * p * q) + c1 * _sigmoid(u) + q + c * (1 + np.abs(t)) * off_t + c1 * off_u,
+        bell * (1 + exponent * np.abs(t)) + c1 * (entropy + a * off_u),
         d_c + np.abs(w) * off_t + s * off_u,
     )
 
 
-def _gaussian(w: Array, beta: Array, s: Array, c: Array, eps: float, exponent: float) -> _Terms:
+def _gaussian(w: Array, k: _Knobs) -> _Terms:
+    beta, s, c, c1, exponent = k.beta, k.s, k.c, k.c1, k.exponent
     u = w / s
     t, a = beta * u, np.abs(u)
-    bell = c * u * u * _pdf(t) * (1 + WIDE(eps))
+    bell = c * u * u * _pdf(t) * (1 + WIDE(k.eps))
     # w gate - s soft without its cancellation: both are relu(w) but for tails
     tails = [np.abs(w) * _cdf(-np.abs(t)), s * _pdf(u), -s * a * _cdf(-a)]
-    y_terms = [c * w * _cdf(t), (1 - c) * s * np.maximum(u, 0), (1 - c) * s * _pdf(u), -(1 - c) * s * a * _cdf(-a)]
-    w_terms = [c * _cdf(t), c * t * _pdf(t), (1 - c) * _cdf(u)]
-    off_t, off_u = (
-        exponent * np.abs(t) * _pdf(t),
-        exponent * a * _pdf(u),
-    )  # of the cdf; the pdf is off by |t| times that
+    y_terms = [c * w * _cdf(t), c1 * s * np.maximum(u, 0), c1 * s * _pdf(u), -c1 * s * a * _cdf(-a)]
+    w_terms = [c * _cdf(t), c * t * _pdf(t), c1 * _cdf(u)]
+    # of the cdf; the pdf is off by |t| times that
+    off_t, off_u = exponent * np.abs(t) * _pdf(t), exponent * a * _pdf(u)
     return _Terms(
         sum(y_terms),
         sum(w_terms),
-        bell - (1 - c) * _pdf(u),
+        bell - c1 * _pdf(u),
         -sum(tails),
-        sum(np.abs(v) for v in y_terms) + c * np.abs(w) * off_t + 2 * (1 - c) * s * a * off_u,
-        sum(np.abs(v) for v in w_terms) + _cdf(-np.abs(t)) + c * (1 + t * t) * off_t + (1 - c) * off_u,
-        bell * (1 + exponent * t * t) + (1 - c) * (_pdf(u) + a * off_u),
+        sum(np.abs(v) for v in y_terms) + c * np.abs(w) * off_t + 2 * c1 * s * a * off_u,
+        sum(np.abs(v) for v in w_terms) + _cdf(-np.abs(t)) + c * (1 + t * t) * off_t + c1 * off_u,
+        bell * (1 + exponent * t * t) + c1 * (_pdf(u) + a * off_u),
         sum(np.abs(v) for v in tails) + np.abs(w) * off_t + 2 * s * a * off_u,
     )
 
 
-def _excess(w: Array, beta: Array, s: Array, c: Array, eps: float, exponent: float) -> _Terms:
-    """The logistic unit less the ReLU, without the cancellation that large w would bring."""
-    found = _logistic(w, beta, s, c, eps, exponent)
-    a = np.abs(w)
-    parts = [(1 - c) * s * np.log1p(np.exp(-a / s)), -c * a * _sigmoid(-beta * a / s)]
+def _excess(w: Array, k: _Knobs, reach: Array | float = 1.0) -> _Terms:
+    """The logistic unit less the ReLU at ``reach`` w, without the cancellation that large w would bring. w tells the sides of 0
+    apart, where ``reach`` is 0 too."""
+    beta, s, c, c1, exponent = k.beta, k.s, k.c, k.c1, k.exponent
+    found = _logistic(reach * w, k)
+    a = np.abs(reach * w)
+    parts = [c1 * s * np.log1p(np.exp(-a / s)), -c * a * _sigmoid(-beta * a / s)]
     t = beta * a / s
     off = exponent * np.stack([a / s, t])
     found.y, found.y_terms = sum(parts), sum(np.abs(p) * (1 + o) for p, o in zip(parts, off))
-    h = c * _sigmoid(-t) * (1 - t * _sigmoid(t)) + (1 - c) * _sigmoid(-a / s)
+    h = c * _sigmoid(-t) * (1 - t * _sigmoid(t)) + c1 * _sigmoid(-a / s)
     found.w = np.where(w > 0, -h, h)
     return found
 
 
-def _unit(
-    member: str, w: Array, beta: Array, s: Array, c: Array, slope: Array, eps: float, exponent: float
-) -> tuple[_Terms, Array, Array]:
+def _unit(member: str, w: Array, slope: Array, k: _Knobs) -> tuple[_Terms, Array, Array]:
     """(the unit where it is smooth, its derivative by the slope, that one's terms)."""
     zero = np.zeros_like(w)
     if member == "gelu":
-        return _gaussian(w, beta, s, c, eps, exponent), zero, zero
+        return _gaussian(w, k), zero, zero
     if member in ("leaky_relu", "prelu"):
         sign, up, reach = np.where(slope > 1, WIDE(-1), WIDE(1)), (w > 0).astype(WIDE), np.abs(1 - slope)
-        inner = _excess(reach * w, beta, s, c, eps, exponent)
+        inner = _excess(w, k, reach)
         base = np.where(w > 0, w, slope * w)
         terms = _Terms(
             base + sign * inner.y,
@@ -193,7 +202,7 @@ def _unit(
         )
         return terms, (1 - up) * w - w * inner.w, np.abs(w) * (1 + inner.w_terms)
     if member == "relu6":
-        low, high = (_excess(v, beta, s, c, eps, exponent) for v in (w, w - 6))
+        low, high = (_excess(v, k) for v in (w, w - 6))
         base, step = np.clip(w, 0, 6), (w > 0).astype(WIDE) - (w > 6).astype(WIDE)
         terms = _Terms(
             base + low.y - high.y,
@@ -206,7 +215,7 @@ def _unit(
             low.coeff_terms + high.coeff_terms,
         )
         return terms, zero, zero
-    return _logistic(w, beta, s, c, eps, exponent), zero, zero
+    return _logistic(w, k), zero, zero
 
 
 def _plain(member: str, w: Array, slope: Array) -> tuple[Array, Array, Array]:
@@ -246,10 +255,10 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
     beta_in, coeff_in = along(given["beta"]), along(given.get("coeff", np.asarray(WIDE(0.5))))
     slope = along(given.get("negative_slope", np.asarray(WIDE(0.01))))
     if raw:
-        beta, s0, c = _sigmoid(beta_in), _sigmoid(-beta_in), _sigmoid(coeff_in)
-        d_beta_in, d_coeff_in = beta * s0, c * _sigmoid(-coeff_in)
+        beta, s0, c, c1 = _sigmoid(beta_in), _sigmoid(-beta_in), _sigmoid(coeff_in), _sigmoid(-coeff_in)
+        d_beta_in, d_coeff_in = beta * s0, c * c1
     else:
-        beta, s0, c = beta_in, 1 - beta_in, coeff_in
+        beta, s0, c, c1 = beta_in, 1 - beta_in, coeff_in, 1 - coeff_in
         d_beta_in = d_coeff_in = np.ones_like(x)
     s = s0 + WIDE(eps)
     w, prologue = x, np.zeros_like(x)
@@ -263,17 +272,9 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
     leaky = member in ("leaky_relu", "prelu")
     lost = np.isnan(w) | np.isnan(beta) | np.isnan(c) | (np.isnan(slope) if leaky else False)
     smooth = (s > 0) & np.isfinite(w) & ~lost
-    inner = np.where(smooth, w, WIDE(0))
-    terms, d_slope, slope_terms = _unit(
-        member,
-        inner,
-        np.where(smooth, beta, 0),
-        np.where(smooth, s, 1),
-        np.where(smooth, c, 0),
-        np.where(smooth, slope, 0),
-        eps,
-        grade.exponent,
-    )
+    fields = (np.where(smooth, v, other) for v, other in ((beta, 0), (s, 1), (c, 0), (c1, 0)))
+    knobs = _Knobs(*fields, eps, grade.exponent)
+    terms, d_slope, slope_terms = _unit(member, np.where(smooth, w, WIDE(0)), np.where(smooth, slope, 0), knobs)
     hard_y, hard_w, hard_slope = _plain(member, w, slope)
     nan = WIDE(np.nan)
 
@@ -299,7 +300,10 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
                 over |= (np.abs(along(given[name])) > grade.largest / 16) & ~np.isinf(along(given[name]))
     ineffective = (np.isnan(beta) | np.isnan(c)) & ~((s > 0) & np.isfinite(w)) & ~np.isnan(w) & ~np.isnan(beta)
     ineffective |= np.isnan(beta) & np.isinf(w)
-    free = over | ineffective | (np.isinf(w) & leaky & ((slope == 0) | ~np.isfinite(slope)))
+    # infinity times a slope or a scale that is 0, or that the working precision takes for it
+    free = over | ineffective | (np.isinf(w) & leaky & ((np.abs(slope) <= grade.least) | ~np.isfinite(slope)))
+    if "scale" in given:
+        free |= np.isinf(x) & (np.abs(along(given["scale"])) <= grade.least)
     if leaky:
         free |= np.isinf(slope)
     # coeff and 1 - coeff may be rounded to the working precision
@@ -441,11 +445,12 @@ def head_edit(values: Values, options: dict[str, Any], dy: Array | None) -> dict
                 loose |= np.isinf(g_m if name == "m" else g_a)
         total = summed(np.nan_to_num(np.abs(product), posinf=0), name)
         certain = summed((np.isnan(product) & ~loose).astype(WIDE), name) > 0
-        allowed = (share + 64 * grade.eps) * total + grade.least
+        allowed, largest = (share + 64 * grade.eps) * total + grade.least, grade.largest
         if index is not None:  # a gradient a sample, in the parameter's dtype, added up by torch
-            allowed += max(4, len(index)) * torch.finfo(values.dtypes[name]).eps * total
+            info = torch.finfo(values.dtypes[name])
+            allowed, largest = allowed + max(4, len(index)) * info.eps * total, min(largest, info.max)
         exact = np.where(certain, WIDE(np.nan), summed(np.where(loose | np.isnan(product), 0, product), name))
-        wild = ((summed(loose.astype(WIDE), name) > 0) | (total > grade.largest / 16)) & ~certain
+        wild = ((summed(loose.astype(WIDE), name) > 0) | (total > largest / 16)) & ~certain
         # gates' gradients are sums over a head, of NaN times anything
         if name.startswith("g_"):
             wild |= certain & (summed(np.ones_like(product), name) == 0)

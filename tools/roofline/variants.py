@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ctkernels.ops import launcher
 from ctkernels.ops.channelwise.launch import implementation
-from ctkernels.ops.ctu import ACTIVATIONS
 from ctkernels.ops.ctu import OP as CTU
+from ctkernels.ops.ctu.op import ACTIVATIONS
 from ctkernels.ops.hard_concrete import MEAN, SAMPLE
 from ctkernels.ops.hard_concrete import OP as GATES
 from ctkernels.ops.head_edit import OP as HEAD_EDIT

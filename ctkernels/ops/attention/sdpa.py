@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends
+from .. import backends, memory
 from ..autograd import in_forward_mode, in_transform, needs_grad
 from ..head_edit.function import head_edit
 from . import reference
@@ -39,6 +39,11 @@ def attend(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False) -> Tensor:
+    # Torch's CPU kernel lays its result out as q would be if it were dense, and then takes the last dimension for the innermost
+    # one. Where elements of q share memory it need not be, and part of the result is never written.
+    eager = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if eager and not q.is_contiguous() and memory.overlaps_itself(q.shape, q.stride()):
+        q = q.contiguous()
     grouped = q.shape[1] != k.shape[1]
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)

@@ -1,12 +1,12 @@
-"""Triton kernels for channelwise ops: one skeleton (loops, masks, sums), with an op's scalar functions.
+"""Triton kernels of channelwise ops: one skeleton (loops, masks, sums), with an op's scalar functions.
 
-A program owns a rectangle of a view (groups, outer, channels, inner), cut so that its parameters are constants of the
-program. PLANE: rows of one channel's ``inner`` neighbouring values; constants are scalars. Otherwise, for short
-``inner``: rows of whole periods (channels * inner); every lane keeps the constants of its channel over many rows.
+A program works on a rectangle of a view (groups, outer, channels, inner) in which every lane keeps its channel, so that
+parameters are loaded once. PLANE: rows of one channel's ``inner`` neighbouring values; constants are scalars. Otherwise,
+for short ``inner``: rows of whole periods (channels * inner); a lane has the constants of its channel.
 
-Sums have a fixed order: lanes add up over a program's rows, a tree adds up a program's lanes, and a second kernel adds
-up the programs, in float64. Where one program sees all of a channel, it finishes on its own. Parameters that several
-channels or groups share have their gradients added up by a third, also in float64.
+Sums have a fixed order: lanes sum over a program's rows, a tree sums a program's lanes, and a second kernel reduces the
+programs' partial sums, in float64. A program that sees all of a channel makes the gradients itself. A third kernel, also in
+float64, reduces the gradients of parameters that several channels or groups share.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ SUMS = tl.constexpr(7)  # the op's own five, then those of the prologue's scale 
 
 @dataclass(frozen=True)
 class Math:
-    """An op's scalar functions; PRECISION is one of the three above, ATTRS the op's static arguments after channel_dim.
+    """An op's scalar functions; PRECISION is one of the three above, ATTRS the op's attributes after channel_dim.
 
-    derive(params, PRECISION, ATTRS) -> constants        forward(w, constants, PRECISION, ATTRS) -> y
+    precompute(params, PRECISION, ATTRS) -> constants        forward(w, constants, PRECISION, ATTRS) -> y
     gradients(w, dy, constants, PRECISION, ATTRS) -> (gradient of w, five terms of sums)
-    finish(params, sums, ATTRS) -> gradients of params
-    fallbacks: values of absent parameters. sums: of each parameter, a mask of the sums that its gradient is made of.
+    parameter_gradients(params, sums, ATTRS) -> gradients of params
+    fallbacks: values of absent parameters. sums: for each parameter, a mask of the sums that its gradient is made of.
     prologue: whether parameters 3 and 4 are a scale and a shift before the op.
     """
 
-    derive: Any
+    precompute: Any
     forward: Any
     gradients: Any
-    finish: Any
+    parameter_gradients: Any
     fallbacks: tuple[float, ...]
     sums: tuple[int, ...]
     prologue: bool
@@ -54,20 +54,24 @@ class Math:
         return _kernel(reduce_partials_kernel, self)
 
 
-# In the skeletons, the scalar functions of the op that a kernel is made for.
-derive = forward = gradients = finish = cast(Any, None)
+# Names in the skeletons for the scalar functions of the op that a kernel is made for.
+precompute = forward = gradients = parameter_gradients = cast(Any, None)
 
 
 def _kernel(skeleton: Any, math: Math) -> Any:
-    """The skeleton with an op's scalar functions. They are globals of it, not constants: Inductor writes a kernel's source into
-    its own, with that of the functions its globals name, but constants as their ``repr``."""
-    functions = {"derive": math.derive, "forward": math.forward, "gradients": math.gradients, "finish": math.finish}
+    """The skeleton with an op's scalar functions as its globals: a kernel of the op's own, launched without passing them."""
+    functions = {
+        "precompute": math.precompute,
+        "forward": math.forward,
+        "gradients": math.gradients,
+        "parameter_gradients": math.parameter_gradients,
+    }
     kernel = FunctionType(skeleton.__code__, skeleton.__globals__ | functions, skeleton.__name__)
     kernel.__annotations__, kernel.__doc__ = skeleton.__annotations__, skeleton.__doc__
     op = math.forward.__module__.split(".")[-2]
 
     def name(specialization: Any) -> str:
-        """What profilers show. Inductor looks for the skeleton's own name in it."""
+        """What profilers show, such as ``ctu_forward_channelwise_kernel``."""
         direction = "forward" if specialization.constants.get("dy", 0) is None else "backward"
         return f"{op}_{direction}_{skeleton.__name__}"
 
@@ -75,15 +79,15 @@ def _kernel(skeleton: Any, math: Math) -> Any:
 
 
 @triton.constexpr_function
-def _rank(wanted: int, i: int) -> int:
-    """Place of sum i among the wanted ones."""
-    return bin(wanted & ((1 << i) - 1)).count("1")
+def _rank(sum_mask: int, i: int) -> int:
+    """How many sums of the mask come before sum i."""
+    return bin(sum_mask & ((1 << i) - 1)).count("1")
 
 
 @triton.jit
 def _param(p, g, c, channels, mask, fallback: tl.constexpr, rows: tl.constexpr, run: tl.constexpr):
-    """Value of a parameter for channel c of group g. run: channels that share a value, 0 for all of them. rows: its number
-    of rows, which groups take in turn; 0 for a row of its own for each."""
+    """Value of a parameter for channel c of group g. run: how many channels share a value, 0: all. rows: number of rows,
+    of which group g uses row g % rows; 0: one for each group."""
     if p is None:
         return (c * 0).to(tl.float32) + fallback
     else:
@@ -108,7 +112,7 @@ def _params(p0, p1, p2, p3, p4, g, c, channels, mask, FALLBACKS: tl.constexpr, R
 
 @triton.jit
 def _put(d, value, at, mask):
-    """A null pointer is a gradient nobody wants."""
+    """Stores a gradient, unless its pointer is null: not requested."""
     if d is not None:
         tl.store(d + at, value.to(d.dtype.element_ty), mask=mask)
 
@@ -124,10 +128,10 @@ def _store(d0, d1, d2, d3, d4, grads, at, mask):
 
 
 @triton.jit
-def _place(
+def _rectangle(
     channels, inner, row_units, rows, row_cuts, rows_per, col_cuts, cols_per, PLANE: tl.constexpr, UNIT: tl.constexpr
 ):
-    """Where this program works. Lengths come in units of UNIT values, so that the compiler knows what divides them."""
+    """The rectangle of this program. Lengths come in units of UNIT values, which tells the compiler what divides them."""
     pid = tl.program_id(0)
     col_cut = pid % col_cuts
     pid = pid // col_cuts
@@ -149,7 +153,7 @@ def _place(
 
 @triton.jit
 def _channel(plane, cols, channels, inner, PLANE: tl.constexpr, WRAP: tl.constexpr, UNIT: tl.constexpr):
-    """Channel of this program, or of each of its lanes."""
+    """The channel of this program, or of each of its lanes."""
     if PLANE:
         return plane
     else:
@@ -174,13 +178,13 @@ def channelwise_kernel(
     ROWS: tl.constexpr, RUNS: tl.constexpr, SUM_MASK: tl.constexpr,
     PLANE: tl.constexpr, WRAP: tl.constexpr, UNIT: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """out = op(x), or where ``dy`` is given, the gradient of x. SUM_MASK: mask of the sums to make. They go to ``partial``,
-    or where that is null, through finish to d0 to d4. Null outputs are not computed."""
+    """out = op(x), or with ``dy``, the gradient of x. SUM_MASK: which sums are made. They go to ``partial``; if that is null,
+    this program sees all of a channel and writes the parameters' gradients, d0 to d4. Null outputs are not computed."""
     DOUBLES: tl.constexpr = PRECISION == 2
     HAS_SCALE: tl.constexpr = PROLOGUE and p3 is not None
     HAS_SHIFT: tl.constexpr = PROLOGUE and p4 is not None
     inner_units = inner // UNIT if PLANE else inner
-    g, plane, row_cut, slot, begin, end, first, last = _place(
+    g, plane, row_cut, slot, begin, end, first, last = _rectangle(
         channels, inner_units, row_units, rows, row_cuts, rows_per, col_cuts, cols_per, PLANE, UNIT
     )
     lane = tl.arange(0, LANES)
@@ -188,7 +192,7 @@ def channelwise_kernel(
     c = _channel(plane, cols, channels, inner, PLANE, WRAP, UNIT)
     known = c < channels
     p = _params(p0, p1, p2, p3, p4, g, c, channels, known, FALLBACKS, ROWS, RUNS)
-    k = derive(p, PRECISION, ATTRS)
+    k = precompute(p, PRECISION, ATTRS)
     scale, shift = _number(p[3], DOUBLES), _number(p[4], DOUBLES)
     zero = tl.zeros([LANES], tl.float64 if DOUBLES else tl.float32)
     s = (zero, zero, zero, zero, zero, zero, zero)
@@ -249,7 +253,7 @@ def channelwise_kernel(
                 if SUM_MASK >> i & 1:
                     tl.store(to + _rank(SUM_MASK, i) * length, s[i], mask=mask)
         else:
-            _store(d0, d1, d2, d3, d4, finish(p, s, ATTRS), g * channels + c, mask)
+            _store(d0, d1, d2, d3, d4, parameter_gradients(p, s, ATTRS), g * channels + c, mask)
 
 
 @triton.jit
@@ -302,23 +306,23 @@ def reduce_partials_kernel(
         tl.sum(s[6], 0),
     )
     p = _params(p0, p1, p2, p3, p4, g, c, channels, known, FALLBACKS, ROWS, RUNS)
-    _store(d0, d1, d2, d3, d4, finish(p, sums, ATTRS), g * channels + c, known)
+    _store(d0, d1, d2, d3, d4, parameter_gradients(p, sums, ATTRS), g * channels + c, known)
 
 
 @triton.jit
 def _reduce_shared(b, d, groups, channels, rows: tl.constexpr, run: tl.constexpr, LANES: tl.constexpr):
     """d[row, value] = sum of b[group, channel] over the groups of the row and the channels of the value."""
     if d is not None:
-        own_rows = rows if rows else groups
+        row_count = rows if rows else groups
         shared = run if run else channels
         count = channels // shared
         row, value = tl.program_id(0) // count, tl.program_id(0) % count
-        if row < own_rows:
+        if row < row_count:
             total = tl.zeros([LANES], tl.float64)
-            terms = groups // own_rows * shared
+            terms = groups // row_count * shared
             for begin in tl.range(0, terms, LANES):
                 term = begin + tl.arange(0, LANES)
-                g, c = row + term // shared * own_rows, value * shared + term % shared
+                g, c = row + term // shared * row_count, value * shared + term % shared
                 total += tl.load(b + g.to(tl.int64) * channels + c, mask=term < terms, other=0.0)
             tl.store(d + tl.program_id(0), tl.sum(total, 0).to(d.dtype.element_ty))
 

@@ -1,4 +1,4 @@
-"""How a tensor is cut into programs: a function of its shape and element size alone."""
+"""Partition of a tensor into programs: depends on its shape and element size alone."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Any
 
 from ..layout import View
 
-# Channels with at least this many neighbouring values run with scalar constants.
+# Channels with at least this many neighbouring values are planes, with scalar constants.
 MIN_PLANE = 256
-# Enough programs to fill every GPU several times over: beyond it, programs get longer instead. Fewer where each leaves sums
-# of its lanes behind.
+# Enough programs to fill every GPU several times over: beyond that, programs get longer. Fewer where each leaves partial sums
+# of its lanes.
 PROGRAMS, SUMMING_PROGRAMS = 4096, 2048
-# Vectors of 16 bytes that a lane works through: at most, and at least where constants are per lane, or sums too, and have to
-# pay off.
+# Vectors of 16 bytes that a lane works through: at most; and at least, where loading constants per lane, and leaving partial
+# sums, has to pay off.
 MOST_STEPS = 32
 LEAST_ROWS, LEAST_SUMMED_ROWS = 8, 16
-# One program finishes a channel's sums alone up to this many steps; a small tensor is arranged so that it can.
+# Up to this many steps one program sees all of a channel, and needs no partial sums; small tensors are partitioned for that.
 ALONE = 32
 SMALL = 1 << 16
+# Kernels count the columns of a period in 32 bits, and look past its end.
+FURTHEST = 1 << 30
 
 
 def _ceil(a: int, b: int) -> int:
@@ -28,7 +30,8 @@ def _ceil(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class Partition:
-    """``unit`` divides every length. A program's columns and rows: ``cols_per`` (in units), ``rows_per``."""
+    """plane, lanes, warps, unit: as in the kernels; ``unit`` divides every length. cols_per (in units), rows_per: columns and
+    rows of a program; col_cuts, row_cuts: programs side by side. repeat: periods in a row."""
 
     plane: bool
     unit: int
@@ -46,7 +49,7 @@ class Partition:
 
     @property
     def slots(self) -> int:
-        """Partial sums a column, or a channel."""
+        """Partial sums of a column, or of a channel."""
         return self.row_cuts * self.col_cuts if self.plane else self.row_cuts
 
     def columns(self, view: View) -> int:
@@ -72,17 +75,17 @@ class Partition:
 
 
 def _lanes(width: int, vector: int) -> int:
-    """Lanes of a program: the size that leaves fewest idle, counting a little for every step saved."""
+    """Lanes of a program: the size that leaves the fewest idle, with a small cost for every step."""
     sizes = [32 * vector << i for i in range(3)]
     return min(sizes, key=lambda n: _ceil(width, n) * (n + 2 * vector))
 
 
 def partition_of(view: View, itemsize: int, sums: bool) -> Partition:
-    """``sums``: whether the kernel adds up over channels."""
+    """The partition of a view. ``sums``: whether the kernel sums over channels."""
     vector = 16 // itemsize
     group = view.outer * view.channels * view.inner
     one_launch = sums and view.outer <= ALONE and group * view.groups <= SMALL
-    plane = view.channels == 1 or view.inner >= MIN_PLANE or view.channels * view.inner >= 2**31
+    plane = view.channels == 1 or view.inner >= MIN_PLANE or view.channels * view.inner >= FURTHEST
     plane = plane or (one_launch and view.inner > 1)
     repeat = 1
     if plane:

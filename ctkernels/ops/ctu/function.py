@@ -71,9 +71,7 @@ def ctu(
     if kind < 0:
         checks.choice("ctu", "activation", activation, ACTIVATIONS)
     channel = None if channel_dim is None else checks.dimension("ctu", "channel_dim", channel_dim, x)
-    eps = checks.number("ctu", "eps", eps)
-    if eps:
-        checks.unit_interval("ctu", "eps", eps)
+    eps = checks.unit_interval("ctu", "eps", eps)
     if index is None:
         beta, coeff = _knob("beta", beta, x, channel, raw), _knob("coeff", coeff, x, channel, raw)
     else:
@@ -101,11 +99,11 @@ def ctu(
 
 
 def _knob(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, raw: bool) -> Tensor:
-    """beta or coeff: a parameter that, unless it is a logit, is between 0 and 1 if it is a number."""
-    if not raw and not isinstance(value, Tensor):
-        value = checks.number("ctu", name, value)
-        checks.unit_interval("ctu", name, value)
-    return checks.parameter("ctu", name, value, x, channel_dim)
+    """beta or coeff as the op takes it; a number, unless it is a logit, is between 0 and 1."""
+    if isinstance(value, Tensor):
+        return checks.parameter("ctu", name, value, x, channel_dim)
+    check = checks.number if raw else checks.unit_interval
+    return checks.scalar_tensor(check("ctu", name, value), x)
 
 
 def _rows(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, index: Tensor) -> Tensor:

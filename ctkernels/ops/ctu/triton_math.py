@@ -1,6 +1,6 @@
 """The CT unit as scalar Triton functions: the same bump formulation, constants and sums as csrc/ctu.h.
 
-Imported only where Triton is installed. Three grades of arithmetic: DOUBLE for float64, EXACT for float32, and FAST for
+Imported only where Triton is installed. Three precisions of arithmetic: DOUBLE for float64, EXACT for float32, and FAST for
 16-bit results, the only one that leaves exponentials to the approximate unit (2 ulp, at most 2^-22 relative, against half
 an ulp of 2^-12 at best). ``rcp.approx`` is good to 1 ulp and serves both; an IEEE division is a subroutine call on the GPU.
 """
@@ -93,13 +93,13 @@ def _reach(r, LEAST: tl.constexpr):
 
 
 @triton.jit
-def derive(p, GRADE: tl.constexpr, STATIC: tl.constexpr):
+def precompute(p, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
     """(rate hi, lo, limit) of both decays, coeff, 1 - coeff, (1 - coeff) s, eta = beta / s, slope, 1 - slope."""
-    KIND: tl.constexpr = STATIC[0]
-    RAW: tl.constexpr = STATIC[1]
-    EPS: tl.constexpr = STATIC[2]
+    KIND: tl.constexpr = ATTRS[0]
+    RAW: tl.constexpr = ATTRS[1]
+    EPS: tl.constexpr = ATTRS[2]
     beta, coeff, slope = p[0], p[1], p[2]
-    if GRADE == DOUBLE:
+    if PRECISION == DOUBLE:
         b, s, c, c1, _db, _dc = _knobs(beta, coeff, RAW, EPS)
         smooth = ~(s <= 1e-300)  # a NaN is passed on
         u = 1.0 / tl.where(smooth, s, 1.0)
@@ -140,7 +140,7 @@ def derive(p, GRADE: tl.constexpr, STATIC: tl.constexpr):
         t_limit = tl.where(smooth, tl.minimum(vanished * _rcp(t), furthest), -1.0)
         u_limit = tl.where(smooth, tl.minimum(vanished * _rcp(u), furthest), -1.0)
         eta = tl.where(smooth, eta, 0.0)
-        if GRADE == FAST:  # the approximate unit takes every magnitude; a unit without a bump has no coefficients
+        if PRECISION == FAST:  # the approximate unit takes every magnitude; a unit without a bump has no coefficients
             t_limit, u_limit = furthest, furthest
             # At beta = 0 too, infinity decays to 0. (The smallest float; written as a number it would be a double.)
             t = tl.maximum(t.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
@@ -162,12 +162,12 @@ def _exp2_scaled(f, z):
 
 
 @triton.jit
-def _decay(a, hi, lo, limit, GRADE: tl.constexpr):
+def _decay(a, hi, lo, limit, PRECISION: tl.constexpr):
     """e^(-rate a), 0 beyond the limit, and a capped where the result is 0, so that their product is 0 and not NaN."""
-    if GRADE == DOUBLE:
+    if PRECISION == DOUBLE:
         ac = tl.where(limit < a, limit, a)
         return tl.where(a > limit, 0.0, libdevice.exp(-ac * hi)), ac
-    elif GRADE == EXACT:
+    elif PRECISION == EXACT:
         ac = _smaller(a, limit)
         z = tl.fma(-ac, hi, _MAGIC)
         f = tl.fma(-ac, lo, tl.fma(-ac, hi, _MAGIC - z))
@@ -177,39 +177,39 @@ def _decay(a, hi, lo, limit, GRADE: tl.constexpr):
 
 
 @triton.jit
-def _inverse(x, GRADE: tl.constexpr):
-    if GRADE == DOUBLE:
+def _inverse(x, PRECISION: tl.constexpr):
+    if PRECISION == DOUBLE:
         return reciprocal(x)
     else:
         return _rcp(x)
 
 
 @triton.jit
-def _log1p(e, GRADE: tl.constexpr):
+def _log1p(e, PRECISION: tl.constexpr):
     """log(1 + e) on [0, 1]; EXACT: 2e-7 relative, FAST: 6e-5."""
-    if GRADE == DOUBLE:
+    if PRECISION == DOUBLE:
         r = e * reciprocal(2.0 + e)  # log(1 + e) = 2 artanh(r), r <= 1/3: the first term left out is below 2^-61
         p = r * 0.0 + 1.0 / 35
         for k in tl.static_range(17):
             p = p * (r * r) + 1.0 / (33 - 2 * k)
         return 2.0 * r * p
-    elif GRADE == EXACT:
+    elif PRECISION == EXACT:
         return polynomial(e, _LOG1P) * e
     else:
         return polynomial(e, _LOG1P_FAST) * e
 
 
 @triton.jit
-def _tail(a, hi, lo, limit, GRADE: tl.constexpr):
+def _tail(a, hi, lo, limit, PRECISION: tl.constexpr):
     """phi(t) and Phi(-t) at t = rate a >= 0, and a capped where both are 0."""
-    if GRADE == DOUBLE:
+    if PRECISION == DOUBLE:
         ac = tl.where(limit < a, limit, a)
         t = ac * hi
         pdf = tl.where(a > limit, 0.0, 0.39894228040143267794 * libdevice.exp(-0.5 * t * t))
         return pdf, tl.where(a > limit, 0.0, 0.5 * libdevice.erfc(t * 0.70710678118654752440)), ac
     else:
         ac = _smaller(a, limit)
-        if GRADE == EXACT:
+        if PRECISION == EXACT:
             t = ac * hi
             y = t * t
             t_lo = tl.fma(ac, lo, tl.fma(ac, hi, -t))
@@ -226,7 +226,7 @@ def _tail(a, hi, lo, limit, GRADE: tl.constexpr):
 
 
 @triton.jit
-def _bump(a, k, GRADE: tl.constexpr, KIND: tl.constexpr):
+def _bump(a, k, PRECISION: tl.constexpr, KIND: tl.constexpr):
     """The bump, minus its derivative, and the four terms of the parameter gradients, the first as two factors, whose
     product may overflow. What is not used is not computed.
 
@@ -234,17 +234,17 @@ def _bump(a, k, GRADE: tl.constexpr, KIND: tl.constexpr):
     """
     t_hi, t_lo, t_limit, u_hi, u_lo, u_limit, c, c1, c1s, eta, _slope, _reach = k
     if KIND == GAUSSIAN:
-        pdf_t, cdf_t, at = _tail(a, t_hi, t_lo, t_limit, GRADE)
-        pdf_u, cdf_u, au = _tail(a, u_hi, u_lo, u_limit, GRADE)
+        pdf_t, cdf_t, at = _tail(a, t_hi, t_lo, t_limit, PRECISION)
+        pdf_u, cdf_u, au = _tail(a, u_hi, u_lo, u_limit, PRECISION)
         ap, aq, uq = at * pdf_t, at * cdf_t, au * cdf_u
         delta = tl.fma(c1s, pdf_u, tl.fma(-c, aq, -(c1 * uq)))
         h = tl.fma(c, tl.fma(-eta, ap, cdf_t), c1 * cdf_u)
         return delta, h, ap, at, aq, pdf_u, uq
     else:
-        et, at = _decay(a, t_hi, t_lo, t_limit, GRADE)
-        eu, au = _decay(a, u_hi, u_lo, u_limit, GRADE)
-        pt, pu = _inverse(1.0 + et, GRADE), _inverse(1.0 + eu, GRADE)
-        qt, qu, log_term = et * pt, eu * pu, _log1p(eu, GRADE)
+        et, at = _decay(a, t_hi, t_lo, t_limit, PRECISION)
+        eu, au = _decay(a, u_hi, u_lo, u_limit, PRECISION)
+        pt, pu = _inverse(1.0 + et, PRECISION), _inverse(1.0 + eu, PRECISION)
+        qt, qu, log_term = et * pt, eu * pu, _log1p(eu, PRECISION)
         aq = at * qt
         apq = aq * pt
         delta = tl.fma(c1s, log_term, -(c * aq))
@@ -253,52 +253,52 @@ def _bump(a, k, GRADE: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def forward(w, k, GRADE: tl.constexpr, STATIC: tl.constexpr):
-    KIND: tl.constexpr = STATIC[0]
+def forward(w, k, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
+    KIND: tl.constexpr = ATTRS[0]
     if KIND == RELU6:
-        low, _h, _i, _o, _s1, _s2, _s3 = _bump(tl.abs(w), k, GRADE, KIND)
-        high, _h, _i, _o, _s1, _s2, _s3 = _bump(tl.abs(w - 6.0), k, GRADE, KIND)
+        low, _h, _i, _o, _s1, _s2, _s3 = _bump(tl.abs(w), k, PRECISION, KIND)
+        high, _h, _i, _o, _s1, _s2, _s3 = _bump(tl.abs(w - 6.0), k, PRECISION, KIND)
         return tl.where(w > 6.0, 6.0, tl.where(w < 0.0, 0.0, w)) + (low - high)
     elif KIND == LEAKY:
         slope, reach = k[10], k[11]
-        delta, _h, _i, _o, _s1, _s2, _s3 = _bump(tl.abs(reach) * tl.abs(w), k, GRADE, KIND)
+        delta, _h, _i, _o, _s1, _s2, _s3 = _bump(tl.abs(reach) * tl.abs(w), k, PRECISION, KIND)
         return tl.where(w > 0.0, w, slope * w) + tl.where(reach < 0.0, -delta, delta)
     else:
-        delta, _h, _i, _o, _s1, _s2, _s3 = _bump(tl.abs(w), k, GRADE, KIND)
+        delta, _h, _i, _o, _s1, _s2, _s3 = _bump(tl.abs(w), k, PRECISION, KIND)
         return tl.maximum(w, 0.0) + delta
 
 
 @triton.jit
-def gradients(w, dy, k, GRADE: tl.constexpr, STATIC: tl.constexpr):
-    """The gradient of w, and the terms whose sums make the parameter gradients; see `finish`. ``dy`` is the first factor of
+def gradients(w, dy, k, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
+    """The gradient of w, and the terms of the sums that `parameter_gradients` takes. ``dy`` is the first factor of
     every product: what comes after it may be infinite, and a ``dy`` of 0 makes 0."""
-    KIND: tl.constexpr = STATIC[0]
+    KIND: tl.constexpr = ATTRS[0]
     if KIND == RELU6:
-        _d, low, low_i, low_o, l1, l2, l3 = _bump(tl.abs(w), k, GRADE, KIND)
-        _d, high, high_i, high_o, h1, h2, h3 = _bump(tl.abs(w - 6.0), k, GRADE, KIND)
+        _d, low, low_i, low_o, l1, l2, l3 = _bump(tl.abs(w), k, PRECISION, KIND)
+        _d, high, high_i, high_o, h1, h2, h3 = _bump(tl.abs(w - 6.0), k, PRECISION, KIND)
         step = tl.where(w > 0.0, 1.0 - low, low) - tl.where(w > 6.0, 1.0 - high, high)
         s0 = dy * (low_i * low_o - high_i * high_o)  # finite: see _FLAT
         return dy * step, s0, dy * (l1 - h1), dy * (l2 - h2), dy * (l3 - h3), s0
     elif KIND == LEAKY:
         slope, reach = k[10], k[11]
-        _d, h, inner, outer, s1, s2, s3 = _bump(tl.abs(reach) * tl.abs(w), k, GRADE, KIND)
+        _d, h, inner, outer, s1, s2, s3 = _bump(tl.abs(reach) * tl.abs(w), k, PRECISION, KIND)
         up = w > 0.0
         step = tl.where(up, 1.0 - reach * h, slope + reach * h)
-        finite = _smaller(w, _LARGEST_DOUBLE if GRADE == DOUBLE else _LARGEST)  # up there h is 0
+        finite = _smaller(w, _LARGEST_DOUBLE if PRECISION == DOUBLE else _LARGEST)  # up there h is 0
         s4 = dy * (finite * tl.where(up, h, 1.0 - h))
         return dy * step, dy * inner * outer, dy * s1, dy * s2, dy * s3, s4
     else:
-        _d, h, inner, outer, s1, s2, s3 = _bump(tl.abs(w), k, GRADE, KIND)
+        _d, h, inner, outer, s1, s2, s3 = _bump(tl.abs(w), k, PRECISION, KIND)
         s0 = dy * inner * outer
         return dy * tl.where(w > 0.0, 1.0 - h, h), s0, dy * s1, dy * s2, dy * s3, s0
 
 
 @triton.jit
-def finish(p, s, STATIC: tl.constexpr):
+def parameter_gradients(p, s, ATTRS: tl.constexpr):
     """From the sums of one channel to the gradients of (beta, coeff, slope, scale, shift), in float64."""
-    KIND: tl.constexpr = STATIC[0]
-    RAW: tl.constexpr = STATIC[1]
-    EPS: tl.constexpr = STATIC[2]
+    KIND: tl.constexpr = ATTRS[0]
+    RAW: tl.constexpr = ATTRS[1]
+    EPS: tl.constexpr = ATTRS[2]
     s0, s1, s2, s3 = s[0].to(tl.float64), s[1].to(tl.float64), s[2].to(tl.float64), s[3].to(tl.float64)
     _b, width, c, c1, d_beta, d_coeff = _knobs(p[0], p[1], RAW, EPS)
     smooth = ~(width <= _SMALLEST_S)  # a NaN is passed on
@@ -318,5 +318,6 @@ def finish(p, s, STATIC: tl.constexpr):
 
 
 MATH = Math(
-    derive, forward, gradients, finish, fallbacks=(1.0, 0.5, 0.0, 1.0, 0.0), sums=(15, 15, 16, 32, 64), prologue=True
-)
+    precompute, forward, gradients, parameter_gradients,
+    fallbacks=(1.0, 0.5, 0.0, 1.0, 0.0), sums=(15, 15, 16, 32, 64), prologue=True,
+)  # fmt: skip

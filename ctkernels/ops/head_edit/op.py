@@ -27,10 +27,14 @@ class HeadEditAttrs(NamedTuple):
 
 
 def _widen(inputs: HeadEditInputs, attrs: HeadEditAttrs) -> HeadEditInputs:
-    """Inputs in the compute dtype and ready to broadcast."""
+    """Inputs ready to broadcast: z in the compute dtype, parameters in it too, or in their own where that is wider."""
     z, *params = inputs
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    ready = [None if p is None else layout.broadcast(p, z, attrs.channel_dim).to(dtype) for p in params]
+
+    def widen(p: Tensor) -> Tensor:
+        return layout.broadcast(p, z, attrs.channel_dim).to(torch.promote_types(p.dtype, dtype))
+
+    ready = [None if p is None else widen(p) for p in params]
     return HeadEditInputs(z.to(dtype), *ready)
 
 

@@ -1,4 +1,7 @@
-"""The head edit in plain torch: z' = (1 + g_m m) z + g_a a, for parameters that broadcast against z."""
+"""The head edit in plain torch: z' = (1 + g_m m) z + g_a a, for parameters that broadcast against z.
+
+Products of parameters are made in the parameters' own precision: a closed gate leaves out what is too large for that of z.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ def offset(a: Tensor | None, g_a: Tensor | None) -> Tensor | None:
 
 def forward(z: Tensor, m: Tensor | None, a: Tensor | None, g_m: Tensor | None, g_a: Tensor | None) -> Tensor:
     p, q = scale(m, g_m), offset(a, g_a)
-    y = z if p is None else p * z
-    return y if q is None else y + q
+    y = z if p is None else p.to(z.dtype) * z
+    return y if q is None else y + q.to(z.dtype)
 
 
 def partials(
@@ -32,7 +35,7 @@ def partials(
     p = scale(m, g_m)
     d_m = z if g_m is None else g_m * z
     return (
-        1.0 if p is None else p,
+        1.0 if p is None else p.to(z.dtype),
         d_m,
         1.0 if g_a is None else g_a,
         0.0 if m is None else m * z,

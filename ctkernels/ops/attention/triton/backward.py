@@ -38,13 +38,13 @@ def prepare_kernel(
             tl.float32
         )
     if delta is not None:
-        own = g
+        dz_rows = g
         if dz is not None:  # rounded, as the others will read it
             rounded = (g * edit_scale(m, g_m, h, e, E, False)[None, :]).to(dz.dtype.element_ty)
             at = dz + b * dz_batch + head * dz_head + (start + near)[:, None] * dz_row + e[None, :]
             tl.store(at, rounded, mask=(near < left)[:, None] & (e < E)[None, :])
-            own = rounded.to(tl.float32)
-        tl.store(delta + b * delta_batch + head * delta_head + start + near, tl.sum(own * zs, 1), mask=near < left)
+            dz_rows = rounded.to(tl.float32)
+        tl.store(delta + b * delta_batch + head * delta_head + start + near, tl.sum(dz_rows * zs, 1), mask=near < left)
     if partial is not None:
         at = partial + ((slot.to(tl.int64) * heads + h) * 2) * E + e
         if z is not None:
@@ -62,8 +62,8 @@ def _vector_gradient(edit, gate, d_edit, d_gate, s, h, e, E: tl.constexpr):
             value = value * tl.load(gate + h)
         tl.store(d_edit + h * E + e, value.to(d_edit.dtype.element_ty), mask=inside)
     if d_gate is not None:
-        own = tl.sum(s * tl.load(edit + h * E + e, mask=inside, other=0.0), 0)
-        tl.store(d_gate + h, own.to(d_gate.dtype.element_ty))
+        d = tl.sum(s * tl.load(edit + h * E + e, mask=inside, other=0.0), 0)
+        tl.store(d_gate + h, d.to(d_gate.dtype.element_ty))
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import INFINITY, finish, walk_range
+from .forward import INFINITY, walk_range, write_outputs
 
 
 @triton.jit
@@ -68,10 +68,10 @@ def join_kernel(
     total = tl.zeros([M], tl.float32)
     peak = tl.full([M], -INFINITY, tl.float32)
     for _ in tl.range(0, splits):
-        own = tl.load(part_peak + row, mask=inside, other=-INFINITY)
-        top = tl.maximum(peak, own)
+        part_top = tl.load(part_peak + row, mask=inside, other=-INFINITY)
+        top = tl.maximum(peak, part_top)
         base = tl.where(top == -INFINITY, 0.0, top)
-        keep, add = tl.exp2(peak - base), tl.exp2(own - base)
+        keep, add = tl.exp2(peak - base), tl.exp2(part_top - base)
         total = total * keep + tl.load(part_total + row, mask=inside, other=0.0) * add
         values = tl.load(part + row[:, None] * E + e[None, :], mask=inside[:, None] & (e[None, :] < E), other=0.0)
         acc = acc * keep[:, None] + values * add[:, None]
@@ -79,4 +79,4 @@ def join_kernel(
         row += rows
     b, h = bh // heads, bh % heads
     at = b.to(tl.int64) * y_batch + h.to(tl.int64) * y_head + i.to(tl.int64) * y_row
-    finish(acc, total, peak, y, z, lse, m, a, g_m, g_a, h, bh.to(tl.int64) * tokens + i, inside, at, e, E)
+    write_outputs(acc, total, peak, y, z, lse, m, a, g_m, g_a, h, bh.to(tl.int64) * tokens + i, inside, at, e, E)

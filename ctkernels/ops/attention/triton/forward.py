@@ -129,8 +129,8 @@ def row_of(p, h, e, E: tl.constexpr, ONCE: tl.constexpr):
     every thread for each of its elements; with ONCE, more are loaded."""
     if ONCE:
         i = tl.arange(0, 256)
-        found = tl.load(p + h * E + i, mask=i < E, other=0.0)
-        return tl.sum(tl.reshape(found, [256 // e.shape[0], e.shape[0]]), 0).to(tl.float32)
+        row = tl.load(p + h * E + i, mask=i < E, other=0.0)
+        return tl.sum(tl.reshape(row, [256 // e.shape[0], e.shape[0]]), 0).to(tl.float32)
     else:
         return tl.load(p + h * E + e, mask=e < E, other=0.0).to(tl.float32)
 
@@ -157,7 +157,7 @@ def edit_offset(a, g_a, h, e, E: tl.constexpr, ONCE: tl.constexpr):
 
 
 @triton.jit
-def finish(
+def write_outputs(
     acc, total, peak, y, z, lse, m, a, g_m, g_a, h, i, inside, at, e, E: tl.constexpr
 ):  # fmt: skip
     """The epilogue: from sums to outputs, the edit on the way. Rows go to index ``i`` of lse, offset ``at`` of y and z."""
@@ -224,4 +224,4 @@ def forward_kernel(
         )  # fmt: skip
         at = b * y_batch + h.to(tl.int64) * y_head + (start + near) * y_row
         index = b * lse_batch + h.to(tl.int64) * lse_head + start + near
-        finish(acc, total, peak, y, z, lse, m, a, g_m, g_a, h, index, rows < tokens, at, e, E)
+        write_outputs(acc, total, peak, y, z, lse, m, a, g_m, g_a, h, index, rows < tokens, at, e, E)

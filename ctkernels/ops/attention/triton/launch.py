@@ -1,4 +1,4 @@
-"""Launches of the attention kernels. Imported on the first CUDA call. How a problem is cut depends on its shape alone."""
+"""Launches of the attention kernels. Imported on the first CUDA call. Tiles and splits depend on the shape alone."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Tile:
     stages: int
 
     def meta(self, *names: str) -> dict[str, int]:
-        own = {"M": self.m, "N": self.n}
-        return {n: own[n] for n in names} | {"num_warps": self.warps, "num_stages": self.stages}
+        sizes = {"M": self.m, "N": self.n}
+        return {n: sizes[n] for n in names} | {"num_warps": self.warps, "num_stages": self.stages}
 
 
 # By the larger padded head size; a block's shared memory stays below 99 KiB, what the smallest of these GPUs gives.
@@ -54,9 +54,9 @@ def padded(size: int) -> int:
 
 def tile(kernel: str, problem: Problem) -> Tile:
     width = max(64, padded(problem.q.shape[-1]), padded(problem.v.shape[-1]))
-    found = (_FLOAT if problem.q.dtype == torch.float32 else _HALF)[kernel][width]
+    usual = (_FLOAT if problem.q.dtype == torch.float32 else _HALF)[kernel][width]
     # a mask with a row for each query is loaded value by value: a large tile of it is code without end
-    return replace(found, m=min(found.m, 64)) if problem.mask is not None and problem.mask.stride(2) != 0 else found
+    return replace(usual, m=min(usual.m, 64)) if problem.mask is not None and problem.mask.stride(2) != 0 else usual
 
 
 def _strides(name: str, t: Tensor | None) -> dict[str, int]:
@@ -99,10 +99,10 @@ class _Operands:
 
     def inputs(self) -> dict[str, Any]:
         p = self.p
-        found: dict[str, Any] = {"q": p.q, "k": p.k, "v": p.v, **self.mask, "factor": p.scale * LOG2E}
-        found |= {"left": max(p.left, 0), "right": max(p.right, 0), "tokens": self.tokens, "keys": self.keys}
-        found |= {"heads": self.heads, "group": self.group}
-        return found | _strides("q", p.q) | _strides("k", p.k) | _strides("v", p.v)
+        args: dict[str, Any] = {"q": p.q, "k": p.k, "v": p.v, **self.mask, "factor": p.scale * LOG2E}
+        args |= {"left": max(p.left, 0), "right": max(p.right, 0), "tokens": self.tokens, "keys": self.keys}
+        args |= {"heads": self.heads, "group": self.group}
+        return args | _strides("q", p.q) | _strides("k", p.k) | _strides("v", p.v)
 
     def sizes(self) -> dict[str, int]:
         size = self.p.v.shape[-1]
@@ -111,9 +111,9 @@ class _Operands:
     def meta(self) -> dict[str, Any]:
         p = self.p
         precision = "tf32x3" if p.q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
-        found = {"LEFT": p.left != UNBOUNDED, "RIGHT": p.right != UNBOUNDED, "PRECISION": precision}
-        found["KIND"] = 0 if p.mask is None else (p.mask.dtype == torch.bool) + 2 * (p.mask.stride(2) != 0)
-        return found | {"D": p.q.shape[-1], "BD": padded(p.q.shape[-1])} | self.sizes()
+        meta = {"LEFT": p.left != UNBOUNDED, "RIGHT": p.right != UNBOUNDED, "PRECISION": precision}
+        meta["KIND"] = 0 if p.mask is None else (p.mask.dtype == torch.bool) + 2 * (p.mask.stride(2) != 0)
+        return meta | {"D": p.q.shape[-1], "BD": padded(p.q.shape[-1])} | self.sizes()
 
 
 def splits_for(problem: Problem, rows: int, programs: int, keys: int) -> int:
@@ -170,8 +170,8 @@ def backward(dy: Tensor, z: Tensor, lse: Tensor, problem: Problem, grad_mask: in
     inner, edited = grad_mask & 0b111, grad_mask >> 3
     delta = lse_for(p.q) if inner else None
     dz = result_for(p.q, p.v.shape[-1]) if inner and p.m is not None else None
-    given = {i: p[i] for i in range(3, 7) if grad_mask >> i & 1}
-    grads |= {i: torch.empty_like(t) for i, t in given.items()}  # type: ignore[arg-type]
+    parameters = {i: p[i] for i in range(3, 7) if grad_mask >> i & 1}
+    grads |= {i: torch.empty_like(t) for i, t in parameters.items()}  # type: ignore[arg-type]
     with call.device:
         _prepare(call, dy, z, dz, delta, grads if edited else {})
         if dz is None:

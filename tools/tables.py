@@ -1,0 +1,187 @@
+"""Writes the tables of docs/results.md from benchmarks/results: ``python tools/tables.py [--check]``.
+
+A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``. With ``--check`` nothing is written, and a table that says
+something else than the files is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "results.md"
+MARKED = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n\n).*?(\n<!-- end -->)", re.S)
+
+Record = Mapping[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="say which tables are out of date, and write nothing")
+    check = parser.parse_args().check
+    before = PAGE.read_text()
+    after = MARKED.sub(lambda match: match[1] + TABLES[match["name"]]() + match[3], before)
+    if check and after != before:
+        print(
+            f"{PAGE.relative_to(ROOT)} is not what benchmarks/results says: run python tools/tables.py", file=sys.stderr
+        )
+        return 1
+    if not check:
+        PAGE.write_text(after)
+    return 0
+
+
+def _results(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text())
+
+
+def _one(records: Sequence[Record], **values: str) -> Record:
+    """The one record that has all of ``values``."""
+    (record,) = (r for r in records if all(r.get(key) == value for key, value in values.items()))
+    return record
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _ms(value: float | None) -> str:
+    """Milliseconds with three digits, or nothing."""
+    if value is None:
+        return ""
+    return f"{value:.3f}" if value < 1 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _ours(value: float | None) -> str:
+    return f"**{_ms(value)}**"
+
+
+def ctu_cpu() -> str:
+    """The unit on a CPU, beside a copy, ReLU and the published expression."""
+    records = _results("cpu")["records"]
+    rows = []
+    for key, name in (("forward_ms", "forward"), ("forward_backward_ms", "forward + backward, all gradients")):
+        for dtype in ("fp32", "bf16"):
+            t = _one(records, op="ctu", dtype=dtype)[key]
+            rows.append(
+                [
+                    f"{name}, {dtype}",
+                    _ms(t.get("copy")),
+                    _ms(t["relu"]),
+                    _ours(t["ours"]),
+                    _ms(t["official"]),
+                    _ms(t["official compiled"]),
+                ]
+            )
+    saved = _one(records, op="ctu", dtype="fp32")["saved_bytes_over_x"]
+    rows.append(
+        [
+            "bytes kept for the backward pass / bytes of x",
+            "",
+            f"{saved['relu']:.1f}",
+            f"**{saved['ours']:.1f}**",
+            f"{saved['official']:.1f}",
+            "",
+        ]
+    )
+    about = _results("cpu")["provenance"]
+    shape = ", ".join(map(str, _one(records, op="ctu", dtype="fp32")["shape"]))
+    header = [
+        f"({shape}), knobs by channel, {about['threads']} threads, {about['cpu_capability']}, ms",
+        "copy",
+        "ReLU",
+        "**ctu**",
+    ]
+    return _table([*header, "published", "published, compiled"], rows)
+
+
+def head_edit_cpu() -> str:
+    """The head edit on a CPU, beside a copy, a multiplication and the published loop."""
+    records = _results("cpu")["records"]
+    rows = []
+    for key, name in (("forward_ms", "forward"), ("forward_backward_ms", "forward + backward, all gradients")):
+        for dtype in ("fp32", "bf16"):
+            t = _one(records, op="head_edit", dtype=dtype)[key]
+            row = [
+                _ms(t.get("copy")),
+                _ms(t["mul"]),
+                _ours(t["ours"]),
+                _ms(t["official"]),
+                _ms(t["reference compiled"]),
+            ]
+            rows.append([f"{name}, {dtype}", *row])
+    shape = ", ".join(map(str, _one(records, op="head_edit", dtype="fp32")["shape"]))
+    header = [
+        f"({shape}) as 32 heads of 128, ms",
+        "copy",
+        "multiplication by a row (input gradient only)",
+        "**head_edit**",
+    ]
+    return _table([*header, "published loop", "reference, compiled"], rows)
+
+
+def network_cpu() -> str:
+    """A ResNet-50 with units on a CPU, relative to others."""
+    both = [_one(_results("networks")["records"], dtype=dtype) for dtype in ("fp32", "bf16")]
+
+    def row(name: str, *ratios: tuple[str, str, str]) -> list[str]:
+        return [name, *(", ".join(f"{r[key][a] / r[key][b]:.2f}" for key, a, b in ratios) for r in both)]
+
+    fused, published, plain = "CT, fused", "CT as published", "plain ReLU"
+    step, still = "step_ms", "inference_ms"
+    rows = [
+        row("fixed units, inference / plain ReLU network", (still, fused, plain)),
+        row("the same / plain ReLU network with BatchNorm folded", (still, fused, f"{plain}, BatchNorm folded")),
+        row("learned units, training step / plain network, forward + backward to the input", (step, fused, plain)),
+        row("units as published / ours: inference, training step", (still, published, fused), (step, published, fused)),
+        row(
+            "both compiled: inference, training step",
+            (still, f"{published}, compiled", f"{fused}, compiled"),
+            (step, f"{published}, compiled", f"{fused}, compiled"),
+        ),
+        row(
+            "ours compiled / ours: inference, training step",
+            (still, f"{fused}, compiled", fused),
+            (step, f"{fused}, compiled", fused),
+        ),
+        row(
+            "peak memory of that step / plain, and with everything trained",
+            ("step_peak_bytes", fused, plain),
+            ("full_step_peak_bytes", fused, plain),
+        ),
+    ]
+    return _table(["ResNet-50, batch 8 × 224², 2 cores", "fp32", "bf16"], rows)
+
+
+def ops_h100() -> str:
+    """Both ops on an H100, forward and backward with all gradients."""
+    records = _results("h100")["ops"]["records"]
+    rows = []
+    for op, case, name, plain, compiled in (
+        ("ctu", "ResNet-50 stage 1", "ctu, (32, 256, 56, 56)", "relu", "official compiled"),
+        ("head_edit", "8 x 512 tokens", "head edit, (8, 512, 32 heads of 128)", "mul", "reference compiled"),
+    ):
+        for dtype in ("fp32", "bf16"):
+            t = _one(records, op=op, case=case, dtype=dtype)["forward_backward_ms"]
+            row = [_ms(t[plain]), _ours(t["ours"]), _ours(t["ours, triton"]), _ms(t[compiled]), _ms(t["official"])]
+            rows.append([f"{name}, {dtype}", *row])
+    header = ["forward + backward, all gradients, ms", "ReLU, or a product by a row", "**CUDA**", "**Triton**"]
+    return _table([*header, "compiled", "published"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "ctu-cpu": ctu_cpu,
+    "head-edit-cpu": head_edit_cpu,
+    "network-cpu": network_cpu,
+    "ops-h100": ops_h100,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
