@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import launcher, layout
 from ..record import Attrs, Inputs, Kernels, Op
 from .kernels import Math, reduce_shared_kernel
-from .partition import Partition, partition_of
+from .partition import Partition, partition_for
 
 PARAMS = 5  # that the kernels have room for
 LANES = 1024  # that the reducing launches work on at a time, at most
@@ -108,10 +108,10 @@ def _run(
     for i, g in enumerate(grads):
         sum_mask |= operands.math.sums[i] if g is not None else 0
     view, x = operands.view, operands.x
-    part = partition_of(view, x.element_size(), sums=sum_mask > 0)
+    part = partition_for(view, x.element_size(), sums=sum_mask > 0)
     double: dict[str, Any] = {"dtype": torch.float64, "device": x.device}
     partials = None
-    if sum_mask and not part.one_program_per_channel:
+    if sum_mask and not part.one_pass:
         shape = (view.groups, part.slots, sum_mask.bit_count(), part.columns(view))
         partials = torch.empty(shape, **double if operands.precision == 2 else double | {"dtype": torch.float32})
     shared = [g is not None and g.numel() != view.groups * view.channels for g in grads]

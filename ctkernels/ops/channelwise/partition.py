@@ -45,7 +45,7 @@ class Partition:
     rows_per: int
     row_cuts: int
     programs: int
-    one_program_per_channel: bool
+    one_pass: bool  # one program, or a lane of it, sees all of a channel
 
     @property
     def slots(self) -> int:
@@ -80,7 +80,7 @@ def _lanes(width: int, vector: int) -> int:
     return min(sizes, key=lambda n: _ceil(width, n) * (n + 2 * vector))
 
 
-def partition_of(view: View, itemsize: int, sums: bool) -> Partition:
+def partition_for(view: View, itemsize: int, sums: bool) -> Partition:
     """The partition of a view. ``sums``: whether the kernel sums over channels."""
     vector = 16 // itemsize
     group = view.outer * view.channels * view.inner
@@ -117,7 +117,7 @@ def partition_of(view: View, itemsize: int, sums: bool) -> Partition:
         if sums and rows <= ALONE:
             rows_per = rows
     row_cuts = _ceil(rows, rows_per)
-    one_program_per_channel = row_cuts * col_cuts == 1 if plane else row_cuts == 1 and repeat == 1 and view.inner == 1
+    one_pass = row_cuts * col_cuts == 1 if plane else row_cuts == 1 and repeat == 1 and view.inner == 1
     return Partition(
         plane=plane,
         unit=unit,
@@ -131,5 +131,5 @@ def partition_of(view: View, itemsize: int, sums: bool) -> Partition:
         rows_per=rows_per,
         row_cuts=row_cuts,
         programs=view.groups * planes * row_cuts * col_cuts,
-        one_program_per_channel=one_program_per_channel,
+        one_pass=one_pass,
     )

@@ -1,4 +1,4 @@
-"""The CUDA host code (csrc/cuda/partition.h, as a pybind11 module) cuts tensors as the Triton launches do."""
+"""The CUDA host code (csrc/cuda/partition.h, as a pybind11 module) partitions tensors as the Triton launches do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ctkernels.ops.channelwise.partition import partition_of
+from ctkernels.ops.channelwise.partition import partition_for
 from ctkernels.ops.layout import View
 
 ROOT = Path(__file__).parents[2]
@@ -33,14 +33,14 @@ Shape = tuple[int, int, int, int]  # groups, outer, channels, inner
 
 @pytest.fixture(scope="module")
 def cuda(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    library = tmp_path_factory.mktemp("plan") / "plan_module.so"
+    library = tmp_path_factory.mktemp("partition") / "partition_module.so"
     includes = [f"-I{folder}" for folder in (ROOT / "csrc", *HEADERS)]
-    source = Path(__file__).parent / "plan_module.cpp"
+    source = Path(__file__).parent / "partition_module.cpp"
     assert COMPILER is not None
     subprocess.run(
         [COMPILER, "-std=c++20", "-O0", "-shared", "-fPIC", *includes, str(source), "-o", str(library)], check=True
     )
-    spec = importlib.util.spec_from_file_location("plan_module", library)
+    spec = importlib.util.spec_from_file_location("partition_module", library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -87,11 +87,11 @@ def shapes() -> list[Shape]:
 def triton(shape: Shape, itemsize: int, sums: bool) -> dict[str, Any]:
     """The partition of a Triton launch, lengths in values, in the words of the C++ one."""
     view = View(*shape)
-    p = partition_of(view, itemsize, sums)
+    p = partition_for(view, itemsize, sums)
     return {
         "plane": p.plane,
         "vector": p.unit == 16 // itemsize,
-        "one_pass": p.one_program_per_channel,
+        "one_pass": p.one_pass,
         "threads": 32 * p.warps,
         "repeat": p.repeat,
         "blocks": p.programs,
@@ -109,7 +109,7 @@ def triton(shape: Shape, itemsize: int, sums: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("sums", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
-def test_both_make_the_same_cuts(cuda: ModuleType, itemsize: int, sums: bool) -> None:
+def test_both_make_the_same_partition(cuda: ModuleType, itemsize: int, sums: bool) -> None:
     for shape in shapes():
         assert cuda.partition_with(*shape, 16 // itemsize, sums) == triton(shape, itemsize, sums), shape
 

@@ -1,4 +1,4 @@
-// csrc/cuda/partition.h as a Python module, for test_plan.py.
+// csrc/cuda/partition.h as a Python module, for test_partition.py.
 #include <pybind11/pybind11.h>
 
 #include "cuda/partition.h"
@@ -21,10 +21,10 @@ View view(int64_t groups, int64_t outer, int64_t channels, int64_t inner) { retu
 
 }  // namespace
 
-PYBIND11_MODULE(plan_module, m) {
-  m.def("partition_with", [](int64_t groups, int64_t outer, int64_t channels, int64_t inner, int64_t values, bool sums) {
+PYBIND11_MODULE(partition_module, m) {
+  m.def("partition_with", [](int64_t groups, int64_t outer, int64_t channels, int64_t inner, int64_t vector, bool sums) {
     const View v = view(groups, outer, channels, inner);
-    return described(ctk::cuda::partition_with(v, values, sums), v);
+    return described(ctk::cuda::partition_with(v, vector, sums), v);
   });
   m.def("partition_for", [](int64_t groups, int64_t outer, int64_t channels, int64_t inner, int64_t itemsize, bool sums, bool aligned) {
     const View v = view(groups, outer, channels, inner);
