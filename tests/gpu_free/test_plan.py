@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from ctkernels.ops._layout import View
-from ctkernels.ops._triton_plan import plan_for
+from ctkernels.ops.channelwise.partition import partition_of
+from ctkernels.ops.layout import View
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
@@ -85,13 +85,13 @@ def shapes() -> list[Shape]:
 
 
 def triton(shape: Shape, itemsize: int, sums: bool) -> dict[str, Any]:
-    """The plan of a Triton launch, lengths in values, in the words of the C++ one."""
+    """The partition of a Triton launch, lengths in values, in the words of the C++ one."""
     view = View(*shape)
-    p = plan_for(view, itemsize, sums)
+    p = partition_of(view, itemsize, sums)
     return {
         "plane": p.plane,
         "wide": p.unit == 16 // itemsize,
-        "direct": p.direct,
+        "direct": p.one_program_per_channel,
         "threads": 32 * p.warps,
         "repeat": p.repeat,
         "programs": p.programs,
@@ -103,7 +103,7 @@ def triton(shape: Shape, itemsize: int, sums: bool) -> dict[str, Any]:
         "row_cuts": p.row_cuts,
         "col_cuts": p.col_cuts,
         "slots": p.slots,
-        "columns": p.lanes_of(view),
+        "columns": p.columns(view),
     }
 
 
