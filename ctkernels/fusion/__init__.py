@@ -7,6 +7,6 @@ holds.
 """
 
 from .handle import Fusion, fuse
-from .site import Site
+from .site import FusedSite
 
-__all__ = ["Fusion", "Site", "fuse"]
+__all__ = ["FusedSite", "Fusion", "fuse"]

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..steering.handle import _FUSION
+from .. import _marks
 from .layers import is_unit, why_not
 from .match import Match, Norms, find
 from .pooling import Pooling, poolings
 from .program import Program
 from .shadow import Untraceable
-from .site import Site
+from .site import FusedSite
 from .trace import argument_count, is_stand_in, trace
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -78,7 +78,7 @@ def fuse(model: nn.Module) -> Fusion:
         raise ValueError("model: expected one that is not fused, got one that is; handle.remove() gives it back")
     names = {module: name for name, module in model.named_modules()}
     programs: list[Program] = []
-    found: list[Site] = []
+    found: list[FusedSite] = []
     left: dict[str, str] = {}
     norms = Norms()
     inlines: dict[nn.Module, list[nn.Module] | None] = {}
@@ -111,7 +111,7 @@ def fuse(model: nn.Module) -> Fusion:
     handle = Fusion(model, forwards, tuple(sites), left)
     for module, forward in forwards.items():
         module.__dict__["forward"] = forward
-    model.__dict__[_FUSION] = handle
+    model.__dict__[_marks.FUSION] = handle
     return handle
 
 
@@ -119,7 +119,7 @@ class Fusion:
     """What was fused in a model; made by :func:`fuse`.
 
     Attributes:
-        sites: a tuple of :class:`Site`.
+        sites: a tuple of :class:`FusedSite`.
         left: {module name: why it was left alone}: modules whose code cannot be read (the whole model is ""), and single
             layers, BatchNorms and units.
     """
@@ -128,7 +128,7 @@ class Fusion:
         self,
         model: nn.Module,
         forwards: dict[nn.Module, Program | Pooling],
-        sites: tuple[Site, ...],
+        sites: tuple[FusedSite, ...],
         left: dict[str, str],
     ) -> None:
         self._model, self._forwards, self._active = model, forwards, True
@@ -150,7 +150,7 @@ class Fusion:
                 )
         for module in self._forwards:
             del module.__dict__["forward"]
-        self._model.__dict__.pop(_FUSION, None)
+        self._model.__dict__.pop(_marks.FUSION, None)
         self._active = False
         _check_nothing_left(self._model)
 
@@ -166,13 +166,13 @@ class Fusion:
         return "\n".join(lines) + _lines(self.left)
 
 
-def _add(found: list[Site], more: list[Site]) -> None:
+def _add(found: list[FusedSite], more: list[FusedSite]) -> None:
     """``more``, of a module inside those of ``found``: the sum before a unit counts once, with what most was fused into.
 
     Read from outside, the other branch may have been taken for the main one.
     """
 
-    def parts(site: Site) -> int:
+    def parts(site: FusedSite) -> int:
         return bool(site.layer) + bool(site.norm)
 
     outer = {site.unit: i for i, site in enumerate(found) if site.residual and site.unit}
@@ -200,7 +200,7 @@ def _check_nothing_left(model: nn.Module) -> None:
                 )
 
 
-def _alone(names: dict[nn.Module, str], sites: tuple[Site, ...], left: dict[str, str]) -> dict[str, str]:
+def _alone(names: dict[nn.Module, str], sites: tuple[FusedSite, ...], left: dict[str, str]) -> dict[str, str]:
     """Layers, BatchNorms and units that are in no site, and of which no module around them says why."""
     taken = {name for site in sites for name in (site.layer, site.norm, site.unit)}
     found = {}
@@ -264,7 +264,7 @@ def _across(
     return list(found) if here else None
 
 
-def _site(match: Match, module: nn.Module, names: dict[nn.Module, str], norms: Norms) -> Site:
+def _site(match: Match, module: nn.Module, names: dict[nn.Module, str], norms: Norms) -> FusedSite:
     def name(node: Any) -> str:
         if node is None:
             return ""
@@ -275,4 +275,4 @@ def _site(match: Match, module: nn.Module, names: dict[nn.Module, str], norms: N
 
     norm = norms(module.get_submodule(str(match.norm.target))) if match.norm is not None else None
     unit = names[norm.unit] if norm is not None and norm.unit is not None else name(match.unit)
-    return Site(name(match.source), name(match.norm), match.add is not None, unit)
+    return FusedSite(name(match.source), name(match.norm), match.add is not None, unit)

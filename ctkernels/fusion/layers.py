@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .overrides import is_open
 from .shadow import Reads, Untraceable
-from .trace import is_open, trace
+from .trace import trace
 
 _CONVOLUTIONS = {cls.forward: cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 _LINEAR = nn.Linear.forward
@@ -28,29 +29,49 @@ _CODE = ("forward", "_conv_forward", "_check_input_dim", "weight", "bias", "runn
 def is_layer(module: Any) -> bool:
     """Whether ``module`` is a convolution or a linear layer, by torch's code."""
     cls = type(module)
-    if cls.forward in _CONVOLUTIONS:
-        own_code = cls._conv_forward is not _CONVOLUTIONS[cls.forward]
-    else:
-        own_code = cls.forward is not _LINEAR
-    return not own_code and _has_its_tensors(module) and module._parameters.get("weight") is not None
+    convolution = _CONVOLUTIONS.get(cls.forward)
+    if cls.forward is not _LINEAR if convolution is None else cls._conv_forward is not convolution:
+        return False
+    parameters = module._parameters
+    return parameters.get("weight") is not None and "bias" in parameters and _has_its_tensors(module)
 
 
 def is_norm(module: Any) -> bool:
     """Whether ``module`` is a BatchNorm, by torch's code."""
-    return type(module).forward is _BATCH_NORM_FORWARD and _has_its_tensors(module)
+    return type(module).forward is _BATCH_NORM_FORWARD and _has_norms_tensors(module)
+
+
+def _has_norms_tensors(module: Any) -> bool:
+    parameters, buffers = module._parameters, module._buffers
+    return (
+        "weight" in parameters
+        and "bias" in parameters
+        and "running_mean" in buffers
+        and "running_var" in buffers
+        and _has_its_tensors(module)
+    )
 
 
 def _has_its_tensors(module: Any) -> bool:
-    """Whether it runs as its class says, on tensors of its own that are torch's."""
-    cls, own = type(module), vars(module)
-    return (
-        is_open(module)
-        and not any(name in own for name in _CODE)
-        and cls.__getattr__ is _GETATTR
-        and cls.__getattribute__ is _GETATTRIBUTE
-        and all(p is None or type(p) is nn.Parameter or type(p) is Tensor for p in module._parameters.values())
-        and all(b is None or type(b) is Tensor for b in module._buffers.values())
-    )
+    """Whether it runs as its class says, on tensors of its own that are torch's.
+
+    Loops, and no generators: this is asked of every layer at every call.
+    """
+    cls, own = type(module), module.__dict__
+    if cls.__getattr__ is not _GETATTR or cls.__getattribute__ is not _GETATTRIBUTE or not is_open(module):
+        return False
+    for name in _CODE:
+        if name in own:
+            return False
+    for tensor in module._parameters.values():
+        if tensor is not None and type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+            return False
+    for tensor in module._buffers.values():
+        if tensor is not None and type(tensor) is not Tensor:
+            break
+    else:
+        return True
+    return False
 
 
 def why_not(module: Any) -> str:
@@ -78,9 +99,15 @@ class Norm(NamedTuple):
     def is_as_read(self) -> bool:
         if not self.reads:
             return is_norm(self.module)
-        return _has_its_tensors(self.module) and all(
-            reads.hold() and all(is_open(m) for m in reads.classes) for reads in self.reads
-        )
+        if not _has_norms_tensors(self.module):
+            return False
+        for reads in self.reads:
+            if not reads.hold():
+                return False
+            for module in reads.classes:
+                if not is_open(module):
+                    return False
+        return True
 
 
 def norm_of(module: nn.Module | None) -> Norm | None:
@@ -88,7 +115,7 @@ def norm_of(module: nn.Module | None) -> Norm | None:
 
     The latter is what timm's ``BatchNormAct2d`` does.
     """
-    if not isinstance(module, _BATCH_NORM) or not _has_its_tensors(module):
+    if not isinstance(module, _BATCH_NORM) or not _has_norms_tensors(module):
         return None
     if is_norm(module):
         return Norm(module)
@@ -164,10 +191,10 @@ def _is_bookkeeping(node: torch.fx.Node, known: dict[Any, Any], training: bool) 
 
 def is_unit(module: Any) -> bool:
     """Whether ``module`` says what it computes, by ``ctu_arguments``, and computes just that."""
-    cls = type(module)
-    if not hasattr(cls, "ctu_arguments"):
-        return False
-    # A class that is derived from a unit and has a forward of its own does something else.
-    says = next(base for base in cls.__mro__ if "ctu_arguments" in base.__dict__)
-    does = next(base for base in cls.__mro__ if "forward" in base.__dict__)
-    return says is does and is_open(module) and "forward" not in vars(module)
+    for base in type(module).__mro__:
+        own = base.__dict__
+        if "ctu_arguments" in own or "forward" in own:
+            # A class that is derived from a unit and has a forward of its own does something else.
+            both = "ctu_arguments" in own and "forward" in own
+            return both and "forward" not in module.__dict__ and is_open(module)
+    return False

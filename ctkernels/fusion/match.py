@@ -14,9 +14,9 @@ import torch.fx
 from torch import nn
 from torch.fx import Node
 
-from ..steering.unit import SteeredCall
+from ..steering.runtime import SteeredCall
 from .layers import Norm, is_layer, is_unit, norm_of
-from .trace import is_open
+from .overrides import is_open
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
@@ -189,7 +189,7 @@ class _Reader:
         if node.op == "call_function":
             name = getattr(node.target, "__name__", "")
             inplace = True in node.args[1:] or node.kwargs.get("inplace") or "out" in node.kwargs
-            steered = isinstance(node.target, SteeredCall) and node.target.form.endswith("_")
+            steered = isinstance(node.target, SteeredCall) and node.target.name.endswith("_")
             return first if node.target in _IN_PLACE or name.endswith("_") or inplace or steered else None
         module = self.module(node)
         return first if module is not None and any(map(_may_write, module.modules())) else None

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import _marks
+
 _SIMPLE = (
     bool,
     int,
@@ -43,7 +45,6 @@ _HOOKS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
-_OURS = ("_ctu", "_ctu_use", "_ctu_handle", "_ctu_fusion")  # shared: reading a forward does not write there
 _ABSENT = object()
 _STATE = "_ctkernels_shadow"
 
@@ -55,28 +56,14 @@ class Untraceable(Exception):
 # ---- what was read -----------------------------------------------------------------------------------------------------
 
 
-class Read(NamedTuple):
-    """An entry of a module's ``__dict__`` (``table`` None) or of one of its tables, and what it was; see :func:`_known`."""
-
-    module: nn.Module
-    table: str | None
-    name: str
-    value: Any
-
-    def holds(self) -> bool:
-        entries = self.module.__dict__
-        if self.table is not None:
-            entries = entries[self.table]
-        return _is(entries.get(self.name, _ABSENT), self.value)
-
-
 class Reads:
-    """Everything that a path was read with. ``hold()`` says whether all of it still is as it was."""
+    """Everything that a path was read with."""
 
     def __init__(self) -> None:
         self.classes: dict[nn.Module, tuple[type, Any]] = {}
         self.children: dict[nn.Module, tuple[tuple[str, Any], ...]] = {}
-        self.entries: dict[tuple[nn.Module, str | None, str], Read] = {}
+        # An entry of a module's ``__dict__`` (table None) or of one of its tables, and what it was; see :func:`_known`.
+        self.entries: dict[tuple[nn.Module, str | None, str], tuple[nn.Module, str | None, str, Any]] = {}
 
     def of(self, module: nn.Module) -> None:
         if module not in self.classes:
@@ -85,7 +72,7 @@ class Reads:
     def entry(self, module: nn.Module, table: str | None, name: str, value: Any) -> None:
         self.of(module)
         if (module, table, name) not in self.entries:
-            self.entries[module, table, name] = Read(module, table, name, _known(value))
+            self.entries[module, table, name] = module, table, name, _known(value)
 
     def every_child(self, module: nn.Module) -> None:
         self.of(module)
@@ -100,13 +87,19 @@ class Reads:
             root = child
 
     def hold(self) -> bool:
+        """Whether all of it is as it was. Asked at every call, so the common comparisons are made here."""
         for module, (cls, forward) in self.classes.items():
             if type(module) is not cls or cls.forward is not forward:
                 return False
         for module, children in self.children.items():
             if tuple(module._modules.items()) != children:
                 return False
-        return all(read.holds() for read in self.entries.values())
+        for module, table, name, value in self.entries.values():
+            entries = module.__dict__ if table is None else module.__dict__[table]
+            now = entries.get(name, _ABSENT)
+            if now is not value and not (value is Tensor and isinstance(now, Tensor)) and not _is(now, value):
+                return False
+        return True
 
 
 def _known(value: Any, depth: int = 0) -> Any:
@@ -348,7 +341,7 @@ class Shadow:
             return entries[name]
         held = vars(original)
         if name in held:
-            if name in _OURS:
+            if name in _marks.SHARED:
                 return held[name]
             reads.entry(original, None, name, held[name])
             path = f"{state.name}.{name}" if state.name else name

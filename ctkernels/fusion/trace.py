@@ -29,8 +29,9 @@ from torch.fx.immutable_collections import immutable_list
 from torch.fx.proxy import Attribute, GraphAppendingTracer
 from torch.overrides import TorchFunctionMode
 
-from ..steering.unit import StandIn, SteeredCall
+from ..steering.runtime import StandIn, SteeredCall
 from .leftovers import Before, Remains
+from .overrides import has_hooks, is_open
 from .shadow import Reads, Shadows, Untraceable
 
 # What an argument is: "tensor", or ("list", *kinds) and ("tuple", *kinds).
@@ -426,7 +427,7 @@ class _Tracer(GraphAppendingTracer):
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any | None = None
     ) -> torch.fx.Node:
         if isinstance(target, SteeredCall):
-            target = SteeredCall(self.shadows.original(target.owner), target.key, target.form, target.function)
+            target = SteeredCall(self.shadows.original(target.owner), target.key, target.name, target.function)
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if _modes() != self.modes:
             raise self.shadows.refuse(_MODES)
@@ -474,35 +475,6 @@ def _asks_for_a_type(code: CodeType) -> bool:
         (i.argval == "type" and i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
         or (i.argval == "__class__" and "ATTR" in i.opname)
         for i in dis.get_instructions(code)
-    )
-
-
-# ---- what runs when a module is called ---------------------------------------------------------------------------------
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_CALL = nn.Module.__call__
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something of the user's runs when ``module`` is called, that has to see what it sees now."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def is_open(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs its class's forward and nothing else (or what :func:`fuse` put in its place)."""
-    from .program import Program
-
-    own = vars(module)
-    forward = own.get("forward")
-    return (
-        not has_hooks(module)
-        and (forward is None or type(forward) is Program)
-        and "_compiled_call_impl" not in own
-        and "_call_impl" not in own
-        and type(module).__call__ is _CALL
-        and not isinstance(module, torch.jit.ScriptModule)
     )
 
 

@@ -5,6 +5,6 @@
 """
 
 from .handle import Steering, handle_of, steer
-from .survey import Miss, Site
+from .scan import Site, Unsteered
 
-__all__ = ["Miss", "Site", "Steering", "handle_of", "steer"]
+__all__ = ["Site", "Steering", "Unsteered", "handle_of", "steer"]

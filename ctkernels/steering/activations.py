@@ -55,11 +55,16 @@ def select(activations: str | Iterable[str]) -> frozenset[str]:
 # -------------------------------------------------------------------------------------------------------------- modules
 
 
-class Use(NamedTuple):
-    """A module read as an activation; ``slope`` names the attribute that holds the negative slope."""
+class ActivationSpec(NamedTuple):
+    """A module read as an activation.
+
+    ``slope``: the attribute that holds the negative slope. ``inplace``: whether it has an attribute of that name, which
+    its forward obeys.
+    """
 
     activation: str
     slope: str | None = None
+    inplace: bool = False
 
 
 class NearMiss(NamedTuple):
@@ -73,21 +78,21 @@ class NearMiss(NamedTuple):
     activation: str = ""
 
 
-def _hardtanh(module: Any) -> Use | NearMiss:
+def _hardtanh(module: Any) -> ActivationSpec | NearMiss:
     if (module.min_val, module.max_val) == (0, 6):
-        return Use("relu6")
+        return ActivationSpec("relu6", inplace=True)
     return NearMiss(f"Hardtanh({module.min_val}, {module.max_val}) is not in the family, (0, 6) is")
 
 
-def _threshold(module: Any) -> Use | NearMiss:
+def _threshold(module: Any) -> ActivationSpec | NearMiss:
     if (module.threshold, module.value) == (0, 0):
-        return Use("relu")
+        return ActivationSpec("relu", inplace=True)
     return NearMiss(f"Threshold({module.threshold}, {module.value}) is not in the family, (0, 0) is")
 
 
-def _gelu(module: Any) -> Use | NearMiss:
+def _gelu(module: Any) -> ActivationSpec | NearMiss:
     if module.approximate == "none":
-        return Use("gelu")
+        return ActivationSpec("gelu")
     return NearMiss(f"only the exact GELU is in the family, not approximate={module.approximate!r}")
 
 
@@ -101,18 +106,20 @@ def _outside(module: Any) -> NearMiss:
     return NearMiss(f"{type(module).__name__} is not in the family")
 
 
-MODULES: dict[str, Use | Callable[[Any], Use | NearMiss | None]] = {
-    "torch.nn.modules.activation.ReLU": Use("relu"),
-    "torch.nn.modules.activation.LeakyReLU": Use("leaky_relu", "negative_slope"),
-    "torch.nn.modules.activation.PReLU": Use("prelu", "weight"),
-    "torch.nn.modules.activation.ReLU6": Use("relu6"),  # a subclass of Hardtanh: the most derived row counts
+MODULES: dict[str, ActivationSpec | Callable[[Any], ActivationSpec | NearMiss | None]] = {
+    "torch.nn.modules.activation.ReLU": ActivationSpec("relu", inplace=True),
+    "torch.nn.modules.activation.LeakyReLU": ActivationSpec("leaky_relu", "negative_slope", inplace=True),
+    "torch.nn.modules.activation.PReLU": ActivationSpec("prelu", "weight"),
+    "torch.nn.modules.activation.ReLU6": ActivationSpec(
+        "relu6", inplace=True
+    ),  # a Hardtanh: the most derived row counts
     "torch.nn.modules.activation.Hardtanh": _hardtanh,
     "torch.nn.modules.activation.Threshold": _threshold,
-    "torch.nn.modules.activation.SiLU": Use("silu"),
+    "torch.nn.modules.activation.SiLU": ActivationSpec("silu", inplace=True),
     "torch.nn.modules.activation.GELU": _gelu,
-    "transformers.activations.SiLUActivation": Use("silu"),
-    "transformers.activations.GELUActivation": Use("gelu"),
-    "transformers.activations.QuickGELUActivation": Use("quick_gelu"),
+    "transformers.activations.SiLUActivation": ActivationSpec("silu"),
+    "transformers.activations.GELUActivation": ActivationSpec("gelu"),
+    "transformers.activations.QuickGELUActivation": ActivationSpec("quick_gelu"),
     "torch.nn.modules.rnn.RNNBase": _recurrent,
     "torch.nn.modules.rnn.RNNCell": _recurrent,
     **{
@@ -122,13 +129,13 @@ MODULES: dict[str, Use | Callable[[Any], Use | NearMiss | None]] = {
 }
 
 
-def read_module(module: nn.Module) -> Use | NearMiss | None:
+def read_module(module: nn.Module) -> ActivationSpec | NearMiss | None:
     """``module`` as an activation, a near miss, or None when it is something else."""
     for base in type(module).__mro__:
         row = MODULES.get(f"{base.__module__}.{base.__qualname__}")
         if row is not None:
-            found = row if isinstance(row, Use) else row(module)
-            if isinstance(found, Use) and type(module).forward is not base.forward:  # type: ignore[attr-defined]
+            found = row if isinstance(row, ActivationSpec) else row(module)
+            if isinstance(found, ActivationSpec) and type(module).forward is not base.forward:  # type: ignore[attr-defined]
                 return NearMiss(f"{type(module).__name__} overrides the forward of {base.__name__}", family=True)
             return found
     return None
@@ -171,10 +178,10 @@ def _read_threshold(input: Any, threshold: float, value: float, inplace: bool = 
 
 def read_partial(made: functools.partial[Any]) -> Arguments | None:
     """The arguments that a partial of a function in ``FUNCTIONS`` has already; None if they are not in the family."""
-    return FORMS[FUNCTIONS[made.func].rstrip("_")].read(*(made.args or (None,)), **made.keywords)
+    return SIGNATURES[FUNCTIONS[made.func].rstrip("_")].read(*(made.args or (None,)), **made.keywords)
 
 
-class Form(NamedTuple):
+class CallSignature(NamedTuple):
     """A calling convention: ``read`` takes a call's arguments, and returns None for one that is not in the family."""
 
     activation: str
@@ -182,19 +189,19 @@ class Form(NamedTuple):
 
 
 # By the function's name; one with a trailing underscore works in place.
-FORMS = {
-    "relu": Form("relu", _plain),
-    "leaky_relu": Form("leaky_relu", _read_leaky),
-    "prelu": Form("prelu", _read_prelu),
-    "relu6": Form("relu6", _plain),
-    "hardtanh": Form("relu6", _read_hardtanh),
-    "threshold": Form("relu", _read_threshold),
-    "silu": Form("silu", _plain),
-    "gelu": Form("gelu", _read_gelu),
+SIGNATURES = {
+    "relu": CallSignature("relu", _plain),
+    "leaky_relu": CallSignature("leaky_relu", _read_leaky),
+    "prelu": CallSignature("prelu", _read_prelu),
+    "relu6": CallSignature("relu6", _plain),
+    "hardtanh": CallSignature("relu6", _read_hardtanh),
+    "threshold": CallSignature("relu", _read_threshold),
+    "silu": CallSignature("silu", _plain),
+    "gelu": CallSignature("gelu", _read_gelu),
 }
 METHODS = ("relu", "relu_", "prelu")  # of a tensor
 # Where torch keeps its functions: each of them may have its own object for one function.
-SPACES = (torch, F, torch._C._nn, torch._VF, torch.ops.aten, Tensor)
+NAMESPACES = (torch, F, torch._C._nn, torch._VF, torch.ops.aten, Tensor)
 _OUTSIDE = ("rrelu", "elu", "selu", "celu", "hardswish", "hardsigmoid", "mish", "softplus")
 
 
@@ -204,7 +211,7 @@ def _collect(names: Iterable[str]) -> dict[Any, str]:
         function: name
         for base in names
         for name in (base, base + "_")
-        for space in SPACES
+        for space in NAMESPACES
         if (function := getattr(space, name, None)) is not None
     }
     packets = [(packet, name) for packet, name in found.items() if isinstance(packet, torch._ops.OpOverloadPacket)]
@@ -212,7 +219,7 @@ def _collect(names: Iterable[str]) -> dict[Any, str]:
     return found | overloads
 
 
-FUNCTIONS = _collect(FORMS)
+FUNCTIONS = _collect(SIGNATURES)
 OUTSIDE = _collect(_OUTSIDE)
 
 
@@ -222,6 +229,6 @@ def activation_of(target: Any) -> str:
         target = target.func
     if isinstance(target, nn.Module):
         use = read_module(target)
-        assert isinstance(use, Use)
+        assert isinstance(use, ActivationSpec)
         return use.activation
-    return FORMS[FUNCTIONS[target].rstrip("_")].activation
+    return SIGNATURES[FUNCTIONS[target].rstrip("_")].activation

@@ -1,0 +1,34 @@
+"""What can come between a call of a module and the forward of its class: hooks, and code put on the instance."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_CALL = nn.Module.__call__
+
+
+class FusedForward:
+    """Base of the forwards that :func:`fuse` puts on modules that it reads."""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something of the user's runs when ``module`` is called, that has to see what it sees now."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_open(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs its class's forward and nothing else (or what :func:`fuse` put in its place)."""
+    if isinstance(module, torch.jit.ScriptModule) or type(module).__call__ is not _CALL:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    own = module.__dict__
+    forward = own.get("forward")
+    return (
+        (forward is None or isinstance(forward, FusedForward))
+        and "_compiled_call_impl" not in own
+        and "_call_impl" not in own
+    )
