@@ -106,20 +106,22 @@ def fuse(model: nn.Module) -> Fusion:
     # A part of a site may be a site of its own in a module inside, for calls of that module alone.
     longer = {(site.layer, site.norm) for site in found if site.unit}
     sites = dict.fromkeys(site for site in found if site.unit or (site.layer, site.norm) not in longer)
-    forwards = {program.scopes[0]: program for program in programs} | poolings(model)
+    pooled = poolings(model)
+    forwards = {program.scopes[0]: program for program in programs} | pooled
     left |= _alone(names, tuple(sites), left)
-    handle = Fusion(model, forwards, tuple(sites), left)
+    handle = Fusion(model, forwards, tuple(sites), tuple(names[module] for module in pooled), left)
     for module, forward in forwards.items():
-        module.__dict__["forward"] = forward
+        module.__dict__[_marks.FORWARD] = forward
     model.__dict__[_marks.FUSION] = handle
     return handle
 
 
 class Fusion:
-    """What was fused in a model; made by :func:`fuse`.
+    """Control over a fused model; made by :func:`fuse`.
 
     Attributes:
-        sites: a tuple of :class:`FusedSite`.
+        sites: what was fused, a tuple of :class:`FusedSite`.
+        poolings: names of the ``nn.MaxPool2d`` modules that have a forward of ours too, which computes what it did.
         left: {module name: why it was left alone}: modules whose code cannot be read (the whole model is ""), and single
             layers, BatchNorms and units.
     """
@@ -129,10 +131,11 @@ class Fusion:
         model: nn.Module,
         forwards: dict[nn.Module, Program | Pooling],
         sites: tuple[FusedSite, ...],
+        poolings: tuple[str, ...],
         left: dict[str, str],
     ) -> None:
         self._model, self._forwards, self._active = model, forwards, True
-        self.sites, self.left = sites, left
+        self.sites, self.poolings, self.left = sites, poolings, left
 
     def remove(self) -> None:
         """Give the model back as it was before, bit for bit. A second call does nothing.
@@ -149,7 +152,7 @@ class Fusion:
                     f"{type(module).__name__}; first undo what was done to the model since"
                 )
         for module in self._forwards:
-            del module.__dict__["forward"]
+            del module.__dict__[_marks.FORWARD]
         self._model.__dict__.pop(_marks.FUSION, None)
         self._active = False
         _check_nothing_left(self._model)
@@ -163,6 +166,7 @@ class Fusion:
     def __repr__(self) -> str:
         state = f"{len(self.sites)} sites" if self._active else "removed"
         lines = [f"Fusion of {type(self._model).__name__}: {state}", *(f"    {site}" for site in self.sites)]
+        lines += [f"    {name}: the pooling of compiled training steps" for name in self.poolings]
         return "\n".join(lines) + _lines(self.left)
 
 

@@ -53,10 +53,7 @@ def _has_norms_tensors(module: Any) -> bool:
 
 
 def _has_its_tensors(module: Any) -> bool:
-    """Whether it runs as its class says, on tensors of its own that are torch's.
-
-    Loops, and no generators: this is asked of every layer at every call.
-    """
+    """Whether it runs as its class says, on tensors of its own that are torch's. Asked of every layer at every call."""
     cls, own = type(module), module.__dict__
     if cls.__getattr__ is not _GETATTR or cls.__getattribute__ is not _GETATTRIBUTE or not is_open(module):
         return False
@@ -66,12 +63,10 @@ def _has_its_tensors(module: Any) -> bool:
     for tensor in module._parameters.values():
         if tensor is not None and type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
             return False
-    for tensor in module._buffers.values():
+    for tensor in module._buffers.values():  # noqa: SIM110 (a generator is a frame for every tensor)
         if tensor is not None and type(tensor) is not Tensor:
-            break
-    else:
-        return True
-    return False
+            return False
+    return True
 
 
 def why_not(module: Any) -> str:

@@ -30,7 +30,7 @@ from torch.fx.proxy import Attribute, GraphAppendingTracer
 from torch.overrides import TorchFunctionMode
 
 from ..steering.runtime import StandIn, SteeredCall
-from .leftovers import Before, Remains
+from .leftovers import Namespaces, StandIns
 from .overrides import has_hooks, is_open
 from .shadow import Reads, Shadows, Untraceable
 
@@ -104,10 +104,10 @@ def _checked(tracer: _Tracer, kinds: Sequence[Kind]) -> Trace:
     if random.getstate() != state:
         random.setstate(state)
         reason = reason or "it draws random numbers"
-    remains = tracer.remains
+    stand_ins = tracer.stand_ins
     tracer.close()
-    if remains.found():
-        remains.take_back(tracer.before)
+    if stand_ins.found():
+        stand_ins.take_back(tracer.before)
         reason = "it keeps values, outside of the module, from one call to the next"
     if reason or read is None:
         raise Untraceable(reason)
@@ -266,7 +266,7 @@ class _Tracer(GraphAppendingTracer):
         super().__init__(torch.fx.Graph())
         self.module, self.inline, self.closed = module, inline, closed
         self.scopes: dict[torch.fx.Node, tuple[nn.Module, ...]] = {}
-        self.remains, self.before = Remains(), Before(type(m) for m in module.modules())
+        self.stand_ins, self.before = StandIns(), Namespaces(type(m) for m in module.modules())
         self.modes, self.asking, self.writing = _modes(), False, False
         self.stack: list[nn.Module] = []
         flags = {m: m.training for m in (module, *(inline or ()))} | training
@@ -329,7 +329,7 @@ class _Tracer(GraphAppendingTracer):
             elif where == "torch.utils.checkpoint":
                 self.shadows.refuse("it is computed anew in the backward pass (torch.utils.checkpoint)")
             elif where.partition(".")[0] not in _NOT_THE_USERS:
-                self.before.see(frame.f_globals)
+                self.before.note_globals(frame.f_globals)
                 if _asks_for_a_type(code):
                     self.shadows.refuse("it asks for the type of a value")
 
@@ -359,7 +359,7 @@ class _Tracer(GraphAppendingTracer):
     # -- values
 
     def watch(self, made: Any) -> None:
-        self.remains.watch(made, type(self.stack[-1] if self.stack else self.module).__name__)
+        self.stand_ins.watch(made, type(self.stack[-1] if self.stack else self.module).__name__)
 
     def argument(self, name: str, kind: Kind) -> Any:
         if kind == "tensor":

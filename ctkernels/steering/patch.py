@@ -195,7 +195,7 @@ def steered_class(
                 namespace.setdefault(name, own)
     # The name and module of the original: print(model), wrapping policies and tracers go by them.
     namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    namespace |= {"_ctu_base": base, "_ctu_recipe": recipe}
+    namespace |= {_marks.BASE: base, _marks.RECIPE: recipe}
     made = types.new_class(base.__name__, parents, exec_body=lambda space: space.update(namespace))
     _CLASSES[recipe] = made
     return made
@@ -247,7 +247,7 @@ class LocalCopy(NamedTuple):
     def hand_back(self) -> None:
         """Pass on what was done to the copy while it stood in: to its mode, an attribute, a forward of its own."""
         for name, value in self.copy.__dict__.items():
-            if name != "_modules" and name not in _marks.ON_MODULES and self.state.get(name, _ABSENT) is not value:
+            if name != "_modules" and name not in _marks.ON_STEERED and self.state.get(name, _ABSENT) is not value:
                 self.original.__dict__[name] = value
         for name in self.state.keys() - self.copy.__dict__.keys():
             self.original.__dict__.pop(name, None)
@@ -273,7 +273,7 @@ def apply_patches(swaps: list[ClassSwap], edits: list[AttributeEdit]) -> None:
     except BaseException:
         revert_patches(done_swaps, done_edits, [])
         for swap in swaps[len(done_swaps) :]:
-            for name in _marks.ON_MODULES:
+            for name in _marks.ON_STEERED:
                 swap.module.__dict__.pop(name, None)
         raise
 
@@ -284,7 +284,7 @@ def revert_patches(modules: list[nn.Module], edits: list[AttributeEdit], copies:
     An entry that something else was put into since, a wrapper say, keeps that: what it holds is steered no more.
     """
     for module in modules:
-        if "_ctu_base" not in vars(type(module)):
+        if _marks.BASE not in vars(type(module)):
             raise RuntimeError(
                 f"model: expected every module to have the class that steer() gave it, got {type(module).__name__}; "
                 "first undo what was done to the model since (FSDP, a parametrization)"
@@ -292,7 +292,7 @@ def revert_patches(modules: list[nn.Module], edits: list[AttributeEdit], copies:
     copied = {id(copy.copy) for copy in copies}  # another thread may be inside of one: it keeps what it runs with
     for module in modules:
         module.__class__ = type(module)._ctu_base  # type: ignore[attr-defined]
-        for name in _marks.ON_MODULES if id(module) not in copied else ():
+        for name in _marks.ON_STEERED if id(module) not in copied else ():
             module.__dict__.pop(name, None)
     for edit in reversed(edits):
         space = getattr(edit.owner, edit.space)

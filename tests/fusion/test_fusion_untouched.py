@@ -175,7 +175,7 @@ def test_remains_are_found():
     class StandIn:
         pass
 
-    remains, kept = leftovers.Remains(), StandIn()
+    remains, kept = leftovers.StandIns(), StandIn()
     remains.watch(kept, "Module")
     assert remains.found()
     del kept

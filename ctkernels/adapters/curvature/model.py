@@ -276,7 +276,7 @@ def _scan(model: nn.Module) -> ScanResult:
 
 def _child(key: str) -> str:
     """The name under which a module has the layer of its site `key`."""
-    return "ctu" if key == MODULE else "ctu_" + re.sub(r"\W+", "_", key).strip("_")
+    return _marks.CHILD if key == MODULE else f"{_marks.CHILD}_" + re.sub(r"\W+", "_", key).strip("_")
 
 
 def _attach(model: nn.Module) -> None:
@@ -291,7 +291,7 @@ def _attach(model: nn.Module) -> None:
     sites = {site.name: site for site in result.sites}
     plain = plain_model(model)  # a PeftModel below saves its adapters alone
     if hasattr(plain, "save_pretrained"):
-        plain.__dict__["save_pretrained"] = partial(_refuse_to_save, plain)
+        plain.__dict__[_marks.SAVE_PRETRAINED] = partial(_refuse_to_save, plain)
     model.__dict__[_marks.CURVATURE] = Attached(
         [swap.module for swap in result.swaps], result.edits, result.copies, sites, layers
     )
@@ -300,7 +300,7 @@ def _attach(model: nn.Module) -> None:
 def _detach(model: nn.Module) -> None:
     """Undo `_attach`: the model has its own modules and classes again."""
     attached = model.__dict__.pop(_marks.CURVATURE)
-    plain_model(model).__dict__.pop("save_pretrained", None)
+    plain_model(model).__dict__.pop(_marks.SAVE_PRETRAINED, None)
     for module in attached.modules:
         for key in vars(module).get(_marks.UNITS, {}):
             module._modules.pop(_child(key), None)
