@@ -293,7 +293,7 @@ def unit_interval(name: str, value: object) -> float:
 
 
 def records_grad(*values: object) -> bool:
-    """Whether autograd records a call with these arguments, and keeps its input."""
+    """True if autograd records a call with these arguments, and so keeps its input."""
     if torch.is_grad_enabled():
         for value in values:
             if isinstance(value, Tensor) and value.requires_grad:

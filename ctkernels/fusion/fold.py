@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def is_eval(norm: Any) -> bool:
-    """Whether ``norm`` uses its running statistics."""
+    """True if ``norm`` uses its running statistics."""
     return not norm.training and norm._buffers["running_mean"] is not None
 
 

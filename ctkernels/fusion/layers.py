@@ -1,4 +1,4 @@
-"""Which layers run torch's own code and nothing else, so that something that computes the same may stand for them.
+"""Recognises the layers, BatchNorms and units that run known code and nothing else, and so can be replaced by equal code.
 
 Asked when a model is fused and at every call: a forward, a hook, a class, a parametrization may be put on a layer at any
 time.
@@ -27,7 +27,7 @@ _CODE = ("forward", "_conv_forward", "_check_input_dim", "weight", "bias", "runn
 
 
 def is_layer(module: Any) -> bool:
-    """Whether ``module`` is a convolution or a linear layer, by torch's code."""
+    """True for a convolution or a linear layer that runs torch's code."""
     cls = type(module)
     convolution = _CONVOLUTIONS.get(cls.forward)
     if cls.forward is not _LINEAR if convolution is None else cls._conv_forward is not convolution:
@@ -37,7 +37,7 @@ def is_layer(module: Any) -> bool:
 
 
 def is_norm(module: Any) -> bool:
-    """Whether ``module`` is a BatchNorm, by torch's code."""
+    """True for a BatchNorm that runs torch's code."""
     return type(module).forward is _BATCH_NORM_FORWARD and _has_norms_tensors(module)
 
 
@@ -53,7 +53,7 @@ def _has_norms_tensors(module: Any) -> bool:
 
 
 def _has_its_tensors(module: Any) -> bool:
-    """Whether it runs as its class says, on tensors of its own that are torch's. Asked of every layer at every call."""
+    """True if it runs its class's code, on plain tensors of its own. Asked of every layer at every call."""
     cls, own = type(module), module.__dict__
     if cls.__getattr__ is not _GETATTR or cls.__getattribute__ is not _GETATTRIBUTE or not is_open(module):
         return False
@@ -70,7 +70,7 @@ def _has_its_tensors(module: Any) -> bool:
 
 
 def why_not(module: Any) -> str:
-    """Why a layer or a BatchNorm is none that something else may stand for; "" if it is one."""
+    """The reason why a layer or a BatchNorm cannot be fused; "" if it can."""
     if isinstance(module, _BATCH_NORM):
         if is_norm(module) or norm_of(module) is not None:
             return ""
@@ -106,9 +106,9 @@ class Norm(NamedTuple):
 
 
 def norm_of(module: nn.Module | None) -> Norm | None:
-    """What is known of a BatchNorm: torch's own, or a subclass whose forward does the same and calls a module at the end.
+    """Reads a BatchNorm: torch's own, or a subclass whose forward does the same and calls a module at the end.
 
-    The latter is what timm's ``BatchNormAct2d`` does.
+    timm's ``BatchNormAct2d`` is such a subclass.
     """
     if not isinstance(module, _BATCH_NORM) or not _has_norms_tensors(module):
         return None
@@ -140,20 +140,20 @@ def _after_normalising(module: Any, graph: torch.fx.Graph, training: bool) -> st
         if node.op == "get_attr":
             known[node] = node.target
         elif node.op == "call_function" and node.target is F.batch_norm:
-            given = _SIGNATURE.bind(*node.args, **node.kwargs)
-            given.apply_defaults()
+            call = _SIGNATURE.bind(*node.args, **node.kwargs)
+            call.apply_defaults()
             values = {
-                name: known.get(v, v) if isinstance(v, torch.fx.Node) else v for name, v in given.arguments.items()
+                name: known.get(v, v) if isinstance(v, torch.fx.Node) else v for name, v in call.arguments.items()
             }
             affine = {name: name if module._parameters[name] is not None else None for name in ("weight", "bias")}
-            wanted: dict[str, Any] = {
+            expected: dict[str, Any] = {
                 "input": "x",
                 "running_mean": "running_mean",
                 "running_var": "running_var",
                 **affine,
             }
-            wanted |= {"training": training, "momentum": module.momentum if training else values["momentum"]}
-            if "y" in known.values() or values != wanted | {"eps": module.eps}:
+            expected |= {"training": training, "momentum": module.momentum if training else values["momentum"]}
+            if "y" in known.values() or values != expected | {"eps": module.eps}:
                 return None
             known[node] = "y"
         elif node.op == "call_module":
@@ -168,24 +168,24 @@ def _after_normalising(module: Any, graph: torch.fx.Graph, training: bool) -> st
 
 
 def _is_bookkeeping(node: torch.fx.Node, known: dict[Any, Any], training: bool) -> bool:
-    """Whether ``node`` counts batches as BatchNorm does, or looks at the shape of the input."""
-    given = [known.get(a) for a in node.args if isinstance(a, torch.fx.Node)]
+    """True if ``node`` counts batches as BatchNorm does, or reads the shape of the input."""
+    operands = [known.get(a) for a in node.args if isinstance(a, torch.fx.Node)]
     if node.op == "call_method":
-        counts = (node.target, *given, *node.args[1:]) == ("add_", "num_batches_tracked", 1)
+        counts = (node.target, *operands, *node.args[1:]) == ("add_", "num_batches_tracked", 1)
         return training and counts and not node.kwargs
     if node.op != "call_function":
         return False
-    if node.target is getattr and given == ["x"] and node.args[1] in ("ndim", "shape", "dtype"):
+    if node.target is getattr and operands == ["x"] and node.args[1] in ("ndim", "shape", "dtype"):
         known[node] = "shape"
         return True
-    if given == ["shape"] and getattr(node.target, "__name__", "") in ("eq", "_assert", "getitem"):
+    if operands == ["shape"] and getattr(node.target, "__name__", "") in ("eq", "_assert", "getitem"):
         known[node] = "shape"
         return True
     return False
 
 
 def is_unit(module: Any) -> bool:
-    """Whether ``module`` says what it computes, by ``ctu_arguments``, and computes just that."""
+    """True if ``module`` has ``ctu_arguments``, and a forward that computes just that unit."""
     for base in type(module).__mro__:
         own = base.__dict__
         if "ctu_arguments" in own or "forward" in own:

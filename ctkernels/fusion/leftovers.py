@@ -22,7 +22,7 @@ class Namespaces:
         self.held: list[tuple[Any, dict[str, Any]]] = []
         self.contents: list[tuple[Any, Any]] = []
         self.known: set[int] = set()
-        for cls in {base for given in set(classes) for base in given.__mro__}:
+        for cls in {base for derived in set(classes) for base in derived.__mro__}:
             if not cls.__module__.startswith(("torch.", "builtins", "ctkernels.")):
                 self.note(cls, dict(vars(cls)))
 
@@ -62,16 +62,16 @@ class StandIns:
     """The stand-ins of one reading. None may be alive after it."""
 
     def __init__(self) -> None:
-        self.made: list[tuple[weakref.ref[Any], str]] = []
+        self.refs: list[tuple[weakref.ref[Any], str]] = []
 
     def watch(self, stand_in: Any, where: str) -> None:
         """``where``: the class of the module in whose forward it is made."""
-        self.made.append((weakref.ref(stand_in), where))
+        self.refs.append((weakref.ref(stand_in), where))
 
     def alive(self) -> tuple[Any, ...]:
-        return tuple(value for made, _ in self.made if (value := made()) is not None)
+        return tuple(value for ref, _ in self.refs if (value := ref()) is not None)
 
-    def found(self) -> bool:
+    def any_alive(self) -> bool:
         for generation in range(3):  # cycles of the forward's own, most of them new
             if not self.alive():
                 return False
@@ -82,14 +82,14 @@ class StandIns:
         """Remove them from where they are. Raises RuntimeError where that is not possible."""
         before.restore(self._is_left)
         for _ in range(4):
-            if not self.found():
+            if not self.any_alive():
                 return
             for value in self.alive():
                 _remove(value)
             value = None
-        if self.found():
+        if self.any_alive():
             left = self.alive()
-            name = next(where for made, where in self.made if made() is not None)
+            name = next(where for ref, where in self.refs if ref() is not None)
             holders = sorted({type(h).__name__ for v in left for h in gc.get_referrers(v) if h is not left})
             raise RuntimeError(
                 f"model: expected a {name} whose forward keeps nothing outside of its modules, got one that keeps tensors "

@@ -1,4 +1,4 @@
-"""What can come between a call of a module and the forward of its class: hooks, and code put on the instance."""
+"""Hooks, and code put on an instance: what may run between a call of a module and the forward of its class."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class FusedForward:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something of the user's runs when ``module`` is called, that has to see what it sees now."""
+    """True if hooks run when ``module`` is called, which have to see what they see now."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 def is_open(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs its class's forward and nothing else (or what :func:`fuse` put in its place)."""
+    """True if a call of ``module`` runs its class's forward, or the one that :func:`fuse` gave it, and nothing else."""
     if isinstance(module, torch.jit.ScriptModule) or type(module).__call__ is not _CALL:
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:

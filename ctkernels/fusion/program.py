@@ -1,4 +1,4 @@
-"""The forward that a module gets when something in it is fused: its own, read as a graph, with the sites as single calls."""
+"""The forward of a module with fused sites: its own, as generated code in which each site is one call."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Program(FusedForward):
 
     @property
     def __code__(self) -> Any:
-        """Of the original forward: ``torch.export`` asks for its name and place."""
+        """The original forward's: ``torch.export`` asks for its name and line."""
         return type(self.scopes[0]).forward.__code__
 
     @property
@@ -144,9 +144,9 @@ def _function(graph: torch.fx.Graph, name: str) -> Callable[..., Any]:
     lines = code.src.splitlines()
     where = {f"{node.name} = ": node.meta.get("line") for node in nodes}
     for i, line in enumerate(lines):
-        place = next((p for start, p in where.items() if line.strip().startswith(start)), None)
-        if place is not None:
-            file, number = place
+        location = next((p for start, p in where.items() if line.strip().startswith(start)), None)
+        if location is not None:
+            file, number = location
             original = linecache.getline(file, number).strip()
             lines[i] = f"{line}  # {os.path.basename(file)}:{number}: {original}"
     source = "\n".join(lines) + "\n"

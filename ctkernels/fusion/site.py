@@ -22,7 +22,7 @@ _LARGE = 1 << 14  # values of a tensor: below, checking that nothing else shares
 
 @dataclass(frozen=True)
 class FusedSite:
-    """What was fused into one, by name in the model; "" for a part that is not there.
+    """Modules fused into one call, by name in the model; "" for a part that is absent.
 
     Attributes:
         layer: the convolution or linear layer.
@@ -78,7 +78,7 @@ class FusedCall:
             z = z if bias is None else z + bias.view(-1, *[1] * (z.dim() - 2))
             return self.unfused(z, residual, *args, **kwargs)
         recorded = torch.is_grad_enabled() and self.records(z, residual, arguments)
-        shift = bias
+        scale, shift = None, bias
         if norm is not None:
             frozen_statistics = is_eval(norm)
             if frozen_statistics or not compiling:
@@ -87,7 +87,6 @@ class FusedCall:
                 z = normalise(norm, z)
             elif frozen_statistics or not compiling:
                 scale, shift = affine(norm, z)
-                arguments["scale"], arguments["channel_dim"] = scale, 1
                 if bias is not None:
                     shift = shift + scale * bias
             elif self.inside:
@@ -95,18 +94,17 @@ class FusedCall:
             else:
                 z = norm(z)
         if shift is not None:
-            arguments["shift"], arguments["channel_dim"] = shift, 1
-        if residual is not None:
-            arguments["residual"] = residual
-            if recorded and not compiling:
-                with recomputed(residual):
-                    return functional.ctu(z, **arguments)
+            arguments["channel_dim"] = 1
+        arguments |= {"scale": scale, "shift": shift, "residual": residual}
+        if residual is not None and recorded and not compiling:
+            with recomputed(residual):
+                return functional.ctu(z, **arguments)
         inplace = not recorded and z is not x and (residual is None or residual.dtype == z.dtype)
         inplace = inplace and (compiling or z.numel() >= _LARGE)
         return functional.ctu(z, inplace=inplace, **arguments)
 
     def is_as_read(self) -> bool:
-        """Whether the modules still run the code that this call stands for."""
+        """True if the modules still run the code that this call stands for."""
         return (
             (self.source is None or is_layer(self.source))
             and (self.known is None or self.known.is_as_read())
@@ -114,7 +112,7 @@ class FusedCall:
         )
 
     def records(self, z: Tensor, residual: Tensor | None, arguments: dict[str, Any]) -> bool:
-        """Whether autograd records the norm or the unit."""
+        """True if autograd records the norm or the unit."""
         weights = () if self.norm is None else self.norm._parameters.values()
         return records_grad(z, residual, *weights, *arguments.values())
 
@@ -126,7 +124,7 @@ class FusedCall:
         return source(x)
 
     def leaves_bias(self, x: Tensor, residual: Tensor | None, arguments: dict[str, Any]) -> bool:
-        """Whether the unit adds the layer's bias, in its own pass: in inference, where that saves one.
+        """True if the unit adds the layer's bias in its own pass: in inference, where that saves a pass.
 
         torch adds it in a pass of its own after cuDNN's convolutions.
         """
@@ -141,7 +139,7 @@ class FusedCall:
         )
 
     def fits(self, z: Tensor, residual: Any, arguments: dict[str, Any]) -> bool:
-        """Whether the unit can take all that is before it."""
+        """True if the unit can take the norm and the sum before it."""
         if residual is not None and (not isinstance(residual, Tensor) or residual.shape != z.shape):
             return False
         if self.norm is None:
@@ -149,7 +147,7 @@ class FusedCall:
         return z.dim() > 1 and arguments["channel_dim"] in (None, 1, 1 - z.dim()) and _normalises(self.norm, z.dtype)
 
     def folded(self, x: Tensor, compiling: bool) -> Tensor:
-        """Without a unit: the norm's scale and shift go into the layer's weights, where that is less work."""
+        """The layer and the norm of a site without a unit: one layer with scaled weights, if that is less work."""
         source, norm = self.source, self.norm
         assert self.known is not None
         constant = is_eval(norm) and not records_grad(*source._parameters.values(), *norm._parameters.values())
@@ -171,12 +169,12 @@ class FusedCall:
 
 
 def _is_small(z: Tensor) -> bool:
-    """Whether a pass over ``z`` costs less than what the unit derives for every channel's scale and shift, on a CPU."""
+    """True on a CPU if a pass over ``z`` costs less than the constants that the unit derives from each channel's affine map."""
     return z.is_cpu and z.numel() < _SMALL * z.shape[1]
 
 
 def _computes_in(x: Tensor, source: Any) -> bool:
-    """Whether ``source`` computes in the dtype of ``x``."""
+    """True if ``source`` computes in the dtype of ``x``."""
     return x.dtype == source._parameters["weight"].dtype and not torch.is_autocast_enabled(x.device.type)
 
 
@@ -185,7 +183,7 @@ def _adds_bias_apart(x: Tensor) -> bool:
 
 
 def _normalises(norm: Any, dtype: torch.dtype) -> bool:
-    """Whether torch's BatchNorm takes this dtype with these weights."""
+    """True if torch's BatchNorm takes this dtype with these weights."""
     half = dtype in (torch.float16, torch.bfloat16)
     weights, buffers = norm._parameters, norm._buffers
     for t in (weights["weight"], weights["bias"], buffers["running_mean"], buffers["running_var"]):

@@ -1,4 +1,4 @@
-"""A module's forward as a graph, and nothing where the graph might not be what the module does.
+"""Traces a module's forward into a ``torch.fx`` graph; refuses whenever the graph might differ from the module.
 
 The forward is run once, on shadows of the modules (``shadow``) and with stand-ins for the tensors, and what it does to them
 is written down as a ``torch.fx`` graph. Nothing is replaced anywhere: the calls of modules are seen by the shadows, those of
@@ -92,7 +92,7 @@ def trace(
 
 
 def _checked(tracer: _Tracer, kinds: Sequence[Kind]) -> Trace:
-    """Run it; then make sure that nothing was left behind."""
+    """Run the forward, then make sure that it left nothing behind."""
     state = random.getstate()
     reason, read = "", None
     try:
@@ -106,7 +106,7 @@ def _checked(tracer: _Tracer, kinds: Sequence[Kind]) -> Trace:
         reason = reason or "it draws random numbers"
     stand_ins = tracer.stand_ins
     tracer.close()
-    if stand_ins.found():
+    if stand_ins.any_alive():
         stand_ins.take_back(tracer.before)
         reason = "it keeps values, outside of the module, from one call to the next"
     if reason or read is None:
@@ -115,7 +115,7 @@ def _checked(tracer: _Tracer, kinds: Sequence[Kind]) -> Trace:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Of what the frames of an error hold: stand-ins among it."""
+    """Drop the references that an error's frames hold, to stand-ins among others."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -134,28 +134,28 @@ class _Known(Tensor, StandIn):
     @staticmethod
     def make(tracer: _Tracer, op: str, target: Any, args: tuple[Any, ...] = (), is_parameter: bool = False) -> _Known:
         with torch._C.DisableTorchFunction():
-            made: Any = Tensor._make_subclass(_Known, torch.empty(0, device="meta"))
-        made.tracer, made.creation, made.made = tracer, (op, target, args), None
+            stand_in: Any = Tensor._make_subclass(_Known, torch.empty(0, device="meta"))
+        stand_in.tracer, stand_in.creation, stand_in.node = tracer, (op, target, args), None
         if is_parameter:
-            made._is_param = True
-        tracer.watch(made)
-        return made
+            stand_in._is_param = True
+        tracer.watch(stand_in)
+        return stand_in
 
     tracer: _Tracer
     creation: tuple[str, Any, tuple[Any, ...]]
-    made: torch.fx.Node | None
+    node: torch.fx.Node | None
 
     def recorded(self) -> torch.fx.Node:
         """Its node, made when it is first asked for."""
-        if self.made is None:
+        if self.node is None:
             op, target, args = self.creation
-            self.made = self.tracer.create_node(op, target, args, {})
-        return self.made
+            self.node = self.tracer.create_node(op, target, args, {})
+        return self.node
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = next(a for a in _flat((args, kwargs)) if isinstance(a, _Known))
-        return given.tracer.function(func, args, kwargs or {})
+        stand_in = next(a for a in _flat((args, kwargs)) if isinstance(a, _Known))
+        return stand_in.tracer.function(func, args, kwargs or {})
 
 
 def is_stand_in(value: Any) -> bool:
@@ -163,7 +163,7 @@ def is_stand_in(value: Any) -> bool:
 
 
 class _Noticing:
-    """Of a stand-in for what may be anything: whoever asks for its type would choose a path by the answer."""
+    """Mixin of stand-ins for values of any type: notices who asks for the type, and so may choose a path by it."""
 
     tracer: _Tracer
 
@@ -275,7 +275,7 @@ class _Tracer(GraphAppendingTracer):
     def run(self, kinds: Sequence[Kind]) -> Trace:
         names = list(inspect.signature(type(self.module).forward).parameters)[1:]
         args = [self.argument(name, kind) for name, kind in zip(names, kinds)]
-        given = [list(_flat(a)) for a in args]
+        contents = [list(_flat(a)) for a in args]
         shadow, previous = self.shadows.root, sys.getprofile()
         self.stack = []
         try:
@@ -284,7 +284,7 @@ class _Tracer(GraphAppendingTracer):
                 result = type(self.module).forward(shadow, *args)
         finally:
             sys.setprofile(previous)
-        if any(list(map(id, _flat(a))) != list(map(id, g)) for a, g in zip(args, given)):
+        if any(list(map(id, _flat(a))) != list(map(id, g)) for a, g in zip(args, contents)):
             raise self.shadows.refuse("it writes to a list that it is given")
         self.create_node("output", "output", (self.create_arg(result),), {})
         if self.shadows.written():
@@ -315,7 +315,7 @@ class _Tracer(GraphAppendingTracer):
         self.shadows.close()
 
     def profile(self, frame: FrameType, event: str, arg: Any) -> None:
-        """What Python tells of this thread while the forward runs."""
+        """Profile function of the thread while the forward runs."""
         if self.writing:
             return
         if event == "c_call":
@@ -358,14 +358,14 @@ class _Tracer(GraphAppendingTracer):
 
     # -- values
 
-    def watch(self, made: Any) -> None:
-        self.stand_ins.watch(made, type(self.stack[-1] if self.stack else self.module).__name__)
+    def watch(self, stand_in: Any) -> None:
+        self.stand_ins.watch(stand_in, type(self.stack[-1] if self.stack else self.module).__name__)
 
     def argument(self, name: str, kind: Kind) -> Any:
         if kind == "tensor":
-            made = _Known.make(self, "placeholder", name)
-            made.recorded()
-            return made
+            stand_in = _Known.make(self, "placeholder", name)
+            stand_in.recorded()
+            return stand_in
         return self.sequence(self.create_proxy("placeholder", name, (), {}), kind)
 
     def sequence(self, held: Any, kind: Kind) -> Any:
@@ -383,14 +383,14 @@ class _Tracer(GraphAppendingTracer):
         return _Known.make(self, "get_attr", path, is_parameter=is_parameter)
 
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
-        made = _Value(node, self)
-        self.watch(made)
-        return made
+        proxy = _Value(node, self)
+        self.watch(proxy)
+        return proxy
 
     def attribute(self, root: Any, name: str) -> Any:
-        made = _Attribute(root, name)
-        self.watch(made)
-        return made
+        proxy = _Attribute(root, name)
+        self.watch(proxy)
+        return proxy
 
     # -- what is done to them
 
@@ -467,7 +467,7 @@ def _line() -> tuple[str, int] | None:
 
 @functools.lru_cache(maxsize=4096)
 def _asks_for_a_type(code: CodeType) -> bool:
-    """Whether it calls ``type``, or reads ``__class__``: what a stand-in answers is not what a tensor would."""
+    """True if it calls ``type`` or reads ``__class__``, to which a stand-in and a tensor answer differently."""
     names = set(code.co_names)
     if "type" not in names and "__class__" not in names:
         return False
@@ -479,7 +479,7 @@ def _asks_for_a_type(code: CodeType) -> bool:
 
 
 def argument_count(module: nn.Module) -> int | None:
-    """How many arguments ``module``'s forward takes, None if some are optional: those choose between paths."""
+    """The number of arguments of ``module``'s forward; None if some are optional: those choose between paths."""
     try:
         _, *parameters = inspect.signature(type(module).forward).parameters.values()
     except (TypeError, ValueError):

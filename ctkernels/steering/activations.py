@@ -1,4 +1,4 @@
-"""Which activations can be steered, and how a module or a function of torch is read as one of them.
+"""The activations that can be steered, and reading modules and functions of torch as one of them.
 
 A new activation module is a row of ``MODULES``, a new function a row of ``FUNCTIONS``. Classes of other libraries are
 named, never imported.
@@ -68,9 +68,10 @@ class ActivationSpec(NamedTuple):
 
 
 class NearMiss(NamedTuple):
-    """Something like an activation that is not steered. ``family``: it would be, were it written otherwise.
+    """An activation that is not steered, and why.
 
-    ``activation``: the member of the family that it computes, where that is known; else it goes by its class's name.
+    ``family``: it computes a member of the family, in a form that cannot be steered. ``activation``: which one, if known; else
+    its class's name stands for it.
     """
 
     reason: str
@@ -134,10 +135,10 @@ def read_module(module: nn.Module) -> ActivationSpec | NearMiss | None:
     for base in type(module).__mro__:
         row = MODULES.get(f"{base.__module__}.{base.__qualname__}")
         if row is not None:
-            found = row if isinstance(row, ActivationSpec) else row(module)
-            if isinstance(found, ActivationSpec) and type(module).forward is not base.forward:  # type: ignore[attr-defined]
+            read = row if isinstance(row, ActivationSpec) else row(module)
+            if isinstance(read, ActivationSpec) and type(module).forward is not base.forward:  # type: ignore[attr-defined]
                 return NearMiss(f"{type(module).__name__} overrides the forward of {base.__name__}", family=True)
-            return found
+            return read
     return None
 
 
@@ -176,9 +177,9 @@ def _read_threshold(input: Any, threshold: float, value: float, inplace: bool = 
     return Arguments(input, None, inplace) if (threshold, value) == (0, 0) else None
 
 
-def read_partial(made: functools.partial[Any]) -> Arguments | None:
+def read_partial(partial: functools.partial[Any]) -> Arguments | None:
     """The arguments that a partial of a function in ``FUNCTIONS`` has already; None if they are not in the family."""
-    return SIGNATURES[FUNCTIONS[made.func].rstrip("_")].read(*(made.args or (None,)), **made.keywords)
+    return SIGNATURES[FUNCTIONS[partial.func].rstrip("_")].read(*(partial.args or (None,)), **partial.keywords)
 
 
 class CallSignature(NamedTuple):
@@ -207,16 +208,16 @@ _OUTSIDE = ("rrelu", "elu", "selu", "celu", "hardswish", "hardsigmoid", "mish", 
 
 def _collect(names: Iterable[str]) -> dict[Any, str]:
     """Every function of torch by one of these names, or the name with an underscore: {function: name}."""
-    found = {
+    functions = {
         function: name
         for base in names
         for name in (base, base + "_")
         for space in NAMESPACES
         if (function := getattr(space, name, None)) is not None
     }
-    packets = [(packet, name) for packet, name in found.items() if isinstance(packet, torch._ops.OpOverloadPacket)]
+    packets = [(packet, name) for packet, name in functions.items() if isinstance(packet, torch._ops.OpOverloadPacket)]
     overloads = {getattr(packet, overload): name for packet, name in packets for overload in packet.overloads()}
-    return found | overloads
+    return functions | overloads
 
 
 FUNCTIONS = _collect(SIGNATURES)

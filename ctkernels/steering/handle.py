@@ -131,7 +131,7 @@ class Steering:
         # Not the scan's result itself: a handle is copied and pickled with its model, and the classes in it cannot be.
         self._knobs, self._edits, self._copies = result.units, result.edits, result.copies
         self._modules = [swap.module for swap in result.swaps]
-        self._given: dict[str, Any] = {}
+        self._settings: dict[str, Any] = {}
         self.sites: tuple[Site, ...] = tuple(result.sites)
         self.missed: tuple[Unsteered, ...] = tuple(result.missed)
         self.skipped: tuple[Unsteered, ...] = tuple(result.skipped)
@@ -139,7 +139,7 @@ class Steering:
     @property
     def beta(self) -> float | dict[str, float]:
         """The value last given. Settable, to a number or a mapping as in :func:`steer`; nothing is rebuilt."""
-        return self._given["beta"]
+        return self._settings["beta"]
 
     @beta.setter
     def beta(self, value: Value) -> None:
@@ -148,7 +148,7 @@ class Steering:
     @property
     def coeff(self) -> float | dict[str, float]:
         """As ``beta``."""
-        return self._given["coeff"]
+        return self._settings["coeff"]
 
     @coeff.setter
     def coeff(self, value: Value) -> None:
@@ -212,8 +212,8 @@ class Steering:
         if not isinstance(value, Mapping):
             return [unit_interval(name, value)] * len(self.sites)
         numbers: list[float | None] = [None] * len(self.sites)
-        for pattern, given in value.items():
-            number = unit_interval(f"{name}[{pattern!r}]", given)
+        for pattern, setting in value.items():
+            number = unit_interval(f"{name}[{pattern!r}]", setting)
             hits = [i for i, site in enumerate(self.sites) if _matches(site, pattern)]
             if not hits:
                 known = ", ".join(site.name for site in self.sites[:5])
@@ -225,8 +225,10 @@ class Steering:
     def _write(self, beta: Value, coeff: Value, points: list[tuple[bool, float, float]]) -> None:
         for knobs, (runs, b, c) in zip(self._knobs, points):
             knobs.active, knobs.beta, knobs.coeff = runs, b, c
-        for name, given in (("beta", beta), ("coeff", coeff)):
-            self._given[name] = {k: float(v) for k, v in given.items()} if isinstance(given, Mapping) else float(given)
+        for name, value in (("beta", beta), ("coeff", coeff)):
+            self._settings[name] = (
+                {k: float(v) for k, v in value.items()} if isinstance(value, Mapping) else float(value)
+            )
 
 
 def _matches(site: Site, pattern: str) -> bool:
@@ -240,7 +242,7 @@ def listed(records: Sequence[Unsteered], limit: int | None = None) -> str:
 
 
 def nothing_found(model: nn.Module, selection: frozenset[str], result: ScanResult) -> str:
-    wanted = ", ".join(name for name in ACTIVATIONS if name in selection)
+    names = ", ".join(name for name in ACTIVATIONS if name in selection)
     near = [*result.missed, *result.skipped]
-    found = f"got these near misses:\n{listed(near, limit=20)}" if near else "got none, and no near miss"
-    return f"model: expected {type(model).__name__} to have an activation among {wanted}; {found}"
+    got = f"got these near misses:\n{listed(near, limit=20)}" if near else "got none, and no near miss"
+    return f"model: expected {type(model).__name__} to have an activation among {names}; {got}"

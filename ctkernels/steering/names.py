@@ -1,4 +1,4 @@
-"""What names in a function's code stand for, read without running it."""
+"""Resolves names in function code, and the functions that code reaches, without running it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def is_torch(module_name: str | None) -> bool:
 
 
 def lookup(function: types.FunctionType, name: str) -> Any:
-    """What a name that is not local to ``function`` stands for now, or UNKNOWN."""
+    """The present value of a name that is not local to ``function``, or UNKNOWN."""
     code = function.__code__
     if name in code.co_freevars:
         try:
@@ -51,7 +51,7 @@ def lookup(function: types.FunctionType, name: str) -> Any:
 
 
 def member(target: Any, name: str) -> Any:
-    """``target.name`` where reading it runs no code of a stranger: in modules and classes."""
+    """``target.name`` if reading it runs no foreign code, as in modules and classes; else UNKNOWN."""
     if isinstance(target, types.ModuleType):
         return vars(target).get(name, UNKNOWN)
     if isinstance(target, (type, torch._ops.OpOverloadPacket)):
@@ -93,9 +93,9 @@ def code_names(code: types.CodeType) -> set[str]:
 
 
 def mentions(function: types.FunctionType, memo: dict[types.FunctionType, bool]) -> bool:
-    """Whether ``function``, or a function outside torch that it names, can contain an activation call.
+    """True if ``function``, or a function outside torch that it names, may contain an activation call.
 
-    Decided from bytecode, cheaply; it may say yes where the source then shows none, never the reverse.
+    A cheap test of the bytecode. It may be true where the source shows no call, never the reverse.
     """
     seen: set[types.FunctionType] = set()
     todo = [function]
@@ -162,7 +162,7 @@ def known_calls(
 
 
 def bound_names(tree: ast.AST) -> tuple[set[str], dict[str, Any]]:
-    """The names that a function, or one nested in it, binds; and, apart, what its own import statements bind."""
+    """(names bound by a function or one nested in it, {name: value} of those that only its import statements bind)."""
     bound: set[str] = set()
     imported: dict[str, Any] = {}
     for node in ast.walk(tree):
@@ -184,18 +184,18 @@ def bound_names(tree: ast.AST) -> tuple[set[str], dict[str, Any]]:
 
 
 def named(function: types.FunctionType, names: set[str]) -> Iterator[Any]:
-    """What the names that are in the code of ``function`` may stand for."""
+    """The values that ``names``, from the code of ``function``, may have."""
     for name in names:
         target = lookup(function, name)
         yield target
         if isinstance(target, types.ModuleType) and not is_torch(target.__name__):
             yield from (member(target, attribute) for attribute in names)
         elif isinstance(target, type) and not is_torch(target.__module__):
-            yield from (found for attribute in names if callable(found := target.__dict__.get(attribute)))
+            yield from (value for attribute in names if callable(value := target.__dict__.get(attribute)))
 
 
 def reached(classes: Iterable[type]) -> set[types.FunctionType]:
-    """The functions that the forwards of ``classes`` may call, rather too many than too few.
+    """The functions that the forwards of ``classes`` may call: an upper bound.
 
     Methods are found by name: ``x.embed(...)`` reaches every ``embed`` of ``classes``, whatever ``x`` is. What is not
     reached loads, saves or converts a model, and is no part of what it computes.
@@ -206,13 +206,13 @@ def reached(classes: Iterable[type]) -> set[types.FunctionType]:
             function = _plain(value)
             if function is not None:
                 by_name.setdefault(name, []).append(function)
-    found: set[types.FunctionType] = set()
+    reachable: set[types.FunctionType] = set()
     todo = [f for name, functions in by_name.items() if "forward" in name or name == "__call__" for f in functions]
     while todo:
         current = todo.pop()
-        if current in found or is_torch(current.__module__):
+        if current in reachable or is_torch(current.__module__):
             continue
-        found.add(current)
+        reachable.add(current)
         names = code_names(current.__code__)
         for target in (*named(current, names), *default_values(current), getattr(current, "__wrapped__", None)):
             function = _plain(target)
@@ -220,13 +220,13 @@ def reached(classes: Iterable[type]) -> set[types.FunctionType]:
                 todo.append(function)
         for name in names:
             todo += by_name.get(name, ())
-    return found
+    return reachable
 
 
-def _plain(found: Any) -> types.FunctionType | None:
-    """The function that a class's attribute or a global stands for."""
-    if isinstance(found, property):
-        found = found.fget
-    elif isinstance(found, (staticmethod, classmethod)):
-        found = found.__func__
-    return found if isinstance(found, types.FunctionType) else None
+def _plain(value: Any) -> types.FunctionType | None:
+    """The function behind a class's attribute or a global."""
+    if isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    return value if isinstance(value, types.FunctionType) else None

@@ -134,7 +134,7 @@ class _ContainerMixin(Steered):
 
 
 class _ModuleDictMixin(_ContainerMixin):
-    """The same for a container whose items have names."""
+    """For a container whose items have names."""
 
     def __iter__(self) -> Any:
         return iter([name for name, _ in self._ctu_items()])
@@ -179,9 +179,9 @@ def steered_class(
     ``children``: the attributes that hold activation modules whose calls are told apart.
     """
     recipe = (base, selection, children)
-    found = _CLASSES.get(recipe)
-    if found is not None:
-        return found
+    cls = _CLASSES.get(recipe)
+    if cls is not None:
+        return cls
     parents: tuple[type, ...]
     if selection is None:
         parents, namespace = (_ActivationMixin, base), {}
@@ -196,9 +196,9 @@ def steered_class(
     # The name and module of the original: print(model), wrapping policies and tracers go by them.
     namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     namespace |= {_marks.BASE: base, _marks.RECIPE: recipe}
-    made = types.new_class(base.__name__, parents, exec_body=lambda space: space.update(namespace))
-    _CLASSES[recipe] = made
-    return made
+    cls = types.new_class(base.__name__, parents, exec_body=lambda space: space.update(namespace))
+    _CLASSES[recipe] = cls
+    return cls
 
 
 def _new(*recipe: Any) -> Any:

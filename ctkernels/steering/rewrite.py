@@ -72,7 +72,7 @@ class ActivationCall(NamedTuple):
 
 
 class ClassCode:
-    """What the methods of ``cls`` call.
+    """The activation calls in the methods of ``cls``, and copies of the methods that redirect them.
 
     Attributes:
         calls: the calls that the methods in ``namespace`` redirect.
@@ -101,19 +101,19 @@ class ClassCode:
         self._helpers: dict[types.FunctionType, str | None] = {}
         self.extras: dict[str, types.CellType] = {name: types.CellType(value) for name, value in _RUNTIME.items()}
         for name, base in _methods(cls):
-            found = base.__dict__[name]
-            if isinstance(found, types.FunctionType):
-                if is_torch(found.__module__):
+            member = base.__dict__[name]
+            if isinstance(member, types.FunctionType):
+                if is_torch(member.__module__):
                     continue  # `act = F.silu` in a class: a method of it is what calls that
-                copy = self.method(found)
+                copy = self.method(member)
                 if copy is not None:
                     self.namespace[name] = copy
-            elif isinstance(found, property) and isinstance(found.fget, types.FunctionType):
-                copy = self.method(found.fget)
+            elif isinstance(member, property) and isinstance(member.fget, types.FunctionType):
+                copy = self.method(member.fget)
                 if copy is not None:
-                    self.namespace[name] = property(copy, found.fset, found.fdel, found.__doc__)
-            elif isinstance(found, classmethod) and isinstance(found.__func__, types.FunctionType):
-                self.report(found.__func__, "a class method has no module to take beta from")
+                    self.namespace[name] = property(copy, member.fset, member.fdel, member.__doc__)
+            elif isinstance(member, classmethod) and isinstance(member.__func__, types.FunctionType):
+                self.report(member.__func__, "a class method has no module to take beta from")
 
     # -- records
 
@@ -148,7 +148,7 @@ class ClassCode:
     # -- copies
 
     def mentions(self, function: types.FunctionType, seen: frozenset[types.FunctionType] = frozenset()) -> bool:
-        """Whether ``function`` can contain a call, also by way of what it finds in its class."""
+        """True if ``function`` may contain a call, be it by way of an attribute of its class."""
         if mentions(function, self.memo):
             return True
         names = code_names(function.__code__)
@@ -157,14 +157,14 @@ class ClassCode:
         bases = self.cls.__mro__ if "super" in names else ()
         inherited = [base.__dict__[name] for base in bases for name in names if name in base.__dict__]
         static = [inspect.getattr_static(self.cls, name, None) for name in names]
-        own = [found.__func__ for found in static if isinstance(found, staticmethod)]
-        if any(is_activation(found) or hidden_activations(found) for found in (*static, *own)):
+        static_functions = [value.__func__ for value in static if isinstance(value, staticmethod)]
+        if any(is_activation(value) or hidden_activations(value) for value in (*static, *static_functions)):
             return True
         seen |= {function}
         return any(
-            self.mentions(found, seen)
-            for found in (*own, *inherited)
-            if isinstance(found, types.FunctionType) and found not in seen
+            self.mentions(value, seen)
+            for value in (*static_functions, *inherited)
+            if isinstance(value, types.FunctionType) and value not in seen
         )
 
     def method(self, function: types.FunctionType) -> types.FunctionType | None:
@@ -194,9 +194,9 @@ class ClassCode:
         """The wrapper that a decorator made, around a copy of what it wraps."""
         inner: types.FunctionType = wrapper.__wrapped__  # type: ignore[attr-defined]
         cells = list(wrapper.__closure__ or ())
-        places = [i for i, cell in enumerate(cells) if _contents(cell) is inner]
+        positions = [i for i, cell in enumerate(cells) if _contents(cell) is inner]
         passes_all = not wrapper.__code__.co_argcount and wrapper.__code__.co_flags & inspect.CO_VARARGS
-        if not places or (helper and not passes_all):  # a helper's copy takes an argument more
+        if not positions or (helper and not passes_all):  # a helper's copy takes an argument more
             self.report(inner, "its decorator hides it")
             return None
         if isinstance(getattr(inner, "__wrapped__", None), types.FunctionType):
@@ -205,8 +205,8 @@ class ClassCode:
             copy = self._rewrite(inner, helper)
         if copy is None:
             return None
-        for place in places:
-            cells[place] = types.CellType(copy)
+        for position in positions:
+            cells[position] = types.CellType(copy)
         return copy_function(wrapper, wrapper.__code__, cells, copy)
 
     def _rewrite(self, function: types.FunctionType, helper: bool) -> types.FunctionType | None:
@@ -230,12 +230,14 @@ class ClassCode:
 
 def _methods(cls: type) -> list[tuple[str, type]]:
     """(name, class that defines it) of the methods that instances of ``cls`` have from outside torch."""
-    found: dict[str, type] = {}
+    defined_by: dict[str, type] = {}
     for base in cls.__mro__:
         for name in base.__dict__:
-            found.setdefault(name, base)
-    own = [(name, base) for name, base in found.items() if not is_torch(base.__module__) and base is not object]
-    return [(name, base) for name, base in own if name == "__call__" or not name.startswith("__")]
+            defined_by.setdefault(name, base)
+    outside_torch = [
+        (name, base) for name, base in defined_by.items() if not is_torch(base.__module__) and base is not object
+    ]
+    return [(name, base) for name, base in outside_torch if name == "__call__" or not name.startswith("__")]
 
 
 def _where(function: types.FunctionType, line: int) -> str:
@@ -262,12 +264,12 @@ class _Rewriter(ast.NodeTransformer):
         arguments = definition.args
         first = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)][:1]
         is_method = any(function in base.__dict__.values() for base in code.cls.__mro__) if helper else True
-        self.own = first[0] if first and is_method else None  # what a method calls its module: `self`
-        self.owner: str | None = self.own  # where the knobs are
+        self.self_name = first[0] if first and is_method else None  # what a method calls its module: `self`
+        self.owner: str | None = self.self_name  # where the knobs are
         if helper:
             self.owner = "_ctu_owner"
             arguments.posonlyargs.insert(0, ast.arg(self.owner))
-        elif self._is_rebound(self.own):
+        elif self._is_rebound(self.self_name):
             self.owner = None
 
     def _is_rebound(self, name: str | None) -> bool:
@@ -289,7 +291,7 @@ class _Rewriter(ast.NodeTransformer):
                 return self.imported[node.id]
             return UNKNOWN if node.id in self.bound else lookup(self.function, node.id)
         if isinstance(node, ast.Attribute):
-            if isinstance(node.value, ast.Name) and node.value.id == self.own:
+            if isinstance(node.value, ast.Name) and node.value.id == self.self_name:
                 static = inspect.getattr_static(self.code.cls, node.attr, UNKNOWN)
                 if node.attr == "__class__":
                     return self.code.cls
@@ -302,7 +304,7 @@ class _Rewriter(ast.NodeTransformer):
             return UNKNOWN if target is UNKNOWN else member(target, node.attr)
         if isinstance(node, ast.Call) and not node.keywords and isinstance(node.func, ast.Name):
             function, arguments = self.resolve(node.func), node.args
-            if function is type and len(arguments) == 1 and self._is_own(arguments[0]):
+            if function is type and len(arguments) == 1 and self._is_self(arguments[0]):
                 return self.code.cls
             if function is getattr and len(arguments) > 1:
                 name = arguments[1]
@@ -315,7 +317,7 @@ class _Rewriter(ast.NodeTransformer):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id != "super":
             return False
         return not node.args or (
-            len(node.args) == 2 and isinstance(node.args[1], ast.Name) and node.args[1].id == self.own
+            len(node.args) == 2 and isinstance(node.args[1], ast.Name) and node.args[1].id == self.self_name
         )
 
     def _inherited(self, call: ast.Call, name: str) -> Any:
@@ -341,21 +343,25 @@ class _Rewriter(ast.NodeTransformer):
             node.args = [self.visit(argument) for argument in node.args]
             return node
         if isinstance(function, ast.Call):
-            made = self.resolve(function.func)
-            row = MODULES.get(f"{made.__module__}.{made.__qualname__}") if isinstance(made, type) else None
+            cls = self.resolve(function.func)
+            row = MODULES.get(f"{cls.__module__}.{cls.__qualname__}") if isinstance(cls, type) else None
             if isinstance(row, ActivationSpec):
                 self.code.miss(
-                    self.function, row.activation, node.lineno, f"it makes a new {made.__name__} at every call"
+                    self.function, row.activation, node.lineno, f"it makes a new {cls.__name__} at every call"
                 )
-        if isinstance(function, ast.Attribute) and function.attr in self.code.children and self._is_own(function.value):
+        if (
+            isinstance(function, ast.Attribute)
+            and function.attr in self.code.children
+            and self._is_self(function.value)
+        ):
             key = self.code.child_call(self.function, function.attr, node.lineno)
             if key:
                 self.changed = True
                 node.keywords.append(ast.keyword("site", ast.copy_location(ast.Constant(key), node)))
         if target is getattr and len(node.args) > 1:
-            found = self._reference(node)
-            if found is not None:
-                return found
+            reference = self._reference(node)
+            if reference is not None:
+                return reference
             if self.resolve(node) is UNKNOWN:
                 self._by_name(node, node.args[0], node.args[1])
         if isinstance(function, ast.Attribute) and target is UNKNOWN and self._is_tensor_method(node, function):
@@ -422,16 +428,16 @@ class _Rewriter(ast.NodeTransformer):
         if self.owner is None:
             code.miss(self.function, activation, node.lineno, "the function has no name for its module")
             return None
-        own = isinstance(node, ast.Attribute) and self._is_own(node.value)
+        own = isinstance(node, ast.Attribute) and self._is_self(node.value)
         key = code.record(self.function, activation, node.lineno, node.attr if own else "")  # type: ignore[attr-defined]
         return self._partial(node, [_load(call), _load(self.owner), ast.Constant(key), *arguments])
 
     def _method(self, node: ast.Call, function: ast.Attribute) -> ast.AST:
         form = function.attr
-        made = self._site(node, SIGNATURES[form.rstrip("_")].activation, "_ctu_method", [ast.Constant(form)])
-        if made is None:
+        partial = self._site(node, SIGNATURES[form.rstrip("_")].activation, "_ctu_method", [ast.Constant(form)])
+        if partial is None:
             return self.generic_visit(node)
-        node.func = made  # type: ignore[assignment]
+        node.func = partial  # type: ignore[assignment]
         node.args = [self.visit(argument) for argument in [function.value, *node.args]]
         return node
 
@@ -456,7 +462,7 @@ class _Rewriter(ast.NodeTransformer):
 
     def _by_name(self, node: ast.expr, space: ast.expr, name: ast.expr) -> None:
         """A look-up of a function or a class of torch by a name that only the run tells, or of a tensor's method."""
-        method = isinstance(name, ast.Constant) and name.value in METHODS and not self._is_own(space)
+        method = isinstance(name, ast.Constant) and name.value in METHODS and not self._is_self(space)
         # What is looked up in torch by its name is most often a dtype.
         in_line = not hasattr(self.statement, "body") and "dtype" in ast.unparse(self.statement)
         if method or (is_namespace(self.resolve(space)) and not in_line and "dtype" not in ast.unparse(node)):
@@ -466,21 +472,21 @@ class _Rewriter(ast.NodeTransformer):
             else:
                 self.code.skip(self.function, ANY, node.lineno, f"{reason}, where no forward leads to")
 
-    def _is_own(self, node: ast.expr) -> bool:
-        return isinstance(node, ast.Name) and node.id == self.own
+    def _is_self(self, node: ast.expr) -> bool:
+        return isinstance(node, ast.Name) and node.id == self.self_name
 
     def _is_tensor_method(self, node: ast.Call, function: ast.Attribute) -> bool:
-        """By its name and arguments: ``self.relu(x)`` is none, ``x.relu()`` is one."""
+        """Judged by name and arguments: ``x.relu()`` is one, ``self.relu(x)`` is not."""
         arguments = 1 if function.attr == "prelu" else 0
         return (
             function.attr in METHODS
-            and not self._is_own(function.value)
+            and not self._is_self(function.value)
             and not node.keywords
             and len(node.args) == arguments
         )
 
     def _in_family(self, node: ast.Call, form: str) -> bool:
-        """False only if literal arguments say so; others are looked at when the call is made."""
+        """False only if literal arguments rule it out; others are read when the call is made."""
         try:
             positional = [ast.literal_eval(argument) for argument in node.args[1:]]
             keywords = {str(k.arg): k.value for k in node.keywords if k.arg not in ("input", "inplace")}

@@ -89,7 +89,7 @@ def call_ctu(x: Tensor, arguments: dict[str, Any], inplace: bool) -> Tensor:
 
 
 def runs(unit: SiteUnit, x: Any) -> bool:
-    """Whether ``unit``, and not the original activation, computes ``x``: a ReLU may also be one of integers."""
+    """True if ``unit``, and not the original activation, computes ``x``. A ReLU of integers stays the original."""
     if not unit.active:
         return False
     if isinstance(x, Tensor):

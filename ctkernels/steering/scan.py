@@ -160,7 +160,7 @@ class _Scanner:
     # -- copies
 
     def target(self, module: nn.Module) -> nn.Module:
-        """What is changed where ``module`` is: a copy, unless it is the model itself or its weights make it one object.
+        """The module to patch for ``module``: a copy, unless it is the model itself or has weights.
 
         Other models may hold the same activation, and are to stay as they are. Modules with weights are shared on
         purpose where they are shared.
@@ -175,7 +175,7 @@ class _Scanner:
         """Put the copies that something is done to where the modules are, and those of the modules that hold them."""
         edited = {(edit.owner, edit.name) for edit in self.result.edits}
         changed = {swap.module for swap in self.result.swaps} | {edit.owner for edit in self.result.edits}
-        used = {module: found.copy for module, found in self.copies.items() if found.copy in changed}
+        used = {module: pair.copy for module, pair in self.copies.items() if pair.copy in changed}
         todo = [*used, *(module for parent, name in self.apart if (module := parent._modules[name]) is not None)]
         references: dict[tuple[nn.Module, str], tuple[Any, Any]] = {}
         while todo:
@@ -216,8 +216,8 @@ class _Scanner:
                 self.attribute(name, module, attribute, value, units)
         if units or (code is not None and any(code.repeats.values())):
             self.swap(module, units, code)
-        found = before != (len(self.result.sites), len(self.result.missed), len(self.result.skipped))
-        self.near_miss(name, module, read, found)
+        has_records = before != (len(self.result.sites), len(self.result.missed), len(self.result.skipped))
+        self.near_miss(name, module, read, has_records)
 
     def swap(self, module: nn.Module, units: dict[str, SiteUnit], code: ClassCode | None) -> None:
         cls = steered_class(type(module), self.selection, code.children if code else frozenset(), code)
@@ -240,13 +240,13 @@ class _Scanner:
                 Site(name, "module", spec.activation, type(module).__name__, module=name), target, spec
             )
             return
-        for number, (place, owner, child) in enumerate(places):
+        for number, (path, owner, child) in enumerate(places):
             if number:
                 self.apart[owner, child] = LocalCopy.of(module)
                 target = self.apart[owner, child].copy
             code = self.class_code(owner)
             repeats = code.repeats.get(child, []) if code is not None and not _overridden(code, owner) else []
-            site = Site(place, "module", spec.activation, type(module).__name__, module=places[0][0])
+            site = Site(path, "module", spec.activation, type(module).__name__, module=places[0][0])
             self.swap_activation(site, target, spec, repeats)
 
     def swap_activation(
@@ -266,31 +266,31 @@ class _Scanner:
         code: ClassCode,
         units: dict[str, SiteUnit],
     ) -> None:
-        own = _overridden(code, module)
+        overridden = _overridden(code, module)
         for call in code.calls:
             label = _join(name, f"{call.key}:{call.activation}")
-            if own:
-                self.record_missed(label, call.activation, f"{own[0]} is overridden on the instance", call.where)
+            if overridden:
+                self.record_missed(label, call.activation, f"{overridden[0]} is overridden on the instance", call.where)
                 continue
             if call.attribute in vars(module):  # looked at where it is
                 continue
             others = tuple(_join(alias, f"{call.key}:{call.activation}") for alias in aliases)
             kind = type(module).__name__
             units[call.key] = self.add_site(Site(label, "functional", call.activation, kind, others, call.where))
-        for records, found in ((self.result.missed, code.missed), (self.result.skipped, code.skipped)):
-            records += [Unsteered(_label(name, call), call.activation, call.reason, call.where) for call in found]
+        for records, calls in ((self.result.missed, code.missed), (self.result.skipped, code.skipped)):
+            records += [Unsteered(_label(name, call), call.activation, call.reason, call.where) for call in calls]
 
     def attribute(self, name: str, module: nn.Module, attribute: str, value: Any, units: dict[str, Any]) -> None:
         label = _join(name, attribute)
         call = value.func if isinstance(value, functools.partial) else value
         if is_listed(call, FUNCTIONS):
-            form, activation = FUNCTIONS[call], activation_of(call)
+            function_name, activation = FUNCTIONS[call], activation_of(call)
             if activation not in self.selection:
                 self.record_skipped(label, activation, f"{activation!r} is not among the selected activations")
                 return
             key = f".{attribute}"
             owner = self.target(module)
-            steered = functools.partial(call_function, owner, key, form, call)
+            steered = functools.partial(call_function, owner, key, function_name, call)
             if isinstance(value, functools.partial):
                 if read_partial(value) is None:
                     self.record_skipped(label, activation, "its arguments put it outside the family")
@@ -306,11 +306,11 @@ class _Scanner:
                     label, activation_of(target), f"the attribute holds the function {call.__qualname__}", where
                 )
         else:
-            for place, held in _held(value):
-                self.hidden(f"{label}{place}", held)
+            for suffix, held in _held(value):
+                self.hidden(f"{label}{suffix}", held)
 
     def hidden(self, label: str, held: Any) -> None:
-        """Something in a list, tuple or dict, or a module that is not registered."""
+        """Reads an item of a list, tuple or dict, or a module that is not registered."""
         if isinstance(held, nn.Module) and held not in self.names:
             self.names[held] = [label]
             read = read_module(held)
@@ -323,9 +323,9 @@ class _Scanner:
         elif not isinstance(held, nn.Module) and is_activation(held):
             self.record_missed(label, activation_of(held), "the function is held in a container")
 
-    def near_miss(self, name: str, module: nn.Module, read: NearMiss | None, found: bool) -> None:
+    def near_miss(self, name: str, module: nn.Module, read: NearMiss | None, has_records: bool) -> None:
         kind = type(module).__name__
-        if read is not None and not (read.family and found):
+        if read is not None and not (read.family and has_records):
             activation = read.activation or kind.lower()
             if read.activation:
                 self.record_missed(name, activation, read.reason)
@@ -333,7 +333,7 @@ class _Scanner:
                 self.result.missed.append(Unsteered(name, activation, read.reason))
             else:
                 self.record_skipped(name, activation, read.reason)
-        elif not found and _LOOKS_LIKE.search(kind) and not module._modules:
+        elif not has_records and _LOOKS_LIKE.search(kind) and not module._modules:
             reason = f"{kind} is named like an activation, but its code has no call that is known"
             records = self.result.missed if "relu" in kind.lower() else self.result.skipped
             records.append(Unsteered(name, kind.lower(), reason))
@@ -367,11 +367,11 @@ class _Scanner:
 
     def graph(self, name: str, module: torch.fx.GraphModule) -> None:
         for node in module.graph.nodes:
-            form = node.target if node.op == "call_method" and node.target in METHODS else None
+            function_name = node.target if node.op == "call_method" and node.target in METHODS else None
             if node.op == "call_function" and is_listed(node.target, FUNCTIONS):
-                form = FUNCTIONS[node.target]
-            if form is not None:
-                activation = SIGNATURES[form.rstrip("_")].activation
+                function_name = FUNCTIONS[node.target]
+            if function_name is not None:
+                activation = SIGNATURES[function_name.rstrip("_")].activation
                 self.record_missed(
                     _join(name, node.name), activation, "a traced graph calls it: steer first, trace then"
                 )
@@ -437,7 +437,7 @@ def _held(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_stateless(module: nn.Module) -> bool:
-    """Whether no part of ``module`` has a parameter or a buffer."""
+    """True if no part of ``module`` has a parameter or a buffer."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
     tensors = (tensor for part in module.modules() for tensor in (*part._parameters.values(), *part._buffers.values()))
@@ -452,14 +452,14 @@ def _with_copies(value: Any, copies: dict[nn.Module, nn.Module], depth: int = 3)
         holder = _with_copies(value.__self__, copies, 0)
         return value if holder is value.__self__ else types.MethodType(value.__func__, holder)
     if depth and type(value) in (list, tuple):
-        held = [_with_copies(item, copies, depth - 1) for item in value]
-        return value if all(new is old for new, old in zip(held, value)) else type(value)(held)
+        items = [_with_copies(item, copies, depth - 1) for item in value]
+        return value if all(new is old for new, old in zip(items, value)) else type(value)(items)
     if depth and type(value) in (dict, OrderedDict):
-        held = [_with_copies(item, copies, depth - 1) for item in value.values()]
-        return value if all(new is old for new, old in zip(held, value.values())) else type(value)(zip(value, held))
+        items = [_with_copies(item, copies, depth - 1) for item in value.values()]
+        return value if all(new is old for new, old in zip(items, value.values())) else type(value)(zip(value, items))
     if depth and isinstance(value, functools.partial):
-        found = _with_copies((value.func, value.args, value.keywords), copies, depth)
-        return value if found is value else functools.partial(found[0], *found[1], **found[2])
+        parts = _with_copies((value.func, value.args, value.keywords), copies, depth)
+        return value if parts is value else functools.partial(parts[0], *parts[1], **parts[2])
     return value
 
 

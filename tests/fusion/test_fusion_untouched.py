@@ -177,9 +177,9 @@ def test_remains_are_found():
 
     remains, kept = leftovers.StandIns(), StandIn()
     remains.watch(kept, "Module")
-    assert remains.found()
+    assert remains.any_alive()
     del kept
-    assert not remains.found()
+    assert not remains.any_alive()
 
 
 class Sized(nn.Module):

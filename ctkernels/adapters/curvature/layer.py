@@ -129,7 +129,7 @@ class CurvatureLayer(SiteUnit, nn.Module, BaseTunerLayer):
 
     @property
     def active(self) -> bool:  # type: ignore[override]
-        """Whether an adapter, and not the original activation, computes the site."""
+        """True if an adapter, and not the original activation, computes the site."""
         names = names_for(self)
         if names is not None and not self._disable_adapters:
             return any(name in self.curvature_config for name in names)

@@ -1,4 +1,4 @@
-"""Which dimension of an activation's input holds the channels, and how many there are: found without running the model.
+"""Finds the dimension of an activation's input that holds the channels, and their number, without running the model.
 
 A copy of the model whose parameters and buffers are fake tensors (shapes and no data) is called once. Every tensor in
 it carries the position of its channels, which convolutions, linear layers and norms set and everything else passes on.
@@ -46,7 +46,7 @@ class SiteCall(NamedTuple):
 
 
 class Channels(NamedTuple):
-    """What a site's parameters line up with."""
+    """The channels that a site's parameters belong to."""
 
     dim: int
     size: int
@@ -55,7 +55,7 @@ class Channels(NamedTuple):
 def find_channels(
     model: nn.Module, input_shape: tuple[int, ...] | None = None, prepare: Callable[[nn.Module], None] | None = None
 ) -> tuple[dict[str, list[SiteCall]], str]:
-    """How every activation of ``model`` is called.
+    """Record how every activation of ``model`` is called.
 
     The model itself is neither run nor changed: no buffer, no random state, no mode.
 
@@ -78,7 +78,7 @@ def find_channels(
 def find_samples(
     model: nn.Module, input_shape: tuple[int, ...] | None = None, prepare: Callable[[nn.Module], None] | None = None
 ) -> dict[str, bool]:
-    """Whether dimension 0 of a site's inputs holds the samples, or a multiple of them: it grows as the batch does.
+    """Find the sites whose inputs have the samples, or a multiple of them, in dimension 0: it grows with the batch.
 
     Args:
         model, input_shape, prepare: as in :func:`find_channels`.
@@ -110,9 +110,9 @@ def _calls(
     # In float16 models look at values, of which a copy has none, for overflow (BART does); in float32 they do not.
     for widened in (False, True) if half else (False,):
         for values in _inputs(model, input_shape, batch):
-            found, stopped = _record(model, values, prepare, widened)
-            if len(found) > len(best) or not best:
-                best, problem = found, stopped
+            calls, stopped = _record(model, values, prepare, widened)
+            if len(calls) > len(best) or not best:
+                best, problem = calls, stopped
             if not stopped:
                 return best, ""
     return best, problem
@@ -153,7 +153,7 @@ class _Recorder(SiteUnit):
 def _record(
     model: nn.Module, values: dict[str, Any], prepare: Callable[[nn.Module], None] | None, widened: bool
 ) -> tuple[dict[str, list[SiteCall]], str]:
-    """How the sites of a copy are called with `values`, and what stopped it; `widened`: in float32 for float16."""
+    """Call a copy with `values`: its sites' calls, and what stopped it. `widened`: in float32 for float16."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     uses: dict[str, list[SiteCall]] = {}
     clone = _copy(model, mode, widened)
@@ -185,7 +185,7 @@ def _record(
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Without what this logger says: sizes that do not fit are tried on purpose."""
+    """Silence a logger: sizes that do not fit are tried on purpose."""
     logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True
     try:
@@ -335,7 +335,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _moved(func: Any, args: Any, kwargs: dict[str, Any], dims: int, axis: int) -> int:
-    """Where the dimension goes: asked of a tensor with a different size in each."""
+    """The dimension's new position, found with a tensor that has a different size in each."""
     labels = torch.empty(*range(2, dims + 2), device="meta")
     values = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
     moved = func(labels, *args[1:], **values)

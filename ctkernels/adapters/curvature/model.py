@@ -178,15 +178,15 @@ class CurvatureModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        given = kwargs.pop("adapter_names", None)
-        if given is None:
+        requested = kwargs.pop("adapter_names", None)
+        if requested is None:
             yield
             return
         attached = attached_to(self.model)
         assert attached is not None
         inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
         samples = None if inputs is None else inputs.shape[0]
-        names = check_names(given, {*self.peft_config, BASE}, samples, self.training)
+        names = check_names(requested, {*self.peft_config, BASE}, samples, self.training)
         self._find_samples(attached)
         wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
         hook = partial(pass_adapter_names, names, threading.get_ident())
@@ -248,7 +248,7 @@ def _warn_of_merge() -> None:
 
 
 def _refuse_to_save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """In the place of a transformers model's `save_pretrained` while it has CT units."""
+    """Stands in for a transformers model's `save_pretrained` while it has CT units."""
     if getattr(model, "_hf_peft_config_loaded", False):  # by its own `add_adapter`: it saves the adapter alone
         return type(model).save_pretrained(model, *args, **kwargs)  # type: ignore[attr-defined]
     raise ValueError(
@@ -310,7 +310,7 @@ def _detach(model: nn.Module) -> None:
 def _fix_units(model: nn.Module) -> None:
     """Put fixed units where layers with a merged adapter are; peft is not needed to run them."""
     attached = model.__dict__.pop(_marks.CURVATURE)
-    made: dict[int, FixedUnit] = {}
+    fixed: dict[int, FixedUnit] = {}
     for module in attached.modules:
         for key, layer in list(module._ctu.items()):
             module._modules.pop(_child(key), None)
@@ -319,10 +319,10 @@ def _fix_units(model: nn.Module) -> None:
                 module._ctu[key] = Original()
                 continue
             beta, coeff = layer.parameters_of(name)
-            if id(beta) not in made:
-                made[id(beta)] = FixedUnit(beta, coeff, layer.curvature_channels[name], layer.site)
-                module._modules[_child(key)] = made[id(beta)]
-            module._ctu[key] = made[id(beta)]
+            if id(beta) not in fixed:
+                fixed[id(beta)] = FixedUnit(beta, coeff, layer.curvature_channels[name], layer.site)
+                module._modules[_child(key)] = fixed[id(beta)]
+            module._ctu[key] = fixed[id(beta)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- sites
@@ -417,15 +417,15 @@ def _layout(model: nn.Module, config: CurvatureConfig, sites: list[Site]) -> dic
         raise ValueError(f"no call of the model reaches {_some(unreached)}; give layout, or choose granularity='layer'")
     if unreached:
         _warn(f"no call of the model reaches {_some(unreached)}: they keep their activation")
-    found = {site.name: channels_of(uses[site.name]) for site in sites if site.name in uses}
-    unknown = [name for name, channels in found.items() if channels is None]
+    channels_at = {site.name: channels_of(uses[site.name]) for site in sites if site.name in uses}
+    unknown = [name for name, channels in channels_at.items() if channels is None]
     if unknown:
         calls = "; ".join(f"{name}: {_show(uses[name])}" for name in unknown[:3])
         _warn(
             f"no single dimension holds the channels of {len(unknown)} activations, which get one beta and coeff each "
             f"(layout can say more): {calls}" + "; ..." * (len(unknown) > 3)
         )
-    return {name: None if channels is None else [*channels] for name, channels in found.items()}
+    return {name: None if channels is None else [*channels] for name, channels in channels_at.items()}
 
 
 def _warn(text: str) -> None:
