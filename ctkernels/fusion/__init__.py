@@ -6,7 +6,9 @@ reading stays. ``match`` finds the sites in the graph; ``layers`` and ``override
 for its BatchNorms. ``handle`` holds ``fuse`` and what the user gets from it.
 """
 
+from .._renamed import renamed
 from .handle import Fusion, fuse
 from .site import FusedSite
 
 __all__ = ["FusedSite", "Fusion", "fuse"]
+__getattr__ = renamed(__name__, {"Site": "FusedSite"})

@@ -35,17 +35,8 @@ def affine(norm: Any, z: Tensor) -> tuple[Tensor, Tensor]:
 def normalise(norm: Any, z: Tensor) -> Tensor:
     """norm(z) with its running statistics, without what a class of its own calls after it."""
     weights, buffers = norm._parameters, norm._buffers  # not norm.weight, which is looked up in Python
-    return torch.batch_norm(
-        z,
-        weights["weight"],
-        weights["bias"],
-        buffers["running_mean"],
-        buffers["running_var"],
-        False,
-        0.0,
-        norm.eps,
-        torch.backends.cudnn.enabled,
-    )
+    mean, variance = buffers["running_mean"], buffers["running_var"]
+    return F.batch_norm(z, mean, variance, weights["weight"], weights["bias"], False, 0.0, norm.eps)
 
 
 def _affine(

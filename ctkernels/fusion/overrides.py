@@ -12,13 +12,6 @@ class FusedForward:
     """Base of the forwards that :func:`fuse` puts on modules that it reads."""
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """True if hooks run when ``module`` is called, which have to see what they see now."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def is_open(module: nn.Module) -> bool:
     """True if a call of ``module`` runs its class's forward, or the one that :func:`fuse` gave it, and nothing else."""
     if isinstance(module, torch.jit.ScriptModule) or type(module).__call__ is not _CALL:

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..steering.runtime import StandIn, SteeredCall
 from .leftovers import Namespaces, StandIns
-from .overrides import has_hooks, is_open
+from .overrides import is_open
 from .shadow import Reads, Shadows, Untraceable
 
 # What an argument is: "tensor", or ("list", *kinds) and ("tuple", *kinds).
@@ -305,7 +305,7 @@ class _Tracer(GraphAppendingTracer):
     def skip_identity(self, node: torch.fx.Node) -> None:
         """Placeholders for layers that a configuration leaves out."""
         held = self.module.get_submodule(str(node.target))
-        ordinary = type(held).forward is nn.Identity.forward and "forward" not in vars(held) and not has_hooks(held)
+        ordinary = type(held).forward is nn.Identity.forward and "forward" not in vars(held) and is_open(held)
         if ordinary and len(node.args) == 1 and not node.kwargs:
             self.shadows.reads.of(held)
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]

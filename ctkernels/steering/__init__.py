@@ -5,7 +5,9 @@
 holds ``steer`` and what the user gets from it.
 """
 
+from .._renamed import renamed
 from .handle import Steering, handle_of, steer
 from .scan import Site, Unsteered
 
 __all__ = ["Site", "Steering", "Unsteered", "handle_of", "steer"]
+__getattr__ = renamed(__name__, {"Miss": "Unsteered"})

@@ -89,8 +89,11 @@ class CurvatureLayer(SiteUnit, nn.Module, BaseTunerLayer):
 
     def parameters_of(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """raw beta and raw coeff of an adapter, its own or shared."""
-        owner = self.curvature_source.get(adapter_name, self)
-        return owner.curvature_raw_beta[adapter_name], owner.curvature_raw_coeff[adapter_name]
+        children = self.curvature_source.get(adapter_name, self)._modules  # attributes are looked up in Python
+        beta, coeff = children["curvature_raw_beta"], children["curvature_raw_coeff"]
+        if "_hf_hook" in beta.__dict__ or "_hf_hook" in coeff.__dict__:
+            self.keep_resident()
+        return getattr(beta, adapter_name), getattr(coeff, adapter_name)
 
     def adapter_in_use(self) -> str | None:
         """The adapter that computes this site, or None.
@@ -166,9 +169,9 @@ class CurvatureLayer(SiteUnit, nn.Module, BaseTunerLayer):
     def _values(self) -> tuple[tuple[Tensor, Tensor], Channels | None]:
         name = self.adapter_in_use()
         assert name is not None
-        self.keep_resident()
         beta, coeff = self.parameters_of(name)
-        return (beta.detach(), coeff.detach()) if self.merged else (beta, coeff), self.curvature_channels[name]
+        values = (beta.detach(), coeff.detach()) if self.merged_adapters else (beta, coeff)
+        return values, self.curvature_channels[name]
 
     # ---- merging ----
 
