@@ -49,10 +49,11 @@ class SiteKnobs(SiteUnit, Knobs):
         super().__init__(persistent=False, device=device)
 
     def __call__(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
-        return call_ctu(x, self.ctu_arguments(x, activation, slope), inplace)
+        values = self._buffers  # not self.beta, which is looked up in Python
+        return call_ctu(x, ctu_arguments(values["beta"], values["coeff"], activation, slope), inplace)
 
     def ctu_arguments(self, x: Tensor, activation: str, slope: float | Tensor | None) -> dict[str, Any]:
-        values = self._buffers  # not self.beta, which is looked up in Python
+        values = self._buffers
         return ctu_arguments(values["beta"], values["coeff"], activation, slope)
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
