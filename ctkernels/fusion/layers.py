@@ -54,11 +54,11 @@ def _has_norms_tensors(module: Any) -> bool:
 
 def _has_its_tensors(module: Any) -> bool:
     """True if it runs its class's code, on plain tensors of its own. Asked of every layer at every call."""
-    cls, own = type(module), module.__dict__
+    cls, attributes = type(module), module.__dict__
     if cls.__getattr__ is not _GETATTR or cls.__getattribute__ is not _GETATTRIBUTE or not is_open(module):
         return False
     for name in _CODE:
-        if name in own:
+        if name in attributes:
             return False
     for tensor in module._parameters.values():
         if tensor is not None and type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
@@ -187,9 +187,9 @@ def _is_bookkeeping(node: torch.fx.Node, known: dict[Any, Any], training: bool) 
 def is_unit(module: Any) -> bool:
     """True if ``module`` has ``ctu_arguments``, and a forward that computes just that unit."""
     for base in type(module).__mro__:
-        own = base.__dict__
-        if "ctu_arguments" in own or "forward" in own:
+        members = base.__dict__
+        if "ctu_arguments" in members or "forward" in members:
             # A class that is derived from a unit and has a forward of its own does something else.
-            both = "ctu_arguments" in own and "forward" in own
+            both = "ctu_arguments" in members and "forward" in members
             return both and "forward" not in module.__dict__ and is_open(module)
     return False

@@ -104,10 +104,10 @@ class StandIns:
         return isinstance(value, (tuple, list)) and any(id(v) in ids for v in value)
 
 
-def _remove(value: Any, own: list[Any] | None = None) -> None:
+def _remove(value: Any, ignored: list[Any] | None = None) -> None:
     """Take ``value`` out of every container that refers to it, and a tuple that has it out of those that refer to that.
 
-    own: the list of referrers that the tuple was found in.
+    ignored: a list of referrers of ours that has ``value``.
     """
     holders = gc.get_referrers(value)
     for holder in holders:
@@ -118,10 +118,10 @@ def _remove(value: Any, own: list[Any] | None = None) -> None:
                 del holder[key]
         elif isinstance(holder, set):
             holder.discard(value)
-        elif isinstance(holder, (list, deque)) and holder is not own:
+        elif isinstance(holder, (list, deque)) and holder is not ignored:
             kept = [v for v in holder if v is not value]
             if len(kept) < len(holder):
                 holder.clear()
                 holder.extend(kept)
-        elif isinstance(holder, tuple) and own is None:
+        elif isinstance(holder, tuple) and ignored is None:
             _remove(holder, holders)

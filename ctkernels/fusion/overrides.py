@@ -18,10 +18,10 @@ def is_open(module: nn.Module) -> bool:
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    own = module.__dict__
-    forward = own.get("forward")
+    attributes = module.__dict__
+    forward = attributes.get("forward")
     return (
         (forward is None or isinstance(forward, FusedForward))
-        and "_compiled_call_impl" not in own
-        and "_call_impl" not in own
+        and "_compiled_call_impl" not in attributes
+        and "_call_impl" not in attributes
     )

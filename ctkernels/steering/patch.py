@@ -190,9 +190,9 @@ def steered_class(
         mixin = _MIXINS.get(kind, Steered)
         parents, namespace = (mixin, base), dict((code or ClassCode(base, selection, {}, children)).namespace)
         for name in vars(mixin).keys() & dir(kind) if kind in _MIXINS else ():
-            own = inspect.getattr_static(base, name)
-            if own is not inspect.getattr_static(kind, name):  # the user's own way comes first
-                namespace.setdefault(name, own)
+            member = inspect.getattr_static(base, name)
+            if member is not inspect.getattr_static(kind, name):  # the user's own way comes first
+                namespace.setdefault(name, member)
     # The name and module of the original: print(model), wrapping policies and tracers go by them.
     namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     namespace |= {_marks.BASE: base, _marks.RECIPE: recipe}
@@ -300,8 +300,8 @@ def revert_patches(modules: list[nn.Module], edits: list[AttributeEdit], copies:
             continue
         old = edit.old
         if isinstance(old, types.MethodType):  # unpickled, it is the steered class's: ask the class it has now
-            own = getattr(old.__self__, old.__func__.__name__)
-            old = old if own == old else own
+            method = getattr(old.__self__, old.__func__.__name__)
+            old = old if method == old else method
         space[edit.name] = old
     for copy in copies:
         copy.hand_back()

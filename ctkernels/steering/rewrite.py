@@ -398,15 +398,15 @@ class _Rewriter(ast.NodeTransformer):
         if is_listed(target, OUTSIDE):
             self.code.skip(self.function, OUTSIDE[target], node.lineno, "it is not in the family")
         elif is_listed(target, FUNCTIONS):
-            form = ast.Constant(FUNCTIONS[target])
-            return self._site(node, activation_of(target), "_ctu_function", [form, node])
+            function_name = ast.Constant(FUNCTIONS[target])
+            return self._site(node, activation_of(target), "_ctu_function", [function_name, node])
         elif isinstance(target, functools.partial) and is_activation(target):
             if read_partial(target) is None:
                 reason = "its arguments put it outside the family"
                 self.code.skip(self.function, activation_of(target), node.lineno, reason)
                 return None
-            form = ast.Constant(FUNCTIONS[target.func])
-            return self._site(node, activation_of(target), "_ctu_call_partial", [form, node])
+            function_name = ast.Constant(FUNCTIONS[target.func])
+            return self._site(node, activation_of(target), "_ctu_call_partial", [function_name, node])
         elif isinstance(target, nn.Module):
             use = read_module(target)
             if isinstance(use, ActivationSpec):
@@ -428,13 +428,13 @@ class _Rewriter(ast.NodeTransformer):
         if self.owner is None:
             code.miss(self.function, activation, node.lineno, "the function has no name for its module")
             return None
-        own = isinstance(node, ast.Attribute) and self._is_self(node.value)
-        key = code.record(self.function, activation, node.lineno, node.attr if own else "")  # type: ignore[attr-defined]
+        is_attribute = isinstance(node, ast.Attribute) and self._is_self(node.value)
+        key = code.record(self.function, activation, node.lineno, node.attr if is_attribute else "")  # type: ignore[attr-defined]
         return self._partial(node, [_load(call), _load(self.owner), ast.Constant(key), *arguments])
 
     def _method(self, node: ast.Call, function: ast.Attribute) -> ast.AST:
-        form = function.attr
-        partial = self._site(node, SIGNATURES[form.rstrip("_")].activation, "_ctu_method", [ast.Constant(form)])
+        name = function.attr
+        partial = self._site(node, SIGNATURES[name.rstrip("_")].activation, "_ctu_method", [ast.Constant(name)])
         if partial is None:
             return self.generic_visit(node)
         node.func = partial  # type: ignore[assignment]
@@ -485,13 +485,13 @@ class _Rewriter(ast.NodeTransformer):
             and len(node.args) == arguments
         )
 
-    def _in_family(self, node: ast.Call, form: str) -> bool:
+    def _in_family(self, node: ast.Call, function_name: str) -> bool:
         """False only if literal arguments rule it out; others are read when the call is made."""
         try:
             positional = [ast.literal_eval(argument) for argument in node.args[1:]]
             keywords = {str(k.arg): k.value for k in node.keywords if k.arg not in ("input", "inplace")}
             named = {name: ast.literal_eval(value) for name, value in keywords.items()}
-            return SIGNATURES[form.rstrip("_")].read(None, *positional, **named) is not None
+            return SIGNATURES[function_name.rstrip("_")].read(None, *positional, **named) is not None
         except (ValueError, TypeError):
             return True
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from ctkernels.ops._layout import View
 from ctkernels.ops._triton_plan import plan_for
 
