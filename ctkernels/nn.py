@@ -81,7 +81,18 @@ class Knobs(nn.Module):
         return f"beta={self.beta.item():.6g}, coeff={self.coeff.item():.6g}"
 
 
-class CTU(nn.Module):
+class Unscriptable:
+    """A module that ``torch.jit.script`` cannot read: refuses it by name."""
+
+    def __prepare_scriptable__(self) -> Any:
+        """Is what ``torch.jit.script`` asks first."""
+        raise TypeError(
+            f"torch.jit.script: expected modules whose source TorchScript can read, got a {type(self).__name__}; use "
+            "torch.export, torch.compile, torch.jit.trace or ctkernels.export"
+        )
+
+
+class CTU(Unscriptable, nn.Module):
     """The CT unit with one fixed (beta, coeff): a drop-in for an activation layer.
 
     ``unit.beta`` and ``unit.coeff`` read the 0-d float32 tensors; assigning a number to them sets the value in place.
@@ -177,7 +188,7 @@ class CTU(nn.Module):
         return ", ".join(parts + (["inplace=True"] if self.inplace else []))
 
 
-class TrainableCTU(nn.Module):
+class TrainableCTU(Unscriptable, nn.Module):
     """The CT unit with a learned (beta, coeff) per channel.
 
     The parameters are ``raw_beta`` and ``raw_coeff``, float32 vectors of logits: beta = sigmoid(raw_beta). They, and
@@ -293,7 +304,9 @@ def unit_interval(name: str, value: object) -> float:
 
 
 def records_grad(*values: object) -> bool:
-    """True if autograd records a call with these arguments, and so keeps its input."""
+    """True if autograd records a call with these arguments, and so keeps its input; a trace may be called with one."""
+    if torch._C._is_tracing():
+        return True
     if torch.is_grad_enabled():
         for value in values:
             if isinstance(value, Tensor) and value.requires_grad:

@@ -54,6 +54,14 @@ class Program(FusedForward):
         return type(self.scopes[0]).forward.__code__
 
     @property
+    def __globals__(self) -> dict[str, Any]:
+        """Is what ``torch.jit.script`` asks for, which cannot read a fused forward."""
+        raise AttributeError(  # for others that ask, it has none
+            f"torch.jit.script: expected a model that is not fused, got a fused {type(self.scopes[0]).__name__}; use "
+            "torch.export, torch.compile, torch.jit.trace or ctkernels.export, or remove() first"
+        )
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.scopes[0]).forward.__get__(self.scopes[0]))
 

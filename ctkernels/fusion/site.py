@@ -60,7 +60,10 @@ class FusedCall:
 
     def __call__(self, x: Tensor, residual: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         source, norm, unit = self.source, self.norm, self.unit
-        compiling = torch.compiler.is_compiling()
+        tracing = (
+            torch._C._is_tracing()
+        )  # as a compiler: a trace has to hold for other sizes, and for calls with gradients
+        compiling = tracing or torch.compiler.is_compiling()
         arguments = None
         if self.is_as_read() and (compiling or not in_transform()):
             if unit is None:
@@ -100,7 +103,7 @@ class FusedCall:
             with recomputed(residual):
                 return functional.ctu(z, **arguments)
         inplace = not recorded and z is not x and (residual is None or residual.dtype == z.dtype)
-        inplace = inplace and (compiling or z.numel() >= _LARGE)
+        inplace = inplace and not tracing and (compiling or z.numel() >= _LARGE)
         return functional.ctu(z, inplace=inplace, **arguments)
 
     def is_as_read(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,6 +90,8 @@ def steer(
     points = handle._resolve(beta, coeff)
     apply_patches(result.swaps, result.edits)
     model.__dict__[_marks.STEERING] = handle
+    if hasattr(model, "save_pretrained"):
+        model.__dict__[_marks.SAVE_PRETRAINED] = partial(_refuse_to_save, model)
     handle._write(beta, coeff, points)
     if result.missed:
         missed = listed(result.missed, limit=10)
@@ -174,7 +177,8 @@ class Steering:
                 "model: expected one that is not fused any more, got one that is; remove the fusion first"
             )
         revert_patches(self._modules, self._edits, self._copies)
-        self._model.__dict__.pop(_marks.STEERING, None)
+        for name in (_marks.STEERING, _marks.SAVE_PRETRAINED):
+            self._model.__dict__.pop(name, None)
         self._active = False
 
     def __enter__(self) -> Steering:
@@ -229,6 +233,16 @@ class Steering:
             self._settings[name] = (
                 {k: float(v) for k, v in value.items()} if isinstance(value, Mapping) else float(value)
             )
+
+
+def _refuse_to_save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Stands for the ``save_pretrained`` of a model of transformers while it is steered."""
+    if getattr(model, "_hf_peft_config_loaded", False):  # by its own `add_adapter`: it saves the adapter alone
+        return type(model).save_pretrained(model, *args, **kwargs)  # type: ignore[attr-defined]
+    raise ValueError(
+        f"save_pretrained: a steered {type(model).__name__} would be saved, and loaded, as the plain network; use "
+        "ctkernels.save_pretrained, or remove() its handle first"
+    )
 
 
 def _matches(site: Site, pattern: str) -> bool:

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ...nn import Unscriptable
 from ...steering.runtime import SiteUnit, call_ctu, ctu_arguments
 from .._offload import keep_resident
 from .config import CurvatureConfig
@@ -31,7 +32,7 @@ def _absent(layer: CurvatureLayer) -> Any:
     raise AttributeError("an activation has no weight")
 
 
-class CurvatureLayer(SiteUnit, nn.Module, BaseTunerLayer):
+class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
     """The CT units of one site: a (beta, coeff) for each adapter on it. Without an active one the original runs.
 
     It stands beside an activation and wraps no layer: unlike peft's other layers it has no `weight` and no `bias`.
@@ -204,7 +205,7 @@ class CurvatureLayer(SiteUnit, nn.Module, BaseTunerLayer):
         return ", ".join(parts)
 
 
-class FixedUnit(SiteUnit, nn.Module):
+class FixedUnit(Unscriptable, SiteUnit, nn.Module):
     """A `CurvatureLayer` after `merge_and_unload`: the fused unit with fixed values, as buffers.
 
     Args:

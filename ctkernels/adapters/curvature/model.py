@@ -254,8 +254,15 @@ def _refuse_to_save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     raise ValueError(
         f"save_pretrained: a {type(model).__name__} with CT units cannot be saved as a plain one; it would load without "
         "them and compute something else. Save the adapter instead (save_pretrained of the PeftModel, before merging), "
-        "and load it with PeftModel.from_pretrained"
+        "and load it with PeftModel.from_pretrained; or use ctkernels.save_pretrained after merging"
     )
+
+
+def refuse_plain_saving(model: nn.Module) -> None:
+    """Keep a model of transformers from being saved as the plain one."""
+    plain = plain_model(model)  # a PeftModel below saves its adapters alone
+    if hasattr(plain, "save_pretrained"):
+        plain.__dict__[_marks.SAVE_PRETRAINED] = partial(_refuse_to_save, plain)
 
 
 # ------------------------------------------------------------------------------------------------ attaching, detaching
@@ -270,28 +277,27 @@ def _make_layer(site: Site, device: torch.device | None) -> Any:
     return CurvatureLayer(site.name, site.activation, device)
 
 
-def _scan(model: nn.Module) -> ScanResult:
+def scan_all(model: nn.Module) -> ScanResult:
+    """Every activation of a model, the uses of one module told apart, each with a layer that does nothing yet."""
     return scan(model, frozenset(ACTIVATIONS), split=True, make_unit=_make_layer)
 
 
-def _child(key: str) -> str:
+def child_name(key: str) -> str:
     """The name under which a module has the layer of its site `key`."""
     return _marks.CHILD if key == MODULE else f"{_marks.CHILD}_" + re.sub(r"\W+", "_", key).strip("_")
 
 
 def _attach(model: nn.Module) -> None:
     """Give every activation of the model a layer that does nothing yet."""
-    result = _scan(model)
+    result = scan_all(model)
     apply_patches(result.swaps, result.edits)
     for swap in result.swaps:
         layer: Any
         for key, layer in swap.units.items():
-            swap.module._modules[_child(key)] = layer
+            swap.module._modules[child_name(key)] = layer
     layers = {site.name: layer for site, layer in zip(result.sites, result.units)}
     sites = {site.name: site for site in result.sites}
-    plain = plain_model(model)  # a PeftModel below saves its adapters alone
-    if hasattr(plain, "save_pretrained"):
-        plain.__dict__[_marks.SAVE_PRETRAINED] = partial(_refuse_to_save, plain)
+    refuse_plain_saving(model)
     model.__dict__[_marks.CURVATURE] = Attached(
         [swap.module for swap in result.swaps], result.edits, result.copies, sites, layers
     )
@@ -303,7 +309,7 @@ def _detach(model: nn.Module) -> None:
     plain_model(model).__dict__.pop(_marks.SAVE_PRETRAINED, None)
     for module in attached.modules:
         for key in vars(module).get(_marks.UNITS, {}):
-            module._modules.pop(_child(key), None)
+            module._modules.pop(child_name(key), None)
     revert_patches(attached.modules, attached.edits, attached.copies)
 
 
@@ -313,7 +319,7 @@ def _fix_units(model: nn.Module) -> None:
     fixed: dict[int, FixedUnit] = {}
     for module in attached.modules:
         for key, layer in list(module._ctu.items()):
-            module._modules.pop(_child(key), None)
+            module._modules.pop(child_name(key), None)
             name = layer.adapter_in_use()
             if name is None:
                 module._ctu[key] = Original()
@@ -321,7 +327,7 @@ def _fix_units(model: nn.Module) -> None:
             beta, coeff = layer.parameters_of(name)
             if id(beta) not in fixed:
                 fixed[id(beta)] = FixedUnit(beta, coeff, layer.curvature_channels[name], layer.site)
-                module._modules[_child(key)] = fixed[id(beta)]
+                module._modules[child_name(key)] = fixed[id(beta)]
             module._ctu[key] = fixed[id(beta)]
 
 
@@ -336,7 +342,7 @@ def find_activations(model: nn.Module) -> list[Site]:
         ['relu', 'layer1.0.relu', 'layer1.0.relu#2']
     """
     attached = attached_to(model)
-    return list(attached.sites.values()) if attached is not None else _scan(model).sites
+    return list(attached.sites.values()) if attached is not None else scan_all(model).sites
 
 
 def _plan(model: nn.Module, config: CurvatureConfig) -> list[tuple[list[str], Channels | None]]:
@@ -344,7 +350,7 @@ def _plan(model: nn.Module, config: CurvatureConfig) -> list[tuple[list[str], Ch
     attached = attached_to(model)
     if attached is None and is_steered(model):
         raise ValueError("model: expected one that is not steered, got one that is; remove() its handle first")
-    result = ScanResult(sites=list(attached.sites.values())) if attached is not None else _scan(model)
+    result = ScanResult(sites=list(attached.sites.values())) if attached is not None else scan_all(model)
     if config.layout is None:
         sites = _selected(model, config, result)
         by_channel = config.granularity == "channel"
