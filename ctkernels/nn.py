@@ -81,7 +81,18 @@ class Knobs(nn.Module):
         return f"beta={self.beta.item():.6g}, coeff={self.coeff.item():.6g}"
 
 
-class CTU(nn.Module):
+class Unscriptable:
+    """A module that ``torch.jit.script`` cannot read: refuses it by name."""
+
+    def __prepare_scriptable__(self) -> Any:
+        """Is what ``torch.jit.script`` asks first."""
+        raise TypeError(
+            f"torch.jit.script: expected modules whose source TorchScript can read, got a {type(self).__name__}; use "
+            "torch.export, torch.compile, torch.jit.trace or ctkernels.export"
+        )
+
+
+class CTU(Unscriptable, nn.Module):
     """The CT unit with one fixed (beta, coeff): a drop-in for an activation layer.
 
     ``unit.beta`` and ``unit.coeff`` read the 0-d float32 tensors; assigning a number to them sets the value in place.
@@ -158,15 +169,15 @@ class CTU(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        inplace = self.inplace and not needs_grad(x, self.negative_slope)
+        inplace = self.inplace and not records_grad(x, self.negative_slope)
         return functional.ctu(x, inplace=inplace, **self.ctu_arguments(x))
 
     def ctu_arguments(self, _: Tensor) -> dict[str, Any]:
         """Keyword arguments for :func:`ctkernels.functional.ctu`."""
-        slope = self.negative_slope
+        slope, knobs = self.negative_slope, self.knobs
         return {
-            "beta": self.knobs.beta,
-            "coeff": self.knobs.coeff,
+            "beta": knobs.beta,
+            "coeff": knobs.coeff,
             "channel_dim": 1 if isinstance(slope, Tensor) and slope.numel() > 1 else None,
             "activation": self.activation,
             "negative_slope": slope,
@@ -177,7 +188,7 @@ class CTU(nn.Module):
         return ", ".join(parts + (["inplace=True"] if self.inplace else []))
 
 
-class TrainableCTU(nn.Module):
+class TrainableCTU(Unscriptable, nn.Module):
     """The CT unit with a learned (beta, coeff) per channel.
 
     The parameters are ``raw_beta`` and ``raw_coeff``, float32 vectors of logits: beta = sigmoid(raw_beta). They, and
@@ -292,9 +303,15 @@ def unit_interval(name: str, value: object) -> float:
     return float(value)
 
 
-def needs_grad(x: Tensor, slope: object = None) -> bool:
-    """Whether a call on ``x`` records a gradient, so that its input has to be kept."""
-    return torch.is_grad_enabled() and (x.requires_grad or (isinstance(slope, Tensor) and slope.requires_grad))
+def records_grad(*values: object) -> bool:
+    """True if autograd records a call with these arguments, and so keeps its input; a trace may be called with one."""
+    if torch._C._is_tracing():
+        return True
+    if torch.is_grad_enabled():
+        for value in values:
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+    return False
 
 
 def _known_activation(activation: str) -> str:

@@ -24,7 +24,7 @@ def call(source: Any, x: Tensor, recorded: bool, scale: Tensor | None = None, sh
     weight, bias = source.weight, source.bias
     if scale is not None:
         bias = (shift if bias is None else shift + scale * bias).to(weight.dtype)
-    if recorded and convolves and not torch.compiler.is_exporting():
+    if recorded and convolves and not torch.compiler.is_exporting() and not torch._C._is_tracing():
         return frozen_conv(x, weight, bias, scale, _geometry(source))
     weight = scaled(weight, scale)
     if convolves:

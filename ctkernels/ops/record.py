@@ -174,6 +174,8 @@ class Op:
                 return self.strided_forward(inputs, attrs)
             return autograd.Forward.apply(self, attrs, *inputs)
         if autograd.needs_grad(inputs):
+            if torch._C._is_tracing():  # torch.jit.trace records dispatcher ops, and cannot save a Function
+                return self.kernels().forward(*inputs, *attrs)
             return autograd.ReverseForward.apply(self, attrs, *inputs)
         return self.forward(inputs, attrs)
 

@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
 from ...functional import hard_concrete, head_edit
+from ...nn import Unscriptable
 from .._offload import fetched, home, keep_resident
 from .calls import take_edit
 from .config import JolaConfig
@@ -26,7 +27,7 @@ from .sites import linear_shape
 KINDS = ("m", "a")
 
 
-class JolaLayer(nn.Module, BaseTunerLayer):
+class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
     """Wraps a projection and applies `z' = (1 + g_m*m) * z + g_a*a` to its input (JoLA, eq. 2).
 
     Several active adapters apply one after the other, in the order they were activated. In training, gates are

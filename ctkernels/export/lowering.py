@@ -1,0 +1,149 @@
+"""The ops of this library as a few operations of torch each, for programs that have to run without it.
+
+Values are what an editor of graphs passes: a proxy stands for a tensor of the program, a float for a constant that is one
+number, and a proxy of a lifted tensor for one that is not. A constant that switches a part off removes that part.
+
+Nothing overflows on the way to a finite result. Where the unit is sharp, s = 1 - beta is ``SHARPEST``: exponentials of
+w / s are then 0, or capped, and the unit is the plain activation to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SHARPEST = 1e-30  # whose reciprocal is finite in float32
+CAP = 60.0  # softplus(u) = u in float64 from 37 on, and exp(60) is finite in float32
+LEAST_GATE = 0.25  # see `swish`
+
+Value = Any  # a proxy, or a float
+KINDS = ("logistic", "leaky", "relu6", "gaussian")  # by the number that `ctkernels::ctu` has for them
+
+
+class Knobs(NamedTuple):
+    """``eta`` = beta / s and ``sharpness`` = 1 / s; ``least_eta``: its smallest value, None where that is not known."""
+
+    coeff: Value
+    s: Value
+    sharpness: Value
+    eta: Value
+    least_eta: float | None
+
+
+def derive(beta: Any, coeff: Any, raw: bool, eps: float) -> tuple[Any, Any, Any, Any]:
+    """(coeff, s, 1 / s, beta / s) from the parameters of ``ctkernels::ctu``; of tensors, or of proxies."""
+    if raw:  # 1 - sigmoid(beta) has no digits left where beta is large
+        s, beta, coeff = torch.sigmoid(-beta), torch.sigmoid(beta), torch.sigmoid(coeff)
+    else:
+        s = 1 - beta
+    s = torch.clamp(s + eps, min=SHARPEST)
+    return coeff, s, 1 / s, beta / s
+
+
+def unit(w: Value, slope: Value, k: Knobs, kind: str) -> Value:
+    """The CT unit of family member ``kind`` at pre-activation ``w``."""
+    if kind == "gaussian":
+        return _mix(k, lambda: _gelu(w, k.eta), lambda: _soft_gaussian(w, k))
+    if kind == "relu6":
+        return torch.clamp(torch.relu(w), max=6.0) + (_excess(w, k) - _excess(w - 6, k))
+    if kind == "leaky":
+        return _leaky(w, slope, k)
+    return _logistic(w, k)
+
+
+def factors(m: Any, a: Any, g_m: Any, g_a: Any) -> tuple[Any, Any]:
+    """(1 + g_m m, g_a a) of the head edit; None where nothing is scaled, or added."""
+    p = None if m is None else 1 + (m if g_m is None else g_m * m)
+    return p, a if a is None or g_a is None else g_a * a
+
+
+def times(value: Value, factor: Value) -> Value:
+    """``value * factor``, without a step where the factor is 1."""
+    return value if isinstance(factor, float) and factor == 1.0 else value * factor
+
+
+def plus(value: Value, offset: Value) -> Value:
+    """``value + offset``, without a step where the offset is 0."""
+    return value if isinstance(offset, float) and offset == 0.0 else value + offset
+
+
+def _mix(k: Knobs, first: Callable[[], Value], second: Callable[[], Value]) -> Value:
+    """coeff * first + (1 - coeff) * second."""
+    if isinstance(k.coeff, float):
+        if k.coeff == 1.0:
+            return first()
+        if k.coeff == 0.0:
+            return second()
+        if k.coeff == 0.5:  # one step less
+            return (first() + second()) * 0.5
+    return first() * k.coeff + second() * (1 - k.coeff)
+
+
+def _logistic(w: Value, k: Knobs) -> Value:
+    return _mix(k, lambda: swish(w, k), lambda: _soft(w, k))
+
+
+def swish(w: Value, k: Knobs) -> Value:
+    """w sigmoid(eta w).
+
+    The sigmoids of runtimes are off by up to 1.5e-7 where it is nearly 0, and w is up to 17 / eta there; exponentials are
+    exact to the last bits everywhere. With exp(-eta w) infinite the quotient is 0.
+    """
+    if k.least_eta is not None and k.least_eta < LEAST_GATE:
+        return w / (1 + torch.exp(times(-w, k.eta)))
+    return w * torch.sigmoid(times(w, k.eta))
+
+
+def _soft(w: Value, k: Knobs) -> Value:
+    """s softplus(w / s). Above CAP it is w, the larger of the two."""
+    bent = torch.log1p(torch.exp(torch.clamp(times(w, k.sharpness), max=CAP)))
+    return torch.maximum(times(bent, k.s), w)
+
+
+def _excess(w: Value, k: Knobs) -> Value:
+    """The unit minus relu(w), an even function that vanishes away from 0, without cancellation."""
+    below = -torch.abs(w)
+    return _mix(k, lambda: swish(below, k), lambda: times(torch.log1p(torch.exp(times(below, k.sharpness))), k.s))
+
+
+def _leaky(w: Value, slope: Value, k: Knobs) -> Value:
+    """slope w + sign u(|1 - slope| w), u the logistic unit: max(slope w, w) turns into a minimum above slope 1."""
+    if isinstance(slope, float):
+        bent = _logistic(times(w, abs(1 - slope)), k)
+        return times(w, slope) + bent if slope <= 1 else times(w, slope) - bent
+    sign = 1 - 2 * torch.gt(slope, 1)
+    return w * slope + sign * _logistic(w * torch.abs(1 - slope), k)
+
+
+def _gelu(w: Value, eta: Value) -> Value:
+    return w * (1 + torch.erf(times(w, times(eta, math.sqrt(0.5))))) * 0.5
+
+
+def _soft_gaussian(w: Value, k: Knobs) -> Value:
+    """w Phi(u) + s phi(u), u = w / s."""
+    u = times(w, k.sharpness)
+    return _gelu(w, k.sharpness) + times(torch.exp(u * u * -0.5), times(k.s, 1 / math.sqrt(2 * math.pi)))
+
+
+def aligned(param: Any, shape: torch.Size, x: Tensor, channel_dim: int) -> Any:
+    """``param``, of ``shape``, with dimensions that broadcast against ``x``; channel_dim -1: none.
+
+    It has one value, or one for each index of channel_dim or for each run of them, and it may be 2-D with rows of these:
+    index g of dimension 0 of ``x`` then has row g modulo the number of rows.
+    """
+    size = [1] * x.dim()
+    count = int(shape[-1]) if len(shape) else 1
+    if channel_dim >= 0 and count != 1:
+        channels = int(x.shape[channel_dim])
+        if count != channels:
+            param = torch.repeat_interleave(param, channels // count, -1)
+        size[channel_dim] = channels
+    if len(shape) == 2 and shape[0] != 1:
+        if isinstance(x.shape[0], int) and int(shape[0]) != x.shape[0]:
+            param = param.repeat(x.shape[0] // int(shape[0]), 1)
+        size[0] = -1
+    return torch.reshape(param, size)

@@ -1,0 +1,279 @@
+"""Saving a steered network, or one with merged curvature, so that it comes back as what it is.
+
+One safetensors file holds everything: the weights, and in its header what was done to the activations. Its name and the
+names in it are none that another loader takes for a plain network's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _marks
+from ._extras import require
+from ._files import parse_json, replacing
+from .steering import Steering, handle_of, steer
+from .steering.scan import is_steered
+
+FILE = "ctkernels.safetensors"
+FORMAT = 1
+PREFIX = "steered."  # of every weight in the file
+_OTHERS = (
+    "config.json",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "adapter_config.json",
+    "model.safetensors.index.json",
+)
+
+
+def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Save a steered model, or one with a merged curvature adapter, with all its weights.
+
+    transformers, timm and others find no model in the folder, and no weight by a name that they know: nothing reads it as
+    the plain network. What :func:`fuse` did is not saved; fuse again after loading.
+
+    Args:
+        model: what :func:`steer` was called on, or what ``merge_and_unload()`` of a curvature adapter gave.
+        path: a folder for this model alone; ``ctkernels.safetensors`` in it is replaced when the new file is complete.
+
+    Returns:
+        The file.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        TypeError: ``model`` is no module.
+        ValueError: no activation of it is a CT unit; adapters are in it that are not merged; a weight is NaN; the folder
+            has another model or an adapter in it.
+
+    Example::
+
+        ctkernels.steer(model, beta=0.9)
+        ctkernels.save_pretrained(model, "steered")
+        model = ctkernels.load_pretrained("steered", resnet18())
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    safetensors = require("safetensors.torch", "adapters", "saving a steered model")
+    folder = Path(path)
+    if folder.is_file():
+        raise ValueError(f"path: expected a folder, got the file {folder}")
+    others = [name for name in _OTHERS if (folder / name).exists()]
+    if others:
+        raise ValueError(
+            f"path: expected a folder without another model, got {folder} with {others[0]}, which loaders would read as the "
+            "plain network; choose a folder of its own"
+        )
+    tuners = [type(m).__name__ for m in model.modules() if any(c.__name__ == "BaseTunerLayer" for c in type(m).__mro__)]
+    if tuners:
+        raise ValueError(
+            f"model: expected one without adapters, got a {tuners[0]} in it; merge it first (merge_and_unload), or save the "
+            "adapter by its own save_pretrained"
+        )
+    header: dict[str, Any] = {"format": FORMAT, "class": _class_of(model), "builder": _builder(model)}
+    tensors: dict[str, Tensor] = {}
+    if _marks.STEERING in vars(model):
+        header["steering"] = _steering(handle_of(model))
+        weights = model.state_dict()
+    elif is_steered(model):
+        from .adapters.curvature import fixed
+
+        header["curvature"], units = fixed.describe(model)
+        tensors.update({f"units.{name}": value for name, value in units.items()})
+        own = fixed.names(model)
+        weights = {name: value for name, value in model.state_dict().items() if name not in own}
+    else:
+        raise ValueError(
+            f"model: expected one with CT units that steer() made, or a merged curvature adapter, got a {type(model).__name__} "
+            "without; a plain model is saved by its own library"
+        )
+    header["shared"] = {}
+    seen: dict[Any, str] = {}
+    for name, value in weights.items():
+        _refuse_nan(name, value)
+        key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        first = seen.setdefault(key, name) if value.numel() else name
+        if first == name:
+            tensors[PREFIX + name] = value.detach().cpu().contiguous()
+        else:
+            header["shared"][name] = first
+    target = folder / FILE
+    with replacing(target) as temporary:
+        safetensors.save_file(tensors, str(temporary), metadata={"ctkernels": json.dumps(header)})
+    return target
+
+
+def load_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None) -> Any:
+    """Load what :func:`save_pretrained` has saved.
+
+    Args:
+        path: the folder.
+        base: the plain network, of the class and shapes that were saved; it gets the saved weights and units. None: made
+            anew, for models of transformers and timm.
+
+    Returns:
+        ``base``, or the new network, in evaluation mode. Its handle is :func:`handle_of` where it was steered.
+
+    Raises:
+        ImportError: safetensors, or what the network is made of, is not installed.
+        ValueError: the file is missing, cut short, of another format, or has NaN in it; ``base`` is of another class, is
+            steered, or has other weights or activations. ``base`` is unchanged.
+
+    Example::
+
+        model = ctkernels.load_pretrained("steered", resnet18())
+    """
+    require("safetensors", "adapters", "loading a steered model")
+    file = Path(path) / FILE
+    header, tensors = _read(file)
+    model = _build(header["builder"], file) if base is None else base
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"base: expected a torch.nn.Module, got {type(model).__name__}")
+    if _class_of(model) != header["class"]:
+        raise ValueError(f"base: expected a {header['class']}, as in {file}, got a {_class_of(model)}")
+    if is_steered(model):
+        raise ValueError("base: expected the plain network, got one with CT units; remove() its handle first")
+    weights = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
+    weights |= {name: weights[first] for name, first in header["shared"].items()}
+    if base is None:
+        dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
+        model.to(next(iter(dtypes)) if len(dtypes) == 1 else None)
+    _check_weights(model, weights, file)
+    if "steering" in header:
+        _steer_again(model, header["steering"], file)
+    else:
+        from .adapters.curvature import fixed
+
+        units = {name.removeprefix("units."): value for name, value in tensors.items() if name.startswith("units.")}
+        fixed.restore(model, header["curvature"], units, file)
+    with torch.no_grad():
+        for name, value in _held(model).items():
+            if name in weights:
+                value.copy_(weights[name])
+    return model.eval()
+
+
+def _class_of(model: nn.Module) -> str:
+    cls = type(model)
+    cls = getattr(cls, _marks.BASE, cls)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    return model.state_dict(keep_vars=True)
+
+
+def _refuse_nan(name: str, value: Tensor) -> None:
+    if value.is_floating_point() and bool(value.isnan().any()):
+        raise ValueError(f"model: expected weights without NaN, got NaN in {name}")
+
+
+# ---- how a network is made anew ----------------------------------------------------------------------------------------
+
+
+def _builder(model: nn.Module) -> dict[str, Any] | None:
+    """What makes a plain network of this kind, where its library keeps it."""
+    config: Any = getattr(model, "config", None)
+    cls = getattr(type(model), _marks.BASE, type(model))
+    if cls.__module__.startswith("transformers.") and hasattr(config, "to_dict"):
+        return {
+            "library": "transformers",
+            "class": cls.__name__,
+            "config": json.loads(config.to_json_string(use_diff=False)),
+        }
+    pretrained: Any = getattr(model, "pretrained_cfg", None)
+    if cls.__module__.startswith("timm.") and isinstance(pretrained, Mapping) and pretrained.get("architecture"):
+        return {
+            "library": "timm",
+            "architecture": pretrained["architecture"],
+            "num_classes": getattr(model, "num_classes", 1000),
+        }
+    return None
+
+
+def _build(builder: Any, file: Path) -> Any:
+    if builder is None:
+        raise ValueError(
+            f"base: expected the plain network, as {file} is of none that transformers or timm make; got None"
+        )
+    if builder["library"] == "timm":
+        timm = require("timm", "recipes", "making the network anew")
+        return timm.create_model(builder["architecture"], pretrained=False, num_classes=builder["num_classes"])
+    transformers = require("transformers", "adapters", "making the network anew")
+    cls = getattr(transformers, builder["class"], None)
+    if cls is None:
+        raise ValueError(f"base: expected the plain network, as this transformers has no {builder['class']}; got None")
+    return cls(cls.config_class.from_dict(builder["config"]))
+
+
+# ---- the file ----------------------------------------------------------------------------------------------------------
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise ValueError(f"path: expected a folder with {FILE}, found none in {file.parent}")
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            text = (opened.metadata() or {}).get("ctkernels")
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file}: expected a safetensors file, got one that is corrupt or cut short ({error})"
+        ) from None
+    header = parse_json(text) if text is not None else None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        found = header.get("format") if isinstance(header, dict) else None
+        raise ValueError(f"{file}: expected a file of save_pretrained, format {FORMAT}, got format {found}")
+    for name, value in tensors.items():
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise ValueError(f"{file}: expected weights without NaN, got NaN in {name.removeprefix(PREFIX)}")
+    return header, tensors
+
+
+def _check_weights(model: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
+    held = _held(model)
+    problems = {
+        "has no": [name for name in weights if name not in held],
+        "has beyond the file's": [name for name in held if name not in weights],
+    }
+    for what, names in problems.items():
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"base: expected the weights of {file}, got one that {what} {', '.join(names[:3])}{more}")
+    for name, value in weights.items():
+        for kind in ("shape", "dtype"):
+            expected, found = getattr(value, kind), getattr(held[name], kind)
+            if expected != found:
+                shown = [tuple(v) if kind == "shape" else v for v in (expected, found)]
+                raise ValueError(f"base: expected {name} of {kind} {shown[0]}, as in {file}, got {shown[1]}")
+
+
+# ---- steering ----------------------------------------------------------------------------------------------------------
+
+
+def _steering(handle: Steering) -> dict[str, Any]:
+    return {
+        "activations": sorted({site.activation for site in handle.sites}),
+        "beta": handle.beta,
+        "coeff": handle.coeff,
+        "values": {name: list(pair) for name, pair in handle.values().items()},
+    }
+
+
+def _steer_again(model: nn.Module, saved: dict[str, Any], file: Path) -> None:
+    handle = steer(model, saved["beta"], saved["coeff"], saved["activations"])
+    values = {name: list(pair) for name, pair in handle.values().items()}
+    if values != saved["values"]:
+        handle.remove()
+        differing = sorted(
+            name for name in {*values, *saved["values"]} if values.get(name) != saved["values"].get(name)
+        )
+        raise ValueError(f"base: expected the activations of {file}, got others: {', '.join(differing[:3])}")
