@@ -51,7 +51,7 @@ Param param_of(std::optional<Tensor>& t, double fallback) {
   return p;
 }
 
-// As `result_like` and `conform` of ctkernels/ops/_layout.py: compilers rely on every result having those strides.
+// As `result_like` and `conform` of ctkernels/ops/layout.py: compilers rely on every result having those strides.
 bool is_dense(const Tensor& x) {
   int order[64] = {}, used = 0;
   if (x.numel() == 0) return false;

@@ -1,7 +1,6 @@
 // What the drivers of every backend are called with, and the list of ops (ops.def) as C++.
 #pragma once
 #include <algorithm>
-#include <initializer_list>
 #include <iterator>
 #include <stdexcept>
 #include <type_traits>

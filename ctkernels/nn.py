@@ -169,15 +169,15 @@ class CTU(Unscriptable, nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        inplace = self.inplace and not needs_grad(x, self.negative_slope)
+        inplace = self.inplace and not records_grad(x, self.negative_slope)
         return functional.ctu(x, inplace=inplace, **self.ctu_arguments(x))
 
     def ctu_arguments(self, _: Tensor) -> dict[str, Any]:
         """Keyword arguments for :func:`ctkernels.functional.ctu`."""
-        slope = self.negative_slope
+        slope, knobs = self.negative_slope, self.knobs
         return {
-            "beta": self.knobs.beta,
-            "coeff": self.knobs.coeff,
+            "beta": knobs.beta,
+            "coeff": knobs.coeff,
             "channel_dim": 1 if isinstance(slope, Tensor) and slope.numel() > 1 else None,
             "activation": self.activation,
             "negative_slope": slope,
@@ -303,11 +303,15 @@ def unit_interval(name: str, value: object) -> float:
     return float(value)
 
 
-def needs_grad(x: Tensor, slope: object = None) -> bool:
-    """Whether a call on ``x`` records a gradient, so that its input has to be kept; a trace may be called with one."""
+def records_grad(*values: object) -> bool:
+    """True if autograd records a call with these arguments, and so keeps its input; a trace may be called with one."""
     if torch.jit.is_tracing():
         return True
-    return torch.is_grad_enabled() and (x.requires_grad or (isinstance(slope, Tensor) and slope.requires_grad))
+    if torch.is_grad_enabled():
+        for value in values:
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+    return False
 
 
 def _known_activation(activation: str) -> str:

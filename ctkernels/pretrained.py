@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import _marks
 from ._extras import require
 from ._files import parse_json, replacing
 from .steering import Steering, handle_of, steer
-from .steering.survey import is_steered
+from .steering.scan import is_steered
 
 FILE = "ctkernels.safetensors"
 FORMAT = 1
@@ -77,7 +78,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         )
     header: dict[str, Any] = {"format": FORMAT, "class": _class_of(model), "builder": _builder(model)}
     tensors: dict[str, Tensor] = {}
-    if "_ctu_handle" in vars(model):
+    if _marks.STEERING in vars(model):
         header["steering"] = _steering(handle_of(model))
         weights = model.state_dict()
     elif is_steered(model):
@@ -160,7 +161,7 @@ def load_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None)
 
 def _class_of(model: nn.Module) -> str:
     cls = type(model)
-    cls = getattr(cls, "_ctu_base", cls)
+    cls = getattr(cls, _marks.BASE, cls)
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -179,7 +180,7 @@ def _refuse_nan(name: str, value: Tensor) -> None:
 def _builder(model: nn.Module) -> dict[str, Any] | None:
     """What makes a plain network of this kind, where its library keeps it."""
     config: Any = getattr(model, "config", None)
-    cls = getattr(type(model), "_ctu_base", type(model))
+    cls = getattr(type(model), _marks.BASE, type(model))
     if cls.__module__.startswith("transformers.") and hasattr(config, "to_dict"):
         return {
             "library": "transformers",

@@ -12,9 +12,8 @@ CTK_EXPORT const char* ctk_cuda_launch(const Launch* launch) {
   while (e && std::strcmp(e->name, launch->kernel)) e = e->next;
   if (!e) return "no such kernel";
   void* args[] = {const_cast<void*>(launch->args)};
-  const dim3 block(launch->block_x, launch->block_y);
-  const cudaError_t error =
-      cudaLaunchKernel(e->function, launch->grid, block, args, launch->shared, static_cast<cudaStream_t>(launch->stream));
+  const cudaError_t error = cudaLaunchKernel(e->function, launch->grid, dim3(launch->block_x, launch->block_y), args,
+                                             launch->shared, static_cast<cudaStream_t>(launch->stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

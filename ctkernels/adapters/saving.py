@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from ..steering.survey import is_steered
+from ..steering.scan import is_steered
 from ._files import model_files, replacing_folder
 from ._offload import fetched, whole_state_dict
 from ._peft import check_adapter_name, plain_model

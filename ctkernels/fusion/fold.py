@@ -1,4 +1,4 @@
-"""What a BatchNorm becomes: a scale and a shift per channel.
+"""BatchNorm as a scale and a shift per channel.
 
 They are computed at every call. A copy that is kept would have to notice when a weight changes, and only its version
 counter says so for free: writes through ``.data``, or through an array that shares its memory, do not move it.
@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 def is_eval(norm: Any) -> bool:
-    """Whether ``norm`` uses its running statistics."""
-    return not norm.training and norm.running_mean is not None
+    """True if ``norm`` uses its running statistics."""
+    return not norm.training and norm._buffers["running_mean"] is not None
 
 
 def affine(norm: Any, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,13 +24,19 @@ def affine(norm: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     In training they come from the statistics of ``z``, and the running statistics move on. They are float64: their
     gradients, sums over ``z`` that is not centred, nearly cancel.
     """
-    mean, variance = (norm.running_mean, norm.running_var) if is_eval(norm) else _of_batch(norm, z)
-    return _affine(mean, variance, norm.weight, norm.bias, norm.eps)
+    weights, buffers = norm._parameters, norm._buffers
+    if is_eval(norm):
+        mean, variance = buffers["running_mean"], buffers["running_var"]
+    else:
+        mean, variance = _of_batch(norm, z)
+    return _affine(mean, variance, weights["weight"], weights["bias"], norm.eps)
 
 
 def normalise(norm: Any, z: Tensor) -> Tensor:
     """norm(z) with its running statistics, without what a class of its own calls after it."""
-    return F.batch_norm(z, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    weights, buffers = norm._parameters, norm._buffers  # not norm.weight, which is looked up in Python
+    mean, variance = buffers["running_mean"], buffers["running_var"]
+    return F.batch_norm(z, mean, variance, weights["weight"], weights["bias"], False, 0.0, norm.eps)
 
 
 def _affine(

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..steering.handle import _FUSION
+from .. import _marks
 from .layers import is_unit, why_not
 from .match import Match, Norms, find
 from .pooling import Pooling, poolings
 from .program import Program
 from .shadow import Untraceable
-from .site import Site
+from .site import FusedSite
 from .trace import argument_count, is_stand_in, trace
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -78,7 +78,7 @@ def fuse(model: nn.Module) -> Fusion:
         raise ValueError("model: expected one that is not fused, got one that is; handle.remove() gives it back")
     names = {module: name for name, module in model.named_modules()}
     programs: list[Program] = []
-    found: list[Site] = []
+    all_sites: list[FusedSite] = []
     left: dict[str, str] = {}
     norms = Norms()
     inlines: dict[nn.Module, list[nn.Module] | None] = {}
@@ -96,7 +96,7 @@ def fuse(model: nn.Module) -> Fusion:
         inline = inlines.get(module)
         if inline is not None:
             program = Program(module, inline)
-            _add(found, [_site(match, module, names, norms) for match in program.prepare(norms)])
+            _add(all_sites, [_site(match, module, names, norms) for match in program.prepare(norms)])
             programs.append(program)
     if not programs:
         raise ValueError(
@@ -104,22 +104,24 @@ def fuse(model: nn.Module) -> Fusion:
             f"fused{_lines(left | _alone(names, (), left), 8)}"
         )
     # A part of a site may be a site of its own in a module inside, for calls of that module alone.
-    longer = {(site.layer, site.norm) for site in found if site.unit}
-    sites = dict.fromkeys(site for site in found if site.unit or (site.layer, site.norm) not in longer)
-    forwards = {program.scopes[0]: program for program in programs} | poolings(model)
+    longer = {(site.layer, site.norm) for site in all_sites if site.unit}
+    sites = dict.fromkeys(site for site in all_sites if site.unit or (site.layer, site.norm) not in longer)
+    pooled = poolings(model)
+    forwards = {program.scopes[0]: program for program in programs} | pooled
     left |= _alone(names, tuple(sites), left)
-    handle = Fusion(model, forwards, tuple(sites), left)
+    handle = Fusion(model, forwards, tuple(sites), tuple(names[module] for module in pooled), left)
     for module, forward in forwards.items():
-        module.__dict__["forward"] = forward
-    model.__dict__[_FUSION] = handle
+        module.__dict__[_marks.FORWARD] = forward
+    model.__dict__[_marks.FUSION] = handle
     return handle
 
 
 class Fusion:
-    """What was fused in a model; made by :func:`fuse`.
+    """Control over a fused model; made by :func:`fuse`.
 
     Attributes:
-        sites: a tuple of :class:`Site`.
+        sites: what was fused, a tuple of :class:`FusedSite`.
+        poolings: names of the ``nn.MaxPool2d`` modules that have a forward of ours too, which computes what it did.
         left: {module name: why it was left alone}: modules whose code cannot be read (the whole model is ""), and single
             layers, BatchNorms and units.
     """
@@ -128,11 +130,12 @@ class Fusion:
         self,
         model: nn.Module,
         forwards: dict[nn.Module, Program | Pooling],
-        sites: tuple[Site, ...],
+        sites: tuple[FusedSite, ...],
+        poolings: tuple[str, ...],
         left: dict[str, str],
     ) -> None:
         self._model, self._forwards, self._active = model, forwards, True
-        self.sites, self.left = sites, left
+        self.sites, self.poolings, self.left = sites, poolings, left
 
     def remove(self) -> None:
         """Give the model back as it was before, bit for bit. A second call does nothing.
@@ -142,15 +145,15 @@ class Fusion:
         if not self._active:
             return
         for module, forward in self._forwards.items():
-            found = vars(module).get("forward")
-            if found is not forward:
+            current = vars(module).get("forward")
+            if current is not forward:
                 raise RuntimeError(
-                    f"model: expected every module to have the forward that fuse() gave it, got {found!r} in a "
+                    f"model: expected every module to have the forward that fuse() gave it, got {current!r} in a "
                     f"{type(module).__name__}; first undo what was done to the model since"
                 )
         for module in self._forwards:
-            del module.__dict__["forward"]
-        self._model.__dict__.pop(_FUSION, None)
+            del module.__dict__[_marks.FORWARD]
+        self._model.__dict__.pop(_marks.FUSION, None)
         self._active = False
         _check_nothing_left(self._model)
 
@@ -163,29 +166,31 @@ class Fusion:
     def __repr__(self) -> str:
         state = f"{len(self.sites)} sites" if self._active else "removed"
         lines = [f"Fusion of {type(self._model).__name__}: {state}", *(f"    {site}" for site in self.sites)]
+        lines += [f"    {name}: the pooling of compiled training steps" for name in self.poolings]
         return "\n".join(lines) + _lines(self.left)
 
 
-def _add(found: list[Site], more: list[Site]) -> None:
-    """``more``, of a module inside those of ``found``: the sum before a unit counts once, with what most was fused into.
+def _add(sites: list[FusedSite], more: list[FusedSite]) -> None:
+    """Add the sites of an inner module to those of the modules around it.
 
-    Read from outside, the other branch may have been taken for the main one.
+    Of two sites with one sum, the one with more parts stays: read from outside, the other branch may have been taken for the
+    main one.
     """
 
-    def parts(site: Site) -> int:
+    def parts(site: FusedSite) -> int:
         return bool(site.layer) + bool(site.norm)
 
-    outer = {site.unit: i for i, site in enumerate(found) if site.residual and site.unit}
+    outer = {site.unit: i for i, site in enumerate(sites) if site.residual and site.unit}
     for site in more:
         rival = outer.get(site.unit) if site.residual else None
         if rival is None:
-            found.append(site)
-        elif parts(site) > parts(found[rival]):
-            found[rival] = site
+            sites.append(site)
+        elif parts(site) > parts(sites[rival]):
+            sites[rival] = site
 
 
 def _check_nothing_left(model: nn.Module) -> None:
-    """That no module holds anything of a fusion any more."""
+    """Raises if a module still holds something of a fusion."""
 
     def is_left(value: Any) -> bool:
         return isinstance(value, (Program, Pooling, Fusion)) or is_stand_in(value)
@@ -200,10 +205,10 @@ def _check_nothing_left(model: nn.Module) -> None:
                 )
 
 
-def _alone(names: dict[nn.Module, str], sites: tuple[Site, ...], left: dict[str, str]) -> dict[str, str]:
-    """Layers, BatchNorms and units that are in no site, and of which no module around them says why."""
+def _alone(names: dict[nn.Module, str], sites: tuple[FusedSite, ...], left: dict[str, str]) -> dict[str, str]:
+    """{name: why} of the layers, BatchNorms and units that are in no site, unless a module around them says why."""
     taken = {name for site in sites for name in (site.layer, site.norm, site.unit)}
-    found = {}
+    reasons = {}
     for module, name in names.items():
         around = [name[:i] for i, letter in enumerate(name) if letter == "."] + [""]
         if name in taken or not name or any(outer in left for outer in around):
@@ -212,10 +217,10 @@ def _alone(names: dict[nn.Module, str], sites: tuple[Site, ...], left: dict[str,
             reason = why_not(module)
             if isinstance(module, _BATCH_NORM):
                 reason = reason or "no layer before it, or no unit after it, that nothing else reads the values of"
-            found.update({name: reason} if reason else {})
+            reasons.update({name: reason} if reason else {})
         elif is_unit(module):
-            found[name] = "no layer, BatchNorm or sum before it that nothing else reads the values of"
-    return found
+            reasons[name] = "no layer, BatchNorm or sum before it that nothing else reads the values of"
+    return reasons
 
 
 def _lines(left: dict[str, str], most: int | None = None) -> str:
@@ -253,18 +258,18 @@ def _across(
 ) -> list[nn.Module] | None:
     """The modules that the sites of ``module`` lie across, of those that ``inline`` lets it look into."""
     read = trace(module, inline, ("tensor",) * count, {}, closed)
-    found: dict[nn.Module, None] = {}
-    here = False
+    modules: dict[nn.Module, None] = {}
+    has_site = False
     for match in find(module, read.graph, norms):
         operands = match.add.all_input_nodes if match.add is not None else []
         paths = [read.scopes[node] for node in (*match.nodes, *operands)]
         if any(len(path) == 0 for path in paths) or len({path[0] for path in paths}) > 1:
-            here = True
-            found.update(dict.fromkeys(m for path in paths for m in path))
-    return list(found) if here else None
+            has_site = True
+            modules.update(dict.fromkeys(m for path in paths for m in path))
+    return list(modules) if has_site else None
 
 
-def _site(match: Match, module: nn.Module, names: dict[nn.Module, str], norms: Norms) -> Site:
+def _site(match: Match, module: nn.Module, names: dict[nn.Module, str], norms: Norms) -> FusedSite:
     def name(node: Any) -> str:
         if node is None:
             return ""
@@ -275,4 +280,4 @@ def _site(match: Match, module: nn.Module, names: dict[nn.Module, str], norms: N
 
     norm = norms(module.get_submodule(str(match.norm.target))) if match.norm is not None else None
     unit = names[norm.unit] if norm is not None and norm.unit is not None else name(match.unit)
-    return Site(name(match.source), name(match.norm), match.add is not None, unit)
+    return FusedSite(name(match.source), name(match.norm), match.add is not None, unit)

@@ -1,4 +1,4 @@
-"""Which layers run torch's own code and nothing else, so that something that computes the same may stand for them.
+"""Recognises the layers, BatchNorms and units that run known code and nothing else, and so can be replaced by equal code.
 
 Asked when a model is fused and at every call: a forward, a hook, a class, a parametrization may be put on a layer at any
 time.
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .overrides import is_open
 from .shadow import Reads, Untraceable
-from .trace import is_open, trace
+from .trace import trace
 
 _CONVOLUTIONS = {cls.forward: cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 _LINEAR = nn.Linear.forward
@@ -26,35 +27,50 @@ _CODE = ("forward", "_conv_forward", "_check_input_dim", "weight", "bias", "runn
 
 
 def is_layer(module: Any) -> bool:
-    """Whether ``module`` is a convolution or a linear layer, by torch's code."""
+    """True for a convolution or a linear layer that runs torch's code."""
     cls = type(module)
-    if cls.forward in _CONVOLUTIONS:
-        own_code = cls._conv_forward is not _CONVOLUTIONS[cls.forward]
-    else:
-        own_code = cls.forward is not _LINEAR
-    return not own_code and _has_its_tensors(module) and module._parameters.get("weight") is not None
+    convolution = _CONVOLUTIONS.get(cls.forward)
+    if cls.forward is not _LINEAR if convolution is None else cls._conv_forward is not convolution:
+        return False
+    parameters = module._parameters
+    return parameters.get("weight") is not None and "bias" in parameters and _has_its_tensors(module)
 
 
 def is_norm(module: Any) -> bool:
-    """Whether ``module`` is a BatchNorm, by torch's code."""
-    return type(module).forward is _BATCH_NORM_FORWARD and _has_its_tensors(module)
+    """True for a BatchNorm that runs torch's code."""
+    return type(module).forward is _BATCH_NORM_FORWARD and _has_norms_tensors(module)
 
 
-def _has_its_tensors(module: Any) -> bool:
-    """Whether it runs as its class says, on tensors of its own that are torch's."""
-    cls, own = type(module), vars(module)
+def _has_norms_tensors(module: Any) -> bool:
+    parameters, buffers = module._parameters, module._buffers
     return (
-        is_open(module)
-        and not any(name in own for name in _CODE)
-        and cls.__getattr__ is _GETATTR
-        and cls.__getattribute__ is _GETATTRIBUTE
-        and all(p is None or type(p) is nn.Parameter or type(p) is Tensor for p in module._parameters.values())
-        and all(b is None or type(b) is Tensor for b in module._buffers.values())
+        "weight" in parameters
+        and "bias" in parameters
+        and "running_mean" in buffers
+        and "running_var" in buffers
+        and _has_its_tensors(module)
     )
 
 
+def _has_its_tensors(module: Any) -> bool:
+    """True if it runs its class's code, on plain tensors of its own. Asked of every layer at every call."""
+    cls, attributes = type(module), module.__dict__
+    if cls.__getattr__ is not _GETATTR or cls.__getattribute__ is not _GETATTRIBUTE or not is_open(module):
+        return False
+    for name in _CODE:
+        if name in attributes:
+            return False
+    for tensor in module._parameters.values():
+        if tensor is not None and type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+            return False
+    for tensor in module._buffers.values():  # noqa: SIM110 (a generator is a frame for every tensor)
+        if tensor is not None and type(tensor) is not Tensor:
+            return False
+    return True
+
+
 def why_not(module: Any) -> str:
-    """Why a layer or a BatchNorm is none that something else may stand for; "" if it is one."""
+    """The reason why a layer or a BatchNorm cannot be fused; "" if it can."""
     if isinstance(module, _BATCH_NORM):
         if is_norm(module) or norm_of(module) is not None:
             return ""
@@ -78,17 +94,23 @@ class Norm(NamedTuple):
     def is_as_read(self) -> bool:
         if not self.reads:
             return is_norm(self.module)
-        return _has_its_tensors(self.module) and all(
-            reads.hold() and all(is_open(m) for m in reads.classes) for reads in self.reads
-        )
+        if not _has_norms_tensors(self.module):
+            return False
+        for reads in self.reads:
+            if not reads.hold():
+                return False
+            for module in reads.classes:
+                if not is_open(module):
+                    return False
+        return True
 
 
 def norm_of(module: nn.Module | None) -> Norm | None:
-    """What is known of a BatchNorm: torch's own, or a subclass whose forward does the same and calls a module at the end.
+    """Reads a BatchNorm: torch's own, or a subclass whose forward does the same and calls a module at the end.
 
-    The latter is what timm's ``BatchNormAct2d`` does.
+    timm's ``BatchNormAct2d`` is such a subclass.
     """
-    if not isinstance(module, _BATCH_NORM) or not _has_its_tensors(module):
+    if not isinstance(module, _BATCH_NORM) or not _has_norms_tensors(module):
         return None
     if is_norm(module):
         return Norm(module)
@@ -118,20 +140,20 @@ def _after_normalising(module: Any, graph: torch.fx.Graph, training: bool) -> st
         if node.op == "get_attr":
             known[node] = node.target
         elif node.op == "call_function" and node.target is F.batch_norm:
-            given = _SIGNATURE.bind(*node.args, **node.kwargs)
-            given.apply_defaults()
+            call = _SIGNATURE.bind(*node.args, **node.kwargs)
+            call.apply_defaults()
             values = {
-                name: known.get(v, v) if isinstance(v, torch.fx.Node) else v for name, v in given.arguments.items()
+                name: known.get(v, v) if isinstance(v, torch.fx.Node) else v for name, v in call.arguments.items()
             }
             affine = {name: name if module._parameters[name] is not None else None for name in ("weight", "bias")}
-            wanted: dict[str, Any] = {
+            expected: dict[str, Any] = {
                 "input": "x",
                 "running_mean": "running_mean",
                 "running_var": "running_var",
                 **affine,
             }
-            wanted |= {"training": training, "momentum": module.momentum if training else values["momentum"]}
-            if "y" in known.values() or values != wanted | {"eps": module.eps}:
+            expected |= {"training": training, "momentum": module.momentum if training else values["momentum"]}
+            if "y" in known.values() or values != expected | {"eps": module.eps}:
                 return None
             known[node] = "y"
         elif node.op == "call_module":
@@ -146,28 +168,28 @@ def _after_normalising(module: Any, graph: torch.fx.Graph, training: bool) -> st
 
 
 def _is_bookkeeping(node: torch.fx.Node, known: dict[Any, Any], training: bool) -> bool:
-    """Whether ``node`` counts batches as BatchNorm does, or looks at the shape of the input."""
-    given = [known.get(a) for a in node.args if isinstance(a, torch.fx.Node)]
+    """True if ``node`` counts batches as BatchNorm does, or reads the shape of the input."""
+    operands = [known.get(a) for a in node.args if isinstance(a, torch.fx.Node)]
     if node.op == "call_method":
-        counts = (node.target, *given, *node.args[1:]) == ("add_", "num_batches_tracked", 1)
+        counts = (node.target, *operands, *node.args[1:]) == ("add_", "num_batches_tracked", 1)
         return training and counts and not node.kwargs
     if node.op != "call_function":
         return False
-    if node.target is getattr and given == ["x"] and node.args[1] in ("ndim", "shape", "dtype"):
+    if node.target is getattr and operands == ["x"] and node.args[1] in ("ndim", "shape", "dtype"):
         known[node] = "shape"
         return True
-    if given == ["shape"] and getattr(node.target, "__name__", "") in ("eq", "_assert", "getitem"):
+    if operands == ["shape"] and getattr(node.target, "__name__", "") in ("eq", "_assert", "getitem"):
         known[node] = "shape"
         return True
     return False
 
 
 def is_unit(module: Any) -> bool:
-    """Whether ``module`` says what it computes, by ``ctu_arguments``, and computes just that."""
-    cls = type(module)
-    if not hasattr(cls, "ctu_arguments"):
-        return False
-    # A class that is derived from a unit and has a forward of its own does something else.
-    says = next(base for base in cls.__mro__ if "ctu_arguments" in base.__dict__)
-    does = next(base for base in cls.__mro__ if "forward" in base.__dict__)
-    return says is does and is_open(module) and "forward" not in vars(module)
+    """True if ``module`` has ``ctu_arguments``, and a forward that computes just that unit."""
+    for base in type(module).__mro__:
+        members = base.__dict__
+        if "ctu_arguments" in members or "forward" in members:
+            # A class that is derived from a unit and has a forward of its own does something else.
+            both = "ctu_arguments" in members and "forward" in members
+            return both and "forward" not in module.__dict__ and is_open(module)
+    return False

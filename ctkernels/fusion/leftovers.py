@@ -1,4 +1,4 @@
-"""Whether a forward that was read has kept a stand-in somewhere, and how it is taken back.
+"""Takes back the stand-ins that a forward has kept while it was read.
 
 A forward runs on copies of its modules, but caches also live in classes, globals and memoised functions.
 """
@@ -15,19 +15,19 @@ from typing import Any
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 
 
-class Before:
-    """The globals and the attributes of classes that a forward may write to, and what containers among them held."""
+class Namespaces:
+    """Snapshot of the globals and class attributes that a forward may write to, and of the containers among them."""
 
     def __init__(self, classes: Iterable[type]) -> None:
         self.held: list[tuple[Any, dict[str, Any]]] = []
         self.contents: list[tuple[Any, Any]] = []
         self.known: set[int] = set()
-        for cls in {base for given in set(classes) for base in given.__mro__}:
+        for cls in {base for derived in set(classes) for base in derived.__mro__}:
             if not cls.__module__.startswith(("torch.", "builtins", "ctkernels.")):
                 self.note(cls, dict(vars(cls)))
 
-    def see(self, namespace: dict[str, Any]) -> None:
-        """The globals of a function that is about to run."""
+    def note_globals(self, namespace: dict[str, Any]) -> None:
+        """Add the globals of a function that is about to run."""
         if id(namespace) not in self.known:
             self.known.add(id(namespace))
             self.note(namespace, dict(namespace))
@@ -37,7 +37,7 @@ class Before:
         self.contents += [(value, value.copy()) for value in held.values() if type(value) in _CONTAINERS]
 
     def restore(self, is_left: Any) -> None:
-        """Put back what the values for which ``is_left`` took the place of."""
+        """Undo the entries whose value is a stand-in, by ``is_left``."""
         for owner, held in self.held:
             now = owner if isinstance(owner, dict) else vars(owner)
             for name in [name for name, value in list(now.items()) if is_left(value)]:
@@ -58,38 +58,38 @@ class Before:
                 (container.update if isinstance(container, set) else container.extend)(held)
 
 
-class Remains:
-    """The stand-ins of one reading. After it none may be alive."""
+class StandIns:
+    """The stand-ins of one reading. None may be alive after it."""
 
     def __init__(self) -> None:
-        self.made: list[tuple[weakref.ref[Any], str]] = []
+        self.refs: list[tuple[weakref.ref[Any], str]] = []
 
     def watch(self, stand_in: Any, where: str) -> None:
         """``where``: the class of the module in whose forward it is made."""
-        self.made.append((weakref.ref(stand_in), where))
+        self.refs.append((weakref.ref(stand_in), where))
 
     def alive(self) -> tuple[Any, ...]:
-        return tuple(value for made, _ in self.made if (value := made()) is not None)
+        return tuple(value for ref, _ in self.refs if (value := ref()) is not None)
 
-    def found(self) -> bool:
+    def any_alive(self) -> bool:
         for generation in range(3):  # cycles of the forward's own, most of them new
             if not self.alive():
                 return False
             gc.collect(generation)
         return bool(self.alive())
 
-    def take_back(self, before: Before) -> None:
+    def take_back(self, before: Namespaces) -> None:
         """Remove them from where they are. Raises RuntimeError where that is not possible."""
         before.restore(self._is_left)
         for _ in range(4):
-            if not self.found():
+            if not self.any_alive():
                 return
             for value in self.alive():
                 _remove(value)
             value = None
-        if self.found():
+        if self.any_alive():
             left = self.alive()
-            name = next(where for made, where in self.made if made() is not None)
+            name = next(where for ref, where in self.refs if ref() is not None)
             holders = sorted({type(h).__name__ for v in left for h in gc.get_referrers(v) if h is not left})
             raise RuntimeError(
                 f"model: expected a {name} whose forward keeps nothing outside of its modules, got one that keeps tensors "
@@ -104,8 +104,13 @@ class Remains:
         return isinstance(value, (tuple, list)) and any(id(v) in ids for v in value)
 
 
-def _remove(value: Any) -> None:
-    for holder in gc.get_referrers(value):
+def _remove(value: Any, ignored: list[Any] | None = None) -> None:
+    """Take ``value`` out of every container that refers to it, and a tuple that has it out of those that refer to that.
+
+    ignored: a list of referrers of ours that has ``value``.
+    """
+    holders = gc.get_referrers(value)
+    for holder in holders:
         if isinstance(holder, functools._lru_cache_wrapper):
             holder.cache_clear()
         elif isinstance(holder, dict):
@@ -113,15 +118,10 @@ def _remove(value: Any) -> None:
                 del holder[key]
         elif isinstance(holder, set):
             holder.discard(value)
-        elif isinstance(holder, (list, deque)) and holder is not None:
+        elif isinstance(holder, (list, deque)) and holder is not ignored:
             kept = [v for v in holder if v is not value]
             if len(kept) < len(holder):
                 holder.clear()
                 holder.extend(kept)
-        elif isinstance(holder, tuple):
-            for outer in gc.get_referrers(holder):
-                if isinstance(outer, functools._lru_cache_wrapper):
-                    outer.cache_clear()
-                elif isinstance(outer, dict):
-                    for key in [k for k, v in outer.items() if v is holder or k is holder]:
-                        del outer[key]
+        elif isinstance(holder, tuple) and ignored is None:
+            _remove(holder, holders)

@@ -1,7 +1,6 @@
-"""What can be fused in a graph: layer -> BatchNorm -> (+ residual) -> CT unit, and every part of it that is worth it.
+"""Finds the sites in a graph: layer -> BatchNorm -> (+ residual) -> CT unit, and the parts of it that are worth fusing.
 
-What a node does is read off the module or function it calls: off the forward of a layer, and off ``ctu_arguments``, which
-whatever computes the CT unit has.
+A node is judged by the module or function that it calls: a layer by its forward, a CT unit by its ``ctu_arguments``.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ import torch.fx
 from torch import nn
 from torch.fx import Node
 
-from ..steering.unit import SteeredCall
+from ..steering.runtime import SteeredCall
 from .layers import Norm, is_layer, is_unit, norm_of
-from .trace import is_open
+from .overrides import is_open
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
@@ -36,8 +35,8 @@ class Match(NamedTuple):
 
     @property
     def nodes(self) -> list[Node]:
-        found = (self.source, self.norm, self.add, self.unit)
-        return list(dict.fromkeys(node for node in found if node is not None))
+        parts = (self.source, self.norm, self.add, self.unit)
+        return list(dict.fromkeys(node for node in parts if node is not None))
 
     @property
     def input(self) -> Node:
@@ -53,7 +52,7 @@ class Match(NamedTuple):
 
 
 class Norms:
-    """What is known of BatchNorms, each read once."""
+    """Cache of :func:`norm_of`."""
 
     def __init__(self) -> None:
         self.known: dict[nn.Module, Norm | None] = {}
@@ -70,15 +69,15 @@ def find(root: nn.Module, graph: torch.fx.Graph, norms: Norms) -> list[Match]:
     """Every site of ``graph``, which is ``root``'s, in order; no node is in two."""
     reader = _Reader(root, graph, norms)
     taken: set[Node] = set()
-    found = []
+    matches = []
     for is_end in (reader.is_unit, reader.ends_with_norm):  # units first: they take the norm that is before them
         for node in graph.nodes:
             if node not in taken and is_end(node):
                 match = reader.match(node, taken)
                 if match is not None:
-                    found.append(match)
+                    matches.append(match)
                     taken.update(match.nodes)
-    return sorted(found, key=lambda match: reader.order[match.nodes[-1]])
+    return sorted(matches, key=lambda match: reader.order[match.nodes[-1]])
 
 
 class _Reader:
@@ -102,7 +101,7 @@ class _Reader:
         return norm is not None and norm.unit is None and norm.other is None
 
     def ends_with_norm(self, node: Node) -> bool:
-        """Whether it is a BatchNorm, whatever its own code calls after it."""
+        """True for a BatchNorm that calls no unit itself."""
         norm = self.norm(node)
         return norm is not None and norm.unit is None
 
@@ -148,7 +147,7 @@ class _Reader:
         return next((match for match in candidates if self.is_undisturbed(match)), None)
 
     def is_sum(self, match: Match) -> bool:
-        """Whether a sum without a layer before it can be taken into the unit: nobody sees it being written."""
+        """True if a sum without a layer before it can go into the unit: it writes to no tensor that others see."""
         assert match.add is not None
         return self.mutates(match.add) is None
 
@@ -171,10 +170,10 @@ class _Reader:
     # -- what happens in between
 
     def is_undisturbed(self, match: Match) -> bool:
-        """Whether all of it can run where its last node stands: nothing that it reads is overwritten before."""
-        places = [self.order[node] for node in match.nodes]
+        """True if all nodes can run where the last one stands: nothing that they read is overwritten before."""
+        positions = [self.order[node] for node in match.nodes]
         return not any(
-            self.overwrites(node) for node in self.nodes[min(places) : max(places)] if node not in match.nodes
+            self.overwrites(node) for node in self.nodes[min(positions) : max(positions)] if node not in match.nodes
         )
 
     def overwrites(self, node: Node) -> bool:
@@ -189,13 +188,13 @@ class _Reader:
         if node.op == "call_function":
             name = getattr(node.target, "__name__", "")
             inplace = True in node.args[1:] or node.kwargs.get("inplace") or "out" in node.kwargs
-            steered = isinstance(node.target, SteeredCall) and node.target.form.endswith("_")
+            steered = isinstance(node.target, SteeredCall) and node.target.name.endswith("_")
             return first if node.target in _IN_PLACE or name.endswith("_") or inplace or steered else None
         module = self.module(node)
         return first if module is not None and any(map(_may_write, module.modules())) else None
 
     def is_private(self, value: Any, user: Node) -> bool:
-        """Whether ``value`` is a tensor of its own that only ``user`` reads."""
+        """True if ``value`` has memory of its own, which only ``user`` reads."""
         if not isinstance(value, Node) or list(value.users) != [user]:
             return False
         written = self.mutates(value)
@@ -206,7 +205,7 @@ class _Reader:
 
 
 def _may_write(module: nn.Module) -> bool:
-    """Whether a call of ``module`` may overwrite its argument, in code of its own (not of its parts)."""
+    """True if a call of ``module`` may overwrite its argument in its own code; its parts are judged apart."""
     layer = type(module).__module__.startswith(("torch.nn.", "ctkernels.nn"))
     return getattr(module, "inplace", False) or not layer or not is_open(module)
 

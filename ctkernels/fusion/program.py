@@ -1,4 +1,4 @@
-"""The forward that a module gets when something in it is fused: its own, read as a graph, with the sites as single calls."""
+"""The forward of a module with fused sites: its own, as generated code in which each site is one call."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from itertools import count
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .match import Match, Norms, find
+from .overrides import FusedForward, is_open
 from .shadow import Reads, Untraceable
 from .site import FusedCall
-from .trace import Kind, Trace, argument_count, is_open, kind_of, trace
+from .trace import Kind, Trace, argument_count, kind_of, trace
 
 Key = tuple[tuple[bool, ...], tuple[Kind | None, ...]]
 _NUMBERS = count()
@@ -31,7 +32,7 @@ class Path(NamedTuple):
     matches: list[Match]
 
 
-class Program:
+class Program(FusedForward):
     """Stands in a module's ``__dict__`` as its ``forward``.
 
     A graph is of one path: of one setting of the ``training`` flags and one choice of argument types, and of the
@@ -49,7 +50,7 @@ class Program:
 
     @property
     def __code__(self) -> Any:
-        """Of the original forward: ``torch.export`` asks for its name and place."""
+        """The original forward's: ``torch.export`` asks for its name and line."""
         return type(self.scopes[0]).forward.__code__
 
     @property
@@ -72,14 +73,29 @@ class Program:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.scopes[0]
-        if not kwargs and not _has_any_global_hook() and all(is_open(m) for m in self.scopes[1:]):
-            key = tuple(m.training for m in self.scopes), tuple(kind_of(a) for a in args)
-            path = self.paths.get(key)
-            if not torch.compiler.is_compiling() and (path is None or not path.reads.hold()):
-                path = self.paths[key] = self.read(key, Norms())
-            if path is not None and path.run is not None and (not torch.compiler.is_compiling() or path.reads.hold()):
+        if not kwargs and not _has_any_global_hook():
+            path = self.path(args)
+            if path is not None and path.run is not None:
                 return path.run(module, *args)
         return type(module).forward(module, *args, **kwargs)
+
+    def path(self, args: tuple[Any, ...]) -> Path | None:
+        """The path of a call, read anew where it does not hold; None where the original forward is to run."""
+        training, kinds = [], []
+        for module in self.scopes:
+            training.append(module.training)
+            if module is not self.scopes[0] and not is_open(module):
+                return None
+        for argument in args:
+            kinds.append("tensor" if type(argument) is Tensor else kind_of(argument))
+        key = tuple(training), tuple(kinds)
+        path = self.paths.get(key)
+        if path is not None and path.reads.hold():
+            return path
+        if torch.compiler.is_compiling():  # a compiler cannot follow the reading
+            return None
+        path = self.paths[key] = self.read(key, Norms())
+        return path
 
     def prepare(self, norms: Norms) -> list[Match]:
         """Make the functions that are likely to be called, so that a compiler finds them. Returns the sites."""
@@ -136,9 +152,9 @@ def _function(graph: torch.fx.Graph, name: str) -> Callable[..., Any]:
     lines = code.src.splitlines()
     where = {f"{node.name} = ": node.meta.get("line") for node in nodes}
     for i, line in enumerate(lines):
-        place = next((p for start, p in where.items() if line.strip().startswith(start)), None)
-        if place is not None:
-            file, number = place
+        location = next((p for start, p in where.items() if line.strip().startswith(start)), None)
+        if location is not None:
+            file, number = location
             original = linecache.getline(file, number).strip()
             lines[i] = f"{line}  # {os.path.basename(file)}:{number}: {original}"
     source = "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""A normalised branch that the unit behind a sum does not keep, but has recomputed in the backward pass.
+"""Recomputes a BatchNorm's output in the backward pass, for the unit behind a sum, instead of saving it.
 
 BatchNorm keeps its input in any case. Its output is needed again only by the unit: a tensor saved for one cheap pass.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class _Normalisation(NamedTuple):
-    """How to compute a BatchNorm's output again, bit for bit: its input and weights, in training."""
+    """The input and weights of a BatchNorm in training, from which its output is recomputed bit for bit."""
 
     z: Tensor
     weight: Tensor | None
@@ -38,7 +38,7 @@ class _Normalisation(NamedTuple):
 
 
 def normalised(norm: Any, z: Tensor) -> Tensor:
-    """``norm(z)``; one that knows how it was made, where ``norm`` uses the statistics of ``z`` and a gradient is recorded."""
+    """``norm(z)``, marked with how to recompute it if ``norm`` uses the statistics of ``z`` and autograd records it."""
     y = norm(z)
     known = isinstance(norm, torch.nn.modules.batchnorm._BatchNorm) and norm.training and y.dtype == z.dtype
     if known and y.requires_grad:
@@ -47,7 +47,7 @@ def normalised(norm: Any, z: Tensor) -> Tensor:
 
 
 def recomputed(y: Tensor | None) -> AbstractContextManager[Any]:
-    """Inside, autograd keeps how ``y`` was made in its place, if :func:`normalised` made it."""
+    """In this context autograd saves, in the place of ``y``, how to recompute it, if :func:`normalised` made it."""
     made_by = getattr(y, "_ctkernels_made_by", None)
     if y is None or made_by is None or not torch.is_grad_enabled() or y._version != 0:
         return nullcontext()

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import _marks
+
 _SIMPLE = (
     bool,
     int,
@@ -43,40 +45,25 @@ _HOOKS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
-_OURS = ("_ctu", "_ctu_use", "_ctu_handle", "_ctu_fusion")  # shared: reading a forward does not write there
 _ABSENT = object()
 _STATE = "_ctkernels_shadow"
 
 
 class Untraceable(Exception):
-    """Why a module is left alone."""
+    """A module is left alone; the message says why."""
 
 
 # ---- what was read -----------------------------------------------------------------------------------------------------
 
 
-class Read(NamedTuple):
-    """An entry of a module's ``__dict__`` (``table`` None) or of one of its tables, and what it was; see :func:`_known`."""
-
-    module: nn.Module
-    table: str | None
-    name: str
-    value: Any
-
-    def holds(self) -> bool:
-        entries = self.module.__dict__
-        if self.table is not None:
-            entries = entries[self.table]
-        return _is(entries.get(self.name, _ABSENT), self.value)
-
-
 class Reads:
-    """Everything that a path was read with. ``hold()`` says whether all of it still is as it was."""
+    """Everything that a path was read with."""
 
     def __init__(self) -> None:
         self.classes: dict[nn.Module, tuple[type, Any]] = {}
         self.children: dict[nn.Module, tuple[tuple[str, Any], ...]] = {}
-        self.entries: dict[tuple[nn.Module, str | None, str], Read] = {}
+        # An entry of a module's ``__dict__`` (table None) or of one of its tables, and what it was; see :func:`_known`.
+        self.entries: dict[tuple[nn.Module, str | None, str], tuple[nn.Module, str | None, str, Any]] = {}
 
     def of(self, module: nn.Module) -> None:
         if module not in self.classes:
@@ -85,7 +72,7 @@ class Reads:
     def entry(self, module: nn.Module, table: str | None, name: str, value: Any) -> None:
         self.of(module)
         if (module, table, name) not in self.entries:
-            self.entries[module, table, name] = Read(module, table, name, _known(value))
+            self.entries[module, table, name] = module, table, name, _known(value)
 
     def every_child(self, module: nn.Module) -> None:
         self.of(module)
@@ -100,17 +87,23 @@ class Reads:
             root = child
 
     def hold(self) -> bool:
+        """True if everything is as it was. Asked at every call, so the common comparisons are inlined."""
         for module, (cls, forward) in self.classes.items():
             if type(module) is not cls or cls.forward is not forward:
                 return False
         for module, children in self.children.items():
             if tuple(module._modules.items()) != children:
                 return False
-        return all(read.holds() for read in self.entries.values())
+        for module, table, name, value in self.entries.values():
+            entries = module.__dict__ if table is None else module.__dict__[table]
+            now = entries.get(name, _ABSENT)
+            if now is not value and not (value is Tensor and isinstance(now, Tensor)) and not _is(now, value):
+                return False
+        return True
 
 
 def _known(value: Any, depth: int = 0) -> Any:
-    """What is kept of a value that was read: itself, or the contents of a container, or "a tensor"."""
+    """The record of a value that was read: itself, the contents of a container, or ``Tensor`` for any tensor."""
     if isinstance(value, Tensor):
         return Tensor  # any: the code that is generated reads the one that is there
     if type(value) in (list, tuple, set, frozenset, deque) and depth < 4:
@@ -178,7 +171,7 @@ class Shadows:
         self.root = self.shadow(root, "")
 
     def refuse(self, reason: str) -> Untraceable:
-        """To be raised; and remembered, for the code that is run may catch it."""
+        """An error to raise. It is remembered, because the code that is run may catch it."""
         self.refused = self.refused or reason
         return Untraceable(reason)
 
@@ -190,13 +183,13 @@ class Shadows:
         known = self.memo.get(id(module))
         if known is not None:
             return known
-        made: Any = object.__new__(
+        shadow: Any = object.__new__(
             _shadow_class(nn.Module if isinstance(module, torch.jit.ScriptModule) else type(module))
         )
-        self.remember(module, made)
+        self.remember(module, shadow)
         self.names[module] = name
-        self.shadows.append((made, module))
-        entries = _entries(made)
+        self.shadows.append((shadow, module))
+        entries = _entries(shadow)
         entries[_STATE] = _State(module, name, self)
         entries |= {hooks: OrderedDict() for hooks in _HOOKS}
         entries["training"] = self.training.get(module, module.training)
@@ -209,7 +202,7 @@ class Shadows:
         entries["_non_persistent_buffers_set"] = set(vars(module).get("_non_persistent_buffers_set", ()))
         inside = {} if isinstance(module, torch.jit.ScriptModule) else module._modules
         entries["_modules"] = {k: None if m is None else self.shadow(m, prefix + k) for k, m in inside.items()}
-        return made
+        return shadow
 
     def remember(self, original: Any, copied: Any) -> None:
         self.memo[id(original)] = copied
@@ -221,14 +214,13 @@ class Shadows:
         return self.memo[id(t)]
 
     def copy(self, value: Any, path: str) -> Any:
-        """Of an attribute. What belongs to the modules becomes what belongs to their shadows."""
+        """Copy an attribute; references to the modules become references to their shadows."""
         known = self.memo.get(id(value))
         if known is not None:
             return known
         if isinstance(value, Tensor):
             return self.stand_in(value, path, isinstance(value, nn.Parameter))
-        made = self._copy(value)
-        return made
+        return self._copy(value)
 
     def _copy(self, value: Any) -> Any:
         known = self.memo.get(id(value))
@@ -246,47 +238,47 @@ class Shadows:
                 *map(self._copy, value.args),
                 **{k: self._copy(v) for k, v in value.keywords.items()},
             )
-        made: Any
+        copied: Any
         if type(value) in (list, set, deque, tuple, frozenset):
-            made = type(value)(self._copy(v) for v in value)
+            copied = type(value)(self._copy(v) for v in value)
         elif type(value) in (dict, OrderedDict):
-            made = type(value)((k, self._copy(v)) for k, v in value.items())
+            copied = type(value)((k, self._copy(v)) for k, v in value.items())
         else:
             try:
-                made = copy.deepcopy(value, self.memo)
+                copied = copy.deepcopy(value, self.memo)
             except Untraceable:
                 raise
             except Exception as error:
                 raise self.refuse(f"it reads a {type(value).__name__}, which cannot be copied") from error
-        self.remember(value, made)
-        return made
+        self.remember(value, copied)
+        return copied
 
     def written(self) -> bool:
-        """Whether the forward has written to what it was given copies of."""
+        """True if the forward has written to a copy."""
         for shadow, _ in self.shadows:
             entries = _entries(shadow)
             known = {name for held, name, _, _ in self.copied if held is entries}
             if any(name not in known and name not in _MADE for name in entries):
                 return True
         return any(
-            entries.get(name) is not made or not self._unchanged(value, made)
-            for entries, name, value, made in self.copied
+            entries.get(name) is not copied or not self._unchanged(value, copied)
+            for entries, name, value, copied in self.copied
         )
 
-    def _unchanged(self, value: Any, made: Any, depth: int = 0) -> bool:
-        if value is made or depth > 6 or isinstance(value, (nn.Module, Tensor)):
-            return value is made or self.memo.get(id(value)) is made or depth > 6
-        if type(value) is not type(made):
+    def _unchanged(self, value: Any, copied: Any, depth: int = 0) -> bool:
+        if value is copied or depth > 6 or isinstance(value, (nn.Module, Tensor)):
+            return value is copied or self.memo.get(id(value)) is copied or depth > 6
+        if type(value) is not type(copied):
             return False
         if isinstance(value, dict):
-            return list(value) == list(made) and all(self._unchanged(value[k], made[k], depth + 1) for k in value)
+            return list(value) == list(copied) and all(self._unchanged(value[k], copied[k], depth + 1) for k in value)
         if isinstance(value, (list, tuple, deque)):
-            return len(value) == len(made) and all(self._unchanged(a, b, depth + 1) for a, b in zip(value, made))
+            return len(value) == len(copied) and all(self._unchanged(a, b, depth + 1) for a, b in zip(value, copied))
         if isinstance(value, (set, frozenset)):
-            return len(value) == len(made)
+            return len(value) == len(copied)
         if isinstance(value, _SIMPLE):
-            return bool(value == made)
-        return not hasattr(value, "__dict__") or self._unchanged(vars(value), vars(made), depth + 1)
+            return bool(value == copied)
+        return not hasattr(value, "__dict__") or self._unchanged(vars(value), vars(copied), depth + 1)
 
     def close(self) -> None:
         """Let go of everything, so that nothing outlives the reading."""
@@ -309,7 +301,7 @@ def _entries(shadow: Any) -> dict[str, Any]:
 
 
 class Shadow:
-    """What the class of a shadow has beyond its original's."""
+    """Mixin of every shadow's class."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Deliberately not passed on: a registry of subclasses must not hear of a class that exists for a while."""
@@ -348,13 +340,13 @@ class Shadow:
             return entries[name]
         held = vars(original)
         if name in held:
-            if name in _OURS:
+            if name in _marks.SHARED:
                 return held[name]
             reads.entry(original, None, name, held[name])
             path = f"{state.name}.{name}" if state.name else name
-            entries[name] = made = state.shadows.copy(held[name], path)
-            state.shadows.copied.append((entries, name, held[name], made))
-            return made
+            entries[name] = copied = state.shadows.copy(held[name], path)
+            state.shadows.copied.append((entries, name, held[name], copied))
+            return copied
         if on_class is _ABSENT:
             for table in _TABLES:
                 if name in entries[table]:
@@ -388,12 +380,12 @@ _CLASSES: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary(
 
 
 def _shadow_class(base: type) -> type:
-    found = _CLASSES.get(base)
-    if found is None:
+    cls = _CLASSES.get(base)
+    if cls is None:
         try:
-            found = types.new_class(base.__name__, (Shadow, base))
+            cls = types.new_class(base.__name__, (Shadow, base))
         except Exception as error:
             raise Untraceable(f"its class {base.__name__} cannot be derived from") from error
-        found.__module__, found.__qualname__ = base.__module__, base.__qualname__
-        _CLASSES[base] = found
-    return found
+        cls.__module__, cls.__qualname__ = base.__module__, base.__qualname__
+        _CLASSES[base] = cls
+    return cls

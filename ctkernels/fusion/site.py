@@ -1,8 +1,7 @@
-"""What runs where a layer, a BatchNorm, a sum and an activation ran one after the other."""
+"""One call in the place of a layer, a BatchNorm, a sum and an activation."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..nn import records_grad
 from ..ops.autograd import in_transform
 from . import frozen
 from .fold import affine, is_eval, normalise
@@ -17,11 +17,12 @@ from .layers import Norm, is_layer, is_unit
 from .recompute import normalised, recomputed
 
 _SMALL = 256  # values of a channel: about 50 ns to derive its constants, 0.2 ns for a value more in a pass
+_LARGE = 1 << 14  # values of a tensor: below, checking that nothing else shares the memory costs more than new memory
 
 
 @dataclass(frozen=True)
-class Site:
-    """What was fused into one, by name in the model; "" for a part that is not there.
+class FusedSite:
+    """Modules fused into one call, by name in the model; "" for a part that is absent.
 
     Attributes:
         layer: the convolution or linear layer.
@@ -44,8 +45,9 @@ class Site:
 class FusedCall:
     """The call that stands for a site in generated code: ``(x, residual or None, *other arguments of the unit)``.
 
-    Which way it goes is decided at every call, by what the modules and tensors are then; where none applies, the modules
-    are called one after the other.
+    How it is computed is decided at every call, by the state of the modules and tensors; where no fused way applies, the
+    modules are called one after the other. The layer and the norm are read through ``_parameters`` and ``_buffers``:
+    ``is_as_read`` has made sure of these, and an attribute of a module is looked up in Python.
     """
 
     __name__ = "fused"  # what generated code calls it
@@ -57,108 +59,110 @@ class FusedCall:
         self.inside = norm is not None and norm.unit is not None  # the norm's own forward calls the unit
 
     def __call__(self, x: Tensor, residual: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        source, norm, unit = self.source, self.norm, self.unit
         # Like a compiled program, a trace is to hold for other sizes, and for calls with gradients.
         tracing = torch.jit.is_tracing()
         compiling = tracing or torch.compiler.is_compiling()
-        if not self.is_as_read() or (not compiling and in_transform()):
-            z = x if self.source is None else self.source(x)
-            return self.unfused(z, residual, *args, **kwargs)
-        if self.unit is None:
-            return self.folded(x, compiling)
-        arguments = self.arguments(x, *args, **kwargs)
+        arguments = None
+        if self.is_as_read() and (compiling or not in_transform()):
+            if unit is None:
+                return self.folded(x, compiling)
+            arguments = unit.ctu_arguments(x, *args, **kwargs) if isinstance(x, Tensor) else None
         if arguments is None:
-            z = x if self.source is None else self.source(x)
-            return self.unfused(z, residual, *args, **kwargs)
-        bias: Any = None
-        scale = shift = None
-        if self.leaves_bias(x, residual, arguments):
-            z, bias = frozen.without_bias(self.source, x), self.source.bias
-        else:
-            z = self.layer(x)
+            return self.unfused(x if source is None else source(x), residual, *args, **kwargs)
+        z, bias = x, None
+        if source is not None:
+            if source._parameters["bias"] is not None and self.leaves_bias(x, residual, arguments):
+                z, bias = frozen.without_bias(source, x), source._parameters["bias"]
+            else:
+                z = self.layer(x)
         if not self.fits(z, residual, arguments):
             z = z if bias is None else z + bias.view(-1, *[1] * (z.dim() - 2))
             return self.unfused(z, residual, *args, **kwargs)
-        if self.norm is not None:
-            if not compiling and bias is None and is_eval(self.norm) and self.is_small(z, residual, arguments):
-                self.norm._check_input_dim(z)
-                z = normalise(self.norm, z)
-            elif is_eval(self.norm) or not compiling:
-                self.norm._check_input_dim(z)
-                scale, shift = affine(self.norm, z)
+        recorded = torch.is_grad_enabled() and self.records(z, residual, arguments)
+        scale, shift = None, bias
+        if norm is not None:
+            frozen_statistics = is_eval(norm)
+            if frozen_statistics or not compiling:
+                norm._check_input_dim(z)
+            if frozen_statistics and not (compiling or recorded) and bias is None and _is_small(z):
+                z = normalise(norm, z)
+            elif frozen_statistics or not compiling:
+                scale, shift = affine(norm, z)
+                if bias is not None:
+                    shift = shift + scale * bias
             elif self.inside:
-                return self.norm(z)
+                return norm(z)
             else:
-                z = self.norm(z)
-        if bias is not None:
-            shift = bias if scale is None else shift + scale * bias
+                z = norm(z)
         if shift is not None:
             arguments["channel_dim"] = 1
-        inplace = z is not x and (residual is None or residual.dtype == z.dtype)
-        inplace = inplace and not tracing and not _records(z, residual, scale, shift, *arguments.values())
-        with nullcontext() if compiling else recomputed(residual):
-            return functional.ctu(z, scale=scale, shift=shift, residual=residual, inplace=inplace, **arguments)
+        arguments |= {"scale": scale, "shift": shift, "residual": residual}
+        if residual is not None and recorded and not compiling:
+            with recomputed(residual):
+                return functional.ctu(z, **arguments)
+        inplace = not recorded and z is not x and (residual is None or residual.dtype == z.dtype)
+        inplace = inplace and not tracing and (compiling or z.numel() >= _LARGE)
+        return functional.ctu(z, inplace=inplace, **arguments)
 
     def is_as_read(self) -> bool:
-        """Whether the modules still run the code that this call stands for."""
+        """True if the modules still run the code that this call stands for."""
         return (
             (self.source is None or is_layer(self.source))
             and (self.known is None or self.known.is_as_read())
             and (not isinstance(self.unit, nn.Module) or is_unit(self.unit))
         )
 
-    def arguments(self, x: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
-        return self.unit.ctu_arguments(x, *args, **kwargs) if isinstance(x, Tensor) else None
+    def records(self, z: Tensor, residual: Tensor | None, arguments: dict[str, Any]) -> bool:
+        """True if autograd records the norm or the unit."""
+        weights = () if self.norm is None else self.norm._parameters.values()
+        return records_grad(z, residual, *weights, *arguments.values())
 
     def layer(self, x: Tensor) -> Tensor:
-        if self.source is None:
-            return x
-        recorded = _records(x) and not _records(self.source.weight, self.source.bias) and _by_itself(x, self.source)
-        return frozen.call(self.source, x, recorded)
+        """The layer's result; one with frozen weights does not keep its input."""
+        source = self.source
+        if records_grad(x) and not records_grad(*source._parameters.values()) and _computes_in(x, source):
+            return frozen.call(source, x, True)
+        return source(x)
 
     def leaves_bias(self, x: Tensor, residual: Tensor | None, arguments: dict[str, Any]) -> bool:
-        """Whether the unit adds the layer's bias, in its own pass: in inference, where that saves one.
+        """True if the unit adds the layer's bias in its own pass: in inference, where that saves a pass.
 
-        torch makes one of it after cuDNN's convolutions.
+        torch adds it in a pass of its own after cuDNN's convolutions.
         """
         source = self.source
-        if source is None or source.bias is None or not _adds_bias_apart(x) or not _by_itself(x, source):
-            return False
-        tensors = (x, residual, source.weight, source.bias, *arguments.values())
         return (
-            frozen.is_plain_convolution(source, x)
-            and not _records(*tensors)
+            _adds_bias_apart(x)
+            and _computes_in(x, source)
+            and frozen.is_plain_convolution(source, x)
+            and not records_grad(x, residual, *source._parameters.values(), *arguments.values())
             and arguments["channel_dim"] in (None, 1, 1 - x.dim())
             and (self.norm is None or is_eval(self.norm))
         )
 
     def fits(self, z: Tensor, residual: Any, arguments: dict[str, Any]) -> bool:
-        """Whether the unit can take all that is before it."""
+        """True if the unit can take the norm and the sum before it."""
         if residual is not None and (not isinstance(residual, Tensor) or residual.shape != z.shape):
             return False
         if self.norm is None:
             return True
         return z.dim() > 1 and arguments["channel_dim"] in (None, 1, 1 - z.dim()) and _normalises(self.norm, z.dtype)
 
-    def is_small(self, z: Tensor, residual: Tensor | None, arguments: dict[str, Any]) -> bool:
-        """Whether a pass over ``z`` costs less than what the unit derives for every channel's scale and shift, on a CPU."""
-        small = z.is_cpu and z.numel() < _SMALL * z.shape[1]
-        return small and not _records(z, residual, self.norm.weight, self.norm.bias, *arguments.values())
-
     def folded(self, x: Tensor, compiling: bool) -> Tensor:
-        """Without a unit: the norm's scale and shift go into the layer's weights, where that is less work."""
+        """The layer and the norm of a site without a unit: one layer with scaled weights, if that is less work."""
         source, norm = self.source, self.norm
         assert self.known is not None
-        constant = is_eval(norm) and not _records(source.weight, source.bias, norm.weight, norm.bias)
-        constant = constant and _by_itself(x, source) and norm.running_mean.dtype == x.dtype
+        constant = is_eval(norm) and not records_grad(*source._parameters.values(), *norm._parameters.values())
+        constant = constant and _computes_in(x, source) and norm.running_mean.dtype == x.dtype
         if constant and _normalises(norm, x.dtype) and frozen.folds_cheaply(source, x):
             norm._check_input_dim(x)
-            z = frozen.call(source, x, _records(x), *affine(norm, x))
+            z = frozen.call(source, x, records_grad(x), *affine(norm, x))
             return z if self.known.other is None else self.known.other(z)
         z = self.layer(x)
         return norm(z) if compiling or self.known.reads else normalised(norm, z)
 
     def unfused(self, z: Tensor, residual: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """What comes after the layer, one after the other."""
+        """Calls one after the other what comes after the layer."""
         if self.norm is not None:
             z = self.norm(z)
         if residual is not None:
@@ -166,14 +170,14 @@ class FusedCall:
         return z if self.unit is None or self.inside else self.unit(z, *args, **kwargs)
 
 
-def _records(*values: Any) -> bool:
-    """Whether a call on these records a gradient."""
-    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+def _is_small(z: Tensor) -> bool:
+    """True on a CPU if a pass over ``z`` costs less than the constants that the unit derives from each channel's affine map."""
+    return z.is_cpu and z.numel() < _SMALL * z.shape[1]
 
 
-def _by_itself(x: Tensor, source: Any) -> bool:
-    """Whether ``source`` computes in the dtype of ``x``."""
-    return x.dtype == source.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+def _computes_in(x: Tensor, source: Any) -> bool:
+    """True if ``source`` computes in the dtype of ``x``."""
+    return x.dtype == source._parameters["weight"].dtype and not torch.is_autocast_enabled(x.device.type)
 
 
 def _adds_bias_apart(x: Tensor) -> bool:
@@ -181,7 +185,10 @@ def _adds_bias_apart(x: Tensor) -> bool:
 
 
 def _normalises(norm: Any, dtype: torch.dtype) -> bool:
-    """Whether torch's BatchNorm takes this dtype with these weights."""
+    """True if torch's BatchNorm takes this dtype with these weights."""
     half = dtype in (torch.float16, torch.bfloat16)
-    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    return all(t is None or t.dtype == dtype or (half and t.dtype == torch.float32) for t in tensors)
+    weights, buffers = norm._parameters, norm._buffers
+    for t in (weights["weight"], weights["bias"], buffers["running_mean"], buffers["running_var"]):
+        if t is not None and t.dtype != dtype and not (half and t.dtype == torch.float32):
+            return False
+    return True

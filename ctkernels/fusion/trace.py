@@ -1,4 +1,4 @@
-"""A module's forward as a graph, and nothing where the graph might not be what the module does.
+"""Traces a module's forward into a ``torch.fx`` graph; refuses whenever the graph might differ from the module.
 
 The forward is run once, on shadows of the modules (``shadow``) and with stand-ins for the tensors, and what it does to them
 is written down as a ``torch.fx`` graph. Nothing is replaced anywhere: the calls of modules are seen by the shadows, those of
@@ -29,8 +29,9 @@ from torch.fx.immutable_collections import immutable_list
 from torch.fx.proxy import Attribute, GraphAppendingTracer
 from torch.overrides import TorchFunctionMode
 
-from ..steering.unit import StandIn, SteeredCall
-from .leftovers import Before, Remains
+from ..steering.runtime import StandIn, SteeredCall
+from .leftovers import Namespaces, StandIns
+from .overrides import is_open
 from .shadow import Reads, Shadows, Untraceable
 
 # What an argument is: "tensor", or ("list", *kinds) and ("tuple", *kinds).
@@ -91,7 +92,7 @@ def trace(
 
 
 def _checked(tracer: _Tracer, kinds: Sequence[Kind]) -> Trace:
-    """Run it; then make sure that nothing was left behind."""
+    """Run the forward, then make sure that it left nothing behind."""
     state = random.getstate()
     reason, read = "", None
     try:
@@ -103,10 +104,10 @@ def _checked(tracer: _Tracer, kinds: Sequence[Kind]) -> Trace:
     if random.getstate() != state:
         random.setstate(state)
         reason = reason or "it draws random numbers"
-    remains = tracer.remains
+    stand_ins = tracer.stand_ins
     tracer.close()
-    if remains.found():
-        remains.take_back(tracer.before)
+    if stand_ins.any_alive():
+        stand_ins.take_back(tracer.before)
         reason = "it keeps values, outside of the module, from one call to the next"
     if reason or read is None:
         raise Untraceable(reason)
@@ -114,7 +115,7 @@ def _checked(tracer: _Tracer, kinds: Sequence[Kind]) -> Trace:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Of what the frames of an error hold: stand-ins among it."""
+    """Drop the references that an error's frames hold, to stand-ins among others."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -133,28 +134,28 @@ class _Known(Tensor, StandIn):
     @staticmethod
     def make(tracer: _Tracer, op: str, target: Any, args: tuple[Any, ...] = (), is_parameter: bool = False) -> _Known:
         with torch._C.DisableTorchFunction():
-            made: Any = Tensor._make_subclass(_Known, torch.empty(0, device="meta"))
-        made.tracer, made.creation, made.made = tracer, (op, target, args), None
+            stand_in: Any = Tensor._make_subclass(_Known, torch.empty(0, device="meta"))
+        stand_in.tracer, stand_in.creation, stand_in.node = tracer, (op, target, args), None
         if is_parameter:
-            made._is_param = True
-        tracer.watch(made)
-        return made
+            stand_in._is_param = True
+        tracer.watch(stand_in)
+        return stand_in
 
     tracer: _Tracer
     creation: tuple[str, Any, tuple[Any, ...]]
-    made: torch.fx.Node | None
+    node: torch.fx.Node | None
 
     def recorded(self) -> torch.fx.Node:
         """Its node, made when it is first asked for."""
-        if self.made is None:
+        if self.node is None:
             op, target, args = self.creation
-            self.made = self.tracer.create_node(op, target, args, {})
-        return self.made
+            self.node = self.tracer.create_node(op, target, args, {})
+        return self.node
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = next(a for a in _flat((args, kwargs)) if isinstance(a, _Known))
-        return given.tracer.function(func, args, kwargs or {})
+        stand_in = next(a for a in _flat((args, kwargs)) if isinstance(a, _Known))
+        return stand_in.tracer.function(func, args, kwargs or {})
 
 
 def is_stand_in(value: Any) -> bool:
@@ -162,7 +163,7 @@ def is_stand_in(value: Any) -> bool:
 
 
 class _Noticing:
-    """Of a stand-in for what may be anything: whoever asks for its type would choose a path by the answer."""
+    """Mixin of stand-ins for values of any type: notices who asks for the type, and so may choose a path by it."""
 
     tracer: _Tracer
 
@@ -265,7 +266,7 @@ class _Tracer(GraphAppendingTracer):
         super().__init__(torch.fx.Graph())
         self.module, self.inline, self.closed = module, inline, closed
         self.scopes: dict[torch.fx.Node, tuple[nn.Module, ...]] = {}
-        self.remains, self.before = Remains(), Before(type(m) for m in module.modules())
+        self.stand_ins, self.before = StandIns(), Namespaces(type(m) for m in module.modules())
         self.modes, self.asking, self.writing = _modes(), False, False
         self.stack: list[nn.Module] = []
         flags = {m: m.training for m in (module, *(inline or ()))} | training
@@ -274,7 +275,7 @@ class _Tracer(GraphAppendingTracer):
     def run(self, kinds: Sequence[Kind]) -> Trace:
         names = list(inspect.signature(type(self.module).forward).parameters)[1:]
         args = [self.argument(name, kind) for name, kind in zip(names, kinds)]
-        given = [list(_flat(a)) for a in args]
+        contents = [list(_flat(a)) for a in args]
         shadow, previous = self.shadows.root, sys.getprofile()
         self.stack = []
         try:
@@ -283,7 +284,7 @@ class _Tracer(GraphAppendingTracer):
                 result = type(self.module).forward(shadow, *args)
         finally:
             sys.setprofile(previous)
-        if any(list(map(id, _flat(a))) != list(map(id, g)) for a, g in zip(args, given)):
+        if any(list(map(id, _flat(a))) != list(map(id, g)) for a, g in zip(args, contents)):
             raise self.shadows.refuse("it writes to a list that it is given")
         self.create_node("output", "output", (self.create_arg(result),), {})
         if self.shadows.written():
@@ -304,7 +305,7 @@ class _Tracer(GraphAppendingTracer):
     def skip_identity(self, node: torch.fx.Node) -> None:
         """Placeholders for layers that a configuration leaves out."""
         held = self.module.get_submodule(str(node.target))
-        ordinary = type(held).forward is nn.Identity.forward and "forward" not in vars(held) and not has_hooks(held)
+        ordinary = type(held).forward is nn.Identity.forward and "forward" not in vars(held) and is_open(held)
         if ordinary and len(node.args) == 1 and not node.kwargs:
             self.shadows.reads.of(held)
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
@@ -314,7 +315,7 @@ class _Tracer(GraphAppendingTracer):
         self.shadows.close()
 
     def profile(self, frame: FrameType, event: str, arg: Any) -> None:
-        """What Python tells of this thread while the forward runs."""
+        """Profile function of the thread while the forward runs."""
         if self.writing:
             return
         if event == "c_call":
@@ -328,7 +329,7 @@ class _Tracer(GraphAppendingTracer):
             elif where == "torch.utils.checkpoint":
                 self.shadows.refuse("it is computed anew in the backward pass (torch.utils.checkpoint)")
             elif where.partition(".")[0] not in _NOT_THE_USERS:
-                self.before.see(frame.f_globals)
+                self.before.note_globals(frame.f_globals)
                 if _asks_for_a_type(code):
                     self.shadows.refuse("it asks for the type of a value")
 
@@ -357,14 +358,14 @@ class _Tracer(GraphAppendingTracer):
 
     # -- values
 
-    def watch(self, made: Any) -> None:
-        self.remains.watch(made, type(self.stack[-1] if self.stack else self.module).__name__)
+    def watch(self, stand_in: Any) -> None:
+        self.stand_ins.watch(stand_in, type(self.stack[-1] if self.stack else self.module).__name__)
 
     def argument(self, name: str, kind: Kind) -> Any:
         if kind == "tensor":
-            made = _Known.make(self, "placeholder", name)
-            made.recorded()
-            return made
+            stand_in = _Known.make(self, "placeholder", name)
+            stand_in.recorded()
+            return stand_in
         return self.sequence(self.create_proxy("placeholder", name, (), {}), kind)
 
     def sequence(self, held: Any, kind: Kind) -> Any:
@@ -382,14 +383,14 @@ class _Tracer(GraphAppendingTracer):
         return _Known.make(self, "get_attr", path, is_parameter=is_parameter)
 
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
-        made = _Value(node, self)
-        self.watch(made)
-        return made
+        proxy = _Value(node, self)
+        self.watch(proxy)
+        return proxy
 
     def attribute(self, root: Any, name: str) -> Any:
-        made = _Attribute(root, name)
-        self.watch(made)
-        return made
+        proxy = _Attribute(root, name)
+        self.watch(proxy)
+        return proxy
 
     # -- what is done to them
 
@@ -426,7 +427,7 @@ class _Tracer(GraphAppendingTracer):
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any | None = None
     ) -> torch.fx.Node:
         if isinstance(target, SteeredCall):
-            target = SteeredCall(self.shadows.original(target.owner), target.key, target.form, target.function)
+            target = SteeredCall(self.shadows.original(target.owner), target.key, target.name, target.function)
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if _modes() != self.modes:
             raise self.shadows.refuse(_MODES)
@@ -466,7 +467,7 @@ def _line() -> tuple[str, int] | None:
 
 @functools.lru_cache(maxsize=4096)
 def _asks_for_a_type(code: CodeType) -> bool:
-    """Whether it calls ``type``, or reads ``__class__``: what a stand-in answers is not what a tensor would."""
+    """True if it calls ``type`` or reads ``__class__``, to which a stand-in and a tensor answer differently."""
     names = set(code.co_names)
     if "type" not in names and "__class__" not in names:
         return False
@@ -477,37 +478,8 @@ def _asks_for_a_type(code: CodeType) -> bool:
     )
 
 
-# ---- what runs when a module is called ---------------------------------------------------------------------------------
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_CALL = nn.Module.__call__
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something of the user's runs when ``module`` is called, that has to see what it sees now."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def is_open(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs its class's forward and nothing else (or what :func:`fuse` put in its place)."""
-    from .program import Program
-
-    own = vars(module)
-    forward = own.get("forward")
-    return (
-        not has_hooks(module)
-        and (forward is None or type(forward) is Program)
-        and "_compiled_call_impl" not in own
-        and "_call_impl" not in own
-        and type(module).__call__ is _CALL
-        and not isinstance(module, torch.jit.ScriptModule)
-    )
-
-
 def argument_count(module: nn.Module) -> int | None:
-    """How many arguments ``module``'s forward takes, None if some are optional: those choose between paths."""
+    """The number of arguments of ``module``'s forward; None if some are optional: those choose between paths."""
     try:
         _, *parameters = inspect.signature(type(module).forward).parameters.values()
     except (TypeError, ValueError):

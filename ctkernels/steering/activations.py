@@ -1,4 +1,4 @@
-"""Which activations can be steered, and how a module or a function of torch is read as one of them.
+"""The activations that can be steered, and reading modules and functions of torch as one of them.
 
 A new activation module is a row of ``MODULES``, a new function a row of ``FUNCTIONS``. Classes of other libraries are
 named, never imported.
@@ -55,17 +55,23 @@ def select(activations: str | Iterable[str]) -> frozenset[str]:
 # -------------------------------------------------------------------------------------------------------------- modules
 
 
-class Use(NamedTuple):
-    """A module read as an activation; ``slope`` names the attribute that holds the negative slope."""
+class ActivationSpec(NamedTuple):
+    """A module read as an activation.
+
+    ``slope``: the attribute that holds the negative slope. ``inplace``: whether it has an attribute of that name, which
+    its forward obeys.
+    """
 
     activation: str
     slope: str | None = None
+    inplace: bool = False
 
 
 class NearMiss(NamedTuple):
-    """Something like an activation that is not steered. ``family``: it would be, were it written otherwise.
+    """An activation that is not steered, and why.
 
-    ``activation``: the member of the family that it computes, where that is known; else it goes by its class's name.
+    ``family``: it computes a member of the family, in a form that cannot be steered. ``activation``: which one, if known; else
+    its class's name stands for it.
     """
 
     reason: str
@@ -73,21 +79,21 @@ class NearMiss(NamedTuple):
     activation: str = ""
 
 
-def _hardtanh(module: Any) -> Use | NearMiss:
+def _hardtanh(module: Any) -> ActivationSpec | NearMiss:
     if (module.min_val, module.max_val) == (0, 6):
-        return Use("relu6")
+        return ActivationSpec("relu6", inplace=True)
     return NearMiss(f"Hardtanh({module.min_val}, {module.max_val}) is not in the family, (0, 6) is")
 
 
-def _threshold(module: Any) -> Use | NearMiss:
+def _threshold(module: Any) -> ActivationSpec | NearMiss:
     if (module.threshold, module.value) == (0, 0):
-        return Use("relu")
+        return ActivationSpec("relu", inplace=True)
     return NearMiss(f"Threshold({module.threshold}, {module.value}) is not in the family, (0, 0) is")
 
 
-def _gelu(module: Any) -> Use | NearMiss:
+def _gelu(module: Any) -> ActivationSpec | NearMiss:
     if module.approximate == "none":
-        return Use("gelu")
+        return ActivationSpec("gelu")
     return NearMiss(f"only the exact GELU is in the family, not approximate={module.approximate!r}")
 
 
@@ -101,18 +107,20 @@ def _outside(module: Any) -> NearMiss:
     return NearMiss(f"{type(module).__name__} is not in the family")
 
 
-MODULES: dict[str, Use | Callable[[Any], Use | NearMiss | None]] = {
-    "torch.nn.modules.activation.ReLU": Use("relu"),
-    "torch.nn.modules.activation.LeakyReLU": Use("leaky_relu", "negative_slope"),
-    "torch.nn.modules.activation.PReLU": Use("prelu", "weight"),
-    "torch.nn.modules.activation.ReLU6": Use("relu6"),  # a subclass of Hardtanh: the most derived row counts
+MODULES: dict[str, ActivationSpec | Callable[[Any], ActivationSpec | NearMiss | None]] = {
+    "torch.nn.modules.activation.ReLU": ActivationSpec("relu", inplace=True),
+    "torch.nn.modules.activation.LeakyReLU": ActivationSpec("leaky_relu", "negative_slope", inplace=True),
+    "torch.nn.modules.activation.PReLU": ActivationSpec("prelu", "weight"),
+    "torch.nn.modules.activation.ReLU6": ActivationSpec(
+        "relu6", inplace=True
+    ),  # a Hardtanh: the most derived row counts
     "torch.nn.modules.activation.Hardtanh": _hardtanh,
     "torch.nn.modules.activation.Threshold": _threshold,
-    "torch.nn.modules.activation.SiLU": Use("silu"),
+    "torch.nn.modules.activation.SiLU": ActivationSpec("silu", inplace=True),
     "torch.nn.modules.activation.GELU": _gelu,
-    "transformers.activations.SiLUActivation": Use("silu"),
-    "transformers.activations.GELUActivation": Use("gelu"),
-    "transformers.activations.QuickGELUActivation": Use("quick_gelu"),
+    "transformers.activations.SiLUActivation": ActivationSpec("silu"),
+    "transformers.activations.GELUActivation": ActivationSpec("gelu"),
+    "transformers.activations.QuickGELUActivation": ActivationSpec("quick_gelu"),
     "torch.nn.modules.rnn.RNNBase": _recurrent,
     "torch.nn.modules.rnn.RNNCell": _recurrent,
     **{
@@ -122,15 +130,15 @@ MODULES: dict[str, Use | Callable[[Any], Use | NearMiss | None]] = {
 }
 
 
-def read_module(module: nn.Module) -> Use | NearMiss | None:
+def read_module(module: nn.Module) -> ActivationSpec | NearMiss | None:
     """``module`` as an activation, a near miss, or None when it is something else."""
     for base in type(module).__mro__:
         row = MODULES.get(f"{base.__module__}.{base.__qualname__}")
         if row is not None:
-            found = row if isinstance(row, Use) else row(module)
-            if isinstance(found, Use) and type(module).forward is not base.forward:  # type: ignore[attr-defined]
+            read = row if isinstance(row, ActivationSpec) else row(module)
+            if isinstance(read, ActivationSpec) and type(module).forward is not base.forward:  # type: ignore[attr-defined]
                 return NearMiss(f"{type(module).__name__} overrides the forward of {base.__name__}", family=True)
-            return found
+            return read
     return None
 
 
@@ -169,12 +177,12 @@ def _read_threshold(input: Any, threshold: float, value: float, inplace: bool = 
     return Arguments(input, None, inplace) if (threshold, value) == (0, 0) else None
 
 
-def read_partial(made: functools.partial[Any]) -> Arguments | None:
+def read_partial(partial: functools.partial[Any]) -> Arguments | None:
     """The arguments that a partial of a function in ``FUNCTIONS`` has already; None if they are not in the family."""
-    return FORMS[FUNCTIONS[made.func].rstrip("_")].read(*(made.args or (None,)), **made.keywords)
+    return SIGNATURES[FUNCTIONS[partial.func].rstrip("_")].read(*(partial.args or (None,)), **partial.keywords)
 
 
-class Form(NamedTuple):
+class CallSignature(NamedTuple):
     """A calling convention: ``read`` takes a call's arguments, and returns None for one that is not in the family."""
 
     activation: str
@@ -182,37 +190,37 @@ class Form(NamedTuple):
 
 
 # By the function's name; one with a trailing underscore works in place.
-FORMS = {
-    "relu": Form("relu", _plain),
-    "leaky_relu": Form("leaky_relu", _read_leaky),
-    "prelu": Form("prelu", _read_prelu),
-    "relu6": Form("relu6", _plain),
-    "hardtanh": Form("relu6", _read_hardtanh),
-    "threshold": Form("relu", _read_threshold),
-    "silu": Form("silu", _plain),
-    "gelu": Form("gelu", _read_gelu),
+SIGNATURES = {
+    "relu": CallSignature("relu", _plain),
+    "leaky_relu": CallSignature("leaky_relu", _read_leaky),
+    "prelu": CallSignature("prelu", _read_prelu),
+    "relu6": CallSignature("relu6", _plain),
+    "hardtanh": CallSignature("relu6", _read_hardtanh),
+    "threshold": CallSignature("relu", _read_threshold),
+    "silu": CallSignature("silu", _plain),
+    "gelu": CallSignature("gelu", _read_gelu),
 }
 METHODS = ("relu", "relu_", "prelu")  # of a tensor
 # Where torch keeps its functions: each of them may have its own object for one function.
-SPACES = (torch, F, torch._C._nn, torch._VF, torch.ops.aten, Tensor)
+NAMESPACES = (torch, F, torch._C._nn, torch._VF, torch.ops.aten, Tensor)
 _OUTSIDE = ("rrelu", "elu", "selu", "celu", "hardswish", "hardsigmoid", "mish", "softplus")
 
 
 def _collect(names: Iterable[str]) -> dict[Any, str]:
     """Every function of torch by one of these names, or the name with an underscore: {function: name}."""
-    found = {
+    functions = {
         function: name
         for base in names
         for name in (base, base + "_")
-        for space in SPACES
+        for space in NAMESPACES
         if (function := getattr(space, name, None)) is not None
     }
-    packets = [(packet, name) for packet, name in found.items() if isinstance(packet, torch._ops.OpOverloadPacket)]
+    packets = [(packet, name) for packet, name in functions.items() if isinstance(packet, torch._ops.OpOverloadPacket)]
     overloads = {getattr(packet, overload): name for packet, name in packets for overload in packet.overloads()}
-    return found | overloads
+    return functions | overloads
 
 
-FUNCTIONS = _collect(FORMS)
+FUNCTIONS = _collect(SIGNATURES)
 OUTSIDE = _collect(_OUTSIDE)
 
 
@@ -222,6 +230,6 @@ def activation_of(target: Any) -> str:
         target = target.func
     if isinstance(target, nn.Module):
         use = read_module(target)
-        assert isinstance(use, Use)
+        assert isinstance(use, ActivationSpec)
         return use.activation
-    return FORMS[FUNCTIONS[target].rstrip("_")].activation
+    return SIGNATURES[FUNCTIONS[target].rstrip("_")].activation

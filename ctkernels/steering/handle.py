@@ -10,15 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import _marks
 from ..nn import unit_interval
 from .activations import ACTIVATIONS, RELU_FAMILY, select
-from .surgery import operate, undo
-from .survey import Miss, Plan, Site, is_steered, survey
+from .patch import apply_patches, revert_patches
+from .scan import ScanResult, Site, Unsteered, is_steered, scan
 
 Value = float | Tensor | Mapping[str, float | Tensor]
-
-_HANDLE = "_ctu_handle"
-_FUSION = "_ctu_fusion"  # where ctkernels.fuse puts its handle
 
 
 def steer(
@@ -79,25 +77,27 @@ def steer(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     selection = select(activations)
-    if _FUSION in vars(model):
+    if _marks.FUSION in vars(model):
         raise ValueError("model: expected one that is not fused, got one that is; steer first, fuse then")
     if is_steered(model):
         raise ValueError(
             "model: expected one that is not steered, got one that is; set handle.beta, or handle.remove()"
         )
-    plan = survey(model, selection)
-    if not plan.sites:
-        raise ValueError(nothing_found(model, selection, plan))
-    handle = Steering(model, plan)
+    result = scan(model, selection)
+    if not result.sites:
+        raise ValueError(nothing_found(model, selection, result))
+    handle = Steering(model, result)
     points = handle._resolve(beta, coeff)
-    operate(plan.swaps, plan.edits)
-    model.__dict__[_HANDLE] = handle
+    apply_patches(result.swaps, result.edits)
+    model.__dict__[_marks.STEERING] = handle
     if hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = partial(_refuse_to_save, model)
+        model.__dict__[_marks.SAVE_PRETRAINED] = partial(_refuse_to_save, model)
     handle._write(beta, coeff, points)
-    if plan.missed:
-        missed = listed(plan.missed, limit=10)
-        warnings.warn(f"steer: {len(plan.missed)} activations are not steered (handle.missed):\n{missed}", stacklevel=2)
+    if result.missed:
+        missed = listed(result.missed, limit=10)
+        warnings.warn(
+            f"steer: {len(result.missed)} activations are not steered (handle.missed):\n{missed}", stacklevel=2
+        )
     return handle
 
 
@@ -112,7 +112,7 @@ def handle_of(model: nn.Module) -> Steering:
         twin = copy.deepcopy(model)
         ctkernels.handle_of(twin).beta = 0.8
     """
-    handle = model.__dict__.get(_HANDLE)
+    handle = model.__dict__.get(_marks.STEERING)
     if handle is None:
         raise ValueError(
             f"model: expected one that steer() was called on, got a {type(model).__name__} without a handle"
@@ -125,24 +125,24 @@ class Steering:
 
     Attributes:
         sites: what is steered, a tuple of :class:`Site`.
-        missed: selected activations that are not, a tuple of :class:`Miss` with the reason.
+        missed: selected activations that are not, a tuple of :class:`Unsteered` with the reason.
         skipped: activations outside the family or the selection, likewise.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, result: ScanResult) -> None:
         self._model, self._active = model, True
-        # Not the plan itself: a handle is copied and pickled with its model, and the classes in a plan cannot be.
-        self._knobs, self._edits, self._copies = plan.knobs, plan.edits, plan.copies
-        self._modules = [swap.module for swap in plan.swaps]
-        self._given: dict[str, Any] = {}
-        self.sites: tuple[Site, ...] = tuple(plan.sites)
-        self.missed: tuple[Miss, ...] = tuple(plan.missed)
-        self.skipped: tuple[Miss, ...] = tuple(plan.skipped)
+        # Not the scan's result itself: a handle is copied and pickled with its model, and the classes in it cannot be.
+        self._knobs, self._edits, self._copies = result.units, result.edits, result.copies
+        self._modules = [swap.module for swap in result.swaps]
+        self._settings: dict[str, Any] = {}
+        self.sites: tuple[Site, ...] = tuple(result.sites)
+        self.missed: tuple[Unsteered, ...] = tuple(result.missed)
+        self.skipped: tuple[Unsteered, ...] = tuple(result.skipped)
 
     @property
     def beta(self) -> float | dict[str, float]:
         """The value last given. Settable, to a number or a mapping as in :func:`steer`; nothing is rebuilt."""
-        return self._given["beta"]
+        return self._settings["beta"]
 
     @beta.setter
     def beta(self, value: Value) -> None:
@@ -151,7 +151,7 @@ class Steering:
     @property
     def coeff(self) -> float | dict[str, float]:
         """As ``beta``."""
-        return self._given["coeff"]
+        return self._settings["coeff"]
 
     @coeff.setter
     def coeff(self, value: Value) -> None:
@@ -172,12 +172,12 @@ class Steering:
         """
         if not self._active:
             return
-        if _FUSION in vars(self._model):
+        if _marks.FUSION in vars(self._model):
             raise RuntimeError(
                 "model: expected one that is not fused any more, got one that is; remove the fusion first"
             )
-        undo(self._modules, self._edits, self._copies)
-        for name in (_HANDLE, "save_pretrained"):
+        revert_patches(self._modules, self._edits, self._copies)
+        for name in (_marks.STEERING, _marks.SAVE_PRETRAINED):
             self._model.__dict__.pop(name, None)
         self._active = False
 
@@ -216,8 +216,8 @@ class Steering:
         if not isinstance(value, Mapping):
             return [unit_interval(name, value)] * len(self.sites)
         numbers: list[float | None] = [None] * len(self.sites)
-        for pattern, given in value.items():
-            number = unit_interval(f"{name}[{pattern!r}]", given)
+        for pattern, setting in value.items():
+            number = unit_interval(f"{name}[{pattern!r}]", setting)
             hits = [i for i, site in enumerate(self.sites) if _matches(site, pattern)]
             if not hits:
                 known = ", ".join(site.name for site in self.sites[:5])
@@ -229,8 +229,10 @@ class Steering:
     def _write(self, beta: Value, coeff: Value, points: list[tuple[bool, float, float]]) -> None:
         for knobs, (runs, b, c) in zip(self._knobs, points):
             knobs.active, knobs.beta, knobs.coeff = runs, b, c
-        for name, given in (("beta", beta), ("coeff", coeff)):
-            self._given[name] = {k: float(v) for k, v in given.items()} if isinstance(given, Mapping) else float(given)
+        for name, value in (("beta", beta), ("coeff", coeff)):
+            self._settings[name] = (
+                {k: float(v) for k, v in value.items()} if isinstance(value, Mapping) else float(value)
+            )
 
 
 def _refuse_to_save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -248,13 +250,13 @@ def _matches(site: Site, pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) or fnmatchcase(f"{name}:{site.activation}", pattern) for name in names)
 
 
-def listed(records: Sequence[Miss], limit: int | None = None) -> str:
+def listed(records: Sequence[Unsteered], limit: int | None = None) -> str:
     lines = [f"    {r.name} ({r.activation}{', ' + r.where if r.where else ''}): {r.reason}" for r in records[:limit]]
     return "\n".join(lines + ([f"    and {len(records) - len(lines)} more"] if len(lines) < len(records) else []))
 
 
-def nothing_found(model: nn.Module, selection: frozenset[str], plan: Plan) -> str:
-    wanted = ", ".join(name for name in ACTIVATIONS if name in selection)
-    near = [*plan.missed, *plan.skipped]
-    found = f"got these near misses:\n{listed(near, limit=20)}" if near else "got none, and no near miss"
-    return f"model: expected {type(model).__name__} to have an activation among {wanted}; {found}"
+def nothing_found(model: nn.Module, selection: frozenset[str], result: ScanResult) -> str:
+    names = ", ".join(name for name in ACTIVATIONS if name in selection)
+    near = [*result.missed, *result.skipped]
+    got = f"got these near misses:\n{listed(near, limit=20)}" if near else "got none, and no near miss"
+    return f"model: expected {type(model).__name__} to have an activation among {names}; {got}"

@@ -1,4 +1,4 @@
-"""Activation calls in a class's methods: found in their source, and redirected in copies of them.
+"""Activation calls in a class's methods: found in their source, and redirected in copies of the methods.
 
 Nothing is run or traced. Every reference to an activation function (``F.relu``, ``torch.relu``, an alias, ``x.relu()``)
 becomes ``partial(call_function, self, key, name, F.relu)``, and a reference to a helper function that contains one
@@ -12,47 +12,264 @@ import ast
 import functools
 import inspect
 import types
-from typing import TYPE_CHECKING, Any, TypeGuard
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import nn
 
-from .activations import ANY, FORMS, FUNCTIONS, METHODS, MODULES, OUTSIDE, Use, activation_of, read_module, read_partial
-from .lookup import (
+from . import runtime
+from .activations import (
+    ANY,
+    FUNCTIONS,
+    METHODS,
+    MODULES,
+    OUTSIDE,
+    SIGNATURES,
+    ActivationSpec,
+    activation_of,
+    read_module,
+    read_partial,
+)
+from .names import (
     CLAMPS,
     UNKNOWN,
     bound_names,
+    code_names,
+    default_values,
     hidden_activations,
     is_activation,
     is_listed,
-    is_space,
+    is_namespace,
     is_torch,
+    known_calls,
     lookup,
     member,
+    mentions,
 )
+from .source import NoSource, compile_function, copy_function, parse_function
 
-if TYPE_CHECKING:
-    from .class_code import ClassCode
+_RUNTIME: dict[str, Any] = {
+    "_ctu_partial": functools.partial,
+    "_ctu_function": runtime.call_function,
+    "_ctu_method": runtime.call_method,
+    "_ctu_global": runtime.call_global,
+    "_ctu_call_partial": runtime.call_partial,
+}
 
 
-class Rewriter(ast.NodeTransformer):
-    """Redirects the activation calls of one function's definition, and records them in ``scan``."""
+class ActivationCall(NamedTuple):
+    """An activation in source code. ``key`` is unique in its class: the function's name, numbered from the second.
+
+    ``attribute``: the attribute of the class that holds what is called, which an instance may have another of.
+    """
+
+    key: str
+    activation: str
+    where: str
+    reason: str = ""
+    attribute: str = ""
+
+
+class ClassCode:
+    """The activation calls in the methods of ``cls``, and copies of the methods that redirect them.
+
+    Attributes:
+        calls: the calls that the methods in ``namespace`` redirect.
+        namespace: {method name: rewritten copy}.
+        missed: calls of a selected activation that cannot be redirected, with the reason.
+        skipped: calls of activations outside the family or the selection, with the reason.
+        repeats: {attribute: the calls of the activation module held there, from the second on}, for ``children``.
+    """
 
     def __init__(
-        self, scan: ClassCode, function: types.FunctionType, definition: ast.FunctionDef, helper: bool
+        self,
+        cls: type,
+        selection: frozenset[str],
+        memo: dict[types.FunctionType, bool],
+        children: frozenset[str] = frozenset(),
+        is_reached: Callable[[types.FunctionType], bool] = lambda function: True,
     ) -> None:
-        self.scan, self.function, self.definition = scan, function, definition
+        self.is_reached = is_reached  # by a forward pass
+        self.cls, self.selection, self.memo, self.children = cls, selection, memo, children
+        self.repeats: dict[str, list[ActivationCall]] = {}
+        self.calls: list[ActivationCall] = []
+        self.missed: list[ActivationCall] = []
+        self.skipped: list[ActivationCall] = []
+        self.namespace: dict[str, Any] = {}
+        self._counts: Counter[str] = Counter()
+        self._helpers: dict[types.FunctionType, str | None] = {}
+        self.extras: dict[str, types.CellType] = {name: types.CellType(value) for name, value in _RUNTIME.items()}
+        for name, base in _methods(cls):
+            member = base.__dict__[name]
+            if isinstance(member, types.FunctionType):
+                if is_torch(member.__module__):
+                    continue  # `act = F.silu` in a class: a method of it is what calls that
+                copy = self.method(member)
+                if copy is not None:
+                    self.namespace[name] = copy
+            elif isinstance(member, property) and isinstance(member.fget, types.FunctionType):
+                copy = self.method(member.fget)
+                if copy is not None:
+                    self.namespace[name] = property(copy, member.fset, member.fdel, member.__doc__)
+            elif isinstance(member, classmethod) and isinstance(member.__func__, types.FunctionType):
+                self.report(member.__func__, "a class method has no module to take beta from")
+
+    # -- records
+
+    def record(self, function: types.FunctionType, activation: str, line: int, attribute: str = "") -> str:
+        self._counts[function.__name__] += 1
+        count = self._counts[function.__name__]
+        key = function.__name__ if count == 1 else f"{function.__name__}#{count}"
+        self.calls.append(ActivationCall(key, activation, _where(function, line), attribute=attribute))
+        return key
+
+    def child_call(self, function: types.FunctionType, attribute: str, line: int) -> str:
+        """The key of this call of an activation module: "" for the first in the class, then "#2", "#3"."""
+        if attribute not in self.repeats:
+            self.repeats[attribute] = []
+            return ""
+        key = f"#{len(self.repeats[attribute]) + 2}"
+        self.repeats[attribute].append(ActivationCall(key, ANY, _where(function, line)))
+        return key
+
+    def miss(self, function: types.FunctionType, activation: str, line: int, reason: str) -> None:
+        if activation in self.selection or activation == ANY:
+            self.missed.append(ActivationCall(function.__name__, activation, _where(function, line), reason))
+
+    def skip(self, function: types.FunctionType, activation: str, line: int, reason: str) -> None:
+        self.skipped.append(ActivationCall(function.__name__, activation, _where(function, line), reason))
+
+    def report(self, function: types.FunctionType, reason: str) -> None:
+        """Name the calls of a function, and of its helpers, that cannot be rewritten."""
+        for caller, target, line in known_calls(function, self.memo):
+            self.miss(caller, activation_of(target), line, reason)
+
+    # -- copies
+
+    def mentions(self, function: types.FunctionType, seen: frozenset[types.FunctionType] = frozenset()) -> bool:
+        """True if ``function`` may contain a call, be it by way of an attribute of its class."""
+        if mentions(function, self.memo):
+            return True
+        names = code_names(function.__code__)
+        if self.children.intersection(names):
+            return True
+        bases = self.cls.__mro__ if "super" in names else ()
+        inherited = [base.__dict__[name] for base in bases for name in names if name in base.__dict__]
+        static = [inspect.getattr_static(self.cls, name, None) for name in names]
+        static_functions = [value.__func__ for value in static if isinstance(value, staticmethod)]
+        if any(is_activation(value) or hidden_activations(value) for value in (*static, *static_functions)):
+            return True
+        seen |= {function}
+        return any(
+            self.mentions(value, seen)
+            for value in (*static_functions, *inherited)
+            if isinstance(value, types.FunctionType) and value not in seen
+        )
+
+    def method(self, function: types.FunctionType) -> types.FunctionType | None:
+        """A copy that takes its knobs from its first argument; None where there is nothing to redirect."""
+        if not self.mentions(function):
+            return None
+        if isinstance(getattr(function, "__wrapped__", None), types.FunctionType):
+            return self._rewrap(function, helper=False)
+        return self._rewrite(function, helper=False)
+
+    def helper(self, function: types.FunctionType) -> str | None:
+        """The name by which rewritten code finds a copy of ``function`` that takes the owner as a first argument."""
+        if function not in self._helpers:
+            self._helpers[function] = None
+            if self.mentions(function):
+                name, cell = f"_ctu_helper_{len(self._helpers)}", types.CellType()
+                self._helpers[function], self.extras[name] = name, cell  # now: a recursive function finds itself
+                wrapped = isinstance(getattr(function, "__wrapped__", None), types.FunctionType)
+                copy = self._rewrap(function, helper=True) if wrapped else self._rewrite(function, helper=True)
+                if copy is None:
+                    self._helpers[function] = None
+                else:
+                    cell.cell_contents = copy
+        return self._helpers[function]
+
+    def _rewrap(self, wrapper: types.FunctionType, helper: bool) -> types.FunctionType | None:
+        """The wrapper that a decorator made, around a copy of what it wraps."""
+        inner: types.FunctionType = wrapper.__wrapped__  # type: ignore[attr-defined]
+        cells = list(wrapper.__closure__ or ())
+        positions = [i for i, cell in enumerate(cells) if _contents(cell) is inner]
+        passes_all = not wrapper.__code__.co_argcount and wrapper.__code__.co_flags & inspect.CO_VARARGS
+        if not positions or (helper and not passes_all):  # a helper's copy takes an argument more
+            self.report(inner, "its decorator hides it")
+            return None
+        if isinstance(getattr(inner, "__wrapped__", None), types.FunctionType):
+            copy = self._rewrap(inner, helper)
+        else:
+            copy = self._rewrite(inner, helper)
+        if copy is None:
+            return None
+        for position in positions:
+            cells[position] = types.CellType(copy)
+        return copy_function(wrapper, wrapper.__code__, cells, copy)
+
+    def _rewrite(self, function: types.FunctionType, helper: bool) -> types.FunctionType | None:
+        try:
+            tree, definition = parse_function(function)
+        except NoSource as error:
+            self.report(function, str(error))
+            return None
+        for value in filter(is_activation, default_values(function)):
+            reason = "it is the default of an argument, and another may be given"
+            self.miss(function, activation_of(value), definition.lineno, reason)
+        rewriter = _Rewriter(self, function, definition, helper)
+        rewriter.visit_body()
+        if not rewriter.changed:
+            return None
+        code = compile_function(tree, function, self.extras)
+        old = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
+        cells = [self.extras[name] if name in self.extras else old[name] for name in code.co_freevars]
+        return copy_function(function, code, cells)
+
+
+def _methods(cls: type) -> list[tuple[str, type]]:
+    """(name, class that defines it) of the methods that instances of ``cls`` have from outside torch."""
+    defined_by: dict[str, type] = {}
+    for base in cls.__mro__:
+        for name in base.__dict__:
+            defined_by.setdefault(name, base)
+    outside_torch = [
+        (name, base) for name, base in defined_by.items() if not is_torch(base.__module__) and base is not object
+    ]
+    return [(name, base) for name, base in outside_torch if name == "__call__" or not name.startswith("__")]
+
+
+def _where(function: types.FunctionType, line: int) -> str:
+    return f"{function.__code__.co_filename}:{line}"
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return UNKNOWN
+
+
+class _Rewriter(ast.NodeTransformer):
+    """Redirects the activation calls of one function's definition, and records them in ``code``."""
+
+    def __init__(
+        self, code: ClassCode, function: types.FunctionType, definition: ast.FunctionDef, helper: bool
+    ) -> None:
+        self.code, self.function, self.definition = code, function, definition
         self.bound, self.imported = bound_names(definition)
         self.changed = False
         self.statement: ast.stmt = definition
         arguments = definition.args
         first = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)][:1]
-        is_method = any(function in base.__dict__.values() for base in scan.cls.__mro__) if helper else True
-        self.own = first[0] if first and is_method else None  # what a method calls its module: `self`
-        self.owner: str | None = self.own  # where the knobs are
+        is_method = any(function in base.__dict__.values() for base in code.cls.__mro__) if helper else True
+        self.self_name = first[0] if first and is_method else None  # what a method calls its module: `self`
+        self.owner: str | None = self.self_name  # where the knobs are
         if helper:
             self.owner = "_ctu_owner"
             arguments.posonlyargs.insert(0, ast.arg(self.owner))
-        elif self._is_rebound(self.own):
+        elif self._is_rebound(self.self_name):
             self.owner = None
 
     def _is_rebound(self, name: str | None) -> bool:
@@ -74,10 +291,10 @@ class Rewriter(ast.NodeTransformer):
                 return self.imported[node.id]
             return UNKNOWN if node.id in self.bound else lookup(self.function, node.id)
         if isinstance(node, ast.Attribute):
-            if isinstance(node.value, ast.Name) and node.value.id == self.own:
-                static = inspect.getattr_static(self.scan.cls, node.attr, UNKNOWN)
+            if isinstance(node.value, ast.Name) and node.value.id == self.self_name:
+                static = inspect.getattr_static(self.code.cls, node.attr, UNKNOWN)
                 if node.attr == "__class__":
-                    return self.scan.cls
+                    return self.code.cls
                 if isinstance(static, staticmethod):
                     return static.__func__
                 return UNKNOWN if hasattr(type(static), "__get__") else static  # a method would get `self`
@@ -87,8 +304,8 @@ class Rewriter(ast.NodeTransformer):
             return UNKNOWN if target is UNKNOWN else member(target, node.attr)
         if isinstance(node, ast.Call) and not node.keywords and isinstance(node.func, ast.Name):
             function, arguments = self.resolve(node.func), node.args
-            if function is type and len(arguments) == 1 and self._is_own(arguments[0]):
-                return self.scan.cls
+            if function is type and len(arguments) == 1 and self._is_self(arguments[0]):
+                return self.code.cls
             if function is getattr and len(arguments) > 1:
                 name = arguments[1]
                 if isinstance(name, ast.Constant) and isinstance(name.value, str):
@@ -100,11 +317,11 @@ class Rewriter(ast.NodeTransformer):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id != "super":
             return False
         return not node.args or (
-            len(node.args) == 2 and isinstance(node.args[1], ast.Name) and node.args[1].id == self.own
+            len(node.args) == 2 and isinstance(node.args[1], ast.Name) and node.args[1].id == self.self_name
         )
 
     def _inherited(self, call: ast.Call, name: str) -> Any:
-        mro = self.scan.cls.__mro__
+        mro = self.code.cls.__mro__
         here = self.resolve(call.args[0]) if call.args else lookup(self.function, "__class__")
         for base in mro[mro.index(here) + 1 :] if here in mro else ():
             if name in base.__dict__:
@@ -117,30 +334,34 @@ class Rewriter(ast.NodeTransformer):
         target = self.resolve(node.func)
         function = node.func
         if is_listed(target, FUNCTIONS) and any(keyword.arg == "out" for keyword in node.keywords):
-            self.scan.miss(self.function, activation_of(target), node.lineno, "it writes to a tensor that it is given")
+            self.code.miss(self.function, activation_of(target), node.lineno, "it writes to a tensor that it is given")
             node.args = [self.visit(argument) for argument in node.args]
             return node
         if is_listed(target, FUNCTIONS) and not self._in_family(node, FUNCTIONS[target]):
             reason = "its arguments put it outside the family"
-            self.scan.skip(self.function, activation_of(target), node.lineno, reason)
+            self.code.skip(self.function, activation_of(target), node.lineno, reason)
             node.args = [self.visit(argument) for argument in node.args]
             return node
         if isinstance(function, ast.Call):
-            made = self.resolve(function.func)
-            row = MODULES.get(f"{made.__module__}.{made.__qualname__}") if isinstance(made, type) else None
-            if isinstance(row, Use):
-                self.scan.miss(
-                    self.function, row.activation, node.lineno, f"it makes a new {made.__name__} at every call"
+            cls = self.resolve(function.func)
+            row = MODULES.get(f"{cls.__module__}.{cls.__qualname__}") if isinstance(cls, type) else None
+            if isinstance(row, ActivationSpec):
+                self.code.miss(
+                    self.function, row.activation, node.lineno, f"it makes a new {cls.__name__} at every call"
                 )
-        if isinstance(function, ast.Attribute) and function.attr in self.scan.children and self._is_own(function.value):
-            key = self.scan.child_call(self.function, function.attr, node.lineno)
+        if (
+            isinstance(function, ast.Attribute)
+            and function.attr in self.code.children
+            and self._is_self(function.value)
+        ):
+            key = self.code.child_call(self.function, function.attr, node.lineno)
             if key:
                 self.changed = True
                 node.keywords.append(ast.keyword("site", ast.copy_location(ast.Constant(key), node)))
         if target is getattr and len(node.args) > 1:
-            found = self._reference(node)
-            if found is not None:
-                return found
+            reference = self._reference(node)
+            if reference is not None:
+                return reference
             if self.resolve(node) is UNKNOWN:
                 self._by_name(node, node.args[0], node.args[1])
         if isinstance(function, ast.Attribute) and target is UNKNOWN and self._is_tensor_method(node, function):
@@ -175,48 +396,48 @@ class Rewriter(ast.NodeTransformer):
         if target is UNKNOWN:
             return None
         if is_listed(target, OUTSIDE):
-            self.scan.skip(self.function, OUTSIDE[target], node.lineno, "it is not in the family")
+            self.code.skip(self.function, OUTSIDE[target], node.lineno, "it is not in the family")
         elif is_listed(target, FUNCTIONS):
-            form = ast.Constant(FUNCTIONS[target])
-            return self._site(node, activation_of(target), "_ctu_function", [form, node])
+            function_name = ast.Constant(FUNCTIONS[target])
+            return self._site(node, activation_of(target), "_ctu_function", [function_name, node])
         elif isinstance(target, functools.partial) and is_activation(target):
             if read_partial(target) is None:
                 reason = "its arguments put it outside the family"
-                self.scan.skip(self.function, activation_of(target), node.lineno, reason)
+                self.code.skip(self.function, activation_of(target), node.lineno, reason)
                 return None
-            form = ast.Constant(FUNCTIONS[target.func])
-            return self._site(node, activation_of(target), "_ctu_made", [form, node])
+            function_name = ast.Constant(FUNCTIONS[target.func])
+            return self._site(node, activation_of(target), "_ctu_call_partial", [function_name, node])
         elif isinstance(target, nn.Module):
             use = read_module(target)
-            if isinstance(use, Use):
-                constant = f"_ctu_use_{use.activation}"
-                self.scan.extras[constant] = types.CellType(use)
+            if isinstance(use, ActivationSpec):
+                constant = f"_ctu_spec_{use.activation}"
+                self.code.extras[constant] = types.CellType(use)
                 return self._site(node, use.activation, "_ctu_global", [_load(constant), node])
         elif isinstance(target, types.FunctionType):
             return self._helper(node, target)
         else:
             for activation in hidden_activations(target):
-                self.scan.miss(self.function, activation, node.lineno, "it is scripted, or chosen from a container")
+                self.code.miss(self.function, activation, node.lineno, "it is scripted, or chosen from a container")
         return None
 
     def _site(self, node: ast.expr, activation: str, call: str, arguments: list[ast.expr]) -> ast.AST | None:
-        scan = self.scan
-        if activation not in scan.selection:
-            scan.skip(self.function, activation, node.lineno, f"{activation!r} is not among the selected activations")
+        code = self.code
+        if activation not in code.selection:
+            code.skip(self.function, activation, node.lineno, f"{activation!r} is not among the selected activations")
             return None
         if self.owner is None:
-            scan.miss(self.function, activation, node.lineno, "the function has no name for its module")
+            code.miss(self.function, activation, node.lineno, "the function has no name for its module")
             return None
-        own = isinstance(node, ast.Attribute) and self._is_own(node.value)
-        key = scan.record(self.function, activation, node.lineno, node.attr if own else "")  # type: ignore[attr-defined]
+        is_attribute = isinstance(node, ast.Attribute) and self._is_self(node.value)
+        key = code.record(self.function, activation, node.lineno, node.attr if is_attribute else "")  # type: ignore[attr-defined]
         return self._partial(node, [_load(call), _load(self.owner), ast.Constant(key), *arguments])
 
     def _method(self, node: ast.Call, function: ast.Attribute) -> ast.AST:
-        form = function.attr
-        made = self._site(node, FORMS[form.rstrip("_")].activation, "_ctu_method", [ast.Constant(form)])
-        if made is None:
+        name = function.attr
+        partial = self._site(node, SIGNATURES[name.rstrip("_")].activation, "_ctu_method", [ast.Constant(name)])
+        if partial is None:
             return self.generic_visit(node)
-        node.func = made  # type: ignore[assignment]
+        node.func = partial  # type: ignore[assignment]
         node.args = [self.visit(argument) for argument in [function.value, *node.args]]
         return node
 
@@ -224,11 +445,11 @@ class Rewriter(ast.NodeTransformer):
         through_super = isinstance(node, ast.Attribute) and self._is_super(node.value)
         if is_torch(target.__module__) and not through_super:
             return None
-        name = self.scan.helper(target)
+        name = self.code.helper(target)
         if name is None:
             return None
         if self.owner is None:
-            self.scan.report(target, "the function that calls it has no name for its module")
+            self.code.report(target, "the function that calls it has no name for its module")
             return None
         owner = [_load(self.owner)] * (2 if through_super else 1)
         return self._partial(node, [_load(name), *owner])
@@ -241,36 +462,36 @@ class Rewriter(ast.NodeTransformer):
 
     def _by_name(self, node: ast.expr, space: ast.expr, name: ast.expr) -> None:
         """A look-up of a function or a class of torch by a name that only the run tells, or of a tensor's method."""
-        method = isinstance(name, ast.Constant) and name.value in METHODS and not self._is_own(space)
+        method = isinstance(name, ast.Constant) and name.value in METHODS and not self._is_self(space)
         # What is looked up in torch by its name is most often a dtype.
         in_line = not hasattr(self.statement, "body") and "dtype" in ast.unparse(self.statement)
-        if method or (is_space(self.resolve(space)) and not in_line and "dtype" not in ast.unparse(node)):
+        if method or (is_namespace(self.resolve(space)) and not in_line and "dtype" not in ast.unparse(node)):
             reason = "the function is chosen by name, at run time"
-            if self.scan.is_reached(self.function):
-                self.scan.miss(self.function, ANY, node.lineno, reason)
+            if self.code.is_reached(self.function):
+                self.code.miss(self.function, ANY, node.lineno, reason)
             else:
-                self.scan.skip(self.function, ANY, node.lineno, f"{reason}, where no forward leads to")
+                self.code.skip(self.function, ANY, node.lineno, f"{reason}, where no forward leads to")
 
-    def _is_own(self, node: ast.expr) -> bool:
-        return isinstance(node, ast.Name) and node.id == self.own
+    def _is_self(self, node: ast.expr) -> bool:
+        return isinstance(node, ast.Name) and node.id == self.self_name
 
     def _is_tensor_method(self, node: ast.Call, function: ast.Attribute) -> bool:
-        """By its name and arguments: ``self.relu(x)`` is none, ``x.relu()`` is one."""
+        """Judged by name and arguments: ``x.relu()`` is one, ``self.relu(x)`` is not."""
         arguments = 1 if function.attr == "prelu" else 0
         return (
             function.attr in METHODS
-            and not self._is_own(function.value)
+            and not self._is_self(function.value)
             and not node.keywords
             and len(node.args) == arguments
         )
 
-    def _in_family(self, node: ast.Call, form: str) -> bool:
-        """False only if literal arguments say so; others are looked at when the call is made."""
+    def _in_family(self, node: ast.Call, function_name: str) -> bool:
+        """False only if literal arguments rule it out; others are read when the call is made."""
         try:
             positional = [ast.literal_eval(argument) for argument in node.args[1:]]
             keywords = {str(k.arg): k.value for k in node.keywords if k.arg not in ("input", "inplace")}
             named = {name: ast.literal_eval(value) for name, value in keywords.items()}
-            return FORMS[form.rstrip("_")].read(None, *positional, **named) is not None
+            return SIGNATURES[function_name.rstrip("_")].read(None, *positional, **named) is not None
         except (ValueError, TypeError):
             return True
 
@@ -282,7 +503,7 @@ class Rewriter(ast.NodeTransformer):
         # Elsewhere it is rarely an activation: paddings, lengths, probabilities.
         in_forward = "forward" in self.function.__name__
         if in_forward and isinstance(low, ast.Constant) and low.value == 0 and "max" not in values:
-            self.scan.skip(
+            self.code.skip(
                 self.function, "relu", node.lineno, f"{name} at 0 is a ReLU written otherwise, and is left alone"
             )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..nn import Knobs
 from ..ops.backends import use_backend
-from ..steering.surgery import Steered
+from ..steering.patch import Steered
 from .differences import central_difference, rounding_noise
 from .samples import Sample
 

@@ -78,7 +78,7 @@ def shaken(model):
 
 
 def layer_at(model, site):
-    return adapters.curvature.model.surgery_of(model.get_base_model()).layers[site]
+    return adapters.curvature.model.attached_to(model.get_base_model()).layers[site]
 
 
 def merged(model):

@@ -299,7 +299,7 @@ def test_the_official_bottleneck_has_a_module_for_each_call():
         for kind in ("beta", "coeff"):
             state[f"{name}._raw_{kind}"] = torch.full((1, size, 1, 1), float(index), device="meta")
     assert "layer1.0.relu3._raw_beta" in state
-    pairs = adapters.curvature.official.curvature_copies(model, state, None)
+    pairs = adapters.curvature.published.curvature_copies(model, state, None)
     assert len(pairs) == 2 * 49
     assert all(target.shape == value.shape for target, value in pairs)
 

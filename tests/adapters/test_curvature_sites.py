@@ -17,7 +17,7 @@ import peft
 from curvature_networks import ACTIVATIONS, Block, Net, count_of, image, layer_at, make_net, merged, shaken, tuned
 
 from ctkernels.adapters import CurvatureConfig, CurvatureLayer, find_activations
-from ctkernels.steering import survey
+from ctkernels.steering import scan
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -350,12 +350,12 @@ def test_parameters_stay_float32_when_the_model_is_cast(dtype):
 def test_each_class_is_read_once_for_an_adapter(monkeypatch):
     read = []
 
-    class Counting(survey.ClassCode):
+    class Counting(scan.ClassCode):
         def __init__(self, cls, *args):
             read.append(cls)
             super().__init__(cls, *args)
 
-    monkeypatch.setattr(survey, "ClassCode", Counting)
+    monkeypatch.setattr(scan, "ClassCode", Counting)
     model = tuned()
     assert len(read) == len(set(read))
     assert set(read) >= {Net, Block}

@@ -175,11 +175,11 @@ def test_remains_are_found():
     class StandIn:
         pass
 
-    remains, kept = leftovers.Remains(), StandIn()
+    remains, kept = leftovers.StandIns(), StandIn()
     remains.watch(kept, "Module")
-    assert remains.found()
+    assert remains.any_alive()
     del kept
-    assert not remains.found()
+    assert not remains.any_alive()
 
 
 class Sized(nn.Module):

@@ -40,9 +40,11 @@ def _follow(tree: Path) -> None:
             file.write_text(text)
             continue
         lines = text.splitlines(keepends=True)
-        before = "".join(line[1:] for line in lines if line[0] in " -")
+        before = "".join(line[1:] or line for line in lines if line[0] in " -\n")
         assert file.read_text().count(before) == 1, f"the guide's context is not in {path}"
-        file.write_text(file.read_text().replace(before, "".join(line[1:] for line in lines if line[0] in " +")))
+        file.write_text(
+            file.read_text().replace(before, "".join(line[1:] or line for line in lines if line[0] in " +\n"))
+        )
 
 
 def _compiles(tree: Path, source: str) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from steered_models import Containers, ConvNet, assert_same, count_units, snapshot
 from torch import nn
 
+import ctkernels
 from ctkernels import handle_of, steer
 
 
@@ -502,3 +503,12 @@ def test_repr_is_a_summary():
     assert "ReLU(inplace=True, beta=0.9, coeff=0.5)" in repr(model)
     assert isinstance(model.forward, types.MethodType)
     assert io.StringIO(text)
+
+
+def test_old_names_work_and_warn():
+    with pytest.warns(DeprecationWarning, match=r"ctkernels\.steering\.Miss is now ctkernels\.steering\.Unsteered"):
+        assert ctkernels.steering.Miss is ctkernels.steering.Unsteered
+    with pytest.warns(DeprecationWarning, match=r"ctkernels\.fusion\.Site is now ctkernels\.fusion\.FusedSite"):
+        assert ctkernels.fusion.Site is ctkernels.fusion.FusedSite
+    with pytest.raises(AttributeError, match="has no attribute 'other'"):
+        ctkernels.steering.other  # noqa: B018

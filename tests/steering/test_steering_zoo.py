@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import ctkernels
-from ctkernels.steering.activations import ACTIVATIONS, FORMS, RELU_FAMILY
+from ctkernels.steering.activations import ACTIVATIONS, RELU_FAMILY, SIGNATURES
 
 TABLE = torch.randn(1 << 14, generator=torch.Generator().manual_seed(0))
 
@@ -25,7 +25,7 @@ class Calls(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        form = FORMS.get(getattr(function, "__name__", "").rstrip("_"))
+        form = SIGNATURES.get(getattr(function, "__name__", "").rstrip("_"))
         if form is not None and form.activation in self.activations and not self._inside:
             self.plain += form.read(*args, **kwargs) is not None
         return function(*args, **kwargs)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import ctkernels
-from ctkernels.steering.activations import FORMS, RELU_FAMILY
+from ctkernels.steering.activations import RELU_FAMILY, SIGNATURES
 
 from .choose import Architecture, build
 
@@ -117,7 +117,7 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        form = FORMS.get(getattr(function, "__name__", "").rstrip("_"))
+        form = SIGNATURES.get(getattr(function, "__name__", "").rstrip("_"))
         if form is not None and form.activation in RELU_FAMILY and form.read(*args, **kwargs) is not None:
             frame = sys._getframe(1)
             while frame.f_back is not None and (

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...steering.surgery import operate, undo
+from ... import _marks
+from ...steering.patch import apply_patches, revert_patches
 from .layer import FixedUnit, Original
 from .layout import Channels
-from .model import child_name, refuse_plain_saving, survey_all
+from .model import child_name, refuse_plain_saving, scan_all
 
 _LOGITS = ("raw_beta", "raw_coeff")
 
@@ -51,12 +52,12 @@ def restore(model: nn.Module, saved: dict[str, Any], values: dict[str, Tensor], 
     Raises:
         ValueError: it has other activations; it is unchanged then.
     """
-    plan = survey_all(model)
-    operate(plan.swaps, plan.edits)
+    result = scan_all(model)
+    apply_patches(result.swaps, result.edits)
     found = {(module, key) for module, key, _ in _sites(model)}
     expected = {(module, key): number for module, key, number in saved["sites"]}
     if found != set(expected):
-        undo([swap.module for swap in plan.swaps], plan.edits, plan.copies)
+        revert_patches([swap.module for swap in result.swaps], result.edits, result.copies)
         differing = sorted(module for module, _ in found ^ set(expected))
         raise ValueError(f"base: expected the activations of {file}, got others: {', '.join(differing[:3])}")
     refuse_plain_saving(model)
@@ -79,5 +80,5 @@ def restore(model: nn.Module, saved: dict[str, Any], values: dict[str, Tensor], 
 def _sites(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
     """(module, key, what computes the site) of every site, in order."""
     for name, module in model.named_modules():
-        for key, unit in vars(module).get("_ctu", {}).items():
+        for key, unit in vars(module).get(_marks.UNITS, {}).items():
             yield name, key, unit

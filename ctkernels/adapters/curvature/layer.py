@@ -1,4 +1,4 @@
-"""What computes a site's activation while an adapter is on it."""
+"""The units of a site: what computes its activation while an adapter is on it, and after it was merged."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...nn import Unscriptable
-from ...steering.unit import unit, unit_arguments
+from ...steering.runtime import SiteUnit, call_ctu, ctu_arguments
 from .._offload import keep_resident
-from .batch import index_of, names_for, neutral_logits
 from .config import CurvatureConfig
 from .layout import Channels
+from .per_sample import index_of, names_for, neutral_logits
 
 
 def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -32,7 +32,7 @@ def _absent(layer: CurvatureLayer) -> Any:
     raise AttributeError("an activation has no weight")
 
 
-class CurvatureLayer(Unscriptable, nn.Module, BaseTunerLayer):
+class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
     """The CT units of one site: a (beta, coeff) for each adapter on it. Without an active one the original runs.
 
     It stands beside an activation and wraps no layer: unlike peft's other layers it has no `weight` and no `bias`.
@@ -90,8 +90,11 @@ class CurvatureLayer(Unscriptable, nn.Module, BaseTunerLayer):
 
     def parameters_of(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """raw beta and raw coeff of an adapter, its own or shared."""
-        owner = self.curvature_source.get(adapter_name, self)
-        return owner.curvature_raw_beta[adapter_name], owner.curvature_raw_coeff[adapter_name]
+        children = self.curvature_source.get(adapter_name, self)._modules  # attributes are looked up in Python
+        beta, coeff = children["curvature_raw_beta"], children["curvature_raw_coeff"]
+        if "_hf_hook" in beta.__dict__ or "_hf_hook" in coeff.__dict__:
+            self.keep_resident()
+        return getattr(beta, adapter_name), getattr(coeff, adapter_name)
 
     def adapter_in_use(self) -> str | None:
         """The adapter that computes this site, or None.
@@ -99,9 +102,12 @@ class CurvatureLayer(Unscriptable, nn.Module, BaseTunerLayer):
         Raises:
             ValueError: several are active; units do not add up.
         """
-        if self.disable_adapters:
+        if self._disable_adapters:
             return None
-        names = [name for name in self.merged_adapters or self.active_adapters if name in self.curvature_config]
+        names, known = self.merged_adapters or self._active_adapter, self.curvature_config
+        if len(names) == 1 and not isinstance(names, str):
+            return names[0] if names[0] in known else None
+        names = [name for name in self.active_adapters if name in known] if names else []
         if len(names) > 1:
             raise ValueError(f"{self.site}: one adapter can be active at a time, got {names}")
         return names[0] if names else None
@@ -126,10 +132,10 @@ class CurvatureLayer(Unscriptable, nn.Module, BaseTunerLayer):
     # ---- the unit ----
 
     @property
-    def active(self) -> bool:
-        """Whether an adapter, and not the original activation, computes the site."""
+    def active(self) -> bool:  # type: ignore[override]
+        """True if an adapter, and not the original activation, computes the site."""
         names = names_for(self)
-        if names is not None and not self.disable_adapters:
+        if names is not None and not self._disable_adapters:
             return any(name in self.curvature_config for name in names)
         return self.adapter_in_use() is not None
 
@@ -140,13 +146,11 @@ class CurvatureLayer(Unscriptable, nn.Module, BaseTunerLayer):
             values, channels, index = *self._values(), None
         else:
             values, channels, index = self._values_by_sample(names, x)
-        return _unit(x, values, channels, activation, slope, inplace, self.site, index)
+        return _call(x, values, channels, activation, slope, inplace, self.site, index)
 
-    def ctu_arguments(
-        self, device: torch.device, activation: str, slope: float | Tensor | None
-    ) -> dict[str, Any] | None:
-        """What `ctkernels.functional.ctu` is called with for it; None where only the call itself can tell."""
-        return None if names_for(self) is not None else _arguments(device, *self._values(), activation, slope)
+    def ctu_arguments(self, x: Tensor, activation: str, slope: float | Tensor | None) -> dict[str, Any] | None:
+        """Keyword arguments for `ctkernels.functional.ctu`; None inside `adapters_by_sample`, where they depend on the call."""
+        return None if names_for(self) is not None else _fusible(x, *self._values(), activation, slope)
 
     def _values_by_sample(self, names: list[str], x: Tensor) -> tuple[tuple[Tensor, Tensor], Channels | None, Tensor]:
         """Rows of raw beta and raw coeff, what they line up with, and each sample's row; row 0 is the activation itself."""
@@ -166,9 +170,9 @@ class CurvatureLayer(Unscriptable, nn.Module, BaseTunerLayer):
     def _values(self) -> tuple[tuple[Tensor, Tensor], Channels | None]:
         name = self.adapter_in_use()
         assert name is not None
-        self.keep_resident()
         beta, coeff = self.parameters_of(name)
-        return (beta.detach(), coeff.detach()) if self.merged else (beta, coeff), self.curvature_channels[name]
+        values = (beta.detach(), coeff.detach()) if self.merged_adapters else (beta, coeff)
+        return values, self.curvature_channels[name]
 
     # ---- merging ----
 
@@ -201,8 +205,8 @@ class CurvatureLayer(Unscriptable, nn.Module, BaseTunerLayer):
         return ", ".join(parts)
 
 
-class FixedUnit(Unscriptable, nn.Module):
-    """What is left of a `CurvatureLayer` after `merge_and_unload`: the fused unit with fixed values, as buffers.
+class FixedUnit(Unscriptable, SiteUnit, nn.Module):
+    """A `CurvatureLayer` after `merge_and_unload`: the fused unit with fixed values, as buffers.
 
     Args:
         raw_beta, raw_coeff: logits, float32, (C,); they stay float32 when the model is cast.
@@ -210,7 +214,6 @@ class FixedUnit(Unscriptable, nn.Module):
         site: the site's name, for messages.
     """
 
-    active = True
     raw_beta: Tensor
     raw_coeff: Tensor
 
@@ -225,22 +228,20 @@ class FixedUnit(Unscriptable, nn.Module):
 
     def forward(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
         """The unit in the place of `activation(x)`."""
-        return _unit(x, (self.raw_beta, self.raw_coeff), self.channels, activation, slope, inplace, self.site)
+        return _call(x, (self.raw_beta, self.raw_coeff), self.channels, activation, slope, inplace, self.site)
 
-    def ctu_arguments(
-        self, device: torch.device, activation: str, slope: float | Tensor | None
-    ) -> dict[str, Any] | None:
-        """What `ctkernels.functional.ctu` is called with for it; None where only the call itself can tell."""
-        return _arguments(device, (self.raw_beta, self.raw_coeff), self.channels, activation, slope)
+    def ctu_arguments(self, x: Tensor, activation: str, slope: float | Tensor | None) -> dict[str, Any] | None:
+        """Keyword arguments for `ctkernels.functional.ctu`."""
+        return _fusible(x, (self.raw_beta, self.raw_coeff), self.channels, activation, slope)
 
 
-class Original:
-    """At a site that no adapter was on when the model was merged."""
+class Original(SiteUnit):
+    """Stands at a site that had no adapter when the model was merged: the original activation runs."""
 
     active = False
 
 
-def _unit(
+def _call(
     x: Tensor,
     values: tuple[Tensor, Tensor],
     channels: Channels | None,
@@ -250,7 +251,7 @@ def _unit(
     site: str,
     index: Tensor | None = None,
 ) -> Tensor:
-    dim = None
+    """The unit in the place of `activation(x)`, with logits that line up with `channels`."""
     if channels is not None:
         dim = channels.dim
         if not -x.dim() <= dim < x.dim() or x.shape[dim] != channels.size:
@@ -259,23 +260,27 @@ def _unit(
             )
         if _by_channel(slope) and dim % x.dim() != 1:
             raise ValueError(f"{site}: the slopes of a PReLU are in dimension 1, so channels must be too, got {dim}")
-    return unit(x, *_at(x.device, values), activation, slope, inplace, channel_dim=dim, raw=True, index=index)
+    return call_ctu(x, {**_arguments(x.device, values, channels, activation, slope), "index": index}, inplace)
 
 
 def _arguments(
     device: torch.device, values: tuple[Tensor, Tensor], channels: Channels | None, activation: str, slope: Any
-) -> dict[str, Any] | None:
-    dim = None if channels is None else channels.dim
-    if _by_channel(slope) and dim not in (None, 1):
-        return None
-    return {**unit_arguments(*_at(device, values), activation, slope, dim), "raw": True}
-
-
-def _at(device: torch.device, values: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+) -> dict[str, Any]:
     beta, coeff = values
     if beta.device != device:  # one pair for a model that is spread over devices
         beta, coeff = beta.to(device), coeff.to(device)
-    return beta, coeff
+    arguments = ctu_arguments(beta, coeff, activation, slope, None if channels is None else channels.dim)
+    arguments["raw"] = True
+    return arguments
+
+
+def _fusible(
+    x: Tensor, values: tuple[Tensor, Tensor], channels: Channels | None, activation: str, slope: Any
+) -> dict[str, Any] | None:
+    """The arguments of a fused call; None where `channels` and the slopes of a PReLU may be in different dimensions."""
+    if channels is not None and channels.dim != 1 and _by_channel(slope):
+        return None
+    return _arguments(x.device, values, channels, activation, slope)
 
 
 def _by_channel(slope: Any) -> bool:

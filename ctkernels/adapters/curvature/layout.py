@@ -1,4 +1,4 @@
-"""Which dimension of an activation's input holds the channels, and how many there are: found without running the model.
+"""Finds the dimension of an activation's input that holds the channels, and their number, without running the model.
 
 A copy of the model whose parameters and buffers are fake tensors (shapes and no data) is called once. Every tensor in
 it carries the position of its channels, which convolutions, linear layers and norms set and everything else passes on.
@@ -19,8 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from ...steering.activations import ACTIVATIONS
-from ...steering.surgery import operate
-from ...steering.survey import Site, survey
+from ...steering.patch import apply_patches
+from ...steering.runtime import SiteUnit
+from ...steering.scan import Site, scan
 from .._offload import drop_offloading, offload_memo
 
 _AXIS = "_ctu_channel_axis"  # on a tensor: where its channels are, counted from the end
@@ -37,7 +38,7 @@ _TRANSPOSES = (Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "__getitem__"}
 
 
-class Use(NamedTuple):
+class SiteCall(NamedTuple):
     """One call of a site. ``axis``: the channels' dimension counted from the end, None if nothing says which it is."""
 
     shape: tuple[int, ...]
@@ -45,7 +46,7 @@ class Use(NamedTuple):
 
 
 class Channels(NamedTuple):
-    """What a site's parameters line up with."""
+    """The channels that a site's parameters belong to."""
 
     dim: int
     size: int
@@ -53,8 +54,8 @@ class Channels(NamedTuple):
 
 def find_channels(
     model: nn.Module, input_shape: tuple[int, ...] | None = None, prepare: Callable[[nn.Module], None] | None = None
-) -> tuple[dict[str, list[Use]], str]:
-    """How every activation of ``model`` is called.
+) -> tuple[dict[str, list[SiteCall]], str]:
+    """Record how every activation of ``model`` is called.
 
     The model itself is neither run nor changed: no buffer, no random state, no mode.
 
@@ -77,7 +78,7 @@ def find_channels(
 def find_samples(
     model: nn.Module, input_shape: tuple[int, ...] | None = None, prepare: Callable[[nn.Module], None] | None = None
 ) -> dict[str, bool]:
-    """Whether dimension 0 of a site's inputs holds the samples, or a multiple of them: it grows as the batch does.
+    """Find the sites whose inputs have the samples, or a multiple of them, in dimension 0: it grows with the batch.
 
     Args:
         model, input_shape, prepare: as in :func:`find_channels`.
@@ -90,7 +91,7 @@ def find_samples(
     except ValueError:  # it cannot be copied
         return {}
 
-    def grows(a: Use, b: Use) -> bool:
+    def grows(a: SiteCall, b: SiteCall) -> bool:
         return len(a.shape) > 0 and 3 * a.shape[0] == 2 * b.shape[0] and a.shape[1:] == b.shape[1:]
 
     return {
@@ -102,22 +103,22 @@ def find_samples(
 
 def _calls(
     model: nn.Module, input_shape: tuple[int, ...] | None, prepare: Callable[[nn.Module], None] | None, batch: int
-) -> tuple[dict[str, list[Use]], str]:
-    best: dict[str, list[Use]] = {}
+) -> tuple[dict[str, list[SiteCall]], str]:
+    best: dict[str, list[SiteCall]] = {}
     problem = "no input to try"
     half = any(tensor.dtype == torch.float16 for tensor in (*model.parameters(), *model.buffers()))
     # In float16 models look at values, of which a copy has none, for overflow (BART does); in float32 they do not.
     for widened in (False, True) if half else (False,):
         for values in _inputs(model, input_shape, batch):
-            found, stopped = _record(model, values, prepare, widened)
-            if len(found) > len(best) or not best:
-                best, problem = found, stopped
+            calls, stopped = _record(model, values, prepare, widened)
+            if len(calls) > len(best) or not best:
+                best, problem = calls, stopped
             if not stopped:
                 return best, ""
     return best, problem
 
 
-def channels_of(uses: list[Use]) -> Channels | None:
+def channels_of(uses: list[SiteCall]) -> Channels | None:
     """The one dimension that holds the channels in all calls; None if they disagree, or nothing says which it is."""
     options: list[set[int]] = []
     counts = set()
@@ -135,37 +136,32 @@ def channels_of(uses: list[Use]) -> Channels | None:
     return Channels(max(common) if dim is None else dim, counts.pop())
 
 
-class _Recorder:
-    """Stands for the unit at a site, and notes how it is called."""
+class _Recorder(SiteUnit):
+    """Records how a site is called."""
 
-    active = True
-
-    def __init__(self, uses: dict[str, list[Use]], site: Site) -> None:
+    def __init__(self, uses: dict[str, list[SiteCall]], site: Site) -> None:
         self.uses, self.site = uses, site
 
     def __call__(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
         axis = getattr(x, _AXIS, None)
         if isinstance(slope, Tensor) and slope.numel() > 1:
             axis = 1 - x.dim()  # torch has a PReLU's channels there
-        self.uses.setdefault(self.site.name, []).append(Use(tuple(x.shape), axis))
+        self.uses.setdefault(self.site.name, []).append(SiteCall(tuple(x.shape), axis))
         return x if inplace else torch.empty_like(x)
-
-    def ctu_arguments(self, *_: Any) -> None:
-        """It is nothing that could be fused."""
 
 
 def _record(
     model: nn.Module, values: dict[str, Any], prepare: Callable[[nn.Module], None] | None, widened: bool
-) -> tuple[dict[str, list[Use]], str]:
-    """How the sites of a copy are called with `values`, and what stopped it; `widened`: in float32 for float16."""
+) -> tuple[dict[str, list[SiteCall]], str]:
+    """Call a copy with `values`: its sites' calls, and what stopped it. `widened`: in float32 for float16."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    uses: dict[str, list[Use]] = {}
-    twin = _copy(model, mode, widened)
+    uses: dict[str, list[SiteCall]] = {}
+    clone = _copy(model, mode, widened)
     if prepare is not None:
-        prepare(twin)
-    plan = survey(twin, frozenset(ACTIVATIONS), split=True, make=lambda site, device: _Recorder(uses, site))
-    operate(plan.swaps, plan.edits)
-    for module in {*twin.modules(), *(swap.module for swap in plan.swaps)}:
+        prepare(clone)
+    result = scan(clone, frozenset(ACTIVATIONS), split=True, make_unit=lambda site, device: _Recorder(uses, site))
+    apply_patches(result.swaps, result.edits)
+    for module in {*clone.modules(), *(swap.module for swap in result.swaps)}:
         if not isinstance(module, torch.jit.ScriptModule):
             # What torch calls in place of hooks and forward: hooks, also those for all modules, are not to see this.
             module._compiled_call_impl = module.forward
@@ -175,21 +171,21 @@ def _record(
         positional, keywords = [inputs.pop("")] if "" in inputs else [], inputs
         # In eval first; parts that only training reaches (auxiliary heads) after that, on the copy's fake buffers.
         for training in (False, True):
-            twin.train(training)
+            clone.train(training)
             try:
                 with _Axes():
-                    twin(*positional, **keywords)
+                    clone(*positional, **keywords)
             except Exception as error:  # whatever a model may raise; the caller says what could not be found
                 problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 break
-            if len(uses) == len(plan.sites):
+            if len(uses) == len(result.sites):
                 break
     return uses, problem
 
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Without what this logger says: sizes that do not fit are tried on purpose."""
+    """Silence a logger: sizes that do not fit are tried on purpose."""
     logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True
     try:
@@ -217,14 +213,14 @@ def _copy(model: nn.Module, mode: FakeTensorMode, widened: bool) -> nn.Module:
             fake = _wide(fake)
         memo[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
     try:
-        twin = copy.deepcopy(model, memo)
+        clone = copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(
             f"model: expected one that can be copied, to find its channels, got {type(error).__name__}: {error}; "
             "give layout in CurvatureConfig, or granularity='layer'"
         ) from error
-    drop_offloading(twin)
-    return twin
+    drop_offloading(clone)
+    return clone
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs
@@ -339,7 +335,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _moved(func: Any, args: Any, kwargs: dict[str, Any], dims: int, axis: int) -> int:
-    """Where the dimension goes: asked of a tensor with a different size in each."""
+    """The dimension's new position, found with a tensor that has a different size in each."""
     labels = torch.empty(*range(2, dims + 2), device="meta")
     values = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
     moved = func(labels, *args[1:], **values)

@@ -18,10 +18,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule,
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ... import _marks
 from ...steering.activations import ACTIVATIONS, select
 from ...steering.handle import listed, nothing_found
-from ...steering.surgery import MODULE, Copy, Edit, operate, undo
-from ...steering.survey import Miss, Plan, Site, is_steered, reading_once, survey
+from ...steering.patch import MODULE, AttributeEdit, LocalCopy, apply_patches, revert_patches
+from ...steering.scan import ScanResult, Site, Unsteered, is_steered, reading_once, scan
 from .._config import saved_shapes
 from .._peft import (
     check_adapter_name,
@@ -32,21 +33,19 @@ from .._peft import (
     pass_adapter_names,
     plain_model,
 )
-from .batch import BASE, adapters_by_sample, check_names
 from .config import CurvatureConfig
 from .layer import CurvatureLayer, FixedUnit, Original
-from .layout import Channels, Use, channels_of, find_channels, find_samples
-
-_STATE = "_ctu_curvature"
+from .layout import Channels, SiteCall, channels_of, find_channels, find_samples
+from .per_sample import BASE, adapters_by_sample, check_names
 
 
 @dataclass
-class Surgery:
-    """What was done to a model, kept in it: whoever adds a second adapter finds it there."""
+class Attached:
+    """What was attached to a model, kept on it: whoever adds a second adapter finds it there."""
 
     modules: list[nn.Module]
-    edits: list[Edit]
-    copies: list[Copy]
+    edits: list[AttributeEdit]
+    copies: list[LocalCopy]
     sites: dict[str, Site]
     layers: dict[str, CurvatureLayer]  # by site
     samples: dict[str, bool] | None = None  # whether its input has them in dimension 0, by site, once somebody asked
@@ -93,22 +92,22 @@ class CurvatureModel(BaseTuner):
         config: Any = self.peft_config[name]
         if any(other is config for key, other in self.peft_config.items() if key != name):
             self.peft_config[name] = config = copy.copy(config)
-        first = surgery_of(model) is None
+        first = attached_to(model) is None
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         groups = _plan(model, config)
         if first:
-            _open(model)
+            _attach(model)
             # Before peft looks at it: it restores what it finds after the first of several injections.
             self._mark_only_adapters_as_trainable(model)
-        surgery = surgery_of(model)
-        assert surgery is not None
-        self._groups = {id(surgery.layers[sites[0]]): (sites, channels) for sites, channels in groups}
+        attached = attached_to(model)
+        assert attached is not None
+        self._groups = {id(attached.layers[sites[0]]): (sites, channels) for sites, channels in groups}
         self._targets = {key for key, module in model.named_modules() if id(module) in self._groups}
         try:
             super().inject_adapter(model, *args, **kwargs)
         except BaseException:
             if first:
-                _close(model)
+                _detach(model)
                 for parameter, flag in flags:
                     parameter.requires_grad_(flag)
             raise
@@ -125,8 +124,8 @@ class CurvatureModel(BaseTuner):
         check_saved(saved_shapes(peft_config), shapes, model, peft_config)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        surgery = surgery_of(self.model)
-        for layer in surgery.layers.values() if surgery is not None else ():
+        attached = attached_to(self.model)
+        for layer in attached.layers.values() if attached is not None else ():
             layer.keep_resident()  # loading onto an offloaded model offloads the adapter too
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
@@ -146,10 +145,10 @@ class CurvatureModel(BaseTuner):
     ) -> None:
         sites, channels = self._groups[id(target)]
         target.update_layer(adapter_name, peft_config, channels)
-        surgery = surgery_of(self.model)
-        assert surgery is not None
+        attached = attached_to(self.model)
+        assert attached is not None
         for site in sites[1:]:
-            surgery.layers[site].follow(adapter_name, peft_config, target)
+            attached.layers[site].follow(adapter_name, peft_config, target)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freeze everything but adapters, those of other methods included, and modules that are trained beside them."""
@@ -179,35 +178,35 @@ class CurvatureModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        given = kwargs.pop("adapter_names", None)
-        if given is None:
+        requested = kwargs.pop("adapter_names", None)
+        if requested is None:
             yield
             return
-        surgery = surgery_of(self.model)
-        assert surgery is not None
+        attached = attached_to(self.model)
+        assert attached is not None
         inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
         samples = None if inputs is None else inputs.shape[0]
-        names = check_names(given, {*self.peft_config, BASE}, samples, self.training)
-        self._find_samples(surgery)
+        names = check_names(requested, {*self.peft_config, BASE}, samples, self.training)
+        self._find_samples(attached)
         wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
         hook = partial(pass_adapter_names, names, threading.get_ident())
         handles = [wrapper.register_forward_pre_hook(hook, with_kwargs=True) for wrapper in wrappers]
         try:
-            with adapters_by_sample(list(surgery.layers.values()), names):
+            with adapters_by_sample(list(attached.layers.values()), names):
                 yield
         finally:
             for handle in handles:
                 handle.remove()
 
     @reading_once()
-    def _find_samples(self, surgery: Surgery) -> None:
+    def _find_samples(self, attached: Attached) -> None:
         """Find out, the first time, which activations have the samples in dimension 0."""
-        if surgery.samples is None:
+        if attached.samples is None:
             configs: list[Any] = list(self.peft_config.values())
             shape = next((config.input_shape for config in configs if config.input_shape is not None), None)
-            surgery.samples = find_samples(self.model, None if shape is None else tuple(shape), _strip)
-            for name, layer in surgery.layers.items():
-                layer.samples_first = surgery.samples.get(name)
+            attached.samples = find_samples(self.model, None if shape is None else tuple(shape), _strip)
+            for name, layer in attached.layers.items():
+                layer.samples_first = attached.samples.get(name)
 
     # ---- taking it out ----
 
@@ -220,19 +219,19 @@ class CurvatureModel(BaseTuner):
         self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
     ) -> Any:
         check_not_nested(self.model)
-        surgery = surgery_of(self.model)
-        assert surgery is not None
+        attached = attached_to(self.model)
+        assert attached is not None
         if merge:
             _warn_of_merge()
-            for layer in surgery.layers.values():
+            for layer in attached.layers.values():
                 layer.merge(safe_merge, adapter_names)
         unload: Any = super()._unload_and_optionally_merge
         with own_base_layers(self.model):
             model = unload(merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
         if merge:
-            _fix(model)
+            _fix_units(model)
         else:
-            _close(model)
+            _detach(model)
         return model
 
 
@@ -249,7 +248,7 @@ def _warn_of_merge() -> None:
 
 
 def _refuse_to_save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """In the place of a transformers model's `save_pretrained` while it has CT units."""
+    """Stands in for a transformers model's `save_pretrained` while it has CT units."""
     if getattr(model, "_hf_peft_config_loaded", False):  # by its own `add_adapter`: it saves the adapter alone
         return type(model).save_pretrained(model, *args, **kwargs)  # type: ignore[attr-defined]
     raise ValueError(
@@ -263,60 +262,62 @@ def refuse_plain_saving(model: nn.Module) -> None:
     """Keep a model of transformers from being saved as the plain one."""
     plain = plain_model(model)  # a PeftModel below saves its adapters alone
     if hasattr(plain, "save_pretrained"):
-        plain.__dict__["save_pretrained"] = partial(_refuse_to_save, plain)
+        plain.__dict__[_marks.SAVE_PRETRAINED] = partial(_refuse_to_save, plain)
 
 
-# -------------------------------------------------------------------------------------------------------------- surgery
+# ------------------------------------------------------------------------------------------------ attaching, detaching
 
 
-def surgery_of(model: nn.Module) -> Surgery | None:
-    """What was done to `model`, or None."""
-    return model.__dict__.get(_STATE)
+def attached_to(model: nn.Module) -> Attached | None:
+    """The record of what was attached to `model`, or None."""
+    return model.__dict__.get(_marks.CURVATURE)
 
 
-def _make(site: Site, device: torch.device | None) -> Any:
+def _make_layer(site: Site, device: torch.device | None) -> Any:
     return CurvatureLayer(site.name, site.activation, device)
 
 
-def survey_all(model: nn.Module) -> Plan:
+def scan_all(model: nn.Module) -> ScanResult:
     """Every activation of a model, the uses of one module told apart, each with a layer that does nothing yet."""
-    return survey(model, frozenset(ACTIVATIONS), split=True, make=_make)
+    return scan(model, frozenset(ACTIVATIONS), split=True, make_unit=_make_layer)
 
 
 def child_name(key: str) -> str:
     """The name under which a module has the layer of its site `key`."""
-    return "ctu" if key == MODULE else "ctu_" + re.sub(r"\W+", "_", key).strip("_")
+    return _marks.CHILD if key == MODULE else f"{_marks.CHILD}_" + re.sub(r"\W+", "_", key).strip("_")
 
 
-def _open(model: nn.Module) -> None:
+def _attach(model: nn.Module) -> None:
     """Give every activation of the model a layer that does nothing yet."""
-    plan = survey_all(model)
-    operate(plan.swaps, plan.edits)
-    for swap in plan.swaps:
+    result = scan_all(model)
+    apply_patches(result.swaps, result.edits)
+    for swap in result.swaps:
         layer: Any
-        for key, layer in swap.knobs.items():
+        for key, layer in swap.units.items():
             swap.module._modules[child_name(key)] = layer
-    layers = {site.name: layer for site, layer in zip(plan.sites, plan.knobs)}
-    sites = {site.name: site for site in plan.sites}
+    layers = {site.name: layer for site, layer in zip(result.sites, result.units)}
+    sites = {site.name: site for site in result.sites}
     refuse_plain_saving(model)
-    model.__dict__[_STATE] = Surgery([swap.module for swap in plan.swaps], plan.edits, plan.copies, sites, layers)
+    model.__dict__[_marks.CURVATURE] = Attached(
+        [swap.module for swap in result.swaps], result.edits, result.copies, sites, layers
+    )
 
 
-def _close(model: nn.Module) -> None:
-    """Undo `_open`: the model has its own modules and classes again."""
-    surgery = model.__dict__.pop(_STATE)
-    plain_model(model).__dict__.pop("save_pretrained", None)
-    for module in surgery.modules:
-        for key in vars(module).get("_ctu", {}):
+def _detach(model: nn.Module) -> None:
+    """Undo `_attach`: the model has its own modules and classes again."""
+    attached = model.__dict__.pop(_marks.CURVATURE)
+    plain_model(model).__dict__.pop(_marks.SAVE_PRETRAINED, None)
+    for module in attached.modules:
+        for key in vars(module).get(_marks.UNITS, {}):
             module._modules.pop(child_name(key), None)
-    undo(surgery.modules, surgery.edits, surgery.copies)
+    revert_patches(attached.modules, attached.edits, attached.copies)
 
 
-def _fix(model: nn.Module) -> None:
+def _fix_units(model: nn.Module) -> None:
     """Put fixed units where layers with a merged adapter are; peft is not needed to run them."""
-    surgery = model.__dict__.pop(_STATE)
-    made: dict[int, FixedUnit] = {}
-    for module in surgery.modules:
+    attached = model.__dict__.pop(_marks.CURVATURE)
+    fixed: dict[int, FixedUnit] = {}
+    for module in attached.modules:
         for key, layer in list(module._ctu.items()):
             module._modules.pop(child_name(key), None)
             name = layer.adapter_in_use()
@@ -324,10 +325,10 @@ def _fix(model: nn.Module) -> None:
                 module._ctu[key] = Original()
                 continue
             beta, coeff = layer.parameters_of(name)
-            if id(beta) not in made:
-                made[id(beta)] = FixedUnit(beta, coeff, layer.curvature_channels[name], layer.site)
-                module._modules[child_name(key)] = made[id(beta)]
-            module._ctu[key] = made[id(beta)]
+            if id(beta) not in fixed:
+                fixed[id(beta)] = FixedUnit(beta, coeff, layer.curvature_channels[name], layer.site)
+                module._modules[child_name(key)] = fixed[id(beta)]
+            module._ctu[key] = fixed[id(beta)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- sites
@@ -340,21 +341,21 @@ def find_activations(model: nn.Module) -> list[Site]:
         >>> [site.name for site in find_activations(torchvision.models.resnet18())][:3]
         ['relu', 'layer1.0.relu', 'layer1.0.relu#2']
     """
-    surgery = surgery_of(model)
-    return list(surgery.sites.values()) if surgery is not None else survey_all(model).sites
+    attached = attached_to(model)
+    return list(attached.sites.values()) if attached is not None else scan_all(model).sites
 
 
 def _plan(model: nn.Module, config: CurvatureConfig) -> list[tuple[list[str], Channels | None]]:
     """The sites of an adapter, grouped by the parameters they have in common; writes the layout into `config`."""
-    surgery = surgery_of(model)
-    if surgery is None and is_steered(model):
+    attached = attached_to(model)
+    if attached is None and is_steered(model):
         raise ValueError("model: expected one that is not steered, got one that is; remove() its handle first")
-    plan = Plan(sites=list(surgery.sites.values())) if surgery is not None else survey_all(model)
+    result = ScanResult(sites=list(attached.sites.values())) if attached is not None else scan_all(model)
     if config.layout is None:
-        sites = _selected(model, config, plan)
+        sites = _selected(model, config, result)
         by_channel = config.granularity == "channel"
         config.layout = _layout(model, config, sites) if by_channel else dict.fromkeys(site.name for site in sites)
-    known = {site.name: site for site in plan.sites}
+    known = {site.name: site for site in result.sites}
     foreign = [name for name in config.layout if name not in known]
     if foreign:
         raise ValueError(
@@ -369,18 +370,18 @@ def _plan(model: nn.Module, config: CurvatureConfig) -> list[tuple[list[str], Ch
         groups.setdefault(shared or (site.module if config.share == "module" and site.module else name), []).append(
             name
         )
-    result: list[tuple[list[str], Channels | None]] = []
+    placed: list[tuple[list[str], Channels | None]] = []
     for names in groups.values():
         if config.granularity != "channel":
-            result.append((names, None))
+            placed.append((names, None))
             continue
         entries = [None if config.layout[name] is None else Channels(*config.layout[name]) for name in names]
         alike = len(set(entries)) == 1
-        result += [(names, entries[0])] if alike else [([name], entry) for name, entry in zip(names, entries)]
-    return result
+        placed += [(names, entries[0])] if alike else [([name], entry) for name, entry in zip(names, entries)]
+    return placed
 
 
-def _selected(model: nn.Module, config: CurvatureConfig, plan: Plan) -> list[Site]:
+def _selected(model: nn.Module, config: CurvatureConfig, result: ScanResult) -> list[Site]:
     selection = select(config.activations)
     wanted = SimpleNamespace(
         target_modules=r".*" if config.target_modules is None else config.target_modules,
@@ -388,17 +389,19 @@ def _selected(model: nn.Module, config: CurvatureConfig, plan: Plan) -> list[Sit
         modules_to_save=config.modules_to_save,
         target_parameters=None,
     )
-    sites = [site for site in plan.sites if site.activation in selection]
+    sites = [site for site in result.sites if site.activation in selection]
     if not sites:
-        plan.skipped += [Miss(site.name, site.activation, "it is not among the activations") for site in plan.sites]
-        raise ValueError(nothing_found(model, selection, plan))
+        result.skipped += [
+            Unsteered(site.name, site.activation, "it is not among the activations") for site in result.sites
+        ]
+        raise ValueError(nothing_found(model, selection, result))
     chosen = [site for site in sites if check_target_module_exists(wanted, site.name)]
     if not chosen:
         raise ValueError(
             f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} matched no "
             f"activation. Activations of this model: {_some([site.name for site in sites], 8)}"
         )
-    missed = [miss for miss in plan.missed if miss.activation in selection]
+    missed = [miss for miss in result.missed if miss.activation in selection]
     if missed:
         _warn(f"{len(missed)} activations cannot be adapted:\n{listed(missed, limit=10)}")
     return chosen
@@ -420,15 +423,15 @@ def _layout(model: nn.Module, config: CurvatureConfig, sites: list[Site]) -> dic
         raise ValueError(f"no call of the model reaches {_some(unreached)}; give layout, or choose granularity='layer'")
     if unreached:
         _warn(f"no call of the model reaches {_some(unreached)}: they keep their activation")
-    found = {site.name: channels_of(uses[site.name]) for site in sites if site.name in uses}
-    unknown = [name for name, channels in found.items() if channels is None]
+    channels_at = {site.name: channels_of(uses[site.name]) for site in sites if site.name in uses}
+    unknown = [name for name, channels in channels_at.items() if channels is None]
     if unknown:
         calls = "; ".join(f"{name}: {_show(uses[name])}" for name in unknown[:3])
         _warn(
             f"no single dimension holds the channels of {len(unknown)} activations, which get one beta and coeff each "
             f"(layout can say more): {calls}" + "; ..." * (len(unknown) > 3)
         )
-    return {name: None if channels is None else [*channels] for name, channels in found.items()}
+    return {name: None if channels is None else [*channels] for name, channels in channels_at.items()}
 
 
 def _warn(text: str) -> None:
@@ -436,11 +439,11 @@ def _warn(text: str) -> None:
 
 
 def _strip(model: nn.Module) -> None:
-    if surgery_of(model) is not None:
-        _close(model)
+    if attached_to(model) is not None:
+        _detach(model)
 
 
-def _show(uses: list[Use]) -> str:
+def _show(uses: list[SiteCall]) -> str:
     calls = dict.fromkeys((use.shape, "unknown" if use.axis is None else use.axis) for use in uses)
     return ", ".join(f"{shape} with channels in dimension {axis}" for shape, axis in calls)
 

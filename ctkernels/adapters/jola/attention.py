@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..._marks import ATTENTION_FUSION
 from ...functional import attention_head_edit
-from .calls import FUSION, Recording, current
+from .calls import Recording, current
 from .layer import JolaLayer
 from .model import jola_layers
 
@@ -77,15 +78,15 @@ class FusedAttention:
 
     def __init__(self, model: Any, owners: list[tuple[JolaLayer, nn.Module]]):
         self._model = model
-        model.__dict__[FUSION] = self
+        model.__dict__[ATTENTION_FUSION] = self
         self._recordings = [Recording(owner, layer) for layer, owner in owners]
         self.sites = [layer.site for layer, _ in owners]
 
     def remove(self) -> None:
         """Put transformers' `sdpa` back; the edits are made in the projections again."""
-        if self._model.__dict__.get(FUSION) is not self:
+        if self._model.__dict__.get(ATTENTION_FUSION) is not self:
             return
-        del self._model.__dict__[FUSION]
+        del self._model.__dict__[ATTENTION_FUSION]
         for recording in self._recordings:
             recording.stop()
         if self._model.config._attn_implementation == NAME:  # and not another one that was set since

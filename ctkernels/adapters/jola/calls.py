@@ -14,8 +14,6 @@ from typing import Any
 
 from torch import nn
 
-FUSION = "_jola_fusion"  # where a model keeps the handle of `fuse_attention`
-
 
 class Call:
     """One running call of an attention block. `edited`: what the projection `layer` gets next holds its edit."""

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..._marks import ATTENTION_FUSION
 from .._config import saved_shapes
 from .._peft import (
     check_adapter_name,
@@ -27,7 +28,6 @@ from .._peft import (
     pass_adapter_names,
 )
 from .bias import hold_bias
-from .calls import FUSION
 from .config import JolaConfig
 from .coverage import left_out
 from .fold import to_merge
@@ -241,8 +241,8 @@ class JolaModel(BaseTuner):
         for layer in layers:
             layer.unwatch()
         for module in self.model.modules():
-            if FUSION in vars(module):
-                vars(module)[FUSION].remove()
+            if ATTENTION_FUSION in vars(module):
+                vars(module)[ATTENTION_FUSION].remove()
         unload: Any = super()._unload_and_optionally_merge
         with own_base_layers(self.model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All adapters are already merged")  # they are, by the block above

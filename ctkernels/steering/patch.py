@@ -16,17 +16,18 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .activations import Use
-from .class_code import ClassCode
-from .unit import SiteKnobs, Unit, arguments, call_module, runs
+from .. import _marks
+from .activations import ActivationSpec
+from .rewrite import ClassCode
+from .runtime import SiteUnit, call_module, runs
 
 MODULE = ""  # the key of a module's own knobs, where the module itself is the activation
 
 
 class Steered:
-    """What a steered module's class has beyond its original one. ``_ctu``: {key: the knobs of one site}."""
+    """Mixin of every steered module's class. ``_ctu``: {key of a site: its unit}."""
 
-    _ctu: dict[str, SiteKnobs | Unit]
+    _ctu: dict[str, SiteUnit]
     _ctu_base: type[nn.Module]
     _ctu_recipe: tuple[Any, ...]
 
@@ -35,16 +36,14 @@ class Steered:
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[misc]
-        for knobs in self._ctu.values():
-            if isinstance(knobs, SiteKnobs):  # not a child: it is in nobody's state_dict
-                knobs._apply(fn)
+        for unit in self._ctu.values():
+            unit.move(fn)
         return self
 
     def extra_repr(self) -> str:
-        own = super().extra_repr()  # type: ignore[misc]
-        held = {key: knobs.extra_repr() for key, knobs in self._ctu.items() if isinstance(knobs, SiteKnobs)}
-        values = (f"{key}: {shown}" if key else shown for key, shown in held.items())
-        return ", ".join(part for part in (own, *values) if part)
+        units = {key: unit.summary() for key, unit in self._ctu.items()}
+        shown = (f"{key}: {text}" if key else text for key, text in units.items() if text)
+        return ", ".join(part for part in (super().extra_repr(), *shown) if part)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(max(2, int(protocol)))
@@ -54,28 +53,30 @@ class Steered:
         return (_new, cls._ctu_recipe, *reduced[2:])
 
     def __prepare_scriptable__(self) -> Any:
-        """What ``torch.jit.script`` asks first."""
+        """Refuses ``torch.jit.script``, which asks this first."""
         raise TypeError(
             f"torch.jit.script: expected a model that is not steered, got a steered {type(self).__name__}; use torch.export, "
             "torch.compile or torch.jit.trace, or remove() first"
         )
 
 
-class _UnitMixin(Steered):
-    _ctu_use: Use
+class _ActivationMixin(Steered):
+    """For an activation module, which computes its sites itself."""
+
+    _ctu_spec: ActivationSpec
 
     def forward(self, input: Tensor, site: str = MODULE) -> Tensor:
-        knobs = self._ctu[site]
-        if runs(knobs, input):
-            return call_module(self, self._ctu_use, knobs, input)
+        unit = self._ctu[site]
+        if runs(unit, input):
+            return call_module(self, self._ctu_spec, unit, input)
         return super().forward(input)  # type: ignore[misc]
 
     def ctu_arguments(self, x: Tensor, site: str = MODULE) -> dict[str, Any] | None:
-        use, knobs = self._ctu_use, self._ctu[site]
-        if not runs(knobs, x):
+        """:meth:`SiteUnit.ctu_arguments` of a call; None where the unit does not run."""
+        unit, spec = self._ctu[site], self._ctu_spec
+        if not runs(unit, x):
             return None
-        slope = getattr(self, use.slope) if use.slope else None
-        return arguments(knobs, x.device, use.activation, slope)
+        return unit.ctu_arguments(x, spec.activation, getattr(self, spec.slope) if spec.slope is not None else None)
 
 
 class _EncoderLayerMixin(Steered):
@@ -133,7 +134,7 @@ class _ContainerMixin(Steered):
 
 
 class _ModuleDictMixin(_ContainerMixin):
-    """The same for a container whose items have names."""
+    """For a container whose items have names."""
 
     def __iter__(self) -> Any:
         return iter([name for name, _ in self._ctu_items()])
@@ -178,26 +179,26 @@ def steered_class(
     ``children``: the attributes that hold activation modules whose calls are told apart.
     """
     recipe = (base, selection, children)
-    found = _CLASSES.get(recipe)
-    if found is not None:
-        return found
+    cls = _CLASSES.get(recipe)
+    if cls is not None:
+        return cls
     parents: tuple[type, ...]
     if selection is None:
-        parents, namespace = (_UnitMixin, base), {}
+        parents, namespace = (_ActivationMixin, base), {}
     else:
         kind = next((kind for kind in _MIXINS if issubclass(base, kind)), nn.Module)
         mixin = _MIXINS.get(kind, Steered)
         parents, namespace = (mixin, base), dict((code or ClassCode(base, selection, {}, children)).namespace)
         for name in vars(mixin).keys() & dir(kind) if kind in _MIXINS else ():
-            own = inspect.getattr_static(base, name)
-            if own is not inspect.getattr_static(kind, name):  # the user's own way comes first
-                namespace.setdefault(name, own)
+            member = inspect.getattr_static(base, name)
+            if member is not inspect.getattr_static(kind, name):  # the user's own way comes first
+                namespace.setdefault(name, member)
     # The name and module of the original: print(model), wrapping policies and tracers go by them.
     namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    namespace |= {"_ctu_base": base, "_ctu_recipe": recipe}
-    made = types.new_class(base.__name__, parents, exec_body=lambda space: space.update(namespace))
-    _CLASSES[recipe] = made
-    return made
+    namespace |= {_marks.BASE: base, _marks.RECIPE: recipe}
+    cls = types.new_class(base.__name__, parents, exec_body=lambda space: space.update(namespace))
+    _CLASSES[recipe] = cls
+    return cls
 
 
 def _new(*recipe: Any) -> Any:
@@ -206,17 +207,17 @@ def _new(*recipe: Any) -> Any:
     return cls.__new__(cls)  # type: ignore[call-overload]
 
 
-class Swap(NamedTuple):
-    """A module to be steered, and what it is to hold."""
+class ClassSwap(NamedTuple):
+    """A module to be steered: its new class, the units of its sites, and how it is read if it is an activation."""
 
     module: nn.Module
     cls: type
-    knobs: dict[str, SiteKnobs | Unit]
-    use: Use | None
+    units: dict[str, SiteUnit]
+    spec: ActivationSpec | None
 
 
-class Edit(NamedTuple):
-    """An entry of ``owner.__dict__`` or ``owner._modules`` that gets another value."""
+class AttributeEdit(NamedTuple):
+    """A new value for an entry of ``owner.__dict__`` or ``owner._modules``."""
 
     owner: nn.Module
     space: str
@@ -225,7 +226,7 @@ class Edit(NamedTuple):
     new: Any
 
 
-class Copy(NamedTuple):
+class LocalCopy(NamedTuple):
     """A module that stands in for another one in one model only.
 
     Models may share an object without knowing: a default argument, an attribute of a class. ``state``: the original's
@@ -237,54 +238,53 @@ class Copy(NamedTuple):
     state: dict[str, Any]
 
     @classmethod
-    def of(cls, module: nn.Module) -> Copy:
+    def of(cls, module: nn.Module) -> LocalCopy:
         """A copy with the same parameters, buffers and hooks (the very containers of them), and children of its own."""
-        twin = object.__new__(type(module))
-        twin.__dict__.update(module.__dict__, _modules=dict(module._modules))
-        return cls(module, twin, dict(twin.__dict__))
+        copy = object.__new__(type(module))
+        copy.__dict__.update(module.__dict__, _modules=dict(module._modules))
+        return cls(module, copy, dict(copy.__dict__))
 
     def hand_back(self) -> None:
         """Pass on what was done to the copy while it stood in: to its mode, an attribute, a forward of its own."""
         for name, value in self.copy.__dict__.items():
-            if name != "_modules" and name not in _OURS and self.state.get(name, _ABSENT) is not value:
+            if name != "_modules" and name not in _marks.ON_STEERED and self.state.get(name, _ABSENT) is not value:
                 self.original.__dict__[name] = value
         for name in self.state.keys() - self.copy.__dict__.keys():
             self.original.__dict__.pop(name, None)
 
 
 _ABSENT = object()
-_OURS = ("_ctu", "_ctu_use")
 
 
-def operate(swaps: list[Swap], edits: list[Edit]) -> None:
-    """Do everything, or, on an error, nothing."""
+def apply_patches(swaps: list[ClassSwap], edits: list[AttributeEdit]) -> None:
+    """Change the model completely, or, on an error, not at all."""
     done_swaps: list[nn.Module] = []
-    done_edits: list[Edit] = []
+    done_edits: list[AttributeEdit] = []
     try:
         for swap in swaps:
-            swap.module.__dict__["_ctu"] = swap.knobs
-            if swap.use is not None:
-                swap.module.__dict__["_ctu_use"] = swap.use
+            swap.module.__dict__[_marks.UNITS] = swap.units
+            if swap.spec is not None:
+                swap.module.__dict__[_marks.SPEC] = swap.spec
             swap.module.__class__ = swap.cls  # last: another thread may be calling the module
             done_swaps.append(swap.module)
         for edit in edits:
             getattr(edit.owner, edit.space)[edit.name] = edit.new
             done_edits.append(edit)
     except BaseException:
-        undo(done_swaps, done_edits, [])
+        revert_patches(done_swaps, done_edits, [])
         for swap in swaps[len(done_swaps) :]:
-            for name in _OURS:
+            for name in _marks.ON_STEERED:
                 swap.module.__dict__.pop(name, None)
         raise
 
 
-def undo(modules: list[nn.Module], edits: list[Edit], copies: list[Copy]) -> None:
-    """The way back. The model is not touched if something else has changed the class of a module since.
+def revert_patches(modules: list[nn.Module], edits: list[AttributeEdit], copies: list[LocalCopy]) -> None:
+    """Undo :func:`apply_patches`. The model is not touched if something else has changed the class of a module since.
 
     An entry that something else was put into since, a wrapper say, keeps that: what it holds is steered no more.
     """
     for module in modules:
-        if "_ctu_base" not in vars(type(module)):
+        if _marks.BASE not in vars(type(module)):
             raise RuntimeError(
                 f"model: expected every module to have the class that steer() gave it, got {type(module).__name__}; "
                 "first undo what was done to the model since (FSDP, a parametrization)"
@@ -292,7 +292,7 @@ def undo(modules: list[nn.Module], edits: list[Edit], copies: list[Copy]) -> Non
     copied = {id(copy.copy) for copy in copies}  # another thread may be inside of one: it keeps what it runs with
     for module in modules:
         module.__class__ = type(module)._ctu_base  # type: ignore[attr-defined]
-        for name in _OURS if id(module) not in copied else ():
+        for name in _marks.ON_STEERED if id(module) not in copied else ():
             module.__dict__.pop(name, None)
     for edit in reversed(edits):
         space = getattr(edit.owner, edit.space)
@@ -300,12 +300,12 @@ def undo(modules: list[nn.Module], edits: list[Edit], copies: list[Copy]) -> Non
             continue
         old = edit.old
         if isinstance(old, types.MethodType):  # unpickled, it is the steered class's: ask the class it has now
-            own = getattr(old.__self__, old.__func__.__name__)
-            old = old if own == old else own
+            method = getattr(old.__self__, old.__func__.__name__)
+            old = old if method == old else method
         space[edit.name] = old
     for copy in copies:
         copy.hand_back()
 
 
-def _same(found: Any, expected: Any) -> bool:
-    return found is expected or (isinstance(expected, types.MethodType) and found == expected)
+def _same(value: Any, expected: Any) -> bool:
+    return value is expected or (isinstance(expected, types.MethodType) and value == expected)

@@ -1,4 +1,4 @@
-"""Finding every activation of a model. Nothing is run, nothing is changed."""
+"""Finds every activation of a model. Nothing is run, nothing is changed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,20 @@ import torch
 import torch.fx
 from torch import nn
 
-from . import unit
-from .activations import FORMS, FUNCTIONS, METHODS, NearMiss, Use, activation_of, read_module, read_partial
-from .class_code import Call, ClassCode
-from .lookup import is_activation, is_listed, is_torch, known_calls, mentions
-from .reach import reached
-from .surgery import DECIDING, MODULE, Copy, Edit, Steered, Swap, steered_class
+from .activations import (
+    FUNCTIONS,
+    METHODS,
+    SIGNATURES,
+    ActivationSpec,
+    NearMiss,
+    activation_of,
+    read_module,
+    read_partial,
+)
+from .names import is_activation, is_listed, is_torch, known_calls, mentions, reached
+from .patch import DECIDING, MODULE, AttributeEdit, ClassSwap, LocalCopy, Steered, steered_class
+from .rewrite import ActivationCall, ClassCode
+from .runtime import SiteKnobs, SiteUnit, call_function
 
 _PLAIN_MODULE = frozenset(nn.Module().__dict__)
 _LOOKS_LIKE = re.compile("relu|gelu|silu|swish|mish", re.IGNORECASE)
@@ -54,7 +62,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Miss:
+class Unsteered:
     """An activation that is not steered: where, which, and why."""
 
     name: str
@@ -64,40 +72,40 @@ class Miss:
 
 
 @dataclass
-class Plan:
-    """What is to be done to a model, and what was found on the way."""
+class ScanResult:
+    """The activations of a model, and the patches that steer it."""
 
     sites: list[Site] = field(default_factory=list)
-    knobs: list[Any] = field(default_factory=list)
-    missed: list[Miss] = field(default_factory=list)
-    skipped: list[Miss] = field(default_factory=list)
-    swaps: list[Swap] = field(default_factory=list)
-    edits: list[Edit] = field(default_factory=list)
-    copies: list[Copy] = field(default_factory=list)
+    units: list[Any] = field(default_factory=list)
+    missed: list[Unsteered] = field(default_factory=list)
+    skipped: list[Unsteered] = field(default_factory=list)
+    swaps: list[ClassSwap] = field(default_factory=list)
+    edits: list[AttributeEdit] = field(default_factory=list)
+    copies: list[LocalCopy] = field(default_factory=list)
 
 
-def survey(
+def scan(
     model: nn.Module,
     selection: frozenset[str],
     *,
     split: bool = False,
-    make: Callable[[Site, torch.device | None], unit.SiteKnobs | unit.Unit] | None = None,
-) -> Plan:
+    make_unit: Callable[[Site, torch.device | None], SiteUnit] | None = None,
+) -> ScanResult:
     """Find the activations of ``model``.
 
     Args:
         split: tell the uses of a shared activation module apart: a site for each place where it is registered, and for
             each call of it in its parent's code. Otherwise an activation module is one site.
-        make: what gives a site its knobs. Default: :class:`SiteKnobs`.
+        make_unit: makes what computes a site. Default: :class:`SiteKnobs`.
     """
-    return _Survey(model, selection, split, make or _own_knobs).plan
+    return _Scanner(model, selection, split, make_unit or _site_knobs).result
 
 
 @contextmanager
 def reading_once() -> Iterator[None]:
-    """Inside, surveys read each class once: of a model and its copies, whose code cannot change meanwhile.
+    """In this context, scans read each class once: for a model and its copies, whose code cannot change meanwhile.
 
-    Reading is the time that a survey takes, about a second for a model of transformers.
+    Reading takes most of a scan's time, about a second for a model of transformers.
     """
     token = _KEPT.set({})
     try:
@@ -106,16 +114,16 @@ def reading_once() -> Iterator[None]:
         _KEPT.reset(token)
 
 
-def _own_knobs(site: Site, device: torch.device | None) -> unit.SiteKnobs:
-    return unit.SiteKnobs(device)
+def _site_knobs(site: Site, device: torch.device | None) -> SiteKnobs:
+    return SiteKnobs(device)
 
 
-class _Survey:
-    def __init__(self, model: nn.Module, selection: frozenset[str], split: bool, make: Callable[..., Any]) -> None:
-        self.selection, self.split, self.make, self.plan = selection, split, make, Plan()
+class _Scanner:
+    def __init__(self, model: nn.Module, selection: frozenset[str], split: bool, make_unit: Callable[..., Any]) -> None:
+        self.selection, self.split, self.make_unit, self.result = selection, split, make_unit, ScanResult()
         self.root = model
-        self.copies: dict[nn.Module, Copy] = {}  # in use only if something is done to them
-        self.apart: dict[tuple[nn.Module, str], Copy] = {}  # in one place only: {(parent, name there): the copy}
+        self.copies: dict[nn.Module, LocalCopy] = {}  # in use only if something is done to them
+        self.apart: dict[tuple[nn.Module, str], LocalCopy] = {}  # in one place only: {(parent, name there): the copy}
         self.memo: dict[types.FunctionType, bool] = {}
         kept = _KEPT.get()
         self.code: _Code = {} if kept is None else kept
@@ -144,107 +152,111 @@ class _Survey:
         for module in self.names:
             if isinstance(module, DECIDING):
                 self.deciding(module)
-        classes = {swap.module: swap.cls for swap in self.plan.swaps}
+        classes = {swap.module: swap.cls for swap in self.result.swaps}
         for module in self.names:
             self.bound_methods(module, classes)
         self.put_copies()
 
     # -- copies
 
-    def own(self, module: nn.Module) -> nn.Module:
-        """What is changed where ``module`` is: a copy, unless it is the model itself or its weights make it one object.
+    def target(self, module: nn.Module) -> nn.Module:
+        """The module to patch for ``module``: a copy, unless it is the model itself or has weights.
 
         Other models may hold the same activation, and are to stay as they are. Modules with weights are shared on
         purpose where they are shared.
         """
-        if module is self.root or not (isinstance(read_module(module), Use) or _is_stateless(module)):
+        if module is self.root or not (isinstance(read_module(module), ActivationSpec) or _is_stateless(module)):
             return module
         if module not in self.copies:
-            self.copies[module] = Copy.of(module)
+            self.copies[module] = LocalCopy.of(module)
         return self.copies[module].copy
 
     def put_copies(self) -> None:
         """Put the copies that something is done to where the modules are, and those of the modules that hold them."""
-        edited = {(edit.owner, edit.name) for edit in self.plan.edits}
-        changed = {swap.module for swap in self.plan.swaps} | {edit.owner for edit in self.plan.edits}
-        used = {module: found.copy for module, found in self.copies.items() if found.copy in changed}
+        edited = {(edit.owner, edit.name) for edit in self.result.edits}
+        changed = {swap.module for swap in self.result.swaps} | {edit.owner for edit in self.result.edits}
+        used = {module: pair.copy for module, pair in self.copies.items() if pair.copy in changed}
         todo = [*used, *(module for parent, name in self.apart if (module := parent._modules[name]) is not None)]
         references: dict[tuple[nn.Module, str], tuple[Any, Any]] = {}
         while todo:
             holders = {parent for module in todo for _, parent, _ in self.places.get(module, ())}
             for module in self.names:
                 for attribute, value in vars(module).items():
-                    if attribute not in _PLAIN_MODULE and (self.own(module), attribute) not in edited:
+                    if attribute not in _PLAIN_MODULE and (self.target(module), attribute) not in edited:
                         new = _with_copies(value, used)
                         if new is not value:
                             references[module, attribute] = value, new
                             holders.add(module)
-            todo = [module for module in holders if self.own(module) is not module and module not in used]
-            used |= {module: self.own(module) for module in todo}
+            todo = [module for module in holders if self.target(module) is not module and module not in used]
+            used |= {module: self.target(module) for module in todo}
         for (module, attribute), (value, new) in references.items():
-            self.plan.edits.append(Edit(self.own(module), "__dict__", attribute, value, new))
+            self.result.edits.append(AttributeEdit(self.target(module), "__dict__", attribute, value, new))
         for parent in self.names:
             for child, module in parent._modules.items():
                 apart = self.apart.get((parent, child))
                 new = apart.copy if apart is not None else used.get(module)  # type: ignore[arg-type]
                 if new is not None:
-                    self.plan.edits.append(Edit(self.own(parent), "_modules", child, module, new))
-        self.plan.copies += [self.copies[module] for module in used] + list(self.apart.values())
+                    self.result.edits.append(AttributeEdit(self.target(parent), "_modules", child, module, new))
+        self.result.copies += [self.copies[module] for module in used] + list(self.apart.values())
 
     # -- one module
 
     def module(self, name: str, aliases: tuple[str, ...], module: nn.Module) -> None:
         read = read_module(module)
-        if isinstance(read, Use):
+        if isinstance(read, ActivationSpec):
             self.activation_module(name, aliases, module, read)
             return
-        before = len(self.plan.sites), len(self.plan.missed), len(self.plan.skipped)
-        keys: dict[str, unit.SiteKnobs | unit.Unit] = {}
+        before = len(self.result.sites), len(self.result.missed), len(self.result.skipped)
+        units: dict[str, SiteUnit] = {}
         code = self.class_code(module)
         if code is not None:
-            self.calls(name, aliases, module, code, keys)
+            self.calls(name, aliases, module, code, units)
         for attribute, value in list(vars(module).items()):
             if attribute not in _PLAIN_MODULE:
-                self.attribute(name, module, attribute, value, keys)
-        if keys or (code is not None and any(code.repeats.values())):
-            self.swap(module, keys, code)
-        found = before != (len(self.plan.sites), len(self.plan.missed), len(self.plan.skipped))
-        self.near_miss(name, module, read, found)
+                self.attribute(name, module, attribute, value, units)
+        if units or (code is not None and any(code.repeats.values())):
+            self.swap(module, units, code)
+        has_records = before != (len(self.result.sites), len(self.result.missed), len(self.result.skipped))
+        self.near_miss(name, module, read, has_records)
 
-    def swap(self, module: nn.Module, keys: dict[str, unit.SiteKnobs | unit.Unit], code: ClassCode | None) -> None:
+    def swap(self, module: nn.Module, units: dict[str, SiteUnit], code: ClassCode | None) -> None:
         cls = steered_class(type(module), self.selection, code.children if code else frozenset(), code)
-        self.plan.swaps.append(Swap(self.own(module), cls, keys, None))
+        self.result.swaps.append(ClassSwap(self.target(module), cls, units, None))
 
-    def activation_module(self, name: str, aliases: tuple[str, ...], module: nn.Module, use: Use) -> None:
-        if use.activation not in self.selection:
-            self.skip(name, use.activation, f"{use.activation!r} is not among the selected activations")
+    def activation_module(self, name: str, aliases: tuple[str, ...], module: nn.Module, spec: ActivationSpec) -> None:
+        if spec.activation not in self.selection:
+            self.record_skipped(name, spec.activation, f"{spec.activation!r} is not among the selected activations")
             return
         if "forward" in vars(module):
-            self.miss(name, use.activation, "its forward is overridden on the instance")
+            self.record_missed(name, spec.activation, "its forward is overridden on the instance")
             return
-        own = self.own(module)
+        target = self.target(module)
         if not self.split:
-            self.swap_activation(Site(name, "module", use.activation, type(module).__name__, aliases), own, use)
+            self.swap_activation(Site(name, "module", spec.activation, type(module).__name__, aliases), target, spec)
             return
         places = self.places.get(module)
         if not places:  # the model itself, or held where no name leads to
-            self.swap_activation(Site(name, "module", use.activation, type(module).__name__, module=name), own, use)
+            self.swap_activation(
+                Site(name, "module", spec.activation, type(module).__name__, module=name), target, spec
+            )
             return
-        for number, (place, owner, child) in enumerate(places):
+        for number, (path, owner, child) in enumerate(places):
             if number:
-                self.apart[owner, child] = Copy.of(module)
-                own = self.apart[owner, child].copy
+                self.apart[owner, child] = LocalCopy.of(module)
+                target = self.apart[owner, child].copy
             code = self.class_code(owner)
             repeats = code.repeats.get(child, []) if code is not None and not _overridden(code, owner) else []
-            site = Site(place, "module", use.activation, type(module).__name__, module=places[0][0])
-            self.swap_activation(site, own, use, repeats)
+            site = Site(path, "module", spec.activation, type(module).__name__, module=places[0][0])
+            self.swap_activation(site, target, spec, repeats)
 
-    def swap_activation(self, site: Site, module: nn.Module, use: Use, repeats: Sequence[Call] = ()) -> None:
-        knobs = {MODULE: self.site(site)}
+    def swap_activation(
+        self, site: Site, module: nn.Module, spec: ActivationSpec, repeats: Sequence[ActivationCall] = ()
+    ) -> None:
+        units = {MODULE: self.add_site(site)}
         for call in repeats:
-            again = replace(site, name=f"{site.name}{call.key}", kind="call", where=call.where)
-            knobs[call.key] = self.site(again)
-        self.plan.swaps.append(Swap(module, steered_class(type(module), None), knobs, use))
+            repeat = replace(site, name=f"{site.name}{call.key}", kind="call", where=call.where)
+            units[call.key] = self.add_site(repeat)
+        self.result.swaps.append(ClassSwap(module, steered_class(type(module), None), units, spec))
 
     def calls(
         self,
@@ -252,91 +264,93 @@ class _Survey:
         aliases: tuple[str, ...],
         module: nn.Module,
         code: ClassCode,
-        keys: dict[str, unit.SiteKnobs | unit.Unit],
+        units: dict[str, SiteUnit],
     ) -> None:
-        own = _overridden(code, module)
+        overridden = _overridden(code, module)
         for call in code.calls:
             label = _join(name, f"{call.key}:{call.activation}")
-            if own:
-                self.miss(label, call.activation, f"{own[0]} is overridden on the instance", call.where)
+            if overridden:
+                self.record_missed(label, call.activation, f"{overridden[0]} is overridden on the instance", call.where)
                 continue
             if call.attribute in vars(module):  # looked at where it is
                 continue
             others = tuple(_join(alias, f"{call.key}:{call.activation}") for alias in aliases)
             kind = type(module).__name__
-            keys[call.key] = self.site(Site(label, "functional", call.activation, kind, others, call.where))
-        for records, found in ((self.plan.missed, code.missed), (self.plan.skipped, code.skipped)):
-            records += [Miss(_label(name, call), call.activation, call.reason, call.where) for call in found]
+            units[call.key] = self.add_site(Site(label, "functional", call.activation, kind, others, call.where))
+        for records, calls in ((self.result.missed, code.missed), (self.result.skipped, code.skipped)):
+            records += [Unsteered(_label(name, call), call.activation, call.reason, call.where) for call in calls]
 
-    def attribute(self, name: str, module: nn.Module, attribute: str, value: Any, keys: dict[str, Any]) -> None:
+    def attribute(self, name: str, module: nn.Module, attribute: str, value: Any, units: dict[str, Any]) -> None:
         label = _join(name, attribute)
         call = value.func if isinstance(value, functools.partial) else value
         if is_listed(call, FUNCTIONS):
-            form, activation = FUNCTIONS[call], activation_of(call)
+            function_name, activation = FUNCTIONS[call], activation_of(call)
             if activation not in self.selection:
-                self.skip(label, activation, f"{activation!r} is not among the selected activations")
+                self.record_skipped(label, activation, f"{activation!r} is not among the selected activations")
                 return
             key = f".{attribute}"
-            owner = self.own(module)
-            steered = functools.partial(unit.call_function, owner, key, form, call)
+            owner = self.target(module)
+            steered = functools.partial(call_function, owner, key, function_name, call)
             if isinstance(value, functools.partial):
                 if read_partial(value) is None:
-                    self.skip(label, activation, "its arguments put it outside the family")
+                    self.record_skipped(label, activation, "its arguments put it outside the family")
                     return
                 steered = functools.partial(steered, *value.args, **value.keywords)
             kind = type(module).__name__
-            keys[key] = self.site(Site(f"{label}:{activation}", "functional", activation, kind))
-            self.plan.edits.append(Edit(owner, "__dict__", attribute, value, steered))
+            units[key] = self.add_site(Site(f"{label}:{activation}", "functional", activation, kind))
+            self.result.edits.append(AttributeEdit(owner, "__dict__", attribute, value, steered))
         elif isinstance(call, types.FunctionType) and not is_torch(call.__module__) and mentions(call, self.memo):
             for caller, target, line in known_calls(call, self.memo):
                 where = f"{caller.__code__.co_filename}:{line}"
-                self.miss(label, activation_of(target), f"the attribute holds the function {call.__qualname__}", where)
+                self.record_missed(
+                    label, activation_of(target), f"the attribute holds the function {call.__qualname__}", where
+                )
         else:
-            for place, held in _held(value):
-                self.hidden(f"{label}{place}", held)
+            for suffix, held in _held(value):
+                self.hidden(f"{label}{suffix}", held)
 
     def hidden(self, label: str, held: Any) -> None:
-        """Something in a list, tuple or dict, or a module that is not registered."""
+        """Reads an item of a list, tuple or dict, or a module that is not registered."""
         if isinstance(held, nn.Module) and held not in self.names:
             self.names[held] = [label]
             read = read_module(held)
-            if isinstance(read, Use):
+            if isinstance(read, ActivationSpec):
                 self.activation_module(label, (), held, read)
                 return
-            inside = {read.activation for m in held.modules() if isinstance(read := read_module(m), Use)}
+            inside = {read.activation for m in held.modules() if isinstance(read := read_module(m), ActivationSpec)}
             for activation in sorted(inside):
-                self.miss(label, activation, "it is in a module that is not registered as a submodule")
+                self.record_missed(label, activation, "it is in a module that is not registered as a submodule")
         elif not isinstance(held, nn.Module) and is_activation(held):
-            self.miss(label, activation_of(held), "the function is held in a container")
+            self.record_missed(label, activation_of(held), "the function is held in a container")
 
-    def near_miss(self, name: str, module: nn.Module, read: NearMiss | None, found: bool) -> None:
+    def near_miss(self, name: str, module: nn.Module, read: NearMiss | None, has_records: bool) -> None:
         kind = type(module).__name__
-        if read is not None and not (read.family and found):
+        if read is not None and not (read.family and has_records):
             activation = read.activation or kind.lower()
             if read.activation:
-                self.miss(name, activation, read.reason)
+                self.record_missed(name, activation, read.reason)
             elif read.family:
-                self.plan.missed.append(Miss(name, activation, read.reason))
+                self.result.missed.append(Unsteered(name, activation, read.reason))
             else:
-                self.skip(name, activation, read.reason)
-        elif not found and _LOOKS_LIKE.search(kind) and not module._modules:
+                self.record_skipped(name, activation, read.reason)
+        elif not has_records and _LOOKS_LIKE.search(kind) and not module._modules:
             reason = f"{kind} is named like an activation, but its code has no call that is known"
-            records = self.plan.missed if "relu" in kind.lower() else self.plan.skipped
-            records.append(Miss(name, kind.lower(), reason))
+            records = self.result.missed if "relu" in kind.lower() else self.result.skipped
+            records.append(Unsteered(name, kind.lower(), reason))
 
     def bound_methods(self, module: nn.Module, classes: dict[nn.Module, type]) -> None:
         """``self.act = self._relu`` holds the method as it was: it is to hold the copy."""
         for attribute, value in vars(module).items():
             if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
-                name, holder = value.__func__.__name__, self.own(value.__self__)
+                name, holder = value.__func__.__name__, self.target(value.__self__)
                 method = getattr(classes.get(holder), name, None)
                 if isinstance(method, types.FunctionType) and method is not value.__func__:
                     new = types.MethodType(method, holder)
-                    self.plan.edits.append(Edit(self.own(module), "__dict__", attribute, value, new))
+                    self.result.edits.append(AttributeEdit(self.target(module), "__dict__", attribute, value, new))
 
     def deciding(self, module: nn.Module) -> None:
         """A module of torch that takes another way, past the activations, where it knows them."""
-        swapped = {swap.module for swap in self.plan.swaps}
+        swapped = {swap.module for swap in self.result.swaps}
         below = any(self.copies[m].copy in swapped if m in self.copies else m in swapped for m in module.modules())
         if below and module not in swapped:
             self.swap(module, {}, self.class_code(module))
@@ -346,17 +360,21 @@ class _Survey:
     def scripted(self, name: str, module: torch.jit.ScriptModule) -> None:
         graph = str(getattr(module, "inlined_graph", ""))
         for operator in sorted(set(re.findall(r"aten::(\w+)", graph))):
-            if operator.rstrip("_") in FORMS:
-                self.miss(_join(name, operator), FORMS[operator.rstrip("_")].activation, "it is in a scripted module")
+            if operator.rstrip("_") in SIGNATURES:
+                self.record_missed(
+                    _join(name, operator), SIGNATURES[operator.rstrip("_")].activation, "it is in a scripted module"
+                )
 
     def graph(self, name: str, module: torch.fx.GraphModule) -> None:
         for node in module.graph.nodes:
-            form = node.target if node.op == "call_method" and node.target in METHODS else None
+            function_name = node.target if node.op == "call_method" and node.target in METHODS else None
             if node.op == "call_function" and is_listed(node.target, FUNCTIONS):
-                form = FUNCTIONS[node.target]
-            if form is not None:
-                activation = FORMS[form.rstrip("_")].activation
-                self.miss(_join(name, node.name), activation, "a traced graph calls it: steer first, trace then")
+                function_name = FUNCTIONS[node.target]
+            if function_name is not None:
+                activation = SIGNATURES[function_name.rstrip("_")].activation
+                self.record_missed(
+                    _join(name, node.name), activation, "a traced graph calls it: steer first, trace then"
+                )
 
     # -- records
 
@@ -381,20 +399,20 @@ class _Survey:
 
     def _is_splittable(self, module: nn.Module | None) -> bool:
         read = None if module is None else read_module(module)
-        return isinstance(read, Use) and read.activation in self.selection and "forward" not in vars(module)
+        return isinstance(read, ActivationSpec) and read.activation in self.selection and "forward" not in vars(module)
 
-    def site(self, site: Site) -> unit.SiteKnobs | unit.Unit:
-        knobs = self.make(site, self.device)
-        self.plan.sites.append(site)
-        self.plan.knobs.append(knobs)
-        return knobs
+    def add_site(self, site: Site) -> SiteUnit:
+        unit = self.make_unit(site, self.device)
+        self.result.sites.append(site)
+        self.result.units.append(unit)
+        return unit
 
-    def miss(self, name: str, activation: str, reason: str, where: str = "") -> None:
+    def record_missed(self, name: str, activation: str, reason: str, where: str = "") -> None:
         if activation in self.selection:
-            self.plan.missed.append(Miss(name, activation, reason, where))
+            self.result.missed.append(Unsteered(name, activation, reason, where))
 
-    def skip(self, name: str, activation: str, reason: str) -> None:
-        self.plan.skipped.append(Miss(name, activation, reason))
+    def record_skipped(self, name: str, activation: str, reason: str) -> None:
+        self.result.skipped.append(Unsteered(name, activation, reason))
 
 
 def is_steered(model: nn.Module) -> bool:
@@ -405,7 +423,7 @@ def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _label(name: str, call: Call) -> str:
+def _label(name: str, call: ActivationCall) -> str:
     return _join(name, f"{call.key}:{call.activation}")
 
 
@@ -419,7 +437,7 @@ def _held(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_stateless(module: nn.Module) -> bool:
-    """Whether no part of ``module`` has a parameter or a buffer."""
+    """True if no part of ``module`` has a parameter or a buffer."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
     tensors = (tensor for part in module.modules() for tensor in (*part._parameters.values(), *part._buffers.values()))
@@ -434,14 +452,14 @@ def _with_copies(value: Any, copies: dict[nn.Module, nn.Module], depth: int = 3)
         holder = _with_copies(value.__self__, copies, 0)
         return value if holder is value.__self__ else types.MethodType(value.__func__, holder)
     if depth and type(value) in (list, tuple):
-        held = [_with_copies(item, copies, depth - 1) for item in value]
-        return value if all(new is old for new, old in zip(held, value)) else type(value)(held)
+        items = [_with_copies(item, copies, depth - 1) for item in value]
+        return value if all(new is old for new, old in zip(items, value)) else type(value)(items)
     if depth and type(value) in (dict, OrderedDict):
-        held = [_with_copies(item, copies, depth - 1) for item in value.values()]
-        return value if all(new is old for new, old in zip(held, value.values())) else type(value)(zip(value, held))
+        items = [_with_copies(item, copies, depth - 1) for item in value.values()]
+        return value if all(new is old for new, old in zip(items, value.values())) else type(value)(zip(value, items))
     if depth and isinstance(value, functools.partial):
-        found = _with_copies((value.func, value.args, value.keywords), copies, depth)
-        return value if found is value else functools.partial(found[0], *found[1], **found[2])
+        parts = _with_copies((value.func, value.args, value.keywords), copies, depth)
+        return value if parts is value else functools.partial(parts[0], *parts[1], **parts[2])
     return value
 
 

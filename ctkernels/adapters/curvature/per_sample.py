@@ -1,4 +1,4 @@
-"""An adapter of its own for every sample of a batch: who has which, while a forward pass runs.
+"""One adapter per sample of a batch: the names that are in use while a forward pass runs.
 
 The names are in a context variable, not on the layers: a forward pass in another thread has its own.
 """
@@ -32,8 +32,8 @@ def adapters_by_sample(layers: Sequence[Any], names: list[str]) -> Iterator[None
 
 def names_for(layer: Any) -> list[str] | None:
     """The adapters of the samples that `layer` is called with; None outside of `adapters_by_sample`."""
-    found = _NAMES.get()
-    return None if found is None else found.get(layer)
+    names = _NAMES.get()
+    return None if names is None else names.get(layer)
 
 
 def index_of(names: list[str], used: list[str], x: Tensor, site: str, samples_first: bool | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What names in a function's code stand for, read without running it."""
+"""Resolves names in function code, and the functions that code reaches, without running it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,29 @@ import functools
 import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from .activations import FORMS, FUNCTIONS, METHODS, MODULES, OUTSIDE, SPACES, Use, activation_of, read_module
+from .activations import (
+    FUNCTIONS,
+    METHODS,
+    MODULES,
+    NAMESPACES,
+    OUTSIDE,
+    SIGNATURES,
+    ActivationSpec,
+    activation_of,
+    read_module,
+)
 
 UNKNOWN: Any = object()
 CLAMPS = ("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_")
 _BY_NAME = {"getattr", "vars", "__dict__"}
 _NAMING = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler, ast.MatchAs, ast.MatchStar)
-_CLASSES = {path.rpartition(".")[2] for path, row in MODULES.items() if isinstance(row, Use)}
+_CLASSES = {path.rpartition(".")[2] for path, row in MODULES.items() if isinstance(row, ActivationSpec)}
 _WORDS = {*FUNCTIONS.values(), *OUTSIDE.values(), *CLAMPS, *_CLASSES}
 
 
@@ -30,7 +40,7 @@ def is_torch(module_name: str | None) -> bool:
 
 
 def lookup(function: types.FunctionType, name: str) -> Any:
-    """What a name that is not local to ``function`` stands for now, or UNKNOWN."""
+    """The present value of a name that is not local to ``function``, or UNKNOWN."""
     code = function.__code__
     if name in code.co_freevars:
         try:
@@ -41,7 +51,7 @@ def lookup(function: types.FunctionType, name: str) -> Any:
 
 
 def member(target: Any, name: str) -> Any:
-    """``target.name`` where reading it runs no code of a stranger: in modules and classes."""
+    """``target.name`` if reading it runs no foreign code, as in modules and classes; else UNKNOWN."""
     if isinstance(target, types.ModuleType):
         return vars(target).get(name, UNKNOWN)
     if isinstance(target, (type, torch._ops.OpOverloadPacket)):
@@ -59,13 +69,13 @@ def is_listed(target: Any, table: dict[Any, str]) -> bool:
 def is_activation(target: Any) -> bool:
     """A function of torch that is an activation, a partial of one, or a module that is one and lives outside the model."""
     if isinstance(target, nn.Module):
-        return isinstance(read_module(target), Use)
+        return isinstance(read_module(target), ActivationSpec)
     return is_listed(target.func if isinstance(target, functools.partial) else target, FUNCTIONS)
 
 
-def is_space(target: Any) -> bool:
+def is_namespace(target: Any) -> bool:
     """A module or class of torch in which a function or a class of it may be looked up by its name."""
-    return any(target is space for space in (*SPACES, nn))
+    return any(target is space for space in (*NAMESPACES, nn))
 
 
 def default_values(function: types.FunctionType) -> list[Any]:
@@ -83,9 +93,9 @@ def code_names(code: types.CodeType) -> set[str]:
 
 
 def mentions(function: types.FunctionType, memo: dict[types.FunctionType, bool]) -> bool:
-    """Whether ``function``, or a function outside torch that it names, can contain an activation call.
+    """True if ``function``, or a function outside torch that it names, may contain an activation call.
 
-    Decided from bytecode, cheaply; it may say yes where the source then shows none, never the reverse.
+    A cheap test of the bytecode. It may be true where the source shows no call, never the reverse.
     """
     seen: set[types.FunctionType] = set()
     todo = [function]
@@ -99,7 +109,7 @@ def mentions(function: types.FunctionType, memo: dict[types.FunctionType, bool])
         seen.add(current)
         names = code_names(current.__code__)
         targets = [*named(current, names), *default_values(current), getattr(current, "__wrapped__", None)]
-        by_name = bool(names & _BY_NAME) and ("functional" in names or any(map(is_space, targets)))
+        by_name = bool(names & _BY_NAME) and ("functional" in names or any(map(is_namespace, targets)))
         by_name = by_name or ("getattr" in names and any(method in current.__code__.co_consts for method in METHODS))
         if names & _WORDS or by_name or any(is_activation(t) or hidden_activations(t) for t in targets):
             memo[function] = memo[current] = True
@@ -113,7 +123,7 @@ def hidden_activations(target: Any) -> list[str]:
     """The activations in a scripted function, or in a list, tuple or dict of functions and modules."""
     if isinstance(target, torch.jit.ScriptFunction):
         operators = {name.rstrip("_") for name in re.findall(r"aten::(\w+)", str(target.inlined_graph))}
-        return sorted(FORMS[name].activation for name in operators & set(FORMS))
+        return sorted(SIGNATURES[name].activation for name in operators & set(SIGNATURES))
     held = target.values() if isinstance(target, dict) else target if isinstance(target, (list, tuple)) else ()
     return sorted({activation_of(value) for value in held if is_activation(value)})
 
@@ -152,7 +162,7 @@ def known_calls(
 
 
 def bound_names(tree: ast.AST) -> tuple[set[str], dict[str, Any]]:
-    """The names that a function, or one nested in it, binds; and, apart, what its own import statements bind."""
+    """(names bound by a function or one nested in it, {name: value} of those that only its import statements bind)."""
     bound: set[str] = set()
     imported: dict[str, Any] = {}
     for node in ast.walk(tree):
@@ -174,11 +184,49 @@ def bound_names(tree: ast.AST) -> tuple[set[str], dict[str, Any]]:
 
 
 def named(function: types.FunctionType, names: set[str]) -> Iterator[Any]:
-    """What the names that are in the code of ``function`` may stand for."""
+    """The values that ``names``, from the code of ``function``, may have."""
     for name in names:
         target = lookup(function, name)
         yield target
         if isinstance(target, types.ModuleType) and not is_torch(target.__name__):
             yield from (member(target, attribute) for attribute in names)
         elif isinstance(target, type) and not is_torch(target.__module__):
-            yield from (found for attribute in names if callable(found := target.__dict__.get(attribute)))
+            yield from (value for attribute in names if callable(value := target.__dict__.get(attribute)))
+
+
+def reached(classes: Iterable[type]) -> set[types.FunctionType]:
+    """The functions that the forwards of ``classes`` may call: an upper bound.
+
+    Methods are found by name: ``x.embed(...)`` reaches every ``embed`` of ``classes``, whatever ``x`` is. What is not
+    reached loads, saves or converts a model, and is no part of what it computes.
+    """
+    by_name: dict[str, list[types.FunctionType]] = {}
+    for base in {base for cls in classes for base in cls.__mro__ if not is_torch(base.__module__)}:
+        for name, value in vars(base).items():
+            function = _plain(value)
+            if function is not None:
+                by_name.setdefault(name, []).append(function)
+    reachable: set[types.FunctionType] = set()
+    todo = [f for name, functions in by_name.items() if "forward" in name or name == "__call__" for f in functions]
+    while todo:
+        current = todo.pop()
+        if current in reachable or is_torch(current.__module__):
+            continue
+        reachable.add(current)
+        names = code_names(current.__code__)
+        for target in (*named(current, names), *default_values(current), getattr(current, "__wrapped__", None)):
+            function = _plain(target)
+            if function is not None:
+                todo.append(function)
+        for name in names:
+            todo += by_name.get(name, ())
+    return reachable
+
+
+def _plain(value: Any) -> types.FunctionType | None:
+    """The function behind a class's attribute or a global."""
+    if isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    return value if isinstance(value, types.FunctionType) else None

@@ -1,0 +1,27 @@
+"""Hooks, and code put on an instance: what may run between a call of a module and the forward of its class."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_CALL = nn.Module.__call__
+
+
+class FusedForward:
+    """Base of the forwards that :func:`fuse` puts on modules that it reads."""
+
+
+def is_open(module: nn.Module) -> bool:
+    """True if a call of ``module`` runs its class's forward, or the one that :func:`fuse` gave it, and nothing else."""
+    if isinstance(module, torch.jit.ScriptModule) or type(module).__call__ is not _CALL:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    attributes = module.__dict__
+    forward = attributes.get("forward")
+    return (
+        (forward is None or isinstance(forward, FusedForward))
+        and "_compiled_call_impl" not in attributes
+        and "_call_impl" not in attributes
+    )

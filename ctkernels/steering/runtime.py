@@ -1,0 +1,177 @@
+"""Runtime of steered models: the replacements for activation calls."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from .. import functional
+from ..nn import Knobs, records_grad
+from .activations import ACTIVATIONS, SIGNATURES, ActivationSpec
+
+
+class SiteUnit:
+    """Base of whatever computes a site in the place of its activation.
+
+    A call is ``unit(x, activation, slope, inplace)``; ``activation`` is a name of ``ACTIVATIONS``.
+
+    Attributes:
+        active: if False, the original activation runs.
+    """
+
+    active: bool = True
+    __call__: Callable[..., Tensor]
+
+    def ctu_arguments(self, x: Tensor, activation: str, slope: float | Tensor | None) -> dict[str, Any] | None:
+        """Keyword arguments for :func:`ctkernels.functional.ctu`; None if only the call itself can compute the site.
+
+        Of ``x`` only the device is that of the unit's input: in a fused call it is the input of the layer before.
+        """
+        return None
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Applies ``nn.Module._apply``'s function. A unit that is registered as a child moves by itself."""
+
+    def summary(self) -> str:
+        """For the repr of the module at whose site the unit is; a registered child has a line of its own."""
+        return ""
+
+
+class SiteKnobs(SiteUnit, Knobs):
+    """One site's fixed (beta, coeff). Not registered anywhere, and so in no ``state_dict``."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__(persistent=False, device=device)
+
+    def __call__(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
+        values = self._buffers  # not self.beta, which is looked up in Python
+        return call_ctu(x, ctu_arguments(values["beta"], values["coeff"], activation, slope), inplace)
+
+    def ctu_arguments(self, x: Tensor, activation: str, slope: float | Tensor | None) -> dict[str, Any]:
+        values = self._buffers
+        return ctu_arguments(values["beta"], values["coeff"], activation, slope)
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self._apply(fn)
+
+    def summary(self) -> str:
+        return self.extra_repr()
+
+
+def ctu_arguments(
+    beta: Any, coeff: Any, activation: str, slope: float | Tensor | None, channel_dim: int | None = None
+) -> dict[str, Any]:
+    """Keyword arguments for :func:`ctkernels.functional.ctu` at a site."""
+    if slope is None:
+        slope = 0.01
+    elif isinstance(slope, Tensor) and slope.numel() > 1:
+        channel_dim = 1
+    return {
+        "beta": beta,
+        "coeff": coeff,
+        "channel_dim": channel_dim,
+        "activation": ACTIVATIONS[activation].op,
+        "negative_slope": slope,
+    }
+
+
+def call_ctu(x: Tensor, arguments: dict[str, Any], inplace: bool) -> Tensor:
+    """The CT unit in the place of an activation call, which may be in place."""
+    if inplace and records_grad(x, *arguments.values()):
+        # The backward needs the input that is overwritten. Leaving it alone would be cheaper, and wrong where the
+        # overwritten tensor is read again: the skip connection of a pix2pix U-Net concatenates it.
+        return x.copy_(functional.ctu(x.clone(), **arguments))
+    return functional.ctu(x, inplace=inplace, **arguments)
+
+
+def runs(unit: SiteUnit, x: Any) -> bool:
+    """True if ``unit``, and not the original activation, computes ``x``. A ReLU of integers stays the original."""
+    if not unit.active:
+        return False
+    if isinstance(x, Tensor):
+        return x.is_floating_point()
+    return isinstance(x, torch.fx.Proxy)  # of a tracer that looks into the module: refused where it is computed
+
+
+# ---- activation modules ------------------------------------------------------------------------------------------------
+
+
+def call_module(module: Any, spec: ActivationSpec, unit: SiteUnit, x: Tensor) -> Tensor:
+    """``unit`` in the place of the activation module ``module``."""
+    slope = getattr(module, spec.slope) if spec.slope is not None else None
+    return unit(x, spec.activation, slope, spec.inplace and module.inplace)
+
+
+def call_global(owner: Any, key: str, spec: ActivationSpec, module: Any, x: Tensor) -> Tensor:
+    """``module(x)``, for an activation module that is not part of the model."""
+    unit = owner._ctu.get(key)
+    return call_module(module, spec, unit, x) if unit is not None and runs(unit, x) else module(x)
+
+
+# ---- activation functions ----------------------------------------------------------------------------------------------
+
+
+def call_function(owner: Any, key: str, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``function(*args, **kwargs)`` by the unit that ``owner`` keeps under ``key``.
+
+    ``name``: of the function, with the underscore at the end of one that works in place.
+    """
+    unit = owner._ctu.get(key)
+    if unit is None:  # the instance has something else under the name that its class has an activation under
+        return function(*args, **kwargs)
+    signature = SIGNATURES[name.rstrip("_")]
+    call = signature.read(*args, **kwargs)
+    if call is None:
+        return function(*args, **kwargs)
+    if isinstance(call.x, (torch.fx.Proxy, StandIn)):
+        target = SteeredCall(owner, key, name, function)
+        return call.x.tracer.create_proxy("call_function", target, args, kwargs)
+    if not runs(unit, call.x):
+        return function(*args, **kwargs)
+    return unit(call.x, signature.activation, call.slope, call.inplace or name.endswith("_"))
+
+
+def call_partial(owner: Any, key: str, name: str, partial: Any, *args: Any, **kwargs: Any) -> Any:
+    """``partial(*args, **kwargs)``, for a ``functools.partial`` of an activation function."""
+    return call_function(owner, key, name, partial.func, *partial.args, *args, **{**partial.keywords, **kwargs})
+
+
+def call_method(owner: Any, key: str, name: str, x: Any, *args: Any) -> Any:
+    """``x.relu(*args)``, where x may turn out to be no tensor."""
+    return call_function(owner, key, name, functools.partial(_method, name), x, *args)
+
+
+def _method(name: str, x: Any, *args: Any) -> Any:
+    return getattr(x, name)(*args)
+
+
+# ---- graphs of steered code --------------------------------------------------------------------------------------------
+
+
+class StandIn:
+    """Base of what stands for a tensor while code is read as a graph, beside ``torch.fx.Proxy``; ``tracer`` records calls."""
+
+    tracer: Any
+
+
+class SteeredCall:
+    """A steered function call as a node of a graph: a function of its arguments that keeps owner and key."""
+
+    __name__ = "steered_call"  # what generated code calls it
+
+    def __init__(self, owner: Any, key: str, name: str, function: Callable[..., Any]) -> None:
+        self.owner, self.key, self.name, self.function = owner, key, name, function
+        self.activation = SIGNATURES[name.rstrip("_")].activation
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return call_function(self.owner, self.key, self.name, self.function, *args, **kwargs)
+
+    def ctu_arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+        """:meth:`SiteUnit.ctu_arguments` of this call; None for one outside the family, or where the unit does not run."""
+        call, unit = SIGNATURES[self.name.rstrip("_")].read(*args, **kwargs), self.owner._ctu[self.key]
+        return unit.ctu_arguments(call.x, self.activation, call.slope) if call and unit.active else None
