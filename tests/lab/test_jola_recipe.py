@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from ctkernels import cli
-from ctkernels.lab.jola import METHODS, Answering, Cell, Example, TextData, compare_methods, draw
+from ctkernels.lab.experiment import weights_path
+from ctkernels.lab.jola import METHODS, Answering, Example, RunResult, TextData, compare_methods, draw
 from ctkernels.lab.jola import metrics as scores
 
 transformers = pytest.importorskip("transformers")
@@ -24,8 +25,7 @@ pytest.importorskip("accelerate")
 tokenizers = pytest.importorskip("tokenizers")
 
 from ctkernels.lab.jola import load_language_model, restored, save_report, scoring  # noqa: E402
-from ctkernels.lab.jola.soundness import weights_path  # noqa: E402
-from ctkernels.lab.jola.training import Budget  # noqa: E402
+from ctkernels.lab.jola.training import TrainingConfig  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def _examples(count, choices=("fruit", "colour")):
 
 
 DATA = TextData(_examples(80))
-SMALL = {"train": 16, "val": 8, "test": 12, "budget": Budget(epochs=2, batch_size=4), "progress": False}
+SMALL = {"train": 16, "val": 8, "test": 12, "training": TrainingConfig(epochs=2, batch_size=4), "progress": False}
 GRIDS = {"jola": {"lr": [0.05], "gate_lr": [0.05, 0.5]}, "lora": {"lr": [0.01, 0.03], "rank": [2]}}
 
 
@@ -174,7 +174,7 @@ def test_the_protocol_from_end_to_end(tiny, tmp_path):
     result = compare_methods(model, tokenizer, DATA, out=tmp_path, **options)
     assert result.methods == ["zero-shot", "lora", "jola"]
     for name in ("lora", "jola"):
-        cells = [c for c in result.cells if c.method == name]
+        cells = [c for c in result.runs if c.method == name]
         assert [(c.seed, c.test is not None) for c in cells].count((0, True)) == 1  # the test is for the chosen alone
         assert len(cells) == 3  # two settings on the first seed, the chosen one on the second
         chosen = result.tested(name)
@@ -198,7 +198,7 @@ def test_the_protocol_from_end_to_end(tiny, tmp_path):
     again = compare_methods(model, tokenizer, DATA, **options)
     assert _without_times(again) == _without_times(result)
     third = compare_methods(model, tokenizer, DATA, out=tmp_path, **options)
-    assert third.cells == result.cells
+    assert third.runs == result.runs
     with pytest.raises(ValueError, match=r"another set-up \(different: sizes\)"):
         compare_methods(model, tokenizer, DATA, out=tmp_path, **{**options, "train": 17})
     # the tested weights come back, and the report is written
@@ -210,6 +210,38 @@ def test_the_protocol_from_end_to_end(tiny, tmp_path):
     save_report(result, model, tokenizer, [e.prompt for e in tested], tmp_path)
     assert (tmp_path / "gates.png").stat().st_size > 5000
     assert "of 8 heads edited" in (tmp_path / "edits.txt").read_text()
+
+
+def test_loggers_get_the_loss_and_the_validation_of_every_run(tiny, tmp_path, monkeypatch):
+    """A logger of the Trainer by name, as TensorBoard's is."""
+    from transformers.integrations import integration_utils
+
+    from ctkernels.lab.jola import training
+
+    said = []
+
+    class Recorder(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            said.append((args.run_name, set(logs)))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Recorder)
+    monkeypatch.setattr(training, "get_available_reporting_integrations", lambda: ["recorder"])
+    options = {**SMALL, "methods": ["lora"], "seeds": [0], "grids": {"lora": {"lr": [0.01], "rank": [2]}}}
+    logged = compare_methods(*tiny, DATA, out=tmp_path, report_to=["recorder"], **options)
+    assert {name for name, _ in said} == {"lora-0-lr=0.01-rank=2"}
+    assert sum("loss" in keys for _, keys in said) == 2 * 4  # a step of four examples out of sixteen, twice
+    assert sum({"eval_loss", "eval_accuracy"} <= keys for _, keys in said) == 2
+    assert _without_times(logged) == _without_times(compare_methods(*tiny, DATA, **options))
+
+
+def test_tensorboard_writes_beside_the_result(tiny, tmp_path):
+    if "tensorboard" not in transformers.integrations.get_available_reporting_integrations():
+        pytest.skip("no TensorBoard is installed")
+    options = {**SMALL, "methods": ["lora"], "seeds": [0], "grids": {"lora": {"lr": [0.01], "rank": [2]}}}
+    compare_methods(*tiny, DATA, out=tmp_path, report_to=["tensorboard"], **options)
+    (events,) = (tmp_path / "logs/lora-0-lr=0.01-rank=2").rglob("events.out.tfevents*")
+    assert events.stat().st_size > 500
+    assert b"eval/accuracy" in events.read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +306,9 @@ def test_damaged_weights_are_not_put_back(tiny, finished, tmp_path):
 
 
 def test_settings_that_agree_to_six_digits_have_files_of_their_own(tmp_path):
-    cells = [Cell("lora", 0, {"lr": lr, "rank": 2}, 1) for lr in (0.01, 0.0100000001)]
+    cells = [
+        RunResult(method="lora", seed=0, setting={"lr": lr, "rank": 2}, parameters=1) for lr in (0.01, 0.0100000001)
+    ]
     names = [weights_path(tmp_path, cell).name for cell in cells]
     assert names == ["lora-0-lr=0.01-rank=2.safetensors", "lora-0-lr=0.0100000001-rank=2.safetensors"]
 
@@ -295,14 +329,14 @@ def test_free_text_is_generated_and_scored(tiny):
 
 
 def test_the_verdict_is_honest():
-    from ctkernels.lab.jola import Cell, MethodComparison
+    from ctkernels.lab.jola import MethodComparison
 
     def made(own, other):
-        cells = tuple(
-            Cell(name, 0, {}, 1, test={"accuracy": 100 * sum(each) / len(each)}, each=each)
+        runs = tuple(
+            RunResult(method=name, seed=0, setting={}, test={"accuracy": 100 * sum(each) / len(each)}, each=each)
             for name, each in (("jola", own), ("lora", other))
         )
-        return MethodComparison(cells, {"methods": {"lora": {}, "jola": {}}, "seeds": [0]}, "accuracy").verdict()
+        return MethodComparison(runs, {"methods": {"lora": {}, "jola": {}}, "seeds": [0]}).verdict()
 
     assert made([1.0] * 50, [1.0, 0.0] * 25).startswith(
         "jola was better than every other method here: 100.0 against 50.0"
@@ -319,8 +353,9 @@ def test_the_verdict_is_honest():
         ({"methods": []}, "got none"),
         ({"seeds": []}, "seeds must be one or more numbers"),
         ({"schedule": "falling"}, "schedule must be one of"),
-        ({"grids": {"jola": {"rank": [1]}}}, r"grid: jola has \['gate_lr', 'lr'\], not \['rank'\]"),
-        ({"grids": {"jola": {"lr": [-1]}}}, r"grid: jola.lr must be one or more positive numbers, got \[-1\]"),
+        ({"grids": {"jola": {"rank": [1]}}}, r"grids: jola has the settings \['lr', 'gate_lr'\], got \['rank'\]"),
+        ({"grids": {"jola": {"lr": [-1]}}}, r"grids: jola.lr must be one or more positive numbers, got \[-1\]"),
+        ({"report_to": ["a notebook"]}, r"report_to must be some of the loggers .*, got \['a notebook'\]"),
         ({"train": 500}, "500 training and 8 validation examples were asked for"),
     ],
 )

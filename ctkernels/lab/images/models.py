@@ -72,8 +72,8 @@ def find_model(name: str) -> Callable[[bool], nn.Module]:
     if name.startswith(f"{TRANSFORMERS}:") and name != f"{TRANSFORMERS}:":
         return functools.partial(_from_transformers, name.partition(":")[2])
     if colon and library not in LIBRARIES:
-        make = find_factory(name)
-        return lambda pretrained: make()
+        build = find_factory(name, nn.Module, "model")
+        return lambda pretrained: build()
     return _from_library(library, short)
 
 

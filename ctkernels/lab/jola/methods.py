@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._extras import require
-
-Setting = Mapping[str, float]
+from ..experiment import Method, Setting
 
 
 @dataclass(frozen=True)
@@ -36,35 +34,6 @@ class Attached:
             raise ValueError(f"saved weights do not fit: expected {sorted(trained)[:2]}, got {sorted(state)[:2]}")
         for name, parameter in trained.items():
             parameter.copy_(state[name])
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to adapt a model.
-
-    Attributes:
-        name: as in tables and on the command line.
-        summary: one line about it.
-        grid: values to try, by name; every combination is one setting. Every method has four by default.
-        attach: ``attach(model, setting, schedule)``, a context manager that gives an :class:`Attached` and leaves the
-            model as it was. None: the model is not trained.
-    """
-
-    name: str
-    summary: str
-    grid: Mapping[str, Sequence[float]]
-    attach: Callable[..., Any] | None
-
-    def settings(self, grid: Mapping[str, Sequence[float]] | None = None) -> list[dict[str, float]]:
-        """All combinations of the grid, with ``grid``'s values in place of the method's own."""
-        unknown = sorted(set(grid or ()) - set(self.grid))
-        if unknown:
-            raise ValueError(f"grid: {self.name} has {sorted(self.grid)}, not {unknown}")
-        values = {**self.grid, **(grid or {})}
-        for name, own in values.items():
-            if not own or any(not value > 0 for value in own):
-                raise ValueError(f"grid: {self.name}.{name} must be one or more positive numbers, got {list(own)}")
-        return [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
 
 
 @contextmanager
@@ -148,8 +117,8 @@ def bitfit(model: nn.Module, setting: Setting, schedule: str = "exponential") ->
         for module in bare:
             module.bias = None
         with torch.no_grad():
-            for owner, own in kept.items():
-                for key, value in own.items():
+            for owner, biases in kept.items():
+                for key, value in biases.items():
                     owner._parameters[key].copy_(value)  # type: ignore[union-attr]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before[name])
@@ -159,6 +128,7 @@ def _is_bias(name: str) -> bool:
     return name == "bias" or name.endswith("_bias")
 
 
+# ``attach(model, setting, schedule)`` is a context manager that gives an :class:`Attached` and leaves the model as it was.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (

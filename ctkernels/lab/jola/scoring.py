@@ -1,4 +1,4 @@
-"""What a model makes of prompts: the probability of answers, the best of several choices, generated text."""
+"""Scoring: the likelihood of answers, multiple choice, generated text."""
 
 from __future__ import annotations
 

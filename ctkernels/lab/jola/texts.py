@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._extras import require
+from ..._factories import find_factory
 from ..._files import parse_json
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
@@ -71,7 +72,7 @@ class TextData:
 
 
 @dataclass(frozen=True)
-class Draw:
+class Split:
     """One seed's examples."""
 
     train: tuple[Example, ...]
@@ -79,7 +80,7 @@ class Draw:
     test: tuple[Example, ...]
 
 
-def draw(data: TextData, seed: int, *, train: int = 200, val: int = 100, test: int | None = 300) -> Draw:
+def draw(data: TextData, seed: int, *, train: int = 200, val: int = 100, test: int | None = 300) -> Split:
     """Draw training and validation examples for a seed; the test examples are the same for every seed.
 
     Args:
@@ -121,7 +122,7 @@ def draw(data: TextData, seed: int, *, train: int = 200, val: int = 100, test: i
         validated = list(data.val)
         random.Random(f"val {seed}").shuffle(validated)
         validated = validated[:val]
-    return Draw(tuple(pool[:train]), tuple(validated), tuple(tested))
+    return Split(tuple(pool[:train]), tuple(validated), tuple(tested))
 
 
 def _encodable(text: str) -> bool:
@@ -138,6 +139,8 @@ def _shown(text: str) -> str:
 
 def read_texts(path: str | os.PathLike[str]) -> TextData:
     """Read prompts with answers from a file, or from a folder with ``train``, ``val`` and ``test`` files.
+
+    ``"package.module:function"`` or ``"file.py:function"`` is a function that takes nothing and returns them.
 
     Files are JSONL, CSV or Parquet (``.jsonl``, ``.csv``, ``.parquet``), text in UTF-8, with the columns ``prompt`` and
     ``answer`` and, if answers are to be chosen, ``choices``: a list, or in CSV a JSON list or words between ``|``. Other
@@ -157,9 +160,13 @@ def read_texts(path: str | os.PathLike[str]) -> TextData:
 
 
 def find_texts(path: str | os.PathLike[str]) -> Callable[[], TextData]:
-    """What :func:`read_texts` will do, found out without reading any examples. ValueError if there are none."""
+    """The function by which :func:`read_texts` will read, found without reading any examples. ValueError for none."""
     root = Path(path)
     if not root.is_file() and not root.is_dir():
+        if str(path) == "wordnet":
+            raise ValueError("data: wordnet is now examples.data:wordnet, to be had in a clone of the repository")
+        if ":" in str(path):
+            return find_factory(str(path), TextData, "data")
         raise ValueError(f"data must be a {', '.join(SUFFIXES)} file or a folder of such; {root} does not exist")
     if root.is_file():
         if root.suffix.lower() not in READERS:
