@@ -46,7 +46,7 @@ def check_least(config: Any, **least: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringConfig:
-    """How a frozen network is steered, and how its features are read.
+    """Settings for steering a frozen network and reading its features.
 
     Args:
         betas: in [0, 1]; the plain network always takes part. Default 0.70 to 1.00 in steps of 0.01.
@@ -87,7 +87,7 @@ class SteeringConfig:
             check_probe(kind, self.l2)
 
     def _probe(self) -> str | None:
-        """Which probe reads the features; None for none."""
+        """The kind of probe that reads the features; None for none."""
         return "logistic"
 
     @property

@@ -105,7 +105,7 @@ class TrainingLog:
     """Validation metrics after every epoch, and what was trained at the best one.
 
     Attributes:
-        better_by: what makes one epoch better than another.
+        better_by: metrics by which epochs are compared.
         epochs: metrics, all of them finite.
         best: number of the best epoch, from 1; of equals the first.
         state: copies of what was trained, at the best epoch.
@@ -161,12 +161,12 @@ class RunResult:
 
     @property
     def where(self) -> tuple[str, ...]:
-        """What was compared on what; runs that share it differ in seed or setting."""
+        """Names of what was compared; runs that share them differ in seed or setting."""
         return (self.method,)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What no two runs of a result share."""
+        """Identifies a run within a result."""
         return (*self.where, self.seed, tuple(sorted(self.setting.items())))
 
     @property
@@ -189,7 +189,7 @@ C = TypeVar("C", bound="ComparisonResult[Any]")
 
 
 def weights_path(folder: str | os.PathLike[str], run: RunResult) -> Path:
-    """Where a comparison in ``folder`` keeps what a run trained."""
+    """The file in which a comparison in ``folder`` keeps what a run trained."""
     return Path(folder) / "weights" / run.filename
 
 
@@ -213,7 +213,7 @@ class ComparisonResult(Result, Generic[R]):
 
     @property
     def better_by(self) -> BetterBy:
-        """What makes one validation better than another."""
+        """Metrics by which validations are compared."""
         return BY_ACCURACY
 
     def tested(self, *where: str) -> list[R]:
@@ -225,7 +225,7 @@ class ComparisonResult(Result, Generic[R]):
         return [r for r in self.runs if r.where == where and r.seed == self.setup["seeds"][0]]
 
     def contradiction(self, run: R) -> str | None:
-        """What in a run does not agree with the rest of it; None if nothing."""
+        """A sentence about what in a run does not agree with the rest of it; None if all does."""
         try:
             ranks = [rank(epoch, self.better_by) for epoch in run.epochs]
             if bool(ranks) != bool(run.setting) or not all(math.isfinite(value) for r in ranks for value in r):
@@ -238,7 +238,7 @@ class ComparisonResult(Result, Generic[R]):
             return f"it is damaged ({error!r})"
 
     def wrong_scores(self, run: R) -> str | None:
-        """What in a run's scores does not add up; None if nothing. May raise for damaged values."""
+        """A sentence about scores of a run that do not add up; None if they do. May raise for damaged values."""
         raise NotImplementedError
 
     def entries(self) -> dict[str, Any]:
@@ -298,7 +298,7 @@ class ComparisonResult(Result, Generic[R]):
 
 
 class Task(Protocol):
-    """What one experiment does differently from another, on one model and one data set.
+    """The part of an experiment that the engine does not know, on one model and one data set.
 
     Nothing has to be ready before :meth:`train` or :meth:`test` is called: a finished comparison calls neither.
     """

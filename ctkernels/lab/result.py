@@ -1,4 +1,4 @@
-"""What all results share: one JSON format, the versions behind the numbers, and aligned tables of text."""
+"""The base of all results: one JSON format, the versions behind the numbers, and aligned tables of text."""
 
 from __future__ import annotations
 

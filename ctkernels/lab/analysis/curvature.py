@@ -171,8 +171,8 @@ def scalar_of(model: Callable[[Tensor], Tensor], quantity: str, labels: Tensor) 
         logits = model(x)
         if quantity == "loss":
             return functional.cross_entropy(logits, labels, reduction="none")
-        own = logits.gather(1, labels[:, None])[:, 0]
-        return own if quantity == "logit" else own - (logits.sum(1) - own) / (logits.shape[1] - 1)
+        logit = logits.gather(1, labels[:, None])[:, 0]
+        return logit if quantity == "logit" else logit - (logits.sum(1) - logit) / (logits.shape[1] - 1)
 
     return value
 
@@ -262,7 +262,7 @@ def curvature_profile(
     batch_size: int = 32,
     **steering: Any,
 ) -> CurvatureProfile:
-    """How curved and how steep a classifier is around data, as it is and at several betas.
+    """Measure how curved and how steep a classifier is around data, as it is and at several betas.
 
     A network of piecewise-linear units has no curvature in its logits at beta = 1 but for pooling and normalisation; a
     ReLU's bends, being of measure zero, do not show. Loss adds the softmax's.

@@ -1,4 +1,4 @@
-"""What several commands ask for in the same words, and how such options are read."""
+"""Options that several commands share, and what they are turned into."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ...cli import option_types as types
 from ...cli.errors import OptionError, Parser
+from .. import _distributed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def image_data(text: str) -> str:
-    """Where labelled images come from, see :func:`ctkernels.lab.load_data`."""
+    """A source of labelled images, see :func:`ctkernels.lab.load_data`."""
     from ..images.data import find_data
 
     return types.checked(find_data)(text)
@@ -65,13 +65,13 @@ def command_parser(command: str, summary: str, examples: str) -> Parser:
 
 
 def add_image_data(p: argparse.ArgumentParser, nargs: str | None = None, more: str = "") -> None:
-    """The images, or several sets of them."""
+    """Add the positional argument for images, or for several sets of them."""
     text = f"folder of images, .npz file, digits, torchvision:NAME, or a factory module:function{more}"
     p.add_argument("data", nargs=nargs, type=image_data, help=text)
 
 
 def add_network_options(p: argparse.ArgumentParser, betas: str) -> argparse._ArgumentGroup:
-    """The network, where it is steered, and what is read from it; ``betas`` are the default ones."""
+    """Add the network, where it is steered, and what is read from it; ``betas`` are the default ones."""
     network = p.add_argument_group("network")
     network.add_argument(
         "--model", required=True, type=network_name, help="torchvision name, timm:NAME, or factory module:function"
@@ -102,7 +102,7 @@ def add_network_options(p: argparse.ArgumentParser, betas: str) -> argparse._Arg
 
 
 def add_image_options(p: argparse.ArgumentParser) -> None:
-    """How images are made ready and split."""
+    """Add how images are made ready and split."""
     images = p.add_argument_group("images")
     option(images, "--size", types.PIXELS, 224, "pixels that the network sees")
     images.add_argument(
@@ -127,7 +127,7 @@ def add_image_options(p: argparse.ArgumentParser) -> None:
 
 
 def add_training_options(p: argparse.ArgumentParser) -> None:
-    """How methods are trained."""
+    """Add how methods are trained."""
     training = p.add_argument_group("training")
     option(training, "--epochs", types.COUNT, 20, "the best is kept")
     option(training, "--batch-size", types.COUNT, 32, "images per step")
@@ -155,11 +155,16 @@ def add_training_options(p: argparse.ArgumentParser) -> None:
 
 
 def add_running_options(
-    p: argparse.ArgumentParser, out: str, seed: str = "", batch_size: int | None = None, memory_limit: bool = False
+    p: argparse.ArgumentParser,
+    out: str,
+    seed: str = "",
+    batch_size: int | None = None,
+    workers: bool = True,
+    memory_limit: bool = False,
 ) -> argparse._ArgumentGroup:
-    """Where results go, and what is shown meanwhile.
+    """Add where results go, and how the command runs.
 
-    With ``seed``, which says of what, a seed and a device; with ``batch_size``, its default, how images are read.
+    ``seed`` says what the seed is of (empty: no seed, no device); ``batch_size`` is the default (None: no such option).
     """
     running = p.add_argument_group("running")
     if seed:
@@ -169,7 +174,8 @@ def add_running_options(
         )
     if batch_size:
         option(running, "--batch-size", types.COUNT, batch_size, "images at once")
-    option(running, "--workers", types.WORKERS, 0, "processes that decode images")
+    if workers:
+        option(running, "--workers", types.WORKERS, 0, "processes that decode images")
     if memory_limit:
         option(running, "--memory-limit", types.SIZE, "2GiB", "for features kept at once")
     option(running, "--out", types.OUT, out, "folder for the results")
@@ -178,7 +184,7 @@ def add_running_options(
 
 
 def plain_preprocess(arguments: argparse.Namespace) -> Preprocess:
-    """What :func:`add_image_options` asks for, with ImageNet's mean and deviation."""
+    """The preprocessing of :func:`add_image_options`, with ImageNet's mean and deviation."""
     from ... import lab
 
     if arguments.resize is not None and arguments.resize < arguments.size:
@@ -196,42 +202,49 @@ def load_network(arguments: argparse.Namespace) -> nn.Module:
     return lab.load_model(arguments.model, arguments.weights)
 
 
-def load_images(arguments: argparse.Namespace) -> tuple[Splits, ImageSet, ImageSet, ImageSet]:
-    """The data set, and its images for training, validation and test, as yet unprepared.
+class Inputs(NamedTuple):
+    """A network, a data set, and its images prepared for the network."""
+
+    model: nn.Module
+    splits: Splits
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+    preprocess: Preprocess
+
+
+def load_inputs(arguments: argparse.Namespace) -> Inputs:
+    """Load what network, data and image options ask for.
 
     The test images are the same for every seed and command, so that what was trained on the others can be tested on them.
     """
     from ... import lab
 
-    splits = lab.load_data(arguments.data)
-    return splits, *splits.complete(
-        val=arguments.val,
-        test=arguments.test,
-        seed=arguments.seed,
-        test_seed=0,
-        max_train=arguments.max_train,
-        max_test=arguments.max_test,
-    )
-
-
-def preprocess_for(arguments: argparse.Namespace, train: ImageSet) -> Preprocess:
-    """What :func:`add_image_options` asks for; the mean and deviation may be those of ``train``."""
-    from ... import lab
-
     preprocess = plain_preprocess(arguments)
-    return lab.normalised_like(preprocess, train) if arguments.normalise == "target" else preprocess
+    model, splits = load_network(arguments), lab.load_data(arguments.data)
+    limits = {name: getattr(arguments, name) for name in ("val", "test", "max_train", "max_test")}
+    parts = splits.complete(**limits, seed=arguments.seed, test_seed=0)
+    if arguments.normalise == "target":
+        preprocess = lab.normalised_like(preprocess, parts[0])
+    train, val, test = (part.prepared(preprocess) for part in parts)
+    return Inputs(model, splits, train, val, test, preprocess)
 
 
-def save_result(
-    result: Any, out: Path, arguments: argparse.Namespace, splits: Splits, train: ImageSet, preprocess: Preprocess
-) -> None:
-    """``out/result.json``, with what it takes to repeat the run."""
-    result.save(
-        out / "result.json",
-        **record_of(arguments),
-        data={"source": splits.source, "classes": list(train.classes), "preprocess": dataclasses.asdict(preprocess)},
-    )
-    print(f"\nsaved {out / 'result.json'}")
+def running(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Device and progress, as functions take them."""
+    device = arguments.device or _distributed.launched_device()
+    return {"device": device, "progress": not arguments.no_progress}
+
+
+def tell_result(result: Any, arguments: argparse.Namespace, inputs: Inputs, line: str = "") -> None:
+    """Print a result, and save it with what it takes to repeat the run."""
+    train, val, test = (len(part) for part in (inputs.train, inputs.val, inputs.test))
+    print(f"{inputs.splits.source}: {train} train, {val} validation, {test} test images{line}")
+    print(f"\n{result.table()}\n\n{result.verdict()}")
+    preprocess = dataclasses.asdict(inputs.preprocess)
+    data = {"source": inputs.splits.source, "classes": list(inputs.train.classes), "preprocess": preprocess}
+    result.save(arguments.out / "result.json", **record_of(arguments), data=data)
+    print(f"\nsaved {arguments.out / 'result.json'}")
 
 
 def config_of(kind: type[T], arguments: argparse.Namespace, **values: Any) -> T:
@@ -250,7 +263,7 @@ def transfer_config(arguments: argparse.Namespace) -> TransferConfig:
 
 
 def record_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a result file says about the command."""
+    """Entries of a result file about the command."""
     return {"command": arguments.command, "options": chosen_options(arguments)}
 
 

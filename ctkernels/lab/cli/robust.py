@@ -16,12 +16,10 @@ from .options import (
     add_running_options,
     command_parser,
     config_of,
-    load_images,
-    load_network,
+    load_inputs,
     option,
-    plain_preprocess,
-    preprocess_for,
-    save_result,
+    running,
+    tell_result,
 )
 
 if TYPE_CHECKING:
@@ -116,13 +114,12 @@ def parser() -> argparse.ArgumentParser:
     option(conditions, "--val-attacks", _attacks, "apgd-ce", "to choose beta with; standard for the ensemble")
     option(conditions, "--iterations", types.COUNT, 100, "of the attacks")
     option(conditions, "--queries", types.COUNT, 5000, "of Square")
-    option(conditions, "--max-attacked", types.COUNT, 1000, "attack at most so many images of a set")
-    add_running_options(p, "out/robust", "of everything random", 64)
+    option(conditions, "--max-attacked", types.COUNT, 1000, "attack at most N images of a set", metavar="N")
+    add_running_options(p, "out/robust", "of everything random", 64, workers=False)
     return p
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from .. import _distributed
     from ..robustness.attacks import Threat
     from ..robustness.evaluate import RobustnessConfig, robustness
 
@@ -131,25 +128,18 @@ def run(arguments: argparse.Namespace) -> int:
     folders = dict(arguments.adapter)
     if len(folders) < len(arguments.adapter):
         raise OptionError(f"--adapter must have different names, got {[name for name, _ in arguments.adapter]}")
-    plain_preprocess(arguments)
-    model = load_network(arguments)
-    splits, train, val, test = load_images(arguments)
-    trained = {name: load_adapter(model, name, folder, splits, arguments.test) for name, folder in folders.items()}
-    preprocess = preprocess_for(arguments, train)
-    train, val, test = (part.prepared(preprocess) for part in (train, val, test))
+    inputs = load_inputs(arguments)
+    model, splits, train, val, test, preprocess = inputs
     result = robustness(
         model,
         train if arguments.head == "probe" else None,
         val,
         test,
         replace(config, mean=preprocess.mean, std=preprocess.std),
-        trained=trained,
-        device=arguments.device or _distributed.launched_device(),
-        progress=not arguments.no_progress,
+        trained={name: load_adapter(model, name, folder, splits, arguments.test) for name, folder in folders.items()},
+        **running(arguments),
     )
-    print(f"{splits.source}: {len(train)} train, {len(val)} validation, {len(test)} test images")
-    print(f"\n{result.table()}\n\n{result.verdict()}")
-    save_result(result, arguments.out, arguments, splits, train, preprocess)
+    tell_result(result, arguments, inputs)
     return 0
 
 

@@ -13,12 +13,10 @@ from .options import (
     add_running_options,
     command_parser,
     config_of,
-    load_images,
-    load_network,
+    load_inputs,
     option,
-    plain_preprocess,
-    preprocess_for,
-    save_result,
+    running,
+    tell_result,
 )
 
 SUMMARY = """\
@@ -64,27 +62,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from .. import _distributed
     from ..search.strategies import StrategyConfig, search_betas
 
     if arguments.storage is not None and arguments.strategy != "bayesian":
         raise OptionError(f"--storage must go with --strategy bayesian, got --strategy {arguments.strategy}")
-    plain_preprocess(arguments)
     config = config_of(StrategyConfig, arguments)
-    model = load_network(arguments)
-    splits, train, val, test = load_images(arguments)
-    preprocess = preprocess_for(arguments, train)
-    train, val, test = (part.prepared(preprocess) for part in (train, val, test))
-    result = search_betas(
-        model,
-        train,
-        val,
-        test,
-        config,
-        device=arguments.device or _distributed.launched_device(),
-        progress=not arguments.no_progress,
-    )
-    print(f"{splits.source}: {len(train)} train, {len(val)} validation, {len(test)} test images")
-    print(f"\n{result.table()}\n\n{result.verdict()}")
-    save_result(result, arguments.out, arguments, splits, train, preprocess)
+    inputs = load_inputs(arguments)
+    result = search_betas(inputs.model, inputs.train, inputs.val, inputs.test, config, **running(arguments))
+    tell_result(result, arguments, inputs)
     return 0

@@ -13,12 +13,10 @@ from .options import (
     add_running_options,
     command_parser,
     config_of,
-    load_images,
-    load_network,
+    load_inputs,
     option,
-    plain_preprocess,
-    preprocess_for,
-    save_result,
+    running,
+    tell_result,
 )
 
 SUMMARY = """\
@@ -81,27 +79,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not arguments.no_plot:
         require("matplotlib.figure", "lab", "the plot")
-    plain_preprocess(arguments)
     config = config_of(SearchConfig, arguments)
-    model = load_network(arguments)
-    splits, train, val, test = load_images(arguments)
-    preprocess = preprocess_for(arguments, train)
-    train, val, test = (part.prepared(preprocess) for part in (train, val, test))
-    result = lab.search_beta(
-        model,
-        train,
-        val,
-        test,
-        config,
-        device=arguments.device or _distributed.launched_device(),
-        progress=not arguments.no_progress,
-    )
+    inputs = load_inputs(arguments)
+    result = lab.search_beta(inputs.model, inputs.train, inputs.val, inputs.test, config, **running(arguments))
     if _distributed.launched_rank() == 0:
-        print(f"{splits.source}: {len(train)} train, {len(val)} validation, {len(test)} test images")
-        print(f"{arguments.model}: {len(result.sites)} activations steered; features: {result.feature_layer}")
-        print(f"\n{result.table()}\n")
-        print(result.verdict())
-        save_result(result, arguments.out, arguments, splits, train, preprocess)
+        line = f"\n{arguments.model}: {len(result.sites)} activations steered; features: {result.feature_layer}"
+        tell_result(result, arguments, inputs, line)
         if not arguments.no_plot:
             path = arguments.out / "accuracy_vs_beta.png"
             lab.plot(result, path, title=f"{arguments.model} on {Path(arguments.data).name}")

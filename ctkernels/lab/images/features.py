@@ -1,4 +1,4 @@
-"""Frozen features: where they are taken, and one pass over the data for several settings of a network."""
+"""Frozen features: the hook point where they are read, and one pass over the data for several settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .._distributed import Group
 
 @dataclass(frozen=True)
 class HookPoint:
-    """Where features are taken: the ``side`` ("input" or "output") of the submodule called ``layer`` ("": all)."""
+    """A place to read features: the ``side`` ("input" or "output") of the submodule ``layer`` ("": the network)."""
 
     layer: str
     side: str
@@ -52,7 +52,7 @@ class HookPoint:
 
 
 def find_hook_point(model: nn.Module, example: Tensor, feature_layer: str | None = None) -> HookPoint:
-    """Choose where features are taken.
+    """Choose the hook point at which features are read.
 
     The output of ``feature_layer`` if given. Else the input of the classifier: ``model.get_classifier()`` where the
     network has one (timm), otherwise the last ``nn.Linear`` that runs, if the network's output has its shape. Else the

@@ -145,8 +145,8 @@ class Splits:
             val, test: fractions to cut, used only where there is no such split.
             seed: of the cuts and samples.
             test_seed: of those of the test images. Default: ``seed``.
-            max_train: at most so many images for training and for the validation that is cut off them.
-            max_test: at most so many images for test.
+            max_train: the most images for training and for the validation that is cut off them.
+            max_test: the most images for test.
 
         Raises:
             ValueError: a fraction or limit out of range, or too few images of a class.
@@ -362,8 +362,8 @@ def stratified_order(labels: Tensor, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
-    place = torch.empty(len(labels), dtype=torch.float64)
+    position = torch.empty(len(labels), dtype=torch.float64)
     for label in labels.unique():
         members = (labels[shuffled] == label).nonzero()[:, 0]
-        place[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
-    return shuffled[place.argsort(stable=True)]
+        position[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+    return shuffled[position.argsort(stable=True)]

@@ -20,7 +20,7 @@ Row = tuple[tuple[int, ...], tuple[int, ...]]  # tokens of a prompt, tokens that
 
 @dataclass(frozen=True)
 class Answering:
-    """How prompts become tokens and answers are found.
+    """Settings for turning prompts into tokens and finding answers.
 
     Args:
         separator: put between prompt and answer, unless the one ends or the other begins with white space.
@@ -146,8 +146,8 @@ def log_probabilities(
         for i, key in enumerate(some):
             for number in sharing[key]:
                 target = torch.tensor(rows[number][1])
-                own = logs[i, keep - len(target) :].gather(-1, target.unsqueeze(-1))
-                found[number] = float(own.double().sum())
+                chosen = logs[i, keep - len(target) :].gather(-1, target.unsqueeze(-1))
+                found[number] = float(chosen.double().sum())
         advance(len(some))
     return found
 
@@ -160,7 +160,7 @@ def generate(
     how: Answering,
     advance: Callable[[int], object] = lambda step: None,
 ) -> list[str]:
-    """What the model writes after each prompt: greedy or beam search, no sampling."""
+    """Generate a text after each prompt: greedy or beam search, no sampling."""
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [""] * len(prompts)
@@ -207,19 +207,19 @@ def score_choices(
     how: Answering,
     advance: Callable[[int], object] = lambda step: None,
 ) -> list[tuple[float, float]]:
-    """Of each example: whether the right choice is the most probable (1 or 0), and its -log probability."""
+    """For each example, whether the right choice is the most probable (1 or 0), and its -log probability."""
     rows, counts = [], []
     for example in examples:
         choices = example.choices or (example.answer,)
         counts.append(len(choices))
         rows += [encode(example.prompt, c, tokenizer, how, end=example.choices is None) for c in choices]
     logs = iter(log_probabilities(model, rows, tokenizer.pad_token_id, how.batch_size, advance))
-    found = []
+    scored = []
     for example, count in zip(examples, counts):
-        own = [next(logs) for _ in range(count)]
+        values = [next(logs) for _ in range(count)]
         right = (example.choices or (example.answer,)).index(example.answer)
-        found.append((float(own.index(max(own)) == right), -own[right]))
-    return found
+        scored.append((float(values.index(max(values)) == right), -values[right]))
+    return scored
 
 
 def score_texts(predictions: Sequence[str], examples: Sequence[Example], how: Answering) -> Scores:
@@ -232,7 +232,7 @@ def score_texts(predictions: Sequence[str], examples: Sequence[Example], how: An
         each["rouge_l"] = metrics.rouge_l(answers, references)
     if how.bertscore_model is not None:
         each["bertscore"] = metrics.bert_scores(answers, references, how.bertscore_model, how.bertscore_layer)
-    values = {name: 100 * sum(own) / len(own) for name, own in each.items()}
+    values = {name: 100 * sum(scores) / len(scores) for name, scores in each.items()}
     if "bleu" in present:
         values["bleu"] = metrics.bleu(answers, references)
     return Scores(values, tuple(each[primary_metric(False, how)]))

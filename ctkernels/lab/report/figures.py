@@ -159,7 +159,7 @@ def method_dots(rows: Sequence[Mapping[str, Any]], scale: float, label: str) -> 
 
 
 def learned_values(curvature: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Any:
-    """How learned beta and c are distributed in every layer: shares of the channels as colours, means as dots."""
+    """Distributions of learned beta and c in every layer: shares of the channels as colours, means as dots."""
     matplotlib = require("matplotlib", "lab", "pictures")
     sites = list(curvature)
     figure, (left, right) = new(5.8, max(2.6, min(10.0, 1.6 + 0.19 * len(sites))), ncols=2, sharey=True)

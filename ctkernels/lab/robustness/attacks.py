@@ -26,7 +26,7 @@ ROUNDING = 2.0**-23  # of a float32 pixel in [0, 1] plus a perturbation
 
 @dataclass(frozen=True)
 class Threat:
-    """What an attacker may do: change the pixels, in [0, 1], by at most ``eps`` in ``norm``, and stay in [0, 1].
+    """A threat model: pixels, in [0, 1], change by at most ``eps`` in ``norm``, and stay in [0, 1].
 
     Args:
         norm: ``"linf"`` or ``"l2"``.
@@ -112,7 +112,7 @@ class PixelClassifier(nn.Module):
     std: Tensor
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """What the network takes."""
+        """Pixels as the network takes them."""
         if self.channels is not None and pixels.shape[1] == 1:
             pixels = pixels.expand(-1, self.channels, -1, -1)
         return (pixels - self.mean) / self.std

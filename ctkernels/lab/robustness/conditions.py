@@ -75,7 +75,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """How conditions are measured: the effort of attacks, images at once, the seed, the most images to attack."""
+    """Effort of attacks, images at once, the seed, and the most images to attack."""
 
     iterations: int
     queries: int

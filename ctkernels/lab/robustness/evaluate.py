@@ -91,7 +91,7 @@ class RobustnessConfig(SteeringConfig):
 
     @property
     def corrupts(self) -> bool:
-        """Whether there are corruptions to test under."""
+        """True if there are corruptions to test under."""
         return bool(self.corruptions and self.severities)
 
     def arguments(self) -> dict[str, Any]:
@@ -150,8 +150,8 @@ def robustness(
     config = configured(RobustnessConfig, config, options)
     if (train is None) != (config.head == "own"):
         raise ValueError(f"train must be {'images' if config.head == 'probe' else 'None'} for head={config.head!r}")
-    given = {"train": train, "val": val, "test": test}
-    sets = {name: read_pixels(data, name) for name, data in given.items() if data is not None}
+    parts = {"train": train, "val": val, "test": test}
+    sets = {name: read_pixels(data, name) for name, data in parts.items() if data is not None}
     if config.corrupts and min(sets["test"].pixels.shape[2:]) < LEAST_SIDE:
         size = " x ".join(map(str, sets["test"].pixels.shape[2:]))
         raise ValueError(f"corruptions need images of at least {LEAST_SIDE} x {LEAST_SIDE} pixels, got {size}")
@@ -219,7 +219,7 @@ def robustness(
 
 
 def _classes(sets: Mapping[str, Images], config: RobustnessConfig, model: nn.Module, device: torch.device) -> int:
-    """How many classes there are; ValueError unless the network takes the images and the labels fit."""
+    """The number of classes; ValueError unless the network takes the images and the labels fit."""
     example = sets["val"].pixels[:1].to(device)
     classifier = PixelClassifier(model, config.mean, config.std)
     outputs = check_takes(classifier, example, what="val: images", name=type(model).__name__).shape

@@ -46,7 +46,7 @@ class Outcome:
 
     @property
     def masked(self) -> bool:
-        """Whether the attack without gradients fooled more than those with: then these were led astray."""
+        """True if the attack without gradients fooled more than those with: then these were led astray."""
         before = [a for name, a in self.steps.items() if name != "square"]
         return bool(before) and "square" in self.steps and self.steps["square"] < before[-1] - MASKED
 
@@ -76,7 +76,7 @@ class Robustness(Result):
         plain_is_beta_1: whether the network at beta = 1 is the plain one.
         sites, missed: names of what was, and what could not be, steered.
         sizes: images in ``train``, ``val`` and ``test``, and ``classes``.
-        arguments: what the recipe was called with.
+        arguments: what the function was called with.
         seconds: ``validation``, ``test`` and ``total``.
     """
 
@@ -95,7 +95,7 @@ class Robustness(Result):
     seconds: dict[str, float]
 
     def gain(self, condition: str, method: str) -> Gain:
-        """Of ``method`` over the plain network, paired by image; the p-value is that of a two-sided sign test."""
+        """Gain of ``method`` over the plain network, paired by image; the p-value is that of a two-sided sign test."""
         plain, other = self.test[condition]["plain"].right, self.test[condition][method].right
         differences = [b - a for a, b in zip(plain, other)]
         wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
@@ -126,13 +126,13 @@ class Robustness(Result):
 
     def _sentence(self, condition: str, method: str) -> str:
         rows, gain = self.test[condition], self.gain(condition, method)
-        plain, own = rows["plain"], rows[method]
+        plain, other = rows["plain"], rows[method]
         beta = self.chosen[condition]
         name = METHODS.get(method, method) + (f" at beta = {beta:g}" if method == "s-ct" and beta is not None else "")
         numbers = (
-            f"{percent(own.accuracy)} against {percent(plain.accuracy)} for the plain network, "
-            f"{100 * gain.points:+.1f} ± {100 * gain.standard_error:.1f} points (standard error) on {len(own.right)} "
-            f"test images, p = {gain.p_value:.2g}; clean {percent(own.clean)} against {percent(plain.clean)}"
+            f"{percent(other.accuracy)} against {percent(plain.accuracy)} for the plain network, "
+            f"{100 * gain.points:+.1f} ± {100 * gain.standard_error:.1f} points (standard error) on {len(other.right)} "
+            f"test images, p = {gain.p_value:.2g}; clean {percent(other.clean)} against {percent(plain.clean)}"
         )
         if gain.p_value >= SIGNIFICANT:
             return f"{condition}, {name}: no difference beyond chance was shown: {numbers}."

@@ -9,7 +9,7 @@ from ..report.figures import BLUE, GREY, ORANGE, new, tidy
 
 
 def draw(runs: Sequence[Any], title: str = "") -> Any:
-    """The picture that :func:`plot` saves of some :class:`BetaSearch`, as a matplotlib figure."""
+    """The plot that :func:`plot` saves of some :class:`BetaSearch`, as a matplotlib figure."""
     if not runs or any(r.betas != runs[0].betas for r in runs):
         raise ValueError(
             f"results must be one or more searches over one grid, got {[len(r.betas) for r in runs]} betas"

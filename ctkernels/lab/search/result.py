@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def standard_error(self) -> float:
-        """Of ``gain``, from the paired counts: smaller than for two separate test sets, as the images are the same."""
+        """Standard error of ``gain``, from paired counts: smaller than for two test sets, as the images are the same."""
         n, changed = self.samples, self.only_steered + self.only_plain
         return math.sqrt(max(0.0, changed - (self.only_steered - self.only_plain) ** 2 / n)) / n
 
@@ -123,7 +123,7 @@ class BetaSearch(Result):
 
     @property
     def kept_plain(self) -> bool:
-        """Whether validation preferred the plain network to every other beta."""
+        """True if validation preferred the plain network to every other beta."""
         return self.chosen is None or (self.plain_is_beta_1 and self.chosen == 1.0)
 
     @property
@@ -242,7 +242,7 @@ def plot(results: BetaSearch | Sequence[BetaSearch], path: str | os.PathLike[str
     Args:
         results: one :class:`BetaSearch`, or several with equal ``betas``.
         path: where to; the suffix decides the format (``.png``, ``.svg``, ``.pdf``).
-        title: above the picture. Default: none.
+        title: above the plot. Default: none.
 
     Raises:
         ValueError: no results, or results over different grids.
@@ -310,7 +310,7 @@ class StrategySearch(Result):
 
     @property
     def reached(self) -> int:
-        """How many evaluations it took until the chosen betas were found, from 1."""
+        """Number of evaluations until the chosen betas were found, from 1."""
         return self.best + 1
 
     def verdict(self) -> str:

@@ -16,14 +16,14 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How images are made ready and split; the paper's ways by default.
+    """Settings for preparing and splitting images; the paper's by default.
 
     Args:
         size, resize: as of :class:`Preprocess`.
         normalise: "target": with the mean and deviation of the training images; "imagenet": with ImageNet's.
         val, test: fractions to cut off the training images where the data has no such split.
-        max_train: at most so many images for training and for the validation that is cut off them.
-        max_test: at most so many images for test.
+        max_train: the most images for training and for the validation that is cut off them.
+        max_test: the most images for test.
     """
 
     size: int = 224
@@ -58,14 +58,14 @@ class TrainingConfig:
         check_least(self, epochs=1, batch_size=1)
 
     def factor(self, step: int, steps_per_epoch: int) -> float:
-        """What the rates are multiplied by at ``step``, counted from 0."""
+        """The factor of the learning rates at ``step``, counted from 0."""
         epoch = step // steps_per_epoch
         return min(1.0, (step + 1) / steps_per_epoch) * (0.1 if epoch >= max(1, self.epochs / 2) else 1.0)
 
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """How every method of a comparison is run.
+    """Settings that are alike for all methods of a comparison.
 
     Args:
         betas: for S-CT; default 0.70 to 1.00 in steps of 0.01. The plain network always takes part.

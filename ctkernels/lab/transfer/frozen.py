@@ -68,7 +68,7 @@ class Frozen:
         return log
 
     def right(self, state: dict[str, Tensor], beta: float | None) -> list[bool]:
-        """Whether each test image was classified rightly, in order."""
+        """True for each test image that is classified rightly, in order."""
         right: list[bool] = []
         with self._reader() as read:
             features = self._features(read, [self.split.test], [beta])

@@ -54,7 +54,7 @@ def new_head(width: int, classes: int, seed: int) -> nn.Linear:
 
 
 def head_input(model: nn.Module, example: Tensor) -> HookPoint:
-    """Where a new head reads: the input of the linear classifier, or the output of a network without one."""
+    """The hook point of a new head: the input of the linear classifier, or the output of a network without one."""
     point = find_hook_point(model, example)
     linear = point.side == "input" and isinstance(model.get_submodule(point.layer), nn.Linear)
     return point if linear else HookPoint("", "output")

@@ -148,7 +148,7 @@ class TransferComparison(ComparisonResult[RunResult]):
         }
 
     def standard_error(self, model: str, data: str, method: str, baseline: str) -> float:
-        """Of the difference of two methods' accuracies on the same test images, each averaged over seeds.
+        """Standard error of the difference of two methods' accuracies on the same test images, averaged over seeds.
 
         It does not cover the draw of training images, which the deviation over seeds shows.
         """
@@ -341,7 +341,7 @@ def _not_helped(gains: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _learned(run: Mapping[str, Any]) -> list[Table | Picture]:
-    """What a run found beside its scores: the search of S-CT, the curvature of T-CT."""
+    """Parts about a run's ``detail``: the search of S-CT, the learned curvature of T-CT."""
     title = f"{run['model']} on {run['data']}, {display(run['method'])}, seed {run['seed']}"
     detail = run["detail"]
     parts: list[Table | Picture] = []

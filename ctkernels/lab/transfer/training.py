@@ -95,7 +95,7 @@ def _same_statistics(accelerator: Accelerator, network: nn.Module) -> None:
 def score(
     accelerator: Accelerator, network: nn.Module, data: Dataset[Any], batch_size: int, workers: int = 0
 ) -> tuple[list[bool], float]:
-    """Whether each image was classified rightly, in order, and the mean loss; every process does its share."""
+    """Score a network: whether each image is classified rightly, in order, and the mean loss; processes share the work."""
     group = Group(accelerator.process_index, accelerator.num_processes)
     count: int = len(data)  # type: ignore[arg-type]
     share = Subset(data, range(group.rank, count, group.size))
