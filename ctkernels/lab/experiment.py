@@ -273,10 +273,10 @@ class ComparisonResult(Result, Generic[R]):
             return self
         way_out = "delete it to start anew, or choose another folder"
         try:
-            found = type(self).read(path)
+            saved = type(self).read(path)
         except ValueError as error:
             raise ValueError(f"{error}; {way_out}") from error
-        now, before = json.loads(json.dumps(self.setup)), found.setup
+        now, before = json.loads(json.dumps(self.setup)), saved.setup
         free = (*self.GROWS, "seeds")
         differ = sorted(k for k in now.keys() | before.keys() if k not in free and now.get(k) != before.get(k))
         try:
@@ -291,7 +291,7 @@ class ComparisonResult(Result, Generic[R]):
             raise ValueError(f"{path} is not a result of this kind: {error!r}; {way_out}") from None
         if differ:
             raise ValueError(f"{path} is the result of another set-up (different: {', '.join(differ)}); {way_out}")
-        return replace(self, runs=found.runs, setup=merged)
+        return replace(self, runs=saved.runs, setup=merged)
 
 
 # --- the engine -------------------------------------------------------------------------------------------------------

@@ -61,13 +61,13 @@ def to_json(values: Mapping[str, Any]) -> str:
 
 def versions(*more: str) -> dict[str, str]:
     """Versions of Python and of the packages that results depend on, and of ``more``, where they are installed."""
-    found = {"python": platform.python_version(), "ctkernels": __version__}
+    installed = {"python": platform.python_version(), "ctkernels": __version__}
     for package in ("torch", "numpy", "scikit-learn", "torchvision", "timm", *more):
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def align(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:

@@ -32,7 +32,7 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean(values), "deviation": stdev(values) if len(values) > 1 else None, "values": list(values)}
 
 
-def spread(found: Mapping[str, Any], scale: float = 1.0) -> str:
+def spread(statistics: Mapping[str, Any], scale: float = 1.0) -> str:
     """A :func:`summary` as text: ``"71.2 ± 0.4"``."""
-    deviation = found["deviation"]
-    return f"{scale * found['mean']:.1f}" + ("" if deviation is None else f" ± {scale * deviation:.1f}")
+    deviation = statistics["deviation"]
+    return f"{scale * statistics['mean']:.1f}" + ("" if deviation is None else f" ± {scale * deviation:.1f}")

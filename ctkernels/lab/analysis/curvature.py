@@ -297,15 +297,15 @@ def curvature_profile(
     lines = {"data": data_directions(x, directions, seed), "random": random_directions(x, directions, seed)}
 
     def measure() -> dict[str, Any]:
-        found: dict[str, list[Tensor]] = {"data": [], "random": [], "lipschitz": [], "right": []}
+        measured: dict[str, list[Tensor]] = {"data": [], "random": [], "lipschitz": [], "right": []}
         for part in (slice(i, i + batch_size) for i in range(0, len(x), batch_size)):
             function = scalar_of(model, quantity, labels[part])
             for kind, vectors in lines.items():
-                found[kind].append(curvature(function, x[part], vectors[:, part]).abs().flatten())
-            found["lipschitz"].append(lipschitz(model, x[part], seed=seed))
+                measured[kind].append(curvature(function, x[part], vectors[:, part]).abs().flatten())
+            measured["lipschitz"].append(lipschitz(model, x[part], seed=seed))
             with torch.no_grad():
-                found["right"].append((model(x[part]).argmax(1) == labels[part]).double())
-        joined = {kind: torch.cat(parts) for kind, parts in found.items()}
+                measured["right"].append((model(x[part]).argmax(1) == labels[part]).double())
+        joined = {kind: torch.cat(parts) for kind, parts in measured.items()}
         accuracy = float(joined.pop("right").mean())
         return {**{kind: _summary(values) for kind, values in joined.items()}, "accuracy": accuracy}
 

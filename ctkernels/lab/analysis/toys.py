@@ -244,18 +244,18 @@ def _circles(seed: int, steps: int) -> dict[str, Any]:
             network = attach(copy.deepcopy(base))
             tried.append((network, fit(network, rate), rate))
         networks[name] = min(tried, key=lambda item: item[1])
-    found = {}
+    shown = {}
     for name, (network, loss, rate) in networks.items():
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         with torch.no_grad():
-            found[name] = {
+            shown[name] = {
                 "grid": _grid(network, 4.0),
                 "loss": loss,
                 "roughness": _roughness(network),
                 "rate": rate,
                 "parameters": trained,
             }
-    return {"points": _points(x, labels), "extent": 4.0, "networks": found}
+    return {"points": _points(x, labels), "extent": 4.0, "networks": shown}
 
 
 def _with_lora(model: nn.Module) -> nn.Module:

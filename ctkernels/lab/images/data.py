@@ -94,16 +94,16 @@ def read_folder(path: str | os.PathLike[str]) -> Splits:
     root = Path(path)
     if not root.is_dir():
         raise ValueError(f"expected a folder of images, {root} is not a folder")
-    found = {split: next((root / n for n in names if (root / n).is_dir()), None) for split, names in FOLDERS.items()}
-    if found["train"] is None:
-        if found["val"] is not None or found["test"] is not None:
+    folders = {split: next((root / n for n in names if (root / n).is_dir()), None) for split, names in FOLDERS.items()}
+    if folders["train"] is None:
+        if folders["val"] is not None or folders["test"] is not None:
             raise ValueError(f"{root}: expected a folder train beside {_names(root)}, found none")
         return Splits(_read_classes(root, None), None, None, f"folder {root}")
-    used = {folder.name for folder in found.values() if folder is not None}
+    used = {folder.name for folder in folders.values() if folder is not None}
     if beside := [name for name in _names(root) if name not in used]:
         _warn_unread(root, "folders", beside, f"the splits are {', '.join(sorted(used))}")
-    train = _read_classes(found["train"], None)
-    val, test = (None if (f := found[s]) is None else _read_classes(f, train.classes) for s in ("val", "test"))
+    train = _read_classes(folders["train"], None)
+    val, test = (None if (f := folders[s]) is None else _read_classes(f, train.classes) for s in ("val", "test"))
     return Splits(train, val, test, f"folder {root}")
 
 
@@ -204,7 +204,7 @@ class _Names(ValueError):
     """About the names of the arrays in a file that could be read."""
 
 
-def _npz_pairs(found: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
+def _npz_pairs(present: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
     """The names of images and labels of each split."""
     pairs: dict[str, tuple[str, str]] = {}
     for split, xs, ys in (
@@ -212,11 +212,11 @@ def _npz_pairs(found: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
         ("val", ("x_val", "val_images"), ("y_val", "val_labels")),
         ("test", ("x_test", "test_images"), ("y_test", "test_labels")),
     ):
-        x, y = ([name for name in names if name in found] for names in (xs, ys))
+        x, y = ([name for name in names if name in present] for names in (xs, ys))
         if len(x) == len(y) == 1:
             pairs[split] = (x[0], y[0])
         elif x or y or split == "train":
-            raise _Names(f"{path}: expected one of {xs} with one of {ys}, found {sorted(found)}")
+            raise _Names(f"{path}: expected one of {xs} with one of {ys}, found {sorted(present)}")
     return pairs
 
 

@@ -62,7 +62,7 @@ def torchvision_data(name: str, root: str | os.PathLike[str]) -> Splits:
     """
     make, known = torchvision_class(name)
     parts: dict[str, tuple[Any, ...]] = {"train": ("train", "trainval"), "val": ("val", "valid"), "test": ("test",)}
-    found: dict[str, ImageSet | None] = {}
+    sets: dict[str, ImageSet | None] = {}
     for part, splits in parts.items():
         if "train" in known:
             options: list[dict[str, Any]] = [] if part == "val" else [{"train": part == "train"}]
@@ -70,10 +70,10 @@ def torchvision_data(name: str, root: str | os.PathLike[str]) -> Splits:
             options = [{"split": split} for split in splits]
         else:
             options = [{}] if part == "train" else []
-        found[part] = _first(lambda **o: make(root, **o), options, f"torchvision's {name}", "download" in known)
-    if found["train"] is None:
+        sets[part] = _first(lambda **o: make(root, **o), options, f"torchvision's {name}", "download" in known)
+    if sets["train"] is None:
         raise ValueError(f"torchvision's {name} has no training images")
-    return Splits(found["train"], found["val"], found["test"], f"torchvision's {name} in {root}")
+    return Splits(sets["train"], sets["val"], sets["test"], f"torchvision's {name} in {root}")
 
 
 def torchvision_class(name: str) -> tuple[Callable[..., Any], Collection[str]]:

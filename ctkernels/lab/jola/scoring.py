@@ -137,7 +137,7 @@ def log_probabilities(
         sharing.setdefault(before + after[:-1], []).append(number)
     inputs = sorted(sharing, key=len)
     device = next(model.parameters()).device
-    found = [math.nan] * len(rows)
+    values = [math.nan] * len(rows)
     for start in range(0, len(inputs), batch_size):
         some = inputs[start : start + batch_size]
         ids, mask = padded(some, pad)
@@ -147,9 +147,9 @@ def log_probabilities(
             for number in sharing[key]:
                 target = torch.tensor(rows[number][1])
                 chosen = logs[i, keep - len(target) :].gather(-1, target.unsqueeze(-1))
-                found[number] = float(chosen.double().sum())
+                values[number] = float(chosen.double().sum())
         advance(len(some))
-    return found
+    return values
 
 
 @torch.inference_mode()
@@ -163,7 +163,7 @@ def generate(
     """Generate a text after each prompt: greedy or beam search, no sampling."""
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = [""] * len(prompts)
+    texts = [""] * len(prompts)
     for start in range(0, len(order), how.batch_size):
         some = order[start : start + how.batch_size]
         batch = [list(tokenizer(prompts[i])["input_ids"])[-how.max_length :] for i in some]
@@ -180,9 +180,9 @@ def generate(
             pad_token_id=tokenizer.pad_token_id,
         )
         for i, tokens in zip(some, out[:, ids.shape[1] :].tolist()):
-            found[i] = tokenizer.decode(tokens, skip_special_tokens=True)
+            texts[i] = tokenizer.decode(tokens, skip_special_tokens=True)
         advance(len(some))
-    return found
+    return texts
 
 
 @dataclass(frozen=True)

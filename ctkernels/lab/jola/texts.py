@@ -172,10 +172,10 @@ def find_texts(path: str | os.PathLike[str]) -> Callable[[], TextData]:
         if root.suffix.lower() not in READERS:
             raise ValueError(f"data must be a {', '.join(SUFFIXES)} file or a folder of such, got the file {root}")
         return lambda: TextData(_read(root), source=f"file {root}")
-    found = _split_files(root)
+    files = _split_files(root)
 
     def read() -> TextData:
-        parts = {split: None if file is None else _read(file) for split, file in found.items()}
+        parts = {split: None if file is None else _read(file) for split, file in files.items()}
         return TextData(parts["train"] or (), parts["val"], parts["test"], f"folder {root}")
 
     return read
@@ -184,16 +184,16 @@ def find_texts(path: str | os.PathLike[str]) -> Callable[[], TextData]:
 def _split_files(root: Path) -> dict[str, Path | None]:
     """The file of each split in a folder."""
     files = [f for f in sorted(root.iterdir()) if f.is_file() and f.suffix.lower() in SUFFIXES]
-    found: dict[str, Path | None] = {}
+    chosen: dict[str, Path | None] = {}
     for split, names in SPLITS.items():
         fit = [f for f in files if f.stem in names]
         if len(fit) > 1:
             raise ValueError(f"{root}: expected one file for {split}, found {[f.name for f in fit]}")
-        found[split] = fit[0] if fit else None
-    if found["train"] is None:
+        chosen[split] = fit[0] if fit else None
+    if chosen["train"] is None:
         others = sorted(f.name for f in root.iterdir())
         raise ValueError(f"{root}: expected train.jsonl, train.csv or train.parquet, found {others[:8]}")
-    return found
+    return chosen
 
 
 def _read(path: Path) -> tuple[Example, ...]:
@@ -205,8 +205,8 @@ def _read(path: Path) -> tuple[Example, ...]:
 
 def _example(row: Any, where: str) -> Example:
     if not isinstance(row, dict) or not {"prompt", "answer"} <= set(row):
-        found = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where}: expected prompt and answer, found {found}")
+        keys = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"{where}: expected prompt and answer, found {keys}")
     choices = row.get("choices")
     if isinstance(choices, str):
         choices = _split(choices, where) if choices.strip() else None

@@ -47,8 +47,8 @@ def read_section(path: Path) -> Section:
     values = read_json(path)
     kind = _kind(values)
     if kind not in SECTIONS:
-        found = f"schema {kind!r}" if isinstance(kind, str) else f"a {type(values).__name__} without a schema"
-        raise ValueError(f"{path}: expected a result of {', '.join(sorted(SECTIONS))}, got {found}")
+        description = f"schema {kind!r}" if isinstance(kind, str) else f"a {type(values).__name__} without a schema"
+        raise ValueError(f"{path}: expected a result of {', '.join(sorted(SECTIONS))}, got {description}")
     try:
         section = SECTIONS[kind](values)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:

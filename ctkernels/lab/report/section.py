@@ -79,9 +79,9 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
-def gain(found: Mapping[str, Any]) -> str:
+def gain(row: Mapping[str, Any]) -> str:
     """A gain in points with its standard error."""
-    return f"{100 * found['gain']:+.1f} ± {100 * found['standard_error']:.1f}"
+    return f"{100 * row['gain']:+.1f} ± {100 * row['standard_error']:.1f}"
 
 
 def beta_name(beta: float | None) -> str:

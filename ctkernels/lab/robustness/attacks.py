@@ -240,10 +240,10 @@ def _batch(
     for name in names:
         left = right.nonzero()[:, 0]
         if len(left):
-            found = _run(ensemble, name, x[left].clone(), y[left].clone()).detach()
+            perturbed = _run(ensemble, name, x[left].clone(), y[left].clone()).detach()
             with torch.no_grad():
-                fooled = threat.allows(x[left], found) & (classifier(found).argmax(1) != y[left])
-            adversarial[left[fooled]] = found[fooled]
+                fooled = threat.allows(x[left], perturbed) & (classifier(perturbed).argmax(1) != y[left])
+            adversarial[left[fooled]] = perturbed[fooled]
             right = right.clone()
             right[left[fooled]] = False
         after[name] = right.cpu()

@@ -95,8 +95,10 @@ class RobustnessConfig(SteeringConfig):
         return bool(self.corruptions and self.severities)
 
     def arguments(self) -> dict[str, Any]:
-        found = super().arguments()
-        return {name: value for name, value in found.items() if name not in ("threats", "corruptions", "severities")}
+        arguments = super().arguments()
+        return {
+            name: value for name, value in arguments.items() if name not in ("threats", "corruptions", "severities")
+        }
 
 
 def robustness(
@@ -276,8 +278,8 @@ def _knob(
                 return pixels
             batches = sets["train"].pixels.split(config.batch_size)
             with point.capture(model) as features:
-                found = torch.cat([features(pixels.normalised(batch.to(device))).cpu() for batch in batches])
-            probe = fit_probe(found, sets["train"].labels, "logistic", config.l2, config.seed)
+                values = torch.cat([features(pixels.normalised(batch.to(device))).cpu() for batch in batches])
+            probe = fit_probe(values, sets["train"].labels, "logistic", config.l2, config.seed)
             return PixelClassifier(model, config.mean, config.std, probe, point)
 
         yield _Knob(network, classifier)

@@ -160,13 +160,13 @@ class TransferComparison(ComparisonResult[RunResult]):
 
     def gains(self) -> list[dict[str, Any]]:
         """Every method against the linear probe, and T-CT against every LoRA."""
-        found = []
+        gains = []
         for model in self.models:
             methods = self.methods(model)
             pairs = [(m, BASELINE) for m in methods if m != BASELINE]
             pairs += [("tct", m) for m in methods if m.startswith("lora")]
-            found += [g for pair in pairs if (g := self.gain(model, *pair))]
-        return found
+            gains += [g for pair in pairs if (g := self.gain(model, *pair))]
+        return gains
 
     def entries(self) -> dict[str, Any]:
         return {
