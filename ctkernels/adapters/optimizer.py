@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .jola.model import jola_layers
+
 
 def parameter_groups(
     model: nn.Module,
@@ -33,6 +35,7 @@ def parameter_groups(
     Example:
         >>> optimizer = torch.optim.AdamW(parameter_groups(model, lr=5e-3, gate_lr=5e-2), eps=1e-6)
     """
+    units = _gate_units(model)
     found: dict[str, list[Tensor]] = {"jola_edits": [], "jola_gates": [], "curvature": [], "rest": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -40,12 +43,27 @@ def parameter_groups(
     if lr is None:
         lr = 5e-3 if found["jola_edits"] or found["jola_gates"] else 1e-3
     rates = {"jola_gates": 10 * lr if gate_lr is None else gate_lr, "curvature": curvature_lr}
-    return [
-        {"params": found[name], "lr": rates.get(name, lr), "weight_decay": 0.0 if name in rates else weight_decay}
-        | {"name": name}
-        for name in found
-        if found[name]
-    ]
+    groups: list[dict[str, Any]] = []
+    for name, parameters in found.items():
+        by_unit: dict[float, list[Tensor]] = {}
+        for parameter in parameters:
+            by_unit.setdefault(units.get(parameter, 1.0), []).append(parameter)
+        groups += [
+            {"params": some, "lr": rates.get(name, lr) / unit, "weight_decay": 0.0 if name in rates else weight_decay}
+            | {"name": name}
+            for unit, some in by_unit.items()
+        ]
+    return groups
+
+
+def _gate_units(model: nn.Module) -> dict[Tensor, float]:
+    """The units in which log alpha is stored, by parameter."""
+    return {
+        parameter: float(layer.jola_unit_log_alpha[name])
+        for layer in jola_layers(model)
+        for table in (layer.jola_log_alpha_m, layer.jola_log_alpha_a)
+        for name, parameter in table.items()
+    }
 
 
 def _group(name: str) -> str:

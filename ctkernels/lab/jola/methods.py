@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,28 +15,35 @@ from torch import Tensor, nn
 from ..._extras import require
 
 Setting = Mapping[str, float]
+UNIT = ".jola_unit_"
 
 
 @dataclass(frozen=True)
 class Attached:
-    """A model with a method on it: what to train, in groups for an optimizer, and the trainer's callbacks."""
+    """A model with a method on it: what to train, in groups for an optimizer, and the trainer's callbacks.
+
+    ``measure``: is given batches of training prompts before training.
+    """
 
     model: Any
     groups: list[dict[str, Any]]
     callbacks: list[Any] = field(default_factory=list)
+    measure: Callable[[Iterable[Mapping[str, Any]]], Any] | None = None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return trained | {name: unit for name, unit in self.model.named_buffers() if UNIT in name}
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of what is trained, on the CPU."""
-        return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+        """A copy of what is trained, and of its units, on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self._tensors().items()}
 
-    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put a copy from :meth:`state` back."""
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if set(trained) != set(state):
-            raise ValueError(f"saved weights do not fit: expected {sorted(trained)[:2]}, got {sorted(state)[:2]}")
-        for name, parameter in trained.items():
-            parameter.copy_(state[name])
+        """Put a copy from :meth:`state` back; one without units has its values in units of 1."""
+        own = set(self._tensors())
+        if set(state) not in (own, {name for name in own if UNIT not in name}):
+            raise ValueError(f"saved weights do not fit: expected {sorted(own)[:2]}, got {sorted(state)[:2]}")
+        self.model.load_state_dict(state, strict=False)
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,8 @@ def jola(model: nn.Module, setting: Setting, schedule: str = "exponential") -> I
 
     with _through_peft(model, adapters.JolaConfig(task_type="CAUSAL_LM")) as wrapped:
         groups = adapters.parameter_groups(wrapped, lr=setting["lr"], gate_lr=setting["gate_lr"])
-        yield Attached(wrapped, groups, [adapters.JolaPenaltyCallback(schedule)])
+        penalty = adapters.JolaPenaltyCallback(schedule, units=0)
+        yield Attached(wrapped, groups, [penalty], partial(adapters.measure_units, wrapped))
 
 
 @contextmanager
@@ -102,7 +111,8 @@ def lofit(model: nn.Module, setting: Setting, schedule: str = "exponential") -> 
     from ... import adapters
 
     with _through_peft(model, adapters.JolaConfig(task_type="CAUSAL_LM", freeze_gates=True)) as wrapped:
-        yield Attached(wrapped, _trained(wrapped, setting["lr"]))
+        groups = _trained(wrapped, setting["lr"])
+        yield Attached(wrapped, groups, measure=partial(adapters.measure_units, wrapped))
 
 
 @contextmanager

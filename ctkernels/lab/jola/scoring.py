@@ -103,15 +103,20 @@ def answer_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 def tail_logits(model: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
     """Logits of the last ``keep`` positions, (B, keep, vocabulary); the others are not computed where possible."""
+    return model(**tail_inputs(model, ids, mask, keep)).logits[:, -keep:]
+
+
+def tail_inputs(model: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> dict[str, Any]:
+    """The arguments for a forward pass over rows padded on the left, of which the last ``keep`` logits are wanted."""
     inner: Any = getattr(model, "module", model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     known = inspect.signature(inner.forward).parameters
-    options: dict[str, Any] = {}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if "position_ids" in known:
-        options["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
     if "logits_to_keep" in known:
-        options["logits_to_keep"] = keep
-    return model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, -keep:]
+        inputs["logits_to_keep"] = keep
+    return inputs
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .methods import Attached
-from .scoring import Row, answer_loss, collate
+from .scoring import Row, answer_loss, collate, padded, tail_inputs
 
+MEASURED = 64  # examples on which units are measured
 LARGE = 1e9  # stands for a loss that is not finite: JSON has no infinity, and NaN is never worse than another
 
 
@@ -151,6 +152,8 @@ def train(
     Raises:
         ValueError: the batch size is no multiple of the number of processes.
     """
+    if attached.measure is not None:
+        attached.measure(_prompts(attached.model, rows[:MEASURED], pad, budget.batch_size))
     for group in attached.groups:
         group.setdefault("weight_decay", budget.weight_decay)
     optimizer = torch.optim.AdamW(attached.groups, eps=1e-6)
@@ -194,3 +197,10 @@ def train(
     attached.load(best.state)
     attached.model.eval()
     return Run(best.epochs, best.best, best.state, best.gates)
+
+
+def _prompts(model: Any, rows: Sequence[Row], pad: int, batch_size: int) -> Iterator[dict[str, Any]]:
+    """The inputs of the model on rows, in batches."""
+    for start in range(0, len(rows), batch_size):
+        ids, mask = padded([before + after for before, after in rows[start : start + batch_size]], pad)
+        yield tail_inputs(model, ids, mask, 1)
