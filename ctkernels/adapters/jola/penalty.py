@@ -281,11 +281,12 @@ class JolaPenaltyCallback(TrainerCallback):
 def _some(loader: Any, count: int) -> Iterator[Any]:
     """Batches of `count` examples spread over a data loader's data set; no random number is drawn for it."""
     data, size = loader.dataset, loader.batch_size or 8
+    examples: Iterator[Any]
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         count = min(count, len(data))
         examples = (data[i * len(data) // count] for i in range(count))
     else:
-        examples = itertools.islice(data, count)
+        examples = itertools.islice(iter(data), count)
     while some := list(itertools.islice(examples, size)):
         yield loader.collate_fn(some)
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .gates import named_adapters
-from .parallel import first_head
 from .layer import JolaLayer
 from .model import jola_layers
+from .parallel import first_head
 
 SMALLEST = 1e-3  # of the median head's: a smaller unit would hold an edit fast
 
@@ -110,7 +110,7 @@ def _sizes(model: nn.Module, layers: list[JolaLayer], batches: Iterable[Any]) ->
         heads = z.shape[-1] // layer.head_dim
         start = 0 if heads == layer.num_heads else first_head(layer, heads, layer.num_heads)[0]
         squares = z.reshape(z.shape[0], -1, heads, layer.head_dim).float().square().mean(-1)
-        real = real_tokens(mask, *squares.shape[:2], squares.device)
+        real = real_tokens(mask, squares.shape[0], squares.shape[1], squares.device)
         own = squares.where(real.unsqueeze(-1), 0).sum((0, 1))  # padding may hold NaN
         total[:, start : start + heads] += torch.stack([own, real.sum().expand(heads)]).cpu()
 

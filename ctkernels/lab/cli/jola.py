@@ -85,6 +85,9 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--grid", action="append", type=_grid, default=[], metavar="METHOD.NAME=VALUES", help="settings to try"
     )
+    what.add_argument(
+        "--choose-on", type=types.COUNT, default=1, help="how many of the seeds choose settings (default: %(default)s)"
+    )
     what.add_argument("--train", type=types.COUNT, default=200, help="training examples (default: %(default)s)")
     what.add_argument("--val", type=types.COUNT, default=100, help="validation examples (default: %(default)s)")
     what.add_argument("--test", type=types.COUNT, default=300, help="test examples at most (default: %(default)s)")
@@ -170,6 +173,7 @@ def run(arguments: argparse.Namespace) -> int:
         budget=budget,
         answering=answering,
         schedule=arguments.schedule,
+        choose_on=arguments.choose_on,
         out=out,
         name=arguments.model,
         device=arguments.device or _distributed.launched_device(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +22,17 @@ from .._progress import bar
 from .._weights import damage, read_weights, save_weights
 from .methods import METHODS, Attached, Method
 from .result import Cell, MethodComparison, resumed
-from .scoring import Answering, Scores, answer_row, generate, primary_metric, score_choices, score_texts
+from .scoring import (
+    Answering,
+    Scores,
+    answer_row,
+    choose_labels,
+    generate,
+    labels,
+    primary_metric,
+    score_choices,
+    score_texts,
+)
 from .soundness import sound, title, weights_path
 from .texts import Draw, Example, TextData, draw
 
@@ -45,6 +57,7 @@ def compare_methods(
     budget: Budget | None = None,
     answering: Answering | None = None,
     schedule: str = "exponential",
+    choose_on: int = 1,
     out: str | os.PathLike[str] | None = None,
     name: str = "",
     device: torch.device | str | None = None,
@@ -53,9 +66,11 @@ def compare_methods(
 ) -> MethodComparison:
     """Compare JoLA with other ways to adapt a language model, on the same few examples and the same budget.
 
-    For every method, each setting of its grid is trained on the first seed's examples, and the one with the best
-    validation score is kept for all seeds. Every run validates after each epoch, stops early, and keeps its best
-    epoch. The test examples, the same for all, are scored once per method and seed.
+    For every method, each setting of its grid is trained on the first seed's examples (or on those of several, see
+    ``choose_on``), and the one with the best validation score is kept for all seeds. Every run validates after each
+    epoch, stops early, and keeps its best epoch. The test examples, the same for all, are scored once per method and
+    seed. Where there are no choices but answers repeat, the untrained model chooses among the training answers: it
+    cannot know otherwise which words are wanted, and every method would look good beside it.
 
     With ``out``, every finished run is kept in ``out/result.json`` and its weights in ``out/weights``; a call that was
     cut short goes on from there, and more methods and seeds can be added. Under ``torchrun`` each step's examples are
@@ -72,6 +87,7 @@ def compare_methods(
         budget: epochs, patience, batch size, see ``training.Budget``.
         answering: how prompts become tokens and answers are found, see :class:`Answering`.
         schedule: of the penalty on JoLA's gates: "constant", "linear", "cyclic" or "exponential".
+        choose_on: how many of the seeds choose settings, by the mean of their validation scores. Default 1, the first.
         out: folder for results. Default: nothing is kept.
         name: of the model, for the result.
         device: where to run; the model is moved there. Default: where it is.
@@ -98,6 +114,8 @@ def compare_methods(
 
     started = time.perf_counter()
     chosen = _check(methods, seeds, grids or {}, schedule, tokenizer)
+    if not 1 <= choose_on <= len(dict.fromkeys(seeds)):
+        raise ValueError(f"choose_on must be 1 to {len(dict.fromkeys(seeds))}, the number of seeds, got {choose_on}")
     how, budget = answering or Answering(), budget or Budget()
     draws = {seed: draw(data, seed, train=train, val=val, test=test) for seed in dict.fromkeys(seeds)}
     place = torch.device(device) if device is not None else next(model.parameters()).device
@@ -113,6 +131,10 @@ def compare_methods(
         "schedule": schedule,
         "processes": us.size,
     }
+    candidates = labels(draws[seeds[0]].train, how)
+    # entries of a set-up that results from before they existed do not have, where they say what was done then
+    setup |= {"zero-shot chooses among": list(candidates)} if candidates else {}
+    setup |= {"choose_on": choose_on} if choose_on > 1 else {}
     primary = primary_metric(data.has_choices, how)
     folder = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out))
     with folder as own:
@@ -136,7 +158,7 @@ def compare_methods(
                 result.save(file, **(extra or {}))
 
         for method, settings in chosen:
-            _run_method(work, method, settings, draws, keep, lambda: result)
+            _run_method(work, method, settings, draws, choose_on, candidates, keep, lambda: result)
         us.meet()
     return result
 
@@ -162,15 +184,17 @@ def _run_method(
     method: Method,
     settings: list[dict[str, float]],
     draws: dict[int, Draw],
+    choose_on: int,
+    candidates: tuple[str, ...],
     keep: Callable[[Cell], None],
     now: Callable[[], MethodComparison],
 ) -> None:
-    """Choose the setting on the first seed, then train and test on every seed; runs that are there are not repeated."""
+    """Choose the setting on the first seeds, then train and test on every seed; runs that are there are not repeated."""
     seeds = list(draws)
     first = seeds[0]
     if method.attach is None:
         if not now().tested(method.name):
-            scores = work.test(Attached(work.model, []), draws[first].test, method.name)
+            scores = work.test(Attached(work.model, []), draws[first].test, method.name, candidates)
             keep(Cell(method.name, first, {}, 0, test=scores.metrics, each=list(scores.each)))
         return
 
@@ -184,8 +208,8 @@ def _run_method(
             keep(found)
         return found
 
-    tried = [run(first, setting) for setting in settings]
-    best = max(tried, key=lambda cell: work.rank(cell.validation))
+    tried = [[run(seed, setting) for seed in seeds[:choose_on]] for setting in settings]
+    best = max(tried, key=work.rank_together)[0]
     for stray in now().tested(method.name):
         if stray.setting != best.setting:
             work.tell(f"{title(stray)}: validation chooses {title(best)}; its test does not count")
@@ -195,8 +219,8 @@ def _run_method(
         if cell.test is None:
             keep(work.tested(method, cell, draws[seed]))
     if work.us.rank == 0:
-        for cell in tried:
-            if cell is not best:
+        for cell in itertools.chain(*tried):
+            if cell.setting != best.setting:
                 work.weights(cell).unlink(missing_ok=True)
 
 
@@ -219,6 +243,10 @@ class _Work:
 
     def rank(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
         return tuple(sign * metrics[name] for name, sign in self.better_by())
+
+    def rank_together(self, cells: Sequence[Cell]) -> tuple[float, ...]:
+        """The rank of one setting on several seeds."""
+        return self.rank({name: mean(cell.validation[name] for cell in cells) for name in cells[0].validation})
 
     def weights(self, cell: Cell) -> Path:
         return weights_path(self.folder, cell)
@@ -281,7 +309,9 @@ class _Work:
             metrics["accuracy"] = 100 * sum(right) / len(right)
         return metrics
 
-    def test(self, attached: Attached, examples: Sequence[Example], text: str) -> Scores:
+    def test(
+        self, attached: Attached, examples: Sequence[Example], text: str, candidates: tuple[str, ...] = ()
+    ) -> Scores:
         attached.model.eval()
         share = len(examples[self.us.rank :: self.us.size])
         with bar(share, f"{text}, test", self.progress and self.us.rank == 0) as advance:
@@ -291,6 +321,12 @@ class _Work:
                 )
                 each = tuple(right for right, _ in found)
                 return Scores({"accuracy": 100 * sum(each) / len(each)}, each)
+            if candidates:
+                model, tokenizer = attached.model, self.tokenizer
+                chosen = self._shared(
+                    examples, lambda own: choose_labels(model, tokenizer, own, candidates, self.how, advance)
+                )
+                return score_texts(chosen, examples, self.how)
             texts = self._shared(
                 examples,
                 lambda own: generate(attached.model, self.tokenizer, [e.prompt for e in own], self.how, advance),

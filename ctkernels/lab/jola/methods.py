@@ -38,12 +38,14 @@ class Attached:
         """A copy of what is trained, and of its units, on the CPU."""
         return {name: value.detach().cpu().clone() for name, value in self._tensors().items()}
 
+    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put a copy from :meth:`state` back; one without units has its values in units of 1."""
-        own = set(self._tensors())
-        if set(state) not in (own, {name for name in own if UNIT not in name}):
+        own = self._tensors()
+        if set(state) not in (set(own), {name for name in own if UNIT not in name}):
             raise ValueError(f"saved weights do not fit: expected {sorted(own)[:2]}, got {sorted(state)[:2]}")
-        self.model.load_state_dict(state, strict=False)
+        for name, value in own.items():
+            value.copy_(state[name]) if name in state else value.fill_(1)
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ METHODS: dict[str, Method] = {
         Method("lora", "LoRA, rank tuned", {"lr": (1e-3, 3e-3), "rank": (1, 8)}, lora),
         Method("bitfit", "biases only", {"lr": (3e-4, 1e-3, 3e-3, 1e-2)}, bitfit),
         Method("ia3", "(IA)3", {"lr": (1e-3, 3e-3, 1e-2, 3e-2)}, ia3),
-        Method("lofit", "head edits without gates", {"lr": (2e-3, 5e-3, 1.5e-2, 5e-2)}, lofit),
-        Method("jola", "gated head edits", {"lr": (5e-3, 1.5e-2), "gate_lr": (5e-2, 2e-1)}, jola),
+        Method("lofit", "head edits without gates", {"lr": (1e-2, 2e-2, 5e-2, 1e-1)}, lofit),
+        Method("jola", "gated head edits", {"lr": (2e-2, 5e-2), "gate_lr": (2e-1, 5e-1)}, jola),
     )
 }

@@ -81,6 +81,11 @@ class MethodComparison:
     def methods(self) -> list[str]:
         return [name for name in self.setup["methods"] if self.tested(name)]
 
+    @property
+    def _choosing(self) -> list[int]:
+        """The seeds that chose settings."""
+        return self.setup["seeds"][: self.setup.get("choose_on", 1)]
+
     def rows(self) -> list[dict[str, Any]]:
         """The table as plain values: per method the mean and the deviation over seeds of every metric."""
         found = []
@@ -142,11 +147,13 @@ class MethodComparison:
         """The settings that were tried, with their validation scores, as text."""
         lines = []
         for name in self.methods:
-            tried = [c for c in self.cells if c.method == name and c.seed == self.setup["seeds"][0] and c.setting]
+            tried = [c for c in self.cells if c.method == name and c.seed in self._choosing and c.setting]
             for cell in tried:
                 setting = ", ".join(f"{k} {v:g}" for k, v in cell.setting.items())
                 mark = "  ← chosen" if cell.test is not None else ""
                 values = ", ".join(f"{k} {v:.3g}" for k, v in cell.validation.items())
+                if len(self._choosing) > 1:
+                    setting += f", seed {cell.seed}"
                 lines.append(f"{name:<10}{setting:<28}{values}  (epoch {cell.best} of {len(cell.epochs)}){mark}")
         return "\n".join(lines)
 
@@ -171,6 +178,9 @@ class MethodComparison:
             f"{gain:+.1f} ± {error:.1f} points, standard error over {len(own)} test examples, "
             f"{seeds} seed{'s' if seeds > 1 else ''})"
         )
+        among = self.setup.get("zero-shot chooses among")
+        if among and best == "zero-shot":
+            numbers += f"; zero-shot chose among the {len(among)} answers of the training examples"
         if abs(gain) < 2 * error or gain == 0:
             return f"No difference beyond chance between {method} and the best other method was shown: {numbers}."
         outcome = "better than every other method" if gain > 0 else f"worse than {best}"
