@@ -35,7 +35,7 @@ from ctkernels.lab.jola.training import TrainingConfig
 
 # One setting each, so that the demo stays short; at this rate, gates can close within its forty steps.
 # `python -m ctkernels jola` chooses for every method alike from a grid.
-GRIDS = {"lora": {"lr": [3e-3], "rank": [8]}, "jola": {"lr": [1.5e-2], "gate_lr": [5e-1]}}
+GRIDS = {"lora": {"lr": [3e-3], "rank": [8]}, "jola": {"lr": [5e-2], "gate_lr": [5e-1]}}
 SIZES = {"train": 140, "val": 50, "test": 200, "epochs": 3}
 SHORT = {"train": 20, "val": 8, "test": 24, "epochs": 1}
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -221,8 +222,9 @@ class ComparisonResult(Result, Generic[R]):
         return sorted((r for r in self.runs if r.where == where and r.test is not None), key=lambda r: r.seed)
 
     def tried(self, *where: str) -> list[R]:
-        """The runs on the first seed, among which validation chose a setting."""
-        return [r for r in self.runs if r.where == where and r.seed == self.setup["seeds"][0]]
+        """The runs among which validation chose a setting: those on the first seed, or on the first ``choose_on``."""
+        seeds = self.setup["seeds"][: self.setup.get("choose_on", 1)]
+        return [r for r in self.runs if r.where == where and r.seed in seeds]
 
     def contradiction(self, run: R) -> str | None:
         """A sentence about what in a run does not agree with the rest of it; None if all does."""
@@ -355,11 +357,11 @@ class Study(Generic[C]):
                 damaged.append(f"{run.title}: {reason}; this run is done again")
         return replace(result, runs=tuple(sound)), damaged
 
-    def run(self, task: Task, plan: Plan, seeds: Sequence[int]) -> None:
-        """Whatever of the plan is not there yet; the first seed chooses between settings."""
+    def run(self, task: Task, plan: Plan, seeds: Sequence[int], choose_on: int = 1) -> None:
+        """Whatever of the plan is not there yet; the first ``choose_on`` seeds choose between settings."""
         for method, settings in plan:
-            tried = [self._trained(task, method, setting, seeds[0]) for setting in settings]
-            best = max(tried, key=lambda run: rank(run.validation, self.result.better_by)) if tried[1:] else tried[0]
+            tried = [[self._trained(task, method, s, seed) for seed in seeds[:choose_on]] for s in settings]
+            best = (max(tried, key=self._rank) if tried[1:] else tried[0])[0]
             for run in self.result.tested(*best.where):
                 if run.setting != best.setting:
                     self._warn(f"{run.title}: validation chooses {describe(best.setting)}; its test does not count")
@@ -370,9 +372,14 @@ class Study(Generic[C]):
                     state = read_weights(weights_path(self.folder, run)) if run.setting else {}
                     self._keep(replace(run, **task.test(method, run, state)))
             if self.group.rank == 0:
-                for run in tried:
-                    if run is not best:
+                for run in itertools.chain(*tried):
+                    if run.setting != best.setting:
                         weights_path(self.folder, run).unlink(missing_ok=True)
+
+    def _rank(self, runs: Sequence[RunResult]) -> tuple[float, ...]:
+        """The rank of one setting, by the means of its validation metrics over seeds."""
+        means = {name: mean(run.validation[name] for run in runs) for name, _ in self.result.better_by}
+        return rank(means, self.result.better_by)
 
     def _trained(self, task: Task, method: Method, setting: Setting, seed: int, to_test: bool = False) -> Any:
         blank = self.result.RUN(**task.names(), method=method.name, seed=seed, setting=dict(setting))

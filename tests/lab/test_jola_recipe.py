@@ -244,6 +244,78 @@ def test_tensorboard_writes_beside_the_result(tiny, tmp_path):
     assert b"eval/accuracy" in events.read_bytes()
 
 
+def test_several_seeds_choose_settings_together(tiny, tmp_path):
+    options = {**SMALL, "methods": ["jola"], "seeds": [0, 1, 2], "grids": {"jola": GRIDS["jola"]}, "choose_on": 2}
+    result = compare_methods(*tiny, DATA, out=tmp_path, **options)
+    assert len(result.runs) == 5  # two settings on two seeds, the chosen one on the third
+    losses = {}
+    for cell in result.runs:
+        if cell.seed < 2:
+            losses.setdefault(cell.setting["gate_lr"], []).append(cell.validation)
+    ranks = {
+        rate: (sum(v["accuracy"] for v in both) / 2, -sum(v["loss"] for v in both) / 2) for rate, both in losses.items()
+    }
+    assert {c.setting["gate_lr"] for c in result.tested("jola")} == {max(ranks, key=ranks.get)}
+    assert len(list((tmp_path / "weights").iterdir())) == 3
+    assert result.tuning().count(", seed 1") == 2
+    assert compare_methods(*tiny, DATA, out=tmp_path, **options).runs == result.runs
+    with pytest.raises(ValueError, match=r"another set-up \(different: choose_on\)"):
+        compare_methods(*tiny, DATA, out=tmp_path, **{**options, "choose_on": 1})
+    with pytest.raises(ValueError, match="choose_on must be 1 to 3, the number of seeds, got 4"):
+        compare_methods(*tiny, DATA, **{**options, "choose_on": 4})
+
+
+def test_head_edits_are_trained_and_kept_in_measured_units(tiny, tmp_path):
+    model, tokenizer = tiny
+    options = {
+        **SMALL,
+        "methods": ["jola", "lofit"],
+        "seeds": [0],
+        "grids": {"jola": GRIDS["jola"], "lofit": {"lr": [0.05]}},
+    }
+    result = compare_methods(model, tokenizer, DATA, out=tmp_path, **options)
+    for name in ("jola", "lofit"):
+        with restored(result.tested(name)[0], model, tmp_path) as adapted:
+            units = [unit for key, unit in adapted.named_buffers() if ".jola_unit_a." in key]
+            assert len(units) == 2
+            assert all(unit.std() > 0 for unit in units)
+    # weights of a run from before there were units
+    with METHODS["jola"].attach(model, {"lr": 1.0, "gate_lr": 1.0}) as attached:
+        old = {key: value + 0.1 for key, value in attached.state().items() if "jola_unit" not in key}
+        attached.load(old)
+        after = attached.state()
+        assert all(torch.equal(after[key], value) for key, value in old.items())
+        assert all(bool((value == 1).all()) for key, value in after.items() if "jola_unit" in key)
+        with pytest.raises(ValueError, match="saved weights do not fit"):
+            attached.load(dict(list(old.items())[1:]))
+
+
+def test_an_untrained_model_chooses_among_answers_that_repeat(tiny):
+    model, tokenizer = tiny
+    data, how = TextData(_examples(80, None)), Answering(max_new_tokens=2)
+    result = compare_methods(
+        model, tokenizer, data, **{**SMALL, "methods": ["zero-shot"], "seeds": [0], "answering": how}
+    )
+    tested = draw(data, 0, train=16, val=8, test=12).test
+    rows = [Example(e.prompt, e.answer, ("fruit", "colour")) for e in tested]
+    right = [r for r, _ in scoring.score_choices(model, tokenizer, rows, how)]
+    (cell,) = result.tested("zero-shot")
+    assert cell.test["exact_match"] == pytest.approx(100 * sum(right) / len(right))
+    assert sum(right) > 0
+    assert "bleu" not in cell.test  # one-word answers
+    assert sorted(result.setup["zero-shot chooses among"]) == ["colour", "fruit"]
+
+
+def test_what_counts_as_labels():
+    rows = [Example(f"{i}", word) for i, word in enumerate(["a", "b", "a", "b"])]
+    assert scoring.labels(rows, Answering()) == ("a", "b")
+    assert scoring.labels(rows[:3], Answering()) == ()  # not twice each
+    assert scoring.labels([Example(f"{i}", "yes") for i in range(9)], Answering()) == ()
+    assert scoring.labels(rows, Answering(extract=r"answer (\w)")) == ()  # would not be found in the label alone
+    assert scoring.labels(rows, Answering(extract=r"\b([ab])\b")) == ("a", "b")
+    assert scoring.labels([Example("q", word, ("a", "b")) for word in "abab"], Answering()) == ()
+
+
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished")
@@ -322,7 +394,7 @@ def test_free_text_is_generated_and_scored(tiny):
     result = compare_methods(*tiny, data, methods=["zero-shot", "lofit"], **options)
     assert result.primary == "rouge_l"
     for row in result.rows():
-        assert set(row["metrics"]) == {"exact_match", "bleu", "rouge_l"}
+        assert set(row["metrics"]) == {"exact_match", "rouge_l"}  # answers of one word have no BLEU
     assert "ROUGE-L" in result.table()
     assert len(result.tested("lofit")[0].each) == 12
     assert not result.tested("lofit")[0].gates

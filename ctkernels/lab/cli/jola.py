@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--grid", action="append", type=_grid, default=[], metavar="METHOD.NAME=VALUES", help="settings to try"
     )
+    option(what, "--choose-on", types.COUNT, 1, "how many of the seeds choose settings")
     option(what, "--train", types.COUNT, 200, "training examples")
     option(what, "--val", types.COUNT, 100, "validation examples")
     option(what, "--test", types.COUNT, 300, "test examples at most")
@@ -150,6 +151,7 @@ def run(arguments: argparse.Namespace) -> int:
         training=training,
         answering=answering,
         schedule=arguments.schedule,
+        choose_on=arguments.choose_on,
         out=out,
         name=arguments.model,
         device=arguments.device or _distributed.launched_device(),

@@ -18,7 +18,17 @@ from .._progress import bar
 from ..experiment import BetterBy, Method, Study, TrainingLog, plan_of
 from .methods import METHODS, Attached
 from .result import MethodComparison, RunResult
-from .scoring import Answering, Scores, answer_row, generate, primary_metric, score_choices, score_texts
+from .scoring import (
+    Answering,
+    Scores,
+    answer_row,
+    choose_labels,
+    generate,
+    labels,
+    primary_metric,
+    score_choices,
+    score_texts,
+)
 from .texts import Example, Split, TextData, draw
 
 if TYPE_CHECKING:
@@ -42,6 +52,7 @@ def compare_methods(
     training: TrainingConfig | None = None,
     answering: Answering | None = None,
     schedule: str = "exponential",
+    choose_on: int = 1,
     out: str | os.PathLike[str] | None = None,
     name: str = "",
     device: torch.device | str | None = None,
@@ -51,9 +62,11 @@ def compare_methods(
 ) -> MethodComparison:
     """Compare JoLA with other ways to adapt a language model, on the same few examples and the same budget.
 
-    For every method, each setting of its grid is trained on the first seed's examples, and the one with the best
-    validation score is kept for all seeds. Every run validates after each epoch, stops early, and keeps its best
-    epoch. The test examples, the same for all, are scored once per method and seed.
+    For every method, each setting of its grid is trained on the first seed's examples (or on those of several, see
+    ``choose_on``), and the one with the best validation score is kept for all seeds. Every run validates after each
+    epoch, stops early, and keeps its best epoch. The test examples, the same for all, are scored once per method and
+    seed. Where there are no choices but answers repeat, the untrained model chooses among the training answers: it
+    cannot know otherwise which words are wanted, and every method would look good beside it.
 
     With ``out``, every finished run is kept in ``out/result.json`` and its weights in ``out/weights``; a call that was
     cut short goes on from there, and more methods and seeds can be added. Under ``torchrun`` each step's examples are
@@ -70,6 +83,7 @@ def compare_methods(
         training: epochs, patience, batch size, see :class:`TrainingConfig`.
         answering: how prompts become tokens and answers are found, see :class:`Answering`.
         schedule: of the penalty on JoLA's gates: "constant", "linear", "cyclic" or "exponential".
+        choose_on: how many of the seeds choose settings, by the mean of their validation scores. Default 1, the first.
         out: folder for results. Default: nothing is kept.
         name: of the model, for the result.
         device: where to run; the model is moved there. Default: where it is.
@@ -106,6 +120,8 @@ def compare_methods(
         raise ValueError("tokenizer must have a padding token, got one without (set tokenizer.pad_token)")
     check_loggers(report_to)
     plan = plan_of([METHODS[name] for name in methods], grids)
+    if not 1 <= choose_on <= len(dict.fromkeys(seeds)):
+        raise ValueError(f"choose_on must be 1 to {len(dict.fromkeys(seeds))}, the number of seeds, got {choose_on}")
     how, training = answering or Answering(), training or TrainingConfig()
     splits = {seed: draw(data, seed, train=train, val=val, test=test) for seed in dict.fromkeys(seeds)}
     where = torch.device(device) if device is not None else next(model.parameters()).device
@@ -123,6 +139,10 @@ def compare_methods(
         "schedule": schedule,
         "processes": processes.size,
     }
+    candidates = labels(splits[seeds[0]].train, how)
+    # entries of a set-up that results from before they existed do not have, where they say what was done then
+    setup |= {"zero-shot chooses among": list(candidates)} if candidates else {}
+    setup |= {"choose_on": choose_on} if choose_on > 1 else {}
     result = MethodComparison((), setup, primary=primary_metric(data.has_choices, how))
     model.to(where).eval()
     with Study.opened(result, out, processes, extra) as study:
@@ -137,10 +157,11 @@ def compare_methods(
             processes,
             result.primary,
             result.better_by,
+            candidates,
             logs,
             progress,
         )
-        study.run(task, plan, list(splits))
+        study.run(task, plan, list(splits), choose_on)
     return study.result
 
 
@@ -157,6 +178,7 @@ class TextTask:
     group: Group
     primary: str
     better_by: BetterBy
+    candidates: tuple[str, ...]
     logs: tuple[tuple[str, ...], Path]
     progress: bool
 
@@ -189,7 +211,7 @@ class TextTask:
     def test(self, method: Method, run: RunResult, state: Mapping[str, Tensor]) -> dict[str, Any]:
         examples = self.splits[run.seed].test
         if method.attach is None:
-            scores = self.score(self.model, examples, run.title)
+            scores = self.score(self.model, examples, run.title, self.candidates)
         else:
             with self._attached(method, run) as attached:
                 attached.load(state)
@@ -204,8 +226,8 @@ class TextTask:
             metrics["accuracy"] = 100 * sum(right) / len(right)
         return metrics
 
-    def score(self, model: Any, examples: Sequence[Example], title: str) -> Scores:
-        """Test scores of a model."""
+    def score(self, model: Any, examples: Sequence[Example], title: str, candidates: tuple[str, ...] = ()) -> Scores:
+        """Test scores of a model; it chooses among ``candidates`` if there are any, where examples have no choices."""
         model.eval()
         how, tokenizer = self.how, self.tokenizer
         with self._bar(len(examples[self.group.rank :: self.group.size]), f"{title}, test") as advance:
@@ -213,6 +235,11 @@ class TextTask:
                 scored = self._shared(examples, lambda some: score_choices(model, tokenizer, some, how, advance))
                 each = tuple(right for right, _ in scored)
                 return Scores({"accuracy": 100 * sum(each) / len(each)}, each)
+            if candidates:
+                texts = self._shared(
+                    examples, lambda some: choose_labels(model, tokenizer, some, candidates, how, advance)
+                )
+                return score_texts(texts, examples, how)
             texts = self._shared(
                 examples, lambda some: generate(model, tokenizer, [e.prompt for e in some], how, advance)
             )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,27 +14,37 @@ from torch import Tensor, nn
 from ..._extras import require
 from ..experiment import Method, Setting
 
+UNIT = ".jola_unit_"
+
 
 @dataclass(frozen=True)
 class Attached:
-    """A model with a method on it: what to train, in groups for an optimizer, and the trainer's callbacks."""
+    """A model with a method on it: what to train, in groups for an optimizer, and the trainer's callbacks.
+
+    ``measure``: is given batches of training prompts before training.
+    """
 
     model: Any
     groups: list[dict[str, Any]]
     callbacks: list[Any] = field(default_factory=list)
+    measure: Callable[[Iterable[Mapping[str, Any]]], Any] | None = None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return trained | {name: unit for name, unit in self.model.named_buffers() if UNIT in name}
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of what is trained, on the CPU."""
-        return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+        """A copy of what is trained, and of its units, on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self._tensors().items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put a copy from :meth:`state` back."""
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if set(trained) != set(state):
-            raise ValueError(f"saved weights do not fit: expected {sorted(trained)[:2]}, got {sorted(state)[:2]}")
-        for name, parameter in trained.items():
-            parameter.copy_(state[name])
+        """Put a copy from :meth:`state` back; one without units has its values in units of 1."""
+        own = self._tensors()
+        if set(state) not in (set(own), {name for name in own if UNIT not in name}):
+            raise ValueError(f"saved weights do not fit: expected {sorted(own)[:2]}, got {sorted(state)[:2]}")
+        for name, value in own.items():
+            value.copy_(state[name]) if name in state else value.fill_(1)
 
 
 @contextmanager
@@ -62,7 +73,8 @@ def jola(model: nn.Module, setting: Setting, schedule: str = "exponential") -> I
 
     with _through_peft(model, adapters.JolaConfig(task_type="CAUSAL_LM")) as wrapped:
         groups = adapters.parameter_groups(wrapped, lr=setting["lr"], gate_lr=setting["gate_lr"])
-        yield Attached(wrapped, groups, [adapters.JolaPenaltyCallback(schedule)])
+        penalty = adapters.JolaPenaltyCallback(schedule, units=0)
+        yield Attached(wrapped, groups, [penalty], partial(adapters.measure_units, wrapped))
 
 
 @contextmanager
@@ -71,7 +83,8 @@ def lofit(model: nn.Module, setting: Setting, schedule: str = "exponential") -> 
     from ... import adapters
 
     with _through_peft(model, adapters.JolaConfig(task_type="CAUSAL_LM", freeze_gates=True)) as wrapped:
-        yield Attached(wrapped, _trained(wrapped, setting["lr"]))
+        groups = _trained(wrapped, setting["lr"])
+        yield Attached(wrapped, groups, measure=partial(adapters.measure_units, wrapped))
 
 
 @contextmanager
@@ -136,7 +149,7 @@ METHODS: dict[str, Method] = {
         Method("lora", "LoRA, rank tuned", {"lr": (1e-3, 3e-3), "rank": (1, 8)}, lora),
         Method("bitfit", "biases only", {"lr": (3e-4, 1e-3, 3e-3, 1e-2)}, bitfit),
         Method("ia3", "(IA)3", {"lr": (1e-3, 3e-3, 1e-2, 3e-2)}, ia3),
-        Method("lofit", "head edits without gates", {"lr": (2e-3, 5e-3, 1.5e-2, 5e-2)}, lofit),
-        Method("jola", "gated head edits", {"lr": (5e-3, 1.5e-2), "gate_lr": (5e-2, 2e-1)}, jola),
+        Method("lofit", "head edits without gates", {"lr": (1e-2, 2e-2, 5e-2, 1e-1)}, lofit),
+        Method("jola", "gated head edits", {"lr": (2e-2, 5e-2), "gate_lr": (2e-1, 5e-1)}, jola),
     )
 }

@@ -124,8 +124,8 @@ class MethodComparison(ComparisonResult[RunResult]):
         for run in (run for name in self.methods for run in self.tried(name) if run.setting):
             mark = "  ← chosen" if run.test is not None else ""
             values = ", ".join(f"{k} {v:.3g}" for k, v in run.validation.items())
-            setting = f"{run.method:<10}{describe(run.setting):<28}"
-            lines.append(f"{setting}{values}  (epoch {run.best} of {len(run.epochs)}){mark}")
+            setting = describe(run.setting) + (f", seed {run.seed}" if self.setup.get("choose_on", 1) > 1 else "")
+            lines.append(f"{run.method:<10}{setting:<28}{values}  (epoch {run.best} of {len(run.epochs)}){mark}")
         return "\n".join(lines)
 
     def verdict(self, method: str = "jola") -> str:
@@ -147,6 +147,9 @@ class MethodComparison(ComparisonResult[RunResult]):
             f"({NAMES.get(self.primary, self.primary)}, {gain:+.1f} ± {error:.1f} points, standard error over "
             f"{len(differences)} test examples, {seeds} seed{'s' if seeds > 1 else ''})"
         )
+        among = self.setup.get("zero-shot chooses among")
+        if among and best == "zero-shot":
+            numbers += f"; zero-shot chose among the {len(among)} answers of the training examples"
         if abs(gain) < 2 * error or gain == 0:
             return f"No difference beyond chance between {method} and the best other method was shown: {numbers}."
         outcome = "better than every other method" if gain > 0 else f"worse than {best}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import metrics
 from .texts import Example
 
+MOST_LABELS = 50  # each costs a forward pass for every prompt, unless it is one token
 Row = tuple[tuple[int, ...], tuple[int, ...]]  # tokens of a prompt, tokens that follow
 
 
@@ -103,15 +104,20 @@ def answer_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 def tail_logits(model: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
     """Logits of the last ``keep`` positions, (B, keep, vocabulary); the others are not computed where possible."""
+    return model(**tail_inputs(model, ids, mask, keep)).logits[:, -keep:]
+
+
+def tail_inputs(model: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> dict[str, Any]:
+    """The arguments for a forward pass over rows padded on the left, of which the last ``keep`` logits are wanted."""
     inner: Any = getattr(model, "module", model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     known = inspect.signature(inner.forward).parameters
-    options: dict[str, Any] = {}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if "position_ids" in known:
-        options["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
     if "logits_to_keep" in known:
-        options["logits_to_keep"] = keep
-    return model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, -keep:]
+        inputs["logits_to_keep"] = keep
+    return inputs
 
 
 @torch.inference_mode()
@@ -222,8 +228,38 @@ def score_choices(
     return scored
 
 
+def labels(examples: Sequence[Example], how: Answering) -> tuple[str, ...]:
+    """The answers of examples without choices, where they repeat as labels do; none for free text.
+
+    A model that has seen no example cannot know which words are wanted: what it generates is a measure of that alone.
+    Labels are at most `MOST_LABELS` answers, each given twice on average or more, which `how.extract` takes as they are.
+    """
+    found = dict.fromkeys(example.answer for example in examples if example.choices is None)
+    if not 2 <= len(found) <= min(MOST_LABELS, len(examples) // 2):
+        return ()
+    return tuple(found) if all(metrics.extracted(answer, how.extract) == answer.strip() for answer in found) else ()
+
+
+def choose_labels(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    choices: tuple[str, ...],
+    how: Answering,
+    advance: Callable[[int], object] = lambda step: None,
+) -> list[str]:
+    """The most probable of the labels after each prompt."""
+    rows = [encode(e.prompt, choice, tokenizer, how, end=False) for e in examples for choice in choices]
+    logs = iter(log_probabilities(model, rows, tokenizer.pad_token_id, how.batch_size, advance))
+    own = [[next(logs) for _ in choices] for _ in examples]
+    return [choices[values.index(max(values))] for values in own]
+
+
 def score_texts(predictions: Sequence[str], examples: Sequence[Example], how: Answering) -> Scores:
-    """Exact match, BLEU, ROUGE-L and BERTScore of generated texts, in [0, 100], as far as their packages are here."""
+    """Exact match, BLEU, ROUGE-L and BERTScore of generated texts, in [0, 100], as far as their packages are here.
+
+    Answers of one word each have no BLEU: it counts runs of up to four words.
+    """
     references = [example.answer.strip() for example in examples]
     answers = [metrics.extracted(text, how.extract) for text in predictions]
     each: dict[str, list[float]] = {"exact_match": metrics.exact_matches(answers, references)}
@@ -233,6 +269,6 @@ def score_texts(predictions: Sequence[str], examples: Sequence[Example], how: An
     if how.bertscore_model is not None:
         each["bertscore"] = metrics.bert_scores(answers, references, how.bertscore_model, how.bertscore_layer)
     values = {name: 100 * sum(scores) / len(scores) for name, scores in each.items()}
-    if "bleu" in present:
+    if "bleu" in present and any(len(reference.split()) > 1 for reference in references):
         values["bleu"] = metrics.bleu(answers, references)
     return Scores(values, tuple(each[primary_metric(False, how)]))

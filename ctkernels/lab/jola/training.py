@@ -6,7 +6,7 @@ Importing this module needs transformers and accelerate.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,9 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ..experiment import BetterBy, TrainingLog
 from .methods import Attached
-from .scoring import Row, answer_loss, collate
+from .scoring import Row, answer_loss, collate, padded, tail_inputs
+
+MEASURED = 64  # examples on which units are measured
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ def train(
     Raises:
         ValueError: the batch size is no multiple of the number of processes.
     """
+    if attached.measure is not None:
+        attached.measure(_prompts(attached.model, rows[:MEASURED], pad, budget.batch_size))
     for group in attached.groups:
         group.setdefault("weight_decay", budget.weight_decay)
     optimizer = torch.optim.AdamW(attached.groups, eps=1e-6)
@@ -193,3 +197,10 @@ def train(
     attached.model.eval()
     best.log.details["gates"] = best.gates
     return best.log
+
+
+def _prompts(model: Any, rows: Sequence[Row], pad: int, batch_size: int) -> Iterator[dict[str, Any]]:
+    """The inputs of the model on rows, in batches."""
+    for start in range(0, len(rows), batch_size):
+        ids, mask = padded([before + after for before, after in rows[start : start + batch_size]], pad)
+        yield tail_inputs(model, ids, mask, 1)
