@@ -80,9 +80,9 @@ def _from_debian(folder: Path) -> Path:
 
 
 def _from_torchvision(folder: Path) -> Path:
-    from torchvision import datasets
+    import torchvision.datasets
 
-    datasets.FashionMNIST(str(folder), download=True)
+    torchvision.datasets.FashionMNIST(str(folder), download=True)
     return folder / "FashionMNIST/raw"
 
 
