@@ -10,7 +10,7 @@ PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 # The paper's table of transfer accuracies, made small: few and small images, few epochs, rates to match.
-COMPARE := fashion-mnist emoji digits --model mobilenet_v2=packaged --model examples.networks:mnist_cnn \
+COMPARE := examples.data:fashion_mnist examples.data:emoji digits --model mobilenet_v2=packaged --model examples.networks:mnist_cnn \
     --methods linear,sct,sct-mean-free,lora-r1,tct,tct+lora-r1 --size 48 --resize 48 --max-train 260 --val 0.3 --max-test 300 \
     --betas 0.75,0.8,0.85,0.9,0.95 --epochs 4 --batch-size 16 --cpu \
     --grid linear.head_lr=3e-3 --grid sct.head_lr=3e-3 --grid sct-mean-free.head_lr=3e-3 \

@@ -1,4 +1,4 @@
-"""Networks that are a user's own: the functions that build them, by name, and errors of his code told as his."""
+"""Networks and data of a user's own: the functions that build them, by name, and errors of that code told as such."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 
-def find_factory(name: str) -> Callable[[], nn.Module]:
-    """The function at ``package.module:function`` or ``file.py:function``, which takes nothing and returns a module.
+def find_factory(name: str, kind: type[Any] = nn.Module, role: str = "model") -> Callable[[], Any]:
+    """The function at ``package.module:function`` or ``file.py:function``, which takes nothing and returns a ``kind``.
 
-    The module is imported, a file by its path with its folder first in ``sys.path``. What the returned function raises
-    names the factory.
+    ``role`` ("model", "data") is what errors call it. The module is imported, a file by its path with its folder first in
+    ``sys.path``. What the returned function raises names the factory.
 
     Raises:
         ValueError: another form of name, no such module, file or function, or an error that importing it raised.
@@ -27,17 +27,19 @@ def find_factory(name: str) -> Callable[[], nn.Module]:
     file = place.endswith(".py")
     dotted = all(part.isidentifier() for part in place.split("."))
     if not (colon and function.isidentifier() and (file or dotted)):
-        raise ValueError(f"model must be package.module:function or file.py:function, got {name!r}")
-    module = _from_file(Path(place), name) if file else _from_path(place, name)
+        raise ValueError(f"{role} must be package.module:function or file.py:function, got {name!r}")
+    title = f"{role} {name!r}"
+    module = _from_file(Path(place), title) if file else _from_path(place, title)
     make = getattr(module, function, None)
     if not callable(make):
-        raise ValueError(f"model {name!r}: {place} has no function {function!r}")
+        raise ValueError(f"{title}: {place} has no function {function!r}")
 
-    def build() -> nn.Module:
-        made = _theirs(f"model {name!r}: the function", make)
-        if not isinstance(made, nn.Module):
-            raise ValueError(f"model {name!r} must return a torch.nn.Module, got {type(made).__name__}")
-        return made
+    def build() -> Any:
+        result = _theirs(f"{title}: the function", make)
+        if not isinstance(result, kind):
+            wanted = "torch.nn.Module" if kind is nn.Module else kind.__name__
+            raise ValueError(f"{title} must return a {wanted}, got {type(result).__name__}")
+        return result
 
     return build
 
@@ -73,25 +75,25 @@ def _theirs(what: str, run: Callable[..., Any], *arguments: Any) -> Any:
         raise ValueError(f"{what} raised {told(error)}") from error
 
 
-def _from_path(place: str, name: str) -> ModuleType:
+def _from_path(place: str, title: str) -> ModuleType:
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is not None and (place + ".").startswith(error.name + "."):
-            raise ValueError(f"model {name!r}: no module named {error.name!r} here or on PYTHONPATH") from error
-        raise ValueError(f"model {name!r}: importing it raised {told(error)}") from error
+            raise ValueError(f"{title}: no module named {error.name!r} here or on PYTHONPATH") from error
+        raise ValueError(f"{title}: importing it raised {told(error)}") from error
     except (Exception, SystemExit) as error:
-        raise ValueError(f"model {name!r}: importing it raised {told(error)}") from error
+        raise ValueError(f"{title}: importing it raised {told(error)}") from error
 
 
-def _from_file(path: Path, name: str) -> ModuleType:
+def _from_file(path: Path, title: str) -> ModuleType:
     if not path.is_file():
-        raise ValueError(f"model {name!r}: expected a file, found none at {path}")
+        raise ValueError(f"{title}: expected a file, found none at {path}")
     known = sys.modules.get(path.stem)
     if known is not None and Path(getattr(known, "__file__", None) or "").absolute() == path.absolute():
         return known
     if known is not None:
-        raise ValueError(f"model {name!r}: a module named {path.stem!r} has been imported already; rename the file")
+        raise ValueError(f"{title}: a module named {path.stem!r} has been imported already; rename the file")
     if str(path.absolute().parent) not in sys.path:
         sys.path.insert(0, str(path.absolute().parent))  # for what it imports, now and later
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -100,7 +102,7 @@ def _from_file(path: Path, name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # so that its classes can be pickled and their sources found
     try:
-        _theirs(f"model {name!r}: importing it", spec.loader.exec_module, module)
+        _theirs(f"{title}: importing it", spec.loader.exec_module, module)
     except ValueError:
         del sys.modules[path.stem]
         raise

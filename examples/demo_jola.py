@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from data import wordnet
 
 from ctkernels.adapters import GateMap, edit_sizes
 from ctkernels.lab.jola import (
@@ -29,13 +30,12 @@ from ctkernels.lab.jola import (
     load_language_model,
     restored,
     save_report,
-    wordnet_nouns,
 )
-from ctkernels.lab.jola.training import Budget
+from ctkernels.lab.jola.training import TrainingConfig
 
 # One setting each, so that the demo stays short; at this rate, gates can close within its forty steps.
 # `python -m ctkernels jola` chooses for every method alike from a grid.
-GRIDS = {"lora": {"lr": [3e-3], "rank": [8]}, "jola": {"lr": [1.5e-2], "gate_lr": [5e-1]}}
+GRIDS = {"lora": {"lr": [3e-3], "rank": [8]}, "jola": {"lr": [5e-2], "gate_lr": [5e-1]}}
 SIZES = {"train": 140, "val": 50, "test": 200, "epochs": 3}
 SHORT = {"train": 20, "val": 8, "test": 24, "epochs": 1}
 
@@ -60,7 +60,7 @@ def main() -> int:
     o = options()
     out = Path(o.out)
     try:
-        data = wordnet_nouns(o.data)
+        data = wordnet(o.data)
         sizes = {"train": o.train, "val": o.val, "test": o.test}
         examples = draw(data, 0, **sizes)
         model, tokenizer = load_language_model(o.model)
@@ -78,15 +78,15 @@ def main() -> int:
         seeds=[0],
         **sizes,
         grids=GRIDS,
-        budget=Budget(epochs=o.epochs),
+        training=TrainingConfig(epochs=o.epochs),
         answering=Answering(),
         out=out,
         name=o.model,
         extra={"command": sys.argv, "threads": torch.get_num_threads()},
     )
     print(f"\n{result.table()}\n\n{result.verdict()}\n")
-    cell = result.tested("jola")[0]
-    print(GateMap.from_dict(cell.gates[cell.best]).text())
+    run = result.tested("jola")[0]
+    print(GateMap.from_dict(run.gates[run.best]).text())
     prompts = [e.prompt for e in examples.test]
     for path in save_report(result, model, tokenizer, prompts[:64], out):
         print(f"saved {path}")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import subprocess
 import sys
 import time
@@ -22,13 +21,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from data import fashion_mnist
 
 import ctkernels
 from ctkernels._files import write_text
 from ctkernels.lab import (
     Preprocess,
     Splits,
-    fashion_mnist,
     load_model,
     normalised_like,
     plot,
@@ -36,8 +35,9 @@ from ctkernels.lab import (
     stratified_order,
     verdict,
 )
-from ctkernels.lab.search.result import table, versions
-from ctkernels.lab.transfer import Budget, ImageOptions, compare_transfer
+from ctkernels.lab.result import to_json, versions
+from ctkernels.lab.search.result import table
+from ctkernels.lab.transfer import ImageOptions, TrainingConfig, compare_transfer
 
 ROOT = Path(__file__).resolve().parent.parent
 BETAS = (0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 1.0)
@@ -121,7 +121,7 @@ def main() -> int:
         "seconds": time.perf_counter() - started,
         "draws": [r.to_dict() for r in results],
     }
-    write_text(out / "result.json", json.dumps(record, indent=2) + "\n")
+    write_text(out / "result.json", to_json(record))
     print(f"saved {out / 'accuracy_vs_beta.png'} and {out / 'result.json'}", flush=True)
     comparison(model, images, out, o.short)
     if not (o.short or o.no_speed):
@@ -149,7 +149,7 @@ def comparison(model: torch.nn.Module, images: Splits, out: Path, short: bool) -
             "lora-r1": {"lr": [3e-3] if short else [1e-3, 3e-3], "head_lr": head},
             "tct": {"lr": [0.03] if short else [0.01, 0.03], "head_lr": head, "beta": [0.95]},
         },
-        budget=Budget(epochs, batch_size=16),
+        training=TrainingConfig(epochs, batch_size=16),
         images=ImageOptions(size=48, resize=48, val=0.3, max_train=train, max_test=test),
     )
     print(f"\nlearning, with {train} images to train and validate on, {epochs} epochs, 48 pixels:\n\n{result.table()}")

@@ -26,6 +26,7 @@ from .jola.penalty import (
     official_penalty,
 )
 from .jola.sites import find_sites
+from .jola.units import measure_units
 from .optimizer import parameter_groups
 from .published import load_official
 from .saving import save_adapter, save_merged
@@ -62,6 +63,7 @@ __all__ = [
     "gate_map",
     "jola_penalty",
     "load_official",
+    "measure_units",
     "official_penalty",
     "open_heads",
     "parameter_groups",

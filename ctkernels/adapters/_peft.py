@@ -65,6 +65,7 @@ def register(name: str, config_cls: type, model_cls: type) -> None:
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
 
 
+UNIT = ".jola_unit_"  # in the names of tensors that older files lack, all of them or none
 _NAMES_IN_USE = frozenset(dir(nn.ParameterDict()))  # an adapter's name becomes an attribute of one
 
 
@@ -192,11 +193,13 @@ def _beside(tensors: dict[str, torch.Size], name: str) -> torch.Size | None:
 
 
 def check_names(own: dict[str, torch.Size], given: dict[str, torch.Size]) -> None:
-    """Check that a set of tensors is the expected one.
+    """Check that a set of tensors is the expected one, but for units, which may be missing altogether.
 
     Raises:
         ValueError: some are unknown, missing or of another shape.
     """
+    if not any(UNIT in name for name in given):
+        own = {name: shape for name, shape in own.items() if UNIT not in name}
     foreign = sorted(set(given) - set(own))
     if foreign:
         raise ValueError(f"The adapter does not fit this model: unknown {foreign[:3]}" + ", ..." * (len(foreign) > 3))
@@ -210,8 +213,8 @@ def check_names(own: dict[str, torch.Size], given: dict[str, torch.Size]) -> Non
 
 def check_state_dict(part: str, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Refuse an adapter's tensors (those with `part` in their names) that do not fit, before any of them is copied."""
-    parameters = model.named_parameters(remove_duplicate=False)
-    own = {f"{prefix}{name}": value.shape for name, value in parameters if part in name}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    own = {f"{prefix}{name}": value.shape for name, value in tensors if part in name}
     if any("_fsdp_wrapped_module" in name for name in own):
         return  # FSDP1 renames and flattens parameters, and checks them itself
     given = {name: value for name, value in state_dict.items() if part in name}

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .jola.model import jola_layers
+from .jola.units import has_units
+
 
 def parameter_groups(
     model: nn.Module,
@@ -17,13 +20,16 @@ def parameter_groups(
     """Optimizer parameter groups: gates and curvatures apart, with rates of their own and no weight decay.
 
     With JoLA's released rate of 5e-3 for everything, log alpha moves at most 1.25 in 500 steps and no gate can reach
-    zero; gates therefore get their own rate. The logits of beta and coeff are trained at a hundred times the rate of
-    the head (Curvature Tuning, section 4.1).
+    zero; so it has a rate of its own, which is in its unit (`JolaConfig.gate_rate`), and in a group only where `gate_lr`
+    asks for another. The logits of beta and coeff are trained at a hundred times the rate of the head (Curvature
+    Tuning, section 4.1).
 
     Args:
         model: a model with a JoLA or a curvature adapter.
-        lr: rate of m, a and other trainable parameters. None: 5e-3 with a JoLA adapter, else 1e-3, as in the papers.
-        gate_lr: rate of log alpha; None takes `10 * lr`.
+        lr: rate of m, a and other trainable parameters. None: 5e-2 with a JoLA adapter whose units have been measured
+            (`measure_units`, before this), 5e-3 with another, as in the released code, else 1e-3.
+        gate_lr: rate of log alpha, for optimizers whose steps do not depend on the size of gradients, such as Adam. None:
+            `gate_rate * lr` (ten times `lr` by default), or `10 * lr` with an adapter from before it had a `gate_rate`.
         weight_decay: for m, a and the others. Default 0.
         curvature_lr: rate of the logits of beta and coeff. Default 0.1, as in the paper.
 
@@ -33,19 +39,44 @@ def parameter_groups(
     Example:
         >>> optimizer = torch.optim.AdamW(parameter_groups(model, lr=5e-3, gate_lr=5e-2), eps=1e-6)
     """
+    units = _gate_units(model)
     found: dict[str, list[Tensor]] = {"jola_edits": [], "jola_gates": [], "curvature": [], "rest": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             found[_group(name)].append(parameter)
     if lr is None:
-        lr = 5e-3 if found["jola_edits"] or found["jola_gates"] else 1e-3
-    rates = {"jola_gates": 10 * lr if gate_lr is None else gate_lr, "curvature": curvature_lr}
-    return [
-        {"params": found[name], "lr": rates.get(name, lr), "weight_decay": 0.0 if name in rates else weight_decay}
-        | {"name": name}
-        for name in found
-        if found[name]
-    ]
+        jola = found["jola_edits"] or found["jola_gates"]
+        lr = (5e-2 if has_units(model) else 5e-3) if jola else 1e-3
+    groups: list[dict[str, Any]] = []
+    for name, parameters in found.items():
+        by_unit: dict[float, list[Tensor]] = {}
+        for tensor in parameters:
+            by_unit.setdefault(units.get(id(tensor), 1.0), []).append(tensor)
+        for unit, some in by_unit.items():
+            rate, decay = lr, weight_decay
+            if name == "curvature":
+                rate, decay = curvature_lr, 0.0
+            elif name == "jola_gates":
+                rate, decay = _gate_rate(lr, gate_lr, unit), 0.0
+            groups.append({"params": some, "lr": rate, "weight_decay": decay, "name": name})
+    return groups
+
+
+def _gate_rate(lr: float, gate_lr: float | None, unit: float) -> float:
+    """The rate of a parameter that is log alpha in a unit."""
+    if gate_lr is None:
+        return lr if unit != 1 else 10 * lr
+    return gate_lr / unit
+
+
+def _gate_units(model: nn.Module) -> dict[int, float]:
+    """The units in which log alpha is stored, by parameter."""
+    return {
+        id(parameter): float(layer.jola_unit_log_alpha[name])
+        for layer in jola_layers(model)
+        for table in (layer.jola_log_alpha_m, layer.jola_log_alpha_a)
+        for name, parameter in table.items()
+    }
 
 
 def _group(name: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ._files import safetensors_names
 from .curvature.layer import CurvatureLayer
 from .curvature.published import NAME, curvature_copies
-from .jola.gates import _adapters
+from .jola.gates import named_adapters
 from .jola.model import jola_layers
 
 _NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.(attn_A|attn_v|log_g1|log_g2)(?:\.(\d+))?$")
@@ -56,7 +56,7 @@ def load_official(
     """Copy the parameters of an official checkpoint into a JoLA or a curvature adapter of `model`.
 
     JoLA: the official names hold one tensor a head: `layers.N.self_attn.attn_A.H` is m, `attn_v.H` is a, `log_g2` (heads, 1)
-    gates m and `log_g1` gates a. Its test-time gate is the "clip" estimator.
+    gates m and `log_g1` gates a. Its test-time gate is the "clip" estimator. The adapter's units become 1.
 
     Curvature Tuning: `<module>._raw_beta` and `._raw_coeff`, in a state dict of the whole model. Its head and its
     BatchNorm statistics, which the official code trains too, are not read: `load_state_dict` takes them. Its unit adds
@@ -96,7 +96,7 @@ def _jola_copies(model: nn.Module, tensors: dict[str, Tensor], adapter: str | No
         if match:
             layer_index, part, head = match.groups()
             found.setdefault((int(layer_index), part), {})[int(head or 0)] = value
-    (name,) = _adapters(model, adapter)[:1]
+    (name,) = named_adapters(model, adapter)[:1]
     copies: list[tuple[Tensor, Tensor]] = []
     filled: set[int] = set()
     for layer in jola_layers(model):
@@ -122,6 +122,8 @@ def _jola_copies(model: nn.Module, tensors: dict[str, Tensor], adapter: str | No
                 have = None if target is None else tuple(target.shape)
                 raise ValueError(f"{layer.site}: expected {part} of shape {have}, got {tuple(value.shape)}")
             copies.append((target, value))
+        for unit in (layer.jola_unit_a[name], layer.jola_unit_log_alpha[name]):
+            copies.append((unit, torch.ones_like(unit)))
     missing = sorted({index for index, _ in found} - filled)
     if missing:
         raise ValueError(f"the checkpoint edits layers {missing}, which adapter {name!r} does not")

@@ -3,14 +3,18 @@
 The rest of the package never imports it.
 """
 
-from .betas import DEFAULT_BETAS
-from .images.data import fashion_mnist, load_data, read_folder, read_npz
+from .analysis import curvature_profile, run_toys
+from .config import DEFAULT_BETAS
+from .images.data import load_data, read_folder, read_npz
 from .images.models import load_model
 from .images.probe import Probe, fit_probe
 from .images.sets import ImageSet, Preprocess, Splits, normalised_like, stratified_order, stratified_split
-from .search.grid import search_beta
-from .search.plot import plot
-from .search.result import BetaSearch, Comparison, verdict
+from .jola import compare_methods
+from .robustness.evaluate import RobustnessConfig, robustness
+from .search.grid import SearchConfig, search_beta
+from .search.result import BetaSearch, Comparison, plot, verdict
+from .search.strategies import StrategyConfig, search_betas
+from .transfer import TransferConfig, compare_transfer, tune_curvature
 
 __all__ = [
     "DEFAULT_BETAS",
@@ -19,8 +23,14 @@ __all__ = [
     "ImageSet",
     "Preprocess",
     "Probe",
+    "RobustnessConfig",
+    "SearchConfig",
     "Splits",
-    "fashion_mnist",
+    "StrategyConfig",
+    "TransferConfig",
+    "compare_methods",
+    "compare_transfer",
+    "curvature_profile",
     "fit_probe",
     "load_data",
     "load_model",
@@ -28,8 +38,12 @@ __all__ = [
     "plot",
     "read_folder",
     "read_npz",
+    "robustness",
+    "run_toys",
     "search_beta",
+    "search_betas",
     "stratified_order",
     "stratified_split",
+    "tune_curvature",
     "verdict",
 ]

@@ -1,9 +1,10 @@
-"""Sharing one pass over the data among the processes of torchrun."""
+"""The processes of torchrun: their number, and what they exchange."""
 
 from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Group:
-    """This process's number among ``size``; number 0 collects."""
+    """This process's number (``rank``) among ``size``; number 0 collects."""
 
     rank: int = 0
     size: int = 1
@@ -37,6 +38,14 @@ class Group:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def interleave(self, items: Sequence[T], count: int) -> list[T]:
+        """Items of all processes in order, on every process; this one has those numbered rank, rank + size, ..."""
+        if self.size == 1:
+            return list(items)
+        boxes: list[Sequence[T]] = [()] * self.size
+        dist.all_gather_object(boxes, items)
+        return [boxes[i % self.size][i // self.size] for i in range(count)]
 
     def meet(self) -> None:
         """Wait for all processes, so that none ends while another still listens to it."""

@@ -1,4 +1,4 @@
-"""What a run trained, in a file of its own, and the record in the result by which a damaged file is noticed."""
+"""Files of trained weights, and the records in a result by which a damaged file is noticed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def damage(path: Path, record: Mapping[str, Any] | None) -> str | None:
-    """Why the file is not the one that ``record`` is of; None if it is. Without a record it has to be readable."""
+    """The reason why a file is not the one that ``record`` describes; None if it is. Without a record it must be readable."""
     if not path.is_file():
         return f"its weights, {path}, are gone"
     if record is None:

@@ -40,7 +40,8 @@ def _layers(model):
 def _set(model, kind, values, adapter="default"):
     with torch.no_grad():
         for layer in _layers(model):
-            getattr(layer, f"jola_log_alpha_{kind}")[adapter].copy_(torch.tensor(values))
+            unit = layer.jola_unit_log_alpha[adapter]
+            getattr(layer, f"jola_log_alpha_{kind}")[adapter].copy_(torch.tensor(values) / unit)
 
 
 def test_parameters_are_those_of_the_paper(capsys):

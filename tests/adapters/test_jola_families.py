@@ -40,7 +40,7 @@ def _attach(model, init_std=0.3, **values):
 def _by_hand(layer, z, adapter="default"):
     """The edit head by head, from the parameters and the clipped gate written out."""
     gate = {
-        kind: (1.2 * torch.sigmoid(getattr(layer, f"jola_log_alpha_{kind}")[adapter]) - 0.1).clamp(0, 1)
+        kind: (1.2 * torch.sigmoid(10 * getattr(layer, f"jola_log_alpha_{kind}")[adapter]) - 0.1).clamp(0, 1)
         for kind in "ma"
     }
     edited = z.clone()

@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 adapters = pytest.importorskip("ctkernels.adapters")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+GATE_RATE = 10.0  # the default
 TOKENS = inputs("llama", batch=4)["input_ids"]
 
 
@@ -105,12 +106,12 @@ def test_the_penalty_is_the_mean_probability_of_an_open_gate():
         for parameter in _logs(model):
             parameter.copy_(torch.randn_like(parameter))
     flat = torch.cat([p.detach() for p in _logs(model)])
-    expected = _probability(flat)
+    expected = _probability(GATE_RATE * flat)
     torch.testing.assert_close(adapters.jola_penalty(model), expected.mean())
     torch.testing.assert_close(adapters.jola_penalty(model, reduction="sum"), expected.sum())
     (3 * adapters.jola_penalty(model)).backward()
     grads = torch.cat([p.grad for p in _logs(model)])
-    torch.testing.assert_close(grads, 3 * expected * (1 - expected) / flat.numel())
+    torch.testing.assert_close(grads, 3 * GATE_RATE * expected * (1 - expected) / flat.numel())
     model.zero_grad()
     for _ in range(2):
         adapters.add_penalty_grad(model, 1.5)
@@ -120,7 +121,9 @@ def test_the_penalty_is_the_mean_probability_of_an_open_gate():
 def test_the_official_penalty_has_its_two_weights():
     model = _model()
     m, a = (
-        torch.stack([_probability(p.detach()) for name, p in model.named_parameters() if f"log_alpha_{kind}" in name])
+        torch.stack(
+            [_probability(GATE_RATE * p.detach()) for n, p in model.named_parameters() if f"log_alpha_{kind}" in n]
+        )
         for kind in "ma"
     )
     # sums over layers of the means over heads, each divided by layers * heads
@@ -190,7 +193,7 @@ def test_parameter_groups():
     groups = {group["name"]: group for group in adapters.parameter_groups(model, lr=1e-3, weight_decay=0.1)}
     assert [(name, g["lr"], g["weight_decay"], len(g["params"])) for name, g in groups.items()] == [
         ("jola_edits", 1e-3, 0.1, 4),
-        ("jola_gates", 1e-2, 0.0, 4),
+        ("jola_gates", 1e-3, 0.0, 4),  # of a parameter that is a tenth of log alpha
         ("rest", 1e-3, 0.1, 1),
     ]
     adapters.freeze_gates(model)

@@ -102,7 +102,7 @@ def test_folder_from_end_to_end_as_a_process(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "torchvision:NAME; nowhere does not exist"),
+        (["nowhere"], "or a factory module:function; nowhere does not exist"),
         (
             ["{data}", "--betas", "0.9:0.7:0.1"],
             "--betas must be START:STOP:STEP with both ends, or values with commas, all in [0, 1], got '0.9:0.7:0.1'",

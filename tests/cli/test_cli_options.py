@@ -26,6 +26,12 @@ for module in ("sklearn", "tqdm", "torchvision"):
     pytest.importorskip(module, reason="the commands need ctkernels[lab]")
 
 
+def make_texts() -> Any:
+    from ctkernels.lab.jola import Example, TextData
+
+    return TextData((Example("a", "b"),))
+
+
 def make_net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
 
@@ -43,6 +49,7 @@ def make_end() -> nn.Module:
 
 
 MODEL = f"{__name__}:make_net"
+TEXTS = f"{__name__}:make_texts"
 
 # What each command cannot do without; the option that is tried takes the place of its own entry.
 NEEDED: dict[str, dict[str, list[str]]] = {
@@ -50,7 +57,7 @@ NEEDED: dict[str, dict[str, list[str]]] = {
     "steer": {"data": ["digits"], "--model": ["--model", MODEL]},
     "compare": {"data": ["digits"], "--model": ["--model", MODEL]},
     "tune": {"data": ["digits"], "--model": ["--model", MODEL]},
-    "jola": {"data": ["wordnet"], "--model": ["--model", "some-model"]},
+    "jola": {"data": [TEXTS], "--model": ["--model", "some-model"]},
     "search": {"data": ["digits"], "--model": ["--model", MODEL]},
     "robust": {"data": ["digits"], "--model": ["--model", MODEL]},
     "curvature": {},
@@ -366,7 +373,7 @@ def test_the_range_of_a_grid_is_bounded(capsys: Any) -> None:
             "--grid must be of methods",
         ),
         (
-            ["jola", "wordnet", "--model", "m", "--grid", "lora.lr=1", "--grid", "lora.lr=2"],
+            ["jola", TEXTS, "--model", "m", "--grid", "lora.lr=1", "--grid", "lora.lr=2"],
             "--grid must name lora.lr once",
         ),
         (["curvature", "digits"], "data and --model belong together"),

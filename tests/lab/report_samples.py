@@ -9,10 +9,9 @@ from typing import Any
 
 from ctkernels.lab.analysis.curvature import CurvatureProfile
 from ctkernels.lab.analysis.toys import Toys
-from ctkernels.lab.jola.result import Cell, MethodComparison
+from ctkernels.lab.jola.result import MethodComparison, RunResult
 from ctkernels.lab.robustness.result import Outcome, Robustness, Trial
-from ctkernels.lab.search.result import BetaSearch, Comparison
-from ctkernels.lab.search.strategy_result import Evaluation, StrategySearch
+from ctkernels.lab.search.result import BetaSearch, Comparison, Evaluation, StrategySearch
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"train": 480, "val": 120, "test": 200, "classes": 10, "features": 512, "passes": 1}
@@ -109,14 +108,17 @@ def jola() -> dict[str, Any]:
         for k in range(3)
     ]
     each = [1.0] * 14 + [0.0] * 6
-    cells = tuple(
-        Cell(m, s, {"lr": 0.01} if m != "zero" else {}, n, [{"exact_match": 70.0}] * 2, 2 if n else 0, 12.0,
-             gates if m == "jola" else [], {"exact_match": 60.0 + k + s}, each if m == "jola" else each[::-1])
+    runs = tuple(
+        RunResult(
+            method=m, seed=s, setting={"lr": 0.01} if m != "zero" else {}, parameters=n, epochs=[{"exact_match": 70.0}] * 2,
+            best=2 if n else 0, seconds=12.0, gates=gates if m == "jola" else [], test={"exact_match": 60.0 + k + s},
+            each=each if m == "jola" else each[::-1],
+        )
         for k, (m, n) in enumerate((("zero", 0), ("lora", 460_800), ("jola", 35_100)))
         for s in (0, 1)
     )  # fmt: skip
     setup = {"methods": {"zero": [], "lora": [], "jola": []}, "seeds": [0, 1]}
-    return MethodComparison(cells, setup, "exact_match", 90.0).to_dict(command="a command")
+    return MethodComparison(runs, setup, 90.0, "exact_match").to_dict(command="a command")
 
 
 def compare() -> dict[str, Any]:

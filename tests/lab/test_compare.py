@@ -12,23 +12,21 @@ from torch import nn
 
 from ctkernels.cli import main
 from ctkernels.lab import ImageSet, Splits, load_data, search_beta
-from ctkernels.lab.betas import coeff_at
+from ctkernels.lab.experiment import weights_path
+from ctkernels.lab.images.backbone import coeff_at
 from ctkernels.lab.transfer import (
-    Budget,
-    Cell,
     ImageOptions,
+    RunResult,
+    TrainingConfig,
     TransferComparison,
     compare_transfer,
     load_tuned,
-    read_comparison,
     stages,
     tune,
     tune_curvature,
 )
 from ctkernels.lab.transfer.heads import fit_head, with_head
 from ctkernels.lab.transfer.methods import lora_targets, method
-from ctkernels.lab.transfer.result import SCHEMA, resumed
-from ctkernels.lab.transfer.soundness import weights_path
 
 for module in ("peft", "accelerate", "safetensors", "sklearn", "tqdm"):
     pytest.importorskip(module, reason="the comparison needs ctkernels[lab]")
@@ -42,7 +40,7 @@ def compare(methods, models=None, data=None, **options) -> TransferComparison:
         "methods": methods,
         "seeds": (0, 1),
         "betas": [0.8, 0.9],
-        "budget": Budget(epochs=3, batch_size=8),
+        "training": TrainingConfig(epochs=3, batch_size=8),
         "images": IMAGES,
         "grids": {name: grid for name, grid in RATES.items() if name in methods},
         "cpu": True,
@@ -97,7 +95,7 @@ def test_head_is_the_same_for_every_method():
     network, name = with_head(made.small().eval(), torch.zeros(1, 3, 8, 8), classes=4, seed=3)
     first = fit_head(
         torch.zeros(8, 8), torch.zeros(8).long(), torch.zeros(8, 8), torch.zeros(8).long(), 4,
-        lr=1e-30, budget=Budget(1), seed=3,
+        lr=1e-30, training=TrainingConfig(1), seed=3,
     )  # fmt: skip
     torch.testing.assert_close(network.get_submodule(name).weight.detach(), first.state["weight"])
     no_classifier = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU())
@@ -107,8 +105,8 @@ def test_head_is_the_same_for_every_method():
 
 
 def test_schedule():
-    budget = Budget(epochs=20, batch_size=32)
-    assert [budget.factor(s, 4) for s in (0, 1, 3, 4, 39, 40, 79)] == [0.25, 0.5, 1, 1, 1, 0.1, 0.1]
+    training = TrainingConfig(epochs=20, batch_size=32)
+    assert [training.factor(s, 4) for s in (0, 1, 3, 4, 39, 40, 79)] == [0.25, 0.5, 1, 1, 1, 0.1, 0.1]
 
 
 # --- what is found ----------------------------------------------------------------------------------------------------
@@ -121,7 +119,7 @@ def test_finds_the_planted_beta_for_every_seed():
         {"planted": made.planted()},
         betas=[0.7, 0.8, 0.9],
         grids={"linear": {"head_lr": [0.1]}, "sct": {"head_lr": [0.1]}},
-        budget=Budget(epochs=8, batch_size=8),
+        training=TrainingConfig(epochs=8, batch_size=8),
     )
     found = result.tested("planted", "planted", "sct")
     assert [c.detail["beta"] for c in found] == [0.8, 0.8]
@@ -135,7 +133,7 @@ def test_finds_the_planted_beta_for_every_seed():
 
 def test_learned_curvature_is_told_by_site():
     result = compare(["tct"], seeds=(0,))
-    (cell,) = result.cells
+    (cell,) = result.runs
     sites = cell.detail["curvature"]
     assert set(sites) == {"2"}
     assert sum(sites["2"]["beta"]["histogram"]) == 8
@@ -164,21 +162,21 @@ def test_validation_chooses_and_test_images_are_read_once():
     data = Splits(data.train, None, test, "watched")
     grids = {"linear": {"head_lr": [1e-6, 0.05]}}
     result = compare(["linear"], data={"patches": data}, seeds=(0, 1), grids=grids, memory_limit=1)
-    chosen = [c for c in result.cells if c.test is not None]
+    chosen = [c for c in result.runs if c.test is not None]
     assert {c.setting["head_lr"] for c in chosen} == {
-        max(result.cells, key=lambda c: c.validation["accuracy"]).setting["head_lr"]
+        max(result.runs, key=lambda c: c.validation["accuracy"]).setting["head_lr"]
     }
-    assert len(result.cells) == 3  # both settings on the first seed, the chosen one on the second
+    assert len(result.runs) == 3  # both settings on the first seed, the chosen one on the second
     checked = 1  # the first test image goes into the digest
     assert len(reads) == 2 * 30 + checked
 
 
 def test_same_seed_same_table():
-    methods, options = ["linear", "sct", "tct+lora-r1"], {"bn": "train", "budget": Budget(1, 16)}
+    methods, options = ["linear", "sct", "tct+lora-r1"], {"bn": "train", "training": TrainingConfig(1, 16)}
     first, again = compare(methods, **options), compare(methods, **options)
-    assert made.stable(first.cells) == made.stable(again.cells)
+    assert made.stable(first.runs) == made.stable(again.runs)
     assert first.table() == again.table()
-    assert [c.right for c in compare(["linear"]).cells] != [c.right for c in compare(["linear"], seeds=(5, 6)).cells]
+    assert [c.right for c in compare(["linear"]).runs] != [c.right for c in compare(["linear"], seeds=(5, 6)).runs]
 
 
 def test_models_are_left_as_they_were():
@@ -196,20 +194,20 @@ def test_models_are_left_as_they_were():
 def test_batch_normalisation_modes():
     """On features shifted far from pretraining's, statistics of the new data matter; "paper" mixes the two."""
     found = {bn: compare(["linear", "tct"], seeds=(0,), bn=bn) for bn in ("eval", "train", "paper")}
-    cells = {(bn, c.method): made.stable([c])[0][2:] for bn, r in found.items() for c in r.cells}
+    cells = {(bn, c.method): made.stable([c])[0][2:] for bn, r in found.items() for c in r.runs}
     assert cells["paper", "linear"] == cells["eval", "linear"] != cells["train", "linear"]
     assert cells["paper", "tct"] == cells["train", "tct"] != cells["eval", "tct"]
 
 
 def test_more_can_be_added_and_nothing_is_repeated(tmp_path):
     first = compare(["linear"], seeds=(0,), out=tmp_path)
-    stamp = {c.key: c.seconds for c in first.cells}
+    stamp = {c.key: c.seconds for c in first.runs}
     more = compare(["linear", "sct"], {"small": made.small, "again": made.small}, seeds=(0, 1), out=tmp_path)
-    assert {k: v for k, v in ((c.key, c.seconds) for c in more.cells) if k in stamp} == stamp
-    assert len(more.cells) == 2 * 2 * 2
-    assert read_comparison(tmp_path / "result.json").cells == more.cells
+    assert {k: v for k, v in ((c.key, c.seconds) for c in more.runs) if k in stamp} == stamp
+    assert len(more.runs) == 2 * 2 * 2
+    assert TransferComparison.read(tmp_path / "result.json").runs == more.runs
     with pytest.raises(ValueError, match=r"another set-up.*budget"):
-        compare(["linear"], out=tmp_path, budget=Budget(4, 8))
+        compare(["linear"], out=tmp_path, training=TrainingConfig(4, 8))
     with pytest.raises(ValueError, match="the first seed"):
         compare(["linear"], seeds=(1, 0), out=tmp_path)
     with pytest.raises(ValueError, match="data: patches"):
@@ -274,8 +272,8 @@ def test_a_damaged_run_is_told_and_done_again(damage, message, finished, tmp_pat
     with pytest.warns(UserWarning, match=f"{message}.*; this run is done again") as told:
         after = compare(["linear", "sct", "tct"], out=tmp_path / "out", seeds=(0,))
     assert len([w for w in told if "done again" in str(w.message)]) == 1
-    assert made.stable(after.cells) == made.stable(before.cells)
-    assert len({c.seconds for c in after.cells} & {c.seconds for c in before.cells}) == 2
+    assert made.stable(after.runs) == made.stable(before.runs)
+    assert len({c.seconds for c in after.runs} & {c.seconds for c in before.runs}) == 2
     for file in (folder / "weights").iterdir():
         assert (tmp_path / "out/weights" / file.name).read_bytes() == file.read_bytes()
 
@@ -289,7 +287,7 @@ def test_a_finished_comparison_is_not_done_again_without_a_record_of_its_weights
         del cell["weights"]
     (tmp_path / "out/result.json").write_text(json.dumps(saved))
     after = compare(["linear", "sct", "tct"], out=tmp_path / "out", seeds=(0,))
-    assert {c.seconds for c in after.cells} == {c.seconds for c in before.cells}
+    assert {c.seconds for c in after.runs} == {c.seconds for c in before.runs}
     assert not [w for w in recwarn if "done again" in str(w.message)]
     weights_of("tct", cut)(tmp_path / "out")
     with pytest.warns(UserWarning, match=r"expected a .safetensors file: .*; this run is done again"):
@@ -300,7 +298,7 @@ def test_a_choice_that_validation_does_not_make_is_taken_back(tmp_path):
     """The setting that was tested has to be the best of those that were tried."""
     options = {"out": tmp_path, "seeds": (0,), "grids": {"linear": {"head_lr": [0.05, 1e-6]}}}
     before = compare(["linear"], **options)
-    good, poor = sorted(before.cells, key=lambda c: -c.validation["accuracy"])
+    good, poor = sorted(before.runs, key=lambda c: -c.validation["accuracy"])
     assert good.test is not None
     assert poor.test is None
     saved = json.loads((tmp_path / "result.json").read_text())
@@ -311,7 +309,7 @@ def test_a_choice_that_validation_does_not_make_is_taken_back(tmp_path):
     shutil.copy(weights_path(tmp_path, good), weights_path(tmp_path, poor))
     with pytest.warns(UserWarning, match="head_lr 1e-06: validation chooses head_lr 0.05; its test does not count"):
         after = compare(["linear"], **options)
-    assert made.stable(after.cells) == made.stable(before.cells)
+    assert made.stable(after.runs) == made.stable(before.runs)
 
 
 @pytest.mark.parametrize(
@@ -327,10 +325,10 @@ def test_a_choice_that_validation_does_not_make_is_taken_back(tmp_path):
     ],
 )
 def test_a_damaged_result_is_not_gone_on_from(text, message, tmp_path):
-    (tmp_path / "result.json").write_text(text.replace("SCHEMA", SCHEMA))
+    (tmp_path / "result.json").write_text(text.replace("SCHEMA", TransferComparison.SCHEMA))
     with pytest.raises(ValueError, match=message):
         compare(["linear"], out=tmp_path)
-    assert (tmp_path / "result.json").read_text() == text.replace("SCHEMA", SCHEMA)
+    assert (tmp_path / "result.json").read_text() == text.replace("SCHEMA", TransferComparison.SCHEMA)
 
 
 # --- tune -------------------------------------------------------------------------------------------------------------
@@ -341,7 +339,7 @@ def test_a_damaged_result_is_not_gone_on_from(text, message, tmp_path):
 def test_tune_saves_what_it_tested(tmp_path, bn, kept, monkeypatch):
     """Whichever stage is kept, what is loaded again classifies the test images as that stage did."""
     monkeypatch.setattr(tune, "kept_stage", lambda result: kept)
-    options = {"betas": [0.8, 0.9], "budget": Budget(3, 8), "images": IMAGES, "cpu": True, "progress": False}
+    options = {"betas": [0.8, 0.9], "training": TrainingConfig(3, 8), "images": IMAGES, "cpu": True, "progress": False}
     data = made.images()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that T-CT is below the probe, where it is
@@ -369,7 +367,7 @@ def test_tune_saves_what_it_tested(tmp_path, bn, kept, monkeypatch):
 
 def test_tune_keeps_the_best_stage_and_warns_of_a_curvature_that_learned_nothing(tmp_path):
     """A rate at which the knobs are thrown to their ends in the first steps."""
-    options = {"betas": [0.9], "budget": Budget(2, 8), "images": IMAGES, "cpu": True, "progress": False}
+    options = {"betas": [0.9], "training": TrainingConfig(2, 8), "images": IMAGES, "cpu": True, "progress": False}
     with pytest.warns(UserWarning, match=r"T-CT ended .* points below the linear probe .* is kept"):
         result = tune_curvature(made.small, made.images(), tmp_path, lr=[1e4], head_lr=[0.05], seed=0, **options)
     accuracy = {name: result.tested("model", "data", name)[0].validation["accuracy"] for name in tune.STAGES}
@@ -395,8 +393,10 @@ def test_tune_from_the_command_line(tmp_path, capsys):
 def result_of(accuracies: dict[tuple[str, str], list[str]]) -> TransferComparison:
     """From the right answers of every (data, method), one string per seed."""
     cells = tuple(
-        Cell("net", data, name, seed, {}, 7, 3, [{"loss": 1.0, "accuracy": 0.5}], 1, 1.0, {}, False,
-             right.count("1") / len(right), right)
+        RunResult(
+            model="net", data=data, method=name, seed=seed, setting={}, parameters=7, head=3,
+            epochs=[{"loss": 1.0, "accuracy": 0.5}], best=1, seconds=1.0, test=right.count("1") / len(right), right=right,
+        )
         for (data, name), rights in accuracies.items()
         for seed, right in enumerate(rights)
     )  # fmt: skip
@@ -440,8 +440,8 @@ def test_files_that_are_no_result(tmp_path):
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=rf"{name}:? {message}"):
-            read_comparison(tmp_path / name)
-    assert resumed(tmp_path / "none", {"models": {}}).cells == ()
+            TransferComparison.read(tmp_path / name)
+    assert TransferComparison((), {"models": {}}).resume(tmp_path / "none").runs == ()
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -461,7 +461,7 @@ BAD = [
     ({"precision": "fp8"}, "precision must be one of"),
     ({"betas": [1.5]}, "betas must be in"),
     ({"grids": {"tct": {"rank": [1]}}, "methods": ["tct"]}, "tct has the settings"),
-    ({"grids": {"tct": {"lr": [-1]}}, "methods": ["tct"]}, "positive values"),
+    ({"grids": {"tct": {"lr": [-1]}}, "methods": ["tct"]}, "positive numbers"),
     ({"grids": {"lora-r1": {"lr": [1]}}}, "grids must be of methods that take part"),
     ({"models": {"plain": made.one_linear}, "methods": ["sct"]}, "model plain: .*to have an activation"),
     ({"models": {"plain": made.one_linear}, "methods": ["tct"]}, "model plain: .*activation"),
@@ -481,7 +481,7 @@ def test_bad_input_is_named_before_any_training(change, message, monkeypatch):
     def trained(*args, **kwargs):
         raise AssertionError("work was done")
 
-    monkeypatch.setattr("ctkernels.lab.transfer.protocol._Work.train", trained)
+    monkeypatch.setattr("ctkernels.lab.transfer.compare.TransferTask.train", trained)
     options = {"methods": ["linear"], "grids": {}, **change}
     with pytest.raises(ValueError, match=message):
         compare(options.pop("methods"), options.pop("models", None), options.pop("data", None), **options)
@@ -513,7 +513,7 @@ def test_unlabelled_folder(tmp_path):
 
 def test_a_rate_that_is_too_high_is_told_and_does_not_stop_the_rest():
     result = compare(["lora-r1"], seeds=(0,), grids={"lora-r1": {"lr": [1e30, 0.01]}})
-    diverged = {c.setting["lr"]: c.diverged for c in result.cells}
+    diverged = {c.setting["lr"]: c.diverged for c in result.runs}
     assert diverged == {1e30: True, 0.01: False}
     json.dumps(result.to_dict(), allow_nan=False)
 

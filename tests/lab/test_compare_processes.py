@@ -12,7 +12,8 @@ import compare_networks as made
 import pytest
 
 from ctkernels.cli import main
-from ctkernels.lab.transfer import protocol, read_comparison
+from ctkernels.lab.transfer import TransferComparison
+from ctkernels.lab.transfer.compare import TransferTask
 
 for module in ("peft", "accelerate", "safetensors", "sklearn", "tqdm"):
     pytest.importorskip(module, reason="the comparison needs ctkernels[lab]")
@@ -70,20 +71,20 @@ def run_and_kill(arguments: Sequence[str], out: Path, writes: int) -> dict[Any, 
     command = [sys.executable, "-c", KILLED, str(writes), *arguments, "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment(), check=False)
     assert done.returncode == -signal.SIGKILL
-    return {c.key: c for c in read_comparison(out / "result.json").cells}
+    return {c.key: c for c in TransferComparison.read(out / "result.json").runs}
 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The keys of the runs that this process trains from now on."""
     found = []
-    honest: Callable[..., Any] = protocol._Work.train
+    honest: Callable[..., Any] = TransferTask.train
 
-    def train(self: Any, method: Any, blank: Any, images: Any) -> Any:
-        found.append(blank.key)
-        return honest(self, method, blank, images)
+    def train(self: Any, method: Any, run: Any) -> Any:
+        found.append(run.key)
+        return honest(self, method, run)
 
-    monkeypatch.setattr(protocol._Work, "train", train)
+    monkeypatch.setattr(TransferTask, "train", train)
     return found
 
 
@@ -110,7 +111,7 @@ def test_killed_and_resumed(options, writes, known, whole, tmp_path, trained):
     before = run_and_kill(command, tmp_path / "killed", writes)
     assert len(before) == known
     assert main([*command, "--out", str(tmp_path / "killed")]) == 0
-    after = {c.key: c for c in read_comparison(tmp_path / "killed/result.json").cells}
+    after = {c.key: c for c in TransferComparison.read(tmp_path / "killed/result.json").runs}
     assert len(after) == whole
     assert sorted(trained) == sorted(after.keys() - before.keys())  # each once, and no other
     for key, cell in before.items():
@@ -118,7 +119,7 @@ def test_killed_and_resumed(options, writes, known, whole, tmp_path, trained):
         assert (now.seconds, now.epochs, now.detail) == (cell.seconds, cell.epochs, cell.detail)
         assert cell.test is None or now == cell
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0
-    assert made.stable(after.values()) == made.stable(read_comparison(tmp_path / "whole/result.json").cells)
+    assert made.stable(after.values()) == made.stable(TransferComparison.read(tmp_path / "whole/result.json").runs)
     kept = sorted(p for p in (tmp_path / "whole").rglob("*") if p.suffix in (".md", ".safetensors"))
     assert len(kept) > 3
     for file in kept:  # the table, the weights of every chosen run, the adapter
@@ -136,10 +137,10 @@ def test_two_processes_give_the_table_of_one(tmp_path):
         [*launch, *options, str(tmp_path / "two")], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    one, two = (read_comparison(tmp_path / name / "result.json") for name in ("one", "two"))
+    one, two = (TransferComparison.read(tmp_path / name / "result.json") for name in ("one", "two"))
     assert (one.setup["processes"], two.setup["processes"]) == (1, 2)
-    assert len(one.cells) == len(two.cells) == 2 * 4
-    for a, b in zip(one.cells, two.cells):
+    assert len(one.runs) == len(two.runs) == 2 * 4
+    for a, b in zip(one.runs, two.runs):
         assert a.key == b.key
         assert (a.best, a.detail.get("beta"), a.parameters) == (b.best, b.detail.get("beta"), b.parameters)
         assert a.validation["loss"] == pytest.approx(b.validation["loss"], rel=1e-3)

@@ -1,7 +1,5 @@
 """Loading images, networks and weights: what is accepted, and what is said about the rest."""
 
-import gzip
-import struct
 import subprocess
 import sys
 
@@ -12,14 +10,12 @@ from ctkernels._extras import require
 from ctkernels.lab import (
     ImageSet,
     Preprocess,
-    fashion_mnist,
     load_data,
     normalised_like,
     read_npz,
     stratified_order,
     stratified_split,
 )
-from ctkernels.lab._debian import unpack
 
 np = pytest.importorskip("numpy", reason="the laboratory needs numpy")
 pytest.importorskip("sklearn", reason="the laboratory needs scikit-learn")
@@ -183,116 +179,9 @@ def test_files_that_are_no_npz(tmp_path):
         load_data(tmp_path / "a.npz")
     (tmp_path / "a.csv").write_text("1,2")
     with pytest.raises(
-        ValueError, match=r"must be a folder of images, an .npz file or one of fashion-mnist, .*, got the file"
+        ValueError, match=r"must be a folder of images, an .npz file or one of digits, .*, got the file"
     ):
         load_data(tmp_path / "a.csv")
-
-
-# --- Fashion-MNIST ---
-
-
-def write_idx(folder, zipped: bool, n: int = 20):
-    folder.mkdir(parents=True, exist_ok=True)
-    for prefix in ("train", "t10k"):
-        for name, shape in (("images-idx3", (n, 28, 28)), ("labels-idx1", (n,))):
-            values = bytes(i % 10 for i in range(n * (784 if len(shape) == 3 else 1)))
-            content = bytes((0, 0, 8, len(shape))) + struct.pack(f">{len(shape)}I", *shape) + values
-            path = folder / f"{prefix}-{name}-ubyte"
-            if zipped:
-                path.with_name(path.name + ".gz").write_bytes(gzip.compress(content))
-            else:
-                path.write_bytes(content)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_fashion_mnist_from_a_folder(tmp_path, zipped):
-    write_idx(tmp_path, zipped)
-    splits = fashion_mnist(tmp_path)
-    assert splits.train.images.shape == (20, 28, 28)
-    assert splits.test.labels[:3].tolist() == [0, 1, 2]
-    assert splits.train.classes[9] == "Ankle boot"
-    assert splits.source == f"folder {tmp_path}"
-
-
-def test_fashion_mnist_says_why_each_source_failed(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("ctkernels.lab.images.data.DEBIAN", tmp_path / "no-package")
-    monkeypatch.setattr("shutil.which", lambda tool: None)
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    with pytest.raises(ValueError, match="Fashion-MNIST was not found") as error:
-        fashion_mnist()
-    reasons = str(error.value).splitlines()[1:]
-    assert len(reasons) == 4
-    assert "no train-images-idx3-ubyte[.gz] in" in reasons[0]
-    assert "apt-get is not installed" in reasons[2]
-    assert 'pip install "ctkernels[lab]"' in reasons[3]
-    assert not list(tmp_path.glob("ctkernels/*/*"))
-    with pytest.raises(ValueError, match="was not found") as error:
-        fashion_mnist(tmp_path / "nowhere")
-    assert len(str(error.value).splitlines()) == 2
-
-
-def test_debian_package_without_package_lists(tmp_path, monkeypatch):
-    """The first download fails, as on a machine whose lists were never fetched; lists of its own are."""
-    calls = []
-
-    def play(command, cwd, **_):
-        calls.append([part for part in command if not part.startswith("-o")][:2])
-        failed = command == ("apt-get", "download", "words")
-        if command[0] == "apt-get" and "download" in command and not failed:
-            (cwd / "words.deb").write_text("")
-        return subprocess.CompletedProcess(
-            command, 100 if failed else 0, "", "E: Unable to locate package" if failed else ""
-        )
-
-    monkeypatch.setattr("shutil.which", lambda tool: tool)
-    monkeypatch.setattr("subprocess.run", play)
-    assert unpack("words", tmp_path) == tmp_path / "unpacked"
-    assert calls == [["apt-get", "download"], ["apt-get", "update"], ["apt-get", "download"], ["dpkg", "-x"]]
-
-
-def test_fashion_mnist_by_debian_download(tmp_path, monkeypatch):
-    """apt-get and dpkg played by a function; the second call finds the cache."""
-    calls = []
-
-    def play(command, cwd, **_):
-        calls.append(command[0])
-        if command[0] == "apt-get":
-            (cwd / "dataset.deb").write_text("")
-        else:
-            write_idx(cwd / "unpacked/usr/share/datasets/fashion-mnist", zipped=True)
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("ctkernels.lab.images.data.DEBIAN", tmp_path / "no-package")
-    monkeypatch.setattr("shutil.which", lambda tool: tool)
-    monkeypatch.setattr("subprocess.run", play)
-    with pytest.raises(ValueError, match="was not found"):
-        fashion_mnist(download=False)
-    assert fashion_mnist().source == "Debian package dataset-fashion-mnist, downloaded"
-    assert fashion_mnist().source.startswith("cache ")
-    assert calls == ["apt-get", "dpkg"]
-    assert [p.name for p in (tmp_path / "ctkernels").iterdir()] == ["fashion-mnist"]
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda c: c[:-5], "expected 15680 values, got 15675"),
-        (lambda c: b"\1" + c[1:], "is not an IDX file of bytes with 3 dimensions"),
-        (lambda c: c[:6], "is not an IDX file"),
-    ],
-)
-def test_damaged_idx(tmp_path, damage, message):
-    write_idx(tmp_path, zipped=False)
-    file = tmp_path / "train-images-idx3-ubyte"
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ValueError, match=message):
-        fashion_mnist(tmp_path)
-    file.unlink()
-    file.with_name(file.name + ".gz").write_bytes(gzip.compress(b"abc")[:-9])
-    with pytest.raises(ValueError, match="damaged"):
-        fashion_mnist(tmp_path)
 
 
 # --- preprocessing and splits ---
@@ -379,5 +268,5 @@ def test_the_core_imports_without_the_extras():
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
-    assert "the picture needs matplotlib" in done.stderr
+    assert "the plot needs matplotlib" in done.stderr
     assert 'pip install "ctkernels[lab]"' in done.stderr

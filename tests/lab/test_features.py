@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ctkernels.lab import fit_probe
-from ctkernels.lab.images.features import find_tap, pool
+from ctkernels.lab.images.features import find_hook_point, pool
 
 pytest.importorskip("sklearn", reason="the laboratory needs scikit-learn")
 pytest.importorskip("tqdm", reason="the laboratory needs tqdm")
@@ -16,7 +16,7 @@ from test_search_beta import small_net
 
 
 @pytest.mark.parametrize(
-    ("model", "feature_layer", "tap", "dim"),
+    ("model", "feature_layer", "place", "dim"),
     [
         (small_net(), None, "input of 4", 8),
         (small_net(), "1", "output of 1", 8),  # (b, 8, 4, 4), averaged over places
@@ -29,10 +29,10 @@ from test_search_beta import small_net
         ),
     ],
 )
-def test_where_features_are_taken(model, feature_layer, tap, dim):
+def test_where_features_are_taken(model, feature_layer, place, dim):
     model = model.eval()
-    found = find_tap(model, torch.randn(1, 3, 6, 6), feature_layer)
-    assert str(found) == tap
+    found = find_hook_point(model, torch.randn(1, 3, 6, 6), feature_layer)
+    assert str(found) == place
     with found.capture(model) as features:
         assert features(torch.randn(5, 3, 6, 6)).shape == (5, dim)
 
@@ -49,7 +49,7 @@ def test_features_of_a_network_that_knows_its_classifier():
         def forward(self, x):
             return {"logits": self.extra(self.head(self.body(x).relu()[..., None])[..., 0])}
 
-    assert str(find_tap(Timm(), torch.randn(1, 3))) == "input of head"
+    assert str(find_hook_point(Timm(), torch.randn(1, 3))) == "input of head"
 
 
 def test_pool():

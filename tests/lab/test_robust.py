@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ctkernels.lab import ImageSet, Preprocess
-from ctkernels.lab.images.features import find_tap
+from ctkernels.lab.images.features import find_hook_point
 from ctkernels.lab.images.probe import fit_probe
 from ctkernels.lab.robustness.attacks import Attacked, PixelClassifier, Threat, attack, check_attacks
 from ctkernels.lab.robustness.corruptions import CORRUPTIONS, corrupt
@@ -120,12 +120,12 @@ def test_a_pixel_classifier_is_the_network_behind_its_normalisation_and_its_prob
     images = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     torch.testing.assert_close(PixelClassifier(network, MEAN, STD)(pixels), network(images), rtol=0, atol=0)
     pytest.importorskip("sklearn", reason="the probe needs scikit-learn")
-    tap = find_tap(network, images)
-    with tap.capture(network) as features:
+    point = find_hook_point(network, images)
+    with point.capture(network) as features:
         found = features(images)
     labels = torch.arange(20) % 3
     probe = fit_probe(found, labels)
-    classifier = PixelClassifier(network, MEAN, STD, probe, tap)
+    classifier = PixelClassifier(network, MEAN, STD, probe, point)
     logits = classifier(pixels)
     exact = (found.double().numpy() - probe.mean) / probe.scale @ probe.weight.T + probe.bias
     # float32 sums of d products: d + 2 roundings of the terms' magnitudes

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ctkernels.lab import BetaSearch, Comparison, plot, verdict
-from ctkernels.lab.search.result import sign_test
+from ctkernels.lab.stats import sign_test
 
 pytest.importorskip("sklearn", reason="the laboratory needs scikit-learn")
 pytest.importorskip("tqdm", reason="the laboratory needs tqdm")
@@ -68,7 +68,7 @@ def test_table():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_picture(tmp_path, count):
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
     results = [made(0.9, (50, 2, 20, 28)), made(1.0, (70, 0, 0, 30)), made(0.8, (50, 2, 20, 28))][:count]
     plot(results if count > 1 else results[0], tmp_path / "a.png", title="a title")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

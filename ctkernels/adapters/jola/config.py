@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from .._peft import add_peft_type
 _EDITS = ("both", "multiplicative", "additive")
 _ESTIMATORS = ("clip", "mean")
 _SAMPLING = ("forward", "row")
+_GATE_RATE = 10.0
 
 
 @dataclass
@@ -42,6 +44,9 @@ class JolaConfig(AdapterConfig):
             exact zeros) or "mean" (the expectation E[g]).
         gate_sampling: in training, one gate sample a forward ("forward", as in the paper) or one for each row of the
             batch ("row", the first dimension of the projection's input).
+        gate_rate: how many times as far as m and a log alpha moves in a step of an optimizer at one learning rate: log
+            alpha is stored divided by it. At a rate that suits m and a, it would never get to where gates close.
+            Default 10; 1 in configurations from before there was this field, whose files hold log alpha itself.
         freeze_gates: gates are deterministic also in training and log alpha is not trained.
         modules_to_save: other modules to train and save with the adapter.
 
@@ -68,17 +73,22 @@ class JolaConfig(AdapterConfig):
     stretch: tuple[float, float] = field(default=(-0.1, 1.1))
     gate_estimator: str = field(default="clip")
     gate_sampling: str = field(default="forward")
+    gate_rate: float = field(default=None)  # type: ignore[assignment]
     freeze_gates: bool = field(default=False)
     modules_to_save: list[str] | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.gate_rate is None:
+            self.gate_rate = _GATE_RATE if self.peft_type is None else 1.0  # files name the type, and code does not
         self.peft_type = add_peft_type(self.method)
         for name, allowed in (("edit", _EDITS), ("gate_estimator", _ESTIMATORS), ("gate_sampling", _SAMPLING)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"JolaConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}")
         if not self.temperature > 0:
             raise ValueError(f"JolaConfig: temperature must be positive, got {self.temperature!r}")
+        if not 0 < self.gate_rate < math.inf:
+            raise ValueError(f"JolaConfig: gate_rate must be positive and finite, got {self.gate_rate!r}")
         if not self.init_std >= 0:
             raise ValueError(f"JolaConfig: init_std must be at least 0, got {self.init_std!r}")
         if len(self.stretch) != 2 or not (self.stretch[0] < 0 and self.stretch[1] > 1):

@@ -12,7 +12,7 @@ from .layer import KINDS, JolaLayer
 from .model import jola_layers
 
 
-def _adapters(model: Any, adapter: str | None) -> list[str]:
+def named_adapters(model: Any, adapter: str | None) -> list[str]:
     """The named adapter, or the active ones."""
     known = {name for layer in jola_layers(model) for name in layer.jola_config}
     if not known:
@@ -29,7 +29,7 @@ def _adapters(model: Any, adapter: str | None) -> list[str]:
 
 def log_alphas(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[JolaLayer, str, str, nn.Parameter]]:
     """Every log alpha of the named adapter (None: the active ones) as (layer, adapter, "m" or "a", parameter)."""
-    names = _adapters(model, adapter)
+    names = named_adapters(model, adapter)
     for layer in jola_layers(model):
         for name in names:
             for kind in KINDS:
@@ -96,7 +96,7 @@ def drop_closed_heads(model: nn.Module, adapter: str | None = None) -> int:
         >>> drop_closed_heads(model)
         >>> model.save_pretrained("small")
     """
-    names = _adapters(model, adapter)
+    names = named_adapters(model, adapter)
     opened = {name: open_heads(model, name) for name in names}
     for name, kept in opened.items():
         if not any(heads for parts in kept.values() for heads in parts.values()):

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -42,16 +43,21 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         site: the module's name in the model, for messages.
 
     Parameters of an adapter, in fp32 by default, K the number of edited heads: `jola_m`, `jola_a` (K, head_dim),
-    `jola_log_alpha_m`, `jola_log_alpha_a` (K,).
+    `jola_log_alpha_m`, `jola_log_alpha_a` (K,). Adam moves every parameter by the same step, so a and log alpha are
+    stored in units in which one step suits all of them: a is `jola_unit_a` (K,) times its parameter, log alpha is
+    `jola_unit_log_alpha` () times its. Units are buffers, saved with the adapter; in a file without them they are 1.
     """
 
     jola_m: nn.ParameterDict
     jola_a: nn.ParameterDict
     jola_log_alpha_m: nn.ParameterDict
     jola_log_alpha_a: nn.ParameterDict
+    jola_unit_a: Any
+    jola_unit_log_alpha: Any
 
     adapter_layer_names = ("jola_m", "jola_a", "jola_log_alpha_m", "jola_log_alpha_a")
-    other_param_names = ("jola_heads_m", "jola_heads_a", "jola_config")
+    unit_names = ("jola_unit_a", "jola_unit_log_alpha")
+    other_param_names = (*unit_names, "jola_heads_m", "jola_heads_a", "jola_config")
 
     def __init__(self, base_layer: nn.Module, num_heads: int, head_dim: int, site: str) -> None:
         super().__init__()
@@ -61,6 +67,8 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         self.site = site
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
+        for name in self.unit_names:
+            setattr(self, name, BufferDict(persistent=True))
         # Which heads an adapter edits, where not all. No tensors: those lose their values when a model passes through the
         # meta device, and no checkpoint has them.
         self.jola_heads_m: dict[str, tuple[int, ...]] = {}
@@ -84,7 +92,11 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
                 continue
             vectors = torch.empty(count, self.head_dim)
             self._of(kind)[adapter_name] = nn.Parameter(nn.init.normal_(vectors, std=config.init_std))
-            self._log_alpha(kind)[adapter_name] = nn.Parameter(torch.full((count,), float(config.init_log_alpha)))
+            logits = torch.full((count,), config.init_log_alpha / config.gate_rate)
+            self._log_alpha(kind)[adapter_name] = nn.Parameter(logits)
+            self.jola_unit_log_alpha[adapter_name] = torch.tensor(float(config.gate_rate))
+            if kind == "a":
+                self.jola_unit_a[adapter_name] = torch.ones(count)
             if heads is not None:
                 self._heads(kind)[adapter_name] = tuple(heads)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -128,7 +140,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
 
     def keep_resident(self) -> None:
         """Take back parameters of adapters that accelerate offloads."""
-        keep_resident([self._modules[name] for name in self.adapter_layer_names])
+        keep_resident([self._modules[name] for name in (*self.adapter_layer_names, *self.unit_names)])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> JolaLayer:
         if self._kept is not None:
@@ -147,6 +159,11 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         old = self.heads(kind, adapter_name)
         rows = [old.index(head) for head in heads]
         self._heads(kind).pop(adapter_name, None)
+        if kind == "a":
+            unit = self.jola_unit_a[adapter_name]
+            del self.jola_unit_a[adapter_name]
+            if rows:
+                self.jola_unit_a[adapter_name] = unit[rows]
         for table in (self._of(kind), self._log_alpha(kind)):
             parameter = table[adapter_name]
             del table[adapter_name]
@@ -155,6 +172,22 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
                 table[adapter_name] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
         if rows:
             self._heads(kind)[adapter_name] = tuple(heads)
+        elif not any(adapter_name in self._of(other) for other in KINDS):
+            del self.jola_unit_log_alpha[adapter_name]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # what was saved before there were units has its values in units of 1
+        for unit, names in (
+            ("jola_unit_a", ("jola_a",)),
+            ("jola_unit_log_alpha", ("jola_log_alpha_m", "jola_log_alpha_a")),
+        ):
+            for adapter_name, buffer in getattr(self, unit).items():
+                saved = [state_dict.get(f"{prefix}{name}.{adapter_name}") for name in names]
+                for value in saved:
+                    if value is not None:
+                        ones = torch.ones(buffer.shape, dtype=buffer.dtype, device=value.device)
+                        state_dict.setdefault(f"{prefix}{unit}.{adapter_name}", ones)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _of(self, kind: str) -> nn.ParameterDict:
         return self.jola_m if kind == "m" else self.jola_a
@@ -168,6 +201,15 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
     def heads(self, kind: str, adapter_name: str) -> tuple[int, ...]:
         """The heads, in order, that the rows of an adapter's parameters belong to."""
         return self._heads(kind).get(adapter_name, tuple(range(self.num_heads)))
+
+    def vectors(self, kind: str, adapter_name: str) -> Tensor:
+        """m or a of an adapter's edited heads, (K, head_dim)."""
+        value = self._of(kind)[adapter_name]
+        return value * self.jola_unit_a[adapter_name].unsqueeze(-1) if kind == "a" else value
+
+    def log_alpha(self, kind: str, adapter_name: str) -> Tensor:
+        """log alpha of the gates of an adapter's m or a, (K,)."""
+        return self._log_alpha(kind)[adapter_name] * self.jola_unit_log_alpha[adapter_name]
 
     # ---- what others read of a projection ----
 
@@ -225,7 +267,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
             return {}
         if training is None:
             training = self.training and not config.freeze_gates
-        flat = torch.cat(list(log_alpha.values()))
+        flat = torch.cat(list(log_alpha.values())) * self.jola_unit_log_alpha[adapter_name]
         if training and rows is not None and config.gate_sampling == "row":
             flat = flat.expand(rows, -1)
         gates = hard_concrete(
@@ -251,7 +293,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         return torch.cat(pieces, dim)
 
     def _operands(self, adapter_name: str, gates: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        vectors = {kind: self._spread(self._of(kind)[adapter_name], adapter_name, kind, 0) for kind in gates}
+        vectors = {kind: self._spread(self.vectors(kind, adapter_name), adapter_name, kind, 0) for kind in gates}
         return vectors, {kind: self._spread(gate, adapter_name, kind, -1) for kind, gate in gates.items()}
 
     def edit(self, z: Tensor, adapter_name: str) -> Tensor:

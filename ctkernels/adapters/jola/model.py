@@ -90,6 +90,9 @@ class JolaModel(BaseTuner):
                 if count:
                     shapes[f"{name}.jola_{kind}"] = torch.Size((count, size))
                     shapes[f"{name}.jola_log_alpha_{kind}"] = torch.Size((count,))
+                    shapes[f"{name}.jola_unit_log_alpha"] = torch.Size(())
+                    if kind == "a":
+                        shapes[f"{name}.jola_unit_a"] = torch.Size((count,))
         check_saved(saved_shapes(peft_config), shapes, model, peft_config)
         if peft_config.target_modules is None:
             _warn_of_missed(model, peft_config, sites)

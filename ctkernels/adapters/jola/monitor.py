@@ -16,6 +16,7 @@ from ..._files import write_text
 from .edit_sizes import relative_sizes
 from .gates import log_alphas
 from .layer import JolaLayer
+from .units import real_tokens
 
 _FORMAT = "ctkernels.edit_monitor/1"
 
@@ -64,7 +65,7 @@ class EditMonitor:
         self.rows = 0
         self._flagged: Any = 0
         self._flags: Tensor | None = None
-        self._mask: Tensor | None = None
+        self._mask: Any = None
         self._handles: list[Any] = []
         self._calibrating = False
         self._range: dict[str, Tensor] = {}
@@ -182,8 +183,7 @@ class EditMonitor:
     # ---- hooks ----
 
     def _take_mask(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        mask = kwargs.get("attention_mask")
-        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._mask = kwargs.get("attention_mask")
 
     def _hook(self, site: str, p: Tensor, q: Tensor) -> Any:
         def hook(module: nn.Module, inputs: Any) -> None:
@@ -198,11 +198,7 @@ class EditMonitor:
     def _take(self, site: str, sizes: Tensor) -> None:
         """``sizes`` (rows, tokens, heads)."""
         rows, tokens = sizes.shape[:2]
-        mask = self._mask
-        if mask is not None and mask.shape[0] == rows and mask.shape[1] >= tokens:
-            real = mask[:, -tokens:].to(sizes.device, torch.bool).unsqueeze(-1)
-        else:
-            real = torch.ones(rows, 1, 1, dtype=torch.bool, device=sizes.device).expand(rows, tokens, 1)
+        real = real_tokens(self._mask, rows, tokens, sizes.device).unsqueeze(-1)
         low = sizes.masked_fill(~real, torch.inf).amin(1)
         high = sizes.masked_fill(~real, -torch.inf).amax(1)
         if self._calibrating:

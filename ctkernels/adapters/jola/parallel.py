@@ -26,6 +26,22 @@ class _Slice(torch.autograd.Function):
         return whole, None, None, None, None
 
 
+def first_head(layer: Any, count: int, heads: int) -> tuple[int, Any]:
+    """The first of the `count` heads on this rank, of `heads` in all, and the group of ranks that share them out.
+
+    Raises:
+        ValueError: the projection is not sharded that way.
+    """
+    base = layer.get_base_layer()
+    mesh = getattr(getattr(base, "weight", None), "device_mesh", None) or getattr(base, "_hf_device_mesh", None)
+    if mesh is None or mesh.ndim != 1 or mesh.size() * count != heads:
+        raise ValueError(
+            f"{layer.site}: expected an input of {heads} heads, got {count}, and the projection is not split over "
+            "ranks accordingly"
+        )
+    return mesh.get_local_rank() * count, mesh.get_group()
+
+
 def local_heads(value: Tensor, layer: Any, count: int, dim: int) -> Tensor:
     """The part of `value` that belongs to this rank's heads.
 
@@ -38,12 +54,5 @@ def local_heads(value: Tensor, layer: Any, count: int, dim: int) -> Tensor:
     Raises:
         ValueError: the input has fewer heads than the layer, but the projection is not sharded that way.
     """
-    base = layer.get_base_layer()
-    mesh = getattr(getattr(base, "weight", None), "device_mesh", None) or getattr(base, "_hf_device_mesh", None)
-    heads = value.shape[dim]
-    if mesh is None or mesh.ndim != 1 or mesh.size() * count != heads:
-        raise ValueError(
-            f"{layer.site}: expected an input of {heads} heads, got {count}, and the projection is not split over "
-            "ranks accordingly"
-        )
-    return _Slice.apply(value, mesh.get_local_rank() * count, count, dim, mesh.get_group())
+    start, group = first_head(layer, count, value.shape[dim])
+    return _Slice.apply(value, start, count, dim, group)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 
 from ...functional import expected_l0
 from .gates import log_alphas
+from .units import has_units, measure_units
 
 
 def _local(parameter: Any) -> Tensor:
@@ -33,21 +35,23 @@ def _over_shards(local: Tensor, parameter: Any) -> Tensor:
 
 def _sums(model: nn.Module, adapter: str | None) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Sum of P(g != 0) and number of gates, for "m" and "a": one call of `expected_l0` per distribution and device."""
-    groups: dict[Any, list[tuple[str, Tensor]]] = {}
+    groups: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
     counts = {"m": 0, "a": 0}
     for layer, name, kind, parameter in log_alphas(model, adapter):
         config = layer.jola_config[name]
-        groups.setdefault((config.temperature, config.stretch, parameter.device), []).append((kind, parameter))
+        unit = layer.jola_unit_log_alpha[name]
+        groups.setdefault((config.temperature, config.stretch, parameter.device), []).append((kind, parameter, unit))
         counts[kind] += parameter.numel()
     totals: dict[str, Tensor] = {}
     home: Any = None
     for (temperature, stretch, device), members in groups.items():
         home = home or device
-        flat = torch.cat([_local(parameter) for _, parameter in members])
-        probability = expected_l0(flat, temperature=temperature, stretch=stretch)
-        parts = probability.split([_local(parameter).numel() for _, parameter in members])
+        local = [_local(parameter) for _, parameter, _ in members]
+        units = torch.cat([unit.expand(values.shape) for values, (_, _, unit) in zip(local, members)])
+        probability = expected_l0(torch.cat(local) * units, temperature=temperature, stretch=stretch)
+        parts = probability.split([values.numel() for values in local])
         for kind in counts:
-            own = [part.sum() for part, (other, _) in zip(parts, members) if other == kind]
+            own = [part.sum() for part, (other, *_) in zip(parts, members) if other == kind]
             if own:
                 share = _over_shards(torch.stack(own).sum(), members[0][1]).to(home)
                 totals[kind] = totals[kind] + share if kind in totals else share
@@ -204,17 +208,20 @@ SCHEDULES: dict[str, Callable[[], Any]] = {
 
 
 class JolaPenaltyCallback(TrainerCallback):
-    """Adds the penalty's gradient to the gates before each optimizer step of a `transformers.Trainer`.
+    """Makes a `transformers.Trainer` train JoLA as it should be: in measured units, and with the penalty on gates.
 
-    Once per optimizer step, so gradient accumulation does not repeat it; after gradient clipping, which therefore
-    does not see it; nothing is read back from the device. Losses that the Trainer reports, and evaluation, do not
-    contain the penalty, and evaluation does not advance the schedule.
+    When training starts from the beginning, units that have not been measured are, by `measure_units`, on examples from
+    the whole length of the training set. The penalty's gradient is added to the gates before each optimizer step: once
+    per step, so gradient accumulation does not repeat it; after gradient clipping, which therefore does not see it;
+    nothing is read back from the device. Losses that the Trainer reports, and evaluation, do not contain the penalty,
+    and evaluation does not advance the schedule.
 
     Args:
         schedule: a function of (step, total steps) giving the weight, or one of "constant", "linear", "cyclic",
             "adaptive", "exponential" with its defaults. Default "exponential".
         adapter: name of the adapter; None takes the active ones.
         penalty: "paper" (`jola_penalty`) or "official" (`official_penalty`, two weights).
+        units: examples to measure units on. Default 64; 0 leaves the units as they are.
 
     Raises:
         ValueError: an unknown schedule or penalty; at the start of training, if fp16 is used without clipping (then
@@ -229,7 +236,10 @@ class JolaPenaltyCallback(TrainerCallback):
         schedule: str | Callable[[int, int], float] = "exponential",
         adapter: str | None = None,
         penalty: str = "paper",
+        units: int = 64,
     ) -> None:
+        if units < 0:
+            raise ValueError(f"units must be a number of examples, 0 or more, got {units}")
         if isinstance(schedule, str) and schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {sorted(SCHEDULES)} or a function, got {schedule!r}")
         if penalty not in ("paper", "official"):
@@ -237,11 +247,22 @@ class JolaPenaltyCallback(TrainerCallback):
         self.schedule: Any = SCHEDULES[schedule]() if isinstance(schedule, str) else schedule
         self.adapter = adapter
         self.penalty = penalty
+        self.units = units
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse a set-up in which the gradient would be added in the wrong scale."""
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Refuse a set-up in which the gradient would be added in the wrong scale; measure the units."""
         if args.fp16 and not args.max_grad_norm:
             raise ValueError("JolaPenaltyCallback: fp16 needs max_grad_norm > 0, got 0 (gradients would stay scaled)")
+        if self.units and not state.global_step and not has_units(model, self.adapter):
+            try:
+                measure_units(model, _some(train_dataloader, self.units), self.adapter)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"JolaPenaltyCallback: the units of additive edits cannot be measured on the training set: {error}. "
+                    "Call measure_units(model, batches) before training, or pass units=0 to train without"
+                ) from error
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Add the gradient of the weighted penalty."""
@@ -255,6 +276,19 @@ class JolaPenaltyCallback(TrainerCallback):
                     f"AdaptiveSchedule: metric must be among {sorted(metrics or {})}, got {self.schedule.metric!r}"
                 )
             self.schedule.update(float(metrics[self.schedule.metric]))
+
+
+def _some(loader: Any, count: int) -> Iterator[Any]:
+    """Batches of `count` examples spread over a data loader's data set; no random number is drawn for it."""
+    data, size = loader.dataset, loader.batch_size or 8
+    examples: Iterator[Any]
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        count = min(count, len(data))
+        examples = (data[i * len(data) // count] for i in range(count))
+    else:
+        examples = itertools.islice(iter(data), count)
+    while some := list(itertools.islice(examples, size)):
+        yield loader.collate_fn(some)
 
 
 @torch.enable_grad()

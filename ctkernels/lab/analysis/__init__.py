@@ -1,4 +1,4 @@
-"""What the knob does to a network: curvature, slope, and pictures of decision boundaries and regression curves."""
+"""Measurements of what beta does to a network: curvature, slope, decision boundaries, regression curves."""
 
 from .curvature import (
     CurvatureProfile,

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ... import steer
-from ..._files import write_text
+from ..report import figures
+from ..report.section import Picture, Section, Table, beta_name, duration, subject
+from ..result import Result, percent
 
-SCHEMA = "ctkernels.curvature/1"
 QUANTITIES = ("loss", "logit", "margin")
 Scalar = Callable[[Tensor], Tensor]
 
@@ -99,8 +98,8 @@ def data_directions(x: Tensor, count: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     flat = x.flatten(1).double()
     chosen = torch.empty(count, *flat.shape, dtype=torch.float64, device=x.device)
-    for i, own in enumerate(flat):
-        towards = flat - own
+    for i, sample in enumerate(flat):
+        towards = flat - sample
         lengths = towards.norm(dim=1)
         others = (lengths > 0).nonzero()[:, 0].cpu()
         if not len(others):
@@ -172,14 +171,14 @@ def scalar_of(model: Callable[[Tensor], Tensor], quantity: str, labels: Tensor) 
         logits = model(x)
         if quantity == "loss":
             return functional.cross_entropy(logits, labels, reduction="none")
-        own = logits.gather(1, labels[:, None])[:, 0]
-        return own if quantity == "logit" else own - (logits.sum(1) - own) / (logits.shape[1] - 1)
+        logit = logits.gather(1, labels[:, None])[:, 0]
+        return logit if quantity == "logit" else logit - (logits.sum(1) - logit) / (logits.shape[1] - 1)
 
     return value
 
 
 @dataclass(frozen=True)
-class CurvatureProfile:
+class CurvatureProfile(Result):
     """Curvature and slope of a network at several betas.
 
     Attributes:
@@ -190,6 +189,8 @@ class CurvatureProfile:
         samples, directions: how many.
         seconds: in all.
     """
+
+    SCHEMA: ClassVar[str] = "ctkernels.curvature/1"
 
     betas: tuple[float | None, ...]
     rows: tuple[dict[str, Any], ...]
@@ -208,20 +209,44 @@ class CurvatureProfile:
             )
         return "\n".join(lines)
 
-    def to_dict(self, **extra: Any) -> dict[str, Any]:
+    def entries(self) -> dict[str, Any]:
         return {
-            "schema": SCHEMA,
             "quantity": self.quantity,
             "samples": self.samples,
             "directions": self.directions,
             "rows": [{"beta": beta, **row} for beta, row in zip(self.betas, self.rows)],
             "seconds": {"total": self.seconds},
-            **extra,
         }
 
-    def save(self, path: str | os.PathLike[str], **extra: Any) -> None:
-        """Write :meth:`to_dict` as JSON, through a temporary name."""
-        write_text(path, json.dumps(self.to_dict(**extra), indent=1) + "\n")
+    @classmethod
+    def section(cls, values: Mapping[str, Any]) -> Section:
+        kinds = ("data", "random", "lipschitz")
+        rows = [
+            [beta_name(row["beta"]), *(f"{row[kind]['mean']:.4g}" for kind in kinds), percent(row["accuracy"])]
+            for row in values["rows"]
+        ]
+        plain, soft = values["rows"][0], values["rows"][1]
+        measured = (
+            f"second derivatives of the {values['quantity']}, {values['samples']} images, "
+            f"{values['directions']} directions of each kind"
+        )
+        says = (
+            f"From the plain network to β = {soft['beta']:g}, curvature towards other images went from "
+            f"{plain['data']['mean']:.3g} to {soft['data']['mean']:.3g}, and the Lipschitz constant from "
+            f"{plain['lipschitz']['mean']:.3g} to {soft['lipschitz']['mean']:.3g}."
+        )
+        parts: list[Table | Picture] = [
+            Picture(
+                figures.data_uri(figures.curvature_lines(values["rows"])),
+                "Curvature and Lipschitz constant against beta; the table below has the numbers.",
+                "Means over images; bands go from the first to the third quartile.",
+            ),
+            Table(
+                "Means over images", ["β", "towards other images", "random directions", "Lipschitz", "accuracy"], rows
+            ),
+        ]
+        facts = [("Measured", measured), ("Time", duration(values["seconds"]["total"]))]
+        return Section("understand", f"Curvature and slope{subject(values)}", [says], facts, parts)
 
 
 def curvature_profile(
@@ -237,7 +262,7 @@ def curvature_profile(
     batch_size: int = 32,
     **steering: Any,
 ) -> CurvatureProfile:
-    """How curved and how steep a classifier is around data, as it is and at several betas.
+    """Measure how curved and how steep a classifier is around data, as it is and at several betas.
 
     A network of piecewise-linear units has no curvature in its logits at beta = 1 but for pooling and normalisation; a
     ReLU's bends, being of measure zero, do not show. Loss adds the softmax's.
@@ -272,15 +297,15 @@ def curvature_profile(
     lines = {"data": data_directions(x, directions, seed), "random": random_directions(x, directions, seed)}
 
     def measure() -> dict[str, Any]:
-        found: dict[str, list[Tensor]] = {"data": [], "random": [], "lipschitz": [], "right": []}
+        measured: dict[str, list[Tensor]] = {"data": [], "random": [], "lipschitz": [], "right": []}
         for part in (slice(i, i + batch_size) for i in range(0, len(x), batch_size)):
             function = scalar_of(model, quantity, labels[part])
             for kind, vectors in lines.items():
-                found[kind].append(curvature(function, x[part], vectors[:, part]).abs().flatten())
-            found["lipschitz"].append(lipschitz(model, x[part], seed=seed))
+                measured[kind].append(curvature(function, x[part], vectors[:, part]).abs().flatten())
+            measured["lipschitz"].append(lipschitz(model, x[part], seed=seed))
             with torch.no_grad():
-                found["right"].append((model(x[part]).argmax(1) == labels[part]).double())
-        joined = {kind: torch.cat(parts) for kind, parts in found.items()}
+                measured["right"].append((model(x[part]).argmax(1) == labels[part]).double())
+        joined = {kind: torch.cat(parts) for kind, parts in measured.items()}
         accuracy = float(joined.pop("right").mean())
         return {**{kind: _summary(values) for kind, values in joined.items()}, "accuracy": accuracy}
 
@@ -306,12 +331,12 @@ def _summary(values: Tensor) -> dict[str, float]:
 def _still(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and parameters without gradients, and back to what each was."""
     modes = [(m, m.training) for m in model.modules()]
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    trained = [(p, p.requires_grad) for p in model.parameters()]
     model.eval().requires_grad_(False)
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for parameter, grad in wanted:
+        for parameter, grad in trained:
             parameter.requires_grad_(grad)

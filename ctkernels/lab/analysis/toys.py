@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import mean
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +16,17 @@ from torch.nn import functional
 
 from ... import steer
 from ..._extras import require
-from ..._files import write_text
 from ...nn import TrainableCTU
+from ..report import figures
+from ..report.section import Picture, Section, Table, duration
+from ..result import Result
 
-SCHEMA = "ctkernels.toys/1"
 SIDE = 64  # of the grids on which decision functions are drawn
 RATES = (0.1, 0.01, 0.001)
 
 
 @dataclass(frozen=True)
-class Toys:
+class Toys(Result):
     """The outcome of :func:`run_toys`: plain values, as they are saved.
 
     Attributes:
@@ -35,6 +35,8 @@ class Toys:
         setup: sizes, steps, betas, seeds.
         seconds: in all.
     """
+
+    SCHEMA: ClassVar[str] = "ctkernels.toys/1"
 
     runs: tuple[dict[str, Any], ...]
     setup: dict[str, Any]
@@ -51,18 +53,31 @@ class Toys:
                 lines.append(f"  {name:<12} {sum(values) / len(values):.3g}   (each seed: {each})")
         return "\n".join(lines)
 
-    def to_dict(self, **extra: Any) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "setup": self.setup,
-            "runs": list(self.runs),
-            "seconds": {"total": self.seconds},
-            **extra,
-        }
+    def entries(self) -> dict[str, Any]:
+        return {"setup": self.setup, "runs": list(self.runs), "seconds": {"total": self.seconds}}
 
-    def save(self, path: str | os.PathLike[str], **extra: Any) -> None:
-        """Write :meth:`to_dict` as JSON, through a temporary name."""
-        write_text(path, json.dumps(self.to_dict(**extra)) + "\n")
+    @classmethod
+    def section(cls, values: Mapping[str, Any]) -> Section:
+        runs = values["runs"]
+        parts: list[Table | Picture] = []
+        for run in runs:
+            for key, draw, kind, says in PICTURES:
+                alt = f"{says} Shown: {', '.join(run[key]['networks'])}."
+                parts.append(Picture(figures.data_uri(draw(run[key]), kind), alt, f"{says} Seed {run['seed']}."))
+        lines = []
+        for title, key, measure, scale, better in MEASURES:
+            scores = {
+                name: [scale * run[key]["networks"][name][measure] for run in runs] for name in runs[0][key]["networks"]
+            }
+            means = {name: mean(each) for name, each in scores.items()}
+            rows = [[name, f"{means[name]:.3g}", *(f"{v:.3g}" for v in each)] for name, each in scores.items()]
+            header = ["network", "mean", *(f"seed {run['seed']}" for run in runs)]
+            parts.append(Table(f"{title}; {better} is better", header, rows))
+            best = (max if better == "higher" else min)(means, key=lambda name: means[name])
+            lines.append(f"{title[0].upper()}{title[1:]}: best on average {best} ({means[best]:.3g}).")
+        seeds = f"{', '.join(map(str, values['setup']['seeds']))}; all of them are shown"
+        facts = [("Seeds", seeds), ("Time", duration(values["seconds"]["total"]))]
+        return Section("understand", "Decision boundaries and regression curves of small networks", lines, facts, parts)
 
 
 # title, which toy, which measure, factor, what is good
@@ -71,6 +86,13 @@ MEASURES = (
     ("noisy sine: mean squared error against the sine", "curve", "error", 1.0, "lower"),
     ("two circles: training loss", "circles", "loss", 1.0, "lower"),
     ("two circles: deviation of the boundary from a circle, % of its radius", "circles", "roughness", 100.0, "lower"),
+)
+
+# which toy, how it is drawn, in which format, what it shows
+PICTURES = (
+    ("spirals", figures.boundaries, "png", "Two spirals with flipped labels: one trained network at several β."),
+    ("curve", figures.curves, "svg", "A noisy sine: one trained network at several β."),
+    ("circles", figures.boundaries, "png", "Two circles: a trained network, then trained on with LoRA or T-CT."),
 )
 
 
@@ -222,18 +244,18 @@ def _circles(seed: int, steps: int) -> dict[str, Any]:
             network = attach(copy.deepcopy(base))
             tried.append((network, fit(network, rate), rate))
         networks[name] = min(tried, key=lambda item: item[1])
-    found = {}
+    shown = {}
     for name, (network, loss, rate) in networks.items():
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         with torch.no_grad():
-            found[name] = {
+            shown[name] = {
                 "grid": _grid(network, 4.0),
                 "loss": loss,
                 "roughness": _roughness(network),
                 "rate": rate,
                 "parameters": trained,
             }
-    return {"points": _points(x, labels), "extent": 4.0, "networks": found}
+    return {"points": _points(x, labels), "extent": 4.0, "networks": shown}
 
 
 def _with_lora(model: nn.Module) -> nn.Module:

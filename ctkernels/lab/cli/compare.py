@@ -8,15 +8,16 @@ from typing import Any
 from ...cli import option_types as types
 from ...cli.errors import OptionError
 from .options import (
+    add_image_data,
     add_image_options,
     add_running_options,
     add_training_options,
     command_parser,
     grids_of,
-    image_data,
-    image_options,
     network_and_weights,
-    training_options,
+    option,
+    record_of,
+    transfer_config,
 )
 
 SUMMARY = """\
@@ -38,9 +39,9 @@ examples:
   # a classifier of transformers with GELU
   python -m ctkernels compare photos/ --model transformers:google/vit-base-patch16-224 --activations gelu
 
-  # without a network connection: packaged weights and data
-  python -m ctkernels compare fashion-mnist emoji --model mobilenet_v2=packaged --size 64 --resize 64 \\
-      --max-train 500 --max-test 500 --betas 0.7,0.8,0.9,0.95 --epochs 10
+  # without a hub, in a clone of the repository: packaged weights and data
+  python -m ctkernels compare examples.data:fashion_mnist examples.data:emoji --model mobilenet_v2=packaged \\
+      --size 64 --resize 64 --max-train 500 --max-test 500 --betas 0.7,0.8,0.9,0.95 --epochs 10
 
   # four GPUs share each step; cut short, the same command goes on where it was
   torchrun --nproc-per-node 4 -m ctkernels compare photos/ --model resnet152 --batch-size 128 --precision bf16
@@ -70,12 +71,7 @@ def _grid(text: str) -> tuple[str, str, list[float]]:
 
 def parser() -> argparse.ArgumentParser:
     p = command_parser("compare", SUMMARY, EXAMPLES)
-    p.add_argument(
-        "data",
-        nargs="+",
-        type=image_data,
-        help="folders of images, .npz files, fashion-mnist, mnist-5k, digits, emoji, torchvision:NAME",
-    )
+    add_image_data(p, nargs="+")
     what = p.add_argument_group("comparison")
     what.add_argument(
         "--model",
@@ -86,22 +82,21 @@ def parser() -> argparse.ArgumentParser:
         help="torchvision name, timm:NAME, transformers:NAME, or factory module:function; weights: default, none, "
         "packaged, or a file (default: default). May be given several times",
     )
-    what.add_argument(
+    option(
+        what,
         "--methods",
-        type=types.several(METHOD, METHOD.expected),
-        default="linear,sct,lora-r1,tct,tct+lora-r1",
-        help="linear, sct, sct-mean-free, tct, lora-rN, tct+lora-rN, with commas (default: %(default)s)",
+        types.several(METHOD, METHOD.expected),
+        "linear,sct,lora-r1,tct,tct+lora-r1",
+        "linear, sct, sct-mean-free, tct, lora-rN, tct+lora-rN, with commas",
     )
-    what.add_argument(
-        "--seeds", type=types.SEEDS, default="42,43,44", help="with commas; the first chooses (default: %(default)s)"
-    )
+    option(what, "--seeds", types.SEEDS, "42,43,44", "with commas; the first chooses")
     what.add_argument(
         "--grid", action="append", type=_grid, default=[], metavar="METHOD.NAME=VALUES", help="settings to try"
     )
     add_training_options(p)
     add_image_options(p)
-    running = add_running_options(p, "out/compare")
-    running.add_argument("--cpu", action="store_true", help="leave GPUs alone")
+    running = add_running_options(p, "out/compare", memory_limit=True)
+    running.add_argument("--cpu", action="store_true", help="run on the CPU")
     return p
 
 
@@ -128,22 +123,22 @@ def run(arguments: argparse.Namespace) -> int:
 
     seeds, out = arguments.seeds, arguments.out
     grids = grids_of(arguments.grid, arguments.methods)
-    options, images = training_options(arguments), image_options(arguments)
+    config = transfer_config(arguments)
     for module in ("accelerate", "peft", "safetensors"):
         require(module, "adapters", "comparing methods")
     sources = [model_source(name, weights, seeds[0]) for name, weights in arguments.model]
-    for what, names in (("--model", [name for name, _ in sources]), ("data", arguments.data)):
+    for kind, names in (("--model", [name for name, _ in sources]), ("data", arguments.data)):
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise OptionError(f"{what} must name each one once, got {twice} more than once")
+            raise OptionError(f"{kind} must name each one once, got {twice} more than once")
     result = compare_transfer(
         dict(sources),
         {name: lab.load_data(name) for name in arguments.data},
+        config,
         methods=arguments.methods,
         seeds=seeds,
         grids=grids,
-        images=images,
         out=out,
-        **options,
+        extra=record_of(arguments),
     )
     if _distributed.launched_rank() == 0:
         write_text(out / "table.md", result.markdown() + "\n")

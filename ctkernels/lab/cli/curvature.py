@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...cli import option_types as types
 from ...cli.errors import OptionError
-from .options import chosen_options, command_parser, image_data, load_network, network_name, plain_preprocess
+from .options import add_image_data, command_parser, load_network, network_name, option, plain_preprocess, record_of
 
 SUMMARY = """\
 Measure what the knob does. With DATA and --model: curvature (exact Hessian-vector products) and local Lipschitz constants of
@@ -35,51 +35,31 @@ STEPS = types.Kind("three whole numbers of at least 1 with commas", _steps)
 
 def parser() -> argparse.ArgumentParser:
     p = command_parser("curvature", SUMMARY, EXAMPLES)
-    p.add_argument(
-        "data",
-        nargs="?",
-        type=image_data,
-        help="folder of images, .npz file, or fashion-mnist (default: the small networks)",
-    )
+    add_image_data(p, nargs="?", more=" (default: the small networks)")
     p.add_argument(
         "--betas",
         type=types.BETAS,
         help="START:STOP:STEP or values with commas (default: 0.5,0.7,0.8,0.9,0.95,1; small: 1,0.9,0.5)",
     )
-    p.add_argument("--coeff", type=types.SHARE, default=0.5, help="mixing coefficient c (default: %(default)s)")
-    p.add_argument(
-        "--out", type=types.OUT, default="out/curvature", help="folder for the results (default: %(default)s)"
-    )
+    option(p, "--coeff", types.SHARE, 0.5, "mixing coefficient c")
+    option(p, "--out", types.OUT, "out/curvature", "folder for the results")
     small = p.add_argument_group("small networks")
-    small.add_argument(
-        "--seeds", type=types.SEEDS, default="0,1,2", help="of data and weights, with commas (default: %(default)s)"
-    )
-    small.add_argument(
-        "--steps", type=STEPS, default="2000,20000,4000", help="spirals, curve, circles (default: %(default)s)"
-    )
+    option(small, "--seeds", types.SEEDS, "0,1,2", "of data and weights, with commas")
+    option(small, "--steps", STEPS, "2000,20000,4000", "spirals, curve, circles")
     network = p.add_argument_group("your network")
     network.add_argument("--model", type=network_name, help="torchvision name, timm:NAME, or factory module:function")
-    network.add_argument(
-        "--weights",
-        type=types.WEIGHTS,
-        default="default",
-        help="default, none, packaged or a file (default: %(default)s)",
-    )
+    option(network, "--weights", types.WEIGHTS, "default", "default, none, packaged or a file")
     network.add_argument(
         "--quantity", choices=("loss", "logit", "margin"), default="margin", help="what is differentiated"
     )
-    network.add_argument("--images", type=types.whole(2), default=64, help="how many (default: %(default)s)")
-    network.add_argument(
-        "--directions", type=types.COUNT, default=4, help="of each kind, per image (default: %(default)s)"
-    )
-    network.add_argument(
-        "--size", type=types.PIXELS, default=224, help="pixels that the network sees (default: %(default)s)"
-    )
+    option(network, "--images", types.whole(2), 64, "how many")
+    option(network, "--directions", types.COUNT, 4, "of each kind, per image")
+    option(network, "--size", types.PIXELS, 224, "pixels that the network sees")
     network.add_argument(
         "--resize", type=types.PIXELS, help="shorter side before the centre crop (default: size * 256 / 224)"
     )
-    network.add_argument("--batch-size", type=types.COUNT, default=16, help="images at once (default: %(default)s)")
-    network.add_argument("--seed", type=types.SEED, default=0, help="of images and directions (default: %(default)s)")
+    option(network, "--batch-size", types.COUNT, 16, "images at once")
+    option(network, "--seed", types.SEED, 0, "of images and directions")
     return p
 
 
@@ -95,7 +75,7 @@ def _small(arguments: argparse.Namespace, out: Path) -> int:
     from ..analysis import run_toys
     from ..report import figures
 
-    require("matplotlib", "lab", "the pictures")
+    require("matplotlib", "lab", "the plots")
     betas = arguments.betas or [1.0, 0.9, 0.5]
     result = run_toys(arguments.seeds, betas, coeff=arguments.coeff, steps=arguments.steps)
     print(result.table())
@@ -146,8 +126,7 @@ def _profile(arguments: argparse.Namespace, out: Path) -> int:
     print(profile.table())
     profile.save(
         out / "result.json",
-        command=arguments.command,
-        options=chosen_options(arguments),
+        **record_of(arguments),
         data={"source": splits.source, "preprocess": dataclasses.asdict(preprocess)},
     )
     print(f"saved {out / 'result.json'}")

@@ -1,25 +1,28 @@
-"""What several commands ask for in the same words, and how such options are read."""
+"""Options that several commands share, and what they are turned into."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ...cli import option_types as types
 from ...cli.errors import OptionError, Parser
+from .. import _distributed
 
 if TYPE_CHECKING:
     from torch import nn
 
     from .. import ImageSet, Preprocess, Splits
+    from ..transfer import TransferConfig
+
+T = TypeVar("T")
 
 
 def image_data(text: str) -> str:
-    """Where labelled images come from, see :func:`ctkernels.lab.load_data`."""
+    """A source of labelled images, see :func:`ctkernels.lab.load_data`."""
     from ..images.data import find_data
 
     return types.checked(find_data)(text)
@@ -38,6 +41,19 @@ def network_and_weights(text: str) -> tuple[str, str]:
     return network_name(name), types.WEIGHTS(chosen) if equals else "default"
 
 
+def option(
+    p: argparse._ActionsContainer,
+    name: str,
+    kind: Callable[[str], Any] | Sequence[str],
+    default: Any,
+    text: str,
+    **more: Any,
+) -> None:
+    """Add an option whose help says its default; ``kind`` reads it, or is what there is to choose from."""
+    reads: dict[str, Any] = {"type": kind} if callable(kind) else {"choices": kind}
+    p.add_argument(name, default=default, help=f"{text} (default: %(default)s)".strip(), **reads, **more)
+
+
 def command_parser(command: str, summary: str, examples: str) -> Parser:
     """The parser of ``python -m ctkernels COMMAND``; ``examples`` stand below its options, and then the exit codes."""
     return Parser(
@@ -48,18 +64,25 @@ def command_parser(command: str, summary: str, examples: str) -> Parser:
     )
 
 
+def add_image_data(p: argparse.ArgumentParser, nargs: str | None = None, more: str = "") -> None:
+    """Add the positional argument for images, or for several sets of them."""
+    text = f"folder of images, .npz file, digits, torchvision:NAME, or a factory module:function{more}"
+    p.add_argument("data", nargs=nargs, type=image_data, help=text)
+
+
 def add_network_options(p: argparse.ArgumentParser, betas: str) -> argparse._ArgumentGroup:
-    """The network, where it is steered, and what is read from it; ``betas`` are the default ones."""
+    """Add the network, where it is steered, and what is read from it; ``betas`` are the default ones."""
     network = p.add_argument_group("network")
     network.add_argument(
         "--model", required=True, type=network_name, help="torchvision name, timm:NAME, or factory module:function"
     )
-    network.add_argument(
+    option(
+        network,
         "--weights",
-        type=types.WEIGHTS,
-        default="default",
-        help="default: the library's pretrained ones, may download; none: random; packaged: from an installed package; "
-        "else a .safetensors or torch.save file (default: %(default)s)",
+        types.WEIGHTS,
+        "default",
+        "default: the library's pretrained ones, may download; none: random; packaged: from an installed package; else a "
+        ".safetensors or torch.save file",
     )
     network.add_argument(
         "--activations", type=types.activations(), help="kinds to steer, comma-separated (default: all that can be)"
@@ -79,79 +102,89 @@ def add_network_options(p: argparse.ArgumentParser, betas: str) -> argparse._Arg
 
 
 def add_image_options(p: argparse.ArgumentParser) -> None:
-    """How images are made ready and split."""
+    """Add how images are made ready and split."""
     images = p.add_argument_group("images")
-    images.add_argument(
-        "--size", type=types.PIXELS, default=224, help="pixels that the network sees (default: %(default)s)"
-    )
+    option(images, "--size", types.PIXELS, 224, "pixels that the network sees")
     images.add_argument(
         "--resize", type=types.PIXELS, help="shorter side before the centre crop (default: size * 256 / 224)"
     )
-    images.add_argument(
+    option(
+        images,
         "--normalise",
-        choices=("target", "imagenet"),
-        default="target",
-        help="mean and deviation of up to 1000 training images, or of ImageNet (default: %(default)s)",
+        ("target", "imagenet"),
+        "target",
+        "mean and deviation of up to 1000 training images, or of ImageNet",
     )
+    option(images, "--val", types.FRACTION, 0.2, "fraction for validation if none is given")
+    option(images, "--test", types.FRACTION, 0.2, "fraction for test if none is given")
     images.add_argument(
-        "--val",
-        type=types.FRACTION,
-        default=0.2,
-        help="fraction for validation if none is given (default: %(default)s)",
+        "--max-train",
+        type=types.COUNT,
+        help="use at most N images for training and validation (default: all)",
+        metavar="N",
     )
-    images.add_argument(
-        "--test", type=types.FRACTION, default=0.2, help="fraction for test if none is given (default: %(default)s)"
-    )
-    images.add_argument(
-        "--max-train", type=types.COUNT, help="at most so many for training and validation (default: all)"
-    )
-    images.add_argument("--max-test", type=types.COUNT, help="at most so many for test (default: all)")
+    images.add_argument("--max-test", type=types.COUNT, help="use at most N test images (default: all)", metavar="N")
 
 
 def add_training_options(p: argparse.ArgumentParser) -> None:
-    """How methods are trained."""
+    """Add how methods are trained."""
     training = p.add_argument_group("training")
-    training.add_argument("--epochs", type=types.COUNT, default=20, help="the best is kept (default: %(default)s)")
-    training.add_argument("--batch-size", type=types.COUNT, default=32, help="images per step (default: %(default)s)")
-    training.add_argument(
+    option(training, "--epochs", types.COUNT, 20, "the best is kept")
+    option(training, "--batch-size", types.COUNT, 32, "images per step")
+    option(
+        training,
         "--bn",
-        choices=("eval", "train", "paper"),
-        default="eval",
-        help="batch normalisation: eval: the statistics of pretraining, for every method; train: of the new data, for "
-        "every method; paper: train for trained networks, eval for frozen ones (default: %(default)s)",
+        ("eval", "train", "paper"),
+        "eval",
+        "batch normalisation: eval: the statistics of pretraining, for every method; train: of the new data, for every "
+        "method; paper: train for trained networks, eval for frozen ones",
     )
-    training.add_argument(
+    option(
+        training,
         "--betas",
-        type=types.BETAS,
-        default="0.7:1:0.01",
-        help="for S-CT: START:STOP:STEP with both ends, or values with commas (default: %(default)s)",
+        types.BETAS,
+        "0.7:1:0.01",
+        "for S-CT: START:STOP:STEP with both ends, or values with commas",
     )
     training.add_argument(
         "--activations",
         type=types.activations(),
         help="kinds to treat, comma-separated (default: relu,leaky_relu,prelu,relu6)",
     )
-    training.add_argument(
-        "--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision (default: %(default)s)"
-    )
+    option(training, "--precision", ("no", "bf16", "fp16"), "no", "mixed precision")
 
 
-def add_running_options(p: argparse.ArgumentParser, out: str) -> argparse._ArgumentGroup:
-    """Where results go, and what is shown meanwhile."""
+def add_running_options(
+    p: argparse.ArgumentParser,
+    out: str,
+    seed: str = "",
+    batch_size: int | None = None,
+    workers: bool = True,
+    memory_limit: bool = False,
+) -> argparse._ArgumentGroup:
+    """Add where results go, and how the command runs.
+
+    ``seed`` says what the seed is of (empty: no seed, no device); ``batch_size`` is the default (None: no such option).
+    """
     running = p.add_argument_group("running")
-    running.add_argument(
-        "--workers", type=types.WORKERS, default=0, help="processes that decode images (default: %(default)s)"
-    )
-    running.add_argument(
-        "--memory-limit", type=types.SIZE, default="2GiB", help="for features kept at once (default: %(default)s)"
-    )
-    running.add_argument("--out", type=types.OUT, default=out, help="folder for the results (default: %(default)s)")
+    if seed:
+        option(running, "--seed", types.SEED, 0, seed)
+        running.add_argument(
+            "--device", type=types.device, help="such as cpu or cuda:0 (default: a GPU if there is one)"
+        )
+    if batch_size:
+        option(running, "--batch-size", types.COUNT, batch_size, "images at once")
+    if workers:
+        option(running, "--workers", types.WORKERS, 0, "processes that decode images")
+    if memory_limit:
+        option(running, "--memory-limit", types.SIZE, "2GiB", "for features kept at once")
+    option(running, "--out", types.OUT, out, "folder for the results")
     running.add_argument("--no-progress", action="store_true", help="no progress bar")
     return running
 
 
 def plain_preprocess(arguments: argparse.Namespace) -> Preprocess:
-    """What :func:`add_image_options` asks for, with ImageNet's mean and deviation."""
+    """The preprocessing of :func:`add_image_options`, with ImageNet's mean and deviation."""
     from ... import lab
 
     if arguments.resize is not None and arguments.resize < arguments.size:
@@ -169,73 +202,69 @@ def load_network(arguments: argparse.Namespace) -> nn.Module:
     return lab.load_model(arguments.model, arguments.weights)
 
 
-def load_images(arguments: argparse.Namespace) -> tuple[Splits, ImageSet, ImageSet, ImageSet]:
-    """The data set, and its images for training, validation and test, as yet unprepared.
+class Inputs(NamedTuple):
+    """A network, a data set, and its images prepared for the network."""
+
+    model: nn.Module
+    splits: Splits
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+    preprocess: Preprocess
+
+
+def load_inputs(arguments: argparse.Namespace) -> Inputs:
+    """Load what network, data and image options ask for.
 
     The test images are the same for every seed and command, so that what was trained on the others can be tested on them.
     """
     from ... import lab
 
-    splits = lab.load_data(arguments.data)
-    return splits, *splits.complete(
-        val=arguments.val,
-        test=arguments.test,
-        seed=arguments.seed,
-        test_seed=0,
-        max_train=arguments.max_train,
-        max_test=arguments.max_test,
-    )
-
-
-def preprocess_for(arguments: argparse.Namespace, train: ImageSet) -> Preprocess:
-    """What :func:`add_image_options` asks for; the mean and deviation may be those of ``train``."""
-    from ... import lab
-
     preprocess = plain_preprocess(arguments)
-    return lab.normalised_like(preprocess, train) if arguments.normalise == "target" else preprocess
+    model, splits = load_network(arguments), lab.load_data(arguments.data)
+    limits = {name: getattr(arguments, name) for name in ("val", "test", "max_train", "max_test")}
+    parts = splits.complete(**limits, seed=arguments.seed, test_seed=0)
+    if arguments.normalise == "target":
+        preprocess = lab.normalised_like(preprocess, parts[0])
+    train, val, test = (part.prepared(preprocess) for part in parts)
+    return Inputs(model, splits, train, val, test, preprocess)
 
 
-def save_result(
-    result: Any, out: Path, arguments: argparse.Namespace, splits: Splits, train: ImageSet, preprocess: Preprocess
-) -> None:
-    """``out/result.json``, with what it takes to repeat the run."""
-    result.save(
-        out / "result.json",
-        command=arguments.command,
-        options=chosen_options(arguments),
-        data={
-            "source": splits.source,
-            "classes": list(train.classes),
-            "preprocess": dataclasses.asdict(preprocess),
-        },
-    )
-    print(f"\nsaved {out / 'result.json'}")
+def running(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Device and progress, as functions take them."""
+    device = arguments.device or _distributed.launched_device()
+    return {"device": device, "progress": not arguments.no_progress}
 
 
-def image_options(arguments: argparse.Namespace) -> Any:
-    from ..transfer import ImageOptions
+def tell_result(result: Any, arguments: argparse.Namespace, inputs: Inputs, line: str = "") -> None:
+    """Print a result, and save it with what it takes to repeat the run."""
+    train, val, test = (len(part) for part in (inputs.train, inputs.val, inputs.test))
+    print(f"{inputs.splits.source}: {train} train, {val} validation, {test} test images{line}")
+    print(f"\n{result.table()}\n\n{result.verdict()}")
+    preprocess = dataclasses.asdict(inputs.preprocess)
+    data = {"source": inputs.splits.source, "classes": list(inputs.train.classes), "preprocess": preprocess}
+    result.save(arguments.out / "result.json", **record_of(arguments), data=data)
+    print(f"\nsaved {arguments.out / 'result.json'}")
+
+
+def config_of(kind: type[T], arguments: argparse.Namespace, **values: Any) -> T:
+    """A configuration from the options that are called as its fields, and from ``values``."""
+    names = {field.name for field in dataclasses.fields(kind)} - values.keys()  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in vars(arguments).items() if name in names}, **values)
+
+
+def transfer_config(arguments: argparse.Namespace) -> TransferConfig:
+    """The configuration of :func:`compare_transfer` from image, training and running options."""
+    from ..transfer import ImageOptions, TrainingConfig, TransferConfig
 
     plain_preprocess(arguments)
-    names = ("size", "resize", "normalise", "val", "test", "max_train", "max_test")
-    return ImageOptions(**{name: getattr(arguments, name) for name in names})
+    training, images = config_of(TrainingConfig, arguments), config_of(ImageOptions, arguments)
+    return config_of(TransferConfig, arguments, training=training, images=images, progress=not arguments.no_progress)
 
 
-def training_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of :func:`compare_transfer` from those of :func:`add_training_options` and the running ones."""
-    from ..transfer import Budget
-
-    return {
-        "betas": arguments.betas,
-        "budget": Budget(arguments.epochs, arguments.batch_size),
-        "bn": arguments.bn,
-        "activations": arguments.activations,
-        "precision": arguments.precision,
-        "cpu": arguments.cpu,
-        "workers": arguments.workers,
-        "memory_limit": arguments.memory_limit,
-        "progress": not arguments.no_progress,
-        "extra": {"command": arguments.command, "options": chosen_options(arguments)},
-    }
+def record_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Entries of a result file about the command."""
+    return {"command": arguments.command, "options": chosen_options(arguments)}
 
 
 def chosen_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -245,11 +274,11 @@ def chosen_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def grids_of(
-    given: Sequence[tuple[str, str, list[float]]], methods: Sequence[str]
+    options: Sequence[tuple[str, str, list[float]]], methods: Sequence[str]
 ) -> dict[str, dict[str, list[float]]]:
     """The values of every ``--grid`` by method and setting. OptionError for a method that does not take part."""
     grids: dict[str, dict[str, list[float]]] = {}
-    for method, setting, values in given:
+    for method, setting, values in options:
         if method not in methods:
             raise OptionError(f"--grid must be of methods that take part, {', '.join(methods)}, got {method}")
         if setting in grids.setdefault(method, {}):

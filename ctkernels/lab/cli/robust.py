@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...cli import option_types as types
 from ...cli.errors import OptionError
 from .options import (
+    add_image_data,
     add_image_options,
     add_network_options,
+    add_running_options,
     command_parser,
-    image_data,
-    load_images,
-    load_network,
-    plain_preprocess,
-    preprocess_for,
-    save_result,
+    config_of,
+    load_inputs,
+    option,
+    running,
+    tell_result,
 )
 
 if TYPE_CHECKING:
@@ -46,8 +48,8 @@ examples:
   python -m ctkernels tune photos/ --model resnet18 --out out/tune
   python -m ctkernels robust photos/ --model resnet18 --adapter t-ct=out/tune
 
-  # without a network connection, small: packaged MobileNetV2 weights and Fashion-MNIST
-  python -m ctkernels robust fashion-mnist --model mobilenet_v2 --weights packaged --size 64 --resize 64 \\
+  # without a hub, small, in a clone of the repository: packaged MobileNetV2 weights and Fashion-MNIST
+  python -m ctkernels robust examples.data:fashion_mnist --model mobilenet_v2 --weights packaged --size 64 --resize 64 \\
       --max-train 900 --max-test 100 --max-attacked 50 --betas 0.5,0.85 --linf 2/255 --l2 none --severities 3 \\
       --attacks apgd-ce,square --iterations 10 --queries 200
 
@@ -82,13 +84,14 @@ def _attacks(text: str) -> list[str] | None:
 
 def parser() -> argparse.ArgumentParser:
     p = command_parser("robust", SUMMARY, EXAMPLES)
-    p.add_argument("data", type=image_data, help="folder of images, .npz file, or fashion-mnist")
+    add_image_data(p)
     network = add_network_options(p, "0.5:1:0.05")
-    network.add_argument(
+    option(
+        network,
         "--head",
-        choices=("probe", "own"),
-        default="probe",
-        help="what classifies: a linear probe on frozen features, or the network's own output (default: %(default)s)",
+        ("probe", "own"),
+        "probe",
+        "what classifies: a linear probe on frozen features, or the network's own output",
     )
     network.add_argument(
         "--adapter",
@@ -98,97 +101,45 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=FOLDER",
         help="also test this: a PEFT adapter, or the folder of tune; repeatable",
     )
-    network.add_argument("--coeff", type=types.SHARE, default=0.5, help="mixing coefficient c (default: %(default)s)")
+    option(network, "--coeff", types.SHARE, 0.5, "mixing coefficient c")
     add_image_options(p)
     conditions = p.add_argument_group("conditions")
-    conditions.add_argument(
-        "--linf", type=types.BOUND, default="8/255", help="bound in the maximum norm, or none (default: %(default)s)"
-    )
-    conditions.add_argument(
-        "--l2", type=types.BOUND, default="0.5", help="bound in the Euclidean norm, or none (default: %(default)s)"
-    )
-    conditions.add_argument(
-        "--corruptions",
-        type=_corruptions,
-        default="all",
-        help="all, none, or names with commas (default: %(default)s)",
-    )
-    conditions.add_argument(
-        "--severities", type=types.LEVELS, default="1,2,3,4,5", help="of the corruptions (default: %(default)s)"
-    )
+    option(conditions, "--linf", types.BOUND, "8/255", "bound in the maximum norm, or none")
+    option(conditions, "--l2", types.BOUND, "0.5", "bound in the Euclidean norm, or none")
+    option(conditions, "--corruptions", _corruptions, "all", "all, none, or names with commas")
+    option(conditions, "--severities", types.LEVELS, "1,2,3,4,5", "of the corruptions")
     conditions.add_argument(
         "--attacks", type=_attacks, help="names with commas (default: AutoAttack's standard ensemble)"
     )
-    conditions.add_argument(
-        "--val-attacks",
-        type=_attacks,
-        default="apgd-ce",
-        help="to choose beta with; standard for the ensemble (default: %(default)s)",
-    )
-    conditions.add_argument("--iterations", type=types.COUNT, default=100, help="of the attacks (default: %(default)s)")
-    conditions.add_argument("--queries", type=types.COUNT, default=5000, help="of Square (default: %(default)s)")
-    conditions.add_argument(
-        "--max-attacked",
-        type=types.COUNT,
-        default=1000,
-        help="attack at most so many images of a set (default: %(default)s)",
-    )
-    running = p.add_argument_group("running")
-    running.add_argument("--seed", type=types.SEED, default=0, help="of everything random (default: %(default)s)")
-    running.add_argument("--batch-size", type=types.COUNT, default=64, help="images at once (default: %(default)s)")
-    running.add_argument("--device", type=types.device, help="such as cpu or cuda:0 (default: a GPU if there is one)")
-    running.add_argument(
-        "--out", type=types.OUT, default="out/robust", help="folder for the results (default: %(default)s)"
-    )
-    running.add_argument("--no-progress", action="store_true", help="no progress bar")
+    option(conditions, "--val-attacks", _attacks, "apgd-ce", "to choose beta with; standard for the ensemble")
+    option(conditions, "--iterations", types.COUNT, 100, "of the attacks")
+    option(conditions, "--queries", types.COUNT, 5000, "of Square")
+    option(conditions, "--max-attacked", types.COUNT, 1000, "attack at most N images of a set", metavar="N")
+    add_running_options(p, "out/robust", "of everything random", 64, workers=False)
     return p
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from .. import _distributed
     from ..robustness.attacks import Threat
-    from ..robustness.evaluate import check_conditions, robustness
+    from ..robustness.evaluate import RobustnessConfig, robustness
 
     threats = [Threat(norm, eps) for norm in ("linf", "l2") if (eps := getattr(arguments, norm)) is not None]
-    check_conditions(threats, arguments.corruptions, arguments.severities)
+    config = config_of(RobustnessConfig, arguments, threats=threats, l2=RobustnessConfig.l2)
     folders = dict(arguments.adapter)
     if len(folders) < len(arguments.adapter):
         raise OptionError(f"--adapter must have different names, got {[name for name, _ in arguments.adapter]}")
-    plain_preprocess(arguments)
-    model = load_network(arguments)
-    splits, train, val, test = load_images(arguments)
-    trained = {name: load_adapter(model, name, folder, splits, arguments.test) for name, folder in folders.items()}
-    preprocess = preprocess_for(arguments, train)
-    train, val, test = (part.prepared(preprocess) for part in (train, val, test))
+    inputs = load_inputs(arguments)
+    model, splits, train, val, test, preprocess = inputs
     result = robustness(
         model,
         train if arguments.head == "probe" else None,
         val,
         test,
-        mean=preprocess.mean,
-        std=preprocess.std,
-        head=arguments.head,
-        trained=trained,
-        betas=arguments.betas,
-        coeff=arguments.coeff,
-        activations=arguments.activations,
-        feature_layer=arguments.feature_layer,
-        threats=threats,
-        corruptions=arguments.corruptions,
-        severities=arguments.severities,
-        attacks=arguments.attacks,
-        val_attacks=arguments.val_attacks,
-        iterations=arguments.iterations,
-        queries=arguments.queries,
-        max_attacked=arguments.max_attacked,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-        device=arguments.device or _distributed.launched_device(),
-        progress=not arguments.no_progress,
+        replace(config, mean=preprocess.mean, std=preprocess.std),
+        trained={name: load_adapter(model, name, folder, splits, arguments.test) for name, folder in folders.items()},
+        **running(arguments),
     )
-    print(f"{splits.source}: {len(train)} train, {len(val)} validation, {len(test)} test images")
-    print(f"\n{result.table()}\n\n{result.verdict()}")
-    save_result(result, arguments.out, arguments, splits, train, preprocess)
+    tell_result(result, arguments, inputs)
     return 0
 
 
@@ -208,14 +159,14 @@ def load_adapter(model: Any, name: str, folder: Path, splits: Splits, test: floa
     peft = require("peft", "adapters", "adapters")
     if not (folder / "adapter_config.json").is_file():
         from ..robustness.attacks import PixelClassifier
-        from ..transfer import load_tuned, read_comparison
+        from ..transfer import TransferComparison, load_tuned
 
         network, preprocess, classes = load_tuned(copy.deepcopy(model), folder)
         if classes != splits.train.classes:
             raise ValueError(
                 f"--adapter {name}: expected one for the classes {list(splits.train.classes)}, got one for {list(classes)}"
             )
-        setup = read_comparison(folder / "result.json").setup
+        setup = TransferComparison.read(folder / "result.json").setup
         try:
             same = splits.source in [data["source"] for data in setup["data"].values()]
             held_out = setup["images"]["test"]

@@ -7,15 +7,16 @@ import argparse
 from ...cli import option_types as types
 from ...cli.errors import OptionError
 from .options import (
+    add_image_data,
     add_image_options,
     add_network_options,
+    add_running_options,
     command_parser,
-    image_data,
-    load_images,
-    load_network,
-    plain_preprocess,
-    preprocess_for,
-    save_result,
+    config_of,
+    load_inputs,
+    option,
+    running,
+    tell_result,
 )
 
 SUMMARY = """\
@@ -44,75 +45,29 @@ GROUPING: types.Kind[int | str] = types.Kind(
 
 def parser() -> argparse.ArgumentParser:
     p = command_parser("search", SUMMARY, EXAMPLES)
-    p.add_argument("data", type=image_data, help="folder of images, .npz file, or fashion-mnist")
+    add_image_data(p)
     search = p.add_argument_group("search")
-    search.add_argument(
-        "--strategy", choices=("grid", "coordinate", "bayesian"), default="coordinate", help="(default: %(default)s)"
-    )
-    search.add_argument(
-        "--groups",
-        type=GROUPING,
-        default="stage",
-        help="what shares a beta: shared, stage, site, or a number (default: %(default)s)",
-    )
-    search.add_argument("--evaluations", type=types.COUNT, default=60, help="at most so many (default: %(default)s)")
+    option(search, "--strategy", ("grid", "coordinate", "bayesian"), "coordinate", "")
+    option(search, "--groups", GROUPING, "stage", "what shares a beta: shared, stage, site, or a number")
+    option(search, "--evaluations", types.COUNT, 60, "at most so many")
     search.add_argument(
         "--storage", type=types.STORAGE, help="file or database that workers of a Bayesian search share"
     )
-    search.add_argument(
-        "--study", type=types.TEXT, default="ctkernels", help="its name in the storage (default: %(default)s)"
-    )
+    option(search, "--study", types.TEXT, "ctkernels", "its name in the storage")
     network = add_network_options(p, "0.7:1:0.05")
-    network.add_argument("--coeff", type=types.SHARE, default=0.5, help="mixing coefficient c (default: %(default)s)")
+    option(network, "--coeff", types.SHARE, 0.5, "mixing coefficient c")
     add_image_options(p)
-    running = p.add_argument_group("running")
-    running.add_argument("--seed", type=types.SEED, default=0, help="of splits and samples (default: %(default)s)")
-    running.add_argument(
-        "--batch-size", type=types.COUNT, default=32, help="images per forward pass (default: %(default)s)"
-    )
-    running.add_argument(
-        "--workers", type=types.WORKERS, default=0, help="processes that decode images (default: %(default)s)"
-    )
-    running.add_argument("--device", type=types.device, help="such as cpu or cuda:0 (default: a GPU if there is one)")
-    running.add_argument(
-        "--out", type=types.OUT, default="out/search", help="folder for the results (default: %(default)s)"
-    )
-    running.add_argument("--no-progress", action="store_true", help="no progress bar")
+    add_running_options(p, "out/search", "of splits and samples", 32)
     return p
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..._extras import require
-    from .. import _distributed
-    from ..search.strategies import search_betas
+    from ..search.strategies import StrategyConfig, search_betas
 
-    if arguments.strategy == "bayesian":
-        require("optuna", "lab", "Bayesian search")
-    elif arguments.storage is not None:
+    if arguments.storage is not None and arguments.strategy != "bayesian":
         raise OptionError(f"--storage must go with --strategy bayesian, got --strategy {arguments.strategy}")
-    plain_preprocess(arguments)
-    model = load_network(arguments)
-    splits, train, val, test = load_images(arguments)
-    preprocess = preprocess_for(arguments, train)
-    result = search_betas(
-        model,
-        *(part.prepared(preprocess) for part in (train, val, test)),
-        strategy=arguments.strategy,
-        groups=arguments.groups,
-        betas=arguments.betas,
-        evaluations=arguments.evaluations,
-        coeff=arguments.coeff,
-        activations=arguments.activations,
-        feature_layer=arguments.feature_layer,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-        workers=arguments.workers,
-        device=arguments.device or _distributed.launched_device(),
-        storage=arguments.storage,
-        study=arguments.study,
-        progress=not arguments.no_progress,
-    )
-    print(f"{splits.source}: {len(train)} train, {len(val)} validation, {len(test)} test images")
-    print(f"\n{result.table()}\n\n{result.verdict()}")
-    save_result(result, arguments.out, arguments, splits, train, preprocess)
+    config = config_of(StrategyConfig, arguments)
+    inputs = load_inputs(arguments)
+    result = search_betas(inputs.model, inputs.train, inputs.val, inputs.test, config, **running(arguments))
+    tell_result(result, arguments, inputs)
     return 0

@@ -7,16 +7,16 @@ from pathlib import Path
 
 from ...cli import option_types as types
 from .options import (
+    add_image_data,
     add_image_options,
     add_network_options,
     add_running_options,
     command_parser,
-    image_data,
-    load_images,
-    load_network,
-    plain_preprocess,
-    preprocess_for,
-    save_result,
+    config_of,
+    load_inputs,
+    option,
+    running,
+    tell_result,
 )
 
 SUMMARY = """\
@@ -37,8 +37,8 @@ examples:
   # your own network and weights; checkpoints are read without unpickling
   python -m ctkernels steer photos/ --model my_project.networks:make --weights best.safetensors
 
-  # without a network connection: packaged MobileNetV2 weights and Fashion-MNIST, a small sample
-  python -m ctkernels steer fashion-mnist --model mobilenet_v2 --weights packaged \\
+  # without a hub, in a clone of the repository: packaged MobileNetV2 weights and Fashion-MNIST, a small sample
+  python -m ctkernels steer examples.data:fashion_mnist --model mobilenet_v2 --weights packaged \\
       --size 64 --resize 64 --max-train 900 --max-test 600 --betas 0.7,0.8,0.85,0.9,0.95,1
 
   # four processes share the work, with the result of one
@@ -46,41 +46,28 @@ examples:
 
 results:
   OUT/result.json            accuracies, choice, test with its uncertainty, and everything needed to repeat the run
-  OUT/accuracy_vs_beta.png   the picture"""
+  OUT/accuracy_vs_beta.png   the plot"""
 
 
 def parser() -> argparse.ArgumentParser:
     p = command_parser("steer", SUMMARY, EXAMPLES)
-    p.add_argument(
-        "data", type=image_data, help="folder of images, .npz file, or a data set by name such as fashion-mnist"
-    )
+    add_image_data(p)
     network = add_network_options(p, "0.7:1:0.01")
-    network.add_argument(
-        "--coeff",
-        type=types.COEFF,
-        default=0.5,
-        help="mixing coefficient c of the unit, or mean-free: beta^2 / (1 + beta^2) (default: %(default)s)",
+    option(
+        network, "--coeff", types.COEFF, 0.5, "mixing coefficient c of the unit, or mean-free: beta^2 / (1 + beta^2)"
     )
     add_image_options(p)
     probe = p.add_argument_group("probe")
-    probe.add_argument(
+    option(
+        probe,
         "--probe",
-        choices=("logistic", "adam"),
-        default="logistic",
-        help="logistic regression on standardised features, or the paper's own with Adam (default: %(default)s)",
+        ("logistic", "adam"),
+        "logistic",
+        "logistic regression on standardised features, or the paper's own with Adam",
     )
-    probe.add_argument(
-        "--l2", type=types.POSITIVE, default=0.01, help="penalty of the logistic probe (default: %(default)s)"
-    )
-    running = add_running_options(p, "out/steer")
-    running.add_argument(
-        "--seed", type=types.SEED, default=0, help="of splits, samples and probe (default: %(default)s)"
-    )
-    running.add_argument(
-        "--batch-size", type=types.COUNT, default=32, help="images per forward pass (default: %(default)s)"
-    )
-    running.add_argument("--device", type=types.device, help="such as cpu or cuda:0 (default: a GPU if there is one)")
-    running.add_argument("--no-plot", action="store_true", help="no picture")
+    option(probe, "--l2", types.POSITIVE, 0.01, "penalty of the logistic probe")
+    running = add_running_options(p, "out/steer", "of splits, samples and probe", 32, memory_limit=True)
+    running.add_argument("--no-plot", action="store_true", help="do not plot")
     return p
 
 
@@ -88,41 +75,18 @@ def run(arguments: argparse.Namespace) -> int:
     from ... import lab
     from ..._extras import require
     from .. import _distributed
-    from ..search.plot import plot
+    from ..search.grid import SearchConfig
 
     if not arguments.no_plot:
-        require("matplotlib.figure", "lab", "the picture")
-    plain_preprocess(arguments)
-    model = load_network(arguments)
-    splits, train, val, test = load_images(arguments)
-    preprocess = preprocess_for(arguments, train)
-    result = lab.search_beta(
-        model,
-        *(part.prepared(preprocess) for part in (train, val, test)),
-        betas=arguments.betas,
-        coeff=arguments.coeff,
-        activations=arguments.activations,
-        feature_layer=arguments.feature_layer,
-        probe=arguments.probe,
-        l2=arguments.l2,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-        workers=arguments.workers,
-        device=arguments.device or _distributed.launched_device(),
-        memory_limit=arguments.memory_limit,
-        progress=not arguments.no_progress,
-    )
+        require("matplotlib.figure", "lab", "the plot")
+    config = config_of(SearchConfig, arguments)
+    inputs = load_inputs(arguments)
+    result = lab.search_beta(inputs.model, inputs.train, inputs.val, inputs.test, config, **running(arguments))
     if _distributed.launched_rank() == 0:
-        print(f"{splits.source}: {len(train)} train, {len(val)} validation, {len(test)} test images")
-        print(f"{arguments.model}: {len(result.sites)} activations steered; features: {result.feature_layer}")
-        print(f"\n{result.table()}\n")
-        print(result.verdict())
-        save_result(result, arguments.out, arguments, splits, train, preprocess)
+        line = f"\n{arguments.model}: {len(result.sites)} activations steered; features: {result.feature_layer}"
+        tell_result(result, arguments, inputs, line)
         if not arguments.no_plot:
-            plot(
-                result,
-                arguments.out / "accuracy_vs_beta.png",
-                title=f"{arguments.model} on {Path(arguments.data).name}",
-            )
-            print(f"saved {arguments.out / 'accuracy_vs_beta.png'}")
+            path = arguments.out / "accuracy_vs_beta.png"
+            lab.plot(result, path, title=f"{arguments.model} on {Path(arguments.data).name}")
+            print(f"saved {path}")
     return 0

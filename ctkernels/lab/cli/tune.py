@@ -8,14 +8,15 @@ from pathlib import Path
 from ...cli import option_types as types
 from .compare import model_source
 from .options import (
+    add_image_data,
     add_image_options,
     add_running_options,
     add_training_options,
     command_parser,
-    image_data,
-    image_options,
     network_and_weights,
-    training_options,
+    option,
+    record_of,
+    transfer_config,
 )
 
 SUMMARY = """\
@@ -32,8 +33,8 @@ examples:
   # rates to try; validation chooses
   python -m ctkernels tune data.npz --model timm:resnet50d --lr 0.1,0.01 --head-lr 1e-3,1e-2
 
-  # without a network connection: packaged weights and data
-  python -m ctkernels tune fashion-mnist --model mobilenet_v2=packaged --size 64 --resize 64 --max-train 500 \\
+  # without a hub, in a clone of the repository: packaged weights and data
+  python -m ctkernels tune examples.data:fashion_mnist --model mobilenet_v2=packaged --size 64 --resize 64 --max-train 500 \\
       --max-test 500 --betas 0.8,0.9,0.95 --epochs 10
 
 afterwards:
@@ -49,9 +50,7 @@ results:
 
 def parser() -> argparse.ArgumentParser:
     p = command_parser("tune", SUMMARY, EXAMPLES)
-    p.add_argument(
-        "data", type=image_data, help="folder of images, .npz file, or a data set by name such as fashion-mnist"
-    )
+    add_image_data(p)
     p.add_argument(
         "--model",
         type=network_and_weights,
@@ -60,18 +59,13 @@ def parser() -> argparse.ArgumentParser:
         help="torchvision name, timm:NAME, transformers:NAME, or factory module:function; weights: default, none, "
         "packaged, or a file",
     )
-    p.add_argument(
-        "--lr", type=types.RATES, default="0.1", help="of beta and coeff, to try, with commas (default: %(default)s)"
-    )
-    p.add_argument(
-        "--head-lr", type=types.RATES, default="1e-3", help="of the head, to try, with commas (default: %(default)s)"
-    )
-    p.add_argument(
-        "--seed", type=types.SEED, default=42, help="of splits, initial weights and order (default: %(default)s)"
-    )
+    option(p, "--lr", types.RATES, "0.1", "of beta and coeff, to try, with commas")
+    option(p, "--head-lr", types.RATES, "1e-3", "of the head, to try, with commas")
+    option(p, "--seed", types.SEED, 42, "of splits, initial weights and order")
     add_training_options(p)
     add_image_options(p)
-    add_running_options(p, "out/tune").add_argument("--cpu", action="store_true", help="leave GPUs alone")
+    running = add_running_options(p, "out/tune", memory_limit=True)
+    running.add_argument("--cpu", action="store_true", help="run on the CPU")
     return p
 
 
@@ -80,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..._extras import require
     from .. import _distributed
 
-    out, options, images = arguments.out, training_options(arguments), image_options(arguments)
+    out, config = arguments.out, transfer_config(arguments)
     for module in ("accelerate", "peft", "safetensors"):
         require(module, "adapters", "learning the curvature")
     from ..transfer import stages, tune_curvature
@@ -92,13 +86,13 @@ def run(arguments: argparse.Namespace) -> int:
         load,
         lab.load_data(arguments.data),
         out,
+        config,
         name=name,
         data_name=Path(arguments.data).name,
         seed=arguments.seed,
-        images=images,
         lr=arguments.lr,
         head_lr=arguments.head_lr,
-        **options,
+        extra=record_of(arguments),
     )
     if _distributed.launched_rank() == 0:
         kept = out / ("adapter" if kept_stage(result) == "tct" else HEAD)

@@ -1,15 +1,10 @@
-"""Where labelled images come from: a folder, an ``.npz`` file, or Fashion-MNIST by whichever way works here."""
+"""Labelled images from a folder, an ``.npz`` file, a library's data set, or a function."""
 
 from __future__ import annotations
 
 import functools
-import gzip
 import os
-import struct
-import subprocess
-import tempfile
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..._extras import require
-from .._debian import unpack
-from . import packaged
+from ..._factories import find_factory
+from . import libraries
 from .sets import ImageSet, Splits, check_classes, opened_image
 
 SUFFIXES = (
@@ -28,21 +23,16 @@ SUFFIXES = (
 )
 LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini")  # files that Windows puts into folders of pictures
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-FASHION_CLASSES = (
-    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-)
-FASHION_MNIST = "fashion-mnist"
-WORDS = f"{FASHION_MNIST}, mnist-5k, digits, emoji, torchvision:NAME"
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+WORDS = "digits, torchvision:NAME, or a factory module:function"
+MOVED = ("fashion-mnist", "mnist-5k", "emoji")  # names that became functions in examples/data
 
 
 def load_data(spec: str | os.PathLike[str]) -> Splits:
-    """A folder, an ``.npz`` file, or a data set by name, told apart by what they are.
+    """Read a folder, an ``.npz`` file, or a data set by name; ``spec`` tells which.
 
-    Names: ``"fashion-mnist"``, ``"mnist-5k"``, ``"digits"``, ``"emoji"`` (see the functions); and
-    ``"torchvision:Flowers102"`` or ``"torchvision:Flowers102:FOLDER"`` for a class of ``torchvision.datasets``, whose
-    files are in, or go to, FOLDER (default ``data``).
+    Names: ``"digits"``, scikit-learn's; ``"torchvision:Flowers102"`` or ``"torchvision:Flowers102:FOLDER"`` for a class
+    of ``torchvision.datasets``, whose files are in, or go to, FOLDER (default ``data``); and ``"package.module:function"``
+    or ``"file.py:function"``, a function that takes nothing and returns :class:`Splits`.
 
     Raises:
         ValueError: ``spec`` is neither, or what it holds is not labelled images; the message says what was found.
@@ -56,7 +46,7 @@ def load_data(spec: str | os.PathLike[str]) -> Splits:
 
 
 def find_data(spec: str | os.PathLike[str]) -> Callable[[], Splits]:
-    """What :func:`load_data` will do, found out without reading any images.
+    """The function by which :func:`load_data` will read, found without reading any images.
 
     Raises:
         ValueError: ``spec`` is no folder, ``.npz`` file or data set that is known.
@@ -71,19 +61,18 @@ def find_data(spec: str | os.PathLike[str]) -> Callable[[], Splits]:
         if path.suffix.lower() != ".npz":
             raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}, got the file {path}")
         return functools.partial(read_npz, path)
-    named: dict[str, Callable[[], Splits]] = {
-        FASHION_MNIST: fashion_mnist,
-        "mnist-5k": packaged.mnist_5k,
-        "digits": packaged.digits,
-        "emoji": packaged.emoji,
-    }
-    if str(spec) in named:
-        return named[str(spec)]
+    if str(spec) == "digits":
+        return libraries.digits
     library, _, rest = str(spec).partition(":")
     if library == "torchvision":
         name, _, root = rest.partition(":")
-        packaged.torchvision_class(name)
-        return functools.partial(packaged.torchvision_data, name, root or "data")
+        libraries.torchvision_class(name)
+        return functools.partial(libraries.torchvision_data, name, root or "data")
+    if rest:
+        return find_factory(str(spec), Splits, "data")
+    if str(spec) in MOVED:
+        function = str(spec).replace("-", "_")
+        raise ValueError(f"data: {spec} is now examples.data:{function}, to be had in a clone of the repository")
     raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}; {path} does not exist")
 
 
@@ -105,16 +94,16 @@ def read_folder(path: str | os.PathLike[str]) -> Splits:
     root = Path(path)
     if not root.is_dir():
         raise ValueError(f"expected a folder of images, {root} is not a folder")
-    found = {split: next((root / n for n in names if (root / n).is_dir()), None) for split, names in FOLDERS.items()}
-    if found["train"] is None:
-        if found["val"] is not None or found["test"] is not None:
+    folders = {split: next((root / n for n in names if (root / n).is_dir()), None) for split, names in FOLDERS.items()}
+    if folders["train"] is None:
+        if folders["val"] is not None or folders["test"] is not None:
             raise ValueError(f"{root}: expected a folder train beside {_names(root)}, found none")
         return Splits(_read_classes(root, None), None, None, f"folder {root}")
-    used = {folder.name for folder in found.values() if folder is not None}
+    used = {folder.name for folder in folders.values() if folder is not None}
     if beside := [name for name in _names(root) if name not in used]:
         _warn_unread(root, "folders", beside, f"the splits are {', '.join(sorted(used))}")
-    train = _read_classes(found["train"], None)
-    val, test = (None if (f := found[s]) is None else _read_classes(f, train.classes) for s in ("val", "test"))
+    train = _read_classes(folders["train"], None)
+    val, test = (None if (f := folders[s]) is None else _read_classes(f, train.classes) for s in ("val", "test"))
     return Splits(train, val, test, f"folder {root}")
 
 
@@ -215,7 +204,7 @@ class _Names(ValueError):
     """About the names of the arrays in a file that could be read."""
 
 
-def _npz_pairs(found: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
+def _npz_pairs(present: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
     """The names of images and labels of each split."""
     pairs: dict[str, tuple[str, str]] = {}
     for split, xs, ys in (
@@ -223,11 +212,11 @@ def _npz_pairs(found: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
         ("val", ("x_val", "val_images"), ("y_val", "val_labels")),
         ("test", ("x_test", "test_images"), ("y_test", "test_labels")),
     ):
-        x, y = ([name for name in names if name in found] for names in (xs, ys))
+        x, y = ([name for name in names if name in present] for names in (xs, ys))
         if len(x) == len(y) == 1:
             pairs[split] = (x[0], y[0])
         elif x or y or split == "train":
-            raise _Names(f"{path}: expected one of {xs} with one of {ys}, found {sorted(found)}")
+            raise _Names(f"{path}: expected one of {xs} with one of {ys}, found {sorted(present)}")
     return pairs
 
 
@@ -282,100 +271,3 @@ def _npz_labels(arrays: Any, names: dict[str, str], path: str) -> tuple[tuple[st
             )
         labels[split] = torch.from_numpy(numpy.searchsorted(classes, y)).to(torch.int64)
     return tuple(str(c) for c in classes), labels
-
-
-# --- Fashion-MNIST ----------------------------------------------------------------------------------------------------
-
-
-def fashion_mnist(path: str | os.PathLike[str] | None = None, *, download: bool = True) -> Splits:
-    """Fashion-MNIST, 60,000 training and 10,000 test images of 28 x 28, from the first of these that works.
-
-    The folder ``path`` if one is given, and then nothing else; the installed Debian package ``dataset-fashion-mnist``;
-    what an earlier call left in the cache (``$XDG_CACHE_HOME/ctkernels``); and, if ``download``, that Debian package
-    fetched with ``apt-get download`` and unpacked into the cache, which needs no root; then torchvision's download.
-    ``source`` of the result says which it was. There is no validation split.
-
-    Raises:
-        ValueError: none worked; the message has one reason each.
-
-    Example:
-        >>> splits = fashion_mnist()  # doctest: +SKIP
-        >>> splits.source  # doctest: +SKIP
-        'Debian package in /usr/share/datasets/fashion-mnist'
-
-    Source: Xiao, Rasul and Vollgraf 2017 (MIT licence); one of the twelve sets of the Curvature Tuning paper.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctkernels" / FASHION_MNIST
-    attempts: list[tuple[str, Callable[[], Path]]]
-    if path is not None:
-        attempts = [(f"folder {path}", lambda: Path(path))]
-    else:
-        attempts = [(f"Debian package in {DEBIAN}", lambda: DEBIAN), (f"cache {_shown(cache)}", lambda: cache)]
-        if download:
-            attempts += [
-                ("Debian package dataset-fashion-mnist, downloaded", lambda: _cached(cache, _from_debian)),
-                ("torchvision's download", lambda: _cached(cache, _from_torchvision)),
-            ]
-    reasons = []
-    for source, locate in attempts:
-        try:
-            folder = locate()
-            train, test = _read_idx_pair(folder, "train"), _read_idx_pair(folder, "t10k")
-            return Splits(train, None, test, source)
-        except (OSError, ValueError, ImportError, RuntimeError, subprocess.SubprocessError) as error:
-            reasons.append(f"  {source}: {error}")
-    raise ValueError("Fashion-MNIST was not found:\n" + "\n".join(reasons))
-
-
-def _shown(path: Path) -> str:
-    """A result may be published: without the name of who made it."""
-    home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
-
-
-def _cached(cache: Path, fetch: Callable[[Path], Path]) -> Path:
-    """Let ``fetch`` fill a temporary folder, and move what it points at to ``cache``."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache.parent) as temporary:
-        found = fetch(Path(temporary))
-        _read_idx_pair(found, "t10k")  # a damaged download must not end up in the cache
-        if not cache.exists():
-            os.replace(found, cache)
-    return cache
-
-
-def _from_debian(folder: Path) -> Path:
-    return unpack("dataset-fashion-mnist", folder) / "usr/share/datasets/fashion-mnist"
-
-
-def _from_torchvision(folder: Path) -> Path:
-    datasets = require("torchvision.datasets", "lab", "downloading Fashion-MNIST")
-    datasets.FashionMNIST(str(folder), download=True)
-    return folder / "FashionMNIST/raw"
-
-
-def _read_idx_pair(folder: Path, prefix: str) -> ImageSet:
-    images = _read_idx(folder / f"{prefix}-images-idx3-ubyte", dims=3)
-    labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte", dims=1)
-    if len(images) != len(labels) or labels.max() > 9:
-        raise ValueError(f"{folder}: {prefix} has {len(images)} images and {len(labels)} labels up to {labels.max()}")
-    return ImageSet(images, labels.to(torch.int64), FASHION_CLASSES)
-
-
-def _read_idx(path: Path, dims: int) -> Tensor:
-    """An IDX file of bytes, plain or gzipped: four magic bytes, big-endian sizes, then the values."""
-    zipped = path.with_name(path.name + ".gz")
-    if not path.exists() and not zipped.exists():
-        raise ValueError(f"no {path.name}[.gz] in {path.parent}")
-    try:
-        content = path.read_bytes() if path.exists() else gzip.decompress(zipped.read_bytes())
-    except (EOFError, zlib.error) as error:
-        raise ValueError(f"{zipped} is damaged: {error}") from error
-    header = 4 + 4 * dims
-    if len(content) < header or content[:4] != bytes((0, 0, 8, dims)):
-        raise ValueError(f"{path} is not an IDX file of bytes with {dims} dimensions")
-    shape = struct.unpack(f">{dims}I", content[4:header])
-    values = torch.frombuffer(bytearray(content[header:]), dtype=torch.uint8)
-    if values.numel() != torch.Size(shape).numel():
-        raise ValueError(f"{path}: expected {torch.Size(shape).numel()} values, got {values.numel()}")
-    return values.reshape(shape)

@@ -1,4 +1,4 @@
-"""Frozen features: where they are taken, and one pass over the data for several settings of a network."""
+"""Frozen features: the hook point where they are read, and one pass over the data for several settings."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .._distributed import Group
 
 
 @dataclass(frozen=True)
-class Tap:
-    """Where features are taken: the ``side`` ("input" or "output") of the submodule called ``layer`` ("": all)."""
+class HookPoint:
+    """A place to read features: the ``side`` ("input" or "output") of the submodule ``layer`` ("": the network)."""
 
     layer: str
     side: str
@@ -51,8 +51,8 @@ class Tap:
             hook.remove()
 
 
-def find_tap(model: nn.Module, example: Tensor, feature_layer: str | None = None) -> Tap:
-    """Choose where features are taken.
+def find_hook_point(model: nn.Module, example: Tensor, feature_layer: str | None = None) -> HookPoint:
+    """Choose the hook point at which features are read.
 
     The output of ``feature_layer`` if given. Else the input of the classifier: ``model.get_classifier()`` where the
     network has one (timm), otherwise the last ``nn.Linear`` that runs, if the network's output has its shape. Else the
@@ -72,11 +72,11 @@ def find_tap(model: nn.Module, example: Tensor, feature_layer: str | None = None
             raise ValueError(
                 f"feature_layer must be one of {sorted(n for n in names.values() if n)}, got {feature_layer!r}"
             )
-        return Tap(feature_layer, "output")
+        return HookPoint(feature_layer, "output")
     get_classifier = getattr(model, "get_classifier", None)
     classifier = get_classifier() if callable(get_classifier) else None
     if isinstance(classifier, nn.Module) and classifier in names and not isinstance(classifier, nn.Identity):
-        return Tap(names[classifier], "input")
+        return HookPoint(names[classifier], "input")
     ran: list[tuple[str, Any]] = []
     hooks = [
         module.register_forward_hook(lambda _, args, output, name=name: ran.append((name, output.shape)))
@@ -90,8 +90,8 @@ def find_tap(model: nn.Module, example: Tensor, feature_layer: str | None = None
         for hook in hooks:
             hook.remove()
     if ran and ran[-1][1] == output.shape:
-        return Tap(ran[-1][0], "input")
-    return Tap("", "output")
+        return HookPoint(ran[-1][0], "input")
+    return HookPoint("", "output")
 
 
 def output_tensor(value: Any) -> Tensor:

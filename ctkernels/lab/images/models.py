@@ -63,7 +63,7 @@ def load_model(name: str, weights: str | os.PathLike[str] = "default") -> nn.Mod
 
 
 def find_model(name: str) -> Callable[[bool], nn.Module]:
-    """What builds the network of that name, given whether with the library's pretrained weights; nothing is built yet.
+    """The function that builds the network of that name; its argument: with the library's pretrained weights or not.
 
     Raises:
         ValueError, ImportError: as :func:`load_model`, as far as the name goes.
@@ -72,8 +72,8 @@ def find_model(name: str) -> Callable[[bool], nn.Module]:
     if name.startswith(f"{TRANSFORMERS}:") and name != f"{TRANSFORMERS}:":
         return functools.partial(_from_transformers, name.partition(":")[2])
     if colon and library not in LIBRARIES:
-        make = find_factory(name)
-        return lambda pretrained: make()
+        build = find_factory(name, nn.Module, "model")
+        return lambda pretrained: build()
     return _from_library(library, short)
 
 
@@ -117,18 +117,18 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _fill(model: nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
-    own = model.state_dict()
+    expected = model.state_dict()
     problems = {
-        "missing": sorted(set(own) - set(state)),
-        "unexpected": sorted(set(state) - set(own)),
-        "of another shape": sorted(k for k in set(own) & set(state) if own[k].shape != state[k].shape),
+        "missing": sorted(set(expected) - set(state)),
+        "unexpected": sorted(set(state) - set(expected)),
+        "of another shape": sorted(k for k in set(expected) & set(state) if expected[k].shape != state[k].shape),
     }
     if any(problems.values()):
-        found = "; ".join(
+        detail = "; ".join(
             f"{len(k)} {what} ({', '.join(k[:3])}{', ...' if len(k) > 3 else ''})" for what, k in problems.items() if k
         )
         raise ValueError(
-            f"weights {name} do not fit {type(model).__name__}: {found}. "
+            f"weights {name} do not fit {type(model).__name__}: {detail}. "
             "For a network changed after it was built, give a factory module:function that builds the changed one"
         )
     model.load_state_dict(state)
@@ -147,10 +147,10 @@ def _from_transformers(name: str, pretrained: bool) -> nn.Module:
 
 def _from_library(library: str, name: str) -> Callable[[bool], nn.Module]:
     """From the named library, or from the first that knows the name."""
-    wanted = (library,) if library else LIBRARIES
+    libraries = (library,) if library else LIBRARIES
     modules: dict[str, Any] = {}
     errors = []
-    for which in wanted:
+    for which in libraries:
         try:
             modules[which] = require(
                 "torchvision.models" if which == "torchvision" else "timm", "lab", f"model {name!r}"
@@ -166,7 +166,7 @@ def _from_library(library: str, name: str) -> Callable[[bool], nn.Module]:
         raise errors[0]
     near = [f"{w}:{n}" for w, names in known.items() for n in difflib.get_close_matches(name, names, n=3, cutoff=0.5)]
     hint = f"near matches: {', '.join(near)}" if near else "no near matches"
-    absent = f"; not searched, as it is not installed: {', '.join(set(wanted) - set(modules))}" if errors else ""
+    absent = f"; not searched, as it is not installed: {', '.join(set(libraries) - set(modules))}" if errors else ""
     raise ValueError(f"unknown model {name!r}; {hint}{absent}")
 
 

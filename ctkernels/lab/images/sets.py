@@ -145,8 +145,8 @@ class Splits:
             val, test: fractions to cut, used only where there is no such split.
             seed: of the cuts and samples.
             test_seed: of those of the test images. Default: ``seed``.
-            max_train: at most so many images for training and for the validation that is cut off them.
-            max_test: at most so many images for test.
+            max_train: the most images for training and for the validation that is cut off them.
+            max_test: the most images for test.
 
         Raises:
             ValueError: a fraction or limit out of range, or too few images of a class.
@@ -294,14 +294,14 @@ def normalised_like(preprocess: Preprocess, images: ImageSet, limit: int = 1000)
 def labels_of(dataset: Any, name: str) -> Tensor:
     """All labels of a data set, int64 (n,): its ``labels`` or ``targets`` if it has them, else item by item."""
     if isinstance(dataset, TensorDataset):
-        found: Any = dataset.tensors[1]
+        values: Any = dataset.tensors[1]
     elif isinstance(dataset, Subset):
         return labels_of(dataset.dataset, name)[torch.as_tensor(dataset.indices, dtype=torch.int64)]
     else:
-        found = next((v for a in ("labels", "targets") if (v := getattr(dataset, a, None)) is not None), None)
-        if found is None:
-            found = [int(dataset[i][1]) for i in range(len(dataset))]
-    labels = torch.as_tensor(found)
+        values = next((v for a in ("labels", "targets") if (v := getattr(dataset, a, None)) is not None), None)
+        if values is None:
+            values = [int(dataset[i][1]) for i in range(len(dataset))]
+    labels = torch.as_tensor(values)
     if labels.dim() != 1 or len(labels) != len(dataset) or labels.is_floating_point() or labels.is_complex():
         raise ValueError(
             f"{name}: labels must be {len(dataset)} integers, one per image, "
@@ -312,9 +312,9 @@ def labels_of(dataset: Any, name: str) -> Tensor:
 
 def check_classes(labels: Tensor, name: str) -> None:
     """ValueError unless ``labels`` is not empty and has at least two classes."""
-    found = labels.unique()
-    if len(found) < 2:
-        detail = f"{len(labels)} images, all of class {found[0].item()}" if len(found) else "no images"
+    classes = labels.unique()
+    if len(classes) < 2:
+        detail = f"{len(labels)} images, all of class {classes[0].item()}" if len(classes) else "no images"
         raise ValueError(f"{name}: expected at least two classes, got {detail}")
 
 
@@ -362,8 +362,8 @@ def stratified_order(labels: Tensor, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
-    place = torch.empty(len(labels), dtype=torch.float64)
+    position = torch.empty(len(labels), dtype=torch.float64)
     for label in labels.unique():
         members = (labels[shuffled] == label).nonzero()[:, 0]
-        place[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
-    return shuffled[place.argsort(stable=True)]
+        position[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+    return shuffled[position.argsort(stable=True)]

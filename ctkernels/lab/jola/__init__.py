@@ -3,23 +3,23 @@
 What it needs beyond torch is in the extra ``ctkernels[lab]``.
 """
 
+from ..experiment import Method
 from .compare import compare_methods
 from .language_models import load_language_model
-from .methods import METHODS, Method
+from .methods import METHODS
 from .reporting import gate_frames, restored, save_report
-from .result import Cell, MethodComparison
+from .result import MethodComparison, RunResult
 from .scoring import Answering
-from .texts import Draw, Example, TextData, draw, read_texts
-from .wordnet import wordnet_nouns
+from .texts import Example, Split, TextData, draw, read_texts
 
 __all__ = [
     "METHODS",
     "Answering",
-    "Cell",
-    "Draw",
     "Example",
     "Method",
     "MethodComparison",
+    "RunResult",
+    "Split",
     "TextData",
     "compare_methods",
     "draw",
@@ -28,5 +28,4 @@ __all__ = [
     "read_texts",
     "restored",
     "save_report",
-    "wordnet_nouns",
 ]

@@ -57,7 +57,7 @@ def load_language_model(name: str | os.PathLike[str], dtype: str = "float32") ->
 
 
 def find_language_model(name: str | os.PathLike[str]) -> Path:
-    """Where :func:`load_language_model` will look; a name on the hub as it is.
+    """The path at which :func:`load_language_model` will look; a name on the hub as it is.
 
     Raises:
         ValueError: no model is there, nor can the hub have one of that name.

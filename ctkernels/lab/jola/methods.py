@@ -2,69 +2,49 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..._extras import require
+from ..experiment import Method, Setting
 
-Setting = Mapping[str, float]
+UNIT = ".jola_unit_"
 
 
 @dataclass(frozen=True)
 class Attached:
-    """A model with a method on it: what to train, in groups for an optimizer, and the trainer's callbacks."""
+    """A model with a method on it: what to train, in groups for an optimizer, and the trainer's callbacks.
+
+    ``measure``: is given batches of training prompts before training.
+    """
 
     model: Any
     groups: list[dict[str, Any]]
     callbacks: list[Any] = field(default_factory=list)
+    measure: Callable[[Iterable[Mapping[str, Any]]], Any] | None = None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return trained | {name: unit for name, unit in self.model.named_buffers() if UNIT in name}
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of what is trained, on the CPU."""
-        return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+        """A copy of what is trained, and of its units, on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self._tensors().items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put a copy from :meth:`state` back."""
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if set(trained) != set(state):
-            raise ValueError(f"saved weights do not fit: expected {sorted(trained)[:2]}, got {sorted(state)[:2]}")
-        for name, parameter in trained.items():
-            parameter.copy_(state[name])
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to adapt a model.
-
-    Attributes:
-        name: as in tables and on the command line.
-        summary: one line about it.
-        grid: values to try, by name; every combination is one setting. Every method has four by default.
-        attach: ``attach(model, setting, schedule)``, a context manager that gives an :class:`Attached` and leaves the
-            model as it was. None: the model is not trained.
-    """
-
-    name: str
-    summary: str
-    grid: Mapping[str, Sequence[float]]
-    attach: Callable[..., Any] | None
-
-    def settings(self, grid: Mapping[str, Sequence[float]] | None = None) -> list[dict[str, float]]:
-        """All combinations of the grid, with ``grid``'s values in place of the method's own."""
-        unknown = sorted(set(grid or ()) - set(self.grid))
-        if unknown:
-            raise ValueError(f"grid: {self.name} has {sorted(self.grid)}, not {unknown}")
-        values = {**self.grid, **(grid or {})}
-        for name, own in values.items():
-            if not own or any(not value > 0 for value in own):
-                raise ValueError(f"grid: {self.name}.{name} must be one or more positive numbers, got {list(own)}")
-        return [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
+        """Put a copy from :meth:`state` back; one without units has its values in units of 1."""
+        own = self._tensors()
+        if set(state) not in (set(own), {name for name in own if UNIT not in name}):
+            raise ValueError(f"saved weights do not fit: expected {sorted(own)[:2]}, got {sorted(state)[:2]}")
+        for name, value in own.items():
+            value.copy_(state[name]) if name in state else value.fill_(1)
 
 
 @contextmanager
@@ -93,7 +73,8 @@ def jola(model: nn.Module, setting: Setting, schedule: str = "exponential") -> I
 
     with _through_peft(model, adapters.JolaConfig(task_type="CAUSAL_LM")) as wrapped:
         groups = adapters.parameter_groups(wrapped, lr=setting["lr"], gate_lr=setting["gate_lr"])
-        yield Attached(wrapped, groups, [adapters.JolaPenaltyCallback(schedule)])
+        penalty = adapters.JolaPenaltyCallback(schedule, units=0)
+        yield Attached(wrapped, groups, [penalty], partial(adapters.measure_units, wrapped))
 
 
 @contextmanager
@@ -102,7 +83,8 @@ def lofit(model: nn.Module, setting: Setting, schedule: str = "exponential") -> 
     from ... import adapters
 
     with _through_peft(model, adapters.JolaConfig(task_type="CAUSAL_LM", freeze_gates=True)) as wrapped:
-        yield Attached(wrapped, _trained(wrapped, setting["lr"]))
+        groups = _trained(wrapped, setting["lr"])
+        yield Attached(wrapped, groups, measure=partial(adapters.measure_units, wrapped))
 
 
 @contextmanager
@@ -148,8 +130,8 @@ def bitfit(model: nn.Module, setting: Setting, schedule: str = "exponential") ->
         for module in bare:
             module.bias = None
         with torch.no_grad():
-            for owner, own in kept.items():
-                for key, value in own.items():
+            for owner, biases in kept.items():
+                for key, value in biases.items():
                     owner._parameters[key].copy_(value)  # type: ignore[union-attr]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(before[name])
@@ -159,6 +141,7 @@ def _is_bias(name: str) -> bool:
     return name == "bias" or name.endswith("_bias")
 
 
+# ``attach(model, setting, schedule)`` is a context manager that gives an :class:`Attached` and leaves the model as it was.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -166,7 +149,7 @@ METHODS: dict[str, Method] = {
         Method("lora", "LoRA, rank tuned", {"lr": (1e-3, 3e-3), "rank": (1, 8)}, lora),
         Method("bitfit", "biases only", {"lr": (3e-4, 1e-3, 3e-3, 1e-2)}, bitfit),
         Method("ia3", "(IA)3", {"lr": (1e-3, 3e-3, 1e-2, 3e-2)}, ia3),
-        Method("lofit", "head edits without gates", {"lr": (2e-3, 5e-3, 1.5e-2, 5e-2)}, lofit),
-        Method("jola", "gated head edits", {"lr": (5e-3, 1.5e-2), "gate_lr": (5e-2, 2e-1)}, jola),
+        Method("lofit", "head edits without gates", {"lr": (1e-2, 2e-2, 5e-2, 1e-1)}, lofit),
+        Method("jola", "gated head edits", {"lr": (2e-2, 5e-2), "gate_lr": (2e-1, 5e-1)}, jola),
     )
 }

@@ -78,12 +78,12 @@ def bert_scores(
 
 def available(bertscore_model: str | None) -> list[str]:
     """The metrics of free text whose packages are here."""
-    found = ["exact_match"]
+    names = ["exact_match"]
     if importlib.util.find_spec("sacrebleu"):
-        found.append("bleu")
+        names.append("bleu")
     if importlib.util.find_spec("rouge_score"):
-        found.append("rouge_l")
+        names.append("rouge_l")
     if bertscore_model is not None:
         require("bert_score", "bertscore", "BERTScore")
-        found.append("bertscore")
-    return found
+        names.append("bertscore")
+    return names

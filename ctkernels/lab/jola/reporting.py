@@ -1,4 +1,4 @@
-"""After a comparison: JoLA's gates over training as a picture, and the inputs on which its heads act."""
+"""After a comparison: a plot of JoLA's gates over training, and the inputs on which its heads act."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from ..._files import write_text
 from .._weights import damage, read_weights
+from ..experiment import weights_path
 from .methods import METHODS
-from .result import Cell, MethodComparison
-from .soundness import weights_path
+from .result import MethodComparison, RunResult
 
 if TYPE_CHECKING:
     from ...adapters import GateMap
 
 
 @contextmanager
-def restored(cell: Cell, model: Any, folder: str | os.PathLike[str]) -> Iterator[Any]:
+def restored(run: RunResult, model: Any, folder: str | os.PathLike[str]) -> Iterator[Any]:
     """The model as a tested run left it; afterwards it is plain again.
 
     Args:
-        cell: a tested run of a comparison.
+        run: a tested run of a comparison.
         model: the model that was compared.
         folder: the comparison's ``out``.
 
@@ -34,28 +34,28 @@ def restored(cell: Cell, model: Any, folder: str | os.PathLike[str]) -> Iterator
         >>> with restored(result.tested("jola")[0], model, "out/jola") as adapted:  # doctest: +SKIP
         ...     adapted.generate(**inputs)
     """
-    method, path = METHODS[cell.method], weights_path(folder, cell)
+    method, path = METHODS[run.method], weights_path(folder, run)
     if method.attach is None:
-        raise ValueError(f"{cell.method} trained nothing that could be put back")
-    if reason := damage(path, cell.weights):
-        raise ValueError(f"{cell.method}, seed {cell.seed}: {reason}")
-    with method.attach(model, cell.setting) as attached:
+        raise ValueError(f"{run.method} trained nothing that could be put back")
+    if reason := damage(path, run.weights):
+        raise ValueError(f"{run.method}, seed {run.seed}: {reason}")
+    with method.attach(model, run.setting) as attached:
         attached.load(read_weights(path))
         attached.model.eval()
         yield attached.model
 
 
-def gate_frames(cell: Cell, most: int = 6) -> tuple[list[GateMap], list[str]]:
+def gate_frames(run: RunResult, most: int = 6) -> tuple[list[GateMap], list[str]]:
     """The gates of a JoLA run from start to end, at most ``most`` of them, and their labels."""
     from ...adapters import GateMap
 
-    last = len(cell.gates) - 1
+    last = len(run.gates) - 1
     picked = sorted({round(i * last / max(1, most - 1)) for i in range(most)})
     names = {0: "start", last: "end"}
     labels = [
-        f"{names[i]}, step {cell.gates[i]['step']}" if i in names else f"step {cell.gates[i]['step']}" for i in picked
+        f"{names[i]}, step {run.gates[i]['step']}" if i in names else f"step {run.gates[i]['step']}" for i in picked
     ]
-    return [GateMap.from_dict(cell.gates[i]) for i in picked], labels
+    return [GateMap.from_dict(run.gates[i]) for i in picked], labels
 
 
 def save_report(
@@ -80,11 +80,11 @@ def save_report(
 
     if not result.tested("jola"):
         raise ValueError("the report needs a tested run of jola, got none")
-    cell, folder = result.tested("jola")[0], Path(out)
-    frames, labels = gate_frames(cell)
-    plot_gates(frames, folder / "gates.png", labels, f"JoLA's gates, seed {cell.seed}, best epoch {cell.best}")
-    with restored(cell, model, folder) as adapted:
+    run, folder = result.tested("jola")[0], Path(out)
+    frames, labels = gate_frames(run)
+    plot_gates(frames, folder / "gates.png", labels, f"JoLA's gates, seed {run.seed}, best epoch {run.best}")
+    with restored(run, model, folder) as adapted:
         edits = edit_sizes(adapted, tokenizer, texts)
-    kept = GateMap.from_dict(cell.gates[cell.best])
+    kept = GateMap.from_dict(run.gates[run.best])
     write_text(folder / "edits.txt", f"{kept.text()}\n\n{edits.text()}\n")
     return [folder / "gates.png", folder / "edits.txt"]

@@ -1,110 +1,99 @@
-"""What a comparison found: every run, a table over seeds, and one honest sentence."""
+"""The results of a comparison of methods: every run, a table over seeds, and a verdict in one sentence."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
-from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from dataclasses import dataclass, field, replace
+from math import isclose
+from statistics import mean
+from typing import Any, ClassVar
 
-from ..._files import read_json, write_text
-from ..search.result import versions
+from .. import experiment
+from ..experiment import BY_ACCURACY, BetterBy, ComparisonResult
+from ..report import figures
+from ..report.section import Picture, Section, Table, duration
+from ..result import align, describe
+from ..stats import mean_over_seeds, spread, standard_error, summary
 
-SCHEMA = "ctkernels.compare_methods/1"
 NAMES = {"exact_match": "exact match", "bleu": "BLEU", "rouge_l": "ROUGE-L", "bertscore": "BERTScore"}
 
 
-@dataclass(frozen=True)
-class Cell:
+@dataclass(frozen=True, kw_only=True)
+class RunResult(experiment.RunResult):
     """One run: a method with a setting on a seed's examples.
 
     Attributes:
-        method, seed, setting: what ran.
-        parameters: numbers that were trained.
-        epochs: validation metrics after each epoch.
-        best: the epoch that was kept, from 1; 0 for a model that is not trained.
-        seconds: that training took.
         gates: of JoLA, before training and after each epoch (see :class:`ctkernels.adapters.GateMap`).
-        test: metrics on the test examples, in [0, 100]; None for a run that only served to choose the setting.
+        test: metrics on the test examples, in [0, 100].
         each: the primary metric of every test example, in [0, 1].
-        weights: size and digest of the file of what was trained; None where nothing was, and in results that are older
-            than this entry.
     """
 
-    method: str
-    seed: int
-    setting: dict[str, float]
-    parameters: int
-    epochs: list[dict[str, float]] = field(default_factory=list)
-    best: int = 0
-    seconds: float = 0.0
     gates: list[dict[str, Any]] = field(default_factory=list)
     test: dict[str, float] | None = None
     each: list[float] = field(default_factory=list)
-    weights: dict[str, Any] | None = None
 
     @property
-    def validation(self) -> dict[str, float]:
-        """Metrics of the epoch that was kept."""
-        return self.epochs[self.best - 1] if self.best else {}
+    def filename(self) -> str:
+        setting = "".join(f"-{name}={_number(value)}" for name, value in self.setting.items())
+        return f"{self.method}-{self.seed}{setting}.safetensors"
 
-    def is_run(self, method: str, seed: int, setting: Mapping[str, float]) -> bool:
-        return (self.method, self.seed, self.setting) == (method, seed, dict(setting))
+    def untested(self) -> RunResult:
+        return replace(self, test=None, each=[])
+
+
+def _number(value: float) -> str:
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)  # six digits may not tell two settings apart
 
 
 @dataclass(frozen=True)
-class MethodComparison:
+class MethodComparison(ComparisonResult[RunResult]):
     """The outcome of :func:`compare_methods`.
 
     Attributes:
-        cells: all runs so far, those that chose settings included.
-        setup: everything that decides the numbers: data, model, sizes, methods with their grids, seeds.
+        runs, setup, seconds: as of every comparison.
         primary: the metric that chose settings and that the verdict is about.
-        seconds: that this call took.
     """
 
-    cells: tuple[Cell, ...]
-    setup: dict[str, Any]
-    primary: str
-    seconds: float = 0.0
+    primary: str = "accuracy"
 
-    def tested(self, method: str) -> list[Cell]:
-        """The runs of a method that were scored on the test examples, by seed."""
-        return sorted((c for c in self.cells if c.method == method and c.test is not None), key=lambda c: c.seed)
+    SCHEMA: ClassVar[str] = "ctkernels.compare_methods/1"
+    PACKAGES: ClassVar[tuple[str, ...]] = (
+        *("transformers", "peft", "accelerate"),
+        *("sacrebleu", "rouge-score", "bert-score"),
+    )
+    RUN: ClassVar[type[Any]] = RunResult
+    FIELDS: ClassVar[tuple[str, ...]] = ("primary",)
+
+    @property
+    def better_by(self) -> BetterBy:
+        return BY_ACCURACY if self.primary == "accuracy" else (("loss", -1.0),)
 
     @property
     def methods(self) -> list[str]:
         return [name for name in self.setup["methods"] if self.tested(name)]
 
+    def wrong_scores(self, run: RunResult) -> str | None:
+        if run.test is not None:
+            tests, score = self.setup["sizes"]["test"], run.test[self.primary]
+            if len(run.each) != tests or not isclose(score, 100 * sum(run.each) / tests, rel_tol=1e-9, abs_tol=1e-9):
+                return f"its {self.primary}, {score}, is not that of its {tests} test examples"
+        return None
+
     def rows(self) -> list[dict[str, Any]]:
         """The table as plain values: per method the mean and the deviation over seeds of every metric."""
-        found = []
-        for name in self.methods:
-            cells = self.tested(name)
-            metrics = {}
-            for metric in cells[0].test or {}:
-                values = [(c.test or {})[metric] for c in cells]
-                metrics[metric] = {
-                    "mean": mean(values),
-                    "deviation": stdev(values) if len(values) > 1 else None,
-                    "values": values,
-                }
-            found.append(
-                {
-                    "method": name,
-                    "setting": cells[0].setting,
-                    "parameters": cells[0].parameters,
-                    "seeds": [c.seed for c in cells],
-                    "seconds": mean(c.seconds for c in cells),
-                    "metrics": metrics,
-                }
-            )
-        return found
+        return [
+            {
+                "method": name,
+                "setting": runs[0].setting,
+                "parameters": runs[0].parameters,
+                "seeds": [run.seed for run in runs],
+                "seconds": mean(run.seconds for run in runs),
+                "metrics": {m: summary([(run.test or {})[m] for run in runs]) for m in runs[0].test or {}},
+            }
+            for name in self.methods
+            if (runs := self.tested(name))
+        ]
 
     def table(self) -> str:
         """The scores as text, best method of the primary metric marked."""
@@ -112,42 +101,31 @@ class MethodComparison:
         if not rows:
             return "no method has been tested yet"
         metrics = sorted(rows[0]["metrics"], key=lambda name: (name != self.primary, name))
-        best = max(row["metrics"][self.primary]["mean"] for row in rows)
+        header = ["method", *(NAMES.get(m, m) for m in metrics), "trained", "seeds", "s/run", "setting"]
         lines = [
-            ["method", *(NAMES.get(m, m) for m in metrics), "trained", "seeds", "s/run", "setting"],
-            *(
-                [
-                    row["method"],
-                    *(_cell(row["metrics"][m]) for m in metrics),
-                    f"{row['parameters']:,}",
-                    str(len(row["seeds"])),
-                    f"{row['seconds']:.0f}",
-                    ", ".join(f"{k} {v:g}" for k, v in row["setting"].items()) or "–",
-                ]
-                for row in rows
-            ),
+            [
+                row["method"],
+                *(spread(row["metrics"][m]) for m in metrics),
+                f"{row['parameters']:,}",
+                str(len(row["seeds"])),
+                f"{row['seconds']:.0f}",
+                describe(row["setting"]),
+            ]
+            for row in rows
         ]
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        marks = ["", *("  ← best" if row["metrics"][self.primary]["mean"] == best else "" for row in rows)]
-        return "\n".join(
-            "  ".join(
-                text.ljust(width) if i in (0, len(widths) - 1) else text.rjust(width)
-                for i, (text, width) in enumerate(zip(line, widths))
-            ).rstrip()
-            + mark
-            for line, mark in zip(lines, marks)
-        )
+        means = [row["metrics"][self.primary]["mean"] for row in rows]
+        marks = ["", *("  ← best" if value == max(means) else "" for value in means)]
+        text = align([header, *lines], left=(0, len(header) - 1)).splitlines()
+        return "\n".join(line + mark for line, mark in zip(text, marks))
 
     def tuning(self) -> str:
         """The settings that were tried, with their validation scores, as text."""
         lines = []
-        for name in self.methods:
-            tried = [c for c in self.cells if c.method == name and c.seed == self.setup["seeds"][0] and c.setting]
-            for cell in tried:
-                setting = ", ".join(f"{k} {v:g}" for k, v in cell.setting.items())
-                mark = "  ← chosen" if cell.test is not None else ""
-                values = ", ".join(f"{k} {v:.3g}" for k, v in cell.validation.items())
-                lines.append(f"{name:<10}{setting:<28}{values}  (epoch {cell.best} of {len(cell.epochs)}){mark}")
+        for run in (run for name in self.methods for run in self.tried(name) if run.setting):
+            mark = "  ← chosen" if run.test is not None else ""
+            values = ", ".join(f"{k} {v:.3g}" for k, v in run.validation.items())
+            setting = describe(run.setting) + (f", seed {run.seed}" if self.setup.get("choose_on", 1) > 1 else "")
+            lines.append(f"{run.method:<10}{setting:<28}{values}  (epoch {run.best} of {len(run.epochs)}){mark}")
         return "\n".join(lines)
 
     def verdict(self, method: str = "jola") -> str:
@@ -159,92 +137,78 @@ class MethodComparison:
         others = [name for name in self.methods if name != method]
         if not self.tested(method) or not others:
             return "Nothing to compare: " + (f"only {method} was tested." if others == [] else f"no run of {method}.")
-        own = self._each(method)
-        best = max(others, key=lambda name: mean(self._each(name)))
-        other = self._each(best)
-        differences = [100 * (a - b) for a, b in zip(own, other)]
-        gain = mean(differences)
-        error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+        scores = {name: mean_over_seeds([run.each for run in self.tested(name)]) for name in (method, *others)}
+        best = max(others, key=lambda name: mean(scores[name]))
+        differences = [a - b for a, b in zip(scores[method], scores[best])]
+        gain, error = 100 * mean(differences), 100 * standard_error(differences)
         seeds = len(self.tested(method))
         numbers = (
-            f"{100 * mean(own):.1f} against {100 * mean(other):.1f} for {best} ({NAMES.get(self.primary, self.primary)}, "
-            f"{gain:+.1f} ± {error:.1f} points, standard error over {len(own)} test examples, "
-            f"{seeds} seed{'s' if seeds > 1 else ''})"
+            f"{100 * mean(scores[method]):.1f} against {100 * mean(scores[best]):.1f} for {best} "
+            f"({NAMES.get(self.primary, self.primary)}, {gain:+.1f} ± {error:.1f} points, standard error over "
+            f"{len(differences)} test examples, {seeds} seed{'s' if seeds > 1 else ''})"
         )
+        among = self.setup.get("zero-shot chooses among")
+        if among and best == "zero-shot":
+            numbers += f"; zero-shot chose among the {len(among)} answers of the training examples"
         if abs(gain) < 2 * error or gain == 0:
             return f"No difference beyond chance between {method} and the best other method was shown: {numbers}."
         outcome = "better than every other method" if gain > 0 else f"worse than {best}"
         return f"{method} was {outcome} here: {numbers}."
 
-    def _each(self, method: str) -> list[float]:
-        """The primary metric of every test example, averaged over a method's seeds."""
-        return [mean(values) for values in zip(*(c.each for c in self.tested(method)))]
+    def entries(self) -> dict[str, Any]:
+        return {"verdict": self.verdict(), "primary": self.primary, **super().entries(), "table": self.rows()}
 
-    def to_dict(self, **extra: Any) -> dict[str, Any]:
-        """Everything as plain values for JSON, with ``extra`` entries (a command line, say) at the end."""
-        return {
-            "schema": SCHEMA,
-            "verdict": self.verdict(),
-            "primary": self.primary,
-            "setup": self.setup,
-            "table": self.rows(),
-            "cells": [asdict(cell) for cell in self.cells],
-            "seconds": self.seconds,
-            "versions": {**versions(), **_more_versions()},
-            **extra,
-        }
-
-    def save(self, path: str | os.PathLike[str], **extra: Any) -> None:
-        """Write :meth:`to_dict` as JSON, through a temporary name."""
-        write_text(path, json.dumps(self.to_dict(**extra), indent=1) + "\n")
-
-
-def resumed(path: str | os.PathLike[str], setup: dict[str, Any]) -> tuple[list[Cell], dict[str, Any]]:
-    """The runs in a result file, to go on from, and ``setup`` with the methods and seeds that the file has besides.
-
-    Raises:
-        ValueError: the file is of another set-up, or is no result; the message names what differs.
-    """
-    file = Path(path)
-    if not file.exists():
-        return [], setup
-    try:
-        values = read_json(file)
-        if values["schema"] != SCHEMA:
-            raise ValueError(f"expected the schema {SCHEMA}, got {values['schema']}")
-        found, cells = values["setup"], [Cell(**cell) for cell in values["cells"]]
-        now = json.loads(json.dumps(setup))
-        # more methods or seeds may be added to a result; the first seed chose the settings
-        free = ("methods", "seeds")
-        differ = sorted(k for k in now.keys() | found.keys() if k not in free and now.get(k) != found.get(k))
-        if now["seeds"][0] != found["seeds"][0]:
-            differ.append("the first seed")
-        both = now["methods"].keys() & found["methods"].keys()
-        differ += [m for m in sorted(both) if now["methods"][m] != found["methods"][m]]
-        seeds = [*setup["seeds"], *(s for s in found["seeds"] if s not in setup["seeds"])]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file} is not a result of this recipe to go on from: {error!r}; delete it to start anew, or choose another "
-            "folder"
-        ) from None
-    if differ:
-        raise ValueError(
-            f"{file} is the result of another set-up (different: {', '.join(differ)}); choose another folder"
+    @classmethod
+    def section(cls, values: Mapping[str, Any]) -> Section:
+        primary, table, says = values["primary"], values["table"], str(values["verdict"])
+        metrics = sorted(table[0]["metrics"], key=lambda name: (name != primary, name)) if table else []
+        rows = [
+            [
+                row["method"],
+                *(spread(row["metrics"][m]) for m in metrics),
+                f"{row['parameters']:,}",
+                duration(row["seconds"]),
+                describe(row["setting"]),
+            ]
+            for row in table
+        ]
+        header = ["method", *(m.replace("_", " ") for m in metrics), "trained", "time per run", "chosen setting"]
+        section = Section(
+            "trained",
+            "Editing attention heads (JoLA) beside other methods",
+            [says],
+            [
+                ("Seeds", ", ".join(map(str, values["setup"]["seeds"]))),
+                ("Time", duration(sum(run["seconds"] for run in values["cells"]))),
+            ],
+            [Table("Test scores: mean ± deviation over seeds", header, rows, (len(header) - 1,))],
+            not_helped=[] if "better than every other method" in says else [f"JoLA: {says.partition(':')[0]}."],
         )
-    return cells, {**setup, "methods": {**found["methods"], **setup["methods"]}, "seeds": seeds}
+        if rows:
+            dots, name = [{"method": row["method"], **row["metrics"][primary]} for row in table], header[1]
+            section.parts.append(
+                Picture(
+                    figures.data_uri(figures.method_dots(dots, 1, f"test {name}")),
+                    f"Test {name} of each method; the table above has the numbers.",
+                    "Large: mean over seeds; small: each seed.",
+                )
+            )
+        shown = next((run for run in values["cells"] if run["gates"] and run["test"] is not None), None)
+        return section if shown is None else _with_gates(section, shown)
 
 
-def _cell(metric: Mapping[str, Any]) -> str:
-    if metric["deviation"] is None:
-        return f"{metric['mean']:.1f}"
-    return f"{metric['mean']:.1f} ± {metric['deviation']:.1f}"
+def _with_gates(section: Section, run: Mapping[str, Any]) -> Section:
+    from ...adapters.jola.gate_map import GateMap, draw_gates
 
-
-def _more_versions() -> dict[str, str]:
-    found = {}
-    for package in ("transformers", "peft", "accelerate", "sacrebleu", "rouge-score", "bert-score"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    last = len(run["gates"]) - 1
+    frames = [run["gates"][i] for i in sorted({0, last // 2, last})]
+    kept = GateMap.from_dict(run["gates"][min(run["best"], last)]).text()
+    figure = draw_gates([GateMap.from_dict(frame) for frame in frames], [f"step {frame['step']}" for frame in frames])
+    section.parts.append(
+        Picture(
+            figures.data_uri(figure, "png"),
+            f"Heat maps of JoLA's gates over training, layers by heads. Kept: {kept}.",
+            f"JoLA's gates over training, seed {run['seed']}. Kept: {kept}.",
+        )
+    )
+    return section

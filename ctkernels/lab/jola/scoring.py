@@ -1,4 +1,4 @@
-"""What a model makes of prompts: the probability of answers, the best of several choices, generated text."""
+"""Scoring: the likelihood of answers, multiple choice, generated text."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from . import metrics
 from .texts import Example
 
+MOST_LABELS = 50  # each costs a forward pass for every prompt, unless it is one token
 Row = tuple[tuple[int, ...], tuple[int, ...]]  # tokens of a prompt, tokens that follow
 
 
 @dataclass(frozen=True)
 class Answering:
-    """How prompts become tokens and answers are found.
+    """Settings for turning prompts into tokens and finding answers.
 
     Args:
         separator: put between prompt and answer, unless the one ends or the other begins with white space.
@@ -103,15 +104,20 @@ def answer_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 def tail_logits(model: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
     """Logits of the last ``keep`` positions, (B, keep, vocabulary); the others are not computed where possible."""
+    return model(**tail_inputs(model, ids, mask, keep)).logits[:, -keep:]
+
+
+def tail_inputs(model: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> dict[str, Any]:
+    """The arguments for a forward pass over rows padded on the left, of which the last ``keep`` logits are wanted."""
     inner: Any = getattr(model, "module", model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     known = inspect.signature(inner.forward).parameters
-    options: dict[str, Any] = {}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if "position_ids" in known:
-        options["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
     if "logits_to_keep" in known:
-        options["logits_to_keep"] = keep
-    return model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, -keep:]
+        inputs["logits_to_keep"] = keep
+    return inputs
 
 
 @torch.inference_mode()
@@ -137,7 +143,7 @@ def log_probabilities(
         sharing.setdefault(before + after[:-1], []).append(number)
     inputs = sorted(sharing, key=len)
     device = next(model.parameters()).device
-    found = [math.nan] * len(rows)
+    values = [math.nan] * len(rows)
     for start in range(0, len(inputs), batch_size):
         some = inputs[start : start + batch_size]
         ids, mask = padded(some, pad)
@@ -146,10 +152,10 @@ def log_probabilities(
         for i, key in enumerate(some):
             for number in sharing[key]:
                 target = torch.tensor(rows[number][1])
-                own = logs[i, keep - len(target) :].gather(-1, target.unsqueeze(-1))
-                found[number] = float(own.double().sum())
+                chosen = logs[i, keep - len(target) :].gather(-1, target.unsqueeze(-1))
+                values[number] = float(chosen.double().sum())
         advance(len(some))
-    return found
+    return values
 
 
 @torch.inference_mode()
@@ -160,10 +166,10 @@ def generate(
     how: Answering,
     advance: Callable[[int], object] = lambda step: None,
 ) -> list[str]:
-    """What the model writes after each prompt: greedy or beam search, no sampling."""
+    """Generate a text after each prompt: greedy or beam search, no sampling."""
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = [""] * len(prompts)
+    texts = [""] * len(prompts)
     for start in range(0, len(order), how.batch_size):
         some = order[start : start + how.batch_size]
         batch = [list(tokenizer(prompts[i])["input_ids"])[-how.max_length :] for i in some]
@@ -180,9 +186,9 @@ def generate(
             pad_token_id=tokenizer.pad_token_id,
         )
         for i, tokens in zip(some, out[:, ids.shape[1] :].tolist()):
-            found[i] = tokenizer.decode(tokens, skip_special_tokens=True)
+            texts[i] = tokenizer.decode(tokens, skip_special_tokens=True)
         advance(len(some))
-    return found
+    return texts
 
 
 @dataclass(frozen=True)
@@ -207,23 +213,53 @@ def score_choices(
     how: Answering,
     advance: Callable[[int], object] = lambda step: None,
 ) -> list[tuple[float, float]]:
-    """Of each example: whether the right choice is the most probable (1 or 0), and its -log probability."""
+    """For each example, whether the right choice is the most probable (1 or 0), and its -log probability."""
     rows, counts = [], []
     for example in examples:
         choices = example.choices or (example.answer,)
         counts.append(len(choices))
         rows += [encode(example.prompt, c, tokenizer, how, end=example.choices is None) for c in choices]
     logs = iter(log_probabilities(model, rows, tokenizer.pad_token_id, how.batch_size, advance))
-    found = []
+    scored = []
     for example, count in zip(examples, counts):
-        own = [next(logs) for _ in range(count)]
+        values = [next(logs) for _ in range(count)]
         right = (example.choices or (example.answer,)).index(example.answer)
-        found.append((float(own.index(max(own)) == right), -own[right]))
-    return found
+        scored.append((float(values.index(max(values)) == right), -values[right]))
+    return scored
+
+
+def labels(examples: Sequence[Example], how: Answering) -> tuple[str, ...]:
+    """The answers of examples without choices, where they repeat as labels do; none for free text.
+
+    A model that has seen no example cannot know which words are wanted: what it generates is a measure of that alone.
+    Labels are at most `MOST_LABELS` answers, each given twice on average or more, which `how.extract` takes as they are.
+    """
+    found = dict.fromkeys(example.answer for example in examples if example.choices is None)
+    if not 2 <= len(found) <= min(MOST_LABELS, len(examples) // 2):
+        return ()
+    return tuple(found) if all(metrics.extracted(answer, how.extract) == answer.strip() for answer in found) else ()
+
+
+def choose_labels(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    choices: tuple[str, ...],
+    how: Answering,
+    advance: Callable[[int], object] = lambda step: None,
+) -> list[str]:
+    """The most probable of the labels after each prompt."""
+    rows = [encode(e.prompt, choice, tokenizer, how, end=False) for e in examples for choice in choices]
+    logs = iter(log_probabilities(model, rows, tokenizer.pad_token_id, how.batch_size, advance))
+    own = [[next(logs) for _ in choices] for _ in examples]
+    return [choices[values.index(max(values))] for values in own]
 
 
 def score_texts(predictions: Sequence[str], examples: Sequence[Example], how: Answering) -> Scores:
-    """Exact match, BLEU, ROUGE-L and BERTScore of generated texts, in [0, 100], as far as their packages are here."""
+    """Exact match, BLEU, ROUGE-L and BERTScore of generated texts, in [0, 100], as far as their packages are here.
+
+    Answers of one word each have no BLEU: it counts runs of up to four words.
+    """
     references = [example.answer.strip() for example in examples]
     answers = [metrics.extracted(text, how.extract) for text in predictions]
     each: dict[str, list[float]] = {"exact_match": metrics.exact_matches(answers, references)}
@@ -232,7 +268,7 @@ def score_texts(predictions: Sequence[str], examples: Sequence[Example], how: An
         each["rouge_l"] = metrics.rouge_l(answers, references)
     if how.bertscore_model is not None:
         each["bertscore"] = metrics.bert_scores(answers, references, how.bertscore_model, how.bertscore_layer)
-    values = {name: 100 * sum(own) / len(own) for name, own in each.items()}
-    if "bleu" in present:
+    values = {name: 100 * sum(scores) / len(scores) for name, scores in each.items()}
+    if "bleu" in present and any(len(reference.split()) > 1 for reference in references):
         values["bleu"] = metrics.bleu(answers, references)
     return Scores(values, tuple(each[primary_metric(False, how)]))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._extras import require
+from ..._factories import find_factory
 from ..._files import parse_json
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
@@ -71,7 +72,7 @@ class TextData:
 
 
 @dataclass(frozen=True)
-class Draw:
+class Split:
     """One seed's examples."""
 
     train: tuple[Example, ...]
@@ -79,7 +80,7 @@ class Draw:
     test: tuple[Example, ...]
 
 
-def draw(data: TextData, seed: int, *, train: int = 200, val: int = 100, test: int | None = 300) -> Draw:
+def draw(data: TextData, seed: int, *, train: int = 200, val: int = 100, test: int | None = 300) -> Split:
     """Draw training and validation examples for a seed; the test examples are the same for every seed.
 
     Args:
@@ -121,7 +122,7 @@ def draw(data: TextData, seed: int, *, train: int = 200, val: int = 100, test: i
         validated = list(data.val)
         random.Random(f"val {seed}").shuffle(validated)
         validated = validated[:val]
-    return Draw(tuple(pool[:train]), tuple(validated), tuple(tested))
+    return Split(tuple(pool[:train]), tuple(validated), tuple(tested))
 
 
 def _encodable(text: str) -> bool:
@@ -138,6 +139,8 @@ def _shown(text: str) -> str:
 
 def read_texts(path: str | os.PathLike[str]) -> TextData:
     """Read prompts with answers from a file, or from a folder with ``train``, ``val`` and ``test`` files.
+
+    ``"package.module:function"`` or ``"file.py:function"`` is a function that takes nothing and returns them.
 
     Files are JSONL, CSV or Parquet (``.jsonl``, ``.csv``, ``.parquet``), text in UTF-8, with the columns ``prompt`` and
     ``answer`` and, if answers are to be chosen, ``choices``: a list, or in CSV a JSON list or words between ``|``. Other
@@ -157,18 +160,22 @@ def read_texts(path: str | os.PathLike[str]) -> TextData:
 
 
 def find_texts(path: str | os.PathLike[str]) -> Callable[[], TextData]:
-    """What :func:`read_texts` will do, found out without reading any examples. ValueError if there are none."""
+    """The function by which :func:`read_texts` will read, found without reading any examples. ValueError for none."""
     root = Path(path)
     if not root.is_file() and not root.is_dir():
+        if str(path) == "wordnet":
+            raise ValueError("data: wordnet is now examples.data:wordnet, to be had in a clone of the repository")
+        if ":" in str(path):
+            return find_factory(str(path), TextData, "data")
         raise ValueError(f"data must be a {', '.join(SUFFIXES)} file or a folder of such; {root} does not exist")
     if root.is_file():
         if root.suffix.lower() not in READERS:
             raise ValueError(f"data must be a {', '.join(SUFFIXES)} file or a folder of such, got the file {root}")
         return lambda: TextData(_read(root), source=f"file {root}")
-    found = _split_files(root)
+    files = _split_files(root)
 
     def read() -> TextData:
-        parts = {split: None if file is None else _read(file) for split, file in found.items()}
+        parts = {split: None if file is None else _read(file) for split, file in files.items()}
         return TextData(parts["train"] or (), parts["val"], parts["test"], f"folder {root}")
 
     return read
@@ -177,16 +184,16 @@ def find_texts(path: str | os.PathLike[str]) -> Callable[[], TextData]:
 def _split_files(root: Path) -> dict[str, Path | None]:
     """The file of each split in a folder."""
     files = [f for f in sorted(root.iterdir()) if f.is_file() and f.suffix.lower() in SUFFIXES]
-    found: dict[str, Path | None] = {}
+    chosen: dict[str, Path | None] = {}
     for split, names in SPLITS.items():
         fit = [f for f in files if f.stem in names]
         if len(fit) > 1:
             raise ValueError(f"{root}: expected one file for {split}, found {[f.name for f in fit]}")
-        found[split] = fit[0] if fit else None
-    if found["train"] is None:
+        chosen[split] = fit[0] if fit else None
+    if chosen["train"] is None:
         others = sorted(f.name for f in root.iterdir())
         raise ValueError(f"{root}: expected train.jsonl, train.csv or train.parquet, found {others[:8]}")
-    return found
+    return chosen
 
 
 def _read(path: Path) -> tuple[Example, ...]:
@@ -198,8 +205,8 @@ def _read(path: Path) -> tuple[Example, ...]:
 
 def _example(row: Any, where: str) -> Example:
     if not isinstance(row, dict) or not {"prompt", "answer"} <= set(row):
-        found = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where}: expected prompt and answer, found {found}")
+        keys = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"{where}: expected prompt and answer, found {keys}")
     choices = row.get("choices")
     if isinstance(choices, str):
         choices = _split(choices, where) if choices.strip() else None

@@ -5,26 +5,28 @@ Importing this module needs transformers and accelerate.
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from torch.utils.data import Dataset
+from transformers.integrations import get_available_reporting_integrations
 
+from ..experiment import BetterBy, TrainingLog
 from .methods import Attached
-from .scoring import Row, answer_loss, collate
+from .scoring import Row, answer_loss, collate, padded, tail_inputs
 
-LARGE = 1e9  # stands for a loss that is not finite: JSON has no infinity, and NaN is never worse than another
+MEASURED = 64  # examples on which units are measured
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What every method gets alike.
+class TrainingConfig:
+    """The schedule of every method.
 
     Args:
         epochs: at most.
@@ -46,16 +48,6 @@ class Budget:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup must be in [0, 1], got {self.warmup}")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What training gave: the validation metrics of every epoch, the best epoch (from 1), its weights, the gates."""
-
-    epochs: list[dict[str, float]]
-    best: int
-    state: dict[str, Tensor]
-    gates: list[dict[str, Any]]
 
 
 class _Rows(Dataset[Row]):
@@ -83,35 +75,26 @@ class _Trainer(transformers.Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         model: Any = self.model
         model.eval()
-        found = {f"eval_{name}": value for name, value in self.validate().items()}
+        metrics = {f"eval_{name}": value for name, value in self.validate().items()}
         model.train()
-        self.log(dict(found))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return found
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 class _BestEpoch(transformers.TrainerCallback):
     """Keeps the weights of the best epoch, and stops when there was none better for some epochs."""
 
-    def __init__(self, attached: Attached, patience: int, better_by: Sequence[tuple[str, float]]) -> None:
-        self.attached, self.patience, self.better_by = attached, patience, better_by
-        self.epochs: list[dict[str, float]] = []
-        self.best = 0
-        self.state: dict[str, Tensor] = {}
+    def __init__(self, attached: Attached, patience: int, better_by: BetterBy) -> None:
+        self.attached, self.patience, self.log = attached, patience, TrainingLog(better_by)
         self.gates = [frame] if (frame := gate_frame(attached.model, 0)) else []
 
-    def _rank(self, number: int) -> tuple[float, ...]:
-        return tuple(sign * self.epochs[number - 1][name] for name, sign in self.better_by)
-
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        found = {k.removeprefix("eval_"): v for k, v in metrics.items() if isinstance(v, float)}
-        self.epochs.append({k: v if math.isfinite(v) else LARGE for k, v in found.items()})
-        now = len(self.epochs)
+        values = {k.removeprefix("eval_"): v for k, v in metrics.items() if isinstance(v, float)}
         if frame := gate_frame(self.attached.model, state.global_step):
             self.gates.append(frame)
-        if not self.best or self._rank(now) > self._rank(self.best):
-            self.best, self.state = now, self.attached.state()
-        elif now - self.best >= self.patience:
+        self.log.add(values, self.attached.state)
+        if len(self.log.epochs) - self.log.best >= self.patience:
             control.should_training_stop = True
 
 
@@ -124,17 +107,26 @@ def gate_frame(model: Any, step: int) -> dict[str, Any] | None:
     return {"step": step, **gate_map(model).to_dict()}
 
 
+def check_loggers(names: Sequence[str]) -> None:
+    """ValueError for a logger that the Trainer does not know, or whose package is not installed."""
+    installed = sorted(get_available_reporting_integrations())
+    if missing := [name for name in names if name not in installed]:
+        raise ValueError(f"report_to must be some of the loggers that are installed, {installed}, got {missing}")
+
+
 def train(
     attached: Attached,
     rows: Sequence[Row],
     pad: int,
-    budget: Budget,
+    budget: TrainingConfig,
     seed: int,
     validate: Callable[[], dict[str, float]],
-    better_by: Sequence[tuple[str, float]],
+    better_by: BetterBy,
     callbacks: Sequence[Any] = (),
     device: torch.device | None = None,
-) -> Run:
+    report_to: Sequence[str] = (),
+    logs: Path | None = None,
+) -> TrainingLog:
     """Train what ``attached`` says on ``rows``; the model ends with the weights of the best epoch.
 
     Args:
@@ -144,13 +136,20 @@ def train(
         budget: epochs, batch size and so on.
         seed: of the order of examples, and of gates.
         validate: gives metrics, called after every epoch in evaluation mode.
-        better_by: names of metrics with 1 (larger is better) or -1; the first that differs decides.
+        better_by: what makes one epoch better than another.
         callbacks: more callbacks for the Trainer.
         device: where to train.
+        report_to: loggers of the Trainer, such as "tensorboard"; they get the loss of every step and the validation.
+        logs: folder for those that write files.
+
+    Returns:
+        the log; its details are the gates over training.
 
     Raises:
         ValueError: the batch size is no multiple of the number of processes.
     """
+    if attached.measure is not None:
+        attached.measure(_prompts(attached.model, rows[:MEASURED], pad, budget.batch_size))
     for group in attached.groups:
         group.setdefault("weight_decay", budget.weight_decay)
     optimizer = torch.optim.AdamW(attached.groups, eps=1e-6)
@@ -159,7 +158,8 @@ def train(
     if budget.batch_size % processes:
         raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {budget.batch_size}")
     steps = -(-len(rows) // budget.batch_size) * budget.epochs
-    with tempfile.TemporaryDirectory() as folder:
+    writes = logs is not None and report_to  # TensorBoard's files go to runs/ in the Trainer's output folder
+    with nullcontext(str(logs)) if writes else tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder,
             num_train_epochs=budget.epochs,
@@ -168,8 +168,10 @@ def train(
             warmup_steps=round(budget.warmup * steps),
             eval_strategy="epoch",
             save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
+            logging_strategy="steps" if report_to else "no",
+            logging_steps=1,
+            report_to=list(report_to),
+            run_name=None if logs is None else logs.name,
             disable_tqdm=True,
             remove_unused_columns=False,
             seed=seed,
@@ -191,6 +193,14 @@ def train(
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.validate = validate
         trainer.train()
-    attached.load(best.state)
+    attached.load(best.log.state)
     attached.model.eval()
-    return Run(best.epochs, best.best, best.state, best.gates)
+    best.log.details["gates"] = best.gates
+    return best.log
+
+
+def _prompts(model: Any, rows: Sequence[Row], pad: int, batch_size: int) -> Iterator[dict[str, Any]]:
+    """The inputs of the model on rows, in batches."""
+    for start in range(0, len(rows), batch_size):
+        ids, mask = padded([before + after for before, after in rows[start : start + batch_size]], pad)
+        yield tail_inputs(model, ids, mask, 1)

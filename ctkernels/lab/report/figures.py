@@ -1,4 +1,4 @@
-"""The report's pictures, drawn from results as they are saved (plain values from JSON)."""
+"""Pictures for the report and for files, drawn from results as they are saved (plain values from JSON)."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def text(value: object, most: int = 40) -> str:
     return name.replace("$", r"\$")
 
 
-def new(width: float = 5.2, height: float = 3.4, **subplots: Any) -> tuple[Any, Any]:
+def new(width: float = 5.2, height: float = 3.4, dpi: int = 110, **subplots: Any) -> tuple[Any, Any]:
     """A figure and its axes."""
     figure_module = require("matplotlib.figure", "lab", "pictures")
-    figure = figure_module.Figure(figsize=(width, height), dpi=110, layout="constrained")
+    figure = figure_module.Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     return figure, figure.subplots(**subplots)
 
 
@@ -51,12 +51,20 @@ def validation_line(rows: Sequence[Mapping[str, Any]], chosen: float | None) -> 
     figure, axes = new(height=3.0)
     points = [row for row in rows if row["beta"] is not None]
     axes.plot([r["beta"] for r in points], [100 * r["accuracy"] for r in points], "o-", color=BLUE, markersize=4)
+    return _validation(figure, axes, rows, chosen)
+
+
+def legend(figure: Any, columns: int = 2) -> None:
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def _validation(figure: Any, axes: Any, rows: Sequence[Mapping[str, Any]], chosen: float | None) -> Any:
     _mark(axes, rows, chosen)
     axes.set_xlabel("β")
     axes.set_ylabel("validation accuracy, %")
     axes.margins(x=0.06, y=0.14)
     tidy(axes)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    legend(figure)
     return figure
 
 
@@ -78,13 +86,7 @@ def robust_choice(condition: Mapping[str, Any]) -> Any:
     axes.plot(betas, [100 * r["clean"] for r in rows], "s--", color=GREY, markersize=4, label="as they are")
     name = text(condition["name"])
     axes.plot(betas, [100 * r["accuracy"] for r in rows], "o-", color=BLUE, markersize=5, label=f"under {name}")
-    _mark(axes, condition["validation"], condition["chosen"])
-    axes.set_xlabel("β")
-    axes.set_ylabel("validation accuracy, %")
-    axes.margins(x=0.06, y=0.14)
-    tidy(axes)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    return figure
+    return _validation(figure, axes, condition["validation"], condition["chosen"])
 
 
 def robust_test(conditions: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Any:
@@ -106,7 +108,7 @@ def robust_test(conditions: Sequence[Mapping[str, Any]], names: Mapping[str, str
     axes.set_xlim(-2, 102)
     axes.set_xlabel("test accuracy, %")
     tidy(axes, "x")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    legend(figure, 3)
     return figure
 
 
@@ -124,7 +126,7 @@ def search_history(history: Sequence[Mapping[str, Any]], reached: int) -> Any:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("validation accuracy, %")
     tidy(axes)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    legend(figure)
     return figure
 
 
@@ -140,7 +142,7 @@ def chosen_betas(groups: Mapping[str, Sequence[str]], chosen: Mapping[str, float
     return figure
 
 
-def method_dots(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], scale: float, label: str) -> Any:
+def method_dots(rows: Sequence[Mapping[str, Any]], scale: float, label: str) -> Any:
     """A score per method: a large mark for the mean over seeds, small ones for each seed."""
     figure, axes = new(height=1.2 + 0.42 * len(rows))
     for i, row in enumerate(rows):
@@ -148,7 +150,7 @@ def method_dots(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], sca
         values = [scale * v for v in row["values"]]
         axes.scatter(values, [i] * len(values), s=22, color=colour, alpha=0.55, linewidths=0)
         axes.scatter([scale * row["mean"]], [i], s=80, color=colour, marker=MARKERS[i % 7], zorder=3)
-    axes.set_yticks(range(len(rows)), [text(names.get(row["method"], row["method"])) for row in rows])
+    axes.set_yticks(range(len(rows)), [text(row["method"]) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(label)
     axes.margins(x=0.08)
@@ -157,11 +159,11 @@ def method_dots(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], sca
 
 
 def learned_values(curvature: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Any:
-    """How learned beta and c are distributed in every layer: shares of the channels as colours, means as dots."""
+    """Distributions of learned beta and c in every layer: shares of the channels as colours, means as dots."""
     matplotlib = require("matplotlib", "lab", "pictures")
     sites = list(curvature)
     figure, (left, right) = new(5.8, max(2.6, min(10.0, 1.6 + 0.19 * len(sites))), ncols=2, sharey=True)
-    image = None
+    image: Any = None
     for axes, kind, name in ((left, "beta", "β"), (right, "coeff", "c")):
         shares = []
         for site in sites:
@@ -252,7 +254,7 @@ def curves(toy: Mapping[str, Any]) -> Any:
         style = ("-", "-.", ":")[k % 3]
         axes.plot(toy["line"], network["values"], linestyle=style, color=COLOURS[k % 7], linewidth=2, label=text(name))
     tidy(axes)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    legend(figure, 3)
     return figure
 
 
@@ -271,5 +273,5 @@ def kernel_bars(rows: Sequence[tuple[str, Mapping[str, float]]], yardstick: str)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(f"time relative to {text(yardstick)} (logarithmic; shorter is faster)")
     tidy(axes, "x")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    legend(figure, 3)
     return figure

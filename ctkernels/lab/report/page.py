@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,65 +12,8 @@ from typing import Any
 from ... import __version__
 from ..._extras import require
 from ..._files import read_json, write_text
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table: its first column names the rows, the others are numbers unless ``words`` names their index.
-
-    A ``folded`` one is shown when it is asked for.
-    """
-
-    caption: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    words: Sequence[int] = ()
-    folded: bool = False
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture as a data URI, with the text that stands for it where it cannot be seen."""
-
-    source: str
-    alt: str
-    caption: str = ""
-
-
-@dataclass
-class Section:
-    """One result. ``stage`` is a key of ``STAGES``; ``helped`` and ``not_helped`` are sentences for the summary."""
-
-    stage: str
-    title: str
-    verdict: Sequence[str] = ()
-    facts: list[tuple[str, str]] = field(default_factory=list)
-    parts: list[Table | Picture] = field(default_factory=list)
-    command: str = ""
-    source: str = ""
-    not_helped: list[str] = field(default_factory=list)
-    settings: str = ""
-
-
-STAGES = {
-    "pilot": (
-        "Pilot: a fixed β, nothing trained",
-        "Was it worth trying? A frozen network, its curvature turned by hand.",
-    ),
-    "trained": ("Trained", "Then the curvature, or the edits, were learned, beside other ways of adapting."),
-    "robust": ("Robustness", "The same knob under attack and under corrupted images."),
-    "understand": ("What the knob does", "Curvature, slope and decision boundaries."),
-    "speed": ("Speed of the kernels", "What the operations cost."),
-}
-
-Reader = Callable[[Mapping[str, Any]], Section]
-
-
-def readers() -> dict[str, Reader]:
-    """How each kind of result is read, by the schema its files name."""
-    from . import sections, sections_trained
-
-    return {**sections.READERS, **sections_trained.READERS}
+from . import kernels  # noqa: F401  (adds its section)
+from .section import SECTIONS, STAGES, Section, Table
 
 
 def find_results(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -80,20 +22,20 @@ def find_results(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     Raises:
         ValueError: a path that does not exist, or a folder without results.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(p for p in path.rglob("result.json") if p.is_file())
             if not inside:
                 raise ValueError(f"{path}: expected result.json files in the folder, found none")
-            found += inside
+            files += inside
         elif path.is_file():
-            found.append(path)
+            files.append(path)
         else:
             raise ValueError(f"{path} does not exist")
-    if not found:
+    if not files:
         raise ValueError("results must be at least one file or folder, got none")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(files))
 
 
 def read_section(path: Path) -> Section:
@@ -103,13 +45,12 @@ def read_section(path: Path) -> Section:
         ValueError: the file is no JSON, is of an unknown kind, or lacks what its kind has; the message names the file.
     """
     values = read_json(path)
-    known = readers()
     kind = _kind(values)
-    if kind not in known:
-        told = f"schema {kind!r}" if isinstance(kind, str) else f"a {type(values).__name__} without a schema"
-        raise ValueError(f"{path}: expected a result of {', '.join(sorted(known))}, got {told}")
+    if kind not in SECTIONS:
+        description = f"schema {kind!r}" if isinstance(kind, str) else f"a {type(values).__name__} without a schema"
+        raise ValueError(f"{path}: expected a result of {', '.join(sorted(SECTIONS))}, got {description}")
     try:
-        section = known[kind](values)
+        section = SECTIONS[kind](values)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: calls itself {kind} but is damaged: {type(error).__name__}: {error}") from error
     section.source = str(path)
@@ -123,7 +64,7 @@ def build(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], 
     """Write ``out/index.html`` from result files. It loads nothing: pictures, styles and all are in it.
 
     Args:
-        paths: result files of any recipe, or folders of them.
+        paths: result files of any kind, or folders of them.
         out: folder.
         title: of the page. Default: "Curvature report".
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._extras import require
-from ..images.features import Tap, output_tensor
+from ..images.features import HookPoint, output_tensor
 from ..images.probe import Probe
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -26,7 +26,7 @@ ROUNDING = 2.0**-23  # of a float32 pixel in [0, 1] plus a perturbation
 
 @dataclass(frozen=True)
 class Threat:
-    """What an attacker may do: change the pixels, in [0, 1], by at most ``eps`` in ``norm``, and stay in [0, 1].
+    """A threat model: pixels, in [0, 1], change by at most ``eps`` in ``norm``, and stay in [0, 1].
 
     Args:
         norm: ``"linf"`` or ``"l2"``.
@@ -70,8 +70,8 @@ class PixelClassifier(nn.Module):
     Args:
         model: the network; takes normalised images. Its mode is left to the caller: evaluation mode for attacks.
         mean, std: of each channel. Default: 0 and 1 for however many channels come, no normalisation.
-        probe: classifies features; needs ``tap``. Default: the network's own output classifies.
-        tap: where features are taken.
+        probe: classifies features; needs ``point``. Default: the network's own output classifies.
+        point: where features are taken.
 
     Shape: (n, c, h, w) to (n, classes). One channel is repeated for a network with more (``len(mean)``).
 
@@ -86,24 +86,24 @@ class PixelClassifier(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         probe: Probe | None = None,
-        tap: Tap | None = None,
+        point: HookPoint | None = None,
     ) -> None:
         super().__init__()
-        if (probe is None) != (tap is None):
-            raise ValueError("probe and tap must be given together")
+        if (probe is None) != (point is None):
+            raise ValueError("probe and point must be given together")
         if (mean is None) != (std is None) or (mean is not None and len(mean) != len(std or ())):
             raise ValueError(f"mean and std must be given together, with one value per channel, got {mean} and {std}")
-        self.model, self.tap = model, tap
+        self.model, self.point = model, point
         self.channels = None if mean is None else len(mean)
-        place = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
         for name, values in (("mean", mean or (0.0,)), ("std", std or (1.0,))):
-            self.register_buffer(name, torch.tensor(values, device=place)[:, None, None])
+            self.register_buffer(name, torch.tensor(values, device=device)[:, None, None])
         self.head: nn.Linear | None = None
         if probe is not None:
             # ((x - mean) / scale) @ weight.T + bias in one product, the constants formed in float64
             weight = probe.weight / probe.scale
             bias = probe.bias - (probe.weight * (probe.mean / probe.scale)).sum(1)
-            self.head = nn.Linear(weight.shape[1], weight.shape[0], device=place).requires_grad_(False)
+            self.head = nn.Linear(weight.shape[1], weight.shape[0], device=device).requires_grad_(False)
             with torch.no_grad():
                 self.head.weight.copy_(torch.from_numpy(weight))
                 self.head.bias.copy_(torch.from_numpy(bias))
@@ -111,19 +111,23 @@ class PixelClassifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels as the network takes them."""
         if self.channels is not None and pixels.shape[1] == 1:
             pixels = pixels.expand(-1, self.channels, -1, -1)
-        images = (pixels - self.mean) / self.std
-        if self.head is None or self.tap is None:
+        return (pixels - self.mean) / self.std
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        images = self.normalised(pixels)
+        if self.head is None or self.point is None:
             return output_tensor(self.model(images))
-        with self.tap.capture(self.model, gradients=True) as features:
+        with self.point.capture(self.model, gradients=True) as features:
             return self.head(features(images))
 
 
 @dataclass(frozen=True)
 class Attacked:
-    """What attacks left: for every image, whether it was classified rightly at first, and after each attack."""
+    """The outcome of attacks: for every image, whether it was classified rightly at first, and after each attack."""
 
     clean: Tensor
     after: dict[str, Tensor] = field(default_factory=dict)
@@ -194,16 +198,16 @@ def attack(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if threat.norm == "l2" and "square" in (STANDARD if attacks is None else attacks) and min(pixels.shape[2:]) < 5:
         raise ValueError(f"attacks: square in l2 needs images of at least 5 x 5, got the shape {tuple(pixels.shape)}")
-    place = next(classifier.parameters(), pixels).device
-    with _frozen(classifier), torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+    device = next(classifier.parameters(), pixels).device
+    with _frozen(classifier), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         batches = [slice(i, i + batch_size) for i in range(0, len(pixels), batch_size)]
         parts = []
         for batch in batches:
-            x, y = pixels[batch].to(place, torch.float32), labels[batch].to(place)
+            x, y = pixels[batch].to(device, torch.float32), labels[batch].to(device)
             with torch.no_grad():
                 logits = classifier(x)
             names = check_attacks(attacks, logits.shape[1])
-            ensemble = _ensemble(classifier, threat, logits.shape[1], iterations, queries, seed, place)
+            ensemble = _ensemble(classifier, threat, logits.shape[1], iterations, queries, seed, device)
             parts.append(_batch(classifier, ensemble, names, x, y, threat))
     if not parts:
         raise ValueError("pixels must hold at least one image, got none")
@@ -236,10 +240,10 @@ def _batch(
     for name in names:
         left = right.nonzero()[:, 0]
         if len(left):
-            found = _run(ensemble, name, x[left].clone(), y[left].clone()).detach()
+            perturbed = _run(ensemble, name, x[left].clone(), y[left].clone()).detach()
             with torch.no_grad():
-                fooled = threat.allows(x[left], found) & (classifier(found).argmax(1) != y[left])
-            adversarial[left[fooled]] = found[fooled]
+                fooled = threat.allows(x[left], perturbed) & (classifier(perturbed).argmax(1) != y[left])
+            adversarial[left[fooled]] = perturbed[fooled]
             right = right.clone()
             right[left[fooled]] = False
         after[name] = right.cpu()
@@ -247,35 +251,38 @@ def _batch(
 
 
 def _ensemble(
-    classifier: nn.Module, threat: Threat, classes: int, iterations: int, queries: int, seed: int, place: torch.device
+    classifier: nn.Module, threat: Threat, classes: int, iterations: int, queries: int, seed: int, device: torch.device
 ) -> Any:
     """The authors' attacks as their standard version has them, but for iterations, queries and few classes."""
     package = require("pyautoattack", "lab", "adversarial attacks")
     logging.getLogger("auto-attack").setLevel(logging.ERROR)  # it reports each image without a gradient
-    made = package.AutoAttack(
-        classifier, norm=NORMS[threat.norm], eps=threat.eps, seed=seed, version="standard", device=place
+    ensemble = package.AutoAttack(
+        classifier, norm=NORMS[threat.norm], eps=threat.eps, seed=seed, version="standard", device=device
     )
-    for part in (made.apgd, made.apgd_targeted, made.fab):
+    for part in (ensemble.apgd, ensemble.apgd_targeted, ensemble.fab):
         part.n_iter = iterations
-    for part in (made.apgd, made.apgd_targeted):  # where it looks whether to halve its step, by share of the iterations
+    for part in (
+        ensemble.apgd,
+        ensemble.apgd_targeted,
+    ):  # where it looks whether to halve its step, by share of the iterations
         part.n_iter_orig = iterations
         part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(f * iterations), 1) for f in (0.22, 0.06, 0.03))
-    made.apgd_targeted.n_target_classes = made.fab.n_target_classes = min(TARGETS, classes - 1)
-    made.square.n_queries = queries
-    return made
+    ensemble.apgd_targeted.n_target_classes = ensemble.fab.n_target_classes = min(TARGETS, classes - 1)
+    ensemble.square.n_queries = queries
+    return ensemble
 
 
-def _run(made: Any, name: str, x: Tensor, y: Tensor) -> Tensor:
+def _run(ensemble: Any, name: str, x: Tensor, y: Tensor) -> Tensor:
     if name.startswith("apgd"):
         if name == "apgd-t":
-            return made.apgd_targeted.perturb(x, y)
-        made.apgd.loss = name.removeprefix("apgd-")
-        return made.apgd.perturb(x, y)
+            return ensemble.apgd_targeted.perturb(x, y)
+        ensemble.apgd.loss = name.removeprefix("apgd-")
+        return ensemble.apgd.perturb(x, y)
     if name == "square":
         with torch.no_grad():
-            return made.square.perturb(x, y)
-    made.fab.targeted = name == "fab-t"
-    return made.fab.perturb(x, y)
+            return ensemble.square.perturb(x, y)
+    ensemble.fab.targeted = name == "fab-t"
+    return ensemble.fab.perturb(x, y)
 
 
 @contextmanager
@@ -287,5 +294,5 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for p, wanted in before:
-            p.requires_grad_(wanted)
+        for p, trained in before:
+            p.requires_grad_(trained)

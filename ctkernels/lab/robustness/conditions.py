@@ -1,4 +1,4 @@
-"""What a robustness is measured under: attacks and corruptions, on images as pixels in [0, 1]."""
+"""Test conditions: attacks and corruptions of images, which are pixels in [0, 1]."""
 
 from __future__ import annotations
 
@@ -73,27 +73,33 @@ class Condition:
         return {"name": self.name, **self.about}
 
 
+@dataclass(frozen=True)
+class AttackConfig:
+    """Effort of attacks, images at once, the seed, and the most images to attack."""
+
+    iterations: int
+    queries: int
+    batch_size: int
+    seed: int
+    max_attacked: int | None
+
+
 def conditions_of(
-    threats: Sequence[Threat],
-    corruptions: Sequence[str],
-    severities: Sequence[int],
-    iterations: int,
-    queries: int,
-    batch_size: int,
-    seed: int,
-    max_attacked: int | None,
+    threats: Sequence[Threat], corruptions: Sequence[str], severities: Sequence[int], config: AttackConfig
 ) -> list[Condition]:
+    seed, batch_size = config.seed, config.batch_size
+
     def under(threat: Threat) -> Callable[[nn.Module, Images, Sequence[str] | None], Outcome]:
         def measure(classifier: nn.Module, images: Images, attacks: Sequence[str] | None) -> Outcome:
-            some = images.sample(max_attacked, seed)
+            some = images.sample(config.max_attacked, seed)
             done: Attacked = attack(
                 classifier,
                 some.pixels,
                 some.labels,
                 threat,
                 attacks=attacks,
-                iterations=iterations,
-                queries=queries,
+                iterations=config.iterations,
+                queries=config.queries,
                 batch_size=batch_size,
                 seed=seed,
             )
@@ -117,16 +123,16 @@ def conditions_of(
         average = torch.stack(list(each.values())).double().mean(0)
         return Outcome(tuple(average.tolist()), float(clean.double().mean()), mean_of)
 
-    found = [Condition(str(t), {"kind": "attack", "norm": t.norm, "eps": t.eps}, under(t)) for t in threats]
+    conditions = [Condition(str(t), {"kind": "attack", "norm": t.norm, "eps": t.eps}, under(t)) for t in threats]
     if corruptions and severities:
         about = {"kind": "corruption", "corruptions": list(corruptions), "severities": list(severities)}
-        found.append(Condition(CORRUPTION, about, corrupted))
-    return found
+        conditions.append(Condition(CORRUPTION, about, corrupted))
+    return conditions
 
 
 @torch.no_grad()
 def _right(classifier: nn.Module, pixels: Tensor, labels: Tensor, batch_size: int) -> Tensor:
     """bool (n,): whether each image is classified rightly."""
-    place = next((p.device for p in classifier.parameters()), pixels.device)
-    parts = [classifier(batch.to(place)).argmax(1).cpu() for batch in pixels.split(batch_size)]
+    device = next((p.device for p in classifier.parameters()), pixels.device)
+    parts = [classifier(batch.to(device)).argmax(1).cpu() for batch in pixels.split(batch_size)]
     return torch.cat(parts) == labels

@@ -58,9 +58,9 @@ def corrupt(pixels: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     done = []
     for number, image in enumerate(images):
         entropy = [seed, CORRUPTIONS.index(name), severity, number]
-        own = int(numpy.random.SeedSequence(entropy).generate_state(1)[0]) >> 1
-        keywords = {"seed": own} if name in OWN_SEED else {}
-        with _seeded(numpy, own):
+        image_seed = int(numpy.random.SeedSequence(entropy).generate_state(1)[0]) >> 1
+        keywords = {"seed": image_seed} if name in OWN_SEED else {}
+        with _seeded(numpy, image_seed):
             done.append(library.corrupt(image, severity=severity, corruption_name=name, **keywords))
     return torch.from_numpy(numpy.stack(done)).permute(0, 3, 1, 2).float() / 255
 

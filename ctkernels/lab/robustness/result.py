@@ -1,18 +1,18 @@
-"""What a robustness evaluation found: accuracies image by image, tables, and one honest sentence per condition."""
+"""The result of a robustness evaluation: accuracies image by image, tables, and a sentence per condition."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from dataclasses import dataclass
-from statistics import mean, stdev
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from statistics import mean
+from typing import Any, ClassVar
 
-from ..._files import write_text
-from ..search.result import SIGNIFICANT, sign_test, versions
+from ..report import figures
+from ..report.section import Picture, Section, Table, beta_name, duration, images, subject
+from ..report.section import gain as gain_text
+from ..result import Result, align, percent
+from ..stats import SIGNIFICANT, sign_test, standard_error
 
-SCHEMA = "ctkernels.robust/1"
 METHODS = {"plain": "plain network", "s-ct": "S-CT", "t-ct": "T-CT"}
 MASKED = 0.002  # AutoAttack's own threshold for calling its result unreliable
 
@@ -46,7 +46,7 @@ class Outcome:
 
     @property
     def masked(self) -> bool:
-        """Whether the attack without gradients fooled more than those with: then these were led astray."""
+        """True if the attack without gradients fooled more than those with: then these were led astray."""
         before = [a for name, a in self.steps.items() if name != "square"]
         return bool(before) and "square" in self.steps and self.steps["square"] < before[-1] - MASKED
 
@@ -64,7 +64,7 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class Robustness:
+class Robustness(Result):
     """The outcome of :func:`robustness`. Accuracies are in [0, 1].
 
     Attributes:
@@ -76,9 +76,12 @@ class Robustness:
         plain_is_beta_1: whether the network at beta = 1 is the plain one.
         sites, missed: names of what was, and what could not be, steered.
         sizes: images in ``train``, ``val`` and ``test``, and ``classes``.
-        arguments: what the recipe was called with.
+        arguments: what the function was called with.
         seconds: ``validation``, ``test`` and ``total``.
     """
+
+    SCHEMA: ClassVar[str] = "ctkernels.robust/1"
+    PACKAGES: ClassVar[tuple[str, ...]] = ("pyautoattack", "imagecorruptions-imaug")
 
     conditions: tuple[dict[str, Any], ...]
     validation: dict[str, tuple[Trial, ...]]
@@ -92,13 +95,11 @@ class Robustness:
     seconds: dict[str, float]
 
     def gain(self, condition: str, method: str) -> Gain:
-        """Of ``method`` over the plain network, paired by image; the p-value is that of a two-sided sign test."""
+        """Gain of ``method`` over the plain network, paired by image; the p-value is that of a two-sided sign test."""
         plain, other = self.test[condition]["plain"].right, self.test[condition][method].right
         differences = [b - a for a, b in zip(plain, other)]
-        n = len(differences)
-        error = stdev(differences) / math.sqrt(n) if n > 1 else 1.0
         wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-        return Gain(mean(differences), error, sign_test(wins, losses))
+        return Gain(mean(differences), standard_error(differences), sign_test(wins, losses))
 
     def verdict(self) -> str:
         """One sentence per condition and method."""
@@ -110,7 +111,7 @@ class Robustness:
             if "s-ct" not in rows:
                 lines.append(
                     f"{condition}, S-CT: steering did not help: no beta did better than the plain network in validation; "
-                    f"it scored {_percent(plain.accuracy)} ({_percent(plain.clean)} clean) on {n} test images."
+                    f"it scored {percent(plain.accuracy)} ({percent(plain.clean)} clean) on {n} test images."
                 )
             for method in rows:
                 if method != "plain":
@@ -125,13 +126,13 @@ class Robustness:
 
     def _sentence(self, condition: str, method: str) -> str:
         rows, gain = self.test[condition], self.gain(condition, method)
-        plain, own = rows["plain"], rows[method]
+        plain, other = rows["plain"], rows[method]
         beta = self.chosen[condition]
         name = METHODS.get(method, method) + (f" at beta = {beta:g}" if method == "s-ct" and beta is not None else "")
         numbers = (
-            f"{_percent(own.accuracy)} against {_percent(plain.accuracy)} for the plain network, "
-            f"{100 * gain.points:+.1f} ± {100 * gain.standard_error:.1f} points (standard error) on {len(own.right)} "
-            f"test images, p = {gain.p_value:.2g}; clean {_percent(own.clean)} against {_percent(plain.clean)}"
+            f"{percent(other.accuracy)} against {percent(plain.accuracy)} for the plain network, "
+            f"{100 * gain.points:+.1f} ± {100 * gain.standard_error:.1f} points (standard error) on {len(other.right)} "
+            f"test images, p = {gain.p_value:.2g}; clean {percent(other.clean)} against {percent(plain.clean)}"
         )
         if gain.p_value >= SIGNIFICANT:
             return f"{condition}, {name}: no difference beyond chance was shown: {numbers}."
@@ -142,36 +143,29 @@ class Robustness:
         lines = [["condition", "method", "beta", "clean", "accuracy", "gain", "worst step"]]
         for condition, rows in self.test.items():
             for method, outcome in rows.items():
-                beta = self.chosen[condition] if method == "s-ct" else None
-                gain = self.gain(condition, method)
-                worst = min(outcome.steps, key=lambda name: outcome.steps[name]) if outcome.steps else "–"
+                beta, gain = self.chosen[condition] if method == "s-ct" else None, self.gain(condition, method)
+                worst = min(outcome.steps, key=lambda name: outcome.steps[name]) if outcome.steps else None
                 lines.append(
                     [
                         condition,
                         METHODS.get(method, method),
                         "–" if beta is None else f"{beta:g}",
-                        _percent(outcome.clean),
-                        _percent(outcome.accuracy),
-                        "–" if method == "plain" else f"{100 * gain.points:+.1f} ± {100 * gain.standard_error:.1f}",
-                        f"{worst} {_percent(outcome.steps[worst])}" if outcome.steps else "–",
+                        percent(outcome.clean),
+                        percent(outcome.accuracy),
+                        "–" if method == "plain" else gain_text(gain.to_dict()),
+                        "–" if worst is None else f"{worst} {percent(outcome.steps[worst])}",
                     ]
                 )
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        return "\n".join("  ".join(t.ljust(w) for t, w in zip(line, widths)).rstrip() for line in lines)
+        return align(lines, left=range(7))
 
-    def to_dict(self, **extra: Any) -> dict[str, Any]:
-        """Everything as plain values for JSON, with ``extra`` entries (a command line, say) at the end."""
+    def entries(self) -> dict[str, Any]:
         return {
-            "schema": SCHEMA,
             "verdict": self.verdict(),
             "conditions": [
                 {
                     **condition,
                     "chosen": self.chosen[condition["name"]],
-                    "validation": [
-                        {"beta": t.beta, "accuracy": t.accuracy, "clean": t.clean}
-                        for t in self.validation[condition["name"]]
-                    ],
+                    "validation": [asdict(trial) for trial in self.validation[condition["name"]]],
                     "test": [self._row(condition["name"], method) for method in self.test[condition["name"]]],
                 }
                 for condition in self.conditions
@@ -182,8 +176,6 @@ class Robustness:
             "sizes": self.sizes,
             "arguments": self.arguments,
             "seconds": self.seconds,
-            "versions": versions("pyautoattack", "imagecorruptions-imaug"),
-            **extra,
         }
 
     def _row(self, condition: str, method: str) -> dict[str, Any]:
@@ -198,10 +190,65 @@ class Robustness:
             **({} if method == "plain" else self.gain(condition, method).to_dict()),
         }
 
-    def save(self, path: str | os.PathLike[str], **extra: Any) -> None:
-        """Write :meth:`to_dict` as JSON, through a temporary name."""
-        write_text(path, json.dumps(self.to_dict(**extra), indent=1) + "\n")
+    @classmethod
+    def section(cls, values: Mapping[str, Any]) -> Section:
+        conditions, arguments = values["conditions"], values["arguments"]
+        lines = str(values["verdict"]).splitlines()
+        rows = [
+            [
+                condition["name"],
+                METHODS.get(row["method"], row["method"]),
+                beta_name(condition["chosen"]) if row["method"] == "s-ct" else "–",
+                percent(row["clean"]),
+                percent(row["accuracy"]),
+                "–" if row["method"] == "plain" else gain_text(row),
+                str(row["images"]),
+            ]
+            for condition in conditions
+            for row in condition["test"]
+        ]
+        parts: list[Table | Picture] = [
+            Table(
+                "Test accuracy", ["condition", "method", "β", "clean", "under it", "gain, points", "images"], rows, (1,)
+            ),
+            Picture(
+                figures.data_uri(figures.robust_test(conditions, METHODS)),
+                "Test accuracy of each method under each condition; the table above has the numbers.",
+                "Lines are two standard errors of the difference to the plain network.",
+            ),
+        ]
+        for condition in conditions:
+            parts += _condition_parts(condition)
+        attacks = f"{', '.join(arguments['attacks'])}; β chosen with {', '.join(arguments['val_attacks'])}"
+        probe = arguments["head"] == "probe"
+        facts = [
+            images(values["sizes"]),
+            ("Attacks", f"{attacks}; {arguments['iterations']} iterations, {arguments['queries']} queries"),
+            ("Classifier", "a linear probe on frozen features" if probe else "the network's own output"),
+            ("Time", duration(values["seconds"]["total"])),
+        ]
+        # a sentence is "condition, method: what was shown: numbers"
+        not_helped = [": ".join(line.split(": ")[:2]) + "." for line in lines if ": it helped: " not in line]
+        title = f"Accuracy under attack and corruption{subject(values)}"
+        return Section("robust", title, lines, facts, parts, not_helped=not_helped)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def _condition_parts(condition: Mapping[str, Any]) -> list[Table | Picture]:
+    name, rows = condition["name"], condition["test"]
+    parts: list[Table | Picture] = [
+        Picture(
+            figures.data_uri(figures.robust_choice(condition)),
+            f"Validation accuracy under {name} against beta; chosen: {beta_name(condition['chosen'])}.",
+            f"How β was chosen for {name}, on validation images.",
+        )
+    ]
+    if steps := list(dict.fromkeys(step for row in rows for step in row["steps"])):
+        attack = condition["kind"] == "attack"
+        cells = [
+            [step.replace("_", " "), *(percent(r["steps"][step]) if step in r["steps"] else "–" for r in rows)]
+            for step in steps
+        ]
+        header = ["attack" if attack else "corruption", *(METHODS.get(r["method"], r["method"]) for r in rows)]
+        caption = f"{name}: accuracy {'left after each attack in turn' if attack else 'under each corruption'}"
+        parts.append(Table(caption, header, cells))
+    return parts

@@ -4,22 +4,51 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..._extras import require
 from .._distributed import group
-from ..betas import Images, check_betas, check_labels, check_numbers, device_of, example_of, split
+from ..config import SteeringConfig, check_least, configured
+from ..images.backbone import FeatureReader, evaluation, steered_backbone
 from ..images.features import passes
-from ..images.probe import Probe, check_probe, fit_probe
-from .reading import Reader, evaluation, subject_of
+from ..images.inputs import Images, check_labels, device_of, example_of, split
+from ..images.probe import Probe, fit_probe
 from .result import BetaSearch, Comparison
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(SteeringConfig):
+    """The configuration of :func:`search_beta`.
+
+    Args:
+        betas, coeff, activations, feature_layer, l2, seed, batch_size: as of :class:`SteeringConfig`. ``coeff`` may be
+            ``"mean-free"``: beta^2 / (1 + beta^2), at which the unit of that beta adds nothing to the integral of the
+            ReLU.
+        probe: ``"logistic"`` or ``"adam"``, see :func:`fit_probe`.
+        workers: processes that decode images.
+        memory_limit: bytes for the features kept at once. Fitting a probe needs about six times one beta's features
+            more.
+    """
+
+    probe: str = "logistic"
+    workers: int = 0
+    memory_limit: int = 2 << 30
+
+    MAY_BE_MEAN_FREE: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, workers=0, memory_limit=1)
+
+    def _probe(self) -> str:
+        return self.probe
 
 
 def search_beta(
@@ -27,19 +56,11 @@ def search_beta(
     train: Images,
     val: Images | float = 0.2,
     test: Images | float = 0.2,
+    config: SearchConfig | None = None,
     *,
-    betas: Iterable[float] | None = None,
-    coeff: float | str = 0.5,
-    activations: Iterable[str] | None = None,
-    feature_layer: str | None = None,
-    probe: str = "logistic",
-    l2: float = 0.01,
-    seed: int = 0,
-    batch_size: int = 32,
-    workers: int = 0,
     device: torch.device | str | None = None,
-    memory_limit: int = 2 << 30,
     progress: bool = True,
+    **options: Any,
 ) -> BetaSearch:
     """Choose the curvature of a frozen network for new data, without training it.
 
@@ -60,21 +81,10 @@ def search_beta(
             and integer labels (n,). Data sets with ``labels`` or ``targets`` are not decoded for their labels.
         val: the same, or the fraction of ``train`` to use, drawn class by class.
         test: the same, or the fraction of ``train`` to use.
-        betas: in [0, 1]. Default 0.70 to 1.00 in steps of 0.01. beta = 1 always takes part.
-        coeff: the mixing coefficient c of the CT unit, in [0, 1]; or ``"mean-free"``: beta^2 / (1 + beta^2), at which
-            the unit of that beta adds nothing to the integral of the ReLU.
-        activations: which kinds to steer; default :func:`ctkernels.steer`'s.
-        feature_layer: name of a submodule whose output is used. Default: what enters the classifier, the last linear
-            layer.
-        probe: ``"logistic"`` or ``"adam"``, see :func:`fit_probe`.
-        l2: penalty of the logistic probe.
-        seed: of the split and of the probe.
-        batch_size: images per forward pass.
-        workers: processes that decode images.
+        config: betas, coefficient, probe and so on.
         device: where to run; the model is moved there. Default: where it is.
-        memory_limit: bytes for the features kept at once. Fitting a probe needs about six times one beta's features
-            more.
         progress: show a bar on standard error.
+        options: fields of :class:`SearchConfig`, in place of ``config``'s: ``betas=[0.8, 0.9]``.
 
     Returns:
         :class:`BetaSearch`: accuracies, the choice, its test result with its uncertainty, and how to repeat it.
@@ -92,82 +102,65 @@ def search_beta(
     Source: Curvature Tuning paper, section 4.1 and appendix B. Unlike its code, the choice never sees the test images.
     """
     started = time.perf_counter()
-    grid = check_betas(betas)
-    check_numbers(coeff=coeff, batch_size=batch_size, workers=workers, memory_limit=memory_limit)
-    check_probe(probe, l2)
-    steering: dict[str, Any] = {"coeff": coeff}
-    if activations is not None:
-        steering["activations"] = tuple(activations)
-    images, fractions = split(train, val, test, seed)
+    config = configured(SearchConfig, config, options)
+    images, fractions = split(train, val, test, config.seed)
     labels = check_labels(images)
-    place = device_of(model, device)
+    where = device_of(model, device)
     seconds = dict.fromkeys(("features", "probes", "test"), 0.0)
-    with evaluation(model.to(place)), ExitStack() as stack:
-        example = example_of(images["train"], place)
-        subject = stack.enter_context(subject_of(model, example, feature_layer, steering, fast=True))
-        us = group(place)
-        reader = Reader(subject, us, place, batch_size, workers, progress)
-        reference = 1.0 if subject.plain_is_beta_1 else None
-        candidates: list[float | None] = [*sorted(grid | {1.0})] if subject.plain_is_beta_1 else [None, *sorted(grid)]
-        stretches = passes(len(labels["train"]) + len(labels["val"]), subject.dim, len(candidates), memory_limit)
+    with evaluation(model.to(where)), ExitStack() as stack:
+        example = example_of(images["train"], where)
+        backbone = stack.enter_context(
+            steered_backbone(model, example, config.feature_layer, config.coeff, config.steering, fast=True)
+        )
+        processes = group(where)
+        reader = FeatureReader(backbone, processes, where, config.batch_size, config.workers, progress)
+        reference, candidates = backbone.steered.plain, backbone.steered.candidates(config.grid)
+        samples = len(labels["train"]) + len(labels["val"])
+        stretches = passes(samples, backbone.dim, len(candidates), config.memory_limit)
         scores: dict[float | None, _Score] = {}
         for stretch in stretches:
-            some = [candidates[i] for i in stretch]
+            betas = [candidates[i] for i in stretch]
             with _timed(seconds, "features"):
-                found = reader("search", [images["train"], images["val"]], some)
-            if us.rank == 0:
+                features = reader("search", [images["train"], images["val"]], betas)
+            if processes.rank == 0:
                 with _timed(seconds, "probes"):
-                    _score(scores, some, found, labels, memory_limit, (probe, l2, seed))
+                    _score(scores, betas, features, labels, config)
                     _forget(scores, reference)
-            del found
-        chosen = us.share(_best(scores))
+            del features
+        chosen = processes.share(_best(scores))
         compared = [reference] if chosen == reference else [reference, chosen]
         with _timed(seconds, "test"):
-            found = reader("test", [images["test"]], compared)
+            features = reader("test", [images["test"]], compared)
         outcome = None
-        if us.rank == 0:
-            right = [scores[b].predict(f) == labels["test"] for b, f in zip(compared, found)]
+        if processes.rank == 0:
+            right = [scores[b].predict(f) == labels["test"] for b, f in zip(compared, features)]
             outcome = Comparison.of(right[0], right[-1])
             scores = {b: replace(score, probe=None) for b, score in scores.items()}
-        processes = us.size
-        scores, outcome = us.share((scores, outcome))
+        scores, outcome = processes.share((scores, outcome))
         seconds["total"] = time.perf_counter() - started
-        seconds = us.share(seconds)
-        us.meet()
+        seconds = processes.share(seconds)
+        processes.meet()
     assert outcome is not None
     ordered = [b for b in candidates if b is not None]
     return BetaSearch(
         betas=tuple(ordered),
         val_accuracy=tuple(scores[b].accuracy for b in ordered),
         plain_val_accuracy=scores[reference].accuracy,
-        plain_is_beta_1=subject.plain_is_beta_1,
+        plain_is_beta_1=backbone.steered.plain_is_beta_1,
         chosen=chosen,
         test=outcome,
-        sites=subject.sites,
-        missed=subject.missed,
-        arguments={
-            "betas": sorted(grid),
-            "coeff": coeff,
-            "activations": None if activations is None else list(steering["activations"]),
-            "feature_layer": feature_layer,
-            "probe": probe,
-            "l2": l2,
-            "seed": seed,
-            "batch_size": batch_size,
-            "workers": workers,
-            "device": str(place),
-            "memory_limit": memory_limit,
-            **fractions,
-        },
+        sites=backbone.steered.sites,
+        missed=backbone.steered.missed,
+        arguments={**config.arguments(), "device": str(where), **fractions},
         sizes={
-            **{name: len(data) for name, data in labels.items()},
+            **{name: len(values) for name, values in labels.items()},
             "classes": int(labels["train"].max()) + 1,
-            "features": subject.dim,
+            "features": backbone.dim,
             "passes": len(stretches),
-            "processes": processes,
+            "processes": processes.size,
             "threads": torch.get_num_threads(),
         },
-        feature_layer=str(subject.tap),
+        feature_layer=str(backbone.point),
         converged=tuple(scores[b].converged for b in ordered),
         seconds=seconds,
     )
@@ -192,20 +185,20 @@ def _score(
     betas: Sequence[float | None],
     features: Tensor,
     labels: dict[str, Tensor],
-    memory_limit: int,
-    recipe: tuple[str, float, int],
+    config: SearchConfig,
 ) -> None:
     """Fit probes for ``betas`` on their features (train, then val); add their validation accuracy to ``scores``."""
     threadpoolctl = require("threadpoolctl", "lab", "a linear probe")
     n = len(labels["train"])
 
     def fit(x: Tensor) -> _Score:
-        probe = fit_probe(x[:n], labels["train"], *recipe)
+        probe = fit_probe(x[:n], labels["train"], config.probe, config.l2, config.seed)
         return _Score(float((probe.predict(x[n:]) == labels["val"]).double().mean()), probe.converged, probe)
 
     threads = torch.get_num_threads()
     # Probes run side by side, each on one thread: then their sums do not depend on how many threads there are.
-    side_by_side = 1 if recipe[0] == "adam" else min(threads, max(1, memory_limit // (6 * features[0].nbytes)))
+    fitting = max(1, config.memory_limit // (6 * features[0].nbytes))
+    side_by_side = 1 if config.probe == "adam" else min(threads, fitting)
     torch.set_num_threads(1)
     try:
         with threadpoolctl.threadpool_limits(1), warnings.catch_warnings(), ThreadPoolExecutor(side_by_side) as pool:

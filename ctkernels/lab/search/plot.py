@@ -1,86 +1,46 @@
-"""The picture of a search: validation accuracy against beta, the choice, and what the test said."""
+"""The plot of a search: validation accuracy against beta, the choice, and test accuracies."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..._extras import require
-from ..._files import replacing
-from .result import BetaSearch
-
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#595959"  # told apart with every kind of colour vision
+from ..report.figures import BLUE, GREY, ORANGE, new, tidy
 
 
-def plot(results: BetaSearch | Sequence[BetaSearch], path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw one search, or several over one grid (thin lines; thick: their mean), to a file.
-
-    The band is one binomial standard error of the validation accuracy for one search, and the range over several.
-    The dashed line is the plain network's validation accuracy; diamonds are test accuracies.
-
-    Args:
-        results: one :class:`BetaSearch`, or several with equal ``betas``.
-        path: where to; the suffix decides the format (``.png``, ``.svg``, ``.pdf``).
-        title: above the picture. Default: none.
-
-    Raises:
-        ValueError: no results, or results over different grids.
-        ImportError: matplotlib is missing; the message names the extra.
-
-    Example:
-        >>> plot(result, "accuracy_vs_beta.png", title="MobileNetV2 on Fashion-MNIST")  # doctest: +SKIP
-    """
-    with replacing(path) as temporary:
-        draw(results, title).savefig(temporary)
-
-
-def draw(results: BetaSearch | Sequence[BetaSearch], title: str = "") -> Any:
-    """The picture that :func:`plot` saves, as a matplotlib figure."""
-    runs = [results] if isinstance(results, BetaSearch) else list(results)
+def draw(runs: Sequence[Any], title: str = "") -> Any:
+    """The plot that :func:`plot` saves of some :class:`BetaSearch`, as a matplotlib figure."""
     if not runs or any(r.betas != runs[0].betas for r in runs):
         raise ValueError(
             f"results must be one or more searches over one grid, got {[len(r.betas) for r in runs]} betas"
         )
-    figure_module = require("matplotlib.figure", "lab", "the picture")
-    figure = figure_module.Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = new(7.2, 4.4, dpi=150)
     betas, n = runs[0].betas, len(runs)
     mean = [100 * sum(r.val_accuracy[i] for r in runs) / n for i in range(len(betas))]
     plain = 100 * sum(r.plain_val_accuracy for r in runs) / n
     if n == 1:
         error = [100 * (a * (1 - a) / runs[0].sizes["val"]) ** 0.5 for a in runs[0].val_accuracy]
         low, high = [m - e for m, e in zip(mean, error)], [m + e for m, e in zip(mean, error)]
-        band = "± 1 standard error"
+        band, line = "± 1 standard error", "validation"
     else:
         columns = list(zip(*(r.val_accuracy for r in runs)))
         low, high = [100 * min(c) for c in columns], [100 * max(c) for c in columns]
-        band = f"range over {n} draws"
+        band, line = f"range over {n} draws", "validation, mean"
     axes.fill_between(betas, low, high, color=BLUE, alpha=0.13, linewidth=0, label=band)
-    axes.plot(
-        betas,
-        mean,
-        color=BLUE,
-        linewidth=2,
-        marker="o",
-        markersize=4,
-        label="validation" if n == 1 else "validation, mean",
-    )
+    axes.plot(betas, mean, color=BLUE, linewidth=2, marker="o", markersize=4, label=line)
     axes.axhline(plain, color=GREY, linestyle="--", linewidth=1.2, label="plain network, validation")
     _choices(axes, runs)
     _tests(axes, runs)
     axes.set_xlabel("β   (1 = the network's own activation)" if runs[0].plain_is_beta_1 else "β")
     axes.set_ylabel("accuracy, %")
     axes.set_title(title, loc="left", fontsize=11)
-    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.margins(x=0.06, y=0.12)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 
-def _choices(axes: Any, runs: Sequence[BetaSearch]) -> None:
+def _choices(axes: Any, runs: Sequence[Any]) -> None:
     """A ring around the chosen point of each run."""
     chosen = [(r.chosen, 100 * r.chosen_val_accuracy) for r in runs if r.chosen is not None]
     if chosen:
@@ -88,7 +48,7 @@ def _choices(axes: Any, runs: Sequence[BetaSearch]) -> None:
         axes.scatter(*zip(*chosen), s=130 if len(runs) == 1 else 70, **style, label="chosen by validation")
 
 
-def _tests(axes: Any, runs: Sequence[BetaSearch]) -> None:
+def _tests(axes: Any, runs: Sequence[Any]) -> None:
     """Mean test accuracies as diamonds with their values: at the mean chosen beta, and of the plain network."""
     n = len(runs)
     moved = [r.chosen for r in runs if r.chosen is not None]

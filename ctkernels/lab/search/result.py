@@ -1,24 +1,22 @@
-"""What a search over beta found: the numbers, how sure they are, and one honest sentence."""
+"""The results of searches over beta: the numbers, how sure they are, and a verdict in one sentence."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from statistics import mean
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ... import __version__
-from ..._files import write_text
-
-SCHEMA = "ctkernels.search_beta/1"
-SIGNIFICANT = 0.05
+from ..._files import replacing
+from ..report import figures
+from ..report.section import SECTIONS, Picture, Section, Table, beta_name, duration, gain, images, subject
+from ..result import Result, percent
+from ..stats import SIGNIFICANT, sign_test
+from .plot import draw
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Comparison:
 
     @property
     def standard_error(self) -> float:
-        """Of ``gain``, from the paired counts: smaller than for two separate test sets, as the images are the same."""
+        """Standard error of ``gain``, from paired counts: smaller than for two test sets, as the images are the same."""
         n, changed = self.samples, self.only_steered + self.only_plain
         return math.sqrt(max(0.0, changed - (self.only_steered - self.only_plain) ** 2 / n)) / n
 
@@ -64,6 +62,14 @@ class Comparison:
     def p_value(self) -> float:
         """Exact two-sided McNemar test: a split this uneven by chance, if each changed answer were a coin toss."""
         return sign_test(self.only_steered, self.only_plain)
+
+    def scores(self) -> str:
+        """Both accuracies, the gain, and how sure it is, as text."""
+        return (
+            f"{percent(self.steered)} against {percent(self.plain)} for the plain network, "
+            f"{100 * self.gain:+.1f} ± {100 * self.standard_error:.1f} points (standard error) "
+            f"on {self.samples} test images, p = {self.p_value:.2g}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         counts = {k: getattr(self, k) for k in ("samples", "both", "only_plain", "only_steered", "neither")}
@@ -77,15 +83,8 @@ class Comparison:
         }
 
 
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact sign test: the chance of a split at least as uneven among ``wins + losses`` fair coin tosses."""
-    n = wins + losses
-    logs = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * math.fsum(math.exp(x - n * math.log(2)) for x in logs))
-
-
 @dataclass(frozen=True)
-class BetaSearch:
+class BetaSearch(Result):
     """The outcome of :func:`search_beta`. Accuracies are in [0, 1].
 
     Attributes:
@@ -106,6 +105,8 @@ class BetaSearch:
         seconds: ``features``, ``probes``, ``test`` and ``total``.
     """
 
+    SCHEMA: ClassVar[str] = "ctkernels.search_beta/1"
+
     betas: tuple[float, ...]
     val_accuracy: tuple[float, ...]
     plain_val_accuracy: float
@@ -122,7 +123,7 @@ class BetaSearch:
 
     @property
     def kept_plain(self) -> bool:
-        """Whether validation preferred the plain network to every other beta."""
+        """True if validation preferred the plain network to every other beta."""
         return self.chosen is None or (self.plain_is_beta_1 and self.chosen == 1.0)
 
     @property
@@ -139,10 +140,8 @@ class BetaSearch:
         """Validation accuracy for every beta as text with bars, the chosen one marked."""
         return table([self])
 
-    def to_dict(self, **extra: Any) -> dict[str, Any]:
-        """Everything as plain values for JSON, with ``extra`` entries (a command line, say) at the end."""
+    def entries(self) -> dict[str, Any]:
         return {
-            "schema": SCHEMA,
             "verdict": self.verdict(),
             "chosen": {"beta": self.chosen, "val_accuracy": self.chosen_val_accuracy, "kept_plain": self.kept_plain},
             "plain": {"val_accuracy": self.plain_val_accuracy, "is_beta_1": self.plain_is_beta_1},
@@ -157,8 +156,6 @@ class BetaSearch:
             "sizes": self.sizes,
             "arguments": self.arguments,
             "seconds": self.seconds,
-            "versions": versions(),
-            **extra,
         }
 
     @classmethod
@@ -181,40 +178,27 @@ class BetaSearch:
             seconds=dict(values["seconds"]),
         )
 
-    def save(self, path: str | os.PathLike[str], **extra: Any) -> None:
-        """Write :meth:`to_dict` as JSON, through a temporary name."""
-        write_text(path, json.dumps(self.to_dict(**extra), indent=2) + "\n")
-
-
-def versions(*more: str) -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on, and of ``more``, where they are installed."""
-    found = {"python": platform.python_version(), "ctkernels": __version__}
-    for package in ("torch", "numpy", "scikit-learn", "torchvision", "timm", *more):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    @classmethod
+    def section(cls, values: Mapping[str, Any]) -> Section:
+        results = [cls.from_dict(values)]
+        section = _section(results, f"One β for all activations{subject(values)}")
+        section.parts.append(_grid_table(results))
+        return section
 
 
 def verdict(results: Sequence[BetaSearch]) -> str:
     """One sentence for one search, or for several on separate draws of one data set, their test counts pooled."""
     tests = [r.test for r in results]
     wins, losses = sum(t.only_steered for t in tests), sum(t.only_plain for t in tests)
-    samples = sum(t.samples for t in tests)
     pooled = Comparison(sum(t.both for t in tests), losses, wins, sum(t.neither for t in tests))
     kept = sum(r.kept_plain for r in results)
     draws = f" in each of {len(results)} draws" if len(results) > 1 else ""
     if kept == len(results):
         return (
             f"Steering did not help here: no beta did better than the plain network in validation{draws}; "
-            f"it scored {100 * pooled.plain:.1f} % on {samples} test images."
+            f"it scored {percent(pooled.plain)} on {pooled.samples} test images."
         )
-    numbers = (
-        f"{100 * pooled.steered:.1f} % against {100 * pooled.plain:.1f} % for the plain network, "
-        f"{100 * pooled.gain:+.1f} ± {100 * pooled.standard_error:.1f} points (standard error) "
-        f"on {samples} test images, p = {pooled.p_value:.2g}"
-    )
+    numbers = pooled.scores()
     if len(results) > 1:
         each = ", ".join(f"{100 * t.gain:+.1f}" for t in tests)
         numbers += f"; the {len(results)} draws gave {each}"
@@ -247,3 +231,222 @@ def table(results: Sequence[BetaSearch], width: int = 40) -> str:
         lines.append(f"{name:>6}  {100 * accuracy:>8.1f} %  {bar}{mark}{plain}")
     lines.append(f"bars start below the lowest value, {100 * low:.1f} %")
     return "\n".join(lines)
+
+
+def plot(results: BetaSearch | Sequence[BetaSearch], path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw one search, or several over one grid (thin lines; thick: their mean), to a file.
+
+    The band is one binomial standard error of the validation accuracy for one search, and the range over several.
+    The dashed line is the plain network's validation accuracy; diamonds are test accuracies.
+
+    Args:
+        results: one :class:`BetaSearch`, or several with equal ``betas``.
+        path: where to; the suffix decides the format (``.png``, ``.svg``, ``.pdf``).
+        title: above the plot. Default: none.
+
+    Raises:
+        ValueError: no results, or results over different grids.
+        ImportError: matplotlib is missing; the message names the extra.
+
+    Example:
+        >>> plot(result, "accuracy_vs_beta.png", title="MobileNetV2 on Fashion-MNIST")  # doctest: +SKIP
+    """
+    runs = [results] if isinstance(results, BetaSearch) else list(results)
+    with replacing(path) as temporary:
+        draw(runs, title).savefig(temporary)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One setting, a beta per group; its accuracy on the validation images, in [0, 1]; and the time it took."""
+
+    betas: tuple[float, ...]
+    val_accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StrategySearch(Result):
+    """The outcome of :func:`search_betas`. Accuracies are in [0, 1].
+
+    Attributes:
+        strategy: "grid", "coordinate" or "bayesian".
+        groups: name -> the sites that share a beta.
+        history: every evaluation in order; the first is the plain network's.
+        best: number of the chosen one in ``history``.
+        test: the chosen betas against the plain network, the test images' only use.
+        sites, missed, feature_layer, arguments, sizes: as in :class:`BetaSearch`.
+        seconds: in all.
+    """
+
+    SCHEMA: ClassVar[str] = "ctkernels.search_betas/1"
+    PACKAGES: ClassVar[tuple[str, ...]] = ("optuna",)
+
+    strategy: str
+    groups: dict[str, tuple[str, ...]]
+    history: tuple[Evaluation, ...]
+    best: int
+    test: Comparison
+    sites: tuple[str, ...]
+    missed: tuple[str, ...]
+    feature_layer: str
+    arguments: dict[str, Any]
+    sizes: dict[str, int]
+    seconds: float
+
+    @property
+    def chosen(self) -> dict[str, float]:
+        """The beta of every group."""
+        return dict(zip(self.groups, self.history[self.best].betas))
+
+    @property
+    def betas(self) -> dict[str, float]:
+        """The beta of every site, as :func:`ctkernels.steer` takes it."""
+        return {site: beta for name, beta in self.chosen.items() for site in self.groups[name]}
+
+    @property
+    def kept_plain(self) -> bool:
+        return all(beta == 1.0 for beta in self.chosen.values())
+
+    @property
+    def reached(self) -> int:
+        """Number of evaluations until the chosen betas were found, from 1."""
+        return self.best + 1
+
+    def verdict(self) -> str:
+        """One sentence: what was shown on the test images, how sure it is, and what it took."""
+        cost = (
+            f"{self.strategy} search over {len(self.groups)} beta{'s' if len(self.groups) > 1 else ''} "
+            f"made {len(self.history)} evaluations"
+        )
+        if self.kept_plain:
+            return (
+                f"Steering did not help here: {cost}, none better than the plain network in validation; "
+                f"it scored {percent(self.test.plain)} on {self.test.samples} test images."
+            )
+        if self.test.p_value >= SIGNIFICANT:
+            start = "No difference beyond chance was shown"
+        else:
+            start = f"Steering {'helped' if self.test.gain > 0 else 'hurt'} here"
+        return f"{start}: {self.test.scores()}. The {cost} and found its best after {self.reached}."
+
+    def table(self) -> str:
+        """The chosen beta of every group as text."""
+        width = max(map(len, self.groups))
+        lines = [
+            f"{name:<{width}}  {beta:.4g}  ({len(self.groups[name])} activation{'s' * (len(self.groups[name]) > 1)})"
+            for name, beta in self.chosen.items()
+        ]
+        best, plain = self.history[self.best].val_accuracy, self.history[0].val_accuracy
+        return "\n".join([*lines, f"validation: {100 * best:.1f} %, plain network {100 * plain:.1f} %"])
+
+    def entries(self) -> dict[str, Any]:
+        best, plain = self.history[self.best], self.history[0]
+        return {
+            "verdict": self.verdict(),
+            "strategy": self.strategy,
+            "chosen": self.chosen,
+            "kept_plain": self.kept_plain,
+            "evaluations": {"made": len(self.history), "reached": self.reached},
+            "val_accuracy": {"chosen": best.val_accuracy, "plain": plain.val_accuracy},
+            "test": self.test.to_dict(),
+            "groups": {name: list(sites) for name, sites in self.groups.items()},
+            "history": [
+                {"betas": list(e.betas), "val_accuracy": e.val_accuracy, "seconds": e.seconds} for e in self.history
+            ],
+            "sites": list(self.sites),
+            "missed": list(self.missed),
+            "feature_layer": self.feature_layer,
+            "sizes": self.sizes,
+            "arguments": self.arguments,
+            "seconds": {"total": self.seconds},
+        }
+
+    @classmethod
+    def section(cls, values: Mapping[str, Any]) -> Section:
+        title = f"{len(values['groups'])} β, {values['strategy']} search{subject(values)}"
+        made, reached = values["evaluations"]["made"], values["evaluations"]["reached"]
+        rows = [[name, f"{values['chosen'][name]:.4g}", str(len(sites))] for name, sites in values["groups"].items()]
+        val, test = values["val_accuracy"], values["test"]
+        scores = f"{percent(test['accuracy_chosen'])}, plain network {percent(test['accuracy_plain'])}"
+        facts = [
+            images(values["sizes"]),
+            ("Evaluations", f"{made}; the chosen betas were found by number {reached}"),
+            ("Validation", f"{percent(val['chosen'])}, plain network {percent(val['plain'])}"),
+            ("Test", f"{scores} ({gain(test)} points)"),
+            ("Time", duration(values["seconds"]["total"])),
+        ]
+        parts: list[Table | Picture] = [
+            Picture(
+                figures.data_uri(figures.search_history(values["history"], reached)),
+                f"Validation accuracy of {made} evaluations; the best was found by number {reached}.",
+                "What every evaluation gave, and the best so far.",
+            ),
+            Picture(
+                figures.data_uri(figures.chosen_betas(values["groups"], values["chosen"])),
+                "The chosen beta of every activation, from the input to the output; the table below has the numbers.",
+            ),
+            Table("Chosen β by group", ["activations", "β", "how many"], rows),
+        ]
+        says = str(values["verdict"])
+        return Section("pilot", title, [says], facts, parts, not_helped=_unless_helped(title, says))
+
+
+# --- in the report ----------------------------------------------------------------------------------------------------
+
+
+def draws_section(values: Mapping[str, Any]) -> Section:
+    """The section of several searches on separate draws of one data set, ``{"draws": [...]}``."""
+    results = [BetaSearch.from_dict(one) for one in values["draws"]]
+    section = _section(results, f"One β for all activations, {len(results)} draws of images")
+    rows = [
+        [str(i + 1), beta_name(r.chosen), percent(r.test.plain), percent(r.test.steered), gain(r.test.to_dict())]
+        for i, r in enumerate(results)
+    ]
+    header = ["draw", "chosen β", "plain", "steered", "gain, points"]
+    section.parts += [Table("Each draw, test accuracy", header, rows), _grid_table(results)]
+    return section
+
+
+SECTIONS["draws"] = draws_section
+
+
+def _section(results: Sequence[BetaSearch], title: str) -> Section:
+    first, says = results[0], verdict(results)
+    chosen = ", ".join(beta_name(r.chosen) for r in results)
+    missed = f"; {len(first.missed)} could not be" if first.missed else ""
+    facts = [
+        images(first.sizes),
+        ("Steered", f"{len(first.sites)} activations{missed}"),
+        ("Chosen β", chosen),
+        ("Trained numbers", "0 (a linear probe reads the features)"),
+        ("Time", duration(sum(r.seconds["total"] for r in results))),
+    ]
+    figure = draw(results)
+    figure.set_size_inches(5.6, 4.2)
+    picture = Picture(
+        figures.data_uri(figure),
+        f"Line chart of validation accuracy against beta; chosen: {chosen}. The table below has the numbers.",
+        "Validation accuracy for every β, the choice ringed; diamonds are what the test said.",
+    )
+    return Section("pilot", title, [says], facts, [picture], not_helped=_unless_helped(title, says))
+
+
+def _unless_helped(title: str, says: str) -> list[str]:
+    """For the summary: a verdict up to its numbers, unless it says that steering helped."""
+    return [] if says.startswith("Steering helped here") else [f"{title}: {says.partition(':')[0]}."]
+
+
+def _grid_table(results: Sequence[BetaSearch]) -> Table:
+    first, several = results[0], len(results) > 1
+    rows = []
+    for i, beta in enumerate(first.betas):
+        times = sum(r.chosen == beta for r in results)
+        mark = "" if not times else f"chosen in {times}" if several else "chosen"
+        name = f"{beta:g}" + (" (plain network)" if beta == 1 and first.plain_is_beta_1 else "")
+        rows.append([name, percent(mean(r.val_accuracy[i] for r in results)), mark])
+    if not first.plain_is_beta_1:
+        chosen = any(r.chosen is None for r in results)
+        accuracy = percent(mean(r.plain_val_accuracy for r in results))
+        rows.append(["plain network", accuracy, "chosen" if chosen else ""])
+    return Table(f"Validation accuracy{', mean of the draws' if several else ''}", ["β", "validation", ""], rows, (2,))

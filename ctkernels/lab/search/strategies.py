@@ -6,7 +6,9 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,15 +18,68 @@ from ..._extras import require
 from ..._factories import told
 from .._distributed import Group
 from .._progress import bar
-from ..betas import Images, check_betas, check_labels, check_numbers, device_of, example_of, split
-from ..images.probe import Probe, check_probe, fit_probe
-from .reading import Reader, Subject, evaluation, subject_of
-from .result import Comparison
-from .strategy_result import Evaluation, StrategySearch
+from ..config import SteeringConfig, check_least, configured
+from ..images.backbone import FeatureReader, evaluation, steered_backbone
+from ..images.inputs import Images, check_labels, device_of, example_of, split
+from ..images.probe import Probe, fit_probe
+from .result import Comparison, Evaluation, StrategySearch
 
 STRATEGIES = ("grid", "coordinate", "bayesian")
 GROUPS = ("shared", "stage", "site")
-Score = Callable[[tuple[float, ...]], float]
+Point = tuple[float, ...]  # a beta per group
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyConfig(SteeringConfig):
+    """The configuration of :func:`search_betas`.
+
+    Args:
+        betas, coeff, activations, feature_layer, l2, seed, batch_size: as of :class:`SteeringConfig`; 1 always takes
+            part.
+        strategy: ``"grid"``: every combination of ``betas``, from the plain network downwards. ``"coordinate"``: from the
+            plain network on, the best of ``betas`` for one group after the other, round after round, until a whole round
+            changes nothing. ``"bayesian"``: Optuna's tree-structured Parzen estimator, anywhere between the least and the
+            greatest of ``betas``.
+        groups: ``"shared"``: one beta. ``"stage"``: one per stage, that is per run of consecutive activations of one
+            resolution. ``"site"``: one per activation. A number: so many runs of about equally many activations.
+        evaluations: the most to make, the plain network and, with ``storage``, those of other workers included.
+        workers: processes that decode images.
+        storage: for ``"bayesian"``: where Optuna keeps its trials: a file, or the URL of a database
+            (``"postgresql://..."``). Processes with the same storage and study share them, on one machine or on many, and
+            a run that was cut off goes on; their order, and so the result, then depends on chance. What a process reports
+            is the best so far; once all have ended, another call evaluates nothing and gives the result.
+        study: name of the study in ``storage``.
+    """
+
+    strategy: str = "coordinate"
+    groups: str | int = "stage"
+    evaluations: int = 60
+    workers: int = 0
+    storage: str | None = None
+    study: str = "ctkernels"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, workers=0)
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {list(STRATEGIES)}, got {self.strategy!r}")
+        number = isinstance(self.groups, int) and not isinstance(self.groups, bool) and self.groups >= 1
+        if self.groups not in GROUPS and not number:
+            raise ValueError(f"groups must be one of {list(GROUPS)} or a number of at least 1, got {self.groups!r}")
+        check_least(self, evaluations=1)
+        if self.storage is not None and self.strategy != "bayesian":
+            raise ValueError(f"storage is for strategy='bayesian', got strategy={self.strategy!r}")
+        if self.strategy == "bayesian":
+            require("optuna", "lab", "Bayesian search")
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """``betas`` and 1, descending."""
+        return tuple(sorted({*super().grid, 1.0}, reverse=True))
+
+    def arguments(self) -> dict[str, Any]:
+        study = self.study if self.storage else None
+        return {**super().arguments(), "betas": sorted(self.grid), "study": study}
 
 
 def search_betas(
@@ -32,22 +87,11 @@ def search_betas(
     train: Images,
     val: Images | float = 0.2,
     test: Images | float = 0.2,
+    config: StrategyConfig | None = None,
     *,
-    strategy: str = "coordinate",
-    groups: str | int = "stage",
-    betas: Iterable[float] | None = None,
-    evaluations: int = 60,
-    coeff: float = 0.5,
-    activations: Iterable[str] | None = None,
-    feature_layer: str | None = None,
-    l2: float = 0.01,
-    seed: int = 0,
-    batch_size: int = 32,
-    workers: int = 0,
     device: torch.device | str | None = None,
-    storage: str | None = None,
-    study: str = "ctkernels",
     progress: bool = True,
+    **options: Any,
 ) -> StrategySearch:
     """Choose a beta for every group of activations of a frozen network, without training it.
 
@@ -57,24 +101,10 @@ def search_betas(
     images, once.
 
     Args:
-        model, train, val, test: as in :func:`search_beta`.
-        strategy: ``"grid"``: every combination of ``betas``, from the plain network downwards. ``"coordinate"``: from the
-            plain network on, the best of ``betas`` for one group after the other, round after round, until a whole round
-            changes nothing. ``"bayesian"``: Optuna's tree-structured Parzen estimator, anywhere between the least and the
-            greatest of ``betas``.
-        groups: ``"shared"``: one beta. ``"stage"``: one per stage, that is per run of consecutive activations of one
-            resolution. ``"site"``: one per activation. A number: so many runs of about equally many activations.
-        betas: in [0, 1]. Default 0.70 to 1.00 in steps of 0.01. 1 always takes part.
-        evaluations: at most so many, the plain network and, with ``storage``, those of other workers included.
-        coeff: the mixing coefficient c of the CT unit, in [0, 1].
-        activations, feature_layer, l2, batch_size, workers, device: as in :func:`search_beta`.
-        seed: of the split, and of Optuna's sampler.
-        storage: for ``"bayesian"``: where Optuna keeps its trials: a file, or the URL of a database
-            (``"postgresql://..."``). Processes with the same storage and study share them, on one machine or on many, and
-            a run that was cut off goes on; their order, and so the result, then depends on chance. What a process reports
-            is the best so far; once all have ended, another call evaluates nothing and gives the result.
-        study: name of the study in ``storage``.
+        model, train, val, test, device: as in :func:`search_beta`.
+        config: strategy, groups, betas and so on.
         progress: show a bar on standard error.
+        options: fields of :class:`StrategyConfig`, in place of ``config``'s.
 
     Returns:
         :class:`StrategySearch`: every evaluation in order, the choice, how many evaluations it took, and its test.
@@ -91,117 +121,94 @@ def search_betas(
     Source: Curvature Tuning paper, section 4.1, which searches one shared beta.
     """
     started = time.perf_counter()
-    grid = sorted(check_betas(betas) | {1.0}, reverse=True)
-    check_numbers(coeff=coeff, batch_size=batch_size, workers=workers, memory_limit=1)
-    check_probe("logistic", l2)
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {list(STRATEGIES)}, got {strategy!r}")
-    if groups not in GROUPS and not (isinstance(groups, int) and not isinstance(groups, bool) and groups >= 1):
-        raise ValueError(f"groups must be one of {list(GROUPS)} or a number of at least 1, got {groups!r}")
-    if evaluations < 1:
-        raise ValueError(f"evaluations must be at least 1, got {evaluations}")
-    if storage is not None and strategy != "bayesian":
-        raise ValueError(f"storage is for strategy='bayesian', got strategy={strategy!r}")
-    if strategy == "bayesian":
-        require("optuna", "lab", "Bayesian search")
-    steering: dict[str, Any] = {"coeff": coeff}
-    if activations is not None:
-        steering["activations"] = tuple(activations)
-    images, fractions = split(train, val, test, seed)
+    config = configured(StrategyConfig, config, options)
+    images, fractions = split(train, val, test, config.seed)
     labels = check_labels(images)
-    place = device_of(model, device)
-    with (
-        evaluation(model.to(place)),
-        subject_of(model, example := example_of(images["train"], place), feature_layer, steering, fast=True) as subject,
-    ):
-        if not subject.plain_is_beta_1:
+    where = device_of(model, device)
+    with evaluation(model.to(where)), ExitStack() as stack:
+        example = example_of(images["train"], where)
+        backbone = stack.enter_context(
+            steered_backbone(model, example, config.feature_layer, config.coeff, config.steering, fast=True)
+        )
+        if not backbone.steered.plain_is_beta_1:
             raise ValueError(
                 "search_betas needs a network that is plain at beta = 1 (the ReLU family), got one with another neutral "
                 "point; choose activations, or use search_beta"
             )
-        named = _groups(model, subject, example, groups)
-        if strategy == "grid" and len(grid) ** len(named) > evaluations:
+        groups = _groups(model, backbone.steered.sites, example, config.groups)
+        points = len(config.grid) ** len(groups)
+        if config.strategy == "grid" and points > config.evaluations:
             raise ValueError(
-                f"the grid has {len(grid)} ** {len(named)} = {len(grid) ** len(named)} points, more than the "
-                f"evaluations allowed, {evaluations}; give fewer betas or groups, or another strategy"
+                f"the grid has {len(config.grid)} ** {len(groups)} = {points} points, more than the "
+                f"evaluations allowed, {config.evaluations}; give fewer betas or groups, or another strategy"
             )
-        reader = Reader(subject, Group(), place, batch_size, workers, False)
-        history: list[Evaluation] = []
-        seen: dict[tuple[float, ...], float] = {}
-        n = len(labels["train"])
-
-        def setting(point: Sequence[float]) -> Any:
-            return {site: beta for beta, sites in zip(point, named.values()) for site in sites}
-
-        def fit(point: Sequence[float]) -> tuple[Probe, Tensor]:
-            features = reader("", [images["train"], images["val"]], [setting(point)])[0]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about convergence
-                return fit_probe(features[:n], labels["train"], "logistic", l2, seed), features[n:]
-
-        def score(point: tuple[float, ...]) -> float:
-            if point not in seen:
-                if len(history) >= evaluations:
-                    raise _Spent
-                begun = time.perf_counter()
-                probe, rest = fit(point)
-                seen[point] = float((probe.predict(rest) == labels["val"]).double().mean())
-                history.append(Evaluation(point, seen[point], time.perf_counter() - begun))
-                advance(1)
-            return seen[point]
-
-        plain = (1.0,) * len(named)
-        with bar(evaluations, strategy, progress) as advance:
-            try:  # each of these begins with the plain network
-                if strategy == "grid":
-                    _grid(score, grid, len(named))
-                elif strategy == "coordinate":
-                    _coordinate(score, grid, len(named))
-            except _Spent:
-                pass
-            if strategy == "bayesian":
-                identity = {"groups": {k: list(v) for k, v in named.items()}, "labels": _digest(labels), "seed": seed}
-                history = _bayesian(score, grid, plain, evaluations, seed, storage, study, identity)
+        reader = FeatureReader(backbone, Group(), where, config.batch_size, config.workers)
+        advance = stack.enter_context(bar(config.evaluations, config.strategy, progress))
+        evaluator = _Evaluator(reader, images, labels, groups, config, advance)
+        history = _explore(evaluator)
         best = max(range(len(history)), key=lambda i: (history[i].val_accuracy, -i))
-        chosen = history[best].betas
-        right = []
-        for point in dict.fromkeys((plain, chosen)):
-            probe, _ = fit(point)
-            right.append(probe.predict(reader("", [images["test"]], [setting(point)])[0]) == labels["test"])
-        outcome = Comparison.of(right[0], right[-1])
-        sites, missed, layer = subject.sites, subject.missed, str(subject.tap)
+        right = [evaluator.right_on_test(point) for point in dict.fromkeys((history[0].betas, history[best].betas))]
     return StrategySearch(
-        strategy=strategy,
-        groups={name: tuple(found) for name, found in named.items()},
+        strategy=config.strategy,
+        groups={name: tuple(sites) for name, sites in groups.items()},
         history=tuple(history),
         best=best,
-        test=outcome,
-        sites=sites,
-        missed=missed,
-        feature_layer=layer,
-        arguments={
-            "groups": groups,
-            "betas": sorted(grid),
-            "evaluations": evaluations,
-            "coeff": coeff,
-            "activations": None if activations is None else list(steering["activations"]),
-            "feature_layer": feature_layer,
-            "l2": l2,
-            "seed": seed,
-            "batch_size": batch_size,
-            "workers": workers,
-            "device": str(place),
-            "storage": storage,
-            "study": study if storage else None,
-            **fractions,
-        },
+        test=Comparison.of(right[0], right[-1]),
+        sites=backbone.steered.sites,
+        missed=backbone.steered.missed,
+        feature_layer=str(backbone.point),
+        arguments={**config.arguments(), "device": str(where), **fractions},
         sizes={
-            **{name: len(data) for name, data in labels.items()},
+            **{name: len(values) for name, values in labels.items()},
             "classes": int(labels["train"].max()) + 1,
-            "features": subject.dim,
+            "features": backbone.dim,
         },
         seconds=time.perf_counter() - started,
     )
+
+
+@dataclass
+class _Evaluator:
+    """Scores points, one beta per group, on the validation images; no point twice."""
+
+    reader: FeatureReader
+    images: dict[str, Any]
+    labels: dict[str, Tensor]
+    groups: dict[str, list[str]]
+    config: StrategyConfig
+    advance: Callable[[int], object]
+    history: list[Evaluation] = field(default_factory=list)
+
+    def __call__(self, point: Point) -> float:
+        for known in self.history:
+            if known.betas == point:
+                return known.val_accuracy
+        if len(self.history) >= self.config.evaluations:
+            raise _Spent
+        started = time.perf_counter()
+        probe, features = self._fit(point)
+        accuracy = float((probe.predict(features) == self.labels["val"]).double().mean())
+        self.history.append(Evaluation(point, accuracy, time.perf_counter() - started))
+        self.advance(1)
+        return accuracy
+
+    def right_on_test(self, point: Point) -> Tensor:
+        """bool (n,): whether each test image is classified rightly."""
+        probe, _ = self._fit(point)
+        (features,) = self.reader("", [self.images["test"]], [self._betas(point)])
+        return probe.predict(features) == self.labels["test"]
+
+    def _betas(self, point: Point) -> dict[str, float]:
+        return {site: beta for beta, sites in zip(point, self.groups.values()) for site in sites}
+
+    def _fit(self, point: Point) -> tuple[Probe, Tensor]:
+        """A probe for the training images, and the features of the validation images."""
+        (features,) = self.reader("", [self.images["train"], self.images["val"]], [self._betas(point)])
+        n = len(self.labels["train"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about convergence
+            probe = fit_probe(features[:n], self.labels["train"], "logistic", self.config.l2, self.config.seed)
+        return probe, features[n:]
 
 
 class _Spent(Exception):
@@ -211,100 +218,87 @@ class _Spent(Exception):
 # --- the strategies ---------------------------------------------------------------------------------------------------
 
 
-def _grid(score: Score, grid: Sequence[float], dims: int) -> None:
-    points: list[tuple[float, ...]] = [()]
-    for _ in range(dims):
-        points = [(*p, beta) for p in points for beta in grid]
-    for point in points:
+def _explore(score: _Evaluator) -> list[Evaluation]:
+    """All evaluations of the strategy; the plain network comes first."""
+    if score.config.strategy == "bayesian":
+        return _bayesian(score)
+    with suppress(_Spent):
+        (_grid if score.config.strategy == "grid" else _coordinate)(score)
+    return score.history
+
+
+def _grid(score: _Evaluator) -> None:
+    for point in itertools.product(score.config.grid, repeat=len(score.groups)):
         score(point)
 
 
-def _coordinate(score: Score, grid: Sequence[float], dims: int) -> None:
+def _coordinate(score: _Evaluator) -> None:
     """The best value of one coordinate at a time; a value replaces another only if it is better."""
-    here = [1.0] * dims
+    best: Point = (1.0,) * len(score.groups)
     changed = True
     while changed:
         changed = False
-        for i in range(dims):
-            at = score(tuple(here))
-            for beta in grid:
-                there = (*here[:i], beta, *here[i + 1 :])
-                if score(there) > at:
-                    at, here, changed = score(there), list(there), True
+        for i in range(len(best)):
+            for beta in score.config.grid:
+                other = (*best[:i], beta, *best[i + 1 :])
+                if score(other) > score(best):
+                    best, changed = other, True
 
 
-def _bayesian(
-    score: Score,
-    grid: Sequence[float],
-    plain: tuple[float, ...],
-    evaluations: int,
-    seed: int,
-    storage: str | None,
-    study: str,
-    identity: dict[str, Any],
-) -> list[Evaluation]:
+def _bayesian(score: _Evaluator) -> list[Evaluation]:
     """Run Optuna until the study has so many trials; the plain network's, then the others in the order they began."""
     optuna = require("optuna", "lab", "Bayesian search")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    config, plain = score.config, (1.0,) * len(score.groups)
+    highest, lowest = config.grid[0], config.grid[-1]
     names = [f"beta_{i}" for i in range(len(plain))]
-    sampler = optuna.samplers.TPESampler(seed=None if storage else seed, multivariate=True, constant_liar=bool(storage))
-    try:
-        place: Any = storage
-        if storage is not None and "://" not in storage:  # appended to under a lock: workers may start at once
-            place = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
-        made = optuna.create_study(
-            study_name=study, storage=place, sampler=sampler, direction="maximize", load_if_exists=storage is not None
-        )
-        made.get_trials(deepcopy=False)
-    except Exception as error:  # a damaged file makes Optuna raise nearly anything, a database what its driver does
-        if storage is None:
-            raise
-        raise ValueError(
-            f"storage must be a file or database that Optuna can use, got {storage!r}: {told(error)}"
-        ) from error
-    known = made.user_attrs.get("identity")
+    study = _study(optuna, config)
+    counts = {name: torch.bincount(values).tolist() for name, values in score.labels.items()}
+    identity = {"groups": score.groups, "labels": counts, "seed": config.seed}  # enough to notice other data
+    known = study.user_attrs.get("identity")
     if known is not None and known != identity:
         differ = sorted(k for k in identity if known.get(k) != identity[k])
-        raise ValueError(f"study {study!r} in {storage} is of other data or another network (different: {differ})")
-    made.set_user_attr("identity", identity)
+        raise ValueError(
+            f"study {config.study!r} in {config.storage} is of other data or another network (different: {differ})"
+        )
+    study.set_user_attr("identity", identity)
     states = optuna.trial.TrialState
 
-    def trials(*wanted: Any) -> list[Any]:
-        return made.get_trials(deepcopy=False, states=wanted)
+    def trials(*which: Any) -> list[Any]:
+        return study.get_trials(deepcopy=False, states=which)
 
-    def of_plain(found: Iterable[Any]) -> list[Any]:
-        return [t for t in found if t.user_attrs.get("plain") or tuple(t.params.get(n) for n in names) == plain]
+    def of_plain(some: Iterable[Any]) -> list[Any]:
+        return [t for t in some if t.user_attrs.get("plain") or tuple(t.params.get(n) for n in names) == plain]
 
     def evaluate(trial: Any) -> None:
         begun = time.perf_counter()
         try:
-            accuracy = score(tuple(trial.suggest_float(name, grid[-1], grid[0]) for name in names))
+            accuracy = score(tuple(trial.suggest_float(name, lowest, highest) for name in names))
         except BaseException:
-            made.tell(trial, state=states.FAIL)
+            study.tell(trial, state=states.FAIL)
             raise
         trial.set_user_attr("seconds", time.perf_counter() - begun)
-        made.tell(trial, accuracy)
+        study.tell(trial, accuracy)
 
     # Workers that start at once may all enqueue the plain network; the first of these trials is the one that counts.
     if not of_plain(trials(states.COMPLETE, states.RUNNING, states.WAITING)):
-        made.enqueue_trial(dict(zip(names, plain)), user_attrs={"plain": True})
+        study.enqueue_trial(dict(zip(names, plain)), user_attrs={"plain": True})
     while True:
         done = trials(states.COMPLETE)
         waiting = of_plain(trials(states.WAITING))
-        if len(done) + (not of_plain(done) and not waiting) >= evaluations:
+        if len(done) + (not of_plain(done) and not waiting) >= config.evaluations:
             break
-        trial = made.ask()
+        trial = study.ask()
         others = of_plain(trials(states.COMPLETE, states.RUNNING)) if trial.user_attrs.get("plain") else []
         if any(t.number < trial.number for t in others):
-            made.tell(trial, state=states.FAIL)
+            study.tell(trial, state=states.FAIL)
         else:
             evaluate(trial)
     if not of_plain(done):  # another worker has it, and may have died in it
         begun, accuracy = time.perf_counter(), score(plain)
-        made.add_trial(
+        study.add_trial(
             optuna.trial.create_trial(
                 params=dict(zip(names, plain)),
-                distributions={n: optuna.distributions.FloatDistribution(grid[-1], grid[0]) for n in names},
+                distributions={n: optuna.distributions.FloatDistribution(lowest, highest) for n in names},
                 value=accuracy,
                 user_attrs={"plain": True, "seconds": time.perf_counter() - begun},
             )
@@ -317,16 +311,34 @@ def _bayesian(
     ]
 
 
-def _digest(labels: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """How many of each class each part has: enough to notice other data."""
-    return {name: torch.bincount(found).tolist() for name, found in labels.items()}
+def _study(optuna: Any, config: StrategyConfig) -> Any:
+    """Optuna's study, new or as it is in the storage."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    stored = config.storage is not None
+    sampler = optuna.samplers.TPESampler(seed=None if stored else config.seed, multivariate=True, constant_liar=stored)
+    try:
+        storage: Any = config.storage
+        if config.storage is not None and "://" not in config.storage:
+            # appended to under a lock: workers may start at once
+            storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(config.storage))
+        study = optuna.create_study(
+            study_name=config.study, storage=storage, sampler=sampler, direction="maximize", load_if_exists=stored
+        )
+        study.get_trials(deepcopy=False)
+    except Exception as error:  # a damaged file makes Optuna raise nearly anything, a database what its driver does
+        if not stored:
+            raise
+        raise ValueError(
+            f"storage must be a file or database that Optuna can use, got {config.storage!r}: {told(error)}"
+        ) from error
+    return study
 
 
 # --- the groups -------------------------------------------------------------------------------------------------------
 
 
-def _groups(model: nn.Module, subject: Subject, example: Tensor, groups: str | int) -> dict[str, list[str]]:
-    sites = list(subject.sites)
+def _groups(model: nn.Module, names: Sequence[str], example: Tensor, groups: str | int) -> dict[str, list[str]]:
+    sites = list(names)
     if groups == "shared":
         return {"all": sites}
     if groups == "site":

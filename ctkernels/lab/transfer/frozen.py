@@ -12,132 +12,114 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from .._distributed import Group
-from ..betas import coeff_at
+from ..experiment import TrainingLog, rank
+from ..images.backbone import FeatureReader, coeff_at, evaluation, plain_backbone, steered_backbone
 from ..images.features import passes
-from ..search.reading import Reader, Subject, evaluation, subject_of
-from .heads import Budget, Run, fit_head, head_place, rank
+from .config import TransferConfig
+from .heads import fit_head, head_input
+from .inputs import Split
 from .state import batch_norms
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """A frozen network whose features are read, at the plain network or at values of beta.
+    """A frozen network whose features are read, plain or at values of beta.
 
     Args:
         model: on its device; it is left as it was.
-        example: a batch the network takes.
-        betas: those to choose from; None: only the plain network.
-        coeff: of the CT unit, a number or "mean-free".
-        activations: kinds to steer; None: :func:`ctkernels.steer`'s default.
-        recalibrate: images on which the statistics of batch normalisation are estimated anew, for every beta.
+        coeff: of the CT unit, a number or "mean-free"; None: only the plain network.
+        config: betas, kinds of activation, batch size and so on.
+        group: the processes that share reading.
+        split: the images. Batch-normalisation statistics are estimated on its training images, for every beta, where
+            ``config.bn`` is "train".
     """
 
     model: nn.Module
-    example: Tensor
-    betas: Sequence[float] | None
-    coeff: float | str
-    activations: Sequence[str] | None
-    recalibrate: Dataset[Any] | None
-    budget: Budget
+    coeff: float | str | None
+    config: TransferConfig
     group: Group
-    batch_size: int
-    workers: int
-    memory_limit: int
-    progress: bool
+    split: Split
 
-    def fit(
-        self, train: Dataset[Any], val: Dataset[Any], labels: dict[str, Tensor], classes: int, lr: float, seed: int
-    ) -> tuple[Run, dict[str, Any]]:
-        """Train a head for every candidate; the one with the best validation, of equals the one nearest the network.
-
-        Returns:
-            the run of the chosen candidate, and ``detail`` of :class:`Cell`.
-        """
+    def fit(self, classes: int, lr: float, seed: int) -> TrainingLog:
+        """Train a head for every candidate; keep the best in validation, of equals the one nearest the plain network."""
+        split, labels = self.split, self.split.labels
         n = len(labels["train"])
-        runs: dict[float | None, Run] = {}
-        with self._open("fit") as read:
-            candidates = self._candidates(read.subject)
-            at_once = len(candidates) if self.recalibrate is None else 1
-            width = read.subject.dim
-            for stretch in passes(n + len(labels["val"]), width, len(candidates), self.memory_limit):
-                for some in (stretch[i : i + at_once] for i in range(0, len(stretch), at_once)):
-                    betas = [candidates[i] for i in some]
-                    for beta, x in zip(betas, self._features(read, [train, val], betas)):
+        logs: dict[float | None, TrainingLog] = {}
+        with self._reader() as read:
+            candidates = [None] if self.coeff is None else read.backbone.steered.candidates(self.config.betas or ())
+            at_once = 1 if self.config.bn == "train" else len(candidates)
+            samples = n + len(labels["val"])
+            for stretch in passes(samples, read.backbone.dim, len(candidates), self.config.memory_limit):
+                for start in range(stretch.start, stretch.stop, at_once):
+                    betas = candidates[start : min(start + at_once, stretch.stop)]
+                    for beta, x in zip(betas, self._features(read, [split.train, split.val], betas)):
                         if self.group.rank == 0:
                             data = (x[:n], labels["train"], x[n:], labels["val"], classes)
-                            runs[beta] = fit_head(*data, lr=lr, budget=self.budget, seed=seed)
-        runs = self.group.share(runs)
-        best = max(runs, key=lambda b: (rank(runs[b].epochs[runs[b].best - 1])[0], 2.0 if b is None else b))
-        if self.betas is None:
-            return runs[best], {}
-        found = [(b, runs[b].epochs[runs[b].best - 1]["accuracy"]) for b in runs]
-        return runs[best], {
-            "beta": best,
-            "coeff": None if best is None else coeff_at(self.coeff, best),
-            "search": [
-                {"beta": b, "coeff": None if b is None else coeff_at(self.coeff, b), "val_accuracy": accuracy}
-                for b, accuracy in found
-            ],
-        }
+                            logs[beta] = fit_head(*data, lr=lr, training=self.config.training, seed=seed)
+        logs = self.group.share(logs)
+        best = max(logs, key=lambda b: (rank(logs[b].validation)[0], 2.0 if b is None else b))
+        log = logs[best]
+        log.details |= {"head": sum(value.numel() for value in log.state.values())}
+        if self.coeff is not None:
+            search = [
+                {"beta": b, "coeff": self._coeff_at(b), "val_accuracy": logs[b].validation["accuracy"]} for b in logs
+            ]
+            log.details["detail"] = {"beta": best, "coeff": self._coeff_at(best), "search": search}
+        return log
 
-    def right(self, test: Dataset[Any], labels: Tensor, state: dict[str, Tensor], beta: float | None) -> list[bool]:
-        """Whether each test image was classified rightly, in order."""
-        with self._open("test") as read:
-            features = self._features(read, [test], [beta])
-            found: list[bool] = []
+    def right(self, state: dict[str, Tensor], beta: float | None) -> list[bool]:
+        """True for each test image that is classified rightly, in order."""
+        right: list[bool] = []
+        with self._reader() as read:
+            features = self._features(read, [self.split.test], [beta])
             if self.group.rank == 0:
-                found = ((features[0] @ state["weight"].T + state["bias"]).argmax(1) == labels).tolist()
-        return self.group.share(found)
+                logits = features[0] @ state["weight"].T + state["bias"]
+                right = (logits.argmax(1) == self.split.labels["test"]).tolist()
+        return self.group.share(right)
 
-    def _candidates(self, subject: Subject) -> list[float | None]:
-        if self.betas is None:
-            return [None]
-        if subject.plain_is_beta_1:
-            return [*sorted({*self.betas, 1.0})]
-        return [None, *sorted(set(self.betas))]
+    def _coeff_at(self, beta: float | None) -> float | None:
+        return None if beta is None or self.coeff is None else coeff_at(self.coeff, beta)
 
     @contextmanager
-    def _open(self, text: str) -> Iterator[Reader]:
-        tap = head_place(self.model, self.example)
-        steering: dict[str, Any] = {"coeff": self.coeff}
-        if self.activations is not None:
-            steering["activations"] = tuple(self.activations)
+    def _reader(self) -> Iterator[FeatureReader]:
+        device = next(self.model.parameters()).device
+        example = self.split.train[0][0][None].to(device)
+        point = head_input(self.model, example)
         with evaluation(self.model):
-            if self.betas is None:
-                with tap.capture(self.model) as features:
-                    dim = features(self.example).shape[1]
-                    yield self._reader(Subject(lambda beta: features, tap, dim, (), (), True))
+            if self.coeff is None:
+                opened = plain_backbone(self.model, example, point)
             else:
-                with subject_of(self.model, self.example, tap, steering) as subject:
-                    yield self._reader(subject)
+                opened = steered_backbone(self.model, example, point, self.coeff, self.config.steering)
+            with opened as backbone:
+                config = self.config
+                size = config.training.batch_size
+                yield FeatureReader(backbone, self.group, device, size, config.workers, config.progress)
 
-    def _reader(self, subject: Subject) -> Reader:
-        return Reader(subject, self.group, self.example.device, self.batch_size, self.workers, self.progress)
-
-    def _features(self, read: Reader, data: Sequence[Dataset[Any]], betas: Sequence[float | None]) -> Tensor:
-        if self.recalibrate is None:
+    def _features(self, read: FeatureReader, data: Sequence[Dataset[Any]], betas: Sequence[float | None]) -> Tensor:
+        if self.config.bn != "train":
             return read("features", data, betas)
         (beta,) = betas
-        with recalibrated(self.model, self.recalibrate, read.subject.features(beta), self.batch_size, self.workers):
+        size, workers = self.config.training.batch_size, self.config.workers
+        with recalibrated(self.model, self.split.train, read.backbone.features(beta), size, workers):
             return read("features", data, betas)
 
 
 @contextmanager
 def recalibrated(model: nn.Module, images: Dataset[Any], network: Any, batch_size: int, workers: int) -> Iterator[None]:
-    """Batch normalisation with the mean statistics of the batches of ``images``; afterwards with its own again.
+    """Give batch normalisation the mean statistics of the batches of ``images``; afterwards its own again.
 
     For a network that is not trained this stands in for the batch statistics that training would go by.
     """
     layers = [m for m in batch_norms(model) if m.track_running_stats]
     device = next(model.parameters()).device
     before = [(m.momentum, {k: b.clone() for k, b in m.named_buffers()}) for m in layers]
-    alone = len(images) > batch_size and len(images) % batch_size == 1  # type: ignore[arg-type]
+    single = len(images) > batch_size and len(images) % batch_size == 1  # type: ignore[arg-type]
     try:
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None  # a plain mean over the batches
             layer.train()
-        for batch, _ in DataLoader(images, batch_size, num_workers=workers, drop_last=alone):
+        for batch, _ in DataLoader(images, batch_size, num_workers=workers, drop_last=single):
             network(batch.to(device))
         for layer in layers:
             layer.eval()

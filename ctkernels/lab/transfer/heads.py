@@ -1,45 +1,16 @@
-"""The linear layer that every method trains: put on a network, or fitted to frozen features."""
+"""The linear head that every method trains: put on a network, or fitted to frozen features."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..images.features import Tap, find_tap, output_tensor, pool
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What every method gets alike: Adam, the rate rising over the first epoch and a tenth after half of the epochs.
-
-    Args:
-        epochs: the one with the best validation accuracy is kept.
-        batch_size: images per step, over all processes.
-
-    Source: Curvature Tuning paper, appendix B. Unlike there, the linear probe keeps its best epoch too.
-    """
-
-    epochs: int = 20
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    def factor(self, step: int, steps_per_epoch: int) -> float:
-        """What the rates are multiplied by at ``step``, counted from 0."""
-        epoch = step // steps_per_epoch
-        return min(1.0, (step + 1) / steps_per_epoch) * (0.1 if epoch >= max(1, self.epochs / 2) else 1.0)
-
-
-def rank(metrics: dict[str, float]) -> tuple[float, float]:
-    """What makes one epoch better than another: validation accuracy, and of equals the loss."""
-    return metrics["accuracy"], -metrics["loss"]
+from ..experiment import TrainingLog
+from ..images.features import HookPoint, find_hook_point, output_tensor, pool
+from .config import TrainingConfig
 
 
 class Logits(nn.Module):
@@ -63,15 +34,15 @@ def with_head(model: nn.Module, example: Tensor, classes: int, seed: int = 0) ->
         example: a batch the network takes, on its device.
         seed: of the layer's initial weights.
     """
-    tap = head_place(model, example)
+    point = head_input(model, example)
     network = copy.deepcopy(model)
     with torch.no_grad():
-        found = network.get_submodule(tap.layer)
-        width = found.in_features if isinstance(found, nn.Linear) else pool(network(example)).shape[1]
+        layer = network.get_submodule(point.layer)
+        width = layer.in_features if isinstance(layer, nn.Linear) else pool(network(example)).shape[1]
     head = new_head(width, classes, seed).to(example.device)
-    if tap.layer:
-        network.set_submodule(tap.layer, head)
-        return network, tap.layer
+    if point.layer:
+        network.set_submodule(point.layer, head)
+        return network, point.layer
     return Logits(network, head), "head"
 
 
@@ -82,26 +53,16 @@ def new_head(width: int, classes: int, seed: int) -> nn.Linear:
         return nn.Linear(width, classes)
 
 
-def head_place(model: nn.Module, example: Tensor) -> Tap:
-    """What a new head reads: the input of the linear classifier, or the output of a network without one."""
-    tap = find_tap(model, example)
-    linear = tap.side == "input" and isinstance(model.get_submodule(tap.layer), nn.Linear)
-    return tap if linear else Tap("", "output")
+def head_input(model: nn.Module, example: Tensor) -> HookPoint:
+    """The hook point of a new head: the input of the linear classifier, or the output of a network without one."""
+    point = find_hook_point(model, example)
+    linear = point.side == "input" and isinstance(model.get_submodule(point.layer), nn.Linear)
+    return point if linear else HookPoint("", "output")
 
 
 def logits_of(network: nn.Module, images: Tensor) -> Tensor:
     """(b, classes), from a network that gives them as they are or in a tuple, a dictionary, or ``.logits``."""
     return output_tensor(network(images))
-
-
-@dataclass(frozen=True)
-class Run:
-    """What training gave: validation metrics of every epoch, the best epoch (from 1), what it trained."""
-
-    epochs: list[dict[str, float]]
-    best: int
-    state: dict[str, Tensor]
-    diverged: bool = False
 
 
 def fit_head(
@@ -112,9 +73,9 @@ def fit_head(
     classes: int,
     *,
     lr: float,
-    budget: Budget,
+    training: TrainingConfig,
     seed: int,
-) -> Run:
+) -> TrainingLog:
     """Train a linear layer on frozen features as every other method trains its head.
 
     Args:
@@ -124,28 +85,26 @@ def fit_head(
         seed: of the initial weights (the same as :func:`with_head`'s) and of the order.
 
     Returns:
-        :class:`Run`, whose state is ``{"weight", "bias"}``.
+        :class:`TrainingLog`, whose state is ``{"weight", "bias"}``.
     """
     generator = torch.Generator().manual_seed(seed)
     head = new_head(features.shape[1], classes, seed)
-    optimiser = torch.optim.Adam(head.parameters(), lr=lr)
-    steps = -(-len(features) // budget.batch_size)
-    epochs: list[dict[str, float]] = []
-    best, state, step = 0, {}, 0
-    for epoch in range(1, budget.epochs + 1):
+    optimizer = torch.optim.Adam(head.parameters(), lr=lr)
+    steps = -(-len(features) // training.batch_size)
+    log, step = TrainingLog(), 0
+    for _ in range(training.epochs):
         total = 0.0
-        for batch in torch.randperm(len(features), generator=generator).split(budget.batch_size):
-            optimiser.param_groups[0]["lr"] = lr * budget.factor(step, steps)
+        for batch in torch.randperm(len(features), generator=generator).split(training.batch_size):
+            optimizer.param_groups[0]["lr"] = lr * training.factor(step, steps)
             loss = functional.cross_entropy(head(features[batch]), labels[batch])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             step, total = step + 1, total + float(loss.detach()) * len(batch)
         with torch.no_grad():
             logits = head(val_features)
             accuracy = float((logits.argmax(1) == val_labels).double().mean())
-            loss_here = float(functional.cross_entropy(logits, val_labels))
-        epochs.append({"train_loss": total / len(features), "loss": loss_here, "accuracy": accuracy})
-        if not best or rank(epochs[-1]) > rank(epochs[best - 1]):
-            best, state = epoch, {k: v.clone() for k, v in head.state_dict().items()}
-    return Run(epochs, best, state)
+            val_loss = float(functional.cross_entropy(logits, val_labels))
+        metrics = {"train_loss": total / len(features), "loss": val_loss, "accuracy": accuracy}
+        log.add(metrics, lambda: {name: value.clone() for name, value in head.state_dict().items()})
+    return log

@@ -1,4 +1,4 @@
-"""What :func:`compare_transfer` is given, checked before any long work starts, and made ready for the networks."""
+"""The networks and data sets of a comparison: checked before any long work, described for the result, made ready."""
 
 from __future__ import annotations
 
@@ -14,45 +14,19 @@ from torch.utils.data import Dataset, TensorDataset
 from ... import steer
 from ..._factories import check_takes
 from ...steering.activations import RELU_FAMILY
-from ..betas import check_labels
+from ..images.backbone import evaluation
 from ..images.features import output_tensor
+from ..images.inputs import check_labels
 from ..images.sets import ImageSet, Preprocess, Splits, normalised_like
-from ..search.reading import evaluation
+from .config import ImageOptions
 from .heads import with_head
 from .methods import Method
 
 Models = Mapping[str, nn.Module | Callable[[], nn.Module]]
-NORMALISE = ("target", "imagenet")
 
 
 @dataclass(frozen=True)
-class ImageOptions:
-    """How images are made ready and split; the paper's ways by default.
-
-    Args:
-        size, resize: as of :class:`Preprocess`.
-        normalise: "target": with the mean and deviation of the training images; "imagenet": with ImageNet's.
-        val, test: fractions to cut off the training images where the data has no such split.
-        max_train: at most so many images for training and for the validation that is cut off them.
-        max_test: at most so many images for test.
-    """
-
-    size: int = 224
-    resize: int | None = None
-    normalise: str = "target"
-    val: float = 0.2
-    test: float = 0.2
-    max_train: int | None = None
-    max_test: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.normalise not in NORMALISE:
-            raise ValueError(f"normalise must be one of {NORMALISE}, got {self.normalise!r}")
-        Preprocess(self.size, self.resize)
-
-
-@dataclass(frozen=True)
-class Draw:
+class Split:
     """One seed's images, ready for the network, and their labels. The test images are every seed's."""
 
     train: Dataset[Any]
@@ -61,7 +35,7 @@ class Draw:
     labels: dict[str, Tensor]
 
 
-def draw(splits: Splits, options: ImageOptions, seed: int, memory: int) -> Draw:
+def draw(splits: Splits, options: ImageOptions, seed: int, memory: int) -> Split:
     """Split and prepare; images are kept prepared if all take at most ``memory`` bytes, else made when read."""
     parts = split(splits, options, seed)
     preprocess = Preprocess(options.size, options.resize)
@@ -70,8 +44,8 @@ def draw(splits: Splits, options: ImageOptions, seed: int, memory: int) -> Draw:
     ready = {name: part.prepared(preprocess) for name, part in parts.items()}
     labels = {name: part.labels for name, part in parts.items()}
     keep = sum(map(len, parts.values())) * 3 * 4 * options.size**2 <= memory
-    found = {name: _kept(part) if keep else part for name, part in ready.items()}
-    return Draw(**found, labels=labels)
+    images = {name: _kept(part) if keep else part for name, part in ready.items()}
+    return Split(**images, labels=labels)
 
 
 def split(splits: Splits, options: ImageOptions, seed: int) -> dict[str, ImageSet]:
@@ -85,7 +59,7 @@ def _kept(images: ImageSet) -> TensorDataset:
 
 
 def check_data(name: str, splits: Splits, options: ImageOptions, seeds: Sequence[int]) -> dict[str, Any]:
-    """What the result says about a data set.
+    """Describe a data set for the result.
 
     Raises:
         ValueError: too few images of a class to split, one class only, a class to predict that was not learnt, NaN.
@@ -115,7 +89,7 @@ def check_data(name: str, splits: Splits, options: ImageOptions, seeds: Sequence
 def check_model(
     name: str, model: nn.Module, methods: Sequence[Method], size: int, activations: Sequence[str] | None
 ) -> dict[str, Any]:
-    """What the result says about a network.
+    """Describe a network for the result.
 
     Raises:
         ValueError: it takes no images of this size, a method needs an activation to treat and it has none, or a layer
@@ -131,8 +105,8 @@ def check_model(
 
 def _try(model: nn.Module, methods: Sequence[Method], size: int, activations: Sequence[str] | None) -> None:
     """Every method once on one made-up image, without training."""
-    place = next((p.device for p in model.parameters()), torch.device("cpu"))
-    example = torch.zeros(1, 3, size, size, device=place)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    example = torch.zeros(1, 3, size, size, device=device)
     output_tensor(check_takes(model, example, what="images"))
     if any(m.coeff is not None for m in methods):
         with steer(model, 1.0, activations=RELU_FAMILY if activations is None else activations):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...steering.activations import RELU_FAMILY
-from ..betas import MEAN_FREE
-from .result import Setting
+from .. import experiment
+from ..experiment import Setting
+from ..images.backbone import MEAN_FREE
 
 HEAD_LR = 1e-3
 
@@ -26,7 +27,8 @@ class Attached:
     Attributes:
         network: the network, everything else frozen.
         groups: parameter groups with their rates.
-        parameters: how many numbers are trained, without the head; ``head``: how many are in the head.
+        parameters: how many numbers are trained, without the head.
+        head: how many are in the head.
     """
 
     network: nn.Module
@@ -36,35 +38,15 @@ class Attached:
 
 
 @dataclass(frozen=True)
-class Method:
-    """A method by name; ``grid`` holds the values to try, ``optional`` names further settings it understands.
+class Method(experiment.Method):
+    """A method of the comparison.
 
     ``attach`` makes an :class:`Attached` of a network with a new head, the head's name, a setting, the kinds of
     activation to treat (None: the default) and the side of the images. It is None for methods that leave the network
-    alone; of these ``coeff`` is the coefficient of S-CT, None of the linear probe.
+    alone; of these ``coeff`` is the coefficient of S-CT, None for the linear probe.
     """
 
-    name: str
-    grid: Mapping[str, tuple[float, ...]]
-    attach: Callable[[nn.Module, str, Setting, Sequence[str] | None, int], Attached] | None = None
-    optional: tuple[str, ...] = ()
     coeff: float | str | None = None
-
-    def settings(self, own: Mapping[str, Sequence[float]] | None = None) -> list[dict[str, float | str]]:
-        """Every combination of the grid's values, with ``own`` instead of or besides them.
-
-        Raises:
-            ValueError: a name this method does not have, or no values for it.
-        """
-        known = [*self.grid, *self.optional]
-        if unknown := [name for name in own or {} if name not in known]:
-            raise ValueError(f"grids: {self.name} has the settings {known}, got {unknown}")
-        grid = {**self.grid, **(own or {})}
-        if empty := [name for name, values in grid.items() if not len(values)]:
-            raise ValueError(f"grids: {self.name} needs at least one value of {empty}, got none")
-        if bad := {n: v for n, values in grid.items() for v in values if not (v > 0 or n == "coeff")}:
-            raise ValueError(f"grids: {self.name} needs positive values, got {bad}")
-        return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 
 def method(name: str) -> Method:
@@ -73,27 +55,24 @@ def method(name: str) -> Method:
     Raises:
         ValueError: another name.
     """
+    head = {"head_lr": (HEAD_LR,)}
     if name == "linear":
-        return Method(name, {"head_lr": (HEAD_LR,)})
+        return Method(name, "a linear probe", head)
     if name in ("sct", "sct-mean-free"):
-        return Method(name, {"head_lr": (HEAD_LR,)}, coeff=0.5 if name == "sct" else MEAN_FREE)
+        return Method(name, "the best of many fixed betas", head, coeff=0.5 if name == "sct" else MEAN_FREE)
     # The curvature's rate is lr where it is trained; LoRA alone has one rate for adapter and head, as in the paper.
-    curvature = {"lr": (0.1,), "head_lr": (HEAD_LR,)}
+    curvature = {"lr": (0.1,), **head}
     if name == "tct":
-        return Method(name, curvature, _tct, ("beta", "coeff"))
-    found = re.fullmatch(r"(tct\+)?lora-r([1-9]\d*)", name)
-    if found is None:
+        return Method(name, "learned curvature", curvature, _tct, ("beta", "coeff"), nonnegative=("coeff",))
+    match = re.fullmatch(r"(tct\+)?lora-r([1-9]\d*)", name)
+    if match is None:
         raise ValueError(f"methods must be linear, sct, sct-mean-free, tct, lora-rN or tct+lora-rN, got {name!r}")
-    rank = int(found[2])
-
-    def attach(network: nn.Module, head: str, setting: Setting, kinds: Sequence[str] | None, size: int) -> Attached:
-        if found[1]:
-            return _tct(network, head, setting, kinds, size, rank)
-        return _lora(network, head, setting, rank)
-
-    if found[1]:
-        return Method(name, {**curvature, "lora_lr": (1e-4,)}, attach, ("beta", "coeff", "scale"))
-    return Method(name, {"lr": (1e-4,)}, attach, ("head_lr", "scale"))
+    rank = int(match[2])
+    if match[1]:
+        optional, attach = ("beta", "coeff", "scale"), partial(_tct, rank=rank)
+        grid = {**curvature, "lora_lr": (1e-4,)}
+        return Method(name, "learned curvature and LoRA", grid, attach, optional, nonnegative=("coeff",))
+    return Method(name, "LoRA", {"lr": (1e-4,)}, partial(_lora, rank=rank), ("head_lr", "scale"))
 
 
 def lora_targets(network: nn.Module, head: str, rank: int) -> tuple[list[str], list[str]]:
@@ -124,7 +103,9 @@ def _lora_config(network: nn.Module, head: str, setting: Setting, rank: int, **m
     return peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, **more)
 
 
-def _lora(network: nn.Module, head: str, setting: Setting, rank: int) -> Attached:
+def _lora(
+    network: nn.Module, head: str, setting: Setting, kinds: Sequence[str] | None, size: int, rank: int
+) -> Attached:
     import peft
 
     config = _lora_config(network, head, setting, rank, modules_to_save=[head])
@@ -170,9 +151,8 @@ def _attached(model: Any, rates: Mapping[str, float], head_lr: float) -> Attache
         parameter.requires_grad_(kind is not None)
         if kind is not None:
             groups[kind].append(parameter)
-    counts = {kind: sum(p.numel() for p in found) for kind, found in groups.items()}
+    counts = {kind: sum(p.numel() for p in parameters) for kind, parameters in groups.items()}
     head = counts.pop("modules_to_save")
     lrs = {**rates, "modules_to_save": head_lr}
-    return Attached(
-        model, [{"params": found, "lr": lrs[kind]} for kind, found in groups.items()], sum(counts.values()), head
-    )
+    trained = [{"params": parameters, "lr": lrs[kind]} for kind, parameters in groups.items()]
+    return Attached(model, trained, sum(counts.values()), head)

@@ -1,4 +1,4 @@
-"""What training changes in a network, and the mode it runs in meanwhile."""
+"""Snapshot and restore of what training changes in a network, and the mode it is trained in."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def state_of(network: nn.Module, bn_train: bool) -> dict[str, Tensor]:
     """Copies of what training changes: trained parameters, and the statistics of batch normalisation if ``bn_train``."""
     state = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
     if bn_train:
-        own = {id(b) for module in batch_norms(network) for b in module.buffers()}
-        state |= {name: b.detach().clone() for name, b in network.named_buffers() if id(b) in own}
+        statistics = {id(b) for module in batch_norms(network) for b in module.buffers()}
+        state |= {name: b.detach().clone() for name, b in network.named_buffers() if id(b) in statistics}
     return state
 
 

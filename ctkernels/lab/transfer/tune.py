@@ -16,14 +16,16 @@ from ..._extras import require
 from ..._files import read_json
 from ...steering import steer
 from .._weights import read_weights, save_weights
+from ..config import configured
+from ..experiment import Setting, weights_path
 from ..images.sets import Preprocess, Splits, normalised_like
+from .compare import compare_transfer
+from .config import TransferConfig
 from .frozen import recalibrated
 from .heads import with_head
-from .inputs import ImageOptions, draw, split
+from .inputs import draw, split
 from .methods import method
-from .protocol import compare_transfer
-from .result import SCHEMA, Cell, Setting, TransferComparison, display, read_comparison
-from .soundness import weights_path
+from .result import RunResult, TransferComparison, display
 from .state import batch_norms, load_state
 
 HIGHEST = 0.99  # the rate of change of a learned beta dies as 1 - beta, so it cannot start nearer to 1
@@ -35,13 +37,13 @@ def tune_curvature(
     model: nn.Module | Callable[[], nn.Module],
     data: Splits,
     out: str | PathLike[str],
+    config: TransferConfig | None = None,
     *,
     name: str = "model",
     data_name: str = "data",
     seed: int = 42,
     lr: Sequence[float] = (0.1,),
     head_lr: Sequence[float] = (1e-3,),
-    images: ImageOptions | None = None,
     extra: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> TransferComparison:
@@ -61,9 +63,9 @@ def tune_curvature(
         seed: of the splits, initial weights and order.
         lr: rates of the curvature to try.
         head_lr: rates of the head to try, for all three stages.
-        images: how images are made ready and split.
+        config: betas, epochs, how images are made ready and so on.
         extra: more entries for the result file.
-        options: ``betas``, ``budget``, ``bn``, ``activations`` and others of :func:`compare_transfer`.
+        options: fields of :class:`TransferConfig`, in place of ``config``'s.
 
     Raises:
         ValueError, ImportError: as :func:`compare_transfer`.
@@ -74,9 +76,9 @@ def tune_curvature(
 
     Source: Curvature Tuning paper, sections 3.3 and 4.1.
     """
-    o, folder = images or ImageOptions(), Path(out)
+    config, folder = configured(TransferConfig, config, options), Path(out)
     head = {"head_lr": list(head_lr)}
-    common: dict[str, Any] = {"seeds": (seed,), "images": o, "out": out, **options}
+    common: dict[str, Any] = {"config": config, "seeds": (seed,), "out": out}
     sources, sets = {name: model}, {data_name: data}
     method("tct").settings({"lr": list(lr), **head})  # refuse bad rates before the first stage
     fixed = compare_transfer(
@@ -88,39 +90,44 @@ def tune_curvature(
     result = compare_transfer(
         sources, sets, methods=("linear", "sct", "tct"), grids=grids, extra={**(extra or {}), "kind": "tune"}, **common
     )
-    cells = _by_stage(result)
+    runs = _by_stage(result)
     kept = kept_stage(result)
-    below = cells["linear"].validation["accuracy"] - cells["tct"].validation["accuracy"]
+    below = runs["linear"].validation["accuracy"] - runs["tct"].validation["accuracy"]
     if below > 0:
         warnings.warn(
             f"T-CT ended {100 * below:.1f} points below the linear probe on validation; {display(kept)} is kept. A lower "
-            f"rate (lr, now {cells['tct'].setting['lr']:g}) or more epochs may help",
+            f"rate (lr, now {runs['tct'].setting['lr']:g}) or more epochs may help",
             stacklevel=2,
         )
-    train = split(data, o, seed)["train"]
-    preprocess = Preprocess(o.size, o.resize)
-    if o.normalise == "target":
+    images = config.images
+    train = split(data, images, seed)["train"]
+    preprocess = Preprocess(images.size, images.resize)
+    if images.normalise == "target":
         preprocess = normalised_like(preprocess, train)
     from accelerate import PartialState
 
+    from ...adapters import save_adapter
+
     if PartialState().is_main_process:
         built = (model if isinstance(model, nn.Module) else model()).cpu()
-        cell, classes = cells[kept], len(train.classes)
-        state, own_statistics = read_weights(weights_path(folder, cell)), result.setup["bn"] != "eval"
+        run, classes = runs[kept], len(train.classes)
+        state = read_weights(weights_path(folder, run))
         for stale in (folder / HEAD, folder / STATISTICS):
             stale.unlink(missing_ok=True)
         if kept == "tct":
-            network = _network(built, classes, cell.setting, o.size, result.setup["activations"])
+            network = _network(built, classes, run.setting, images.size, config)
             load_state(network, state)
-            _save(network, folder / "adapter", own_statistics)
+            save_adapter(network, folder / "adapter")
+            if config.bn != "eval":
+                save_weights(folder / "adapter" / STATISTICS, _statistics(network))
         else:
             shutil.rmtree(folder / "adapter", ignore_errors=True)  # of an earlier call, which chose among fewer runs
             save_weights(folder / HEAD, state)
-            if result.setup["bn"] == "train":
-                network, _ = with_head(built.eval(), _example(built, o.size), classes)
-                _steered(network, cell, result.setup["activations"])
-                batch = result.setup["budget"]["batch_size"]
-                with torch.no_grad(), recalibrated(network, draw(data, o, seed, 0).train, network, batch, 0):
+            if config.bn == "train":
+                network, _ = with_head(built.eval(), _example(built, images.size), classes)
+                _steer(network, run, config.kinds)
+                batch = config.training.batch_size
+                with torch.no_grad(), recalibrated(network, draw(data, images, seed, 0).train, network, batch, 0):
                     save_weights(folder / STATISTICS, _statistics(network))
         tuned = {
             "kept": kept,
@@ -136,7 +143,7 @@ def tune_curvature(
 
 
 def load_tuned(model: nn.Module, folder: str | PathLike[str]) -> tuple[nn.Module, Preprocess, tuple[str, ...]]:
-    """What :func:`tune_curvature` kept in a folder, T-CT, S-CT or the plain network, on a copy of the pretrained network.
+    """Put what :func:`tune_curvature` kept in a folder, T-CT, S-CT or a plain head, on a copy of the pretrained network.
 
     Args:
         model: the network as it was before.
@@ -156,7 +163,7 @@ def load_tuned(model: nn.Module, folder: str | PathLike[str]) -> tuple[nn.Module
     try:
         values = read_json(path / "result.json")
         tuned = values["tuned"]
-        if values["schema"] != SCHEMA:
+        if values["schema"] != TransferComparison.SCHEMA:
             raise ValueError(f"schema {values['schema']}")
         classes, kept = tuple(tuned["classes"]), tuned.get("kept", "tct")
         preprocess = Preprocess(tuned["size"], tuned["resize"], tuple(tuned["mean"]), tuple(tuned["std"]))
@@ -175,8 +182,8 @@ def load_tuned(model: nn.Module, folder: str | PathLike[str]) -> tuple[nn.Module
             raise ValueError(f"the adapter in {path} does not fit {type(model).__name__}: {error}") from error
         statistics = adapter / STATISTICS
     else:
-        result = read_comparison(path / "result.json")
-        _steered(network, _by_stage(result)[kept], result.setup["activations"])
+        result = TransferComparison.read(path / "result.json")
+        _steer(network, _by_stage(result)[kept], result.setup["activations"])
         try:
             network.get_submodule(head).load_state_dict(read_weights(path / tuned["head"]))
         except RuntimeError as error:
@@ -188,42 +195,40 @@ def load_tuned(model: nn.Module, folder: str | PathLike[str]) -> tuple[nn.Module
 
 def kept_stage(result: TransferComparison) -> str:
     """The stage with the best validation accuracy: ``linear``, ``sct`` or ``tct``; of equals the simplest."""
-    cells = _by_stage(result)
-    return max(STAGES, key=lambda name: cells[name].validation["accuracy"])
+    runs = _by_stage(result)
+    return max(STAGES, key=lambda name: runs[name].validation["accuracy"])
 
 
 def stages(result: TransferComparison) -> str:
-    """What each stage gave on the test images, and which one is kept."""
+    """Each stage's scores as text, and which one is kept."""
     lines = []
-    for name, cell in _by_stage(result).items():
-        how = f", beta = {cell.detail['beta']:g}" if cell.detail.get("beta") is not None else ""
+    for name, run in _by_stage(result).items():
+        how = f", beta = {run.detail['beta']:g}" if run.detail.get("beta") is not None else ""
         lines.append(
-            f"{display(name)}{how}: validation {100 * cell.validation['accuracy']:.1f} %, "
-            f"test {100 * (cell.test or 0):.1f} %, {cell.parameters:,} numbers learned besides the head"
+            f"{display(name)}{how}: validation {100 * run.validation['accuracy']:.1f} %, "
+            f"test {100 * (run.test or 0):.1f} %, {run.parameters:,} numbers learned besides the head"
         )
     return "\n".join([*lines, f"validation prefers: {display(kept_stage(result))}, which is kept"])
 
 
-def _by_stage(result: TransferComparison) -> dict[str, Cell]:
+def _by_stage(result: TransferComparison) -> dict[str, RunResult]:
     (model,), (data,) = result.models, list(result.setup["data"])
     return {name: result.tested(model, data, name)[0] for name in STAGES}
 
 
-def _steered(network: nn.Module, cell: Cell, activations: Sequence[str] | None) -> None:
-    """Steers as a frozen stage did; nothing for the plain network."""
-    beta, coeff = cell.detail.get("beta"), cell.detail.get("coeff")
+def _steer(network: nn.Module, run: RunResult, activations: Sequence[str] | None) -> None:
+    """Steer as a frozen stage did; nothing for the plain network."""
+    beta, coeff = run.detail.get("beta"), run.detail.get("coeff")
     if beta is not None and coeff is not None:
         options: dict[str, Any] = {} if activations is None else {"activations": tuple(activations)}
         steer(network, beta, coeff=coeff, **options)
 
 
-def _network(
-    model: nn.Module, classes: int, setting: Setting, size: int, activations: Sequence[str] | None
-) -> nn.Module:
+def _network(model: nn.Module, classes: int, setting: Setting, size: int, config: TransferConfig) -> nn.Module:
     network, head = with_head(model.eval(), _example(model, size), classes)
     attach = method("tct").attach
     assert attach is not None
-    return attach(network, head, setting, activations, size).network
+    return attach(network, head, setting, config.kinds, size).network
 
 
 def _example(model: nn.Module, size: int) -> torch.Tensor:
@@ -234,11 +239,3 @@ def _statistics(network: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers of batch normalisation by name."""
     names = {id(b): name for name, b in network.named_buffers()}
     return {names[id(b)]: b for module in batch_norms(network) for b in module.buffers()}
-
-
-def _save(network: nn.Module, folder: Path, statistics: bool) -> None:
-    from ...adapters import save_adapter
-
-    save_adapter(network, folder)
-    if statistics:
-        save_weights(folder / STATISTICS, _statistics(network))

@@ -12,7 +12,7 @@ from torch import nn
 
 import ctkernels
 from ctkernels.lab import search_beta
-from ctkernels.lab.search import reading
+from ctkernels.lab.images import backbone as backbones
 
 pytest.importorskip("sklearn", reason="the laboratory needs scikit-learn")
 pytest.importorskip("tqdm", reason="the laboratory needs tqdm")
@@ -45,9 +45,9 @@ def test_fused_features_are_the_unfused_ones(beta):
     runs = [{"output": run["output"]} for run in rounded_anew(steered, x)]
     truth = {"output": observe(steered.double(), x.double())["output"]}
     before = snapshot(model)
-    with reading.subject_of(model, x[:1], None, {"coeff": 0.5}, fast=True) as subject:
+    with backbones.steered_backbone(model, x[:1], None, fast=True) as backbone:
         assert is_fused(model)
-        assert_networks_agree({"output": subject.features(beta)(x)}, runs, truth)
+        assert_networks_agree({"output": backbone.features(beta)(x)}, runs, truth)
     assert_same(before, snapshot(model))
 
 
@@ -56,8 +56,8 @@ def test_the_network_is_given_back_after_an_error():
     before, expected = snapshot(model), model(x)
 
     def stopped():
-        with reading.subject_of(model, x[:1], None, {"coeff": 0.5}, fast=True) as subject:
-            subject.features(0.9)(x)
+        with backbones.steered_backbone(model, x[:1], None, fast=True) as backbone:
+            backbone.features(0.9)(x)
             raise RuntimeError("on the way")
 
     with pytest.raises(RuntimeError, match="on the way"):
@@ -76,6 +76,6 @@ def test_a_search_chooses_what_it_would_choose_unfused(model, monkeypatch):
     def nothing(_: nn.Module) -> None:
         raise ValueError("nothing to fuse")
 
-    monkeypatch.setattr(reading, "fuse", nothing)
+    monkeypatch.setattr(backbones, "fuse", nothing)
     unfused = search_beta(model, data, betas=[0.6, 0.8], progress=False)
     assert (found.chosen, found.val_accuracy, found.test) == (unfused.chosen, unfused.val_accuracy, unfused.test)

@@ -1,22 +1,19 @@
-"""Nouns of WordNet by their definition, a task that is on every machine or one small download away."""
+"""Nouns of WordNet by their definition: prompts with eight answers to choose from."""
 
 from __future__ import annotations
 
 import os
 import random
-import subprocess
-import tempfile
 import urllib.error
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..._extras import require
-from .._debian import unpack
-from .texts import Example, TextData
+from ctkernels.lab.jola import Example, TextData
 
-WORDNET = "wordnet"
+from .debian import cache, fetched, first, unpack
+
 DEBIAN = Path("/usr/share/wordnet")
 # number of the lexicographer file -> the word that answers "This is a kind of"
 CLASSES = {
@@ -32,9 +29,7 @@ CLASSES = {
 PROMPT = "Definition: {gloss}\nThis is a kind of"
 
 
-def wordnet_nouns(
-    path: str | os.PathLike[str] | None = None, *, per_class: int = 400, download: bool = True
-) -> TextData:
+def wordnet(path: str | os.PathLike[str] | None = None, *, per_class: int = 400, download: bool = True) -> TextData:
     """Definitions of nouns, each to be put into one of eight classes; the same examples on every machine.
 
     The classes are those of WordNet's lexicographers for acts, attributes, cognition, communication, states, events,
@@ -52,7 +47,7 @@ def wordnet_nouns(
         ValueError: none worked (the message has one reason each), or ``per_class`` is below 1.
 
     Example:
-        >>> data = wordnet_nouns()  # doctest: +SKIP
+        >>> data = wordnet()  # doctest: +SKIP
         >>> data.train[0].choices  # doctest: +SKIP
         ('act', 'quality', 'idea', 'message', 'condition', 'event', 'group', 'money')
 
@@ -60,26 +55,19 @@ def wordnet_nouns(
     """
     if per_class < 1:
         raise ValueError(f"per_class must be at least 1, got {per_class}")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctkernels" / WORDNET
+    target = cache("wordnet")
     attempts: list[tuple[str, Callable[[], Path]]]
     if path is not None:
         attempts = [(f"{path}", lambda: Path(path))]
     else:
-        attempts = [(f"Debian package in {DEBIAN}", lambda: DEBIAN), (f"cache {cache}", lambda: cache)]
+        attempts = [(f"Debian package in {DEBIAN}", lambda: DEBIAN), (f"cache {target}", lambda: target)]
         if download:
             attempts += [
-                ("Debian package wordnet-base, downloaded", lambda: _cached(cache, _from_debian)),
-                ("nltk's download", lambda: _cached(cache, _from_nltk)),
+                ("Debian package wordnet-base, downloaded", lambda: fetched(target, _from_debian, _read_nouns)),
+                ("nltk's download", lambda: fetched(target, _from_nltk, _read_nouns)),
             ]
-    reasons = []
-    for source, locate in attempts:
-        try:
-            found = _read_nouns(locate())
-        except (OSError, ValueError, ImportError, subprocess.SubprocessError, zipfile.BadZipFile) as error:
-            reasons.append(f"  {source}: {error}")
-            continue
-        return TextData(_examples(found, per_class), source=f"WordNet nouns, {source}")
-    raise ValueError("WordNet was not found:\n" + "\n".join(reasons))
+    nouns, source = first("WordNet", attempts, _read_nouns)
+    return TextData(_examples(nouns, per_class), source=f"WordNet nouns, {source}")
 
 
 def _examples(glosses: dict[str, list[str]], per_class: int) -> tuple[Example, ...]:
@@ -112,23 +100,13 @@ def _read_nouns(place: Path) -> dict[str, list[str]]:
     return found
 
 
-def _cached(cache: Path, fetch: Callable[[Path], Path]) -> Path:
-    """Let ``fetch`` fill a temporary folder, and move the file it points at to ``cache``."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache.parent) as temporary:
-        found = fetch(Path(temporary))
-        _read_nouns(found)  # a damaged download must not end up in the cache
-        if not cache.exists():
-            os.replace(found, cache)
-    return cache
-
-
 def _from_debian(folder: Path) -> Path:
     return unpack("wordnet-base", folder) / "usr/share/wordnet"
 
 
 def _from_nltk(folder: Path) -> Path:
-    nltk = require("nltk", "lab", "downloading WordNet")
+    import nltk
+
     try:
         if not nltk.download("wordnet", download_dir=str(folder), quiet=True):
             raise ValueError("the download failed")

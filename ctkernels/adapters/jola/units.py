@@ -1,0 +1,181 @@
+"""Measuring how large each head's output is, so that additive edits are trained in steps of that size."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .gates import named_adapters
+from .layer import JolaLayer
+from .model import jola_layers
+from .parallel import first_head
+
+SMALLEST = 1e-3  # of the median head's: a smaller unit would hold an edit fast
+
+
+@torch.no_grad()
+def measure_units(model: nn.Module, batches: Iterable[Any], adapter: str | None = None) -> dict[str, list[float]]:
+    """Set the units of a JoLA adapter's additive edits: the RMS of each head's output, measured in one pass.
+
+    Heads' outputs differ by tens of times in size from layer to layer, while Adam moves every number by the same step: a
+    rate that suits most heads then drowns the small ones. With units, a step is a part of the head's own output. What
+    the adapter computes stays the same (a is divided by its new unit), so it can be done at any time; before training is
+    when it pays, and an optimizer that has taken steps should be made anew. Measuring again on the same batches changes
+    nothing.
+
+    The model runs in evaluation mode without JoLA's edits. Padding does not count where a batch has a 2-D
+    ``attention_mask``. In a distributed run every process calls this, each with batches of its own or with the same
+    ones; all get the same units. No unit is smaller than a thousandth of the median head's, that of a head that puts out
+    zeros included.
+
+    Args:
+        model: a model with a JoLA adapter, unmerged; it may be wrapped by DDP or FSDP2.
+        batches: inputs like those of training, a few dozen examples: mappings (passed as keywords), sequences (as
+            arguments) or single tensors.
+        adapter: its name; None takes the active ones.
+
+    Returns:
+        module name -> the unit of every head; empty if there are no additive edits.
+
+    Raises:
+        ValueError: no batch reached an edited layer, every output is zero, an output is not finite, or the adapter is
+            merged. Nothing is changed then.
+
+    Example:
+        >>> model = get_peft_model(model, JolaConfig(task_type="CAUSAL_LM"))
+        >>> measure_units(model, [tokenizer(prompts[:64], padding=True, return_tensors="pt")])
+    """
+    names = named_adapters(model, adapter)
+    for layer in jola_layers(model):
+        if layer.merged:
+            raise ValueError(
+                f"{layer.site}: measuring units needs unmerged adapters, got {layer.merged_adapters} merged"
+            )
+    layers = [layer for layer in jola_layers(model) if any(name in layer.jola_a for name in names)]
+    if not layers:
+        return {}
+    sizes = _sizes(model, layers, batches)
+    found: dict[str, list[float]] = {}
+    for layer, size in zip(layers, sizes):
+        if size is None:
+            continue
+        found[layer.site] = size.tolist()
+        for name in names:
+            if name in layer.jola_a:
+                _change(layer.jola_a[name], layer.jola_unit_a[name], size[list(layer.heads("a", name))])
+    return found
+
+
+def has_units(model: nn.Module, adapter: str | None = None) -> bool:
+    """Whether the units of an adapter's additive edits have been measured (or there are no such edits)."""
+    names = named_adapters(model, adapter)
+    units = [layer.jola_unit_a[name] for layer in jola_layers(model) for name in names if name in layer.jola_a]
+    return not units or any(bool((unit != 1).any()) for unit in units)
+
+
+def real_tokens(mask: Any, rows: int, tokens: int, device: torch.device) -> Tensor:
+    """Which positions of a batch count, (rows, tokens): those in a 2-D attention mask that fits, else all."""
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == rows and mask.shape[1] >= tokens:
+        return mask[:, -tokens:].to(device, torch.bool)
+    return torch.ones(rows, tokens, dtype=torch.bool, device=device)
+
+
+def _change(parameter: Any, unit: Tensor, size: Tensor) -> None:
+    """Express a parameter in another unit."""
+    before = unit.clone()
+    unit.copy_(size)
+    factors = (before / unit).unsqueeze(-1).expand(parameter.shape)
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        factors = distribute_tensor(factors.contiguous(), parameter.device_mesh, parameter.placements)
+    parameter.mul_(factors)
+
+
+def _sizes(model: nn.Module, layers: list[JolaLayer], batches: Iterable[Any]) -> list[Tensor | None]:
+    """The RMS of every head's output, by layer; None where no batch got to."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module  # it would wait for the other processes in every call
+    totals = [torch.zeros(2, layer.num_heads, dtype=torch.float64) for layer in layers]  # sums of squares, tokens
+    mask: Any = None
+
+    def take(layer: JolaLayer, total: Tensor, module: nn.Module, inputs: Any) -> None:
+        z = inputs[0].detach()
+        heads = z.shape[-1] // layer.head_dim
+        start = 0 if heads == layer.num_heads else first_head(layer, heads, layer.num_heads)[0]
+        squares = z.reshape(z.shape[0], -1, heads, layer.head_dim).float().square().mean(-1)
+        real = real_tokens(mask, squares.shape[0], squares.shape[1], squares.device)
+        own = squares.where(real.unsqueeze(-1), 0).sum((0, 1))  # padding may hold NaN
+        total[:, start : start + heads] += torch.stack([own, real.sum().expand(heads)]).cpu()
+
+    modes = {module: module.training for module in model.modules()}
+    editing = [layer for layer in jola_layers(model) if not layer.disable_adapters]
+    handles = [layer.register_forward_pre_hook(partial(take, layer, total)) for layer, total in zip(layers, totals)]
+    try:
+        model.eval()
+        for layer in editing:
+            layer._disable_adapters = True
+        for batch in batches:
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            _call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in editing:
+            layer._disable_adapters = False
+        for module, mode in modes.items():
+            module.training = mode
+    return _rms(layers, _over_processes(model, totals))
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    device = next(model.parameters()).device
+
+    def here(value: Any) -> Any:
+        return value if device.type == "meta" or not isinstance(value, Tensor) else value.to(device)
+
+    if isinstance(batch, Mapping):
+        model(**{name: here(value) for name, value in batch.items()})
+    else:
+        model(*map(here, batch if isinstance(batch, (list, tuple)) else [batch]))
+
+
+def _over_processes(model: nn.Module, totals: list[Tensor]) -> list[Tensor]:
+    """Sums over all processes; under tensor parallelism each has its own heads."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return totals
+    flat = torch.cat([total.flatten() for total in totals]).to(next(model.parameters()).device)
+    dist.all_reduce(flat)
+    parts = flat.cpu().split([total.numel() for total in totals])
+    return [part.view_as(total) for part, total in zip(parts, totals)]
+
+
+def _rms(layers: list[JolaLayer], totals: list[Tensor]) -> list[Tensor | None]:
+    means = [total[0] / total[1] if bool(total[1].all()) else None for total in totals]
+    measured = [mean for mean in means if mean is not None]
+    if not measured:
+        raise ValueError("batches must hold at least one token that gets to an edited layer, got none")
+    for layer, mean in zip(layers, means):
+        if mean is not None and not bool(mean.isfinite().all()):
+            raise ValueError(
+                f"{layer.site}: expected finite outputs of heads, got NaN or infinity; measure on inputs that the model "
+                "can take, in a dtype wide enough for it"
+            )
+    sizes = torch.cat(measured).sqrt()
+    if not bool(sizes.any()):
+        raise ValueError("expected a model whose heads put something out, got zeros from all of them")
+    unseen = [layer.site for layer, mean in zip(layers, means) if mean is None]
+    if unseen:
+        warnings.warn(
+            f"no batch got to {unseen[0]} and {len(unseen) - 1} others: their units stay as they are",
+            UserWarning,
+            stacklevel=4,
+        )
+    smallest = SMALLEST * float(sizes[sizes > 0].median())
+    return [None if mean is None else mean.sqrt().clamp_min(smallest).float() for mean in means]

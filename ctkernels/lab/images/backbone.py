@@ -1,0 +1,199 @@
+"""A frozen network as a backbone: steered, perhaps fused, and its features extracted over a grid of betas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, Dataset
+
+from ... import fuse, steer
+from ..._factories import check_takes
+from .._distributed import Group
+from .._progress import bar
+from .features import HookPoint, extract, find_hook_point
+
+MEAN_FREE = "mean-free"
+Beta = float | Mapping[str, float] | None  # one for all sites, or by site; None: the plain network
+
+
+def coeff_at(coeff: float | str, beta: float) -> float:
+    """``coeff`` itself, or for ``"mean-free"`` the coefficient at which a unit of ``beta`` has no mean shift.
+
+    The integral of (unit - ReLU) over all x is (pi^2 / 6) s^2 ((1 - c) - c / beta^2), s = 1 - beta. It is zero at
+    c = beta^2 / (1 + beta^2): 0.5 near beta = 1, 0.448 at 0.9, 0.329 at 0.7. At c = 0.5 it is negative for beta < 1.
+
+    Example:
+        >>> coeff_at("mean-free", 1.0)
+        0.5
+    """
+    return beta**2 / (1 + beta**2) if isinstance(coeff, str) else coeff
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode, and back to what each submodule was."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def fused(model: nn.Module) -> Iterator[nn.Module]:
+    """The network fused, so that it runs faster and gives the same within rounding; as it is where nothing can be."""
+    try:
+        fusion: Any = fuse(model)
+    except ValueError:
+        fusion = nullcontext()
+    with fusion:
+        yield model
+
+
+@dataclass(frozen=True)
+class Steered:
+    """A steered network.
+
+    Attributes:
+        turn: sets beta.
+        sites: names of the activations that are steered.
+        missed: selected activations that cannot be, with the reason.
+        plain_is_beta_1: whether the network at beta = 1 is the plain one.
+    """
+
+    turn: Callable[[Any], None]
+    sites: tuple[str, ...]
+    missed: tuple[str, ...]
+    plain_is_beta_1: bool
+
+    @property
+    def plain(self) -> float | None:
+        """The beta of the plain network; None if it is none."""
+        return 1.0 if self.plain_is_beta_1 else None
+
+    def candidates(self, betas: Iterable[float]) -> list[float | None]:
+        """The betas to try, ascending, the plain network among them."""
+        return [*sorted({*betas, 1.0})] if self.plain_is_beta_1 else [None, *sorted(set(betas))]
+
+
+@contextmanager
+def steered(
+    model: nn.Module, run: Callable[[], Tensor], coeff: float | str, options: Mapping[str, Any]
+) -> Iterator[Steered]:
+    """Steer ``model``, which is in evaluation mode; afterwards it is as it was.
+
+    Args:
+        run: what the network gives on an example, to compare it with itself at beta = 1.
+        coeff: of the CT unit; perhaps "mean-free".
+        options: of :func:`ctkernels.steer`.
+
+    Raises:
+        ValueError: nothing to steer.
+    """
+    as_is = run()
+    with steer(model, 1.0, **options) as handle:
+        same = torch.allclose(run(), as_is, rtol=1e-4, atol=1e-5 * float(as_is.abs().max()))
+
+        def turn(beta: Any) -> None:
+            if beta is None:
+                handle.neutralize()
+            else:
+                handle.coeff, handle.beta = coeff_at(coeff, beta), beta
+
+        missed = tuple(f"{miss.name} ({miss.activation}): {miss.reason}" for miss in handle.missed)
+        yield Steered(turn, tuple(site.name for site in handle.sites), missed, same)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network whose features, (b, dim), are read at a hook point; ``features(beta)`` maps a batch to them."""
+
+    steered: Steered
+    point: HookPoint
+    dim: int
+    features: Callable[[Any], Callable[[Tensor], Tensor]]
+
+
+@contextmanager
+def plain_backbone(model: nn.Module, example: Tensor, point: HookPoint) -> Iterator[Backbone]:
+    """``model`` as it is, in evaluation mode."""
+    with point.capture(model) as features:
+        dim = features(example).shape[1]
+        yield Backbone(Steered(lambda beta: None, (), (), True), point, dim, lambda beta: features)
+
+
+@contextmanager
+def steered_backbone(
+    model: nn.Module,
+    example: Tensor,
+    point: HookPoint | str | None,
+    coeff: float | str = 0.5,
+    options: Mapping[str, Any] | None = None,
+    fast: bool = False,
+) -> Iterator[Backbone]:
+    """``model`` steered.
+
+    Args:
+        model: in evaluation mode; afterwards it is as it was.
+        example: a batch it takes.
+        point: where features are taken, a :class:`HookPoint` or as in :func:`find_hook_point`.
+        coeff, options: as of :func:`steered`.
+        fast: whether to fuse it meanwhile (:func:`ctkernels.fuse`): features then differ by rounding.
+
+    Raises:
+        ValueError: the network does not take the example, or has nothing to steer.
+    """
+    check_takes(model, example, what="train: images")
+    at = point if isinstance(point, HookPoint) else find_hook_point(model, example, point)
+
+    def run() -> Tensor:
+        with at.capture(model) as features:
+            return features(example)
+
+    with steered(model, run, coeff, options or {}) as network, at.capture(model) as features, ExitStack() as stack:
+        dim = features(example).shape[1]
+        if fast:
+            stack.enter_context(fused(model))
+
+        def features_at(beta: Any) -> Callable[[Tensor], Tensor]:
+            def run_at(batch: Tensor) -> Tensor:
+                network.turn(beta)
+                return features(batch)
+
+            return run_at
+
+        yield Backbone(network, at, dim, features_at)
+
+
+@dataclass(frozen=True)
+class FeatureReader:
+    """Reads the features of data at some betas in one pass, with a progress bar."""
+
+    backbone: Backbone
+    group: Group
+    device: torch.device
+    batch_size: int
+    workers: int = 0
+    progress: bool = False
+
+    def __call__(self, text: str, data: Sequence[Dataset[Any]], betas: Sequence[Beta]) -> Tensor:
+        samples = len(ConcatDataset(data))
+        batches = len(range(self.group.rank * self.batch_size, samples, self.group.size * self.batch_size))
+        with bar(batches * len(betas), text, self.progress and self.group.rank == 0) as advance:
+            return extract(
+                data,
+                [self.backbone.features(b) for b in betas],
+                self.backbone.dim,
+                batch_size=self.batch_size,
+                workers=self.workers,
+                device=self.device,
+                group=self.group,
+                advance=advance,
+            )

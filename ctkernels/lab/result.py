@@ -1,0 +1,89 @@
+"""The base of all results: one JSON format, the versions behind the numbers, and aligned tables of text."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Collection, Mapping, Sequence
+from importlib import metadata
+from typing import Any, ClassVar
+
+from .. import __version__
+from .._files import write_text
+from .report.section import SECTIONS, Section
+
+
+class Result:
+    """A result that is saved as JSON under a schema of its own, and shown in the report.
+
+    A subclass gives ``SCHEMA``, :meth:`entries` and :meth:`section`, so the keys of a schema are written and read in
+    one file. ``PACKAGES`` names packages whose versions matter beside the usual ones.
+    """
+
+    SCHEMA: ClassVar[str] = ""
+    PACKAGES: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.SCHEMA:
+            SECTIONS[cls.SCHEMA] = cls.section
+
+    def entries(self) -> dict[str, Any]:
+        """The result as plain values, without schema and versions."""
+        raise NotImplementedError
+
+    @classmethod
+    def section(cls, values: Mapping[str, Any]) -> Section:
+        """The report's section about a saved result."""
+        raise NotImplementedError
+
+    def to_dict(self, **extra: Any) -> dict[str, Any]:
+        """Everything as plain values for JSON, with ``extra`` entries (a command line, say) at the end."""
+        return {"schema": self.SCHEMA, **self.entries(), "versions": versions(*self.PACKAGES), **extra}
+
+    def save(self, path: str | os.PathLike[str], **extra: Any) -> None:
+        """Write :meth:`to_dict` as JSON through a temporary name; lists of objects have one object a line."""
+        write_text(path, to_json(self.to_dict(**extra)))
+
+
+def to_json(values: Mapping[str, Any]) -> str:
+    """Values as JSON, indented but for the objects of lists, which stand on one line each."""
+    entries = []
+    for name, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        else:
+            text = json.dumps(value, indent=1).replace("\n", "\n ")
+        entries.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on, and of ``more``, where they are installed."""
+    installed = {"python": platform.python_version(), "ctkernels": __version__}
+    for package in ("torch", "numpy", "scikit-learn", "torchvision", "timm", *more):
+        try:
+            installed[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def align(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """Rows of text in columns; the columns numbered in ``left`` start together, the others end together."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        "  ".join(t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths))).rstrip()
+        for line in lines
+    )
+
+
+def percent(share: float) -> str:
+    """0.5 is ``"50.0 %"``."""
+    return f"{100 * share:.1f} %"
+
+
+def describe(setting: Mapping[str, Any]) -> str:
+    """``{"lr": 0.1}`` is ``"lr 0.1"``."""
+    return ", ".join(f"{k} {v:g}" if isinstance(v, (int, float)) else f"{k} {v}" for k, v in setting.items()) or "–"

@@ -1,0 +1,238 @@
+"""The comparison on images: every method on every network and data set, run by the experiment engine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._extras import require
+from .._distributed import Group, group
+from .._progress import bar
+from ..config import configured
+from ..experiment import Study, TrainingLog, plan_of
+from ..images.backbone import evaluation
+from ..images.sets import Splits
+from .config import TransferConfig
+from .frozen import Frozen
+from .heads import with_head
+from .inputs import Models, Split, check_data, check_model, draw
+from .methods import Attached, Method, method
+from .result import RunResult, TransferComparison
+from .state import load_state
+
+DEFAULT_METHODS = ("linear", "sct", "lora-r1", "tct", "tct+lora-r1")
+PAPER_SEEDS = (42, 43, 44)
+
+
+def compare_transfer(
+    models: Models,
+    data: Mapping[str, Splits],
+    config: TransferConfig | None = None,
+    *,
+    methods: Sequence[str] = DEFAULT_METHODS,
+    seeds: Sequence[int] = PAPER_SEEDS,
+    grids: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    out: str | PathLike[str] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> TransferComparison:
+    """Compare ways to adapt pretrained image classifiers to new data: the tables of the Curvature Tuning paper.
+
+    Every method trains a new linear head with the same schedule, from the same initial weights, and keeps the epoch
+    with the best validation accuracy. ``linear`` does so on frozen features; ``sct`` on frozen features at every beta,
+    of which validation chooses one; ``lora-rN`` trains LoRA of rank N on every convolution and linear layer as well
+    (peft); ``tct`` a beta and a coefficient per channel of every activation; ``tct+lora-rN`` both;
+    ``sct-mean-free`` is ``sct`` with the coefficient beta^2 / (1 + beta^2) in place of 0.5. Dropout is off throughout,
+    so that frozen features are what the network gives in training.
+
+    Where a method's grid has several settings, each is trained on the first seed, and the one with the best validation
+    accuracy is used for all seeds. The test images, the same for every seed, are read once per chosen run.
+
+    With ``out``, every finished run is kept in ``out/result.json`` and its weights in ``out/weights``; a call that was
+    cut short goes on from there, and models, data sets, methods and seeds can be added. Training runs on accelerate:
+    on this process's GPU or the CPU; under ``torchrun`` every step's batch is dealt to the processes.
+
+    Args:
+        models: networks by name, or functions that build them; pretrained, and left as they were.
+        data: :class:`Splits` by name, such as :func:`load_data` gives.
+        config: everything that is alike for all methods.
+        methods: which, in the order of the table.
+        seeds: of validation splits, samples, initial weights and order. The first also chooses settings.
+        grids: values to try instead of the paper's: ``{"tct": {"lr": [0.1, 0.01]}, "lora-r1": {"lr": [1e-3]}}``.
+        out: folder for results. Default: nothing is kept.
+        extra: more entries for the result file.
+        options: fields of :class:`TransferConfig`, in place of ``config``'s.
+
+    Raises:
+        ValueError: before any long work: an unknown method, a grid that does not fit, no seeds, a data set that cannot
+            be split or has one class or NaN, a network without an activation or that does not take the images, results
+            of another set-up in ``out``.
+        ImportError: accelerate, peft or tqdm is missing; the message names the extra.
+
+    Example:
+        >>> models = {"resnet18": lambda: load_model("resnet18")}  # doctest: +SKIP
+        >>> result = compare_transfer(models, {"flowers": load_data("flowers/")}, out="out")  # doctest: +SKIP
+        >>> print(result.table())  # doctest: +SKIP
+
+    Source: Curvature Tuning paper, section 4 and appendix B. Unlike its code: LoRA's rank is a method of its own and
+    nothing is chosen on test images; every method keeps its best validation epoch; batch normalisation is alike.
+    """
+    config = configured(TransferConfig, config, options)
+    for name, values in (("models", models), ("data", data), ("methods", methods), ("seeds", seeds)):
+        if not len(values):
+            raise ValueError(f"{name} must hold at least one, got none")
+    plan = plan_of(map(method, methods), grids)
+    for module in ("accelerate", "peft", "safetensors"):
+        require(module, "adapters", "comparing methods")
+    from .training import make_accelerator
+
+    accelerator = make_accelerator(config.precision, config.cpu)
+    processes = group(accelerator.device)
+    if config.training.batch_size % processes.size:
+        size = config.training.batch_size
+        raise ValueError(f"batch_size must be a multiple of the {processes.size} processes, got {size}")
+    seeds = list(dict.fromkeys(seeds))
+    chosen: list[Any] = [m for m, _ in plan]
+    setup: dict[str, Any] = {
+        "models": {n: check_model(n, _built(m), chosen, config.images.size, config.kinds) for n, m in models.items()},
+        "data": {n: check_data(n, splits, config.images, seeds) for n, splits in data.items()},
+        "methods": {m.name: settings for m, settings in plan},
+        "seeds": seeds,
+        "betas": list(config.betas or ()),
+        "budget": asdict(config.training),
+        "bn": config.bn,
+        "images": asdict(config.images),
+        "activations": config.kinds and list(config.kinds),
+        "precision": config.precision,
+        "processes": processes.size,
+    }
+    with Study.opened(TransferComparison((), setup), out, processes, extra) as study:
+        for name, source in models.items():
+            with ExitStack() as stack:
+                network = functools.cache(functools.partial(_opened, source, accelerator.device, stack))
+                for data_name, splits in data.items():
+                    images = functools.cache(
+                        functools.partial(_drawn, splits, config, memory=config.memory_limit // len(seeds))
+                    )
+                    task = TransferTask(name, data_name, network, images, splits, config, accelerator, processes)
+                    study.run(task, plan, seeds)
+    return study.result
+
+
+def _built(source: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    return source if isinstance(source, nn.Module) else source()
+
+
+def _opened(source: nn.Module | Callable[[], nn.Module], device: torch.device, stack: ExitStack) -> nn.Module:
+    """The network on its device, in evaluation mode until ``stack`` is closed."""
+    return stack.enter_context(evaluation(_built(source).to(device)))
+
+
+def _drawn(splits: Splits, config: TransferConfig, seed: int, memory: int) -> Split:
+    return draw(splits, config.images, seed, memory)
+
+
+@dataclass(frozen=True)
+class TransferTask:
+    """Runs on one network and one data set.
+
+    ``network`` builds the network, and ``images`` prepares a seed's images, when first asked.
+    """
+
+    model: str
+    data: str
+    network: Callable[[], nn.Module]
+    images: Callable[[int], Split]
+    splits: Splits
+    config: TransferConfig
+    accelerator: Any
+    group: Group
+
+    def names(self) -> dict[str, Any]:
+        return {"model": self.model, "data": self.data}
+
+    def train(self, method: Method, run: RunResult) -> TrainingLog:
+        if method.attach is None:
+            return self._frozen(method, run).fit(len(self.splits.train.classes), run.setting["head_lr"], run.seed)
+        with self._attached(method, run) as attached:
+            log = self._trained(attached, run)
+            log.details |= {"parameters": attached.parameters, "head": attached.head}
+            log.details["detail"] = learned(attached.network, log.state)
+            return log
+
+    def test(self, method: Method, run: RunResult, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        from .training import score
+
+        if method.attach is None:
+            right = self._frozen(method, run).right(dict(state), run.detail.get("beta"))
+        else:
+            with self._attached(method, run) as attached:
+                network = attached.network.to(self.accelerator.device)
+                load_state(network, state)
+                size, workers = self.config.training.batch_size, self.config.workers
+                right, _ = score(self.accelerator, network, self.images(run.seed).test, size, workers)
+        digits = "".join("1" if r else "0" for r in right)
+        return {"test": digits.count("1") / len(digits), "right": digits}
+
+    def _frozen(self, method: Method, run: RunResult) -> Frozen:
+        return Frozen(self.network(), method.coeff, self.config, self.group, self.images(run.seed))
+
+    @contextmanager
+    def _attached(self, method: Method, run: RunResult) -> Iterator[Attached]:
+        """A copy of the network with a new head and the method on it."""
+        assert method.attach is not None
+        image = self.images(run.seed).train[0][0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            example, classes = image[None].to(self.accelerator.device), len(self.splits.train.classes)
+            network, head = with_head(self.network(), example, classes, run.seed)
+            yield method.attach(network, head, run.setting, self.config.kinds, image.shape[-1])
+
+    def _trained(self, attached: Attached, run: RunResult) -> TrainingLog:
+        from .training import train
+
+        images, config = self.images(run.seed), self.config
+        steps = -(-len(images.labels["train"]) // config.training.batch_size) * config.training.epochs
+        with bar(steps, run.title, config.progress and self.group.rank == 0) as advance:
+            return train(
+                self.accelerator,
+                attached.network,
+                attached.groups,
+                images.train,
+                images.val,
+                training=config.training,
+                seed=run.seed,
+                bn_train=config.bn != "eval",
+                workers=config.workers,
+                advance=advance,
+            )
+
+
+def learned(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Summarise every site's learned beta and coeff: ``detail`` of a :class:`RunResult`."""
+    sites: dict[str, dict[str, Any]] = {}
+    for name, module in network.named_modules():
+        for value in ("beta", "coeff"):
+            raw = state.get(f"{name}.curvature_raw_{value}.default")
+            if raw is not None:
+                site = str(module.site)
+                sites.setdefault(site, {})[value] = _distribution(raw.sigmoid())
+    return {"curvature": sites} if sites else {}
+
+
+def _distribution(values: Tensor) -> dict[str, Any]:
+    x = values.double().flatten()
+    return {
+        "mean": float(x.mean()),
+        "deviation": float(x.std()) if len(x) > 1 else 0.0,
+        "low": float(x.min()),
+        "high": float(x.max()),
+        "histogram": [int(n) for n in torch.histc(x, bins=20, min=0, max=1)],
+    }
