@@ -29,7 +29,7 @@ def _gates(model, value):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "jola_log_alpha" in name:
-                parameter.fill_(value)
+                parameter.fill_(value / 10)  # in units of the gates' rate
 
 
 def _attach(model, init_std=0.3, **values):

@@ -253,6 +253,26 @@ def test_gates_close_in_a_trainer_that_makes_one_group():
     assert not any(heads for parts in adapters.open_heads(model).values() for heads in parts.values())
 
 
+def test_parameter_groups_know_the_units():
+    def rates(model, **options):
+        return {group["name"]: group["lr"] for group in adapters.parameter_groups(model.train(), **options)}
+
+    model = _model(gate_rate=4.0)
+    assert rates(model) == {"jola_edits": 5e-3, "jola_gates": 5e-3}  # log alpha: four times that
+    assert rates(model, lr=1e-2, gate_lr=0.2) == {"jola_edits": 1e-2, "jola_gates": 0.2 / 4}
+    adapters.measure_units(model, [VALUES])
+    assert rates(model) == {"jola_edits": 5e-2, "jola_gates": 5e-2}
+    assert rates(_model(gate_rate=1.0), lr=1e-2) == {"jola_edits": 1e-2, "jola_gates": 0.1}
+    model.add_adapter("second", adapters.JolaConfig(gate_rate=8.0))
+    model.base_model.set_adapter(["default", "second"])
+    groups = adapters.parameter_groups(model, lr=1e-2, gate_lr=0.2)
+    assert [(g["name"], g["lr"], len(g["params"])) for g in groups] == [
+        ("jola_edits", 1e-2, 8),
+        ("jola_gates", 0.2 / 4, 4),
+        ("jola_gates", 0.2 / 8, 4),
+    ]
+
+
 class _Data(torch.utils.data.Dataset):
     def __len__(self):
         return 6

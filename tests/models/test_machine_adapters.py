@@ -79,7 +79,7 @@ class AdapterMachine(RuleBasedStateMachine):
             if ("jola_" in key or "lora_" in key) and (not name or f".{name}" in key):
                 drawn = noise(value, seed + i) * 2
                 if "log_alpha" in key:
-                    drawn = drawn + 1.0
+                    drawn = (drawn + 1.0) / 10  # in units of the gates' rate
                 for parameter in (value, theirs[key]):
                     parameter.data.copy_(drawn)
 
