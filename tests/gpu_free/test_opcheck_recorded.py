@@ -7,35 +7,31 @@ under a library of their own; torch compares every argument with what it was bef
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.library import opcheck
 
-pytest.importorskip("numpy", minversion="2.0", reason="the PTX executor needs numpy 2")
-
-from ptx.toolchain import has_triton, nvcc
-
-from ctkernels.ops import backends
 from ctkernels.ops.ctu import OP as CTU
 from ctkernels.ops.hard_concrete import CLIP, SAMPLE
 from ctkernels.ops.hard_concrete import OP as GATES
 from ctkernels.ops.head_edit import OP as HEAD_EDIT
 from ctkernels.ops.record import Op
 
-LIBRARY = "ctkernels_triton_recorded"
+if TYPE_CHECKING:
+    from recorder import Toolchain
+
+LIBRARIES = {"triton": "ctkernels_triton_recorded", "cuda": "ctkernels_recorded"}
 
 
 @lru_cache(maxsize=1)
 def _triton_library() -> torch.library.Library:
-    """The Triton host code, registered for CPU tensors under LIBRARY with the schemas of the real ops."""
+    """The Triton host code, registered for CPU tensors with the schemas of the real ops."""
     from ctkernels.ops.channelwise.launch import implementation
 
-    library = torch.library.Library(LIBRARY, "DEF")
+    library = torch.library.Library(LIBRARIES["triton"], "DEF")
     for op in (CTU, HEAD_EDIT, GATES):
         for overload, kernel in zip(op.overloads, implementation(op)):
             if overload is not None:
@@ -43,28 +39,6 @@ def _triton_library() -> torch.library.Library:
                 library.define(schema)
                 library.impl(schema.partition("(")[0], kernel, "CPU")
     return library
-
-
-def _triton(x: Tensor) -> tuple[str, AbstractContextManager[Any]]:
-    from triton_recorder import Recorder, triton_on_cpu
-
-    _triton_library()
-    return LIBRARY, triton_on_cpu(Recorder(80))
-
-
-def _cuda(x: Tensor) -> tuple[str, AbstractContextManager[Any]]:
-    import cuda_recorder
-
-    recorder = cuda_recorder.Recorder(80)
-    recorder.begin(x)
-    return cuda_recorder.LIBRARY, cuda_recorder.cuda_on_cpu(recorder)
-
-
-TOOLCHAINS = [
-    pytest.param(_triton, id="triton", marks=pytest.mark.skipif(not has_triton(), reason="triton is not installed")),
-    pytest.param(_cuda, id="cuda", marks=pytest.mark.skipif(
-        nvcc() is None or not backends.CUDA_BINDING.exists(), reason="nvcc, or the host code, is not there")),
-]  # fmt: skip
 
 
 def _ctu(dtype: torch.dtype, full: bool) -> tuple[Any, ...]:
@@ -96,7 +70,6 @@ CALLS: dict[str, tuple[Op, Callable[[], tuple[Any, ...]], int]] = {
 }
 
 
-@pytest.mark.parametrize("toolchain", TOOLCHAINS)
 @pytest.mark.parametrize(
     ("name", "suffix"),
     [
@@ -106,14 +79,17 @@ CALLS: dict[str, tuple[Op, Callable[[], tuple[Any, ...]], int]] = {
         if suffix != "_" or op.inplace_schema is not None
     ],
 )
-def test_schema(toolchain: Callable[[Tensor], tuple[str, AbstractContextManager[Any]]], name: str, suffix: str) -> None:
+def test_schema(toolchain: Toolchain, name: str, suffix: str) -> None:
     op, make, needs = CALLS[name]
     args = make()
     x = args[0]
     if suffix == "_backward":
         args = (torch.randn_like(x), *args, needs)
-    namespace, recorded = toolchain(x)
-    with recorded as recorder:
-        packet = getattr(getattr(torch.ops, namespace), op.name + suffix).default
+    with toolchain() as recorder:
+        if toolchain.name == "triton":
+            _triton_library()
+        else:
+            recorder.begin(x)
+        packet = getattr(getattr(torch.ops, LIBRARIES[toolchain.name]), op.name + suffix).default
         assert opcheck(packet, args, test_utils="test_schema") == {"test_schema": "SUCCESS"}
     assert recorder.launches

@@ -88,7 +88,7 @@ def test_decoding(case: Case, dtype: torch.dtype) -> None:
     with fused_on_cpu(Recorder()) as recorder, torch.no_grad():
         y = attention_head_edit(**case.tensors(dtype), **case.arguments())
     assert _kernels(recorder) == ["split_kernel", "join_kernel"]
-    assert recorder.launches[0][2]["splits"] > 1
+    assert recorder.launches[0].detail["splits"] > 1
     truth = case.plain(*(None if t is None else t.double() for t in case.tensors(dtype).values()))
     baseline = case.plain(*case.tensors(dtype).values())
     bound = 2 * (baseline.double() - truth).abs().max() + torch.finfo(dtype).eps * (truth.abs() + 4)
@@ -122,13 +122,13 @@ def test_what_the_edit_costs_in_memory_traffic() -> None:
     recorder = Recorder()
     _small(recorder)
     by_name = {
-        name: {k for k, t in args.items() if isinstance(t, torch.Tensor)} for name, _, args, _, _ in recorder.launches
+        name: {k for k, t in args.items() if isinstance(t, torch.Tensor)} for name, _, _, args in recorder.launches
     }
     size = SMALL.sizes[0] * SMALL.sizes[1] * SMALL.sizes[3] * SMALL.sizes[6]
     assert by_name["prepare_kernel"] >= {"z", "dy", "dz", "delta", "partial"}
     for name in ("keys_kernel", "queries_kernel"):
         assert not by_name[name] & {"z", "dy", "m", "g_m"}
-    for name, _, args, _, _ in recorder.launches[1:]:
+    for name, _, _, args in recorder.launches[1:]:
         written = {
             n: args[n].numel() for n in ("delta", "partial") if args.get(n) is not None and name == "prepare_kernel"
         }
@@ -137,8 +137,8 @@ def test_what_the_edit_costs_in_memory_traffic() -> None:
     tensors = SMALL.tensors(BRAIN)
     with fused_on_cpu(Recorder()) as recorder, torch.no_grad():
         attention_head_edit(**tensors, **SMALL.arguments())
-    assert recorder.launches[0][2]["z"] is None
-    assert recorder.launches[0][2]["lse"] is None
+    assert recorder.launches[0].detail["z"] is None
+    assert recorder.launches[0].detail["lse"] is None
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -170,7 +170,7 @@ def test_decoding_with_gradients_and_one_split() -> None:
     recorder = Recorder()
     check(case, BRAIN, _small(recorder, case))
     assert _kernels(recorder)[:2] == ["split_kernel", "join_kernel"]
-    assert recorder.launches[0][2]["splits"] == 1
+    assert recorder.launches[0].detail["splits"] == 1
 
 
 @pytest.mark.usefixtures("small_tiles")

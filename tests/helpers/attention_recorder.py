@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from ptx import Memory, parse
-from ptx.launch import Launch, execute
+import triton_recorder
+from ptx import Memory
+from recorder import Launched
 from roofline.ahead_of_time import compiled
 from torch import Tensor
 
@@ -27,35 +28,21 @@ WRITES = {
 }
 
 
-class Recorder:
-    """Stands in for ``launcher.launch``. ``launches`` keeps (kernel name, grid, arguments, constants, compiled)."""
-
-    def __init__(self, sm: int = 80, approx: int = 0, races: bool = True):
-        self.sm, self.approx, self.races = sm, approx, races
-        self.launches: list[tuple[str, int, dict[str, Any], dict[str, Any], Any]] = []
+class Recorder(triton_recorder.Recorder):
+    """Stands in for ``launcher.launch``. The detail of a launch are the arguments."""
 
     def __call__(self, kernel: Any, grid: int, args: dict[str, Any], meta: dict[str, Any]) -> None:
         found, values = compiled(kernel, args, meta, self.sm)
         name = kernel.__name__
-        self.launches.append((name, grid, args, meta, found))
+        self.launches.append(Launched(name, grid, None, args))
         tensors = {n: t for n, t in values.items() if isinstance(t, Tensor)}
         outputs = {n: t for n, t in tensors.items() if n in WRITES[name]}
-        text, memory = found.asm["ptx"], Memory()
-        (entry,) = parse(text).entries
-        hidden = len(parse(text).functions[entry].params) - len(values)
-        block = (32 * found.metadata.num_warps,)
-        launch = Launch(text, entry, (grid,), block, found.metadata.shared, [*values.values(), *[0] * hidden])
-        execute(
-            [launch],
-            memory=memory,
-            unwritten=outputs.values(),
-            readonly=[t for n, t in tensors.items() if n not in outputs],
-            races=self.races,
-            approx=self.approx,
-        )
+        self.memory = Memory()
+        inputs = [t for n, t in tensors.items() if n not in outputs]
+        self.run_compiled(found, grid, values, outputs.values(), inputs)
         for n, t in outputs.items():
             partly = n == "partial" and args["z"] is None  # the sums that need z
-            assert partly or memory.written(t).all(), f"{name} leaves part of {n} unwritten"
+            assert partly or self.memory.written(t).all(), f"{name} leaves part of {n} unwritten"
 
 
 @contextmanager

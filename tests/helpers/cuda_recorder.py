@@ -19,11 +19,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import recorder
 import torch
 from ptx import Memory
-from ptx.launch import Launch, execute
-from ptx.runner import MAX_STEPS
+from ptx.launch import Launch
 from ptx.toolchain import compile_cuda
+from recorder import Launched
 from torch import Tensor
 
 from ctkernels.ops import backends
@@ -209,23 +210,11 @@ def compiled(kernel: str, sm: int) -> str:
     return empty.sub(lambda m: m[0] if m[1] == kernel else "", text)
 
 
-class Recorder:
-    """Stands in for the library of kernels. ``launches`` keeps (kernel name, grid, block, shared memory, arguments).
+class Recorder(recorder.Recorder):
+    """Stands in for the library of kernels. The detail of a launch is the argument of the kernel."""
 
-    ``approx``: the end of their error at which approximate units work. ``rewrite``: changes the PTX before it is run.
-    """
-
-    def __init__(
-        self,
-        sm: int,
-        approx: int = 0,
-        races: bool = True,
-        rewrite: Callable[[str], str] = str,
-        max_steps: int = MAX_STEPS,
-    ):
-        self.sm, self.approx, self.races, self.rewrite, self.max_steps = sm, approx, races, rewrite, max_steps
-        self.launches: list[tuple[str, int, tuple[int, int], int, ctypes.Structure]] = []
-        self.memory = Memory()
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.known: dict[int, np.ndarray] = {}
         self.numel = self.itemsize = 0
         self.error: BaseException | None = None
@@ -255,7 +244,7 @@ class Recorder:
         data = ctypes.string_at(r.args, r.args_size)
         args = kind.from_buffer_copy(data)
         more = arrays(kernel, data)
-        self.launches.append((kernel, r.grid, (r.block_x, r.block_y), r.shared, args))
+        self.launches.append(Launched(kernel, r.grid, getattr(args, "wanted", None), args))
         outputs: list[tuple[int | None, int]] = []
         inputs: list[tuple[int | None, int]] = []
         scratch = {r.scratch[i].data: r.scratch[i].bytes for i in range(r.scratch_count)}
@@ -286,8 +275,7 @@ class Recorder:
                 self.bytes_at(address, size, readonly=True)
         written = [self.bytes_at(a, size, unwritten=True) for a, size in outputs if a]
         text = self.rewrite(compiled(kernel, self.sm))
-        launch = Launch(text, kernel, (r.grid,), (r.block_x, r.block_y), r.shared, data)
-        execute([launch], memory=self.memory, races=self.races, approx=self.approx, max_steps=self.max_steps)
+        self.run(Launch(text, kernel, (r.grid,), (r.block_x, r.block_y), r.shared, data))
         for output in written:
             assert self.memory.written(output).all(), f"{kernel} leaves part of an output unwritten"
 

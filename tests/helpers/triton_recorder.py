@@ -7,14 +7,15 @@ Triton is installed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import recorder
 from ptx import Memory, parse
-from ptx.launch import Launch, execute
-from ptx.runner import MAX_STEPS
+from ptx.launch import Launch
+from recorder import Launched
 from roofline.ahead_of_time import compiled
 from torch import Tensor
 
@@ -28,27 +29,12 @@ SCRATCH = {"partial", "b0", "b1", "b2", "b3", "b4"}
 FOLLOWING = ("reduce_partials_kernel", "reduce_shared_kernel")
 
 
-class Recorder:
-    """Stands in for :func:`ctkernels.ops.launcher.launch`. ``launches`` keeps (kernel name, grid, meta, compiled).
-
-    ``approx``: the end of their error at which approximate units work. ``rewrite``: changes the PTX before it is run.
-    """
-
-    def __init__(
-        self,
-        sm: int,
-        approx: int = 0,
-        races: bool = True,
-        rewrite: Callable[[str], str] = str,
-        max_steps: int = MAX_STEPS,
-    ):
-        self.sm, self.approx, self.races, self.rewrite, self.max_steps = sm, approx, races, rewrite, max_steps
-        self.launches: list[tuple[str, int, dict[str, Any], Any]] = []
-        self.memory = Memory()
+class Recorder(recorder.Recorder):
+    """Stands in for :func:`ctkernels.ops.launcher.launch`. The detail of a launch is the compiled kernel."""
 
     def __call__(self, kernel: Any, grid: int, args: dict[str, Any], meta: dict[str, Any]) -> None:
         found, values = compiled(kernel, args, meta, self.sm)
-        self.launches.append((found.metadata.name, grid, meta, found))
+        self.launches.append(Launched(found.metadata.name, grid, meta.get("SUM_MASK"), found))
         if kernel.__name__ not in FOLLOWING:
             self.memory = Memory()
         tensors = {name: t for name, t in values.items() if isinstance(t, Tensor)}
@@ -56,28 +42,20 @@ class Recorder:
         outputs = [t for name, t in tensors.items() if name in OUTPUTS and not (name == "out" and in_place)]
         scratch = [t for name, t in tensors.items() if name == "partial" and kernel.__name__ not in FOLLOWING]
         inputs = [t for name, t in tensors.items() if name not in OUTPUTS | SCRATCH and not (name == "x" and in_place)]
-        text = self.rewrite(found.asm["ptx"])
-        (entry,) = parse(text).entries
-        hidden = len(parse(text).functions[entry].params) - len(values)
-        launch = Launch(
-            text,
-            entry,
-            (grid,),
-            (32 * found.metadata.num_warps,),
-            found.metadata.shared,
-            [*values.values(), *[0] * hidden],
-        )
-        execute(
-            [launch],
-            memory=self.memory,
-            unwritten=outputs + scratch,
-            readonly=inputs,
-            races=self.races,
-            approx=self.approx,
-            max_steps=self.max_steps,
-        )
+        self.run_compiled(found, grid, values, outputs + scratch, inputs)
         for t in outputs:
             assert self.memory.written(t).all(), f"{kernel.__name__} leaves part of an output unwritten"
+
+    def run_compiled(
+        self, found: Any, grid: int, values: dict[str, Any], unwritten: Iterable[Tensor], readonly: Iterable[Tensor]
+    ) -> None:
+        """Executes a compiled kernel with the values of its arguments, and 0 for those that Triton adds."""
+        text = self.rewrite(found.asm["ptx"])
+        (entry,) = parse(text).entries
+        args = [*values.values()]
+        args += [0] * (len(parse(text).functions[entry].params) - len(args))
+        block = (32 * found.metadata.num_warps,)
+        self.run(Launch(text, entry, (grid,), block, found.metadata.shared, args), unwritten, readonly)
 
 
 @contextmanager

@@ -3,9 +3,8 @@ more than once and leave no lane idle and no mask without work."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from unittest import mock
 import torch
 from conformance import Expected, outputs
 from ptx.runner import MAX_STEPS
+from recorder import Toolchain
 from torch import Tensor
 
 from ctkernels import functional
@@ -54,14 +54,11 @@ class Case:
 
     def run(self, variant: str, rewrite: Callable[[str], str] = str, max_steps: int = MAX_STEPS) -> dict[str, Tensor]:
         """The results of the kernels, and of the kernels whose PTX ``rewrite`` changes."""
-        module = importlib.import_module(f"{self.toolchain}_recorder")
-        recorder = module.Recorder(self.sm, rewrite=rewrite, max_steps=max_steps)
-        on_cpu: Callable[..., AbstractContextManager[Any]] = getattr(module, f"{self.toolchain}_on_cpu")
         with ExitStack() as stack:
             if self.long_loops:
                 stack.enter_context(mock.patch.multiple("ctkernels.ops.channelwise.partition", **LONG_LOOPS))
                 stack.enter_context(mock.patch("ctkernels.ops.channelwise.launch.LANES", 64))
-            stack.enter_context(on_cpu(recorder))
+            stack.enter_context(Toolchain(self.toolchain)(self.sm, rewrite=rewrite, max_steps=max_steps))
             return outputs(self.make(variant))
 
 

@@ -1,21 +1,21 @@
-"""Executed PTX: the gates' Triton launches and compiled PTX, executed on the CPU: values, gradients, noise made from a seed."""
+"""Executed PTX: the gates' GPU kernels: each backend's host code and the PTX of its compiler, executed on the CPU: values,
+gradients, noise made from a seed."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="triton is not installed")
-pytest.importorskip("numpy", minversion="2.0", reason="the PTX executor needs numpy 2")
-
-from triton_recorder import Recorder, triton_on_cpu
-
 import ctkernels
 from ctkernels.ops.hard_concrete import CLIP, MEAN, OP, OPEN, SAMPLE, reference
 from ctkernels.testing import assert_no_worse
+
+if TYPE_CHECKING:
+    from recorder import Toolchain
 
 STATIC = (0.33, -0.1, 1.1)
 MODES = {"given": SAMPLE, "seeded": SAMPLE, "clip": CLIP, "mean": MEAN, "open": OPEN}
@@ -48,11 +48,11 @@ def _call(log_alpha: Tensor, noise: Tensor | None, mode: int) -> list[Tensor]:
 @pytest.mark.parametrize("sm", [80, 90, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", MODES)
-def test_values_and_gradients(case: str, dtype: torch.dtype, sm: int) -> None:
+def test_values_and_gradients(toolchain: Toolchain, case: str, dtype: torch.dtype, sm: int) -> None:
     log_alpha, noise, mode = _logits(dtype), _noise(case, dtype), MODES[case]
     runs = []
     for approx in (-1, 1, 0, 0):
-        with triton_on_cpu(Recorder(sm, approx)) as recorder:
+        with toolchain(sm, approx) as recorder:
             runs.append(_call(log_alpha, noise, mode))
         assert len(recorder.launches) == 2  # however many gates, one launch each way
     assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(*runs[-2:]))
@@ -91,27 +91,27 @@ def test_noise_is_the_published_generator() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_kernels_make_the_same_noise_as_the_reference(dtype: torch.dtype) -> None:
+def test_kernels_make_the_same_noise_as_the_reference(toolchain: Toolchain, dtype: torch.dtype) -> None:
     """A logit of 0 and a temperature of 1 hand the noise through, stretched."""
     n, low, high = 1000, -1e-6, 1 + 1e-6
-    with triton_on_cpu(Recorder(80)):
+    with toolchain():
         gates = OP((torch.zeros(n, dtype=dtype), SEED), (-1, SAMPLE, 1.0, low, high))
     expected = reference.uniform(SEED, torch.Size([n]), dtype)
     assert ((gates.double() - (expected.double() * (high - low) + low)).abs() <= 2 * torch.finfo(dtype).eps).all()
 
 
-def test_seeded_samples_have_the_distribution() -> None:
+def test_seeded_samples_have_the_distribution(toolchain: Toolchain) -> None:
     n, logit = 20_000, 0.5
-    with triton_on_cpu(Recorder(90, races=False)):
+    with toolchain(90, races=False):
         gates = OP((torch.full((n,), logit), SEED), (-1, SAMPLE, *STATIC))
     for found, v in (((gates > 0).double().mean().item(), 0.0), ((gates == 1).double().mean().item(), 1.0)):
         p = 1 / (1 + math.exp(-(logit - STATIC[0] * math.log((v - STATIC[1]) / (STATIC[2] - v)))))
         assert abs(found - p) < 5 * math.sqrt(p * (1 - p) / n)
 
 
-def test_a_seed_gives_the_same_gates_in_the_public_function() -> None:
+def test_a_seed_gives_the_same_gates_in_the_public_function(toolchain: Toolchain) -> None:
     log_alpha = torch.randn(5, 40)
-    with triton_on_cpu(Recorder(80)):
+    with toolchain():
         kernel = OP((log_alpha, SEED), (-1, SAMPLE, *STATIC))
     found = ctkernels.functional.hard_concrete(log_alpha, training=True, noise=SEED)
     torch.testing.assert_close(found, kernel, rtol=1e-6, atol=1e-7)
@@ -133,7 +133,22 @@ def test_second_derivatives_with_a_seed() -> None:
         torch.testing.assert_close(curvature(SEED), curvature(noise))
 
 
-def test_no_gates_no_launch() -> None:
-    with triton_on_cpu(Recorder(80)) as recorder:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gates_from_a_seed_are_those_of_its_noise(toolchain: Toolchain, dtype: torch.dtype) -> None:
+    """Bit for bit, values and gradients."""
+    log_alpha, dy = (torch.randn(1000, dtype=torch.float64).to(dtype) for _ in range(2))
+    static = (-1, SAMPLE, *STATIC)
+    for value in (0, 12345, -(2**62) - 7):
+        seed = torch.tensor([value])
+        noise = reference.uniform(seed, log_alpha.shape, dtype)
+        with toolchain():
+            found = [OP.forward((log_alpha, seed), static), *OP.backward(dy, (log_alpha, seed), static, 1)]
+            given = [OP.forward((log_alpha, noise), static), *OP.backward(dy, (log_alpha, noise), static, 1)]
+        for ours, theirs in zip(found, given):
+            assert torch.equal(ours, theirs)
+
+
+def test_no_gates_no_launch(toolchain: Toolchain) -> None:
+    with toolchain() as recorder:
         assert OP((torch.zeros(0, 3), None), (-1, CLIP, *STATIC)).shape == (0, 3)
     assert not recorder.launches
