@@ -67,7 +67,7 @@ def test_long_sequences(toolchain: Toolchain, layout: str) -> None:
     expected = torch.autograd.grad(head_edit(*leaves, **kwargs).square().sum(), leaves)
     with toolchain() as recorder:
         found = torch.autograd.grad(head_edit(*leaves, **kwargs).square().sum(), leaves)
-    assert recorder.roles == ["forward", "backward", "reduce partials", "reduce shared"]
+    assert recorder.roles == ["forward", "backward", "reduce_partials", "reduce_shared"]
     for ours, theirs in zip(found, expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
@@ -79,7 +79,7 @@ def test_only_wanted_gradients_are_computed(toolchain: Toolchain) -> None:
         "m": ([m], 1, ["forward", "backward"]),
         "a": ([a], 2, ["forward", "backward"]),
         "m, a": ([m, a], 3, ["forward", "backward"]),
-        "gates": ([g_m, g_a], 3, ["forward", "backward", "reduce shared"]),
+        "gates": ([g_m, g_a], 3, ["forward", "backward", "reduce_shared"]),
     }
     for leaves, sums, roles in cases.values():
         for t in leaves:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-import truth
 
 from ctkernels.functional import ctu
 
@@ -21,6 +20,8 @@ BETAS = [0.0, 0.1, 0.5, 0.9, 0.999, 1 - 1e-6]
 
 def check_forty_digits(activation: str, run: Run) -> None:
     """float32 against mpmath, values and gradients."""
+    import truth
+
     x = torch.tensor(POINTS)
     leaf = x.repeat(len(BETAS) * 3).requires_grad_()
     cases = list(itertools.product(BETAS, (0.0, 0.3, 1.0), POINTS))

@@ -58,12 +58,12 @@ def _of_backends(backends: list[str], archs: list[int], only: str) -> Iterator[C
     if "triton" in backends:
         yield from costs(archs, only)
     if "cuda" in backends:
-        from . import cuda_roofline
+        from . import cuda
 
-        if cuda_roofline.nvcc() is None:
+        if cuda.nvcc() is None:
             print("the CUDA kernels: nvcc is not installed")
         else:
-            yield from cuda_roofline.costs(archs, only)
+            yield from cuda.costs(archs, only)
     if "inductor" in backends:
         from . import inductor
 
