@@ -95,7 +95,10 @@ def _broken(random: Random, case: Case) -> Case:
             "beta below 0": ("beta", -0.1),
             "beta no number": ("beta", random.choice((float("nan"), "0.5", None, True))),
             "coeff of two dimensions": ("coeff", Spec((2, 2), "float32", (2, 1))),
-            "coeff of other length": ("coeff", Spec((spec.shape[0] + 2 if spec.shape else 2,), "float32", (1,))),
+            "coeff of other length": (
+                "coeff",
+                Spec((sum(spec.shape) + 2,), "float32", (1,)),
+            ),  # longer than any dimension
             "channel_dim out of range": ("channel_dim", random.choice((len(spec.shape), -len(spec.shape) - 1))),
             "channel_dim no int": ("channel_dim", random.choice((0.0, "1", True))),
             "activation unknown": ("activation", random.choice(("tanh", "", None, "ReLU"))),

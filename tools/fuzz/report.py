@@ -25,9 +25,8 @@ class Failure:
     error: str
 
     def __str__(self) -> str:
-        again = f"python -m tests.fuzz --seed {self.seed} --case {self.number}" + (
-            f" --op {self.op}" if self.op else ""
-        )
+        options = f"--seed {self.seed} --case {self.number}" + (f" --op {self.op}" if self.op else "")
+        again = f'make fuzz FUZZ_ARGS="{options}"'
         return f"{'-' * 100}\n{again}\n{self.error}\n\n{script(self.case)}"
 
 
