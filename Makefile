@@ -113,6 +113,7 @@ lint: $(VENV)/built.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
 	$(PY) tools/tables.py --check
 
 format: $(VENV)/built.stamp
