@@ -55,7 +55,7 @@ def _widen(inputs: CtuInputs, attrs: CtuAttrs) -> _Wide:
         return None if p is None else layout.broadcast(p, inputs.x, attrs.channel_dim).to(dtype)
 
     def knob(p: Tensor) -> Tensor:
-        """1 - beta and the sigmoids are computed in the parameters' own precision where that is higher."""
+        """1 - beta, 1 - slope and the sigmoids are computed in the parameters' own precision where that is higher."""
         return layout.broadcast(p, inputs.x, attrs.channel_dim).to(torch.promote_types(p.dtype, dtype))
 
     knobs = reference.knobs(knob(inputs.beta), knob(inputs.coeff), attrs.raw, attrs.eps).to(dtype)
@@ -67,7 +67,7 @@ def _widen(inputs: CtuInputs, attrs: CtuAttrs) -> _Wide:
         w = w + shift
     if inputs.residual is not None:
         w = w + inputs.residual.to(dtype)
-    return _Wide(x, parameter(inputs.slope), scale, w, knobs)
+    return _Wide(x, None if inputs.slope is None else knob(inputs.slope), scale, w, knobs)
 
 
 def _forward(inputs: CtuInputs, attrs: CtuAttrs) -> Tensor:

@@ -200,9 +200,11 @@ def _excess(w: Tensor, k: Knobs) -> Tensor:
     return torch.where(p.plain, _no_effect(k.s, k.coeff), delta)
 
 
-def _orientation(slope: Tensor) -> Tensor:
-    """+1 up to slope 1, -1 above: max(slope x, x) turns into min(slope x, x) there."""
-    return torch.where(slope > 1, -torch.ones_like(slope), torch.ones_like(slope))
+def _leaky(slope: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """slope, 1 - slope (subtracted in the slope's own precision), and +1 up to slope 1, -1 above: max(slope x, x) turns into
+    min(slope x, x) there."""
+    sign = torch.where(slope > 1, -torch.ones_like(slope), torch.ones_like(slope))
+    return slope.to(dtype), (1 - slope).to(dtype), sign.to(dtype)
 
 
 def forward(w: Tensor, slope: Tensor | None, k: Knobs, kind: str) -> Tensor:
@@ -211,10 +213,10 @@ def forward(w: Tensor, slope: Tensor | None, k: Knobs, kind: str) -> Tensor:
         return gaussian_forward(w, k)
     if kind == "leaky":
         assert slope is not None
-        sign = _orientation(slope)
+        slope, rest, sign = _leaky(slope, w.dtype)
         plain = (k.s <= 0) | torch.isinf(w)
         within = torch.where(plain, 0, w)
-        y = slope * within + sign * logistic_forward(sign * (1 - slope) * within, k)
+        y = slope * within + sign * logistic_forward(sign * rest * within, k)
         return torch.where(plain, torch.where(w > 0, w, slope * w) + _no_effect(k.s, k.coeff, slope), y)
     if kind == "relu6":
         base = torch.where(w < 0, 0, torch.where(w >= 6, 6, w))
@@ -238,8 +240,9 @@ def partials(w: Tensor, slope: Tensor | None, k: Knobs, kind: str) -> Partials:
 
 
 def _leaky_partials(w: Tensor, slope: Tensor, k: Knobs) -> Partials:
-    sign, infinite = _orientation(slope), torch.isinf(w)
+    slope, rest, sign = _leaky(slope, w.dtype)
+    infinite = torch.isinf(w)
     within = torch.where(infinite, 0, w)
-    d = logistic_partials(torch.where(infinite, w + _no_effect(slope), sign * (1 - slope) * within), k)
+    d = logistic_partials(torch.where(infinite, w + _no_effect(slope), sign * rest * within), k)
     d_slope = torch.where(infinite & (w < 0), w, within * d.w_left) + _no_effect(k.s, k.coeff, slope)
-    return Partials(slope + (1 - slope) * d.w, (1 - slope) * d.w_left, d.beta.scaled(sign), sign * d.coeff, d_slope)
+    return Partials(slope + rest * d.w, rest * d.w_left, d.beta.scaled(sign), sign * d.coeff, d_slope)
