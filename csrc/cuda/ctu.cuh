@@ -66,7 +66,7 @@ struct OnGpu<CtuOp, float> {
 
   template <CtuOp::Variant kind, class Math, int V>
   static __device__ __forceinline__ void precompute(const Channelwise<CtuOp>& a, uint32_t g, const uint32_t (&c)[V], Constants (&out)[V]) {
-    float slope[V];
+    double slope[V];  // a float would have lost the digits of 1 - slope, and the side of 1
     FloatKnobs knobs[V];
     parameters(a.params[CtuOp::kSlope], g, c, slope);
     knobs_of(a, g, c, knobs);
@@ -76,7 +76,7 @@ struct OnGpu<CtuOp, float> {
 
   // As CtuOp::precompute, in pairs of floats. A unit without a bump has no coefficients.
   template <CtuOp::Variant kind, class Math>
-  static __device__ __forceinline__ void precompute(const FloatKnobs& v, float slope, float* k) {
+  static __device__ __forceinline__ void precompute(const FloatKnobs& v, double slope, float* k) {
     constexpr float largest = 3.4028234e38f;
     constexpr TwoFloats log2e = {1.44269502162933349609375f, 1.92596299112661746887e-8f};
     const bool smooth = !(v.s <= float(kLeastWidth));  // true for NaN
@@ -99,7 +99,7 @@ struct OnGpu<CtuOp, float> {
     k[CtuOp::kTHi] = t.hi, k[CtuOp::kTLo] = t.lo, k[CtuOp::kUHi] = u.hi, k[CtuOp::kULo] = u.lo;
     const float kept = smooth ? 1.f : 0.f;  // factors, so that NaN stays NaN
     k[CtuOp::kC] = kept * v.coeff, k[CtuOp::kC1] = kept * v.coeff1, k[CtuOp::kC1S] = kept * v.coeff1 * s;
-    k[CtuOp::kNear] = slope, k[CtuOp::kReach] = CtuRates<float>::reach(1.f - slope);
+    k[CtuOp::kNear] = static_cast<float>(slope), k[CtuOp::kReach] = CtuRates<float>::reach(static_cast<float>(1.0 - slope));
   }
 
   // Without a bump, beta and coeff have no effect; NaN stays NaN.

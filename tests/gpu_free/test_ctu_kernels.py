@@ -18,6 +18,7 @@ from ctu_checks import (
     check_plain_at_beta_one,
     check_products_that_overflow,
     check_sixteen_bits,
+    check_slopes_near_one,
 )
 
 from ctkernels.functional import ctu
@@ -169,6 +170,10 @@ def test_plain_activation_at_beta_one(toolchain: Toolchain, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", [DOUBLE, FLOAT, torch.bfloat16], ids=str)
 def test_logits_keep_the_digits_of_one_minus_a_knob(toolchain: Toolchain, dtype: torch.dtype, activation: str) -> None:
     check_digits_of_logits(dtype, activation, lambda approx: toolchain(80, approx))
+
+
+def test_slopes_near_one(toolchain: Toolchain) -> None:
+    check_slopes_near_one(lambda approx: toolchain(80, approx))
 
 
 @pytest.mark.parametrize(("dtype", "activation"), [(FLOAT, "relu"), (FLOAT, "gelu"), (torch.bfloat16, "relu")], ids=str)

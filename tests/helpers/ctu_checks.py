@@ -128,6 +128,29 @@ def check_digits_of_logits(dtype: torch.dtype, activation: str, run: Run) -> Non
         assert ((got.double() - exact).abs() <= bound).all(), f"{name}: {got} instead of {exact}"
 
 
+def check_slopes_near_one(run: Run) -> None:
+    """1 - slope has the digits, and the sign, of a float64 slope, whatever the type of x: in float32 nothing would be left."""
+    slopes = [1 + 5e-9, 1 - 5e-9, 1.0058296590617, 0.9941703409383]
+    x, beta = torch.tensor([[-3087.25] * 4, [-0.5] * 4]), torch.full((4,), 0.59375)
+    slope = torch.tensor(slopes, dtype=torch.float64)
+
+    def measured(dtype: torch.dtype) -> list[torch.Tensor]:
+        knobs = [beta.to(dtype).requires_grad_(), torch.full((4,), 0.75, dtype=dtype, requires_grad=True)]
+        y = ctu(x.to(dtype), *knobs, channel_dim=1, activation="prelu", negative_slope=slope)
+        return [y.detach(), *torch.autograd.grad(y.sum(), knobs)]
+
+    exact = measured(torch.float64)
+    with run(0):
+        found = measured(torch.float32)
+    for name, got, want in zip(("y", "dbeta", "dcoeff"), found, exact):
+        # |t| is 26 at most: an exponent's rounding, of eps a unit, is a relative error of the tail
+        assert ((got.double() - want).abs() <= 32 * torch.finfo(torch.float32).eps * want.abs()).all(), (
+            name,
+            got,
+            want,
+        )
+
+
 NANS = (0x7FC00000, 0x7FFFFFFF)  # what CPUs make, and GPUs
 
 

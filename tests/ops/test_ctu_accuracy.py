@@ -17,6 +17,7 @@ from ctu_checks import (
     check_nan_at_beta_one,
     check_nan_parameter,
     check_products_that_overflow,
+    check_slopes_near_one,
 )
 
 import ctkernels
@@ -276,3 +277,7 @@ def test_official_checkpoints_agree_with_eps(backend: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_logits_keep_the_digits_of_one_minus_a_knob(backend: str, dtype: torch.dtype, activation: str) -> None:
     check_digits_of_logits(dtype, activation, lambda approx: nullcontext())
+
+
+def test_slopes_near_one(backend: str) -> None:
+    check_slopes_near_one(lambda approx: nullcontext())

@@ -146,9 +146,8 @@ def precompute(p, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
             t = tl.maximum(t.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
             kept = tl.where(smooth, 1.0, 0.0)  # as a factor: a NaN is kept
             c, c1, c1s = kept * c, kept * c1, kept * c1s
-        slope = slope.to(tl.float32)
-        reach = _reach(1.0 - slope, 1.4012984643e-45)
-        return t, t_lo, t_limit, u, u_lo, u_limit, c, c1, c1s, eta, slope, reach
+        reach = _reach((1.0 - slope).to(tl.float32), 1.4012984643e-45)  # subtracted in the slope's own precision
+        return t, t_lo, t_limit, u, u_lo, u_limit, c, c1, c1s, eta, slope.to(tl.float32), reach
 
 
 # ---- per element -----------------------------------------------------------------------------------------------------
