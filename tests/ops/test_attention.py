@@ -264,6 +264,18 @@ def test_a_query_that_sees_no_key_has_the_edit_alone_and_no_gradient(kind: str) 
             torch.testing.assert_close(got, expected)
 
 
+def test_weights_of_large_scores_add_up_to_one() -> None:
+    """In the reference: to the last bits, whatever the scores are; their exponentials are not off by a rounded logarithm."""
+    q, k = 30 * torch.randn(1, 2, 50, 8), 30 * torch.randn(1, 2, 60, 8)
+    ones = torch.ones(1, 2, 60, 1, requires_grad=True)
+    with ctkernels.use_backend("reference"):
+        y = attention_head_edit(q, k, ones, torch.zeros(2, 1))
+        (grad,) = torch.autograd.grad(y.sum(), ones)
+    eps = torch.finfo(torch.float32).eps
+    assert ((y - 1).abs() <= 4 * eps).all()
+    assert ((grad.sum(2) - 50).abs() <= 50 * 4 * eps).all()
+
+
 @pytest.mark.parametrize("strides", [(1, 1, 1, 1), (1, 16, 0, 1), (1, 0, 0, 1), (0, 0, 0, 1)])
 def test_queries_that_share_memory(strides: tuple[int, ...]) -> None:
     """Torch's own kernel leaves part of the result unwritten for some of these."""

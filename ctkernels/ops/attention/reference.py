@@ -50,10 +50,16 @@ def scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """(softmax(scale q k') v, log2 of the sum of exponentials). A query that sees no key gives 0 and +inf."""
-    s = scores(q, k, mask, scale)
-    blind = (s == -math.inf).all(-1)  # logsumexp has no gradient there
-    lse = s.masked_fill(blind[..., None], 0.0).logsumexp(-1).masked_fill(blind, math.inf)
-    return torch.exp(s - lse[..., None]) @ repeat_heads(v, q.shape[1]), lse * LOG2E
+    weights, lse = _weights(scores(q, k, mask, scale))
+    return weights @ repeat_heads(v, q.shape[1]), lse * LOG2E
+
+
+def _weights(s: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(s), and the logarithm of the sum of exponentials: e^(s - lse) would have the rounding of a large lse in its
+    exponent."""
+    blind = (s == -math.inf).all(-1, keepdim=True)  # neither has a gradient there
+    seen = s.masked_fill(blind, 0.0)
+    return seen.softmax(-1).masked_fill(blind, 0.0), seen.logsumexp(-1).masked_fill(blind[..., 0], math.inf)
 
 
 def edit_operands(m: Tensor | None, a: Tensor | None, g_m: Tensor | None, g_a: Tensor | None) -> tuple:
@@ -72,12 +78,12 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, m, a, g_m, g_a, from the inputs alone; None for an absent one. Differentiable."""
     heads, groups = q.shape[1], k.shape[1]
-    z, lse = attention(q, k, v, mask, scale)
+    weights, _ = _weights(scores(q, k, mask, scale))
+    z = weights @ repeat_heads(v, heads)
     m, a, g_m, g_a = edits
     p = edit.scale(*edit_operands(m, a, g_m, g_a)[::2])
     s1, s0 = (dy * z).sum((0, 2)), dy.sum((0, 2))
     dz = dy if p is None else dy * p
-    weights = torch.exp(scores(q, k, mask, scale) - (lse / LOG2E)[..., None])
     ds = weights * (dz @ repeat_heads(v, heads).mT - (dz * z).sum(-1, keepdim=True)) * scale
 
     def shared(t: Tensor) -> Tensor:
