@@ -88,6 +88,15 @@ def lofit(model: nn.Module, setting: Setting, schedule: str = "exponential") -> 
 
 
 @contextmanager
+def tct(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
+    """Trainable Curvature Tuning of the feed-forward layers: a beta and a coeff for every channel of their activations."""
+    from ... import adapters
+
+    with _through_peft(model, adapters.CurvatureConfig(task_type="CAUSAL_LM")) as wrapped:
+        yield Attached(wrapped, _trained(wrapped, setting["lr"]))
+
+
+@contextmanager
 def lora(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
     """peft's LoRA on the projections it takes for the architecture (query and value for Llama), scale 2."""
     peft = require("peft", "lab", "an adapter")
@@ -150,6 +159,7 @@ METHODS: dict[str, Method] = {
         Method("bitfit", "biases only", {"lr": (3e-4, 1e-3, 3e-3, 1e-2)}, bitfit),
         Method("ia3", "(IA)3", {"lr": (1e-3, 3e-3, 1e-2, 3e-2)}, ia3),
         Method("lofit", "head edits without gates", {"lr": (1e-2, 2e-2, 5e-2, 1e-1)}, lofit),
+        Method("tct", "curvature of activations", {"lr": (1e-2, 2e-2, 5e-2, 1e-1)}, tct),
         Method("jola", "gated head edits", {"lr": (2e-2, 5e-2), "gate_lr": (2e-1, 5e-1)}, jola),
     )
 }
