@@ -17,11 +17,12 @@ COMPARE := examples.data:fashion_mnist examples.data:emoji digits --model mobile
     --grid lora-r1.lr=3e-3 --grid lora-r1.head_lr=3e-3 --grid tct.lr=0.03 --grid tct.beta=0.95 --grid tct.head_lr=3e-3 \
     --grid tct+lora-r1.lr=0.03 --grid tct+lora-r1.lora_lr=3e-3 --grid tct+lora-r1.beta=0.95 --grid tct+lora-r1.head_lr=3e-3
 
-.PHONY: roofline-table docs demo compare test test-pure test-newest newest-suite peft-suite fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
+.PHONY: roofline-table docs demo compare study test test-pure test-newest newest-suite peft-suite fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
 
 help:
 	@echo "make demo    adapt real pretrained networks on real images and texts (about ten minutes)"
 	@echo "make compare a linear probe, S-CT, LoRA and T-CT on two real networks and three data sets"
+	@echo "make study   ways to adapt a language model on four tasks, over five seeds (hours)"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff and mypy       make format   ruff format"
 	@echo "make bench   kernel benchmarks   make build    rebuild the native kernels"
@@ -63,6 +64,10 @@ demo: $(VENV)/demo.stamp
 # Stopped, it goes on where it was. One thread: torch rounds some sums differently with two, and training magnifies that.
 compare: $(VENV)/demo.stamp
 	OMP_NUM_THREADS=1 $(PY) -m ctkernels compare $(COMPARE) --out out/compare $(COMPARE_ARGS)
+
+# Stopped, it goes on where it was.
+study: $(VENV)/demo.stamp
+	$(PY) examples/study.py $(STUDY_ARGS)
 
 # The native kernels have to be there: a test run that skipped them would prove little.
 test: $(VENV)/built.stamp
