@@ -168,7 +168,7 @@ void Driver::backward(const typename Op::Attributes& attributes, const Operands&
     const int64_t terms = narrow(p.slots() * partials.repeat * partials.inner);
     const int64_t rows = std::min(kReduceThreads / lanes, power_of_two(terms)), blocks = v.groups * ceil_div(v.channels, lanes);
     const std::string name = std::string("ctk_") + kName<Op> + "_reduce_partials" + (compute_size == 8 ? "_f64" : "_f32");
-    cuda::launch(*this, name, blocks, static_cast<int>(lanes), static_cast<int>(rows), lanes * rows * 8, partials);
+    cuda::launch(*this, name, blocks, static_cast<int>(lanes), static_cast<int>(rows), kSums * lanes * rows * 8, partials);
   }
   if (reduce.items) cuda::launch(*this, "ctk_reduce_shared", reduced, kSharedThreads, 1, kSharedThreads * 8, reduce);
 }
