@@ -148,13 +148,13 @@ def test_parameters_per_sample(toolchain: Toolchain, grouped: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
 def test_against_forty_digits(toolchain: Toolchain, activation: str) -> None:
     pytest.importorskip("mpmath", reason="needs the test extra")
     check_forty_digits(activation, lambda approx: toolchain(80, approx))
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_sixteen_bits_are_good_to_half_an_ulp(toolchain: Toolchain, dtype: torch.dtype, activation: str) -> None:
     for sm, approx in ((80, -1), (100, 1)):
@@ -166,7 +166,7 @@ def test_plain_activation_at_beta_one(toolchain: Toolchain, dtype: torch.dtype) 
     check_plain_at_beta_one(dtype, lambda approx: toolchain(80, approx))
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [DOUBLE, FLOAT, torch.bfloat16], ids=str)
 def test_logits_keep_the_digits_of_one_minus_a_knob(toolchain: Toolchain, dtype: torch.dtype, activation: str) -> None:
     check_digits_of_logits(dtype, activation, lambda approx: toolchain(80, approx))
@@ -208,7 +208,7 @@ def test_products_that_overflow(toolchain: Toolchain, dtype: torch.dtype, activa
     check_products_that_overflow(dtype, activation, lambda approx: toolchain(80, approx))
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16], ids=str)
 def test_infinities_nan_and_extremes(toolchain: Toolchain, dtype: torch.dtype, activation: str) -> None:
     check_extremes(dtype, activation, lambda approx: toolchain(80, approx))
