@@ -32,7 +32,7 @@ NAMES = [s.name for s in ctu_samples()]
 # One sample of each cut (rows of one channel, columns with channels of their own, several periods side by side) and of each
 # width of access.
 CUTS = ["NCHW, long runs", "NLC, more channels than a block", "NLC, odd channels", "NCHW, runs of four"]
-FEW = [*CUTS, "logits", "gelu", "prologue, inner channels", "shared beta, coeff per channel"]
+FEW = [*CUTS, "logits", "gelu", "gelu_tanh", "prologue, inner channels", "shared beta, coeff per channel"]
 
 
 def _run(toolchain: Toolchain, name: str, dtype: torch.dtype, sm: int = 80, approx: int = 0) -> dict[str, torch.Tensor]:
@@ -75,7 +75,7 @@ def test_double_parameters(toolchain: Toolchain, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("sm", [80, 100])
 @pytest.mark.parametrize("dtype", [FLOAT, *HALVES, DOUBLE], ids=str)
 def test_approximate_units_at_both_ends_of_their_error(toolchain: Toolchain, dtype: torch.dtype, sm: int) -> None:
-    for name in ("NCHW, long runs", "NCHW, runs of odd length", "gelu", "relu6"):
+    for name in ("NCHW, long runs", "NCHW, runs of odd length", "gelu", "gelu_tanh", "relu6"):
         low, high = (_run(toolchain, name, dtype, sm, approx) for approx in (-1, 1))
         check_against_float64(sample_named(name, dtype), low)
         check_against_float64(sample_named(name, dtype), high)
@@ -176,7 +176,9 @@ def test_slopes_near_one(toolchain: Toolchain) -> None:
     check_slopes_near_one(lambda approx: toolchain(80, approx))
 
 
-@pytest.mark.parametrize(("dtype", "activation"), [(FLOAT, "relu"), (FLOAT, "gelu"), (torch.bfloat16, "relu")], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "activation"), [(FLOAT, "relu"), (FLOAT, "gelu"), (FLOAT, "gelu_tanh"), (torch.bfloat16, "relu")], ids=str
+)
 def test_nan_at_beta_one(toolchain: Toolchain, dtype: torch.dtype, activation: str) -> None:
     check_nan_at_beta_one(dtype, activation, lambda approx: toolchain(80, approx))
 
@@ -201,7 +203,14 @@ def test_nan_parameters(toolchain: Toolchain, dtype: torch.dtype, activation: st
 
 @pytest.mark.parametrize(
     ("dtype", "activation"),
-    [(FLOAT, "prelu"), (FLOAT, "relu6"), (torch.bfloat16, "relu6"), (torch.bfloat16, "gelu"), (DOUBLE, "relu")],
+    [
+        (FLOAT, "prelu"),
+        (FLOAT, "relu6"),
+        (torch.bfloat16, "relu6"),
+        (torch.bfloat16, "gelu"),
+        (torch.bfloat16, "gelu_tanh"),
+        (DOUBLE, "relu"),
+    ],
     ids=str,
 )
 def test_products_that_overflow(toolchain: Toolchain, dtype: torch.dtype, activation: str) -> None:

@@ -111,7 +111,7 @@ def test_derivatives_at_infinity_are_those_of_the_plain_activation(activation: s
 def test_logits_narrower_than_x(backend: str) -> None:
     """Knobs come from float32 logits in float64 where x is float64: 1 - beta is the float64 of those logits."""
     x = torch.linspace(-3, 3, 999, dtype=torch.float64)
-    for logit, activation in itertools.product((-17.0, 0.3, 5.0), ("relu", "gelu")):
+    for logit, activation in itertools.product((-17.0, 0.3, 5.0), ("relu", "gelu", "gelu_tanh")):
         narrow = torch.tensor(logit)
         expected = ctu(x, narrow.double(), torch.tensor(0.2).double(), raw=True, activation=activation)
         assert torch.equal(ctu(x, narrow, torch.tensor(0.2), raw=True, activation=activation), expected)

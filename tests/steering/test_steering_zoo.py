@@ -205,8 +205,16 @@ TRANSFORMERS = {
     "gemma": (language("GemmaForCausalLM", "GemmaConfig", head_dim=16, num_key_value_heads=2, **TINY), "gelu_tanh", 2),
     "gpt2": (language("GPT2LMHeadModel", "GPT2Config", **GPT2), "gelu_tanh", 2),
     "bloom": (language("BloomForCausalLM", "BloomConfig", hidden_size=32, n_layer=2, n_head=2), "gelu_tanh", 2),
-    "siglip": (vision("SiglipVisionModel", "SiglipVisionConfig", 32, image_size=32, patch_size=16, **TINY), "gelu_tanh", 3),
-    "nemotron": (language("NemotronForCausalLM", "NemotronConfig", num_key_value_heads=2, **TINY), "relu", 2),  # its square is taken of the unit
+    "siglip": (
+        vision("SiglipVisionModel", "SiglipVisionConfig", 32, image_size=32, patch_size=16, **TINY),
+        "gelu_tanh",
+        3,
+    ),
+    "nemotron": (
+        language("NemotronForCausalLM", "NemotronConfig", num_key_value_heads=2, **TINY),
+        "relu",
+        2,
+    ),  # its square is taken of the unit
     "resnet": (
         vision("ResNetModel", "ResNetConfig", 32, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]),
         "relu",

@@ -49,6 +49,12 @@ _FLAT = tl.constexpr(2.0**60)  # of csrc/ctu.h: where a relu6's two bumps cancel
 _SMALLEST_S = tl.constexpr(2.0**-120)  # a bump lower than this is flushed, so that its rate stays finite
 
 
+@triton.constexpr_function
+def _has_tails(kind):
+    """Whether the branches of a member are those of GELU: has_tails of csrc/ctu.h."""
+    return kind in (GAUSSIAN.value, TANH.value)
+
+
 @triton.jit
 def _rcp(x):
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
@@ -113,8 +119,7 @@ def precompute(p, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
         smooth = ~(s <= 1e-300)  # a NaN is passed on
         u = 1.0 / tl.where(smooth, s, 1.0)
         t = b * u
-        tails: tl.constexpr = KIND == GAUSSIAN or KIND == TANH
-        gone: tl.constexpr = 37.0 if tails else 700.0
+        gone: tl.constexpr = 37.0 if _has_tails(KIND) else 700.0
         t_gone: tl.constexpr = 21.05 if KIND == TANH else gone
         t_limit = tl.where(t > 1e-300, t_gone / tl.where(t > 1e-300, t, 1.0), 1.7e308)
         if KIND == RELU6:
@@ -141,12 +146,12 @@ def precompute(p, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
         r = _rcp(safe)
         r_lo = r * tl.fma(-tl.where(smooth, s_lo, 0.0), r, tl.fma(-safe, r, 1.0))
         eta, eta_lo = _scaled(b, b_lo, r, r_lo)
-        if KIND == GAUSSIAN or KIND == TANH:
+        if _has_tails(KIND):
             t, t_lo, u, u_lo = eta, eta_lo, r, r_lo
         else:
             t, t_lo = _scaled(eta, eta_lo, _LOG2E_HI, _LOG2E_LO)
             u, u_lo = _scaled(r, r_lo, _LOG2E_HI, _LOG2E_LO)
-        vanished: tl.constexpr = 13.16 if KIND == GAUSSIAN or KIND == TANH else 125.0
+        vanished: tl.constexpr = 13.16 if _has_tails(KIND) else 125.0
         t_vanished: tl.constexpr = 9.97 if KIND == TANH else vanished
         furthest: tl.constexpr = _FLAT if KIND == RELU6 else _LARGEST
         t_limit = tl.where(smooth, tl.minimum(t_vanished * _rcp(t), furthest), -1.0)
@@ -274,7 +279,7 @@ def _bump(a, k, PRECISION: tl.constexpr, KIND: tl.constexpr):
     Every product starts from a q or a phi, which are 0 where a is huge.
     """
     t_hi, t_lo, t_limit, u_hi, u_lo, u_limit, c, c1, c1s, eta, _slope, _reach = k
-    if KIND == GAUSSIAN or KIND == TANH:
+    if _has_tails(KIND):
         if KIND == TANH:
             pdf_t, cdf_t, at = _tanh_gate(a, t_hi, t_lo, t_limit, PRECISION)
         else:
@@ -348,7 +353,7 @@ def parameter_gradients(p, s, ATTRS: tl.constexpr):
     smooth = ~(width <= _SMALLEST_S)  # a NaN is passed on
     inv = 1.0 / tl.where(smooth, width, 1.0)
     silu = c * (1.0 + EPS) * inv * inv * s0
-    if KIND == GAUSSIAN or KIND == TANH:
+    if _has_tails(KIND):
         beta = silu - c1 * s2
         coeff = -(s1 + width * s2 - s3)
     else:
