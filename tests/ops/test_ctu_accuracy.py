@@ -248,6 +248,13 @@ def test_finite_in_finite_out(backend: str) -> None:
             assert torch.isfinite(dx).all(), (beta, coeff, activation)
 
 
+def test_the_tanh_member_stays_as_near_to_the_gaussian_as_their_gates_are(backend: str) -> None:
+    x = torch.linspace(-30, 30, 6001, dtype=torch.float64)
+    for beta, coeff in itertools.product((0.1, 0.5, 0.9, 1.0), (0.0, 0.5, 1.0)):
+        distance = (ctu(x, beta, coeff, activation="gelu_tanh") - ctu(x, beta, coeff, activation="gelu")).abs().max()
+        assert coeff * 4.6e-4 * (1 - beta) / beta <= distance <= coeff * 4.8e-4 * (1 - beta) / beta
+
+
 @pytest.mark.parametrize("beta", [0.8, 0.99, 0.9999])
 def test_beta_gradient_where_autograd_of_the_official_expression_fails(backend: str, beta: float) -> None:
     generator = torch.Generator().manual_seed(0)
