@@ -192,6 +192,7 @@ def test_nan_at_beta_one(toolchain: Toolchain, dtype: torch.dtype, activation: s
         (torch.bfloat16, "relu", "beta", True),
         (torch.bfloat16, "gelu", "coeff", False),
         (torch.bfloat16, "gelu", "beta", False),
+        (torch.bfloat16, "gelu_tanh", "beta", False),
         (DOUBLE, "relu6", "beta", False),
         (torch.bfloat16, "relu", "scale", False),
     ],
