@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .ops.ctu.op import ACTIVATIONS
 
 __all__ = ["CTU", "Knobs", "TrainableCTU"]
-
-ACTIVATIONS = ("relu", "leaky_relu", "prelu", "relu6", "silu", "gelu")
 
 
 class Knobs(nn.Module):
@@ -103,7 +102,7 @@ class CTU(Unscriptable, nn.Module):
     Args:
         beta: number or 0-d tensor in [0, 1]. Default: 1, the plain activation.
         coeff: number or 0-d tensor in [0, 1]. Default: 0.5.
-        activation: "relu", "leaky_relu", "prelu", "relu6", "silu" or "gelu" (exact). Default: "relu".
+        activation: a name that :func:`ctkernels.functional.ctu` takes. Default: "relu".
         negative_slope: of "leaky_relu" and "prelu": a number, or a Parameter (0-d, or one slope per channel of
             dimension 1), which becomes a parameter of the unit. Default: 0.01.
         inplace: overwrite the input, in eager calls that need no gradient; other calls leave it alone. Default: False.
@@ -200,7 +199,7 @@ class TrainableCTU(Unscriptable, nn.Module):
         channel_dim: which dimension of the input holds the channels, negative from the end: 1 for convolutions, -1 for
             channels-last layers such as those of a transformer. Default: 1.
         beta, coeff: initial values, strictly between 0 and 1. Default: 0.8 and 0.5, as in the paper.
-        activation: "relu", "leaky_relu", "prelu", "relu6", "silu" or "gelu" (exact). Default: "relu".
+        activation: a name that :func:`ctkernels.functional.ctu` takes. Default: "relu".
         negative_slope: as in :class:`CTU`; a vector has one slope per channel. Default: 0.01.
 
     Shape: any with ``num_channels`` at ``channel_dim``, floating point; the output has the input's shape and dtype.

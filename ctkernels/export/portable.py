@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from ..ops.ctu.op import KINDS
 from . import lowering
 from .program import Editor, functional
 
@@ -135,7 +136,7 @@ def _ctu(editor: Editor, node: Node) -> None:
     w = lowering.plus(w, 0.0 if shift is None else operands.value(shift, "shift"))
     w = lowering.plus(w, 0.0 if residual is None else operands.wide(residual))
     knobs = operands.knobs(beta, coeff, bool(raw), float(eps))
-    member = lowering.KINDS[kind]
+    member = KINDS[kind]
     operands.replace(lowering.unit(w, operands.value(slope, "slope") if slope is not None else None, knobs, member))
 
 

@@ -84,7 +84,7 @@ def ctu_samples(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: i
         shape = () if channel_dim is None else (count,)
         yield sample(name, x, knob(*shape), knob(*shape), **per_channel)
     x = data(2, 5, 3)
-    for activation in ("leaky_relu", "prelu", "relu6", "silu", "gelu"):
+    for activation in ("leaky_relu", "prelu", "relu6", "silu", "gelu", "gelu_tanh"):
         yield sample(activation, x, knob(5), knob(5), channel_dim=1, activation=activation)
     yield sample("learned slopes, some above 1", x, knob(5), knob(5), channel_dim=1, activation="prelu",
                  negative_slope=torch.tensor([-0.2, 0.0, 0.3, 0.9, 1.5], dtype=wide, device=device))  # fmt: skip

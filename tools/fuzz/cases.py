@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
+from ctkernels.ops.ctu.op import ACTIVATIONS
+
 from .tensors import SPECIAL, Spec
 
 DTYPES = ("float32", "float32", "float64", "bfloat16", "float16")
-MEMBERS = ("relu", "silu", "leaky_relu", "prelu", "relu6", "gelu")
+MEMBERS = tuple(ACTIVATIONS)
 OPTIONS = ("channel_dim", "activation", "eps", "head_dim", "head_axis", "window", "scale")
 OPTIONS += ("implementation", "temperature", "stretch", "estimator")
 BROKEN = "an argument is wrong: "

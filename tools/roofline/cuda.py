@@ -31,7 +31,10 @@ def kernels() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for op, dtypes, tiles, form in (
         ("ctu_logistic", ("f32", "bf16", "f16"), ("plane", "lanes"), "plain"),
-        *((f"ctu_{variant}", ("f32", "bf16"), ("plane",), "vector") for variant in ("leaky", "relu6", "gaussian")),
+        *(
+            (f"ctu_{variant}", ("f32", "bf16"), ("plane",), "vector")
+            for variant in ("leaky", "relu6", "gaussian", "tanh")
+        ),
         ("head_edit", tuple(ITEMSIZE), ("plane", "lanes"), "vector"),
     ):
         for t in dtypes:

@@ -75,7 +75,7 @@ def _ctu(dtype_name: str, dtype: torch.dtype) -> Iterator[Variant]:
         return
     x = torch.empty(NCHW, dtype=dtype)
     knobs = _knobs(NCHW[1], dtype)
-    for activation in ("prelu", "relu6", "gelu"):
+    for activation in ("prelu", "relu6", "gelu", "gelu_tanh"):
         slope = knobs[0] if activation == "prelu" else None
         grad_mask = 0b1111 if activation == "prelu" else 0b111
         inputs, attrs = (x, *knobs, slope, None, None, None), (1, ACTIVATIONS[activation], False, 0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from ...steering.runtime import SiteUnit, call_ctu, ctu_arguments
 from .._offload import keep_resident
 from .config import CurvatureConfig
 from .layout import Channels
-from .per_sample import index_of, names_for, neutral_logits
+from .per_sample import index_of, logit, names_for, neutral_logits
 
 
 def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -75,8 +74,7 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
         self.curvature_config[adapter_name] = config
         self.curvature_channels[adapter_name] = channels
         for table, value in zip((self.curvature_raw_beta, self.curvature_raw_coeff), config.start(self.activation)):
-            logit = math.log(value) - math.log1p(-value)
-            raw = torch.full((1 if channels is None else channels.size,), logit, dtype=torch.float32)
+            raw = torch.full((1 if channels is None else channels.size,), logit(value), dtype=torch.float32)
             if self.device is not None and "meta" not in (raw.device.type, self.device.type):
                 raw = raw.to(self.device)
             table[adapter_name] = nn.Parameter(raw)
@@ -270,8 +268,7 @@ def _arguments(
     if beta.device != device:  # one pair for a model that is spread over devices
         beta, coeff = beta.to(device), coeff.to(device)
     arguments = ctu_arguments(beta, coeff, activation, slope, None if channels is None else channels.dim)
-    arguments["raw"] = True
-    return arguments
+    return arguments | {"raw": True, "eps": 0.0}  # a logit needs no correction
 
 
 def _fusible(

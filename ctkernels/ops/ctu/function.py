@@ -41,8 +41,9 @@ def ctu(
         coeff: the mix in [0, 1] of the two smoothings: 1 is the SiLU-like branch, 0 the softplus branch. As ``beta``.
         channel_dim: the dimension of ``x`` that per-channel tensors belong to. Needed if there are any.
         raw: ``beta`` and ``coeff`` are logits, mapped by the sigmoid inside the kernel without losing digits of 1 - beta.
-        activation: ``"relu"``, ``"leaky_relu"``, ``"prelu"``, ``"relu6"``, ``"silu"`` or ``"gelu"`` (the exact, Gaussian
-            form). The ReLU family equals the plain activation at beta = 1; SiLU and GELU at beta = 0.5, coeff = 1.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"prelu"``, ``"relu6"``, ``"silu"``, ``"gelu"`` (the exact, Gaussian
+            form) or ``"gelu_tanh"`` (its approximation by tanh). The ReLU family equals the plain activation at beta = 1; SiLU
+            and both GELUs at beta = 0.5, coeff = 1.
         negative_slope: of ``leaky_relu`` and ``prelu``; a number or a tensor as ``beta`` (learned slopes).
         scale, shift: per-channel (or size-1) tensors of the affine map before the unit, a folded BatchNorm say.
         residual: tensor of ``x``'s shape added before the unit.

@@ -12,9 +12,9 @@ from ..record import Op, Reference
 from ..registration import register
 from . import reference
 
-# Family members, in the numbering of csrc/ctu.h. SiLU is the logistic unit at another neutral point.
-KINDS = ("logistic", "leaky", "relu6", "gaussian")
-ACTIVATIONS = {"relu": 0, "silu": 0, "leaky_relu": 1, "prelu": 1, "relu6": 2, "gelu": 3}
+# The members of the family, in the numbering of csrc/ctu.h, and the activations that are one at its neutral point.
+KINDS = ("logistic", "leaky", "relu6", "gaussian", "tanh")
+ACTIVATIONS = {"relu": 0, "leaky_relu": 1, "prelu": 1, "relu6": 2, "silu": 0, "gelu": 3, "gelu_tanh": 4}
 
 
 class CtuInputs(NamedTuple):
