@@ -23,7 +23,7 @@ from ctkernels.ops import launcher
 from ctkernels.ops.channelwise.launch import implementation
 from ctkernels.ops.record import Op
 
-OUTPUTS = {"out", "dresidual", "dnoise", "d0", "d1", "d2", "d3", "d4"}
+OUTPUTS = {"out", "dresidual", "dfactor", "dnoise", "d0", "d1", "d2", "d3", "d4"}
 SCRATCH = {"partial", "b0", "b1", "b2", "b3", "b4"}
 # What these kernels read is what the ones before them wrote.
 FOLLOWING = ("reduce_partials_kernel", "reduce_shared_kernel")
