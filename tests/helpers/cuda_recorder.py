@@ -309,7 +309,7 @@ def cuda_on_cpu(recorder: Recorder) -> Iterator[Recorder]:
     def kernels(op: Op) -> Kernels:
         def recorded(name: str) -> Callable[..., Any]:
             def call(*args: Any) -> Any:
-                recorder.begin(args[0])
+                recorder.begin(args[1] if name.endswith("_backward") else args[0])  # x, after dy
                 try:
                     return getattr(ops, name).default(*args)
                 except RuntimeError:
