@@ -109,6 +109,14 @@ def test_every_kind_of_adapter(values, from_folder, tmp_path):
     assert torch.equal(served(pool, ["it"] * 3), expected)
 
 
+def test_an_adapter_that_is_called_as_a_layer_is():
+    model = trained(names=("0", "1"))
+    pool = filled(model)
+    with torch.no_grad():
+        expected = model(**VALUES, adapter_names=["1", "0", "__base__"]).logits
+    assert torch.equal(served(pool, ["1", "0", None]), expected)
+
+
 def test_an_adapter_of_the_open_heads_alone(tmp_path):
     model = trained(names=("default",))
     assert adapters.drop_closed_heads(model) > 0
