@@ -14,7 +14,7 @@ from .report import table
 
 PROCESSES = 3
 ADAPTERS, ROWS = 1000, 64
-TOKENS = {"cpu": 32, "cuda": 256}  # of a prompt
+TOKENS = {"cpu": 16, "cuda": 256}  # of a prompt
 BASE = "base model"
 POOL = f"pool, {ROWS} of {ADAPTERS} JoLA adapters"
 ALL_BASE = "pool, base rows alone"

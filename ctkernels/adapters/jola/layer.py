@@ -83,15 +83,17 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
 
     # ---- adapters ----
 
-    def update_layer(self, adapter_name: str, config: JolaConfig) -> None:
-        """Add the parameters of an adapter, initialised as the config says."""
+    def update_layer(self, adapter_name: str, config: JolaConfig, init: bool = True) -> None:
+        """Add the parameters of an adapter, initialised as the config says; without `init`, m and a are to be loaded."""
         self.jola_config[adapter_name] = config
         for kind, heads in zip(KINDS, config.heads_of(self.site, self.num_heads)):
             count = self.num_heads if heads is None else len(heads)
             if count == 0:
                 continue
             vectors = torch.empty(count, self.head_dim)
-            self._of(kind)[adapter_name] = nn.Parameter(nn.init.normal_(vectors, std=config.init_std))
+            if init:
+                nn.init.normal_(vectors, std=config.init_std)
+            self._of(kind)[adapter_name] = nn.Parameter(vectors)
             logits = torch.full((count,), config.init_log_alpha / config.gate_rate)
             self._log_alpha(kind)[adapter_name] = nn.Parameter(logits)
             self.jola_unit_log_alpha[adapter_name] = torch.tensor(float(config.gate_rate))

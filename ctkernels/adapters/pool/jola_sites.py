@@ -114,9 +114,8 @@ def _folded(site: str, heads: int, size: int, config: JolaConfig, state: dict[st
     """`JolaLayer.folded_edit` of an adapter that is in no model."""
     start = f"{site}.jola_"
     values = {f"jola_{name[len(start) :]}.{_ADAPTER}": v for name, v in state.items() if name.startswith(start)}
-    with torch.no_grad(), torch.device("meta"):  # draws no random numbers
-        layer = JolaLayer(nn.Identity(), heads, size, site)
-        layer.update_layer(_ADAPTER, config)
+    layer = JolaLayer(nn.Identity(), heads, size, site)
+    layer.update_layer(_ADAPTER, config, init=False)
     layer.load_state_dict(values, assign=True)
     with torch.no_grad():
         return layer.folded_edit(_ADAPTER)

@@ -80,7 +80,7 @@ class AdapterPool(Uncopyable):
         self.base = (
             base if base is not None else str(getattr(getattr(self._model, "config", None), "_name_or_path", ""))
         )
-        self._sites: _Sites = _METHODS[type(config)](self._model, config)
+        self._sites: _Sites = self._make_sites(config)
         self._tables = self._allocate(capacity)
         self._slots = Slots(capacity)
         self._fences = Fences(self._sites.devices.values())
@@ -88,6 +88,9 @@ class AdapterPool(Uncopyable):
         self._current: Current = ContextVar("ctkernels_pool", default=None)
         self._sites.attach(self._tables, self._current)
         self._model.__dict__[POOLS] = {**pools, config.method: self}
+
+    def _make_sites(self, config: AdapterConfig) -> _Sites:
+        return _METHODS[type(config)](self._model, config)
 
     def _allocate(self, capacity: int) -> dict[str, Tensor]:
         rows = self._sites.rows
