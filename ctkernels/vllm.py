@@ -24,7 +24,7 @@ def register() -> None:
         )
         return
     original = LoRAModelRunnerMixin.load_lora_model
-    if hasattr(original, "__wrapped__"):
+    if getattr(original, "serves_jola", False):
         return
 
     @functools.wraps(original)
@@ -37,6 +37,7 @@ def register() -> None:
         self.lora_manager = JolaManager(vllm_config, model, device, fields)
         return model
 
+    load_lora_model.serves_jola = True  # type: ignore[attr-defined]
     LoRAModelRunnerMixin.load_lora_model = load_lora_model
 
 

@@ -25,17 +25,29 @@ class AdapterBatching:
     A request keeps the version of the adapter that it was added with. Blocks of the cache are not shared between
     requests: transformers would share them by their tokens alone, and keys and values depend on the adapter.
 
+    Args:
+        pool: the model's pool.
+        model: the model that transformers runs.
+        blocks: of 256 tokens, in the cache of keys and values.
+        tokens: at most so many in one forward.
+
     Example:
         >>> with AdapterBatching(pool, model).running() as batching:
         ...     batching.add("first", tokens, "law")
         ...     print(batching.result())
     """
 
-    def __init__(self, pool: AdapterPool, model: Any) -> None:
+    def __init__(self, pool: AdapterPool, model: Any, *, blocks: int = 64, tokens: int = 256) -> None:
         from transformers import ContinuousBatchingConfig
 
         self.pool = pool
-        config = ContinuousBatchingConfig(allow_block_sharing=False, use_async_batching=False, use_cuda_graph=False)
+        config = ContinuousBatchingConfig(
+            num_blocks=blocks,
+            max_batch_tokens=tokens,
+            allow_block_sharing=False,
+            use_async_batching=False,
+            use_cuda_graph=False,
+        )
         self.manager = model.init_continuous_batching(continuous_batching_config=config)
         self._slots: dict[str, int] = {}
         self._step = self.manager._generation_step

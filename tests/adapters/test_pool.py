@@ -197,6 +197,18 @@ def test_packed_tokens_of_several_samples():
         served(pool, NAMES, packed, lengths=[4, 3, 4])
 
 
+def test_made_and_used_in_inference_mode():
+    model = trained()
+    with torch.inference_mode():
+        pool = filled(model)
+        expected = served(pool, NAMES)
+    pool.load("default", model, adapter="default")
+    assert torch.equal(served(pool, NAMES), expected)
+    with torch.inference_mode():
+        pool.load("default", model, adapter="default")
+    assert torch.equal(served(pool, NAMES), expected)
+
+
 def test_gradients_pass_through():
     pool = filled(trained())
     embedded = pool._model.get_input_embeddings()(VALUES["input_ids"]).detach().requires_grad_()

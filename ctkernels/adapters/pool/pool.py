@@ -103,10 +103,11 @@ class AdapterPool(Uncopyable):
         if on_cpu and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
             raise MemoryError(f"{problem}, more than this machine has")  # the system would promise them all the same
         try:
-            return {
-                name: row.to(self._sites.devices[name]).repeat(capacity + 1, *[1] * row.dim())
-                for name, row in rows.items()
-            }
+            with torch.inference_mode(False):  # in which adapters may be loaded later
+                return {
+                    name: row.to(self._sites.devices[name]).repeat(capacity + 1, *[1] * row.dim())
+                    for name, row in rows.items()
+                }
         except RuntimeError as error:  # torch has no narrower one for both kinds of memory
             raise MemoryError(f"{problem}: {error}") from None
 
