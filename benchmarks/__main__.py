@@ -29,6 +29,7 @@ def parser(prog: str = "python -m benchmarks") -> argparse.ArgumentParser:
     whole = parser.add_mutually_exclusive_group()
     whole.add_argument("--networks", action="store_true", help="instead, a ResNet-50 (needs torchvision)")
     whole.add_argument("--jola", action="store_true", help="instead, a Llama (needs transformers and peft)")
+    whole.add_argument("--pool", action="store_true", help="instead, 1000 adapters in a batch (as --jola)")
     whole.add_argument("--attention", action="store_true", help="instead, attention with the edit (needs a GPU)")
     whole.add_argument(
         "--composed", action="store_true", help="instead, parts of both beside their composed reference, all compiled"
@@ -46,7 +47,7 @@ def parser(prog: str = "python -m benchmarks") -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and args.composed:
         raise OptionError("--composed: measured on a CPU; leave out --device")
-    if args.only and (args.device == "cpu" or args.networks or args.jola):
+    if args.only and (args.device == "cpu" or args.networks or args.jola or args.pool):
         raise OptionError("--only: for the ops and the attention of --device cuda")
     if args.device == "cuda":
         return _on_device(args)
@@ -94,6 +95,11 @@ def _whole(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[st
 
         record = jola_step.run(args.seconds, args.quick, args.device)
         return [record], jola_step.bars(record), jola_step.text(record)
+    if args.pool:
+        from . import pool
+
+        record = pool.run(args.seconds, args.quick, args.device)
+        return [record], pool.bars(record), pool.text(record)
     if args.networks:
         from . import networks
 

@@ -28,6 +28,7 @@ from .jola.penalty import (
 from .jola.sites import find_sites
 from .jola.units import measure_units
 from .optimizer import parameter_groups
+from .pool import AdapterPool, PoolFullError
 from .published import load_official
 from .saving import save_adapter, save_merged
 
@@ -35,6 +36,7 @@ register("jola", JolaConfig, JolaModel)
 register("curvature", CurvatureConfig, CurvatureModel)
 
 __all__ = [
+    "AdapterPool",
     "AdaptiveSchedule",
     "ConstantSchedule",
     "Coverage",
@@ -52,6 +54,7 @@ __all__ = [
     "JolaModel",
     "JolaPenaltyCallback",
     "LinearSchedule",
+    "PoolFullError",
     "add_penalty_grad",
     "coverage",
     "drop_closed_heads",

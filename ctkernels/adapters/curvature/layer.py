@@ -144,7 +144,7 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
             values, channels, index = *self._values(), None
         else:
             values, channels, index = self._values_by_sample(names, x)
-        return _call(x, values, channels, activation, slope, inplace, self.site, index)
+        return call_unit(x, values, channels, activation, slope, inplace, self.site, index)
 
     def ctu_arguments(self, x: Tensor, activation: str, slope: float | Tensor | None) -> dict[str, Any] | None:
         """Keyword arguments for `ctkernels.functional.ctu`; None inside `adapters_by_sample`, where they depend on the call."""
@@ -226,7 +226,7 @@ class FixedUnit(Unscriptable, SiteUnit, nn.Module):
 
     def forward(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
         """The unit in the place of `activation(x)`."""
-        return _call(x, (self.raw_beta, self.raw_coeff), self.channels, activation, slope, inplace, self.site)
+        return call_unit(x, (self.raw_beta, self.raw_coeff), self.channels, activation, slope, inplace, self.site)
 
     def ctu_arguments(self, x: Tensor, activation: str, slope: float | Tensor | None) -> dict[str, Any] | None:
         """Keyword arguments for `ctkernels.functional.ctu`."""
@@ -239,7 +239,7 @@ class Original(SiteUnit):
     active = False
 
 
-def _call(
+def call_unit(
     x: Tensor,
     values: tuple[Tensor, Tensor],
     channels: Channels | None,

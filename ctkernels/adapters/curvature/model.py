@@ -351,11 +351,28 @@ def _plan(model: nn.Module, config: CurvatureConfig) -> list[tuple[list[str], Ch
     if attached is None and is_steered(model):
         raise ValueError("model: expected one that is not steered, got one that is; remove() its handle first")
     result = ScanResult(sites=list(attached.sites.values())) if attached is not None else scan_all(model)
+    settle_layout(model, config, result)
+    return sharing_groups(model, config, result.sites)
+
+
+def settle_layout(model: nn.Module, config: CurvatureConfig, result: ScanResult) -> None:
+    """Write the sites that a configuration selects, and the channels of each, into its `layout`, unless it has one."""
     if config.layout is None:
         sites = _selected(model, config, result)
         by_channel = config.granularity == "channel"
         config.layout = _layout(model, config, sites) if by_channel else dict.fromkeys(site.name for site in sites)
-    known = {site.name: site for site in result.sites}
+
+
+def sharing_groups(
+    model: nn.Module, config: CurvatureConfig, sites: list[Site]
+) -> list[tuple[list[str], Channels | None]]:
+    """The sites in a configuration's layout, grouped by the parameters they have in common; the first holds them.
+
+    Raises:
+        ValueError: the layout names a site that the model does not have.
+    """
+    assert config.layout is not None
+    known = {site.name: site for site in sites}
     foreign = [name for name in config.layout if name not in known]
     if foreign:
         raise ValueError(

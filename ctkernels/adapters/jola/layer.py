@@ -83,15 +83,17 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
 
     # ---- adapters ----
 
-    def update_layer(self, adapter_name: str, config: JolaConfig) -> None:
-        """Add the parameters of an adapter, initialised as the config says."""
+    def update_layer(self, adapter_name: str, config: JolaConfig, init: bool = True) -> None:
+        """Add the parameters of an adapter, initialised as the config says; without `init`, m and a are to be loaded."""
         self.jola_config[adapter_name] = config
         for kind, heads in zip(KINDS, config.heads_of(self.site, self.num_heads)):
             count = self.num_heads if heads is None else len(heads)
             if count == 0:
                 continue
             vectors = torch.empty(count, self.head_dim)
-            self._of(kind)[adapter_name] = nn.Parameter(nn.init.normal_(vectors, std=config.init_std))
+            if init:
+                nn.init.normal_(vectors, std=config.init_std)
+            self._of(kind)[adapter_name] = nn.Parameter(vectors)
             logits = torch.full((count,), config.init_log_alpha / config.gate_rate)
             self._log_alpha(kind)[adapter_name] = nn.Parameter(logits)
             self.jola_unit_log_alpha[adapter_name] = torch.tensor(float(config.gate_rate))
@@ -296,6 +298,11 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         vectors = {kind: self._spread(self.vectors(kind, adapter_name), adapter_name, kind, 0) for kind in gates}
         return vectors, {kind: self._spread(gate, adapter_name, kind, -1) for kind, gate in gates.items()}
 
+    def folded_edit(self, adapter_name: str) -> dict[str, Tensor]:
+        """g_m * m under "m" and g_a * a under "a", (heads, head_dim), with the deterministic gates."""
+        vectors, gates = self._operands(adapter_name, self.gates(adapter_name, training=False))
+        return {kind: vectors[kind] * gate.unsqueeze(-1) for kind, gate in gates.items()}
+
     def edit(self, z: Tensor, adapter_name: str) -> Tensor:
         """Apply one adapter's edit to `z` (..., heads * head_dim); under tensor parallelism, to the local heads."""
         gates = self.gates(adapter_name, rows=z.shape[0])
@@ -350,14 +357,12 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         local = z.shape[-1] // self.head_dim
         operands: dict[str, list[Tensor]] = {"m": [], "a": []}
         for name in used:
-            gates = self.gates(name, training=False)
-            vectors, gates = self._operands(name, gates)
+            edit = self.folded_edit(name)
             for kind in KINDS:
-                if kind in gates:
-                    folded_in = vectors[kind] * gates[kind].unsqueeze(-1)
-                else:
-                    folded_in = torch.zeros(self.num_heads, self.head_dim, device=z.device)
-                operands[kind].append(folded_in if local == self.num_heads else local_heads(folded_in, self, local, 0))
+                value = edit.get(kind)
+                if value is None:
+                    value = torch.zeros(self.num_heads, self.head_dim, device=z.device)
+                operands[kind].append(value if local == self.num_heads else local_heads(value, self, local, 0))
         if not used:
             return z
         stacks = {kind: torch.stack([torch.zeros_like(parts[0]), *parts]) for kind, parts in operands.items()}

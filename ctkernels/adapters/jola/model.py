@@ -66,36 +66,11 @@ class JolaModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Settle the targets and check every site before any module is replaced."""
-        targets = peft_config.target_modules
-        if targets is None:
-            found = default_targets(model)
-            targets = found if isinstance(found, str) else set(found)
-        probe = _with_targets(peft_config, targets)
-        sites = [name for name, _ in unwrapped(model) if name and self._check_target_module_exists(probe, name)]
-        if not sites:
-            raise ValueError(
-                f"target_modules={peft_config.target_modules!r} with layers_to_transform="
-                f"{peft_config.layers_to_transform!r} matched no module. {near_misses(model)}"
-            )
-        unused = probe.unused(sites)
-        if unused:
-            raise ValueError(f"layers_to_transform and heads name {unused}, where no module is to be edited")
-        shapes: dict[str, torch.Size] = {}
-        for name in sites:
-            module = model.get_submodule(name)
-            base = module.get_base_layer() if isinstance(module, JolaLayer) else module
-            heads, size = head_layout(model, name, base, peft_config.head_dim)
-            for kind, edited in zip(KINDS, peft_config.heads_of(name, heads)):
-                count = heads if edited is None else len(edited)
-                if count:
-                    shapes[f"{name}.jola_{kind}"] = torch.Size((count, size))
-                    shapes[f"{name}.jola_log_alpha_{kind}"] = torch.Size((count,))
-                    shapes[f"{name}.jola_unit_log_alpha"] = torch.Size(())
-                    if kind == "a":
-                        shapes[f"{name}.jola_unit_a"] = torch.Size((count,))
+        targets, sites = planned_sites(model, peft_config)
+        shapes = parameter_shapes(peft_config, sites)
         check_saved(saved_shapes(peft_config), shapes, model, peft_config)
         if peft_config.target_modules is None:
-            _warn_of_missed(model, peft_config, sites)
+            _warn_of_missed(model, peft_config, list(sites))
         for name, reason in unused_sites(model).items():
             if name in sites:
                 warnings.warn(f"{name}: its edit is for nothing, {reason}", UserWarning, stacklevel=2)
@@ -304,6 +279,53 @@ class JolaModel(BaseTuner):
 def jola_layers(model: nn.Module) -> Iterator[JolaLayer]:
     """The JoLA layers of a model, in its order."""
     return (module for module in model.modules() if isinstance(module, JolaLayer))
+
+
+def planned_sites(model: nn.Module, config: Any) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """The sites that an adapter with this configuration edits.
+
+    Returns:
+        `target_modules`, of the table of families or the search where the configuration leaves it open; (heads,
+        head_dim) of every site by its name.
+
+    Raises:
+        ValueError: there is no site, one cannot be edited, or layers or heads are named where no site is.
+    """
+    targets = config.target_modules
+    if targets is None:
+        default = default_targets(model)
+        targets = default if isinstance(default, str) else set(default)
+    probe = _with_targets(config, targets)
+    names = [name for name, _ in unwrapped(model) if name and JolaModel._check_target_module_exists(probe, name)]
+    if not names:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} with layers_to_transform="
+            f"{config.layers_to_transform!r} matched no module. {near_misses(model)}"
+        )
+    unused = probe.unused(names)
+    if unused:
+        raise ValueError(f"layers_to_transform and heads name {unused}, where no module is to be edited")
+    sites = {}
+    for name in names:
+        module = model.get_submodule(name)
+        base = module.get_base_layer() if isinstance(module, JolaLayer) else module
+        sites[name] = head_layout(model, name, base, config.head_dim)
+    return targets, sites
+
+
+def parameter_shapes(config: JolaConfig, sites: dict[str, tuple[int, int]]) -> dict[str, torch.Size]:
+    """The shapes of an adapter's parameters and units at `sites`, by their name in the model."""
+    shapes: dict[str, torch.Size] = {}
+    for name, (heads, size) in sites.items():
+        for kind, edited in zip(KINDS, config.heads_of(name, heads)):
+            count = heads if edited is None else len(edited)
+            if count:
+                shapes[f"{name}.jola_{kind}"] = torch.Size((count, size))
+                shapes[f"{name}.jola_log_alpha_{kind}"] = torch.Size((count,))
+                shapes[f"{name}.jola_unit_log_alpha"] = torch.Size(())
+                if kind == "a":
+                    shapes[f"{name}.jola_unit_a"] = torch.Size((count,))
+    return shapes
 
 
 def _with_targets(config: JolaConfig, targets: Any) -> JolaConfig:

@@ -100,6 +100,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     layer: Any = module
     if isinstance(getattr(layer, "in_features", None), int) and isinstance(getattr(layer, "out_features", None), int):
         return layer.in_features, layer.out_features
+    if isinstance(getattr(layer, "input_size", None), int) and isinstance(getattr(layer, "output_size", None), int):
+        return layer.input_size, layer.output_size  # vLLM's
     if type(layer).__name__ == "Conv1D" and isinstance(getattr(layer, "nf", None), int):
         return layer.weight.shape[0], layer.nf
     return None
