@@ -75,6 +75,7 @@ class JointModel(BaseTuner):
             self.register_load_state_dict_pre_hook(partial(check_state_dict, f".{prefix}"))
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        self.peft_config = self.peft_config  # where the model has joint adapters, it is the model's
         self._tuners: dict[str, Any] = {}  # not children: their model is one already
 
     def _tuner(self, method: str) -> Any:
