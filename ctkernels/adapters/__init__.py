@@ -1,12 +1,13 @@
 """Adapters as PEFT methods; importing this package registers them. It needs `pip install ctkernels[adapters]`.
 
 peft has no plug-in mechanism: a process that loads one of these adapters must import `ctkernels.adapters` first, or
-peft raises `KeyError: 'JOLA'` (or `'CURVATURE'`).
+peft raises `KeyError: 'JOLA'` (or `'CURVATURE'`, `'JOINT'`).
 """
 
 from ._peft import register
 from .curvature import CurvatureConfig, CurvatureLayer, CurvatureModel
 from .curvature.model import find_activations
+from .joint import JointConfig, JointModel
 from .jola import JolaConfig, JolaLayer, JolaModel
 from .jola.attention import FusedAttention, fuse_attention
 from .jola.coverage import Coverage, coverage, print_coverage
@@ -34,6 +35,7 @@ from .saving import save_adapter, save_merged
 
 register("jola", JolaConfig, JolaModel)
 register("curvature", CurvatureConfig, CurvatureModel)
+register("joint", JointConfig, JointModel)
 
 __all__ = [
     "AdapterPool",
@@ -49,6 +51,8 @@ __all__ = [
     "ExponentialSchedule",
     "FusedAttention",
     "GateMap",
+    "JointConfig",
+    "JointModel",
     "JolaConfig",
     "JolaLayer",
     "JolaModel",

@@ -13,22 +13,26 @@ import torch
 from torch import Tensor, nn
 
 
-def require_peft() -> None:
+def require_peft(what: str = "ctkernels.adapters", oldest: tuple[int, int] = (0, 18)) -> None:
     """Check that a supported peft is installed.
 
+    Args:
+        what: needs it.
+        oldest: the oldest version that will do.
+
     Raises:
-        ImportError: peft is missing, or older than 0.18 (the message names the extra to install).
+        ImportError: peft is missing, or older (the message names the extra to install).
     """
     try:
         import peft
     except ImportError as error:
         raise ImportError(
-            "ctkernels.adapters needs peft and transformers: pip install 'ctkernels[adapters]' (peft >= 0.18)"
+            f"{what} needs peft and transformers: pip install 'ctkernels[adapters]' (peft >= {oldest[0]}.{oldest[1]})"
         ) from error
     version = tuple(int(part) for part in peft.__version__.split(".")[:2])
-    if version < (0, 18):
+    if version < oldest:
         raise ImportError(
-            f"ctkernels.adapters needs peft >= 0.18, found {peft.__version__}: pip install -U 'ctkernels[adapters]'"
+            f"{what} needs peft >= {oldest[0]}.{oldest[1]}, found {peft.__version__}: pip install -U 'ctkernels[adapters]'"
         )
 
 
@@ -154,9 +158,9 @@ def check_saved(saved: dict[str, torch.Size], own: dict[str, torch.Size], model:
     start = "base_model.model."
     given = {name.removeprefix(start): shape for name, shape in saved.items()}
     beside: dict[str, torch.Size] = {}
-    marker = f".{config.peft_type.value.lower()}_"
+    prefixes = config.tensor_prefixes(vars(config))
     for name, shape in given.items():
-        if marker in f".{name}":
+        if any(f".{prefix}" in f".{name}" for prefix in prefixes):
             continue
         owner = name.rpartition(".")[0]
         if any(f".{kept}." in f".{owner}." for kept in config.modules_to_save or []):
@@ -166,8 +170,8 @@ def check_saved(saved: dict[str, torch.Size], own: dict[str, torch.Size], model:
             warnings.warn(f"The saved adapter replaces the base model's embeddings, {name}", UserWarning, stacklevel=6)
         else:
             raise ValueError(
-                f"The saved adapter would overwrite {name} of the base model: expected tensors named {marker[1:]}* and "
-                f"those of modules_to_save={config.modules_to_save}"
+                f"The saved adapter would overwrite {name} of the base model: expected tensors named "
+                f"{', '.join(f'{prefix}*' for prefix in prefixes)} and those of modules_to_save={config.modules_to_save}"
             )
     tensors = {key: value.shape for key, value in [*model.named_parameters(), *model.named_buffers()]}
     for name, shape in beside.items():

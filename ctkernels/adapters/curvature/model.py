@@ -107,7 +107,7 @@ class CurvatureModel(BaseTuner):
             super().inject_adapter(model, *args, **kwargs)
         except BaseException:
             if first:
-                _detach(model)
+                detach(model)
                 for parameter, flag in flags:
                     parameter.requires_grad_(flag)
             raise
@@ -169,9 +169,7 @@ class CurvatureModel(BaseTuner):
         Raises:
             ValueError: several names; units do not add up.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if len(names) > 1:
-            raise ValueError(f"adapter_name: one curvature adapter can be active at a time, got {names}")
+        check_one_active(adapter_name)
         super().set_adapter(adapter_name, inference_mode)
 
     # ---- one adapter for each sample of a batch ----
@@ -212,7 +210,7 @@ class CurvatureModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fix an adapter's values. A nonlinearity cannot be folded into weights: the fused unit stays, at its cost."""
-        _warn_of_merge()
+        warn_of_merge()
         super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
@@ -222,20 +220,27 @@ class CurvatureModel(BaseTuner):
         attached = attached_to(self.model)
         assert attached is not None
         if merge:
-            _warn_of_merge()
+            warn_of_merge()
             for layer in attached.layers.values():
                 layer.merge(safe_merge, adapter_names)
         unload: Any = super()._unload_and_optionally_merge
         with own_base_layers(self.model):
             model = unload(merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
         if merge:
-            _fix_units(model)
+            fix_units(model)
         else:
-            _detach(model)
+            detach(model)
         return model
 
 
-def _warn_of_merge() -> None:
+def check_one_active(adapter_name: str | list[str]) -> None:
+    """Check that not several adapters are activated: units do not add up."""
+    if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+        raise ValueError(f"adapter_name: one curvature adapter can be active at a time, got {list(adapter_name)}")
+
+
+def warn_of_merge() -> None:
+    """Say what merging a curvature adapter does."""
     warnings.warn(
         "A nonlinearity cannot be folded into the weights: merging fixes the learned values, and the activations stay "
         "fused CT units, with what those cost at run time. They are part of this object, not of its weights: a saved "
@@ -303,7 +308,7 @@ def _attach(model: nn.Module) -> None:
     )
 
 
-def _detach(model: nn.Module) -> None:
+def detach(model: nn.Module) -> None:
     """Undo `_attach`: the model has its own modules and classes again."""
     attached = model.__dict__.pop(_marks.CURVATURE)
     plain_model(model).__dict__.pop(_marks.SAVE_PRETRAINED, None)
@@ -313,7 +318,7 @@ def _detach(model: nn.Module) -> None:
     revert_patches(attached.modules, attached.edits, attached.copies)
 
 
-def _fix_units(model: nn.Module) -> None:
+def fix_units(model: nn.Module) -> None:
     """Put fixed units where layers with a merged adapter are; peft is not needed to run them."""
     attached = model.__dict__.pop(_marks.CURVATURE)
     fixed: dict[int, FixedUnit] = {}
@@ -457,7 +462,7 @@ def _warn(text: str) -> None:
 
 def _strip(model: nn.Module) -> None:
     if attached_to(model) is not None:
-        _detach(model)
+        detach(model)
 
 
 def _show(uses: list[SiteCall]) -> str:

@@ -166,7 +166,7 @@ class JolaModel(BaseTuner):
             for layer in tuners:
                 if to_merge(layer, adapter_names):
                     with onload_layer(layer):
-                        done.append(layer)
+                        done.append((layer, list(layer.merged_adapters)))
                         layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unmerge_adapter(self) -> None:
@@ -177,26 +177,23 @@ class JolaModel(BaseTuner):
                     layer.unmerge()
 
     @contextmanager
-    def _all_or_none(self, adapter_names: list[str] | None, safe_merge: bool) -> Iterator[list[Any]]:
+    def _all_or_none(self, adapter_names: list[str] | None, safe_merge: bool) -> Iterator[list[tuple[Any, list[str]]]]:
         """Merge the JoLA layers; an error there or in the block takes it back, and what the block says it merged."""
         layers = list(jola_layers(self.model))
         for layer in layers:
             layer.check_merge(adapter_names)
         before = [(layer, list(layer.merged_adapters)) for layer in layers]
-        done: list[Any] = []
+        done: list[tuple[Any, list[str]]] = []
         try:
             for layer in layers:
                 layer.merge(safe_merge, adapter_names)
             yield done
         except BaseException:
-            for tuner in reversed(done):
-                if tuner.merged:
+            for tuner, names in [*reversed(done), *before]:
+                if tuner.merged_adapters != names:
                     tuner.unmerge()
-            for layer, names in before:
-                if layer.merged_adapters != names:
-                    layer.unmerge()
                     if names:
-                        layer.merge(adapter_names=names)
+                        tuner.merge(adapter_names=names)
             raise
 
     def _unload_and_optionally_merge(
