@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import autograd, backends, checks, eager
 from ..layout import NO_CHANNEL
-from .op import ACTIVATIONS, OP, CtuAttrs
+from .op import ACTIVATIONS, LEAKY, OP, CtuAttrs
+
+_EAGER = eager.entry("ctu")
 
 
 def ctu(
@@ -66,8 +68,19 @@ def ctu(
         >>> y = ctkernels.functional.ctu(x, 0.9)                                # one knob for all
         >>> y = ctkernels.functional.ctu(x, beta, coeff, channel_dim=1)          # a knob per channel
     """
-    checks.tensor("ctu", "x", x)
     kind = ACTIVATIONS.get(activation, -1) if isinstance(activation, str) else -1
+    if index is None and not inplace and not torch.compiler.is_compiling():
+        slope = negative_slope if kind == LEAKY else None
+        y = _EAGER(x, beta, coeff, slope, scale, shift, residual, channel_dim, kind, raw, eps)
+        if y is None:
+            dim = NO_CHANNEL if channel_dim is None else channel_dim % x.dim()
+            beta, coeff = _as_tensor(beta, x), _as_tensor(coeff, x)
+            slope = None if slope is None else _as_tensor(slope, x)
+            attrs = CtuAttrs(dim, kind, raw, eps)
+            y = autograd.ReverseForward.apply(OP, attrs, x, beta, coeff, slope, scale, shift, residual)
+        if y is not NotImplemented:
+            return y
+    checks.tensor("ctu", "x", x)
     if kind < 0:
         checks.choice("ctu", "activation", activation, ACTIVATIONS)
     channel = None if channel_dim is None else checks.dimension("ctu", "channel_dim", channel_dim, x)
@@ -79,7 +92,7 @@ def ctu(
         if channel == 0:
             raise ValueError("ctu: index gives the samples of dimension 0 their knobs, so channel_dim must not be 0")
         beta, coeff = _rows("beta", beta, x, channel, index), _rows("coeff", coeff, x, channel, index)
-    slope = checks.parameter("ctu", "negative_slope", negative_slope, x, channel) if kind == 1 else None
+    slope = checks.parameter("ctu", "negative_slope", negative_slope, x, channel) if kind == LEAKY else None
     if scale is not None:
         scale = checks.parameter("ctu", "scale", scale, x, channel)
     if shift is not None:
@@ -96,6 +109,10 @@ def ctu(
     inputs = (x, beta, coeff, slope, scale, shift, residual)
     attrs = CtuAttrs(NO_CHANNEL if channel is None else channel, kind, raw, eps)
     return OP.call_(inputs, attrs) if inplace else OP(inputs, attrs)
+
+
+def _as_tensor(value: float | Tensor, x: Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else checks.scalar_tensor(value, x)
 
 
 def _knob(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, raw: bool) -> Tensor:
