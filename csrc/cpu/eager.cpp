@@ -40,7 +40,9 @@ struct Torch {
   PyObject* forced;    // a list, empty unless a backend is forced
   PyObject* states;    // functions without arguments; of one that returns something true, the state is unusual
   PyObject* forward_ad;  // the __dict__ of torch.autograd.forward_ad
-  PyObject *level, *requires_grad, *is_neg;  // names, and the method
+  PyObject *count_write, *inference_mode;       // torch._C._increment_version, torch.is_inference_mode_enabled
+  PyObject *level, *requires_grad;              // names of attributes
+  PyObject *is_neg, *is_inference;              // methods
 };
 Torch* torch_state = nullptr;
 
@@ -67,6 +69,14 @@ void require(bool condition) {
 }
 void check(AOTITorchError error) { require(error == AOTI_TORCH_SUCCESS); }
 
+// Whether a method that answers with a bool says yes.
+bool says(PyObject* method, PyObject* object) {
+  PyObject* answer = PyObject_CallFunctionObjArgs(method, object, nullptr);
+  Py_XDECREF(answer);  // True and False are not freed
+  require(answer == Py_True || answer == Py_False);
+  return answer == Py_True;
+}
+
 // A dense CPU tensor of floating-point numbers that is what it looks like: no subclass, no view that negates, not nested,
 // batched, functional or symbolic, and not empty.
 class Plain {
@@ -74,10 +84,7 @@ class Plain {
   Plain() = default;
   explicit Plain(PyObject* object) : object_(object) {
     require(Py_TYPE(object) == torch_state->tensor || Py_TYPE(object) == torch_state->parameter);
-    PyObject* negated = PyObject_CallFunctionObjArgs(torch_state->is_neg, object, nullptr);
-    const bool plain = negated == Py_False;
-    Py_XDECREF(negated);
-    require(plain);
+    require(!says(torch_state->is_neg, object));
     check(torch_tensor_from_pyobject(object, &handle_));
     describe();
     require(layout_ == aoti_torch_layout_strided() && device_ == aoti_torch_device_type_cpu());
@@ -127,6 +134,22 @@ class Plain {
     require(flag != nullptr);
     return flag == Py_True;
   }
+  // As torch's operations in place do: autograd notices.
+  void count_write() const {
+    if (says(torch_state->is_inference, object_)) require(says(torch_state->inference_mode, nullptr));
+    PyObject* tensors = PyTuple_New(1);
+    require(tensors != nullptr);
+    PyTuple_SetItem(tensors, 0, Py_NewRef(object_));
+    PyObject* done = PyObject_CallFunctionObjArgs(torch_state->count_write, tensors, nullptr);
+    Py_DECREF(tensors);
+    Py_XDECREF(done);
+    require(done != nullptr);
+  }
+  bool shares_memory_with(const Plain& other) const {
+    const char *from = static_cast<const char*>(data), *others = static_cast<const char*>(other.data);
+    return from < others + other.bytes() && others < from + bytes();
+  }
+  int64_t bytes() const { return numel * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)); }
   DType type() const {
     if (dtype == aoti_torch_dtype_float32()) return DType::kFloat;
     if (dtype == aoti_torch_dtype_float64()) return DType::kDouble;
@@ -238,6 +261,13 @@ struct EagerCall {
     for (const Param& p : in.params) shared = shared && p.count == 1;
     in.view = view_of(x.sizes, x.strides, x.dim, shared ? -1 : channel_dim, false);
   }
+  // As ctkernels/ops/memory.py has it.
+  PyObject* forward_in_place() {
+    for (const Plain& t : given) require(!t || !t.shares_memory_with(x));
+    require(!residual || residual.data == x.data || !residual.shares_memory_with(x));
+    x.count_write();
+    return forward(true);
+  }
   PyObject* forward(bool inplace = false) {
     view();
     Plain y = inplace ? std::move(x) : x.like();
@@ -332,6 +362,15 @@ PyObject* ctu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return declining(count == 1 + kCtuArguments, [&] {
     auto call = ctu_call(args[0], args + 1);
     return call.records ? Py_NewRef(Py_None) : call.forward();
+  });
+}
+
+// The same, written over x; declined where it records a gradient.
+PyObject* ctu_(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return declining(count == 1 + kCtuArguments, [&] {
+    auto call = ctu_call(args[0], args + 1);
+    require(!call.records);
+    return call.forward_in_place();
   });
 }
 
@@ -447,22 +486,23 @@ PyObject* head_edit_of_heads(PyObject*, PyObject* const* args, Py_ssize_t count)
 
 // ---- the module ----------------------------------------------------------------------------------------------------
 
-// eager_setup(Tensor, Parameter, forced, states, forward_ad): see Torch. False where this torch lacks what is needed.
+// eager_setup(Tensor, Parameter, forced, states, forward_ad, count_write, inference_mode): see Torch. False where this torch
+// lacks what is needed.
 PyObject* eager_setup(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 5) return PyErr_Format(PyExc_TypeError, "eager_setup takes 5 arguments, got %zd", count);
+  if (count != 7) return PyErr_Format(PyExc_TypeError, "eager_setup takes 7 arguments, got %zd", count);
   if (torch_tensor_from_pyobject == nullptr || torch_tensor_to_pyobject == nullptr) return Py_NewRef(Py_False);
   for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(args[i]);
-  PyObject* is_neg = PyObject_GetAttrString(args[0], "is_neg");
+  PyObject *is_neg = PyObject_GetAttrString(args[0], "is_neg"), *is_inference = PyObject_GetAttrString(args[0], "is_inference");
   PyObject *level = PyUnicode_InternFromString("_current_level"), *requires_grad = PyUnicode_InternFromString("requires_grad");
-  if (!is_neg || !level || !requires_grad) return nullptr;
+  if (!is_neg || !is_inference || !level || !requires_grad) return nullptr;
   torch_state = new Torch{reinterpret_cast<PyTypeObject*>(args[0]), reinterpret_cast<PyTypeObject*>(args[1]), args[2], args[3],
-                          args[4], level, requires_grad, is_neg};
+                          args[4], args[5], args[6], level, requires_grad, is_neg, is_inference};
   return Py_NewRef(Py_True);
 }
 
 #define CTK_ENTRY(name) \
   {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&name)), METH_FASTCALL, nullptr}
-PyMethodDef entries[] = {CTK_ENTRY(eager_setup), CTK_ENTRY(ctu), CTK_ENTRY(ctu_gradients), CTK_ENTRY(ctu_after_norm),
+PyMethodDef entries[] = {CTK_ENTRY(eager_setup), CTK_ENTRY(ctu), CTK_ENTRY(ctu_), CTK_ENTRY(ctu_gradients), CTK_ENTRY(ctu_after_norm),
                          CTK_ENTRY(head_edit), CTK_ENTRY(head_edit_gradients), CTK_ENTRY(head_edit_of_heads),
                          {nullptr, nullptr, 0, nullptr}};
 

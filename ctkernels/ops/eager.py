@@ -30,8 +30,9 @@ def _missing() -> str | None:
         torch.autograd._profiler_enabled,
     )
     known = backends.NATIVE.eager_setup(
-        torch.Tensor, torch.nn.Parameter, backends.FORCED, states, vars(torch.autograd.forward_ad)
-    )
+        torch.Tensor, torch.nn.Parameter, backends.FORCED, states, vars(torch.autograd.forward_ad),
+        torch._C._increment_version, torch.is_inference_mode_enabled,
+    )  # fmt: skip
     return None if known else f"torch {torch.__version__} lacks torch_tensor_from_pyobject, which 2.14 added"
 
 

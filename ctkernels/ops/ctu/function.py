@@ -9,7 +9,7 @@ from .. import autograd, backends, checks, eager
 from ..layout import NO_CHANNEL
 from .op import ACTIVATIONS, LEAKY, OP, CtuAttrs
 
-_EAGER = eager.entry("ctu")
+_EAGER, _EAGER_IN_PLACE = eager.entry("ctu"), eager.entry("ctu_")
 
 
 def ctu(
@@ -69,9 +69,10 @@ def ctu(
         >>> y = ctkernels.functional.ctu(x, beta, coeff, channel_dim=1)          # a knob per channel
     """
     kind = ACTIVATIONS.get(activation, -1) if isinstance(activation, str) else -1
-    if index is None and not inplace and not torch.compiler.is_compiling():
+    if index is None and not torch.compiler.is_compiling():
         slope = negative_slope if kind == LEAKY else None
-        y = _EAGER(x, beta, coeff, slope, scale, shift, residual, channel_dim, kind, raw, eps)
+        call = _EAGER_IN_PLACE if inplace else _EAGER
+        y = call(x, beta, coeff, slope, scale, shift, residual, channel_dim, kind, raw, eps)
         if y is None:
             dim = NO_CHANNEL if channel_dim is None else channel_dim % x.dim()
             beta, coeff = _as_tensor(beta, x), _as_tensor(coeff, x)
