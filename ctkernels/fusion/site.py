@@ -148,7 +148,12 @@ class FusedCall:
         if compiling:  # an exported program names the layer
             return source(x)
         weight, bias = source._parameters["weight"], source._parameters["bias"]
-        return F.linear(x, weight, bias) if self.is_linear else source._conv_forward(x, weight, bias)
+        if self.is_linear:
+            return F.linear(x, weight, bias)
+        if _rearranges_weight(x, weight):
+            z = source._conv_forward(x.contiguous(), weight, bias)
+            return z.contiguous(memory_format=torch.channels_last)
+        return source._conv_forward(x, weight, bias)
 
     def leaves_bias(self, x: Tensor, residual: Tensor | None, arguments: dict[str, Any]) -> bool:
         """True if the unit adds the layer's bias in its own pass: in inference, where that saves a pass.
@@ -193,6 +198,21 @@ class FusedCall:
         if residual is not None:
             z = z + residual
         return z if self.unit is None or self.inside else self.unit(z, *args, **kwargs)
+
+
+def _rearranges_weight(x: Tensor, weight: Tensor) -> bool:
+    """True on a CPU if torch would copy the kernels of a convolution to give them the memory format of ``x``, and that costs
+    more than to bring ``x`` and the result to theirs."""
+    return (
+        not torch.is_grad_enabled()
+        and x.is_cpu
+        and x.dim() == 4
+        and weight.numel() > 4 * x.numel()
+        and not x.is_contiguous()
+        and weight.is_contiguous()
+        and not weight.is_contiguous(memory_format=torch.channels_last)
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _is_small(z: Tensor) -> bool:
