@@ -51,6 +51,13 @@ def entry(name: str) -> Entry:
 MISSING = _missing()
 
 
+def way() -> str:
+    """How eager calls reach the kernels, in words."""
+    if MISSING is None:
+        return "to the kernels without the dispatcher, where nothing about them is unusual"
+    return f"through the dispatcher: {MISSING}"
+
+
 class Entries:
     """The entries of an op, by its name, on what its Functions have.
 
