@@ -138,17 +138,21 @@ Constants<T> precompute(const typename Op::Attributes& attributes, const Operand
   Constants<T> k;
   k.count = count;
   for (int i = 0; i < kParamsOf<Op>; ++i) k.groups = std::max(k.groups, in.params[i].groups);
+  // Channels that differ in their scale and shift alone have the op's own constants in common.
+  const bool shared = std::all_of(in.params, in.params + Op::kParams, [](const Param& p) { return p.count == 1; });
   k.per_group = count * (partition.layout == kPlane ? v.channels : partition.length);
   k.data.resize(k.groups * k.per_group);
   const auto block = [&](int64_t g, int64_t begin, int64_t end) {
     const ParamBlock<Op> params(in, g, begin, end);
     const int64_t n = end - begin;
     T constants[count][kChannelBlock];
+    double p[Op::kParams];
+    T own[Op::kConstants];
     for (int64_t j = 0; j < n; ++j) {
-      double p[Op::kParams];
-      T own[Op::kConstants];
-      params.get(j, p);
-      Op::precompute(attributes, p, own);
+      if (j == 0 || !shared) {
+        params.get(j, p);
+        Op::precompute(attributes, p, own);
+      }
       for (int i = 0; i < Op::kConstants; ++i) constants[i][j] = own[i];
       for (int i = Op::kConstants; i < count; ++i) constants[i][j] = static_cast<T>(params.values[Op::kParams + i - Op::kConstants][j]);
     }

@@ -91,7 +91,12 @@ class ReverseForward(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         return op.forward(inputs, attrs)
 
-    backward = Forward.backward
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        grads: tuple[Tensor | None, ...] = ctx.op.eager.gradients(
+            ctx.needs_input_grad, dy, ctx.saved_tensors, ctx.attrs
+        )
+        return Forward.backward(ctx, dy) if grads is NotImplemented else grads
 
 
 class Backward(torch.autograd.Function):

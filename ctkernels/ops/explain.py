@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from . import eager
 from .attention import cost_model
 from .backends import BACKENDS, forced
 from .registration import OPS
@@ -32,4 +33,6 @@ def explain(x: Tensor, op: str = "ctu") -> str:
         if backend.name == name:
             note = f"forced; {refusal}" if refusal else "forced: used"
         lines.append(f"  {backend.name:<10} {note}")
+    if first.name == "cpu" and name in (None, "cpu") and OPS[op].eager is not eager.NONE:
+        lines.append(f"  eager calls: {eager.way()}")
     return "\n".join(lines)

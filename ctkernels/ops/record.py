@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from . import autograd, backends, layout, memory
+from . import autograd, backends, eager, layout, memory
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,6 +58,7 @@ class Op:
     triton: the module of its Triton kernels, imported on the first CUDA call: a ``MATH`` for the channelwise skeleton, or
         ``forward`` and ``backward``.
     shared_grad: (b, a, c): where c is None, the gradients of b and a are the same; it is computed once.
+    eager: the entries that eager calls on the CPU try before the dispatcher.
     """
 
     schema: str
@@ -70,6 +71,7 @@ class Op:
     factor: str | None = None
     triton: str | None = None
     shared_grad: tuple[str, str, str] | None = None
+    eager: eager.Entries = eager.NONE
     name: str = field(init=False)
     overloads: Kernels = field(init=False)  # set by registration, as is the next
     triton_overloads: Kernels | None = field(init=False, default=None)  # where compiled CUDA kernels serve the others
@@ -162,6 +164,9 @@ class Op:
         return self.overloads
 
     def forward(self, inputs: Inputs, attrs: Attrs) -> Tensor:
+        y = self.eager.forward(*inputs, *attrs)
+        if isinstance(y, Tensor):
+            return y
         if backends.uses_reference(inputs[0]):
             return self.strided_forward(inputs, attrs)
         with torch._C._AutoDispatchBelowAutograd():

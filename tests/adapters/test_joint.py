@@ -98,7 +98,9 @@ def test_both_methods_and_their_gradients_as_computed_by_hand(family):
         result.square().sum().backward()
         results.append(result)
     torch.testing.assert_close(*results)
-    trained = {name.removeprefix("base_model.model.").removesuffix(".default"): p for name, p in model.named_parameters()}
+    trained = {
+        name.removeprefix("base_model.model.").removesuffix(".default"): p for name, p in model.named_parameters()
+    }
     for name, value in by_hand.items():
         assert value.grad.any()
         grad = trained[name].grad.double()  # of logits: rounded to float32
@@ -127,7 +129,9 @@ def test_lora_lies_below_the_edit_of_the_heads():
     weights = dict(model.named_parameters())
     for i, layer in enumerate(base.model.layers):
         for name, inner in (("q_proj", "q_proj"), ("o_proj", "o_proj.base_layer")):
-            a, b = (weights[f"base_model.model.model.layers.{i}.self_attn.{inner}.lora_{k}.default.weight"] for k in "AB")
+            a, b = (
+                weights[f"base_model.model.model.layers.{i}.self_attn.{inner}.lora_{k}.default.weight"] for k in "AB"
+            )
             getattr(layer.self_attn, name).weight.data += 8 / 2 * b @ a  # lora_alpha / r
     plain = peft.get_peft_model(base, config()).eval()
     with torch.no_grad():
@@ -230,7 +234,9 @@ def test_adding_an_adapter_leaves_what_is_trained_as_it_was():
     model.base_model.model.get_input_embeddings().weight.requires_grad_(True)
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.add_adapter("second", config(lora=["o_proj"]))
-    after = {name.replace("o_proj.base_layer.base_layer", "o_proj.base_layer"): p for name, p in model.named_parameters()}
+    after = {
+        name.replace("o_proj.base_layer.base_layer", "o_proj.base_layer"): p for name, p in model.named_parameters()
+    }
     assert {name: after[name].requires_grad for name in flags} == flags
     assert not any(p.requires_grad for name, p in after.items() if "second" in name)
 
@@ -299,14 +305,20 @@ def test_an_adapter_that_is_not_active_is_merged_by_name():
     model.set_adapter("second")
     expected = output(model, values)
     model.set_adapter("default")
-    torch.testing.assert_close(output(model.merge_and_unload(adapter_names=["second"]), values), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        output(model.merge_and_unload(adapter_names=["second"]), values), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("broken", ["jola_m", "curvature_raw_beta"])
 def test_what_cannot_be_merged_changes_nothing(broken):
     model, values = joint(lora=["o_proj"]), inputs("llama")
     with torch.no_grad():
-        next(p for name, p in model.named_parameters() if f"layers.1.{'self_attn' if 'jola' in broken else 'mlp'}" in name and broken in name).fill_(float("nan"))
+        next(
+            p
+            for name, p in model.named_parameters()
+            if f"layers.1.{'self_attn' if 'jola' in broken else 'mlp'}" in name and broken in name
+        ).fill_(float("nan"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
@@ -323,7 +335,9 @@ def test_a_second_merge_that_is_refused_leaves_the_first():
     expected = output(model, values)
     with pytest.raises(ValueError, match="one adapter can be merged"):
         model.merge_adapter(["second"])
-    assert {tuple(layer.merged_adapters) for layer in layers(model, peft.tuners.tuners_utils.BaseTunerLayer)} == {("default",)}
+    assert {tuple(layer.merged_adapters) for layer in layers(model, peft.tuners.tuners_utils.BaseTunerLayer)} == {
+        ("default",)
+    }
     assert torch.equal(output(model, values), expected)
 
 
@@ -391,8 +405,14 @@ def test_injected_into_a_model_without_a_peft_model_around_it():
         ({"curvature": None}, "curvature must be a CurvatureConfig, got None"),
         ({"lora": adapters.JolaConfig()}, "lora must be a LoraConfig or None, got JolaConfig"),
         ({"jola": {"edit": "none"}}, "JolaConfig: edit must be one of"),
-        ({"jola": {"modules_to_save": ["lm_head"]}}, r"give modules_to_save to JointConfig itself, got \['lm_head'\] in jola"),
-        ({"curvature": {"task_type": "CAUSAL_LM"}}, "give task_type to JointConfig itself, got 'CAUSAL_LM' in curvature"),
+        (
+            {"jola": {"modules_to_save": ["lm_head"]}},
+            r"give modules_to_save to JointConfig itself, got \['lm_head'\] in jola",
+        ),
+        (
+            {"curvature": {"task_type": "CAUSAL_LM"}},
+            "give task_type to JointConfig itself, got 'CAUSAL_LM' in curvature",
+        ),
         ({"lora": {"bias": "all"}}, r"lora\.bias must be 'none', got 'all'"),
     ],
 )

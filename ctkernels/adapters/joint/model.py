@@ -108,7 +108,9 @@ class JointModel(BaseTuner):
                 if method in self._tuners:
                     tuner = self._tuner(method)
                     tuner.peft_config[adapter_name] = part
-                    tuner.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+                    tuner.inject_adapter(
+                        model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
+                    )
                 else:
                     self._tuners[method] = _TUNERS[method](
                         model, {adapter_name: part}, adapter_name, low_cpu_mem_usage, state_dict
@@ -172,7 +174,9 @@ class JointModel(BaseTuner):
                 if "lora" in self._tuners and isinstance(names, list):
                     known = self._tuners["lora"].peft_config  # peft refuses the names of adapters without LoRA
                     own = [BASE if name in self.peft_config and name not in known else name for name in names]
-                    stack.enter_context(self._tuner("lora")._enable_peft_forward_hooks(*args, **kwargs | {"adapter_names": own}))
+                    stack.enter_context(
+                        self._tuner("lora")._enable_peft_forward_hooks(*args, **kwargs | {"adapter_names": own})
+                    )
                 by_row: Any = JolaModel._enable_peft_forward_hooks  # on this module, which the call goes through
                 stack.enter_context(by_row(self, *args, **kwargs))
                 stack.enter_context(self._tuner("curvature")._enable_peft_forward_hooks(*args, **kwargs))
@@ -215,7 +219,12 @@ class JointModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], unwanted_adapter_names: Any
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: Any,
     ) -> dict[str, Tensor]:
         arguments = (adapter_name, state_dict, unwanted_adapter_names)
         if config.lora is not None:

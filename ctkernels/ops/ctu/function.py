@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import autograd, backends, checks, eager
 from ..layout import NO_CHANNEL
-from .op import ACTIVATIONS, OP, CtuAttrs
+from .op import ACTIVATIONS, LEAKY, OP, CtuAttrs
+
+_EAGER, _EAGER_IN_PLACE = eager.entry("ctu"), eager.entry("ctu_")
 
 
 def ctu(
@@ -67,6 +69,19 @@ def ctu(
         >>> y = ctkernels.functional.ctu(x, 0.9)                                # one knob for all
         >>> y = ctkernels.functional.ctu(x, beta, coeff, channel_dim=1)          # a knob per channel
     """
+    kind = ACTIVATIONS.get(activation, -1) if isinstance(activation, str) else -1
+    if index is None and not torch.compiler.is_compiling():
+        slope = negative_slope if kind == LEAKY else None
+        call = _EAGER_IN_PLACE if inplace else _EAGER
+        y = call(x, beta, coeff, slope, scale, shift, residual, channel_dim, kind, raw, eps)
+        if y is None:
+            dim = NO_CHANNEL if channel_dim is None else channel_dim % x.dim()
+            beta, coeff = _as_tensor(beta, x), _as_tensor(coeff, x)
+            slope = None if slope is None else _as_tensor(slope, x)
+            attrs = CtuAttrs(dim, kind, raw, eps)
+            y = autograd.ReverseForward.apply(OP, attrs, x, beta, coeff, slope, scale, shift, residual)
+        if y is not NotImplemented:
+            return y
     checks.tensor("ctu", "x", x)
     kind = kind_of("ctu", activation)
     channel = None if channel_dim is None else checks.dimension("ctu", "channel_dim", channel_dim, x)
@@ -81,7 +96,7 @@ def ctu(
             knob_rows("ctu", "beta", beta, x, channel, index),
             knob_rows("ctu", "coeff", coeff, x, channel, index),
         )
-    slope = checks.parameter("ctu", "negative_slope", negative_slope, x, channel) if kind == 1 else None
+    slope = checks.parameter("ctu", "negative_slope", negative_slope, x, channel) if kind == LEAKY else None
     if scale is not None:
         scale = checks.parameter("ctu", "scale", scale, x, channel)
     if shift is not None:
@@ -98,6 +113,10 @@ def ctu(
     inputs = (x, beta, coeff, slope, scale, shift, residual)
     attrs = CtuAttrs(NO_CHANNEL if channel is None else channel, kind, raw, eps)
     return OP.call_(inputs, attrs) if inplace else OP(inputs, attrs)
+
+
+def _as_tensor(value: float | Tensor, x: Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else checks.scalar_tensor(value, x)
 
 
 def kind_of(op: str, activation: str) -> int:

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import layout
+from .. import eager, layout
 from ..record import Op, Reference
 from ..registration import register
 from . import reference
 
 # The members of the family, in the numbering of csrc/ctu.h, and the activations that are one at its neutral point.
 KINDS = ("logistic", "leaky", "relu6", "gaussian", "tanh")
+LEAKY = KINDS.index("leaky")  # the one that takes a slope
 ACTIVATIONS = {"relu": 0, "leaky_relu": 1, "prelu": 1, "relu6": 2, "silu": 0, "gelu": 3, "gelu_tanh": 4}
 
 
@@ -131,5 +132,6 @@ OP = register(
         reference=Reference(_forward, _backward, _jvp),
         triton="ctkernels.ops.ctu.triton_math",
         shared_grad=("residual", "x", "scale"),
+        eager=eager.Entries("ctu"),
     )
 )

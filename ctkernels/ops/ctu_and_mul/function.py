@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backends, checks, layout
 from ..ctu.function import kind_of, knob, knob_rows
-from ..ctu.op import CtuAttrs
+from ..ctu.op import LEAKY, CtuAttrs
 from .op import OP, CtuAndMulInputs
 
 
@@ -88,7 +88,7 @@ def ctu_and_mul(
             knob_rows(op, "beta", beta, like, channel, index),
             knob_rows(op, "coeff", coeff, like, channel, index),
         )
-    slope = checks.parameter(op, "negative_slope", negative_slope, like, channel) if kind == 1 else None
+    slope = checks.parameter(op, "negative_slope", negative_slope, like, channel) if kind == LEAKY else None
     backends.check_forced_backend(gate)
     inputs = CtuAndMulInputs(gate, beta, coeff, slope, up)
     attrs = CtuAttrs(layout.NO_CHANNEL if channel is None else channel, kind, raw, eps)

@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import backends, checks, memory
+from .. import autograd, backends, checks, eager, memory
 from .op import OP, HeadEditAttrs, HeadEditInputs
+
+_EAGER = eager.entry("head_edit_of_heads")
 
 
 def head_edit(
@@ -52,6 +54,13 @@ def head_edit(
         >>> z = ctkernels.functional.head_edit(z, m, a, head_axis=1)               # z: (batch, heads, tokens, head_dim)
     """
     op = "head_edit"
+    if head_dim is None and head_axis is None and index is None and not inplace and not torch.compiler.is_compiling():
+        y = _EAGER(z, m, a, g_m, g_a)
+        if y is None:
+            flat = [None if t is None else t.flatten() for t in (m, a)]
+            y = autograd.ReverseForward.apply(OP, HeadEditAttrs(z.dim() - 1), z, *flat, g_m, g_a)
+        if y is not NotImplemented:
+            return y
     checks.tensor(op, "z", z)
     edits = {name: t for name, t in (("m", m), ("a", a)) if t is not None}
     if not edits:
