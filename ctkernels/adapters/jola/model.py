@@ -32,7 +32,7 @@ from .config import JolaConfig
 from .coverage import left_out
 from .fold import to_merge
 from .layer import KINDS, JolaLayer
-from .sites import default_targets, head_layout, near_misses, unused_sites, unwrapped
+from .sites import default_targets, head_layout, near_misses, unused_sites, unwrapped, value_heads
 
 
 class JolaModel(BaseTuner):
@@ -85,8 +85,9 @@ class JolaModel(BaseTuner):
             module = model.get_submodule(name)
             base = module.get_base_layer() if isinstance(module, JolaLayer) else module
             heads, size = head_layout(model, name, base, peft_config.head_dim)
-            for kind, edited in zip(KINDS, peft_config.heads_of(name, heads)):
-                count = heads if edited is None else len(edited)
+            groups = value_heads(model, name, heads, size)
+            for kind, edited in zip(KINDS, peft_config.heads_of(name, heads, groups)):
+                count = (heads if edited is None else len(edited)) // peft_config.shared(kind, heads, groups)
                 if count:
                     shapes[f"{name}.jola_{kind}"] = torch.Size((count, size))
                     shapes[f"{name}.jola_log_alpha_{kind}"] = torch.Size((count,))
@@ -124,7 +125,8 @@ class JolaModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         heads, size = head_layout(self.model, current_key, target, peft_config.head_dim)
-        layer = JolaLayer(target, heads, size, current_key)
+        groups = value_heads(self.model, current_key, heads, size)
+        layer = JolaLayer(target, heads, size, current_key, groups)
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, peft_config)
         layer.train(target.training)
