@@ -45,9 +45,10 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
 
     Parameters of an adapter, in fp32 by default, K the number of edited heads: `jola_m`, `jola_a` (K, head_dim),
     `jola_log_alpha_m`, `jola_log_alpha_a` (K,). With `additive="kv_group"`, those of a have a row for each group of heads
-    that share values; `gates`, `vectors` and `log_alpha` give the row of every head. Adam moves every parameter by the same step, so a and log alpha are
-    stored in units in which one step suits all of them: a is `jola_unit_a` (K,) times its parameter, log alpha is
-    `jola_unit_log_alpha` () times its. Units are buffers, saved with the adapter; in a file without them they are 1.
+    that share values; `gates`, `vectors` and `log_alpha` give the row of every head. Adam moves every parameter by the
+    same step, so a and log alpha are stored in units in which one step suits all of them: a is `jola_unit_a` (K,) times
+    its parameter, log alpha is `jola_unit_log_alpha` () times its. Units are buffers, saved with the adapter; in a file
+    without them they are 1.
     """
 
     jola_m: nn.ParameterDict
