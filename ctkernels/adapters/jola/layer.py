@@ -503,12 +503,13 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         return names
 
     @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, additive: bool = True) -> None:
         """Fold adapters into the projection: `W <- W diag(p)`, `b <- b + W q`, computed in fp32 or wider.
 
         Adapters of other methods below this layer are merged first. New parameters take the place of the old ones, which
         are kept for `unmerge` (and cast and moved with the layer); a weight tied to another module is untied here. A bias
-        is created only if q is not zero. Merging more adapters later begins anew from the original parameters.
+        is created only if q is not zero. Merging more adapters later begins anew from the original parameters. With
+        `additive=False`, q is left out: `offsets` are to be added to the values.
 
         Raises:
             ValueError: the projection is quantised or sharded, an active adapter below this layer is not to be merged,
@@ -524,13 +525,13 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         if self.merged:
             self.unmerge()
         try:
-            self._fold([*jola, *names], wanted, safe_merge)
+            self._fold([*jola, *names], wanted, safe_merge, additive)
         except BaseException:
             if jola:
                 self._fold(jola, before, False)
             raise
 
-    def _fold(self, names: list[str], below: list[str] | None, safe_merge: bool) -> None:
+    def _fold(self, names: list[str], below: list[str] | None, safe_merge: bool, additive: bool = True) -> None:
         """Fold `names` into the original parameters, and before them what is below (names; None for what is active)."""
         base: Any = self.get_base_layer()
         layers = self._below()
@@ -540,7 +541,8 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
                 if any(to_merge(layer, below) for layer in layers):
                     copied(base)  # other methods merge in place
                     layers[0].merge(safe_merge=safe_merge, adapter_names=below)
-                weight, bias = folded(base, base.weight, base.bias, *self.factors(names))
+                p, q = self.factors(names)
+                weight, bias = folded(base, base.weight, base.bias, p, q if additive else torch.zeros_like(q))
                 if safe_merge and not all(bool(v.isfinite().all()) for v in (weight, bias) if v is not None):
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "

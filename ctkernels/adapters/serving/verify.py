@@ -1,0 +1,182 @@
+"""Whether a saved model computes what the adapted one does: random inputs, and how far rounding may move the outputs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..jola.layer import JolaLayer
+from ..jola.model import jola_layers
+from ..jola.sites import linear_shape, unwrapped
+
+_ROWS, _TOKENS = 2, 12
+
+
+class Expected(NamedTuple):
+    """What a saved model has to compute.
+
+    Attributes:
+        inputs: of one forward.
+        output: of the model with its adapters, in float64.
+        tolerance: how far a right one may be off.
+        edit: how far the adapters move the output.
+    """
+
+    inputs: dict[str, Any]
+    output: Tensor
+    tolerance: float
+    edit: float
+
+    def error(self, model: nn.Module) -> float:
+        """How far another model's output is off."""
+        got = run(model, self.inputs)
+        if got.shape != self.output.shape:
+            return float("inf")
+        error = (got - self.output).abs().max()
+        return float(error) if bool(error.isfinite()) else float("inf")
+
+
+def random_inputs(model: Any) -> dict[str, Any]:
+    """Inputs for one forward of a transformers model, the same in every process."""
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    accepted = inspect.signature(model.forward).parameters
+    parts = [config, *(getattr(config, name, None) for name in ("text_config", "vision_config", "encoder", "decoder"))]
+
+    def setting(name: str, otherwise: Any) -> Any:
+        return next((getattr(part, name) for part in parts if getattr(part, name, None) is not None), otherwise)
+
+    def tokens(length: int) -> Tensor:
+        return torch.randint(3, max(4, setting("vocab_size", 32)), (_ROWS, length), generator=generator)
+
+    values: dict[str, Any] = {}
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "pixel_values" or ({"input_ids", "pixel_values"} <= accepted.keys() and "image" not in str(main)):
+        size = setting("image_size", 224)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        shape = (_ROWS, setting("num_channels", 3), height, width)
+        if main == "pixel_values" or not hasattr(config, "image_token_id"):
+            values["pixel_values"] = torch.randn(shape, generator=generator)
+    if main == "input_values":
+        values["input_values"] = torch.randn(_ROWS, 4000, generator=generator)
+    elif main == "input_features":
+        length = 2 * setting("max_source_positions", 1500)
+        values["input_features"] = torch.randn(_ROWS, setting("num_mel_bins", 80), length, generator=generator)
+    elif "input_ids" in accepted:
+        values["input_ids"] = tokens(_TOKENS)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+        values["decoder_input_ids"] = tokens(_TOKENS // 2)
+    return values
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """The first tensor of a model's output in evaluation mode, in float64 on the CPU."""
+    modes = {module: module.training for module in model.modules()}
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    try:
+        model.eval()
+        values = {
+            key: value.to(device, dtype if value.is_floating_point() else value.dtype) for key, value in inputs.items()
+        }
+        output = model(**values)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    parts = output.to_tuple() if hasattr(output, "to_tuple") else output if isinstance(output, tuple) else (output,)
+    return next(part for part in parts if isinstance(part, Tensor)).double().cpu()
+
+
+def expect(model: Any, inputs: Mapping[str, Any] | None) -> Expected:
+    """Run a model with its adapters, to compare what is saved of it.
+
+    The tolerance is four times what the outputs move when the input of every linear layer is off by an ulp of the
+    weights' dtype, with random signs: merging rounds every weight once more, by half an ulp at most, and another
+    runtime rounds in other places. No hook of users on JoLA's layers runs.
+
+    Args:
+        model: a transformers model with adapters, unmerged.
+        inputs: of one forward; None: random ones.
+
+    Raises:
+        ValueError: the model does not run on random inputs, or its output is not finite.
+    """
+    values = dict(random_inputs(model) if inputs is None else inputs)
+    with _without_hooks(model):
+        try:
+            output = run(model, values)
+        except Exception as error:
+            if inputs is not None:
+                raise
+            raise ValueError(
+                f"{type(model).__name__} does not run on the random inputs {sorted(values)} that what is saved is to be "
+                f"compared on ({type(error).__name__}: {error}); pass inputs=, or verify=False"
+            ) from error
+        if not bool(output.isfinite().all()):
+            raise ValueError("the model's outputs have NaN or infinity with these adapters; nothing was saved")
+        noise = 0.0
+        for seed in range(2):
+            with _rounding(model, seed):
+                noise = max(noise, float((run(model, values) - output).abs().max()))
+        with _disabled(model):
+            edit = float((run(model, values) - output).abs().max())
+    return Expected(values, output, 4 * noise, edit)
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    kept = [(layer, layer._forward_pre_hooks, layer._forward_hooks) for layer in jola_layers(model)]
+    try:
+        for layer, *_ in kept:
+            layer._forward_pre_hooks, layer._forward_hooks = (
+                type(layer._forward_pre_hooks)(),
+                type(layer._forward_hooks)(),
+            )
+        yield
+    finally:
+        for layer, before, after in kept:
+            layer._forward_pre_hooks, layer._forward_hooks = before, after
+
+
+@contextmanager
+def _disabled(model: nn.Module) -> Iterator[None]:
+    layers: list[JolaLayer] = [layer for layer in jola_layers(model) if not layer.disable_adapters]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+@contextmanager
+def _rounding(model: nn.Module, seed: int) -> Iterator[None]:
+    """Has every linear layer get an input that is off by an ulp of its weight's dtype."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def nudged(module: nn.Module, args: Any) -> Any:
+        x = args[0]
+        weight: Any = getattr(module, "weight", x)
+        dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else x.dtype
+        signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device, x.dtype) * 2 - 1
+        return (x * (1 + torch.finfo(dtype).eps * signs), *args[1:])
+
+    handles = [
+        module.register_forward_pre_hook(nudged)
+        for _, module in unwrapped(model)
+        if linear_shape(module) is not None and not hasattr(module, "base_layer")
+    ]
+    # what adapters lie on, too
+    handles += [layer.get_base_layer().register_forward_pre_hook(nudged) for layer in jola_layers(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
