@@ -30,6 +30,8 @@ from .jola.units import measure_units
 from .optimizer import parameter_groups
 from .published import load_official
 from .saving import save_adapter, save_merged
+from .serving.gguf import save_gguf
+from .serving.verify import Merged
 
 register("jola", JolaConfig, JolaModel)
 register("curvature", CurvatureConfig, CurvatureModel)
@@ -52,6 +54,7 @@ __all__ = [
     "JolaModel",
     "JolaPenaltyCallback",
     "LinearSchedule",
+    "Merged",
     "add_penalty_grad",
     "coverage",
     "drop_closed_heads",
@@ -70,5 +73,6 @@ __all__ = [
     "plot_gates",
     "print_coverage",
     "save_adapter",
+    "save_gguf",
     "save_merged",
 ]

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,7 +25,7 @@ from .jola.layer import JolaLayer
 from .jola.runtimes import TARGETS
 from .serving import engines
 from .serving.placement import Edited, Place, place, targets_of
-from .serving.verify import Expected, expect
+from .serving.verify import Expected, Merged, expect
 
 
 def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -61,37 +61,6 @@ def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> Non
         if (folder / "README.md").is_file():
             shutil.copy2(folder / "README.md", fresh)  # a model card is extended, not begun anew
         model.save_pretrained(str(fresh), **kwargs)
-
-
-class Merged(NamedTuple):
-    """What `save_merged` or `save_gguf` saved, and how it was checked.
-
-    Attributes:
-        path: the folder or file.
-        targets: the runtimes that it is for.
-        place: where the additive edits are.
-        checked_in: the runtime that the saved model was run in and compared with the adapted one; "" with `verify=False`.
-        error: how far its outputs are off (in vLLM and llama.cpp: log-probabilities of the next token).
-        tolerance: how far rounding may move them.
-        edit: how far the adapters move the model's outputs.
-    """
-
-    path: str
-    targets: tuple[str, ...]
-    place: str
-    checked_in: str
-    error: float
-    tolerance: float
-    edit: float
-
-    def __str__(self) -> str:
-        checked = (
-            f"run in {self.checked_in}, it is off by {self.error:.2g} where rounding allows {self.tolerance:.2g} and the "
-            f"adapters do {self.edit:.2g}"
-            if self.checked_in
-            else "not checked"
-        )
-        return f"{self.path} for {', '.join(self.targets)}: additive edits in {self.place}; {checked}"
 
 
 def save_merged(
@@ -164,18 +133,8 @@ def save_merged(
             )
         _write(base, folder, chosen, zeros if target == "llama.cpp" else [], kwargs)
         runtime, error = ("", 0.0) if expected is None else _compare(base, folder, chosen, target, expected)
-        result = Merged(
-            os.fspath(path),
-            targets_of(base, target),
-            chosen.where,
-            runtime,
-            error,
-            0.0 if expected is None else expected.tolerance,
-            0.0 if expected is None else expected.edit,
-        )
-        if expected is not None and not error <= expected.tolerance:
-            raise ValueError(f"The merged model is not what was adapted, so it was not saved. {result}")
-    return result
+        result = Merged(os.fspath(path), targets_of(base, target), chosen.where, runtime, error)
+        return result if expected is None else result.judged(expected, expected.tolerance)
 
 
 def _write(model: Any, folder: Path, chosen: Place, left_out: list[str], kwargs: dict[str, Any]) -> None:
@@ -196,9 +155,8 @@ def _write(model: Any, folder: Path, chosen: Place, left_out: list[str], kwargs:
 def _compare(model: Any, folder: Path, chosen: Place, target: str | None, expected: Expected) -> tuple[str, float]:
     """Run what was saved: in which runtime, and how far it is off."""
     if target == "vllm" and "input_ids" in expected.inputs and engines.installed("vllm"):
-        prompt, logits = expected.inputs["input_ids"][0].tolist(), expected.output[0, -1]
-        return "vllm", engines.distance(engines.vllm(folder, prompt, min(engines.COUNT, len(logits))), logits)
-    architecture = type(model) if chosen.home is None else chosen.home.architecture
+        return "vllm", engines.error("vllm", folder, expected.inputs["input_ids"], expected.output)
+    architecture: Any = type(model) if chosen.home is None else chosen.home.architecture
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     options = {"attn_implementation": getattr(model.config, "_attn_implementation", None)}
     with warnings.catch_warnings():
@@ -210,7 +168,7 @@ def _compare(model: Any, folder: Path, chosen: Place, target: str | None, expect
 
 def tuner_stacks(model: nn.Module) -> list[list[Any]]:
     """The tuner layers of a model by projection, each from the outside in; refuses what cannot be folded."""
-    tops = {id(child): child for _, _, child in _wrappers(model) if isinstance(child, BaseTunerLayer)}
+    tops: dict[int, Any] = {id(child): child for _, _, child in _wrappers(model) if isinstance(child, BaseTunerLayer)}
     stacks = [list(stack(top)) for top in tops.values()]
     _check(model, stacks, [child for _, _, child in _wrappers(model) if isinstance(child, AuxiliaryTrainingWrapper)])
     return stacks

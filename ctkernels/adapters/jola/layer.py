@@ -478,7 +478,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
             raise ValueError(f"{self.site}: no projection of values was found beside it")
         groups = b.view(self.num_kv_heads, -1, self.head_dim)
         # a bias in the projection's dtype cannot tell smaller differences
-        eps = torch.finfo(self.get_base_layer().weight.dtype).eps  # type: ignore[union-attr, arg-type]
+        eps = torch.finfo(self.get_base_layer().weight.dtype).eps  # type: ignore[arg-type]
         if bool((groups - groups[:, :1]).abs().amax() > eps * groups.abs().amax()):
             raise ValueError(
                 f"{self.site}: {groups.shape[1]} heads share values, and their offsets differ; train with "

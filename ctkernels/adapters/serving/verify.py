@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..jola.layer import JolaLayer
 from ..jola.model import jola_layers
+from ..jola.runtimes import RUNTIMES
 from ..jola.sites import linear_shape, unwrapped
 
 _ROWS, _TOKENS = 2, 12
@@ -23,14 +24,19 @@ class Expected(NamedTuple):
     Attributes:
         inputs: of one forward.
         output: of the model with its adapters, in float64.
+        unedited: of the model without JoLA's edits.
         tolerance: how far a right one may be off.
-        edit: how far the adapters move the output.
     """
 
     inputs: dict[str, Any]
     output: Tensor
+    unedited: Tensor
     tolerance: float
-    edit: float
+
+    @property
+    def edit(self) -> float:
+        """How far the adapters move the output."""
+        return float((self.output - self.unedited).abs().max())
 
     def error(self, model: nn.Module) -> float:
         """How far another model's output is off."""
@@ -39,6 +45,48 @@ class Expected(NamedTuple):
             return float("inf")
         error = (got - self.output).abs().max()
         return float(error) if bool(error.isfinite()) else float("inf")
+
+
+class Merged(NamedTuple):
+    """What `save_merged` or `save_gguf` saved, and how it was checked.
+
+    Attributes:
+        path: the folder or file.
+        targets: the runtimes that it is for.
+        place: where the additive edits are.
+        checked_in: the runtime that the saved model was run in and compared with the adapted one; "" with `verify=False`.
+        error: how far its outputs are off (in vLLM and llama.cpp: log-probabilities of the next token).
+        tolerance: how far rounding may move them.
+        edit: how far the adapters move the model's outputs.
+    """
+
+    path: str
+    targets: tuple[str, ...]
+    place: str
+    checked_in: str = ""
+    error: float = 0.0
+    tolerance: float = 0.0
+    edit: float = 0.0
+
+    def judged(self, expected: Expected, tolerance: float) -> Merged:
+        """The same with what its error is to be compared with.
+
+        Raises:
+            ValueError: the error is larger than the tolerance.
+        """
+        result = self._replace(tolerance=tolerance, edit=expected.edit)
+        if not self.error <= tolerance:
+            raise ValueError(f"The merged model is not what was adapted, so it was not saved. {result}")
+        return result
+
+    def __str__(self) -> str:
+        checked = (
+            f"run in {RUNTIMES[self.checked_in].name}, it is off by {self.error:.2g} where rounding allows "
+            f"{self.tolerance:.2g} and the adapters do {self.edit:.2g}"
+            if self.checked_in
+            else "not run"
+        )
+        return f"{self.path} for {', '.join(self.targets)}: additive edits in {self.place}; {checked}"
 
 
 def random_inputs(model: Any) -> dict[str, Any]:
@@ -125,8 +173,8 @@ def expect(model: Any, inputs: Mapping[str, Any] | None) -> Expected:
             with _rounding(model, seed):
                 noise = max(noise, float((run(model, values) - output).abs().max()))
         with _disabled(model):
-            edit = float((run(model, values) - output).abs().max())
-    return Expected(values, output, 4 * noise, edit)
+            unedited = run(model, values)
+    return Expected(values, output, unedited, 4 * noise)
 
 
 @contextmanager
