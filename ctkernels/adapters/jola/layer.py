@@ -20,7 +20,8 @@ from ...nn import Unscriptable
 from .._offload import fetched, home, keep_resident
 from .calls import take_edit
 from .config import JolaConfig
-from .fold import Kept, copied, folded, merge_from_inside, mergeable, refuse_live, stack, to_merge
+from .fold import Kept, copied, folded, merge_from_inside, refuse_live, stack, to_merge
+from .packing import packing
 from .parallel import local_heads
 from .reads import note_call, note_read, watch
 from .sites import linear_shape
@@ -84,6 +85,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         self._active_adapter = []
         self.merged_adapters: list[str] = []
         self._kept: Kept | None = None  # what merging replaced
+        self.merge_error = 0.0  # what quantising the merged weight anew lost, in parts of its norm
         self._paused: list[str] = []  # merged again when adapters are enabled
         self._watches: list[RemovableHandle] = []
 
@@ -478,7 +480,8 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
             raise ValueError(f"{self.site}: no projection of values was found beside it")
         groups = b.view(self.num_kv_heads, -1, self.head_dim)
         # a bias in the projection's dtype cannot tell smaller differences
-        eps = torch.finfo(self.get_base_layer().weight.dtype).eps  # type: ignore[arg-type]
+        weight: Any = self.get_base_layer().weight
+        eps = torch.finfo(weight.dtype if weight.is_floating_point() else torch.float32).eps
         if bool((groups - groups[:, :1]).abs().amax() > eps * groups.abs().amax()):
             raise ValueError(
                 f"{self.site}: {groups.shape[1]} heads share values, and their offsets differ; train with "
@@ -493,13 +496,19 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
             the names, among `adapter_names` or the active ones, that would be merged.
 
         Raises:
-            ValueError: the projection is quantised or sharded, or an active adapter below this layer is not to be merged.
+            ValueError: the projection is sharded or quantised in an unknown way, or an active adapter below this layer is
+                not to be merged.
         """
         names = to_merge(self, adapter_names)
         if names:
-            mergeable(self.get_base_layer(), self.site)
+            quantised = packing(self.get_base_layer(), self.site).quantised
             for layer in self._below():
                 refuse_live(layer, adapter_names, "JolaLayer")
+                if quantised and to_merge(layer, adapter_names):
+                    raise ValueError(
+                        f"{self.site}: cannot merge a JolaLayer over a {type(layer).__name__} into a quantised projection, "
+                        "which would be quantised twice; load the base model without quantisation and merge there"
+                    )
         return names
 
     @torch.no_grad()
@@ -509,11 +518,12 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         Adapters of other methods below this layer are merged first. New parameters take the place of the old ones, which
         are kept for `unmerge` (and cast and moved with the layer); a weight tied to another module is untied here. A bias
         is created only if q is not zero. Merging more adapters later begins anew from the original parameters. With
-        `additive=False`, q is left out: `offsets` are to be added to the values.
+        `additive=False`, q is left out: `offsets` are to be added to the values. A quantised weight is quantised anew in
+        the same way, unless p is 1; `merge_error` says what that lost.
 
         Raises:
-            ValueError: the projection is quantised or sharded, an active adapter below this layer is not to be merged,
-                or `safe_merge` met a non-finite value. Nothing is changed then.
+            ValueError: the projection is sharded or quantised in an unknown way, an active adapter below this layer is not
+                to be merged, or `safe_merge` met a non-finite value. Nothing is changed then.
         """
         names = self.check_merge(adapter_names)
         if self.merged:
@@ -542,13 +552,19 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
                     copied(base)  # other methods merge in place
                     layers[0].merge(safe_merge=safe_merge, adapter_names=below)
                 p, q = self.factors(names)
-                weight, bias = folded(base, base.weight, base.bias, p, q if additive else torch.zeros_like(q))
+                stored = packing(base, self.site)
+                old = stored.unpack()
+                weight, bias = folded(base, old, base.bias, p, q if additive else torch.zeros_like(q))
                 if safe_merge and not all(bool(v.isfinite().all()) for v in (weight, bias) if v is not None):
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "
                         f"{self.site} would get values that are not finite"
                     )
-                base.weight = nn.Parameter(weight, requires_grad=False)
+                if not stored.quantised or bool((p != 1).any()):
+                    base.weight = stored.pack(weight)
+                    if stored.quantised:
+                        exact = weight.double()
+                        self.merge_error = float((packing(base, self.site).unpack() - exact).norm() / exact.norm())
                 base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         except BaseException:
             kept.restore(base, layers)

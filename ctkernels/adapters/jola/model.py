@@ -215,6 +215,7 @@ class JolaModel(BaseTuner):
             for layer in layers:
                 layer.merge(safe_merge, adapter_names)
             yield done
+            _tell_of_rounding(layers)
         except BaseException:
             for tuner in reversed(done):
                 if tuner.merged:
@@ -326,6 +327,18 @@ def _warn_of_missed(model: nn.Module, config: JolaConfig, sites: list[str]) -> N
             "it; name what is meant with target_modules, or leave these out with exclude_modules.",
             UserWarning,
             stacklevel=3,
+        )
+
+
+def _tell_of_rounding(layers: list[JolaLayer]) -> None:
+    """Warn how much of merged weights quantising them anew lost."""
+    errors = [layer.merge_error for layer in layers if layer.merged and layer.merge_error]
+    if errors:
+        warnings.warn(
+            f"The merged weights of {len(errors)} quantised projections were quantised anew, which changes each by up to "
+            f"{100 * max(errors):.2g} % of its norm; merged into the base model without quantisation they would be exact.",
+            UserWarning,
+            stacklevel=4,
         )
 
 
