@@ -26,8 +26,8 @@ def packing(base: Any, site: str) -> Packing:
     Raises:
         ValueError: it is sharded over ranks, or quantised in a way that is not known here.
     """
-    weight = getattr(base, "weight", None)
-    data = weight.data if isinstance(weight, Tensor) else None
+    weight: Any = getattr(base, "weight", None)
+    data: Any = weight.data if isinstance(weight, Tensor) else None
     if type(weight) is nn.Parameter and type(data) is Tensor and data.dtype in _FLOATS:
         return Packing(False, lambda: data, lambda value: nn.Parameter(value, requires_grad=False))
     if hasattr(weight, "device_mesh"):
