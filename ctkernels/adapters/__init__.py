@@ -32,6 +32,8 @@ from .optimizer import parameter_groups
 from .pool import AdapterPool, PoolFullError
 from .published import load_official
 from .saving import save_adapter, save_merged
+from .serving.gguf import save_gguf
+from .serving.verify import Merged
 
 register("jola", JolaConfig, JolaModel)
 register("curvature", CurvatureConfig, CurvatureModel)
@@ -58,6 +60,7 @@ __all__ = [
     "JolaModel",
     "JolaPenaltyCallback",
     "LinearSchedule",
+    "Merged",
     "PoolFullError",
     "add_penalty_grad",
     "coverage",
@@ -77,5 +80,6 @@ __all__ = [
     "plot_gates",
     "print_coverage",
     "save_adapter",
+    "save_gguf",
     "save_merged",
 ]

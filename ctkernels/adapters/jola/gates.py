@@ -109,9 +109,9 @@ def drop_closed_heads(model: nn.Module, adapter: str | None = None) -> int:
         freeze_gates(model, name)
         for layer, _, kind, parameter in list(log_alphas(model, name)):
             heads = kept[layer.site][kind]
-            if len(heads) < len(parameter):
+            if len(heads) < len(layer.heads(kind, name)):
                 layer.keep_heads(name, kind, heads)
-                removed += len(parameter) - len(heads)
+                removed += len(parameter) - len(heads) // layer.shared(kind, name)
         config = next(layer.jola_config[name] for layer in jola_layers(model) if name in layer.jola_config)
         config.heads = {site: parts for site, parts in kept.items() if parts["m"] or parts["a"]}
     return removed

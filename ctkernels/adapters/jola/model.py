@@ -32,7 +32,7 @@ from .config import JolaConfig
 from .coverage import left_out
 from .fold import to_merge
 from .layer import KINDS, JolaLayer
-from .sites import default_targets, head_layout, near_misses, unused_sites, unwrapped
+from .sites import SiteHeads, default_targets, near_misses, site_heads, unused_sites, unwrapped
 
 
 class JolaModel(BaseTuner):
@@ -98,8 +98,8 @@ class JolaModel(BaseTuner):
         if isinstance(target, JolaLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        heads, size = head_layout(self.model, current_key, target, peft_config.head_dim)
-        layer = JolaLayer(target, heads, size, current_key)
+        heads = site_heads(self.model, current_key, target, peft_config.head_dim)
+        layer = JolaLayer(target, heads.count, heads.dim, current_key, heads.values)
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, peft_config)
         layer.train(target.training)
@@ -188,6 +188,7 @@ class JolaModel(BaseTuner):
             for layer in layers:
                 layer.merge(safe_merge, adapter_names)
             yield done
+            _tell_of_rounding(layers)
         except BaseException:
             for tuner, names in [*reversed(done), *before]:
                 if tuner.merged_adapters != names:
@@ -278,12 +279,12 @@ def jola_layers(model: nn.Module) -> Iterator[JolaLayer]:
     return (module for module in model.modules() if isinstance(module, JolaLayer))
 
 
-def planned_sites(model: nn.Module, config: Any) -> tuple[Any, dict[str, tuple[int, int]]]:
+def planned_sites(model: nn.Module, config: Any) -> tuple[Any, dict[str, SiteHeads]]:
     """The sites that an adapter with this configuration edits.
 
     Returns:
-        `target_modules`, of the table of families or the search where the configuration leaves it open; (heads,
-        head_dim) of every site by its name.
+        `target_modules`, of the table of families or the search where the configuration leaves it open; the heads of
+        every site by its name.
 
     Raises:
         ValueError: there is no site, one cannot be edited, or layers or heads are named where no site is.
@@ -306,18 +307,18 @@ def planned_sites(model: nn.Module, config: Any) -> tuple[Any, dict[str, tuple[i
     for name in names:
         module = model.get_submodule(name)
         base = module.get_base_layer() if isinstance(module, JolaLayer) else module
-        sites[name] = head_layout(model, name, base, config.head_dim)
+        sites[name] = site_heads(model, name, base, config.head_dim)
     return targets, sites
 
 
-def parameter_shapes(config: JolaConfig, sites: dict[str, tuple[int, int]]) -> dict[str, torch.Size]:
+def parameter_shapes(config: JolaConfig, sites: dict[str, SiteHeads]) -> dict[str, torch.Size]:
     """The shapes of an adapter's parameters and units at `sites`, by their name in the model."""
     shapes: dict[str, torch.Size] = {}
-    for name, (heads, size) in sites.items():
-        for kind, edited in zip(KINDS, config.heads_of(name, heads)):
-            count = heads if edited is None else len(edited)
+    for name, heads in sites.items():
+        for kind, edited in zip(KINDS, config.heads_of(name, heads.count, heads.values)):
+            count = (heads.count if edited is None else len(edited)) // config.shared(kind, heads.count, heads.values)
             if count:
-                shapes[f"{name}.jola_{kind}"] = torch.Size((count, size))
+                shapes[f"{name}.jola_{kind}"] = torch.Size((count, heads.dim))
                 shapes[f"{name}.jola_log_alpha_{kind}"] = torch.Size((count,))
                 shapes[f"{name}.jola_unit_log_alpha"] = torch.Size(())
                 if kind == "a":
@@ -343,6 +344,18 @@ def _warn_of_missed(model: nn.Module, config: JolaConfig, sites: list[str]) -> N
             "it; name what is meant with target_modules, or leave these out with exclude_modules.",
             UserWarning,
             stacklevel=3,
+        )
+
+
+def _tell_of_rounding(layers: list[JolaLayer]) -> None:
+    """Warn how much of merged weights quantising them anew lost."""
+    errors = [layer.merge_error for layer in layers if layer.merged and layer.merge_error]
+    if errors:
+        warnings.warn(
+            f"The merged weights of {len(errors)} quantised projections were quantised anew, which changes each by up to "
+            f"{100 * max(errors):.2g} % of its norm; merged into the base model without quantisation they would be exact.",
+            UserWarning,
+            stacklevel=4,
         )
 
 

@@ -68,7 +68,7 @@ def measure_units(model: nn.Module, batches: Iterable[Any], adapter: str | None 
         found[layer.site] = size.tolist()
         for name in names:
             if name in layer.jola_a:
-                _change(layer.jola_a[name], layer.jola_unit_a[name], size[list(layer.heads("a", name))])
+                _change(layer.jola_a[name], layer.jola_unit_a[name], layer.row_sizes(name, size))
     return found
 
 

@@ -14,6 +14,7 @@ from .._peft import check_names
 from ..jola.config import JolaConfig
 from ..jola.layer import KINDS, JolaLayer
 from ..jola.model import jola_layers, parameter_shapes, planned_sites
+from ..jola.sites import SiteHeads
 from .selection import Current, Uncopyable
 
 _ADAPTER = "adapter"
@@ -35,7 +36,11 @@ class JolaSites:
         _, self._sites = planned_sites(model, config)
         self._handles: list[RemovableHandle] = []
         kinds = {"both": KINDS, "multiplicative": ("m",), "additive": ("a",)}[config.edit]
-        self.rows = {f"{site}.{kind}": torch.zeros(size) for site, size in self._sites.items() for kind in kinds}
+        self.rows = {
+            f"{site}.{kind}": torch.zeros(heads.count, heads.dim)
+            for site, heads in self._sites.items()
+            for kind in kinds
+        }
         self.devices = {table: self._device(table.rpartition(".")[0]) for table in self.rows}
 
     def _device(self, site: str) -> torch.device:
@@ -53,8 +58,8 @@ class JolaSites:
         _, sites = planned_sites(self._model, config)
         check_names(parameter_shapes(config, sites), {name: value.shape for name, value in state.items()})
         rows = {}
-        for site, size in sites.items():
-            for kind, row in _folded(site, *size, config, state).items():
+        for site, heads in sites.items():
+            for kind, row in _folded(site, heads, config, state).items():
                 table = f"{site}.{kind}"
                 if table not in self.rows:
                     raise ValueError(
@@ -110,11 +115,11 @@ class _Site(Uncopyable):
             )
 
 
-def _folded(site: str, heads: int, size: int, config: JolaConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _folded(site: str, heads: SiteHeads, config: JolaConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """`JolaLayer.folded_edit` of an adapter that is in no model."""
     start = f"{site}.jola_"
     values = {f"jola_{name[len(start) :]}.{_ADAPTER}": v for name, v in state.items() if name.startswith(start)}
-    layer = JolaLayer(nn.Identity(), heads, size, site)
+    layer = JolaLayer(nn.Identity(), heads.count, heads.dim, site, heads.values)
     layer.update_layer(_ADAPTER, config, init=False)
     layer.load_state_dict(values, assign=True)
     with torch.no_grad():
