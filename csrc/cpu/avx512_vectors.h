@@ -13,8 +13,7 @@
 #include <array>
 #include <utility>
 
-#include "../ctu.h"
-#include "../head_edit.h"
+#include "../ops.def"
 
 namespace ctk::cpu {
 namespace {
