@@ -26,11 +26,11 @@ def parser(prog: str = "python -m benchmarks") -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("--op", choices=SUITES, nargs="+", default=list(SUITES), help="which ops (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: needs a GPU (default: cpu)")
-    whole = parser.add_mutually_exclusive_group()
-    whole.add_argument("--networks", action="store_true", help="instead, a ResNet-50 (needs torchvision)")
-    whole.add_argument("--jola", action="store_true", help="instead, a Llama (needs transformers and peft)")
-    whole.add_argument("--attention", action="store_true", help="instead, attention with the edit (needs a GPU)")
-    whole.add_argument(
+    networks = parser.add_mutually_exclusive_group()
+    networks.add_argument("--networks", action="store_true", help="instead, a ResNet-50 (needs torchvision)")
+    networks.add_argument("--jola", action="store_true", help="instead, a Llama (needs transformers and peft)")
+    networks.add_argument("--attention", action="store_true", help="instead, attention with the edit (needs a GPU)")
+    networks.add_argument(
         "--composed", action="store_true", help="instead, parts of both beside their composed reference, all compiled"
     )
     parser.add_argument("--dtype", choices=ctu.DTYPES, nargs="+", default=list(ctu.DTYPES))
@@ -61,12 +61,12 @@ def run(args: argparse.Namespace) -> int:
     print(measure.tune_allocator())
     print("medians of interleaved runs, the faster half of the rounds; copy is Tensor.copy_ into an existing tensor\n")
     result: dict[str, Any] = {"provenance": where, "records": [], "overhead_us": {}, "bars": []}
-    whole = _whole(args)
-    if whole is not None:
-        records, rows, text = whole
+    networks = _networks(args)
+    if networks is not None:
+        records, rows, text = networks
         print(f"{text}\n\n{report.bars(rows)}")
         result |= {"records": records, "bars": rows}
-    for name in args.op if whole is None else ():
+    for name in args.op if networks is None else ():
         suite = SUITES[name]
         records = suite.run(args.dtype, args.quick, args.seconds, args.tuned)
         rows = suite.bars(records)
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _whole(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str] | None:
+def _networks(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str] | None:
     """(records, bars, text) of whole networks, where they were asked for."""
     if args.jola:
         from . import jola_step
@@ -120,8 +120,8 @@ def _on_device(args: argparse.Namespace) -> int:
 
         result["records"] = device_attention.run(args.dtype, args.quick, args.seconds, args.only)
         text = device_attention.text(result["records"])
-    elif (whole := _whole(args)) is not None:
-        result["records"], _, text = whole  # the bounds are a CPU's
+    elif (networks := _networks(args)) is not None:
+        result["records"], _, text = networks  # the bounds are a CPU's
     else:
         result["records"] = device.run(args.op, args.dtype, args.quick, args.seconds, args.only)
         result["overhead_us"] = device.call_overhead()
