@@ -62,12 +62,12 @@ def run(args: argparse.Namespace) -> int:
     print(measure.tune_allocator())
     print("medians of interleaved runs, the faster half of the rounds; copy is Tensor.copy_ into an existing tensor\n")
     result: dict[str, Any] = {"provenance": where, "records": [], "overhead_us": {}, "bars": []}
-    whole = _whole(args)
-    if whole is not None:
-        records, rows, text = whole
+    networks = _networks(args)
+    if networks is not None:
+        records, rows, text = networks
         print(f"{text}\n\n{report.bars(rows)}")
         result |= {"records": records, "bars": rows}
-    for name in args.op if whole is None else ():
+    for name in args.op if networks is None else ():
         suite = SUITES[name]
         records = suite.run(args.dtype, args.quick, args.seconds, args.tuned)
         rows = suite.bars(records)
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _whole(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str] | None:
+def _networks(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str] | None:
     """(records, bars, text) of whole networks, where they were asked for."""
     if args.jola:
         from . import jola_step
@@ -126,8 +126,8 @@ def _on_device(args: argparse.Namespace) -> int:
 
         result["records"] = device_attention.run(args.dtype, args.quick, args.seconds, args.only)
         text = device_attention.text(result["records"])
-    elif (whole := _whole(args)) is not None:
-        result["records"], _, text = whole  # the bounds are a CPU's
+    elif (networks := _networks(args)) is not None:
+        result["records"], _, text = networks  # the bounds are a CPU's
     else:
         result["records"] = device.run(args.op, args.dtype, args.quick, args.seconds, args.only)
         result["overhead_us"] = device.call_overhead()

@@ -121,7 +121,7 @@ def _one(case: Case, dtype_name: str, per_channel: bool, seconds: float, compile
 
 
 def _gate(y: Tensor, x: Tensor, raw: list[Tensor], view: list[int]) -> None:
-    """No time is reported for a wrong result."""
+    """Refuse to time a wrong result."""
     with torch.no_grad():
         beta, coeff = (torch.sigmoid(r.double()).view(view) for r in raw)
         rest = torch.sigmoid(-raw[0].double()).view(view)
@@ -144,12 +144,12 @@ def call_overhead() -> dict[str, float]:
 
     with torch.no_grad():
         forward = {"silu forward": lambda: F.silu(x), "ctu forward": lambda: ctu(x, 0.9)}
-        found = measure.overhead(forward)
+        times = measure.overhead(forward)
     both = {
         "silu forward+backward": lambda: torch.autograd.grad(F.silu(leaf), leaf, dy),
         "ctu forward+backward": lambda: torch.autograd.grad(ctu(leaf, 0.9), leaf, dy),
     }
-    return found | measure.overhead(both)
+    return times | measure.overhead(both)
 
 
 # The bars of the shape that the kernels are tuned on, as (what, how it is computed, bound per dtype).
@@ -163,14 +163,14 @@ def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if r["case"] != TUNED or r["parameters"] != "per channel":
             continue
         f, b, bf16 = r["forward_ms"], r["forward_backward_ms"], r["dtype"] == "bf16"
-        found = [
+        ratios = [
             ("forward / copy_", f["ours"] / f["copy"], "<=", 3.2 if bf16 else 1.6),
             ("forward+backward / ReLU forward+backward", b["ours"] / b["relu"], "<=", 2.0 if bf16 else 1.7),
             ("forward+backward: official eager / ours", b["official"] / b["ours"], ">=", 11 if bf16 else 9),
             ("bytes saved / bytes of x", r["saved_bytes_over_x"]["ours"], "<=", 1.001),
         ]
         if "official compiled" in b:
-            found.insert(2, ("forward+backward: official compiled / ours", b["official compiled"] / b["ours"], ">=",
+            ratios.insert(2, ("forward+backward: official compiled / ours", b["official compiled"] / b["ours"], ">=",
                              4 if bf16 else 3.5))  # fmt: skip
-        rows += [measure.bar(r["dtype"], *row) for row in found]
+        rows += [measure.bar(r["dtype"], *row) for row in ratios]
     return rows

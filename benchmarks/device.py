@@ -42,7 +42,7 @@ def copies(nbytes: int) -> int:
     return max(2, min(64, -(-4 * l2 // nbytes)))
 
 
-def interleaved(contestants: dict[str, Call], sets: int, seconds: float, least: int = 10) -> dict[str, float]:
+def interleaved_graphs(contestants: dict[str, Call], sets: int, seconds: float, least: int = 10) -> dict[str, float]:
     """Median milliseconds of each contestant's call on the device; they run in turn, about ``seconds`` in all."""
     graphs = {}
     for name, run in contestants.items():
@@ -83,7 +83,7 @@ def _record(
     seconds: float,
 ) -> dict[str, Any]:
     """One row. Bandwidths count a read and a write forward, and two reads and a write more backward."""
-    forward_ms, both_ms = interleaved(forward, sets, seconds), interleaved(both, sets, 2 * seconds)
+    forward_ms, both_ms = interleaved_graphs(forward, sets, seconds), interleaved_graphs(both, sets, 2 * seconds)
     copy = 2 * x.nbytes / forward_ms["copy"]
     return {
         "op": op,
@@ -170,9 +170,9 @@ def call_overhead() -> dict[str, float]:
     forward: dict[str, Callable[[], Any]] = {}
     both: dict[str, Callable[[], Any]] = {}
 
-    def add(name: str, function: Callable[..., Tensor], given: Tensor, up: Tensor, *learned: Tensor) -> None:
-        leaf = given.clone().requires_grad_()
-        forward[f"{name} forward"] = lambda: function(given)
+    def add(name: str, function: Callable[..., Tensor], values: Tensor, up: Tensor, *learned: Tensor) -> None:
+        leaf = values.clone().requires_grad_()
+        forward[f"{name} forward"] = lambda: function(values)
         both[f"{name} forward+backward"] = lambda: torch.autograd.grad(function(leaf), (leaf, *learned), up)
 
     add("silu", F.silu, x, dy)
@@ -180,9 +180,13 @@ def call_overhead() -> dict[str, float]:
         add(f"ctu, {name}", unit, x, dy, beta)
     for name, edit in edits.items():
         add(f"head_edit, {name}", edit, z, dz, m, a)
+    logits, up = (torch.randn(2 * head_edit.HEADS, device="cuda") for _ in range(2))
+    gates = _by_backend(lambda t: ctkernels.functional.hard_concrete(t, training=True))
+    for name, gate in (gates | {"composed": measure.composed(gates[OURS])}).items():
+        add(f"gates, {name}", gate, logits, up)
     with torch.no_grad():
-        found = measure.overhead(forward)
-    return found | measure.overhead(both)
+        times = measure.overhead(forward)
+    return times | measure.overhead(both)
 
 
 def _calls(

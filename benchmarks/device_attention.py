@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ctkernels.ops.attention.problem import KEEP_LSE, KEEP_Z, Problem
 from ctkernels.ops.attention.reference import UNBOUNDED
 from ctkernels.ops.attention.triton import launch as triton_launch
 
-from .device import DTYPES, interleaved
+from .device import DTYPES, interleaved_graphs
 from .report import table
 
 FUSED, SEPARATE = "fused", "separate"
@@ -51,7 +51,7 @@ class Case:
         ]
 
     def mask(self) -> Tensor | None:
-        """Of sequences padded on the left, the first one whole."""
+        """The mask of sequences padded on the left; None without padding. The first one has none."""
         if not self.padded:
             return None
         first = torch.arange(self.batch, device="cuda") * (self.keys // (2 * self.batch))
@@ -117,9 +117,11 @@ def _one(case: Case, dtype: str, seconds: float) -> dict[str, Any]:
         wanted = [*leaves, *(edits if name in (FUSED, SEPARATE) else [])]
         return lambda _: torch.autograd.grad(f(*leaves), wanted, dy)
 
-    times = {"forward_ms": interleaved({n: forward(f) for n, f in functions.items()}, CALLS, seconds)}
+    times = {"forward_ms": interleaved_graphs({n: forward(f) for n, f in functions.items()}, CALLS, seconds)}
     if case.tokens > 1:
-        times["forward_backward_ms"] = interleaved({n: both(n, f) for n, f in functions.items()}, CALLS, 2 * seconds)
+        times["forward_backward_ms"] = interleaved_graphs(
+            {n: both(n, f) for n, f in functions.items()}, CALLS, 2 * seconds
+        )
     left = options["window"] - 1 if "window" in options else UNBOUNDED
     right = 0 if options["is_causal"] else UNBOUNDED
     seen: Any = (options["attn_mask"], None, None, 0, 0, case.head_dim**-0.5, left, right)
@@ -138,6 +140,7 @@ def _one(case: Case, dtype: str, seconds: float) -> dict[str, Any]:
     return {
         "op": "attention_head_edit",
         "case": case.name,
+        "problem": {k: v for k, v in asdict(case).items() if k != "name"},
         "dtype": dtype,
         **times,
         "predicted": predicted,
@@ -171,7 +174,7 @@ def _price(edited: Problem, dy: Tensor, seconds: float) -> dict[str, dict[str, f
                 EDITED: lambda _: launch.backward(dy, z, lse, edited, 0b1111111),
                 PLAIN: lambda _: launch.backward(dy, z, lse, plain, 0b111),
             }
-        return {key: interleaved(runs, CALLS, seconds) for key, runs in times.items()}
+        return {key: interleaved_graphs(runs, CALLS, seconds) for key, runs in times.items()}
 
 
 def text(records: list[dict[str, Any]]) -> str:

@@ -15,7 +15,7 @@ from .report import table
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained: the Llama and the batch."""
+    """The Llama that is trained, and the batch."""
 
     batch: int
     tokens: int

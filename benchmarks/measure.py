@@ -23,7 +23,7 @@ Contestants = dict[str, Callable[[], Any]]
 
 
 def tune_allocator() -> str:
-    """Keeps freed blocks in the process, for every contestant alike.
+    """Keep freed blocks in the process, for every contestant alike.
 
     By default glibc returns blocks of this size to the system at once and maps fresh pages for the next result; page faults
     then cost more than the kernels. Returns a line that says what was done.
@@ -79,8 +79,8 @@ def interleaved(
     rounds.sort(key=lambda times: sum(t for name, t in times.items() if name not in seldom))
 
     def median(name: str) -> float:
-        own = [times[name] for times in rounds if name in times]
-        return statistics.median(own[: (len(own) + 1) // 2]) * 1e3
+        seconds = [times[name] for times in rounds if name in times]
+        return statistics.median(seconds[: (len(seconds) + 1) // 2]) * 1e3
 
     return {name: median(name) for name in contestants}
 
@@ -123,12 +123,12 @@ def _start(threads: int) -> None:
     tune_allocator()
 
 
-def composed(run: Callable[[], Any]) -> Callable[[], Any]:
+def composed(run: Callable[..., Any]) -> Callable[..., Any]:
     """``run`` with the composed reference of every op, which a compiler sees through."""
 
-    def call() -> Any:
+    def call(*args: Any) -> Any:
         with ctkernels.use_backend("reference"):
-            return run()
+            return run(*args)
 
     return call
 
@@ -191,7 +191,7 @@ def bar(dtype: str, what: str, value: float, sense: str, bound: float) -> dict[s
 
 
 def provenance() -> dict[str, Any]:
-    """What a reader needs to repeat a measurement."""
+    """The command, the revision and the machine: what it takes to repeat a measurement."""
 
     def git(*args: str) -> str:
         out = subprocess.run(["git", *args], capture_output=True, text=True, check=False)

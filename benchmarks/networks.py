@@ -71,7 +71,7 @@ def _network(dtype: torch.dtype, device: str) -> nn.Module:
 
 
 def _replace_relus(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Module:
-    """Every ReLU replaced by ``make(channels)``."""
+    """Replace every ReLU by ``make(channels)``."""
     model.relu = make(model.bn1.num_features)
     for block in (m for m in model.modules() if hasattr(m, "relu3")):
         for name, norm in (("relu", block.bn1), ("relu2", block.bn2), ("relu3", block.bn3)):
@@ -118,8 +118,8 @@ def step(model: Any, x: Tensor, labels: Tensor) -> Callable[[], None]:
     optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True, capturable=x.is_cuda) if parameters else None
 
     def call() -> None:
-        given = x if parameters else x.clone().requires_grad_()
-        loss = F.cross_entropy(model(given).float(), labels)
+        images = x if parameters else x.clone().requires_grad_()
+        loss = F.cross_entropy(model(images).float(), labels)
         loss.backward()
         if optimizer is not None:
             optimizer.step()

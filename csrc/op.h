@@ -1,5 +1,5 @@
 // A channelwise op is a struct that says everything about itself; ops.def lists them, and drivers, kernels, bindings and
-// schemas are made from that list. head_edit.h is the shortest. What an op leaves out is a compile error:
+// schemas are made from that list. What an op leaves out is a compile error:
 //
 //   enum Param {..., kParams}              parameters, a value per channel; kParameters has their names and fallbacks
 //   kPrologue                              whether the op is applied to w = scale x + shift + residual instead of x

@@ -14,8 +14,7 @@
 #include <concepts>
 #include <utility>
 
-#include "../ctu.h"
-#include "../head_edit.h"
+#include "../ops.def"
 
 namespace ctk::cpu {
 namespace {

@@ -44,8 +44,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report."""
-    found = describe()
-    print(json.dumps(found, indent=1) if arguments.json else _text(found))
+    report = describe()
+    print(json.dumps(report, indent=1) if arguments.json else _text(report))
     return 0
 
 
@@ -121,7 +121,7 @@ def cuda_kernels() -> list[str]:
 
 
 def _exported(library: ctypes.CDLL, function: str, *arguments: int) -> str | None:
-    """Calls an exported ``const char* function(int...)``; None for a null pointer."""
+    """Call an exported ``const char* function(int...)``; None for a null pointer."""
     call = getattr(library, function)
     call.restype, call.argtypes = ctypes.c_char_p, [ctypes.c_int] * len(arguments)
     text = call(*arguments)
@@ -144,21 +144,21 @@ def _dispatch(devices: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _text(found: dict[str, Any]) -> str:
+def _text(report: dict[str, Any]) -> str:
     lines = ["versions"]
-    lines += [f"  {name:<13} {version or 'not installed'}" for name, version in found["versions"].items()]
+    lines += [f"  {name:<13} {version or 'not installed'}" for name, version in report["versions"].items()]
     lines.append("devices")
     lines += [
-        f"  {d.pop('device'):<13} {', '.join(f'{k} {v}' for k, v in d.items())}" for d in map(dict, found["devices"])
+        f"  {d.pop('device'):<13} {', '.join(f'{k} {v}' for k, v in d.items())}" for d in map(dict, report["devices"])
     ]
     lines.append("native kernels")
-    lines += [f"  {k:<15} {', '.join(v) if isinstance(v, list) else v}" for k, v in found["native"].items()]
+    lines += [f"  {k:<15} {', '.join(v) if isinstance(v, list) else v}" for k, v in report["native"].items()]
     lines.append("CUDA kernels")
-    lines += [f"  {k:<15} {', '.join(v) if isinstance(v, list) else v}" for k, v in found["cuda"].items()]
+    lines += [f"  {k:<15} {', '.join(v) if isinstance(v, list) else v}" for k, v in report["cuda"].items()]
     lines.append("backends, in the order they are tried")
-    lines += [f"  {n:<13} {b['serves']:<11} {b['missing'] or 'available'}" for n, b in found["backends"].items()]
+    lines += [f"  {n:<13} {b['serves']:<11} {b['missing'] or 'available'}" for n, b in report["backends"].items()]
     lines.append("dispatch")
-    for row in found["dispatch"]:
+    for row in report["dispatch"]:
         why = "; ".join(f"not {name}: {reason}" for name, reason in row["passed_over"].items()) or "first choice"
         lines.append(f"  {row['op']:<13} {row['device']:<5} {row['dtype']:<9} {row['backend']:<10} {why}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What the command line says of bad input: one line and exit code 2, here and nowhere else."""
+"""Errors of the command line: bad input becomes one line and exit code 2, here and nowhere else."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises :class:`OptionError` where argparse would print its usage and end the process."""
 
     def error(self, message: str) -> NoReturn:
-        found = re.fullmatch(r"argument (.+?): (.*)", message, re.DOTALL)
-        if found is None:
+        match = re.fullmatch(r"argument (.+?): (.*)", message, re.DOTALL)
+        if match is None:
             raise OptionError(message)
-        name, said = found.groups()
+        name, said = match.groups()
         bare = name.lstrip("-")
         if said.startswith((f"{bare} ", f"{bare}:")):  # it names the argument itself, as a function's
             raise OptionError(name + said[len(bare) :])
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def reported(run: Callable[[], int], show_traceback: bool = False) -> int:
-    """What ``run`` returns, or the exit code for the error that it raised.
+    """Call ``run``; return its result, or the exit code for the error that it raised.
 
     Bad input is told in one line on standard error. Any other error is a fault of this library and is left alone, so
     that its traceback shows.
@@ -59,7 +59,7 @@ def reported(run: Callable[[], int], show_traceback: bool = False) -> int:
 
 
 def is_bad_input(error: Exception) -> bool:
-    """Whether an error tells of bad input, of the machine's state, or of the user's own code, rather than of a fault.
+    """Tell an error of bad input, of the machine's state or of the user's own code from a fault of this library.
 
     A ValueError or an ImportError does that was raised by a line of this library, with a message of its own; one from
     within another library was not foreseen. Files that cannot be read or written, and too little memory, always do.

@@ -1,4 +1,4 @@
-"""python -m ctkernels gradcheck: are the gradients right on this machine, of the ops and of a model of yours?"""
+"""python -m ctkernels gradcheck: check the gradients of the ops, and of a model of yours, on this machine."""
 
 from __future__ import annotations
 
@@ -119,11 +119,11 @@ def _check_model(
         inputs = [torch.randint(0, arguments.integers, shape, generator=generator) for shape in shapes]
     else:
         inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    model, given = model.to(device, dtype), [value.to(device) for value in inputs]
-    check_takes(copy.deepcopy(model), *given, what="--input: values")
+    model, inputs = model.to(device, dtype), [value.to(device) for value in inputs]
+    check_takes(copy.deepcopy(model), *inputs, what="--input: values")
     return gradcheck_module(
         model,
-        *given,
+        *inputs,
         backend=backend,
         directions=arguments.directions,
         training=arguments.train,

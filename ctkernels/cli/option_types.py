@@ -1,4 +1,7 @@
-"""Types of options: each reads a text or says what was expected instead. Every command's options are of these."""
+"""Types of options: each reads a text or says what was expected instead. Every command's options are of these.
+
+Fields of configurations are annotated with them too, and held to the same ranges (see :mod:`ctkernels.lab.config`).
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import argparse
 import math
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -22,12 +26,29 @@ class Kind(Generic[T]):
     """A type of option.
 
     Attributes:
-        expected: continues "must be": what :attr:`read` takes.
-        read: from the text to the value. ValueError if it does not fit; ArgumentTypeError if there is more to say.
+        expected: continues "must be".
+        parse: from the text to a value. ValueError if there is none; ArgumentTypeError if there is more to say.
+        fits: whether a value, from a text or not, is in range.
+        choices: the texts to choose from, where there are few.
+        show: a value as text, for the help.
     """
 
     expected: str
-    read: Callable[[str], T]
+    parse: Callable[[str], T]
+    fits: Callable[[Any], bool] = lambda value: True
+    choices: tuple[str, ...] = ()
+    show: Callable[[Any], str] = str
+
+    def check(self, name: str, value: object) -> None:
+        """ValueError unless ``value`` fits."""
+        if not self.fits(value):
+            raise ValueError(f"{name} must be {self.expected}, got {value!r}")
+
+    def read(self, text: str) -> T:
+        """The value; the errors of ``parse``, and ValueError where it does not fit."""
+        value = self.parse(text)
+        _check(self.fits(value))
+        return value
 
     def __call__(self, text: str) -> T:
         try:
@@ -58,24 +79,26 @@ def _real(text: str) -> float:
 def whole(least: int, most: int = 2**31 - 1) -> Kind[int]:
     """A whole number in a range."""
 
-    def read(text: str) -> int:
-        value = _whole(text)
-        _check(least <= value <= most)
-        return value
+    def fits(value: Any) -> bool:
+        return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most
 
     upper = f" and at most {most}" if most < 2**31 - 1 else ""
-    return Kind(f"a whole number of at least {least}{upper}", read)
+    return Kind(f"a whole number of at least {least}{upper}", _whole, fits)
 
 
-def real(expected: str, fits: Callable[[float], bool]) -> Kind[float]:
-    """A finite number that fits."""
+def real(expected: str, in_range: Callable[[float], bool]) -> Kind[float]:
+    """A finite number in a range."""
 
-    def read(text: str) -> float:
-        value = _real(text)
-        _check(fits(value))
-        return value
+    def fits(value: Any) -> bool:
+        return isinstance(value, Real) and math.isfinite(value) and in_range(float(value))
 
-    return Kind(expected, read)
+    return Kind(expected, _real, fits, show="{:g}".format)
+
+
+def choice(*names: str) -> Kind[str]:
+    """One of a few names."""
+
+    return Kind(f"one of {', '.join(names)}", str, lambda value: value in names, names)
 
 
 COUNT = whole(1)
@@ -90,30 +113,34 @@ FRACTION = real("a number between 0 and 1", lambda x: 0 < x < 1)
 def several(one: Kind[T], plural: str) -> Kind[list[T]]:
     """Different values with commas."""
 
-    def read(text: str) -> list[T]:
+    def parse(text: str) -> list[T]:
         try:
-            found = [one(part.strip()) for part in text.split(",")]
+            values = [one(part.strip()) for part in text.split(",")]
         except argparse.ArgumentTypeError:
             raise ValueError from None
-        _check_different(found, text)
-        return found
+        _check_different(values, text)
+        return values
 
-    return Kind(f"{plural} with commas", read)
+    def fits(values: Any) -> bool:
+        return isinstance(values, Iterable) and not isinstance(values, str) and all(map(one.fits, values))
+
+    return Kind(f"{plural} with commas", parse, fits, show=lambda values: ",".join(map(one.show, values)))
 
 
-def _check_different(found: Sequence[object], text: str) -> None:
-    if len(set(found)) < len(found):
+def _check_different(values: Sequence[object], text: str) -> None:
+    if len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"must name each value once, got {text!r}")
 
 
 SEEDS = several(SEED, "whole numbers from 0 to 4294967295")
 RATES = several(POSITIVE, "positive numbers")
-LEVELS = several(whole(1, 5), "whole numbers from 1 to 5")
+LEVEL = whole(1, 5)
+LEVELS = several(LEVEL, "whole numbers from 1 to 5")
 
 
 def _betas(text: str) -> list[float]:
     if ":" not in text:
-        found = [_real(part) for part in text.split(",")]
+        betas = [_real(part) for part in text.split(",")]
     else:
         start, stop, step = (_real(part) for part in text.split(":"))
         _check(step > 0 and stop >= start)
@@ -122,16 +149,28 @@ def _betas(text: str) -> list[float]:
             raise argparse.ArgumentTypeError(
                 f"must give at most {MOST_VALUES} values, got {text!r}, which gives {count:.3g}"
             )
-        found = [round(start + i * step, 10) for i in range(int(count) + 1)]
-    _check(all(0 <= beta <= 1 for beta in found))
-    _check_different(found, text)
-    return found
+        betas = [round(start + i * step, 10) for i in range(int(count) + 1)]
+    _check_different(betas, text)
+    return betas
 
 
-BETAS = Kind("START:STOP:STEP with both ends, or values with commas, all in [0, 1]", _betas)
+BETAS = Kind(
+    "START:STOP:STEP with both ends, or values with commas, all in [0, 1]",
+    _betas,
+    lambda betas: len(betas) > 0 and all(map(SHARE.fits, betas)),
+)
 
 
-COEFF = Kind("a number in [0, 1], or mean-free", lambda text: text if text == "mean-free" else SHARE.read(text))
+def either(names: Sequence[str], other: Kind[T], expected: str) -> Kind[str | T]:
+    """One of some names, or what another type takes."""
+    return Kind(
+        expected,
+        lambda text: text if text in names else other.read(text),
+        lambda value: value in names if isinstance(value, str) else other.fits(value),
+    )
+
+
+COEFF = either(("mean-free",), SHARE, "a number in [0, 1], or mean-free")
 
 
 def _bytes(text: str) -> int:
@@ -144,7 +183,7 @@ def _bytes(text: str) -> int:
     return int(size)
 
 
-SIZE = Kind("a size such as 500MB or 2GiB", _bytes)
+SIZE = Kind("a size such as 500MB or 2GiB", _bytes, whole(1, 2**63 - 1).fits, show=lambda size: f"{size / 2**30:g}GiB")
 
 
 def _bound(text: str) -> float | None:
@@ -173,16 +212,11 @@ SHAPE = Kind("positive sizes as in 2x3x32x32, fewer than 2**31 values in all", _
 
 def names(known: Sequence[str]) -> Kind[list[str]]:
     """Some of the known names, each once."""
-
-    def read(text: str) -> str:
-        _check(text in known)
-        return text
-
-    return several(Kind("", read), f"some of {', '.join(known)}")
+    return several(choice(*known), f"some of {', '.join(known)}")
 
 
 def checked(check: Callable[[str], object]) -> Callable[[str], str]:
-    """A text that ``check`` has nothing against; what it says is passed on."""
+    """Read any text that ``check`` does not object to; its errors are passed on."""
 
     def read(text: str) -> str:
         try:
@@ -292,7 +326,7 @@ STORAGE = Kind("a file or the URL of a database", _storage)
 
 
 def _check_room(folder: Path, text: str) -> None:
-    """Refuse a folder that cannot be written to, before there are results; nothing is left there."""
+    """Refuse a folder that cannot be written to, before there are results; nothing stays in it."""
     there = folder.absolute()
     try:
         while not there.exists():

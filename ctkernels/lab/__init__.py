@@ -3,31 +3,34 @@
 The rest of the package never imports it.
 """
 
-from .analysis import curvature_profile, run_toys
+from .analysis import ProfileConfig, curvature_profile, run_toys
 from .config import DEFAULT_BETAS
 from .images.data import load_data, read_folder, read_npz
 from .images.models import load_model
 from .images.probe import Probe, fit_probe
 from .images.sets import ImageSet, Preprocess, Splits, normalised_like, stratified_order, stratified_split
-from .jola import compare_methods
+from .jola import MethodsConfig, compare_methods
 from .robustness.evaluate import RobustnessConfig, robustness
 from .search.grid import SearchConfig, search_beta
 from .search.result import BetaSearch, Comparison, plot, verdict
 from .search.strategies import StrategyConfig, search_betas
-from .transfer import TransferConfig, compare_transfer, tune_curvature
+from .transfer import TransferConfig, TuneConfig, compare_transfer, tune_curvature
 
 __all__ = [
     "DEFAULT_BETAS",
     "BetaSearch",
     "Comparison",
     "ImageSet",
+    "MethodsConfig",
     "Preprocess",
     "Probe",
+    "ProfileConfig",
     "RobustnessConfig",
     "SearchConfig",
     "Splits",
     "StrategyConfig",
     "TransferConfig",
+    "TuneConfig",
     "compare_methods",
     "compare_transfer",
     "curvature_profile",

@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Group:
-    """This process's number (``rank``) among ``size``; number 0 collects."""
+    """A process group: this process's number (``rank``) among ``size``; number 0 collects."""
 
     rank: int = 0
     size: int = 1
 
     def gather(self, block: Tensor) -> list[Tensor]:
-        """The blocks of all processes, in order, on rank 0; an empty list elsewhere. All blocks have one shape."""
+        """Gather blocks of one shape from all processes: on rank 0 their list, in order; elsewhere an empty one."""
         if self.size == 1:
             return [block]
         blocks = [torch.empty_like(block) for _ in range(self.size)] if self.rank == 0 else None
@@ -32,7 +32,7 @@ class Group:
         return blocks or []
 
     def share(self, value: T) -> T:
-        """Rank 0's ``value`` on every process."""
+        """Give every process rank 0's ``value``."""
         if self.size == 1:
             return value
         box = [value]
@@ -40,7 +40,7 @@ class Group:
         return box[0]
 
     def interleave(self, items: Sequence[T], count: int) -> list[T]:
-        """Items of all processes in order, on every process; this one has those numbered rank, rank + size, ..."""
+        """Give every process all items in order; this one has those numbered rank, rank + size, ..."""
         if self.size == 1:
             return list(items)
         boxes: list[Sequence[T]] = [()] * self.size
@@ -66,7 +66,7 @@ def launched_device() -> torch.device:
 
 
 def group(device: torch.device) -> Group:
-    """The process group if one is initialised; else torchrun's (nccl for a GPU, gloo for the CPU); else this process.
+    """Return the process group that is initialised; else open torchrun's (nccl for a GPU, gloo for the CPU) if there is one.
 
     torchrun's is opened once and closed when the process ends: gloo cannot open a second one in its place reliably.
     """

@@ -1,4 +1,4 @@
-"""Files of trained weights, and the records in a result by which a damaged file is noticed."""
+"""Files of trained weights, and records of their size and digest, by which a damaged file is noticed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from .._files import replacing
+from .._extras import require
+from .._factories import told
+from .._files import read_json, replacing
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def save_weights(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file.
+    """Read the tensors of a .safetensors file.
 
     Raises:
         ValueError: there is no such file, or it is damaged; the message names it.
@@ -42,6 +44,26 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: expected a .safetensors file: {error}") from error
+
+
+def load_adapter(model: nn.Module, folder: Path, name: str) -> Any:
+    """Put PEFT's adapter in ``folder`` on ``model``; nothing is unpickled.
+
+    Raises:
+        ValueError: it is not there, damaged, or of another network; ``name`` begins the message.
+        ImportError: peft is missing.
+    """
+    peft = require("peft", "adapters", "loading an adapter")
+    from .. import adapters  # noqa: F401  (peft knows this library's methods once they are imported)
+
+    if not (folder / "adapter_model.safetensors").is_file():  # else peft asks the hub for it
+        raise ValueError(f"{folder}: expected adapter_model.safetensors, found none")
+    read_json(folder / "adapter_config.json")
+    read_weights(folder / "adapter_model.safetensors")
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{name}: what is in {folder} does not fit {type(model).__name__}: {told(error)}") from error
 
 
 def damage(path: Path, record: Mapping[str, Any] | None) -> str | None:

@@ -1,17 +1,86 @@
-"""Configurations of experiments: dataclasses that are checked when they are made."""
+"""Configurations of experiments: dataclasses that are checked when they are made, and that options are made from.
+
+A field's type, ``Annotated[int, COUNT]``, holds the range of its values and the way it is read from a command line; its
+default is the option's, and its entry in the docstring is the option's help. So each is written once.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Iterable, Mapping
+import inspect
+import re
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from .images.backbone import MEAN_FREE
+from ..cli.option_types import BETAS, COUNT, POSITIVE, SEED, SHARE, TEXT, Kind, activations
 from .images.probe import check_probe
 
-DEFAULT_BETAS = tuple(round(0.70 + 0.01 * i, 2) for i in range(31))
+DEFAULT_BETAS = tuple(BETAS.read("0.7:1:0.01"))
 T = TypeVar("T")
+
+
+class Config:
+    """The base of configurations.
+
+    Raises:
+        ValueError: a value out of the range of its field.
+    """
+
+    def __post_init__(self) -> None:
+        for name, (kind, optional, *_) in fields_of(type(self)).items():
+            value = getattr(self, name)
+            if value is None and optional:
+                continue
+            if isinstance(value, str):
+                try:
+                    value = kind(value)
+                except argparse.ArgumentTypeError as error:
+                    raise ValueError(f"{name} {error}") from None
+            value = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+            kind.check(name, value)
+            object.__setattr__(self, name, value)
+
+    def arguments(self) -> dict[str, Any]:
+        """The values of all fields, for the result file."""
+        values: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+class Field(NamedTuple):
+    """A field of a configuration that an option can be made from."""
+
+    kind: Kind[Any]
+    optional: bool  # whether it may be None
+    default: Any
+    text: str  # its entry in the docstring, as plain text
+
+
+_FIELDS: dict[type[Config], dict[str, Field]] = {}
+
+
+def fields_of(config: type[Config]) -> dict[str, Field]:
+    """The fields of a configuration whose types are annotated with a type of option, by name."""
+    if config in _FIELDS:
+        return _FIELDS[config]
+    texts: dict[str, str] = {}
+    for base in reversed(config.__mro__):
+        _, _, arguments = inspect.cleandoc(base.__doc__ or "").partition("\nArgs:\n")
+        entries = re.split(r"^    (?=\w[\w, ]*: )", arguments.partition("\n\n")[0], flags=re.MULTILINE)
+        for entry in entries[1:]:
+            names, _, text = " ".join(entry.split()).partition(": ")
+            if not text.startswith("as of "):
+                text = re.sub(r",? \(?see :\w+:`[^`]*`\)?", "", text)
+                text = re.sub(r"(:\w+:)?`+~?\.?([^`]*)`+", r"\2", text).removesuffix(".")
+                texts |= dict.fromkeys(names.split(", "), text)
+    fields: dict[str, Field] = {}
+    for name, hint in typing.get_type_hints(config, include_extras=True).items():
+        for kind in getattr(hint, "__metadata__", ()):
+            optional = type(None) in typing.get_args(hint.__origin__)
+            fields[name] = Field(kind, optional, getattr(config, name), texts.get(name, ""))
+    return _FIELDS.setdefault(config, fields)
 
 
 def configured(kind: type[T], config: T | None, options: Mapping[str, Any]) -> T:
@@ -26,34 +95,37 @@ def configured(kind: type[T], config: T | None, options: Mapping[str, Any]) -> T
     return dataclasses.replace(config, **options) if config is not None else kind(**options)  # type: ignore[type-var]
 
 
-def check_betas(betas: Iterable[float] | None) -> tuple[float, ...]:
-    """Different values of beta, ascending; the default ones for None. ValueError for none, or one out of range."""
-    grid = sorted({float(b) for b in (DEFAULT_BETAS if betas is None else betas)})
-    if not grid:
-        raise ValueError("betas must hold at least one value, got none")
-    if bad := [b for b in grid if not 0 <= b <= 1]:
-        raise ValueError(f"betas must be in [0, 1], got {bad}")
-    return tuple(grid)
+@dataclass(frozen=True, kw_only=True)
+class BetasConfig(Config):
+    """Settings for steering: the activations to treat, and the betas to try.
 
+    Args:
+        betas: START:STOP:STEP with both ends, or values, in [0, 1]; the plain network always takes part.
+        activations: kinds to treat. Default: those of :func:`ctkernels.steer`.
+    """
 
-def check_least(config: Any, **least: int) -> None:
-    """ValueError for a field that is less than it may be; None passes."""
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if value is not None and value < bound:
-            raise ValueError(f"{name} must be at least {bound}, got {value}")
+    betas: Annotated[Iterable[float] | str, BETAS] = "0.7:1:0.01"
+    activations: Annotated[Sequence[str] | None, activations()] = None
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """``betas``, ascending."""
+        return tuple(sorted(set(map(float, self.betas))))
+
+    @property
+    def steering(self) -> dict[str, Any]:
+        """Options of :func:`ctkernels.steer`."""
+        return {} if self.activations is None else {"activations": self.activations}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteeringConfig:
+class SteeringConfig(BetasConfig):
     """Settings for steering a frozen network and reading its features.
 
     Args:
-        betas: in [0, 1]; the plain network always takes part. Default 0.70 to 1.00 in steps of 0.01.
-        coeff: the mixing coefficient c of the CT unit, in [0, 1].
-        activations: which kinds to steer; default :func:`ctkernels.steer`'s.
-        feature_layer: name of a submodule whose output is used. Default: what enters the classifier, the last linear
-            layer.
+        betas, activations: as of :class:`BetasConfig`.
+        coeff: mixing coefficient c of the CT unit, in [0, 1].
+        feature_layer: submodule whose output is used. Default: what enters the classifier, the last linear layer.
         l2: penalty of the logistic probe.
         seed: of everything random: splits, samples, probes.
         batch_size: images per forward pass.
@@ -63,26 +135,14 @@ class SteeringConfig:
         ImportError: scikit-learn is missing; the message names the extra.
     """
 
-    betas: Iterable[float] | None = None
-    coeff: float | str = 0.5
-    activations: Iterable[str] | None = None
-    feature_layer: str | None = None
-    l2: float = 0.01
-    seed: int = 0
-    batch_size: int = 32
-
-    DEFAULT_BETAS: ClassVar[tuple[float, ...]] = DEFAULT_BETAS
-    MAY_BE_MEAN_FREE: ClassVar[bool] = False
+    coeff: Annotated[float | str, SHARE] = 0.5
+    feature_layer: Annotated[str | None, TEXT] = None
+    l2: Annotated[float, POSITIVE] = 0.01
+    seed: Annotated[int, SEED] = 0
+    batch_size: Annotated[int, COUNT] = 32
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", check_betas(self.DEFAULT_BETAS if self.betas is None else self.betas))
-        if self.activations is not None:
-            object.__setattr__(self, "activations", tuple(self.activations))
-        mean_free = self.MAY_BE_MEAN_FREE and self.coeff == MEAN_FREE
-        if not mean_free and (isinstance(self.coeff, str) or not 0 <= self.coeff <= 1):
-            other = f"; or be {MEAN_FREE!r}" if self.MAY_BE_MEAN_FREE else ""
-            raise ValueError(f"coeff must be in [0, 1], got {self.coeff!r}{other}")
-        check_least(self, batch_size=1)
+        super().__post_init__()
         if (kind := self._probe()) is not None:
             check_probe(kind, self.l2)
 
@@ -90,16 +150,5 @@ class SteeringConfig:
         """The kind of probe that reads the features; None for none."""
         return "logistic"
 
-    @property
-    def grid(self) -> tuple[float, ...]:
-        """``betas``, ascending."""
-        return tuple(self.betas or ())
-
-    @property
-    def steering(self) -> dict[str, Any]:
-        """Options of :func:`ctkernels.steer`."""
-        return {} if self.activations is None else {"activations": self.activations}
-
     def arguments(self) -> dict[str, Any]:
-        """The values of all fields, for the result file."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+        return {**super().arguments(), "betas": list(self.grid)}

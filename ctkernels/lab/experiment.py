@@ -68,7 +68,7 @@ class Method:
     nonnegative: tuple[str, ...] = ()
 
     def settings(self, grid: Mapping[str, Sequence[float]] | None = None) -> list[dict[str, float]]:
-        """Every combination of the grid's values, with ``grid``'s in place of or besides the method's own.
+        """Combine the grid's values in all ways, with ``grid``'s in place of or besides the method's own.
 
         Raises:
             ValueError: a name this method does not have, no values for a name, or one out of range.
@@ -196,7 +196,7 @@ def weights_path(folder: str | os.PathLike[str], run: RunResult) -> Path:
 
 @dataclass(frozen=True)
 class ComparisonResult(Result, Generic[R]):
-    """All runs of a comparison.
+    """The runs of a comparison.
 
     Attributes:
         runs: those so far, those that only chose settings included.
@@ -344,7 +344,7 @@ class Study(Generic[C]):
             group.meet()
 
     def _resumed(self) -> tuple[C, list[str]]:
-        """A tested run needs the weights that it left. Of the others only the one that will be chosen does."""
+        """Read the result and check its runs. A tested run needs the weights that it left; of the others only the chosen."""
         result = self.result.resume(self.file)
         sound, damaged = [], []
         for run in result.runs:
@@ -358,7 +358,7 @@ class Study(Generic[C]):
         return replace(result, runs=tuple(sound)), damaged
 
     def run(self, task: Task, plan: Plan, seeds: Sequence[int], choose_on: int = 1) -> None:
-        """Whatever of the plan is not there yet; the first ``choose_on`` seeds choose between settings."""
+        """Run what is missing of the plan; the first ``choose_on`` seeds choose between settings."""
         for method, settings in plan:
             tried = [[self._trained(task, method, s, seed) for seed in seeds[:choose_on]] for s in settings]
             best = (max(tried, key=self._rank) if tried[1:] else tried[0])[0]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, ClassVar
 
@@ -47,6 +48,27 @@ class Result:
         write_text(path, to_json(self.to_dict(**extra)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class SteeringResult(Result):
+    """The outcome of something that was done with a steered network.
+
+    Attributes:
+        sites: names of the activations that were steered.
+        missed: selected activations that could not be, with the reason.
+        sizes: images in ``train``, ``val`` and ``test``, and ``classes``.
+        arguments: what the function was called with.
+    """
+
+    sites: tuple[str, ...]
+    missed: tuple[str, ...]
+    sizes: dict[str, int]
+    arguments: dict[str, Any]
+
+    def entries(self) -> dict[str, Any]:
+        sites, missed = list(self.sites), list(self.missed)
+        return {"sites": sites, "missed": missed, "sizes": self.sizes, "arguments": self.arguments}
+
+
 def to_json(values: Mapping[str, Any]) -> str:
     """Values as JSON, indented but for the objects of lists, which stand on one line each."""
     entries = []
@@ -68,15 +90,6 @@ def versions(*more: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return installed
-
-
-def align(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """Rows of text in columns; the columns numbered in ``left`` start together, the others end together."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join(t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths))).rstrip()
-        for line in lines
-    )
 
 
 def percent(share: float) -> str:

@@ -133,7 +133,7 @@ def test_loss_curvature_of_a_linear_classifier_is_the_softmaxs():
         (lambda x: curvature(lambda x: x.sum(1), x, torch.zeros(1, *x.shape)), "must not be zero"),
         (lambda x: curvature(lambda x: x.sum(1), x, x), "directions must have the shape"),
         (lambda x: data_directions(torch.ones(3, 2), 1), "sample 0 equals all others"),
-        (lambda x: lipschitz(lambda x: x, x, iterations=0), "iterations must be at least 1"),
+        (lambda x: lipschitz(lambda x: x, x, iterations=0), "iterations must be a whole number of at least 1, got 0"),
         (lambda x: scalar_of(lambda x: x, "slope", torch.zeros(2)), "quantity must be one of"),
         (lambda x: curvature_profile(net(), x[:1], torch.zeros(1)), "at least two samples"),
     ],

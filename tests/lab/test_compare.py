@@ -459,7 +459,7 @@ BAD = [
     ({"seeds": ()}, "seeds must hold at least one"),
     ({"bn": "frozen"}, "bn must be one of"),
     ({"precision": "fp8"}, "precision must be one of"),
-    ({"betas": [1.5]}, "betas must be in"),
+    ({"betas": [1.5]}, r"betas must be START:STOP:STEP .*, all in \[0, 1\], got"),
     ({"grids": {"tct": {"rank": [1]}}, "methods": ["tct"]}, "tct has the settings"),
     ({"grids": {"tct": {"lr": [-1]}}, "methods": ["tct"]}, "positive numbers"),
     ({"grids": {"lora-r1": {"lr": [1]}}}, "grids must be of methods that take part"),
@@ -472,8 +472,12 @@ BAD = [
     ({"data": {"nan": with_nan()}}, "data nan: images must be finite, 1 of 90"),
     ({"data": {"one": made.images(30, classes=1)}}, "data one: .*at least two classes"),
     ({"data": {"few": made.images(3)}}, "data few: .*too few to split"),
-    ({"images": ImageOptions(size=8, resize=8, max_test=0)}, "max_test must be at least 1"),
 ]
+
+
+def test_options_are_checked_when_they_are_made():
+    with pytest.raises(ValueError, match="max_test must be a whole number of at least 1, got 0"):
+        ImageOptions(size=8, resize=8, max_test=0)
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[m[:30] for _, m in BAD])
@@ -543,5 +547,5 @@ def test_search_with_the_mean_free_coefficient():
     assert found.arguments["coeff"] == "mean-free"
     single = search_beta(made.small(), data, coeff=coeff_at("mean-free", 0.8), **options)
     assert found.val_accuracy[0] == single.val_accuracy[0]
-    with pytest.raises(ValueError, match="coeff must be in"):
+    with pytest.raises(ValueError, match=r"coeff must be a number in \[0, 1\], or mean-free, got 'free'"):
         search_beta(made.small(), data, coeff="free", **options)

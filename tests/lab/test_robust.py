@@ -149,8 +149,11 @@ def test_a_pixel_classifier_is_the_network_behind_its_normalisation_and_its_prob
         (lambda: check_attacks(["pgd"], 10), "attacks must be some of"),
         (lambda: check_attacks(["apgd-t"], 3), "needs at least 4 classes, got 3"),
         (lambda: attack(nn.Identity(), torch.rand(2, 3, 4, 4) * 2, torch.zeros(2), Threat("l2", 1)), "in \\[0, 1\\]"),
-        (lambda: corrupt(torch.rand(1, 3, 40, 40), "rain", 1), "corruptions must be some of"),
-        (lambda: corrupt(torch.rand(1, 3, 40, 40), "fog", 6), "severities must be some of 1 to 5"),
+        (lambda: corrupt(torch.rand(1, 3, 40, 40), "rain", 1), "name must be one of gaussian_noise, .*, got 'rain'"),
+        (
+            lambda: corrupt(torch.rand(1, 3, 40, 40), "fog", 6),
+            "severity must be a whole number .* at most 5, got 6",
+        ),
         (lambda: corrupt(torch.rand(1, 3, 16, 40), "fog", 1), "at least 32 x 32"),
     ],
 )
@@ -310,11 +313,11 @@ def test_corruptions_with_a_probe_repeat_with_the_seed():
         ({"head": "probe"}, "train must be images for head='probe'"),
         ({"threats": ()}, "threats or corruptions must hold something"),
         ({"threats": (Threat("l2", 1), Threat("l2", 1))}, "threats must differ"),
-        ({"betas": [2.0]}, "betas must be in"),
-        ({"coeff": 2.0}, "coeff must be in"),
+        ({"betas": [2.0]}, r"betas must be START:STOP:STEP .*, all in \[0, 1\], got"),
+        ({"coeff": 2.0}, r"coeff must be a number in \[0, 1\], got 2.0"),
         ({"attacks": ["pgd"]}, "attacks must be some of"),
         ({"attacks": ["apgd-t"]}, "apgd-t needs at least 4 classes, got 2"),
-        ({"max_attacked": 0}, "max_attacked must be at least 1"),
+        ({"max_attacked": 0}, "max_attacked must be a whole number of at least 1, got 0"),
         ({"corruptions": ("fog",)}, "at least 32 x 32"),
         (
             {"val": (torch.full((2, 1, 4, 4), math.nan), torch.tensor([0, 1]))},

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset, TensorDataset
 from ctkernels.lab import BetaSearch, search_beta
 from ctkernels.lab._distributed import Group, group
 from ctkernels.lab.images.features import extract, passes
-from ctkernels.lab.search.grid import _best, _Score
+from ctkernels.lab.search.grid import _best
+from ctkernels.lab.search.probing import Score
 
 pytest.importorskip("sklearn", reason="the laboratory needs scikit-learn")
 pytest.importorskip("tqdm", reason="the laboratory needs tqdm")
@@ -137,7 +138,7 @@ def test_each_image_is_read_once_and_test_images_last():
 
 def test_ties_go_to_the_beta_nearest_one():
     def score(accuracy):
-        return _Score(accuracy, True, None)
+        return Score(accuracy, True, None)
 
     assert _best({0.7: score(0.5), 0.9: score(0.5), 0.8: score(0.5)}) == 0.9
     assert _best({0.7: score(0.5), 1.0: score(0.5), 0.8: score(0.4)}) == 1.0
@@ -278,12 +279,12 @@ def test_extract_keeps_the_order_and_reads_in_order():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"betas": []}, "betas must hold at least one value"),
-        ({"betas": [0.5, 1.2]}, r"betas must be in \[0, 1\], got \[1.2\]"),
-        ({"betas": [math.nan]}, r"betas must be in \[0, 1\]"),
-        ({"coeff": -1}, r"coeff must be in \[0, 1\], got -1"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"memory_limit": 0}, "memory_limit must be at least 1"),
+        ({"betas": []}, r"betas must be .*, got \(\)"),
+        ({"betas": [0.5, 1.2]}, r"betas must be .*, all in \[0, 1\], got \(0.5, 1.2\)"),
+        ({"betas": [math.nan]}, r"betas must be .*, all in \[0, 1\], got \(nan,\)"),
+        ({"coeff": -1}, r"coeff must be a number in \[0, 1\], or mean-free, got -1"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"memory_limit": 0}, "memory_limit must be a size such as 500MB or 2GiB, got 0"),
         ({"probe": "svm"}, "probe must be one of .*, got 'svm'"),
         ({"l2": 0.0}, "l2 must be a positive number, got 0.0"),
         ({"val": 1.5}, r"fractions to split off must be in \(0, 1\)"),

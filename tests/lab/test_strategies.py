@@ -127,9 +127,9 @@ def test_workers_share_a_study_and_a_later_call_only_reports(tmp_path):
 KILLED = """
 import os, signal, sys
 import test_strategies
-from ctkernels.lab.search import strategies
+from ctkernels.lab.search import probing
 
-honest, left = strategies.fit_probe, int(sys.argv[1])
+honest, left = probing.fit_probe, int(sys.argv[1])
 
 def fit_probe(*arguments):
     global left
@@ -138,7 +138,7 @@ def fit_probe(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return honest(*arguments)
 
-strategies.fit_probe = fit_probe
+probing.fit_probe = fit_probe
 test_strategies.search(strategy="bayesian", evaluations=6, storage=sys.argv[2])
 """
 
@@ -147,7 +147,7 @@ test_strategies.search(strategy="bayesian", evaluations=6, storage=sys.argv[2])
 def test_killed_and_resumed(done, tmp_path, monkeypatch):
     """SIGKILL in the middle of an evaluation: those before it count and are not repeated, the plain network is among all."""
     pytest.importorskip("optuna", reason="Bayesian search needs Optuna")
-    from ctkernels.lab.search import strategies
+    from ctkernels.lab.search import probing
 
     storage = str(tmp_path / "trials.log")
     here = {
@@ -157,8 +157,8 @@ def test_killed_and_resumed(done, tmp_path, monkeypatch):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(done), storage], env=here, check=False)
     assert killed.returncode == -signal.SIGKILL
     fitted = []
-    honest = strategies.fit_probe
-    monkeypatch.setattr(strategies, "fit_probe", lambda *arguments: fitted.append(1) or honest(*arguments))
+    honest = probing.fit_probe
+    monkeypatch.setattr(probing, "fit_probe", lambda *arguments: fitted.append(1) or honest(*arguments))
     result = search(strategy="bayesian", evaluations=6, storage=storage)
     assert len(result.history) == 6
     assert result.history[0].betas == (1.0, 1.0)
@@ -228,13 +228,13 @@ def test_saved_as_json(tmp_path):
     ("change", "message"),
     [
         ({"strategy": "random"}, "strategy must be one of"),
-        ({"groups": "layer"}, "groups must be one of"),
-        ({"groups": 0}, "groups must be one of"),
+        ({"groups": "layer"}, "groups must be shared, stage, site, or a number of groups, got"),
+        ({"groups": 0}, "groups must be shared, stage, site, or a number of groups, got"),
         ({"groups": 3}, "groups must be at most the number of activations, 2"),
-        ({"evaluations": 0}, "evaluations must be at least 1"),
+        ({"evaluations": 0}, "evaluations must be a whole number of at least 1, got 0"),
         ({"strategy": "grid", "evaluations": 15}, "the grid has 4 \\*\\* 2 = 16 points"),
         ({"storage": "x.log"}, "storage is for strategy='bayesian'"),
-        ({"betas": [1.5]}, "betas must be in"),
+        ({"betas": [1.5]}, r"betas must be START:STOP:STEP .*, all in \[0, 1\], got"),
     ],
 )
 def test_bad_input(change, message):

@@ -2,6 +2,7 @@
 
 from .curvature import (
     CurvatureProfile,
+    ProfileConfig,
     curvature,
     curvature_profile,
     data_directions,
@@ -13,6 +14,7 @@ from .toys import Toys, run_toys
 
 __all__ = [
     "CurvatureProfile",
+    "ProfileConfig",
     "Toys",
     "curvature",
     "curvature_profile",

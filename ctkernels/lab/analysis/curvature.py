@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ... import steer
+from ...cli.option_types import BETAS, COUNT, SEED, SHARE, choice
+from .._restoring import evaluation, frozen
+from ..config import BetasConfig, configured
 from ..report import figures
 from ..report.section import Picture, Section, Table, beta_name, duration, subject
 from ..result import Result, percent
@@ -129,8 +131,7 @@ def lipschitz(function: Callable[[Tensor], Tensor], x: Tensor, *, iterations: in
 
     Source: Curvature Tuning paper, appendix C.1, bounds what this measures.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    COUNT.check("iterations", iterations)
     v = random_directions(x, 1, seed)[0]
     estimate = x.new_zeros(len(x))
     shape = (-1, *[1] * (x.dim() - 1))
@@ -164,8 +165,7 @@ def scalar_of(model: Callable[[Tensor], Tensor], quantity: str, labels: Tensor) 
     Raises:
         ValueError: an unknown quantity.
     """
-    if quantity not in QUANTITIES:
-        raise ValueError(f"quantity must be one of {list(QUANTITIES)}, got {quantity!r}")
+    choice(*QUANTITIES).check("quantity", quantity)
 
     def value(x: Tensor) -> Tensor:
         logits = model(x)
@@ -200,14 +200,8 @@ class CurvatureProfile(Result):
     seconds: float
 
     def table(self) -> str:
-        lines = [f"{'beta':>6}  {'along data':>12}  {'random':>12}  {'Lipschitz':>10}  {'accuracy':>8}"]
-        for beta, row in zip(self.betas, self.rows):
-            name = "plain" if beta is None else f"{beta:g}"
-            lines.append(
-                f"{name:>6}  {row['data']['mean']:>12.4g}  {row['random']['mean']:>12.4g}  "
-                f"{row['lipschitz']['mean']:>10.4g}  {100 * row['accuracy']:>6.1f} %"
-            )
-        return "\n".join(lines)
+        """Means over images for every beta, as text."""
+        return _means(self.entries()["rows"]).text()
 
     def entries(self) -> dict[str, Any]:
         return {
@@ -220,11 +214,6 @@ class CurvatureProfile(Result):
 
     @classmethod
     def section(cls, values: Mapping[str, Any]) -> Section:
-        kinds = ("data", "random", "lipschitz")
-        rows = [
-            [beta_name(row["beta"]), *(f"{row[kind]['mean']:.4g}" for kind in kinds), percent(row["accuracy"])]
-            for row in values["rows"]
-        ]
         plain, soft = values["rows"][0], values["rows"][1]
         measured = (
             f"second derivatives of the {values['quantity']}, {values['samples']} images, "
@@ -241,26 +230,46 @@ class CurvatureProfile(Result):
                 "Curvature and Lipschitz constant against beta; the table below has the numbers.",
                 "Means over images; bands go from the first to the third quartile.",
             ),
-            Table(
-                "Means over images", ["β", "towards other images", "random directions", "Lipschitz", "accuracy"], rows
-            ),
+            _means(values["rows"]),
         ]
         facts = [("Measured", measured), ("Time", duration(values["seconds"]["total"]))]
         return Section("understand", f"Curvature and slope{subject(values)}", [says], facts, parts)
 
 
+def _means(rows: Sequence[Mapping[str, Any]]) -> Table:
+    kinds = ("data", "random", "lipschitz")
+    header = ["β", "towards other images", "random directions", "Lipschitz", "accuracy"]
+    cells = [
+        [beta_name(row["beta"]), *(f"{row[kind]['mean']:.4g}" for kind in kinds), percent(row["accuracy"])]
+        for row in rows
+    ]
+    return Table("Means over images", header, cells)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig(BetasConfig):
+    """The configuration of :func:`curvature_profile`.
+
+    Args:
+        activations: as of :class:`BetasConfig`.
+        betas: START:STOP:STEP with both ends, or values, in [0, 1].
+        coeff: mixing coefficient c of the CT unit, in [0, 1].
+        quantity: what is differentiated, see :func:`scalar_of`.
+        directions: of each kind, per image.
+        seed: of images and directions.
+        batch_size: images at once.
+    """
+
+    betas: Annotated[Iterable[float] | str, BETAS] = "0.5,0.7,0.8,0.9,0.95,1"
+    coeff: Annotated[float, SHARE] = 0.5
+    quantity: Annotated[str, choice(*QUANTITIES)] = "margin"
+    directions: Annotated[int, COUNT] = 4
+    seed: Annotated[int, SEED] = 0
+    batch_size: Annotated[int, COUNT] = 16
+
+
 def curvature_profile(
-    model: nn.Module,
-    x: Tensor,
-    labels: Tensor,
-    *,
-    betas: Iterable[float] = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0),
-    coeff: float = 0.5,
-    quantity: str = "margin",
-    directions: int = 4,
-    seed: int = 0,
-    batch_size: int = 32,
-    **steering: Any,
+    model: nn.Module, x: Tensor, labels: Tensor, config: ProfileConfig | None = None, **options: Any
 ) -> CurvatureProfile:
     """Measure how curved and how steep a classifier is around data, as it is and at several betas.
 
@@ -271,13 +280,8 @@ def curvature_profile(
         model: gives logits (n, classes); put into evaluation mode, and left as it was.
         x: floating point (n, ...), as the network takes it; at least two samples that differ.
         labels: int64 (n,).
-        betas: in [0, 1].
-        coeff: of the CT unit.
-        quantity: "loss", "logit" or "margin", see :func:`scalar_of`.
-        directions: of each kind, per sample.
-        seed: of the directions.
-        batch_size: samples at once.
-        steering: as :func:`ctkernels.steer` takes it, ``activations`` say.
+        config: betas, what is differentiated and so on.
+        options: fields of :class:`ProfileConfig`, in place of ``config``'s.
 
     Raises:
         ValueError: an unknown quantity, fewer than two samples, another number of labels.
@@ -288,35 +292,35 @@ def curvature_profile(
     Source: Curvature Tuning paper, theorem 3.1, which compares these Hessians.
     """
     started = time.perf_counter()
-    if quantity not in QUANTITIES:
-        raise ValueError(f"quantity must be one of {list(QUANTITIES)}, got {quantity!r}")
+    config = configured(ProfileConfig, config, options)
     if len(x) < 2 or labels.shape != (len(x),):
         raise ValueError(f"x must be at least two samples with a label each, got {len(x)} and {tuple(labels.shape)}")
-    if directions < 1 or batch_size < 1:
-        raise ValueError(f"directions and batch_size must be at least 1, got {directions} and {batch_size}")
-    lines = {"data": data_directions(x, directions, seed), "random": random_directions(x, directions, seed)}
+    directions = {
+        "data": data_directions(x, config.directions, config.seed),
+        "random": random_directions(x, config.directions, config.seed),
+    }
 
     def measure() -> dict[str, Any]:
         measured: dict[str, list[Tensor]] = {"data": [], "random": [], "lipschitz": [], "right": []}
-        for part in (slice(i, i + batch_size) for i in range(0, len(x), batch_size)):
-            function = scalar_of(model, quantity, labels[part])
-            for kind, vectors in lines.items():
+        for part in (slice(i, i + config.batch_size) for i in range(0, len(x), config.batch_size)):
+            function = scalar_of(model, config.quantity, labels[part])
+            for kind, vectors in directions.items():
                 measured[kind].append(curvature(function, x[part], vectors[:, part]).abs().flatten())
-            measured["lipschitz"].append(lipschitz(model, x[part], seed=seed))
+            measured["lipschitz"].append(lipschitz(model, x[part], seed=config.seed))
             with torch.no_grad():
                 measured["right"].append((model(x[part]).argmax(1) == labels[part]).double())
         joined = {kind: torch.cat(parts) for kind, parts in measured.items()}
         accuracy = float(joined.pop("right").mean())
         return {**{kind: _summary(values) for kind, values in joined.items()}, "accuracy": accuracy}
 
-    with _still(model):
+    with evaluation(model), frozen(model):
         rows: list[dict[str, Any]] = [measure()]
-        points = sorted({float(b) for b in betas})
-        with steer(model, 1.0, coeff, **steering) as handle:
-            for beta in points:
+        with steer(model, 1.0, config.coeff, **config.steering) as handle:
+            for beta in config.grid:
                 handle.beta = beta
                 rows.append(measure())
-    return CurvatureProfile((None, *points), tuple(rows), quantity, len(x), directions, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return CurvatureProfile((None, *config.grid), tuple(rows), config.quantity, len(x), config.directions, seconds)
 
 
 def _summary(values: Tensor) -> dict[str, float]:
@@ -325,18 +329,3 @@ def _summary(values: Tensor) -> dict[str, float]:
         values, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device=values.device)
     )
     return {"mean": float(values.mean()), "low": float(low), "median": float(middle), "high": float(high)}
-
-
-@contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and parameters without gradients, and back to what each was."""
-    modes = [(m, m.training) for m in model.modules()]
-    trained = [(p, p.requires_grad) for p in model.parameters()]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, grad in trained:
-            parameter.requires_grad_(grad)

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from ... import steer
 from ..._extras import require
+from ...cli.option_types import BETAS
 from ...nn import TrainableCTU
 from ..report import figures
 from ..report.section import Picture, Section, Table, duration
@@ -44,14 +45,7 @@ class Toys(Result):
 
     def table(self) -> str:
         """Means over seeds, and each seed's value, as text."""
-        lines = []
-        for title, key, measure, scale, better in MEASURES:
-            lines.append(f"{title} ({better} is better)")
-            for name in self.runs[0][key]["networks"]:
-                values = [scale * run[key]["networks"][name][measure] for run in self.runs]
-                each = ", ".join(f"{v:.3g}" for v in values)
-                lines.append(f"  {name:<12} {sum(values) / len(values):.3g}   (each seed: {each})")
-        return "\n".join(lines)
+        return "\n\n".join(f"{table.caption}\n{table.text()}" for table, _ in _measured(self.runs))
 
     def entries(self) -> dict[str, Any]:
         return {"setup": self.setup, "runs": list(self.runs), "seconds": {"total": self.seconds}}
@@ -64,20 +58,28 @@ class Toys(Result):
             for key, draw, kind, says in PICTURES:
                 alt = f"{says} Shown: {', '.join(run[key]['networks'])}."
                 parts.append(Picture(figures.data_uri(draw(run[key]), kind), alt, f"{says} Seed {run['seed']}."))
-        lines = []
-        for title, key, measure, scale, better in MEASURES:
-            scores = {
-                name: [scale * run[key]["networks"][name][measure] for run in runs] for name in runs[0][key]["networks"]
-            }
-            means = {name: mean(each) for name, each in scores.items()}
-            rows = [[name, f"{means[name]:.3g}", *(f"{v:.3g}" for v in each)] for name, each in scores.items()]
-            header = ["network", "mean", *(f"seed {run['seed']}" for run in runs)]
-            parts.append(Table(f"{title}; {better} is better", header, rows))
-            best = (max if better == "higher" else min)(means, key=lambda name: means[name])
-            lines.append(f"{title[0].upper()}{title[1:]}: best on average {best} ({means[best]:.3g}).")
+        measured = _measured(runs)
+        parts += [table for table, _ in measured]
+        lines = [line for _, line in measured]
         seeds = f"{', '.join(map(str, values['setup']['seeds']))}; all of them are shown"
         facts = [("Seeds", seeds), ("Time", duration(values["seconds"]["total"]))]
         return Section("understand", "Decision boundaries and regression curves of small networks", lines, facts, parts)
+
+
+def _measured(runs: Sequence[Mapping[str, Any]]) -> list[tuple[Table, str]]:
+    """A table for every measure, and a sentence about the best network."""
+    measured = []
+    for title, key, measure, scale, better in MEASURES:
+        scores = {
+            name: [scale * run[key]["networks"][name][measure] for run in runs] for name in runs[0][key]["networks"]
+        }
+        means = {name: mean(each) for name, each in scores.items()}
+        rows = [[name, f"{means[name]:.3g}", *(f"{v:.3g}" for v in each)] for name, each in scores.items()]
+        header = ["network", "mean", *(f"seed {run['seed']}" for run in runs)]
+        best = (max if better == "higher" else min)(means, key=lambda name: means[name])
+        line = f"{title[0].upper()}{title[1:]}: best on average {best} ({means[best]:.3g})."
+        measured.append((Table(f"{title}; {better} is better", header, rows), line))
+    return measured
 
 
 # title, which toy, which measure, factor, what is good
@@ -128,10 +130,9 @@ def run_toys(
 
     Source: Curvature Tuning paper, figures 1 and 2. Its script shows figure 2 only for seeds on which T-CT beats LoRA.
     """
-    if not seeds or not betas:
-        raise ValueError(f"seeds and betas must not be empty, got {list(seeds)} and {list(betas)}")
-    if bad := [b for b in betas if not 0 <= b <= 1]:
-        raise ValueError(f"betas must be in [0, 1], got {bad}")
+    if not seeds:
+        raise ValueError("seeds must be one or more numbers, got none")
+    BETAS.check("betas", betas)
     if len(steps) != 3 or min(steps) < 1:
         raise ValueError(f"steps must be three numbers of at least 1, got {steps}")
     require("peft", "adapters", "LoRA beside T-CT")

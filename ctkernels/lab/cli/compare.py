@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from ...cli import option_types as types
 from ...cli.errors import OptionError
-from .options import (
-    add_image_data,
-    add_image_options,
-    add_running_options,
-    add_training_options,
-    command_parser,
-    grids_of,
-    network_and_weights,
-    option,
-    record_of,
-    transfer_config,
-)
+from ..transfer.config import TransferConfig
+from ..transfer.methods import NAMES, method
+from . import options
 
 SUMMARY = """\
 Compare ways to adapt pretrained image classifiers: a linear probe, S-CT, LoRA, T-CT, and T-CT with LoRA.
@@ -52,66 +42,21 @@ results:
   OUT/weights/      what each tested run trained"""
 
 
-def _method(text: str) -> str:
-    from ..transfer.methods import method
-
-    return method(text).name
-
-
-METHOD = types.Kind("linear, sct, sct-mean-free, tct, lora-rN or tct+lora-rN", _method)
-
-
-def _grid(text: str) -> tuple[str, str, list[float]]:
-    from ..transfer.methods import method
-
-    name, setting, values = types.GRID(text)
-    types.checked(lambda _: method(name).settings({setting: values}))(text)
-    return name, setting, values
+METHODS = types.several(types.Kind(NAMES, lambda text: method(text).name), NAMES)
 
 
 def parser() -> argparse.ArgumentParser:
-    p = command_parser("compare", SUMMARY, EXAMPLES)
-    add_image_data(p, nargs="+")
-    what = p.add_argument_group("comparison")
-    what.add_argument(
-        "--model",
-        action="append",
-        type=network_and_weights,
-        required=True,
-        metavar="NAME[=WEIGHTS]",
-        help="torchvision name, timm:NAME, transformers:NAME, or factory module:function; weights: default, none, "
-        "packaged, or a file (default: default). May be given several times",
-    )
-    option(
-        what,
-        "--methods",
-        types.several(METHOD, METHOD.expected),
-        "linear,sct,lora-r1,tct,tct+lora-r1",
-        "linear, sct, sct-mean-free, tct, lora-rN, tct+lora-rN, with commas",
-    )
-    option(what, "--seeds", types.SEEDS, "42,43,44", "with commas; the first chooses")
-    what.add_argument(
-        "--grid", action="append", type=_grid, default=[], metavar="METHOD.NAME=VALUES", help="settings to try"
-    )
-    add_training_options(p)
-    add_image_options(p)
-    running = add_running_options(p, "out/compare", memory_limit=True)
-    running.add_argument("--cpu", action="store_true", help="run on the CPU")
+    p = options.command_parser("compare", SUMMARY, EXAMPLES)
+    options.add_image_data(p, nargs="+")
+    comparison = p.add_argument_group("comparison")
+    options.add_models(comparison, "append", ". May be given several times")
+    options.option(comparison, "--methods", METHODS, "linear,sct,lora-r1,tct,tct+lora-r1", f"{NAMES}, with commas")
+    options.option(comparison, "--seeds", types.SEEDS, "42,43,44", "with commas; the first chooses")
+    options.add_grid(comparison, method)
+    options.add_training_options(p)
+    options.add_image_options(p)
+    options.add_running_options(p, TransferConfig, "workers", "memory_limit", out="out/compare")
     return p
-
-
-def model_source(name: str, weights: str, seed: int) -> tuple[str, Any]:
-    """The name, and a function that loads the network."""
-
-    def load() -> Any:
-        import torch
-
-        from .. import load_model
-
-        torch.manual_seed(seed)  # for weights drawn at random
-        return load_model(name, weights)
-
-    return name, load
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -122,23 +67,23 @@ def run(arguments: argparse.Namespace) -> int:
     from ..transfer import compare_transfer
 
     seeds, out = arguments.seeds, arguments.out
-    grids = grids_of(arguments.grid, arguments.methods)
-    config = transfer_config(arguments)
+    grids = options.grids_of(arguments.grid, arguments.methods)
+    options.plain_preprocess(arguments)
+    config = options.config_of(TransferConfig, arguments)
     for module in ("accelerate", "peft", "safetensors"):
         require(module, "adapters", "comparing methods")
-    sources = [model_source(name, weights, seeds[0]) for name, weights in arguments.model]
-    for kind, names in (("--model", [name for name, _ in sources]), ("data", arguments.data)):
+    for kind, names in (("--model", [name for name, _ in arguments.model]), ("data", arguments.data)):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise OptionError(f"{kind} must name each one once, got {twice} more than once")
     result = compare_transfer(
-        dict(sources),
+        {name: options.model_source(name, weights, seeds[0]) for name, weights in arguments.model},
         {name: lab.load_data(name) for name in arguments.data},
         config,
         methods=arguments.methods,
         seeds=seeds,
         grids=grids,
         out=out,
-        extra=record_of(arguments),
+        extra=options.record_of(arguments),
     )
     if _distributed.launched_rank() == 0:
         write_text(out / "table.md", result.markdown() + "\n")

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ...cli import option_types as types
 from ...cli.errors import OptionError
-from .options import add_image_data, command_parser, load_network, network_name, option, plain_preprocess, record_of
+from ..analysis.curvature import ProfileConfig, curvature_profile
+from ..transfer.config import ImageOptions
+from . import options
 
 SUMMARY = """\
 Measure what the knob does. With DATA and --model: curvature (exact Hessian-vector products) and local Lipschitz constants of
@@ -34,32 +36,23 @@ STEPS = types.Kind("three whole numbers of at least 1 with commas", _steps)
 
 
 def parser() -> argparse.ArgumentParser:
-    p = command_parser("curvature", SUMMARY, EXAMPLES)
-    add_image_data(p, nargs="?", more=" (default: the small networks)")
+    p = options.command_parser("curvature", SUMMARY, EXAMPLES)
+    options.add_image_data(p, nargs="?", more=" (default: the small networks)")
     p.add_argument(
         "--betas",
         type=types.BETAS,
-        help="START:STOP:STEP or values with commas (default: 0.5,0.7,0.8,0.9,0.95,1; small: 1,0.9,0.5)",
+        help=f"{types.BETAS.expected} (default: {ProfileConfig.betas}; small: 1,0.9,0.5)",
     )
-    option(p, "--coeff", types.SHARE, 0.5, "mixing coefficient c")
-    option(p, "--out", types.OUT, "out/curvature", "folder for the results")
+    options.add_fields(p, ProfileConfig, "coeff")
+    options.option(p, "--out", types.OUT, "out/curvature", "folder for the results")
     small = p.add_argument_group("small networks")
-    option(small, "--seeds", types.SEEDS, "0,1,2", "of data and weights, with commas")
-    option(small, "--steps", STEPS, "2000,20000,4000", "spirals, curve, circles")
+    options.option(small, "--seeds", types.SEEDS, "0,1,2", "of data and weights, with commas")
+    options.option(small, "--steps", STEPS, "2000,20000,4000", "spirals, curve, circles")
     network = p.add_argument_group("your network")
-    network.add_argument("--model", type=network_name, help="torchvision name, timm:NAME, or factory module:function")
-    option(network, "--weights", types.WEIGHTS, "default", "default, none, packaged or a file")
-    network.add_argument(
-        "--quantity", choices=("loss", "logit", "margin"), default="margin", help="what is differentiated"
-    )
-    option(network, "--images", types.whole(2), 64, "how many")
-    option(network, "--directions", types.COUNT, 4, "of each kind, per image")
-    option(network, "--size", types.PIXELS, 224, "pixels that the network sees")
-    network.add_argument(
-        "--resize", type=types.PIXELS, help="shorter side before the centre crop (default: size * 256 / 224)"
-    )
-    option(network, "--batch-size", types.COUNT, 16, "images at once")
-    option(network, "--seed", types.SEED, 0, "of images and directions")
+    options.add_model(network, required=False)
+    options.option(network, "--images", types.whole(2), 64, "how many")
+    options.add_fields(network, ImageOptions, "size", "resize")
+    options.add_fields(network, ProfileConfig, "quantity", "directions", "batch_size", "seed")
     return p
 
 
@@ -95,11 +88,10 @@ def _profile(arguments: argparse.Namespace, out: Path) -> int:
 
     from ... import lab
     from ..._factories import check_takes
-    from ..analysis import curvature_profile
     from ..images.features import output_tensor
 
-    plain = plain_preprocess(arguments)
-    model = load_network(arguments)
+    plain = options.plain_preprocess(arguments)
+    model = options.load_network(arguments)
     splits = lab.load_data(arguments.data)
     preprocess = lab.normalised_like(plain, splits.train)
     some = (splits.test or splits.train).sample(arguments.images, arguments.seed).prepared(preprocess)
@@ -112,21 +104,12 @@ def _profile(arguments: argparse.Namespace, out: Path) -> int:
             if classes == len(some.classes)
             else torch.cat([output_tensor(model(part)).argmax(1) for part in images.split(arguments.batch_size)])
         )
-    profile = curvature_profile(
-        model,
-        images,
-        labels,
-        betas=arguments.betas or [0.5, 0.7, 0.8, 0.9, 0.95, 1.0],
-        coeff=arguments.coeff,
-        quantity=arguments.quantity,
-        directions=arguments.directions,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-    )
+    config = options.config_of(ProfileConfig, arguments, betas=arguments.betas or ProfileConfig.betas)
+    profile = curvature_profile(model, images, labels, config)
     print(profile.table())
     profile.save(
         out / "result.json",
-        **record_of(arguments),
+        **options.record_of(arguments),
         data={"source": splits.source, "preprocess": dataclasses.asdict(preprocess)},
     )
     print(f"saved {out / 'result.json'}")

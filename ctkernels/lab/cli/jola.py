@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ...cli import option_types as types
-from .options import command_parser, config_of, grids_of, option, record_of
+from ..jola.config import Answering, MethodsConfig, TrainingConfig
+from . import options
 
 SUMMARY = """\
 Adapt a language model with a few examples: JoLA beside zero-shot, LoRA, BitFit, (IA)3 and ungated head edits.
@@ -63,56 +65,34 @@ def _loggers(text: str) -> list[str]:
     return names
 
 
-def _grid(text: str) -> tuple[str, str, list[float]]:
-    from ..jola.methods import METHODS
-
-    name, setting, values = types.GRID(text)
-    types.names(list(METHODS))(name)
-    types.checked(lambda _: METHODS[name].settings({setting: values}))(text)
-    return name, setting, values
-
-
 def parser() -> argparse.ArgumentParser:
-    from ..jola.compare import DEFAULT_METHODS, SCHEDULES
+    from ..jola.compare import DEFAULT_METHODS
     from ..jola.language_models import DTYPES
-    from ..jola.methods import METHODS
+    from ..jola.methods import METHODS, find_method
 
-    p = command_parser("jola", SUMMARY, EXAMPLES)
+    p = options.command_parser("jola", SUMMARY, EXAMPLES)
     p.add_argument("data", type=_data, help=".jsonl, .csv or .parquet file, folder of such, or factory module:function")
     p.add_argument("--model", required=True, type=_model, help="folder, .gguf file, smollm2-135m, or a name on the hub")
-    option(p, "--dtype", tuple(DTYPES), "float32", "of the weights")
-    what = p.add_argument_group("comparison")
-    option(what, "--methods", types.names(list(METHODS)), ",".join(DEFAULT_METHODS), "with commas")
-    option(what, "--seeds", types.SEEDS, "0,1,2", "with commas")
-    what.add_argument(
-        "--grid", action="append", type=_grid, default=[], metavar="METHOD.NAME=VALUES", help="settings to try"
-    )
-    option(what, "--choose-on", types.COUNT, 1, "how many of the seeds choose settings")
-    option(what, "--train", types.COUNT, 200, "training examples")
-    option(what, "--val", types.COUNT, 100, "validation examples")
-    option(what, "--test", types.COUNT, 300, "test examples at most")
+    options.option(p, "--dtype", types.choice(*DTYPES), "float32", "of the weights")
+    comparison = p.add_argument_group("comparison")
+    options.option(comparison, "--methods", types.names(list(METHODS)), ",".join(DEFAULT_METHODS), "with commas")
+    options.option(comparison, "--seeds", types.SEEDS, "0,1,2", "with commas")
+    options.add_grid(comparison, find_method)
+    options.add_fields(comparison, MethodsConfig, "choose_on", "train", "val", "test")
     training = p.add_argument_group("training")
-    option(training, "--epochs", types.COUNT, 10, "at most")
-    option(training, "--patience", types.COUNT, 2, "epochs without progress")
-    option(training, "--batch-size", types.COUNT, 10, "examples per step")
-    option(training, "--warmup", types.SHARE, 0.1, "part of the steps")
-    option(training, "--schedule", SCHEDULES, "exponential", "of the penalty on gates")
+    options.add_fields(training, TrainingConfig, "epochs", "patience", "batch_size", "warmup")
+    options.add_fields(training, MethodsConfig, "schedule")
     answers = p.add_argument_group("answers")
     answers.add_argument("--separator", default=" ", help="between prompt and answer (default: a space)")
-    option(answers, "--max-length", types.COUNT, 400, "tokens of an example")
-    option(answers, "--max-new-tokens", types.COUNT, 16, "to generate")
-    option(answers, "--beams", types.COUNT, 1, "of beam search")
-    answers.add_argument(
-        "--extract", type=types.PATTERN, help="regular expression whose first match is the answer (default: all text)"
-    )
+    options.add_fields(answers, Answering, "max_length", "max_new_tokens", "beams", "extract")
     answers.add_argument(
         "--bertscore-model", type=types.FOLDER, help="folder of an encoder for BERTScore (default: none)"
     )
     answers.add_argument("--bertscore-layer", type=types.COUNT, help="of that encoder")
     running = p.add_argument_group("running")
-    option(running, "--score-batch-size", types.COUNT, 16, "when scoring")
-    running.add_argument("--device", type=types.device, help="such as cpu or cuda:0 (default: a GPU if there is one)")
-    option(running, "--out", types.OUT, "out/jola", "folder for the results")
+    options.option(running, "--score-batch-size", types.COUNT, Answering.batch_size, "when scoring")
+    options.add_device(running)
+    options.add_results(running, "out/jola")
     running.add_argument(
         "--report-to",
         type=_loggers,
@@ -120,7 +100,6 @@ def parser() -> argparse.ArgumentParser:
         help="loggers of transformers' Trainer with commas, such as tensorboard, which writes to OUT/logs (default: none)",
     )
     running.add_argument("--no-report", action="store_true", help="do not plot gates, and no report on edits")
-    running.add_argument("--no-progress", action="store_true", help="no progress bar")
     return p
 
 
@@ -128,42 +107,36 @@ def run(arguments: argparse.Namespace) -> int:
     from ..._extras import require
     from .. import _distributed, jola
 
-    seeds, out = arguments.seeds, arguments.out
-    grids = grids_of(arguments.grid, arguments.methods)
+    out = arguments.out
+    grids = options.grids_of(arguments.grid, arguments.methods)
     for module in ("transformers", "peft", "accelerate", *(() if arguments.no_report else ("matplotlib",))):
         require(module, "lab", "comparing methods on texts")
-    from ..jola.training import TrainingConfig
-
-    answering = config_of(jola.Answering, arguments, batch_size=arguments.score_batch_size)
-    training = config_of(TrainingConfig, arguments)
-    sizes = {"train": arguments.train, "val": arguments.val, "test": arguments.test}
+    config = options.config_of(
+        MethodsConfig,
+        arguments,
+        answering=options.config_of(Answering, arguments, batch_size=arguments.score_batch_size),
+        name=arguments.model,
+        device=arguments.device or _distributed.launched_device(),
+    )
+    sizes: dict[str, Any] = {"train": config.train, "val": config.val, "test": config.test}
     data = jola.read_texts(arguments.data)
-    jola.draw(data, seeds[0], **sizes)  # before the model loads
+    tested = jola.draw(data, arguments.seeds[0], **sizes).test  # before the model loads
     model, tokenizer = jola.load_language_model(arguments.model, arguments.dtype)
     result = jola.compare_methods(
         model,
         tokenizer,
         data,
+        config,
         methods=arguments.methods,
-        seeds=seeds,
-        **sizes,
+        seeds=arguments.seeds,
         grids=grids,
-        training=training,
-        answering=answering,
-        schedule=arguments.schedule,
-        choose_on=arguments.choose_on,
         out=out,
-        name=arguments.model,
-        device=arguments.device or _distributed.launched_device(),
-        progress=not arguments.no_progress,
-        report_to=arguments.report_to,
-        extra=record_of(arguments),
+        extra=options.record_of(arguments),
     )
     if _distributed.launched_rank() == 0:
-        print(f"{data.source}: {arguments.train} to train, {arguments.val} to validate on")
+        print(f"{data.source}: {config.train} to train, {config.val} to validate on")
         print(f"\n{result.tuning()}\n\n{result.table()}\n\n{result.verdict()}\n\nsaved {out / 'result.json'}")
         if result.tested("jola") and not arguments.no_report:
-            tested = jola.draw(data, seeds[0], **sizes).test
             for path in jola.save_report(result, model, tokenizer, [e.prompt for e in tested], out):
                 print(f"saved {path}")
     return 0

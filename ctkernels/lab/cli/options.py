@@ -1,22 +1,25 @@
-"""Options that several commands share, and what they are turned into."""
+"""Options that several commands share, most of them made from configurations, and what they are turned into."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import typing
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ...cli import option_types as types
 from ...cli.errors import OptionError, Parser
 from .. import _distributed
+from ..config import Config, SteeringConfig, fields_of
+from ..transfer.config import ImageOptions, TrainingConfig, TransferConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
     from .. import ImageSet, Preprocess, Splits
-    from ..transfer import TransferConfig
+    from ..experiment import Method
 
 T = TypeVar("T")
 
@@ -37,21 +40,32 @@ def network_name(text: str) -> str:
 
 def network_and_weights(text: str) -> tuple[str, str]:
     """``NAME`` or ``NAME=WEIGHTS``."""
-    name, equals, chosen = text.partition("=")
-    return network_name(name), types.WEIGHTS(chosen) if equals else "default"
+    name, equals, weights = text.partition("=")
+    return network_name(name), types.WEIGHTS(weights) if equals else "default"
 
 
 def option(
-    p: argparse._ActionsContainer,
-    name: str,
-    kind: Callable[[str], Any] | Sequence[str],
-    default: Any,
-    text: str,
-    **more: Any,
+    p: argparse._ActionsContainer, name: str, kind: Callable[[str], Any], default: Any, text: str, **more: Any
 ) -> None:
-    """Add an option whose help says its default; ``kind`` reads it, or is what there is to choose from."""
-    reads: dict[str, Any] = {"type": kind} if callable(kind) else {"choices": kind}
-    p.add_argument(name, default=default, help=f"{text} (default: %(default)s)".strip(), **reads, **more)
+    """Add an option whose help says its default."""
+    choices = getattr(kind, "choices", ()) or None
+    p.add_argument(name, default=default, help=f"{text} (default: %(default)s)", type=kind, choices=choices, **more)
+
+
+def add_fields(p: argparse._ActionsContainer, config: type[Config], *names: str) -> None:
+    """Add an option for each of some fields of a configuration."""
+    fields = fields_of(config)
+    for name in names:
+        kind, _, default, text = fields[name]
+        if default is not None:
+            text += f" (default: {default if isinstance(default, str) else kind.show(default)})"
+        p.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            choices=kind.choices or None,
+            default=default,
+            help=text.replace("%", "%%"),
+        )
 
 
 def command_parser(command: str, summary: str, examples: str) -> Parser:
@@ -70,117 +84,88 @@ def add_image_data(p: argparse.ArgumentParser, nargs: str | None = None, more: s
     p.add_argument("data", nargs=nargs, type=image_data, help=text)
 
 
-def add_network_options(p: argparse.ArgumentParser, betas: str) -> argparse._ArgumentGroup:
-    """Add the network, where it is steered, and what is read from it; ``betas`` are the default ones."""
-    network = p.add_argument_group("network")
-    network.add_argument(
-        "--model", required=True, type=network_name, help="torchvision name, timm:NAME, or factory module:function"
+def add_model(p: argparse._ActionsContainer, required: bool = True) -> None:
+    """Add a network, and its weights."""
+    p.add_argument(
+        "--model", required=required, type=network_name, help="torchvision name, timm:NAME, or factory module:function"
     )
     option(
-        network,
+        p,
         "--weights",
         types.WEIGHTS,
         "default",
         "default: the library's pretrained ones, may download; none: random; packaged: from an installed package; else a "
         ".safetensors or torch.save file",
     )
-    network.add_argument(
-        "--activations", type=types.activations(), help="kinds to steer, comma-separated (default: all that can be)"
+
+
+def add_models(p: argparse._ActionsContainer, action: str = "store", more: str = "") -> None:
+    """Add a network with its weights in one option."""
+    p.add_argument(
+        "--model",
+        action=action,
+        type=network_and_weights,
+        required=True,
+        metavar="NAME[=WEIGHTS]",
+        help="torchvision name, timm:NAME, transformers:NAME, or factory module:function; weights: default, none, "
+        f"packaged, or a file (default: default){more}",
     )
-    network.add_argument(
-        "--feature-layer",
-        type=types.TEXT,
-        help="submodule whose output is probed (default: what enters the classifier)",
+
+
+def add_grid(p: argparse._ActionsContainer, method: Callable[[str], Method]) -> None:
+    """Add the settings to try; ``method`` finds a method by its name."""
+
+    def read(text: str) -> tuple[str, str, list[float]]:
+        name, setting, values = types.GRID(text)
+        types.checked(lambda _: method(name).settings({setting: values}))(text)
+        return name, setting, values
+
+    p.add_argument(
+        "--grid", action="append", type=read, default=[], metavar="METHOD.NAME=VALUES", help="settings to try"
     )
-    network.add_argument(
-        "--betas",
-        type=types.BETAS,
-        default=betas,
-        help="START:STOP:STEP with both ends, or values with commas (default: %(default)s); 1 always takes part",
-    )
+
+
+def add_network_options(p: argparse.ArgumentParser, config: type[SteeringConfig]) -> argparse._ArgumentGroup:
+    """Add the network, where it is steered, and what is read from it."""
+    network = p.add_argument_group("network")
+    add_model(network)
+    add_fields(network, config, "activations", "feature_layer", "betas", "coeff")
     return network
 
 
 def add_image_options(p: argparse.ArgumentParser) -> None:
     """Add how images are made ready and split."""
-    images = p.add_argument_group("images")
-    option(images, "--size", types.PIXELS, 224, "pixels that the network sees")
-    images.add_argument(
-        "--resize", type=types.PIXELS, help="shorter side before the centre crop (default: size * 256 / 224)"
-    )
-    option(
-        images,
-        "--normalise",
-        ("target", "imagenet"),
-        "target",
-        "mean and deviation of up to 1000 training images, or of ImageNet",
-    )
-    option(images, "--val", types.FRACTION, 0.2, "fraction for validation if none is given")
-    option(images, "--test", types.FRACTION, 0.2, "fraction for test if none is given")
-    images.add_argument(
-        "--max-train",
-        type=types.COUNT,
-        help="use at most N images for training and validation (default: all)",
-        metavar="N",
-    )
-    images.add_argument("--max-test", type=types.COUNT, help="use at most N test images (default: all)", metavar="N")
+    names = ("size", "resize", "normalise", "val", "test", "max_train", "max_test")
+    add_fields(p.add_argument_group("images"), ImageOptions, *names)
 
 
 def add_training_options(p: argparse.ArgumentParser) -> None:
-    """Add how methods are trained."""
+    """Add how methods are trained, and how the command runs."""
     training = p.add_argument_group("training")
-    option(training, "--epochs", types.COUNT, 20, "the best is kept")
-    option(training, "--batch-size", types.COUNT, 32, "images per step")
-    option(
-        training,
-        "--bn",
-        ("eval", "train", "paper"),
-        "eval",
-        "batch normalisation: eval: the statistics of pretraining, for every method; train: of the new data, for every "
-        "method; paper: train for trained networks, eval for frozen ones",
-    )
-    option(
-        training,
-        "--betas",
-        types.BETAS,
-        "0.7:1:0.01",
-        "for S-CT: START:STOP:STEP with both ends, or values with commas",
-    )
-    training.add_argument(
-        "--activations",
-        type=types.activations(),
-        help="kinds to treat, comma-separated (default: relu,leaky_relu,prelu,relu6)",
-    )
-    option(training, "--precision", ("no", "bf16", "fp16"), "no", "mixed precision")
+    add_fields(training, TrainingConfig, "epochs", "batch_size")
+    add_fields(training, TransferConfig, "bn", "betas", "activations", "precision")
 
 
-def add_running_options(
-    p: argparse.ArgumentParser,
-    out: str,
-    seed: str = "",
-    batch_size: int | None = None,
-    workers: bool = True,
-    memory_limit: bool = False,
-) -> argparse._ArgumentGroup:
-    """Add where results go, and how the command runs.
-
-    ``seed`` says what the seed is of (empty: no seed, no device); ``batch_size`` is the default (None: no such option).
-    """
+def add_running_options(p: argparse.ArgumentParser, config: type[Config], *fields: str, out: str) -> None:
+    """Add how the command runs: the seed and the device, or whether to use the CPU, ``fields``, and where results go."""
     running = p.add_argument_group("running")
-    if seed:
-        option(running, "--seed", types.SEED, 0, seed)
-        running.add_argument(
-            "--device", type=types.device, help="such as cpu or cuda:0 (default: a GPU if there is one)"
-        )
-    if batch_size:
-        option(running, "--batch-size", types.COUNT, batch_size, "images at once")
-    if workers:
-        option(running, "--workers", types.WORKERS, 0, "processes that decode images")
-    if memory_limit:
-        option(running, "--memory-limit", types.SIZE, "2GiB", "for features kept at once")
-    option(running, "--out", types.OUT, out, "folder for the results")
-    running.add_argument("--no-progress", action="store_true", help="no progress bar")
-    return running
+    add_fields(running, config, *fields)
+    if issubclass(config, TransferConfig):
+        running.add_argument("--cpu", action="store_true", help="run on the CPU")
+    else:
+        add_device(running)
+    add_results(running, out)
+
+
+def add_device(p: argparse._ActionsContainer) -> None:
+    """Add where to run."""
+    p.add_argument("--device", type=types.device, help="such as cpu or cuda:0 (default: a GPU if there is one)")
+
+
+def add_results(p: argparse._ActionsContainer, out: str) -> None:
+    """Add where results go, and whether progress shows."""
+    option(p, "--out", types.OUT, out, "folder for the results")
+    p.add_argument("--no-progress", action="store_true", help="no progress bar")
 
 
 def plain_preprocess(arguments: argparse.Namespace) -> Preprocess:
@@ -193,13 +178,22 @@ def plain_preprocess(arguments: argparse.Namespace) -> Preprocess:
 
 
 def load_network(arguments: argparse.Namespace) -> nn.Module:
-    """The network of :func:`add_network_options`; weights that are random, or that its factory draws, from the seed."""
-    import torch
+    """The network of :func:`add_model`; weights that are random, or that its factory draws, from the seed."""
+    return model_source(arguments.model, arguments.weights, arguments.seed)()
 
-    from ... import lab
 
-    torch.manual_seed(arguments.seed)
-    return lab.load_model(arguments.model, arguments.weights)
+def model_source(name: str, weights: str, seed: int) -> Callable[[], nn.Module]:
+    """A function that loads a network."""
+
+    def load() -> nn.Module:
+        import torch
+
+        from ... import lab
+
+        torch.manual_seed(seed)  # for weights drawn at random
+        return lab.load_model(name, weights)
+
+    return load
 
 
 class Inputs(NamedTuple):
@@ -219,15 +213,15 @@ def load_inputs(arguments: argparse.Namespace) -> Inputs:
     The test images are the same for every seed and command, so that what was trained on the others can be tested on them.
     """
     from ... import lab
+    from ..transfer.inputs import split
 
     preprocess = plain_preprocess(arguments)
     model, splits = load_network(arguments), lab.load_data(arguments.data)
-    limits = {name: getattr(arguments, name) for name in ("val", "test", "max_train", "max_test")}
-    parts = splits.complete(**limits, seed=arguments.seed, test_seed=0)
+    parts = split(splits, config_of(ImageOptions, arguments), arguments.seed)
     if arguments.normalise == "target":
-        preprocess = lab.normalised_like(preprocess, parts[0])
-    train, val, test = (part.prepared(preprocess) for part in parts)
-    return Inputs(model, splits, train, val, test, preprocess)
+        preprocess = lab.normalised_like(preprocess, parts["train"])
+    prepared = {name: part.prepared(preprocess) for name, part in parts.items()}
+    return Inputs(model, splits, **prepared, preprocess=preprocess)
 
 
 def running(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -248,29 +242,23 @@ def tell_result(result: Any, arguments: argparse.Namespace, inputs: Inputs, line
 
 
 def config_of(kind: type[T], arguments: argparse.Namespace, **values: Any) -> T:
-    """A configuration from the options that are called as its fields, and from ``values``."""
-    names = {field.name for field in dataclasses.fields(kind)} - values.keys()  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in vars(arguments).items() if name in names}, **values)
-
-
-def transfer_config(arguments: argparse.Namespace) -> TransferConfig:
-    """The configuration of :func:`compare_transfer` from image, training and running options."""
-    from ..transfer import ImageOptions, TrainingConfig, TransferConfig
-
-    plain_preprocess(arguments)
-    training, images = config_of(TrainingConfig, arguments), config_of(ImageOptions, arguments)
-    return config_of(TransferConfig, arguments, training=training, images=images, progress=not arguments.no_progress)
+    """A configuration from ``values`` and the options that are called as its fields, and so those within it."""
+    options = vars(arguments)
+    for name, hint in typing.get_type_hints(kind).items():
+        if isinstance(hint, type) and issubclass(hint, Config):
+            values.setdefault(name, config_of(hint, arguments))
+        elif name in options:
+            values.setdefault(name, options[name])
+        elif name == "progress":
+            values.setdefault(name, not arguments.no_progress)
+    return kind(**values)
 
 
 def record_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Entries of a result file about the command."""
-    return {"command": arguments.command, "options": chosen_options(arguments)}
-
-
-def chosen_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every option's value, for the result file."""
+    """Entries of a result file about the command: its line, and every option's value."""
     values = {name: value for name, value in vars(arguments).items() if name not in ("command", "traceback")}
-    return json.loads(json.dumps(values, default=str))  # folders are paths
+    options = json.loads(json.dumps(values, default=str))  # folders are paths
+    return {"command": arguments.command, "options": options}
 
 
 def grids_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ...cli import option_types as types
-from .options import command_parser
+from . import options
 
 SUMMARY = """\
 Write one self-contained HTML page from results: what was run, tables and pictures, a verdict per stage in plain words, and
@@ -24,7 +24,7 @@ results:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = command_parser("report", SUMMARY, EXAMPLES)
+    p = options.command_parser("report", SUMMARY, EXAMPLES)
     p.add_argument(
         "results", nargs="+", type=types.EXISTING, help="result files, or folders in which every result.json counts"
     )

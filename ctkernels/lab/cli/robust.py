@@ -9,18 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...cli import option_types as types
 from ...cli.errors import OptionError
-from .options import (
-    add_image_data,
-    add_image_options,
-    add_network_options,
-    add_running_options,
-    command_parser,
-    config_of,
-    load_inputs,
-    option,
-    running,
-    tell_result,
-)
+from ..robustness.attacks import PixelClassifier, Threat
+from ..robustness.config import RobustnessConfig
+from ..robustness.evaluate import robustness
+from . import options
 
 if TYPE_CHECKING:
     from .. import Splits
@@ -68,31 +60,11 @@ def _adapter(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-def _corruptions(text: str) -> list[str]:
-    from ..robustness.corruptions import CORRUPTIONS
-
-    if text in ("all", "none"):
-        return list(CORRUPTIONS) if text == "all" else []
-    return types.names(CORRUPTIONS)(text)
-
-
-def _attacks(text: str) -> list[str] | None:
-    from ..robustness.attacks import ATTACKS
-
-    return None if text == "standard" else types.names(ATTACKS)(text)
-
-
 def parser() -> argparse.ArgumentParser:
-    p = command_parser("robust", SUMMARY, EXAMPLES)
-    add_image_data(p)
-    network = add_network_options(p, "0.5:1:0.05")
-    option(
-        network,
-        "--head",
-        ("probe", "own"),
-        "probe",
-        "what classifies: a linear probe on frozen features, or the network's own output",
-    )
+    p = options.command_parser("robust", SUMMARY, EXAMPLES)
+    options.add_image_data(p)
+    network = options.add_network_options(p, RobustnessConfig)
+    options.add_fields(network, RobustnessConfig, "head")
     network.add_argument(
         "--adapter",
         action="append",
@@ -101,34 +73,23 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=FOLDER",
         help="also test this: a PEFT adapter, or the folder of tune; repeatable",
     )
-    option(network, "--coeff", types.SHARE, 0.5, "mixing coefficient c")
-    add_image_options(p)
+    options.add_image_options(p)
     conditions = p.add_argument_group("conditions")
-    option(conditions, "--linf", types.BOUND, "8/255", "bound in the maximum norm, or none")
-    option(conditions, "--l2", types.BOUND, "0.5", "bound in the Euclidean norm, or none")
-    option(conditions, "--corruptions", _corruptions, "all", "all, none, or names with commas")
-    option(conditions, "--severities", types.LEVELS, "1,2,3,4,5", "of the corruptions")
-    conditions.add_argument(
-        "--attacks", type=_attacks, help="names with commas (default: AutoAttack's standard ensemble)"
-    )
-    option(conditions, "--val-attacks", _attacks, "apgd-ce", "to choose beta with; standard for the ensemble")
-    option(conditions, "--iterations", types.COUNT, 100, "of the attacks")
-    option(conditions, "--queries", types.COUNT, 5000, "of Square")
-    option(conditions, "--max-attacked", types.COUNT, 1000, "attack at most N images of a set", metavar="N")
-    add_running_options(p, "out/robust", "of everything random", 64, workers=False)
+    options.option(conditions, "--linf", types.BOUND, "8/255", "bound in the maximum norm, or none")
+    options.option(conditions, "--l2", types.BOUND, "0.5", "bound in the Euclidean norm, or none")
+    fields = ("corruptions", "severities", "attacks", "val_attacks", "iterations", "queries", "max_attacked")
+    options.add_fields(conditions, RobustnessConfig, *fields)
+    options.add_running_options(p, RobustnessConfig, "seed", "batch_size", out="out/robust")
     return p
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..robustness.attacks import Threat
-    from ..robustness.evaluate import RobustnessConfig, robustness
-
     threats = [Threat(norm, eps) for norm in ("linf", "l2") if (eps := getattr(arguments, norm)) is not None]
-    config = config_of(RobustnessConfig, arguments, threats=threats, l2=RobustnessConfig.l2)
+    config = options.config_of(RobustnessConfig, arguments, threats=threats, l2=RobustnessConfig.l2)
     folders = dict(arguments.adapter)
     if len(folders) < len(arguments.adapter):
         raise OptionError(f"--adapter must have different names, got {[name for name, _ in arguments.adapter]}")
-    inputs = load_inputs(arguments)
+    inputs = options.load_inputs(arguments)
     model, splits, train, val, test, preprocess = inputs
     result = robustness(
         model,
@@ -137,9 +98,9 @@ def run(arguments: argparse.Namespace) -> int:
         test,
         replace(config, mean=preprocess.mean, std=preprocess.std),
         trained={name: load_adapter(model, name, folder, splits, arguments.test) for name, folder in folders.items()},
-        **running(arguments),
+        **options.running(arguments),
     )
-    tell_result(result, arguments, inputs)
+    options.tell_result(result, arguments, inputs)
     return 0
 
 
@@ -150,17 +111,10 @@ def load_adapter(model: Any, name: str, folder: Path, splits: Splits, test: floa
     """
     import copy
 
-    from ... import adapters  # noqa: F401 - makes the library's own methods known to PEFT
-    from ..._extras import require
-    from ..._factories import told
-    from ..._files import read_json
-    from .._weights import read_weights
+    from .._weights import load_adapter as load_peft
+    from ..transfer import TransferComparison, load_tuned
 
-    peft = require("peft", "adapters", "adapters")
     if not (folder / "adapter_config.json").is_file():
-        from ..robustness.attacks import PixelClassifier
-        from ..transfer import TransferComparison, load_tuned
-
         network, preprocess, classes = load_tuned(copy.deepcopy(model), folder)
         if classes != splits.train.classes:
             raise ValueError(
@@ -175,11 +129,4 @@ def load_adapter(model: Any, name: str, folder: Path, splits: Splits, test: floa
         if same and splits.test is None and held_out != test:
             raise ValueError(f"--test must be {held_out}, as when {folder} was trained on the other images, got {test}")
         return PixelClassifier(network, preprocess.mean, preprocess.std)  # normalised as it was trained
-    if not (folder / "adapter_model.safetensors").is_file():  # else peft asks the hub for it
-        raise ValueError(f"{folder}: expected adapter_model.safetensors, found none")
-    read_json(folder / "adapter_config.json")
-    read_weights(folder / "adapter_model.safetensors")
-    try:
-        return peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--adapter {name}: what is in {folder} does not fit the network: {told(error)}") from error
+    return load_peft(copy.deepcopy(model), folder, f"--adapter {name}")

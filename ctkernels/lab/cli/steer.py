@@ -5,19 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ...cli import option_types as types
-from .options import (
-    add_image_data,
-    add_image_options,
-    add_network_options,
-    add_running_options,
-    command_parser,
-    config_of,
-    load_inputs,
-    option,
-    running,
-    tell_result,
-)
+from ..search.grid import SearchConfig
+from . import options
 
 SUMMARY = """\
 Find the curvature at which a pretrained network fits new data best, without training it (S-CT).
@@ -50,24 +39,13 @@ results:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = command_parser("steer", SUMMARY, EXAMPLES)
-    add_image_data(p)
-    network = add_network_options(p, "0.7:1:0.01")
-    option(
-        network, "--coeff", types.COEFF, 0.5, "mixing coefficient c of the unit, or mean-free: beta^2 / (1 + beta^2)"
-    )
-    add_image_options(p)
-    probe = p.add_argument_group("probe")
-    option(
-        probe,
-        "--probe",
-        ("logistic", "adam"),
-        "logistic",
-        "logistic regression on standardised features, or the paper's own with Adam",
-    )
-    option(probe, "--l2", types.POSITIVE, 0.01, "penalty of the logistic probe")
-    running = add_running_options(p, "out/steer", "of splits, samples and probe", 32, memory_limit=True)
-    running.add_argument("--no-plot", action="store_true", help="do not plot")
+    p = options.command_parser("steer", SUMMARY, EXAMPLES)
+    options.add_image_data(p)
+    options.add_network_options(p, SearchConfig)
+    options.add_image_options(p)
+    options.add_fields(p.add_argument_group("probe"), SearchConfig, "probe", "l2")
+    options.add_running_options(p, SearchConfig, "seed", "batch_size", "workers", "memory_limit", out="out/steer")
+    p.add_argument("--no-plot", action="store_true", help="do not plot")
     return p
 
 
@@ -75,16 +53,15 @@ def run(arguments: argparse.Namespace) -> int:
     from ... import lab
     from ..._extras import require
     from .. import _distributed
-    from ..search.grid import SearchConfig
 
     if not arguments.no_plot:
         require("matplotlib.figure", "lab", "the plot")
-    config = config_of(SearchConfig, arguments)
-    inputs = load_inputs(arguments)
-    result = lab.search_beta(inputs.model, inputs.train, inputs.val, inputs.test, config, **running(arguments))
+    config = options.config_of(SearchConfig, arguments)
+    inputs = options.load_inputs(arguments)
+    result = lab.search_beta(inputs.model, inputs.train, inputs.val, inputs.test, config, **options.running(arguments))
     if _distributed.launched_rank() == 0:
         line = f"\n{arguments.model}: {len(result.sites)} activations steered; features: {result.feature_layer}"
-        tell_result(result, arguments, inputs, line)
+        options.tell_result(result, arguments, inputs, line)
         if not arguments.no_plot:
             path = arguments.out / "accuracy_vs_beta.png"
             lab.plot(result, path, title=f"{arguments.model} on {Path(arguments.data).name}")

@@ -5,19 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ...cli import option_types as types
-from .compare import model_source
-from .options import (
-    add_image_data,
-    add_image_options,
-    add_running_options,
-    add_training_options,
-    command_parser,
-    network_and_weights,
-    option,
-    record_of,
-    transfer_config,
-)
+from ..transfer.tune import HEAD, TuneConfig, kept_stage, stages, tune_curvature
+from . import options
 
 SUMMARY = """\
 Learn the curvature of a pretrained network on new data (T-CT): the fixed knob first, then learned ones.
@@ -49,23 +38,13 @@ results:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = command_parser("tune", SUMMARY, EXAMPLES)
-    add_image_data(p)
-    p.add_argument(
-        "--model",
-        type=network_and_weights,
-        required=True,
-        metavar="NAME[=WEIGHTS]",
-        help="torchvision name, timm:NAME, transformers:NAME, or factory module:function; weights: default, none, "
-        "packaged, or a file",
-    )
-    option(p, "--lr", types.RATES, "0.1", "of beta and coeff, to try, with commas")
-    option(p, "--head-lr", types.RATES, "1e-3", "of the head, to try, with commas")
-    option(p, "--seed", types.SEED, 42, "of splits, initial weights and order")
-    add_training_options(p)
-    add_image_options(p)
-    running = add_running_options(p, "out/tune", memory_limit=True)
-    running.add_argument("--cpu", action="store_true", help="run on the CPU")
+    p = options.command_parser("tune", SUMMARY, EXAMPLES)
+    options.add_image_data(p)
+    options.add_models(p)
+    options.add_fields(p, TuneConfig, "lr", "head_lr", "seed")
+    options.add_training_options(p)
+    options.add_image_options(p)
+    options.add_running_options(p, TuneConfig, "workers", "memory_limit", out="out/tune")
     return p
 
 
@@ -74,26 +53,13 @@ def run(arguments: argparse.Namespace) -> int:
     from ..._extras import require
     from .. import _distributed
 
-    out, config = arguments.out, transfer_config(arguments)
+    options.plain_preprocess(arguments)
+    name, weights = arguments.model
+    config = options.config_of(TuneConfig, arguments, name=name, data_name=Path(arguments.data).name)
     for module in ("accelerate", "peft", "safetensors"):
         require(module, "adapters", "learning the curvature")
-    from ..transfer import stages, tune_curvature
-    from ..transfer.tune import HEAD, kept_stage
-
-    name, weights = arguments.model
-    _, load = model_source(name, weights, arguments.seed)
-    result = tune_curvature(
-        load,
-        lab.load_data(arguments.data),
-        out,
-        config,
-        name=name,
-        data_name=Path(arguments.data).name,
-        seed=arguments.seed,
-        lr=arguments.lr,
-        head_lr=arguments.head_lr,
-        extra=record_of(arguments),
-    )
+    source, out = options.model_source(name, weights, arguments.seed), arguments.out
+    result = tune_curvature(source, lab.load_data(arguments.data), out, config, extra=options.record_of(arguments))
     if _distributed.launched_rank() == 0:
         kept = out / ("adapter" if kept_stage(result) == "tct" else HEAD)
         print(f"{stages(result)}\n\n{result.verdict()}\n\nsaved {kept} and {out / 'result.json'}")

@@ -35,20 +35,8 @@ def coeff_at(coeff: float | str, beta: float) -> float:
 
 
 @contextmanager
-def evaluation(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode, and back to what each submodule was."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
-@contextmanager
 def fused(model: nn.Module) -> Iterator[nn.Module]:
-    """The network fused, so that it runs faster and gives the same within rounding; as it is where nothing can be."""
+    """Fuse the network, which runs faster and gives the same within rounding; leave it alone where nothing can be fused."""
     try:
         fusion: Any = fuse(model)
     except ValueError:
@@ -62,13 +50,13 @@ class Steered:
     """A steered network.
 
     Attributes:
-        turn: sets beta.
+        set_beta: sets beta; None: the plain network.
         sites: names of the activations that are steered.
         missed: selected activations that cannot be, with the reason.
         plain_is_beta_1: whether the network at beta = 1 is the plain one.
     """
 
-    turn: Callable[[Any], None]
+    set_beta: Callable[[Any], None]
     sites: tuple[str, ...]
     missed: tuple[str, ...]
     plain_is_beta_1: bool
@@ -101,14 +89,14 @@ def steered(
     with steer(model, 1.0, **options) as handle:
         same = torch.allclose(run(), as_is, rtol=1e-4, atol=1e-5 * float(as_is.abs().max()))
 
-        def turn(beta: Any) -> None:
+        def set_beta(beta: Any) -> None:
             if beta is None:
                 handle.neutralize()
             else:
                 handle.coeff, handle.beta = coeff_at(coeff, beta), beta
 
         missed = tuple(f"{miss.name} ({miss.activation}): {miss.reason}" for miss in handle.missed)
-        yield Steered(turn, tuple(site.name for site in handle.sites), missed, same)
+        yield Steered(set_beta, tuple(site.name for site in handle.sites), missed, same)
 
 
 @dataclass(frozen=True)
@@ -123,7 +111,7 @@ class Backbone:
 
 @contextmanager
 def plain_backbone(model: nn.Module, example: Tensor, point: HookPoint) -> Iterator[Backbone]:
-    """``model`` as it is, in evaluation mode."""
+    """Read features of ``model`` as it is, in evaluation mode."""
     with point.capture(model) as features:
         dim = features(example).shape[1]
         yield Backbone(Steered(lambda beta: None, (), (), True), point, dim, lambda beta: features)
@@ -138,7 +126,7 @@ def steered_backbone(
     options: Mapping[str, Any] | None = None,
     fast: bool = False,
 ) -> Iterator[Backbone]:
-    """``model`` steered.
+    """Steer ``model`` and read its features.
 
     Args:
         model: in evaluation mode; afterwards it is as it was.
@@ -164,7 +152,7 @@ def steered_backbone(
 
         def features_at(beta: Any) -> Callable[[Tensor], Tensor]:
             def run_at(batch: Tensor) -> Tensor:
-                network.turn(beta)
+                network.set_beta(beta)
                 return features(batch)
 
             return run_at

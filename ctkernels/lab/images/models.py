@@ -146,7 +146,7 @@ def _from_transformers(name: str, pretrained: bool) -> nn.Module:
 
 
 def _from_library(library: str, name: str) -> Callable[[bool], nn.Module]:
-    """From the named library, or from the first that knows the name."""
+    """Find a network in the named library, or in the first that knows the name."""
     libraries = (library,) if library else LIBRARIES
     modules: dict[str, Any] = {}
     errors = []

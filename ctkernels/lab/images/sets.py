@@ -105,12 +105,12 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     def take(self, indices: Tensor) -> ImageSet:
         """The images at ``indices``, int64, in that order."""
-        whole: Any = self.images  # a list of paths, or something that takes a tensor of indices
-        images = [whole[i] for i in indices.tolist()] if isinstance(whole, (list, tuple)) else whole[indices]
+        images: Any = self.images  # a list of paths, or something that takes a tensor of indices
+        images = [images[i] for i in indices.tolist()] if isinstance(images, (list, tuple)) else images[indices]
         return dataclasses.replace(self, images=images, labels=self.labels[indices])
 
     def sample(self, limit: int | None, seed: int) -> ImageSet:
-        """At most ``limit`` of the images, classes in proportion; all of them for None."""
+        """Take at most ``limit`` of the images, classes in proportion; all of them for None."""
         if limit is None or limit >= len(self):
             return self
         return self.take(stratified_order(self.labels, seed)[:limit].sort().values)
@@ -292,7 +292,7 @@ def normalised_like(preprocess: Preprocess, images: ImageSet, limit: int = 1000)
 
 
 def labels_of(dataset: Any, name: str) -> Tensor:
-    """All labels of a data set, int64 (n,): its ``labels`` or ``targets`` if it has them, else item by item."""
+    """The labels of a data set, int64 (n,): its ``labels`` or ``targets`` if it has them, else item by item."""
     if isinstance(dataset, TensorDataset):
         values: Any = dataset.tensors[1]
     elif isinstance(dataset, Subset):

@@ -5,11 +5,11 @@ What it needs beyond torch is in the extra ``ctkernels[lab]``.
 
 from ..experiment import Method
 from .compare import compare_methods
+from .config import Answering, MethodsConfig, TrainingConfig
 from .language_models import load_language_model
 from .methods import METHODS
 from .reporting import gate_frames, restored, save_report
 from .result import MethodComparison, RunResult
-from .scoring import Answering
 from .texts import Example, Split, TextData, draw, read_texts
 
 __all__ = [
@@ -18,9 +18,11 @@ __all__ = [
     "Example",
     "Method",
     "MethodComparison",
+    "MethodsConfig",
     "RunResult",
     "Split",
     "TextData",
+    "TrainingConfig",
     "compare_methods",
     "draw",
     "gate_frames",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from torch import Tensor
 from ..._extras import require
 from .._distributed import Group, group
 from .._progress import bar
+from ..config import configured
 from ..experiment import BetterBy, Method, Study, TrainingLog, plan_of
+from .config import MethodsConfig
 from .methods import METHODS, Attached
 from .result import MethodComparison, RunResult
 from .scoring import (
-    Answering,
     Scores,
     answer_row,
     choose_labels,
@@ -31,34 +32,21 @@ from .scoring import (
 )
 from .texts import Example, Split, TextData, draw
 
-if TYPE_CHECKING:
-    from .training import TrainingConfig
-
 DEFAULT_METHODS = ("zero-shot", "lora", "bitfit", "ia3", "lofit", "jola")
-SCHEDULES = ("constant", "linear", "cyclic", "exponential")
 
 
 def compare_methods(
     model: Any,
     tokenizer: Any,
     data: TextData,
+    config: MethodsConfig | None = None,
     *,
     methods: Sequence[str] = DEFAULT_METHODS,
     seeds: Sequence[int] = (0, 1, 2),
-    train: int = 200,
-    val: int = 100,
-    test: int | None = 300,
     grids: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
-    training: TrainingConfig | None = None,
-    answering: Answering | None = None,
-    schedule: str = "exponential",
-    choose_on: int = 1,
     out: str | os.PathLike[str] | None = None,
-    name: str = "",
-    device: torch.device | str | None = None,
-    report_to: Sequence[str] = (),
-    progress: bool = True,
     extra: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> MethodComparison:
     """Compare JoLA with other ways to adapt a language model, on the same few examples and the same budget.
 
@@ -76,20 +64,13 @@ def compare_methods(
         model: a causal language model of transformers; it is left as it was.
         tokenizer: its tokenizer, with a padding token.
         data: prompts with answers. With choices, answers are chosen by their probability; else they are generated.
+        config: numbers of examples, epochs, how answers are found and so on: all that is alike for the methods.
         methods: names in ``METHODS``.
         seeds: of the draws of examples, of initial values and of the order; the first also chooses settings.
-        train, val, test: numbers of examples, see :func:`draw`.
         grids: values to try instead of a method's own: ``{"jola": {"lr": [0.01]}}``.
-        training: epochs, patience, batch size, see :class:`TrainingConfig`.
-        answering: how prompts become tokens and answers are found, see :class:`Answering`.
-        schedule: of the penalty on JoLA's gates: "constant", "linear", "cyclic" or "exponential".
-        choose_on: how many of the seeds choose settings, by the mean of their validation scores. Default 1, the first.
         out: folder for results. Default: nothing is kept.
-        name: of the model, for the result.
-        device: where to run; the model is moved there. Default: where it is.
-        progress: show a bar on standard error.
-        report_to: loggers of the Trainer, such as "tensorboard", which writes to ``out/logs``. Default: none.
         extra: more entries for the result file.
+        options: fields of :class:`MethodsConfig`, in place of ``config``'s.
 
     Returns:
         :class:`MethodComparison`: every run, the table, the verdict.
@@ -107,61 +88,48 @@ def compare_methods(
     """
     for module in ("transformers", "peft", "accelerate"):
         require(module, "lab", "comparing methods on texts")
-    from .training import TrainingConfig, check_loggers
+    from .training import check_loggers
 
+    config = configured(MethodsConfig, config, options)
+    training, how = config.training, config.answering
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods:
         raise ValueError(f"methods must be among {list(METHODS)}, got {unknown or 'none'}")
     if not seeds:
         raise ValueError("seeds must be one or more numbers, got none")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
     if tokenizer.pad_token_id is None:
         raise ValueError("tokenizer must have a padding token, got one without (set tokenizer.pad_token)")
-    check_loggers(report_to)
+    check_loggers(config.report_to)
     plan = plan_of([METHODS[name] for name in methods], grids)
-    if not 1 <= choose_on <= len(dict.fromkeys(seeds)):
-        raise ValueError(f"choose_on must be 1 to {len(dict.fromkeys(seeds))}, the number of seeds, got {choose_on}")
-    how, training = answering or Answering(), training or TrainingConfig()
-    splits = {seed: draw(data, seed, train=train, val=val, test=test) for seed in dict.fromkeys(seeds)}
-    where = torch.device(device) if device is not None else next(model.parameters()).device
-    processes = group(where)
+    seeds = list(dict.fromkeys(seeds))
+    if config.choose_on > len(seeds):
+        raise ValueError(f"choose_on must be 1 to {len(seeds)}, the number of seeds, got {config.choose_on}")
+    splits = {seed: draw(data, seed, train=config.train, val=config.val, test=config.test) for seed in seeds}
+    device = torch.device(config.device) if config.device is not None else next(model.parameters()).device
+    processes = group(device)
     if training.batch_size % processes.size:
         raise ValueError(f"batch_size must be a multiple of the {processes.size} processes, got {training.batch_size}")
     setup: dict[str, Any] = {
         "data": {"source": data.source, "digest": data.digest()},
-        "model": {"name": name, "class": type(model).__name__, "dtype": str(next(model.parameters()).dtype)},
-        "sizes": {"train": train, "val": val, "test": len(splits[seeds[0]].test)},
-        "seeds": list(splits),
+        "model": {"name": config.name, "class": type(model).__name__, "dtype": str(next(model.parameters()).dtype)},
+        "sizes": {"train": config.train, "val": config.val, "test": len(splits[seeds[0]].test)},
+        "seeds": seeds,
         "methods": {m.name: {**m.grid, **(grids or {}).get(m.name, {})} for m, _ in plan},
         "budget": asdict(training),
         "answering": asdict(how),
-        "schedule": schedule,
+        "schedule": config.schedule,
         "processes": processes.size,
     }
     candidates = labels(splits[seeds[0]].train, how)
     # entries of a set-up that results from before they existed do not have, where they say what was done then
     setup |= {"zero-shot chooses among": list(candidates)} if candidates else {}
-    setup |= {"choose_on": choose_on} if choose_on > 1 else {}
+    setup |= {"choose_on": config.choose_on} if config.choose_on > 1 else {}
     result = MethodComparison((), setup, primary=primary_metric(data.has_choices, how))
-    model.to(where).eval()
+    model.to(device).eval()
     with Study.opened(result, out, processes, extra) as study:
-        logs = (tuple(report_to), study.folder / "logs")
-        task = TextTask(
-            model,
-            tokenizer,
-            splits,
-            how,
-            training,
-            schedule,
-            processes,
-            result.primary,
-            result.better_by,
-            candidates,
-            logs,
-            progress,
-        )
-        study.run(task, plan, list(splits), choose_on)
+        logs = study.folder / "logs"
+        task = TextTask(model, tokenizer, splits, config, processes, result.primary, result.better_by, candidates, logs)
+        study.run(task, plan, seeds, config.choose_on)
     return study.result
 
 
@@ -172,38 +140,34 @@ class TextTask:
     model: Any
     tokenizer: Any
     splits: Mapping[int, Split]
-    how: Answering
-    training: TrainingConfig
-    schedule: str
+    config: MethodsConfig
     group: Group
     primary: str
     better_by: BetterBy
     candidates: tuple[str, ...]
-    logs: tuple[tuple[str, ...], Path]
-    progress: bool
+    logs: Path
 
     def names(self) -> dict[str, Any]:
         return {}
 
     def train(self, method: Method, run: RunResult) -> TrainingLog:
-        from .training import train
+        from .training import Logs, train
 
-        split, (loggers, folder) = self.splits[run.seed], self.logs
-        rows = [answer_row(e, self.tokenizer, self.how) for e in split.train]
-        steps = -(-len(rows) // self.training.batch_size) * self.training.epochs
+        split, training = self.splits[run.seed], self.config.training
+        rows = [answer_row(e, self.tokenizer, self.config.answering) for e in split.train]
+        steps = -(-len(rows) // training.batch_size) * training.epochs
+        logs = Logs(self.config.report_to, self.logs / run.filename.removesuffix(".safetensors"))
         with self._attached(method, run) as attached, self._bar(steps, run.title) as advance:
             log = train(
                 attached,
                 rows,
                 self.tokenizer.pad_token_id,
-                self.training,
+                training,
                 run.seed,
                 lambda: self.validate(attached, split.val),
                 self.better_by,
-                [_steps(advance)],
-                next(self.model.parameters()).device,
-                loggers,
-                folder / run.filename.removesuffix(".safetensors"),
+                advance,
+                logs,
             )
             log.details["parameters"] = sum(p.numel() for g in attached.groups for p in g["params"])
         return log
@@ -219,7 +183,8 @@ class TextTask:
         return {"test": scores.metrics, "each": list(scores.each)}
 
     def validate(self, attached: Attached, examples: Sequence[Example]) -> dict[str, float]:
-        scored = self._shared(examples, lambda some: score_choices(attached.model, self.tokenizer, some, self.how))
+        how = self.config.answering
+        scored = self._shared(examples, lambda some: score_choices(attached.model, self.tokenizer, some, how))
         right, losses = zip(*scored)
         metrics = {"loss": sum(losses) / len(losses)}
         if self.primary == "accuracy":
@@ -229,7 +194,7 @@ class TextTask:
     def score(self, model: Any, examples: Sequence[Example], title: str, candidates: tuple[str, ...] = ()) -> Scores:
         """Test scores of a model; it chooses among ``candidates`` if there are any, where examples have no choices."""
         model.eval()
-        how, tokenizer = self.how, self.tokenizer
+        how, tokenizer = self.config.answering, self.tokenizer
         with self._bar(len(examples[self.group.rank :: self.group.size]), f"{title}, test") as advance:
             if self.primary == "accuracy":
                 scored = self._shared(examples, lambda some: score_choices(model, tokenizer, some, how, advance))
@@ -250,21 +215,11 @@ class TextTask:
         return self.group.interleave(score(examples[self.group.rank :: self.group.size]), len(examples))
 
     def _bar(self, total: int, text: str) -> Any:
-        return bar(total, text, self.progress and self.group.rank == 0)
+        return bar(total, text, self.config.progress and self.group.rank == 0)
 
     @contextmanager
     def _attached(self, method: Method, run: RunResult) -> Iterator[Attached]:
         assert method.attach is not None
         torch.manual_seed(run.seed)
-        with method.attach(self.model, run.setting, self.schedule) as attached:
+        with method.attach(self.model, run.setting, self.config.schedule) as attached:
             yield attached
-
-
-def _steps(advance: Callable[[int], object]) -> Any:
-    from transformers import TrainerCallback
-
-    class Steps(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            advance(1)
-
-    return Steps()

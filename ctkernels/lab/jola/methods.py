@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._extras import require
+from .._restoring import kept_trainable
 from ..experiment import Method, Setting
 
 UNIT = ".jola_unit_"
@@ -40,10 +41,10 @@ class Attached:
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put a copy from :meth:`state` back; one without units has its values in units of 1."""
-        own = self._tensors()
-        if set(state) not in (set(own), {name for name in own if UNIT not in name}):
-            raise ValueError(f"saved weights do not fit: expected {sorted(own)[:2]}, got {sorted(state)[:2]}")
-        for name, value in own.items():
+        tensors = self._tensors()
+        if set(state) not in (set(tensors), {name for name in tensors if UNIT not in name}):
+            raise ValueError(f"saved weights do not fit: expected {sorted(tensors)[:2]}, got {sorted(state)[:2]}")
+        for name, value in tensors.items():
             value.copy_(state[name]) if name in state else value.fill_(1)
 
 
@@ -51,15 +52,13 @@ class Attached:
 def _through_peft(model: nn.Module, config: Any) -> Iterator[Any]:
     """The model wrapped by peft; afterwards the wrappers are gone and ``requires_grad`` is as before."""
     peft = require("peft", "lab", "an adapter")
-    before = {id(p): p.requires_grad for p in model.parameters()}
-    wrapped = peft.get_peft_model(model, config)
-    try:
-        yield wrapped
-    finally:
-        wrapped.unload()
-        model.__dict__.pop("peft_config", None)
-        for parameter in model.parameters():
-            parameter.requires_grad_(before[id(parameter)])
+    with kept_trainable(model):
+        wrapped = peft.get_peft_model(model, config)
+        try:
+            yield wrapped
+        finally:
+            wrapped.unload()
+            model.__dict__.pop("peft_config", None)
 
 
 def _trained(model: nn.Module, lr: float) -> list[dict[str, Any]]:
@@ -116,8 +115,7 @@ def ia3(model: nn.Module, setting: Setting, schedule: str = "exponential") -> It
 
 @contextmanager
 def bitfit(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
-    """All biases; a linear layer that has none gets one of zeros (models like Llama have none at all)."""
-    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    """Biases alone; a linear layer that has none gets one of zeros (models like Llama have none at all)."""
     getter: Any = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else None
     bare: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear) and m.bias is None and m is not head]
@@ -129,21 +127,20 @@ def bitfit(model: nn.Module, setting: Setting, schedule: str = "exponential") ->
         }
         for owner in model.modules()
     }
-    for module in bare:
-        module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
-    try:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(_is_bias(name.rpartition(".")[2]))
-        yield Attached(model, _trained(model, setting["lr"]))
-    finally:
+    with kept_trainable(model):
         for module in bare:
-            module.bias = None
-        with torch.no_grad():
-            for owner, biases in kept.items():
-                for key, value in biases.items():
-                    owner._parameters[key].copy_(value)  # type: ignore[union-attr]
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(before[name])
+            module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
+        try:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(_is_bias(name.rpartition(".")[2]))
+            yield Attached(model, _trained(model, setting["lr"]))
+        finally:
+            for module in bare:
+                module.bias = None
+            with torch.no_grad():
+                for owner, biases in kept.items():
+                    for key, value in biases.items():
+                        owner._parameters[key].copy_(value)  # type: ignore[union-attr]
 
 
 def _is_bias(name: str) -> bool:
@@ -163,3 +160,10 @@ METHODS: dict[str, Method] = {
         Method("jola", "gated head edits", {"lr": (2e-2, 5e-2), "gate_lr": (2e-1, 5e-1)}, jola),
     )
 }
+
+
+def find_method(name: str) -> Method:
+    """The method of that name; ValueError for none."""
+    if name not in METHODS:
+        raise ValueError(f"methods must be among {list(METHODS)}, got {name!r}")
+    return METHODS[name]

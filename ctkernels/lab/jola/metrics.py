@@ -66,7 +66,7 @@ def bert_scores(
 
     Raises:
         ImportError: bert-score is missing.
-        ValueError: the package has no layer for this model and none was given.
+        ValueError: the package has no layer for this model, and ``layer`` is None.
     """
     bert_score = require("bert_score", "bertscore", "BERTScore")
     try:

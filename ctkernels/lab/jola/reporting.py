@@ -1,4 +1,4 @@
-"""After a comparison: a plot of JoLA's gates over training, and the inputs on which its heads act."""
+"""Reports on a comparison: a plot of JoLA's gates over training, and the inputs on which its heads act."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isclose
 from statistics import mean
@@ -12,7 +12,7 @@ from .. import experiment
 from ..experiment import BY_ACCURACY, BetterBy, ComparisonResult
 from ..report import figures
 from ..report.section import Picture, Section, Table, duration
-from ..result import align, describe
+from ..result import describe
 from ..stats import mean_over_seeds, spread, standard_error, summary
 
 NAMES = {"exact_match": "exact match", "bleu": "BLEU", "rouge_l": "ROUGE-L", "bertscore": "BERTScore"}
@@ -98,25 +98,7 @@ class MethodComparison(ComparisonResult[RunResult]):
     def table(self) -> str:
         """The scores as text, best method of the primary metric marked."""
         rows = self.rows()
-        if not rows:
-            return "no method has been tested yet"
-        metrics = sorted(rows[0]["metrics"], key=lambda name: (name != self.primary, name))
-        header = ["method", *(NAMES.get(m, m) for m in metrics), "trained", "seeds", "s/run", "setting"]
-        lines = [
-            [
-                row["method"],
-                *(spread(row["metrics"][m]) for m in metrics),
-                f"{row['parameters']:,}",
-                str(len(row["seeds"])),
-                f"{row['seconds']:.0f}",
-                describe(row["setting"]),
-            ]
-            for row in rows
-        ]
-        means = [row["metrics"][self.primary]["mean"] for row in rows]
-        marks = ["", *("  ← best" if value == max(means) else "" for value in means)]
-        text = align([header, *lines], left=(0, len(header) - 1)).splitlines()
-        return "\n".join(line + mark for line, mark in zip(text, marks))
+        return _scores(rows, self.primary).text() if rows else "no method has been tested yet"
 
     def tuning(self) -> str:
         """The settings that were tried, with their validation scores, as text."""
@@ -144,7 +126,7 @@ class MethodComparison(ComparisonResult[RunResult]):
         seeds = len(self.tested(method))
         numbers = (
             f"{100 * mean(scores[method]):.1f} against {100 * mean(scores[best]):.1f} for {best} "
-            f"({NAMES.get(self.primary, self.primary)}, {gain:+.1f} ± {error:.1f} points, standard error over "
+            f"({_metric(self.primary)}, {gain:+.1f} ± {error:.1f} points, standard error over "
             f"{len(differences)} test examples, {seeds} seed{'s' if seeds > 1 else ''})"
         )
         among = self.setup.get("zero-shot chooses among")
@@ -161,18 +143,6 @@ class MethodComparison(ComparisonResult[RunResult]):
     @classmethod
     def section(cls, values: Mapping[str, Any]) -> Section:
         primary, table, says = values["primary"], values["table"], str(values["verdict"])
-        metrics = sorted(table[0]["metrics"], key=lambda name: (name != primary, name)) if table else []
-        rows = [
-            [
-                row["method"],
-                *(spread(row["metrics"][m]) for m in metrics),
-                f"{row['parameters']:,}",
-                duration(row["seconds"]),
-                describe(row["setting"]),
-            ]
-            for row in table
-        ]
-        header = ["method", *(m.replace("_", " ") for m in metrics), "trained", "time per run", "chosen setting"]
         section = Section(
             "trained",
             "Editing attention heads (JoLA) beside other methods",
@@ -181,11 +151,11 @@ class MethodComparison(ComparisonResult[RunResult]):
                 ("Seeds", ", ".join(map(str, values["setup"]["seeds"]))),
                 ("Time", duration(sum(run["seconds"] for run in values["cells"]))),
             ],
-            [Table("Test scores: mean ± deviation over seeds", header, rows, (len(header) - 1,))],
+            [_scores(table, primary)] if table else [],
             not_helped=[] if "better than every other method" in says else [f"JoLA: {says.partition(':')[0]}."],
         )
-        if rows:
-            dots, name = [{"method": row["method"], **row["metrics"][primary]} for row in table], header[1]
+        if table:
+            dots, name = [{"method": row["method"], **row["metrics"][primary]} for row in table], _metric(primary)
             section.parts.append(
                 Picture(
                     figures.data_uri(figures.method_dots(dots, 1, f"test {name}")),
@@ -195,6 +165,31 @@ class MethodComparison(ComparisonResult[RunResult]):
             )
         shown = next((run for run in values["cells"] if run["gates"] and run["test"] is not None), None)
         return section if shown is None else _with_gates(section, shown)
+
+
+def _metric(name: str) -> str:
+    return NAMES.get(name, name.replace("_", " "))
+
+
+def _scores(rows: Sequence[Mapping[str, Any]], primary: str) -> Table:
+    """A row per method, the metric that decides first."""
+    metrics = sorted(rows[0]["metrics"], key=lambda name: (name != primary, name))
+    means = [row["metrics"][primary]["mean"] for row in rows]
+    cells = [
+        [
+            row["method"],
+            *(spread(row["metrics"][m]) for m in metrics),
+            f"{row['parameters']:,}",
+            str(len(row["seeds"])),
+            duration(row["seconds"]),
+            describe(row["setting"]),
+            "← best" if value == max(means) else "",
+        ]
+        for row, value in zip(rows, means)
+    ]
+    header = ["method", *map(_metric, metrics), "trained", "seeds", "time per run", "chosen setting", ""]
+    words = (len(header) - 2, len(header) - 1)
+    return Table("Test scores: mean ± deviation over seeds", header, cells, words)
 
 
 def _with_gates(section: Section, run: Mapping[str, Any]) -> Section:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,44 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from . import metrics
+from .config import Answering
 from .texts import Example
 
 MOST_LABELS = 50  # each costs a forward pass for every prompt, unless it is one token
 Row = tuple[tuple[int, ...], tuple[int, ...]]  # tokens of a prompt, tokens that follow
-
-
-@dataclass(frozen=True)
-class Answering:
-    """Settings for turning prompts into tokens and finding answers.
-
-    Args:
-        separator: put between prompt and answer, unless the one ends or the other begins with white space.
-        max_length: tokens of a prompt with its answer; longer prompts lose their beginning. Default 400, as in JoLA.
-        max_new_tokens: generated at most, where there are no choices. Default 16, as in JoLA (64 for long answers).
-        beams: of beam search. Default 1, greedy; the released JoLA code takes 4.
-        extract: regular expression that finds the answer in generated text, see :func:`metrics.extracted`.
-        batch_size: prompts per forward pass when scoring.
-        bertscore_model, bertscore_layer: for BERTScore, see :func:`metrics.bert_scores`. Default: no BERTScore.
-    """
-
-    separator: str = " "
-    max_length: int = 400
-    max_new_tokens: int = 16
-    beams: int = 1
-    extract: str | None = None
-    batch_size: int = 16
-    bertscore_model: str | None = None
-    bertscore_layer: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_length", "max_new_tokens", "beams", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.extract is not None:
-            try:
-                re.compile(self.extract)
-            except re.error as error:
-                raise ValueError(f"extract must be a regular expression, got {self.extract!r}: {error}") from error
 
 
 def encode(prompt: str, answer: str, tokenizer: Any, how: Answering, *, end: bool) -> Row:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -18,36 +17,19 @@ from torch.utils.data import Dataset
 from transformers.integrations import get_available_reporting_integrations
 
 from ..experiment import BetterBy, TrainingLog
+from .config import TrainingConfig
 from .methods import Attached
 from .scoring import Row, answer_loss, collate, padded, tail_inputs
 
 MEASURED = 64  # examples on which units are measured
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The schedule of every method.
+class Logs(NamedTuple):
+    """Loggers of the Trainer, such as "tensorboard", which get the loss of every step and the validation; and the folder for
+    those that write files."""
 
-    Args:
-        epochs: at most.
-        patience: epochs without a better validation score after which training stops.
-        batch_size: examples per step, over all processes.
-        warmup: part of the steps in which the rate rises; afterwards it falls along a cosine.
-        weight_decay: of what is trained, gates excepted.
-    """
-
-    epochs: int = 10
-    patience: int = 2
-    batch_size: int = 10
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "patience", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup must be in [0, 1], got {self.warmup}")
+    loggers: Sequence[str] = ()
+    folder: Path | None = None
 
 
 class _Rows(Dataset[Row]):
@@ -80,6 +62,16 @@ class _Trainer(transformers.Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class _Steps(transformers.TrainerCallback):
+    """Tells of every step."""
+
+    def __init__(self, advance: Callable[[int], object]) -> None:
+        self.advance = advance
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(1)
 
 
 class _BestEpoch(transformers.TrainerCallback):
@@ -122,10 +114,8 @@ def train(
     seed: int,
     validate: Callable[[], dict[str, float]],
     better_by: BetterBy,
-    callbacks: Sequence[Any] = (),
-    device: torch.device | None = None,
-    report_to: Sequence[str] = (),
-    logs: Path | None = None,
+    advance: Callable[[int], object],
+    logs: Logs,
 ) -> TrainingLog:
     """Train what ``attached`` says on ``rows``; the model ends with the weights of the best epoch.
 
@@ -137,10 +127,8 @@ def train(
         seed: of the order of examples, and of gates.
         validate: gives metrics, called after every epoch in evaluation mode.
         better_by: what makes one epoch better than another.
-        callbacks: more callbacks for the Trainer.
-        device: where to train.
-        report_to: loggers of the Trainer, such as "tensorboard"; they get the loss of every step and the validation.
-        logs: folder for those that write files.
+        advance: told of every step.
+        logs: loggers, and their folder.
 
     Returns:
         the log; its details are the gates over training.
@@ -158,8 +146,10 @@ def train(
     if budget.batch_size % processes:
         raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {budget.batch_size}")
     steps = -(-len(rows) // budget.batch_size) * budget.epochs
-    writes = logs is not None and report_to  # TensorBoard's files go to runs/ in the Trainer's output folder
-    with nullcontext(str(logs)) if writes else tempfile.TemporaryDirectory() as folder:
+    on_cpu = next(attached.model.parameters()).device.type == "cpu"
+    # TensorBoard's files go to runs/ in the Trainer's output folder
+    writes = logs.folder is not None and logs.loggers
+    with nullcontext(str(logs.folder)) if writes else tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder,
             num_train_epochs=budget.epochs,
@@ -168,15 +158,15 @@ def train(
             warmup_steps=round(budget.warmup * steps),
             eval_strategy="epoch",
             save_strategy="no",
-            logging_strategy="steps" if report_to else "no",
+            logging_strategy="steps" if logs.loggers else "no",
             logging_steps=1,
-            report_to=list(report_to),
-            run_name=None if logs is None else logs.name,
+            report_to=list(logs.loggers),
+            run_name=None if logs.folder is None else logs.folder.name,
             disable_tqdm=True,
             remove_unused_columns=False,
             seed=seed,
             data_seed=seed,
-            use_cpu=device is not None and device.type == "cpu",
+            use_cpu=on_cpu,
             ddp_find_unused_parameters=False,
         )
         if arguments.n_gpu > 1:
@@ -187,7 +177,7 @@ def train(
             train_dataset=_Rows(rows),
             eval_dataset=_Rows(rows[:1]),  # the Trainer wants one; `evaluate` has its own
             data_collator=lambda some: collate(some, pad),
-            callbacks=[*attached.callbacks, *callbacks, best],
+            callbacks=[*attached.callbacks, _Steps(advance), best],
             optimizers=(optimizer, None),
         )
         trainer.remove_callback(transformers.PrinterCallback)

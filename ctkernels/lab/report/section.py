@@ -10,7 +10,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Table:
-    """A table: its first column names the rows, the others are numbers unless ``words`` names their index.
+    """A table, for the report's page or as text: its first column names the rows, the others are numbers unless ``words``
+    has their index.
 
     A ``folded`` one is shown when it is asked for.
     """
@@ -20,6 +21,20 @@ class Table:
     rows: Sequence[Sequence[str]]
     words: Sequence[int] = ()
     folded: bool = False
+
+    def text(self) -> str:
+        """The table in columns, without its caption: words start together, numbers end together."""
+        lines, left = [self.header, *self.rows], (0, *self.words)
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        return "\n".join(
+            "  ".join(t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths))).rstrip()
+            for line in lines
+        )
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        rule = [":--" if i in (0, *self.words) else "--:" for i in range(len(self.header))]
+        return "\n".join(f"| {' | '.join(line)} |" for line in (self.header, rule, *self.rows))
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..._extras import require
+from ...cli.option_types import COUNT, SEED, Kind, names
+from .._restoring import frozen
+from ..config import Config, configured
 from ..images.features import HookPoint, output_tensor
 from ..images.probe import Probe
 
@@ -22,6 +24,12 @@ LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # what their loss, a ratio of sort
 NORMS = {"linf": "Linf", "l2": "L2"}
 TARGETS = 9  # classes that a targeted attack tries, the likeliest first
 ROUNDING = 2.0**-23  # of a float32 pixel in [0, 1] plus a perturbation
+_SOME = names(ATTACKS)
+ATTACKS_OR_STANDARD: Kind[Sequence[str] | None] = Kind(
+    f"{_SOME.expected}, or standard",
+    lambda text: None if text == "standard" else _SOME.read(text),
+    lambda value: value is None or (len(value) > 0 and _SOME.fits(value)),
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,8 @@ class Threat:
 
     def __str__(self) -> str:
         scaled = self.eps * 255
-        whole = self.norm == "linf" and abs(scaled - round(scaled)) < 1e-9
-        return f"{'ℓ∞' if self.norm == 'linf' else 'ℓ2'} {f'{round(scaled)}/255' if whole else f'{self.eps:g}'}"
+        as_fraction = self.norm == "linf" and abs(scaled - round(scaled)) < 1e-9
+        return f"{'ℓ∞' if self.norm == 'linf' else 'ℓ2'} {f'{round(scaled)}/255' if as_fraction else f'{self.eps:g}'}"
 
 
 class PixelClassifier(nn.Module):
@@ -144,17 +152,34 @@ class Attacked:
         return {name: float(right.double().mean()) for name, right in steps.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig(Config):
+    """The effort of an ensemble of attacks.
+
+    Args:
+        attacks: some of "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t" and "square". Default: AutoAttack's standard
+            version, which is APGD on the cross-entropy, targeted APGD, targeted FAB and, without gradients, Square. With
+            fewer than four classes targeted APGD has no loss, and is left out.
+        iterations: of APGD and FAB; AutoAttack's by default.
+        queries: of Square, per image; AutoAttack's by default.
+        batch_size: images at once.
+        seed: of random starts and of Square.
+    """
+
+    attacks: Annotated[Sequence[str] | str | None, ATTACKS_OR_STANDARD] = None
+    iterations: Annotated[int, COUNT] = 100
+    queries: Annotated[int, COUNT] = 5000
+    batch_size: Annotated[int, COUNT] = 64
+    seed: Annotated[int, SEED] = 0
+
+
 def attack(
     classifier: nn.Module,
     pixels: Tensor,
     labels: Tensor,
     threat: Threat,
-    *,
-    attacks: Sequence[str] | None = None,
-    iterations: int = 100,
-    queries: int = 5000,
-    batch_size: int = 64,
-    seed: int = 0,
+    config: AttackConfig | None = None,
+    **options: Any,
 ) -> Attacked:
     """Attack a classifier with an ensemble: each attack tries the images that withstood the ones before it.
 
@@ -166,13 +191,8 @@ def attack(
         pixels: float32 (n, c, h, w) in [0, 1].
         labels: int64 (n,).
         threat: norm and bound.
-        attacks: some of "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t" and "square". Default: AutoAttack's standard
-            version, which is APGD on the cross-entropy, targeted APGD, targeted FAB and, without gradients, Square. With
-            fewer than four classes targeted APGD has no loss, and is left out.
-        iterations: of APGD and FAB; AutoAttack's: 100.
-        queries: of Square, per image; AutoAttack's: 5000.
-        batch_size: images at once.
-        seed: of random starts and of Square.
+        config: which attacks, and their effort.
+        options: fields of :class:`AttackConfig`, in place of ``config``'s.
 
     Returns:
         :class:`Attacked`, tensors on the CPU.
@@ -193,22 +213,18 @@ def attack(
             f"pixels must be floating point (n, c, h, w) in [0, 1], got {pixels.dtype} of shape {tuple(pixels.shape)}"
             + (f" from {pixels.min():g} to {pixels.max():g}" if pixels.numel() else "")
         )
-    for name, value in (("iterations", iterations), ("queries", queries), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if threat.norm == "l2" and "square" in (STANDARD if attacks is None else attacks) and min(pixels.shape[2:]) < 5:
+    config = configured(AttackConfig, config, options)
+    if threat.norm == "l2" and "square" in (config.attacks or STANDARD) and min(pixels.shape[2:]) < 5:
         raise ValueError(f"attacks: square in l2 needs images of at least 5 x 5, got the shape {tuple(pixels.shape)}")
     device = next(classifier.parameters(), pixels).device
-    with _frozen(classifier), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        batches = [slice(i, i + batch_size) for i in range(0, len(pixels), batch_size)]
+    with frozen(classifier), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         parts = []
-        for batch in batches:
-            x, y = pixels[batch].to(device, torch.float32), labels[batch].to(device)
+        for x, y in zip(pixels.split(config.batch_size), labels.split(config.batch_size)):
+            x, y = x.to(device, torch.float32), y.to(device)
             with torch.no_grad():
-                logits = classifier(x)
-            names = check_attacks(attacks, logits.shape[1])
-            ensemble = _ensemble(classifier, threat, logits.shape[1], iterations, queries, seed, device)
-            parts.append(_batch(classifier, ensemble, names, x, y, threat))
+                classes = classifier(x).shape[1]
+            ensemble = _ensemble(classifier, threat, classes, config, device)
+            parts.append(_batch(classifier, ensemble, check_attacks(config.attacks, classes), x, y, threat))
     if not parts:
         raise ValueError("pixels must hold at least one image, got none")
     return Attacked(
@@ -219,16 +235,14 @@ def attack(
 
 
 def check_attacks(attacks: Sequence[str] | None, classes: int) -> tuple[str, ...]:
-    """The attacks to run on so many classes. ValueError for an unknown one, or one asked for that cannot be run."""
+    """The attacks to run on so many classes; None: the standard ones. ValueError for one that is unknown or cannot be run."""
+    ATTACKS_OR_STANDARD.check("attacks", attacks)
     if attacks is None:
         return tuple(name for name in STANDARD if classes >= LEAST_CLASSES.get(name, 2))
-    names = tuple(dict.fromkeys(attacks))
-    if not names or any(name not in ATTACKS for name in names):
-        raise ValueError(f"attacks must be some of {list(ATTACKS)}, got {list(attacks)}")
-    for name in names:
+    for name in attacks:
         if classes < LEAST_CLASSES.get(name, 2):
             raise ValueError(f"attacks: {name} needs at least {LEAST_CLASSES[name]} classes, got {classes}")
-    return names
+    return tuple(dict.fromkeys(attacks))
 
 
 def _batch(
@@ -250,25 +264,20 @@ def _batch(
     return Attacked(clean, after, adversarial.cpu())
 
 
-def _ensemble(
-    classifier: nn.Module, threat: Threat, classes: int, iterations: int, queries: int, seed: int, device: torch.device
-) -> Any:
+def _ensemble(classifier: nn.Module, threat: Threat, classes: int, config: AttackConfig, device: torch.device) -> Any:
     """The authors' attacks as their standard version has them, but for iterations, queries and few classes."""
     package = require("pyautoattack", "lab", "adversarial attacks")
     logging.getLogger("auto-attack").setLevel(logging.ERROR)  # it reports each image without a gradient
     ensemble = package.AutoAttack(
-        classifier, norm=NORMS[threat.norm], eps=threat.eps, seed=seed, version="standard", device=device
+        classifier, norm=NORMS[threat.norm], eps=threat.eps, seed=config.seed, version="standard", device=device
     )
-    for part in (ensemble.apgd, ensemble.apgd_targeted, ensemble.fab):
-        part.n_iter = iterations
-    for part in (
-        ensemble.apgd,
-        ensemble.apgd_targeted,
-    ):  # where it looks whether to halve its step, by share of the iterations
-        part.n_iter_orig = iterations
+    iterations = ensemble.fab.n_iter = config.iterations
+    # where it looks whether to halve its step, by share of the iterations
+    for part in (ensemble.apgd, ensemble.apgd_targeted):
+        part.n_iter = part.n_iter_orig = iterations
         part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(f * iterations), 1) for f in (0.22, 0.06, 0.03))
     ensemble.apgd_targeted.n_target_classes = ensemble.fab.n_target_classes = min(TARGETS, classes - 1)
-    ensemble.square.n_queries = queries
+    ensemble.square.n_queries = config.queries
     return ensemble
 
 
@@ -283,16 +292,3 @@ def _run(ensemble: Any, name: str, x: Tensor, y: Tensor) -> Tensor:
             return ensemble.square.perturb(x, y)
     ensemble.fab.targeted = name == "fab-t"
     return ensemble.fab.perturb(x, y)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Parameters without gradients, so that attacks do not pay for them; and back to what each was."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in before:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p, trained in before:
-            p.requires_grad_(trained)

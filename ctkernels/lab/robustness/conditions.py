@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..images.sets import ImageSet, stratified_order
-from .attacks import Attacked, Threat, attack
+from .attacks import Threat, attack
+from .config import RobustnessConfig
 from .corruptions import corrupt
 from .result import Outcome
 
@@ -73,47 +74,26 @@ class Condition:
         return {"name": self.name, **self.about}
 
 
-@dataclass(frozen=True)
-class AttackConfig:
-    """Effort of attacks, images at once, the seed, and the most images to attack."""
-
-    iterations: int
-    queries: int
-    batch_size: int
-    seed: int
-    max_attacked: int | None
-
-
-def conditions_of(
-    threats: Sequence[Threat], corruptions: Sequence[str], severities: Sequence[int], config: AttackConfig
-) -> list[Condition]:
-    seed, batch_size = config.seed, config.batch_size
+def conditions_of(config: RobustnessConfig) -> list[Condition]:
+    """Each threat, and all corruptions together."""
+    corruptions, severities, seed = config.corruptions, config.severities, config.seed
 
     def under(threat: Threat) -> Callable[[nn.Module, Images, Sequence[str] | None], Outcome]:
         def measure(classifier: nn.Module, images: Images, attacks: Sequence[str] | None) -> Outcome:
             some = images.sample(config.max_attacked, seed)
-            done: Attacked = attack(
-                classifier,
-                some.pixels,
-                some.labels,
-                threat,
-                attacks=attacks,
-                iterations=config.iterations,
-                queries=config.queries,
-                batch_size=batch_size,
-                seed=seed,
-            )
-            steps = done.accuracies()
-            return Outcome(tuple(done.robust.double().tolist()), steps.pop("clean"), steps)
+            attacked = attack(classifier, some.pixels, some.labels, threat, config, attacks=attacks)
+            steps = attacked.accuracies()
+            return Outcome(tuple(attacked.robust.double().tolist()), steps.pop("clean"), steps)
 
         return measure
 
     def corrupted(classifier: nn.Module, images: Images, _: object) -> Outcome:
-        clean = _right(classifier, images.pixels, images.labels, batch_size)
+        def right(pixels: Tensor) -> Tensor:
+            return _right(classifier, pixels, images.labels, config.batch_size)
+
+        clean = right(images.pixels)
         each = {
-            (name, severity): _right(
-                classifier, corrupt(images.pixels, name, severity, seed), images.labels, batch_size
-            )
+            (name, severity): right(corrupt(images.pixels, name, severity, seed))
             for name in corruptions
             for severity in severities
         }
@@ -123,8 +103,8 @@ def conditions_of(
         average = torch.stack(list(each.values())).double().mean(0)
         return Outcome(tuple(average.tolist()), float(clean.double().mean()), mean_of)
 
-    conditions = [Condition(str(t), {"kind": "attack", "norm": t.norm, "eps": t.eps}, under(t)) for t in threats]
-    if corruptions and severities:
+    conditions = [Condition(str(t), {"kind": "attack", "norm": t.norm, "eps": t.eps}, under(t)) for t in config.threats]
+    if config.corrupts:
         about = {"kind": "corruption", "corruptions": list(corruptions), "severities": list(severities)}
         conditions.append(Condition(CORRUPTION, about, corrupted))
     return conditions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._extras import require
+from ...cli.option_types import LEVEL, choice
 
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise"),
@@ -44,7 +45,8 @@ def corrupt(pixels: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
 
     Source: Hendrycks and Dietterich 2019.
     """
-    check_corruptions([name], [severity])
+    choice(*CORRUPTIONS).check("name", name)
+    LEVEL.check("severity", severity)
     if pixels.dim() != 4 or pixels.shape[1] not in (1, 3) or min(pixels.shape[2:]) < LEAST_SIDE:
         raise ValueError(
             f"corruptions need images (n, 1 or 3, h, w) of at least {LEAST_SIDE} x {LEAST_SIDE} pixels, "
@@ -63,14 +65,6 @@ def corrupt(pixels: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
         with _seeded(numpy, image_seed):
             done.append(library.corrupt(image, severity=severity, corruption_name=name, **keywords))
     return torch.from_numpy(numpy.stack(done)).permute(0, 3, 1, 2).float() / 255
-
-
-def check_corruptions(names: Iterable[str], severities: Iterable[int]) -> None:
-    """ValueError unless all names and severities are known."""
-    if unknown := sorted(set(names) - set(CORRUPTIONS)):
-        raise ValueError(f"corruptions must be some of {list(CORRUPTIONS)}, got {unknown}")
-    if bad := sorted(s for s in set(severities) if s not in (1, 2, 3, 4, 5)):
-        raise ValueError(f"severities must be some of 1 to 5, got {bad}")
 
 
 @contextmanager

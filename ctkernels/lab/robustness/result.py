@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any, ClassVar
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from ..report import figures
 from ..report.section import Picture, Section, Table, beta_name, duration, images, subject
 from ..report.section import gain as gain_text
-from ..result import Result, align, percent
+from ..result import SteeringResult, percent
 from ..stats import SIGNIFICANT, sign_test, standard_error
 
 METHODS = {"plain": "plain network", "s-ct": "S-CT", "t-ct": "T-CT"}
@@ -46,7 +46,7 @@ class Outcome:
 
     @property
     def masked(self) -> bool:
-        """True if the attack without gradients fooled more than those with: then these were led astray."""
+        """True if the attack without gradients fooled more images than those with: their gradients mislead."""
         before = [a for name, a in self.steps.items() if name != "square"]
         return bool(before) and "square" in self.steps and self.steps["square"] < before[-1] - MASKED
 
@@ -63,8 +63,8 @@ class Gain:
         return {"gain": self.points, "standard_error": self.standard_error, "p_value": self.p_value}
 
 
-@dataclass(frozen=True)
-class Robustness(Result):
+@dataclass(frozen=True, kw_only=True)
+class Robustness(SteeringResult):
     """The outcome of :func:`robustness`. Accuracies are in [0, 1].
 
     Attributes:
@@ -74,10 +74,8 @@ class Robustness(Result):
         test: per condition and method ("plain", "s-ct", and those given as trained) the outcome. "s-ct" is absent where
             validation kept the plain network.
         plain_is_beta_1: whether the network at beta = 1 is the plain one.
-        sites, missed: names of what was, and what could not be, steered.
-        sizes: images in ``train``, ``val`` and ``test``, and ``classes``.
-        arguments: what the function was called with.
         seconds: ``validation``, ``test`` and ``total``.
+        sites, missed, sizes, arguments: as of :class:`SteeringResult`.
     """
 
     SCHEMA: ClassVar[str] = "ctkernels.robust/1"
@@ -88,10 +86,6 @@ class Robustness(Result):
     chosen: dict[str, float | None]
     test: dict[str, dict[str, Outcome]]
     plain_is_beta_1: bool
-    sites: tuple[str, ...]
-    missed: tuple[str, ...]
-    sizes: dict[str, int]
-    arguments: dict[str, Any]
     seconds: dict[str, float]
 
     def gain(self, condition: str, method: str) -> Gain:
@@ -140,26 +134,11 @@ class Robustness(Result):
 
     def table(self) -> str:
         """Test accuracies as text: a row per condition and method."""
-        lines = [["condition", "method", "beta", "clean", "accuracy", "gain", "worst step"]]
-        for condition, rows in self.test.items():
-            for method, outcome in rows.items():
-                beta, gain = self.chosen[condition] if method == "s-ct" else None, self.gain(condition, method)
-                worst = min(outcome.steps, key=lambda name: outcome.steps[name]) if outcome.steps else None
-                lines.append(
-                    [
-                        condition,
-                        METHODS.get(method, method),
-                        "–" if beta is None else f"{beta:g}",
-                        percent(outcome.clean),
-                        percent(outcome.accuracy),
-                        "–" if method == "plain" else gain_text(gain.to_dict()),
-                        "–" if worst is None else f"{worst} {percent(outcome.steps[worst])}",
-                    ]
-                )
-        return align(lines, left=range(7))
+        return _test_table(self.entries()["conditions"]).text()
 
     def entries(self) -> dict[str, Any]:
         return {
+            **super().entries(),
             "verdict": self.verdict(),
             "conditions": [
                 {
@@ -171,10 +150,6 @@ class Robustness(Result):
                 for condition in self.conditions
             ],
             "plain_is_beta_1": self.plain_is_beta_1,
-            "sites": list(self.sites),
-            "missed": list(self.missed),
-            "sizes": self.sizes,
-            "arguments": self.arguments,
             "seconds": self.seconds,
         }
 
@@ -194,23 +169,8 @@ class Robustness(Result):
     def section(cls, values: Mapping[str, Any]) -> Section:
         conditions, arguments = values["conditions"], values["arguments"]
         lines = str(values["verdict"]).splitlines()
-        rows = [
-            [
-                condition["name"],
-                METHODS.get(row["method"], row["method"]),
-                beta_name(condition["chosen"]) if row["method"] == "s-ct" else "–",
-                percent(row["clean"]),
-                percent(row["accuracy"]),
-                "–" if row["method"] == "plain" else gain_text(row),
-                str(row["images"]),
-            ]
-            for condition in conditions
-            for row in condition["test"]
-        ]
         parts: list[Table | Picture] = [
-            Table(
-                "Test accuracy", ["condition", "method", "β", "clean", "under it", "gain, points", "images"], rows, (1,)
-            ),
+            _test_table(conditions),
             Picture(
                 figures.data_uri(figures.robust_test(conditions, METHODS)),
                 "Test accuracy of each method under each condition; the table above has the numbers.",
@@ -231,6 +191,28 @@ class Robustness(Result):
         not_helped = [": ".join(line.split(": ")[:2]) + "." for line in lines if ": it helped: " not in line]
         title = f"Accuracy under attack and corruption{subject(values)}"
         return Section("robust", title, lines, facts, parts, not_helped=not_helped)
+
+
+def _test_table(conditions: Sequence[Mapping[str, Any]]) -> Table:
+    header = ["condition", "method", "β", "clean", "under it", "gain, points", "worst step", "images"]
+    rows = []
+    for condition in conditions:
+        for row in condition["test"]:
+            steps = row["steps"]
+            worst = min(steps, key=lambda name: steps[name]) if steps else None
+            rows.append(
+                [
+                    condition["name"],
+                    METHODS.get(row["method"], row["method"]),
+                    beta_name(condition["chosen"]) if row["method"] == "s-ct" else "–",
+                    percent(row["clean"]),
+                    percent(row["accuracy"]),
+                    "–" if row["method"] == "plain" else gain_text(row),
+                    "–" if worst is None else f"{worst} {percent(steps[worst])}",
+                    str(row["images"]),
+                ]
+            )
+    return Table("Test accuracy", header, rows, (1, 6))
 
 
 def _condition_parts(condition: Mapping[str, Any]) -> list[Table | Picture]:

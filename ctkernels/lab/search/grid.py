@@ -3,52 +3,36 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..._extras import require
+from ...cli.option_types import COEFF, SIZE
 from .._distributed import group
-from ..config import SteeringConfig, check_least, configured
-from ..images.backbone import FeatureReader, evaluation, steered_backbone
+from .._progress import timed
+from ..config import configured
 from ..images.features import passes
-from ..images.inputs import Images, check_labels, device_of, example_of, split
-from ..images.probe import Probe, fit_probe
+from ..images.inputs import Images, device_of
+from .probing import ProbingConfig, Score, probing
 from .result import BetaSearch, Comparison
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(SteeringConfig):
+class SearchConfig(ProbingConfig):
     """The configuration of :func:`search_beta`.
 
     Args:
-        betas, coeff, activations, feature_layer, l2, seed, batch_size: as of :class:`SteeringConfig`. ``coeff`` may be
-            ``"mean-free"``: beta^2 / (1 + beta^2), at which the unit of that beta adds nothing to the integral of the
-            ReLU.
-        probe: ``"logistic"`` or ``"adam"``, see :func:`fit_probe`.
-        workers: processes that decode images.
+        betas, activations, feature_layer, l2, seed, batch_size, probe, workers: as of :class:`ProbingConfig`.
+        coeff: mixing coefficient c of the CT unit, in [0, 1]; or mean-free: beta^2 / (1 + beta^2), at which the unit of
+            that beta adds nothing to the integral of the ReLU.
         memory_limit: bytes for the features kept at once. Fitting a probe needs about six times one beta's features
             more.
     """
 
-    probe: str = "logistic"
-    workers: int = 0
-    memory_limit: int = 2 << 30
-
-    MAY_BE_MEAN_FREE: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, workers=0, memory_limit=1)
-
-    def _probe(self) -> str:
-        return self.probe
+    coeff: Annotated[float | str, COEFF] = 0.5
+    memory_limit: Annotated[int, SIZE] = 2 << 30
 
 
 def search_beta(
@@ -103,37 +87,30 @@ def search_beta(
     """
     started = time.perf_counter()
     config = configured(SearchConfig, config, options)
-    images, fractions = split(train, val, test, config.seed)
-    labels = check_labels(images)
-    where = device_of(model, device)
-    seconds = dict.fromkeys(("features", "probes", "test"), 0.0)
-    with evaluation(model.to(where)), ExitStack() as stack:
-        example = example_of(images["train"], where)
-        backbone = stack.enter_context(
-            steered_backbone(model, example, config.feature_layer, config.coeff, config.steering, fast=True)
-        )
-        processes = group(where)
-        reader = FeatureReader(backbone, processes, where, config.batch_size, config.workers, progress)
-        reference, candidates = backbone.steered.plain, backbone.steered.candidates(config.grid)
+    seconds: dict[str, float] = {"probes": 0.0}  # which only the first process fits
+    device = device_of(model, device)
+    with probing(model, (train, val, test), config, device, group(device), progress) as search:
+        steered, labels, processes = search.backbone.steered, search.labels, search.reader.group
+        reference, candidates = steered.plain, steered.candidates(config.grid)
         samples = len(labels["train"]) + len(labels["val"])
-        stretches = passes(samples, backbone.dim, len(candidates), config.memory_limit)
-        scores: dict[float | None, _Score] = {}
+        stretches = passes(samples, search.backbone.dim, len(candidates), config.memory_limit)
+        scores: dict[float | None, Score] = {}
         for stretch in stretches:
             betas = [candidates[i] for i in stretch]
-            with _timed(seconds, "features"):
-                features = reader("search", [images["train"], images["val"]], betas)
+            with timed(seconds, "features"):
+                features = search.features("search", betas, "train", "val")
             if processes.rank == 0:
-                with _timed(seconds, "probes"):
-                    _score(scores, betas, features, labels, config)
+                with timed(seconds, "probes"):
+                    scores |= zip(betas, search.fit(features, config.memory_limit // (6 * features[0].nbytes)))
                     _forget(scores, reference)
             del features
         chosen = processes.share(_best(scores))
         compared = [reference] if chosen == reference else [reference, chosen]
-        with _timed(seconds, "test"):
-            features = reader("test", [images["test"]], compared)
+        with timed(seconds, "test"):
+            features = search.features("test", compared, "test")
         outcome = None
         if processes.rank == 0:
-            right = [scores[b].predict(f) == labels["test"] for b, f in zip(compared, features)]
+            right = [search.right_on_test(scores[b], f) for b, f in zip(compared, features)]
             outcome = Comparison.of(right[0], right[-1])
             scores = {b: replace(score, probe=None) for b, score in scores.items()}
         scores, outcome = processes.share((scores, outcome))
@@ -142,85 +119,27 @@ def search_beta(
         processes.meet()
     assert outcome is not None
     ordered = [b for b in candidates if b is not None]
+    record = search.record()
+    record["sizes"] |= {"passes": len(stretches), "processes": processes.size, "threads": torch.get_num_threads()}
     return BetaSearch(
         betas=tuple(ordered),
         val_accuracy=tuple(scores[b].accuracy for b in ordered),
         plain_val_accuracy=scores[reference].accuracy,
-        plain_is_beta_1=backbone.steered.plain_is_beta_1,
+        plain_is_beta_1=steered.plain_is_beta_1,
         chosen=chosen,
         test=outcome,
-        sites=backbone.steered.sites,
-        missed=backbone.steered.missed,
-        arguments={**config.arguments(), "device": str(where), **fractions},
-        sizes={
-            **{name: len(values) for name, values in labels.items()},
-            "classes": int(labels["train"].max()) + 1,
-            "features": backbone.dim,
-            "passes": len(stretches),
-            "processes": processes.size,
-            "threads": torch.get_num_threads(),
-        },
-        feature_layer=str(backbone.point),
         converged=tuple(scores[b].converged for b in ordered),
         seconds=seconds,
+        **record,
     )
 
 
-# --- the choice -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Score:
-    accuracy: float
-    converged: bool
-    probe: Probe | None
-
-    def predict(self, features: Tensor) -> Tensor:
-        assert self.probe is not None
-        return self.probe.predict(features)
-
-
-def _score(
-    scores: dict[float | None, _Score],
-    betas: Sequence[float | None],
-    features: Tensor,
-    labels: dict[str, Tensor],
-    config: SearchConfig,
-) -> None:
-    """Fit probes for ``betas`` on their features (train, then val); add their validation accuracy to ``scores``."""
-    threadpoolctl = require("threadpoolctl", "lab", "a linear probe")
-    n = len(labels["train"])
-
-    def fit(x: Tensor) -> _Score:
-        probe = fit_probe(x[:n], labels["train"], config.probe, config.l2, config.seed)
-        return _Score(float((probe.predict(x[n:]) == labels["val"]).double().mean()), probe.converged, probe)
-
-    threads = torch.get_num_threads()
-    # Probes run side by side, each on one thread: then their sums do not depend on how many threads there are.
-    fitting = max(1, config.memory_limit // (6 * features[0].nbytes))
-    side_by_side = 1 if config.probe == "adam" else min(threads, fitting)
-    torch.set_num_threads(1)
-    try:
-        with threadpoolctl.threadpool_limits(1), warnings.catch_warnings(), ThreadPoolExecutor(side_by_side) as pool:
-            warnings.simplefilter("ignore")  # about convergence, which the result tells
-            scores.update(zip(betas, pool.map(fit, features)))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _best(scores: dict[float | None, _Score]) -> float | None:
+def _best(scores: dict[float | None, Score]) -> float | None:
     """The best validation accuracy; of equals the plain network, then the beta nearest 1."""
     return max(scores, key=lambda beta: (scores[beta].accuracy, 2.0 if beta is None else beta), default=None)
 
 
-def _forget(scores: dict[float | None, _Score], reference: float | None) -> None:
+def _forget(scores: dict[float | None, Score], reference: float | None) -> None:
     """Keep the probes that the test may need: the best so far and the plain network's."""
     for beta in set(scores) - {_best(scores), reference}:
         scores[beta] = replace(scores[beta], probe=None)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[name] += time.perf_counter() - start

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..._files import replacing
 from ..report import figures
 from ..report.section import SECTIONS, Picture, Section, Table, beta_name, duration, gain, images, subject
-from ..result import Result, percent
+from ..result import SteeringResult, percent
 from ..stats import SIGNIFICANT, sign_test
 from .plot import draw
 
@@ -30,7 +30,7 @@ class Comparison:
 
     @classmethod
     def of(cls, plain: Tensor, steered: Tensor) -> Comparison:
-        """From whether each test image was classified rightly, bool (n,), by the plain and by the steered network."""
+        """Count, from two bool (n,): whether the plain, and the steered, network classified each test image rightly."""
         both, neither = int((plain & steered).sum()), int((~plain & ~steered).sum())
         return cls(both, int((plain & ~steered).sum()), int((~plain & steered).sum()), neither)
 
@@ -63,6 +63,13 @@ class Comparison:
         """Exact two-sided McNemar test: a split this uneven by chance, if each changed answer were a coin toss."""
         return sign_test(self.only_steered, self.only_plain)
 
+    @property
+    def effect(self) -> str:
+        """The beginning of a sentence that says what was shown."""
+        if self.p_value >= SIGNIFICANT:
+            return "No difference beyond chance was shown"
+        return f"Steering {'helped' if self.gain > 0 else 'hurt'}"
+
     def scores(self) -> str:
         """Both accuracies, the gain, and how sure it is, as text."""
         return (
@@ -83,8 +90,35 @@ class Comparison:
         }
 
 
-@dataclass(frozen=True)
-class BetaSearch(Result):
+@dataclass(frozen=True, kw_only=True)
+class FeatureSearch(SteeringResult):
+    """The outcome of a search on a network's features.
+
+    Attributes:
+        test: the chosen beta or betas against the plain network, the test images' only use.
+        feature_layer: where the features were taken, in words.
+        sites, missed, sizes, arguments: as of :class:`SteeringResult`; ``sizes`` has the number of ``features`` too.
+    """
+
+    test: Comparison
+    feature_layer: str
+
+    @property
+    def kept_plain(self) -> bool:
+        """True if validation preferred the plain network to all others."""
+        raise NotImplementedError
+
+    def verdict(self) -> str:
+        """One sentence: what was shown on the test images, and how sure it is."""
+        raise NotImplementedError
+
+    def entries(self) -> dict[str, Any]:
+        test, layer = self.test.to_dict(), self.feature_layer
+        return {"verdict": self.verdict(), "test": test, "feature_layer": layer, **super().entries()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BetaSearch(FeatureSearch):
     """The outcome of :func:`search_beta`. Accuracies are in [0, 1].
 
     Attributes:
@@ -95,14 +129,9 @@ class BetaSearch(Result):
             GELU, where the untouched network takes part as a candidate of its own.
         chosen: the beta with the best validation accuracy, the one nearest 1 among equals; ``None`` if the plain
             network was best and is not beta = 1.
-        test: the chosen beta against the plain network, the test images' only use.
-        sites: names of the activations that were steered.
-        missed: selected activations that could not be, with the reason.
-        arguments: what the search was called with.
-        sizes: images in ``train``, ``val`` and ``test``, and ``classes``, ``features``, ``passes``.
-        feature_layer: where the features were taken, in words.
         converged: whether each beta's probe reached its optimum.
         seconds: ``features``, ``probes``, ``test`` and ``total``.
+        test, feature_layer, sites, missed, sizes, arguments: as of :class:`FeatureSearch`.
     """
 
     SCHEMA: ClassVar[str] = "ctkernels.search_beta/1"
@@ -112,18 +141,11 @@ class BetaSearch(Result):
     plain_val_accuracy: float
     plain_is_beta_1: bool
     chosen: float | None
-    test: Comparison
-    sites: tuple[str, ...]
-    missed: tuple[str, ...]
-    arguments: dict[str, Any]
-    sizes: dict[str, int]
-    feature_layer: str
     converged: tuple[bool, ...]
     seconds: dict[str, float]
 
     @property
     def kept_plain(self) -> bool:
-        """True if validation preferred the plain network to every other beta."""
         return self.chosen is None or (self.plain_is_beta_1 and self.chosen == 1.0)
 
     @property
@@ -133,7 +155,6 @@ class BetaSearch(Result):
         return self.val_accuracy[self.betas.index(self.chosen)]
 
     def verdict(self) -> str:
-        """One sentence: what was shown on the test images, and how sure it is."""
         return verdict([self])
 
     def table(self) -> str:
@@ -142,25 +163,19 @@ class BetaSearch(Result):
 
     def entries(self) -> dict[str, Any]:
         return {
-            "verdict": self.verdict(),
+            **super().entries(),
             "chosen": {"beta": self.chosen, "val_accuracy": self.chosen_val_accuracy, "kept_plain": self.kept_plain},
             "plain": {"val_accuracy": self.plain_val_accuracy, "is_beta_1": self.plain_is_beta_1},
-            "test": self.test.to_dict(),
             "grid": [
                 {"beta": b, "val_accuracy": a, "converged": c}
                 for b, a, c in zip(self.betas, self.val_accuracy, self.converged)
             ],
-            "sites": list(self.sites),
-            "missed": list(self.missed),
-            "feature_layer": self.feature_layer,
-            "sizes": self.sizes,
-            "arguments": self.arguments,
             "seconds": self.seconds,
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BetaSearch:
-        """Back from :meth:`to_dict`. KeyError or TypeError for values that are not from there."""
+        """Restore a result from :meth:`to_dict`. KeyError or TypeError for values of another origin."""
         grid, test = values["grid"], values["test"]
         return cls(
             betas=tuple(float(row["beta"]) for row in grid),
@@ -191,44 +206,57 @@ def verdict(results: Sequence[BetaSearch]) -> str:
     tests = [r.test for r in results]
     wins, losses = sum(t.only_steered for t in tests), sum(t.only_plain for t in tests)
     pooled = Comparison(sum(t.both for t in tests), losses, wins, sum(t.neither for t in tests))
-    kept = sum(r.kept_plain for r in results)
-    draws = f" in each of {len(results)} draws" if len(results) > 1 else ""
+    kept, several = sum(r.kept_plain for r in results), len(results) > 1
     if kept == len(results):
-        return (
-            f"Steering did not help here: no beta did better than the plain network in validation{draws}; "
-            f"it scored {percent(pooled.plain)} on {pooled.samples} test images."
-        )
+        draws = f" in each of {len(results)} draws" if several else ""
+        return _nothing_better("no beta did better than the plain network in validation" + draws, pooled)
     numbers = pooled.scores()
-    if len(results) > 1:
+    if several:
         each = ", ".join(f"{100 * t.gain:+.1f}" for t in tests)
         numbers += f"; the {len(results)} draws gave {each}"
         if kept:
             numbers += f", {kept} of them keeping the plain network"
-    at = f"beta = {results[0].chosen:g}" if len(results) == 1 else "the beta that validation chose"
-    if pooled.p_value >= SIGNIFICANT:
-        return f"No difference beyond chance was shown: {at} scored {numbers}."
-    effect = f"Steering {'helped' if pooled.gain > 0 else 'hurt'}"
-    everywhere = all(t.gain * pooled.gain > 0 for t in tests)
-    return f"{effect} {'here' if everywhere else 'on average, but not in every draw'}: {at} scored {numbers}."
+    at = "the beta that validation chose" if several else f"beta = {results[0].chosen:g}"
+    where = ""
+    if pooled.p_value < SIGNIFICANT:
+        everywhere = all(t.gain * pooled.gain > 0 for t in tests)
+        where = " here" if everywhere else " on average, but not in every draw"
+    return f"{pooled.effect}{where}: {at} scored {numbers}."
+
+
+def _nothing_better(reason: str, test: Comparison) -> str:
+    return f"Steering did not help here: {reason}; it scored {percent(test.plain)} on {test.samples} test images."
+
+
+def _validations(results: Sequence[BetaSearch]) -> list[tuple[str, float, int, bool]]:
+    """List the candidates: beta, mean validation accuracy, how often it was chosen, and whether it is the plain network."""
+    plain_is_1 = results[0].plain_is_beta_1
+    rows = [
+        (
+            f"{b:.4g}",
+            mean(r.val_accuracy[i] for r in results),
+            sum(r.chosen == b for r in results),
+            plain_is_1 and b == 1,
+        )
+        for i, b in enumerate(results[0].betas)
+    ]
+    if not plain_is_1:
+        accuracy = mean(r.plain_val_accuracy for r in results)
+        rows.append(("plain", accuracy, sum(r.chosen is None for r in results), True))
+    return rows
 
 
 def table(results: Sequence[BetaSearch], width: int = 40) -> str:
     """Mean validation accuracy for every beta of searches over one grid, as text with bars."""
-    rows = [(f"{b:.4g}", mean(r.val_accuracy[i] for r in results)) for i, b in enumerate(results[0].betas)]
-    chosen = [results[0].betas.index(r.chosen) for r in results if r.chosen is not None]
-    if not results[0].plain_is_beta_1:
-        chosen += [len(rows)] * sum(r.chosen is None for r in results)
-        rows.append(("plain", mean(r.plain_val_accuracy for r in results)))
-    low, high = min(a for _, a in rows), max(a for _, a in rows)
+    rows = _validations(results)
+    low, high = min(a for _, a, *_ in rows), max(a for _, a, *_ in rows)
     lines = [f"{'beta':>6}  {'validation':>10}"]
-    for i, (name, accuracy) in enumerate(rows):
+    for name, accuracy, times, plain in rows:
         bar = "█" * round(width * (0.1 + 0.9 * (accuracy - low) / (high - low or 1)))
-        times = chosen.count(i)
-        mark = (
-            "" if not times else "  ← chosen" if len(results) == 1 else f"  ← chosen in {times} of {len(results)} draws"
-        )
-        plain = "  (plain network)" if results[0].plain_is_beta_1 and results[0].betas[i : i + 1] == (1.0,) else ""
-        lines.append(f"{name:>6}  {100 * accuracy:>8.1f} %  {bar}{mark}{plain}")
+        draws = f" in {times} of {len(results)} draws" if len(results) > 1 else ""
+        mark = f"  ← chosen{draws}" if times else ""
+        mark += "  (plain network)" if plain and name != "plain" else ""
+        lines.append(f"{name:>6}  {100 * accuracy:>8.1f} %  {bar}{mark}")
     lines.append(f"bars start below the lowest value, {100 * low:.1f} %")
     return "\n".join(lines)
 
@@ -265,8 +293,8 @@ class Evaluation:
     seconds: float
 
 
-@dataclass(frozen=True)
-class StrategySearch(Result):
+@dataclass(frozen=True, kw_only=True)
+class StrategySearch(FeatureSearch):
     """The outcome of :func:`search_betas`. Accuracies are in [0, 1].
 
     Attributes:
@@ -274,9 +302,8 @@ class StrategySearch(Result):
         groups: name -> the sites that share a beta.
         history: every evaluation in order; the first is the plain network's.
         best: number of the chosen one in ``history``.
-        test: the chosen betas against the plain network, the test images' only use.
-        sites, missed, feature_layer, arguments, sizes: as in :class:`BetaSearch`.
         seconds: in all.
+        test, feature_layer, sites, missed, sizes, arguments: as of :class:`FeatureSearch`.
     """
 
     SCHEMA: ClassVar[str] = "ctkernels.search_betas/1"
@@ -286,12 +313,6 @@ class StrategySearch(Result):
     groups: dict[str, tuple[str, ...]]
     history: tuple[Evaluation, ...]
     best: int
-    test: Comparison
-    sites: tuple[str, ...]
-    missed: tuple[str, ...]
-    feature_layer: str
-    arguments: dict[str, Any]
-    sizes: dict[str, int]
     seconds: float
 
     @property
@@ -320,45 +341,27 @@ class StrategySearch(Result):
             f"made {len(self.history)} evaluations"
         )
         if self.kept_plain:
-            return (
-                f"Steering did not help here: {cost}, none better than the plain network in validation; "
-                f"it scored {percent(self.test.plain)} on {self.test.samples} test images."
-            )
-        if self.test.p_value >= SIGNIFICANT:
-            start = "No difference beyond chance was shown"
-        else:
-            start = f"Steering {'helped' if self.test.gain > 0 else 'hurt'} here"
-        return f"{start}: {self.test.scores()}. The {cost} and found its best after {self.reached}."
+            return _nothing_better(f"{cost}, none better than the plain network in validation", self.test)
+        here = " here" if self.test.p_value < SIGNIFICANT else ""
+        return f"{self.test.effect}{here}: {self.test.scores()}. The {cost} and found its best after {self.reached}."
 
     def table(self) -> str:
         """The chosen beta of every group as text."""
-        width = max(map(len, self.groups))
-        lines = [
-            f"{name:<{width}}  {beta:.4g}  ({len(self.groups[name])} activation{'s' * (len(self.groups[name]) > 1)})"
-            for name, beta in self.chosen.items()
-        ]
         best, plain = self.history[self.best].val_accuracy, self.history[0].val_accuracy
-        return "\n".join([*lines, f"validation: {100 * best:.1f} %, plain network {100 * plain:.1f} %"])
+        chosen = _groups_table(self.groups, self.chosen).text()
+        return f"{chosen}\nvalidation: {percent(best)}, plain network {percent(plain)}"
 
     def entries(self) -> dict[str, Any]:
         best, plain = self.history[self.best], self.history[0]
         return {
-            "verdict": self.verdict(),
+            **super().entries(),
             "strategy": self.strategy,
             "chosen": self.chosen,
             "kept_plain": self.kept_plain,
             "evaluations": {"made": len(self.history), "reached": self.reached},
             "val_accuracy": {"chosen": best.val_accuracy, "plain": plain.val_accuracy},
-            "test": self.test.to_dict(),
             "groups": {name: list(sites) for name, sites in self.groups.items()},
-            "history": [
-                {"betas": list(e.betas), "val_accuracy": e.val_accuracy, "seconds": e.seconds} for e in self.history
-            ],
-            "sites": list(self.sites),
-            "missed": list(self.missed),
-            "feature_layer": self.feature_layer,
-            "sizes": self.sizes,
-            "arguments": self.arguments,
+            "history": [asdict(evaluation) for evaluation in self.history],
             "seconds": {"total": self.seconds},
         }
 
@@ -366,7 +369,6 @@ class StrategySearch(Result):
     def section(cls, values: Mapping[str, Any]) -> Section:
         title = f"{len(values['groups'])} β, {values['strategy']} search{subject(values)}"
         made, reached = values["evaluations"]["made"], values["evaluations"]["reached"]
-        rows = [[name, f"{values['chosen'][name]:.4g}", str(len(sites))] for name, sites in values["groups"].items()]
         val, test = values["val_accuracy"], values["test"]
         scores = f"{percent(test['accuracy_chosen'])}, plain network {percent(test['accuracy_plain'])}"
         facts = [
@@ -386,13 +388,18 @@ class StrategySearch(Result):
                 figures.data_uri(figures.chosen_betas(values["groups"], values["chosen"])),
                 "The chosen beta of every activation, from the input to the output; the table below has the numbers.",
             ),
-            Table("Chosen β by group", ["activations", "β", "how many"], rows),
+            _groups_table(values["groups"], values["chosen"]),
         ]
         says = str(values["verdict"])
         return Section("pilot", title, [says], facts, parts, not_helped=_unless_helped(title, says))
 
 
 # --- in the report ----------------------------------------------------------------------------------------------------
+
+
+def _groups_table(groups: Mapping[str, Sequence[str]], chosen: Mapping[str, float]) -> Table:
+    rows = [[name, f"{chosen[name]:.4g}", str(len(sites))] for name, sites in groups.items()]
+    return Table("Chosen β by group", ["activations", "β", "how many"], rows)
 
 
 def draws_section(values: Mapping[str, Any]) -> Section:
@@ -433,20 +440,14 @@ def _section(results: Sequence[BetaSearch], title: str) -> Section:
 
 
 def _unless_helped(title: str, says: str) -> list[str]:
-    """For the summary: a verdict up to its numbers, unless it says that steering helped."""
+    """Sentences for the summary: a verdict up to its numbers, unless it says that steering helped."""
     return [] if says.startswith("Steering helped here") else [f"{title}: {says.partition(':')[0]}."]
 
 
 def _grid_table(results: Sequence[BetaSearch]) -> Table:
-    first, several = results[0], len(results) > 1
-    rows = []
-    for i, beta in enumerate(first.betas):
-        times = sum(r.chosen == beta for r in results)
+    several, rows = len(results) > 1, []
+    for name, accuracy, times, plain in _validations(results):
         mark = "" if not times else f"chosen in {times}" if several else "chosen"
-        name = f"{beta:g}" + (" (plain network)" if beta == 1 and first.plain_is_beta_1 else "")
-        rows.append([name, percent(mean(r.val_accuracy[i] for r in results)), mark])
-    if not first.plain_is_beta_1:
-        chosen = any(r.chosen is None for r in results)
-        accuracy = percent(mean(r.plain_val_accuracy for r in results))
-        rows.append(["plain network", accuracy, "chosen" if chosen else ""])
+        suffix = "" if not plain else " network" if name == "plain" else " (plain network)"
+        rows.append([name + suffix, percent(accuracy), mark])
     return Table(f"Validation accuracy{', mean of the draws' if several else ''}", ["β", "validation", ""], rows, (2,))

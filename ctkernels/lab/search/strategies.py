@@ -5,37 +5,35 @@ from __future__ import annotations
 import itertools
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..._extras import require
 from ..._factories import told
+from ...cli.option_types import BETAS, COUNT, STORAGE, TEXT, choice, either
 from .._distributed import Group
 from .._progress import bar
-from ..config import SteeringConfig, check_least, configured
-from ..images.backbone import FeatureReader, evaluation, steered_backbone
-from ..images.inputs import Images, check_labels, device_of, example_of, split
-from ..images.probe import Probe, fit_probe
+from ..config import configured
+from ..images.inputs import Images, device_of
+from .probing import Probing, ProbingConfig, Score, probing
 from .result import Comparison, Evaluation, StrategySearch
 
-STRATEGIES = ("grid", "coordinate", "bayesian")
-GROUPS = ("shared", "stage", "site")
+GROUPS = either(("shared", "stage", "site"), COUNT, "shared, stage, site, or a number of groups")
 Point = tuple[float, ...]  # a beta per group
 
 
 @dataclass(frozen=True, kw_only=True)
-class StrategyConfig(SteeringConfig):
+class StrategyConfig(ProbingConfig):
     """The configuration of :func:`search_betas`.
 
     Args:
-        betas, coeff, activations, feature_layer, l2, seed, batch_size: as of :class:`SteeringConfig`; 1 always takes
-            part.
+        activations, coeff, feature_layer, l2, seed, batch_size, probe, workers: as of :class:`ProbingConfig`.
+        betas: START:STOP:STEP with both ends, or values, in [0, 1]; 1 always takes part.
         strategy: ``"grid"``: every combination of ``betas``, from the plain network downwards. ``"coordinate"``: from the
             plain network on, the best of ``betas`` for one group after the other, round after round, until a whole round
             changes nothing. ``"bayesian"``: Optuna's tree-structured Parzen estimator, anywhere between the least and the
@@ -43,30 +41,22 @@ class StrategyConfig(SteeringConfig):
         groups: ``"shared"``: one beta. ``"stage"``: one per stage, that is per run of consecutive activations of one
             resolution. ``"site"``: one per activation. A number: so many runs of about equally many activations.
         evaluations: the most to make, the plain network and, with ``storage``, those of other workers included.
-        workers: processes that decode images.
         storage: for ``"bayesian"``: where Optuna keeps its trials: a file, or the URL of a database
             (``"postgresql://..."``). Processes with the same storage and study share them, on one machine or on many, and
             a run that was cut off goes on; their order, and so the result, then depends on chance. What a process reports
-            is the best so far; once all have ended, another call evaluates nothing and gives the result.
+            is the best so far; once all have ended, another call evaluates nothing and gives the result. Default: none.
         study: name of the study in ``storage``.
     """
 
-    strategy: str = "coordinate"
-    groups: str | int = "stage"
-    evaluations: int = 60
-    workers: int = 0
-    storage: str | None = None
-    study: str = "ctkernels"
+    betas: Annotated[Iterable[float] | str, BETAS] = "0.7:1:0.05"
+    strategy: Annotated[str, choice("grid", "coordinate", "bayesian")] = "coordinate"
+    groups: Annotated[str | int, GROUPS] = "stage"
+    evaluations: Annotated[int, COUNT] = 60
+    storage: Annotated[str | None, STORAGE] = None
+    study: Annotated[str, TEXT] = "ctkernels"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, workers=0)
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be one of {list(STRATEGIES)}, got {self.strategy!r}")
-        number = isinstance(self.groups, int) and not isinstance(self.groups, bool) and self.groups >= 1
-        if self.groups not in GROUPS and not number:
-            raise ValueError(f"groups must be one of {list(GROUPS)} or a number of at least 1, got {self.groups!r}")
-        check_least(self, evaluations=1)
         if self.storage is not None and self.strategy != "bayesian":
             raise ValueError(f"storage is for strategy='bayesian', got strategy={self.strategy!r}")
         if self.strategy == "bayesian":
@@ -122,30 +112,24 @@ def search_betas(
     """
     started = time.perf_counter()
     config = configured(StrategyConfig, config, options)
-    images, fractions = split(train, val, test, config.seed)
-    labels = check_labels(images)
-    where = device_of(model, device)
-    with evaluation(model.to(where)), ExitStack() as stack:
-        example = example_of(images["train"], where)
-        backbone = stack.enter_context(
-            steered_backbone(model, example, config.feature_layer, config.coeff, config.steering, fast=True)
-        )
-        if not backbone.steered.plain_is_beta_1:
+    device = device_of(model, device)
+    with probing(model, (train, val, test), config, device, Group()) as search:
+        steered = search.backbone.steered
+        if not steered.plain_is_beta_1:
             raise ValueError(
                 "search_betas needs a network that is plain at beta = 1 (the ReLU family), got one with another neutral "
                 "point; choose activations, or use search_beta"
             )
-        groups = _groups(model, backbone.steered.sites, example, config.groups)
+        groups = _groups(model, steered.sites, search.example, config.groups)
         points = len(config.grid) ** len(groups)
         if config.strategy == "grid" and points > config.evaluations:
             raise ValueError(
                 f"the grid has {len(config.grid)} ** {len(groups)} = {points} points, more than the "
                 f"evaluations allowed, {config.evaluations}; give fewer betas or groups, or another strategy"
             )
-        reader = FeatureReader(backbone, Group(), where, config.batch_size, config.workers)
-        advance = stack.enter_context(bar(config.evaluations, config.strategy, progress))
-        evaluator = _Evaluator(reader, images, labels, groups, config, advance)
-        history = _explore(evaluator)
+        with bar(config.evaluations, config.strategy, progress) as advance:
+            evaluator = _Evaluator(search, groups, config, advance)
+            history = _explore(evaluator)
         best = max(range(len(history)), key=lambda i: (history[i].val_accuracy, -i))
         right = [evaluator.right_on_test(point) for point in dict.fromkeys((history[0].betas, history[best].betas))]
     return StrategySearch(
@@ -154,16 +138,8 @@ def search_betas(
         history=tuple(history),
         best=best,
         test=Comparison.of(right[0], right[-1]),
-        sites=backbone.steered.sites,
-        missed=backbone.steered.missed,
-        feature_layer=str(backbone.point),
-        arguments={**config.arguments(), "device": str(where), **fractions},
-        sizes={
-            **{name: len(values) for name, values in labels.items()},
-            "classes": int(labels["train"].max()) + 1,
-            "features": backbone.dim,
-        },
         seconds=time.perf_counter() - started,
+        **search.record(),
     )
 
 
@@ -171,9 +147,7 @@ def search_betas(
 class _Evaluator:
     """Scores points, one beta per group, on the validation images; no point twice."""
 
-    reader: FeatureReader
-    images: dict[str, Any]
-    labels: dict[str, Tensor]
+    search: Probing
     groups: dict[str, list[str]]
     config: StrategyConfig
     advance: Callable[[int], object]
@@ -186,40 +160,33 @@ class _Evaluator:
         if len(self.history) >= self.config.evaluations:
             raise _Spent
         started = time.perf_counter()
-        probe, features = self._fit(point)
-        accuracy = float((probe.predict(features) == self.labels["val"]).double().mean())
+        accuracy = self._fit(point).accuracy
         self.history.append(Evaluation(point, accuracy, time.perf_counter() - started))
         self.advance(1)
         return accuracy
 
     def right_on_test(self, point: Point) -> Tensor:
         """bool (n,): whether each test image is classified rightly."""
-        probe, _ = self._fit(point)
-        (features,) = self.reader("", [self.images["test"]], [self._betas(point)])
-        return probe.predict(features) == self.labels["test"]
+        (features,) = self.search.features("", [self._betas(point)], "test")
+        return self.search.right_on_test(self._fit(point), features)
 
     def _betas(self, point: Point) -> dict[str, float]:
         return {site: beta for beta, sites in zip(point, self.groups.values()) for site in sites}
 
-    def _fit(self, point: Point) -> tuple[Probe, Tensor]:
-        """A probe for the training images, and the features of the validation images."""
-        (features,) = self.reader("", [self.images["train"], self.images["val"]], [self._betas(point)])
-        n = len(self.labels["train"])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about convergence
-            probe = fit_probe(features[:n], self.labels["train"], "logistic", self.config.l2, self.config.seed)
-        return probe, features[n:]
+    def _fit(self, point: Point) -> Score:
+        (score,) = self.search.fit(self.search.features("", [self._betas(point)], "train", "val"))
+        return score
 
 
 class _Spent(Exception):
-    """All evaluations are used up."""
+    """Raised when all evaluations are used up."""
 
 
 # --- the strategies ---------------------------------------------------------------------------------------------------
 
 
 def _explore(score: _Evaluator) -> list[Evaluation]:
-    """All evaluations of the strategy; the plain network comes first."""
+    """Run the strategy, and return its evaluations; the plain network comes first."""
     if score.config.strategy == "bayesian":
         return _bayesian(score)
     with suppress(_Spent):
@@ -252,7 +219,7 @@ def _bayesian(score: _Evaluator) -> list[Evaluation]:
     highest, lowest = config.grid[0], config.grid[-1]
     names = [f"beta_{i}" for i in range(len(plain))]
     study = _study(optuna, config)
-    counts = {name: torch.bincount(values).tolist() for name, values in score.labels.items()}
+    counts = {name: torch.bincount(values).tolist() for name, values in score.search.labels.items()}
     identity = {"groups": score.groups, "labels": counts, "seed": config.seed}  # enough to notice other data
     known = study.user_attrs.get("identity")
     if known is not None and known != identity:
@@ -354,8 +321,8 @@ def _groups(model: nn.Module, names: Sequence[str], example: Tensor, groups: str
 
 
 def _stages(model: nn.Module, sites: list[str], example: Tensor) -> list[list[str]]:
-    """Consecutive sites whose inputs have one number of places (height times width, tokens)."""
-    places: dict[str, int] = {}
+    """Group consecutive sites whose inputs have one resolution (height times width, or tokens)."""
+    resolutions: dict[str, int] = {}
     hooks = []
     for site in sites:
         # "layer1.0.relu" is a module; "aux1.forward:relu" a call in the code of the module aux1
@@ -365,9 +332,9 @@ def _stages(model: nn.Module, sites: list[str], example: Tensor) -> list[list[st
 
         def note(_: nn.Module, inputs: tuple[Any, ...], site: str = site) -> None:
             x = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
-            if x is not None and site not in places:
+            if x is not None and site not in resolutions:
                 shape = x.shape[2:] if x.dim() != 3 else x.shape[1:2]
-                places[site] = math.prod(shape)
+                resolutions[site] = math.prod(shape)
 
         hooks.append(model.get_submodule(owner).register_forward_pre_hook(note))
     try:
@@ -379,7 +346,7 @@ def _stages(model: nn.Module, sites: list[str], example: Tensor) -> list[list[st
     runs: list[list[str]] = []
     last: int | None = None
     for site in sites:
-        size = places.get(site, last)
+        size = resolutions.get(site, last)
         if runs and size == last:
             runs[-1].append(site)
         else:

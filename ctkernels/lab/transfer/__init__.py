@@ -3,7 +3,7 @@
 from .compare import DEFAULT_METHODS, compare_transfer
 from .config import ImageOptions, TrainingConfig, TransferConfig
 from .result import RunResult, TransferComparison
-from .tune import load_tuned, stages, tune_curvature
+from .tune import TuneConfig, load_tuned, stages, tune_curvature
 
 __all__ = [
     "DEFAULT_METHODS",
@@ -12,6 +12,7 @@ __all__ = [
     "TrainingConfig",
     "TransferComparison",
     "TransferConfig",
+    "TuneConfig",
     "compare_transfer",
     "load_tuned",
     "stages",

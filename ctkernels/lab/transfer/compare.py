@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from ..._extras import require
 from .._distributed import Group, group
 from .._progress import bar
+from .._restoring import evaluation
 from ..config import configured
 from ..experiment import Study, TrainingLog, plan_of
-from ..images.backbone import evaluation
 from ..images.sets import Splits
 from .config import TransferConfig
-from .frozen import Frozen
+from .frozen import FrozenNetwork
 from .heads import with_head
 from .inputs import Models, Split, check_data, check_model, draw
 from .methods import Attached, Method, method
@@ -101,15 +101,17 @@ def compare_transfer(
     seeds = list(dict.fromkeys(seeds))
     chosen: list[Any] = [m for m, _ in plan]
     setup: dict[str, Any] = {
-        "models": {n: check_model(n, _built(m), chosen, config.images.size, config.kinds) for n, m in models.items()},
+        "models": {
+            n: check_model(n, _built(m), chosen, config.images.size, config.activations) for n, m in models.items()
+        },
         "data": {n: check_data(n, splits, config.images, seeds) for n, splits in data.items()},
         "methods": {m.name: settings for m, settings in plan},
         "seeds": seeds,
-        "betas": list(config.betas or ()),
+        "betas": list(config.grid),
         "budget": asdict(config.training),
         "bn": config.bn,
         "images": asdict(config.images),
-        "activations": config.kinds and list(config.kinds),
+        "activations": config.activations and list(config.activations),
         "precision": config.precision,
         "processes": processes.size,
     }
@@ -181,8 +183,8 @@ class TransferTask:
         digits = "".join("1" if r else "0" for r in right)
         return {"test": digits.count("1") / len(digits), "right": digits}
 
-    def _frozen(self, method: Method, run: RunResult) -> Frozen:
-        return Frozen(self.network(), method.coeff, self.config, self.group, self.images(run.seed))
+    def _frozen(self, method: Method, run: RunResult) -> FrozenNetwork:
+        return FrozenNetwork(self.network(), method.coeff, self.config, self.group, self.images(run.seed))
 
     @contextmanager
     def _attached(self, method: Method, run: RunResult) -> Iterator[Attached]:
@@ -193,7 +195,7 @@ class TransferTask:
             torch.manual_seed(run.seed)
             example, classes = image[None].to(self.accelerator.device), len(self.splits.train.classes)
             network, head = with_head(self.network(), example, classes, run.seed)
-            yield method.attach(network, head, run.setting, self.config.kinds, image.shape[-1])
+            yield method.attach(network, head, run.setting, self.config.activations, image.shape[-1])
 
     def _trained(self, attached: Attached, run: RunResult) -> TrainingLog:
         from .training import train
@@ -201,18 +203,8 @@ class TransferTask:
         images, config = self.images(run.seed), self.config
         steps = -(-len(images.labels["train"]) // config.training.batch_size) * config.training.epochs
         with bar(steps, run.title, config.progress and self.group.rank == 0) as advance:
-            return train(
-                self.accelerator,
-                attached.network,
-                attached.groups,
-                images.train,
-                images.val,
-                training=config.training,
-                seed=run.seed,
-                bn_train=config.bn != "eval",
-                workers=config.workers,
-                advance=advance,
-            )
+            network, groups = attached.network, attached.groups
+            return train(self.accelerator, network, groups, images.train, images.val, config, run.seed, advance)
 
 
 def learned(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from .._distributed import Group
+from .._restoring import evaluation
 from ..experiment import TrainingLog, rank
-from ..images.backbone import FeatureReader, coeff_at, evaluation, plain_backbone, steered_backbone
+from ..images.backbone import FeatureReader, coeff_at, plain_backbone, steered_backbone
 from ..images.features import passes
 from .config import TransferConfig
 from .heads import fit_head, head_input
@@ -22,7 +23,7 @@ from .state import batch_norms
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenNetwork:
     """A frozen network whose features are read, plain or at values of beta.
 
     Args:
@@ -46,7 +47,7 @@ class Frozen:
         n = len(labels["train"])
         logs: dict[float | None, TrainingLog] = {}
         with self._reader() as read:
-            candidates = [None] if self.coeff is None else read.backbone.steered.candidates(self.config.betas or ())
+            candidates = [None] if self.coeff is None else read.backbone.steered.candidates(self.config.grid)
             at_once = 1 if self.config.bn == "train" else len(candidates)
             samples = n + len(labels["val"])
             for stretch in passes(samples, read.backbone.dim, len(candidates), self.config.memory_limit):
@@ -68,7 +69,7 @@ class Frozen:
         return log
 
     def right(self, state: dict[str, Tensor], beta: float | None) -> list[bool]:
-        """True for each test image that is classified rightly, in order."""
+        """Classify the test images: True for each that is right, in order."""
         right: list[bool] = []
         with self._reader() as read:
             features = self._features(read, [self.split.test], [beta])

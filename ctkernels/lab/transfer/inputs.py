@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 from ... import steer
 from ..._factories import check_takes
 from ...steering.activations import RELU_FAMILY
-from ..images.backbone import evaluation
+from .._restoring import evaluation
 from ..images.features import output_tensor
 from ..images.inputs import check_labels
 from ..images.sets import ImageSet, Preprocess, Splits, normalised_like
@@ -104,7 +104,7 @@ def check_model(
 
 
 def _try(model: nn.Module, methods: Sequence[Method], size: int, activations: Sequence[str] | None) -> None:
-    """Every method once on one made-up image, without training."""
+    """Put every method on the network once, with a blank image; nothing is trained."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     example = torch.zeros(1, 3, size, size, device=device)
     output_tensor(check_takes(model, example, what="images"))

@@ -18,6 +18,7 @@ from ..experiment import Setting
 from ..images.backbone import MEAN_FREE
 
 HEAD_LR = 1e-3
+NAMES = "linear, sct, sct-mean-free, tct, lora-rN or tct+lora-rN"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def method(name: str) -> Method:
         return Method(name, "learned curvature", curvature, _tct, ("beta", "coeff"), nonnegative=("coeff",))
     match = re.fullmatch(r"(tct\+)?lora-r([1-9]\d*)", name)
     if match is None:
-        raise ValueError(f"methods must be linear, sct, sct-mean-free, tct, lora-rN or tct+lora-rN, got {name!r}")
+        raise ValueError(f"methods must be {NAMES}, got {name!r}")
     rank = int(match[2])
     if match[1]:
         optional, attach = ("beta", "coeff", "scale"), partial(_tct, rank=rank)

@@ -36,7 +36,7 @@ from .. import experiment
 from ..experiment import ComparisonResult
 from ..report import figures
 from ..report.section import Picture, Section, Table, duration
-from ..result import align, describe
+from ..result import describe
 from ..stats import mean_over_seeds, spread, standard_error, summary
 
 BASELINE = "linear"
@@ -159,7 +159,7 @@ class TransferComparison(ComparisonResult[RunResult]):
         return standard_error([a - b for a, b in zip(*scores)])
 
     def gains(self) -> list[dict[str, Any]]:
-        """Every method against the linear probe, and T-CT against every LoRA."""
+        """Compare every method with the linear probe, and T-CT with every LoRA."""
         gains = []
         for model in self.models:
             methods = self.methods(model)
@@ -181,23 +181,23 @@ class TransferComparison(ComparisonResult[RunResult]):
 
     def table(self) -> str:
         """One table per model as text: accuracies in percent, mean ± deviation over seeds; then the gains."""
-        parts = [f"{model}\n{align(lines)}" for model in self.models if len(lines := self._grid(model, mark="{}*")) > 1]
+        parts = [f"{grid.caption}\n{grid.text()}" for grid in self._grids("{}*")]
         note = "accuracy in %, mean ± deviation over seeds; * best of a row; gains over the linear probe"
         return "\n\n".join([*parts, note]) if parts else "no method has been tested yet"
 
     def markdown(self) -> str:
         """The same as Markdown, the best of a row in bold."""
-        parts = []
-        for model in self.models:
-            header, *rows = self._grid(model, mark="**{}**")
-            if rows:
-                lines = [[model, *header[1:]], ["---", *["--:"] * (len(header) - 1)], *rows]
-                parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-        return "\n\n".join(parts)
+        grids = self._grids("**{}**")
+        return "\n\n".join(replace(grid, header=[grid.caption, *grid.header[1:]]).markdown() for grid in grids)
 
-    def _grid(self, model: str, mark: str) -> list[list[str]]:
+    def _grids(self, mark: str) -> list[Table]:
+        grids = [self._grid(model, mark) for model in self.models]
+        return [grid for grid in grids if grid.rows]
+
+    def _grid(self, model: str, mark: str) -> Table:
+        """Accuracies by data set and method, and gains; ``mark`` formats the best of a row."""
         methods = self.methods(model)
-        lines = [["data", *map(display, methods)]]
+        lines: list[list[str]] = []
         for data in self.setup["data"]:
             scores = [_accuracies(self.tested(model, data, m)) for m in methods]
             if any(scores):
@@ -214,7 +214,7 @@ class TransferComparison(ComparisonResult[RunResult]):
             lines.append(["better on", *(f"{g['better']} of {g['sets']}" if g else "–" for g in gains)])
             trained = [self.tested(model, complete[0], m)[0].parameters for m in methods]
             lines.append(["trained, without head", *(f"{n:,}" for n in trained)])
-        return lines
+        return Table(model, ["data", *map(display, methods)], lines)
 
     def tuning(self) -> str:
         """The settings that were tried on the first seed, with their validation accuracies, as text."""
@@ -329,7 +329,7 @@ def _gains_table(gains: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 
 def _not_helped(gains: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Every method and data set that was worse than the baseline, or no better beyond two standard errors."""
+    """Sentences about what was worse than the baseline, or no better beyond two standard errors."""
     for gain in gains:
         for each in gain["each"]:
             title = f"{gain['model']} on {each['data']}, {display(gain['method'])} against {display(gain['baseline'])}"
@@ -356,7 +356,7 @@ def _learned(run: Mapping[str, Any]) -> list[Table | Picture]:
             )
         )
     if "curvature" in detail:  # peft's wrappers are no part of a layer's name
-        learned = {site.removeprefix("base_model.model."): found for site, found in detail["curvature"].items()}
+        learned = {site.removeprefix("base_model.model."): values for site, values in detail["curvature"].items()}
         parts.append(
             Picture(
                 figures.data_uri(figures.learned_values(learned), "png"),
@@ -367,6 +367,6 @@ def _learned(run: Mapping[str, Any]) -> list[Table | Picture]:
         columns = [(kind, name) for kind in ("beta", "coeff") for name in ("mean", "deviation", "low", "high")]
         names = {"beta": "β", "coeff": "c", "low": "least", "high": "most"}
         header = ["layer", *(f"{names[kind]} {names.get(name, name)}" for kind, name in columns)]
-        rows_of = [[site, *(f"{found[k][n]:.3f}" for k, n in columns)] for site, found in learned.items()]
+        rows_of = [[site, *(f"{values[k][n]:.3f}" for k, n in columns)] for site, values in learned.items()]
         parts.append(Table(f"{title}: learned values by layer", header, rows_of, folded=True))
     return parts

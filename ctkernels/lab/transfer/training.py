@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from .._distributed import Group
 from ..experiment import TrainingLog
-from .config import TrainingConfig
+from .config import TransferConfig
 from .heads import logits_of
 from .state import batch_norms, state_of, training_mode
 
@@ -37,11 +37,8 @@ def train(
     groups: Sequence[Mapping[str, Any]],
     images: Dataset[Any],
     val: Dataset[Any],
-    *,
-    training: TrainingConfig,
+    config: TransferConfig,
     seed: int,
-    bn_train: bool,
-    workers: int = 0,
     advance: Callable[[int], object] = lambda step: None,
 ) -> TrainingLog:
     """Train the parameters in ``groups`` (with their rates) with Adam on cross-entropy.
@@ -49,6 +46,7 @@ def train(
     Returns:
         the log, with the trained state of the best epoch. Training ends early where the loss is not finite.
     """
+    training, bn_train, workers = config.training, config.bn != "eval", config.workers
     size = training.batch_size
     # a batch of one image has no batch statistics
     single = bn_train and len(images) > size and len(images) % size == 1  # type: ignore[arg-type]

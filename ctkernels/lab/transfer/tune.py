@@ -5,19 +5,20 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
-from ..._extras import require
 from ..._files import read_json
+from ...cli.option_types import RATES, SEED
 from ...steering import steer
-from .._weights import read_weights, save_weights
+from .._weights import load_adapter, read_weights, save_weights
 from ..config import configured
-from ..experiment import Setting, weights_path
+from ..experiment import weights_path
 from ..images.sets import Preprocess, Splits, normalised_like
 from .compare import compare_transfer
 from .config import TransferConfig
@@ -33,17 +34,33 @@ STAGES = ("linear", "sct", "tct")
 HEAD, STATISTICS = "head.safetensors", "statistics.safetensors"
 
 
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(TransferConfig):
+    """The configuration of :func:`tune_curvature`.
+
+    Args:
+        betas, activations, training, images, bn, precision, cpu, workers, memory_limit, progress: as of
+            :class:`TransferConfig`.
+        name: of the network, in the result.
+        data_name: of the images, in the result.
+        seed: of splits, initial weights and order.
+        lr: rates of beta and coeff, to try.
+        head_lr: rates of the head, to try, for all three stages.
+    """
+
+    name: str = "model"
+    data_name: str = "data"
+    seed: Annotated[int, SEED] = 42
+    lr: Annotated[Sequence[float] | str, RATES] = (0.1,)
+    head_lr: Annotated[Sequence[float] | str, RATES] = (1e-3,)
+
+
 def tune_curvature(
     model: nn.Module | Callable[[], nn.Module],
     data: Splits,
     out: str | PathLike[str],
-    config: TransferConfig | None = None,
+    config: TuneConfig | None = None,
     *,
-    name: str = "model",
-    data_name: str = "data",
-    seed: int = 42,
-    lr: Sequence[float] = (0.1,),
-    head_lr: Sequence[float] = (1e-3,),
     extra: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> TransferComparison:
@@ -59,13 +76,9 @@ def tune_curvature(
         model: the pretrained network, or a function that builds it.
         data: labelled images.
         out: folder for ``result.json``, ``weights`` and what is kept. A call that was cut short goes on from there.
-        name, data_name: what they are called in the result.
-        seed: of the splits, initial weights and order.
-        lr: rates of the curvature to try.
-        head_lr: rates of the head to try, for all three stages.
-        config: betas, epochs, how images are made ready and so on.
+        config: betas, rates to try, epochs, how images are made ready and so on.
         extra: more entries for the result file.
-        options: fields of :class:`TransferConfig`, in place of ``config``'s.
+        options: fields of :class:`TuneConfig`, in place of ``config``'s.
 
     Raises:
         ValueError, ImportError: as :func:`compare_transfer`.
@@ -76,22 +89,20 @@ def tune_curvature(
 
     Source: Curvature Tuning paper, sections 3.3 and 4.1.
     """
-    config, folder = configured(TransferConfig, config, options), Path(out)
-    head = {"head_lr": list(head_lr)}
-    common: dict[str, Any] = {"config": config, "seeds": (seed,), "out": out}
-    sources, sets = {name: model}, {data_name: data}
-    method("tct").settings({"lr": list(lr), **head})  # refuse bad rates before the first stage
-    fixed = compare_transfer(
-        sources, sets, methods=("linear", "sct"), grids={"linear": head, "sct": head}, extra=extra, **common
-    )
-    chosen = fixed.tested(name, data_name, "sct")[0].detail["beta"]
+    config, folder = configured(TuneConfig, config, options), Path(out)
+    head = {"head_lr": list(config.head_lr)}
+    grids: dict[str, Any] = {"linear": head, "sct": head}
+
+    def compare(**entries: Any) -> TransferComparison:
+        sources, sets = {config.name: model}, {config.data_name: data}
+        common: dict[str, Any] = {"methods": tuple(grids), "grids": grids, "seeds": (config.seed,), "out": out}
+        return compare_transfer(sources, sets, config, extra={**(extra or {}), **entries}, **common)
+
+    chosen = compare().tested(config.name, config.data_name, "sct")[0].detail["beta"]
     start = {} if chosen is None or chosen == 1.0 else {"beta": [min(chosen, HIGHEST)]}
-    grids = {"linear": head, "sct": head, "tct": {"lr": list(lr), **head, **start}}
-    result = compare_transfer(
-        sources, sets, methods=("linear", "sct", "tct"), grids=grids, extra={**(extra or {}), "kind": "tune"}, **common
-    )
-    runs = _by_stage(result)
-    kept = kept_stage(result)
+    grids["tct"] = {"lr": list(config.lr), **head, **start}
+    result = compare(kind="tune")
+    runs, kept = _by_stage(result), kept_stage(result)
     below = runs["linear"].validation["accuracy"] - runs["tct"].validation["accuracy"]
     if below > 0:
         warnings.warn(
@@ -99,47 +110,47 @@ def tune_curvature(
             f"rate (lr, now {runs['tct'].setting['lr']:g}) or more epochs may help",
             stacklevel=2,
         )
-    images = config.images
-    train = split(data, images, seed)["train"]
-    preprocess = Preprocess(images.size, images.resize)
-    if images.normalise == "target":
-        preprocess = normalised_like(preprocess, train)
     from accelerate import PartialState
-
-    from ...adapters import save_adapter
 
     if PartialState().is_main_process:
         built = (model if isinstance(model, nn.Module) else model()).cpu()
-        run, classes = runs[kept], len(train.classes)
-        state = read_weights(weights_path(folder, run))
-        for stale in (folder / HEAD, folder / STATISTICS):
-            stale.unlink(missing_ok=True)
-        if kept == "tct":
-            network = _network(built, classes, run.setting, images.size, config)
-            load_state(network, state)
-            save_adapter(network, folder / "adapter")
-            if config.bn != "eval":
-                save_weights(folder / "adapter" / STATISTICS, _statistics(network))
-        else:
-            shutil.rmtree(folder / "adapter", ignore_errors=True)  # of an earlier call, which chose among fewer runs
-            save_weights(folder / HEAD, state)
-            if config.bn == "train":
-                network, _ = with_head(built.eval(), _example(built, images.size), classes)
-                _steer(network, run, config.kinds)
-                batch = config.training.batch_size
-                with torch.no_grad(), recalibrated(network, draw(data, images, seed, 0).train, network, batch, 0):
-                    save_weights(folder / STATISTICS, _statistics(network))
-        tuned = {
-            "kept": kept,
-            **({"adapter": "adapter"} if kept == "tct" else {"head": HEAD}),
-            "classes": list(train.classes),
-            "size": preprocess.size,
-            "resize": preprocess.resize,
-            "mean": list(preprocess.mean),
-            "std": list(preprocess.std),
-        }
+        _save_kept(built, data, runs[kept], folder, config)
+        images = config.images
+        train = split(data, images, config.seed)["train"]
+        preprocess = Preprocess(images.size, images.resize)
+        if images.normalise == "target":
+            preprocess = normalised_like(preprocess, train)
+        kept_in = {"adapter": "adapter"} if kept == "tct" else {"head": HEAD}
+        made_ready = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(preprocess).items()}
+        tuned = {"kept": kept, **kept_in, "classes": list(train.classes), **made_ready}
         result.save(folder / "result.json", **(extra or {}), kind="tune", tuned=tuned)
     return result
+
+
+def _save_kept(model: nn.Module, data: Splits, run: RunResult, folder: Path, config: TuneConfig) -> None:
+    """Write what a stage trained on ``model``, in place of what an earlier call kept."""
+    state, classes, size = read_weights(weights_path(folder, run)), len(data.train.classes), config.images.size
+    for stale in (folder / HEAD, folder / STATISTICS):
+        stale.unlink(missing_ok=True)
+    network, head = with_head(model.eval(), _example(model, size), classes)
+    if run.method == "tct":
+        from ... import adapters
+
+        attach = method("tct").attach
+        assert attach is not None
+        network = attach(network, head, run.setting, config.activations, size).network
+        load_state(network, state)
+        adapters.save_adapter(network, folder / "adapter")
+        if config.bn != "eval":
+            save_weights(folder / "adapter" / STATISTICS, _statistics(network))
+        return
+    shutil.rmtree(folder / "adapter", ignore_errors=True)  # of an earlier call, which chose among fewer runs
+    save_weights(folder / HEAD, state)
+    if config.bn == "train":
+        _steer(network, run, config.activations)
+        train = draw(data, config.images, config.seed, 0).train
+        with torch.no_grad(), recalibrated(network, train, network, config.training.batch_size, 0):
+            save_weights(folder / STATISTICS, _statistics(network))
 
 
 def load_tuned(model: nn.Module, folder: str | PathLike[str]) -> tuple[nn.Module, Preprocess, tuple[str, ...]]:
@@ -156,9 +167,6 @@ def load_tuned(model: nn.Module, folder: str | PathLike[str]) -> tuple[nn.Module
     Raises:
         ValueError: the folder has no such result, or the network is another one.
     """
-    peft = require("peft", "adapters", "loading an adapter")
-    from ...adapters import CurvatureConfig  # noqa: F401  (peft knows the method once it is imported)
-
     path = Path(folder)
     try:
         values = read_json(path / "result.json")
@@ -173,13 +181,7 @@ def load_tuned(model: nn.Module, folder: str | PathLike[str]) -> tuple[nn.Module
     statistics = path / STATISTICS
     if kept == "tct":
         adapter = path / tuned["adapter"]
-        if not (adapter / "adapter_model.safetensors").is_file():  # else peft asks the hub for it
-            raise ValueError(f"{adapter}: expected adapter_model.safetensors, found none")
-        read_weights(adapter / "adapter_model.safetensors")
-        try:
-            network = peft.PeftModel.from_pretrained(network, str(adapter))
-        except RuntimeError as error:
-            raise ValueError(f"the adapter in {path} does not fit {type(model).__name__}: {error}") from error
+        network = load_adapter(network, adapter, str(path))
         statistics = adapter / STATISTICS
     else:
         result = TransferComparison.read(path / "result.json")
@@ -222,13 +224,6 @@ def _steer(network: nn.Module, run: RunResult, activations: Sequence[str] | None
     if beta is not None and coeff is not None:
         options: dict[str, Any] = {} if activations is None else {"activations": tuple(activations)}
         steer(network, beta, coeff=coeff, **options)
-
-
-def _network(model: nn.Module, classes: int, setting: Setting, size: int, config: TransferConfig) -> nn.Module:
-    network, head = with_head(model.eval(), _example(model, size), classes)
-    attach = method("tct").attach
-    assert attach is not None
-    return attach(network, head, setting, config.kinds, size).network
 
 
 def _example(model: nn.Module, size: int) -> torch.Tensor:

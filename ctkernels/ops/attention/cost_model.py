@@ -231,7 +231,7 @@ def explain(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, trainin
     reason = fused_refusal(q, k, v, None, 1.0)
     forced = backends.forced()
     chosen = choose(q, k, v, None, 1.0, UNBOUNDED, 0, training, None, None)
-    note = {FUSED: "triton kernels, the edit in their epilogue", SEPARATE: "torch's attention, then head_edit"}
+    note = {FUSED: "triton kernels, the edit in their epilogue", SEPARATE: "torch's attention, then the edit"}
     times = {}
     if q.is_cuda and reason is None:
         times = {e.implementation: e for e in estimates(q, k, v, None, UNBOUNDED, 0, training)}

@@ -37,8 +37,8 @@ def attention_head_edit(
 ) -> Tensor:
     r"""Attention and the gated affine edit of every head's output, fused: (1 + g_m * m) * softmax(scale q k^T) v + g_a * a.
 
-    ``torch.nn.functional.scaled_dot_product_attention`` followed by :func:`ctkernels.functional.head_edit`. On a GPU the edit
-    is in the epilogue of the attention kernel and its gradients are in passes that attention's backward makes anyway.
+    ``torch.nn.functional.scaled_dot_product_attention``, then the edit of its output head by head. On a GPU the edit is in
+    the epilogue of the attention kernel, and its gradients are in passes that attention's backward makes anyway.
 
     The last query is aligned with the last key (FlashAttention's convention): with T queries and S keys, query i is at
     position i + S - T, which is what decoding with a cache means. torch aligns the first query with the first key; the two

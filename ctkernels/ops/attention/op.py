@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..autograd import vjp
 from ..registration import define
-from . import reference
+from . import edit, reference
 from .problem import DIFFERENTIABLE, KEEP_LSE, KEEP_Z, Problem, lse_for, result_for
 
 _COUNT = len(Problem._fields)
@@ -63,7 +63,7 @@ class Plain:
         lse = lse_for(problem.q)
         for at, _, p in _dense(problem):
             unedited, sums = reference.attention(p.q, p.k, p.v, p.mask, p.scale)
-            edited = reference.edit.forward(unedited, *reference.edit_operands(*p.edits))
+            edited = edit.forward(unedited, p.edits)
             if problem.packed is None:
                 y.copy_(edited), z.copy_(unedited), lse.copy_(sums)
             else:

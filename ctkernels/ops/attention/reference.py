@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..head_edit import reference as edit
+from . import edit
+from .problem import Edits
 
 UNBOUNDED = -1
 LOG2E = math.log2(math.e)
@@ -62,26 +63,19 @@ def _weights(s: Tensor) -> tuple[Tensor, Tensor]:
     return seen.softmax(-1).masked_fill(blind, 0.0), seen.logsumexp(-1).masked_fill(blind[..., 0], math.inf)
 
 
-def edit_operands(m: Tensor | None, a: Tensor | None, g_m: Tensor | None, g_a: Tensor | None) -> tuple:
-    """m, a, g_m and g_a with dimensions that broadcast against (B, H, T, E)."""
-    vectors = [t if t is None else t[:, None, :] for t in (m, a)]
-    gates = [t if t is None else t[:, None, None] for t in (g_m, g_a)]
-    return (*vectors, *gates)
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, edits: tuple, mask: Tensor | None, scale: float) -> Tensor:
-    return edit.forward(attention(q, k, v, mask, scale)[0], *edit_operands(*edits))
+def forward(q: Tensor, k: Tensor, v: Tensor, edits: Edits, mask: Tensor | None, scale: float) -> Tensor:
+    return edit.forward(attention(q, k, v, mask, scale)[0], edits)
 
 
 def backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, edits: tuple, mask: Tensor | None, scale: float
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, edits: Edits, mask: Tensor | None, scale: float
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, m, a, g_m, g_a, from the inputs alone; None for an absent one. Differentiable."""
     heads, groups = q.shape[1], k.shape[1]
     weights, _ = _weights(scores(q, k, mask, scale))
     z = weights @ repeat_heads(v, heads)
     m, a, g_m, g_a = edits
-    p = edit.scale(*edit_operands(m, a, g_m, g_a)[::2])
+    p = edit.scale(edits)
     s1, s0 = (dy * z).sum((0, 2)), dy.sum((0, 2))
     dz = dy if p is None else dy * p
     ds = weights * (dz @ repeat_heads(v, heads).mT - (dz * z).sum(-1, keepdim=True)) * scale

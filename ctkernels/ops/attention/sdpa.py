@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, memory
-from ..autograd import in_forward_mode, in_transform, needs_grad
-from ..head_edit.function import head_edit
-from . import reference
+from ..autograd import in_forward_mode
+from . import edit, reference
 from .problem import Edits, Packed
 from .reference import UNBOUNDED
 
@@ -26,7 +25,8 @@ def attend(
     if backends.forced() == "reference" or in_forward_mode():  # torch's fast kernels have no forward mode
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         mask = reference.combine(mask, reference.visible(tokens, keys, left, right, q.device))
-        widened = tuple(None if t is None else t.to(wide) for t in edits)
+        m, a, g_m, g_a = (None if t is None else t.to(wide) for t in edits)
+        widened = (m, a, g_m, g_a)
         return reference.forward(q.to(wide), k.to(wide), v.to(wide), widened, mask, scale).to(q.dtype)
     causal = right == 0 and left == UNBOUNDED and mask is None
     if causal and tokens == 1:  # one query, aligned with the last key, sees them all
@@ -35,7 +35,7 @@ def attend(
         z = _sdpa(q, k, v, None, scale, is_causal=True)
     else:
         z = _sdpa(q, k, v, reference.combine(mask, reference.visible(tokens, keys, left, right, q.device)), scale)
-    return _edit(z, edits, 1)
+    return edit.apply(z, edits)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False) -> Tensor:
@@ -48,14 +48,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
-
-
-def _edit(z: Tensor, edits: Edits, axis: int) -> Tensor:
-    m, a, g_m, g_a = edits
-    if m is None and a is None:
-        return z
-    inplace = not (needs_grad((z, *edits)) or in_transform() or torch.compiler.is_compiling())
-    return head_edit(z, m, a, g_m, g_a, head_axis=axis, inplace=inplace)
 
 
 def attend_packed(

@@ -2,7 +2,7 @@
 
 Arithmetic is double, as in csrc/hard_concrete.h: models have thousands of gates, not millions, and a launch costs more
 than their digits. Noise is an input, or made here from a seed by Philox 4x32-10, as in `reference.uniform`: two launches,
-forward and backward, in place of 377 operations.
+forward and backward, in place of some 370 operations.
 """
 
 from __future__ import annotations
