@@ -38,9 +38,9 @@ def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> Non
         ValueError: path is a file, or a folder with a model of its own (transformers would put the adapter on top of it);
             an adapter's name is no name for a folder; pickled weights are asked for.
 
-    Example:
+    Examples:
         >>> save_adapter(model, "adapter")
-        >>> PeftModel.from_pretrained(base, "adapter")
+        >>> model = PeftModel.from_pretrained(base, "adapter")
     """
     if not kwargs.get("safe_serialization", True):
         raise ValueError("safe_serialization must be True: pickled weights are not written")
@@ -82,7 +82,7 @@ def save_merged(
             quantised or sharded; adapters are merged, or cannot be folded into weights; the model is steered; the folder
             has weights or adapters in it; the target is unknown.
 
-    Example:
+    Examples:
         >>> save_merged(model, "merged")
         >>> plain = AutoModelForCausalLM.from_pretrained("merged")
     """
