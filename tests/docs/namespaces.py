@@ -155,6 +155,63 @@ def curvature_adapter() -> Namespace:
     return {**core(), "get_peft_model": peft.get_peft_model, "resnet18": torchvision.models.resnet18}
 
 
+def laboratory() -> Namespace:
+    """Images as tensors, the folder "photos", and the network as a function in "networks.py"."""
+    needs("numpy", "sklearn", "matplotlib", "tqdm", "PIL", "torchvision", "accelerate", "safetensors", "peft", "gguf")
+    import safetensors.torch
+    from PIL import Image
+
+    labels = torch.arange(40) % 2
+    pixels = (torch.rand(40, 3, 40, 40) + labels[:, None, None, None]) / 2
+    for i, image in enumerate((255 * pixels.movedim(1, 3)).to(torch.uint8).numpy()):
+        file = Path("photos", ("cat", "dog")[i % 2], f"{i}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    Path("networks.py").write_text("import torch\n\n\ndef make():\n    return torch.nn.Linear(2, 2)\n")
+    safetensors.torch.save_file(torch.nn.Linear(2, 2).state_dict(), "best.safetensors")
+    images, pixels = (pixels - 0.5) / 0.25, pixels[:4, :, :32, :32].contiguous()
+    from ctkernels.lab import load_data
+    from ctkernels.lab.transfer import ImageOptions, TrainingConfig
+
+    return {
+        **vision(),
+        **{"images": images[:4], "pixels": pixels, "labels": labels[:4]},
+        **{"train": (images[:20], labels[:20]), "test": (images[20:], labels[20:])},
+        **{"load_data": load_data, "ImageOptions": ImageOptions, "TrainingConfig": TrainingConfig},
+    }
+
+
+def searched() -> Namespace:
+    """With the result of a search in "out/steer"."""
+    names = laboratory()
+    from ctkernels.lab import search_beta
+
+    result = search_beta(names["model"], names["train"], test=names["test"], betas=[0.9, 1.0], progress=False)
+    result.save("out/steer/result.json")
+    return names
+
+
+def robust() -> Namespace:
+    needs("pyautoattack", "imagecorruptions")
+    names = laboratory()
+    images, labels = names["train"]
+    pixels = (0.5 + 0.25 * images[:, :, :32, :32]).clamp(0, 1)
+    parts = {"train": slice(0, 12), "val": slice(12, 16), "test": slice(16, 20)}
+    return {**names, **{name: (pixels[part], labels[part]) for name, part in parts.items()}}
+
+
+def texts() -> Namespace:
+    needs("numpy", "tqdm", "sacrebleu", "rouge_score")
+    from ctkernels.lab.jola import Example, TextData
+
+    names, capitals = language(), {"France": "Paris", "Spain": "Madrid", "Italy": "Rome"}
+    examples = [Example(f"what is the capital of {place}", city) for place, city in capitals.items()]
+    lines = [f'{{"prompt": "{e.prompt}", "answer": "{e.answer}"}}\n' for e in examples]
+    Path("questions.jsonl").write_text("".join(lines))
+    inputs = {key: value for key, value in names["batch"].items() if key != "labels"}
+    return {**names, "model": names["base"], "data": TextData(tuple(examples * 8)), "inputs": inputs}
+
+
 # Where a docstring or a page stands, and what its examples start with; the longest prefix counts.
 NAMESPACES: dict[str, Callable[[], Namespace]] = {
     "ctkernels": core,
@@ -168,6 +225,10 @@ NAMESPACES: dict[str, Callable[[], Namespace]] = {
     "ctkernels/adapters/curvature": curvature_adapter,
     "ctkernels/adapters/published.py": published,
     "ctkernels/adapters/jola/penalty.py": trainer,
+    "ctkernels/lab": laboratory,
+    "ctkernels/lab/jola": texts,
+    "ctkernels/lab/report": searched,
+    "ctkernels/lab/robustness": robust,
     "ctkernels/adapters/jola/gates.py": trainer,
 }
 

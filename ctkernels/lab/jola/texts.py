@@ -93,8 +93,9 @@ def draw(data: TextData, seed: int, *, train: int = 200, val: int = 100, test: i
     Raises:
         ValueError: not enough examples; the message says how many there are.
 
-    Example:
-        >>> draw(data, seed=0, train=200).train[0].prompt  # doctest: +SKIP
+    Examples:
+        >>> draw(data, seed=0, train=8, val=4, test=4).train[0].answer
+        'Madrid'
     """
     for name, count in (("train", train), ("val", val), ("test", test)):
         if count is not None and count < 1:
@@ -153,8 +154,9 @@ def read_texts(path: str | os.PathLike[str]) -> TextData:
             choices; the message names the file and the line (of Parquet the row).
         ImportError: pyarrow is missing and the file is Parquet.
 
-    Example:
-        >>> read_texts("questions.jsonl").train[0].answer  # doctest: +SKIP
+    Examples:
+        >>> read_texts("questions.jsonl").train[0].answer
+        'Paris'
     """
     return find_texts(path)()
 
