@@ -63,7 +63,23 @@ def onnx() -> Namespace:
     return vision()
 
 
-WORDS = "what is the capital of France Spain Italy a definition another Paris Madrid Rome".split()
+WORDS = ["what", "is", "the", "capital", "of", "a", "definition", "another"]
+WORDS += ["France", "Spain", "Italy", "Paris", "Madrid", "Rome"]
+    "what",
+    "is",
+    "the",
+    "capital",
+    "of",
+    "France",
+    "Spain",
+    "Italy",
+    "a",
+    "definition",
+    "another",
+    "Paris",
+    "Madrid",
+    "Rome",
+]
 
 
 def tokenizer() -> Any:
@@ -175,9 +191,14 @@ def laboratory() -> Namespace:
 
     return {
         **vision(),
-        **{"images": images[:4], "pixels": pixels, "labels": labels[:4]},
-        **{"train": (images[:20], labels[:20]), "test": (images[20:], labels[20:])},
-        **{"load_data": load_data, "ImageOptions": ImageOptions, "TrainingConfig": TrainingConfig},
+        "images": images[:4],
+        "pixels": pixels,
+        "labels": labels[:4],
+        "train": (images[:20], labels[:20]),
+        "test": (images[20:], labels[20:]),
+        "load_data": load_data,
+        "ImageOptions": ImageOptions,
+        "TrainingConfig": TrainingConfig,
     }
 
 
