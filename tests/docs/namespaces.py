@@ -65,21 +65,6 @@ def onnx() -> Namespace:
 
 WORDS = ["what", "is", "the", "capital", "of", "a", "definition", "another"]
 WORDS += ["France", "Spain", "Italy", "Paris", "Madrid", "Rome"]
-    "what",
-    "is",
-    "the",
-    "capital",
-    "of",
-    "France",
-    "Spain",
-    "Italy",
-    "a",
-    "definition",
-    "another",
-    "Paris",
-    "Madrid",
-    "Rome",
-]
 
 
 def tokenizer() -> Any:
