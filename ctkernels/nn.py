@@ -31,10 +31,9 @@ class Knobs(nn.Module):
     Raises:
         ValueError: a value outside [0, 1], or one that requires a gradient (see :class:`TrainableCTU`).
 
-    Example::
-
-        knobs = Knobs(0.9)
-        first, second = CTU(knobs=knobs), CTU(knobs=knobs)
+    Examples:
+        >>> knobs = Knobs(0.9)
+        >>> first, second = CTU(knobs=knobs), CTU(knobs=knobs)
 
     Source: equation 8 of the Curvature Tuning paper.
     """
@@ -114,10 +113,10 @@ class CTU(Unscriptable, nn.Module):
     Raises:
         ValueError: a value outside [0, 1], an unknown activation, or ``beta``/``coeff`` beside ``knobs``.
 
-    Example::
-
-        act = CTU(0.9)
-        y = act(torch.randn(4, 8)); act.beta = 0.95
+    Examples:
+        >>> act = CTU(0.9)
+        >>> y = act(torch.randn(4, 8))
+        >>> act.beta = 0.95
 
     Source: equation 8 of the Curvature Tuning paper.
     """
@@ -208,10 +207,9 @@ class TrainableCTU(Unscriptable, nn.Module):
         ValueError: ``num_channels`` below 1, an initial value outside (0, 1), an unknown activation, or, at the call,
             an input whose ``channel_dim`` has another length.
 
-    Example::
-
-        act = TrainableCTU(64)
-        y = act(torch.randn(2, 64, 8, 8))
+    Examples:
+        >>> act = TrainableCTU(64)
+        >>> y = act(torch.randn(2, 64, 8, 8))
 
     Source: Curvature Tuning paper, section 3.3 (trainable CT).
     """

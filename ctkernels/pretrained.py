@@ -52,11 +52,10 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         ValueError: no activation of it is a CT unit; adapters are in it that are not merged; a weight is NaN; the folder
             has another model or an adapter in it.
 
-    Example::
-
-        ctkernels.steer(model, beta=0.9)
-        ctkernels.save_pretrained(model, "steered")
-        model = ctkernels.load_pretrained("steered", resnet18())
+    Examples:
+        >>> handle = ctkernels.steer(model, beta=0.9)
+        >>> file = ctkernels.save_pretrained(model, "steered")
+        >>> model = ctkernels.load_pretrained("steered", Network())
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -125,9 +124,9 @@ def load_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None)
         ValueError: the file is missing, cut short, of another format, or has NaN in it; ``base`` is of another class, is
             steered, or has other weights or activations. ``base`` is unchanged.
 
-    Example::
-
-        model = ctkernels.load_pretrained("steered", resnet18())
+    Examples:
+        >>> model = ctkernels.load_pretrained("steered", Network())
+        >>> ctkernels.handle_of(model).beta = 0.95
     """
     require("safetensors", "adapters", "loading a steered model")
     file = Path(path) / FILE

@@ -38,7 +38,7 @@ def parameter_groups(
     Returns:
         groups for any torch optimizer; empty groups are left out.
 
-    Example:
+    Examples:
         >>> optimizer = torch.optim.AdamW(parameter_groups(model, lr=5e-3, gate_lr=5e-2), eps=1e-6)
     """
     units = _gate_units(model)

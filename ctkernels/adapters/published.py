@@ -72,7 +72,7 @@ def load_official(
         ValueError: no such tensors, layers or heads that do not match, wrong shapes, or a pickled file. Nothing is
             changed then.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(base, JolaConfig(task_type="CAUSAL_LM"))
         >>> load_official(model, "official_checkpoint")
     """

@@ -44,9 +44,9 @@ def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> Non
         ValueError: path is a file, or a folder with a model of its own (transformers would put the adapter on top of it);
             an adapter's name is no name for a folder; pickled weights are asked for.
 
-    Example:
+    Examples:
         >>> save_adapter(model, "adapter")
-        >>> PeftModel.from_pretrained(base, "adapter")
+        >>> model = PeftModel.from_pretrained(base, "adapter")
     """
     if not kwargs.get("safe_serialization", True):
         raise ValueError("safe_serialization must be True: pickled weights are not written")
@@ -106,8 +106,9 @@ def save_merged(
             cannot be folded into weights; the model is steered; the folder has weights or adapters in it; the target is
             unknown. Nothing is written then.
 
-    Example:
+    Examples:
         >>> print(save_merged(model, "merged"))
+        merged for ...
         >>> plain = AutoModelForCausalLM.from_pretrained("merged")
     """
     if target is not None and target not in TARGETS:

@@ -51,11 +51,11 @@ def portable(
         ValueError: the model is in training mode; a knob or an edit is not finite; an op of this library has no portable
             form here.
 
-    Example::
-
-        ctkernels.steer(model, beta=0.9)
-        program = ctkernels.export.portable(model, (x,), dynamic_shapes="batch")
-        torch.export.save(program, "model.pt2")
+    Examples:
+        >>> import ctkernels.export
+        >>> handle = ctkernels.steer(model, beta=0.9)
+        >>> program = ctkernels.export.portable(model, (x,), dynamic_shapes="batch")
+        >>> torch.export.save(program, "model.pt2")
     """
     program = functional(_exported(model, args, kwargs, dynamic_shapes), _IN_PLACE)
     editor = Editor(program)

@@ -69,11 +69,10 @@ def fuse(model: nn.Module) -> Fusion:
         ValueError: it is fused already, or there is nothing to fuse. The model is unchanged.
         RuntimeError: a forward has put what it was read with into a cache that cannot be cleared; it is named.
 
-    Example::
-
-        ctkernels.steer(model, beta=0.9)
-        handle = ctkernels.fuse(model)
-        print(handle); handle.remove()
+    Examples:
+        >>> steering = ctkernels.steer(model, beta=0.9)
+        >>> handle = ctkernels.fuse(model)
+        >>> handle.remove()
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

@@ -15,7 +15,10 @@ def explain(x: Tensor, op: str = "ctu") -> str:
 
     op: the name of an op, such as ``"ctu"``; for ``"attention_head_edit"``, x is q, and the keys are as many.
 
-    >>> print(ctkernels.explain(torch.randn(8)))
+    Examples:
+        >>> print(ctkernels.explain(torch.randn(8)))
+        ctu on a float32 tensor of shape (8,) on cpu
+        ...
     """
     known = (*OPS, "attention_head_edit")
     if op not in known:

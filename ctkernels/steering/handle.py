@@ -69,10 +69,10 @@ def steer(
         ValueError: no site is found (near misses are listed), the model is steered already, a number is outside [0, 1],
             a pattern matches no site, or an activation is unknown. The model is unchanged.
 
-    Example::
-
-        handle = ctkernels.steer(model, beta=0.9)
-        handle.beta = 0.95; handle.remove()
+    Examples:
+        >>> handle = ctkernels.steer(model, beta=0.9)
+        >>> handle.beta = 0.95
+        >>> handle.remove()
 
     Source: Curvature Tuning paper, sections 3.2 and 4.1.
     """
@@ -109,10 +109,11 @@ def handle_of(model: nn.Module) -> Steering:
     Raises:
         ValueError: ``steer`` was not called on this module.
 
-    Example::
-
-        twin = copy.deepcopy(model)
-        ctkernels.handle_of(twin).beta = 0.8
+    Examples:
+        >>> import copy
+        >>> handle = ctkernels.steer(model, beta=0.9)
+        >>> twin = copy.deepcopy(model)
+        >>> ctkernels.handle_of(twin).beta = 0.8
     """
     handle = model.__dict__.get(_marks.STEERING)
     if handle is None:

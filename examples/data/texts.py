@@ -62,7 +62,7 @@ def wordnet(path: str | os.PathLike[str] | None = None, *, per_class: int = 400,
     Raises:
         ValueError: none worked (the message has one reason each), or ``per_class`` is below 1.
 
-    Example:
+    Examples:
         >>> data = wordnet()  # doctest: +SKIP
         >>> data.train[0].choices  # doctest: +SKIP
         ('act', 'quality', 'idea', 'message', 'condition', 'event', 'group', 'money')
@@ -88,7 +88,7 @@ def hypernyms(path: str | os.PathLike[str] | None = None, *, count: int = 4000, 
     Raises:
         ValueError: WordNet was not found (the message has one reason for each place), or ``count`` is below 1.
 
-    Example:
+    Examples:
         >>> data = hypernyms()  # doctest: +SKIP
 
     Source: WordNet 3.0, Princeton University (WordNet licence).

@@ -52,7 +52,7 @@ class CurvatureConfig(AdapterConfig):
     Raises:
         ValueError: a value outside its range; the message names the field.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(resnet18(), CurvatureConfig(modules_to_save=["fc"]))
         >>> optimizer = torch.optim.Adam(parameter_groups(model))  # 0.1 for beta and coeff, 1e-3 for the head
 

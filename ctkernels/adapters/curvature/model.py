@@ -70,9 +70,10 @@ class CurvatureModel(BaseTuner):
         ValueError: there is no activation to adapt (near misses are listed), its channels cannot be found, or the
             model is steered. The model is left as it was.
 
-    Example:
-        >>> import ctkernels.adapters
-        >>> model = get_peft_model(torchvision.models.resnet18(), CurvatureConfig(modules_to_save=["fc"]))
+    Examples:
+        >>> model = get_peft_model(resnet18(), CurvatureConfig(modules_to_save=["fc"]))
+        >>> model.print_trainable_parameters()
+        trainable params: ...
     """
 
     prefix = "curvature_"
@@ -342,8 +343,8 @@ def fix_units(model: nn.Module) -> None:
 def find_activations(model: nn.Module) -> list[Site]:
     """The places where `model` applies an activation, as `CurvatureConfig` names them.
 
-    Example:
-        >>> [site.name for site in find_activations(torchvision.models.resnet18())][:3]
+    Examples:
+        >>> [site.name for site in find_activations(resnet18())][:3]
         ['relu', 'layer1.0.relu', 'layer1.0.relu#2']
     """
     attached = attached_to(model)

@@ -58,9 +58,9 @@ class JolaConfig(AdapterConfig):
     Raises:
         ValueError: a value outside its range; the message names the field.
 
-    Example:
+    Examples:
         >>> config = JolaConfig(task_type="CAUSAL_LM", layers_to_transform=[0, 1])
-        >>> model = get_peft_model(model, config)
+        >>> model = get_peft_model(base, config)
     """
 
     method: ClassVar[str] = "JOLA"

@@ -47,9 +47,10 @@ class JolaModel(BaseTuner):
         ValueError: no site was found, or one cannot be edited; the message names the module. The model is left as it
             was.
 
-    Example:
+    Examples:
         >>> import ctkernels.adapters
-        >>> model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), JolaConfig(task_type="CAUSAL_LM"))
+        >>> base = AutoModelForCausalLM.from_pretrained("llama")
+        >>> model = get_peft_model(base, JolaConfig(task_type="CAUSAL_LM"))
     """
 
     prefix = "jola_"

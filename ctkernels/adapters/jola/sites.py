@@ -165,9 +165,9 @@ def head_layout(model: nn.Module, name: str, module: nn.Module, head_dim: int | 
         ValueError: the module is no linear projection, is never called as a module (`nn.MultiheadAttention`), is an
             input projection, or its input is not `heads * head_dim` wide (a fused layout).
 
-    Example:
-        >>> head_layout(model, "model.layers.0.self_attn.o_proj", model.model.layers[0].self_attn.o_proj)
-        (32, 128)
+    Examples:
+        >>> head_layout(base, "model.layers.0.self_attn.o_proj", base.model.layers[0].self_attn.o_proj)
+        (4, 8)
     """
     shape = linear_shape(module)
     if shape is None:
@@ -341,9 +341,9 @@ def find_sites(model: nn.Module) -> list[str]:
     Returns:
         module names, in the model's order; empty if nothing fits.
 
-    Example:
-        >>> find_sites(model)[:1]
-        ['model.layers.0.self_attn.o_proj']
+    Examples:
+        >>> find_sites(base)
+        ['model.layers.0.self_attn.o_proj', 'model.layers.1.self_attn.o_proj']
     """
     sites = {attention.site for attention in find_attention(model)}
     return [name for name, _ in unwrapped(model) if name in sites]

@@ -47,9 +47,10 @@ def measure_units(model: nn.Module, batches: Iterable[Any], adapter: str | None 
         ValueError: no batch reached an edited layer, every output is zero, an output is not finite, or the adapter is
             merged. Nothing is changed then.
 
-    Example:
-        >>> model = get_peft_model(model, JolaConfig(task_type="CAUSAL_LM"))
-        >>> measure_units(model, [tokenizer(prompts[:64], padding=True, return_tensors="pt")])
+    Examples:
+        >>> model = get_peft_model(base, JolaConfig(task_type="CAUSAL_LM"))
+        >>> batches = [tokenizer(prompts[:64], padding=True, return_token_type_ids=False, return_tensors="pt")]
+        >>> units = measure_units(model, batches)
     """
     names = named_adapters(model, adapter)
     for layer in jola_layers(model):

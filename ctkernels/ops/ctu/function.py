@@ -65,9 +65,11 @@ def ctu(
         TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range.
         RuntimeError: for ``inplace=True`` where a gradient is needed, or on an inference tensor outside of inference mode.
 
-    Example:
-        >>> y = ctkernels.functional.ctu(x, 0.9)                                # one knob for all
-        >>> y = ctkernels.functional.ctu(x, beta, coeff, channel_dim=1)          # a knob per channel
+    Examples:
+        >>> x = torch.randn(2, 8, 16, 16)
+        >>> y = ctkernels.functional.ctu(x, 0.9)  # one knob for all
+        >>> beta, coeff = torch.full((8,), 0.9), torch.full((8,), 0.5)
+        >>> y = ctkernels.functional.ctu(x, beta, coeff, channel_dim=1)  # a knob per channel
     """
     kind = ACTIVATIONS.get(activation, -1) if isinstance(activation, str) else -1
     if index is None and not torch.compiler.is_compiling():

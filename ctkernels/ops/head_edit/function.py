@@ -49,9 +49,12 @@ def head_edit(
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or device.
         RuntimeError: for ``inplace=True`` where a gradient is needed, or on an inference tensor outside of inference mode.
 
-    Example:
-        >>> z = ctkernels.functional.head_edit(z, m, a, g_m, g_a)                  # z: (batch, tokens, heads * head_dim)
-        >>> z = ctkernels.functional.head_edit(z, m, a, head_axis=1)               # z: (batch, heads, tokens, head_dim)
+    Examples:
+        >>> m, a, gates = torch.randn(4, 8), torch.randn(4, 8), torch.ones(4)
+        >>> z = torch.randn(2, 16, 32)  # (batch, tokens, heads * head_dim)
+        >>> y = ctkernels.functional.head_edit(z, m, a, gates, gates)
+        >>> z = torch.randn(2, 4, 16, 8)  # (batch, heads, tokens, head_dim)
+        >>> y = ctkernels.functional.head_edit(z, m, a, head_axis=1)
     """
     op = "head_edit"
     if head_dim is None and head_axis is None and index is None and not inplace and not torch.compiler.is_compiling():
