@@ -31,7 +31,8 @@ def test_units_at_the_neutral_point_compute_what_the_family_does(name: str) -> N
     assert torch.equal(output(model, x), expected)
     found = {site.activation for site in handle.sites}
     handle.beta, handle.coeff = (
-        {f"*:{activation}": getattr(ACTIVATIONS[activation], knob) for activation in found} for knob in ("beta", "coeff")
+        {f"*:{activation}": getattr(ACTIVATIONS[activation], knob) for activation in found}
+        for knob in ("beta", "coeff")
     )
     bound = 32 * torch.finfo(torch.float32).eps * max(1.0, expected.abs().max().item())
     assert (output(model, x) - expected).abs().max() <= bound
