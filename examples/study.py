@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 test=o.test,
                 grids=grids_of(o.grid),
                 training=TrainingConfig(epochs=o.epochs, patience=o.epochs),
-                answering=ANSWERING.get(task),
+                answering=ANSWERING.get(task, Answering()),
                 out=out / task,
                 name=o.model,
                 progress=not o.no_progress,
