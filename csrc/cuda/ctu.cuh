@@ -30,8 +30,8 @@ __device__ __forceinline__ FloatKnobs float_knobs(const CtuKnobs& k) {
 }
 
 // The knobs of V channels: from the table, or computed here if they are not logits.
-template <int V>
-__device__ __forceinline__ void knobs_of(const Channelwise<CtuOp>& a, uint32_t g, const uint32_t (&c)[V], FloatKnobs (&out)[V]) {
+template <int V, class Op>
+__device__ __forceinline__ void knobs_of(const Channelwise<Op>& a, uint32_t g, const uint32_t (&c)[V], FloatKnobs (&out)[V]) {
   const ParamRef &beta = a.params[CtuOp::kBeta], &coeff = a.params[CtuOp::kCoeff];
   if (a.table) {
     const uint32_t channels = a.tiling.channels;
@@ -58,14 +58,14 @@ __device__ __forceinline__ void knobs_of(const Channelwise<CtuOp>& a, uint32_t g
   }
 }
 
-template <>
-struct OnGpu<CtuOp, float> {
-  struct Constants : cuda::Constants<CtuOp, float> {
-    __device__ __forceinline__ float operator()(int i) const { return i == CtuOp::kNegC ? -k[CtuOp::kC] : k[i]; }
+template <class Op>
+struct OnGpu<Op, float, std::enable_if_t<std::is_base_of_v<CtuOp, Op>>> {
+  struct Constants : cuda::Constants<Op, float> {
+    __device__ __forceinline__ float operator()(int i) const { return i == CtuOp::kNegC ? -this->k[CtuOp::kC] : this->k[i]; }
   };
 
   template <CtuOp::Variant kind, class Math, int V>
-  static __device__ __forceinline__ void precompute(const Channelwise<CtuOp>& a, uint32_t g, const uint32_t (&c)[V], Constants (&out)[V]) {
+  static __device__ __forceinline__ void precompute(const Channelwise<Op>& a, uint32_t g, const uint32_t (&c)[V], Constants (&out)[V]) {
     double slope[V];  // a float would have lost the digits of 1 - slope, and the side of 1
     FloatKnobs knobs[V];
     parameters(a.params[CtuOp::kSlope], g, c, slope);

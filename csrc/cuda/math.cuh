@@ -184,7 +184,7 @@ struct Constants {
 
 // How a GPU gets from parameters to constants and from sums to gradients. C: the type of the arithmetic. ctu.cuh specialises it:
 // double precision is scarce.
-template <class Op, class C>
+template <class Op, class C, class = void>
 struct OnGpu {
   using Constants = cuda::Constants<Op, C>;
 

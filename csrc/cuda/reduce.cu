@@ -70,7 +70,8 @@ __device__ __forceinline__ void reduce_shared(const ReduceShared& a) {
 #include "../ops.def"
 CTK_KERNEL(ctk_reduce_shared, kSharedThreads, ReduceShared, reduce_shared)
 
-__device__ __forceinline__ void ctu_precompute(const Precompute<CtuOp>& a) {
+template <class Op>
+__device__ __forceinline__ void ctu_precompute(const Precompute<Op>& a) {
   const uint32_t n = a.rows * a.channels, i = blockIdx.x * kTableThreads + threadIdx.x;
   if (i >= n) return;
   const uint32_t g = i / a.channels, c = i % a.channels;
@@ -80,6 +81,7 @@ __device__ __forceinline__ void ctu_precompute(const Precompute<CtuOp>& a) {
 #pragma unroll
   for (int f = 0; f < CtuOp::kTable; ++f) a.to[int64_t(f) * n + i] = values[f];
 }
-CTK_KERNEL(ctk_ctu_precompute, kTableThreads, Precompute<CtuOp>, ctu_precompute)
+#define CTK_TABLE_KERNEL(stem, Op) CTK_KERNEL(stem##_precompute, kTableThreads, Precompute<Op>, (ctu_precompute<Op>))
+#include "../ops.def"
 
 }  // namespace ctk::cuda

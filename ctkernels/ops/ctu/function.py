@@ -67,18 +67,19 @@ def ctu(
         >>> y = ctkernels.functional.ctu(x, beta, coeff, channel_dim=1)          # a knob per channel
     """
     checks.tensor("ctu", "x", x)
-    kind = ACTIVATIONS.get(activation, -1) if isinstance(activation, str) else -1
-    if kind < 0:
-        checks.choice("ctu", "activation", activation, ACTIVATIONS)
+    kind = kind_of("ctu", activation)
     channel = None if channel_dim is None else checks.dimension("ctu", "channel_dim", channel_dim, x)
     eps = checks.unit_interval("ctu", "eps", eps)
     if index is None:
-        beta, coeff = _knob("beta", beta, x, channel, raw), _knob("coeff", coeff, x, channel, raw)
+        beta, coeff = knob("ctu", "beta", beta, x, channel, raw), knob("ctu", "coeff", coeff, x, channel, raw)
     else:
         checks.sample_index("ctu", index, "x", x, (beta, coeff))
         if channel == 0:
             raise ValueError("ctu: index gives the samples of dimension 0 their knobs, so channel_dim must not be 0")
-        beta, coeff = _rows("beta", beta, x, channel, index), _rows("coeff", coeff, x, channel, index)
+        beta, coeff = (
+            knob_rows("ctu", "beta", beta, x, channel, index),
+            knob_rows("ctu", "coeff", coeff, x, channel, index),
+        )
     slope = checks.parameter("ctu", "negative_slope", negative_slope, x, channel) if kind == 1 else None
     if scale is not None:
         scale = checks.parameter("ctu", "scale", scale, x, channel)
@@ -98,21 +99,29 @@ def ctu(
     return OP.call_(inputs, attrs) if inplace else OP(inputs, attrs)
 
 
-def _knob(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, raw: bool) -> Tensor:
+def kind_of(op: str, activation: str) -> int:
+    """The family member of an activation."""
+    kind = ACTIVATIONS.get(activation, -1) if isinstance(activation, str) else -1
+    if kind < 0:
+        checks.choice(op, "activation", activation, ACTIVATIONS)
+    return kind
+
+
+def knob(op: str, name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, raw: bool) -> Tensor:
     """beta or coeff as the op takes it; a number, unless it is a logit, is between 0 and 1."""
     if isinstance(value, Tensor):
-        return checks.parameter("ctu", name, value, x, channel_dim)
+        return checks.parameter(op, name, value, x, channel_dim)
     check = checks.number if raw else checks.unit_interval
-    return checks.scalar_tensor(check("ctu", name, value), x)
+    return checks.scalar_tensor(check(op, name, value), x)
 
 
-def _rows(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, index: Tensor) -> Tensor:
+def knob_rows(op: str, name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, index: Tensor) -> Tensor:
     """The row of ``value`` for each sample, as the op takes them: float32 or float64, (B, C) or (B, 1)."""
     if not isinstance(value, Tensor) or value.dim() != 2:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(f"ctu: with index, {name} must be a tensor of shape (rows, channels), got {got}")
-    checks.tensor("ctu", name, value)
-    checks.same_device("ctu", name, value, "x", x)
+        raise ValueError(f"{op}: with index, {name} must be a tensor of shape (rows, channels), got {got}")
+    checks.tensor(op, name, value)
+    checks.same_device(op, name, value, "x", x)
     if value.shape[1] != 1:
-        checks.channel_count("ctu", name, value.shape[1], x, channel_dim)
+        checks.channel_count(op, name, value.shape[1], x, channel_dim)
     return checks.widened(value).index_select(0, index)

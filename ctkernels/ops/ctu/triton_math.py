@@ -317,6 +317,6 @@ def parameter_gradients(p, s, ATTRS: tl.constexpr):
 
 
 MATH = Math(
-    precompute, forward, gradients, parameter_gradients,
+    "ctu", precompute, forward, gradients, parameter_gradients,
     fallbacks=(1.0, 0.5, 0.0, 1.0, 0.0), sums=(15, 15, 16, 32, 64), prologue=True,
 )  # fmt: skip
