@@ -29,7 +29,10 @@ def fuse(model: nn.Module) -> Fusion:
     - convolution or linear layer -> BatchNorm -> CT unit, with or without a sum of two tensors before the unit, and with
       any of the parts but the last missing;
     - convolution or linear layer -> BatchNorm, with anything after it;
-    - the same with a BatchNorm that calls the activation itself, as timm's ``BatchNormAct2d`` does.
+    - the same with a BatchNorm that calls the activation itself, as timm's ``BatchNormAct2d`` does;
+    - CT unit -> product with a second tensor, as in the gated MLPs of language models (Llama, Qwen, Mistral, Gemma), with or
+      without the linear layer before the unit; also where gate and second tensor are halves (``chunk``) of one projection
+      (Phi-3, GLM). Both are one pass, :func:`ctkernels.functional.ctu_and_mul`, forward and backward.
 
     CT units are what :func:`steer` made, those of a :class:`ctkernels.adapters.CurvatureConfig`, learned or merged, and the
     modules of :mod:`ctkernels.nn`. In a model without any, BatchNorms are
@@ -219,7 +222,9 @@ def _alone(names: dict[nn.Module, str], sites: tuple[FusedSite, ...], left: dict
                 reason = reason or "no layer before it, or no unit after it, that nothing else reads the values of"
             reasons.update({name: reason} if reason else {})
         elif is_unit(module):
-            reasons[name] = "no layer, BatchNorm or sum before it that nothing else reads the values of"
+            reasons[name] = (
+                "no layer, BatchNorm or sum before it, nor product after it, that nothing else reads the values of"
+            )
     return reasons
 
 
@@ -261,7 +266,7 @@ def _across(
     modules: dict[nn.Module, None] = {}
     has_site = False
     for match in find(module, read.graph, norms):
-        operands = match.add.all_input_nodes if match.add is not None else []
+        operands = [node for joint in (match.add, match.product) if joint is not None for node in joint.all_input_nodes]
         paths = [read.scopes[node] for node in (*match.nodes, *operands)]
         if any(len(path) == 0 for path in paths) or len({path[0] for path in paths}) > 1:
             has_site = True
@@ -280,4 +285,4 @@ def _site(match: Match, module: nn.Module, names: dict[nn.Module, str], norms: N
 
     norm = norms(module.get_submodule(str(match.norm.target))) if match.norm is not None else None
     unit = names[norm.unit] if norm is not None and norm.unit is not None else name(match.unit)
-    return FusedSite(name(match.source), name(match.norm), match.add is not None, unit)
+    return FusedSite(name(match.source), name(match.norm), match.add is not None, unit, match.product is not None)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .gated import GatedCall
 from .match import Match, Norms, find
 from .overrides import FusedForward, is_open
 from .shadow import Reads, Untraceable
@@ -135,14 +136,24 @@ def _replace(read: Trace, match: Match, modules: dict[str, nn.Module], norms: No
     inside = norm is not None and norm.unit is not None
     unit = norm.unit if norm is not None and inside else held(match.unit)
     last = match.nodes[-1]
-    others, kwargs = (last.args[1:], last.kwargs) if match.unit is not None and not inside else ((), {})
+    others, kwargs = (match.unit.args[1:], match.unit.kwargs) if match.unit is not None and not inside else ((), {})
+    call: FusedCall | GatedCall
+    if match.product is not None:
+        dim = _chunked_dim(match.halving[0]) if match.halving else None
+        call, second = GatedCall(held(match.source), unit, dim), match.up
+    else:
+        call, second = FusedCall(held(match.source), norm, unit), match.residual
     with read.graph.inserting_before(last):
-        call = FusedCall(held(match.source), norm, unit)
-        fused = read.graph.call_function(call, (match.input, match.residual, *others), dict(kwargs))
+        fused = read.graph.call_function(call, (match.input, second, *others), dict(kwargs))
     fused.meta["line"] = last.meta.get("line")
     last.replace_all_uses_with(fused)
     for node in reversed(match.nodes):
         read.graph.erase_node(node)
+
+
+def _chunked_dim(chunk: torch.fx.Node) -> Any:
+    """The dimension that a call of ``torch.chunk`` cuts."""
+    return chunk.args[2] if len(chunk.args) > 2 else chunk.kwargs.get("dim", 0)
 
 
 def _function(graph: torch.fx.Graph, name: str) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from .layers import Norm, is_layer, is_unit
 from .recompute import normalised, recomputed
 
 _SMALL = 256  # values of a channel: about 50 ns to derive its constants, 0.2 ns for a value more in a pass
-_LARGE = 1 << 14  # values of a tensor: below, checking that nothing else shares the memory costs more than new memory
+LARGE = 1 << 14  # values of a tensor: below, checking that nothing else shares the memory costs more than new memory
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,18 @@ class FusedSite:
         norm: the BatchNorm.
         residual: whether a second tensor is added.
         unit: the CT unit. Without one the BatchNorm is folded into the layer, and what follows is as it was.
+        product: whether the unit's result is multiplied by a second tensor, as in the gated MLP of a language model.
     """
 
     layer: str
     norm: str
     residual: bool
     unit: str
+    product: bool = False
 
     def __str__(self) -> str:
-        return " -> ".join(
-            [n for n in (self.layer, self.norm) if n] + ["add"] * self.residual + [self.unit] * bool(self.unit)
-        )
+        before = [n for n in (self.layer, self.norm) if n] + ["add"] * self.residual
+        return " -> ".join(before + [self.unit] * bool(self.unit) + ["mul"] * self.product)
 
 
 class FusedCall:
@@ -102,7 +103,7 @@ class FusedCall:
             with recomputed(residual):
                 return functional.ctu(z, **arguments)
         inplace = not recorded and z is not x and (residual is None or residual.dtype == z.dtype)
-        inplace = inplace and not tracing and (compiling or z.numel() >= _LARGE)
+        inplace = inplace and not tracing and (compiling or z.numel() >= LARGE)
         return functional.ctu(z, inplace=inplace, **arguments)
 
     def is_as_read(self) -> bool:
