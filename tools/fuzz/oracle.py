@@ -376,6 +376,49 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
     return found
 
 
+def ctu_and_mul(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, Exact]:
+    """The unit times up; of a packed gate, its gradient is both."""
+    given, kinds = dict(values.arrays), dict(values.dtypes)
+    gate, up, dtype = given.pop("gate"), given.pop("up", None), kinds.pop("gate")
+    packed, dim = up is None, options.get("channel_dim", -1)
+    if up is None:
+        gate, up = np.split(gate, 2, dim)
+    dtype = torch.promote_types(dtype, kinds.pop("up", dtype))
+    grade = Grade.of(dtype, values.reference)
+    unit = Values(given | {"x": gate}, kinds | {"x": dtype}, values.reference)
+    phi = ctu(unit, options, None)["y"]
+
+    def times(factor: Array) -> Exact:
+        value, size = phi.value * factor, np.nan_to_num(np.abs(factor), nan=0, posinf=0)
+        error = phi.error * size + grade.eps * np.nan_to_num(np.abs(value), nan=0, posinf=0) + grade.least
+        free = phi.free & ~np.isnan(factor)
+        free = free | (np.isinf(factor) & (np.abs(phi.value) <= 2 * phi.error + grade.least))
+        over = (np.abs(value) > grade.largest / 16) & np.isfinite(value)
+        return Exact(value, error, free | over)
+
+    found = {"y": times(up)}
+    if dy is None:
+        return found
+    upstream = dy * up
+    over = np.isfinite(upstream) & (np.abs(upstream) > grade.largest / 16)
+    rounded = np.isfinite(upstream) & (np.abs(upstream) < grade.least) & (upstream != 0)  # of which little is left
+    through = ctu(unit, options, upstream)
+    d_gate, d_up = through.pop("dx"), times(dy)
+    through.pop("y")
+    unsure = over | rounded
+    nan = np.isnan(upstream)
+    d_gate = Exact(np.where(nan, WIDE(np.nan), d_gate.value), d_gate.error, (d_gate.free & ~nan) | unsure)
+    if packed:
+        parts = zip(*((np.broadcast_to(v, gate.shape) for v in (e.value, e.error, e.free)) for e in (d_gate, d_up)))
+        found["dgate"] = Exact(*(np.concatenate(pair, dim) for pair in parts))
+    else:
+        found |= {"dgate": d_gate, "dup": d_up}
+    for name, exact in through.items():
+        free = exact.free | bool(unsure.any()) | bool(nan.any())
+        found[name] = Exact(exact.value, exact.error + 4 * grade.eps * np.abs(np.nan_to_num(exact.value)), free)
+    return found
+
+
 # ---- the head edit ----------------------------------------------------------------------------------------------------
 
 
