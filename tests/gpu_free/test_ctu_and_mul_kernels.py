@@ -1,5 +1,5 @@
-"""Executed PTX: the gated product's GPU kernels: each backend's host code and the PTX of its compiler, executed on the CPU, held to
-the CPU kernels' bounds."""
+"""Executed PTX: the gated product's GPU kernels: each backend's host code and the PTX of its compiler, executed on the CPU, held
+to the CPU kernels' bounds."""
 
 from __future__ import annotations
 

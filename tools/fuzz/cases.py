@@ -151,7 +151,7 @@ def _broken(random: Random, case: Case) -> Case:
     what, (name, value) = random.choice(sorted(ways.items()))
     for other, spec in case.specs.items():
         if spec.alias == name:  # whose memory is no longer there
-            del arguments[other]
+            arguments[other] = None
     (options if name in options or name in OPTIONS else arguments)[name] = value
     return replace(case, arguments=arguments, options=options, refused=f"{BROKEN}{what}")
 
