@@ -13,9 +13,9 @@ from ctkernels._files import write_text
 from ctkernels.cli import option_types as types
 from ctkernels.cli.errors import OptionError, Parser, reported
 
-from . import ctu, device, head_edit, measure, report
+from . import ctu, ctu_and_mul, device, head_edit, measure, report
 
-SUITES = {"ctu": ctu, "head_edit": head_edit}
+SUITES = {"ctu": ctu, "ctu_and_mul": ctu_and_mul, "head_edit": head_edit}
 
 
 def main(argv: list[str] | None = None) -> int:
