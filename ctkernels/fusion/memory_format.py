@@ -101,16 +101,18 @@ def _makes_new(node: torch.fx.Node) -> bool:
 # ---- at a call -------------------------------------------------------------------------------------------------------
 
 
-def is_large(args: Iterable[Any]) -> bool:
-    """True for a call without gradients on one or more batches of large, contiguous images on the CPU, and nothing else."""
+def why_not_now(args: Iterable[Any]) -> str:
+    """Why a call with ``args`` is none without gradients on batches of large, contiguous images on the CPU; "" if it is."""
     if torch.is_grad_enabled():
-        return False
-    large = False
+        return "gradients may be recorded (torch.no_grad() says that none are)"
+    pixels = 0
     for x in args:
-        if type(x) is not Tensor or x.dim() != 4 or not x.is_cpu or not x.is_contiguous():
-            return False
-        large = large or x.numel() >= LEAST_PIXELS * x.shape[1]
-    return large
+        if type(x) is not Tensor or x.dim() != 4 or not x.is_cpu:
+            return "not all arguments are batches of images on the CPU"
+        if not x.is_contiguous():
+            return "the arguments are not contiguous"
+        pixels = max(pixels, x.numel() // max(x.shape[1], 1))
+    return "" if pixels >= LEAST_PIXELS else f"{pixels} pixels are fewer than {LEAST_PIXELS}"
 
 
 def obstacle(forward: Any, count: int) -> str:
