@@ -40,7 +40,7 @@ def parser(prog: str = "python -m benchmarks") -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=ctu.DTYPES, nargs="+", default=list(ctu.DTYPES))
     parser.add_argument("--quick", action="store_true", help="one small shape, without the compiled contestant")
     parser.add_argument("--tuned", action="store_true", help="only the shapes that have bounds to keep")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it (with --device cuda)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it (with --device cuda or --formats)")
     parser.add_argument("--seconds", type=types.POSITIVE, default=1.5, help="time spent on each row (default 1.5)")
     parser.add_argument(
         "--cpu-time", action="store_true", help="with --formats --threads 1: CPU time, where others use the machine too"
@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
             raise OptionError(f"--{name}: measured on a CPU; leave out --device")
     if args.cpu_time and not (args.formats and args.threads == 1):
         raise OptionError("--cpu-time: of one thread; give it with --formats and --threads 1")
-    if args.only and (args.device == "cpu" or args.networks or args.jola):
-        raise OptionError("--only: for the ops and the attention of --device cuda")
+    if args.only and not args.formats and (args.device == "cpu" or args.networks or args.jola):
+        raise OptionError("--only: for --formats, and the ops and the attention of --device cuda")
     if args.device == "cuda":
         return _on_device(args)
     if args.attention:
@@ -114,7 +114,7 @@ def _whole(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[st
     if args.formats:
         from . import formats
 
-        records = formats.run(args.dtype, args.seconds, args.quick, args.cpu_time)
+        records = formats.run(args.dtype, args.seconds, args.quick, args.cpu_time, args.only)
         return records, formats.bars(records), formats.text(records)
     if args.calls:
         from . import calls

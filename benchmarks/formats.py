@@ -31,19 +31,25 @@ def contestants(dtype: torch.dtype, memory_format: torch.memory_format) -> dict[
     return {PLAIN: plain, STEERED: steered, FUSED: fused}
 
 
-def run(dtypes: list[str], seconds: float, quick: bool, cpu_time: bool) -> list[dict[str, Any]]:
-    """Milliseconds of every contestant, a record per dtype, format and size."""
+def _case(batch: int, side: int, format_name: str) -> str:
+    return f"{batch} x {side}^2, {format_name}"
+
+
+def run(dtypes: list[str], seconds: float, quick: bool, cpu_time: bool, only: str) -> list[dict[str, Any]]:
+    """Milliseconds of every contestant, a record per dtype, format and size; ``only``: a part of the names of cases."""
     clock = time.thread_time if cpu_time else time.perf_counter
     generator, records = torch.Generator().manual_seed(1), []
     for name in dtypes:
         for format_name, memory_format in FORMATS.items():
             models = contestants(DTYPES[name], memory_format)
             for batch, side in QUICK if quick else IMAGES:
+                if only not in _case(batch, side, format_name):
+                    continue
                 x = torch.randn(batch, 3, side, side, generator=generator).to(DTYPES[name])
                 x = x.contiguous(memory_format=memory_format)
                 _check(models, x)
                 calls: dict[str, Callable[[], Any]] = {k: networks.inference(m, x) for k, m in models.items()}
-                times = measure.interleaved(calls, seconds, clock=clock)
+                times = measure.interleaved(calls, seconds, least=3, clock=clock)
                 about = {"network": "resnet50", "dtype": name, "format": format_name, "batch": batch, "side": side}
                 records.append({**about, "inference_ms": times})
     return records
@@ -65,7 +71,7 @@ def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for r in records:
         ratio = r["inference_ms"][FUSED] / r["inference_ms"][PLAIN]
-        what = f"{r['format']}, {r['batch']} x {r['side']}^2: fused / plain"
+        what = f"{_case(r['batch'], r['side'], r['format'])}: fused / plain"
         rows.append(measure.bar(r["dtype"], what, ratio, "<=", 0.97))
     return rows
 
@@ -73,7 +79,7 @@ def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def text(records: list[dict[str, Any]]) -> str:
     """The records as a table."""
     rows = [
-        [f"{r['batch']} x {r['side']}^2, {r['format']}", r["dtype"], *(f"{t:.1f}" for t in r["inference_ms"].values())]
+        [_case(r["batch"], r["side"], r["format"]), r["dtype"], *(f"{t:.1f}" for t in r["inference_ms"].values())]
         for r in records
     ]
     return "ResNet-50, inference, eager, ms\n" + table(["", "dtype", PLAIN, STEERED, FUSED], rows)

@@ -115,14 +115,17 @@ def test_the_inside_is_channels_last_and_results_are_as_without_fusion(network, 
     x = torch.randn(2, 3, 33, 33).to(dtype)
     before = x.clone()
     expected, (y, last) = plain.float()(x.float()), call(model, x)
-    assert all(last) and len(last) == 9
+    assert all(last)
+    assert len(last) == 9
     with torch.no_grad():
         theirs = plain.to(dtype)(x)
         assert "channels last" in handle.explain(x)
     error, allowed = (y - expected).abs().max(), 2 * (theirs - expected).abs().max()
     assert error <= allowed + 4 * torch.finfo(dtype).eps * expected.abs().max()
-    assert y.stride() == theirs.stride() and y.dtype == dtype
-    assert torch.equal(x, before) and x.is_contiguous()
+    assert y.stride() == theirs.stride()
+    assert y.dtype == dtype
+    assert torch.equal(x, before)
+    assert x.is_contiguous()
 
 
 @pytest.mark.parametrize("network", [Viewing, WritesOverItsInput, ReturnsItsInput, WithStrange])
@@ -147,7 +150,8 @@ def test_a_hook_meets_what_it_would_meet_without_fusion():
     model.body[1].register_forward_hook(lambda module, args, y: seen.append(y.is_contiguous()))
     x = torch.randn(2, 3, 33, 33)
     _, last = call(model, x)
-    assert seen == [True] and not any(last)
+    assert seen == [True]
+    assert not any(last)
     with torch.no_grad():
         assert "a Block has hooks" in handle.explain(x)
 
@@ -157,7 +161,8 @@ def test_a_hook_inside_of_a_site():
     seen = []
     model.body[1].first.register_forward_hook(lambda module, args, y: seen.append(y.is_contiguous()))
     _, last = call(model, torch.randn(2, 3, 33, 33))
-    assert seen == [True] and not any(last)
+    assert seen == [True]
+    assert not any(last)
 
 
 def test_a_module_that_is_replaced_is_seen():
@@ -180,7 +185,8 @@ def test_few_sites_small_images_gradients_and_channels_last(monkeypatch):
     assert not any(seen.last)
     x = x.detach()
     y, _ = call(model, x.contiguous(memory_format=torch.channels_last))
-    assert y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert not y.is_contiguous()
     monkeypatch.setattr(memory_format, "LEAST_PIXELS", 1 << 20)
     assert not any(call(model, x)[1])
     with torch.no_grad():

@@ -55,9 +55,7 @@ def head_edit(
         >>> z = ctkernels.functional.head_edit(z, m, a, head_axis=1)               # z: (batch, heads, tokens, head_dim)
     """
     op = "head_edit"
-    if (
-        head_dim is None and head_axis is None and index is None and not inplace and not torch.compiler.is_compiling()
-    ):
+    if head_dim is None and head_axis is None and index is None and not inplace and not torch.compiler.is_compiling():
         y = _EAGER(z, m, a, g_m, g_a)
         if y is None:
             return _Recorded.apply(z, m, a, g_m, g_a)
