@@ -23,7 +23,7 @@ QUICK = ((1, 32),)
 
 
 def contestants(dtype: torch.dtype, memory_format: torch.memory_format) -> dict[str, nn.Module]:
-    plain = networks._network(dtype, "cpu").to(memory_format=memory_format)
+    plain = networks.network(dtype, "cpu").to(memory_format=memory_format)
     steered, fused = copy.deepcopy(plain), copy.deepcopy(plain)
     ctkernels.steer(steered, 0.9)
     ctkernels.steer(fused, 0.9)

@@ -14,6 +14,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <exception>
 #include <utility>
 #include <vector>
 
@@ -204,6 +205,16 @@ bool is_unit_interval(double value) { return 0.0 <= value && value <= 1.0; }
 
 // ---- calls ---------------------------------------------------------------------------------------------------------
 
+// Lets other threads of Python run meanwhile.
+class Unlocked {
+ public:
+  Unlocked() : state_(PyEval_SaveThread()) {}
+  ~Unlocked() { PyEval_RestoreThread(state_); }
+
+ private:
+  PyThreadState* state_;
+};
+
 // The arguments of a channelwise op, read one by one.
 template <class Op>
 struct EagerCall {
@@ -266,18 +277,27 @@ struct EagerCall {
     for (const Plain& t : given) require(!t || !t.shares_memory_with(x));
     require(!residual || residual.data == x.data || !residual.shares_memory_with(x));
     x.count_write();
-    return forward(true);
+    return write_over();
   }
-  PyObject* forward(bool inplace = false) {
+  PyObject* forward() {
     view();
-    Plain y = inplace ? std::move(x) : x.like();
-    PyThreadState* state = PyEval_SaveThread();
-    Driver(y).template forward<Op>(attributes, in, y.data);
-    PyEval_RestoreThread(state);
+    const Plain y = x.like();
+    run(y.data);
     return y.to_python();
+  }
+  // Once values have been written over, the general way would start from the wrong ones: an error is one.
+  PyObject* write_over() {
+    view();
+    try {
+      run(x.data);
+    } catch (const std::exception& error) {
+      return PyErr_Format(PyExc_RuntimeError, "ctkernels: %s while writing over the first argument", error.what());
+    }
+    return x.to_python();
   }
   // A gradient for every input whose flag in `needs` is set, None for the others; `needs` has flags of other arguments before.
   PyObject* gradients(PyObject* needs, const Plain& dy) {
+    note(dy);
     require(dy.dtype == x.dtype && dy.has_shape_of(x) && dy.has_strides_of(x) && !records);
     view();
     constexpr int kInputs = 1 + kParams + (Op::kPrologue ? 1 : 0);
@@ -300,9 +320,10 @@ struct EagerCall {
     const bool added = Op::kPrologue && needed(kInputs - 1), same = added && out.dx && !in.params[Op::kParams].data;
     require(!added || residual);
     if (added && !same) allocate(kInputs - 1, x.like(), out.dresidual);
-    PyThreadState* state = PyEval_SaveThread();
-    Driver(dy).template backward<Op>(attributes, in, dy.data, out);
-    PyEval_RestoreThread(state);
+    {
+      const Unlocked unlocked;
+      Driver(dy).template backward<Op>(attributes, in, dy.data, out);
+    }
     PyObject* result = PyTuple_New(before + kInputs);
     require(result != nullptr);
     for (Py_ssize_t i = 0; i < before; ++i) PyTuple_SetItem(result, i, Py_NewRef(Py_None));
@@ -312,6 +333,11 @@ struct EagerCall {
   }
 
  private:
+  void run(void* y) {
+    const Unlocked unlocked;
+    Driver(x).template forward<Op>(attributes, in, y);
+  }
+
   bool grad_mode_;
 };
 
@@ -427,7 +453,7 @@ PyObject* ctu_after_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     }
     for (int i = 0; i < 2; ++i)
       call.in.params[CtuOp::kParams + i] = {.data = affine.data() + i * channels, .is_double = true, .count = channels};
-    return call.forward(true);
+    return call.write_over();
   });
 }
 
