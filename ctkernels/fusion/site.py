@@ -21,6 +21,10 @@ from .recompute import normalised, recomputed
 
 _SMALL = 256  # values of a channel: about 50 ns to derive its constants, 0.2 ns for a value more in a pass
 _AFTER_NORM = eager.entry("ctu_after_norm")
+# Of functional.ctu, for units that leave them out.
+_DEFAULTS = {
+    "beta": None, "coeff": 0.5, "channel_dim": None, "raw": False, "activation": "relu", "negative_slope": 0.01, "eps": 0.0,
+}  # fmt: skip
 _LARGE = 1 << 14  # values of a tensor: below, checking that nothing else shares the memory costs more than new memory
 
 
@@ -118,12 +122,16 @@ class FusedCall:
     def after_norm(self, z: Tensor, residual: Tensor | None, arguments: dict[str, Any]) -> Tensor | None:
         """The norm in evaluation, the sum and the unit in one call that writes over ``z``, the layer's result; None where
         that is not for such a call."""
-        norm, kind = self.norm, ACTIVATIONS[arguments["activation"]]
+        given = _DEFAULTS | arguments
+        kind = ACTIVATIONS.get(given["activation"], -1)
+        if len(given) > len(_DEFAULTS):  # knobs for each sample, say
+            return None
+        norm = self.norm
         weights, buffers = norm._parameters, norm._buffers
         norm._check_input_dim(z)
         y = _AFTER_NORM(
-            z, arguments["beta"], arguments["coeff"], arguments["negative_slope"] if kind == LEAKY else None, None, None,
-            residual, arguments["channel_dim"], kind, arguments.get("raw", False), arguments.get("eps", 0.0),
+            z, given["beta"], given["coeff"], given["negative_slope"] if kind == LEAKY else None, None, None, residual,
+            given["channel_dim"], kind, given["raw"], given["eps"],
             buffers["running_mean"], buffers["running_var"], weights["weight"], weights["bias"], norm.eps,
         )  # fmt: skip
         return y if isinstance(y, Tensor) else None
