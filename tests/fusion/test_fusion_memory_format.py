@@ -59,6 +59,23 @@ class Head(Network):
         return self.line(torch.flatten(self.average(super().forward(x)), 1))
 
 
+class Pooled(Network):
+    def __init__(self):
+        super().__init__()
+        self.average = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x):
+        return self.average(super().forward(x))
+
+
+class FlattensAndReadsAgain(Network):
+    def forward(self, x):
+        y = super().forward(x)
+        flat = torch.flatten(y, 1)
+        flat += 1
+        return y
+
+
 class Viewing(Network):
     def forward(self, x):
         y = super().forward(x)
@@ -109,7 +126,7 @@ def outputs(y):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("network", [Network, Head])
+@pytest.mark.parametrize("network", [Network, Head, Pooled])
 def test_the_inside_is_channels_last_and_results_are_as_without_fusion(network, dtype):
     plain, model, handle = (v.to(dtype) if isinstance(v, nn.Module) else v for v in fused(network))
     x = torch.randn(2, 3, 33, 33).to(dtype)
@@ -128,7 +145,7 @@ def test_the_inside_is_channels_last_and_results_are_as_without_fusion(network, 
     assert x.is_contiguous()
 
 
-@pytest.mark.parametrize("network", [Viewing, WritesOverItsInput, ReturnsItsInput, WithStrange])
+@pytest.mark.parametrize("network", [Viewing, FlattensAndReadsAgain, WritesOverItsInput, ReturnsItsInput, WithStrange])
 def test_code_to_which_the_format_matters_keeps_it(network):
     plain, model, handle = fused(network)
     x, same = torch.randn(2, 3, 33, 33), None

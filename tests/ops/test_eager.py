@@ -209,6 +209,31 @@ def test_a_residual_and_x_have_one_gradient() -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_after_a_norm(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    entry = eager.entry("ctu_after_norm")
+    norm = torch.nn.BatchNorm2d(5).requires_grad_(False).eval()
+    for t in (norm.running_mean, norm.weight, norm.bias):
+        t.normal_()
+    norm.running_var.uniform_(0.5, 1.5)
+    norm = norm.to(dtype)
+    z, residual = (torch.randn(2, 5, 4, 6).to(dtype).contiguous(memory_format=memory_format) for _ in range(2))
+    beta, coeff = torch.rand(5), torch.rand(5)
+    vectors = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+    wide = [t.double() for t in vectors[:4]]
+    truth = torch.nn.functional.batch_norm(z.double(), *wide, False, 0.0, norm.eps) + residual.double()
+    truth = ctu(truth, beta.double(), coeff.double(), channel_dim=1)
+    theirs = ctu(norm(z) + residual, beta, coeff, channel_dim=1)
+    given = z.clone(memory_format=torch.preserve_format)
+    y = entry(given, beta, coeff, None, None, None, residual, 1, 0, False, 0.0, *vectors)
+    assert y is given
+    ulp = torch.finfo(dtype).eps * truth.abs().max()
+    assert (y.double() - truth).abs().max() <= 2 * (theirs.double() - truth).abs().max() + ulp
+    wrong = torch.randn(2, 4, 4, 6).to(dtype)
+    assert entry(wrong, 0.5, 0.5, None, None, None, None, None, 0, False, 0.0, *vectors) is NotImplemented
+
+
 def test_explain_names_the_way() -> None:
     assert "without the dispatcher" in ctkernels.explain(torch.ones(4))
 
