@@ -14,6 +14,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <exception>
 #include <utility>
 #include <vector>
 
@@ -204,6 +205,16 @@ bool is_unit_interval(double value) { return 0.0 <= value && value <= 1.0; }
 
 // ---- calls ---------------------------------------------------------------------------------------------------------
 
+// Lets other threads of Python run meanwhile.
+class Unlocked {
+ public:
+  Unlocked() : state_(PyEval_SaveThread()) {}
+  ~Unlocked() { PyEval_RestoreThread(state_); }
+
+ private:
+  PyThreadState* state_;
+};
+
 // The arguments of a channelwise op, read one by one.
 template <class Op>
 struct EagerCall {
@@ -266,18 +277,27 @@ struct EagerCall {
     for (const Plain& t : given) require(!t || !t.shares_memory_with(x));
     require(!residual || residual.data == x.data || !residual.shares_memory_with(x));
     x.count_write();
-    return forward(true);
+    return write_over();
   }
-  PyObject* forward(bool inplace = false) {
+  PyObject* forward() {
     view();
-    Plain y = inplace ? std::move(x) : x.like();
-    PyThreadState* state = PyEval_SaveThread();
-    Driver(y).template forward<Op>(attributes, in, y.data);
-    PyEval_RestoreThread(state);
+    const Plain y = x.like();
+    run(y.data);
     return y.to_python();
+  }
+  // Once values have been written over, the general way would start from the wrong ones: an error is one.
+  PyObject* write_over() {
+    view();
+    try {
+      run(x.data);
+    } catch (const std::exception& error) {
+      return PyErr_Format(PyExc_RuntimeError, "ctkernels: %s while writing over the first argument", error.what());
+    }
+    return x.to_python();
   }
   // A gradient for every input whose flag in `needs` is set, None for the others; `needs` has flags of other arguments before.
   PyObject* gradients(PyObject* needs, const Plain& dy) {
+    note(dy);
     require(dy.dtype == x.dtype && dy.has_shape_of(x) && dy.has_strides_of(x) && !records);
     view();
     constexpr int kInputs = 1 + kParams + (Op::kPrologue ? 1 : 0);
@@ -300,9 +320,10 @@ struct EagerCall {
     const bool added = Op::kPrologue && needed(kInputs - 1), same = added && out.dx && !in.params[Op::kParams].data;
     require(!added || residual);
     if (added && !same) allocate(kInputs - 1, x.like(), out.dresidual);
-    PyThreadState* state = PyEval_SaveThread();
-    Driver(dy).template backward<Op>(attributes, in, dy.data, out);
-    PyEval_RestoreThread(state);
+    {
+      const Unlocked unlocked;
+      Driver(dy).template backward<Op>(attributes, in, dy.data, out);
+    }
     PyObject* result = PyTuple_New(before + kInputs);
     require(result != nullptr);
     for (Py_ssize_t i = 0; i < before; ++i) PyTuple_SetItem(result, i, Py_NewRef(Py_None));
@@ -312,6 +333,11 @@ struct EagerCall {
   }
 
  private:
+  void run(void* y) {
+    const Unlocked unlocked;
+    Driver(x).template forward<Op>(attributes, in, y);
+  }
+
   bool grad_mode_;
 };
 
@@ -427,7 +453,7 @@ PyObject* ctu_after_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     }
     for (int i = 0; i < 2; ++i)
       call.in.params[CtuOp::kParams + i] = {.data = affine.data() + i * channels, .is_double = true, .count = channels};
-    return call.forward(true);
+    return call.write_over();
   });
 }
 
@@ -458,30 +484,87 @@ PyObject* head_edit_gradients(PyObject*, PyObject* const* args, Py_ssize_t count
   });
 }
 
-// head_edit_of_heads(z, m, a, g_m, g_a): z ends in heads * head_dim, m and a are (heads, head_dim), the gates (heads,)
+// The arguments of the public function: z ends in heads * head_dim, m and a are (heads, head_dim), the gates (heads,)
+EagerCall<HeadEditOp> heads_call(PyObject* const* args) {
+  EagerCall<HeadEditOp> call(args[0]);
+  require(call.x.dim > 0);
+  call.channel_dim = call.x.dim - 1;
+  const int64_t channels = call.x.sizes[call.channel_dim];
+  for (int i = 0; i < 2; ++i) {
+    const int edit = HeadEditOp::kM + i, gate = HeadEditOp::kGateM + i;
+    if (args[1 + edit] != Py_None) {
+      Plain& t = call.given[edit] = Plain(args[1 + edit]);
+      require(t.is_wide() && t.dim == 2 && t.numel == channels);
+      call.of(edit, t, channels);
+    }
+    if (args[1 + gate] == Py_None) continue;
+    require(static_cast<bool>(call.given[edit]));
+    Plain& t = call.given[gate] = Plain(args[1 + gate]);
+    require(t.is_wide() && t.dim == 1 && t.numel == call.given[edit].sizes[0]);
+    call.of(gate, t, t.numel);
+  }
+  const Plain &m = call.given[HeadEditOp::kM], &a = call.given[HeadEditOp::kA];
+  require((m || a) && (!m || !a || m.has_shape_of(a)));
+  return call;
+}
+
+// head_edit_of_heads(z, m, a, g_m, g_a)
 PyObject* head_edit_of_heads(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return declining(count == 5, [&] {
-    EagerCall<HeadEditOp> call(args[0]);
-    require(call.x.dim > 0);
-    call.channel_dim = call.x.dim - 1;
-    const int64_t channels = call.x.sizes[call.channel_dim];
-    for (int i = 0; i < 2; ++i) {
-      const int edit = HeadEditOp::kM + i, gate = HeadEditOp::kGateM + i;
-      if (args[1 + edit] != Py_None) {
-        Plain& t = call.given[edit] = Plain(args[1 + edit]);
-        require(t.is_wide() && t.dim == 2 && t.numel == channels);
-        call.of(edit, t, channels);
-      }
-      if (args[1 + gate] == Py_None) continue;
-      require(static_cast<bool>(call.given[edit]));
-      Plain& t = call.given[gate] = Plain(args[1 + gate]);
-      require(t.is_wide() && t.dim == 1 && t.numel == call.given[edit].sizes[0]);
-      call.of(gate, t, t.numel);
-    }
-    const Plain &m = call.given[HeadEditOp::kM], &a = call.given[HeadEditOp::kA];
-    require((m || a) && (!m || !a || m.has_shape_of(a)));
+    auto call = heads_call(args);
     return call.records ? Py_NewRef(Py_None) : call.forward();
   });
+}
+
+// head_edit_of_heads_gradients(needs, dy, (z, m, a, g_m, g_a), ())
+PyObject* head_edit_of_heads_gradients(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return declining(count == 4, [&] {
+    PyObject* flat[5];
+    flatten(args[2], args[3], flat);
+    return heads_call(flat).gradients(args[0], Plain(args[1]));
+  });
+}
+
+// ---- what a fused call was read with -------------------------------------------------------------------------------
+
+bool has_pairs(PyObject* dict, PyObject* pairs) {
+  if (!PyDict_Check(dict) || 2 * PyDict_Size(dict) != PyTuple_Size(pairs)) return false;
+  PyObject *key, *value;
+  Py_ssize_t position = 0, i = 0;
+  while (PyDict_Next(dict, &position, &key, &value)) {
+    if (key != PyTuple_GetItem(pairs, i) || value != PyTuple_GetItem(pairs, i + 1)) return false;
+    i += 2;
+  }
+  return true;
+}
+
+bool has_attributes(PyObject* cls, PyObject* pairs) {
+  for (Py_ssize_t i = 0; i < PyTuple_Size(pairs); i += 2) {
+    PyObject* value = PyObject_GetAttr(cls, PyTuple_GetItem(pairs, i));
+    Py_XDECREF(value);
+    if (value != PyTuple_GetItem(pairs, i + 1)) return false;
+  }
+  return true;
+}
+
+// unchanged(((object, class, (name, value, ...), ((dict, (key, value, ...)), ...)), ...)): whether every object is of its class,
+// every class has those attributes, and every dict those entries in that order, all the very same objects.
+PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 1) return PyErr_Format(PyExc_TypeError, "unchanged takes 1 argument, got %zd", count);
+  for (Py_ssize_t i = 0; i < PyTuple_Size(args[0]); ++i) {
+    PyObject* known = PyTuple_GetItem(args[0], i);
+    PyObject* cls = PyTuple_GetItem(known, 1);
+    bool same = reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GetItem(known, 0))) == cls && has_attributes(cls, PyTuple_GetItem(known, 2));
+    PyObject* dicts = PyTuple_GetItem(known, 3);
+    for (Py_ssize_t j = 0; same && j < PyTuple_Size(dicts); ++j) {
+      PyObject* pair = PyTuple_GetItem(dicts, j);
+      same = has_pairs(PyTuple_GetItem(pair, 0), PyTuple_GetItem(pair, 1));
+    }
+    if (same) continue;
+    PyErr_Clear();
+    return Py_NewRef(Py_False);
+  }
+  return Py_NewRef(Py_True);
 }
 
 // ---- the module ----------------------------------------------------------------------------------------------------
@@ -504,6 +587,7 @@ PyObject* eager_setup(PyObject*, PyObject* const* args, Py_ssize_t count) {
   {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&name)), METH_FASTCALL, nullptr}
 PyMethodDef entries[] = {CTK_ENTRY(eager_setup), CTK_ENTRY(ctu), CTK_ENTRY(ctu_), CTK_ENTRY(ctu_gradients), CTK_ENTRY(ctu_after_norm),
                          CTK_ENTRY(head_edit), CTK_ENTRY(head_edit_gradients), CTK_ENTRY(head_edit_of_heads),
+                         CTK_ENTRY(head_edit_of_heads_gradients), CTK_ENTRY(unchanged),
                          {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

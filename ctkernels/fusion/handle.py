@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import _marks
+from . import memory_format
 from .layers import is_unit, why_not
 from .match import Match, Norms, find
 from .pooling import Pooling, poolings
@@ -46,6 +47,8 @@ def fuse(model: nn.Module) -> Fusion:
       Nothing of this is kept from one call to the next, so weights may be written to in any way.
     - BatchNorm in training: one pass for the statistics of the batch, and the unit does the rest. Running statistics move
       as they do without fusion.
+    - Contiguous images that are large, in inference on the CPU: all of it in channels last, with contiguous results;
+      ``handle.explain`` says whether, and why not.
     - Under ``torch.compile`` and ``torch.export``: the same, in one graph. On the CPU a compiled training step pools with
       torch's own kernels: for that, every ``nn.MaxPool2d`` gets a forward too.
 
@@ -158,6 +161,25 @@ class Fusion:
         self._model.__dict__.pop(_marks.FUSION, None)
         self._active = False
         _check_nothing_left(self._model)
+
+    def explain(self, *args: Any) -> str:
+        """Which memory format an eager call of the model with ``args`` would have inside, and why.
+
+        >>> with torch.no_grad():
+        ...     print(handle.explain(images))
+        """
+        program = self._forwards.get(self._model) if self._active else None
+        if not isinstance(program, Program):
+            reason = "its own forward is not fused"
+        else:
+            program.path(args)  # as a call would read it
+            reason = memory_format.why_not_now(args) or memory_format.obstacle(program, len(args))
+        if reason:
+            return f"{type(self._model).__name__}: the format of its arguments: {reason}"
+        return (
+            f"{type(self._model).__name__}: channels last, in which convolutions and units of large images are faster; its "
+            "results are contiguous"
+        )
 
     def __enter__(self) -> Fusion:
         return self

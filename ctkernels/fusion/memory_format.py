@@ -20,7 +20,7 @@ from .layers import is_unit
 from .overrides import FusedForward, is_open
 from .site import FusedCall
 
-LEAST_PIXELS = 1 << 14  # of a batch: of fewer, the weights of large kernels cost more to rearrange than is gained
+LEAST_PIXELS = 1 << 15  # of a batch: of fewer, the weights of large kernels cost more to rearrange than is gained
 LEAST_SITES = 8  # of fewer, the conversions cost more than is gained
 
 _MAKES_NEW = frozenset({
@@ -58,6 +58,10 @@ def of_graph(graph: torch.fx.Graph, modules: dict[str, Any]) -> Format:
     for node in graph.nodes:
         operands = node.all_input_nodes
         shares = any(operand in given for operand in operands)
+        if _flattens(node, modules) and len(operands[0].users) > 1:
+            return Format(
+                "it flattens a tensor that it reads again"
+            )  # which might be written over through the flat one
         if node.op == "placeholder":
             given.add(node)
         elif node.op == "output":
@@ -70,6 +74,10 @@ def of_graph(graph: torch.fx.Graph, modules: dict[str, Any]) -> Format:
             if shares and not makes_new(module):
                 return Format(f"{node.target} may write over an argument")
             called.append((module, len(node.args)))
+        elif _flattens(node) and len(operands[0].users) > 1:
+            return Format(
+                "it flattens a tensor that it reads again"
+            )  # which might be written over through the flat one
         elif node.target is getattr and node.op == "call_function":
             if node.args[1] not in _ATTRIBUTES:
                 return Format(f"it reads {node.args[1]} of a tensor")
@@ -84,6 +92,12 @@ def makes_new(module: Any) -> bool:
         return len(module) > 0 and makes_new(module[0])
     forward = vars(module).get("forward")
     return type(module) in _MAKES_NEW or isinstance(forward, FusedForward)  # of a fused one, it is part of its Format
+
+
+def _flattens(node: torch.fx.Node, modules: dict[str, Any]) -> bool:
+    if node.op == "call_module":
+        return type(modules[node.target]) is nn.Flatten
+    return node.op in ("call_function", "call_method") and node.target in (torch.flatten, "flatten")
 
 
 def _is_known(node: torch.fx.Node) -> bool:
@@ -101,16 +115,18 @@ def _makes_new(node: torch.fx.Node) -> bool:
 # ---- at a call -------------------------------------------------------------------------------------------------------
 
 
-def is_large(args: Iterable[Any]) -> bool:
-    """True for a call without gradients on one or more batches of large, contiguous images on the CPU, and nothing else."""
+def why_not_now(args: Iterable[Any]) -> str:
+    """Why a call with ``args`` is none without gradients on batches of large, contiguous images on the CPU; "" if it is."""
     if torch.is_grad_enabled():
-        return False
-    large = False
+        return "gradients may be recorded (torch.no_grad() says that none are)"
+    pixels = 0
     for x in args:
-        if type(x) is not Tensor or x.dim() != 4 or not x.is_cpu or not x.is_contiguous():
-            return False
-        large = large or x.numel() >= LEAST_PIXELS * x.shape[1]
-    return large
+        if type(x) is not Tensor or x.dim() != 4 or not x.is_cpu:
+            return "not all arguments are batches of images on the CPU"
+        if not x.is_contiguous():
+            return "the arguments are not contiguous"
+        pixels = max(pixels, x.numel() // max(x.shape[1], 1))
+    return "" if pixels >= LEAST_PIXELS else f"{pixels} pixels are fewer than {LEAST_PIXELS}"
 
 
 def obstacle(forward: Any, count: int) -> str:
@@ -158,7 +174,11 @@ def run(function: Callable[..., Any], module: nn.Module, args: tuple[Any, ...]) 
 
 def _contiguous(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.contiguous() if value.dim() == 4 else value
+        if value.dim() != 4:
+            return value
+        _, channels, rows, columns = value.shape
+        as_usual = value.stride() == (channels * rows * columns, rows * columns, columns, 1)  # where the size is 1, too
+        return value if as_usual else value.clone(memory_format=torch.contiguous_format)
     if type(value) in (list, tuple):
         return type(value)(_contiguous(v) for v in value)
     if isinstance(value, dict):

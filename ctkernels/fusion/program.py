@@ -88,7 +88,7 @@ class Program(FusedForward):
 
     def converts(self, args: tuple[Any, ...]) -> bool:
         """True if a call with ``args`` runs in channels last, although they are contiguous."""
-        if not memory_format.is_large(args) or torch.jit.is_tracing() or in_transform():
+        if torch.is_grad_enabled() or torch.jit.is_tracing() or memory_format.why_not_now(args) or in_transform():
             return False
         return not memory_format.obstacle(self, len(args))
 

@@ -16,11 +16,15 @@ from ..ops.autograd import in_transform
 from ..ops.ctu.op import ACTIVATIONS, LEAKY
 from . import frozen
 from .fold import affine, is_eval, normalise
-from .layers import Norm, is_layer, is_unit
+from .layers import Norm, Snapshot, is_layer, is_unit
 from .recompute import normalised, recomputed
 
 _SMALL = 256  # values of a channel: about 50 ns to derive its constants, 0.2 ns for a value more in a pass
 _AFTER_NORM = eager.entry("ctu_after_norm")
+# Of functional.ctu, for units that leave them out.
+_DEFAULTS = {
+    "beta": None, "coeff": 0.5, "channel_dim": None, "raw": False, "activation": "relu", "negative_slope": 0.01, "eps": 0.0,
+}  # fmt: skip
 LARGE = 1 << 14  # values of a tensor: below, checking that nothing else shares the memory costs more than new memory
 
 
@@ -62,6 +66,7 @@ class FusedCall:
         self.is_linear = isinstance(source, nn.Linear)
         self.known, self.unit = norm, unit
         self.norm: Any = None if norm is None else norm.module
+        self.snapshot: Snapshot | None = None
         self.inside = norm is not None and norm.unit is not None  # the norm's own forward calls the unit
 
     def __call__(self, x: Tensor, residual: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -118,23 +123,35 @@ class FusedCall:
     def after_norm(self, z: Tensor, residual: Tensor | None, arguments: dict[str, Any]) -> Tensor | None:
         """The norm in evaluation, the sum and the unit in one call that writes over ``z``, the layer's result; None where
         that is not for such a call."""
-        norm, kind = self.norm, ACTIVATIONS[arguments["activation"]]
+        given = _DEFAULTS | arguments
+        kind = ACTIVATIONS.get(given["activation"], -1)
+        if len(given) > len(_DEFAULTS):  # knobs for each sample, say
+            return None
+        norm = self.norm
         weights, buffers = norm._parameters, norm._buffers
         norm._check_input_dim(z)
         y = _AFTER_NORM(
-            z, arguments["beta"], arguments["coeff"], arguments["negative_slope"] if kind == LEAKY else None, None, None,
-            residual, arguments["channel_dim"], kind, arguments.get("raw", False), arguments.get("eps", 0.0),
+            z, given["beta"], given["coeff"], given["negative_slope"] if kind == LEAKY else None, None, None, residual,
+            given["channel_dim"], kind, given["raw"], given["eps"],
             buffers["running_mean"], buffers["running_var"], weights["weight"], weights["bias"], norm.eps,
         )  # fmt: skip
         return y if isinstance(y, Tensor) else None
 
     def is_as_read(self) -> bool:
         """True if the modules still run the code that this call stands for."""
-        return (
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.snapshot is not None and self.snapshot.holds():
+            return True
+        right = (
             (self.source is None or is_layer(self.source))
             and (self.known is None or self.known.is_as_read())
             and (not isinstance(self.unit, nn.Module) or is_unit(self.unit))
         )
+        if not compiling:
+            comparable = right and (self.known is None or not self.known.reads)
+            modules = (m for m in (self.source, self.norm, self.unit) if isinstance(m, nn.Module))
+            self.snapshot = Snapshot(*modules) if comparable and eager.MISSING is None else None
+        return right
 
     def records(self, z: Tensor, residual: Tensor | None, arguments: dict[str, Any]) -> bool:
         """True if autograd records the norm or the unit."""

@@ -74,7 +74,8 @@ def test_the_same_bits_as_through_the_dispatcher(
     dtype: torch.dtype, answers: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     direct = [result(sample) for sample in samples(dtype)]
-    assert sum(isinstance(y, Tensor) for y in answers) > 10 and sum(y is None for y in answers) > 10
+    assert sum(isinstance(y, Tensor) for y in answers) > 10
+    assert sum(y is None for y in answers) > 10
     general(monkeypatch)
     for sample, got in zip(samples(dtype), direct):
         for a, b in zip(got, result(sample), strict=True):
@@ -134,7 +135,8 @@ UNUSUAL: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_what_is_unusual_goes_the_general_way(name: str, answers: list[Any]) -> None:
     UNUSUAL[name]()
-    assert answers and all(y is NotImplemented for y in answers)
+    assert answers
+    assert all(y is NotImplemented for y in answers)
 
 
 WRONG: dict[str, Callable[[], Any]] = {
@@ -183,7 +185,8 @@ def test_saved_tensors_are_seen_by_hooks_and_checked() -> None:
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
         ctu(x, beta)
-    assert any(t is x for t in packed) and any(t is beta for t in packed)
+    assert any(t is x for t in packed)
+    assert any(t is beta for t in packed)
     w = x.clone()
     y = ctu(w, beta)
     w.add_(1)
@@ -204,6 +207,31 @@ def test_a_residual_and_x_have_one_gradient() -> None:
     x, residual = (torch.randn(4, requires_grad=True) for _ in range(2))
     first, second = torch.autograd.grad(ctu(x, 0.5, residual=residual), (x, residual), torch.ones(4))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_after_a_norm(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    entry = eager.entry("ctu_after_norm")
+    norm = torch.nn.BatchNorm2d(5).requires_grad_(False).eval()
+    for t in (norm.running_mean, norm.weight, norm.bias):
+        t.normal_()
+    norm.running_var.uniform_(0.5, 1.5)
+    norm = norm.to(dtype)
+    z, residual = (torch.randn(2, 5, 4, 6).to(dtype).contiguous(memory_format=memory_format) for _ in range(2))
+    beta, coeff = torch.rand(5), torch.rand(5)
+    vectors = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+    wide = [t.double() for t in vectors[:4]]
+    truth = torch.nn.functional.batch_norm(z.double(), *wide, False, 0.0, norm.eps) + residual.double()
+    truth = ctu(truth, beta.double(), coeff.double(), channel_dim=1)
+    theirs = ctu(norm(z) + residual, beta, coeff, channel_dim=1)
+    given = z.clone(memory_format=torch.preserve_format)
+    y = entry(given, beta, coeff, None, None, None, residual, 1, 0, False, 0.0, *vectors)
+    assert y is given
+    ulp = torch.finfo(dtype).eps * truth.abs().max()
+    assert (y.double() - truth).abs().max() <= 2 * (theirs.double() - truth).abs().max() + ulp
+    wrong = torch.randn(2, 4, 4, 6).to(dtype)
+    assert entry(wrong, 0.5, 0.5, None, None, None, None, None, 0, False, 0.0, *vectors) is NotImplemented
 
 
 def test_explain_names_the_way() -> None:
