@@ -87,24 +87,13 @@ def _one(case: Case, dtype_name: str, per_channel: bool, seconds: float, compile
         contestants["official compiled"] = torch.compile(theirs, dynamic=False)
     _gate(ours(leaf), leaf, raw, view)
 
-    def forward(f):
-        def call() -> None:
-            with torch.no_grad():
-                f(x)
-
-        return call
-
-    def both(f, wanted):
-        return lambda: torch.autograd.grad(f(leaf), wanted, dy)
-
-    wanted = [leaf, *raw]
-    plain = ("relu", "silu")
-    forward_ms = measure.interleaved(
-        {"copy": lambda: out.copy_(x), **{n: forward(f) for n, f in contestants.items()}}, seconds
-    )
-    both_ms = measure.interleaved(
-        {n: both(f, [leaf] if n in plain else wanted) for n, f in contestants.items()}, seconds * 2
-    )
+    forward = {name: measure.without_grad(f, x) for name, f in contestants.items()}
+    both = {
+        name: measure.with_gradients(f, [leaf], [leaf] if name in ("relu", "silu") else [leaf, *raw], dy)
+        for name, f in contestants.items()
+    }
+    forward_ms = measure.interleaved({"copy": lambda: out.copy_(x), **forward}, seconds)
+    both_ms = measure.interleaved(both, seconds * 2)
     return {
         "op": "ctu",
         "case": case.name,

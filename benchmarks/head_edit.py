@@ -64,31 +64,13 @@ def _one(name: str, lead: tuple[int, int], dtype_name: str, seconds: float, comp
         torch._dynamo.reset()
         edits["reference compiled"] = torch.compile(reference, dynamic=False)
 
-    def forward(f: Callable[..., Tensor], *args: Tensor) -> Callable[[], None]:
-        def call() -> None:
-            with torch.no_grad():
-                f(*args)
-
-        return call
-
-    def both(f: Callable[..., Tensor]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(f(leaf, *leaves), wanted, dy)
-
-    forward_ms = measure.interleaved(
-        {
-            "copy": lambda: out.copy_(z),
-            "mul": forward(torch.mul, z, row),
-            **{n: forward(f, z, *parameters) for n, f in edits.items()},
-        },
-        seconds,
-    )
-    both_ms = measure.interleaved(
-        {
-            "mul": lambda: torch.autograd.grad(torch.mul(leaf, row), leaf, dy),
-            **{n: both(f) for n, f in edits.items()},
-        },
-        seconds * 2,
-    )
+    mul, forward = measure.without_grad(torch.mul, z, row), {}
+    both = {"mul": measure.with_gradients(torch.mul, [leaf, row], [leaf], dy)}
+    for edit, f in edits.items():
+        forward[edit] = measure.without_grad(f, z, *parameters)
+        both[edit] = measure.with_gradients(f, wanted, wanted, dy)
+    forward_ms = measure.interleaved({"copy": lambda: out.copy_(z), "mul": mul, **forward}, seconds)
+    both_ms = measure.interleaved(both, seconds * 2)
     saved = measure.saved_bytes(lambda: ctkernels.functional.head_edit(leaf, *leaves))
     return {
         "op": "head_edit",

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -123,6 +123,26 @@ def over_processes(count: int, function: Callable[..., dict[str, dict[str, float
 def _start(threads: int) -> None:
     torch.set_num_threads(threads)
     tune_allocator()
+
+
+def without_grad(function: Callable[..., Any], *args: Any) -> Callable[[], None]:
+    """A contestant that calls ``function`` outside of autograd."""
+
+    def call() -> None:
+        with torch.no_grad():
+            function(*args)
+
+    return call
+
+
+def with_gradients(
+    function: Callable[..., torch.Tensor],
+    args: Sequence[torch.Tensor],
+    wanted: Sequence[torch.Tensor],
+    dy: torch.Tensor,
+) -> Callable[[], Any]:
+    """A contestant that calls ``function`` and differentiates its result in the tensors ``wanted``."""
+    return lambda: torch.autograd.grad(function(*args), wanted, dy)
 
 
 def composed(run: Callable[..., Any]) -> Callable[..., Any]:

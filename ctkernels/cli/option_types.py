@@ -348,12 +348,3 @@ def _weights(text: str) -> str:
 
 
 WEIGHTS = Kind("default, none, packaged or a file", _weights)
-
-
-# --- what the library knows -------------------------------------------------------------------------------------------
-
-
-def activations() -> Kind[list[str]]:
-    from ..steering.activations import ACTIVATIONS
-
-    return names(list(ACTIVATIONS))

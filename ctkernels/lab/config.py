@@ -15,9 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from ..cli.option_types import BETAS, COUNT, POSITIVE, SEED, SHARE, TEXT, Kind, activations
+from ..cli.option_types import BETAS, COUNT, POSITIVE, SEED, SHARE, TEXT, Kind, names
+from ..steering.activations import ACTIVATIONS
 from .images.probe import check_probe
 
+ACTIVATION_KINDS = names(list(ACTIVATIONS))
 DEFAULT_BETAS = tuple(BETAS.read("0.7:1:0.01"))
 T = TypeVar("T")
 
@@ -105,7 +107,7 @@ class BetasConfig(Config):
     """
 
     betas: Annotated[Iterable[float] | str, BETAS] = "0.7:1:0.01"
-    activations: Annotated[Sequence[str] | None, activations()] = None
+    activations: Annotated[Sequence[str] | None, ACTIVATION_KINDS] = None
 
     @property
     def grid(self) -> tuple[float, ...]:
