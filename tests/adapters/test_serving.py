@@ -124,7 +124,7 @@ def test_what_no_runtime_would_read_is_refused_and_said_which_would(tmp_path):
     message = (
         r"no place that transformers, vLLM, llama\.cpp would read\. as biases of the output projections: vLLM builds .* "
         r"as biases of the value projections: .*2 heads share values, and their offsets differ.* "
-        r"target='transformers' can be had alone"
+        r"Ways out: target='transformers', training with additive='kv_group'"
     )
     with pytest.raises(ValueError, match=message):
         adapters.save_merged(model, tmp_path / "out")
