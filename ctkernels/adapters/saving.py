@@ -210,10 +210,11 @@ def plain(model: Any, stacks: list[list[Any]], target: str | None) -> Iterator[t
             setattr(owner, name, child.get_base_layer() if isinstance(child, BaseTunerLayer) else _trained(child))
         edited = _edited(model, stacks)
         chosen = place(model, edited, target, engines.installed)
+        by_value = {id(one.layer) for one in edited} if chosen.values else set()
         for layers, base in zip(stacks, bases):
             with fetched(base):
                 copied(base)  # other methods merge in place
-                layers[0].merge(**{"additive": False} if chosen.values and isinstance(layers[0], JolaLayer) else {})
+                layers[0].merge(**{"additive": False} if id(layers[0]) in by_value else {})
         _untie(model, shared)
         for one in edited if chosen.values else ():
             values: Any = model.get_submodule((chosen.values or {})[one.site])

@@ -124,7 +124,7 @@ def test_what_no_runtime_would_read_is_refused_and_said_which_would(tmp_path):
     message = (
         r"no place that transformers, vLLM, llama\.cpp would read\. as biases of the output projections: vLLM builds .* "
         r"as biases of the value projections: .*2 heads share values, and their offsets differ.* "
-        r"target='transformers' can be had alone"
+        r"Ways out: target='transformers', training with additive='kv_group'"
     )
     with pytest.raises(ValueError, match=message):
         adapters.save_merged(model, tmp_path / "out")
@@ -208,6 +208,18 @@ def test_adapters_over_jola_keep_its_offset_out_of_the_values(tmp_path):
     merged = adapters.save_merged(model, tmp_path / "out")
     assert merged.place == "biases of the value projections"
     assert (output(_reloaded(tmp_path / "out"), VALUES) - expected).abs().max() <= 2 * merged.tolerance
+
+
+def test_a_projection_with_a_bias_of_its_own_keeps_its_edit_beside_others_that_have_none():
+    base = build("qwen3")
+    base.model.layers[0].self_attn.o_proj.bias = torch.nn.Parameter(torch.randn(32))
+    model = _model(base=base, additive="kv_group")
+    expected, bare = output(model, VALUES), model.get_base_model()
+    with saving.plain(bare, saving.tuner_stacks(bare), "vllm") as (chosen, zeros):
+        assert list(chosen.values) == ["model.layers.1.self_attn.o_proj"]
+        assert len(zeros) == 6  # of queries and keys twice, the values of layer 0, the output of layer 1
+        torch.testing.assert_close(output(bare, VALUES), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(output(model, VALUES), expected)
 
 
 def test_a_lora_on_the_values_is_merged_beside_the_offset(tmp_path):

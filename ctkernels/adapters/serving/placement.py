@@ -63,12 +63,14 @@ def place(model: nn.Module, edited: list[Edited], target: str | None, can_run: C
         return found
     others = [name for name in TARGETS if name not in targets or len(targets) > 1]
     served = [name for name in others if isinstance(_first(model, edited, (name,), can_run), Place)]
-    alone = f"target={' or '.join(map(repr, served))} can be had alone; " if served else ""
     names = ", ".join(RUNTIMES[name].name for name in targets)
     reasons = "; ".join(f"as {kind}: {reason}" for kind, reason in found.items())
+    by_head = any(one.layer.jola_config[name].additive == "head" for one in edited for name in one.layer.check_merge())
+    trained = ["training with additive='kv_group'"] * by_head + ["training with edit='multiplicative'"]
+    ways = [*(f"target={name!r}" for name in served), *trained, "saving the adapter"]
     raise ValueError(
-        f"Cannot save a merged model: the additive edits have no place that {names} would read. {reasons}. {alone}otherwise "
-        "train with additive='kv_group' or edit='multiplicative', or save the adapter instead"
+        f"Cannot save a merged model: the additive edits have no place that {names} would read. {reasons}. Ways out: "
+        f"{', '.join(ways)}"
     )
 
 
