@@ -635,6 +635,18 @@ def test_names_that_reach_no_site_are_an_error():
         pass
 
 
+def test_blocks_of_two_tasks_that_overlap_are_an_error():
+    pool = filled(trained())
+    first, second = pool.batch(NAMES), pool.batch(NAMES[::-1])
+    first.__enter__()
+    second.__enter__()
+    output(pool._model, VALUES)
+    with pytest.raises(RuntimeError, match="blocks of a pool overlap in one thread"):
+        first.__exit__(None, None, None)
+    with pytest.raises(RuntimeError, match="blocks of a pool overlap in one thread"):
+        second.__exit__(None, None, None)
+
+
 def test_a_projection_that_is_not_called_is_an_error():
     class Reads(Attention):
         def forward(self, x):
