@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-serving = pytest.importorskip("examples.serve_adapters")
-adapters = pytest.importorskip("ctkernels.adapters")
+serving, adapters = import_module("examples.serve_adapters"), import_module("ctkernels.adapters")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
