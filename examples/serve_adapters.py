@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,74 +18,94 @@ from ctkernels.adapters import AdapterPool, JolaConfig, save_adapter
 
 
 class AdapterBatching:
-    """Continuous batching of a model that has a pool: requests come and go, and so do adapters.
+    """Gives every request of transformers' continuous batching its adapter.
 
-    A request keeps the version of the adapter that it was added with. Blocks of the cache are not shared between
+    A request keeps the version of the adapter that it was added with. Blocks of the cache must not be shared between
     requests: transformers would share them by their tokens alone, and keys and values depend on the adapter.
 
     Args:
         pool: the model's pool.
-        model: the model that transformers runs.
-        blocks: of 256 tokens, in the cache of keys and values.
-        tokens: at most so many in one forward.
+        manager: what `model.init_continuous_batching` returns, with a configuration of `without_sharing`.
 
     Example:
-        >>> with AdapterBatching(pool, model).running() as batching:
-        ...     batching.add("first", tokens, "law")
-        ...     print(batching.result())
+        >>> manager = model.init_continuous_batching(continuous_batching_config=without_sharing())
+        >>> batching = AdapterBatching(pool, manager)
+        >>> manager.start()
+        >>> batching.add("first", tokens, "law", max_new_tokens=16)
+        >>> manager.get_result().generated_tokens
     """
 
-    def __init__(self, pool: AdapterPool, model: Any, *, blocks: int = 64, tokens: int = 256) -> None:
-        from transformers import ContinuousBatchingConfig
-
-        self.pool = pool
-        config = ContinuousBatchingConfig(
-            num_blocks=blocks,
-            max_batch_tokens=tokens,
-            allow_block_sharing=False,
-            use_async_batching=False,
-            use_cuda_graph=False,
-        )
-        self.manager = model.init_continuous_batching(continuous_batching_config=config)
+    def __init__(self, pool: AdapterPool, manager: Any) -> None:
+        config = manager.continuous_batching_config
+        if config.allow_block_sharing or config.use_async_batching or any(config.cuda_graph_booleans):
+            raise ValueError(
+                "manager: expected allow_block_sharing=False, use_async_batching=False and use_cuda_graph=False, got "
+                f"{config.allow_block_sharing}, {config.use_async_batching}, {any(config.cuda_graph_booleans)}"
+            )
+        self.pool, self.manager = pool, manager
         self._slots: dict[str, int] = {}
-        self._step = self.manager._generation_step
-        self.manager._generation_step = self._step_with_adapters
+        self._begun: set[str] = set()
+        self._add, self._step, self._turn = manager.add_request, manager._generation_step, manager._generation_loop_body
+        self._cancel = manager.cancel_request
+        manager._generation_step, manager._generation_loop_body = self._served_step, self._freeing_turn
+        manager.cancel_request = self._noted_cancel
 
-    def _step_with_adapters(self) -> None:
+    def add(self, request: str, tokens: list[int], adapter: str | None, **options: Any) -> None:
+        """Queue a request; an adapter that is not in the pool is an error here."""
+        self._slots[request] = self.pool.acquire(adapter)
+        if self._add(tokens, request_id=request, **options) is None:
+            self.pool.release(self._slots.pop(request))
+            raise RuntimeError(f"{request}: the manager takes no requests")
+
+    def _noted_cancel(self, request: str) -> None:
+        """Cancel a request, which may not have begun."""
+        if request in self._slots:
+            self._begun.add(request)
+        self._cancel(request)
+
+    def _served_step(self) -> None:
         """One forward; its tokens lie in one row, request after request."""
         batch = self.manager.batch_processor.inputs_and_outputs.requests_in_batch
         slots = [self._slots[part.state.request_id] for part in batch for _ in range(part.query_length)]
         with self.pool.serve(torch.tensor(slots, device=self.manager.model.device), packed=True):
             self._step()
 
-    @contextmanager
-    def running(self) -> Iterator[AdapterBatching]:
-        """Generate in a thread until the block ends."""
-        self.manager.start()
-        try:
-            yield self
-        finally:
-            self.manager.stop(block=True)
-            for slot in self._slots.values():
-                self.pool.release(slot)
-            self._slots.clear()
+    def _freeing_turn(self, processor: Any, bootstrapping: bool) -> bool:
+        """One turn of the generation thread; requests that have ended, or were cancelled, release their adapter."""
+        goes_on = self._turn(processor, bootstrapping)
+        there = {*processor.scheduler.active_requests, *processor.scheduler.waiting_requests}
+        self._begun |= there & self._slots.keys()
+        for request in self._begun - there:
+            self._begun.remove(request)
+            self.pool.release(self._slots.pop(request))
+        return goes_on
 
-    def add(self, request: str, tokens: list[int], adapter: str | None, max_new_tokens: int = 16) -> None:
-        """Queue a request; an adapter that is not in the pool is an error here."""
-        self._slots[request] = self.pool.acquire(adapter)
-        self.manager.add_request(tokens, request_id=request, max_new_tokens=max_new_tokens)
 
-    def result(self) -> tuple[str, list[int]]:
-        """Wait for the next request that is done: its name and its tokens."""
-        while True:
-            result = self.manager.get_result(timeout=1)
-            if result is None and not self.manager.is_running():
-                raise RuntimeError("the generation thread has ended")
-            if result is not None and result.is_finished():
-                self.pool.release(self._slots.pop(result.request_id))
-                if result.error is not None:
-                    raise RuntimeError(f"{result.request_id}: {result.error}")
-                return result.request_id, result.generated_tokens
+def without_sharing(blocks: int = 64, tokens: int = 256) -> Any:
+    """A configuration with a cache of `blocks` of 256 tokens, and at most `tokens` in one forward."""
+    from transformers import ContinuousBatchingConfig
+
+    return ContinuousBatchingConfig(
+        num_blocks=blocks,
+        max_batch_tokens=tokens,
+        allow_block_sharing=False,
+        use_async_batching=False,
+        use_cuda_graph=False,
+    )
+
+
+def answers(manager: Any, count: int) -> dict[str, list[int]]:
+    """The tokens of the next `count` requests that are done."""
+    done: dict[str, list[int]] = {}
+    while len(done) < count:
+        result = manager.get_result(timeout=1)
+        if result is None and not manager.is_running():
+            raise RuntimeError("the generation thread has ended")
+        if result is not None and result.is_finished():
+            if result.error is not None:
+                raise RuntimeError(f"{result.request_id}: {result.error}")
+            done[result.request_id] = result.generated_tokens
+    return done
 
 
 def tiny_model() -> Any:
@@ -134,11 +152,14 @@ def main() -> int:
     for name, row in zip([*names, "base"], tokens[:, len(prompt) :].tolist()):
         print(f"generate    {name:10}{row}")
 
-    with AdapterBatching(pool, model).running() as batching:
-        for name in [*names, None]:
-            batching.add(name or "base", prompt, name, max_new_tokens=8)
-        for name, answer in sorted(batching.result() for _ in range(4)):
-            print(f"continuous  {name:10}{answer}")
+    manager = model.init_continuous_batching(continuous_batching_config=without_sharing())
+    batching = AdapterBatching(pool, manager)
+    manager.start()
+    for name in [*names, None]:
+        batching.add(name or "base", prompt, name, max_new_tokens=8)
+    for name, answer in sorted(answers(manager, 4).items()):
+        print(f"continuous  {name:10}{answer}")
+    manager.stop(block=True)
     return 0
 
 

@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import ctkernels
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
-adapters = pytest.importorskip("ctkernels.adapters")
+adapters = import_module("ctkernels.adapters")
 AdapterPool, JolaConfig, CurvatureConfig = adapters.AdapterPool, adapters.JolaConfig, adapters.CurvatureConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -633,6 +634,18 @@ def test_names_that_reach_no_site_are_an_error():
         elsewhere(output, pool._model, VALUES).result()
     with pool.batch([None] * 3):  # which leaves out nothing
         pass
+
+
+def test_blocks_of_two_tasks_that_overlap_are_an_error():
+    pool = filled(trained())
+    first, second = pool.batch(NAMES), pool.batch(NAMES[::-1])
+    first.__enter__()
+    second.__enter__()
+    output(pool._model, VALUES)
+    with pytest.raises(RuntimeError, match="blocks of a pool overlap in one thread"):
+        first.__exit__(None, None, None)
+    with pytest.raises(RuntimeError, match="blocks of a pool overlap in one thread"):
+        second.__exit__(None, None, None)
 
 
 def test_a_projection_that_is_not_called_is_an_error():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-serving = pytest.importorskip("examples.serve_adapters")
-adapters = pytest.importorskip("ctkernels.adapters")
+serving, adapters = import_module("examples.serve_adapters"), import_module("ctkernels.adapters")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
@@ -41,19 +42,35 @@ def test_every_request_gets_the_tokens_of_its_adapter(tmp_path):
             found = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
         expected[key] = found[0, len(tokens) :].tolist()
     assert expected["same"] != expected["again"]
-    with serving.AdapterBatching(pool, model).running() as batching:
-        for key, (tokens, name, count) in requests.items():
-            batching.add(key, tokens, name, count)
-        pool.load("a", tmp_path / "b")  # requests that are there keep the version they came with
-        pool.evict("b")
-        with pytest.raises(ValueError, match="got 'b'; load"):
-            batching.add("late", shared, "b")
-        assert dict(batching.result() for _ in requests) == expected
-        batching.add("new", requests["r1"][0], "a", requests["r1"][2])
-        assert batching.result() == ("new", expected["r1"])
-    pool.load("d", tmp_path / "a")
-    pool.load("e", tmp_path / "a")
-    assert len(pool) == 4  # every slot has been given back
+    manager = model.init_continuous_batching(continuous_batching_config=serving.without_sharing())
+    batching = serving.AdapterBatching(pool, manager)
+    manager.start()
+    for key, (tokens, name, count) in requests.items():
+        batching.add(key, tokens, name, max_new_tokens=count)
+    pool.load("a", tmp_path / "b")  # requests that are there keep the version they came with
+    pool.evict("b")
+    with pytest.raises(ValueError, match="got 'b'; load"):
+        batching.add("late", shared, "b")
+    assert serving.answers(manager, len(requests)) == expected
+    tokens, name, count = requests["r1"]
+    batching.add("new", tokens, "a", max_new_tokens=count)
+    assert serving.answers(manager, 1) == {"new": expected["r1"]}
+    batching.add("unwanted", tokens, "a", max_new_tokens=1000)
+    manager.cancel_request("unwanted")
+    manager.stop(block=True)
+    assert not batching._slots  # every adapter has been released
+    with pytest.raises(RuntimeError, match="late: the manager takes no requests"):
+        batching.add("late", tokens, "a")
+    assert not batching._slots
+
+
+def test_blocks_that_requests_share_are_refused(tmp_path):
+    model = serving.tiny_model()
+    config = serving.without_sharing()
+    config.allow_block_sharing = True
+    manager = model.init_continuous_batching(continuous_batching_config=config)
+    with pytest.raises(ValueError, match=r"expected allow_block_sharing=False, .* got True, False, False"):
+        serving.AdapterBatching(adapters.AdapterPool(model, adapters.JolaConfig(), 1), manager)
 
 
 def test_the_example_runs(capsys):

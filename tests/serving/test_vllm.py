@@ -87,8 +87,8 @@ class Reference:
         return found[0, len(prompt) :].tolist()
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
+@pytest.fixture(scope="module", params=[True, False], ids=["eager", "compiled"])
+def engine(request, tmp_path_factory):
     pytest.importorskip("vllm")
     os.environ.update(SETTINGS)
     from vllm import LLM
@@ -103,8 +103,7 @@ def engine(tmp_path_factory):
             enforce_eager=True,
             additional_config={"ctkernels": {"jola": {"target_modules": ["nothing"]}}},
         )
-    compiled = bool(os.environ.get("CTKERNELS_TEST_VLLM_COMPILED"))
-    llm = LLM(str(reference.model), **ENGINE, enforce_eager=not compiled, additional_config={"ctkernels": "jola"})
+    llm = LLM(str(reference.model), **ENGINE, enforce_eager=request.param, additional_config={"ctkernels": "jola"})
     return llm, reference
 
 

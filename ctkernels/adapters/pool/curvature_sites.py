@@ -124,11 +124,11 @@ class _Unit(Uncopyable, SiteUnit):
     @property
     def active(self) -> bool:  # type: ignore[override]
         """True if adapters are selected."""
-        return self.current is not None and self.current.get() is not None
+        return self.current is not None and self.current.selection is not None
 
     def __call__(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
         assert self.current is not None
-        selection = self.current.get()
+        selection = self.current.selection
         assert selection is not None
         rows, index = selection.align(x, self.site, self.samples_first)
         selection.last = self

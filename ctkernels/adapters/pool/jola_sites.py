@@ -95,7 +95,7 @@ class _Site(Uncopyable):
         self.name, self.m, self.a, self.current = name, m, a, current
 
     def edit(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        selection = self.current.get()
+        selection = self.current.selection
         if selection is None:
             return None
         if not args:
@@ -106,7 +106,7 @@ class _Site(Uncopyable):
         return (edited if z is args[0] else edited.transpose(0, 1), *args[1:]), kwargs
 
     def check(self, module: nn.Module, args: Any, output: Any) -> None:
-        selection = self.current.get()
+        selection = self.current.selection
         if selection is not None and selection.last is not self:
             raise ValueError(
                 f"{self.name}: {type(module).__name__} did not call its projection, so the edit of its heads would be left "

@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -85,7 +84,7 @@ class AdapterPool(Uncopyable):
         self._slots = Slots(capacity)
         self._fences = Fences(self._sites.devices.values())
         self._lock = threading.Lock()
-        self._current: Current = ContextVar("ctkernels_pool", default=None)
+        self._current = Current()
         self._sites.attach(self._tables, self._current)
         self._model.__dict__[POOLS] = {**pools, config.method: self}
 
@@ -347,11 +346,15 @@ class AdapterPool(Uncopyable):
     @contextmanager
     def _serve(self, selection: Selection | None) -> Iterator[None]:
         self._fences.before_read()
-        token = self._current.set(selection)
+        before, self._current.selection = self._current.selection, selection
         try:
             yield
+            if self._current.selection is not selection:
+                raise RuntimeError(
+                    "blocks of a pool overlap in one thread, as where a task awaits inside of one; await outside"
+                )
         finally:
-            self._current.reset(token)
+            self._current.selection = before
 
     def _check_known(self, names: list[str]) -> None:
         unknown = [name for name in names if name not in self._slots]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
+import threading
 from typing import Any
 
 from torch import Tensor
 
 
 class Selection:
-    """The slots of the calls made in one context.
+    """The slots of the calls made in one block.
 
     Args:
         index: a slot for each sample of a call, or for each token of a packed one.
@@ -63,7 +63,10 @@ class Selection:
         )
 
 
-Current = ContextVar[Selection | None]  # in another thread, or another task of asyncio, it is None
+class Current(threading.local):
+    """The selection that is in force in a thread. No context variable: torch 2.13 does not compile those."""
+
+    selection: Selection | None = None
 
 
 class Uncopyable:
