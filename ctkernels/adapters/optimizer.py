@@ -50,7 +50,12 @@ def parameter_groups(
     if lr is None:
         jola = found["jola_edits"] or found["jola_gates"]
         lr = 5e-2 if jola and has_units(model) else 5e-3
-    rates = {"jola_edits": lr, "curvature": curvature_lr, "lora": others if lora_lr is None else lora_lr, "rest": others}
+    rates = {
+        "jola_edits": lr,
+        "curvature": curvature_lr,
+        "lora": others if lora_lr is None else lora_lr,
+        "rest": others,
+    }
     groups: list[dict[str, Any]] = []
     for name, parameters in found.items():
         by_unit: dict[float, list[Tensor]] = {}
