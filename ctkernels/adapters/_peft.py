@@ -257,11 +257,11 @@ def check_state_dict(
 ) -> None:
     """Refuse an adapter's tensors (those with a marker in their names) that do not fit, before any of them is copied."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    own = {f"{prefix}{name}": value.shape for name, value in tensors if _adapter_of(name, markers)}
+    own = {f"{prefix}{name}": value.shape for name, value in tensors if any(marker in name for marker in markers)}
     if any("_fsdp_wrapped_module" in name for name in own):
         return  # FSDP1 renames and flattens parameters, and checks them itself
-    given = {name: value for name, value in state_dict.items() if _adapter_of(name, markers)}
-    adapters = {_adapter_of(name, markers) for name in given}
+    given = {name: value for name, value in state_dict.items() if any(marker in name for marker in markers)}
+    adapters = {owner for name in given if (owner := _adapter_of(name, markers)) is not None}
     expected = {name: shape for name, shape in own.items() if _adapter_of(name, markers) in adapters}
     check_names(expected, {name: value.shape for name, value in given.items()})
     for name, value in given.items():

@@ -186,3 +186,23 @@ def test_files_of_other_kinds_are_refused(tmp_path):
     (tmp_path / "joint" / CONFIG).write_text(json.dumps(values))
     with pytest.raises(ValueError, match="curvature must be a CurvatureConfig, got JolaConfig"):
         _load(tmp_path / "joint")
+
+
+def test_an_official_checkpoint_of_one_method_leaves_the_other():
+    model = joint()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(3)
+    official = {}
+    for layer in range(2):
+        for head in range(4):
+            for name in ("attn_A", "attn_v"):
+                official[f"model.layers.{layer}.self_attn.{name}.{head}"] = torch.randn(8, generator=generator)
+        for name in ("log_g1", "log_g2"):
+            official[f"model.layers.{layer}.self_attn.{name}"] = torch.randn(4, 1, generator=generator)
+    adapters.load_official(model, official)
+    layer = next(module for module in model.modules() if isinstance(module, adapters.JolaLayer))
+    assert torch.equal(layer.vectors("m", "default")[1], official["model.layers.0.self_attn.attn_A.1"])
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if "jola_" not in name)
+    with pytest.raises(ValueError, match="expected tensors named layers.N.self_attn.attn_A"):
+        adapters.load_official(model, {})

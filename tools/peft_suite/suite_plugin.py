@@ -44,6 +44,7 @@ LAYER = {"granularity": "layer"}
 # The tests' inputs go to 90: with a softer bend more of them are near enough to it for beta and coeff to learn from.
 SOFT_LAYER = LAYER | {"init_beta": 0.5}
 JOINT = {"jola": JOLA | SOFT, "curvature": LAYER}
+BESIDE = {"jola": JOLA | SOFT | {"target_modules": ["lin0"]}, "curvature": LAYER, "modules_to_save": ["lin1"]}
 
 CUSTOM: list[tuple[str, str, type, dict[str, Any]]] = [
     ("MLP JoLA", "MLP", JolaConfig, JOLA),
