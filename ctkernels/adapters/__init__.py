@@ -14,6 +14,7 @@ from .jola.coverage import Coverage, coverage, print_coverage
 from .jola.edit_sizes import EditReport, edit_sizes
 from .jola.gate_map import GateMap, gate_map, plot_gates
 from .jola.gates import drop_closed_heads, freeze_gates, open_heads
+from .jola.lora import save_as_lora
 from .jola.monitor import EditMonitor
 from .jola.penalty import (
     AdaptiveSchedule,
@@ -80,6 +81,7 @@ __all__ = [
     "plot_gates",
     "print_coverage",
     "save_adapter",
+    "save_as_lora",
     "save_gguf",
     "save_merged",
 ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,6 +87,42 @@ def check_adapter_name(name: Any) -> None:
         raise ValueError(
             f"adapter_name must not contain {found.group()!r}, got {name!r}: it names a folder and a part of tensor names"
         )
+
+
+def check_weighted(
+    configs: Mapping[str, Any], adapters: Any, weights: Any, adapter_name: str, combination_type: str
+) -> None:
+    """Check the arguments of `add_weighted_adapter`.
+
+    Raises:
+        ValueError: adapters that are not there, other modules trained beside them, not one finite weight for each, a name
+            that is taken, or a combination other than the linear one.
+    """
+    unknown = [name for name in adapters if name not in configs]
+    if isinstance(adapters, str) or not adapters or unknown:
+        raise ValueError(f"adapters must be a list of some of {sorted(configs)}, got {adapters!r}")
+    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights must be a finite number for each of {list(adapters)}, got {weights!r}")
+    if adapter_name in configs:
+        raise ValueError(f"adapter_name must be one that is not there yet, got {adapter_name!r}")
+    if combination_type != "linear":
+        raise ValueError(f"combination_type must be 'linear', got {combination_type!r}")
+    beside = [name for name in adapters if configs[name].modules_to_save]
+    if beside:
+        raise ValueError(
+            f"adapters must have no modules_to_save, which add_weighted_adapter does not combine, got {beside[0]!r} with "
+            f"{configs[beside[0]].modules_to_save}"
+        )
+
+
+def inject_new(tuner: Any, adapter_name: str, config: Any) -> None:
+    """Put an adapter into a tuner's model; an error leaves no trace in its list."""
+    tuner.peft_config[adapter_name] = config
+    try:
+        tuner.inject_adapter(tuner.model, adapter_name)
+    except BaseException:
+        tuner.peft_config.pop(adapter_name, None)
+        raise
 
 
 def pass_adapter_names(names: list[str], thread: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -215,15 +252,17 @@ def check_names(own: dict[str, torch.Size], given: dict[str, torch.Size]) -> Non
             raise ValueError(f"{name}: expected shape {tuple(own[name])}, got {tuple(shape)}")
 
 
-def check_state_dict(part: str, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Refuse an adapter's tensors (those with `part` in their names) that do not fit, before any of them is copied."""
+def check_state_dict(
+    markers: tuple[str, ...], model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
+) -> None:
+    """Refuse an adapter's tensors (those with a marker in their names) that do not fit, before any of them is copied."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    own = {f"{prefix}{name}": value.shape for name, value in tensors if part in name}
+    own = {f"{prefix}{name}": value.shape for name, value in tensors if any(marker in name for marker in markers)}
     if any("_fsdp_wrapped_module" in name for name in own):
         return  # FSDP1 renames and flattens parameters, and checks them itself
-    given = {name: value for name, value in state_dict.items() if part in name}
-    adapters = {name.rsplit(".", 1)[-1] for name in given}
-    expected = {name: shape for name, shape in own.items() if name.rsplit(".", 1)[-1] in adapters}
+    given = {name: value for name, value in state_dict.items() if any(marker in name for marker in markers)}
+    adapters = {owner for name in given if (owner := _adapter_of(name, markers)) is not None}
+    expected = {name: shape for name, shape in own.items() if _adapter_of(name, markers) in adapters}
     check_names(expected, {name: value.shape for name, value in given.items()})
     for name, value in given.items():
         if not value.is_meta and not bool(value.isfinite().all()):
@@ -232,3 +271,12 @@ def check_state_dict(part: str, model: nn.Module, state_dict: dict[str, Tensor],
         merged = sorted(adapters & set(getattr(module, "merged_adapters", ())))
         if merged and hasattr(module, "base_layer"):
             raise ValueError(f"{name}: cannot load the adapters {merged} while they are merged; unmerge them first")
+
+
+def _adapter_of(name: str, markers: tuple[str, ...]) -> str | None:
+    """Whose tensor it is: "default" of `x.jola_m.default` and of `x.lora_A.default.weight`; None without a marker."""
+    for marker in markers:
+        parts = name.rpartition(marker)[2].split(".")
+        if marker in name and len(parts) > 1:
+            return parts[1]
+    return None

@@ -29,6 +29,8 @@ from .._peft import (
     check_not_nested,
     check_saved,
     check_state_dict,
+    check_weighted,
+    inject_new,
     own_base_layers,
     pass_adapter_names,
     plain_model,
@@ -37,6 +39,7 @@ from .config import CurvatureConfig
 from .layer import CurvatureLayer, FixedUnit, Original
 from .layout import Channels, SiteCall, channels_of, find_channels, find_samples
 from .per_sample import BASE, adapters_by_sample, check_names
+from .weighted import fill_weighted, weighted_config, weighted_values
 
 
 @dataclass
@@ -81,7 +84,7 @@ class CurvatureModel(BaseTuner):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
-        self.register_load_state_dict_pre_hook(partial(check_state_dict, ".curvature_"))
+        self.register_load_state_dict_pre_hook(partial(check_state_dict, (".curvature_",)))
 
     # ---- putting an adapter in ----
 
@@ -172,6 +175,34 @@ class CurvatureModel(BaseTuner):
         """
         check_one_active(adapter_name)
         super().set_adapter(adapter_name, inference_mode)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter whose beta and coeff are as far from the plain activation's as the weighted sum of others'.
+
+        With weights that sum to 1 these are the weighted means. What the units compute is no linear combination. It is not
+        activated.
+
+        Args:
+            adapters: the others' names.
+            weights: one for each.
+            adapter_name: the new one's name.
+            combination_type: only "linear".
+
+        Raises:
+            ValueError: an argument is wrong (the message names it), an adapter has modules_to_save, or a beta or coeff
+                would leave the range between 0 and 1. Nothing is added then.
+
+        Example:
+            >>> model.add_weighted_adapter(["digits", "letters"], [0.5, 0.5], "both")
+        """
+        check_weighted(self.peft_config, adapters, weights, adapter_name, combination_type)
+        attached = attached_to(self.model)
+        assert attached is not None
+        values = weighted_values(attached.layers, adapters, weights)
+        inject_new(self, adapter_name, weighted_config(attached.layers, adapters))
+        fill_weighted(attached.layers, values, adapter_name)
 
     # ---- one adapter for each sample of a batch ----
 

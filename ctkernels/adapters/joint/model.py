@@ -16,10 +16,12 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from torch import Tensor, nn
 
 from .._config import saved_shapes
-from .._peft import check_adapter_name, check_saved, check_state_dict
+from .._peft import check_adapter_name, check_saved, check_state_dict, check_weighted, inject_new
+from ..curvature import weighted as weighted_units
 from ..curvature.layer import CurvatureLayer
 from ..curvature.model import CurvatureModel, attached_to, check_one_active, detach, fix_units, warn_of_merge
 from ..curvature.per_sample import BASE
+from ..jola import weighted as weighted_edits
 from ..jola.layer import JolaLayer
 from ..jola.model import JolaModel
 from .config import JointConfig
@@ -37,6 +39,7 @@ class _Lora(LoraModel):
 
 
 _TUNERS: dict[str, type[BaseTuner]] = {"lora": _Lora, "jola": JolaModel, "curvature": CurvatureModel}
+_MARKERS = tuple(f".{method}_" for method in _TUNERS)  # in the names of their tensors
 
 
 class JointModel(BaseTuner):
@@ -71,8 +74,7 @@ class JointModel(BaseTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         _check_plain(model)
         super().__init__(model, *args, **kwargs)
-        for prefix in ("jola_", "curvature_"):
-            self.register_load_state_dict_pre_hook(partial(check_state_dict, f".{prefix}"))
+        self.register_load_state_dict_pre_hook(partial(check_state_dict, _MARKERS))
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.peft_config = self.peft_config  # where the model has joint adapters, it is the model's
@@ -137,6 +139,44 @@ class JointModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for method in self._tuners:
             self._tuner(method)._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter that combines others as `JolaModel.add_weighted_adapter` and `CurvatureModel`'s do.
+
+        Args:
+            adapters: the others' names.
+            weights: one for each.
+            adapter_name: the new one's name.
+            combination_type: only "linear".
+
+        Raises:
+            ValueError: an argument is wrong (the message names it), an adapter has LoRA or modules_to_save, or a beta or
+                coeff would leave the range between 0 and 1. Nothing is added then.
+
+        Example:
+            >>> model.add_weighted_adapter(["polite", "short"], [0.5, 0.5], "both")
+        """
+        check_weighted(self.peft_config, adapters, weights, adapter_name, combination_type)
+        configs: Any = self.peft_config
+        low_rank = [name for name in adapters if configs[name].lora is not None]
+        if low_rank:
+            raise ValueError(
+                f"adapters must have no LoRA, whose sum has another rank, got {low_rank[0]!r} with it; merge it into the "
+                "weights, or combine adapters without"
+            )
+        attached = attached_to(self.model)
+        assert attached is not None
+        values = weighted_units.weighted_values(attached.layers, adapters, weights)
+        config = JointConfig(
+            task_type=configs[adapters[0]].task_type,
+            jola=weighted_edits.weighted_config(self.model, adapters),
+            curvature=weighted_units.weighted_config(attached.layers, adapters),
+        )
+        inject_new(self, adapter_name, config)
+        weighted_edits.fill_weighted(self.model, adapters, weights, adapter_name)
+        weighted_units.fill_weighted(attached.layers, values, adapter_name)
 
     # ---- switching, deleting ----
 
@@ -257,8 +297,7 @@ def _check_plain(model: nn.Module) -> None:
 def _shapes(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
     """The shapes of an adapter's tensors by their names in files, without modules that are trained beside it."""
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    prefixes = tuple(f".{method}_" for method in _TUNERS)
-    return {name: value.shape for name, value in tensors.items() if any(prefix in name for prefix in prefixes)}
+    return {name: value.shape for name, value in tensors.items() if any(marker in name for marker in _MARKERS)}
 
 
 def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:

@@ -24,6 +24,8 @@ from .._peft import (
     check_not_nested,
     check_saved,
     check_state_dict,
+    check_weighted,
+    inject_new,
     own_base_layers,
     pass_adapter_names,
 )
@@ -33,6 +35,7 @@ from .coverage import left_out
 from .fold import to_merge
 from .layer import KINDS, JolaLayer
 from .sites import SiteHeads, default_targets, near_misses, site_heads, unused_sites, unwrapped
+from .weighted import fill_weighted, weighted_config
 
 
 class JolaModel(BaseTuner):
@@ -58,7 +61,7 @@ class JolaModel(BaseTuner):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
-        self.register_load_state_dict_pre_hook(partial(check_state_dict, ".jola_"))
+        self.register_load_state_dict_pre_hook(partial(check_state_dict, (".jola_",)))
 
     # ---- finding sites ----
 
@@ -130,6 +133,29 @@ class JolaModel(BaseTuner):
                     if id(child) in wrappers:
                         setattr(owner, leaf, wrappers[id(child)])
                         wrappers[id(child)].watch(owner)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter that changes each head by the weighted sum of what others change it by in evaluation.
+
+        Its gates are open and frozen. It is not activated.
+
+        Args:
+            adapters: the others' names.
+            weights: one for each.
+            adapter_name: the new one's name.
+            combination_type: only "linear".
+
+        Raises:
+            ValueError: an argument is wrong (the message names it), or an adapter has modules_to_save.
+
+        Example:
+            >>> model.add_weighted_adapter(["polite", "short"], [0.5, 0.5], "both")
+        """
+        check_weighted(self.peft_config, adapters, weights, adapter_name, combination_type)
+        inject_new(self, adapter_name, weighted_config(self.model, adapters))
+        fill_weighted(self.model, adapters, weights, adapter_name)
 
     # ---- switching, merging, taking layers out ----
 
