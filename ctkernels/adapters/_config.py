@@ -11,6 +11,7 @@ from peft import PeftConfig
 
 from .._files import write_text
 from ._files import check_adapter_folder
+from .card import write_adapter_card
 
 _SAVED = "_saved_shapes"
 
@@ -21,7 +22,7 @@ class AdapterConfig(PeftConfig):
     method: ClassVar[str]
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, to a temporary name first."""
+        """Write `adapter_config.json`, to a temporary name first; if weights lie beside it, describe both in the model card."""
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory must be a folder, got the file {save_directory}")
         auto_mapping = kwargs.pop("auto_mapping_dict", None)
@@ -30,6 +31,7 @@ class AdapterConfig(PeftConfig):
             values["auto_mapping"] = auto_mapping
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         write_text(os.path.join(save_directory, "adapter_config.json"), text)
+        write_adapter_card(save_directory, values)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
