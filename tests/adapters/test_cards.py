@@ -74,11 +74,11 @@ def test_saving_again_replaces_its_own_part_alone(tmp_path):
                 parameter.fill_(-10.0)
     model.base_model.peft_config["default"].save_pretrained(str(folder))  # of the old weights: nothing changes
     assert (folder / "README.md").read_bytes() == text.encode() + b"\r\nmine, in Latin-1: \xe9\r\n"
-    (folder / "README.md").write_text(text + "mine\n")
+    (folder / "README.md").write_text(text + "\nmine\n")
     adapters.save_adapter(model, folder)
     again = (folder / "README.md").read_text()
     assert again.count(_card.START) == again.count(_card.END) == 1
-    assert again.rstrip().endswith("\nmine")
+    assert "mine" in again.partition(_card.END)[2].splitlines()
     assert "Of 16 gates 0 are open" in again
     assert again.partition(_card.START)[0].split() == text.partition(_card.START)[0].split()
 
@@ -88,7 +88,11 @@ def test_each_of_several_adapters_has_its_own(tmp_path):
     model.add_adapter("other", adapters.JolaConfig(task_type="CAUSAL_LM", heads=[0], edit="additive"))
     model.save_pretrained(tmp_path / "out")
     assert "  m ####  a ####\n" in (tmp_path / "out/README.md").read_text()
-    assert "o_proj  a #\n" in (tmp_path / "out/other/README.md").read_text()
+    card = tmp_path / "out/other/README.md"
+    assert "o_proj  a #\n" in card.read_text()
+    card.write_text(f"mine\n{card.read_text()}")
+    adapters.save_adapter(model, tmp_path / "out")
+    assert card.read_text().startswith(f"mine\n{_card.START}")
 
 
 def test_a_configuration_alone_has_none(tmp_path):
