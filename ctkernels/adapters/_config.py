@@ -12,6 +12,7 @@ from peft import PeftConfig
 
 from .._files import write_text
 from ._files import check_adapter_folder
+from .card import write_adapter_card
 
 _SAVED = "_saved_shapes"
 
@@ -27,7 +28,7 @@ class AdapterConfig(PeftConfig):
         return (f"{cls.method.lower()}_",)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, to a temporary name first."""
+        """Write `adapter_config.json`, to a temporary name first; if weights lie beside it, describe both in the model card."""
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory must be a folder, got the file {save_directory}")
         auto_mapping = kwargs.pop("auto_mapping_dict", None)
@@ -36,6 +37,7 @@ class AdapterConfig(PeftConfig):
             values["auto_mapping"] = auto_mapping
         text = json.dumps(values, indent=2, sort_keys=True, default=sorted) + "\n"  # of what JSON lacks there are sets
         write_text(os.path.join(save_directory, "adapter_config.json"), text)
+        write_adapter_card(save_directory, values)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .._card import CARD
 from ..steering.scan import is_steered
 from ._files import model_files, replacing_folder
 from ._offload import fetched, whole_state_dict
@@ -50,7 +51,8 @@ def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> Non
     """
     if not kwargs.get("safe_serialization", True):
         raise ValueError("safe_serialization must be True: pickled weights are not written")
-    for name in kwargs.get("selected_adapters") or model.peft_config:
+    names = list(kwargs.get("selected_adapters") or model.peft_config)
+    for name in names:
         check_adapter_name(name)
     folder = Path(path)
     if (folder / "config.json").exists() and any("adapter" not in file.name for file in model_files(folder)):
@@ -59,8 +61,10 @@ def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> Non
             "this adapter on top. Choose a folder of its own"
         )
     with replacing_folder(folder) as fresh:
-        if (folder / "README.md").is_file():
-            shutil.copy2(folder / "README.md", fresh)  # a model card is extended, not begun anew
+        for place in ("", *names):  # model cards are extended, not begun anew
+            if (folder / place / CARD).is_file():
+                (fresh / place).mkdir(exist_ok=True)
+                shutil.copy2(folder / place / CARD, fresh / place)
         model.save_pretrained(str(fresh), **kwargs)
 
 

