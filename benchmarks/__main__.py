@@ -13,9 +13,9 @@ from ctkernels._files import write_text
 from ctkernels.cli import option_types as types
 from ctkernels.cli.errors import OptionError, Parser, reported
 
-from . import ctu, device, head_edit, measure, report
+from . import ctu, ctu_and_mul, device, head_edit, measure, report
 
-SUITES = {"ctu": ctu, "head_edit": head_edit}
+SUITES = {"ctu": ctu, "ctu_and_mul": ctu_and_mul, "head_edit": head_edit}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,28 +26,41 @@ def parser(prog: str = "python -m benchmarks") -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("--op", choices=SUITES, nargs="+", default=list(SUITES), help="which ops (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: needs a GPU (default: cpu)")
-    networks = parser.add_mutually_exclusive_group()
-    networks.add_argument("--networks", action="store_true", help="instead, a ResNet-50 (needs torchvision)")
-    networks.add_argument("--jola", action="store_true", help="instead, a Llama (needs transformers and peft)")
-    networks.add_argument("--attention", action="store_true", help="instead, attention with the edit (needs a GPU)")
-    networks.add_argument(
+    whole = parser.add_mutually_exclusive_group()
+    whole.add_argument("--networks", action="store_true", help="instead, a ResNet-50 (needs torchvision)")
+    whole.add_argument(
+        "--formats", action="store_true", help="instead, its inference in both memory formats and for small images"
+    )
+    whole.add_argument("--calls", action="store_true", help="instead, what calls on next to nothing cost the host")
+    whole.add_argument("--jola", action="store_true", help="instead, a Llama (needs transformers and peft)")
+    whole.add_argument("--pool", action="store_true", help="instead, 1000 adapters in a batch (as --jola)")
+    whole.add_argument("--attention", action="store_true", help="instead, attention with the edit (needs a GPU)")
+    whole.add_argument(
         "--composed", action="store_true", help="instead, parts of both beside their composed reference, all compiled"
     )
     parser.add_argument("--dtype", choices=ctu.DTYPES, nargs="+", default=list(ctu.DTYPES))
     parser.add_argument("--quick", action="store_true", help="one small shape, without the compiled contestant")
     parser.add_argument("--tuned", action="store_true", help="only the shapes that have bounds to keep")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it (with --device cuda)")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="cases whose name contains it (with --device cuda or --formats)"
+    )
     parser.add_argument("--seconds", type=types.POSITIVE, default=1.5, help="time spent on each row (default 1.5)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="with --formats --threads 1: CPU time, where others use the machine too"
+    )
     parser.add_argument("--threads", type=types.whole(1, 1024), help="CPU threads (default: torch's)")
     parser.add_argument("--json", type=types.OUT_FILE, metavar="FILE", help="also write the records there")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.device == "cuda" and args.composed:
-        raise OptionError("--composed: measured on a CPU; leave out --device")
-    if args.only and (args.device == "cpu" or args.networks or args.jola):
-        raise OptionError("--only: for the ops and the attention of --device cuda")
+    for name in ("composed", "formats", "calls"):
+        if args.device == "cuda" and getattr(args, name):
+            raise OptionError(f"--{name}: measured on a CPU; leave out --device")
+    if args.cpu_time and not (args.formats and args.threads == 1):
+        raise OptionError("--cpu-time: of one thread; give it with --formats and --threads 1")
+    if args.only and not args.formats and (args.device == "cpu" or args.networks or args.jola or args.pool):
+        raise OptionError("--only: for --formats, and the ops and the attention of --device cuda")
     if args.device == "cuda":
         return _on_device(args)
     if args.attention:
@@ -56,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
 
     where = measure.provenance()
-    print(f"{where['cpu']} ({where['cpu_capability']}), {where['threads']} threads")
+    isa = where["onednn_max_cpu_isa"]
+    limit = f", ONEDNN_MAX_CPU_ISA={isa}" if isa else ""
+    print(f"{where['cpu']} ({where['cpu_capability']}{limit}), {where['threads']} threads")
     print(f"torch {where['torch']}, commit {where['commit']}{' with changes' if where['dirty'] else ''}")
     print(measure.tune_allocator())
     print("medians of interleaved runs, the faster half of the rounds; copy is Tensor.copy_ into an existing tensor\n")
@@ -94,11 +109,26 @@ def _networks(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict
 
         record = jola_step.run(args.seconds, args.quick, args.device)
         return [record], jola_step.bars(record), jola_step.text(record)
+    if args.pool:
+        from . import pool
+
+        record = pool.run(args.seconds, args.quick, args.device)
+        return [record], pool.bars(record), pool.text(record)
     if args.networks:
         from . import networks
 
         records = networks.run(args.dtype, args.seconds, args.quick, args.device)
         return records, networks.bars(records), networks.text(records)
+    if args.formats:
+        from . import formats
+
+        records = formats.run(args.dtype, args.seconds, args.quick, args.cpu_time, args.only)
+        return records, formats.bars(records), formats.text(records)
+    if args.calls:
+        from . import calls
+
+        records = calls.run()
+        return records, calls.bars(records), calls.text(records)
     if args.composed:
         from . import composed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
 import platform
 import random
 import statistics
@@ -46,6 +47,7 @@ def interleaved(
     seldom: Collection[str] = (),
     seed: int = 0,
     wait: Callable[[], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median milliseconds of each contestant; they run in turn, after one warm-up each, for about ``seconds`` in all.
 
@@ -53,7 +55,7 @@ def interleaved(
     left behind.
     Those of ``seldom``, slow ones that are far from their bounds, run in every fourth round. Of the rounds the faster half
     counts, by what all contestants took together: the others tell what else the machine was doing. ``wait``: for what a call
-    has started on a device.
+    has started on a device. ``clock``: what counts as time, such as that of the CPU in this thread alone.
     """
     order, shuffle = list(contestants.items()), random.Random(seed).shuffle
     shuffle(order)
@@ -70,11 +72,11 @@ def interleaved(
                 continue
             if wait is not None:
                 wait()
-            start = time.perf_counter()
+            start = clock()
             run()
             if wait is not None:
                 wait()
-            times[name] = time.perf_counter() - start
+            times[name] = clock() - start
         rounds.append(times)
     rounds.sort(key=lambda times: sum(t for name, t in times.items() if name not in seldom))
 
@@ -153,15 +155,17 @@ def composed(run: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def overhead(contestants: Contestants, calls: int = 400, rounds: int = 15) -> dict[str, float]:
+def overhead(
+    contestants: Contestants, calls: int = 400, rounds: int = 15, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Microseconds a call, for calls too short to be timed one by one: the median over interleaved batches of ``calls``."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, run in contestants.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls):
                 run()
-            times[name].append((time.perf_counter() - start) / calls)
+            times[name].append((clock() - start) / calls)
     return {name: statistics.median(t) * 1e6 for name, t in times.items()}
 
 
@@ -226,6 +230,8 @@ def provenance() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": torch.get_num_threads(),
     }
 

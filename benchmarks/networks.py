@@ -54,7 +54,7 @@ def _separate(model: nn.Module) -> nn.Module:
     return model
 
 
-def _network(dtype: torch.dtype, device: str) -> nn.Module:
+def network(dtype: torch.dtype, device: str) -> nn.Module:
     """ResNet-50 with the statistics a trained one has, frozen, in evaluation; the format convolutions like best."""
     import torchvision
 
@@ -81,7 +81,7 @@ def _replace_relus(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Mod
 
 def contestants(dtype: torch.dtype, trained: bool, device: str = "cpu") -> dict[str, nn.Module]:
     """The networks: with learned units, or with one (beta, coeff) for all."""
-    base = _network(dtype, device)
+    base = network(dtype, device)
     published, ours = copy.deepcopy(base), copy.deepcopy(base)
     _replace_relus(published, lambda channels: OfficialUnit(channels if trained else None, 0.8 if trained else 0.9))
     published.to(device)

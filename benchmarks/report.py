@@ -18,18 +18,19 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def timings(records: list[dict[str, Any]]) -> str:
     """Milliseconds of every contestant, forward and forward+backward, and what ours costs relative to the yardsticks."""
     blocks = []
-    plain = "relu" if "relu" in records[0]["forward_backward_ms"] else "mul"
-    for key, title, yardstick in (
-        ("forward_ms", "forward, ms", "copy"),
-        ("forward_backward_ms", "forward + backward, ms", plain),
+    for key, title, yardsticks in (
+        ("forward_ms", "forward, ms", ("copy", "silu(g) * u")),
+        ("forward_backward_ms", "forward + backward, ms", ("relu", "mul", "silu(g) * u")),
     ):
         names = list(records[0][key])
-        header = ["case", "dtype", "parameters", *names, f"ours/{yardstick}", "official/ours"]
+        yardstick = next(name for name in yardsticks if name in names)
+        official = ["official/ours"] if "official" in names else []
+        header = ["case", "dtype", "parameters", *names, f"ours/{yardstick}", *official]
         rows = []
         for r in records:
             ms = r[key]
             cells = [f"{ms[n]:.3g}" for n in names]
-            ratios = [f"{ms['ours'] / ms[yardstick]:.2f}", f"{ms['official'] / ms['ours']:.1f}"]
+            ratios = [f"{ms['ours'] / ms[yardstick]:.2f}", *(f"{ms['official'] / ms['ours']:.1f}" for _ in official)]
             rows.append([r["case"], r["dtype"], r["parameters"], *cells, *ratios])
         blocks.append(f"{title}\n{table(header, rows)}")
     return "\n\n".join(blocks)

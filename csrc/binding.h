@@ -113,7 +113,8 @@ std::string attribute_schema(typename Op::Attributes (*)(T...)) {
   return text;
 }
 
-// The implementations of one op. Schema: x, parameters, residual if there is a prologue, channel_dim, attributes.
+// The implementations of one op. Schema: x, parameters, residual if there is a prologue, the factor if there is one,
+// channel_dim, attributes.
 template <class Backend, class Op>
 class Channelwise {
  public:
@@ -122,20 +123,22 @@ class Channelwise {
     for (int i = 0; i < kParams; ++i)
       text += std::string(parameter_of<Op>(i).fallback ? ", Tensor? " : ", Tensor ") + parameter_of<Op>(i).name;
     if (Op::kPrologue) text += ", Tensor? residual";
+    if (kHasFactor<Op>) text += std::string(", Tensor? ") + Op::kFactor;
     return text + ", int channel_dim" + attribute_schema<Op>(&Op::attributes) + ") -> Tensor";
   }
 
   static void forward(StableIValue* stack, uint64_t count, uint64_t results) {
     Arguments arguments(stack, count, results, kArguments, 1);
     Channelwise call(arguments);
-    Tensor y = result_like(call.x_);
+    Tensor y = call.in_.view.packed ? torch::stable::new_empty(call.x_, call.like_.sizes()) : result_like(call.x_);
     if (!call.empty()) Backend(call.x_).template forward<Op>(call.attributes_, call.in_, y.mutable_data_ptr());
-    stack[0] = torch::stable::detail::from(conform(y, call.given_));
+    stack[0] = torch::stable::detail::from(conform(y, call.like_));
   }
 
   static void forward_(StableIValue* stack, uint64_t count, uint64_t results) {
     Arguments arguments(stack, count, results, kArguments, 0);
     Channelwise call(arguments);
+    STD_TORCH_CHECK(!call.in_.view.packed, "ctkernels: the result has half of the channels, and cannot be written over them");
     if (call.empty()) return;
     Backend(call.x_).template forward<Op>(call.attributes_, call.in_, call.x_.mutable_data_ptr());
     if (call.x_.data_ptr() != call.given_.data_ptr()) torch::stable::copy_(call.given_, call.x_);
@@ -159,25 +162,28 @@ class Channelwise {
       if (call.params_[i] && mask >> (1 + i) & 1)
         allocate(torch::stable::new_empty(*call.params_[i], call.params_[i]->sizes()), out.params[i]);
     if (call.residual_ && mask >> (1 + kParams) & 1) allocate(result_like(call.x_), out.dresidual);
+    if (call.factor_ && mask >> (1 + kParams) & 1) allocate(result_like(call.x_), out.dfactor);
+    if (call.in_.view.packed && out.dx) out.dfactor = static_cast<char*>(out.dx) + call.half();
     if (!call.empty() && !grads.empty()) {
-      dy = laid_out_like(dy, call.x_);
+      dy = call.in_.view.packed ? torch::stable::contiguous(dy) : laid_out_like(dy, call.x_);
       Backend(call.x_).template backward<Op>(call.attributes_, call.in_, dy.const_data_ptr(), out);
     }
     if (out.dx) grads.front() = conform(grads.front(), call.given_);
-    if (out.dresidual) grads.back() = conform(grads.back(), call.given_);
+    if (call.factor_ ? out.dfactor : out.dresidual) grads.back() = conform(grads.back(), call.given_);
     stack[0] = torch::stable::detail::from(grads);
   }
 
  private:
   static constexpr int kParams = kParamsOf<Op>;
-  static constexpr int kArguments = 1 + kParams + (Op::kPrologue ? 1 : 0) + 1 + count_of(&Op::attributes);
+  static constexpr int kArguments = 1 + kParams + (Op::kPrologue || kHasFactor<Op> ? 1 : 0) + 1 + count_of(&Op::attributes);
+  static_assert(!(Op::kPrologue && kHasFactor<Op>), "a residual or a factor");
 
-  Tensor given_, x_;  // x_: given_, or a contiguous copy of it
-  std::optional<Tensor> params_[kParams], residual_;
+  Tensor given_, x_, like_;  // x_: given_, or a contiguous copy of it; like_: what the result is like
+  std::optional<Tensor> params_[kParams], residual_, factor_;
   typename Op::Attributes attributes_;
   Operands in_;
 
-  explicit Channelwise(Arguments& arguments) : given_(arguments.next<Tensor>()), x_(given_) {
+  explicit Channelwise(Arguments& arguments) : given_(arguments.next<Tensor>()), x_(given_), like_(given_) {
     bool shared = true, per_group = false;
     for (int i = 0; i < kParams; ++i) {
       const std::optional<double> fallback = parameter_of<Op>(i).fallback;
@@ -187,19 +193,40 @@ class Channelwise {
       per_group = per_group || in_.params[i].groups > 1;
     }
     if constexpr (Op::kPrologue) residual_ = arguments.next<std::optional<Tensor>>();
+    if constexpr (kHasFactor<Op>) factor_ = arguments.next<std::optional<Tensor>>();
     int64_t channel_dim = arguments.next<int64_t>();
     attributes_ = arguments.attributes(&Op::attributes);
     in_.dtype = dtype_of(x_);
+    if (kHasFactor<Op> && !factor_) {
+      pack(channel_dim, shared, per_group);
+      return;
+    }
     if (shared) channel_dim = -1;
     const auto view = [&] { return view_of(x_.sizes().data(), x_.strides().data(), x_.dim(), channel_dim, per_group); };
     in_.view = view();
     if (!in_.view.dense) x_ = torch::stable::contiguous(x_), in_.view = view();
     in_.x = x_.const_data_ptr();
+    if (factor_) {
+      factor_ = laid_out_like(*factor_, x_);
+      in_.factor = factor_->const_data_ptr();
+    }
     if (residual_) {
       residual_ = laid_out_like(*residual_, x_);
       in_.residual = residual_->const_data_ptr();
     }
   }
+
+  // Without a factor, it is the second half of x's channels.
+  void pack(int64_t channel_dim, bool shared, bool per_group) {
+    STD_TORCH_CHECK(channel_dim >= 0 && x_.size(channel_dim) % 2 == 0, "ctkernels: a packed tensor has an even number of channels");
+    x_ = torch::stable::contiguous(x_);
+    in_.view = packed_view_of(x_.sizes().data(), x_.strides().data(), x_.dim(), channel_dim, shared, per_group);
+    like_ = torch::stable::narrow(like_, channel_dim, 0, given_.size(channel_dim) / 2);
+    in_.x = x_.const_data_ptr();
+    in_.factor = static_cast<const char*>(in_.x) + half();
+  }
+  // Bytes from x to the factor behind it.
+  int64_t half() const { return in_.view.channels * in_.view.inner * size_of(in_.dtype); }
 
   bool empty() const { return in_.view.numel() == 0; }
 };

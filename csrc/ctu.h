@@ -27,18 +27,19 @@ struct CtuRates {
   // Not 0 at slope 1, so that infinity stays infinite.
   static CTK_ONCE T reach(T r) { return r == T(0) ? std::numeric_limits<T>::denorm_min() : r; }
 
-  // A Gaussian decays as e^(-t^2/2): the rate is that of t itself, and the limit is where the square reaches 125 ln 2.
-  static CTK_ONCE Decay<T> gaussian_decay(double rate) {
-    constexpr bool single = sizeof(T) == 4;
-    if (!(rate < (single ? 3e38 : 1e308))) return {T(0), T(0), T(-1)};
+  // A tail decays by a function of t: the rate is that of t itself, and the limit is where e^(-t^2/2), or the tanh gate, falls
+  // to 2^-125 (double: e^-700).
+  static constexpr T kGaussianEnd = sizeof(T) == 4 ? 13.16 : 37.0, kTanhEnd = sizeof(T) == 4 ? 9.97 : 21.05;
+  static CTK_ONCE Decay<T> tail(double rate, T end) {
+    if (!(rate < (sizeof(T) == 4 ? 3e38 : 1e308))) return {T(0), T(0), T(-1)};
     const T hi = static_cast<T>(rate);
-    const double limit = (single ? 13.16 : 37.0) / rate, top = std::numeric_limits<T>::max();
+    const double limit = double(end) / rate, top = std::numeric_limits<T>::max();
     return {hi, static_cast<T>(rate - hi), static_cast<T>(limit < top ? limit : top)};
   }
 };
 
 struct CtuOp : SimpleOp {
-  enum class Variant : int { kLogistic = 0, kLeaky = 1, kRelu6 = 2, kGaussian = 3 };  // as in ctkernels/ops/ctu/op.py
+  enum class Variant : int { kLogistic = 0, kLeaky = 1, kRelu6 = 2, kGaussian = 3, kTanh = 4 };  // as in ctkernels/ops/ctu/op.py
   struct Attributes {
     Variant kind;
     bool raw;
@@ -47,6 +48,8 @@ struct CtuOp : SimpleOp {
   static constexpr std::array kAttributes{"kind", "raw", "eps"};
   static Attributes attributes(int64_t kind, bool raw, double eps) { return {static_cast<Variant>(kind), raw, eps}; }
   static Variant variant(const Attributes& a) { return a.kind; }
+  // Members whose branches are those of GELU: c w S(t) + (1 - c) s (u Phi(u) + phi(u)), with S = Phi or its tanh approximation.
+  static CTK_HD constexpr bool has_tails(Variant kind) { return kind == Variant::kGaussian || kind == Variant::kTanh; }
 
   enum Param : int { kBeta, kCoeff, kSlope, kParams };
   static constexpr Parameter kParameters[] = {{"beta"}, {"coeff"}, {"slope", 0.0}};
@@ -65,7 +68,7 @@ struct CtuOp : SimpleOp {
     kConstants
   };
   // Sums of dy times: a^2 q (1 - q) and a q of the SiLU branch; log(1 + e^-u) and a q of the softplus branch; dphi/dslope, of the
-  // leaky unit only. For the Gaussian unit: a^2 density, a tail; density and a tail of the other branch.
+  // leaky unit only. For members with tails: a^2 density, a tail; density and a tail of the other branch.
   enum Sum : int { kSumSquare, kSumT, kSumPeak, kSumU, kSumSlope, kSums };
 
   template <class T>
@@ -74,8 +77,10 @@ struct CtuOp : SimpleOp {
     const double inv_s = v.s > 0 ? 1.0 / v.s : std::numeric_limits<double>::infinity();
     const double eta = v.beta == 0 ? 0.0 : v.beta * inv_s;
     Decay<T> t, u;
-    if (a.kind == Variant::kGaussian) {
-      t = CtuRates<T>::gaussian_decay(v.s > 0 ? eta : inv_s), u = CtuRates<T>::gaussian_decay(inv_s);
+    if (has_tails(a.kind)) {
+      using Rates = CtuRates<T>;
+      t = Rates::tail(v.s > 0 ? eta : inv_s, a.kind == Variant::kTanh ? Rates::kTanhEnd : Rates::kGaussianEnd);
+      u = Rates::tail(inv_s, Rates::kGaussianEnd);
     } else {
       t = make_decay<T>(v.s > 0 ? eta : inv_s), u = make_decay<T>(inv_s);
     }
@@ -96,7 +101,7 @@ struct CtuOp : SimpleOp {
     const double inv_s = v.s < std::numeric_limits<double>::min() ? 0.0 : 1.0 / v.s;  // NaN stays NaN
     const double silu = v.coeff * (1.0 + a.eps) * (inv_s * (inv_s * sums[kSumSquare]));
     double beta, coeff;
-    if (a.kind == Variant::kGaussian) {
+    if (has_tails(a.kind)) {
       beta = silu - v.coeff1 * sums[kSumPeak];
       coeff = -(sums[kSumT] + v.s * sums[kSumPeak] - sums[kSumU]);
     } else {
@@ -167,8 +172,8 @@ struct CtuOp::Arithmetic {
   static CTK_HD Bump bump(T a, const K& k) {
     const Decay<T> dt{k(kTHi), k(kTLo), k(kTLimit)}, du{k(kUHi), k(kULo), k(kULimit)};
     const T at = capped(a, dt.limit), au = capped(a, du.limit);
-    if constexpr (kind == Variant::kGaussian) {
-      const auto gt = gaussian_tail(a, at, dt), gu = gaussian_tail(a, au, du);
+    if constexpr (has_tails(kind)) {
+      const auto gt = gate_tail(a, at, dt), gu = gaussian_tail(a, au, du);
       const T aq = at * gt.cdf, ap = at * gt.pdf, uq = au * gu.cdf;
       return {fused(k(kC1S), gu.pdf, fused(k(kNegC), aq, -k(kC1) * uq)),
               fused(k(kC), fused(-k(kEta), ap, gt.cdf), k(kC1) * gu.cdf),
@@ -186,8 +191,31 @@ struct CtuOp::Arithmetic {
   }
 
   struct Tail {
-    T pdf, cdf;  // phi(t) and Phi(-t), t >= 0
+    T pdf, cdf;  // S'(t) and S(-t), t >= 0
   };
+
+  static CTK_HD Tail gate_tail(T a, T ac, const Decay<T>& d) {
+    if constexpr (kind != Variant::kTanh) return gaussian_tail(a, ac, d);
+    const auto [t, e] = tanh_gate(a, ac, d);
+    const T p = Math::inverse(T(1) + e), q = Math::times(e, p);
+    return {p * q * fused(T(3 * TanhGate::kCubic), t * t, T(TanhGate::kLinear)), q};
+  }
+
+  struct Decayed {
+    T t, e;
+  };
+  static CTK_HD Decayed tanh_gate(float a, float ac, const Decay<float>& d) {
+    if constexpr (Math::kUncapped) {
+      const float t = capped(a * d.hi, 16.f);  // where e is 0, and t^2 finite
+      return {t, Math::tanh_gate_decay(t, 0.f)};
+    }
+    const float t = ac * d.hi, t_lo = fmaf(ac, d.lo, fmaf(ac, d.hi, -t)), e = Math::tanh_gate_decay(t, t_lo);
+    return {t, a > d.limit ? 0.f : e};
+  }
+  static CTK_HD Decayed tanh_gate(double a, double ac, const Decay<double>& d) {
+    const double t = ac * d.hi, e = exp(-t * fused(TanhGate::kCubic, t * t, TanhGate::kLinear));
+    return {t, a > d.limit ? 0.0 : e};
+  }
 
   static CTK_HD Tail gaussian_tail(float a, float ac, const Decay<float>& d) {
     if constexpr (Math::kUncapped) {

@@ -26,6 +26,8 @@ template <class Op>
 inline constexpr int kParamsOf = Op::kParams + (Op::kPrologue ? 2 : 0);
 template <class Op>
 inline constexpr int kSumsOf = Op::kSums + (Op::kPrologue ? 2 : 0);
+template <class Op>
+inline constexpr bool kHasFactor = Op::kFactor != nullptr;
 
 template <class Op>
 constexpr Parameter parameter_of(int i) {
@@ -85,19 +87,21 @@ struct Param {
   int64_t numel() const { return groups * count; }
 };
 
-// The tensor is not empty; the residual has its layout.
+// The tensor is not empty; the residual and the factor have its layout. Of a packed view, they are parts of one tensor.
 struct Operands {
   DType dtype;
   View view;
   const void* x;
   const void* residual = nullptr;
+  const void* factor = nullptr;
   Param params[kMaxParams];
 };
 
-// Null outputs are not computed; dx and dresidual may be null together. A parameter's gradient has its shape and dtype.
+// Null outputs are not computed; those of tensors may be null together. A parameter's gradient has its shape and dtype.
 struct Gradients {
   void* dx = nullptr;
   void* dresidual = nullptr;
+  void* dfactor = nullptr;
   void* params[kMaxParams] = {};
 };
 

@@ -7,7 +7,8 @@ namespace ctk {
 
 struct View {
   int64_t groups = 1, outer = 1, channels = 1, inner = 1;
-  bool dense = true;  // false: the tensor has to be copied first
+  bool dense = true;    // false: the tensor has to be copied first
+  bool packed = false;  // x has a factor's channels behind its own: rows of channels * inner values alternate
   int64_t numel() const { return groups * outer * channels * inner; }
 };
 
@@ -46,6 +47,16 @@ inline View view_of(const int64_t* sizes, const int64_t* strides, int64_t dim, i
     else (channel_seen || channel_dim < 0 ? v.inner : v.outer) *= sizes[order[i]];
   }
   if (!channel_seen) v.inner *= v.outer, v.outer = 1;  // one channel (or all alike): the order no longer matters
+  return v;
+}
+
+// Of a contiguous tensor whose `channel_dim` holds the channels of x, then those of its factor: the view of x. shared: one
+// parameter for all channels.
+inline View packed_view_of(const int64_t* sizes, const int64_t* strides, int64_t dim, int64_t channel_dim, bool shared, bool per_group) {
+  View v = view_of(sizes, strides, dim, channel_dim, per_group);
+  v.packed = true;
+  v.channels /= 2;
+  if (shared) v.inner *= v.channels, v.channels = v.channels ? 1 : 0;
   return v;
 }
 

@@ -1,10 +1,15 @@
-// An importable module with nothing in it: loading it registers the ops. Py_LIMITED_API comes from the build.
+// Loading the module registers the ops; its functions are those of cpu/eager.cpp. Py_LIMITED_API comes from the build.
 #include <Python.h>
 
 #include "scalar.h"
 
+namespace ctk::cpu {
+PyMethodDef* eager_entries();
+}
+
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, ctk::cpu::eager_entries(),
+                               nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }
 

@@ -3,13 +3,15 @@
 //
 //   enum Param {..., kParams}              parameters, a value per channel; kParameters has their names and fallbacks
 //   kPrologue                              whether the op is applied to w = scale x + shift + residual instead of x
+//   kFactor                                name of a tensor that the result is multiplied by; null: it is not. Absent from a
+//                                          call, it is the second half of x's channels
 //   kMemoryBound                           whether moving the tensors takes longer than the arithmetic
 //   kParallelChannels                      how many channels' `precompute` is worth a thread
 //   enum Constant {..., kConstants}        what `precompute` makes of a channel's parameters, once a call
 //   enum Sum {..., kSums}                  what is summed over a channel; `parameter_gradients` makes gradients of it
 //   Arithmetic<variant, T, Math>           `forward` and `gradients` of one value; k(i) reads constant i
 //
-// and, where a SimpleOp's do not do: Variant, Attributes, kInput, kTable.
+// and, where a SimpleOp's do not do: Variant, Attributes, kInput, kFactor, kTable.
 #pragma once
 #include <array>
 #include <optional>
@@ -33,6 +35,7 @@ struct Terms {
 // An op with one variant of its arithmetic and no arguments beside tensors and the channel dimension.
 struct SimpleOp {
   static constexpr const char* kInput = "x";  // name of the first tensor in the schema
+  static constexpr const char* kFactor = nullptr;
 
   // Kernels are compiled for each variant.
   enum class Variant { kOnly };

@@ -111,6 +111,28 @@ CTK_HD float bell_by(float t, float t_lo) {
   return scale_by_power(Math::exp2_fraction(f), z);
 }
 
+// The gate of GELU's tanh approximation: (1 + tanh(sqrt(2 / pi) (t + 0.044715 t^3))) / 2 = 1 / (1 + e^-g), g = kLinear t + kCubic t^3.
+struct TanhGate {
+  static constexpr double kLinear = 1.5957691216057308, kCubic = 0.07135481627260025;
+
+  // The coefficients times log2(e), each as a sum of two floats. `linear` has 18 fractional bits, so that it can be subtracted
+  // from linear + cubic t^2 without rounding.
+  static constexpr float linear = 2.30220794677734375f, linear_lo = 2.5136697e-7f, cubic = 0.10294324f, cubic_lo = -2.0161985e-9f;
+};
+
+// e^-g at t + t_lo, for t in [0, 10].
+template <class Math>
+CTK_HD float tanh_gate_decay_by(float t, float t_lo) {
+  using G = TanhGate;
+  const float y = t * t, y_lo = fmaf(t, t, -y), m = fmaf(G::cubic, y, G::linear);
+  const float m_lo = fmaf(G::cubic, y_lo, fmaf(G::cubic_lo, y, fmaf(G::cubic, y, G::linear - m) + G::linear_lo));
+  const float z = fmaf(-t, m, kRoundMagic);
+  float f = fmaf(-t, m, kRoundMagic - z);
+  f = fmaf(-t, m_lo, f);
+  f = fmaf(-t_lo, fmaf(3.f * G::cubic, y, G::linear), f);
+  return scale_by_power(Math::exp2_fraction(f), z);
+}
+
 // Transcendental functions, in two precisions. Exact: for float and double results. Fast: for results that are rounded to 16
 // bits; 1e-4 relative, a fraction of half an ulp of the result.
 struct Exact {
@@ -140,6 +162,7 @@ struct Exact {
   }
 
   static CTK_HD float bell(float t, float t_lo) { return bell_by<Exact>(t, t_lo); }
+  static CTK_HD float tanh_gate_decay(float t, float t_lo) { return tanh_gate_decay_by<Exact>(t, t_lo); }
 
   // log(1 + e) / e on [0, 1], 2e-7 relative.
   struct Log1p {
@@ -173,6 +196,10 @@ struct Fast : Exact {
   }
 
   static CTK_HD float bell(float t, float t_lo) { return bell_by<Fast>(t, t_lo); }
+  static CTK_HD float tanh_gate_decay(float t, float) {
+    const float m = fmaf(TanhGate::cubic, t * t, TanhGate::linear), z = fmaf(-t, m, kRoundMagic);
+    return scale_by_power(exp2_fraction(fmaf(-t, m, kRoundMagic - z)), z);
+  }
 
   struct Log1p {  // 6e-5
     static constexpr float k[] = {0.041347300758f, -0.157427203911f, 0.306300927591f, -0.496977805093f, 0.999943277947f};

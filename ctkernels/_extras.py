@@ -17,8 +17,13 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     Raises:
         ImportError: the module (or its top-level package) is not installed, or is broken; the message names the extra.
 
-    Example:
-        >>> plt = require("matplotlib.pyplot", "lab", "the picture")  # doctest: +SKIP
+    Examples:
+        >>> require("json", "lab", "the picture").dumps([])
+        '[]'
+        >>> require("no_such_module", "lab", "the picture")
+        Traceback (most recent call last):
+            ...
+        ImportError: ...
     """
     try:
         return importlib.import_module(module)

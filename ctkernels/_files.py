@@ -25,9 +25,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Missing parent folders are made. The temporary name keeps the suffix, so writers that look at it still work. What
     killed writers of ``path`` left behind is deleted; the files of those at work are locked.
 
-    Example:
-        >>> with replacing("result.json") as temporary:  # doctest: +SKIP
-        ...     temporary.write_text("{}")
+    Examples:
+        >>> with replacing("result.json") as temporary:
+        ...     size = temporary.write_text("{}")
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

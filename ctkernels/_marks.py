@@ -9,11 +9,12 @@ STEERING = "_ctu_handle"  # of a model, the handle of `steer`
 FUSION = "_ctu_fusion"  # of a model, the handle of `fuse`
 CURVATURE = "_ctu_curvature"  # of a model, the sites and layers of its `CurvatureConfig` adapters
 ATTENTION_FUSION = "_jola_fusion"  # of a model, the handle of `fuse_attention`
+POOLS = "_ctu_pools"  # of a model, the `AdapterPool`s that serve it, by method
 FORWARD = "forward"  # of what `fuse` reads, of its max poolings, of the attention that `fuse_attention` records
 SAVE_PRETRAINED = "save_pretrained"  # of a transformers model with CT units, a refusal
 
 ATTRIBUTES = frozenset(
-    (UNITS, SPEC, STEERING, FUSION, CURVATURE, ATTENTION_FUSION, FORWARD, SAVE_PRETRAINED),
+    (UNITS, SPEC, STEERING, FUSION, CURVATURE, ATTENTION_FUSION, POOLS, FORWARD, SAVE_PRETRAINED),
 )
 ON_STEERED = (UNITS, SPEC)
 # Shared by a module and the copy of it whose forward `fuse` reads: reading does not write there.

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .ops.ctu.op import ACTIVATIONS
 
 __all__ = ["CTU", "Knobs", "TrainableCTU"]
-
-ACTIVATIONS = ("relu", "leaky_relu", "prelu", "relu6", "silu", "gelu")
 
 
 class Knobs(nn.Module):
@@ -32,10 +31,9 @@ class Knobs(nn.Module):
     Raises:
         ValueError: a value outside [0, 1], or one that requires a gradient (see :class:`TrainableCTU`).
 
-    Example::
-
-        knobs = Knobs(0.9)
-        first, second = CTU(knobs=knobs), CTU(knobs=knobs)
+    Examples:
+        >>> knobs = Knobs(0.9)
+        >>> first, second = CTU(knobs=knobs), CTU(knobs=knobs)
 
     Source: equation 8 of the Curvature Tuning paper.
     """
@@ -103,7 +101,7 @@ class CTU(Unscriptable, nn.Module):
     Args:
         beta: number or 0-d tensor in [0, 1]. Default: 1, the plain activation.
         coeff: number or 0-d tensor in [0, 1]. Default: 0.5.
-        activation: "relu", "leaky_relu", "prelu", "relu6", "silu" or "gelu" (exact). Default: "relu".
+        activation: a name that :func:`ctkernels.functional.ctu` takes. Default: "relu".
         negative_slope: of "leaky_relu" and "prelu": a number, or a Parameter (0-d, or one slope per channel of
             dimension 1), which becomes a parameter of the unit. Default: 0.01.
         inplace: overwrite the input, in eager calls that need no gradient; other calls leave it alone. Default: False.
@@ -115,10 +113,10 @@ class CTU(Unscriptable, nn.Module):
     Raises:
         ValueError: a value outside [0, 1], an unknown activation, or ``beta``/``coeff`` beside ``knobs``.
 
-    Example::
-
-        act = CTU(0.9)
-        y = act(torch.randn(4, 8)); act.beta = 0.95
+    Examples:
+        >>> act = CTU(0.9)
+        >>> y = act(torch.randn(4, 8))
+        >>> act.beta = 0.95
 
     Source: equation 8 of the Curvature Tuning paper.
     """
@@ -200,7 +198,7 @@ class TrainableCTU(Unscriptable, nn.Module):
         channel_dim: which dimension of the input holds the channels, negative from the end: 1 for convolutions, -1 for
             channels-last layers such as those of a transformer. Default: 1.
         beta, coeff: initial values, strictly between 0 and 1. Default: 0.8 and 0.5, as in the paper.
-        activation: "relu", "leaky_relu", "prelu", "relu6", "silu" or "gelu" (exact). Default: "relu".
+        activation: a name that :func:`ctkernels.functional.ctu` takes. Default: "relu".
         negative_slope: as in :class:`CTU`; a vector has one slope per channel. Default: 0.01.
 
     Shape: any with ``num_channels`` at ``channel_dim``, floating point; the output has the input's shape and dtype.
@@ -209,10 +207,9 @@ class TrainableCTU(Unscriptable, nn.Module):
         ValueError: ``num_channels`` below 1, an initial value outside (0, 1), an unknown activation, or, at the call,
             an input whose ``channel_dim`` has another length.
 
-    Example::
-
-        act = TrainableCTU(64)
-        y = act(torch.randn(2, 64, 8, 8))
+    Examples:
+        >>> act = TrainableCTU(64)
+        >>> y = act(torch.randn(2, 64, 8, 8))
 
     Source: Curvature Tuning paper, section 3.3 (trainable CT).
     """

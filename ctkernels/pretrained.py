@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _marks
+from ._card import counted, write_card
 from ._extras import require
 from ._files import parse_json, replacing
 from .steering import Steering, handle_of, steer
@@ -42,6 +43,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     Args:
         model: what :func:`steer` was called on, or what ``merge_and_unload()`` of a curvature adapter gave.
         path: a folder for this model alone; ``ctkernels.safetensors`` in it is replaced when the new file is complete.
+            ``README.md`` beside it, a model card, says what it is and how to load it.
 
     Returns:
         The file.
@@ -52,11 +54,10 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         ValueError: no activation of it is a CT unit; adapters are in it that are not merged; a weight is NaN; the folder
             has another model or an adapter in it.
 
-    Example::
-
-        ctkernels.steer(model, beta=0.9)
-        ctkernels.save_pretrained(model, "steered")
-        model = ctkernels.load_pretrained("steered", resnet18())
+    Examples:
+        >>> handle = ctkernels.steer(model, beta=0.9)
+        >>> file = ctkernels.save_pretrained(model, "steered")
+        >>> model = ctkernels.load_pretrained("steered", Network())
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -106,6 +107,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     target = folder / FILE
     with replacing(target) as temporary:
         safetensors.save_file(tensors, str(temporary), metadata={"ctkernels": json.dumps(header)})
+    write_card(folder, _described(header))
     return target
 
 
@@ -125,9 +127,9 @@ def load_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None)
         ValueError: the file is missing, cut short, of another format, or has NaN in it; ``base`` is of another class, is
             steered, or has other weights or activations. ``base`` is unchanged.
 
-    Example::
-
-        model = ctkernels.load_pretrained("steered", resnet18())
+    Examples:
+        >>> model = ctkernels.load_pretrained("steered", Network())
+        >>> ctkernels.handle_of(model).beta = 0.95
     """
     require("safetensors", "adapters", "loading a steered model")
     file = Path(path) / FILE
@@ -157,6 +159,29 @@ def load_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None)
             if name in weights:
                 value.copy_(weights[name])
     return model.eval()
+
+
+def _described(header: Mapping[str, Any]) -> str:
+    """What the model card says."""
+    if "steering" in header:
+        values = list(header["steering"]["values"].values())
+        betas = sorted({f"{beta:g}" for beta, _ in values})
+        shown = ", ".join(betas[:8]) + ", ..." * (len(betas) > 8)
+        done = f"of {counted(len(values), 'activation')} was set: beta is {shown} (1 is plain)"
+    else:
+        done = "of its activations was learned, and an adapter merged"
+    if header["builder"] is None:
+        lines = [
+            f"base = ...  # a {header['class']}",
+            'model = ctkernels.load_pretrained(".", base)  # the folder of this file',
+        ]
+    else:
+        lines = ['model = ctkernels.load_pretrained(".")  # the folder of this file']
+    return (
+        f"# Network with curvature\n\nA `{header['class']}` with all its weights. The curvature {done}: "
+        "[Curvature Tuning](https://arxiv.org/abs/2502.07783). To load it:\n\n"
+        '```sh\npip install "ctkernels[adapters]"\n```\n\n```python\nimport ctkernels\n\n' + "\n".join(lines) + "\n```"
+    )
 
 
 def _class_of(model: nn.Module) -> str:

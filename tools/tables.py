@@ -160,6 +160,34 @@ def network_cpu() -> str:
     return _table(["ResNet-50, batch 8 × 224², 2 cores", "fp32", "bf16"], rows)
 
 
+def formats_cpu() -> str:
+    """A fused ResNet-50 on a CPU, relative to the plain one, in both memory formats."""
+    about, records = _results("formats")["provenance"], _results("formats")["records"]
+    sizes = dict.fromkeys((r["batch"], r["side"]) for r in records)
+    columns = list(dict.fromkeys((r["format"], r["dtype"]) for r in records))
+
+    def ratio(batch: int, side: int, memory_format: str, dtype: str) -> str:
+        (found,) = (
+            r["inference_ms"]
+            for r in records
+            if (r["batch"], r["side"], r["format"], r["dtype"]) == (batch, side, memory_format, dtype)
+        )
+        return f"{found['fused'] / found['plain ReLU']:.2f}"
+
+    rows = [[f"{batch} × {side}²", *(ratio(batch, side, *c) for c in columns)] for batch, side in sizes]
+    isa = about["onednn_max_cpu_isa"]
+    where = f"{about['cpu']}{f', {isa}' if isa else ''}, threads: {about['threads']}"
+    return _table([f"fused / plain, {where}", *(f"{f}, {d}" for f, d in columns)], rows)
+
+
+def calls_cpu() -> str:
+    """What calls on next to nothing cost the host."""
+    records = _results("calls")["records"]
+    names = {"forward": "", "both": ", forward and backward"}
+    rows = [[f"{r['call']}{names[r['part']]}", f"{r['us']:.1f}", str(r["frames"])] for r in records]
+    return _table(["a call on 16 values", "µs of CPU", "Python frames"], rows)
+
+
 def ops_h100() -> str:
     """Both ops on an H100, forward and backward with all gradients."""
     records = _results("h100")["ops"]["records"]
@@ -180,6 +208,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ctu-cpu": ctu_cpu,
     "head-edit-cpu": head_edit_cpu,
     "network-cpu": network_cpu,
+    "formats-cpu": formats_cpu,
+    "calls-cpu": calls_cpu,
     "ops-h100": ops_h100,
 }
 

@@ -60,17 +60,44 @@ struct AffineVectors {
 template <class Format, class Unit, bool prologue>
 struct Tensors {
   using Value = typename Format::Value;
-  const Value *x, *residual, *dy;
-  Value *y, *dx, *dresidual;
+  const Value *x, *residual, *factor, *dy;
+  Value *y, *dx, *dresidual, *dfactor;
   bool stream;
 
   explicit Tensors(const MemoryCall& c)
-      : x(static_cast<const Value*>(c.x)), residual(static_cast<const Value*>(c.residual)), dy(static_cast<const Value*>(c.dy)),
-        y(static_cast<Value*>(c.y)), dx(static_cast<Value*>(c.dx)), dresidual(static_cast<Value*>(c.dresidual)), stream(c.stream) {}
+      : x(static_cast<const Value*>(c.x)), residual(static_cast<const Value*>(c.residual)),
+        factor(static_cast<const Value*>(c.factor)), dy(static_cast<const Value*>(c.dy)), y(static_cast<Value*>(c.y)),
+        dx(static_cast<Value*>(c.dx)), dresidual(static_cast<Value*>(c.dresidual)), dfactor(static_cast<Value*>(c.dfactor)),
+        stream(c.stream) {}
+
+  // Between rows of what has the layout of x.
+  CTK_HD static int64_t in_row(const Run<float>& run) { return Unit::kFactor ? run.in_row : run.row; }
 
   CTK_HD void prefetch_row(int64_t i) const {
     prefetch(x + i);
     if constexpr (prologue) if (residual) prefetch(residual + i);
+    if constexpr (Unit::kFactor) prefetch(factor + i);
+  }
+  // The result, from that of the op.
+  CTK_HD void store_result(Vectors<Format::kVectors>& y_, int64_t in, int64_t i, __mmask32 live) const {
+    if constexpr (Unit::kFactor) {
+      const auto f = Format::load(factor + in, live);
+      for (int h = 0; h < Format::kVectors; ++h) y_.v[h] = _mm512_mul_ps(y_.v[h], f.v[h]);
+    }
+    store(y, i, live, y_);
+  }
+  // From the gradient of the result to those of the factor, which is stored, and of what it is multiplied by.
+  template <class Ops>
+  CTK_HD void backward_factor(const Ops& ops, const Vectors<Format::kVectors>& w, Vectors<Format::kVectors>& g, int64_t in, __mmask32 live) const {
+    if constexpr (Unit::kFactor) {
+      const auto f = Format::load(factor + in, live);
+      Vectors<Format::kVectors> df;
+      unrolled<Format::kVectors>([&](auto h) __attribute__((always_inline)) {
+        df.v[h] = _mm512_mul_ps(g.v[h], ops(h).forward(w.v[h]));
+        g.v[h] = _mm512_mul_ps(g.v[h], f.v[h]);
+      });
+      if (dfactor) store(dfactor, in, live, df);
+    }
   }
   // The op's input.
   CTK_HD auto input(const AffineVectors<Format>& affine, int64_t i, __mmask32 live) const {
@@ -101,23 +128,23 @@ void forward_plane(MemoryCall c) {
   for_vectors<Format::kVectors>(c.run.n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
     auto w = t.input(affine, i, live);
     for (V& v : w.v) v = op.forward(v);
-    t.store(t.y, i, live, w);
+    t.store_result(w, i, i, live);
   });
 }
 
 template <class Format, class Unit, bool prologue>
 void forward_lanes(MemoryCall c) {
   const Tensors<Format, Unit, prologue> t(c);
-  const int64_t rows = c.run.rows, row = c.run.row;
+  const int64_t rows = c.run.rows, row = c.run.row, in = t.in_row(c.run);
   for_vectors<Format::kVectors>(c.run.n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
     const auto ops = lanes_ops<Format, Unit>(c.run.constants + i, c.run.stride, live);
     AffineVectors<Format> affine;
     if constexpr (prologue) affine = AffineVectors<Format>::lanes(c.run, i, live);
     for (int64_t r = 0; r < rows; ++r) {
-      t.prefetch_row((r + kRowsAhead) * row + i);
-      auto w = t.input(affine, r * row + i, live);
+      t.prefetch_row((r + kRowsAhead) * in + i);
+      auto w = t.input(affine, r * in + i, live);
       for (int h = 0; h < Format::kVectors; ++h) w.v[h] = ops[h].forward(w.v[h]);
-      t.store(t.y, r * row + i, live, w);
+      t.store_result(w, r * in + i, r * row + i, live);
     }
   });
 }
@@ -133,6 +160,7 @@ void backward_plane(MemoryCall c) {
     for_vectors<Format::kVectors>(c.run.n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
       auto w = t.input(affine, i, live);
       auto g = Format::load(t.dy + i, live);
+      t.backward_factor([&](int) -> const Unit& { return op; }, w, g, i, live);
       unrolled<Format::kVectors>([&](auto h) __attribute__((always_inline)) {
         g.v[h] = op.template backward<sums>(w.v[h], g.v[h], sum[h]);
       });
@@ -153,21 +181,22 @@ void backward_plane(MemoryCall c) {
 template <class Format, class Unit, bool prologue, bool sums>
 void backward_lanes(MemoryCall c) {
   const Tensors<Format, Unit, prologue> t(c);
-  const int64_t rows = c.run.rows, row = c.run.row;
+  const int64_t rows = c.run.rows, row = c.run.row, in = t.in_row(c.run);
   for_vectors<Format::kVectors>(c.run.n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
     V sum[Format::kVectors][Unit::kSums] = {};
     const auto ops = lanes_ops<Format, Unit>(c.run.constants + i, c.run.stride, live);
     AffineVectors<Format> affine;
     if constexpr (prologue) affine = AffineVectors<Format>::lanes(c.run, i, live);
     for (int64_t r = 0; r < rows; ++r) {
-      t.prefetch_row((r + kRowsAhead) * row + i);
+      t.prefetch_row((r + kRowsAhead) * in + i);
       prefetch(t.dy + (r + kRowsAhead) * row + i);
-      auto w = t.input(affine, r * row + i, live);
+      auto w = t.input(affine, r * in + i, live);
       auto g = Format::load(t.dy + r * row + i, live);
+      t.backward_factor([&](int h) -> const Unit& { return ops[h]; }, w, g, r * in + i, live);
       unrolled<Format::kVectors>([&](auto h) __attribute__((always_inline)) {
         g.v[h] = ops[h].template backward<sums>(w.v[h], g.v[h], sum[h]);
       });
-      t.store_gradients(affine, r * row + i, live, g);
+      t.store_gradients(affine, r * in + i, live, g);
     }
     if constexpr (sums) {
       unrolled<Format::kVectors>([&](auto h) __attribute__((always_inline)) {
@@ -181,9 +210,15 @@ void backward_lanes(MemoryCall c) {
   });
 }
 
+template <class Op, typename Op::Variant variant, class Math>
+struct Unit : Arithmetic<Op, variant, Math> {
+  using Arithmetic<Op, variant, Math>::Arithmetic;
+  static constexpr bool kFactor = kHasFactor<Op>;
+};
+
 template <class Op, typename Op::Variant variant, class Format>
 constexpr MemoryKernels memory_kernels() {
-  using U = Arithmetic<Op, variant, typename Format::Math>;
+  using U = Unit<Op, variant, typename Format::Math>;
   MemoryKernels k{};
   const auto set = [&]<bool prologue>(std::bool_constant<prologue>) {
     k.forward[kPlane][prologue] = forward_plane<Format, U, prologue>;

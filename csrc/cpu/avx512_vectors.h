@@ -11,6 +11,7 @@
 #include <immintrin.h>
 
 #include <array>
+#include <concepts>
 #include <utility>
 
 #include "../ops.def"
@@ -177,7 +178,8 @@ struct Float {
 };
 
 // An op on vectors, for those that gain from it: constants in, 16 values at a time. kTiesToEven: results can be halfway between
-// two 16-bit values other than by accident. Shared: for many values with the same constants.
+// two 16-bit values other than by accident. Shared: for many values with the same constants. An op that derives from another
+// has its vectors.
 template <class Op, typename Op::Variant variant, class Math>
 struct Arithmetic {
   static constexpr int kSums = 0;  // none
@@ -185,8 +187,9 @@ struct Arithmetic {
 
 // ---- the CT unit ---------------------------------------------------------------------------------------------------
 
-template <class Math>
-struct Arithmetic<CtuOp, CtuOp::Variant::kLogistic, Math> {
+template <class Op, typename Op::Variant variant, class Math>
+  requires std::derived_from<Op, CtuOp> && (variant == CtuOp::Variant::kLogistic)
+struct Arithmetic<Op, variant, Math> {
   static constexpr int kSums = CtuOp::kSumSlope;
   static constexpr bool kTiesToEven = false;
   using Rate = typename Math::Rate;

@@ -60,26 +60,26 @@ struct Call {
 
   const MemoryKernels* memory_kernels() const { return kernel_table().memory_kernels(kernel, in.dtype, prologue); }
 
-  // Where a run begins in a tensor; null if that is absent.
-  const char* from(const void* p, const Run<T>& run) const { return p ? static_cast<const char*>(p) + run.offset * size : nullptr; }
-  char* from(void* p, const Run<T>& run) const { return p ? static_cast<char*>(p) + run.offset * size : nullptr; }
+  // Value `offset` of a tensor; null if that is absent. Of a run, at run.in in what has the layout of x, else at run.offset.
+  const char* at(const void* p, int64_t offset) const { return p ? static_cast<const char*>(p) + offset * size : nullptr; }
+  char* at(void* p, int64_t offset) const { return p ? static_cast<char*>(p) + offset * size : nullptr; }
 
-  // Values of a tensor in the compute type: in place if it has that, else converted into `buffer`.
-  const T* load(const void* tensor, const Run<T>& run, T* buffer) const {
-    const char* p = from(tensor, run);
-    if (native) return reinterpret_cast<const T*>(p);
-    staging.load[static_cast<int>(in.dtype)](p, buffer, run.n);
+  // n values in the compute type: in place if memory holds that, else converted into `buffer`. Null if they are absent.
+  const T* load(const char* p, int64_t n, T* buffer) const {
+    if (native || !p) return reinterpret_cast<const T*>(p);
+    staging.load[static_cast<int>(in.dtype)](p, buffer, n);
     return buffer;
   }
-  // Writes values to a tensor, unless they are there already.
-  void store(const T* values, void* tensor, const Run<T>& run) const {
-    char* p = from(tensor, run);
-    if (static_cast<const void*>(values) != p) staging.store[static_cast<int>(in.dtype)](values, p, run.n);
+  // Where to compute values that belong to p: there, or in `buffer`.
+  T* room(char* p, T* buffer) const { return native && p ? reinterpret_cast<T*>(p) : buffer; }
+  // Writes values to p, unless they are there already, or p is null.
+  void store(const T* values, char* p, int64_t n) const {
+    if (p && static_cast<const void*>(values) != p) staging.store[static_cast<int>(in.dtype)](values, p, n);
   }
   // What the op is applied to: x, or scale x + shift + residual.
   const T* input(const T* x, const Run<T>& run, T* residual_buffer, T* buffer) const {
     if (!prologue) return x;
-    const T* residual = in.residual ? load(in.residual, run, residual_buffer) : nullptr;
+    const T* residual = load(at(in.residual, run.in), run.n, residual_buffer);
     staging.prologue(x, residual, run.scale, run.shift, run.step(), buffer, run.n);
     return buffer;
   }
@@ -94,21 +94,24 @@ void forward_as(const typename Op::Attributes& attributes, const Operands& in, v
   const bool stream = !in_place && streams<Op>(in.view, in.dtype);
   const RunSize sizes = run_size(!memory && (!call.native || call.prologue || in_place), Op::kMemoryBound, blocks.rows);
   for_tiles(call.partition, [&](int64_t begin, int64_t end) {
-    const auto buffers = std::make_unique_for_overwrite<Buffer<T>[]>(memory ? 0 : 4);
+    const auto buffers = std::make_unique_for_overwrite<Buffer<T>[]>(memory ? 0 : 5);
     for_runs(call.partition, sizes, in.view, call.constants, call.prologue, begin, end, [&](const Run<T>& run, int64_t) {
-      char* const out = call.from(y, run);
+      char* const out = call.at(y, run.offset);
+      const char* const x = call.at(in.x, run.in);
+      const char* const factor = call.at(in.factor, run.in);
       if constexpr (sizeof(T) == 4) {
         if (memory) {
           const bool past = stream && aligned(out, run.rows > 1 ? run.row * call.size : 0);
           memory->forward[run.layout][call.prologue](
-              {.run = run, .x = call.from(in.x, run), .residual = call.from(in.residual, run), .y = out, .stream = past});
+              {.run = run, .x = x, .residual = call.at(in.residual, run.in), .factor = factor, .y = out, .stream = past});
           return;
         }
       }
-      const T* w = call.input(call.load(in.x, run, buffers[0].values), run, buffers[1].values, buffers[2].values);
-      T* to = call.native && !in_place ? reinterpret_cast<T*>(out) : buffers[3].values;
-      blocks.forward[run.layout](w, to, run);
-      call.store(to, y, run);
+      const T* w = call.input(call.load(x, run.n, buffers[0].values), run, buffers[1].values, buffers[2].values);
+      const T* f = call.load(factor, run.n, buffers[4].values);
+      T* to = call.room(in_place ? nullptr : out, buffers[3].values);
+      blocks.forward[run.layout](w, f, to, run);
+      call.store(to, out, run.n);
     });
     if (stream) drain();
   });
@@ -198,7 +201,7 @@ void backward_as(const typename Op::Attributes& attributes, const Operands& in, 
   const MemoryKernels* memory = prologue_sums ? nullptr : call.memory_kernels();
   const int sums = prologue_sums ? kSumsOf<Op> : blocks.sums;
   const bool stream = streams<Op>(in.view, in.dtype);
-  const bool staged = !memory && (!call.native || call.prologue || prologue_sums || !out.dx);
+  const bool staged = !memory && (!call.native || call.prologue || prologue_sums || !out.dx || (in.factor && !out.dfactor));
   const RunSize sizes = run_size(staged, Op::kMemoryBound, blocks.rows);
 
   const bool lane_sums = any_sums && partition.layout == kLanes;
@@ -207,39 +210,44 @@ void backward_as(const typename Op::Attributes& attributes, const Operands& in, 
   else if (any_sums) slots.reset(new double[partition.tiles * sums]());
 
   for_tiles(partition, [&](int64_t begin, int64_t end) {
-    const auto buffers = std::make_unique_for_overwrite<Buffer<T>[]>(memory ? 0 : 6);
+    const auto buffers = std::make_unique_for_overwrite<Buffer<T>[]>(memory ? 0 : 8);
     LaneSums<T> lanes(sums, partition.length, lane_sums ? slots.get() : nullptr);
     for_runs(partition, sizes, in.view, call.constants, call.prologue, begin, end, [&](const Run<T>& run, int64_t tile) {
       if (lane_sums && run.lane == 0) lanes.expect(tile, run.rows);
       T* lane = lanes.data() + run.lane;
       double* totals = any_sums && !lane_sums ? slots.get() + tile * sums : nullptr;
+      char *const dx = call.at(out.dx, run.in), *const dfactor = call.at(out.dfactor, run.in);
+      char* const dresidual = call.at(out.dresidual, run.in);
+      const char *const factor = call.at(in.factor, run.in), *const up = call.at(dy, run.offset);
       if constexpr (sizeof(T) == 4) {
         if (memory) {
-          char* const dx = call.from(out.dx, run);
-          const bool past = stream && aligned(dx, run.rows > 1 ? run.row * call.size : 0);
+          const int64_t row = run.rows > 1 ? run.in_row * call.size : 0;
           memory->backward[run.layout][call.prologue][op_sums](
-              {.run = run, .x = call.from(in.x, run), .residual = call.from(in.residual, run), .dy = call.from(dy, run), .dx = dx,
-               .dresidual = call.from(out.dresidual, run), .totals = totals, .lanes = lane, .stream = past});
+              {.run = run, .x = call.at(in.x, run.in), .residual = call.at(in.residual, run.in), .factor = factor, .dy = up,
+               .dx = dx, .dresidual = dresidual, .dfactor = dfactor, .totals = totals, .lanes = lane,
+               .stream = stream && aligned(dx, row) && aligned(dfactor, row)});
           return;
         }
       }
-      const T* x = call.load(in.x, run, buffers[0].values);
+      const T* x = call.load(call.at(in.x, run.in), run.n, buffers[0].values);
       const T* w = call.input(x, run, buffers[1].values, buffers[2].values);
-      const T* upstream = call.load(dy, run, buffers[3].values);
-      void* g_out = out.dresidual ? out.dresidual : (call.has_scale ? nullptr : out.dx);
-      T* g = call.native && g_out ? reinterpret_cast<T*>(call.from(g_out, run)) : buffers[4].values;
-      blocks.backward[run.layout][op_sums](w, upstream, g, run, totals, lane);
+      const T* f = call.load(factor, run.n, buffers[6].values);
+      const T* upstream = call.load(up, run.n, buffers[3].values);
+      T* g = call.room(dresidual ? dresidual : call.has_scale ? nullptr : dx, buffers[4].values);
+      T* df = call.room(dfactor, buffers[7].values);
+      blocks.backward[run.layout][op_sums](w, f, upstream, g, df, run, totals, lane);
       if (prologue_sums) {
         if (totals) call.staging.prologue_plane_sums(g, x, totals + Op::kSums, run.n);
         else call.staging.prologue_lane_sums(g, x, lane + Op::kSums * run.row, lane + (Op::kSums + 1) * run.row, run.n);
       }
-      if (out.dresidual) call.store(g, out.dresidual, run);
-      if (out.dx && call.has_scale) {
-        T* dx = call.native ? reinterpret_cast<T*>(call.from(out.dx, run)) : buffers[5].values;
-        call.staging.scaled(g, run.scale, run.step(), dx, run.n);
-        call.store(dx, out.dx, run);
-      } else if (out.dx) {
-        call.store(g, out.dx, run);
+      call.store(df, dfactor, run.n);
+      call.store(g, dresidual, run.n);
+      if (dx && call.has_scale) {
+        T* scaled = call.room(dx, buffers[5].values);
+        call.staging.scaled(g, run.scale, run.step(), scaled, run.n);
+        call.store(scaled, dx, run.n);
+      } else {
+        call.store(g, dx, run.n);
       }
     });
     if (stream) drain();

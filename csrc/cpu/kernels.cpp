@@ -37,6 +37,7 @@ template <class Op_, typename Op_::Variant variant, class T, class Math>
 struct Unit : Op_::template Arithmetic<variant, T, Math> {
   using Op = Op_;
   using Constants = Uniform<T, Op::kConstants>;
+  static constexpr bool kFactor = kHasFactor<Op>;
   static constexpr int kSums = Op::template Arithmetic<variant, T, Math>::Gradients::kSums;
   static_assert(kSums >= 1 && kSums <= 5, "CTK_ADD_TERMS");
   // Rows whose sums of a lane are added up in registers: memory-bound ops gain from it.
@@ -51,33 +52,58 @@ struct Unit : Op_::template Arithmetic<variant, T, Math> {
   if constexpr (Unit::kSums > 3) s3 += (terms)[3];         \
   if constexpr (Unit::kSums > 4) s4 += (terms)[4]
 
+// Value i of the result.
+template <class Unit, class T, class K>
+CTK_HD T forward_at(const T* w, const T* factor, int64_t i, const K& k) {
+  const T y = Unit::forward(w[i], k);
+  if constexpr (Unit::kFactor) return y * factor[i];
+  else return y;
+}
+
+// The gradients at value i, of which those of w and the factor are stored, and the terms of the sums returned.
+template <class Unit, class T, class K>
+CTK_HD auto backward_at(const T* w, const T* factor, T dy, T* dw, T* dfactor, int64_t i, const K& k) {
+  const T value = w[i], scaled = [&]() __attribute__((always_inline)) {
+    if constexpr (Unit::kFactor) return dy * factor[i];
+    else return dy;
+  }();
+  const auto g = Unit::gradients(value, scaled, k);
+  dw[i] = g.w;
+  if constexpr (Unit::kFactor) dfactor[i] = dy * Unit::forward(value, k);
+  return g;
+}
+
+// Between rows of what has the layout of x.
 template <class Unit, class T>
-void forward_plane(const T* __restrict w, T* __restrict y, const Run<T>& run) {
+CTK_HD int64_t in_row(const Run<T>& run) { return Unit::kFactor ? run.in_row : run.row; }
+
+template <class Unit, class T>
+void forward_plane(const T* __restrict w, const T* __restrict factor, T* __restrict y, const Run<T>& run) {
   const typename Unit::Constants k(run.constants);
   const int64_t n = run.n;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) y[i] = Unit::forward(w[i], k);
+  for (int64_t i = 0; i < n; ++i) y[i] = forward_at<Unit>(w, factor, i, k);
 }
 
 template <class Unit, class T>
-void forward_lanes(const T* __restrict w, T* __restrict y, const Run<T>& run) {
+void forward_lanes(const T* __restrict w, const T* __restrict factor, T* __restrict y, const Run<T>& run) {
   const T* __restrict constants = run.constants;
-  const int64_t n = run.n, row = run.row, stride = run.stride;
+  const int64_t n = run.n, row = run.row, in = in_row<Unit>(run), stride = run.stride;
   for (int64_t r = 0; r < run.rows; ++r) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) y[r * row + i] = Unit::forward(w[r * row + i], Lane<T>{constants + i, stride});
+    for (int64_t i = 0; i < n; ++i) y[r * row + i] = forward_at<Unit>(w, factor, r * in + i, Lane<T>{constants + i, stride});
   }
 }
 
 template <class Unit, class T, bool sums>
-void backward_plane(const T* __restrict w, const T* __restrict dy, T* __restrict dw, const Run<T>& run, double* __restrict totals, T*) {
+void backward_plane(const T* __restrict w, const T* __restrict factor, const T* __restrict dy, T* __restrict dw,
+                    T* __restrict dfactor, const Run<T>& run, double* __restrict totals, T*) {
   const typename Unit::Constants k(run.constants);
   const int64_t n = run.n;
   T s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3, s4)
   for (int64_t i = 0; i < n; ++i) {
-    const auto g = Unit::gradients(w[i], dy[i], k);
-    dw[i] = g.w;
+    [[maybe_unused]] const auto g = backward_at<Unit>(w, factor, dy[i], dw, dfactor, i, k);
     if constexpr (sums) {
       CTK_ADD_TERMS(Unit, s0, s1, s2, s3, s4, g.sums);
     }
@@ -89,16 +115,18 @@ void backward_plane(const T* __restrict w, const T* __restrict dy, T* __restrict
 }
 
 template <class Unit, class T, int R, bool sums>
-void backward_rows(const T* __restrict w, const T* __restrict dy, T* __restrict dw, const T* __restrict constants,
-                   int64_t stride, T* __restrict lanes, int64_t row, int64_t n) {
+void backward_rows(const T* __restrict w, const T* __restrict factor, const T* __restrict dy, T* __restrict dw,
+                   T* __restrict dfactor, const Run<T>& run, int64_t first, T* __restrict lanes) {
+  const T* __restrict constants = run.constants;
+  const int64_t n = run.n, row = run.row, in = in_row<Unit>(run), stride = run.stride;
   T *__restrict l1 = lanes + stride, *__restrict l2 = l1 + stride, *__restrict l3 = l2 + stride, *__restrict l4 = l3 + stride;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     T s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const auto g = Unit::gradients(w[r * row + i], dy[r * row + i], Lane<T>{constants + i, stride});
-      dw[r * row + i] = g.w;
+    for (int64_t r = first; r < first + R; ++r) {
+      const Lane<T> k{constants + i, stride};
+      [[maybe_unused]] const auto g = backward_at<Unit>(w, factor, dy[r * row + i], dw, dfactor, r * in + i, k);
       if constexpr (sums) {
         CTK_ADD_TERMS(Unit, s0, s1, s2, s3, s4, g.sums);
       }
@@ -111,10 +139,9 @@ void backward_rows(const T* __restrict w, const T* __restrict dy, T* __restrict 
 }
 
 template <class Unit, class T, bool sums>
-void backward_lanes(const T* w, const T* dy, T* dw, const Run<T>& run, double*, T* lanes) {
+void backward_lanes(const T* w, const T* factor, const T* dy, T* dw, T* dfactor, const Run<T>& run, double*, T* lanes) {
   const auto rows = [&]<int R>(int64_t r, std::integral_constant<int, R>) {
-    const int64_t at = r * run.row;
-    backward_rows<Unit, T, R, sums>(w + at, dy + at, dw + at, run.constants, run.stride, lanes, run.row, run.n);
+    backward_rows<Unit, T, R, sums>(w, factor, dy, dw, dfactor, run, r, lanes);
   };
   int64_t r = 0;
   for (; r + Unit::kRows <= run.rows; r += Unit::kRows) rows(r, std::integral_constant<int, Unit::kRows>{});

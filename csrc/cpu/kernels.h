@@ -14,6 +14,7 @@ struct Run {
   Layout layout;
   int64_t offset, n;      // in values
   int64_t rows = 1, row;  // kLanes: this many rows, `row` values apart
+  int64_t in, in_row;     // offset and row of x, of what has its layout, and of their gradients: others if the view is packed
   int64_t lane = 0;       // kLanes: the first value's lane
   const T* constants;     // of the first lane
   int64_t stride = 1;     // 1: kPlane
@@ -30,8 +31,9 @@ template <class T>
 struct BlockKernels {
   int sums;  // of this variant: the op's own, and not the prologue's
   int rows;  // that lane kernels take at once
-  void (*forward[2])(const T* w, T* y, const Run<T>& run);  // [layout]
-  void (*backward[2][2])(const T* w, const T* dy, T* dw, const Run<T>& run, double* totals, T* lanes);  // [layout][with sums]
+  void (*forward[2])(const T* w, const T* factor, T* y, const Run<T>& run);  // [layout]
+  void (*backward[2][2])(const T* w, const T* factor, const T* dy, T* dw, T* dfactor, const Run<T>& run, double* totals,
+                         T* lanes);  // [layout][with sums]
 };
 
 // Between memory and block kernels: dtypes and the prologue.
@@ -49,8 +51,8 @@ struct Staging {
 // Memory kernels do all in one pass from memory to memory, in any dtype.
 struct MemoryCall {
   const Run<float>& run;
-  const void *x, *residual, *dy = nullptr;             // of the run's first value; residual: null if there is none
-  void *y = nullptr, *dx = nullptr, *dresidual = nullptr;  // null: not wanted
+  const void *x, *residual, *factor, *dy = nullptr;  // of the run's first value; null: there is none
+  void *y = nullptr, *dx = nullptr, *dresidual = nullptr, *dfactor = nullptr;  // null: not wanted
   double* totals = nullptr;
   float* lanes = nullptr;
   bool stream = false;  // results bypass the caches; every row of them is aligned to 64 bytes

@@ -40,11 +40,12 @@ struct Partition {
 
 Partition partition_of(const View& v) {
   Partition p;
-  if (v.channels == 1 || v.inner >= kMinPlane) {
+  const bool one_run = v.channels == 1 && !v.packed;  // of a whole group
+  if (one_run || v.inner >= kMinPlane) {
     p.layout = kPlane;
     p.planes = v.groups * v.outer * v.channels;
     p.length = v.inner;
-    if (v.channels == 1) p.planes = v.groups, p.length = v.outer * v.inner;
+    if (one_run) p.planes = v.groups, p.length = v.outer * v.inner;
     p.cuts = std::max<int64_t>(1, ceil_div(p.length, kTile));
     p.tiles = p.planes * p.cuts;
     p.tile_values = std::min(p.length, kTile);
@@ -52,7 +53,7 @@ Partition partition_of(const View& v) {
   }
   p.layout = kLanes;
   const int64_t period = v.channels * v.inner;
-  p.repeat = std::max<int64_t>(1, std::min(v.outer, 256 / period));
+  p.repeat = v.packed ? 1 : std::max<int64_t>(1, std::min(v.outer, 256 / period));
   p.length = period * p.repeat;
   p.rows = ceil_div(v.outer, p.repeat);
   p.tail = (v.outer - (p.rows - 1) * p.repeat) * period;
@@ -137,17 +138,21 @@ Constants<T> precompute(const typename Op::Attributes& attributes, const Operand
   Constants<T> k;
   k.count = count;
   for (int i = 0; i < kParamsOf<Op>; ++i) k.groups = std::max(k.groups, in.params[i].groups);
+  // Channels that differ in their scale and shift alone have the op's own constants in common.
+  const bool shared = std::all_of(in.params, in.params + Op::kParams, [](const Param& p) { return p.count == 1; });
   k.per_group = count * (partition.layout == kPlane ? v.channels : partition.length);
   k.data.resize(k.groups * k.per_group);
   const auto block = [&](int64_t g, int64_t begin, int64_t end) {
     const ParamBlock<Op> params(in, g, begin, end);
     const int64_t n = end - begin;
     T constants[count][kChannelBlock];
+    double p[Op::kParams];
+    T own[Op::kConstants];
     for (int64_t j = 0; j < n; ++j) {
-      double p[Op::kParams];
-      T own[Op::kConstants];
-      params.get(j, p);
-      Op::precompute(attributes, p, own);
+      if (j == 0 || !shared) {
+        params.get(j, p);
+        Op::precompute(attributes, p, own);
+      }
       for (int i = 0; i < Op::kConstants; ++i) constants[i][j] = own[i];
       for (int i = Op::kConstants; i < count; ++i) constants[i][j] = static_cast<T>(params.values[Op::kParams + i - Op::kConstants][j]);
     }
@@ -192,18 +197,23 @@ RunSize run_size(bool staged, bool memory_bound, int64_t rows) {
 template <class T, class F>
 void for_runs(const Partition& p, const RunSize& size, const View& v, const Constants<T>& k, bool prologue, int64_t begin,
               int64_t end, const F& f) {
+  // A packed tensor has rows of a factor between those of x.
+  const int64_t period = v.channels * v.inner;
+  const auto in = [&](int64_t offset) { return v.packed ? offset + offset / period * period : offset; };
   for (int64_t tile = begin; tile < end; ++tile) {
     Run<T> run;
     run.layout = p.layout;
     run.row = p.length;
+    run.in_row = v.packed ? 2 * p.length : p.length;
     if (p.layout == kPlane) {
       const int64_t plane = tile / p.cuts, from = (tile % p.cuts) * kTile, to = std::min(p.length, from + kTile);
-      const int64_t g = v.channels == 1 ? plane : plane / (v.outer * v.channels), c = v.channels == 1 ? 0 : plane % v.channels;
+      const int64_t g = plane / (p.planes / v.groups), c = plane % v.channels;
       run.constants = k.data.data() + g % k.groups * k.per_group + c * k.count;
       run.scale = prologue ? run.constants + k.count - 2 : nullptr;
       run.shift = prologue ? run.constants + k.count - 1 : nullptr;
       for (int64_t i = from; i < to; i += size.values) {
         run.offset = plane * p.length + i;
+        run.in = in(run.offset);
         run.n = std::min(size.values, to - i);
         f(run, tile);
       }
@@ -223,6 +233,7 @@ void for_runs(const Partition& p, const RunSize& size, const View& v, const Cons
             const bool short_row = row == p.rows - 1;
             run.rows = short_row ? 1 : std::min({size.rows, end_row - row, p.rows - 1 - row});
             run.offset = g * v.outer * v.channels * v.inner + row * p.length + column;
+            run.in = in(run.offset);
             run.n = std::min(size.lanes, (short_row ? p.tail : p.length) - column);
             if (run.n > 0) f(run, tile);
           }

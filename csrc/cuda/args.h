@@ -24,13 +24,14 @@ struct GradRef {
 struct Tiling {
   int64_t group, row, width, cols_per;
   uint32_t rows, rows_per, row_cuts, col_cuts, channels, inner;
+  bool packed;  // x and its factor, and so their gradients: rows of each alternate
 };
 
 template <class Op>
 struct Channelwise {
   Tiling tiling;
-  const void *x, *residual, *dy;
-  void *y, *dx, *dresidual;
+  const void *x, *residual, *factor, *dy;
+  void *y, *dx, *dresidual, *dfactor;
   void* partial;        // [group, slot, sum, column]; null: blocks finish their sums
   const float* table;   // made by the op's precompute kernel; null: by each block
   uint32_t wanted;      // mask of the sums to make

@@ -37,14 +37,22 @@ struct Tile {
   }
 };
 
-// A thread's path through its tile, V values at a time: along the rows of a plane, or down its columns.
-template <bool kPlane, int V>
+// Offsets of a step's values: in results, and in x and what has its layout.
+struct At {
+  int64_t result, x;
+};
+
+// A thread's path through its tile, V values at a time: along the rows of a plane, or down its columns. kPacks: the tensor may
+// be packed, so that x is ahead by as many values as results have before the row.
+template <bool kPlane, int V, bool kPacks>
 struct Walk {
-  int64_t at, row, start;
+  int64_t result, row, start, ahead = 0, ahead_row = 0;
   uint32_t left, steps, step = 0;
 
   __device__ __forceinline__ Walk(const Tiling& t, const Tile<kPlane, V>& tile) : row(t.row) {
-    start = tile.group * t.group + tile.first * t.row + tile.column;
+    start = tile.group * t.group + tile.first * t.row;
+    if (kPacks && t.packed) ahead = start, ahead_row = row;
+    start += tile.column;
     left = tile.last - tile.first;
     if constexpr (kPlane) {
       const uint32_t width = blockDim.x * V;
@@ -55,38 +63,39 @@ struct Walk {
       --left;  // the last row may be shorter
     }
     if (!tile.inside) left = 0;
-    at = start;
+    result = start;
   }
+  __device__ __forceinline__ At at() const { return {result, kPacks ? result + ahead : result}; }
   __device__ __forceinline__ void next() {
-    if (!kPlane) at += row;
-    else if (++step == steps) step = 0, at = start += row;
-    else at += blockDim.x * V;
+    if (!kPlane) result += row, ahead += ahead_row;
+    else if (++step == steps) step = 0, result = start += row, ahead += ahead_row;
+    else result += blockDim.x * V;
   }
 };
 
-// Calls use(fetch(offset), offset) along the path. kAhead: what a step reads is fetched a step ahead, since its arithmetic takes
+// Calls use(fetch(at), at) along the path. kAhead: what a step reads is fetched a step ahead, since its arithmetic takes
 // less time than memory does. Forward, a plane's few constants leave room for so many threads that this is not worth its
 // instructions.
-template <bool kAhead, bool kPlane, int V, class Fetch, class Use>
+template <bool kAhead, bool kPacks, bool kPlane, int V, class Fetch, class Use>
 __device__ __forceinline__ void for_values(const Tiling& t, const Tile<kPlane, V>& tile, const Fetch& fetch, const Use& use) {
-  Walk<kPlane, V> walk(t, tile);
+  Walk<kPlane, V, kPacks> walk(t, tile);
   if (!walk.left) return;
   if constexpr (kAhead) {
-    auto ahead = fetch(walk.at);
+    auto ahead = fetch(walk.at());
 #pragma unroll 1  // the body is long
     for (;;) {
       const auto now = ahead;
-      const int64_t at = walk.at;
-      if (--walk.left) walk.next(), ahead = fetch(walk.at);
+      const At at = walk.at();
+      if (--walk.left) walk.next(), ahead = fetch(walk.at());
       use(now, at);
       if (!walk.left) break;
     }
   } else {
     const uint32_t width = blockDim.x * V;
-    for (uint32_t row = tile.first; row < tile.last; ++row, walk.start += t.row) {
-      int64_t at = walk.start;
+    for (uint32_t row = tile.first; row < tile.last; ++row, walk.start += t.row, walk.ahead += walk.ahead_row) {
+      walk.result = walk.start;
 #pragma unroll 1
-      for (uint32_t i = 0; i < walk.steps; ++i, at += width) use(fetch(at), at);
+      for (uint32_t i = 0; i < walk.steps; ++i, walk.result += width) use(fetch(walk.at()), walk.at());
     }
   }
 }
@@ -94,14 +103,15 @@ __device__ __forceinline__ void for_values(const Tiling& t, const Tile<kPlane, V
 // What a step reads.
 template <class T, int V>
 struct Read {
-  Bits<T, V> x, residual, dy;
+  Bits<T, V> x, residual, factor, dy;
 };
 template <class T, int V, bool kFull, bool kBackward, class Op>
-__device__ __forceinline__ Read<T, V> read(const Channelwise<Op>& a, int64_t at) {
+__device__ __forceinline__ Read<T, V> read(const Channelwise<Op>& a, At at) {
   Read<T, V> r;
-  r.x = fetch<T, V>(a.x, at);
-  if (kFull && a.residual) r.residual = fetch<T, V>(a.residual, at);
-  if (kBackward) r.dy = fetch<T, V>(a.dy, at);
+  r.x = fetch<T, V>(a.x, at.x);
+  if (kFull && a.residual) r.residual = fetch<T, V>(a.residual, at.x);
+  if (kHasFactor<Op>) r.factor = fetch<T, V>(a.factor, at.x);
+  if (kBackward) r.dy = fetch<T, V>(a.dy, at.result);
   return r;
 }
 
@@ -143,15 +153,21 @@ __device__ __forceinline__ void forward(const Channelwise<Op>& a) {
   const Tile<kPlane, V> tile(a.tiling);
   typename OnGpu<Op, C>::Constants k[kPlane ? 1 : V];
   constants<Op, variant, T, kFull>(a, tile, k);
-  const auto use = [&](const Read<T, V>& in, int64_t at) {
+  const auto use = [&](const Read<T, V>& in, At at) {
     C w[V], y[V];
     unpack(in.x, w);
     prologue<kFull>(a.residual, in.residual, k, kPlane, w);
 #pragma unroll
     for (int j = 0; j < V; ++j) y[j] = Arithmetic::forward(w[j], k[kPlane ? 0 : j]);
-    store<T, V>(a.y, at, y);
+    if constexpr (kHasFactor<Op>) {
+      C factor[V];
+      unpack(in.factor, factor);
+#pragma unroll
+      for (int j = 0; j < V; ++j) y[j] *= factor[j];
+    }
+    store<T, V>(a.y, at.result, y);
   };
-  for_values<!kPlane>(a.tiling, tile, [&](int64_t at) { return read<T, V, kFull, false>(a, at); }, use);
+  for_values<!kPlane, kHasFactor<Op>>(a.tiling, tile, [&](At at) { return read<T, V, kFull, false>(a, at); }, use);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
@@ -195,12 +211,19 @@ __device__ __forceinline__ void backward(const Channelwise<Op>& a) {
   C sums[kSums][kColumns] = {};
   // Frozen parameters, which are common without a prologue, have a loop of their own.
   const auto run = [&](auto with_sums) {
-    const auto use = [&](const Read<T, V>& in, int64_t at) {
+    const auto use = [&](const Read<T, V>& in, At at) {
       C x[V], w[V], dy[V], g[V];
       unpack(in.x, x), unpack(in.dy, dy);
 #pragma unroll
       for (int j = 0; j < V; ++j) w[j] = x[j];
       prologue<kFull>(a.residual, in.residual, k, kPlane, w);
+      if constexpr (kHasFactor<Op>) {
+        C factor[V], dfactor[V];
+        unpack(in.factor, factor);
+#pragma unroll
+        for (int j = 0; j < V; ++j) dfactor[j] = dy[j] * Arithmetic::forward(w[j], k[kPlane ? 0 : j]), dy[j] *= factor[j];
+        if (a.dfactor) store<T, V>(a.dfactor, at.x, dfactor);
+      }
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const int column = kPlane ? 0 : j;
@@ -215,16 +238,16 @@ __device__ __forceinline__ void backward(const Channelwise<Op>& a) {
           sums[Op::kSums + 1][column] += g[j];
         }
       }
-      if (kFull && a.dresidual) store<T, V>(a.dresidual, at, g);
+      if (kFull && a.dresidual) store<T, V>(a.dresidual, at.x, g);
       if (a.dx) {
         if constexpr (kFull) {
 #pragma unroll
           for (int j = 0; j < V; ++j) g[j] *= k[kPlane ? 0 : j].scale;
         }
-        store<T, V>(a.dx, at, g);
+        store<T, V>(a.dx, at.x, g);
       }
     };
-    for_values<true>(t, tile, [&](int64_t at) { return read<T, V, kFull, true>(a, at); }, use);
+    for_values<true, kHasFactor<Op>>(t, tile, [&](At at) { return read<T, V, kFull, true>(a, at); }, use);
   };
   if (kFull || a.wanted & ((1u << Op::kSums) - 1)) run(std::true_type{});
   else run(std::false_type{});

@@ -30,8 +30,8 @@ __device__ __forceinline__ FloatKnobs float_knobs(const CtuKnobs& k) {
 }
 
 // The knobs of V channels: from the table, or computed here if they are not logits.
-template <int V>
-__device__ __forceinline__ void knobs_of(const Channelwise<CtuOp>& a, uint32_t g, const uint32_t (&c)[V], FloatKnobs (&out)[V]) {
+template <int V, class Op>
+__device__ __forceinline__ void knobs_of(const Channelwise<Op>& a, uint32_t g, const uint32_t (&c)[V], FloatKnobs (&out)[V]) {
   const ParamRef &beta = a.params[CtuOp::kBeta], &coeff = a.params[CtuOp::kCoeff];
   if (a.table) {
     const uint32_t channels = a.tiling.channels;
@@ -58,14 +58,14 @@ __device__ __forceinline__ void knobs_of(const Channelwise<CtuOp>& a, uint32_t g
   }
 }
 
-template <>
-struct OnGpu<CtuOp, float> {
-  struct Constants : cuda::Constants<CtuOp, float> {
-    __device__ __forceinline__ float operator()(int i) const { return i == CtuOp::kNegC ? -k[CtuOp::kC] : k[i]; }
+template <class Op>
+struct OnGpu<Op, float, std::enable_if_t<std::is_base_of_v<CtuOp, Op>>> {
+  struct Constants : cuda::Constants<Op, float> {
+    __device__ __forceinline__ float operator()(int i) const { return i == CtuOp::kNegC ? -this->k[CtuOp::kC] : this->k[i]; }
   };
 
   template <CtuOp::Variant kind, class Math, int V>
-  static __device__ __forceinline__ void precompute(const Channelwise<CtuOp>& a, uint32_t g, const uint32_t (&c)[V], Constants (&out)[V]) {
+  static __device__ __forceinline__ void precompute(const Channelwise<Op>& a, uint32_t g, const uint32_t (&c)[V], Constants (&out)[V]) {
     double slope[V];  // a float would have lost the digits of 1 - slope, and the side of 1
     FloatKnobs knobs[V];
     parameters(a.params[CtuOp::kSlope], g, c, slope);
@@ -77,6 +77,7 @@ struct OnGpu<CtuOp, float> {
   // As CtuOp::precompute, in pairs of floats. A unit without a bump has no coefficients.
   template <CtuOp::Variant kind, class Math>
   static __device__ __forceinline__ void precompute(const FloatKnobs& v, double slope, float* k) {
+    using Rates = CtuRates<float>;
     constexpr float largest = 3.4028234e38f;
     constexpr TwoFloats log2e = {1.44269502162933349609375f, 1.92596299112661746887e-8f};
     const bool smooth = !(v.s <= float(kLeastWidth));  // true for NaN
@@ -85,21 +86,23 @@ struct OnGpu<CtuOp, float> {
     u.lo = u.hi * fmaf(-s_lo, u.hi, fmaf(-s, u.hi, 1.f));
     TwoFloats t = product({v.beta, v.beta_lo}, u);
     k[CtuOp::kEta] = smooth ? t.hi : 0.f;
-    if constexpr (kind != CtuOp::Variant::kGaussian) t = product(t, log2e), u = product(u, log2e);
+    if constexpr (!CtuOp::has_tails(kind)) t = product(t, log2e), u = product(u, log2e);
     if constexpr (Math::kUncapped) {  // infinity decays to 0 at beta = 0 too
       t.hi = t.hi < 1.4e-45f ? 1.4e-45f : t.hi;
-      k[CtuOp::kTLimit] = k[CtuOp::kULimit] = kind == CtuOp::Variant::kRelu6 ? CtuRates<float>::kFlat : largest;
-    } else if constexpr (kind == CtuOp::Variant::kGaussian) {
-      k[CtuOp::kTLimit] = fminf(13.16f * reciprocal(t.hi), largest), k[CtuOp::kULimit] = fminf(13.16f * reciprocal(u.hi), largest);
+      k[CtuOp::kTLimit] = k[CtuOp::kULimit] = kind == CtuOp::Variant::kRelu6 ? Rates::kFlat : largest;
+    } else if constexpr (CtuOp::has_tails(kind)) {
+      constexpr float end = kind == CtuOp::Variant::kTanh ? Rates::kTanhEnd : Rates::kGaussianEnd;
+      k[CtuOp::kTLimit] = fminf(end * reciprocal(t.hi), largest);
+      k[CtuOp::kULimit] = fminf(Rates::kGaussianEnd * reciprocal(u.hi), largest);
     } else {
       t.hi = t.hi < GpuExact::kLeastRate ? GpuExact::kLeastRate : t.hi;
       k[CtuOp::kTLimit] = GpuExact::kGone * reciprocal(t.hi), k[CtuOp::kULimit] = GpuExact::kGone * reciprocal(u.hi);
-      if constexpr (kind == CtuOp::Variant::kRelu6) k[CtuOp::kTLimit] = capped(k[CtuOp::kTLimit], CtuRates<float>::kFlat);
+      if constexpr (kind == CtuOp::Variant::kRelu6) k[CtuOp::kTLimit] = capped(k[CtuOp::kTLimit], Rates::kFlat);
     }
     k[CtuOp::kTHi] = t.hi, k[CtuOp::kTLo] = t.lo, k[CtuOp::kUHi] = u.hi, k[CtuOp::kULo] = u.lo;
     const float kept = smooth ? 1.f : 0.f;  // factors, so that NaN stays NaN
     k[CtuOp::kC] = kept * v.coeff, k[CtuOp::kC1] = kept * v.coeff1, k[CtuOp::kC1S] = kept * v.coeff1 * s;
-    k[CtuOp::kNear] = static_cast<float>(slope), k[CtuOp::kReach] = CtuRates<float>::reach(static_cast<float>(1.0 - slope));
+    k[CtuOp::kNear] = static_cast<float>(slope), k[CtuOp::kReach] = Rates::reach(static_cast<float>(1.0 - slope));
   }
 
   // Without a bump, beta and coeff have no effect; NaN stays NaN.

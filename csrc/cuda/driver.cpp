@@ -77,8 +77,8 @@ struct Call {
     const Partition& p = partition;
     const uint32_t inner = p.plane ? 1 : narrow(v.inner);
     args.tiling = {p.group, p.row, p.width, p.cols_per, narrow(p.rows), narrow(p.rows_per), narrow(p.row_cuts), narrow(p.col_cuts),
-                   narrow(v.channels), inner};
-    args.x = in.x, args.residual = in.residual, args.attributes = attributes;
+                   narrow(v.channels), inner, v.packed};
+    args.x = in.x, args.residual = in.residual, args.factor = in.factor, args.attributes = attributes;
     for (int i = 0; i < kParamsOf<Op>; ++i) args.params[i] = reference(in.params[i], v.channels);
     bool plain = info_of(kernel).plain;
     if constexpr (Op::kPrologue) plain = plain && !in.residual && !in.params[Op::kParams].data && !in.params[Op::kParams + 1].data;
@@ -110,7 +110,7 @@ struct Call {
 
 template <class Op>
 void Driver::forward(const typename Op::Attributes& attributes, const Operands& in, void* y) {
-  Call<Op> call(attributes, in, false, aligned({in.x, in.residual, y}), *this);
+  Call<Op> call(attributes, in, false, aligned({in.x, in.residual, in.factor, y}), *this);
   call.args.y = y;
   call.run("_forward", 0, *this);
 }
@@ -125,10 +125,10 @@ void Driver::backward(const typename Op::Attributes& attributes, const Operands&
   for (int i = 0; i < kParams; ++i)
     if (out.params[i]) wanted |= i < Op::kParams ? own : 1u << (Op::kSums + i - Op::kParams);
 
-  Call<Op> call(attributes, in, wanted != 0, aligned({in.x, in.residual, dy, out.dx, out.dresidual}), *this);
+  Call<Op> call(attributes, in, wanted != 0, aligned({in.x, in.residual, in.factor, dy, out.dx, out.dresidual, out.dfactor}), *this);
   const Partition& p = call.partition;
   Channelwise<Op>& args = call.args;
-  args.dy = dy, args.dx = out.dx, args.dresidual = out.dresidual, args.wanted = wanted;
+  args.dy = dy, args.dx = out.dx, args.dresidual = out.dresidual, args.dfactor = out.dfactor, args.wanted = wanted;
 
   // Where the gradients per (group, channel) go: to the result, if the parameter has a value for each, or else to scratch
   // memory that ReduceShared adds up.
@@ -168,7 +168,7 @@ void Driver::backward(const typename Op::Attributes& attributes, const Operands&
     const int64_t terms = narrow(p.slots() * partials.repeat * partials.inner);
     const int64_t rows = std::min(kReduceThreads / lanes, power_of_two(terms)), blocks = v.groups * ceil_div(v.channels, lanes);
     const std::string name = std::string("ctk_") + kName<Op> + "_reduce_partials" + (compute_size == 8 ? "_f64" : "_f32");
-    cuda::launch(*this, name, blocks, static_cast<int>(lanes), static_cast<int>(rows), lanes * rows * 8, partials);
+    cuda::launch(*this, name, blocks, static_cast<int>(lanes), static_cast<int>(rows), kSums * lanes * rows * 8, partials);
   }
   if (reduce.items) cuda::launch(*this, "ctk_reduce_shared", reduced, kSharedThreads, 1, kSharedThreads * 8, reduce);
 }

@@ -50,6 +50,9 @@ struct GpuFast : Fast {
   static __device__ __forceinline__ float inverse(float x) { return reciprocal(x); }
   static __device__ __forceinline__ float decay(float a, float, const Decay<float>& d) { return power_of_two(-a * d.hi); }
   static __device__ __forceinline__ float bell(float t, float) { return power_of_two(t * t * -0.72134752f); }
+  static __device__ __forceinline__ float tanh_gate_decay(float t, float) {
+    return power_of_two(-t * fmaf(TanhGate::cubic, t * t, TanhGate::linear));
+  }
   static __device__ __forceinline__ float mills(float t) { return GpuExact::mills(t); }
 };
 
@@ -184,7 +187,7 @@ struct Constants {
 
 // How a GPU gets from parameters to constants and from sums to gradients. C: the type of the arithmetic. ctu.cuh specialises it:
 // double precision is scarce.
-template <class Op, class C>
+template <class Op, class C, class = void>
 struct OnGpu {
   using Constants = cuda::Constants<Op, C>;
 

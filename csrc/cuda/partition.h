@@ -40,7 +40,7 @@ inline Partition partition_with(const View& v, int64_t values, bool sums) {
   if (p.plane) {
     p.width = v.inner, p.row = period, p.rows = v.outer;
   } else {
-    if (period < 32 * values && v.outer > 1 && !one_launch) {  // several periods side by side, a whole number of vectors
+    if (period < 32 * values && v.outer > 1 && !one_launch && !v.packed) {  // several periods side by side, a whole number of vectors
       const int64_t step = values / std::gcd(period, values);
       p.repeat = std::min(std::max(step, 64 * values / period / step * step), v.outer);
     }

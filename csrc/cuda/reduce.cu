@@ -6,11 +6,33 @@
 
 namespace ctk::cuda {
 
-// A tree over the rows of shared[row][lane]; the sums end up in row 0.
-__device__ __forceinline__ void add_rows(double* shared, uint32_t rows, uint32_t lanes, uint32_t row, uint32_t lane) {
-  for (uint32_t half = rows / 2; half; half /= 2) {
-    __syncthreads();
-    if (row < half) shared[row * lanes + lane] += shared[(row + half) * lanes + lane];
+// A tree over the rows of a block (row, lane), for all sums with a bit in `wanted` at once; row 0 ends up with the totals. Rows
+// and lanes are powers of two. Halves of a warp and less exchange their values without memory.
+template <int kSums>
+__device__ __forceinline__ void add_rows(double (&total)[kSums], uint32_t wanted, uint32_t rows, uint32_t lanes, uint32_t row,
+                                         uint32_t lane) {
+  double* shared = reinterpret_cast<double*>(shared_bytes);  // [sum][row][lane]
+  const uint32_t at = row * lanes + lane, threads = rows * lanes;
+  uint32_t apart = threads / 2;  // threads between two rows that are added
+  if (apart >= 32) {
+#pragma unroll
+    for (int s = 0; s < kSums; ++s)
+      if (wanted >> s & 1) shared[s * threads + at] = total[s];
+    for (; apart >= 32; apart /= 2) {
+      __syncthreads();
+      if (at >= apart) continue;
+#pragma unroll
+      for (int s = 0; s < kSums; ++s)
+        if (wanted >> s & 1) shared[s * threads + at] = total[s] += shared[s * threads + at + apart];
+    }
+  }
+  if (at >= 32) return;
+  const uint32_t mask = threads < 32 ? (1u << threads) - 1 : 0xffffffffu;
+#pragma unroll 1
+  for (; apart >= lanes; apart /= 2) {
+#pragma unroll
+    for (int s = 0; s < kSums; ++s)
+      if (wanted >> s & 1) total[s] += __shfl_xor_sync(mask, total[s], apart);
   }
 }
 
@@ -18,50 +40,54 @@ __device__ __forceinline__ void add_rows(double* shared, uint32_t rows, uint32_t
 template <class Op, class C>
 __device__ __forceinline__ void reduce_partials(const ReducePartials<Op>& a) {
   constexpr int kSums = kSumsOf<Op>;
-  double* shared = reinterpret_cast<double*>(shared_bytes);
   const uint32_t lanes = blockDim.x, rows = blockDim.y, lane = threadIdx.x, row = threadIdx.y;
   const uint32_t blocks = (a.channels + lanes - 1) / lanes;
   const uint32_t g = blockIdx.x / blocks, c = blockIdx.x % blocks * lanes + lane;
-  const uint32_t per_slot = a.repeat * a.inner;
-  const uint32_t terms = a.slots * per_slot;
+  const uint32_t terms = a.slots * a.repeat * a.inner;
   double total[kSums] = {};
   if (c < a.channels) {
+    // Terms (slot, repeat, i), of which this thread takes every rows-th. Their offsets are carried, not divided.
+    const int64_t of_slot = int64_t(kSums) * a.columns, of_repeat = int64_t(a.channels) * a.inner;
+    uint32_t repeat = row / a.inner % a.repeat, i = row % a.inner;
+    const uint32_t repeats = rows / a.inner % a.repeat, is = rows % a.inner;
+    const int64_t step = int64_t(rows / a.inner / a.repeat) * of_slot + repeats * of_repeat + is;
+    const C* from = static_cast<const C*>(a.partial) + (int64_t(g) * a.slots + row / a.inner / a.repeat) * of_slot +
+                    repeat * of_repeat + int64_t(c) * a.inner + i;
 #pragma unroll 4  // loads that need not wait for each other
     for (uint32_t term = row; term < terms; term += rows) {
-      const uint32_t slot = term / per_slot, rest = term % per_slot, repeat = rest / a.inner, i = rest % a.inner;
-      const C* from = static_cast<const C*>(a.partial) + (int64_t(g) * a.slots + slot) * kSums * a.columns +
-                      (int64_t(repeat) * a.channels + c) * a.inner + i;
 #pragma unroll
       for (int s = 0; s < kSums; ++s)
         if (a.wanted >> s & 1) total[s] += from[s * a.columns];
+      from += step, i += is, repeat += repeats;
+      if (i >= a.inner) i -= a.inner, ++repeat, from += of_repeat - a.inner;
+      if (repeat >= a.repeat) repeat -= a.repeat, from += of_slot - a.repeat * of_repeat;
     }
   }
-#pragma unroll
-  for (int s = 0; s < kSums; ++s) {
-    if (!(a.wanted >> s & 1)) continue;
-    shared[row * lanes + lane] = total[s];
-    add_rows(shared, rows, lanes, row, lane);
-    if (row == 0) total[s] = shared[lane];
-    __syncthreads();
-  }
+  add_rows(total, a.wanted, rows, lanes, row, lane);
   if (row == 0 && c < a.channels) write_gradients<Op, C>(a, g, c, a.channels, total);
 }
 
 __device__ __forceinline__ void reduce_shared(const ReduceShared& a) {
-  double* shared = reinterpret_cast<double*>(shared_bytes);
   uint32_t item = 0;
   while (item + 1 < a.items && blockIdx.x >= a.item[item + 1].first) ++item;
   const ReduceShared::Item& it = a.item[item];
   const uint32_t value = blockIdx.x - it.first, row = value / it.count, channel = value % it.count * it.run;
   const uint32_t groups = (a.groups - row + it.rows - 1) / it.rows;
-  double total = 0;
-  for (uint64_t i = threadIdx.x; i < uint64_t(groups) * it.run; i += blockDim.x)
-    total += it.from[(row + i / it.run * it.rows) * a.channels + channel + i % it.run];
-  shared[threadIdx.x] = total;
-  add_rows(shared, blockDim.x, 1, threadIdx.x, 0);
+  // Values (group, channel) of every rows-th group and `run` neighbouring channels, of which this thread takes every
+  // blockDim.x-th.
+  const int64_t of_group = int64_t(it.rows) * a.channels, step = blockDim.x / it.run * of_group + blockDim.x % it.run;
+  uint32_t i = threadIdx.x % it.run;
+  const double* from = it.from + int64_t(row) * a.channels + channel + threadIdx.x / it.run * of_group + i;
+  double total[1] = {};
+  for (uint64_t n = threadIdx.x; n < uint64_t(groups) * it.run; n += blockDim.x) {
+    total[0] += *from;
+    from += step, i += blockDim.x % it.run;
+    if (i >= it.run) i -= it.run, from += of_group - it.run;
+  }
+  add_rows(total, 1, blockDim.x, 1, threadIdx.x, 0);
   if (threadIdx.x) return;
-  if (it.is_double) static_cast<double*>(it.to)[value] = shared[0];
-  else static_cast<float*>(it.to)[value] = static_cast<float>(shared[0]);
+  if (it.is_double) static_cast<double*>(it.to)[value] = total[0];
+  else static_cast<float*>(it.to)[value] = static_cast<float>(total[0]);
 }
 
 #define CTK_OP(name, Op, ...)                                                                                        \
@@ -70,7 +96,8 @@ __device__ __forceinline__ void reduce_shared(const ReduceShared& a) {
 #include "../ops.def"
 CTK_KERNEL(ctk_reduce_shared, kSharedThreads, ReduceShared, reduce_shared)
 
-__device__ __forceinline__ void ctu_precompute(const Precompute<CtuOp>& a) {
+template <class Op>
+__device__ __forceinline__ void ctu_precompute(const Precompute<Op>& a) {
   const uint32_t n = a.rows * a.channels, i = blockIdx.x * kTableThreads + threadIdx.x;
   if (i >= n) return;
   const uint32_t g = i / a.channels, c = i % a.channels;
@@ -80,6 +107,7 @@ __device__ __forceinline__ void ctu_precompute(const Precompute<CtuOp>& a) {
 #pragma unroll
   for (int f = 0; f < CtuOp::kTable; ++f) a.to[int64_t(f) * n + i] = values[f];
 }
-CTK_KERNEL(ctk_ctu_precompute, kTableThreads, Precompute<CtuOp>, ctu_precompute)
+#define CTK_TABLE_KERNEL(stem, Op) CTK_KERNEL(stem##_precompute, kTableThreads, Precompute<Op>, (ctu_precompute<Op>))
+#include "../ops.def"
 
 }  // namespace ctk::cuda

@@ -1,18 +1,20 @@
 """Adapters as PEFT methods; importing this package registers them. It needs `pip install ctkernels[adapters]`.
 
 peft has no plug-in mechanism: a process that loads one of these adapters must import `ctkernels.adapters` first, or
-peft raises `KeyError: 'JOLA'` (or `'CURVATURE'`).
+peft raises `KeyError: 'JOLA'` (or `'CURVATURE'`, `'JOINT'`).
 """
 
 from ._peft import register
 from .curvature import CurvatureConfig, CurvatureLayer, CurvatureModel
 from .curvature.model import find_activations
+from .joint import JointConfig, JointModel
 from .jola import JolaConfig, JolaLayer, JolaModel
 from .jola.attention import FusedAttention, fuse_attention
 from .jola.coverage import Coverage, coverage, print_coverage
 from .jola.edit_sizes import EditReport, edit_sizes
 from .jola.gate_map import GateMap, gate_map, plot_gates
 from .jola.gates import drop_closed_heads, freeze_gates, open_heads
+from .jola.lora import save_as_lora
 from .jola.monitor import EditMonitor
 from .jola.penalty import (
     AdaptiveSchedule,
@@ -28,13 +30,18 @@ from .jola.penalty import (
 from .jola.sites import find_sites
 from .jola.units import measure_units
 from .optimizer import parameter_groups
+from .pool import AdapterPool, PoolFullError
 from .published import load_official
 from .saving import save_adapter, save_merged
+from .serving.gguf import save_gguf
+from .serving.verify import Merged
 
 register("jola", JolaConfig, JolaModel)
 register("curvature", CurvatureConfig, CurvatureModel)
+register("joint", JointConfig, JointModel)
 
 __all__ = [
+    "AdapterPool",
     "AdaptiveSchedule",
     "ConstantSchedule",
     "Coverage",
@@ -47,11 +54,15 @@ __all__ = [
     "ExponentialSchedule",
     "FusedAttention",
     "GateMap",
+    "JointConfig",
+    "JointModel",
     "JolaConfig",
     "JolaLayer",
     "JolaModel",
     "JolaPenaltyCallback",
     "LinearSchedule",
+    "Merged",
+    "PoolFullError",
     "add_penalty_grad",
     "coverage",
     "drop_closed_heads",
@@ -70,5 +81,7 @@ __all__ = [
     "plot_gates",
     "print_coverage",
     "save_adapter",
+    "save_as_lora",
+    "save_gguf",
     "save_merged",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from peft import PeftConfig
 
 from .._files import write_text
 from ._files import check_adapter_folder
+from .card import write_adapter_card
 
 _SAVED = "_saved_shapes"
 
@@ -20,16 +22,22 @@ class AdapterConfig(PeftConfig):
 
     method: ClassVar[str]
 
+    @classmethod
+    def tensor_prefixes(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """How the names of an adapter's tensors begin, behind the module's; `values` are those of its configuration."""
+        return (f"{cls.method.lower()}_",)
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, to a temporary name first."""
+        """Write `adapter_config.json`, to a temporary name first; if weights lie beside it, describe both in the model card."""
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory must be a folder, got the file {save_directory}")
         auto_mapping = kwargs.pop("auto_mapping_dict", None)
-        values = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
+        values = self.to_dict()
         if auto_mapping is not None:
             values["auto_mapping"] = auto_mapping
-        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(values, indent=2, sort_keys=True, default=sorted) + "\n"  # of what JSON lacks there are sets
         write_text(os.path.join(save_directory, "adapter_config.json"), text)
+        write_adapter_card(save_directory, values)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -43,7 +51,7 @@ class AdapterConfig(PeftConfig):
                 another method's adapter.
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        shapes = check_adapter_folder(folder, cls.method) if os.path.isdir(folder) else {}
+        shapes = check_adapter_folder(folder, cls.method, cls.tensor_prefixes) if os.path.isdir(folder) else {}
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if shapes:
             config.__dict__[_SAVED] = shapes

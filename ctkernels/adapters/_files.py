@@ -6,9 +6,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -116,8 +117,15 @@ def safetensors_names(path: str | os.PathLike[str]) -> list[str]:
         ) from None
 
 
-def check_adapter_folder(folder: str | os.PathLike[str], peft_type: str) -> dict[str, torch.Size]:
+def check_adapter_folder(
+    folder: str | os.PathLike[str], peft_type: str, prefixes: Callable[[Mapping[str, Any]], tuple[str, ...]]
+) -> dict[str, torch.Size]:
     """Check a saved adapter before anything is built from it.
+
+    Args:
+        folder: where it lies.
+        peft_type: its method.
+        prefixes: of the names of its tensors, all of which must be there, by the values of its configuration.
 
     Returns:
         the shapes of its tensors by name; empty if there are no weights beside the configuration.
@@ -142,9 +150,9 @@ def check_adapter_folder(folder: str | os.PathLike[str], peft_type: str) -> dict
             raise ValueError(f"{root}: expected {WEIGHTS}, found {pickled[0]}; pickled weights are not loaded")
         return {}
     names = safetensors_names(root / WEIGHTS)
-    prefix = f"{peft_type.lower()}_"
-    if not any(part.startswith(prefix) for name in names for part in name.split(".")):
-        raise ValueError(f"{root / WEIGHTS}: expected tensors named {prefix}*, got {names[:3]}")
+    for prefix in prefixes(values):
+        if not any(part.startswith(prefix) for name in names for part in name.split(".")):
+            raise ValueError(f"{root / WEIGHTS}: expected tensors named {prefix}*, got {names[:3]}")
     return _shapes(root / WEIGHTS, names)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,22 +14,26 @@ import torch
 from torch import Tensor, nn
 
 
-def require_peft() -> None:
+def require_peft(what: str = "ctkernels.adapters", oldest: tuple[int, int] = (0, 18)) -> None:
     """Check that a supported peft is installed.
 
+    Args:
+        what: needs it.
+        oldest: the oldest version that will do.
+
     Raises:
-        ImportError: peft is missing, or older than 0.18 (the message names the extra to install).
+        ImportError: peft is missing, or older (the message names the extra to install).
     """
     try:
         import peft
     except ImportError as error:
         raise ImportError(
-            "ctkernels.adapters needs peft and transformers: pip install 'ctkernels[adapters]' (peft >= 0.18)"
+            f"{what} needs peft and transformers: pip install 'ctkernels[adapters]' (peft >= {oldest[0]}.{oldest[1]})"
         ) from error
     version = tuple(int(part) for part in peft.__version__.split(".")[:2])
-    if version < (0, 18):
+    if version < oldest:
         raise ImportError(
-            f"ctkernels.adapters needs peft >= 0.18, found {peft.__version__}: pip install -U 'ctkernels[adapters]'"
+            f"{what} needs peft >= {oldest[0]}.{oldest[1]}, found {peft.__version__}: pip install -U 'ctkernels[adapters]'"
         )
 
 
@@ -82,6 +87,42 @@ def check_adapter_name(name: Any) -> None:
         raise ValueError(
             f"adapter_name must not contain {found.group()!r}, got {name!r}: it names a folder and a part of tensor names"
         )
+
+
+def check_weighted(
+    configs: Mapping[str, Any], adapters: Any, weights: Any, adapter_name: str, combination_type: str
+) -> None:
+    """Check the arguments of `add_weighted_adapter`.
+
+    Raises:
+        ValueError: adapters that are not there, other modules trained beside them, not one finite weight for each, a name
+            that is taken, or a combination other than the linear one.
+    """
+    unknown = [name for name in adapters if name not in configs]
+    if isinstance(adapters, str) or not adapters or unknown:
+        raise ValueError(f"adapters must be a list of some of {sorted(configs)}, got {adapters!r}")
+    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights must be a finite number for each of {list(adapters)}, got {weights!r}")
+    if adapter_name in configs:
+        raise ValueError(f"adapter_name must be one that is not there yet, got {adapter_name!r}")
+    if combination_type != "linear":
+        raise ValueError(f"combination_type must be 'linear', got {combination_type!r}")
+    beside = [name for name in adapters if configs[name].modules_to_save]
+    if beside:
+        raise ValueError(
+            f"adapters must have no modules_to_save, which add_weighted_adapter does not combine, got {beside[0]!r} with "
+            f"{configs[beside[0]].modules_to_save}"
+        )
+
+
+def inject_new(tuner: Any, adapter_name: str, config: Any) -> None:
+    """Put an adapter into a tuner's model; an error leaves no trace in its list."""
+    tuner.peft_config[adapter_name] = config
+    try:
+        tuner.inject_adapter(tuner.model, adapter_name)
+    except BaseException:
+        tuner.peft_config.pop(adapter_name, None)
+        raise
 
 
 def pass_adapter_names(names: list[str], thread: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -154,9 +195,9 @@ def check_saved(saved: dict[str, torch.Size], own: dict[str, torch.Size], model:
     start = "base_model.model."
     given = {name.removeprefix(start): shape for name, shape in saved.items()}
     beside: dict[str, torch.Size] = {}
-    marker = f".{config.peft_type.value.lower()}_"
+    prefixes = config.tensor_prefixes(vars(config))
     for name, shape in given.items():
-        if marker in f".{name}":
+        if any(f".{prefix}" in f".{name}" for prefix in prefixes):
             continue
         owner = name.rpartition(".")[0]
         if any(f".{kept}." in f".{owner}." for kept in config.modules_to_save or []):
@@ -166,8 +207,8 @@ def check_saved(saved: dict[str, torch.Size], own: dict[str, torch.Size], model:
             warnings.warn(f"The saved adapter replaces the base model's embeddings, {name}", UserWarning, stacklevel=6)
         else:
             raise ValueError(
-                f"The saved adapter would overwrite {name} of the base model: expected tensors named {marker[1:]}* and "
-                f"those of modules_to_save={config.modules_to_save}"
+                f"The saved adapter would overwrite {name} of the base model: expected tensors named "
+                f"{', '.join(f'{prefix}*' for prefix in prefixes)} and those of modules_to_save={config.modules_to_save}"
             )
     tensors = {key: value.shape for key, value in [*model.named_parameters(), *model.named_buffers()]}
     for name, shape in beside.items():
@@ -211,15 +252,17 @@ def check_names(own: dict[str, torch.Size], given: dict[str, torch.Size]) -> Non
             raise ValueError(f"{name}: expected shape {tuple(own[name])}, got {tuple(shape)}")
 
 
-def check_state_dict(part: str, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Refuse an adapter's tensors (those with `part` in their names) that do not fit, before any of them is copied."""
+def check_state_dict(
+    markers: tuple[str, ...], model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
+) -> None:
+    """Refuse an adapter's tensors (those with a marker in their names) that do not fit, before any of them is copied."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    own = {f"{prefix}{name}": value.shape for name, value in tensors if part in name}
+    own = {f"{prefix}{name}": value.shape for name, value in tensors if any(marker in name for marker in markers)}
     if any("_fsdp_wrapped_module" in name for name in own):
         return  # FSDP1 renames and flattens parameters, and checks them itself
-    given = {name: value for name, value in state_dict.items() if part in name}
-    adapters = {name.rsplit(".", 1)[-1] for name in given}
-    expected = {name: shape for name, shape in own.items() if name.rsplit(".", 1)[-1] in adapters}
+    given = {name: value for name, value in state_dict.items() if any(marker in name for marker in markers)}
+    adapters = {owner for name in given if (owner := _adapter_of(name, markers)) is not None}
+    expected = {name: shape for name, shape in own.items() if _adapter_of(name, markers) in adapters}
     check_names(expected, {name: value.shape for name, value in given.items()})
     for name, value in given.items():
         if not value.is_meta and not bool(value.isfinite().all()):
@@ -228,3 +271,12 @@ def check_state_dict(part: str, model: nn.Module, state_dict: dict[str, Tensor],
         merged = sorted(adapters & set(getattr(module, "merged_adapters", ())))
         if merged and hasattr(module, "base_layer"):
             raise ValueError(f"{name}: cannot load the adapters {merged} while they are merged; unmerge them first")
+
+
+def _adapter_of(name: str, markers: tuple[str, ...]) -> str | None:
+    """Whose tensor it is: "default" of `x.jola_m.default` and of `x.lora_A.default.weight`; None without a marker."""
+    for marker in markers:
+        parts = name.rpartition(marker)[2].split(".")
+        if marker in name and len(parts) > 1:
+            return parts[1]
+    return None

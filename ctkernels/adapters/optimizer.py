@@ -16,8 +16,9 @@ def parameter_groups(
     gate_lr: float | None = None,
     weight_decay: float = 0.0,
     curvature_lr: float = 0.1,
+    lora_lr: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Optimizer parameter groups: gates and curvatures apart, with rates of their own and no weight decay.
+    """Optimizer parameter groups: each method's parameters apart, with rates of their own.
 
     With JoLA's released rate of 5e-3 for everything, log alpha moves at most 1.25 in 500 steps and no gate can reach
     zero; so it has a rate of its own, which is in its unit (`JolaConfig.gate_rate`), and in a group only where `gate_lr`
@@ -25,39 +26,44 @@ def parameter_groups(
     Tuning, section 4.1).
 
     Args:
-        model: a model with a JoLA or a curvature adapter.
-        lr: rate of m, a and other trainable parameters. None: 5e-2 with a JoLA adapter whose units have been measured
-            (`measure_units`, before this), 5e-3 with another, as in the released code, else 1e-3.
+        model: a model with a JoLA, a curvature or a joint adapter.
+        lr: rate of m, a and other trainable parameters. None: for m and a, 5e-2 in units that have been measured
+            (`measure_units`, before this), 5e-3 in others, as in the released code; 1e-3 for other parameters.
         gate_lr: rate of log alpha, for optimizers whose steps do not depend on the size of gradients, such as Adam. None:
             `gate_rate * lr` (ten times `lr` by default), or `10 * lr` with an adapter from before it had a `gate_rate`.
-        weight_decay: for m, a and the others. Default 0.
+        weight_decay: for m, a and the others; gates and curvatures have none. Default 0.
         curvature_lr: rate of the logits of beta and coeff. Default 0.1, as in the paper.
+        lora_lr: rate of LoRA's matrices. None: 1e-3 if `lr` is None too, else `lr`.
 
     Returns:
         groups for any torch optimizer; empty groups are left out.
 
-    Example:
+    Examples:
         >>> optimizer = torch.optim.AdamW(parameter_groups(model, lr=5e-3, gate_lr=5e-2), eps=1e-6)
     """
     units = _gate_units(model)
-    found: dict[str, list[Tensor]] = {"jola_edits": [], "jola_gates": [], "curvature": [], "rest": []}
+    found: dict[str, list[Tensor]] = {"jola_edits": [], "jola_gates": [], "curvature": [], "lora": [], "rest": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             found[_group(name)].append(parameter)
+    others = 1e-3 if lr is None else lr
     if lr is None:
         jola = found["jola_edits"] or found["jola_gates"]
-        lr = (5e-2 if has_units(model) else 5e-3) if jola else 1e-3
+        lr = 5e-2 if jola and has_units(model) else 5e-3
+    rates = {
+        "jola_edits": lr,
+        "curvature": curvature_lr,
+        "lora": others if lora_lr is None else lora_lr,
+        "rest": others,
+    }
     groups: list[dict[str, Any]] = []
     for name, parameters in found.items():
         by_unit: dict[float, list[Tensor]] = {}
         for tensor in parameters:
             by_unit.setdefault(units.get(id(tensor), 1.0), []).append(tensor)
         for unit, some in by_unit.items():
-            rate, decay = lr, weight_decay
-            if name == "curvature":
-                rate, decay = curvature_lr, 0.0
-            elif name == "jola_gates":
-                rate, decay = _gate_rate(lr, gate_lr, unit), 0.0
+            rate = _gate_rate(lr, gate_lr, unit) if name == "jola_gates" else rates[name]
+            decay = 0.0 if name in ("jola_gates", "curvature") else weight_decay
             groups.append({"params": some, "lr": rate, "weight_decay": decay, "name": name})
     return groups
 
@@ -84,4 +90,6 @@ def _group(name: str) -> str:
         return "curvature"
     if ".jola_log_alpha_" in name:
         return "jola_gates"
+    if ".lora_" in name:
+        return "lora"
     return "jola_edits" if ".jola_" in name else "rest"

@@ -64,7 +64,7 @@ def load_official(
 
     Args:
         model: a Llama- or Qwen2-like model with a JoLA adapter on all heads of the layers to fill, or a model with a
-            curvature adapter (per channel) on the sites to fill.
+            curvature adapter (per channel) on the sites to fill. A joint adapter gets what the checkpoint has of either.
         source: a state dict, a safetensors file, or a folder with safetensors files.
         adapter: name of the adapter; None takes the active one.
 
@@ -72,17 +72,21 @@ def load_official(
         ValueError: no such tensors, layers or heads that do not match, wrong shapes, or a pickled file. Nothing is
             changed then.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(base, JolaConfig(task_type="CAUSAL_LM"))
         >>> load_official(model, "official_checkpoint")
     """
-    if any(isinstance(module, CurvatureLayer) for module in model.modules()):
-        tensors = _read(source, NAME)
-        if not tensors:
-            raise ValueError("expected tensors named <module>._raw_beta and <module>._raw_coeff; got none")
-        copies = curvature_copies(model, tensors, adapter)
-    else:
-        copies = _jola_copies(model, _read(source, _NAME), adapter)
+    copies: list[tuple[Tensor, Tensor]] = []
+    units = any(isinstance(module, CurvatureLayer) for module in model.modules())
+    jola = any(True for _ in jola_layers(model))
+    tensors = _read(source, NAME) if units else {}
+    if tensors:
+        copies += curvature_copies(model, tensors, adapter)
+    elif units and not jola:
+        raise ValueError("expected tensors named <module>._raw_beta and <module>._raw_coeff; got none")
+    edits = _read(source, _NAME) if jola or not units else {}
+    if edits or not copies:
+        copies += _jola_copies(model, edits, adapter)
     for target, value in copies:
         target.copy_(value.to(target))
 

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
+from .._card import CARD
 from ..steering.scan import is_steered
 from ._files import model_files, replacing_folder
 from ._offload import fetched, whole_state_dict
 from ._peft import check_adapter_name, plain_model
-from .jola.bias import config_parts, hold_bias
-from .jola.fold import Kept, copied, mergeable, stack
+from .jola.bias import config_parts, switch_on
+from .jola.fold import Kept, copied, stack
 from .jola.layer import JolaLayer
+from .jola.packing import lay_out_as_loaded, packing
 from .jola.runtimes import TARGETS
+from .serving import engines
+from .serving.placement import Edited, Place, place, targets_of
+from .serving.verify import Expected, Merged, expect
 
 
 def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -38,13 +45,14 @@ def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> Non
         ValueError: path is a file, or a folder with a model of its own (transformers would put the adapter on top of it);
             an adapter's name is no name for a folder; pickled weights are asked for.
 
-    Example:
+    Examples:
         >>> save_adapter(model, "adapter")
-        >>> PeftModel.from_pretrained(base, "adapter")
+        >>> model = PeftModel.from_pretrained(base, "adapter")
     """
     if not kwargs.get("safe_serialization", True):
         raise ValueError("safe_serialization must be True: pickled weights are not written")
-    for name in kwargs.get("selected_adapters") or model.peft_config:
+    names = list(kwargs.get("selected_adapters") or model.peft_config)
+    for name in names:
         check_adapter_name(name)
     folder = Path(path)
     if (folder / "config.json").exists() and any("adapter" not in file.name for file in model_files(folder)):
@@ -53,37 +61,58 @@ def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> Non
             "this adapter on top. Choose a folder of its own"
         )
     with replacing_folder(folder) as fresh:
-        if (folder / "README.md").is_file():
-            shutil.copy2(folder / "README.md", fresh)  # a model card is extended, not begun anew
+        for place in ("", *names):  # model cards are extended, not begun anew
+            if (folder / place / CARD).is_file():
+                (fresh / place).mkdir(exist_ok=True)
+                shutil.copy2(folder / place / CARD, fresh / place)
         model.save_pretrained(str(fresh), **kwargs)
 
 
 def save_merged(
-    model: Any, path: str | os.PathLike[str], *, target: str | None = None, overwrite: bool = False, **kwargs: Any
-) -> None:
-    """Save a model with its active adapters folded in, for plain transformers; the model itself is unchanged.
+    model: Any,
+    path: str | os.PathLike[str],
+    *,
+    target: str | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    inputs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Merged:
+    """Save a model with its active adapters folded in, for plain transformers and the runtimes that read its files.
 
-    JoLA's multiplicative edit always fits. The additive one needs a bias in the projection: where the architecture has
-    none but a config switch for it (`attention_bias` of Llama and others), the switch is set and the biases that come
-    with it are zero. A warning names runtimes that are known to lose them. LoRA and other adapters that fold into
-    weights are merged too, in the order in which they lie on each other.
+    JoLA's multiplicative edit fits into the weights. The additive one is a bias of the output projection, or, as attention
+    weights sum to 1, of the value projection, if the heads that share values share the offset (`additive="kv_group"`, or
+    as many heads of values as there are). Where the architecture has no such bias, a switch of its config gives it one
+    (`attention_bias` of Llama and others), or the model becomes one of an architecture that computes the same (Mistral
+    and Qwen2: Llama). The first of these that every runtime in question reads is taken; `docs/serving.md` has the table.
+    LoRA and other adapters that fold into weights are merged too, in the order in which they lie on each other.
+
+    What was saved is loaded again and compared with the adapted model before it gets its name: in vLLM if that is the
+    target and is installed, otherwise in transformers. The model itself is unchanged.
 
     Args:
         model: a `PeftModel` with JoLA adapters, or a transformers model with JoLA layers, not merged.
         path: folder to write to; its files are replaced only when all new ones are complete.
-        target: the runtime that is to serve it: "transformers", "vllm" or "llama.cpp"; one that is known to lose a part of
-            the model is refused. None: a warning names all that do.
+        target: the runtime that is to serve it: "transformers", "vllm" or "llama.cpp" (the folder is then one for its
+            converter; `save_gguf` writes its own format). None: all that are known to serve the family.
         overwrite: take out the weights and adapters that are in the folder already. A loader would take those for
             parts of the new model.
+        verify: load and compare. It takes the memory of a second model.
+        inputs: keyword arguments of the forward that is compared; None: random ones.
         kwargs: passed to `save_pretrained`.
 
-    Raises:
-        ValueError: there is no JoLA adapter; the architecture, or the target, cannot hold the bias; the base is
-            quantised or sharded; adapters are merged, or cannot be folded into weights; the model is steered; the folder
-            has weights or adapters in it; the target is unknown.
+    Returns:
+        what was saved, and how far it is off; print it.
 
-    Example:
-        >>> save_merged(model, "merged")
+    Raises:
+        ValueError: there is no JoLA adapter; no place for the additive edits that the target reads (the message says which
+            runtime reads one); the saved model is off by more than rounding; the base is sharded; adapters are merged, or
+            cannot be folded into weights; the model is steered; the folder has weights or adapters in it; the target is
+            unknown. Nothing is written then.
+
+    Examples:
+        >>> print(save_merged(model, "merged"))
+        merged for ...
         >>> plain = AutoModelForCausalLM.from_pretrained("merged")
     """
     if target is not None and target not in TARGETS:
@@ -100,25 +129,80 @@ def save_merged(
         raise ValueError(
             f"model: expected a transformers model, got {type(base).__name__}; use model.merge_and_unload()"
         )
-    with _plain(base, target), replacing_folder(path, stale=model_files) as folder:
-        base.save_pretrained(folder, **{**whole_state_dict(base), **kwargs})
+    stacks = tuner_stacks(base)
+    expected = expect(base, inputs) if verify else None
+    with plain(base, stacks, target) as (chosen, zeros), replacing_folder(path, stale=model_files) as folder:
+        if not verify and (chosen.values or chosen.home):
+            raise ValueError(
+                f"verify must be True where additive edits become {chosen.where}: whether that is the same is seen only "
+                "when the saved model runs"
+            )
+        _write(base, folder, chosen, zeros if target == "llama.cpp" else [], kwargs)
+        runtime, error = ("", 0.0) if expected is None else _compare(base, folder, chosen, target, expected)
+        result = Merged(os.fspath(path), targets_of(base, target), chosen.where, runtime, error)
+        if expected is None:
+            return result
+        # a log-probability, which vLLM gives, moves twice as far as logits at most
+        return result.judged(expected, expected.tolerance * (2 if runtime == "vllm" else 1))
 
 
-@contextmanager
-def _plain(model: nn.Module, target: str | None) -> Iterator[None]:
-    """Merge the model and take peft's wrappers out of it; everything is put back afterwards, bit for bit."""
-    wrappers = [
+def _write(model: Any, folder: Path, chosen: Place, left_out: list[str], kwargs: dict[str, Any]) -> None:
+    """Write the merged model; `left_out` are zero biases that plain transformers makes itself."""
+    lay_out_as_loaded(model)
+    values = {**whole_state_dict(model), **kwargs}
+    if chosen.home is None:
+        if left_out:
+            state = values.get("state_dict") or model.state_dict()
+            values["state_dict"] = {name: value for name, value in state.items() if name not in left_out}
+        model.save_pretrained(folder, **values)
+        return
+    state = dict(values.pop("state_dict", None) or model.state_dict())
+    other = chosen.home.model(state)
+    other.generation_config = getattr(model, "generation_config", None)
+    other.save_pretrained(folder, state_dict=state, **values)
+
+
+def _compare(model: Any, folder: Path, chosen: Place, target: str | None, expected: Expected) -> tuple[str, float]:
+    """Run what was saved: in which runtime, and how far it is off."""
+    if target == "vllm" and "input_ids" in expected.inputs and engines.installed("vllm"):
+        return "vllm", engines.error("vllm", folder, expected.inputs["input_ids"], expected.output)
+    architecture: Any = type(model) if chosen.home is None else chosen.home.architecture
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    options = {"attn_implementation": getattr(model.config, "_attn_implementation", None)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = architecture.from_pretrained(folder, dtype=getattr(model, "dtype", None), **options)
+    quantised = getattr(again, "is_quantized", False)
+    return "transformers", expected.error(again if quantised else again.to(device))
+
+
+def tuner_stacks(model: nn.Module) -> list[list[Any]]:
+    """The tuner layers of a model by projection, each from the outside in; refuses what cannot be folded."""
+    tops: dict[int, Any] = {id(child): child for _, _, child in _wrappers(model) if isinstance(child, BaseTunerLayer)}
+    stacks = [list(stack(top)) for top in tops.values()]
+    _check(model, stacks, [child for _, _, child in _wrappers(model) if isinstance(child, AuxiliaryTrainingWrapper)])
+    return stacks
+
+
+def _wrappers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    return [
         (owner, name, child)
         for owner in model.modules()
         for name, child in owner._modules.items()
         if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(owner, BaseTunerLayer)
     ]
-    tops = {id(child): child for _, _, child in wrappers if isinstance(child, BaseTunerLayer)}
-    stacks: list[list[Any]] = [list(stack(top)) for top in tops.values()]
-    _check(model, stacks, [child for _, _, child in wrappers if isinstance(child, AuxiliaryTrainingWrapper)])
+
+
+@contextmanager
+def plain(model: Any, stacks: list[list[Any]], target: str | None) -> Iterator[tuple[Place, list[str]]]:
+    """Merge the model and take peft's wrappers out of it; everything is put back afterwards, bit for bit.
+
+    Gives where the additive edits are, and the names of the zero biases that came with them.
+    """
+    wrappers = _wrappers(model)
     bases = [layers[-1].get_base_layer() for layers in stacks]
     shared = _shared(model, bases)
-    kept = [Kept(base, layers) for base, layers in zip(bases, stacks)]
+    kept = [(base, layers, Kept(base, layers)) for base, layers in zip(bases, stacks)]
     config: Any = getattr(model, "config", None)
     settings = [(part, dict(part.__dict__)) for part in config_parts(config).values()] if config is not None else []
     empty = [(owner, key) for owner in model.modules() for key, value in owner._parameters.items() if value is None]
@@ -126,32 +210,57 @@ def _plain(model: nn.Module, target: str | None) -> Iterator[None]:
         name: model.__dict__.pop(name) for name in ("peft_config", "_hf_peft_config_loaded") if name in vars(model)
     }
     try:
+        for owner, name, child in wrappers:
+            setattr(owner, name, child.get_base_layer() if isinstance(child, BaseTunerLayer) else _trained(child))
+        edited = _edited(model, stacks)
+        chosen = place(model, edited, target, engines.installed)
+        by_value = {id(one.layer) for one in edited} if chosen.values else set()
         for layers, base in zip(stacks, bases):
             with fetched(base):
                 copied(base)  # other methods merge in place
-                layers[0].merge()
-        for owner, name, child in wrappers:
-            setattr(owner, name, child.get_base_layer() if isinstance(child, BaseTunerLayer) else _trained(child))
+                layers[0].merge(**{"additive": False} if id(layers[0]) in by_value else {})
         _untie(model, shared)
-        made = {id(base) for base, before in zip(bases, kept) if base.bias is not None and not before.has_bias}
-        created = [name for name, module in model.named_modules() if id(module) in made]
-        problem = hold_bias(model, created, target) if created else None
-        if problem:
-            raise ValueError(
-                f"Cannot save a merged model: {problem}. Save the adapter instead, or train with edit='multiplicative'."
-            )
-        yield
+        for one in edited if chosen.values else ():
+            values: Any = model.get_submodule((chosen.values or {})[one.site])
+            kept.append((values, [], Kept(values, [])))
+            _add_bias(values, one.layer.offsets(one.layer.merged_adapters), model)
+        zeros = [] if chosen.switch is None else switch_on(model, chosen.switch)
+        yield chosen, zeros
     finally:
         for owner, name, child in wrappers:
             setattr(owner, name, child)
-        for layers, base, before in zip(stacks, bases, kept):
+        for base, layers, before in reversed(kept):
             before.restore(base, layers)
         for owner, key in empty:
             owner._parameters[key] = None
-        for part, values in settings:
+        for part, fields in settings:
             part.__dict__.clear()
-            part.__dict__.update(values)
+            part.__dict__.update(fields)
         model.__dict__.update(marks)
+
+
+def _edited(model: nn.Module, stacks: list[list[Any]]) -> list[Edited]:
+    """The sites that have an additive edit and no bias of their own."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [
+        Edited(names[id(layer.get_base_layer())], layer, position == 0)
+        for layers in stacks
+        for position, layer in enumerate(layers)
+        if isinstance(layer, JolaLayer) and not layer.has_own_bias()
+        if bool(layer.factors(layer.check_merge())[1].any())
+    ]
+
+
+def _add_bias(projection: Any, offset: Tensor, model: Any) -> None:
+    """Add to a projection's bias, or give it one."""
+    with fetched(projection):
+        before = projection.bias
+        weight = projection.weight
+        dtype = weight.dtype if weight.is_floating_point() else getattr(model, "dtype", torch.float32)
+        total = offset.flatten().to(weight.device)
+        if before is not None:
+            total, dtype = total + before.detach(), before.dtype
+        projection.bias = nn.Parameter(total.to(dtype), requires_grad=False)
 
 
 def _check(model: nn.Module, stacks: list[list[Any]], others: list[Any]) -> None:
@@ -166,7 +275,18 @@ def _check(model: nn.Module, stacks: list[list[Any]], others: list[Any]) -> None
                     f"{site}: a {type(layer).__name__} cannot be folded into weights, so plain transformers would not "
                     "compute it; unload that adapter, or save the adapters instead"
                 )
-        mergeable(layers[-1].get_base_layer(), getattr(layers[-1], "site", type(layers[-1]).__name__))
+        base, site = layers[-1].get_base_layer(), getattr(layers[-1], "site", type(layers[-1]).__name__)
+        if packing(base, site).quantised:
+            if len(layers) > 1:
+                raise ValueError(
+                    f"{site}: cannot merge a stack of adapters into a quantised projection, which would be quantised again "
+                    "for each; load the base model without quantisation and merge there"
+                )
+            if getattr(model, "hf_quantizer", None) is None:
+                raise ValueError(
+                    f"{site} is quantised, and the model's config does not say so: transformers would load what is saved as "
+                    "something else. Load the base with a quantization_config, or without quantisation"
+                )
     if not any(isinstance(layer, JolaLayer) for layers in stacks for layer in layers):
         raise ValueError("model: expected one with a JoLA adapter, got one without")
     for other in others:

@@ -71,6 +71,8 @@ def _run(argv: Sequence[str]) -> int:
         raise OptionError(f"unknown command {argv[0]!r}; {hint}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a factory may be in a module of the current folder
+    from .. import _public  # noqa: F401  # registers the ops: a command's process is like any other that imports ctkernels
+
     module = importlib.import_module(COMMANDS[argv[0]][0])
     parser: argparse.ArgumentParser = module.parser()
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")

@@ -14,7 +14,7 @@ import torch
 
 import ctkernels
 
-from ..ops import backends
+from ..ops import backends, eager
 from ..ops.backends import BACKENDS, DTYPES
 from ..ops.registration import OPS
 from .errors import Parser
@@ -95,6 +95,7 @@ def _native() -> dict[str, Any]:
         "simd_levels": (_exported(library, "ctk_simd_levels") or "").split(),
         "simd_level_used": _exported(library, "ctk_simd_level"),
         "threads": torch.get_num_threads(),
+        "eager_calls": eager.way(),
     }
 
 

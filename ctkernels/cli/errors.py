@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 BAD_INPUT, INTERRUPTED = 2, 130
 PACKAGE = Path(__file__).absolute().parent.parent
 OURS = (PACKAGE, PACKAGE.parent / "benchmarks")
@@ -64,10 +62,11 @@ def is_bad_input(error: Exception) -> bool:
     A ValueError or an ImportError does that was raised by a line of this library, with a message of its own; one from
     within another library was not foreseen. Files that cannot be read or written, and too little memory, always do.
     """
-    if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, (OSError, MemoryError)):
         return True
     if not isinstance(error, (ValueError, ImportError)):
-        return False
+        torch = sys.modules.get("torch")  # not imported by the overview
+        return torch is not None and isinstance(error, torch.OutOfMemoryError)
     if type(error).__module__.partition(".")[0] == "ctkernels":  # raised anew by a loader's worker, say
         return True
     last = error.__traceback__

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.ctu.reference import tanh_gate_exponent
+
 SHARPEST = 1e-30  # whose reciprocal is finite in float32
 CAP = 60.0  # softplus(u) = u in float64 from 37 on, and exp(60) is finite in float32
 LEAST_GATE = 0.25  # see `swish`
 
 Value = Any  # a proxy, or a float
-KINDS = ("logistic", "leaky", "relu6", "gaussian")  # by the number that `ctkernels::ctu` has for them
 
 
 class Knobs(NamedTuple):
@@ -48,6 +49,8 @@ def unit(w: Value, slope: Value, k: Knobs, kind: str) -> Value:
     """The CT unit of family member ``kind`` at pre-activation ``w``."""
     if kind == "gaussian":
         return _mix(k, lambda: _gelu(w, k.eta), lambda: _soft_gaussian(w, k))
+    if kind == "tanh":
+        return _mix(k, lambda: _gelu_tanh(w, k), lambda: _soft_gaussian(w, k))
     if kind == "relu6":
         return torch.clamp(torch.relu(w), max=6.0) + (_excess(w, k) - _excess(w - 6, k))
     if kind == "leaky":
@@ -93,9 +96,14 @@ def swish(w: Value, k: Knobs) -> Value:
     The sigmoids of runtimes are off by up to 1.5e-7 where it is nearly 0, and w is up to 17 / eta there; exponentials are
     exact to the last bits everywhere. With exp(-eta w) infinite the quotient is 0.
     """
+    return _gated(w, times(w, k.eta), k)
+
+
+def _gated(w: Value, t: Value, k: Knobs) -> Value:
+    """w sigmoid(t)."""
     if k.least_eta is not None and k.least_eta < LEAST_GATE:
-        return w / (1 + torch.exp(times(-w, k.eta)))
-    return w * torch.sigmoid(times(w, k.eta))
+        return w / (1 + torch.exp(-t))
+    return w * torch.sigmoid(t)
 
 
 def _soft(w: Value, k: Knobs) -> Value:
@@ -121,6 +129,10 @@ def _leaky(w: Value, slope: Value, k: Knobs) -> Value:
 
 def _gelu(w: Value, eta: Value) -> Value:
     return w * (1 + torch.erf(times(w, times(eta, math.sqrt(0.5))))) * 0.5
+
+
+def _gelu_tanh(w: Value, k: Knobs) -> Value:
+    return _gated(w, tanh_gate_exponent(times(w, k.eta)), k)
 
 
 def _soft_gaussian(w: Value, k: Knobs) -> Value:

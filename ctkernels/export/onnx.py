@@ -53,10 +53,10 @@ def onnx(
         ImportError: onnx or onnxscript is not installed.
         TypeError, ValueError: as :func:`portable`; the opset is too old.
 
-    Example::
-
-        handle = ctkernels.steer(model, beta=0.9)
-        ctkernels.export.onnx(model, (x,), "model.onnx")
+    Examples:
+        >>> import ctkernels.export
+        >>> handle = ctkernels.steer(model, beta=0.9)
+        >>> path = ctkernels.export.onnx(model, (x,), "model.onnx")
     """
     if isinstance(opset_version, bool) or not isinstance(opset_version, int) or opset_version < LEAST_OPSET:
         raise ValueError(f"opset_version: expected an integer of at least {LEAST_OPSET}, got {opset_version!r}")

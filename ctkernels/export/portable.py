@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from ..ops.ctu.op import KINDS
 from . import lowering
 from .program import Editor, functional
 
@@ -50,13 +51,13 @@ def portable(
         ValueError: the model is in training mode; a knob or an edit is not finite; an op of this library has no portable
             form here.
 
-    Example::
-
-        ctkernels.steer(model, beta=0.9)
-        program = ctkernels.export.portable(model, (x,), dynamic_shapes="batch")
-        torch.export.save(program, "model.pt2")
+    Examples:
+        >>> import ctkernels.export
+        >>> handle = ctkernels.steer(model, beta=0.9)
+        >>> program = ctkernels.export.portable(model, (x,), dynamic_shapes="batch")
+        >>> torch.export.save(program, "model.pt2")
     """
-    program = functional(_exported(model, args, kwargs, dynamic_shapes), [_OPS.ctu_.default, _OPS.head_edit_.default])
+    program = functional(_exported(model, args, kwargs, dynamic_shapes), _IN_PLACE)
     editor = Editor(program)
     for node in list(editor.graph.nodes):
         lower = _LOWERINGS.get(node.target) if node.op == "call_function" else None
@@ -135,8 +136,31 @@ def _ctu(editor: Editor, node: Node) -> None:
     w = lowering.plus(w, 0.0 if shift is None else operands.value(shift, "shift"))
     w = lowering.plus(w, 0.0 if residual is None else operands.wide(residual))
     knobs = operands.knobs(beta, coeff, bool(raw), float(eps))
-    member = lowering.KINDS[kind]
+    member = KINDS[kind]
     operands.replace(lowering.unit(w, operands.value(slope, "slope") if slope is not None else None, knobs, member))
+
+
+def _ctu_and_mul(editor: Editor, node: Node) -> None:
+    args: tuple[Any, ...] = node.args
+    gate, beta, coeff, slope, up, channel_dim, kind, raw, eps = args
+    if up is None:
+        gate, up = _halves(editor, gate, channel_dim)
+    operands = _Operands(editor, node, gate.meta["val"], channel_dim)
+    knobs = operands.knobs(beta, coeff, bool(raw), float(eps))
+    slopes = operands.value(slope, "slope") if slope is not None else None
+    unit = lowering.unit(operands.wide(gate), slopes, knobs, lowering.KINDS[kind])
+    operands.replace(unit * operands.wide(up))
+
+
+def _halves(editor: Editor, packed: Node, channel_dim: int) -> list[Node]:
+    value = packed.meta["val"]
+    channels = value.shape[channel_dim] // 2
+    halves = []
+    for start in (0, channels):
+        half = editor.graph.call_function(_ATEN.slice.Tensor, (packed, channel_dim, start, start + channels))
+        half.meta["val"] = value.narrow(channel_dim, start, channels)
+        halves.append(half)
+    return halves
 
 
 def _head_edit(editor: Editor, node: Node) -> None:
@@ -258,7 +282,9 @@ class _Operands:
 
 _LOWERINGS: dict[Any, Callable[[Editor, Node], None]] = {
     _OPS.ctu.default: _ctu,
+    _OPS.ctu_and_mul.default: _ctu_and_mul,
     _OPS.head_edit.default: _head_edit,
     _NORM: _batch_norm,
     _ATEN.copy.default: _copy,
 }
+_IN_PLACE = [op.default for op in (_OPS.ctu_, _OPS.ctu_and_mul_, _OPS.head_edit_)]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import _marks
+from . import memory_format
 from .layers import is_unit, why_not
 from .match import Match, Norms, find
 from .pooling import Pooling, poolings
@@ -29,7 +30,10 @@ def fuse(model: nn.Module) -> Fusion:
     - convolution or linear layer -> BatchNorm -> CT unit, with or without a sum of two tensors before the unit, and with
       any of the parts but the last missing;
     - convolution or linear layer -> BatchNorm, with anything after it;
-    - the same with a BatchNorm that calls the activation itself, as timm's ``BatchNormAct2d`` does.
+    - the same with a BatchNorm that calls the activation itself, as timm's ``BatchNormAct2d`` does;
+    - CT unit -> product with a second tensor, as in the gated MLPs of language models (Llama, Qwen, Mistral, Gemma), with or
+      without the linear layer before the unit; also where gate and second tensor are halves (``chunk``) of one projection
+      (Phi-3, GLM). Both are one pass, :func:`ctkernels.functional.ctu_and_mul`, forward and backward.
 
     CT units are what :func:`steer` made, those of a :class:`ctkernels.adapters.CurvatureConfig`, learned or merged, and the
     modules of :mod:`ctkernels.nn`. In a model without any, BatchNorms are
@@ -43,6 +47,8 @@ def fuse(model: nn.Module) -> Fusion:
       Nothing of this is kept from one call to the next, so weights may be written to in any way.
     - BatchNorm in training: one pass for the statistics of the batch, and the unit does the rest. Running statistics move
       as they do without fusion.
+    - Contiguous images that are large, in inference on the CPU: all of it in channels last, with contiguous results;
+      ``handle.explain`` says whether, and why not.
     - Under ``torch.compile`` and ``torch.export``: the same, in one graph. On the CPU a compiled training step pools with
       torch's own kernels: for that, every ``nn.MaxPool2d`` gets a forward too.
 
@@ -66,11 +72,10 @@ def fuse(model: nn.Module) -> Fusion:
         ValueError: it is fused already, or there is nothing to fuse. The model is unchanged.
         RuntimeError: a forward has put what it was read with into a cache that cannot be cleared; it is named.
 
-    Example::
-
-        ctkernels.steer(model, beta=0.9)
-        handle = ctkernels.fuse(model)
-        print(handle); handle.remove()
+    Examples:
+        >>> steering = ctkernels.steer(model, beta=0.9)
+        >>> handle = ctkernels.fuse(model)
+        >>> handle.remove()
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -157,6 +162,25 @@ class Fusion:
         self._active = False
         _check_nothing_left(self._model)
 
+    def explain(self, *args: Any) -> str:
+        """Which memory format an eager call of the model with ``args`` would have inside, and why.
+
+        >>> with torch.no_grad():
+        ...     print(handle.explain(images))
+        """
+        program = self._forwards.get(self._model) if self._active else None
+        if not isinstance(program, Program):
+            reason = "its own forward is not fused"
+        else:
+            program.path(args)  # as a call would read it
+            reason = memory_format.why_not_now(args) or memory_format.obstacle(program, len(args))
+        if reason:
+            return f"{type(self._model).__name__}: the format of its arguments: {reason}"
+        return (
+            f"{type(self._model).__name__}: channels last, in which convolutions and units of large images are faster; its "
+            "results are contiguous"
+        )
+
     def __enter__(self) -> Fusion:
         return self
 
@@ -219,7 +243,9 @@ def _alone(names: dict[nn.Module, str], sites: tuple[FusedSite, ...], left: dict
                 reason = reason or "no layer before it, or no unit after it, that nothing else reads the values of"
             reasons.update({name: reason} if reason else {})
         elif is_unit(module):
-            reasons[name] = "no layer, BatchNorm or sum before it that nothing else reads the values of"
+            reasons[name] = (
+                "no layer, BatchNorm or sum before it, nor product after it, that nothing else reads the values of"
+            )
     return reasons
 
 
@@ -261,7 +287,7 @@ def _across(
     modules: dict[nn.Module, None] = {}
     has_site = False
     for match in find(module, read.graph, norms):
-        operands = match.add.all_input_nodes if match.add is not None else []
+        operands = [node for joint in (match.add, match.product) if joint is not None for node in joint.all_input_nodes]
         paths = [read.scopes[node] for node in (*match.nodes, *operands)]
         if any(len(path) == 0 for path in paths) or len({path[0] for path in paths}) > 1:
             has_site = True
@@ -280,4 +306,4 @@ def _site(match: Match, module: nn.Module, names: dict[nn.Module, str], norms: N
 
     norm = norms(module.get_submodule(str(match.norm.target))) if match.norm is not None else None
     unit = names[norm.unit] if norm is not None and norm.unit is not None else name(match.unit)
-    return FusedSite(name(match.source), name(match.norm), match.add is not None, unit)
+    return FusedSite(name(match.source), name(match.norm), match.add is not None, unit, match.product is not None)

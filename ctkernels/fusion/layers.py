@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import eager
 from .overrides import is_open
 from .shadow import Reads, Untraceable
 from .trace import trace
@@ -67,6 +68,31 @@ def _has_its_tensors(module: Any) -> bool:
         if tensor is not None and type(tensor) is not Tensor:
             return False
     return True
+
+
+_UNCHANGED = eager.entry("unchanged")
+_CLASS = ("forward", "__call__", "__getattr__", "__getattribute__", "_conv_forward", "ctu_arguments")
+_TABLES = ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Snapshot:
+    """Everything that :func:`is_layer`, :func:`is_norm` and :func:`is_unit` ask of modules, for which they hold. While it is the
+    same, they need not be asked again, which would take longer."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self.known = tuple(self._of(module) for module in modules)
+
+    @staticmethod
+    def _of(module: nn.Module) -> tuple[Any, ...]:
+        cls, entries = type(module), module.__dict__
+        names = [name for name in _CLASS if hasattr(cls, name)]
+        dicts = [entries, *(entries[name] for name in _TABLES if name in entries)]
+        attributes = tuple(part for name in names for part in (name, getattr(cls, name)))
+        return module, cls, attributes, tuple((d, tuple(part for pair in d.items() for part in pair)) for d in dicts)
+
+    def holds(self) -> bool:
+        """False, too, where it cannot be compared at less than the price of asking."""
+        return _UNCHANGED(self.known) is True
 
 
 def why_not(module: Any) -> str:

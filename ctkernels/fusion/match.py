@@ -1,4 +1,5 @@
-"""Finds the sites in a graph: layer -> BatchNorm -> (+ residual) -> CT unit, and the parts of it that are worth fusing.
+"""Finds the sites in a graph: layer -> BatchNorm -> (+ residual) -> CT unit, and the parts of it that are worth fusing; and
+layer -> CT unit -> * up, the gated product of a language model's MLP.
 
 A node is judged by the module or function that it calls: a layer by its forward, a CT unit by its ``ctu_arguments``.
 """
@@ -18,13 +19,16 @@ from .layers import Norm, is_layer, is_unit, norm_of
 from .overrides import is_open
 
 _ADDS = (operator.add, operator.iadd, torch.add)
+_PRODUCTS = (operator.mul, operator.imul, torch.mul)
+_CHUNKS = (torch.chunk, "chunk")
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
 
 
 class Match(NamedTuple):
     """The nodes of one site; ``main`` is the operand of ``add`` that the layer or the norm makes.
 
-    ``norm`` and ``unit`` are one node where a BatchNorm calls the unit itself.
+    ``norm`` and ``unit`` are one node where a BatchNorm calls the unit itself. ``product`` multiplies the unit's result by
+    ``up``. Of halves of one tensor, ``halving`` has the nodes that make them: ``chunk``, and the choice of each.
     """
 
     source: Node | None
@@ -32,15 +36,19 @@ class Match(NamedTuple):
     add: Node | None
     main: int
     unit: Node | None
+    product: Node | None = None
+    up: Node | None = None
+    halving: tuple[Node, ...] = ()
 
     @property
     def nodes(self) -> list[Node]:
-        parts = (self.source, self.norm, self.add, self.unit)
+        parts = (*self.halving, self.source, self.norm, self.add, self.unit, self.product)
         return list(dict.fromkeys(node for node in parts if node is not None))
 
     @property
     def input(self) -> Node:
-        first = self.source or self.norm
+        firsts = (*self.halving[:1], self.source, self.norm, None if self.product is None else self.unit)
+        first = next((node for node in firsts if node is not None), None)
         if first is not None:
             return first.args[0]  # type: ignore[return-value]
         assert self.add is not None
@@ -70,10 +78,15 @@ def find(root: nn.Module, graph: torch.fx.Graph, norms: Norms) -> list[Match]:
     reader = _Reader(root, graph, norms)
     taken: set[Node] = set()
     matches = []
-    for is_end in (reader.is_unit, reader.ends_with_norm):  # units first: they take the norm that is before them
+    ends = (  # units before norms, and products before units: they take what is before them
+        (reader.is_product, reader.match_product),
+        (reader.is_unit, reader.match),
+        (reader.ends_with_norm, reader.match),
+    )
+    for is_end, match_at in ends:
         for node in graph.nodes:
             if node not in taken and is_end(node):
-                match = reader.match(node, taken)
+                match = match_at(node, taken)
                 if match is not None:
                     matches.append(match)
                     taken.update(match.nodes)
@@ -117,9 +130,10 @@ class _Reader:
         return steered and bool(node.args)
 
     def is_add(self, node: Node) -> bool:
-        is_add = node.target in _ADDS if node.op == "call_function" else node.target in ("add", "add_")
-        operands = is_add and node.op in ("call_function", "call_method") and not node.kwargs and len(node.args) == 2
-        return operands and all(isinstance(a, Node) for a in node.args) and node.args[0] is not node.args[1]
+        return _combines_two(node, _ADDS, ("add", "add_"))
+
+    def is_product(self, node: Node) -> bool:
+        return _combines_two(node, _PRODUCTS, ("mul", "mul_"))
 
     # -- sites
 
@@ -145,6 +159,39 @@ class _Reader:
             norm, source = self.before(before, end, taken)
             candidates = [Match(source, norm, None, 0, end)] if norm is not None or source is not None else []
         return next((match for match in candidates if self.is_undisturbed(match)), None)
+
+    def match_product(self, product: Node, taken: set[Node]) -> Match | None:
+        """The site of a unit whose result ``product`` multiplies, unless the unit takes something before it."""
+        for unit, up in (product.args, product.args[::-1]):
+            assert isinstance(unit, Node)  # is_product
+            assert isinstance(up, Node)
+            if not self.is_unit(unit) or self.is_norm_and_unit(unit) or not self.feeds(unit, product, taken):
+                continue
+            alone, gate = self.match(unit, taken), unit.args[0]
+            if (alone is not None and (alone.norm or alone.add)) or not isinstance(gate, Node):
+                continue
+            source = None if alone is None else alone.source
+            halving = self.halving(gate, up, unit, product, taken)
+            if halving:
+                match = Match(None, None, None, 0, unit, product, None, halving)
+            else:
+                match = Match(source, None, None, 0, unit, product, up)
+            private = self.is_private(halving[0].args[0], halving[0]) if halving else self.is_private(gate, unit)
+            writes = self.mutates(unit) is not None and not private
+            if not writes and self.mutates(product) in (None, unit) and self.is_undisturbed(match):
+                return match
+        return None
+
+    def halving(self, gate: Node, up: Node, unit: Node, product: Node, taken: set[Node]) -> tuple[Node, ...]:
+        """What makes gate and up of one tensor for nobody else: its chunk, and the choice of each half."""
+        chunk = gate.args[0] if gate.args else None
+        halves = [node.op == "call_function" and node.target is operator.getitem for node in (gate, up)]
+        if not all(halves) or not isinstance(chunk, Node) or (gate.args, up.args) != ((chunk, 0), (chunk, 1)):
+            return ()
+        if chunk.target not in _CHUNKS or chunk.args[1:2] != (2,) or not isinstance(chunk.args[0], Node):
+            return ()
+        private = self.feeds(gate, unit, taken) and self.feeds(up, product, taken) and set(chunk.users) == {gate, up}
+        return (chunk, gate, up) if private and chunk not in taken else ()
 
     def is_sum(self, match: Match) -> bool:
         """True if a sum without a layer before it can go into the unit: it writes to no tensor that others see."""
@@ -208,6 +255,13 @@ def _may_write(module: nn.Module) -> bool:
     """True if a call of ``module`` may overwrite its argument in its own code; its parts are judged apart."""
     layer = type(module).__module__.startswith(("torch.nn.", "ctkernels.nn"))
     return getattr(module, "inplace", False) or not layer or not is_open(module)
+
+
+def _combines_two(node: Node, functions: tuple[Any, ...], methods: tuple[str, ...]) -> bool:
+    """True if ``node`` calls one of these, on two different values."""
+    calls = node.target in functions if node.op == "call_function" else node.target in methods
+    operands = calls and node.op in ("call_function", "call_method") and not node.kwargs and len(node.args) == 2
+    return operands and all(isinstance(a, Node) for a in node.args) and node.args[0] is not node.args[1]
 
 
 def _takes_one(node: Node) -> bool:

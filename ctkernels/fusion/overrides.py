@@ -9,7 +9,7 @@ _CALL = nn.Module.__call__
 
 
 class FusedForward:
-    """Base of the forwards that :func:`fuse` puts on modules that it reads."""
+    """Base of the forwards that :func:`fuse` puts on modules."""
 
 
 def is_open(module: nn.Module) -> bool:

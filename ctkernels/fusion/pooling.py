@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.max_pool2d.function import max_pool2d
+from .overrides import FusedForward
 
 
-class Pooling:
+class Pooling(FusedForward):
     """Stands in a max pooling's ``__dict__`` as its ``forward``."""
 
     def __init__(self, module: nn.MaxPool2d) -> None:

@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..ops.autograd import in_transform
+from . import memory_format
+from .gated import GatedCall
 from .match import Match, Norms, find
+from .memory_format import Format
 from .overrides import FusedForward, is_open
 from .shadow import Reads, Untraceable
 from .site import FusedCall
@@ -30,6 +34,7 @@ class Path(NamedTuple):
     run: Callable[..., Any] | None
     reads: Reads
     matches: list[Match]
+    format: Format | None = None
 
 
 class Program(FusedForward):
@@ -76,8 +81,21 @@ class Program(FusedForward):
         if not kwargs and not _has_any_global_hook():
             path = self.path(args)
             if path is not None and path.run is not None:
+                if not torch.compiler.is_compiling() and self.converts(args):
+                    return memory_format.run(path.run, module, args)
                 return path.run(module, *args)
         return type(module).forward(module, *args, **kwargs)
+
+    def converts(self, args: tuple[Any, ...]) -> bool:
+        """True if a call with ``args`` runs in channels last, although they are contiguous."""
+        if torch.is_grad_enabled() or torch.jit.is_tracing() or memory_format.why_not_now(args) or in_transform():
+            return False
+        return not memory_format.obstacle(self, len(args))
+
+    def format(self, count: int) -> Format | None:
+        """That of the path with ``count`` tensors as arguments; None if it has not been read, or has no site."""
+        path = self.paths.get((tuple([module.training for module in self.scopes]), ("tensor",) * count))
+        return path.format if path is not None and path.reads.hold() else None
 
     def path(self, args: tuple[Any, ...]) -> Path | None:
         """The path of a call, read anew where it does not hold; None where the original forward is to run."""
@@ -122,7 +140,8 @@ class Program(FusedForward):
         modules = dict(module.named_modules(remove_duplicate=False))
         for match in matches:
             _replace(read, match, modules, norms)
-        return Path(_function(read.graph, type(module).__name__), read.reads, matches)
+        format = memory_format.of_graph(read.graph, modules)
+        return Path(_function(read.graph, type(module).__name__), read.reads, matches, format)
 
 
 def _replace(read: Trace, match: Match, modules: dict[str, nn.Module], norms: Norms) -> None:
@@ -135,14 +154,24 @@ def _replace(read: Trace, match: Match, modules: dict[str, nn.Module], norms: No
     inside = norm is not None and norm.unit is not None
     unit = norm.unit if norm is not None and inside else held(match.unit)
     last = match.nodes[-1]
-    others, kwargs = (last.args[1:], last.kwargs) if match.unit is not None and not inside else ((), {})
+    others, kwargs = (match.unit.args[1:], match.unit.kwargs) if match.unit is not None and not inside else ((), {})
+    call: FusedCall | GatedCall
+    if match.product is not None:
+        dim = _chunked_dim(match.halving[0]) if match.halving else None
+        call, second = GatedCall(held(match.source), unit, dim), match.up
+    else:
+        call, second = FusedCall(held(match.source), norm, unit), match.residual
     with read.graph.inserting_before(last):
-        call = FusedCall(held(match.source), norm, unit)
-        fused = read.graph.call_function(call, (match.input, match.residual, *others), dict(kwargs))
+        fused = read.graph.call_function(call, (match.input, second, *others), dict(kwargs))
     fused.meta["line"] = last.meta.get("line")
     last.replace_all_uses_with(fused)
     for node in reversed(match.nodes):
         read.graph.erase_node(node)
+
+
+def _chunked_dim(chunk: torch.fx.Node) -> Any:
+    """The dimension that a call of ``torch.chunk`` cuts."""
+    return chunk.args[2] if len(chunk.args) > 2 else chunk.kwargs.get("dim", 0)
 
 
 def _function(graph: torch.fx.Graph, name: str) -> Callable[..., Any]:

@@ -6,18 +6,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
 from ..nn import records_grad
+from ..ops import eager
 from ..ops.autograd import in_transform
+from ..ops.ctu.op import ACTIVATIONS, LEAKY
 from . import frozen
 from .fold import affine, is_eval, normalise
-from .layers import Norm, is_layer, is_unit
+from .layers import Norm, Snapshot, is_layer, is_unit
 from .recompute import normalised, recomputed
 
 _SMALL = 256  # values of a channel: about 50 ns to derive its constants, 0.2 ns for a value more in a pass
-_LARGE = 1 << 14  # values of a tensor: below, checking that nothing else shares the memory costs more than new memory
+_AFTER_NORM = eager.entry("ctu_after_norm")
+# Of functional.ctu, for units that leave them out.
+_DEFAULTS = {
+    "beta": None, "coeff": 0.5, "channel_dim": None, "raw": False, "activation": "relu", "negative_slope": 0.01, "eps": 0.0,
+}  # fmt: skip
+LARGE = 1 << 14  # values of a tensor: below, checking that nothing else shares the memory costs more than new memory
 
 
 @dataclass(frozen=True)
@@ -29,17 +37,18 @@ class FusedSite:
         norm: the BatchNorm.
         residual: whether a second tensor is added.
         unit: the CT unit. Without one the BatchNorm is folded into the layer, and what follows is as it was.
+        product: whether the unit's result is multiplied by a second tensor, as in the gated MLP of a language model.
     """
 
     layer: str
     norm: str
     residual: bool
     unit: str
+    product: bool = False
 
     def __str__(self) -> str:
-        return " -> ".join(
-            [n for n in (self.layer, self.norm) if n] + ["add"] * self.residual + [self.unit] * bool(self.unit)
-        )
+        before = [n for n in (self.layer, self.norm) if n] + ["add"] * self.residual
+        return " -> ".join(before + [self.unit] * bool(self.unit) + ["mul"] * self.product)
 
 
 class FusedCall:
@@ -54,8 +63,10 @@ class FusedCall:
 
     def __init__(self, source: nn.Module | None, norm: Norm | None, unit: Any) -> None:
         self.source: Any = source
+        self.is_linear = isinstance(source, nn.Linear)
         self.known, self.unit = norm, unit
         self.norm: Any = None if norm is None else norm.module
+        self.snapshot: Snapshot | None = None
         self.inside = norm is not None and norm.unit is not None  # the norm's own forward calls the unit
 
     def __call__(self, x: Tensor, residual: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -75,7 +86,11 @@ class FusedCall:
             if source._parameters["bias"] is not None and self.leaves_bias(x, residual, arguments):
                 z, bias = frozen.without_bias(source, x), source._parameters["bias"]
             else:
-                z = self.layer(x)
+                z = self.layer(x, compiling)
+        if source is not None and norm is not None and bias is None and not compiling and is_eval(norm):
+            y = self.after_norm(z, residual, arguments)
+            if y is not None:
+                return y
         if not self.fits(z, residual, arguments):
             z = z if bias is None else z + bias.view(-1, *[1] * (z.dim() - 2))
             return self.unfused(z, residual, *args, **kwargs)
@@ -102,28 +117,61 @@ class FusedCall:
             with recomputed(residual):
                 return functional.ctu(z, **arguments)
         inplace = not recorded and z is not x and (residual is None or residual.dtype == z.dtype)
-        inplace = inplace and not tracing and (compiling or z.numel() >= _LARGE)
+        inplace = inplace and not tracing and (compiling or z.numel() >= LARGE)
         return functional.ctu(z, inplace=inplace, **arguments)
+
+    def after_norm(self, z: Tensor, residual: Tensor | None, arguments: dict[str, Any]) -> Tensor | None:
+        """The norm in evaluation, the sum and the unit in one call that writes over ``z``, the layer's result; None where
+        that is not for such a call."""
+        given = _DEFAULTS | arguments
+        kind = ACTIVATIONS.get(given["activation"], -1)
+        if len(given) > len(_DEFAULTS):  # knobs for each sample, say
+            return None
+        norm = self.norm
+        weights, buffers = norm._parameters, norm._buffers
+        norm._check_input_dim(z)
+        y = _AFTER_NORM(
+            z, given["beta"], given["coeff"], given["negative_slope"] if kind == LEAKY else None, None, None, residual,
+            given["channel_dim"], kind, given["raw"], given["eps"],
+            buffers["running_mean"], buffers["running_var"], weights["weight"], weights["bias"], norm.eps,
+        )  # fmt: skip
+        return y if isinstance(y, Tensor) else None
 
     def is_as_read(self) -> bool:
         """True if the modules still run the code that this call stands for."""
-        return (
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.snapshot is not None and self.snapshot.holds():
+            return True
+        right = (
             (self.source is None or is_layer(self.source))
             and (self.known is None or self.known.is_as_read())
             and (not isinstance(self.unit, nn.Module) or is_unit(self.unit))
         )
+        if not compiling:
+            comparable = right and (self.known is None or not self.known.reads)
+            modules = (m for m in (self.source, self.norm, self.unit) if isinstance(m, nn.Module))
+            self.snapshot = Snapshot(*modules) if comparable and eager.MISSING is None else None
+        return right
 
     def records(self, z: Tensor, residual: Tensor | None, arguments: dict[str, Any]) -> bool:
         """True if autograd records the norm or the unit."""
         weights = () if self.norm is None else self.norm._parameters.values()
         return records_grad(z, residual, *weights, *arguments.values())
 
-    def layer(self, x: Tensor) -> Tensor:
+    def layer(self, x: Tensor, compiling: bool) -> Tensor:
         """The layer's result; one with frozen weights does not keep its input."""
         source = self.source
         if records_grad(x) and not records_grad(*source._parameters.values()) and _computes_in(x, source):
             return frozen.call(source, x, True)
-        return source(x)
+        if compiling:  # an exported program names the layer
+            return source(x)
+        weight, bias = source._parameters["weight"], source._parameters["bias"]
+        if self.is_linear:
+            return F.linear(x, weight, bias)
+        if _rearranges_weight(x, weight):
+            z = source._conv_forward(x.contiguous(), weight, bias)
+            return z.contiguous(memory_format=torch.channels_last)
+        return source._conv_forward(x, weight, bias)
 
     def leaves_bias(self, x: Tensor, residual: Tensor | None, arguments: dict[str, Any]) -> bool:
         """True if the unit adds the layer's bias in its own pass: in inference, where that saves a pass.
@@ -158,7 +206,7 @@ class FusedCall:
             norm._check_input_dim(x)
             z = frozen.call(source, x, records_grad(x), *affine(norm, x))
             return z if self.known.other is None else self.known.other(z)
-        z = self.layer(x)
+        z = self.layer(x, compiling)
         return norm(z) if compiling or self.known.reads else normalised(norm, z)
 
     def unfused(self, z: Tensor, residual: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -168,6 +216,21 @@ class FusedCall:
         if residual is not None:
             z = z + residual
         return z if self.unit is None or self.inside else self.unit(z, *args, **kwargs)
+
+
+def _rearranges_weight(x: Tensor, weight: Tensor) -> bool:
+    """True on a CPU if torch would copy the kernels of a convolution to give them the memory format of ``x``, and that costs
+    more than to bring ``x`` and the result to theirs."""
+    return (
+        not torch.is_grad_enabled()
+        and x.is_cpu
+        and x.dim() == 4
+        and weight.numel() > 4 * x.numel()
+        and not x.is_contiguous()
+        and weight.is_contiguous()
+        and not weight.is_contiguous(memory_format=torch.channels_last)
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _is_small(z: Tensor) -> bool:

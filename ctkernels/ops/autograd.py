@@ -43,6 +43,20 @@ def nested_forward_mode() -> bool:
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
 
 
+def gradients(op: Op, attrs: Attrs, needs: Sequence[bool], dy: Tensor, inputs: Any) -> list[Tensor | None]:
+    """A gradient or None for every input, which autograd can differentiate again."""
+
+    def compute(grad_mask: int) -> Sequence[Tensor]:
+        # In plain torch: autograd.grad(is_grads_batched=True), and forward mode, whose tangents have to be carried on.
+        if torch._C._functorch.is_legacy_batchedtensor(dy) or in_forward_mode():
+            return op.reference_backward(dy, inputs, attrs, grad_mask)
+        if torch.is_grad_enabled() or in_transform():
+            return Backward.apply(op, attrs, grad_mask, dy, *inputs)
+        return op.backward(dy, inputs, attrs, grad_mask)
+
+    return op.gradients(needs, inputs, compute)
+
+
 class Forward(torch.autograd.Function):
     """y = op(inputs), under transforms. Saves its inputs and nothing else."""
 
@@ -58,17 +72,7 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        op, attrs, inputs = ctx.op, ctx.attrs, ctx.saved_tensors
-
-        def compute(grad_mask: int) -> Sequence[Tensor]:
-            # In plain torch: autograd.grad(is_grads_batched=True), and forward mode, whose tangents have to be carried on.
-            if torch._C._functorch.is_legacy_batchedtensor(dy) or in_forward_mode():
-                return op.reference_backward(dy, inputs, attrs, grad_mask)
-            if torch.is_grad_enabled() or in_transform():
-                return Backward.apply(op, attrs, grad_mask, dy, *inputs)
-            return op.backward(dy, inputs, attrs, grad_mask)
-
-        return (None, None, *op.gradients(ctx.needs_input_grad[2:], inputs, compute))
+        return (None, None, *gradients(ctx.op, ctx.attrs, ctx.needs_input_grad[2:], dy, ctx.saved_tensors))
 
     @staticmethod
     def jvp(ctx: Any, _op: None, _attrs: None, *tangents: Tensor | None) -> Tensor:
@@ -91,7 +95,12 @@ class ReverseForward(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         return op.forward(inputs, attrs)
 
-    backward = Forward.backward
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        grads: tuple[Tensor | None, ...] = ctx.op.eager.gradients(
+            ctx.needs_input_grad, dy, ctx.saved_tensors, ctx.attrs
+        )
+        return Forward.backward(ctx, dy) if grads is NotImplemented else grads
 
 
 class Backward(torch.autograd.Function):

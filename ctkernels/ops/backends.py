@@ -166,8 +166,9 @@ def use_backend(name: str) -> Iterator[None]:
     ValueError for an unknown name; an op whose tensor the backend cannot serve raises RuntimeError with the reason. Under
     ``torch.compile``, ops are opaque to the compiler, but it sees through those of ``"reference"``: ctkernels/ops/README.md.
 
-    >>> with ctkernels.use_backend("reference"):
-    ...     y = ctkernels.functional.ctu(x, 0.9)
+    Examples:
+        >>> with ctkernels.use_backend("reference"):
+        ...     y = ctkernels.functional.ctu(torch.randn(8), 0.9)
     """
     if name not in BACKENDS:
         raise ValueError(f"use_backend: name must be one of {', '.join(map(repr, BACKENDS))}; got {name!r}")

@@ -154,7 +154,9 @@ def sample_index(op: str, index: Tensor, x_name: str, x: Tensor, tables: Iterabl
             f"{op}: index must have one entry per sample, shape {tuple(x.shape[:1])}, got {tuple(index.shape)}"
         )
     same_device(op, "index", index, x_name, x)
-    if type(index) is Tensor and index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(index) is not Tensor:
+        return
+    if index.device.type == "cpu" and index.numel():
         rows = [t.shape[0] for t in tables if isinstance(t, Tensor) and t.dim()]
         low, high = (int(v) for v in index.aminmax())
         if rows and not 0 <= low <= high < min(rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from . import eager
 from .attention import cost_model
 from .backends import BACKENDS, forced
 from .registration import OPS
@@ -14,7 +15,10 @@ def explain(x: Tensor, op: str = "ctu") -> str:
 
     op: the name of an op, such as ``"ctu"``; for ``"attention_head_edit"``, x is q, and the keys are as many.
 
-    >>> print(ctkernels.explain(torch.randn(8)))
+    Examples:
+        >>> print(ctkernels.explain(torch.randn(8)))
+        ctu on a float32 tensor of shape (8,) on cpu
+        ...
     """
     known = (*OPS, "attention_head_edit")
     if op not in known:
@@ -32,4 +36,6 @@ def explain(x: Tensor, op: str = "ctu") -> str:
         if backend.name == name:
             note = f"forced; {refusal}" if refusal else "forced: used"
         lines.append(f"  {backend.name:<10} {note}")
+    if first.name == "cpu" and name in (None, "cpu") and OPS[op].eager is not eager.NONE:
+        lines.append(f"  eager calls: {eager.way()}")
     return "\n".join(lines)

@@ -48,6 +48,12 @@ def reduce(values: Tensor, param: Tensor, channel_dim: int) -> Tensor:
     return total.sum((0, 3)).reshape(param.shape).to(param.dtype)
 
 
+def halves(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
+    """The first and the second half of a packed tensor's channels."""
+    channels = x.shape[channel_dim] // 2
+    return x.narrow(channel_dim, 0, channels), x.narrow(channel_dim, channels, channels)
+
+
 def result_like(x: Tensor) -> Tensor:
     """An uninitialised result for ``x``: with its strides if it is dense, contiguous if it is not, or is empty.
 
@@ -121,12 +127,14 @@ def _rows(t: Tensor, batch_dim: int | None) -> int:
 
 class View(NamedTuple):
     """A dense tensor as kernels see it, in memory order, like csrc/layout.h: (groups, outer, channels, inner). Each group may
-    have its own row of parameters; ``inner`` counts neighbouring values of one channel."""
+    have its own row of parameters; ``inner`` counts neighbouring values of one channel. packed: rows of channels * inner values
+    alternate with those of a factor."""
 
     groups: int
     outer: int
     channels: int
     inner: int
+    packed: bool = False
 
 
 def view_of(x: Tensor, channel_dim: int, per_group: bool) -> View | None:
@@ -150,6 +158,16 @@ def view_of(x: Tensor, channel_dim: int, per_group: bool) -> View | None:
         return View(groups, 1, channels, math.prod(x.shape[d] for d in order))
     before, after = (math.prod(x.shape[d] for d in part) for part in (order[:at], order[at + 1 :]))
     return View(groups, before, channels, after)
+
+
+def packed_view_of(x: Tensor, channel_dim: int, shared: bool, per_group: bool) -> View:
+    """The view of the first half of the channels of the contiguous ``x``. ``shared``: one parameter for all channels."""
+    whole = view_of(x, channel_dim, per_group)
+    assert whole is not None
+    channels, inner = whole.channels // 2, whole.inner
+    if shared and channels:
+        channels, inner = 1, channels * inner
+    return whole._replace(channels=channels, inner=inner, packed=True)
 
 
 def laid_out_like(t: Tensor, x: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def define_kernels(op: Op, kernels: Kernels, cuda: Kernels | None = None, suffix
         return text.replace("(", suffix + "(", 1)
 
     def fake_forward(*args: Any) -> Tensor:
-        return layout.result_like(args[0])
+        return layout.result_like(op.like(args[:count], args[count:]))
 
     def fake_backward(dy: Tensor, *args: Any) -> list[Tensor]:
         return [

@@ -17,13 +17,16 @@ from torch import Tensor, nn
 
 class Activation(NamedTuple):
     """A member of the family: ``op`` is the name :func:`ctkernels.functional.ctu` knows it by, and at (beta, coeff) the
-    unit is the activation itself."""
+    unit is the activation itself. ``eps`` is added to 1 - beta where beta is a float32 number: with it, the neutral beta is
+    exact although float32 rounds it."""
 
     op: str
     beta: float
     coeff: float
+    eps: float = 0.0
 
 
+_QUICK = torch.tensor(1.702 / 2.702, dtype=torch.float32).item()  # rounded up: eps is positive
 ACTIVATIONS = {
     # At beta = 1 the unit does not depend on coeff; 0.5 is the paper's choice.
     "relu": Activation("relu", 1.0, 0.5),
@@ -32,8 +35,9 @@ ACTIVATIONS = {
     "relu6": Activation("relu6", 1.0, 0.5),
     "silu": Activation("silu", 0.5, 1.0),
     "gelu": Activation("gelu", 0.5, 1.0),
-    # x * sigmoid(1.702 x) is the logistic unit whose beta / (1 - beta) is 1.702.
-    "quick_gelu": Activation("silu", 1.702 / 2.702, 1.0),
+    "gelu_tanh": Activation("gelu_tanh", 0.5, 1.0),
+    # x * sigmoid(1.702 x) is the logistic unit whose beta / (1 - beta + eps) is 1.702.
+    "quick_gelu": Activation("silu", _QUICK, 1.0, _QUICK / 1.702 - (1 - _QUICK)),
 }
 ANY = "any"  # the activation of a call that may be to any of them
 RELU_FAMILY = ("relu", "leaky_relu", "prelu", "relu6")
@@ -92,9 +96,11 @@ def _threshold(module: Any) -> ActivationSpec | NearMiss:
 
 
 def _gelu(module: Any) -> ActivationSpec | NearMiss:
-    if module.approximate == "none":
-        return ActivationSpec("gelu")
-    return NearMiss(f"only the exact GELU is in the family, not approximate={module.approximate!r}")
+    activation = GELUS.get(module.approximate)
+    return ActivationSpec(activation) if activation else NearMiss(f"no GELU has approximate={module.approximate!r}")
+
+
+GELUS = {"none": "gelu", "tanh": "gelu_tanh"}  # by torch's name for the approximation
 
 
 def _recurrent(module: Any) -> NearMiss | None:
@@ -120,7 +126,22 @@ MODULES: dict[str, ActivationSpec | Callable[[Any], ActivationSpec | NearMiss | 
     "torch.nn.modules.activation.GELU": _gelu,
     "transformers.activations.SiLUActivation": ActivationSpec("silu"),
     "transformers.activations.GELUActivation": ActivationSpec("gelu"),
+    # One function, written in four ways; where sqrt(2 / pi) is rounded to ten digits, so is its equality.
+    **{
+        f"transformers.activations.{name}": ActivationSpec("gelu_tanh")
+        for name in (
+            "GELUTanh",
+            "PytorchGELUTanh",
+            "NewGELUActivation",
+            "FastGELUActivation",
+            "AccurateGELUActivation",
+        )
+    },
+    "transformers.models.bloom.modeling_bloom.BloomGelu": ActivationSpec("gelu_tanh"),
     "transformers.activations.QuickGELUActivation": ActivationSpec("quick_gelu"),
+    "timm.layers.activations.QuickGELU": ActivationSpec("quick_gelu"),
+    "open_clip.transformer.QuickGELU": ActivationSpec("quick_gelu"),
+    "clip.model.QuickGELU": ActivationSpec("quick_gelu"),
     "torch.nn.modules.rnn.RNNBase": _recurrent,
     "torch.nn.modules.rnn.RNNCell": _recurrent,
     **{
@@ -146,11 +167,12 @@ def read_module(module: nn.Module) -> ActivationSpec | NearMiss | None:
 
 
 class Arguments(NamedTuple):
-    """The arguments of a call to an activation function."""
+    """The arguments of a call to an activation function; ``activation`` only where it depends on them."""
 
     x: Any
     slope: float | Tensor | None = None
     inplace: bool = False
+    activation: str = ""
 
 
 def _plain(input: Any, inplace: bool = False) -> Arguments:
@@ -166,7 +188,8 @@ def _read_prelu(input: Any, weight: Any) -> Arguments:
 
 
 def _read_gelu(input: Any, *, approximate: str = "none") -> Arguments | None:
-    return Arguments(input) if approximate == "none" else None
+    activation = GELUS.get(approximate)
+    return Arguments(input, activation=activation) if activation else None
 
 
 def _read_hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Arguments | None:
@@ -183,7 +206,10 @@ def read_partial(partial: functools.partial[Any]) -> Arguments | None:
 
 
 class CallSignature(NamedTuple):
-    """A calling convention: ``read`` takes a call's arguments, and returns None for one that is not in the family."""
+    """A calling convention: ``read`` takes a call's arguments, and returns None for one that is not in the family.
+
+    ``activation``: what a call computes whose arguments say nothing else.
+    """
 
     activation: str
     read: Callable[..., Arguments | None]
@@ -227,6 +253,9 @@ OUTSIDE = _collect(_OUTSIDE)
 def activation_of(target: Any) -> str:
     """The activation that a function of torch in ``FUNCTIONS``, a partial of one, or an activation module computes."""
     if isinstance(target, functools.partial):
+        arguments = read_partial(target)
+        if arguments is not None and arguments.activation:
+            return arguments.activation
         target = target.func
     if isinstance(target, nn.Module):
         use = read_module(target)

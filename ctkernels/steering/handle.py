@@ -44,8 +44,9 @@ def steer(
     mappings names has the other value at the neutral point.
 
     What the numbers mean depends on the activation. The ReLU family is neutral at beta = 1, with any coeff. SiLU and
-    GELU are neutral at beta = 0.5, coeff = 1 (quick GELU at beta = 0.6299, coeff = 1); beta = 1 makes a ReLU of them.
-    So one number for a model that mixes both is rarely what you want: give a mapping.
+    both GELUs are neutral at beta = 0.5, coeff = 1 (quick GELU at beta = 0.6299, coeff = 1); beta = 1 makes a ReLU of
+    them. So one number for a model that mixes both is rarely what you want: give a mapping. Of a squared ReLU it is the
+    ReLU that is steered, and its square is taken of the unit.
 
     Limits: a multi-head ``nn.TransformerEncoderLayer`` whose activation is steered leaves its fused inference path,
     which would go past the unit; its outputs then have the rounding of the ordinary path. Whether a site is named at all
@@ -56,8 +57,9 @@ def steer(
         model: any module; nothing in it may be steered already.
         beta: curvature; 1 is the hardest unit, 0 the smoothest.
         coeff: 1 smooths the region selection, 0 the maximum. Default: 0.5, as in the paper.
-        activations: "all", or some of "relu", "leaky_relu", "prelu", "relu6", "silu", "gelu" (exact), "quick_gelu".
-            Default: the first four.
+        activations: "all", or some of "relu", "leaky_relu", "prelu", "relu6", "silu", "gelu" (exact), "gelu_tanh"
+            (approximated by tanh), "quick_gelu". A call whose ``approximate`` is no literal counts as "gelu". Default: the
+            first four.
 
     Returns:
         Steering: the handle. Used as a context manager it removes itself at the end.
@@ -67,10 +69,10 @@ def steer(
         ValueError: no site is found (near misses are listed), the model is steered already, a number is outside [0, 1],
             a pattern matches no site, or an activation is unknown. The model is unchanged.
 
-    Example::
-
-        handle = ctkernels.steer(model, beta=0.9)
-        handle.beta = 0.95; handle.remove()
+    Examples:
+        >>> handle = ctkernels.steer(model, beta=0.9)
+        >>> handle.beta = 0.95
+        >>> handle.remove()
 
     Source: Curvature Tuning paper, sections 3.2 and 4.1.
     """
@@ -107,10 +109,11 @@ def handle_of(model: nn.Module) -> Steering:
     Raises:
         ValueError: ``steer`` was not called on this module.
 
-    Example::
-
-        twin = copy.deepcopy(model)
-        ctkernels.handle_of(twin).beta = 0.8
+    Examples:
+        >>> import copy
+        >>> handle = ctkernels.steer(model, beta=0.9)
+        >>> twin = copy.deepcopy(model)
+        >>> ctkernels.handle_of(twin).beta = 0.8
     """
     handle = model.__dict__.get(_marks.STEERING)
     if handle is None:

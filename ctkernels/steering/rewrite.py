@@ -27,6 +27,7 @@ from .activations import (
     OUTSIDE,
     SIGNATURES,
     ActivationSpec,
+    Arguments,
     activation_of,
     read_module,
     read_partial,
@@ -260,6 +261,7 @@ class _Rewriter(ast.NodeTransformer):
         self.code, self.function, self.definition = code, function, definition
         self.bound, self.imported = bound_names(definition)
         self.changed = False
+        self.decided: dict[ast.expr, str] = {}  # functions whose activation their call's arguments choose, and which
         self.statement: ast.stmt = definition
         arguments = definition.args
         first = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)][:1]
@@ -337,11 +339,17 @@ class _Rewriter(ast.NodeTransformer):
             self.code.miss(self.function, activation_of(target), node.lineno, "it writes to a tensor that it is given")
             node.args = [self.visit(argument) for argument in node.args]
             return node
-        if is_listed(target, FUNCTIONS) and not self._in_family(node, FUNCTIONS[target]):
-            reason = "its arguments put it outside the family"
-            self.code.skip(self.function, activation_of(target), node.lineno, reason)
-            node.args = [self.visit(argument) for argument in node.args]
-            return node
+        if is_listed(target, FUNCTIONS):
+            arguments = self._read_literals(node, FUNCTIONS[target])
+            if arguments is None:
+                reason = "its arguments put it outside the family"
+                self.code.skip(self.function, activation_of(target), node.lineno, reason)
+                node.args = [self.visit(argument) for argument in node.args]
+                return node
+            self.decided[function] = arguments.activation
+        elif target is functools.partial and node.args and is_listed(held := self.resolve(node.args[0]), FUNCTIONS):
+            arguments = self._read_literals(ast.Call(node.args[0], node.args[1:], node.keywords), FUNCTIONS[held])
+            self.decided[node.args[0]] = arguments.activation if arguments is not None else ""
         if isinstance(function, ast.Call):
             cls = self.resolve(function.func)
             row = MODULES.get(f"{cls.__module__}.{cls.__qualname__}") if isinstance(cls, type) else None
@@ -399,7 +407,8 @@ class _Rewriter(ast.NodeTransformer):
             self.code.skip(self.function, OUTSIDE[target], node.lineno, "it is not in the family")
         elif is_listed(target, FUNCTIONS):
             function_name = ast.Constant(FUNCTIONS[target])
-            return self._site(node, activation_of(target), "_ctu_function", [function_name, node])
+            activation = self.decided.get(node) or activation_of(target)
+            return self._site(node, activation, "_ctu_function", [function_name, node])
         elif isinstance(target, functools.partial) and is_activation(target):
             if read_partial(target) is None:
                 reason = "its arguments put it outside the family"
@@ -485,15 +494,15 @@ class _Rewriter(ast.NodeTransformer):
             and len(node.args) == arguments
         )
 
-    def _in_family(self, node: ast.Call, function_name: str) -> bool:
-        """False only if literal arguments rule it out; others are read when the call is made."""
+    def _read_literals(self, node: ast.Call, function_name: str) -> Arguments | None:
+        """What literal arguments say; others are read when the call is made. None if they rule out the family."""
         try:
             positional = [ast.literal_eval(argument) for argument in node.args[1:]]
             keywords = {str(k.arg): k.value for k in node.keywords if k.arg not in ("input", "inplace")}
             named = {name: ast.literal_eval(value) for name, value in keywords.items()}
-            return SIGNATURES[function_name.rstrip("_")].read(None, *positional, **named) is not None
+            return SIGNATURES[function_name.rstrip("_")].read(None, *positional, **named)
         except (ValueError, TypeError):
-            return True
+            return Arguments(None)
 
     def _clamp(self, node: ast.Call, name: str, is_method: bool) -> None:
         values = {k.arg: k.value for k in node.keywords}

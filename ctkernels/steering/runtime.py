@@ -67,6 +67,7 @@ def ctu_arguments(
     beta: Any, coeff: Any, activation: str, slope: float | Tensor | None, channel_dim: int | None = None
 ) -> dict[str, Any]:
     """Keyword arguments for :func:`ctkernels.functional.ctu` at a site."""
+    member = ACTIVATIONS[activation]
     if slope is None:
         slope = 0.01
     elif isinstance(slope, Tensor) and slope.numel() > 1:
@@ -75,8 +76,9 @@ def ctu_arguments(
         "beta": beta,
         "coeff": coeff,
         "channel_dim": channel_dim,
-        "activation": ACTIVATIONS[activation].op,
+        "activation": member.op,
         "negative_slope": slope,
+        "eps": member.eps,
     }
 
 
@@ -133,7 +135,7 @@ def call_function(owner: Any, key: str, name: str, function: Callable[..., Any],
         return call.x.tracer.create_proxy("call_function", target, args, kwargs)
     if not runs(unit, call.x):
         return function(*args, **kwargs)
-    return unit(call.x, signature.activation, call.slope, call.inplace or name.endswith("_"))
+    return unit(call.x, call.activation or signature.activation, call.slope, call.inplace or name.endswith("_"))
 
 
 def call_partial(owner: Any, key: str, name: str, partial: Any, *args: Any, **kwargs: Any) -> Any:
@@ -166,12 +168,14 @@ class SteeredCall:
 
     def __init__(self, owner: Any, key: str, name: str, function: Callable[..., Any]) -> None:
         self.owner, self.key, self.name, self.function = owner, key, name, function
-        self.activation = SIGNATURES[name.rstrip("_")].activation
+        self.signature = SIGNATURES[name.rstrip("_")]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return call_function(self.owner, self.key, self.name, self.function, *args, **kwargs)
 
     def ctu_arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
         """:meth:`SiteUnit.ctu_arguments` of this call; None for one outside the family, or where the unit does not run."""
-        call, unit = SIGNATURES[self.name.rstrip("_")].read(*args, **kwargs), self.owner._ctu[self.key]
-        return unit.ctu_arguments(call.x, self.activation, call.slope) if call and unit.active else None
+        call, unit = self.signature.read(*args, **kwargs), self.owner._ctu[self.key]
+        if call is None or not unit.active:
+            return None
+        return unit.ctu_arguments(call.x, call.activation or self.signature.activation, call.slope)

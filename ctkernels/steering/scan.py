@@ -284,7 +284,7 @@ class _Scanner:
         label = _join(name, attribute)
         call = value.func if isinstance(value, functools.partial) else value
         if is_listed(call, FUNCTIONS):
-            function_name, activation = FUNCTIONS[call], activation_of(call)
+            function_name, activation = FUNCTIONS[call], activation_of(value)
             if activation not in self.selection:
                 self.record_skipped(label, activation, f"{activation!r} is not among the selected activations")
                 return

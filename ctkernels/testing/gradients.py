@@ -130,10 +130,9 @@ def gradcheck_module(
         ValueError: nothing in the model or its inputs can be differentiated, or ``backend`` is unknown.
         RuntimeError: the backend cannot serve the model's tensors.
 
-    Example::
-
-        report = gradcheck_module(model, torch.randn(2, 3, 32, 32))
-        assert report.ok, report
+    Examples:
+        >>> report = gradcheck_module(model, x)
+        >>> assert report.ok, report
     """
     if directions < 1:
         raise ValueError(f"directions: expected at least 1, got {directions}")

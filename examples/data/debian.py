@@ -1,10 +1,11 @@
-"""Files of Debian packages, without root: downloaded with apt-get, unpacked, and kept in a cache."""
+"""Files of Debian and PyPI packages, without root: downloaded, unpacked, and kept in a cache."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -74,6 +75,20 @@ def unpack(package: str, folder: Path) -> Path:
         _run(folder, "apt-get", *private, "update")
         _run(folder, "apt-get", *private, "download", package)
     _run(folder, "dpkg", "-x", *map(str, folder.glob("*.deb")), "unpacked")
+    return folder / "unpacked"
+
+
+def unpack_wheel(requirement: str, folder: Path) -> Path:
+    """Download the wheel of a PyPI package into ``folder`` and unpack it there. Returns the root of what it holds.
+
+    Raises:
+        ValueError: pip failed; the message has what it said.
+    """
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps")
+    _run(folder, *pip, "--only-binary=:all:", requirement)
+    for wheel in folder.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as file:
+            file.extractall(folder / "unpacked")
     return folder / "unpacked"
 
 

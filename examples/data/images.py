@@ -43,7 +43,7 @@ def fashion_mnist(path: str | os.PathLike[str] | None = None, *, download: bool 
     Raises:
         ValueError: none worked; the message has one reason each.
 
-    Example:
+    Examples:
         >>> splits = fashion_mnist()  # doctest: +SKIP
         >>> splits.source  # doctest: +SKIP
         'Debian package in /usr/share/datasets/fashion-mnist'

@@ -18,6 +18,7 @@ ACTIVATIONS = {
     "relu6": nn.ReLU6,
     "silu": nn.SiLU,
     "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
 }
 
 

@@ -363,3 +363,46 @@ def test_two_processes_train_as_one(values, tmp_path):
         for name, value in single.items():
             # float32 sums in another order, three steps of them
             torch.testing.assert_close(double[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+_TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+_PATCHES = {"image_size": 32, "patch_size": 16}
+FAMILIES = {
+    "gelu_tanh": ("GemmaForCausalLM", "GemmaConfig", _TINY | {"head_dim": 16, "num_key_value_heads": 2}),
+    "gelu_tanh, composed": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 2}),
+    "gelu_tanh, images": ("ViTModel", "ViTConfig", _TINY | _PATCHES | {"hidden_act": "gelu_pytorch_tanh"}),
+    "quick_gelu": ("CLIPVisionModel", "CLIPVisionConfig", _TINY | _PATCHES),
+    "relu, squared": ("NemotronForCausalLM", "NemotronConfig", _TINY | {"num_key_value_heads": 2}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_models_of_transformers_train_and_come_back(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    cls, config, values = FAMILIES[name]
+    images = "image_size" in values
+    values = values if images else values | {"vocab_size": 99, "bos_token_id": 0, "eos_token_id": 2}
+
+    def build():
+        torch.manual_seed(0)
+        return getattr(transformers, cls)(getattr(transformers, config)(**values)).eval()
+
+    x = torch.randn(3, 3, 32, 32) if images else torch.arange(24).view(3, 8)
+    model = peft.get_peft_model(build(), adapters.CurvatureConfig())
+    sites = [site.activation for site in adapters.find_activations(build())]
+    assert sites == [name.split(",")[0]] * 2
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in tuned]
+    optimizer = torch.optim.Adam(tuned, lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x)[0].square().mean().backward()
+        optimizer.step()
+    assert not any(torch.equal(p, old) for p, old in zip(tuned, before))
+    with torch.no_grad():
+        expected = model.eval()(x)[0]
+        model.save_pretrained(tmp_path)
+        again = peft.PeftModel.from_pretrained(build(), tmp_path).eval()
+        assert torch.equal(again(x)[0], expected)
+        assert not torch.equal(build()(x)[0], expected)

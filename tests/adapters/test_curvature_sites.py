@@ -269,6 +269,9 @@ def test_the_start_is_the_papers_for_relu_and_the_activation_itself_for_the_othe
     assert config.start("gelu") == (0.9, 0.25)
 
 
+SMOOTH = ("silu", "gelu", "gelu_tanh")
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_at_the_neutral_point_nothing_changes(name):
     net = make_net(act=ACTIVATIONS[name])
@@ -277,7 +280,7 @@ def test_at_the_neutral_point_nothing_changes(name):
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, CurvatureLayer):
-                smooth = layer.activation in ("silu", "gelu")
+                smooth = layer.activation in SMOOTH
                 for table, value in (
                     (layer.curvature_raw_beta, 0.0 if smooth else 1e4),
                     (layer.curvature_raw_coeff, 1e4),
@@ -287,7 +290,7 @@ def test_at_the_neutral_point_nothing_changes(name):
     bound = (
         4 * torch.finfo(torch.float32).eps * (1 + float(expected.detach().abs().max()))
     )  # SiLU and GELU round their own way
-    torch.testing.assert_close(model(image()), expected, rtol=0, atol=0 if name not in ("silu", "gelu") else bound)
+    torch.testing.assert_close(model(image()), expected, rtol=0, atol=0 if name not in SMOOTH else bound)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Two processes against one: DDP, FSDP2 and tensor parallelism over gloo."""
+"""Two processes against one: DDP, FSDP2 and tensor parallelism over gloo, of JoLA alone and with curvature and LoRA."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ STEPS = 3
 WEIGHT = 0.5
 
 
-def _model():
+def _model(joint=False):
     import peft
     from jola_families import build
 
     import ctkernels.adapters as adapters
 
     model = build("llama")
-    config = adapters.JolaConfig(task_type="CAUSAL_LM", init_std=0.3, init_log_alpha=0.5)
+    config = adapters.JolaConfig(init_std=0.3, init_log_alpha=0.5)
+    if joint:
+        lora = {"r": 2, "target_modules": ["q_proj", "o_proj"], "init_lora_weights": False}
+        config = adapters.JointConfig(jola=config, curvature={"init_beta": 0.3, "init_coeff": 0.4}, lora=lora)
+    config.task_type = "CAUSAL_LM"
     torch.manual_seed(3)
     return peft.get_peft_model(model, config).train()
 
@@ -61,7 +65,7 @@ def _adapter(model):
     return {
         name.replace("module.", ""): value.full_tensor() if hasattr(value, "full_tensor") else value
         for name, value in model.state_dict().items()
-        if ".jola_" in name
+        if any(f".{method}_" in name for method in ("jola", "curvature", "lora"))
     }
 
 
@@ -77,8 +81,8 @@ def _fsdp2(model):
     return fully_shard(model)
 
 
-def _same_training(rank, wrap, in_loss, want):
-    model = wrap(_model())
+def _same_training(rank, wrap, in_loss, want, joint=False):
+    model = wrap(_model(joint))
     penalties = _train(model, _batch()[2 * rank : 2 * rank + 2], _optimizer(model), in_loss)
     got = _adapter(model)
     assert got.keys() == want["adapter"].keys()
@@ -114,6 +118,8 @@ CASES = {
     "ddp, penalty before the step": lambda rank, folder, want: _same_training(rank, _ddp, False, want[False]),
     "fsdp2, penalty in the loss": lambda rank, folder, want: _same_training(rank, _fsdp2, True, want[True]),
     "fsdp2, penalty before the step": lambda rank, folder, want: _same_training(rank, _fsdp2, False, want[False]),
+    "joint, ddp": lambda rank, folder, want: _same_training(rank, _ddp, True, want["joint"], joint=True),
+    "joint, fsdp2": lambda rank, folder, want: _same_training(rank, _fsdp2, True, want["joint"], joint=True),
     "tensor parallel": lambda rank, folder, want: _same_tensor_parallel(folder, want["tp"]),
 }
 
@@ -132,10 +138,10 @@ def results(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("distributed")
     want = {}
-    for in_loss in (True, False):
-        model = _model()
+    for key, in_loss in ((True, True), (False, False), ("joint", True)):
+        model = _model(joint=key == "joint")
         penalties = _train(model, _batch(), _optimizer(model), in_loss)
-        want[in_loss] = {"adapter": _adapter(model), "penalties": penalties}
+        want[key] = {"adapter": _adapter(model), "penalties": penalties}
     base = build("llama")
     base.save_pretrained(folder)
     torch.manual_seed(3)

@@ -277,7 +277,7 @@ def test_files_go_to_another_file_system_too(tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "second").symlink_to(other)
         adapters.save_adapter(model, tmp_path / "out")
-        assert sorted(os.listdir(other)) == ["adapter_config.json", WEIGHTS]
+        assert sorted(os.listdir(other)) == ["README.md", "adapter_config.json", WEIGHTS]
         assert torch.equal(output(_reads("adapter", tmp_path / "out"), VALUES), output(model, VALUES))
 
 
@@ -460,66 +460,18 @@ def test_resized_embeddings_are_loaded_with_a_warning(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ runtimes
 
 
-@pytest.mark.parametrize("how", ["save_merged", "merge_and_unload"])
-def test_a_runtime_that_loses_the_additive_edits_is_named(tmp_path, how):
-    def merge(**values):
+def test_unloading_names_a_runtime_that_would_lose_the_additive_edits():
+    def unload(family, **values):
         torch.manual_seed(2)
         config = adapters.JolaConfig(task_type="CAUSAL_LM", init_std=0.3, **values)
-        model = peft.get_peft_model(build("qwen3"), config).eval()
-        if how == "save_merged":
-            adapters.save_merged(model, tmp_path / values.get("edit", "both"))
-        else:
-            model.merge_and_unload()
+        peft.get_peft_model(build(family), config).eval().merge_and_unload()
 
-    with pytest.warns(UserWarning, match=r"vLLM builds .* without a bias .* Do not serve .* edit='multiplicative'"):
-        merge()
+    with pytest.warns(UserWarning, match=r"vLLM builds .* without a bias .* do not serve this merged model with it"):
+        unload("qwen3")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(vLLM|llama.cpp).*")
-        merge(edit="multiplicative")
-        adapters.save_merged(_model(), tmp_path / "llama")
-
-
-def test_a_merged_model_that_its_target_would_serve_wrongly_is_refused(tmp_path):
-    config = transformers.Qwen3Config(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-
-    def model(edit):
-        torch.manual_seed(0)
-        base = transformers.Qwen3ForCausalLM(config).eval()
-        return peft.get_peft_model(base, adapters.JolaConfig(task_type="CAUSAL_LM", init_std=0.5, edit=edit)).eval()
-
-    tuned, tokens = model("both"), torch.arange(6)[None]
-    want = tuned(tokens).logits
-    with pytest.raises(ValueError, match=r"target: expected one of transformers, vllm, llama\.cpp, got 'tgi'"):
-        adapters.save_merged(tuned, tmp_path / "out", target="tgi")
-    for target, message in (("vllm", "vLLM builds .* without a bias"), ("llama.cpp", "llama.cpp refuses the file")):
-        with pytest.raises(ValueError, match=f"Cannot save a merged model: {message}"):
-            adapters.save_merged(tuned, tmp_path / "out", target=target)
-        assert not (tmp_path / "out").exists()
-        assert torch.equal(tuned(tokens).logits, want)
-        assert not tuned.base_model.model.config.attention_bias
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(vLLM|llama.cpp).*")
-        adapters.save_merged(tuned, tmp_path / "out", target="transformers")
-        adapters.save_merged(model("multiplicative"), tmp_path / "scaled", target="vllm")
-    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(plain(tokens).logits, want)
-
-
-def test_every_row_of_the_table_of_runtimes_is_a_family_that_gets_a_bias():
-    from ctkernels.adapters.jola.runtimes import BIAS_LOSSES, losses
-
-    assert losses("llama") == []
-    for family, rows in BIAS_LOSSES.items():
-        assert transformers.AutoConfig.for_model(family).attention_bias is False
-        assert [text.split()[0] for text in losses(family)] == list(rows)
+        unload("qwen3", edit="multiplicative")
+        unload("llama")
 
 
 def _official(layers=2, heads=4, size=8):

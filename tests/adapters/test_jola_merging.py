@@ -239,8 +239,8 @@ def test_adapters_merged_one_after_the_other_come_back_at_once():
 
 def test_an_unknown_adapter_is_not_merged_silently():
     model = _two()
-    with pytest.raises(ValueError, match=r"adapter_names must be among \['default', 'second'\], got \['thrid'\]"):
-        model.merge_adapter(["thrid"])
+    with pytest.raises(ValueError, match=r"adapter_names must be among \['default', 'second'\], got \['third'\]"):
+        model.merge_adapter(["third"])
     with pytest.raises(TypeError, match="list of names"):
         _layers(model)[0].merge(adapter_names="second")
 

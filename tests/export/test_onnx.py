@@ -71,7 +71,7 @@ class Units(nn.Module):
         return tuple(functional.ctu(x, beta, coeff, **options) for beta, coeff in self.SETTINGS)
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "gelu", "gelu_tanh"])
 def test_units_are_equal_up_to_ten_thousand(activation: str, tmp_path: Path) -> None:
     sizes = torch.logspace(-6, 4, 150)
     x = torch.cat([sizes, -sizes, torch.linspace(-8, 14, 300), torch.zeros(1)])[None]

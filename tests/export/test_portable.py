@@ -11,7 +11,7 @@ import ctkernels
 from ctkernels import functional
 from ctkernels.export import lowering, portable
 
-MEMBERS = {"logistic": "relu", "leaky": "leaky_relu", "relu6": "relu6", "gaussian": "gelu"}
+MEMBERS = {"logistic": "relu", "leaky": "leaky_relu", "relu6": "relu6", "gaussian": "gelu", "tanh": "gelu_tanh"}
 BETAS = (0.0, 0.01, 0.3, 0.5, 0.9, 0.999, 1 - 1e-6, 1.0)
 COEFFS = (0.0, 0.25, 0.5, 1.0)
 

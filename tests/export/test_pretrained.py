@@ -207,7 +207,7 @@ def test_what_cannot_be_saved_is_refused_and_the_old_file_stays(tmp_path: Path) 
             ctkernels.save_pretrained(model, tmp_path)
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):
         ctkernels.save_pretrained(3, tmp_path)  # type: ignore[arg-type]
-    assert [file.name for file in tmp_path.iterdir()] == [FILE]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", FILE]
     assert (tmp_path / FILE).read_bytes() == before
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"path: expected a folder without another model, got .* with config.json"):

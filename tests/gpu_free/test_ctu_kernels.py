@@ -32,7 +32,7 @@ NAMES = [s.name for s in ctu_samples()]
 # One sample of each cut (rows of one channel, columns with channels of their own, several periods side by side) and of each
 # width of access.
 CUTS = ["NCHW, long runs", "NLC, more channels than a block", "NLC, odd channels", "NCHW, runs of four"]
-FEW = [*CUTS, "logits", "gelu", "prologue, inner channels", "shared beta, coeff per channel"]
+FEW = [*CUTS, "logits", "gelu", "gelu_tanh", "prologue, inner channels", "shared beta, coeff per channel"]
 
 
 def _run(toolchain: Toolchain, name: str, dtype: torch.dtype, sm: int = 80, approx: int = 0) -> dict[str, torch.Tensor]:
@@ -75,7 +75,7 @@ def test_double_parameters(toolchain: Toolchain, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("sm", [80, 100])
 @pytest.mark.parametrize("dtype", [FLOAT, *HALVES, DOUBLE], ids=str)
 def test_approximate_units_at_both_ends_of_their_error(toolchain: Toolchain, dtype: torch.dtype, sm: int) -> None:
-    for name in ("NCHW, long runs", "NCHW, runs of odd length", "gelu", "relu6"):
+    for name in ("NCHW, long runs", "NCHW, runs of odd length", "gelu", "gelu_tanh", "relu6"):
         low, high = (_run(toolchain, name, dtype, sm, approx) for approx in (-1, 1))
         check_against_float64(sample_named(name, dtype), low)
         check_against_float64(sample_named(name, dtype), high)
@@ -148,13 +148,13 @@ def test_parameters_per_sample(toolchain: Toolchain, grouped: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
 def test_against_forty_digits(toolchain: Toolchain, activation: str) -> None:
     pytest.importorskip("mpmath", reason="needs the test extra")
     check_forty_digits(activation, lambda approx: toolchain(80, approx))
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_sixteen_bits_are_good_to_half_an_ulp(toolchain: Toolchain, dtype: torch.dtype, activation: str) -> None:
     for sm, approx in ((80, -1), (100, 1)):
@@ -166,7 +166,7 @@ def test_plain_activation_at_beta_one(toolchain: Toolchain, dtype: torch.dtype) 
     check_plain_at_beta_one(dtype, lambda approx: toolchain(80, approx))
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [DOUBLE, FLOAT, torch.bfloat16], ids=str)
 def test_logits_keep_the_digits_of_one_minus_a_knob(toolchain: Toolchain, dtype: torch.dtype, activation: str) -> None:
     check_digits_of_logits(dtype, activation, lambda approx: toolchain(80, approx))
@@ -176,7 +176,9 @@ def test_slopes_near_one(toolchain: Toolchain) -> None:
     check_slopes_near_one(lambda approx: toolchain(80, approx))
 
 
-@pytest.mark.parametrize(("dtype", "activation"), [(FLOAT, "relu"), (FLOAT, "gelu"), (torch.bfloat16, "relu")], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "activation"), [(FLOAT, "relu"), (FLOAT, "gelu"), (FLOAT, "gelu_tanh"), (torch.bfloat16, "relu")], ids=str
+)
 def test_nan_at_beta_one(toolchain: Toolchain, dtype: torch.dtype, activation: str) -> None:
     check_nan_at_beta_one(dtype, activation, lambda approx: toolchain(80, approx))
 
@@ -190,6 +192,7 @@ def test_nan_at_beta_one(toolchain: Toolchain, dtype: torch.dtype, activation: s
         (torch.bfloat16, "relu", "beta", True),
         (torch.bfloat16, "gelu", "coeff", False),
         (torch.bfloat16, "gelu", "beta", False),
+        (torch.bfloat16, "gelu_tanh", "beta", False),
         (DOUBLE, "relu6", "beta", False),
         (torch.bfloat16, "relu", "scale", False),
     ],
@@ -201,14 +204,21 @@ def test_nan_parameters(toolchain: Toolchain, dtype: torch.dtype, activation: st
 
 @pytest.mark.parametrize(
     ("dtype", "activation"),
-    [(FLOAT, "prelu"), (FLOAT, "relu6"), (torch.bfloat16, "relu6"), (torch.bfloat16, "gelu"), (DOUBLE, "relu")],
+    [
+        (FLOAT, "prelu"),
+        (FLOAT, "relu6"),
+        (torch.bfloat16, "relu6"),
+        (torch.bfloat16, "gelu"),
+        (torch.bfloat16, "gelu_tanh"),
+        (DOUBLE, "relu"),
+    ],
     ids=str,
 )
 def test_products_that_overflow(toolchain: Toolchain, dtype: torch.dtype, activation: str) -> None:
     check_products_that_overflow(dtype, activation, lambda approx: toolchain(80, approx))
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16], ids=str)
 def test_infinities_nan_and_extremes(toolchain: Toolchain, dtype: torch.dtype, activation: str) -> None:
     check_extremes(dtype, activation, lambda approx: toolchain(80, approx))

@@ -99,10 +99,11 @@ def test_fake_cuda_gates() -> None:
 
 def _kernel_names() -> set[str]:
     """Every name that the host code can ask for."""
-    names = {"ctk_reduce_shared", "ctk_ctu_precompute"}
-    names |= {f"ctk_{op}_reduce_partials_{t}" for op in ("ctu", "head_edit") for t in ("f32", "f64")}
+    names = {"ctk_reduce_shared", "ctk_ctu_precompute", "ctk_ctu_and_mul_precompute"}
+    names |= {f"ctk_{op}_reduce_partials_{t}" for op in ("ctu", "ctu_and_mul", "head_edit") for t in ("f32", "f64")}
     names |= {f"ctk_gates_{p}_{t}" for p in ("forward", "backward") for t in ("f32", "f64")}
-    ops = ("ctu_logistic", "ctu_leaky", "ctu_relu6", "ctu_gaussian", "head_edit")
+    members = ("logistic", "leaky", "relu6", "gaussian", "tanh")
+    ops = (*(f"{op}_{member}" for op in ("ctu", "ctu_and_mul") for member in members), "head_edit")
     for op, dtype, form in itertools.product(ops, ("f32", "f64", "bf16", "f16"), ("scalar", "vector", "plain")):
         if (form == "plain" and op != "ctu_logistic") or (form != "scalar" and dtype == "f64" and op != "head_edit"):
             continue

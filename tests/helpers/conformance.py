@@ -40,7 +40,7 @@ class Expected:
     The bound is that of :func:`ctkernels.testing.assert_no_worse`, with these sums of magnitudes as ``terms``:
 
         of y                             |y| and, for every argument t, |t dy/dt|: what rounding the arguments would do
-        of a gradient by the element     the upstream gradient, times the largest slope
+        of a gradient by the element     the upstream gradient, times the largest slope; of a packed tensor, for each half
         of a parameter's gradient        the sum that it is, of the same magnitudes of its terms: |upstream| (|J| + |t dJ/dt|)
 
     J = dy/dt comes from forward mode: a value of y depends on one value of each parameter, so a tangent of ones gives all.
@@ -63,12 +63,22 @@ class Expected:
             def slope(name: str, t: dict[str, Tensor]) -> Tensor:
                 return _tangent(call, t, name, torch.ones_like(t[name]))
 
+            def steepest(name: str, direction: Tensor) -> Tensor:
+                slopes = _tangent(call, arguments, name, direction)
+                return dy.abs() * slopes.abs().nan_to_num().max() if slopes.numel() else dy
+
             self.terms = {"y": call(arguments).abs() + _moved(call, arguments)}
             for key in self.truth.keys() - {"y"}:
-                slopes = slope(key[1:], arguments)
-                if self.truth[key].shape == dy.shape:
-                    self.terms[key] = dy.abs() * slopes.abs().nan_to_num().max() if slopes.numel() else dy
+                argument = arguments[key[1:]]
+                packed = _packed_dim(argument, dy)
+                if argument.shape == dy.shape:
+                    self.terms[key] = steepest(key[1:], torch.ones_like(argument))
+                elif packed is not None:
+                    one, none = torch.ones_like(dy), torch.zeros_like(dy)
+                    directions = (torch.cat(pair, packed) for pair in ((one, none), (none, one)))
+                    self.terms[key] = torch.cat([steepest(key[1:], d) for d in directions], packed)
                 else:
+                    slopes = slope(key[1:], arguments)
                     with mock.patch.object(Op, "__call__", Op.strided_forward):  # forward mode twice: in plain torch
                         moved = _moved(partial(slope, key[1:]), arguments)
                     times = 1 + (moved / slopes.abs()).nan_to_num(0, 0, 0)
@@ -92,6 +102,14 @@ class Expected:
 
 
 Function = Callable[[dict[str, Tensor]], Tensor]
+
+
+def _packed_dim(t: Tensor, y: Tensor) -> int | None:
+    """The dimension along which ``t`` is two tensors of the shape of ``y``, or None."""
+    if t.dim() != y.dim():
+        return None
+    longer = [d for d in range(y.dim()) if t.shape[d] != y.shape[d]]
+    return longer[0] if len(longer) == 1 and t.shape[longer[0]] == 2 * y.shape[longer[0]] else None
 
 
 def _tangent(function: Function, t: dict[str, Tensor], name: str, direction: Tensor) -> Tensor:

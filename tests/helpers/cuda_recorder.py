@@ -56,6 +56,7 @@ class Request(ctypes.Structure):
 class Tiling(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int64) for n in ("group", "row", "width", "cols_per")]
     _fields_ += [(n, ctypes.c_uint32) for n in ("rows", "rows_per", "row_cuts", "col_cuts", "channels", "inner")]
+    _fields_ += [("packed", ctypes.c_bool)]
 
 
 class ParamRef(ctypes.Structure):
@@ -77,7 +78,8 @@ class Channelwise(ctypes.Structure):
 
     _fields_ = [
         ("tiling", Tiling),
-        *((n, ctypes.c_void_p) for n in ("x", "residual", "dy", "y", "dx", "dresidual", "partial", "table")),
+        *((n, ctypes.c_void_p) for n in ("x", "residual", "factor", "dy")),
+        *((n, ctypes.c_void_p) for n in ("y", "dx", "dresidual", "dfactor", "partial", "table")),
         ("wanted", ctypes.c_uint32), ("table_rows", ctypes.c_uint32),
     ]  # fmt: skip
 
@@ -122,8 +124,8 @@ class Gates(ctypes.Structure):
 _MIRRORS = [
     ("cuda::Scratch", Scratch), ("cuda::Launch", Request), ("cuda::Tiling", Tiling), ("cuda::ParamRef", ParamRef),
     ("cuda::GradRef", GradRef), ("cuda::ReduceShared::Item", Item), ("cuda::ReduceShared", ReduceShared), ("Gates", Gates),
-    *((f"cuda::{kind.__name__}<CtuOp>", kind) for kind in (Channelwise, Precompute, ReducePartials)),
-    *((f"cuda::{kind.__name__}<HeadEditOp>", kind) for kind in (Channelwise, Precompute, ReducePartials)),
+    *((f"cuda::{kind.__name__}<{op}>", kind) for op in ("CtuOp", "HeadEditOp")
+      for kind in (Channelwise, Precompute, ReducePartials)),
 ]  # fmt: skip
 
 
@@ -170,7 +172,7 @@ def _end(mirror: type[ctypes.Structure]) -> int:
 
 def structure(kernel: str) -> type[ctypes.Structure]:
     """The argument of a kernel, up to arrays whose length depends on the op."""
-    if kernel in ("ctk_reduce_shared", "ctk_ctu_precompute"):
+    if kernel == "ctk_reduce_shared" or kernel.endswith("_precompute"):
         return ReduceShared if kernel == "ctk_reduce_shared" else Precompute
     return ReducePartials if "_reduce_partials_" in kernel else Gates if "_gates_" in kernel else Channelwise
 
@@ -187,7 +189,7 @@ def arrays(kernel: str, data: bytes) -> dict[str, list[Any]]:
 
 def _parameters(kernel: str) -> int:
     """How many parameters the op of a kernel has."""
-    (op,) = (op for op in OPS.values() if kernel.startswith(f"ctk_{op.name}_"))
+    op = max((op for op in OPS.values() if kernel.startswith(f"ctk_{op.name}_")), key=lambda op: len(op.name))
     return op.elementwise_flags.count(False)
 
 
@@ -250,14 +252,18 @@ class Recorder(recorder.Recorder):
         scratch = {r.scratch[i].data: r.scratch[i].bytes for i in range(r.scratch_count)}
         for address, size in scratch.items():
             self.bytes_at(address, size, unwritten=True)
-        big = self.numel * self.itemsize
+        big = self.numel * self.itemsize  # of the first argument, and of what has its layout
         if kind is Channelwise:
+            packed = args.tiling.packed  # a factor and its gradient are parts of x and its gradient
+            result = big // (2 if packed else 1)
             inputs = [(args.x, big)] if args.x != args.y else []
-            inputs += [(args.residual, big), (args.dy, big), *(p.extent() for p in more["params"])]
-            outputs = [(a, big) for a in (args.y, args.dx, args.dresidual) if a != args.x]
+            inputs += [(args.residual, big), (None if packed else args.factor, big), (args.dy, result)]
+            inputs += [p.extent() for p in more["params"]]
+            outputs = [(args.y, result), (args.dx, big), (args.dresidual, big), (None if packed else args.dfactor, big)]
+            outputs = [output for output in outputs if output[0] != args.x]
             if args.x == args.y:
                 self.bytes_at(args.x, big)
-            values = args.tiling.channels * (self.numel // (args.tiling.group or 1))
+            values = args.tiling.channels * (result // self.itemsize // (args.tiling.group or 1))
         elif kind is Precompute:
             inputs = [p.extent() for p in more["params"]]
         elif kind is ReducePartials:
@@ -303,7 +309,7 @@ def cuda_on_cpu(recorder: Recorder) -> Iterator[Recorder]:
     def kernels(op: Op) -> Kernels:
         def recorded(name: str) -> Callable[..., Any]:
             def call(*args: Any) -> Any:
-                recorder.begin(args[0])
+                recorder.begin(args[1] if name.endswith("_backward") else args[0])  # x, after dy
                 try:
                     return getattr(ops, name).default(*args)
                 except RuntimeError:

@@ -23,7 +23,7 @@ from ctkernels.ops import launcher
 from ctkernels.ops.channelwise.launch import implementation
 from ctkernels.ops.record import Op
 
-OUTPUTS = {"out", "dresidual", "dnoise", "d0", "d1", "d2", "d3", "d4"}
+OUTPUTS = {"out", "dresidual", "dfactor", "dnoise", "d0", "d1", "d2", "d3", "d4"}
 SCRATCH = {"partial", "b0", "b1", "b2", "b3", "b4"}
 # What these kernels read is what the ones before them wrote.
 FOLLOWING = ("reduce_partials_kernel", "reduce_shared_kernel")
@@ -41,7 +41,8 @@ class Recorder(recorder.Recorder):
         in_place = tensors.get("out") is tensors.get("x")
         outputs = [t for name, t in tensors.items() if name in OUTPUTS and not (name == "out" and in_place)]
         scratch = [t for name, t in tensors.items() if name == "partial" and kernel.__name__ not in FOLLOWING]
-        inputs = [t for name, t in tensors.items() if name not in OUTPUTS | SCRATCH and not (name == "x" and in_place)]
+        given = [t for name, t in tensors.items() if name not in OUTPUTS | SCRATCH]
+        inputs = [t for t in given if not (t is tensors.get("x") and in_place)]
         self.run_compiled(found, grid, values, outputs + scratch, inputs)
         for t in outputs:
             assert self.memory.written(t).all(), f"{kernel.__name__} leaves part of an output unwritten"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 mp.mp.dps = 40
+CUBIC = mp.mpf("0.044715")  # of GELU's tanh approximation
 
 
 @dataclass
@@ -24,28 +25,37 @@ def logistic(t: mp.mpf) -> mp.mpf:
     return 1 / (1 + mp.exp(-t))
 
 
-def unit(x: float, beta: float, coeff: float, gaussian: bool = False) -> dict[str, Value]:
+def unit(x: float, beta: float, coeff: float, activation: str = "relu") -> dict[str, Value]:
     """phi and its partial derivatives at doubles taken as exact, for beta < 1."""
     b = mp.mpf(beta)
-    return _unit(mp.mpf(x), b, 1 - b, mp.mpf(coeff), gaussian)
+    return _unit(mp.mpf(x), b, 1 - b, mp.mpf(coeff), activation)
 
 
-def unit_of_logit(x: float, logit: float, coeff: float, gaussian: bool = False) -> dict[str, Value]:
+def unit_of_logit(x: float, logit: float, coeff: float, activation: str = "relu") -> dict[str, Value]:
     """The same where beta is the sigmoid of ``logit``, whose derivative takes the place of that of beta."""
     b, s = logistic(mp.mpf(logit)), logistic(-mp.mpf(logit))
-    values = _unit(mp.mpf(x), b, s, mp.mpf(coeff), gaussian)
+    values = _unit(mp.mpf(x), b, s, mp.mpf(coeff), activation)
     return values | {"beta": Value(values["beta"].value * b * s, values["beta"].terms * b * s)}
 
 
-def _unit(x: mp.mpf, b: mp.mpf, s: mp.mpf, c: mp.mpf, gaussian: bool) -> dict[str, Value]:
+def _tanh_gate(t: mp.mpf) -> mp.mpf:
+    """(1 + tanh(z)) / 2 = logistic(2 z), which keeps the digits of the tail."""
+    t = max(min(t, 10**3), -(10**3))
+    return logistic(mp.sqrt(8 / mp.pi) * (t + CUBIC * t**3))
+
+
+def _unit(x: mp.mpf, b: mp.mpf, s: mp.mpf, c: mp.mpf, activation: str) -> dict[str, Value]:
     u = x / s
     t = b * u
     a = abs(u)
-    if gaussian:
+    if activation in ("gelu", "gelu_tanh"):
         cdf, pdf = (lambda v, f=f: f(max(min(v, 10**4), -(10**4))) for f in (mp.ncdf, mp.npdf))  # settled there
-        gate, slope_u, bell = cdf(t), cdf(u), pdf(t)
+        gate, slope_u, bell, below = cdf(t), cdf(u), pdf(t), cdf(-abs(t))
+        if activation == "gelu_tanh":
+            gate, below = _tanh_gate(t), _tanh_gate(-abs(t))
+            bell = gate * _tanh_gate(-t) * mp.sqrt(8 / mp.pi) * (1 + 3 * CUBIC * t**2)
         slope_t = t * bell
-        soft, tail = [max(u, 0), pdf(u), -a * cdf(-a)], [abs(x) * cdf(-abs(t)), s * pdf(u), -s * a * cdf(-a)]
+        soft, tail = [max(u, 0), pdf(u), -a * cdf(-a)], [abs(x) * below, s * pdf(u), -s * a * cdf(-a)]
         entropy = pdf(u)
     else:
         gate, slope_u = logistic(t), logistic(u)

@@ -129,6 +129,15 @@ def test_probabilities_by_hand_and_padding_changes_nothing(tiny):
     assert float(scoring.answer_loss(model, batch).detach()) == pytest.approx(-sum(found) / tokens, abs=1e-4)
 
 
+def test_the_vocabulary_is_multiplied_with_contiguous_rows(tiny):
+    """Those of a slice would make the product copy the vocabulary's weight in every step."""
+    model, _ = tiny
+    seen = []
+    with model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+        scoring.answer_loss(model, scoring.collate([((4, 5, 6), (7,)), ((4,), (5, 6))], 0))
+    assert [(tuple(x.shape[:2]), x.is_contiguous()) for x in seen] == [((2, 3), True)]
+
+
 def test_long_prompts_lose_their_beginning(tiny):
     before, after = scoring.encode("sky sea red is a", "blue", tiny[1], Answering(max_length=3), end=True)
     assert tiny[1].decode(before) == "a"

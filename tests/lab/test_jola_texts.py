@@ -33,11 +33,30 @@ def test_every_format_gives_the_same_examples(tmp_path):
     assert data.train == data.val == data.test == expected[:1]
 
 
+def test_completion_is_read_as_the_answer(tmp_path):
+    """TRL's names; its completions often begin with the space that stands between them and the prompt."""
+    rows = [{"prompt": "The sky is", "completion": " blue."}, {"prompt": "The sun is", "completion": " yellow."}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.csv").write_text("prompt,completion\nThe sky is, blue.\nThe sun is, yellow.\n")
+    expected = tuple(Example(row["prompt"], row["completion"]) for row in rows)
+    assert read_texts(tmp_path / "a.jsonl").train == read_texts(tmp_path / "a.csv").train == expected
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert read_texts(tmp_path / "a.parquet").train == expected
+
+
 BAD_JSONL = [
     ("", "expected at least one row, found none"),
     ('{"prompt": "a"}', r":1: expected prompt and answer, found \['prompt'\]"),
     ("\n{", ":2: expected JSON: "),
     ("[1]", ":1: expected prompt and answer, found list"),
+    ('{"completion": "a"}', r":1: expected prompt and answer, found \['completion'\]"),
+    (
+        '{"prompt": "a", "answer": "b", "completion": "c"}',
+        ":1: expected prompt and one of answer and completion, found both",
+    ),
     ('{"prompt": "a", "answer": 3}', ":1: prompt, answer and choices must be text, got 3"),
     ('{"prompt": "a", "answer": "b", "choices": 3}', ":1: choices must be a list, got 3"),
     ('{"prompt": "a", "answer": "b", "choices": {"b": 1, "c": 2}}', ":1: choices must be a list, got {'b': 1"),
@@ -71,6 +90,10 @@ BAD_CSV = [
     (HEAD + b'a,b\n"never closed,b\nc,d\n', ":3: expected CSV with commas and double quotes: unexpected end of data"),
     (HEAD + b'"a"b,c\n', ":2: expected CSV with commas and double quotes: "),
     (b"prompt,answer,answer\na,b,c\n", r":1: expected columns of different names, found \['answer'\]"),
+    (
+        b"prompt,answer,completion\na,b,c\n",
+        ":1: expected the columns prompt and one of answer and completion, found both",
+    ),
     (b"prompt;answer\na;b\n", r":1: expected the columns prompt and answer, found \['prompt;answer'\]"),
     (HEAD, "expected at least one row, found none"),
     (b"", "expected at least one row, found none"),

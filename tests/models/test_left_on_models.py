@@ -174,6 +174,29 @@ def test_attention_adapters_leave_what_is_listed() -> None:
     assert snapshot(model) == before
 
 
+def test_pools_leave_what_is_listed() -> None:
+    pytest.importorskip("peft")
+    from ctkernels.adapters import AdapterPool, CurvatureConfig, JolaConfig
+
+    model = network()
+    before = snapshot(model)
+    pool = AdapterPool(model, CurvatureConfig(granularity="layer", target_modules=["act"]), 1)
+    with pool.batch([None]):
+        model(torch.randn(1, 3, 4, 4))
+    assert check(before, model) == STEERED | {_marks.POOLS}
+    pool.remove()
+    assert snapshot(model) == before
+
+    model = nn.Sequential(nn.Module())
+    model[0].o_proj = nn.Linear(4, 4)
+    before = snapshot(model)
+    pool = AdapterPool(model, JolaConfig(target_modules=["o_proj"], head_dim=2), 1)
+    hooks = {name: set(module["hooks"]) for name, module in snapshot(model).items() if module["hooks"]}
+    assert hooks == {"0": {"_forward_hooks"}, "0.o_proj": {"_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"}}
+    pool.remove()
+    assert snapshot(model) == before
+
+
 def test_every_name_has_a_row_in_the_document() -> None:
     rows = [line.split("|")[1] for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in row.split("`")[1::2]} >= _marks.ATTRIBUTES | {_marks.CHILD}

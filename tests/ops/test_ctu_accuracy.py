@@ -3,6 +3,7 @@
 import itertools
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from ctu_checks import (
     check_nan_parameter,
     check_products_that_overflow,
     check_slopes_near_one,
+    magnified,
 )
 
 import ctkernels
@@ -47,6 +49,9 @@ POINTS = [
     1e4,
 ]
 NAMES = ["y", "x", "beta", "coeff"]
+# The error of a result in float64, relative to its terms. Three roundings of t and those of its square and its cube move the
+# exponents of tails, which are up to 700.
+SHARES = {"gelu": 4e-13, "gelu_tanh": 1e-12}
 
 
 def _measured(x: torch.Tensor, beta: float, coeff: float, activation: str) -> dict[str, torch.Tensor]:
@@ -57,7 +62,14 @@ def _measured(x: torch.Tensor, beta: float, coeff: float, activation: str) -> di
     return dict(zip(NAMES, (y.detach(), *torch.autograd.grad(y, (leaf, *knobs), torch.ones_like(y)))))
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def _exponent(activation: str, u: Any) -> Any:
+    """How steep the tail is: u times the derivative of the exponent. A fourth more for the cubic's own roundings."""
+    if activation == "gelu_tanh":
+        return 1.25 * u * (1.6 + 0.2141 * u * u)
+    return u * u if activation == "gelu" else u
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_against_forty_digits(backend: str, dtype: torch.dtype, activation: str) -> None:
     x = torch.tensor(POINTS, dtype=torch.float64).to(dtype)
@@ -65,18 +77,18 @@ def test_against_forty_digits(backend: str, dtype: torch.dtype, activation: str)
     for beta, coeff in itertools.product(BETAS, COEFFS):
         found = _measured(x, beta, coeff, activation)
         for i, point in enumerate(x.double().tolist()):
-            expected = truth.unit(point, beta, coeff, gaussian=activation == "gelu")
+            expected = truth.unit(point, beta, coeff, activation=activation)
             u = abs(point) / (1 - beta)
             for name in NAMES:
                 if dtype == torch.float64:
-                    bound = 4e-13 if activation == "gelu" else 1e-13
+                    bound = SHARES.get(activation, 1e-13)
                 else:
                     bound = 2e-6 if u <= 10 else 1e-5
-                    if backend == "reference" and activation == "gelu":
-                        bound += min(u * u, 90.0) * 2 * torch.finfo(dtype).eps  # e^(-u^2/2) of a rounded u
+                    if backend == "reference" and activation in SHARES:  # exponents of a rounded u
+                        bound += min(_exponent(activation, u), 90.0) * 2 * torch.finfo(dtype).eps
                 terms = expected[name].terms
                 error = abs(found[name][i].item() - float(expected[name].value))
-                assert error <= bound * float(terms) + smallest * max(1.0, u, abs(point)), (
+                assert error <= bound * float(terms) + smallest * magnified(activation, name, u, point), (
                     f"d{name} at x={point}, beta={beta}, coeff={coeff}: {found[name][i].item()} instead of "
                     f"{float(expected[name].value)}"
                 )
@@ -102,14 +114,16 @@ def test_silu_and_gelu_at_their_neutral_point(backend: str, dtype: torch.dtype) 
     plain = {
         "silu": F.silu(x.double()),
         "gelu": x.double() * 0.5 * torch.special.erfc(-x.double() * 0.5**0.5),  # F.gelu has no tail below -8
+        "gelu_tanh": x.double() * torch.sigmoid((8 / torch.pi) ** 0.5 * (x.double() + 0.044715 * x.double() ** 3)),
     }
     for activation, expected in plain.items():
         error = (ctu(x, 0.5, 1.0, activation=activation).double() - expected).abs()
-        conditioning = 1 + x.double() ** 2 if backend == "reference" else 8
+        rounded = backend == "reference" or (activation, dtype) == ("gelu_tanh", torch.float64)  # what is expected, too
+        conditioning = 1 + 2 * _exponent(activation, x.double().abs()) if rounded else 8
         assert (error <= conditioning * 2 * eps * expected.abs() + 1e-30).all(), activation
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_infinities_and_nan(backend: str, dtype: torch.dtype, activation: str) -> None:
     x = torch.tensor([float("inf"), -float("inf"), float("nan")], dtype=dtype, requires_grad=True)
@@ -124,13 +138,13 @@ def test_infinities_and_nan(backend: str, dtype: torch.dtype, activation: str) -
         assert torch.isfinite(dx[:2]).all()
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_nan_at_beta_one(backend: str, dtype: torch.dtype, activation: str) -> None:
     check_nan_at_beta_one(dtype, activation, lambda approx: nullcontext())
 
 
-@pytest.mark.parametrize("activation", ["relu", "prelu", "relu6", "silu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "prelu", "relu6", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_nan_parameters(backend: str, dtype: torch.dtype, activation: str) -> None:
     names = ["beta", "coeff", "scale", "shift"] + ["negative_slope"] * (activation == "prelu")
@@ -138,7 +152,7 @@ def test_nan_parameters(backend: str, dtype: torch.dtype, activation: str) -> No
         check_nan_parameter(dtype, activation, name, lambda approx: nullcontext(), raw, bits, channels=40)
 
 
-@pytest.mark.parametrize("activation", ["relu", "prelu", "relu6", "silu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "prelu", "relu6", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_products_that_overflow(backend: str, dtype: torch.dtype, activation: str) -> None:
     check_products_that_overflow(dtype, activation, lambda approx: nullcontext())
@@ -147,7 +161,7 @@ def test_products_that_overflow(backend: str, dtype: torch.dtype, activation: st
 LARGE = [1e-30, -1e-20, 1e-15, -1e-12, 1e-8, -1.0, 10.0, 1e4, 1e16, 1e17, -1e18, 1e19, 1e30, -1e37, 1e38]
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "leaky_relu", "relu6"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "leaky_relu", "relu6"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sharp_units_and_huge_values(backend: str, dtype: torch.dtype, activation: str) -> None:
     """Logits up to where 1 - beta is no number any more, and x up to the largest: values, slopes, tangents, d/dlogit."""
@@ -160,9 +174,10 @@ def test_sharp_units_and_huge_values(backend: str, dtype: torch.dtype, activatio
         if dtype == torch.float32:
             bound, settled = 2e-6 if u <= 10 else 1e-5, 104.0
         else:
-            bound, settled = 4e-13 if activation == "gelu" else 1e-13, 745.0
+            bound, settled = SHARES.get(activation, 1e-13), 745.0
         if plain or dtype == torch.float64:
-            bound += 4 * torch.finfo(dtype).eps * (min(u * u, 2 * settled) if activation == "gelu" else min(u, settled))
+            settled *= {"gelu": 2, "gelu_tanh": 3}.get(activation, 1)  # from the exponent to its steepness
+            bound += 4 * torch.finfo(dtype).eps * min(_exponent(activation, u), settled)
         return bound
 
     for logit, coeff in itertools.product(
@@ -219,17 +234,24 @@ def _family(
         return [(1, unit), (1, {n: truth.Value(v, abs(v)) for n, v in line.items()} | {"beta": zero, "coeff": zero})]
     if activation == "relu6":
         return [(1, truth.unit_of_logit(x, logit, coeff)), (-1, truth.unit_of_logit(x - 6, logit, coeff))]
-    return [(1, truth.unit_of_logit(x, logit, coeff, gaussian=activation == "gelu"))]
+    return [(1, truth.unit_of_logit(x, logit, coeff, activation=activation))]
 
 
 def test_finite_in_finite_out(backend: str) -> None:
     x = torch.tensor([3e38, -3e38, 1e30, -1e30, 1e-45, 0.0]).requires_grad_()
     for beta, coeff in itertools.product((0.0, 1e-20, 0.5, 1 - 2.0**-24, 1.0), (0.0, 0.5, 1.0)):
-        for activation in ("relu", "relu6", "gelu"):
+        for activation in ("relu", "relu6", "gelu", "gelu_tanh"):
             y = ctu(x, beta, coeff, activation=activation)
             (dx,) = torch.autograd.grad(y.sum(), x)
             assert torch.isfinite(y).all(), (beta, coeff, activation)
             assert torch.isfinite(dx).all(), (beta, coeff, activation)
+
+
+def test_the_tanh_member_stays_as_near_to_the_gaussian_as_their_gates_are(backend: str) -> None:
+    x = torch.linspace(-30, 30, 6001, dtype=torch.float64)
+    for beta, coeff in itertools.product((0.1, 0.5, 0.9, 1.0), (0.0, 0.5, 1.0)):
+        distance = (ctu(x, beta, coeff, activation="gelu_tanh") - ctu(x, beta, coeff, activation="gelu")).abs().max()
+        assert coeff * 4.6e-4 * (1 - beta) / beta <= distance <= coeff * 4.8e-4 * (1 - beta) / beta
 
 
 @pytest.mark.parametrize("beta", [0.8, 0.99, 0.9999])
@@ -273,7 +295,7 @@ def test_official_checkpoints_agree_with_eps(backend: str, dtype: torch.dtype) -
     assert error <= 2 * own_error + torch.finfo(dtype).eps * expected.abs().max() + threshold
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_logits_keep_the_digits_of_one_minus_a_knob(backend: str, dtype: torch.dtype, activation: str) -> None:
     check_digits_of_logits(dtype, activation, lambda approx: nullcontext())

@@ -44,7 +44,7 @@ def no_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("activation", ["relu", "prelu", "relu6", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "prelu", "relu6", "gelu", "gelu_tanh"])
 def test_the_unit(no_float64: None, activation: str) -> None:
     with pytest.raises(TypeError, match="MPS"):
         torch.randn(3).double()

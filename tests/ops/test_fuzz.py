@@ -20,7 +20,14 @@ import ctkernels  # noqa: E402
 from ctkernels.ops import backends  # noqa: E402
 
 TODAY = str(datetime.date.today().toordinal())
-COUNTS = {"ctu": 150, "head_edit": 80, "hard_concrete": 40, "expected_l0": 15, "attention_head_edit": 40}
+COUNTS = {
+    "ctu": 150,
+    "ctu_and_mul": 100,
+    "head_edit": 80,
+    "hard_concrete": 40,
+    "expected_l0": 15,
+    "attention_head_edit": 40,
+}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -27,7 +27,7 @@ def test_views_of_every_permutation(shape: tuple[int, ...]) -> None:
                 assert view is not None
                 if per_group and channel_dim == 0:
                     continue
-                where = storage.view(view)
+                where = storage.view(view[:4])
                 for channel in range(view.channels):
                     mine = x if channel_dim == NO_CHANNEL else x.select(channel_dim, channel)
                     assert torch.equal(where[:, :, channel].flatten().sort()[0], mine.flatten().sort()[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ def test_ctu_at_beta_one_is_the_plain_activation(activation):
     assert torch.equal(CTU(activation=activation, negative_slope=0.2)(x), PLAIN[activation](x))
 
 
-@pytest.mark.parametrize(("activation", "plain"), [("silu", F.silu), ("gelu", F.gelu)])
+@pytest.mark.parametrize(
+    ("activation", "plain"), [("silu", F.silu), ("gelu", F.gelu), ("gelu_tanh", partial(F.gelu, approximate="tanh"))]
+)
 def test_ctu_at_its_neutral_point_is_the_plain_activation(activation, plain):
     x = torch.randn(64)
     torch.testing.assert_close(CTU(0.5, 1.0, activation=activation)(x), plain(x), rtol=1e-6, atol=1e-6)

@@ -37,7 +37,11 @@ def strided(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
 
 @needs_native
 @common
-@given(case=strided(), activation=st.sampled_from(["relu", "prelu", "relu6", "gelu"]), seed=st.integers(0, 1000))
+@given(
+    case=strided(),
+    activation=st.sampled_from(["relu", "prelu", "relu6", "gelu", "gelu_tanh"]),
+    seed=st.integers(0, 1000),
+)
 def test_native_agrees_with_the_reference(case: tuple[torch.Tensor, int], activation: str, seed: int) -> None:
     x, channel_dim = case
     count = x.shape[channel_dim]
@@ -63,7 +67,7 @@ def test_native_agrees_with_the_reference(case: tuple[torch.Tensor, int], activa
     value=st.floats(-(2.0**99), 2.0**99, width=32),
     beta=st.floats(0.0, 1.0),
     coeff=st.floats(0.0, 1.0),
-    activation=st.sampled_from(["relu", "relu6", "gelu"]),
+    activation=st.sampled_from(["relu", "relu6", "gelu", "gelu_tanh"]),
 )
 def test_bounds_of_the_unit(value: float, beta: float, coeff: float, activation: str) -> None:
     """0 <= relu - SiLU branch, softplus branch - relu: the unit stays between the two, and its slope within 0.13 of [0, 1]."""

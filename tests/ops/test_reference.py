@@ -46,7 +46,7 @@ class Unit(nn.Module):
 
 
 @pytest.mark.parametrize("raw", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu", "gelu_tanh"])
 def test_a_graph_overflows_nowhere(activation: str, raw: bool) -> None:
     beta = torch.tensor([0.0, 0.5, 0.9, 0.999, 1 - 1e-6, 1.0])
     if raw:
@@ -64,7 +64,7 @@ def test_a_graph_overflows_nowhere(activation: str, raw: bool) -> None:
         assert ((y - expected).abs() <= 4 * eps * (1 + x.abs())).all()
 
 
-@pytest.mark.parametrize("activation", ["relu", "prelu", "relu6", "silu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "prelu", "relu6", "silu", "gelu", "gelu_tanh"])
 def test_derivatives_of_any_order_at_the_joints(activation: str) -> None:
     """At 0 and 6, where its pieces meet, the unit is as smooth as anywhere: third derivatives are the limits of those nearby."""
     knobs = [torch.tensor(v, dtype=torch.float64) for v in (0.6, 0.3)]
@@ -93,7 +93,7 @@ def test_derivatives_of_any_order_at_the_joints(activation: str) -> None:
             assert abs(here - (left + right) / 2) <= 1e-8
 
 
-@pytest.mark.parametrize("activation", ["relu", "prelu", "relu6", "silu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "prelu", "relu6", "silu", "gelu", "gelu_tanh"])
 def test_derivatives_at_infinity_are_those_of_the_plain_activation(activation: str) -> None:
     x = torch.tensor([float("inf"), -float("inf"), 1.0], dtype=torch.float64, requires_grad=True)
     beta, coeff = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.9, 0.3))
@@ -111,7 +111,7 @@ def test_derivatives_at_infinity_are_those_of_the_plain_activation(activation: s
 def test_logits_narrower_than_x(backend: str) -> None:
     """Knobs come from float32 logits in float64 where x is float64: 1 - beta is the float64 of those logits."""
     x = torch.linspace(-3, 3, 999, dtype=torch.float64)
-    for logit, activation in itertools.product((-17.0, 0.3, 5.0), ("relu", "gelu")):
+    for logit, activation in itertools.product((-17.0, 0.3, 5.0), ("relu", "gelu", "gelu_tanh")):
         narrow = torch.tensor(logit)
         expected = ctu(x, narrow.double(), torch.tensor(0.2).double(), raw=True, activation=activation)
         assert torch.equal(ctu(x, narrow, torch.tensor(0.2), raw=True, activation=activation), expected)

@@ -38,7 +38,7 @@ ctkernels.functional.ctu(x, beta, channel_dim=1).sum().backward()
 ctkernels.functional.ctu(x.detach(), 0.5, residual=x.detach(), inplace=True)
 big = torch.tensor([3e38, -3e38, float("inf"), float("nan"), 0.0, 1e-45], requires_grad=True)
 for b in (0.0, 0.5, 1.0):
-    for activation in ("relu", "leaky_relu", "relu6", "gelu"):
+    for activation in ("relu", "leaky_relu", "relu6", "gelu", "gelu_tanh"):
         ctkernels.functional.ctu(big, b, activation=activation).sum().backward()
 logits = torch.randn(5000, requires_grad=True)
 (hard_concrete(logits, training=True).sum() + expected_l0(logits).sum()).backward()

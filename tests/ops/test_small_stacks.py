@@ -27,7 +27,7 @@ for dtype, (shape, dim) in itertools.product(
 ):
     x, residual = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
     beta, coeff, slope, scale, shift = (torch.rand(shape[dim]).requires_grad_() for _ in range(5))
-    for activation in ("relu", "prelu", "relu6", "gelu"):
+    for activation in ("relu", "prelu", "relu6", "gelu", "gelu_tanh"):
         for extra in ({}, {"scale": scale, "shift": shift, "residual": residual}):
             ctu(x, beta, coeff, channel_dim=dim, raw=True, activation=activation, negative_slope=slope, **extra).sum().backward()
         with torch.no_grad():

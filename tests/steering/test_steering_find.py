@@ -353,7 +353,7 @@ def test_outside_the_family_is_skipped_without_a_warning():
         [
             *(f"acts.{i}" for i in range(6)),
             "forward:elu",
-            "forward:gelu",
+            "forward:gelu_tanh",
             "forward:relu6",
             "forward:silu",
             "forward:relu",

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
+from ctkernels.ops.ctu.op import ACTIVATIONS
+
 from .tensors import SPECIAL, Spec
 
 DTYPES = ("float32", "float32", "float64", "bfloat16", "float16")
-MEMBERS = ("relu", "silu", "leaky_relu", "prelu", "relu6", "gelu")
+MEMBERS = tuple(ACTIVATIONS)
 OPTIONS = ("channel_dim", "activation", "eps", "head_dim", "head_axis", "window", "scale")
 OPTIONS += ("implementation", "temperature", "stretch", "estimator")
 BROKEN = "an argument is wrong: "
-OPS = ("ctu", "head_edit", "hard_concrete", "expected_l0", "attention_head_edit")
+OPS = ("ctu", "ctu_and_mul", "head_edit", "hard_concrete", "expected_l0", "attention_head_edit")
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,10 @@ def draw(
 ) -> Case:
     """Case ``number`` of ``seed``."""
     random = Random(f"{seed}:{number}:{op}")
-    op = op or random.choices(OPS, (10, 5, 2, 1, 2))[0]
+    op = op or random.choices(OPS, (10, 5, 5, 2, 1, 2))[0]
     case: Case = {
         "ctu": _ctu,
+        "ctu_and_mul": _ctu_and_mul,
         "head_edit": _head_edit,
         "hard_concrete": _hard_concrete,
         "expected_l0": _expected_l0,
@@ -88,7 +91,7 @@ def _broken(random: Random, case: Case) -> Case:
         "no tensor": (first, random.choice((None, 1.0, [1.0], "x"))),
         "of integers": (first, Spec(spec.shape, "int64", spec.strides, spec.offset, "index", 3)),
     }
-    if case.op == "ctu":
+    if case.op in ("ctu", "ctu_and_mul"):
         long = (*spec.shape, 2)
         ways |= {
             "beta above 1": ("beta", 1.5),
@@ -103,9 +106,11 @@ def _broken(random: Random, case: Case) -> Case:
             "channel_dim no int": ("channel_dim", random.choice((0.0, "1", True))),
             "activation unknown": ("activation", random.choice(("tanh", "", None, "ReLU"))),
             "eps negative": ("eps", random.choice((-1e-6, float("nan"), "0"))),
-            "residual of other shape": ("residual", Spec(long, spec.dtype, tuple([0] * len(long)))),
-            "shift of two dimensions": ("shift", Spec((1, 1), "float32", (1, 1))),
         }
+        second = "residual" if case.op == "ctu" else "up"
+        ways[f"{second} of other shape"] = (second, Spec(long, spec.dtype, tuple([0] * len(long))))
+        if case.op == "ctu":
+            ways["shift of two dimensions"] = ("shift", Spec((1, 1), "float32", (1, 1)))
         if options.get("raw"):  # of which any number is one, NaN too
             for name in ("beta above 1", "beta below 0"):
                 del ways[name]
@@ -148,7 +153,7 @@ def _broken(random: Random, case: Case) -> Case:
     what, (name, value) = random.choice(sorted(ways.items()))
     for other, spec in case.specs.items():
         if spec.alias == name:  # whose memory is no longer there
-            del arguments[other]
+            arguments[other] = None
     (options if name in options or name in OPTIONS else arguments)[name] = value
     return replace(case, arguments=arguments, options=options, refused=f"{BROKEN}{what}")
 
@@ -316,6 +321,25 @@ def _ctu(random: Random) -> Case:
     if inplace:
         options["inplace"] = True
     return Case("ctu", arguments, options)
+
+
+def _ctu_and_mul(random: Random) -> Case:
+    unit = _ctu(random)
+    arguments = {n: v for n, v in unit.arguments.items() if n not in ("x", "scale", "shift", "residual")}
+    gate, options, up = unit.arguments["x"], dict(unit.options), None
+    inplace = "inplace" in options
+    if gate.shape and not inplace and random.random() < 0.4:  # packed
+        shape = list(gate.shape)
+        shape[options.get("channel_dim", -1)] *= 2
+        wide = spec_of(random, tuple(shape), gate.dtype, scale=gate.scale)
+        gate = replace(wide, special=specials(random, wide.count), grad=gate.grad)
+    else:
+        kind = gate.dtype if inplace or random.random() < 0.8 else random.choice(DTYPES)
+        up = spec_of(random, gate.shape, kind, grad=random.random() < 0.5, scale=random.choice((1e-3, 1.0, 1.0, 30.0)))
+        up = replace(up, special=specials(random, up.count, 0.1))
+        if random.random() < 0.15:
+            up = _aliased(random, "gate", gate, up)
+    return Case("ctu_and_mul", {"gate": gate, "up": up, **arguments}, options)
 
 
 # ---- head_edit --------------------------------------------------------------------------------------------------------

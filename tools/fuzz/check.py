@@ -166,8 +166,11 @@ def _expect_metadata(case: Case, built: Built, y: Tensor) -> None:
     shape, dtype = tuple(first.shape), first.dtype
     if case.op in ("hard_concrete", "expected_l0") and dtype != torch.float64:
         dtype = torch.float32
-    if "residual" in built.tensors:
-        dtype = torch.promote_types(dtype, built.tensors["residual"].dtype)
+    for second in ("residual", "up"):
+        if second in built.tensors:
+            dtype = torch.promote_types(dtype, built.tensors[second].dtype)
+    if case.op == "ctu_and_mul" and case.arguments["up"] is None:
+        shape = tuple(first.chunk(2, case.options.get("channel_dim", -1))[0].shape)
     if case.op == "attention_head_edit":
         shape = (*shape[:-1], built.tensors["v"].shape[-1])
     if (tuple(y.shape), y.dtype) != (shape, dtype):

@@ -37,6 +37,9 @@ class Grade:
     unevaluated sums. The reference rounds them: up to 7 half ulps of t = beta (1 - slope) w / s, for beta, s, 1 - slope (two),
     and the quotient and the products; and a Gaussian squares it. 4 eps is enough for both: t moves e^-t by 7/2 eps t, and
     e^(-t^2 / 2), which has no slope, by (2 * 4 + 1)/2 eps t^2 / 2.
+
+    cubic: likewise of the exponent of the tanh gate, whose square, sum and product are rounded besides: 6 eps. In float64 the
+    kernels round it, too.
     """
 
     share: float
@@ -44,15 +47,18 @@ class Grade:
     largest: float
     least: float
     exponent: float = 0.0
+    cubic: float = 0.0
 
     @staticmethod
     def of(dtype: torch.dtype, reference: bool = False) -> Grade:
         if dtype == torch.float64:
-            grade = Grade(4e-13, 2.0**-52, float(np.finfo(np.float64).max), float(WIDE(2) ** -958))
+            share, eps = 4e-13, 2.0**-52
+            grade = Grade(share, eps, float(np.finfo(np.float64).max), float(WIDE(2) ** -958), cubic=6 * eps / share)
         else:
             share = 1e-5 if dtype == torch.float32 else 2e-4
             grade = Grade(share, 2.0**-23, float(np.finfo(np.float32).max), float(FLUSHED))
-        return replace(grade, exponent=4 * grade.eps / grade.share) if reference else grade
+        rounding = grade.eps / grade.share
+        return replace(grade, exponent=4 * rounding, cubic=6 * rounding) if reference else grade
 
 
 def wide(t: torch.Tensor) -> Array:
@@ -95,7 +101,7 @@ class _Terms:
 
 @dataclass
 class _Knobs:
-    """``s`` and ``c1``: 1 - beta + eps and 1 - c. ``exponent``: of :class:`Grade`."""
+    """``s`` and ``c1``: 1 - beta + eps and 1 - c. ``exponent``, ``cubic``: of :class:`Grade`."""
 
     beta: Array
     s: Array
@@ -103,8 +109,10 @@ class _Knobs:
     c1: Array
     eps: float
     exponent: float
+    cubic: float
 
 
+_CUBIC = WIDE(0.044715)
 _erfc = np.frompyfunc(lambda t: math.erfc(t), 1, 1)
 
 
@@ -143,25 +151,35 @@ def _logistic(w: Array, k: _Knobs) -> _Terms:
     )
 
 
-def _gaussian(w: Array, k: _Knobs) -> _Terms:
+def _tanh_gate(t: Array) -> Array:
+    return _sigmoid(np.sqrt(8 / WIDE(np.pi)) * t * (1 + _CUBIC * t * t))
+
+
+def _tanh_density(t: Array) -> Array:
+    return _tanh_gate(t) * _tanh_gate(-t) * np.sqrt(8 / WIDE(np.pi)) * (1 + 3 * _CUBIC * t * t)
+
+
+def _gelu(w: Array, k: _Knobs, tanh: bool) -> _Terms:
     beta, s, c, c1, exponent = k.beta, k.s, k.c, k.c1, k.exponent
     u = w / s
-    t, a = beta * u, np.abs(u)
-    bell = c * u * u * _pdf(t) * (1 + WIDE(k.eps))
+    t, a = np.clip(beta * u, -1e3, 1e3), np.abs(u)  # settled there
+    gate, density = (_tanh_gate, _tanh_density) if tanh else (_cdf, _pdf)
+    bell = c * u * u * density(t) * (1 + WIDE(k.eps))
     # w gate - s soft without its cancellation: both are relu(w) but for tails
-    tails = [np.abs(w) * _cdf(-np.abs(t)), s * _pdf(u), -s * a * _cdf(-a)]
-    y_terms = [c * w * _cdf(t), c1 * s * np.maximum(u, 0), c1 * s * _pdf(u), -c1 * s * a * _cdf(-a)]
-    w_terms = [c * _cdf(t), c * t * _pdf(t), c1 * _cdf(u)]
-    # of the cdf; the pdf is off by |t| times that
-    off_t, off_u = exponent * np.abs(t) * _pdf(t), exponent * a * _pdf(u)
+    tails = [np.abs(w) * gate(-np.abs(t)), s * _pdf(u), -s * a * _cdf(-a)]
+    y_terms = [c * w * gate(t), c1 * s * np.maximum(u, 0), c1 * s * _pdf(u), -c1 * s * a * _cdf(-a)]
+    w_terms = [c * gate(t), c * t * density(t), c1 * _cdf(u)]
+    # How far off t may be, the gate by |t| times its density, and the density by `steep` times itself.
+    off, steep = (k.cubic, 3 + np.abs(t) * (1.6 + 0.2141 * t * t)) if tanh else (exponent, t * t)
+    off_t, off_u = off * np.abs(t) * density(t), exponent * a * _pdf(u)
     return _Terms(
         sum(y_terms),
         sum(w_terms),
         bell - c1 * _pdf(u),
         -sum(tails),
         sum(np.abs(v) for v in y_terms) + c * np.abs(w) * off_t + 2 * c1 * s * a * off_u,
-        sum(np.abs(v) for v in w_terms) + _cdf(-np.abs(t)) + c * (1 + t * t) * off_t + c1 * off_u,
-        bell * (1 + exponent * t * t) + c1 * (_pdf(u) + a * off_u),
+        sum(np.abs(v) for v in w_terms) + gate(-np.abs(t)) + c * (1 + steep) * off_t + c1 * off_u,
+        bell * (1 + off * steep) + c1 * (_pdf(u) + a * off_u),
         sum(np.abs(v) for v in tails) + np.abs(w) * off_t + 2 * s * a * off_u,
     )
 
@@ -184,8 +202,8 @@ def _excess(w: Array, k: _Knobs, reach: Array | float = 1.0) -> _Terms:
 def _unit(member: str, w: Array, slope: Array, k: _Knobs) -> tuple[_Terms, Array, Array]:
     """(the unit where it is smooth, its derivative by the slope, that one's terms)."""
     zero = np.zeros_like(w)
-    if member == "gelu":
-        return _gaussian(w, k), zero, zero
+    if member in ("gelu", "gelu_tanh"):
+        return _gelu(w, k, member == "gelu_tanh"), zero, zero
     if member in ("leaky_relu", "prelu"):
         sign, up, reach = np.where(slope > 1, WIDE(-1), WIDE(1)), (w > 0).astype(WIDE), np.abs(1 - slope)
         inner = _excess(w, k, reach)
@@ -273,7 +291,7 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
     lost = np.isnan(w) | np.isnan(beta) | np.isnan(c) | (np.isnan(slope) if leaky else False)
     smooth = (s > 0) & np.isfinite(w) & ~lost
     fields = (np.where(smooth, v, other) for v, other in ((beta, 0), (s, 1), (c, 0), (c1, 0)))
-    knobs = _Knobs(*fields, eps, grade.exponent)
+    knobs = _Knobs(*fields, eps, grade.exponent, grade.cubic)
     terms, d_slope, slope_terms = _unit(member, np.where(smooth, w, WIDE(0)), np.where(smooth, slope, 0), knobs)
     hard_y, hard_w, hard_slope = _plain(member, w, slope)
     nan = WIDE(np.nan)
@@ -373,6 +391,49 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
         found[f"d{name}"] = Exact(
             np.where(certain, nan, summed), allowed, (loosened & ~certain) | (total > grade.largest / 16)
         )
+    return found
+
+
+def ctu_and_mul(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, Exact]:
+    """The unit times up; of a packed gate, its gradient is both."""
+    given, kinds = dict(values.arrays), dict(values.dtypes)
+    gate, up, dtype = given.pop("gate"), given.pop("up", None), kinds.pop("gate")
+    packed, dim = up is None, options.get("channel_dim", -1)
+    if up is None:
+        gate, up = np.split(gate, 2, dim)
+    dtype = torch.promote_types(dtype, kinds.pop("up", dtype))
+    grade = Grade.of(dtype, values.reference)
+    unit = Values(given | {"x": gate}, kinds | {"x": dtype}, values.reference)
+    phi = ctu(unit, options, None)["y"]
+
+    def times(factor: Array) -> Exact:
+        value, size = phi.value * factor, np.nan_to_num(np.abs(factor), nan=0, posinf=0)
+        error = phi.error * size + grade.eps * np.nan_to_num(np.abs(value), nan=0, posinf=0) + grade.least
+        free = phi.free & ~np.isnan(factor)
+        free = free | (np.isinf(factor) & (np.abs(phi.value) <= 2 * phi.error + grade.least))
+        over = (np.abs(value) > grade.largest / 16) & np.isfinite(value)
+        return Exact(value, error, free | over)
+
+    found = {"y": times(up)}
+    if dy is None:
+        return found
+    upstream = dy * up
+    over = np.isfinite(upstream) & (np.abs(upstream) > grade.largest / 16)
+    rounded = np.isfinite(upstream) & (np.abs(upstream) < grade.least) & (upstream != 0)  # of which little is left
+    through = ctu(unit, options, upstream)
+    d_gate, d_up = through.pop("dx"), times(dy)
+    through.pop("y")
+    unsure = over | rounded
+    nan = np.isnan(upstream)
+    d_gate = Exact(np.where(nan, WIDE(np.nan), d_gate.value), d_gate.error, (d_gate.free & ~nan) | unsure)
+    if packed:
+        parts = zip(*((np.broadcast_to(v, gate.shape) for v in (e.value, e.error, e.free)) for e in (d_gate, d_up)))
+        found["dgate"] = Exact(*(np.concatenate(pair, dim) for pair in parts))
+    else:
+        found |= {"dgate": d_gate, "dup": d_up}
+    for name, exact in through.items():
+        free = exact.free | bool(unsure.any()) | bool(nan.any())
+        found[name] = Exact(exact.value, exact.error + 4 * grade.eps * np.abs(np.nan_to_num(exact.value)), free)
     return found
 
 

@@ -87,9 +87,12 @@ def shrink(case: Case, wanted: str, tries: int = 400) -> Case:
 def _simpler(case: Case) -> Iterator[Case]:
     """Cases with one thing less, what saves most first."""
     first = next(iter(case.arguments))
-    needed = {"ctu": {"x", "beta"}, "head_edit": {"z"}, "attention_head_edit": {"q", "k", "v"}}.get(
-        case.op, {first, "noise"}
-    )
+    needed = {
+        "ctu": {"x", "beta"},
+        "ctu_and_mul": {"gate", "up", "beta"},
+        "head_edit": {"z"},
+        "attention_head_edit": {"q", "k", "v"},
+    }.get(case.op, {first, "noise"})
     broken = case.refused.startswith(BROKEN)  # by an argument that has to stay
     for name in [] if broken else list(case.arguments):
         if name not in needed:
@@ -125,7 +128,9 @@ def _simpler(case: Case) -> Iterator[Case]:
 def _fewer_values(case: Case, first: str) -> Iterator[Case]:
     """For ctu and gates: a dimension of half the size, or of 1, in everything that has it."""
     whole = case.arguments[first]
-    if case.op not in ("ctu", "hard_concrete", "expected_l0") or not isinstance(whole, Spec):
+    if case.op == "ctu_and_mul" and case.arguments.get("up") is None:  # packed
+        return
+    if case.op not in ("ctu", "ctu_and_mul", "hard_concrete", "expected_l0") or not isinstance(whole, Spec):
         return
     channel = case.options.get("channel_dim")
     channel = None if channel is None else channel % max(len(whole.shape), 1)
@@ -135,7 +140,11 @@ def _fewer_values(case: Case, first: str) -> Iterator[Case]:
                 continue
             arguments: dict[str, Any] = {}
             for name, value in case.arguments.items():
-                if isinstance(value, Spec) and value.shape == whole.shape and name in (first, "residual", "noise"):
+                if (
+                    isinstance(value, Spec)
+                    and value.shape == whole.shape
+                    and name in (first, "residual", "up", "noise")
+                ):
                     value = dataclasses.replace(value, shape=(*whole.shape[:d], new, *whole.shape[d + 1 :]))
                 elif isinstance(value, Spec) and d == channel and value.shape == (size,):
                     value = dataclasses.replace(value, shape=(new,))

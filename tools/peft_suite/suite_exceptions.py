@@ -4,8 +4,8 @@ from __future__ import annotations
 
 # A handful that takes seconds, for the ordinary test suite.
 FAST = (
-    r"test_(only_params_are_updated|merge_layers|save_pretrained)\[MLP (JoLA, soft gates|CT, layer)-"
-    r"|test_mixed_adapter_batches_(base_model|lora_hot_swap|length_mismatch_raises)\[JoLA"
+    r"test_(only_params_are_updated|merge_layers|save_pretrained)\[MLP (JoLA, soft gates|CT, layer|joint CT)-"
+    r"|test_mixed_adapter_batches_(base_model|lora_hot_swap|length_mismatch_raises)\[(JoLA|joint)"
 )
 
 EXCEPTIONS: dict[str, str] = {

@@ -22,7 +22,6 @@ _SIZES: dict[str, Any] = {
 _GROUPED = _SIZES | {"num_key_value_heads": 2}
 _GPT = {"vocab_size": _VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
 _GPT |= {"bos_token_id": 98, "eos_token_id": 98, "pad_token_id": 98}
-_GPT |= {"activation_function": "gelu"}  # the exact one: no CT unit is the approximation by tanh
 _OPT = {key: value for key, value in _SIZES.items() if key != "intermediate_size"}
 _BART = {
     "vocab_size": _VOCAB,
@@ -55,9 +54,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
-        _GROUPED
-        | {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-        | {"hidden_activation": "gelu"},
+        _GROUPED | {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
         "T5Config",

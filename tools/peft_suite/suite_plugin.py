@@ -1,4 +1,4 @@
-"""The pytest plugin that puts JoLA and Curvature Tuning into peft's tests, in place of the methods listed there."""
+"""The pytest plugin that puts this package's methods into peft's tests, in place of the methods listed there."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import pytest
 import torch
 from suite_exceptions import EXCEPTIONS, FAST
 
-from ctkernels.adapters import CurvatureConfig, JolaConfig
+from ctkernels.adapters import CurvatureConfig, JointConfig, JolaConfig
 
-OURS = (JolaConfig, CurvatureConfig)
+OURS = (JolaConfig, CurvatureConfig, JointConfig)
 
 
 class JolaOnMlp(JolaConfig):
@@ -43,6 +43,8 @@ SOFT = {"temperature": 5.0, "stretch": (-1e-4, 1.0001)}
 LAYER = {"granularity": "layer"}
 # The tests' inputs go to 90: with a softer bend more of them are near enough to it for beta and coeff to learn from.
 SOFT_LAYER = LAYER | {"init_beta": 0.5}
+JOINT = {"jola": JOLA | SOFT, "curvature": LAYER}
+BESIDE = {"jola": JOLA | SOFT | {"target_modules": ["lin0"]}, "curvature": LAYER, "modules_to_save": ["lin1"]}
 
 CUSTOM: list[tuple[str, str, type, dict[str, Any]]] = [
     ("MLP JoLA", "MLP", JolaConfig, JOLA),
@@ -59,6 +61,13 @@ CUSTOM: list[tuple[str, str, type, dict[str, Any]]] = [
     ("Conv2d CT", "Conv2d", CurvatureConfig, {"layout": {"relu": [1, 10]}, "init_beta": 0.5}),
     ("Conv2d CT, layer", "Conv2d", CurvatureConfig, SOFT_LAYER),
     ("Conv3d CT", "Conv3d", CurvatureConfig, LAYER),
+    ("MLP joint CT", "MLP", JointConfig, JOINT),
+    (
+        "MLP joint CT, modules_to_save",
+        "MLP",
+        JointConfig,
+        JOINT | {"modules_to_save": ["lin1"], "jola": JOLA | SOFT | {"target_modules": ["lin0"]}},
+    ),
 ]
 SEVERAL = [
     ("JoLA, same modules", "jola", JolaConfig, JOLA | {"init_std": 0.5}, JOLA | {"init_std": 0.5}),
@@ -81,6 +90,15 @@ MIXED = [
         "CT, mixed",
         CurvatureConfig(granularity="layer", init_beta=0.3),
         CurvatureConfig(granularity="layer", init_beta=0.6),
+    ),
+    (
+        "joint CT, mixed",
+        JointConfig(
+            jola={"target_modules": ["lin0"], "head_dim": 5, "init_std": 0.5}, curvature=LAYER | {"init_beta": 0.3}
+        ),
+        JointConfig(
+            jola={"target_modules": ["lin0"], "head_dim": 5, "init_std": 0.5}, curvature=LAYER | {"init_beta": 0.6}
+        ),
     ),
 ]
 TASKS = {
@@ -110,6 +128,9 @@ def _stand_ins(**attributes: str) -> Iterator[None]:
 def _away_from_identity(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
     if issubclass(config_class, JolaConfig):
         return values | {"init_std": 0.5}
+    if issubclass(config_class, JointConfig):
+        own = {"jola": {"init_std": 0.5}, "curvature": {"init_beta": 0.3, "init_coeff": 0.4}}
+        return values | {method: values.get(method, {}) | part for method, part in own.items()}
     return values | {"init_beta": 0.3, "init_coeff": 0.4}
 
 

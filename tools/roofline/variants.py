@@ -16,6 +16,7 @@ from ctkernels.ops import launcher
 from ctkernels.ops.channelwise.launch import implementation
 from ctkernels.ops.ctu import OP as CTU
 from ctkernels.ops.ctu.op import ACTIVATIONS
+from ctkernels.ops.ctu_and_mul import OP as CTU_AND_MUL
 from ctkernels.ops.hard_concrete import MEAN, SAMPLE
 from ctkernels.ops.hard_concrete import OP as GATES
 from ctkernels.ops.head_edit import OP as HEAD_EDIT
@@ -54,7 +55,8 @@ def _pair(
     assert x is not None
     kernel, args, meta = _launches(implementation(op).forward, *inputs, *attrs)[0]
     yield Variant(f"{op.name} forward {name}", kernel, args, meta, reads, x.element_size())
-    kernel, args, meta = _launches(implementation(op).backward, torch.empty_like(x), *inputs, *attrs, grad_mask)[0]
+    dy = torch.empty(op.like(inputs, attrs).shape, dtype=x.dtype)
+    kernel, args, meta = _launches(implementation(op).backward, dy, *inputs, *attrs, grad_mask)[0]
     yield Variant(f"{op.name} backward {name}", kernel, args, meta, reads + 1, x.element_size())
 
 
@@ -75,13 +77,22 @@ def _ctu(dtype_name: str, dtype: torch.dtype) -> Iterator[Variant]:
         return
     x = torch.empty(NCHW, dtype=dtype)
     knobs = _knobs(NCHW[1], dtype)
-    for activation in ("prelu", "relu6", "gelu"):
+    for activation in ("prelu", "relu6", "gelu", "gelu_tanh"):
         slope = knobs[0] if activation == "prelu" else None
         grad_mask = 0b1111 if activation == "prelu" else 0b111
         inputs, attrs = (x, *knobs, slope, None, None, None), (1, ACTIVATIONS[activation], False, 0.0)
         yield from _pair(CTU, f"{activation} {dtype_name}", inputs, attrs, grad_mask)
     inputs = (x, *knobs, None, *knobs, torch.empty_like(x))
     yield from _pair(CTU, f"prologue {dtype_name}", inputs, (1, 0, False, 0.0), 0b1110111, reads=2)
+
+
+def _ctu_and_mul(dtype_name: str, dtype: torch.dtype) -> Iterator[Variant]:
+    batch, tokens, channels = NLC
+    gate, packed = torch.empty(NLC, dtype=dtype), torch.empty(batch, tokens, 2 * channels, dtype=dtype)
+    knobs = _knobs(channels, dtype)
+    for name, first, up, mask in (("NLC", gate, torch.empty_like(gate), 0b10111), ("packed NLC", packed, None, 0b111)):
+        inputs, attrs = (first, *knobs, None, up), (2, 0, False, 0.0)
+        yield from _pair(CTU_AND_MUL, f"{name} {dtype_name}", inputs, attrs, mask, reads=2)
 
 
 def _head_edit(dtype_name: str, dtype: torch.dtype) -> Iterator[Variant]:
@@ -149,6 +160,8 @@ def variants() -> Iterator[Variant]:
     for name, dtype in DTYPES.items():
         yield from _ctu(name, dtype)
         yield from _head_edit(name, dtype)
+        if name in ("fp32", "bf16"):
+            yield from _ctu_and_mul(name, dtype)
     yield from _gates()
     yield from _followers()
     for name in ("fp32", "bf16"):

@@ -33,7 +33,8 @@ class CurvatureConfig(AdapterConfig):
         share: "module": the uses of one activation module (the ReLU of a ResNet's basic block, called twice) have
             their parameters in common, if they have the same channels. "site": each use has its own. Default: "module".
             Both give the published parameter counts of ResNets: a bottleneck's uses differ in channels.
-        activations: "all", or some of "relu", "leaky_relu", "prelu", "relu6", "silu", "gelu" (exact), "quick_gelu".
+        activations: "all", or some of "relu", "leaky_relu", "prelu", "relu6", "silu", "gelu" (exact), "gelu_tanh"
+            (approximated by tanh), "quick_gelu".
         target_modules: which sites: None (all), a regular expression matched against whole site names, or a list of
             names or name endings. `find_activations` lists them.
         exclude_modules: sites to leave alone, likewise.
@@ -51,7 +52,7 @@ class CurvatureConfig(AdapterConfig):
     Raises:
         ValueError: a value outside its range; the message names the field.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(resnet18(), CurvatureConfig(modules_to_save=["fc"]))
         >>> optimizer = torch.optim.Adam(parameter_groups(model))  # 0.1 for beta and coeff, 1e-3 for the head
 

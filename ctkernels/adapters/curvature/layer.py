@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from ...steering.runtime import SiteUnit, call_ctu, ctu_arguments
 from .._offload import keep_resident
 from .config import CurvatureConfig
 from .layout import Channels
-from .per_sample import index_of, names_for, neutral_logits
+from .per_sample import index_of, logit, names_for, neutral_logits
 
 
 def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -75,8 +74,7 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
         self.curvature_config[adapter_name] = config
         self.curvature_channels[adapter_name] = channels
         for table, value in zip((self.curvature_raw_beta, self.curvature_raw_coeff), config.start(self.activation)):
-            logit = math.log(value) - math.log1p(-value)
-            raw = torch.full((1 if channels is None else channels.size,), logit, dtype=torch.float32)
+            raw = torch.full((1 if channels is None else channels.size,), logit(value), dtype=torch.float32)
             if self.device is not None and "meta" not in (raw.device.type, self.device.type):
                 raw = raw.to(self.device)
             table[adapter_name] = nn.Parameter(raw)
@@ -146,7 +144,7 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
             values, channels, index = *self._values(), None
         else:
             values, channels, index = self._values_by_sample(names, x)
-        return _call(x, values, channels, activation, slope, inplace, self.site, index)
+        return call_unit(x, values, channels, activation, slope, inplace, self.site, index)
 
     def ctu_arguments(self, x: Tensor, activation: str, slope: float | Tensor | None) -> dict[str, Any] | None:
         """Keyword arguments for `ctkernels.functional.ctu`; None inside `adapters_by_sample`, where they depend on the call."""
@@ -228,7 +226,7 @@ class FixedUnit(Unscriptable, SiteUnit, nn.Module):
 
     def forward(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
         """The unit in the place of `activation(x)`."""
-        return _call(x, (self.raw_beta, self.raw_coeff), self.channels, activation, slope, inplace, self.site)
+        return call_unit(x, (self.raw_beta, self.raw_coeff), self.channels, activation, slope, inplace, self.site)
 
     def ctu_arguments(self, x: Tensor, activation: str, slope: float | Tensor | None) -> dict[str, Any] | None:
         """Keyword arguments for `ctkernels.functional.ctu`."""
@@ -241,7 +239,7 @@ class Original(SiteUnit):
     active = False
 
 
-def _call(
+def call_unit(
     x: Tensor,
     values: tuple[Tensor, Tensor],
     channels: Channels | None,
@@ -270,8 +268,7 @@ def _arguments(
     if beta.device != device:  # one pair for a model that is spread over devices
         beta, coeff = beta.to(device), coeff.to(device)
     arguments = ctu_arguments(beta, coeff, activation, slope, None if channels is None else channels.dim)
-    arguments["raw"] = True
-    return arguments
+    return arguments | {"raw": True, "eps": 0.0}  # a logit needs no correction
 
 
 def _fusible(

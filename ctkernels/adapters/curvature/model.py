@@ -29,6 +29,8 @@ from .._peft import (
     check_not_nested,
     check_saved,
     check_state_dict,
+    check_weighted,
+    inject_new,
     own_base_layers,
     pass_adapter_names,
     plain_model,
@@ -37,6 +39,7 @@ from .config import CurvatureConfig
 from .layer import CurvatureLayer, FixedUnit, Original
 from .layout import Channels, SiteCall, channels_of, find_channels, find_samples
 from .per_sample import BASE, adapters_by_sample, check_names
+from .weighted import fill_weighted, weighted_config, weighted_values
 
 
 @dataclass
@@ -70,9 +73,10 @@ class CurvatureModel(BaseTuner):
         ValueError: there is no activation to adapt (near misses are listed), its channels cannot be found, or the
             model is steered. The model is left as it was.
 
-    Example:
-        >>> import ctkernels.adapters
-        >>> model = get_peft_model(torchvision.models.resnet18(), CurvatureConfig(modules_to_save=["fc"]))
+    Examples:
+        >>> model = get_peft_model(resnet18(), CurvatureConfig(modules_to_save=["fc"]))
+        >>> model.print_trainable_parameters()
+        trainable params: ...
     """
 
     prefix = "curvature_"
@@ -80,7 +84,7 @@ class CurvatureModel(BaseTuner):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
-        self.register_load_state_dict_pre_hook(partial(check_state_dict, ".curvature_"))
+        self.register_load_state_dict_pre_hook(partial(check_state_dict, (".curvature_",)))
 
     # ---- putting an adapter in ----
 
@@ -107,7 +111,7 @@ class CurvatureModel(BaseTuner):
             super().inject_adapter(model, *args, **kwargs)
         except BaseException:
             if first:
-                _detach(model)
+                detach(model)
                 for parameter, flag in flags:
                     parameter.requires_grad_(flag)
             raise
@@ -169,10 +173,36 @@ class CurvatureModel(BaseTuner):
         Raises:
             ValueError: several names; units do not add up.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if len(names) > 1:
-            raise ValueError(f"adapter_name: one curvature adapter can be active at a time, got {names}")
+        check_one_active(adapter_name)
         super().set_adapter(adapter_name, inference_mode)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter whose beta and coeff are as far from the plain activation's as the weighted sum of others'.
+
+        With weights that sum to 1 these are the weighted means. What the units compute is no linear combination. It is not
+        activated.
+
+        Args:
+            adapters: the others' names.
+            weights: one for each.
+            adapter_name: the new one's name.
+            combination_type: only "linear".
+
+        Raises:
+            ValueError: an argument is wrong (the message names it), an adapter has modules_to_save, or a beta or coeff
+                would leave the range between 0 and 1. Nothing is added then.
+
+        Example:
+            >>> model.add_weighted_adapter(["digits", "letters"], [0.5, 0.5], "both")
+        """
+        check_weighted(self.peft_config, adapters, weights, adapter_name, combination_type)
+        attached = attached_to(self.model)
+        assert attached is not None
+        values = weighted_values(attached.layers, adapters, weights)
+        inject_new(self, adapter_name, weighted_config(attached.layers, adapters))
+        fill_weighted(attached.layers, values, adapter_name)
 
     # ---- one adapter for each sample of a batch ----
 
@@ -212,7 +242,7 @@ class CurvatureModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fix an adapter's values. A nonlinearity cannot be folded into weights: the fused unit stays, at its cost."""
-        _warn_of_merge()
+        warn_of_merge()
         super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
@@ -222,20 +252,27 @@ class CurvatureModel(BaseTuner):
         attached = attached_to(self.model)
         assert attached is not None
         if merge:
-            _warn_of_merge()
+            warn_of_merge()
             for layer in attached.layers.values():
                 layer.merge(safe_merge, adapter_names)
         unload: Any = super()._unload_and_optionally_merge
         with own_base_layers(self.model):
             model = unload(merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
         if merge:
-            _fix_units(model)
+            fix_units(model)
         else:
-            _detach(model)
+            detach(model)
         return model
 
 
-def _warn_of_merge() -> None:
+def check_one_active(adapter_name: str | list[str]) -> None:
+    """Check that not several adapters are activated: units do not add up."""
+    if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+        raise ValueError(f"adapter_name: one curvature adapter can be active at a time, got {list(adapter_name)}")
+
+
+def warn_of_merge() -> None:
+    """Say what merging a curvature adapter does."""
     warnings.warn(
         "A nonlinearity cannot be folded into the weights: merging fixes the learned values, and the activations stay "
         "fused CT units, with what those cost at run time. They are part of this object, not of its weights: a saved "
@@ -303,7 +340,7 @@ def _attach(model: nn.Module) -> None:
     )
 
 
-def _detach(model: nn.Module) -> None:
+def detach(model: nn.Module) -> None:
     """Undo `_attach`: the model has its own modules and classes again."""
     attached = model.__dict__.pop(_marks.CURVATURE)
     plain_model(model).__dict__.pop(_marks.SAVE_PRETRAINED, None)
@@ -313,7 +350,7 @@ def _detach(model: nn.Module) -> None:
     revert_patches(attached.modules, attached.edits, attached.copies)
 
 
-def _fix_units(model: nn.Module) -> None:
+def fix_units(model: nn.Module) -> None:
     """Put fixed units where layers with a merged adapter are; peft is not needed to run them."""
     attached = model.__dict__.pop(_marks.CURVATURE)
     fixed: dict[int, FixedUnit] = {}
@@ -337,8 +374,8 @@ def _fix_units(model: nn.Module) -> None:
 def find_activations(model: nn.Module) -> list[Site]:
     """The places where `model` applies an activation, as `CurvatureConfig` names them.
 
-    Example:
-        >>> [site.name for site in find_activations(torchvision.models.resnet18())][:3]
+    Examples:
+        >>> [site.name for site in find_activations(resnet18())][:3]
         ['relu', 'layer1.0.relu', 'layer1.0.relu#2']
     """
     attached = attached_to(model)
@@ -351,11 +388,28 @@ def _plan(model: nn.Module, config: CurvatureConfig) -> list[tuple[list[str], Ch
     if attached is None and is_steered(model):
         raise ValueError("model: expected one that is not steered, got one that is; remove() its handle first")
     result = ScanResult(sites=list(attached.sites.values())) if attached is not None else scan_all(model)
+    settle_layout(model, config, result)
+    return sharing_groups(model, config, result.sites)
+
+
+def settle_layout(model: nn.Module, config: CurvatureConfig, result: ScanResult) -> None:
+    """Write the sites that a configuration selects, and the channels of each, into its `layout`, unless it has one."""
     if config.layout is None:
         sites = _selected(model, config, result)
         by_channel = config.granularity == "channel"
         config.layout = _layout(model, config, sites) if by_channel else dict.fromkeys(site.name for site in sites)
-    known = {site.name: site for site in result.sites}
+
+
+def sharing_groups(
+    model: nn.Module, config: CurvatureConfig, sites: list[Site]
+) -> list[tuple[list[str], Channels | None]]:
+    """The sites in a configuration's layout, grouped by the parameters they have in common; the first holds them.
+
+    Raises:
+        ValueError: the layout names a site that the model does not have.
+    """
+    assert config.layout is not None
+    known = {site.name: site for site in sites}
     foreign = [name for name in config.layout if name not in known]
     if foreign:
         raise ValueError(
@@ -440,7 +494,7 @@ def _warn(text: str) -> None:
 
 def _strip(model: nn.Module) -> None:
     if attached_to(model) is not None:
-        _detach(model)
+        detach(model)
 
 
 def _show(uses: list[SiteCall]) -> str:

@@ -5,6 +5,7 @@ The names are in a context variable, not on the layers: a forward pass in anothe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -58,7 +59,12 @@ def index_of(names: list[str], used: list[str], x: Tensor, site: str, samples_fi
 def neutral_logits(activation: str, like: Tensor) -> tuple[Tensor, Tensor]:
     """raw beta and raw coeff at which the unit is the activation itself, one value each."""
     point = ACTIVATIONS[activation]
-    return torch.logit(like.new_tensor([point.beta])), torch.logit(like.new_tensor([point.coeff]))
+    return like.new_tensor([logit(point.beta)]), like.new_tensor([logit(point.coeff)])
+
+
+def logit(p: float) -> float:
+    """The inverse of the sigmoid, from 0 to 1."""
+    return math.log(p) - math.log1p(-p) if p < 1 else math.inf
 
 
 def check_names(names: Any, known: set[str], samples: int | None, training: bool) -> list[str]:

@@ -111,9 +111,10 @@ def fuse_attention(model: nn.Module) -> FusedAttention:
             which the installed transformers does not yet route through its interface, or another attention
             implementation. The model is left as it was.
 
-    Example:
-        >>> model = get_peft_model(model, JolaConfig(task_type="CAUSAL_LM"))
+    Examples:
+        >>> model = get_peft_model(base, JolaConfig(task_type="CAUSAL_LM"))
         >>> handle = ctkernels.adapters.fuse_attention(model)
+        >>> handle.remove()
     """
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import sdpa_mask

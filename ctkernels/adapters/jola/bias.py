@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import ChainMap
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,15 +14,28 @@ from torch import nn
 from .._offload import offload_hook
 from .runtimes import losses
 
-# Config switches that give a bias-free architecture a bias in its attention output projection.
+# Config switches that give an architecture biases in its attention.
 _SWITCHES: tuple[tuple[str, Any], ...] = (
     ("attention_out_bias", True),
     ("attention_bias", True),
+    ("use_qkv_bias", True),
     ("use_bias", True),
     ("bias", True),
     ("no_bias", False),
     ("add_bias_linear", True),
 )
+
+
+class Switch(NamedTuple):
+    """A config switch: the part of the config that has it ("" for the config itself), its name and the value to set.
+
+    `added` are the shapes of all parameters that the architecture has with it and not without.
+    """
+
+    part: str
+    name: str
+    value: Any
+    added: dict[str, torch.Size]
 
 
 def config_parts(config: Any) -> dict[str, Any]:
@@ -30,20 +44,31 @@ def config_parts(config: Any) -> dict[str, Any]:
     return {"": config} | {name: part for name, part in parts.items() if part is not None}
 
 
-def bias_switch(model: nn.Module, sites: list[str]) -> tuple[str, str, Any, dict[str, torch.Size]] | None:
-    """Find the config switch that gives the projections `sites` a bias in plain transformers.
+def families(model: nn.Module) -> list[str]:
+    """The model types of a model's config and of its parts."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return []
+    return list(dict.fromkeys(str(getattr(part, "model_type", "")) for part in config_parts(config).values()))
+
+
+def bias_switch(model: nn.Module, biases: Iterable[str]) -> Switch | None:
+    """Find the config switch that gives plain transformers these biases.
 
     The architecture itself is asked: it is built on the meta device with each candidate switch.
 
+    Args:
+        model: a plain model.
+        biases: names of parameters, as "model.layers.0.self_attn.o_proj.bias".
+
     Returns:
-        the part of the config that holds the switch ("" for the config itself), the switch, its value, and the shapes
-        of all parameters it adds; None if no switch adds just these biases and others that can be zero.
+        None if no switch adds just these and other biases, which can be zero.
     """
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(type(model), "_from_config"):
         return None
     present = set(dict(model.named_parameters(remove_duplicate=False)))
-    wanted = {f"{site}.bias" for site in sites}
+    wanted = set(biases)
     for part, own in config_parts(config).items():
         for name, value in _SWITCHES:
             if not hasattr(own, name) or getattr(own, name) == value:
@@ -51,48 +76,54 @@ def bias_switch(model: nn.Module, sites: list[str]) -> tuple[str, str, Any, dict
             changed = copy.deepcopy(config)
             setattr(config_parts(changed)[part], name, value)
             with torch.device("meta"):
-                twin = type(model)(changed)
-            shapes = {key: parameter.shape for key, parameter in twin.named_parameters(remove_duplicate=False)}
-            added = {key: shape for key, shape in shapes.items() if key not in present}
+                candidate = type(model)(changed)
+            shapes = {key: parameter.shape for key, parameter in candidate.named_parameters(remove_duplicate=False)}
+            added = {key: shape for key, shape in shapes.items() if key not in present - wanted}
             if wanted | present <= set(shapes) and all(key.endswith(".bias") for key in added):
-                return part, name, value, added
+                return Switch(part, name, value, added)
     return None
 
 
-def hold_bias(model: nn.Module, sites: list[str], target: str | None = None) -> str | None:
+def switch_on(model: nn.Module, switch: Switch) -> list[str]:
+    """Set a switch in a model's config and give the model the biases that it has then, zeros where there are none yet.
+
+    Returns:
+        the names of the zero biases.
+    """
+    zeros = []
+    for key, shape in switch.added.items():
+        owner_name, _, leaf = key.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        if getattr(owner, leaf, None) is None:
+            zeros.append(key)
+            weight: Any = next(iter(owner.parameters(recurse=False)))
+            dtype = weight.dtype if weight.is_floating_point() else getattr(model, "dtype", torch.float32)
+            hook = offload_hook(owner)
+            if hook is not None:
+                hook.weights_map = ChainMap({leaf: torch.zeros(shape, dtype=dtype)}, hook.weights_map)
+            bias = torch.zeros(shape, dtype=dtype, device=weight.device)
+            setattr(owner, leaf, nn.Parameter(bias, requires_grad=False))
+    setattr(config_parts(model.config)[switch.part], switch.name, switch.value)
+    return zeros
+
+
+def hold_bias(model: nn.Module, sites: list[str]) -> str | None:
     """Make a merged model's new biases survive `save_pretrained`: set the config switch, add zero biases beside them.
 
     Warns where a runtime is known to read the architecture without these biases.
 
     Args:
         model: a plain model whose projections `sites` got a bias they did not have.
-        target: the runtime that the model is for; what others do is of no interest then.
 
     Returns:
-        None when done, else the reason why the architecture, or the target, cannot hold them (nothing is changed then).
+        None when done, else the reason why the architecture cannot hold them (nothing is changed then).
     """
-    switch = bias_switch(model, sites)
-    config: Any = getattr(model, "config", None)
+    switch = bias_switch(model, [f"{site}.bias" for site in sites])
     if switch is None:
-        family = getattr(config, "model_type", type(model).__name__)
+        family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         return f"the architecture {family!r} has no bias in {sites[0]}, and no config switch for one"
-    part, name, value, added = switch
-    parts = config_parts(config)
-    families = dict.fromkeys(getattr(p, "model_type", "") for p in (parts[part], config))
-    problems = [loss for family in families for loss in losses(family, target)]
-    if target is not None and problems:
-        return problems[0].removesuffix(".")
-    for key, shape in added.items():
-        owner_name, _, leaf = key.rpartition(".")
-        owner = model.get_submodule(owner_name)
-        if getattr(owner, leaf, None) is None:
-            weight: Any = next(iter(owner.parameters(recurse=False)))
-            hook = offload_hook(owner)
-            if hook is not None:
-                hook.weights_map = ChainMap({leaf: torch.zeros(shape, dtype=weight.dtype)}, hook.weights_map)
-            zeros = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-            setattr(owner, leaf, nn.Parameter(zeros, requires_grad=False))
-    setattr(parts[part], name, value)
-    for problem in problems:
-        warnings.warn(problem, UserWarning, stacklevel=3)
+    switch_on(model, switch)
+    for family in families(model):
+        for problem in losses(family):
+            warnings.warn(problem, UserWarning, stacklevel=3)
     return None

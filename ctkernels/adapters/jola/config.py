@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from .._peft import add_peft_type
 _EDITS = ("both", "multiplicative", "additive")
 _ESTIMATORS = ("clip", "mean")
 _SAMPLING = ("forward", "row")
+_ADDITIVE = ("head", "kv_group")
 _GATE_RATE = 10.0
 
 
@@ -36,6 +38,9 @@ class JolaConfig(AdapterConfig):
             dict are not edited.
         head_dim: size of a head; None reads it from the model.
         edit: "both", "multiplicative" (m only) or "additive" (a only).
+        additive: "head", an offset a for each head; or "kv_group", one for all heads that share keys and values, added
+            before the heads are scaled: `(1 + g_m*m) * (z + g_a*a)`. Such an edit is a bias of the value projection, where
+            more runtimes have room for it (`save_merged`); where every head has values of its own, so is "head".
         init_std: standard deviation of m and a at the start; 0 starts at the identity exactly. Default 1e-3.
         init_log_alpha: log alpha of every gate at the start. Default 2.5: all gates open, `P(g != 0) = 0.964`.
         temperature: temperature of the hard-concrete distribution. Default 0.33.
@@ -53,9 +58,9 @@ class JolaConfig(AdapterConfig):
     Raises:
         ValueError: a value outside its range; the message names the field.
 
-    Example:
+    Examples:
         >>> config = JolaConfig(task_type="CAUSAL_LM", layers_to_transform=[0, 1])
-        >>> model = get_peft_model(model, config)
+        >>> model = get_peft_model(base, config)
     """
 
     method: ClassVar[str] = "JOLA"
@@ -67,6 +72,7 @@ class JolaConfig(AdapterConfig):
     heads: Any = field(default=None)
     head_dim: int | None = field(default=None)
     edit: str = field(default="both")
+    additive: str = field(default="head")
     init_std: float = field(default=1e-3)
     init_log_alpha: float = field(default=2.5)
     temperature: float = field(default=0.33)
@@ -82,7 +88,12 @@ class JolaConfig(AdapterConfig):
         if self.gate_rate is None:
             self.gate_rate = _GATE_RATE if self.peft_type is None else 1.0  # files name the type, and code does not
         self.peft_type = add_peft_type(self.method)
-        for name, allowed in (("edit", _EDITS), ("gate_estimator", _ESTIMATORS), ("gate_sampling", _SAMPLING)):
+        for name, allowed in (
+            ("edit", _EDITS),
+            ("additive", _ADDITIVE),
+            ("gate_estimator", _ESTIMATORS),
+            ("gate_sampling", _SAMPLING),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"JolaConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}")
         if not self.temperature > 0:
@@ -149,11 +160,18 @@ class JolaConfig(AdapterConfig):
             return self.heads[name]
         return self.heads.get(str(self.layer_index(name)))
 
-    def heads_of(self, name: str, num_heads: int) -> tuple[list[int] | None, list[int] | None]:
+    def shared(self, kind: str, num_heads: int, num_kv_heads: int | None) -> int:
+        """How many heads in a row share one vector and gate of "m" or "a"."""
+        return num_heads // num_kv_heads if kind == "a" and self.additive == "kv_group" and num_kv_heads else 1
+
+    def heads_of(
+        self, name: str, num_heads: int, num_kv_heads: int | None
+    ) -> tuple[list[int] | None, list[int] | None]:
         """The heads with a multiplicative and with an additive edit in module `name`; None stands for all.
 
         Raises:
-            ValueError: a head is listed twice or lies outside `0 .. num_heads - 1`.
+            ValueError: a head is listed twice or lies outside `0 .. num_heads - 1`; additive edits are to be shared by
+                groups of heads, and the groups are not known or only a part of one is listed.
         """
         entry = self._entry(name) if isinstance(self.heads, dict) else self.heads
         parts = [entry.get("m", []), entry.get("a", [])] if isinstance(entry, dict) else [entry, entry]
@@ -164,4 +182,17 @@ class JolaConfig(AdapterConfig):
             if part is not None and (len(set(part)) != len(part) or not all(0 <= head < num_heads for head in part)):
                 raise ValueError(f"{name}: heads must be distinct and in 0..{num_heads - 1}, got {part}")
         multiplicative, additive = (None if part is None else sorted(part) for part in parts)
+        if self.additive == "kv_group" and additive != []:
+            if num_kv_heads is None:
+                raise ValueError(
+                    f"{name}: additive='kv_group' needs to know which heads share values, and no projection of values was "
+                    "found beside this one; use additive='head'"
+                )
+            group = num_heads // num_kv_heads
+            counts = Counter(head // group for head in additive or ())
+            if any(count != group for count in counts.values()):
+                raise ValueError(
+                    f"{name}: with additive='kv_group', heads must be whole groups of {group} that share values, "
+                    f"got {additive}"
+                )
         return multiplicative, additive

@@ -74,7 +74,8 @@ def coverage(model: nn.Module) -> Coverage:
     Returns:
         the attention modules, each with the adapters that edit it, or the reason why none does.
 
-    Example:
+    Examples:
+        >>> model = get_peft_model(base, JolaConfig(exclude_modules=["model.layers.0.self_attn.o_proj"]))
         >>> coverage(model).skipped[0].reason
         'left out by exclude_modules'
     """
@@ -102,11 +103,10 @@ def coverage(model: nn.Module) -> Coverage:
 def print_coverage(model: nn.Module) -> None:
     """Print which attention modules of a model are edited, which are not, and why; see `coverage`.
 
-    Example:
-        >>> print_coverage(get_peft_model(model, JolaConfig()))
+    Examples:
+        >>> print_coverage(get_peft_model(base, JolaConfig(layers_to_transform=[1])))
         attention                      class             edited    left out because
-        encoder.layers.*.self_attn     SiglipAttention   12 of 12
-        head                           SiglipMultihea... 0 of 1    head.attention.out_proj: MultiheadAttention gives ...
+        model.layers.*.self_attn       LlamaAttention    1 of 2    ...
     """
     print(coverage(model))
 

@@ -101,9 +101,10 @@ def edit_sizes(
     Raises:
         ValueError: no texts, or no active JoLA adapter.
 
-    Example:
-        >>> report = edit_sizes(model, tokenizer, ["a definition", "another"])  # doctest: +SKIP
-        >>> report.largest(*report.heads(1)[0])  # doctest: +SKIP
+    Examples:
+        >>> report = edit_sizes(model, tokenizer, ["a definition", "another"])
+        >>> site, head = report.heads(1)[0]
+        >>> rows = report.largest(site, head)
     """
     from .gates import log_alphas
 

@@ -9,34 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .._offload import offload_hook
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def mergeable(base: Any, site: str) -> None:
-    """Check that edits can be folded into a projection.
-
-    Raises:
-        ValueError: its weight is quantised, or sharded over ranks.
-    """
-    weight = getattr(base, "weight", None)
-    data = weight.data if isinstance(weight, Tensor) else None
-    if type(weight) is nn.Parameter and type(data) is Tensor and data.dtype in _FLOATS:
-        return
-    if hasattr(weight, "device_mesh"):
-        raise ValueError(f"{site}: cannot merge into a weight that is sharded over ranks; merge in one process")
-    kind = type(weight).__name__ if type(weight) is not nn.Parameter else type(data).__name__
-    dtype = getattr(weight, "dtype", None)
-    raise ValueError(
-        f"{site}: cannot merge into a quantised {type(base).__name__} (weight {kind}, {dtype}): scaling its columns "
-        "would mean quantising again, with another result. Keep the adapter unmerged, or load the base model without "
-        "quantisation and merge there."
-    )
+from .packing import move_back, moved_state
 
 
 def folded(base: nn.Module, weight: Tensor, bias: Tensor | None, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -92,6 +69,7 @@ class Kept:
         self._parameters = nn.Module()
         for name in ("weight", "bias"):
             self._parameters.register_parameter(name, base._parameters.get(name))
+        self._moved = moved_state(base)
         self._merged = [list(layer.merged_adapters) for layer in layers]
         hook = offload_hook(base)
         self._weights_map = None if hook is None else hook.weights_map
@@ -117,6 +95,7 @@ class Kept:
             if not names and getattr(layer, "_kept", None) is not None:
                 layer._kept = None
         base._parameters.update(self._parameters._parameters)
+        move_back(base, self._moved)
         hook = offload_hook(base)
         if hook is not None:
             hook.weights_map = self._weights_map
@@ -127,7 +106,7 @@ class Kept:
 def copied(base: nn.Module) -> None:
     """Give a projection copies of its parameters, for methods that merge in place."""
     for name, value in base._parameters.items():
-        if value is not None:
+        if type(value) is nn.Parameter:  # quantised ones are replaced, not changed
             base._parameters[name] = nn.Parameter(value.detach().clone(), requires_grad=False)
 
 

@@ -84,9 +84,9 @@ def gate_map(model: nn.Module, adapter: str | None = None) -> GateMap:
     Raises:
         ValueError: the model has no JoLA adapter, or several are active and none is named.
 
-    Example:
-        >>> print(gate_map(model).text())  # doctest: +SKIP
-        9 of 270 heads edited, 97.4 % of the gates closed, 35100 parameters (137 KiB in float32)
+    Examples:
+        >>> print(gate_map(model).text())
+        8 of 8 heads edited, 0.0 % of the gates closed, 144 parameters (1 KiB in float32)
     """
     from .gates import log_alphas
 
@@ -128,8 +128,10 @@ def plot_gates(
         ValueError: no frames, frames of different sites, or another number of labels.
         ImportError: matplotlib is missing; the message names the extra.
 
-    Example:
-        >>> plot_gates([before, after], "gates.png", ["start", "end"])  # doctest: +SKIP
+    Examples:
+        >>> before = gate_map(model)
+        >>> loss = model(**batch).loss  # and training
+        >>> plot_gates([before, gate_map(model)], "gates.png", ["start", "end"])
     """
     with replacing(path) as temporary:
         draw_gates(frames, labels, title).savefig(temporary)

@@ -48,9 +48,9 @@ def open_heads(model: nn.Module, adapter: str | None = None) -> dict[str, dict[s
     Returns:
         module name -> {"m": heads, "a": heads}.
 
-    Example:
+    Examples:
         >>> open_heads(model)["model.layers.0.self_attn.o_proj"]["a"]
-        [0, 3]
+        [0, 1, 2, 3]
     """
     found: dict[str, dict[str, list[int]]] = {}
     for layer, name, kind, _ in log_alphas(model, adapter):
@@ -67,9 +67,10 @@ def freeze_gates(model: nn.Module, adapter: str | None = None) -> None:
         model: a model with a JoLA adapter.
         adapter: its name; None takes the active ones.
 
-    Example:
+    Examples:
         >>> freeze_gates(model)
-        >>> trainer.train()  # m and a only
+        >>> output = Trainer(model, arguments, train_dataset=data).train()  # m and a only
+        {'train_runtime': ...}
     """
     for layer, name, _, parameter in log_alphas(model, adapter):
         layer.jola_config[name].freeze_gates = True
@@ -92,8 +93,9 @@ def drop_closed_heads(model: nn.Module, adapter: str | None = None) -> int:
     Raises:
         ValueError: every gate is closed (nothing would be left to save), or the adapter is merged.
 
-    Example:
-        >>> drop_closed_heads(model)
+    Examples:
+        >>> drop_closed_heads(model)  # nothing: they are all open
+        0
         >>> model.save_pretrained("small")
     """
     names = named_adapters(model, adapter)
@@ -109,9 +111,9 @@ def drop_closed_heads(model: nn.Module, adapter: str | None = None) -> int:
         freeze_gates(model, name)
         for layer, _, kind, parameter in list(log_alphas(model, name)):
             heads = kept[layer.site][kind]
-            if len(heads) < len(parameter):
+            if len(heads) < len(layer.heads(kind, name)):
                 layer.keep_heads(name, kind, heads)
-                removed += len(parameter) - len(heads)
+                removed += len(parameter) - len(heads) // layer.shared(kind, name)
         config = next(layer.jola_config[name] for layer in jola_layers(model) if name in layer.jola_config)
         config.heads = {site: parts for site, parts in kept.items() if parts["m"] or parts["a"]}
     return removed

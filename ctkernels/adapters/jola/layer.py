@@ -20,7 +20,8 @@ from ...nn import Unscriptable
 from .._offload import fetched, home, keep_resident
 from .calls import take_edit
 from .config import JolaConfig
-from .fold import Kept, copied, folded, merge_from_inside, mergeable, refuse_live, stack, to_merge
+from .fold import Kept, copied, folded, merge_from_inside, refuse_live, stack, to_merge
+from .packing import packing
 from .parallel import local_heads
 from .reads import note_call, note_read, watch
 from .sites import linear_shape
@@ -41,11 +42,14 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         num_heads: heads in the whole (not the tensor-parallel local) input.
         head_dim: size of a head.
         site: the module's name in the model, for messages.
+        num_kv_heads: heads of values that the heads share; None if not known.
 
     Parameters of an adapter, in fp32 by default, K the number of edited heads: `jola_m`, `jola_a` (K, head_dim),
-    `jola_log_alpha_m`, `jola_log_alpha_a` (K,). Adam moves every parameter by the same step, so a and log alpha are
-    stored in units in which one step suits all of them: a is `jola_unit_a` (K,) times its parameter, log alpha is
-    `jola_unit_log_alpha` () times its. Units are buffers, saved with the adapter; in a file without them they are 1.
+    `jola_log_alpha_m`, `jola_log_alpha_a` (K,). With `additive="kv_group"`, those of a have a row for each group of heads
+    that share values; `gates`, `vectors` and `log_alpha` give the row of every head. Adam moves every parameter by the
+    same step, so a and log alpha are stored in units in which one step suits all of them: a is `jola_unit_a` (K,) times
+    its parameter, log alpha is `jola_unit_log_alpha` () times its. Units are buffers, saved with the adapter; in a file
+    without them they are 1.
     """
 
     jola_m: nn.ParameterDict
@@ -59,12 +63,15 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
     unit_names = ("jola_unit_a", "jola_unit_log_alpha")
     other_param_names = (*unit_names, "jola_heads_m", "jola_heads_a", "jola_config")
 
-    def __init__(self, base_layer: nn.Module, num_heads: int, head_dim: int, site: str) -> None:
+    def __init__(
+        self, base_layer: nn.Module, num_heads: int, head_dim: int, site: str, num_kv_heads: int | None = None
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.site = site
+        self.num_kv_heads = num_kv_heads
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         for name in self.unit_names:
@@ -78,20 +85,23 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         self._active_adapter = []
         self.merged_adapters: list[str] = []
         self._kept: Kept | None = None  # what merging replaced
+        self.merge_error = 0.0  # what quantising the merged weight anew lost, in parts of its norm
         self._paused: list[str] = []  # merged again when adapters are enabled
         self._watches: list[RemovableHandle] = []
 
     # ---- adapters ----
 
-    def update_layer(self, adapter_name: str, config: JolaConfig) -> None:
-        """Add the parameters of an adapter, initialised as the config says."""
+    def update_layer(self, adapter_name: str, config: JolaConfig, init: bool = True) -> None:
+        """Add the parameters of an adapter, initialised as the config says; without `init`, m and a are to be loaded."""
         self.jola_config[adapter_name] = config
-        for kind, heads in zip(KINDS, config.heads_of(self.site, self.num_heads)):
-            count = self.num_heads if heads is None else len(heads)
+        for kind, heads in zip(KINDS, config.heads_of(self.site, self.num_heads, self.num_kv_heads)):
+            count = (self.num_heads if heads is None else len(heads)) // self.shared(kind, adapter_name)
             if count == 0:
                 continue
             vectors = torch.empty(count, self.head_dim)
-            self._of(kind)[adapter_name] = nn.Parameter(nn.init.normal_(vectors, std=config.init_std))
+            if init:
+                nn.init.normal_(vectors, std=config.init_std)
+            self._of(kind)[adapter_name] = nn.Parameter(vectors)
             logits = torch.full((count,), config.init_log_alpha / config.gate_rate)
             self._log_alpha(kind)[adapter_name] = nn.Parameter(logits)
             self.jola_unit_log_alpha[adapter_name] = torch.tensor(float(config.gate_rate))
@@ -155,9 +165,9 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
                         self._log_alpha(kind)[name].requires_grad_(False)
 
     def keep_heads(self, adapter_name: str, kind: str, heads: list[int]) -> None:
-        """Drop every head but `heads` (indices among all heads) from one edit of an adapter."""
-        old = self.heads(kind, adapter_name)
-        rows = [old.index(head) for head in heads]
+        """Drop every head but `heads` (indices among all heads; whole groups) from one edit of an adapter."""
+        old, shared = self.heads(kind, adapter_name), self.shared(kind, adapter_name)
+        rows = [old.index(head) // shared for head in heads[::shared]]
         self._heads(kind).pop(adapter_name, None)
         if kind == "a":
             unit = self.jola_unit_a[adapter_name]
@@ -202,14 +212,30 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         """The heads, in order, that the rows of an adapter's parameters belong to."""
         return self._heads(kind).get(adapter_name, tuple(range(self.num_heads)))
 
+    def shared(self, kind: str, adapter_name: str) -> int:
+        """How many heads in a row share a row of an adapter's parameters."""
+        return self.jola_config[adapter_name].shared(kind, self.num_heads, self.num_kv_heads)
+
+    def row_sizes(self, adapter_name: str, sizes: Tensor) -> Tensor:
+        """The RMS that belongs to each row of an adapter's a, of the RMS of every head's output, (num_heads,)."""
+        edited = sizes[list(self.heads("a", adapter_name))]
+        return edited.view(-1, self.shared("a", adapter_name)).square().mean(-1).sqrt()
+
     def vectors(self, kind: str, adapter_name: str) -> Tensor:
-        """m or a of an adapter's edited heads, (K, head_dim)."""
+        """m or a of an adapter's edited heads, (heads, head_dim)."""
         value = self._of(kind)[adapter_name]
-        return value * self.jola_unit_a[adapter_name].unsqueeze(-1) if kind == "a" else value
+        if kind == "a":
+            value = value * self.jola_unit_a[adapter_name].unsqueeze(-1)
+        return self._by_head(value, adapter_name, kind, 0)
 
     def log_alpha(self, kind: str, adapter_name: str) -> Tensor:
-        """log alpha of the gates of an adapter's m or a, (K,)."""
-        return self._log_alpha(kind)[adapter_name] * self.jola_unit_log_alpha[adapter_name]
+        """log alpha of the gates of an adapter's m or a, (heads,)."""
+        stored = self._log_alpha(kind)[adapter_name] * self.jola_unit_log_alpha[adapter_name]
+        return self._by_head(stored, adapter_name, kind, 0)
+
+    def _by_head(self, rows: Tensor, adapter_name: str, kind: str, dim: int) -> Tensor:
+        shared = self.shared(kind, adapter_name)
+        return rows if shared == 1 else rows.repeat_interleave(shared, dim)
 
     # ---- what others read of a projection ----
 
@@ -260,7 +286,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
     # ---- the edit ----
 
     def gates(self, adapter_name: str, *, training: bool | None = None, rows: int | None = None) -> dict[str, Tensor]:
-        """The gates of an adapter's edited heads: a dict from "m" and "a" to (K,), or (rows, K) when sampled by row."""
+        """The gates of an adapter's edited heads: a dict from "m" and "a" to (heads,), or (rows, heads) if sampled by row."""
         config = self.jola_config[adapter_name]
         log_alpha = {kind: self._log_alpha(kind)[adapter_name] for kind in KINDS if adapter_name in self._of(kind)}
         if not log_alpha:
@@ -277,7 +303,8 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
             stretch=config.stretch,
             estimator=config.gate_estimator,
         )
-        return dict(zip(log_alpha, gates.split([value.shape[0] for value in log_alpha.values()], dim=-1)))
+        parts = gates.split([value.shape[0] for value in log_alpha.values()], dim=-1)
+        return {kind: self._by_head(part, adapter_name, kind, -1) for kind, part in zip(log_alpha, parts)}
 
     def _spread(self, value: Tensor, adapter_name: str, kind: str, dim: int) -> Tensor:
         """Place the rows of the edited heads among all heads, zeros elsewhere."""
@@ -292,9 +319,23 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
             pieces += [piece, zeros.narrow(dim, 0, gap)]
         return torch.cat(pieces, dim)
 
-    def _operands(self, adapter_name: str, gates: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _operands(
+        self, adapter_name: str, gates: dict[str, Tensor], like: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """m and a, and their gates, of all heads, as `head_edit` takes them; in the dtype and on the device of `like`."""
         vectors = {kind: self._spread(self.vectors(kind, adapter_name), adapter_name, kind, 0) for kind in gates}
-        return vectors, {kind: self._spread(gate, adapter_name, kind, -1) for kind, gate in gates.items()}
+        gates = {kind: self._spread(gate, adapter_name, kind, -1) for kind, gate in gates.items()}
+        if like is not None:
+            vectors = {kind: value.to(like) for kind, value in vectors.items()}
+            gates = {kind: gate.to(like) for kind, gate in gates.items()}
+        if self.jola_config[adapter_name].additive == "kv_group" and len(gates) == 2:
+            vectors["a"] = vectors["a"] * (1 + vectors["m"] * gates["m"].unsqueeze(-1))  # what is added is scaled too
+        return vectors, gates
+
+    def folded_edit(self, adapter_name: str) -> dict[str, Tensor]:
+        """g_m * m under "m" and g_a * a under "a", (heads, head_dim), with the deterministic gates."""
+        vectors, gates = self._operands(adapter_name, self.gates(adapter_name, training=False))
+        return {kind: vectors[kind] * gate.unsqueeze(-1) for kind, gate in gates.items()}
 
     def edit(self, z: Tensor, adapter_name: str) -> Tensor:
         """Apply one adapter's edit to `z` (..., heads * head_dim); under tensor parallelism, to the local heads."""
@@ -304,7 +345,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         vectors, gates = self._operands(adapter_name, gates)
         local = z.shape[-1] // self.head_dim
         if local != self.num_heads:
-            vectors = {kind: local_heads(value, self, local, 0) for kind, value in vectors.items()}
+            vectors = {kind: local_heads(value, self, local, -2) for kind, value in vectors.items()}
             gates = {kind: local_heads(value, self, local, -1) for kind, value in gates.items()}
         index = None
         if any(gate.dim() == 2 for gate in gates.values()):
@@ -350,14 +391,12 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         local = z.shape[-1] // self.head_dim
         operands: dict[str, list[Tensor]] = {"m": [], "a": []}
         for name in used:
-            gates = self.gates(name, training=False)
-            vectors, gates = self._operands(name, gates)
+            edit = self.folded_edit(name)
             for kind in KINDS:
-                if kind in gates:
-                    folded_in = vectors[kind] * gates[kind].unsqueeze(-1)
-                else:
-                    folded_in = torch.zeros(self.num_heads, self.head_dim, device=z.device)
-                operands[kind].append(folded_in if local == self.num_heads else local_heads(folded_in, self, local, 0))
+                value = edit.get(kind)
+                if value is None:
+                    value = torch.zeros(self.num_heads, self.head_dim, device=z.device)
+                operands[kind].append(value if local == self.num_heads else local_heads(value, self, local, 0))
         if not used:
             return z
         stacks = {kind: torch.stack([torch.zeros_like(parts[0]), *parts]) for kind, parts in operands.items()}
@@ -404,12 +443,56 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         p = torch.ones(self.num_heads, self.head_dim, dtype=dtype, device=home(base) or weight.device)
         q = torch.zeros_like(p)
         for name in adapter_names:
-            vectors, gates = self._operands(name, self.gates(name, training=False))
-            scale = 1 + vectors["m"].to(p) * gates["m"].to(p).unsqueeze(-1) if "m" in gates else torch.ones_like(p)
+            vectors, gates = self._operands(name, self.gates(name, training=False), like=p)
+            scale = 1 + vectors["m"] * gates["m"].unsqueeze(-1) if "m" in gates else torch.ones_like(p)
             p, q = p * scale, q * scale
             if "a" in gates:
-                q = q + vectors["a"].to(p) * gates["a"].to(p).unsqueeze(-1)
+                q = q + vectors["a"] * gates["a"].unsqueeze(-1)
         return p.flatten(), q.flatten()
+
+    @torch.no_grad()
+    def offsets(self, adapter_names: list[str]) -> Tensor:
+        """b, (num_kv_heads, head_dim) in float64, with `p*(z + b)` the edit of the adapters in order, as in `factors`.
+
+        Attention weights sum to 1, so b may be added to the values instead.
+
+        Raises:
+            ValueError: no b does it: a head's scale is 0 where something is added to it, or heads with the same values
+                have other offsets.
+        """
+        base: Any = self.get_base_layer()
+        p = torch.ones(self.num_heads, self.head_dim, dtype=torch.float64, device=home(base) or base.weight.device)
+        b = torch.zeros_like(p)
+        for name in adapter_names:
+            vectors, gates = self._operands(name, self.gates(name, training=False), like=p)
+            scale = 1 + vectors["m"] * gates["m"].unsqueeze(-1) if "m" in gates else torch.ones_like(p)
+            if "a" in gates:
+                added = self._spread(self.vectors("a", name), name, "a", 0).to(p) * gates["a"].unsqueeze(-1)
+                before = p if self.jola_config[name].additive == "kv_group" else p * scale
+                b = b + torch.where(added == 0, 0, added / before)
+            p = p * scale
+        return self._of_values(b)
+
+    def _of_values(self, b: Tensor) -> Tensor:
+        """One offset for each head of values, of one for each head."""
+        zero = (~b.isfinite()).nonzero().tolist()
+        if zero:
+            raise ValueError(
+                f"{self.site}: head {zero[0][0]} is scaled by 0 in dimension {zero[0][1]} and something is added there, "
+                "which no offset of its values can do"
+            )
+        if self.num_kv_heads is None:
+            raise ValueError(f"{self.site}: no projection of values was found beside it")
+        groups = b.view(self.num_kv_heads, -1, self.head_dim)
+        # a bias in the projection's dtype cannot tell smaller differences
+        weight: Any = self.get_base_layer().weight
+        eps = torch.finfo(weight.dtype if weight.is_floating_point() else torch.float32).eps
+        if bool((groups - groups[:, :1]).abs().amax() > eps * groups.abs().amax()):
+            raise ValueError(
+                f"{self.site}: {groups.shape[1]} heads share values, and their offsets differ; train with "
+                "additive='kv_group' to have one offset for all"
+            )
+        return groups[:, 0]
 
     def check_merge(self, adapter_names: list[str] | None = None) -> list[str]:
         """Check that adapters can be merged; nothing is changed.
@@ -418,26 +501,34 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
             the names, among `adapter_names` or the active ones, that would be merged.
 
         Raises:
-            ValueError: the projection is quantised or sharded, or an active adapter below this layer is not to be merged.
+            ValueError: the projection is sharded or quantised in an unknown way, or an active adapter below this layer is
+                not to be merged.
         """
         names = to_merge(self, adapter_names)
         if names:
-            mergeable(self.get_base_layer(), self.site)
+            quantised = packing(self.get_base_layer(), self.site).quantised
             for layer in self._below():
                 refuse_live(layer, adapter_names, "JolaLayer")
+                if quantised and to_merge(layer, adapter_names):
+                    raise ValueError(
+                        f"{self.site}: cannot merge a JolaLayer over a {type(layer).__name__} into a quantised projection, "
+                        "which would be quantised twice; load the base model without quantisation and merge there"
+                    )
         return names
 
     @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, additive: bool = True) -> None:
         """Fold adapters into the projection: `W <- W diag(p)`, `b <- b + W q`, computed in fp32 or wider.
 
         Adapters of other methods below this layer are merged first. New parameters take the place of the old ones, which
         are kept for `unmerge` (and cast and moved with the layer); a weight tied to another module is untied here. A bias
-        is created only if q is not zero. Merging more adapters later begins anew from the original parameters.
+        is created only if q is not zero. Merging more adapters later begins anew from the original parameters. With
+        `additive=False`, q is left out: `offsets` are to be added to the values. A quantised weight is quantised anew in
+        the same way, unless p is 1; `merge_error` says what that lost.
 
         Raises:
-            ValueError: the projection is quantised or sharded, an active adapter below this layer is not to be merged,
-                or `safe_merge` met a non-finite value. Nothing is changed then.
+            ValueError: the projection is sharded or quantised in an unknown way, an active adapter below this layer is not
+                to be merged, or `safe_merge` met a non-finite value. Nothing is changed then.
         """
         names = self.check_merge(adapter_names)
         if self.merged:
@@ -449,13 +540,13 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         if self.merged:
             self.unmerge()
         try:
-            self._fold([*jola, *names], wanted, safe_merge)
+            self._fold([*jola, *names], wanted, safe_merge, additive)
         except BaseException:
             if jola:
                 self._fold(jola, before, False)
             raise
 
-    def _fold(self, names: list[str], below: list[str] | None, safe_merge: bool) -> None:
+    def _fold(self, names: list[str], below: list[str] | None, safe_merge: bool, additive: bool = True) -> None:
         """Fold `names` into the original parameters, and before them what is below (names; None for what is active)."""
         base: Any = self.get_base_layer()
         layers = self._below()
@@ -465,13 +556,20 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
                 if any(to_merge(layer, below) for layer in layers):
                     copied(base)  # other methods merge in place
                     layers[0].merge(safe_merge=safe_merge, adapter_names=below)
-                weight, bias = folded(base, base.weight, base.bias, *self.factors(names))
+                p, q = self.factors(names)
+                stored = packing(base, self.site)
+                old = stored.unpack()
+                weight, bias = folded(base, old, base.bias, p, q if additive else torch.zeros_like(q))
                 if safe_merge and not all(bool(v.isfinite().all()) for v in (weight, bias) if v is not None):
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "
                         f"{self.site} would get values that are not finite"
                     )
-                base.weight = nn.Parameter(weight, requires_grad=False)
+                if not stored.quantised or bool((p != 1).any()):
+                    base.weight = stored.pack(weight)
+                    if stored.quantised:
+                        exact = weight.double()
+                        self.merge_error = float((packing(base, self.site).unpack() - exact).norm() / exact.norm())
                 base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         except BaseException:
             kept.restore(base, layers)

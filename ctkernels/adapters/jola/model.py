@@ -24,6 +24,8 @@ from .._peft import (
     check_not_nested,
     check_saved,
     check_state_dict,
+    check_weighted,
+    inject_new,
     own_base_layers,
     pass_adapter_names,
 )
@@ -32,7 +34,8 @@ from .config import JolaConfig
 from .coverage import left_out
 from .fold import to_merge
 from .layer import KINDS, JolaLayer
-from .sites import default_targets, head_layout, near_misses, unused_sites, unwrapped
+from .sites import SiteHeads, default_targets, near_misses, site_heads, unused_sites, unwrapped
+from .weighted import fill_weighted, weighted_config
 
 
 class JolaModel(BaseTuner):
@@ -47,9 +50,10 @@ class JolaModel(BaseTuner):
         ValueError: no site was found, or one cannot be edited; the message names the module. The model is left as it
             was.
 
-    Example:
+    Examples:
         >>> import ctkernels.adapters
-        >>> model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), JolaConfig(task_type="CAUSAL_LM"))
+        >>> base = AutoModelForCausalLM.from_pretrained("llama")
+        >>> model = get_peft_model(base, JolaConfig(task_type="CAUSAL_LM"))
     """
 
     prefix = "jola_"
@@ -57,7 +61,7 @@ class JolaModel(BaseTuner):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
-        self.register_load_state_dict_pre_hook(partial(check_state_dict, ".jola_"))
+        self.register_load_state_dict_pre_hook(partial(check_state_dict, (".jola_",)))
 
     # ---- finding sites ----
 
@@ -66,36 +70,11 @@ class JolaModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Settle the targets and check every site before any module is replaced."""
-        targets = peft_config.target_modules
-        if targets is None:
-            found = default_targets(model)
-            targets = found if isinstance(found, str) else set(found)
-        probe = _with_targets(peft_config, targets)
-        sites = [name for name, _ in unwrapped(model) if name and self._check_target_module_exists(probe, name)]
-        if not sites:
-            raise ValueError(
-                f"target_modules={peft_config.target_modules!r} with layers_to_transform="
-                f"{peft_config.layers_to_transform!r} matched no module. {near_misses(model)}"
-            )
-        unused = probe.unused(sites)
-        if unused:
-            raise ValueError(f"layers_to_transform and heads name {unused}, where no module is to be edited")
-        shapes: dict[str, torch.Size] = {}
-        for name in sites:
-            module = model.get_submodule(name)
-            base = module.get_base_layer() if isinstance(module, JolaLayer) else module
-            heads, size = head_layout(model, name, base, peft_config.head_dim)
-            for kind, edited in zip(KINDS, peft_config.heads_of(name, heads)):
-                count = heads if edited is None else len(edited)
-                if count:
-                    shapes[f"{name}.jola_{kind}"] = torch.Size((count, size))
-                    shapes[f"{name}.jola_log_alpha_{kind}"] = torch.Size((count,))
-                    shapes[f"{name}.jola_unit_log_alpha"] = torch.Size(())
-                    if kind == "a":
-                        shapes[f"{name}.jola_unit_a"] = torch.Size((count,))
+        targets, sites = planned_sites(model, peft_config)
+        shapes = parameter_shapes(peft_config, sites)
         check_saved(saved_shapes(peft_config), shapes, model, peft_config)
         if peft_config.target_modules is None:
-            _warn_of_missed(model, peft_config, sites)
+            _warn_of_missed(model, peft_config, list(sites))
         for name, reason in unused_sites(model).items():
             if name in sites:
                 warnings.warn(f"{name}: its edit is for nothing, {reason}", UserWarning, stacklevel=2)
@@ -123,8 +102,8 @@ class JolaModel(BaseTuner):
         if isinstance(target, JolaLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        heads, size = head_layout(self.model, current_key, target, peft_config.head_dim)
-        layer = JolaLayer(target, heads, size, current_key)
+        heads = site_heads(self.model, current_key, target, peft_config.head_dim)
+        layer = JolaLayer(target, heads.count, heads.dim, current_key, heads.values)
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, peft_config)
         layer.train(target.training)
@@ -154,6 +133,29 @@ class JolaModel(BaseTuner):
                     if id(child) in wrappers:
                         setattr(owner, leaf, wrappers[id(child)])
                         wrappers[id(child)].watch(owner)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter that changes each head by the weighted sum of what others change it by in evaluation.
+
+        Its gates are open and frozen. It is not activated.
+
+        Args:
+            adapters: the others' names.
+            weights: one for each.
+            adapter_name: the new one's name.
+            combination_type: only "linear".
+
+        Raises:
+            ValueError: an argument is wrong (the message names it), or an adapter has modules_to_save.
+
+        Example:
+            >>> model.add_weighted_adapter(["polite", "short"], [0.5, 0.5], "both")
+        """
+        check_weighted(self.peft_config, adapters, weights, adapter_name, combination_type)
+        inject_new(self, adapter_name, weighted_config(self.model, adapters))
+        fill_weighted(self.model, adapters, weights, adapter_name)
 
     # ---- switching, merging, taking layers out ----
 
@@ -191,7 +193,7 @@ class JolaModel(BaseTuner):
             for layer in tuners:
                 if to_merge(layer, adapter_names):
                     with onload_layer(layer):
-                        done.append(layer)
+                        done.append((layer, list(layer.merged_adapters)))
                         layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unmerge_adapter(self) -> None:
@@ -202,26 +204,24 @@ class JolaModel(BaseTuner):
                     layer.unmerge()
 
     @contextmanager
-    def _all_or_none(self, adapter_names: list[str] | None, safe_merge: bool) -> Iterator[list[Any]]:
+    def _all_or_none(self, adapter_names: list[str] | None, safe_merge: bool) -> Iterator[list[tuple[Any, list[str]]]]:
         """Merge the JoLA layers; an error there or in the block takes it back, and what the block says it merged."""
         layers = list(jola_layers(self.model))
         for layer in layers:
             layer.check_merge(adapter_names)
         before = [(layer, list(layer.merged_adapters)) for layer in layers]
-        done: list[Any] = []
+        done: list[tuple[Any, list[str]]] = []
         try:
             for layer in layers:
                 layer.merge(safe_merge, adapter_names)
             yield done
+            _tell_of_rounding(layers)
         except BaseException:
-            for tuner in reversed(done):
-                if tuner.merged:
+            for tuner, names in [*reversed(done), *before]:
+                if tuner.merged_adapters != names:
                     tuner.unmerge()
-            for layer, names in before:
-                if layer.merged_adapters != names:
-                    layer.unmerge()
                     if names:
-                        layer.merge(adapter_names=names)
+                        tuner.merge(adapter_names=names)
             raise
 
     def _unload_and_optionally_merge(
@@ -306,6 +306,53 @@ def jola_layers(model: nn.Module) -> Iterator[JolaLayer]:
     return (module for module in model.modules() if isinstance(module, JolaLayer))
 
 
+def planned_sites(model: nn.Module, config: Any) -> tuple[Any, dict[str, SiteHeads]]:
+    """The sites that an adapter with this configuration edits.
+
+    Returns:
+        `target_modules`, of the table of families or the search where the configuration leaves it open; the heads of
+        every site by its name.
+
+    Raises:
+        ValueError: there is no site, one cannot be edited, or layers or heads are named where no site is.
+    """
+    targets = config.target_modules
+    if targets is None:
+        default = default_targets(model)
+        targets = default if isinstance(default, str) else set(default)
+    probe = _with_targets(config, targets)
+    names = [name for name, _ in unwrapped(model) if name and JolaModel._check_target_module_exists(probe, name)]
+    if not names:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} with layers_to_transform="
+            f"{config.layers_to_transform!r} matched no module. {near_misses(model)}"
+        )
+    unused = probe.unused(names)
+    if unused:
+        raise ValueError(f"layers_to_transform and heads name {unused}, where no module is to be edited")
+    sites = {}
+    for name in names:
+        module = model.get_submodule(name)
+        base = module.get_base_layer() if isinstance(module, JolaLayer) else module
+        sites[name] = site_heads(model, name, base, config.head_dim)
+    return targets, sites
+
+
+def parameter_shapes(config: JolaConfig, sites: dict[str, SiteHeads]) -> dict[str, torch.Size]:
+    """The shapes of an adapter's parameters and units at `sites`, by their name in the model."""
+    shapes: dict[str, torch.Size] = {}
+    for name, heads in sites.items():
+        for kind, edited in zip(KINDS, config.heads_of(name, heads.count, heads.values)):
+            count = (heads.count if edited is None else len(edited)) // config.shared(kind, heads.count, heads.values)
+            if count:
+                shapes[f"{name}.jola_{kind}"] = torch.Size((count, heads.dim))
+                shapes[f"{name}.jola_log_alpha_{kind}"] = torch.Size((count,))
+                shapes[f"{name}.jola_unit_log_alpha"] = torch.Size(())
+                if kind == "a":
+                    shapes[f"{name}.jola_unit_a"] = torch.Size((count,))
+    return shapes
+
+
 def _with_targets(config: JolaConfig, targets: Any) -> JolaConfig:
     probe = copy.copy(config)
     probe.target_modules = targets
@@ -324,6 +371,18 @@ def _warn_of_missed(model: nn.Module, config: JolaConfig, sites: list[str]) -> N
             "it; name what is meant with target_modules, or leave these out with exclude_modules.",
             UserWarning,
             stacklevel=3,
+        )
+
+
+def _tell_of_rounding(layers: list[JolaLayer]) -> None:
+    """Warn how much of merged weights quantising them anew lost."""
+    errors = [layer.merge_error for layer in layers if layer.merged and layer.merge_error]
+    if errors:
+        warnings.warn(
+            f"The merged weights of {len(errors)} quantised projections were quantised anew, which changes each by up to "
+            f"{100 * max(errors):.2g} % of its norm; merged into the base model without quantisation they would be exact.",
+            UserWarning,
+            stacklevel=4,
         )
 
 

@@ -43,14 +43,14 @@ class EditMonitor:
     Raises:
         ValueError: no JoLA adapter, or a negative margin.
 
-    Example:
+    Examples:
         >>> monitor = EditMonitor(model)
         >>> with monitor.calibrating():  # on texts like those of training
-        ...     model(**batch)
+        ...     output = model(**batch)
         >>> with monitor:
-        ...     model.generate(**inputs)
+        ...     output = model(**batch)
         >>> monitor.flags
-        tensor([False,  True])
+        tensor([False, False])
     """
 
     def __init__(self, model: nn.Module, adapter: str | None = None, *, margin: float = 0.5) -> None:

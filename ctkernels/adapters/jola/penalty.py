@@ -74,7 +74,7 @@ def jola_penalty(model: nn.Module, adapter: str | None = None, *, reduction: str
     Raises:
         ValueError: reduction is neither, or the model has no JoLA adapter.
 
-    Example:
+    Examples:
         >>> loss = model(**batch).loss + 0.1 * jola_penalty(model)
         >>> loss.backward()
     """
@@ -100,8 +100,9 @@ def official_penalty(model: nn.Module, weight: float, adapter: str | None = None
     Returns:
         a scalar with gradient, to be added to the loss without another factor.
 
-    Example:
-        >>> loss = loss + official_penalty(model, ExponentialSchedule()(step))
+    Examples:
+        >>> step = 10
+        >>> loss = model(**batch).loss + official_penalty(model, ExponentialSchedule()(step))
     """
     totals, counts = _sums(model, adapter)
     heads = next(layer.num_heads for layer, *_ in log_alphas(model, adapter))
@@ -227,8 +228,10 @@ class JolaPenaltyCallback(TrainerCallback):
         ValueError: an unknown schedule or penalty; at the start of training, if fp16 is used without clipping (then
             gradients are still scaled when the callback runs).
 
-    Example:
-        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[JolaPenaltyCallback("exponential")])
+    Examples:
+        >>> trainer = Trainer(model, arguments, train_dataset=data, callbacks=[JolaPenaltyCallback("exponential")])
+        >>> output = trainer.train()
+        {'train_runtime': ...}
     """
 
     def __init__(
@@ -304,9 +307,11 @@ def add_penalty_grad(model: nn.Module, weight: float, adapter: str | None = None
         adapter: its name; None takes the active ones.
         penalty: "paper" or "official".
 
-    Example:
-        >>> loss.backward()
-        >>> add_penalty_grad(model, 0.1); optimizer.step()
+    Examples:
+        >>> optimizer = torch.optim.AdamW(parameter_groups(model))
+        >>> model(**batch).loss.backward()
+        >>> add_penalty_grad(model, 0.1)
+        >>> optimizer.step()
     """
     parameters = [parameter for *_, parameter in log_alphas(model, adapter) if parameter.requires_grad]
     if not parameters:

@@ -1,43 +1,75 @@
-"""What runtimes other than transformers are known to do to merged models: which part they lose, and the way out."""
+"""Which biases of attention each runtime reads, by model family: where a merged model can have its additive edits."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+# What `save_merged` takes as its target.
+TARGETS = ("transformers", "vllm", "llama.cpp")
 
-class Loss(NamedTuple):
-    """What happens to the bias of the attention output projection, in which the additive edits are."""
+# Families (config.model_type) that a runtime has code for, and the biases it reads of them where transformers can have
+# them: of the attention's output projection, of its value projection. transformers itself is asked, not listed.
+# vLLM 0.32 (of families that it leaves to transformers it reads what transformers does), llama.cpp of October 2026.
+BOTH, VALUE, NONE = ("output", "value"), ("value",), ()
+READS: dict[str, dict[str, tuple[str, ...]]] = {
+    "arcee": {"vllm": BOTH, "llama.cpp": VALUE},
+    "cohere": {"vllm": NONE, "llama.cpp": VALUE},
+    "cohere2": {"vllm": NONE, "llama.cpp": VALUE},
+    "gemma": {"vllm": NONE, "llama.cpp": VALUE},
+    "gemma2": {"vllm": BOTH, "llama.cpp": VALUE},
+    "gemma3_text": {"vllm": BOTH, "llama.cpp": VALUE},
+    "glm4": {"vllm": VALUE, "llama.cpp": VALUE},
+    "granite": {"vllm": BOTH, "llama.cpp": BOTH},
+    "llama": {"vllm": BOTH, "llama.cpp": BOTH},
+    "mistral": {"vllm": NONE, "llama.cpp": BOTH},
+    "nemotron": {"vllm": BOTH, "llama.cpp": BOTH},
+    "olmo": {"vllm": BOTH, "llama.cpp": VALUE},
+    "olmo2": {"vllm": BOTH, "llama.cpp": VALUE},
+    "qwen2": {"vllm": VALUE, "llama.cpp": VALUE},
+    "qwen2_moe": {"vllm": VALUE, "llama.cpp": VALUE},
+    "qwen3": {"vllm": VALUE, "llama.cpp": VALUE},
+    "qwen3_moe": {"vllm": VALUE, "llama.cpp": VALUE},
+    "seed_oss": {"vllm": BOTH, "llama.cpp": VALUE},
+    "smollm3": {"vllm": BOTH, "llama.cpp": VALUE},
+    "stablelm": {"vllm": VALUE, "llama.cpp": VALUE},
+}
 
-    effect: str
-    way_out: str
+# Families whose attention and feed-forward layers compute what another's do that has room for biases.
+REHOMES = {"mistral": "llama", "qwen2": "llama"}
 
 
-_DROPS = (
-    "builds the attention output projection without a bias and skips the one in the file: the additive edits are lost"
-)
-_REFUSES = "refuses the file, as it has more tensors than it knows"
-_PLAIN = "train with edit='multiplicative', or serve the model with transformers"
+class Runtime(NamedTuple):
+    """A runtime's name in messages, and what it does with a bias that it does not read."""
 
-# family (config.model_type) -> runtime -> what is lost. A family or runtime that is not here: nothing is known against it.
-BIAS_LOSSES: dict[str, dict[str, Loss]] = {
-    "qwen3": {"vLLM": Loss(_DROPS, _PLAIN), "llama.cpp": Loss(_REFUSES, _PLAIN)},
-    "qwen3_moe": {"vLLM": Loss(_DROPS, _PLAIN)},
-    "gemma": {"vLLM": Loss(_DROPS, _PLAIN)},
-    "cohere": {"vLLM": Loss(_DROPS, _PLAIN)},
+    name: str
+    unread: str
+
+
+RUNTIMES = {
+    "transformers": Runtime("transformers", "skips it"),
+    "vllm": Runtime("vLLM", "builds that projection without a bias and skips the one in the file without a word"),
+    "llama.cpp": Runtime("llama.cpp", "refuses the file, as it has more tensors than it knows"),
 }
 
 
-# What `save_merged` takes as its target, and what the table calls it.
-TARGETS = {"transformers": "transformers", "vllm": "vLLM", "llama.cpp": "llama.cpp"}
+def listed(family: str) -> tuple[str, ...]:
+    """The targets that are known to serve a family: transformers, and those that the table has a row for."""
+    return ("transformers", *READS.get(family, {}))
 
 
-def losses(family: str, target: str | None = None) -> list[str]:
-    """Sentences about a merged model of `family` whose output projections got a bias, one for each runtime.
+def reads(family: str, target: str, projection: str) -> bool | None:
+    """Whether a target reads the bias of the "output" or the "value" projection; None: nothing is known."""
+    if target == "transformers":
+        return True
+    biases = READS.get(family, {}).get(target)
+    return None if biases is None else projection in biases
 
-    target: a name in TARGETS, to hear of that runtime alone.
-    """
+
+def losses(family: str) -> list[str]:
+    """Sentences about a merged model of `family` whose output projections got a bias, one for each runtime."""
     return [
-        f"{runtime} {loss.effect} (model_type {family!r}). Do not serve this merged model with {runtime}: {loss.way_out}."
-        for runtime, loss in BIAS_LOSSES.get(family, {}).items()
-        if target is None or TARGETS[target] == runtime
+        f"{RUNTIMES[target].name} {RUNTIMES[target].unread} (model_type {family!r}): do not serve this merged model with "
+        f"it. save_merged(target={target!r}) finds another way or says why there is none."
+        for target in READS.get(family, {})
+        if reads(family, target, "output") is False
     ]

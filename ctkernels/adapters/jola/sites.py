@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -62,6 +62,7 @@ _FUSED = re.compile(rf"(to_)?({_ALL}){_END}", re.IGNORECASE)
 _QUERY, _KEY, _VALUE = (
     re.compile(_ONE.format(name) + _END, re.IGNORECASE) for name in ("q|query", "k|key|kv", "v|value|kv")
 )
+_VALUE_ALONE = re.compile(_ONE.format("v|value") + _END, re.IGNORECASE)
 _OUTPUT_NAMES = {
     *(
         "o_proj",
@@ -100,6 +101,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     layer: Any = module
     if isinstance(getattr(layer, "in_features", None), int) and isinstance(getattr(layer, "out_features", None), int):
         return layer.in_features, layer.out_features
+    if isinstance(getattr(layer, "input_size", None), int) and isinstance(getattr(layer, "output_size", None), int):
+        return layer.input_size, layer.output_size  # vLLM's
     if type(layer).__name__ == "Conv1D" and isinstance(getattr(layer, "nf", None), int):
         return layer.weight.shape[0], layer.nf
     return None
@@ -162,9 +165,9 @@ def head_layout(model: nn.Module, name: str, module: nn.Module, head_dim: int | 
         ValueError: the module is no linear projection, is never called as a module (`nn.MultiheadAttention`), is an
             input projection, or its input is not `heads * head_dim` wide (a fused layout).
 
-    Example:
-        >>> head_layout(model, "model.layers.0.self_attn.o_proj", model.model.layers[0].self_attn.o_proj)
-        (32, 128)
+    Examples:
+        >>> head_layout(base, "model.layers.0.self_attn.o_proj", base.model.layers[0].self_attn.o_proj)
+        (4, 8)
     """
     shape = linear_shape(module)
     if shape is None:
@@ -192,6 +195,53 @@ def head_layout(model: nn.Module, name: str, module: nn.Module, head_dim: int | 
             "a fused projection cannot be edited per head (set head_dim in JolaConfig if the size is misread)"
         )
     return width // size, size
+
+
+def value_projection(model: nn.Module, name: str) -> str | None:
+    """The projection that makes the values for the site `name`, and nothing else; None where there is none."""
+    for depth in (1, 2):
+        around = ".".join(name.split(".")[:-depth])
+        owner = model.get_submodule(around)
+        names = [key for key, _ in unwrapped(owner) if _VALUE_ALONE.fullmatch(key.rsplit(".", 1)[-1])]
+        if names and len(name.split(".")) > depth:
+            return f"{around}.{names[0]}".lstrip(".") if len(names) == 1 else None
+    return None
+
+
+class SiteHeads(NamedTuple):
+    """The heads in the input of a projection.
+
+    Attributes:
+        count, dim: how many there are, and the size of each.
+        values: how many heads of values they share (see :func:`value_heads`); None if that cannot be read.
+    """
+
+    count: int
+    dim: int
+    values: int | None
+
+
+def site_heads(model: nn.Module, name: str, module: nn.Module, head_dim: int | None = None) -> SiteHeads:
+    """What :func:`head_layout` and :func:`value_heads` say of a site."""
+    count, dim = head_layout(model, name, module, head_dim)
+    return SiteHeads(count, dim, value_heads(model, name, count, dim))
+
+
+def value_heads(model: nn.Module, name: str, heads: int, size: int) -> int | None:
+    """How many heads of values the `heads` heads of the site `name` share; None if that cannot be read.
+
+    Neighbours share: head h has the values of `h // (heads // value_heads)`.
+    """
+    value = value_projection(model, name)
+    if value is not None:
+        width = linear_shape(model.get_submodule(value))
+        count = 0 if width is None or width[1] % size else width[1] // size
+    else:  # queries, keys and values in one projection
+        parent = next(_ancestors(model, name))
+        widths = [linear_shape(child) for leaf, child in parent.named_children() if _FUSED.fullmatch(leaf)]
+        total = widths[0][1] if len(widths) == 1 and widths[0] is not None else 0
+        count = 0 if total % (2 * size) != heads * size % (2 * size) else (total // size - heads) // 2
+    return count if count > 0 and heads % count == 0 else None
 
 
 def _is_input(leaf: str) -> bool:
@@ -291,9 +341,9 @@ def find_sites(model: nn.Module) -> list[str]:
     Returns:
         module names, in the model's order; empty if nothing fits.
 
-    Example:
-        >>> find_sites(model)[:1]
-        ['model.layers.0.self_attn.o_proj']
+    Examples:
+        >>> find_sites(base)
+        ['model.layers.0.self_attn.o_proj', 'model.layers.1.self_attn.o_proj']
     """
     sites = {attention.site for attention in find_attention(model)}
     return [name for name, _ in unwrapped(model) if name in sites]

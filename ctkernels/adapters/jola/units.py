@@ -47,9 +47,9 @@ def measure_units(model: nn.Module, batches: Iterable[Any], adapter: str | None 
         ValueError: no batch reached an edited layer, every output is zero, an output is not finite, or the adapter is
             merged. Nothing is changed then.
 
-    Example:
-        >>> model = get_peft_model(model, JolaConfig(task_type="CAUSAL_LM"))
-        >>> measure_units(model, [tokenizer(prompts[:64], padding=True, return_tensors="pt")])
+    Examples:
+        >>> model = get_peft_model(base, JolaConfig(task_type="CAUSAL_LM"))
+        >>> units = measure_units(model, [tokenizer(prompts[:64], padding=True, return_tensors="pt")])
     """
     names = named_adapters(model, adapter)
     for layer in jola_layers(model):
@@ -68,7 +68,7 @@ def measure_units(model: nn.Module, batches: Iterable[Any], adapter: str | None 
         found[layer.site] = size.tolist()
         for name in names:
             if name in layer.jola_a:
-                _change(layer.jola_a[name], layer.jola_unit_a[name], size[list(layer.heads("a", name))])
+                _change(layer.jola_a[name], layer.jola_unit_a[name], layer.row_sizes(name, size))
     return found
 
 

@@ -37,7 +37,7 @@ def hessian_vector(function: Scalar, x: Tensor, v: Tensor) -> Tensor:
     Raises:
         ValueError: ``v`` is not of ``x``'s shape, or the function does not give one number per sample.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[1.0, 2.0]])
         >>> hessian_vector(lambda x: (x**3).sum(1), x, torch.ones(1, 2))
         tensor([[ 6., 12.]])
@@ -68,7 +68,7 @@ def curvature(function: Scalar, x: Tensor, directions: Tensor) -> Tensor:
     Raises:
         ValueError: directions of another shape, or a zero one.
 
-    Example:
+    Examples:
         >>> x = torch.zeros(1, 2)
         >>> curvature(lambda x: x[:, 0] ** 2, x, torch.tensor([[[3.0, 0.0]], [[0.0, 1.0]]]))
         tensor([[2.],
@@ -125,8 +125,8 @@ def lipschitz(function: Callable[[Tensor], Tensor], x: Tensor, *, iterations: in
     Returns:
         (n,).
 
-    Example:
-        >>> lipschitz(lambda x: x @ torch.diag(torch.tensor([3.0, 1.0])), torch.zeros(1, 2))
+    Examples:
+        >>> lipschitz(lambda x: x @ torch.diag(torch.tensor([3.0, 1.0])), torch.zeros(1, 2)).round()
         tensor([3.])
 
     Source: Curvature Tuning paper, appendix C.1, bounds what this measures.
@@ -286,8 +286,10 @@ def curvature_profile(
     Raises:
         ValueError: an unknown quantity, fewer than two samples, another number of labels.
 
-    Example:
-        >>> print(curvature_profile(model, images, labels).table())  # doctest: +SKIP
+    Examples:
+        >>> profile = curvature_profile(model, images, labels, betas=[0.9, 1.0])
+        >>> print(profile.table())
+        beta ...
 
     Source: Curvature Tuning paper, theorem 3.1, which compares these Hessians.
     """

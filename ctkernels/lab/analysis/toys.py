@@ -125,8 +125,10 @@ def run_toys(
         ValueError: no seeds or betas, a beta out of range, fewer than one step.
         ImportError: peft, for LoRA, is missing; the message names the extra.
 
-    Example:
-        >>> print(run_toys(seeds=[0], steps=(200, 200, 200)).table())  # doctest: +SKIP
+    Examples:
+        >>> print(run_toys(seeds=[0], steps=(20, 20, 20)).table())
+        spirals, trained with flipped labels: accuracy on fresh points, % (higher is better)
+          beta 1 ...
 
     Source: Curvature Tuning paper, figures 1 and 2. Its script shows figure 2 only for seeds on which T-CT beats LoRA.
     """

@@ -27,7 +27,7 @@ def coeff_at(coeff: float | str, beta: float) -> float:
     The integral of (unit - ReLU) over all x is (pi^2 / 6) s^2 ((1 - c) - c / beta^2), s = 1 - beta. It is zero at
     c = beta^2 / (1 + beta^2): 0.5 near beta = 1, 0.448 at 0.9, 0.329 at 0.7. At c = 0.5 it is negative for beta < 1.
 
-    Example:
+    Examples:
         >>> coeff_at("mean-free", 1.0)
         0.5
     """

@@ -40,9 +40,9 @@ def load_model(name: str, weights: str | os.PathLike[str] = "default") -> nn.Mod
             factory that raises.
         ImportError: torchvision, timm or safetensors is missing; the message names the extra.
 
-    Example:
-        >>> model = load_model("mobilenet_v2", weights="packaged")  # doctest: +SKIP
-        >>> model = load_model("my_project.networks:make", weights="best.safetensors")  # doctest: +SKIP
+    Examples:
+        >>> model = load_model("resnet18", weights="none")
+        >>> model = load_model("networks.py:make", weights="best.safetensors")
     """
     choice = str(weights)
     checkpoint = None

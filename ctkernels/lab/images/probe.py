@@ -51,7 +51,7 @@ def fit_probe(features: Tensor, labels: Tensor, kind: str = "logistic", l2: floa
         ValueError: features that are not finite or do not vary; an unknown kind; l2 that is not positive.
         ImportError: NumPy or scikit-learn is missing; the message names the extra.
 
-    Example:
+    Examples:
         >>> probe = fit_probe(torch.tensor([[0.0], [1.0]]), torch.tensor([0, 1]))
         >>> probe.predict(torch.tensor([[-1.0], [2.0]])).tolist()
         [0, 1]

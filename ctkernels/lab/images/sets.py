@@ -35,7 +35,7 @@ class Preprocess:
     Raises:
         ValueError: a size below 1, a standard deviation that is not positive.
 
-    Example:
+    Examples:
         >>> Preprocess(size=64, resize=64)(torch.zeros(28, 28, dtype=torch.uint8)).shape
         torch.Size([3, 64, 64])
 
@@ -332,7 +332,7 @@ def stratified_split(labels: Tensor, fractions: Sequence[float], seed: int, name
     Raises:
         ValueError: a fraction out of range, or a class too small to give every part an image.
 
-    Example:
+    Examples:
         >>> rest, val = stratified_split(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), [0.25], seed=0)
         >>> len(rest), len(val)
         (6, 2)

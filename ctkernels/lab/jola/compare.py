@@ -80,9 +80,12 @@ def compare_methods(
             tokenizer without padding, or results of another set-up in ``out``.
         ImportError: transformers, peft, accelerate or tqdm is missing; the message names the extra.
 
-    Example:
-        >>> result = compare_methods(model, tokenizer, data, methods=["zero-shot", "lora", "jola"])  # doctest: +SKIP
-        >>> print(result.table())  # doctest: +SKIP
+    Examples:
+        >>> sizes = {"train": 8, "val": 4, "test": 4}
+        >>> result = compare_methods(model, tokenizer, data, methods=["zero-shot", "jola"], seeds=[0], progress=False, **sizes)
+        >>> print(result.table())
+        method     ROUGE-L  exact match  trained  seeds  s/run  setting
+        zero-shot ...
 
     Source: JoLA paper, section 4 and appendix F. Unlike there, every method's rates are tuned alike.
     """

@@ -34,8 +34,8 @@ def load_language_model(name: str | os.PathLike[str], dtype: str = "float32") ->
         ValueError: nothing there, or it does not load; the message says why.
         ImportError: transformers is missing, or gguf where it is needed.
 
-    Example:
-        >>> model, tokenizer = load_language_model("smollm2-135m")  # doctest: +SKIP
+    Examples:
+        >>> model, tokenizer = load_language_model("llama")  # a folder with config.json and safetensors
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")

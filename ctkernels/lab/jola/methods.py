@@ -77,6 +77,19 @@ def jola(model: nn.Module, setting: Setting, schedule: str = "exponential") -> I
 
 
 @contextmanager
+def jola_tct(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
+    """Gated edits of heads and curvature of activations as one adapter; curvature at a rate of its own."""
+    from ... import adapters
+
+    with _through_peft(model, adapters.JointConfig(task_type="CAUSAL_LM")) as wrapped:
+        groups = adapters.parameter_groups(
+            wrapped, lr=setting["lr"], gate_lr=setting["gate_lr"], curvature_lr=setting["curvature_lr"]
+        )
+        penalty = adapters.JolaPenaltyCallback(schedule, units=0)
+        yield Attached(wrapped, groups, [penalty], partial(adapters.measure_units, wrapped))
+
+
+@contextmanager
 def lofit(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
     """The same edits without gates; what the JoLA paper reports as LoFiT and as "no gate"."""
     from ... import adapters
@@ -84,6 +97,15 @@ def lofit(model: nn.Module, setting: Setting, schedule: str = "exponential") -> 
     with _through_peft(model, adapters.JolaConfig(task_type="CAUSAL_LM", freeze_gates=True)) as wrapped:
         groups = _trained(wrapped, setting["lr"])
         yield Attached(wrapped, groups, measure=partial(adapters.measure_units, wrapped))
+
+
+@contextmanager
+def tct(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
+    """Trainable Curvature Tuning of the feed-forward layers: a beta and a coeff for every channel of their activations."""
+    from ... import adapters
+
+    with _through_peft(model, adapters.CurvatureConfig(task_type="CAUSAL_LM")) as wrapped:
+        yield Attached(wrapped, _trained(wrapped, setting["lr"]))
 
 
 @contextmanager
@@ -147,6 +169,13 @@ METHODS: dict[str, Method] = {
         Method("bitfit", "biases only", {"lr": (3e-4, 1e-3, 3e-3, 1e-2)}, bitfit),
         Method("ia3", "(IA)3", {"lr": (1e-3, 3e-3, 1e-2, 3e-2)}, ia3),
         Method("lofit", "head edits without gates", {"lr": (1e-2, 2e-2, 5e-2, 1e-1)}, lofit),
+        Method("tct", "curvature of activations", {"lr": (1e-2, 2e-2, 5e-2, 1e-1)}, tct),
+        Method(
+            "jola+tct",
+            "both on one model",
+            {"lr": (2e-2, 5e-2), "gate_lr": (5e-1,), "curvature_lr": (1e-2, 3e-2)},
+            jola_tct,
+        ),
         Method("jola", "gated head edits", {"lr": (2e-2, 5e-2), "gate_lr": (2e-1, 5e-1)}, jola),
     )
 }

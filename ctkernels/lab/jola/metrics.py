@@ -15,7 +15,7 @@ def extracted(text: str, pattern: str | None) -> str:
 
     Without a pattern, the text itself without white space around it.
 
-    Example:
+    Examples:
         >>> extracted("The answer is (B).", r"\\b([A-J])\\b")
         'B'
     """
@@ -34,7 +34,7 @@ def _plain(text: str) -> str:
 def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
     """1 for each prediction equal to its reference but for case, punctuation and spacing, else 0.
 
-    Example:
+    Examples:
         >>> exact_matches(["Paris."], ["paris"])
         [1.0]
     """

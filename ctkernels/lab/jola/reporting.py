@@ -30,9 +30,11 @@ def restored(run: RunResult, model: Any, folder: str | os.PathLike[str]) -> Iter
     Raises:
         ValueError: the run trained nothing, or its weights are not there or not those that it left.
 
-    Example:
-        >>> with restored(result.tested("jola")[0], model, "out/jola") as adapted:  # doctest: +SKIP
-        ...     adapted.generate(**inputs)
+    Examples:
+        >>> sizes = {"train": 8, "val": 4, "test": 4, "progress": False, "out": "out/jola"}
+        >>> result = compare_methods(model, tokenizer, data, methods=["jola"], seeds=[0], **sizes)
+        >>> with restored(result.tested("jola")[0], model, "out/jola") as adapted:
+        ...     tokens = adapted.generate(**inputs, max_new_tokens=2)
     """
     method, path = METHODS[run.method], weights_path(folder, run)
     if method.attach is None:

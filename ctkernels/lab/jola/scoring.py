@@ -82,7 +82,9 @@ def tail_inputs(model: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> dict[
     if "position_ids" in known:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
     if "logits_to_keep" in known:
-        inputs["logits_to_keep"] = keep
+        # Positions rather than their number, by which models take a slice: a matrix product with rows that are not
+        # contiguous copies the vocabulary's weight in every call.
+        inputs["logits_to_keep"] = torch.arange(ids.shape[1] - keep, ids.shape[1], device=ids.device)
     return inputs
 
 

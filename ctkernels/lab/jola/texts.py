@@ -20,6 +20,7 @@ from ..._files import parse_json
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
 CHOICE_SEPARATOR = "|"
+ANSWER = ("answer", "completion")  # the names of the answer's column: this library's and TRL's
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,9 @@ def draw(data: TextData, seed: int, *, train: int = 200, val: int = 100, test: i
     Raises:
         ValueError: not enough examples; the message says how many there are.
 
-    Example:
-        >>> draw(data, seed=0, train=200).train[0].prompt  # doctest: +SKIP
+    Examples:
+        >>> draw(data, seed=0, train=8, val=4, test=4).train[0].answer
+        'Madrid'
     """
     for name, count in (("train", train), ("val", val), ("test", test)):
         if count is not None and count < 1:
@@ -143,9 +145,9 @@ def read_texts(path: str | os.PathLike[str]) -> TextData:
     ``"package.module:function"`` or ``"file.py:function"`` is a function that takes nothing and returns them.
 
     Files are JSONL, CSV or Parquet (``.jsonl``, ``.csv``, ``.parquet``), text in UTF-8, with the columns ``prompt`` and
-    ``answer`` and, if answers are to be chosen, ``choices``: a list, or in CSV a JSON list or words between ``|``. Other
-    columns are not used. In CSV a value with a comma, a quote or a line break stands in double quotes, and quotes in it
-    are doubled.
+    ``answer`` (or ``completion``, as TRL has it) and, if answers are to be chosen, ``choices``: a list, or in CSV a JSON
+    list or words between ``|``. Other columns are not used. In CSV a value with a comma, a quote or a line break stands in
+    double quotes, and quotes in it are doubled.
 
     Raises:
         ValueError: no such file or several for one split, another format or encoding, a column missing or there twice, a
@@ -153,8 +155,9 @@ def read_texts(path: str | os.PathLike[str]) -> TextData:
             choices; the message names the file and the line (of Parquet the row).
         ImportError: pyarrow is missing and the file is Parquet.
 
-    Example:
-        >>> read_texts("questions.jsonl").train[0].answer  # doctest: +SKIP
+    Examples:
+        >>> read_texts("questions.jsonl").train[0].answer
+        'Paris'
     """
     return find_texts(path)()
 
@@ -204,16 +207,16 @@ def _read(path: Path) -> tuple[Example, ...]:
 
 
 def _example(row: Any, where: str) -> Example:
-    if not isinstance(row, dict) or not {"prompt", "answer"} <= set(row):
-        keys = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where}: expected prompt and answer, found {keys}")
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected prompt and answer, found {type(row).__name__}")
+    answer = _answer_column(sorted(map(str, row)), f"{where}: expected")
     choices = row.get("choices")
     if isinstance(choices, str):
         choices = _split(choices, where) if choices.strip() else None
     if choices is not None and not isinstance(choices, list):
         raise ValueError(f"{where}: choices must be a list, got {choices!r}")
     try:
-        return Example(row["prompt"], row["answer"], None if choices is None else tuple(choices))
+        return Example(row["prompt"], row[answer], None if choices is None else tuple(choices))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -286,9 +289,18 @@ def _fields_of_any_length() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
+def _answer_column(columns: Sequence[str], expected: str) -> str:
+    """The name of the answer's column, which stands beside ``prompt``; ValueError where there is none, or both."""
+    names = [name for name in ANSWER if name in columns]
+    if "prompt" not in columns or not names:
+        raise ValueError(f"{expected} prompt and answer, found {list(columns)}")
+    if len(names) > 1:
+        raise ValueError(f"{expected} prompt and one of {' and '.join(ANSWER)}, found both; leave one of them out")
+    return names[0]
+
+
 def _check_columns(columns: Sequence[str], where: str) -> None:
-    if not {"prompt", "answer"} <= set(columns):
-        raise ValueError(f"{where}: expected the columns prompt and answer, found {list(columns)}")
+    _answer_column(columns, f"{where}: expected the columns")
     if twice := sorted({name for name in columns if columns.count(name) > 1}):
         raise ValueError(f"{where}: expected columns of different names, found {twice} more than once")
 

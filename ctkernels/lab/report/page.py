@@ -75,8 +75,9 @@ def build(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], 
         ValueError: a file that is missing, no JSON, of an unknown kind, or damaged; nothing is written then.
         ImportError: Jinja2 or matplotlib is missing; the message names the extra.
 
-    Example:
-        >>> build(["out/steer", "out/compare/result.json"], "report")  # doctest: +SKIP
+    Examples:
+        >>> build(["out/steer"], "report")
+        PosixPath('report/index.html')
     """
     target = Path(out)
     if target.exists() and not target.is_dir():

@@ -83,9 +83,8 @@ class PixelClassifier(nn.Module):
 
     Shape: (n, c, h, w) to (n, classes). One channel is repeated for a network with more (``len(mean)``).
 
-    Example::
-
-        classifier = PixelClassifier(model.eval(), (0.5,), (0.25,))
+    Examples:
+        >>> classifier = PixelClassifier(model.eval(), (0.5,), (0.25,))
     """
 
     def __init__(
@@ -201,9 +200,12 @@ def attack(
         ValueError: an unknown attack or one that the number of classes rules out, pixels outside [0, 1], a bad number.
         ImportError: pyautoattack is missing; the message names the extra.
 
-    Example:
-        >>> result = attack(classifier, pixels, labels, Threat("linf", 8 / 255))  # doctest: +SKIP
-        >>> result.accuracies()  # doctest: +SKIP
+    Examples:
+        >>> from ctkernels.lab.robustness.attacks import PixelClassifier, Threat
+        >>> classifier = PixelClassifier(model.eval(), (0.5,), (0.25,))
+        >>> result = attack(classifier, pixels, labels, Threat("linf", 8 / 255), attacks=["apgd-ce"], iterations=2)
+        >>> list(result.accuracies())
+        ['clean', 'apgd-ce']
 
     Source: Croce and Hein 2020 (AutoAttack); Curvature Tuning paper, section 4.3. Unlike the paper's code, bounds are in
     pixels: normalisation happens inside the network.

@@ -40,8 +40,8 @@ def corrupt(pixels: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
         ValueError: an unknown name, another severity, images too small or out of range.
         ImportError: imagecorruptions-imaug is missing; the message names the extra.
 
-    Example:
-        >>> foggy = corrupt(pixels, "fog", severity=3)  # doctest: +SKIP
+    Examples:
+        >>> foggy = corrupt(pixels, "fog", severity=3)
 
     Source: Hendrycks and Dietterich 2019.
     """

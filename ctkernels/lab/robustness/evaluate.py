@@ -67,9 +67,13 @@ def robustness(
             take, labels without an output, nothing to test.
         ImportError: pyautoattack, imagecorruptions-imaug or scikit-learn is missing; the message names the extra.
 
-    Example:
-        >>> result = robustness(model, train, val, test, betas=[0.8, 0.9, 1.0])  # doctest: +SKIP
-        >>> print(result.table(), result.verdict(), sep="\\n")  # doctest: +SKIP
+    Examples:
+        >>> from ctkernels.lab.robustness.attacks import Threat
+        >>> quick = {"betas": [0.9, 1.0], "attacks": ["apgd-ce"], "iterations": 2, "corruptions": ["fog"], "severities": [1]}
+        >>> result = robustness(model, train, val, test, threats=[Threat("linf", 8 / 255)], progress=False, **quick)
+        >>> print(result.verdict())
+        ℓ∞ 8/255...
+        corruptions...
 
     Source: Curvature Tuning paper, section 4.3. Unlike its code: bounds and clamping are in pixels, beta is not chosen on
     the test images, and images are attacked at the size the network is used at.

@@ -276,8 +276,10 @@ def plot(results: BetaSearch | Sequence[BetaSearch], path: str | os.PathLike[str
         ValueError: no results, or results over different grids.
         ImportError: matplotlib is missing; the message names the extra.
 
-    Example:
-        >>> plot(result, "accuracy_vs_beta.png", title="MobileNetV2 on Fashion-MNIST")  # doctest: +SKIP
+    Examples:
+        >>> from ctkernels.lab import search_beta
+        >>> result = search_beta(model, train, test=test, betas=[0.8, 0.9, 1.0], progress=False)
+        >>> plot(result, "accuracy_vs_beta.png", title="A small network on small images")
     """
     runs = [results] if isinstance(results, BetaSearch) else list(results)
     with replacing(path) as temporary:

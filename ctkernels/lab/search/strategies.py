@@ -104,9 +104,9 @@ def search_betas(
             whose plain form is not beta = 1; a study of other data or another network.
         ImportError: scikit-learn, tqdm or Optuna is missing; the message names the extra.
 
-    Example:
-        >>> result = search_betas(model, train, test=test, groups=3, evaluations=40)  # doctest: +SKIP
-        >>> result.chosen, result.reached  # doctest: +SKIP
+    Examples:
+        >>> result = search_betas(model, train, test=test, groups=2, evaluations=6, progress=False)
+        >>> betas = result.chosen
 
     Source: Curvature Tuning paper, section 4.1, which searches one shared beta.
     """

@@ -76,10 +76,13 @@ def compare_transfer(
             of another set-up in ``out``.
         ImportError: accelerate, peft or tqdm is missing; the message names the extra.
 
-    Example:
-        >>> models = {"resnet18": lambda: load_model("resnet18")}  # doctest: +SKIP
-        >>> result = compare_transfer(models, {"flowers": load_data("flowers/")}, out="out")  # doctest: +SKIP
-        >>> print(result.table())  # doctest: +SKIP
+    Examples:
+        >>> options = {"images": ImageOptions(16, 16), "training": TrainingConfig(epochs=1), "progress": False}
+        >>> result = compare_transfer({"small": model}, {"photos": load_data("photos/")}, methods=["linear", "sct"], **options)
+        >>> print(result.table())
+        small
+        data                   linear probe          S-CT
+        ...
 
     Source: Curvature Tuning paper, section 4 and appendix B. Unlike its code: LoRA's rank is a method of its own and
     nothing is chosen on test images; every method keeps its best validation epoch; batch normalisation is alike.

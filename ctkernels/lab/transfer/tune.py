@@ -83,9 +83,10 @@ def tune_curvature(
     Raises:
         ValueError, ImportError: as :func:`compare_transfer`.
 
-    Example:
-        >>> result = tune_curvature(load_model("resnet18"), load_data("photos/"), "out/tune")  # doctest: +SKIP
-        >>> network = load_tuned(load_model("resnet18"), "out/tune")  # doctest: +SKIP
+    Examples:
+        >>> options = {"images": ImageOptions(16, 16), "training": TrainingConfig(epochs=1), "progress": False}
+        >>> result = tune_curvature(model, load_data("photos/"), "out/tune", betas=[0.9, 1.0], **options)
+        >>> network, preprocess, classes = load_tuned(model, "out/tune")
 
     Source: Curvature Tuning paper, sections 3.3 and 4.1.
     """

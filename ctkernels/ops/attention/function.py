@@ -71,8 +71,12 @@ def attention_head_edit(
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or device.
         RuntimeError: for ``implementation="fused"`` where the kernels cannot serve the call; the message says why.
 
-    Example:
-        >>> z = ctkernels.functional.attention_head_edit(q, k, v, m, a, g_m, g_a, is_causal=True)
+    Examples:
+        >>> q, k, v = torch.randn(3, 2, 4, 16, 8)  # 2 sequences, 4 heads, 16 tokens, 8 numbers per head
+        >>> m, a, gates = torch.randn(4, 8), torch.randn(4, 8), torch.ones(4)
+        >>> z = ctkernels.functional.attention_head_edit(q, k, v, m, a, gates, gates, is_causal=True)
+        >>> k, v = k[:, :2], v[:, :2]  # two query heads share a key and value head
+        >>> keep = torch.arange(16) < torch.tensor([[16], [12]])  # the second sequence is shorter
         >>> z = ctkernels.functional.attention_head_edit(q, k, v, m, a, attn_mask=keep[:, None, None, :], enable_gqa=True)
 
     Source: FlashAttention-2, arXiv 2307.08691; the edit is equation 2 of the JoLA paper.

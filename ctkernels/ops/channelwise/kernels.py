@@ -30,13 +30,16 @@ SUMS = tl.constexpr(7)  # the op's own five, then those of the prologue's scale 
 class Math:
     """An op's scalar functions; PRECISION is one of the three above, ATTRS the op's attributes after channel_dim.
 
+    name: of the op, in the names of its kernels.
     precompute(params, PRECISION, ATTRS) -> constants        forward(w, constants, PRECISION, ATTRS) -> y
     gradients(w, dy, constants, PRECISION, ATTRS) -> (gradient of w, five terms of sums)
     parameter_gradients(params, sums, ATTRS) -> gradients of params
     fallbacks: values of absent parameters. sums: for each parameter, a mask of the sums that its gradient is made of.
-    prologue: whether parameters 3 and 4 are a scale and a shift before the op.
+    prologue: whether parameters 3 and 4 are a scale and a shift before the op. factor: whether the result is multiplied by a
+    second tensor.
     """
 
+    name: str
     precompute: Any
     forward: Any
     gradients: Any
@@ -44,6 +47,7 @@ class Math:
     fallbacks: tuple[float, ...]
     sums: tuple[int, ...]
     prologue: bool
+    factor: bool = False
 
     @cached_property
     def channelwise_kernel(self) -> Any:
@@ -68,12 +72,11 @@ def _kernel(skeleton: Any, math: Math) -> Any:
     }
     kernel = FunctionType(skeleton.__code__, skeleton.__globals__ | functions, skeleton.__name__)
     kernel.__annotations__, kernel.__doc__ = skeleton.__annotations__, skeleton.__doc__
-    op = math.forward.__module__.split(".")[-2]
 
     def name(specialization: Any) -> str:
         """What profilers show, such as ``ctu_forward_channelwise_kernel``."""
         direction = "forward" if specialization.constants.get("dy", 0) is None else "backward"
-        return f"{op}_{direction}_{skeleton.__name__}"
+        return f"{math.name}_{direction}_{skeleton.__name__}"
 
     return triton.jit(kernel, repr=name)
 
@@ -172,14 +175,15 @@ def _add(total, term, SUM_MASK: tl.constexpr, i: tl.constexpr):
 
 
 def channelwise_kernel(
-    x, residual, dy, out, dresidual, partial, p0, p1, p2, p3, p4, d0, d1, d2, d3, d4,
+    x, residual, factor, dy, out, dresidual, dfactor, partial, p0, p1, p2, p3, p4, d0, d1, d2, d3, d4,
     channels, inner, row_units, rows, row_cuts, rows_per, col_cuts, cols_per, group_units,
-    ATTRS: tl.constexpr, FALLBACKS: tl.constexpr, PROLOGUE: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, RUNS: tl.constexpr, SUM_MASK: tl.constexpr,
+    ATTRS: tl.constexpr, FALLBACKS: tl.constexpr, PROLOGUE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, SUM_MASK: tl.constexpr, PACKED: tl.constexpr,
     PLANE: tl.constexpr, WRAP: tl.constexpr, UNIT: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """out = op(x), or with ``dy``, the gradient of x. SUM_MASK: which sums are made. They go to ``partial``; if that is null,
-    this program sees all of a channel and writes the parameters' gradients, d0 to d4. Null outputs are not computed."""
+    this program sees all of a channel and writes the parameters' gradients, d0 to d4. Null outputs are not computed. PACKED:
+    rows of the factor lie behind those of x, and rows of its gradient behind those of x's."""
     DOUBLES: tl.constexpr = PRECISION == 2
     HAS_SCALE: tl.constexpr = PROLOGUE and p3 is not None
     HAS_SHIFT: tl.constexpr = PROLOGUE and p4 is not None
@@ -198,14 +202,18 @@ def channelwise_kernel(
     s = (zero, zero, zero, zero, zero, zero, zero)
     for row in tl.range(first, last):
         start = g.to(tl.int64) * group_units + row.to(tl.int64) * row_units
+        ahead = start  # of a packed x
         if PLANE:
             start += plane * inner_units
         for step in tl.range(begin, end, LANES // UNIT):
             at = (start + step) * UNIT
+            x_at = at
+            if PACKED:
+                x_at += ahead * UNIT
             live = lane < (end - step) * UNIT
             if WRAP:
                 live = live & (lane < (group_units - row.to(tl.int64) * row_units - step) * UNIT)
-            v = _number(tl.load(x + at + lane, mask=live, other=0.0), DOUBLES)
+            v = _number(tl.load(x + x_at + lane, mask=live, other=0.0), DOUBLES)
             w = v
             if HAS_SCALE:
                 w = w * scale
@@ -213,10 +221,25 @@ def channelwise_kernel(
                 w = w + shift
             if residual is not None:
                 w = w + _number(tl.load(residual + at + lane, mask=live, other=0.0), DOUBLES)
+            if PACKED:
+                f = _number(tl.load(x + x_at + row_units * UNIT + lane, mask=live, other=0.0), DOUBLES)
+            elif FACTOR:
+                f = _number(tl.load(factor + at + lane, mask=live, other=0.0), DOUBLES)
             if dy is None:
                 result = forward(w, k, PRECISION, ATTRS)
+                if FACTOR:
+                    result = result * f
             else:
                 up = _number(tl.load(dy + at + lane, mask=live, other=0.0), DOUBLES)
+                if FACTOR:
+                    df = up * forward(w, k, PRECISION, ATTRS)
+                    up = up * f
+                    if PACKED:
+                        if out is not None:
+                            to = out + x_at + row_units * UNIT + lane
+                            tl.store(to, df.to(out.dtype.element_ty), mask=live)
+                    elif dfactor is not None:
+                        tl.store(dfactor + at + lane, df.to(dfactor.dtype.element_ty), mask=live)
                 result, t0, t1, t2, t3, t4 = gradients(w, up, k, PRECISION, ATTRS)
                 if dresidual is not None:
                     tl.store(dresidual + at + lane, result.to(dresidual.dtype.element_ty), mask=live)
@@ -232,7 +255,8 @@ def channelwise_kernel(
                 if HAS_SCALE:
                     result = result * scale
             if out is not None:
-                tl.store(out + at + lane, result.to(out.dtype.element_ty), mask=live)
+                to = out + (at if dy is None else x_at) + lane
+                tl.store(to, result.to(out.dtype.element_ty), mask=live)
     if SUM_MASK:
         if PLANE:
             s = (

@@ -30,24 +30,40 @@ class _Operands:
         count = len(op.elementwise_flags) - len(op.elementwise)
         x = self.original = inputs[0]
         params = [None if p is None else p.contiguous() for p in inputs[1 : 1 + count]]
-        residual = inputs[1 + count] if len(inputs) > 1 + count else None
+        second = inputs[1 + count] if len(inputs) > 1 + count else None
+        packed = math.factor and second is None
         rows = [p.shape[0] if p is not None and p.dim() == 2 else 1 for p in params]
         values = [p.shape[-1] if p is not None and p.dim() else 1 for p in params]
         per_group = any(r > 1 for r in rows)
-        channel_dim = attrs[0] if any(v > 1 for v in values) else layout.NO_CHANNEL
-        view = layout.view_of(x, channel_dim, per_group)
-        if view is None:
+        shared = all(v == 1 for v in values)
+        self.like = op.like(inputs, attrs)
+        if packed:
             x = x.contiguous()
+            view = layout.packed_view_of(x, attrs[0], shared, per_group)
+        else:
+            channel_dim = layout.NO_CHANNEL if shared else attrs[0]
             view = layout.view_of(x, channel_dim, per_group)
-            assert view is not None
+            if view is None:
+                x = x.contiguous()
+                view = layout.view_of(x, channel_dim, per_group)
+                assert view is not None
         spare = PARAMS - count
         self.math, self.x, self.view, self.attrs = math, x, view, tuple(attrs[1:])
         self.params = [*params, *[None] * spare]
         self.rows = (*[0 if 1 < r == view.groups else r for r in rows], *[1] * spare)
         self.runs = (*[view.channels // v if v > 1 else 0 for v in values], *[0] * spare)
-        self.residual = None if residual is None else layout.laid_out_like(residual, x)
-        self.residual_index = 1 + count
+        second = None if second is None else layout.laid_out_like(second, x)
+        self.residual, self.factor = (None, second) if math.factor else (second, None)
+        self.second_index = 1 + count
         self.precision = {torch.float32: 0, torch.float64: 2}.get(x.dtype, 1)
+
+    def result(self) -> Tensor:
+        """An uninitialised result with the layout of the view."""
+        return self.x.new_empty(self.like.shape) if self.view.packed else layout.result_like(self.x)
+
+    def laid_out(self, dy: Tensor) -> Tensor:
+        """``dy`` with the layout of :meth:`result`."""
+        return dy.contiguous() if self.view.packed else layout.laid_out_like(dy, self.x)
 
     def args(self) -> dict[str, Any]:
         return _numbered("p", self.params)
@@ -63,9 +79,9 @@ def _numbered(letter: str, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
 
 def _forward(op: Op, math: Math, *args: Any) -> Tensor:
     operands = _Operands(op, math, *_split(op, args))
-    y = layout.result_like(operands.x)
+    y = operands.result()
     _run(operands, y)
-    return layout.conform(y, operands.original)
+    return layout.conform(y, operands.like)
 
 
 def _inplace(op: Op, math: Math, *args: Any) -> None:
@@ -79,7 +95,7 @@ def _backward(op: Op, math: Math, dy: Tensor, *args: Any) -> list[Tensor]:
     operands, grad_mask = _Operands(op, math, *_split(op, args[:-1])), args[-1]
     x = operands.x
     dx = layout.result_like(x) if grad_mask & 1 else None
-    dresidual = layout.result_like(x) if grad_mask >> operands.residual_index & 1 else None
+    dsecond = layout.result_like(x) if grad_mask >> operands.second_index & 1 else None
     grads = [
         layout.parameter_like(p) if p is not None and grad_mask >> (1 + i) & 1 else None
         for i, p in enumerate(operands.params)
@@ -87,9 +103,9 @@ def _backward(op: Op, math: Math, dy: Tensor, *args: Any) -> list[Tensor]:
     if x.numel() == 0:
         grads = [None if g is None else g.zero_() for g in grads]
     else:
-        _run(operands, dx, layout.laid_out_like(dy, x), dresidual, grads)
-    dx, dresidual = (None if g is None else layout.conform(g, operands.original) for g in (dx, dresidual))
-    return [g for g in (dx, *grads, dresidual) if g is not None]
+        _run(operands, dx, operands.laid_out(dy), dsecond, grads)
+    dx, dsecond = (None if g is None else layout.conform(g, operands.original) for g in (dx, dsecond))
+    return [g for g in (dx, *grads, dsecond) if g is not None]
 
 
 def _split(op: Op, args: tuple[Any, ...]) -> tuple[Inputs, Attrs]:
@@ -98,7 +114,7 @@ def _split(op: Op, args: tuple[Any, ...]) -> tuple[Inputs, Attrs]:
 
 
 def _run(
-    operands: _Operands, out: Tensor | None, dy: Tensor | None = None, dresidual: Tensor | None = None,
+    operands: _Operands, out: Tensor | None, dy: Tensor | None = None, dsecond: Tensor | None = None,
     grads: Sequence[Tensor | None] = (None,) * PARAMS,
 ) -> None:  # fmt: skip
     """One pass over x; where it leaves partial sums, or parameters are shared, a launch that reduces those."""
@@ -116,7 +132,9 @@ def _run(
         partials = torch.empty(shape, **double if operands.precision == 2 else double | {"dtype": torch.float32})
     shared = [g is not None and g.numel() != view.groups * view.channels for g in grads]
     per_channel = [torch.empty(view.groups * view.channels, **double) if s else g for s, g in zip(shared, grads)]
-    args: dict[str, Any] = {"x": x, "residual": operands.residual, "dy": dy, "out": out, "dresidual": dresidual}
+    dresidual, dfactor = (None, dsecond) if operands.math.factor else (dsecond, None)
+    args: dict[str, Any] = {"x": x, "residual": operands.residual, "factor": operands.factor, "dy": dy}
+    args |= {"out": out, "dresidual": dresidual, "dfactor": dfactor}
     args |= (
         {"partial": partials}
         | operands.args()
@@ -124,7 +142,8 @@ def _run(
     )
     args |= part.args(view)
     meta = operands.meta() | part.meta()
-    meta |= {"PROLOGUE": operands.math.prologue, "PRECISION": operands.precision, "SUM_MASK": sum_mask}
+    meta |= {"PROLOGUE": operands.math.prologue, "FACTOR": operands.math.factor, "PACKED": view.packed}
+    meta |= {"PRECISION": operands.precision, "SUM_MASK": sum_mask}
     with launcher.guard(x):
         launcher.launch(operands.math.channelwise_kernel, part.programs, args, meta)
         if partials is not None:

@@ -93,7 +93,7 @@ def partition_for(view: View, itemsize: int, sums: bool) -> Partition:
     else:
         period = view.channels * view.inner
         if (
-            period < 32 * vector and view.outer > 1 and not one_launch
+            period < 32 * vector and view.outer > 1 and not one_launch and not view.packed
         ):  # several periods side by side, a whole number of vectors
             step = vector // math.gcd(period, vector)
             repeat = min(max(step, 64 * vector // period // step * step), view.outer)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import autograd, backends, checks, eager
 from ..layout import NO_CHANNEL
-from .op import ACTIVATIONS, OP, CtuAttrs
+from .op import ACTIVATIONS, LEAKY, OP, CtuAttrs
+
+_EAGER, _EAGER_IN_PLACE = eager.entry("ctu"), eager.entry("ctu_")
 
 
 def ctu(
@@ -41,8 +43,9 @@ def ctu(
         coeff: the mix in [0, 1] of the two smoothings: 1 is the SiLU-like branch, 0 the softplus branch. As ``beta``.
         channel_dim: the dimension of ``x`` that per-channel tensors belong to. Needed if there are any.
         raw: ``beta`` and ``coeff`` are logits, mapped by the sigmoid inside the kernel without losing digits of 1 - beta.
-        activation: ``"relu"``, ``"leaky_relu"``, ``"prelu"``, ``"relu6"``, ``"silu"`` or ``"gelu"`` (the exact, Gaussian
-            form). The ReLU family equals the plain activation at beta = 1; SiLU and GELU at beta = 0.5, coeff = 1.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"prelu"``, ``"relu6"``, ``"silu"``, ``"gelu"`` (the exact, Gaussian
+            form) or ``"gelu_tanh"`` (its approximation by tanh). The ReLU family equals the plain activation at beta = 1; SiLU
+            and both GELUs at beta = 0.5, coeff = 1.
         negative_slope: of ``leaky_relu`` and ``prelu``; a number or a tensor as ``beta`` (learned slopes).
         scale, shift: per-channel (or size-1) tensors of the affine map before the unit, a folded BatchNorm say.
         residual: tensor of ``x``'s shape added before the unit.
@@ -62,24 +65,40 @@ def ctu(
         TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range.
         RuntimeError: for ``inplace=True`` where a gradient is needed, or on an inference tensor outside of inference mode.
 
-    Example:
-        >>> y = ctkernels.functional.ctu(x, 0.9)                                # one knob for all
-        >>> y = ctkernels.functional.ctu(x, beta, coeff, channel_dim=1)          # a knob per channel
+    Examples:
+        >>> x = torch.randn(2, 8, 16, 16)
+        >>> y = ctkernels.functional.ctu(x, 0.9)  # one knob for all
+        >>> beta, coeff = torch.full((8,), 0.9), torch.full((8,), 0.5)
+        >>> y = ctkernels.functional.ctu(x, beta, coeff, channel_dim=1)  # a knob per channel
     """
-    checks.tensor("ctu", "x", x)
     kind = ACTIVATIONS.get(activation, -1) if isinstance(activation, str) else -1
-    if kind < 0:
-        checks.choice("ctu", "activation", activation, ACTIVATIONS)
+    if index is None and not torch.compiler.is_compiling():
+        slope = negative_slope if kind == LEAKY else None
+        call = _EAGER_IN_PLACE if inplace else _EAGER
+        y = call(x, beta, coeff, slope, scale, shift, residual, channel_dim, kind, raw, eps)
+        if y is None:
+            dim = NO_CHANNEL if channel_dim is None else channel_dim % x.dim()
+            beta, coeff = _as_tensor(beta, x), _as_tensor(coeff, x)
+            slope = None if slope is None else _as_tensor(slope, x)
+            attrs = CtuAttrs(dim, kind, raw, eps)
+            y = autograd.ReverseForward.apply(OP, attrs, x, beta, coeff, slope, scale, shift, residual)
+        if y is not NotImplemented:
+            return y
+    checks.tensor("ctu", "x", x)
+    kind = kind_of("ctu", activation)
     channel = None if channel_dim is None else checks.dimension("ctu", "channel_dim", channel_dim, x)
     eps = checks.unit_interval("ctu", "eps", eps)
     if index is None:
-        beta, coeff = _knob("beta", beta, x, channel, raw), _knob("coeff", coeff, x, channel, raw)
+        beta, coeff = knob("ctu", "beta", beta, x, channel, raw), knob("ctu", "coeff", coeff, x, channel, raw)
     else:
         checks.sample_index("ctu", index, "x", x, (beta, coeff))
         if channel == 0:
             raise ValueError("ctu: index gives the samples of dimension 0 their knobs, so channel_dim must not be 0")
-        beta, coeff = _rows("beta", beta, x, channel, index), _rows("coeff", coeff, x, channel, index)
-    slope = checks.parameter("ctu", "negative_slope", negative_slope, x, channel) if kind == 1 else None
+        beta, coeff = (
+            knob_rows("ctu", "beta", beta, x, channel, index),
+            knob_rows("ctu", "coeff", coeff, x, channel, index),
+        )
+    slope = checks.parameter("ctu", "negative_slope", negative_slope, x, channel) if kind == LEAKY else None
     if scale is not None:
         scale = checks.parameter("ctu", "scale", scale, x, channel)
     if shift is not None:
@@ -98,21 +117,33 @@ def ctu(
     return OP.call_(inputs, attrs) if inplace else OP(inputs, attrs)
 
 
-def _knob(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, raw: bool) -> Tensor:
+def _as_tensor(value: float | Tensor, x: Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else checks.scalar_tensor(value, x)
+
+
+def kind_of(op: str, activation: str) -> int:
+    """The family member of an activation."""
+    kind = ACTIVATIONS.get(activation, -1) if isinstance(activation, str) else -1
+    if kind < 0:
+        checks.choice(op, "activation", activation, ACTIVATIONS)
+    return kind
+
+
+def knob(op: str, name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, raw: bool) -> Tensor:
     """beta or coeff as the op takes it; a number, unless it is a logit, is between 0 and 1."""
     if isinstance(value, Tensor):
-        return checks.parameter("ctu", name, value, x, channel_dim)
+        return checks.parameter(op, name, value, x, channel_dim)
     check = checks.number if raw else checks.unit_interval
-    return checks.scalar_tensor(check("ctu", name, value), x)
+    return checks.scalar_tensor(check(op, name, value), x)
 
 
-def _rows(name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, index: Tensor) -> Tensor:
+def knob_rows(op: str, name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, index: Tensor) -> Tensor:
     """The row of ``value`` for each sample, as the op takes them: float32 or float64, (B, C) or (B, 1)."""
     if not isinstance(value, Tensor) or value.dim() != 2:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(f"ctu: with index, {name} must be a tensor of shape (rows, channels), got {got}")
-    checks.tensor("ctu", name, value)
-    checks.same_device("ctu", name, value, "x", x)
+        raise ValueError(f"{op}: with index, {name} must be a tensor of shape (rows, channels), got {got}")
+    checks.tensor(op, name, value)
+    checks.same_device(op, name, value, "x", x)
     if value.shape[1] != 1:
-        checks.channel_count("ctu", name, value.shape[1], x, channel_dim)
+        checks.channel_count(op, name, value.shape[1], x, channel_dim)
     return checks.widened(value).index_select(0, index)

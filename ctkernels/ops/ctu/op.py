@@ -7,14 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import layout
+from .. import eager, layout
 from ..record import Op, Reference
 from ..registration import register
 from . import reference
 
-# Family members, in the numbering of csrc/ctu.h. SiLU is the logistic unit at another neutral point.
-KINDS = ("logistic", "leaky", "relu6", "gaussian")
-ACTIVATIONS = {"relu": 0, "silu": 0, "leaky_relu": 1, "prelu": 1, "relu6": 2, "gelu": 3}
+# The members of the family, in the numbering of csrc/ctu.h, and the activations that are one at its neutral point.
+KINDS = ("logistic", "leaky", "relu6", "gaussian", "tanh")
+LEAKY = KINDS.index("leaky")  # the one that takes a slope
+ACTIVATIONS = {"relu": 0, "leaky_relu": 1, "prelu": 1, "relu6": 2, "silu": 0, "gelu": 3, "gelu_tanh": 4}
 
 
 class CtuInputs(NamedTuple):
@@ -38,8 +39,8 @@ class CtuAttrs(NamedTuple):
     eps: float
 
 
-class _Wide(NamedTuple):
-    """Inputs in the compute dtype and ready to broadcast, and what the unit is evaluated at."""
+class UnitInputs(NamedTuple):
+    """Inputs in the compute dtype and ready to broadcast; ``w``: what the unit is evaluated at."""
 
     x: Tensor
     slope: Tensor | None
@@ -48,7 +49,7 @@ class _Wide(NamedTuple):
     knobs: reference.Knobs
 
 
-def _widen(inputs: CtuInputs, attrs: CtuAttrs) -> _Wide:
+def widen(inputs: CtuInputs, attrs: CtuAttrs) -> UnitInputs:
     dtype = torch.float64 if inputs.x.dtype == torch.float64 else torch.float32
 
     def parameter(p: Tensor | None) -> Tensor | None:
@@ -67,15 +68,15 @@ def _widen(inputs: CtuInputs, attrs: CtuAttrs) -> _Wide:
         w = w + shift
     if inputs.residual is not None:
         w = w + inputs.residual.to(dtype)
-    return _Wide(x, None if inputs.slope is None else knob(inputs.slope), scale, w, knobs)
+    return UnitInputs(x, None if inputs.slope is None else knob(inputs.slope), scale, w, knobs)
 
 
 def _forward(inputs: CtuInputs, attrs: CtuAttrs) -> Tensor:
-    wide = _widen(inputs, attrs)
+    wide = widen(inputs, attrs)
     return reference.forward(wide.w, wide.slope, wide.knobs, KINDS[attrs.kind]).to(inputs.x.dtype)
 
 
-def _by_parameter(name: str, g: Tensor, d_w: Tensor, wide: _Wide, partials: reference.Partials) -> Tensor:
+def by_parameter(name: str, g: Tensor, d_w: Tensor, wide: UnitInputs, partials: reference.Partials) -> Tensor:
     """``g`` times the derivative by an input; ``d_w``: ``g`` times that by w."""
     if name == "beta":
         return partials.beta.times(g)
@@ -90,14 +91,14 @@ def _by_parameter(name: str, g: Tensor, d_w: Tensor, wide: _Wide, partials: refe
 
 
 def _backward(dy: Tensor, inputs: CtuInputs, attrs: CtuAttrs, grad_mask: int) -> list[Tensor]:
-    wide = _widen(inputs, attrs)
+    wide = widen(inputs, attrs)
     partials = reference.partials(wide.w, wide.slope, wide.knobs, KINDS[attrs.kind])
     dy = dy.to(partials.w.dtype)
     d_w = dy * partials.w
     grads = []
     for i, like in OP.requested(inputs, grad_mask):
         name = CtuInputs._fields[i]
-        values = _by_parameter(name, dy, d_w, wide, partials)
+        values = by_parameter(name, dy, d_w, wide, partials)
         if name in OP.elementwise:  # the residual's gradient may be x's: a result of its own
             grads.append(values.to(like.dtype, copy=name == "residual"))
         else:
@@ -106,14 +107,14 @@ def _backward(dy: Tensor, inputs: CtuInputs, attrs: CtuAttrs, grad_mask: int) ->
 
 
 def _jvp(inputs: CtuInputs, attrs: CtuAttrs, tangents: CtuInputs) -> Tensor:
-    wide = _widen(inputs, attrs)
+    wide = widen(inputs, attrs)
     partials = reference.partials(wide.w, wide.slope, wide.knobs, KINDS[attrs.kind])
     total = torch.zeros_like(partials.w)
     for name, tangent in zip(CtuInputs._fields, tangents):
         if tangent is not None:
             wider = tangent if name in OP.elementwise else layout.broadcast(tangent, inputs.x, attrs.channel_dim)
             g = wider.to(total.dtype)
-            total = total + _by_parameter(name, g, partials.w * g, wide, partials)
+            total = total + by_parameter(name, g, partials.w * g, wide, partials)
     return total.to(inputs.x.dtype)
 
 
@@ -131,5 +132,6 @@ OP = register(
         reference=Reference(_forward, _backward, _jvp),
         triton="ctkernels.ops.ctu.triton_math",
         shared_grad=("residual", "x", "scale"),
+        eager=eager.Entries("ctu"),
     )
 )

@@ -12,6 +12,7 @@ neither: exponentials are of numbers below 0, and ratios are bounded where every
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 
 INV_SQRT2 = math.sqrt(0.5)
 INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
+TANH_LINEAR = math.sqrt(8.0 / math.pi)
+TANH_CUBIC = 0.044715 * TANH_LINEAR
 FAR = 1e3  # exp(-FAR) and erfc(FAR) are 0 in float64
 
 
@@ -96,10 +99,24 @@ def logistic_forward(w: Tensor, k: Knobs) -> Tensor:
 
 def gaussian_forward(w: Tensor, k: Knobs) -> Tensor:
     """c w Phi(beta u) + (1 - c) s (u Phi(u) + phi(u)): the GELU member of the family, exact at coeff=1, beta=1/2."""
+    return _gelu_forward(w, k, _normal_cdf)
+
+
+def tanh_forward(w: Tensor, k: Knobs) -> Tensor:
+    """The same with the gate of GELU's tanh approximation for Phi(beta u): that form of GELU, exact at coeff=1, beta=1/2."""
+    return _gelu_forward(w, k, lambda t: torch.sigmoid(tanh_gate_exponent(t)))
+
+
+def tanh_gate_exponent(t: Tensor) -> Tensor:
+    """g with sigmoid(g) = (1 + tanh(sqrt(2 / pi) (t + 0.044715 t^3))) / 2, the approximation of Phi(t)."""
+    return t * (TANH_LINEAR + TANH_CUBIC * (t * t))
+
+
+def _gelu_forward(w: Tensor, k: Knobs, gate: Callable[[Tensor], Tensor]) -> Tensor:
     p = _point(w, k)
     a = _distance(p)
     soft = _positive(p.w) + k.s * (_normal_pdf(a) - a * _normal_cdf(-a))
-    y = k.coeff * p.w * _normal_cdf(p.t) + k.coeff1 * soft
+    y = k.coeff * p.w * gate(p.t) + k.coeff1 * soft
     return torch.where(p.plain, torch.relu(w) + _no_effect(k.s, k.coeff), y)
 
 
@@ -162,18 +179,36 @@ def logistic_partials(w: Tensor, k: Knobs) -> Partials:
 
 def gaussian_partials(w: Tensor, k: Knobs) -> Partials:
     """Of :func:`gaussian_forward`."""
+    return _gelu_partials(w, k, _normal_cdf, _normal_pdf)
+
+
+def tanh_partials(w: Tensor, k: Knobs) -> Partials:
+    """Of :func:`tanh_forward`."""
+
+    def gate(t: Tensor) -> Tensor:
+        return torch.sigmoid(tanh_gate_exponent(t))
+
+    def density(t: Tensor) -> Tensor:
+        return gate(t) * gate(-t) * (TANH_LINEAR + 3 * TANH_CUBIC * (t * t))
+
+    return _gelu_partials(w, k, gate, density)
+
+
+def _gelu_partials(
+    w: Tensor, k: Knobs, gate: Callable[[Tensor], Tensor], density: Callable[[Tensor], Tensor]
+) -> Partials:
     p = _point(w, k)
     a = _distance(p)
-    pdf_a, pdf_t = _normal_pdf(a), _normal_pdf(p.t)
+    pdf_a, pdf_t = _normal_pdf(a), density(p.t)
     bend = p.t * pdf_t
     return _partials(
         w,
         k,
         p,
-        k.coeff * (_normal_cdf(p.t) + bend) + k.coeff1 * _normal_cdf(p.u),
-        k.coeff * (_normal_cdf(-p.t) - bend) + k.coeff1 * _normal_cdf(-p.u),
+        k.coeff * (gate(p.t) + bend) + k.coeff1 * _normal_cdf(p.u),
+        k.coeff * (gate(-p.t) - bend) + k.coeff1 * _normal_cdf(-p.u),
         Factors(p.u * pdf_t, p.u, pdf_a),
-        -(_magnitude(p.w) * _normal_cdf(-_magnitude(p.t)) + k.s * (pdf_a - a * _normal_cdf(-a))),
+        -(_magnitude(p.w) * gate(-_magnitude(p.t)) + k.s * (pdf_a - a * _normal_cdf(-a))),
     )
 
 
@@ -211,6 +246,8 @@ def forward(w: Tensor, slope: Tensor | None, k: Knobs, kind: str) -> Tensor:
     """The unit of family member ``kind`` at pre-activation ``w``."""
     if kind == "gaussian":
         return gaussian_forward(w, k)
+    if kind == "tanh":
+        return tanh_forward(w, k)
     if kind == "leaky":
         assert slope is not None
         slope, rest, sign = _leaky(slope, w.dtype)
@@ -228,6 +265,8 @@ def partials(w: Tensor, slope: Tensor | None, k: Knobs, kind: str) -> Partials:
     """Of :func:`forward`, by the given parameters: logits where the knobs came from logits."""
     if kind == "gaussian":
         d = gaussian_partials(w, k)
+    elif kind == "tanh":
+        d = tanh_partials(w, k)
     elif kind == "leaky":
         assert slope is not None
         d = _leaky_partials(w, slope, k)

@@ -16,12 +16,21 @@ LOGISTIC = tl.constexpr(0)
 LEAKY = tl.constexpr(1)
 RELU6 = tl.constexpr(2)
 GAUSSIAN = tl.constexpr(3)
+TANH = tl.constexpr(4)
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOG2E_HI = tl.constexpr(1.44269502162933349609375)
 _LOG2E_LO = tl.constexpr(1.92596299112661746887e-8)
 _HALF_LOG2E = tl.constexpr(0.72134752)
 _HALF_LOG2E_LO = tl.constexpr(9.6298149e-9)
+# TanhGate of csrc/scalar.h: the gate is 1 / (1 + e^-(linear t + cubic t^3)); then times log2(e), in pairs of floats.
+_GATE_LINEAR = tl.constexpr(1.5957691216057308)
+_GATE_CUBIC = tl.constexpr(0.07135481627260025)
+_GATE_SLOPE = tl.constexpr(3 * 0.07135481627260025)
+_LINEAR = tl.constexpr(2.30220794677734375)
+_LINEAR_LO = tl.constexpr(2.5136697e-7)
+_CUBIC = tl.constexpr(0.10294324159622192)
+_CUBIC_LO = tl.constexpr(-2.0161985e-9)
 # Polynomials, highest power first: 2^f on [-1/2, 1/2], log(1 + e) / e on [0, 1], Phi(-t) / (v e^(-t^2/2)), v = 1/(1 + 0.35 t).
 _EXP2 = horner(0.00132764727275, 0.00967554132619, 0.0555071327119, 0.240221197242, 0.693146967066, 1.00000007165)
 _LOG1P = horner(
@@ -38,6 +47,12 @@ _LARGEST = tl.constexpr(3.4028234e38)
 _LARGEST_DOUBLE = tl.constexpr(1.7976931348623157e308)
 _FLAT = tl.constexpr(2.0**60)  # of csrc/ctu.h: where a relu6's two bumps cancel, and a square still fits
 _SMALLEST_S = tl.constexpr(2.0**-120)  # a bump lower than this is flushed, so that its rate stays finite
+
+
+@triton.constexpr_function
+def _has_tails(kind):
+    """Whether the branches of a member are those of GELU: has_tails of csrc/ctu.h."""
+    return kind in (GAUSSIAN.value, TANH.value)
 
 
 @triton.jit
@@ -104,8 +119,9 @@ def precompute(p, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
         smooth = ~(s <= 1e-300)  # a NaN is passed on
         u = 1.0 / tl.where(smooth, s, 1.0)
         t = b * u
-        gone: tl.constexpr = 37.0 if KIND == GAUSSIAN else 700.0
-        t_limit = tl.where(t > 1e-300, gone / tl.where(t > 1e-300, t, 1.0), 1.7e308)
+        gone: tl.constexpr = 37.0 if _has_tails(KIND) else 700.0
+        t_gone: tl.constexpr = 21.05 if KIND == TANH else gone
+        t_limit = tl.where(t > 1e-300, t_gone / tl.where(t > 1e-300, t, 1.0), 1.7e308)
         if KIND == RELU6:
             t_limit = tl.minimum(t_limit, _FLAT)
         t_limit = tl.where(smooth, t_limit, -1.0)
@@ -130,14 +146,15 @@ def precompute(p, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
         r = _rcp(safe)
         r_lo = r * tl.fma(-tl.where(smooth, s_lo, 0.0), r, tl.fma(-safe, r, 1.0))
         eta, eta_lo = _scaled(b, b_lo, r, r_lo)
-        if KIND == GAUSSIAN:
+        if _has_tails(KIND):
             t, t_lo, u, u_lo = eta, eta_lo, r, r_lo
         else:
             t, t_lo = _scaled(eta, eta_lo, _LOG2E_HI, _LOG2E_LO)
             u, u_lo = _scaled(r, r_lo, _LOG2E_HI, _LOG2E_LO)
-        vanished: tl.constexpr = 13.16 if KIND == GAUSSIAN else 125.0
+        vanished: tl.constexpr = 13.16 if _has_tails(KIND) else 125.0
+        t_vanished: tl.constexpr = 9.97 if KIND == TANH else vanished
         furthest: tl.constexpr = _FLAT if KIND == RELU6 else _LARGEST
-        t_limit = tl.where(smooth, tl.minimum(vanished * _rcp(t), furthest), -1.0)
+        t_limit = tl.where(smooth, tl.minimum(t_vanished * _rcp(t), furthest), -1.0)
         u_limit = tl.where(smooth, tl.minimum(vanished * _rcp(u), furthest), -1.0)
         eta = tl.where(smooth, eta, 0.0)
         if PRECISION == FAST:  # the approximate unit takes every magnitude; a unit without a bump has no coefficients
@@ -225,6 +242,36 @@ def _tail(a, hi, lo, limit, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _tanh_gate(a, hi, lo, limit, PRECISION: tl.constexpr):
+    """S'(t) and S(-t) at t = rate a >= 0, S the gate of GELU's tanh approximation, and a capped where both are 0."""
+    if PRECISION == DOUBLE:
+        ac = tl.where(limit < a, limit, a)
+        t = ac * hi
+        y = t * t
+        e = tl.where(a > limit, 0.0, libdevice.exp(-t * (y * _GATE_CUBIC + _GATE_LINEAR)))
+    elif PRECISION == EXACT:
+        ac = _smaller(a, limit)
+        t = ac * hi
+        y = t * t
+        t_lo = tl.fma(ac, lo, tl.fma(ac, hi, -t))
+        y_lo = tl.fma(t, t, -y)
+        m = tl.fma(y, _CUBIC, _LINEAR)
+        m_lo = tl.fma(y_lo, _CUBIC, tl.fma(y, _CUBIC_LO, tl.fma(y, _CUBIC, _LINEAR - m) + _LINEAR_LO))
+        z = tl.fma(-t, m, _MAGIC)
+        f = tl.fma(-t, m_lo, tl.fma(-t, m, _MAGIC - z))
+        f = tl.fma(-t_lo, tl.fma(y, 3.0 * _CUBIC, _LINEAR), f)
+        e = tl.where(a > limit, 0.0, _exp2_scaled(f, z))
+    else:
+        ac = _smaller(a, limit)
+        t = _smaller(a * hi, 16.0)  # where e is 0, and the square finite
+        y = t * t
+        e = _ex2(-t * tl.fma(y, _CUBIC, _LINEAR))
+    p = _inverse(1.0 + e, PRECISION)
+    q = e * p
+    return p * q * (y * _GATE_SLOPE + _GATE_LINEAR), q, ac
+
+
+@triton.jit
 def _bump(a, k, PRECISION: tl.constexpr, KIND: tl.constexpr):
     """The bump, minus its derivative, and the four terms of the parameter gradients, the first as two factors, whose
     product may overflow. What is not used is not computed.
@@ -232,8 +279,11 @@ def _bump(a, k, PRECISION: tl.constexpr, KIND: tl.constexpr):
     Every product starts from a q or a phi, which are 0 where a is huge.
     """
     t_hi, t_lo, t_limit, u_hi, u_lo, u_limit, c, c1, c1s, eta, _slope, _reach = k
-    if KIND == GAUSSIAN:
-        pdf_t, cdf_t, at = _tail(a, t_hi, t_lo, t_limit, PRECISION)
+    if _has_tails(KIND):
+        if KIND == TANH:
+            pdf_t, cdf_t, at = _tanh_gate(a, t_hi, t_lo, t_limit, PRECISION)
+        else:
+            pdf_t, cdf_t, at = _tail(a, t_hi, t_lo, t_limit, PRECISION)
         pdf_u, cdf_u, au = _tail(a, u_hi, u_lo, u_limit, PRECISION)
         ap, aq, uq = at * pdf_t, at * cdf_t, au * cdf_u
         delta = tl.fma(c1s, pdf_u, tl.fma(-c, aq, -(c1 * uq)))
@@ -303,7 +353,7 @@ def parameter_gradients(p, s, ATTRS: tl.constexpr):
     smooth = ~(width <= _SMALLEST_S)  # a NaN is passed on
     inv = 1.0 / tl.where(smooth, width, 1.0)
     silu = c * (1.0 + EPS) * inv * inv * s0
-    if KIND == GAUSSIAN:
+    if _has_tails(KIND):
         beta = silu - c1 * s2
         coeff = -(s1 + width * s2 - s3)
     else:
@@ -317,6 +367,6 @@ def parameter_gradients(p, s, ATTRS: tl.constexpr):
 
 
 MATH = Math(
-    precompute, forward, gradients, parameter_gradients,
+    "ctu", precompute, forward, gradients, parameter_gradients,
     fallbacks=(1.0, 0.5, 0.0, 1.0, 0.0), sums=(15, 15, 16, 32, 64), prologue=True,
 )  # fmt: skip

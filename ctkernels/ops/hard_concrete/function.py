@@ -45,9 +45,11 @@ def hard_concrete(
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or range.
 
-    Example:
+    Examples:
+        >>> log_alpha = torch.tensor([-4.0, 0.0, 4.0])
         >>> gates = ctkernels.functional.hard_concrete(log_alpha, training=True)
-        >>> gates = ctkernels.functional.hard_concrete(log_alpha, training=False, estimator="mean")
+        >>> ctkernels.functional.hard_concrete(log_alpha, training=False)
+        tensor([0.0000, 0.5000, 1.0000])
 
     Source: Louizos, Welling and Kingma 2018, equations 10 to 13; JoLA, ICML 2025, section 3.2.
     """
@@ -89,8 +91,9 @@ def expected_l0(log_alpha: Tensor, *, temperature: float = 0.33, stretch: tuple[
 
     Args, Raises: as :func:`hard_concrete`. Returns a tensor of ``log_alpha``'s shape, differentiable in it.
 
-    Example:
-        >>> penalty = ctkernels.functional.expected_l0(log_alpha).sum()
+    Examples:
+        >>> log_alpha = torch.full((4,), 2.5, requires_grad=True)
+        >>> ctkernels.functional.expected_l0(log_alpha).sum().backward()
 
     Source: Louizos, Welling and Kingma 2018, equation 12; JoLA, ICML 2025, equation 4.
     """

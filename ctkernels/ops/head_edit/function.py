@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import backends, checks, memory
+from .. import autograd, backends, checks, eager, memory
 from .op import OP, HeadEditAttrs, HeadEditInputs
+
+_EAGER, _EAGER_GRADIENTS = eager.entry("head_edit_of_heads"), eager.entry("head_edit_of_heads_gradients")
 
 
 def head_edit(
@@ -47,11 +50,20 @@ def head_edit(
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or device.
         RuntimeError: for ``inplace=True`` where a gradient is needed, or on an inference tensor outside of inference mode.
 
-    Example:
-        >>> z = ctkernels.functional.head_edit(z, m, a, g_m, g_a)                  # z: (batch, tokens, heads * head_dim)
-        >>> z = ctkernels.functional.head_edit(z, m, a, head_axis=1)               # z: (batch, heads, tokens, head_dim)
+    Examples:
+        >>> m, a, gates = torch.randn(4, 8), torch.randn(4, 8), torch.ones(4)
+        >>> z = torch.randn(2, 16, 32)  # (batch, tokens, heads * head_dim)
+        >>> y = ctkernels.functional.head_edit(z, m, a, gates, gates)
+        >>> z = torch.randn(2, 4, 16, 8)  # (batch, heads, tokens, head_dim)
+        >>> y = ctkernels.functional.head_edit(z, m, a, head_axis=1)
     """
     op = "head_edit"
+    if head_dim is None and head_axis is None and index is None and not inplace and not torch.compiler.is_compiling():
+        y = _EAGER(z, m, a, g_m, g_a)
+        if y is None:
+            return _Recorded.apply(z, m, a, g_m, g_a)
+        if y is not NotImplemented:
+            return y
     checks.tensor(op, "z", z)
     edits = {name: t for name, t in (("m", m), ("a", a)) if t is not None}
     if not edits:
@@ -95,6 +107,30 @@ def head_edit(
         memory.refuse_inference(op, "z", z)
     z.copy_(restore(OP(inputs, attrs)))
     return z  # of which copy_ gives another object where an edit is of a subclass
+
+
+class _Recorded(torch.autograd.Function):
+    """A call that the entry has found right; m and a as they were given: flattening them would be a step for autograd each."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        y = _EAGER(*inputs)
+        return y if isinstance(y, Tensor) else OP.forward(_flat(inputs), HeadEditAttrs(inputs[0].dim() - 1))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, needs = ctx.saved_tensors, ctx.needs_input_grad
+        grads: tuple[Tensor | None, ...] = _EAGER_GRADIENTS(needs, dy, inputs, ())
+        if grads is not NotImplemented:
+            return grads
+        flat = autograd.gradients(OP, HeadEditAttrs(inputs[0].dim() - 1), needs, dy, _flat(inputs))
+        return tuple(g if g is None else g.reshape(t.shape) for g, t in zip(flat, inputs))
+
+
+def _flat(inputs: Any) -> HeadEditInputs:
+    z, m, a, *gates = inputs
+    return HeadEditInputs(z, *(None if t is None else t.flatten() for t in (m, a)), *gates)
 
 
 def _heads_last(

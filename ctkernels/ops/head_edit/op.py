@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import layout
+from .. import eager, layout
 from ..record import Op, Reference
 from ..registration import register
 from . import reference
@@ -77,5 +77,6 @@ OP = register(
         elementwise=frozenset({"z"}),
         reference=Reference(_forward, _backward, _jvp),
         triton="ctkernels.ops.head_edit.triton_math",
+        eager=eager.Entries("head_edit"),
     )
 )

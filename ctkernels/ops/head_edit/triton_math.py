@@ -35,6 +35,6 @@ def parameter_gradients(p, s, ATTRS: tl.constexpr):
 
 
 MATH = Math(
-    precompute, forward, gradients, parameter_gradients,
+    "head_edit", precompute, forward, gradients, parameter_gradients,
     fallbacks=(0.0, 0.0, 1.0, 1.0, 0.0), sums=(1, 2, 1, 2, 0), prologue=False,
 )  # fmt: skip

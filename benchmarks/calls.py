@@ -1,0 +1,135 @@
+"""What a call costs the host: microseconds of CPU time, and Python frames, on tensors of next to nothing."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ctkernels
+
+from . import measure
+from .report import table
+
+Call = Callable[[], Any]
+
+
+class Site(nn.Module):
+    """Convolution, BatchNorm and ReLU, as a block of a network has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm(self.layer(x)))
+
+
+def _forward() -> dict[str, Call]:
+    x, beta, coeff = torch.randn(16), torch.tensor(0.9), torch.tensor(0.5)
+    slope = torch.full((1,), 0.25)
+    z, m, a = torch.randn(1, 16), torch.randn(1, 16), torch.randn(1, 16)
+    q = torch.randn(1, 1, 1, 16)
+    relu = nn.ReLU()
+    steered = nn.Sequential(nn.ReLU())
+    ctkernels.steer(steered, 0.9)
+    learned = ctkernels.nn.TrainableCTU(16)
+    plain = Site().eval()
+    separate, fused = copy.deepcopy(plain), copy.deepcopy(plain)
+    ctkernels.steer(separate, 0.9)
+    ctkernels.steer(fused, 0.9)
+    ctkernels.fuse(fused)
+    image = torch.randn(1, 8, 2, 2)
+    f = ctkernels.functional
+    return {
+        "F.silu": lambda: F.silu(x),
+        "F.prelu": lambda: F.prelu(x, slope),
+        "functional.ctu, a number": lambda: f.ctu(x, 0.9),
+        "functional.ctu, tensors": lambda: f.ctu(x, beta, coeff),
+        "functional.head_edit": lambda: f.head_edit(z, m, a),
+        "F.scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(q, q, q),
+        "functional.attention_head_edit": lambda: f.attention_head_edit(q, q, q, m, a),
+        "nn.ReLU": lambda: relu(x),
+        "nn.ReLU, steered": lambda: steered[0](x),
+        "nn.TrainableCTU": lambda: learned(z),
+        "convolution alone": lambda: plain.layer(image),
+        "convolution, BatchNorm, ReLU": lambda: plain(image),
+        "the same, steered": lambda: separate(image),
+        "the same, fused": lambda: fused(image),
+    }
+
+
+def _both() -> dict[str, Call]:
+    x, dy = torch.randn(16, requires_grad=True), torch.randn(16)
+    slope, beta, coeff = (torch.full((1,), v, requires_grad=True) for v in (0.25, 0.9, 0.5))
+    z, dz = torch.randn(1, 16, requires_grad=True), torch.randn(1, 16)
+    m, a = (torch.randn(1, 16, requires_grad=True) for _ in range(2))
+    f, grad = ctkernels.functional, torch.autograd.grad
+    return {
+        "F.silu": lambda: grad(F.silu(x), x, dy),
+        "F.prelu, two gradients": lambda: grad(F.prelu(x, slope), (x, slope), dy),
+        "functional.ctu, one gradient": lambda: grad(f.ctu(x, 0.9), x, dy),
+        "functional.ctu, two gradients": lambda: grad(f.ctu(x, beta), (x, beta), dy),
+        "functional.ctu, three gradients": lambda: grad(f.ctu(x, beta, coeff), (x, beta, coeff), dy),
+        "functional.head_edit, two gradients": lambda: grad(f.head_edit(z, m), (z, m), dz),
+        "functional.head_edit, three gradients": lambda: grad(f.head_edit(z, m, a), (z, m, a), dz),
+    }
+
+
+def _frames(call: Call) -> int:
+    """Python functions that ``call`` enters, after a call that warms up what is cached."""
+    call()
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count - 1  # that of ``call`` itself
+
+
+def run() -> list[dict[str, Any]]:
+    """{part, call, us, frames}, a record per call; of this thread alone, so that others on the machine matter less."""
+    records = []
+    with torch.no_grad():
+        forward = _forward()
+        times, frames = measure.overhead(forward, clock=time.thread_time), {k: _frames(c) for k, c in forward.items()}
+    records += [{"part": "forward", "call": k, "us": times[k], "frames": frames[k]} for k in forward]
+    both = _both()
+    times, frames = measure.overhead(both, clock=time.thread_time), {k: _frames(c) for k, c in both.items()}
+    return records + [{"part": "both", "call": k, "us": times[k], "frames": frames[k]} for k in both]
+
+
+def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures beside the bound each must keep."""
+    us = {(r["part"], r["call"]): r["us"] for r in records}
+    prelu = us["both", "F.prelu, two gradients"]
+    found = [
+        ("functional.ctu, us", us["forward", "functional.ctu, a number"], 5),
+        ("functional.head_edit, us", us["forward", "functional.head_edit"], 5),
+        ("ctu, forward+backward, two gradients / F.prelu", us["both", "functional.ctu, two gradients"] / prelu, 1.6),
+        ("head_edit, forward+backward, two gradients / F.prelu",
+         us["both", "functional.head_edit, two gradients"] / prelu, 1.6),
+    ]  # fmt: skip
+    return [measure.bar("fp32", what, value, "<=", bound) for what, value, bound in found]
+
+
+def text(records: list[dict[str, Any]]) -> str:
+    """The records as two tables."""
+    parts = []
+    for part, title in (("forward", "forward, no gradients"), ("both", "forward and backward")):
+        rows = [[r["call"], f"{r['us']:.1f}", str(r["frames"])] for r in records if r["part"] == part]
+        parts.append(table([title, "us of CPU", "Python frames"], rows))
+    return "\n\n".join(parts)

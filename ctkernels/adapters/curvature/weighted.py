@@ -1,0 +1,78 @@
+"""A curvature adapter whose beta and coeff are linear combinations of those of others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ...steering.activations import ACTIVATIONS
+from .config import CurvatureConfig
+from .layer import CurvatureLayer
+
+
+def weighted_config(layers: Mapping[str, CurvatureLayer], adapters: Sequence[str]) -> CurvatureConfig:
+    """The configuration of an adapter at all sites of `adapters`, each with parameters of its own; `layers` are by site.
+
+    Raises:
+        ValueError: two of them have the channels of a site in different dimensions.
+    """
+    layout: dict[str, list[int] | None] = {}
+    for site, layer in layers.items():
+        names = [name for name in adapters if name in layer.curvature_config]
+        channels = {layer.curvature_channels[name] for name in names} - {None}
+        if len(channels) > 1:
+            raise ValueError(f"{site}: adapters to combine must have their channels in one place, got {channels}")
+        if names:
+            layout[site] = [*channels.pop()] if channels else None  # type: ignore[misc]
+    return CurvatureConfig(share="site", layout=layout)
+
+
+@torch.no_grad()
+def weighted_values(
+    layers: Mapping[str, CurvatureLayer], adapters: Sequence[str], weights: Sequence[float]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The logits of beta and coeff by site.
+
+    What is combined is how far beta and coeff are from where the unit is the activation itself, as the adapters' distance
+    from the plain model. An adapter that does not have a site is at no distance there.
+
+    Raises:
+        ValueError: a beta or coeff would not lie strictly between 0 and 1.
+    """
+    values = {}
+    for site, layer in layers.items():
+        own = [(name, weight) for name, weight in zip(adapters, weights) if name in layer.curvature_config]
+        if own:
+            neutral = ACTIVATIONS[layer.activation]
+            pairs = zip(*(layer.parameters_of(name) for name, _ in own))
+            shares = [weight for _, weight in own]
+            beta, coeff = (
+                _combined(f"{site}: {knob}", start, raw, shares)
+                for knob, start, raw in zip(("beta", "coeff"), (neutral.beta, neutral.coeff), pairs)
+            )
+            values[site] = beta, coeff
+    return values
+
+
+@torch.no_grad()
+def fill_weighted(
+    layers: Mapping[str, CurvatureLayer], values: Mapping[str, tuple[Tensor, Tensor]], adapter_name: str
+) -> None:
+    """Give an adapter of :func:`weighted_config` the values of :func:`weighted_values`."""
+    for site, pair in values.items():
+        for parameter, value in zip(layers[site].parameters_of(adapter_name), pair):
+            parameter.copy_(value)
+
+
+def _combined(what: str, neutral: float, raw: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The logit of a combination, from the distances of both x and 1 - x: near 1 only the second has digits."""
+    value = neutral + sum(w * (torch.sigmoid(r.double()) - neutral) for w, r in zip(weights, raw))
+    rest = (1 - neutral) + sum(w * (torch.sigmoid(-r.double()) - (1 - neutral)) for w, r in zip(weights, raw))
+    if not bool(((value > 0) & (rest > 0)).all()):
+        raise ValueError(
+            f"{what}: the weighted sum must lie strictly between 0 and 1, got {float(value.min()):.4g} to "
+            f"{float(value.max()):.4g} for weights {list(weights)}; weights that are positive and sum to at most 1 do that"
+        )
+    return value.log() - rest.log()

@@ -1,0 +1,94 @@
+"""The configuration of an adapter that holds several methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft import LoraConfig, PeftConfig
+
+from .._config import AdapterConfig
+from .._peft import add_peft_type, require_peft
+from ..curvature.config import CurvatureConfig
+from ..jola.config import JolaConfig
+
+# The methods, in the order in which their layers are put in: LoRA's lie below JoLA's.
+METHODS: dict[str, type[PeftConfig]] = {"lora": LoraConfig, "jola": JolaConfig, "curvature": CurvatureConfig}
+# What a configuration says of the whole adapter, so that those of its methods do not.
+_COMMON = ("task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
+
+
+@dataclass
+class JointConfig(AdapterConfig):
+    """Configuration of one adapter with JoLA's edits, trainable Curvature Tuning and, where asked, LoRA.
+
+    Each method does what it does alone: JoLA edits the attention heads, Curvature Tuning the activations. LoRA, if it is
+    on an output projection that JoLA edits too, lies below: the projection `(W + BA)` gets the edited heads.
+
+    Args:
+        jola: JoLA's part; a dictionary of its fields is taken too. Default: `JolaConfig()`.
+        curvature: the part of Curvature Tuning, likewise. Default: `CurvatureConfig()`.
+        lora: LoRA's part, likewise. Default: None, no LoRA.
+        modules_to_save: other modules to train and save with the adapter. Like `task_type` it is said here, once, and in
+            no part.
+
+    Raises:
+        ValueError: a part that is no configuration of its method, that says what is said here, or a LoRA that trains
+            biases; the message names the field.
+        ImportError: peft is older than 0.21, which cannot save an adapter of several methods.
+
+    Example:
+        >>> config = JointConfig(task_type="CAUSAL_LM", jola=JolaConfig(gate_sampling="row"))
+        >>> model = get_peft_model(model, config)
+    """
+
+    method: ClassVar[str] = "JOINT"
+
+    jola: JolaConfig = field(default_factory=JolaConfig)
+    curvature: CurvatureConfig = field(default_factory=CurvatureConfig)
+    lora: LoraConfig | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        require_peft("JointConfig", (0, 21))
+        super().__post_init__()
+        self.peft_type = add_peft_type(self.method)
+        for name, kind in METHODS.items():
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                value = kind.from_peft_type(**value)
+                setattr(self, name, value)
+            if not isinstance(value, kind) and (name, value) != ("lora", None):
+                expected = f"a {kind.__name__}" + " or None" * (name == "lora")
+                raise ValueError(f"JointConfig: {name} must be {expected}, got {value!r}")
+        for name, config in self._methods().items():
+            for key in ("task_type", "modules_to_save"):
+                given = getattr(config, key)
+                if given and given != getattr(self, key):
+                    raise ValueError(f"JointConfig: give {key} to JointConfig itself, got {given!r} in {name}")
+        if self.lora is not None and self.lora.bias != "none":
+            raise ValueError(f"JointConfig: lora.bias must be 'none', got {self.lora.bias!r}")
+
+    @classmethod
+    def tensor_prefixes(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """How the tensors of its methods are named."""
+        return tuple(f"{name}_" for name in METHODS if values.get(name) is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dictionary; what it says of the whole adapter is not repeated in its parts."""
+        values = super().to_dict()
+        for name, config in self._methods().items():
+            part = config.to_dict()
+            values[name] = {key: part[key] for key in part if key not in (*_COMMON, "modules_to_save")}
+        return values
+
+    def parts(self) -> dict[str, PeftConfig]:
+        """The configurations of the methods in it by name, in the order of their layers, each complete by itself."""
+        for config in self._methods().values():
+            for key in (*_COMMON, "modules_to_save"):
+                setattr(config, key, getattr(self, key))
+        return self._methods()
+
+    def _methods(self) -> dict[str, PeftConfig]:
+        return {name: getattr(self, name) for name in METHODS if getattr(self, name) is not None}

@@ -1,0 +1,105 @@
+"""A JoLA adapter written as a LoRA adapter, for programs that serve LoRA and no JoLA."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from .._files import WEIGHTS, replacing_folder
+from .._offload import fetched
+from .fold import mergeable
+from .gates import named_adapters
+from .layer import JolaLayer
+from .model import jola_layers
+
+
+@torch.no_grad()
+def save_as_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = None) -> LoraConfig:
+    """Write a JoLA adapter as a LoRA adapter that computes the same in evaluation, up to rounding.
+
+    The multiplicative edit of a projection's input adds `W diag(g_m*m)` to its weight W. In that, the columns of closed heads
+    are zero, so it is `B A` with B the columns of W that belong to open heads, and A their `g_m*m`: its rank is the number
+    of open heads times their size. The additive edit adds `W (g_a*a)` to the output, which is the bias of LoRA's B
+    (`lora_bias`). Programs that read no such bias need an adapter with `edit="multiplicative"`, or `save_merged`.
+
+    Args:
+        model: a model with a JoLA adapter, unmerged.
+        path: folder to write to.
+        adapter: its name; None takes the active one.
+
+    Returns:
+        the configuration that was written.
+
+    Raises:
+        ValueError: several adapters are active and none is named, every gate is closed, the adapter is merged, or a
+            projection is quantised or sharded.
+
+    Example:
+        >>> save_as_lora(model, "lora")
+        >>> PeftModel.from_pretrained(base, "lora")
+    """
+    names = named_adapters(model, adapter)
+    if len(names) != 1:
+        raise ValueError(f"adapter must be named where not one is active, got {names} active")
+    ranks: dict[str, int] = {}
+    tensors: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}
+    transposed = False
+    for layer in jola_layers(model):
+        if names[0] not in layer.jola_config:
+            continue
+        if layer.merged:
+            raise ValueError(f"{layer.site}: save_as_lora needs unmerged adapters, got {layer.merged_adapters} merged")
+        down, up, bias = _matrices(layer, names[0])
+        if not bool(down.any()) and not bool(bias.any()):
+            continue
+        transposed = transposed or type(layer.get_base_layer()).__name__ == "Conv1D"
+        ranks[layer.site] = len(down)
+        start = f"base_model.model.{layer.site}"
+        tensors |= {f"{start}.lora_A.weight": down, f"{start}.lora_B.weight": up}
+        biases[f"{start}.lora_B.bias"] = bias
+    if not ranks:
+        raise ValueError(f"adapter {names[0]!r}: every gate is closed, so nothing would be left; unload it instead")
+    biased = any(bool(bias.any()) for bias in biases.values())
+    rank = max(ranks.values())
+    own: Any = next(layer.jola_config[names[0]] for layer in jola_layers(model) if names[0] in layer.jola_config)
+    config = LoraConfig(
+        task_type=own.task_type,
+        base_model_name_or_path=own.base_model_name_or_path,
+        r=rank,
+        lora_alpha=rank,  # a factor of 1
+        rank_pattern={site: own_rank for site, own_rank in ranks.items() if own_rank != rank},
+        alpha_pattern={site: own_rank for site, own_rank in ranks.items() if own_rank != rank},
+        target_modules=sorted(ranks),
+        fan_in_fan_out=transposed,
+        lora_bias=biased,
+        inference_mode=True,
+    )
+    from safetensors.torch import save_file
+
+    with replacing_folder(path) as folder:
+        save_file(tensors | (biases if biased else {}), folder / WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
+    return config
+
+
+def _matrices(layer: JolaLayer, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A (r, in), B (out, r) and B's bias (out,), in float32 or wider; r is at least 1."""
+    base: Any = layer.get_base_layer()
+    mergeable(base, layer.site)
+    _, q = layer.factors([name])
+    vectors, gates = layer._operands(name, layer.gates(name, training=False))
+    scale = (vectors["m"].to(q) * gates["m"].to(q).unsqueeze(-1)).flatten() if "m" in gates else torch.zeros_like(q)
+    dims = scale.nonzero().flatten()
+    if not len(dims):
+        dims = dims.new_zeros(1)
+    with fetched(base):
+        weight = base.weight.detach().to(q)
+        weight = weight.T if type(base).__name__ == "Conv1D" else weight
+        down = torch.zeros(len(dims), len(q), dtype=q.dtype, device=q.device)
+        down[torch.arange(len(dims), device=q.device), dims] = scale[dims]
+        return tuple(value.cpu().contiguous() for value in (down, weight[:, dims], weight @ q))  # type: ignore[return-value]

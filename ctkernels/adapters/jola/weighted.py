@@ -1,0 +1,43 @@
+"""A JoLA adapter that is a linear combination of others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .config import JolaConfig
+from .layer import KINDS, JolaLayer
+from .sites import unwrapped
+
+
+def weighted_config(model: nn.Module, adapters: Sequence[str]) -> JolaConfig:
+    """The configuration of an adapter with all heads that `adapters` edit, open for good."""
+    sites = {
+        name: layer
+        for name, layer in unwrapped(model)
+        if isinstance(layer, JolaLayer) and any(adapter in layer.jola_config for adapter in adapters)
+    }
+    sizes = {name: layer.head_dim for name, layer in sites.items()}
+    size = next(iter(sizes.values())) if len(set(sizes.values())) == 1 else None
+    return JolaConfig(target_modules=list(sites), head_dim=size, init_std=0.0, freeze_gates=True)
+
+
+@torch.no_grad()
+def fill_weighted(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+    """Give an adapter of :func:`weighted_config` its values.
+
+    An edit is linear in g_m*m and g_a*a. So with these combined and gates of 1, it changes a head's output by the sum of
+    what the adapters, with deterministic gates, change it by.
+    """
+    for layer in (module for module in model.modules() if isinstance(module, JolaLayer)):
+        if adapter_name not in layer.jola_config:
+            continue
+        for kind in KINDS:
+            layer._of(kind)[adapter_name].zero_()
+        for name, weight in zip(adapters, weights):
+            if name in layer.jola_config:
+                vectors, gates = layer._operands(name, layer.gates(name, training=False))
+                for kind, gate in gates.items():
+                    layer._of(kind)[adapter_name].add_(vectors[kind] * gate.unsqueeze(-1), alpha=weight)

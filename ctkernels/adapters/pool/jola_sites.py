@@ -1,0 +1,126 @@
+"""The sites of a pool of JoLA adapters: the inputs of a model's output projections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ...functional import head_edit
+from .._offload import home
+from .._peft import check_names
+from ..jola.config import JolaConfig
+from ..jola.layer import KINDS, JolaLayer
+from ..jola.model import jola_layers, parameter_shapes, planned_sites
+from ..jola.sites import SiteHeads
+from .selection import Current, Uncopyable
+
+_ADAPTER = "adapter"
+
+
+class JolaSites:
+    """Edits the heads of each row by its adapter: tables of g_m * m and g_a * a for each projection.
+
+    Args:
+        model: the base model.
+        config: selects the projections, and which of the two edits there are tables for.
+    """
+
+    def __init__(self, model: nn.Module, config: JolaConfig) -> None:
+        if any(True for _ in jola_layers(model)):
+            raise ValueError("model: expected one without JoLA layers, got one with; unload() them first")
+        self._model = model
+        self._config = config
+        _, self._sites = planned_sites(model, config)
+        self._handles: list[RemovableHandle] = []
+        kinds = {"both": KINDS, "multiplicative": ("m",), "additive": ("a",)}[config.edit]
+        self.rows = {
+            f"{site}.{kind}": torch.zeros(heads.count, heads.dim)
+            for site, heads in self._sites.items()
+            for kind in kinds
+        }
+        self.devices = {table: self._device(table.rpartition(".")[0]) for table in self.rows}
+
+    def _device(self, site: str) -> torch.device:
+        device = home(self._model.get_submodule(site))
+        if device is None:
+            raise ValueError(f"{site}: expected a projection on a device, got one whose weight is on the meta device")
+        return device
+
+    def read(self, config: JolaConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An adapter's rows by table; tables that it has no edit for are left out.
+
+        Raises:
+            ValueError: the adapter is not one of this model, or edits what the pool has no table for.
+        """
+        _, sites = planned_sites(self._model, config)
+        check_names(parameter_shapes(config, sites), {name: value.shape for name, value in state.items()})
+        rows = {}
+        for site, heads in sites.items():
+            for kind, row in _folded(site, heads, config, state).items():
+                table = f"{site}.{kind}"
+                if table not in self.rows:
+                    raise ValueError(
+                        f"{table}: the adapter has an edit where the pool has none; make the pool with the configuration "
+                        f"of the adapter that edits most, got edit={self._config.edit!r}, "
+                        f"target_modules={self._config.target_modules!r}, "
+                        f"layers_to_transform={self._config.layers_to_transform!r}"
+                    )
+                rows[table] = row
+        return rows
+
+    def attach(self, tables: dict[str, Tensor], current: Current) -> None:
+        """Put the edits on the model."""
+        for name in self._sites:
+            site = _Site(name, tables.get(f"{name}.m"), tables.get(f"{name}.a"), current)
+            parent = self._model.get_submodule(name.rpartition(".")[0])
+            self._handles += [
+                self._model.get_submodule(name).register_forward_pre_hook(site.edit, with_kwargs=True),
+                parent.register_forward_hook(site.check),
+            ]
+
+    def detach(self) -> None:
+        """Take them off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class _Site(Uncopyable):
+    """One projection. `edit` is a pre-hook of it, `check` a hook of the module around it."""
+
+    def __init__(self, name: str, m: Tensor | None, a: Tensor | None, current: Current) -> None:
+        self.name, self.m, self.a, self.current = name, m, a, current
+
+    def edit(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        selection = self.current.selection
+        if selection is None:
+            return None
+        if not args:
+            raise ValueError(f"{self.name}: expected the heads as the first argument, got only {sorted(kwargs)}")
+        z, index = selection.align(args[0], self.name)
+        edited = head_edit(z, self.m, self.a, index=index)
+        selection.last = self
+        return (edited if z is args[0] else edited.transpose(0, 1), *args[1:]), kwargs
+
+    def check(self, module: nn.Module, args: Any, output: Any) -> None:
+        selection = self.current.selection
+        if selection is not None and selection.last is not self:
+            raise ValueError(
+                f"{self.name}: {type(module).__name__} did not call its projection, so the edit of its heads would be left "
+                "out. Set the model to a way that calls it (Bloom: slow_but_exact=False), or leave the module out with "
+                "exclude_modules"
+            )
+
+
+def _folded(site: str, heads: SiteHeads, config: JolaConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`JolaLayer.folded_edit` of an adapter that is in no model."""
+    start = f"{site}.jola_"
+    values = {f"jola_{name[len(start) :]}.{_ADAPTER}": v for name, v in state.items() if name.startswith(start)}
+    layer = JolaLayer(nn.Identity(), heads.count, heads.dim, site, heads.values)
+    layer.update_layer(_ADAPTER, config, init=False)
+    layer.load_state_dict(values, assign=True)
+    with torch.no_grad():
+        return layer.folded_edit(_ADAPTER)

@@ -1,0 +1,383 @@
+"""Many adapters of one frozen model in memory, a different one for each row of a batch."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..._marks import POOLS
+from .._config import AdapterConfig
+from .._peft import check_adapter_name, plain_model
+from ..curvature.config import CurvatureConfig
+from ..curvature.per_sample import BASE
+from ..jola.config import JolaConfig
+from .curvature_sites import CurvatureSites
+from .fences import Fences
+from .jola_sites import JolaSites
+from .selection import Current, Selection, Uncopyable
+from .slots import BASE_SLOT, Slots
+from .sources import read_adapter
+
+
+class _Sites(Protocol):
+    """What a method does at its sites. `rows`: the row of each table that changes nothing; `devices`: of each table."""
+
+    rows: dict[str, Tensor]
+    devices: dict[str, torch.device]
+
+    def read(self, config: Any, state: dict[str, Tensor]) -> dict[str, Tensor]: ...
+    def attach(self, tables: dict[str, Tensor], current: Current) -> None: ...
+    def detach(self) -> None: ...
+
+
+_METHODS: dict[type[AdapterConfig], Any] = {JolaConfig: JolaSites, CurvatureConfig: CurvatureSites}
+
+
+class AdapterPool(Uncopyable):
+    """Holds JoLA or curvature adapters of one model, and serves rows of different adapters in one forward.
+
+    Each site has a table with a row for every adapter, and computes a batch in one pass with the rows that it selects.
+    Tables keep their addresses, and nothing waits for the device: a forward can be compiled and captured in a CUDA
+    graph. All methods can be called while other threads run the model; a batch keeps the versions that it began with.
+
+    Args:
+        model: the frozen base model; a `PeftModel` with adapters of other methods serves those below.
+        config: selects the sites and the size of a row, as it does for an adapter of its own: that of the adapter that
+            edits most, or simply `JolaConfig()`. Adapters may leave out sites, edits and heads.
+        capacity: how many adapters there is memory for; it is allocated here.
+        base: what the adapters' configurations call the base model. Default: the name or path it was loaded from.
+
+    Raises:
+        ValueError: there is no site, the model has adapters of this method on it already, or a pool.
+        MemoryError: there is no memory for the tables.
+
+    Example:
+        >>> pool = AdapterPool(model, JolaConfig(), capacity=1000)
+        >>> pool.load("law", "adapters/law")
+        >>> with pool.batch(["law", None, "medicine"]):  # None: the base model
+        ...     model.generate(**tokenizer(prompts, padding=True, return_tensors="pt"))
+    """
+
+    def __init__(self, model: nn.Module, config: AdapterConfig, capacity: int, *, base: str | None = None) -> None:
+        if type(config) not in _METHODS:
+            raise ValueError(f"config: expected a JolaConfig or a CurvatureConfig, got {type(config).__name__}")
+        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+            raise ValueError(f"capacity: expected a number of adapters, at least 1, got {capacity!r}")
+        self._model: Any = plain_model(model)
+        self._config_class = type(config)
+        pools = self._model.__dict__.get(POOLS, {})
+        if config.method in pools:
+            raise ValueError(
+                f"model: expected one without a pool of {config.method} adapters, got one; remove() it first"
+            )
+        self.base = (
+            base if base is not None else str(getattr(getattr(self._model, "config", None), "_name_or_path", ""))
+        )
+        self._sites: _Sites = self._make_sites(config)
+        self._tables = self._allocate(capacity)
+        self._slots = Slots(capacity)
+        self._fences = Fences(self._sites.devices.values())
+        self._lock = threading.Lock()
+        self._current = Current()
+        self._sites.attach(self._tables, self._current)
+        self._model.__dict__[POOLS] = {**pools, config.method: self}
+
+    def _make_sites(self, config: AdapterConfig) -> _Sites:
+        return _METHODS[type(config)](self._model, config)
+
+    def _allocate(self, capacity: int) -> dict[str, Tensor]:
+        rows = self._sites.rows
+        needed = (capacity + 1) * self.bytes_per_adapter
+        problem = (
+            f"capacity={capacity}: {capacity} adapters of {self.bytes_per_adapter:,} bytes need {needed:,} bytes on "
+            f"{', '.join(sorted({str(device) for device in self._sites.devices.values()}))}"
+        )
+        on_cpu = all(device.type == "cpu" for device in self._sites.devices.values())
+        if on_cpu and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            raise MemoryError(f"{problem}, more than this machine has")  # the system would promise them all the same
+        try:
+            with torch.inference_mode(False):  # in which adapters may be loaded later
+                return {
+                    name: row.to(self._sites.devices[name]).repeat(capacity + 1, *[1] * row.dim())
+                    for name, row in rows.items()
+                }
+        except RuntimeError as error:  # torch has no narrower one for both kinds of memory
+            raise MemoryError(f"{problem}: {error}") from None
+
+    # ---- what is in it ----
+
+    @property
+    def capacity(self) -> int:
+        """The number of adapters that there is memory for."""
+        return self._slots.capacity
+
+    @property
+    def bytes_per_adapter(self) -> int:
+        """The memory of one adapter, in bytes."""
+        return sum(row.numel() * row.element_size() for row in self._sites.rows.values())
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters that can be asked for, least recently used first."""
+        with self._lock:
+            return self._slots.names
+
+    @property
+    def pinned(self) -> frozenset[str]:
+        """The adapters that stay until they are unpinned."""
+        with self._lock:
+            return frozenset(self._slots.pinned)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        with self._lock:
+            return name in self._slots
+
+    def __repr__(self) -> str:
+        return f"AdapterPool({self._config_class.method}, {len(self)} of {self.capacity} adapters)"
+
+    def load(self, name: str, source: Any, *, adapter: str | None = None, pin: bool = False) -> str | None:
+        """Load an adapter, or a new version of it: batches that begin after this use it.
+
+        Where the pool is full, the least recently used adapter that is neither pinned nor in use is evicted.
+
+        Args:
+            name: what batches ask for.
+            source: the folder of a saved adapter, or a `PeftModel`.
+            adapter: which one of a `PeftModel`; None if it has only one.
+            pin: keep it in the pool.
+
+        Returns:
+            the name of the adapter that was evicted, or None.
+
+        Raises:
+            ValueError: the adapter cannot be read, or is one of another base model. The pool is as it was.
+            PoolFullError: every adapter is pinned or in use. The pool is as it was.
+
+        Example:
+            >>> pool.load("law", "adapters/law")
+            >>> pool.load("draft", peft_model, adapter="default", pin=True)
+        """
+        check_adapter_name(name)
+        config, state = read_adapter(source, adapter, self._config_class)
+        self._check_base(config)
+        read = self._sites.read(config, state)
+        rows = {
+            table: read.get(table, row).to(table_rows.device)
+            for (table, row), table_rows in zip(self._sites.rows.items(), self._tables.values())
+        }
+        with self._lock:
+            slot, evicted = self._slots.reserve(name)
+            try:
+                self._write(slot, rows)
+            except BaseException:
+                self._slots.put_back(slot)
+                raise
+            self._slots.publish(name, slot)
+            if pin:
+                self._slots.pinned.add(name)
+        return evicted
+
+    @torch.no_grad()
+    def _write(self, slot: int, rows: dict[str, Tensor]) -> None:
+        self._fences.before_write(slot)
+        for table, row in rows.items():
+            self._tables[table][slot].copy_(row)
+        self._fences.after_write()
+
+    def _check_base(self, config: AdapterConfig) -> None:
+        said = config.base_model_name_or_path
+        if said and self.base and _last(said) != _last(self.base):
+            raise ValueError(
+                f"source: expected an adapter of {self.base}, got one of {said}; if that is the same model under another "
+                f"name, make the pool with base={said!r}"
+            )
+
+    def evict(self, name: str) -> None:
+        """Forget an adapter. Batches that use it go on with it; its memory is free when they have ended.
+
+        Raises:
+            ValueError: there is none of this name, or it is pinned.
+        """
+        with self._lock:
+            self._check_known([name])
+            if name in self._slots.pinned:
+                raise ValueError(f"name: {name!r} is pinned; unpin() it first")
+            self._slots.evict(name)
+
+    def pin(self, name: str) -> None:
+        """Keep an adapter from being evicted.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        with self._lock:
+            self._check_known([name])
+            self._slots.pinned.add(name)
+
+    def unpin(self, name: str) -> None:
+        """Allow an adapter to be evicted again.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        with self._lock:
+            self._check_known([name])
+            self._slots.pinned.discard(name)
+
+    # ---- serving ----
+
+    @contextmanager
+    def batch(self, names: Sequence[str | None], *, lengths: Sequence[int] | None = None) -> Iterator[None]:
+        """Serve the samples of the model's calls in this block with these adapters; enter it in the thread that calls.
+
+        A call may have several rows for each sample, side by side (beams, returned sequences). Adapters cannot be
+        evicted, and keep their version, until the block ends.
+
+        Args:
+            names: an adapter for each sample; None (or "__base__") for the base model.
+            lengths: the number of tokens of each sample, where a call has them packed, one sample after the other in a
+                single row. None: a call has a row, or several, for each sample.
+
+        Raises:
+            ValueError: an unknown name, or `lengths` that do not fit `names`.
+            RuntimeError: at the end, if no call in this thread got to a site.
+
+        Example:
+            >>> with pool.batch(["law", None]):
+            ...     logits = model(input_ids).logits
+        """
+        if isinstance(names, str) or not names or not all(name is None or isinstance(name, str) for name in names):
+            raise ValueError(f"names: expected a name or None for each sample, got {names!r}")
+        if lengths is not None and (len(lengths) != len(names) or min(lengths) < 0):
+            raise ValueError(f"lengths: expected a number of tokens for each of {len(names)} samples, got {lengths!r}")
+        known = [BASE if name is None else name for name in names]
+        slots = self._acquire_all([name for name in dict.fromkeys(known) if name != BASE])
+        try:
+            if not slots:
+                with self._serve(None):
+                    yield
+                return
+            rows = [slots.get(name, BASE_SLOT) for name in known]
+            if lengths is not None:
+                rows = [row for row, length in zip(rows, lengths) for _ in range(length)]
+            selection = Selection(self._to_device(rows), lengths is not None)
+            with self._serve(selection):
+                yield
+            if selection.last is None:
+                raise RuntimeError(
+                    "batch: no call of the model got to a site of the pool in this block. Enter it in the thread that calls "
+                    "the model; where a CUDA graph is replayed, use acquire() and serve()"
+                )
+        finally:
+            for slot in slots.values():
+                self.release(slot)
+
+    def _to_device(self, rows: list[int]) -> Tensor:
+        device = next(iter(self._tables.values())).device
+        index = torch.tensor(rows)
+        return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+
+    def acquire(self, name: str | None) -> int:
+        """Begin to use an adapter: its slot, which keeps this version until as many calls of `release`.
+
+        For servers whose batches change from one call of the model to the next; `batch` does it all by itself.
+
+        Raises:
+            ValueError: there is none of this name.
+
+        Example:
+            >>> index[row] = pool.acquire("law")
+        """
+        return BASE_SLOT if name is None or name == BASE else self._acquire_all([name])[name]
+
+    def _acquire_all(self, names: list[str]) -> dict[str, int]:
+        with self._lock:
+            self._check_known(names)
+            return {name: self._slots.acquire(name) for name in names}
+
+    def release(self, slot: int) -> None:
+        """End the use of a slot, after the model's last call that reads it.
+
+        Raises:
+            ValueError: the slot is not in use.
+        """
+        if slot == BASE_SLOT:
+            return
+        with self._lock:
+            if self._slots.in_use(slot):
+                self._fences.after_read(slot)
+            self._slots.release(slot)
+
+    @contextmanager
+    def serve(self, index: Tensor, *, packed: bool = False) -> Iterator[None]:
+        """Serve the model's calls in this block with the slots in `index`, which is read when the device gets there.
+
+        A CUDA graph that is captured here reads `index` anew at each replay.
+
+        Args:
+            index: (samples,) or, packed, (tokens,): slots, 0 for the base model; int64 or int32, on the model's device.
+            packed: a call has the tokens of all samples in a single row.
+
+        Raises:
+            ValueError: `index` has another shape or dtype.
+
+        Example:
+            >>> index = torch.zeros(64, dtype=torch.long, device="cuda")
+            >>> with pool.serve(index), torch.cuda.graph(graph):
+            ...     logits = model(input_ids).logits
+            >>> index.copy_(slots)
+            >>> graph.replay()
+        """
+        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
+            kind = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+            raise ValueError(f"index: expected a tensor of int64 or int32 with one dimension, got {kind}")
+        with self._serve(Selection(index, packed)):
+            yield
+
+    @contextmanager
+    def _serve(self, selection: Selection | None) -> Iterator[None]:
+        self._fences.before_read()
+        before, self._current.selection = self._current.selection, selection
+        try:
+            yield
+            if self._current.selection is not selection:
+                raise RuntimeError(
+                    "blocks of a pool overlap in one thread, as where a task awaits inside of one; await outside"
+                )
+        finally:
+            self._current.selection = before
+
+    def _check_known(self, names: list[str]) -> None:
+        unknown = [name for name in names if name not in self._slots]
+        if unknown:
+            known = self._slots.names
+            listed = ", ".join(map(repr, known[:8])) + ", ..." * (len(known) > 8) if known else "none"
+            raise ValueError(
+                f"name: expected an adapter of the pool ({listed}), got {', '.join(map(repr, unknown))}; load() it"
+            )
+
+    def remove(self) -> None:
+        """Take the pool off the model, which is as it was before. Not while calls are running."""
+        pools = self._model.__dict__.get(POOLS, {})
+        if pools.get(self._config_class.method) is not self:
+            raise ValueError("remove: the pool is not on the model any more")
+        self._sites.detach()
+        rest = {method: pool for method, pool in pools.items() if pool is not self}
+        if rest:
+            self._model.__dict__[POOLS] = rest
+        else:
+            del self._model.__dict__[POOLS]
+
+
+def _last(name: str) -> str:
+    """The last part of a model's name or path."""
+    return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2].lower()

@@ -1,0 +1,105 @@
+"""Which adapter is in which slot of a pool: names, pins, users and the order of use."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+BASE_SLOT = 0  # its row changes nothing
+
+
+class PoolFullError(RuntimeError):
+    """Every slot of the pool is pinned or in use."""
+
+
+class Slots:
+    """The slots 1 .. capacity. A slot belongs to a name, or to the last users of a name that has gone, or it is free.
+
+    A slot is written only while it is free, so that whoever uses one reads the same adapter until the end, whatever
+    happens to the name meanwhile. Not thread-safe: the pool has a lock.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.pinned: set[str] = set()
+        self._free = list(range(capacity, 0, -1))
+        self._by_name: dict[str, int] = {}  # least recently used first
+        self._named: set[int] = set()
+        self._users: Counter[int] = Counter()
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters, least recently used first."""
+        return list(self._by_name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def in_use(self, slot: int) -> bool:
+        """Whether a slot has users."""
+        return self._users[slot] > 0
+
+    def acquire(self, name: str) -> int:
+        """The slot of an adapter, which is the most recently used now, with one user more."""
+        slot = self._by_name.pop(name)
+        self._by_name[name] = slot
+        self._users[slot] += 1
+        return slot
+
+    def release(self, slot: int) -> None:
+        """One user less. The last one of an adapter that has gone frees the slot.
+
+        Raises:
+            ValueError: the slot has no user.
+        """
+        if not self.in_use(slot):
+            raise ValueError(f"slot: expected one that was acquired and not released since, got {slot!r}")
+        self._users[slot] -= 1
+        self._free_if_unused(slot)
+
+    def reserve(self, name: str) -> tuple[int, str | None]:
+        """Take a free slot for a new version of `name`; without one, evict the least recently used adapter.
+
+        Returns:
+            the slot, which the caller fills and gives to `publish`, or back to `put_back`; what was evicted.
+
+        Raises:
+            PoolFullError: every adapter is pinned or in use.
+        """
+        if self._free:
+            return self._free.pop(), None
+        idle = [key for key, slot in self._by_name.items() if not self.in_use(slot)]
+        evictable = [key for key in idle if key == name or key not in self.pinned]
+        if not evictable:
+            raise PoolFullError(
+                f"no slot for adapter {name!r}: of {self.capacity} adapters, {len(self.pinned)} are pinned and "
+                f"{sum(count > 0 for count in self._users.values())} in use; unpin or wait, or make the pool with a larger "
+                "capacity"
+            )
+        victim = name if name in evictable else evictable[0]
+        self._drop(victim)
+        return self._free.pop(), victim if victim != name else None
+
+    def put_back(self, slot: int) -> None:
+        """Return a reserved slot."""
+        self._free.append(slot)
+
+    def publish(self, name: str, slot: int) -> None:
+        """Have `name` mean a filled slot. The slot it had before is free as soon as its users are done."""
+        if name in self._by_name:
+            self._drop(name)
+        self._by_name[name] = slot
+        self._named.add(slot)
+
+    def evict(self, name: str) -> None:
+        """Forget an adapter. Its slot is free as soon as its users are done."""
+        self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        slot = self._by_name.pop(name)
+        self._named.remove(slot)
+        self._free_if_unused(slot)
+
+    def _free_if_unused(self, slot: int) -> None:
+        if not self.in_use(slot) and slot not in self._named:
+            del self._users[slot]
+            self._free.append(slot)

@@ -1,0 +1,78 @@
+"""Reads adapters for a pool: from folders that peft has written, and from models with adapters."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .._config import AdapterConfig
+from .._files import WEIGHTS
+
+
+def read_adapter(
+    source: Any, adapter: str | None, config_class: type[AdapterConfig]
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """The configuration and the tensors of an adapter, by their name in the base model.
+
+    Args:
+        source: a folder that `save_pretrained` or `save_adapter` has written, or a `PeftModel`.
+        adapter: which one of a `PeftModel`; None if it has only one.
+        config_class: the configuration that the adapter must have.
+
+    Raises:
+        ValueError: there is no such adapter, it is another method's, its file cannot be read, or it has values that are
+            not finite or modules that were trained beside it.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        if adapter is not None:
+            raise ValueError(f"adapter: a folder holds one adapter, so expected None, got {adapter!r}")
+        config, state = _from_folder(Path(source), config_class)
+    else:
+        config, state = _from_model(source, adapter, config_class)
+    if config.modules_to_save:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"source: expected an adapter of its own, got one with modules_to_save={config.modules_to_save}, "  # type: ignore[attr-defined]
+            "which a pool has no place for; load it with PeftModel.from_pretrained"
+        )
+    start = "base_model.model."
+    return config, {name.removeprefix(start): value.detach() for name, value in state.items()}
+
+
+def _from_folder(folder: Path, config_class: type[AdapterConfig]) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    from safetensors.torch import load_file
+
+    if not folder.is_dir():
+        raise ValueError(f"source: expected a PeftModel or the folder of a saved adapter, got {str(folder)!r}")
+    config = config_class.from_pretrained(str(folder))
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(f"source: expected {folder / WEIGHTS}, found none")
+    return config, load_file(folder / WEIGHTS)
+
+
+def _from_model(
+    model: Any, adapter: str | None, config_class: type[AdapterConfig]
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"source: expected a PeftModel or the folder of a saved adapter, got {type(model).__name__}")
+    names = list(model.peft_config)
+    if adapter is None and len(names) > 1:
+        raise ValueError(f"adapter: the model has several, so expected one of {names}, got None")
+    name = names[0] if adapter is None else adapter
+    if name not in names:
+        raise ValueError(f"adapter: expected one of {names}, got {name!r}")
+    config: Any = model.peft_config[name]
+    if not isinstance(config, config_class):
+        raise ValueError(f"source: expected an adapter of type {config_class.method}, got {config.peft_type.value}")
+    # peft's own function takes an adapter's name out of the middle of tensor names too: an adapter "1" of layers.1
+    marker, end = f".{config_class.method.lower()}_", f".{name}"
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    state = {key.removesuffix(end): value for key, value in tensors if marker in key and key.endswith(end)}
+    broken = [key for key, value in state.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise ValueError(f"source: expected finite values, got NaN or infinity in {broken[0]}")
+    return config, state

@@ -1,0 +1,160 @@
+"""Where the additive edits of a merged model go, so that plain transformers and the runtimes that are asked for have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..jola.bias import Switch, bias_switch, families
+from ..jola.layer import JolaLayer
+from ..jola.runtimes import REHOMES, RUNTIMES, TARGETS, listed, reads
+from ..jola.sites import value_projection
+from .rehome import Rehomed, rehomed
+
+
+class Place(NamedTuple):
+    """Where additive edits go.
+
+    `where` is what users are told. With `values`, each site's offset is a bias of its value projection; otherwise it is
+    one of the output projection. `switch` turns the bias on in the config, `home` is the architecture to save as.
+    """
+
+    where: str
+    values: dict[str, str] | None = None
+    switch: Switch | None = None
+    home: Rehomed | None = None
+
+
+class Edited(NamedTuple):
+    """A site whose additive edit needs a place: its name, its layer, and the adapters to merge."""
+
+    site: str
+    layer: JolaLayer
+    outermost: bool
+
+
+def targets_of(model: nn.Module, target: str | None) -> tuple[str, ...]:
+    """The runtimes that a merged model is for: the one named, else all that are known to serve its family."""
+    if target is not None:
+        return (target,)
+    names = dict.fromkeys(name for family in families(model) for name in listed(family))
+    return tuple(names) or ("transformers",)
+
+
+def place(model: nn.Module, edited: list[Edited], target: str | None, can_run: Callable[[str], bool]) -> Place:
+    """Choose where the additive edits of a plain model's sites go.
+
+    Args:
+        model: the model without peft's wrappers, not merged yet.
+        edited: the sites without a bias of their own whose additive edit is not zero.
+        target: the runtime that is to serve the model; None: all that are known to serve its family.
+        can_run: whether a runtime is here, to be asked where nothing is known about it.
+
+    Raises:
+        ValueError: there is no place that all of them read; the message says which of them would.
+    """
+    if not edited:
+        return Place("the weights alone")
+    targets = targets_of(model, target)
+    found = _first(model, edited, targets, can_run)
+    if isinstance(found, Place):
+        return found
+    others = [name for name in TARGETS if name not in targets or len(targets) > 1]
+    served = [name for name in others if isinstance(_first(model, edited, (name,), can_run), Place)]
+    names = ", ".join(RUNTIMES[name].name for name in targets)
+    reasons = "; ".join(f"as {kind}: {reason}" for kind, reason in found.items())
+    by_head = any(one.layer.jola_config[name].additive == "head" for one in edited for name in one.layer.check_merge())
+    trained = ["training with additive='kv_group'"] * by_head + ["training with edit='multiplicative'"]
+    ways = [*(f"target={name!r}" for name in served), *trained, "saving the adapter"]
+    raise ValueError(
+        f"Cannot save a merged model: the additive edits have no place that {names} would read. {reasons}. Ways out: "
+        f"{', '.join(ways)}"
+    )
+
+
+def _first(
+    model: nn.Module, edited: list[Edited], targets: tuple[str, ...], can_run: Callable[[str], bool]
+) -> Place | dict[str, str]:
+    """The first place that all targets read, else the reasons against each."""
+    reasons: dict[str, str] = {}
+    for kind, find in (
+        ("biases of the output projections", _output),
+        ("biases of the value projections", _value),
+        ("a model of another architecture", _elsewhere),
+    ):
+        found = find(model, edited, targets, can_run)
+        if isinstance(found, Place):
+            return found
+        reasons[kind] = found
+    return reasons
+
+
+def _unread(
+    names: Iterable[str], targets: Iterable[str], projection: str, can_run: Callable[[str], bool]
+) -> str | None:
+    """Why a target would not have the biases of an output or a value projection; None if all would."""
+    for target in targets:
+        known = [answer for answer in (reads(name, target, projection) for name in names) if answer is not None]
+        if known and not all(known):
+            return f"{RUNTIMES[target].name} {RUNTIMES[target].unread}"
+        if not known and not can_run(target):
+            return f"nothing is known of {RUNTIMES[target].name} with this family, and it is not installed here to be tried"
+    return None
+
+
+def _output(
+    model: nn.Module, edited: list[Edited], targets: tuple[str, ...], can_run: Callable[[str], bool]
+) -> Place | str:
+    switch = bias_switch(model, [f"{one.site}.bias" for one in edited])
+    if switch is None:
+        family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        return f"the architecture {family!r} has no bias in {edited[0].site}, and no config switch for one"
+    problem = _unread(families(model), targets, "output", can_run)
+    return problem or Place("biases of the output projections", switch=switch)
+
+
+def _value(
+    model: nn.Module, edited: list[Edited], targets: tuple[str, ...], can_run: Callable[[str], bool]
+) -> Place | str:
+    values: dict[str, str] = {}
+    for one in edited:
+        name = value_projection(model, one.site)
+        if name is None:
+            return f"{one.site} has no value projection of its own beside it"
+        if name in values.values():
+            return f"{name} makes the values of several output projections"
+        attention: Any = model.get_submodule(one.site.rpartition(".")[0])
+        if getattr(attention, "sinks", None) is not None:
+            return f"the attention around {one.site} has sinks, so that its weights do not sum to 1"
+        if not one.outermost:
+            return f"another adapter lies over the JoLA adapter of {one.site}, and would see the offset"
+        try:
+            one.layer.offsets(one.layer.check_merge())
+        except ValueError as error:
+            return str(error)
+        values[one.site] = name
+    missing = [name for name in values.values() if getattr(model.get_submodule(name), "bias", None) is None]
+    switch = bias_switch(model, [f"{name}.bias" for name in missing]) if missing else None
+    if missing and switch is None:
+        family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        return f"the architecture {family!r} has no bias in {missing[0]}, and no config switch for one"
+    problem = _unread(families(model), targets, "value", can_run) if missing else None
+    return problem or Place("biases of the value projections", values, switch)
+
+
+def _elsewhere(
+    model: nn.Module, edited: list[Edited], targets: tuple[str, ...], can_run: Callable[[str], bool]
+) -> Place | str:
+    family = getattr(getattr(model, "config", None), "model_type", "")
+    other = REHOMES.get(family)
+    if other is None:
+        return f"none is known that computes what {family!r} does and has room for it"
+    problem = _unread([other], targets, "output", can_run)
+    if problem is not None:
+        return problem
+    found = rehomed(model, other)
+    return (
+        found if isinstance(found, str) else Place(f"biases of the output projections of a {other} model", home=found)
+    )

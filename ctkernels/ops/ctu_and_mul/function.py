@@ -1,0 +1,95 @@
+"""``ctkernels.functional.ctu_and_mul``: checks its arguments and hands them to the op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks, layout
+from ..ctu.function import kind_of, knob, knob_rows
+from ..ctu.op import LEAKY, CtuAttrs
+from .op import OP, CtuAndMulInputs
+
+
+def ctu_and_mul(
+    gate: Tensor,
+    up: Tensor | None,
+    beta: float | Tensor,
+    coeff: float | Tensor = 0.5,
+    *,
+    channel_dim: int | None = None,
+    raw: bool = False,
+    activation: str = "silu",
+    negative_slope: float | Tensor = 0.01,
+    index: Tensor | None = None,
+    inplace: bool = False,
+    eps: float = 0.0,
+) -> Tensor:
+    r"""The gated product of an MLP with a CT unit, ``ctu(gate, beta, coeff, ...) * up``, in one pass over both.
+
+    At beta = 0.5, coeff = 1 it is SwiGLU, ``silu(gate) * up``, and GEGLU with ``activation="gelu"``. The backward pass makes
+    all gradients in one pass, and keeps ``gate`` and ``up`` and nothing else.
+
+    Args:
+        gate: float32, float64, bfloat16 or float16; any shape and strides, empty included.
+        up: a tensor of ``gate``'s shape; or None: ``gate`` is packed, ``[gate | up]`` along ``channel_dim``, as one
+            projection of twice the width makes it. Its gradient is packed as well; nothing is split or copied.
+        beta, coeff: the knobs of the unit, as in :func:`ctu`: numbers, or tensors with one value or one per channel.
+        channel_dim: the dimension that per-channel tensors, and the halves of a packed ``gate``, belong to. None: the last one
+            of a packed ``gate``; otherwise needed if there are per-channel tensors.
+        raw, activation, negative_slope, index, eps: as in :func:`ctu`.
+        inplace: write the result over ``gate``, under the conditions of :func:`ctu`; not of a packed one. ``up`` may be ``gate``.
+
+    Returns:
+        A tensor of the shape of ``up``, in the wider of the two dtypes. Arithmetic is float32 (float64 for float64), rounded
+        once. Differentiable in every tensor argument, to any order, in forward and reverse mode.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range.
+        RuntimeError: for ``inplace=True`` where a gradient is needed, or on an inference tensor outside of inference mode.
+
+    Example:
+        >>> y = ctkernels.functional.ctu_and_mul(gate, up, beta, coeff, channel_dim=-1)
+        >>> y = ctkernels.functional.ctu_and_mul(gate_up, None, beta, coeff)            # one projection, twice as wide
+    """
+    op = "ctu_and_mul"
+    checks.tensor(op, "gate", gate)
+    if up is not None:
+        checks.tensor(op, "up", up)
+        checks.same_shape(op, "up", up, "gate", gate)
+        if up.dtype != gate.dtype:
+            dtype = torch.promote_types(gate.dtype, up.dtype)
+            if inplace and dtype != gate.dtype:
+                raise TypeError(f"{op}: up must have gate's dtype {gate.dtype} when inplace=True, got {up.dtype}")
+            gate, up = gate.to(dtype), up.to(dtype)
+    elif inplace:
+        raise ValueError(f"{op}: inplace=True needs up: the result has half of a packed gate's channels")
+    elif channel_dim is None:
+        channel_dim = -1
+    kind = kind_of(op, activation)
+    channel = None if channel_dim is None else checks.dimension(op, "channel_dim", channel_dim, gate)
+    like = gate
+    if up is None:
+        assert channel is not None
+        if gate.shape[channel] % 2:
+            raise ValueError(
+                f"{op}: without up, gate is [gate | up] along channel_dim, which needs an even size; gate.shape[{channel}] is "
+                f"{gate.shape[channel]}"
+            )
+        like = layout.halves(gate, channel)[0]
+    eps = checks.unit_interval(op, "eps", eps)
+    if index is None:
+        beta, coeff = knob(op, "beta", beta, like, channel, raw), knob(op, "coeff", coeff, like, channel, raw)
+    else:
+        checks.sample_index(op, index, "gate", gate, (beta, coeff))
+        if channel == 0:
+            raise ValueError(f"{op}: index gives the samples of dimension 0 their knobs, so channel_dim must not be 0")
+        beta, coeff = (
+            knob_rows(op, "beta", beta, like, channel, index),
+            knob_rows(op, "coeff", coeff, like, channel, index),
+        )
+    slope = checks.parameter(op, "negative_slope", negative_slope, like, channel) if kind == LEAKY else None
+    backends.check_forced_backend(gate)
+    inputs = CtuAndMulInputs(gate, beta, coeff, slope, up)
+    attrs = CtuAttrs(layout.NO_CHANNEL if channel is None else channel, kind, raw, eps)
+    return OP.call_(inputs, attrs) if inplace else OP(inputs, attrs)
