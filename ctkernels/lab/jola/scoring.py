@@ -181,7 +181,7 @@ def score_choices(
     how: Answering,
     advance: Callable[[int], object] = lambda step: None,
 ) -> list[tuple[float, float]]:
-    """For each example, whether the right choice is the most probable (1 or 0), and its -log probability."""
+    """Score each example: whether the right choice is the most probable (1 or 0), and its -log probability."""
     rows, counts = [], []
     for example in examples:
         choices = example.choices or (example.answer,)
@@ -202,10 +202,11 @@ def labels(examples: Sequence[Example], how: Answering) -> tuple[str, ...]:
     A model that has seen no example cannot know which words are wanted: what it generates is a measure of that alone.
     Labels are at most `MOST_LABELS` answers, each given twice on average or more, which `how.extract` takes as they are.
     """
-    found = dict.fromkeys(example.answer for example in examples if example.choices is None)
-    if not 2 <= len(found) <= min(MOST_LABELS, len(examples) // 2):
+    answers = dict.fromkeys(example.answer for example in examples if example.choices is None)
+    if not 2 <= len(answers) <= min(MOST_LABELS, len(examples) // 2):
         return ()
-    return tuple(found) if all(metrics.extracted(answer, how.extract) == answer.strip() for answer in found) else ()
+    as_they_are = all(metrics.extracted(answer, how.extract) == answer.strip() for answer in answers)
+    return tuple(answers) if as_they_are else ()
 
 
 def choose_labels(
@@ -219,8 +220,8 @@ def choose_labels(
     """The most probable of the labels after each prompt."""
     rows = [encode(e.prompt, choice, tokenizer, how, end=False) for e in examples for choice in choices]
     logs = iter(log_probabilities(model, rows, tokenizer.pad_token_id, how.batch_size, advance))
-    own = [[next(logs) for _ in choices] for _ in examples]
-    return [choices[values.index(max(values))] for values in own]
+    scores = [[next(logs) for _ in choices] for _ in examples]
+    return [choices[values.index(max(values))] for values in scores]
 
 
 def score_texts(predictions: Sequence[str], examples: Sequence[Example], how: Answering) -> Scores:
