@@ -35,7 +35,6 @@ def kernels() -> dict[str, list[str]]:
             (f"ctu_{variant}", ("f32", "bf16"), ("plane",), "vector")
             for variant in ("leaky", "relu6", "gaussian", "tanh")
         ),
-        ("ctu_and_mul_logistic", ("f32", "bf16"), ("plane", "lanes"), "vector"),
         ("head_edit", tuple(ITEMSIZE), ("plane", "lanes"), "vector"),
     ):
         for t in dtypes:
@@ -69,13 +68,12 @@ def cost(dtype: str, kernel: str, sm: int) -> Cost:
     inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
     # The compiler may make several of a loop, with and without sums: the one with most work.
     body = max((listing.instructions[a : b + 1] for a, b in inner), key=len)
-    backward, factor = "_backward_" in kernel, "_and_mul_" in kernel
+    backward, full = "_backward_" in kernel, kernel.endswith("_vector") and "head_edit" not in kernel
     # Kernels with a prologue also have accesses to the residual and its gradient, which are skipped where there is none.
-    full = kernel.endswith("_vector") and "head_edit" not in kernel and not factor
     moves = [i for i in body if i.name in ("LDG", "STG") and i.bytes == 16]
-    packs = sum(i.name == "STG" for i in moves) / (2 if backward and (full or factor) else 1)
+    packs = sum(i.name == "STG" for i in moves) / (2 if backward and full else 1)
     elements = packs * 16 / ITEMSIZE[dtype]
-    moved = float(ITEMSIZE[dtype] * ((3 if backward else 2) + (2 if backward else 1) * factor))
+    moved = float(ITEMSIZE[dtype] * (3 if backward else 2))
     pipes = {k: v / elements for k, v in sass.pipes(body).items()}
     narrowest = min(i.bytes for i in body if i.name in ("LDG", "STG"))
     resident = min(32, 2048 // THREADS, 65536 // (-(-listing.registers // 8) * 8 * THREADS)) * THREADS // 32

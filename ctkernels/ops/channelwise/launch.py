@@ -37,6 +37,7 @@ class _Operands:
         per_group = any(r > 1 for r in rows)
         shared = all(v == 1 for v in values)
         self.like = op.like(inputs, attrs)
+        view: layout.View | None
         if packed:
             x = x.contiguous()
             view = layout.packed_view_of(x, attrs[0], shared, per_group)
