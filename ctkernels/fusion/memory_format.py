@@ -58,10 +58,8 @@ def of_graph(graph: torch.fx.Graph, modules: dict[str, Any]) -> Format:
     for node in graph.nodes:
         operands = node.all_input_nodes
         shares = any(operand in given for operand in operands)
-        if _flattens(node, modules) and len(operands[0].users) > 1:
-            return Format(
-                "it flattens a tensor that it reads again"
-            )  # which might be written over through the flat one
+        if _flattens(node, modules) and len(operands[0].users) > 1:  # and may write over it through the flat one
+            return Format("it flattens a tensor that it reads again")
         if node.op == "placeholder":
             given.add(node)
         elif node.op == "output":
