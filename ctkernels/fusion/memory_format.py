@@ -58,10 +58,8 @@ def of_graph(graph: torch.fx.Graph, modules: dict[str, Any]) -> Format:
     for node in graph.nodes:
         operands = node.all_input_nodes
         shares = any(operand in given for operand in operands)
-        if _flattens(node, modules) and len(operands[0].users) > 1:
-            return Format(
-                "it flattens a tensor that it reads again"
-            )  # which might be written over through the flat one
+        if _flattens(node, modules) and len(operands[0].users) > 1:  # and may write over it through the flat one
+            return Format("it flattens a tensor that it reads again")
         if node.op == "placeholder":
             given.add(node)
         elif node.op == "output":
@@ -74,10 +72,6 @@ def of_graph(graph: torch.fx.Graph, modules: dict[str, Any]) -> Format:
             if shares and not makes_new(module):
                 return Format(f"{node.target} may write over an argument")
             called.append((module, len(node.args)))
-        elif _flattens(node) and len(operands[0].users) > 1:
-            return Format(
-                "it flattens a tensor that it reads again"
-            )  # which might be written over through the flat one
         elif node.target is getattr and node.op == "call_function":
             if node.args[1] not in _ATTRIBUTES:
                 return Format(f"it reads {node.args[1]} of a tensor")
