@@ -170,11 +170,18 @@ class EngineSites(JolaSites):
 
     def attach(self, tables: dict[str, Tensor], current: Current) -> None:
         """Put the edits on the model."""
-        engine = next(_engines)
+        self._engine = next(_engines)
         for name in self._sites:
-            key = f"{engine}.{name}"
+            key = f"{self._engine}.{name}"
             _TABLES[key] = tables.get(f"{name}.m"), tables.get(f"{name}.a"), self._index
             self._handles.append(self._model.get_submodule(name).register_forward_pre_hook(_Hook(key)))
+
+
+    def detach(self) -> None:
+        """Take them off again."""
+        super().detach()
+        for name in self._sites:
+            del _TABLES[f"{self._engine}.{name}"]
 
 
 class _Hook:
