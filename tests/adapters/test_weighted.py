@@ -109,7 +109,7 @@ def test_what_cannot_be_combined_is_refused_and_adds_nothing():
         ((["default"], [1.0], "second"), "adapter_name must be one that is not there yet, got 'second'"),
         ((["default"], [1.0], "sum", "svd"), "combination_type must be 'linear', got 'svd'"),
         ((["second"], [1.0], "sum"), "adapters must have no LoRA"),
-        ((["default"], [-3.0], "sum"), "(beta|coeff): the weighted sum must lie strictly between 0 and 1"),
+        ((["default"], [-3.0], "sum"), r"(beta|coeff): the weighted sum must lie strictly between 0 and 1"),
     ):
         with pytest.raises(ValueError, match=message):
             model.add_weighted_adapter(*arguments)

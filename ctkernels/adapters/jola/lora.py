@@ -119,4 +119,4 @@ def _matrices(layer: JolaLayer, name: str) -> tuple[Tensor, Tensor, Tensor]:
         weight = weight.T if type(base).__name__ == "Conv1D" else weight
         down = torch.zeros(len(dims), len(q), dtype=q.dtype, device=q.device)
         down[torch.arange(len(dims), device=q.device), dims] = scale[dims]
-        return tuple(value.cpu().contiguous() for value in (down, weight[:, dims], weight @ q))  # type: ignore[return-value]
+        return down.cpu(), weight[:, dims].cpu().contiguous(), (weight @ q).cpu()
