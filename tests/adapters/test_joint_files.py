@@ -204,5 +204,5 @@ def test_an_official_checkpoint_of_one_method_leaves_the_other():
     assert torch.equal(layer.vectors("m", "default")[1], official["model.layers.0.self_attn.attn_A.1"])
     after = model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items() if "jola_" not in name)
-    with pytest.raises(ValueError, match="expected tensors named layers.N.self_attn.attn_A"):
+    with pytest.raises(ValueError, match=r"expected tensors named layers\.N\.self_attn\.attn_A"):
         adapters.load_official(model, {})

@@ -55,4 +55,10 @@ def test_what_cannot_be_converted_is_refused(tmp_path):
     model.merge_adapter()
     with pytest.raises(ValueError, match="save_as_lora needs unmerged adapters"):
         adapters.save_as_lora(model, tmp_path / "lora")
+    both = peft.get_peft_model(_model("llama").unload(), adapters.JolaConfig(modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match=r"expected one without modules_to_save, .* got \['lm_head'\]"):
+        adapters.save_as_lora(both, tmp_path / "lora")
+    below = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="expected no adapters but JoLA's, got a Linear of another"):
+        adapters.save_as_lora(peft.get_peft_model(below, adapters.JolaConfig(), "jola"), tmp_path / "lora")
     assert not (tmp_path / "lora").exists()

@@ -79,9 +79,9 @@ def test_the_digits_of_a_beta_near_one_are_kept():
     layer = next(m for m in model.modules() if isinstance(m, adapters.CurvatureLayer))
     with torch.no_grad():
         layer.curvature_raw_beta["default"].fill_(20.0)  # 1 - beta = 2e-9: a float32 beta is 1
-    model.add_weighted_adapter(["default"], [0.5], "half")
+    model.add_weighted_adapter(["default"], [0.5], "halved")
     rest = torch.sigmoid(-torch.tensor([20.0], dtype=torch.float64))
-    torch.testing.assert_close(torch.sigmoid(-layer.curvature_raw_beta["half"].double()), rest / 2, rtol=2e-6, atol=0)
+    torch.testing.assert_close(torch.sigmoid(-layer.curvature_raw_beta["halved"].double()), rest / 2, rtol=2e-6, atol=0)
 
 
 def test_a_joint_adapter_combines_both():
@@ -109,7 +109,7 @@ def test_what_cannot_be_combined_is_refused_and_adds_nothing():
         ((["default"], [1.0], "second"), "adapter_name must be one that is not there yet, got 'second'"),
         ((["default"], [1.0], "sum", "svd"), "combination_type must be 'linear', got 'svd'"),
         ((["second"], [1.0], "sum"), "adapters must have no LoRA"),
-        ((["default"], [-3.0], "sum"), "coeff: the weighted sum must lie strictly between 0 and 1"),
+        ((["default"], [-3.0], "sum"), r"(beta|coeff): the weighted sum must lie strictly between 0 and 1"),
     ):
         with pytest.raises(ValueError, match=message):
             model.add_weighted_adapter(*arguments)

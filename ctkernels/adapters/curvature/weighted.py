@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +22,11 @@ def weighted_config(layers: Mapping[str, CurvatureLayer], adapters: Sequence[str
     layout: dict[str, list[int] | None] = {}
     for site, layer in layers.items():
         names = [name for name in adapters if name in layer.curvature_config]
-        channels = {layer.curvature_channels[name] for name in names} - {None}
+        channels = {place for name in names if (place := layer.curvature_channels[name]) is not None}
         if len(channels) > 1:
             raise ValueError(f"{site}: adapters to combine must have their channels in one place, got {channels}")
         if names:
-            layout[site] = [*channels.pop()] if channels else None  # type: ignore[misc]
+            layout[site] = [*channels.pop()] if channels else None
     return CurvatureConfig(share="site", layout=layout)
 
 
@@ -68,8 +69,8 @@ def fill_weighted(
 
 def _combined(what: str, neutral: float, raw: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The logit of a combination, from the distances of both x and 1 - x: near 1 only the second has digits."""
-    value = neutral + sum(w * (torch.sigmoid(r.double()) - neutral) for w, r in zip(weights, raw))
-    rest = (1 - neutral) + sum(w * (torch.sigmoid(-r.double()) - (1 - neutral)) for w, r in zip(weights, raw))
+    value: Any = neutral + sum(w * (torch.sigmoid(r.double()) - neutral) for w, r in zip(weights, raw))
+    rest: Any = (1 - neutral) + sum(w * (torch.sigmoid(-r.double()) - (1 - neutral)) for w, r in zip(weights, raw))
     if not bool(((value > 0) & (rest > 0)).all()):
         raise ValueError(
             f"{what}: the weighted sum must lie strictly between 0 and 1, got {float(value.min()):.4g} to "

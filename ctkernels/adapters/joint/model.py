@@ -117,8 +117,8 @@ class JointModel(BaseTuner):
                     self._tuners[method] = _TUNERS[method](
                         model, {adapter_name: part}, adapter_name, low_cpu_mem_usage, state_dict
                     )
-                    del model.peft_config
-            model.peft_config = self.peft_config  # type: ignore[assignment]
+                    del vars(model)["peft_config"]
+            vars(model)["peft_config"] = self.peft_config
             check_saved(saved, _shapes(model, adapter_name), model, config)
         except BaseException:
             if first:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .._files import WEIGHTS, replacing_folder
@@ -35,8 +36,8 @@ def save_as_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
         the configuration that was written.
 
     Raises:
-        ValueError: several adapters are active and none is named, every gate is closed, the adapter is merged, or a
-            projection is quantised or sharded.
+        ValueError: several adapters are active and none is named, every gate is closed, the adapter is merged, a projection
+            is quantised or sharded, or there are adapters of other methods or modules_to_save, which would be left out.
 
     Example:
         >>> save_as_lora(model, "lora")
@@ -45,6 +46,8 @@ def save_as_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
     names = named_adapters(model, adapter)
     if len(names) != 1:
         raise ValueError(f"adapter must be named where not one is active, got {names} active")
+    own: Any = next(layer.jola_config[names[0]] for layer in jola_layers(model) if names[0] in layer.jola_config)
+    _check_alone(model, own)
     ranks: dict[str, int] = {}
     tensors: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
@@ -66,7 +69,6 @@ def save_as_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
         raise ValueError(f"adapter {names[0]!r}: every gate is closed, so nothing would be left; unload it instead")
     biased = any(bool(bias.any()) for bias in biases.values())
     rank = max(ranks.values())
-    own: Any = next(layer.jola_config[names[0]] for layer in jola_layers(model) if names[0] in layer.jola_config)
     config = LoraConfig(
         task_type=own.task_type,
         base_model_name_or_path=own.base_model_name_or_path,
@@ -87,6 +89,21 @@ def save_as_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
     return config
 
 
+def _check_alone(model: nn.Module, config: Any) -> None:
+    """Check that nothing but JoLA's edits changes the model."""
+    tuners: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    others = [layer for layer in tuners if not isinstance(layer, JolaLayer) and layer._get_available_adapters()]
+    if others:
+        raise ValueError(
+            f"model: expected no adapters but JoLA's, got a {type(others[0]).__name__} of another, which the LoRA adapter would "
+            "leave out; save the adapters themselves"
+        )
+    if config.modules_to_save:
+        raise ValueError(
+            f"adapter: expected one without modules_to_save, which the LoRA adapter would leave out, got {config.modules_to_save}"
+        )
+
+
 def _matrices(layer: JolaLayer, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """A (r, in), B (out, r) and B's bias (out,), in float32 or wider; r is at least 1."""
     base: Any = layer.get_base_layer()
@@ -102,4 +119,4 @@ def _matrices(layer: JolaLayer, name: str) -> tuple[Tensor, Tensor, Tensor]:
         weight = weight.T if type(base).__name__ == "Conv1D" else weight
         down = torch.zeros(len(dims), len(q), dtype=q.dtype, device=q.device)
         down[torch.arange(len(dims), device=q.device), dims] = scale[dims]
-        return tuple(value.cpu().contiguous() for value in (down, weight[:, dims], weight @ q))  # type: ignore[return-value]
+        return down.cpu(), weight[:, dims].cpu().contiguous(), (weight @ q).cpu()
