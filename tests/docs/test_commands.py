@@ -34,7 +34,7 @@ def test_every_command_of_the_pages_exists() -> None:
 @pytest.mark.parametrize("command", sorted({command for _, command, _ in uses()} & set(COMMANDS)))
 def test_every_option_of_the_pages_exists(command: str) -> None:
     module = COMMANDS[command][0]
-    for needed in ("numpy", "sklearn", "tqdm") if ".lab." in module else ():
+    for needed in ("numpy", "sklearn", "tqdm", "torchvision") if ".lab." in module else ():
         pytest.importorskip(needed, reason="the command needs ctkernels[lab]")
     parser = importlib.import_module(module).parser()
     known = set(parser._option_string_actions)
