@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .._files import WEIGHTS, replacing_folder
 from .._offload import fetched
-from .fold import mergeable
 from .gates import named_adapters
 from .layer import JolaLayer
 from .model import jola_layers
+from .packing import packing
 
 
 @torch.no_grad()
@@ -107,7 +107,6 @@ def _check_alone(model: nn.Module, config: Any) -> None:
 def _matrices(layer: JolaLayer, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """A (r, in), B (out, r) and B's bias (out,), in float32 or wider; r is at least 1."""
     base: Any = layer.get_base_layer()
-    mergeable(base, layer.site)
     _, q = layer.factors([name])
     vectors, gates = layer._operands(name, layer.gates(name, training=False))
     scale = (vectors["m"].to(q) * gates["m"].to(q).unsqueeze(-1)).flatten() if "m" in gates else torch.zeros_like(q)
@@ -115,7 +114,7 @@ def _matrices(layer: JolaLayer, name: str) -> tuple[Tensor, Tensor, Tensor]:
     if not len(dims):
         dims = dims.new_zeros(1)
     with fetched(base):
-        weight = base.weight.detach().to(q)
+        weight = packing(base, layer.site).unpack().detach().to(q)
         weight = weight.T if type(base).__name__ == "Conv1D" else weight
         down = torch.zeros(len(dims), len(q), dtype=q.dtype, device=q.device)
         down[torch.arange(len(dims), device=q.device), dims] = scale[dims]
