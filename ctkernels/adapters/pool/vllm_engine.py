@@ -176,7 +176,6 @@ class EngineSites(JolaSites):
             _TABLES[key] = tables.get(f"{name}.m"), tables.get(f"{name}.a"), self._index
             self._handles.append(self._model.get_submodule(name).register_forward_pre_hook(_Hook(key)))
 
-
     def detach(self) -> None:
         """Take them off again."""
         super().detach()
