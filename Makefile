@@ -102,7 +102,7 @@ serving-suite: $(VENV)/torch.stamp
 	    mkdir -p $(VENV)/llama.cpp && tar -xzf $(VENV)/sdist/llama_cpp_python-0.3.36.tar.gz -C $(VENV)/llama.cpp --strip-components 3 \
 	    llama_cpp_python-0.3.36/vendor/llama.cpp; }
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind CTKERNELS_LLAMA_CPP=$(VENV)/llama.cpp $(PY) -m pytest -s \
-	    tests/adapters/test_serving_vllm.py tests/adapters/test_serving_llama_cpp.py tests/adapters/test_serving_converter.py $(PYTEST_ARGS)
+	    tests/adapters/test_serving_vllm.py tests/adapters/test_serving_llama_cpp.py tests/adapters/test_serving_converter.py tests/serving $(PYTEST_ARGS)
 
 # peft's own tests, from its source distribution, with both methods beside peft's own.
 peft-suite: $(VENV)/built.stamp
@@ -135,6 +135,7 @@ lint: $(VENV)/built.stamp
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports --no-logo
 	$(PY) tools/tables.py --check
+	$(VENV)/bin/codespell
 
 format: $(VENV)/built.stamp
 	$(PY) -m ruff check --fix .

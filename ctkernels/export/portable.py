@@ -148,7 +148,7 @@ def _ctu_and_mul(editor: Editor, node: Node) -> None:
     operands = _Operands(editor, node, gate.meta["val"], channel_dim)
     knobs = operands.knobs(beta, coeff, bool(raw), float(eps))
     slopes = operands.value(slope, "slope") if slope is not None else None
-    unit = lowering.unit(operands.wide(gate), slopes, knobs, lowering.KINDS[kind])
+    unit = lowering.unit(operands.wide(gate), slopes, knobs, KINDS[kind])
     operands.replace(unit * operands.wide(up))
 
 

@@ -90,7 +90,7 @@ def makes_new(module: Any) -> bool:
 
 def _flattens(node: torch.fx.Node, modules: dict[str, Any]) -> bool:
     if node.op == "call_module":
-        return type(modules[node.target]) is nn.Flatten
+        return type(modules[str(node.target)]) is nn.Flatten
     return node.op in ("call_function", "call_method") and node.target in (torch.flatten, "flatten")
 
 

@@ -30,12 +30,12 @@ from .config import JointConfig
 class _Lora(LoraModel):
     """LoRA whose layers lie below JoLA's, also those of an adapter that is added when JoLA's are there."""
 
-    def _create_and_replace(
-        self, lora_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, *args: Any, **kwargs: Any
+    def _create_and_replace(  # type: ignore[override]  # LoraModel's own differs from its base's
+        self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, *args: Any, **kwargs: Any
     ) -> None:
         if isinstance(target, JolaLayer):
             parent, target_name, target = target, "base_layer", target.base_layer
-        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, *args, **kwargs)
+        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, *args, **kwargs)
 
 
 _TUNERS: dict[str, type[BaseTuner]] = {"lora": _Lora, "jola": JolaModel, "curvature": CurvatureModel}

@@ -103,7 +103,7 @@ class JolaModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         heads = site_heads(self.model, current_key, target, peft_config.head_dim)
-        layer = JolaLayer(target, heads.count, heads.dim, current_key, heads.values)
+        layer = JolaLayer(target, heads.number, heads.dim, current_key, heads.values)
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, peft_config)
         layer.train(target.training)
@@ -342,8 +342,8 @@ def parameter_shapes(config: JolaConfig, sites: dict[str, SiteHeads]) -> dict[st
     """The shapes of an adapter's parameters and units at `sites`, by their name in the model."""
     shapes: dict[str, torch.Size] = {}
     for name, heads in sites.items():
-        for kind, edited in zip(KINDS, config.heads_of(name, heads.count, heads.values)):
-            count = (heads.count if edited is None else len(edited)) // config.shared(kind, heads.count, heads.values)
+        for kind, edited in zip(KINDS, config.heads_of(name, heads.number, heads.values)):
+            count = (heads.number if edited is None else len(edited)) // config.shared(kind, heads.number, heads.values)
             if count:
                 shapes[f"{name}.jola_{kind}"] = torch.Size((count, heads.dim))
                 shapes[f"{name}.jola_log_alpha_{kind}"] = torch.Size((count,))

@@ -212,11 +212,11 @@ class SiteHeads(NamedTuple):
     """The heads in the input of a projection.
 
     Attributes:
-        count, dim: how many there are, and the size of each.
+        number, dim: how many there are, and the size of each.
         values: how many heads of values they share (see :func:`value_heads`); None if that cannot be read.
     """
 
-    count: int
+    number: int
     dim: int
     values: int | None
 

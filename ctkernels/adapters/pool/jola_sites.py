@@ -37,7 +37,7 @@ class JolaSites:
         self._handles: list[RemovableHandle] = []
         kinds = {"both": KINDS, "multiplicative": ("m",), "additive": ("a",)}[config.edit]
         self.rows = {
-            f"{site}.{kind}": torch.zeros(heads.count, heads.dim)
+            f"{site}.{kind}": torch.zeros(heads.number, heads.dim)
             for site, heads in self._sites.items()
             for kind in kinds
         }
@@ -119,7 +119,7 @@ def _folded(site: str, heads: SiteHeads, config: JolaConfig, state: dict[str, Te
     """`JolaLayer.folded_edit` of an adapter that is in no model."""
     start = f"{site}.jola_"
     values = {f"jola_{name[len(start) :]}.{_ADAPTER}": v for name, v in state.items() if name.startswith(start)}
-    layer = JolaLayer(nn.Identity(), heads.count, heads.dim, site, heads.values)
+    layer = JolaLayer(nn.Identity(), heads.number, heads.dim, site, heads.values)
     layer.update_layer(_ADAPTER, config, init=False)
     layer.load_state_dict(values, assign=True)
     with torch.no_grad():

@@ -54,7 +54,8 @@ class _Operands:
         self.rows = (*[0 if 1 < r == view.groups else r for r in rows], *[1] * spare)
         self.runs = (*[view.channels // v if v > 1 else 0 for v in values], *[0] * spare)
         second = None if second is None else layout.laid_out_like(second, x)
-        self.residual, self.factor = (None, second) if math.factor else (second, None)
+        self.residual = None if math.factor else second
+        self.factor = second if math.factor else None
         self.second_index = 1 + count
         self.precision = {torch.float32: 0, torch.float64: 2}.get(x.dtype, 1)
 
