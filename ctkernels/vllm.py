@@ -47,7 +47,8 @@ def jola_fields(additional_config: Any) -> dict[str, Any] | None:
     Raises:
         ValueError: the option is neither "jola" nor {"jola": fields}.
 
-    Example:
+    Examples:
+        >>> from ctkernels.vllm import jola_fields
         >>> jola_fields({"ctkernels": {"jola": {"edit": "additive"}}})
         {'edit': 'additive'}
     """

@@ -163,10 +163,13 @@ class Fusion:
         _check_nothing_left(self._model)
 
     def explain(self, *args: Any) -> str:
-        """Which memory format an eager call of the model with ``args`` would have inside, and why.
+        """Say which memory format an eager call of the model with ``args`` would have inside, and why.
 
-        >>> with torch.no_grad():
-        ...     print(handle.explain(images))
+        Examples:
+            >>> handle = ctkernels.fuse(model)
+            >>> with torch.no_grad():
+            ...     print(handle.explain(x))
+            Network: the format of its arguments: 1024 pixels are fewer than 32768
         """
         program = self._forwards.get(self._model) if self._active else None
         if not isinstance(program, Program):

@@ -194,7 +194,9 @@ class CurvatureModel(BaseTuner):
             ValueError: an argument is wrong (the message names it), an adapter has modules_to_save, or a beta or coeff
                 would leave the range between 0 and 1. Nothing is added then.
 
-        Example:
+        Examples:
+            >>> model = get_peft_model(resnet18(), CurvatureConfig(), "digits")
+            >>> model.add_adapter("letters", CurvatureConfig())
             >>> model.add_weighted_adapter(["digits", "letters"], [0.5, 0.5], "both")
         """
         check_weighted(self.peft_config, adapters, weights, adapter_name, combination_type)

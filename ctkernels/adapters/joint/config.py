@@ -38,9 +38,9 @@ class JointConfig(AdapterConfig):
             biases; the message names the field.
         ImportError: peft is older than 0.21, which cannot save an adapter of several methods.
 
-    Example:
+    Examples:
         >>> config = JointConfig(task_type="CAUSAL_LM", jola=JolaConfig(gate_sampling="row"))
-        >>> model = get_peft_model(model, config)
+        >>> model = get_peft_model(base, config)
     """
 
     method: ClassVar[str] = "JOINT"

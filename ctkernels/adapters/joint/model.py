@@ -62,9 +62,8 @@ class JointModel(BaseTuner):
     Raises:
         ValueError: a method finds nothing to adapt, or the model has adapters of another kind. It is left as it was.
 
-    Example:
-        >>> import ctkernels.adapters
-        >>> model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), JointConfig(task_type="CAUSAL_LM"))
+    Examples:
+        >>> model = get_peft_model(base, JointConfig(task_type="CAUSAL_LM"))
     """
 
     prefix = "joint_"
@@ -155,7 +154,9 @@ class JointModel(BaseTuner):
             ValueError: an argument is wrong (the message names it), an adapter has LoRA or modules_to_save, or a beta or
                 coeff would leave the range between 0 and 1. Nothing is added then.
 
-        Example:
+        Examples:
+            >>> model = get_peft_model(base, JointConfig(task_type="CAUSAL_LM"), "polite")
+            >>> model.add_adapter("short", JointConfig(task_type="CAUSAL_LM"))
             >>> model.add_weighted_adapter(["polite", "short"], [0.5, 0.5], "both")
         """
         check_weighted(self.peft_config, adapters, weights, adapter_name, combination_type)

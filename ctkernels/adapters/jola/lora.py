@@ -39,9 +39,9 @@ def save_as_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
         ValueError: several adapters are active and none is named, every gate is closed, the adapter is merged, a projection
             is quantised or sharded, or there are adapters of other methods or modules_to_save, which would be left out.
 
-    Example:
-        >>> save_as_lora(model, "lora")
-        >>> PeftModel.from_pretrained(base, "lora")
+    Examples:
+        >>> config = save_as_lora(model, "lora")
+        >>> model = PeftModel.from_pretrained(base, "lora")
     """
     names = named_adapters(model, adapter)
     if len(names) != 1:

@@ -150,7 +150,9 @@ class JolaModel(BaseTuner):
         Raises:
             ValueError: an argument is wrong (the message names it), or an adapter has modules_to_save.
 
-        Example:
+        Examples:
+            >>> model = get_peft_model(base, JolaConfig(task_type="CAUSAL_LM"), "polite")
+            >>> model.add_adapter("short", JolaConfig(task_type="CAUSAL_LM"))
             >>> model.add_weighted_adapter(["polite", "short"], [0.5, 0.5], "both")
         """
         check_weighted(self.peft_config, adapters, weights, adapter_name, combination_type)

@@ -57,11 +57,13 @@ class AdapterPool(Uncopyable):
         ValueError: there is no site, the model has adapters of this method on it already, or a pool.
         MemoryError: there is no memory for the tables.
 
-    Example:
-        >>> pool = AdapterPool(model, JolaConfig(), capacity=1000)
+    Examples:
+        >>> model.save_pretrained("adapters/law")
+        >>> pool = AdapterPool(base, JolaConfig(), capacity=1000)
         >>> pool.load("law", "adapters/law")
-        >>> with pool.batch(["law", None, "medicine"]):  # None: the base model
-        ...     model.generate(**tokenizer(prompts, padding=True, return_tensors="pt"))
+        >>> inputs = tokenizer(prompts[:2], return_tensors="pt")
+        >>> with pool.batch(["law", None]):  # None: the base model
+        ...     tokens = base.generate(**inputs, max_new_tokens=2)
     """
 
     def __init__(self, model: nn.Module, config: AdapterConfig, capacity: int, *, base: str | None = None) -> None:
@@ -162,9 +164,11 @@ class AdapterPool(Uncopyable):
             ValueError: the adapter cannot be read, or is one of another base model. The pool is as it was.
             PoolFullError: every adapter is pinned or in use. The pool is as it was.
 
-        Example:
+        Examples:
+            >>> model.save_pretrained("adapters/law")
+            >>> pool = AdapterPool(base, JolaConfig(), capacity=1000)
             >>> pool.load("law", "adapters/law")
-            >>> pool.load("draft", peft_model, adapter="default", pin=True)
+            >>> pool.load("draft", model, adapter="default", pin=True)
         """
         check_adapter_name(name)
         config, state = read_adapter(source, adapter, self._config_class)
@@ -251,9 +255,12 @@ class AdapterPool(Uncopyable):
             ValueError: an unknown name, or `lengths` that do not fit `names`.
             RuntimeError: at the end, if no call in this thread got to a site.
 
-        Example:
+        Examples:
+            >>> model.save_pretrained("adapters/law")
+            >>> pool = AdapterPool(base, JolaConfig(), capacity=1000)
+            >>> pool.load("law", "adapters/law")
             >>> with pool.batch(["law", None]):
-            ...     logits = model(input_ids).logits
+            ...     logits = base(batch["input_ids"]).logits
         """
         if isinstance(names, str) or not names or not all(name is None or isinstance(name, str) for name in names):
             raise ValueError(f"names: expected a name or None for each sample, got {names!r}")
@@ -294,8 +301,11 @@ class AdapterPool(Uncopyable):
         Raises:
             ValueError: there is none of this name.
 
-        Example:
-            >>> index[row] = pool.acquire("law")
+        Examples:
+            >>> model.save_pretrained("adapters/law")
+            >>> pool = AdapterPool(base, JolaConfig(), capacity=1000)
+            >>> pool.load("law", "adapters/law")
+            >>> index = torch.tensor([pool.acquire("law"), pool.acquire(None)])
         """
         return BASE_SLOT if name is None or name == BASE else self._acquire_all([name])[name]
 
@@ -330,12 +340,13 @@ class AdapterPool(Uncopyable):
         Raises:
             ValueError: `index` has another shape or dtype.
 
-        Example:
-            >>> index = torch.zeros(64, dtype=torch.long, device="cuda")
-            >>> with pool.serve(index), torch.cuda.graph(graph):
-            ...     logits = model(input_ids).logits
-            >>> index.copy_(slots)
-            >>> graph.replay()
+        Examples:
+            >>> model.save_pretrained("adapters/law")
+            >>> pool = AdapterPool(base, JolaConfig(), capacity=1000)
+            >>> pool.load("law", "adapters/law")
+            >>> index = torch.tensor([pool.acquire("law"), pool.acquire(None)])
+            >>> with pool.serve(index):  # under a CUDA graph, write other slots into index and replay
+            ...     logits = base(batch["input_ids"]).logits
         """
         if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
             kind = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__

@@ -65,8 +65,8 @@ def save_gguf(
             place for the additive edits, or computes something else. Nothing is written then.
         ImportError: gguf is missing.
 
-    Example:
-        >>> print(save_gguf(model, "tuned.gguf", base="Qwen3-0.6B-Q8_0.gguf"))
+    Examples:
+        >>> print(save_gguf(model, "tuned.gguf", base="Qwen3-0.6B-Q8_0.gguf"))  # doctest: +SKIP
     """
     gguf = require("gguf", "serving", "a GGUF file")
     source, target = Path(base), Path(path)

@@ -289,7 +289,7 @@ def curvature_profile(
     Examples:
         >>> profile = curvature_profile(model, images, labels, betas=[0.9, 1.0])
         >>> print(profile.table())
-        beta ...
+        β      towards other images ...
 
     Source: Curvature Tuning paper, theorem 3.1, which compares these Hessians.
     """

@@ -127,8 +127,8 @@ def run_toys(
 
     Examples:
         >>> print(run_toys(seeds=[0], steps=(20, 20, 20)).table())
-        spirals, trained with flipped labels: accuracy on fresh points, % (higher is better)
-          beta 1 ...
+        spirals, trained with flipped labels: accuracy on fresh points, %; higher is better
+        network   mean  seed 0 ...
 
     Source: Curvature Tuning paper, figures 1 and 2. Its script shows figure 2 only for seeds on which T-CT beats LoRA.
     """

@@ -84,7 +84,7 @@ def compare_methods(
         >>> sizes = {"train": 8, "val": 4, "test": 4}
         >>> result = compare_methods(model, tokenizer, data, methods=["zero-shot", "jola"], seeds=[0], progress=False, **sizes)
         >>> print(result.table())
-        method     ROUGE-L  exact match  trained  seeds  s/run  setting
+        method     ROUGE-L  exact match  trained  seeds  time per run  chosen setting
         zero-shot ...
 
     Source: JoLA paper, section 4 and appendix F. Unlike there, every method's rates are tuned alike.

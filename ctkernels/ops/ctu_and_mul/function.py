@@ -48,9 +48,12 @@ def ctu_and_mul(
         TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range.
         RuntimeError: for ``inplace=True`` where a gradient is needed, or on an inference tensor outside of inference mode.
 
-    Example:
+    Examples:
+        >>> gate, up = torch.randn(2, 4, 16)
+        >>> beta, coeff = torch.full((16,), 0.5), torch.full((16,), 0.9)
         >>> y = ctkernels.functional.ctu_and_mul(gate, up, beta, coeff, channel_dim=-1)
-        >>> y = ctkernels.functional.ctu_and_mul(gate_up, None, beta, coeff)            # one projection, twice as wide
+        >>> packed = torch.cat([gate, up], -1)  # of one projection, twice as wide
+        >>> y = ctkernels.functional.ctu_and_mul(packed, None, beta, coeff)
     """
     op = "ctu_and_mul"
     checks.tensor(op, "gate", gate)
