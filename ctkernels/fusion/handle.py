@@ -305,7 +305,7 @@ def _site(match: Match, module: nn.Module, names: dict[nn.Module, str], norms: N
         if node.op == "call_module":
             return names[module.get_submodule(node.target)]
         call = node.target  # a steered call of a function: as handle.sites of the steering has it
-        return f"{names[call.owner]}.{call.key}:{call.activation}".lstrip(".")
+        return f"{names[call.owner]}.{call.key}:{call.signature.activation}".lstrip(".")
 
     norm = norms(module.get_submodule(str(match.norm.target))) if match.norm is not None else None
     unit = names[norm.unit] if norm is not None and norm.unit is not None else name(match.unit)

@@ -97,10 +97,10 @@ class ReverseForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        grads: tuple[Tensor | None, ...] = ctx.op.eager.gradients(
-            ctx.needs_input_grad, dy, ctx.saved_tensors, ctx.attrs
-        )
-        return Forward.backward(ctx, dy) if grads is NotImplemented else grads
+        op, attrs, needs = ctx.op, ctx.attrs, ctx.needs_input_grad
+        inputs = ctx.saved_tensors  # read once: checkpointing computes them again for every reading
+        grads: tuple[Tensor | None, ...] = op.eager.gradients(needs, dy, inputs, attrs)
+        return (None, None, *gradients(op, attrs, needs[2:], dy, inputs)) if grads is NotImplemented else grads
 
 
 class Backward(torch.autograd.Function):

@@ -491,7 +491,7 @@ def _layout(model: nn.Module, config: CurvatureConfig, sites: list[Site]) -> dic
 
 
 def _warn(text: str) -> None:
-    warnings.warn(f"CurvatureConfig: {text}", UserWarning, stacklevel=8)
+    warnings.warn(f"CurvatureConfig: {text}", UserWarning, stacklevel=9)
 
 
 def _strip(model: nn.Module) -> None:
