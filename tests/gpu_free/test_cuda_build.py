@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from conformance import outputs, sample_named
+from recorder import through_kernels
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ctkernels
@@ -51,7 +51,7 @@ def _calls(function: Callable[[], object]) -> list[tuple[str, tuple[Any, ...], A
 
         return Kernels(*(recorded(op.name + suffix) for suffix in ("", "_", "_backward")))
 
-    with mock.patch.object(Op, "kernels", kernels):
+    with through_kernels(kernels):
         function()
     return found
 

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import recorder
@@ -24,7 +23,7 @@ import torch
 from ptx import Memory
 from ptx.launch import Launch
 from ptx.toolchain import compile_cuda
-from recorder import Launched
+from recorder import Launched, through_kernels
 from torch import Tensor
 
 from ctkernels.ops import backends
@@ -324,7 +323,7 @@ def cuda_on_cpu(recorder: Recorder) -> Iterator[Recorder]:
     slot = ctypes.c_void_p.in_dll(binding, "ctk_cuda_launcher")
     previous, slot.value = slot.value, ctypes.cast(launcher, ctypes.c_void_p).value
     try:
-        with mock.patch.object(Op, "kernels", kernels):
+        with through_kernels(kernels):
             yield recorder
     finally:
         slot.value = previous

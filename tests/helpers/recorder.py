@@ -7,17 +7,20 @@ with bounds, races and uninitialised memory checked.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 from ptx import Memory
 from ptx.launch import Launch, execute
 from ptx.runner import MAX_STEPS
 from ptx.toolchain import has_triton, nvcc
 
+import ctkernels
 from ctkernels.ops import backends
+from ctkernels.ops.record import Kernels, Op
 
 ROLES = (
     "reduce_partials",
@@ -26,6 +29,15 @@ ROLES = (
     "backward",
     "forward",
 )  # words of kernels' names; one may have two
+
+
+@contextmanager
+def through_kernels(kernels: Callable[[Op], Kernels]) -> Iterator[None]:
+    """Every op's calls go through ``kernels(op)``, also those of eager CPU tensors that would go to the compiled code directly:
+    they do not where a backend is forced."""
+    forced = nullcontext() if backends.NATIVE is None else ctkernels.use_backend("cpu")
+    with forced, mock.patch.object(Op, "kernels", kernels):
+        yield
 
 
 class Launched(NamedTuple):

@@ -15,13 +15,12 @@ from unittest import mock
 import recorder
 from ptx import Memory, parse
 from ptx.launch import Launch
-from recorder import Launched
+from recorder import Launched, through_kernels
 from roofline.ahead_of_time import compiled
 from torch import Tensor
 
 from ctkernels.ops import launcher
 from ctkernels.ops.channelwise.launch import implementation
-from ctkernels.ops.record import Op
 
 OUTPUTS = {"out", "dresidual", "dfactor", "dnoise", "d0", "d1", "d2", "d3", "d4"}
 SCRATCH = {"partial", "b0", "b1", "b2", "b3", "b4"}
@@ -62,5 +61,5 @@ class Recorder(recorder.Recorder):
 @contextmanager
 def triton_on_cpu(recorder: Recorder) -> Iterator[Recorder]:
     """Every op goes through its Triton host code, and its kernels through ``recorder``."""
-    with mock.patch.object(launcher, "launch", recorder), mock.patch.object(Op, "kernels", implementation):
+    with mock.patch.object(launcher, "launch", recorder), through_kernels(implementation):
         yield recorder
