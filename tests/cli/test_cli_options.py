@@ -378,7 +378,7 @@ def test_the_range_of_a_grid_is_bounded(capsys: Any) -> None:
         ),
         (["curvature", "digits"], "data and --model belong together"),
         (["gradcheck", "--input", "2x3"], "--module and --input: expected both or neither"),
-        (["bench", "--only", "x"], "--only: for the ops"),
+        (["bench", "--only", "x"], "--only: for --formats, and the ops"),
     ],
 )
 def test_options_that_do_not_go_together_are_told_before_any_work(

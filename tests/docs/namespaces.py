@@ -232,6 +232,13 @@ def on_a_page() -> Namespace:
     return {**names, **public, "model": names["base"], "batches": [names["batch"]]}
 
 
+def with_saved_adapter() -> Namespace:
+    """A plain language model, and an adapter of it in the folder "adapters/law"."""
+    names = language()
+    names["model"].save_pretrained("adapters/law")
+    return {**names, "model": names["base"]}
+
+
 def exporting() -> Namespace:
     needs("torchvision", "onnx", "onnxscript", "safetensors")
     return {}
@@ -275,6 +282,9 @@ NAMESPACES: dict[str, Callable[[], Namespace]] = {
     "README.md#2": vision,
     "docs/export.md#0": exporting,
     "docs/jola.md#0": on_a_page,
+    "docs/joint.md#0": on_a_page,
+    "docs/pool.md#0": with_saved_adapter,
+    "docs/serving.md#0": language,
     "docs/tutorials/jola.md#0": packaged_language_model,
     "docs/tutorials/steer.md#0": packaged_network,
     "docs/tutorials/tune.md#0": packaged_network,

@@ -31,6 +31,9 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
 HALF = torch.tensor(0.5, dtype=torch.float64)
 OVERLOADS: dict[str, Callable[[Tensor], object]] = {
     "ctkernels::ctu_": lambda t: torch.ops.ctkernels.ctu_(t, HALF, HALF, None, None, None, None, -1, 0, False, 0.0),
+    "ctkernels::ctu_and_mul_": lambda t: torch.ops.ctkernels.ctu_and_mul_(
+        t, HALF, HALF, None, torch.full_like(t, 2.0), -1, 0, False, 0.0
+    ),
     "ctkernels::head_edit_": lambda t: torch.ops.ctkernels.head_edit_(t, M.view(-1), None, None, None, 1),
 }
 EVERY = CALLS | OVERLOADS
@@ -121,7 +124,7 @@ def test_forward_mode(backend: str) -> None:
 def test_the_bare_op_refuses_what_has_a_gradient(name: str) -> None:
     x = torch.randn(4, 6, requires_grad=True)
     before = x.detach().clone()
-    with pytest.raises(RuntimeError, match=r"inplace=True would overwrite (x|z), which the backward pass needs"):
+    with pytest.raises(RuntimeError, match=r"inplace=True would overwrite (x|z|gate), which the backward pass needs"):
         OVERLOADS[name](x)
     assert torch.equal(x, before)
     with torch.no_grad():
