@@ -14,8 +14,11 @@ EXCEPTIONS: dict[str, str] = {
     r"test_only_params_are_updated\[.*JoLA(?!, soft)": (
         "most gates sample exactly 1, and their log alphas then have no gradient; the row with soft gates passes"
     ),
-    r"test_only_params_are_updated\[.*joint": (
+    r"test_(only_params_are_updated|training_custom_models)\[.*joint": (
         "the test knows the adapter's parameters by one prefix; a joint adapter's have those of its methods"
+    ),
+    r"test_from_pretrained_config_construction\[.*joint": (
+        "the test expects the very configuration that was given; a joint adapter keeps a copy, whose parts it settles"
     ),
     r"test_merge_layers(_multi|_nan|_fp16)?\[(Jola|Curvature)Config.*GPTJ": (
         "the test names GPT-J's fc_out, the projection of an MLP: its input holds no heads, and it is no activation"
@@ -28,7 +31,8 @@ EXCEPTIONS: dict[str, str] = {
         "the test expects a new adapter to change nothing; a CT unit starts at a curve, to have a gradient: it is not the "
         "ReLU"
     ),
-    r"test_adapter_dtype_autocast\[(True|False)-False-dtype[01]-.*CT|test_add_adapter_no_autocast.*CurvatureConfig(?!.*T5)"
+    r"test_adapter_dtype_autocast\[(True|False)-False-dtype[01]-(?!.*joint).*CT"
+    r"|test_add_adapter_no_autocast.*CurvatureConfig(?!.*T5)"
     r"|test_add_adapter_no_autocast.*dtype1-CurvatureConfig.*T5": (
         "an activation has no weight whose dtype its beta and coeff could take: they are float32"
     ),

@@ -62,12 +62,7 @@ CUSTOM: list[tuple[str, str, type, dict[str, Any]]] = [
     ("Conv2d CT, layer", "Conv2d", CurvatureConfig, SOFT_LAYER),
     ("Conv3d CT", "Conv3d", CurvatureConfig, LAYER),
     ("MLP joint CT", "MLP", JointConfig, JOINT),
-    (
-        "MLP joint CT, modules_to_save",
-        "MLP",
-        JointConfig,
-        JOINT | {"modules_to_save": ["lin1"], "jola": JOLA | SOFT | {"target_modules": ["lin0"]}},
-    ),
+    ("MLP joint CT, modules_to_save", "MLP", JointConfig, BESIDE),
 ]
 SEVERAL = [
     ("JoLA, same modules", "jola", JolaConfig, JOLA | {"init_std": 0.5}, JOLA | {"init_std": 0.5}),
