@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -222,7 +223,7 @@ def provenance() -> dict[str, Any]:
         return out.stdout.strip()
 
     return {
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "command": _command(sys.argv[1:]),
         "commit": git("rev-parse", "--short", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "torch": torch.__version__,
@@ -242,3 +243,9 @@ def _cpu_name() -> str:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
+
+
+def _command(arguments: list[str]) -> str:
+    """The command that repeats a measurement: without the file that this one went to."""
+    text = " ".join(["python -m benchmarks", *arguments])
+    return re.sub(r" --json[= ]\S+", "", text)
