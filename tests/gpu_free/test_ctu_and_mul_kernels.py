@@ -10,12 +10,12 @@ import torch
 from conformance import check_against_float64, outputs, sample_named
 
 from ctkernels.functional import ctu_and_mul
-from ctkernels.testing import ctu_and_mul_samples
+from ctkernels.testing import SAMPLES
 
 if TYPE_CHECKING:
     from recorder import Toolchain
 
-NAMES = [s.name for s in ctu_and_mul_samples()]
+NAMES = [s.name for s in SAMPLES["ctu_and_mul"]()]
 # One sample of each cut and of each way to the factor, and those with constants of another kind.
 FEW = [
     "gated NLC, odd channels",

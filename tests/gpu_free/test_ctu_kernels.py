@@ -22,13 +22,13 @@ from ctu_checks import (
 )
 
 from ctkernels.functional import ctu
-from ctkernels.testing import ctu_samples
+from ctkernels.testing import SAMPLES
 
 if TYPE_CHECKING:
     from recorder import Toolchain
 
 FLOAT, DOUBLE, HALVES = torch.float32, torch.float64, (torch.bfloat16, torch.float16)
-NAMES = [s.name for s in ctu_samples()]
+NAMES = [s.name for s in SAMPLES["ctu"]()]
 # One sample of each cut (rows of one channel, columns with channels of their own, several periods side by side) and of each
 # width of access.
 CUTS = ["NCHW, long runs", "NLC, more channels than a block", "NLC, odd channels", "NCHW, runs of four"]

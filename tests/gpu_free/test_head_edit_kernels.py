@@ -10,12 +10,12 @@ import torch
 from conformance import check_against_float64, outputs, sample_named
 
 from ctkernels.functional import head_edit
-from ctkernels.testing import head_edit_samples
+from ctkernels.testing import SAMPLES
 
 if TYPE_CHECKING:
     from recorder import Toolchain
 
-NAMES = [s.name for s in head_edit_samples()]
+NAMES = [s.name for s in SAMPLES["head_edit"]()]
 # The layouts that make different cuts: heads side by side, tokens between heads, an edit for every sample.
 FEW = ["head edit (B, T, H D)", "head edit (B, H, T, D)", "head edit per sample", "head edit per sample, (B, H, T, D)"]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
