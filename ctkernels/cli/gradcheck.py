@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._copying import copy_module
 from .._factories import check_takes, find_factory
 from .._files import write_text
 from ..ops.backends import BACKENDS
@@ -120,7 +120,7 @@ def _check_model(
     else:
         inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     model, inputs = model.to(device, dtype), [value.to(device) for value in inputs]
-    check_takes(copy.deepcopy(model), *inputs, what="--input: values")
+    check_takes(copy_module(model), *inputs, what="--input: values")
     return gradcheck_module(
         model,
         *inputs,

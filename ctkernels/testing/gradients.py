@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._copying import copy_module
 from ..nn import Knobs
 from ..ops.backends import use_backend
 from ..steering.patch import Steered
@@ -136,7 +136,7 @@ def gradcheck_module(
     """
     if directions < 1:
         raise ValueError(f"directions: expected at least 1, got {directions}")
-    narrow = copy.deepcopy(model).train(training)
+    narrow = copy_module(model).train(training)
     wide = _widened(narrow)
     values = {"": inputs, **kwargs}
     report = GradientReport()
@@ -312,7 +312,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 def _widened(module: nn.Module) -> nn.Module:
     """A copy in float64, parameters that resist casting included."""
-    wide = copy.deepcopy(module).double()
+    wide = copy_module(module).double()
     with torch.no_grad():
         for parameter in wide.parameters():
             if parameter.is_floating_point():

@@ -16,6 +16,7 @@ pytest.importorskip("peft")
 import peft
 from curvature_networks import ACTIVATIONS, Block, Net, count_of, image, layer_at, make_net, merged, shaken, tuned
 
+from ctkernels._copying import copy_module
 from ctkernels.adapters import CurvatureConfig, CurvatureLayer, find_activations
 from ctkernels.steering import scan
 
@@ -407,3 +408,13 @@ def test_channels_of_a_float16_model_that_looks_for_overflow():
     assert model.get_base_model().stem.weight.dtype == torch.float16
     batch = peft.get_peft_model(Clamping().half(), CurvatureConfig()).eval()
     assert batch(image().half(), adapter_names=["default", "__base__"] * 2).dtype == torch.float16
+
+
+def test_a_traced_network_in_peft_wrappers_is_reached():
+    """A GraphModule copies itself by a method that peft's wrappers pass on: their copies would lack them."""
+    network = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)))
+    lora = peft.get_peft_model(network, peft.LoraConfig(r=1, target_modules=["0"]))
+    assert type(copy_module(lora)) is type(lora)
+    assert all("__deepcopy__" not in vars(module) for module in lora.modules())
+    adapted = peft.get_peft_model(lora, CurvatureConfig(input_shape=(3, 8, 8)))
+    assert [name for name, _ in adapted.named_parameters() if "curvature_beta" in name]

@@ -6,7 +6,6 @@ it carries the position of its channels, which convolutions, linear layers and n
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from ..._copying import copy_module
 from ...steering.activations import ACTIVATIONS
 from ...steering.patch import apply_patches
 from ...steering.runtime import SiteUnit
@@ -213,7 +213,7 @@ def _copy(model: nn.Module, mode: FakeTensorMode, widened: bool) -> nn.Module:
             fake = _wide(fake)
         memo[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
     try:
-        clone = copy.deepcopy(model, memo)
+        clone = copy_module(model, memo)
     except Exception as error:
         raise ValueError(
             f"model: expected one that can be copied, to find its channels, got {type(error).__name__}: {error}; "

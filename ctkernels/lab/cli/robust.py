@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..._copying import copy_module
 from ...cli import option_types as types
 from ...cli.errors import OptionError
 from ..robustness.attacks import PixelClassifier, Threat
@@ -109,13 +110,12 @@ def load_adapter(model: Any, name: str, folder: Path, splits: Splits, test: floa
 
     ValueError if ``tune`` had other classes, or cut other test images off the same data: it has seen some of these.
     """
-    import copy
 
     from .._weights import load_adapter as load_peft
     from ..transfer import TransferComparison, load_tuned
 
     if not (folder / "adapter_config.json").is_file():
-        network, preprocess, classes = load_tuned(copy.deepcopy(model), folder)
+        network, preprocess, classes = load_tuned(copy_module(model), folder)
         if classes != splits.train.classes:
             raise ValueError(
                 f"--adapter {name}: expected one for the classes {list(splits.train.classes)}, got one for {list(classes)}"
@@ -129,4 +129,4 @@ def load_adapter(model: Any, name: str, folder: Path, splits: Splits, test: floa
         if same and splits.test is None and held_out != test:
             raise ValueError(f"--test must be {held_out}, as when {folder} was trained on the other images, got {test}")
         return PixelClassifier(network, preprocess.mean, preprocess.std)  # normalised as it was trained
-    return load_peft(copy.deepcopy(model), folder, f"--adapter {name}")
+    return load_peft(copy_module(model), folder, f"--adapter {name}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..._copying import copy_module
 from ..experiment import TrainingLog
 from ..images.features import HookPoint, find_hook_point, output_tensor, pool
 from .config import TrainingConfig
@@ -35,7 +34,7 @@ def with_head(model: nn.Module, example: Tensor, classes: int, seed: int = 0) ->
         seed: of the layer's initial weights.
     """
     point = head_input(model, example)
-    network = copy.deepcopy(model)
+    network = copy_module(model)
     with torch.no_grad():
         layer = network.get_submodule(point.layer)
         width = layer.in_features if isinstance(layer, nn.Linear) else pool(network(example)).shape[1]

@@ -1,0 +1,39 @@
+"""Copies of models."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def copy_module(model: M, memo: dict[int, Any] | None = None) -> M:
+    """``copy.deepcopy`` of a model, wrappers included.
+
+    peft's wrappers pass attributes that they lack on to what they wrap, ``__deepcopy__`` too: around a module that has
+    one, such as a ``torch.fx.GraphModule``, ``copy.deepcopy`` would return a copy of what is inside.
+
+    Args:
+        model: left as it is.
+        memo: as for ``copy.deepcopy``.
+    """
+    name = "__deepcopy__"
+    passing = [m for m in model.modules() if getattr(m, name, None) is not None and not _has(m, name)]
+    try:
+        for module in passing:
+            module.__dict__[name] = None
+        copied = copy.deepcopy(model, memo)
+    finally:
+        for module in passing:
+            del module.__dict__[name]
+    for module in copied.modules():
+        if module.__dict__.get(name, module) is None:
+            del module.__dict__[name]
+    return copied
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return name in module.__dict__ or hasattr(type(module), name)
