@@ -47,7 +47,7 @@ CASES = [
     ("nemotron", "head", {}, OUTPUT),
     ("mistral", "head", {"sliding_window": None}, HOMED),
     ("qwen2", "head", {}, HOMED),
-    ("qwen2", "kv_group", {}, VALUE),
+    ("qwen2", "kv_group", {"hidden_size": 128}, VALUE),  # vLLM takes the heads' size from it, and has none for 16
     ("qwen3", "kv_group", {}, VALUE),
     ("qwen3", "head", {"num_key_value_heads": 4}, VALUE),
     ("glm4", "kv_group", {}, VALUE),

@@ -177,6 +177,23 @@ def test_methods_leave_the_model_as_it_was(tiny, name):
     assert torch.equal(model(ids).logits, logits)
 
 
+def test_a_grid_may_name_what_an_ablation_changes(tiny):
+    model, _ = tiny
+    values = {"by_row": 1.0, "units": 0.0, "init_std": 0.01, "init_log_alpha": 1.0, "temperature": 0.5}
+    (setting,) = METHODS["jola"].settings(
+        {name: (value,) for name, value in values.items()} | {"lr": [0.1], "gate_lr": [0.1]}
+    )
+    with METHODS["jola"].attach(model, setting) as attached:
+        config = attached.model.peft_config["default"]
+        assert (config.gate_sampling, config.init_std, config.init_log_alpha) == ("row", 0.01, 1.0)
+        assert (config.temperature, attached.measure) == (0.5, None)
+    with METHODS["lofit"].attach(model, {"lr": 0.1, "init_std": 0.02}) as attached:
+        assert attached.model.peft_config["default"].init_std == 0.02
+        assert attached.measure is not None
+    with pytest.raises(ValueError, match=r"lofit has the settings .*, got \['by_row'\]"):
+        METHODS["lofit"].settings({"by_row": (1,)})
+
+
 def test_the_protocol_from_end_to_end(tiny, tmp_path):
     model, tokenizer = tiny
     options = {**SMALL, "methods": ["zero-shot", "lora", "jola"], "seeds": [0, 1], "grids": GRIDS}

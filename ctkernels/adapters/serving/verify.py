@@ -134,7 +134,8 @@ def run(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         values = {
             key: value.to(device, dtype if value.is_floating_point() else value.dtype) for key, value in inputs.items()
         }
-        output = model(**values)
+        with _capped_scores(model):
+            output = model(**values)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -203,6 +204,26 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, before, after in kept:
             layer._forward_pre_hooks, layer._forward_hooks = before, after
+
+
+@contextmanager
+def _capped_scores(model: nn.Module) -> Iterator[None]:
+    """Attention that caps its scores where the model says so: transformers' "sdpa" leaves the cap out, runtimes do not."""
+    configs = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    capped = [
+        config
+        for config in configs.values()
+        if getattr(config, "attn_logit_softcapping", None) and getattr(config, "_attn_implementation", "") == "sdpa"
+    ]
+    try:
+        for config in capped:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config in capped:
+            config._attn_implementation = "sdpa"
 
 
 @contextmanager

@@ -65,15 +65,37 @@ def _trained(model: nn.Module, lr: float) -> list[dict[str, Any]]:
     return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
 
 
+# What else a grid may name for methods with head edits; `by_row` and `units` are 0 or 1.
+EDIT_OPTIONS = ("init_std", "units")
+GATE_OPTIONS = ("by_row", "init_log_alpha", "temperature")
+
+
+def _jola_config(setting: Setting, **values: Any) -> Any:
+    from ... import adapters
+
+    for name in ("init_std", "init_log_alpha", "temperature"):
+        if name in setting:
+            values[name] = setting[name]
+    if setting.get("by_row"):
+        values["gate_sampling"] = "row"
+    return adapters.JolaConfig(task_type="CAUSAL_LM", **values)
+
+
+def _measure(model: Any, setting: Setting) -> Callable[[Iterable[Mapping[str, Any]]], Any] | None:
+    from ... import adapters
+
+    return partial(adapters.measure_units, model) if setting.get("units", 1) else None
+
+
 @contextmanager
 def jola(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
     """Both edits of every head, gated; gates at a rate of their own."""
     from ... import adapters
 
-    with _through_peft(model, adapters.JolaConfig(task_type="CAUSAL_LM")) as wrapped:
+    with _through_peft(model, _jola_config(setting)) as wrapped:
         groups = adapters.parameter_groups(wrapped, lr=setting["lr"], gate_lr=setting["gate_lr"])
         penalty = adapters.JolaPenaltyCallback(schedule, units=0)
-        yield Attached(wrapped, groups, [penalty], partial(adapters.measure_units, wrapped))
+        yield Attached(wrapped, groups, [penalty], _measure(wrapped, setting))
 
 
 @contextmanager
@@ -92,11 +114,8 @@ def jola_tct(model: nn.Module, setting: Setting, schedule: str = "exponential") 
 @contextmanager
 def lofit(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
     """The same edits without gates; what the JoLA paper reports as LoFiT and as "no gate"."""
-    from ... import adapters
-
-    with _through_peft(model, adapters.JolaConfig(task_type="CAUSAL_LM", freeze_gates=True)) as wrapped:
-        groups = _trained(wrapped, setting["lr"])
-        yield Attached(wrapped, groups, measure=partial(adapters.measure_units, wrapped))
+    with _through_peft(model, _jola_config(setting, freeze_gates=True)) as wrapped:
+        yield Attached(wrapped, _trained(wrapped, setting["lr"]), measure=_measure(wrapped, setting))
 
 
 @contextmanager
@@ -168,7 +187,14 @@ METHODS: dict[str, Method] = {
         Method("lora", "LoRA, rank tuned", {"lr": (1e-3, 3e-3), "rank": (1, 8)}, lora),
         Method("bitfit", "biases only", {"lr": (3e-4, 1e-3, 3e-3, 1e-2)}, bitfit),
         Method("ia3", "(IA)3", {"lr": (1e-3, 3e-3, 1e-2, 3e-2)}, ia3),
-        Method("lofit", "head edits without gates", {"lr": (1e-2, 2e-2, 5e-2, 1e-1)}, lofit),
+        Method(
+            "lofit",
+            "head edits without gates",
+            {"lr": (1e-2, 2e-2, 5e-2, 1e-1)},
+            lofit,
+            optional=EDIT_OPTIONS,
+            nonnegative=("units",),
+        ),
         Method("tct", "curvature of activations", {"lr": (1e-2, 2e-2, 5e-2, 1e-1)}, tct),
         Method(
             "jola+tct",
@@ -176,7 +202,14 @@ METHODS: dict[str, Method] = {
             {"lr": (2e-2, 5e-2), "gate_lr": (5e-1,), "curvature_lr": (1e-2, 3e-2)},
             jola_tct,
         ),
-        Method("jola", "gated head edits", {"lr": (2e-2, 5e-2), "gate_lr": (2e-1, 5e-1)}, jola),
+        Method(
+            "jola",
+            "gated head edits",
+            {"lr": (2e-2, 5e-2), "gate_lr": (2e-1, 5e-1)},
+            jola,
+            optional=(*EDIT_OPTIONS, *GATE_OPTIONS),
+            nonnegative=("by_row", "units"),
+        ),
     )
 }
 
