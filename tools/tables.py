@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md from benchmarks/results: ``python tools/tables.py [--check]``.
+"""Writes the tables of the documentation from benchmarks/results: ``python tools/tables.py [--check]``.
 
 A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``. With ``--check`` nothing is written, and a table that says
 something else than the files is an error.
@@ -14,8 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ctkernels.lab.stats import spread
+from ctkernels.lab.transfer import TransferComparison
+
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "results.md"
+PAGES = [ROOT / "docs" / name for name in ("results.md", "compare.md", "jola.md")]
 MARKED = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n\n).*?(\n<!-- end -->)", re.S)
 
 Record = Mapping[str, Any]
@@ -25,16 +28,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="say which tables are out of date, and write nothing")
     check = parser.parse_args().check
-    before = PAGE.read_text()
-    after = MARKED.sub(lambda match: match[1] + TABLES[match["name"]]() + match[3], before)
-    if check and after != before:
-        print(
-            f"{PAGE.relative_to(ROOT)} is not what benchmarks/results says: run python tools/tables.py", file=sys.stderr
-        )
-        return 1
-    if not check:
-        PAGE.write_text(after)
-    return 0
+    stale = []
+    for page in PAGES:
+        before = page.read_text()
+        after = MARKED.sub(lambda match: match[1] + TABLES[match["name"]]() + match[3], before)
+        if after != before:
+            stale.append(page.name)
+            if not check:
+                page.write_text(after)
+    if check and stale:
+        print(f"{', '.join(stale)}: not what benchmarks/results says; run python tools/tables.py", file=sys.stderr)
+    return 1 if check and stale else 0
 
 
 def _results(name: str) -> Any:
@@ -204,6 +208,30 @@ def ops_h100() -> str:
     return _table([*header, "compiled", "published"], rows)
 
 
+def compare() -> str:
+    """Accuracies of `make compare`, a table for each network."""
+    return TransferComparison.read(ROOT / "benchmarks/results/compare.json").markdown() + "\n"
+
+
+def study() -> str:
+    """Accuracies of `make study` by method and task."""
+    values = _results("study")
+    tasks = list(values["setup"])
+    rows = []
+    for row in values["table"]:
+        beside = row.get("difference")
+        rows.append(
+            [
+                row["method"],
+                *(spread(row["tasks"][task]) for task in tasks),
+                spread(row["mean"]),
+                f"{beside['mean']:+.1f} ± {beside['standard_error']:.1f}" if beside else "",
+                f"{row['parameters']:,}",
+            ]
+        )
+    return _table(["accuracy in %", *tasks, "mean", "beside LoRA", "trained numbers"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ctu-cpu": ctu_cpu,
     "head-edit-cpu": head_edit_cpu,
@@ -211,6 +239,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats-cpu": formats_cpu,
     "calls-cpu": calls_cpu,
     "ops-h100": ops_h100,
+    "compare": compare,
+    "study": study,
 }
 
 if __name__ == "__main__":
