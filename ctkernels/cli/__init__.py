@@ -15,6 +15,10 @@ from .errors import BAD_INPUT, OptionError, reported
 # command -> (module with parser() -> ArgumentParser and run(arguments) -> int, one line of help)
 COMMANDS = {
     "env": ("ctkernels.cli.env", "print versions, devices, what was built, and which backend serves what, and why"),
+    "adapt": (
+        "ctkernels.lab.cli.adapt",
+        "the first thing to try: look at your images or texts, run what is worth trying on them, and write a report",
+    ),
     "steer": (
         "ctkernels.lab.cli.steer",
         "find the curvature at which a pretrained network fits new data best, without training it",

@@ -54,6 +54,7 @@ TEXTS = f"{__name__}:make_texts"
 # What each command cannot do without; the option that is tried takes the place of its own entry.
 NEEDED: dict[str, dict[str, list[str]]] = {
     "env": {},
+    "adapt": {"data": ["digits"]},
     "steer": {"data": ["digits"], "--model": ["--model", MODEL]},
     "compare": {"data": ["digits"], "--model": ["--model", MODEL]},
     "tune": {"data": ["digits"], "--model": ["--model", MODEL]},
@@ -124,6 +125,7 @@ GOOD: dict[str, set[str]] = {
     "--only": {*BAD} - {"-inf"},
     "data": {"{folder}"},  # what is in it is seen when it is read
     "results": {"{folder}", "{file}"},
+    "adapt --model": HUB_NAME,
     "jola --model": HUB_NAME,  # the hub may have one of that name
     "jola data": set(),
 }
