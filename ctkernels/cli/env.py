@@ -95,7 +95,7 @@ def _native() -> dict[str, Any]:
         "simd_levels": (_exported(library, "ctk_simd_levels") or "").split(),
         "simd_level_used": _exported(library, "ctk_simd_level"),
         "threads": torch.get_num_threads(),
-        "eager_calls": eager.way(),
+        "eager_calls": eager.describe(),
     }
 
 

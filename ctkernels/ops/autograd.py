@@ -1,7 +1,7 @@
 """Autograd of eager calls: ``autograd.Function`` classes over an op's kernels.
 
-They cost less per call than what ``register_autograd`` gives a dispatcher op (:mod:`.registration`, for compiled and
-exported programs), and add forward-mode AD and ``torch.func``. README.md of this folder lists all of them.
+They cost less per call than a dispatcher op's ``register_autograd`` (:mod:`.registration`, for compiled and exported
+programs), and support forward-mode AD and ``torch.func``. This folder's README.md lists every implementation of an op.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ def needs_grad(inputs: Sequence[Tensor | None]) -> bool:
 
 
 def in_transform() -> bool:
-    """Whether ``torch.func`` or forward-mode AD is at work."""
+    """Whether a ``torch.func`` transform or forward-mode AD is active."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def in_forward_mode() -> bool:
-    """Whether a forward-mode derivative is being taken, of ``torch.func`` or of ``torch.autograd.forward_ad``."""
+    """Whether forward-mode AD is active, through ``torch.func`` or ``torch.autograd.forward_ad``."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def nested_forward_mode() -> bool:
-    """Whether a forward-mode derivative of ``torch.func`` is being taken inside another one."""
+    """Whether one ``torch.func`` forward-mode derivative runs inside another."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
 
 
 def gradients(op: Op, attrs: Attrs, needs: Sequence[bool], dy: Tensor, inputs: Any) -> list[Tensor | None]:
-    """A gradient or None for every input, which autograd can differentiate again."""
+    """A gradient or None per input, differentiable again where autograd asks for it."""
 
     def compute(grad_mask: int) -> Sequence[Tensor]:
-        # In plain torch: autograd.grad(is_grads_batched=True), and forward mode, whose tangents have to be carried on.
+        # autograd.grad(is_grads_batched=True) and forward mode need plain torch: a kernel would drop the tangents.
         if torch._C._functorch.is_legacy_batchedtensor(dy) or in_forward_mode():
             return op.reference_backward(dy, inputs, attrs, grad_mask)
         if torch.is_grad_enabled() or in_transform():
@@ -58,7 +58,7 @@ def gradients(op: Op, attrs: Attrs, needs: Sequence[bool], dy: Tensor, inputs: A
 
 
 class Forward(torch.autograd.Function):
-    """y = op(inputs), under transforms. Saves its inputs and nothing else."""
+    """y = op(inputs), under transforms. Saves only its inputs."""
 
     @staticmethod
     def forward(op: Op, attrs: Attrs, *inputs: Any) -> Tensor:
@@ -81,13 +81,13 @@ class Forward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], op: Op, attrs: Attrs, *inputs: Any) -> tuple[Tensor, int]:
         flags = op.elementwise_flags
-        merged, grouped, inner = layout.groups_first(inputs, in_dims[2:], info.batch_size, flags, force=False)
+        merged, grouped, inner = layout.merge_vmapped(inputs, in_dims[2:], info.batch_size, flags, per_sample=False)
         y = op(tuple(merged), _shifted(op, attrs, grouped and inner > 0))  # type: ignore[arg-type]
         return (y.unflatten(0, (info.batch_size, inner)) if grouped and inner else y), 0
 
 
 class ReverseForward(torch.autograd.Function):
-    """:class:`Forward` without transforms: a Function with ``setup_context`` costs three times as much per call."""
+    """:class:`Forward` outside transforms: a Function with ``setup_context`` costs three times as much per call."""
 
     @staticmethod
     def forward(ctx: Any, op: Op, attrs: Attrs, *inputs: Any) -> Tensor:
@@ -98,13 +98,13 @@ class ReverseForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         op, attrs, needs = ctx.op, ctx.attrs, ctx.needs_input_grad
-        inputs = ctx.saved_tensors  # read once: checkpointing computes them again for every reading
+        inputs = ctx.saved_tensors  # read once: checkpointing recomputes them on every access
         grads: tuple[Tensor | None, ...] = op.eager.gradients(needs, dy, inputs, attrs)
         return (None, None, *gradients(op, attrs, needs[2:], dy, inputs)) if grads is NotImplemented else grads
 
 
 class Backward(torch.autograd.Function):
-    """The gradients as a differentiable function of (dy, inputs); its own derivatives come from the reference."""
+    """Gradients as a differentiable function of (dy, inputs); second derivatives come from the reference."""
 
     @staticmethod
     def forward(op: Op, attrs: Attrs, grad_mask: int, dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
@@ -124,7 +124,7 @@ class Backward(torch.autograd.Function):
         info: Any, in_dims: tuple[Any, ...], op: Op, attrs: Attrs, grad_mask: int, dy: Tensor, *inputs: Any
     ) -> tuple[tuple[Tensor, ...], int]:
         size, flags = info.batch_size, op.elementwise_flags
-        merged, grouped, inner = layout.groups_first((dy, *inputs), in_dims[3:], size, (True, *flags), force=True)
+        merged, grouped, inner = layout.merge_vmapped((dy, *inputs), in_dims[3:], size, (True, *flags), per_sample=True)
         attrs = _shifted(op, attrs, grouped and inner > 0)
         grads = Backward.apply(op, attrs, grad_mask, *merged)
         out = []
@@ -140,7 +140,7 @@ class Backward(torch.autograd.Function):
 
 
 class TracedReference(torch.autograd.Function):
-    """The reference as a pair of traceable functions, for a compiler that is to see through the op."""
+    """The reference's forward and backward, traceable: the compiler fuses them with their neighbours."""
 
     @staticmethod
     def forward(ctx: Any, op: Op, attrs: Attrs, *inputs: Any) -> Tensor:
@@ -161,7 +161,7 @@ class TracedReference(torch.autograd.Function):
 def second_order(
     op: Op, attrs: Attrs, grad_mask: int, saved: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients of <gradients, cotangents> with respect to ``saved``, which is (dy, *inputs), through the reference."""
+    """Gradients of <gradients, cotangents> with respect to ``saved`` = (dy, *inputs), through the reference."""
 
     def gradients(dy: Tensor, *inputs: Any) -> list[Tensor]:
         return op.reference_backward(dy, inputs, attrs, grad_mask)
@@ -173,24 +173,24 @@ def vjp(
     function: Callable[..., Sequence[Tensor]], arguments: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients of <function(*arguments), cotangents> with respect to the floating-point arguments; None for the others."""
-    moving = [i for i, t in enumerate(arguments) if t is not None and t.is_floating_point()]
+    differentiable = [i for i, t in enumerate(arguments) if t is not None and t.is_floating_point()]
 
-    def of_moving(*values: Tensor) -> tuple[Tensor, ...]:
+    def call(*values: Tensor) -> tuple[Tensor, ...]:
         full = list(arguments)
-        for i, value in zip(moving, values):
+        for i, value in zip(differentiable, values):
             full[i] = value
         return tuple(function(*full))
 
-    outputs, pullback, *_ = torch.func.vjp(of_moving, *(arguments[i] for i in moving))
+    outputs, pullback, *_ = torch.func.vjp(call, *(arguments[i] for i in differentiable))
     filled = tuple(torch.zeros_like(o) if c is None else c.to(o.dtype) for o, c in zip(outputs, cotangents))
     grads: list[Tensor | None] = [None] * len(arguments)
-    for i, grad in zip(moving, pullback(filled)):
+    for i, grad in zip(differentiable, pullback(filled)):
         grads[i] = grad
     return grads
 
 
 def _shifted(op: Op, attrs: Attrs, same_rank: bool) -> Attrs:
-    """``attrs`` for tensors with one more leading dimension, unless they have the ``same_rank``."""
+    """``attrs`` for tensors with one more leading dimension, unless ``same_rank``."""
     named = op.attrs(*attrs)
     if same_rank or named.channel_dim == layout.NO_CHANNEL:
         return attrs

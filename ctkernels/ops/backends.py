@@ -1,7 +1,6 @@
-"""The backends, and which of them serves a tensor: chosen by the tensor, or forced by the user.
+"""Backends, and the choice between them: by tensor, or forced by the user.
 
-Every backend says why it cannot serve a tensor, or that it can; the first that can is used. Nothing is found out by
-catching exceptions.
+Each backend states why it cannot serve a tensor; the first without a reason is used. Exceptions never decide.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def built(module: str) -> bool:
-    """Whether a compiled module of this package is there, under any suffix that this Python imports: Windows has its own."""
+    """Whether a compiled module of this package exists, under any suffix this Python imports (Windows has its own)."""
     return any((Path(__file__).parent.parent / (module + suffix)).exists() for suffix in EXTENSION_SUFFIXES)
 
 
 def _load_native() -> tuple[ModuleType | None, str | None]:
-    """The compiled CPU kernels, or why they are missing. Loading registers them with the dispatcher."""
+    """The extension module with the CPU kernels, or why it is missing. Loading registers the kernels."""
     if not built("_C"):
         return None, "not built (CTKERNELS_BUILD=none, or no C++ compiler when the package was installed)"
     return importlib.import_module("ctkernels._C"), None
@@ -40,7 +39,7 @@ CUDA_KERNELS = Path(__file__).parent.parent / "_cuda_kernels.abi3.so"
 
 
 def _load_cuda() -> str | None:
-    """Loads the compiled CUDA kernels and registers them with the dispatcher, or returns why they are missing."""
+    """Loads and registers the compiled CUDA kernels, or returns why they are missing."""
     if not CUDA_KERNELS.exists() or not CUDA_BINDING.exists():
         return "not built (CTKERNELS_BUILD=cuda builds it, with nvcc and a CUDA build of torch)"
     if torch.version.cuda is None:
@@ -70,8 +69,8 @@ _CAPABILITIES: dict[int, tuple[int, int]] = {}
 
 
 def _capability(device: int) -> tuple[int, int]:
-    if device not in _CAPABILITIES:  # not an lru_cache, of which torch.compile warns
-        # Without a GPU the tensor is a fake one, of a device that is taken to run everything.
+    if device not in _CAPABILITIES:  # torch.compile warns about an lru_cache
+        # Without a GPU the tensor is fake: assume a device that runs everything.
         real = torch.cuda.is_available()
         _CAPABILITIES[device] = torch.cuda.get_device_capability(device) if real else (1 << 10, 0)
     return _CAPABILITIES[device]
@@ -79,10 +78,10 @@ def _capability(device: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the ops.
+    """An implementation of the ops.
 
-    device: the type of device it serves; None for any. missing: why it is not available here at all, or None.
-    capability: the lowest compute capability of a CUDA device that it serves.
+    device: the device type it serves; None for any. missing: why it is unavailable in this process, or None.
+    capability: lowest compute capability it serves, on CUDA.
     """
 
     name: str
@@ -114,18 +113,17 @@ BACKENDS = {
     )
 }
 
-FORCED: list[str] = []  # names forced by `use_backend`, those of other threads among them; the last one counts
+FORCED: list[str] = []  # names forced by `use_backend`, in any thread; the last one counts
 
 
 def forced() -> str | None:
-    """The backend that is forced, or None."""
-    last = FORCED[-1:]  # another thread may take it off meanwhile
+    """The forced backend, or None."""
+    last = FORCED[-1:]  # a slice: another thread may empty the list meanwhile
     return last[0] if last else None
 
 
 def uses_reference(x: Tensor) -> bool:
-    """Whether the reference serves ``x`` although the dispatcher has another kernel: forced, or on a GPU that is too old
-    for the compiled kernels."""
+    """Whether the reference overrides the dispatcher's kernel for ``x``: if forced, or on a GPU too old for the kernels."""
     if FORCED:
         return forced() == "reference"
     if not x.is_cuda:
@@ -146,25 +144,29 @@ def choose(x: Tensor) -> Backend:
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of a call's numbers: float64, so that 1 - beta keeps every digit; float32 on devices without float64."""
+    """Dtype of a call's Python numbers: float64, so that 1 - beta keeps every digit; float32 on devices without float64."""
     if device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64):
         return torch.float32
     return torch.float64
 
 
 def check_forced_backend(x: Tensor) -> None:
-    """RuntimeError if a backend is forced that cannot serve ``x``. Costs nothing when none is forced."""
+    """Raises RuntimeError if the forced backend cannot serve ``x``."""
     if FORCED:
         choose(x)
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces one backend for every ctkernels op in the process, while the context lasts.
+    """Forces one backend for every ctkernels op in the process, for the duration of the context.
 
-    name: ``"cpu"`` or ``"cuda"`` (compiled), ``"triton"`` (on CUDA tensors) or ``"reference"`` (plain torch). Raises
-    ValueError for an unknown name; an op whose tensor the backend cannot serve raises RuntimeError with the reason. Under
-    ``torch.compile``, ops are opaque to the compiler, but it sees through those of ``"reference"``: ctkernels/ops/README.md.
+    Args:
+        name: ``"cpu"`` or ``"cuda"`` (compiled), ``"triton"`` (on CUDA tensors) or ``"reference"`` (plain torch). Under
+            ``torch.compile``, ops are opaque to the compiler, except those of ``"reference"``: ctkernels/ops/README.md.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: from an op called with a tensor that the backend cannot serve; the message has the reason.
 
     Examples:
         >>> with ctkernels.use_backend("reference"):
@@ -175,5 +177,5 @@ def use_backend(name: str) -> Iterator[None]:
     FORCED.append(name)
     try:
         yield
-    finally:  # the last one of this name: contexts of two threads may end in any order
+    finally:  # remove the last of this name: contexts of two threads may end in any order
         del FORCED[len(FORCED) - 1 - FORCED[::-1].index(name)]

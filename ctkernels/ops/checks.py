@@ -1,4 +1,4 @@
-"""Argument checks, and arguments as the ops take them. Every message names the argument, what was expected and what came."""
+"""Argument checks and conversions. Every message names the argument, what was expected, and the value."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def dimension(op: str, name: str, value: Any, x: Tensor) -> int:
 
 
 def number(op: str, name: str, value: Any) -> float:
-    """``value``, a real number of any type, as a float."""
+    """``value``, a real number of any type other than bool, as a float."""
     if type(value) is float:
         return value
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -104,12 +104,12 @@ def widened(t: Tensor) -> Tensor: ...
 @overload
 def widened(t: None) -> None: ...
 def widened(t: Tensor | None) -> Tensor | None:
-    """``t`` in float32 or float64, as parameters are."""
+    """``t`` in float32 or wider: the dtypes of parameters."""
     return t if t is None or t.dtype in (torch.float32, torch.float64) else t.float()
 
 
 def parameter(op: str, name: str, value: float | Tensor, x: Tensor, channel_dim: int | None) -> Tensor:
-    """A number or a per-channel tensor as the ops take it: float32 or float64, 0-d or 1-D, on x's device."""
+    """Converts a number or a per-channel tensor to an op's input: float32 or float64, 0-d or 1-D, on x's device."""
     if not isinstance(value, Tensor):
         return scalar_tensor(number(op, name, value), x)
     tensor(op, name, value)
@@ -126,7 +126,7 @@ def parameter(op: str, name: str, value: float | Tensor, x: Tensor, channel_dim:
 
 
 def scalar_tensor(value: float, x: Tensor) -> Tensor:
-    """``value`` on x's device, in the widest dtype there: then 1 - beta keeps every digit the user wrote."""
+    """``value`` on x's device, in the widest dtype it has: 1 - beta keeps every digit the user wrote."""
     if (
         x.is_cpu
         and not torch.compiler.is_compiling()
@@ -139,13 +139,13 @@ def scalar_tensor(value: float, x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _cached_scalar(value: float) -> Tensor:
-    """Making a call's numbers anew would take a third of a small call's time."""
+    """Cached, because creating a call's scalar tensors would take a third of a small call's time."""
     with torch.inference_mode(False):
         return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
 
 
 def sample_index(op: str, index: Tensor, x_name: str, x: Tensor, tables: Iterable[float | Tensor | None]) -> None:
-    """Raises if ``index`` does not give every sample of ``x`` a row of the ``tables``. On a GPU, indexing checks the values."""
+    """Checks that ``index`` has a row of ``tables`` for every sample of ``x``. On a GPU, indexing itself checks the range."""
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
         kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"{op}: index must be an int64 or int32 tensor, got {kind}")

@@ -1,9 +1,9 @@
-"""Eager calls on the CPU that go to the compiled kernels without the dispatcher (``csrc/cpu/eager.cpp``).
+"""Eager CPU calls that bypass the dispatcher (``csrc/cpu/eager.cpp``).
 
-On a few values, finding a kernel takes several times as long as running it. An entry takes a call that is right and usual,
-and declines every other by returning ``NotImplemented``: then the general way runs, which words the errors and serves
-subclasses, modes, transforms, traces and forced backends. Where a call is right and usual but records a gradient, it
-returns None. Compiled and exported code never comes here.
+On small tensors, dispatch takes several times as long as the kernel. An entry point serves valid calls of the common case
+and returns ``NotImplemented`` for all others: the dispatcher path then raises the errors, and handles subclasses, modes,
+transforms, traces and forced backends. For a valid call that needs a gradient it returns None. Compiled and exported
+programs never use entry points.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Entry = Callable[..., Any]
 
 
 def _missing() -> str | None:
-    """Why there are no such calls here, or None; prepares them."""
+    """Sets up the entry points; returns why they are unavailable, or None."""
     if backends.NATIVE is None:
         return "the CPU kernels are not built"
     states = (
@@ -29,44 +29,42 @@ def _missing() -> str | None:
         torch._C._is_tracing,
         torch.autograd._profiler_enabled,
     )
-    known = backends.NATIVE.eager_setup(
+    supported = backends.NATIVE.eager_setup(
         torch.Tensor, torch.nn.Parameter, backends.FORCED, states, vars(torch.autograd.forward_ad),
         torch._C._increment_version, torch.is_inference_mode_enabled,
     )  # fmt: skip
-    return None if known else f"torch {torch.__version__} lacks torch_tensor_from_pyobject, which 2.14 added"
+    return None if supported else f"torch {torch.__version__} lacks torch_tensor_from_pyobject, which 2.14 added"
 
 
-def _declines(*_: Any) -> Any:
+def _decline(*_: Any) -> Any:
     return NotImplemented
 
 
 def entry(name: str) -> Entry:
-    """The function of that name in ``csrc/cpu/eager.cpp``, or one that declines every call."""
-    if MISSING is not None:
-        return _declines
-    made: Entry = getattr(backends.NATIVE, name)
-    return made
+    """The entry point of that name in ``csrc/cpu/eager.cpp``; without one, a function that declines every call."""
+    function: Entry = _decline if MISSING is not None else getattr(backends.NATIVE, name)
+    return function
 
 
 MISSING = _missing()
 
 
-def way() -> str:
-    """How eager calls reach the kernels, in words."""
+def describe() -> str:
+    """How eager calls reach the kernels."""
     if MISSING is None:
-        return "to the kernels without the dispatcher, where nothing about them is unusual"
+        return "straight to the kernels, without the dispatcher, in the common case"
     return f"through the dispatcher: {MISSING}"
 
 
 class Entries:
-    """The entries of an op, by its name, on what its Functions have.
+    """Entry points of an op, with the arguments of its autograd Functions.
 
     forward(*inputs, *attrs) -> y       gradients(needs, dy, inputs, attrs) -> a gradient or None for each of ``needs``
     """
 
     def __init__(self, name: str | None) -> None:
-        self.forward: Entry = _declines if name is None else entry(name)
-        self.gradients: Entry = _declines if name is None else entry(f"{name}_gradients")
+        self.forward: Entry = _decline if name is None else entry(name)
+        self.gradients: Entry = _decline if name is None else entry(f"{name}_gradients")
 
 
 NONE = Entries(None)

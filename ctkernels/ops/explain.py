@@ -1,4 +1,4 @@
-"""Which backend serves an op, in words."""
+"""Explains which backend serves an op."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from .registration import OPS
 
 
 def explain(x: Tensor, op: str = "ctu") -> str:
-    """Which backend would serve ``op`` on ``x``, and why each of the others would not.
+    """Says which backend would serve ``op`` on ``x``, and why each other one would not.
 
-    op: the name of an op, such as ``"ctu"``; for ``"attention_head_edit"``, x is q, and the keys are as many.
+    Args:
+        x: the first argument of the op.
+        op: the name of an op, such as ``"ctu"``. For ``"attention_head_edit"``, x is q, and k has as many keys.
+
+    Raises:
+        ValueError: for an unknown op.
 
     Examples:
         >>> print(ctkernels.explain(torch.randn(8)))
@@ -37,5 +42,5 @@ def explain(x: Tensor, op: str = "ctu") -> str:
             note = f"forced; {refusal}" if refusal else "forced: used"
         lines.append(f"  {backend.name:<10} {note}")
     if first.name == "cpu" and name in (None, "cpu") and OPS[op].eager is not eager.NONE:
-        lines.append(f"  eager calls: {eager.way()}")
+        lines.append(f"  eager calls: {eager.describe()}")
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""How per-channel parameters line up with a tensor's dimensions, and which strides results have.
+"""Broadcasting of per-channel parameters, and strides of results.
 
 A parameter is 0-d or of size 1 (shared), of size C (one value per index of ``channel_dim``), of a size that divides C (one
 value per run of channels: the gate of a head), or 2-D with such rows: index g of dimension 0 of the tensor uses row
-g modulo the number of rows (per-sample parameters, per-head parameters, and what ``vmap`` turns into).
+g modulo the number of rows (per-sample and per-head parameters, and vmapped ones).
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def halves(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def result_like(x: Tensor) -> Tensor:
-    """An uninitialised result for ``x``: with its strides if it is dense, contiguous if it is not, or is empty.
+    """An uninitialised result for ``x``: with its strides if ``x`` is dense, contiguous if it is not, or is empty.
 
     Compilers rely on every result and every elementwise gradient having these strides: the fakes promise them.
-    ``result_like`` of csrc/binding.h is the same for compiled kernels."""
+    ``result_like`` in csrc/binding.h does the same for compiled kernels."""
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-    # Views of fake tensors have other strides than those of real ones where the size is 1.
+    # In dimensions of size 1, views of fake tensors have other strides than views of real ones.
     sized = [(n, s) for n, s in zip(x.shape, x.stride()) if not (isinstance(n, int) and n == 1)]
     dense = torch._prims_common._is_non_overlapping_and_dense_or_false([n for n, _ in sized], [s for _, s in sized])
     if guard_or_false(x.numel() == 0) or not dense:
@@ -70,7 +70,7 @@ def result_like(x: Tensor) -> Tensor:
 
 
 def parameter_like(param: Tensor) -> Tensor:
-    """An uninitialised gradient of a parameter: contiguous."""
+    """An uninitialised, contiguous gradient of a parameter."""
     return param.new_empty(param.shape)
 
 
@@ -81,23 +81,22 @@ def conform(value: Tensor, x: Tensor) -> Tensor:
     return value if same else out.copy_(value)
 
 
-def groups_first(
+def merge_vmapped(
     tensors: tuple[Tensor | None, ...],
     dims: tuple[int | None, ...],
     size: int,
     elementwise: tuple[bool, ...],
-    force: bool,
+    per_sample: bool,
 ) -> tuple[list[Tensor | None], bool, int]:
-    """A vmapped call as one bigger call: (tensors, whether the batch became groups, inner groups).
+    """Turns a vmapped call into one larger call: (tensors, whether the batch became groups, inner groups).
 
     If no parameter is batched, the batch is one more leading dimension of the elementwise tensors. If one is, or with
-    ``force`` (for per-sample parameter gradients), every sample gets its own row of parameters.
+    ``per_sample`` (for per-sample parameter gradients), every sample gets its own row of parameters.
     """
     params_batched = any(d is not None for d, e in zip(dims, elementwise) if not e)
     params = [t for t, e in zip(tensors, elementwise) if not e and t is not None]
     inner = max((_rows(t, d) for t, d, e in zip(tensors, dims, elementwise) if not e and t is not None), default=0)
-    grouped = force or params_batched or inner > 0
-    grouped = grouped and len(params) > 0
+    grouped = len(params) > 0 and (per_sample or params_batched or inner > 0)
     out: list[Tensor | None] = []
     for t, d, e in zip(tensors, dims, elementwise):
         if t is None:
@@ -115,7 +114,7 @@ def groups_first(
 
 
 def _rows(t: Tensor, batch_dim: int | None) -> int:
-    """Rows of a parameter that is per sample already; 0 if it is not."""
+    """Rows of a 2-D (per-sample) parameter; 0 for others."""
     dim = t.dim() - (batch_dim is not None)
     if dim < 2:
         return 0
@@ -126,9 +125,9 @@ def _rows(t: Tensor, batch_dim: int | None) -> int:
 
 
 class View(NamedTuple):
-    """A dense tensor as kernels see it, in memory order, like csrc/layout.h: (groups, outer, channels, inner). Each group may
-    have its own row of parameters; ``inner`` counts neighbouring values of one channel. packed: rows of channels * inner values
-    alternate with those of a factor."""
+    """A dense tensor in memory order, (groups, outer, channels, inner), as in csrc/layout.h. Each group may have its own row of
+    parameters; ``inner`` counts neighbouring values of one channel. packed: rows of channels * inner values alternate with rows
+    of the factor."""
 
     groups: int
     outer: int
@@ -138,7 +137,7 @@ class View(NamedTuple):
 
 
 def view_of(x: Tensor, channel_dim: int, per_group: bool) -> View | None:
-    """The view of ``x``; None if ``x`` has to be copied first. ``per_group``: dimension 0 is the group."""
+    """The view of ``x``; None if ``x`` must be copied first. ``per_group``: dimension 0 is the group."""
     groups = x.shape[0] if per_group else 1
     channels = x.shape[channel_dim] if channel_dim != NO_CHANNEL else 1
     if x.numel() == 0:
@@ -151,7 +150,7 @@ def view_of(x: Tensor, channel_dim: int, per_group: bool) -> View | None:
         expected *= x.shape[d]
     if per_group and groups != 1:
         if order[0] != 0:
-            return None  # the group has to be outermost
+            return None  # the group must be outermost
         order = order[1:]
     at = order.index(channel_dim) if channel_dim in order else None
     if at is None:
@@ -161,13 +160,13 @@ def view_of(x: Tensor, channel_dim: int, per_group: bool) -> View | None:
 
 
 def packed_view_of(x: Tensor, channel_dim: int, shared: bool, per_group: bool) -> View:
-    """The view of the first half of the channels of the contiguous ``x``. ``shared``: one parameter for all channels."""
-    whole = view_of(x, channel_dim, per_group)
-    assert whole is not None
-    channels, inner = whole.channels // 2, whole.inner
+    """The view of the first half of the contiguous ``x``'s channels. ``shared``: all channels share their parameters."""
+    view = view_of(x, channel_dim, per_group)
+    assert view is not None
+    channels, inner = view.channels // 2, view.inner
     if shared and channels:
         channels, inner = 1, channels * inner
-    return whole._replace(channels=channels, inner=inner, packed=True)
+    return view._replace(channels=channels, inner=inner, packed=True)
 
 
 def laid_out_like(t: Tensor, x: Tensor) -> Tensor:

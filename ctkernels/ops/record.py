@@ -1,9 +1,9 @@
-"""The record of an op: its schemas, its reference in plain torch, and the call of its kernels.
+"""The record of an op: schemas, reference in plain torch, and kernel calls.
 
 An op becomes up to three dispatcher ops (:mod:`.registration`), whose schemas are written out in the op's folder:
 
     ctkernels::NAME(inputs..., attrs...) -> Tensor
-    ctkernels::NAME_(inputs..., attrs...) -> ()               the same, written over the first input
+    ctkernels::NAME_(inputs..., attrs...) -> ()               in place, over the first input
     ctkernels::NAME_backward(dy, inputs..., attrs..., grad_mask) -> Tensor[]    gradients of the inputs whose bit is set
 """
 
@@ -22,7 +22,7 @@ from . import autograd, backends, eager, layout, memory
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# The first input is always there: it gives the result its shape and dtype.
+# The first input is always present: it determines the result's shape and dtype.
 Inputs: TypeAlias = "tuple[Tensor, Unpack[tuple[Tensor | None, ...]]]"
 Attrs: TypeAlias = tuple[Any, ...]  # the op's NamedTuple, or its values in order
 
@@ -49,16 +49,17 @@ class Reference(NamedTuple):
 
 @dataclass(eq=False)
 class Op:
-    """One op.
+    """An op.
 
-    schema, backward_schema, inplace_schema: of the dispatcher ops; None for an op without an in-place form.
+    schema, backward_schema, inplace_schema: of the dispatcher ops; None without an in-place form.
     inputs, attrs: NamedTuple classes of the differentiable tensors and of the other arguments.
-    elementwise: the inputs of the first one's shape; the others are per-channel parameters.
-    factor: the name of one that, absent, is the second half of the first one's channels: the result has the first half's shape.
-    triton: the module of its Triton kernels, imported on the first CUDA call: a ``MATH`` for the channelwise skeleton, or
+    elementwise: inputs with the first one's shape; the others are per-channel parameters.
+    factor: name of an elementwise input that, if absent, is the second half of the first input's channels; the result then has
+        the shape of the first half.
+    triton: module of its Triton kernels, imported on the first CUDA call: a ``MATH`` for the channelwise skeleton, or
         ``forward`` and ``backward``.
-    shared_grad: (b, a, c): where c is None, the gradients of b and a are the same; it is computed once.
-    eager: the entries that eager calls on the CPU try before the dispatcher.
+    shared_grad: (b, a, c): if c is None, grad(b) is grad(a); computed once.
+    eager: entry points that eager CPU calls try before the dispatcher.
     """
 
     schema: str
@@ -73,8 +74,8 @@ class Op:
     shared_grad: tuple[str, str, str] | None = None
     eager: eager.Entries = eager.NONE
     name: str = field(init=False)
-    overloads: Kernels = field(init=False)  # set by registration, as is the next
-    triton_overloads: Kernels | None = field(init=False, default=None)  # where compiled CUDA kernels serve the others
+    overloads: Kernels = field(init=False)  # set by registration, as the next
+    triton_overloads: Kernels | None = field(init=False, default=None)  # if `overloads` has compiled CUDA kernels
 
     def __post_init__(self) -> None:
         schema = torch._C.parse_schema(self.schema)
@@ -94,13 +95,13 @@ class Op:
         return [i for i in range(len(self.elementwise_flags)) if grad_mask >> i & 1]
 
     def requested(self, inputs: Sequence[Any], grad_mask: int) -> list[tuple[int, Tensor]]:
-        """Those of the inputs in a bit mask, with their indices."""
+        """(index, input) of the inputs in a bit mask."""
         return [(i, inputs[i]) for i in self.indices(grad_mask)]
 
     def gradients(
         self, needs_grad: Sequence[bool], inputs: Inputs, compute: Callable[[int], Sequence[Tensor]]
     ) -> list[Tensor | None]:
-        """A gradient or None for every input, from ``compute(grad_mask)``, the gradients of a bit mask of them."""
+        """A gradient or None per input, from ``compute(grad_mask)``, which returns those in a bit mask."""
         mask, shared = self.grad_mask(needs_grad), False
         if self.shared_grad is not None:
             b, a, c = self._shared_indices
@@ -122,7 +123,7 @@ class Op:
         return None if self.factor is None else self.inputs._fields.index(self.factor)
 
     def like(self, inputs: Sequence[Any], attrs: Attrs) -> Tensor:
-        """The tensor that gives the result its shape, dtype and strides: the first input, or the half of it that is no factor."""
+        """The tensor whose shape, dtype and strides the result has: the first input, or its first half if it is packed."""
         if self._factor_index is None or inputs[self._factor_index] is not None:
             return inputs[0]
         return layout.halves(inputs[0], self.attrs(*attrs).channel_dim)[0]
@@ -143,11 +144,11 @@ class Op:
         return self.reference.jvp(self.inputs(*inputs), self.attrs(*attrs), self.inputs(*tangents))
 
     def strided_forward(self, inputs: Inputs, attrs: Attrs) -> Tensor:
-        """The reference, with the strides that every backend's result has."""
+        """The reference, with the strides that all backends return."""
         return layout.conform(self.reference_forward(inputs, attrs), self.like(inputs, attrs))
 
     def strided_backward(self, dy: Tensor, inputs: Inputs, attrs: Attrs, grad_mask: int) -> list[Tensor]:
-        """The reference gradients, with the strides that every backend's have."""
+        """The reference gradients, with the strides that all backends return."""
         grads = self.reference_backward(dy, inputs, attrs, grad_mask)
         return [
             layout.conform(g, inputs[0]) if self.elementwise_flags[i] else g.contiguous()
@@ -157,9 +158,9 @@ class Op:
     # ---- the kernels, or the reference where it is forced ------------------------------------------------------------
 
     def kernels(self) -> Kernels:
-        """The dispatcher's overloads; those of the Triton kernels where these are forced and others serve CUDA tensors."""
+        """The dispatcher's overloads; the Triton ones if Triton is forced and compiled kernels would serve CUDA tensors."""
         if backends.FORCED and self.triton_overloads is not None and backends.forced() == "triton":
-            # An exported program may run where another backend serves it.
+            # An exported program may run on another backend.
             return self.overloads if torch.compiler.is_exporting() else self.triton_overloads
         return self.overloads
 
@@ -181,13 +182,13 @@ class Op:
     # ---- the call ----------------------------------------------------------------------------------------------------
 
     def __call__(self, inputs: Inputs, attrs: Attrs) -> Tensor:
-        """The op, with autograd of every kind."""
+        """Calls the op, with every kind of autograd."""
         if torch.compiler.is_compiling():
             if backends.forced() == "reference":
                 return autograd.TracedReference.apply(self, attrs, *inputs)
             return self.kernels().forward(*inputs, *attrs)
         if autograd.in_transform():
-            if autograd.nested_forward_mode():  # a Function's jvp is called once: the outer derivative would be lost
+            if autograd.nested_forward_mode():  # a Function's jvp runs once: the outer derivative would be lost
                 return self.strided_forward(inputs, attrs)
             return autograd.Forward.apply(self, attrs, *inputs)
         if autograd.needs_grad(inputs):
@@ -197,22 +198,22 @@ class Op:
         return self.forward(inputs, attrs)
 
     def call_(self, inputs: Inputs, attrs: Attrs) -> Tensor:
-        """The op written over its first input, refused where torch refuses an in-place operation."""
+        """Calls the op in place, over its first input; refused where torch refuses in-place operations."""
         x, name = inputs[0], self.inputs._fields[0]
         self.refuse_gradient(inputs)
         memory.refuse_self_overlap(self.name, name, x)
-        if torch.compiler.is_compiling():  # makes two steps of it, as is done below for transforms
+        if torch.compiler.is_compiling():  # the compiler functionalises it
             if backends.forced() == "reference":
                 x.copy_(self.reference_forward(inputs, attrs))
             else:
                 self.kernels().inplace(*inputs, *attrs)
             return x
         memory.refuse_inference(self.name, name, x)
-        if autograd.in_transform():  # a kernel would not carry the tangent along
+        if autograd.in_transform():  # a kernel would drop the tangent
             x.copy_(self((x.clone(), *inputs[1:]), attrs))
-            return x  # copy_ returns another object if a result of the op has a subclass
+            return x  # copy_ returns another object if the result is of a subclass
         memory.refuse_sharing(self.name, self.inputs._fields, inputs, self.elementwise_flags)
-        # What the dispatcher op would do first, without the detour through its Python code.
+        # As the dispatcher op's ADInplaceOrView kernel does, without the detour through its Python code.
         memory.count_write(self.name, name, x)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             if backends.uses_reference(x):
@@ -222,7 +223,7 @@ class Op:
         return x
 
     def refuse_gradient(self, inputs: Inputs) -> None:
-        """RuntimeError if a call in place would need a gradient."""
+        """Raises RuntimeError if an in-place call needs a gradient."""
         if autograd.needs_grad(inputs):
             raise RuntimeError(
                 f"{self.name}: inplace=True would overwrite {self.inputs._fields[0]}, which the backward pass needs; use "

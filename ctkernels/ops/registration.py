@@ -1,7 +1,7 @@
-"""Dispatcher ops: the only code of the package that talks to ``torch.library``.
+"""Dispatcher ops: the only code of the package that uses ``torch.library``.
 
-:func:`define` makes one op of the library ``ctkernels``, from its schema and its functions. :func:`register` makes those of
-an :class:`~.record.Op`. Kernels of the compiled extensions (``csrc``) register themselves with the dispatcher, by name.
+:func:`define` defines one op of the library ``ctkernels`` from its schema and functions; :func:`register` those of an
+:class:`~.record.Op`. The compiled extensions (``csrc``) register their kernels themselves, by name.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def define(
 
     Args:
         schema: ``"name(Tensor x, ...) -> Tensor"``.
-        kernel: the implementation on devices for which nobody registers another one.
-        fake: allocates results as the kernels do, of fake tensors.
-        backward, save: what ``torch.library.register_autograd`` takes; None for an op without gradients.
-        keys: implementations for dispatch keys, such as ``"CUDA"``. That of ADInplaceOrView or Autograd takes the call's
-            set of keys first.
+        kernel: the implementation on devices without one of their own.
+        fake: allocates the results for fake tensors.
+        backward, save: as in ``torch.library.register_autograd``; None for an op without gradients.
+        keys: implementations by dispatch key, such as ``"CUDA"``. Those of ADInplaceOrView and Autograd take the call's
+            key set as their first argument.
     """
     _LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag])
     name = schema.partition("(")[0]
@@ -50,12 +50,12 @@ def define(
 
 
 def register(op: Op) -> Op:
-    """Defines the dispatcher ops of ``op``. Called once per op, at import."""
+    """Defines the dispatcher ops of ``op``, once, at import."""
     reference = reference_kernels(op)
     triton = None
     if op.triton is not None and backends.BACKENDS["triton"].missing is None:
         triton = triton_kernels(op)
-    if backends.BACKENDS["cuda"].missing is not None:  # else the compiled kernels have registered themselves
+    if backends.BACKENDS["cuda"].missing is not None:  # otherwise the compiled kernels have registered themselves
         op.overloads = define_kernels(op, reference, cuda=triton)
     else:
         op.overloads = define_kernels(op, reference)
@@ -66,8 +66,7 @@ def register(op: Op) -> Op:
 
 
 def define_kernels(op: Op, kernels: Kernels, cuda: Kernels | None = None, suffix: str = "") -> Kernels:
-    """The dispatcher ops of ``op`` with these implementations, and others for CUDA tensors, under the schemas' names and
-    ``suffix``."""
+    """Defines the dispatcher ops of ``op`` with these implementations, others on CUDA, and ``suffix`` after each name."""
     count = len(op.inputs._fields)
 
     def schema(text: str) -> str:
@@ -116,19 +115,19 @@ def define_kernels(op: Op, kernels: Kernels, cuda: Kernels | None = None, suffix
     if op.inplace_schema is None:
         return Kernels(forward, None, backward)
 
-    def refuses(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+    def refuse_gradient(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
         op.refuse_gradient(args[:count])
         inplace.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    def writes(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+    def count_write(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
         memory.count_write(op.name, op.inputs._fields[0], args[0])
         with torch._C._AutoDispatchBelowADInplaceOrView():  # a kernel that copies into the tensor must not count again
             inplace.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
-    def negated(*args: Any) -> None:  # torch's own fallback expects an op that writes to return a tensor
+    def resolve_negative(*args: Any) -> None:  # torch's fallback expects an in-place op to return a tensor
         args[0].copy_(forward(*args))
 
-    keys = {"Negative": negated, "Autograd": refuses, "ADInplaceOrView": writes, **on_cuda(1)}
+    keys = {"Negative": resolve_negative, "Autograd": refuse_gradient, "ADInplaceOrView": count_write, **on_cuda(1)}
     inplace = define(schema(op.inplace_schema), kernel=kernels.inplace, fake=lambda *args: None, keys=keys)
     return Kernels(forward, inplace, backward)
 
@@ -150,7 +149,7 @@ def reference_kernels(op: Op) -> Kernels:
 
 
 def triton_kernels(op: Op) -> Kernels:
-    """The Triton kernels on flat arguments, or the reference on a GPU that they do not serve. Imports Triton when called."""
+    """The Triton kernels on flat arguments, or the reference on a GPU they do not serve. The first call imports Triton."""
     reference = reference_kernels(op)
 
     def choose(i: int) -> Callable[..., Any]:

@@ -191,5 +191,5 @@ def test_splits_depend_on_the_shape_alone_and_cover_the_keys() -> None:
         problem = triton_launch.Problem(q, k, k, None, None, None, None, None, None, None, 0, 0, 1.0, -1, 0)
         splits = triton_launch.splits_for(problem, 8, 1, keys)
         assert 1 <= splits <= triton_launch.PROGRAMS
-        n = triton_launch.tile("split", problem).n
+        n = triton_launch.tile_for("split", problem).n
         assert splits == 1 or keys >= 4 * n * splits

@@ -19,7 +19,7 @@ from ctkernels.ops.attention.triton import launch as triton_launch
 
 WRITES = {
     "forward_kernel": ("y", "z", "lse"),
-    "split_kernel": ("part", "part_peak", "part_total"),
+    "split_kernel": ("part", "part_max", "part_sum"),
     "join_kernel": ("y", "z", "lse"),
     "prepare_kernel": ("dz", "delta", "partial"),
     "edit_kernel": ("dm", "da", "dg_m", "dg_a"),

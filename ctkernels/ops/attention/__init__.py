@@ -1,1 +1,1 @@
-"""Attention with the head edit in its epilogue, or torch's attention and the edit after it: docs/attention.md."""
+"""Attention with the head edit, fused or after torch's attention: docs/attention.md."""

@@ -1,12 +1,11 @@
-"""Cost model of attention: chooses ours, with the edit inside, or torch's, with the edit after it.
+"""Cost model that chooses between fused attention and torch's attention with a separate edit.
 
-The model is arithmetic: time = max(flops / (peak * share), bytes / bandwidth) of the attention, plus the passes over
-memory that a separate edit takes. Peaks and bandwidths are data sheets'. A kernel's share of the peak, in inference and over a
-training step's forward and backward, was measured on an H100 (``python -m benchmarks --device cuda --attention``, the run in
-benchmarks/results/h100.json). Not measured: FlashAttention-3, about what its authors published (arXiv 2407.08608); torch's plain
-attention in 16 bits; A100, where FlashAttention-2 has about what its authors published for long sequences (arXiv 2307.08691) and
-the others are guessed from that; B200, taken to be H100, but for kernels with the tensor instructions of before Hopper, which
-are no faster there.
+time = max(flops / (peak * share), bytes / bandwidth) of the attention, plus the memory passes of a separate edit. Peaks and
+bandwidths come from data sheets. Each kernel's share of the peak, in inference and over a training step's forward and backward,
+was measured on an H100 (``python -m benchmarks --device cuda --attention``, the run in benchmarks/results/h100.json), except:
+FlashAttention-3 (about its paper's figures, arXiv 2407.08608); torch's math attention in 16 bits; A100 (FlashAttention-2 about
+as in its paper for long sequences, arXiv 2307.08691; the others guessed from that); B200 (taken from H100, except that kernels
+with pre-Hopper tensor instructions are no faster there).
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from .reference import UNBOUNDED
 
 FUSED, SEPARATE = "fused", "separate"
 IMPLEMENTATIONS = (FUSED, SEPARATE)
-LAUNCH = 4e-6  # seconds that one more kernel costs
+LAUNCH = 4e-6  # seconds per additional kernel
 
 
 class Peak(NamedTuple):
-    """Dense bf16 flops and bytes a second, and each attention's share of the former, (inference, training): in 16 bits, and in
-    float32, where a sixth of it is the peak (three products in tf32)."""
+    """Dense bf16 flop/s, bytes/s, and each attention's share of the peak as (inference, training): ``half`` in 16 bits,
+    ``single`` in float32, whose peak is a sixth (three tf32 products each)."""
 
     flops: float
     bandwidth: float
@@ -53,7 +52,7 @@ PEAKS = {
 
 
 class Shape(NamedTuple):
-    """What a call's cost depends on."""
+    """The features of a call that determine its cost."""
 
     batch: int
     heads: int
@@ -75,7 +74,7 @@ class Estimate(NamedTuple):
 
 
 def shape_of(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, training: bool, batch: int | None = None) -> Shape:
-    """``batch``: sequences of a packed q (T, H, D)."""
+    """``batch``: the number of sequences in a packed q (T, H, D); None if q is not packed."""
     if batch is not None:
         tokens, keys, count = math.ceil(q.shape[0] / max(batch, 1)), math.ceil(k.shape[0] / max(batch, 1)), batch
     else:
@@ -83,23 +82,12 @@ def shape_of(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, training: b
     causal, window = right == 0 and tokens > 1, None
     if left != UNBOUNDED:
         window, causal = min(keys, left + 1 + (0 if right == UNBOUNDED else right)), False
-    return Shape(
-        count,
-        q.shape[1],
-        k.shape[1],
-        tokens,
-        keys,
-        q.shape[-1],
-        v.shape[-1],
-        q.element_size(),
-        causal,
-        training,
-        window,
-    )
+    sizes = (count, q.shape[1], k.shape[1], tokens, keys, q.shape[-1], v.shape[-1])
+    return Shape(*sizes, q.element_size(), causal, training, window)
 
 
 def seconds(peak: Peak, shape: Shape, attention: str) -> float:
-    """Predicted time of a call, forward and, in training, backward. Only the fused kernels leave out what is outside a window."""
+    """Predicted time of a call: forward, plus backward in training. Only the fused kernels skip keys outside the window."""
     keys = shape.window if attention == FUSED and shape.window is not None else shape.keys
     work = 2.0 * shape.batch * shape.heads * shape.tokens * keys * (shape.head_dim + shape.value_dim)
     work *= (0.5 if shape.causal else 1.0) * (3.5 if shape.training else 1.0)
@@ -109,14 +97,14 @@ def seconds(peak: Peak, shape: Shape, attention: str) -> float:
     cached = shape.batch * keys * shape.groups * (shape.head_dim + shape.value_dim) * shape.itemsize
     moved = rows * (shape.head_dim + shape.value_dim) + cached
     time = max(work / rate, moved / peak.bandwidth) + LAUNCH
-    if attention != FUSED:  # the edit's passes: in place, or beside z; and z, dy and dz of its backward
+    if attention != FUSED:  # the edit's passes: read and write z; in training also z, dy and dz of its backward
         time += rows * shape.value_dim * (5 if shape.training else 2) / peak.bandwidth
         time += LAUNCH * (2 if shape.training else 1)
     return time
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> str:
-    """The kernel that torch's scaled_dot_product_attention would use on a CUDA device: its own answer."""
+    """The kernel that scaled_dot_product_attention would use on a CUDA device, as torch itself reports it."""
     cuda = torch.backends.cuda
     params = cuda.SDPAParams(q, k, v, mask, 0.0, causal, q.shape[1] != k.shape[1])
     if (
@@ -159,29 +147,29 @@ def estimates(
     training: bool,
     batch: int | None = None,
 ) -> list[Estimate]:
-    """What each implementation is predicted to take on q's CUDA device, the faster one first."""
+    """Predicted times of both implementations on q's CUDA device, the faster one first."""
     major = max((m for m in PEAKS if m <= torch.cuda.get_device_capability(q.device)[0]), default=8)
     shape, peak = shape_of(q, k, v, left, right, training, batch), PEAKS[major]
     masked = _masked(q, k, mask, left, right, batch)
     kernel = "efficient" if masked else torch_attention(q, k, v, None, right == 0 and shape.tokens > 1)
     if masked:
-        theirs = seconds(peak, shape._replace(causal=False), kernel)
+        separate = seconds(peak, shape._replace(causal=False), kernel)
     else:
         shares = peak.half if shape.itemsize == 2 else peak.single
-        theirs = seconds(peak, shape, kernel if kernel in shares else "math")
-    both = [Estimate(FUSED, seconds(peak, shape, FUSED), "fused"), Estimate(SEPARATE, theirs, kernel)]
+        separate = seconds(peak, shape, kernel if kernel in shares else "math")
+    both = [Estimate(FUSED, seconds(peak, shape, FUSED), "fused"), Estimate(SEPARATE, separate, kernel)]
     return sorted(both, key=lambda e: e.seconds)
 
 
 def _masked(q: Tensor, k: Tensor, mask: Tensor | None, left: int, right: int, batch: int | None) -> bool:
-    """Whether torch gets an explicit mask: for a window, unaligned lengths and padded packed sequences too."""
+    """Whether torch's attention needs an explicit mask: also for a window, unaligned lengths and packed sequences."""
     if mask is not None or left != UNBOUNDED or batch is not None:
         return True
     return right == 0 and q.shape[2] not in (1, k.shape[2])
 
 
 def _slow_in_torch(q: Tensor, k: Tensor, mask: Tensor | None, left: int, right: int, batch: int | None) -> bool:
-    """Whether torch has no fast kernel for a call: with a mask, for float32 that shares key heads, for a single query."""
+    """Whether torch lacks a fast kernel for a call: with a mask, a single query, or grouped heads in float32."""
     if _masked(q, k, mask, left, right, batch) or q.shape[2] == 1:
         return True
     return q.dtype == torch.float32 and q.shape[1] != k.shape[1]
@@ -199,7 +187,7 @@ def choose(
     batch: int | None,
     forced: str | None,
 ) -> str:
-    """FUSED or SEPARATE. RuntimeError where what is forced, by argument or ``use_backend``, cannot serve."""
+    """FUSED or SEPARATE. RuntimeError if a forced choice, by argument or ``use_backend``, cannot serve the call."""
     backend = backends.forced()
     if backend is not None and backend != "triton":
         backends.check_forced_backend(q)
@@ -215,13 +203,13 @@ def choose(
         return SEPARATE
     if requested is not None:
         return FUSED
-    if torch.compiler.is_compiling():  # sizes may be unknown, and torch's answers about its kernels cannot be traced
+    if torch.compiler.is_compiling():  # sizes may be symbolic, and torch's kernel queries cannot be traced
         return FUSED if _slow_in_torch(q, k, mask, left, right, batch) else SEPARATE
     return estimates(q, k, v, mask, left, right, training, batch)[0].implementation
 
 
 def explain(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, training: bool = True) -> str:
-    """Which implementation would serve causal attention of q (B, H, T, D), and what each is predicted to take."""
+    """Says which implementation would serve causal attention of q (B, H, T, D), with predicted times."""
     k = q if k is None else k
     v = k if v is None else v
     lines = [

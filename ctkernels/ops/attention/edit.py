@@ -1,4 +1,4 @@
-"""The head edit of attention's output, z (B, H, T, E): as a call of the op, and in plain torch."""
+"""The head edit of the attention output z (B, H, T, E), by the op and in plain torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .problem import Edits
 
 
 def apply(z: Tensor, edits: Edits) -> Tensor:
-    """Edit z, in place where no gradient is needed."""
+    """Edits z, in place if no gradient is needed."""
     m, a, g_m, g_a = edits
     if m is None and a is None:
         return z
@@ -26,7 +26,7 @@ def forward(z: Tensor, edits: Edits) -> Tensor:
 
 
 def scale(edits: Edits) -> Tensor | None:
-    """What z is multiplied by, with dimensions that broadcast against it; None where nothing is scaled."""
+    """1 + g_m m, broadcastable against z; None without m."""
     m, _, g_m, _ = _broadcast(edits)
     return reference.scale(m, g_m)
 

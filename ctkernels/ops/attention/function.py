@@ -1,4 +1,4 @@
-"""``ctkernels.functional.attention_head_edit``: checks its arguments, and calls the implementation that is chosen."""
+"""``ctkernels.functional.attention_head_edit``: argument checks, and the choice of an implementation."""
 
 from __future__ import annotations
 
@@ -35,41 +35,41 @@ def attention_head_edit(
     max_seqlen: int | tuple[int, int] | None = None,
     implementation: str | None = None,
 ) -> Tensor:
-    r"""Attention and the gated affine edit of every head's output, fused: (1 + g_m * m) * softmax(scale q k^T) v + g_a * a.
+    r"""Attention with a gated affine edit of every head's output, fused: (1 + g_m * m) * softmax(scale q k^T) v + g_a * a.
 
-    ``torch.nn.functional.scaled_dot_product_attention``, then the edit of its output head by head. On a GPU the edit is in
-    the epilogue of the attention kernel, and its gradients are in passes that attention's backward makes anyway.
+    Equals ``scaled_dot_product_attention`` followed by :func:`head_edit`. On a GPU the edit runs in the epilogue of the
+    attention kernel, and its gradients in passes that attention's backward makes anyway.
 
     The last query is aligned with the last key (FlashAttention's convention): with T queries and S keys, query i is at
-    position i + S - T, which is what decoding with a cache means. torch aligns the first query with the first key; the two
-    differ only where ``is_causal`` or ``window`` meets T != S. A query that may see no key gives 0 before the edit.
+    position i + S - T, as in decoding with a cache. torch aligns the first query with the first key; the two differ only
+    if T != S with ``is_causal`` or ``window``. A query that sees no key gives 0 before the edit.
 
     Args:
         q: (B, H, T, D), float32, float64, bfloat16 or float16; any strides. Packed: (total queries, H, D).
         k, v: (B, G, S, D) and (B, G, S, E), of q's dtype; E may differ from D. Packed: (total keys, G, D or E).
-        m, a: (H, E): the multiplicative and the additive edit; either may be None, not both. float32 or wider is kept.
+        m, a: (H, E): the multiplicative and the additive edit; one of them may be None. Kept if float32 or wider, else widened.
         g_m, g_a: (H,): gates of ``m`` and ``a``; None is 1.
         attn_mask: broadcastable to (B, H, T, S): booleans, True where a key takes part (a padding mask is (B, 1, 1, S)), or
-            floats added to the scores. May be combined with ``is_causal`` and ``window``. Gets no gradient.
-        is_causal: a query sees no key behind its own position.
+            floats added to the scores. Combines with ``is_causal`` and ``window``. Gets no gradient.
+        is_causal: queries see no keys after their own position.
         scale: of the scores; None is 1 / sqrt(D).
-        enable_gqa: allow G < H, a divisor of H: query heads in runs of H / G share a key and value head.
-        window: a query sees the ``window`` positions up to and including its own, and, unless ``is_causal``, as many from it on.
-        cu_seqlens: (B + 1,) int32 or int64, 0 first: where the sequences of packed q, k and v start and end; a pair where
-            queries and keys differ. ``attn_mask`` is for unpacked calls.
-        max_seqlen: the length of the longest sequence, or a pair; None reads it from ``cu_seqlens``, which waits for a GPU
-            and cannot be compiled.
-        implementation: ``"fused"`` or ``"separate"`` (torch's attention, then the edit in place or, with gradients, beside
-            it); None lets a cost model choose. ``ctkernels.explain(q, "attention_head_edit")`` shows its choice.
+        enable_gqa: allow G < H if G divides H: each run of H / G query heads shares a key and value head.
+        window: queries see ``window`` positions up to and including their own and, unless ``is_causal``, as many onwards.
+        cu_seqlens: (B + 1,) int32 or int64, starting with 0: boundaries of the sequences in packed q, k and v; a pair if
+            queries and keys differ. Excludes ``attn_mask``.
+        max_seqlen: the length of the longest sequence, or a pair; None reads it from ``cu_seqlens``, which synchronises with
+            the GPU and cannot be compiled.
+        implementation: ``"fused"``, or ``"separate"``: torch's attention, then the edit (in place without gradients). None
+            lets a cost model choose; ``ctkernels.explain(q, "attention_head_edit")`` shows its choice.
 
     Returns:
-        (B, H, T, E), or packed (total queries, H, E), of q's dtype. Differentiable in q, k, v, m, a, g_m and g_a. Derivatives
-        of derivatives: the fused kernels by plain torch, torch's attention where torch has them
+        (B, H, T, E), or packed (total queries, H, E), of q's dtype. Differentiable in q, k, v, m, a, g_m and g_a. Second
+        derivatives: of the fused kernels through plain torch, of torch's attention where torch has them
         (``use_backend("reference")`` has them everywhere).
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or device.
-        RuntimeError: for ``implementation="fused"`` where the kernels cannot serve the call; the message says why.
+        RuntimeError: for ``implementation="fused"`` if the kernels cannot serve the call; the message says why.
 
     Examples:
         >>> q, k, v = torch.randn(3, 2, 4, 16, 8)  # 2 sequences, 4 heads, 16 tokens, 8 numbers per head

@@ -1,11 +1,11 @@
-"""Attention with the head edit in its epilogue, as an op.
+"""The dispatcher op of attention with the head edit.
 
     ctkernels::attention_head_edit(tensors..., numbers..., keep) -> (y, z, lse)
     ctkernels::attention_head_edit_backward(dy, z, lse, tensors..., numbers..., grad_mask) -> gradients whose bit is set
 
-Tensors and numbers are those of :class:`.problem.Problem`. z, the unedited output, and lse, base 2, are what a backward
-pass needs: each is empty unless its bit of ``keep`` is set. On CUDA the kernels are Triton's; elsewhere the op is the plain
-reference: :mod:`.function` uses torch's attention there.
+Tensors and numbers are those of :class:`.problem.Problem`. The backward pass needs z, the unedited output, and lse (base 2);
+each is empty unless its bit in ``keep`` is set. On CUDA the kernels are Triton's; elsewhere the op is the reference, and
+:mod:`.function` uses torch's attention.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TENSORS = Problem._fields.index("longest_q")  # before the numbers
 
 
 def run(problem: Problem, keep: int) -> Tensor:
-    """y, by the dispatcher op. ``keep``: of :func:`.problem.keep_for`."""
+    """y, from the dispatcher op. ``keep``: from :func:`.problem.keep_for`."""
     return FORWARD(*problem, keep)[0]
 
 
@@ -34,13 +34,12 @@ def run(problem: Problem, keep: int) -> Tensor:
 
 
 def _dense(problem: Problem) -> Iterator[tuple[slice, slice, Problem]]:
-    """The sequences of a problem one by one, widened, with one mask each: their slices of q and of k, and the problem."""
+    """(slice of q, slice of k, problem) for each sequence, widened, with all masks combined into one."""
     wide = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
     widened: list[Any] = [t.to(wide) if isinstance(t, Tensor) and t.is_floating_point() else t for t in problem]
     p = Problem(*widened)
-    everything = slice(None)
     if p.starts_q is None or p.starts_k is None:
-        yield everything, everything, _masked(p)
+        yield slice(None), slice(None), _masked(p)
         return
     bounds = p.starts_q.tolist(), p.starts_k.tolist()
     for first_q, last_q, first_k, last_k in zip(bounds[0], bounds[0][1:], bounds[1], bounds[1][1:]):
@@ -54,8 +53,8 @@ def _masked(p: Problem) -> Problem:
     return p._replace(mask=reference.combine(p.mask, seen))
 
 
-class Plain:
-    """The implementation for tensors that no kernel serves."""
+class ReferenceKernels:
+    """The implementation on devices without kernels."""
 
     @staticmethod
     def forward(problem: Problem, keep: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +67,7 @@ class Plain:
                 y.copy_(edited), z.copy_(unedited), lse.copy_(sums)
             else:
                 y[at], z[at], lse[:, at] = edited[0].transpose(0, 1), unedited[0].transpose(0, 1), sums[0]
-        return y, (z if keep & KEEP_Z else _nothing(z)), (lse if keep & KEEP_LSE else _nothing(lse))
+        return y, *_kept(z, lse, keep)
 
     @staticmethod
     def backward(dy: Tensor, _z: Tensor, _lse: Tensor, problem: Problem, grad_mask: int) -> list[Tensor]:
@@ -78,13 +77,14 @@ class Plain:
         ]
 
 
-def _nothing(like: Tensor) -> Tensor:
-    return like.new_empty((0,))
+def _kept(z: Tensor, lse: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """z and lse; empty if their bit is not set."""
+    return z if keep & KEEP_Z else z.new_empty((0,)), lse if keep & KEEP_LSE else lse.new_empty((0,))
 
 
 def _gradients(dy: Tensor, problem: Problem, grad_mask: int) -> list[tuple[int, Tensor, Tensor]]:
-    """(index, input, gradient) of the inputs in ``grad_mask``: the closed form, from the inputs alone. Differentiable."""
-    parts: list[list[Tensor]] = [[] for _ in DIFFERENTIABLE]  # of each gradient, by sequence
+    """(index, input, gradient) of the inputs in ``grad_mask``, in closed form, from the inputs alone. Differentiable."""
+    parts: list[list[Tensor]] = [[] for _ in DIFFERENTIABLE]  # per gradient, one part per sequence
     packed = problem.packed is not None
     for at, _, p in _dense(problem):
         upstream = dy[at].transpose(0, 1)[None] if packed else dy
@@ -104,9 +104,9 @@ def _indices(grad_mask: int) -> list[int]:
 
 
 def kernels(q: Tensor) -> Any:
-    """The implementation that serves a tensor: Triton's launches on CUDA, or :class:`Plain`."""
+    """The implementation for a tensor: Triton's launches on CUDA, :class:`ReferenceKernels` elsewhere."""
     if not q.is_cuda:
-        return Plain
+        return ReferenceKernels
     from .triton import launch  # imports Triton
 
     return launch
@@ -121,8 +121,8 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, v, keep = args[0], args[2], args[_COUNT]
-    y, z, lse = result_for(q, v.shape[-1]), result_for(q, v.shape[-1]), lse_for(q)
-    return y, (z if keep & KEEP_Z else _nothing(z)), (lse if keep & KEEP_LSE else _nothing(lse))
+    y, z = (result_for(q, v.shape[-1]) for _ in range(2))
+    return y, *_kept(z, lse_for(q), keep)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -159,14 +159,14 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _second_order(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """Gradients of <gradients, cotangents>, by the closed form: z and lse count as functions of q, k and v."""
-    moving = 1 + len(DIFFERENTIABLE)
-    fixed = (*ctx.saved_tensors[moving:], *ctx.numbers)
+    """Gradients of <gradients, cotangents>, by the closed form: z and lse are functions of q, k and v."""
+    count = 1 + len(DIFFERENTIABLE)
+    fixed = (*ctx.saved_tensors[count:], *ctx.numbers)
 
     def gradients(dy: Tensor, *inputs: Any) -> list[Tensor]:
         return [g.to(t.dtype) for _, t, g in _gradients(dy, Problem(*inputs, *fixed), ctx.grad_mask)]
 
-    d_dy, *grads = vjp(gradients, ctx.saved_tensors[:moving], cotangents)
+    d_dy, *grads = vjp(gradients, ctx.saved_tensors[:count], cotangents)
     return (d_dy, None, None, *grads, *[None] * (len(fixed) + 1))
 
 

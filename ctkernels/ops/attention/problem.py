@@ -1,4 +1,4 @@
-"""One call of the attention op, and the results that it allocates."""
+"""Arguments of the attention op, and allocation of its results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Edits = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Packed(NamedTuple):
-    """Sequences side by side in one dimension: (B + 1,) int32 starts of each, and the longest, of queries and of keys."""
+    """Packed sequences: (B + 1,) int32 boundaries, and the longest length, of queries and of keys."""
 
     starts_q: Tensor
     starts_k: Tensor
@@ -23,8 +23,8 @@ class Packed(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One call. q (B, H, T, D), k (B, G, S, D), v (B, G, S, E), mask (B, H, T, S) with any strides; with starts, packed: q
-    (T, H, D), k (S, G, D), v (S, G, E). left and right: how far from its own position a query sees, or UNBOUNDED."""
+    """A call: q (B, H, T, D), k (B, G, S, D), v (B, G, S, E), mask (B, H, T, S), any strides. With starts, packed: q (T, H, D),
+    k (S, G, D), v (S, G, E). left, right: how far from its own position a query sees, or UNBOUNDED."""
 
     q: Tensor
     k: Tensor
@@ -54,7 +54,7 @@ class Problem(NamedTuple):
 
 
 def result_for(q: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised, of q's shape but for the last dimension; the heads of a token lie side by side in memory."""
+    """Uninitialised, of q's shape except the last dimension; the heads of a token are adjacent in memory."""
     if q.dim() == 3:
         return q.new_empty((*q.shape[:2], size), dtype=dtype)
     batch, heads, tokens = q.shape[:3]
@@ -68,6 +68,6 @@ def lse_for(q: Tensor) -> Tensor:
 
 
 def keep_for(needs_grad: list[bool]) -> int:
-    """Mask of what the backward pass needs for these gradients, in the order of DIFFERENTIABLE."""
+    """Bits of the results that the backward pass needs for these gradients, in the order of DIFFERENTIABLE."""
     inner = any(needs_grad[:3])
     return KEEP_Z * (inner or needs_grad[3] or needs_grad[5]) + KEEP_LSE * inner

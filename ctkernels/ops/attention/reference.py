@@ -1,4 +1,4 @@
-"""Attention with the head edit in plain torch: what a query may see, the textbook forward, and closed-form gradients.
+"""Attention with the head edit in plain torch: visibility, textbook forward, closed-form gradients.
 
 Shapes: q (B, H, T, D), k (B, G, S, D), v (B, G, S, E) with H a multiple of G; m, a (H, E); g_m, g_a (H,); all widened.
 """
@@ -31,14 +31,14 @@ def visible(tokens: int, keys: int, left: int, right: int, device: torch.device)
 
 
 def combine(mask: Tensor | None, seen: Tensor | None) -> Tensor | None:
-    """A user's mask (True or 0: takes part) and ``visible`` in one, in the kind of the former."""
+    """Combines a user's mask (True or 0: takes part) with the result of :func:`visible`; keeps the mask's kind."""
     if mask is None or seen is None:
         return seen if mask is None else mask
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -math.inf)
 
 
 def repeat_heads(t: Tensor, heads: int) -> Tensor:
-    """Key or value heads, each repeated for the query heads that share it."""
+    """Repeats key or value heads for the query heads that share them."""
     return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], 1)
 
 
@@ -56,11 +56,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 
 
 def _weights(s: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(s), and the logarithm of the sum of exponentials: e^(s - lse) would have the rounding of a large lse in its
-    exponent."""
-    blind = (s == -math.inf).all(-1, keepdim=True)  # neither has a gradient there
-    seen = s.masked_fill(blind, 0.0)
-    return seen.softmax(-1).masked_fill(blind, 0.0), seen.logsumexp(-1).masked_fill(blind[..., 0], math.inf)
+    """softmax(s) and logsumexp(s). softmax is not e^(s - lse), whose exponent would carry the rounding of a large lse."""
+    no_keys = (s == -math.inf).all(-1, keepdim=True)
+    seen = s.masked_fill(no_keys, 0.0)
+    return seen.softmax(-1).masked_fill(no_keys, 0.0), seen.logsumexp(-1).masked_fill(no_keys[..., 0], math.inf)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, edits: Edits, mask: Tensor | None, scale: float) -> Tensor:
@@ -70,7 +69,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, edits: Edits, mask: Tensor | None, 
 def backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, edits: Edits, mask: Tensor | None, scale: float
 ) -> list[Tensor | None]:
-    """Gradients of q, k, v, m, a, g_m, g_a, from the inputs alone; None for an absent one. Differentiable."""
+    """Gradients of q, k, v, m, a, g_m, g_a, from the inputs alone; None for absent ones. Differentiable."""
     heads, groups = q.shape[1], k.shape[1]
     weights, _ = _weights(scores(q, k, mask, scale))
     z = weights @ repeat_heads(v, heads)
@@ -80,13 +79,13 @@ def backward(
     dz = dy if p is None else dy * p
     ds = weights * (dz @ repeat_heads(v, heads).mT - (dz * z).sum(-1, keepdim=True)) * scale
 
-    def shared(t: Tensor) -> Tensor:
+    def per_group(t: Tensor) -> Tensor:
         return t.unflatten(1, (groups, heads // groups)).sum(2)
 
     return [
         ds @ repeat_heads(k, heads),
-        shared(ds.mT @ q),
-        shared(weights.mT @ dz),
+        per_group(ds.mT @ q),
+        per_group(weights.mT @ dz),
         None if m is None else (s1 if g_m is None else g_m[:, None] * s1),
         None if a is None else (s0 if g_a is None else g_a[:, None] * s0),
         None if g_m is None or m is None else (m * s1).sum(-1),

@@ -1,7 +1,7 @@
-"""Torch's own attention followed by the head edit: for every device and dtype, and where torch's kernel is faster.
+"""torch's attention followed by the head edit: for every device and dtype, and where torch's kernel is faster.
 
-The edit is in place where no gradient is needed: one pass over the attention output and no memory. Otherwise the
-attention output, which torch keeps for its own backward pass, is also what the edit keeps.
+Without gradients the edit is in place: one pass over the attention output and no memory. With gradients it saves the
+attention output, which torch's backward pass keeps anyway.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def attend(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False) -> Tensor:
-    # Torch's CPU kernel lays its result out as q would be if it were dense, and then takes the last dimension for the innermost
-    # one. Where elements of q share memory it need not be, and part of the result is never written.
+    # torch's CPU kernel gives its result the layout a dense q would have, and assumes that the last dimension is innermost. If
+    # elements of q share memory it may not be, and part of the result would never be written.
     eager = q.device.type == "cpu" and not torch.compiler.is_compiling()
     if eager and not q.is_contiguous() and memory.overlaps_itself(q.shape, q.stride()):
         q = q.contiguous()
@@ -73,6 +73,6 @@ def attend_packed(
 
 
 def _padded_indices(starts: Tensor, longest: int, total: int) -> tuple[Tensor, Tensor]:
-    """(B, longest) indices into a packed dimension, and which of them are real."""
+    """(B, longest) indices into a packed dimension, and which of them are no padding."""
     at = starts[:-1, None] + torch.arange(longest, device=starts.device)
     return at.clamp(max=max(total - 1, 0)), at < starts[1:, None]

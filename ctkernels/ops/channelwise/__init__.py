@@ -1,1 +1,1 @@
-"""The Triton skeleton of channelwise ops: how a tensor is partitioned, the loops and sums, and the launches."""
+"""The Triton skeleton of channelwise ops: partition, kernels and launches."""

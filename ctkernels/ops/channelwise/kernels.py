@@ -1,11 +1,11 @@
-"""Triton kernels of channelwise ops: one skeleton (loops, masks, sums), with an op's scalar functions.
+"""Triton kernels of channelwise ops: one skeleton (loops, masks, sums) around an op's scalar functions.
 
-A program works on a rectangle of a view (groups, outer, channels, inner) in which every lane keeps its channel, so that
-parameters are loaded once. PLANE: rows of one channel's ``inner`` neighbouring values; constants are scalars. Otherwise,
-for short ``inner``: rows of whole periods (channels * inner); a lane has the constants of its channel.
+A program works on a tile of a view (groups, outer, channels, inner) in which every lane keeps its channel, so that
+parameters are loaded once. PLANE: rows of one channel's ``inner`` neighbouring values, with scalar constants. Otherwise
+(lanes), for short ``inner``: rows of whole periods (channels * inner), with constants per lane.
 
 Sums have a fixed order: lanes sum over a program's rows, a tree sums a program's lanes, and a second kernel reduces the
-programs' partial sums, in float64. A program that sees all of a channel makes the gradients itself. A third kernel, also in
+programs' partial sums, in float64. A program that sees all of a channel writes the gradients itself. A third kernel, also in
 float64, reduces the gradients of parameters that several channels or groups share.
 """
 
@@ -28,13 +28,13 @@ SUMS = tl.constexpr(7)  # the op's own five, then those of the prologue's scale 
 
 @dataclass(frozen=True)
 class Math:
-    """An op's scalar functions; PRECISION is one of the three above, ATTRS the op's attributes after channel_dim.
+    """An op's scalar functions. PRECISION is one of the three above, ATTRS the op's attributes after channel_dim.
 
-    name: of the op, in the names of its kernels.
+    name: of the op, as kernel names have it.
     precompute(params, PRECISION, ATTRS) -> constants        forward(w, constants, PRECISION, ATTRS) -> y
     gradients(w, dy, constants, PRECISION, ATTRS) -> (gradient of w, five terms of sums)
     parameter_gradients(params, sums, ATTRS) -> gradients of params
-    fallbacks: values of absent parameters. sums: for each parameter, a mask of the sums that its gradient is made of.
+    fallbacks: values of absent parameters. sums: for each parameter, a mask of the sums that its gradient needs.
     prologue: whether parameters 3 and 4 are a scale and a shift before the op. factor: whether the result is multiplied by a
     second tensor.
     """
@@ -58,12 +58,12 @@ class Math:
         return _kernel(reduce_partials_kernel, self)
 
 
-# Names in the skeletons for the scalar functions of the op that a kernel is made for.
+# Placeholders in the skeletons, replaced by an op's scalar functions in `_kernel`.
 precompute = forward = gradients = parameter_gradients = cast(Any, None)
 
 
 def _kernel(skeleton: Any, math: Math) -> Any:
-    """The skeleton with an op's scalar functions as its globals: a kernel of the op's own, launched without passing them."""
+    """The skeleton as a kernel of one op, whose scalar functions become its globals."""
     functions = {
         "precompute": math.precompute,
         "forward": math.forward,
@@ -74,7 +74,7 @@ def _kernel(skeleton: Any, math: Math) -> Any:
     kernel.__annotations__, kernel.__doc__ = skeleton.__annotations__, skeleton.__doc__
 
     def name(specialization: Any) -> str:
-        """What profilers show, such as ``ctu_forward_channelwise_kernel``."""
+        """The name in profilers, such as ``ctu_forward_channelwise_kernel``."""
         direction = "forward" if specialization.constants.get("dy", 0) is None else "backward"
         return f"{math.name}_{direction}_{skeleton.__name__}"
 
@@ -83,14 +83,14 @@ def _kernel(skeleton: Any, math: Math) -> Any:
 
 @triton.constexpr_function
 def _rank(sum_mask: int, i: int) -> int:
-    """How many sums of the mask come before sum i."""
+    """Number of sums in the mask before sum i."""
     return bin(sum_mask & ((1 << i) - 1)).count("1")
 
 
 @triton.jit
 def _param(p, g, c, channels, mask, fallback: tl.constexpr, rows: tl.constexpr, run: tl.constexpr):
-    """Value of a parameter for channel c of group g. run: how many channels share a value, 0: all. rows: number of rows,
-    of which group g uses row g % rows; 0: one for each group."""
+    """Loads a parameter for channel c of group g. run: channels that share a value; 0: all of them. rows: group g uses row
+    g % rows; 0: a row per group."""
     if p is None:
         return (c * 0).to(tl.float32) + fallback
     else:
@@ -115,7 +115,7 @@ def _params(p0, p1, p2, p3, p4, g, c, channels, mask, FALLBACKS: tl.constexpr, R
 
 @triton.jit
 def _put(d, value, at, mask):
-    """Stores a gradient, unless its pointer is null: not requested."""
+    """Stores a gradient unless its pointer is null (not requested)."""
     if d is not None:
         tl.store(d + at, value.to(d.dtype.element_ty), mask=mask)
 
@@ -131,10 +131,10 @@ def _store(d0, d1, d2, d3, d4, grads, at, mask):
 
 
 @triton.jit
-def _rectangle(
+def _tile(
     channels, inner, row_units, rows, row_cuts, rows_per, col_cuts, cols_per, PLANE: tl.constexpr, UNIT: tl.constexpr
 ):
-    """The rectangle of this program. Lengths come in units of UNIT values, which tells the compiler what divides them."""
+    """This program's tile. Lengths are in units of UNIT values, which tells the compiler what divides them."""
     pid = tl.program_id(0)
     col_cut = pid % col_cuts
     pid = pid // col_cuts
@@ -144,7 +144,7 @@ def _rectangle(
     if PLANE:
         plane = pid % channels
         pid = pid // channels
-    if PLANE:  # a plane may have more than 2^31 values, a period may not
+    if PLANE:  # a plane may have more than 2^31 values; a period may not
         begin = col_cut.to(tl.int64) * cols_per
         end = tl.minimum(begin + cols_per, inner)
     else:
@@ -156,7 +156,7 @@ def _rectangle(
 
 @triton.jit
 def _channel(plane, cols, channels, inner, PLANE: tl.constexpr, WRAP: tl.constexpr, UNIT: tl.constexpr):
-    """The channel of this program, or of each of its lanes."""
+    """The channel of this program, or of each lane."""
     if PLANE:
         return plane
     else:
@@ -181,14 +181,14 @@ def channelwise_kernel(
     ROWS: tl.constexpr, RUNS: tl.constexpr, SUM_MASK: tl.constexpr, PACKED: tl.constexpr,
     PLANE: tl.constexpr, WRAP: tl.constexpr, UNIT: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """out = op(x), or with ``dy``, the gradient of x. SUM_MASK: which sums are made. They go to ``partial``; if that is null,
-    this program sees all of a channel and writes the parameters' gradients, d0 to d4. Null outputs are not computed. PACKED:
-    rows of the factor lie behind those of x, and rows of its gradient behind those of x's."""
+    """out = op(x) or, with ``dy``, the gradient of x. SUM_MASK: the sums to compute, stored to ``partial``; if that is null, this
+    program sees all of a channel and writes the parameter gradients, d0 to d4. Null outputs are not computed. PACKED: rows of
+    x and of the factor alternate, and so do those of their gradients."""
     DOUBLES: tl.constexpr = PRECISION == 2
     HAS_SCALE: tl.constexpr = PROLOGUE and p3 is not None
     HAS_SHIFT: tl.constexpr = PROLOGUE and p4 is not None
     inner_units = inner // UNIT if PLANE else inner
-    g, plane, row_cut, slot, begin, end, first, last = _rectangle(
+    g, plane, row_cut, slot, begin, end, first, last = _tile(
         channels, inner_units, row_units, rows, row_cuts, rows_per, col_cuts, cols_per, PLANE, UNIT
     )
     lane = tl.arange(0, LANES)
@@ -202,14 +202,14 @@ def channelwise_kernel(
     s = (zero, zero, zero, zero, zero, zero, zero)
     for row in tl.range(first, last):
         start = g.to(tl.int64) * group_units + row.to(tl.int64) * row_units
-        ahead = start  # of a packed x
+        packed_offset = start  # a packed x has twice as many values before this row
         if PLANE:
             start += plane * inner_units
         for step in tl.range(begin, end, LANES // UNIT):
             at = (start + step) * UNIT
             x_at = at
             if PACKED:
-                x_at += ahead * UNIT
+                x_at += packed_offset * UNIT
             live = lane < (end - step) * UNIT
             if WRAP:
                 live = live & (lane < (group_units - row.to(tl.int64) * row_units - step) * UNIT)
@@ -282,7 +282,7 @@ def channelwise_kernel(
 
 @triton.jit
 def _total(total, partial, at, length, live, SUM_MASK: tl.constexpr, i: tl.constexpr):
-    """``total`` with the terms of sum i added."""
+    """Adds the terms of sum i to ``total``."""
     if SUM_MASK >> i & 1:
         return total + tl.load(partial + at + _rank(SUM_MASK, i) * length, mask=live, other=0.0).to(tl.float64)
     else:
@@ -356,7 +356,7 @@ def reduce_shared_kernel(
     b0, b1, b2, b3, b4, d0, d1, d2, d3, d4, groups, channels,
     ROWS: tl.constexpr, RUNS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients [group, channel] in float64 -> gradients of the parameters that are shared between those."""
+    """b[group, channel], in float64 -> gradients d of the parameters that groups or channels share."""
     _reduce_shared(b0, d0, groups, channels, ROWS[0], RUNS[0], LANES)
     _reduce_shared(b1, d1, groups, channels, ROWS[1], RUNS[1], LANES)
     _reduce_shared(b2, d2, groups, channels, ROWS[2], RUNS[2], LANES)

@@ -1,6 +1,6 @@
 """Launches of the channelwise Triton kernels. Imported on the first CUDA call, never by ``import ctkernels``.
 
-The partition of a tensor depends on its shape alone: the same bits come out on every device and every run.
+The partition depends on the tensor's shape alone, so that results are the same bits on every device and in every run.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ..record import Attrs, Inputs, Kernels, Op
 from .kernels import Math, reduce_shared_kernel
 from .partition import Partition, partition_for
 
-PARAMS = 5  # that the kernels have room for
-LANES = 1024  # that the reducing launches work on at a time, at most
+PARAMS = 5  # parameters of the kernels
+LANES = 1024  # most lanes of a program that reduces
 
 
 class _Operands:
-    """The operands of one call, ready for kernels: dense, parameters contiguous, the view known."""
+    """The operands of a call as kernels take them: dense tensors, their view, contiguous parameters."""
 
     def __init__(self, op: Op, math: Math, inputs: Inputs, attrs: Attrs):
         count = len(op.elementwise_flags) - len(op.elementwise)
@@ -71,7 +71,7 @@ class _Operands:
         return _numbered("p", self.params)
 
     def meta(self) -> dict[str, Any]:
-        """Constants of the kernels that read parameters."""
+        """The constexpr arguments of kernels that read parameters."""
         return {"ATTRS": self.attrs, "FALLBACKS": self.math.fallbacks, "ROWS": self.rows, "RUNS": self.runs}
 
 
@@ -160,7 +160,7 @@ def _reduce_partials(
     view = operands.view
     repeat, inner = (1, 1) if part.plane else (part.repeat, view.inner)
     channels = view.channels
-    # of few channels, many programs with few each
+    # with few channels: many programs of few channels each
     lanes = min(max(triton.next_power_of_2(triton.cdiv(channels, 256)), 4), 16, triton.next_power_of_2(channels))
     args = {"partial": partials} | operands.args() | _numbered("d", grads)
     args |= {"channels": channels, "inner": inner, "length": part.columns(view), "slots": part.slots, "repeat": repeat}
@@ -183,6 +183,6 @@ def implementation(op: Op) -> Kernels:
     """The Triton kernels of ``op``, as functions with the dispatcher ops' signatures."""
     assert op.triton is not None
     module = importlib.import_module(op.triton)
-    if not hasattr(module, "MATH"):  # launches of its own
+    if not hasattr(module, "MATH"):  # the module launches its own kernels
         return Kernels(module.forward, None, module.backward)
     return Kernels(*(partial(function, op, module.MATH) for function in (_forward, _inplace, _backward)))

@@ -1,4 +1,4 @@
-"""Partition of a tensor into programs: depends on its shape and element size alone."""
+"""Partition of a tensor into tiles, one per program: a function of its shape and element size alone."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..layout import View
 
 # Channels with at least this many neighbouring values are planes, with scalar constants.
 MIN_PLANE = 256
-# Enough programs to fill every GPU several times over: beyond that, programs get longer. Fewer where each leaves partial sums
-# of its lanes.
+# Enough programs to fill every GPU several times over; larger tensors get longer programs. Fewer if each program leaves partial
+# sums of its lanes.
 PROGRAMS, SUMMING_PROGRAMS = 4096, 2048
-# Vectors of 16 bytes that a lane works through: at most; and at least, where loading constants per lane, and leaving partial
-# sums, has to pay off.
+# Accesses of 16 bytes per lane: at most; and at least, to amortise loading constants per lane, and storing partial sums.
 MOST_STEPS = 32
 LEAST_ROWS, LEAST_SUMMED_ROWS = 8, 16
-# Up to this many steps one program sees all of a channel, and needs no partial sums; small tensors are partitioned for that.
+# Up to this many steps, one program processes a whole channel and needs no partial sums; tensors of up to SMALL values are
+# partitioned so that it can.
 ALONE = 32
 SMALL = 1 << 16
 # Kernels count the columns of a period in 32 bits, and look past its end.
@@ -30,8 +30,8 @@ def _ceil(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class Partition:
-    """plane, lanes, warps, unit: as in the kernels; ``unit`` divides every length. cols_per (in units), rows_per: columns and
-    rows of a program; col_cuts, row_cuts: programs side by side. repeat: periods in a row."""
+    """plane, lanes, warps, unit: as in the kernels; ``unit`` divides every length. cols_per (in units), rows_per: size of a tile;
+    col_cuts, row_cuts: number of tiles along columns and rows. repeat: periods in a row."""
 
     plane: bool
     unit: int
@@ -45,11 +45,11 @@ class Partition:
     rows_per: int
     row_cuts: int
     programs: int
-    one_pass: bool  # one program, or a lane of it, sees all of a channel
+    one_pass: bool  # one program, or a lane of it, sees a whole channel
 
     @property
     def slots(self) -> int:
-        """Partial sums of a column, or of a channel."""
+        """Partial sums per channel, or per column."""
         return self.row_cuts * self.col_cuts if self.plane else self.row_cuts
 
     def columns(self, view: View) -> int:
@@ -75,13 +75,13 @@ class Partition:
 
 
 def _lanes(width: int, vector: int) -> int:
-    """Lanes of a program: the size that leaves the fewest idle, with a small cost for every step."""
+    """Lanes per program: the size with the fewest idle lanes, at a small cost per step."""
     sizes = [32 * vector << i for i in range(3)]
     return min(sizes, key=lambda n: _ceil(width, n) * (n + 2 * vector))
 
 
 def partition_for(view: View, itemsize: int, sums: bool) -> Partition:
-    """The partition of a view. ``sums``: whether the kernel sums over channels."""
+    """The partition of a view. ``sums``: whether the kernel computes sums over channels."""
     vector = 16 // itemsize
     group = view.outer * view.channels * view.inner
     one_launch = sums and view.outer <= ALONE and group * view.groups <= SMALL

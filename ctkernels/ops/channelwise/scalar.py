@@ -1,4 +1,4 @@
-"""Scalar Triton functions that several ops use. Imported only where Triton is installed."""
+"""Scalar Triton functions shared by several ops. Imported only if Triton is installed."""
 
 import struct
 
@@ -12,7 +12,7 @@ from triton.language.target_info import cuda_capability_geq
 def reciprocal(x):
     """1 / x for a normal x, or NaN; an IEEE division in double is a subroutine call on the GPU."""
     y = tl.inline_asm_elementwise("rcp.approx.ftz.f64 $0, $1;", "=d,d", [x], dtype=tl.float64, is_pure=True, pack=1)
-    y = tl.fma(y, tl.fma(-x, y, 1.0), y)  # 20 bits at first, twice as many after every step
+    y = tl.fma(y, tl.fma(-x, y, 1.0), y)  # 20 correct bits at first; every step doubles them
     return tl.fma(y, tl.fma(-x, y, 1.0), y)
 
 
@@ -26,8 +26,8 @@ def sigmoids(x):
 
 
 def horner(*coefficients: float) -> tl.constexpr:
-    """A polynomial for :func:`polynomial`: its coefficients, that of the highest power first, after the code that
-    evaluates it for two floats at once in the packed instructions of Blackwell, half as many to issue."""
+    """A polynomial for :func:`polynomial`: PTX that evaluates it for two floats at once in Blackwell's packed instructions, half
+    as many to issue, then the coefficients, highest power first."""
     words = [struct.unpack("<I", struct.pack("<f", c))[0] for c in coefficients]
     first, *rest = [f"0x{word:08x}{word:08x}" for word in words]
     steps = " ".join(f"mov.b64 c, {c}; fma.rn.f32x2 p, p, x, c;" for c in rest)
@@ -37,7 +37,7 @@ def horner(*coefficients: float) -> tl.constexpr:
 
 @triton.jit
 def polynomial(x, C: tl.constexpr):
-    """The polynomial C in the float32 x. The same bits on every GPU."""
+    """Evaluates polynomial C at the float32 x. The same bits on every GPU."""
     if cuda_capability_geq(10) and x.type.is_block():
         return tl.inline_asm_elementwise(C[0], "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)
     else:

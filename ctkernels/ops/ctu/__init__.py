@@ -1,4 +1,4 @@
-"""The CT unit. Formula, limits and error bounds: README.md in this folder."""
+"""The CT unit. README.md has the formula, limits and error bounds."""
 
 from .op import OP
 

@@ -1,4 +1,4 @@
-"""``ctkernels.functional.ctu``: checks its arguments and hands them to the op."""
+"""``ctkernels.functional.ctu``: argument checks, and the call of the op."""
 
 from __future__ import annotations
 
@@ -28,48 +28,50 @@ def ctu(
     inplace: bool = False,
     eps: float = 0.0,
 ) -> Tensor:
-    r"""The Curvature Tuning unit, fused: an activation whose curvature is one knob.
+    r"""The Curvature Tuning unit, fused: an activation with tunable curvature.
 
     With s = 1 - beta (+ eps), u = w / s and w = scale * x + shift + residual,
 
         y = coeff * w * sigmoid(beta * u) + (1 - coeff) * s * softplus(u)
 
-    (equation 8 of the Curvature Tuning paper). beta = 1 is the plain activation, exactly; towards 0 the unit gets smoother.
+    beta = 1 is exactly the plain activation; smaller values are smoother.
 
     Args:
         x: float32, float64, bfloat16 or float16; any shape and strides, empty included.
-        beta: the curvature knob in [0, 1]: a number, or a tensor that is 0-d, of size 1, or of size
+        beta: the curvature, in [0, 1]: a number, or a tensor that is 0-d, of size 1, or of size
             ``x.shape[channel_dim]`` (one value per channel). float32 or wider is kept; narrower is widened.
-        coeff: the mix in [0, 1] of the two smoothings: 1 is the SiLU-like branch, 0 the softplus branch. As ``beta``.
-        channel_dim: the dimension of ``x`` that per-channel tensors belong to. Needed if there are any.
-        raw: ``beta`` and ``coeff`` are logits, mapped by the sigmoid inside the kernel without losing digits of 1 - beta.
+        coeff: the mix of the two smoothings, in [0, 1]: 1 is the SiLU-like branch, 0 the softplus branch. Types as ``beta``.
+        channel_dim: the dimension of ``x`` that per-channel tensors belong to. Required if there are any.
+        raw: ``beta`` and ``coeff`` are logits: the kernel applies the sigmoid, without losing digits of 1 - beta.
         activation: ``"relu"``, ``"leaky_relu"``, ``"prelu"``, ``"relu6"``, ``"silu"``, ``"gelu"`` (the exact, Gaussian
             form) or ``"gelu_tanh"`` (its approximation by tanh). The ReLU family equals the plain activation at beta = 1; SiLU
             and both GELUs at beta = 0.5, coeff = 1.
-        negative_slope: of ``leaky_relu`` and ``prelu``; a number or a tensor as ``beta`` (learned slopes).
-        scale, shift: per-channel (or size-1) tensors of the affine map before the unit, a folded BatchNorm say.
-        residual: tensor of ``x``'s shape added before the unit.
-        index: (B,) integers that give each sample, along dimension 0 of ``x``, its own knobs: then ``beta`` and ``coeff``
-            are tensors (A, C), or (A, 1) for one value for all channels, and sample b uses row ``index[b]``.
-        inplace: write the result over ``x``, as torch's in-place operations do: autograd notices. Not possible where a gradient
-            is needed (the backward pass starts from ``x``), nor where ``x`` overlaps itself or another argument's memory;
+        negative_slope: of ``leaky_relu`` and ``prelu``; a number, or a tensor as ``beta`` (learned slopes).
+        scale, shift: per-channel (or size-1) tensors of an affine map before the unit, such as a folded BatchNorm.
+        residual: tensor of ``x``'s shape, added before the unit.
+        index: (B,) integers: sample b, along dimension 0 of ``x``, uses row ``index[b]`` of ``beta`` and ``coeff``, which are
+            then tensors (A, C), or (A, 1) for one value for all channels.
+        inplace: write the result over ``x``, with the version count of torch's in-place operations. Not possible if a gradient
+            is needed (the backward pass reads ``x``), nor if ``x`` overlaps itself or another argument's memory;
             ``residual`` may be ``x``.
-        eps: added to 1 - beta; between 0 and 1. The official implementation has 1e-6 there; 0 here.
+        eps: added to 1 - beta; between 0 and 1. The paper's own code uses 1e-6.
 
     Returns:
         A tensor of ``x``'s shape, in the wider of the dtypes of ``x`` and ``residual``. Arithmetic is float32 (float64 for
         float64). Differentiable in every tensor argument, to any order, in forward and reverse mode; the backward pass
-        keeps ``x`` (and ``residual``) and nothing else.
+        saves only ``x`` (and ``residual``).
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range.
-        RuntimeError: for ``inplace=True`` where a gradient is needed, or on an inference tensor outside of inference mode.
+        RuntimeError: for ``inplace=True`` if a gradient is needed, or on an inference tensor outside inference mode.
 
     Examples:
         >>> x = torch.randn(2, 8, 16, 16)
-        >>> y = ctkernels.functional.ctu(x, 0.9)  # one knob for all
+        >>> y = ctkernels.functional.ctu(x, 0.9)  # one beta for all channels
         >>> beta, coeff = torch.full((8,), 0.9), torch.full((8,), 0.5)
-        >>> y = ctkernels.functional.ctu(x, beta, coeff, channel_dim=1)  # a knob per channel
+        >>> y = ctkernels.functional.ctu(x, beta, coeff, channel_dim=1)  # one per channel
+
+    Source: Hu et al. 2025, Curvature Tuning, arXiv 2502.07783, equation 8.
     """
     kind = ACTIVATIONS.get(activation, -1) if isinstance(activation, str) else -1
     if index is None and not torch.compiler.is_compiling():
@@ -122,7 +124,7 @@ def _as_tensor(value: float | Tensor, x: Tensor) -> Tensor:
 
 
 def kind_of(op: str, activation: str) -> int:
-    """The family member of an activation."""
+    """The member of the family (csrc/ctu.h) that an activation is."""
     kind = ACTIVATIONS.get(activation, -1) if isinstance(activation, str) else -1
     if kind < 0:
         checks.choice(op, "activation", activation, ACTIVATIONS)
@@ -130,7 +132,7 @@ def kind_of(op: str, activation: str) -> int:
 
 
 def knob(op: str, name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, raw: bool) -> Tensor:
-    """beta or coeff as the op takes it; a number, unless it is a logit, is between 0 and 1."""
+    """Converts beta or coeff to an op's input. A number must be in [0, 1] unless it is a logit."""
     if isinstance(value, Tensor):
         return checks.parameter(op, name, value, x, channel_dim)
     check = checks.number if raw else checks.unit_interval
@@ -138,7 +140,7 @@ def knob(op: str, name: str, value: float | Tensor, x: Tensor, channel_dim: int 
 
 
 def knob_rows(op: str, name: str, value: float | Tensor, x: Tensor, channel_dim: int | None, index: Tensor) -> Tensor:
-    """The row of ``value`` for each sample, as the op takes them: float32 or float64, (B, C) or (B, 1)."""
+    """The row of ``value`` for each sample: float32 or float64, (B, C) or (B, 1)."""
     if not isinstance(value, Tensor) or value.dim() != 2:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"{op}: with index, {name} must be a tensor of shape (rows, channels), got {got}")

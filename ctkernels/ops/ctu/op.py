@@ -1,4 +1,4 @@
-"""The record of the CT unit, and its reference on an op's inputs: widened, broadcast, with the affine map and the sum."""
+"""The record of the CT unit, and its reference with widening, broadcasting, the affine map and the residual sum."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..record import Op, Reference
 from ..registration import register
 from . import reference
 
-# The members of the family, in the numbering of csrc/ctu.h, and the activations that are one at its neutral point.
+# Members of the family, numbered as in csrc/ctu.h, and the activations they are at their neutral points.
 KINDS = ("logistic", "leaky", "relu6", "gaussian", "tanh")
 LEAKY = KINDS.index("leaky")  # the one that takes a slope
 ACTIVATIONS = {"relu": 0, "leaky_relu": 1, "prelu": 1, "relu6": 2, "silu": 0, "gelu": 3, "gelu_tanh": 4}
@@ -40,7 +40,7 @@ class CtuAttrs(NamedTuple):
 
 
 class UnitInputs(NamedTuple):
-    """Inputs in the compute dtype and ready to broadcast; ``w``: what the unit is evaluated at."""
+    """Inputs in the compute dtype, ready to broadcast. ``w``: the pre-activation."""
 
     x: Tensor
     slope: Tensor | None
@@ -56,7 +56,7 @@ def widen(inputs: CtuInputs, attrs: CtuAttrs) -> UnitInputs:
         return None if p is None else layout.broadcast(p, inputs.x, attrs.channel_dim).to(dtype)
 
     def knob(p: Tensor) -> Tensor:
-        """1 - beta, 1 - slope and the sigmoids are computed in the parameters' own precision where that is higher."""
+        """In the wider precision of the two: for 1 - beta, 1 - slope and the sigmoids."""
         return layout.broadcast(p, inputs.x, attrs.channel_dim).to(torch.promote_types(p.dtype, dtype))
 
     knobs = reference.knobs(knob(inputs.beta), knob(inputs.coeff), attrs.raw, attrs.eps).to(dtype)
@@ -77,7 +77,7 @@ def _forward(inputs: CtuInputs, attrs: CtuAttrs) -> Tensor:
 
 
 def by_parameter(name: str, g: Tensor, d_w: Tensor, wide: UnitInputs, partials: reference.Partials) -> Tensor:
-    """``g`` times the derivative by an input; ``d_w``: ``g`` times that by w."""
+    """``g`` times the derivative with respect to an input. ``d_w``: ``g`` times the derivative with respect to w."""
     if name == "beta":
         return partials.beta.times(g)
     if name == "coeff":
@@ -99,7 +99,7 @@ def _backward(dy: Tensor, inputs: CtuInputs, attrs: CtuAttrs, grad_mask: int) ->
     for i, like in OP.requested(inputs, grad_mask):
         name = CtuInputs._fields[i]
         values = by_parameter(name, dy, d_w, wide, partials)
-        if name in OP.elementwise:  # the residual's gradient may be x's: a result of its own
+        if name in OP.elementwise:  # the residual's gradient may equal x's: copied, as results must not alias
             grads.append(values.to(like.dtype, copy=name == "residual"))
         else:
             grads.append(layout.reduce(values, like, attrs.channel_dim))

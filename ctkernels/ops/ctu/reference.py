@@ -1,12 +1,12 @@
-"""The CT unit in plain torch: the textbook forward, and the closed-form partial derivatives.
+"""The CT unit in plain torch: textbook forward, and closed-form partial derivatives.
 
-Everything here is elementwise and differentiable, broadcasts, and works in the dtype it is given. The forward is written
-with other algebra than the kernels (two branches, ``erfc``), on purpose: agreement between two independent writings is
-what the tests rest on. The partials are closed forms because autograd through the textbook expression loses up to every
-digit of d/dbeta near beta = 1 (see this folder's README).
+Everything is elementwise and differentiable, broadcasts, and computes in its arguments' dtype. The forward deliberately
+uses other algebra than the kernels (two branches, ``erfc``): the tests rest on the agreement of two independent
+implementations. The partials are closed forms because autograd through the textbook expression loses up to every digit of
+d/dbeta near beta = 1 (see this folder's README).
 
-Nothing overflows on the way to a finite result, in the decomposition of these functions that an exported graph holds
-neither: exponentials are of numbers below 0, and ratios are bounded where everything they enter has settled.
+No intermediate of a finite result overflows, here or in decompositions of these functions in exported graphs: exponentials
+take negative arguments, and ratios are clamped where everything that uses them has converged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FAR = 1e3  # exp(-FAR) and erfc(FAR) are 0 in float64
 
 
 class Knobs(NamedTuple):
-    """beta, s = 1 - beta (+ eps), coeff and 1 - coeff, with the chain factors from the given parameters to (beta, coeff)."""
+    """beta, s = 1 - beta (+ eps), coeff, 1 - coeff, and the derivatives of beta and coeff by the op's parameters."""
 
     beta: Tensor
     s: Tensor
@@ -41,7 +41,7 @@ class Knobs(NamedTuple):
 
 
 def knobs(beta: Tensor, coeff: Tensor, raw: bool, eps: float) -> Knobs:
-    """In the precision of the given parameters. 1 - sigmoid(rho) has no digits left at rho > 17: sigmoid(-rho) has them all."""
+    """In the parameters' precision. 1 - sigmoid(rho) has no digits left at rho > 17; sigmoid(-rho) has them all."""
     if not raw:
         return Knobs(beta, (1 - beta) + eps, coeff, 1 - coeff, 1.0, 1.0, eps)
     b, c, b1, c1 = torch.sigmoid(beta), torch.sigmoid(coeff), torch.sigmoid(-beta), torch.sigmoid(-coeff)
@@ -49,7 +49,7 @@ def knobs(beta: Tensor, coeff: Tensor, raw: bool, eps: float) -> Knobs:
 
 
 class _Point(NamedTuple):
-    """Where the unit is evaluated: w, u = w / s, t = beta u; all 0 where it is ``plain``, that is, the plain activation."""
+    """w, u = w / s and t = beta u; all 0 where the unit is the ``plain`` activation."""
 
     w: Tensor
     u: Tensor
@@ -58,7 +58,7 @@ class _Point(NamedTuple):
 
 
 def _point(w: Tensor, k: Knobs) -> _Point:
-    """Where s = 0 (or w is infinite) the unit is plain. A NaN is not."""
+    """The unit is plain where s = 0 or w is infinite; NaN is not plain."""
     sharp = k.s <= 0
     plain = sharp | torch.isinf(w)
     w, s = torch.where(plain, 0, w), torch.where(sharp, 1, k.s)
@@ -67,8 +67,8 @@ def _point(w: Tensor, k: Knobs) -> _Point:
     return _Point(w, (w / s).clamp(-largest, largest), (w * eta).clamp(-FAR, FAR), plain)
 
 
-# Of two functions that continue each other smoothly, such as those on both sides of 0, the one on the right decides at 0,
-# in each of these: so that their sums and products have the right derivatives there, of any order.
+# At 0, both of these use the piece for w > 0: pieces that continue each other smoothly then have the right derivatives there, of
+# any order, in sums and products as well.
 
 
 def _positive(w: Tensor) -> Tensor:
@@ -80,12 +80,12 @@ def _magnitude(w: Tensor) -> Tensor:
 
 
 def _distance(p: _Point) -> Tensor:
-    """|u|, for functions that have settled at FAR."""
+    """|u|, clamped to FAR, for functions that are constant beyond."""
     return _magnitude(p.u).clamp(max=FAR)
 
 
 def _no_effect(*knobs: Tensor) -> Tensor:
-    """0, where a knob has no effect; but NaN if one is."""
+    """0, or NaN if a knob is NaN: the contribution of knobs without effect."""
     return sum((knob * 0 for knob in knobs[1:]), knobs[0] * 0)
 
 
@@ -103,7 +103,7 @@ def gaussian_forward(w: Tensor, k: Knobs) -> Tensor:
 
 
 def tanh_forward(w: Tensor, k: Knobs) -> Tensor:
-    """The same with the gate of GELU's tanh approximation for Phi(beta u): that form of GELU, exact at coeff=1, beta=1/2."""
+    """:func:`gaussian_forward` with GELU's tanh approximation of Phi(beta u): exactly that GELU at coeff=1, beta=1/2."""
     return _gelu_forward(w, k, lambda t: torch.sigmoid(tanh_gate_exponent(t)))
 
 
@@ -129,7 +129,7 @@ def _normal_pdf(u: Tensor) -> Tensor:
 
 
 class Factors(NamedTuple):
-    """The number small * large + rest - minus, for products with it: one with 0 is 0 where small * large is infinite."""
+    """A number small * large + rest - minus, factored so that its product with 0 is 0 even if small * large overflows."""
 
     small: Tensor
     large: Tensor
@@ -149,10 +149,10 @@ class Factors(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """Derivatives of a unit by w, beta, coeff and slope. ``w_left``: 1 - d/dw, without cancellation."""
+    """Derivatives of a unit by w, beta, coeff and slope. ``one_less_w``: 1 - d/dw, without cancellation."""
 
     w: Tensor
-    w_left: Tensor
+    one_less_w: Tensor
     beta: Factors
     coeff: Tensor
     slope: Tensor | None = None
@@ -213,22 +213,22 @@ def _gelu_partials(
 
 
 def _partials(
-    w: Tensor, k: Knobs, p: _Point, d_w: Tensor, d_w_left: Tensor, beta: Factors, d_coeff: Tensor
+    w: Tensor, k: Knobs, p: _Point, d_w: Tensor, one_less_d_w: Tensor, beta: Factors, d_coeff: Tensor
 ) -> Partials:
-    """From what holds where the unit is smooth; of d/dbeta, u^2 as two factors and the entropy, without the knobs."""
+    """Completes the derivatives of a smooth unit with those of the plain one. ``beta``: of d/dbeta, without coeff factors."""
     none = torch.where(torch.isnan(w), w, 0)
     step = torch.where(torch.isnan(w), w, (w > 0).to(w.dtype)) + _no_effect(k.s, k.coeff)
     rest = torch.where(p.plain, none + _no_effect(k.s, k.coeff), -k.coeff1 * beta.rest)
     return Partials(
         torch.where(p.plain, step, d_w),
-        torch.where(p.plain, 1 - step, d_w_left),
+        torch.where(p.plain, 1 - step, one_less_d_w),
         Factors(k.coeff * (1 + k.eps) * beta.small, beta.large, rest),
         torch.where(p.plain, none + _no_effect(k.s), d_coeff),
     )
 
 
 def _excess(w: Tensor, k: Knobs) -> Tensor:
-    """phi(w) - relu(w) of the logistic unit without the cancellation: an even function that vanishes away from 0."""
+    """phi(w) - relu(w) of the logistic unit, without cancellation: an even function that vanishes away from 0."""
     p = _point(w, k)
     soft = k.s * torch.log1p(torch.exp(-_distance(p)))
     delta = k.coeff1 * soft - k.coeff * _magnitude(p.w) * torch.sigmoid(-_magnitude(p.t))
@@ -236,14 +236,14 @@ def _excess(w: Tensor, k: Knobs) -> Tensor:
 
 
 def _leaky(slope: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """slope, 1 - slope (subtracted in the slope's own precision), and +1 up to slope 1, -1 above: max(slope x, x) turns into
-    min(slope x, x) there."""
+    """slope, 1 - slope (subtracted in the slope's precision), and a sign: -1 for slopes above 1, where max(slope x, x) becomes
+    min(slope x, x)."""
     sign = torch.where(slope > 1, -torch.ones_like(slope), torch.ones_like(slope))
     return slope.to(dtype), (1 - slope).to(dtype), sign.to(dtype)
 
 
 def forward(w: Tensor, slope: Tensor | None, k: Knobs, kind: str) -> Tensor:
-    """The unit of family member ``kind`` at pre-activation ``w``."""
+    """The unit of member ``kind`` at pre-activation ``w``."""
     if kind == "gaussian":
         return gaussian_forward(w, k)
     if kind == "tanh":
@@ -262,7 +262,7 @@ def forward(w: Tensor, slope: Tensor | None, k: Knobs, kind: str) -> Tensor:
 
 
 def partials(w: Tensor, slope: Tensor | None, k: Knobs, kind: str) -> Partials:
-    """Of :func:`forward`, by the given parameters: logits where the knobs came from logits."""
+    """Of :func:`forward`, with respect to the op's parameters (logits if ``knobs`` was raw)."""
     if kind == "gaussian":
         d = gaussian_partials(w, k)
     elif kind == "tanh":
@@ -283,5 +283,5 @@ def _leaky_partials(w: Tensor, slope: Tensor, k: Knobs) -> Partials:
     infinite = torch.isinf(w)
     within = torch.where(infinite, 0, w)
     d = logistic_partials(torch.where(infinite, w + _no_effect(slope), sign * rest * within), k)
-    d_slope = torch.where(infinite & (w < 0), w, within * d.w_left) + _no_effect(k.s, k.coeff, slope)
-    return Partials(slope + rest * d.w, rest * d.w_left, d.beta.scaled(sign), sign * d.coeff, d_slope)
+    d_slope = torch.where(infinite & (w < 0), w, within * d.one_less_w) + _no_effect(k.s, k.coeff, slope)
+    return Partials(slope + rest * d.w, rest * d.one_less_w, d.beta.scaled(sign), sign * d.coeff, d_slope)

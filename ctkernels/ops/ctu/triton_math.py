@@ -1,8 +1,8 @@
-"""The CT unit as scalar Triton functions: the same bump formulation, constants and sums as csrc/ctu.h.
+"""The CT unit as scalar Triton functions: bump formulation, constants and sums as in csrc/ctu.h.
 
-Imported only where Triton is installed. Three precisions of arithmetic: DOUBLE for float64, EXACT for float32, and FAST for
-16-bit results, the only one that leaves exponentials to the approximate unit (2 ulp, at most 2^-22 relative, against half
-an ulp of 2^-12 at best). ``rcp.approx`` is good to 1 ulp and serves both; an IEEE division is a subroutine call on the GPU.
+Imported only if Triton is installed. Three precisions of arithmetic: DOUBLE for float64, EXACT for float32, and FAST for
+16-bit results, the only one that uses the approximate exponential (2 ulp, at most 2^-22 relative; half an ulp of a 16-bit result
+is 2^-12 at best). EXACT and FAST use ``rcp.approx``, good to 1 ulp; an IEEE division is a subroutine call on the GPU.
 """
 
 import triton
@@ -45,13 +45,13 @@ _MILLS = horner(
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer
 _LARGEST = tl.constexpr(3.4028234e38)
 _LARGEST_DOUBLE = tl.constexpr(1.7976931348623157e308)
-_FLAT = tl.constexpr(2.0**60)  # of csrc/ctu.h: where a relu6's two bumps cancel, and a square still fits
-_SMALLEST_S = tl.constexpr(2.0**-120)  # a bump lower than this is flushed, so that its rate stays finite
+_FLAT = tl.constexpr(2.0**60)  # kFlat of csrc/ctu.h: the two bumps of relu6 cancel there, and its square is finite
+_SMALLEST_S = tl.constexpr(2.0**-120)  # a lower bump is flushed to 0, so that its rate stays finite
 
 
 @triton.constexpr_function
 def _has_tails(kind):
-    """Whether the branches of a member are those of GELU: has_tails of csrc/ctu.h."""
+    """Whether a member has the branches of GELU: has_tails of csrc/ctu.h."""
     return kind in (GAUSSIAN.value, TANH.value)
 
 
@@ -76,7 +76,7 @@ def _smaller(a, b):
 
 @triton.jit
 def _knobs(beta, coeff, RAW: tl.constexpr, EPS: tl.constexpr):
-    """beta, s, coeff, 1 - coeff, and d beta, d coeff / d given, in float64."""
+    """beta, s, coeff, 1 - coeff, and the derivatives of beta and coeff by their parameters, in float64."""
     beta, coeff = beta.to(tl.float64), coeff.to(tl.float64)
     if RAW:
         b, b1 = sigmoids(beta)
@@ -89,13 +89,13 @@ def _knobs(beta, coeff, RAW: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def _split(v):
-    """float64 as an unevaluated sum of two float32."""
+    """Splits a float64 into an unevaluated sum of two float32."""
     hi = v.to(tl.float32)
     return hi, (v - hi.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
-def _scaled(x_hi, x_lo, y_hi, y_lo):
+def _product(x_hi, x_lo, y_hi, y_lo):
     """Product of two unevaluated sums."""
     hi = x_hi * y_hi
     return hi, tl.fma(x_hi, y_lo, tl.fma(x_lo, y_hi, tl.fma(x_hi, y_hi, -hi)))
@@ -103,7 +103,7 @@ def _scaled(x_hi, x_lo, y_hi, y_lo):
 
 @triton.jit
 def _reach(r, LEAST: tl.constexpr):
-    """Not 0 at slope 1, so that infinity stays infinite."""
+    """1 - slope, but not 0 at slope 1, so that infinity stays infinite."""
     return tl.where(r == 0.0, LEAST, r)
 
 
@@ -116,7 +116,7 @@ def precompute(p, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
     beta, coeff, slope = p[0], p[1], p[2]
     if PRECISION == DOUBLE:
         b, s, c, c1, _db, _dc = _knobs(beta, coeff, RAW, EPS)
-        smooth = ~(s <= 1e-300)  # a NaN is passed on
+        smooth = ~(s <= 1e-300)  # true for NaN, which propagates
         u = 1.0 / tl.where(smooth, s, 1.0)
         t = b * u
         gone: tl.constexpr = 37.0 if _has_tails(KIND) else 700.0
@@ -138,32 +138,32 @@ def precompute(p, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
         else:
             b, b_lo = beta, beta * 0.0
             s = 1.0 - beta
-            s_lo = (1.0 - s) - beta  # what the subtraction rounded off
+            s_lo = (1.0 - s) - beta  # the rounding error of the subtraction
             c, c1 = coeff, 1.0 - coeff
-        smooth = ~(s <= _SMALLEST_S)  # a NaN is passed on
+        smooth = ~(s <= _SMALLEST_S)  # true for NaN, which propagates
         c1s = c1 * s
         safe = tl.where(smooth, s, 1.0)
         r = _rcp(safe)
         r_lo = r * tl.fma(-tl.where(smooth, s_lo, 0.0), r, tl.fma(-safe, r, 1.0))
-        eta, eta_lo = _scaled(b, b_lo, r, r_lo)
+        eta, eta_lo = _product(b, b_lo, r, r_lo)
         if _has_tails(KIND):
             t, t_lo, u, u_lo = eta, eta_lo, r, r_lo
         else:
-            t, t_lo = _scaled(eta, eta_lo, _LOG2E_HI, _LOG2E_LO)
-            u, u_lo = _scaled(r, r_lo, _LOG2E_HI, _LOG2E_LO)
+            t, t_lo = _product(eta, eta_lo, _LOG2E_HI, _LOG2E_LO)
+            u, u_lo = _product(r, r_lo, _LOG2E_HI, _LOG2E_LO)
         vanished: tl.constexpr = 13.16 if _has_tails(KIND) else 125.0
         t_vanished: tl.constexpr = 9.97 if KIND == TANH else vanished
         furthest: tl.constexpr = _FLAT if KIND == RELU6 else _LARGEST
         t_limit = tl.where(smooth, tl.minimum(t_vanished * _rcp(t), furthest), -1.0)
         u_limit = tl.where(smooth, tl.minimum(vanished * _rcp(u), furthest), -1.0)
         eta = tl.where(smooth, eta, 0.0)
-        if PRECISION == FAST:  # the approximate unit takes every magnitude; a unit without a bump has no coefficients
+        if PRECISION == FAST:  # ex2.approx takes every magnitude; without a bump the coefficients are 0
             t_limit, u_limit = furthest, furthest
-            # At beta = 0 too, infinity decays to 0. (The smallest float; written as a number it would be a double.)
+            # At least the smallest float, so that infinity decays to 0 at beta = 0 too (a literal would be a double).
             t = tl.maximum(t.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
-            kept = tl.where(smooth, 1.0, 0.0)  # as a factor: a NaN is kept
-            c, c1, c1s = kept * c, kept * c1, kept * c1s
-        reach = _reach((1.0 - slope).to(tl.float32), 1.4012984643e-45)  # subtracted in the slope's own precision
+            has_bump = tl.where(smooth, 1.0, 0.0)  # a factor, so that NaN stays NaN
+            c, c1, c1s = has_bump * c, has_bump * c1, has_bump * c1s
+        reach = _reach((1.0 - slope).to(tl.float32), 1.4012984643e-45)  # subtracted in the slope's precision
         return t, t_lo, t_limit, u, u_lo, u_limit, c, c1, c1s, eta, slope.to(tl.float32), reach
 
 
@@ -172,14 +172,14 @@ def precompute(p, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
 
 @triton.jit
 def _exp2_scaled(f, z):
-    """2^f, f in [-1/2, 1/2] (8e-8 relative), times the power that adding _MAGIC left in the low bits of z."""
+    """2^f, f in [-1/2, 1/2] (8e-8 relative), times 2^k, where k is the integer that adding _MAGIC left in z's low bits."""
     q = polynomial(f, _EXP2)
     return (q.to(tl.int32, bitcast=True) + (z.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _decay(a, hi, lo, limit, PRECISION: tl.constexpr):
-    """e^(-rate a), 0 beyond the limit, and a capped where the result is 0, so that their product is 0 and not NaN."""
+    """e^(-rate a), 0 beyond the limit; and a, capped at the limit so that their product is 0 and not NaN."""
     if PRECISION == DOUBLE:
         ac = tl.where(limit < a, limit, a)
         return tl.where(a > limit, 0.0, libdevice.exp(-ac * hi)), ac
@@ -204,7 +204,7 @@ def _inverse(x, PRECISION: tl.constexpr):
 def _log1p(e, PRECISION: tl.constexpr):
     """log(1 + e) on [0, 1]; EXACT: 2e-7 relative, FAST: 6e-5."""
     if PRECISION == DOUBLE:
-        r = e * reciprocal(2.0 + e)  # log(1 + e) = 2 artanh(r), r <= 1/3: the first term left out is below 2^-61
+        r = e * reciprocal(2.0 + e)  # log(1 + e) = 2 artanh(r), r <= 1/3: the first omitted term is below 2^-61
         p = r * 0.0 + 1.0 / 35
         for k in tl.static_range(17):
             p = p * (r * r) + 1.0 / (33 - 2 * k)
@@ -217,7 +217,7 @@ def _log1p(e, PRECISION: tl.constexpr):
 
 @triton.jit
 def _tail(a, hi, lo, limit, PRECISION: tl.constexpr):
-    """phi(t) and Phi(-t) at t = rate a >= 0, and a capped where both are 0."""
+    """phi(t) and Phi(-t) at t = rate a >= 0; and a, capped where both are 0."""
     if PRECISION == DOUBLE:
         ac = tl.where(limit < a, limit, a)
         t = ac * hi
@@ -243,7 +243,7 @@ def _tail(a, hi, lo, limit, PRECISION: tl.constexpr):
 
 @triton.jit
 def _tanh_gate(a, hi, lo, limit, PRECISION: tl.constexpr):
-    """S'(t) and S(-t) at t = rate a >= 0, S the gate of GELU's tanh approximation, and a capped where both are 0."""
+    """S'(t) and S(-t) at t = rate a >= 0, S the gate of GELU's tanh approximation; and a, capped where both are 0."""
     if PRECISION == DOUBLE:
         ac = tl.where(limit < a, limit, a)
         t = ac * hi
@@ -273,8 +273,8 @@ def _tanh_gate(a, hi, lo, limit, PRECISION: tl.constexpr):
 
 @triton.jit
 def _bump(a, k, PRECISION: tl.constexpr, KIND: tl.constexpr):
-    """The bump, minus its derivative, and the four terms of the parameter gradients, the first as two factors, whose
-    product may overflow. What is not used is not computed.
+    """The bump, minus its derivative, and the four terms of the parameter gradients, the first as two factors whose product may
+    overflow. The compiler drops unused ones.
 
     Every product starts from a q or a phi, which are 0 where a is huge.
     """
@@ -319,8 +319,8 @@ def forward(w, k, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
 
 @triton.jit
 def gradients(w, dy, k, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
-    """The gradient of w, and the terms of the sums that `parameter_gradients` takes. ``dy`` is the first factor of
-    every product: what comes after it may be infinite, and a ``dy`` of 0 makes 0."""
+    """The gradient of w, and the terms of the sums for `parameter_gradients`. ``dy`` is the first factor of every product: later
+    factors may be infinite, and a ``dy`` of 0 gives 0."""
     KIND: tl.constexpr = ATTRS[0]
     if KIND == RELU6:
         _d, low, low_i, low_o, l1, l2, l3 = _bump(tl.abs(w), k, PRECISION, KIND)
@@ -333,7 +333,7 @@ def gradients(w, dy, k, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
         _d, h, inner, outer, s1, s2, s3 = _bump(tl.abs(reach) * tl.abs(w), k, PRECISION, KIND)
         up = w > 0.0
         step = tl.where(up, 1.0 - reach * h, slope + reach * h)
-        finite = _smaller(w, _LARGEST_DOUBLE if PRECISION == DOUBLE else _LARGEST)  # up there h is 0
+        finite = _smaller(w, _LARGEST_DOUBLE if PRECISION == DOUBLE else _LARGEST)  # h is 0 where this caps
         s4 = dy * (finite * tl.where(up, h, 1.0 - h))
         return dy * step, dy * inner * outer, dy * s1, dy * s2, dy * s3, s4
     else:
@@ -344,13 +344,13 @@ def gradients(w, dy, k, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
 
 @triton.jit
 def parameter_gradients(p, s, ATTRS: tl.constexpr):
-    """From the sums of one channel to the gradients of (beta, coeff, slope, scale, shift), in float64."""
+    """Gradients of (beta, coeff, slope, scale, shift) from the sums of one channel, in float64."""
     KIND: tl.constexpr = ATTRS[0]
     RAW: tl.constexpr = ATTRS[1]
     EPS: tl.constexpr = ATTRS[2]
     s0, s1, s2, s3 = s[0].to(tl.float64), s[1].to(tl.float64), s[2].to(tl.float64), s[3].to(tl.float64)
     _b, width, c, c1, d_beta, d_coeff = _knobs(p[0], p[1], RAW, EPS)
-    smooth = ~(width <= _SMALLEST_S)  # a NaN is passed on
+    smooth = ~(width <= _SMALLEST_S)  # true for NaN, which propagates
     inv = 1.0 / tl.where(smooth, width, 1.0)
     silu = c * (1.0 + EPS) * inv * inv * s0
     if _has_tails(KIND):
@@ -359,7 +359,7 @@ def parameter_gradients(p, s, ATTRS: tl.constexpr):
     else:
         beta = silu - c1 * (s2 + inv * s3)
         coeff = -(s1 + width * s2)
-    # Without a bump the knobs have no effect; above slope 1 the bump is turned over.
+    # Without a bump the knobs have no effect; above slope 1 the bump changes its sign.
     sign = tl.where(smooth, 1.0, 0.0)
     if KIND == LEAKY:
         sign = tl.where(p[2].to(tl.float64) > 1.0, -sign, sign)

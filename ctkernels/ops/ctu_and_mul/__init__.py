@@ -1,4 +1,4 @@
-"""The CT unit of a gated MLP, and the product it enters. README.md in this folder."""
+"""The gated product of an MLP with a CT unit: README.md."""
 
 from .op import OP
 

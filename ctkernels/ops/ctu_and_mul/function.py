@@ -1,4 +1,4 @@
-"""``ctkernels.functional.ctu_and_mul``: checks its arguments and hands them to the op."""
+"""``ctkernels.functional.ctu_and_mul``: argument checks, and the call of the op."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def ctu_and_mul(
 ) -> Tensor:
     r"""The gated product of an MLP with a CT unit, ``ctu(gate, beta, coeff, ...) * up``, in one pass over both.
 
-    At beta = 0.5, coeff = 1 it is SwiGLU, ``silu(gate) * up``, and GEGLU with ``activation="gelu"``. The backward pass makes
-    all gradients in one pass, and keeps ``gate`` and ``up`` and nothing else.
+    At beta = 0.5, coeff = 1 it is SwiGLU, ``silu(gate) * up``, or GEGLU with ``activation="gelu"``. The backward pass computes
+    all gradients in one pass, and saves only ``gate`` and ``up``.
 
     Args:
         gate: float32, float64, bfloat16 or float16; any shape and strides, empty included.
-        up: a tensor of ``gate``'s shape; or None: ``gate`` is packed, ``[gate | up]`` along ``channel_dim``, as one
-            projection of twice the width makes it. Its gradient is packed as well; nothing is split or copied.
+        up: a tensor of ``gate``'s shape. None: ``gate`` is packed, ``[gate | up]`` along ``channel_dim``, as computed by one
+            projection of twice the width. Its gradient is packed as well; nothing is split or copied.
         beta, coeff: the knobs of the unit, as in :func:`ctu`: numbers, or tensors with one value or one per channel.
-        channel_dim: the dimension that per-channel tensors, and the halves of a packed ``gate``, belong to. None: the last one
-            of a packed ``gate``; otherwise needed if there are per-channel tensors.
+        channel_dim: the dimension that per-channel tensors, and the halves of a packed ``gate``, belong to. None is the last
+            one of a packed ``gate``; otherwise required if there are per-channel tensors.
         raw, activation, negative_slope, index, eps: as in :func:`ctu`.
-        inplace: write the result over ``gate``, under the conditions of :func:`ctu`; not of a packed one. ``up`` may be ``gate``.
+        inplace: write the result over ``gate``, under the conditions of :func:`ctu`, unless it is packed. ``up`` may be ``gate``.
 
     Returns:
         A tensor of the shape of ``up``, in the wider of the two dtypes. Arithmetic is float32 (float64 for float64), rounded
@@ -46,14 +46,16 @@ def ctu_and_mul(
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range.
-        RuntimeError: for ``inplace=True`` where a gradient is needed, or on an inference tensor outside of inference mode.
+        RuntimeError: for ``inplace=True`` if a gradient is needed, or on an inference tensor outside inference mode.
 
     Examples:
         >>> gate, up = torch.randn(2, 4, 16)
         >>> beta, coeff = torch.full((16,), 0.5), torch.full((16,), 0.9)
         >>> y = ctkernels.functional.ctu_and_mul(gate, up, beta, coeff, channel_dim=-1)
-        >>> packed = torch.cat([gate, up], -1)  # of one projection, twice as wide
+        >>> packed = torch.cat([gate, up], -1)  # as from one projection, twice as wide
         >>> y = ctkernels.functional.ctu_and_mul(packed, None, beta, coeff)
+
+    Source: Shazeer 2020, GLU variants, arXiv 2002.05202; the unit is that of :func:`ctu`.
     """
     op = "ctu_and_mul"
     checks.tensor(op, "gate", gate)

@@ -1,4 +1,4 @@
-"""The record of the gated product, and its reference: that of the CT unit, times ``up``."""
+"""The record of the gated product, and its reference: the CT unit's, times ``up``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..registration import register
 
 
 class CtuAndMulInputs(NamedTuple):
-    """up: None where ``gate`` is packed, [gate | up] along the channels. All but gate and up are per-channel parameters."""
+    """up: None if ``gate`` is packed, [gate | up] along the channels. All but gate and up are per-channel parameters."""
 
     gate: Tensor
     beta: Tensor
@@ -25,7 +25,7 @@ class CtuAndMulInputs(NamedTuple):
 
 
 def _unpacked(inputs: CtuAndMulInputs, channel_dim: int) -> tuple[Tensor, Tensor]:
-    """gate and up, of inputs or of tangents that have both."""
+    """gate and up."""
     return (inputs.gate, inputs.up) if inputs.up is not None else layout.halves(inputs.gate, channel_dim)
 
 

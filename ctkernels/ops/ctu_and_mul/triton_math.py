@@ -1,4 +1,4 @@
-"""The scalar Triton functions are those of the CT unit; the skeleton multiplies. Imported only where Triton is installed."""
+"""The CT unit's scalar Triton functions; the skeleton multiplies by ``up``. Imported only if Triton is installed."""
 
 from dataclasses import replace
 

@@ -1,2 +1,1 @@
-"""Convolutions whose weights need no gradient: their backward pass needs the weights and not the input, which torch's own
-keeps."""
+"""Convolution with frozen weights: the backward pass needs the weights but not the input, which torch's own saves."""

@@ -1,4 +1,4 @@
-"""The convolution that keeps its weights and not its input for the backward pass."""
+"""Convolution with frozen weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .op import FORWARD, Recorded
 def frozen_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, geometry: Sequence[Any]
 ) -> Tensor:
-    """A convolution with ``scale * weight``, differentiable in ``x`` alone.
+    """Convolves with ``scale * weight``, differentiable in ``x`` only; saves the weights and not the input.
 
     Args:
-        x: (batch, channels, ...), which needs a gradient.
-        weight, bias, scale: without gradients; ``scale`` is per output channel, or None.
+        x: (batch, channels, ...), which requires a gradient.
+        weight, bias, scale: frozen; ``scale`` is per output channel, or None.
         geometry: stride, padding, dilation and groups.
     """
     call = FORWARD if torch.compiler.is_compiling() else Recorded.apply

@@ -1,5 +1,5 @@
-"""The convolution with ``scale * weight``, whose backward pass keeps both and not the input: in plain torch, as a Function
-for eager calls, and as the op ``ctkernels::frozen_conv`` for compiled programs."""
+"""Convolution with ``scale * weight`` that saves these and not its input: as a Function for eager calls, and as the op
+``ctkernels::frozen_conv`` for compiled programs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _backward(
     dy: Tensor, weight: Tensor, scale: Tensor | None, shape: Sequence[int], channels_last: bool, *geometry: Any
 ) -> Tensor:
     memory_format = _format(len(shape), channels_last)
-    # Only the shape of the input is read; but on the CPU, an input in another memory format would be copied first.
+    # torch reads only the input's shape, but on the CPU would first copy an input in another memory format.
     if dy.is_cpu:
         x = torch.empty(shape, dtype=dy.dtype, memory_format=memory_format)
     else:
@@ -66,7 +66,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
 
 
 class Recorded(torch.autograd.Function):
-    """The convolution in eager calls, where it costs less than the op."""
+    """The convolution of eager calls: cheaper per call than the op."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:

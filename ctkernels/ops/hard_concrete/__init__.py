@@ -1,4 +1,4 @@
-"""Hard-concrete gates: any number of gates in one call, forward and backward."""
+"""Hard-concrete gates: README.md."""
 
 from .op import OP
 from .reference import CLIP, MEAN, OPEN, SAMPLE

@@ -1,4 +1,4 @@
-"""``ctkernels.functional.hard_concrete`` and ``expected_l0``: check their arguments and hand them to the op."""
+"""``ctkernels.functional.hard_concrete`` and ``expected_l0``: argument checks, and the call of the op."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..layout import NO_CHANNEL
 from .op import OP, HardConcreteAttrs
-from .reference import CLIP, HOTTEST_MEAN, MEAN, OPEN, SAMPLE, uniform
+from .reference import CLIP, MAX_MEAN_TEMPERATURE, MEAN, OPEN, SAMPLE, uniform
 
 
 def hard_concrete(
@@ -23,27 +23,27 @@ def hard_concrete(
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Gates in [0, 1], with exact zeros and ones, from their logits: any number of gates in one call.
+    r"""Gates in [0, 1], with exact zeros and ones, from their logits; any number of gates in one call.
 
-    Training samples g = clip(s * (high - low) + low, 0, 1), s = sigmoid((log u - log(1 - u) + log_alpha) / temperature) with
-    u uniform; evaluation is deterministic.
+    In training, samples g = clip(s * (high - low) + low, 0, 1) with s = sigmoid((log u - log(1 - u) + log_alpha) / temperature)
+    and uniform u; otherwise deterministic.
 
     Args:
         log_alpha: logits of any shape; float32 or wider is kept, narrower is widened.
-        training: sample, or be deterministic.
+        training: whether to sample.
         temperature: of the concrete distribution; at most 10 for ``estimator="mean"``.
-        stretch: (low, high) with low < 0 and high > 1: how far the distribution is stretched before it is clipped.
-        estimator: the deterministic gate: ``"clip"``, clip(sigmoid(log_alpha) * (high - low) + low), of the L0 paper and the
-            JoLA code; or ``"mean"``, the expectation E[g], of the JoLA paper, within 1e-12.
+        stretch: (low, high) with low < 0 and high > 1: the interval that the distribution is stretched to before clipping.
+        estimator: the deterministic gate: ``"clip"``, clip(sigmoid(log_alpha) * (high - low) + low), as in the L0 paper and the
+            JoLA code; or ``"mean"``, the expectation E[g], as in the JoLA paper, within 1e-12.
         noise: uniform numbers in (0, 1) of ``log_alpha``'s shape to sample from; or an int64 seed of shape (1,), from which
-            a counter-based generator (Philox) makes them, the same on every device; drawn if None.
-        generator: draws the noise, or on a GPU a seed; torch's default generator of the device if None.
+            Philox, a counter-based generator, makes them, the same on every device. None draws them.
+        generator: for the noise, or on a GPU for a seed; None is torch's default generator of the device.
 
     Returns:
         Gates of ``log_alpha``'s shape, differentiable in it.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong type, dtype, shape or range.
+        TypeError, ValueError: for an argument of the wrong type, dtype, shape, device or range.
 
     Examples:
         >>> log_alpha = torch.tensor([-4.0, 0.0, 4.0])
@@ -58,10 +58,10 @@ def hard_concrete(
     low, high = _stretch("hard_concrete", temperature, stretch)
     logits = checks.widened(log_alpha)
     mode = SAMPLE if training else CLIP if estimator == "clip" else MEAN
-    if mode == MEAN and temperature > HOTTEST_MEAN:
+    if mode == MEAN and temperature > MAX_MEAN_TEMPERATURE:
         raise ValueError(
-            f"hard_concrete: temperature must be at most {HOTTEST_MEAN:g} for estimator='mean', an integral that takes more "
-            f"points the higher it is; got {temperature}"
+            f"hard_concrete: temperature must be at most {MAX_MEAN_TEMPERATURE:g} for estimator='mean', whose quadrature needs "
+            f"more points at higher temperatures; got {temperature}"
         )
     noise = _noise(logits, noise, generator) if training else None
     backends.check_forced_backend(logits)
@@ -69,8 +69,8 @@ def hard_concrete(
 
 
 def _noise(logits: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """Noise as the op takes it. On a GPU that is a seed, drawn on the device by torch's generator: nothing waits for it,
-    and every replay of a CUDA graph draws another one."""
+    """Noise as the op takes it. On a GPU, a seed drawn on the device by torch's generator: nothing synchronises, and every
+    replay of a CUDA graph draws a new one."""
     on_device = logits.is_cuda and not torch._C._are_functorch_transforms_active()
     if noise is None:
         if on_device:
@@ -87,9 +87,9 @@ def _noise(logits: Tensor, noise: Tensor | None, generator: torch.Generator | No
 
 
 def expected_l0(log_alpha: Tensor, *, temperature: float = 0.33, stretch: tuple[float, float] = (-0.1, 1.1)) -> Tensor:
-    r"""P(g != 0) of hard-concrete gates, sigmoid(log_alpha - temperature * log(-low / high)): the L0 penalty, gate by gate.
+    r"""P(g != 0) of hard-concrete gates, sigmoid(log_alpha - temperature * log(-low / high)): the L0 penalty per gate.
 
-    Args, Raises: as :func:`hard_concrete`. Returns a tensor of ``log_alpha``'s shape, differentiable in it.
+    Args and Raises: as :func:`hard_concrete`. Returns a tensor of ``log_alpha``'s shape, differentiable in it.
 
     Examples:
         >>> log_alpha = torch.full((4,), 2.5, requires_grad=True)

@@ -1,6 +1,6 @@
 """The record of the hard-concrete gates.
 
-``noise`` is uniform numbers of log_alpha's shape, or on a GPU an int64 seed of shape (1,), from which kernels make them.
+``noise`` holds uniform numbers of log_alpha's shape or, on a GPU, an int64 seed of shape (1,) from which kernels make them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class HardConcreteInputs(NamedTuple):
 
 
 class HardConcreteAttrs(NamedTuple):
-    """channel_dim: unused, there are no channels; an argument of the compiled kernels. mode: SAMPLE, CLIP, MEAN or OPEN."""
+    """channel_dim: unused; the compiled kernels have the argument. mode: SAMPLE, CLIP, MEAN or OPEN."""
 
     channel_dim: int
     mode: int
@@ -49,8 +49,8 @@ def _backward(dy: Tensor, inputs: HardConcreteInputs, attrs: HardConcreteAttrs, 
 
 def _jvp(inputs: HardConcreteInputs, attrs: HardConcreteAttrs, tangents: HardConcreteInputs) -> Tensor:
     slopes = reference.slopes(inputs.log_alpha, _noise(inputs), *attrs[1:])
-    moved = [s * t for s, t in zip(slopes, tangents) if s is not None and t is not None]
-    return sum(moved, torch.zeros_like(inputs.log_alpha))
+    terms = [s * t for s, t in zip(slopes, tangents) if s is not None and t is not None]
+    return sum(terms, torch.zeros_like(inputs.log_alpha))
 
 
 _TENSORS = "Tensor log_alpha, Tensor? noise"

@@ -1,8 +1,8 @@
-"""Hard-concrete gates in Triton: any number of gates, one launch. Imported only where Triton is installed.
+"""Hard-concrete gates in Triton: any number of gates in one launch. Imported only if Triton is installed.
 
 Arithmetic is double, as in csrc/hard_concrete.h: models have thousands of gates, not millions, and a launch costs more
-than their digits. Noise is an input, or made here from a seed by Philox 4x32-10, as in `reference.uniform`: two launches,
-forward and backward, in place of some 370 operations.
+than double precision. Noise is an input, or made from a seed by Philox 4x32-10, as in `reference.uniform`: two launches,
+forward and backward, replace some 370 operations.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WEIGHTS = tuple(weight for weight in _HALF_WEIGHTS for _ in (0, 1))
 
 @triton.jit
 def _uniform(seed, i, DOUBLES: tl.constexpr):
-    """Number i of the stream: 52 random bits, or 23, and a half, so that neither 0 nor 1 comes up."""
+    """Number i of the stream: 52 or 23 random bits plus a half, so that neither 0 nor 1 occurs."""
     a, b, _, _ = tl.philox(seed, i.to(tl.uint32), (i >> 32).to(tl.uint32), (i * 0).to(tl.uint32), (i * 0).to(tl.uint32))
     if DOUBLES:
         bits = (a.to(tl.int64) << 20) | (b >> 12).to(tl.int64)
@@ -52,8 +52,8 @@ def gate_kernel(
     ATTRS: tl.constexpr, PANELS: tl.constexpr, NODES: tl.constexpr, WEIGHTS: tl.constexpr, SEEDED: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """out = gates, or with ``dy``, the gradient of log_alpha; dnoise: that of the noise. Null: not requested.
-    PANELS: of the integral that E[g] is, see csrc/hard_concrete.h: start, length of each, count; for P(g != 0), the start.
+    """out: the gates or, with ``dy``, the gradient of log_alpha. dnoise: the gradient of the noise. Null: not requested.
+    PANELS: (start, length, count) of the quadrature panels of E[g], see csrc/hard_concrete.h; for P(g != 0), start is used.
     NODES, WEIGHTS: of a panel from -1 to 1."""
     MODE: tl.constexpr = ATTRS[0]
     TEMPERATURE: tl.constexpr = ATTRS[1]
@@ -77,7 +77,7 @@ def gate_kernel(
                 weight = (WEIGHTS[j] * HALF * WIDTH) * (v * rest_v)
                 value += weight * s
                 slope += weight * (s * rest)
-        value = tl.where(value > 1.0, 1.0, value)  # rounding may lead beyond 1
+        value = tl.where(value > 1.0, 1.0, value)  # rounding may exceed 1
     elif MODE == OPEN:
         value, rest = sigmoids(logit - TEMPERATURE * PANELS[0])
         slope = value * rest
@@ -91,7 +91,7 @@ def gate_kernel(
             logit = (libdevice.log(odds) + logit) * RATE
         s, rest = sigmoids(logit)
         stretched = s * WIDTH + LOW
-        settled = (stretched <= 0.0) | (stretched >= 1.0)  # a NaN is not
+        settled = (stretched <= 0.0) | (stretched >= 1.0)  # false for NaN
         value = tl.where(stretched > 1.0, 1.0, tl.where(stretched < 0.0, 0.0, stretched))
         slope = tl.where(settled, 0.0, WIDTH * (RATE if MODE == SAMPLE else 1.0) * s * rest)
     if dy is None:
@@ -106,7 +106,7 @@ def gate_kernel(
 
 
 def _panels(mode: int, temperature: float, low: float, high: float) -> tuple[float, float, int]:
-    """Where the panels of the integral start, how long each is, and how many there are."""
+    """(start, length, count) of the panels of the quadrature."""
     if mode != MEAN.value:
         return math.log(-low / high), 0.0, 0
     start, length = span(low, high)

@@ -1,4 +1,4 @@
-"""The gated affine edit of attention heads: README.md in this folder."""
+"""The gated affine edit of attention heads: README.md."""
 
 from .op import OP
 

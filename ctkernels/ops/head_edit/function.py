@@ -1,4 +1,4 @@
-"""``ctkernels.functional.head_edit``: checks its arguments and hands them to the op."""
+"""``ctkernels.functional.head_edit``: argument checks, and the call of the op."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def head_edit(
 ) -> Tensor:
     r"""The gated affine edit of every attention head's output, fused: z' = (1 + g_m * m) * z + g_a * a.
 
-    (Equation 2 of the JoLA paper.) The backward pass is one pass over z and the upstream gradient, and keeps z alone.
+    The backward pass is one pass over z and the upstream gradient, and saves only z.
 
     Args:
         z: float32, float64, bfloat16 or float16, of shape (..., H * D), (..., H, D), or with the heads along ``head_axis``
             and D last: (B, H, T, D) has ``head_axis=1``. Any strides.
-        m, a: (H, D): the multiplicative and the additive edit; either may be None (absent). float32 or wider is kept.
+        m, a: (H, D): the multiplicative and the additive edit; one of them may be None. Kept if float32 or wider, else widened.
         g_m, g_a: (H,): gates of ``m`` and ``a``; None is 1.
-        head_dim: D, as a check of ``m`` and ``a``; read off them if None.
-        head_axis: the axis of ``z`` that holds the heads, for layouts that the shape alone does not tell.
-        index: (B,) integers that give each sample, along dimension 0 of ``z``, its own edit: then ``m`` and ``a`` are
-            (A, H, D), the gates (A, H), and sample b uses row ``index[b]``.
-        inplace: write the result over ``z``, as torch's in-place operations do: autograd notices. Not possible where a gradient
-            is needed, nor where ``z`` overlaps itself or another argument's memory.
+        head_dim: D, to check ``m`` and ``a`` against; None takes it from them.
+        head_axis: the axis of ``z`` that holds the heads, if the shape alone does not tell.
+        index: (B,) integers: sample b, along dimension 0 of ``z``, uses row ``index[b]`` of ``m`` and ``a``, which are then
+            (A, H, D), and of the gates, (A, H).
+        inplace: write the result over ``z``, with the version count of torch's in-place operations. Not possible if a gradient
+            is needed, nor if ``z`` overlaps itself or another argument's memory.
 
     Returns:
         A tensor of ``z``'s shape and dtype. Arithmetic is float32 (float64 for float64). Differentiable in z, m, a, g_m and
@@ -48,7 +48,7 @@ def head_edit(
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or device.
-        RuntimeError: for ``inplace=True`` where a gradient is needed, or on an inference tensor outside of inference mode.
+        RuntimeError: for ``inplace=True`` if a gradient is needed, or on an inference tensor outside inference mode.
 
     Examples:
         >>> m, a, gates = torch.randn(4, 8), torch.randn(4, 8), torch.ones(4)
@@ -56,6 +56,8 @@ def head_edit(
         >>> y = ctkernels.functional.head_edit(z, m, a, gates, gates)
         >>> z = torch.randn(2, 4, 16, 8)  # (batch, heads, tokens, head_dim)
         >>> y = ctkernels.functional.head_edit(z, m, a, head_axis=1)
+
+    Source: Lai et al. 2025, JoLA, arXiv 2502.01179, equation 2.
     """
     op = "head_edit"
     if head_dim is None and head_axis is None and index is None and not inplace and not torch.compiler.is_compiling():
@@ -106,11 +108,11 @@ def head_edit(
     if not torch.compiler.is_compiling():
         memory.refuse_inference(op, "z", z)
     z.copy_(restore(OP(inputs, attrs)))
-    return z  # of which copy_ gives another object where an edit is of a subclass
+    return z  # copy_ returns another object if an edit is of a subclass
 
 
 class _Recorded(torch.autograd.Function):
-    """A call that the entry has found right; m and a as they were given: flattening them would be a step for autograd each."""
+    """A call that the entry point accepted. m and a are not flattened: that would cost an autograd node each."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -136,14 +138,14 @@ def _flat(inputs: Any) -> HeadEditInputs:
 def _heads_last(
     z: Tensor, params: list[Tensor | None], heads: int, dim: int, head_axis: int | None, per_sample: bool
 ) -> tuple[Tensor, list[Tensor | None], Callable[[Tensor], Tensor]]:
-    """``z`` as the op takes it, the parameters to match, and the way back to ``z``'s shape.
+    """``z`` and the parameters as the op takes them, and a function that restores ``z``'s shape.
 
-    Where the heads lie side by side in memory, channels are heads * head_dim. Where tokens lie between them, as in a
-    contiguous (B, H, T, D), every (sample, head) is a group of its own. Neither copies.
+    If heads are adjacent in memory, channels are heads * head_dim. If tokens lie between them, as in a contiguous
+    (B, H, T, D), every (sample, head) is a group of its own. Neither copies.
     """
     shape = z.shape
     if head_axis is None:
-        flat_heads = z.dim() > 0 and shape[-1] == heads * dim  # asked first: of one head (N, D) is N samples
+        flat_heads = z.dim() > 0 and shape[-1] == heads * dim  # takes precedence: with one head, (N, D) is N samples
         if not flat_heads and shape[-2:] == (heads, dim):
             head_axis = z.dim() - 2
         elif not flat_heads:
@@ -161,13 +163,8 @@ def _heads_last(
     edits, gates = params[:2], params[2:]
     if head_axis is not None:
         moved = z.movedim(head_axis, -2)
-        side_by_side = moved.stride(-2) == dim * moved.stride(-1) or heads == 1 or moved.numel() == 0
-        if (
-            not side_by_side
-            and head_axis == 1
-            and z.is_contiguous()
-            and not torch._C._are_functorch_transforms_active()
-        ):
+        adjacent = moved.stride(-2) == dim * moved.stride(-1) or heads == 1 or moved.numel() == 0
+        if not adjacent and head_axis == 1 and z.is_contiguous() and not torch._C._are_functorch_transforms_active():
             rows = shape[0] * heads if per_sample else heads
             edits = [t if t is None else t.reshape(rows, dim) for t in edits]
             gates = [t if t is None else t.reshape(rows, 1) for t in gates]

@@ -27,7 +27,7 @@ class HeadEditAttrs(NamedTuple):
 
 
 def _widen(inputs: HeadEditInputs, attrs: HeadEditAttrs) -> HeadEditInputs:
-    """Inputs ready to broadcast: z in the compute dtype, parameters in it too, or in their own where that is wider."""
+    """Inputs ready to broadcast: z in the compute dtype, parameters in that or wider."""
     z, *params = inputs
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
 

@@ -1,6 +1,6 @@
 """The head edit in plain torch: z' = (1 + g_m m) z + g_a a, for parameters that broadcast against z.
 
-Products of parameters are made in the parameters' own precision: a closed gate leaves out what is too large for that of z.
+Products of parameters are computed in the parameters' own precision: a closed gate cancels values too large for z's dtype.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def scale(m: Tensor | None, g_m: Tensor | None) -> Tensor | None:
-    """1 + g_m m; None where nothing is scaled."""
+    """1 + g_m m; None without m."""
     if m is None:
         return None
     return 1 + (m if g_m is None else g_m * m)
 
 
 def offset(a: Tensor | None, g_a: Tensor | None) -> Tensor | None:
-    """g_a a; None where nothing is added."""
+    """g_a a; None without a."""
     if a is None or g_a is None:
         return a
     return g_a * a

@@ -1,4 +1,4 @@
-"""The head edit as scalar Triton functions: y = scale w + offset, as csrc/head_edit.h. Imported only where Triton is."""
+"""The head edit as scalar Triton functions: y = scale w + offset, as in csrc/head_edit.h. Imported only if Triton is."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from ..channelwise.kernels import DOUBLE, Math
 
 @triton.jit
 def precompute(p, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
-    """1 + g_m m and g_a a, in the parameters' own precision first."""
+    """1 + g_m m and g_a a, computed in the parameters' own precision."""
     m, a, g_m, g_a, _ = p
     dtype: tl.constexpr = tl.float64 if PRECISION == DOUBLE else tl.float32
     return (1.0 + g_m * m).to(dtype), (g_a * a).to(dtype)
@@ -28,7 +28,7 @@ def gradients(w, dy, k, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
 
 @triton.jit
 def parameter_gradients(p, s, ATTRS: tl.constexpr):
-    """From S1 and S0 of one channel to the gradients of (m, a, g_m, g_a)."""
+    """Gradients of (m, a, g_m, g_a) from S1 and S0 of one channel."""
     m, a, g_m, g_a, _ = p
     s1, s0 = s[0].to(tl.float64), s[1].to(tl.float64)
     return g_m * s1, g_a * s0, m * s1, a * s0, s0

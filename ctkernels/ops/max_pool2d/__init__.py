@@ -1,5 +1,5 @@
-"""Max pooling in compiled training steps, by torch's own kernels.
+"""Max pooling by torch's own kernels in compiled training steps.
 
-On the CPU the compiler writes the backward pass of a pooling itself, and what it writes takes several times as long
-(docs/fusion.md). ``ctkernels::max_pool2d`` is opaque to it, and calls what eager code calls.
+On the CPU, the compiler's own backward pass of a pooling takes several times as long (docs/fusion.md).
+``ctkernels::max_pool2d`` is opaque to the compiler and calls the eager kernels.
 """

@@ -10,7 +10,7 @@ from .op import FORWARD
 
 
 def max_pool2d(x: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Tensor:
-    """``torch.nn.functional.max_pool2d`` of (batch, channels, height, width), opaque to a compiler. Sizes are ints or pairs."""
+    """``torch.nn.functional.max_pool2d`` of (batch, channels, height, width), opaque to the compiler. Sizes: ints or pairs."""
     return FORWARD(x, *(_pair(size) for size in (kernel_size, stride, padding, dilation)), ceil_mode)[0]
 
 
