@@ -15,7 +15,6 @@ from .jola.edit_sizes import EditReport, edit_sizes
 from .jola.gate_map import GateMap, gate_map, plot_gates
 from .jola.gates import drop_closed_heads, freeze_gates, open_heads
 from .jola.lora import save_as_lora
-from .jola.monitor import EditMonitor
 from .jola.penalty import (
     AdaptiveSchedule,
     ConstantSchedule,
@@ -29,6 +28,7 @@ from .jola.penalty import (
 )
 from .jola.sites import find_sites
 from .jola.units import measure_units
+from .monitor import EditMonitor, alert_rules, export_opentelemetry, export_prometheus, grafana_dashboard
 from .optimizer import parameter_groups
 from .pool import AdapterPool, PoolFullError
 from .published import load_official
@@ -64,14 +64,18 @@ __all__ = [
     "Merged",
     "PoolFullError",
     "add_penalty_grad",
+    "alert_rules",
     "coverage",
     "drop_closed_heads",
     "edit_sizes",
+    "export_opentelemetry",
+    "export_prometheus",
     "find_activations",
     "find_sites",
     "freeze_gates",
     "fuse_attention",
     "gate_map",
+    "grafana_dashboard",
     "jola_penalty",
     "load_official",
     "measure_units",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import statistics
+import threading
+
 import pytest
 import torch
 from jola_families import build, inputs
@@ -12,6 +16,7 @@ pytest.importorskip("transformers")
 adapters = pytest.importorskip("ctkernels.adapters")
 
 from ctkernels.adapters import edit_sizes, gate_map  # noqa: E402
+from ctkernels.adapters.monitor.reference import Drift, Reference  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 TOKENS = inputs("llama", batch=3)["input_ids"]
@@ -81,7 +86,7 @@ class _Operations(TorchDispatchMode):
 
 def test_nothing_is_read_back_from_the_device():
     model = _model()
-    monitor = adapters.EditMonitor(model)
+    monitor = adapters.EditMonitor(model, window=1)
     with monitor.calibrating(), torch.no_grad():
         model(input_ids=TOKENS)
     counts = []
@@ -90,9 +95,11 @@ def test_nothing_is_read_back_from_the_device():
             if on:
                 monitor.attach()
             with _Operations() as seen:
-                model(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS))
+                for _ in range(2):  # the second begins new inputs, so that the first are counted
+                    model(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS))
             counts.append([seen.names.count(f"aten::{name}") for name in ("_local_scalar_dense", "nonzero", "equal")])
     assert counts[0] == counts[1]
+    assert (monitor.rows, monitor.snapshot().windows) == (3, 3)
 
 
 def test_padding_does_not_count():
@@ -114,7 +121,7 @@ def test_padding_does_not_count():
 
 def test_inputs_outside_the_calibrated_range_are_flagged():
     model = _model()
-    monitor = adapters.EditMonitor(model, margin=0.01)
+    monitor = adapters.EditMonitor(model, margin=0.01, window=None)
     with monitor.calibrating(), torch.no_grad():
         model(input_ids=TOKENS)
     assert monitor.flags is None
@@ -142,22 +149,168 @@ def test_generation_accumulates_flags_over_its_steps():
 
 def test_the_range_is_saved_and_checked(tmp_path):
     model = _model()
-    monitor = adapters.EditMonitor(model, margin=0.2)
+    monitor = adapters.EditMonitor(model, margin=0.2, window=1)
     with monitor.calibrating(), torch.no_grad():
         model(input_ids=TOKENS)
     monitor.save(tmp_path / "range.json")
     other = adapters.EditMonitor(model)
     other.load(tmp_path / "range.json")
     assert other.margin == 0.2
+    assert other.reference.drift.threshold == monitor.reference.drift.threshold
     with other, torch.no_grad():
         model(input_ids=TOKENS)
     assert not other.flags.any()
     (tmp_path / "bad.json").write_text('{"format": "else"}')
-    with pytest.raises(ValueError, match=r"expected a range that EditMonitor\.save wrote"):
+    with pytest.raises(ValueError, match=r"expected what EditMonitor\.save wrote for this model"):
         other.load(tmp_path / "bad.json")
     part = adapters.EditMonitor(_model(layers_to_transform=[1]))
     with pytest.raises(ValueError, match="expected the sites"):
         part.load(tmp_path / "range.json")
+
+
+def test_a_range_of_the_first_format_is_read(tmp_path):
+    sites = {SITE.replace("0", str(i)): {"low": [0.0] * 4, "high": [9.0] * 4} for i in range(2)}
+    (tmp_path / "edit_monitor.json").write_text(
+        json.dumps({"format": "ctkernels.edit_monitor/1", "margin": 0.5, "sites": sites})
+    )
+    monitor = adapters.EditMonitor(_model())
+    monitor.load(tmp_path)  # the file in a folder
+    with monitor, torch.no_grad():
+        monitor.model(input_ids=TOKENS)
+    assert monitor.flags.tolist() == [False, False, False]
+    assert (monitor.reference.drift, monitor.reference.outside) == (None, None)
+
+
+def test_few_inputs_give_a_range_and_a_warning():
+    monitor = adapters.EditMonitor(_model(), window=2)
+    with pytest.warns(UserWarning, match="calibration saw 3 inputs, and drift over windows of 2 needs 4"):
+        monitor.calibrate([{"input_ids": TOKENS}])
+    assert monitor.reference.drift is None
+    monitor.calibrate([{"input_ids": TOKENS[:1]}])  # adds to those before
+    assert monitor.reference.drift.window == 2
+
+
+@pytest.mark.parametrize(
+    "call", [lambda m: m, lambda m: m.base_model, lambda m: m.get_base_model(), lambda m: m.model.model]
+)
+def test_passes_are_seen_whichever_module_is_called(call):
+    model = _model()
+    with adapters.EditMonitor(model) as monitor, torch.no_grad():
+        call(model)(input_ids=TOKENS)
+    assert monitor.statistics()[SITE]["tokens"] == [TOKENS.numel()]
+
+
+def test_each_pass_without_a_cache_begins_new_inputs():
+    model = _model()
+    with adapters.EditMonitor(model) as monitor, torch.no_grad():
+        for _ in range(3):
+            model(input_ids=TOKENS)
+        assert monitor.rows == 6
+        mask = torch.ones_like(TOKENS)
+        model.generate(input_ids=TOKENS, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        assert monitor.rows == 9
+        assert monitor._current.count[0, 0] == TOKENS.shape[1] + 2
+        model(input_ids=TOKENS, attention_mask=mask)
+        assert monitor.rows == 12
+
+
+def test_padding_does_not_count_while_generating():
+    model = _model()
+    row, mask = torch.cat([torch.full((1, 3), 7), TOKENS[:1]], 1), torch.ones(1, TOKENS.shape[1] + 3, dtype=torch.long)
+    mask[:, :3] = 0
+    with adapters.EditMonitor(model) as monitor, torch.no_grad():
+        model.generate(input_ids=row, attention_mask=mask, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert monitor.statistics()[SITE]["tokens"] == [TOKENS.shape[1] + 1]
+
+
+def test_one_of_so_many_batches_is_watched_to_its_end():
+    model = _model()
+    layer = next(m for m in model.modules() if isinstance(m, adapters.JolaLayer))
+    with adapters.EditMonitor(model, every=3) as monitor, torch.no_grad():
+        for number in range(7):
+            rows = TOKENS[: 1 + number % 2]
+            model.generate(input_ids=rows, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+            assert not layer._forward_pre_hooks  # attention may edit inside again
+            assert (monitor.flags is None) == (number % 3 > 0)
+        monitor.begin()
+    assert monitor.rows == 1 + 2 + 1  # numbers 0, 3 and 6
+    assert monitor.snapshot().count[0] == 4 * (TOKENS.shape[1] + 2)
+
+
+def test_an_error_in_the_model_ends_the_pass():
+    model = _model()
+    layer = next(m for m in model.modules() if isinstance(m, adapters.JolaLayer))
+    with adapters.EditMonitor(model) as monitor, torch.no_grad():
+        with pytest.raises(IndexError):
+            model(input_ids=TOKENS + 10_000)
+        assert not layer._forward_pre_hooks
+        model(input_ids=TOKENS)
+    assert monitor.flags.tolist() == [False] * 3
+
+
+def test_inference_mode_and_grad_mode_mix():
+    model = _model()
+    with adapters.EditMonitor(model, window=1) as monitor:
+        with torch.inference_mode():
+            monitor.calibrate([{"input_ids": TOKENS}])
+            model(input_ids=TOKENS)
+        model(input_ids=TOKENS).logits.sum().backward()
+        with torch.inference_mode():
+            model(input_ids=TOKENS)
+        monitor.begin()
+    assert monitor.snapshot().inputs == 9
+    assert monitor.snapshot().windows == 9
+
+
+def test_a_scale_that_is_the_same_everywhere_is_never_unusual():
+    """Its relative size is one number, and what rounding makes of it is no drift."""
+    model = _model(init_std=0.0)
+    for layer in (m for m in model.modules() if isinstance(m, adapters.JolaLayer)):
+        torch.nn.init.constant_(layer.jola_m["default"], 0.37)
+    monitor = adapters.EditMonitor(model, window=2, margin=0)
+    embed = model.get_input_embeddings()
+    monitor.calibrate([{"inputs_embeds": embed((TOKENS + i) % 60).detach()} for i in range(4)])
+    with monitor, torch.no_grad():
+        for i in range(20):
+            model(inputs_embeds=embed(TOKENS.roll(i, 1)) * (1 + i))
+        monitor.begin()
+    seen = monitor.snapshot()
+    assert (seen.outside, seen.alarms, seen.windows) == (0, 0, 30)
+    assert any(low < high for site in monitor.statistics().values() for low, high in zip(site["min"], site["max"]))
+
+
+def test_a_compiled_model_is_seen_or_says_so():
+    model = _model()
+    with adapters.EditMonitor(model) as monitor, torch.no_grad():
+        torch.compile(model, backend="eager")(input_ids=TOKENS)
+        assert monitor.statistics()[SITE]["tokens"] == [TOKENS.numel()]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(input_ids=TOKENS)
+        with adapters.EditMonitor(compiled), pytest.warns(UserWarning, match="saw a forward pass and no edited head"):
+            compiled(input_ids=TOKENS)
+
+
+def test_two_threads_do_not_mix():
+    model = _model()
+    with adapters.EditMonitor(model) as monitor:
+
+        def serve():
+            with torch.no_grad():
+                for _ in range(20):
+                    model(input_ids=TOKENS)
+
+        threads = [threading.Thread(target=serve) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        monitor.begin()
+    seen = monitor.snapshot()
+    assert seen.inputs % 3 == 0
+    assert 3 <= seen.inputs <= 120
+    assert set(seen.count) == {float(seen.inputs * TOKENS.shape[1])}
 
 
 def test_it_reads_a_merged_adapter_too():
@@ -178,6 +331,14 @@ def test_bad_arguments_are_refused():
         adapters.EditMonitor(build("llama"))
     with pytest.raises(ValueError, match="margin must not be negative, got -1"):
         adapters.EditMonitor(_model(), margin=-1)
+    with pytest.raises(ValueError, match="every and window must be 1 or more and history 0 or more, got 0, 64 and 0"):
+        adapters.EditMonitor(_model(), every=0)
+    with pytest.raises(ValueError, match=r"false_alarms must be between 0 and 1, got 1\.0"):
+        adapters.EditMonitor(_model(), false_alarms=1.0)
+    with pytest.raises(ValueError, match="nothing to save before calibration"):
+        adapters.EditMonitor(_model()).save("nowhere.json")
+    with pytest.raises(ValueError, match="calibration must see one or more inputs, got none"):
+        adapters.EditMonitor(_model()).calibrate([])
 
 
 class _Letters:
@@ -246,3 +407,69 @@ def test_the_gate_map_knows_open_closed_and_absent(tmp_path):
     assert (tmp_path / "gates.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="labels must be one per frame, 1, got 2"):
         plot_gates(found, tmp_path / "gates.png", ["start", "end"])
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def _inputs(count, heads, generator, shift=0.0):
+    """Mean edits of inputs: positive, skewed, and dependent between heads."""
+    common = torch.randn(count, 1, generator=generator)
+    return (0.3 * (common + torch.randn(count, heads, generator=generator)) + shift).exp()
+
+
+def test_windows_are_above_the_threshold_as_often_as_it_says():
+    generator, rate, window = torch.Generator().manual_seed(1), 0.05, 20
+    rates = []
+    for _ in range(60):
+        drift = Drift.of(_inputs(100, 12, generator), window, rate, 1e-6)
+        windows = [_inputs(window, 12, generator) for _ in range(100)]
+        alarms = [float(drift.distances(drift.below(w)).amax()) > drift.threshold for w in windows]
+        rates.append(sum(alarms) / len(alarms))
+    error = statistics.stdev(rates) / len(rates) ** 0.5  # over calibrations, each of which has a rate of its own
+    assert rate / 2 < statistics.mean(rates) < rate + 3 * error
+
+
+def test_drift_is_the_distance_between_distributions():
+    generator = torch.Generator().manual_seed(2)
+    drift = Drift.of(_inputs(400, 5, generator), 50, 0.01, 1e-6)
+    shifted = _inputs(50, 5, generator)
+    shifted[:, 3] = _inputs(50, 5, generator, 0.6)[:, 3]  # one head, by a bit more than its standard deviation
+    distances = drift.distances(drift.below(shifted))
+    assert distances.argmax() == 3
+    assert distances[3] > drift.threshold
+    edges = drift.edges[:, 3]
+    by_hand = max(
+        abs(float((shifted[:, 3] <= e).double().mean()) - s) for e, s in zip(edges, drift.shares[:, 3].tolist())
+    )
+    assert float(distances[3]) == pytest.approx(by_hand)
+
+
+def test_inputs_outside_the_range_are_as_many_as_calibration_expects():
+    generator, expected, seen = torch.Generator().manual_seed(3), [], []
+    for _ in range(30):
+        means = _inputs(80, 6, generator)
+        reference = Reference.of(means, means * 0.9, means * 1.1, 0.05, None, 0.01, 1e-6)
+        new = _inputs(400, 6, generator)
+        expected.append(reference.outside)
+        seen.append(float(reference.beyond(new * 0.9, new * 1.1, 1e-6).any(-1).double().mean()))
+    assert sum(seen) / 30 == pytest.approx(sum(expected) / 30, rel=0.3)
+
+
+def test_the_window_fills_over_batches():
+    model = _model()
+    monitor = adapters.EditMonitor(model, window=4)
+    monitor.calibrate([{"input_ids": (TOKENS + i) % 60} for i in range(4)])
+    means = []
+    with monitor, torch.no_grad():
+        for i in range(4):  # 12 rows
+            model(input_ids=(TOKENS + i) % 60)
+            means.append(monitor._current.mean)
+        monitor.begin()
+    seen, drift = monitor.snapshot(), monitor.reference.drift
+    assert (seen.windows, monitor._filled) == (3, 0)
+    windows = torch.cat(means).split(4)
+    distances = [drift.distances(drift.below(window)) for window in windows]
+    assert seen.drift == distances[-1].tolist()
+    assert seen.alarms == sum(float(d.amax()) > drift.threshold for d in distances)
+    assert monitor.drift == float(distances[-1].amax())

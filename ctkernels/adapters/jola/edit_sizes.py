@@ -75,11 +75,18 @@ class EditReport:
         }
 
 
-def relative_sizes(z: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """``|(p - 1) * z + q| / |z|`` of every head: z (..., heads * head_dim), p and q (heads, head_dim); (..., heads)."""
-    heads = z.detach().unflatten(-1, p.shape).to(p.dtype)
-    edit = torch.linalg.vector_norm(torch.addcmul(q, heads, p - 1), dim=-1)
-    return edit / torch.linalg.vector_norm(heads, dim=-1).clamp_min(torch.finfo(p.dtype).tiny ** 0.5)
+def edit_operands(layer: Any, adapter: str | None = None) -> tuple[Tensor, Tensor]:
+    """What :func:`relative_sizes` needs of a layer, both (heads, head_dim); of the active adapters if none is named."""
+    names = [adapter] if adapter else [name for name in layer.active_adapters if name in layer.jola_config]
+    p, q = (part.view(layer.num_heads, layer.head_dim) for part in layer.factors(names))
+    return p - 1, q
+
+
+def relative_sizes(z: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """``|scale * z + offset| / |z|`` of every head, (..., heads): z (..., heads * head_dim), the others (heads, head_dim)."""
+    heads = z.detach().unflatten(-1, scale.shape).to(scale.dtype)
+    edit = torch.linalg.vector_norm(torch.addcmul(offset, heads, scale), dim=-1)
+    return edit / torch.linalg.vector_norm(heads, dim=-1).clamp_min(torch.finfo(scale.dtype).tiny ** 0.5)
 
 
 @torch.no_grad()
@@ -123,11 +130,10 @@ def edit_sizes(
     some: list[int] = []
 
     def measure(number: int, layer: Any) -> Any:
-        active = [name for name in layer.active_adapters if name in layer.jola_config]
-        p, q = (part.view(layer.num_heads, layer.head_dim) for part in layer.factors(active))
+        scale, offset = edit_operands(layer)
 
         def hook(module: nn.Module, inputs: Any) -> None:
-            own = relative_sizes(inputs[0], p, q) * mask.unsqueeze(-1)
+            own = relative_sizes(inputs[0], scale, offset) * mask.unsqueeze(-1)
             sizes[some, number, : layer.num_heads] = (own.sum(1) / mask.sum(1, keepdim=True)).float().cpu()
 
         return hook

@@ -1,0 +1,66 @@
+"""The inputs of one batch, over all passes that read them: the edit of every head, row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Inputs:
+    """The relative sizes of edits in each row of a batch, all on the device.
+
+    Attributes:
+        total, count: the sum over a row's tokens and their number, (rows, heads of all sites).
+        low, high: the smallest and the largest, (rows, heads of all sites).
+        ids: tokens of each pass with those that count, each (rows, tokens); only kept for a history.
+    """
+
+    total: Tensor
+    count: Tensor
+    low: Tensor
+    high: Tensor
+    ids: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, sizes: Tensor, real: Tensor | None) -> Inputs:
+        """One pass at one site: ``sizes`` (rows, tokens, heads), ``real`` (rows, tokens), None where every token counts."""
+        rows, tokens, heads = sizes.shape
+        if real is None:
+            low, high = sizes.amin(1), sizes.amax(1)
+            return cls(sizes.sum(1), sizes.new_full((rows, heads), tokens), low, high)
+        padding = ~real.unsqueeze(-1)
+        low, high = sizes.masked_fill(padding, torch.inf).amin(1), sizes.masked_fill(padding, -torch.inf).amax(1)
+        total, count = (
+            sizes.masked_fill(padding, 0).sum(1),
+            real.sum(1, keepdim=True).expand(rows, heads).to(sizes.dtype),
+        )
+        return cls(total, count, low, high)
+
+    @classmethod
+    def nothing(cls, rows: int, heads: int, like: Tensor) -> Inputs:
+        """A site that no token reached."""
+        values = (like.new_full((rows, heads), value) for value in (0, 0, torch.inf, -torch.inf))
+        return cls(*values)
+
+    @classmethod
+    def joined(cls, parts: list[Inputs]) -> Inputs:
+        """The sites of one pass, side by side, on the device of the first."""
+        device = parts[0].total.device
+        blocks = [torch.stack([p.total, p.count, p.low, p.high]).to(device, non_blocking=True) for p in parts]
+        return cls(*torch.cat(blocks, -1).unbind(0))
+
+    def add(self, other: Inputs) -> None:
+        """Take in a later pass over the same rows."""
+        self.total, self.count = self.total + other.total, self.count + other.count
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean over each row's tokens, (rows, heads); 0 where there were none."""
+        return self.total / self.count.clamp_min(1)
+
+    def __len__(self) -> int:
+        return len(self.total)

@@ -1,0 +1,102 @@
+"""The metrics of a monitor: their names, kinds and values. Exporters, dashboard and alert rules are all made from this table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .monitor import EditMonitor, Snapshot
+
+LABELS = ("model", "adapter")  # of every metric
+BY_HEAD = ("site", "head")
+Read = Callable[[Snapshot, EditMonitor], "float | Sequence[float] | None"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of a monitor.
+
+    Attributes:
+        name: as in OpenTelemetry; Prometheus has :attr:`series`.
+        help: what it counts or measures.
+        read: its value, or one for each head; None where there is none yet.
+        counter: whether it only grows; else it is a gauge.
+    """
+
+    name: str
+    help: str
+    read: Read
+    counter: bool = True
+
+    @property
+    def series(self) -> str:
+        """The name of the time series in Prometheus."""
+        return f"{self.name}_total" if self.counter else self.name
+
+    def samples(self, snapshot: Snapshot, monitor: EditMonitor) -> list[tuple[tuple[str, ...], float]]:
+        """Values with the labels that they have beside those of the monitor: none, or site and head."""
+        value = self.read(snapshot, monitor)
+        if value is None:
+            return []
+        if isinstance(value, Sequence):
+            return [((site, str(head)), float(v)) for (site, head), v in zip(monitor.heads, value)]
+        return [((), float(value))]
+
+
+def labels_of(monitor: EditMonitor) -> tuple[str, ...]:
+    """The values of :data:`LABELS`."""
+    return monitor.name, "+".join(monitor.adapter_names)
+
+
+def _largest(snapshot: Snapshot, monitor: EditMonitor) -> list[float] | None:
+    """Before the first token, largest sizes are minus infinity."""
+    return snapshot.high if any(snapshot.count) else None
+
+
+def _drift(monitor: EditMonitor) -> object:
+    return monitor.reference.drift if monitor.reference is not None else None
+
+
+INPUTS = Metric("ctkernels_inputs", "Inputs that were watched to their end.", lambda s, m: s.inputs)
+OUTSIDE = Metric(
+    "ctkernels_inputs_outside",
+    "Inputs of which a token was outside the calibrated range of some head.",
+    lambda s, m: None if m.reference is None else s.outside,
+)
+EXPECTED = Metric(
+    "ctkernels_inputs_outside_expected",
+    "Share of inputs outside the range among inputs like those of the calibration.",
+    lambda s, m: None if m.reference is None else m.reference.outside,
+    counter=False,
+)
+HEAD_OUTSIDE = Metric(
+    "ctkernels_head_outside",
+    "Inputs in which this head was outside its calibrated range.",
+    lambda s, m: None if m.reference is None else s.beyond,
+)
+SIZE = Metric(
+    "ctkernels_edit_size", "Sum over tokens of the edit's size relative to the head's output.", lambda s, m: s.total
+)
+TOKENS = Metric("ctkernels_edit_tokens", "Tokens in the sum of edit sizes.", lambda s, m: s.count)
+LARGEST = Metric("ctkernels_edit_size_max", "Largest relative size of an edit so far.", _largest, counter=False)
+WINDOWS = Metric(
+    "ctkernels_drift_windows", "Windows of inputs held against the calibration.",
+    lambda s, m: None if _drift(m) is None else s.windows,
+)  # fmt: skip
+ALARMS = Metric(
+    "ctkernels_drift_alarms", "Windows of which some head's distance was above the threshold.",
+    lambda s, m: None if _drift(m) is None else s.alarms,
+)  # fmt: skip
+DRIFT = Metric(
+    "ctkernels_drift",
+    "Kolmogorov-Smirnov distance of the head's edits in the last full window from the calibration.",
+    lambda s, m: s.drift,
+    counter=False,
+)
+THRESHOLD = Metric(
+    "ctkernels_drift_threshold",
+    "Distance above which a window is an alarm.",
+    lambda s, m: m.reference.drift.threshold if m.reference is not None and m.reference.drift is not None else None,
+    counter=False,
+)
+METRICS = (INPUTS, OUTSIDE, EXPECTED, HEAD_OUTSIDE, SIZE, TOKENS, LARGEST, WINDOWS, ALARMS, DRIFT, THRESHOLD)

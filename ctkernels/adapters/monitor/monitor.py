@@ -1,0 +1,516 @@
+"""Watching edited heads in production: running statistics of the edits' size, inputs unlike those of training, drift."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._files import read_json, write_text
+from ..jola.edit_sizes import edit_operands, relative_sizes
+from ..jola.gates import log_alphas, named_adapters
+from ..jola.layer import JolaLayer
+from ..jola.units import real_tokens
+from .inputs import Inputs
+from .reference import Reference
+
+_FORMATS = ("ctkernels.edit_monitor/1", "ctkernels.edit_monitor/2")
+FILE = "edit_monitor.json"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a monitor counted, as plain numbers; lists are over heads, in the order of :attr:`EditMonitor.heads`.
+
+    Attributes:
+        inputs, outside: rows that were watched to their end, and those of them outside the range.
+        total, count: the sum of edit sizes over tokens, and the number of tokens.
+        high: largest edit size.
+        beyond: inputs in which the head was outside its range.
+        windows, alarms: full windows, and those of them above the threshold.
+        drift: distance of the last full window; None before there was one.
+    """
+
+    inputs: int
+    outside: int
+    total: list[float]
+    count: list[float]
+    high: list[float]
+    beyond: list[float]
+    windows: int
+    alarms: int
+    drift: list[float] | None
+
+
+class EditMonitor:
+    """Running statistics of ``|z' - z| / |z|`` for every edited head and token, and alarms for unusual inputs and drift.
+
+    While it is off, there is no hook on the model: off costs nothing. While it is on, everything stays on the device:
+    nothing is read back until a method or attribute says so. Gates and edits are taken as they are when it is switched
+    on. Padding does not count if the model is called with a 2-D ``attention_mask``.
+
+    A forward pass begins new inputs, a row each, unless it continues those before it: if its attention mask is wider than
+    its tokens, or without such a mask if its cache is not empty (of a cache that does not say: if it has one token per
+    row). Beam search reorders rows; not followed here. While a pass of one thread is watched, those of others are not. Compile
+    a model after switching on: the compiler takes no notice of hooks that come later.
+
+    Args:
+        model: a model with a JoLA adapter, merged or not.
+        adapter: its name; None takes the active ones.
+        margin: how far beyond the calibrated range a head may go, as a part of the range's width. Default 0.5: with
+            hundreds of heads, some token of any new text lies a little beyond what a few texts showed.
+        every: of so many batches, one is watched, the first among them; the others cost two calls of Python. Default: all.
+        window: inputs whose edits are held against the calibration's at a time, see :attr:`drift`; it needs twice as many
+            for calibration. None: drift is not measured.
+        false_alarms: the share of windows that may be above the threshold though their inputs are like the calibration's.
+        history: how many batches to keep, with their tokens, for :attr:`recent`.
+        name: of the model in exported metrics. Default: the name it was loaded from, or its class.
+
+    Attributes:
+        heads: (site, head) of every column of the statistics.
+        rows: how many inputs ended, those of batches that were not watched left out.
+        reference: what calibration showed; None before.
+        recent: the last watched batches, the current one at the end.
+
+    Raises:
+        ValueError: no JoLA adapter, or an argument out of range.
+
+    Examples:
+        >>> monitor = EditMonitor(model, window=2)
+        >>> monitor.calibrate([batch, batch])  # inputs like those of training
+        >>> monitor.save("adapter")  # beside the adapter: adapter/edit_monitor.json
+        >>> with monitor:
+        ...     output = model(**batch)
+        >>> monitor.flags
+        tensor([False, False])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: str | None = None,
+        *,
+        margin: float = 0.5,
+        every: int = 1,
+        window: int | None = 64,
+        false_alarms: float = 0.001,
+        history: int = 0,
+        name: str = "",
+    ) -> None:
+        if not margin >= 0:
+            raise ValueError(f"margin must not be negative, got {margin!r}")
+        if every < 1 or history < 0 or (window is not None and window < 1):
+            raise ValueError(
+                f"every and window must be 1 or more and history 0 or more, got {every}, {window} and {history}"
+            )
+        if not 0 < false_alarms < 1:
+            raise ValueError(f"false_alarms must be between 0 and 1, got {false_alarms!r}")
+        self.model, self.adapter, self.margin = model, adapter, margin
+        self.every, self.window, self.false_alarms = every, window, false_alarms
+        self.layers: list[JolaLayer] = list({id(layer): layer for layer, *_ in log_alphas(model, adapter)}.values())
+        if not self.layers:
+            raise ValueError("expected a model with an active JoLA adapter, got none")
+        self.adapter_names = named_adapters(model, adapter)
+        self.name = name or _name(model)
+        self.sites = {layer.site: layer.num_heads for layer in self.layers}
+        self.heads = [(site, head) for site, heads in self.sites.items() for head in range(heads)]
+        self.reference: Reference | None = None
+        self.recent: deque[Inputs] = deque(maxlen=history)
+        # two norms of head_dim squares each, and the few operations around them
+        self._tolerance = (max(layer.head_dim for layer in self.layers) + 8) * torch.finfo(torch.float32).eps
+        self._handles: list[Any] = []
+        self._hooks: list[tuple[JolaLayer, Any]] = []
+        self._pass = _Pass()
+        self._free = threading.Lock()
+        self._calibrating = False
+        self._calibration: list[Inputs] = []
+        self._current: Inputs | None = None
+        self._batch: int | None = None  # rows of the current inputs, watched or not
+        self._watched = True
+        self._number = 0
+        self.reset()
+
+    # ---- on and off ----
+
+    @property
+    def on(self) -> bool:
+        """Whether the hooks are on the model."""
+        return bool(self._handles)
+
+    def attach(self) -> None:
+        """Switch on; a second call takes up changed gates and edits."""
+        self.detach()
+        for module in _holders(self.model, self.layers):
+            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        self._hooks = [(layer, self._hook(layer, *edit_operands(layer, self.adapter))) for layer in self.layers]
+
+    def detach(self) -> None:
+        """Switch off; statistics and reference stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._hooks = []
+
+    def __enter__(self) -> EditMonitor:
+        self.attach()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        """Switch on; the reference becomes that of all inputs of such blocks. Nothing is flagged or counted meanwhile."""
+        before = self.on
+        self.begin()
+        self.attach()
+        self._calibrating = True
+        try:
+            yield
+            self.begin()
+        finally:
+            self._current = self._batch = None
+            self._calibrating = False
+            if not before:
+                self.detach()
+        self._set_reference()
+
+    def calibrate(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Run the model on batches of its inputs, as it is, and take their edits for the reference."""
+        with self.calibrating(), torch.no_grad():
+            for batch in batches:
+                self.model(**batch)
+
+    def _set_reference(self) -> None:
+        if not self._calibration:
+            raise ValueError("calibration must see one or more inputs, got none: the model was not called")
+        means, lows, highs = (
+            torch.cat([getattr(inputs, part) for inputs in self._calibration]).cpu() for part in ("mean", "low", "high")
+        )
+        self._place(Reference.of(means, lows, highs, self.margin, self.window, self.false_alarms, self._tolerance))
+        if self.window is not None and len(means) < 2 * self.window:
+            warnings.warn(
+                f"calibration saw {len(means)} inputs, and drift over windows of {self.window} needs {2 * self.window}: "
+                "only the range is known; give more inputs, a smaller window, or window=None",
+                stacklevel=4,
+            )
+
+    # ---- what it saw ----
+
+    def begin(self) -> None:
+        """Begin new inputs, of which the next pass is the first: those before have ended, and are counted."""
+        if self._current is not None:
+            with torch.no_grad():
+                self._end(self._current)
+        self._current = self._batch = None
+
+    @property
+    def flags(self) -> Tensor | None:
+        """Whether each current row was outside the range, on the device; None before the first and for unwatched inputs."""
+        if self._current is None or self._calibrating:
+            return None
+        return self._beyond(self._current).any(-1)
+
+    @property
+    def flagged(self) -> int:
+        """How many of :attr:`rows` were outside the range; reads from the device."""
+        return int(self._outside)
+
+    def reset(self) -> None:
+        """Forget statistics, flags and the history; the reference stays."""
+        self.rows = 0
+        self._current = self._batch = None
+        self.recent.clear()
+        with torch.inference_mode(False):  # so that they can be added to in and out of it
+            device = self._device
+            kind = torch.float32 if device.type == "mps" else torch.float64
+            heads = len(self.heads)
+            self._sums = torch.zeros(2, heads, dtype=kind, device=device)
+            self._low = torch.full((heads,), torch.inf, dtype=kind, device=device)
+            self._high = -self._low
+            self._beyond_by_head = torch.zeros(heads, dtype=torch.long, device=device)
+            self._outside = torch.zeros((), dtype=torch.long, device=device)
+            self._restart_window()
+
+    def statistics(self) -> dict[str, dict[str, list[float]]]:
+        """Per site, lists over heads: mean, min and max of the relative edit size, and the number of tokens."""
+        sums, low, high = self._sums, self._low, self._high
+        if (now := self._current) is not None and not self._calibrating:
+            sums = sums + torch.stack([now.total, now.count]).to(sums.dtype).sum(1)
+            low, high = torch.minimum(low, now.low.amin(0)), torch.maximum(high, now.high.amax(0))
+        parts = torch.stack([sums[0] / sums[1].clamp_min(1), low, high, sums[1]]).cpu().split([*self.sites.values()], 1)
+        return {
+            site: {**dict(zip(("mean", "min", "max"), part[:3].tolist())), "tokens": [float(part[3, 0])]}
+            for site, part in zip(self.sites, parts)
+            if part[3, 0] > 0
+        }
+
+    def snapshot(self) -> Snapshot:
+        """What was counted over inputs that ended; one read from the device, which waits for their passes."""
+        if self._ended is not None:
+            self._ended.synchronize()
+        parts = [*self._sums, self._high, self._beyond_by_head, self._drift, self._outside[None], self._alarms[None]]
+        values = torch.cat([part.to(self._sums.dtype) for part in parts]).tolist()
+        heads = len(self.heads)
+        total, count, high, beyond, drift = (values[i * heads : (i + 1) * heads] for i in range(5))
+        outside, alarms = map(int, values[-2:])
+        return Snapshot(
+            self.rows, outside, total, count, high, beyond, self._windows, alarms, drift if self._windows else None
+        )
+
+    @property
+    def drift(self) -> float | None:
+        """The largest distance of any head in the last full window, see :class:`Reference`; None before there was one."""
+        return float(self._drift.amax()) if self._windows else None
+
+    # ---- the reference ----
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the reference as JSON; in a folder, such as the adapter's, as ``edit_monitor.json``.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.reference is None:
+            raise ValueError("there is nothing to save before calibration")
+        values = {"format": _FORMATS[-1], **self.reference.to_dict(self.sites)}
+        write_text(_file(path), json.dumps(values, sort_keys=True, indent=1) + "\n")
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read what :meth:`save` wrote, with its margin, window and rate of false alarms.
+
+        Raises:
+            ValueError: another file, or the reference of another model or adapter.
+        """
+        file = _file(path)
+        values = read_json(file)
+        try:
+            if values["format"] not in _FORMATS:
+                raise ValueError(f"format {values['format']!r}")
+            reference = Reference.from_dict(values, self.sites)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file}: expected what EditMonitor.save wrote for this model, got {error!r}") from None
+        self._calibration.clear()
+        self._place(reference)
+        self.margin = reference.margin
+        if reference.drift is not None:
+            self.window, self.false_alarms = reference.drift.window, reference.drift.false_alarms
+
+    def _place(self, reference: Reference) -> None:
+        with torch.inference_mode(False):
+            self.reference = reference.to(self._device)
+            self._restart_window()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.layers[0].parameters()).device
+
+    def _beyond(self, inputs: Inputs) -> Tensor:
+        if self.reference is None:
+            return torch.zeros_like(inputs.low, dtype=torch.bool)
+        return self.reference.beyond(inputs.low, inputs.high, self._tolerance)
+
+    # ---- inputs that ended ----
+
+    def _end(self, inputs: Inputs) -> None:
+        if self._calibrating:
+            self._calibration.append(inputs)
+            return
+        self.rows += len(inputs)
+        self._sums += torch.stack([inputs.total, inputs.count]).to(self._sums.dtype).sum(1)
+        torch.minimum(self._low, inputs.low.amin(0), out=self._low)
+        torch.maximum(self._high, inputs.high.amax(0), out=self._high)
+        beyond = self._beyond(inputs)
+        self._beyond_by_head += beyond.sum(0)
+        self._outside += beyond.any(-1).sum()
+        self._fill_window(inputs.mean)
+        if self._device.type != "cpu":
+            self._ended = torch.Event(self._device)
+            self._ended.record()
+
+    def _fill_window(self, means: Tensor) -> None:
+        """Add inputs to the window; those beyond its end begin the next."""
+        drift = self.reference.drift if self.reference is not None else None
+        while drift is not None and len(means):
+            fits = min(len(means), drift.window - self._filled)
+            some, means = means[:fits], means[fits:]
+            self._below += drift.below(some)
+            self._filled += len(some)
+            if self._filled == drift.window:
+                self._drift.copy_(drift.distances(self._below))
+                self._alarms += self._drift.amax() > drift.threshold
+                self._below.zero_()
+                self._filled, self._windows = 0, self._windows + 1
+
+    def _restart_window(self) -> None:
+        drift = self.reference.drift if self.reference is not None else None
+        edges = 0 if drift is None else len(drift.edges)
+        self._below = torch.zeros(edges, len(self.heads), dtype=torch.long, device=self._device)
+        self._drift = torch.zeros_like(self._low)
+        self._alarms = torch.zeros_like(self._outside)
+        self._filled = self._windows = 0
+        self._ended: Any = None
+
+    # ---- hooks ----
+
+    @torch.compiler.disable
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before a module that holds all layers."""
+        now, thread = self._pass, threading.get_ident()
+        if now.thread == thread:
+            now.depth += 1
+            now.mask = kwargs.get("attention_mask") if now.mask is None else now.mask
+            return
+        if not self._free.acquire(blocking=False):
+            return  # while a pass of another thread is watched
+        mask = kwargs.get("attention_mask")
+        self._pass = now = _Pass(thread, 1, mask, *_shape(args, kwargs))
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers' newer and older name
+        if now.rows != self._batch or not _continues(now.tokens, mask, cache):
+            self.begin()
+            self._batch = now.rows
+            self._watched = self._calibrating or self._number % self.every == 0
+            self._number += not self._calibrating
+        if self._watched:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            if self.recent.maxlen and isinstance(ids, Tensor) and not ids.is_floating_point():
+                now.ids = ids.detach().clone()
+            now.handles = [layer.register_forward_pre_hook(hook) for layer, hook in self._hooks]
+
+    @torch.compiler.disable
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After a module that holds all layers, or an error in it."""
+        now = self._pass
+        if now.thread != threading.get_ident():
+            return
+        now.depth -= 1
+        if now.depth:
+            return
+        try:
+            for handle in now.handles:
+                handle.remove()
+            if now.parts:
+                with torch.no_grad():
+                    self._take(now)
+            elif self._watched and output is not None:
+                warnings.warn(
+                    "EditMonitor saw a forward pass and no edited head in it; a compiled model must be compiled after "
+                    "the monitor is switched on",
+                    stacklevel=2,
+                )
+        finally:
+            self._pass = _Pass()
+            self._free.release()
+
+    def _hook(self, layer: JolaLayer, scale: Tensor, offset: Tensor) -> Any:
+        @torch.compiler.disable
+        @torch.no_grad()
+        def hook(module: nn.Module, inputs: Any) -> None:
+            z, now = inputs[0], self._pass
+            if now.thread != threading.get_ident():
+                return
+            if z.shape[-1] != scale.numel():
+                raise ValueError(f"{layer.site}: EditMonitor needs all {len(scale)} heads on one device")
+            sizes = relative_sizes(z, scale, offset)
+            sizes = sizes.reshape(sizes.shape[0], -1, len(scale))
+            real = None
+            if now.mask is not None:
+                real = real_tokens(now.mask, *sizes.shape[:2], sizes.device)
+            if len(sizes) != now.rows:  # windows of an image, say: one row after the other
+                if now.rows is None or len(sizes) % now.rows:
+                    raise ValueError(
+                        f"{layer.site}: expected a multiple of the batch's {now.rows} rows, got {len(sizes)}"
+                    )
+                sizes = sizes.reshape(now.rows, -1, len(scale))
+                real = None if real is None else real.reshape(now.rows, -1)
+            part = Inputs.of(sizes, real)
+            if (known := now.parts.get(layer.site)) is not None:
+                known.add(part)
+            else:
+                now.parts[layer.site] = part
+
+        return hook
+
+    def _take(self, now: _Pass) -> None:
+        """Add a pass to the current inputs."""
+        some = next(iter(now.parts.values()))
+        parts = [
+            now.parts.get(site) or Inputs.nothing(len(some), heads, some.total) for site, heads in self.sites.items()
+        ]
+        new = Inputs.joined(parts)
+        if self._current is None:
+            self._current = new
+            if not self._calibrating:
+                self.recent.append(new)
+        else:
+            self._current.add(new)
+        if now.ids is not None:
+            real = real_tokens(now.mask, *now.ids.shape, now.ids.device)
+            self._current.ids.append((now.ids, real))
+
+
+@dataclass
+class _Pass:
+    """A forward pass under way: its thread, how deep in modules that hold all layers, its inputs, and the sites so far."""
+
+    thread: int | None = None
+    depth: int = 0
+    mask: Any = None
+    rows: int | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        self.ids: Tensor | None = None
+        self.handles: list[Any] = []
+        self.parts: dict[str, Inputs] = {}
+
+
+def _holders(model: nn.Module, layers: list[JolaLayer]) -> list[nn.Module]:
+    """The modules that hold all layers, from the model inwards: whichever is called, the pass is seen."""
+    wanted, holders, module = {id(layer) for layer in layers}, [], model
+    while not isinstance(module, (nn.ModuleList, nn.ModuleDict, JolaLayer)):
+        holders.append(module)
+        inner = [child for child in module.children() if wanted <= {id(part) for part in child.modules()}]
+        if not inner:
+            break
+        module = inner[0]
+    return holders
+
+
+def _shape(args: Any, kwargs: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Rows and tokens of a pass's inputs; None where they are not known."""
+    named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    tensors = [value for value in (*named, *args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1]
+    return (tensors[0].shape[0], tensors[0].shape[1]) if tensors else (None, None)
+
+
+def _continues(tokens: int | None, mask: Any, cache: Any) -> bool:
+    """Whether a pass reads on after what is in a cache; decided on the host."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return tokens is not None and mask.shape[1] > tokens
+    length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None
+    if isinstance(length, int):
+        return length > 0
+    return tokens == 1 and cache is not None
+
+
+def _name(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    path = str(getattr(config, "_name_or_path", "") or "")
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return Path(path).name or type(base).__name__
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    return Path(path) / FILE if Path(path).is_dir() else Path(path)

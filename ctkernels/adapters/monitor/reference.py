@@ -1,0 +1,186 @@
+"""The edits that inputs like those of training cause: the range of every head, and the distribution that drift is from.
+
+Drift is the Kolmogorov-Smirnov distance, at the deciles, between a head's edits in the last ``window`` inputs and in the
+calibration, largest over all heads. An input gives one number for each head, its mean over tokens, since tokens of one text
+are not independent. The threshold is the quantile of that statistic over random windows of the calibration inputs, each held
+against the rest of them: it holds for any distribution and any dependence between heads, as long as inputs are independent
+of one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DECILES = torch.arange(1, 10) / 10
+SPLITS = 10  # random windows per expected false alarm: the rate is known to a third of itself
+CHUNK = 256  # random windows at a time
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The distribution of edits in calibration.
+
+    Attributes:
+        edges: deciles of each head, (9, heads), moved up by what rounding may change.
+        shares: of the calibration inputs that are at most that, (9, heads).
+        window: inputs that are held against them at a time.
+        false_alarms: windows above the threshold among windows of inputs like those of the calibration, in parts of 1.
+        threshold: of :meth:`distances`, for the largest.
+    """
+
+    edges: Tensor
+    shares: Tensor
+    window: int
+    false_alarms: float
+    threshold: float
+
+    @classmethod
+    def of(cls, means: Tensor, window: int, false_alarms: float, tolerance: float) -> Drift:
+        """From each input's mean edits, (inputs, heads); at least twice ``window`` inputs."""
+        means = means.double()
+        edges = torch.quantile(means, DECILES.to(means), dim=0)
+        edges = edges + tolerance * edges.abs()
+        below = (means.unsqueeze(1) <= edges).double()  # (inputs, 9, heads)
+        threshold = _threshold(below.flatten(1), window, false_alarms)
+        return cls(edges, below.mean(0), window, false_alarms, threshold)
+
+    def below(self, means: Tensor) -> Tensor:
+        """How many inputs are at or below each edge, (9, heads), of ``means`` (inputs, heads)."""
+        return (means <= self.edges.unsqueeze(1)).sum(1)
+
+    def distances(self, below: Tensor) -> Tensor:
+        """The distance of each head, (heads,), of a window's :meth:`below`."""
+        return (below / self.window - self.shares).abs().amax(0)
+
+    def to(self, device: torch.device) -> Drift:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        edges, shares = (value.to(device, dtype) for value in (self.edges, self.shares))
+        return Drift(edges, shares, self.window, self.false_alarms, self.threshold)
+
+
+def _threshold(below: Tensor, window: int, false_alarms: float) -> float:
+    """The distance that a share ``false_alarms`` of random windows of these inputs exceeds; ``below`` (inputs, values)."""
+    splits, inputs = round(SPLITS / false_alarms), len(below)
+    generator = torch.Generator().manual_seed(0)
+    below, total = below.float(), below.sum(0).float()  # counts are exact in float32
+    largest = []
+    for start in range(0, splits, CHUNK):
+        keys = torch.rand(min(CHUNK, splits - start), inputs, generator=generator)
+        chosen = torch.zeros_like(keys).scatter_(1, keys.topk(window, 1).indices, 1).to(below)
+        inside = chosen @ below
+        largest.append((inside / window - (total - inside) / (inputs - window)).abs().amax(1).cpu())
+    # One of the splits + 1 exchangeable values, the new one among them, is above the k-th largest with chance k / (splits + 1).
+    rank = max(1, int(false_alarms * (splits + 1)))
+    return float(torch.cat(largest).topk(rank).values[-1])
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What calibration showed.
+
+    Attributes:
+        low, high: the range of every head, (heads,), in the order of the sites.
+        margin: how far beyond it a head may go, as a part of its width.
+        inputs: how many inputs there were; 0 if it is not known.
+        outside: the share of inputs outside the range of the others, (k + 1) / (inputs + 1) if that were k; None if not known.
+        drift: None if there were too few inputs.
+    """
+
+    low: Tensor
+    high: Tensor
+    margin: float
+    inputs: int = 0
+    outside: float | None = None
+    drift: Drift | None = None
+
+    @classmethod
+    def of(
+        cls, means: Tensor, lows: Tensor, highs: Tensor, margin: float, window: int | None, false_alarms: float,
+        tolerance: float,
+    ) -> Reference:  # fmt: skip
+        """From each input's mean, smallest and largest edits, all (inputs, heads)."""
+        inputs = len(means)
+        reference = cls(lows.amin(0), highs.amax(0), margin, inputs)
+        drift = None
+        if window is not None and inputs >= 2 * window:
+            drift = Drift.of(means, window, false_alarms, tolerance)
+        others = 0 if inputs < 2 else int(_outside_the_others(lows, highs, margin, tolerance).sum())
+        share = 1.0 if inputs < 2 else (others + 1) / (inputs + 1)
+        return cls(reference.low, reference.high, margin, inputs, share, drift)
+
+    def beyond(self, low: Tensor, high: Tensor, tolerance: float) -> Tensor:
+        """Which heads of which inputs are outside the range, of the smallest and largest edits, (inputs, heads)."""
+        return _beyond(low, high, self.low, self.high, self.margin, tolerance)
+
+    def to(self, device: torch.device) -> Reference:
+        drift = None if self.drift is None else self.drift.to(device)
+        return Reference(self.low.to(device), self.high.to(device), self.margin, self.inputs, self.outside, drift)
+
+    def to_dict(self, sites: Mapping[str, int]) -> dict[str, Any]:
+        """Plain values for JSON; ``sites``: heads of each site."""
+        widths = list(sites.values())
+        parts = zip(sites, self.low.split(widths), self.high.split(widths))
+        values: dict[str, Any] = {
+            "margin": self.margin,
+            "inputs": self.inputs,
+            "outside": self.outside,
+            "sites": {site: {"low": low.tolist(), "high": high.tolist()} for site, low, high in parts},
+            "drift": None,
+        }
+        if (drift := self.drift) is not None:
+            values["drift"] = {
+                "window": drift.window,
+                "false_alarms": drift.false_alarms,
+                "threshold": drift.threshold,
+                "edges": dict(zip(sites, (part.tolist() for part in drift.edges.split(widths, 1)))),
+                "shares": dict(zip(sites, (part.tolist() for part in drift.shares.split(widths, 1)))),
+            }
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], sites: Mapping[str, int]) -> Reference:
+        """Back from :meth:`to_dict`. KeyError, TypeError or ValueError for anything else."""
+        if set(values["sites"]) != set(sites):
+            raise ValueError(f"expected the sites {sorted(sites)[:2]}..., got {sorted(values['sites'])[:2]}...")
+        bounds = (_joined([values["sites"][s][bound] for s in sites], sites, 1)[0] for bound in ("low", "high"))
+        drift = None
+        if (saved := values.get("drift")) is not None:
+            rows = (_joined([saved[part][s] for s in sites], sites, len(DECILES)) for part in ("edges", "shares"))
+            settings = int(saved["window"]), float(saved["false_alarms"]), float(saved["threshold"])
+            drift = Drift(*(part.double() for part in rows), *settings)
+        outside = values.get("outside")
+        return cls(
+            *(part.float() for part in bounds),
+            float(values["margin"]),
+            int(values.get("inputs", 0)),
+            None if outside is None else float(outside),
+            drift,
+        )
+
+
+def _joined(parts: Sequence[Any], sites: Mapping[str, int], rows: int) -> Tensor:
+    tensors = [torch.tensor(part, dtype=torch.float64) for part in parts]
+    tensors = [tensor.unsqueeze(0) if tensor.dim() == 1 else tensor for tensor in tensors]
+    for tensor, (site, heads) in zip(tensors, sites.items()):
+        if tensor.shape != (rows, heads):
+            raise ValueError(f"{site}: expected {rows} x {heads} numbers, got {tuple(tensor.shape)}")
+    return torch.cat(tensors, 1)
+
+
+def _beyond(low: Tensor, high: Tensor, least: Tensor, most: Tensor, margin: float, tolerance: float) -> Tensor:
+    slack = margin * (most - least) + tolerance * most
+    return (low < least - slack) | (high > most + slack)
+
+
+def _outside_the_others(lows: Tensor, highs: Tensor, margin: float, tolerance: float) -> Tensor:
+    """Whether an input is outside the range of all other ones, (inputs,)."""
+    smallest, largest = lows.topk(2, 0, largest=False), highs.topk(2, 0)
+    numbers = torch.arange(len(lows), device=lows.device).unsqueeze(1)
+    least = torch.where(smallest.indices[0] == numbers, smallest.values[1], smallest.values[0])
+    most = torch.where(largest.indices[0] == numbers, largest.values[1], largest.values[0])
+    return _beyond(lows, highs, least, most, margin, tolerance).any(1)
