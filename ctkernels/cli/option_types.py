@@ -106,6 +106,7 @@ SEED = whole(0, 2**32 - 1)  # what NumPy takes
 WORKERS = whole(0, 1024)
 PIXELS = whole(1, 1 << 14)
 POSITIVE = real("a positive number", lambda x: x > 0)
+MARGIN = real("a number of at least 0", lambda x: x >= 0)
 SHARE = real("a number in [0, 1]", lambda x: 0 <= x <= 1)
 FRACTION = real("a number between 0 and 1", lambda x: 0 < x < 1)
 

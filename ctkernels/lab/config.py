@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from ..cli.option_types import BETAS, COUNT, POSITIVE, SEED, SHARE, TEXT, Kind, names
+from ..cli.option_types import BETAS, COUNT, MARGIN, POSITIVE, SEED, SHARE, TEXT, Kind, names
 from ..steering.activations import ACTIVATIONS
 from .images.probe import check_probe
 
@@ -121,11 +121,24 @@ class BetasConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteeringConfig(BetasConfig):
-    """Settings for steering a frozen network and reading its features.
+class ChoiceConfig(BetasConfig):
+    """Settings for a choice by validation.
 
     Args:
         betas, activations: as of :class:`BetasConfig`.
+        margin: standard errors by which another must be better in validation than the plain network, or the linear
+            probe, to be chosen; 0: the best is, of equals the simplest. See :func:`ctkernels.lab.stats.preferred`.
+    """
+
+    margin: Annotated[float, MARGIN] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringConfig(ChoiceConfig):
+    """Settings for steering a frozen network and reading its features.
+
+    Args:
+        betas, activations, margin: as of :class:`ChoiceConfig`.
         coeff: mixing coefficient c of the CT unit, in [0, 1].
         feature_layer: submodule whose output is used. Default: what enters the classifier, the last linear layer.
         l2: penalty of the logistic probe.

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, TensorDataset
 from ctkernels.lab import BetaSearch, search_beta
 from ctkernels.lab._distributed import Group, group
 from ctkernels.lab.images.features import extract, passes
-from ctkernels.lab.search.grid import _best
-from ctkernels.lab.search.probing import Score
+from ctkernels.lab.search.grid import _nearest_first
+from ctkernels.lab.search.probing import Score, chosen_by
 
 pytest.importorskip("sklearn", reason="the laboratory needs scikit-learn")
 pytest.importorskip("tqdm", reason="the laboratory needs tqdm")
@@ -137,13 +137,32 @@ def test_each_image_is_read_once_and_test_images_last():
 
 
 def test_ties_go_to_the_beta_nearest_one():
-    def score(accuracy):
-        return Score(accuracy, True, None)
+    def chosen(counts, margin=0.0):
+        scores = {beta: Score((1,) * right + (0,) * (10 - right), True, None) for beta, right in counts.items()}
+        return chosen_by(_nearest_first(scores), None if None in scores else 1.0, margin)
 
-    assert _best({0.7: score(0.5), 0.9: score(0.5), 0.8: score(0.5)}) == 0.9
-    assert _best({0.7: score(0.5), 1.0: score(0.5), 0.8: score(0.4)}) == 1.0
-    assert _best({None: score(0.5), 0.9: score(0.5)}) is None
-    assert _best({None: score(0.5), 0.9: score(0.6)}) == 0.9
+    assert chosen({0.7: 5, 1.0: 4, 0.9: 5, 0.8: 5}) == 0.9
+    assert chosen({0.7: 5, 1.0: 5, 0.8: 4}) == 1.0
+    assert chosen({None: 5, 0.9: 5}) is None
+    assert chosen({None: 5, 0.9: 6}) == 0.9
+    # one image of ten more is one standard error, which is not beyond it; two are
+    assert chosen({None: 5, 0.9: 6}, margin=1.0) is None
+    assert chosen({None: 5, 0.9: 7}, margin=1.0) == 0.9
+
+
+def test_few_validation_images_are_made_more_by_folds():
+    """Each beta is validated on five times as many images; what is tested is the first fold's probe, as without folds."""
+    many, one = search(margin=0.0), search(folds=1, margin=0.0)
+    assert (many.sizes["folds"], many.sizes["validated"]) == (4, 72)  # 18 to validate on, 54 to train on
+    assert (one.sizes["folds"], one.sizes["validated"]) == (1, 18)
+    assert all(72 * a == pytest.approx(round(72 * a)) for a in many.val_accuracy)
+    only = search(betas=[1.0]), search(betas=[1.0], folds=1)
+    assert only[0].test == only[1].test
+    assert search(Planted(), planted_data(1000), betas=[0.8]).sizes["folds"] == 1
+    own = search(data=small_data(60), val=small_data(30, 1), test=small_data(30, 2))
+    assert own.sizes["folds"] == 1  # a validation set of the data's own is taken as it is
+    with pytest.raises(ValueError, match="folds must be from 1 to 4 for 54 training and 18 validation, got 5"):
+        search(folds=5)
 
 
 def test_keeps_the_plain_network_when_beta_does_not_matter():

@@ -159,7 +159,7 @@ def test_killed_and_resumed(done, tmp_path, monkeypatch):
     fitted = []
     honest = probing.fit_probe
     monkeypatch.setattr(probing, "fit_probe", lambda *arguments: fitted.append(1) or honest(*arguments))
-    result = search(strategy="bayesian", evaluations=6, storage=storage)
+    result = search(strategy="bayesian", evaluations=6, storage=storage, folds=1, margin=0.0)
     assert len(result.history) == 6
     assert result.history[0].betas == (1.0, 1.0)
     assert len({e.betas for e in result.history}) == 6

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -15,6 +15,7 @@ from ... import steer
 from ...cli.option_types import BETAS, COUNT, SEED, SHARE, choice
 from .._restoring import evaluation, frozen
 from ..config import BetasConfig, configured
+from ..images.features import output_tensor
 from ..report import figures
 from ..report.section import Picture, Section, Table, beta_name, duration, subject
 from ..result import Result, percent
@@ -184,8 +185,10 @@ class CurvatureProfile(Result):
     Attributes:
         betas: those measured; None is the network as it was.
         rows: for each beta, mean and quartiles over samples (and directions) of the absolute ``data`` and ``random``
-            curvature, and of ``lipschitz``; and the ``accuracy``.
+            curvature, and of ``lipschitz``; and the ``accuracy``, without which a small slope says little: a network that
+            always gives the same answer has none.
         quantity: what was differentiated.
+        labelled: whether accuracy is against labels; else it is agreement with the plain network.
         samples, directions: how many.
         seconds: in all.
     """
@@ -198,16 +201,18 @@ class CurvatureProfile(Result):
     samples: int
     directions: int
     seconds: float
+    labelled: bool = True
 
     def table(self) -> str:
         """Means over images for every beta, as text."""
-        return _means(self.entries()["rows"]).text()
+        return _means(self.entries()).text()
 
     def entries(self) -> dict[str, Any]:
         return {
             "quantity": self.quantity,
             "samples": self.samples,
             "directions": self.directions,
+            "labelled": self.labelled,
             "rows": [{"beta": beta, **row} for beta, row in zip(self.betas, self.rows)],
             "seconds": {"total": self.seconds},
         }
@@ -222,26 +227,33 @@ class CurvatureProfile(Result):
         says = (
             f"From the plain network to β = {soft['beta']:g}, curvature towards other images went from "
             f"{plain['data']['mean']:.3g} to {soft['data']['mean']:.3g}, and the Lipschitz constant from "
-            f"{plain['lipschitz']['mean']:.3g} to {soft['lipschitz']['mean']:.3g}."
+            f"{plain['lipschitz']['mean']:.3g} to {soft['lipschitz']['mean']:.3g}; {_scored(values)} from "
+            f"{percent(plain['accuracy'])} to {percent(soft['accuracy'])}."
         )
         parts: list[Table | Picture] = [
             Picture(
-                figures.data_uri(figures.curvature_lines(values["rows"])),
-                "Curvature and Lipschitz constant against beta; the table below has the numbers.",
-                "Means over images; bands go from the first to the third quartile.",
+                figures.data_uri(figures.curvature_lines(values["rows"], values["samples"], _scored(values))),
+                f"Curvature, Lipschitz constant and {_scored(values)} against beta; the table below has the numbers.",
+                f"Means over images; bands go from the first to the third quartile, bars of {_scored(values)} are one "
+                "standard error.",
             ),
-            _means(values["rows"]),
+            _means(values),
         ]
         facts = [("Measured", measured), ("Time", duration(values["seconds"]["total"]))]
         return Section("understand", f"Curvature and slope{subject(values)}", [says], facts, parts)
 
 
-def _means(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _scored(values: Mapping[str, Any]) -> str:
+    """The name of the accuracy in a saved profile; older ones do not say whether there were labels."""
+    return "accuracy" if values.get("labelled", True) else "agreement with the plain network"
+
+
+def _means(values: Mapping[str, Any]) -> Table:
     kinds = ("data", "random", "lipschitz")
-    header = ["β", "towards other images", "random directions", "Lipschitz", "accuracy"]
+    header = ["β", "towards other images", "random directions", "Lipschitz", _scored(values)]
     cells = [
         [beta_name(row["beta"]), *(f"{row[kind]['mean']:.4g}" for kind in kinds), percent(row["accuracy"])]
-        for row in rows
+        for row in values["rows"]
     ]
     return Table("Means over images", header, cells)
 
@@ -269,7 +281,7 @@ class ProfileConfig(BetasConfig):
 
 
 def curvature_profile(
-    model: nn.Module, x: Tensor, labels: Tensor, config: ProfileConfig | None = None, **options: Any
+    model: nn.Module, x: Tensor, labels: Tensor | None, config: ProfileConfig | None = None, **options: Any
 ) -> CurvatureProfile:
     """Measure how curved and how steep a classifier is around data, as it is and at several betas.
 
@@ -279,7 +291,7 @@ def curvature_profile(
     Args:
         model: gives logits (n, classes); put into evaluation mode, and left as it was.
         x: floating point (n, ...), as the network takes it; at least two samples that differ.
-        labels: int64 (n,).
+        labels: int64 (n,). None: the plain network's own answers, for a network of other classes.
         config: betas, what is differentiated and so on.
         options: fields of :class:`ProfileConfig`, in place of ``config``'s.
 
@@ -295,6 +307,10 @@ def curvature_profile(
     """
     started = time.perf_counter()
     config = configured(ProfileConfig, config, options)
+    labelled = labels is not None
+    if labels is None:
+        with evaluation(model), torch.no_grad():
+            labels = torch.cat([output_tensor(model(part)).argmax(1) for part in x.split(config.batch_size)])
     if len(x) < 2 or labels.shape != (len(x),):
         raise ValueError(f"x must be at least two samples with a label each, got {len(x)} and {tuple(labels.shape)}")
     directions = {
@@ -322,7 +338,8 @@ def curvature_profile(
                 handle.beta = beta
                 rows.append(measure())
     seconds = time.perf_counter() - started
-    return CurvatureProfile((None, *config.grid), tuple(rows), config.quantity, len(x), config.directions, seconds)
+    betas, measured = (None, *config.grid), (config.quantity, len(x), config.directions)
+    return CurvatureProfile(betas, tuple(rows), *measured, seconds, labelled)
 
 
 def _summary(values: Tensor) -> dict[str, float]:

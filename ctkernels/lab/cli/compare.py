@@ -75,9 +75,11 @@ def run(arguments: argparse.Namespace) -> int:
     for kind, names in (("--model", [name for name, _ in arguments.model]), ("data", arguments.data)):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise OptionError(f"{kind} must name each one once, got {twice} more than once")
+    data = {name: lab.load_data(name) for name in arguments.data}
+    options.tell_counts(data, config, seeds[0])
     result = compare_transfer(
         {name: options.model_source(name, weights, seeds[0]) for name, weights in arguments.model},
-        {name: lab.load_data(name) for name in arguments.data},
+        data,
         config,
         methods=arguments.methods,
         seeds=seeds,

@@ -97,13 +97,8 @@ def _profile(arguments: argparse.Namespace, out: Path) -> int:
     some = (splits.test or splits.train).sample(arguments.images, arguments.seed).prepared(preprocess)
     images = torch.stack([some[i][0] for i in range(len(some))])
     classes = output_tensor(check_takes(model, images[:1], what="data: images")).shape[-1]
-    with torch.no_grad():
-        # a network of other classes: the curvature of what it would say
-        labels = (
-            some.labels
-            if classes == len(some.classes)
-            else torch.cat([output_tensor(model(part)).argmax(1) for part in images.split(arguments.batch_size)])
-        )
+    # a network of other classes: the curvature of what it would say
+    labels = some.labels if classes == len(some.classes) else None
     config = options.config_of(ProfileConfig, arguments, betas=arguments.betas or ProfileConfig.betas)
     profile = curvature_profile(model, images, labels, config)
     print(profile.table())

@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 import json
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ...cli import option_types as types
 from ...cli.errors import OptionError, Parser
 from .. import _distributed
 from ..config import Config, SteeringConfig, fields_of
+from ..stats import folds_for, what_counts
 from ..transfer.config import ImageOptions, TrainingConfig, TransferConfig
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ..experiment import Method
 
 T = TypeVar("T")
+CHOICE = ("margin", "folds")  # the fields of a configuration about a choice by validation
 
 
 def image_data(text: str) -> str:
@@ -130,6 +132,9 @@ def add_network_options(p: argparse.ArgumentParser, config: type[SteeringConfig]
     network = p.add_argument_group("network")
     add_model(network)
     add_fields(network, config, "activations", "feature_layer", "betas", "coeff")
+    add_fields(
+        p.add_argument_group("choice by validation"), config, *(name for name in CHOICE if name in fields_of(config))
+    )
     return network
 
 
@@ -144,6 +149,7 @@ def add_training_options(p: argparse.ArgumentParser) -> None:
     training = p.add_argument_group("training")
     add_fields(training, TrainingConfig, "epochs", "batch_size")
     add_fields(training, TransferConfig, "bn", "betas", "activations", "precision")
+    add_fields(p.add_argument_group("choice by validation"), TransferConfig, *CHOICE)
 
 
 def add_running_options(p: argparse.ArgumentParser, config: type[Config], *fields: str, out: str) -> None:
@@ -206,6 +212,17 @@ class Inputs(NamedTuple):
     test: ImageSet
     preprocess: Preprocess
 
+    def folds(self, asked: int | None) -> int:
+        """How many folds to validate on: ``asked``, else by the number of validation images cut off the others."""
+        if asked is not None or self.splits.val is not None:
+            return asked or 1
+        return folds_for(len(self.val), len(self.train))
+
+    def tell(self, folds: int, margin: float) -> None:
+        """Print, before anything is run, what a difference has to be to count."""
+        validated = folds * len(self.val)
+        print(what_counts(validated, len(self.test), folds, margin), flush=True)
+
 
 def load_inputs(arguments: argparse.Namespace) -> Inputs:
     """Load what network, data and image options ask for.
@@ -222,6 +239,18 @@ def load_inputs(arguments: argparse.Namespace) -> Inputs:
         preprocess = lab.normalised_like(preprocess, parts["train"])
     prepared = {name: part.prepared(preprocess) for name, part in parts.items()}
     return Inputs(model, splits, **prepared, preprocess=preprocess)
+
+
+def tell_counts(data: Mapping[str, Splits], config: TransferConfig, seed: int) -> None:
+    """Print, before anything is trained, what a difference has to be to count on each data set."""
+    from ..transfer.inputs import folds_of, split
+
+    if _distributed.launched_rank() == 0:
+        for name, splits in data.items():
+            sizes = {part: len(examples) for part, examples in split(splits, config.images, seed).items()}
+            folds = folds_of(splits, config, sizes)
+            about = what_counts(folds * sizes["val"], sizes["test"], folds, config.margin, "simpler method")
+            print(f"{name}: {about}{' Everything is trained once per fold.' if folds > 1 else ''}", flush=True)
 
 
 def running(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise OptionError(f"--adapter must have different names, got {[name for name, _ in arguments.adapter]}")
     inputs = options.load_inputs(arguments)
     model, splits, train, val, test, preprocess = inputs
+    inputs.tell(1, config.margin)
     result = robustness(
         model,
         train if arguments.head == "probe" else None,

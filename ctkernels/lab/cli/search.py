@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from ...cli.errors import OptionError
 from ..search.strategies import StrategyConfig, search_betas
@@ -42,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise OptionError(f"--storage must go with --strategy bayesian, got --strategy {arguments.strategy}")
     config = options.config_of(StrategyConfig, arguments)
     inputs = options.load_inputs(arguments)
+    config = replace(config, folds=inputs.folds(config.folds))
+    inputs.tell(config.folds or 1, config.margin)
     result = search_betas(inputs.model, inputs.train, inputs.val, inputs.test, config, **options.running(arguments))
     options.tell_result(result, arguments, inputs)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from ..search.grid import SearchConfig
@@ -58,6 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
         require("matplotlib.figure", "lab", "the plot")
     config = options.config_of(SearchConfig, arguments)
     inputs = options.load_inputs(arguments)
+    config = replace(config, folds=inputs.folds(config.folds))
+    if _distributed.launched_rank() == 0:
+        inputs.tell(config.folds or 1, config.margin)
     result = lab.search_beta(inputs.model, inputs.train, inputs.val, inputs.test, config, **options.running(arguments))
     if _distributed.launched_rank() == 0:
         line = f"\n{arguments.model}: {len(result.sites)} activations steered; features: {result.feature_layer}"

@@ -12,8 +12,9 @@ SUMMARY = """\
 Learn the curvature of a pretrained network on new data (T-CT): the fixed knob first, then learned ones.
 
 A linear probe and the best fixed beta (S-CT) come first. Then a beta and a coefficient per channel are learned together
-with a new head, starting at that beta (T-CT). Validation decides which of the three is kept; T-CT is saved as a PEFT
-adapter. Every stage is tested once."""
+with a new head, starting at that beta (T-CT). Validation decides which of the three is kept: the simplest that no other
+beats by more than one standard error (--margin). With few validation images every stage is trained on several folds
+(--folds). T-CT is saved as a PEFT adapter. Every stage is tested once."""
 
 EXAMPLES = """\
 examples:
@@ -59,7 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
     for module in ("accelerate", "peft", "safetensors"):
         require(module, "adapters", "learning the curvature")
     source, out = options.model_source(name, weights, arguments.seed), arguments.out
-    result = tune_curvature(source, lab.load_data(arguments.data), out, config, extra=options.record_of(arguments))
+    data = lab.load_data(arguments.data)
+    options.tell_counts({config.data_name: data}, config, config.seed)
+    result = tune_curvature(source, data, out, config, extra=options.record_of(arguments))
     if _distributed.launched_rank() == 0:
         kept = out / ("adapter" if kept_stage(result) == "tct" else HEAD)
         print(f"{stages(result)}\n\n{result.verdict()}\n\nsaved {kept} and {out / 'result.json'}")

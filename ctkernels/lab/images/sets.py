@@ -355,6 +355,39 @@ def stratified_split(labels: Tensor, fractions: Sequence[float], seed: int, name
     return [torch.cat(part).sort().values for part in parts]
 
 
+def validation_folds(train: Tensor, val: Tensor, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Cut training and validation images into training and validation parts again, in ``count`` ways.
+
+    The first way is the one given. The validation part of each other is a stretch of the training images as large as
+    ``val``, classes in proportion; no image is in two of them.
+
+    Args:
+        train, val: labels, int64 (n,) and (m,).
+        count: at most ``(n + m) // m``.
+        seed: of the order of the training images.
+
+    Returns:
+        pairs of int64 indices into the training images followed by the validation images.
+
+    Raises:
+        ValueError: a count out of range.
+
+    Examples:
+        >>> first, second = validation_folds(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1]), 2, seed=0)
+        >>> first[0].tolist(), first[1].tolist(), len(second[0])
+        ([0, 1, 2, 3], [4, 5], 4)
+    """
+    n, m = len(train), len(val)
+    if not 1 <= count <= max(1, (n + m) // m):
+        raise ValueError(
+            f"folds must be from 1 to {max(1, (n + m) // m)} for {n} training and {m} validation, got {count}"
+        )
+    everything = torch.arange(n + m)
+    order = stratified_order(train, seed)
+    parts = [everything[n:], *(order[i * m : (i + 1) * m].sort().values for i in range(count - 1))]
+    return [(everything[~torch.isin(everything, part)], part) for part in parts]
+
+
 def stratified_order(labels: Tensor, seed: int) -> Tensor:
     """A seeded order of the indices of ``labels`` in which every stretch has the classes in proportion.
 

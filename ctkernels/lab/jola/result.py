@@ -90,6 +90,7 @@ class MethodComparison(ComparisonResult[RunResult]):
                 "seeds": [run.seed for run in runs],
                 "seconds": mean(run.seconds for run in runs),
                 "metrics": {m: summary([(run.test or {})[m] for run in runs]) for m in runs[0].test or {}},
+                "standard_error": 100 * standard_error(mean_over_seeds([run.each for run in runs])),
             }
             for name in self.methods
             if (runs := self.tested(name))
@@ -155,12 +156,12 @@ class MethodComparison(ComparisonResult[RunResult]):
             not_helped=[] if "better than every other method" in says else [f"JoLA: {says.partition(':')[0]}."],
         )
         if table:
-            dots, name = [{"method": row["method"], **row["metrics"][primary]} for row in table], _metric(primary)
+            dots, name = [{**row, **row["metrics"][primary]} for row in table], _metric(primary)
             section.parts.append(
                 Picture(
                     figures.data_uri(figures.method_dots(dots, 1, f"test {name}")),
                     f"Test {name} of each method; the table above has the numbers.",
-                    "Large: mean over seeds; small: each seed.",
+                    "Large: mean over seeds, ± two standard errors over the test examples; small: each seed.",
                 )
             )
         shown = next((run for run in values["cells"] if run["gates"] and run["test"] is not None), None)

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..._extras import require
+from ..stats import share_error
 
 # Okabe and Ito's colours: told apart with every kind of colour vision. All but the last stand out from white at 3:1.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#007D5A", "#B0548B", "#595959"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, GREY, "#8A6D00", "#3B4BA3")
 MARKERS = "osD^vPX"
+POINT: dict[str, Any] = {"marker": "o", "markersize": 4, "elinewidth": 1, "capsize": 2}  # with its error bar
 
 
 def data_uri(figure: Any, kind: str = "svg") -> str:
@@ -46,11 +48,17 @@ def tidy(axes: Any, grid: str = "y") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def validation_line(rows: Sequence[Mapping[str, Any]], chosen: float | None) -> Any:
-    """Validation accuracy against beta, the choice ringed."""
+def percentages(shares: Sequence[float], count: int) -> dict[str, list[float]]:
+    """``y`` and ``yerr`` of shares of ``count`` examples for an error bar: percent, and one standard error."""
+    return {"y": [100 * s for s in shares], "yerr": [100 * share_error(s, count) for s in shares]}
+
+
+def validation_line(rows: Sequence[Mapping[str, Any]], chosen: float | None, count: int) -> Any:
+    """Validation accuracy on ``count`` examples against beta, the choice ringed."""
     figure, axes = new(height=3.0)
     points = [row for row in rows if row["beta"] is not None]
-    axes.plot([r["beta"] for r in points], [100 * r["accuracy"] for r in points], "o-", color=BLUE, markersize=4)
+    accuracies = percentages([r["accuracy"] for r in points], count)
+    axes.errorbar([r["beta"] for r in points], **accuracies, color=BLUE, **POINT, label="± 1 standard error")
     return _validation(figure, axes, rows, chosen)
 
 
@@ -78,14 +86,16 @@ def _mark(axes: Any, rows: Sequence[Mapping[str, Any]], chosen: float | None) ->
             axes.scatter([row["beta"]], [100 * row["accuracy"]], s=150, **style, label="chosen by validation")
 
 
-def robust_choice(condition: Mapping[str, Any]) -> Any:
-    """Validation accuracy under a condition, and without it, against beta; the choice ringed."""
+def robust_choice(condition: Mapping[str, Any], count: int) -> Any:
+    """Accuracy on ``count`` validation images under a condition, and without it, against beta; the choice ringed."""
     figure, axes = new(height=3.4)
     rows = [row for row in condition["validation"] if row["beta"] is not None]
     betas = [row["beta"] for row in rows]
-    axes.plot(betas, [100 * r["clean"] for r in rows], "s--", color=GREY, markersize=4, label="as they are")
+    plain = {**POINT, "marker": "s", "linestyle": "--"}
+    axes.errorbar(betas, **percentages([r["clean"] for r in rows], count), color=GREY, **plain, label="as they are")
     name = text(condition["name"])
-    axes.plot(betas, [100 * r["accuracy"] for r in rows], "o-", color=BLUE, markersize=5, label=f"under {name}")
+    accuracies = percentages([r["accuracy"] for r in rows], count)
+    axes.errorbar(betas, **accuracies, color=BLUE, **POINT, label=f"under {name}, ± 1 standard error")
     return _validation(figure, axes, condition["validation"], condition["chosen"])
 
 
@@ -112,13 +122,16 @@ def robust_test(conditions: Sequence[Mapping[str, Any]], names: Mapping[str, str
     return figure
 
 
-def search_history(history: Sequence[Mapping[str, Any]], reached: int) -> Any:
-    """Validation accuracy of every evaluation, and the best so far."""
+def search_history(history: Sequence[Mapping[str, Any]], reached: int, count: int) -> Any:
+    """Accuracy on ``count`` validation images of every evaluation, and the best so far."""
     figure, axes = new(height=3.2)
     values = [100 * row["val_accuracy"] for row in history]
     numbers = list(range(1, len(values) + 1))
     best = [max(values[:i]) for i in numbers]
-    axes.plot(numbers, values, "o", color=BLUE, markersize=4, alpha=0.6, label="each evaluation")
+    accuracies = percentages([row["val_accuracy"] for row in history], count)
+    axes.errorbar(
+        numbers, **accuracies, color=BLUE, alpha=0.6, linestyle="none", **POINT, label="each ± 1 standard error"
+    )
     axes.step(numbers, best, where="post", color=ORANGE, linewidth=2, label="best so far")
     axes.axhline(values[0], color=GREY, linestyle="--", linewidth=1.2, label="plain network")
     axes.axvline(reached, color=GREY, linestyle=":", linewidth=1.2, label="chosen here")
@@ -143,13 +156,15 @@ def chosen_betas(groups: Mapping[str, Sequence[str]], chosen: Mapping[str, float
 
 
 def method_dots(rows: Sequence[Mapping[str, Any]], scale: float, label: str) -> Any:
-    """A score per method: a large mark for the mean over seeds, small ones for each seed."""
+    """A score per method: a large mark for the mean over seeds with two standard errors, small ones for each seed."""
     figure, axes = new(height=1.2 + 0.42 * len(rows))
     for i, row in enumerate(rows):
         colour = COLOURS[i % 7]
         values = [scale * v for v in row["values"]]
         axes.scatter(values, [i] * len(values), s=22, color=colour, alpha=0.55, linewidths=0)
         axes.scatter([scale * row["mean"]], [i], s=80, color=colour, marker=MARKERS[i % 7], zorder=3)
+        error = [2 * scale * row.get("standard_error", 0.0)]
+        axes.errorbar([scale * row["mean"]], [i], xerr=error, color=colour, linestyle="none", elinewidth=1, capsize=3)
     axes.set_yticks(range(len(rows)), [text(row["method"]) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(label)
@@ -190,9 +205,12 @@ def learned_values(curvature: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
     return figure
 
 
-def curvature_lines(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Curvature along data and random directions, and slope, against beta; bands from quartile to quartile."""
-    figure, (left, right) = new(5.6, 3.0, ncols=2)
+def curvature_lines(rows: Sequence[Mapping[str, Any]], count: int, scored: str) -> Any:
+    """Curvature along data and random directions, slope, and accuracy on ``count`` images, against beta.
+
+    Bands go from quartile to quartile; ``scored`` is the accuracy's name.
+    """
+    figure, (left, right, beside) = new(8.4, 3.0, ncols=3)
     points = [row for row in rows if row["beta"] is not None]
     betas = [row["beta"] for row in points]
     for axes, kinds in ((left, ("data", "random")), (right, ("lipschitz",))):
@@ -213,6 +231,10 @@ def curvature_lines(rows: Sequence[Mapping[str, Any]]) -> Any:
         tidy(axes)
     left.set_ylabel("mean absolute second derivative")
     right.set_ylabel("local Lipschitz constant")
+    beside.errorbar(betas, **percentages([r["accuracy"] for r in points], count), color=BLUE, **POINT)
+    beside.set_xlabel("β")
+    beside.set_ylabel(f"{scored}, %")
+    tidy(beside)
     return figure
 
 

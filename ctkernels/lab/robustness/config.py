@@ -26,7 +26,7 @@ class RobustnessConfig(SteeringConfig, AttackConfig):
     """The configuration of :func:`robustness`.
 
     Args:
-        betas, coeff, activations, feature_layer, l2, seed, batch_size: as of :class:`SteeringConfig`.
+        betas, activations, margin, coeff, feature_layer, l2, seed, batch_size: as of :class:`SteeringConfig`.
         iterations, queries: as of :class:`AttackConfig`.
         head: ``"probe"``: a linear probe is fitted on frozen features of the training images for every beta, as in S-CT.
             ``"own"``: the network's own output classifies; its classes are the labels.

@@ -20,6 +20,7 @@ from ..images.features import find_hook_point, output_tensor
 from ..images.inputs import device_of
 from ..images.probe import fit_probe
 from ..images.sets import ImageSet, check_classes
+from ..stats import preferred
 from .attacks import PixelClassifier, check_attacks
 from .conditions import Images, Pixels, conditions_of, read_pixels
 from .config import RobustnessConfig
@@ -42,9 +43,9 @@ def robustness(
     """Accuracy under attack and under common corruptions, of the plain network, of the best beta, and of others.
 
     For every condition (each threat, and all corruptions together) the beta with the best accuracy *under that
-    condition on the validation images* is chosen, the one nearest 1 among equals; then the plain network and the chosen
-    beta are tested under it, once, on the same test images. A beta that was no better in validation is the plain
-    network, so a gain on the test images is one, and a loss shows.
+    condition on the validation images* is chosen, the one nearest 1 among equals, if it is better than the plain network
+    by more than one standard error (``margin``); then the plain network and the chosen beta are tested under it, once, on
+    the same test images.
 
     Args:
         model: a network with ReLU-like activations, taking normalised images. It is left as it was.
@@ -103,6 +104,7 @@ def robustness(
         network = stack.enter_context(_steered_classifier(model, sets, config, device))
         candidates, plain = network.steered.candidates(config.grid), network.steered.plain
         trials: dict[str, list[Trial]] = {condition.name: [] for condition in conditions}
+        validated: dict[str, list[Sequence[float]]] = {condition.name: [] for condition in conditions}
         heads: dict[float | None, nn.Module] = {}
         seconds: dict[str, float] = {}
         steps = len(candidates) * len(conditions)
@@ -112,8 +114,9 @@ def robustness(
                 for condition in conditions:
                     outcome = condition.measure(heads[beta], sets["val"], val_attacks)
                     trials[condition.name].append(Trial(beta, outcome.accuracy, outcome.clean))
+                    validated[condition.name].append(outcome.right)
                     advance(1)
-        choice = {name: _best(tried) for name, tried in trials.items()}
+        choice = {name: _choice(tried, validated[name], plain, config.margin) for name, tried in trials.items()}
         tested: dict[str, dict[str, Outcome]] = {}
         steps = len(conditions) * (2 + len(others))
         with timed(seconds, "test"), bar(steps, "test", progress) as advance:
@@ -170,9 +173,12 @@ def _classes(sets: Mapping[str, Images], config: RobustnessConfig, model: nn.Mod
     return classes
 
 
-def _best(trials: Sequence[Trial]) -> Trial:
-    """The best accuracy under the condition; of equals the plain network, then the beta nearest 1."""
-    return max(trials, key=lambda trial: (trial.accuracy, 2.0 if trial.beta is None else trial.beta))
+def _choice(trials: Sequence[Trial], right: Sequence[Sequence[float]], plain: float | None, margin: float) -> Trial:
+    """The best accuracy under the condition, of equals the beta nearest 1; the plain network if that is within the margin."""
+    numbers = range(len(trials))
+    best = max(numbers, key=lambda i: (trials[i].accuracy, 2.0 if trials[i].beta is None else trials[i].beta))
+    pair = next(i for i in numbers if trials[i].beta == plain), best
+    return trials[pair[preferred([right[i] for i in pair], margin)]]
 
 
 # --- the network ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from ..report import figures
 from ..report.section import Picture, Section, Table, beta_name, duration, images, subject
 from ..report.section import gain as gain_text
 from ..result import SteeringResult, percent
-from ..stats import SIGNIFICANT, sign_test, standard_error
+from ..stats import SIGNIFICANT, beyond, sign_test, standard_error
 
 METHODS = {"plain": "plain network", "s-ct": "S-CT", "t-ct": "T-CT"}
 MASKED = 0.002  # AutoAttack's own threshold for calling its result unreliable
@@ -104,8 +104,9 @@ class Robustness(SteeringResult):
             n = len(plain.right)
             if "s-ct" not in rows:
                 lines.append(
-                    f"{condition}, S-CT: steering did not help: no beta did better than the plain network in validation; "
-                    f"it scored {percent(plain.accuracy)} ({percent(plain.clean)} clean) on {n} test images."
+                    f"{condition}, S-CT: steering did not help: no beta did better than the plain network in "
+                    f"validation{beyond(self.arguments.get('margin', 0.0))}; it scored {percent(plain.accuracy)} "
+                    f"({percent(plain.clean)} clean) on {n} test images."
                 )
             for method in rows:
                 if method != "plain":
@@ -178,7 +179,7 @@ class Robustness(SteeringResult):
             ),
         ]
         for condition in conditions:
-            parts += _condition_parts(condition)
+            parts += _condition_parts(condition, _validated(condition, values))
         attacks = f"{', '.join(arguments['attacks'])}; β chosen with {', '.join(arguments['val_attacks'])}"
         probe = arguments["head"] == "probe"
         facts = [
@@ -215,11 +216,17 @@ def _test_table(conditions: Sequence[Mapping[str, Any]]) -> Table:
     return Table("Test accuracy", header, rows, (1, 6))
 
 
-def _condition_parts(condition: Mapping[str, Any]) -> list[Table | Picture]:
+def _validated(condition: Mapping[str, Any], values: Mapping[str, Any]) -> int:
+    """How many validation images a condition was tried on; only so many are attacked."""
+    count, most = values["sizes"]["val"], values["arguments"].get("max_attacked")
+    return min(count, most) if most and condition["kind"] == "attack" else count
+
+
+def _condition_parts(condition: Mapping[str, Any], count: int) -> list[Table | Picture]:
     name, rows = condition["name"], condition["test"]
     parts: list[Table | Picture] = [
         Picture(
-            figures.data_uri(figures.robust_choice(condition)),
+            figures.data_uri(figures.robust_choice(condition, count)),
             f"Validation accuracy under {name} against beta; chosen: {beta_name(condition['chosen'])}.",
             f"How β was chosen for {name}, on validation images.",
         )

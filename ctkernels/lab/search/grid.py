@@ -15,7 +15,7 @@ from .._progress import timed
 from ..config import configured
 from ..images.features import passes
 from ..images.inputs import Images, device_of
-from .probing import ProbingConfig, Score, probing
+from .probing import ProbingConfig, Score, chosen_by, probing
 from .result import BetaSearch, Comparison
 
 
@@ -24,7 +24,8 @@ class SearchConfig(ProbingConfig):
     """The configuration of :func:`search_beta`.
 
     Args:
-        betas, activations, feature_layer, l2, seed, batch_size, probe, workers: as of :class:`ProbingConfig`.
+        betas, activations, margin, feature_layer, l2, seed, batch_size, folds, probe, workers: as of
+            :class:`ProbingConfig`.
         coeff: mixing coefficient c of the CT unit, in [0, 1]; or mean-free: beta^2 / (1 + beta^2), at which the unit of
             that beta adds nothing to the integral of the ReLU.
         memory_limit: bytes for the features kept at once. Fitting a probe needs about six times one beta's features
@@ -50,7 +51,9 @@ def search_beta(
 
     For every beta, all activations are replaced by CT units of that beta, features are computed in evaluation mode, and
     a linear probe is fitted on the training images. The beta with the best validation accuracy is chosen, the one
-    nearest 1 among equals. Only then are the test images read, once, for the chosen beta and the plain network.
+    nearest 1 among equals, if it is better than the plain network by more than one standard error (``margin``); with few
+    validation images, each beta is validated on several folds (``folds``). Only then are the test images read, once,
+    for the chosen beta and the plain network.
 
     All betas share one pass over the training and validation images, as long as their features fit ``memory_limit``;
     otherwise there are as many passes as it takes, with the same result. Under ``torchrun`` the batches are dealt to
@@ -103,9 +106,10 @@ def search_beta(
             if processes.rank == 0:
                 with timed(seconds, "probes"):
                     scores |= zip(betas, search.fit(features, config.memory_limit // (6 * features[0].nbytes)))
+                    scores = _nearest_first(scores)
                     _forget(scores, reference)
             del features
-        chosen = processes.share(_best(scores))
+        chosen = processes.share(chosen_by(scores, reference, config.margin) if scores else None)
         compared = [reference] if chosen == reference else [reference, chosen]
         with timed(seconds, "test"):
             features = search.features("test", compared, "test")
@@ -135,12 +139,13 @@ def search_beta(
     )
 
 
-def _best(scores: dict[float | None, Score]) -> float | None:
-    """The best validation accuracy; of equals the plain network, then the beta nearest 1."""
-    return max(scores, key=lambda beta: (scores[beta].accuracy, 2.0 if beta is None else beta), default=None)
+def _nearest_first(scores: dict[float | None, Score]) -> dict[float | None, Score]:
+    """The plain network first, then from the beta nearest 1 on: of equals the first is chosen."""
+    return dict(sorted(scores.items(), key=lambda item: -2.0 if item[0] is None else -item[0]))
 
 
 def _forget(scores: dict[float | None, Score], reference: float | None) -> None:
     """Keep the probes that the test may need: the best so far and the plain network's."""
-    for beta in set(scores) - {_best(scores), reference}:
+    best = max(scores, key=lambda beta: scores[beta].accuracy)
+    for beta in set(scores) - {best, reference}:
         scores[beta] = replace(scores[beta], probe=None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..report.figures import BLUE, GREY, ORANGE, new, tidy
+from ..report.figures import BLUE, GREY, ORANGE, POINT, new, tidy
+from ..stats import share_error
 
 
 def draw(runs: Sequence[Any], title: str = "") -> Any:
@@ -19,15 +20,22 @@ def draw(runs: Sequence[Any], title: str = "") -> Any:
     mean = [100 * sum(r.val_accuracy[i] for r in runs) / n for i in range(len(betas))]
     plain = 100 * sum(r.plain_val_accuracy for r in runs) / n
     if n == 1:
-        error = [100 * (a * (1 - a) / runs[0].sizes["val"]) ** 0.5 for a in runs[0].val_accuracy]
-        low, high = [m - e for m, e in zip(mean, error)], [m + e for m, e in zip(mean, error)]
-        band, line = "± 1 standard error", "validation"
+        low = high = [100 * share_error(a, runs[0].validated) for a in runs[0].val_accuracy]
+        line = "validation ± 1 standard error"
     else:
         columns = list(zip(*(r.val_accuracy for r in runs)))
-        low, high = [100 * min(c) for c in columns], [100 * max(c) for c in columns]
-        band, line = f"range over {n} draws", "validation, mean"
-    axes.fill_between(betas, low, high, color=BLUE, alpha=0.13, linewidth=0, label=band)
-    axes.plot(betas, mean, color=BLUE, linewidth=2, marker="o", markersize=4, label=line)
+        low = [max(0.0, m - 100 * min(c)) for m, c in zip(mean, columns)]  # a mean is rounded
+        high = [max(0.0, 100 * max(c) - m) for m, c in zip(mean, columns)]
+        line = f"validation, mean and range over {n} draws"
+    axes.fill_between(
+        betas,
+        [m - e for m, e in zip(mean, low)],
+        [m + e for m, e in zip(mean, high)],
+        color=BLUE,
+        alpha=0.1,
+        linewidth=0,
+    )
+    axes.errorbar(betas, mean, yerr=(low, high), color=BLUE, linewidth=2, **POINT, label=line)
     axes.axhline(plain, color=GREY, linestyle="--", linewidth=1.2, label="plain network, validation")
     _choices(axes, runs)
     _tests(axes, runs)
@@ -57,7 +65,10 @@ def _tests(axes: Any, runs: Sequence[Any]) -> None:
     points = [(1.0, plain, GREY, "plain network, test")]
     if not all(r.kept_plain for r in runs):
         points.append((sum(moved) / len(moved), steered, ORANGE, "chosen β, test"))
+    tested = sum(r.test.samples for r in runs)
     for beta, accuracy, colour, label in points:
+        error = 100 * share_error(accuracy / 100, tested)
+        axes.errorbar([beta], [accuracy], yerr=[error], color=colour, linestyle="none", capsize=3, zorder=4)
         axes.scatter([beta], [accuracy], marker="D", s=55, color=colour, edgecolors="white", zorder=5, label=label)
         axes.annotate(
             f"test {accuracy:.1f} %",

@@ -15,7 +15,7 @@ from ..._files import replacing
 from ..report import figures
 from ..report.section import SECTIONS, Picture, Section, Table, beta_name, duration, gain, images, subject
 from ..result import SteeringResult, percent
-from ..stats import SIGNIFICANT, sign_test
+from ..stats import SIGNIFICANT, beyond, share_error, sign_test
 from .plot import draw
 
 
@@ -108,6 +108,16 @@ class FeatureSearch(SteeringResult):
         """True if validation preferred the plain network to all others."""
         raise NotImplementedError
 
+    @property
+    def validated(self) -> int:
+        """How many images every setting was validated on, over all folds."""
+        return validated(self.sizes)
+
+    @property
+    def margin(self) -> str:
+        """How much better than the plain network others had to be, as text."""
+        return beyond(self.arguments.get("margin", 0.0))
+
     def verdict(self) -> str:
         """One sentence: what was shown on the test images, and how sure it is."""
         raise NotImplementedError
@@ -127,8 +137,8 @@ class BetaSearch(FeatureSearch):
         plain_val_accuracy: of the plain network.
         plain_is_beta_1: whether the network at beta = 1 is the plain one: so for ReLU and its kin, not for SiLU or
             GELU, where the untouched network takes part as a candidate of its own.
-        chosen: the beta with the best validation accuracy, the one nearest 1 among equals; ``None`` if the plain
-            network was best and is not beta = 1.
+        chosen: the beta with the best validation accuracy, the one nearest 1 among equals, if it beat the plain network
+            by more than the margin; else the plain network: 1, or ``None`` where that is not beta = 1.
         converged: whether each beta's probe reached its optimum.
         seconds: ``features``, ``probes``, ``test`` and ``total``.
         test, feature_layer, sites, missed, sizes, arguments: as of :class:`FeatureSearch`.
@@ -209,7 +219,8 @@ def verdict(results: Sequence[BetaSearch]) -> str:
     kept, several = sum(r.kept_plain for r in results), len(results) > 1
     if kept == len(results):
         draws = f" in each of {len(results)} draws" if several else ""
-        return _nothing_better("no beta did better than the plain network in validation" + draws, pooled)
+        reason = f"no beta did better than the plain network in validation{results[0].margin}{draws}"
+        return _nothing_better(reason, pooled)
     numbers = pooled.scores()
     if several:
         each = ", ".join(f"{100 * t.gain:+.1f}" for t in tests)
@@ -222,6 +233,11 @@ def verdict(results: Sequence[BetaSearch]) -> str:
         everywhere = all(t.gain * pooled.gain > 0 for t in tests)
         where = " here" if everywhere else " on average, but not in every draw"
     return f"{pooled.effect}{where}: {at} scored {numbers}."
+
+
+def validated(sizes: Mapping[str, int]) -> int:
+    """How many images were validated on; results from before there were folds have one part for it."""
+    return sizes.get("validated", sizes["val"])
 
 
 def _nothing_better(reason: str, test: Comparison) -> str:
@@ -257,14 +273,18 @@ def table(results: Sequence[BetaSearch], width: int = 40) -> str:
         mark = f"  ← chosen{draws}" if times else ""
         mark += "  (plain network)" if plain and name != "plain" else ""
         lines.append(f"{name:>6}  {100 * accuracy:>8.1f} %  {bar}{mark}")
-    lines.append(f"bars start below the lowest value, {100 * low:.1f} %")
+    error = max(share_error(a, sum(r.validated for r in results)) for _, a, *_ in rows)
+    lines.append(
+        f"bars start below the lowest value, {100 * low:.1f} %; standard errors up to {100 * error:.1f} points"
+    )
     return "\n".join(lines)
 
 
 def plot(results: BetaSearch | Sequence[BetaSearch], path: str | os.PathLike[str], title: str = "") -> None:
     """Draw one search, or several over one grid (thin lines; thick: their mean), to a file.
 
-    The band is one binomial standard error of the validation accuracy for one search, and the range over several.
+    Bars are one binomial standard error of each validation accuracy for one search, and the range over several; those of
+    the test accuracies are standard errors too.
     The dashed line is the plain network's validation accuracy; diamonds are test accuracies.
 
     Args:
@@ -343,7 +363,7 @@ class StrategySearch(FeatureSearch):
             f"made {len(self.history)} evaluations"
         )
         if self.kept_plain:
-            return _nothing_better(f"{cost}, none better than the plain network in validation", self.test)
+            return _nothing_better(f"{cost}, none better than the plain network in validation{self.margin}", self.test)
         here = " here" if self.test.p_value < SIGNIFICANT else ""
         return f"{self.test.effect}{here}: {self.test.scores()}. The {cost} and found its best after {self.reached}."
 
@@ -382,9 +402,9 @@ class StrategySearch(FeatureSearch):
         ]
         parts: list[Table | Picture] = [
             Picture(
-                figures.data_uri(figures.search_history(values["history"], reached)),
-                f"Validation accuracy of {made} evaluations; the best was found by number {reached}.",
-                "What every evaluation gave, and the best so far.",
+                figures.data_uri(figures.search_history(values["history"], reached, validated(values["sizes"]))),
+                f"Validation accuracy of {made} evaluations; the chosen one was number {reached}.",
+                "What every evaluation gave, and the best so far; bars are one standard error.",
             ),
             Picture(
                 figures.data_uri(figures.chosen_betas(values["groups"], values["chosen"])),
@@ -436,7 +456,8 @@ def _section(results: Sequence[BetaSearch], title: str) -> Section:
     picture = Picture(
         figures.data_uri(figure),
         f"Line chart of validation accuracy against beta; chosen: {chosen}. The table below has the numbers.",
-        "Validation accuracy for every β, the choice ringed; diamonds are what the test said.",
+        "Validation accuracy for every β, the choice ringed; diamonds are what the test said; bars are one standard error"
+        f"{', or the range over the draws' if len(results) > 1 else ''}.",
     )
     return Section("pilot", title, [says], facts, [picture], not_helped=_unless_helped(title, says))
 

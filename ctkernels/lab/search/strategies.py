@@ -20,7 +20,7 @@ from .._distributed import Group
 from .._progress import bar
 from ..config import configured
 from ..images.inputs import Images, device_of
-from .probing import Probing, ProbingConfig, Score, probing
+from .probing import Probing, ProbingConfig, Score, chosen_by, probing
 from .result import Comparison, Evaluation, StrategySearch
 
 GROUPS = either(("shared", "stage", "site"), COUNT, "shared, stage, site, or a number of groups")
@@ -32,7 +32,8 @@ class StrategyConfig(ProbingConfig):
     """The configuration of :func:`search_betas`.
 
     Args:
-        activations, coeff, feature_layer, l2, seed, batch_size, probe, workers: as of :class:`ProbingConfig`.
+        activations, margin, coeff, feature_layer, l2, seed, batch_size, folds, probe, workers: as of
+            :class:`ProbingConfig`.
         betas: START:STOP:STEP with both ends, or values, in [0, 1]; 1 always takes part.
         strategy: ``"grid"``: every combination of ``betas``, from the plain network downwards. ``"coordinate"``: from the
             plain network on, the best of ``betas`` for one group after the other, round after round, until a whole round
@@ -87,8 +88,8 @@ def search_betas(
 
     As :func:`search_beta`, but for more than one knob: an evaluation sets all betas, computes features of the training
     and validation images, fits a linear probe, and counts what it gets right in validation. The first evaluation is the
-    plain network; the best one is chosen, the earliest among equals, and compared with the plain network on the test
-    images, once.
+    plain network; the best one is chosen, the earliest among equals, if it is better than the plain network by more than
+    one standard error (``margin``), and compared with the plain network on the test images, once.
 
     Args:
         model, train, val, test, device: as in :func:`search_beta`.
@@ -131,7 +132,11 @@ def search_betas(
             evaluator = _Evaluator(search, groups, config, advance)
             history = _explore(evaluator)
         best = max(range(len(history)), key=lambda i: (history[i].val_accuracy, -i))
-        right = [evaluator.right_on_test(point) for point in dict.fromkeys((history[0].betas, history[best].betas))]
+        scores = {point: evaluator.fit(point) for point in dict.fromkeys((history[0].betas, history[best].betas))}
+        chosen = chosen_by(scores, history[0].betas, config.margin)
+        best = best if chosen == history[best].betas else 0
+        compared = dict.fromkeys((history[0].betas, chosen))
+        right = [evaluator.right_on_test(point, scores[point]) for point in compared]
     return StrategySearch(
         strategy=config.strategy,
         groups={name: tuple(sites) for name, sites in groups.items()},
@@ -160,20 +165,21 @@ class _Evaluator:
         if len(self.history) >= self.config.evaluations:
             raise _Spent
         started = time.perf_counter()
-        accuracy = self._fit(point).accuracy
+        accuracy = self.fit(point).accuracy
         self.history.append(Evaluation(point, accuracy, time.perf_counter() - started))
         self.advance(1)
         return accuracy
 
-    def right_on_test(self, point: Point) -> Tensor:
+    def right_on_test(self, point: Point, score: Score) -> Tensor:
         """bool (n,): whether each test image is classified rightly."""
         (features,) = self.search.features("", [self._betas(point)], "test")
-        return self.search.right_on_test(self._fit(point), features)
+        return self.search.right_on_test(score, features)
 
     def _betas(self, point: Point) -> dict[str, float]:
         return {site: beta for beta, sites in zip(point, self.groups.values()) for site in sites}
 
-    def _fit(self, point: Point) -> Score:
+    def fit(self, point: Point) -> Score:
+        """Features of the training and validation images at ``point``, and what probes read in them."""
         (score,) = self.search.fit(self.search.features("", [self._betas(point)], "train", "val"))
         return score
 

@@ -20,6 +20,7 @@ from ..config import configured
 from ..experiment import Study, TrainingLog, plan_of
 from ..images.sets import Splits
 from .config import TransferConfig
+from .folds import FoldLog, on_folds
 from .frozen import FrozenNetwork
 from .heads import with_head
 from .inputs import Models, Split, check_data, check_model, draw
@@ -47,13 +48,15 @@ def compare_transfer(
 
     Every method trains a new linear head with the same schedule, from the same initial weights, and keeps the epoch
     with the best validation accuracy. ``linear`` does so on frozen features; ``sct`` on frozen features at every beta,
-    of which validation chooses one; ``lora-rN`` trains LoRA of rank N on every convolution and linear layer as well
-    (peft); ``tct`` a beta and a coefficient per channel of every activation; ``tct+lora-rN`` both;
-    ``sct-mean-free`` is ``sct`` with the coefficient beta^2 / (1 + beta^2) in place of 0.5. Dropout is off throughout,
-    so that frozen features are what the network gives in training.
+    of which validation chooses one: the plain network unless another is better by more than one standard error
+    (``margin``); ``lora-rN`` trains LoRA of rank N on every convolution and linear layer as well (peft); ``tct`` a beta
+    and a coefficient per channel of every activation; ``tct+lora-rN`` both; ``sct-mean-free`` is ``sct`` with the
+    coefficient beta^2 / (1 + beta^2) in place of 0.5. Dropout is off throughout, so that frozen features are what the
+    network gives in training.
 
     Where a method's grid has several settings, each is trained on the first seed, and the one with the best validation
-    accuracy is used for all seeds. The test images, the same for every seed, are read once per chosen run.
+    accuracy is used for all seeds. With few validation images every run is trained on several folds, and epochs, betas
+    and settings are compared by all of them (``folds``). The test images, the same for every seed, are read once per chosen run.
 
     With ``out``, every finished run is kept in ``out/result.json`` and its weights in ``out/weights``; a call that was
     cut short goes on from there, and models, data sets, methods and seeds can be added. Training runs on accelerate:
@@ -107,11 +110,12 @@ def compare_transfer(
         "models": {
             n: check_model(n, _built(m), chosen, config.images.size, config.activations) for n, m in models.items()
         },
-        "data": {n: check_data(n, splits, config.images, seeds) for n, splits in data.items()},
+        "data": {n: check_data(n, splits, config, seeds) for n, splits in data.items()},
         "methods": {m.name: settings for m, settings in plan},
         "seeds": seeds,
         "betas": list(config.grid),
         "budget": asdict(config.training),
+        "margin": config.margin,
         "bn": config.bn,
         "images": asdict(config.images),
         "activations": config.activations and list(config.activations),
@@ -126,7 +130,8 @@ def compare_transfer(
                     images = functools.cache(
                         functools.partial(_drawn, splits, config, memory=config.memory_limit // len(seeds))
                     )
-                    task = TransferTask(name, data_name, network, images, splits, config, accelerator, processes)
+                    folds = setup["data"][data_name]["folds"]
+                    task = TransferTask(name, data_name, network, images, splits, folds, config, accelerator, processes)
                     study.run(task, plan, seeds)
     return study.result
 
@@ -148,7 +153,8 @@ def _drawn(splits: Splits, config: TransferConfig, seed: int, memory: int) -> Sp
 class TransferTask:
     """Runs on one network and one data set.
 
-    ``network`` builds the network, and ``images`` prepares a seed's images, when first asked.
+    ``network`` builds the network, and ``images`` prepares a seed's images, when first asked; ``folds`` is how often
+    they are cut into training and validation images.
     """
 
     model: str
@@ -156,6 +162,7 @@ class TransferTask:
     network: Callable[[], nn.Module]
     images: Callable[[int], Split]
     splits: Splits
+    folds: int
     config: TransferConfig
     accelerator: Any
     group: Group
@@ -164,13 +171,21 @@ class TransferTask:
         return {"model": self.model, "data": self.data}
 
     def train(self, method: Method, run: RunResult) -> TrainingLog:
+        images = self.images(run.seed)
+        cuts = images.cuts(self.folds, run.seed)
         if method.attach is None:
-            return self._frozen(method, run).fit(len(self.splits.train.classes), run.setting["head_lr"], run.seed)
-        with self._attached(method, run) as attached:
-            log = self._trained(attached, run)
-            log.details |= {"parameters": attached.parameters, "head": attached.head}
-            log.details["detail"] = learned(attached.network, log.state)
-            return log
+            classes = len(self.splits.train.classes)
+            return self._frozen(method, run).fit(classes, run.setting["head_lr"], run.seed, cuts)
+        parts = images.parts(cuts)
+
+        def fit(number: int, others: Sequence[FoldLog]) -> FoldLog:
+            with self._attached(method, run) as attached:
+                log = self._trained(attached, run, *parts[number], others)
+                log.details |= {"parameters": attached.parameters, "head": attached.head, "validated": log.validated}
+                log.details["detail"] = learned(attached.network, log.state)
+                return log
+
+        return on_folds(cuts, fit)
 
     def test(self, method: Method, run: RunResult, state: Mapping[str, Tensor]) -> dict[str, Any]:
         from .training import score
@@ -200,14 +215,14 @@ class TransferTask:
             network, head = with_head(self.network(), example, classes, run.seed)
             yield method.attach(network, head, run.setting, self.config.activations, image.shape[-1])
 
-    def _trained(self, attached: Attached, run: RunResult) -> TrainingLog:
+    def _trained(self, attached: Attached, run: RunResult, images: Any, val: Any, others: Sequence[FoldLog]) -> FoldLog:
         from .training import train
 
-        images, config = self.images(run.seed), self.config
-        steps = -(-len(images.labels["train"]) // config.training.batch_size) * config.training.epochs
+        config = self.config
+        steps = -(-len(images) // config.training.batch_size) * config.training.epochs
         with bar(steps, run.title, config.progress and self.group.rank == 0) as advance:
             network, groups = attached.network, attached.groups
-            return train(self.accelerator, network, groups, images.train, images.val, config, run.seed, advance)
+            return train(self.accelerator, network, groups, images, val, config, run.seed, advance, others)
 
 
 def learned(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ...cli.option_types import COUNT, FRACTION, PIXELS, SIZE, WORKERS, choice
-from ..config import BetasConfig, Config
+from ..config import ChoiceConfig, Config
 from ..images.sets import Preprocess
 
 
@@ -58,12 +58,15 @@ class TrainingConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferConfig(BetasConfig):
+class TransferConfig(ChoiceConfig):
     """Settings that are alike for all methods of a comparison.
 
     Args:
         betas: of S-CT: START:STOP:STEP with both ends, or values, in [0, 1]; the plain network always takes part.
-        activations: as of :class:`BetasConfig`.
+        activations, margin: as of :class:`ChoiceConfig`.
+        folds: ways to cut training and validation images; every run is trained once on each, its epoch and what
+            validation chooses go by all of them, and the first one's weights are kept. Default: one from 200 validation
+            images on and for a validation set of the data's own; else as many as validate on 200 images, at most five.
         training: epochs and batch size.
         images: how images are made ready and split.
         bn: batch normalisation. ``"eval"``: the statistics of pretraining, for every method. ``"train"``: of the new
@@ -77,6 +80,7 @@ class TransferConfig(BetasConfig):
         progress: show a bar on standard error.
     """
 
+    folds: Annotated[int | None, COUNT] = None
     training: TrainingConfig = field(default_factory=TrainingConfig)
     images: ImageOptions = field(default_factory=ImageOptions)
     bn: Annotated[str, choice("eval", "train", "paper")] = "eval"

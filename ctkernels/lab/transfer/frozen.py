@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from .._distributed import Group
 from .._restoring import evaluation
-from ..experiment import TrainingLog, rank
+from ..experiment import rank
 from ..images.backbone import FeatureReader, coeff_at, plain_backbone, steered_backbone
 from ..images.features import passes
+from ..stats import preferred, standard_error
 from .config import TransferConfig
+from .folds import FoldLog, on_folds
 from .heads import fit_head, head_input
 from .inputs import Split
 from .state import batch_norms
@@ -41,31 +44,49 @@ class FrozenNetwork:
     group: Group
     split: Split
 
-    def fit(self, classes: int, lr: float, seed: int) -> TrainingLog:
-        """Train a head for every candidate; keep the best in validation, of equals the one nearest the plain network."""
-        split, labels = self.split, self.split.labels
-        n = len(labels["train"])
-        logs: dict[float | None, TrainingLog] = {}
+    def fit(self, classes: int, lr: float, seed: int, cuts: Sequence[tuple[Tensor, Tensor]]) -> FoldLog:
+        """Train a head for every candidate on every fold of ``cuts``, and keep the best in validation.
+
+        Of equals it is the one nearest the plain network, which is kept itself unless another is better beyond
+        ``config.margin``.
+        """
+        split = self.split
+        y = torch.cat([split.labels["train"], split.labels["val"]])
+        logs: dict[float | None, FoldLog] = {}
         with self._reader() as read:
             candidates = [None] if self.coeff is None else read.backbone.steered.candidates(self.config.grid)
             at_once = 1 if self.config.bn == "train" else len(candidates)
-            samples = n + len(labels["val"])
-            for stretch in passes(samples, read.backbone.dim, len(candidates), self.config.memory_limit):
+            plain = read.backbone.steered.plain if self.coeff is not None else None
+            for stretch in passes(len(y), read.backbone.dim, len(candidates), self.config.memory_limit):
                 for start in range(stretch.start, stretch.stop, at_once):
                     betas = candidates[start : min(start + at_once, stretch.stop)]
                     for beta, x in zip(betas, self._features(read, [split.train, split.val], betas)):
                         if self.group.rank == 0:
-                            data = (x[:n], labels["train"], x[n:], labels["val"], classes)
-                            logs[beta] = fit_head(*data, lr=lr, training=self.config.training, seed=seed)
+
+                            def fit(number: int, others: Sequence[FoldLog], x: Tensor = x) -> FoldLog:
+                                train, val = cuts[number]
+                                data, options = (x[train], y[train], x[val], y[val], classes), self.config.training
+                                return fit_head(*data, lr=lr, training=options, seed=seed, others=others)
+
+                            logs[beta] = on_folds(cuts, fit)
         logs = self.group.share(logs)
         best = max(logs, key=lambda b: (rank(logs[b].validation)[0], 2.0 if b is None else b))
-        log = logs[best]
-        log.details |= {"head": sum(value.numel() for value in log.state.values())}
+        pair = [list(map(int, logs[b].validated)) for b in (plain, best)]
+        chosen = (plain, best)[preferred(pair, self.config.margin)]
+        log = logs[chosen]
+        log.details |= {"head": sum(value.numel() for value in log.state.values()), "validated": log.validated}
         if self.coeff is not None:
             search = [
                 {"beta": b, "coeff": self._coeff_at(b), "val_accuracy": logs[b].validation["accuracy"]} for b in logs
             ]
-            log.details["detail"] = {"beta": best, "coeff": self._coeff_at(best), "search": search}
+            over = [b - a for a, b in zip(*pair)]
+            ahead = {"beta": best, "points": mean(over), "standard_error": standard_error(over)}
+            log.details["detail"] = {
+                "beta": chosen,
+                "coeff": self._coeff_at(chosen),
+                "search": search,
+                "best": ahead,
+            }
         return log
 
     def right(self, state: dict[str, Tensor], beta: float | None) -> list[bool]:

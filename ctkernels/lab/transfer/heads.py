@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..._copying import copy_module
-from ..experiment import TrainingLog
 from ..images.features import HookPoint, find_hook_point, output_tensor, pool
 from .config import TrainingConfig
+from .folds import FoldLog
 
 
 class Logits(nn.Module):
@@ -74,7 +76,8 @@ def fit_head(
     lr: float,
     training: TrainingConfig,
     seed: int,
-) -> TrainingLog:
+    others: Sequence[FoldLog] = (),
+) -> FoldLog:
     """Train a linear layer on frozen features as every other method trains its head.
 
     Args:
@@ -82,15 +85,16 @@ def fit_head(
         labels, val_labels: int64 (n,).
         lr: of Adam.
         seed: of the initial weights (the same as :func:`with_head`'s) and of the order.
+        others: logs of the same run on other folds.
 
     Returns:
-        :class:`TrainingLog`, whose state is ``{"weight", "bias"}``.
+        :class:`FoldLog`, whose state is ``{"weight", "bias"}``.
     """
     generator = torch.Generator().manual_seed(seed)
     head = new_head(features.shape[1], classes, seed)
     optimizer = torch.optim.Adam(head.parameters(), lr=lr)
     steps = -(-len(features) // training.batch_size)
-    log, step = TrainingLog(), 0
+    log, step = FoldLog(others=others), 0
     for _ in range(training.epochs):
         total = 0.0
         for batch in torch.randperm(len(features), generator=generator).split(training.batch_size):
@@ -102,8 +106,8 @@ def fit_head(
             step, total = step + 1, total + float(loss.detach()) * len(batch)
         with torch.no_grad():
             logits = head(val_features)
-            accuracy = float((logits.argmax(1) == val_labels).double().mean())
+            right = (logits.argmax(1) == val_labels).tolist()
             val_loss = float(functional.cross_entropy(logits, val_labels))
-        metrics = {"train_loss": total / len(features), "loss": val_loss, "accuracy": accuracy}
-        log.add(metrics, lambda: {name: value.clone() for name, value in head.state_dict().items()})
+        metrics = {"train_loss": total / len(features), "loss": val_loss}
+        log.add_scored(metrics, right, lambda: {name: value.clone() for name, value in head.state_dict().items()})
     return log

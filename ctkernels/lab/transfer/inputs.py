@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from ... import steer
 from ..._factories import check_takes
@@ -17,8 +17,9 @@ from ...steering.activations import RELU_FAMILY
 from .._restoring import evaluation
 from ..images.features import output_tensor
 from ..images.inputs import check_labels
-from ..images.sets import ImageSet, Preprocess, Splits, normalised_like
-from .config import ImageOptions
+from ..images.sets import ImageSet, Preprocess, Splits, normalised_like, validation_folds
+from ..stats import folds_for
+from .config import ImageOptions, TransferConfig
 from .heads import with_head
 from .methods import Method
 
@@ -33,6 +34,16 @@ class Split:
     val: Dataset[Any]
     test: Dataset[Any]
     labels: dict[str, Tensor]
+
+    def cuts(self, folds: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+        """Numbers of the training and of the validation images of every fold, see :func:`validation_folds`."""
+        return validation_folds(self.labels["train"], self.labels["val"], folds, seed)
+
+    def parts(self, cuts: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Dataset[Any], Dataset[Any]]]:
+        """Training and validation images of every fold; those of the first are the data sets themselves."""
+        everything: Dataset[Any] = ConcatDataset([self.train, self.val])
+        others = [tuple(Subset(everything, part.tolist()) for part in cut) for cut in cuts[1:]]
+        return [(self.train, self.val), *((train, val) for train, val in others)]
 
 
 def draw(splits: Splits, options: ImageOptions, seed: int, memory: int) -> Split:
@@ -58,7 +69,22 @@ def _kept(images: ImageSet) -> TensorDataset:
     return TensorDataset(torch.stack([images[i][0] for i in range(len(images))]), images.labels)
 
 
-def check_data(name: str, splits: Splits, options: ImageOptions, seeds: Sequence[int]) -> dict[str, Any]:
+def folds_of(splits: Splits, config: TransferConfig, sizes: Mapping[str, int]) -> int:
+    """How many folds to validate on: what was asked for, else by the number of validation images.
+
+    Raises:
+        ValueError: more than there are images for.
+    """
+    most = (sizes["train"] + sizes["val"]) // sizes["val"]
+    if config.folds is None:
+        return 1 if splits.val is not None else folds_for(sizes["val"], sizes["train"])
+    if config.folds > max(1, most):
+        counts = f"{sizes['val']} validation and {sizes['train']} training images"
+        raise ValueError(f"folds must be at most {most} for {counts}, got {config.folds}")
+    return config.folds
+
+
+def check_data(name: str, splits: Splits, config: TransferConfig, seeds: Sequence[int]) -> dict[str, Any]:
     """Describe a data set for the result.
 
     Raises:
@@ -73,17 +99,19 @@ def check_data(name: str, splits: Splits, options: ImageOptions, seeds: Sequence
                     raise ValueError(f"images must be finite, {bad} of {len(images)} have NaN or infinity")
         digest, sizes = hashlib.sha256(), {}
         for seed in seeds:
-            parts = split(splits, options, seed)
+            parts = split(splits, config.images, seed)
             check_labels(parts)
             if seed == seeds[0]:  # more seeds may be added later
                 sizes = {part: len(images) for part, images in parts.items()}
                 for images in parts.values():
                     digest.update(images.labels.numpy().tobytes())
                     digest.update(images.raw(0).contiguous().numpy().tobytes())
+        folds = folds_of(splits, config, sizes)
     except ValueError as error:
         raise ValueError(f"data {name}: {error}") from error
     classes = list(splits.train.classes)
-    return {"source": splits.source, "classes": classes, "sizes": sizes, "digest": digest.hexdigest()[:16]}
+    about = {"source": splits.source, "classes": classes, "sizes": sizes, "folds": folds}
+    return {**about, "digest": digest.hexdigest()[:16]}
 
 
 def check_model(

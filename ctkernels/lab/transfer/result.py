@@ -6,12 +6,13 @@ The result file (``result.json``) holds everything needed to read it without thi
     ``"ctkernels.compare/1"``, and ``kind``, ``"compare"`` or ``"tune"``.
 ``setup``
     what decides the numbers: ``models`` (name -> class, digest of the weights), ``data`` (name -> source,
-    classes, sizes, digest), ``methods`` (name -> the settings tried), ``seeds`` (the first chose the settings),
+    classes, sizes, folds, digest), ``methods`` (name -> the settings tried), ``seeds`` (the first chose the settings),
     ``betas``, ``budget`` (epochs and batch size), ``bn``, ``images``, ``precision``, ``processes``.
 ``cells``
     a list of runs, :class:`RunResult` as plain values. Accuracies are in [0, 1]. A run with ``test: null`` only served
     to choose a setting. ``detail`` of ``sct`` has ``beta`` (null: the plain network), ``coeff`` and the ``search`` (one
-    ``{beta, coeff, val_accuracy}`` per candidate, beta null for a plain network that is not beta = 1); ``detail`` of
+    ``{beta, coeff, val_accuracy}`` per candidate, beta null for a plain network that is not beta = 1), and the ``best``
+    of it with how far it was ahead of the plain network, in points of accuracy and with the standard error; ``detail`` of
     methods that learn curvature has ``curvature``: site -> ``{beta, coeff}`` -> ``{mean, deviation, low, high,
     histogram}``, the histogram counting 20 equal bins of [0, 1].
 ``table``
@@ -37,7 +38,7 @@ from ..experiment import ComparisonResult
 from ..report import figures
 from ..report.section import Picture, Section, Table, duration
 from ..result import describe
-from ..stats import mean_over_seeds, spread, standard_error, summary
+from ..stats import exceeds, mean_over_seeds, spread, standard_error, summary
 
 BASELINE = "linear"
 NAMES = {"linear": "linear probe", "sct": "S-CT", "sct-mean-free": "S-CT, c*(β)", "tct": "T-CT"}
@@ -51,7 +52,8 @@ class RunResult(experiment.RunResult):
         model, data: what ran, beside method, seed and setting.
         parameters: how many numbers were trained, without the head.
         head: numbers in the head.
-        epochs: ``loss`` and ``accuracy`` on the validation images after each epoch, ``train_loss`` over it.
+        epochs: ``loss`` and ``accuracy`` on the validation images of all folds after each epoch, ``train_loss`` over it.
+        validated: a "1" or "0" for every validation image, fold by fold, after the epoch that was kept.
         detail: what the method found besides, see the module.
         diverged: whether the loss stopped being finite; training ended there.
         test: accuracy on the test images.
@@ -61,6 +63,7 @@ class RunResult(experiment.RunResult):
     model: str
     data: str
     head: int = 0
+    validated: str = ""
     detail: dict[str, Any] = field(default_factory=dict)
     diverged: bool = False
     test: float | None = None
@@ -97,9 +100,17 @@ class TransferComparison(ComparisonResult[RunResult]):
 
     def wrong_scores(self, run: RunResult) -> str | None:
         if search := run.detail.get("search"):
-            best = max(search, key=lambda row: (row["val_accuracy"], 2.0 if row["beta"] is None else row["beta"]))
-            if best["beta"] != run.detail["beta"]:
-                return f"it names beta {run.detail['beta']} as its best, which is {best['beta']}"
+            best = max(search, key=lambda row: (row["val_accuracy"], 2.0 if row["beta"] is None else row["beta"]))[
+                "beta"
+            ]
+            if ahead := run.detail.get("best"):
+                plain = None if any(row["beta"] is None for row in search) else 1.0
+                enough = exceeds(ahead["points"], ahead["standard_error"], self.setup["margin"])
+                best = best if enough and ahead["beta"] == best else plain
+            if best != run.detail["beta"]:
+                return f"it names beta {run.detail['beta']} as its choice, which is {best}"
+        if run.validated and run.validation["accuracy"] != run.validated.count("1") / len(run.validated):
+            return f"its validation accuracy, {run.validation['accuracy']}, is not that of its images"
         if run.test is not None:
             count = self.setup["data"][run.data]["sizes"]["test"]
             if len(run.right) != count or set(run.right) - {"0", "1"} or run.test != run.right.count("1") / count:
@@ -116,7 +127,7 @@ class TransferComparison(ComparisonResult[RunResult]):
                 "setting": runs[0].setting,
                 "parameters": runs[0].parameters,
                 "seeds": [run.seed for run in runs],
-                "test": summary(_accuracies(runs)),
+                "test": {**summary(_accuracies(runs)), "standard_error": self.accuracy_error(runs)},
                 "val": summary([run.validation["accuracy"] for run in runs]),
                 "seconds": mean(run.seconds for run in runs),
             }
@@ -157,6 +168,10 @@ class TransferComparison(ComparisonResult[RunResult]):
             for m in (method, baseline)
         )
         return standard_error([a - b for a, b in zip(*scores)])
+
+    def accuracy_error(self, runs: Sequence[RunResult]) -> float:
+        """Standard error of the mean accuracy of runs on the same test images."""
+        return standard_error(mean_over_seeds([list(map(int, run.right)) for run in runs]))
 
     def gains(self) -> list[dict[str, Any]]:
         """Compare every method with the linear probe, and T-CT with every LoRA."""
@@ -256,7 +271,7 @@ class TransferComparison(ComparisonResult[RunResult]):
         section.parts += _gains_table(values["gains"])
         for run in values["cells"]:
             if run["seed"] == setup["seeds"][0] and run["test"] is not None:
-                section.parts += _learned(run)
+                section.parts += _learned(run, setup["data"][run["data"]])
         section.not_helped = list(_not_helped(values["gains"]))
         return section
 
@@ -307,7 +322,7 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> list[Table | Pictur
         Picture(
             figures.data_uri(figures.method_dots(dots, 100, "test accuracy, %")),
             f"Test accuracy of each method with {title}; the table above has the numbers.",
-            "Large: mean over seeds; small: each seed.",
+            "Large: mean over seeds, ± two standard errors over the test images; small: each seed.",
         ),
     ]
 
@@ -340,19 +355,20 @@ def _not_helped(gains: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 yield f"{title}: no difference beyond chance, {numbers}."
 
 
-def _learned(run: Mapping[str, Any]) -> list[Table | Picture]:
-    """Parts about a run's ``detail``: the search of S-CT, the learned curvature of T-CT."""
+def _learned(run: Mapping[str, Any], about: Mapping[str, Any]) -> list[Table | Picture]:
+    """Parts about a run's ``detail``: the search of S-CT, the learned curvature of T-CT. ``about``: its data."""
     title = f"{run['model']} on {run['data']}, {display(run['method'])}, seed {run['seed']}"
     detail = run["detail"]
     parts: list[Table | Picture] = []
     if "search" in detail:
         rows = [{"beta": row["beta"], "accuracy": row["val_accuracy"]} for row in detail["search"]]
         chosen = "the plain network" if detail["beta"] is None else f"{detail['beta']:g}"
+        count = len(run.get("validated", "")) or (about.get("sizes") or {}).get("val", 0)
         parts.append(
             Picture(
-                figures.data_uri(figures.validation_line(rows, detail["beta"])),
+                figures.data_uri(figures.validation_line(rows, detail["beta"], count)),
                 f"Validation accuracy against beta, {title}; chosen: {chosen}.",
-                f"{title}: validation accuracy against β, the choice ringed.",
+                f"{title}: validation accuracy against β with one standard error, the choice ringed.",
             )
         )
     if "curvature" in detail:  # peft's wrappers are no part of a layer's name

@@ -14,8 +14,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from .._distributed import Group
-from ..experiment import TrainingLog
 from .config import TransferConfig
+from .folds import FoldLog
 from .heads import logits_of
 from .state import batch_norms, state_of, training_mode
 
@@ -40,8 +40,12 @@ def train(
     config: TransferConfig,
     seed: int,
     advance: Callable[[int], object] = lambda step: None,
-) -> TrainingLog:
+    others: Sequence[FoldLog] = (),
+) -> FoldLog:
     """Train the parameters in ``groups`` (with their rates) with Adam on cross-entropy.
+
+    Args:
+        others: logs of the same run on other folds.
 
     Returns:
         the log, with the trained state of the best epoch. Training ends early where the loss is not finite.
@@ -55,7 +59,7 @@ def train(
     optimizer = torch.optim.Adam([dict(group) for group in groups])
     rates = [group["lr"] for group in optimizer.param_groups]
     wrapped, optimizer, loader = accelerator.prepare(network, optimizer, loader)
-    log, step, diverged = TrainingLog(), 0, False
+    log, step, diverged = FoldLog(others=others), 0, False
     while len(log.epochs) < training.epochs and not diverged:
         losses = []
         with training_mode(network, bn_train):
@@ -75,10 +79,12 @@ def train(
                 advance(1)
         _same_statistics(accelerator, network)
         right, val_loss = score(accelerator, network, val, size, workers)
-        metrics = {"train_loss": sum(losses) / len(losses), "loss": val_loss, "accuracy": sum(right) / len(right)}
-        log.add(metrics, lambda: {name: value.cpu() for name, value in state_of(network, bn_train).items()})
+        metrics = {"train_loss": sum(losses) / len(losses), "loss": val_loss}
+        log.add_scored(
+            metrics, right, lambda: {name: value.cpu() for name, value in state_of(network, bn_train).items()}
+        )
     accelerator.free_memory(wrapped, optimizer, loader)
-    log.details["diverged"] = diverged
+    log.details["diverged"] = diverged or any(other.details["diverged"] for other in others)
     return log
 
 

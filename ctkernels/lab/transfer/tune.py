@@ -20,6 +20,7 @@ from .._weights import load_adapter, read_weights, save_weights
 from ..config import configured
 from ..experiment import weights_path
 from ..images.sets import Preprocess, Splits, normalised_like
+from ..stats import preferred, share_error
 from .compare import compare_transfer
 from .config import TransferConfig
 from .frozen import recalibrated
@@ -39,7 +40,7 @@ class TuneConfig(TransferConfig):
     """The configuration of :func:`tune_curvature`.
 
     Args:
-        betas, activations, training, images, bn, precision, cpu, workers, memory_limit, progress: as of
+        betas, activations, margin, folds, training, images, bn, precision, cpu, workers, memory_limit, progress: as of
             :class:`TransferConfig`.
         name: of the network, in the result.
         data_name: of the images, in the result.
@@ -68,9 +69,10 @@ def tune_curvature(
 
     First a linear probe and S-CT, as in :func:`compare_transfer`. Then a beta and a coefficient per channel are learned
     together with a new head, from the beta that validation chose; from :class:`CurvatureConfig`'s default where it chose
-    the plain network. The stage with the best validation accuracy is kept, of equals the simplest: as a PEFT adapter in
-    ``out/adapter`` if that is T-CT, else as a head in ``out/head.safetensors``. :func:`load_tuned` puts it on the network
-    again. A T-CT below the linear probe on validation is warned of.
+    the plain network. The stage with the best validation accuracy is kept, if it beats the simpler ones by more than one
+    standard error (``margin``), else the simplest that it does not: as a PEFT adapter in ``out/adapter`` if that is T-CT,
+    else as a head in ``out/head.safetensors``. :func:`load_tuned` puts it on the network again. A T-CT below the linear
+    probe on validation is warned of.
 
     Args:
         model: the pretrained network, or a function that builds it.
@@ -99,8 +101,9 @@ def tune_curvature(
         common: dict[str, Any] = {"methods": tuple(grids), "grids": grids, "seeds": (config.seed,), "out": out}
         return compare_transfer(sources, sets, config, extra={**(extra or {}), **entries}, **common)
 
-    chosen = compare().tested(config.name, config.data_name, "sct")[0].detail["beta"]
-    start = {} if chosen is None or chosen == 1.0 else {"beta": [min(chosen, HIGHEST)]}
+    sct = compare().tested(config.name, config.data_name, "sct")[0].detail
+    plain = sct["beta"] is None or sct["beta"] == 1.0
+    start = {} if plain else {"beta": [min(sct["beta"], HIGHEST)], "coeff": [sct["coeff"]]}
     grids["tct"] = {"lr": list(config.lr), **head, **start}
     result = compare(kind="tune")
     runs, kept = _by_stage(result), kept_stage(result)
@@ -197,9 +200,9 @@ def load_tuned(model: nn.Module, folder: str | PathLike[str]) -> tuple[nn.Module
 
 
 def kept_stage(result: TransferComparison) -> str:
-    """The stage with the best validation accuracy: ``linear``, ``sct`` or ``tct``; of equals the simplest."""
+    """The stage that is kept: the simplest that no other beats beyond the margin, ``linear``, ``sct`` or ``tct``."""
     runs = _by_stage(result)
-    return max(STAGES, key=lambda name: runs[name].validation["accuracy"])
+    return STAGES[preferred([list(map(int, runs[name].validated)) for name in STAGES], result.setup["margin"])]
 
 
 def stages(result: TransferComparison) -> str:
@@ -208,10 +211,16 @@ def stages(result: TransferComparison) -> str:
     for name, run in _by_stage(result).items():
         how = f", beta = {run.detail['beta']:g}" if run.detail.get("beta") is not None else ""
         lines.append(
-            f"{display(name)}{how}: validation {100 * run.validation['accuracy']:.1f} %, "
-            f"test {100 * (run.test or 0):.1f} %, {run.parameters:,} numbers learned besides the head"
+            f"{display(name)}{how}: validation {_accuracy(run.validated)} %, test {_accuracy(run.right)} %, "
+            f"{run.parameters:,} numbers learned besides the head"
         )
     return "\n".join([*lines, f"validation prefers: {display(kept_stage(result))}, which is kept"])
+
+
+def _accuracy(right: str) -> str:
+    """Percent with a standard error, from a "1" or "0" for every example."""
+    share = right.count("1") / len(right)
+    return f"{100 * share:.1f} ± {100 * share_error(share, len(right)):.1f}"
 
 
 def _by_stage(result: TransferComparison) -> dict[str, RunResult]:
