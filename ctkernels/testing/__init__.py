@@ -1,4 +1,4 @@
-"""Samples, tolerances and gradient checks: what the library is tested with, for those who extend or embed it."""
+"""Samples, tolerances and gradient checks, as in the library's own tests, for code that extends or embeds it."""
 
 from .gradients import Finding, GradientReport, gradcheck, gradcheck_module
 from .samples import Sample, ctu_and_mul_samples, ctu_samples, head_edit_samples, samples
