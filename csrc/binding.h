@@ -1,4 +1,4 @@
-// The ops' implementations for torch, on the LibTorch stable ABI: arguments are unpacked, results allocated, and a driver called.
+// The ops' implementations for torch, on the LibTorch stable ABI: they unpack arguments, allocate results and call a driver.
 // Schemas, checks and autograd live in Python (ctkernels/ops). A backend is a class
 //
 //   Backend(tensor)                                               on that tensor's device
@@ -35,7 +35,7 @@ DType dtype_of(const Tensor& t) {
   }
 }
 
-// `groups` x `count` values, see Param. Keeps a contiguous copy alive where one is needed.
+// A parameter of the driver; replaces `t` by a contiguous copy if needed, which keeps that alive.
 Param param_of(std::optional<Tensor>& t, double fallback) {
   Param p;
   p.fallback = fallback;
@@ -51,14 +51,14 @@ Param param_of(std::optional<Tensor>& t, double fallback) {
   return p;
 }
 
-// As `result_like` and `conform` of ctkernels/ops/layout.py: compilers rely on every result having those strides.
 bool is_dense(const Tensor& x) {
   int order[64] = {}, used = 0;
   if (x.numel() == 0) return false;
   return memory_order(x.sizes().data(), x.strides().data(), x.dim(), order, used);
 }
 
-// An uninitialised result for `x`: with its strides if it is dense, contiguous if it is not, or is empty.
+// An uninitialised result for `x`: with its strides if `x` is dense, contiguous if it is not, or is empty. As in
+// ctkernels/ops/layout.py: compilers rely on every result having those strides.
 Tensor result_like(const Tensor& x) {
   return is_dense(x) ? torch::stable::empty_like(x) : torch::stable::new_empty(x, x.sizes());
 }
@@ -77,7 +77,7 @@ Tensor laid_out_like(const Tensor& t, const Tensor& x) {
   return copy;
 }
 
-// A result that was computed like `x` or like a contiguous copy of it, with the strides that a result for `x` has.
+// `value`, computed with the layout of `x` or of a contiguous copy of it, with the strides of result_like(x).
 Tensor conform(const Tensor& value, const Tensor& x) { return is_dense(x) ? laid_out_like(value, x) : value; }
 
 // ---- channelwise ops -----------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ constexpr int count_of(Attributes (*)(T...)) { return sizeof...(T); }
 
 template <class Op, class... T>
 std::string attribute_schema(typename Op::Attributes (*)(T...)) {
-  static_assert(std::size(Op::kAttributes) == sizeof...(T), "kAttributes has a name for every argument of `attributes`");
+  static_assert(std::size(Op::kAttributes) == sizeof...(T), "kAttributes must name every argument of `attributes`");
   std::string text;
   size_t i = 0;
   [[maybe_unused]] const auto add = [&](const char* type) { text += std::string(", ") + type + " " + Op::kAttributes[i++]; };
@@ -113,8 +113,8 @@ std::string attribute_schema(typename Op::Attributes (*)(T...)) {
   return text;
 }
 
-// The implementations of one op. Schema: x, parameters, residual if there is a prologue, the factor if there is one,
-// channel_dim, attributes.
+// The implementations of one op. Schema: x, parameters, residual (with a prologue) or factor (if the op has one), channel_dim,
+// attributes.
 template <class Backend, class Op>
 class Channelwise {
  public:
@@ -141,10 +141,10 @@ class Channelwise {
     STD_TORCH_CHECK(!call.in_.view.packed, "ctkernels: the result has half of the channels, and cannot be written over them");
     if (call.empty()) return;
     Backend(call.x_).template forward<Op>(call.attributes_, call.in_, call.x_.mutable_data_ptr());
-    if (call.x_.data_ptr() != call.given_.data_ptr()) torch::stable::copy_(call.given_, call.x_);
+    if (call.x_.data_ptr() != call.original_.data_ptr()) torch::stable::copy_(call.original_, call.x_);
   }
 
-  // Takes dy first, and last a mask with a bit per tensor argument, in schema order: which gradients to return.
+  // Takes dy first, and last a mask of the gradients to return: a bit per tensor argument, in schema order.
   static void backward(StableIValue* stack, uint64_t count, uint64_t results) {
     Arguments arguments(stack, count, results, kArguments + 2, 1);
     Tensor dy = arguments.next<Tensor>();
@@ -168,22 +168,22 @@ class Channelwise {
       dy = call.in_.view.packed ? torch::stable::contiguous(dy) : laid_out_like(dy, call.x_);
       Backend(call.x_).template backward<Op>(call.attributes_, call.in_, dy.const_data_ptr(), out);
     }
-    if (out.dx) grads.front() = conform(grads.front(), call.given_);
-    if (call.factor_ ? out.dfactor : out.dresidual) grads.back() = conform(grads.back(), call.given_);
+    if (out.dx) grads.front() = conform(grads.front(), call.original_);
+    if (call.factor_ ? out.dfactor : out.dresidual) grads.back() = conform(grads.back(), call.original_);
     stack[0] = torch::stable::detail::from(grads);
   }
 
  private:
   static constexpr int kParams = kParamsOf<Op>;
   static constexpr int kArguments = 1 + kParams + (Op::kPrologue || kHasFactor<Op> ? 1 : 0) + 1 + count_of(&Op::attributes);
-  static_assert(!(Op::kPrologue && kHasFactor<Op>), "a residual or a factor");
+  static_assert(!(Op::kPrologue && kHasFactor<Op>), "an op has a residual or a factor");
 
-  Tensor given_, x_, like_;  // x_: given_, or a contiguous copy of it; like_: what the result is like
+  Tensor original_, x_, like_;  // x_: the original, or a contiguous copy; like_: has the result's sizes, dtype and strides
   std::optional<Tensor> params_[kParams], residual_, factor_;
   typename Op::Attributes attributes_;
   Operands in_;
 
-  explicit Channelwise(Arguments& arguments) : given_(arguments.next<Tensor>()), x_(given_), like_(given_) {
+  explicit Channelwise(Arguments& arguments) : original_(arguments.next<Tensor>()), x_(original_), like_(original_) {
     bool shared = true, per_group = false;
     for (int i = 0; i < kParams; ++i) {
       const std::optional<double> fallback = parameter_of<Op>(i).fallback;
@@ -216,12 +216,12 @@ class Channelwise {
     }
   }
 
-  // Without a factor, it is the second half of x's channels.
+  // Without a factor argument: the factor is the second half of x's channels.
   void pack(int64_t channel_dim, bool shared, bool per_group) {
     STD_TORCH_CHECK(channel_dim >= 0 && x_.size(channel_dim) % 2 == 0, "ctkernels: a packed tensor has an even number of channels");
     x_ = torch::stable::contiguous(x_);
     in_.view = packed_view_of(x_.sizes().data(), x_.strides().data(), x_.dim(), channel_dim, shared, per_group);
-    like_ = torch::stable::narrow(like_, channel_dim, 0, given_.size(channel_dim) / 2);
+    like_ = torch::stable::narrow(like_, channel_dim, 0, original_.size(channel_dim) / 2);
     in_.x = x_.const_data_ptr();
     in_.factor = static_cast<const char*>(in_.x) + half();
   }

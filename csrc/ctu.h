@@ -1,16 +1,16 @@
-// The CT unit. phi(w) = relu(w) + delta(|w|), where delta is an even bump of height (1 - c) s ln 2 that vanishes away
-// from 0; its derivative enters as h: phi'(w) = w > 0 ? 1 - h(|w|) : h(|w|). Everything below is a function of a = |w|
-// alone, nothing cancels, and at beta = 1 the bump is exactly 0, so that the unit is the plain activation bit for bit.
-// Derivation and error bounds: ctkernels/ops/ctu/README.md.
+// The CT unit: phi(w) = relu(w) + delta(|w|), where delta is a bump of height (1 - c) s ln 2 that vanishes away from 0. With
+// h = -delta', phi'(w) = w > 0 ? 1 - h(|w|) : h(|w|). Everything below is a function of a = |w| alone, nothing cancels, and
+// at beta = 1 the bump is exactly 0: the unit is the plain activation, bit for bit. Derivation and error bounds:
+// ctkernels/ops/ctu/README.md.
 #pragma once
 #include "op.h"
 
 namespace ctk {
 
-// beta and coeff from the values given, or from logits of them (raw). `s` and `coeff1` are 1 - beta (+ eps) and 1 - coeff; from a
-// logit they have all their digits, where the difference to a sigmoid near 1 has none.
+// beta, coeff, s = 1 - beta (+ eps) and coeff1 = 1 - coeff, from the parameters or from logits (raw). From a logit, s and coeff1
+// have all their digits; 1 minus a sigmoid near 1 has none.
 struct CtuKnobs {
-  double beta, s, coeff, coeff1, dbeta, dcoeff;  // the last two: derivatives by the values given
+  double beta, s, coeff, coeff1, dbeta, dcoeff;  // the last two: derivatives of beta and coeff by their parameters
 };
 
 CTK_ONCE CtuKnobs ctu_knobs(double beta, double coeff, bool raw, double eps) {
@@ -21,14 +21,14 @@ CTK_ONCE CtuKnobs ctu_knobs(double beta, double coeff, bool raw, double eps) {
 
 template <class T>
 struct CtuRates {
-  // From here on w - 6 equals w, and the two bumps of a relu6 cancel, however far out they are evaluated. Its square is finite.
+  // From here on, w - 6 equals w and the two bumps of relu6 cancel. Its square is finite.
   static constexpr T kFlat = 1152921504606846976.0;  // 2^60
 
-  // Not 0 at slope 1, so that infinity stays infinite.
+  // 1 - slope, but not 0 at slope 1, so that infinity stays infinite.
   static CTK_ONCE T reach(T r) { return r == T(0) ? std::numeric_limits<T>::denorm_min() : r; }
 
-  // A tail decays by a function of t: the rate is that of t itself, and the limit is where e^(-t^2/2), or the tanh gate, falls
-  // to 2^-125 (double: e^-700).
+  // Decay of a tail, a function of t: the rate is t's own, and the limit is where e^(-t^2/2), or the tanh gate, falls to 2^-125
+  // (double: e^-700).
   static constexpr T kGaussianEnd = sizeof(T) == 4 ? 13.16 : 37.0, kTanhEnd = sizeof(T) == 4 ? 9.97 : 21.05;
   static CTK_ONCE Decay<T> tail(double rate, T end) {
     if (!(rate < (sizeof(T) == 4 ? 3e38 : 1e308))) return {T(0), T(0), T(-1)};
@@ -48,14 +48,14 @@ struct CtuOp : SimpleOp {
   static constexpr std::array kAttributes{"kind", "raw", "eps"};
   static Attributes attributes(int64_t kind, bool raw, double eps) { return {static_cast<Variant>(kind), raw, eps}; }
   static Variant variant(const Attributes& a) { return a.kind; }
-  // Members whose branches are those of GELU: c w S(t) + (1 - c) s (u Phi(u) + phi(u)), with S = Phi or its tanh approximation.
+  // Whether a member has the branches of GELU: c w S(t) + (1 - c) s (u Phi(u) + phi(u)), S = Phi or its tanh approximation.
   static CTK_HD constexpr bool has_tails(Variant kind) { return kind == Variant::kGaussian || kind == Variant::kTanh; }
 
   enum Param : int { kBeta, kCoeff, kSlope, kParams };
   static constexpr Parameter kParameters[] = {{"beta"}, {"coeff"}, {"slope", 0.0}};
   static constexpr bool kPrologue = true, kMemoryBound = false;
   static constexpr int64_t kParallelChannels = 256;
-  // Sigmoids in double precision are too much for every block of a GPU.
+  // With logits, a kernel of its own computes the sigmoids: in double, they would cost every block of a GPU too much.
   static constexpr int kTable = 6;
   static bool needs_table(const Attributes& a) { return a.raw; }
 
@@ -67,8 +67,8 @@ struct CtuOp : SimpleOp {
     kNear, kReach,         // leaky only: slope, 1 - slope
     kConstants
   };
-  // Sums of dy times: a^2 q (1 - q) and a q of the SiLU branch; log(1 + e^-u) and a q of the softplus branch; dphi/dslope, of the
-  // leaky unit only. For members with tails: a^2 density, a tail; density and a tail of the other branch.
+  // Sums of dy times: a^2 q (1 - q) and a q of the SiLU branch; log(1 + e^-u) and a q of the softplus branch; dphi/dslope (leaky
+  // only). For members with tails: a^2 density and a tail of the first branch; density and a tail of the second.
   enum Sum : int { kSumSquare, kSumT, kSumPeak, kSumU, kSumSlope, kSums };
 
   template <class T>
@@ -86,7 +86,7 @@ struct CtuOp : SimpleOp {
     }
     if (a.kind == Variant::kRelu6) t.limit = capped(t.limit, CtuRates<T>::kFlat);
     const bool smooth = t.limit >= 0 && u.limit >= 0;
-    // Without a bump, the rates are those of s = 0: a NaN in s shows here.
+    // Without a bump, rates do not depend on s: this propagates a NaN in s.
     const double coeff = v.coeff + v.s * 0.0, coeff1 = v.coeff1 + v.s * 0.0;
     k[kTHi] = t.hi, k[kTLo] = t.lo, k[kTLimit] = t.limit;
     k[kUHi] = u.hi, k[kULo] = u.lo, k[kULimit] = u.limit;
@@ -137,8 +137,8 @@ struct CtuOp::Arithmetic {
     }
   }
 
-  // The gradient of w and the terms of the sums, without their constant factors. dy is the first factor of every product: what
-  // comes after it may be infinite, and a dy of 0 makes 0.
+  // The gradient of w, and the terms of the sums without their constant factors. dy is the first factor of every product: later
+  // factors may be infinite, and a dy of 0 gives 0.
   template <class K>
   static CTK_HD Gradients gradients(T w, T dy, const K& k) {
     const T a = magnitude(w);
@@ -149,9 +149,9 @@ struct CtuOp::Arithmetic {
       return {dy * step, {dy * square, dy * (low.s1 - high.s1), dy * (low.s2 - high.s2), dy * (low.s3 - high.s3)}};
     } else if constexpr (kind == Variant::kLeaky) {
       const auto b = bump(magnitude(k(kReach)) * a, k);
-      const T fall = k(kReach) * b.h;  // phi' relative to the near branch's own slope
+      const T fall = k(kReach) * b.h;
       const bool up = w > T(0);
-      const T finite = capped(w, std::numeric_limits<T>::max());  // where this caps, h is 0
+      const T finite = capped(w, std::numeric_limits<T>::max());  // h is 0 where this caps
       return {dy * (up ? T(1) - fall : k(kNear) + fall),
               {b.square(dy), dy * b.s1, dy * b.s2, dy * b.s3, dy * (finite * (up ? b.h : T(1) - b.h))}};
     } else {
@@ -162,9 +162,9 @@ struct CtuOp::Arithmetic {
 
  private:
   struct Bump {
-    T delta, h;             // the bump and -d/da of it
-    T inner, outer;         // terms of the parameter gradients: the first is a product, which may overflow;
-    T s1, s2, s3;           // three more
+    T delta, h;      // the bump, and minus its derivative
+    T inner, outer;  // factors of the first term of the parameter gradients, whose product may overflow
+    T s1, s2, s3;    // the other terms
     CTK_HD T square(T dy) const { return dy * inner * outer; }
   };
 
@@ -206,7 +206,7 @@ struct CtuOp::Arithmetic {
   };
   static CTK_HD Decayed tanh_gate(float a, float ac, const Decay<float>& d) {
     if constexpr (Math::kUncapped) {
-      const float t = capped(a * d.hi, 16.f);  // where e is 0, and t^2 finite
+      const float t = capped(a * d.hi, 16.f);  // e is 0 there, and t^2 finite
       return {t, Math::tanh_gate_decay(t, 0.f)};
     }
     const float t = ac * d.hi, t_lo = fmaf(ac, d.lo, fmaf(ac, d.hi, -t)), e = Math::tanh_gate_decay(t, t_lo);

@@ -1,4 +1,4 @@
-// phi(gate) * up: the CT unit of a gated MLP, and the product it enters. Its arithmetic is the unit's.
+// The gated product phi(gate) * up of an MLP with a CT unit. Its arithmetic is the unit's.
 #pragma once
 #include "ctu.h"
 

@@ -1,4 +1,4 @@
-// What the drivers of every backend are called with, and the list of ops (ops.def) as C++.
+// Arguments of the drivers of all backends, and the list of ops (ops.def) as C++.
 #pragma once
 #include <algorithm>
 #include <iterator>
@@ -21,7 +21,7 @@ inline int64_t size_of(DType t) { return t == DType::kDouble ? 8 : t == DType::k
 
 // ---- ops -----------------------------------------------------------------------------------------------------------
 
-// The parameters of a call are an op's own, then the prologue's scale and shift; so are the sums.
+// Parameters: the op's own, then the prologue's scale and shift. Sums: likewise.
 template <class Op>
 inline constexpr int kParamsOf = Op::kParams + (Op::kPrologue ? 2 : 0);
 template <class Op>
@@ -31,7 +31,7 @@ inline constexpr bool kHasFactor = Op::kFactor != nullptr;
 
 template <class Op>
 constexpr Parameter parameter_of(int i) {
-  static_assert(std::size(Op::kParameters) == Op::kParams, "kParameters has a name for every Param");
+  static_assert(std::size(Op::kParameters) == Op::kParams, "kParameters must name every Param");
   return i < Op::kParams ? Op::kParameters[i] : i == Op::kParams ? Parameter{"scale", 1.0} : Parameter{"shift", 0.0};
 }
 
@@ -73,10 +73,10 @@ Kernel kernel_of(typename Op::Variant variant);
 
 // ---- a call --------------------------------------------------------------------------------------------------------
 
-// `count` values for `channels` channels: channel c reads value c / (channels / count), so 1 is shared by all and the
-// number of heads is one a head. Group g of the view reads row g % groups.
+// A parameter: `groups` rows of `count` values. Channel c reads value c / (channels / count): a count of 1 is shared by all
+// channels, the number of heads is one per head. Group g of the view reads row g % groups.
 struct Param {
-  const void* data = nullptr;  // null: absent, `fallback` everywhere
+  const void* data = nullptr;  // null: absent; `fallback` for every channel
   bool is_double = false;
   int64_t groups = 1, count = 1;
   double fallback = 0.0;
@@ -87,7 +87,7 @@ struct Param {
   int64_t numel() const { return groups * count; }
 };
 
-// The tensor is not empty; the residual and the factor have its layout. Of a packed view, they are parts of one tensor.
+// The tensors are not empty; residual and factor have the layout of x. In a packed view, x and factor alternate in one tensor.
 struct Operands {
   DType dtype;
   View view;
@@ -97,7 +97,7 @@ struct Operands {
   Param params[kMaxParams];
 };
 
-// Null outputs are not computed; those of tensors may be null together. A parameter's gradient has its shape and dtype.
+// Null outputs are not computed. A parameter's gradient has its shape and dtype.
 struct Gradients {
   void* dx = nullptr;
   void* dresidual = nullptr;

@@ -1,4 +1,4 @@
-// Hard-concrete gates (Louizos, Welling, Kingma 2018): a logit log_alpha, stretched to (low, high) and clipped to [0, 1].
+// Hard-concrete gates (Louizos, Welling, Kingma 2018): sigmoids stretched to (low, high) and clipped to [0, 1].
 #pragma once
 #include "scalar.h"
 
@@ -20,8 +20,8 @@ struct GateValue {
   double value, slope, noise_slope;  // g, dg / d log_alpha, dg / du
 };
 
-// Number `index` of a stream in (0, 1), 23 random bits (52 for double) and a half: word 0 (and 1) of Philox 4x32-10 (Salmon
-// et al. 2011) with the seed as key and the index as counter. The same on every device.
+// Uniform number `index` of a stream in (0, 1): 23 random bits (52 for double) plus a half. Word 0 (and 1) of Philox 4x32-10
+// (Salmon et al. 2011) with the seed as key and the index as counter. The same on every device.
 template <class T>
 CTK_ONCE T uniform(uint64_t seed, uint64_t index) {
   uint32_t c0 = uint32_t(index), c1 = uint32_t(index >> 32), c2 = 0, c3 = 0, k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
@@ -38,16 +38,16 @@ CTK_ONCE T uniform(uint64_t seed, uint64_t index) {
 //
 //     integral of sigma(log_alpha - temperature y) width sigma(y) sigma(-y) dy     from y = log(-low / high) to log((1 - low) / (high - 1)),
 //
-// smooth however close low and high come to 0 and 1: the nearest singularities are pi / max(temperature, 1) off the real line.
-// 16 points of Gauss-Legendre on panels of at most 5 / pi times that distance are within 1e-13. Beyond |y| = 38 the integrand is 0.
+// smooth however close low and high are to 0 and 1: the nearest singularities are pi / max(temperature, 1) off the real line.
+// 16-point Gauss-Legendre on panels of at most 5 / pi times that distance is within 1e-13. Beyond |y| = 38 the integrand is 0.
 struct GatePanels {
   double start, length;
   int count;
 };
 CTK_ONCE GatePanels gate_panels(const Gate& g) {
   const double first = log(-g.low / g.high), start = first > -38.0 ? first : -38.0;
-  const double whole = log1p((g.high - g.low) / (g.high - 1.0) / -g.low);  // from the first y to the last
-  const double length = fmin(whole - (start - first), 38.0 - start);
+  const double range = log1p((g.high - g.low) / (g.high - 1.0) / -g.low);  // from the first y to the last
+  const double length = fmin(range - (start - first), 38.0 - start);
   const double count = fmax(ceil(length * fmax(g.temperature, 1.0) / 5.0), 1.0);
   return {start, length / count, static_cast<int>(count)};
 }
@@ -87,9 +87,9 @@ CTK_ONCE GateValue evaluate(const Gate& g, double log_alpha, double u) {
   return {clipped, slope, sampled && !settled ? slope / (u * (1 - u)) : 0.0};
 }
 
-// The gates of a call: contiguous tensors of n values, in float or double. Null outputs are not computed.
+// A call: contiguous tensors of n values, in float or double. Null outputs are not computed.
 struct Gates {
-  const void *log_alpha, *noise, *dy;  // noise: null if nothing is sampled; n values, or with `seeded` the seed of them
+  const void *log_alpha, *noise, *dy;  // noise: null if nothing is sampled, else n values or, with `seeded`, a seed
   void *value, *d_log_alpha, *d_noise;
   int64_t n;
   Gate gate;

@@ -1,5 +1,5 @@
-// The head edit z' = (1 + g_m m) z + g_a a, per channel of every head: y = scale w + offset. The backward pass needs two
-// sums per channel; every parameter's gradient is the product of one of them and another parameter.
+// The head edit z' = (1 + g_m m) z + g_a a: y = scale w + offset, per channel of every head. The backward pass needs two sums
+// per channel; each parameter gradient is one of them times another parameter.
 #pragma once
 #include "op.h"
 

@@ -1,5 +1,5 @@
-// How a tensor looks to a channelwise kernel: `groups` samples that may each have parameters of their own, and within a
-// group, in memory order, `outer` runs over `channels` over `inner` neighbouring values of one channel.
+// A tensor as a channelwise kernel sees it, in memory order: `groups` samples, each of which may have its own parameters, of
+// `outer` rows of `channels` of `inner` neighbouring values.
 #pragma once
 #include <cstdint>
 
@@ -7,8 +7,8 @@ namespace ctk {
 
 struct View {
   int64_t groups = 1, outer = 1, channels = 1, inner = 1;
-  bool dense = true;    // false: the tensor has to be copied first
-  bool packed = false;  // x has a factor's channels behind its own: rows of channels * inner values alternate
+  bool dense = true;    // false: the tensor must be copied first
+  bool packed = false;  // rows of channels * inner values of x and of its factor alternate
   int64_t numel() const { return groups * outer * channels * inner; }
 };
 
@@ -40,18 +40,18 @@ inline View view_of(const int64_t* sizes, const int64_t* strides, int64_t dim, i
     if (sizes[d] == 0) return v.outer = 0, v;
   v.dense = memory_order(sizes, strides, dim, order, used);
   if (!v.dense) return v;
-  if (per_group && sizes[0] != 1 && order[0] != 0) return v.dense = false, v;  // the group has to be outermost
+  if (per_group && sizes[0] != 1 && order[0] != 0) return v.dense = false, v;  // the group must be outermost
   for (int i = 0; i < used; ++i) {
     if (per_group && order[i] == 0) continue;
     if (order[i] == channel_dim) channel_seen = true;
     else (channel_seen || channel_dim < 0 ? v.inner : v.outer) *= sizes[order[i]];
   }
-  if (!channel_seen) v.inner *= v.outer, v.outer = 1;  // one channel (or all alike): the order no longer matters
+  if (!channel_seen) v.inner *= v.outer, v.outer = 1;  // one channel, or all share their parameters
   return v;
 }
 
-// Of a contiguous tensor whose `channel_dim` holds the channels of x, then those of its factor: the view of x. shared: one
-// parameter for all channels.
+// The view of x in a contiguous tensor whose `channel_dim` holds the channels of x, then those of its factor. shared: all
+// channels share their parameters.
 inline View packed_view_of(const int64_t* sizes, const int64_t* strides, int64_t dim, int64_t channel_dim, bool shared, bool per_group) {
   View v = view_of(sizes, strides, dim, channel_dim, per_group);
   v.packed = true;

@@ -1,4 +1,5 @@
-// Loading the module registers the ops; its functions are those of cpu/eager.cpp. Py_LIMITED_API comes from the build.
+// The extension module: loading it registers the ops, and its functions are those of cpu/eager.cpp. The build sets
+// Py_LIMITED_API.
 #include <Python.h>
 
 #include "scalar.h"
@@ -13,8 +14,7 @@ PyMODINIT_FUNC PyInit__C() {
   return PyModule_Create(&module);
 }
 
-// Facts about the build, for `ctkernels env`, which reads them with ctypes: an extension module of its own would have to be
-// compiled for every Python. Beside these, cpu/simd.cpp exports the level in use.
+// Build information for `ctkernels env`, which reads it with ctypes. cpu/dispatch.cpp exports the SIMD level in use.
 CTK_EXPORT const char* ctk_compiler() { return __VERSION__; }
 
 CTK_EXPORT const char* ctk_simd_levels() {

@@ -1,17 +1,15 @@
-// A channelwise op is a struct that says everything about itself; ops.def lists them, and drivers, kernels, bindings and
-// schemas are made from that list. What an op leaves out is a compile error:
+// A channelwise op is a struct that describes itself completely; ops.def lists the ops, and drivers, kernels, bindings and
+// schemas are generated from that list. A missing member is a compile error:
 //
 //   enum Param {..., kParams}              parameters, a value per channel; kParameters has their names and fallbacks
 //   kPrologue                              whether the op is applied to w = scale x + shift + residual instead of x
-//   kFactor                                name of a tensor that the result is multiplied by; null: it is not. Absent from a
-//                                          call, it is the second half of x's channels
 //   kMemoryBound                           whether moving the tensors takes longer than the arithmetic
-//   kParallelChannels                      how many channels' `precompute` is worth a thread
-//   enum Constant {..., kConstants}        what `precompute` makes of a channel's parameters, once a call
-//   enum Sum {..., kSums}                  what is summed over a channel; `parameter_gradients` makes gradients of it
+//   kParallelChannels                      number of channels whose `precompute` is worth a thread
+//   enum Constant {..., kConstants}        results of `precompute`, from a channel's parameters, once per call
+//   enum Sum {..., kSums}                  sums over a channel, from which `parameter_gradients` computes gradients
 //   Arithmetic<variant, T, Math>           `forward` and `gradients` of one value; k(i) reads constant i
 //
-// and, where a SimpleOp's do not do: Variant, Attributes, kInput, kFactor, kTable.
+// and, if the defaults of SimpleOp do not fit: Variant, Attributes, kInput, kFactor, kTable.
 #pragma once
 #include <array>
 #include <optional>
@@ -22,19 +20,20 @@ namespace ctk {
 
 struct Parameter {
   const char* name;
-  std::optional<double> fallback = std::nullopt;  // the value of an absent one; none: the parameter is required
+  std::optional<double> fallback = std::nullopt;  // value if absent; nullopt: required
 };
 
-// What Arithmetic::gradients returns: the gradient of w, and the terms of the sums over the channel.
+// Result of Arithmetic::gradients: the gradient of w, and the terms of the sums over the channel.
 template <class T, int sums_>
 struct Terms {
   static constexpr int kSums = sums_;
   T w, sums[sums_];
 };
 
-// An op with one variant of its arithmetic and no arguments beside tensors and the channel dimension.
+// An op with one variant of its arithmetic, and no arguments other than tensors and the channel dimension.
 struct SimpleOp {
   static constexpr const char* kInput = "x";  // name of the first tensor in the schema
+  // Name of a tensor that multiplies the result; null: none. Absent from a call, it is the second half of x's channels.
   static constexpr const char* kFactor = nullptr;
 
   // Kernels are compiled for each variant.
@@ -46,8 +45,7 @@ struct SimpleOp {
   static Attributes attributes() { return {}; }
   static Variant variant(const Attributes&) { return Variant::kOnly; }
 
-  // Floats per channel that a kernel of its own computes for all blocks of a GPU, and whether a call needs them: see
-  // cuda/ctu.cuh.
+  // Floats per channel that a separate GPU kernel precomputes for all blocks, and whether a call needs them: cuda/ctu.cuh.
   static constexpr int kTable = 0;
   static bool needs_table(const Attributes&) { return false; }
 };

@@ -1,5 +1,5 @@
-// Scalar building blocks shared by every op and every compiler: g++ vectorises them for the CPU, nvcc compiles them for
-// the GPU. No branches, no library calls for float, so that a loop over them becomes straight SIMD code.
+// Scalar functions shared by all ops: g++ vectorises them for the CPU, nvcc compiles them for the GPU. No branches, and no
+// library calls for float, so that a loop over them becomes straight SIMD code.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -18,9 +18,8 @@
 
 namespace ctk {
 
-// e^(-rate a) for a >= 0. The rate, times log2(e), is kept as an unevaluated sum hi + lo, so that the exponent of a
-// product a * rate in the hundreds still has full precision. Beyond `limit` the result is 0; a negative limit makes it 0
-// for every a.
+// e^(-rate a) for a >= 0. hi + lo is the rate times log2(e), as an unevaluated sum: exponents in the hundreds keep full
+// precision. Beyond `limit` the result is 0; with a negative limit, everywhere.
 template <class T>
 struct Decay {
   T hi, lo, limit;
@@ -35,7 +34,7 @@ CTK_ONCE Decay<float> make_decay<float>(double rate) {
   const double r = rate * log2e;
   if (!(r < 3e38)) return {0.f, 0.f, -1.f};
   const float hi = static_cast<float>(r);
-  const double limit = 125.0 / r;  // 2^-125: the last power of two with room for a rounding step above the subnormals
+  const double limit = 125.0 / r;  // 2^-125 is the smallest power of two that rounding cannot make subnormal
   return {hi, static_cast<float>(r - hi), limit < 3.4e38 ? static_cast<float>(limit) : std::numeric_limits<float>::max()};
 }
 
@@ -55,11 +54,11 @@ CTK_ONCE Sigmoids sigmoids(double r) {
   return r < 0 ? Sigmoids{small, large} : Sigmoids{large, small};
 }
 
-// min(a, limit), NaN stays NaN.
+// min(a, limit); NaN stays NaN.
 template <class T>
 CTK_HD T capped(T a, T limit) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(T) == 4) {  // one instruction, where the comparison is two
+  if constexpr (sizeof(T) == 4) {  // one instruction; compare and select are two
     float r;
     asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(limit));
     return r;
@@ -81,12 +80,12 @@ CTK_HD int32_t as_int(float f) {
 
 constexpr float kRoundMagic = 12582912.f;  // 1.5 * 2^23: x + magic rounds x to an integer
 
-// p 2^k, where k is the integer that adding kRoundMagic left in the low bits of z.
+// p 2^k, where k is the integer that adding kRoundMagic left in z's low bits.
 CTK_HD float scale_by_power(float p, float z) {
   return as_float(static_cast<int32_t>(static_cast<uint32_t>(as_int(p)) + (static_cast<uint32_t>(as_int(z)) << 23)));
 }
 
-// A polynomial with coefficients C::k, that of the highest power first.
+// A polynomial with coefficients C::k, highest power first.
 template <class C>
 inline constexpr int kTerms = sizeof(C::k) / sizeof(float);
 template <class C, int i = 0>
@@ -115,8 +114,8 @@ CTK_HD float bell_by(float t, float t_lo) {
 struct TanhGate {
   static constexpr double kLinear = 1.5957691216057308, kCubic = 0.07135481627260025;
 
-  // The coefficients times log2(e), each as a sum of two floats. `linear` has 18 fractional bits, so that it can be subtracted
-  // from linear + cubic t^2 without rounding.
+  // The coefficients times log2(e), each as a sum of two floats. `linear` has 18 fractional bits, so that subtracting it from
+  // linear + cubic t^2 is exact.
   static constexpr float linear = 2.30220794677734375f, linear_lo = 2.5136697e-7f, cubic = 0.10294324f, cubic_lo = -2.0161985e-9f;
 };
 
@@ -133,10 +132,10 @@ CTK_HD float tanh_gate_decay_by(float t, float t_lo) {
   return scale_by_power(Math::exp2_fraction(f), z);
 }
 
-// Transcendental functions, in two precisions. Exact: for float and double results. Fast: for results that are rounded to 16
-// bits; 1e-4 relative, a fraction of half an ulp of the result.
+// Transcendental functions in two precisions. Exact: for float and double results. Fast: for results rounded to 16 bits; 1e-4
+// relative, a fraction of half an ulp of the result.
 struct Exact {
-  static constexpr bool kUncapped = false;  // true: decays have no limit; products start from q, so that inf * 0 cannot occur
+  static constexpr bool kUncapped = false;  // true: decays have no limit, and products start from q so that inf * 0 cannot occur
   template <class T>
   static CTK_HD T inverse(T x) { return T(1) / x; }
   template <class T>

@@ -1,4 +1,4 @@
-"""Fused kernels and drop-in layers for two ways of adapting a frozen, pretrained network: Curvature Tuning and JoLA."""
+"""Fused kernels and drop-in layers for Curvature Tuning and JoLA, two methods that adapt a frozen, pretrained network."""
 
 import os
 import sys
@@ -22,9 +22,9 @@ __all__ = [
 
 
 def _starts_command() -> bool:
-    """Whether ``python -m ctkernels`` or the console command ``ctkernels`` is what imports this package.
+    """Whether ``python -m ctkernels`` or the console command ``ctkernels`` imports this package.
 
-    They need torch only when they know what to do. While Python looks for the module of ``-m``, ``sys.argv[0]`` is "-m".
+    These import torch only when a command needs it. While Python locates the module of ``-m``, ``sys.argv[0]`` is "-m".
     """
     arguments = getattr(sys, "argv", [])
     started = sys.orig_argv[-len(arguments)] if 0 < len(arguments) <= len(sys.orig_argv) else ""
@@ -48,7 +48,7 @@ if TYPE_CHECKING or not _starts_command():
 if not TYPE_CHECKING:  # to a type checker, a name that is not in the list above is an error
 
     def __getattr__(name: str) -> Any:
-        """The public names in a process of the command line, which imports them late."""
+        """Imports public names lazily in a process of the command line."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from . import _public

@@ -1,4 +1,4 @@
-"""The part of a model card (README.md) that says what lies beside it and how to load it; the rest of it is left alone."""
+"""The generated section of a model card (README.md), which describes the files and how to load them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ START, END = "<!-- ctkernels: written anew on saving -->", "<!-- ctkernels: end 
 
 
 def write_card(folder: str | os.PathLike[str], text: str) -> None:
-    """Put ``text`` into the folder's model card: in place of what this function wrote before, else at its beginning.
+    """Writes ``text`` to the folder's model card: replaces the section of an earlier call, or inserts one at the beginning.
 
-    The metadata at the top of a card (YAML between lines of ``---``) stays at the top. What is no UTF-8 stays as it is.
+    Metadata (YAML between lines of ``---``) stays at the top. Bytes that are not UTF-8 are preserved.
     """
     path = Path(folder) / CARD
     card = path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else ""
@@ -31,5 +31,5 @@ def write_card(folder: str | os.PathLike[str], text: str) -> None:
 
 
 def counted(number: int, thing: str) -> str:
-    """As "1 module" or "2 modules"."""
+    """A count with its noun: "1 module", "2 modules"."""
     return f"{number} {thing}{'s' * (number != 1)}"

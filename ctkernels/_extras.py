@@ -1,4 +1,4 @@
-"""Optional packages: imported when first used, with an error that names the extra to install."""
+"""Lazy imports of optional packages, with errors that name the extra to install."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from types import ModuleType
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import ``module``, which belongs to the optional dependencies ``ctkernels[extra]``.
+    """Imports ``module``, one of the optional dependencies ``ctkernels[extra]``.
 
     Args:
         module: dotted name, such as ``"sklearn.linear_model"``.
         extra: name of the group in the package's optional dependencies, such as ``"lab"``.
-        purpose: what it is needed for, for the message: ``"the linear probe"``.
+        purpose: what needs it, for the message: ``"the linear probe"``.
 
     Raises:
         ImportError: the module (or its top-level package) is not installed, or is broken; the message names the extra.

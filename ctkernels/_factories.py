@@ -1,4 +1,4 @@
-"""Networks and data of a user's own: the functions that build them, by name, and errors of that code told as such."""
+"""Look-up of user functions that build networks and data, with errors that attribute failures to the user's code."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 
 def find_factory(name: str, kind: type[Any] = nn.Module, role: str = "model") -> Callable[[], Any]:
-    """The function at ``package.module:function`` or ``file.py:function``, which takes nothing and returns a ``kind``.
+    """Finds the function ``package.module:function`` or ``file.py:function``, without arguments, that returns a ``kind``.
 
-    ``role`` ("model", "data") is what errors call it. The module is imported, a file by its path with its folder first in
-    ``sys.path``. What the returned function raises names the factory.
+    Imports the module; for a file, puts its folder first in ``sys.path``. ``role`` ("model", "data") is its name in errors,
+    also in those of the returned function.
 
     Raises:
         ValueError: another form of name, no such module, file or function, or an error that importing it raised.
@@ -45,11 +45,11 @@ def find_factory(name: str, kind: type[Any] = nn.Module, role: str = "model") ->
 
 
 def check_takes(model: nn.Module, *inputs: Tensor, what: str, name: str = "") -> Any:
-    """The outputs of a network that may not be ours, without gradients.
+    """Runs a user's network without gradients.
 
     Raises:
-        ValueError: it does not take the inputs; the message begins with ``what``, calls the network by ``name`` or
-            class, and has what it raised.
+        ValueError: the network fails on the inputs; the message starts with ``what``, and has the network's ``name`` or
+            class and its error.
     """
     try:
         with torch.no_grad():
@@ -62,16 +62,16 @@ def check_takes(model: nn.Module, *inputs: Tensor, what: str, name: str = "") ->
 
 
 def told(error: BaseException) -> str:
-    """An error of somebody else's code in one line: ``"RuntimeError: mat1 and mat2 shapes cannot be multiplied"``."""
+    """An error of foreign code in one line: ``"RuntimeError: mat1 and mat2 shapes cannot be multiplied"``."""
     reason = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
 
 
 def _theirs(what: str, run: Callable[..., Any], *arguments: Any) -> Any:
-    """Run the user's code; whatever it raises becomes a ValueError that says that it was this code."""
+    """Runs the user's code; turns any error into a ValueError that attributes it to that code."""
     try:
         return run(*arguments)
-    except (Exception, SystemExit) as error:  # SystemExit: a script that is no module
+    except (Exception, SystemExit) as error:  # SystemExit: a script without a main guard
         raise ValueError(f"{what} raised {told(error)}") from error
 
 
@@ -95,12 +95,12 @@ def _from_file(path: Path, title: str) -> ModuleType:
     if known is not None:
         raise ValueError(f"{title}: a module named {path.stem!r} has been imported already; rename the file")
     if str(path.absolute().parent) not in sys.path:
-        sys.path.insert(0, str(path.absolute().parent))  # for what it imports, now and later
+        sys.path.insert(0, str(path.absolute().parent))  # for its imports, now and later
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # so that its classes can be pickled and their sources found
+    sys.modules[path.stem] = module  # for pickling its classes and finding their source
     try:
         _theirs(f"{title}: importing it", spec.loader.exec_module, module)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the new, never half of it."""
+"""Atomic file writes, and strict JSON."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where leftovers then stay
+except ImportError:  # on Windows; leftovers then stay
     fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary name beside ``path``; rename it to ``path`` on success, delete it on error.
+    """Yields a temporary name next to ``path``; renames the file to ``path`` on success, deletes it on error.
 
-    Missing parent folders are made. The temporary name keeps the suffix, so writers that look at it still work. What
-    killed writers of ``path`` left behind is deleted; the files of those at work are locked.
+    Creates missing parent folders. The temporary name keeps the suffix, for writers that depend on it. Deletes files left
+    behind by killed writers of ``path``; locks mark those of living ones.
 
     Examples:
         >>> with replacing("result.json") as temporary:
@@ -39,10 +39,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         except OSError as error:
             if error.errno is None or error.filename is not None:
                 raise
-            raise OSError(error.errno, error.strerror, str(target)) from error  # a full disk does not say which file
+            raise OSError(error.errno, error.strerror, str(target)) from error  # adds the file's name, on a full disk
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; give what open() would have given
+        temporary.chmod(0o666 & ~umask)  # the permissions of open(); mkstemp makes private files
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -50,19 +50,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _reserve(target: Path) -> tuple[int, Path]:
-    """A new file beside ``target``, open and locked for as long as this process lives."""
+    """Creates a file next to ``target``, open and locked until this process ends."""
     while True:
         descriptor, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=f".tmp{target.suffix}", dir=target.parent)
         if not _lock(descriptor) or os.fstat(descriptor).st_nlink:
             return descriptor, Path(name)
-        os.close(descriptor)  # another process took it for a leftover, before it was locked
+        os.close(descriptor)  # deleted as a leftover by another process, before it was locked
 
 
 def _clean(target: Path) -> None:
-    """Delete the temporary files of ``target`` that no living process has locked."""
-    ours = re.compile(rf"\.{re.escape(target.stem)}-\w{{8}}\.tmp{re.escape(target.suffix)}")
+    """Deletes the temporary files of ``target`` that no living process has locked."""
+    temporary = re.compile(rf"\.{re.escape(target.stem)}-\w{{8}}\.tmp{re.escape(target.suffix)}")
     for file in target.parent.iterdir():
-        if not ours.fullmatch(file.name):
+        if not temporary.fullmatch(file.name):
             continue
         try:
             descriptor = os.open(file, os.O_RDWR)
@@ -77,16 +77,16 @@ def _clean(target: Path) -> None:
 
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """Give a hidden folder inside ``parent``, deleted when the block ends; then also those of killed processes.
+    """Yields a hidden folder in ``parent``, deleted at the end together with those of killed processes.
 
-    It is locked while this process lives, as the files of :func:`replacing` are.
+    It is locked until this process ends, like the files of :func:`replacing`.
     """
     while True:
         folder = Path(tempfile.mkdtemp(prefix=".saving-", suffix=".tmp", dir=parent))
         descriptor = _open_folder(folder)
         if descriptor is None or not _lock(descriptor) or os.fstat(descriptor).st_nlink:
             break
-        os.close(descriptor)  # another process took it for a leftover, before it was locked
+        os.close(descriptor)  # deleted as a leftover by another process, before it was locked
     try:
         yield folder
         for other in parent.glob(".saving-????????.tmp"):
@@ -108,7 +108,7 @@ def _open_folder(folder: Path) -> int | None:
 
 
 def _lock(descriptor: int, wait: bool = True) -> bool:
-    """Whether the file could be locked: not if another process holds it, nor where there are no locks."""
+    """Locks a file; False if another process holds the lock, or without support for locks."""
     if fcntl is None:
         return False
     try:
@@ -119,16 +119,16 @@ def _lock(descriptor: int, wait: bool = True) -> bool:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8 through a temporary name (see :func:`replacing`)."""
+    """Writes ``text`` as UTF-8, atomically (see :func:`replacing`)."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The content of a JSON file.
+    """Reads a JSON file.
 
     Raises:
-        ValueError: the file is not there or is no JSON (see :func:`parse_json`); the message names it.
+        ValueError: the file is missing or invalid (see :func:`parse_json`); the message names it.
     """
     try:
         return parse_json(Path(path).read_text(encoding="utf-8"))
@@ -139,11 +139,10 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Parses JSON strictly.
 
     Raises:
-        ValueError: the text is cut short or otherwise no JSON, has NaN or an infinity, which JSON does not have, a name
-            twice in one object, or too many brackets in one another.
+        ValueError: the text is not JSON, has NaN or infinity, duplicate names in an object, or too deep nesting.
     """
     try:
         return json.loads(text, parse_constant=_refuse, object_pairs_hook=_object)
@@ -156,8 +155,8 @@ def _refuse(constant: str) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
-    return found
+    return values

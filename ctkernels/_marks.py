@@ -1,28 +1,28 @@
-"""The names of everything that the library leaves on a user's modules. docs/left_on_models.md: who sets and removes it."""
+"""Names of everything that the library sets on a user's modules. docs/left_on_models.md: who sets and removes each."""
 
 from __future__ import annotations
 
 # Entries of a module's ``__dict__``.
-UNITS = "_ctu"  # of a steered module, {key of a site in it: what computes the site}
-SPEC = "_ctu_spec"  # of a steered activation module, how it is read as an activation
-STEERING = "_ctu_handle"  # of a model, the handle of `steer`
-FUSION = "_ctu_fusion"  # of a model, the handle of `fuse`
-CURVATURE = "_ctu_curvature"  # of a model, the sites and layers of its `CurvatureConfig` adapters
-ATTENTION_FUSION = "_jola_fusion"  # of a model, the handle of `fuse_attention`
-POOLS = "_ctu_pools"  # of a model, the `AdapterPool`s that serve it, by method
-FORWARD = "forward"  # of what `fuse` reads, of its max poolings, of the attention that `fuse_attention` records
-SAVE_PRETRAINED = "save_pretrained"  # of a transformers model with CT units, a refusal
+UNITS = "_ctu"  # on a steered module: {key of a site: its unit}
+SPEC = "_ctu_spec"  # on a steered activation module: its ActivationSpec
+STEERING = "_ctu_handle"  # on a model: the handle of `steer`
+FUSION = "_ctu_fusion"  # on a model: the handle of `fuse`
+CURVATURE = "_ctu_curvature"  # on a model: the sites and layers of its `CurvatureConfig` adapters
+ATTENTION_FUSION = "_jola_fusion"  # on a model: the handle of `fuse_attention`
+POOLS = "_ctu_pools"  # on a model: the `AdapterPool`s that serve it, by method
+FORWARD = "forward"  # on modules and max poolings that `fuse` fuses, and on attention that `fuse_attention` records
+SAVE_PRETRAINED = "save_pretrained"  # on a transformers model with CT units: raises an error
 
 ATTRIBUTES = frozenset(
     (UNITS, SPEC, STEERING, FUSION, CURVATURE, ATTENTION_FUSION, POOLS, FORWARD, SAVE_PRETRAINED),
 )
 ON_STEERED = (UNITS, SPEC)
-# Shared by a module and the copy of it whose forward `fuse` reads: reading does not write there.
+# Shared by a module and its shadow while `fuse` traces its forward, which does not write to them.
 SHARED = frozenset((UNITS, SPEC, STEERING, FUSION))
 
-# Attributes of the class that a steered module has meanwhile.
-BASE = "_ctu_base"  # its class before
-RECIPE = "_ctu_recipe"  # the arguments that make the class again, for copies and pickles
+# Attributes of a steered module's class.
+BASE = "_ctu_base"  # the original class
+RECIPE = "_ctu_recipe"  # the arguments of `steered_class`, for copies and pickles
 
-# Entries of ``_modules``: this, or this with an underscore and the key of a site.
+# Entries of ``_modules``: this, or this followed by an underscore and the key of a site.
 CHILD = "ctu"

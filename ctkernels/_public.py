@@ -1,4 +1,4 @@
-"""What ``import ctkernels`` offers; importing this registers the ops with torch."""
+"""The public names of ``ctkernels``; importing this registers the ops with torch."""
 
 from . import functional, nn
 from .fusion import Fusion, fuse

@@ -1,4 +1,4 @@
-"""Old names of public objects, which work for two minor versions and warn."""
+"""Deprecated names of public objects, which work for two minor versions and warn."""
 
 from __future__ import annotations
 

@@ -16,17 +16,17 @@ __all__ = ["CTU", "Knobs", "TrainableCTU"]
 
 
 class Knobs(nn.Module):
-    """A pair (beta, coeff) that any number of units can share, and that can be set at any time.
+    """A settable pair (beta, coeff) that any number of units can share.
 
     Both are 0-d float32 buffers. They stay float32 under ``.half()``, ``.bfloat16()`` and ``.double()`` (in bfloat16 a
-    beta of 0.999 would be 1), follow the model from device to device, and are never put on the meta device. Setting
-    ``knobs.beta = 0.9`` writes into the same tensor, so compiled code and captured graphs see it without being rebuilt.
+    beta of 0.999 would be 1), follow the model across devices, and never go to the meta device. Setting
+    ``knobs.beta = 0.9`` writes to the same tensor: compiled code and captured graphs see it without recompilation.
 
     Args:
         beta: number or 0-d tensor in [0, 1]. Default: 1, the plain activation.
         coeff: number or 0-d tensor in [0, 1]. Default: 0.5, as in the paper.
-        persistent: whether the two values are part of the ``state_dict``. Default: True.
-        device: where to put them. Default: torch's default device.
+        persistent: whether both values are part of the ``state_dict``. Default: True.
+        device: of the buffers. Default: torch's default device.
 
     Raises:
         ValueError: a value outside [0, 1], or one that requires a gradient (see :class:`TrainableCTU`).
@@ -51,7 +51,7 @@ class Knobs(nn.Module):
     ) -> None:
         super().__init__()
         device = torch.get_default_device() if device is None else torch.device(device)
-        if device.type == "meta":  # a value on the meta device is lost, and two scalars cost nothing
+        if device.type == "meta":  # values would be lost there, and two scalars cost nothing
             device = torch.device("cpu")
         with torch.inference_mode(False):  # an inference tensor could not be written to later
             for name, value in (("beta", beta), ("coeff", coeff)):
@@ -71,7 +71,7 @@ class Knobs(nn.Module):
             moved = fn(value)
             if moved is value or moved.device.type == "meta":
                 return value
-            return value.to(moved.device)  # not `moved`: it may be cast, or be uninitialised (`to_empty`)
+            return value.to(moved.device)  # not `moved`, which may be cast, or uninitialised (`to_empty`)
 
         return super()._apply(follow, recurse)
 
@@ -80,10 +80,10 @@ class Knobs(nn.Module):
 
 
 class Unscriptable:
-    """A module that ``torch.jit.script`` cannot read: refuses it by name."""
+    """Mixin of modules that ``torch.jit.script`` cannot compile: raises an error that says what to use instead."""
 
     def __prepare_scriptable__(self) -> Any:
-        """Is what ``torch.jit.script`` asks first."""
+        """Called first by ``torch.jit.script``."""
         raise TypeError(
             f"torch.jit.script: expected modules whose source TorchScript can read, got a {type(self).__name__}; use "
             "torch.export, torch.compile, torch.jit.trace or ctkernels.export"
@@ -94,9 +94,9 @@ class CTU(Unscriptable, nn.Module):
     """The CT unit with one fixed (beta, coeff): a drop-in for an activation layer.
 
     ``unit.beta`` and ``unit.coeff`` read the 0-d float32 tensors; assigning a number to them sets the value in place.
-    They are the buffers of the child ``knobs`` (``state_dict`` keys ``knobs.beta``, ``knobs.coeff``). Given a
-    :class:`Knobs` to share, the unit only refers to it and has no state of its own: register that ``Knobs`` once,
-    anywhere in the model, and it is saved and moved once.
+    They are the buffers of the child ``knobs`` (``state_dict`` keys ``knobs.beta``, ``knobs.coeff``). With a shared
+    :class:`Knobs`, the unit only refers to it and has no state: register that ``Knobs`` once, anywhere in the model, to
+    save and move it with the model.
 
     Args:
         beta: number or 0-d tensor in [0, 1]. Default: 1, the plain activation.
@@ -104,14 +104,14 @@ class CTU(Unscriptable, nn.Module):
         activation: a name that :func:`ctkernels.functional.ctu` takes. Default: "relu".
         negative_slope: of "leaky_relu" and "prelu": a number, or a Parameter (0-d, or one slope per channel of
             dimension 1), which becomes a parameter of the unit. Default: 0.01.
-        inplace: overwrite the input, in eager calls that need no gradient; other calls leave it alone. Default: False.
-        knobs: the pair to share; then leave ``beta`` and ``coeff`` out.
+        inplace: overwrite the input in calls that need no gradient. Default: False.
+        knobs: the pair to share; excludes ``beta`` and ``coeff``.
         persistent: whether the unit's own values are part of the ``state_dict``. Default: True.
 
     Shape: any, floating point; the output has the input's shape and dtype.
 
     Raises:
-        ValueError: a value outside [0, 1], an unknown activation, or ``beta``/``coeff`` beside ``knobs``.
+        ValueError: a value outside [0, 1], an unknown activation, or ``beta``/``coeff`` together with ``knobs``.
 
     Examples:
         >>> act = CTU(0.9)
@@ -162,7 +162,7 @@ class CTU(Unscriptable, nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CTU:
         super()._apply(fn, recurse)
-        if "knobs" in self.__dict__:  # harmless when repeated by every unit that shares them
+        if "knobs" in self.__dict__:  # every unit that shares them repeats this, harmlessly
             self.knobs._apply(fn)
         return self
 
@@ -189,23 +189,24 @@ class CTU(Unscriptable, nn.Module):
 class TrainableCTU(Unscriptable, nn.Module):
     """The CT unit with a learned (beta, coeff) per channel.
 
-    The parameters are ``raw_beta`` and ``raw_coeff``, float32 vectors of logits: beta = sigmoid(raw_beta). They, and
-    their gradients, stay float32 under ``.half()``, ``.bfloat16()`` and ``.double()``. ``unit.beta`` and
-    ``unit.coeff`` read the values they stand for.
+    The parameters are ``raw_beta`` and ``raw_coeff``, float32 vectors of logits: beta = sigmoid(raw_beta). They and
+    their gradients stay float32 under ``.half()``, ``.bfloat16()`` and ``.double()``. ``unit.beta`` and ``unit.coeff``
+    return the sigmoids.
 
     Args:
-        num_channels: length of ``channel_dim`` in the inputs.
-        channel_dim: which dimension of the input holds the channels, negative from the end: 1 for convolutions, -1 for
-            channels-last layers such as those of a transformer. Default: 1.
+        num_channels: size of ``channel_dim`` in the inputs.
+        channel_dim: the dimension of the input that holds the channels, possibly negative: 1 for convolutions, -1 for
+            transformers. Default: 1.
         beta, coeff: initial values, strictly between 0 and 1. Default: 0.8 and 0.5, as in the paper.
         activation: a name that :func:`ctkernels.functional.ctu` takes. Default: "relu".
         negative_slope: as in :class:`CTU`; a vector has one slope per channel. Default: 0.01.
+        device: of the parameters. Default: torch's default device.
 
     Shape: any with ``num_channels`` at ``channel_dim``, floating point; the output has the input's shape and dtype.
 
     Raises:
-        ValueError: ``num_channels`` below 1, an initial value outside (0, 1), an unknown activation, or, at the call,
-            an input whose ``channel_dim`` has another length.
+        ValueError: ``num_channels`` below 1, an initial value outside (0, 1), an unknown activation, or, in a call, an
+            input with another size at ``channel_dim``.
 
     Examples:
         >>> act = TrainableCTU(64)
@@ -283,7 +284,7 @@ class TrainableCTU(Unscriptable, nn.Module):
 
 
 def unit_interval(name: str, value: object) -> float:
-    """``value`` as a float, if it is a number or 0-d tensor in [0, 1] without a gradient; else an error."""
+    """Converts a number or 0-d tensor in [0, 1] to a float. ValueError for anything else, or if it requires a gradient."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise ValueError(
@@ -301,7 +302,7 @@ def unit_interval(name: str, value: object) -> float:
 
 
 def records_grad(*values: object) -> bool:
-    """True if autograd records a call with these arguments, and so keeps its input; a trace may be called with one."""
+    """True if autograd records a call with these arguments, or may: a trace may be called with gradients."""
     if torch.jit.is_tracing():
         return True
     if torch.is_grad_enabled():

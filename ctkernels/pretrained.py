@@ -1,7 +1,7 @@
-"""Saving a steered network, or one with merged curvature, so that it comes back as what it is.
+"""Saves and loads steered networks, and networks with merged curvature adapters.
 
-One safetensors file holds everything: the weights, and in its header what was done to the activations. Its name and the
-names in it are none that another loader takes for a plain network's.
+One safetensors file has the weights and, in its header, the units. Other loaders recognise neither the file's name nor the
+names in it, and cannot mistake it for the plain network.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ _OTHERS = (
 
 
 def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Save a steered model, or one with a merged curvature adapter, with all its weights.
+    """Saves a steered model, or one with a merged curvature adapter, with all its weights.
 
-    transformers, timm and others find no model in the folder, and no weight by a name that they know: nothing reads it as
-    the plain network. What :func:`fuse` did is not saved; fuse again after loading.
+    Other libraries find no model in the folder, so none can load it as the plain network. Fusion is not saved; fuse again
+    after loading.
 
     Args:
-        model: what :func:`steer` was called on, or what ``merge_and_unload()`` of a curvature adapter gave.
-        path: a folder for this model alone; ``ctkernels.safetensors`` in it is replaced when the new file is complete.
-            ``README.md`` beside it, a model card, says what it is and how to load it.
+        model: a model that :func:`steer` was called on, or the result of ``merge_and_unload()`` of a curvature adapter.
+        path: a folder without other models; its ``ctkernels.safetensors`` is replaced when the new file is complete, and its
+            model card, ``README.md``, gets instructions for loading.
 
     Returns:
         The file.
 
     Raises:
         ImportError: safetensors is not installed.
-        TypeError: ``model`` is no module.
-        ValueError: no activation of it is a CT unit; adapters are in it that are not merged; a weight is NaN; the folder
-            has another model or an adapter in it.
+        TypeError: ``model`` is not a module.
+        ValueError: the model has no CT unit, or unmerged adapters, or NaN in a weight; the folder contains another model or
+            an adapter.
 
     Examples:
         >>> handle = ctkernels.steer(model, beta=0.9)
@@ -87,8 +87,8 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
         header["curvature"], units = fixed.describe(model)
         tensors.update({f"units.{name}": value for name, value in units.items()})
-        own = fixed.names(model)
-        weights = {name: value for name, value in model.state_dict().items() if name not in own}
+        unit_names = fixed.names(model)
+        weights = {name: value for name, value in model.state_dict().items() if name not in unit_names}
     else:
         raise ValueError(
             f"model: expected one with CT units that steer() made, or a merged curvature adapter, got a {type(model).__name__} "
@@ -107,24 +107,24 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     target = folder / FILE
     with replacing(target) as temporary:
         safetensors.save_file(tensors, str(temporary), metadata={"ctkernels": json.dumps(header)})
-    write_card(folder, _described(header))
+    write_card(folder, _card_text(header))
     return target
 
 
 def load_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None) -> Any:
-    """Load what :func:`save_pretrained` has saved.
+    """Loads a model saved by :func:`save_pretrained`.
 
     Args:
         path: the folder.
-        base: the plain network, of the class and shapes that were saved; it gets the saved weights and units. None: made
-            anew, for models of transformers and timm.
+        base: the plain network, of the saved class and shapes, which receives the saved weights and units. None constructs it,
+            for models of transformers and timm.
 
     Returns:
-        ``base``, or the new network, in evaluation mode. Its handle is :func:`handle_of` where it was steered.
+        ``base``, or the new network, in evaluation mode. If it was steered, :func:`handle_of` returns its handle.
 
     Raises:
-        ImportError: safetensors, or what the network is made of, is not installed.
-        ValueError: the file is missing, cut short, of another format, or has NaN in it; ``base`` is of another class, is
+        ImportError: safetensors, or the network's library, is not installed.
+        ValueError: the file is missing, truncated, of another format, or contains NaN; ``base`` is of another class, is
             steered, or has other weights or activations. ``base`` is unchanged.
 
     Examples:
@@ -148,21 +148,21 @@ def load_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None)
         model.to(next(iter(dtypes)) if len(dtypes) == 1 else None)
     _check_weights(model, weights, file)
     if "steering" in header:
-        _steer_again(model, header["steering"], file)
+        _restore_steering(model, header["steering"], file)
     else:
         from .adapters.curvature import fixed
 
         units = {name.removeprefix("units."): value for name, value in tensors.items() if name.startswith("units.")}
         fixed.restore(model, header["curvature"], units, file)
     with torch.no_grad():
-        for name, value in _held(model).items():
+        for name, value in model.state_dict(keep_vars=True).items():
             if name in weights:
                 value.copy_(weights[name])
     return model.eval()
 
 
-def _described(header: Mapping[str, Any]) -> str:
-    """What the model card says."""
+def _card_text(header: Mapping[str, Any]) -> str:
+    """The text of the model card."""
     if "steering" in header:
         values = list(header["steering"]["values"].values())
         betas = sorted({f"{beta:g}" for beta, _ in values})
@@ -190,20 +190,16 @@ def _class_of(model: nn.Module) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _held(model: nn.Module) -> dict[str, Tensor]:
-    return model.state_dict(keep_vars=True)
-
-
 def _refuse_nan(name: str, value: Tensor) -> None:
     if value.is_floating_point() and bool(value.isnan().any()):
         raise ValueError(f"model: expected weights without NaN, got NaN in {name}")
 
 
-# ---- how a network is made anew ----------------------------------------------------------------------------------------
+# ---- construction of networks ------------------------------------------------------------------------------------------
 
 
 def _builder(model: nn.Module) -> dict[str, Any] | None:
-    """What makes a plain network of this kind, where its library keeps it."""
+    """How to construct the plain network with transformers or timm; None for other networks."""
     config: Any = getattr(model, "config", None)
     cls = getattr(type(model), _marks.BASE, type(model))
     if cls.__module__.startswith("transformers.") and hasattr(config, "to_dict"):
@@ -255,8 +251,8 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from None
     header = parse_json(text) if text is not None else None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        found = header.get("format") if isinstance(header, dict) else None
-        raise ValueError(f"{file}: expected a file of save_pretrained, format {FORMAT}, got format {found}")
+        version = header.get("format") if isinstance(header, dict) else None
+        raise ValueError(f"{file}: expected a file of save_pretrained, format {FORMAT}, got format {version}")
     for name, value in tensors.items():
         if value.is_floating_point() and bool(value.isnan().any()):
             raise ValueError(f"{file}: expected weights without NaN, got NaN in {name.removeprefix(PREFIX)}")
@@ -264,10 +260,10 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _check_weights(model: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
-    held = _held(model)
+    tensors = model.state_dict(keep_vars=True)
     problems = {
-        "has no": [name for name in weights if name not in held],
-        "has beyond the file's": [name for name in held if name not in weights],
+        "has no": [name for name in weights if name not in tensors],
+        "has beyond the file's": [name for name in tensors if name not in weights],
     }
     for what, names in problems.items():
         if names:
@@ -275,9 +271,9 @@ def _check_weights(model: nn.Module, weights: dict[str, Tensor], file: Path) -> 
             raise ValueError(f"base: expected the weights of {file}, got one that {what} {', '.join(names[:3])}{more}")
     for name, value in weights.items():
         for kind in ("shape", "dtype"):
-            expected, found = getattr(value, kind), getattr(held[name], kind)
-            if expected != found:
-                shown = [tuple(v) if kind == "shape" else v for v in (expected, found)]
+            expected, actual = getattr(value, kind), getattr(tensors[name], kind)
+            if expected != actual:
+                shown = [tuple(v) if kind == "shape" else v for v in (expected, actual)]
                 raise ValueError(f"base: expected {name} of {kind} {shown[0]}, as in {file}, got {shown[1]}")
 
 
@@ -293,7 +289,7 @@ def _steering(handle: Steering) -> dict[str, Any]:
     }
 
 
-def _steer_again(model: nn.Module, saved: dict[str, Any], file: Path) -> None:
+def _restore_steering(model: nn.Module, saved: dict[str, Any], file: Path) -> None:
     handle = steer(model, saved["beta"], saved["coeff"], saved["activations"])
     values = {name: list(pair) for name, pair in handle.values().items()}
     if values != saved["values"]:

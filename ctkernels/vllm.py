@@ -1,7 +1,7 @@
-"""The plugin through which vLLM serves JoLA adapters, unmerged, a different one for each request: docs/pool.md.
+"""vLLM plugin that serves unmerged JoLA adapters, a different one per request: docs/pool.md.
 
-vLLM loads it in each of its processes by the entry point `vllm.general_plugins`. It changes nothing unless an engine is
-started with `additional_config={"ctkernels": "jola"}`.
+vLLM loads it in each of its processes through the entry point `vllm.general_plugins`. It only affects engines started with
+`additional_config={"ctkernels": "jola"}`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ METHOD = "jola"
 
 
 def register() -> None:
-    """Have engines with the option keep JoLA adapters where the others keep LoRA's; called again, it does nothing."""
+    """Makes engines with the option manage JoLA adapters instead of LoRA. A second call does nothing."""
     try:
         from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
     except ImportError as error:
@@ -42,7 +42,7 @@ def register() -> None:
 
 
 def jola_fields(additional_config: Any) -> dict[str, Any] | None:
-    """The fields of the `JolaConfig` that an engine's option gives; None for an engine without the option.
+    """Reads the fields of the `JolaConfig` from an engine's option; None for an engine without it.
 
     Raises:
         ValueError: the option is neither "jola" nor {"jola": fields}.

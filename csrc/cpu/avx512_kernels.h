@@ -1,4 +1,4 @@
-// Memory kernels for AVX-512: loads, conversions, arithmetic and stores in one pass, by the vectors of avx512_vectors.h.
+// Memory kernels for AVX-512: load, convert, compute and store in one pass, on the vectors of avx512_vectors.h.
 #pragma once
 #include "avx512_vectors.h"
 #include "kernels.h"
@@ -7,7 +7,7 @@ namespace ctk::cpu {
 namespace {
 namespace avx512 {
 
-// f(i, live) for every N vectors of values from i; all of them are live but in the last call.
+// Calls f(i, live) for every N vectors of values from i; `live` masks the tail in the last call.
 template <int N, class F>
 CTK_HD void for_vectors(int64_t n, const F& f) {
   int64_t i = 0;
@@ -15,12 +15,12 @@ CTK_HD void for_vectors(int64_t n, const F& f) {
   if (i < n) f(i, (__mmask32(1) << (n - i)) - 1);
 }
 
-// Prefetches from a later row: the hardware follows runs, but not vectors a row apart.
+// Distance of prefetches: the hardware prefetches along a run, but not vectors a row apart.
 constexpr int64_t kRowsAhead = 4;
 template <class T>
 CTK_HD void prefetch(const T* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
-// The op with the constants of 16 lanes, for each vector of a format.
+// The op's arithmetic with the constants of 16 lanes, for each vector of a format.
 template <class Format, class Unit>
 std::array<Unit, Format::kVectors> lanes_ops(const float* constants, int64_t stride, __mmask32 live) {
   const auto of = [&](int h) {
@@ -30,7 +30,7 @@ std::array<Unit, Format::kVectors> lanes_ops(const float* constants, int64_t str
   else return {of(0), of(1)};
 }
 
-// w = scale x + shift (+ residual), for each vector of a format, and back from the gradient of w.
+// The prologue w = scale x + shift (+ residual), for each vector of a format.
 template <class Format>
 struct AffineVectors {
   V scale[Format::kVectors], shift[Format::kVectors];
@@ -56,7 +56,7 @@ struct AffineVectors {
   }
 };
 
-// A call's tensors in their dtype.
+// The tensors of a call, typed.
 template <class Format, class Unit, bool prologue>
 struct Tensors {
   using Value = typename Format::Value;
@@ -70,7 +70,7 @@ struct Tensors {
         dx(static_cast<Value*>(c.dx)), dresidual(static_cast<Value*>(c.dresidual)), dfactor(static_cast<Value*>(c.dfactor)),
         stream(c.stream) {}
 
-  // Between rows of what has the layout of x.
+  // Distance between rows of tensors with the layout of x.
   CTK_HD static int64_t in_row(const Run<float>& run) { return Unit::kFactor ? run.in_row : run.row; }
 
   CTK_HD void prefetch_row(int64_t i) const {
@@ -78,7 +78,7 @@ struct Tensors {
     if constexpr (prologue) if (residual) prefetch(residual + i);
     if constexpr (Unit::kFactor) prefetch(factor + i);
   }
-  // The result, from that of the op.
+  // Multiplies the op's result by the factor, if there is one, and stores it.
   CTK_HD void store_result(Vectors<Format::kVectors>& y_, int64_t in, int64_t i, __mmask32 live) const {
     if constexpr (Unit::kFactor) {
       const auto f = Format::load(factor + in, live);
@@ -86,7 +86,7 @@ struct Tensors {
     }
     store(y, i, live, y_);
   }
-  // From the gradient of the result to those of the factor, which is stored, and of what it is multiplied by.
+  // Stores the factor's gradient, and turns the gradient of the result into that of the op's result.
   template <class Ops>
   CTK_HD void backward_factor(const Ops& ops, const Vectors<Format::kVectors>& w, Vectors<Format::kVectors>& g, int64_t in, __mmask32 live) const {
     if constexpr (Unit::kFactor) {
@@ -99,7 +99,7 @@ struct Tensors {
       if (dfactor) store(dfactor, in, live, df);
     }
   }
-  // The op's input.
+  // Loads the op's input.
   CTK_HD auto input(const AffineVectors<Format>& affine, int64_t i, __mmask32 live) const {
     auto w = Format::load(x + i, live);
     if constexpr (prologue) affine.apply(w, residual, i, live);
@@ -108,7 +108,7 @@ struct Tensors {
   CTK_HD void store(Value* to, int64_t i, __mmask32 live, const Vectors<Format::kVectors>& v) const {
     Format::template store<Unit::kTiesToEven>(to + i, live, stream, v);
   }
-  // The gradients of x and the residual, from that of the op's input.
+  // Stores the gradients of x and the residual, from that of the op's input.
   CTK_HD void store_gradients(const AffineVectors<Format>& affine, int64_t i, __mmask32 live, Vectors<Format::kVectors>& g) const {
     if constexpr (prologue) {
       if (dresidual) store(dresidual, i, live, g);

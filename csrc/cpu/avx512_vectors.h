@@ -1,8 +1,8 @@
-// AVX-512 vectors: how each dtype is loaded and stored, and the arithmetic of some ops.
-// The CT unit's loop, as compiled from the scalar headers, is bound by instructions. This is the same formula as in ctu.h with
-// masks for what is beyond a limit. In bfloat16 and half the exponential is shorter and reciprocals are the machine's 14-bit
-// estimates: relative errors of 9e-5 (2^f), 6e-5 (log1p) and 6e-5 (1/d), a fraction of half an ulp of either type.
-// The head edit, in every type but double, is bound by how memory is read and written.
+// AVX-512 vectors: loads and stores of each dtype, and the arithmetic of some ops.
+// Compiled from the scalar headers, the CT unit's loop is bound by instructions. This is the formula of ctu.h with masks for
+// values beyond a limit. In bfloat16 and half the exponential is shorter, and reciprocals are the 14-bit estimates of the
+// hardware: relative errors of 9e-5 (2^f), 6e-5 (log1p) and 6e-5 (1/d), a fraction of half an ulp of either type.
+// The head edit, except in double, is bound by memory access.
 #pragma once
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns about its own intrinsics (its bug 105593)
@@ -27,7 +27,7 @@ inline V all(float v) { return _mm512_set1_ps(v); }
 inline __m512i bits(V v) { return _mm512_castps_si512(v); }
 inline V real(__m512i v) { return _mm512_castsi512_ps(v); }
 
-// N vectors of 16 values, in order; `live` masks the tail of a run.
+// N vectors of 16 consecutive values. `live`: the mask of the values within a run.
 template <int N>
 struct Vectors {
   V v[N];
@@ -37,7 +37,7 @@ using Pair = Vectors<2>;
 constexpr __mmask32 kFull = ~__mmask32(0);
 inline Mask part(__mmask32 live, int h) { return static_cast<Mask>(live >> 16 * h); }
 
-// f(0), ..., f(N - 1) with constants, so that arrays they index can live in registers.
+// Calls f(0), ..., f(N - 1) with compile-time constants, so that arrays they index stay in registers.
 template <int N, class F>
 CTK_HD void unrolled(const F& f) {
   [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
@@ -77,19 +77,19 @@ struct ExactMath {
   static V inverse(V d) { return _mm512_div_ps(all(1.f), d); }
 };
 
-// For results that are rounded to 16 bits.
+// Transcendental functions for results rounded to 16 bits.
 struct FastMath {
   struct Rate {
     V ulps, limit;
   };
-  // In units of the last place of an exponent field. Rates beyond the cap matter only for values below 1e-29.
+  // The rate times 2^23: in units of a float's last bit. Rates beyond the cap matter only for values below 1e-29.
   template <class Field>
   static Rate rate(const Field& field, int first) {
     return {_mm512_mul_ps(_mm512_min_ps(field(first), all(4e31f)), all(8388608.f)), field(first + 2)};
   }
 
-  // The bits of (127 - a rate) 2^23 hold floor and fraction of the exponent; a cubic that maps [1, 2) into [1, 2) turns the
-  // fraction into a significand.
+  // The bits of (127 - a rate) 2^23 hold the exponent's floor and fraction; a cubic that maps [1, 2) to [1, 2) turns the fraction
+  // into a significand.
   static V decay(V a, const Rate& rate, Mask near) {
     const __m512i low = _mm512_set1_epi32(0x7fffff);
     const __m512i z = _mm512_cvtps_epi32(_mm512_fnmadd_ps(a, rate.ulps, all(1065353216.f)));
@@ -128,8 +128,8 @@ struct BFloat16 {
   }
 
  private:
-  // To nearest, in the high half of each lane; ties to even where results can be ties, away from zero where a tie is
-  // an accident of 1e-4. NaNs pass: those that can come here have a low half of zeros.
+  // Rounds to nearest, in the high half of each lane: ties to even if the op's results can be ties, else away from zero. Only
+  // NaNs with a low half of zeros occur, and stay NaN.
   template <bool even>
   static __m512i rounded(V v) {
     if constexpr (!even) return _mm512_add_epi32(bits(v), _mm512_set1_epi32(0x8000));
@@ -137,7 +137,7 @@ struct BFloat16 {
     const __m512i down = _mm512_add_epi32(bits(v), _mm512_set1_epi32(0x7fff));
     return _mm512_mask_add_epi32(down, odd, bits(v), _mm512_set1_epi32(0x8000));
   }
-  // Word j is from + j step / 2.
+  // A vector of indices: word j is from + j step / 2.
   template <int from, int step>
   static __m512i words() {
     alignas(64) static constexpr auto index = [] {
@@ -168,7 +168,7 @@ struct Half {
 struct Float {
   using Math = ExactMath;
   using Value = float;
-  static constexpr int kVectors = 1;  // sums and constants of two do not fit the registers
+  static constexpr int kVectors = 1;  // sums and constants for two do not fit the registers
   static Vectors<1> load(const Value* p, __mmask32 live) { return {{_mm512_maskz_loadu_ps(part(live, 0), p)}}; }
   template <bool>
   static void store(Value* p, __mmask32 live, bool stream, const Vectors<1>& y) {
@@ -177,9 +177,8 @@ struct Float {
   }
 };
 
-// An op on vectors, for those that gain from it: constants in, 16 values at a time. kTiesToEven: results can be halfway between
-// two 16-bit values other than by accident. Shared: for many values with the same constants. An op that derives from another
-// has its vectors.
+// An op's arithmetic on 16 values at a time, for ops that gain from it. kTiesToEven: results can systematically lie halfway
+// between two 16-bit values. Shared: a forward pass for many values with the same constants. A derived op inherits it.
 template <class Op, typename Op::Variant variant, class Math>
 struct Arithmetic {
   static constexpr int kSums = 0;  // none
@@ -209,7 +208,7 @@ struct Arithmetic<Op, variant, Math> {
     return _mm512_fmadd_ps(_mm512_mul_ps(c1s, horner<Log1p>(p.eu)), p.eu, p.base_less(ratio));
   }
 
-  // dw, and with `sums` the terms of its parameter gradients added to them.
+  // The gradient of w; with `sums`, adds the terms of the sums.
   template <bool sums>
   V backward(V w, V dy, V* sum) const {
     const auto [a, base, t_near, u_near, et, eu] = Parts(w, t, u);
@@ -229,7 +228,7 @@ struct Arithmetic<Op, variant, Math> {
     return _mm512_mul_ps(dy, _mm512_mask_sub_ps(h, up, one, h));
   }
 
-  // The forward pass for many values with the same constants: two products fewer, more constants.
+  // The forward pass for many values with the same constants: two products fewer, at the price of more constants.
   struct Shared {
     Rate t, u;
     V c_inverse, scaled_log1p[kTerms<Log1p>];  // 1 / c, and the coefficients of (1 - c) s log1p(e) / e
@@ -252,7 +251,7 @@ struct Arithmetic<Op, variant, Math> {
   };
 
  private:
-  static Mask within(V a, V limit) { return _mm512_cmp_ps_mask(a, limit, _CMP_NGT_UQ); }  // a NaN is within
+  static Mask within(V a, V limit) { return _mm512_cmp_ps_mask(a, limit, _CMP_NGT_UQ); }  // true for NaN
 
   struct Parts {
     V a, base;

@@ -4,7 +4,7 @@
 
 STABLE_TORCH_LIBRARY_IMPL(ctkernels, CPU, m) { ctk::add_to<ctk::cpu::Driver>(m); }
 
-// The schemas that the channelwise kernels are compiled for, one a line: the tests hold Python's to them.
+// The schemas that the channelwise kernels are compiled for, one per line; the tests compare them with Python's.
 CTK_EXPORT const char* ctk_schemas() {
   static const std::string text = std::string()
 #define CTK_OP(name, Op, ...) + ctk::Channelwise<ctk::cpu::Driver, ctk::Op>::schema() + "\n"

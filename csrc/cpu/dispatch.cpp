@@ -10,7 +10,7 @@ extern const KernelTable baseline;
 extern const KernelTable avx2, avx512;
 #endif
 
-// The widest level that this machine has, and that torch's own switch, ATEN_CPU_CAPABILITY, does not hide.
+// The widest level that this machine supports and torch's switch, ATEN_CPU_CAPABILITY, allows.
 const KernelTable& kernel_table() {
   static const KernelTable& widest = []() -> const KernelTable& {
 #if defined(__x86_64__)

@@ -1,12 +1,11 @@
-// Calls from Python that go to the kernels without the dispatcher, for tensors of a few values and networks of small images,
-// where finding the kernel takes longer than running it.
+// Entry points that call the kernels from Python without the dispatcher: on small tensors, dispatch takes longer than a kernel.
 //
-// An entry takes what can be seen to be right and usual (plain CPU tensors in one of torch's ordinary states, nothing to
-// record) and declines everything else by returning NotImplemented: then the caller goes the general way, which words the
-// errors. Where a call is right and usual but records a gradient, it returns None.
+// An entry point serves valid calls of the common case (plain CPU tensors, no modes, nothing to record) and returns
+// NotImplemented for all others: the caller then uses the dispatcher, which raises the errors. For a valid call that needs a
+// gradient it returns None.
 //
-// Python's limited API and LibTorch's stable ABI are all that is used. The two functions that turn Python's tensors into
-// handles are torch's from 2.14 on; in an older torch they are absent, and every call is declined.
+// Only Python's limited API and LibTorch's stable ABI are used. torch 2.14 added the two functions that turn Python's tensors
+// into handles; with an older torch they are absent, and every call is declined.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -35,57 +34,57 @@ namespace {
 
 // ---- the state of the process --------------------------------------------------------------------------------------
 
-// What `eager_setup` is given; null before.
+// The arguments of `eager_setup`; null before it is called.
 struct Torch {
   PyTypeObject *tensor, *parameter;
-  PyObject* forced;    // a list, empty unless a backend is forced
-  PyObject* states;    // functions without arguments; of one that returns something true, the state is unusual
-  PyObject* forward_ad;  // the __dict__ of torch.autograd.forward_ad
-  PyObject *count_write, *inference_mode;       // torch._C._increment_version, torch.is_inference_mode_enabled
-  PyObject *level, *requires_grad;              // names of attributes
-  PyObject *is_neg, *is_inference;              // methods
+  PyObject* forced;                        // a list, empty unless a backend is forced
+  PyObject* states;                        // functions that return true if a mode, transform, trace or profiler is active
+  PyObject* forward_ad;                    // the __dict__ of torch.autograd.forward_ad
+  PyObject *count_write, *inference_mode;  // torch._C._increment_version, torch.is_inference_mode_enabled
+  PyObject *level, *requires_grad;         // names of attributes
+  PyObject *is_neg, *is_inference;         // methods
 };
 Torch* torch_state = nullptr;
 
-bool is_usual() {
+// Whether no mode, transform, trace, profiler or forced backend is active.
+bool is_common_state() {
   if (!torch_state || PyList_Size(torch_state->forced) != 0) return false;
   PyObject* level = PyDict_GetItemWithError(torch_state->forward_ad, torch_state->level);
   if (!level || PyLong_AsLong(level) >= 0) return false;
   const Py_ssize_t count = PyTuple_Size(torch_state->states);
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* state = PyObject_CallNoArgs(PyTuple_GetItem(torch_state->states, i));
-    const int unusual = state ? PyObject_IsTrue(state) : -1;
+    const int active = state ? PyObject_IsTrue(state) : -1;
     Py_XDECREF(state);
-    if (unusual != 0) return false;
+    if (active != 0) return false;
   }
   return true;
 }
 
 // ---- arguments -----------------------------------------------------------------------------------------------------
 
-// An argument that an entry does not take.
+// Thrown to decline a call.
 struct Declined {};
 void require(bool condition) {
   if (!condition) throw Declined{};
 }
 void check(AOTITorchError error) { require(error == AOTI_TORCH_SUCCESS); }
 
-// Whether a method that answers with a bool says yes.
-bool says(PyObject* method, PyObject* object) {
-  PyObject* answer = PyObject_CallFunctionObjArgs(method, object, nullptr);
-  Py_XDECREF(answer);  // True and False are not freed
-  require(answer == Py_True || answer == Py_False);
-  return answer == Py_True;
+// Calls a method that returns a bool.
+bool call_bool(PyObject* method, PyObject* object) {
+  PyObject* result = PyObject_CallFunctionObjArgs(method, object, nullptr);
+  Py_XDECREF(result);  // True and False are not freed
+  require(result == Py_True || result == Py_False);
+  return result == Py_True;
 }
 
-// A dense CPU tensor of floating-point numbers that is what it looks like: no subclass, no view that negates, not nested,
-// batched, functional or symbolic, and not empty.
-class Plain {
+// A dense, non-empty CPU tensor: no subclass, no negative view, not nested, batched, functional or symbolic.
+class DenseTensor {
  public:
-  Plain() = default;
-  explicit Plain(PyObject* object) : object_(object) {
+  DenseTensor() = default;
+  explicit DenseTensor(PyObject* object) : object_(object) {
     require(Py_TYPE(object) == torch_state->tensor || Py_TYPE(object) == torch_state->parameter);
-    require(!says(torch_state->is_neg, object));
+    require(!call_bool(torch_state->is_neg, object));
     check(torch_tensor_from_pyobject(object, &handle_));
     describe();
     require(layout_ == aoti_torch_layout_strided() && device_ == aoti_torch_device_type_cpu());
@@ -94,31 +93,31 @@ class Plain {
     require(dim <= 64 && memory_order(sizes, strides, dim, order, used));
   }
   // An uninitialised tensor.
-  Plain(const int64_t* sizes_, const int64_t* strides_, int64_t dim_, int32_t dtype_) {
+  DenseTensor(const int64_t* sizes_, const int64_t* strides_, int64_t dim_, int32_t dtype_) {
     check(aoti_torch_empty_strided(dim_, sizes_, strides_, dtype_, aoti_torch_device_type_cpu(), 0, &handle_));
     describe();
   }
-  Plain like() const { return Plain(sizes, strides, dim, dtype); }
-  Plain contiguous_like() const {
+  DenseTensor like() const { return DenseTensor(sizes, strides, dim, dtype); }
+  DenseTensor contiguous_like() const {
     int64_t dense[64], step = 1;
     for (int64_t d = dim; d-- > 0; step *= sizes[d]) dense[d] = step;
-    return Plain(sizes, dense, dim, dtype);
+    return DenseTensor(sizes, dense, dim, dtype);
   }
-  Plain(Plain&& other) noexcept { *this = std::move(other); }
-  Plain& operator=(Plain&& other) noexcept {
+  DenseTensor(DenseTensor&& other) noexcept { *this = std::move(other); }
+  DenseTensor& operator=(DenseTensor&& other) noexcept {
     std::swap(handle_, other.handle_), std::swap(object_, other.object_);
     dim = other.dim, numel = other.numel, sizes = other.sizes, strides = other.strides, dtype = other.dtype, data = other.data;
     return *this;
   }
-  ~Plain() {
+  ~DenseTensor() {
     if (handle_) aoti_torch_delete_tensor_object(handle_);
   }
 
   explicit operator bool() const { return handle_; }
   bool is_wide() const { return dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_float64(); }
   bool is_double() const { return dtype == aoti_torch_dtype_float64(); }
-  bool has_shape_of(const Plain& other) const { return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes); }
-  bool has_strides_of(const Plain& other) const {
+  bool has_shape_of(const DenseTensor& other) const { return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes); }
+  bool has_strides_of(const DenseTensor& other) const {
     for (int64_t d = 0; d < dim; ++d)
       if (strides[d] != other.strides[d] && sizes[d] != 1) return false;
     return true;
@@ -135,9 +134,9 @@ class Plain {
     require(flag != nullptr);
     return flag == Py_True;
   }
-  // As torch's operations in place do: autograd notices.
+  // Increments the version, as torch's in-place operations do.
   void count_write() const {
-    if (says(torch_state->is_inference, object_)) require(says(torch_state->inference_mode, nullptr));
+    if (call_bool(torch_state->is_inference, object_)) require(call_bool(torch_state->inference_mode, nullptr));
     PyObject* tensors = PyTuple_New(1);
     require(tensors != nullptr);
     PyTuple_SetItem(tensors, 0, Py_NewRef(object_));
@@ -146,7 +145,7 @@ class Plain {
     Py_XDECREF(done);
     require(done != nullptr);
   }
-  bool shares_memory_with(const Plain& other) const {
+  bool shares_memory_with(const DenseTensor& other) const {
     const char *from = static_cast<const char*>(data), *others = static_cast<const char*>(other.data);
     return from < others + other.bytes() && others < from + bytes();
   }
@@ -158,7 +157,7 @@ class Plain {
     require(dtype == aoti_torch_dtype_float16());
     return DType::kHalf;
   }
-  // As a new reference; of a tensor that came from Python, the object it came as.
+  // A new reference; for a tensor from Python, to the same object.
   PyObject* to_python() const {
     if (object_) return Py_NewRef(object_);
     void* object = nullptr;
@@ -205,89 +204,88 @@ bool is_unit_interval(double value) { return 0.0 <= value && value <= 1.0; }
 
 // ---- calls ---------------------------------------------------------------------------------------------------------
 
-// Lets other threads of Python run meanwhile.
-class Unlocked {
+// Releases the GIL.
+class GilRelease {
  public:
-  Unlocked() : state_(PyEval_SaveThread()) {}
-  ~Unlocked() { PyEval_RestoreThread(state_); }
+  GilRelease() : state_(PyEval_SaveThread()) {}
+  ~GilRelease() { PyEval_RestoreThread(state_); }
 
  private:
   PyThreadState* state_;
 };
 
-// The arguments of a channelwise op, read one by one.
+// Reads the arguments of a channelwise op one by one, and runs it.
 template <class Op>
 struct EagerCall {
   static constexpr int kParams = kParamsOf<Op>;
 
-  Plain x, given[kParams], residual;
+  DenseTensor x, params[kParams], residual;
   Operands in{};
   typename Op::Attributes attributes{};
-  int64_t channel_dim = -1, channels = 1;  // channel_dim < 0: none was given
-  bool records = false;
+  int64_t channel_dim = -1, channels = 1;  // channel_dim < 0: none
+  bool records = false;                    // whether autograd records the call
 
   explicit EagerCall(PyObject* object) : x(object), grad_mode_(aoti_torch_grad_mode_is_enabled()) {
     in.dtype = x.type();
     in.x = x.data;
     for (int i = 0; i < kParams; ++i) in.params[i].fallback = parameter_of<Op>(i).fallback.value_or(0.0);
-    note(x);
+    note_grad(x);
   }
-  // None, or a dimension, which may be counted from the end.
-  void channels_along(PyObject* object) {
+  // None, or a dimension, possibly negative.
+  void set_channel_dim(PyObject* object) {
     if (object == Py_None) return;
     channel_dim = integer(object);
     require(-x.dim <= channel_dim && channel_dim < x.dim);
     if (channel_dim < 0) channel_dim += x.dim;
     channels = x.sizes[channel_dim];
   }
-  // A parameter that is one value, or `count` of them; `runs`: or a number of values that divides that.
-  void parameter(int i, PyObject* object, int64_t count, bool runs = false) {
-    given[i] = Plain(object);
-    const int64_t values = given[i].numel;
-    require(given[i].is_wide() && given[i].dim <= 1 && (values == 1 || values == count || (runs && count % values == 0)));
-    of(i, given[i], values);
+  // A parameter of one value or `count` values; with `runs`, of any number that divides `count`.
+  void set_parameter(int i, PyObject* object, int64_t count, bool runs = false) {
+    params[i] = DenseTensor(object);
+    const int64_t values = params[i].numel;
+    require(params[i].is_wide() && params[i].dim <= 1 && (values == 1 || values == count || (runs && count % values == 0)));
+    set_parameter(i, params[i], values);
   }
-  void of(int i, const Plain& tensor, int64_t values) {
+  void set_parameter(int i, const DenseTensor& tensor, int64_t values) {
     require(tensor.is_contiguous());
     in.params[i] = {.data = tensor.data, .is_double = tensor.is_double(), .count = values, .fallback = in.params[i].fallback};
-    note(tensor);
+    note_grad(tensor);
   }
-  // The same, or a number.
-  void parameter_or_number(int i, PyObject* object, bool in_unit_interval) {
-    if (!PyFloat_CheckExact(object)) return parameter(i, object, channels);
+  void set_parameter_or_number(int i, PyObject* object, bool in_unit_interval) {
+    if (!PyFloat_CheckExact(object)) return set_parameter(i, object, channels);
     in.params[i].fallback = PyFloat_AsDouble(object);
     require(!in_unit_interval || is_unit_interval(in.params[i].fallback));
   }
-  void add(PyObject* object) {
+  void set_residual(PyObject* object) {
     if (object == Py_None) return;
-    residual = Plain(object);
+    residual = DenseTensor(object);
     require(residual.dtype == x.dtype && residual.has_shape_of(x) && residual.has_strides_of(x));
     in.residual = residual.data;
-    note(residual);
+    note_grad(residual);
   }
-  void note(const Plain& tensor) { records = records || (grad_mode_ && tensor.requires_grad()); }
+  void note_grad(const DenseTensor& tensor) { records = records || (grad_mode_ && tensor.requires_grad()); }
 
-  void view() {
+  void set_view() {
     bool shared = true;
     for (const Param& p : in.params) shared = shared && p.count == 1;
     in.view = view_of(x.sizes, x.strides, x.dim, shared ? -1 : channel_dim, false);
   }
-  // As ctkernels/ops/memory.py has it.
+  // With the checks of ctkernels/ops/memory.py.
   PyObject* forward_in_place() {
-    for (const Plain& t : given) require(!t || !t.shares_memory_with(x));
+    for (const DenseTensor& t : params) require(!t || !t.shares_memory_with(x));
     require(!residual || residual.data == x.data || !residual.shares_memory_with(x));
     x.count_write();
     return write_over();
   }
   PyObject* forward() {
-    view();
-    const Plain y = x.like();
+    set_view();
+    const DenseTensor y = x.like();
     run(y.data);
     return y.to_python();
   }
-  // Once values have been written over, the general way would start from the wrong ones: an error is one.
+  // Raises instead of declining: the dispatcher path would start from values that are already overwritten.
   PyObject* write_over() {
-    view();
+    set_view();
     try {
       run(x.data);
     } catch (const std::exception& error) {
@@ -295,33 +293,33 @@ struct EagerCall {
     }
     return x.to_python();
   }
-  // A gradient for every input whose flag in `needs` is set, None for the others; `needs` has flags of other arguments before.
-  PyObject* gradients(PyObject* needs, const Plain& dy) {
-    note(dy);
+  // A gradient for every input whose flag in `needs` is set, None for the others. Flags of other arguments may come first.
+  PyObject* gradients(PyObject* needs, const DenseTensor& dy) {
+    note_grad(dy);
     require(dy.dtype == x.dtype && dy.has_shape_of(x) && dy.has_strides_of(x) && !records);
-    view();
+    set_view();
     constexpr int kInputs = 1 + kParams + (Op::kPrologue ? 1 : 0);
     const Py_ssize_t before = PyTuple_Size(needs) - kInputs;
     require(before >= 0);
     const auto needed = [&](int i) { return PyTuple_GetItem(needs, before + i) == Py_True; };
-    Plain grads[kInputs];
+    DenseTensor grads[kInputs];
     Gradients out;
-    const auto allocate = [&](int i, Plain grad, void*& slot) {
+    const auto allocate = [&](int i, DenseTensor grad, void*& slot) {
       slot = grad.data;
       grads[i] = std::move(grad);
     };
     if (needed(0)) allocate(0, x.like(), out.dx);
     for (int i = 0; i < kParams; ++i) {
       if (!needed(1 + i)) continue;
-      require(static_cast<bool>(given[i]));
-      allocate(1 + i, given[i].contiguous_like(), out.params[i]);
+      require(static_cast<bool>(params[i]));
+      allocate(1 + i, params[i].contiguous_like(), out.params[i]);
     }
     // Without a scale, x and the residual have the same gradient.
     const bool added = Op::kPrologue && needed(kInputs - 1), same = added && out.dx && !in.params[Op::kParams].data;
     require(!added || residual);
     if (added && !same) allocate(kInputs - 1, x.like(), out.dresidual);
     {
-      const Unlocked unlocked;
+      const GilRelease unlocked;
       Driver(dy).template backward<Op>(attributes, in, dy.data, out);
     }
     PyObject* result = PyTuple_New(before + kInputs);
@@ -334,27 +332,27 @@ struct EagerCall {
 
  private:
   void run(void* y) {
-    const Unlocked unlocked;
+    const GilRelease unlocked;
     Driver(x).template forward<Op>(attributes, in, y);
   }
 
   bool grad_mode_;
 };
 
-// f(), or NotImplemented where it declines.
+// f(); NotImplemented if it declines, for the wrong number of arguments, or with a mode active.
 template <class F>
-PyObject* declining(bool right, const F& f) {
-  if (right && is_usual()) {
+PyObject* run_or_decline(bool valid_count, const F& f) {
+  if (valid_count && is_common_state()) {
     try {
       return f();
-    } catch (...) {  // with memory gone, say, the general way fails too, and tells
+    } catch (...) {  // the dispatcher path reports any other error, such as a lack of memory
     }
   }
   PyErr_Clear();
   return Py_NewRef(Py_NotImplemented);
 }
 
-// Two tuples, one after the other.
+// Concatenates two tuples.
 template <size_t n>
 void flatten(PyObject* first, PyObject* second, PyObject* (&to)[n]) {
   const Py_ssize_t split = PyTuple_Size(first);
@@ -369,23 +367,23 @@ constexpr int kCtuArguments = 10;
 
 EagerCall<CtuOp> ctu_call(PyObject* x, PyObject* const* args) {
   EagerCall<CtuOp> call(x);
-  call.channels_along(args[6]);
+  call.set_channel_dim(args[6]);
   const bool raw = flag(args[8]);
   call.attributes = CtuOp::attributes(integer(args[7]), raw, number(args[9]));
   require(is_unit_interval(call.attributes.eps));
-  kernel_of<CtuOp>(call.attributes.kind);  // throws for a kind that is none
-  call.parameter_or_number(CtuOp::kBeta, args[0], !raw);
-  call.parameter_or_number(CtuOp::kCoeff, args[1], !raw);
-  if (call.attributes.kind == CtuOp::Variant::kLeaky) call.parameter_or_number(CtuOp::kSlope, args[2], false);
+  kernel_of<CtuOp>(call.attributes.kind);  // throws for an unknown kind
+  call.set_parameter_or_number(CtuOp::kBeta, args[0], !raw);
+  call.set_parameter_or_number(CtuOp::kCoeff, args[1], !raw);
+  if (call.attributes.kind == CtuOp::Variant::kLeaky) call.set_parameter_or_number(CtuOp::kSlope, args[2], false);
   for (int i = 0; i < 2; ++i)
-    if (args[3 + i] != Py_None) call.parameter(CtuOp::kParams + i, args[3 + i], call.channels);
-  call.add(args[5]);
+    if (args[3 + i] != Py_None) call.set_parameter(CtuOp::kParams + i, args[3 + i], call.channels);
+  call.set_residual(args[5]);
   return call;
 }
 
 // ctu(x, beta, coeff, slope, scale, shift, residual, channel_dim, kind, raw, eps)
 PyObject* ctu(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return declining(count == 1 + kCtuArguments, [&] {
+  return run_or_decline(count == 1 + kCtuArguments, [&] {
     auto call = ctu_call(args[0], args + 1);
     return call.records ? Py_NewRef(Py_None) : call.forward();
   });
@@ -393,7 +391,7 @@ PyObject* ctu(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // The same, written over x; declined where it records a gradient.
 PyObject* ctu_(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return declining(count == 1 + kCtuArguments, [&] {
+  return run_or_decline(count == 1 + kCtuArguments, [&] {
     auto call = ctu_call(args[0], args + 1);
     require(!call.records);
     return call.forward_in_place();
@@ -402,15 +400,15 @@ PyObject* ctu_(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // ctu_gradients(needs, dy, (x, beta, coeff, slope, scale, shift, residual), (channel_dim, kind, raw, eps))
 PyObject* ctu_gradients(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return declining(count == 4, [&] {
+  return run_or_decline(count == 4, [&] {
     PyObject* flat[1 + kCtuArguments];
     flatten(args[2], args[3], flat);
-    return ctu_call(flat[0], flat + 1).gradients(args[0], Plain(args[1]));
+    return ctu_call(flat[0], flat + 1).gradients(args[0], DenseTensor(args[1]));
   });
 }
 
 // Value `c` of a BatchNorm's vector.
-double read(const Plain& t, int64_t c) {
+double read(const DenseTensor& t, int64_t c) {
   switch (t.type()) {
     case DType::kFloat: return static_cast<const float*>(t.data)[c];
     case DType::kDouble: return static_cast<const double*>(t.data)[c];
@@ -425,22 +423,22 @@ double read(const Plain& t, int64_t c) {
 
 // ctu_after_norm(x, beta, coeff, slope, None, None, residual, channel_dim, kind, raw, eps, mean, variance, gain, offset, norm_eps)
 //
-// ctu(gain (x - mean) / sqrt(variance + norm_eps) + offset + residual), channels along dimension 1, written over x. The
-// caller alone has x.
+// ctu(gain (x - mean) / sqrt(variance + norm_eps) + offset + residual), channels along dimension 1, written over x, which only
+// the caller refers to.
 PyObject* ctu_after_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return declining(count == 1 + kCtuArguments + 5, [&] {
+  return run_or_decline(count == 1 + kCtuArguments + 5, [&] {
     auto call = ctu_call(args[0], args + 1);
     require(call.x.dim > 1 && (call.channel_dim == 1 || call.channel_dim < 0));
     call.channel_dim = 1;
     PyObject* const* norm = args + 1 + kCtuArguments;
     const int64_t channels = call.x.sizes[1];
-    Plain vectors[4];  // mean, variance, gain, offset
+    DenseTensor vectors[4];  // mean, variance, gain, offset
     const bool half = call.in.dtype == DType::kBFloat16 || call.in.dtype == DType::kHalf;
     for (int i = 0; i < 4; ++i) {
       if (i >= 2 && norm[i] == Py_None) continue;
-      Plain& t = vectors[i] = Plain(norm[i]);
+      DenseTensor& t = vectors[i] = DenseTensor(norm[i]);
       require(t.dim == 1 && t.numel == channels && (t.dtype == call.x.dtype || (half && t.dtype == aoti_torch_dtype_float32())));
-      call.note(t);
+      call.note_grad(t);
     }
     if (call.records) return Py_NewRef(Py_None);
     const double eps = number(norm[4]);
@@ -459,17 +457,17 @@ PyObject* ctu_after_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // ---- head_edit -----------------------------------------------------------------------------------------------------
 
-// The flat arguments that the op takes: z, m, a, g_m, g_a, channel_dim
+// The flat arguments of the op: z, m, a, g_m, g_a, channel_dim
 EagerCall<HeadEditOp> head_edit_call(PyObject* const* args) {
   EagerCall<HeadEditOp> call(args[0]);
-  call.channels_along(args[5]);
+  call.set_channel_dim(args[5]);
   for (int i = 0; i < HeadEditOp::kParams; ++i)
-    if (args[1 + i] != Py_None) call.parameter(i, args[1 + i], call.channels, true);
+    if (args[1 + i] != Py_None) call.set_parameter(i, args[1 + i], call.channels, true);
   return call;
 }
 
 PyObject* head_edit(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return declining(count == 6, [&] {
+  return run_or_decline(count == 6, [&] {
     auto call = head_edit_call(args);
     return call.records ? Py_NewRef(Py_None) : call.forward();
   });
@@ -477,10 +475,10 @@ PyObject* head_edit(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // head_edit_gradients(needs, dy, (z, m, a, g_m, g_a), (channel_dim,))
 PyObject* head_edit_gradients(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return declining(count == 4, [&] {
+  return run_or_decline(count == 4, [&] {
     PyObject* flat[6];
     flatten(args[2], args[3], flat);
-    return head_edit_call(flat).gradients(args[0], Plain(args[1]));
+    return head_edit_call(flat).gradients(args[0], DenseTensor(args[1]));
   });
 }
 
@@ -493,24 +491,24 @@ EagerCall<HeadEditOp> heads_call(PyObject* const* args) {
   for (int i = 0; i < 2; ++i) {
     const int edit = HeadEditOp::kM + i, gate = HeadEditOp::kGateM + i;
     if (args[1 + edit] != Py_None) {
-      Plain& t = call.given[edit] = Plain(args[1 + edit]);
+      DenseTensor& t = call.params[edit] = DenseTensor(args[1 + edit]);
       require(t.is_wide() && t.dim == 2 && t.numel == channels);
-      call.of(edit, t, channels);
+      call.set_parameter(edit, t, channels);
     }
     if (args[1 + gate] == Py_None) continue;
-    require(static_cast<bool>(call.given[edit]));
-    Plain& t = call.given[gate] = Plain(args[1 + gate]);
-    require(t.is_wide() && t.dim == 1 && t.numel == call.given[edit].sizes[0]);
-    call.of(gate, t, t.numel);
+    require(static_cast<bool>(call.params[edit]));
+    DenseTensor& t = call.params[gate] = DenseTensor(args[1 + gate]);
+    require(t.is_wide() && t.dim == 1 && t.numel == call.params[edit].sizes[0]);
+    call.set_parameter(gate, t, t.numel);
   }
-  const Plain &m = call.given[HeadEditOp::kM], &a = call.given[HeadEditOp::kA];
+  const DenseTensor &m = call.params[HeadEditOp::kM], &a = call.params[HeadEditOp::kA];
   require((m || a) && (!m || !a || m.has_shape_of(a)));
   return call;
 }
 
 // head_edit_of_heads(z, m, a, g_m, g_a)
 PyObject* head_edit_of_heads(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return declining(count == 5, [&] {
+  return run_or_decline(count == 5, [&] {
     auto call = heads_call(args);
     return call.records ? Py_NewRef(Py_None) : call.forward();
   });
@@ -518,14 +516,14 @@ PyObject* head_edit_of_heads(PyObject*, PyObject* const* args, Py_ssize_t count)
 
 // head_edit_of_heads_gradients(needs, dy, (z, m, a, g_m, g_a), ())
 PyObject* head_edit_of_heads_gradients(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return declining(count == 4, [&] {
+  return run_or_decline(count == 4, [&] {
     PyObject* flat[5];
     flatten(args[2], args[3], flat);
-    return heads_call(flat).gradients(args[0], Plain(args[1]));
+    return heads_call(flat).gradients(args[0], DenseTensor(args[1]));
   });
 }
 
-// ---- what a fused call was read with -------------------------------------------------------------------------------
+// ---- snapshots of modules (fusion/layers.py) -----------------------------------------------------------------------
 
 bool has_pairs(PyObject* dict, PyObject* pairs) {
   if (!PyDict_Check(dict) || 2 * PyDict_Size(dict) != PyTuple_Size(pairs)) return false;
@@ -547,8 +545,8 @@ bool has_attributes(PyObject* cls, PyObject* pairs) {
   return true;
 }
 
-// unchanged(((object, class, (name, value, ...), ((dict, (key, value, ...)), ...)), ...)): whether every object is of its class,
-// every class has those attributes, and every dict those entries in that order, all the very same objects.
+// unchanged(((object, class, (name, value, ...), ((dict, (key, value, ...)), ...)), ...)): whether every object still has its
+// class, every class its attributes, and every dict its entries in that order, all compared by identity.
 PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 1) return PyErr_Format(PyExc_TypeError, "unchanged takes 1 argument, got %zd", count);
   for (Py_ssize_t i = 0; i < PyTuple_Size(args[0]); ++i) {
@@ -569,8 +567,8 @@ PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // ---- the module ----------------------------------------------------------------------------------------------------
 
-// eager_setup(Tensor, Parameter, forced, states, forward_ad, count_write, inference_mode): see Torch. False where this torch
-// lacks what is needed.
+// eager_setup(Tensor, Parameter, forced, states, forward_ad, count_write, inference_mode): see Torch. Returns False if this
+// torch lacks the functions needed.
 PyObject* eager_setup(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 7) return PyErr_Format(PyExc_TypeError, "eager_setup takes 7 arguments, got %zd", count);
   if (torch_tensor_from_pyobject == nullptr || torch_tensor_to_pyobject == nullptr) return Py_NewRef(Py_False);

@@ -1,6 +1,5 @@
-// The kernels of one SIMD level. The build compiles this file once per level, with that level's flags and with CTK_LEVEL
-// naming the table it exports. Everything else has internal linkage: the linker cannot pick a wide level's code for a
-// narrow machine.
+// The kernels of one SIMD level. The build compiles this file once per level, with that level's flags; CTK_LEVEL names the table
+// it exports. Everything else has internal linkage, so that the linker cannot pick a wide level's code for a narrow machine.
 #include "kernels.h"
 
 #if defined(__F16C__)
@@ -32,7 +31,7 @@ struct Lane {
   CTK_HD T operator()(int i) const { return p[i * stride]; }
 };
 
-// One variant of an op in one type.
+// One variant of an op's arithmetic in one type.
 template <class Op_, typename Op_::Variant variant, class T, class Math>
 struct Unit : Op_::template Arithmetic<variant, T, Math> {
   using Op = Op_;
@@ -40,11 +39,11 @@ struct Unit : Op_::template Arithmetic<variant, T, Math> {
   static constexpr bool kFactor = kHasFactor<Op>;
   static constexpr int kSums = Op::template Arithmetic<variant, T, Math>::Gradients::kSums;
   static_assert(kSums >= 1 && kSums <= 5, "CTK_ADD_TERMS");
-  // Rows whose sums of a lane are added up in registers: memory-bound ops gain from it.
+  // Rows whose terms are summed per lane in registers: memory-bound ops gain from it.
   static constexpr int kRows = Op::kMemoryBound ? 4 : 1;
 };
 
-// Each sum by its own name: the compiler keeps no array in vector registers.
+// A name for each sum: the compiler does not keep arrays in vector registers.
 #define CTK_ADD_TERMS(Unit, s0, s1, s2, s3, s4, terms)     \
   s0 += (terms)[0];                                        \
   if constexpr (Unit::kSums > 1) s1 += (terms)[1];         \
@@ -60,7 +59,7 @@ CTK_HD T forward_at(const T* w, const T* factor, int64_t i, const K& k) {
   else return y;
 }
 
-// The gradients at value i, of which those of w and the factor are stored, and the terms of the sums returned.
+// Stores the gradients of w and the factor at value i; returns the terms of the sums.
 template <class Unit, class T, class K>
 CTK_HD auto backward_at(const T* w, const T* factor, T dy, T* dw, T* dfactor, int64_t i, const K& k) {
   const T value = w[i], scaled = [&]() __attribute__((always_inline)) {
@@ -73,7 +72,7 @@ CTK_HD auto backward_at(const T* w, const T* factor, T dy, T* dw, T* dfactor, in
   return g;
 }
 
-// Between rows of what has the layout of x.
+// Distance between rows of tensors with the layout of x.
 template <class Unit, class T>
 CTK_HD int64_t in_row(const Run<T>& run) { return Unit::kFactor ? run.in_row : run.row; }
 

@@ -1,20 +1,20 @@
-// The seam between the driver (compiled once, for any machine) and the kernels (compiled once per SIMD level).
+// The interface between the driver (compiled once, for any machine) and the kernels (compiled once per SIMD level).
 #pragma once
 #include "../driver.h"
 
 namespace ctk::cpu {
 
-// How constants lie. kPlane: one set for a run of values, which belong to one channel. kLanes: one set per lane of a row,
-// constant i of lane j at constants[i * stride + j].
+// Layout of the constants. kPlane: one set for a run, whose values belong to one channel. kLanes: a set per lane of a row;
+// constant i of lane j is constants[i * stride + j].
 enum Layout : int { kPlane = 0, kLanes = 1 };
 
-// n values with one set of constants, or rows of n lanes.
+// The part of a tensor that a kernel call works on: n values with one set of constants, or rows of n lanes.
 template <class T>
 struct Run {
   Layout layout;
   int64_t offset, n;      // in values
   int64_t rows = 1, row;  // kLanes: this many rows, `row` values apart
-  int64_t in, in_row;     // offset and row of x, of what has its layout, and of their gradients: others if the view is packed
+  int64_t in, in_row;     // offset and row distance of tensors with the layout of x: differ from the others if packed
   int64_t lane = 0;       // kLanes: the first value's lane
   const T* constants;     // of the first lane
   int64_t stride = 1;     // 1: kPlane
@@ -23,20 +23,18 @@ struct Run {
   int64_t step() const { return layout == kLanes ? 1 : 0; }
 };
 
-// Sums go to totals[k] in a plane, and lane j's to lanes[k * stride + j].
-//
-// Block kernels run over a short run of values that are already in the compute type (float, or double for double) and in
-// L1: dtypes, layouts and threads are the driver's business.
+// Block kernels work on a short run that is in L1 and in the compute type (float, or double for double): the driver handles
+// dtypes, layouts and threads. Sum k is added to totals[k] in a plane, to lanes[k * stride + j] for lane j otherwise.
 template <class T>
 struct BlockKernels {
-  int sums;  // of this variant: the op's own, and not the prologue's
-  int rows;  // that lane kernels take at once
+  int sums;  // of this variant, without the prologue's
+  int rows;  // that lane kernels process at once
   void (*forward[2])(const T* w, const T* factor, T* y, const Run<T>& run);  // [layout]
   void (*backward[2][2])(const T* w, const T* factor, const T* dy, T* dw, T* dfactor, const Run<T>& run, double* totals,
                          T* lanes);  // [layout][with sums]
 };
 
-// Between memory and block kernels: dtypes and the prologue.
+// Staging of block kernels: conversion between dtypes, and the prologue.
 template <class T>
 struct Staging {
   void (*load[kDTypes])(const void* from, T* to, int64_t n);
@@ -48,11 +46,11 @@ struct Staging {
   void (*prologue_lane_sums)(const T* g, const T* x, T* dscale, T* dshift, int64_t n);
 };
 
-// Memory kernels do all in one pass from memory to memory, in any dtype.
+// Memory kernels work in one pass from memory to memory, in any dtype. Pointers are to the run's first value.
 struct MemoryCall {
   const Run<float>& run;
-  const void *x, *residual, *factor, *dy = nullptr;  // of the run's first value; null: there is none
-  void *y = nullptr, *dx = nullptr, *dresidual = nullptr, *dfactor = nullptr;  // null: not wanted
+  const void *x, *residual, *factor, *dy = nullptr;  // null: absent
+  void *y = nullptr, *dx = nullptr, *dresidual = nullptr, *dfactor = nullptr;  // null: not requested
   double* totals = nullptr;
   float* lanes = nullptr;
   bool stream = false;  // results bypass the caches; every row of them is aligned to 64 bytes
@@ -69,7 +67,7 @@ struct KernelTable {
   BlockKernels<double> f64[kKernels];
   Staging<float> stage32;
   Staging<double> stage64;
-  MemoryKernels memory[kDTypes][kKernels];  // empty where this level has nothing better than the above
+  MemoryKernels memory[kDTypes][kKernels];  // null where block kernels are as good
 
   const MemoryKernels* memory_kernels(Kernel k, DType t, bool prologue) const {
     const MemoryKernels& kernels = memory[static_cast<int>(t)][static_cast<int>(k)];
@@ -87,7 +85,7 @@ struct KernelTable {
   }
 };
 
-// The widest level that this machine can run.
+// The kernels of the widest level that this machine supports.
 const KernelTable& kernel_table();
 
 }  // namespace ctk::cpu

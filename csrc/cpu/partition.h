@@ -1,5 +1,5 @@
-// The partition of a tensor: tiles, each summed on its own, in an order that depends on the shape alone; and within a tile the
-// runs that a kernel is called with.
+// The partition of a tensor into tiles, each with its own partial sums, as a function of the shape alone; and of tiles into
+// runs, one per kernel call.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -11,18 +11,18 @@
 namespace ctk::cpu {
 namespace {
 
-// Values per call of a block kernel: three or four float buffers of it stay in L1.
+// Values per call of a block kernel: three or four float buffers of this size stay in L1.
 constexpr int64_t kBlock = 1024;
 // Values per call of a memory kernel.
 constexpr int64_t kLongBlock = 4096;
-// Values per tile. It decides how sums are grouped, so it must not depend on the machine or the number of threads.
+// Values per tile. Determines how sums are grouped, so it must not depend on the machine or the number of threads.
 constexpr int64_t kTile = 16384;
-// Constants and sums of this many lanes stay in L1 while a strip of rows goes by.
+// Constants and sums of this many lanes stay in L1 during a strip of rows.
 constexpr int64_t kLaneBlock = 256;
 constexpr int64_t kStripRows = 16;
-// Channels with at least this many neighbouring values are planes, with their constants in registers; others are lanes.
+// Channels with at least this many neighbouring values are planes, with constants in registers; others are lanes.
 constexpr int64_t kMinPlane = 16;
-// Sums of a lane: at most this many slots, each of which adds up, in double, float sums of kFlushRows rows.
+// Partial sums per lane: at most kMaxCuts slots, each the sum, in double, of float sums over kFlushRows rows.
 constexpr int64_t kMaxCuts = 32;
 constexpr int64_t kFlushRows = 64;
 static_assert(kFlushRows % kStripRows == 0, "sums are flushed between strips");
@@ -71,11 +71,10 @@ void for_tiles(const Partition& p, const F& f) {
   else torch::stable::parallel_for(0, p.tiles, grain, f);
 }
 
-// Channels whose parameters are read at once: their values, constants and sums are on the stack, which may be as small as
-// 16 KiB (OMP_STACKSIZE).
+// Channels whose parameters, constants and sums are on the stack at once; it may be as small as 16 KiB (OMP_STACKSIZE).
 constexpr int64_t kChannelBlock = 16;
 
-// f(begin, end) over blocks of channels, on several threads if there are many.
+// Calls f(begin, end) for blocks of channels, on several threads if there are many.
 template <class Op, class F>
 void for_channels(int64_t channels, const F& f) {
   const auto blocks = [&](int64_t begin, int64_t end) {
@@ -85,7 +84,7 @@ void for_channels(int64_t channels, const F& f) {
   else torch::stable::parallel_for(0, channels, Op::kParallelChannels, blocks);
 }
 
-// The parameters of a block of channels.
+// The parameters of a block of channels, in double.
 template <class Op>
 struct ParamBlock {
   double values[kParamsOf<Op>][kChannelBlock];
@@ -99,7 +98,7 @@ struct ParamBlock {
       else read(p, static_cast<const float*>(p.data), g, in.view.channels, begin, end, to);
     }
   }
-  // Those of the op itself, of one channel.
+  // The op's own parameters of channel j of the block.
   void get(int64_t j, double (&p)[Op::kParams]) const {
     for (int i = 0; i < Op::kParams; ++i) p[i] = values[i][j];
   }
@@ -138,7 +137,7 @@ Constants<T> precompute(const typename Op::Attributes& attributes, const Operand
   Constants<T> k;
   k.count = count;
   for (int i = 0; i < kParamsOf<Op>; ++i) k.groups = std::max(k.groups, in.params[i].groups);
-  // Channels that differ in their scale and shift alone have the op's own constants in common.
+  // Channels that differ only in scale and shift share the op's constants.
   const bool shared = std::all_of(in.params, in.params + Op::kParams, [](const Param& p) { return p.count == 1; });
   k.per_group = count * (partition.layout == kPlane ? v.channels : partition.length);
   k.data.resize(k.groups * k.per_group);
@@ -147,16 +146,16 @@ Constants<T> precompute(const typename Op::Attributes& attributes, const Operand
     const int64_t n = end - begin;
     T constants[count][kChannelBlock];
     double p[Op::kParams];
-    T own[Op::kConstants];
+    T op_constants[Op::kConstants];
     for (int64_t j = 0; j < n; ++j) {
       if (j == 0 || !shared) {
         params.get(j, p);
-        Op::precompute(attributes, p, own);
+        Op::precompute(attributes, p, op_constants);
       }
-      for (int i = 0; i < Op::kConstants; ++i) constants[i][j] = own[i];
+      for (int i = 0; i < Op::kConstants; ++i) constants[i][j] = op_constants[i];
       for (int i = Op::kConstants; i < count; ++i) constants[i][j] = static_cast<T>(params.values[Op::kParams + i - Op::kConstants][j]);
     }
-    // One kind of NaN: vector code rounds to 16 bits without looking for NaNs, and 0x7fffffff, which GPUs make, would become -0.
+    // Canonical NaNs: vector code rounds to 16 bits without checking for NaN, and 0x7fffffff, a GPU's NaN, would become -0.
     for (auto& constant : constants)
       for (int64_t j = 0; j < n; ++j)
         if (constant[j] != constant[j]) constant[j] = std::numeric_limits<T>::quiet_NaN();
@@ -181,12 +180,12 @@ Constants<T> precompute(const typename Op::Attributes& attributes, const Operand
   return k;
 }
 
-// How large a run may be: `values` with one set of constants; `rows` rows of `lanes` lanes, in strips of `strip` rows.
+// The largest run: `values` with one set of constants; `rows` rows of `lanes` lanes, in strips of `strip` rows.
 struct RunSize {
   int64_t values, rows, lanes, strip;
 };
 
-// staged: values pass through buffers. rows: those that a kernel takes at once. Memory-bound ops gain more from long runs
+// staged: values pass through buffers. rows: that a kernel processes at once. Memory-bound ops gain more from long runs
 // through memory than from keeping their few constants in L1.
 RunSize run_size(bool staged, bool memory_bound, int64_t rows) {
   if (staged) return {kBlock, 1, kLaneBlock, kStripRows};
@@ -197,7 +196,7 @@ RunSize run_size(bool staged, bool memory_bound, int64_t rows) {
 template <class T, class F>
 void for_runs(const Partition& p, const RunSize& size, const View& v, const Constants<T>& k, bool prologue, int64_t begin,
               int64_t end, const F& f) {
-  // A packed tensor has rows of a factor between those of x.
+  // In a packed tensor, rows of x and of its factor alternate.
   const int64_t period = v.channels * v.inner;
   const auto in = [&](int64_t offset) { return v.packed ? offset + offset / period * period : offset; };
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -243,14 +242,14 @@ void for_runs(const Partition& p, const RunSize& size, const View& v, const Cons
   }
 }
 
-// A thread's sums per lane, which are added to their tile's slot, in double, before float runs out of digits.
+// A thread's sums per lane, flushed to their tile's slot, in double, before float loses digits.
 template <class T>
 class LaneSums {
  public:
   LaneSums(int sums, int64_t length, double* slots) : size_(sums * length), slots_(slots), lanes_(slots ? size_ : 0) {}
   ~LaneSums() { flush(); }
 
-  // To be called before `rows` more rows of `tile` are added.
+  // Call before adding `rows` more rows of `tile`.
   void expect(int64_t tile, int64_t rows) {
     if (tile != tile_ || rows_ == kFlushRows) {
       flush();

@@ -1,4 +1,4 @@
-// What the host hands to the kernels: plain structs, the only argument of each kernel. tests/helpers/cuda_recorder.py reads them.
+// Arguments of the kernels: one plain struct each. tests/helpers/cuda_recorder.py reads them.
 #pragma once
 #include "../driver.h"
 
@@ -6,25 +6,24 @@ namespace ctk::cuda {
 
 // `rows` x `count` values: channel c of group g reads value (g % rows) * count + c / run.
 struct ParamRef {
-  const void* data;  // null: absent, `fallback` everywhere
+  const void* data;  // null: absent; `fallback` for every channel
   double fallback;
   uint32_t rows, count, run;
   bool is_double;
 };
 
-// A parameter gradient as kernels write it: a value per (group, channel). Null: not wanted.
+// A parameter gradient as kernels write it: a value per (group, channel). Null: not requested.
 struct GradRef {
   void* data;
   bool is_double;
 };
 
-// The partition of a tensor. Lengths are in values. A block's tile is `rows_per` rows of a row's columns
-// [col_cut * cols_per, ...): in a plane, of one channel's `width` neighbouring values; in lanes, of the whole periods
-// (channels * inner, `width` values together) that make up a row.
+// The partition of a tensor, in values. A block's tile is `rows_per` rows of the columns from col_cut * cols_per on. A row has
+// `width` values: in a plane, the neighbouring values of one channel; in lanes, whole periods (channels * inner).
 struct Tiling {
   int64_t group, row, width, cols_per;
   uint32_t rows, rows_per, row_cuts, col_cuts, channels, inner;
-  bool packed;  // x and its factor, and so their gradients: rows of each alternate
+  bool packed;  // rows of x and of its factor alternate, and so do those of their gradients
 };
 
 template <class Op>
@@ -32,16 +31,16 @@ struct Channelwise {
   Tiling tiling;
   const void *x, *residual, *factor, *dy;
   void *y, *dx, *dresidual, *dfactor;
-  void* partial;        // [group, slot, sum, column]; null: blocks finish their sums
-  const float* table;   // made by the op's precompute kernel; null: by each block
-  uint32_t wanted;      // mask of the sums to make
-  uint32_t table_rows;  // groups that `table` tells apart
+  void* partial;        // partial sums [group, slot, sum, column]; null: blocks write the gradients
+  const float* table;   // from the op's precompute kernel; null: each block computes it
+  uint32_t wanted;      // mask of the sums to compute
+  uint32_t table_rows;  // 1, or the number of groups
   ParamRef params[kParamsOf<Op>];
   GradRef grads[kParamsOf<Op>];
   typename Op::Attributes attributes;
 };
 
-// parameters -> to[value][row][channel], kTable values.
+// parameters -> to[value][row][channel], kTable values each.
 template <class Op>
 struct Precompute {
   float* to;
@@ -61,8 +60,8 @@ struct ReducePartials {
   typename Op::Attributes attributes;
 };
 
-// Gradients of parameters that channels or groups share: values per (group, channel), added up. Block b makes the value
-// b - first[i] of the last item i with first[i] <= b.
+// Gradients of parameters that channels or groups share: sums of values per (group, channel). Block b computes value b - first
+// of the last item with first <= b.
 struct ReduceShared {
   uint32_t groups, channels, items;
   struct Item {

@@ -1,5 +1,5 @@
-// The CUDA implementations of the ops. Nothing here needs CUDA to load: kernels are started, and the current stream is asked for,
-// through functions that whoever loads this library hands over.
+// The CUDA implementations of the ops. This library loads without CUDA: whoever loads it supplies the functions that launch
+// kernels and return the current stream.
 #include <torch/csrc/stable/accelerator.h>
 
 #include <memory>
@@ -7,8 +7,8 @@
 #include "../binding.h"
 #include "driver.h"
 
-// What starts kernels, and torch's `aoti_torch_get_current_cuda_stream`, which lives in a library that a CPU build of torch
-// does not have, and that Python loads for itself alone: not even a weak reference would find it.
+// `ctk_cuda_launch`, and torch's `aoti_torch_get_current_cuda_stream`. The latter is in a library that a CPU build of torch does
+// not have, and that Python loads privately: not even a weak reference would find it.
 extern "C" {
 __attribute__((visibility("default"))) ctk::cuda::Launcher ctk_cuda_launcher = nullptr;
 __attribute__((visibility("default"))) int32_t (*ctk_cuda_current_stream)(int32_t device_index, void** stream) = nullptr;
@@ -20,18 +20,18 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using namespace ctk::cuda;
 
-// The device of a tensor, made current while this lives, and its current stream.
+// Makes the device of a tensor current while it lives, and launches on its current stream.
 class TorchDriver final : public Driver {
  public:
   explicit TorchDriver(const Tensor& x) : like_(x) {
     STD_TORCH_CHECK(ctk_cuda_launcher, "ctkernels: the library of CUDA kernels is not loaded");
-    if (!x.is_cuda()) return;  // only under a launcher that records
+    if (!x.is_cuda()) return;  // only under a recording launcher
     guard_ = std::make_unique<torch::stable::accelerator::DeviceGuard>(x.get_device_index());
     STD_TORCH_CHECK(ctk_cuda_current_stream, "ctkernels: torch's CUDA library is not loaded");
     TORCH_ERROR_CODE_CHECK(ctk_cuda_current_stream(x.get_device_index(), &stream_));
   }
 
-  // The caching allocator keeps what is freed here for this stream, whose kernels come first.
+  // Freed after the launches: the caching allocator reuses the memory only on this stream, after these kernels.
   void* allocate(int64_t bytes) override {
     scratch_.push_back(torch::stable::new_empty(like_, {(bytes + 7) / 8}, ScalarType::Double));
     blocks_.push_back({scratch_.back().mutable_data_ptr(), bytes});
@@ -54,7 +54,7 @@ class TorchDriver final : public Driver {
 
 }  // namespace
 
-// Makes these functions the kernels of the ops of library `name` for a dispatch key, for as long as the process lives.
+// Registers the kernels for the ops of library `name` under a dispatch key, for the life of the process.
 CTK_EXPORT void ctk_cuda_register(const char* name, const char* key) {
   using torch::stable::detail::StableLibrary;
   ctk::add_to<TorchDriver>(*new StableLibrary(StableLibrary::Kind::IMPL, name, key, __FILE__, __LINE__));

@@ -1,4 +1,4 @@
-// The channelwise kernels of one storage type: setup.py compiles this file for each, with -DCTK_DTYPE=f32 and so on.
+// The channelwise kernels of one storage type: setup.py compiles this file for each type, with -DCTK_DTYPE=f32 and so on.
 #include "channelwise.cuh"
 #include "ctu.cuh"
 #include "kernel.cuh"
@@ -11,7 +11,7 @@ using f64 = double;
 using bf16 = BFloat16;
 using f16 = Half;
 
-// FULL: with the prologue. V: values a thread moves at a time.
+// FULL: with the prologue. V: values per access of a thread.
 #define CTK_PASSES(STEM, OP, VARIANT, TYPE, FORM, FULL, V)                                                                    \
   CTK_KERNEL(STEM##_forward_##TYPE##_plane_##FORM, kMaxThreads, Channelwise<OP>, (forward<OP, VARIANT, TYPE, true, FULL, V>))   \
   CTK_KERNEL(STEM##_forward_##TYPE##_lanes_##FORM, kMaxThreads, Channelwise<OP>, (forward<OP, VARIANT, TYPE, false, FULL, V>))  \

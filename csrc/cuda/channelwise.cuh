@@ -1,8 +1,8 @@
-// The skeleton of channelwise kernels: loops, accesses, sums. A block owns a tile of a tensor (see Tiling), cut so that
-// its parameters are constants of the block (kPlane) or of each thread's columns (lanes). A thread moves V values at a time, 16
-// bytes where the layout allows.
+// The skeleton of channelwise kernels: loops, accesses, sums. A block owns a tile of a tensor (see Tiling), whose constants are
+// the same for all its values (kPlane) or per column (lanes). A thread accesses V values at a time, 16 bytes if the layout
+// allows.
 //
-// Sums have a fixed order: a thread's own, a tree over a block's threads, then the blocks, by reduce.cuh, in double.
+// Sums have a fixed order: within a thread, a tree over a block's threads, then over blocks (reduce.cu), in double.
 #pragma once
 #include "math.cuh"
 
@@ -13,7 +13,7 @@ struct Tile {
   uint32_t group, plane, row_cut, col_cut, first, last;
   int64_t begin, end;  // columns
   int64_t column;      // of this thread's first value
-  bool inside;         // whether it has one
+  bool inside;         // whether that is within the row
 
   __device__ __forceinline__ explicit Tile(const Tiling& t) {
     uint32_t b = blockIdx.x;
@@ -25,7 +25,7 @@ struct Tile {
     column = begin + threadIdx.x * V;
     inside = column < t.width;
   }
-  // The channels of this thread's values: of a plane, one.
+  // The channels of this thread's values; one in a plane.
   template <int N>
   __device__ __forceinline__ void channels(const Tiling& t, uint32_t (&c)[N]) const {
     const bool plain = t.inner == 1 && t.width == t.channels;
@@ -37,13 +37,13 @@ struct Tile {
   }
 };
 
-// Offsets of a step's values: in results, and in x and what has its layout.
+// Offsets of a step's values: in results, and in tensors with the layout of x.
 struct At {
   int64_t result, x;
 };
 
-// A thread's path through its tile, V values at a time: along the rows of a plane, or down its columns. kPacks: the tensor may
-// be packed, so that x is ahead by as many values as results have before the row.
+// A thread's path through its tile, V values at a time: along the rows of a plane, or down its columns. kPacks: the tensor may be
+// packed; x then has twice as many values before a row as results have.
 template <bool kPlane, int V, bool kPacks>
 struct Walk {
   int64_t result, row, start, ahead = 0, ahead_row = 0;
@@ -73,9 +73,8 @@ struct Walk {
   }
 };
 
-// Calls use(fetch(at), at) along the path. kAhead: what a step reads is fetched a step ahead, since its arithmetic takes
-// less time than memory does. Forward, a plane's few constants leave room for so many threads that this is not worth its
-// instructions.
+// Calls use(fetch(at), at) along the path. kAhead: loads are issued one step ahead, to overlap with arithmetic. In a plane's
+// forward pass, few constants allow so many threads per multiprocessor that this is not worth its instructions.
 template <bool kAhead, bool kPacks, bool kPlane, int V, class Fetch, class Use>
 __device__ __forceinline__ void for_values(const Tiling& t, const Tile<kPlane, V>& tile, const Fetch& fetch, const Use& use) {
   Walk<kPlane, V, kPacks> walk(t, tile);
@@ -100,7 +99,7 @@ __device__ __forceinline__ void for_values(const Tiling& t, const Tile<kPlane, V
   }
 }
 
-// What a step reads.
+// The loads of a step.
 template <class T, int V>
 struct Read {
   Bits<T, V> x, residual, factor, dy;
@@ -115,7 +114,7 @@ __device__ __forceinline__ Read<T, V> read(const Channelwise<Op>& a, At at) {
   return r;
 }
 
-// The op's input: w = scale x + shift + residual.
+// Computes the op's input: w = scale x + shift + residual.
 template <bool kFull, class T, int V, class C, class K>
 __device__ __forceinline__ void prologue(bool has_residual, const Bits<T, V>& residual, const K* k, bool plane, C* w) {
   if constexpr (kFull) {
@@ -130,7 +129,7 @@ __device__ __forceinline__ void prologue(bool has_residual, const Bits<T, V>& re
   }
 }
 
-// The constants of this thread's channels: one set in a plane.
+// Computes the constants of this thread's channels: one set in a plane.
 template <class Op, typename Op::Variant variant, class T, bool kFull, class Tile, class K, int N>
 __device__ __forceinline__ void constants(const Channelwise<Op>& a, const Tile& tile, K (&k)[N]) {
   using C = typename Storage<T>::Compute;
@@ -179,7 +178,7 @@ __device__ __forceinline__ C warp_sum(C v) {
   return v;
 }
 
-// From a channel's sums to the gradients of its parameters. A: Channelwise or ReducePartials. C: type of the arithmetic.
+// Writes the gradients of a channel's parameters, from its sums. A: Channelwise or ReducePartials. C: type of the arithmetic.
 template <class Op, class C, class A>
 __device__ void write_gradients(const A& a, uint32_t g, uint32_t c, uint32_t channels, const double* sums) {
   double p[Op::kParams], made[kParamsOf<Op>];
@@ -209,7 +208,7 @@ __device__ __forceinline__ void backward(const Channelwise<Op>& a) {
   typename OnGpu<Op, C>::Constants k[kColumns];
   constants<Op, variant, T, kFull>(a, tile, k);
   C sums[kSums][kColumns] = {};
-  // Frozen parameters, which are common without a prologue, have a loop of their own.
+  // Frozen parameters, common without a prologue, have a loop without sums.
   const auto run = [&](auto with_sums) {
     const auto use = [&](const Read<T, V>& in, At at) {
       C x[V], w[V], dy[V], g[V];
@@ -254,7 +253,7 @@ __device__ __forceinline__ void backward(const Channelwise<Op>& a) {
   if (!a.wanted) return;
 
   C* shared = reinterpret_cast<C*>(shared_bytes);
-  if constexpr (kPlane) {  // one channel a block: a tree over the warps, in shared[sum][warp]
+  if constexpr (kPlane) {  // one channel per block: a tree over the warps, in shared[sum][warp]
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
@@ -287,7 +286,7 @@ __device__ __forceinline__ void backward(const Channelwise<Op>& a) {
 #pragma unroll
       for (int j = 0; j < V; j += n) store<C, n>(to, s * t.width + j, &sums[s][j]);
     }
-  } else if constexpr (V == 1) {  // a column is a channel, all of which this thread has seen
+  } else if constexpr (V == 1) {  // a column is a channel, and this thread has seen all of it
     if (!tile.inside) return;
     double total[kSums];
 #pragma unroll

@@ -1,10 +1,10 @@
-// The CT unit's constants without double precision, of which GPUs have little.
+// The CT unit's constants in pairs of floats: double precision is slow on most GPUs.
 #pragma once
 #include "math.cuh"
 
 namespace ctk::cuda {
 
-// A bump narrower than this is taken for none, so that its rate stays finite.
+// A narrower bump is flushed to none, so that its rate stays finite.
 inline constexpr double kLeastWidth = 7.52316384526264e-37;  // 2^-120
 
 // beta and s as unevaluated sums of floats, coeff and 1 - coeff.
@@ -29,7 +29,7 @@ __device__ __forceinline__ FloatKnobs float_knobs(const CtuKnobs& k) {
   return {beta.hi, beta.lo, s.hi, s.lo, static_cast<float>(k.coeff), static_cast<float>(k.coeff1)};
 }
 
-// The knobs of V channels: from the table, or computed here if they are not logits.
+// The knobs of V channels: from the table if there is one (for logits), else computed here.
 template <int V, class Op>
 __device__ __forceinline__ void knobs_of(const Channelwise<Op>& a, uint32_t g, const uint32_t (&c)[V], FloatKnobs (&out)[V]) {
   const ParamRef &beta = a.params[CtuOp::kBeta], &coeff = a.params[CtuOp::kCoeff];
@@ -66,7 +66,7 @@ struct OnGpu<Op, float, std::enable_if_t<std::is_base_of_v<CtuOp, Op>>> {
 
   template <CtuOp::Variant kind, class Math, int V>
   static __device__ __forceinline__ void precompute(const Channelwise<Op>& a, uint32_t g, const uint32_t (&c)[V], Constants (&out)[V]) {
-    double slope[V];  // a float would have lost the digits of 1 - slope, and the side of 1
+    double slope[V];  // a float would lose digits of 1 - slope, and its sign
     FloatKnobs knobs[V];
     parameters(a.params[CtuOp::kSlope], g, c, slope);
     knobs_of(a, g, c, knobs);
@@ -74,7 +74,7 @@ struct OnGpu<Op, float, std::enable_if_t<std::is_base_of_v<CtuOp, Op>>> {
     for (int j = 0; j < V; ++j) precompute<kind, Math>(knobs[j], slope[j], out[j].k);
   }
 
-  // As CtuOp::precompute, in pairs of floats. A unit without a bump has no coefficients.
+  // CtuOp::precompute in pairs of floats. Without a bump, the coefficients are 0.
   template <CtuOp::Variant kind, class Math>
   static __device__ __forceinline__ void precompute(const FloatKnobs& v, double slope, float* k) {
     using Rates = CtuRates<float>;
@@ -87,7 +87,7 @@ struct OnGpu<Op, float, std::enable_if_t<std::is_base_of_v<CtuOp, Op>>> {
     TwoFloats t = product({v.beta, v.beta_lo}, u);
     k[CtuOp::kEta] = smooth ? t.hi : 0.f;
     if constexpr (!CtuOp::has_tails(kind)) t = product(t, log2e), u = product(u, log2e);
-    if constexpr (Math::kUncapped) {  // infinity decays to 0 at beta = 0 too
+    if constexpr (Math::kUncapped) {  // a rate above 0, so that infinity decays to 0 at beta = 0 too
       t.hi = t.hi < 1.4e-45f ? 1.4e-45f : t.hi;
       k[CtuOp::kTLimit] = k[CtuOp::kULimit] = kind == CtuOp::Variant::kRelu6 ? Rates::kFlat : largest;
     } else if constexpr (CtuOp::has_tails(kind)) {

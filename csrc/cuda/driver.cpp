@@ -18,7 +18,7 @@ const char* type_name(DType t) {
   throw std::invalid_argument("ctkernels: no such dtype");
 }
 
-// What ops.def says of a variant's kernels.
+// The kernels that ops.def lists for a variant.
 struct KernelInfo {
   int sums = 0;
   bool plain = false, double_vector = false;
@@ -33,7 +33,7 @@ constexpr KernelInfo info_of(Kernel k) {
   return info;
 }
 
-// Shared memory comes in whole 16 bytes: ptxas may read neighbouring values together, up to there.
+// Shared memory is rounded up to 16 bytes: ptxas may merge reads of neighbouring values, up to that.
 template <class Args>
 void launch(Driver& driver, const std::string& kernel, int64_t grid, int block_x, int block_y, int64_t shared, const Args& args) {
   if (grid > 0x7fffffff) throw std::runtime_error("ctkernels: a tensor too large for one launch (" + kernel + ")");
@@ -61,7 +61,7 @@ ParamRef reference(const Param& p, int64_t channels) {
   return {p.data, p.fallback, narrow(p.groups), narrow(p.count), narrow(spread ? channels / p.count : channels), p.is_double};
 }
 
-// A call's channelwise kernel: its arguments, and its name without the pass.
+// The channelwise kernel of a call: its arguments, and its name without the stem and the pass.
 template <class Op>
 struct Call {
   Kernel kernel;
@@ -119,7 +119,7 @@ template <class Op>
 void Driver::backward(const typename Op::Attributes& attributes, const Operands& in, const void* dy, const Gradients& out) {
   constexpr int kParams = kParamsOf<Op>, kSums = kSumsOf<Op>;
   const View& v = in.view;
-  // Any of the op's own gradients may take any of its own sums; the prologue's take one each.
+  // Each of the op's gradients may need any of its sums; the prologue's need one each.
   const uint32_t own = (1u << info_of(kernel_of<Op>(Op::variant(attributes))).sums) - 1;
   uint32_t wanted = 0;
   for (int i = 0; i < kParams; ++i)
@@ -130,8 +130,8 @@ void Driver::backward(const typename Op::Attributes& attributes, const Operands&
   Channelwise<Op>& args = call.args;
   args.dy = dy, args.dx = out.dx, args.dresidual = out.dresidual, args.dfactor = out.dfactor, args.wanted = wanted;
 
-  // Where the gradients per (group, channel) go: to the result, if the parameter has a value for each, or else to scratch
-  // memory that ReduceShared adds up.
+  // Gradients per (group, channel) go straight to the result if the parameter has a value for each, else to scratch memory, which
+  // ReduceShared reduces.
   GradRef grads[kParams] = {};
   ReduceShared reduce{narrow(v.groups), narrow(v.channels), 0, {}};
   int64_t reduced = 0;
@@ -163,7 +163,7 @@ void Driver::backward(const typename Op::Attributes& attributes, const Operands&
                                 narrow(p.slots()), wanted, {}, {}, attributes};
     std::copy(args.params, args.params + kParams, partials.params);
     std::copy(grads, grads + kParams, partials.grads);
-    // of few channels, many blocks with few each
+    // with few channels: many blocks of few channels each
     const int64_t lanes = std::min(std::clamp<int64_t>(power_of_two(ceil_div(v.channels, 256)), 4, 16), power_of_two(v.channels));
     const int64_t terms = narrow(p.slots() * partials.repeat * partials.inner);
     const int64_t rows = std::min(kReduceThreads / lanes, power_of_two(terms)), blocks = v.groups * ceil_div(v.channels, lanes);

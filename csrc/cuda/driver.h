@@ -1,12 +1,11 @@
-// Runs an op over a tensor on a GPU: which kernels, how many blocks, which arguments. Plain C++; it neither reads nor writes
-// tensors.
+// Runs an op over a tensor on a GPU: chooses kernels, grids and arguments. Plain C++ that neither reads nor writes tensors.
 #pragma once
 #include "../driver.h"
 #include "launch.h"
 
 namespace ctk::cuda {
 
-// A backend of binding.h, which provides memory that lives until the kernels in the stream are done with it, and the stream.
+// A backend of binding.h. A derived class provides the stream, and memory that lives until the kernels on it are done.
 struct Driver {
   template <class Op>
   void forward(const typename Op::Attributes& attributes, const Operands& in, void* y);

@@ -1,4 +1,4 @@
-// Gates are few, and their arithmetic is in double precision: one value a thread.
+// Hard-concrete gates, one per thread, in double precision: they are few.
 #include "args.h"
 #include "kernel.cuh"
 

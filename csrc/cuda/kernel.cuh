@@ -1,4 +1,4 @@
-// Kernels by name: launch.cu looks them up.
+// The list of kernels by name, in which launch.cu looks them up.
 #pragma once
 #include <string_view>
 
@@ -17,7 +17,7 @@ struct Entry {
 
 }  // namespace ctk::cuda
 
-// -DCTK_SELECT=" NAME NAME " leaves the bodies of all other kernels empty.
+// -DCTK_SELECT=" NAME NAME " compiles only these kernels; the bodies of all others stay empty.
 #if defined(CTK_SELECT)
 #define CTK_SELECTED(NAME) (std::string_view(CTK_SELECT).find(" " NAME " ") != std::string_view::npos)
 #else

@@ -1,4 +1,4 @@
-// The library of kernels: what it holds, and how to start one. Loadable on any machine; only a launch needs a GPU.
+// Entry points of the kernel library. It loads on any machine; only a launch needs a GPU.
 #include <cstring>
 
 #include "../scalar.h"
@@ -17,10 +17,10 @@ CTK_EXPORT const char* ctk_cuda_launch(const Launch* launch) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// What setup.py compiled this library for: "sm_80 ... compute_120".
+// The architectures that setup.py compiled this library for: "sm_80 ... compute_120".
 CTK_EXPORT const char* ctk_cuda_architectures() { return CTK_ARCHITECTURES; }
 
-// Name of kernel i, null past the last.
+// Name of kernel i; null past the last.
 CTK_EXPORT const char* ctk_cuda_kernel(int i) {
   const Entry* e = Entry::first();
   while (e && i-- > 0) e = e->next;

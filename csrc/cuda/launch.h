@@ -1,5 +1,5 @@
-// How kernels are launched. They live in a library of their own (launch.cu), which needs the CUDA runtime
-// and nothing of torch; whoever loads it puts its `ctk_cuda_launch` into `ctk_cuda_launcher` (bind.cpp).
+// The launch interface. Kernels are in a library of their own (launch.cu), which needs the CUDA runtime but not torch; whoever
+// loads it stores its `ctk_cuda_launch` in `ctk_cuda_launcher` (bind.cpp).
 #pragma once
 #include <cstdint>
 
@@ -16,11 +16,11 @@ struct Launch {
   const void* args;  // the kernel's only argument
   uint64_t args_size;
   void* stream;
-  const Scratch* scratch;  // what the call has allocated so far, for a launcher that records
+  const Scratch* scratch;  // the call's allocations so far, for a recording launcher
   int32_t scratch_count;
 };
 
-// Null, or what went wrong.
+// Returns null, or an error message.
 using Launcher = const char* (*)(const Launch*);
 
 }  // namespace ctk::cuda

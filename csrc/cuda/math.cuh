@@ -1,4 +1,4 @@
-// What the scalar headers leave to the GPU: transcendental functions, storage types, accesses, and the constants of a channel.
+// The GPU's part of the arithmetic: transcendental functions, storage types, memory accesses, and the constants of a channel.
 #pragma once
 #include <type_traits>
 
@@ -29,8 +29,8 @@ __device__ __forceinline__ float flushed_product(float x, float y) {  // subnorm
   return r;
 }
 
-// float32: polynomials, as on the CPU. A decay rate is at least kLeastRate, so that its limit is finite and 2^-(rate *
-// limit) a subnormal: what lies beyond is flushed by the products it enters, instead of compared.
+// For float: polynomials, as on the CPU. A decay rate is at least kLeastRate, so that its limit is finite and 2^-(rate * limit)
+// subnormal: products flush values beyond the limit to 0, which saves the comparison.
 struct GpuExact : Exact {
   static constexpr float kLeastRate = 3.7323e-37f, kGone = 126.99f;  // kGone / kLeastRate < FLT_MAX
   static __device__ __forceinline__ float inverse(float x) { return reciprocal(x); }
@@ -44,7 +44,7 @@ struct GpuExact : Exact {
   static __device__ __forceinline__ float mills(float t) { return mills_at(reciprocal(fmaf(0.35f, t, 1.f))); }
 };
 
-// 16-bit results: exponentials from the approximate unit, which also takes every magnitude.
+// For 16-bit results: approximate exponentials (ex2.approx), which accept every magnitude.
 struct GpuFast : Fast {
   static constexpr bool kUncapped = true;
   static __device__ __forceinline__ float inverse(float x) { return reciprocal(x); }
@@ -113,8 +113,7 @@ __device__ __forceinline__ uint32_t pack(Half, const float* in) {
   return w;
 }
 
-// V neighbouring values as they lie in memory: one, or 16 bytes of them. Saying that they are global keeps accesses from
-// becoming generic ones.
+// V neighbouring values as stored: one, or 16 bytes of them. Assuming global memory keeps accesses from becoming generic.
 template <class T, int V>
 struct Bits {
   using Word = std::conditional_t<V == 1, T, uint4>;
@@ -185,8 +184,8 @@ struct Constants {
   __device__ __forceinline__ C operator()(int i) const { return k[i]; }
 };
 
-// How a GPU gets from parameters to constants and from sums to gradients. C: the type of the arithmetic. ctu.cuh specialises it:
-// double precision is scarce.
+// Computes constants from parameters, and gradients from sums. C: the type of the arithmetic. ctu.cuh specialises it to avoid
+// double precision.
 template <class Op, class C, class = void>
 struct OnGpu {
   using Constants = cuda::Constants<Op, C>;

@@ -1,4 +1,4 @@
-// The partition of a tensor into tiles, one a block: a function of its shape and element size alone, as in the Triton backend.
+// The partition of a tensor into tiles, one per block: a function of its shape and element size alone, as in the Triton backend.
 #pragma once
 #include <algorithm>
 #include <numeric>
@@ -8,29 +8,29 @@
 namespace ctk::cuda {
 
 struct Partition {
-  bool plane = false;     // a tile has one channel, and constants for all its values; otherwise constants per column
-  bool vector = false;    // a thread moves 16 bytes at a time, not one value
-  bool one_pass = false;  // a block, or a thread of it, sees all of a channel and finishes its sums
+  bool plane = false;     // a tile has one channel, and one set of constants; otherwise constants are per column
+  bool vector = false;    // a thread accesses 16 bytes at a time, not one value
+  bool one_pass = false;  // a block, or a thread of it, sees a whole channel and writes its gradients
   int threads = 0;
   int64_t repeat = 1, blocks = 0;
   int64_t group = 0, row = 0, width = 0, cols_per = 0, rows = 0, rows_per = 0, row_cuts = 0, col_cuts = 0;
 
-  int64_t slots() const { return plane ? row_cuts * col_cuts : row_cuts; }  // partial sums a channel, or a column
+  int64_t slots() const { return plane ? row_cuts * col_cuts : row_cuts; }  // partial sums per channel, or per column
   int64_t columns(const View& v) const { return plane ? v.channels : width; }
 };
 
-// Channels with at least this many neighbouring values run with constants for the whole block.
+// Channels with at least this many neighbouring values are planes.
 inline constexpr int64_t kMinPlane = 256;
-// Enough blocks to fill every GPU several times over: beyond it, blocks get longer instead. Fewer where each leaves sums of
-// its columns behind.
+// Enough blocks to fill every GPU several times over; larger tensors get longer blocks. Fewer if each block leaves partial sums
+// of its columns.
 inline constexpr int64_t kBlocks = 4096, kSummingBlocks = 2048;
-// Accesses of a thread: at most, and at least where constants are per column, or sums too, and have to pay off.
+// Accesses per thread: at most; and at least, to amortise loading constants per column, and storing partial sums.
 inline constexpr int64_t kMostSteps = 32, kLeastRows = 8, kLeastSummedRows = 16;
-// One block finishes a channel's sums alone up to this many steps; a small tensor is arranged so that it can.
+// Up to this many steps, one block processes a whole channel and needs no partial sums; tensors of up to kSmall values are
+// partitioned so that it can.
 inline constexpr int64_t kAlone = 32, kSmall = 1 << 16;
 
-// values: that a thread is to move at a time; it does if they divide every length. sums: whether the kernel adds up over
-// channels.
+// values: per access of a thread, if that divides every length. sums: whether the kernel computes sums over channels.
 inline Partition partition_with(const View& v, int64_t values, bool sums) {
   Partition p;
   p.group = v.outer * v.channels * v.inner;
@@ -48,7 +48,7 @@ inline Partition partition_with(const View& v, int64_t values, bool sums) {
     p.rows = ceil_div(v.outer, p.repeat);
   }
   p.vector = values > 1 && p.width % values == 0 && p.group % values == 0;
-  // The size that leaves fewest threads idle, counting a little for every step saved.
+  // The size with the fewest idle threads, at a small cost per step.
   int64_t lanes = 0, least = 0;
   for (int threads = 32; threads <= kMaxThreads; threads *= 2) {
     const int64_t n = threads * values, cost = ceil_div(p.width, n) * (n + 2 * values);
@@ -75,8 +75,8 @@ inline Partition partition_with(const View& v, int64_t values, bool sums) {
   return p;
 }
 
-// aligned: whether every tensor starts at a multiple of 16 bytes. Threads that finish the sums of their columns have one
-// column each: it takes longer than to move the few values they have.
+// aligned: whether every tensor starts at a multiple of 16 bytes. Threads that write the gradients of their columns have one column
+// each: that takes longer than moving their few values.
 inline Partition partition_for(const View& v, int64_t itemsize, bool sums, bool aligned) {
   const Partition p = partition_with(v, 16 / itemsize, sums);
   const bool finishing = sums && p.one_pass && !p.plane;

@@ -1,19 +1,19 @@
-// The kernels after a channelwise one, from partial sums to parameter gradients, in double and in a fixed order; and the one before
-// it, which precomputes what is too expensive for every block.
+// The kernels after a channelwise one, which reduce partial sums to parameter gradients, in double and in a fixed order; and the
+// one before it, which precomputes constants too expensive for every block.
 #include "channelwise.cuh"
 #include "ctu.cuh"
 #include "kernel.cuh"
 
 namespace ctk::cuda {
 
-// A tree over the rows of a block (row, lane), for all sums with a bit in `wanted` at once; row 0 ends up with the totals. Rows
-// and lanes are powers of two. Halves of a warp and less exchange their values without memory.
+// A tree over the rows of a block (row, lane), for all sums in the mask `wanted` at once; row 0 ends up with the totals. Rows and
+// lanes are powers of two. Within a warp, values are exchanged by shuffles.
 template <int kSums>
 __device__ __forceinline__ void add_rows(double (&total)[kSums], uint32_t wanted, uint32_t rows, uint32_t lanes, uint32_t row,
                                          uint32_t lane) {
   double* shared = reinterpret_cast<double*>(shared_bytes);  // [sum][row][lane]
   const uint32_t at = row * lanes + lane, threads = rows * lanes;
-  uint32_t apart = threads / 2;  // threads between two rows that are added
+  uint32_t apart = threads / 2;  // distance, in threads, of the rows to add
   if (apart >= 32) {
 #pragma unroll
     for (int s = 0; s < kSums; ++s)
@@ -53,7 +53,7 @@ __device__ __forceinline__ void reduce_partials(const ReducePartials<Op>& a) {
     const int64_t step = int64_t(rows / a.inner / a.repeat) * of_slot + repeats * of_repeat + is;
     const C* from = static_cast<const C*>(a.partial) + (int64_t(g) * a.slots + row / a.inner / a.repeat) * of_slot +
                     repeat * of_repeat + int64_t(c) * a.inner + i;
-#pragma unroll 4  // loads that need not wait for each other
+#pragma unroll 4  // independent loads
     for (uint32_t term = row; term < terms; term += rows) {
 #pragma unroll
       for (int s = 0; s < kSums; ++s)

@@ -1,4 +1,4 @@
-"""Models outside of this library: as programs of torch's operations only, and as ONNX."""
+"""Export of models for use without this library: as programs of torch's operations, and as ONNX."""
 
 from .onnx import onnx
 from .portable import portable

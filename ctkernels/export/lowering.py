@@ -1,10 +1,10 @@
-"""The ops of this library as a few operations of torch each, for programs that have to run without it.
+"""The ops of this library in terms of torch's operations, for programs that must run without it.
 
-Values are what an editor of graphs passes: a proxy stands for a tensor of the program, a float for a constant that is one
-number, and a proxy of a lifted tensor for one that is not. A constant that switches a part off removes that part.
+Values are floats for constants that are one number, and proxies for other constants and for tensors of the program. A
+constant that switches a part off removes that part.
 
-Nothing overflows on the way to a finite result. Where the unit is sharp, s = 1 - beta is ``SHARPEST``: exponentials of
-w / s are then 0, or capped, and the unit is the plain activation to the last bit.
+No intermediate of a finite result overflows. Where the unit is sharp, s = 1 - beta is ``SHARPEST``: exponentials of w / s
+are then 0, or capped, and the unit is the plain activation to the last bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..ops.ctu.reference import tanh_gate_exponent
 
-SHARPEST = 1e-30  # whose reciprocal is finite in float32
+SHARPEST = 1e-30  # its reciprocal is finite in float32
 CAP = 60.0  # softplus(u) = u in float64 from 37 on, and exp(60) is finite in float32
 LEAST_GATE = 0.25  # see `swish`
 
@@ -26,7 +26,7 @@ Value = Any  # a proxy, or a float
 
 
 class Knobs(NamedTuple):
-    """``eta`` = beta / s and ``sharpness`` = 1 / s; ``least_eta``: its smallest value, None where that is not known."""
+    """``eta`` = beta / s and ``sharpness`` = 1 / s. ``least_eta``: the smallest eta; None if unknown."""
 
     coeff: Value
     s: Value
@@ -36,7 +36,7 @@ class Knobs(NamedTuple):
 
 
 def derive(beta: Any, coeff: Any, raw: bool, eps: float) -> tuple[Any, Any, Any, Any]:
-    """(coeff, s, 1 / s, beta / s) from the parameters of ``ctkernels::ctu``; of tensors, or of proxies."""
+    """(coeff, s, 1 / s, beta / s) from the parameters of ``ctkernels::ctu``, tensors or proxies."""
     if raw:  # 1 - sigmoid(beta) has no digits left where beta is large
         s, beta, coeff = torch.sigmoid(-beta), torch.sigmoid(beta), torch.sigmoid(coeff)
     else:
@@ -46,7 +46,7 @@ def derive(beta: Any, coeff: Any, raw: bool, eps: float) -> tuple[Any, Any, Any,
 
 
 def unit(w: Value, slope: Value, k: Knobs, kind: str) -> Value:
-    """The CT unit of family member ``kind`` at pre-activation ``w``."""
+    """The CT unit of member ``kind`` at pre-activation ``w``."""
     if kind == "gaussian":
         return _mix(k, lambda: _gelu(w, k.eta), lambda: _soft_gaussian(w, k))
     if kind == "tanh":
@@ -59,18 +59,18 @@ def unit(w: Value, slope: Value, k: Knobs, kind: str) -> Value:
 
 
 def factors(m: Any, a: Any, g_m: Any, g_a: Any) -> tuple[Any, Any]:
-    """(1 + g_m m, g_a a) of the head edit; None where nothing is scaled, or added."""
+    """(1 + g_m m, g_a a) of the head edit; None without m, or a."""
     p = None if m is None else 1 + (m if g_m is None else g_m * m)
     return p, a if a is None or g_a is None else g_a * a
 
 
 def times(value: Value, factor: Value) -> Value:
-    """``value * factor``, without a step where the factor is 1."""
+    """``value * factor``, without an operation if the factor is the number 1."""
     return value if isinstance(factor, float) and factor == 1.0 else value * factor
 
 
 def plus(value: Value, offset: Value) -> Value:
-    """``value + offset``, without a step where the offset is 0."""
+    """``value + offset``, without an operation if the offset is the number 0."""
     return value if isinstance(offset, float) and offset == 0.0 else value + offset
 
 
@@ -81,7 +81,7 @@ def _mix(k: Knobs, first: Callable[[], Value], second: Callable[[], Value]) -> V
             return first()
         if k.coeff == 0.0:
             return second()
-        if k.coeff == 0.5:  # one step less
+        if k.coeff == 0.5:  # one operation less
             return (first() + second()) * 0.5
     return first() * k.coeff + second() * (1 - k.coeff)
 
@@ -93,8 +93,8 @@ def _logistic(w: Value, k: Knobs) -> Value:
 def swish(w: Value, k: Knobs) -> Value:
     """w sigmoid(eta w).
 
-    The sigmoids of runtimes are off by up to 1.5e-7 where it is nearly 0, and w is up to 17 / eta there; exponentials are
-    exact to the last bits everywhere. With exp(-eta w) infinite the quotient is 0.
+    Sigmoids of runtimes have errors of up to 1.5e-7 where they are nearly 0, while w is up to 17 / eta there; exponentials are
+    accurate to the last bits everywhere. If exp(-eta w) is infinite, the quotient is 0.
     """
     return _gated(w, times(w, k.eta), k)
 
@@ -113,13 +113,13 @@ def _soft(w: Value, k: Knobs) -> Value:
 
 
 def _excess(w: Value, k: Knobs) -> Value:
-    """The unit minus relu(w), an even function that vanishes away from 0, without cancellation."""
+    """The unit minus relu(w), without cancellation: an even function that vanishes away from 0."""
     below = -torch.abs(w)
     return _mix(k, lambda: swish(below, k), lambda: times(torch.log1p(torch.exp(times(below, k.sharpness))), k.s))
 
 
 def _leaky(w: Value, slope: Value, k: Knobs) -> Value:
-    """slope w + sign u(|1 - slope| w), u the logistic unit: max(slope w, w) turns into a minimum above slope 1."""
+    """slope w + sign u(|1 - slope| w), u the logistic unit; above slope 1, max(slope w, w) becomes a minimum."""
     if isinstance(slope, float):
         bent = _logistic(times(w, abs(1 - slope)), k)
         return times(w, slope) + bent if slope <= 1 else times(w, slope) - bent
@@ -142,11 +142,7 @@ def _soft_gaussian(w: Value, k: Knobs) -> Value:
 
 
 def aligned(param: Any, shape: torch.Size, x: Tensor, channel_dim: int) -> Any:
-    """``param``, of ``shape``, with dimensions that broadcast against ``x``; channel_dim -1: none.
-
-    It has one value, or one for each index of channel_dim or for each run of them, and it may be 2-D with rows of these:
-    index g of dimension 0 of ``x`` then has row g modulo the number of rows.
-    """
+    """:func:`ctkernels.ops.layout.broadcast` for a proxy ``param`` of ``shape``."""
     size = [1] * x.dim()
     count = int(shape[-1]) if len(shape) else 1
     if channel_dim >= 0 and count != 1:

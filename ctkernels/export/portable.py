@@ -1,4 +1,4 @@
-"""Programs that run where this library is not installed."""
+"""Export of programs that run without this library."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ def portable(
     *,
     dynamic_shapes: Any = None,
 ) -> ExportedProgram:
-    """Export ``model`` for inference as a program of torch's operations only: it runs where ctkernels is not installed.
+    """Exports ``model`` for inference as a program of torch's operations, which runs without ctkernels.
 
-    Steered, fused and T-CT networks and JoLA adapters that are not merged become a few operations each, in which nothing
-    overflows. Knobs, edits and gates are constants of the program, and what they switch off is left out: a unit at
-    coeff = 1 is x * sigmoid(k x). A BatchNorm after a convolution is folded into its weights. The program can be saved
-    (``torch.export.save``), compiled ahead of time (``torch._inductor.aoti_compile_and_package``), and exported on, as
-    :func:`ctkernels.export.onnx` does. It is not for training: its constants have no gradient.
+    CT units (steered, fused, learned) and unmerged JoLA edits become a few operations each. Knobs, edits and gates are
+    constants of the program, and parts that they switch off are omitted: a unit at coeff = 1 is x * sigmoid(k x). A
+    BatchNorm after a convolution is folded into its weights. The program can be saved (``torch.export.save``), compiled ahead
+    of time (``torch._inductor.aoti_compile_and_package``), and exported further, as :func:`ctkernels.export.onnx` does. It is
+    not for training: its constants have no gradient.
 
     Args:
-        model: a module in evaluation mode, or a program that ``torch.export.export`` has made of one; left as it is.
-        args, kwargs: example inputs, as for ``torch.export.export``; not beside a program.
-        dynamic_shapes: as for ``torch.export.export``; or "batch": dimension 0 of every tensor among the inputs may
-            change, and is the same in all of them.
+        model: a module in evaluation mode, or a program from ``torch.export.export``; not modified.
+        args, kwargs: example inputs, as for ``torch.export.export``; None for a program.
+        dynamic_shapes: as for ``torch.export.export``; or "batch": dimension 0 of every input tensor is dynamic, and equal
+            in all of them.
 
     Returns:
         A ``torch.export.ExportedProgram``.
 
     Raises:
-        TypeError: ``model`` is neither a module nor a program; example inputs are missing, or beside a program.
+        TypeError: ``model`` is neither a module nor a program; example inputs are missing, or given with a program.
         ValueError: the model is in training mode; a knob or an edit is not finite; an op of this library has no portable
-            form here.
+            form.
 
     Examples:
         >>> import ctkernels.export
@@ -97,7 +97,7 @@ def _exported(
 
 
 def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> tuple[Any, Any, Any]:
-    """Example inputs that tell a batch from a size of 1, which an export takes to be fixed, and their dynamic shapes."""
+    """Example inputs with batches larger than 1, a size that export would take as fixed, and their dynamic shapes."""
     batch = torch.export.Dim("batch")
 
     def rows(value: Any) -> Any:
@@ -121,7 +121,7 @@ def _no_form(node: Node) -> str:
     return f"model: expected ops with a portable form, got {node.target}: {reasons.get(name, 'it has none')}"
 
 
-# ---- what each op becomes ----------------------------------------------------------------------------------------------
+# ---- lowerings ---------------------------------------------------------------------------------------------------------
 
 
 def _ctu(editor: Editor, node: Node) -> None:
@@ -172,7 +172,7 @@ def _head_edit(editor: Editor, node: Node) -> None:
 
 
 def _batch_norm(editor: Editor, node: Node) -> None:
-    """Into the layer before it, if nothing else reads that."""
+    """Folds a BatchNorm into the layer before it, if nothing else uses that."""
     x: Any
     x, weight, bias, mean, variance, _, eps = node.args
     tensors = [editor.constant(t) for t in (weight, bias, mean, variance)]
@@ -188,7 +188,7 @@ def _batch_norm(editor: Editor, node: Node) -> None:
 
 
 def _copy(editor: Editor, node: Node) -> None:
-    """What functional form makes of an op in place: the value that was written, where it needs no cast or expansion."""
+    """Replaces the copy of a functionalised in-place op by the value written, if that needs no cast or expansion."""
     target, source = node.args[:2]
     before, after = target.meta["val"], source.meta["val"]  # type: ignore[union-attr]
     if before.dtype == after.dtype and before.shape == after.shape:
@@ -196,7 +196,7 @@ def _copy(editor: Editor, node: Node) -> None:
 
 
 def _fold(editor: Editor, layer: Node, scale: Tensor | None, shift: Tensor | None) -> bool:
-    """Put ``scale`` and ``shift`` per channel into the weights of ``layer``, if it is one that nothing else reads."""
+    """Folds ``scale`` and ``shift`` per channel into the weights of ``layer``, if it is a layer that nothing else uses."""
     if layer.op != "call_function" or layer.target not in _LAYERS or len(layer.users) != 1:
         return False
     _, weight_node, bias_node, *_ = (*layer.args, None)
@@ -213,40 +213,40 @@ def _fold(editor: Editor, layer: Node, scale: Tensor | None, shift: Tensor | Non
         weight, bias = weight.double() * rows.reshape(-1, *[1] * (weight.dim() - 1)), bias.double() * rows
     if shift is not None:
         bias = bias.double() + shift.double()
-    held = [editor.lift(t.to(dtype), f"{layer.name}_{name}") for name, t in (("weight", weight), ("bias", bias))]
-    layer.args = (layer.args[0], *held, *layer.args[3:])
+    lifted = [editor.lift(t.to(dtype), f"{layer.name}_{name}") for name, t in (("weight", weight), ("bias", bias))]
+    layer.args = (layer.args[0], *lifted, *layer.args[3:])
     return True
 
 
 class _Operands:
-    """The operands of a channelwise op at ``node`` as values, and its replacement; recorded before ``node``."""
+    """The operands of a channelwise op at ``node`` as values, and its replacement. Records operations before ``node``."""
 
     def __init__(self, editor: Editor, node: Node, x: Tensor, channel_dim: int) -> None:
         self._editor, self._node, self._x, self._channel_dim = editor, node, x, channel_dim
         self._dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def wide(self, node: Node) -> Any:
-        """A proxy for a tensor of the first operand's shape, in the dtype of the arithmetic."""
+        """A proxy of an elementwise operand, in the dtype of the arithmetic."""
         proxy = self._editor.proxy(node)
         return proxy if node.meta["val"].dtype == self._dtype else proxy.to(self._dtype)
 
     def value(self, node: Any, name: str) -> Any:
-        """A per-channel parameter as it is."""
+        """A per-channel parameter."""
         return self.computed(lambda param: (param,), [node], (name,))[0]
 
     def knobs(self, beta: Node, coeff: Node, raw: bool, eps: float) -> lowering.Knobs:
         least: list[float] = []
 
         def derive(b: Any, c: Any) -> tuple[Any, ...]:
-            found = lowering.derive(b, c, raw, eps)
-            least.extend([float(found[3].min())] if isinstance(b, Tensor) else [])
-            return found
+            values = lowering.derive(b, c, raw, eps)
+            least.extend([float(values[3].min())] if isinstance(b, Tensor) else [])
+            return values
 
         coeff_value, s, sharpness, eta = self.computed(derive, [beta, coeff], ("coeff", "s", "sharpness", "eta"))
         return lowering.Knobs(coeff_value, s, sharpness, eta, least[0] if least else None)
 
     def computed(self, function: Callable[..., tuple[Any, ...]], nodes: list[Any], names: tuple[str, ...]) -> list[Any]:
-        """What ``function`` makes of per-channel parameters: in float64 and lifted where all of them are constants."""
+        """Results of ``function`` on per-channel parameters: constants, computed in float64, if all of them are constant."""
         constants = [self._editor.constant(node) for node in nodes]
         if all((node is None) == (value is None) for node, value in zip(nodes, constants)):
             ready = [None if t is None else self._aligned(t.double(), t.shape) for t in constants]
@@ -264,7 +264,7 @@ class _Operands:
         return lowering.aligned(param, shape, self._x, self._channel_dim)
 
     def _number(self, value: Tensor, name: str) -> Any:
-        """A float if ``value`` is one number, else a constant of the program."""
+        """A float if all elements of ``value`` are equal, else a constant of the program."""
         if not bool(value.isfinite().all()):
             raise ValueError(
                 f"model: expected finite knobs and edits, got {name} with NaN or infinity at {self._node.name}"

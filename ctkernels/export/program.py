@@ -1,4 +1,4 @@
-"""Editing an exported program: which of its values are constants, putting new ones in, taking unused ones out."""
+"""Editing of exported programs: finds constant values, adds new constants, removes unused ones."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
-_HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+_STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
 class Editor:
-    """Edits ``program``, one in functional form, in place; ``finish`` makes a valid program of it."""
+    """Edits the functional ``program`` in place; ``finish`` returns a valid program."""
 
     def __init__(self, program: ExportedProgram) -> None:
         self.program, self.graph = program, program.graph
@@ -27,13 +27,13 @@ class Editor:
         self._values: dict[Node, Tensor | None] = {}
         changing = set(program.graph_signature.buffers_to_mutate.values())
         for node, spec in zip(self._placeholders(), self._specs):
-            held = None
-            if spec.kind in _HELD and spec.target is not None and spec.target not in changing:
-                held = program.state_dict.get(spec.target, program.constants.get(spec.target))
-            self._values[node] = held.detach() if isinstance(held, Tensor) else None
+            value = None
+            if spec.kind in _STORED and spec.target is not None and spec.target not in changing:
+                value = program.state_dict.get(spec.target, program.constants.get(spec.target))
+            self._values[node] = value.detach() if isinstance(value, Tensor) else None
 
     def constant(self, node: Any) -> Tensor | None:
-        """The value of a node that depends on nothing but parameters, buffers and constants; None for any other."""
+        """The value of a node that depends only on parameters, buffers and constants; None for others."""
         if not isinstance(node, Node):
             return None
         if node not in self._values:
@@ -53,19 +53,19 @@ class Editor:
         return result if isinstance(result, Tensor) else None
 
     def _call(self, node: Node) -> Any:
-        known = {argument: self.constant(argument) for argument in node.all_input_nodes}
-        if any(value is None for value in known.values()):
+        values = {argument: self.constant(argument) for argument in node.all_input_nodes}
+        if any(value is None for value in values.values()):
             return None
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda argument: known[argument])
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda argument: values[argument])
         with torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def proxy(self, node: Node) -> Proxy:
-        """What stands for ``node`` in code that is recorded at the current insertion point."""
+        """A proxy of ``node``; operations on it are recorded at the current insertion point."""
         return Proxy(node, self._tracer)
 
     def lift(self, value: Tensor, name: str) -> Node:
-        """A new constant of the program, held by it under a name like ``name``."""
+        """Adds a constant to the program, under ``name`` or a similar one."""
         value = value.detach().contiguous()
         after = self._placeholders()[: self._first_user_input()]
         with (
@@ -90,10 +90,10 @@ class Editor:
         return kinds.index(InputKind.USER_INPUT) if InputKind.USER_INPUT in kinds else len(kinds)
 
     def finish(self) -> ExportedProgram:
-        """The program without dead code, and without parameters and constants that nothing reads."""
+        """Removes dead code, unused parameters and unused constants, and returns the program."""
         self.graph.eliminate_dead_code()
         for node, spec in list(zip(self._placeholders(), self._specs)):
-            if spec.kind in _HELD and not node.users:
+            if spec.kind in _STORED and not node.users:
                 self.graph.erase_node(node)
                 self._specs.remove(spec)
         read = {spec.target for spec in self._specs}
@@ -106,10 +106,7 @@ class Editor:
 
 
 def functional(program: ExportedProgram, in_place: Iterable[Any]) -> ExportedProgram:
-    """A copy of ``program`` without mutation, on the same tensors.
-
-    in_place: overloads of this library that write over their first argument, and return nothing.
-    """
+    """A functionalised copy of ``program`` that shares its tensors. in_place: this library's in-place overloads."""
     tensors = (*program.state_dict.values(), *program.constants.values())
     program = copy.deepcopy(program, {id(t): t for t in tensors})
     targets = set(in_place)
@@ -125,7 +122,7 @@ def functional(program: ExportedProgram, in_place: Iterable[Any]) -> ExportedPro
 
 
 def _is_pure(target: Any) -> bool:
-    """Whether a call gives the same result every time, and changes nothing."""
+    """Whether a call is deterministic and has no side effects."""
     if not isinstance(target, torch._ops.OpOverload):
         return target is operator.getitem
     return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags

@@ -1,9 +1,9 @@
-"""Fusion: the CT unit takes the BatchNorm and the residual sum before it into its one pass, in place and reversibly.
+"""Fusion of BatchNorms, residual sums and gated products into the CT unit's pass, in place and reversibly.
 
-``trace`` reads a module's forward as a graph, on the copies of ``shadow``, and ``leftovers`` makes sure that nothing of the
-reading stays. ``match`` finds the sites in the graph; ``layers`` and ``overrides`` tell which modules run torch's own code.
-``program`` is the forward that a module gets, and ``site`` the call in it that stands for a site, with ``fold`` and ``recompute``
-for its BatchNorms. ``handle`` holds ``fuse`` and what the user gets from it.
+``trace`` traces a module's forward into a graph, on the copies of ``shadow``; ``leftovers`` removes placeholders that remain
+after tracing. ``match`` finds the sites in the graph; ``layers`` and ``overrides`` recognise modules that run only torch's code.
+``program`` is a module's generated forward, and ``site`` and ``gated`` are the calls in it, with ``fold`` and ``recompute`` for
+BatchNorms. ``handle`` has ``fuse`` and the handle it returns.
 """
 
 from .._renamed import renamed

@@ -1,7 +1,7 @@
-"""BatchNorm as a scale and a shift per channel.
+"""BatchNorm as a scale and a shift per channel, computed in every call.
 
-They are computed at every call. A copy that is kept would have to notice when a weight changes, and only its version
-counter says so for free: writes through ``.data``, or through an array that shares its memory, do not move it.
+A cache would have to detect changed weights, and version counters miss writes through ``.data``, or through an array that
+shares the memory.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def is_eval(norm: Any) -> bool:
 def affine(norm: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     """(scale, shift) with norm(z) = scale * z + shift, per channel of dimension 1.
 
-    In training they come from the statistics of ``z``, and the running statistics move on. They are float64: their
-    gradients, sums over ``z`` that is not centred, nearly cancel.
+    In training they come from the statistics of ``z``, and the running statistics are updated. They are float64: their
+    gradients, sums over uncentred ``z``, nearly cancel.
     """
     weights, buffers = norm._parameters, norm._buffers
     if is_eval(norm):
@@ -33,8 +33,8 @@ def affine(norm: Any, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalise(norm: Any, z: Tensor) -> Tensor:
-    """norm(z) with its running statistics, without what a class of its own calls after it."""
-    weights, buffers = norm._parameters, norm._buffers  # not norm.weight, which is looked up in Python
+    """norm(z) with running statistics, without the activation that a subclass may call."""
+    weights, buffers = norm._parameters, norm._buffers  # faster than norm.weight, which goes through __getattr__
     mean, variance = buffers["running_mean"], buffers["running_var"]
     return F.batch_norm(z, mean, variance, weights["weight"], weights["bias"], False, 0.0, norm.eps)
 
@@ -65,7 +65,7 @@ def _of_batch(norm: Any, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Statistics(torch.autograd.Function):
-    """The mean and the (biased) variance of every channel. Keeps ``z``, which the unit after it keeps too."""
+    """Mean and (biased) variance per channel. Saves ``z``, which the following unit saves too."""
 
     @staticmethod
     def forward(

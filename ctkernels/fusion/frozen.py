@@ -1,4 +1,4 @@
-"""Layers whose weights need no gradient, with a scale and a shift folded into the weights."""
+"""Calls of layers with frozen weights, with a scale and a shift folded into the weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..ops.frozen_conv.op import convolution, scaled
 
 
 def call(source: Any, x: Tensor, recorded: bool, scale: Tensor | None = None, shift: Any = None) -> Tensor:
-    """``source(x)``, times ``scale`` and plus ``shift`` per channel, if they are given: they are folded into the weights.
+    """``source(x)``; with ``scale`` and ``shift``, ``scale * source(x) + shift`` per channel, folded into the weights.
 
-    ``source`` is a layer by torch's code, and neither its weights nor ``scale`` and ``shift`` need a gradient. ``recorded``:
-    ``x`` needs one.
+    ``source`` is a layer that runs torch's code; neither its weights nor ``scale`` and ``shift`` need a gradient.
+    ``recorded``: whether ``x`` needs one.
     """
     convolves = is_plain_convolution(source, x)
     if scale is None and not (recorded and convolves):
@@ -33,9 +33,9 @@ def call(source: Any, x: Tensor, recorded: bool, scale: Tensor | None = None, sh
 
 
 def folds_cheaply(source: Any, x: Tensor) -> bool:
-    """Whether the weights of ``source`` are smaller than its result, so that scaling them costs less than scaling that."""
+    """Whether scaling the weights of ``source`` costs less than scaling its result."""
     weight = source.weight
-    if x.dim() != weight.dim():  # other dimensions than the BatchNorm's are the layer's channels
+    if x.dim() != weight.dim():  # the layer's channels are not in the BatchNorm's dimension
         return False
     result = x.shape[0] * weight.shape[0]
     if not isinstance(source, nn.Linear):
@@ -45,7 +45,7 @@ def folds_cheaply(source: Any, x: Tensor) -> bool:
 
 
 def is_plain_convolution(source: Any, x: Tensor) -> bool:
-    """Whether it is a convolution that pads with zeros, by numbers, and ``x`` is a batch."""
+    """Whether ``source`` is a convolution with numeric zero padding, and ``x`` is a batch."""
     return (
         not isinstance(source, nn.Linear)
         and source.padding_mode == "zeros"
@@ -55,7 +55,7 @@ def is_plain_convolution(source: Any, x: Tensor) -> bool:
 
 
 def without_bias(source: Any, x: Tensor) -> Tensor:
-    """``source``, a plain convolution, without its bias."""
+    """Calls the plain convolution ``source`` without its bias."""
     return convolution(x, source.weight, None, _geometry(source))
 
 

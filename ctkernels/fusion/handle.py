@@ -23,54 +23,53 @@ _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def fuse(model: nn.Module) -> Fusion:
-    """Let every CT unit of ``model`` take the BatchNorm and the residual sum before it into its one pass, reversibly.
+    """Fuses BatchNorms, residual sums and gated products of ``model`` into the passes of its CT units, reversibly.
 
-    What is recognised, in the graph of each module's forward (``torch.fx``), whatever the classes around it are called:
+    Recognises these patterns in the ``torch.fx`` graph of each module's forward, whatever the classes are called:
 
-    - convolution or linear layer -> BatchNorm -> CT unit, with or without a sum of two tensors before the unit, and with
-      any of the parts but the last missing;
-    - convolution or linear layer -> BatchNorm, with anything after it;
-    - the same with a BatchNorm that calls the activation itself, as timm's ``BatchNormAct2d`` does;
+    - convolution or linear layer -> BatchNorm -> CT unit, optionally with a sum of two tensors before the unit; any part
+      but the last may be missing;
+    - convolution or linear layer -> BatchNorm, before anything;
+    - the same with a BatchNorm that calls the activation itself, such as timm's ``BatchNormAct2d``;
     - CT unit -> product with a second tensor, as in the gated MLPs of language models (Llama, Qwen, Mistral, Gemma), with or
-      without the linear layer before the unit; also where gate and second tensor are halves (``chunk``) of one projection
-      (Phi-3, GLM). Both are one pass, :func:`ctkernels.functional.ctu_and_mul`, forward and backward.
+      without the linear layer before the unit; also if gate and second tensor are halves (``chunk``) of one projection
+      (Phi-3, GLM). Both run in one pass, :func:`ctkernels.functional.ctu_and_mul`, forward and backward.
 
-    CT units are what :func:`steer` made, those of a :class:`ctkernels.adapters.CurvatureConfig`, learned or merged, and the
-    modules of :mod:`ctkernels.nn`. In a model without any, BatchNorms are
-    folded into layers, and activations stay as they are.
+    CT units are those of :func:`steer`, those of a :class:`ctkernels.adapters.CurvatureConfig`, learned or merged, and the
+    modules of :mod:`ctkernels.nn`. In a model without any, BatchNorms are folded into layers, and activations stay unchanged.
 
-    What then runs is decided at every call:
+    Every call decides what runs:
 
-    - BatchNorm in evaluation: its scale and shift are the unit's, with their gradients where they need them. In inference
-      the unit works in place; where a gradient flows through a frozen layer, the unit's input is all that is kept for the
-      backward pass. Without a unit after it, it is folded into the layer's weights where these are smaller than the result.
-      Nothing of this is kept from one call to the next, so weights may be written to in any way.
-    - BatchNorm in training: one pass for the statistics of the batch, and the unit does the rest. Running statistics move
-      as they do without fusion.
-    - Contiguous images that are large, in inference on the CPU: all of it in channels last, with contiguous results;
-      ``handle.explain`` says whether, and why not.
-    - Under ``torch.compile`` and ``torch.export``: the same, in one graph. On the CPU a compiled training step pools with
-      torch's own kernels: for that, every ``nn.MaxPool2d`` gets a forward too.
+    - BatchNorm in evaluation: the unit applies its scale and shift, and computes their gradients if needed. In inference
+      the unit works in place; if a gradient flows through a frozen layer, only the unit's input is saved for the backward
+      pass. Without a following unit, it is folded into the layer's weights if these are smaller than the result. Nothing is
+      cached between calls, so weights may be written in any way.
+    - BatchNorm in training: one pass computes the batch statistics, and the unit does the rest. Running statistics are
+      updated as without fusion.
+    - Large contiguous images, in inference on the CPU: everything runs in channels last, with contiguous results;
+      ``handle.explain`` tells whether, and why not.
+    - ``torch.compile`` and ``torch.export``: the same, in one graph. On the CPU, compiled training steps pool with torch's
+      own kernels; for that, every ``nn.MaxPool2d`` gets a forward too.
 
     Outputs and gradients equal those of the unfused model within rounding. The model stays the same object with the same
     modules, parameters and ``state_dict``, which can be saved and loaded at any time; the handle of :func:`steer` keeps
-    working. It can be copied, pickled, cast, moved and compiled; a copy has to be called once before it is compiled.
+    working. It can be copied, pickled, cast, moved and compiled; call a copy once before compiling it.
 
-    Left alone is what cannot be read without doubt: modules whose path depends on values, that keep state between calls or
-    whose forward has optional arguments (what is below them is still looked at), layers with code of their own, hooks or
-    parametrized weights (whenever they get them), sites whose values are read or overwritten by something else.
-    ``handle.left`` says which modules and why.
+    Code that cannot be traced reliably is left alone: modules whose path depends on values, that keep state between calls or
+    whose forward has optional arguments (modules below them are still fused), layers with code of their own, hooks or
+    parametrized weights (even if added later), and sites whose intermediate values are used elsewhere. ``handle.left`` has
+    the modules and the reasons.
 
     Args:
         model: any module.
 
     Returns:
-        Fusion: the handle. Used as a context manager it removes itself at the end.
+        Fusion: the handle. As a context manager, it removes itself on exit.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: it is fused already, or there is nothing to fuse. The model is unchanged.
-        RuntimeError: a forward has put what it was read with into a cache that cannot be cleared; it is named.
+        TypeError: ``model`` is not a module.
+        ValueError: the model is already fused, or there is nothing to fuse. The model is unchanged.
+        RuntimeError: a forward stored placeholders of the tracing in a cache that cannot be cleared; the message names it.
 
     Examples:
         >>> steering = ctkernels.steer(model, beta=0.9)
@@ -87,15 +86,13 @@ def fuse(model: nn.Module) -> Fusion:
     left: dict[str, str] = {}
     norms = Norms()
     inlines: dict[nn.Module, list[nn.Module] | None] = {}
-    closed: set[nn.Module] = set()
-    for module, name in reversed(
-        names.items()
-    ):  # what is inside first: what cannot be read there, cannot be from outside
+    opaque: set[nn.Module] = set()
+    for module, name in reversed(names.items()):  # inner modules first: if untraceable, they stay opaque to outer ones
         try:
-            inlines[module] = _inline(module, norms, closed)
+            inlines[module] = _inline(module, norms, opaque)
         except Untraceable as reason:
             left[name] = str(reason)
-            closed.add(module)
+            opaque.add(module)
     left = dict(reversed(left.items()))
     for module in names:
         inline = inlines.get(module)
@@ -108,7 +105,7 @@ def fuse(model: nn.Module) -> Fusion:
             f"model: expected {type(model).__name__} to have a BatchNorm or a CT unit after a layer; got none that can be "
             f"fused{_lines(left | _alone(names, (), left), 8)}"
         )
-    # A part of a site may be a site of its own in a module inside, for calls of that module alone.
+    # A part of a site may be another site in an inner module, for calls of that module alone.
     longer = {(site.layer, site.norm) for site in all_sites if site.unit}
     sites = dict.fromkeys(site for site in all_sites if site.unit or (site.layer, site.norm) not in longer)
     pooled = poolings(model)
@@ -122,12 +119,12 @@ def fuse(model: nn.Module) -> Fusion:
 
 
 class Fusion:
-    """Control over a fused model; made by :func:`fuse`.
+    """Handle of a fused model, returned by :func:`fuse`.
 
     Attributes:
-        sites: what was fused, a tuple of :class:`FusedSite`.
-        poolings: names of the ``nn.MaxPool2d`` modules that have a forward of ours too, which computes what it did.
-        left: {module name: why it was left alone}: modules whose code cannot be read (the whole model is ""), and single
+        sites: the fused sites, a tuple of :class:`FusedSite`.
+        poolings: names of the ``nn.MaxPool2d`` modules whose forward was replaced by an equal one.
+        left: {module name: reason} of what was left alone: modules that cannot be traced (the whole model is ""), and single
             layers, BatchNorms and units.
     """
 
@@ -143,9 +140,10 @@ class Fusion:
         self.sites, self.poolings, self.left = sites, poolings, left
 
     def remove(self) -> None:
-        """Give the model back as it was before, bit for bit. A second call does nothing.
+        """Restores the original model, bit for bit. A second call does nothing.
 
-        Raises RuntimeError, and changes nothing, if something else has replaced the forward of a module since.
+        Raises:
+            RuntimeError: the forward of a module was replaced since; nothing is changed.
         """
         if not self._active:
             return
@@ -163,7 +161,7 @@ class Fusion:
         _check_nothing_left(self._model)
 
     def explain(self, *args: Any) -> str:
-        """Say which memory format an eager call of the model with ``args`` would have inside, and why.
+        """Says which memory format an eager call of the model with ``args`` would use inside, and why.
 
         Examples:
             >>> handle = ctkernels.fuse(model)
@@ -175,7 +173,7 @@ class Fusion:
         if not isinstance(program, Program):
             reason = "its own forward is not fused"
         else:
-            program.path(args)  # as a call would read it
+            program.path(args)  # traces it, as a call would
             reason = memory_format.why_not_now(args) or memory_format.obstacle(program, len(args))
         if reason:
             return f"{type(self._model).__name__}: the format of its arguments: {reason}"
@@ -198,9 +196,9 @@ class Fusion:
 
 
 def _add(sites: list[FusedSite], more: list[FusedSite]) -> None:
-    """Add the sites of an inner module to those of the modules around it.
+    """Adds the sites of an inner module to those of its parents.
 
-    Of two sites with one sum, the one with more parts stays: read from outside, the other branch may have been taken for the
+    Of two sites with the same sum, keeps the one with more parts: traced from outside, the other branch may have become the
     main one.
     """
 
@@ -217,7 +215,7 @@ def _add(sites: list[FusedSite], more: list[FusedSite]) -> None:
 
 
 def _check_nothing_left(model: nn.Module) -> None:
-    """Raises if a module still holds something of a fusion."""
+    """Raises RuntimeError if a module still refers to something of a fusion."""
 
     def is_left(value: Any) -> bool:
         return isinstance(value, (Program, Pooling, Fusion)) or is_stand_in(value)
@@ -233,7 +231,7 @@ def _check_nothing_left(model: nn.Module) -> None:
 
 
 def _alone(names: dict[nn.Module, str], sites: tuple[FusedSite, ...], left: dict[str, str]) -> dict[str, str]:
-    """{name: why} of the layers, BatchNorms and units that are in no site, unless a module around them says why."""
+    """{name: reason} of layers, BatchNorms and units in no site, unless ``left`` has a parent of theirs."""
     taken = {name for site in sites for name in (site.layer, site.norm, site.unit)}
     reasons = {}
     for module, name in names.items():
@@ -253,15 +251,15 @@ def _alone(names: dict[nn.Module, str], sites: tuple[FusedSite, ...], left: dict
 
 
 def _lines(left: dict[str, str], most: int | None = None) -> str:
-    """A line for each module that was left alone; for ``most`` of them and the number of the rest."""
+    """A line per module that was left alone; at most ``most`` of them, then the number of the rest."""
     lines = [f"\n    {name or '(the model)'} was left alone: {reason}" for name, reason in left.items()]
     return "".join(lines[:most]) + (f"\n    and {len(lines) - most} more" if most and len(lines) > most else "")
 
 
-def _inline(module: nn.Module, norms: Norms, closed: set[nn.Module]) -> list[nn.Module] | None:
-    """The modules below ``module`` whose code has to be read with its own, for the sites that lie across; None: no site.
+def _inline(module: nn.Module, norms: Norms, opaque: set[nn.Module]) -> list[nn.Module] | None:
+    """The modules below ``module`` to trace with it, for sites that span several modules; None: no site.
 
-    Raises Untraceable where ``module``'s own code calls layers and cannot be read.
+    Raises Untraceable if ``module``'s own code calls layers and cannot be traced.
     """
     if (
         not module._modules
@@ -271,27 +269,27 @@ def _inline(module: nn.Module, norms: Norms, closed: set[nn.Module]) -> list[nn.
         return None
     if type(module).forward is nn.Module.forward:  # a container that is never called
         return None
-    if hasattr(type(module), "ctu_arguments") or isinstance(module, _BATCH_NORM):  # a part of what calls it
+    if hasattr(type(module), "ctu_arguments") or isinstance(module, _BATCH_NORM):  # a part of its caller's sites
         return None
     count = argument_count(module)
     if count is None:
         raise Untraceable("its forward has optional arguments")
     try:
-        return _across(module, None, count, norms, closed)
+        return _spanned(module, None, count, norms, opaque)
     except Untraceable:
-        return _across(module, (), count, norms, closed)
+        return _spanned(module, (), count, norms, opaque)
 
 
-def _across(
-    module: nn.Module, inline: Collection[nn.Module] | None, count: int, norms: Norms, closed: set[nn.Module]
+def _spanned(
+    module: nn.Module, inline: Collection[nn.Module] | None, count: int, norms: Norms, opaque: set[nn.Module]
 ) -> list[nn.Module] | None:
-    """The modules that the sites of ``module`` lie across, of those that ``inline`` lets it look into."""
-    read = trace(module, inline, ("tensor",) * count, {}, closed)
+    """The modules that the sites of ``module`` span, of those in ``inline``; None: no site."""
+    traced = trace(module, inline, ("tensor",) * count, {}, opaque)
     modules: dict[nn.Module, None] = {}
     has_site = False
-    for match in find(module, read.graph, norms):
+    for match in find(module, traced.graph, norms):
         operands = [node for joint in (match.add, match.product) if joint is not None for node in joint.all_input_nodes]
-        paths = [read.scopes[node] for node in (*match.nodes, *operands)]
+        paths = [traced.scopes[node] for node in (*match.nodes, *operands)]
         if any(len(path) == 0 for path in paths) or len({path[0] for path in paths}) > 1:
             has_site = True
             modules.update(dict.fromkeys(m for path in paths for m in path))
@@ -304,7 +302,7 @@ def _site(match: Match, module: nn.Module, names: dict[nn.Module, str], norms: N
             return ""
         if node.op == "call_module":
             return names[module.get_submodule(node.target)]
-        call = node.target  # a steered call of a function: as handle.sites of the steering has it
+        call = node.target  # a steered call of a function: its name in the sites of the steering
         return f"{names[call.owner]}.{call.key}:{call.signature.activation}".lstrip(".")
 
     norm = norms(module.get_submodule(str(match.norm.target))) if match.norm is not None else None

@@ -1,7 +1,6 @@
-"""Recognises the layers, BatchNorms and units that run known code and nothing else, and so can be replaced by equal code.
+"""Recognises layers, BatchNorms and units that run only known code, and can be replaced by equal code.
 
-Asked when a model is fused and at every call: a forward, a hook, a class, a parametrization may be put on a layer at any
-time.
+Checked when a model is fused and in every call: a forward, hook, class or parametrization may be put on a layer at any time.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _LINEAR = nn.Linear.forward
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _BATCH_NORM_FORWARD = _BATCH_NORM.forward
 _GETATTR, _GETATTRIBUTE = nn.Module.__getattr__, nn.Module.__getattribute__
-# What may be put into the ``__dict__`` of a layer to change what it does.
+# Entries of a layer's ``__dict__`` that would change what it computes.
 _CODE = ("forward", "_conv_forward", "_check_input_dim", "weight", "bias", "running_mean", "running_var")
 
 
@@ -34,27 +33,27 @@ def is_layer(module: Any) -> bool:
     if cls.forward is not _LINEAR if convolution is None else cls._conv_forward is not convolution:
         return False
     parameters = module._parameters
-    return parameters.get("weight") is not None and "bias" in parameters and _has_its_tensors(module)
+    return parameters.get("weight") is not None and "bias" in parameters and _has_plain_tensors(module)
 
 
 def is_norm(module: Any) -> bool:
     """True for a BatchNorm that runs torch's code."""
-    return type(module).forward is _BATCH_NORM_FORWARD and _has_norms_tensors(module)
+    return type(module).forward is _BATCH_NORM_FORWARD and _has_norm_tensors(module)
 
 
-def _has_norms_tensors(module: Any) -> bool:
+def _has_norm_tensors(module: Any) -> bool:
     parameters, buffers = module._parameters, module._buffers
     return (
         "weight" in parameters
         and "bias" in parameters
         and "running_mean" in buffers
         and "running_var" in buffers
-        and _has_its_tensors(module)
+        and _has_plain_tensors(module)
     )
 
 
-def _has_its_tensors(module: Any) -> bool:
-    """True if it runs its class's code, on plain tensors of its own. Asked of every layer at every call."""
+def _has_plain_tensors(module: Any) -> bool:
+    """True if ``module`` runs its class's code, on registered plain tensors. Checked for every layer in every call."""
     cls, attributes = type(module), module.__dict__
     if cls.__getattr__ is not _GETATTR or cls.__getattribute__ is not _GETATTRIBUTE or not is_open(module):
         return False
@@ -64,7 +63,7 @@ def _has_its_tensors(module: Any) -> bool:
     for tensor in module._parameters.values():
         if tensor is not None and type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
             return False
-    for tensor in module._buffers.values():  # noqa: SIM110 (a generator is a frame for every tensor)
+    for tensor in module._buffers.values():  # noqa: SIM110 (a generator costs a frame per tensor)
         if tensor is not None and type(tensor) is not Tensor:
             return False
     return True
@@ -76,11 +75,11 @@ _TABLES = ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_
 
 
 class Snapshot:
-    """Everything that :func:`is_layer`, :func:`is_norm` and :func:`is_unit` ask of modules, for which they hold. While it is the
-    same, they need not be asked again, which would take longer."""
+    """Snapshot of everything that :func:`is_layer`, :func:`is_norm` and :func:`is_unit` check, of modules that pass them.
+    Comparing it is faster than checking again."""
 
     def __init__(self, *modules: nn.Module) -> None:
-        self.known = tuple(self._of(module) for module in modules)
+        self.state = tuple(self._of(module) for module in modules)
 
     @staticmethod
     def _of(module: nn.Module) -> tuple[Any, ...]:
@@ -91,8 +90,8 @@ class Snapshot:
         return module, cls, attributes, tuple((d, tuple(part for pair in d.items() for part in pair)) for d in dicts)
 
     def holds(self) -> bool:
-        """False, too, where it cannot be compared at less than the price of asking."""
-        return _UNCHANGED(self.known) is True
+        """Whether nothing has changed. False if the compiled comparison is unavailable."""
+        return _UNCHANGED(self.state) is True
 
 
 def why_not(module: Any) -> str:
@@ -104,23 +103,23 @@ def why_not(module: Any) -> str:
         return ""
     if not is_open(module) or "forward" in vars(module):
         return "it has hooks, or a forward of its own"
-    if not _has_its_tensors(module) or module._parameters.get("weight", module) is None:
+    if not _has_plain_tensors(module) or module._parameters.get("weight", module) is None:
         return "its weights are computed, or of a class of their own"
     return f"its class {type(module).__name__} has code of its own, which does not read as torch's"
 
 
 class Norm(NamedTuple):
-    """A BatchNorm; one with code of its own, which was read, calls what comes after: the ``unit``, or another module."""
+    """A recognised BatchNorm. A subclass with its own forward may call a module after normalising: a ``unit`` or an ``other``."""
 
     module: Any
     unit: nn.Module | None = None
     other: nn.Module | None = None
     reads: tuple[Reads, ...] = ()
 
-    def is_as_read(self) -> bool:
+    def is_unchanged(self) -> bool:
         if not self.reads:
             return is_norm(self.module)
-        if not _has_norms_tensors(self.module):
+        if not _has_norm_tensors(self.module):
             return False
         for reads in self.reads:
             if not reads.hold():
@@ -132,35 +131,34 @@ class Norm(NamedTuple):
 
 
 def norm_of(module: nn.Module | None) -> Norm | None:
-    """Reads a BatchNorm: torch's own, or a subclass whose forward does the same and calls a module at the end.
-
-    timm's ``BatchNormAct2d`` is such a subclass.
-    """
-    if not isinstance(module, _BATCH_NORM) or not _has_norms_tensors(module):
+    """Recognises torch's BatchNorm, or a subclass whose forward computes the same and may call a module at the end, such as
+    timm's ``BatchNormAct2d``."""
+    if not isinstance(module, _BATCH_NORM) or not _has_norm_tensors(module):
         return None
     if is_norm(module):
         return Norm(module)
     if not module.track_running_stats or module.running_mean is None or module.momentum is None:
         return None
     try:
-        read = [trace(module, (), ("tensor",), {module: training}) for training in (False, True)]
+        traces = [trace(module, (), ("tensor",), {module: training}) for training in (False, True)]
     except Untraceable:
         return None
-    ends = [_after_normalising(module, r.graph, training) for r, training in zip(read, (False, True))]
+    ends = [_after_normalising(module, t.graph, training) for t, training in zip(traces, (False, True))]
     if ends[0] is None or ends[0] != ends[1]:
         return None
     after = module.get_submodule(ends[0]) if ends[0] else None
     unit = after if after is not None and is_unit(after) else None
-    return Norm(module, unit, None if after is unit else after, tuple(r.reads for r in read))
+    return Norm(module, unit, None if after is unit else after, tuple(t.reads for t in traces))
 
 
 _SIGNATURE = inspect.signature(F.batch_norm)
 
 
 def _after_normalising(module: Any, graph: torch.fx.Graph, training: bool) -> str | None:
-    """The path of what ``graph`` calls after a batch_norm with all that is ``module``'s; "": nothing; None: it is not so."""
+    """The path of the module that ``graph`` calls after a batch_norm with ``module``'s tensors; "" if it calls none; None if the
+    graph computes something else."""
     x, *nodes = graph.nodes
-    known: dict[Any, Any] = {x: "x"}
+    known: dict[Any, Any] = {x: "x"}  # values of nodes, by name
     after = None
     for node in nodes:
         if node.op == "get_attr":
@@ -194,7 +192,7 @@ def _after_normalising(module: Any, graph: torch.fx.Graph, training: bool) -> st
 
 
 def _is_bookkeeping(node: torch.fx.Node, known: dict[Any, Any], training: bool) -> bool:
-    """True if ``node`` counts batches as BatchNorm does, or reads the shape of the input."""
+    """True if ``node`` counts batches as BatchNorm does, or reads the input's shape."""
     operands = [known.get(a) for a in node.args if isinstance(a, torch.fx.Node)]
     if node.op == "call_method":
         counts = (node.target, *operands, *node.args[1:]) == ("add_", "num_batches_tracked", 1)
@@ -211,11 +209,11 @@ def _is_bookkeeping(node: torch.fx.Node, known: dict[Any, Any], training: bool) 
 
 
 def is_unit(module: Any) -> bool:
-    """True if ``module`` has ``ctu_arguments``, and a forward that computes just that unit."""
+    """True if ``module`` has ``ctu_arguments``, and its forward computes exactly that unit."""
     for base in type(module).__mro__:
         members = base.__dict__
         if "ctu_arguments" in members or "forward" in members:
-            # A class that is derived from a unit and has a forward of its own does something else.
+            # A subclass of a unit that overrides forward computes something else.
             both = "ctu_arguments" in members and "forward" in members
             return both and "forward" not in module.__dict__ and is_open(module)
     return False

@@ -1,6 +1,6 @@
-"""Takes back the stand-ins that a forward has kept while it was read.
+"""Removes placeholders that a forward stored while it was traced.
 
-A forward runs on copies of its modules, but caches also live in classes, globals and memoised functions.
+Tracing runs a forward on copies of its modules, but it may also write to classes, globals and caches of functions.
 """
 
 from __future__ import annotations
@@ -16,70 +16,70 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 
 
 class Namespaces:
-    """Snapshot of the globals and class attributes that a forward may write to, and of the containers among them."""
+    """Snapshot of the globals and class attributes that a forward may write to, and of containers in them."""
 
     def __init__(self, classes: Iterable[type]) -> None:
-        self.held: list[tuple[Any, dict[str, Any]]] = []
+        self.saved: list[tuple[Any, dict[str, Any]]] = []
         self.contents: list[tuple[Any, Any]] = []
         self.known: set[int] = set()
         for cls in {base for derived in set(classes) for base in derived.__mro__}:
             if not cls.__module__.startswith(("torch.", "builtins", "ctkernels.")):
-                self.note(cls, dict(vars(cls)))
+                self.save(cls, dict(vars(cls)))
 
-    def note_globals(self, namespace: dict[str, Any]) -> None:
-        """Add the globals of a function that is about to run."""
+    def save_globals(self, namespace: dict[str, Any]) -> None:
+        """Saves the globals of a function that is about to run."""
         if id(namespace) not in self.known:
             self.known.add(id(namespace))
-            self.note(namespace, dict(namespace))
+            self.save(namespace, dict(namespace))
 
-    def note(self, owner: Any, held: dict[str, Any]) -> None:
-        self.held.append((owner, held))
-        self.contents += [(value, value.copy()) for value in held.values() if type(value) in _CONTAINERS]
+    def save(self, owner: Any, values: dict[str, Any]) -> None:
+        self.saved.append((owner, values))
+        self.contents += [(value, value.copy()) for value in values.values() if type(value) in _CONTAINERS]
 
     def restore(self, is_left: Any) -> None:
-        """Undo the entries whose value is a stand-in, by ``is_left``."""
-        for owner, held in self.held:
+        """Restores the entries whose value is a placeholder, according to ``is_left``."""
+        for owner, values in self.saved:
             now = owner if isinstance(owner, dict) else vars(owner)
             for name in [name for name, value in list(now.items()) if is_left(value)]:
                 if isinstance(owner, dict):
                     owner.pop(name)
-                    owner.update({name: held[name]} if name in held else {})
-                elif name in held:
-                    setattr(owner, name, held[name])
+                    owner.update({name: values[name]} if name in values else {})
+                elif name in values:
+                    setattr(owner, name, values[name])
                 else:
                     delattr(owner, name)
-        for container, held in self.contents:
+        for container, values in self.contents:
             if isinstance(container, dict):
                 for key in [k for k, v in list(container.items()) if is_left(v) or is_left(k)]:
                     container.pop(key)
-                    container.update({key: held[key]} if key in held else {})
+                    container.update({key: values[key]} if key in values else {})
             elif any(map(is_left, list(container))):
                 container.clear()
-                (container.update if isinstance(container, set) else container.extend)(held)
+                (container.update if isinstance(container, set) else container.extend)(values)
 
 
 class StandIns:
-    """The stand-ins of one reading. None may be alive after it."""
+    """The placeholders of one tracing, none of which may outlive it."""
 
     def __init__(self) -> None:
         self.refs: list[tuple[weakref.ref[Any], str]] = []
 
     def watch(self, stand_in: Any, where: str) -> None:
-        """``where``: the class of the module in whose forward it is made."""
+        """``where``: the class of the module in whose forward it is created."""
         self.refs.append((weakref.ref(stand_in), where))
 
     def alive(self) -> tuple[Any, ...]:
         return tuple(value for ref, _ in self.refs if (value := ref()) is not None)
 
     def any_alive(self) -> bool:
-        for generation in range(3):  # cycles of the forward's own, most of them new
+        for generation in range(3):  # collects reference cycles, the youngest first
             if not self.alive():
                 return False
             gc.collect(generation)
         return bool(self.alive())
 
     def take_back(self, before: Namespaces) -> None:
-        """Remove them from where they are. Raises RuntimeError where that is not possible."""
+        """Removes them from wherever they are stored. Raises RuntimeError if that is not possible."""
         before.restore(self._is_left)
         for _ in range(4):
             if not self.any_alive():
@@ -105,10 +105,7 @@ class StandIns:
 
 
 def _remove(value: Any, ignored: list[Any] | None = None) -> None:
-    """Take ``value`` out of every container that refers to it, and a tuple that has it out of those that refer to that.
-
-    ignored: a list of referrers of ours that has ``value``.
-    """
+    """Removes ``value`` from every container that refers to it, directly or through a tuple. ignored: our list of referrers."""
     holders = gc.get_referrers(value)
     for holder in holders:
         if isinstance(holder, functools._lru_cache_wrapper):

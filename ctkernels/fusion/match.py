@@ -1,7 +1,7 @@
-"""Finds the sites in a graph: layer -> BatchNorm -> (+ residual) -> CT unit, and the parts of it that are worth fusing; and
+"""Finds the sites in a graph: layer -> BatchNorm -> (+ residual) -> CT unit, and parts of it that are worth fusing; and
 layer -> CT unit -> * up, the gated product of a language model's MLP.
 
-A node is judged by the module or function that it calls: a layer by its forward, a CT unit by its ``ctu_arguments``.
+Nodes are classified by the module or function that they call: layers by their forward, CT units by ``ctu_arguments``.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, ope
 
 
 class Match(NamedTuple):
-    """The nodes of one site; ``main`` is the operand of ``add`` that the layer or the norm makes.
+    """The nodes of one site. ``main``: index of the operand of ``add`` that comes from the layer or the norm.
 
-    ``norm`` and ``unit`` are one node where a BatchNorm calls the unit itself. ``product`` multiplies the unit's result by
-    ``up``. Of halves of one tensor, ``halving`` has the nodes that make them: ``chunk``, and the choice of each.
+    ``norm`` and ``unit`` are the same node if a BatchNorm calls the unit. ``product`` multiplies the unit's result by
+    ``up``. If both are halves of one tensor, ``halving`` has the nodes of the ``chunk`` and of its two items.
     """
 
     source: Node | None
@@ -74,11 +74,11 @@ class Norms:
 
 
 def find(root: nn.Module, graph: torch.fx.Graph, norms: Norms) -> list[Match]:
-    """Every site of ``graph``, which is ``root``'s, in order; no node is in two."""
+    """The sites of ``root``'s ``graph``, in order, without common nodes."""
     reader = _Reader(root, graph, norms)
     taken: set[Node] = set()
     matches = []
-    ends = (  # units before norms, and products before units: they take what is before them
+    ends = (  # products before units, and units before norms: they extend the others
         (reader.is_product, reader.match_product),
         (reader.is_unit, reader.match),
         (reader.ends_with_norm, reader.match),
@@ -114,7 +114,7 @@ class _Reader:
         return norm is not None and norm.unit is None and norm.other is None
 
     def ends_with_norm(self, node: Node) -> bool:
-        """True for a BatchNorm that calls no unit itself."""
+        """True for a BatchNorm that calls no unit."""
         norm = self.norm(node)
         return norm is not None and norm.unit is None
 
@@ -138,7 +138,7 @@ class _Reader:
     # -- sites
 
     def match(self, end: Node, taken: set[Node]) -> Match | None:
-        """The longest site that ends at ``end``, if it is worth it."""
+        """The longest site that ends at ``end``, if it is worth fusing."""
         if not self.is_unit(end):
             match = Match(self.normalised(end, taken)[1], end, None, 0, None)
             return match if match.source is not None and self.is_undisturbed(match) else None
@@ -149,7 +149,7 @@ class _Reader:
         candidates = []
         if isinstance(before, Node) and self.is_add(before) and self.feeds(before, end, taken):
             later_first = sorted((0, 1), key=lambda i: -self.order[before.args[i]])
-            for main in later_first:  # less lies in between
+            for main in later_first:  # fewer nodes lie in between
                 norm, source = self.before(before.args[main], before, taken)
                 if self.mutates(before) in (None, before.args[main]) or self.is_private(before.args[0], before):
                     candidates.append(Match(source, norm, before, main, end))
@@ -161,7 +161,7 @@ class _Reader:
         return next((match for match in candidates if self.is_undisturbed(match)), None)
 
     def match_product(self, product: Node, taken: set[Node]) -> Match | None:
-        """The site of a unit whose result ``product`` multiplies, unless the unit takes something before it."""
+        """The site of a unit whose result ``product`` multiplies, unless the unit is fused with a norm or a sum."""
         for unit, up in (product.args, product.args[::-1]):
             assert isinstance(unit, Node)  # is_product
             assert isinstance(up, Node)
@@ -183,7 +183,7 @@ class _Reader:
         return None
 
     def halving(self, gate: Node, up: Node, unit: Node, product: Node, taken: set[Node]) -> tuple[Node, ...]:
-        """What makes gate and up of one tensor for nobody else: its chunk, and the choice of each half."""
+        """The chunk of one tensor into gate and up, and its two items, if nothing else uses them."""
         chunk = gate.args[0] if gate.args else None
         halves = [node.op == "call_function" and node.target is operator.getitem for node in (gate, up)]
         if not all(halves) or not isinstance(chunk, Node) or (gate.args, up.args) != ((chunk, 0), (chunk, 1)):
@@ -194,12 +194,12 @@ class _Reader:
         return (chunk, gate, up) if private and chunk not in taken else ()
 
     def is_sum(self, match: Match) -> bool:
-        """True if a sum without a layer before it can go into the unit: it writes to no tensor that others see."""
+        """True if a sum without a layer before it can be fused: it must not write to its operands."""
         assert match.add is not None
         return self.mutates(match.add) is None
 
     def before(self, node: Any, user: Node, taken: set[Node]) -> tuple[Node | None, Node | None]:
-        """The norm and the layer that ``node`` and what is before it are, for nobody but ``user``."""
+        """The (norm, layer) that end at ``node``, if only ``user`` uses them."""
         if not isinstance(node, Node) or not self.feeds(node, user, taken):
             return None, None
         if self.is_source(node):
@@ -217,7 +217,7 @@ class _Reader:
     # -- what happens in between
 
     def is_undisturbed(self, match: Match) -> bool:
-        """True if all nodes can run where the last one stands: nothing that they read is overwritten before."""
+        """True if all nodes can run at the position of the last one: no tensor is overwritten in between."""
         positions = [self.order[node] for node in match.nodes]
         return not any(
             self.overwrites(node) for node in self.nodes[min(positions) : max(positions)] if node not in match.nodes
@@ -241,7 +241,7 @@ class _Reader:
         return first if module is not None and any(map(_may_write, module.modules())) else None
 
     def is_private(self, value: Any, user: Node) -> bool:
-        """True if ``value`` has memory of its own, which only ``user`` reads."""
+        """True if ``value`` has its own memory, and only ``user`` reads it."""
         if not isinstance(value, Node) or list(value.users) != [user]:
             return False
         written = self.mutates(value)
@@ -252,13 +252,13 @@ class _Reader:
 
 
 def _may_write(module: nn.Module) -> bool:
-    """True if a call of ``module`` may overwrite its argument in its own code; its parts are judged apart."""
+    """True if ``module``'s own code, without its submodules', may overwrite its argument."""
     layer = type(module).__module__.startswith(("torch.nn.", "ctkernels.nn"))
     return getattr(module, "inplace", False) or not layer or not is_open(module)
 
 
 def _combines_two(node: Node, functions: tuple[Any, ...], methods: tuple[str, ...]) -> bool:
-    """True if ``node`` calls one of these, on two different values."""
+    """True if ``node`` calls one of these on two different values."""
     calls = node.target in functions if node.op == "call_function" else node.target in methods
     operands = calls and node.op in ("call_function", "call_method") and not node.kwargs and len(node.args) == 2
     return operands and all(isinstance(a, Node) for a in node.args) and node.args[0] is not node.args[1]

@@ -1,8 +1,8 @@
-"""The memory format inside of a fused network: channels last, in inference on the CPU, where the images are large enough.
+"""The memory format inside a fused network: channels last, in inference on the CPU, for large images.
 
-Convolutions, poolings and units of large images are faster in channels last. So a fused forward that is given contiguous
-images converts them at its entrance, and its results at the exit. This takes code in which nothing but values depends on
-the format: modules and functions of the lists here, other fused forwards of such code, and units.
+Convolutions, poolings and units of large images are faster in channels last. A fused forward therefore converts contiguous
+images on entry, and its results on exit. This requires code whose behaviour does not depend on the format: the modules and
+functions listed here, other fused forwards of such code, and units.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .layers import is_unit
 from .overrides import FusedForward, is_open
 from .site import FusedCall
 
-LEAST_PIXELS = 1 << 15  # of a batch: of fewer, the weights of large kernels cost more to rearrange than is gained
-LEAST_SITES = 8  # of fewer, the conversions cost more than is gained
+LEAST_PIXELS = 1 << 15  # per batch: with fewer, rearranging the weights of large kernels costs more than it gains
+LEAST_SITES = 8  # with fewer, the conversions cost more than they gain
 
 _MAKES_NEW = frozenset({
     nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Linear,
@@ -36,37 +36,37 @@ _FUNCTIONS_THAT_MAKE_NEW = frozenset({
     torch._C._nn.avg_pool2d, torch.max_pool2d,
 })  # fmt: skip
 _METHODS_THAT_MAKE_NEW = frozenset({"add", "mul", "mean", "sigmoid", "size", "dim"})
-# Results of these may share the memory of what they are given.
+# Results of these may share the memory of their arguments.
 _FUNCTIONS = frozenset({torch.flatten, F.dropout, F.relu, F.relu6, F.silu, F.gelu, torch.relu, operator.iadd})
 _METHODS = frozenset({"flatten", "relu", "relu_"})
 _ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
 
 
 class Format(NamedTuple):
-    """Whether a graph may run in another memory format: ``why_not`` is "", and what it calls may too."""
+    """Whether a graph may run in another memory format: if ``why_not`` is "", and ``calls`` and ``modules`` may too."""
 
     why_not: str
     calls: tuple[FusedCall, ...] = ()
-    modules: tuple[tuple[nn.Module, int], ...] = ()  # and the number of their arguments
+    modules: tuple[tuple[nn.Module, int], ...] = ()  # with the number of arguments
 
 
 def of_graph(graph: torch.fx.Graph, modules: dict[str, Any]) -> Format:
-    """What the nodes of ``graph`` allow; ``modules``: its modules, by path."""
+    """The format of ``graph``. ``modules``: its modules, by path."""
     calls: list[FusedCall] = []
     called: list[tuple[nn.Module, int]] = []
-    given = set()  # nodes whose value may share the memory of an argument
+    arguments = set()  # nodes whose value may share the memory of an argument
     for node in graph.nodes:
         operands = node.all_input_nodes
-        shares = any(operand in given for operand in operands)
-        if _flattens(node, modules) and len(operands[0].users) > 1:  # and may write over it through the flat one
+        shares = any(operand in arguments for operand in operands)
+        if _flattens(node, modules) and len(operands[0].users) > 1:  # it may write to the tensor through the flat view
             return Format("it flattens a tensor that it reads again")
         if node.op == "placeholder":
-            given.add(node)
+            arguments.add(node)
         elif node.op == "output":
             if shares:
                 return Format("it may return an argument")
         elif node.op == "call_function" and isinstance(node.target, FusedCall):
-            calls.append(node.target)  # writes over nothing but results of its layer
+            calls.append(node.target)  # overwrites only results of its layer
         elif node.op == "call_module":
             module = modules[node.target]
             if shares and not makes_new(module):
@@ -81,11 +81,11 @@ def of_graph(graph: torch.fx.Graph, modules: dict[str, Any]) -> Format:
 
 
 def makes_new(module: Any) -> bool:
-    """True if a call of ``module`` only reads its arguments, and returns none of them."""
+    """True if a call of ``module`` only reads its arguments, and does not return them."""
     if type(module).forward is nn.Sequential.forward:
         return len(module) > 0 and makes_new(module[0])
     forward = vars(module).get("forward")
-    return type(module) in _MAKES_NEW or isinstance(forward, FusedForward)  # of a fused one, it is part of its Format
+    return type(module) in _MAKES_NEW or isinstance(forward, FusedForward)  # whose Format requires it
 
 
 def _flattens(node: torch.fx.Node, modules: dict[str, Any]) -> bool:
@@ -110,7 +110,7 @@ def _makes_new(node: torch.fx.Node) -> bool:
 
 
 def why_not_now(args: Iterable[Any]) -> str:
-    """Why a call with ``args`` is none without gradients on batches of large, contiguous images on the CPU; "" if it is."""
+    """Why a call with ``args`` is not an inference call on large, contiguous batches of images on the CPU; "" if it is."""
     if torch.is_grad_enabled():
         return "gradients may be recorded (torch.no_grad() says that none are)"
     pixels = 0
@@ -139,7 +139,7 @@ def _obstacle(forward: Any, count: int, sites: list[FusedCall]) -> str:
     if kind.why_not:
         return f"{type(forward.scopes[0]).__name__}: {kind.why_not}"
     for call in kind.calls:
-        if not call.is_as_read():
+        if not call.is_unchanged():
             return f"a layer, BatchNorm or unit of a {type(forward.scopes[0]).__name__} has code or hooks of its own"
     sites += kind.calls
     return _first(_module_obstacle(module, arguments, sites) for module, arguments in kind.modules)
@@ -171,8 +171,8 @@ def _contiguous(value: Any) -> Any:
         if value.dim() != 4:
             return value
         _, channels, rows, columns = value.shape
-        as_usual = value.stride() == (channels * rows * columns, rows * columns, columns, 1)  # where the size is 1, too
-        return value if as_usual else value.clone(memory_format=torch.contiguous_format)
+        contiguous = value.stride() == (channels * rows * columns, rows * columns, columns, 1)  # also at size 1
+        return value if contiguous else value.clone(memory_format=torch.contiguous_format)
     if type(value) in (list, tuple):
         return type(value)(_contiguous(v) for v in value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Hooks, and code put on an instance: what may run between a call of a module and the forward of its class."""
+"""Detects code that runs between a call of a module and its class's forward: hooks, and overrides on the instance."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _CALL = nn.Module.__call__
 
 
 class FusedForward:
-    """Base of the forwards that :func:`fuse` puts on modules."""
+    """Base class of the forwards that :func:`fuse` puts on modules."""
 
 
 def is_open(module: nn.Module) -> bool:
-    """True if a call of ``module`` runs its class's forward, or the one that :func:`fuse` gave it, and nothing else."""
+    """True if a call of ``module`` runs only its class's forward, or the one from :func:`fuse`."""
     if isinstance(module, torch.jit.ScriptModule) or type(module).__call__ is not _CALL:
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:

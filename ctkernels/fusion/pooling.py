@@ -1,4 +1,4 @@
-"""Max poolings whose compiled training step calls torch's own kernels (:mod:`ctkernels.ops.max_pool2d`)."""
+"""Max poolings that call torch's own kernels in compiled training steps (:mod:`ctkernels.ops.max_pool2d`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .overrides import FusedForward
 
 
 class Pooling(FusedForward):
-    """Stands in a max pooling's ``__dict__`` as its ``forward``."""
+    """The ``forward`` in a max pooling's ``__dict__``."""
 
     def __init__(self, module: nn.MaxPool2d) -> None:
         self.module = module
@@ -26,6 +26,6 @@ class Pooling(FusedForward):
 
 
 def poolings(model: nn.Module) -> dict[nn.Module, Pooling]:
-    """For every max pooling in ``model`` whose forward is torch's."""
-    found = (m for m in model.modules() if isinstance(m, nn.MaxPool2d) and "forward" not in vars(m))
-    return {m: Pooling(m) for m in found if type(m).forward is nn.MaxPool2d.forward}
+    """A forward for every max pooling of ``model`` that runs torch's."""
+    modules = (m for m in model.modules() if isinstance(m, nn.MaxPool2d) and "forward" not in vars(m))
+    return {m: Pooling(m) for m in modules if type(m).forward is nn.MaxPool2d.forward}

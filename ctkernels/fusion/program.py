@@ -1,4 +1,4 @@
-"""The forward of a module with fused sites: its own, as generated code in which each site is one call."""
+"""The generated forward of a module with fused sites, in which each site is one call."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NUMBERS = count()
 
 
 class Path(NamedTuple):
-    """One path through the modules. ``run``: its code, None where it has no site; ``reads``: what it depends on."""
+    """One path through the modules. ``run``: its generated code, None without a site. ``reads``: what it depends on."""
 
     run: Callable[..., Any] | None
     reads: Reads
@@ -38,15 +38,15 @@ class Path(NamedTuple):
 
 
 class Program(FusedForward):
-    """Stands in a module's ``__dict__`` as its ``forward``.
+    """The ``forward`` in a module's ``__dict__``.
 
-    A graph is of one path: of one setting of the ``training`` flags and one choice of argument types, and of the
-    submodules and plain attributes as they were. Each choice has a function of its own, made when it is first met; calls
-    that have none go to the original forward.
+    A graph is specialised to the ``training`` flags, the types of the arguments, and the submodules and plain attributes
+    read while tracing. Each specialisation has its own function, generated when first needed; calls without one run the
+    original forward.
 
     Args:
-        module: whose forward this is.
-        inline: the modules below it whose code is part of it.
+        module: the module.
+        inline: submodules whose code is traced with it.
     """
 
     def __init__(self, module: nn.Module, inline: Sequence[nn.Module]) -> None:
@@ -55,13 +55,13 @@ class Program(FusedForward):
 
     @property
     def __code__(self) -> Any:
-        """The original forward's: ``torch.export`` asks for its name and line."""
+        """The original forward's code: ``torch.export`` reads its name and line."""
         return type(self.scopes[0]).forward.__code__
 
     @property
     def __globals__(self) -> dict[str, Any]:
-        """Is what ``torch.jit.script`` asks for, which cannot read a fused forward."""
-        raise AttributeError(  # for others that ask, it has none
+        """Read by ``torch.jit.script``, which cannot compile a fused forward."""
+        raise AttributeError(  # others treat it as absent
             f"torch.jit.script: expected a model that is not fused, got a fused {type(self.scopes[0]).__name__}; use "
             "torch.export, torch.compile, torch.jit.trace or ctkernels.export, or remove() first"
         )
@@ -71,7 +71,7 @@ class Program(FusedForward):
         return inspect.signature(type(self.scopes[0]).forward.__get__(self.scopes[0]))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"scopes": self.scopes}  # a copy reads its own modules
+        return {"scopes": self.scopes}  # a copy traces its own modules
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.scopes, self.paths = state["scopes"], {}
@@ -87,18 +87,18 @@ class Program(FusedForward):
         return type(module).forward(module, *args, **kwargs)
 
     def converts(self, args: tuple[Any, ...]) -> bool:
-        """True if a call with ``args`` runs in channels last, although they are contiguous."""
+        """True if a call with the contiguous ``args`` runs in channels last."""
         if torch.is_grad_enabled() or torch.jit.is_tracing() or memory_format.why_not_now(args) or in_transform():
             return False
         return not memory_format.obstacle(self, len(args))
 
     def format(self, count: int) -> Format | None:
-        """That of the path with ``count`` tensors as arguments; None if it has not been read, or has no site."""
+        """The format of the path with ``count`` tensors as arguments; None if it is not traced, or has no site."""
         path = self.paths.get((tuple([module.training for module in self.scopes]), ("tensor",) * count))
         return path.format if path is not None and path.reads.hold() else None
 
     def path(self, args: tuple[Any, ...]) -> Path | None:
-        """The path of a call, read anew where it does not hold; None where the original forward is to run."""
+        """The path of a call, traced again if it is out of date; None if the original forward must run."""
         training, kinds = [], []
         for module in self.scopes:
             training.append(module.training)
@@ -110,72 +110,72 @@ class Program(FusedForward):
         path = self.paths.get(key)
         if path is not None and path.reads.hold():
             return path
-        if torch.compiler.is_compiling():  # a compiler cannot follow the reading
+        if torch.compiler.is_compiling():  # tracing cannot be compiled
             return None
-        path = self.paths[key] = self.read(key, Norms())
+        path = self.paths[key] = self.trace(key, Norms())
         return path
 
     def prepare(self, norms: Norms) -> list[Match]:
-        """Make the functions that are likely to be called, so that a compiler finds them. Returns the sites."""
+        """Generates the functions of both modes, so that a compiler finds them. Returns the sites."""
         arguments = argument_count(self.scopes[0])
         assert arguments is not None
         now = self.scopes[0].training
         for training in (now, not now):
             key = (training,) * len(self.scopes), ("tensor",) * arguments
-            self.paths[key] = self.read(key, norms)
+            self.paths[key] = self.trace(key, norms)
         return next((path.matches for path in self.paths.values() if path.matches), [])
 
-    def read(self, key: Key, norms: Norms) -> Path:
+    def trace(self, key: Key, norms: Norms) -> Path:
         module, (training, kinds) = self.scopes[0], key
-        nothing = Path(None, Reads(), [])
+        unfused = Path(None, Reads(), [])
         if None in kinds:
-            return nothing
+            return unfused
         try:
-            read = trace(module, self.scopes[1:], kinds, dict(zip(self.scopes, training)))  # type: ignore[arg-type]
+            traced = trace(module, self.scopes[1:], kinds, dict(zip(self.scopes, training)))  # type: ignore[arg-type]
         except Untraceable:
-            return nothing
-        matches = find(module, read.graph, norms)
+            return unfused
+        matches = find(module, traced.graph, norms)
         if not matches:
-            return Path(None, read.reads, [])
+            return Path(None, traced.reads, [])
         modules = dict(module.named_modules(remove_duplicate=False))
         for match in matches:
-            _replace(read, match, modules, norms)
-        format = memory_format.of_graph(read.graph, modules)
-        return Path(_function(read.graph, type(module).__name__), read.reads, matches, format)
+            _replace(traced, match, modules, norms)
+        format = memory_format.of_graph(traced.graph, modules)
+        return Path(_function(traced.graph, type(module).__name__), traced.reads, matches, format)
 
 
-def _replace(read: Trace, match: Match, modules: dict[str, nn.Module], norms: Norms) -> None:
-    """Put one call in the place of the nodes of ``match``."""
+def _replace(traced: Trace, match: Match, modules: dict[str, nn.Module], norms: Norms) -> None:
+    """Replaces the nodes of ``match`` by one call."""
 
-    def held(node: Any) -> Any:
+    def target(node: Any) -> Any:
         return None if node is None else modules[node.target] if node.op == "call_module" else node.target
 
-    norm = norms(held(match.norm))
+    norm = norms(target(match.norm))
     inside = norm is not None and norm.unit is not None
-    unit = norm.unit if norm is not None and inside else held(match.unit)
+    unit = norm.unit if norm is not None and inside else target(match.unit)
     last = match.nodes[-1]
     others, kwargs = (match.unit.args[1:], match.unit.kwargs) if match.unit is not None and not inside else ((), {})
     call: FusedCall | GatedCall
     if match.product is not None:
         dim = _chunked_dim(match.halving[0]) if match.halving else None
-        call, second = GatedCall(held(match.source), unit, dim), match.up
+        call, second = GatedCall(target(match.source), unit, dim), match.up
     else:
-        call, second = FusedCall(held(match.source), norm, unit), match.residual
-    with read.graph.inserting_before(last):
-        fused = read.graph.call_function(call, (match.input, second, *others), dict(kwargs))
+        call, second = FusedCall(target(match.source), norm, unit), match.residual
+    with traced.graph.inserting_before(last):
+        fused = traced.graph.call_function(call, (match.input, second, *others), dict(kwargs))
     fused.meta["line"] = last.meta.get("line")
     last.replace_all_uses_with(fused)
     for node in reversed(match.nodes):
-        read.graph.erase_node(node)
+        traced.graph.erase_node(node)
 
 
 def _chunked_dim(chunk: torch.fx.Node) -> Any:
-    """The dimension that a call of ``torch.chunk`` cuts."""
+    """The dimension of a call of ``torch.chunk``."""
     return chunk.args[2] if len(chunk.args) > 2 else chunk.kwargs.get("dim", 0)
 
 
 def _function(graph: torch.fx.Graph, name: str) -> Callable[..., Any]:
-    """``graph`` as a function whose source tracebacks can show, with the line of the original that each line stands for."""
+    """``graph`` as a function. Tracebacks show its source, with the original line behind each line."""
     code = graph.python_code("self")
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     lines = code.src.splitlines()

@@ -1,6 +1,6 @@
-"""Recomputes a BatchNorm's output in the backward pass, for the unit behind a sum, instead of saving it.
+"""Recomputes a BatchNorm's output in the backward pass instead of saving it, for a unit after a residual sum.
 
-BatchNorm keeps its input in any case. Its output is needed again only by the unit: a tensor saved for one cheap pass.
+BatchNorm saves its input in any case. Only the unit needs its output again: one cheap pass saves a tensor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Normalisation(NamedTuple):
         weight, bias = (None if t is None else t.detach() for t in (norm.weight, norm.bias))
         return cls(z.detach(), weight, bias, norm.eps, [t._version for t in (z, weight, bias) if t is not None])
 
-    def again(self) -> Tensor:
+    def recompute(self) -> Tensor:
         if [t._version for t in self[:3] if t is not None] != self.versions:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: the "
@@ -40,31 +40,29 @@ class _Normalisation(NamedTuple):
 def normalised(norm: Any, z: Tensor) -> Tensor:
     """``norm(z)``, marked with how to recompute it if ``norm`` uses the statistics of ``z`` and autograd records it."""
     y = norm(z)
-    known = isinstance(norm, torch.nn.modules.batchnorm._BatchNorm) and norm.training and y.dtype == z.dtype
-    if known and y.requires_grad:
-        y._ctkernels_made_by = _Normalisation.of(norm, z)
+    in_training = isinstance(norm, torch.nn.modules.batchnorm._BatchNorm) and norm.training and y.dtype == z.dtype
+    if in_training and y.requires_grad:
+        y._ctkernels_normalisation = _Normalisation.of(norm, z)
     return y
 
 
 def recomputed(y: Tensor | None) -> AbstractContextManager[Any]:
-    """In this context autograd saves, in the place of ``y``, how to recompute it, if :func:`normalised` made it."""
-    made_by = getattr(y, "_ctkernels_made_by", None)
-    if y is None or made_by is None or not torch.is_grad_enabled() or y._version != 0:
+    """Context in which autograd saves how to recompute ``y``, a result of :func:`normalised`, instead of ``y``."""
+    normalisation = getattr(y, "_ctkernels_normalisation", None)
+    if y is None or normalisation is None or not torch.is_grad_enabled() or y._version != 0:
         return nullcontext()
-    if (
-        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    ):  # checkpoints and the like decide for themselves
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # such as those of checkpointing
         return nullcontext()
 
-    address, shape = y.data_ptr(), y.shape  # a hook that held y would keep it
+    address, shape = y.data_ptr(), y.shape  # a hook that refers to y would keep it alive
 
     def pack(t: Tensor) -> Any:
-        return made_by if t.data_ptr() == address and t.shape == shape else (t, t._version)
+        return normalisation if t.data_ptr() == address and t.shape == shape else (t, t._version)
 
-    def unpack(kept: Any) -> Tensor:
-        if isinstance(kept, _Normalisation):
-            return kept.again()
-        t, version = kept
+    def unpack(saved: Any) -> Tensor:
+        if isinstance(saved, _Normalisation):
+            return saved.recompute()
+        t, version = saved
         if t._version != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a "

@@ -1,8 +1,8 @@
-"""Copies of modules to run a forward on, and a record of what it read from them.
+"""Shadow copies of modules to trace a forward on, and a record of what it reads from them.
 
-A forward is read by running it with stand-ins, and whatever it writes meanwhile must not reach the model. So it runs on
-shadows: one object for every module, of a subclass of its class, whose attributes are copied from the original when they
-are asked for. Every such read is noted. A path holds for as long as what was read is the same.
+Tracing runs a forward with placeholders, and its writes must not reach the model. It therefore runs on shadows: one object
+per module, of a subclass of its class, which copies attributes from the original on access and records the access. A trace
+is valid as long as everything it read is unchanged.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ _STATE = "_ctkernels_shadow"
 
 
 class Untraceable(Exception):
-    """A module is left alone; the message says why."""
+    """Raised if a module cannot be traced; the message says why."""
 
 
-# ---- what was read -----------------------------------------------------------------------------------------------------
+# ---- reads -------------------------------------------------------------------------------------------------------------
 
 
 class Reads:
-    """Everything that a path was read with."""
+    """Everything that a trace read from its modules."""
 
     def __init__(self) -> None:
         self.classes: dict[nn.Module, tuple[type, Any]] = {}
         self.children: dict[nn.Module, tuple[tuple[str, Any], ...]] = {}
-        # An entry of a module's ``__dict__`` (table None) or of one of its tables, and what it was; see :func:`_known`.
+        # Entries of a module's ``__dict__`` (table None) or of one of its tables, with their value; see :func:`_record`.
         self.entries: dict[tuple[nn.Module, str | None, str], tuple[nn.Module, str | None, str, Any]] = {}
 
     def of(self, module: nn.Module) -> None:
@@ -72,14 +72,14 @@ class Reads:
     def entry(self, module: nn.Module, table: str | None, name: str, value: Any) -> None:
         self.of(module)
         if (module, table, name) not in self.entries:
-            self.entries[module, table, name] = module, table, name, _known(value)
+            self.entries[module, table, name] = module, table, name, _record(value)
 
     def every_child(self, module: nn.Module) -> None:
         self.of(module)
         self.children.setdefault(module, tuple(module._modules.items()))
 
     def path(self, root: nn.Module, target: str) -> None:
-        """Every step from ``root`` to the module at ``target``."""
+        """Records every step from ``root`` to the module at ``target``."""
         for name in target.split(".") if target else ():
             child = root._modules[name]
             assert child is not None
@@ -87,7 +87,7 @@ class Reads:
             root = child
 
     def hold(self) -> bool:
-        """True if everything is as it was. Asked at every call, so the common comparisons are inlined."""
+        """True if nothing has changed. Runs in every call, so the common comparisons are inlined."""
         for module, (cls, forward) in self.classes.items():
             if type(module) is not cls or cls.forward is not forward:
                 return False
@@ -102,14 +102,14 @@ class Reads:
         return True
 
 
-def _known(value: Any, depth: int = 0) -> Any:
-    """The record of a value that was read: itself, the contents of a container, or ``Tensor`` for any tensor."""
+def _record(value: Any, depth: int = 0) -> Any:
+    """The record of a value: itself, the contents of a container, or ``Tensor`` for any tensor."""
     if isinstance(value, Tensor):
-        return Tensor  # any: the code that is generated reads the one that is there
+        return Tensor  # generated code reads the current one
     if type(value) in (list, tuple, set, frozenset, deque) and depth < 4:
-        return type(value), tuple(_known(v, depth + 1) for v in value)
+        return type(value), tuple(_record(v, depth + 1) for v in value)
     if type(value) in (dict, OrderedDict) and depth < 4:
-        return type(value), tuple((k, _known(v, depth + 1)) for k, v in value.items())
+        return type(value), tuple((k, _record(v, depth + 1)) for k, v in value.items())
     if isinstance(value, (*_SHARED, nn.Module)) or not hasattr(value, "__dict__") or depth > 0:
         return value
     return value, {k: v for k, v in vars(value).items() if isinstance(v, _SIMPLE)}
@@ -124,8 +124,8 @@ def _is(now: Any, then: Any) -> bool:
         return isinstance(now, Tensor)
     if not isinstance(then, tuple) or len(then) != 2:
         return False
-    known = _known(now)
-    return isinstance(known, tuple) and len(known) == 2 and _equal(known, then)
+    record = _record(now)
+    return isinstance(record, tuple) and len(record) == 2 and _equal(record, then)
 
 
 def _equal(now: Any, then: Any) -> bool:
@@ -144,13 +144,13 @@ def _equal(now: Any, then: Any) -> bool:
 
 
 class Shadows:
-    """The shadows of ``root`` and all modules in it.
+    """The shadows of ``root`` and its submodules.
 
     Args:
-        root: the module whose forward is to be run.
-        tensor: makes the stand-in for a tensor from its path and whether it is a parameter.
-        call: what a call of a shadow is: ``call(original, shadow, args, kwargs)``.
-        training: {module: the flag it is to have}; the others have their own.
+        root: the module whose forward is traced.
+        tensor: makes the placeholder of a tensor, from its path and whether it is a parameter.
+        call: called as ``call(original, shadow, args, kwargs)`` when a shadow is called.
+        training: {module: its flag while tracing}; other modules keep theirs.
     """
 
     def __init__(
@@ -164,14 +164,14 @@ class Shadows:
         self.reads = Reads()
         self.memo: dict[int, Any] = {}
         self.names: dict[nn.Module, str] = {}
-        self.originals: list[Any] = []  # what the ids in ``memo`` belong to
+        self.originals: list[Any] = []  # keeps the objects alive whose ids are in ``memo``
         self.shadows: list[tuple[Any, nn.Module]] = []
         self.copied: list[tuple[dict[str, Any], str, Any, Any]] = []
         self.refused = ""
         self.root = self.shadow(root, "")
 
     def refuse(self, reason: str) -> Untraceable:
-        """An error to raise. It is remembered, because the code that is run may catch it."""
+        """An error to raise. Its reason is stored, because the traced code may catch it."""
         self.refused = self.refused or reason
         return Untraceable(reason)
 
@@ -195,9 +195,10 @@ class Shadows:
         entries["training"] = self.training.get(module, module.training)
         prefix = f"{name}." if name else ""
         for table in ("_parameters", "_buffers"):
-            held = vars(module).get(table, {})
+            tensors = vars(module).get(table, {})
             entries[table] = {
-                k: None if t is None else self.stand_in(t, prefix + k, table == "_parameters") for k, t in held.items()
+                k: None if t is None else self.stand_in(t, prefix + k, table == "_parameters")
+                for k, t in tensors.items()
             }
         entries["_non_persistent_buffers_set"] = set(vars(module).get("_non_persistent_buffers_set", ()))
         inside = {} if isinstance(module, torch.jit.ScriptModule) else module._modules
@@ -214,7 +215,7 @@ class Shadows:
         return self.memo[id(t)]
 
     def copy(self, value: Any, path: str) -> Any:
-        """Copy an attribute; references to the modules become references to their shadows."""
+        """Copies an attribute; references to modules become references to their shadows."""
         known = self.memo.get(id(value))
         if known is not None:
             return known
@@ -257,7 +258,7 @@ class Shadows:
         """True if the forward has written to a copy."""
         for shadow, _ in self.shadows:
             entries = _entries(shadow)
-            known = {name for held, name, _, _ in self.copied if held is entries}
+            known = {name for owner, name, _, _ in self.copied if owner is entries}
             if any(name not in known and name not in _MADE for name in entries):
                 return True
         return any(
@@ -281,7 +282,7 @@ class Shadows:
         return not hasattr(value, "__dict__") or self._unchanged(vars(value), vars(copied), depth + 1)
 
     def close(self) -> None:
-        """Let go of everything, so that nothing outlives the reading."""
+        """Drops all references, so that nothing outlives the tracing."""
         for shadow, _ in self.shadows:
             _entries(shadow).clear()
         self.shadows, self.copied, self.memo = [], [], {}
@@ -301,10 +302,10 @@ def _entries(shadow: Any) -> dict[str, Any]:
 
 
 class Shadow:
-    """Mixin of every shadow's class."""
+    """Mixin of shadow classes."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Deliberately not passed on: a registry of subclasses must not hear of a class that exists for a while."""
+        """Does not call super: registries of subclasses must not see a temporary class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = _entries(self)[_STATE]
@@ -338,19 +339,19 @@ class Shadow:
             return super().__getattribute__(name)
         if name in entries:
             return entries[name]
-        held = vars(original)
-        if name in held:
+        attributes = vars(original)
+        if name in attributes:
             if name in _marks.SHARED:
-                return held[name]
-            reads.entry(original, None, name, held[name])
+                return attributes[name]
+            reads.entry(original, None, name, attributes[name])
             path = f"{state.name}.{name}" if state.name else name
-            entries[name] = copied = state.shadows.copy(held[name], path)
-            state.shadows.copied.append((entries, name, held[name], copied))
+            entries[name] = copied = state.shadows.copy(attributes[name], path)
+            state.shadows.copied.append((entries, name, attributes[name], copied))
             return copied
         if on_class is _ABSENT:
             for table in _TABLES:
                 if name in entries[table]:
-                    reads.entry(original, table, name, held[table][name])
+                    reads.entry(original, table, name, attributes[table][name])
                     return entries[table][name]
         if not name.startswith("__"):
             reads.entry(original, None, name, _ABSENT)

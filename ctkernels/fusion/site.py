@@ -1,4 +1,4 @@
-"""One call in the place of a layer, a BatchNorm, a sum and an activation."""
+"""The fused call of a layer, a BatchNorm, a sum and an activation."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from .fold import affine, is_eval, normalise
 from .layers import Norm, Snapshot, is_layer, is_unit
 from .recompute import normalised, recomputed
 
-_SMALL = 256  # values of a channel: about 50 ns to derive its constants, 0.2 ns for a value more in a pass
+_SMALL = 256  # values per channel: computing its constants takes about 50 ns, a pass over one more value 0.2 ns
 _AFTER_NORM = eager.entry("ctu_after_norm")
-# Of functional.ctu, for units that leave them out.
+# Defaults of functional.ctu, for arguments that a unit leaves out.
 _DEFAULTS = {
     "beta": None, "coeff": 0.5, "channel_dim": None, "raw": False, "activation": "relu", "negative_slope": 0.01, "eps": 0.0,
 }  # fmt: skip
-LARGE = 1 << 14  # values of a tensor: below, checking that nothing else shares the memory costs more than new memory
+LARGE = 1 << 14  # values: for smaller tensors, checking for shared memory costs more than allocating
 
 
 @dataclass(frozen=True)
 class FusedSite:
-    """Modules fused into one call, by name in the model; "" for a part that is absent.
+    """Modules fused into one call, by their names in the model; "" for absent parts.
 
     Attributes:
         layer: the convolution or linear layer.
         norm: the BatchNorm.
         residual: whether a second tensor is added.
-        unit: the CT unit. Without one the BatchNorm is folded into the layer, and what follows is as it was.
+        unit: the CT unit. Without one, the BatchNorm is folded into the layer.
         product: whether the unit's result is multiplied by a second tensor, as in the gated MLP of a language model.
     """
 
@@ -52,30 +52,30 @@ class FusedSite:
 
 
 class FusedCall:
-    """The call that stands for a site in generated code: ``(x, residual or None, *other arguments of the unit)``.
+    """The call of a site in generated code: ``(x, residual or None, *other arguments of the unit)``.
 
-    How it is computed is decided at every call, by the state of the modules and tensors; where no fused way applies, the
-    modules are called one after the other. The layer and the norm are read through ``_parameters`` and ``_buffers``:
-    ``is_as_read`` has made sure of these, and an attribute of a module is looked up in Python.
+    Every call decides how to compute it, from the state of modules and tensors; if no fused path applies, it calls the
+    modules one after the other. Layer and norm are read through ``_parameters`` and ``_buffers``, which ``is_unchanged``
+    has checked: faster than attributes of a module.
     """
 
-    __name__ = "fused"  # what generated code calls it
+    __name__ = "fused"  # its name in generated code
 
     def __init__(self, source: nn.Module | None, norm: Norm | None, unit: Any) -> None:
         self.source: Any = source
         self.is_linear = isinstance(source, nn.Linear)
-        self.known, self.unit = norm, unit
+        self.norm_spec, self.unit = norm, unit
         self.norm: Any = None if norm is None else norm.module
         self.snapshot: Snapshot | None = None
         self.inside = norm is not None and norm.unit is not None  # the norm's own forward calls the unit
 
     def __call__(self, x: Tensor, residual: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         source, norm, unit = self.source, self.norm, self.unit
-        # Like a compiled program, a trace is to hold for other sizes, and for calls with gradients.
+        # Like a compiled program, a trace must hold for other sizes, and for calls with gradients.
         tracing = torch.jit.is_tracing()
         compiling = tracing or torch.compiler.is_compiling()
         arguments = None
-        if self.is_as_read() and (compiling or not in_transform()):
+        if self.is_unchanged() and (compiling or not in_transform()):
             if unit is None:
                 return self.folded(x, compiling)
             arguments = unit.ctu_arguments(x, *args, **kwargs) if isinstance(x, Tensor) else None
@@ -121,37 +121,36 @@ class FusedCall:
         return functional.ctu(z, inplace=inplace, **arguments)
 
     def after_norm(self, z: Tensor, residual: Tensor | None, arguments: dict[str, Any]) -> Tensor | None:
-        """The norm in evaluation, the sum and the unit in one call that writes over ``z``, the layer's result; None where
-        that is not for such a call."""
-        given = _DEFAULTS | arguments
-        kind = ACTIVATIONS.get(given["activation"], -1)
-        if len(given) > len(_DEFAULTS):  # knobs for each sample, say
+        """Norm in evaluation, sum and unit in one entry point, written over the layer's result ``z``; None if it declines."""
+        complete = _DEFAULTS | arguments
+        kind = ACTIVATIONS.get(complete["activation"], -1)
+        if len(complete) > len(_DEFAULTS):  # arguments without a place here, such as knobs per sample
             return None
         norm = self.norm
         weights, buffers = norm._parameters, norm._buffers
         norm._check_input_dim(z)
         y = _AFTER_NORM(
-            z, given["beta"], given["coeff"], given["negative_slope"] if kind == LEAKY else None, None, None, residual,
-            given["channel_dim"], kind, given["raw"], given["eps"],
+            z, complete["beta"], complete["coeff"], complete["negative_slope"] if kind == LEAKY else None, None, None, residual,
+            complete["channel_dim"], kind, complete["raw"], complete["eps"],
             buffers["running_mean"], buffers["running_var"], weights["weight"], weights["bias"], norm.eps,
         )  # fmt: skip
         return y if isinstance(y, Tensor) else None
 
-    def is_as_read(self) -> bool:
-        """True if the modules still run the code that this call stands for."""
+    def is_unchanged(self) -> bool:
+        """True if the modules still run the code that this call replaces."""
         compiling = torch.compiler.is_compiling()
         if not compiling and self.snapshot is not None and self.snapshot.holds():
             return True
-        right = (
+        unchanged = (
             (self.source is None or is_layer(self.source))
-            and (self.known is None or self.known.is_as_read())
+            and (self.norm_spec is None or self.norm_spec.is_unchanged())
             and (not isinstance(self.unit, nn.Module) or is_unit(self.unit))
         )
         if not compiling:
-            comparable = right and (self.known is None or not self.known.reads)
+            comparable = unchanged and (self.norm_spec is None or not self.norm_spec.reads)
             modules = (m for m in (self.source, self.norm, self.unit) if isinstance(m, nn.Module))
             self.snapshot = Snapshot(*modules) if comparable and eager.MISSING is None else None
-        return right
+        return unchanged
 
     def records(self, z: Tensor, residual: Tensor | None, arguments: dict[str, Any]) -> bool:
         """True if autograd records the norm or the unit."""
@@ -159,11 +158,11 @@ class FusedCall:
         return records_grad(z, residual, *weights, *arguments.values())
 
     def layer(self, x: Tensor, compiling: bool) -> Tensor:
-        """The layer's result; one with frozen weights does not keep its input."""
+        """The layer's result; with frozen weights, its input is not saved."""
         source = self.source
         if records_grad(x) and not records_grad(*source._parameters.values()) and _computes_in(x, source):
             return frozen.call(source, x, True)
-        if compiling:  # an exported program names the layer
+        if compiling:  # so that an exported program has the layer's name
             return source(x)
         weight, bias = source._parameters["weight"], source._parameters["bias"]
         if self.is_linear:
@@ -174,10 +173,7 @@ class FusedCall:
         return source._conv_forward(x, weight, bias)
 
     def leaves_bias(self, x: Tensor, residual: Tensor | None, arguments: dict[str, Any]) -> bool:
-        """True if the unit adds the layer's bias in its own pass: in inference, where that saves a pass.
-
-        torch adds it in a pass of its own after cuDNN's convolutions.
-        """
+        """True if the unit adds the layer's bias: in inference, if that saves the separate pass after cuDNN's convolutions."""
         source = self.source
         return (
             _adds_bias_apart(x)
@@ -189,7 +185,7 @@ class FusedCall:
         )
 
     def fits(self, z: Tensor, residual: Any, arguments: dict[str, Any]) -> bool:
-        """True if the unit can take the norm and the sum before it."""
+        """True if the unit can apply the norm and the sum."""
         if residual is not None and (not isinstance(residual, Tensor) or residual.shape != z.shape):
             return False
         if self.norm is None:
@@ -197,20 +193,20 @@ class FusedCall:
         return z.dim() > 1 and arguments["channel_dim"] in (None, 1, 1 - z.dim()) and _normalises(self.norm, z.dtype)
 
     def folded(self, x: Tensor, compiling: bool) -> Tensor:
-        """The layer and the norm of a site without a unit: one layer with scaled weights, if that is less work."""
+        """Layer and norm of a site without a unit: one layer with scaled weights, if that is less work."""
         source, norm = self.source, self.norm
-        assert self.known is not None
+        assert self.norm_spec is not None
         constant = is_eval(norm) and not records_grad(*source._parameters.values(), *norm._parameters.values())
         constant = constant and _computes_in(x, source) and norm.running_mean.dtype == x.dtype
         if constant and _normalises(norm, x.dtype) and frozen.folds_cheaply(source, x):
             norm._check_input_dim(x)
             z = frozen.call(source, x, records_grad(x), *affine(norm, x))
-            return z if self.known.other is None else self.known.other(z)
+            return z if self.norm_spec.other is None else self.norm_spec.other(z)
         z = self.layer(x, compiling)
-        return norm(z) if compiling or self.known.reads else normalised(norm, z)
+        return norm(z) if compiling or self.norm_spec.reads else normalised(norm, z)
 
     def unfused(self, z: Tensor, residual: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Calls one after the other what comes after the layer."""
+        """Calls the parts after the layer one after the other."""
         if self.norm is not None:
             z = self.norm(z)
         if residual is not None:
@@ -219,8 +215,8 @@ class FusedCall:
 
 
 def _rearranges_weight(x: Tensor, weight: Tensor) -> bool:
-    """True on a CPU if torch would copy the kernels of a convolution to give them the memory format of ``x``, and that costs
-    more than to bring ``x`` and the result to theirs."""
+    """True on a CPU if torch would copy a convolution's weights into the memory format of ``x``, and converting ``x`` and the
+    result costs less."""
     return (
         not torch.is_grad_enabled()
         and x.is_cpu
@@ -234,7 +230,7 @@ def _rearranges_weight(x: Tensor, weight: Tensor) -> bool:
 
 
 def _is_small(z: Tensor) -> bool:
-    """True on a CPU if a pass over ``z`` costs less than the constants that the unit derives from each channel's affine map."""
+    """True on a CPU if a pass over ``z`` costs less than precomputing the unit's constants per channel."""
     return z.is_cpu and z.numel() < _SMALL * z.shape[1]
 
 
@@ -248,7 +244,7 @@ def _adds_bias_apart(x: Tensor) -> bool:
 
 
 def _normalises(norm: Any, dtype: torch.dtype) -> bool:
-    """True if torch's BatchNorm takes this dtype with these weights."""
+    """True if torch's BatchNorm accepts this dtype with these weights."""
     half = dtype in (torch.float16, torch.bfloat16)
     weights, buffers = norm._parameters, norm._buffers
     for t in (weights["weight"], weights["bias"], buffers["running_mean"], buffers["running_var"]):

@@ -1,11 +1,10 @@
 """Traces a module's forward into a ``torch.fx`` graph; refuses whenever the graph might differ from the module.
 
-The forward is run once, on shadows of the modules (``shadow``) and with stand-ins for the tensors, and what it does to them
-is written down as a ``torch.fx`` graph. Nothing is replaced anywhere: the calls of modules are seen by the shadows, those of
-torch's functions by a ``TorchFunctionMode``, which like ``sys.setprofile`` is of this thread alone.
+The forward runs once, on shadows of the modules (``shadow``) and with placeholders for the tensors, and the operations on them
+are recorded. Nothing is patched: shadows see the calls of modules, and a ``TorchFunctionMode`` those of torch's functions; like
+``sys.setprofile``, it only affects this thread.
 
-Some things that a path may depend on, or do beside its result, do not show in a graph. They are noticed while it runs, and
-the module is then left alone.
+Dependencies and side effects that a graph cannot express are detected while the forward runs, and the module is refused.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ from .leftovers import Namespaces, StandIns
 from .overrides import is_open
 from .shadow import Reads, Shadows, Untraceable
 
-# What an argument is: "tensor", or ("list", *kinds) and ("tuple", *kinds).
+# The kind of an argument: "tensor", ("list", *kinds) or ("tuple", *kinds).
 Kind = str | tuple[Any, ...]
 _SEQUENCES: dict[type, str] = {list: "list", tuple: "tuple"}
 
 
 def kind_of(value: Any) -> Kind | None:
-    """The kind of an argument, None where there is none: then the original forward runs."""
+    """The kind of an argument; None for others, with which the original forward runs."""
     if type(value) is Tensor or type(value) is nn.Parameter:
         return "tensor"
     name = _SEQUENCES.get(type(value))
@@ -51,7 +50,7 @@ def kind_of(value: Any) -> Kind | None:
 
 
 class Trace(NamedTuple):
-    """scopes: {node: the modules whose forward it stands in, outermost first}. reads: what the path depends on."""
+    """scopes: {node: the modules in whose forward it was recorded, outermost first}. reads: what the graph depends on."""
 
     graph: torch.fx.Graph
     scopes: dict[torch.fx.Node, tuple[nn.Module, ...]]
@@ -66,41 +65,42 @@ def trace(
     inline: Collection[nn.Module] | None,
     kinds: Sequence[Kind],
     training: dict[nn.Module, bool],
-    closed: set[nn.Module] | None = None,
+    opaque: set[nn.Module] | None = None,
 ) -> Trace:
-    """The graph of ``module``'s forward.
+    """Traces ``module``'s forward.
 
     Args:
-        inline: the modules below it that are looked into. None: all that can be, but for layers of torch.
-        kinds: what the arguments are.
-        training: the flags to read it with, {module: flag}; other modules have their own.
-        closed: with ``inline`` None, modules that are known not to be readable. What is found out is added.
+        inline: submodules to trace into. None: all traceable ones except torch's layers.
+        kinds: of the arguments.
+        training: {module: its flag while tracing}; other modules keep theirs.
+        opaque: with ``inline`` None, modules known to be untraceable; newly found ones are added.
 
     Raises:
-        Untraceable: it cannot be read. RuntimeError: it has put stand-ins where they cannot be taken back from.
+        Untraceable: the forward cannot be traced.
+        RuntimeError: it stored placeholders in places that cannot be cleared.
     """
-    closed = set() if closed is None else closed
+    opaque = set() if opaque is None else opaque
     for tries_left in reversed(range(_TRIES)):
-        tracer = _Tracer(module, inline, closed, training)
+        tracer = _Tracer(module, inline, opaque, training)
         try:
             return _checked(tracer, kinds)
         except Untraceable:
             if inline is not None or not tracer.stack or not tries_left:
                 raise
-            closed.add(tracer.stack[-1])  # a part that cannot be read: called, and not looked into
+            opaque.add(tracer.stack[-1])  # call this submodule without tracing into it
     raise AssertionError("the last try returns or raises")
 
 
 def _checked(tracer: _Tracer, kinds: Sequence[Kind]) -> Trace:
-    """Run the forward, then make sure that it left nothing behind."""
+    """Runs the tracer, then makes sure that the forward left nothing behind."""
     state = random.getstate()
-    reason, read = "", None
+    reason, traced = "", None
     try:
-        read = tracer.run(kinds)
-    except Exception as error:  # any code may run here, and any error means that it cannot be read this way
+        traced = tracer.run(kinds)
+    except Exception as error:  # arbitrary code runs here, and any error means that it cannot be traced
         said = str(error) if isinstance(error, Untraceable) else f"it cannot be read: {_first_line(error)}"
         reason = tracer.shadows.refused or said
-        _let_go(error)
+        _clear_frames(error)
     if random.getstate() != state:
         random.setstate(state)
         reason = reason or "it draws random numbers"
@@ -109,13 +109,13 @@ def _checked(tracer: _Tracer, kinds: Sequence[Kind]) -> Trace:
     if stand_ins.any_alive():
         stand_ins.take_back(tracer.before)
         reason = "it keeps values, outside of the module, from one call to the next"
-    if reason or read is None:
+    if reason or traced is None:
         raise Untraceable(reason)
-    return read
+    return traced
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Drop the references that an error's frames hold, to stand-ins among others."""
+def _clear_frames(error: BaseException | None) -> None:
+    """Drops the references of an error's frames, which may be to placeholders."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -125,16 +125,18 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# ---- stand-ins ---------------------------------------------------------------------------------------------------------
+# ---- placeholders ------------------------------------------------------------------------------------------------------
 
 
-class _Known(Tensor, StandIn):
-    """Stands for what is a tensor for certain: an argument, a parameter, a buffer. It is one, without a value."""
+class _TensorStandIn(Tensor, StandIn):
+    """Placeholder of an argument, parameter or buffer: a tensor without values."""
 
     @staticmethod
-    def make(tracer: _Tracer, op: str, target: Any, args: tuple[Any, ...] = (), is_parameter: bool = False) -> _Known:
+    def make(
+        tracer: _Tracer, op: str, target: Any, args: tuple[Any, ...] = (), is_parameter: bool = False
+    ) -> _TensorStandIn:
         with torch._C.DisableTorchFunction():
-            stand_in: Any = Tensor._make_subclass(_Known, torch.empty(0, device="meta"))
+            stand_in: Any = Tensor._make_subclass(_TensorStandIn, torch.empty(0, device="meta"))
         stand_in.tracer, stand_in.creation, stand_in.node = tracer, (op, target, args), None
         if is_parameter:
             stand_in._is_param = True
@@ -146,7 +148,7 @@ class _Known(Tensor, StandIn):
     node: torch.fx.Node | None
 
     def recorded(self) -> torch.fx.Node:
-        """Its node, made when it is first asked for."""
+        """Its node, created on first use."""
         if self.node is None:
             op, target, args = self.creation
             self.node = self.tracer.create_node(op, target, args, {})
@@ -154,22 +156,22 @@ class _Known(Tensor, StandIn):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        stand_in = next(a for a in _flat((args, kwargs)) if isinstance(a, _Known))
+        stand_in = next(a for a in _flat((args, kwargs)) if isinstance(a, _TensorStandIn))
         return stand_in.tracer.function(func, args, kwargs or {})
 
 
 def is_stand_in(value: Any) -> bool:
-    return isinstance(value, (_Known, _Noticing))
+    return isinstance(value, (_TensorStandIn, _ValueStandIn))
 
 
-class _Noticing:
-    """Mixin of stand-ins for values of any type: notices who asks for the type, and so may choose a path by it."""
+class _ValueStandIn:
+    """Mixin of placeholders for values of any type. Refuses code that queries the type, and may branch on it."""
 
     tracer: _Tracer
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        # Asked by C code, too, whenever a function of torch gets one: which is no question of the forward's.
+        # C code queries it too, for every argument of a torch function: only isinstance in traced code counts.
         if self.tracer.asking and not _is_fx(sys._getframe(1)):
             self.tracer.shadows.refuse("it asks for the type of a value")
         return type(self)
@@ -178,11 +180,11 @@ class _Noticing:
         return self.tracer.attribute(self, name)
 
 
-class _Value(_Noticing, torch.fx.Proxy):  # type: ignore[misc]
-    """A proxy that knows ``x += y`` from ``x + y``."""
+class _Value(_ValueStandIn, torch.fx.Proxy):  # type: ignore[misc]
+    """A proxy that distinguishes ``x += y`` from ``x + y``."""
 
 
-class _Attribute(_Noticing, Attribute):  # type: ignore[misc]
+class _Attribute(_ValueStandIn, Attribute):  # type: ignore[misc]
     pass
 
 
@@ -198,7 +200,7 @@ _OPERATORS = {
         *("eq", "ne", "lt", "le", "gt", "ge", "xor", "lshift", "rshift"),
     )
 } | {"__and__": operator.and_, "__or__": operator.or_}
-# Of these Python wants a value, which a stand-in does not have.
+# Special methods that need a value, which a placeholder does not have.
 _VALUES = (
     "bool",
     "int",
@@ -214,7 +216,7 @@ _VALUES = (
     "array",
     "reversed",
 )
-_ASKS_FOR_A_VALUE = {f"__{name}__" for name in _VALUES} | {"item", "tolist", "numpy", "__deepcopy__", "__reduce_ex__"}
+_NEEDS_VALUE = {f"__{name}__" for name in _VALUES} | {"item", "tolist", "numpy", "__deepcopy__", "__reduce_ex__"}
 
 
 def _in_place(name: str) -> Any:
@@ -225,7 +227,7 @@ def _in_place(name: str) -> Any:
 
 
 for _name in _IN_PLACE.keys() - {"__setitem__"}:
-    setattr(_Noticing, _name, _in_place(_name))
+    setattr(_ValueStandIn, _name, _in_place(_name))
 
 
 def _flat(value: Any) -> Any:
@@ -238,14 +240,14 @@ def _flat(value: Any) -> Any:
         yield value
 
 
-_NOT_THE_USERS = sys.stdlib_module_names - {"__main__"} | {"torch", "ctkernels"}
+_NOT_USER_CODE = sys.stdlib_module_names - {"__main__"} | {"torch", "ctkernels"}
 
 
-# ---- running it --------------------------------------------------------------------------------------------------------
+# ---- tracing -----------------------------------------------------------------------------------------------------------
 
 
 class _Functions(TorchFunctionMode):
-    """Hears of every function of torch that this thread calls, and writes it down instead."""
+    """Records calls of torch functions in this thread instead of running them."""
 
     def __init__(self, tracer: _Tracer) -> None:
         super().__init__()
@@ -260,14 +262,14 @@ class _Tracer(GraphAppendingTracer):
         self,
         module: nn.Module,
         inline: Collection[nn.Module] | None,
-        closed: Collection[nn.Module],
+        opaque: Collection[nn.Module],
         training: dict[nn.Module, bool],
     ) -> None:
         super().__init__(torch.fx.Graph())
-        self.module, self.inline, self.closed = module, inline, closed
+        self.module, self.inline, self.opaque = module, inline, opaque
         self.scopes: dict[torch.fx.Node, tuple[nn.Module, ...]] = {}
         self.stand_ins, self.before = StandIns(), Namespaces(type(m) for m in module.modules())
-        self.modes, self.asking, self.writing = _modes(), False, False
+        self.modes, self.asking, self.recording = _modes(), False, False
         self.stack: list[nn.Module] = []
         flags = {m: m.training for m in (module, *(inline or ()))} | training
         self.shadows = Shadows(module, self.held_tensor, self.call, flags)
@@ -303,11 +305,11 @@ class _Tracer(GraphAppendingTracer):
         return Trace(self.graph, self.scopes, reads)
 
     def skip_identity(self, node: torch.fx.Node) -> None:
-        """Placeholders for layers that a configuration leaves out."""
-        held = self.module.get_submodule(str(node.target))
-        ordinary = type(held).forward is nn.Identity.forward and "forward" not in vars(held) and is_open(held)
-        if ordinary and len(node.args) == 1 and not node.kwargs:
-            self.shadows.reads.of(held)
+        """Removes calls of ``nn.Identity``."""
+        module = self.module.get_submodule(str(node.target))
+        identity = type(module).forward is nn.Identity.forward and "forward" not in vars(module) and is_open(module)
+        if identity and len(node.args) == 1 and not node.kwargs:
+            self.shadows.reads.of(module)
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             self.graph.erase_node(node)
 
@@ -315,8 +317,8 @@ class _Tracer(GraphAppendingTracer):
         self.shadows.close()
 
     def profile(self, frame: FrameType, event: str, arg: Any) -> None:
-        """Profile function of the thread while the forward runs."""
-        if self.writing:
+        """The thread's profile function while the forward runs."""
+        if self.recording:
             return
         if event == "c_call":
             self.asking = arg is builtins.isinstance
@@ -328,8 +330,8 @@ class _Tracer(GraphAppendingTracer):
                 self.shadows.refuse("it calls an autograd function of its own")
             elif where == "torch.utils.checkpoint":
                 self.shadows.refuse("it is computed anew in the backward pass (torch.utils.checkpoint)")
-            elif where.partition(".")[0] not in _NOT_THE_USERS:
-                self.before.note_globals(frame.f_globals)
+            elif where.partition(".")[0] not in _NOT_USER_CODE:
+                self.before.save_globals(frame.f_globals)
                 if _asks_for_a_type(code):
                     self.shadows.refuse("it asks for the type of a value")
 
@@ -341,20 +343,18 @@ class _Tracer(GraphAppendingTracer):
         self.shadows.reads.of(module)
         self.stack.append(module)
         result = type(module).forward(shadow, *args, **kwargs)
-        self.stack.pop()  # an error leaves it, which says where it happened
+        self.stack.pop()  # not on an error: the stack then says where it occurred
         return result
 
     def is_leaf(self, module: nn.Module) -> bool:
-        if module in self.closed or not is_open(module) or hasattr(type(module), "ctu_arguments"):
+        if module in self.opaque or not is_open(module) or hasattr(type(module), "ctu_arguments"):
             return True
         if self.inline is not None:
             return module not in self.inline
-        if isinstance(
-            module, nn.modules.batchnorm._BatchNorm
-        ):  # one with code of its own is read by itself, in ``layers``
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # ``layers`` traces subclasses separately
             return True
-        torchs = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
-        return torchs and not isinstance(module, nn.Sequential)
+        from_torch = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+        return from_torch and not isinstance(module, nn.Sequential)
 
     # -- values
 
@@ -363,24 +363,24 @@ class _Tracer(GraphAppendingTracer):
 
     def argument(self, name: str, kind: Kind) -> Any:
         if kind == "tensor":
-            stand_in = _Known.make(self, "placeholder", name)
+            stand_in = _TensorStandIn.make(self, "placeholder", name)
             stand_in.recorded()
             return stand_in
         return self.sequence(self.create_proxy("placeholder", name, (), {}), kind)
 
-    def sequence(self, held: Any, kind: Kind) -> Any:
+    def sequence(self, proxy: Any, kind: Kind) -> Any:
         assert isinstance(kind, tuple)
         name, *kinds = kind
         values = []
         for i, inner in enumerate(kinds):
             if inner == "tensor":
-                values.append(_Known.make(self, "call_function", operator.getitem, (held.node, i)))
+                values.append(_TensorStandIn.make(self, "call_function", operator.getitem, (proxy.node, i)))
             else:
-                values.append(self.sequence(held[i], inner))
+                values.append(self.sequence(proxy[i], inner))
         return values if name == "list" else tuple(values)
 
-    def held_tensor(self, path: str, is_parameter: bool) -> _Known:
-        return _Known.make(self, "get_attr", path, is_parameter=is_parameter)
+    def held_tensor(self, path: str, is_parameter: bool) -> _TensorStandIn:
+        return _TensorStandIn.make(self, "get_attr", path, is_parameter=is_parameter)
 
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
         proxy = _Value(node, self)
@@ -392,15 +392,15 @@ class _Tracer(GraphAppendingTracer):
         self.watch(proxy)
         return proxy
 
-    # -- what is done to them
+    # -- operations
 
     def function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Write down the call of a function of torch, of a method or a property of tensors."""
-        self.writing = True
+        """Records a call of a torch function, or of a method or property of tensors."""
+        self.recording = True
         try:
             return self.record(func, args, kwargs)
         finally:
-            self.writing = False
+            self.recording = False
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "")
@@ -416,7 +416,7 @@ class _Tracer(GraphAppendingTracer):
             if isinstance(func, torch._C.ScriptMethod):
                 raise self.shadows.refuse("it calls a compiled method")
             return self.create_proxy("call_function", func, args, kwargs)
-        if name in _ASKS_FOR_A_VALUE:
+        if name in _NEEDS_VALUE:
             raise self.shadows.refuse("its path depends on a value")
         target = _IN_PLACE.get(name) or _OPERATORS.get(name)
         if target is not None:
@@ -436,7 +436,7 @@ class _Tracer(GraphAppendingTracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, _Known) and type(a) is _Known:
+        if isinstance(a, _TensorStandIn) and type(a) is _TensorStandIn:
             return a.recorded()
         if isinstance(a, (list, dict)) and type(a) not in (list, dict) and not isinstance(a, immutable_list):
             raise self.shadows.refuse(f"it makes a {type(a).__name__}")
@@ -459,7 +459,7 @@ def _line() -> tuple[str, int] | None:
         where = frame.f_globals.get("__name__", "")
         if where == __name__ and frame.f_code.co_name == "run":
             return None
-        if where.partition(".")[0] not in _NOT_THE_USERS:
+        if where.partition(".")[0] not in _NOT_USER_CODE:
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
     return None

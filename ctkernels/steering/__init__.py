@@ -1,8 +1,8 @@
-"""Steering: every activation of a model becomes a CT unit, in place and reversibly.
+"""Steering: replaces every activation of a model by a CT unit, in place and reversibly.
 
-``activations`` lists what can be steered. ``scan`` finds the sites of a model, in its modules and, with ``names``, ``source`` and
-``rewrite``, in its source code. ``patch`` changes modules and changes them back, ``runtime`` is what then runs, and ``handle``
-holds ``steer`` and what the user gets from it.
+``activations`` lists the activations that can be steered. ``scan`` finds a model's sites, in its modules and (``names``,
+``source``, ``rewrite``) in its source code. ``patch`` applies and reverts the changes, ``runtime`` has the replacements for
+activation calls, and ``handle`` has ``steer`` and the handle it returns.
 """
 
 from .._renamed import renamed

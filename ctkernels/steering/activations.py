@@ -1,7 +1,7 @@
-"""The activations that can be steered, and reading modules and functions of torch as one of them.
+"""The activations that can be steered, and the modules and functions that compute them.
 
-A new activation module is a row of ``MODULES``, a new function a row of ``FUNCTIONS``. Classes of other libraries are
-named, never imported.
+A new activation module is a row of ``MODULES``, a new function a row of ``SIGNATURES``. Classes of other libraries are named,
+never imported.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 
 class Activation(NamedTuple):
-    """A member of the family: ``op`` is the name :func:`ctkernels.functional.ctu` knows it by, and at (beta, coeff) the
-    unit is the activation itself. ``eps`` is added to 1 - beta where beta is a float32 number: with it, the neutral beta is
-    exact although float32 rounds it."""
+    """A member of the family. ``op``: its name in :func:`ctkernels.functional.ctu`. (beta, coeff): its neutral point, where the
+    unit is the activation itself. ``eps``: added to 1 - beta, it makes the neutral point exact although float32 rounds beta."""
 
     op: str
     beta: float
@@ -39,12 +38,12 @@ ACTIVATIONS = {
     # x * sigmoid(1.702 x) is the logistic unit whose beta / (1 - beta + eps) is 1.702.
     "quick_gelu": Activation("silu", _QUICK, 1.0, _QUICK / 1.702 - (1 - _QUICK)),
 }
-ANY = "any"  # the activation of a call that may be to any of them
+ANY = "any"  # the activation of a call whose function is unknown
 RELU_FAMILY = ("relu", "leaky_relu", "prelu", "relu6")
 
 
 def select(activations: str | Iterable[str]) -> frozenset[str]:
-    """The activations a user asked for: names, "all", or (the default) the ReLU family."""
+    """Resolves the user's selection: names of activations, or "all"."""
     names = [activations] if isinstance(activations, str) else list(activations)
     if names == ["all"]:
         return frozenset(ACTIVATIONS)
@@ -60,11 +59,8 @@ def select(activations: str | Iterable[str]) -> frozenset[str]:
 
 
 class ActivationSpec(NamedTuple):
-    """A module read as an activation.
-
-    ``slope``: the attribute that holds the negative slope. ``inplace``: whether it has an attribute of that name, which
-    its forward obeys.
-    """
+    """An activation module. ``slope``: name of the attribute with the negative slope. ``inplace``: whether it has an ``inplace``
+    attribute that its forward obeys."""
 
     activation: str
     slope: str | None = None
@@ -72,11 +68,8 @@ class ActivationSpec(NamedTuple):
 
 
 class NearMiss(NamedTuple):
-    """An activation that is not steered, and why.
-
-    ``family``: it computes a member of the family, in a form that cannot be steered. ``activation``: which one, if known; else
-    its class's name stands for it.
-    """
+    """An activation that cannot be steered, and why. ``family``: it computes a member of the family, in a form that cannot be
+    steered. ``activation``: which one, if known."""
 
     reason: str
     family: bool = False
@@ -100,13 +93,13 @@ def _gelu(module: Any) -> ActivationSpec | NearMiss:
     return ActivationSpec(activation) if activation else NearMiss(f"no GELU has approximate={module.approximate!r}")
 
 
-GELUS = {"none": "gelu", "tanh": "gelu_tanh"}  # by torch's name for the approximation
+GELUS = {"none": "gelu", "tanh": "gelu_tanh"}  # by torch's `approximate`
 
 
 def _recurrent(module: Any) -> NearMiss | None:
     if getattr(module, "nonlinearity", None) == "relu":
         return NearMiss("its ReLU is fused into the recurrence", family=True, activation="relu")
-    return None  # tanh, and the gates of an LSTM or a GRU
+    return None  # tanh, or the gates of an LSTM or a GRU
 
 
 def _outside(module: Any) -> NearMiss:
@@ -117,16 +110,15 @@ MODULES: dict[str, ActivationSpec | Callable[[Any], ActivationSpec | NearMiss | 
     "torch.nn.modules.activation.ReLU": ActivationSpec("relu", inplace=True),
     "torch.nn.modules.activation.LeakyReLU": ActivationSpec("leaky_relu", "negative_slope", inplace=True),
     "torch.nn.modules.activation.PReLU": ActivationSpec("prelu", "weight"),
-    "torch.nn.modules.activation.ReLU6": ActivationSpec(
-        "relu6", inplace=True
-    ),  # a Hardtanh: the most derived row counts
+    # ReLU6 derives from Hardtanh: the most derived row counts
+    "torch.nn.modules.activation.ReLU6": ActivationSpec("relu6", inplace=True),
     "torch.nn.modules.activation.Hardtanh": _hardtanh,
     "torch.nn.modules.activation.Threshold": _threshold,
     "torch.nn.modules.activation.SiLU": ActivationSpec("silu", inplace=True),
     "torch.nn.modules.activation.GELU": _gelu,
     "transformers.activations.SiLUActivation": ActivationSpec("silu"),
     "transformers.activations.GELUActivation": ActivationSpec("gelu"),
-    # One function, written in four ways; where sqrt(2 / pi) is rounded to ten digits, so is its equality.
+    # The same function in four forms; two round sqrt(2 / pi) to ten digits, so they agree to that.
     **{
         f"transformers.activations.{name}": ActivationSpec("gelu_tanh")
         for name in (
@@ -152,7 +144,7 @@ MODULES: dict[str, ActivationSpec | Callable[[Any], ActivationSpec | NearMiss | 
 
 
 def read_module(module: nn.Module) -> ActivationSpec | NearMiss | None:
-    """``module`` as an activation, a near miss, or None when it is something else."""
+    """Recognises an activation module or a near miss; None for other modules."""
     for base in type(module).__mro__:
         row = MODULES.get(f"{base.__module__}.{base.__qualname__}")
         if row is not None:
@@ -167,7 +159,7 @@ def read_module(module: nn.Module) -> ActivationSpec | NearMiss | None:
 
 
 class Arguments(NamedTuple):
-    """The arguments of a call to an activation function; ``activation`` only where it depends on them."""
+    """The arguments of a call of an activation function. ``activation``: set if it depends on them."""
 
     x: Any
     slope: float | Tensor | None = None
@@ -175,7 +167,7 @@ class Arguments(NamedTuple):
     activation: str = ""
 
 
-def _plain(input: Any, inplace: bool = False) -> Arguments:
+def _read_unary(input: Any, inplace: bool = False) -> Arguments:
     return Arguments(input, None, inplace)
 
 
@@ -201,39 +193,37 @@ def _read_threshold(input: Any, threshold: float, value: float, inplace: bool = 
 
 
 def read_partial(partial: functools.partial[Any]) -> Arguments | None:
-    """The arguments that a partial of a function in ``FUNCTIONS`` has already; None if they are not in the family."""
+    """The arguments bound by a partial of a function in ``FUNCTIONS``; None if they rule out the family."""
     return SIGNATURES[FUNCTIONS[partial.func].rstrip("_")].read(*(partial.args or (None,)), **partial.keywords)
 
 
 class CallSignature(NamedTuple):
-    """A calling convention: ``read`` takes a call's arguments, and returns None for one that is not in the family.
-
-    ``activation``: what a call computes whose arguments say nothing else.
-    """
+    """The signature of an activation function. ``read``: parses a call's arguments; returns None if they rule out the family.
+    ``activation``: the function's, unless its arguments select another."""
 
     activation: str
     read: Callable[..., Arguments | None]
 
 
-# By the function's name; one with a trailing underscore works in place.
+# By the function's name, without the underscore of an in-place variant.
 SIGNATURES = {
-    "relu": CallSignature("relu", _plain),
+    "relu": CallSignature("relu", _read_unary),
     "leaky_relu": CallSignature("leaky_relu", _read_leaky),
     "prelu": CallSignature("prelu", _read_prelu),
-    "relu6": CallSignature("relu6", _plain),
+    "relu6": CallSignature("relu6", _read_unary),
     "hardtanh": CallSignature("relu6", _read_hardtanh),
     "threshold": CallSignature("relu", _read_threshold),
-    "silu": CallSignature("silu", _plain),
+    "silu": CallSignature("silu", _read_unary),
     "gelu": CallSignature("gelu", _read_gelu),
 }
-METHODS = ("relu", "relu_", "prelu")  # of a tensor
-# Where torch keeps its functions: each of them may have its own object for one function.
+METHODS = ("relu", "relu_", "prelu")  # of tensors
+# torch's namespaces: each may have its own object for the same function.
 NAMESPACES = (torch, F, torch._C._nn, torch._VF, torch.ops.aten, Tensor)
 _OUTSIDE = ("rrelu", "elu", "selu", "celu", "hardswish", "hardsigmoid", "mish", "softplus")
 
 
 def _collect(names: Iterable[str]) -> dict[Any, str]:
-    """Every function of torch by one of these names, or the name with an underscore: {function: name}."""
+    """{function: name} of torch's functions with these names, and their in-place variants."""
     functions = {
         function: name
         for base in names
@@ -251,14 +241,14 @@ OUTSIDE = _collect(_OUTSIDE)
 
 
 def activation_of(target: Any) -> str:
-    """The activation that a function of torch in ``FUNCTIONS``, a partial of one, or an activation module computes."""
+    """The activation that a function in ``FUNCTIONS``, a partial of one, or an activation module computes."""
     if isinstance(target, functools.partial):
         arguments = read_partial(target)
         if arguments is not None and arguments.activation:
             return arguments.activation
         target = target.func
     if isinstance(target, nn.Module):
-        use = read_module(target)
-        assert isinstance(use, ActivationSpec)
-        return use.activation
+        spec = read_module(target)
+        assert isinstance(spec, ActivationSpec)
+        return spec.activation
     return SIGNATURES[FUNCTIONS[target].rstrip("_")].activation

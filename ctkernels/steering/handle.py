@@ -25,48 +25,47 @@ def steer(
     coeff: Value = 0.5,
     activations: str | Iterable[str] = RELU_FAMILY,
 ) -> Steering:
-    """Replace every activation of ``model`` by the CT unit, in place and reversibly.
+    """Replaces every activation of ``model`` by a CT unit, in place and reversibly.
 
-    Modules are found wherever they are held, and functional calls (``F.relu``, ``torch.relu``, ``x.relu()``, also in
-    helper functions) by reading the source of the model's methods. Nothing is run. What belongs to the selected
-    activations and cannot be steered is named in ``handle.missed``, with a warning.
+    Finds activation modules wherever they are referenced, and functional calls (``F.relu``, ``torch.relu``,
+    ``x.relu()``, also in helper functions) in the source of the model's methods, without running anything. Selected
+    activations that cannot be steered are listed in ``handle.missed``, with a warning.
 
     The model stays the same object, with the same parameters, hooks and ``state_dict``. It can be compiled, cast,
-    moved, copied and pickled; beta and coeff stay float32. A copy is steered on its own: :func:`handle_of` gives its
-    handle. Activations, and other modules without weights, may be held by other models, too (as a default argument, or
-    an attribute of a class): until ``remove()`` the model holds its own copies of them, and the others are not steered.
-    A part with weights that another model has is steered for both.
+    moved, copied and pickled; beta and coeff stay float32. A copy is steered independently: :func:`handle_of` returns
+    its handle. Other models may share activations and other modules without weights (as a default argument, or a class
+    attribute): until ``remove()`` the model holds its own copies, and other models are not steered. A shared module with
+    weights is steered for all models.
 
-    ``beta`` and ``coeff`` are numbers in [0, 1] for all sites, or mappings from patterns to numbers. A pattern is
-    matched (as by ``fnmatch``) against a site's name, with and without ":activation" at its end: ``{"layer1.*": 0.9}``,
-    ``{"*:gelu": 0.5}``. Of several that match the last one counts. A site that beta's mapping does not name stays as it
-    was, bit for bit, whatever number coeff is, unless a mapping for coeff names it; a site that only one of two
-    mappings names has the other value at the neutral point.
+    ``beta`` and ``coeff`` are numbers in [0, 1] for all sites, or mappings from patterns to numbers. Patterns are
+    matched (as by ``fnmatch``) against site names, with and without the trailing ":activation": ``{"layer1.*": 0.9}``,
+    ``{"*:gelu": 0.5}``. The last match counts. A site without a match in beta's mapping keeps its activation, bit for
+    bit, unless a mapping for coeff matches it; a site matched by only one of two mappings has the other value at its
+    neutral point.
 
-    What the numbers mean depends on the activation. The ReLU family is neutral at beta = 1, with any coeff. SiLU and
-    both GELUs are neutral at beta = 0.5, coeff = 1 (quick GELU at beta = 0.6299, coeff = 1); beta = 1 makes a ReLU of
-    them. So one number for a model that mixes both is rarely what you want: give a mapping. Of a squared ReLU it is the
-    ReLU that is steered, and its square is taken of the unit.
+    The meaning of the numbers depends on the activation. The ReLU family is neutral at beta = 1, with any coeff. SiLU
+    and both GELUs are neutral at beta = 0.5, coeff = 1 (quick GELU at beta = 0.6299, coeff = 1); at beta = 1 they become
+    ReLUs. For a model that mixes both, pass a mapping. In a squared ReLU, the ReLU is steered.
 
-    Limits: a multi-head ``nn.TransformerEncoderLayer`` whose activation is steered leaves its fused inference path,
-    which would go past the unit; its outputs then have the rounding of the ordinary path. Whether a site is named at all
-    is fixed in an exported program and a captured graph (``torch.compile`` compiles anew). Activations chosen at run
-    time from containers, or called by objects that are no modules, cannot be seen in the source.
+    Limits: a multi-head ``nn.TransformerEncoderLayer`` with a steered activation leaves its fused inference path, which
+    would bypass the unit; its outputs then have the rounding of the ordinary path. Exported programs and captured graphs
+    fix which sites are matched (``torch.compile`` recompiles). Activations chosen from containers at run time, or called
+    by objects that are not modules, cannot be found in source code.
 
     Args:
-        model: any module; nothing in it may be steered already.
+        model: any module without steered parts.
         beta: curvature; 1 is the hardest unit, 0 the smoothest.
         coeff: 1 smooths the region selection, 0 the maximum. Default: 0.5, as in the paper.
         activations: "all", or some of "relu", "leaky_relu", "prelu", "relu6", "silu", "gelu" (exact), "gelu_tanh"
-            (approximated by tanh), "quick_gelu". A call whose ``approximate`` is no literal counts as "gelu". Default: the
+            (tanh approximation), "quick_gelu". A call whose ``approximate`` is not a literal counts as "gelu". Default: the
             first four.
 
     Returns:
-        Steering: the handle. Used as a context manager it removes itself at the end.
+        Steering: the handle. As a context manager, it removes itself on exit.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: no site is found (near misses are listed), the model is steered already, a number is outside [0, 1],
+        TypeError: ``model`` is not a module.
+        ValueError: no site is found (near misses are listed), the model is already steered, a number is outside [0, 1],
             a pattern matches no site, or an activation is unknown. The model is unchanged.
 
     Examples:
@@ -104,7 +103,7 @@ def steer(
 
 
 def handle_of(model: nn.Module) -> Steering:
-    """The handle of a steered model: of a copy or an unpickled one, too.
+    """Returns the handle of a steered model, also of a copied or unpickled one.
 
     Raises:
         ValueError: ``steer`` was not called on this module.
@@ -112,8 +111,8 @@ def handle_of(model: nn.Module) -> Steering:
     Examples:
         >>> import copy
         >>> handle = ctkernels.steer(model, beta=0.9)
-        >>> twin = copy.deepcopy(model)
-        >>> ctkernels.handle_of(twin).beta = 0.8
+        >>> model_copy = copy.deepcopy(model)
+        >>> ctkernels.handle_of(model_copy).beta = 0.8
     """
     handle = model.__dict__.get(_marks.STEERING)
     if handle is None:
@@ -124,17 +123,17 @@ def handle_of(model: nn.Module) -> Steering:
 
 
 class Steering:
-    """Control over a steered model; made by :func:`steer`.
+    """Handle of a steered model, returned by :func:`steer`.
 
     Attributes:
-        sites: what is steered, a tuple of :class:`Site`.
-        missed: selected activations that are not, a tuple of :class:`Unsteered` with the reason.
+        sites: the steered activations, a tuple of :class:`Site`.
+        missed: selected activations that are not steered, a tuple of :class:`Unsteered` with reasons.
         skipped: activations outside the family or the selection, likewise.
     """
 
     def __init__(self, model: nn.Module, result: ScanResult) -> None:
         self._model, self._active = model, True
-        # Not the scan's result itself: a handle is copied and pickled with its model, and the classes in it cannot be.
+        # Not the scan's result itself: a handle is copied and pickled with its model, but the classes in the result cannot be.
         self._knobs, self._edits, self._copies = result.units, result.edits, result.copies
         self._modules = [swap.module for swap in result.swaps]
         self._settings: dict[str, Any] = {}
@@ -144,7 +143,7 @@ class Steering:
 
     @property
     def beta(self) -> float | dict[str, float]:
-        """The value last given. Settable, to a number or a mapping as in :func:`steer`; nothing is rebuilt."""
+        """The value last set: a number or a mapping, as in :func:`steer`. Setting it rebuilds nothing."""
         return self._settings["beta"]
 
     @beta.setter
@@ -161,17 +160,18 @@ class Steering:
         self._write(self.beta, value, self._resolve(self.beta, value))
 
     def values(self) -> dict[str, tuple[float, float]]:
-        """{site name: (beta, coeff)}, as the units have them (float32)."""
+        """{site name: (beta, coeff)} of the units (float32)."""
         return {site.name: (k.beta.item(), k.coeff.item()) for site, k in zip(self.sites, self._knobs)}
 
     def neutralize(self) -> None:
-        """Set every site to its neutral point, where the model computes what it did before."""
+        """Sets every site to its neutral point, where the model computes its original function."""
         self._write({}, {}, self._resolve({}, {}))
 
     def remove(self) -> None:
-        """Give the model back as it was before, bit for bit. A second call does nothing.
+        """Restores the original model, bit for bit. A second call does nothing.
 
-        Raises RuntimeError for a model that is fused, or that something else has changed since.
+        Raises:
+            RuntimeError: the model is fused, or its modules' classes have changed since.
         """
         if not self._active:
             return
@@ -204,7 +204,7 @@ class Steering:
         return "\n".join(lines)
 
     def _resolve(self, beta: Value, coeff: Value) -> list[tuple[bool, float, float]]:
-        """(whether the unit runs, its beta, its coeff) of every site; errors come before anything is written."""
+        """(whether the unit is active, its beta, its coeff) of every site. Raises errors before anything is written."""
         points = []
         for site, b, c in zip(self.sites, self._numbers("beta", beta), self._numbers("coeff", coeff)):
             neutral = ACTIVATIONS[site.activation]
@@ -213,7 +213,7 @@ class Steering:
         return points
 
     def _numbers(self, name: str, value: Value) -> list[float | None]:
-        """The number that ``value`` gives each site; None for one that it does not name."""
+        """The number for each site; None for sites that a mapping does not match."""
         if not self._active:
             raise RuntimeError(f"{name}: expected a handle in use, got one that was removed")
         if not isinstance(value, Mapping):
@@ -239,8 +239,8 @@ class Steering:
 
 
 def _refuse_to_save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Stands for the ``save_pretrained`` of a model of transformers while it is steered."""
-    if getattr(model, "_hf_peft_config_loaded", False):  # by its own `add_adapter`: it saves the adapter alone
+    """Replaces ``save_pretrained`` of a transformers model while it is steered."""
+    if getattr(model, "_hf_peft_config_loaded", False):  # after `add_adapter`, it saves only the adapter
         return type(model).save_pretrained(model, *args, **kwargs)  # type: ignore[attr-defined]
     raise ValueError(
         f"save_pretrained: a steered {type(model).__name__} would be saved, and loaded, as the plain network; use "

@@ -1,4 +1,4 @@
-"""Resolves names in function code, and the functions that code reaches, without running it."""
+"""Static resolution of names in function code, and of the functions that code can reach."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def is_torch(module_name: str | None) -> bool:
 
 
 def lookup(function: types.FunctionType, name: str) -> Any:
-    """The present value of a name that is not local to ``function``, or UNKNOWN."""
+    """The current value of a global or closure name in ``function``, or UNKNOWN."""
     code = function.__code__
     if name in code.co_freevars:
         try:
             return (function.__closure__ or ())[code.co_freevars.index(name)].cell_contents
-        except ValueError:  # a cell that is still empty
+        except ValueError:  # an empty cell
             return UNKNOWN
     return function.__globals__.get(name, vars(builtins).get(name, UNKNOWN))
 
 
 def member(target: Any, name: str) -> Any:
-    """``target.name`` if reading it runs no foreign code, as in modules and classes; else UNKNOWN."""
+    """``target.name`` if reading it runs no foreign code (modules, classes); else UNKNOWN."""
     if isinstance(target, types.ModuleType):
         return vars(target).get(name, UNKNOWN)
     if isinstance(target, (type, torch._ops.OpOverloadPacket)):
@@ -67,24 +67,24 @@ def is_listed(target: Any, table: dict[Any, str]) -> bool:
 
 
 def is_activation(target: Any) -> bool:
-    """A function of torch that is an activation, a partial of one, or a module that is one and lives outside the model."""
+    """Whether ``target`` is an activation function of torch, a partial of one, or an activation module."""
     if isinstance(target, nn.Module):
         return isinstance(read_module(target), ActivationSpec)
     return is_listed(target.func if isinstance(target, functools.partial) else target, FUNCTIONS)
 
 
 def is_namespace(target: Any) -> bool:
-    """A module or class of torch in which a function or a class of it may be looked up by its name."""
+    """Whether ``target`` is a module or class of torch in which activations may be looked up by name."""
     return any(target is space for space in (*NAMESPACES, nn))
 
 
 def default_values(function: types.FunctionType) -> list[Any]:
-    """The defaults of the arguments of ``function``."""
+    """The default values of ``function``'s arguments."""
     return [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
 
 
 def code_names(code: types.CodeType) -> set[str]:
-    """Every global, attribute and closure name in a function's code and in the functions nested in it."""
+    """Every global, attribute and closure name in a function's code, nested functions included."""
     names = {*code.co_names, *code.co_freevars}
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
@@ -95,7 +95,7 @@ def code_names(code: types.CodeType) -> set[str]:
 def mentions(function: types.FunctionType, memo: dict[types.FunctionType, bool]) -> bool:
     """True if ``function``, or a function outside torch that it names, may contain an activation call.
 
-    A cheap test of the bytecode. It may be true where the source shows no call, never the reverse.
+    A cheap test of the bytecode, without false negatives.
     """
     seen: set[types.FunctionType] = set()
     todo = [function]
@@ -120,20 +120,20 @@ def mentions(function: types.FunctionType, memo: dict[types.FunctionType, bool])
 
 
 def hidden_activations(target: Any) -> list[str]:
-    """The activations in a scripted function, or in a list, tuple or dict of functions and modules."""
+    """The activations in a scripted function, or in a list, tuple or dict."""
     if isinstance(target, torch.jit.ScriptFunction):
         operators = {name.rstrip("_") for name in re.findall(r"aten::(\w+)", str(target.inlined_graph))}
         return sorted(SIGNATURES[name].activation for name in operators & set(SIGNATURES))
-    held = target.values() if isinstance(target, dict) else target if isinstance(target, (list, tuple)) else ()
-    return sorted({activation_of(value) for value in held if is_activation(value)})
+    values = target.values() if isinstance(target, dict) else target if isinstance(target, (list, tuple)) else ()
+    return sorted({activation_of(value) for value in values if is_activation(value)})
 
 
 def known_calls(
     function: types.FunctionType, memo: dict[types.FunctionType, bool]
 ) -> Iterator[tuple[types.FunctionType, Any, int]]:
-    """(function, activation function, line) of what the bytecode of ``function`` and its helpers loads.
+    """(function, activation function, line) of the activations in the bytecode of ``function`` and its helpers.
 
-    For code whose source cannot be used; a method such as ``x.relu()`` stands as ``Tensor.relu``'s function of torch.
+    For code whose source is unusable. ``x.relu()`` is yielded as ``torch.relu``.
     """
     seen, todo = {function}, [function]
     while todo:
@@ -143,7 +143,7 @@ def known_calls(
             operation, argument = instruction.opname, instruction.argval
             if operation in ("CACHE", "PUSH_NULL", "NOP", "PRECALL"):
                 continue
-            if operation.startswith("CALL") and method and argument == 0:  # no argument but x itself
+            if operation.startswith("CALL") and method and argument == 0:  # no arguments other than x
                 yield current, getattr(torch, method), line
             method = ""
             if operation in ("LOAD_GLOBAL", "LOAD_DEREF", "LOAD_NAME"):
@@ -162,7 +162,7 @@ def known_calls(
 
 
 def bound_names(tree: ast.AST) -> tuple[set[str], dict[str, Any]]:
-    """(names bound by a function or one nested in it, {name: value} of those that only its import statements bind)."""
+    """(names bound in a function, nested functions included; {name: value} of names bound only by its imports)."""
     bound: set[str] = set()
     imported: dict[str, Any] = {}
     for node in ast.walk(tree):
@@ -184,7 +184,7 @@ def bound_names(tree: ast.AST) -> tuple[set[str], dict[str, Any]]:
 
 
 def named(function: types.FunctionType, names: set[str]) -> Iterator[Any]:
-    """The values that ``names``, from the code of ``function``, may have."""
+    """Possible values of ``names`` in the code of ``function``."""
     for name in names:
         target = lookup(function, name)
         yield target
@@ -197,13 +197,13 @@ def named(function: types.FunctionType, names: set[str]) -> Iterator[Any]:
 def reached(classes: Iterable[type]) -> set[types.FunctionType]:
     """The functions that the forwards of ``classes`` may call: an upper bound.
 
-    Methods are found by name: ``x.embed(...)`` reaches every ``embed`` of ``classes``, whatever ``x`` is. What is not
-    reached loads, saves or converts a model, and is no part of what it computes.
+    Methods are matched by name: ``x.embed(...)`` reaches every ``embed`` of ``classes``. Functions that are not reached load,
+    save or convert a model, and are not part of its computation.
     """
     by_name: dict[str, list[types.FunctionType]] = {}
     for base in {base for cls in classes for base in cls.__mro__ if not is_torch(base.__module__)}:
         for name, value in vars(base).items():
-            function = _plain(value)
+            function = _function_of(value)
             if function is not None:
                 by_name.setdefault(name, []).append(function)
     reachable: set[types.FunctionType] = set()
@@ -215,7 +215,7 @@ def reached(classes: Iterable[type]) -> set[types.FunctionType]:
         reachable.add(current)
         names = code_names(current.__code__)
         for target in (*named(current, names), *default_values(current), getattr(current, "__wrapped__", None)):
-            function = _plain(target)
+            function = _function_of(target)
             if function is not None:
                 todo.append(function)
         for name in names:
@@ -223,8 +223,8 @@ def reached(classes: Iterable[type]) -> set[types.FunctionType]:
     return reachable
 
 
-def _plain(value: Any) -> types.FunctionType | None:
-    """The function behind a class's attribute or a global."""
+def _function_of(value: Any) -> types.FunctionType | None:
+    """The function behind a class attribute or a global."""
     if isinstance(value, property):
         value = value.fget
     elif isinstance(value, (staticmethod, classmethod)):

@@ -1,8 +1,7 @@
-"""Steering a module without replacing it: its class is exchanged for a subclass, and back.
+"""Applies and reverts the changes of steering: a steered module's class is swapped for a subclass.
 
-The module stays the same object, so everything that hangs on it stays: hooks, parameters and their names, every place
-that refers to it, ``isinstance``. What is added is one entry in its ``__dict__``; taking that away and giving the class
-back leaves the module as it was.
+The module stays the same object, so hooks, parameters, references to it and ``isinstance`` keep working. Steering adds
+entries to its ``__dict__``; removing them and restoring the class leaves the module as it was.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from .activations import ActivationSpec
 from .rewrite import ClassCode
 from .runtime import SiteUnit, call_module, runs
 
-MODULE = ""  # the key of a module's own knobs, where the module itself is the activation
+MODULE = ""  # the key of the unit of an activation module itself
 
 
 class Steered:
-    """Mixin of every steered module's class. ``_ctu``: {key of a site: its unit}."""
+    """Mixin of steered classes. ``_ctu``: {key of a site: its unit}."""
 
     _ctu: dict[str, SiteUnit]
     _ctu_base: type[nn.Module]
     _ctu_recipe: tuple[Any, ...]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Deliberately not passed on: a registry of subclasses must not hear of a class that exists for a while."""
+        """Does not call super: registries of subclasses must not see a temporary class."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[misc]
@@ -53,7 +52,7 @@ class Steered:
         return (_new, cls._ctu_recipe, *reduced[2:])
 
     def __prepare_scriptable__(self) -> Any:
-        """Refuses ``torch.jit.script``, which asks this first."""
+        """Called first by ``torch.jit.script``; refuses it."""
         raise TypeError(
             f"torch.jit.script: expected a model that is not steered, got a steered {type(self).__name__}; use torch.export, "
             "torch.compile or torch.jit.trace, or remove() first"
@@ -61,7 +60,7 @@ class Steered:
 
 
 class _ActivationMixin(Steered):
-    """For an activation module, which computes its sites itself."""
+    """For activation modules."""
 
     _ctu_spec: ActivationSpec
 
@@ -72,7 +71,7 @@ class _ActivationMixin(Steered):
         return super().forward(input)  # type: ignore[misc]
 
     def ctu_arguments(self, x: Tensor, site: str = MODULE) -> dict[str, Any] | None:
-        """:meth:`SiteUnit.ctu_arguments` of a call; None where the unit does not run."""
+        """:meth:`SiteUnit.ctu_arguments` of a call; None if the unit does not run."""
         unit, spec = self._ctu[site], self._ctu_spec
         if not runs(unit, x):
             return None
@@ -80,8 +79,8 @@ class _ActivationMixin(Steered):
 
 
 class _EncoderLayerMixin(Steered):
-    """For ``nn.TransformerEncoderLayer``: in inference it may call a fused kernel, past its activation, unless this flag
-    says that it has another one than the kernel knows."""
+    """For ``nn.TransformerEncoderLayer``: in inference it calls a fused kernel that bypasses the activation, unless this flag
+    says that the kernel does not support it."""
 
     @property
     def activation_relu_or_gelu(self) -> int:
@@ -95,8 +94,8 @@ class _EncoderLayerMixin(Steered):
 
 
 class _EncoderMixin(Steered):
-    """For ``nn.TransformerEncoder``: in inference it may hand its layers a nested tensor, which only their fused kernel
-    takes."""
+    """For ``nn.TransformerEncoder``: in inference it may pass its layers a nested tensor, which only their fused kernel
+    accepts."""
 
     @property
     def use_nested_tensor(self) -> bool:
@@ -111,7 +110,7 @@ class _EncoderMixin(Steered):
 
 
 class _ContainerMixin(Steered):
-    """For a container, which runs whatever is registered in it: a unit that is, is no item of it."""
+    """For containers: units registered as children are not items."""
 
     def __iter__(self) -> Any:
         return iter([item for _, item in self._ctu_items()])
@@ -134,7 +133,7 @@ class _ContainerMixin(Steered):
 
 
 class _ModuleDictMixin(_ContainerMixin):
-    """For a container whose items have names."""
+    """For containers with named items."""
 
     def __iter__(self) -> Any:
         return iter([name for name, _ in self._ctu_items()])
@@ -155,8 +154,8 @@ class _ModuleDictMixin(_ContainerMixin):
         return dict(self._ctu_items()).items()
 
 
-# Modules of torch that decide by their activations which way they go.
-DECIDING = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+# Modules of torch that bypass activations they know.
+FAST_PATHS = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
 _MIXINS: dict[type[nn.Module], type] = {
     nn.TransformerEncoderLayer: _EncoderLayerMixin,
     nn.TransformerEncoder: _EncoderMixin,
@@ -174,9 +173,9 @@ def steered_class(
     children: frozenset[str] = frozenset(),
     code: ClassCode | None = None,
 ) -> type:
-    """The steered subclass of ``base``: an activation module (``selection`` None), or one that calls activations.
+    """The steered subclass of ``base``: of an activation module (``selection`` None), or of one that calls activations.
 
-    ``children``: the attributes that hold activation modules whose calls are told apart.
+    ``children``: attributes with activation modules whose calls are separate sites.
     """
     recipe = (base, selection, children)
     cls = _CLASSES.get(recipe)
@@ -191,9 +190,9 @@ def steered_class(
         parents, namespace = (mixin, base), dict((code or ClassCode(base, selection, {}, children)).namespace)
         for name in vars(mixin).keys() & dir(kind) if kind in _MIXINS else ():
             member = inspect.getattr_static(base, name)
-            if member is not inspect.getattr_static(kind, name):  # the user's own way comes first
+            if member is not inspect.getattr_static(kind, name):  # the user's override takes precedence
                 namespace.setdefault(name, member)
-    # The name and module of the original: print(model), wrapping policies and tracers go by them.
+    # The original's name and module, on which print(model), wrapping policies and tracers depend.
     namespace |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     namespace |= {_marks.BASE: base, _marks.RECIPE: recipe}
     cls = types.new_class(base.__name__, parents, exec_body=lambda space: space.update(namespace))
@@ -202,13 +201,13 @@ def steered_class(
 
 
 def _new(*recipe: Any) -> Any:
-    """An empty steered module: where copying and unpickling start."""
+    """An empty steered module, for copying and unpickling."""
     cls = steered_class(*recipe)
     return cls.__new__(cls)  # type: ignore[call-overload]
 
 
 class ClassSwap(NamedTuple):
-    """A module to be steered: its new class, the units of its sites, and how it is read if it is an activation."""
+    """A module to steer: its new class, the units of its sites, and its spec if it is an activation."""
 
     module: nn.Module
     cls: type
@@ -227,10 +226,10 @@ class AttributeEdit(NamedTuple):
 
 
 class LocalCopy(NamedTuple):
-    """A module that stands in for another one in one model only.
+    """A copy that replaces a module in one model.
 
-    Models may share an object without knowing: a default argument, an attribute of a class. ``state``: the original's
-    ``__dict__`` as it was when the copy was made.
+    Models may share a module inadvertently: as a default argument, or a class attribute. ``state``: the original's
+    ``__dict__`` when the copy was made.
     """
 
     original: nn.Module
@@ -239,13 +238,13 @@ class LocalCopy(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module) -> LocalCopy:
-        """A copy with the same parameters, buffers and hooks (the very containers of them), and children of its own."""
+        """Copies ``module``, sharing the containers of parameters, buffers and hooks, but not of children."""
         copy = object.__new__(type(module))
         copy.__dict__.update(module.__dict__, _modules=dict(module._modules))
         return cls(module, copy, dict(copy.__dict__))
 
-    def hand_back(self) -> None:
-        """Pass on what was done to the copy while it stood in: to its mode, an attribute, a forward of its own."""
+    def write_back(self) -> None:
+        """Applies changes made to the copy (mode, attributes, an overridden forward) to the original."""
         for name, value in self.copy.__dict__.items():
             if name != "_modules" and name not in _marks.ON_STEERED and self.state.get(name, _ABSENT) is not value:
                 self.original.__dict__[name] = value
@@ -257,7 +256,7 @@ _ABSENT = object()
 
 
 def apply_patches(swaps: list[ClassSwap], edits: list[AttributeEdit]) -> None:
-    """Change the model completely, or, on an error, not at all."""
+    """Applies all changes; on an error, none."""
     done_swaps: list[nn.Module] = []
     done_edits: list[AttributeEdit] = []
     try:
@@ -279,9 +278,9 @@ def apply_patches(swaps: list[ClassSwap], edits: list[AttributeEdit]) -> None:
 
 
 def revert_patches(modules: list[nn.Module], edits: list[AttributeEdit], copies: list[LocalCopy]) -> None:
-    """Undo :func:`apply_patches`. The model is not touched if something else has changed the class of a module since.
+    """Reverts :func:`apply_patches`. Raises, before touching the model, if a module's class has changed since.
 
-    An entry that something else was put into since, a wrapper say, keeps that: what it holds is steered no more.
+    An attribute that was replaced since, by a wrapper for example, keeps its value.
     """
     for module in modules:
         if _marks.BASE not in vars(type(module)):
@@ -289,7 +288,7 @@ def revert_patches(modules: list[nn.Module], edits: list[AttributeEdit], copies:
                 f"model: expected every module to have the class that steer() gave it, got {type(module).__name__}; "
                 "first undo what was done to the model since (FSDP, a parametrization)"
             )
-    copied = {id(copy.copy) for copy in copies}  # another thread may be inside of one: it keeps what it runs with
+    copied = {id(copy.copy) for copy in copies}  # another thread may be running one: it keeps its units
     for module in modules:
         module.__class__ = type(module)._ctu_base  # type: ignore[attr-defined]
         for name in _marks.ON_STEERED if id(module) not in copied else ():
@@ -299,12 +298,12 @@ def revert_patches(modules: list[nn.Module], edits: list[AttributeEdit], copies:
         if not _same(space.get(edit.name), edit.new):
             continue
         old = edit.old
-        if isinstance(old, types.MethodType):  # unpickled, it is the steered class's: ask the class it has now
+        if isinstance(old, types.MethodType):  # after unpickling, it is the steered class's: look it up again
             method = getattr(old.__self__, old.__func__.__name__)
             old = old if method == old else method
         space[edit.name] = old
     for copy in copies:
-        copy.hand_back()
+        copy.write_back()
 
 
 def _same(value: Any, expected: Any) -> bool:

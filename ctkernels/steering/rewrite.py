@@ -1,9 +1,9 @@
-"""Activation calls in a class's methods: found in their source, and redirected in copies of the methods.
+"""Rewrites the methods of a class: copies of them in which activation calls are redirected to units.
 
 Nothing is run or traced. Every reference to an activation function (``F.relu``, ``torch.relu``, an alias, ``x.relu()``)
 becomes ``partial(call_function, self, key, name, F.relu)``, and a reference to a helper function that contains one
-becomes a reference to the helper's own copy. A copy shares globals, defaults, closure cells and line numbers with the
-original, which is left alone. It is plain Python: compilers trace it, and no hook or mode is needed at run time.
+becomes a reference to a copy of the helper. Copies share globals, defaults, closure cells and line numbers with the
+originals, which stay unchanged. They are plain Python: compilers can trace them, and no hook or mode is needed.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ _RUNTIME: dict[str, Any] = {
 
 
 class ActivationCall(NamedTuple):
-    """An activation in source code. ``key`` is unique in its class: the function's name, numbered from the second.
+    """An activation call in source code. ``key``: unique in its class, the function's name, numbered from the second.
 
-    ``attribute``: the attribute of the class that holds what is called, which an instance may have another of.
+    ``attribute``: the class attribute that holds the activation, which an instance may override.
     """
 
     key: str
@@ -76,11 +76,11 @@ class ClassCode:
     """The activation calls in the methods of ``cls``, and copies of the methods that redirect them.
 
     Attributes:
-        calls: the calls that the methods in ``namespace`` redirect.
+        calls: redirected calls.
         namespace: {method name: rewritten copy}.
-        missed: calls of a selected activation that cannot be redirected, with the reason.
+        missed: calls of selected activations that cannot be redirected, with the reason.
         skipped: calls of activations outside the family or the selection, with the reason.
-        repeats: {attribute: the calls of the activation module held there, from the second on}, for ``children``.
+        repeats: {attribute in ``children``: calls of its activation module, from the second on}.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class ClassCode:
             member = base.__dict__[name]
             if isinstance(member, types.FunctionType):
                 if is_torch(member.__module__):
-                    continue  # `act = F.silu` in a class: a method of it is what calls that
+                    continue  # `act = F.silu` in a class: the methods that call it are rewritten
                 copy = self.method(member)
                 if copy is not None:
                     self.namespace[name] = copy
@@ -142,14 +142,14 @@ class ClassCode:
         self.skipped.append(ActivationCall(function.__name__, activation, _where(function, line), reason))
 
     def report(self, function: types.FunctionType, reason: str) -> None:
-        """Name the calls of a function, and of its helpers, that cannot be rewritten."""
+        """Records the calls of a function that cannot be rewritten, and of its helpers, as missed."""
         for caller, target, line in known_calls(function, self.memo):
             self.miss(caller, activation_of(target), line, reason)
 
     # -- copies
 
     def mentions(self, function: types.FunctionType, seen: frozenset[types.FunctionType] = frozenset()) -> bool:
-        """True if ``function`` may contain a call, be it by way of an attribute of its class."""
+        """True if ``function`` may contain an activation call, possibly through an attribute of its class."""
         if mentions(function, self.memo):
             return True
         names = code_names(function.__code__)
@@ -169,7 +169,7 @@ class ClassCode:
         )
 
     def method(self, function: types.FunctionType) -> types.FunctionType | None:
-        """A copy that takes its knobs from its first argument; None where there is nothing to redirect."""
+        """A copy that finds its units on its first argument; None if there is nothing to redirect."""
         if not self.mentions(function):
             return None
         if isinstance(getattr(function, "__wrapped__", None), types.FunctionType):
@@ -177,12 +177,12 @@ class ClassCode:
         return self._rewrite(function, helper=False)
 
     def helper(self, function: types.FunctionType) -> str | None:
-        """The name by which rewritten code finds a copy of ``function`` that takes the owner as a first argument."""
+        """The name, in rewritten code, of a copy of ``function`` that takes the owner as its first argument."""
         if function not in self._helpers:
             self._helpers[function] = None
             if self.mentions(function):
                 name, cell = f"_ctu_helper_{len(self._helpers)}", types.CellType()
-                self._helpers[function], self.extras[name] = name, cell  # now: a recursive function finds itself
+                self._helpers[function], self.extras[name] = name, cell  # before rewriting it: it may be recursive
                 wrapped = isinstance(getattr(function, "__wrapped__", None), types.FunctionType)
                 copy = self._rewrap(function, helper=True) if wrapped else self._rewrite(function, helper=True)
                 if copy is None:
@@ -192,12 +192,12 @@ class ClassCode:
         return self._helpers[function]
 
     def _rewrap(self, wrapper: types.FunctionType, helper: bool) -> types.FunctionType | None:
-        """The wrapper that a decorator made, around a copy of what it wraps."""
+        """A copy of a decorator's wrapper around a rewritten copy of the wrapped function."""
         inner: types.FunctionType = wrapper.__wrapped__  # type: ignore[attr-defined]
         cells = list(wrapper.__closure__ or ())
         positions = [i for i, cell in enumerate(cells) if _contents(cell) is inner]
         passes_all = not wrapper.__code__.co_argcount and wrapper.__code__.co_flags & inspect.CO_VARARGS
-        if not positions or (helper and not passes_all):  # a helper's copy takes an argument more
+        if not positions or (helper and not passes_all):  # a helper's copy takes one more argument
             self.report(inner, "its decorator hides it")
             return None
         if isinstance(getattr(inner, "__wrapped__", None), types.FunctionType):
@@ -230,7 +230,7 @@ class ClassCode:
 
 
 def _methods(cls: type) -> list[tuple[str, type]]:
-    """(name, class that defines it) of the methods that instances of ``cls`` have from outside torch."""
+    """(name, class that defines it) of the attributes of ``cls`` that are defined outside torch."""
     defined_by: dict[str, type] = {}
     for base in cls.__mro__:
         for name in base.__dict__:
@@ -261,13 +261,13 @@ class _Rewriter(ast.NodeTransformer):
         self.code, self.function, self.definition = code, function, definition
         self.bound, self.imported = bound_names(definition)
         self.changed = False
-        self.decided: dict[ast.expr, str] = {}  # functions whose activation their call's arguments choose, and which
+        self.decided: dict[ast.expr, str] = {}  # activations that depend on a call's arguments, by function node
         self.statement: ast.stmt = definition
         arguments = definition.args
         first = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)][:1]
         is_method = any(function in base.__dict__.values() for base in code.cls.__mro__) if helper else True
-        self.self_name = first[0] if first and is_method else None  # what a method calls its module: `self`
-        self.owner: str | None = self.self_name  # where the knobs are
+        self.self_name = first[0] if first and is_method else None
+        self.owner: str | None = self.self_name  # name of the variable with the module that has the units
         if helper:
             self.owner = "_ctu_owner"
             arguments.posonlyargs.insert(0, ast.arg(self.owner))
@@ -285,7 +285,7 @@ class _Rewriter(ast.NodeTransformer):
     def visit_body(self) -> None:
         self.definition.body = [self.visit(statement) for statement in self.definition.body]
 
-    # -- what an expression stands for
+    # -- values of expressions
 
     def resolve(self, node: ast.expr) -> Any:
         if isinstance(node, ast.Name):
@@ -299,7 +299,7 @@ class _Rewriter(ast.NodeTransformer):
                     return self.code.cls
                 if isinstance(static, staticmethod):
                     return static.__func__
-                return UNKNOWN if hasattr(type(static), "__get__") else static  # a method would get `self`
+                return UNKNOWN if hasattr(type(static), "__get__") else static  # descriptors would bind `self`
             if self._is_super(node.value):
                 return self._inherited(node.value, node.attr)
             target = self.resolve(node.value)
@@ -347,8 +347,8 @@ class _Rewriter(ast.NodeTransformer):
                 node.args = [self.visit(argument) for argument in node.args]
                 return node
             self.decided[function] = arguments.activation
-        elif target is functools.partial and node.args and is_listed(held := self.resolve(node.args[0]), FUNCTIONS):
-            arguments = self._read_literals(ast.Call(node.args[0], node.args[1:], node.keywords), FUNCTIONS[held])
+        elif target is functools.partial and node.args and is_listed(inner := self.resolve(node.args[0]), FUNCTIONS):
+            arguments = self._read_literals(ast.Call(node.args[0], node.args[1:], node.keywords), FUNCTIONS[inner])
             self.decided[node.args[0]] = arguments.activation if arguments is not None else ""
         if isinstance(function, ast.Call):
             cls = self.resolve(function.func)
@@ -379,11 +379,11 @@ class _Rewriter(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
-        held = node.value
-        if isinstance(held, ast.Attribute) and held.attr == "__dict__":
-            self._by_name(node, held.value, node.slice)
-        elif isinstance(held, ast.Call) and held.args and self.resolve(held.func) is vars:
-            self._by_name(node, held.args[0], node.slice)
+        value = node.value
+        if isinstance(value, ast.Attribute) and value.attr == "__dict__":
+            self._by_name(node, value.value, node.slice)
+        elif isinstance(value, ast.Call) and value.args and self.resolve(value.func) is vars:
+            self._by_name(node, value.args[0], node.slice)
         return self.generic_visit(node)
 
     def visit(self, node: ast.AST) -> Any:
@@ -417,11 +417,11 @@ class _Rewriter(ast.NodeTransformer):
             function_name = ast.Constant(FUNCTIONS[target.func])
             return self._site(node, activation_of(target), "_ctu_call_partial", [function_name, node])
         elif isinstance(target, nn.Module):
-            use = read_module(target)
-            if isinstance(use, ActivationSpec):
-                constant = f"_ctu_spec_{use.activation}"
-                self.code.extras[constant] = types.CellType(use)
-                return self._site(node, use.activation, "_ctu_global", [_load(constant), node])
+            spec = read_module(target)
+            if isinstance(spec, ActivationSpec):
+                constant = f"_ctu_spec_{spec.activation}"
+                self.code.extras[constant] = types.CellType(spec)
+                return self._site(node, spec.activation, "_ctu_global", [_load(constant), node])
         elif isinstance(target, types.FunctionType):
             return self._helper(node, target)
         else:
@@ -470,9 +470,9 @@ class _Rewriter(ast.NodeTransformer):
     # -- details
 
     def _by_name(self, node: ast.expr, space: ast.expr, name: ast.expr) -> None:
-        """A look-up of a function or a class of torch by a name that only the run tells, or of a tensor's method."""
+        """Records a look-up, by a name known only at run time, of a function or class of torch or of a tensor's method."""
         method = isinstance(name, ast.Constant) and name.value in METHODS and not self._is_self(space)
-        # What is looked up in torch by its name is most often a dtype.
+        # Most look-ups by name in torch are of dtypes.
         in_line = not hasattr(self.statement, "body") and "dtype" in ast.unparse(self.statement)
         if method or (is_namespace(self.resolve(space)) and not in_line and "dtype" not in ast.unparse(node)):
             reason = "the function is chosen by name, at run time"
@@ -485,7 +485,7 @@ class _Rewriter(ast.NodeTransformer):
         return isinstance(node, ast.Name) and node.id == self.self_name
 
     def _is_tensor_method(self, node: ast.Call, function: ast.Attribute) -> bool:
-        """Judged by name and arguments: ``x.relu()`` is one, ``self.relu(x)`` is not."""
+        """By name and arguments: true for ``x.relu()``, false for ``self.relu(x)``."""
         arguments = 1 if function.attr == "prelu" else 0
         return (
             function.attr in METHODS
@@ -495,7 +495,7 @@ class _Rewriter(ast.NodeTransformer):
         )
 
     def _read_literals(self, node: ast.Call, function_name: str) -> Arguments | None:
-        """What literal arguments say; others are read when the call is made. None if they rule out the family."""
+        """The literal arguments; None if they rule out the family. Other arguments are read at run time."""
         try:
             positional = [ast.literal_eval(argument) for argument in node.args[1:]]
             keywords = {str(k.arg): k.value for k in node.keywords if k.arg not in ("input", "inplace")}
@@ -509,7 +509,7 @@ class _Rewriter(ast.NodeTransformer):
         for argument, position in zip(("min", "max"), node.args[0 if is_method else 1 :]):
             values[argument] = position
         low = values.get("min")
-        # Elsewhere it is rarely an activation: paddings, lengths, probabilities.
+        # Outside forward, a clamp is rarely an activation: paddings, lengths, probabilities.
         in_forward = "forward" in self.function.__name__
         if in_forward and isinstance(low, ast.Constant) and low.value == 0 and "max" not in values:
             self.code.skip(

@@ -1,4 +1,4 @@
-"""Runtime of steered models: the replacements for activation calls."""
+"""Runtime of steered models: replacements for activation calls."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .activations import ACTIVATIONS, SIGNATURES, ActivationSpec
 
 
 class SiteUnit:
-    """Base of whatever computes a site in the place of its activation.
+    """Base class of the units that replace activations at sites.
 
-    A call is ``unit(x, activation, slope, inplace)``; ``activation`` is a name of ``ACTIVATIONS``.
+    Called as ``unit(x, activation, slope, inplace)``; ``activation`` is a key of ``ACTIVATIONS``.
 
     Attributes:
         active: if False, the original activation runs.
@@ -28,28 +28,28 @@ class SiteUnit:
     __call__: Callable[..., Tensor]
 
     def ctu_arguments(self, x: Tensor, activation: str, slope: float | Tensor | None) -> dict[str, Any] | None:
-        """Keyword arguments for :func:`ctkernels.functional.ctu`; None if only the call itself can compute the site.
+        """Keyword arguments for :func:`ctkernels.functional.ctu`; None if only ``__call__`` can compute the site.
 
-        Of ``x`` only the device is that of the unit's input: in a fused call it is the input of the layer before.
+        In a fused call, ``x`` is the input of the preceding layer: use only its device.
         """
         return None
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Applies ``nn.Module._apply``'s function. A unit that is registered as a child moves by itself."""
+        """Applies the function of ``nn.Module._apply``, unless the unit is a registered child."""
 
     def summary(self) -> str:
-        """For the repr of the module at whose site the unit is; a registered child has a line of its own."""
+        """Text for the repr of the steered module, unless the unit is a registered child."""
         return ""
 
 
 class SiteKnobs(SiteUnit, Knobs):
-    """One site's fixed (beta, coeff). Not registered anywhere, and so in no ``state_dict``."""
+    """A site's fixed (beta, coeff). Not registered as a child, so not in the ``state_dict``."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         super().__init__(persistent=False, device=device)
 
     def __call__(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
-        values = self._buffers  # not self.beta, which is looked up in Python
+        values = self._buffers  # faster than self.beta, which goes through nn.Module.__getattr__
         return call_ctu(x, ctu_arguments(values["beta"], values["coeff"], activation, slope), inplace)
 
     def ctu_arguments(self, x: Tensor, activation: str, slope: float | Tensor | None) -> dict[str, Any]:
@@ -83,34 +83,34 @@ def ctu_arguments(
 
 
 def call_ctu(x: Tensor, arguments: dict[str, Any], inplace: bool) -> Tensor:
-    """The CT unit in the place of an activation call, which may be in place."""
+    """Calls the CT unit in place of an activation, which may be in-place."""
     if inplace and records_grad(x, *arguments.values()):
-        # The backward needs the input that is overwritten. Leaving it alone would be cheaper, and wrong where the
-        # overwritten tensor is read again: the skip connection of a pix2pix U-Net concatenates it.
+        # The backward pass needs the original input. Not writing to x would be cheaper, but wrong if the model reads x again:
+        # the skip connection of a pix2pix U-Net does.
         return x.copy_(functional.ctu(x.clone(), **arguments))
     return functional.ctu(x, inplace=inplace, **arguments)
 
 
 def runs(unit: SiteUnit, x: Any) -> bool:
-    """True if ``unit``, and not the original activation, computes ``x``. A ReLU of integers stays the original."""
+    """True if ``unit`` replaces the activation for ``x``: a ReLU of integers is left alone."""
     if not unit.active:
         return False
     if isinstance(x, Tensor):
         return x.is_floating_point()
-    return isinstance(x, torch.fx.Proxy)  # of a tracer that looks into the module: refused where it is computed
+    return isinstance(x, torch.fx.Proxy)  # of a tracer that looks into the module: functional.ctu refuses it
 
 
 # ---- activation modules ------------------------------------------------------------------------------------------------
 
 
 def call_module(module: Any, spec: ActivationSpec, unit: SiteUnit, x: Tensor) -> Tensor:
-    """``unit`` in the place of the activation module ``module``."""
+    """Calls ``unit`` in place of the activation module ``module``."""
     slope = getattr(module, spec.slope) if spec.slope is not None else None
     return unit(x, spec.activation, slope, spec.inplace and module.inplace)
 
 
 def call_global(owner: Any, key: str, spec: ActivationSpec, module: Any, x: Tensor) -> Tensor:
-    """``module(x)``, for an activation module that is not part of the model."""
+    """Replaces ``module(x)`` for an activation module that is not part of the model."""
     unit = owner._ctu.get(key)
     return call_module(module, spec, unit, x) if unit is not None and runs(unit, x) else module(x)
 
@@ -119,12 +119,12 @@ def call_global(owner: Any, key: str, spec: ActivationSpec, module: Any, x: Tens
 
 
 def call_function(owner: Any, key: str, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``function(*args, **kwargs)`` by the unit that ``owner`` keeps under ``key``.
+    """Replaces ``function(*args, **kwargs)`` by the unit of ``owner`` with this ``key``.
 
-    ``name``: of the function, with the underscore at the end of one that works in place.
+    ``name``: of the function, with the trailing underscore of an in-place variant.
     """
     unit = owner._ctu.get(key)
-    if unit is None:  # the instance has something else under the name that its class has an activation under
+    if unit is None:  # the instance overrides the class attribute that holds the activation
         return function(*args, **kwargs)
     signature = SIGNATURES[name.rstrip("_")]
     call = signature.read(*args, **kwargs)
@@ -139,12 +139,12 @@ def call_function(owner: Any, key: str, name: str, function: Callable[..., Any],
 
 
 def call_partial(owner: Any, key: str, name: str, partial: Any, *args: Any, **kwargs: Any) -> Any:
-    """``partial(*args, **kwargs)``, for a ``functools.partial`` of an activation function."""
+    """Replaces ``partial(*args, **kwargs)`` for a partial of an activation function."""
     return call_function(owner, key, name, partial.func, *partial.args, *args, **{**partial.keywords, **kwargs})
 
 
 def call_method(owner: Any, key: str, name: str, x: Any, *args: Any) -> Any:
-    """``x.relu(*args)``, where x may turn out to be no tensor."""
+    """Replaces ``x.relu(*args)``, where x may not be a tensor."""
     return call_function(owner, key, name, functools.partial(_method, name), x, *args)
 
 
@@ -156,15 +156,15 @@ def _method(name: str, x: Any, *args: Any) -> Any:
 
 
 class StandIn:
-    """Base of what stands for a tensor while code is read as a graph, beside ``torch.fx.Proxy``; ``tracer`` records calls."""
+    """Base class of placeholders for tensors during tracing, other than ``torch.fx.Proxy``. ``tracer`` records calls."""
 
     tracer: Any
 
 
 class SteeredCall:
-    """A steered function call as a node of a graph: a function of its arguments that keeps owner and key."""
+    """A steered function call as the target of a graph node."""
 
-    __name__ = "steered_call"  # what generated code calls it
+    __name__ = "steered_call"  # its name in generated code
 
     def __init__(self, owner: Any, key: str, name: str, function: Callable[..., Any]) -> None:
         self.owner, self.key, self.name, self.function = owner, key, name, function
@@ -174,7 +174,7 @@ class SteeredCall:
         return call_function(self.owner, self.key, self.name, self.function, *args, **kwargs)
 
     def ctu_arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
-        """:meth:`SiteUnit.ctu_arguments` of this call; None for one outside the family, or where the unit does not run."""
+        """:meth:`SiteUnit.ctu_arguments` of this call; None if it is outside the family, or the unit is not active."""
         call, unit = self.signature.read(*args, **kwargs), self.owner._ctu[self.key]
         if call is None or not unit.active:
             return None

@@ -1,4 +1,4 @@
-"""Finds every activation of a model. Nothing is run, nothing is changed."""
+"""Finds every activation of a model, without running or changing anything."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ from .activations import (
     read_partial,
 )
 from .names import is_activation, is_listed, is_torch, known_calls, mentions, reached
-from .patch import DECIDING, MODULE, AttributeEdit, ClassSwap, LocalCopy, Steered, steered_class
+from .patch import FAST_PATHS, MODULE, AttributeEdit, ClassSwap, LocalCopy, Steered, steered_class
 from .rewrite import ActivationCall, ClassCode
 from .runtime import SiteKnobs, SiteUnit, call_function
 
 _PLAIN_MODULE = frozenset(nn.Module().__dict__)
 _LOOKS_LIKE = re.compile("relu|gelu|silu|swish|mish", re.IGNORECASE)
-_Code = dict[tuple[type, frozenset[str], frozenset[str]], ClassCode]  # by class, selection, and children told apart
-_KEPT: ContextVar[_Code | None] = ContextVar("_KEPT", default=None)
+_Code = dict[
+    tuple[type, frozenset[str], frozenset[str]], ClassCode
+]  # by class, selection, and children with calls as sites
+_CACHE: ContextVar[_Code | None] = ContextVar("_CACHE", default=None)
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,13 @@ class Site:
 
     Attributes:
         name: unique; "layer1.0.relu" for a module, "aux1.forward:relu" for a call in ``aux1``'s ``forward`` (the second
-            one there is "aux1.forward#2:relu"), "encoder.activation:relu" for a function held as an attribute.
-        kind: "module" or "functional"; "call" for a further call of a shared module whose uses are told apart.
-        activation: a name that ``steer``'s ``activations`` takes.
+            one there is "aux1.forward#2:relu"), "encoder.activation:relu" for a function in an attribute.
+        kind: "module" or "functional"; "call" for a repeated call of a module, if each call is a site.
+        activation: a name that ``steer``'s ``activations`` accepts.
         module_type: class of the module, or of the module whose code makes the call.
-        aliases: the other names of a module that is registered several times.
+        aliases: other names of a module that is registered several times.
         where: "file:line" of a call in source code, else "".
-        module: first name of the shared module that this is one use of, where the uses are told apart, else "".
+        module: first name of a shared module, if each of its uses is a site, else "".
     """
 
     name: str
@@ -63,7 +65,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Unsteered:
-    """An activation that is not steered: where, which, and why."""
+    """An activation that is not steered, and why."""
 
     name: str
     activation: str
@@ -91,27 +93,27 @@ def scan(
     split: bool = False,
     make_unit: Callable[[Site, torch.device | None], SiteUnit] | None = None,
 ) -> ScanResult:
-    """Find the activations of ``model``.
+    """Finds the activations of ``model``.
 
     Args:
-        split: tell the uses of a shared activation module apart: a site for each place where it is registered, and for
-            each call of it in its parent's code. Otherwise an activation module is one site.
-        make_unit: makes what computes a site. Default: :class:`SiteKnobs`.
+        split: make a site of each use of a shared activation module: each place where it is registered, and each call of it
+            in its parent's code. Otherwise an activation module is one site.
+        make_unit: constructs the unit of a site. Default: :class:`SiteKnobs`.
     """
     return _Scanner(model, selection, split, make_unit or _site_knobs).result
 
 
 @contextmanager
-def reading_once() -> Iterator[None]:
-    """In this context, scans read each class once: for a model and its copies, whose code cannot change meanwhile.
+def cached_class_code() -> Iterator[None]:
+    """Context in which scans share the code read from each class: for a model and its copies.
 
-    Reading takes most of a scan's time, about a second for a model of transformers.
+    Reading code takes most of a scan's time, about a second for a transformers model.
     """
-    token = _KEPT.set({})
+    token = _CACHE.set({})
     try:
         yield
     finally:
-        _KEPT.reset(token)
+        _CACHE.reset(token)
 
 
 def _site_knobs(site: Site, device: torch.device | None) -> SiteKnobs:
@@ -122,24 +124,24 @@ class _Scanner:
     def __init__(self, model: nn.Module, selection: frozenset[str], split: bool, make_unit: Callable[..., Any]) -> None:
         self.selection, self.split, self.make_unit, self.result = selection, split, make_unit, ScanResult()
         self.root = model
-        self.copies: dict[nn.Module, LocalCopy] = {}  # in use only if something is done to them
-        self.apart: dict[tuple[nn.Module, str], LocalCopy] = {}  # in one place only: {(parent, name there): the copy}
+        self.copies: dict[nn.Module, LocalCopy] = {}  # used only if they are patched
+        self.copies_at: dict[tuple[nn.Module, str], LocalCopy] = {}  # for one use only, by (parent, name)
         self.memo: dict[types.FunctionType, bool] = {}
-        kept = _KEPT.get()
-        self.code: _Code = {} if kept is None else kept
+        cache = _CACHE.get()
+        self.code: _Code = {} if cache is None else cache
         self.names: dict[nn.Module, list[str]] = {}
         self.device = next((p.device for p in model.parameters()), None)
         for name, module in model.named_modules(remove_duplicate=False):
             self.names.setdefault(module, []).append(name)
-        self.places: dict[nn.Module, list[tuple[str, nn.Module, str]]] = {}
+        self.uses: dict[nn.Module, list[tuple[str, nn.Module, str]]] = {}  # (path, parent, name in the parent)
         for parent, (name, *_) in self.names.items():
-            for child, held in parent._modules.items():
-                if held is not None:
-                    self.places.setdefault(held, []).append((_join(name, child), parent, child))
+            for child, module in parent._modules.items():
+                if module is not None:
+                    self.uses.setdefault(module, []).append((_join(name, child), parent, child))
         opaque: set[nn.Module] = set()
         for module, (name, *aliases) in list(self.names.items()):
             for parameter in module.parameters(recurse=False):
-                self.device = parameter.device  # of the layers before it, for a model spread over devices
+                self.device = parameter.device  # of the preceding layers, for a model spread over devices
             if module in opaque:
                 continue
             if isinstance(module, torch.jit.ScriptModule):
@@ -150,20 +152,19 @@ class _Scanner:
             else:
                 self.module(name, tuple(aliases), module)
         for module in self.names:
-            if isinstance(module, DECIDING):
-                self.deciding(module)
+            if isinstance(module, FAST_PATHS):
+                self.fast_path(module)
         classes = {swap.module: swap.cls for swap in self.result.swaps}
         for module in self.names:
             self.bound_methods(module, classes)
-        self.put_copies()
+        self.install_copies()
 
     # -- copies
 
     def target(self, module: nn.Module) -> nn.Module:
         """The module to patch for ``module``: a copy, unless it is the model itself or has weights.
 
-        Other models may hold the same activation, and are to stay as they are. Modules with weights are shared on
-        purpose where they are shared.
+        Other models may share the activation, and must not change. Modules with weights are shared on purpose.
         """
         if module is self.root or not (isinstance(read_module(module), ActivationSpec) or _is_stateless(module)):
             return module
@@ -171,15 +172,15 @@ class _Scanner:
             self.copies[module] = LocalCopy.of(module)
         return self.copies[module].copy
 
-    def put_copies(self) -> None:
-        """Put the copies that something is done to where the modules are, and those of the modules that hold them."""
+    def install_copies(self) -> None:
+        """Replaces modules by their patched copies, and then the modules that refer to them."""
         edited = {(edit.owner, edit.name) for edit in self.result.edits}
         changed = {swap.module for swap in self.result.swaps} | {edit.owner for edit in self.result.edits}
         used = {module: pair.copy for module, pair in self.copies.items() if pair.copy in changed}
-        todo = [*used, *(module for parent, name in self.apart if (module := parent._modules[name]) is not None)]
+        todo = [*used, *(module for parent, name in self.copies_at if (module := parent._modules[name]) is not None)]
         references: dict[tuple[nn.Module, str], tuple[Any, Any]] = {}
         while todo:
-            holders = {parent for module in todo for _, parent, _ in self.places.get(module, ())}
+            holders = {parent for module in todo for _, parent, _ in self.uses.get(module, ())}
             for module in self.names:
                 for attribute, value in vars(module).items():
                     if attribute not in _PLAIN_MODULE and (self.target(module), attribute) not in edited:
@@ -193,11 +194,11 @@ class _Scanner:
             self.result.edits.append(AttributeEdit(self.target(module), "__dict__", attribute, value, new))
         for parent in self.names:
             for child, module in parent._modules.items():
-                apart = self.apart.get((parent, child))
-                new = apart.copy if apart is not None else used.get(module)  # type: ignore[arg-type]
+                local = self.copies_at.get((parent, child))
+                new = local.copy if local is not None else used.get(module)  # type: ignore[arg-type]
                 if new is not None:
                     self.result.edits.append(AttributeEdit(self.target(parent), "_modules", child, module, new))
-        self.result.copies += [self.copies[module] for module in used] + list(self.apart.values())
+        self.result.copies += [self.copies[module] for module in used] + list(self.copies_at.values())
 
     # -- one module
 
@@ -234,19 +235,19 @@ class _Scanner:
         if not self.split:
             self.swap_activation(Site(name, "module", spec.activation, type(module).__name__, aliases), target, spec)
             return
-        places = self.places.get(module)
-        if not places:  # the model itself, or held where no name leads to
+        uses = self.uses.get(module)
+        if not uses:  # the model itself, or not registered as a child
             self.swap_activation(
                 Site(name, "module", spec.activation, type(module).__name__, module=name), target, spec
             )
             return
-        for number, (path, owner, child) in enumerate(places):
+        for number, (path, owner, child) in enumerate(uses):
             if number:
-                self.apart[owner, child] = LocalCopy.of(module)
-                target = self.apart[owner, child].copy
+                self.copies_at[owner, child] = LocalCopy.of(module)
+                target = self.copies_at[owner, child].copy
             code = self.class_code(owner)
             repeats = code.repeats.get(child, []) if code is not None and not _overridden(code, owner) else []
-            site = Site(path, "module", spec.activation, type(module).__name__, module=places[0][0])
+            site = Site(path, "module", spec.activation, type(module).__name__, module=uses[0][0])
             self.swap_activation(site, target, spec, repeats)
 
     def swap_activation(
@@ -272,7 +273,7 @@ class _Scanner:
             if overridden:
                 self.record_missed(label, call.activation, f"{overridden[0]} is overridden on the instance", call.where)
                 continue
-            if call.attribute in vars(module):  # looked at where it is
+            if call.attribute in vars(module):  # recorded by `attribute`
                 continue
             others = tuple(_join(alias, f"{call.key}:{call.activation}") for alias in aliases)
             kind = type(module).__name__
@@ -306,22 +307,22 @@ class _Scanner:
                     label, activation_of(target), f"the attribute holds the function {call.__qualname__}", where
                 )
         else:
-            for suffix, held in _held(value):
-                self.hidden(f"{label}{suffix}", held)
+            for suffix, item in _items(value):
+                self.unregistered(f"{label}{suffix}", item)
 
-    def hidden(self, label: str, held: Any) -> None:
-        """Reads an item of a list, tuple or dict, or a module that is not registered."""
-        if isinstance(held, nn.Module) and held not in self.names:
-            self.names[held] = [label]
-            read = read_module(held)
+    def unregistered(self, label: str, item: Any) -> None:
+        """Records activations in an item of a list, tuple or dict, or in a module that is not registered."""
+        if isinstance(item, nn.Module) and item not in self.names:
+            self.names[item] = [label]
+            read = read_module(item)
             if isinstance(read, ActivationSpec):
-                self.activation_module(label, (), held, read)
+                self.activation_module(label, (), item, read)
                 return
-            inside = {read.activation for m in held.modules() if isinstance(read := read_module(m), ActivationSpec)}
+            inside = {read.activation for m in item.modules() if isinstance(read := read_module(m), ActivationSpec)}
             for activation in sorted(inside):
                 self.record_missed(label, activation, "it is in a module that is not registered as a submodule")
-        elif not isinstance(held, nn.Module) and is_activation(held):
-            self.record_missed(label, activation_of(held), "the function is held in a container")
+        elif not isinstance(item, nn.Module) and is_activation(item):
+            self.record_missed(label, activation_of(item), "the function is held in a container")
 
     def near_miss(self, name: str, module: nn.Module, read: NearMiss | None, has_records: bool) -> None:
         kind = type(module).__name__
@@ -339,7 +340,7 @@ class _Scanner:
             records.append(Unsteered(name, kind.lower(), reason))
 
     def bound_methods(self, module: nn.Module, classes: dict[nn.Module, type]) -> None:
-        """``self.act = self._relu`` holds the method as it was: it is to hold the copy."""
+        """Replaces bound methods in attributes (``self.act = self._relu``) by the rewritten ones."""
         for attribute, value in vars(module).items():
             if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
                 name, holder = value.__func__.__name__, self.target(value.__self__)
@@ -348,8 +349,8 @@ class _Scanner:
                     new = types.MethodType(method, holder)
                     self.result.edits.append(AttributeEdit(self.target(module), "__dict__", attribute, value, new))
 
-    def deciding(self, module: nn.Module) -> None:
-        """A module of torch that takes another way, past the activations, where it knows them."""
+    def fast_path(self, module: nn.Module) -> None:
+        """Swaps the class of a module of torch that may bypass activations below it."""
         swapped = {swap.module for swap in self.result.swaps}
         below = any(self.copies[m].copy in swapped if m in self.copies else m in swapped for m in module.modules())
         if below and module not in swapped:
@@ -427,13 +428,13 @@ def _label(name: str, call: ActivationCall) -> str:
     return _join(name, f"{call.key}:{call.activation}")
 
 
-def _held(value: Any) -> Iterator[tuple[str, Any]]:
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, nn.Module):
         yield "", value
     elif isinstance(value, (list, tuple)):
-        yield from ((f".{i}", held) for i, held in enumerate(value))
+        yield from ((f".{i}", item) for i, item in enumerate(value))
     elif isinstance(value, dict):
-        yield from ((f".{key}", held) for key, held in value.items())
+        yield from ((f".{key}", item) for key, item in value.items())
 
 
 def _is_stateless(module: nn.Module) -> bool:
@@ -445,7 +446,7 @@ def _is_stateless(module: nn.Module) -> bool:
 
 
 def _with_copies(value: Any, copies: dict[nn.Module, nn.Module], depth: int = 3) -> Any:
-    """``value`` with the copies in place of the modules, also in containers and methods; itself where it has none."""
+    """``value`` with modules replaced by their copies, also in containers and methods; ``value`` itself if it has none."""
     if isinstance(value, nn.Module):
         return copies.get(value, value)
     if isinstance(value, types.MethodType):
@@ -464,5 +465,5 @@ def _with_copies(value: Any, copies: dict[nn.Module, nn.Module], depth: int = 3)
 
 
 def _overridden(code: ClassCode, module: Any) -> list[str]:
-    """The rewritten methods that ``module`` has its own version of."""
+    """The rewritten methods that ``module`` overrides on the instance."""
     return [key for key in code.namespace if key in vars(module)]

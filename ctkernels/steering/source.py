@@ -1,4 +1,4 @@
-"""A function's source as a tree, and a changed tree as a function: everything but the change stays."""
+"""Parses the source of a function, and compiles a modified syntax tree into a function that is otherwise the same."""
 
 from __future__ import annotations
 import __future__
@@ -17,11 +17,11 @@ _FEATURES = functools.reduce(
 
 
 class NoSource(Exception):
-    """The source of a function cannot be used; the message says why."""
+    """Raised if the source of a function is unusable; the message says why."""
 
 
 def parse_function(function: types.FunctionType) -> tuple[ast.Module, ast.FunctionDef]:
-    """The function's definition, inside a factory whose arguments stand for its closure; checked against its code."""
+    """Parses a function's definition, into a factory whose arguments are its closure; checks that it matches the code."""
     code = function.__code__
     try:
         lines, start = inspect.getsourcelines(code)
@@ -39,11 +39,11 @@ def parse_function(function: types.FunctionType) -> tuple[ast.Module, ast.Functi
             argument.annotation = None
     factory = ast.parse("def _ctu_factory(): pass").body[0]
     assert isinstance(factory, ast.FunctionDef)
-    # The definition must not make its own name local to the factory: a recursive function finds itself as it did.
+    # The definition's name must not be local to the factory: a recursive function must resolve it as before.
     factory.body = [definition] if definition.name in code.co_freevars else [ast.Global([definition.name]), definition]
     owner = function.__qualname__.split(".")[-2:-1]
     body: ast.stmt = factory
-    if owner and owner[0].isidentifier():  # so that self.__name is mangled as it was
+    if owner and owner[0].isidentifier():  # so that self.__name is mangled as before
         body = ast.ClassDef(owner[0], bases=[], keywords=[], body=[factory], decorator_list=[])
         if sys.version_info >= (3, 12):
             body.type_params = []
@@ -55,13 +55,13 @@ def parse_function(function: types.FunctionType) -> tuple[ast.Module, ast.Functi
 
 
 def _fingerprint(code: types.CodeType) -> tuple[Any, ...]:
-    # Not co_code: the compiler calls `F.relu` with other instructions where it sees the import of F.
+    # Not co_code: the compiler uses other instructions for `F.relu` if it sees the import of F.
     constants = [repr(const) for const in code.co_consts if not isinstance(const, types.CodeType)]
     return code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, constants
 
 
 def compile_function(tree: ast.Module, function: types.FunctionType, extra: Iterable[str] = ()) -> types.CodeType:
-    """The code of the definition in ``tree``, whose closure may have ``extra`` names beside the function's own."""
+    """Compiles the definition in ``tree``. Its closure has the function's names and ``extra``."""
     name, flags = function.__code__.co_name, function.__code__.co_flags & _FEATURES
     factory = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
     factory.args.args = [ast.arg(cell) for cell in (*function.__code__.co_freevars, *extra)]

@@ -1,4 +1,4 @@
-"""Samples, tolerances and gradient checks: what the library is tested with, for those who extend or embed it."""
+"""Samples, tolerances and gradient checks, as in the library's own tests, for code that extends or embeds it."""
 
 import warnings
 from typing import Any

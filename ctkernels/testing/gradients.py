@@ -1,4 +1,4 @@
-"""Is this gradient right? Compared with finite differences, and with the reference in float64; says where it is not."""
+"""Gradient checks against finite differences and the reference in float64, with a report of what disagrees."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..steering.patch import Steered
 from .differences import central_difference, rounding_noise
 from .samples import Sample
 
-Run = Callable[[dict[str, Tensor]], Any]  # from the leaves, by name, to whatever the call returns
+Run = Callable[[dict[str, Tensor]], Any]  # maps leaves, by name, to the result of a call
 
-DRAWS = 8  # of torch's rounding errors; the largest of so many is seldom half of another one
+DRAWS = 8  # of the baseline's rounding errors: another error is rarely twice the largest of these
 
 DIFFERENCES = "finite differences"
 DOUBLE = "reference, float64"
@@ -32,12 +32,12 @@ class Finding:
     """One comparison. ``error`` and ``allowed`` are absolute, the largest over the tensor.
 
     Attributes:
-        place: "model", or the site's or sample's name.
+        place: "model", or the name of a site or sample.
         what: "output 0", "gradient of layer1.weight".
-        check: "finite differences"; "reference, float64"; "reference, own dtype" (the tensors' own, against the
-            reference in float64, where plain torch's error in that dtype sets the scale).
-        error: how far it is off.
-        allowed: how far it may be.
+        check: "finite differences"; "reference, float64"; "reference, own dtype" (in the tensors' dtype, against the
+            reference in float64; the tolerance derives from plain torch's error in that dtype).
+        error: the largest error.
+        allowed: the tolerance.
     """
 
     place: str
@@ -53,7 +53,7 @@ class Finding:
 
 @dataclass
 class GradientReport:
-    """What :func:`gradcheck_module` found. ``str(report)`` is a summary; ``ok`` says whether everything agrees."""
+    """Result of :func:`gradcheck_module`. ``str(report)`` is a summary; ``ok`` says whether everything agrees."""
 
     findings: list[Finding] = field(default_factory=list)
 
@@ -63,12 +63,12 @@ class GradientReport:
 
     @property
     def wrong(self) -> list[Finding]:
-        """What does not agree, the worst first."""
+        """The comparisons that disagree, the worst first."""
         bad = [finding for finding in self.findings if not finding.ok]
         return sorted(bad, key=lambda f: -math.inf if math.isnan(f.error) else -f.error / max(f.allowed, 1e-300))
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; not-a-number errors are None."""
+        """The report as JSON values; errors that are NaN become None."""
         rows = [asdict(f) | {"ok": f.ok, "error": None if math.isnan(f.error) else f.error} for f in self.findings]
         return {"ok": self.ok, "checks": len(rows), "wrong": len(self.wrong), "findings": rows}
 
@@ -99,32 +99,31 @@ def gradcheck_module(
     seed: int = 0,
     **kwargs: Any,
 ) -> GradientReport:
-    """Check the outputs and gradients of a model that uses this library: steered, tuned, edited, or with its layers.
+    """Checks the outputs and gradients of a model that uses this library: steered, adapted, or with its layers.
 
-    Three comparisons, of the model and of each of its units (whose inputs are recorded in a forward pass):
+    Three comparisons, for the model and for each of its units (with inputs recorded in a forward pass):
 
-    - the gradient of every trainable parameter and floating-point input in float64 against central differences along
-      random directions, within what the differences can miss: by truncation, by a kink of an output between their points,
-      and by rounding, which is measured;
-    - outputs and gradients in the model's own dtype against the reference in float64: at most twice the error that plain
-      torch makes there, plus one ulp of the result and of the sum of the magnitudes of its terms, as sums may be formed in
-      another order. Torch's error is the largest of several draws: with these parameters and with others an ulp away, and
-      with the terms of a gradient under other signs;
+    - gradients of all trainable parameters and floating-point inputs in float64 against central differences along random
+      directions, within the error of the differences: truncation, kinks between their points, and measured rounding;
+    - outputs and gradients in the model's own dtype against the reference in float64: at most twice the error of plain
+      torch, plus one ulp of the result and of the sum of the magnitudes of its terms, as sums may have another order.
+      torch's error is the largest of several draws: at these parameters and at others an ulp away, and with other signs of
+      a gradient's terms;
     - outputs and gradients in float64 against the reference in float64, in the same way.
 
-    ``model`` itself is not changed: copies are run, each time from the same random state.
+    ``model`` is not changed: the checks run copies, always from the same random state.
 
     Args:
         model: any module.
-        inputs, kwargs: what it is called with; floating-point tensors are differentiated.
-        backend: name of the backend to check; None takes what serves each call.
-        directions: random directions for each tensor. Default: 3.
-        sites: check each unit apart, too. Default: True.
+        inputs, kwargs: its arguments; floating-point tensors are differentiated.
+        backend: the backend to check; None checks the one that serves each call.
+        directions: random directions per tensor. Default: 3.
+        sites: also check each unit separately. Default: True.
         training: check the model in training mode. Default: False.
-        seed: of the directions, and of whatever the model draws.
+        seed: of the directions, and of the model's random numbers.
 
     Returns:
-        GradientReport: ``report.ok``, ``str(report)``, ``report.wrong`` (where, and by how much).
+        GradientReport: ``report.ok``, ``str(report)``, ``report.wrong`` (what disagrees, and by how much).
 
     Raises:
         ValueError: nothing in the model or its inputs can be differentiated, or ``backend`` is unknown.
@@ -144,11 +143,11 @@ def gradcheck_module(
     check("model", _runner(wide, values), _runner(narrow, values), _leaves(narrow, values))
     if sites:
         for name, arguments in _record(wide, values, seed).items():
-            site, own = wide.get_submodule(name), narrow.get_submodule(name)
-            given = {"": arguments}
-            leaves = _leaves(own, given)
-            if leaves and name:  # else it is the model
-                check(name, _runner(site, given), _runner(own, given), leaves)
+            wide_site, narrow_site = wide.get_submodule(name), narrow.get_submodule(name)
+            values = {"": arguments}
+            leaves = _leaves(narrow_site, values)
+            if leaves and name:  # "" is the model
+                check(name, _runner(wide_site, values), _runner(narrow_site, values), leaves)
     return report
 
 
@@ -161,9 +160,9 @@ def check_call(
     directions: int = 3,
     accuracy: float = 0.0,
 ) -> None:
-    """Check ``run``, a function of ``leaves``, and add what is found to ``report``.
+    """Checks ``run``, a function of ``leaves``, and adds the findings to ``report``.
 
-    ``accuracy``: how far two exact evaluations may differ, for a function that is defined by a quadrature.
+    ``accuracy``: the possible difference of two exact evaluations, for a function defined by a quadrature.
     """
     _Check(backend, directions, 0, report, accuracy)(name, run, run, leaves)
 
@@ -185,43 +184,43 @@ class _Check:
         got = self.gradients(wide, double, self.backend)
         truth = self.gradients(wide, double, "reference")
         own = self.gradients(narrow, leaves, self.backend)
-        errors, double_errors = self.torchs_errors(wide, narrow, leaves, double)
+        errors, double_errors = self.baseline_errors(wide, narrow, leaves, double)
         terms = self.differences(wide, double, got)
         for what, exact in truth.items():
             size = terms.get(what, 0.0) + (float(exact.abs().max()) if exact.numel() else 0.0)
-            # The truth is torch's too, in float64, and may itself be off by that much.
-            doubt = double_errors[what] + torch.finfo(torch.float64).eps * size + self.accuracy
+            # The truth is computed in float64, with an error of its own.
+            truth_error = double_errors[what] + torch.finfo(torch.float64).eps * size + self.accuracy
             for check, value, error in ((OWN, own[what], errors[what]), (DOUBLE, got[what], double_errors[what])):
                 info = torch.finfo(value.dtype)
-                self.add(what, check, _distance(value, exact), 2 * error + info.eps * size + info.tiny + doubt)
+                self.add(what, check, _distance(value, exact), 2 * error + info.eps * size + info.tiny + truth_error)
 
     def add(self, what: str, check: str, error: float, allowed: float) -> None:
         self.report.findings.append(Finding(self.place, what, check, error, allowed))
 
-    def torchs_errors(
+    def baseline_errors(
         self, wide: Run, narrow: Run, leaves: dict[str, Tensor], double: dict[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """How far plain torch is off, by what, in the leaves' own dtypes and in float64: the largest of some draws.
+        """Errors of plain torch, by result, in the leaves' dtypes and in float64: the largest of several draws.
 
-        One draw says little of a gradient with one element: its error may be anything from nothing to many ulps. Each
-        draw has the same magnitudes, and other rounding errors: the outputs are weighted with other signs, and the leaves
-        are an ulp off, which also shows how errors of that size are carried through the network.
+        One draw says little about a gradient with one element, whose error may be anything from 0 to many ulps. All draws
+        have the same magnitudes but other rounding errors: outputs are weighted with other signs, and leaves are perturbed
+        by an ulp, which also shows how the network propagates errors of that size.
         """
         errors: dict[str, float] = {}
         double_errors: dict[str, float] = {}
         for draw in range(1, DRAWS + 1):
             exact = self.gradients(wide, double, "reference", draw)
-            for found, run, values in (
+            for largest, run, values in (
                 (errors, narrow, leaves),
-                (errors, narrow, self.nudged(leaves, draw)),
-                (double_errors, wide, self.nudged(double, draw)),
+                (errors, narrow, self.perturbed(leaves, draw)),
+                (double_errors, wide, self.perturbed(double, draw)),
             ):
                 for what, value in self.gradients(run, values, "reference", draw).items():
-                    found[what] = max(found.get(what, 0.0), _distance(value, exact[what]))
+                    largest[what] = max(largest.get(what, 0.0), _distance(value, exact[what]))
         return errors, double_errors
 
-    def nudged(self, leaves: dict[str, Tensor], draw: int) -> dict[str, Tensor]:
-        """The leaves, an ulp off, up or down at random."""
+    def perturbed(self, leaves: dict[str, Tensor], draw: int) -> dict[str, Tensor]:
+        """The leaves, each element an ulp up or down at random."""
         generator = torch.Generator().manual_seed(self.seed + 2 + draw)
         result = {}
         for name, leaf in leaves.items():
@@ -234,22 +233,22 @@ class _Check:
         devices = {leaf.device for leaf in leaves.values() if leaf.is_cuda}
         with torch.random.fork_rng(devices=devices), nullcontext() if backend is None else use_backend(backend):
             torch.manual_seed(self.seed)
-            found = list(_tensors(run(leaves)))
-        if not found:
+            outputs = list(_tensors(run(leaves)))
+        if not outputs:
             raise ValueError(f"{self.place}: expected floating-point outputs, got none")
-        return found
+        return outputs
 
     def weights(self, outputs: list[Tensor], draw: int = 0) -> list[Tensor]:
-        """What a scalar is made of the outputs with; the same for all copies, but for their signs in other draws."""
+        """Weights of the outputs in a scalar: the same for all copies, with other signs in other draws."""
         generator = torch.Generator().manual_seed(self.seed)
-        found = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in outputs]
+        weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in outputs]
         if draw:
             generator.manual_seed(self.seed + 2 + draw)
-            found = [w * (torch.randint(0, 2, w.shape, generator=generator) * 2 - 1) for w in found]
-        return [w.to(out.device, out.dtype) for w, out in zip(found, outputs)]
+            weights = [w * (torch.randint(0, 2, w.shape, generator=generator) * 2 - 1) for w in weights]
+        return [w.to(out.device, out.dtype) for w, out in zip(weights, outputs)]
 
     def gradients(self, run: Run, leaves: dict[str, Tensor], backend: str | None, draw: int = 0) -> dict[str, Tensor]:
-        """Outputs and gradients, by what they are."""
+        """Outputs and gradients, by their description."""
         names = list(leaves)
         values = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
         outputs = self.outputs(run, values, backend)
@@ -265,18 +264,18 @@ class _Check:
         return result
 
     def terms(self, run: Run, leaves: dict[str, Tensor]) -> Tensor:
-        """Of the scalar, one for each element of the outputs."""
+        """The terms of the scalar, one per element of the outputs."""
         with torch.no_grad():
             outputs = self.outputs(run, leaves, self.backend)
         return torch.cat([(out * w).double().flatten().cpu() for out, w in zip(outputs, self.weights(outputs))])
 
     def differences(self, run: Run, leaves: dict[str, Tensor], got: dict[str, Tensor]) -> dict[str, float]:
-        """Compare the slopes along random directions with central differences.
+        """Compares the slopes along random directions with central differences.
 
-        Returns, by what, the sum of the magnitudes of the terms of a gradient's element; an estimate that is not too large.
-        With t_ij the part of term i in element j, and n elements, the terms change by sum_j t_ij d_j along a direction d of
-        length 1, of magnitude about (sum_j t_ij^2 / n)^(1/2). Summed over i and divided by n^(1/2) that is at most the mean
-        over j of sum_i |t_ij|; and equal to it where every term belongs to one element, as those of a channel do.
+        Returns, for every gradient, a lower estimate of the sum of the magnitudes of an element's terms. With t_ij the
+        part of term i in element j, and n elements, the terms change by sum_j t_ij d_j along a direction d of length 1, of
+        magnitude about (sum_j t_ij^2 / n)^(1/2). Summed over i and divided by n^(1/2), that is at most the mean over j of
+        sum_i |t_ij|, and equal to it if every term belongs to one element, as those of a channel do.
         """
         sizes: dict[str, float] = {}
         generator = torch.Generator().manual_seed(self.seed + 1)
@@ -311,7 +310,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _widened(module: nn.Module) -> nn.Module:
-    """A copy in float64, parameters that resist casting included."""
+    """A float64 copy, including parameters that resist casting."""
     wide = copy_module(module).double()
     with torch.no_grad():
         for parameter in wide.parameters():
@@ -321,13 +320,13 @@ def _widened(module: nn.Module) -> nn.Module:
 
 
 def _leaves(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What is differentiated: trainable parameters, and floating-point inputs."""
-    found = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()}
+    """The tensors to differentiate: trainable parameters and floating-point inputs."""
+    leaves = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()}
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     for name, value in _named(values):
         if isinstance(value, Tensor) and value.is_floating_point():
-            found[f"input {name}"] = value.detach().to(dtype if value.dtype == torch.float64 else value.dtype)
-    return found
+            leaves[f"input {name}"] = value.detach().to(dtype if value.dtype == torch.float64 else value.dtype)
+    return leaves
 
 
 def _named(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -345,8 +344,8 @@ def _runner(module: nn.Module, values: Mapping[str, Any]) -> Run:
 
         positional = tuple(pick(str(i), value) for i, value in enumerate(values[""]))
         keywords = {name: pick(name, value) for name, value in values.items() if name}
-        given = {name: leaf for name, leaf in leaves.items() if name in parameters}
-        return torch.func.functional_call(module, given, positional, keywords)
+        weights = {name: leaf for name, leaf in leaves.items() if name in parameters}
+        return torch.func.functional_call(module, weights, positional, keywords)
 
     return run
 
@@ -355,33 +354,30 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
-    elif isinstance(value, Mapping):
-        for held in value.values():
-            yield from _tensors(held)
-    elif isinstance(value, (list, tuple)):
-        for held in value:
-            yield from _tensors(held)
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
 
 
 def _record(model: nn.Module, values: Mapping[str, Any], seed: int) -> dict[str, tuple[Any, ...]]:
     """{name of a unit: the positional arguments of its first call}, for the innermost modules of this library."""
-    ours = {
+    units = {
         name: module
         for name, module in model.named_modules()
         if (isinstance(module, Steered) or type(module).__module__.startswith("ctkernels."))
         and not isinstance(module, Knobs)
     }
-    inner = {n: m for n, m in ours.items() if not any(o != n and (not n or o.startswith(n + ".")) for o in ours)}
-    seen: dict[str, tuple[Any, ...]] = {}
+    inner = {n: m for n, m in units.items() if not any(o != n and (not n or o.startswith(n + ".")) for o in units)}
+    recorded: dict[str, tuple[Any, ...]] = {}
 
-    def note(name: str) -> Any:
+    def recorder(name: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            kept = (a.detach().clone() if isinstance(a, Tensor) else a for a in arguments)
-            seen.setdefault(name, tuple(kept))
+            copies = (a.detach().clone() if isinstance(a, Tensor) else a for a in arguments)
+            recorded.setdefault(name, tuple(copies))
 
         return hook
 
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in inner.items()]
+    handles = [module.register_forward_pre_hook(recorder(name)) for name, module in inner.items()]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), use_backend("reference"):
             torch.manual_seed(seed)
@@ -390,14 +386,15 @@ def _record(model: nn.Module, values: Mapping[str, Any], seed: int) -> dict[str,
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return recorded
 
 
 def gradcheck(sample: Sample, *, second_order: bool = True) -> None:
-    """Reverse and forward mode, batched, of a float64 sample against finite differences; and second order: reverse and
-    forward mode over reverse, batched.
+    """Checks reverse and forward mode, batched, of a float64 sample against finite differences; and second order, reverse
+    and forward mode over reverse, batched.
 
-    Raises torch.autograd.gradcheck.GradcheckError with the Jacobians that disagree.
+    Raises:
+        torch.autograd.gradcheck.GradcheckError: with the Jacobians that disagree.
     """
     leaves = sample.requiring_grad()
     names = list(leaves.tensors())

@@ -9,10 +9,10 @@ from torch import Tensor
 def assert_no_worse(
     name: str, got: Tensor, truth: Tensor, baseline: Tensor, terms: Tensor | float = 0.0, grade: float = 0.0
 ) -> None:
-    """``got`` is as good as the same computation in plain torch: its error against the float64 ``truth`` is at most twice
-    that of ``baseline`` (largest over the tensor), plus one ulp of the result, plus ``grade`` times ``terms``.
+    """Asserts that ``got`` is as accurate as the same computation in plain torch: its error against the float64 ``truth`` is at
+    most twice that of ``baseline`` (largest over the tensor), plus one ulp of the result, plus ``grade`` times ``terms``.
 
-    terms: the sum of the magnitudes that add up to the result, for results that nearly cancel.
+    terms: the sum of the magnitudes of the summands, for results that nearly cancel.
     """
     if got.shape != truth.shape:
         raise AssertionError(f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}")

@@ -22,7 +22,7 @@ from ... import _marks
 from ...steering.activations import ACTIVATIONS, select
 from ...steering.handle import listed, nothing_found
 from ...steering.patch import MODULE, AttributeEdit, LocalCopy, apply_patches, revert_patches
-from ...steering.scan import ScanResult, Site, Unsteered, is_steered, reading_once, scan
+from ...steering.scan import ScanResult, Site, Unsteered, cached_class_code, is_steered, scan
 from .._config import saved_shapes
 from .._peft import (
     check_adapter_name,
@@ -88,7 +88,7 @@ class CurvatureModel(BaseTuner):
 
     # ---- putting an adapter in ----
 
-    @reading_once()
+    @cached_class_code()
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model; the first one also puts the layers in."""
         name: Any = kwargs.get("adapter_name", args[0] if args else None)
@@ -230,7 +230,7 @@ class CurvatureModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
-    @reading_once()
+    @cached_class_code()
     def _find_samples(self, attached: Attached) -> None:
         """Find out, the first time, which activations have the samples in dimension 0."""
         if attached.samples is None:

@@ -12,7 +12,7 @@ from ..._marks import POOLS
 from ...steering.activations import ACTIVATIONS
 from ...steering.patch import apply_patches, revert_patches
 from ...steering.runtime import SiteUnit
-from ...steering.scan import Site, is_steered, reading_once, scan
+from ...steering.scan import Site, cached_class_code, is_steered, scan
 from .._peft import check_names
 from ..curvature.config import CurvatureConfig
 from ..curvature.layer import CurvatureLayer, call_unit
@@ -32,7 +32,7 @@ class CurvatureSites:
         config: selects the sites, and whether their tables have a value for each channel.
     """
 
-    @reading_once()
+    @cached_class_code()
     def __init__(self, model: nn.Module, config: CurvatureConfig) -> None:
         if POOLS in model.__dict__:
             raise ValueError("model: expected one without a pool, got one; make the pool of curvature adapters first")
