@@ -26,3 +26,5 @@ RECIPE = "_ctu_recipe"  # the arguments that make the class again, for copies an
 
 # Entries of ``_modules``: this, or this with an underscore and the key of a site.
 CHILD = "ctu"
+# Entry of ``_modules`` of a block: the layer that edits its output.
+BLOCK_OUTPUT = "block_output"

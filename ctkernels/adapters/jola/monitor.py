@@ -29,7 +29,7 @@ class EditMonitor:
     it is switched on. Padding does not count if the model is called with a 2-D ``attention_mask``.
 
     Args:
-        model: a model with a JoLA adapter, merged or not.
+        model: a model with a JoLA adapter, merged or not (unmerged if it edits MLPs).
         adapter: its name; None takes the active ones.
         margin: how far beyond the calibrated range a head may go, as a part of the range's width. Default 0.5: with
             hundreds of heads, some token of any new text lies a little beyond what a few texts showed.
@@ -85,7 +85,7 @@ class EditMonitor:
         for layer in self.layers:
             names = [self.adapter] if self.adapter else [n for n in layer.active_adapters if n in layer.jola_config]
             p, q = (part.view(layer.num_heads, layer.head_dim) for part in layer.factors(names))
-            self._handles.append(layer.register_forward_pre_hook(self._hook(layer.site, p, q)))
+            self._handles.append(layer.on_edited(self._hook(layer.site, p, q)))
 
     def detach(self) -> None:
         """Switch off; statistics and range stay."""
@@ -186,11 +186,11 @@ class EditMonitor:
         self._mask = kwargs.get("attention_mask")
 
     def _hook(self, site: str, p: Tensor, q: Tensor) -> Any:
-        def hook(module: nn.Module, inputs: Any) -> None:
-            if inputs[0].shape[-1] != p.numel():
+        def hook(z: Tensor) -> None:
+            if z.shape[-1] != p.numel():
                 raise ValueError(f"{site}: EditMonitor needs all {p.shape[0]} heads on one device")
             with torch.no_grad():
-                sizes = relative_sizes(inputs[0], p, q)
+                sizes = relative_sizes(z, p, q)
                 self._take(site, sizes.reshape(sizes.shape[0], -1, p.shape[0]))
 
         return hook

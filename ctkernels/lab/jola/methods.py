@@ -100,6 +100,16 @@ def lofit(model: nn.Module, setting: Setting, schedule: str = "exponential") -> 
 
 
 @contextmanager
+def red(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
+    """A scale and an offset of every MLP's output, ungated, from the identity: RED (arXiv:2402.15179)."""
+    from ... import adapters
+
+    config = adapters.JolaConfig(task_type="CAUSAL_LM", site="mlp", freeze_gates=True, init_std=0.0)
+    with _through_peft(model, config) as wrapped:
+        yield Attached(wrapped, _trained(wrapped, setting["lr"]))
+
+
+@contextmanager
 def tct(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
     """Trainable Curvature Tuning of the feed-forward layers: a beta and a coeff for every channel of their activations."""
     from ... import adapters
@@ -169,6 +179,7 @@ METHODS: dict[str, Method] = {
         Method("bitfit", "biases only", {"lr": (3e-4, 1e-3, 3e-3, 1e-2)}, bitfit),
         Method("ia3", "(IA)3", {"lr": (1e-3, 3e-3, 1e-2, 3e-2)}, ia3),
         Method("lofit", "head edits without gates", {"lr": (1e-2, 2e-2, 5e-2, 1e-1)}, lofit),
+        Method("red", "edits of MLPs' outputs", {"lr": (1e-3, 3e-3, 1e-2, 3e-2)}, red),
         Method("tct", "curvature of activations", {"lr": (1e-2, 2e-2, 5e-2, 1e-1)}, tct),
         Method(
             "jola+tct",
