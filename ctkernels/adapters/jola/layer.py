@@ -19,6 +19,7 @@ from ..._marks import BLOCK_OUTPUT
 from ...functional import hard_concrete, head_edit
 from ...nn import Unscriptable
 from .._offload import fetched, home, keep_resident
+from .._peft import merged_in_batch
 from .calls import take_edit
 from .config import JolaConfig
 from .fold import Kept, copied, folded, merge_from_inside, refuse_live, stack, to_merge
@@ -479,10 +480,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
                 self.unmerge()
         elif adapter_names is not None:
             if self.merged:
-                raise ValueError(
-                    f"{self.site}: Cannot pass `adapter_names` when there are merged adapters, please call "
-                    f"`unmerge_adapter` first. Merged: {self.merged_adapters}"
-                )
+                raise merged_in_batch(self.site, self.merged_adapters)
         elif self.merged and isinstance(self.base_layer, BaseTunerLayer):
             for layer in self._below():
                 refuse_live(layer, [], "merged JolaLayer")

@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from ..._marks import ATTENTION_FUSION, BLOCK_OUTPUT
 from .._config import saved_shapes
 from .._peft import (
+    BASE,
     check_adapter_name,
+    check_length,
     check_not_nested,
+    check_requested,
     check_saved,
     check_state_dict,
     check_weighted,
@@ -288,26 +291,20 @@ class JolaModel(BaseTuner):
         if names is None:
             yield
             return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"adapter_names must be a list of names, got {names!r}")
+        known = {name for layer in jola_layers(self.model) for name in layer.jola_config} | {BASE}
+        names = check_requested(names, known, self.training)
+        check_length(names, args, kwargs)
         thread = threading.get_ident()
-        _check_length(names, args, kwargs)
-        known = {name for layer in jola_layers(self.model) for name in layer.jola_config} | {"__base__"}
-        unknown = sorted(set(names) - known)
-        if unknown:
-            raise ValueError(f"adapter_names must be among {sorted(known)}, got {unknown}")
         handles = [
             self.register_forward_pre_hook(
-                lambda _, args, kwargs: _check_length(names, args, kwargs) if threading.get_ident() == thread else None,
+                lambda _, args, kwargs: check_length(names, args, kwargs) if threading.get_ident() == thread else None,
                 with_kwargs=True,
             )
         ]
         try:
             for module in self.modules():
                 if isinstance(module, (JolaLayer, AuxiliaryTrainingWrapper)):
-                    hook = partial(pass_adapter_names, list(names), thread)
+                    hook = partial(pass_adapter_names, names, thread)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
@@ -418,16 +415,4 @@ def _tell_of_rounding(layers: list[JolaLayer]) -> None:
             f"{100 * max(errors):.2g} % of its norm; merged into the base model without quantisation they would be exact.",
             UserWarning,
             stacklevel=4,
-        )
-
-
-def _check_length(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Hold `adapter_names` against the batch, the first dimension of a call's first tensor; there may be none yet."""
-    named = [kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")]
-    tensors = (value for value in (*args, *named, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0)
-    rows = next((tensor.shape[0] for tensor in tensors), None)
-    if rows is not None and rows != len(names):
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(names)} and {rows} respectively."
         )
