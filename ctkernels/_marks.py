@@ -26,3 +26,5 @@ RECIPE = "_ctu_recipe"  # the arguments of `steered_class`, for copies and pickl
 
 # Entries of ``_modules``: this, or this followed by an underscore and the key of a site.
 CHILD = "ctu"
+# Entry of ``_modules`` of a block: the layer that edits its output.
+BLOCK_OUTPUT = "block_output"

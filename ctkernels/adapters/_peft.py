@@ -70,6 +70,7 @@ def register(name: str, config_cls: type, model_cls: type) -> None:
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
 
 
+BASE = "__base__"  # peft's name for no adapter
 UNIT = ".jola_unit_"  # in the names of tensors that older files lack, all of them or none
 _NAMES_IN_USE = frozenset(dir(nn.ParameterDict()))  # an adapter's name becomes an attribute of one
 
@@ -80,7 +81,7 @@ def check_adapter_name(name: Any) -> None:
     Raises:
         ValueError: it is empty, a path, has a dot or a character that file systems refuse, or means something already.
     """
-    if not isinstance(name, str) or not name.strip() or name in _NAMES_IN_USE or name == "__base__":
+    if not isinstance(name, str) or not name.strip() or name in _NAMES_IN_USE or name == BASE:
         raise ValueError(f"adapter_name must be a word that is not in use otherwise, got {name!r}")
     found = re.search(r"""[./\\:*?"<>|\x00-\x1f\x7f]""", name)
     if found:
@@ -123,6 +124,46 @@ def inject_new(tuner: Any, adapter_name: str, config: Any) -> None:
     except BaseException:
         tuner.peft_config.pop(adapter_name, None)
         raise
+
+
+def check_requested(names: Any, known: set[str], training: bool) -> list[str]:
+    """The `adapter_names` of a call as a list.
+
+    Raises:
+        ValueError: the model is in training mode (in the words of peft), or there is an unknown name.
+    """
+    if training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"adapter_names must be a list of names, got {names!r}")
+    unknown = sorted(set(names) - known)
+    if unknown:
+        raise ValueError(f"adapter_names must be among {sorted(known)}, got {unknown}")
+    return list(names)
+
+
+def check_length(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Hold `adapter_names` against the batch, the first dimension of a call's first tensor; there may be none yet.
+
+    Raises:
+        ValueError: they are not as many, in the words of peft.
+    """
+    named = [kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")]
+    tensors = (value for value in (*args, *named, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0)
+    rows = next((tensor.shape[0] for tensor in tensors), None)
+    if rows is not None and rows != len(names):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} and {rows} respectively."
+        )
+
+
+def merged_in_batch(site: str, merged: list[str]) -> ValueError:
+    """The error for `adapter_names` while adapters are merged, in the words of peft."""
+    return ValueError(
+        f"{site}: Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. Merged: "
+        f"{merged}"
+    )
 
 
 def pass_adapter_names(names: list[str], thread: int, module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -69,8 +69,9 @@ def _heads(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
         f"{site:<{width}}  " + "  ".join(f"{kind} {_strip(rows[kind])}" for kind in kinds if kind in rows)
         for site, rows in gates.items()
     ]
+    edited = {"mlp": "MLPs", "block": "blocks"}.get(settings.get("site", "head"), "attention heads")
     return (
-        "[JoLA](https://arxiv.org/abs/2502.01179): the outputs of attention heads are edited, `(1 + g_m m) z + g_a a`, with "
+        f"[JoLA](https://arxiv.org/abs/2502.01179): the outputs of {edited} are edited, `(1 + g_m m) z + g_a a`, with "
         f"gates g in [0, 1]. Of {len(every)} gates {int((every > 0).sum())} are open; {count} numbers are learned.\n\n"
         "Gates by module, one sign for each: `#` is open, `-` partly open, `.` closed.\n\n"
         "```text\n" + "\n".join(lines) + "\n```"

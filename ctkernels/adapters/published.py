@@ -106,6 +106,8 @@ def _jola_copies(model: nn.Module, tensors: dict[str, Tensor], adapter: str | No
     for layer in jola_layers(model):
         if name not in layer.jola_config:
             continue
+        if layer.edits != "head":
+            raise ValueError(f"{layer.site}: the checkpoint edits heads, and adapter {name!r} has site={layer.edits!r}")
         index: Any = layer.jola_config[name].layer_index(layer.site)
         filled.add(index)
         for part, table, shape in (

@@ -179,7 +179,12 @@ def _compare(model: Any, folder: Path, chosen: Place, target: str | None, expect
 def tuner_stacks(model: nn.Module) -> list[list[Any]]:
     """The tuner layers of a model by projection, each from the outside in; refuses what cannot be folded."""
     tops: dict[int, Any] = {id(child): child for _, _, child in _wrappers(model) if isinstance(child, BaseTunerLayer)}
-    stacks = [list(stack(top)) for top in tops.values()]
+    stacks: list[list[Any]] = []
+    for top in tops.values():
+        if getattr(top, "edits", None) == "block":  # lies on no projection
+            top.check_merge()
+        else:
+            stacks.append(list(stack(top)))
     _check(model, stacks, [child for _, _, child in _wrappers(model) if isinstance(child, AuxiliaryTrainingWrapper)])
     return stacks
 

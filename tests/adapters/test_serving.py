@@ -175,10 +175,10 @@ def test_a_wrong_merge_is_not_saved(tmp_path, monkeypatch):
     model = _model("llama", init_std=0.05)
     expected = output(model, VALUES)
 
-    def forgetful(base, weight, bias, p, q):
+    def forgetful(base, weight, bias, p, q, output):
         return weight * p, None
 
-    def rough(base, weight, bias, p, q):
+    def rough(base, weight, bias, p, q, output):
         new = weight * p
         new[0, 0] += 1e-3
         return new, weight @ q

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...nn import Unscriptable
 from ...steering.runtime import SiteUnit, call_ctu, ctu_arguments
 from .._offload import keep_resident
+from .._peft import merged_in_batch
 from .config import CurvatureConfig
 from .layout import Channels
 from .per_sample import index_of, logit, names_for, neutral_logits
@@ -153,7 +154,7 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
     def _values_by_sample(self, names: list[str], x: Tensor) -> tuple[tuple[Tensor, Tensor], Channels | None, Tensor]:
         """Rows of raw beta and raw coeff, what they line up with, and each sample's row; row 0 is the activation itself."""
         if self.merged:
-            raise ValueError(f"{self.site}: adapter_names needs unmerged adapters, got {self.merged_adapters} merged")
+            raise merged_in_batch(self.site, self.merged_adapters)
         used = [name for name in dict.fromkeys(names) if name in self.curvature_config]
         placed = {self.curvature_channels[name] for name in used} - {None}
         if len(placed) > 1:

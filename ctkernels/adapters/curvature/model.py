@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from ... import _marks
 from ...steering.activations import ACTIVATIONS, select
@@ -25,8 +25,11 @@ from ...steering.patch import MODULE, AttributeEdit, LocalCopy, apply_patches, r
 from ...steering.scan import ScanResult, Site, Unsteered, cached_class_code, is_steered, scan
 from .._config import saved_shapes
 from .._peft import (
+    BASE,
     check_adapter_name,
+    check_length,
     check_not_nested,
+    check_requested,
     check_saved,
     check_state_dict,
     check_weighted,
@@ -38,7 +41,7 @@ from .._peft import (
 from .config import CurvatureConfig
 from .layer import CurvatureLayer, FixedUnit, Original
 from .layout import Channels, SiteCall, channels_of, find_channels, find_samples
-from .per_sample import BASE, adapters_by_sample, check_names
+from .per_sample import adapters_by_sample
 from .weighted import fill_weighted, weighted_config, weighted_values
 
 
@@ -216,9 +219,8 @@ class CurvatureModel(BaseTuner):
             return
         attached = attached_to(self.model)
         assert attached is not None
-        inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
-        samples = None if inputs is None else inputs.shape[0]
-        names = check_names(requested, {*self.peft_config, BASE}, samples, self.training)
+        names = check_requested(requested, {*self.peft_config, BASE}, self.training)
+        check_length(names, args, kwargs)
         self._find_samples(attached)
         wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
         hook = partial(pass_adapter_names, names, threading.get_ident())

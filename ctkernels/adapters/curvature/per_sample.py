@@ -18,8 +18,6 @@ from ...steering.activations import ACTIVATIONS
 
 _NAMES: ContextVar[dict[Any, list[str]] | None] = ContextVar("ctkernels_adapter_names", default=None)
 
-BASE = "__base__"  # peft's name for no adapter
-
 
 @contextmanager
 def adapters_by_sample(layers: Sequence[Any], names: list[str]) -> Iterator[None]:
@@ -65,21 +63,3 @@ def neutral_logits(activation: str, like: Tensor) -> tuple[Tensor, Tensor]:
 def logit(p: float) -> float:
     """The inverse of the sigmoid, from 0 to 1."""
     return math.log(p) - math.log1p(-p) if p < 1 else math.inf
-
-
-def check_names(names: Any, known: set[str], samples: int | None, training: bool) -> list[str]:
-    """`adapter_names` of a call as a list.
-
-    Raises:
-        ValueError: the model is in training mode, or there is an unknown name, or not one for each sample.
-    """
-    if training:
-        raise ValueError("adapter_names is for inference, but the model is in training mode; call model.eval()")
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"adapter_names must be a list of names, got {names!r}")
-    unknown = sorted(set(names) - known)
-    if unknown:
-        raise ValueError(f"adapter_names must be among {sorted(known)}, got {unknown}")
-    if samples is not None and len(names) != samples:
-        raise ValueError(f"adapter_names must have one entry for each of the {samples} samples, got {len(names)}")
-    return list(names)

@@ -16,11 +16,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from torch import Tensor, nn
 
 from .._config import saved_shapes
-from .._peft import check_adapter_name, check_saved, check_state_dict, check_weighted, inject_new
+from .._peft import BASE, check_adapter_name, check_saved, check_state_dict, check_weighted, inject_new
 from ..curvature import weighted as weighted_units
 from ..curvature.layer import CurvatureLayer
 from ..curvature.model import CurvatureModel, attached_to, check_one_active, detach, fix_units, warn_of_merge
-from ..curvature.per_sample import BASE
 from ..jola import weighted as weighted_edits
 from ..jola.layer import JolaLayer
 from ..jola.model import JolaModel

@@ -119,8 +119,8 @@ def fuse_attention(model: nn.Module) -> FusedAttention:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import sdpa_mask
 
-    if not any(True for _ in jola_layers(model)):
-        raise ValueError("fuse_attention: expected a model with JoLA layers, got none")
+    if not any(layer.edits == "head" for layer in jola_layers(model)):
+        raise ValueError("fuse_attention: expected a model with JoLA layers that edit heads, got none")
     base: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     family = getattr(getattr(base, "config", None), "model_type", None)
     if family not in FAMILIES:
@@ -159,7 +159,7 @@ def _asks_interface(owner: nn.Module) -> bool:
 def _owners(base: nn.Module) -> Iterator[tuple[JolaLayer, nn.Module]]:
     """Each JoLA layer with its attention block: the nearest module around it whose name says so."""
     for name, module in base.named_modules():
-        if isinstance(module, JolaLayer):
+        if isinstance(module, JolaLayer) and module.edits == "head":
             parts = name.split(".")[:-1]
             while parts and not re.search(r"att", parts[-1], re.IGNORECASE):
                 parts.pop()

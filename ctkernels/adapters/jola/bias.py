@@ -14,10 +14,11 @@ from torch import nn
 from .._offload import offload_hook
 from .runtimes import losses
 
-# Config switches that give an architecture biases in its attention.
+# Config switches that give an architecture biases in its attention, in its MLPs, or in both.
 _SWITCHES: tuple[tuple[str, Any], ...] = (
     ("attention_out_bias", True),
     ("attention_bias", True),
+    ("mlp_bias", True),
     ("use_qkv_bias", True),
     ("use_bias", True),
     ("bias", True),
@@ -107,13 +108,14 @@ def switch_on(model: nn.Module, switch: Switch) -> list[str]:
     return zeros
 
 
-def hold_bias(model: nn.Module, sites: list[str]) -> str | None:
+def hold_bias(model: nn.Module, sites: list[str], projection: str = "output") -> str | None:
     """Make a merged model's new biases survive `save_pretrained`: set the config switch, add zero biases beside them.
 
-    Warns where a runtime is known to read the architecture without these biases.
+    Warns where a runtime may read the architecture without these biases.
 
     Args:
         model: a plain model whose projections `sites` got a bias they did not have.
+        projection: of an attention's "output", or the one that ends an "mlp".
 
     Returns:
         None when done, else the reason why the architecture cannot hold them (nothing is changed then).
@@ -124,6 +126,6 @@ def hold_bias(model: nn.Module, sites: list[str]) -> str | None:
         return f"the architecture {family!r} has no bias in {sites[0]}, and no config switch for one"
     switch_on(model, switch)
     for family in families(model):
-        for problem in losses(family):
+        for problem in losses(family, projection):
             warnings.warn(problem, UserWarning, stacklevel=3)
     return None

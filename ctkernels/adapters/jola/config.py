@@ -15,6 +15,7 @@ _EDITS = ("both", "multiplicative", "additive")
 _ESTIMATORS = ("clip", "mean")
 _SAMPLING = ("forward", "row")
 _ADDITIVE = ("head", "kv_group")
+_SITES = ("head", "mlp", "block")
 _GATE_RATE = 10.0
 
 
@@ -22,12 +23,19 @@ _GATE_RATE = 10.0
 class JolaConfig(AdapterConfig):
     """Configuration of JoLA: every attention head's output z becomes `(1 + g_m*m) * z + g_a*a` (JoLA, eq. 2).
 
-    m and a are vectors per head, g_m and g_a hard-concrete gates per head that the penalty can close for good.
+    m and a are vectors per head, g_m and g_a hard-concrete gates per head that the penalty can close for good. With
+    another `site`, z is the output of an MLP or of a whole block, by default as one head: without gates
+    (`freeze_gates`) that is RED, with `edit="multiplicative"` learned scales as in (IA)3, with `edit="additive"` learned
+    biases as in BitFit.
 
     Args:
-        target_modules: which attention output projections are edited: None (the table of model families decides,
-            or a probe for an unknown model), a regular expression matched against whole module names, or a list of
-            names or name endings.
+        site: what is edited: "head", the heads in the input of an attention's output projection; "mlp", the output of
+            the projection that ends an MLP, before a dropout and before it is added to the residual stream; "block",
+            the output of a block, the residual included. Edits of heads and of MLPs can be merged into the
+            projection, those of blocks cannot. Default "head".
+        target_modules: which attention output projections (projections that end MLPs; blocks) are edited: None (the
+            table of model families decides, or a probe for an unknown model; MLPs and blocks are found by structure), a
+            regular expression matched against whole module names, or a list of names or name endings.
         exclude_modules: names or regular expression never to edit.
         layers_to_transform: layer index or indices to edit; None edits all. The index is the first number in the
             module's name.
@@ -36,7 +44,8 @@ class JolaConfig(AdapterConfig):
         heads: which heads are edited: None (all), a list (the same in every layer), or a dict from layer index or
             module name to a list, or to `{"m": list, "a": list}` for the two edits apart. Layers missing from the
             dict are not edited.
-        head_dim: size of a head; None reads it from the model.
+        head_dim: size of a head; None reads it from the model. With another `site`, the features are split into heads of
+            this size, each with gates of its own; None: one head.
         edit: "both", "multiplicative" (m only) or "additive" (a only).
         additive: "head", an offset a for each head; or "kv_group", one for all heads that share keys and values, added
             before the heads are scaled: `(1 + g_m*m) * (z + g_a*a)`. Such an edit is a bias of the value projection, where
@@ -65,6 +74,7 @@ class JolaConfig(AdapterConfig):
 
     method: ClassVar[str] = "JOLA"
 
+    site: str = field(default="head")
     target_modules: list[str] | set[str] | str | None = field(default=None)
     exclude_modules: list[str] | set[str] | str | None = field(default=None)
     layers_to_transform: list[int] | int | None = field(default=None)
@@ -89,6 +99,7 @@ class JolaConfig(AdapterConfig):
             self.gate_rate = _GATE_RATE if self.peft_type is None else 1.0  # files name the type, and code does not
         self.peft_type = add_peft_type(self.method)
         for name, allowed in (
+            ("site", _SITES),
             ("edit", _EDITS),
             ("additive", _ADDITIVE),
             ("gate_estimator", _ESTIMATORS),
@@ -96,6 +107,11 @@ class JolaConfig(AdapterConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"JolaConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.site != "head" and self.additive != "head":
+            raise ValueError(
+                f"JolaConfig: additive must be 'head' with site={self.site!r}, where no heads share values, got "
+                f"{self.additive!r}"
+            )
         if not self.temperature > 0:
             raise ValueError(f"JolaConfig: temperature must be positive, got {self.temperature!r}")
         if not 0 < self.gate_rate < math.inf:
@@ -128,11 +144,11 @@ class JolaConfig(AdapterConfig):
     def layer_index(self, name: str) -> int | None:
         """The layer number in a module name, or None if it has none (or none under `layers_pattern`)."""
         if not self.layers_pattern:
-            match = re.search(r"(?:^|\.)(\d+)\.", name)
+            match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
             return int(match.group(1)) if match else None
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         for pattern in patterns:
-            match = re.search(rf"(?:^|\.){pattern}\.(\d+)\.", name)
+            match = re.search(rf"(?:^|\.){pattern}\.(\d+)(?:\.|$)", name)
             if match:
                 return int(match.group(1))
         return None

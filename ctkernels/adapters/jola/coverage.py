@@ -66,7 +66,7 @@ class Coverage:
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """Find a model's attention modules and tell which of them the JoLA adapters in it edit.
+    """Find a model's attention modules and tell which of them the JoLA adapters in it edit (those with `site="head"`).
 
     Args:
         model: any model, with or without JoLA adapters.
@@ -80,7 +80,8 @@ def coverage(model: nn.Module) -> Coverage:
         'left out by exclude_modules'
     """
     inner = plain_model(model)
-    layers = {name: module for name, module in inner.named_modules() if isinstance(module, JolaLayer)}
+    every = {name: module for name, module in inner.named_modules() if isinstance(module, JolaLayer)}
+    layers = {name: layer for name, layer in every.items() if layer.edits == "head"}
     configs = {name: config for layer in layers.values() for name, config in layer.jola_config.items()}
     unused = unused_sites(inner)
     found: list[AttentionCoverage] = []
@@ -90,7 +91,7 @@ def coverage(model: nn.Module) -> Coverage:
         seen.update(inside)
         names = tuple(dict.fromkeys(name for site in inside for name in layers[site].jola_config))
         site = inside[0] if inside else attention.site
-        reason = "" if names else _reason(configs, attention.name, site, attention.reason, unused)
+        reason = "" if names else _reason(configs, attention.name, site, attention.reason, unused, bool(every))
         found.append(AttentionCoverage(attention.name, attention.kind, site, names, reason))
     for name, layer in layers.items():
         if name not in seen:  # named in target_modules, and not recognised as an attention's
@@ -111,13 +112,15 @@ def print_coverage(model: nn.Module) -> None:
     print(coverage(model))
 
 
-def _reason(configs: dict[str, JolaConfig], name: str, site: str | None, problem: str, unused: dict[str, str]) -> str:
+def _reason(
+    configs: dict[str, JolaConfig], name: str, site: str | None, problem: str, unused: dict[str, str], adapted: bool
+) -> str:
     if site is None:
         return problem
     if site in unused:
         return unused[site]
     if not configs:
-        return "the model has no JoLA adapter"
+        return "its JoLA adapters edit no heads" if adapted else "the model has no JoLA adapter"
     return "; ".join(
         dict.fromkeys(_choice(config, name, site) or "not in target_modules" for config in configs.values())
     )

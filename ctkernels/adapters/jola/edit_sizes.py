@@ -16,7 +16,7 @@ class EditReport:
 
     Attributes:
         texts: what was read.
-        sites: names of the edited projections, in the model's order.
+        sites: names of the edited modules, in the model's order.
         sizes: (texts, sites, heads), the mean over a text's tokens of ``|z' - z| / |z|``, z the head's output before
             the edit and z' after it; 0 for a head without an edit, NaN beyond a site's last head.
     """
@@ -132,14 +132,14 @@ def edit_sizes(
     def measure(number: int, layer: Any) -> Any:
         scale, offset = edit_operands(layer)
 
-        def hook(module: nn.Module, inputs: Any) -> None:
-            own = relative_sizes(inputs[0], scale, offset) * mask.unsqueeze(-1)
+        def hook(z: Tensor) -> None:
+            own = relative_sizes(z, scale, offset) * mask.unsqueeze(-1)
             sizes[some, number, : layer.num_heads] = (own.sum(1) / mask.sum(1, keepdim=True)).float().cpu()
 
         return hook
 
     training = {module: module.training for module in model.modules()}
-    handles = [layer.register_forward_pre_hook(measure(i, layer)) for i, layer in enumerate(layers)]
+    handles = [layer.on_edited(measure(i, layer)) for i, layer in enumerate(layers)]
     try:
         model.eval()
         for start in range(0, len(order), batch_size):

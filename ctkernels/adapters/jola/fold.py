@@ -16,19 +16,24 @@ from .._offload import offload_hook
 from .packing import move_back, moved_state
 
 
-def folded(base: nn.Module, weight: Tensor, bias: Tensor | None, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`W diag(p)` and `b + W q` for a Linear (out, in) or a Conv1D (in, out).
+def folded(
+    base: nn.Module, weight: Tensor, bias: Tensor | None, p: Tensor, q: Tensor, *, output: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """`W diag(p)` and `b + W q` for a Linear (out, in) or a Conv1D (in, out); of its output, `diag(p) W` and `p*b + q`.
 
     Computed in the dtype of p, returned in that of `weight`. With no bias and q zero the bias stays None.
     """
     wide = weight.detach().to(p.dtype)
-    if type(base).__name__ == "Conv1D":
-        new_weight, offset = wide * p[:, None], q @ wide
+    by_row = (type(base).__name__ == "Conv1D") != output  # whether p belongs to the rows of the stored weight
+    new_weight = wide * p[:, None] if by_row else wide * p
+    if output:
+        offset = q
     else:
-        new_weight, offset = wide * p, wide @ q
+        offset = q @ wide if by_row else wide @ q
     new_bias: Tensor | None = None
     if bias is not None:
-        new_bias = (bias.detach().to(p.dtype) + offset).to(bias.dtype)
+        before = bias.detach().to(p.dtype)
+        new_bias = ((before * p if output else before) + offset).to(bias.dtype)
     elif bool(q.any()):
         new_bias = offset.to(weight.dtype)
     return new_weight.to(weight.dtype), new_bias

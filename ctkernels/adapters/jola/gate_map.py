@@ -22,7 +22,7 @@ class GateMap:
     """Deterministic gates of an adapter, in [0, 1]; NaN where a head has no such edit.
 
     Attributes:
-        sites: names of the edited projections, in the model's order.
+        sites: names of the edited modules, in the model's order.
         m, a: multiplicative and additive gates, each (sites, heads).
         parameters: numbers that a file of the adapter holds.
     """

@@ -1,4 +1,4 @@
-"""The wrapper around an attention output projection that edits the heads in its input."""
+"""The layer that makes an adapter's edits: around a projection, of its input or its output, or beside a block."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
+from ..._marks import BLOCK_OUTPUT
 from ...functional import hard_concrete, head_edit
 from ...nn import Unscriptable
 from .._offload import fetched, home, keep_resident
+from .._peft import merged_in_batch
 from .calls import take_edit
 from .config import JolaConfig
 from .fold import Kept, copied, folded, merge_from_inside, refuse_live, stack, to_merge
@@ -29,8 +31,25 @@ from .sites import linear_shape
 KINDS = ("m", "a")
 
 
+class BlockOutput(nn.Identity):
+    """The base of a layer that edits a block's output: it hands on what it gets, and knows where the block computes."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_block"] = block  # no child of it
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the block computes; None: not known."""
+        block: Any = self.__dict__["_block"]
+        return next((device for module in block.modules() if (device := home(module)) is not None), None)
+
+
 class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
     """Wraps a projection and applies `z' = (1 + g_m*m) * z + g_a*a` to its input (JoLA, eq. 2).
+
+    With `edits="mlp"` z is the projection's output. With `edits="block"` the layer stands beside the modules of a block
+    and wraps nothing; the block's output goes through it.
 
     Several active adapters apply one after the other, in the order they were activated. In training, gates are
     sampled in the layer's own forward from the process's random generator: so a checkpointed layer sees the same
@@ -38,11 +57,12 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
     mix, and a sharded parameter is whole when it is read. A layer applied several times in one forward draws anew.
 
     Args:
-        base_layer: the projection: Linear, Conv1D or a quantised Linear.
-        num_heads: heads in the whole (not the tensor-parallel local) input.
+        base_layer: the projection: Linear, Conv1D or a quantised Linear; of a block, a `BlockOutput`.
+        num_heads: heads in the whole (not the tensor-parallel local) z.
         head_dim: size of a head.
         site: the module's name in the model, for messages.
         num_kv_heads: heads of values that the heads share; None if not known.
+        edits: "head", "mlp" or "block", as `JolaConfig.site`.
 
     Parameters of an adapter, in fp32 by default, K the number of edited heads: `jola_m`, `jola_a` (K, head_dim),
     `jola_log_alpha_m`, `jola_log_alpha_a` (K,). With `additive="kv_group"`, those of a have a row for each group of heads
@@ -64,7 +84,13 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
     other_param_names = (*unit_names, "jola_heads_m", "jola_heads_a", "jola_config")
 
     def __init__(
-        self, base_layer: nn.Module, num_heads: int, head_dim: int, site: str, num_kv_heads: int | None = None
+        self,
+        base_layer: nn.Module,
+        num_heads: int,
+        head_dim: int,
+        site: str,
+        num_kv_heads: int | None = None,
+        edits: str = "head",
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -72,6 +98,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         self.head_dim = head_dim
         self.site = site
         self.num_kv_heads = num_kv_heads
+        self.edits = edits
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         for name in self.unit_names:
@@ -144,9 +171,13 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # never to the meta device, where an offloaded base layer is while it does not run
-        device = device or home(self.get_base_layer())
+        device = device or self._home()
         if device is not None:
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
+    def _home(self) -> torch.device | None:
+        base = self.get_base_layer()
+        return base.device if isinstance(base, BlockOutput) else home(base)
 
     def keep_resident(self) -> None:
         """Take back parameters of adapters that accelerate offloads."""
@@ -273,8 +304,32 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         """Have `block`, the module that holds this layer, checked: it may not use the weight without calling the layer."""
         self._watches += watch(block, self)
 
+    def stand_beside(self, block: nn.Module) -> None:
+        """Become a child of `block` and edit its output from now on."""
+        block.add_module(BLOCK_OUTPUT, self)
+        self._watches.append(block.register_forward_hook(partial(_through, self)))
+
+    def leave(self, block: nn.Module) -> None:
+        """Undo `stand_beside`."""
+        self.unwatch()
+        del block._modules[BLOCK_OUTPUT]
+
+    def on_edited(self, function: Callable[[Tensor], None]) -> RemovableHandle:
+        """Call `function` with the z (..., heads * head_dim) of each forward, until the handle is removed.
+
+        Raises:
+            ValueError: the layer is merged into the projection whose output it edits, so that there is no z.
+        """
+        if self.edits != "mlp":
+            return self.register_forward_pre_hook(lambda _, inputs: function(inputs[0]))
+        if self.merged:
+            raise ValueError(
+                f"{self.site}: reading what is edited needs unmerged adapters, got {self.merged_adapters} merged"
+            )
+        return self.base_layer.register_forward_hook(lambda _, inputs, output: function(output))
+
     def unwatch(self) -> None:
-        """End all checks begun by `watch`."""
+        """End all checks begun by `watch`, and the edits of a block."""
         for handle in self._watches:
             handle.remove()
         self._watches.clear()
@@ -405,42 +460,51 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         return head_edit(z, stacks["m"], stacks["a"], head_dim=self.head_dim, index=index)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Edit the heads in `x` (..., heads * head_dim) and project."""
+        """Edit the heads in `x` (..., heads * head_dim) and project; of an MLP, project and edit."""
         note_call(self)
         adapter_names = kwargs.pop("adapter_names", None)
         self.keep_resident()
         if take_edit(self):
-            pass
-        elif self.disable_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        self._prepare(adapter_names)
+        if self.edits == "mlp":
+            return self._edited(self.base_layer(x, *args, **kwargs), adapter_names)
+        return self.base_layer(self._edited(x, adapter_names), *args, **kwargs)
+
+    def _prepare(self, adapter_names: list[str] | None) -> None:
+        """Unmerge if adapters are disabled; refuse what cannot be computed while others are merged."""
+        if self.disable_adapters:
             if self.merged:
                 if set(self.merged_adapters) != {name for name in self.active_adapters if name in self.jola_config}:
                     self._paused = self._merged_names()
                 self.unmerge()
         elif adapter_names is not None:
             if self.merged:
-                raise ValueError(
-                    f"{self.site}: Cannot pass `adapter_names` when there are merged adapters, please call "
-                    f"`unmerge_adapter` first. Merged: {self.merged_adapters}"
-                )
-            x = self._edit_mixed(x, list(adapter_names))
-        elif not self.merged:
-            for name in self.active_adapters:
-                if name in self.jola_config:
-                    x = self.edit(x, name)
-        elif isinstance(self.base_layer, BaseTunerLayer):
+                raise merged_in_batch(self.site, self.merged_adapters)
+        elif self.merged and isinstance(self.base_layer, BaseTunerLayer):
             for layer in self._below():
                 refuse_live(layer, [], "merged JolaLayer")
-        return self.base_layer(x, *args, **kwargs)
+
+    def _edited(self, z: Tensor, adapter_names: list[str] | None) -> Tensor:
+        """z with the edits that are in force."""
+        if self.disable_adapters:
+            return z
+        if adapter_names is not None:
+            return self._edit_mixed(z, list(adapter_names))
+        if not self.merged:
+            for name in self.active_adapters:
+                if name in self.jola_config:
+                    z = self.edit(z, name)
+        return z
 
     # ---- merging ----
 
     @torch.no_grad()
     def factors(self, adapter_names: list[str]) -> tuple[Tensor, Tensor]:
         """p and q, both (heads * head_dim,), with `p*z + q` the edit of the adapters in order, gates deterministic."""
-        base: Any = self.get_base_layer()
-        weight = base.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        p = torch.ones(self.num_heads, self.head_dim, dtype=dtype, device=home(base) or weight.device)
+        like = getattr(self.get_base_layer(), "weight", next(self.parameters(), torch.zeros(())))
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        p = torch.ones(self.num_heads, self.head_dim, dtype=dtype, device=self._home() or like.device)
         q = torch.zeros_like(p)
         for name in adapter_names:
             vectors, gates = self._operands(name, self.gates(name, training=False), like=p)
@@ -501,10 +565,15 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
             the names, among `adapter_names` or the active ones, that would be merged.
 
         Raises:
-            ValueError: the projection is sharded or quantised in an unknown way, or an active adapter below this layer is
-                not to be merged.
+            ValueError: the layer edits a block's output, the projection is sharded or quantised in an unknown way, or an
+                active adapter below this layer is not to be merged.
         """
         names = to_merge(self, adapter_names)
+        if names and self.edits == "block":
+            raise ValueError(
+                f"{self.site}: cannot merge the adapters {names}, which edit a block's output: that is the sum of its layers "
+                "and of its input, and no weight makes the sum. Keep the adapter, or train one with site='mlp'"
+            )
         if names:
             quantised = packing(self.get_base_layer(), self.site).quantised
             for layer in self._below():
@@ -519,6 +588,8 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, additive: bool = True) -> None:
         """Fold adapters into the projection: `W <- W diag(p)`, `b <- b + W q`, computed in fp32 or wider.
+
+        Of a projection whose output is edited: `W <- diag(p) W`, `b <- p*b + q`.
 
         Adapters of other methods below this layer are merged first. New parameters take the place of the old ones, which
         are kept for `unmerge` (and cast and moved with the layer); a weight tied to another module is untied here. A bias
@@ -559,7 +630,8 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
                 p, q = self.factors(names)
                 stored = packing(base, self.site)
                 old = stored.unpack()
-                weight, bias = folded(base, old, base.bias, p, q if additive else torch.zeros_like(q))
+                q = q if additive else torch.zeros_like(q)
+                weight, bias = folded(base, old, base.bias, p, q, output=self.edits == "mlp")
                 if safe_merge and not all(bool(v.isfinite().all()) for v in (weight, bias) if v is not None):
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "
@@ -608,8 +680,25 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def extra_repr(self) -> str:
-        """Heads and head size, shown when the model is printed."""
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}"
+        """What is edited, heads and head size, shown when the model is printed."""
+        return f"edits={self.edits!r}, num_heads={self.num_heads}, head_dim={self.head_dim}"
+
+
+def _through(layer: JolaLayer, block: nn.Module, inputs: Any, output: Any) -> Any:
+    """A block's output edited: a forward hook."""
+    return edit_hidden(layer, output, layer.site)
+
+
+def edit_hidden(edit: Callable[[Tensor], Tensor], output: Any, site: str) -> Any:
+    """The output of the module `site` with its hidden states edited: a tensor, or the first of several."""
+    if isinstance(output, Tensor):
+        return edit(output)
+    if type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
+        return type(output)((edit(output[0]), *output[1:]))
+    raise ValueError(
+        f"{site}: expected an output that is a tensor or a tuple that begins with one, got {type(output).__name__}; leave "
+        "the module out with exclude_modules"
+    )
 
 
 def _runs(heads: tuple[int, ...], count: int) -> tuple[list[int], list[int]]:

@@ -36,8 +36,9 @@ def save_as_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
         the configuration that was written.
 
     Raises:
-        ValueError: several adapters are active and none is named, every gate is closed, the adapter is merged, a projection
-            is quantised or sharded, or there are adapters of other methods or modules_to_save, which would be left out.
+        ValueError: several adapters are active and none is named, every gate is closed, the adapter is merged or edits no
+            heads (`site`), a projection is quantised or sharded, or there are adapters of other methods or
+            modules_to_save, which would be left out.
 
     Examples:
         >>> config = save_as_lora(model, "lora")
@@ -47,6 +48,11 @@ def save_as_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
     if len(names) != 1:
         raise ValueError(f"adapter must be named where not one is active, got {names} active")
     own: Any = next(layer.jola_config[names[0]] for layer in jola_layers(model) if names[0] in layer.jola_config)
+    if own.site != "head":
+        raise ValueError(
+            f"adapter: expected one with site='head', got site={own.site!r}: scaling the output of a projection has its full "
+            "rank; use save_merged (of an MLP), or serve the adapter itself"
+        )
     _check_alone(model, own)
     ranks: dict[str, int] = {}
     tensors: dict[str, Tensor] = {}

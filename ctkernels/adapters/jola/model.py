@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 
-from ..._marks import ATTENTION_FUSION
+from ..._marks import ATTENTION_FUSION, BLOCK_OUTPUT
 from .._config import saved_shapes
 from .._peft import (
+    BASE,
     check_adapter_name,
+    check_length,
     check_not_nested,
+    check_requested,
     check_saved,
     check_state_dict,
     check_weighted,
@@ -30,16 +33,17 @@ from .._peft import (
     pass_adapter_names,
 )
 from .bias import hold_bias
+from .blocks import block_widths, default_outputs, find_blocks, output_heads
 from .config import JolaConfig
 from .coverage import left_out
 from .fold import to_merge
-from .layer import KINDS, JolaLayer
+from .layer import KINDS, BlockOutput, JolaLayer
 from .sites import SiteHeads, default_targets, near_misses, site_heads, unused_sites, unwrapped
 from .weighted import fill_weighted, weighted_config
 
 
 class JolaModel(BaseTuner):
-    """Edits the attention heads of a model; made by `peft.get_peft_model(model, JolaConfig(...))`.
+    """Edits the attention heads, MLPs or blocks of a model; made by `peft.get_peft_model(model, JolaConfig(...))`.
 
     Args:
         model: the model to adapt.
@@ -71,6 +75,7 @@ class JolaModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Settle the targets and check every site before any module is replaced."""
         targets, sites = planned_sites(model, peft_config)
+        self._planned = sites
         shapes = parameter_shapes(peft_config, sites)
         check_saved(saved_shapes(peft_config), shapes, model, peft_config)
         if peft_config.target_modules is None:
@@ -99,18 +104,24 @@ class JolaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, JolaLayer):
-            target.update_layer(adapter_name, peft_config)
+        beside = peft_config.site == "block"
+        present: Any = target._modules.get(BLOCK_OUTPUT) if beside else target
+        if isinstance(present, JolaLayer):
+            present.update_layer(adapter_name, peft_config)
             return
-        heads = site_heads(self.model, current_key, target, peft_config.head_dim)
-        layer = JolaLayer(target, heads.number, heads.dim, current_key, heads.values)
+        heads = self._planned[current_key]
+        base = BlockOutput(target) if beside else target
+        layer = JolaLayer(base, heads.number, heads.dim, current_key, heads.values, peft_config.site)
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, peft_config)
         layer.train(target.training)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-        layer.watch(parent)
+        if beside:
+            layer.stand_beside(target)
+        else:
+            self._replace_module(parent, target_name, layer, target)
+            layer.watch(parent)
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
         if isinstance(new_module, JolaLayer):
@@ -235,7 +246,8 @@ class JolaModel(BaseTuner):
     ) -> Any:
         check_not_nested(self.model)
         layers = list(jola_layers(self.model))
-        unbiased = [layer.site for layer in layers if not layer.has_own_bias()]
+        beside = {layer.site: layer for layer in layers if layer.edits == "block"}
+        unbiased = [layer.site for layer in layers if layer.edits != "block" and not layer.has_own_bias()]
         if merge:
             with self._all_or_none(adapter_names, safe_merge):
                 pass
@@ -245,6 +257,8 @@ class JolaModel(BaseTuner):
                     layer.unmerge()
         for layer in layers:
             layer.unwatch()
+        for name, layer in beside.items():
+            layer.leave(self.model.get_submodule(name))
         for module in self.model.modules():
             if ATTENTION_FUSION in vars(module):
                 vars(module)[ATTENTION_FUSION].remove()
@@ -258,7 +272,8 @@ class JolaModel(BaseTuner):
                     setattr(owner, name, child.get_base_layer())
         created = [site for site in unbiased if merge and model.get_submodule(site).bias is not None]
         if created:
-            problem = hold_bias(model, created)
+            of_mlp = any(layer.edits == "mlp" and layer.site in created for layer in layers)
+            problem = hold_bias(model, created, "mlp" if of_mlp else "output")
             if problem:
                 warnings.warn(
                     f"The merged model is right in memory, but {problem}; saved with save_pretrained and loaded again "
@@ -276,26 +291,20 @@ class JolaModel(BaseTuner):
         if names is None:
             yield
             return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"adapter_names must be a list of names, got {names!r}")
+        known = {name for layer in jola_layers(self.model) for name in layer.jola_config} | {BASE}
+        names = check_requested(names, known, self.training)
+        check_length(names, args, kwargs)
         thread = threading.get_ident()
-        _check_length(names, args, kwargs)
-        known = {name for layer in jola_layers(self.model) for name in layer.jola_config} | {"__base__"}
-        unknown = sorted(set(names) - known)
-        if unknown:
-            raise ValueError(f"adapter_names must be among {sorted(known)}, got {unknown}")
         handles = [
             self.register_forward_pre_hook(
-                lambda _, args, kwargs: _check_length(names, args, kwargs) if threading.get_ident() == thread else None,
+                lambda _, args, kwargs: check_length(names, args, kwargs) if threading.get_ident() == thread else None,
                 with_kwargs=True,
             )
         ]
         try:
             for module in self.modules():
                 if isinstance(module, (JolaLayer, AuxiliaryTrainingWrapper)):
-                    hook = partial(pass_adapter_names, list(names), thread)
+                    hook = partial(pass_adapter_names, names, thread)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
@@ -320,7 +329,7 @@ def planned_sites(model: nn.Module, config: Any) -> tuple[Any, dict[str, SiteHea
     """
     targets = config.target_modules
     if targets is None:
-        default = default_targets(model)
+        default = default_targets(model) if config.site == "head" else default_outputs(model, config.site)
         targets = default if isinstance(default, str) else set(default)
     probe = _with_targets(config, targets)
     names = [name for name, _ in unwrapped(model) if name and JolaModel._check_target_module_exists(probe, name)]
@@ -332,19 +341,35 @@ def planned_sites(model: nn.Module, config: Any) -> tuple[Any, dict[str, SiteHea
     unused = probe.unused(names)
     if unused:
         raise ValueError(f"layers_to_transform and heads name {unused}, where no module is to be edited")
+    widths = block_widths(model) if config.site == "block" else {}
     sites = {}
     for name in names:
         module = model.get_submodule(name)
-        base = module.get_base_layer() if isinstance(module, JolaLayer) else module
-        sites[name] = site_heads(model, name, base, config.head_dim)
+        if isinstance(module, JolaLayer):
+            if module.edits != config.site:
+                raise ValueError(
+                    f"{name}: another adapter edits this module with site={module.edits!r}, so site={config.site!r} is not "
+                    "possible; name other modules with target_modules"
+                )
+            module = module.get_base_layer()
+        if config.site == "head":
+            sites[name] = site_heads(model, name, module, config.head_dim)
+        else:
+            sites[name] = output_heads(model, name, module, config.site, config.head_dim, widths.get(name))
     return targets, sites
+
+
+def layer_name(config: JolaConfig, site: str) -> str:
+    """The name in a model of the layer that an adapter has at a site."""
+    return f"{site}.{BLOCK_OUTPUT}" if config.site == "block" else site
 
 
 def parameter_shapes(config: JolaConfig, sites: dict[str, SiteHeads]) -> dict[str, torch.Size]:
     """The shapes of an adapter's parameters and units at `sites`, by their name in the model."""
     shapes: dict[str, torch.Size] = {}
-    for name, heads in sites.items():
-        for kind, edited in zip(KINDS, config.heads_of(name, heads.number, heads.values)):
+    for site, heads in sites.items():
+        name = layer_name(config, site)
+        for kind, edited in zip(KINDS, config.heads_of(site, heads.number, heads.values)):
             count = (heads.number if edited is None else len(edited)) // config.shared(kind, heads.number, heads.values)
             if count:
                 shapes[f"{name}.jola_{kind}"] = torch.Size((count, heads.dim))
@@ -362,15 +387,20 @@ def _with_targets(config: JolaConfig, targets: Any) -> JolaConfig:
 
 
 def _warn_of_missed(model: nn.Module, config: JolaConfig, sites: list[str]) -> None:
-    """Say which attention modules the default targets miss: the user may think that they are edited."""
+    """Say which attention modules or MLPs the default targets miss: the user may think that they are edited."""
+    what, listing = "attention", "ctkernels.adapters.print_coverage shows all of it; "
+    pairs = left_out(model, config, sites) if config.site == "head" else iter(())
+    if config.site == "mlp":
+        what, listing = "MLPs", ""
+        pairs = ((block.name, block.reason) for block in find_blocks(model) if block.mlp is None)
     missed: dict[str, str] = {}
-    for name, reason in left_out(model, config, sites):
+    for name, reason in pairs:
         missed.setdefault(re.sub(r"(?<=\.)\d+\b", "*", name), re.sub(r"(?<=\.)\d+\b", "*", reason))
     if missed:
         listed = "; ".join(f"{name} ({reason})" for name, reason in missed.items())
         warnings.warn(
-            f"JoLA edits only a part of this model's attention: {listed}. ctkernels.adapters.print_coverage shows all of "
-            "it; name what is meant with target_modules, or leave these out with exclude_modules.",
+            f"JoLA edits only a part of this model's {what}: {listed}. {listing}name what is meant with target_modules, or "
+            "leave these out with exclude_modules.",
             UserWarning,
             stacklevel=3,
         )
@@ -385,16 +415,4 @@ def _tell_of_rounding(layers: list[JolaLayer]) -> None:
             f"{100 * max(errors):.2g} % of its norm; merged into the base model without quantisation they would be exact.",
             UserWarning,
             stacklevel=4,
-        )
-
-
-def _check_length(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Hold `adapter_names` against the batch, the first dimension of a call's first tensor; there may be none yet."""
-    named = [kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")]
-    tensors = (value for value in (*args, *named, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0)
-    rows = next((tensor.shape[0] for tensor in tensors), None)
-    if rows is not None and rows != len(names):
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(names)} and {rows} respectively."
         )

@@ -1,4 +1,4 @@
-"""Which biases of attention each runtime reads, by model family: where a merged model can have its additive edits."""
+"""Which biases each runtime reads, by model family: where a merged model can have its additive edits."""
 
 from __future__ import annotations
 
@@ -58,18 +58,27 @@ def listed(family: str) -> tuple[str, ...]:
 
 
 def reads(family: str, target: str, projection: str) -> bool | None:
-    """Whether a target reads the bias of the "output" or the "value" projection; None: nothing is known."""
+    """Whether a target reads the bias of the "output" or "value" projection of attention, or of the one that ends an
+    "mlp"; None: nothing is known."""
     if target == "transformers":
         return True
+    if projection == "mlp":
+        return None
     biases = READS.get(family, {}).get(target)
     return None if biases is None else projection in biases
 
 
-def losses(family: str) -> list[str]:
-    """Sentences about a merged model of `family` whose output projections got a bias, one for each runtime."""
+def losses(family: str, projection: str = "output") -> list[str]:
+    """Sentences about a merged model of `family` whose projections got a bias, one for each runtime that may lose it."""
+    if projection == "mlp":
+        return [
+            f"Nothing is known of {RUNTIMES[target].name} and biases of MLPs (model_type {family!r}): compare its outputs before "
+            "you serve this merged model with it."
+            for target in READS.get(family, {})
+        ]
     return [
         f"{RUNTIMES[target].name} {RUNTIMES[target].unread} (model_type {family!r}): do not serve this merged model with "
         f"it. save_merged(target={target!r}) finds another way or says why there is none."
         for target in READS.get(family, {})
-        if reads(family, target, "output") is False
+        if reads(family, target, projection) is False
     ]

@@ -145,6 +145,13 @@ def _declared(model: nn.Module, name: str) -> tuple[int | None, int | None]:
     return count, size
 
 
+def declared_width(model: nn.Module, name: str) -> int | None:
+    """Features of the hidden states around `name`, as the nearest config declares them."""
+    configs = (getattr(owner, "config", None) for owner in _ancestors(model, name))
+    widths = (_number(config, ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")) for config in configs)
+    return next((width for width in widths if width is not None), None)
+
+
 def _gives_weights_away(attention: nn.Module) -> bool:
     """Whether the class's code names torch's function of attention, as `nn.MultiheadAttention` and WavLM's do."""
     functions = (value for cls in type(attention).__mro__ if cls is not nn.Module for value in vars(cls).values())
@@ -395,6 +402,11 @@ def default_targets(model: nn.Module) -> str | list[str]:
             f"model_type {family!r} is not in the table of families and no attention output projection was "
             f"recognised; pass target_modules. {near_misses(model)}"
         )
+    return as_targets(model, sites)
+
+
+def as_targets(model: nn.Module, sites: list[str]) -> list[str]:
+    """`target_modules` for these sites and no others: the ends of their names where those tell them apart."""
     suffixes = sorted({re.split(r"\.\d+\.", name)[-1] for name in sites})
     matched = [
         name

@@ -105,8 +105,8 @@ def _sizes(model: nn.Module, layers: list[JolaLayer], batches: Iterable[Any]) ->
     totals = [torch.zeros(2, layer.num_heads, dtype=torch.float64) for layer in layers]  # sums of squares, tokens
     mask: Any = None
 
-    def take(layer: JolaLayer, total: Tensor, module: nn.Module, inputs: Any) -> None:
-        z = inputs[0].detach()
+    def take(layer: JolaLayer, total: Tensor, z: Tensor) -> None:
+        z = z.detach()
         heads = z.shape[-1] // layer.head_dim
         start = 0 if heads == layer.num_heads else first_head(layer, heads, layer.num_heads)[0]
         squares = z.reshape(z.shape[0], -1, heads, layer.head_dim).float().square().mean(-1)
@@ -116,7 +116,7 @@ def _sizes(model: nn.Module, layers: list[JolaLayer], batches: Iterable[Any]) ->
 
     modes = {module: module.training for module in model.modules()}
     editing = [layer for layer in jola_layers(model) if not layer.disable_adapters]
-    handles = [layer.register_forward_pre_hook(partial(take, layer, total)) for layer, total in zip(layers, totals)]
+    handles = [layer.on_edited(partial(take, layer, total)) for layer, total in zip(layers, totals)]
     try:
         model.eval()
         for layer in editing:

@@ -7,21 +7,32 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..._marks import BLOCK_OUTPUT
 from .config import JolaConfig
 from .layer import KINDS, JolaLayer
 from .sites import unwrapped
 
 
 def weighted_config(model: nn.Module, adapters: Sequence[str]) -> JolaConfig:
-    """The configuration of an adapter with all heads that `adapters` edit, open for good."""
-    sites = {
+    """The configuration of an adapter with all heads that `adapters` edit, open for good.
+
+    Raises:
+        ValueError: they edit different kinds of sites.
+    """
+    layers = {
         name: layer
         for name, layer in unwrapped(model)
         if isinstance(layer, JolaLayer) and any(adapter in layer.jola_config for adapter in adapters)
     }
+    kinds = sorted({layer.edits for layer in layers.values()})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"adapters: expected adapters with one site, got {list(adapters)} with site {' and '.join(kinds)}"
+        )
+    sites = {name.removesuffix(f".{BLOCK_OUTPUT}"): layer for name, layer in layers.items()}
     sizes = {name: layer.head_dim for name, layer in sites.items()}
     size = next(iter(sizes.values())) if len(set(sizes.values())) == 1 else None
-    return JolaConfig(target_modules=list(sites), head_dim=size, init_std=0.0, freeze_gates=True)
+    return JolaConfig(site=kinds[0], target_modules=list(sites), head_dim=size, init_std=0.0, freeze_gates=True)
 
 
 @torch.no_grad()

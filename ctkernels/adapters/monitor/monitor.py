@@ -386,7 +386,7 @@ class EditMonitor:
             ids = kwargs.get("input_ids", args[0] if args else None)
             if self.recent.maxlen and isinstance(ids, Tensor) and not ids.is_floating_point():
                 now.ids = ids.detach().clone()
-            now.handles = [layer.register_forward_pre_hook(hook) for layer, hook in self._hooks]
+            now.handles = [layer.on_edited(hook) for layer, hook in self._hooks]
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -416,8 +416,8 @@ class EditMonitor:
     def _hook(self, layer: JolaLayer, scale: Tensor, offset: Tensor) -> Any:
         @torch.compiler.disable
         @torch.no_grad()
-        def hook(module: nn.Module, inputs: Any) -> None:
-            z, now = inputs[0], self._pass
+        def hook(z: Tensor) -> None:
+            now = self._pass
             if now.thread != threading.get_ident():
                 return
             if z.shape[-1] != scale.numel():

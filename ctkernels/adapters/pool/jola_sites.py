@@ -1,7 +1,8 @@
-"""The sites of a pool of JoLA adapters: the inputs of a model's output projections."""
+"""The sites of a pool of JoLA adapters: inputs of a model's output projections, outputs of its MLPs or of its blocks."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from ...functional import head_edit
 from .._offload import home
 from .._peft import check_names
 from ..jola.config import JolaConfig
-from ..jola.layer import KINDS, JolaLayer
-from ..jola.model import jola_layers, parameter_shapes, planned_sites
+from ..jola.layer import KINDS, BlockOutput, JolaLayer, edit_hidden
+from ..jola.model import jola_layers, layer_name, parameter_shapes, planned_sites
 from ..jola.sites import SiteHeads
-from .selection import Current, Uncopyable
+from .selection import Current, Selection, Uncopyable
 
 _ADAPTER = "adapter"
 
@@ -25,7 +26,7 @@ class JolaSites:
 
     Args:
         model: the base model.
-        config: selects the projections, and which of the two edits there are tables for.
+        config: selects the modules, and which of the two edits there are tables for.
     """
 
     def __init__(self, model: nn.Module, config: JolaConfig) -> None:
@@ -44,9 +45,10 @@ class JolaSites:
         self.devices = {table: self._device(table.rpartition(".")[0]) for table in self.rows}
 
     def _device(self, site: str) -> torch.device:
-        device = home(self._model.get_submodule(site))
+        module = self._model.get_submodule(site)
+        device = BlockOutput(module).device if self._config.site == "block" else home(module)
         if device is None:
-            raise ValueError(f"{site}: expected a projection on a device, got one whose weight is on the meta device")
+            raise ValueError(f"{site}: expected a module on a device, got one whose weight is on the meta device")
         return device
 
     def read(self, config: JolaConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -55,6 +57,10 @@ class JolaSites:
         Raises:
             ValueError: the adapter is not one of this model, or edits what the pool has no table for.
         """
+        if config.site != self._config.site:
+            raise ValueError(
+                f"source: expected an adapter with site={self._config.site!r} as the pool's, got site={config.site!r}"
+            )
         _, sites = planned_sites(self._model, config)
         check_names(parameter_shapes(config, sites), {name: value.shape for name, value in state.items()})
         rows = {}
@@ -75,11 +81,14 @@ class JolaSites:
         """Put the edits on the model."""
         for name in self._sites:
             site = _Site(name, tables.get(f"{name}.m"), tables.get(f"{name}.a"), current)
-            parent = self._model.get_submodule(name.rpartition(".")[0])
-            self._handles += [
-                self._model.get_submodule(name).register_forward_pre_hook(site.edit, with_kwargs=True),
-                parent.register_forward_hook(site.check),
-            ]
+            module = self._model.get_submodule(name)
+            if self._config.site == "head":
+                self._handles.append(module.register_forward_pre_hook(site.edit_input, with_kwargs=True))
+            else:
+                self._handles.append(module.register_forward_hook(site.edit_output))
+            if self._config.site != "block":
+                parent = self._model.get_submodule(name.rpartition(".")[0])
+                self._handles.append(parent.register_forward_hook(site.check))
 
     def detach(self) -> None:
         """Take them off again."""
@@ -89,21 +98,28 @@ class JolaSites:
 
 
 class _Site(Uncopyable):
-    """One projection. `edit` is a pre-hook of it, `check` a hook of the module around it."""
+    """One site. `edit_input` is a pre-hook of it, `edit_output` a hook, `check` a hook of the module around it."""
 
     def __init__(self, name: str, m: Tensor | None, a: Tensor | None, current: Current) -> None:
         self.name, self.m, self.a, self.current = name, m, a, current
 
-    def edit(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def edit_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         selection = self.current.selection
         if selection is None:
             return None
         if not args:
             raise ValueError(f"{self.name}: expected the heads as the first argument, got only {sorted(kwargs)}")
-        z, index = selection.align(args[0], self.name)
+        return (self._edited(args[0], selection), *args[1:]), kwargs
+
+    def edit_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        selection = self.current.selection
+        return None if selection is None else edit_hidden(partial(self._edited, selection=selection), output, self.name)
+
+    def _edited(self, x: Tensor, selection: Selection) -> Tensor:
+        z, index = selection.align(x, self.name)
         edited = head_edit(z, self.m, self.a, index=index)
         selection.last = self
-        return (edited if z is args[0] else edited.transpose(0, 1), *args[1:]), kwargs
+        return edited if z is x else edited.transpose(0, 1)
 
     def check(self, module: nn.Module, args: Any, output: Any) -> None:
         selection = self.current.selection
@@ -117,7 +133,7 @@ class _Site(Uncopyable):
 
 def _folded(site: str, heads: SiteHeads, config: JolaConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """`JolaLayer.folded_edit` of an adapter that is in no model."""
-    start = f"{site}.jola_"
+    start = f"{layer_name(config, site)}.jola_"
     values = {f"jola_{name[len(start) :]}.{_ADAPTER}": v for name, v in state.items() if name.startswith(start)}
     layer = JolaLayer(nn.Identity(), heads.number, heads.dim, site, heads.values)
     layer.update_layer(_ADAPTER, config, init=False)

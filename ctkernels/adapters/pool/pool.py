@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from ..._marks import POOLS
 from .._config import AdapterConfig
-from .._peft import check_adapter_name, plain_model
+from .._peft import BASE, check_adapter_name, plain_model
 from ..curvature.config import CurvatureConfig
-from ..curvature.per_sample import BASE
 from ..jola.config import JolaConfig
 from .curvature_sites import CurvatureSites
 from .fences import Fences

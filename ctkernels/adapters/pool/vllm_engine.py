@@ -165,6 +165,10 @@ class EngineSites(JolaSites):
     """Edits by a custom op that finds its tables by a name: the way by which vLLM's compiled graphs reach its own caches."""
 
     def __init__(self, model: nn.Module, config: JolaConfig, index: Tensor) -> None:
+        if config.site != "head":
+            raise ValueError(
+                f"site: vLLM serves adapters with site='head', got site={config.site!r}; merge it (save_merged, of an MLP)"
+            )
         super().__init__(model, config)
         self._index = index
 

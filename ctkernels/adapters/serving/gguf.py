@@ -125,6 +125,11 @@ def _sites(model: Any, reader: Any, gguf: Any) -> list[_Site]:
                 raise ValueError(f"{name}: save_gguf needs unmerged adapters, got {module.merged_adapters} merged")
             if not adapters:
                 continue
+            if module.edits != "head":
+                raise ValueError(
+                    f"{name}: save_gguf folds edits of heads alone, got site={module.edits!r}; use save_merged(target="
+                    "'llama.cpp') and llama.cpp's convert_hf_to_gguf.py"
+                )
             new = names.get_name(name)
             if new is None or not any(tensor.name == f"{new}.weight" for tensor in reader.tensors):
                 raise ValueError(f"base: expected the file of a model with {name}, got an {architecture!r} without it")

@@ -65,7 +65,8 @@ def place(model: nn.Module, edited: list[Edited], target: str | None, can_run: C
     served = [name for name in others if isinstance(_first(model, edited, (name,), can_run), Place)]
     names = ", ".join(RUNTIMES[name].name for name in targets)
     reasons = "; ".join(f"as {kind}: {reason}" for kind, reason in found.items())
-    by_head = any(one.layer.jola_config[name].additive == "head" for one in edited for name in one.layer.check_merge())
+    of_heads = [one.layer for one in edited if one.layer.edits == "head"]
+    by_head = any(layer.jola_config[name].additive == "head" for layer in of_heads for name in layer.check_merge())
     trained = ["training with additive='kv_group'"] * by_head + ["training with edit='multiplicative'"]
     ways = [*(f"target={name!r}" for name in served), *trained, "saving the adapter"]
     raise ValueError(
@@ -94,14 +95,20 @@ def _first(
 def _unread(
     names: Iterable[str], targets: Iterable[str], projection: str, can_run: Callable[[str], bool]
 ) -> str | None:
-    """Why a target would not have the biases of an output or a value projection; None if all would."""
+    """Why a target would not have the biases of a projection, as `reads` names it; None if all would."""
     for target in targets:
         known = [answer for answer in (reads(name, target, projection) for name in names) if answer is not None]
         if known and not all(known):
             return f"{RUNTIMES[target].name} {RUNTIMES[target].unread}"
         if not known and not can_run(target):
-            return f"nothing is known of {RUNTIMES[target].name} with this family, and it is not installed here to be tried"
+            what = "biases of this family's MLPs" if projection == "mlp" else "this family"
+            return f"nothing is known of {RUNTIMES[target].name} with {what}, and it is not installed here to be tried"
     return None
+
+
+def _projection(edited: list[Edited]) -> str:
+    """What the bias that is to hold an additive edit belongs to, as `reads` names it."""
+    return "mlp" if any(one.layer.edits == "mlp" for one in edited) else "output"
 
 
 def _output(
@@ -111,7 +118,7 @@ def _output(
     if switch is None:
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         return f"the architecture {family!r} has no bias in {edited[0].site}, and no config switch for one"
-    problem = _unread(families(model), targets, "output", can_run)
+    problem = _unread(families(model), targets, _projection(edited), can_run)
     return problem or Place("biases of the output projections", switch=switch)
 
 
@@ -120,6 +127,8 @@ def _value(
 ) -> Place | str:
     values: dict[str, str] = {}
     for one in edited:
+        if one.layer.edits != "head":
+            return f"{one.site} ends an MLP, whose output no values make"
         name = value_projection(model, one.site)
         if name is None:
             return f"{one.site} has no value projection of its own beside it"
@@ -151,10 +160,10 @@ def _elsewhere(
     other = REHOMES.get(family)
     if other is None:
         return f"none is known that computes what {family!r} does and has room for it"
-    problem = _unread([other], targets, "output", can_run)
+    problem = _unread([other], targets, _projection(edited), can_run)
     if problem is not None:
         return problem
-    found = rehomed(model, other)
+    found = rehomed(model, other, {"mlp_bias" if one.layer.edits == "mlp" else "attention_bias" for one in edited})
     return (
         found if isinstance(found, str) else Place(f"biases of the output projections of a {other} model", home=found)
     )

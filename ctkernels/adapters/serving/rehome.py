@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +38,8 @@ class Rehomed(NamedTuple):
         return model
 
 
-def rehomed(model: nn.Module, family: str) -> Rehomed | str:
-    """What a model becomes in another family whose attention has biases; a reason where the families differ here."""
+def rehomed(model: nn.Module, family: str, switches: Iterable[str]) -> Rehomed | str:
+    """What a model becomes in another family with the biases that config switches give; a reason where the families differ."""
     import transformers
 
     config: Any = model.config
@@ -53,13 +54,16 @@ def rehomed(model: nn.Module, family: str) -> Rehomed | str:
         return f"transformers has no {family!r} model for a {type(model).__name__}"
     own = config.to_dict()
     values = {key: own[key] for key in template.to_dict() if key in own and key not in _OWN_FIELDS}
-    values["attention_bias"] = True
+    values |= dict.fromkeys(switches, True)
     other = type(template)(**values)
     other._attn_implementation = config._attn_implementation
     return Rehomed(architecture, other)
 
 
-_OWN_FIELDS = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
+_OWN_FIELDS = (
+    *("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map"),
+    *("attention_bias", "mlp_bias"),
+)
 
 
 def _class_prefix(config: type) -> str:

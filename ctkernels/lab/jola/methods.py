@@ -119,6 +119,16 @@ def lofit(model: nn.Module, setting: Setting, schedule: str = "exponential") -> 
 
 
 @contextmanager
+def red(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
+    """A scale and an offset of every MLP's output, ungated, from the identity: RED (arXiv:2402.15179)."""
+    from ... import adapters
+
+    config = adapters.JolaConfig(task_type="CAUSAL_LM", site="mlp", freeze_gates=True, init_std=0.0)
+    with _through_peft(model, config) as wrapped:
+        yield Attached(wrapped, _trained(wrapped, setting["lr"]))
+
+
+@contextmanager
 def tct(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
     """Trainable Curvature Tuning of the feed-forward layers: a beta and a coeff for every channel of their activations."""
     from ... import adapters
@@ -195,6 +205,7 @@ METHODS: dict[str, Method] = {
             optional=EDIT_OPTIONS,
             nonnegative=("units",),
         ),
+        Method("red", "edits of MLPs' outputs", {"lr": (1e-3, 3e-3, 1e-2, 3e-2)}, red),
         Method("tct", "curvature of activations", {"lr": (1e-2, 2e-2, 5e-2, 1e-1)}, tct),
         Method(
             "jola+tct",
