@@ -71,6 +71,7 @@ def compare(**options: Any) -> TransferComparison:
         "progress": False,
     }
     options = {**defaults, **options}
+    options["grids"] = {name: grid for name, grid in options["grids"].items() if name in options["methods"]}
     return compare_transfer(options.pop("models"), options.pop("data"), **options)
 
 
@@ -118,10 +119,10 @@ def test_texts_and_models_loaded_by_name(cluster, tmp_path, folder):
         rows = [{"prompt": e.prompt, "answer": e.answer, "choices": e.choices} for e in examples]
         (data / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     jola = ["jola", str(data), "--model", str(folder), "--methods", "zero-shot,lora,jola", "--seeds", "0,1", "--no-report"]
+    jola += ["--no-progress"]
     jola += ["--grid", "lora.rank=2", "--train", "16", "--val", "8", "--test", "12", "--epochs", "1", "--device", "cpu"]
     images = ["compare", saved(tmp_path), *MODEL, "--methods", "linear,tct", "--seeds", "0,1", "--epochs", "1"]
     for command in (jola, images):
-        command.append("--no-progress") if "--no-progress" not in command else None
         one, two = tmp_path / command[0] / "one", tmp_path / command[0] / "two"
         assert main([*command, "--out", str(one)]) == 0
         assert main([*command, "--out", str(two), "--ray", cluster.address]) == 0
