@@ -69,6 +69,8 @@ def is_bad_input(error: Exception) -> bool:
         return torch is not None and isinstance(error, torch.OutOfMemoryError)
     if type(error).__module__.partition(".")[0] == "ctkernels":  # raised anew by a loader's worker, say
         return True
+    if type(error).__module__.partition(".")[0] == "ray":  # bad input arrives from a worker as what it was
+        return False
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next

@@ -5,6 +5,7 @@ The rest of the package never imports it.
 
 from .analysis import ProfileConfig, curvature_profile, run_toys
 from .config import DEFAULT_BETAS
+from .executor import LocalExecutor, RayExecutor
 from .images.data import load_data, read_folder, read_npz
 from .images.models import load_model
 from .images.probe import Probe, fit_probe
@@ -21,10 +22,12 @@ __all__ = [
     "BetaSearch",
     "Comparison",
     "ImageSet",
+    "LocalExecutor",
     "MethodsConfig",
     "Preprocess",
     "Probe",
     "ProfileConfig",
+    "RayExecutor",
     "RobustnessConfig",
     "SearchConfig",
     "Splits",

@@ -10,8 +10,8 @@ from .._extras import require
 
 
 @contextmanager
-def bar(total: int, text: str, show: bool) -> Iterator[Callable[[int], object]]:
-    """Show a progress bar on standard error, and yield the function that advances it."""
+def bar(total: int | None, text: str, show: bool) -> Iterator[Callable[[int], object]]:
+    """Show a progress bar on standard error, of so many steps if that is known, and yield the function that advances it."""
     if not show:
         yield lambda step: None
         return

@@ -1,12 +1,14 @@
-"""Files of trained weights, and records of their size and digest, by which a damaged file is noticed."""
+"""Files of trained weights, and digests by which a damaged file or another network is noticed."""
 
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._extras import require
@@ -78,6 +80,24 @@ def damage(path: Path, record: Mapping[str, Any] | None) -> str | None:
     elif _record(path) != record:
         return f"its weights, {path}, are not those that it left"
     return None
+
+
+def digest_of(model: nn.Module) -> str:
+    """A short hash of a network's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_same(what: str, expected: str, got: str) -> None:
+    """ValueError if what a machine loaded has another digest than where the comparison runs."""
+    if got != expected:
+        raise ValueError(
+            f"{what}: machine {socket.gethostname()} loads another than the one that is compared, expected the digest "
+            f"{expected}, got {got}"
+        )
 
 
 def _record(path: Path) -> dict[str, Any]:

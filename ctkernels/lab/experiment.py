@@ -1,6 +1,7 @@
 """The experiment engine: methods x settings x seeds; validation chooses a setting, every seed trains it and tests it once.
 
 An experiment brings a :class:`Task`, which splits the data, trains and tests, and the classes of its runs and results.
+An executor carries out the trials, in this process or on other machines.
 Every finished run is written at once, its weights beside it, so a comparison that was killed goes on where it was,
 after checking that each run is what it says.
 """
@@ -21,13 +22,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
 from .._files import read_json
 from ._distributed import Group
 from ._weights import damage, read_weights, save_weights
+from .executor import Executor, LocalExecutor, Task, Trial
 from .result import Result, describe
 
 Setting = Mapping[str, float]
@@ -111,6 +113,7 @@ class TrainingLog:
         best: number of the best epoch, from 1; of equals the first.
         state: copies of what was trained, at the best epoch.
         details: further fields of the :class:`RunResult`.
+        seconds: time that training took, in the process that trained.
     """
 
     better_by: BetterBy = BY_ACCURACY
@@ -118,6 +121,7 @@ class TrainingLog:
     best: int = 0
     state: dict[str, Tensor] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def add(self, metrics: Metrics, state: Callable[[], dict[str, Tensor]]) -> None:
         """Note an epoch; ``state`` is called if it is the best so far."""
@@ -299,44 +303,48 @@ class ComparisonResult(Result, Generic[R]):
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 
-class Task(Protocol):
-    """The part of an experiment that the engine does not know, on one model and one data set.
+class Study(Generic[C]):
+    """A comparison at work: its result so far, the folder where runs are kept, and what carries out its trials.
 
-    Nothing has to be ready before :meth:`train` or :meth:`test` is called: a finished comparison calls neither.
+    Choosing and writing is done in this process alone, whoever trains, and runs stand in the order of the plan, whichever
+    ends first.
     """
 
-    def names(self) -> dict[str, Any]:
-        """Fields of :class:`RunResult` that name the model and the data."""
-        ...
-
-    def train(self, method: Any, run: Any) -> TrainingLog:
-        """Train ``run.setting`` on the examples of ``run.seed``."""
-        ...
-
-    def test(self, method: Any, run: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Fields of the run that hold its test scores, with ``state`` as :meth:`train` left it."""
-        ...
-
-
-class Study(Generic[C]):
-    """A comparison at work: its result so far, the folder where runs are kept, and the processes that share the work."""
-
-    def __init__(self, result: C, folder: Path, group: Group, extra: Mapping[str, Any]) -> None:
-        self.result, self.folder, self.group, self.extra = result, folder, group, extra
+    def __init__(
+        self,
+        result: C,
+        folder: Path,
+        group: Group,
+        executor: Executor | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.result, self.folder, self.group = result, folder, group
+        self.executor, self.extra = executor or LocalExecutor(), extra or {}
         self.file = folder / "result.json"
         self._started = time.perf_counter()
+        self._order: dict[tuple[Any, ...], int] = {}
 
     @classmethod
     @contextmanager
     def opened(
-        cls, result: C, out: str | os.PathLike[str] | None, group: Group, extra: Mapping[str, Any] | None = None
+        cls,
+        result: C,
+        out: str | os.PathLike[str] | None,
+        group: Group,
+        executor: Executor | None = None,
+        extra: Mapping[str, Any] | None = None,
     ) -> Iterator[Study[C]]:
         """Resume what is in the folder ``out``; None: a temporary one. ``extra`` goes into the result file.
 
         Runs that are not what they say are left out, with a warning; they will be done again.
+
+        Raises:
+            ValueError: an executor for other machines under ``torchrun``.
         """
+        if group.size > 1 and not isinstance(executor, LocalExecutor | None):
+            raise ValueError(f"executor must be a LocalExecutor under torchrun, got a {type(executor).__name__}")
         with tempfile.TemporaryDirectory() if out is None else nullcontext(str(out)) as path:
-            study = cls(result, Path(group.share(path)), group, extra or {})
+            study = cls(result, Path(group.share(path)).absolute(), group, executor, extra)
             study.result, damaged = group.share(study._resumed() if group.rank == 0 else (result, []))
             for sentence in damaged:
                 study._warn(sentence)
@@ -357,32 +365,44 @@ class Study(Generic[C]):
                 damaged.append(f"{run.title}: {reason}; this run is done again")
         return replace(result, runs=tuple(sound)), damaged
 
-    def run(self, task: Task, plan: Plan, seeds: Sequence[int], choose_on: int = 1) -> None:
-        """Run what is missing of the plan; the first ``choose_on`` seeds choose between settings."""
-        for method, settings in plan:
-            tried = [[self._trained(task, method, s, seed) for seed in seeds[:choose_on]] for s in settings]
-            best = (max(tried, key=self._rank) if tried[1:] else tried[0])[0]
-            for run in self.result.tested(*best.where):
+    def run(self, tasks: Iterable[Task], plan: Plan, seeds: Sequence[int], choose_on: int = 1) -> None:
+        """Run what is missing of the plan on every task; the first ``choose_on`` seeds choose between settings."""
+        self.executor.run(
+            self._compared(task, method, settings, seeds, choose_on) for task in tasks for method, settings in plan
+        )
+
+    async def _compared(
+        self, task: Task, method: Method, settings: Sequence[Setting], seeds: Sequence[int], choose_on: int
+    ) -> None:
+        """Choose a method's setting, and test it."""
+        for setting, seed in itertools.product(settings, seeds):
+            self._order.setdefault(self._blank(task, method, setting, seed).key, len(self._order))
+        choosing = itertools.product(settings, seeds[:choose_on])
+        runs = await self.executor.together(self._trained(task, method, *trial) for trial in choosing)
+        tried = [runs[i : i + choose_on] for i in range(0, len(runs), choose_on)]
+        best = (max(tried, key=self._rank) if tried[1:] else tried[0])[0]
+        for run in self.result.tested(*best.where):
+            if run.setting != best.setting:
+                self._warn(f"{run.title}: validation chooses {describe(best.setting)}; its test does not count")
+                self._keep(run.untested())
+        last = seeds if best.setting else seeds[:1]
+        await self.executor.together(self._tested(task, method, best.setting, seed) for seed in last)
+        if self.group.rank == 0:
+            for run in runs:
                 if run.setting != best.setting:
-                    self._warn(f"{run.title}: validation chooses {describe(best.setting)}; its test does not count")
-                    self._keep(run.untested())
-            for seed in seeds if best.setting else seeds[:1]:
-                run = self._trained(task, method, best.setting, seed, to_test=True)
-                if run.test is None:
-                    state = read_weights(weights_path(self.folder, run)) if run.setting else {}
-                    self._keep(replace(run, **task.test(method, run, state)))
-            if self.group.rank == 0:
-                for run in itertools.chain(*tried):
-                    if run.setting != best.setting:
-                        weights_path(self.folder, run).unlink(missing_ok=True)
+                    weights_path(self.folder, run).unlink(missing_ok=True)
 
     def _rank(self, runs: Sequence[RunResult]) -> tuple[float, ...]:
         """The rank of one setting, by the means of its validation metrics over seeds."""
         means = {name: mean(run.validation[name] for run in runs) for name, _ in self.result.better_by}
         return rank(means, self.result.better_by)
 
-    def _trained(self, task: Task, method: Method, setting: Setting, seed: int, to_test: bool = False) -> Any:
-        blank = self.result.RUN(**task.names(), method=method.name, seed=seed, setting=dict(setting))
+    def _blank(self, task: Task, method: Method, setting: Setting, seed: int) -> Any:
+        """A run before it is trained."""
+        return self.result.RUN(**task.names(), method=method.name, seed=seed, setting=dict(setting))
+
+    async def _trained(self, task: Task, method: Method, setting: Setting, seed: int, to_test: bool = False) -> Any:
+        blank = self._blank(task, method, setting, seed)
         known = next((run for run in self.result.runs if run.key == blank.key), None)
         if known is not None and to_test and known.test is None and setting:
             path = weights_path(self.folder, known)
@@ -391,18 +411,25 @@ class Study(Generic[C]):
                 known = None
         if known is not None or not setting:
             return known or blank
-        started = time.perf_counter()
-        log = task.train(method, blank)
-        path, seconds = weights_path(self.folder, blank), time.perf_counter() - started
+        log = await self.executor.carry_out(Trial(task, method, blank))
+        path = weights_path(self.folder, blank)
         record = self.group.share(save_weights(path, log.state) if self.group.rank == 0 else None)
-        run = replace(blank, epochs=log.epochs, best=log.best, seconds=seconds, weights=record, **log.details)
+        run = replace(blank, epochs=log.epochs, best=log.best, seconds=log.seconds, weights=record, **log.details)
         self._keep(run)
         return run
 
+    async def _tested(self, task: Task, method: Method, setting: Setting, seed: int) -> None:
+        run = await self._trained(task, method, setting, seed, to_test=True)
+        if run.test is None:
+            state = read_weights(weights_path(self.folder, run)) if run.setting else {}
+            scores = await self.executor.carry_out(Trial(task, method, run, state))
+            self._keep(replace(run, **scores))
+
     def _keep(self, run: Any) -> None:
         """Put a run in place of its earlier self, and write the result."""
-        others = tuple(known for known in self.result.runs if known.key != run.key)
-        self.result = replace(self.result, runs=(*others, run), seconds=time.perf_counter() - self._started)
+        others = [known for known in self.result.runs if known.key != run.key]
+        runs = sorted([*others, run], key=lambda run: self._order.get(run.key, -1))  # first those of earlier plans
+        self.result = replace(self.result, runs=tuple(runs), seconds=time.perf_counter() - self._started)
         if self.group.rank == 0:
             self.result.save(self.file, **self.extra)
 

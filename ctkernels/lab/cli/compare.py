@@ -36,6 +36,9 @@ examples:
   # four GPUs share each step; cut short, the same command goes on where it was
   torchrun --nproc-per-node 4 -m ctkernels compare photos/ --model resnet152 --batch-size 128 --precision bf16
 
+  # trials on the machines of a Ray cluster (pip install "ctkernels[ray]"; ray start on each)
+  python -m ctkernels compare photos/ --model resnet18 --model resnet50 --ray auto
+
 results:
   OUT/result.json   every run, the table with mean and deviation over seeds, the settings that were tried
   OUT/table.md      the table as Markdown
@@ -55,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_grid(comparison, method)
     options.add_training_options(p)
     options.add_image_options(p)
-    options.add_running_options(p, TransferConfig, "workers", "memory_limit", out="out/compare")
+    options.add_executor(options.add_running_options(p, TransferConfig, "workers", "memory_limit", out="out/compare"))
     return p
 
 
@@ -69,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     seeds, out = arguments.seeds, arguments.out
     grids = options.grids_of(arguments.grid, arguments.methods)
     options.plain_preprocess(arguments)
-    config = options.config_of(TransferConfig, arguments)
+    config, executor = options.config_of(TransferConfig, arguments), options.executor_of(arguments)
     for module in ("accelerate", "peft", "safetensors"):
         require(module, "adapters", "comparing methods")
     for kind, names in (("--model", [name for name, _ in arguments.model]), ("data", arguments.data)):
@@ -85,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         seeds=seeds,
         grids=grids,
         out=out,
+        executor=executor,
         extra=options.record_of(arguments),
     )
     if _distributed.launched_rank() == 0:

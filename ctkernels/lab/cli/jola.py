@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from ...cli import option_types as types
@@ -34,6 +35,9 @@ examples:
 
   # four processes share each step; cut short, the same command goes on where it was
   torchrun --nproc-per-node 4 -m ctkernels jola questions.jsonl --model ./model --batch-size 16
+
+  # trials on the machines of a Ray cluster (pip install "ctkernels[ray]"; ray start on each)
+  python -m ctkernels jola questions.jsonl --model ./model --ray auto
 
 results:
   OUT/result.json   every run, the table with mean and deviation over seeds, the settings that were tried
@@ -93,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     options.option(running, "--score-batch-size", types.COUNT, Answering.batch_size, "when scoring")
     options.add_device(running)
     options.add_results(running, "out/jola")
+    options.add_executor(running)
     running.add_argument(
         "--report-to",
         type=_loggers,
@@ -101,6 +106,13 @@ def parser() -> argparse.ArgumentParser:
     )
     running.add_argument("--no-report", action="store_true", help="do not plot gates, and no report on edits")
     return p
+
+
+def _loaded(name: str, dtype: str) -> Any:
+    """The model alone, for machines that load it by name."""
+    from ..jola import load_language_model
+
+    return load_language_model(name, dtype)[0]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -116,14 +128,15 @@ def run(arguments: argparse.Namespace) -> int:
         arguments,
         answering=options.config_of(Answering, arguments, batch_size=arguments.score_batch_size),
         name=arguments.model,
-        device=arguments.device or _distributed.launched_device(),
+        device=arguments.device or (_distributed.launched_device() if arguments.ray is None else None),
     )
+    executor = options.executor_of(arguments)
     sizes: dict[str, Any] = {"train": config.train, "val": config.val, "test": config.test}
     data = jola.read_texts(arguments.data)
     tested = jola.draw(data, arguments.seeds[0], **sizes).test  # before the model loads
     model, tokenizer = jola.load_language_model(arguments.model, arguments.dtype)
     result = jola.compare_methods(
-        model,
+        model if arguments.ray is None else partial(_loaded, arguments.model, arguments.dtype),
         tokenizer,
         data,
         config,
@@ -131,6 +144,7 @@ def run(arguments: argparse.Namespace) -> int:
         seeds=arguments.seeds,
         grids=grids,
         out=out,
+        executor=executor,
         extra=options.record_of(arguments),
     )
     if _distributed.launched_rank() == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .. import ImageSet, Preprocess, Splits
+    from ..executor import Executor
     from ..experiment import Method
 
 T = TypeVar("T")
@@ -152,7 +154,9 @@ def add_training_options(p: argparse.ArgumentParser) -> None:
     add_fields(p.add_argument_group("choice by validation"), TransferConfig, *CHOICE)
 
 
-def add_running_options(p: argparse.ArgumentParser, config: type[Config], *fields: str, out: str) -> None:
+def add_running_options(
+    p: argparse.ArgumentParser, config: type[Config], *fields: str, out: str
+) -> argparse._ArgumentGroup:
     """Add how the command runs: the seed and the device, or whether to use the CPU, ``fields``, and where results go."""
     running = p.add_argument_group("running")
     add_fields(running, config, *fields)
@@ -161,6 +165,7 @@ def add_running_options(p: argparse.ArgumentParser, config: type[Config], *field
     else:
         add_device(running)
     add_results(running, out)
+    return running
 
 
 def add_device(p: argparse._ActionsContainer) -> None:
@@ -172,6 +177,29 @@ def add_results(p: argparse._ActionsContainer, out: str) -> None:
     """Add where results go, and whether progress shows."""
     option(p, "--out", types.OUT, out, "folder for the results")
     p.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+
+def add_executor(p: argparse._ActionsContainer) -> None:
+    """Add where trials run."""
+    p.add_argument(
+        "--ray",
+        type=types.TEXT,
+        metavar="ADDRESS",
+        help="run trials on a Ray cluster: auto (that of this machine), HOST:PORT, or local (this machine's cores). "
+        "Default: in this process",
+    )
+
+
+def executor_of(arguments: argparse.Namespace) -> Executor:
+    """What :func:`add_executor` asks for."""
+    from ..executor import LocalExecutor, RayExecutor
+
+    if arguments.ray is None:
+        return LocalExecutor()
+    try:
+        return RayExecutor(arguments.ray, progress=not arguments.no_progress)
+    except ValueError as error:
+        raise OptionError(str(error).replace("address", "--ray", 1)) from None
 
 
 def plain_preprocess(arguments: argparse.Namespace) -> Preprocess:
@@ -189,17 +217,17 @@ def load_network(arguments: argparse.Namespace) -> nn.Module:
 
 
 def model_source(name: str, weights: str, seed: int) -> Callable[[], nn.Module]:
-    """A function that loads a network."""
+    """A function that loads a network, here or on another machine."""
+    return functools.partial(_loaded, name, weights, seed)
 
-    def load() -> nn.Module:
-        import torch
 
-        from ... import lab
+def _loaded(name: str, weights: str, seed: int) -> nn.Module:
+    import torch
 
-        torch.manual_seed(seed)  # for weights drawn at random
-        return lab.load_model(name, weights)
+    from ... import lab
 
-    return load
+    torch.manual_seed(seed)  # for weights drawn at random
+    return lab.load_model(name, weights)
 
 
 class Inputs(NamedTuple):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ..._extras import require
-from .._distributed import Group, group
+from .._distributed import Group, group, launched_device
 from .._progress import bar
+from .._weights import check_same, digest_of
 from ..config import configured
+from ..executor import Executor
 from ..experiment import BetterBy, Method, Study, TrainingLog, plan_of
 from .config import MethodsConfig
 from .methods import METHODS, Attached
@@ -45,6 +48,7 @@ def compare_methods(
     seeds: Sequence[int] = (0, 1, 2),
     grids: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     out: str | os.PathLike[str] | None = None,
+    executor: Executor | None = None,
     extra: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> MethodComparison:
@@ -61,7 +65,7 @@ def compare_methods(
     dealt to the processes, and so is scoring; all processes must see one ``out``.
 
     Args:
-        model: a causal language model of transformers; it is left as it was.
+        model: a causal language model of transformers, which is left as it was, or a function that loads one.
         tokenizer: its tokenizer, with a padding token.
         data: prompts with answers. With choices, answers are chosen by their probability; else they are generated.
         config: numbers of examples, epochs, how answers are found and so on: all that is alike for the methods.
@@ -69,6 +73,8 @@ def compare_methods(
         seeds: of the draws of examples, of initial values and of the order; the first also chooses settings.
         grids: values to try instead of a method's own: ``{"jola": {"lr": [0.01]}}``.
         out: folder for results. Default: nothing is kept.
+        executor: where training and scoring are done. Default: in this process. A :class:`RayExecutor`: on the machines
+            of a cluster, to which a model is sent; a function that loads one is called there.
         extra: more entries for the result file.
         options: fields of :class:`MethodsConfig`, in place of ``config``'s.
 
@@ -107,6 +113,7 @@ def compare_methods(
     seeds = list(dict.fromkeys(seeds))
     if config.choose_on > len(seeds):
         raise ValueError(f"choose_on must be 1 to {len(seeds)}, the number of seeds, got {config.choose_on}")
+    source, model = model, _built(model)
     splits = {seed: draw(data, seed, train=config.train, val=config.val, test=config.test) for seed in seeds}
     device = torch.device(config.device) if config.device is not None else next(model.parameters()).device
     processes = group(device)
@@ -129,17 +136,24 @@ def compare_methods(
     setup |= {"choose_on": config.choose_on} if config.choose_on > 1 else {}
     result = MethodComparison((), setup, primary=primary_metric(data.has_choices, how))
     model.to(device).eval()
-    with Study.opened(result, out, processes, extra) as study:
+    with Study.opened(result, out, processes, executor, extra) as study:
         logs = study.folder / "logs"
-        task = TextTask(model, tokenizer, splits, config, processes, result.primary, result.better_by, candidates, logs)
-        study.run(task, plan, seeds, config.choose_on)
+        task = TextTask(
+            source, model, tokenizer, splits, config, processes, result.primary, result.better_by, candidates, logs
+        )
+        study.run([task], plan, seeds, config.choose_on)
     return study.result
+
+
+def _built(source: Any) -> Any:
+    return source if isinstance(source, torch.nn.Module) else source()
 
 
 @dataclass(frozen=True)
 class TextTask:
     """Runs of one language model on the splits of one data set."""
 
+    source: Any
     model: Any
     tokenizer: Any
     splits: Mapping[int, Split]
@@ -149,6 +163,13 @@ class TextTask:
     better_by: BetterBy
     candidates: tuple[str, ...]
     logs: Path
+
+    @property
+    def gpu(self) -> bool:
+        return self.config.device is None or torch.device(self.config.device).type == "cuda"
+
+    def elsewhere(self) -> Callable[[], TextTask]:
+        return partial(_task_elsewhere, replace(self, model=None), digest_of(self.model))
 
     def names(self) -> dict[str, Any]:
         return {}
@@ -226,3 +247,11 @@ class TextTask:
         torch.manual_seed(run.seed)
         with method.attach(self.model, run.setting, self.config.schedule) as attached:
             yield attached
+
+
+def _task_elsewhere(task: TextTask, digest: str) -> TextTask:
+    """The task in another process, without a progress bar. ValueError if it loads another model there."""
+    model, config = _built(task.source), replace(task.config, progress=False)
+    check_same("model", digest, digest_of(model))
+    device = launched_device() if config.device is None else config.device
+    return replace(task, model=model.to(device).eval(), config=config, group=group(torch.device(device)))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -16,7 +16,9 @@ from ..._extras import require
 from .._distributed import Group, group
 from .._progress import bar
 from .._restoring import evaluation
+from .._weights import check_same, digest_of
 from ..config import configured
+from ..executor import Executor
 from ..experiment import Study, TrainingLog, plan_of
 from ..images.sets import Splits
 from .config import TransferConfig
@@ -41,6 +43,7 @@ def compare_transfer(
     seeds: Sequence[int] = PAPER_SEEDS,
     grids: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     out: str | PathLike[str] | None = None,
+    executor: Executor | None = None,
     extra: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> TransferComparison:
@@ -70,6 +73,8 @@ def compare_transfer(
         seeds: of validation splits, samples, initial weights and order. The first also chooses settings.
         grids: values to try instead of the paper's: ``{"tct": {"lr": [0.1, 0.01]}, "lora-r1": {"lr": [1e-3]}}``.
         out: folder for results. Default: nothing is kept.
+        executor: where training and testing are done. Default: in this process. A :class:`RayExecutor`: on the machines
+            of a cluster; data in memory and networks are sent there, folders and what functions load must be there.
         extra: more entries for the result file.
         options: fields of :class:`TransferConfig`, in place of ``config``'s.
 
@@ -122,18 +127,29 @@ def compare_transfer(
         "precision": config.precision,
         "processes": processes.size,
     }
-    with Study.opened(TransferComparison((), setup), out, processes, extra) as study:
-        for name, source in models.items():
-            with ExitStack() as stack:
-                network = functools.cache(functools.partial(_opened, source, accelerator.device, stack))
-                for data_name, splits in data.items():
-                    images = functools.cache(
-                        functools.partial(_drawn, splits, config, memory=config.memory_limit // len(seeds))
-                    )
-                    folds = setup["data"][data_name]["folds"]
-                    task = TransferTask(name, data_name, network, images, splits, folds, config, accelerator, processes)
-                    study.run(task, plan, seeds)
+    with (
+        Study.opened(TransferComparison((), setup), out, processes, executor, extra) as study,
+        closing(_tasks(models, data, config, setup, accelerator, processes)) as tasks,
+    ):
+        study.run(tasks, plan, seeds)
     return study.result
+
+
+def _tasks(
+    models: Models,
+    data: Mapping[str, Splits],
+    config: TransferConfig,
+    setup: Mapping[str, Any],
+    accelerator: Any,
+    processes: Group,
+) -> Generator[TransferTask, None, None]:
+    """Every network on every data set; a network is let go before the next is built."""
+    for name, source in models.items():
+        with ExitStack() as stack:
+            network = functools.cache(functools.partial(_opened, source, accelerator.device, stack))
+            for data_name, splits in data.items():
+                about = _About(name, source, data_name, splits, config, setup)
+                yield TransferTask(about, network, about.images(), accelerator, processes)
 
 
 def _built(source: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -145,36 +161,72 @@ def _opened(source: nn.Module | Callable[[], nn.Module], device: torch.device, s
     return stack.enter_context(evaluation(_built(source).to(device)))
 
 
-def _drawn(splits: Splits, config: TransferConfig, seed: int, memory: int) -> Split:
-    return draw(splits, config.images, seed, memory)
+@dataclass(frozen=True)
+class _About:
+    """A network and a data set, as they were given."""
+
+    model: str
+    source: nn.Module | Callable[[], nn.Module]
+    data: str
+    splits: Splits
+    config: TransferConfig
+    setup: Mapping[str, Any]
+
+    @property
+    def folds(self) -> int:
+        """How often the images are cut into training and validation images."""
+        return self.setup["data"][self.data]["folds"]
+
+    def images(self) -> Callable[[int], Split]:
+        """A function that prepares a seed's images and keeps them."""
+        memory = self.config.memory_limit // len(self.setup["seeds"])
+        return functools.cache(functools.partial(draw, self.splits, self.config.images, memory=memory))
+
+    def task(self) -> TransferTask:
+        """The task in another process, without a progress bar. ValueError if network or data are not those of the setup."""
+        from .training import make_accelerator
+
+        about = replace(self, config=replace(self.config, progress=False))
+        accelerator = make_accelerator(self.config.precision, self.config.cpu)
+        network = _built(self.source).to(accelerator.device).eval()
+        check_same(f"model {self.model}", self.setup["models"][self.model]["digest"], digest_of(network))
+        data = check_data(self.data, self.splits, self.config, self.setup["seeds"][:1])
+        check_same(f"data {self.data}", self.setup["data"][self.data]["digest"], data["digest"])
+        return TransferTask(about, lambda: network, about.images(), accelerator, group(accelerator.device))
 
 
 @dataclass(frozen=True)
 class TransferTask:
     """Runs on one network and one data set.
 
-    ``network`` builds the network, and ``images`` prepares a seed's images, when first asked; ``folds`` is how often
-    they are cut into training and validation images.
+    ``network`` builds the network, and ``images`` prepares a seed's images, when first asked.
     """
 
-    model: str
-    data: str
+    about: _About
     network: Callable[[], nn.Module]
     images: Callable[[int], Split]
-    splits: Splits
-    folds: int
-    config: TransferConfig
     accelerator: Any
     group: Group
 
+    @property
+    def config(self) -> TransferConfig:
+        return self.about.config
+
+    @property
+    def gpu(self) -> bool:
+        return not self.config.cpu
+
+    def elsewhere(self) -> Callable[[], TransferTask]:
+        return self.about.task
+
     def names(self) -> dict[str, Any]:
-        return {"model": self.model, "data": self.data}
+        return {"model": self.about.model, "data": self.about.data}
 
     def train(self, method: Method, run: RunResult) -> TrainingLog:
         images = self.images(run.seed)
-        cuts = images.cuts(self.folds, run.seed)
+        cuts = images.cuts(self.about.folds, run.seed)
         if method.attach is None:
-            classes = len(self.splits.train.classes)
+            classes = len(self.about.splits.train.classes)
             return self._frozen(method, run).fit(classes, run.setting["head_lr"], run.seed, cuts)
         parts = images.parts(cuts)
 
@@ -211,7 +263,7 @@ class TransferTask:
         image = self.images(run.seed).train[0][0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            example, classes = image[None].to(self.accelerator.device), len(self.splits.train.classes)
+            example, classes = image[None].to(self.accelerator.device), len(self.about.splits.train.classes)
             network, head = with_head(self.network(), example, classes, run.seed)
             yield method.attach(network, head, run.setting, self.config.activations, image.shape[-1])
 

@@ -15,6 +15,7 @@ from ... import steer
 from ..._factories import check_takes
 from ...steering.activations import RELU_FAMILY
 from .._restoring import evaluation
+from .._weights import digest_of
 from ..images.features import output_tensor
 from ..images.inputs import check_labels
 from ..images.sets import ImageSet, Preprocess, Splits, normalised_like, validation_folds
@@ -143,12 +144,3 @@ def _try(model: nn.Module, methods: Sequence[Method], size: int, activations: Se
         if method.attach is not None:
             network, head = with_head(model, example, classes=2)
             method.attach(network, head, method.settings()[0], activations, size)
-
-
-def digest_of(model: nn.Module) -> str:
-    """A short hash of a network's weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
