@@ -31,7 +31,9 @@ CALLS: list[dict[str, Any]] = [
 def _as_tensors(call: dict[str, Any]) -> dict[str, Any]:
     """The same numbers in memory, where a kernel loads them."""
     full = {"coeff": 0.5} | call
-    return {k: torch.tensor([v], dtype=torch.float64) if type(v) is float and k != "eps" else v for k, v in full.items()}
+    return {
+        k: torch.tensor([v], dtype=torch.float64) if type(v) is float and k != "eps" else v for k, v in full.items()
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
