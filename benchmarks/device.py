@@ -114,7 +114,8 @@ def _record(
     }
 
 
-def ctu_row(case: ctu.Case, dtype: str, seconds: float) -> dict[str, Any]:
+def ctu_row(case: ctu.Case, dtype: str, seconds: float, inductor: bool = True) -> dict[str, Any]:
+    """A row of the table. inductor: whether compiled contestants take part, which take seconds to compile."""
     channels, dim = case.shape[case.channel_dim], case.channel_dim
     x = case.sample(DTYPES[dtype]).to(DEVICE)
     sets = copies(4 * x.nbytes)
@@ -133,7 +134,7 @@ def ctu_row(case: ctu.Case, dtype: str, seconds: float) -> dict[str, Any]:
     functions = {
         **_by_backend(ours),
         "official": official,
-        "official compiled": compiled(official),
+        **({"official compiled": compiled(official)} if inductor else {}),
         "relu": F.relu,
         "silu": F.silu,
     }
@@ -142,7 +143,10 @@ def ctu_row(case: ctu.Case, dtype: str, seconds: float) -> dict[str, Any]:
     return _record("ctu", case.name, dtype, x, {"copy": lambda i: out[i].copy_(xs[i]), **forward}, both, sets, seconds)
 
 
-def head_edit_row(name: str, lead: tuple[int, int], dtype: str, seconds: float) -> dict[str, Any]:
+def head_edit_row(
+    name: str, lead: tuple[int, int], dtype: str, seconds: float, inductor: bool = True
+) -> dict[str, Any]:
+    """As :func:`ctu_row`."""
     heads, dim = head_edit.HEADS, head_edit.HEAD_DIM
     z = torch.randn(*lead, heads * dim, device=DEVICE).to(DTYPES[dtype])
     sets = copies(4 * z.nbytes)
@@ -153,7 +157,9 @@ def head_edit_row(name: str, lead: tuple[int, int], dtype: str, seconds: float) 
     row = torch.randn(heads * dim, device=DEVICE).to(z.dtype)
     torch._dynamo.reset()
     ours = _by_backend(ctkernels.functional.head_edit)
-    edits = {**ours, "official": head_edit.official, "reference compiled": compiled(head_edit.reference)}
+    edits = {**ours, "official": head_edit.official}
+    if inductor:
+        edits["reference compiled"] = compiled(head_edit.reference)
     head_edit._gate(z.cpu(), [p.detach().cpu() for p in parameters])
     functions: dict[str, Callable[[Tensor], Tensor]] = {n: lambda t, f=f: f(t, *parameters) for n, f in edits.items()}
     functions["mul"] = lambda t: t * row

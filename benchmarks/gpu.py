@@ -24,6 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,10 @@ def build(context: Context) -> Records:
     source = context.out / "before/source"
     shutil.rmtree(source.parent, ignore_errors=True)
     source.mkdir(parents=True)
-    archive = subprocess.run(["git", "archive", context.before], cwd=ROOT, capture_output=True, check=False)
-    if archive.returncode == 0:
+    archive = shutil.which("git") and subprocess.run(
+        ["git", "archive", context.before], cwd=ROOT, capture_output=True, check=False
+    )
+    if archive and archive.returncode == 0:
         subprocess.run(["tar", "-x", "-C", str(source)], input=archive.stdout, check=True)
         command = ["true"] if context.dry else ["nice", *SETUP]
         script = 'if "$@" > log 2>&1; then touch built; else touch failed; fi'
@@ -83,7 +86,8 @@ def build(context: Context) -> Records:
         )
         (source / "group").write_text(str(process.pid))
     else:
-        (source / "log").write_text(f"git has no revision {context.before!r} here: {archive.stderr.decode().strip()}")
+        why = archive.stderr.decode().strip() if archive else "git is not installed"
+        (source / "log").write_text(f"git has no revision {context.before!r} here: {why}")
         (source / "failed").touch()
     start = time.perf_counter()
     if not context.dry:
@@ -125,15 +129,32 @@ def check(context: Context) -> Records:
 
 
 def ops(context: Context) -> Records:
-    """The tables of docs/gpu.md."""
+    """The tables of docs/gpu.md, without what has to be compiled first."""
+    yield from _rows(context, inductor=False)
+
+
+def inductor(context: Context) -> Records:
+    """The same with Inductor among the contestants."""
+    yield from _rows(context, inductor=True)
+
+
+def _rows(context: Context, inductor: bool) -> Records:
     units = [replace(case, shape=context.shape(*case.shape)) for case in ctu.CASES]
+    edits = [(name, (min(lead[0], 2), min(lead[1], 4)) if context.dry else lead) for name, lead in head_edit.CASES]
     for dtype in DTYPES:
-        for case in units:
-            yield device.ctu_row(case, dtype, context.seconds)
-        for name, lead in head_edit.CASES:
-            yield device.head_edit_row(
-                name, (min(lead[0], 2), min(lead[1], 4)) if context.dry else lead, dtype, context.seconds
-            )
+        more = (dtype, context.seconds, inductor)
+        for op, cases in (("ctu", [(c.name, partial(device.ctu_row, c, *more)) for c in units]),
+                          ("head_edit", [(n, partial(device.head_edit_row, n, lead, *more)) for n, lead in edits])):  # fmt: skip
+            for name, row in cases:
+                try:
+                    yield row()
+                except Exception as error:  # a wrong result, or a kernel that faults: the next row may be right
+                    yield {
+                        "op": op,
+                        "case": name,
+                        "dtype": dtype,
+                        "failed": f"{type(error).__name__}: {str(error)[:500]}",
+                    }
 
 
 def predicted(context: Context) -> Records:
@@ -315,8 +336,9 @@ def _times(
         able = {}
         for name, run in runs.items():
             try:
-                run()
-                able[name] = lambda _, run=run: run()
+                call = lambda _, run=run: run()  # noqa: E731
+                device.interleaved_graphs({name: call}, 1, 0.0, least=1)
+                able[name] = call
             except Exception as error:  # a contestant that this torch or GPU does not have
                 times["failed"][name] = f"{type(error).__name__}: {str(error)[:300]}"
         if able:
@@ -380,8 +402,8 @@ class Stage:
 
 
 STAGES = [
-    Stage(build, 150), Stage(check, 60), Stage(ops, 110), Stage(predicted, 60), Stage(before, 200), Stage(gated, 40),
-    Stage(convolutions, 40), Stage(attention, 60), Stage(sanitize, 60), Stage(host, 30),
+    Stage(build, 150), Stage(check, 60), Stage(ops, 60), Stage(predicted, 60), Stage(before, 90), Stage(inductor, 110),
+    Stage(sanitize, 60), Stage(convolutions, 40), Stage(gated, 60), Stage(attention, 90), Stage(host, 30),
 ]  # fmt: skip
 BY_NAME = {stage.name: stage for stage in STAGES}
 
@@ -418,7 +440,9 @@ def run(context: Context, limit: float, only: list[str]) -> dict[str, Any]:
     for stage in STAGES:
         (context.out / f"{stage.name}.json").unlink(missing_ok=True)
     begin = time.monotonic()
-    where = measure.provenance() | {"device": "cpu, a rehearsal" if context.dry else torch.cuda.get_device_name()}
+    where = measure.provenance() | {
+        "device": "cpu, a rehearsal" if context.dry else torch.cuda.get_device_name(), "cuda": torch.version.cuda
+    }  # fmt: skip
     result: dict[str, Any] = {"provenance": where, "stages": {}}
     try:
         for stage in STAGES:
@@ -480,13 +504,25 @@ def text(result: dict[str, Any]) -> str:
                 [list(map(str, [r["op"], r["sample"], r["dtype"], r["backend"], r["why"][:80]])) for r in wrong],
             )
         )
-    old = {(r["op"], r["case"], r["dtype"]): r for r in found.get("before", [])}
+    failed = [
+        [*_key(r), r["failed"][:80]]
+        for name in ("ops", "inductor", "before")
+        for r in found.get(name, [])
+        if "failed" in r
+    ]
+    if failed:
+        blocks.append("FAILED:\n" + table(["op", "case", "dtype", "why"], failed))
+    old = {_key(r): r for r in found.get("before", [])}
     for key in ("forward_ms", "forward_backward_ms"):
         rows = []
-        for name in ("ops", "gated", "convolutions", "attention"):
-            for r in found.get(name, []):
-                if key in r:
-                    rows.append(_row(r, key, old.get((r["op"], r["case"], r["dtype"]))))
+        # A row that Inductor takes part in stands for the one without.
+        rivals = {
+            _key(r): r
+            for name in ("ops", "inductor", "convolutions", "gated", "attention")
+            for r in found.get(name, [])
+            if key in r
+        }
+        rows += [_row(r, key, old.get(_key(r))) for r in rivals.values()]
         if rows:
             head = ["us", "dtype", OURS, "before", "fastest of the others", "", "ours / it"]
             blocks.append(f"{key.removesuffix('_ms').replace('_', ' + ')}\n{table(head, rows)}")
@@ -516,6 +552,10 @@ def text(result: dict[str, Any]) -> str:
     if rows:
         blocks.append(table(["a call on next to nothing", "us of the host"], rows))
     return "\n\n".join(blocks)
+
+
+def _key(record: dict[str, Any]) -> tuple[str, str, str]:
+    return record["op"], record["case"], record["dtype"]
 
 
 def _row(record: dict[str, Any], key: str, old: dict[str, Any] | None) -> list[str]:
@@ -559,7 +599,8 @@ def _main(args: argparse.Namespace) -> int:
         raise OptionError(f"{why}; --dry-run rehearses without one")
     result = run(context, args.limit, args.only)
     print("\n" + text(result))
-    wrong = [r for r in result["stages"].get("check", {"records": []})["records"] if not r["right"]]
+    records = [r for stage in result["stages"].values() for r in stage["records"]]
+    wrong = any(not r.get("right", True) or isinstance(r.get("failed"), str) for r in records)
     return 1 if wrong or any(stage["status"] != "done" for stage in result["stages"].values()) else 0
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import recorder as recording
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from . import sass
 MEASURED = Path(__file__).parents[2] / "benchmarks/results/h100.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEAD_DIM = 128
-UNROLLED = 4  # terms of a pass through the loop of a kernel that adds up partial sums
+UNROLLED = 4  # terms of a pass through the loop of a kernel that adds up partial sums, whose loads overlap
 PASSES = ("forward", "forward_backward")
 
 
@@ -136,10 +135,11 @@ class _CudaRecorder(_Recorder):
 
     def note(self, request: Any) -> None:
         import cuda_recorder as c
+        from recorder import ROLES
 
         kernel, data = request.kernel.decode(), c.ctypes.string_at(request.args, request.args_size)
         args, threads = c.structure(kernel).from_buffer_copy(data), request.block_x * request.block_y
-        role = next(role for role in recording.ROLES if role in kernel)
+        role = next(role for role in ROLES if role in kernel)
         launch = (role, kernel, request.grid, threads)
         if role == "precompute":
             self.launches.append(Launch(*launch))
@@ -189,10 +189,12 @@ class _TritonRecorder(_Recorder):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
+        from recorder import through_kernels
+
         from ctkernels.ops import launcher
         from ctkernels.ops.channelwise.launch import implementation
 
-        with mock.patch.object(launcher, "launch", self.note), recording.through_kernels(implementation):
+        with mock.patch.object(launcher, "launch", self.note), through_kernels(implementation):
             yield
 
 

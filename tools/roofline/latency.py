@@ -10,8 +10,8 @@ own: a warp's round trip to memory, and its dependent instructions; issue: what 
 MUFU; memory: the bytes of all SMs at the bandwidth that is reached. A reduction has latencies and the levels of its tree.
 
 The launches come from the host code itself and the instructions from the compiler (:mod:`.calls`), so that a change to either
-shows here. The other constants are fitted to ``benchmarks/results/h100.json``, with the machine code of the revision that was
-measured (``h100_kernels.json``). Where the model and a measurement disagree, the measurement is right.
+shows here. The other constants are fitted to ``benchmarks/results/h100.json``, with the launches and the machine code of the
+revision that was measured (``h100_launches.json``). Where the model and a measurement disagree, the measurement is right.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ from typing import Any
 
 from ctkernels._files import write_text
 
-from .calls import PASSES, Call, Code, Launch, codes, launches, measured
+from .calls import PASSES, UNROLLED, Call, Code, Launch, codes, launches, measured
 from .gpus import GPUS
 
 FOLDER = Path(__file__).parent
-FITTED, KERNELS, BUDGETS = (FOLDER / f"{name}.json" for name in ("latency_h100", "h100_kernels", "budgets_calls"))
+FITTED, LAUNCHES, BUDGETS = (FOLDER / f"{name}.json" for name in ("latency_h100", "h100_launches", "budgets_calls"))
 # Of every architecture since sm_80, per SM: registers, warps and blocks that fit; schedulers; lanes of MUFU.
 REGISTERS, WARPS, BLOCKS, SCHEDULERS, MUFU = 65536, 64, 32, 4, 16
 SHUFFLE = 60  # clocks of a level: two halves of a double, and its addition
-UNROLLED = 4  # terms of a reduction whose loads overlap
 
 
 @dataclass(frozen=True)
@@ -189,24 +188,18 @@ class Figure:
 
 
 def figures() -> list[Figure]:
-    """Of the CUDA kernels on an H100. Grids and blocks are today's, which are those of the revision that was measured. Its
-    forward kernels loaded a step ahead in planes too, and its reductions had a tree for every sum, a barrier for every level."""
-    machine_code = {name: Code(**code) for name, code in json.loads(KERNELS.read_text())["kernels"].items()}
-
-    def as_measured(launch: Launch) -> Launch:
-        if launch.role == "forward":
-            return replace(launch, ahead=True)
-        if launch.role != "reduce_partials":
-            return launch
-        sums = launch.asked // 4
-        return replace(launch, barriers=sums * (launch.barriers + launch.shuffles // sums), shuffles=0)
-
-    found = []
-    for call, record in measured():
-        for which in PASSES:
-            made = tuple((as_measured(m), machine_code[m.key]) for m in launches(call, "cuda", which))
-            found.append(Figure(call, which, 1e3 * record[f"{which}_ms"]["ours"], made))
-    return found
+    """Of the CUDA kernels on an H100."""
+    table = json.loads(LAUNCHES.read_text())
+    machine_code = {name: Code(**code) for name, code in table["kernels"].items()}
+    made = {(f["call"], f["pass"]): [Launch(**launch) for launch in f["launches"]] for f in table["figures"]}
+    return [
+        Figure(
+            call, which, 1e3 * record[f"{which}_ms"]["ours"],
+            tuple((launch, machine_code[launch.key]) for launch in made[call.name, which]),
+        )
+        for call, record in measured()
+        for which in PASSES
+    ]  # fmt: skip
 
 
 def errors(found: Sequence[Figure], constants: Constants) -> list[float]:
@@ -325,22 +318,33 @@ def everything(sm: int, backend: str = "cuda") -> dict[str, dict[str, float]]:
 
 
 def table(sm: int, backend: str) -> list[str]:
-    """Lines: what was seen on the H100, what the model says of the same kernels, and of those that ship."""
-    now, seen = everything(sm, backend), {f"{f.call.name}, {f.which}": f for f in figures()}
-    machine = Machine.of(90, fitted())
-    head = (
+    """Lines: what was seen on the H100, what the model says of the kernels that were measured, and of those that ship. Of
+    Triton's, which the fit has not seen, those that ship stand for both."""
+    now = everything(sm, backend)
+    fit_machine, found = Machine.of(90, fitted()), figures()
+    models = {f"{f.call.name}, {f.which}": call_us(f.launches, fit_machine, f.call.op) for f in found}
+    if backend == "triton":
+        models = {name: d["us"] for name, d in (now if sm == 90 else everything(90, backend)).items()}
+    contestant = "ours" if backend == "cuda" else "ours, triton"
+    lines = [
         f"{'us':<62} {'seen':>7} {'model':>7} {'off':>5}  {'now':>7} {'/floor':>6} launches waves KB/SM regs instr mufu"
-    )
-    lines = [head]
-    for name, d in now.items():
-        f = seen[name]
-        model = call_us(f.launches, machine, f.call.op)
-        lines.append(
-            f"{name:<62} {f.seen:7.1f} {model:7.1f} {model / f.seen - 1:+5.0%}  {d['us']:7.1f} {d['over_floor']:6.2f} "
-            f"{d['launches']:8} {d['waves']:5.2f} {d['kilobytes_in_flight']:5.1f} {d['registers']:4} {d['instructions']:5.0f} "
-            f"{d['mufu']:4.0f}"
-        )
-    return lines
+    ]
+    off = []
+    for call, record in measured():
+        for which in PASSES:
+            name = f"{call.name}, {which}"
+            d, seen, model = now[name], 1e3 * record[f"{which}_ms"][contestant], models[name]
+            off.append(model / seen - 1)
+            lines.append(
+                f"{name:<62} {seen:7.1f} {model:7.1f} {off[-1]:+5.0%}  {d['us']:7.1f} {d['over_floor']:6.2f} "
+                f"{d['launches']:8} {d['waves']:5.2f} {d['kilobytes_in_flight']:5.1f} {d['registers']:4} "
+                f"{d['instructions']:5.0f} {d['mufu']:4.0f}"
+            )
+    return [*lines, f"error here: {_percent(summary(off))}"]
+
+
+def _percent(values: dict[str, float]) -> str:
+    return ", ".join(f"{k} {v:.1%}" for k, v in values.items())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -360,12 +364,12 @@ def main(argv: list[str] | None = None) -> int:
         write_text(BUDGETS, json.dumps(everything(90), indent=1) + "\n")
         return 0
     print("\n".join(table(args.arch, args.backend)))
-    off = json.loads(FITTED.read_text())
     print(
         f"\nseen, model: the revision that was measured on an H100; now: this one, predicted for a {GPUS[args.arch].name}"
     )
+    fit_file = json.loads(FITTED.read_text())
     for key in ("error", "left out: a dtype", "left out: a case", "bytes at the data sheet's bandwidth alone"):
-        print(f"{key}: " + ", ".join(f"{k} {v:.1%}" for k, v in off[key].items()))
+        print(f"fit, {key}: {_percent(fit_file[key])}")
     return 0
 
 
