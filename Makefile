@@ -15,7 +15,7 @@ COMPARE := examples.data:fashion_mnist examples.data:emoji digits --model mobile
     --size 64 --resize 64 --max-train 240 --max-test 300 --epochs 6 --batch-size 16 --betas 0.8,0.85,0.9,0.95 --cpu \
     --grid lora-r1.lr=1e-3,3e-3,1e-2 --grid tct+lora-r1.lora_lr=1e-3,3e-3
 
-.PHONY: roofline-table docs demo compare study test test-pure test-newest newest-suite serving serving-suite peft-suite fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
+.PHONY: gpu roofline-table docs demo compare study test test-pure test-newest newest-suite serving serving-suite peft-suite fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
 
 help:
 	@echo "make demo    adapt real pretrained networks on real images and texts (about ten minutes)"
@@ -29,6 +29,7 @@ help:
 	@echo "make zoo     every family of timm's architectures, steered, fused and adapted (long)"
 	@echo "make mutation   plants bugs in the compiled GPU kernels and counts those that tests notice (hours)"
 	@echo "make roofline   the machine code of the GPU kernels against its budgets; make roofline-table prints it"
+	@echo "make gpu     on a GPU: builds, checks and times everything, in eight minutes"
 	@echo "make peft-suite   peft's own tests with our adapters (long)"
 	@echo "make serving   merged models in vLLM and llama.cpp, in an environment of 4 GB (half an hour)"
 	@echo "make docs    the documentation as pages: out/site"
@@ -126,6 +127,12 @@ roofline: $(VENV)/built.stamp
 
 roofline-table: $(VENV)/built.stamp
 	$(TOOL) roofline $(ROOFLINE_ARGS)
+	$(TOOL) roofline.latency
+
+# Everything that a GPU can tell in eight minutes. Takes the torch and Triton that are here, and no network; without a GPU:
+# GPU_ARGS=--dry-run.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
 lint: $(VENV)/built.stamp
 	$(PY) -m ruff check .

@@ -14,6 +14,7 @@ import gc
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ctkernels.ops import backends
 from . import ctu, head_edit, measure
 from .report import table
 
+DEVICE = "cuda"  # "cpu" in a rehearsal, see below
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Call = Callable[[int], Any]  # with the number of the buffers to work on
 OURS = "ours"
@@ -36,14 +38,28 @@ def missing() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device (torch.cuda.is_available() is False)"
 
 
+def rehearse() -> None:
+    """Runs what is here on the CPU instead, timed by the host's clock: it shows that the code works, and nothing else."""
+    global DEVICE
+    DEVICE = "cpu"
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=False, backend="inductor" if DEVICE == "cuda" else "eager")
+
+
 def copies(nbytes: int) -> int:
     """Sets of buffers of this size that fill the L2 cache four times, but no more than a graph should hold."""
+    if DEVICE == "cpu":
+        return 2
     l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     return max(2, min(64, -(-4 * l2 // nbytes)))
 
 
 def interleaved_graphs(contestants: dict[str, Call], sets: int, seconds: float, least: int = 10) -> dict[str, float]:
     """Median milliseconds of each contestant's call on the device; they run in turn, about ``seconds`` in all."""
+    if DEVICE == "cpu":
+        return measure.interleaved({name: partial(run, 0) for name, run in contestants.items()}, 0.0, least=1)
     graphs = {}
     for name, run in contestants.items():
         for i in range(max(sets, 3)):  # compiled, if it is to be
@@ -98,13 +114,14 @@ def _record(
     }
 
 
-def _ctu(case: ctu.Case, dtype: str, seconds: float) -> dict[str, Any]:
+def ctu_row(case: ctu.Case, dtype: str, seconds: float, inductor: bool = True) -> dict[str, Any]:
+    """A row of the table. inductor: whether compiled contestants take part, which take seconds to compile."""
     channels, dim = case.shape[case.channel_dim], case.channel_dim
-    x = case.sample(DTYPES[dtype]).cuda()
+    x = case.sample(DTYPES[dtype]).to(DEVICE)
     sets = copies(4 * x.nbytes)
     xs, ups = ([torch.empty_like(x).copy_(x.roll(i)) for i in range(sets)] for _ in range(2))
     leaves, out = [t.clone().requires_grad_() for t in xs], [torch.empty_like(x) for _ in range(sets)]
-    raw = [torch.randn(channels, device="cuda").requires_grad_() for _ in range(2)]
+    raw = [torch.randn(channels, device=DEVICE).requires_grad_() for _ in range(2)]
     view = [-1 if d == dim else 1 for d in range(x.dim())]
 
     def ours(t: Tensor) -> Tensor:
@@ -117,27 +134,32 @@ def _ctu(case: ctu.Case, dtype: str, seconds: float) -> dict[str, Any]:
     functions = {
         **_by_backend(ours),
         "official": official,
-        "official compiled": torch.compile(official, dynamic=False),
+        **({"official compiled": compiled(official)} if inductor else {}),
         "relu": F.relu,
+        "silu": F.silu,
     }
     ctu._gate(ours(x).cpu(), x.cpu(), [r.detach().cpu() for r in raw], view)
-    forward, both = _calls(functions, xs, leaves, ups, lambda name: [] if name == "relu" else raw)
+    forward, both = _calls(functions, xs, leaves, ups, lambda name: [] if name in ("relu", "silu") else raw)
     return _record("ctu", case.name, dtype, x, {"copy": lambda i: out[i].copy_(xs[i]), **forward}, both, sets, seconds)
 
 
-def _head_edit(name: str, lead: tuple[int, int], dtype: str, seconds: float) -> dict[str, Any]:
+def head_edit_row(
+    name: str, lead: tuple[int, int], dtype: str, seconds: float, inductor: bool = True
+) -> dict[str, Any]:
+    """As :func:`ctu_row`."""
     heads, dim = head_edit.HEADS, head_edit.HEAD_DIM
-    z = torch.randn(*lead, heads * dim, device="cuda").to(DTYPES[dtype])
+    z = torch.randn(*lead, heads * dim, device=DEVICE).to(DTYPES[dtype])
     sets = copies(4 * z.nbytes)
     zs, ups = ([z.roll(i) for i in range(sets)] for _ in range(2))
     leaves, out = [t.clone().requires_grad_() for t in zs], [torch.empty_like(z) for _ in range(sets)]
     shapes = ((heads, dim), (heads, dim), (heads,), (heads,))
-    parameters = [torch.randn(shape, device="cuda").requires_grad_() for shape in shapes]
-    row = torch.randn(heads * dim, device="cuda").to(z.dtype)
+    parameters = [torch.randn(shape, device=DEVICE).requires_grad_() for shape in shapes]
+    row = torch.randn(heads * dim, device=DEVICE).to(z.dtype)
     torch._dynamo.reset()
-    compiled = torch.compile(head_edit.reference, dynamic=False)
     ours = _by_backend(ctkernels.functional.head_edit)
-    edits = {**ours, "official": head_edit.official, "reference compiled": compiled}
+    edits = {**ours, "official": head_edit.official}
+    if inductor:
+        edits["reference compiled"] = compiled(head_edit.reference)
     head_edit._gate(z.cpu(), [p.detach().cpu() for p in parameters])
     functions: dict[str, Callable[[Tensor], Tensor]] = {n: lambda t, f=f: f(t, *parameters) for n, f in edits.items()}
     functions["mul"] = lambda t: t * row
@@ -155,16 +177,16 @@ def _by_backend(function: Callable[..., Tensor]) -> dict[str, Callable[..., Tens
 
         return call
 
-    names = [b.name for b in backends.BACKENDS.values() if b.device == "cuda" and b.missing is None]
+    names = [b.name for b in backends.BACKENDS.values() if b.device == DEVICE and b.missing is None]
     return {OURS: function} | {f"{OURS}, {name}": forced(name) for name in names[1:]}
 
 
 def call_overhead() -> dict[str, float]:
     """Microseconds of the host for a call on next to nothing, as networks of small batches pay it."""
-    x, dy = (torch.randn(16, device="cuda") for _ in range(2))
-    z, dz = (torch.randn(1, 256, device="cuda") for _ in range(2))
-    beta = torch.full((16,), 0.9, device="cuda", requires_grad=True)
-    m, a = (torch.randn(4, 64, device="cuda", requires_grad=True) for _ in range(2))
+    x, dy = (torch.randn(16, device=DEVICE) for _ in range(2))
+    z, dz = (torch.randn(1, 256, device=DEVICE) for _ in range(2))
+    beta = torch.full((16,), 0.9, device=DEVICE, requires_grad=True)
+    m, a = (torch.randn(4, 64, device=DEVICE, requires_grad=True) for _ in range(2))
     units = _by_backend(lambda t: ctkernels.functional.ctu(t, beta, channel_dim=0))
     edits = _by_backend(lambda t: ctkernels.functional.head_edit(t, m, a))
     forward: dict[str, Callable[[], Any]] = {}
@@ -180,7 +202,7 @@ def call_overhead() -> dict[str, float]:
         add(f"ctu, {name}", unit, x, dy, beta)
     for name, edit in edits.items():
         add(f"head_edit, {name}", edit, z, dz, m, a)
-    logits, up = (torch.randn(2 * head_edit.HEADS, device="cuda") for _ in range(2))
+    logits, up = (torch.randn(2 * head_edit.HEADS, device=DEVICE) for _ in range(2))
     gates = _by_backend(lambda t: ctkernels.functional.hard_concrete(t, training=True))
     for name, gate in (gates | {"composed": measure.composed(gates[OURS])}).items():
         add(f"gates, {name}", gate, logits, up)
@@ -214,10 +236,10 @@ def run(ops: list[str], dtypes: list[str], quick: bool, seconds: float, only: st
     for dtype in dtypes:
         if "ctu" in ops:
             units = ctu.QUICK if quick else ctu.CASES
-            records += [_ctu(case, dtype, seconds) for case in units if only in case.name]
+            records += [ctu_row(case, dtype, seconds) for case in units if only in case.name]
         if "head_edit" in ops:
             edits = head_edit.CASES[1:2] if quick else head_edit.CASES
-            records += [_head_edit(name, lead, dtype, seconds) for name, lead in edits if only in name]
+            records += [head_edit_row(name, lead, dtype, seconds) for name, lead in edits if only in name]
         print(f"{dtype} done", file=sys.stderr)
     return records
 

@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -219,6 +220,8 @@ def provenance() -> dict[str, Any]:
     """The command, the revision and the machine: what it takes to repeat a measurement."""
 
     def git(*args: str) -> str:
+        if shutil.which("git") is None:
+            return ""
         out = subprocess.run(["git", *args], capture_output=True, text=True, check=False)
         return out.stdout.strip()
 

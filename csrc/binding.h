@@ -35,17 +35,25 @@ DType dtype_of(const Tensor& t) {
   }
 }
 
+// A number of the call: kernels take its value as an argument, wherever x is.
+bool is_number(const Tensor& t) { return t.dim() == 0 && t.is_cpu(); }
+
 // A parameter of the driver; replaces `t` by a contiguous copy if needed, which keeps that alive.
-Param param_of(std::optional<Tensor>& t, double fallback) {
+Param param_of(std::optional<Tensor>& t, double fallback, const Tensor& x) {
   Param p;
   p.fallback = fallback;
   if (!t) return p;
+  STD_TORCH_CHECK(is_number(*t) || t->is_cpu() == x.is_cpu(), "ctkernels: parameters are where the first argument is, or 0-d on the CPU");
   if (!t->is_contiguous()) t = torch::stable::contiguous(*t);
   const auto type = t->scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "ctkernels: parameters are float32 or float64");
   STD_TORCH_CHECK(t->dim() <= 2, "ctkernels: parameters have at most two dimensions");
   p.data = t->const_data_ptr();
   p.is_double = type == ScalarType::Double;
+  if (is_number(*t)) {
+    p.fallback = p.is_double ? *static_cast<const double*>(p.data) : double(*static_cast<const float*>(p.data));
+    p.data = nullptr, p.is_number = true;
+  }
   p.groups = t->dim() == 2 ? t->size(0) : 1;
   p.count = t->dim() == 0 ? 1 : t->size(t->dim() - 1);
   return p;
@@ -159,8 +167,10 @@ class Channelwise {
     };
     if (mask & 1) allocate(result_like(call.x_), out.dx);
     for (int i = 0; i < kParams; ++i)
-      if (call.params_[i] && mask >> (1 + i) & 1)
+      if (call.params_[i] && mask >> (1 + i) & 1) {
+        STD_TORCH_CHECK(call.params_[i]->is_cpu() == call.x_.is_cpu(), "ctkernels: a number has no gradient");
         allocate(torch::stable::new_empty(*call.params_[i], call.params_[i]->sizes()), out.params[i]);
+      }
     if (call.residual_ && mask >> (1 + kParams) & 1) allocate(result_like(call.x_), out.dresidual);
     if (call.factor_ && mask >> (1 + kParams) & 1) allocate(result_like(call.x_), out.dfactor);
     if (call.in_.view.packed && out.dx) out.dfactor = static_cast<char*>(out.dx) + call.half();
@@ -188,7 +198,7 @@ class Channelwise {
     for (int i = 0; i < kParams; ++i) {
       const std::optional<double> fallback = parameter_of<Op>(i).fallback;
       params_[i] = fallback ? arguments.next<std::optional<Tensor>>() : arguments.next<Tensor>();
-      in_.params[i] = param_of(params_[i], fallback.value_or(0.0));
+      in_.params[i] = param_of(params_[i], fallback.value_or(0.0), x_);
       shared = shared && in_.params[i].count == 1;
       per_group = per_group || in_.params[i].groups > 1;
     }

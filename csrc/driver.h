@@ -76,10 +76,13 @@ Kernel kernel_of(typename Op::Variant variant);
 // A parameter: `groups` rows of `count` values. Channel c reads value c / (channels / count): a count of 1 is shared by all
 // channels, the number of heads is one per head. Group g of the view reads row g % groups.
 struct Param {
-  const void* data = nullptr;  // null: absent; `fallback` for every channel
+  const void* data = nullptr;  // null: `fallback` for every channel
   bool is_double = false;
   int64_t groups = 1, count = 1;
   double fallback = 0.0;
+  bool is_number = false;  // `fallback` was given; otherwise it stands for an absent parameter
+
+  bool is_given() const { return data || is_number; }
 
   int64_t index(int64_t g, int64_t c, int64_t channels) const {
     return (g % groups) * count + (count == channels ? c : c / (channels / count));

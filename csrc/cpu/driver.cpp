@@ -53,8 +53,8 @@ struct CallContext {
         size(size_of(in.dtype)),
         native(in.dtype == (sizeof(T) == 8 ? DType::kDouble : DType::kFloat)) {
     if constexpr (Op::kPrologue) {
-      has_scale = in.params[Op::kParams].data;
-      prologue = in.residual || has_scale || in.params[Op::kParams + 1].data;
+      has_scale = in.params[Op::kParams].is_given();
+      prologue = in.residual || has_scale || in.params[Op::kParams + 1].is_given();
     }
   }
 

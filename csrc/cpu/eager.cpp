@@ -253,7 +253,7 @@ struct EagerCall {
   }
   void set_parameter_or_number(int i, PyObject* object, bool in_unit_interval) {
     if (!PyFloat_CheckExact(object)) return set_parameter(i, object, channels);
-    in.params[i].fallback = PyFloat_AsDouble(object);
+    in.params[i].fallback = PyFloat_AsDouble(object), in.params[i].is_number = true;
     require(!in_unit_interval || is_unit_interval(in.params[i].fallback));
   }
   void set_residual(PyObject* object) {
@@ -315,7 +315,7 @@ struct EagerCall {
       allocate(1 + i, params[i].contiguous_like(), out.params[i]);
     }
     // Without a scale, x and the residual have the same gradient.
-    const bool added = Op::kPrologue && needed(kInputs - 1), same = added && out.dx && !in.params[Op::kParams].data;
+    const bool added = Op::kPrologue && needed(kInputs - 1), same = added && out.dx && !in.params[Op::kParams].is_given();
     require(!added || residual);
     if (added && !same) allocate(kInputs - 1, x.like(), out.dresidual);
     {

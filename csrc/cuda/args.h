@@ -6,7 +6,7 @@ namespace ctk::cuda {
 
 // `rows` x `count` values: channel c of group g reads value (g % rows) * count + c / run.
 struct ParamRef {
-  const void* data;  // null: absent; `fallback` for every channel
+  const void* data;  // null: `fallback` for every channel
   double fallback;
   uint32_t rows, count, run;
   bool is_double;

@@ -81,7 +81,7 @@ struct Call {
     args.x = in.x, args.residual = in.residual, args.factor = in.factor, args.attributes = attributes;
     for (int i = 0; i < kParamsOf<Op>; ++i) args.params[i] = reference(in.params[i], v.channels);
     bool plain = info_of(kernel).plain;
-    if constexpr (Op::kPrologue) plain = plain && !in.residual && !in.params[Op::kParams].data && !in.params[Op::kParams + 1].data;
+    if constexpr (Op::kPrologue) plain = plain && !in.residual && !in.params[Op::kParams].is_given() && !in.params[Op::kParams + 1].is_given();
     const char* form = !p.vector ? "_scalar" : plain ? "_plain" : "_vector";
     suffix = std::string(type_name(in.dtype)) + (p.plane ? "_plane" : "_lanes") + form;
     if constexpr (Op::kTable > 0) {

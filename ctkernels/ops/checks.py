@@ -126,9 +126,13 @@ def parameter(op: str, name: str, value: float | Tensor, x: Tensor, channel_dim:
 
 
 def scalar_tensor(value: float, x: Tensor) -> Tensor:
-    """``value`` on x's device, in the widest dtype it has: 1 - beta keeps every digit the user wrote."""
+    """``value`` as the ops take a number, in float64 where there is one: then 1 - beta keeps every digit the user wrote.
+
+    An eager call's number stays on the CPU: kernels take its value as an argument, and nothing is copied or filled on x's
+    device. Traced and compiled code has it on that device, since a CPU tensor in a program keeps it out of CUDA graphs.
+    """
     if (
-        x.is_cpu
+        (x.is_cpu or x.is_cuda)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0

@@ -17,7 +17,7 @@ NO_CHANNEL = -1
 
 
 def broadcast(param: Tensor, x: Tensor, channel_dim: int) -> Tensor:
-    """``param`` with dimensions that broadcast against ``x``."""
+    """``param`` on x's device, with dimensions that broadcast against ``x``."""
     shape = [1] * x.dim()
     count = param.shape[-1] if param.dim() else 1
     if channel_dim != NO_CHANNEL and count != 1:
@@ -29,7 +29,7 @@ def broadcast(param: Tensor, x: Tensor, channel_dim: int) -> Tensor:
         if param.shape[0] not in (1, x.shape[0]):
             param = param.repeat(x.shape[0] // param.shape[0], 1)
         shape[0] = param.shape[0]
-    return param.reshape(shape)
+    return param.reshape(shape).to(x.device)
 
 
 def reduce(values: Tensor, param: Tensor, channel_dim: int) -> Tensor:

@@ -71,6 +71,18 @@ def test_gates_from_a_generator() -> None:
     torch.testing.assert_close(found.cpu(), hard_concrete(log_alpha.cuda(), training=True, noise=noise.cuda()).cpu())
 
 
+def test_numbers_take_no_launch() -> None:
+    x = torch.randn(1000, device="cuda")
+    ctu(x, 0.9)  # compiled before
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        ctu(x, 0.8)
+        torch.cuda.synchronize()
+    launched = [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(launched) == 1, launched
+    torch.testing.assert_close(ctu(x, 0.8).cpu(), ctu(x.cpu(), 0.8), rtol=1e-5, atol=1e-6)
+
+
 def test_every_replay_draws_other_gates() -> None:
     log_alpha = torch.zeros(500, device="cuda")
     hard_concrete(log_alpha, training=True)  # compiled before the capture

@@ -211,6 +211,8 @@ def _complete_counted(m: Machine, block: int, number: int, count: int) -> None:
         joined = np.maximum(joined, m.order.contribution(block, int(w)))
     for w in warps:
         m.order.release(block, int(w), joined)
+    if m.order.between is not None:
+        m.order.between.join(map(int, lanes))
     m.arrived.pop((block, number), None)
     _release(m, lanes)
 
@@ -298,7 +300,7 @@ def warp_barrier(i: Instruction) -> Collective:
 
 @handles("membar fence")
 def fence(i: Instruction) -> Step:
-    """Memory fences: they order the accesses of their block for what other blocks see."""
+    """Memory fences: they order what their thread has done and seen for what other blocks see."""
     i.arity(0)
     if i.flag("proxy"):
         i.need("alias", "async", "async.global", "async.shared::cta")
@@ -308,12 +310,12 @@ def fence(i: Instruction) -> Step:
     else:
         i.choice("sc", "acq_rel")
         i.need("cta", "gpu", "sys", "cluster")
-    narrow = "cta" in i.statement.modifiers
+    narrow, sequential = "cta" in i.statement.modifiers, i.opcode == "membar" or "sc" in i.statement.modifiers
     i.program.between_blocks |= not narrow
 
     def step(m: Machine) -> None:
         if not narrow:
-            m.order.fence(np.unique(m.local_block[m.ids]))
+            m.order.fence(m.ids, sequential)
 
     return step
 

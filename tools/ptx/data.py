@@ -88,12 +88,12 @@ def width(i: Instruction) -> int:
 
 
 def publish(m, places: np.ndarray, order: str) -> None:
-    """Tells the block order about strong accesses to these locations."""
-    if m.order.grid is None:
+    """Tells the order between blocks about strong accesses to these locations."""
+    if m.order.between is None:
         return
     acquire, release = order in ("acquire", "acq_rel"), order in ("release", "acq_rel")
     for lane, where in zip(m.ids, np.broadcast_to(places, (m.n,))):
-        m.order.atomic(int(m.local_block[lane]), m.launch.location(int(where)), release, acquire)
+        m.order.strong(int(lane), m.launch.location(int(where)), release, acquire)
 
 
 @handles("ld ldu", ALL)

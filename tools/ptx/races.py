@@ -2,14 +2,16 @@
 
 Time is a counter that steps at every synchronisation. `Order` keeps, for each pair of warps of a block, up to which
 time the one has seen the other's accesses (a barrier, or `bar.warp.sync` for a warp and itself), and for blocks that
-talk through fences and atomics, the same between blocks. An access conflicts with an earlier one of another thread
-unless its warp (block) has seen that time. Only the order the program guarantees counts, never the order in which the
+talk through fences and atomics, the same between threads (`between_blocks`). An access conflicts with an earlier one of
+another thread unless it has seen that time. Only the order the program guarantees counts, never the order in which the
 executor happened to run.
 """
 
 from __future__ import annotations
 
 import numpy as np
+
+from .between_blocks import BetweenBlocks
 
 NONE, SEVERAL, BLOCKS = -1, -2, -3  # a cell's reader: nobody, several threads of one block, several blocks
 
@@ -24,9 +26,7 @@ class Order:
         self.warps, self.first = warps, first_block
         self.seen = np.zeros((blocks, warps, warps), np.int64)  # [block, warp, other warp of the block]
         self.pairs: dict[int, np.ndarray] = {}  # per warp: [lane, other lane], for bar.warp.sync of a part
-        self.grid = np.zeros((blocks, grid_blocks), np.int64) if between_blocks else None
-        self.fenced = np.zeros((blocks, grid_blocks), np.int64) if between_blocks else None
-        self.incoming = np.zeros((blocks, grid_blocks), np.int64) if between_blocks else None
+        self.between = BetweenBlocks(blocks, 32 * warps, first_block, grid_blocks) if between_blocks else None
 
     def tick(self) -> int:
         """A new moment."""
@@ -36,6 +36,8 @@ class Order:
     def barrier(self, blocks: np.ndarray) -> None:
         """Whole blocks pass a barrier."""
         self.seen[blocks] = self.tick()
+        if self.between is not None:
+            self.between.barrier(int(b) for b in np.atleast_1d(blocks))
 
     def contribution(self, block: int, warp: int) -> np.ndarray:
         """What a warp brings to a barrier it arrives at: all it has seen and done so far."""
@@ -58,29 +60,33 @@ class Order:
             known = table[lanes].max(0)
             known[lanes] = now
             table[lanes] = np.maximum(table[lanes], known)
+        if self.between is not None:
+            for warp, lanes in zip(warps, members):
+                self.between.join(int(warp) * 32 + int(lane) for lane in np.flatnonzero(lanes))
 
     # -- between blocks
 
-    def fence(self, blocks: np.ndarray) -> None:
-        """A fence: later atomics of these blocks publish what came before, earlier ones take effect."""
-        if self.grid is None:
-            return
-        now = self.tick()
-        self.grid[blocks] = np.maximum(self.grid[blocks], self.incoming[blocks])
-        self.fenced[blocks] = self.grid[blocks]
-        self.fenced[blocks, blocks + self.first] = now
+    def _seen_by(self, lane: int) -> np.ndarray:
+        """Up to which time a thread has seen each lane of its block."""
+        block, warp = lane // (32 * self.warps), lane // 32 % self.warps
+        seen = np.repeat(self.seen[block, warp], 32)
+        table = self.pairs.get(lane // 32)
+        if table is not None:
+            own = slice(32 * warp, 32 * warp + 32)
+            seen[own] = np.maximum(seen[own], table[lane % 32])
+        return seen
 
-    def atomic(self, block: int, where: np.ndarray, release: bool, acquire: bool) -> None:
-        """A strong access to a location whose published knowledge is the row `where`; updates both."""
-        self.incoming[block] = np.maximum(self.incoming[block], where)
-        if acquire:
-            self.grid[block] = np.maximum(self.grid[block], where)
-        if release:
-            own = self.grid[block].copy()
-            own[block + self.first] = self.tick()
-            np.maximum(where, own, out=where)
-        else:
-            np.maximum(where, self.fenced[block], out=where)
+    def fence(self, lanes: np.ndarray, sequential: bool) -> None:
+        """A fence, by each of these lanes."""
+        if self.between is not None:
+            now = self.tick()
+            for lane in map(int, lanes):
+                self.between.fence(lane, self._seen_by(lane), now, sequential)
+
+    def strong(self, lane: int, published: np.ndarray, release: bool, acquire: bool) -> None:
+        """A strong access of a lane to a location whose published knowledge is a row; updates that."""
+        assert self.between is not None
+        self.between.access(lane, self._seen_by(lane), self.tick(), published, release, acquire)
 
 
 class Shadow:
@@ -112,9 +118,9 @@ class Shadow:
                     if table is not None and table[mine[k] % 32, theirs[k] % 32] > time[same][k]:
                         late[k] = False
             out[same] = late
-        if order.grid is not None and not same.all():
+        if order.between is not None and not same.all():
             d = ~same
-            out[d] = order.grid[block[d] - order.first, other_block[d]] <= time[d]
+            out[d] = order.between.knows(me[d], other[d]) <= time[d]
         return out & (me != other)
 
     def _readers_unordered(self, order: Order, cells: np.ndarray, me: np.ndarray) -> np.ndarray:
@@ -134,14 +140,16 @@ class Shadow:
                 stale = order.seen[b, w] <= self.read[c[same], None]
                 bits = (stale * (np.uint32(1) << np.arange(order.warps, dtype=np.uint32))).sum(1).astype(np.uint32)
                 late[same] = bits & self.read_warps[c[same]] != 0
-            if order.grid is not None and not same.all():
-                d = ~same
-                late[d] = order.grid[t[d] // self.lanes - order.first, self.read_block[c[d]]] <= self.read[c[d]]
+            if order.between is not None and not same.all():
+                for k in np.flatnonzero(~same):  # which lanes of a warp have read is not known: all of them
+                    warps = np.flatnonzero(self.read_warps[c[k]] >> np.arange(order.warps, dtype=np.uint32) & 1)
+                    lanes = (self.read_block[c[k]] * self.lanes + 32 * warps[:, None] + np.arange(32)).reshape(-1)
+                    late[k] = (order.between.knows(np.repeat(t[k], len(lanes)), lanes) <= self.read[c[k]]).any()
             out[several] = late
         blocks = reader == BLOCKS
-        if blocks.any():
-            out[blocks] = True if order.grid is None else (order.grid.max(1)[me[blocks] // self.lanes - order.first]
-                                                           <= self.read[cells[blocks]])  # fmt: skip
+        for k in np.flatnonzero(blocks):  # nor which blocks: one of them
+            row = None if order.between is None else order.between.known.of(int(me[k]) - order.between.first)
+            out[k] = row is None or row.max() <= self.read[cells[k]]
         return out
 
     def check_writer(self, order: Order, cells: np.ndarray, me: np.ndarray, strength: int) -> np.ndarray | None:

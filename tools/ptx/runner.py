@@ -120,9 +120,9 @@ class Run:
         return self._shadows[buffer.base]
 
     def location(self, address: int) -> np.ndarray:
-        """What atomics at an address have published: per block of the grid, a time."""
+        """What strong accesses to an address have published: for every thread of the grid, a time."""
         if address not in self._locations:
-            self._locations[address] = np.zeros(self.grid_blocks, np.int64)
+            self._locations[address] = np.zeros(self.grid_blocks * self.lanes_per_block, np.int64)
         return self._locations[address]
 
     def execute(self) -> Run:

@@ -44,22 +44,38 @@ def kernels() -> dict[str, list[str]]:
 
 
 @lru_cache(maxsize=32)
-def _cubin(dtype: str, sm: int) -> bytes:
+def _cubin(names: tuple[str, ...], file: Path, options: tuple[str, ...], sm: int) -> bytes:
+    """These kernels of a file, compiled."""
     compiler = nvcc()
     if compiler is None:
         raise FileNotFoundError("nvcc: install the CUDA toolkit, or set CUDA_HOME")
-    select = f'-DCTK_SELECT=" {" ".join(kernels()[dtype])} "'
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.cubin"
-        command = [compiler, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", f"-arch=sm_{sm}", select]
-        command += [f"-DCTK_DTYPE={dtype}", str(CUDA / "channelwise.cu")]
+        command = [compiler, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", f"-arch=sm_{sm}", *options]
+        command += [f'-DCTK_SELECT=" {" ".join(names)} "', str(file)]
         subprocess.run([*command, "-o", str(out)], check=True)
         return out.read_bytes()
 
 
+def listings(names: tuple[str, ...], sm: int) -> dict[str, sass.Listing]:
+    """The machine code of kernels, by name."""
+    from cuda_recorder import source
+
+    by_source: dict[tuple[Path, tuple[str, ...]], list[str]] = {}
+    for name in names:
+        file, options = source(name)
+        by_source.setdefault((file, tuple(options)), []).append(name)
+    return {
+        name: sass.disassemble(_cubin(tuple(group), file, options, sm), name)
+        for (file, options), group in by_source.items()
+        for name in group
+    }
+
+
 def cost(dtype: str, kernel: str, sm: int) -> Cost:
     """Of the loop that moves the tensors, which the kernel spends its time in."""
-    listing = sass.disassemble(_cubin(dtype, sm), kernel)
+    cubin = _cubin(tuple(kernels()[dtype]), CUDA / "channelwise.cu", (f"-DCTK_DTYPE={dtype}",), sm)
+    listing = sass.disassemble(cubin, kernel)
     loops = [
         (a, b)
         for a, b in listing.loops

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
@@ -71,8 +72,9 @@ class Listing:
         return sorted(found, key=len)[-1 if outermost else 0] if found else self.instructions
 
 
-def disassemble(cubin: bytes, function: str | None = None) -> Listing:
-    """``function``: which of several kernels; None if there is only one."""
+@lru_cache(maxsize=8)
+def _dump(cubin: bytes) -> tuple[str, str]:
+    """What NVIDIA's tools say of a cubin: the resources of its kernels, and their code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -81,7 +83,12 @@ def disassemble(cubin: bytes, function: str | None = None) -> Listing:
             done = subprocess.run([_tool(tool), option, file.name], capture_output=True, text=True, check=True)
             return done.stdout
 
-        usage, text = run("cuobjdump", "-res-usage"), run("nvdisasm", "-c")
+        return run("cuobjdump", "-res-usage"), run("nvdisasm", "-c")
+
+
+def disassemble(cubin: bytes, function: str | None = None) -> Listing:
+    """``function``: which of several kernels; None if there is only one."""
+    usage, text = _dump(cubin)
     if function is not None:
         usage = re.search(rf"Function {function}:\s+(.*)", usage)[1]  # type: ignore[index]
         text = re.search(rf"^\.text\.{function}:$.*?(?=^\.text\.|\Z)", text, re.M | re.S)[0]  # type: ignore[index]

@@ -88,10 +88,14 @@ def _rank(sum_mask: int, i: int) -> int:
 
 
 @triton.jit
-def _param(p, g, c, channels, mask, fallback: tl.constexpr, rows: tl.constexpr, run: tl.constexpr):
-    """Loads a parameter for channel c of group g. run: channels that share a value; 0: all of them. rows: group g uses row
-    g % rows; 0: a row per group."""
-    if p is None:
+def _param(
+    p, v, g, c, channels, mask, number: tl.constexpr, fallback: tl.constexpr, rows: tl.constexpr, run: tl.constexpr
+):
+    """Loads a parameter for channel c of group g: v if it is a number of the call, ``fallback`` if it is absent. run: channels
+    that share a value; 0: all of them. rows: group g uses row g % rows; 0: a row per group."""
+    if number:
+        return (c * 0).to(tl.float64) + v
+    elif p is None:
         return (c * 0).to(tl.float32) + fallback
     else:
         at = c * 0
@@ -103,13 +107,16 @@ def _param(p, g, c, channels, mask, fallback: tl.constexpr, rows: tl.constexpr, 
 
 
 @triton.jit
-def _params(p0, p1, p2, p3, p4, g, c, channels, mask, FALLBACKS: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr):
+def _params(
+    p0, p1, p2, p3, p4, v0, v1, v2, v3, v4, g, c, channels, mask,
+    NUMBERS: tl.constexpr, FALLBACKS: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
     return (
-        _param(p0, g, c, channels, mask, FALLBACKS[0], ROWS[0], RUNS[0]),
-        _param(p1, g, c, channels, mask, FALLBACKS[1], ROWS[1], RUNS[1]),
-        _param(p2, g, c, channels, mask, FALLBACKS[2], ROWS[2], RUNS[2]),
-        _param(p3, g, c, channels, mask, FALLBACKS[3], ROWS[3], RUNS[3]),
-        _param(p4, g, c, channels, mask, FALLBACKS[4], ROWS[4], RUNS[4]),
+        _param(p0, v0, g, c, channels, mask, NUMBERS >> 0 & 1, FALLBACKS[0], ROWS[0], RUNS[0]),
+        _param(p1, v1, g, c, channels, mask, NUMBERS >> 1 & 1, FALLBACKS[1], ROWS[1], RUNS[1]),
+        _param(p2, v2, g, c, channels, mask, NUMBERS >> 2 & 1, FALLBACKS[2], ROWS[2], RUNS[2]),
+        _param(p3, v3, g, c, channels, mask, NUMBERS >> 3 & 1, FALLBACKS[3], ROWS[3], RUNS[3]),
+        _param(p4, v4, g, c, channels, mask, NUMBERS >> 4 & 1, FALLBACKS[4], ROWS[4], RUNS[4]),
     )
 
 
@@ -175,18 +182,19 @@ def _add(total, term, SUM_MASK: tl.constexpr, i: tl.constexpr):
 
 
 def channelwise_kernel(
-    x, residual, factor, dy, out, dresidual, dfactor, partial, p0, p1, p2, p3, p4, d0, d1, d2, d3, d4,
+    x, residual, factor, dy, out, dresidual, dfactor, partial, p0, p1, p2, p3, p4,
+    v0: tl.float64, v1: tl.float64, v2: tl.float64, v3: tl.float64, v4: tl.float64, d0, d1, d2, d3, d4,
     channels, inner, row_units, rows, row_cuts, rows_per, col_cuts, cols_per, group_units,
-    ATTRS: tl.constexpr, FALLBACKS: tl.constexpr, PROLOGUE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, RUNS: tl.constexpr, SUM_MASK: tl.constexpr, PACKED: tl.constexpr,
+    ATTRS: tl.constexpr, NUMBERS: tl.constexpr, FALLBACKS: tl.constexpr, PROLOGUE: tl.constexpr, FACTOR: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr, SUM_MASK: tl.constexpr, PACKED: tl.constexpr,
     PLANE: tl.constexpr, WRAP: tl.constexpr, UNIT: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """out = op(x) or, with ``dy``, the gradient of x. SUM_MASK: the sums to compute, stored to ``partial``; if that is null, this
     program sees all of a channel and writes the parameter gradients, d0 to d4. Null outputs are not computed. PACKED: rows of
     x and of the factor alternate, and so do those of their gradients."""
     DOUBLES: tl.constexpr = PRECISION == 2
-    HAS_SCALE: tl.constexpr = PROLOGUE and p3 is not None
-    HAS_SHIFT: tl.constexpr = PROLOGUE and p4 is not None
+    HAS_SCALE: tl.constexpr = PROLOGUE and (p3 is not None or NUMBERS >> 3 & 1 == 1)
+    HAS_SHIFT: tl.constexpr = PROLOGUE and (p4 is not None or NUMBERS >> 4 & 1 == 1)
     inner_units = inner // UNIT if PLANE else inner
     g, plane, row_cut, slot, begin, end, first, last = _tile(
         channels, inner_units, row_units, rows, row_cuts, rows_per, col_cuts, cols_per, PLANE, UNIT
@@ -195,7 +203,7 @@ def channelwise_kernel(
     cols = begin * UNIT + lane
     c = _channel(plane, cols, channels, inner, PLANE, WRAP, UNIT)
     known = c < channels
-    p = _params(p0, p1, p2, p3, p4, g, c, channels, known, FALLBACKS, ROWS, RUNS)
+    p = _params(p0, p1, p2, p3, p4, v0, v1, v2, v3, v4, g, c, channels, known, NUMBERS, FALLBACKS, ROWS, RUNS)
     k = precompute(p, PRECISION, ATTRS)
     scale, shift = _number(p[3], DOUBLES), _number(p[4], DOUBLES)
     zero = tl.zeros([LANES], tl.float64 if DOUBLES else tl.float32)
@@ -290,9 +298,10 @@ def _total(total, partial, at, length, live, SUM_MASK: tl.constexpr, i: tl.const
 
 
 def reduce_partials_kernel(
-    partial, p0, p1, p2, p3, p4, d0, d1, d2, d3, d4,
+    partial, p0, p1, p2, p3, p4,
+    v0: tl.float64, v1: tl.float64, v2: tl.float64, v3: tl.float64, v4: tl.float64, d0, d1, d2, d3, d4,
     channels, inner, length, slots, repeat,
-    ATTRS: tl.constexpr, FALLBACKS: tl.constexpr,
+    ATTRS: tl.constexpr, NUMBERS: tl.constexpr, FALLBACKS: tl.constexpr,
     ROWS: tl.constexpr, RUNS: tl.constexpr, SUM_MASK: tl.constexpr, TERMS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """partial[group, slot, sum, repeat, channel, inner] -> gradients[group, channel]. TERMS x LANES: terms x channels."""
@@ -329,7 +338,7 @@ def reduce_partials_kernel(
         tl.sum(s[5], 0),
         tl.sum(s[6], 0),
     )
-    p = _params(p0, p1, p2, p3, p4, g, c, channels, known, FALLBACKS, ROWS, RUNS)
+    p = _params(p0, p1, p2, p3, p4, v0, v1, v2, v3, v4, g, c, channels, known, NUMBERS, FALLBACKS, ROWS, RUNS)
     _store(d0, d1, d2, d3, d4, parameter_gradients(p, sums, ATTRS), g * channels + c, known)
 
 

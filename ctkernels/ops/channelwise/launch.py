@@ -51,6 +51,10 @@ class _Operands:
         spare = PARAMS - count
         self.math, self.x, self.view, self.attrs = math, x, view, tuple(attrs[1:])
         self.params = [*params, *[None] * spare]
+        numbers = [p is not None and p.dim() == 0 and p.is_cpu for p in self.params]
+        self.numbers = sum(1 << i for i, number in enumerate(numbers) if number)
+        self.pointers = [None if number else p for p, number in zip(self.params, numbers)]
+        self.values = [p.item() if number else 0.0 for p, number in zip(self.params, numbers)]
         self.rows = (*[0 if 1 < r == view.groups else r for r in rows], *[1] * spare)
         self.runs = (*[view.channels // v if v > 1 else 0 for v in values], *[0] * spare)
         second = None if second is None else layout.laid_out_like(second, x)
@@ -68,15 +72,17 @@ class _Operands:
         return dy.contiguous() if self.view.packed else layout.laid_out_like(dy, self.x)
 
     def args(self) -> dict[str, Any]:
-        return _numbered("p", self.params)
+        """Pointers to the parameters, and the values of those that are numbers of the call: 0-d, on the CPU."""
+        return _numbered("p", self.pointers) | _numbered("v", self.values)
 
     def meta(self) -> dict[str, Any]:
         """The constexpr arguments of kernels that read parameters."""
-        return {"ATTRS": self.attrs, "FALLBACKS": self.math.fallbacks, "ROWS": self.rows, "RUNS": self.runs}
+        meta = {"ATTRS": self.attrs, "FALLBACKS": self.math.fallbacks, "NUMBERS": self.numbers}
+        return meta | {"ROWS": self.rows, "RUNS": self.runs}
 
 
-def _numbered(letter: str, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
-    return {f"{letter}{i}": t for i, t in enumerate(tensors)}
+def _numbered(letter: str, values: Sequence[Any]) -> dict[str, Any]:
+    return {f"{letter}{i}": value for i, value in enumerate(values)}
 
 
 def _forward(op: Op, math: Math, *args: Any) -> Tensor:

@@ -132,14 +132,42 @@ st.shared.u32 [0], %r1;
 $join: bar.sync 0;
 ld.shared.u32 %r1, [0]; setp.ne.u32 %p1, %r1, 1;
 @%p1 exit;
-fence.acq_rel.gpu;
+fence.sc.gpu;
 ld.global.u32 %r2, [%in0]; ld.global.u32 %r3, [%in0+4]; add.u32 %r2, %r2, %r3;"""
 replaced("last block without the release fence", "race", LAST, "membar.gl;", "", shared=4, **two)
-replaced("last block without the acquire fence", "race", LAST, "fence.acq_rel.gpu;", "", shared=4, **two)
-FLAGS = (
-    LAST.replace("membar.gl;", "").replace("fence.acq_rel.gpu;", "").replace("atom.global", "atom.acq_rel.gpu.global")
-)
+replaced("last block without the acquire fence", "race", LAST, "fence.sc.gpu;", "", shared=4, **two)
+# A barrier does not hand on what thread 0 has read to the fence.acq_rel of another thread.
+replaced("last block with a weaker fence", "race", LAST, "fence.sc.gpu;", "fence.acq_rel.gpu;", shared=4, **two)
+FLAGS = LAST.replace("membar.gl;", "").replace("fence.sc.gpu;", "").replace("atom.global", "atom.acq_rel.gpu.global")
 replaced("last block with relaxed atomics", "race", FLAGS, "atom.acq_rel.gpu", "atom.relaxed.gpu", shared=4, **two)
+# The same where every thread writes, and thread 0 takes the ticket for all.
+ALL = f"""mov.u32 %r60, %ctaid.x; mov.u32 %r5, %tid.x; setp.ne.u32 %p0, %r5, 0;
+{AT} st.global.u32 [%at], %i;
+membar.gl;
+bar.sync 0;
+@%p0 bra $join;
+atom.global.add.u32 %r1, [%in1], 1;
+st.shared.u32 [0], %r1;
+$join: bar.sync 0;
+ld.shared.u32 %r1, [0]; setp.ne.u32 %p1, %r1, 1;
+@%p1 exit;
+membar.gl;
+mad.wide.u32 %at, %r5, 4, %in0; ld.global.u32 %r2, [%at]; ld.global.u32 %r3, [%at+128];"""
+FIRST = "membar.gl;\nbar.sync 0;\n@%p0"
+replaced("a ticket before all have written", "race", ALL, FIRST, "membar.gl;\n@%p0", shared=4, **two)
+OTHERS = ALL.replace(  # of two warps, the other one writes
+    f"{AT} st.global.u32 [%at], %i;",
+    "setp.lt.u32 %p1, %r5, 32; and.b32 %r5, %r5, 31; mad.lo.u32 %r6, %r60, 32, %r5; mad.wide.u32 %at, %r6, 4, %in0;"
+    "@!%p1 st.global.u32 [%at], %r6;",
+)
+replaced("a ticket after a barrier of its warp alone", "race", OTHERS, "bar.sync 0;\n@%p0", "bar.warp.sync -1;\n@%p0",
+         shared=4, grid=(2,), block=(64,))  # fmt: skip
+replaced(
+    "a weaker fence before a barrier", "race", ALL, FIRST, "fence.acq_rel.gpu;\nbar.sync 0;\n@%p0", shared=4, **two
+)
+twin("a weaker fence in another thread than the ticket", "race",
+     ALL.replace(FIRST, "bar.sync 0;\n@!%p0 bra $ticket; fence.acq_rel.gpu; $ticket:\n@%p0"),
+     ALL.replace(FIRST, "bar.sync 0;\n@%p0 bra $fenced; fence.acq_rel.gpu; $fenced:\n@%p0"), shared=4, **two)  # fmt: skip
 
 # -- barriers and warps
 

@@ -140,6 +140,25 @@ __global__ void histogram(const int* x, int* counts, unsigned long long* total, 
   __syncthreads();
   if (threadIdx.x < 16) atomicAdd(&counts[threadIdx.x], local[threadIdx.x]);
 }
+
+// The block that takes the last ticket adds up what every thread of every block has stored.
+__global__ void last_block(float* partial, float* out, unsigned* tickets) {
+  __shared__ unsigned ticket;
+  __stcg(partial + blockIdx.x * blockDim.x + threadIdx.x, float(threadIdx.x));
+  __threadfence();
+#ifndef NO_BARRIER
+  __syncthreads();  // the ticket is one for all threads
+#endif
+  if (threadIdx.x == 0) ticket = atomicInc(tickets, gridDim.x - 1);
+  __syncthreads();
+  if (ticket != gridDim.x - 1) return;
+#ifndef NO_FENCE
+  __threadfence();
+#endif
+  float sum = 0;
+  for (int i = 0; i < gridDim.x; ++i) sum += __ldcg(partial + i * blockDim.x + threadIdx.x);
+  out[threadIdx.x] = sum;
+}
 """
 
 
@@ -250,6 +269,21 @@ def test_cuda_pairs_calls_and_atomics(sm: int) -> None:
     run(load(ptx, "histogram"), [values, counts, total, 500], (4,), (128,))
     assert counts.tolist() == torch.bincount(values.long() % 16, minlength=16).tolist()
     assert total.item() == values.max().item()
+
+
+@needs_nvcc
+def test_cuda_last_block() -> None:
+    def sums(*options: str) -> tuple[torch.Tensor, int]:
+        out, tickets = torch.zeros(64), torch.zeros(1, dtype=torch.int32)
+        run(load(compile_cuda(CUDA, 90, options=options), "last_block"), [torch.zeros(256), out, tickets], (4,), (64,))
+        return out, tickets.item()
+
+    out, tickets = sums()
+    assert torch.equal(out, 4 * torch.arange(64.0))
+    assert tickets == 0  # ready for the next launch
+    for plant in ("NO_BARRIER", "NO_FENCE"):
+        with pytest.raises(Fault, match="race"):
+            sums(f"-D{plant}")
 
 
 @needs_nvcc

@@ -1,0 +1,608 @@
+"""Everything that a GPU can tell, in eight minutes: ``make gpu``, or ``python -m benchmarks.gpu``.
+
+From a clean checkout, on a machine with a GPU, torch, Triton and nvcc, without a network: builds for its architecture, holds the
+ops to float64, times them beside what a user would run instead and beside another revision, and compares with what was predicted.
+
+Stages stand in the order of their value; each is a process of its own with a time limit. Results are written after every record
+(``STAGE.json``) and joined after every stage (``gpu.json``, ``gpu.txt``): what is there when the machine is taken away can be
+used. ``--dry-run`` rehearses all of it without a GPU: tiny tensors on the CPU, and the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ctkernels._files import write_text
+from ctkernels.cli import option_types as types
+from ctkernels.cli.errors import OptionError, Parser, reported
+
+from . import ctu, ctu_and_mul, device, head_edit, measure
+from .report import table
+
+ROOT = Path(__file__).parents[1]
+OURS, DTYPES = device.OURS, ("bf16", "fp32")
+Records = Iterator[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage is run with. seconds: for each row of a table."""
+
+    out: Path
+    dry: bool
+    before: str
+    seconds: float
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    def shape(self, *sizes: int) -> tuple[int, ...]:
+        """In a rehearsal, a few values in every dimension."""
+        return tuple(min(n, 8) for n in sizes) if self.dry else sizes
+
+
+# ---- stages: each yields records ---------------------------------------------------------------------------------------
+
+
+BUILD = {"CTKERNELS_BUILD": "cuda", "CTKERNELS_CUDA_ARCHS": "native"}
+SETUP = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+
+
+def build(context: Context) -> Records:
+    """The extensions, for the GPU that is here. Those of the other revision are built at the same time, and waited for later."""
+    source = context.out / "before/source"
+    shutil.rmtree(source.parent, ignore_errors=True)
+    source.mkdir(parents=True)
+    archive = shutil.which("git") and subprocess.run(
+        ["git", "archive", context.before], cwd=ROOT, capture_output=True, check=False
+    )
+    if archive and archive.returncode == 0:
+        subprocess.run(["tar", "-x", "-C", str(source)], input=archive.stdout, check=True)
+        command = ["true"] if context.dry else ["nice", *SETUP]
+        script = 'if "$@" > log 2>&1; then touch built; else touch failed; fi'
+        process = subprocess.Popen(
+            ["sh", "-c", script, "sh", *command], cwd=source, env=os.environ | BUILD, start_new_session=True
+        )
+        (source / "group").write_text(str(process.pid))
+    else:
+        why = archive.stderr.decode().strip() if archive else "git is not installed"
+        (source / "log").write_text(f"git has no revision {context.before!r} here: {why}")
+        (source / "failed").touch()
+    start = time.perf_counter()
+    if not context.dry:
+        done = subprocess.run(SETUP, cwd=ROOT, env=os.environ | BUILD, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"the build failed: {done.stderr.strip()[-2000:]}")
+    command_line = " ".join([*(f"{k}={v}" for k, v in BUILD.items()), "python", *SETUP[1:]])
+    yield {"command": command_line, "built": not context.dry, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def check(context: Context) -> Records:
+    """Every op on every backend, held to float64 on a few of its samples."""
+    sys.path[:0] = [str(ROOT / "tests/helpers"), str(ROOT / "tools")]
+    from conformance import check_against_float64, outputs
+
+    import ctkernels
+    from ctkernels.ops import backends
+    from ctkernels.testing import samples
+
+    names = [b.name for b in backends.BACKENDS.values() if b.device == context.device and b.missing is None]
+    for dtype in DTYPES:
+        seen: dict[str, int] = {}
+        for sample in samples(device.DTYPES[dtype]):
+            op = sample.function.__name__
+            seen[op] = seen.get(op, 0) + 1
+            if seen[op] > (1 if context.dry else 4):
+                continue
+            moved = sample.map(lambda _, t: t.to(context.device))
+            moved.kwargs |= {k: v.to(context.device) for k, v in moved.kwargs.items() if isinstance(v, Tensor)}
+            for name in names:
+                record = {"op": op, "sample": sample.name, "dtype": dtype, "backend": name, "right": True, "why": ""}
+                try:
+                    with ctkernels.use_backend(name):
+                        found = {key: value.cpu() for key, value in outputs(moved).items()}
+                    check_against_float64(sample, found)
+                except Exception as error:  # the next one may be right
+                    record |= {"right": False, "why": f"{type(error).__name__}: {str(error)[:500]}"}
+                yield record
+
+
+def ops(context: Context) -> Records:
+    """The tables of docs/gpu.md, without what has to be compiled first."""
+    yield from _rows(context, inductor=False)
+
+
+def inductor(context: Context) -> Records:
+    """The same with Inductor among the contestants."""
+    yield from _rows(context, inductor=True)
+
+
+def _rows(context: Context, inductor: bool) -> Records:
+    units = [replace(case, shape=context.shape(*case.shape)) for case in ctu.CASES]
+    edits = [(name, (min(lead[0], 2), min(lead[1], 4)) if context.dry else lead) for name, lead in head_edit.CASES]
+    for dtype in DTYPES:
+        more = (dtype, context.seconds, inductor)
+        for op, cases in (("ctu", [(c.name, partial(device.ctu_row, c, *more)) for c in units]),
+                          ("head_edit", [(n, partial(device.head_edit_row, n, lead, *more)) for n, lead in edits])):  # fmt: skip
+            for name, row in cases:
+                try:
+                    yield row()
+                except Exception as error:  # a wrong result, or a kernel that faults: the next row may be right
+                    yield {
+                        "op": op,
+                        "case": name,
+                        "dtype": dtype,
+                        "failed": f"{type(error).__name__}: {str(error)[:500]}",
+                    }
+
+
+def predicted(context: Context) -> Records:
+    """What the model of tools/roofline says of the calls that were timed."""
+    sys.path[:0] = [str(ROOT / "tests/helpers"), str(ROOT / "tools")]
+    from roofline import latency
+    from roofline.calls import PASSES, measured
+    from roofline.gpus import GPUS
+
+    records = {f"{r['op']} {r['case']} {r['dtype']}": r for r in _read(context.out, "ops")["records"]}
+    if context.dry:  # without a compiler: of the kernels whose machine code is in a file
+        sm, known = 90, {(f.call.name, f.which): list(f.launches) for f in latency.figures()}
+    else:
+        major, minor = torch.cuda.get_device_capability()
+        sm, known = 10 * major + minor, {}
+        if sm not in GPUS:
+            raise RuntimeError(f"there are no data sheets of sm_{sm}; known are {', '.join(map(str, GPUS))}")
+    machine = latency.Machine.of(sm, latency.fitted())
+    for call, _ in measured():
+        for which in PASSES:
+            found = known.get((call.name, which)) or latency.current(call, which, "cuda", sm)
+            described = latency.described(call, which, found, sm)
+            launches = [
+                {"role": launch.role, "us": round(latency.launch_us(launch, code, machine, call.op), 2)}
+                for launch, code in found
+            ]
+            ms = records.get(call.name, {}).get(f"{which}_ms", {}).get(OURS)
+            yield {"call": call.name, "pass": which, "seen_us": ms and 1e3 * ms, **described, "each_launch": launches}
+
+
+def before(context: Context) -> Records:
+    """The same table by another revision's kernels, with this revision's benchmark."""
+    folder = context.out / "before"
+    source, path = folder / "source", folder / "path"
+    while not (source / "built").exists():
+        if (source / "failed").exists():
+            raise RuntimeError((source / "log").read_text()[-2000:])
+        time.sleep(0.2)
+    path.mkdir()
+    (path / "ctkernels").symlink_to(source / "ctkernels")
+    (path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    command = [*_command("ops", context), "--out", str(folder)]
+    process = subprocess.Popen(command, cwd=path, env=os.environ | {"PYTHONPATH": str(path)}, stdout=subprocess.DEVNULL)
+    given = 0
+    while True:  # on with each record, as it comes
+        running = process.poll() is None
+        records = _read(folder, "ops")["records"]
+        yield from records[given:]
+        given = len(records)
+        if not running:
+            break
+        time.sleep(0.2)
+    if process.returncode:
+        raise RuntimeError(f"the benchmark of {context.before} ended with status {process.returncode}")
+
+
+def gated(context: Context) -> Records:
+    """The gated product of an MLP, beside Liger's."""
+    for dtype in DTYPES:
+        for case, sizes in ctu_and_mul.CASES.items():
+            shape = context.shape(*sizes)
+            gate, up, dy = (torch.randn(shape, device=context.device).to(device.DTYPES[dtype]) for _ in range(3))
+            knobs = [torch.rand(shape[-1], device=context.device) for _ in range(2)]
+            ctu_and_mul._gate(gate, up, knobs)
+            functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+                OURS: lambda g, u, k=knobs: ctu_and_mul.ours(g, u, *k),
+                "ctu, then mul": lambda g, u, k=knobs: ctu_and_mul.two_passes(g, u, *k),
+                "silu(g) * u": ctu_and_mul.plain,
+                "silu(g) * u compiled": device.compiled(ctu_and_mul.plain),
+                **_liger(context),
+            }
+            yield {
+                "op": "ctu_and_mul",
+                "case": case,
+                "shape": list(shape),
+                "dtype": dtype,
+                "missing": _missing_packages(),
+            } | _times(functions, [gate, up], dy, context)
+
+
+def _liger(context: Context) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    if context.dry or importlib.util.find_spec("liger_kernel") is None:
+        return {}
+    from liger_kernel.ops.geglu import LigerGELUMulFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return {"Liger, SwiGLU": LigerSiLUMulFunction.apply, "Liger, GEGLU": LigerGELUMulFunction.apply}
+
+
+def _missing_packages() -> dict[str, str]:
+    """Contestants that are not here, or have nothing to set beside a gated product."""
+    why = {}
+    if importlib.util.find_spec("liger_kernel") is None:
+        why["Liger"] = "liger-kernel is not installed"
+    if importlib.util.find_spec("quack") is None:
+        why["quack"] = "quack-kernels is not installed"
+    else:
+        version = importlib.metadata.version("quack-kernels")
+        why["quack"] = f"quack-kernels {version} has the gated product inside of its matrix products only"
+    return why
+
+
+def convolutions(context: Context) -> Records:
+    """A convolution with its activation, as a fused network has it, beside cuDNN's own."""
+    for dtype in DTYPES:
+        for name, channels, size in (("stage 1", 64, 56), ("stage 3", 256, 14)):
+            batch, channels, size, _ = context.shape(128, channels, size, size)
+            options = {"device": context.device, "dtype": device.DTYPES[dtype]}
+            x = torch.randn(batch, channels, size, size, **options).to(memory_format=torch.channels_last)
+            w = torch.randn(channels, channels, 3, 3, **options).mul(0.05).to(memory_format=torch.channels_last)
+            b = torch.randn(channels, **options)
+            beta, shift = torch.full((channels,), 0.9, device=context.device), b.float()
+
+            def ours(x: Tensor, w: Tensor = w, beta: Tensor = beta, shift: Tensor = shift) -> Tensor:
+                from ctkernels.functional import ctu
+
+                return ctu(F.conv2d(x, w, padding=1), beta, channel_dim=1, shift=shift)
+
+            functions: dict[str, Callable[..., Tensor]] = {
+                OURS: ours,
+                "convolution": lambda x, w=w, b=b: F.conv2d(x, w, b, padding=1),
+                "convolution, then ReLU": lambda x, w=w, b=b: F.relu(F.conv2d(x, w, b, padding=1)),
+            }
+            if not context.dry:
+                functions["cudnn_convolution_relu"] = lambda x, w=w, b=b: torch.ops.aten.cudnn_convolution_relu(
+                    x, w, b, (1, 1), (1, 1), (1, 1), 1
+                )
+            yield {"op": "convolution", "case": f"ResNet-50 {name}", "shape": list(x.shape), "dtype": dtype} | _times(
+                functions, [x], None, context
+            )
+
+
+def attention(context: Context) -> Records:
+    """Attention with the edit, beside torch's own kernels and flex_attention."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    from ctkernels.functional import attention_head_edit
+    from ctkernels.functional import head_edit as edit
+
+    flex = flex_attention if context.dry else torch.compile(flex_attention, dynamic=False)
+    for name, sizes, window in (
+        ("4 x 2048, 16 heads of 128", (4, 16, 2048, 128), None),
+        ("1 x 8192, 16 heads of 128, window 1024", (1, 16, 8192, 128), 1024),
+    ):
+        batch, heads, tokens, dim = (1, 2, 32, 16) if context.dry else sizes
+        window = min(window, tokens // 2) if window else None
+        options: dict[str, Any] = {"device": context.device}
+        q, k, v, dy = (torch.randn(batch, heads, tokens, dim, **options, dtype=torch.bfloat16) for _ in range(4))
+        m, a, g_m, g_a = (torch.randn(s, **options) for s in ((heads, dim), (heads, dim), (heads,), (heads,)))
+
+        def visible(b: Any, h: Any, i: Any, j: Any, window: int | None = window) -> Any:
+            return (i >= j) & (i - j < window) if window else i >= j
+
+        block_mask = create_block_mask(visible, None, None, tokens, tokens, device=context.device)
+        extra: dict[str, Any] = {"window": window} if window else {}
+        functions: dict[str, Callable[..., Tensor]] = {
+            OURS: lambda q, k, v, e=(m, a, g_m, g_a), x=extra: attention_head_edit(q, k, v, *e, is_causal=True, **x),
+            "flex_attention": lambda q, k, v, mask=block_mask: flex(q, k, v, block_mask=mask),
+            "flex_attention, then the edit": lambda q, k, v, e=(m, a, g_m, g_a), mask=block_mask: edit(
+                flex(q, k, v, block_mask=mask), *e, head_axis=1
+            ),
+        }
+        if not window:
+            functions["torch"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        yield {"op": "attention_head_edit", "case": name, "shape": list(q.shape), "dtype": "bf16"} | _times(
+            functions, [q, k, v], dy, context
+        )
+
+
+def _times(
+    functions: dict[str, Callable[..., Tensor]], tensors: list[Tensor], dy: Tensor | None, context: Context
+) -> dict[str, Any]:
+    """Milliseconds forward, and with ``dy`` forward and backward in all ``tensors``: of those that run, and why others do not."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    forward = {name: measure.without_grad(f, *tensors) for name, f in functions.items()}
+    both = {} if dy is None else {name: measure.with_gradients(f, leaves, leaves, dy) for name, f in functions.items()}
+    times: dict[str, Any] = {"failed": {}}
+    for key, runs in (("forward_ms", forward), ("forward_backward_ms", both)):
+        able = {}
+        for name, run in runs.items():
+            try:
+                call = lambda _, run=run: run()  # noqa: E731
+                device.interleaved_graphs({name: call}, 1, 0.0, least=1)
+                able[name] = call
+            except Exception as error:  # a contestant that this torch or GPU does not have
+                times["failed"][name] = f"{type(error).__name__}: {str(error)[:300]}"
+        if able:
+            times[key] = device.interleaved_graphs(able, 4, context.seconds)
+    return times
+
+
+def sanitize(context: Context) -> Records:
+    """compute-sanitizer over a handful of calls."""
+    tool = shutil.which("compute-sanitizer")
+    command = ["--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu", "--handful"]
+    for name in ("memcheck", "racecheck"):
+        record: dict[str, Any] = {
+            "tool": name,
+            "command": " ".join(["compute-sanitizer", "--tool", name, *command[:2], "..."]),
+        }
+        if context.dry or tool is None:
+            yield record | {"clean": None, "why": "a rehearsal" if context.dry else "compute-sanitizer is not on PATH"}
+            continue
+        # torch's caching allocator would hide accesses past the end of a tensor
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        done = subprocess.run(
+            [tool, "--tool", name, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        yield record | {"clean": done.returncode == 0, "why": done.stdout[-1000:] if done.returncode else ""}
+
+
+def handful(where: str) -> None:
+    """Calls that launch every kind of kernel."""
+    from ctkernels.functional import ctu, hard_concrete
+    from ctkernels.functional import head_edit as edit
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape, dim in (((3, 8, 300), 1), ((70, 96), 1), ((5, 7), 1)):
+            x = torch.randn(shape, device=where, dtype=dtype, requires_grad=True)
+            knobs = [torch.rand(shape[dim], device=where, requires_grad=True) for _ in range(2)]
+            torch.autograd.grad(ctu(x, *knobs, channel_dim=dim, raw=True).sum(), (x, *knobs))
+            ctu(x.detach(), 0.9, inplace=True)
+        z = torch.randn(40, 128, device=where, dtype=dtype, requires_grad=True)
+        parts = [torch.randn(s, device=where, requires_grad=True) for s in ((2, 64), (2, 64), (2,), (2,))]
+        torch.autograd.grad(edit(z, *parts).sum(), (z, *parts))
+    logits = torch.zeros(300, device=where, requires_grad=True)
+    torch.autograd.grad(hard_concrete(logits, training=True).sum(), logits)
+
+
+def host(context: Context) -> Records:
+    """What an eager call on next to nothing costs the host."""
+    yield {"overhead_us": device.call_overhead()}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A function and the seconds it may take."""
+
+    run: Callable[[Context], Records]
+    limit: float
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__
+
+
+STAGES = [
+    Stage(build, 150), Stage(check, 60), Stage(ops, 60), Stage(predicted, 60), Stage(before, 90), Stage(inductor, 110),
+    Stage(sanitize, 60), Stage(convolutions, 40), Stage(gated, 60), Stage(attention, 90), Stage(host, 30),
+]  # fmt: skip
+BY_NAME = {stage.name: stage for stage in STAGES}
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def _read(out: Path, stage: str) -> dict[str, Any]:
+    file = out / f"{stage}.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"records": []}
+    return found
+
+
+def run_stage(name: str, context: Context) -> int:
+    """In this process; its file is whole after every record."""
+    if context.dry:
+        device.rehearse()
+    records: list[dict[str, Any]] = []
+    for record in BY_NAME[name].run(context):
+        records.append(record)
+        write_text(context.out / f"{name}.json", json.dumps({"records": records}, indent=1) + "\n")
+        print(f"{name}: {len(records)}", flush=True)
+    return 0
+
+
+def _command(stage: str, context: Context) -> list[str]:
+    options = ["--stage", stage, "--before", context.before, "--seconds", str(context.seconds)]
+    return [sys.executable, "-m", "benchmarks.gpu", *options, *(["--dry-run"] if context.dry else [])]
+
+
+def run(context: Context, limit: float, only: list[str]) -> dict[str, Any]:
+    """All stages, one after the other, in at most ``limit`` seconds."""
+    context.out.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES:
+        (context.out / f"{stage.name}.json").unlink(missing_ok=True)
+    begin = time.monotonic()
+    where = measure.provenance() | {
+        "device": "cpu, a rehearsal" if context.dry else torch.cuda.get_device_name(), "cuda": torch.version.cuda
+    }  # fmt: skip
+    result: dict[str, Any] = {"provenance": where, "stages": {}}
+    try:
+        for stage in STAGES:
+            if only and stage.name not in only:
+                continue
+            left = limit - (time.monotonic() - begin)
+            result["stages"][stage.name] = _limited(stage, context, min(stage.limit, left))
+            write_text(context.out / "gpu.json", json.dumps(result, indent=1) + "\n")
+            write_text(context.out / "gpu.txt", text(result) + "\n")
+            print(
+                f"{stage.name}: {result['stages'][stage.name]['status']}, {time.monotonic() - begin:.0f} s", flush=True
+            )
+    finally:
+        source = context.out / "before/source"
+        if (source / "group").exists() and not any((source / name).exists() for name in ("built", "failed")):
+            os.killpg(int((source / "group").read_text()), signal.SIGKILL)
+    return result
+
+
+def _limited(stage: Stage, context: Context, seconds: float) -> dict[str, Any]:
+    """A stage in a process group of its own, which is ended when its time is over; what it has written counts."""
+    if seconds <= 0:
+        return {"status": "no time left", "seconds": 0.0, "why": "", "records": []}
+    start, log = time.monotonic(), context.out / f"{stage.name}.log"
+    command = [*_command(stage.name, context), "--out", str(context.out)]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = "done" if process.wait(seconds) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            status = "cut off"
+    why = "" if status == "done" else "\n".join(log.read_text().splitlines()[-8:])
+    taken = round(time.monotonic() - start, 1)
+    return {"status": status, "seconds": taken, "why": why, "records": _read(context.out, stage.name)["records"]}
+
+
+# ---- the text --------------------------------------------------------------------------------------------------------
+
+
+def text(result: dict[str, Any]) -> str:
+    """Tables of what there is so far."""
+    where, stages = result["provenance"], result["stages"]
+    found = {name: stage["records"] for name, stage in stages.items()}
+    blocks = [
+        f"{where['device']}, torch {where['torch']}, commit {where['commit']}{', with changes' if where['dirty'] else ''}"
+    ]
+    rows = [
+        [name, s["status"], f"{s['seconds']:.0f}", str(len(s["records"])), s["why"][-60:].replace("\n", " ")]
+        for name, s in stages.items()
+    ]
+    blocks.append(table(["stage", "", "seconds", "records", ""], rows))
+    if wrong := [r for r in found.get("check", []) if not r["right"]]:
+        blocks.append(
+            "WRONG:\n"
+            + table(
+                ["op", "sample", "dtype", "backend", "why"],
+                [list(map(str, [r["op"], r["sample"], r["dtype"], r["backend"], r["why"][:80]])) for r in wrong],
+            )
+        )
+    failed = [
+        [*_key(r), r["failed"][:80]]
+        for name in ("ops", "inductor", "before")
+        for r in found.get(name, [])
+        if "failed" in r
+    ]
+    if failed:
+        blocks.append("FAILED:\n" + table(["op", "case", "dtype", "why"], failed))
+    old = {_key(r): r for r in found.get("before", [])}
+    for key in ("forward_ms", "forward_backward_ms"):
+        rows = []
+        # A row that Inductor takes part in stands for the one without.
+        rivals = {
+            _key(r): r
+            for name in ("ops", "inductor", "convolutions", "gated", "attention")
+            for r in found.get(name, [])
+            if key in r
+        }
+        rows += [_row(r, key, old.get(_key(r))) for r in rivals.values()]
+        if rows:
+            head = ["us", "dtype", OURS, "before", "fastest of the others", "", "ours / it"]
+            blocks.append(f"{key.removesuffix('_ms').replace('_', ' + ')}\n{table(head, rows)}")
+    rows = [
+        [
+            r["call"],
+            r["pass"],
+            f"{r['us']:.1f}",
+            f"{r['seen_us']:.1f}",
+            f"{r['us'] / r['seen_us'] - 1:+.0%}",
+            f"{r['over_floor']:.2f}",
+            str(r["launches"]),
+        ]
+        for r in found.get("predicted", [])
+        if r["seen_us"]
+    ]
+    if rows:
+        off = math.fsum(abs(r["us"] / r["seen_us"] - 1) for r in found["predicted"] if r["seen_us"]) / len(rows)
+        head = ["us", "pass", "predicted", "seen", "off", "predicted / floor", "launches"]
+        blocks.append(f"{table(head, rows)}\nmean error {off:.1%}")
+    rows = [
+        [r["tool"], {True: "clean", False: "REPORTS", None: r["why"]}[r["clean"]]] for r in found.get("sanitize", [])
+    ]
+    if rows:
+        blocks.append(table(["compute-sanitizer", ""], rows))
+    rows = [[name, f"{us:.1f}"] for r in found.get("host", []) for name, us in r["overhead_us"].items()]
+    if rows:
+        blocks.append(table(["a call on next to nothing", "us of the host"], rows))
+    return "\n\n".join(blocks)
+
+
+def _key(record: dict[str, Any]) -> tuple[str, str, str]:
+    return record["op"], record["case"], record["dtype"]
+
+
+def _row(record: dict[str, Any], key: str, old: dict[str, Any] | None) -> list[str]:
+    times = {n: ms for n, ms in record[key].items() if not n.startswith(OURS) and n != "copy"}
+    best = min(times, key=lambda n: times[n]) if times else ""
+    mine, past = record[key].get(OURS), (old or {}).get(key, {}).get(OURS)
+    cells = [f"{1e3 * v:.1f}" if v else "" for v in (mine, past, times.get(best))]
+    ratio = f"{mine / times[best]:.2f}" if mine and best else ""
+    return [f"{record['op']} {record['case']}", record["dtype"], *cells, best, ratio]
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "out/gpu", help="folder of the results (default: out/gpu)")
+    parser.add_argument("--limit", type=types.POSITIVE, default=480.0, help="seconds for everything (default: 480)")
+    parser.add_argument("--seconds", type=types.POSITIVE, default=0.05, help="of each row of a table (default: 0.05)")
+    parser.add_argument("--before", default="HEAD~", help="the revision to compare with (default: HEAD~)")
+    parser.add_argument("--only", nargs="+", choices=BY_NAME, default=[], help="these stages")
+    parser.add_argument("--dry-run", action="store_true", help="a rehearsal, without a GPU")
+    parser.add_argument("--stage", choices=BY_NAME, help=argparse.SUPPRESS)
+    parser.add_argument("--handful", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    return reported(lambda: _main(parser().parse_args(argv)))
+
+
+def _main(args: argparse.Namespace) -> int:
+    if args.handful:
+        handful("cuda")
+        return 0
+    context = Context(args.out.resolve(), args.dry_run, args.before, args.seconds)
+    if args.stage:
+        try:
+            return run_stage(args.stage, context)
+        except Exception:
+            traceback.print_exc()
+            return 1
+    if not args.dry_run and (why := device.missing()):
+        raise OptionError(f"{why}; --dry-run rehearses without one")
+    result = run(context, args.limit, args.only)
+    print("\n" + text(result))
+    records = [r for stage in result["stages"].values() for r in stage["records"]]
+    wrong = any(not r.get("right", True) or isinstance(r.get("failed"), str) for r in records)
+    return 1 if wrong or any(stage["status"] != "done" for stage in result["stages"].values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""``make gpu`` without a GPU: the rehearsal runs every stage and leaves the files that a run on a GPU would."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ctkernels.ops import backends
+
+ROOT = Path(__file__).parents[2]
+
+
+def _run(out: Path, *options: str, dry: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), *options, *(["--dry-run"] if dry else [])]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def _stages(out: Path) -> dict[str, Any]:
+    stages: dict[str, Any] = json.loads((out / "gpu.json").read_text())["stages"]
+    return stages
+
+
+@pytest.mark.slow
+def test_a_rehearsal_goes_through_every_stage(tmp_path: Path) -> None:
+    if backends.NATIVE is None or not (ROOT / ".git").exists():
+        pytest.skip("the CPU kernels are not built, or this is no git checkout")
+    done = _run(tmp_path, "--limit", "3000", "--before", "HEAD")
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = _stages(tmp_path)
+    assert list(stages) == [
+        "build", "check", "ops", "predicted", "before", "inductor", "sanitize", "convolutions", "gated", "attention", "host",
+    ]  # fmt: skip
+    assert {name: s["status"] for name, s in stages.items()} == dict.fromkeys(stages, "done")
+    records = {name: s["records"] for name, s in stages.items()}
+    assert len(records["ops"]) == len(records["before"]) == len(records["inductor"]) == 22
+    assert all({"ours", "official"} <= set(r["forward_backward_ms"]) for r in [*records["ops"], *records["before"]])
+    compiled = {"ctu": "official compiled", "head_edit": "reference compiled"}
+    assert all({"ours", compiled[r["op"]]} <= set(r["forward_backward_ms"]) for r in records["inductor"])
+    assert {r["op"] for r in records["check"]} >= {"ctu", "ctu_and_mul", "head_edit"}
+    assert len(records["predicted"]) == 44
+    assert all(
+        r["us"] > 0 and r["seen_us"] > 0 and r["launches"] == len(r["each_launch"]) for r in records["predicted"]
+    )
+    assert {"flex_attention", "torch"} <= set(records["attention"][0]["forward_ms"])
+    written = (tmp_path / "gpu.txt").read_text()
+    assert "mean error" in written
+    assert "us of the host" in written
+    assert written.strip() in done.stdout
+
+
+def test_what_is_there_when_the_time_is_over(tmp_path: Path) -> None:
+    done = _run(tmp_path, "--limit", "0.5", "--only", "ops", "host")
+    assert done.returncode == 1
+    assert {name: s["status"] for name, s in _stages(tmp_path).items()} == {"ops": "cut off", "host": "no time left"}
+    assert "cut off" in (tmp_path / "gpu.txt").read_text()
+
+
+def test_a_stage_that_fails_leaves_the_others(tmp_path: Path) -> None:
+    done = _run(tmp_path, "--before", "no-such-revision", "--only", "build", "before", "sanitize")
+    stages = _stages(tmp_path)
+    assert done.returncode == 1
+    assert [s["status"] for s in stages.values()] == ["done", "failed", "done"]
+    assert "git has no revision 'no-such-revision' here" in stages["before"]["why"]
+    assert [r["clean"] for r in stages["sanitize"]["records"]] == [None, None]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_a_rehearsal_is_offered(tmp_path: Path) -> None:
+    done = _run(tmp_path / "never", dry=False)
+    assert done.returncode != 0
+    assert "no CUDA device" in done.stderr
+    assert "--dry-run" in done.stderr
+    assert not (tmp_path / "never").exists()
