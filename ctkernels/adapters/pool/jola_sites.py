@@ -22,7 +22,7 @@ _ADAPTER = "adapter"
 
 
 class JolaSites:
-    """Edits the heads of each row by its adapter: tables of g_m * m and g_a * a for each projection.
+    """Edits each row's heads with its adapter, from tables of g_m * m and g_a * a per projection.
 
     Args:
         model: the base model.
@@ -52,10 +52,10 @@ class JolaSites:
         return device
 
     def read(self, config: JolaConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An adapter's rows by table; tables that it has no edit for are left out.
+        """An adapter's rows by table, without tables that it has no edit for.
 
         Raises:
-            ValueError: the adapter is not one of this model, or edits what the pool has no table for.
+            ValueError: the adapter does not fit this model, or has an edit without a table.
         """
         if config.site != self._config.site:
             raise ValueError(
@@ -78,7 +78,7 @@ class JolaSites:
         return rows
 
     def attach(self, tables: dict[str, Tensor], current: Current) -> None:
-        """Put the edits on the model."""
+        """Attaches the edits to the model."""
         for name in self._sites:
             site = _Site(name, tables.get(f"{name}.m"), tables.get(f"{name}.a"), current)
             module = self._model.get_submodule(name)
@@ -91,7 +91,7 @@ class JolaSites:
                 self._handles.append(parent.register_forward_hook(site.check))
 
     def detach(self) -> None:
-        """Take them off again."""
+        """Detaches the edits."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
