@@ -19,12 +19,12 @@ from .packing import move_back, moved_state
 def folded(
     base: nn.Module, weight: Tensor, bias: Tensor | None, p: Tensor, q: Tensor, *, output: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """`W diag(p)` and `b + W q` for a Linear (out, in) or a Conv1D (in, out); of its output, `diag(p) W` and `p*b + q`.
+    """`W diag(p)` and `b + W q` for a Linear (out, in) or a Conv1D (in, out); with `output`, `diag(p) W` and `p*b + q`.
 
     Computed in the dtype of p, returned in the dtype of `weight`. Without a bias and with q zero, the bias stays None.
     """
     wide = weight.detach().to(p.dtype)
-    by_row = (type(base).__name__ == "Conv1D") != output  # whether p belongs to the rows of the stored weight
+    by_row = (type(base).__name__ == "Conv1D") != output  # whether p scales rows of the stored weight
     new_weight = wide * p[:, None] if by_row else wide * p
     if output:
         offset = q

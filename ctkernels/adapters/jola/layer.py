@@ -32,15 +32,15 @@ KINDS = ("m", "a")
 
 
 class BlockOutput(nn.Identity):
-    """The base of a layer that edits a block's output: it hands on what it gets, and knows where the block computes."""
+    """The base layer of a `JolaLayer` that edits a block's output: an identity that knows the block's device."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.__dict__["_block"] = block  # no child of it
+        self.__dict__["_block"] = block  # not as a submodule
 
     @property
     def device(self) -> torch.device | None:
-        """Where the block computes; None: not known."""
+        """The device on which the block computes; None if unknown."""
         block: Any = self.__dict__["_block"]
         return next((device for module in block.modules() if (device := home(module)) is not None), None)
 

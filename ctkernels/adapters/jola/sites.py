@@ -146,7 +146,7 @@ def _declared(model: nn.Module, name: str) -> tuple[int | None, int | None]:
 
 
 def declared_width(model: nn.Module, name: str) -> int | None:
-    """Features of the hidden states around `name`, as the nearest config declares them."""
+    """The size of the hidden states around `name`, from the nearest config that declares it."""
     configs = (getattr(owner, "config", None) for owner in _ancestors(model, name))
     widths = (_number(config, ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")) for config in configs)
     return next((width for width in widths if width is not None), None)
@@ -406,7 +406,7 @@ def default_targets(model: nn.Module) -> str | list[str]:
 
 
 def as_targets(model: nn.Module, sites: list[str]) -> list[str]:
-    """`target_modules` for these sites and no others: the ends of their names where those tell them apart."""
+    """`target_modules` for exactly these sites: suffixes of their names if these are unambiguous, else full names."""
     suffixes = sorted({re.split(r"\.\d+\.", name)[-1] for name in sites})
     matched = [
         name

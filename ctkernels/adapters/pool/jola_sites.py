@@ -1,4 +1,4 @@
-"""The sites of a pool of JoLA adapters: inputs of a model's output projections, outputs of its MLPs or of its blocks."""
+"""Sites of a pool of JoLA adapters: inputs of a model's output projections, outputs of its MLPs or of its blocks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class JolaSites:
 
     Args:
         model: the base model.
-        config: selects the modules, and which of the two edits there are tables for.
+        config: selects the modules, and the edits that have tables.
     """
 
     def __init__(self, model: nn.Module, config: JolaConfig) -> None:
@@ -98,7 +98,7 @@ class JolaSites:
 
 
 class _Site(Uncopyable):
-    """One site. `edit_input` is a pre-hook of it, `edit_output` a hook, `check` a hook of the module around it."""
+    """A site. `edit_input` is its forward pre-hook, `edit_output` its forward hook, `check` a forward hook of its parent."""
 
     def __init__(self, name: str, m: Tensor | None, a: Tensor | None, current: Current) -> None:
         self.name, self.m, self.a, self.current = name, m, a, current
@@ -132,7 +132,7 @@ class _Site(Uncopyable):
 
 
 def _folded(site: str, heads: SiteHeads, config: JolaConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`JolaLayer.folded_edit` of an adapter that is in no model."""
+    """`JolaLayer.folded_edit` of an adapter without a model."""
     start = f"{layer_name(config, site)}.jola_"
     values = {f"jola_{name[len(start) :]}.{_ADAPTER}": v for name, v in state.items() if name.startswith(start)}
     layer = JolaLayer(nn.Identity(), heads.number, heads.dim, site, heads.values)

@@ -208,7 +208,7 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _capped_scores(model: nn.Module) -> Iterator[None]:
-    """Attention that caps its scores where the model says so: transformers' "sdpa" leaves the cap out, runtimes do not."""
+    """Use eager attention for models with capped attention scores: transformers' "sdpa" ignores the cap, runtimes do not."""
     configs = {
         id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
     }
