@@ -1,4 +1,4 @@
-"""python -m benchmarks: time the kernels against what a user would run instead."""
+"""python -m benchmarks: time the kernels against the alternatives a user has."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _networks(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str] | None:
-    """(records, bars, text) of whole networks, where they were asked for."""
+    """(records, bars, text) of whole networks, or None if they were not requested."""
     if args.jola:
         from . import jola_step
 

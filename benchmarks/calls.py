@@ -1,4 +1,4 @@
-"""What a call costs the host: microseconds of CPU time, and Python frames, on tensors of next to nothing."""
+"""Call overhead: microseconds of CPU time, and Python frames, per call on tiny tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Call = Callable[[], Any]
 
 
 class Site(nn.Module):
-    """Convolution, BatchNorm and ReLU, as a block of a network has them."""
+    """Convolution, BatchNorm and ReLU, as in a block of a network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def _both() -> dict[str, Call]:
 
 
 def _frames(call: Call) -> int:
-    """Python functions that ``call`` enters, after a call that warms up what is cached."""
+    """The number of Python functions that ``call`` enters, after a call that fills caches."""
     call()
     count = 0
 
@@ -97,11 +97,11 @@ def _frames(call: Call) -> int:
         call()
     finally:
         sys.setprofile(None)
-    return count - 1  # that of ``call`` itself
+    return count - 1  # without ``call`` itself
 
 
 def run() -> list[dict[str, Any]]:
-    """{part, call, us, frames}, a record per call; of this thread alone, so that others on the machine matter less."""
+    """Return a record {part, call, us, frames} per call; CPU time of this thread, so that machine load matters less."""
     records = []
     with torch.no_grad():
         forward = _forward()
@@ -113,7 +113,7 @@ def run() -> list[dict[str, Any]]:
 
 
 def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Figures beside the bound each must keep."""
+    """The figures that have bounds, with these."""
     us = {(r["part"], r["call"]): r["us"] for r in records}
     prelu = us["both", "F.prelu, two gradients"]
     found = [

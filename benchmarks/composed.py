@@ -1,4 +1,4 @@
-"""Parts of networks, compiled with our ops, beside the same compiled with the composed reference of every op."""
+"""Parts of networks compiled with our ops, against the same compiled with the composed reference of every op."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ STAGE, PROJECTION = "first stage of a ResNet-50", "edited output projection of a
 
 
 def run(dtypes: list[str], seconds: float) -> list[dict[str, Any]]:
-    """Milliseconds, a record for every part and dtype.
+    """Return a record of milliseconds per part and dtype.
 
-    Of the ResNet, of whose units the compiler makes long programs, the first of four stages, nine units. Of the Llama what
-    JoLA puts in place of a layer's ``o_proj``, since in a whole step the edits are a hundredth of the time.
+    The parts are the first of four stages of the ResNet, with nine units (the compiler generates long programs for units), and
+    the layer that JoLA puts in place of the Llama's ``o_proj``, since the edits are a hundredth of the time of a whole step.
     """
     records = []
     for name in dtypes:
@@ -72,7 +72,7 @@ def _projection(dtype: torch.dtype) -> dict[str, measure.Contestants]:
 
 
 def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ratios beside the bound each must keep."""
+    """The ratios that have bounds, with these."""
     return [
         measure.bar(r["dtype"], f"{r['part']}, {kind}: composed reference / ours", ms[COMPOSED] / ms[OURS], ">=", 1.0)
         for r in records

@@ -1,4 +1,4 @@
-"""The CT unit against what a user would run instead: plain activations, the official expression, the same compiled."""
+"""The CT unit against plain activations and the official expression, eager and compiled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import measure
 
 @dataclass(frozen=True)
 class Case:
-    """One row: where the shape comes from, its memory format, and which dimension holds channels."""
+    """A case: the origin of the shape, its memory format and its channel dimension."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,14 +43,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def official(x: Tensor, raw_beta: Tensor, raw_coeff: Tensor) -> Tensor:
-    """The expression of the Curvature Tuning authors' module, as published."""
+    """The published expression of the Curvature Tuning authors' module."""
     beta, coeff = torch.sigmoid(raw_beta), torch.sigmoid(raw_coeff)
     rest = 1 - beta + 1e-6
     return coeff * torch.sigmoid(beta * x / rest) * x + (1 - coeff) * F.softplus(x / rest, threshold=20) * rest
 
 
 def run(dtypes: list[str], quick: bool, seconds: float, tuned: bool = False) -> list[dict[str, Any]]:
-    """One record per case, dtype and kind of parameters. Raises if a result is not what the float64 reference says."""
+    """Return a record per case, dtype and kind of parameters. Raises if a result differs from the float64 reference."""
     records = []
     for case in QUICK if quick else [c for c in CASES if not tuned or c.name == TUNED]:
         for dtype in dtypes:
@@ -110,7 +110,7 @@ def _one(case: Case, dtype_name: str, per_channel: bool, seconds: float, compile
 
 
 def _gate(y: Tensor, x: Tensor, raw: list[Tensor], view: list[int]) -> None:
-    """Refuse to time a wrong result."""
+    """Check the result against the float64 reference, so that no time is reported for a wrong one."""
     with torch.no_grad():
         beta, coeff = (torch.sigmoid(r.double()).view(view) for r in raw)
         rest = torch.sigmoid(-raw[0].double()).view(view)
@@ -126,7 +126,7 @@ def _gate(y: Tensor, x: Tensor, raw: list[Tensor], view: list[int]) -> None:
 
 
 def call_overhead() -> dict[str, float]:
-    """Microseconds a call on 16 elements."""
+    """Microseconds per call on 16 elements."""
     x, dy = torch.randn(16), torch.randn(16)
     leaf = x.clone().requires_grad_()
     ctu = ctkernels.functional.ctu
@@ -146,7 +146,7 @@ TUNED = "ResNet-50 stage 1"
 
 
 def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ratios on the tuned shape beside the bound each must keep."""
+    """The ratios on the tuned shape that have bounds, with these."""
     rows = []
     for r in records:
         if r["case"] != TUNED or r["parameters"] != "per channel":

@@ -1,4 +1,4 @@
-"""The gated product against plain torch's ``silu(gate) * up``, that compiled, and the CT unit followed by a product."""
+"""The gated product against torch's ``silu(gate) * up``, eager and compiled, and the CT unit followed by a product."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def packed(gate_up: Tensor, _: Tensor, beta: Tensor, coeff: Tensor) -> Tensor:
 
 
 def run(dtypes: list[str], quick: bool, seconds: float, tuned: bool = False) -> list[dict[str, Any]]:
-    """One record per case and dtype. Raises if a result is not what the float64 reference says."""
+    """Return a record per case and dtype. Raises if a result differs from the float64 reference."""
     cases = {"1 x 128 tokens, 1536 wide": (1, 128, 1536)} if quick else CASES
     return [_one(name, shape, d, seconds, compiled=not quick) for name, shape in cases.items() for d in dtypes]
 
@@ -88,7 +88,7 @@ def _one(name: str, shape: tuple[int, ...], dtype_name: str, seconds: float, com
 
 
 def _gate(gate: Tensor, up: Tensor, knobs: list[Tensor]) -> None:
-    """No time is reported for a wrong result."""
+    """Check the result against the float64 reference, so that no time is reported for a wrong one."""
     expected = two_passes(gate.double(), up.double(), *(t.double() for t in knobs))
     error = (ours(gate, up, *knobs).double() - expected).abs()
     share = torch.finfo(gate.dtype).eps + (1e-5 if gate.dtype == torch.float32 else 2e-4)
@@ -97,7 +97,7 @@ def _gate(gate: Tensor, up: Tensor, knobs: list[Tensor]) -> None:
 
 
 def call_overhead() -> dict[str, float]:
-    """Microseconds a call on 16 elements."""
+    """Microseconds per call on 16 elements."""
     gate, up, dy = (torch.randn(16) for _ in range(3))
     leaves = [t.clone().requires_grad_() for t in (gate, up)]
     with torch.no_grad():
@@ -107,7 +107,7 @@ def call_overhead() -> dict[str, float]:
 
 
 def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ratios on the tuned shapes beside the bound each must keep."""
+    """The ratios on the tuned shapes that have bounds, with these."""
     rows = []
     for r in records:
         if r["case"] not in CASES:

@@ -1,11 +1,10 @@
-"""The kernels on a GPU: times by CUDA events, as a share of the bandwidth that a copy reaches, against what a user would run.
+"""The kernels on a GPU against the alternatives a user has: times by CUDA events, also relative to a copy's bandwidth.
 
-"ours" is what a call uses by itself, ``explain`` says which; the other backends beside it are forced.
+"ours" is the backend that a call chooses by itself (see ``explain``); the other backends are forced.
 
-Every call works on other buffers than the calls before it, enough of them to fill the L2 cache several times over, so that
-tensors come from memory as they do in a network. A round of calls is captured in a CUDA graph, and its replays are timed: of
-the host's own time, most of that of an eager call on a small tensor, a table of its own tells. Contestants take turns;
-medians are reported.
+Successive calls use different buffers, enough to fill the L2 cache several times, so that tensors come from memory as in a
+network. A round of calls is captured in a CUDA graph and its replays are timed; host time, which dominates eager calls on
+small tensors, has its own table. Contestants take turns; medians are reported.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from .report import table
 
 DEVICE = "cuda"  # "cpu" in a rehearsal, see below
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Call = Callable[[int], Any]  # with the number of the buffers to work on
+Call = Callable[[int], Any]  # takes the index of the buffers to use
 OURS = "ours"
 
 
 def missing() -> str | None:
-    """Why there is nothing to measure here, or None."""
+    """The reason why nothing can be measured here, or None."""
     return None if torch.cuda.is_available() else "no CUDA device (torch.cuda.is_available() is False)"
 
 
@@ -49,7 +48,7 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def copies(nbytes: int) -> int:
-    """Sets of buffers of this size that fill the L2 cache four times, but no more than a graph should hold."""
+    """The number of buffer sets of this size that fill the L2 cache four times, limited by the size of a graph."""
     if DEVICE == "cpu":
         return 2
     l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
@@ -62,7 +61,7 @@ def interleaved_graphs(contestants: dict[str, Call], sets: int, seconds: float, 
         return measure.interleaved({name: partial(run, 0) for name, run in contestants.items()}, 0.0, least=1)
     graphs = {}
     for name, run in contestants.items():
-        for i in range(max(sets, 3)):  # compiled, if it is to be
+        for i in range(max(sets, 3)):  # warm-up, including compilation
             run(i % sets)
         torch.cuda.synchronize()
         graphs[name] = torch.cuda.CUDAGraph()
@@ -98,7 +97,7 @@ def _record(
     sets: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """One row. Bandwidths count a read and a write forward, and two reads and a write more backward."""
+    """One record. Bandwidths count one read and one write for forward, plus two reads and one write for backward."""
     forward_ms, both_ms = interleaved_graphs(forward, sets, seconds), interleaved_graphs(both, sets, 2 * seconds)
     copy = 2 * x.nbytes / forward_ms["copy"]
     return {
@@ -168,7 +167,7 @@ def head_edit_row(
 
 
 def _by_backend(function: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
-    """``function`` as it is, and with every other GPU backend that is here."""
+    """``function`` with the default backend, and with every other available GPU backend."""
 
     def forced(name: str) -> Callable[..., Tensor]:
         def call(*args: Tensor) -> Tensor:
@@ -182,7 +181,7 @@ def _by_backend(function: Callable[..., Tensor]) -> dict[str, Callable[..., Tens
 
 
 def call_overhead() -> dict[str, float]:
-    """Microseconds of the host for a call on next to nothing, as networks of small batches pay it."""
+    """Host microseconds per call on a tiny tensor, the cost that dominates networks with small batches."""
     x, dy = (torch.randn(16, device=DEVICE) for _ in range(2))
     z, dz = (torch.randn(1, 256, device=DEVICE) for _ in range(2))
     beta = torch.full((16,), 0.9, device=DEVICE, requires_grad=True)
@@ -215,7 +214,7 @@ def _calls(
     functions: dict[str, Callable[[Tensor], Tensor]], xs: list[Tensor], leaves: list[Tensor], ups: list[Tensor],
     parameters: Callable[[str], list[Tensor]],
 ) -> tuple[dict[str, Call], dict[str, Call]]:  # fmt: skip
-    """Forward without autograd, and forward with all gradients, of every function on set i of the buffers."""
+    """Calls of every function on buffer set i: forward without autograd, and forward with all gradients."""
 
     def forward(f: Callable[[Tensor], Tensor]) -> Call:
         def call(i: int) -> None:
@@ -231,7 +230,7 @@ def _calls(
 
 
 def run(ops: list[str], dtypes: list[str], quick: bool, seconds: float, only: str = "") -> list[dict[str, Any]]:
-    """One record per dtype and case whose name contains ``only``. Raises if a result is not what the float64 reference says."""
+    """Return a record per dtype and case with ``only`` in its name. Raises if a result differs from the float64 reference."""
     records = []
     for dtype in dtypes:
         if "ctu" in ops:
@@ -245,7 +244,7 @@ def run(ops: list[str], dtypes: list[str], quick: bool, seconds: float, only: st
 
 
 def text(records: list[dict[str, Any]], overhead: dict[str, float]) -> str:
-    """Tables of the records, an op after the other."""
+    """The records as tables, one per op."""
     blocks = []
     for op in dict.fromkeys(r["op"] for r in records):
         rows = [r for r in records if r["op"] == op]

@@ -1,4 +1,4 @@
-"""Attention with the edit on a GPU: fused, separate, and without the edit, beside what the cost model predicts."""
+"""Attention with the edit on a GPU: fused, separate, and without the edit, with the cost model's predictions."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .report import table
 
 FUSED, SEPARATE = "fused", "separate"
 EDITED, PLAIN = "kernels with the edit", "the same without"
-CALLS = 4  # on the same tensors, larger than the L2 cache but for the smallest
+CALLS = 4  # on the same tensors, which except for the smallest case are larger than the L2 cache
 TORCH = {"torch": None, "torch, flash": SDPBackend.FLASH_ATTENTION, "torch, cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes, and options of the function; causal unless they say otherwise."""
+    """Sizes and options of a call, causal by default."""
 
     name: str
     batch: int
@@ -42,7 +42,7 @@ class Case:
     padded: bool = False
 
     def tensors(self, dtype: torch.dtype) -> list[Tensor]:
-        """q, k and v, as projections leave them: the heads of a token side by side."""
+        """q, k and v in the layout of projections, in which the heads of a token are adjacent."""
         generator = torch.Generator("cuda").manual_seed(0)
         shapes = ((self.tokens, self.heads), (self.keys, self.groups), (self.keys, self.groups))
         return [
@@ -51,7 +51,7 @@ class Case:
         ]
 
     def mask(self) -> Tensor | None:
-        """The mask of sequences padded on the left; None without padding. The first one has none."""
+        """The mask of left-padded sequences, of which the first has no padding; None without padding."""
         if not self.padded:
             return None
         first = torch.arange(self.batch, device="cuda") * (self.keys // (2 * self.batch))
@@ -71,7 +71,7 @@ QUICK = CASES[:1]
 
 
 def run(dtypes: list[str], quick: bool, seconds: float, only: str = "") -> list[dict[str, Any]]:
-    """One record per dtype and case whose name contains ``only``."""
+    """Return a record per dtype and case with ``only`` in its name."""
     records = []
     for case in (c for c in (QUICK if quick else CASES) if only in c.name):
         for dtype in dtypes:
@@ -100,7 +100,7 @@ def _one(case: Case, dtype: str, seconds: float) -> dict[str, Any]:
         return call
 
     functions = {FUSED: edited(FUSED), SEPARATE: edited(SEPARATE)}
-    half = q.dtype != torch.float32  # what torch's own kernels are for
+    half = q.dtype != torch.float32  # torch's kernels need 16 bits
     if half and "window" not in options and options["attn_mask"] is None and case.tokens > 1:
         functions |= {name: torchs(kernel) for name, kernel in TORCH.items()}
     leaves, dy = [t.detach().requires_grad_() for t in (q, k, v)], torch.randn_like(q)
@@ -150,8 +150,8 @@ def _one(case: Case, dtype: str, seconds: float) -> dict[str, Any]:
 
 
 def _price(edited: Problem, dy: Tensor, seconds: float) -> dict[str, dict[str, float]]:
-    """The kernels alone, of the same problem with the edit and without it, where the output itself is what a backward pass
-    needs: in inference, and forward and backward in training."""
+    """Times of the kernels alone with and without the edit, where backward needs the output itself: inference, and forward
+    and backward in training."""
     plain = edited._replace(m=None, a=None, g_m=None, g_a=None)
     if edited.mask is not None:
         shape = (*edited.q.shape[:3], edited.k.shape[2])
@@ -178,7 +178,7 @@ def _price(edited: Problem, dy: Tensor, seconds: float) -> dict[str, dict[str, f
 
 
 def text(records: list[dict[str, Any]]) -> str:
-    """Forward and forward + backward, measured beside predicted."""
+    """Measured and predicted times, forward and forward + backward."""
     blocks = []
     for key in ("forward_ms", "forward_backward_ms"):
         rows = []

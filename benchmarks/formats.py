@@ -36,7 +36,7 @@ def _case(batch: int, side: int, format_name: str) -> str:
 
 
 def run(dtypes: list[str], seconds: float, quick: bool, cpu_time: bool, only: str) -> list[dict[str, Any]]:
-    """Milliseconds of every contestant, a record per dtype, format and size; ``only``: a part of the names of cases."""
+    """Return a record of milliseconds per dtype, format and size, for cases with ``only`` in their name."""
     clock = time.thread_time if cpu_time else time.perf_counter
     generator, records = torch.Generator().manual_seed(1), []
     for name in dtypes:
@@ -56,18 +56,18 @@ def run(dtypes: list[str], seconds: float, quick: bool, cpu_time: bool, only: st
 
 
 def _check(models: dict[str, nn.Module], x: torch.Tensor) -> None:
-    """No time is reported for a wrong result."""
+    """Check that all results agree, so that no time is reported for a wrong one."""
     with torch.no_grad():
         fused, steered = models[FUSED](x), models[STEERED](x)
     if fused.stride() != steered.stride():
         raise AssertionError("a fused network's result has other strides than the steered one's: not timed")
     error, scale = (fused - steered).abs().max(), steered.abs().max()
-    if not error <= 64 * torch.finfo(x.dtype).eps * scale:  # 53 layers, each rounded in another order
+    if not error <= 64 * torch.finfo(x.dtype).eps * scale:  # 53 layers with different orders of rounding
         raise AssertionError(f"the fused network is off by {error:.3g} of {scale:.3g}: not timed")
 
 
 def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ratios beside the bound each must keep."""
+    """The ratios that have bounds, with these."""
     rows = []
     for r in records:
         ratio = r["inference_ms"][FUSED] / r["inference_ms"][PLAIN]

@@ -25,7 +25,7 @@ def reference(z: Tensor, m: Tensor, a: Tensor, g_m: Tensor, g_a: Tensor) -> Tens
 
 
 def official(z: Tensor, m: Tensor, a: Tensor, g_m: Tensor, g_a: Tensor) -> Tensor:
-    """The loop of the JoLA authors' modelling code: every head sliced, cloned, edited and put back in turn."""
+    """The loop over heads of the JoLA authors' modelling code: slice, clone, edit, and write back."""
     z = z.clone()
     for h in range(HEADS):
         part = slice(h * HEAD_DIM, (h + 1) * HEAD_DIM)
@@ -35,7 +35,7 @@ def official(z: Tensor, m: Tensor, a: Tensor, g_m: Tensor, g_a: Tensor) -> Tenso
 
 
 def run(dtypes: list[str], quick: bool, seconds: float, tuned: bool = False) -> list[dict[str, Any]]:
-    """One record per case and dtype. Raises if a result is not what the float64 reference says."""
+    """Return a record per case and dtype. Raises if a result differs from the float64 reference."""
     return [
         _one(name, lead, d, seconds, compiled=not quick)
         for name, lead in (CASES[1:2] if quick else CASES[: 1 if tuned else None])
@@ -85,7 +85,7 @@ def _one(name: str, lead: tuple[int, int], dtype_name: str, seconds: float, comp
 
 
 def _gate(z: Tensor, parameters: list[Tensor]) -> None:
-    """Refuse to time a wrong result."""
+    """Check the result against the float64 reference, so that no time is reported for a wrong one."""
     expected = reference(z.double(), *(p.double() for p in parameters))
     error = (ctkernels.functional.head_edit(z, *parameters).double() - expected).abs()
     if not (error <= torch.finfo(z.dtype).eps * (expected.abs() + 4 * z.double().abs() + 4)).all():
@@ -95,7 +95,7 @@ def _gate(z: Tensor, parameters: list[Tensor]) -> None:
 
 
 def call_overhead() -> dict[str, float]:
-    """Microseconds a call: on one head of 16 values, and of the gates of a layer, two for each of 32 heads."""
+    """Microseconds per call of the edit of one head of 16 values, and of a layer's gates, two for each of 32 heads."""
     z, dy = torch.randn(1, 16), torch.randn(1, 16)
     leaf = z.clone().requires_grad_()
     m, a = torch.randn(1, 16, requires_grad=True), torch.randn(1, 16, requires_grad=True)
@@ -117,7 +117,7 @@ def call_overhead() -> dict[str, float]:
 
 
 def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ratios on the tuned shape beside the bound each must keep."""
+    """The ratios on the tuned shape that have bounds, with these."""
     rows = []
     for r in records:
         if r["case"] != TUNED:

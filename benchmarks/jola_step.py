@@ -1,4 +1,4 @@
-"""A JoLA training step on a Llama, end to end, against the frozen model and peft's LoRA: a small one on a CPU."""
+"""A JoLA training step on a Llama (a small one on a CPU), end to end, against the frozen model and peft's LoRA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .report import table
 
 @dataclass(frozen=True)
 class Size:
-    """The Llama that is trained, and the batch."""
+    """Sizes of the Llama and of the batch."""
 
     batch: int
     tokens: int
@@ -40,7 +40,7 @@ JOLA, COMPILED, COMPOSED = "JoLA step", "JoLA step, compiled", "JoLA step, compo
 
 
 class LoopOverHeads(nn.Module):
-    """The projection behind the published edit: one head after the other."""
+    """A projection with the published edit of its input, in a loop over heads."""
 
     def __init__(self, base: nn.Module, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class LoopOverHeads(nn.Module):
 
 
 def llama(size: Size, device: str = "cpu", like: nn.Module | None = None) -> Any:
-    """A frozen Llama; with the weights of ``like`` where given, so that no contestant's lie better in memory."""
+    """A frozen Llama; shares the weights of ``like`` if given, so that no contestant has a better memory placement."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -86,15 +86,15 @@ def llama(size: Size, device: str = "cpu", like: nn.Module | None = None) -> Any
 
 
 def run(seconds: float, quick: bool = False, device: str = "cpu") -> dict[str, Any]:
-    """Milliseconds of every contestant's training step, and of merged and plain inference (``quick``: from one process)."""
+    """Milliseconds of each contestant's training step, and of merged and plain inference (``quick``: in one process)."""
     count = 1 if quick or device != "cpu" else PROCESSES
     size = str(SIZES[device])
     return {"op": "jola_step", "size": size, **measure.over_processes(count, _run, device, seconds, quick)}
 
 
 def _run(seed: int, device: str, seconds: float, quick: bool) -> dict[str, Any]:
-    """Medians of one process. ``FLOOR`` is what any method must do whose first learned edit is that of JoLA, were the
-    edits free. The compiled contestants run among themselves after the others, beside an eager one; not in a quick run.
+    """Medians of one process. ``FLOOR`` is the cost with free edits of any method whose first edit is where JoLA's is. The
+    compiled contestants run in a separate group after the others, with an eager one; not in a quick run.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -149,7 +149,7 @@ def _run(seed: int, device: str, seconds: float, quick: bool) -> dict[str, Any]:
         LORA: step(lora, optimizers[lora]),
         LOOP: step(loop, optimizers[loop]),
     }
-    if not on_cpu:  # where it is torch's attention, then the same edit
+    if not on_cpu:  # on a CPU it is torch's attention followed by the edit
         fuse_attention(inside)
         steps[INSIDE] = step(inside, inside_optimizer, inside)
     record: dict[str, Any] = {
@@ -179,7 +179,7 @@ def _run(seed: int, device: str, seconds: float, quick: bool) -> dict[str, Any]:
 
 
 def bars(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ratios beside the bound each must keep."""
+    """The ratios that have bounds, with these."""
     t, i, c = record["training_ms"], record["inference_ms"], record.get("compiled_training_ms")
     rows = [
         measure.bar("fp32", "JoLA training step / frozen forward+backward", t[JOLA] / t[YARDSTICK], "<=", 1.06),

@@ -1,4 +1,4 @@
-"""Timing that can be compared: contestants take turns in one process, and medians are reported."""
+"""Comparable timings: contestants take turns in one process, and medians are reported."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Contestants = dict[str, Callable[[], Any]]
 
 
 def tune_allocator() -> str:
-    """Keep freed blocks in the process, for every contestant alike.
+    """Make the allocator keep freed blocks, for all contestants.
 
-    By default glibc returns blocks of this size to the system at once and maps fresh pages for the next result; page faults
-    then cost more than the kernels. Returns a line that says what was done.
+    By default glibc returns large blocks to the system at once and maps fresh pages for the next result; page faults then
+    cost more than the kernels. Returns a line that describes the setting.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -53,11 +53,10 @@ def interleaved(
 ) -> dict[str, float]:
     """Median milliseconds of each contestant; they run in turn, after one warm-up each, for about ``seconds`` in all.
 
-    Every round, the warm-up too, has an order of its own, drawn from ``seed``, so that none always runs in what the same one
-    left behind.
-    Those of ``seldom``, slow ones that are far from their bounds, run in every fourth round. Of the rounds the faster half
-    counts, by what all contestants took together: the others tell what else the machine was doing. ``wait``: for what a call
-    has started on a device. ``clock``: what counts as time, such as that of the CPU in this thread alone.
+    Every round, including the warm-up, has a random order from ``seed``, so that no contestant always follows the same one.
+    Those in ``seldom``, slow ones far from their bounds, run in every fourth round. Only the faster half of the rounds, by
+    the contestants' total time, counts: the slower half measures other load on the machine. ``wait`` waits for the work of
+    a call on a device. ``clock`` reads the time, for example the CPU time of this thread.
     """
     order, shuffle = list(contestants.items()), random.Random(seed).shuffle
     shuffle(order)
@@ -90,7 +89,7 @@ def interleaved(
 
 
 def graphed(run: Callable[[], Any]) -> Callable[[], None]:
-    """``run`` as a CUDA graph: the device's own time."""
+    """``run`` as a CUDA graph, to time the device alone."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -104,10 +103,10 @@ def graphed(run: Callable[[], Any]) -> Callable[[], None]:
 
 
 def over_processes(count: int, function: Callable[..., dict[str, dict[str, float]]], *args: Any) -> dict[str, Any]:
-    """``function(seed, *args)``, which returns {part: {contestant: figure}}, in ``count`` processes one after the other, with
-    a seed each: geometric means by part and contestant, and under "processes" what each returned.
+    """Geometric means of {part: {contestant: figure}}, returned by ``function(seed, *args)`` in ``count`` successive processes
+    with different seeds; the entry "processes" has the single results.
 
-    Where a process happens to have its memory decides ratios of whole networks by several percent.
+    The placement of a process's memory changes ratios of whole networks by several percent.
     """
     records, spawn, threads = [], multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
     for seed in range(count):
@@ -143,7 +142,7 @@ def with_gradients(
     wanted: Sequence[torch.Tensor],
     dy: torch.Tensor,
 ) -> Callable[[], Any]:
-    """A contestant that calls ``function`` and differentiates its result in the tensors ``wanted``."""
+    """A contestant that calls ``function`` and differentiates its result with respect to the tensors ``wanted``."""
     return lambda: torch.autograd.grad(function(*args), wanted, dy)
 
 
@@ -160,7 +159,7 @@ def composed(run: Callable[..., Any]) -> Callable[..., Any]:
 def overhead(
     contestants: Contestants, calls: int = 400, rounds: int = 15, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """Microseconds a call, for calls too short to be timed one by one: the median over interleaved batches of ``calls``."""
+    """Microseconds per call, for calls too short to be timed singly: the median over interleaved batches of ``calls``."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, run in contestants.items():
@@ -172,7 +171,7 @@ def overhead(
 
 
 def saved_bytes(run: Callable[[], Any]) -> int:
-    """Bytes of distinct tensors that autograd keeps for the backward pass of ``run``."""
+    """Bytes of the distinct tensors that autograd saves for the backward pass of ``run``."""
     seen: dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -186,10 +185,9 @@ def saved_bytes(run: Callable[[], Any]) -> int:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most memory that torch's allocator has handed out at once in two calls of ``run``, above what it had before: of the
-    GPU if there is one.
+    """The peak memory of torch's allocator in two calls of ``run``, relative to the start; of the GPU if there is one.
 
-    Two, so that what the first one leaves behind (gradients, the optimizer's state, copies of weights) counts.
+    Two, to include the memory that the first leaves allocated (gradients, optimizer state, copies of weights).
     """
     gc.collect()
     if torch.cuda.is_initialized():
@@ -211,13 +209,13 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def bar(dtype: str, what: str, value: float, sense: str, bound: float) -> dict[str, Any]:
-    """A measured figure beside the bound it must keep; ``sense`` is ``"<="`` or ``">="``."""
+    """A measured figure with its bound; ``sense`` is ``"<="`` or ``">="``."""
     met = value <= bound if sense == "<=" else value >= bound
     return {"dtype": dtype, "what": what, "value": value, "bound": f"{sense} {bound:g}", "met": met}
 
 
 def provenance() -> dict[str, Any]:
-    """The command, the revision and the machine: what it takes to repeat a measurement."""
+    """The command, the revision and the machine, to repeat a measurement."""
 
     def git(*args: str) -> str:
         if shutil.which("git") is None:
@@ -249,6 +247,6 @@ def _cpu_name() -> str:
 
 
 def _command(arguments: list[str]) -> str:
-    """The command that repeats a measurement: without the file that this one went to."""
+    """The command that repeats a measurement, without its output file."""
     text = " ".join(["python -m benchmarks", *arguments])
     return re.sub(r" --json[= ]\S+", "", text)

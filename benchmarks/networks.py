@@ -1,4 +1,4 @@
-"""ResNet-50 with CT units, end to end: fused, as published, compiled, and beside the plain network."""
+"""ResNet-50 with CT units, end to end: fused, as published, and compiled, against the plain network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PUBLISHED = (OFFICIAL, OFFICIAL + COMPILED)
 
 
 class OfficialUnit(nn.Module):
-    """The Curvature Tuning authors' module: logits of beta and coeff, shared or per channel, in the published expression."""
+    """The Curvature Tuning authors' module: the published expression with logits of beta and coeff, shared or per channel."""
 
     def __init__(self, channels: int | None, beta: float) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class OfficialUnit(nn.Module):
 
 
 def _separate(model: nn.Module) -> nn.Module:
-    """Torchvision's blocks call one ReLU for three numbers of channels; learned units need three, as in the paper."""
+    """Give each block three ReLUs: torchvision's share one for three channel counts, and learned units need three."""
     from torchvision.models.resnet import Bottleneck
 
     class Block(Bottleneck):
@@ -55,7 +55,7 @@ def _separate(model: nn.Module) -> nn.Module:
 
 
 def network(dtype: torch.dtype, device: str) -> nn.Module:
-    """ResNet-50 with the statistics a trained one has, frozen, in evaluation; the format convolutions like best."""
+    """A frozen ResNet-50 in evaluation mode with realistic statistics, in the fastest memory format for convolutions."""
     import torchvision
 
     generator = torch.Generator().manual_seed(0)
@@ -80,7 +80,7 @@ def _replace_relus(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Mod
 
 
 def contestants(dtype: torch.dtype, trained: bool, device: str = "cpu") -> dict[str, nn.Module]:
-    """The networks: with learned units, or with one (beta, coeff) for all."""
+    """The networks, with learned units or with one (beta, coeff) for all."""
     base = network(dtype, device)
     published, ours = copy.deepcopy(base), copy.deepcopy(base)
     _replace_relus(published, lambda channels: OfficialUnit(channels if trained else None, 0.8 if trained else 0.9))
@@ -113,7 +113,7 @@ def inference(model: Any, x: Tensor) -> Callable[[], Tensor]:
 
 
 def step(model: Any, x: Tensor, labels: Tensor) -> Callable[[], None]:
-    """A training step of what is trainable; where nothing is, forward and backward to the input."""
+    """A training step of the trainable parameters; without any, forward and backward to the input."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True, capturable=x.is_cuda) if parameters else None
 
@@ -129,12 +129,12 @@ def step(model: Any, x: Tensor, labels: Tensor) -> Callable[[], None]:
 
 
 def _full(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Everything trainable, BatchNorm in training."""
+    """Make all parameters trainable, and BatchNorm use batch statistics."""
     return {name: model.train().requires_grad_() for name, model in networks.items()}
 
 
 def run(dtypes: list[str], seconds: float, quick: bool, device: str = "cpu") -> list[dict[str, Any]]:
-    """Milliseconds and peak bytes of every contestant, one record per dtype (``quick``: from one process)."""
+    """Return a record of milliseconds and peak bytes per dtype (``quick``: in one process)."""
     count = 1 if quick or device != "cpu" else PROCESSES
     return [
         {
@@ -148,7 +148,7 @@ def run(dtypes: list[str], seconds: float, quick: bool, device: str = "cpu") -> 
 
 
 def _run(seed: int, device: str, name: str, seconds: float, quick: bool) -> dict[str, Any]:
-    """Medians of one process, and peak bytes."""
+    """Medians and peak bytes of one process."""
     dtype = DTYPES[name]
     x, labels = _inputs(dtype, device)
     _check(dtype, device)
@@ -156,7 +156,7 @@ def _run(seed: int, device: str, name: str, seconds: float, quick: bool) -> dict
     calls = {label: inference(model, x) for label, model in fixed.items()}
     steps = {label: step(model, x, labels) for label, model in learned.items()}
     memory: dict[str, float] = {label: measure.peak_bytes(call) for label, call in steps.items()}
-    if device != "cpu":  # where an eager network of this size may wait for the host
+    if device != "cpu":  # eager networks of this size can be bound by the host
         for runs in (calls, steps):
             runs |= {label + GRAPHED: measure.graphed(run) for label, run in runs.items()}
     elif not quick:
@@ -177,7 +177,7 @@ def _run(seed: int, device: str, name: str, seconds: float, quick: bool) -> dict
 
 
 def _check(dtype: torch.dtype, device: str) -> None:
-    """Ours computes what is published: refuse to time it otherwise."""
+    """Check that our network and the published one agree, so that no time is reported for a wrong one."""
     x = _inputs(dtype, device)[0][:1, :, :64, :64]
     for trained in (False, True):
         networks = contestants(dtype, trained, device)
@@ -191,7 +191,7 @@ def _check(dtype: torch.dtype, device: str) -> None:
 
 
 def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ratios beside the bound each must keep."""
+    """The ratios that have bounds, with these."""
     rows = []
     for record in records:
         i, t, m = record["inference_ms"], record["step_ms"], record["step_peak_bytes"]

@@ -1,4 +1,4 @@
-"""A thousand adapters in one batch: decoding and prefill with an `AdapterPool`, against the base model and peft's ways."""
+"""A thousand adapters in one batch: decoding and prefill with an `AdapterPool`, against the base model and peft."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ONE_BY_ONE = "JoLA adapters one after the other"
 
 
 def run(seconds: float, quick: bool = False, device: str = "cpu") -> dict[str, Any]:
-    """Milliseconds of a decoding step and of a prefill of every contestant (``quick``: from one process)."""
+    """Milliseconds of a decoding step and of a prefill of every contestant (``quick``: in one process)."""
     count = 1 if quick or device != "cpu" else PROCESSES
     size = f"{SIZES[device]}".split(", batch")[0]
     record = measure.over_processes(count, _run, device, seconds)
@@ -33,7 +33,7 @@ def run(seconds: float, quick: bool = False, device: str = "cpu") -> dict[str, A
 
 @torch.inference_mode()
 def _run(seed: int, device: str, seconds: float) -> dict[str, Any]:
-    """Medians of one process. Every row has an adapter of its own; peft's models hold those alone."""
+    """Medians of one process. Every row has its own adapter; peft's models contain only those."""
     from peft import LoraConfig, get_peft_model
     from transformers import DynamicCache
 
@@ -115,7 +115,7 @@ def _run(seed: int, device: str, seconds: float) -> dict[str, Any]:
 
 
 def bars(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ratios beside the bound each must keep."""
+    """The ratios that have bounds, with these."""
     rows = []
     for key, kind in (("decode_ms", "decoding"), ("prefill_ms", "prefill")):
         ms = record[key]

@@ -16,7 +16,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def timings(records: list[dict[str, Any]]) -> str:
-    """Milliseconds of every contestant, forward and forward+backward, and what ours costs relative to the yardsticks."""
+    """Milliseconds of every contestant, forward and forward+backward, and ours relative to the baselines."""
     blocks = []
     for key, title, yardsticks in (
         ("forward_ms", "forward, ms", ("copy", "silu(g) * u")),
@@ -37,7 +37,7 @@ def timings(records: list[dict[str, Any]]) -> str:
 
 
 def bars(rows: list[dict[str, Any]]) -> str:
-    """The bounds on the tuned shape, and whether each was met in this run; empty if it did not run that shape."""
+    """The bounds on the tuned shape, and whether this run meets them; empty if it did not measure that shape."""
     if not rows:
         return ""
     cells = [[r["what"], r["dtype"], f"{r['value']:.2f}", r["bound"], "yes" if r["met"] else "NO"] for r in rows]

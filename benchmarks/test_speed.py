@@ -1,4 +1,4 @@
-"""The same kernels under pytest-benchmark, for its statistics and comparisons: pytest benchmarks --benchmark-enable."""
+"""The kernels under pytest-benchmark, for its statistics and comparisons: pytest benchmarks --benchmark-enable."""
 
 from __future__ import annotations
 

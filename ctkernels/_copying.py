@@ -11,23 +11,23 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def copy_module(model: M, memo: dict[int, Any] | None = None) -> M:
-    """``copy.deepcopy`` of a model, wrappers included.
+    """``copy.deepcopy`` of a model including its wrappers.
 
-    peft's wrappers pass attributes that they lack on to what they wrap, ``__deepcopy__`` too: around a module that has
-    one, such as a ``torch.fx.GraphModule``, ``copy.deepcopy`` would return a copy of what is inside.
+    peft's wrappers forward missing attributes, including ``__deepcopy__``, to the wrapped module. Around a module with
+    that method, such as a ``torch.fx.GraphModule``, ``copy.deepcopy`` would copy only the wrapped module.
 
     Args:
-        model: left as it is.
+        model: the model to copy.
         memo: as for ``copy.deepcopy``.
     """
     name = "__deepcopy__"
-    passing = [m for m in model.modules() if getattr(m, name, None) is not None and not _has(m, name)]
+    forwarding = [m for m in model.modules() if getattr(m, name, None) is not None and not _has(m, name)]
     try:
-        for module in passing:
+        for module in forwarding:
             module.__dict__[name] = None
         copied = copy.deepcopy(model, memo)
     finally:
-        for module in passing:
+        for module in forwarding:
             del module.__dict__[name]
     for module in copied.modules():
         if module.__dict__.get(name, module) is None:

@@ -1,4 +1,4 @@
-"""Writes docs/monitoring: Grafana's dashboard and Prometheus's alert rules. ``python tools/monitoring.py``."""
+"""Writes docs/monitoring, a Grafana dashboard and Prometheus alert rules: ``python tools/monitoring.py``."""
 
 from __future__ import annotations
 

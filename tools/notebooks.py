@@ -1,4 +1,4 @@
-"""A hook of mkdocs: every tutorial is there as a Jupyter notebook as well, made from its page."""
+"""A mkdocs hook that generates a Jupyter notebook from the page of every tutorial."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = "tutorials/"
-# A block of Python, and what it prints, which a notebook finds out for itself.
+# A block of Python, with its output, which is not part of the notebook.
 CODE = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n.*?^```\n)?", re.MULTILINE | re.DOTALL)
 
 
 def notebook(markdown: str) -> dict[str, Any]:
-    """The cells of a page: its blocks of Python as code, the rest as text."""
+    """The notebook of a page, with its Python blocks as code cells and the rest as text cells."""
     parts = CODE.split(markdown)  # text, code, text, code, ..., text
     cells = [
         {"cell_type": "code", "execution_count": None, "outputs": []} if number % 2 else {"cell_type": "markdown"}

@@ -1,7 +1,7 @@
 """Writes the tables of the documentation from benchmarks/results: ``python tools/tables.py [--check]``.
 
-A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``. With ``--check`` nothing is written, and a table that says
-something else than the files is an error.
+A table is between ``<!-- table NAME -->`` and ``<!-- end -->``. With ``--check`` nothing is written, and an outdated table is an
+error.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _results(name: str) -> Any:
 
 
 def _one(records: Sequence[Record], **values: str) -> Record:
-    """The one record that has all of ``values``."""
+    """The only record with all of ``values``."""
     (record,) = (r for r in records if all(r.get(key) == value for key, value in values.items()))
     return record
 
@@ -68,7 +68,7 @@ def _ours(value: float | None) -> str:
 
 
 def ctu_cpu() -> str:
-    """The unit on a CPU, beside a copy, ReLU and the published expression."""
+    """The unit on a CPU, against a copy, ReLU and the published expression."""
     records = _results("cpu")["records"]
     rows = []
     for key, name in (("forward_ms", "forward"), ("forward_backward_ms", "forward + backward, all gradients")):
@@ -107,7 +107,7 @@ def ctu_cpu() -> str:
 
 
 def head_edit_cpu() -> str:
-    """The head edit on a CPU, beside a copy, a multiplication and the published loop."""
+    """The head edit on a CPU, against a copy, a multiplication and the published loop."""
     records = _results("cpu")["records"]
     rows = []
     for key, name in (("forward_ms", "forward"), ("forward_backward_ms", "forward + backward, all gradients")):
@@ -185,7 +185,7 @@ def formats_cpu() -> str:
 
 
 def calls_cpu() -> str:
-    """What calls on next to nothing cost the host."""
+    """Host time of calls on tiny tensors."""
     records = _results("calls")["records"]
     names = {"forward": "", "both": ", forward and backward"}
     rows = [[f"{r['call']}{names[r['part']]}", f"{r['us']:.1f}", str(r["frames"])] for r in records]
@@ -209,7 +209,7 @@ def ops_h100() -> str:
 
 
 def compare() -> str:
-    """Accuracies of `make compare`, a table for each network."""
+    """Accuracies of `make compare`, one table per network."""
     return TransferComparison.read(ROOT / "benchmarks/results/compare.json").markdown() + "\n"
 
 

@@ -1,12 +1,12 @@
-"""Builds the release files and tries each in fresh environments: ``make wheels``.
+"""Builds the release files and tests each in fresh environments: ``make wheels``.
 
     dist/ctkernels-V.tar.gz                       source
     dist/ctkernels-V-py3-none-any.whl             pure Python
     dist/ctkernels-V-cp310-abi3-manylinux*.whl    with the CPU kernels, for every Python from 3.10 and every torch from 2.11
 
-The native wheel is built from the source distribution, so that a file missing there is noticed; auditwheel names the oldest
-glibc it runs on, and abi3audit checks that it uses nothing outside of Python's limited API. Then every wheel is installed
-into an empty environment of every Python that is found, beside a torch, and runs ``SMOKE`` from an empty folder.
+The native wheel is built from the source distribution, to detect files missing there; auditwheel determines the oldest glibc
+it supports, and abi3audit checks that it uses only Python's limited API. Then every wheel is installed with a torch into an
+empty environment of every available Python, and runs ``SMOKE`` in an empty folder.
 
     python tools/wheels.py --python 3.10 3.12 --torch 2.11.0
 """
@@ -57,7 +57,7 @@ def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[
 
 
 def build(out: Path) -> list[Path]:
-    """Source distribution, pure wheel and native wheel. Returns the wheels."""
+    """Build the source distribution, the pure wheel and the native wheel; return the wheels."""
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, ROOT,
         env={**os.environ, "CTKERNELS_BUILD": "none"})  # fmt: skip
     (source,) = out.glob("*.tar.gz")
@@ -72,7 +72,7 @@ def build(out: Path) -> list[Path]:
         (pure,) = (Path(folder) / "wheels").glob("*-py3-none-any.whl")
         (native,) = (Path(folder) / "wheels").glob("*-abi3-linux_*.whl")
         shutil.copy(pure, out)
-        # torch brings these libraries itself, and loads them before ours.
+        # torch ships these libraries and loads them before ours.
         excluded = [f"--exclude={name}" for name in ("libc10.so", "libtorch.so", "libtorch_cpu.so")]
         run(sys.executable, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", out, native)
     (repaired,) = out.glob("*manylinux*.whl")
@@ -82,7 +82,7 @@ def build(out: Path) -> list[Path]:
 
 
 def interpreters(wanted: list[str]) -> dict[str, str]:
-    """Version -> interpreter, of those that this machine has: on PATH, or pyenv's."""
+    """Map versions to the interpreters available on PATH or from pyenv."""
     found = {}
     for version in wanted:
         places = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
@@ -98,7 +98,7 @@ def interpreters(wanted: list[str]) -> dict[str, str]:
 
 
 def try_wheels(wheels: list[Path], python: str, torch: str) -> None:
-    """Installs torch and each wheel in turn into one new environment, and runs :data:`SMOKE` in an empty folder."""
+    """Install torch and each wheel in turn into a new environment, and run :data:`SMOKE` in an empty folder."""
     with tempfile.TemporaryDirectory() as folder:
         environment, empty = Path(folder) / "venv", Path(folder) / "empty"
         run(python, "-m", "venv", environment)
@@ -116,7 +116,7 @@ def try_wheels(wheels: list[Path], python: str, torch: str) -> None:
 
 
 def main() -> None:
-    """Builds, then tries."""
+    """Build, then test."""
     parser = argparse.ArgumentParser(description="Build the release files and try each in fresh environments.")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the files (default: dist)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Adapters as PEFT methods; importing this package registers them. It needs `pip install ctkernels[adapters]`.
+"""Adapters as PEFT methods, registered by importing this package. Requires `pip install ctkernels[adapters]`.
 
 peft has no plug-in mechanism: a process that loads one of these adapters must import `ctkernels.adapters` first, or
 peft raises `KeyError: 'JOLA'` (or `'CURVATURE'`, `'JOINT'`).

@@ -1,4 +1,4 @@
-"""What the configurations of this package's adapters have in common: how they are written and read."""
+"""Base class of adapter configurations: reading and writing."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ _SAVED = "_saved_shapes"
 
 
 class AdapterConfig(PeftConfig):
-    """A configuration that is written through a temporary name, and whose folder is checked before it is read."""
+    """A configuration that is written atomically, and whose folder is checked before it is read."""
 
     method: ClassVar[str]
 
     @classmethod
     def tensor_prefixes(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """How the names of an adapter's tensors begin, behind the module's; `values` are those of its configuration."""
+        """Prefixes of an adapter's tensor names, after the module's name. `values`: of its configuration."""
         return (f"{cls.method.lower()}_",)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, to a temporary name first; if weights lie beside it, describe both in the model card."""
+        """Writes `adapter_config.json` atomically, and the model card if the folder has weights."""
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory must be a folder, got the file {save_directory}")
         auto_mapping = kwargs.pop("auto_mapping_dict", None)
         values = self.to_dict()
         if auto_mapping is not None:
             values["auto_mapping"] = auto_mapping
-        text = json.dumps(values, indent=2, sort_keys=True, default=sorted) + "\n"  # of what JSON lacks there are sets
+        text = json.dumps(values, indent=2, sort_keys=True, default=sorted) + "\n"  # sets become lists
         write_text(os.path.join(save_directory, "adapter_config.json"), text)
         write_adapter_card(save_directory, values)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Read the configuration of a saved adapter; a local folder is checked first (never unpickled).
+        """Reads the configuration of a saved adapter, after checking a local folder (nothing is unpickled).
 
-        The first adapter made from it is checked against the weights beside it before the model is changed. For an
-        adapter that is not to be loaded from there, take `dataclasses.replace(config)`.
+        The first adapter created from it is checked against the saved weights before the model is changed. For an
+        adapter without these weights, use `dataclasses.replace(config)`.
 
         Raises:
-            ValueError: the folder holds no readable safetensors file, only a pickle, values that are not finite, or
-                another method's adapter.
+            ValueError: the folder has no readable safetensors file, only a pickle, non-finite values, or another
+                method's adapter.
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         shapes = check_adapter_folder(folder, cls.method, cls.tensor_prefixes) if os.path.isdir(folder) else {}
@@ -59,5 +59,5 @@ class AdapterConfig(PeftConfig):
 
 
 def saved_shapes(config: PeftConfig) -> dict[str, torch.Size]:
-    """The shapes of the tensors that lie beside a configuration read from a folder, once; empty for any other."""
+    """Shapes of the saved tensors of a configuration read from a folder, at the first call; empty otherwise."""
     return config.__dict__.pop(_SAVED, {})

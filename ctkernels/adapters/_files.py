@@ -1,4 +1,4 @@
-"""Files of adapters: written under a temporary name and renamed, checked before they are read, never unpickled."""
+"""Files of adapters: written atomically, checked before they are read, never unpickled."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .._files import temporary_folder
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
-# What decides which weights are loaded from a folder: transformers reads the first of these that it finds and puts an
-# adapter beside them on top, vLLM reads every safetensors file.
+# Files that determine which weights a loader takes from a folder: transformers reads the first that it finds, with an adapter in
+# the same folder on top; vLLM reads every safetensors file.
 _MODEL_FILES = re.compile(
     r".*\.safetensors|(pytorch_model|tf_model|flax_model|model|adapter_model)\b.*\.(bin|pt|pth|h5|msgpack)"
     r"|.*\.index\.json|adapter_config\.json"
@@ -27,7 +27,7 @@ _MODEL_FILES = re.compile(
 
 
 def model_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """The files in a folder that a loader would take for a model's weights or for an adapter."""
+    """The files in a folder that a loader would read as weights or as an adapter."""
     root = Path(folder)
     if not root.is_dir():
         return []
@@ -38,27 +38,27 @@ def model_files(folder: str | os.PathLike[str]) -> list[Path]:
 def replacing_folder(
     path: str | os.PathLike[str], stale: Callable[[Path], list[Path]] = lambda folder: []
 ) -> Iterator[Path]:
-    """Give a fresh folder to write to, and move its files to `path` when the block ends without an error.
+    """Yields a fresh folder to write to, and moves its files to `path` if the block succeeds.
 
-    The fresh folder lies in `path`, so that only `path` has to be writable, and moving is renaming. The files already
-    in `path` stay as they are until every new file is complete. Then those in the way, and those that `stale` lists,
-    are set aside, configuration files (json) first, and the new ones take their places, configuration files last: a
-    process killed meanwhile leaves a folder that loaders refuse, never a mixture. An error puts everything back.
+    The fresh folder is in `path`, so that only `path` needs to be writable, and moving is renaming. Existing files stay until
+    every new file is complete. Then those to be replaced, and those that `stale` lists, are moved away, configuration
+    files (json) first, and the new ones move in, configuration files last: a process killed in between leaves a folder
+    that loaders refuse, never a mixture. An error restores everything.
     """
     target = Path(path)
     if target.is_file():
         raise ValueError(f"path must be a folder, got the file {target}")
-    made = not target.exists()
+    is_new = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
     try:
-        with temporary_folder(target) as room:
-            fresh, aside = room / "new", room / "old"
+        with temporary_folder(target) as scratch:
+            fresh, aside = scratch / "new", scratch / "old"
             fresh.mkdir()
             aside.mkdir()
             yield fresh
             _exchange(target, fresh, aside, stale(target))
     except BaseException:
-        if made and not any(target.iterdir()):
+        if is_new and not any(target.iterdir()):
             target.rmdir()
         raise
 
@@ -87,7 +87,7 @@ def _exchange(target: Path, fresh: Path, aside: Path, stale: list[Path]) -> None
 
 
 def _move(source: Path, destination: Path) -> None:
-    """Rename, also between file systems (a folder inside the target can be a mounted one, or a link)."""
+    """Renames a file, also across file systems (a folder in the target may be a mount point or a link)."""
     if source.lstat().st_dev == destination.parent.stat().st_dev:
         os.replace(source, destination)
         return
@@ -104,7 +104,7 @@ def safetensors_names(path: str | os.PathLike[str]) -> list[str]:
     """The tensor names in a safetensors file.
 
     Raises:
-        ValueError: the file is not safetensors, or is cut short.
+        ValueError: the file is not safetensors, or truncated.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -120,30 +120,30 @@ def safetensors_names(path: str | os.PathLike[str]) -> list[str]:
 def check_adapter_folder(
     folder: str | os.PathLike[str], peft_type: str, prefixes: Callable[[Mapping[str, Any]], tuple[str, ...]]
 ) -> dict[str, torch.Size]:
-    """Check a saved adapter before anything is built from it.
+    """Checks a saved adapter before anything is built from it.
 
     Args:
-        folder: where it lies.
+        folder: of the adapter.
         peft_type: its method.
-        prefixes: of the names of its tensors, all of which must be there, by the values of its configuration.
+        prefixes: maps the values of its configuration to the prefixes of tensor names that must exist.
 
     Returns:
-        the shapes of its tensors by name; empty if there are no weights beside the configuration.
+        The shapes of its tensors by name; empty without a weights file.
 
     Raises:
-        ValueError: no configuration or an unreadable one, another method's adapter, weights missing, pickled or
-            corrupt, or values that are not finite.
+        ValueError: a missing or unreadable configuration, another method's adapter, weights that are missing, pickled or
+            corrupt, or non-finite values.
     """
     root = Path(folder)
     try:
         values = json.loads((root / CONFIG).read_text())
-        found = values["peft_type"]
+        method = values["peft_type"]
     except FileNotFoundError:
         raise ValueError(f"{root}: expected {CONFIG}, found none") from None
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{root / CONFIG}: expected a JSON object with peft_type, got {error!r}") from None
-    if found != peft_type:
-        raise ValueError(f"{root}: expected an adapter of type {peft_type}, got {found}")
+    if method != peft_type:
+        raise ValueError(f"{root}: expected an adapter of type {peft_type}, got {method}")
     if not (root / WEIGHTS).exists():
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in root.glob(pattern))
         if pickled:

@@ -1,7 +1,7 @@
-"""Models whose weights are elsewhere, on the CPU or on disk, while they do not run: accelerate's offloading.
+"""Support for accelerate's offloading, which keeps weights on the CPU or on disk while a module does not run.
 
-accelerate hooks a module's forward: the parameters are on the meta device, and come to the execution device for the
-call only. An adapter is small, and is used by a layer that accelerate does not know; its parameters stay resident.
+accelerate hooks a module's forward: parameters are on the meta device, and on the execution device only during the call.
+Parameters of an adapter stay resident: they are small, and used by a layer that accelerate does not know.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import nn
 
 
 def offload_hook(module: nn.Module) -> Any:
-    """The hook that fetches a module's own weights for its forward, or None."""
+    """The hook that fetches a module's weights for its forward, or None."""
     hook = module.__dict__.get("_hf_hook")
     return next((part for part in getattr(hook, "hooks", (hook,)) if getattr(part, "offload", False)), None)
 
 
 def home(module: nn.Module) -> torch.device | None:
-    """Where a module computes: its weight's device, or where an offloaded weight is fetched to. None: not known."""
+    """The device on which a module computes: its weight's, or the execution device of an offloaded weight. None: unknown."""
     hook = offload_hook(module)
     if hook is not None and hook.execution_device is not None:
         return torch.device(hook.execution_device)
@@ -31,7 +31,7 @@ def home(module: nn.Module) -> torch.device | None:
 
 @contextmanager
 def fetched(module: nn.Module) -> Iterator[None]:
-    """Have a module's weights at hand during the block; parameters that it replaces are offloaded in their places."""
+    """Makes a module's offloaded weights available in the block; parameters replaced in it are offloaded instead."""
     hook = offload_hook(module)
     if hook is None or not _on_meta(module):
         yield
@@ -43,8 +43,8 @@ def fetched(module: nn.Module) -> Iterator[None]:
     finally:
         if not _on_meta(module):
             if any(value is not before.get(name) for name, value in module._parameters.items()):
-                own = [*module._parameters.items(), *module._buffers.items()]
-                hook.weights_map = {name: value.detach().cpu() for name, value in own if value is not None}
+                tensors = [*module._parameters.items(), *module._buffers.items()]
+                hook.weights_map = {name: value.detach().cpu() for name, value in tensors if value is not None}
             hook.post_forward(module, None)
 
 
@@ -53,7 +53,7 @@ def _on_meta(module: nn.Module) -> bool:
 
 
 def keep_resident(tables: Iterable[nn.Module | None]) -> None:
-    """Take back an adapter's parameters that accelerate offloads, having met them while it hooked the whole model."""
+    """Makes an adapter's parameters resident again, after accelerate has hooked and offloaded the whole model."""
     for table in tables:
         if table is not None and "_hf_hook" in table.__dict__:
             from accelerate.hooks import remove_hook_from_module
@@ -72,12 +72,12 @@ def keep_resident(tables: Iterable[nn.Module | None]) -> None:
 
 
 def offload_memo(model: nn.Module) -> dict[int, Any]:
-    """A memo for `copy.deepcopy` with which a copy of a model leaves out offloaded weights."""
+    """A memo for `copy.deepcopy` that omits offloaded weights."""
     return {id(module.__dict__["_hf_hook"]): None for module in model.modules() if "_hf_hook" in module.__dict__}
 
 
 def drop_offloading(model: nn.Module) -> None:
-    """Give the modules of such a copy their own forward again."""
+    """Restores the original forwards in a copy made with :func:`offload_memo`."""
     for module in model.modules():
         if "_hf_hook" in module.__dict__:
             del module._hf_hook
@@ -85,7 +85,7 @@ def drop_offloading(model: nn.Module) -> None:
 
 
 def whole_state_dict(model: Any) -> dict[str, Any]:
-    """Arguments with which `save_pretrained` finds all weights: those that it does not fetch by itself."""
+    """Arguments for `save_pretrained` with the offloaded weights that it does not fetch by itself."""
     if getattr(model, "hf_device_map", None) or not any(parameter.is_meta for parameter in model.parameters()):
         return {}
     from accelerate.utils.modeling import get_state_dict_offloaded_model

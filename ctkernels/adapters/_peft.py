@@ -1,4 +1,4 @@
-"""The one place that knows how peft is found and how a method is added to it. Importing it needs peft."""
+"""Integration with peft: version check, registration of methods, checks of names and saved tensors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 
 def require_peft(what: str = "ctkernels.adapters", oldest: tuple[int, int] = (0, 18)) -> None:
-    """Check that a supported peft is installed.
+    """Checks that a supported version of peft is installed.
 
     Args:
-        what: needs it.
-        oldest: the oldest version that will do.
+        what: the feature that needs it, for the message.
+        oldest: the oldest supported version.
 
     Raises:
-        ImportError: peft is missing, or older (the message names the extra to install).
+        ImportError: peft is missing or too old (the message names the extra to install).
     """
     try:
         import peft
@@ -41,10 +41,10 @@ require_peft()
 
 
 def add_peft_type(name: str) -> Any:
-    """Return the member `name` of `peft.PeftType`, adding it when it is not there.
+    """Returns the member `name` of `peft.PeftType`, adding it if it does not exist.
 
-    peft accepts a method only if its enum lists it, and the enum is closed to subclasses; so the member is built the
-    way `enum` builds one, and entered in the enum's three tables. Doing it twice returns the same member.
+    peft accepts a method only if its enum has it, and the enum cannot be subclassed. The member is therefore built as `enum`
+    would, and entered in the enum's three tables.
     """
     from peft import PeftType
 
@@ -62,7 +62,7 @@ def add_peft_type(name: str) -> Any:
 
 
 def register(name: str, config_cls: type, model_cls: type) -> None:
-    """Register a tuner with peft under `name` (lower case). Registering again is a no-op."""
+    """Registers a tuner with peft under `name` (lower case), once."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils import register_peft_method
 
@@ -71,33 +71,33 @@ def register(name: str, config_cls: type, model_cls: type) -> None:
 
 
 BASE = "__base__"  # peft's name for no adapter
-UNIT = ".jola_unit_"  # in the names of tensors that older files lack, all of them or none
-_NAMES_IN_USE = frozenset(dir(nn.ParameterDict()))  # an adapter's name becomes an attribute of one
+UNIT = ".jola_unit_"  # part of the names of tensors that older files lack altogether
+_NAMES_IN_USE = frozenset(dir(nn.ParameterDict()))  # an adapter's name becomes an attribute of a ParameterDict
 
 
 def check_adapter_name(name: Any) -> None:
-    """Check that an adapter's name can be a part of a tensor's name and the name of a folder.
+    """Checks that an adapter's name can be part of tensor names and the name of a folder.
 
     Raises:
-        ValueError: it is empty, a path, has a dot or a character that file systems refuse, or means something already.
+        ValueError: it is empty or reserved, or contains a dot or a character that file systems refuse.
     """
     if not isinstance(name, str) or not name.strip() or name in _NAMES_IN_USE or name == BASE:
         raise ValueError(f"adapter_name must be a word that is not in use otherwise, got {name!r}")
-    found = re.search(r"""[./\\:*?"<>|\x00-\x1f\x7f]""", name)
-    if found:
+    forbidden = re.search(r"""[./\\:*?"<>|\x00-\x1f\x7f]""", name)
+    if forbidden:
         raise ValueError(
-            f"adapter_name must not contain {found.group()!r}, got {name!r}: it names a folder and a part of tensor names"
+            f"adapter_name must not contain {forbidden.group()!r}, got {name!r}: it names a folder and a part of tensor names"
         )
 
 
 def check_weighted(
     configs: Mapping[str, Any], adapters: Any, weights: Any, adapter_name: str, combination_type: str
 ) -> None:
-    """Check the arguments of `add_weighted_adapter`.
+    """Checks the arguments of `add_weighted_adapter`.
 
     Raises:
-        ValueError: adapters that are not there, other modules trained beside them, not one finite weight for each, a name
-            that is taken, or a combination other than the linear one.
+        ValueError: unknown adapters, adapters with modules_to_save, a number of finite weights other than that of adapters,
+            a name in use, or a combination other than the linear one.
     """
     unknown = [name for name in adapters if name not in configs]
     if isinstance(adapters, str) or not adapters or unknown:
@@ -117,7 +117,7 @@ def check_weighted(
 
 
 def inject_new(tuner: Any, adapter_name: str, config: Any) -> None:
-    """Put an adapter into a tuner's model; an error leaves no trace in its list."""
+    """Adds an adapter to a tuner's model; on an error, removes it from the tuner's list."""
     tuner.peft_config[adapter_name] = config
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
@@ -130,7 +130,7 @@ def check_requested(names: Any, known: set[str], training: bool) -> list[str]:
     """The `adapter_names` of a call as a list.
 
     Raises:
-        ValueError: the model is in training mode (in the words of peft), or there is an unknown name.
+        ValueError: the model is in training mode (peft's message), or a name is unknown.
     """
     if training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
@@ -143,10 +143,10 @@ def check_requested(names: Any, known: set[str], training: bool) -> list[str]:
 
 
 def check_length(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Hold `adapter_names` against the batch, the first dimension of a call's first tensor; there may be none yet.
+    """Check the length of `adapter_names` against the batch size, the first dimension of the call's first tensor, if any.
 
     Raises:
-        ValueError: they are not as many, in the words of peft.
+        ValueError: they differ (peft's message).
     """
     named = [kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")]
     tensors = (value for value in (*args, *named, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0)
@@ -159,7 +159,7 @@ def check_length(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def merged_in_batch(site: str, merged: list[str]) -> ValueError:
-    """The error for `adapter_names` while adapters are merged, in the words of peft."""
+    """The error, with peft's message, for `adapter_names` while adapters are merged."""
     return ValueError(
         f"{site}: Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. Merged: "
         f"{merged}"
@@ -167,10 +167,10 @@ def merged_in_batch(site: str, merged: list[str]) -> ValueError:
 
 
 def pass_adapter_names(names: list[str], thread: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Give a layer the adapters of its samples: a forward pre-hook, for the calls of one thread.
+    """Forward pre-hook that passes the samples' adapters to a layer, for the calls of one thread.
 
-    peft's modules that are trained beside adapters want a name for each row of their input, which has those of a
-    sample (beams, returned sequences) side by side.
+    peft's wrappers of modules_to_save expect a name for each row of their input, in which the rows of a sample (beams,
+    returned sequences) are adjacent.
     """
     if threading.get_ident() == thread:
         trained = hasattr(module, "original_module")
@@ -180,17 +180,17 @@ def pass_adapter_names(names: list[str], thread: int, module: nn.Module, args: A
 
 
 def plain_model(model: Any) -> Any:
-    """The model inside all `PeftModel`s around it."""
+    """The model inside any number of `PeftModel`s."""
     while hasattr(model, "get_base_model"):
         model = model.get_base_model()
     return model
 
 
 def check_not_nested(model: nn.Module) -> None:
-    """Check that what a tuner adapts is no `PeftModel` itself, before adapters are unloaded.
+    """Checks, before adapters are unloaded, that a tuner's model is not a `PeftModel` itself.
 
     Raises:
-        ValueError: it is; peft would take out the layers of both, and stop there.
+        ValueError: it is; peft would remove the layers of both but not the inner PeftModel.
     """
     if hasattr(model, "get_base_model"):
         raise ValueError(
@@ -201,30 +201,30 @@ def check_not_nested(model: nn.Module) -> None:
 
 @contextmanager
 def own_base_layers(model: nn.Module) -> Iterator[None]:
-    """Keeps peft's unloading off the model's own modules that happen to have a part named ``base_layer`` (timm's DLA).
+    """Protects the model's own modules with a child named ``base_layer`` (timm's DLA) from peft's unloading.
 
-    peft takes every module with such a part for one of its layers, unless it brings its way of being unloaded.
+    peft unloads every module with such a child, unless it has its own method for that.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    way = "unload_and_optionally_merge_module"
-    own = [m for m in model.modules() if "base_layer" in m._modules and not isinstance(m, BaseTunerLayer)]
-    own = [m for m in own if not hasattr(m, way)]
-    for module in own:
-        setattr(module, way, lambda module=module, **_: module)
+    method = "unload_and_optionally_merge_module"
+    modules = [m for m in model.modules() if "base_layer" in m._modules and not isinstance(m, BaseTunerLayer)]
+    modules = [m for m in modules if not hasattr(m, method)]
+    for module in modules:
+        setattr(module, method, lambda module=module, **_: module)
     try:
         yield
     finally:
-        for module in own:
-            delattr(module, way)
+        for module in modules:
+            delattr(module, method)
 
 
-def check_saved(saved: dict[str, torch.Size], own: dict[str, torch.Size], model: nn.Module, config: Any) -> None:
-    """Check the tensors of a saved adapter against a model, before it is changed.
+def check_saved(saved: dict[str, torch.Size], expected: dict[str, torch.Size], model: nn.Module, config: Any) -> None:
+    """Checks the tensors of a saved adapter against a model, before the model is changed.
 
     Args:
-        saved: shapes of the file's tensors by name; empty if there is no file to check.
-        own: shapes of the parameters that the adapter will have, by their name in `model` without the adapter's name.
+        saved: shapes of the file's tensors by name; empty without a file.
+        expected: shapes of the adapter's parameters, by their names in `model` without the adapter's name.
         model: the base model.
         config: the adapter's configuration.
 
@@ -232,12 +232,11 @@ def check_saved(saved: dict[str, torch.Size], own: dict[str, torch.Size], model:
         ValueError: tensors that are unknown, missing, of another shape, or that would overwrite the base model.
     """
     if not saved or getattr(model, "_checkpoint_conversion_mapping", None):
-        return  # in the second case peft renames tensors while it loads them
-    start = "base_model.model."
-    given = {name.removeprefix(start): shape for name, shape in saved.items()}
-    beside: dict[str, torch.Size] = {}
+        return  # in the second case peft renames tensors while loading
+    shapes = {name.removeprefix("base_model.model."): shape for name, shape in saved.items()}
+    beside: dict[str, torch.Size] = {}  # tensors of modules_to_save, and of replaced embeddings
     prefixes = config.tensor_prefixes(vars(config))
-    for name, shape in given.items():
+    for name, shape in shapes.items():
         if any(f".{prefix}" in f".{name}" for prefix in prefixes):
             continue
         owner = name.rpartition(".")[0]
@@ -253,10 +252,10 @@ def check_saved(saved: dict[str, torch.Size], own: dict[str, torch.Size], model:
             )
     tensors = {key: value.shape for key, value in [*model.named_parameters(), *model.named_buffers()]}
     for name, shape in beside.items():
-        expected = _beside(tensors, name)
-        if expected is not None and expected != shape:
-            raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(shape)} in the saved adapter")
-    check_names(own, {name: shape for name, shape in given.items() if name not in beside})
+        current = _beside(tensors, name)
+        if current is not None and current != shape:
+            raise ValueError(f"{name}: expected shape {tuple(current)}, got {tuple(shape)} in the saved adapter")
+    check_names(expected, {name: shape for name, shape in shapes.items() if name not in beside})
 
 
 def _is_embedding(model: Any, name: str) -> bool:
@@ -269,43 +268,43 @@ def _is_embedding(model: Any, name: str) -> bool:
 
 
 def _beside(tensors: dict[str, torch.Size], name: str) -> torch.Size | None:
-    """The shape of what `modules_to_save` has under this name, also where an adapter wraps it already."""
+    """The current shape of a tensor in `modules_to_save`, also if another adapter already wraps its module."""
     owner, _, leaf = name.rpartition(".")
     return tensors.get(name, tensors.get(f"{owner}.original_module.{leaf}"))
 
 
-def check_names(own: dict[str, torch.Size], given: dict[str, torch.Size]) -> None:
-    """Check that a set of tensors is the expected one, but for units, which may be missing altogether.
+def check_names(expected: dict[str, torch.Size], shapes: dict[str, torch.Size]) -> None:
+    """Checks the names and shapes of tensors. Units may be missing altogether.
 
     Raises:
         ValueError: some are unknown, missing or of another shape.
     """
-    if not any(UNIT in name for name in given):
-        own = {name: shape for name, shape in own.items() if UNIT not in name}
-    foreign = sorted(set(given) - set(own))
+    if not any(UNIT in name for name in shapes):
+        expected = {name: shape for name, shape in expected.items() if UNIT not in name}
+    foreign = sorted(set(shapes) - set(expected))
     if foreign:
         raise ValueError(f"The adapter does not fit this model: unknown {foreign[:3]}" + ", ..." * (len(foreign) > 3))
-    missing = sorted(set(own) - set(given))
+    missing = sorted(set(expected) - set(shapes))
     if missing:
         raise ValueError(f"The adapter is incomplete: missing {missing[:3]}" + ", ..." * (len(missing) > 3))
-    for name, shape in given.items():
-        if shape != own[name]:
-            raise ValueError(f"{name}: expected shape {tuple(own[name])}, got {tuple(shape)}")
+    for name, shape in shapes.items():
+        if shape != expected[name]:
+            raise ValueError(f"{name}: expected shape {tuple(expected[name])}, got {tuple(shape)}")
 
 
 def check_state_dict(
     markers: tuple[str, ...], model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
-    """Refuse an adapter's tensors (those with a marker in their names) that do not fit, before any of them is copied."""
+    """Checks an adapter's tensors (with a marker in their names) in a state dict, before any is copied."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    own = {f"{prefix}{name}": value.shape for name, value in tensors if any(marker in name for marker in markers)}
-    if any("_fsdp_wrapped_module" in name for name in own):
+    shapes = {f"{prefix}{name}": value.shape for name, value in tensors if any(marker in name for marker in markers)}
+    if any("_fsdp_wrapped_module" in name for name in shapes):
         return  # FSDP1 renames and flattens parameters, and checks them itself
-    given = {name: value for name, value in state_dict.items() if any(marker in name for marker in markers)}
-    adapters = {owner for name in given if (owner := _adapter_of(name, markers)) is not None}
-    expected = {name: shape for name, shape in own.items() if _adapter_of(name, markers) in adapters}
-    check_names(expected, {name: value.shape for name, value in given.items()})
-    for name, value in given.items():
+    values = {name: value for name, value in state_dict.items() if any(marker in name for marker in markers)}
+    adapters = {owner for name in values if (owner := _adapter_of(name, markers)) is not None}
+    expected = {name: shape for name, shape in shapes.items() if _adapter_of(name, markers) in adapters}
+    check_names(expected, {name: value.shape for name, value in values.items()})
+    for name, value in values.items():
         if not value.is_meta and not bool(value.isfinite().all()):
             raise ValueError(f"{name}: expected finite values, got NaN or infinity")
     for name, module in model.named_modules():
@@ -315,7 +314,7 @@ def check_state_dict(
 
 
 def _adapter_of(name: str, markers: tuple[str, ...]) -> str | None:
-    """Whose tensor it is: "default" of `x.jola_m.default` and of `x.lora_A.default.weight`; None without a marker."""
+    """The adapter in a tensor's name: "default" in `x.jola_m.default` and `x.lora_A.default.weight`; None without a marker."""
     for marker in markers:
         parts = name.rpartition(marker)[2].split(".")
         if marker in name and len(parts) > 1:

@@ -1,4 +1,4 @@
-"""The model card of a saved adapter: method, base, how to install and load it, and what it learned; from its files."""
+"""The model card of a saved adapter: method, base model, loading instructions, and a summary of the learned values."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _LOADERS = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-_PREFIX = "base_model.model."  # of every name in the file
+_PREFIX = "base_model.model."  # of all tensor names in the file
 
 
 def write_adapter_card(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """Describe the adapter in a folder, by its weights and the values of its configuration, in the model card there."""
+    """Writes the model card of the adapter in a folder, from its weights and the values of its configuration."""
     if not (Path(folder) / WEIGHTS).is_file():
-        return  # the configuration alone is saved, or weights that this library does not read
+        return  # only the configuration is saved, or weights in another format
     tensors = _tensors(Path(folder) / WEIGHTS)
     parts = [part for part in (_heads(tensors, config), _curvature(tensors)) if part]
     write_card(folder, "\n\n".join([f"# {config['peft_type']} adapter", *parts, _loading(config)]))
@@ -44,9 +44,9 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _heads(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
-    """What JoLA's edits are, and a map of their gates."""
+    """Describes JoLA's edits, with a map of their gates."""
     gates: dict[str, dict[str, Tensor]] = {}
-    settings = config.get("jola", config)  # of an adapter of several methods, those of this one
+    settings = config.get("jola", config)  # a joint adapter nests them
     for name, value in tensors.items():
         site, _, key = name.rpartition(".")
         if key.startswith("jola_log_alpha_"):
@@ -83,7 +83,7 @@ def _strip(gates: Tensor) -> str:
 
 
 def _curvature(tensors: Mapping[str, Tensor]) -> str:
-    """Where the learned curvatures are."""
+    """Describes the learned curvatures."""
     betas = [value.sigmoid().flatten() for name, value in tensors.items() if name.endswith(".curvature_raw_beta")]
     if not betas:
         return ""
@@ -99,12 +99,12 @@ def _curvature(tensors: Mapping[str, Tensor]) -> str:
 
 def _loading(config: Mapping[str, Any]) -> str:
     name, loader = config.get("base_model_name_or_path"), _LOADERS.get(config.get("task_type") or "")
-    made = config.get("auto_mapping") or {}
+    mapping = config.get("auto_mapping") or {}
     lines = ["import ctkernels.adapters  # makes the method known to peft", "from peft import PeftModel"]
     if name and loader:
         lines += [f"from transformers import {loader}", "", f"base = {loader}.from_pretrained({name!r})"]
     else:
-        kind = " of ".join(part for part in (made.get("base_model_class"), made.get("parent_library")) if part)
+        kind = " of ".join(part for part in (mapping.get("base_model_class"), mapping.get("parent_library")) if part)
         known = ", ".join(part for part in (kind, name) if part)
         lines += ["", f"base = ...  # the network that the adapter was trained on{f' ({known})' if known else ''}"]
     lines += ['model = PeftModel.from_pretrained(base, ".")  # the folder of this file']

@@ -1,4 +1,4 @@
-"""What an optimizer gets of a model with adapters."""
+"""Optimizer parameter groups."""
 
 from __future__ import annotations
 
@@ -18,37 +18,36 @@ def parameter_groups(
     curvature_lr: float = 0.1,
     lora_lr: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Optimizer parameter groups: each method's parameters apart, with rates of their own.
+    """Optimizer parameter groups, with separate learning rates for each method's parameters.
 
-    With JoLA's released rate of 5e-3 for everything, log alpha moves at most 1.25 in 500 steps and no gate can reach
-    zero; so it has a rate of its own, which is in its unit (`JolaConfig.gate_rate`), and in a group only where `gate_lr`
-    asks for another. The logits of beta and coeff are trained at a hundred times the rate of the head (Curvature
-    Tuning, section 4.1).
+    At JoLA's released rate of 5e-3 for everything, log alpha moves at most 1.25 in 500 steps, and no gate can reach zero. Its
+    higher rate is part of its unit (`JolaConfig.gate_rate`); a group sets it only if `gate_lr` differs. The logits of beta
+    and coeff train at a hundred times the rate of the head (Curvature Tuning, section 4.1).
 
     Args:
         model: a model with a JoLA, a curvature or a joint adapter.
-        lr: rate of m, a and other trainable parameters. None: for m and a, 5e-2 in units that have been measured
-            (`measure_units`, before this), 5e-3 in others, as in the released code; 1e-3 for other parameters.
+        lr: rate of m, a and other trainable parameters. None: for m and a, 5e-2 in measured units (call `measure_units`
+            first), else 5e-3, as in the released code; 1e-3 for other parameters.
         gate_lr: rate of log alpha, for optimizers whose steps do not depend on the size of gradients, such as Adam. None:
-            `gate_rate * lr` (ten times `lr` by default), or `10 * lr` with an adapter from before it had a `gate_rate`.
-        weight_decay: for m, a and the others; gates and curvatures have none. Default 0.
+            `gate_rate * lr` (ten times `lr` by default), or `10 * lr` with an older adapter without a `gate_rate`.
+        weight_decay: of m, a and other parameters; gates and curvatures have none. Default 0.
         curvature_lr: rate of the logits of beta and coeff. Default 0.1, as in the paper.
         lora_lr: rate of LoRA's matrices. None: 1e-3 if `lr` is None too, else `lr`.
 
     Returns:
-        groups for any torch optimizer; empty groups are left out.
+        Groups for any torch optimizer, without empty ones.
 
     Examples:
         >>> optimizer = torch.optim.AdamW(parameter_groups(model, lr=5e-3, gate_lr=5e-2), eps=1e-6)
     """
     units = _gate_units(model)
-    found: dict[str, list[Tensor]] = {"jola_edits": [], "jola_gates": [], "curvature": [], "lora": [], "rest": []}
+    by_group: dict[str, list[Tensor]] = {"jola_edits": [], "jola_gates": [], "curvature": [], "lora": [], "rest": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            found[_group(name)].append(parameter)
+            by_group[_group(name)].append(parameter)
     others = 1e-3 if lr is None else lr
     if lr is None:
-        jola = found["jola_edits"] or found["jola_gates"]
+        jola = by_group["jola_edits"] or by_group["jola_gates"]
         lr = 5e-2 if jola and has_units(model) else 5e-3
     rates = {
         "jola_edits": lr,
@@ -57,19 +56,19 @@ def parameter_groups(
         "rest": others,
     }
     groups: list[dict[str, Any]] = []
-    for name, parameters in found.items():
+    for name, parameters in by_group.items():
         by_unit: dict[float, list[Tensor]] = {}
         for tensor in parameters:
             by_unit.setdefault(units.get(id(tensor), 1.0), []).append(tensor)
-        for unit, some in by_unit.items():
+        for unit, tensors in by_unit.items():
             rate = _gate_rate(lr, gate_lr, unit) if name == "jola_gates" else rates[name]
             decay = 0.0 if name in ("jola_gates", "curvature") else weight_decay
-            groups.append({"params": some, "lr": rate, "weight_decay": decay, "name": name})
+            groups.append({"params": tensors, "lr": rate, "weight_decay": decay, "name": name})
     return groups
 
 
 def _gate_rate(lr: float, gate_lr: float | None, unit: float) -> float:
-    """The rate of a parameter that is log alpha in a unit."""
+    """The rate of a parameter that stores log alpha in a unit."""
     if gate_lr is None:
         return lr if unit != 1 else 10 * lr
     return gate_lr / unit

@@ -1,4 +1,4 @@
-"""Reading checkpoints of the official codes of JoLA and trainable Curvature Tuning."""
+"""Import of checkpoints of the official code of JoLA and trainable Curvature Tuning."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _from_file(path: Path, wanted: re.Pattern[str]) -> dict[str, Tensor]:
 
 
 def _read(source: str | os.PathLike[str] | Mapping[str, Tensor], wanted: re.Pattern[str]) -> dict[str, Tensor]:
-    """The method's tensors in a state dict, a safetensors file, or a folder of them (only these tensors are read)."""
+    """Reads only the tensors of the method from a state dict, a safetensors file, or a folder of them."""
     if isinstance(source, Mapping):
         return {name: value for name, value in source.items() if wanted.search(name)}
     path = Path(source)
@@ -53,24 +53,24 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Tensor], wanted: re.Patt
 def load_official(
     model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor], adapter: str | None = None
 ) -> None:
-    """Copy the parameters of an official checkpoint into a JoLA or a curvature adapter of `model`.
+    """Copies the parameters of an official checkpoint into a JoLA or a curvature adapter of `model`.
 
-    JoLA: the official names hold one tensor a head: `layers.N.self_attn.attn_A.H` is m, `attn_v.H` is a, `log_g2` (heads, 1)
+    JoLA: the official code has a tensor per head: `layers.N.self_attn.attn_A.H` is m, `attn_v.H` is a, `log_g2` (heads, 1)
     gates m and `log_g1` gates a. Its test-time gate is the "clip" estimator. The adapter's units become 1.
 
-    Curvature Tuning: `<module>._raw_beta` and `._raw_coeff`, in a state dict of the whole model. Its head and its
-    BatchNorm statistics, which the official code trains too, are not read: `load_state_dict` takes them. Its unit adds
-    1e-6 to 1 - beta, this one does not.
+    Curvature Tuning: `<module>._raw_beta` and `._raw_coeff`, in a state dict of the whole model. The head and the BatchNorm
+    statistics, which the official code trains too, are not read: use `load_state_dict`. The official unit adds 1e-6 to
+    1 - beta, this one does not.
 
     Args:
         model: a Llama- or Qwen2-like model with a JoLA adapter on all heads of the layers to fill, or a model with a
-            curvature adapter (per channel) on the sites to fill. A joint adapter gets what the checkpoint has of either.
+            curvature adapter (per channel) on the sites to fill. A joint adapter receives the tensors of both.
         source: a state dict, a safetensors file, or a folder with safetensors files.
-        adapter: name of the adapter; None takes the active one.
+        adapter: name of the adapter; None is the active one.
 
     Raises:
         ValueError: no such tensors, layers or heads that do not match, wrong shapes, or a pickled file. Nothing is
-            changed then.
+            changed.
 
     Examples:
         >>> model = get_peft_model(base, JolaConfig(task_type="CAUSAL_LM"))
@@ -94,12 +94,12 @@ def load_official(
 def _jola_copies(model: nn.Module, tensors: dict[str, Tensor], adapter: str | None) -> list[tuple[Tensor, Tensor]]:
     if not tensors:
         raise ValueError("expected tensors named layers.N.self_attn.attn_A, attn_v, log_g1, log_g2; got none")
-    found: dict[tuple[int, str], dict[int, Tensor]] = {}
+    by_layer: dict[tuple[int, str], dict[int, Tensor]] = {}
     for name, value in tensors.items():
         match = _NAME.search(name)
         if match:
             layer_index, part, head = match.groups()
-            found.setdefault((int(layer_index), part), {})[int(head or 0)] = value
+            by_layer.setdefault((int(layer_index), part), {})[int(head or 0)] = value
     (name,) = named_adapters(model, adapter)[:1]
     copies: list[tuple[Tensor, Tensor]] = []
     filled: set[int] = set()
@@ -116,7 +116,7 @@ def _jola_copies(model: nn.Module, tensors: dict[str, Tensor], adapter: str | No
             ("log_g2", layer.jola_log_alpha_m, (layer.num_heads,)),
             ("log_g1", layer.jola_log_alpha_a, (layer.num_heads,)),
         ):
-            pieces = found.get((index, part), {})
+            pieces = by_layer.get((index, part), {})
             if sorted(pieces) != list(range(shape[0] if part.startswith("attn_") else 1)):
                 raise ValueError(f"{layer.site}: expected {part} of {shape[0]} heads, got {len(pieces)} tensors")
             ordered = [pieces[head].flatten() for head in sorted(pieces)]
@@ -125,12 +125,12 @@ def _jola_copies(model: nn.Module, tensors: dict[str, Tensor], adapter: str | No
             value = torch.stack(ordered).reshape(-1, ordered[0].shape[0]) if len(shape) == 2 else ordered[0]
             target = dict(table).get(name)
             if target is None or tuple(value.shape) != shape or target.shape != value.shape:
-                have = None if target is None else tuple(target.shape)
-                raise ValueError(f"{layer.site}: expected {part} of shape {have}, got {tuple(value.shape)}")
+                expected = None if target is None else tuple(target.shape)
+                raise ValueError(f"{layer.site}: expected {part} of shape {expected}, got {tuple(value.shape)}")
             copies.append((target, value))
         for unit in (layer.jola_unit_a[name], layer.jola_unit_log_alpha[name]):
             copies.append((unit, torch.ones_like(unit)))
-    missing = sorted({index for index, _ in found} - filled)
+    missing = sorted({index for index, _ in by_layer} - filled)
     if missing:
         raise ValueError(f"the checkpoint edits layers {missing}, which adapter {name!r} does not")
     return copies

@@ -1,4 +1,4 @@
-"""Saving adapters, and models with adapters folded in, so that an interruption leaves the old files whole."""
+"""Saves adapters, and models with merged adapters, atomically: an interruption leaves the old files intact."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from .serving.verify import Expected, Merged, expect
 
 
 def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> None:
-    """Save the adapters of a `PeftModel` as `model.save_pretrained` does, but never half.
+    """Saves the adapters of a `PeftModel` like `model.save_pretrained`, but atomically.
 
-    `save_pretrained` writes in place, so an interruption there leaves a file cut short (which loading refuses). Here
-    every file is written to a temporary folder inside `path` and renamed at the end.
+    `save_pretrained` writes in place: an interruption leaves a truncated file (which loading refuses). This function writes
+    every file to a temporary folder in `path` and renames it at the end.
 
     Args:
         model: a `PeftModel`.
         path: folder to write to; other files in it stay.
-        kwargs: passed to `save_pretrained`, for example `selected_adapters`; `safe_serialization` stays True.
+        kwargs: passed to `save_pretrained`, for example `selected_adapters`; `safe_serialization` must be True.
 
     Raises:
-        ValueError: path is a file, or a folder with a model of its own (transformers would put the adapter on top of it);
-            an adapter's name is no name for a folder; pickled weights are asked for.
+        ValueError: path is a file, or a folder with a model (transformers would load the adapter on top of it); an
+            adapter's name cannot be a folder's name; or `safe_serialization` is False.
 
     Examples:
         >>> save_adapter(model, "adapter")
@@ -61,10 +61,10 @@ def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> Non
             "this adapter on top. Choose a folder of its own"
         )
     with replacing_folder(folder) as fresh:
-        for place in ("", *names):  # model cards are extended, not begun anew
-            if (folder / place / CARD).is_file():
-                (fresh / place).mkdir(exist_ok=True)
-                shutil.copy2(folder / place / CARD, fresh / place)
+        for subfolder in ("", *names):  # existing model cards are extended
+            if (folder / subfolder / CARD).is_file():
+                (fresh / subfolder).mkdir(exist_ok=True)
+                shutil.copy2(folder / subfolder / CARD, fresh / subfolder)
         model.save_pretrained(str(fresh), **kwargs)
 
 
@@ -78,37 +78,36 @@ def save_merged(
     inputs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Merged:
-    """Save a model with its active adapters folded in, for plain transformers and the runtimes that read its files.
+    """Saves a model with its active adapters merged, for plain transformers and the runtimes that read its files.
 
-    JoLA's multiplicative edit fits into the weights. The additive one is a bias of the output projection, or, as attention
-    weights sum to 1, of the value projection, if the heads that share values share the offset (`additive="kv_group"`, or
-    as many heads of values as there are). Where the architecture has no such bias, a switch of its config gives it one
-    (`attention_bias` of Llama and others), or the model becomes one of an architecture that computes the same (Mistral
-    and Qwen2: Llama). The first of these that every runtime in question reads is taken; `docs/serving.md` has the table.
-    LoRA and other adapters that fold into weights are merged too, in the order in which they lie on each other.
+    JoLA's multiplicative edit is folded into the weights. The additive one becomes a bias of the output projection or, as
+    attention weights sum to 1, of the value projection, if heads that share values share the offset (`additive="kv_group"`,
+    or no shared heads). If the architecture lacks such a bias, a switch of its config adds it (`attention_bias` of Llama and
+    others), or the model is saved as an equivalent architecture (Mistral and Qwen2 as Llama). The first option that all
+    target runtimes read is used; `docs/serving.md` has the table. LoRA and other mergeable adapters are merged too, in the
+    order of their nesting.
 
-    What was saved is loaded again and compared with the adapted model before it gets its name: in vLLM if that is the
-    target and is installed, otherwise in transformers. The model itself is unchanged.
+    Before the files get their names, the saved model is loaded and compared with the adapted one: in vLLM if that is the
+    target and is installed, else in transformers. The model itself is unchanged.
 
     Args:
-        model: a `PeftModel` with JoLA adapters, or a transformers model with JoLA layers, not merged.
+        model: a `PeftModel` with JoLA adapters, or a transformers model with JoLA layers, unmerged.
         path: folder to write to; its files are replaced only when all new ones are complete.
-        target: the runtime that is to serve it: "transformers", "vllm" or "llama.cpp" (the folder is then one for its
-            converter; `save_gguf` writes its own format). None: all that are known to serve the family.
-        overwrite: take out the weights and adapters that are in the folder already. A loader would take those for
-            parts of the new model.
-        verify: load and compare. It takes the memory of a second model.
-        inputs: keyword arguments of the forward that is compared; None: random ones.
+        target: the runtime that will serve it: "transformers", "vllm" or "llama.cpp" (for its converter; `save_gguf` writes
+            its format directly). None: all that are known to serve the family.
+        overwrite: remove existing weights and adapters from the folder, which a loader would read as parts of the new model.
+        verify: load and compare, which takes the memory of a second model.
+        inputs: keyword arguments of the compared forward; None: random ones.
         kwargs: passed to `save_pretrained`.
 
     Returns:
-        what was saved, and how far it is off; print it.
+        A printable record of what was saved, and its error.
 
     Raises:
-        ValueError: there is no JoLA adapter; no place for the additive edits that the target reads (the message says which
-            runtime reads one); the saved model is off by more than rounding; the base is sharded; adapters are merged, or
-            cannot be folded into weights; the model is steered; the folder has weights or adapters in it; the target is
-            unknown. Nothing is written then.
+        ValueError: there is no JoLA adapter; the target reads no bias for the additive edits (the message says which
+            runtime does); the saved model's error exceeds rounding; the base is sharded; adapters are already merged, or
+            cannot be folded into weights; the model is steered; the folder has weights or adapters; the target is unknown.
+            Nothing is written.
 
     Examples:
         >>> print(save_merged(model, "merged"))
@@ -118,9 +117,9 @@ def save_merged(
     if target is not None and target not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
     base = plain_model(model)
-    found = [] if overwrite else model_files(path)
-    if found:
-        names = ", ".join(file.name for file in found[:3]) + ", ..." * (len(found) > 3)
+    existing = [] if overwrite else model_files(path)
+    if existing:
+        names = ", ".join(file.name for file in existing[:3]) + ", ..." * (len(existing) > 3)
         raise ValueError(
             f"path: expected a folder without weights or adapters, got {os.fspath(path)} with {names}; a loader would "
             "take them for parts of the merged model. Choose another folder, or overwrite=True to take them out"
@@ -142,12 +141,12 @@ def save_merged(
         result = Merged(os.fspath(path), targets_of(base, target), chosen.where, runtime, error)
         if expected is None:
             return result
-        # A log-probability moves twice as far as logits at most.
+        # Log-probabilities change at most twice as much as logits.
         return result.judged(expected, expected.tolerance * (2 if runtime == "vllm" else 1))
 
 
 def _write(model: Any, folder: Path, chosen: Place, left_out: list[str], kwargs: dict[str, Any]) -> None:
-    """Write the merged model; `left_out` are zero biases that plain transformers makes itself."""
+    """Writes the merged model. `left_out`: zero biases that plain transformers adds itself."""
     lay_out_as_loaded(model)
     values = {**whole_state_dict(model), **kwargs}
     if chosen.home is None:
@@ -163,7 +162,7 @@ def _write(model: Any, folder: Path, chosen: Place, left_out: list[str], kwargs:
 
 
 def _compare(model: Any, folder: Path, chosen: Place, target: str | None, expected: Expected) -> tuple[str, float]:
-    """Run what was saved: in which runtime, and how far it is off."""
+    """Runs the saved model; (runtime, error)."""
     if target == "vllm" and "input_ids" in expected.inputs and engines.installed("vllm"):
         return "vllm", engines.error("vllm", folder, expected.inputs["input_ids"], expected.output)
     architecture: Any = type(model) if chosen.home is None else chosen.home.architecture
@@ -177,7 +176,7 @@ def _compare(model: Any, folder: Path, chosen: Place, target: str | None, expect
 
 
 def tuner_stacks(model: nn.Module) -> list[list[Any]]:
-    """The tuner layers of a model by projection, each from the outside in; refuses what cannot be folded."""
+    """The tuner layers of each projection, outermost first; raises if one cannot be folded."""
     tops: dict[int, Any] = {id(child): child for _, _, child in _wrappers(model) if isinstance(child, BaseTunerLayer)}
     stacks: list[list[Any]] = []
     for top in tops.values():
@@ -200,9 +199,9 @@ def _wrappers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
 
 @contextmanager
 def plain(model: Any, stacks: list[list[Any]], target: str | None) -> Iterator[tuple[Place, list[str]]]:
-    """Merge the model and take peft's wrappers out of it; everything is put back afterwards, bit for bit.
+    """Context in which the model is merged and without peft's wrappers; restores it afterwards, bit for bit.
 
-    Gives where the additive edits are, and the names of the zero biases that came with them.
+    Yields the placement of the additive edits, and the names of zero biases that came with it.
     """
     wrappers = _wrappers(model)
     bases = [layers[-1].get_base_layer() for layers in stacks]
@@ -222,7 +221,7 @@ def plain(model: Any, stacks: list[list[Any]], target: str | None) -> Iterator[t
         by_value = {id(one.layer) for one in edited} if chosen.values else set()
         for layers, base in zip(stacks, bases):
             with fetched(base):
-                copied(base)  # other methods merge in place
+                copied(base)  # other methods merge in-place
                 layers[0].merge(**{"additive": False} if id(layers[0]) in by_value else {})
         _untie(model, shared)
         for one in edited if chosen.values else ():
@@ -245,7 +244,7 @@ def plain(model: Any, stacks: list[list[Any]], target: str | None) -> Iterator[t
 
 
 def _edited(model: nn.Module, stacks: list[list[Any]]) -> list[Edited]:
-    """The sites that have an additive edit and no bias of their own."""
+    """The sites with an additive edit and without a bias."""
     names = {id(module): name for name, module in model.named_modules()}
     return [
         Edited(names[id(layer.get_base_layer())], layer, position == 0)
@@ -257,7 +256,7 @@ def _edited(model: nn.Module, stacks: list[list[Any]]) -> list[Edited]:
 
 
 def _add_bias(projection: Any, offset: Tensor, model: Any) -> None:
-    """Add to a projection's bias, or give it one."""
+    """Adds an offset to a projection's bias, creating it if needed."""
     with fetched(projection):
         before = projection.bias
         weight = projection.weight
@@ -269,7 +268,7 @@ def _add_bias(projection: Any, offset: Tensor, model: Any) -> None:
 
 
 def _check(model: nn.Module, stacks: list[list[Any]], others: list[Any]) -> None:
-    """Refuse what cannot be folded, before anything is changed."""
+    """Raises for adapters that cannot be folded, before anything is changed."""
     for layers in stacks:
         for layer in layers:
             site = getattr(layer, "site", type(layer).__name__)
@@ -310,7 +309,7 @@ def _trained(wrapper: Any) -> nn.Module:
 
 
 def _shared(model: nn.Module, bases: list[Any]) -> list[tuple[nn.Module, nn.Module]]:
-    """Pairs of modules with one weight, the first of them to be merged."""
+    """Pairs of modules that share a weight; the first will be merged."""
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for value in module._parameters.values():
@@ -320,10 +319,10 @@ def _shared(model: nn.Module, bases: list[Any]) -> list[tuple[nn.Module, nn.Modu
 
 
 def _untie(model: Any, shared: list[tuple[nn.Module, nn.Module]]) -> None:
-    """Tell the config that weights that were one are two now.
+    """Marks shared weights as untied in the config.
 
     Raises:
-        ValueError: it has no word for it, so that plain transformers would make them one again.
+        ValueError: the config cannot express it, so that plain transformers would tie them again.
     """
     names = {id(module): name for name, module in model.named_modules()}
     for base, other in shared:

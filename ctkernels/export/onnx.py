@@ -63,7 +63,7 @@ def onnx(
         require(package, "onnx", "export to ONNX")
     shapes = None if isinstance(model, ExportedProgram) else dynamic_shapes
     program = portable(model, args, kwargs, dynamic_shapes=shapes)
-    names = {"input_names": input_names, "output_names": output_names}
+    names: dict[str, Any] = {"input_names": input_names, "output_names": output_names}
     converted = torch.onnx.export(program, dynamo=True, opset_version=opset_version, verbose=False, **names)
     assert converted is not None
     target = Path(path)

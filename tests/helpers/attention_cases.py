@@ -1,4 +1,4 @@
-"""Calls of attention_head_edit that between them reach every path, and what they should give, written independently."""
+"""Calls of attention_head_edit that together cover every path, with independently written expected results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = ("q", "k", "v", "m", "a", "g_m", "g_a")
 
 @dataclass
 class Case:
-    """One call: sizes (B, H, G, T, S, D, E), options of the function, and how queries are masked besides."""
+    """A call: sizes (B, H, G, T, S, D, E), options of the function, and the additional mask."""
 
     name: str
     sizes: tuple[int, ...]
@@ -51,10 +51,10 @@ class Case:
     def attn_mask(self) -> Tensor | None:
         batch, heads, _, tokens, keys = self.sizes[:5]
         generator = torch.Generator().manual_seed(self.seed + 1)
-        if self.mask == "padding":  # the first sequence is whole, the others are padded on the left
+        if self.mask == "padding":  # all sequences but the first are left-padded
             lengths = torch.tensor([keys, *(max(1, keys - 3 * b) for b in range(1, batch))])
             return (torch.arange(keys) >= keys - lengths[:, None])[:, None, None, :]
-        if self.mask == "random":  # some queries see nothing
+        if self.mask == "random":  # some queries have no keys
             mask = torch.rand(batch, heads, tokens, keys, generator=generator) < 0.6
             mask[:, :, 0] = False
             return mask
@@ -74,7 +74,7 @@ class Case:
         return found
 
     def plain(self, q: Tensor, k: Tensor, v: Tensor, m: Any, a: Any, g_m: Any, g_a: Any) -> Tensor:
-        """The definition, query by query what it may see, for tensors of any dtype; the edit in float32 or wider."""
+        """The definition, with an explicit mask, for tensors of any dtype; the edit in float32 or wider."""
         if self.lengths:
             parts, at_q, at_k = [], 0, 0
             for tokens, keys in zip(*self.lengths):
@@ -118,7 +118,7 @@ def leaves(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
 def results(
     function: Any, tensors: dict[str, Tensor | None], *, upstream: torch.dtype, **arguments: Any
 ) -> dict[str, Tensor]:
-    """The result and the gradient of every tensor, for one fixed upstream gradient, of dtype ``upstream`` before y's."""
+    """The result and the gradient of every tensor, for a fixed upstream gradient, rounded to dtype ``upstream`` first."""
     own = leaves(tensors)
     y = function(**own, **arguments)
     generator = torch.Generator().manual_seed(99)
@@ -129,14 +129,14 @@ def results(
 
 
 def check(case: Case, dtype: torch.dtype, found: dict[str, Tensor]) -> None:
-    """``found``, by :func:`results`, against float64, and against the error of the definition in ``dtype``."""
+    """Compare ``found``, from :func:`results`, with float64, allowing for the error of the definition in ``dtype``."""
     wide = {n: None if t is None else t.double() for n, t in case.tensors(dtype).items()}
     truth = results(case.plain, wide, upstream=dtype)
     baseline = results(case.plain, case.tensors(dtype), upstream=dtype)
     assert found.keys() == truth.keys()
     for key, value in found.items():
-        # sums of many terms may cancel to nothing: an ulp of the largest stands in, for each of the four sums that follow one
-        # another (scores, weights, output, edit) where nothing coarser than the sums themselves is rounded
+        # Sums of many terms can cancel: allow an ulp of the largest value for each of the four successive sums (scores,
+        # weights, output, edit), where nothing coarser than the sums is rounded.
         terms = 1 + truth[key].abs().max().item()
         grade = (1 if dtype in (torch.bfloat16, torch.float16) else 4) * torch.finfo(dtype).eps
         assert_no_worse(f"{case.name}: {key}", value, truth[key], baseline[key], terms, grade)

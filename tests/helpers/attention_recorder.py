@@ -29,7 +29,7 @@ WRITES = {
 
 
 class Recorder(triton_recorder.Recorder):
-    """Stands in for ``launcher.launch``. The detail of a launch are the arguments."""
+    """Replaces ``launcher.launch``. The detail of a launch is its arguments."""
 
     def __call__(self, kernel: Any, grid: int, args: dict[str, Any], meta: dict[str, Any]) -> None:
         found, values = compiled(kernel, args, meta, self.sm)
@@ -47,7 +47,7 @@ class Recorder(triton_recorder.Recorder):
 
 @contextmanager
 def fused_on_cpu(recorder: Recorder) -> Iterator[Recorder]:
-    """attention_head_edit goes through its Triton launch code, whose kernels go through ``recorder``."""
+    """Route attention_head_edit through its Triton launch code, and the kernels through ``recorder``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "launch", recorder)
         patch.setattr(op, "kernels", lambda q: triton_launch)

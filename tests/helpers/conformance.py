@@ -1,4 +1,4 @@
-"""What every backend's results are held to: float64, and the error of the same computation in plain torch."""
+"""The error bound of every backend: relative to float64, from the error of the same computation in plain torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ctkernels.testing import Sample, assert_no_worse, samples
 
 
 def sample_named(name: str, dtype: torch.dtype = torch.float32) -> Sample:
-    """One of :func:`ctkernels.testing.samples`."""
+    """The sample with this name, of :func:`ctkernels.testing.samples`."""
     return next(s for s in samples(dtype) if s.name == name)
 
 
@@ -35,21 +35,21 @@ def outputs(sample: Sample, dy: Tensor | None = None) -> dict[str, Tensor]:
 
 
 class Expected:
-    """What a sample's :func:`outputs` have to be: computed once, to check many results against.
+    """The expected :func:`outputs` of a sample, computed once to check many results.
 
     The bound is that of :func:`ctkernels.testing.assert_no_worse`, with these sums of magnitudes as ``terms``:
 
-        of y                             |y| and, for every argument t, |t dy/dt|: what rounding the arguments would do
-        of a gradient by the element     the upstream gradient, times the largest slope; of a packed tensor, for each half
-        of a parameter's gradient        the sum that it is, of the same magnitudes of its terms: |upstream| (|J| + |t dJ/dt|)
+        y                             |y| and, for every argument t, |t dy/dt|, the effect of rounding the arguments
+        elementwise gradient          the upstream gradient times the largest slope; of a packed tensor, for each half
+        gradient of a parameter       the sum of the same magnitudes over its terms: |upstream| (|J| + |t dJ/dt|)
 
-    J = dy/dt comes from forward mode: a value of y depends on one value of each parameter, so a tangent of ones gives all.
+    J = dy/dt comes from forward mode: a value of y depends on one value of each parameter, so one tangent of ones suffices.
     """
 
     def __init__(self, sample: Sample):
         self.sample, self.dtype = sample, sample.args[0].dtype
         self.grade = 2e-4 if self.dtype in (torch.bfloat16, torch.float16) else 4 * torch.finfo(self.dtype).eps
-        self.least = 1e-303 if self.dtype == torch.float64 else 0.0  # e^-700, below which exponentials are flushed
+        self.least = 1e-303 if self.dtype == torch.float64 else 0.0  # e^-700, where exponentials are flushed to zero
         wide = sample.map(lambda _, t: t.double())
         with ctkernels.use_backend("reference"):
             dy = upstream(sample())
@@ -79,20 +79,20 @@ class Expected:
                     self.terms[key] = torch.cat([steepest(key[1:], d) for d in directions], packed)
                 else:
                     slopes = slope(key[1:], arguments)
-                    with mock.patch.object(Op, "__call__", Op.strided_forward):  # forward mode twice: in plain torch
+                    with mock.patch.object(Op, "__call__", Op.strided_forward):  # nested forward mode: plain torch
                         moved = _moved(partial(slope, key[1:]), arguments)
                     times = 1 + (moved / slopes.abs()).nan_to_num(0, 0, 0)
                     self.terms[key] = outputs(wide, dy.abs() * times * slopes.sign())[key].abs()
 
     def bound(self, key: str) -> Tensor:
-        """How far off a result may be, without the ulp of its own dtype."""
+        """The allowed error of a result, without the ulp of its own dtype."""
         error = (
             (self.baseline[key].double() - self.truth[key]).abs().nan_to_num().max() if self.truth[key].numel() else 0.0
         )
         return 2 * error + self.grade * self.terms[key] + self.least + torch.finfo(torch.float32).tiny
 
     def check(self, found: dict[str, Tensor]) -> None:
-        """Raises AssertionError, with the first value that is off."""
+        """Raise AssertionError with the first value out of bounds."""
         assert found.keys() == self.truth.keys()
         for key, value in found.items():
             argument = self.sample.tensors().get(key[1:])
@@ -105,7 +105,7 @@ Function = Callable[[dict[str, Tensor]], Tensor]
 
 
 def _packed_dim(t: Tensor, y: Tensor) -> int | None:
-    """The dimension along which ``t`` is two tensors of the shape of ``y``, or None."""
+    """The dimension along which ``t`` packs two tensors of y's shape, or None."""
     if t.dim() != y.dim():
         return None
     longer = [d for d in range(y.dim()) if t.shape[d] != y.shape[d]]
@@ -113,15 +113,15 @@ def _packed_dim(t: Tensor, y: Tensor) -> int | None:
 
 
 def _tangent(function: Function, t: dict[str, Tensor], name: str, direction: Tensor) -> Tensor:
-    """The derivative of ``function(t)`` along a direction of one argument."""
+    """The derivative of ``function(t)`` in a direction of one argument."""
     return torch.func.jvp(lambda value: function(t | {name: value}), (t[name],), (direction,))[1]
 
 
 def _moved(function: Function, t: dict[str, Tensor]) -> Tensor:
-    """How far the magnitude of every argument moves the result: with the result's own, the natural unit of its error."""
+    """|t dy/dt| summed over arguments: with the result's own magnitude, the natural unit of its error."""
     return sum((_tangent(function, t, name, t[name]).abs().nan_to_num(0, 0, 0) for name in t), torch.zeros(()))
 
 
 def check_against_float64(sample: Sample, found: dict[str, Tensor]) -> None:
-    """``found``: what :func:`outputs` gave for the sample, or for the sample on another device."""
+    """Check ``found``, the :func:`outputs` of the sample, on any device."""
     Expected(sample).check(found)

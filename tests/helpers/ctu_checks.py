@@ -1,5 +1,5 @@
-"""What any GPU kernel of the CT unit has to get right, whichever compiler made it. ``run(approx)`` is the context in which
-its code is executed on the CPU, with the approximate units ``approx`` times their documented error off."""
+"""Checks of GPU kernels of the CT unit, independent of their compiler. ``run(approx)`` is a context that executes the kernels
+on the CPU, with approximate instructions off by ``approx`` times their documented error."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ BETAS = [0.0, 0.1, 0.5, 0.9, 0.999, 1 - 1e-6]
 
 
 def magnified(activation: str, name: str, u: float, point: float) -> float:
-    """What a flushed tail is multiplied by. The tanh gate's density is 23 times the tail there, and has the factor u^2."""
+    """The factor of a flushed tail. The tanh gate's density is 23 times the tail there, and has the factor u^2."""
     return max(1.0, u * u if (activation, name) == ("gelu_tanh", "beta") else u, abs(point))
 
 
 def check_forty_digits(activation: str, run: Run) -> None:
-    """float32 against mpmath, values and gradients."""
+    """Check float32 values and gradients against mpmath."""
     import truth
 
     x = torch.tensor(POINTS)
@@ -46,7 +46,7 @@ def check_forty_digits(activation: str, run: Run) -> None:
 
 
 def check_sixteen_bits(dtype: torch.dtype, activation: str, run: Run, approx: int) -> None:
-    """16-bit results: half an ulp and 2e-4 of the terms; gradients of the knobs are float32 and have the second alone."""
+    """Check 16-bit results to half an ulp plus 2e-4 of the terms, and parameter gradients (float32) to the second alone."""
     x = torch.linspace(-9, 9, 1400).to(dtype).repeat(4).requires_grad_()
     betas = torch.tensor([0.2, 0.5, 0.8, 0.95]).repeat_interleave(1400).requires_grad_()
     coeffs = torch.tensor([0.0, 0.3, 0.7, 1.0]).repeat(1400).requires_grad_()
@@ -66,7 +66,7 @@ def check_sixteen_bits(dtype: torch.dtype, activation: str, run: Run, approx: in
 
 
 def check_plain_at_beta_one(dtype: torch.dtype, run: Run) -> None:
-    """At beta = 1 the unit is the plain activation, bit for bit, and so is its gradient."""
+    """Check that at beta = 1 the unit and its gradient are those of the plain activation, bit for bit."""
     x = torch.cat([torch.randn(200, dtype=torch.float64) * 10.0**k for k in range(-8, 6)])
     x = torch.cat([x, torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-45, 6.25]).double()]).to(dtype)
     x = x[x != 6]  # torch's relu6 has slope 0 there, the unit 1
@@ -83,7 +83,7 @@ def check_plain_at_beta_one(dtype: torch.dtype, run: Run) -> None:
 
 
 def check_extremes(dtype: torch.dtype, activation: str, run: Run) -> None:
-    """Infinities go where they should, a NaN stays one, and nothing else becomes either."""
+    """Check results for infinite and NaN inputs, and that other inputs give finite results."""
     special = torch.tensor([float("inf"), -float("inf"), float("nan"), 3e38, -3e38, 1e30, 1e-45])
     betas = torch.tensor([0.0, 1e-20, 0.5, 0.9, 1 - 2.0**-24, 1.0]).repeat_interleave(2)
     x = special.to(dtype).unsqueeze(1).expand(7, 12).contiguous().requires_grad_()
@@ -99,7 +99,7 @@ def check_extremes(dtype: torch.dtype, activation: str, run: Run) -> None:
 
 
 def check_nan_at_beta_one(dtype: torch.dtype, activation: str, run: Run) -> None:
-    """Where the knobs have no effect their gradients are 0, of infinities too; a NaN is passed on to those of its channel."""
+    """Check that parameters without effect have gradients of 0, even for infinite x, and NaN in a channel with NaN."""
     for shape in ((6, 4), (2, 4, 600)):
         x = torch.linspace(-3, 3, shape[0] * 4 * (600 if len(shape) == 3 else 1)).view(shape)
         x[0, 0], x[0, 1], x[1, 1] = float("nan"), float("inf"), -float("inf")
@@ -115,8 +115,8 @@ def check_nan_at_beta_one(dtype: torch.dtype, activation: str, run: Run) -> None
 
 
 def check_digits_of_logits(dtype: torch.dtype, activation: str, run: Run) -> None:
-    """1 - beta and 1 - coeff have all their digits where the sigmoids of the logits are 1 to the last bit. Values and
-    gradients of a unit at w = 0 are products of them, (1 - coeff) s times ln 2 or 1 / sqrt(2 pi), so nothing else is in sight."""
+    """Check the precision of 1 - beta and 1 - coeff where the sigmoids of the logits round to 1. At w = 0, values and gradients
+    of a unit are products of them: (1 - coeff) s times ln 2 or 1 / sqrt(2 pi)."""
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     logits = [(rho, -20.0) for rho in (17.0, 25.0, 40.0)] + [(0.5, rho) for rho in (17.0, 25.0, 40.0, 60.0)]
     knobs = [torch.tensor(values, dtype=precision, requires_grad=True) for values in zip(*logits)]
@@ -135,7 +135,7 @@ def check_digits_of_logits(dtype: torch.dtype, activation: str, run: Run) -> Non
 
 
 def check_slopes_near_one(run: Run) -> None:
-    """1 - slope has the digits, and the sign, of a float64 slope, whatever the type of x: in float32 nothing would be left."""
+    """Check that 1 - slope keeps the precision and sign of a float64 slope for every type of x; in float32 it would be 0."""
     slopes = [1 + 5e-9, 1 - 5e-9, 1.0058296590617, 0.9941703409383]
     x, beta = torch.tensor([[-3087.25] * 4, [-0.5] * 4]), torch.full((4,), 0.59375)
     slope = torch.tensor(slopes, dtype=torch.float64)
@@ -149,7 +149,7 @@ def check_slopes_near_one(run: Run) -> None:
     with run(0):
         found = measured(torch.float32)
     for name, got, want in zip(("y", "dbeta", "dcoeff"), found, exact):
-        # |t| is 26 at most: an exponent's rounding, of eps a unit, is a relative error of the tail
+        # |t| is at most 26, and rounding t is a relative error of eps |t| of the tail
         assert ((got.double() - want).abs() <= 32 * torch.finfo(torch.float32).eps * want.abs()).all(), (
             name,
             got,
@@ -157,7 +157,7 @@ def check_slopes_near_one(run: Run) -> None:
         )
 
 
-NANS = (0x7FC00000, 0x7FFFFFFF)  # what CPUs make, and GPUs
+NANS = (0x7FC00000, 0x7FFFFFFF)  # of CPUs, of GPUs
 
 
 def _nan(bits: int) -> torch.Tensor:
@@ -167,7 +167,7 @@ def _nan(bits: int) -> torch.Tensor:
 def check_nan_parameter(
     dtype: torch.dtype, activation: str, name: str, run: Run, raw: bool, bits: int, channels: int = 4
 ) -> None:
-    """A NaN in a parameter is in every value and gradient of its channel, and in no other channel."""
+    """Check that a NaN parameter affects every value and gradient of its channel, and no other channel."""
     x = torch.linspace(-4, 4, 9 * channels).view(9, channels)
     x[0], x[1] = float("inf"), -float("inf")
 
@@ -196,7 +196,7 @@ def check_nan_parameter(
 
 
 def check_products_that_overflow(dtype: torch.dtype, activation: str, run: Run) -> None:
-    """A term of the sums may be infinite; times an upstream gradient of 0 it is 0. +inf adds 0 to the gradient of a slope."""
+    """Check sums with infinite terms: an upstream gradient of 0 makes them 0, and +inf adds 0 to the gradient of a slope."""
 
     def gradients(values: list[float], dy: list[float], beta: float = 0.0) -> torch.Tensor:
         knobs = [
@@ -212,7 +212,7 @@ def check_products_that_overflow(dtype: torch.dtype, activation: str, run: Run) 
         large = min(large, torch.finfo(dtype).max)
         torch.testing.assert_close(gradients([large, 1.0, -large], [0.0, 1.0, 0.0]), expected, rtol=1e-6, atol=0)
     if activation == "relu6" and torch.finfo(dtype).max > 1e20:
-        assert gradients([1e20], [1.0]).isfinite().all()  # the difference of two that are not
+        assert gradients([1e20], [1.0]).isfinite().all()  # the difference of two infinite products
     if activation == "prelu":
         assert gradients([float("inf")], [1.0], beta=0.9)[2] == 0
         with run(0):

@@ -1,8 +1,8 @@
 """Runs the CUDA backend's own host code on CPU tensors, without a GPU.
 
-The binding that a GPU would get is registered for CPU tensors under another name, with a launcher that compiles the kernel
-it is asked for with nvcc and executes the PTX on the CPU, with bounds, races and uninitialised memory checked. Names, grids,
-shared memory and argument bytes are those that the host code made.
+The CUDA binding is registered for CPU tensors under another name, with a launcher that compiles the requested kernel with
+nvcc and executes its PTX on the CPU, checking bounds, races and uninitialised memory. Names, grids, shared memory and argument
+bytes are those of the host code.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class GradRef(ctypes.Structure):
 
 
 class Channelwise(ctypes.Structure):
-    """struct Channelwise up to its arrays: a ParamRef and then a GradRef for each parameter, and the op's attributes."""
+    """struct Channelwise without its arrays: a ParamRef and then a GradRef for each parameter, and the op's attributes."""
 
     _fields_ = [
         ("tiling", Tiling),
@@ -84,13 +84,13 @@ class Channelwise(ctypes.Structure):
 
 
 class Precompute(ctypes.Structure):
-    """struct Precompute up to its array of a ParamRef for each parameter."""
+    """struct Precompute without its array of a ParamRef for each parameter."""
 
     _fields_ = [("to", ctypes.c_void_p), ("rows", ctypes.c_uint32), ("channels", ctypes.c_uint32)]
 
 
 class ReducePartials(ctypes.Structure):
-    """struct ReducePartials up to its arrays, which are those of Channelwise."""
+    """struct ReducePartials without its arrays, which are those of Channelwise."""
 
     _fields_ = [
         ("partial", ctypes.c_void_p), ("columns", ctypes.c_int64),
@@ -106,7 +106,7 @@ class Item(ctypes.Structure):
 
 
 class ReduceShared(ctypes.Structure):
-    """struct ReduceShared up to its array of items."""
+    """struct ReduceShared without its array of items."""
 
     _fields_ = [(n, ctypes.c_uint32) for n in ("groups", "channels", "items")]
 
@@ -119,7 +119,7 @@ class Gates(ctypes.Structure):
     ]  # fmt: skip
 
 
-# The types of csrc/cuda/launch.h, csrc/cuda/args.h and csrc/hard_concrete.h that this file mirrors.
+# The types of csrc/cuda/launch.h, csrc/cuda/args.h and csrc/hard_concrete.h mirrored here.
 _MIRRORS = [
     ("cuda::Scratch", Scratch), ("cuda::Launch", Request), ("cuda::Tiling", Tiling), ("cuda::ParamRef", ParamRef),
     ("cuda::GradRef", GradRef), ("cuda::ReduceShared::Item", Item), ("cuda::ReduceShared", ReduceShared), ("Gates", Gates),
@@ -135,7 +135,7 @@ _ARRAYS: dict[type[ctypes.Structure], dict[str, type[ctypes.Structure]]] = {
 
 
 def check_layouts() -> None:
-    """Has the C++ compiler assert that the structures here are laid out as those of csrc."""
+    """Check with the C++ compiler that the structures here have the layout of those in csrc."""
     lines = ["#include <cstddef>", '#include "cuda/args.h"', '#include "cuda/launch.h"', "using namespace ctk;"]
     for number, (name, mirror) in enumerate(_MIRRORS):
         lines.append(f"using S{number} = {name};")
@@ -165,19 +165,19 @@ def check_layouts() -> None:
 
 
 def _end(mirror: type[ctypes.Structure]) -> int:
-    """Where the arrays after a structure begin: they are aligned to 8 bytes."""
+    """The offset of the arrays after a structure, aligned to 8 bytes."""
     return -(-ctypes.sizeof(mirror) // 8) * 8
 
 
 def structure(kernel: str) -> type[ctypes.Structure]:
-    """The argument of a kernel, up to arrays whose length depends on the op."""
+    """The argument structure of a kernel, without the arrays whose length depends on the op."""
     if kernel == "ctk_reduce_shared" or kernel.endswith("_precompute"):
         return ReduceShared if kernel == "ctk_reduce_shared" else Precompute
     return ReducePartials if "_reduce_partials_" in kernel else Gates if "_gates_" in kernel else Channelwise
 
 
 def arrays(kernel: str, data: bytes) -> dict[str, list[Any]]:
-    """The arrays after the structure, of the argument ``data`` of a kernel."""
+    """The arrays after the structure in the argument ``data`` of a kernel."""
     kind, at, found = structure(kernel), _end(structure(kernel)), {}
     for name, item in _ARRAYS.get(kind, {}).items():
         length = ReduceShared.from_buffer_copy(data).items if kind is ReduceShared else _parameters(kernel)
@@ -187,13 +187,13 @@ def arrays(kernel: str, data: bytes) -> dict[str, list[Any]]:
 
 
 def _parameters(kernel: str) -> int:
-    """How many parameters the op of a kernel has."""
+    """The number of parameters of a kernel's op."""
     op = max((op for op in OPS.values() if kernel.startswith(f"ctk_{op.name}_")), key=lambda op: len(op.name))
     return op.elementwise_flags.count(False)
 
 
 def source(kernel: str) -> tuple[Path, list[str]]:
-    """The file that instantiates a kernel, and the options that it is compiled with for that."""
+    """The file that instantiates a kernel, and the compiler options for it."""
     if structure(kernel) is not Channelwise:
         return SOURCES / ("cuda/gates.cu" if structure(kernel) is Gates else "cuda/reduce.cu"), []
     dtype = re.fullmatch(r"ctk_\w+_(?:forward|backward)_(\w+)_(?:plane|lanes)_(?:scalar|vector|plain)", kernel)
@@ -203,16 +203,16 @@ def source(kernel: str) -> tuple[Path, list[str]]:
 
 @lru_cache(maxsize=256)
 def compiled(kernel: str, sm: int) -> str:
-    """PTX of one kernel."""
+    """The PTX of one kernel."""
     file, options = source(kernel)
     text = compile_cuda(file, sm, options=[*OPTIONS, *options, f'-DCTK_SELECT=" {kernel} "'], include=[SOURCES])
-    # the other entries of the file are empty
+    # without the other entries of the file
     empty = re.compile(r"^\.visible \.entry (\w+)\((?:.*?)^\}\n", re.M | re.S)
     return empty.sub(lambda m: m[0] if m[1] == kernel else "", text)
 
 
 class Recorder(recorder.Recorder):
-    """Stands in for the library of kernels. The detail of a launch is the argument of the kernel."""
+    """Replaces the library of kernels. The detail of a launch is the kernel's argument."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -221,7 +221,7 @@ class Recorder(recorder.Recorder):
         self.error: BaseException | None = None
 
     def begin(self, x: Tensor) -> None:
-        """A call of an op on ``x``."""
+        """Start a call of an op on ``x``."""
         self.memory, self.known = Memory(), {}
         self.numel, self.itemsize = x.numel(), x.element_size()
 
@@ -234,7 +234,7 @@ class Recorder(recorder.Recorder):
         return None
 
     def bytes_at(self, address: int, size: int, **flags: bool) -> np.ndarray:
-        """Registers memory once; later launches of the same call find it as the earlier ones left it."""
+        """Register memory once, so that it is kept between the launches of a call."""
         if address not in self.known:
             self.known[address] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
             self.memory.register(self.known[address], **flags)
@@ -251,9 +251,9 @@ class Recorder(recorder.Recorder):
         scratch = {r.scratch[i].data: r.scratch[i].bytes for i in range(r.scratch_count)}
         for address, size in scratch.items():
             self.bytes_at(address, size, unwritten=True)
-        big = self.numel * self.itemsize  # of the first argument, and of what has its layout
+        big = self.numel * self.itemsize  # size of the first argument and of tensors with its layout
         if kind is Channelwise:
-            packed = args.tiling.packed  # a factor and its gradient are parts of x and its gradient
+            packed = args.tiling.packed  # the factor and its gradient are parts of x and its gradient
             result = big // (2 if packed else 1)
             inputs = [(args.x, big)] if args.x != args.y else []
             inputs += [(args.residual, big), (None if packed else args.factor, big), (args.dy, result)]
@@ -287,7 +287,7 @@ class Recorder(recorder.Recorder):
 
 @lru_cache(maxsize=1)
 def _library() -> tuple[ctypes.CDLL, torch.library.Library]:
-    """The binding, registered for CPU tensors under LIBRARY with the schemas of the real ops."""
+    """The binding, registered for CPU tensors under LIBRARY with the schemas of the ops."""
     check_layouts()
     binding = ctypes.CDLL(str(backends.CUDA_BINDING))
     library = torch.library.Library(LIBRARY, "DEF")
@@ -300,7 +300,7 @@ def _library() -> tuple[ctypes.CDLL, torch.library.Library]:
 
 @contextmanager
 def cuda_on_cpu(recorder: Recorder) -> Iterator[Recorder]:
-    """Every op goes through its CUDA host code, and its kernels through ``recorder``."""
+    """Route every op through its CUDA host code, and the kernels through ``recorder``."""
     binding, _ = _library()
     launcher = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(Request))(recorder)
     ops = getattr(torch.ops, LIBRARY)

@@ -1,4 +1,4 @@
-"""Shared fixtures. Uninitialised memory is filled with NaN throughout, so that a value nobody wrote shows up."""
+"""Shared fixtures. Uninitialised memory is filled with NaN, so that unwritten values are detected."""
 
 import os
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import torch
 import ctkernels
 from ctkernels.ops import backends
 
-# The native kernels must not be skipped by accident: `make test` and CI say what has to be there.
+# `make test` and CI name the required native kernels, so that these are not skipped by accident.
 REQUIRED = [name for name in os.environ.get("CTKERNELS_TEST_REQUIRE", "").split(",") if name]
 
 
@@ -44,6 +44,6 @@ CPU_BACKENDS = [
 
 @pytest.fixture(params=CPU_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every backend that can serve a CPU tensor, forced."""
+    """Each available CPU backend, forced."""
     with ctkernels.use_backend(request.param):
         yield request.param

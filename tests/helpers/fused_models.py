@@ -1,4 +1,4 @@
-"""Models that fusion is tested with, and the comparison: no worse than the unfused model, by a float64 one."""
+"""Models for tests of fusion, and the comparison: the error, against float64, is no worse than the unfused model's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NORMS = nn.modules.batchnorm._BatchNorm
 
 
 def prepare(model, seed=0):
-    """Statistics and weights of BatchNorms that do something; no randomness in training."""
+    """Give BatchNorms non-trivial statistics and weights, and remove randomness from training."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, NORMS):
@@ -45,11 +45,11 @@ def observe(model, x):
 
 
 def rounded_anew(model, x, seeds=range(6)):
-    """The unfused model as it is, and with its weights and input two ulps away: {what ``observe`` says} of each.
+    """Results of ``observe`` for the unfused model, and for copies with weights and input perturbed by two ulps.
 
-    Two, because a folded weight has been rounded four times, by half an ulp each: var + eps, its reciprocal root, times the
-    norm's weight, times the convolution's. Several, because one run of a small network may be right by luck; the worst of
-    them says how far rounding carries in it.
+    Two ulps, because a folded weight is rounded four times, by half an ulp each: var + eps, its reciprocal root, times the
+    norm's weight, times the convolution's. Several copies, because a single run of a small network can be accurate by chance;
+    the worst one measures the amplification of rounding.
     """
     found = [observe(model, x)]
     for seed in seeds:
@@ -58,15 +58,15 @@ def rounded_anew(model, x, seeds=range(6)):
             for value in (*other.parameters(), moved := x.clone()):
                 signs = (
                     (torch.rand(value.shape, generator=generator) - 0.5).sign().to(value)
-                )  # in its dtype: 1 + eps has to be there
+                )  # in this dtype, which has to represent 1 + eps
                 value *= 1 + 2 * torch.finfo(value.dtype).eps * signs
         found.append(observe(other, moved))
     return found
 
 
 def assert_networks_agree(fused, plain, truth):
-    """The error of the fused model is at most twice the worst of the ``plain`` runs, plus an ulp: relative to a tensor's
-    largest value, over the tensors of a kind."""
+    """Check that the fused model's error is at most twice the worst of the ``plain`` runs, plus an ulp, relative to a tensor's
+    largest value and over the tensors of a kind."""
     assert all(list(fused) == list(run) for run in plain)
     largest = {}
     for name, exact in truth.items():
@@ -78,7 +78,7 @@ def assert_networks_agree(fused, plain, truth):
         for name, value in found.items():
             exact, kind = truth[name], name.split()[0]
             scale = exact.abs().max().item()
-            if scale <= 1e-9 * largest[kind]:  # 0 but for rounding, as the gradient of a bias before a BatchNorm
+            if scale <= 1e-9 * largest[kind]:  # 0 except for rounding, as the gradient of a bias before a BatchNorm is
                 scale = largest[kind] or 1.0
             worst[kind] = max(worst.get(kind, 0.0), ((value.double() - exact).abs().max() / scale).item())
         return worst
@@ -90,7 +90,7 @@ def assert_networks_agree(fused, plain, truth):
 
 
 def compare(model, x, fuse, mode, runs=rounded_anew):
-    """``model`` fused against itself, in ``mode``: "frozen", "eval" (weights learned) or "train". Returns the handle."""
+    """Compare ``model`` fused and unfused in ``mode``: "frozen", "eval" (trained weights) or "train". Returns the handle."""
     model = model.train(mode == "train").requires_grad_(mode != "frozen")
     exact = copy.deepcopy(model).double()
     expected = runs(copy.deepcopy(model), x)
@@ -105,7 +105,7 @@ def compare(model, x, fuse, mode, runs=rounded_anew):
 
 
 def assert_one_activation_a_unit(model, x):
-    """``model``, fused: three "basic" blocks of four channels; ``x`` of (4, 3, 16, 16)."""
+    """Check that a fused model of three "basic" blocks of four channels saves one activation per unit; ``x`` (4, 3, 16, 16)."""
     kept = {}
 
     def pack(t):
@@ -115,7 +115,7 @@ def assert_one_activation_a_unit(model, x):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(x)
     activation = 4 * 4 * 16 * 16 * 4
-    # seven units; a block's input is also the residual of its second unit
+    # seven units; a block's input is also its second unit's residual
     assert sum(size for size in kept.values() if size == activation) == (7 + 3) * activation
 
 
@@ -172,7 +172,7 @@ class NoNorm(_Block):
 
 
 class Projected(_Block):
-    """The sum is in this module, what is summed in others."""
+    """The sum is in this module, its terms in others."""
 
     def __init__(self, channels, inplace):
         super().__init__(channels, inplace)
@@ -184,7 +184,7 @@ class Projected(_Block):
 
 
 class Overwritten(_Block):
-    """Values that others read or overwrite: nothing here may be moved."""
+    """Values that others read or overwrite, so that fusion must not move anything."""
 
     def forward(self, x):
         out, skip = self.norm1(self.conv1(x)), x + 1
@@ -195,7 +195,7 @@ class Overwritten(_Block):
 
 
 class Strange(_Block):
-    """The path depends on a value."""
+    """Control flow that depends on a value."""
 
     def forward(self, x):
         out = self.norm1(self.conv1(x))

@@ -1,7 +1,7 @@
-"""A backend's own host code, run on CPU tensors without a GPU: what the recorders of the toolchains have in common.
+"""The common part of the toolchains' recorders, which run a backend's host code on CPU tensors without a GPU.
 
-A recorder stands in for what launches kernels, has the PTX of each made for the GPU it is told, and executes it on the CPU,
-with bounds, races and uninitialised memory checked.
+A recorder replaces the launcher, has the PTX of each kernel compiled for a given GPU, and executes it on the CPU, checking
+bounds, races and uninitialised memory.
 """
 
 from __future__ import annotations
@@ -28,20 +28,19 @@ ROLES = (
     "precompute",
     "backward",
     "forward",
-)  # words of kernels' names; one may have two
+)  # words in kernel names; a name can contain two
 
 
 @contextmanager
 def through_kernels(kernels: Callable[[Op], Kernels]) -> Iterator[None]:
-    """Every op's calls go through ``kernels(op)``, also those of eager CPU tensors that would go to the compiled code directly:
-    they do not where a backend is forced."""
+    """Route every op's calls through ``kernels(op)``. Forcing a backend keeps eager CPU calls from the direct native path."""
     forced = nullcontext() if backends.NATIVE is None else ctkernels.use_backend("cpu")
     with forced, mock.patch.object(Op, "kernels", kernels):
         yield
 
 
 class Launched(NamedTuple):
-    """``sums``: the mask of the sums to make, where a kernel makes sums. ``detail``: what the toolchain knows of it."""
+    """A launch. ``sums``: the mask of the sums that a kernel computes, if any. ``detail``: toolchain-specific information."""
 
     kernel: str
     grid: int
@@ -50,13 +49,13 @@ class Launched(NamedTuple):
 
     @property
     def role(self) -> str:
-        """What the kernel is for, whatever else the backend's name of it says."""
+        """The role of the kernel, from its name."""
         return next(role for role in ROLES if role in self.kernel)
 
 
 class Recorder:
-    """``launches`` keeps what was launched. ``approx``: the end of their error at which approximate units work. ``rewrite``:
-    changes the PTX before it is run."""
+    """Records ``launches``. ``approx``: error of approximate instructions, in units of their documented bound. ``rewrite``: a
+    function that changes the PTX before execution."""
 
     def __init__(
         self,
@@ -72,11 +71,11 @@ class Recorder:
 
     @property
     def roles(self) -> list[str]:
-        """Of the launches, in order."""
+        """The roles of the launches, in order."""
         return [launched.role for launched in self.launches]
 
     def run(self, launch: Launch, unwritten: Iterable[Any] = (), readonly: Iterable[Any] = ()) -> None:
-        """Executes a launch in this recorder's memory."""
+        """Execute a launch in this recorder's memory."""
         execute(
             [launch],
             memory=self.memory,
@@ -90,13 +89,13 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Toolchain:
-    """``triton`` or ``cuda``: called, it makes a context in which every op goes through that backend's host code and kernels."""
+    """``triton`` or ``cuda``: a call returns a context in which every op uses that backend's host code and kernels."""
 
     name: str
 
     @property
     def missing(self) -> str:
-        """Why there is none here, or ""."""
+        """The reason why the toolchain is not available, or ""."""
         if self.name == "triton":
             return "" if has_triton() else "triton is not installed"
         if nvcc() is None:

@@ -1,4 +1,4 @@
-"""Models that call activations in every way that steering knows, for the tests."""
+"""Models that call activations in every way that steering supports."""
 
 from __future__ import annotations
 
@@ -292,7 +292,7 @@ class Listed(nn.Module):
 
 
 class Containers(nn.Module):
-    """The same module in several places, in every container, and some of its kind beside it."""
+    """The same module in several places and in every container, with other modules of its kind."""
 
     def __init__(self):
         super().__init__()
@@ -371,7 +371,7 @@ FUNCTIONAL = {
 
 
 def count_units(monkeypatch):
-    """The calls to the unit, as they will be made: a list of (activation, beta)."""
+    """Record calls of the unit in the returned list, as (activation, beta)."""
     calls, ctu = [], ctkernels.functional.ctu
 
     def counted(x, beta, *args, **kwargs):
@@ -383,7 +383,7 @@ def count_units(monkeypatch):
 
 
 def snapshot(model):
-    """Everything there is to a model: objects by identity, in order, and the bits of its state."""
+    """The full state of a model: objects by identity, in order, and the bits of its tensors."""
     found = {}
     for name, module in model.named_modules():
         held = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(module).items()}

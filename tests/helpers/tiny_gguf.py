@@ -1,4 +1,4 @@
-"""GGUF files of tiny models, as a converter would write them: what `save_gguf` gets as its base."""
+"""GGUF files of tiny models, as a converter would write them, as base files for `save_gguf`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-PLAIN_ROPE = {"qwen2", "qwen3", "gemma", "gemma2", "phi3"}  # their queries and keys lie in the file as in transformers
+PLAIN_ROPE = {"qwen2", "qwen3", "gemma", "gemma2", "phi3"}  # queries and keys have transformers' order in the file
 
 
 def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of queries or keys in the order in which llama.cpp turns them for Llama."""
+    """The rows of a query or key weight in the order of llama.cpp's rotary embedding for Llama."""
     return (
         weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
     )
 
 
 def write(model: Any, path: str | os.PathLike[str], kind: str = "F32") -> None:
-    """Write a causal language model with a made-up vocabulary; `kind` is what its matrices are stored as."""
+    """Write a causal language model with an artificial vocabulary; `kind` is the storage type of its matrices."""
     import gguf
 
     config = model.config

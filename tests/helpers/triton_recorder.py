@@ -1,8 +1,7 @@
 """Runs the Triton backend's own launch code on CPU tensors, without a GPU.
 
-Every launch is compiled ahead of time with exactly the types, alignments and constants that Triton derives from its
-arguments, and the PTX is executed by the CPU, with bounds, races and uninitialised memory checked. Import only where
-Triton is installed.
+Every launch is compiled ahead of time with the types, alignments and constants that Triton derives from its arguments, and
+the PTX is executed on the CPU, checking bounds, races and uninitialised memory. Needs Triton.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from ctkernels.ops.channelwise.launch import implementation
 
 OUTPUTS = {"out", "dresidual", "dfactor", "dnoise", "d0", "d1", "d2", "d3", "d4"}
 SCRATCH = {"partial", "b0", "b1", "b2", "b3", "b4"}
-# What these kernels read is what the ones before them wrote.
+# These kernels read the results of earlier kernels.
 FOLLOWING = ("reduce_partials_kernel", "reduce_shared_kernel")
 
 
 class Recorder(recorder.Recorder):
-    """Stands in for :func:`ctkernels.ops.launcher.launch`. The detail of a launch is the compiled kernel."""
+    """Replaces :func:`ctkernels.ops.launcher.launch`. The detail of a launch is the compiled kernel."""
 
     def __call__(self, kernel: Any, grid: int, args: dict[str, Any], meta: dict[str, Any]) -> None:
         found, values = compiled(kernel, args, meta, self.sm)
@@ -49,7 +48,7 @@ class Recorder(recorder.Recorder):
     def run_compiled(
         self, found: Any, grid: int, values: dict[str, Any], unwritten: Iterable[Tensor], readonly: Iterable[Tensor]
     ) -> None:
-        """Executes a compiled kernel with the values of its arguments, and 0 for those that Triton adds."""
+        """Execute a compiled kernel with its arguments' values, and 0 for the arguments that Triton adds."""
         text = self.rewrite(found.asm["ptx"])
         (entry,) = parse(text).entries
         args = [*values.values()]
@@ -60,6 +59,6 @@ class Recorder(recorder.Recorder):
 
 @contextmanager
 def triton_on_cpu(recorder: Recorder) -> Iterator[Recorder]:
-    """Every op goes through its Triton host code, and its kernels through ``recorder``."""
+    """Route every op through its Triton host code, and the kernels through ``recorder``."""
     with mock.patch.object(launcher, "launch", recorder), through_kernels(implementation):
         yield recorder

@@ -1,4 +1,4 @@
-"""The CT unit at 40 digits, written from the paper's formula alone, and the official module's expression."""
+"""The CT unit at 40 digits, from the paper's formula, and the official module's expression."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def unit(x: float, beta: float, coeff: float, activation: str = "relu") -> dict[
 
 
 def unit_of_logit(x: float, logit: float, coeff: float, activation: str = "relu") -> dict[str, Value]:
-    """The same where beta is the sigmoid of ``logit``, whose derivative takes the place of that of beta."""
+    """The same with beta the sigmoid of ``logit``; the derivative by the logit replaces the one by beta."""
     b, s = logistic(mp.mpf(logit)), logistic(-mp.mpf(logit))
     values = _unit(mp.mpf(x), b, s, mp.mpf(coeff), activation)
     return values | {"beta": Value(values["beta"].value * b * s, values["beta"].terms * b * s)}
 
 
 def _tanh_gate(t: mp.mpf) -> mp.mpf:
-    """(1 + tanh(z)) / 2 = logistic(2 z), which keeps the digits of the tail."""
+    """(1 + tanh(z)) / 2 = logistic(2 z), which is accurate in the tail."""
     t = max(min(t, 10**3), -(10**3))
     return logistic(mp.sqrt(8 / mp.pi) * (t + CUBIC * t**3))
 

@@ -1,5 +1,5 @@
 """A fuzzer of the ops: ``make fuzz`` runs many random calls, ``tests/ops/test_fuzz.py`` a few hundred.
 
-``tensors`` describes a tensor argument down to its strides, ``cases`` draws calls, ``oracle`` says what they have to give,
-``check`` compares, ``shrink`` makes a failing case small, and prints it as a script.
+``tensors`` describes tensor arguments including strides, ``cases`` generates calls, ``oracle`` computes expected results,
+``check`` compares, ``report`` shrinks a failing case and prints it as a script.
 """

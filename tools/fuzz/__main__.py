@@ -1,4 +1,4 @@
-"""``python -m fuzz``: random calls of the ops until one gives something wrong, which is made small and printed."""
+"""``python -m fuzz``: run random calls of the ops; shrink and print those that fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random calls of the public functions, as plain data: a case is told by (seed, number), and the same everywhere."""
+"""Random calls of the public functions, as plain data. A case is determined by (seed, number) on every machine."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ OPS = ("ctu", "ctu_and_mul", "head_edit", "hard_concrete", "expected_l0", "atten
 
 @dataclass(frozen=True)
 class Case:
-    """A call ``op(**arguments, **options)``: specs become tensors, the rest is passed as it is.
+    """A call ``op(**arguments, **options)``; specs are replaced by tensors.
 
-    backend: forced, or None. mode: "grad", "no_grad" or "inference". upstream: how the gradient that comes back looks: "normal",
-    "zero" or "expanded". refused: why the call has to raise, "" if it must not, "?" where either is right.
+    backend: forced backend, or None. mode: "grad", "no_grad" or "inference". upstream: kind of upstream gradient, "normal",
+    "zero" or "expanded". refused: why the call has to raise, "" if it must not, "?" if it may.
     """
 
     op: str
@@ -42,7 +42,7 @@ class Case:
 
     @property
     def target(self) -> str:
-        """The argument that is written over, or ""."""
+        """The argument that the call overwrites, or ""."""
         return next(iter(self.arguments)) if self.options.get("inplace") else ""
 
 
@@ -83,7 +83,7 @@ def draw(
 
 
 def _broken(random: Random, case: Case) -> Case:
-    """The call with one argument that the documentation excludes."""
+    """The call with one invalid argument."""
     first = next(iter(case.arguments))
     spec = case.arguments[first]
     arguments, options = dict(case.arguments), dict(case.options)
@@ -111,7 +111,7 @@ def _broken(random: Random, case: Case) -> Case:
         ways[f"{second} of other shape"] = (second, Spec(long, spec.dtype, tuple([0] * len(long))))
         if case.op == "ctu":
             ways["shift of two dimensions"] = ("shift", Spec((1, 1), "float32", (1, 1)))
-        if options.get("raw"):  # of which any number is one, NaN too
+        if options.get("raw"):  # any number is a logit, NaN too
             for name in ("beta above 1", "beta below 0"):
                 del ways[name]
             ways["beta no number"] = ("beta", random.choice(("0.5", None, True)))
@@ -152,15 +152,15 @@ def _broken(random: Random, case: Case) -> Case:
                 }
     what, (name, value) = random.choice(sorted(ways.items()))
     for other, spec in case.specs.items():
-        if spec.alias == name:  # whose memory is no longer there
+        if spec.alias == name:  # the memory of the replaced argument does not exist any more
             arguments[other] = None
     (options if name in options or name in OPTIONS else arguments)[name] = value
     return replace(case, arguments=arguments, options=options, refused=f"{BROKEN}{what}")
 
 
 def judged(case: Case) -> Case:
-    """With what torch's own functions refuse: writing over tensors that overlap, and over inference tensors outside of
-    inference mode. Saving those for a backward pass is refused by torch itself."""
+    """Mark the case as refused where torch refuses in-place functions: on overlapping tensors, and on inference tensors outside
+    of inference mode. torch itself refuses to save these for backward."""
     refused = case.refused if case.refused.startswith(BROKEN) else ""
     target = case.arguments.get(case.target)
     if isinstance(target, Spec):
@@ -197,7 +197,7 @@ def shape_of(random: Random, least: int = 0, most: int = 5, values: int = 600) -
 
 
 def spec_of(random: Random, shape: tuple[int, ...], dtype: str, writable: bool = False, **rest: Any) -> Spec:
-    """A layout for ``shape``: any order in memory, gaps, an offset, expanded dimensions, strides of sizes 1 that mean nothing."""
+    """A random layout of ``shape``: permuted, with gaps, an offset, expanded dimensions, arbitrary strides of dimensions of 1."""
     rank = len(shape)
     order = list(range(rank))
     kind = random.choices(
@@ -260,7 +260,7 @@ def _aliased(random: Random, other: str, target: Spec, spec: Spec) -> Spec:
 
 
 def _knob(random: Random, x: Spec, channel: int | None, raw: bool) -> Any:
-    """A number, or a tensor: 0-d, of size 1, or a value a channel."""
+    """A number, or a tensor: 0-d, of size 1, or with a value per channel."""
     if random.random() < 0.35:
         number = random.choice((0.0, 1.0, 0.5, 0.9, random.random(), 1 - 2.0**-24, 1e-20))
         return random.choice((number, random.gauss(0, 20), -200.0, 88.5, 700.0)) if raw else number

@@ -1,4 +1,4 @@
-"""Whether a call gives what it has to: values, gradients, shapes and strides, memory, version counters, errors."""
+"""Checks of a call: values, gradients, shapes and strides, memory, version counters, errors."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .tensors import Built, Spec, Subclass, build
 
 
 class Wrong(AssertionError):
-    """A call that gave something else than it had to."""
+    """Raised for a call with a wrong result or side effect."""
 
 
 def check(case: Case) -> None:
-    """Raises Wrong, or whatever the library raised where it must not."""
+    """Raise Wrong, or the exception of a call that must not raise."""
     threads = torch.get_num_threads()
     torch.set_num_threads(case.threads)
     try:
@@ -71,8 +71,8 @@ def _check(case: Case) -> None:
         _expect_untouched(case, built, before, versions, written=False)
     _expect_values(case, built, y, dy, grads)
     _expect_same_again(case, y, dy, grads)
-    # A fake of an operation takes a hundred times as long as the operation: a part of the cases are looked at, and fewer of
-    # those of the reference, which is a dozen operations.
+    # A fake operation takes a hundred times as long as a real one: check a part of the cases, and fewer for the reference,
+    # which runs a dozen operations.
     first = next(iter(case.specs.values()))
     if first.seed % (4 if case.backend is None else 16) == 0:
         _expect_same_as_fake(case, y, dy, grads)
@@ -121,7 +121,7 @@ def _versions(built: Built) -> dict[str, int]:
 def _expect_untouched(
     case: Case, built: Built, before: dict[str, Tensor], versions: dict[str, int], written: bool
 ) -> None:
-    """Nothing but the target is changed, of the target nothing but its elements, and its version moves on by one."""
+    """Check that only the elements of the target changed, and that its version increased by one."""
     target = case.target if written else ""
     shared = {n for n, s in case.specs.items() if target and (n == target or s.alias == target)}
     for name, version in versions.items():
@@ -185,7 +185,7 @@ def _expect_metadata(case: Case, built: Built, y: Tensor) -> None:
 
 
 def _expect_named(case: Case, error: Exception) -> None:
-    """The message names an argument of the function, unless it is torch's own refusal of an inference tensor."""
+    """Check that the message names an argument, unless it is torch's own about inference tensors."""
     text = str(error)
     names = {*case.arguments, *case.options, "x", "z", "beta", "coeff", "channel_dim", "index", "m", "a", "residual"}
     if not text or not (
@@ -216,7 +216,7 @@ def _expect_values(case: Case, built: Built, y: Tensor, dy: Tensor | None, grads
 
 
 def _expect(name: str, got: Tensor, exact: Exact) -> None:
-    """``got`` within the error allowed, and the rounding of its dtype; NaN and infinities where they have to be."""
+    """Check ``got`` to the allowed error plus the rounding of its dtype, and its NaN and infinities."""
     g, info = oracle.wide(got), torch.finfo(got.dtype)
     value, free = np.broadcast_to(exact.value, g.shape), np.broadcast_to(exact.free, g.shape)
     rounding = info.eps * np.abs(value) + info.tiny * info.eps
@@ -236,7 +236,7 @@ def _expect(name: str, got: Tensor, exact: Exact) -> None:
 
 
 def _expect_gradients(case: Case, built: Built, y: Tensor, dy: Tensor, grads: dict[str, Tensor]) -> None:
-    """Shape and dtype of their arguments, and no memory in common once they are stored in ``.grad``."""
+    """Check that gradients have their arguments' shapes and dtypes, and share no memory when stored in ``.grad``."""
     for name, grad in grads.items():
         t = built.tensors[name[1:]]
         if grad.shape != t.shape or grad.dtype != t.dtype:
@@ -258,13 +258,13 @@ def _unaliased(case: Case, name: str) -> bool:
 
 
 def _expect_attention(case: Case, y: Tensor, dy: Tensor | None, grads: dict[str, Tensor]) -> None:
-    """Twice the error of the same in plain torch, and an ulp of every term of a sum, of the largest value."""
+    """Check to twice the error of plain torch, plus an ulp of the largest value per term of a sum."""
     fresh = {name: _plain(t) for name, t in build(case.arguments).tensors.items()}
     q, k = fresh["q"], fresh["k"]
     wants = [name[1:] for name in grads]
 
     def run(dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """In ``dtype``, or in the tensors' own; 16 bits are widened, as the edit's arithmetic is."""
+        """Compute in ``dtype``, or in the tensors' own; 16-bit types are widened, as in the edit."""
         mask = {"attn_mask": q.dtype}
         with torch.inference_mode(False), torch.enable_grad():
             leaves = {n: t.clone().to(dtype or mask.get(n, t.dtype)) for n, t in fresh.items()}
@@ -279,7 +279,7 @@ def _expect_attention(case: Case, y: Tensor, dy: Tensor | None, grads: dict[str,
         return found
 
     truth, plain = run(torch.float64), run(None)
-    # Whether a weight of 0 keeps out a NaN that the edit puts into the gradient is not promised: torch's attention does not.
+    # A weight of 0 need not mask a NaN that the edit puts into the gradient: torch's attention does not either.
     poisoned = any(not fresh[n].isfinite().all() for n in ("m", "g_m") if n in fresh)
     terms = q.shape[2] * q.shape[1] + k.shape[2] + q.shape[-1] + fresh["v"].shape[-1]
     eps = torch.finfo(q.dtype).eps
@@ -316,7 +316,7 @@ def _run_again(case: Case, built: Built, dy: Tensor | None, names: list[str]) ->
 
 
 def _expect_same_again(case: Case, y: Tensor, dy: Tensor | None, grads: dict[str, Tensor]) -> None:
-    """The same bits from a second run, on another number of threads."""
+    """Check that a second run with another number of threads gives the same bits."""
     names = [name[1:] for name in grads]
     compiled = case.backend is None and backends.NATIVE is not None  # torch's own kernels depend on the threads
     if compiled and max(s.count for s in case.specs.values()) > 4000:
@@ -327,20 +327,20 @@ def _expect_same_again(case: Case, y: Tensor, dy: Tensor | None, grads: dict[str
         torch.set_num_threads(case.threads)
     for name, first in {"y": y, **grads}.items():
         if case.op == "attention_head_edit" and first.dtype not in (torch.float64,):
-            continue  # torch's own kernels are called, and promise less
+            continue  # torch's own kernels, which are not deterministic
         if not _same_bits(_plain(first), _plain(again[name])):
             raise Wrong(f"{name} has other bits in a second run")
 
 
 def _expect_same_as_fake(case: Case, y: Tensor, dy: Tensor | None, grads: dict[str, Tensor]) -> None:
-    """Shape, dtype and strides are what a compiler is told."""
+    """Check that fake tensors have the same shapes, dtypes and strides."""
     if any(s.subclass or s.inference or s.negative for s in case.specs.values()) or case.mode == "inference":
         return
     built = build(case.arguments)
     names = [name[1:] for name in grads]
     leaves = {name: t.detach() for name, t in built.tensors.items()}
     with FakeTensorMode() as mode:
-        mode.cache_enabled = False  # hardly a case has the operations of another: keys would take longer than answers
+        mode.cache_enabled = False  # cases rarely share operations, so caching costs more than it saves
         fakes = Built({name: mode.from_tensor(t) for name, t in leaves.items()})
         for name, t in built.tensors.items():
             fakes.tensors[name].requires_grad_(t.requires_grad)
@@ -356,7 +356,7 @@ def _expect_same_as_fake(case: Case, y: Tensor, dy: Tensor | None, grads: dict[s
 
 
 def _layout(t: Tensor) -> tuple[tuple[int, ...], torch.dtype, tuple[int, ...]]:
-    """Strides of dimensions that have more than one value: the others mean nothing."""
+    """Shape, dtype and the strides of dimensions with more than one element."""
     strides = tuple(s if n > 1 else 0 for s, n in zip(t.stride(), t.shape)) if t.numel() else ()
     return tuple(t.shape), t.dtype, strides
 

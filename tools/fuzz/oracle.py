@@ -1,8 +1,7 @@
-"""What a call has to give: the textbook formulas, in numpy's long double (64 bits of mantissa, exponents to 4932).
+"""Expected results: the textbook formulas in numpy's long double (64-bit mantissa, decimal exponents to 4932).
 
-Every quantity comes with the error it may have, from the precision that the ops' notes promise: a share of the magnitudes that
-add up to it (ctkernels/ops/ctu/README.md), and what rounding the arguments of a prologue does. Written from the papers alone;
-nothing of the library is used.
+Every quantity has an allowed error from the documented precision: a fraction of the magnitudes of its terms
+(ctkernels/ops/ctu/README.md), plus the effect of rounding in a prologue. Written from the papers, independent of the library.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ FLUSHED = WIDE(2) ** -118  # magnitudes below 2^-120 are flushed to zero; of flo
 
 @dataclass
 class Exact:
-    """``error``: how far off a result may be before it is rounded to its dtype. ``free``: where nothing is promised."""
+    """An expected result. ``error``: allowed error before rounding to its dtype. ``free``: where any value is allowed."""
 
     value: Array
     error: Array
@@ -31,15 +30,15 @@ class Exact:
 
 @dataclass
 class Grade:
-    """What is promised for a dtype: the share of its terms' magnitudes that a result may be off by, and of rounding.
+    """The documented precision of a dtype: the allowed error as a fraction ``share`` of the terms' magnitudes, and of rounding.
 
-    exponent: how far off an exponent may be, relative to it, as a multiple of ``share``. The kernels carry exponents as
-    unevaluated sums. The reference rounds them: up to 7 half ulps of t = beta (1 - slope) w / s, for beta, s, 1 - slope (two),
-    and the quotient and the products; and a Gaussian squares it. 4 eps is enough for both: t moves e^-t by 7/2 eps t, and
-    e^(-t^2 / 2), which has no slope, by (2 * 4 + 1)/2 eps t^2 / 2.
+    exponent: allowed relative error of an exponent, as a multiple of ``share``. The kernels keep exponents as unevaluated sums.
+    The reference rounds them: up to 7 half ulps of t = beta (1 - slope) w / s, for beta, s, 1 - slope (two), the quotient and
+    the products; a Gaussian squares it. 4 eps suffices for both: e^-t changes by 7/2 eps t, and e^(-t^2 / 2), which has no
+    slope, by (2 * 4 + 1)/2 eps t^2 / 2.
 
-    cubic: likewise of the exponent of the tanh gate, whose square, sum and product are rounded besides: 6 eps. In float64 the
-    kernels round it, too.
+    cubic: the same for the exponent of the tanh gate, whose square, sum and product are rounded too: 6 eps. In float64 the
+    kernels round it as well.
     """
 
     share: float
@@ -69,7 +68,7 @@ def wide(t: torch.Tensor) -> Array:
 
 @dataclass
 class Values:
-    """The tensors of a call as long doubles; ``dtypes`` are torch's. ``reference``: whether plain torch computes it."""
+    """The tensors of a call as long doubles, with their torch ``dtypes``. ``reference``: whether plain torch computes it."""
 
     arrays: dict[str, Array]
     dtypes: dict[str, torch.dtype]
@@ -86,8 +85,8 @@ def _sigmoid(t: Array) -> Array:
 
 @dataclass
 class _Terms:
-    """A unit and its derivatives by w, beta and coeff; of each the value and the sum of magnitudes, to which tails count
-    once more for what their exponents may be off by, ``exponent`` relative to them."""
+    """A unit and its derivatives by w, beta and coeff: of each the value and the sum of the terms' magnitudes, plus the tails'
+    errors from their exponents, of ``exponent`` relative to these."""
 
     y: Array
     w: Array
@@ -137,7 +136,7 @@ def _logistic(w: Array, k: _Knobs) -> _Terms:
     bell = c * u * u * p * q * (1 + WIDE(k.eps))
     d_c = np.abs(w) * _sigmoid(-np.abs(t)) + s * log_term
     y = c * w * p + c1 * s * soft
-    off_t, off_u = exponent * np.abs(t) * p * q, exponent * a * _sigmoid(-a)  # of sigma(t), and of the log term
+    off_t, off_u = exponent * np.abs(t) * p * q, exponent * a * _sigmoid(-a)  # errors of sigma(t) and of the log term
     return _Terms(
         y,
         c * (p + t * p * q) + c1 * _sigmoid(u),
@@ -185,8 +184,8 @@ def _gelu(w: Array, k: _Knobs, tanh: bool) -> _Terms:
 
 
 def _excess(w: Array, k: _Knobs, reach: Array | float = 1.0) -> _Terms:
-    """The logistic unit less the ReLU at ``reach`` w, without the cancellation that large w would bring. w tells the sides of 0
-    apart, where ``reach`` is 0 too."""
+    """The logistic unit minus the ReLU at ``reach`` w, without cancellation for large w. The sign of w decides the side of 0,
+    also for a ``reach`` of 0."""
     beta, s, c, c1, exponent = k.beta, k.s, k.c, k.c1, k.exponent
     found = _logistic(reach * w, k)
     a = np.abs(reach * w)
@@ -200,7 +199,7 @@ def _excess(w: Array, k: _Knobs, reach: Array | float = 1.0) -> _Terms:
 
 
 def _unit(member: str, w: Array, slope: Array, k: _Knobs) -> tuple[_Terms, Array, Array]:
-    """(the unit where it is smooth, its derivative by the slope, that one's terms)."""
+    """Return (the smooth unit, its derivative by the slope, the terms of that derivative)."""
     zero = np.zeros_like(w)
     if member in ("gelu", "gelu_tanh"):
         return _gelu(w, k, member == "gelu_tanh"), zero, zero
@@ -237,7 +236,7 @@ def _unit(member: str, w: Array, slope: Array, k: _Knobs) -> tuple[_Terms, Array
 
 
 def _plain(member: str, w: Array, slope: Array) -> tuple[Array, Array, Array]:
-    """The plain activation at beta = 1 or an infinite w, its derivative, and that by the slope."""
+    """The plain activation for beta = 1 or infinite w, its derivative, and its derivative by the slope."""
     up = (w > 0).astype(WIDE)
     if member == "relu6":
         return np.clip(w, 0, 6), up - (w > 6), np.zeros_like(w)
@@ -247,7 +246,7 @@ def _plain(member: str, w: Array, slope: Array) -> tuple[Array, Array, Array]:
 
 
 def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, Exact]:
-    """ "y", and with ``dy`` the gradient of every argument."""
+    """Return "y" and, with ``dy``, the gradient of every argument."""
     given, kinds = values.arrays, values.dtypes
     x = given["x"]
     member, raw, eps = options.get("activation", "relu"), options.get("raw", False), options.get("eps", 0.0)
@@ -258,7 +257,7 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
     dim = options.get("channel_dim")
 
     def along(p: Array) -> Array:
-        """A parameter against x."""
+        """A parameter in a shape that broadcasts with x."""
         if p.size == 1:
             return np.broadcast_to(p.reshape(()), x.shape)
         shape = [1] * x.ndim
@@ -299,7 +298,7 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
     def chosen(soft: Array, hard: Any) -> Array:
         return np.where(smooth, soft, np.where(lost, nan, hard))
 
-    # Rounding of the prologue moves w, and u = w / s by as much over s. Slopes are at most about 1.2. An infinite w stays put.
+    # Rounding in the prologue changes w, and u = w / s by that over s. Slopes are at most about 1.2. An infinite w is exact.
     off_w = 3 * grade.eps * np.where(np.isinf(w), 0, prologue) * (1 + np.abs(1 - slope) if leaky else 1)
     with np.errstate(invalid="ignore"):
         off_u = np.where(smooth, off_w / np.where(s > 0, s, 1), 0)
@@ -308,7 +307,7 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
     steep = np.nan_to_num(steep)
     least = grade.least * np.maximum(1, np.nan_to_num(np.abs(w), posinf=0, neginf=0))
     y = chosen(terms.y, hard_y)
-    # Not promised: what the order of operations decides (overflow on the way, NaN knobs where they have no effect).
+    # Any value is allowed where the order of operations decides (intermediate overflow, NaN parameters without effect).
     reach = np.maximum(np.maximum(prologue, np.abs(w)), np.abs(1 - slope) * np.abs(w) if leaky else 0)
     with np.errstate(invalid="ignore"):
         over = np.isfinite(x) & (reach > grade.largest / 16)
@@ -318,7 +317,7 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
                 over |= (np.abs(along(given[name])) > grade.largest / 16) & ~np.isinf(along(given[name]))
     ineffective = (np.isnan(beta) | np.isnan(c)) & ~((s > 0) & np.isfinite(w)) & ~np.isnan(w) & ~np.isnan(beta)
     ineffective |= np.isnan(beta) & np.isinf(w)
-    # infinity times a slope or a scale that is 0, or that the working precision takes for it
+    # infinity times a slope or a scale that is 0, or underflows to 0 in the working precision
     free = over | ineffective | (np.isinf(w) & leaky & ((np.abs(slope) <= grade.least) | ~np.isfinite(slope)))
     if "scale" in given:
         free |= np.isinf(x) & (np.abs(along(given["scale"])) <= grade.least)
@@ -361,7 +360,7 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
     partial["scale"] = (d_w * x, w_terms * np.abs(x), 2 * steep * np.abs(x))
     far = np.where(smooth, slope_terms, np.abs(w))
     partial["negative_slope"] = (chosen(d_slope, hard_slope), far, 2 * steep * np.abs(w) + off_w)
-    # The derivative by coeff does not depend on coeff, and 0 times a NaN is what the order of operations makes of it.
+    # The derivative by coeff does not depend on coeff; for 0 times NaN, the order of operations decides.
     unsure = free | kink
     for name, (value, magnitude, moved) in partial.items():
         if name not in given:
@@ -375,7 +374,7 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
             loose |= np.isinf(beta_in) | np.isinf(coeff_in)
         with np.errstate(invalid="ignore"):
             loose |= np.abs(dy) * magnitude > grade.largest / 16
-        # zero upstream: nothing flows, whatever the size of what it is multiplied with
+        # an upstream gradient of 0 gives 0, whatever it is multiplied with
         error = np.abs(dy) * (grade.share * magnitude + moved) + least * np.maximum(1, np.abs(dy))
         product = dy * value
         if name in ("x", "residual"):
@@ -385,7 +384,7 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
         total = reduced(np.abs(np.nan_to_num(dy)) * np.nan_to_num(magnitude, posinf=0), p)
         summed = reduced(np.where(loose, 0, product), p)
         loosened = reduced(loose.astype(WIDE), p) > 0
-        # a NaN that is certain makes the sum one, whatever the others are
+        # one certain NaN makes the sum NaN
         certain = reduced((np.isnan(product) & ~loose).astype(WIDE), p) > 0
         allowed = reduced(np.nan_to_num(error), p) + 64 * grade.eps * total + reduced(np.ones_like(x), p) * grade.least
         found[f"d{name}"] = Exact(
@@ -395,7 +394,7 @@ def ctu(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, 
 
 
 def ctu_and_mul(values: Values, options: dict[str, Any], dy: Array | None) -> dict[str, Exact]:
-    """The unit times up; of a packed gate, its gradient is both."""
+    """The unit times up; the gradient of a packed gate contains both."""
     given, kinds = dict(values.arrays), dict(values.dtypes)
     gate, up, dtype = given.pop("gate"), given.pop("up", None), kinds.pop("gate")
     packed, dim = up is None, options.get("channel_dim", -1)
@@ -419,7 +418,9 @@ def ctu_and_mul(values: Values, options: dict[str, Any], dy: Array | None) -> di
         return found
     upstream = dy * up
     over = np.isfinite(upstream) & (np.abs(upstream) > grade.largest / 16)
-    rounded = np.isfinite(upstream) & (np.abs(upstream) < grade.least) & (upstream != 0)  # of which little is left
+    rounded = (
+        np.isfinite(upstream) & (np.abs(upstream) < grade.least) & (upstream != 0)
+    )  # upstream gradients that underflow
     through = ctu(unit, options, upstream)
     d_gate, d_up = through.pop("dx"), times(dy)
     through.pop("y")
@@ -502,12 +503,12 @@ def head_edit(values: Values, options: dict[str, Any], dy: Array | None) -> dict
         with np.errstate(invalid="ignore"):
             loose = np.isinf(product) | np.isnan(product) & ~np.isnan(value)
             loose |= np.isinf(split) | (np.abs(value) > grade.largest / 16)
-            if name in ("m", "a"):  # the gate is multiplied with the sum, or with each term: inf * 0 may be a term
+            if name in ("m", "a"):  # the gate multiplies the sum or each term, so inf * 0 can be a term
                 loose |= np.isinf(g_m if name == "m" else g_a)
         total = summed(np.nan_to_num(np.abs(product), posinf=0), name)
         certain = summed((np.isnan(product) & ~loose).astype(WIDE), name) > 0
         allowed, largest = (share + 64 * grade.eps) * total + grade.least, grade.largest
-        if index is not None:  # a gradient a sample, in the parameter's dtype, added up by torch
+        if index is not None:  # a gradient per sample, in the parameter's dtype, summed by torch
             info = torch.finfo(values.dtypes[name])
             allowed, largest = allowed + max(4, len(index)) * info.eps * total, min(largest, info.max)
         exact = np.where(certain, WIDE(np.nan), summed(np.where(loose | np.isnan(product), 0, product), name))
@@ -545,7 +546,7 @@ def _gate(mode: str, values: Values, options: dict[str, Any], dy: Array | None) 
         off = grade.eps * np.abs(logits)
         if mode == "sample":
             noise = values.arrays["noise"]
-            if kind != torch.float64:  # the noise is rounded to the logits' working precision
+            if kind != torch.float64:  # the noise has the logits' working precision
                 noise = noise.astype(np.float32).astype(WIDE)
             else:
                 noise = noise.astype(np.float64).astype(WIDE)
@@ -577,9 +578,7 @@ def _gate(mode: str, values: Values, options: dict[str, Any], dy: Array | None) 
         at = temperature * np.log((v - low) / (high - v))
         p = _sigmoid(logits[..., None] - at)
         y, slope = (p * weight).sum(-1), (p * (1 - p) * weight).sum(-1)
-        quadrature = (
-            1e-4  # of sixteen points: 2e-11 at the published stretch (tests/ops/test_gates.py), more near the edges
-        )
+        quadrature = 1e-4  # quadrature: 2e-11 at the published stretch (tests/ops/test_gates.py), more near the edges
         if (float(low), float(high)) == (-0.1, 1.1) and float(temperature) <= 0.67:
             quadrature = 2e-9
         off = 8 * grade.eps * (1 + np.abs(np.nan_to_num(logits, posinf=0, neginf=0)))
@@ -602,7 +601,7 @@ def _gate(mode: str, values: Values, options: dict[str, Any], dy: Array | None) 
 
 
 def attention(tensors: dict[str, torch.Tensor], options: dict[str, Any]) -> torch.Tensor:
-    """Attention and the edit, score by score, for tensors of one precision; differentiable."""
+    """Attention followed by the edit, from explicit scores, for tensors of one dtype; differentiable."""
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     heads, tokens, keys = q.shape[1], q.shape[2], k.shape[2]
     shared = heads // k.shape[1]

@@ -1,4 +1,4 @@
-"""Running cases, making what fails small, and printing it as a script."""
+"""Running cases, shrinking failures, and printing them as scripts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Failure:
 
 
 def outcome(case: Case) -> str:
-    """What is wrong with a case, "" if nothing is."""
+    """The error of a case, "" if it passes."""
     try:
         check(case)
     except Exception as error:
@@ -43,12 +43,12 @@ def outcome(case: Case) -> str:
 
 
 def kind(error: str) -> str:
-    """An error without its numbers: failures of one kind are reported once."""
+    """An error message without numbers, to report failures of one kind once."""
     return re.sub(r"\(?-?\d[\d.,e+-]*\)?|\b(nan|inf)\b|torch\.\w+", "#", error)[:70]
 
 
 def hunt(seed: str, numbers: Iterable[int], op: str | None = None) -> Iterator[Failure | None]:
-    """A failure, made small, for the first case of every kind; None for all others."""
+    """Yield a shrunk failure for the first case of every kind of error, None for all other cases."""
     known: set[str] = set()
     for number in numbers:
         case = draw(seed, number, op)
@@ -85,7 +85,7 @@ def shrink(case: Case, wanted: str, tries: int = 400) -> Case:
 
 
 def _simpler(case: Case) -> Iterator[Case]:
-    """Cases with one thing less, what saves most first."""
+    """Cases with one simplification, the most effective ones first."""
     first = next(iter(case.arguments))
     needed = {
         "ctu": {"x", "beta"},
@@ -93,7 +93,7 @@ def _simpler(case: Case) -> Iterator[Case]:
         "head_edit": {"z"},
         "attention_head_edit": {"q", "k", "v"},
     }.get(case.op, {first, "noise"})
-    broken = case.refused.startswith(BROKEN)  # by an argument that has to stay
+    broken = case.refused.startswith(BROKEN)  # the broken argument has to stay
     for name in [] if broken else list(case.arguments):
         if name not in needed:
             yield replace(case, arguments={k: v for k, v in case.arguments.items() if k != name})
@@ -126,7 +126,7 @@ def _simpler(case: Case) -> Iterator[Case]:
 
 
 def _fewer_values(case: Case, first: str) -> Iterator[Case]:
-    """For ctu and gates: a dimension of half the size, or of 1, in everything that has it."""
+    """For ctu and gates: halve a dimension, or set it to 1, in all arguments that have it."""
     whole = case.arguments[first]
     if case.op == "ctu_and_mul" and case.arguments.get("up") is None:  # packed
         return
@@ -164,7 +164,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def script(case: Case) -> str:
-    """The case as a script that runs by itself."""
+    """The case as a standalone script."""
     lines = ["import math, torch, ctkernels", "nan, inf = math.nan, math.inf"]
     for name, spec in case.specs.items():
         lines += _tensor_lines(name, spec)

@@ -1,4 +1,4 @@
-"""A tensor argument as plain data: shape, strides, offset, values, and what else autograd and the dispatcher can see of it."""
+"""Tensor arguments as plain data: shape, strides, offset, values, and other properties seen by autograd and the dispatcher."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CANARY = 77.0  # what a buffer holds wherever no value of a tensor lies
+CANARY = 77.0  # fills a buffer outside of the tensors' elements
 SPECIAL = ("nan", "inf", "-inf", "0.0", "-0.0", "huge", "-huge", "tiny", "6.0")
 
 
 class Subclass(torch.Tensor):
-    """A tensor of a user's own class, which overrides nothing."""
+    """A user's tensor subclass that overrides nothing."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """``values``: "normal" (times ``scale``), "unit" (in [0, 1]) or "index" (integers below ``scale``), drawn with ``seed``;
-    ``special``: (position, value) that overwrite some. ``alias``: the argument whose buffer this one lies in, where ``values``
-    do not count. ``negative``: torch's lazy negation, the buffer holds the opposite numbers."""
+    """A tensor argument. ``values``: "normal" (times ``scale``), "unit" (in [0, 1]) or "index" (integers below ``scale``), from
+    ``seed``; ``special``: (position, value) pairs that overwrite some. ``alias``: the argument whose buffer this one uses instead
+    of ``values``. ``negative``: torch's lazy negation, with negated values in the buffer."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -43,14 +43,14 @@ class Spec:
 
     @property
     def length(self) -> int:
-        """Of the buffer: two values more than is needed, as canaries."""
+        """The length of the buffer, with two extra values as canaries."""
         if self.count == 0:
             return self.offset + 2
         return self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides)) + 3
 
     @property
     def overlaps_itself(self) -> bool:
-        """Whether two of its elements may share memory."""
+        """Whether two of its elements can share memory."""
         expected = 0
         for stride, size in sorted((s, n) for s, n in zip(self.strides, self.shape) if n > 1):
             if stride <= expected:
@@ -80,7 +80,7 @@ def special(value: str, dtype: torch.dtype) -> float:
 
 @dataclass
 class Built:
-    """Tensors made of specs: by name, with the buffers they lie in, and what those held."""
+    """Tensors built from specs, by name, with their buffers and the buffers' original contents."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Built:
 
 
 def build(specs: dict[str, Any]) -> Built:
-    """The tensors of a case's arguments; those that are no Spec are left out."""
+    """Build the tensors of a case's arguments; arguments that are not specs are left out."""
     built = Built()
     for name, spec in specs.items():
         if isinstance(spec, Spec):

@@ -1,1 +1,1 @@
-"""Plants bugs in the compiled GPU kernels and counts what the tests notice: ``python -m mutation``."""
+"""Mutation testing of the compiled GPU kernels: ``python -m mutation``."""

@@ -1,5 +1,5 @@
-"""Calls whose kernels get bugs planted: between them, the parts that bugs are planted in, with sizes that take every loop
-more than once and leave no lane idle and no mask without work."""
+"""Calls whose kernels are mutated. Together they cover all mutated code, with sizes for which every loop runs more than once,
+every lane has work and every mask has an effect."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from ctkernels.testing import Sample
 FLOAT, DOUBLE, BF16, HALF = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 VARIANTS = ("plain", "edges", "groups")
-# Triton's plan for a GPU has loops of one turn where tensors are small.
+# On a GPU, Triton's partition gives small tensors loops of a single iteration.
 LONG_LOOPS = {"PROGRAMS": 6, "SUMMING_PROGRAMS": 6, "MOST_STEPS": 8, "LEAST_ROWS": 3, "LEAST_SUMMED_ROWS": 3}
 
 
 @dataclass(frozen=True)
 class Case:
-    """``make``: a sample of a variant. "edges" has the ends of every range, and infinities and NaN in channels of their own:
-    they must not reach other channels. "groups" has parameters for every row of the first dimension. ``truth``: the sample
-    whose results are expected, where it is another. ``more``: variants of other sizes, for bugs that ``variants`` do not show;
-    with one dimension more than usual, they are of groups, with two more, of groups that take fewer parameters in turn."""
+    """A call. ``make`` returns the sample of a variant. "edges" has the ends of every range, and infinities and NaN in separate
+    channels, which must not affect others. "groups" has parameters for every row of the first dimension. ``truth``: the sample
+    with the expected results, if different. ``more``: variants of other sizes, for mutants that ``variants`` do not detect; one
+    extra dimension means groups, two mean groups with cyclically used parameters."""
 
     name: str
     toolchain: str
@@ -53,7 +53,7 @@ class Case:
         return expected
 
     def run(self, variant: str, rewrite: Callable[[str], str] = str, max_steps: int = MAX_STEPS) -> dict[str, Tensor]:
-        """The results of the kernels, and of the kernels whose PTX ``rewrite`` changes."""
+        """The results of the kernels, with their PTX changed by ``rewrite``."""
         with ExitStack() as stack:
             if self.long_loops:
                 stack.enter_context(mock.patch.multiple("ctkernels.ops.channelwise.partition", **LONG_LOOPS))
@@ -116,7 +116,7 @@ def _ctu(
         if variant == "edges":
             x = _wide_range(g, x, channel_dim)
             beta = ENDS.repeat(-(-count // 8))[:count].to(wide)
-            beta[-1] = 0.9  # not the plain activation, whose knobs have no gradient, of NaN either
+            beta[-1] = 0.9  # not the plain activation, whose parameters have no gradient even for NaN
             coeff = ENDS.roll(3).repeat(-(-count // 8))[:count].to(wide)
             if options.get("raw"):
                 beta, coeff = 30 * _normal(g, wide, count), 10 * _normal(g, wide, count)
@@ -160,16 +160,16 @@ def _head_edit(
 
 
 def _from_seed(log_alpha: Tensor, seed: Tensor) -> Tensor:
-    """What the public function does on a GPU; for tensors of the CPU it makes the noise itself."""
+    """The call that the public function makes on a GPU; for CPU tensors, it computes the noise itself."""
     return GATES((log_alpha, seed), (-1, SAMPLE, 0.33, -0.1, 1.1))
 
 
-# Its noise comes within 2^-16 of 0 or 1 both at an even and at an odd place: a thread may make two neighbours.
+# With this seed, the noise is within 2^-16 of 0 or 1 at an even and at an odd position (a thread computes two neighbours).
 SEED = -0x123456789ABD3A7
 
 
 def _gates(name: str, toolchain: str, sm: int, seed: int | None = None, **options: Any) -> Case:
-    """Without options: the probabilities of being open."""
+    """A case of gates; without options, of the probabilities of being open."""
 
     def make(variant: str, seeded: bool = seed is not None) -> Sample:
         g = _generator(variant)

@@ -1,5 +1,5 @@
-"""Why a bug that nothing notices may be none. A reason holds where its check does: a second, stronger change of the same line
-that must not show either. All of them ask for the same bits in every result first."""
+"""Reasons why an undetected mutant can be equivalent. Each is checked by a second, stronger change of the same line, which has
+to be undetected too. All of them require identical bits in every result first."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Same = Callable[[list[str]], bool]
 
 @dataclass(frozen=True)
 class Reason:
-    """``line``: what "kernel: instruction" has to match. ``stronger``: lines to put in place of the mutated one; none: the same
-    bits are enough. ``source``: the instruction that the last operand comes from."""
+    """A reason. ``line``: a pattern for "kernel: instruction". ``stronger``: lines that replace the mutated one; if none,
+    identical bits suffice. ``source``: a pattern for the instruction that computes the last operand."""
 
     operator: str
     line: str
@@ -26,14 +26,14 @@ class Reason:
 
 
 def _guard(mutant: Mutant) -> tuple[str, str]:
-    """The guard of an instruction, and its opposite."""
+    """The guard of an instruction, and the negated guard."""
     found = re.match(r"@(!?)(%p\d+)", mutant.before)
     assert found
     return f"@{found[1]}{found[2]}", f"@{'' if found[1] else '!'}{found[2]}"
 
 
 def _poisoned(mutant: Mutant) -> list[str]:
-    """The access, and NaN in the registers of the lanes that its mask leaves out."""
+    """The access, with NaN in the registers of masked-out lanes."""
     found = re.search(r"\.(?:v\d\.)?[a-z](\d+)\s*\{?([^}\[]*)\}?,\s*\[", mutant.before)
     assert found
     size, other = found[1], _guard(mutant)[1]
@@ -42,12 +42,12 @@ def _poisoned(mutant: Mutant) -> list[str]:
 
 
 def never_taken(mutant: Mutant) -> list[str]:
-    """In place of a branch: a fault where it would be taken."""
+    """A fault instead of a taken branch."""
     return [f"{_guard(mutant)[0]} trap;"]
 
 
 def _never_equal(mutant: Mutant) -> list[str]:
-    """A fault where the two are equal, then the comparison."""
+    """The comparison, with a fault if its operands are equal."""
     found = re.match(r"setp\.\w\w\.(\w+)\s+(%p\d+), (\S+), (\S+);", mutant.before)
     assert found
     return [f"setp.eq.{found[1]} {found[2]}, {found[3]}, {found[4]};", f"@{found[2]} trap;", mutant.before]
@@ -61,14 +61,14 @@ def _other_constant(mutant: Mutant) -> list[str]:
 
 
 def _zero(mutant: Mutant) -> list[str]:
-    """0 in place of what is loaded."""
+    """0 instead of the loaded value."""
     found = re.search(r"ld\.param\.u\d+\s+(%\w+),", mutant.before)
     assert found
     return [f"mov.u{64 if found[1].startswith('%rd') else 32} {found[1]}, 0;"]
 
 
 def _never(mutant: Mutant) -> list[str]:
-    """The comparison is never true."""
+    """A comparison that is never true."""
     found = re.match(r"setp\.\w\w\.(\w+)\s+(%p\d+), (\S+), ", mutant.before)
     assert found
     return [f"setp.ne.{found[1]} {found[2]}, {found[3]}, {found[3]};"]
@@ -79,7 +79,7 @@ def _operands(mutant: Mutant) -> list[str]:
 
 
 def _checked(mutant: Mutant, *condition: str) -> list[str]:
-    """The instruction, after a fault where the condition makes %fault true."""
+    """The instruction, with a fault first if the condition sets %fault."""
     return ["{", ".reg .pred %fault;", ".reg .b32 %rest;", *condition, "@%fault trap;", "}", mutant.before]
 
 
@@ -88,7 +88,7 @@ def _adds_zero(mutant: Mutant) -> list[str]:
 
 
 def _no_multiple(mutant: Mutant) -> list[str]:
-    """What is rounded up is no multiple of 16."""
+    """A fault if the value to round up is a multiple of 16."""
     return _checked(mutant, f"and.b32 %rest, {_operands(mutant)[1]}, 15;", "setp.eq.s32 %fault, %rest, 0;")
 
 
@@ -98,7 +98,7 @@ def _equals(mutant: Mutant) -> list[str]:
 
 
 def _first(mutant: Mutant) -> list[str]:
-    """What is divided is 0."""
+    """A fault if the dividend is not 0."""
     return _checked(mutant, f"setp.ne.s32 %fault, {_operands(mutant)[1]}, 0;")
 
 
@@ -107,19 +107,19 @@ def _not_negative(mutant: Mutant) -> list[str]:
 
 
 def _neither(mutant: Mutant) -> list[str]:
-    """What is compared is neither the constant nor the mutant's."""
+    """A fault if the compared value is the original constant or the mutant's."""
     first, second = (line.split(maxsplit=1)[1].split(", ", 1)[1] for line in (mutant.before, mutant.after))
     return _checked(mutant, f"setp.eq.f32 %fault, {first}", "@%fault trap;", f"setp.eq.f32 %fault, {second}")
 
 
 def _further(mutant: Mutant) -> list[str]:
-    """A thousand times as far off."""
+    """An offset a thousand times as large."""
     head, constant = mutant.before.rstrip(";").rsplit(" ", 1)
     return [f"{head} {int(constant) + 1000};"]
 
 
 def _endless(mutant: Mutant) -> list[str]:
-    """A tensor's length in place of a program's: far more than there is."""
+    """The length of a tensor instead of a program's part, far beyond the end."""
     return [f"mov.u64 {_operands(mutant)[0]}, 1099511627776;"]
 
 
@@ -132,7 +132,7 @@ REASONS = [
     Reason("wrong stride or displacement", r"ld\.param\.u32\s+%rd?\d+, .*\+(8|12)\]", SHORTCUT, _zero),
     Reason("missing mask", r"_lanes_\w+: @%p\d+ bra", SHORTCUT, source=r"not\.pred"),
     Reason("other comparison", r"setp\.eq\.s(16|32).*, [01];", SHORTCUT, _never),
-    # Triton compiles a kernel anew for lengths that are 1, or multiples of 16, and for parameters by the group or not.
+    # Triton specialises kernels for lengths of 1 or multiples of 16, and for parameters with or without groups.
     Reason("other operator", r"sub\.s32", "leaves out the groups before, and there is one group", _adds_zero, r"mul\.lo\.s32"),
     Reason("other operator", r"add\.s32", "rounds negative numbers, and a length is none", _adds_zero, r"shr\.u32"),
     Reason("other operator", r"min\.s32", "the only program along a dimension ends where that does", _equals),
@@ -173,11 +173,11 @@ REASONS = [
 
 
 def _any_bits(mutant: Mutant) -> list[str]:
-    """In place of what another lane sends."""
+    """Arbitrary bits instead of the value from another lane."""
     return [f"mov.b32 {_operands(mutant)[0].split('|')[0]}, 0x5A5A5A5A;"]
 
 
-# Changes that move a result, by less than its bound: ``stronger`` has to stay within the bounds too.
+# Mutants that change a result by less than its bound; ``stronger`` has to stay within the bounds too.
 BELOW_THE_BOUNDS = [
     Reason("wrong partner in a sum", r"reduce_partials_kernel: shfl",
            "the lower half of a double, of which a float32 shows nothing", _any_bits),
@@ -185,7 +185,7 @@ BELOW_THE_BOUNDS = [
 
 
 def _source(mutant: Mutant, text: str) -> str:
-    """The instruction that the last operand of the mutated one, or a branch's guard, comes from."""
+    """The instruction that computes the last operand of the mutated one, or a branch's guard."""
     before = text.splitlines()[: mutant.line]
     name = _guard(mutant)[0].lstrip("@!") if " bra" in mutant.before else _operands(mutant)[-1]
     made = re.compile(rf"\s*(?:@\S+\s+)?\S+\s+{re.escape(name)},")

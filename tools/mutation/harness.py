@@ -1,10 +1,10 @@
-"""python -m mutation [--json FILE] [--summary FILE]: plants bugs in the compiled kernels, counts those noticed.
+"""python -m mutation [--json FILE] [--summary FILE]: mutate the compiled kernels and count the detected mutants.
 
-A mutant is the PTX of one kernel, by Triton or by nvcc, with one line changed that the calls of `mutation_cases` reach. It is
-run by the kernel's own launch code, and is caught if the executor faults or a result leaves the bounds that the tests hold
-it to. A mutant is equivalent, and does not count, if ptxas makes the same machine code of it, or if all its results have the
-same bits and there is a reason why they must, itself checked (`equivalence`). Any other survivor counts against the tests; it
-is said how far it moves the results. A full run takes hours; ``--each`` plants that many of every kind in every kernel.
+A mutant is the PTX of one kernel, from Triton or nvcc, with one changed line that the calls of `cases` reach. It runs with
+the kernel's own launch code, and is detected if the executor faults or a result violates the bounds of the tests. A mutant is
+equivalent, and does not count, if ptxas generates the same machine code, or if all its results have the same bits for a
+reason that is itself checked (`equivalence`). All other survivors count against the tests; the report has their effect on the
+results. A full run takes hours; ``--each`` limits the number of mutants of each kind in each kernel.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from .cases import CASES, Case
 from .mutants import OPERATORS, Mutant, mutants
 from .summary import Record, counts, summary
 
-# Of survivors that change no bit of any result in any call, and are not known to be equivalent.
+# For survivors that change no bit of any result in any call, and are not known to be equivalent.
 UNSEEN = "no call shows it, and no reason is known why none could"
 
 
 class _Trace(list):
-    """A program's code that remembers what was read of it."""
+    """A program's code that records which instructions were read."""
 
     def __init__(self, code: list, reached: set[str]):
         super().__init__(code)
@@ -60,13 +60,13 @@ class _Trace(list):
 
 
 def _plain(line: str) -> str:
-    """An instruction, without its guard and spaces."""
+    """An instruction without its guard and spaces."""
     return re.sub(r"^@!?%p\d+|\s", "", line.strip()).rstrip(";")
 
 
 @dataclass(frozen=True)
 class Call:
-    """``limit``: steps that a batch of blocks may take; more is an endless loop."""
+    """A call of a case. ``limit``: number of steps of a batch of blocks, beyond which it counts as an endless loop."""
 
     case: Case
     variant: str
@@ -78,12 +78,12 @@ class Call:
 
 @lru_cache(maxsize=64)
 def _results(call: Call, text: str, changed: str) -> dict[str, Tensor]:
-    """Of a call, with ``changed`` in place of the kernel ``text``."""
+    """The results of a call, with ``changed`` in place of the kernel ``text``."""
     return call.case.run(call.variant, lambda t: changed if t == text else t, max_steps=call.limit)
 
 
 class Subject:
-    """A kernel, all calls that launch it, and what its results have to be."""
+    """A kernel, all calls that launch it, and their expected results."""
 
     def __init__(self, case: Case, text: str, calls: list[Call]):
         self.case, self.text, self.own = case, text, calls
@@ -91,7 +91,7 @@ class Subject:
 
     @cached_property
     def others(self) -> list[Call]:
-        """Calls of the case with other sizes, and of other cases for the same target, that launch the kernel as well."""
+        """Other calls that launch the kernel: of the case with other sizes, and of other cases for the same target."""
         found = []
         for other in CASES if self.case.toolchain == "cuda" else [self.case]:  # Triton compiles for a case's constants
             if (other.toolchain, other.op, other.sm) == (self.case.toolchain, self.case.op, self.case.sm):
@@ -106,7 +106,7 @@ class Subject:
         yield from self.others
 
     def caught_by(self, changed: str) -> tuple[str, str] | None:
-        """What notices that the kernel is changed, in which call; or None."""
+        """How the changed kernel is detected, and in which call; None if it is not."""
         for call in self.calls():
             try:
                 _expected(call.case, call.variant).check(_results(call, self.text, changed))
@@ -117,7 +117,7 @@ class Subject:
         return None
 
     def moved(self, changed: str) -> float | None:
-        """The largest change of a result, in units of what its bound allows; None if every bit is the same."""
+        """The largest change of a result, in units of its bound; None if all bits are the same."""
         most = None
         for call in self.calls():
             expected, after = _expected(call.case, call.variant), _results(call, self.text, changed)
@@ -135,7 +135,7 @@ def _expected(case: Case, variant: str) -> Expected:
 
 @cache
 def _launched(case: Case, variant: str) -> frozenset[str]:
-    """The kernels that a call launches, none of them executed."""
+    """The kernels that a call launches, without executing them."""
     found: set[str] = set()
 
     def noted(launch: ptx.launch.Launch, storages: dict) -> None:
@@ -151,7 +151,7 @@ def _launched(case: Case, variant: str) -> frozenset[str]:
 
 
 class Trace(NamedTuple):
-    """Of a call: the instructions that are reached, of every kernel; a limit to steps; the results."""
+    """The trace of a call: the instructions reached in each kernel, a step limit, and the results."""
 
     reached: dict[str, set[str]]
     limit: int
@@ -184,7 +184,7 @@ def _traced(case: Case, variant: str) -> Trace:
 
 
 def subjects(case: Case) -> Iterator[tuple[Subject, set[str]]]:
-    """The kernels that a case launches, with the instructions that are reached."""
+    """The kernels that a case launches, with the reached instructions."""
     traces = {variant: _traced(case, variant) for variant in case.variants}
     limit = max(trace.limit for trace in traces.values())
     for text in dict.fromkeys(text for trace in traces.values() for text in trace.reached):
@@ -194,13 +194,13 @@ def subjects(case: Case) -> Iterator[tuple[Subject, set[str]]]:
 
 
 def _code(text: str) -> str:
-    """PTX without what says where in the source it comes from."""
+    """PTX without source locations."""
     return re.sub(r"^\s*\.(loc|file)\b.*$", "", text.split(".section")[0].replace(", debug", ""), flags=re.M)
 
 
 @lru_cache(maxsize=8)
 def _machine_code(text: str) -> bytes | None:
-    """What ptxas makes of it; None where it is no program, or there is no ptxas."""
+    """The machine code from ptxas; None if the PTX is invalid or there is no ptxas."""
     compiler = nvcc()
     ptxas = shutil.which("ptxas", path=str(Path(compiler).parent)) if compiler else None
     if ptxas is None:
@@ -215,8 +215,8 @@ def _machine_code(text: str) -> bytes | None:
 
 
 def explain(subject: Subject, mutant: Mutant, changed: str) -> tuple[bool, str] | None:
-    """Of a survivor: whether it is equivalent, and why, or what it does. None for a branch that no call takes: there is no bug
-    in leaving it out."""
+    """Whether a survivor is equivalent, with the reason, or its effect. None for a branch that no call takes, since removing it
+    is not a bug."""
 
     def with_lines(lines: list[str]) -> str:
         text = subject.text.splitlines()
@@ -267,8 +267,8 @@ def run(
     log: Callable[[str], None] = lambda line: None,
     known: Collection[Record] = (),
 ) -> list[Record]:
-    """``each`` mutants of every kind of every kernel of the cases; a record for each. What ``known`` records say was caught,
-    or is equivalent, in the same PTX, is not tried again."""
+    """Run ``each`` mutants of every kind of every kernel of the cases; return a record for each. Mutants of the same PTX that
+    are detected or equivalent in the ``known`` records are not run again."""
     settled = {_key(r): r for r in known if r["caught_by"] or r["equivalent"]}
     records: list[Record] = []
     for case in cases:
@@ -307,7 +307,7 @@ def _key(record: Record) -> tuple[object, ...]:
 
 
 def _run_one(number: int, each: int, known: Collection[Record]) -> tuple[list[Record], list[str]]:
-    """The records of a case of :data:`CASES`, and the lines to log: in a process of its own."""
+    """The records and log lines of a case of :data:`CASES`; runs in its own process."""
     torch.use_deterministic_algorithms(True)  # and with it, uninitialised memory is filled with NaN
     torch.set_num_threads(1)
     lines: list[str] = []
@@ -338,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     labels = [_label(case) for case in CASES]
     found: dict[str, list[Record]] = {label: [r for r in known if r["case"] == label] for label in labels}
     records = [r for label in labels for r in found[label]]
-    # a process for every case: what a case keeps in memory goes with it
+    # one process per case, which frees its memory at the end
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         running = {
             pool.submit(_run_one, number, args.each, found[labels[number]]): labels[number]
@@ -349,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
             found[running[done]], lines = done.result()
             print(*lines, sep="\n", flush=True)
             records = [r for label in labels for r in found[label]]
-            if args.json:  # after every case, so that a run that is cut short can be resumed
+            if args.json:  # after every case, to resume an interrupted run
                 write_text(args.json, json.dumps({"mutants": records}, indent=1) + "\n")
     total = summary(records, labels)
     text = json.dumps({"command": " ".join(["python -m mutation", *(argv or sys.argv[1:])]), **total}, indent=1)

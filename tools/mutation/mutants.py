@@ -1,4 +1,4 @@
-"""Bugs to plant in PTX: what is changed in one line of a kernel, by Triton or by nvcc."""
+"""Mutation operators: changes of one line of a kernel's PTX, from Triton or nvcc."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Mutant:
     after: str
 
     def planted(self, text: str) -> str:
-        """The kernel with the bug."""
+        """The kernel with the mutation."""
         lines = text.splitlines()
         lines[self.line] = self.after
         return "\n".join(lines) + "\n"
@@ -37,7 +37,7 @@ _SWAPS = {
 
 
 def _constant(line: str) -> str | None:
-    """A floating constant a quarter off, zeros and infinities left alone."""
+    """A floating-point constant changed by a quarter, except zeros and infinities."""
     for found in re.finditer(r"\b0([fd])([0-9A-Fa-f]{8,16})\b", line):
         single = found[1] == "f"
         code, size = ("f", 4) if single else ("d", 8)
@@ -64,7 +64,7 @@ _BRANCH = re.compile(r"\s*@!?%p\d+ bra(?:\.uni)?\s+(\$\w+);")
 
 
 def _mask(line: str) -> str | None:
-    """An access of every lane; where masks are branches, a branch that is not taken."""
+    """An access without its mask; where masks are branches, a branch that is never taken."""
     found = re.match(r"\s*@!?%p\d+ (?=ld|st)", line)
     return line[found.end() :] if found else _branch(line)
 
@@ -78,13 +78,13 @@ def _barrier(line: str) -> str | None:
 
 
 def _shuffle(line: str) -> str | None:
-    """A step of a tree of sums that takes the wrong partner."""
+    """A step of a tree reduction with the wrong partner."""
     found = re.search(r"(shfl\.sync\.\S+\s.*, )(\d+)(, \d+, -1;)", line)
     return f"{line[: found.start()]}{found[1]}{int(found[2]) // 2}{found[3]}" if found else None
 
 
 def _pointer(line: str) -> str | None:
-    """The tensor before or after: another operand, the wrong residual. nvcc's kernels have theirs in one structure."""
+    """The previous or next tensor argument. nvcc's kernels have all tensors in one structure."""
     found = re.search(r"(ld\.param\.[bu]64 .*_param_)(\d+)\]", line)
     if found:
         other = int(found[2]) + (1 if int(found[2]) == 0 else -1)

@@ -1,4 +1,4 @@
-"""What a run of `mutation` found: counts, and every bug that was not noticed, with what is known about it."""
+"""The summary of a run: counts, and every undetected mutant with its analysis."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .mutants import OPERATORS
 
 Record = dict[str, object]
 
-# The bugs that are made when kernels are written, rather than when their formulas are.
+# Mutations that correspond to mistakes in the structure of kernels, not in formulas.
 STRUCTURAL = (
     "dropped barrier",
     "missing mask",
@@ -24,7 +24,7 @@ STRUCTURAL = (
 
 
 def counts(records: list[Record]) -> dict[str, object]:
-    """``share``: caught, of those that are not equivalent."""
+    """Counts; ``share`` is the fraction detected of mutants that are not equivalent."""
     caught, equivalent = (sum(bool(r[key]) for r in records) for key in ("caught_by", "equivalent"))
     planted = len(records)
     share = round(caught / max(1, planted - equivalent), 4)

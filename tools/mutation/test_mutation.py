@@ -1,4 +1,4 @@
-"""Bugs planted in the compiled kernels are noticed. `python -m mutation --json FILE` plants all of them, this a few."""
+"""Mutants of the compiled kernels are detected: a few here, all of them with `python -m mutation --json FILE`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAMES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_planted_bugs_are_noticed(name: str) -> None:
-    """One of each kind that is made when kernels are written, in every kernel of the case."""
+    """One structural mutant of each kind in every kernel of the case."""
     survivors: list[str] = []
     cases = [case for case in harness.CASES if case.name == name]
     records = harness.run(1, cases, STRUCTURAL, survivors.append)

@@ -1,11 +1,10 @@
-"""Runs peft's own tests, from its source distribution, with this package's two methods in place of peft's.
+"""Runs peft's own tests, from its source distribution, with this package's methods in place of peft's.
 
     python tools/peft_suite/run.py [--fast] [pytest arguments]
 
-The source distribution of the installed peft is downloaded once into the cache folder; nothing of it is kept in this
-repository. The models its tests ask a hub for are made there too: tiny, with random weights, under the same names.
-Failures that are meant are listed, each with its reason, in `suite_exceptions.py`; a test that is listed there and
-passes fails the run.
+The source distribution of the installed peft is downloaded once into the cache folder, not into this repository. The hub
+models of its tests are created there too: tiny, with random weights, under the same names. Intended failures are listed with
+their reasons in `suite_exceptions.py`; a listed test that passes fails the run.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ MODULES = ("custom_models", "decoder_models", "feature_extraction_models", "enco
 
 
 class NotDownloaded(RuntimeError):
-    """pip could not get the source distribution, for want of a network or an index that has it."""
+    """pip could not download the source distribution."""
 
 
 def unpack_tests(cache: Path) -> Path:
-    """Return the folder that holds peft's tests as the package `peft_tests`; download them if it is not there.
+    """Return the folder with peft's tests as the package `peft_tests`; download them if they are missing.
 
     Raises:
-        NotDownloaded: pip could not get the source distribution.
-        RuntimeError: it holds no tests.
+        NotDownloaded: pip could not download the source distribution.
+        RuntimeError: the distribution contains no tests.
     """
     version = importlib.metadata.version("peft")
     folder = cache / f"peft-{version}"
@@ -74,7 +73,7 @@ def command(cache: Path, arguments: list[str]) -> tuple[list[str], dict[str, str
     """The pytest command over peft's tests, its environment, and the folder to run it in."""
     folder = unpack_tests(cache)
     recipe = hashlib.sha256((HERE / "suite_models.py").read_bytes()).hexdigest()[:12]
-    hub = folder / f"hub-{recipe}"  # so that models of another recipe are not taken for these
+    hub = folder / f"hub-{recipe}"  # other recipes have their own folders
     hub.mkdir(exist_ok=True)
     paths = [str(HERE), str(HERE.parents[1]), str(folder), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {

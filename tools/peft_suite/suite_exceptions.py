@@ -1,8 +1,8 @@
-"""The rows of peft's tests that fail on purpose: a regular expression over the test's name, and the reason."""
+"""The tests of peft that fail intentionally: a regular expression over the test's name, and the reason."""
 
 from __future__ import annotations
 
-# A handful that takes seconds, for the ordinary test suite.
+# A few that take seconds, for the regular test suite.
 FAST = (
     r"test_(only_params_are_updated|merge_layers|save_pretrained)\[MLP (JoLA, soft gates|CT, layer)-"
     r"|test_(merge_layers|save_pretrained)\[MLP joint CT-"

@@ -1,4 +1,4 @@
-"""The models that peft's tests load from a hub, made here: the same architectures and names, tiny, random weights."""
+"""Replacements for the hub models of peft's tests: the same architectures and names, tiny, with random weights."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def make(folder: Path) -> None:
-    """Write the models under `folder`, where a relative path is the hub's name; leave those that are there."""
+    """Write the missing models to `folder`, at relative paths equal to their hub names."""
     import transformers
 
     for name, (config, model_class, values) in MODELS.items():
@@ -84,6 +84,6 @@ def make(folder: Path) -> None:
         model = getattr(transformers, model_class)(getattr(transformers, config)(**values))
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.dim() == 2:  # the usual initialisation is so small that differences vanish in the outputs
+                if parameter.dim() == 2:  # with the usual small initialisation, outputs would hardly differ
                     parameter.copy_(torch.randn_like(parameter) * 0.1)
         model.save_pretrained(folder / name)

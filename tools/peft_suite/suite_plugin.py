@@ -1,4 +1,4 @@
-"""The pytest plugin that puts this package's methods into peft's tests, in place of the methods listed there."""
+"""A pytest plugin that replaces the methods in peft's tests with this package's."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ OURS = (JolaConfig, CurvatureConfig, JointConfig)
 
 
 class JolaOnMlp(JolaConfig):
-    """JoLA for the tests that give a method nothing but the names of an MLP's modules, which say nothing of heads."""
+    """JoLA for tests that pass only module names of an MLP, which has no heads."""
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**{"head_dim": 2, "init_std": 0.5} | values)
 
 
 class CurvatureOnMlp(CurvatureConfig):
-    """Curvature Tuning for the same tests: the activation behind the linear layer that is named."""
+    """Curvature Tuning for the same tests: the activation after the named linear layer."""
 
     def __init__(self, **values: Any) -> None:
         names = [re.sub(r"lin\d$", "relu", name) for name in values.pop("target_modules")]
         super().__init__(**LAYER | values | {"target_modules": names})
 
 
-# peft's lists ask for an initialisation that changes nothing
+# peft's lists require an identity initialisation
 JOLA = {"target_modules": ["lin1"], "head_dim": 5, "init_std": 0.0}
-# gates whose samples are never clipped, so that every log alpha gets a gradient at every step, as the tests expect
+# gates without clipping, so that every log alpha gets a gradient in every step, as the tests expect
 SOFT = {"temperature": 5.0, "stretch": (-1e-4, 1.0001)}
 LAYER = {"granularity": "layer"}
-# The tests' inputs go to 90: with a softer bend more of them are near enough to it for beta and coeff to learn from.
+# The tests' inputs reach 90: with a smaller beta, more of them give beta and coeff a gradient.
 SOFT_LAYER = LAYER | {"init_beta": 0.5}
 JOINT = {"jola": JOLA | SOFT, "curvature": LAYER}
 BESIDE = {"jola": JOLA | SOFT | {"target_modules": ["lin0"]}, "curvature": LAYER, "modules_to_save": ["lin1"]}
@@ -105,7 +105,7 @@ TASKS = {
 
 @contextmanager
 def _stand_ins(**attributes: str) -> Iterator[None]:
-    """Give modules that peft's tests import, and none of the tests run here uses, to imports where they are missing."""
+    """Provide stand-ins for missing modules that peft's tests import, but the tests run here do not use."""
     import transformers.trainer  # noqa: F401  (looks for datasets itself, and must not find the stand-in)
 
     missing = [name for name in attributes if importlib.util.find_spec(name) is None]
@@ -169,7 +169,7 @@ def _name(item: pytest.Item) -> str:
 
 
 def _check_exceptions(items: list[pytest.Item]) -> None:
-    """Refuse an exception that no row's name matches: peft renamed its test, or a row was changed."""
+    """Raise an error for an exception that matches no test, for example after peft renamed one."""
     names = [_name(item) for item in items if _is_ours(item)]
     unused = [pattern for pattern in EXCEPTIONS if not any(re.search(pattern, name) for name in names)]
     if unused:
@@ -178,10 +178,10 @@ def _check_exceptions(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
-    """Keep the rows with one of our configurations, and mark the ones that are meant to fail."""
+    """Keep the tests with one of our configurations, and mark the intended failures."""
     collected = {item.nodeid.split("::")[0].rpartition("/test_")[2] for item in items}
     if collected >= {f"{name}.py" for name in ("custom_models", *TASKS)} and "::" not in "".join(config.args):
-        _check_exceptions(items)  # before -k and the like leave out some
+        _check_exceptions(items)  # before -k deselects tests
     yield
     kept = [item for item in items if _is_ours(item)]
     if config.getoption("--fast"):

@@ -1,5 +1,5 @@
 """timm's architectures, steered, fused and adapted: ``make zoo`` runs all of them, ``tests/models/test_timm_zoo.py`` a few.
 
-``choose`` says which architectures and on what input, ``check`` what has to hold of one, ``guard`` runs each in a process of its
-own, so that a crash of the interpreter is a finding and not the end.
+``choose`` selects the architectures and their inputs, ``check`` checks one, ``guard`` runs each in its own process, so that a
+crash of the interpreter is reported as a finding.
 """

@@ -1,4 +1,4 @@
-"""``python -m zoo``: steers, fuses and adapts the smallest model of every family of timm, and writes a table."""
+"""``python -m zoo``: steer, fuse and adapt the smallest model of every family of timm, and write a table."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""What has to hold of one architecture: steered, fused and adapted it computes what it should, and what is left alone is named.
+"""Checks of one architecture: steered, fused and adapted it computes the right result, and unchanged parts are reported.
 
-In float64, where a network's own amplification of rounding is far below any mistake. What rounding may do is measured: the
-model is run with weights and input two ulps away, several times (``fused_models.rounded_anew``). With ``worst`` the largest
-change of an output or of the input's gradient by that, a model that computes the same in another order is off by at most
+Checks run in float64, where a network's amplification of rounding is far below the effect of any mistake. The amplification
+is measured with several runs with weights and input perturbed by two ulps (``fused_models.rounded_anew``). With ``worst`` the
+largest resulting change of an output or of the input's gradient, a model that computes the same in another order differs from
+the original by at most
 
     3 * worst * (1 + error / 2 ulps)
 
-of the original's: twice ``worst`` as in ``fused_models.assert_networks_agree``, and once more because the original is off by as
-much from the exact value; ``error`` is the kernels' own (ctkernels/ops/ctu/README.md, "Precision"), which counts where a unit
-computes.
+that is, twice ``worst`` as in ``fused_models.assert_networks_agree``, and once more for the original's own error; ``error`` is
+the kernels' (ctkernels/ops/ctu/README.md, "Precision"), where units compute.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from .choose import Architecture, build
 
 Runs = list[dict[str, Tensor]]  # what ``rounded_anew`` gives
 UNIT_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5}
-# beta and coeff are float32; a unit at 1 - beta = 0.1 magnifies an ulp of beta by ten, forward and again in its gradient.
+# beta and coeff are float32; a unit at 1 - beta = 0.1 amplifies an ulp of beta by ten, in forward and again in the gradient.
 KNOB_ERROR = 100 * torch.finfo(torch.float32).eps
-# Near the neutral point, where beta = 0.9 would make a ReLU of them.
+# Near the neutral point; beta = 0.9 would nearly turn them into ReLUs.
 OTHERS = {"*:silu": 0.45, "*:gelu": 0.45, "*:gelu_tanh": 0.45, "*:quick_gelu": 0.6}
 
-# Their input's gradient is not compared. The plain network hands BatchNorms in evaluation a transposed view of dy, for which
-# torch 2.14 has another gradient on the CPU than for the same values laid out in order; finite differences side with the latter.
+# Models without a comparison of the input's gradient: their BatchNorms in evaluation get a transposed view of dy, for which
+# torch 2.14 computes a wrong gradient on the CPU (a contiguous copy gives the one of finite differences).
 WRONG_IN_TORCH = {"efficientvit_m0"}
 
 
 @dataclass
 class Finding:
-    """What was seen of one architecture. ``failures``: a line each, none where all is well. ``skipped``: why it was left out."""
+    """The result for one architecture. ``failures``: a line per failure. ``skipped``: why it was skipped."""
 
     name: str
     module: str
@@ -79,7 +79,7 @@ def check(architecture: Architecture) -> Finding:
 
 @contextmanager
 def _reported(found: Finding, where: str) -> Iterator[None]:
-    """An exception is a line of the finding: what, and where in the library or the test."""
+    """Turn an exception into a line of the finding, with its place in the library or the test."""
     try:
         yield
     except Exception as error:
@@ -91,7 +91,7 @@ def _reported(found: Finding, where: str) -> Iterator[None]:
 
 
 def _model(architecture: Architecture) -> tuple[nn.Module, Tensor]:
-    """The architecture with weights and statistics that all do something, and an input; in float64 if it can be."""
+    """The architecture with non-trivial weights and statistics, and an input; in float64 if possible."""
     model = prepare(build(architecture.name, architecture.arguments)).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():
@@ -100,7 +100,7 @@ def _model(architecture: Architecture) -> tuple[nn.Module, Tensor]:
     wide = copy.deepcopy(model).double()
     try:
         wide(x.double())
-    except RuntimeError:  # it makes float32 tensors of its own
+    except RuntimeError:  # the model creates float32 tensors
         return model, x
     return wide, x.double()
 
@@ -109,7 +109,7 @@ def _model(architecture: Architecture) -> tuple[nn.Module, Tensor]:
 
 
 class _Calls(TorchFunctionMode):
-    """The plain activations of a family that are called outside of a unit: "file:line" of the code that calls."""
+    """Records plain activations called outside of units, as "file:line" of the calling code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def _fuse_plain(model: nn.Module, x: Tensor, runs: Runs, found: Finding) -> None
 def _fuse_steered(model: nn.Module, x: Tensor, runs: Runs, found: Finding) -> None:
     try:
         handle = ctkernels.steer(model, {"*": 0.9} | _present(model, OTHERS), activations="all")
-    except ValueError:  # nothing to steer: _steer looks into that
+    except ValueError:  # nothing to steer, which _steer checks
         return
     try:
         _fuse(model, x, rounded_anew(model, x, range(2)), found)
@@ -181,7 +181,7 @@ def _fuse_steered(model: nn.Module, x: Tensor, runs: Runs, found: Finding) -> No
 
 
 def _present(model: nn.Module, patterns: dict[str, float]) -> dict[str, float]:
-    """The patterns that match a site: others are refused."""
+    """The patterns that match a site; others would raise an error."""
     with ctkernels.steer(model, {}, {}, activations="all") as handle:
         kinds = {site.activation for site in handle.sites}
     return {pattern: value for pattern, value in patterns.items() if pattern.removeprefix("*:") in kinds}
@@ -213,12 +213,12 @@ def _fuse(model: nn.Module, x: Tensor, runs: Runs, found: Finding) -> None:
         handle.remove()
     assert_same(before, snapshot(model))
     _expect_equal("no longer fused", model(x), plain)
-    model(torch.cat([x, x]))  # nothing of the tracing is left in a cache, which another size would ask for
+    model(torch.cat([x, x]))  # another size, to check that no traced value is cached
     _expect_equal("no longer fused, copied", copy.deepcopy(model)(x), plain)
 
 
 def _named(name: str, left: dict[str, str]) -> bool:
-    """Whether a module or one that holds it is among those left alone."""
+    """Whether a module or a parent of it is in ``left``."""
     parts = name.split(".")
     return any(".".join(parts[:end]) in left for end in range(len(parts) + 1))
 

@@ -1,4 +1,4 @@
-"""Which of timm's models to look at: of every module file and every first word of a name in it, the smallest by parameters."""
+"""Selection of timm's models: for every module file and every first word of a name in it, the model with fewest parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIZES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 384, 448, 512)
 
 
 class Architecture(NamedTuple):
-    """``arguments``: of ``timm.create_model``, with those that let it take the small input."""
+    """An architecture with ``arguments`` of ``timm.create_model``, including those for the small input."""
 
     name: str
     module: str
@@ -35,15 +35,15 @@ def families() -> dict[tuple[str, str], list[str]]:
 
 
 def smallest(module: str, names: list[str]) -> Architecture:
-    """The one with the fewest parameters, and the smallest square image that it takes.
+    """The model with the fewest parameters, and the smallest square image that it accepts.
 
-    Both are found on models without data. LookupError: none of them can be built, or takes an image.
+    Both are determined on the meta device. LookupError: no model can be built or accepts an image.
     """
     counts = []
     for name in names:
         try:
             counts.append((sum(p.numel() for p in build(name, {}, "meta").parameters()), name))
-        except Exception as error:  # a model of timm that cannot be built without data or a download
+        except Exception as error:  # cannot be built on the meta device, or needs a download
             refused = error
     if not counts:
         raise LookupError(f"{module}: none of {names} can be built on the meta device: {refused}")
@@ -56,7 +56,7 @@ def smallest(module: str, names: list[str]) -> Architecture:
                 model = build(name, arguments, "meta").eval()
                 with torch.no_grad():
                     model(torch.empty(2, 3, size, size, device="meta"))
-            except Exception:  # too small, or another size than the model was built for
+            except Exception:  # too small, or not the size that the model was built for
                 continue
             return Architecture(name, module, count, size, arguments)
     raise LookupError(f"{name}: takes no square image of {SIZES[0]} to {SIZES[-1]} values")

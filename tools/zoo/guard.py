@@ -1,4 +1,4 @@
-"""Every architecture in a process of its own: a crash of the interpreter, or one that never ends, is a line in the table."""
+"""Runs every architecture in its own process, so that crashes and endless loops become lines of the table."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from multiprocessing.connection import Connection
 from .check import Finding, check
 from .choose import Architecture, smallest
 
-Group = tuple[str, list[str]]  # a module file, and those of its models that share their first word
+Group = tuple[str, list[str]]  # a module file, and its models with one first word
 
 
 def run(groups: Iterable[Group], jobs: int = 1, seconds: float = 600) -> Iterator[Finding]:
-    """What is found of the smallest model of each group, in their order."""
-    # A server that has imported everything, and forks: importing torch and timm takes longer than most checks.
+    """Yield the finding for the smallest model of each group, in order."""
+    # A fork server with everything imported, since importing torch and timm takes longer than most checks.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "timm", "peft"])
     with ThreadPoolExecutor(jobs) as pool:
@@ -49,7 +49,7 @@ def _guarded(context: multiprocessing.context.ForkServerContext, group: Group, s
     if process.is_alive():
         process.kill()
     process.join()
-    if isinstance(chosen, str):  # too large, or no model to be had
+    if isinstance(chosen, str):  # too large, or no model available
         failed.failures, failed.skipped = [], chosen
     elif isinstance(chosen, Architecture):
         failed = dataclasses.replace(failed, name=chosen.name, size=chosen.size)

@@ -1,4 +1,4 @@
-"""Trainable Curvature Tuning: a learned (beta, coeff) in every activation of a frozen network."""
+"""Trainable Curvature Tuning: learned (beta, coeff) in every activation of a frozen network."""
 
 from .config import CurvatureConfig
 from .layer import CurvatureLayer

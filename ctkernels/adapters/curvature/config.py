@@ -12,11 +12,10 @@ from .._peft import add_peft_type
 
 GRANULARITIES = ("channel", "layer", "shared")
 SHARING = ("module", "site")
-# beta and coeff at the start, for the ReLU family. The paper starts beta at 0.8, from where training falls to chance in deep
-# networks whose other weights and statistics are frozen: their features at 0.8 are no longer those that were pretrained
-# (docs/compare.md).
+# Initial beta and coeff of the ReLU family. From the paper's beta of 0.8, training falls to chance in deep networks whose other
+# weights and statistics are frozen: at 0.8 their features are no longer the pretrained ones (docs/compare.md).
 RELU_START = (0.95, 0.5)
-SMOOTH_COEFF = 1 / (1 + math.exp(-10))  # and coeff for SiLU and GELU: 1 is out of reach of a logit
+SMOOTH_COEFF = 1 / (1 + math.exp(-10))  # initial coeff of SiLU and GELU: the logit of 1 is infinite
 
 
 @dataclass
@@ -24,30 +23,29 @@ class CurvatureConfig(AdapterConfig):
     """Configuration of trainable Curvature Tuning (T-CT): every activation becomes a CT unit with a learned beta, coeff.
 
     A site is a place where the model applies an activation: a module, or a call in its code (`F.relu`, `x.relu()`),
-    found as `ctkernels.steer` finds them. What the parameters line up with is found by calling a copy of the model
-    that has shapes but no data, so neither BatchNorm statistics nor random numbers of the model are touched.
+    found as by `ctkernels.steer`. The channels of each site are found by calling a copy of the model on fake tensors
+    (shapes without data), which affects neither BatchNorm statistics nor random states.
 
     Args:
-        granularity: one (beta, coeff) for each channel ("channel", as in the paper), for each site ("layer"), or for
-            the whole model ("shared"; where activations with different neutral points mix, one for each of those).
-        share: "module": the uses of one activation module (the ReLU of a ResNet's basic block, called twice) have
-            their parameters in common, if they have the same channels. "site": each use has its own. Default: "module".
+        granularity: one (beta, coeff) per channel ("channel", as in the paper), per site ("layer"), or for the whole model
+            ("shared"; one for each neutral point if these differ).
+        share: "module": the uses of one activation module (the ReLU of a ResNet's basic block, called twice) share
+            their parameters, if they have the same channels. "site": each use has its own. Default: "module".
             Both give the published parameter counts of ResNets: a bottleneck's uses differ in channels.
         activations: "all", or some of "relu", "leaky_relu", "prelu", "relu6", "silu", "gelu" (exact), "gelu_tanh"
-            (approximated by tanh), "quick_gelu".
-        target_modules: which sites: None (all), a regular expression matched against whole site names, or a list of
+            (tanh approximation), "quick_gelu".
+        target_modules: the sites to adapt: None (all), a regular expression that matches whole site names, or a list of
             names or name endings. `find_activations` lists them.
         exclude_modules: sites to leave alone, likewise.
-        init_beta: beta at the start, strictly between 0 and 1. None: 0.95 for the ReLU family (the paper: 0.8), and for SiLU
-            and GELU the value at which the unit is the activation itself (0.5; 0.63 for the quick GELU).
-        init_coeff: coeff at the start, likewise. None: the paper's 0.5 for the ReLU family, 0.99995 for the others.
+        init_beta: initial beta, strictly between 0 and 1. None: 0.95 for the ReLU family (the paper: 0.8), and the neutral
+            point for SiLU and GELU (0.5; 0.63 for quick GELU).
+        init_coeff: initial coeff, likewise. None: the paper's 0.5 for the ReLU family, 0.99995 for others.
         input_shape: shape of one input, without the batch dimension, for the copy of the model; None tries what the
             model or its config declares and the usual image sizes.
-        layout: {site name: [dimension of the channels, their number]}, or None in place of the pair for one (beta, coeff)
-            for the whole site. None finds it; the saved configuration has it.
-            Giving it leaves out the search, for models that cannot be called with one tensor; then the sites named in
-            it are adapted, and no others.
-        modules_to_save: other modules to train and save with the adapter, such as the new head.
+        layout: {site name: [dimension of the channels, their number]}, or None instead of the pair for one (beta, coeff)
+            for the whole site. None finds it; saved configurations have it. If given, exactly its sites are adapted, without
+            a search: for models that cannot be called with one tensor.
+        modules_to_save: other modules to train and save with the adapter, such as a new head.
 
     Raises:
         ValueError: a value outside its range; the message names the field.
@@ -107,7 +105,7 @@ class CurvatureConfig(AdapterConfig):
             self.exclude_modules = set(self.exclude_modules)
 
     def start(self, activation: str) -> tuple[float, float]:
-        """beta and coeff at the start, for a site with this activation."""
+        """Initial beta and coeff of a site with this activation."""
         neutral = ACTIVATIONS[activation]
         beta, coeff = RELU_START if neutral.beta == 1.0 else (neutral.beta, SMOOTH_COEFF)
         return (

@@ -1,4 +1,4 @@
-"""A model with a merged curvature adapter as data, and back: for :func:`ctkernels.save_pretrained`."""
+"""Serialisation of models with a merged curvature adapter, for :func:`ctkernels.save_pretrained`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _LOGITS = ("raw_beta", "raw_coeff")
 
 
 def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Which unit computes which site, and the units' values by "number.name".
+    """The assignment of units to sites, and the units' values by "number.name".
 
     Raises:
-        ValueError: not all of them are of a merged adapter.
+        ValueError: a unit is not from a merged adapter.
     """
     units: dict[FixedUnit, int] = {}
     sites = []
@@ -33,32 +33,32 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
         number = None if isinstance(unit, Original) else units.setdefault(unit, len(units))
         sites.append([module, key, number])
-    places = [{"site": unit.site, "channels": unit.channels} for unit in units]
+    records = [{"site": unit.site, "channels": unit.channels} for unit in units]
     values = {
         f"{number}.{name}": getattr(unit, name).detach().cpu() for unit, number in units.items() for name in _LOGITS
     }
-    return {"sites": sites, "units": places}, values
+    return {"sites": sites, "units": records}, values
 
 
 def names(model: nn.Module) -> set[str]:
-    """The names that the units' values have in the model's ``state_dict``."""
-    held = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, FixedUnit)]
-    return {f"{name}.{logit}" for name in held for logit in _LOGITS}
+    """The names of the units' values in the model's ``state_dict``."""
+    units = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, FixedUnit)]
+    return {f"{name}.{logit}" for name in units for logit in _LOGITS}
 
 
 def restore(model: nn.Module, saved: dict[str, Any], values: dict[str, Tensor], file: Path) -> None:
-    """Put the units that :func:`describe` has described into a plain model.
+    """Restores the units described by :func:`describe` in a plain model.
 
     Raises:
-        ValueError: it has other activations; it is unchanged then.
+        ValueError: the model has other activations; it is unchanged.
     """
     result = scan_all(model)
     apply_patches(result.swaps, result.edits)
-    found = {(module, key) for module, key, _ in _sites(model)}
+    sites = {(module, key) for module, key, _ in _sites(model)}
     expected = {(module, key): number for module, key, number in saved["sites"]}
-    if found != set(expected):
+    if sites != set(expected):
         revert_patches([swap.module for swap in result.swaps], result.edits, result.copies)
-        differing = sorted(module for module, _ in found ^ set(expected))
+        differing = sorted(module for module, _ in sites ^ set(expected))
         raise ValueError(f"base: expected the activations of {file}, got others: {', '.join(differing[:3])}")
     refuse_plain_saving(model)
     device = next((parameter.device for parameter in model.parameters()), None)
@@ -67,18 +67,18 @@ def restore(model: nn.Module, saved: dict[str, Any], values: dict[str, Tensor], 
         channels = None if unit["channels"] is None else Channels(*unit["channels"])
         beta, coeff = (values[f"{number}.{name}"] for name in _LOGITS)
         units.append(FixedUnit(beta, coeff, channels, unit["site"]).to(device))
-    placed: set[int] = set()
+    registered: set[int] = set()
     modules = dict(model.named_modules())
     for (name, key), number in expected.items():
         module: Any = modules[name]
         module._ctu[key] = Original() if number is None else units[number]
-        if number is not None and number not in placed:
+        if number is not None and number not in registered:
             module._modules[child_name(key)] = units[number]
-            placed.add(number)
+            registered.add(number)
 
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
-    """(module, key, what computes the site) of every site, in order."""
+    """(module, key, unit) of every site, in order."""
     for name, module in model.named_modules():
         for key, unit in vars(module).get(_marks.UNITS, {}).items():
             yield name, key, unit

@@ -1,4 +1,4 @@
-"""The units of a site: what computes its activation while an adapter is on it, and after it was merged."""
+"""The units of a site: trainable while an adapter is attached, fixed after merging."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .per_sample import index_of, logit, names_for, neutral_logits
 
 
 def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`fn` without its cast: in bfloat16, a beta near 1 would be 1."""
+    """`fn` without its cast: in bfloat16, a beta near 1 would become 1."""
 
     def moved(tensor: Tensor) -> Tensor:
         result = fn(tensor)
@@ -33,17 +33,17 @@ def _absent(layer: CurvatureLayer) -> Any:
 
 
 class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
-    """The CT units of one site: a (beta, coeff) for each adapter on it. Without an active one the original runs.
+    """The CT units of one site, with a (beta, coeff) per adapter. Without an active adapter, the original activation runs.
 
-    It stands beside an activation and wraps no layer: unlike peft's other layers it has no `weight` and no `bias`.
+    Wraps no layer: unlike peft's other layers it has neither `weight` nor `bias`.
 
     Parameters of an adapter, float32 logits, C the number of channels (1 unless `granularity="channel"`):
-    `curvature_raw_beta`, `curvature_raw_coeff` (C,). A site that shares another one's parameters has none itself.
+    `curvature_raw_beta`, `curvature_raw_coeff` (C,). A site that shares another site's parameters has none.
 
     Args:
         site: the site's name in the model, for messages.
-        activation: what it computes.
-        device: where its parameters go.
+        activation: of the site.
+        device: of its parameters.
     """
 
     curvature_raw_beta: nn.ParameterDict
@@ -62,8 +62,8 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ParameterDict())
         self.curvature_config: dict[str, CurvatureConfig] = {}
         self.curvature_channels: dict[str, Channels | None] = {}
-        self.curvature_source: dict[str, CurvatureLayer] = {}  # whose parameters; only where they are not its own
-        self.samples_first: bool | None = None  # whether dimension 0 of the input holds the samples; None: not known
+        self.curvature_source: dict[str, CurvatureLayer] = {}  # the layer whose parameters are used, if another one
+        self.samples_first: bool | None = None  # whether dimension 0 of the input holds the samples; None: unknown
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters: list[str] = []
@@ -71,7 +71,7 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
     # ---- adapters ----
 
     def update_layer(self, adapter_name: str, config: CurvatureConfig, channels: Channels | None) -> None:
-        """Add the parameters of an adapter; `channels` None stands for one (beta, coeff) for all of them."""
+        """Adds the parameters of an adapter. `channels` None: one (beta, coeff) for all channels."""
         self.curvature_config[adapter_name] = config
         self.curvature_channels[adapter_name] = channels
         for table, value in zip((self.curvature_raw_beta, self.curvature_raw_coeff), config.start(self.activation)):
@@ -82,14 +82,14 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def follow(self, adapter_name: str, config: CurvatureConfig, source: CurvatureLayer) -> None:
-        """Use the parameters of another site for an adapter."""
+        """Uses the parameters of another site for an adapter."""
         self.curvature_config[adapter_name] = config
         self.curvature_channels[adapter_name] = source.curvature_channels[adapter_name]
         self.curvature_source[adapter_name] = source
 
     def parameters_of(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """raw beta and raw coeff of an adapter, its own or shared."""
-        children = self.curvature_source.get(adapter_name, self)._modules  # attributes are looked up in Python
+        children = self.curvature_source.get(adapter_name, self)._modules  # faster than attributes of a module
         beta, coeff = children["curvature_raw_beta"], children["curvature_raw_coeff"]
         if "_hf_hook" in beta.__dict__ or "_hf_hook" in coeff.__dict__:
             self.keep_resident()
@@ -99,7 +99,7 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
         """The adapter that computes this site, or None.
 
         Raises:
-            ValueError: several are active; units do not add up.
+            ValueError: several are active; units cannot be combined.
         """
         if self._disable_adapters:
             return None
@@ -114,17 +114,17 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         for table in (self.curvature_raw_beta, self.curvature_raw_coeff):
             target = device or self.device
-            known = target is not None and target.type != "meta"  # an offloaded model is there while it does not run
+            known = target is not None and target.type != "meta"  # "meta": an offloaded model that does not run
             if known and adapter_name in table and table[adapter_name].device.type != "meta":
                 table[adapter_name] = table[adapter_name].to(target)
 
     def keep_resident(self) -> None:
-        """Take back parameters of adapters that accelerate offloads."""
+        """Makes parameters of adapters that accelerate has offloaded resident again."""
         for layer in (self, *self.curvature_source.values()):
             keep_resident((layer.curvature_raw_beta, layer.curvature_raw_coeff))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CurvatureLayer:
-        device = fn(torch.empty(0, device=self.device)).device  # where a later adapter goes
+        device = fn(torch.empty(0, device=self.device)).device  # for adapters added later
         self.device = self.device if device.type == "meta" else device
         return super()._apply(_keeping_dtype(fn), recurse)
 
@@ -139,7 +139,7 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
         return self.adapter_in_use() is not None
 
     def forward(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
-        """The unit in the place of `activation(x)`; every sample's own, in one pass, inside `adapters_by_sample`."""
+        """Replaces `activation(x)`; inside `adapters_by_sample`, with each sample's adapter, in one pass."""
         names = names_for(self)
         if names is None:
             values, channels, index = *self._values(), None
@@ -152,7 +152,7 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
         return None if names_for(self) is not None else _fusible(x, *self._values(), activation, slope)
 
     def _values_by_sample(self, names: list[str], x: Tensor) -> tuple[tuple[Tensor, Tensor], Channels | None, Tensor]:
-        """Rows of raw beta and raw coeff, what they line up with, and each sample's row; row 0 is the activation itself."""
+        """Rows of raw beta and raw coeff, their channels, and each sample's row; row 0 is the neutral point."""
         if self.merged:
             raise merged_in_batch(self.site, self.merged_adapters)
         used = [name for name in dict.fromkeys(names) if name in self.curvature_config]
@@ -176,10 +176,10 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
     # ---- merging ----
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fix the adapter: it computes the site without being trained, whatever is active. Nothing is folded away.
+        """Fixes the adapter: it computes the site untrained, whatever is active. Nothing is folded into weights.
 
         Raises:
-            ValueError: several adapters, or, with `safe_merge`, parameters that are not finite.
+            ValueError: several adapters, or, with `safe_merge`, non-finite parameters.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.curvature_config]
         if len([*self.merged_adapters, *names]) > 1:
@@ -193,11 +193,11 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Back to what is active."""
+        """Reverts `merge`."""
         self.merged_adapters.clear()
 
     def extra_repr(self) -> str:
-        """The site, its activation, and where each adapter has its channels."""
+        """The site, its activation, and the channels of each adapter."""
         parts = [f"{self.site}, {self.activation}"]
         for name, channels in self.curvature_channels.items():
             parts.append(f"{name}: " + ("1" if channels is None else f"{channels.size} in dimension {channels.dim}"))
@@ -205,11 +205,11 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
 
 
 class FixedUnit(Unscriptable, SiteUnit, nn.Module):
-    """A `CurvatureLayer` after `merge_and_unload`: the fused unit with fixed values, as buffers.
+    """A `CurvatureLayer` after `merge_and_unload`: a unit with fixed values, as buffers.
 
     Args:
         raw_beta, raw_coeff: logits, float32, (C,); they stay float32 when the model is cast.
-        channels: what they line up with, None for one pair for all.
+        channels: that they belong to; None: one pair for all.
         site: the site's name, for messages.
     """
 
@@ -226,7 +226,7 @@ class FixedUnit(Unscriptable, SiteUnit, nn.Module):
         return super()._apply(_keeping_dtype(fn), recurse)
 
     def forward(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
-        """The unit in the place of `activation(x)`."""
+        """Replaces `activation(x)`."""
         return call_unit(x, (self.raw_beta, self.raw_coeff), self.channels, activation, slope, inplace, self.site)
 
     def ctu_arguments(self, x: Tensor, activation: str, slope: float | Tensor | None) -> dict[str, Any] | None:
@@ -235,7 +235,7 @@ class FixedUnit(Unscriptable, SiteUnit, nn.Module):
 
 
 class Original(SiteUnit):
-    """Stands at a site that had no adapter when the model was merged: the original activation runs."""
+    """The unit of a site without an adapter in a merged model: the original activation runs."""
 
     active = False
 
@@ -250,7 +250,7 @@ def call_unit(
     site: str,
     index: Tensor | None = None,
 ) -> Tensor:
-    """The unit in the place of `activation(x)`, with logits that line up with `channels`."""
+    """Replaces `activation(x)` by a unit with logits that belong to `channels`."""
     if channels is not None:
         dim = channels.dim
         if not -x.dim() <= dim < x.dim() or x.shape[dim] != channels.size:
@@ -266,7 +266,7 @@ def _arguments(
     device: torch.device, values: tuple[Tensor, Tensor], channels: Channels | None, activation: str, slope: Any
 ) -> dict[str, Any]:
     beta, coeff = values
-    if beta.device != device:  # one pair for a model that is spread over devices
+    if beta.device != device:  # one pair shared by a model that is spread over devices
         beta, coeff = beta.to(device), coeff.to(device)
     arguments = ctu_arguments(beta, coeff, activation, slope, None if channels is None else channels.dim)
     return arguments | {"raw": True, "eps": 0.0}  # a logit needs no correction
@@ -275,7 +275,7 @@ def _arguments(
 def _fusible(
     x: Tensor, values: tuple[Tensor, Tensor], channels: Channels | None, activation: str, slope: Any
 ) -> dict[str, Any] | None:
-    """The arguments of a fused call; None where `channels` and the slopes of a PReLU may be in different dimensions."""
+    """The arguments of a fused call; None if `channels` and a PReLU's slopes may be in different dimensions."""
     if channels is not None and channels.dim != 1 and _by_channel(slope):
         return None
     return _arguments(x.device, values, channels, activation, slope)

@@ -1,7 +1,7 @@
-"""Finds the dimension of an activation's input that holds the channels, and their number, without running the model.
+"""Finds the channel dimension of every activation's input, and the number of channels, without running the model.
 
-A copy of the model whose parameters and buffers are fake tensors (shapes and no data) is called once. Every tensor in
-it carries the position of its channels, which convolutions, linear layers and norms set and everything else passes on.
+A copy of the model on fake tensors (shapes without data) is called once. Every tensor in it carries the position of its
+channels, which convolutions, linear layers and norms set, and other operations propagate.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ...steering.runtime import SiteUnit
 from ...steering.scan import Site, scan
 from .._offload import drop_offloading, offload_memo
 
-_AXIS = "_ctu_channel_axis"  # on a tensor: where its channels are, counted from the end
+_AXIS = "_ctu_channel_axis"  # attribute of tensors: the channel dimension, counted from the end
 
 _CONVOLUTIONS = {f"conv{name}{n}d": -1 - n for name in ("", "_transpose") for n in (1, 2, 3)}
 _LAST = {
@@ -39,7 +39,7 @@ _RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", 
 
 
 class SiteCall(NamedTuple):
-    """One call of a site. ``axis``: the channels' dimension counted from the end, None if nothing says which it is."""
+    """One call of a site. ``axis``: the channel dimension counted from the end; None if unknown."""
 
     shape: tuple[int, ...]
     axis: int | None
@@ -55,19 +55,16 @@ class Channels(NamedTuple):
 def find_channels(
     model: nn.Module, input_shape: tuple[int, ...] | None = None, prepare: Callable[[nn.Module], None] | None = None
 ) -> tuple[dict[str, list[SiteCall]], str]:
-    """Record how every activation of ``model`` is called.
-
-    The model itself is neither run nor changed: no buffer, no random state, no mode.
+    """Records the calls of every activation of ``model``, without running or changing the model itself.
 
     Args:
         model: the model.
-        input_shape: of one input, without the batch dimension. None tries what the model or its config says, and the
+        input_shape: of one input, without the batch dimension. None tries what the model or its config declares, and the
             usual sizes for its first layer.
-        prepare: what makes the copy an unsteered model, if this one is not.
+        prepare: removes units from the copy of a model that has them.
 
     Returns:
-        {site name: its calls} (sites that are not reached are missing), and why the copy could not be called to its
-        end, or "".
+        {site name: its calls} (without sites that are not reached), and why the call of the copy failed, or "".
 
     Raises:
         ValueError: the model cannot be copied.
@@ -78,17 +75,17 @@ def find_channels(
 def find_samples(
     model: nn.Module, input_shape: tuple[int, ...] | None = None, prepare: Callable[[nn.Module], None] | None = None
 ) -> dict[str, bool]:
-    """Find the sites whose inputs have the samples, or a multiple of them, in dimension 0: it grows with the batch.
+    """Finds the sites whose inputs have the samples, or a multiple of them, in dimension 0: it scales with the batch.
 
     Args:
         model, input_shape, prepare: as in :func:`find_channels`.
 
     Returns:
-        {site name: whether it does}; sites that are not reached are missing.
+        {site name: bool}, without sites that are not reached.
     """
     try:
         two, three = (_calls(model, input_shape, prepare, batch)[0] for batch in (2, 3))
-    except ValueError:  # it cannot be copied
+    except ValueError:  # the model cannot be copied
         return {}
 
     def grows(a: SiteCall, b: SiteCall) -> bool:
@@ -107,7 +104,7 @@ def _calls(
     best: dict[str, list[SiteCall]] = {}
     problem = "no input to try"
     half = any(tensor.dtype == torch.float16 for tensor in (*model.parameters(), *model.buffers()))
-    # In float16 models look at values, of which a copy has none, for overflow (BART does); in float32 they do not.
+    # Some models (BART) check values for overflow in float16 only; fake tensors have none.
     for widened in (False, True) if half else (False,):
         for values in _inputs(model, input_shape, batch):
             calls, stopped = _record(model, values, prepare, widened)
@@ -119,7 +116,7 @@ def _calls(
 
 
 def channels_of(uses: list[SiteCall]) -> Channels | None:
-    """The one dimension that holds the channels in all calls; None if they disagree, or nothing says which it is."""
+    """The dimension that holds the channels in all calls; None if they disagree, or it is unknown."""
     options: list[set[int]] = []
     counts = set()
     for use in uses:
@@ -131,13 +128,13 @@ def channels_of(uses: list[SiteCall]) -> Channels | None:
     common = set.intersection(*options)
     if not common or len(counts) != 1:
         return None
-    # -1 for what a linear layer feeds, however many dimensions there are before; 1 for what a convolution does.
+    # -1 after linear layers, whatever the number of dimensions; 1 after convolutions.
     dim = next((dim for dim in (-1, 1) if dim in common), None)
     return Channels(max(common) if dim is None else dim, counts.pop())
 
 
 class _Recorder(SiteUnit):
-    """Records how a site is called."""
+    """Records the calls of a site."""
 
     def __init__(self, uses: dict[str, list[SiteCall]], site: Site) -> None:
         self.uses, self.site = uses, site
@@ -145,7 +142,7 @@ class _Recorder(SiteUnit):
     def __call__(self, x: Tensor, activation: str, slope: float | Tensor | None, inplace: bool) -> Tensor:
         axis = getattr(x, _AXIS, None)
         if isinstance(slope, Tensor) and slope.numel() > 1:
-            axis = 1 - x.dim()  # torch has a PReLU's channels there
+            axis = 1 - x.dim()  # a PReLU's channels are in dimension 1
         self.uses.setdefault(self.site.name, []).append(SiteCall(tuple(x.shape), axis))
         return x if inplace else torch.empty_like(x)
 
@@ -153,7 +150,7 @@ class _Recorder(SiteUnit):
 def _record(
     model: nn.Module, values: dict[str, Any], prepare: Callable[[nn.Module], None] | None, widened: bool
 ) -> tuple[dict[str, list[SiteCall]], str]:
-    """Call a copy with `values`: its sites' calls, and what stopped it. `widened`: in float32 for float16."""
+    """Calls a copy with `values`; returns its sites' calls, and the error or "". `widened`: float16 becomes float32."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     uses: dict[str, list[SiteCall]] = {}
     clone = _copy(model, mode, widened)
@@ -163,19 +160,19 @@ def _record(
     apply_patches(result.swaps, result.edits)
     for module in {*clone.modules(), *(swap.module for swap in result.swaps)}:
         if not isinstance(module, torch.jit.ScriptModule):
-            # What torch calls in place of hooks and forward: hooks, also those for all modules, are not to see this.
+            # torch calls this instead of hooks and forward: no hook may see the copy.
             module._compiled_call_impl = module.forward
     problem = ""
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet("torch._subclasses.fake_tensor"), mode:
         inputs = {name: _wide(make()) if widened else make() for name, make in values.items()}
         positional, keywords = [inputs.pop("")] if "" in inputs else [], inputs
-        # In eval first; parts that only training reaches (auxiliary heads) after that, on the copy's fake buffers.
+        # In evaluation first; then in training, for parts that only training reaches (auxiliary heads).
         for training in (False, True):
             clone.train(training)
             try:
                 with _Axes():
                     clone(*positional, **keywords)
-            except Exception as error:  # whatever a model may raise; the caller says what could not be found
+            except Exception as error:  # any error of the model's code; the caller reports missing sites
                 problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 break
             if len(uses) == len(result.sites):
@@ -185,7 +182,7 @@ def _record(
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Silence a logger: sizes that do not fit are tried on purpose."""
+    """Silences a logger: sizes are tried that may not fit."""
     logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True
     try:
@@ -199,12 +196,12 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _copy(model: nn.Module, mode: FakeTensorMode, widened: bool) -> nn.Module:
-    """A copy of ``model`` whose tensors are fake; they are shared where the model's are."""
+    """A copy of ``model`` with fake tensors, which are shared as the model's are."""
     memo: dict[int, Any] = offload_memo(model)
     tensors = (*model.parameters(), *model.buffers())
     device = next((tensor.device for tensor in tensors if not tensor.is_meta), None)
     for tensor in tensors:
-        if tensor.is_meta and device is not None:  # offloaded: it comes to the others to compute
+        if tensor.is_meta and device is not None:  # offloaded: on the others' device when it computes
             with mode:
                 fake = torch.empty_like(tensor, device=device)
         else:
@@ -227,7 +224,7 @@ def _copy(model: nn.Module, mode: FakeTensorMode, widened: bool) -> nn.Module:
 
 
 def _inputs(model: nn.Module, shape: tuple[int, ...] | None, batch: int) -> Iterator[dict[str, Any]]:
-    """Arguments to try, each a function that makes the tensor; "" is the first positional argument."""
+    """Arguments to try, as functions that make the tensors; "" is the first positional argument."""
     floats = [p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()] or [torch.empty(0)]
     first = next((p for p in floats if not p.is_meta), floats[0])
 
@@ -286,7 +283,7 @@ def _transformer_inputs(config: Any, name: str, images: Any, tokens: Any) -> Ite
 
 
 class _Axes(TorchFunctionMode):
-    """Passes the position of the channels from the tensors that go into a function to those that come out."""
+    """Propagates the position of the channels from a function's inputs to its outputs."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -314,7 +311,7 @@ def _axis(func: Any, args: Any, kwargs: dict[str, Any], out: Tensor) -> int | No
         return -1 if name in _LAST_UNLESS_KNOWN else None
     source = next((value for value in known if value.dim() == out.dim()), known[0])
     axis: int = getattr(source, _AXIS)
-    if source is out:  # in place
+    if source is out:  # in-place
         return axis
     if name in _MOVES or func in _TRANSPOSES:
         return _moved(func, args, kwargs, source.dim(), axis)
@@ -323,7 +320,7 @@ def _axis(func: Any, args: Any, kwargs: dict[str, Any], out: Tensor) -> int | No
     if source.dim() == out.dim():
         return axis
     alike = [i - out.dim() for i, size in enumerate(out.shape) if size == source.shape[axis]]
-    return alike[0] if len(alike) == 1 else None  # a sum over some dimensions, or one taken out
+    return alike[0] if len(alike) == 1 else None  # a reduction, or an indexed dimension
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -335,7 +332,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _moved(func: Any, args: Any, kwargs: dict[str, Any], dims: int, axis: int) -> int:
-    """The dimension's new position, found with a tensor that has a different size in each."""
+    """The dimension's new position, found with a tensor whose sizes all differ."""
     labels = torch.empty(*range(2, dims + 2), device="meta")
     values = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
     moved = func(labels, *args[1:], **values)
@@ -343,7 +340,7 @@ def _moved(func: Any, args: Any, kwargs: dict[str, Any], dims: int, axis: int) -
 
 
 def _reshaped(old: Any, axis: int, new: Any) -> int | None:
-    """The dimension of the new shape with the same size and as many elements before it."""
+    """The dimension of the new shape with the same size and the same number of elements before it."""
     at = len(old) + axis
     before = math.prod(old[:at])
     for i, size in enumerate(new):

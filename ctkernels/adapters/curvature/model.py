@@ -1,4 +1,4 @@
-"""The tuner: puts CT units at a model's activations and takes them out again."""
+"""The tuner of Curvature Tuning: attaches CT units to a model's activations, and detaches them."""
 
 from __future__ import annotations
 
@@ -47,25 +47,27 @@ from .weighted import fill_weighted, weighted_config, weighted_values
 
 @dataclass
 class Attached:
-    """What was attached to a model, kept on it: whoever adds a second adapter finds it there."""
+    """Record of what was attached to a model, stored on the model, for further adapters."""
 
     modules: list[nn.Module]
     edits: list[AttributeEdit]
     copies: list[LocalCopy]
     sites: dict[str, Site]
     layers: dict[str, CurvatureLayer]  # by site
-    samples: dict[str, bool] | None = None  # whether its input has them in dimension 0, by site, once somebody asked
+    samples: dict[str, bool] | None = (
+        None  # by site, whether dimension 0 of its input holds the samples; None: not searched
+    )
 
 
 class CurvatureModel(BaseTuner):
-    """Trains the curvature of a model's activations; made by `peft.get_peft_model(model, CurvatureConfig(...))`.
+    """Trains the curvature of a model's activations; created by `peft.get_peft_model(model, CurvatureConfig(...))`.
 
     Every activation of the model gets a `CurvatureLayer`; an adapter has parameters in those that its configuration
-    selects, and the others compute what they did. `disable_adapter()` and `unload()` give the original's outputs,
-    `unload()` also its modules. One adapter can be active at a time; in evaluation, `adapter_names` of a call gives
-    every sample of the batch its own, "__base__" for none, in one pass.
+    selects, and the others run the original activation. `disable_adapter()` restores the original outputs, `unload()` also
+    the original modules. One adapter can be active at a time; in evaluation, `adapter_names` of a call selects an adapter
+    per sample, "__base__" for none, in one pass.
 
-    A LoRA adapter can be below it: `get_peft_model(lora_model, CurvatureConfig())` trains both.
+    It can be on top of a LoRA adapter: `get_peft_model(lora_model, CurvatureConfig())` trains both.
 
     Args:
         model: the model to adapt.
@@ -74,7 +76,7 @@ class CurvatureModel(BaseTuner):
 
     Raises:
         ValueError: there is no activation to adapt (near misses are listed), its channels cannot be found, or the
-            model is steered. The model is left as it was.
+            model is steered. The model is unchanged.
 
     Examples:
         >>> model = get_peft_model(resnet18(), CurvatureConfig(modules_to_save=["fc"]))
@@ -89,11 +91,11 @@ class CurvatureModel(BaseTuner):
         super().__init__(model, *args, **kwargs)
         self.register_load_state_dict_pre_hook(partial(check_state_dict, (".curvature_",)))
 
-    # ---- putting an adapter in ----
+    # ---- adding an adapter ----
 
     @cached_class_code()
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter into the model; the first one also puts the layers in."""
+        """Adds an adapter to the model; the first one also attaches the layers."""
         name: Any = kwargs.get("adapter_name", args[0] if args else None)
         check_adapter_name(name)
         config: Any = self.peft_config[name]
@@ -101,10 +103,10 @@ class CurvatureModel(BaseTuner):
             self.peft_config[name] = config = copy.copy(config)
         first = attached_to(model) is None
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        groups = _plan(model, config)
+        groups = _group_sites(model, config)
         if first:
             _attach(model)
-            # Before peft looks at it: it restores what it finds after the first of several injections.
+            # Before peft's injection, which restores the flags that it finds.
             self._mark_only_adapters_as_trainable(model)
         attached = attached_to(model)
         assert attached is not None
@@ -133,11 +135,11 @@ class CurvatureModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         attached = attached_to(self.model)
         for layer in attached.layers.values() if attached is not None else ():
-            layer.keep_resident()  # loading onto an offloaded model offloads the adapter too
+            layer.keep_resident()  # loading into an offloaded model offloads the adapter too
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        # The sites are chosen in `_plan`; peft warns if an adapter excludes something and no module is of this type.
+        # `_group_sites` selects the sites; peft warns if an adapter excludes modules and none is of this type.
         return key in self._targets or (_ExcludedModule() if peft_config.exclude_modules else False)
 
     def _create_and_replace(
@@ -158,7 +160,7 @@ class CurvatureModel(BaseTuner):
             attached.layers[site].follow(adapter_name, peft_config, target)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """Freeze everything but adapters, those of other methods included, and modules that are trained beside them."""
+        """Freezes everything except adapters, also of other methods, and modules_to_save."""
         kept: set[int] = set()
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
@@ -171,10 +173,10 @@ class CurvatureModel(BaseTuner):
                 parameter.requires_grad_(False)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate an adapter.
+        """Activates an adapter.
 
         Raises:
-            ValueError: several names; units do not add up.
+            ValueError: several names; units cannot be combined.
         """
         check_one_active(adapter_name)
         super().set_adapter(adapter_name, inference_mode)
@@ -182,20 +184,19 @@ class CurvatureModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
-        """Add an adapter whose beta and coeff are as far from the plain activation's as the weighted sum of others'.
+        """Adds an adapter whose distance from the neutral beta and coeff is the weighted sum of other adapters' distances.
 
-        With weights that sum to 1 these are the weighted means. What the units compute is no linear combination. It is not
-        activated.
+        With weights that sum to 1 its beta and coeff are weighted means; the units' outputs are not. It is not activated.
 
         Args:
-            adapters: the others' names.
-            weights: one for each.
-            adapter_name: the new one's name.
+            adapters: names of the adapters to combine.
+            weights: one per adapter.
+            adapter_name: name of the new adapter.
             combination_type: only "linear".
 
         Raises:
             ValueError: an argument is wrong (the message names it), an adapter has modules_to_save, or a beta or coeff
-                would leave the range between 0 and 1. Nothing is added then.
+                would leave the range between 0 and 1. Nothing is added.
 
         Examples:
             >>> model = get_peft_model(resnet18(), CurvatureConfig(), "digits")
@@ -209,7 +210,7 @@ class CurvatureModel(BaseTuner):
         inject_new(self, adapter_name, weighted_config(attached.layers, adapters))
         fill_weighted(attached.layers, values, adapter_name)
 
-    # ---- one adapter for each sample of a batch ----
+    # ---- one adapter per sample ----
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -234,7 +235,7 @@ class CurvatureModel(BaseTuner):
 
     @cached_class_code()
     def _find_samples(self, attached: Attached) -> None:
-        """Find out, the first time, which activations have the samples in dimension 0."""
+        """Finds, once, the activations with the samples in dimension 0."""
         if attached.samples is None:
             configs: list[Any] = list(self.peft_config.values())
             shape = next((config.input_shape for config in configs if config.input_shape is not None), None)
@@ -242,10 +243,10 @@ class CurvatureModel(BaseTuner):
             for name, layer in attached.layers.items():
                 layer.samples_first = attached.samples.get(name)
 
-    # ---- taking it out ----
+    # ---- merging, unloading ----
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fix an adapter's values. A nonlinearity cannot be folded into weights: the fused unit stays, at its cost."""
+        """Fixes an adapter's values. A nonlinearity cannot be folded into weights: the units stay, at their cost."""
         warn_of_merge()
         super().merge_adapter(adapter_names, safe_merge)
 
@@ -270,13 +271,13 @@ class CurvatureModel(BaseTuner):
 
 
 def check_one_active(adapter_name: str | list[str]) -> None:
-    """Check that not several adapters are activated: units do not add up."""
+    """Checks that at most one adapter is activated: units cannot be combined."""
     if not isinstance(adapter_name, str) and len(adapter_name) > 1:
         raise ValueError(f"adapter_name: one curvature adapter can be active at a time, got {list(adapter_name)}")
 
 
 def warn_of_merge() -> None:
-    """Say what merging a curvature adapter does."""
+    """Warns that merging a curvature adapter only fixes its values."""
     warnings.warn(
         "A nonlinearity cannot be folded into the weights: merging fixes the learned values, and the activations stay "
         "fused CT units, with what those cost at run time. They are part of this object, not of its weights: a saved "
@@ -289,8 +290,8 @@ def warn_of_merge() -> None:
 
 
 def _refuse_to_save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for a transformers model's `save_pretrained` while it has CT units."""
-    if getattr(model, "_hf_peft_config_loaded", False):  # by its own `add_adapter`: it saves the adapter alone
+    """Replaces `save_pretrained` of a transformers model while it has CT units."""
+    if getattr(model, "_hf_peft_config_loaded", False):  # after `add_adapter`, it saves only the adapter
         return type(model).save_pretrained(model, *args, **kwargs)  # type: ignore[attr-defined]
     raise ValueError(
         f"save_pretrained: a {type(model).__name__} with CT units cannot be saved as a plain one; it would load without "
@@ -300,8 +301,8 @@ def _refuse_to_save(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def refuse_plain_saving(model: nn.Module) -> None:
-    """Keep a model of transformers from being saved as the plain one."""
-    plain = plain_model(model)  # a PeftModel below saves its adapters alone
+    """Prevents a transformers model from being saved as the plain one."""
+    plain = plain_model(model)  # a PeftModel only saves its adapters
     if hasattr(plain, "save_pretrained"):
         plain.__dict__[_marks.SAVE_PRETRAINED] = partial(_refuse_to_save, plain)
 
@@ -310,7 +311,7 @@ def refuse_plain_saving(model: nn.Module) -> None:
 
 
 def attached_to(model: nn.Module) -> Attached | None:
-    """The record of what was attached to `model`, or None."""
+    """The record of what is attached to `model`, or None."""
     return model.__dict__.get(_marks.CURVATURE)
 
 
@@ -319,17 +320,17 @@ def _make_layer(site: Site, device: torch.device | None) -> Any:
 
 
 def scan_all(model: nn.Module) -> ScanResult:
-    """Every activation of a model, the uses of one module told apart, each with a layer that does nothing yet."""
+    """Scans every use of every activation of a model, with a layer without adapters for each."""
     return scan(model, frozenset(ACTIVATIONS), split=True, make_unit=_make_layer)
 
 
 def child_name(key: str) -> str:
-    """The name under which a module has the layer of its site `key`."""
+    """The name of the child with the layer of site `key`."""
     return _marks.CHILD if key == MODULE else f"{_marks.CHILD}_" + re.sub(r"\W+", "_", key).strip("_")
 
 
 def _attach(model: nn.Module) -> None:
-    """Give every activation of the model a layer that does nothing yet."""
+    """Attaches a layer without adapters to every activation of the model."""
     result = scan_all(model)
     apply_patches(result.swaps, result.edits)
     for swap in result.swaps:
@@ -345,7 +346,7 @@ def _attach(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Undo `_attach`: the model has its own modules and classes again."""
+    """Reverts `_attach`: restores the model's modules and classes."""
     attached = model.__dict__.pop(_marks.CURVATURE)
     plain_model(model).__dict__.pop(_marks.SAVE_PRETRAINED, None)
     for module in attached.modules:
@@ -355,7 +356,7 @@ def detach(model: nn.Module) -> None:
 
 
 def fix_units(model: nn.Module) -> None:
-    """Put fixed units where layers with a merged adapter are; peft is not needed to run them."""
+    """Replaces layers with a merged adapter by fixed units, which do not need peft."""
     attached = model.__dict__.pop(_marks.CURVATURE)
     fixed: dict[int, FixedUnit] = {}
     for module in attached.modules:
@@ -376,7 +377,7 @@ def fix_units(model: nn.Module) -> None:
 
 
 def find_activations(model: nn.Module) -> list[Site]:
-    """The places where `model` applies an activation, as `CurvatureConfig` names them.
+    """Lists the places where `model` applies an activation, with the names that `CurvatureConfig` uses.
 
     Examples:
         >>> [site.name for site in find_activations(resnet18())][:3]
@@ -386,8 +387,8 @@ def find_activations(model: nn.Module) -> list[Site]:
     return list(attached.sites.values()) if attached is not None else scan_all(model).sites
 
 
-def _plan(model: nn.Module, config: CurvatureConfig) -> list[tuple[list[str], Channels | None]]:
-    """The sites of an adapter, grouped by the parameters they have in common; writes the layout into `config`."""
+def _group_sites(model: nn.Module, config: CurvatureConfig) -> list[tuple[list[str], Channels | None]]:
+    """The sites of an adapter, grouped by shared parameters; writes the layout to `config`."""
     attached = attached_to(model)
     if attached is None and is_steered(model):
         raise ValueError("model: expected one that is not steered, got one that is; remove() its handle first")
@@ -397,7 +398,7 @@ def _plan(model: nn.Module, config: CurvatureConfig) -> list[tuple[list[str], Ch
 
 
 def settle_layout(model: nn.Module, config: CurvatureConfig, result: ScanResult) -> None:
-    """Write the sites that a configuration selects, and the channels of each, into its `layout`, unless it has one."""
+    """Writes the selected sites and their channels to the configuration's `layout`, unless it has one."""
     if config.layout is None:
         sites = _selected(model, config, result)
         by_channel = config.granularity == "channel"
@@ -407,7 +408,7 @@ def settle_layout(model: nn.Module, config: CurvatureConfig, result: ScanResult)
 def sharing_groups(
     model: nn.Module, config: CurvatureConfig, sites: list[Site]
 ) -> list[tuple[list[str], Channels | None]]:
-    """The sites in a configuration's layout, grouped by the parameters they have in common; the first holds them.
+    """The sites in a configuration's layout, grouped by shared parameters; the first of a group owns them.
 
     Raises:
         ValueError: the layout names a site that the model does not have.
@@ -420,7 +421,7 @@ def sharing_groups(
             f"layout: expected activations of this {type(model).__name__} ({_some(list(known))}), got {_some(foreign)}"
         )
     groups: dict[Any, list[str]] = {}
-    for name, site in known.items():  # the model's order, not the file's: the first of a group has the parameters
+    for name, site in known.items():  # in the model's order, not the file's: the first of a group owns the parameters
         if name not in config.layout:
             continue
         neutral = ACTIVATIONS[site.activation]
@@ -428,20 +429,20 @@ def sharing_groups(
         groups.setdefault(shared or (site.module if config.share == "module" and site.module else name), []).append(
             name
         )
-    placed: list[tuple[list[str], Channels | None]] = []
+    result: list[tuple[list[str], Channels | None]] = []
     for names in groups.values():
         if config.granularity != "channel":
-            placed.append((names, None))
+            result.append((names, None))
             continue
         entries = [None if config.layout[name] is None else Channels(*config.layout[name]) for name in names]
         alike = len(set(entries)) == 1
-        placed += [(names, entries[0])] if alike else [([name], entry) for name, entry in zip(names, entries)]
-    return placed
+        result += [(names, entries[0])] if alike else [([name], entry) for name, entry in zip(names, entries)]
+    return result
 
 
 def _selected(model: nn.Module, config: CurvatureConfig, result: ScanResult) -> list[Site]:
     selection = select(config.activations)
-    wanted = SimpleNamespace(
+    targets = SimpleNamespace(
         target_modules=r".*" if config.target_modules is None else config.target_modules,
         exclude_modules=config.exclude_modules,
         modules_to_save=config.modules_to_save,
@@ -453,7 +454,7 @@ def _selected(model: nn.Module, config: CurvatureConfig, result: ScanResult) -> 
             Unsteered(site.name, site.activation, "it is not among the activations") for site in result.sites
         ]
         raise ValueError(nothing_found(model, selection, result))
-    chosen = [site for site in sites if check_target_module_exists(wanted, site.name)]
+    chosen = [site for site in sites if check_target_module_exists(targets, site.name)]
     if not chosen:
         raise ValueError(
             f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} matched no "
@@ -466,11 +467,11 @@ def _selected(model: nn.Module, config: CurvatureConfig, result: ScanResult) -> 
 
 
 def _layout(model: nn.Module, config: CurvatureConfig, sites: list[Site]) -> dict[str, Any]:
-    """{site: [dimension, channels]}; None where they cannot be told."""
+    """{site: [dimension, channels]}, or None if unknown."""
     shape = None if config.input_shape is None else tuple(config.input_shape)
     uses, problem = find_channels(model, shape, _strip)
     reached = {site.module or site.name for site in sites if site.name in uses}
-    # Of the calls of one module, some may be in branches that this model does not take.
+    # Some calls of a module may be in branches that the model does not take.
     unreached = [site.name for site in sites if (site.module or site.name) not in reached]
     if problem and unreached:
         raise ValueError(

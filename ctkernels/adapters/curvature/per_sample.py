@@ -1,6 +1,6 @@
-"""One adapter per sample of a batch: the names that are in use while a forward pass runs.
+"""One adapter per sample of a batch: the names in effect during a forward pass.
 
-The names are in a context variable, not on the layers: a forward pass in another thread has its own.
+They are in a context variable, not on the layers, so that forward passes in other threads have their own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NAMES: ContextVar[dict[Any, list[str]] | None] = ContextVar("ctkernels_adapter_
 
 @contextmanager
 def adapters_by_sample(layers: Sequence[Any], names: list[str]) -> Iterator[None]:
-    """For the calls made in this context, the samples of `layers` have the adapters `names`."""
+    """Context in which the samples of `layers` have the adapters `names`."""
     token = _NAMES.set({**(_NAMES.get() or {}), **dict.fromkeys(layers, names)})
     try:
         yield
@@ -30,16 +30,16 @@ def adapters_by_sample(layers: Sequence[Any], names: list[str]) -> Iterator[None
 
 
 def names_for(layer: Any) -> list[str] | None:
-    """The adapters of the samples that `layer` is called with; None outside of `adapters_by_sample`."""
+    """The adapters of `layer`'s samples; None outside `adapters_by_sample`."""
     names = _NAMES.get()
     return None if names is None else names.get(layer)
 
 
 def index_of(names: list[str], used: list[str], x: Tensor, site: str, samples_first: bool | None) -> Tensor:
-    """The row of each sample of `x`: its place in `used`, and 0 for one whose activation stays.
+    """The row of each sample of `x`: 1 + its adapter's index in `used`, or 0 for the original activation.
 
-    `samples_first`: whether dimension 0 is known to hold the samples, side by side what belongs to one (beams, tokens,
-    windows); None if nothing is known, where it has to have just as many.
+    `samples_first`: whether dimension 0 holds the samples, possibly several adjacent rows each (beams, tokens, windows). None:
+    unknown; then it must have exactly one row per sample.
     """
     size = x.shape[0] if x.dim() else 0
     fits = size % len(names) == 0 if samples_first else size == len(names)
@@ -55,11 +55,11 @@ def index_of(names: list[str], used: list[str], x: Tensor, site: str, samples_fi
 
 
 def neutral_logits(activation: str, like: Tensor) -> tuple[Tensor, Tensor]:
-    """raw beta and raw coeff at which the unit is the activation itself, one value each."""
+    """raw beta and raw coeff of the neutral point, one value each."""
     point = ACTIVATIONS[activation]
     return like.new_tensor([logit(point.beta)]), like.new_tensor([logit(point.coeff)])
 
 
 def logit(p: float) -> float:
-    """The inverse of the sigmoid, from 0 to 1."""
+    """The inverse of the sigmoid."""
     return math.log(p) - math.log1p(-p) if p < 1 else math.inf

@@ -1,4 +1,4 @@
-"""Checkpoints of the official trainable Curvature Tuning code: which of their tensors goes where."""
+"""Import of checkpoints of the official trainable Curvature Tuning code."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ NAME = re.compile(r"(?:^|\.)_raw_(beta|coeff)$")
 def curvature_copies(
     model: nn.Module, tensors: Mapping[str, Tensor], adapter: str | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """(parameter, value) for every tensor of an official checkpoint; nothing is changed here.
+    """(parameter, value) for every tensor of an official checkpoint; copies nothing.
 
-    The official code names a unit as the module it replaced, and has `relu1`, `relu2`, `relu3` in its own bottleneck
-    block where torchvision's has one `relu` that is called three times. Its values have a dimension for each of the
-    input's, all but one of size 1.
+    The official code names a unit like the module it replaced, and has `relu1`, `relu2`, `relu3` in its bottleneck block,
+    where torchvision calls one `relu` three times. Its values have as many dimensions as the input, all but one of size 1.
     """
     layers = {module.site: module for module in model.modules() if isinstance(module, CurvatureLayer)}
     if adapter is None:

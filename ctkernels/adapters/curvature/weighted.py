@@ -1,4 +1,4 @@
-"""A curvature adapter whose beta and coeff are linear combinations of those of others."""
+"""Linear combinations of curvature adapters."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .layer import CurvatureLayer
 
 
 def weighted_config(layers: Mapping[str, CurvatureLayer], adapters: Sequence[str]) -> CurvatureConfig:
-    """The configuration of an adapter at all sites of `adapters`, each with parameters of its own; `layers` are by site.
+    """The configuration of an adapter with its own parameters at all sites of `adapters`. `layers`: by site.
 
     Raises:
-        ValueError: two of them have the channels of a site in different dimensions.
+        ValueError: adapters differ in the channel dimension of a site.
     """
     layout: dict[str, list[int] | None] = {}
     for site, layer in layers.items():
@@ -36,19 +36,18 @@ def weighted_values(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The logits of beta and coeff by site.
 
-    What is combined is how far beta and coeff are from where the unit is the activation itself, as the adapters' distance
-    from the plain model. An adapter that does not have a site is at no distance there.
+    Combines the distances of beta and coeff from the neutral point. At a site that an adapter does not have, its distance is 0.
 
     Raises:
-        ValueError: a beta or coeff would not lie strictly between 0 and 1.
+        ValueError: a beta or coeff would not be strictly between 0 and 1.
     """
     values = {}
     for site, layer in layers.items():
-        own = [(name, weight) for name, weight in zip(adapters, weights) if name in layer.curvature_config]
-        if own:
+        present = [(name, weight) for name, weight in zip(adapters, weights) if name in layer.curvature_config]
+        if present:
             neutral = ACTIVATIONS[layer.activation]
-            pairs = zip(*(layer.parameters_of(name) for name, _ in own))
-            shares = [weight for _, weight in own]
+            pairs = zip(*(layer.parameters_of(name) for name, _ in present))
+            shares = [weight for _, weight in present]
             beta, coeff = (
                 _combined(f"{site}: {knob}", start, raw, shares)
                 for knob, start, raw in zip(("beta", "coeff"), (neutral.beta, neutral.coeff), pairs)
@@ -61,14 +60,14 @@ def weighted_values(
 def fill_weighted(
     layers: Mapping[str, CurvatureLayer], values: Mapping[str, tuple[Tensor, Tensor]], adapter_name: str
 ) -> None:
-    """Give an adapter of :func:`weighted_config` the values of :func:`weighted_values`."""
+    """Copies the values of :func:`weighted_values` into an adapter of :func:`weighted_config`."""
     for site, pair in values.items():
         for parameter, value in zip(layers[site].parameters_of(adapter_name), pair):
             parameter.copy_(value)
 
 
 def _combined(what: str, neutral: float, raw: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The logit of a combination, from the distances of both x and 1 - x: near 1 only the second has digits."""
+    """The logit of a combination, from distances of both x and 1 - x: near 1, only the latter has digits."""
     value: Any = neutral + sum(w * (torch.sigmoid(r.double()) - neutral) for w, r in zip(weights, raw))
     rest: Any = (1 - neutral) + sum(w * (torch.sigmoid(-r.double()) - (1 - neutral)) for w, r in zip(weights, raw))
     if not bool(((value > 0) & (rest > 0)).all()):

@@ -1,4 +1,4 @@
-"""JoLA and Curvature Tuning on one model, with LoRA below them if wanted, as one adapter of peft."""
+"""JoLA and Curvature Tuning, optionally with LoRA, as one adapter."""
 
 from .config import JointConfig
 from .model import JointModel

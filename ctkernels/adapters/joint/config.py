@@ -1,4 +1,4 @@
-"""The configuration of an adapter that holds several methods."""
+"""The configuration of an adapter of several methods."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from .._peft import add_peft_type, require_peft
 from ..curvature.config import CurvatureConfig
 from ..jola.config import JolaConfig
 
-# The methods, in the order in which their layers are put in: LoRA's lie below JoLA's.
+# The methods, in the order of injection: LoRA's layers are below JoLA's.
 METHODS: dict[str, type[PeftConfig]] = {"lora": LoraConfig, "jola": JolaConfig, "curvature": CurvatureConfig}
-# What a configuration says of the whole adapter, so that those of its methods do not.
+# Fields of the whole adapter, which its parts do not repeat.
 _COMMON = ("task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
 
 
 @dataclass
 class JointConfig(AdapterConfig):
-    """Configuration of one adapter with JoLA's edits, trainable Curvature Tuning and, where asked, LoRA.
+    """Configuration of one adapter with JoLA's edits, trainable Curvature Tuning and, optionally, LoRA.
 
-    Each method does what it does alone: JoLA edits the attention heads, Curvature Tuning the activations. LoRA, if it is
-    on an output projection that JoLA edits too, lies below: the projection `(W + BA)` gets the edited heads.
+    Each method works as it does alone: JoLA edits the attention heads, Curvature Tuning the activations. LoRA on an output
+    projection that JoLA edits is below the edit: the projection `(W + BA)` receives the edited heads.
 
     Args:
-        jola: JoLA's part; a dictionary of its fields is taken too. Default: `JolaConfig()`.
+        jola: JoLA's part, or a dictionary of its fields. Default: `JolaConfig()`.
         curvature: the part of Curvature Tuning, likewise. Default: `CurvatureConfig()`.
         lora: LoRA's part, likewise. Default: None, no LoRA.
-        modules_to_save: other modules to train and save with the adapter. Like `task_type` it is said here, once, and in
-            no part.
+        modules_to_save: other modules to train and save with the adapter. Like `task_type`, set it here and not in a part.
 
     Raises:
-        ValueError: a part that is no configuration of its method, that says what is said here, or a LoRA that trains
+        ValueError: a part is not a configuration of its method, or sets a field that belongs here, or a LoRA trains
             biases; the message names the field.
         ImportError: peft is older than 0.21, which cannot save an adapter of several methods.
 
@@ -64,19 +63,19 @@ class JointConfig(AdapterConfig):
                 raise ValueError(f"JointConfig: {name} must be {expected}, got {value!r}")
         for name, config in self._methods().items():
             for key in ("task_type", "modules_to_save"):
-                given = getattr(config, key)
-                if given and given != getattr(self, key):
-                    raise ValueError(f"JointConfig: give {key} to JointConfig itself, got {given!r} in {name}")
+                value = getattr(config, key)
+                if value and value != getattr(self, key):
+                    raise ValueError(f"JointConfig: give {key} to JointConfig itself, got {value!r} in {name}")
         if self.lora is not None and self.lora.bias != "none":
             raise ValueError(f"JointConfig: lora.bias must be 'none', got {self.lora.bias!r}")
 
     @classmethod
     def tensor_prefixes(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """How the tensors of its methods are named."""
+        """Prefixes of the methods' tensor names."""
         return tuple(f"{name}_" for name in METHODS if values.get(name) is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as a dictionary; what it says of the whole adapter is not repeated in its parts."""
+        """The configuration as a dictionary. Parts do not repeat fields of the whole adapter."""
         values = super().to_dict()
         for name, config in self._methods().items():
             part = config.to_dict()
@@ -84,7 +83,7 @@ class JointConfig(AdapterConfig):
         return values
 
     def parts(self) -> dict[str, PeftConfig]:
-        """The configurations of the methods in it by name, in the order of their layers, each complete by itself."""
+        """The complete configurations of its methods by name, in the order of injection."""
         for config in self._methods().values():
             for key in (*_COMMON, "modules_to_save"):
                 setattr(config, key, getattr(self, key))

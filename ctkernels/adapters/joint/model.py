@@ -1,4 +1,4 @@
-"""The tuner of an adapter that holds several methods: their own tuners, on one model, under one name."""
+"""The tuner of an adapter of several methods: runs each method's own tuner on one model, under one name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .config import JointConfig
 
 
 class _Lora(LoraModel):
-    """LoRA whose layers lie below JoLA's, also those of an adapter that is added when JoLA's are there."""
+    """LoRA whose layers are below JoLA's, also if they are added later."""
 
     def _create_and_replace(  # type: ignore[override]  # LoraModel's own differs from its base's
         self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, *args: Any, **kwargs: Any
@@ -38,17 +38,17 @@ class _Lora(LoraModel):
 
 
 _TUNERS: dict[str, type[BaseTuner]] = {"lora": _Lora, "jola": JolaModel, "curvature": CurvatureModel}
-_MARKERS = tuple(f".{method}_" for method in _TUNERS)  # in the names of their tensors
+_MARKERS = tuple(f".{method}_" for method in _TUNERS)  # parts of their tensor names
 
 
 class JointModel(BaseTuner):
-    """Trains several methods on one model as one adapter; made by `peft.get_peft_model(model, JointConfig(...))`.
+    """Trains several methods on one model as one adapter; created by `peft.get_peft_model(model, JointConfig(...))`.
 
-    Each method has its own tuner, which puts its layers into the model and takes them out. What concerns the layers of
-    all methods alike (switching, deleting, freezing, saving) is done once for all of them.
+    Each method's own tuner adds and removes its layers. Operations on all layers (switching, deleting, freezing, saving) are
+    implemented here, once.
 
-    One adapter can be active at a time, as curvatures do not add up. In evaluation, `adapter_names` of a call gives every
-    sample of the batch its own.
+    One adapter can be active at a time, as curvatures cannot be combined. In evaluation, `adapter_names` of a call selects an
+    adapter per sample.
 
     `merge_and_unload()` folds JoLA's edits and LoRA into the weights. Activations cannot be folded: they stay CT units
     with fixed values, and `ctkernels.save_pretrained` saves such a model.
@@ -59,7 +59,7 @@ class JointModel(BaseTuner):
         adapter_name: its name.
 
     Raises:
-        ValueError: a method finds nothing to adapt, or the model has adapters of another kind. It is left as it was.
+        ValueError: a method finds nothing to adapt, or the model has other adapters. The model is unchanged.
 
     Examples:
         >>> model = get_peft_model(base, JointConfig(task_type="CAUSAL_LM"))
@@ -75,16 +75,16 @@ class JointModel(BaseTuner):
         self.register_load_state_dict_pre_hook(partial(check_state_dict, _MARKERS))
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        self.peft_config = self.peft_config  # where the model has joint adapters, it is the model's
-        self._tuners: dict[str, Any] = {}  # not children: their model is one already
+        self.peft_config = self.peft_config  # that of a model with joint adapters
+        self._tuners: dict[str, Any] = {}  # not registered as children: they share the model
 
     def _tuner(self, method: str) -> Any:
-        """The tuner of a method, in step with this one."""
+        """A method's tuner, synchronised with this one."""
         tuner = self._tuners[method]
         tuner.model, tuner.training, tuner.active_adapter = self.model, self.training, self.active_adapter
         return tuner
 
-    # ---- putting an adapter in ----
+    # ---- adding an adapter ----
 
     def inject_adapter(
         self,
@@ -94,14 +94,14 @@ class JointModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Put an adapter into the model: all of its methods, or none."""
+        """Adds an adapter to the model: all of its methods, or none."""
         check_adapter_name(adapter_name)
-        # The tuners settle their parts of the configuration in place, and no other adapter may have the same parts.
+        # A copy: tuners complete their parts of the configuration in place.
         config: Any = copy.deepcopy(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        listed = vars(model).pop("peft_config", None)  # a tuner takes the list that it finds there for its own
+        listed = vars(model).pop("peft_config", None)  # a tuner would adopt this dictionary
         saved = saved_shapes(config)
         try:
             for method, part in config.parts().items():
@@ -141,17 +141,17 @@ class JointModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
-        """Add an adapter that combines others as `JolaModel.add_weighted_adapter` and `CurvatureModel`'s do.
+        """Adds a combination of adapters, like `add_weighted_adapter` of `JolaModel` and `CurvatureModel`.
 
         Args:
-            adapters: the others' names.
-            weights: one for each.
-            adapter_name: the new one's name.
+            adapters: names of the adapters to combine.
+            weights: one per adapter.
+            adapter_name: name of the new adapter.
             combination_type: only "linear".
 
         Raises:
             ValueError: an argument is wrong (the message names it), an adapter has LoRA or modules_to_save, or a beta or
-                coeff would leave the range between 0 and 1. Nothing is added then.
+                coeff would leave the range between 0 and 1. Nothing is added.
 
         Examples:
             >>> model = get_peft_model(base, JointConfig(task_type="CAUSAL_LM"), "polite")
@@ -181,16 +181,16 @@ class JointModel(BaseTuner):
     # ---- switching, deleting ----
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate an adapter.
+        """Activates an adapter.
 
         Raises:
-            ValueError: several names; curvatures do not add up.
+            ValueError: several names; curvatures cannot be combined.
         """
         check_one_active(adapter_name)
         super().set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter.
+        """Deletes an adapter.
 
         Raises:
             ValueError: there is none of that name, or it is merged.
@@ -199,12 +199,12 @@ class JointModel(BaseTuner):
         self._delete(adapter_name)
 
     def _delete(self, adapter_name: str) -> None:
-        """Delete what an adapter has in the layers, and in the tuners of its methods."""
+        """Deletes an adapter from the layers and from its methods' tuners."""
         delete_adapter(self.model, adapter_name, self.prefix, self.tuner_layer_cls)
         for tuner in self._tuners.values():
             tuner.peft_config.pop(adapter_name, None)
 
-    # ---- one adapter for each sample of a batch ----
+    # ---- one adapter per sample ----
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -213,19 +213,19 @@ class JointModel(BaseTuner):
             if names is not None:
                 if "lora" in self._tuners and isinstance(names, list):
                     known = self._tuners["lora"].peft_config  # peft refuses the names of adapters without LoRA
-                    own = [BASE if name in self.peft_config and name not in known else name for name in names]
+                    lora_names = [BASE if name in self.peft_config and name not in known else name for name in names]
                     stack.enter_context(
-                        self._tuner("lora")._enable_peft_forward_hooks(*args, **kwargs | {"adapter_names": own})
+                        self._tuner("lora")._enable_peft_forward_hooks(*args, **kwargs | {"adapter_names": lora_names})
                     )
                 by_row: Any = JolaModel._enable_peft_forward_hooks  # on this module, which the call goes through
                 stack.enter_context(by_row(self, *args, **kwargs))
                 stack.enter_context(self._tuner("curvature")._enable_peft_forward_hooks(*args, **kwargs))
             yield
 
-    # ---- merging, taking it out ----
+    # ---- merging, unloading ----
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold an adapter's edits and LoRA into the weights, and fix its curvatures; or nothing, if one cannot be.
+        """Folds an adapter's edits and LoRA into the weights, and fixes its curvatures; on an error, does nothing.
 
         Raises:
             ValueError: there is no adapter of a name, or a layer cannot be merged (see `JolaLayer.merge`).
@@ -234,7 +234,7 @@ class JointModel(BaseTuner):
         self._tuner("jola").merge_adapter(adapter_names, safe_merge)  # the layers of all methods
 
     def unmerge_adapter(self) -> None:
-        """Put the original weights back, bit for bit."""
+        """Restores the original weights, bit for bit."""
         self._tuner("jola").unmerge_adapter()
 
     def _unload_and_optionally_merge(
@@ -245,7 +245,7 @@ class JointModel(BaseTuner):
         return self._unload(merge, progressbar, adapter_names)
 
     def _unload(self, merge: bool, progressbar: bool = False, adapter_names: Any = None) -> Any:
-        """Take out what is merged, or unmerged: the units of activations, which wrap nothing, then the layers."""
+        """Removes the units of activations, or fixes them if merged, then the layers."""
         if attached_to(self.model) is not None:
             (fix_units if merge else detach)(self.model)
         unload: Any = super()._unload_and_optionally_merge
@@ -255,7 +255,7 @@ class JointModel(BaseTuner):
             warnings.filterwarnings("ignore", "All adapters are already merged")
             return unload(merge, progressbar=progressbar, adapter_names=adapter_names)
 
-    # ---- what is saved of it ----
+    # ---- saving ----
 
     @classmethod
     def _get_adapter_state_dict(
@@ -281,7 +281,7 @@ class JointModel(BaseTuner):
 
 
 def _check_plain(model: nn.Module) -> None:
-    """Check that a model has no adapters but joint ones."""
+    """Checks that a model has only joint adapters."""
     if hasattr(model, "get_base_model"):
         raise ValueError(
             "model: expected one without adapters, got a PeftModel; give its base model, and LoRA as JointConfig(lora=...)"
@@ -295,7 +295,7 @@ def _check_plain(model: nn.Module) -> None:
 
 
 def _shapes(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
-    """The shapes of an adapter's tensors by their names in files, without modules that are trained beside it."""
+    """The shapes of an adapter's tensors by their names in files, without modules_to_save."""
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return {name: value.shape for name, value in tensors.items() if any(marker in name for marker in _MARKERS)}
 

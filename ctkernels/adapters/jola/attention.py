@@ -1,7 +1,7 @@
-"""JoLA inside transformers' attention: the edit is part of the attention call instead of a pass over its output.
+"""JoLA inside transformers' attention: the attention kernel applies the edit, without another pass over its output.
 
-A model that asks transformers' `AttentionInterface` for its attention function gets ours, with the mask function of
-`sdpa` registered under the same name: without one, transformers builds no mask and padding is silently attended to.
+The attention function is registered with transformers' `AttentionInterface`, together with the mask function of `sdpa`:
+without one, transformers builds no mask, and padding is attended to.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from ..._marks import ATTENTION_FUSION
 from ...functional import attention_head_edit
-from .calls import Recording, current
+from .calls import CallRecorder, current_call
 from .layer import JolaLayer
 from .model import jola_layers
 
 NAME = "sdpa_head_edit"
 
-# Families whose attention output goes to the projection as it is, through the interface: tested one by one.
+# Families that use the interface and pass the attention output to the projection unchanged; each is tested.
 _NAMES = """
     albert arcee bart beit bert biogpt blenderbot camembert clip codegen cohere cohere2 deepseek_v3 deit dinov2
     dinov2_with_registers dinov3_vit distilbert electra ernie ernie4_5 esm exaone4 gemma gemma3_text glm glm4 gpt2
@@ -31,7 +31,7 @@ _NAMES = """
 """
 FAMILIES = frozenset(_NAMES.split())
 
-# what torch's attention cannot do, or what changes the scores or the cache: transformers' own function deals with it
+# arguments that only transformers' own function supports
 _FOREIGN = ("position_bias", "cache", "softcap", "s_aux", "output_attentions")
 
 
@@ -46,8 +46,8 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What `AttentionInterface` calls: attention with the edit of the block's JoLA layer, or transformers' `sdpa`."""
-    call = current()
+    """Attention with the edit of the block's JoLA layer, or transformers' `sdpa`, for `AttentionInterface`."""
+    call = current_call()
     edit = None if call is None else call.layer.attention_edit(query.shape[1], value.shape[-1])
     foreign = any(kwargs.get(name) is not None and kwargs[name] is not False for name in _FOREIGN)
     if call is None or edit is None or dropout or foreign:
@@ -57,11 +57,12 @@ def attention_forward(
             kwargs["is_causal"] = is_causal
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     tokens, keys = query.shape[2], key.shape[2]
-    wanted = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if attention_mask is not None:  # may be of a cache longer than what it holds
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if attention_mask is not None:  # a preallocated cache can be longer than its content
         attention_mask = attention_mask[..., :keys]
-    causal = tokens > 1 and attention_mask is None and wanted
-    if causal and keys > tokens:  # a cache longer than what it holds: transformers drops the mask, meaning this
+    causal = tokens > 1 and attention_mask is None and is_causal
+    if causal and keys > tokens:  # a preallocated cache without a mask: only its first `tokens` keys are filled
         key, value = key[:, :, :tokens], value[:, :, :tokens]
     y = attention_head_edit(
         query, key, value, *edit, attn_mask=attention_mask, is_causal=causal, scale=scaling, enable_gqa=True
@@ -71,34 +72,34 @@ def attention_forward(
 
 
 class FusedAttention:
-    """What :func:`fuse_attention` did. `sites`: the projections whose edit is now in the attention.
+    """Handle of :func:`fuse_attention`. `sites`: the projections whose edit is now applied by the attention.
 
-    The model keeps it, and so does a copy of the model: whoever takes the JoLA layers out ends the fusion.
+    The model, or a copy of it, refers to its handle: unloading the JoLA layers removes the fusion.
     """
 
     def __init__(self, model: Any, owners: list[tuple[JolaLayer, nn.Module]]):
         self._model = model
         model.__dict__[ATTENTION_FUSION] = self
-        self._recordings = [Recording(owner, layer) for layer, owner in owners]
+        self._recorders = [CallRecorder(owner, layer) for layer, owner in owners]
         self.sites = [layer.site for layer, _ in owners]
 
     def remove(self) -> None:
-        """Put transformers' `sdpa` back; the edits are made in the projections again."""
+        """Restore transformers' `sdpa`; the projections apply the edits again."""
         if self._model.__dict__.get(ATTENTION_FUSION) is not self:
             return
         del self._model.__dict__[ATTENTION_FUSION]
-        for recording in self._recordings:
-            recording.stop()
-        if self._model.config._attn_implementation == NAME:  # and not another one that was set since
+        for recorder in self._recorders:
+            recorder.stop()
+        if self._model.config._attn_implementation == NAME:
             self._model.set_attn_implementation("sdpa")
 
 
 def fuse_attention(model: nn.Module) -> FusedAttention:
-    """Let a model with JoLA adapters edit heads inside its attention (:func:`ctkernels.functional.attention_head_edit`).
+    """Apply JoLA edits inside a model's attention (:func:`ctkernels.functional.attention_head_edit`).
 
-    Results, gradients, caches, saved adapters and merging stay as they are. Where a call cannot be fused (several active
-    adapters, an adapter for each row, gates sampled by row, dropout in the attention, a monitor on the projection), the
-    edit is made in the projection as before. Not on by default, because it sets the model's attention implementation.
+    Results, gradients, caches, saved adapters and merging stay the same. A call that cannot be fused (several active
+    adapters, one adapter per row, gates sampled per row, attention dropout, a monitor on the projection) applies the
+    edit in the projection as before. Not the default, because it sets the model's attention implementation.
 
     Args:
         model: a model with JoLA layers, from `peft.get_peft_model` or bare, whose attention implementation is "sdpa".
@@ -107,9 +108,8 @@ def fuse_attention(model: nn.Module) -> FusedAttention:
         a handle with `.sites` and `.remove()`; unloading the adapters removes it too.
 
     Raises:
-        ValueError: no JoLA layer, a family not known to keep its attention output untouched until the projection or
-            which the installed transformers does not yet route through its interface, or another attention
-            implementation. The model is left as it was.
+        ValueError: the model has no JoLA layer, its family is not in the table or does not use `AttentionInterface` in the
+            installed transformers, or its attention implementation is not "sdpa". The model is unchanged.
 
     Examples:
         >>> model = get_peft_model(base, JolaConfig(task_type="CAUSAL_LM"))
@@ -151,13 +151,13 @@ def _pretrained(base: nn.Module) -> Iterator[Any]:
 
 
 def _asks_interface(owner: nn.Module) -> bool:
-    """Whether the code of ``owner`` or of a module in it names transformers' table of attention functions."""
+    """Whether the forward of ``owner`` or of a module in it uses transformers' table of attention functions."""
     codes = (getattr(inspect.unwrap(type(module).forward), "__code__", None) for module in owner.modules())
     return any(code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
 
 
 def _owners(base: nn.Module) -> Iterator[tuple[JolaLayer, nn.Module]]:
-    """Each JoLA layer with its attention block: the nearest module around it whose name says so."""
+    """Each JoLA layer with its attention block, the nearest module around it with "att" in its name."""
     for name, module in base.named_modules():
         if isinstance(module, JolaLayer) and module.edits == "head":
             parts = name.split(".")[:-1]

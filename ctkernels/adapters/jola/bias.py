@@ -1,4 +1,4 @@
-"""The biases that merging makes, in architectures that have none: the config switch that makes them survive saving."""
+"""Biases created by merging, in architectures without them: the config switch with which they survive saving."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from .._offload import offload_hook
 from .runtimes import losses
 
-# Config switches that give an architecture biases in its attention, in its MLPs, or in both.
+# Config switches that add biases to an architecture's attention, its MLPs, or both.
 _SWITCHES: tuple[tuple[str, Any], ...] = (
     ("attention_out_bias", True),
     ("attention_bias", True),
@@ -28,9 +28,9 @@ _SWITCHES: tuple[tuple[str, Any], ...] = (
 
 
 class Switch(NamedTuple):
-    """A config switch: the part of the config that has it ("" for the config itself), its name and the value to set.
+    """A config switch: the sub-config that has it ("" for the config itself), its name and the value to set.
 
-    `added` are the shapes of all parameters that the architecture has with it and not without.
+    `added` maps the parameters that it adds to the architecture to their shapes.
     """
 
     part: str
@@ -40,13 +40,13 @@ class Switch(NamedTuple):
 
 
 def config_parts(config: Any) -> dict[str, Any]:
-    """A config and its parts (text, vision) by attribute name; the config itself is ""."""
+    """A config and its sub-configs (text, vision) by attribute name; the config itself is ""."""
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}}
     return {"": config} | {name: part for name, part in parts.items() if part is not None}
 
 
 def families(model: nn.Module) -> list[str]:
-    """The model types of a model's config and of its parts."""
+    """The model types of a model's config and its sub-configs."""
     config = getattr(model, "config", None)
     if config is None:
         return []
@@ -54,16 +54,16 @@ def families(model: nn.Module) -> list[str]:
 
 
 def bias_switch(model: nn.Module, biases: Iterable[str]) -> Switch | None:
-    """Find the config switch that gives plain transformers these biases.
+    """Find the config switch that adds these biases in plain transformers.
 
-    The architecture itself is asked: it is built on the meta device with each candidate switch.
+    The architecture is built on the meta device with each candidate switch.
 
     Args:
         model: a plain model.
-        biases: names of parameters, as "model.layers.0.self_attn.o_proj.bias".
+        biases: parameter names, such as "model.layers.0.self_attn.o_proj.bias".
 
     Returns:
-        None if no switch adds just these and other biases, which can be zero.
+        None if no switch adds these biases, and otherwise only biases.
     """
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(type(model), "_from_config"):
@@ -86,10 +86,10 @@ def bias_switch(model: nn.Module, biases: Iterable[str]) -> Switch | None:
 
 
 def switch_on(model: nn.Module, switch: Switch) -> list[str]:
-    """Set a switch in a model's config and give the model the biases that it has then, zeros where there are none yet.
+    """Set a switch in a model's config and add the missing biases to the model, as zeros.
 
     Returns:
-        the names of the zero biases.
+        the names of the added biases.
     """
     zeros = []
     for key, shape in switch.added.items():
@@ -109,16 +109,17 @@ def switch_on(model: nn.Module, switch: Switch) -> list[str]:
 
 
 def hold_bias(model: nn.Module, sites: list[str], projection: str = "output") -> str | None:
-    """Make a merged model's new biases survive `save_pretrained`: set the config switch, add zero biases beside them.
+    """Make a merged model's new biases survive `save_pretrained`: set the config switch, add the other biases as zeros.
 
-    Warns where a runtime may read the architecture without these biases.
+    Warns if a runtime may ignore these biases.
 
     Args:
-        model: a plain model whose projections `sites` got a bias they did not have.
-        projection: of an attention's "output", or the one that ends an "mlp".
+        model: a plain model.
+        sites: the projections with a new bias.
+        projection: their kind: "output" (of an attention) or "mlp" (the last one of an MLP).
 
     Returns:
-        None when done, else the reason why the architecture cannot hold them (nothing is changed then).
+        None on success, else the reason why the architecture cannot have them (nothing is changed then).
     """
     switch = bias_switch(model, [f"{site}.bias" for site in sites])
     if switch is None:

@@ -1,7 +1,7 @@
-"""Where the output of a block, or of the MLP in it, can be edited: found around the attention modules, by structure.
+"""Blocks of a model and the last projections of their MLPs, the sites of edits of their outputs.
 
-A block is the nearest module of a numbered list that holds an attention and its feed-forward layer. Its MLP is known by
-its last projection.
+A block is the nearest numbered module around an attention that also contains the feed-forward layer. Its MLP is recognised
+by its last projection.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .sites import (
     unwrapped,
 )
 
-# The projections that end MLPs, by the ends of their names.
+# Suffixes of the names of the last projections of MLPs.
 _MLP_OUTPUT = re.compile(
     r".*\.(down_proj|fc2|c_proj|w2|wo|Wo|lin2|linear2|linear_2|fc_out|dense_4h_to_h|output_dense|ffn_output|output\.dense)"
 )
@@ -36,8 +36,8 @@ class Block(NamedTuple):
 
     Attributes:
         name: its name in the model.
-        width: features of its output; None if they cannot be read.
-        mlp: the projection whose output is its MLP's; None if none was recognised, and `reason` says why.
+        width: number of features of its output; None if unknown.
+        mlp: the last projection of its MLP; None if none was recognised, and `reason` says why.
     """
 
     name: str
@@ -47,10 +47,10 @@ class Block(NamedTuple):
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """Find a model's blocks and the projection that ends the MLP in each, without a table.
+    """Find a model's blocks and the last projection of each block's MLP by structure.
 
-    Blocks beside an attention's in one list are found with it, whatever they mix tokens with. Those whose output the model
-    does not use are left out (see `unused_sites`).
+    A list with an attention block counts as a list of blocks, including blocks without attention. Blocks whose output the
+    model does not use are left out (see `unused_sites`).
     """
     modules = dict(unwrapped(model))
     attentions = find_attention(model)
@@ -62,7 +62,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
 
 def _around(attention: Attention, modules: Mapping[str, nn.Module]) -> str | None:
-    """The nearest numbered module around an attention that has matrices beside it."""
+    """The nearest numbered module around an attention that contains other matrices too."""
     name = attention.name.rpartition(".")[0]
     while name:
         beside = (module for key, module in _inside(name, modules) if not _belongs(key, attention))
@@ -99,7 +99,7 @@ def _block(model: nn.Module, name: str, attentions: list[Attention], modules: Ma
 
 
 def default_outputs(model: nn.Module, site: str) -> list[str]:
-    """What `target_modules=None` means with `site` "mlp" or "block".
+    """The targets for `target_modules=None` with `site` "mlp" or "block".
 
     Raises:
         ValueError: none was found.
@@ -117,26 +117,26 @@ def default_outputs(model: nn.Module, site: str) -> list[str]:
 
 
 def block_widths(model: nn.Module) -> dict[str, int | None]:
-    """Features of the output of every block."""
+    """The number of output features of every block."""
     return {block.name: block.width for block in find_blocks(model)}
 
 
 def output_heads(
     model: nn.Module, name: str, module: nn.Module, site: str, head_dim: int | None = None, width: int | None = None
 ) -> SiteHeads:
-    """The heads into which the output of the module `name` is split: one, or as many as `head_dim` makes.
+    """The heads into which the output of the module `name` is split: one, or heads of size `head_dim`.
 
     Args:
-        model: the model that holds the module.
-        name: its name there.
+        model: the model that contains the module.
+        name: the module's name in `model`.
         module: the module itself (unwrapped).
         site: "mlp" or "block".
         head_dim: size of a head; None: all features.
-        width: features of the output, where they are known; None reads them from the module, or from the nearest config.
+        width: number of output features; None reads it from the module or the nearest config.
 
     Raises:
-        ValueError: of an MLP, the module is no linear projection; the width of its output cannot be read, or is no multiple
-            of `head_dim`.
+        ValueError: `site` is "mlp" and the module is not a linear projection, or its output width is unknown or not a
+            multiple of `head_dim`.
     """
     shape = linear_shape(module)
     if shape is None and site == "mlp":

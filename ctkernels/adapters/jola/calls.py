@@ -1,8 +1,8 @@
-"""Records of the attention blocks that are running, for attention functions that edit heads themselves.
+"""Records of running attention blocks, for attention functions that apply the edit themselves.
 
-Such a function has to tell the projection that follows that its input is edited already, in the same call and in no
-other: not in another thread's, not in the one after an exception, not in the one that a checkpoint runs again. So
-each call of a block has a record of its own, on a stack of its thread, for as long as it runs.
+Such a function has to tell the following projection that its input is already edited, in this call only: not in another
+thread, after an exception, or in a checkpoint's recomputation. So every call of a block has its own record, on a
+thread-local stack, while it runs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 
 
-class Call:
-    """One running call of an attention block. `edited`: what the projection `layer` gets next holds its edit."""
+class BlockCall:
+    """A running call of an attention block. `edited`: the next input of the projection `layer` is already edited."""
 
     __slots__ = ("edited", "layer")
 
@@ -27,20 +27,20 @@ class Call:
 
 class _Running(threading.local):
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[BlockCall] = []
 
 
 _running = _Running()
 
 
-def current() -> Call | None:
+def current_call() -> BlockCall | None:
     """The innermost recorded call of this thread."""
     return _running.calls[-1] if _running.calls else None
 
 
 def take_edit(layer: nn.Module) -> bool:
-    """Whether the input that `layer` has just got is edited already; true once for each edit."""
-    call = current()
+    """Whether the current input of `layer` is already edited; true once per edit."""
+    call = current_call()
     if call is None or call.layer is not layer or not call.edited:
         return False
     call.edited = False
@@ -48,18 +48,18 @@ def take_edit(layer: nn.Module) -> bool:
 
 
 def _recorded(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    _running.calls.append(Call(layer))
+    _running.calls.append(BlockCall(layer))
     try:
         return forward(*args, **kwargs)
     finally:
         _running.calls.pop()
 
 
-class Recording:
+class CallRecorder:
     """Records the calls of `block`, the attention around the projection `layer`, until `stop`.
 
-    The block's `forward` is wrapped by a `partial` of a bound method: a deep copy or a pickle of the block has one that
-    is bound to its own block and layer. (A forward hook would not run after a `KeyboardInterrupt`.)
+    The block's `forward` is replaced by a `partial` over the bound method, so deep copies and pickles of the block refer
+    to their own block and layer. (A forward hook would not run after a `KeyboardInterrupt`.)
     """
 
     def __init__(self, block: nn.Module, layer: nn.Module) -> None:
@@ -69,7 +69,7 @@ class Recording:
         block.forward = self._forward
 
     def stop(self) -> None:
-        """Put the block's forward back, unless another one has been put over this one since."""
+        """Restore the block's forward, unless it has been replaced again since."""
         if self._block.__dict__.get("forward") is not self._forward:
             return
         del self._block.forward

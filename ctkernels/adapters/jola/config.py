@@ -25,47 +25,49 @@ class JolaConfig(AdapterConfig):
 
     m and a are vectors per head, g_m and g_a hard-concrete gates per head that the penalty can close for good. With
     another `site`, z is the output of an MLP or of a whole block, by default as one head: without gates
-    (`freeze_gates`) that is RED, with `edit="multiplicative"` learned scales as in (IA)3, with `edit="additive"` learned
+    (`freeze_gates`) this is RED, with `edit="multiplicative"` learned scales as in (IA)3, with `edit="additive"` learned
     biases as in BitFit.
 
     Args:
-        site: what is edited: "head", the heads in the input of an attention's output projection; "mlp", the output of
-            the projection that ends an MLP, before a dropout and before it is added to the residual stream; "block",
-            the output of a block, the residual included. Edits of heads and of MLPs can be merged into the
-            projection, those of blocks cannot. Default "head".
-        target_modules: which attention output projections (projections that end MLPs; blocks) are edited: None (the
-            table of model families decides, or a probe for an unknown model; MLPs and blocks are found by structure), a
-            regular expression matched against whole module names, or a list of names or name endings.
-        exclude_modules: names or regular expression never to edit.
+        site: the activation to edit: "head" (default), the heads in the input of an attention's output projection; "mlp",
+            the output of an MLP's last projection, before dropout and the residual addition; "block", the output of a
+            block, including the residual. Edits of heads and MLPs can be merged into the projection, edits of blocks
+            cannot.
+        target_modules: the modules to edit (attention output projections, last projections of MLPs, or blocks): None
+            (heads by the table of model families, or by a search in an unknown model; MLPs and blocks by structure), a
+            regular expression matched against whole module names, or a list of names or name suffixes.
+        exclude_modules: names, or a regular expression, of modules to leave out.
         layers_to_transform: layer index or indices to edit; None edits all. The index is the first number in the
             module's name.
-        layers_pattern: name, or names, of the list of layers that `layers_to_transform` counts in, for models with
+        layers_pattern: name, or names, of the layer list that `layers_to_transform` indexes, for models with
             more than one (for example "decoder.layers").
-        heads: which heads are edited: None (all), a list (the same in every layer), or a dict from layer index or
-            module name to a list, or to `{"m": list, "a": list}` for the two edits apart. Layers missing from the
+        heads: the heads to edit: None (all), a list (the same in every layer), or a dict from layer index or
+            module name to a list, or to `{"m": list, "a": list}` for separate lists. Layers missing from the
             dict are not edited.
         head_dim: size of a head; None reads it from the model. With another `site`, the features are split into heads of
             this size, each with gates of its own; None: one head.
         edit: "both", "multiplicative" (m only) or "additive" (a only).
-        additive: "head", an offset a for each head; or "kv_group", one for all heads that share keys and values, added
-            before the heads are scaled: `(1 + g_m*m) * (z + g_a*a)`. Such an edit is a bias of the value projection, where
-            more runtimes have room for it (`save_merged`); where every head has values of its own, so is "head".
-        init_std: standard deviation of m and a at the start; 0 starts at the identity exactly. Default 1e-3.
-        init_log_alpha: log alpha of every gate at the start. Default 2.5: all gates open, `P(g != 0) = 0.964`.
+        additive: "head", an offset a for each head (default); or "kv_group", one for all heads that share keys and
+            values, added before scaling: `(1 + g_m*m) * (z + g_a*a)`. A "kv_group" edit equals a bias of the value
+            projection, which more runtimes support (`save_merged`); so does "head" without grouped-query attention.
+        init_std: standard deviation of the initial m and a; 0 starts at the identity exactly. Default 1e-3.
+        init_log_alpha: initial log alpha of every gate. Default 2.5: all gates open, `P(g != 0) = 0.964`.
         temperature: temperature of the hard-concrete distribution. Default 0.33.
         stretch: its stretch interval, below 0 and above 1. Default (-0.1, 1.1).
-        gate_estimator: the deterministic gate used in eval and for merging: "clip" (the clipped stretched sigmoid,
-            exact zeros) or "mean" (the expectation E[g]).
-        gate_sampling: in training, one gate sample a forward ("forward", as in the paper) or one for each row of the
-            batch ("row", the first dimension of the projection's input).
-        gate_rate: how many times as far as m and a log alpha moves in a step of an optimizer at one learning rate: log
-            alpha is stored divided by it. At a rate that suits m and a, it would never get to where gates close.
-            Default 10; 1 in configurations from before there was this field, whose files hold log alpha itself.
-        freeze_gates: gates are deterministic also in training and log alpha is not trained.
+        gate_estimator: the deterministic gate used in eval and for merging: "clip" (default: the clipped stretched
+            sigmoid, exact zeros) or "mean" (the expectation E[g]).
+        gate_sampling: in training, one gate sample per forward ("forward", the default and the paper's) or one per row
+            of the batch ("row", the first dimension of the projection's input).
+        gate_rate: learning-rate multiplier of log alpha relative to m and a; log alpha is stored divided by it. Without
+            it, a learning rate that suits m and a is too low to close gates. Default 10; 1 in configurations saved before
+            this field existed, whose files hold log alpha itself.
+        freeze_gates: use deterministic gates in training too, and do not train log alpha.
         modules_to_save: other modules to train and save with the adapter.
 
     Raises:
-        ValueError: a value outside its range; the message names the field.
+        ValueError: a value is outside its range; the message names the field.
+
+    Source: JoLA, arXiv 2502.01179.
 
     Examples:
         >>> config = JolaConfig(task_type="CAUSAL_LM", layers_to_transform=[0, 1])
@@ -96,7 +98,7 @@ class JolaConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gate_rate is None:
-            self.gate_rate = _GATE_RATE if self.peft_type is None else 1.0  # files name the type, and code does not
+            self.gate_rate = _GATE_RATE if self.peft_type is None else 1.0  # only files set peft_type
         self.peft_type = add_peft_type(self.method)
         for name, allowed in (
             ("site", _SITES),
@@ -154,7 +156,7 @@ class JolaConfig(AdapterConfig):
         return None
 
     def selects_layer(self, name: str) -> bool:
-        """Whether the module `name` lies in a layer that is to be edited."""
+        """Whether the module `name` is in a selected layer."""
         if self.layers_to_transform is not None:
             wanted = self.layers_to_transform
             if self.layer_index(name) not in ([wanted] if isinstance(wanted, int) else wanted):
@@ -162,7 +164,7 @@ class JolaConfig(AdapterConfig):
         return not isinstance(self.heads, dict) or self._entry(name) is not None
 
     def unused(self, names: list[str]) -> list[Any]:
-        """The layers and modules asked for in `layers_to_transform` and `heads` that none of `names` answers to."""
+        """The layers and modules in `layers_to_transform` and `heads` that match none of the module names."""
         layers = {self.layer_index(name) for name in names}
         wanted = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
         missing: list[Any] = [layer for layer in wanted or [] if layer not in layers]
@@ -177,17 +179,17 @@ class JolaConfig(AdapterConfig):
         return self.heads.get(str(self.layer_index(name)))
 
     def shared(self, kind: str, num_heads: int, num_kv_heads: int | None) -> int:
-        """How many heads in a row share one vector and gate of "m" or "a"."""
+        """The number of consecutive heads that share one vector and gate of `kind`, "m" or "a"."""
         return num_heads // num_kv_heads if kind == "a" and self.additive == "kv_group" and num_kv_heads else 1
 
     def heads_of(
         self, name: str, num_heads: int, num_kv_heads: int | None
     ) -> tuple[list[int] | None, list[int] | None]:
-        """The heads with a multiplicative and with an additive edit in module `name`; None stands for all.
+        """The heads with a multiplicative and with an additive edit in module `name`; None means all.
 
         Raises:
-            ValueError: a head is listed twice or lies outside `0 .. num_heads - 1`; additive edits are to be shared by
-                groups of heads, and the groups are not known or only a part of one is listed.
+            ValueError: a head is listed twice or is outside `0 .. num_heads - 1`; with additive="kv_group", the groups
+                are unknown or only a part of one is listed.
         """
         entry = self._entry(name) if isinstance(self.heads, dict) else self.heads
         parts = [entry.get("m", []), entry.get("a", [])] if isinstance(entry, dict) else [entry, entry]

@@ -1,4 +1,4 @@
-"""Which attention modules of a model JoLA edits, which not, and why."""
+"""A report of the attention modules that JoLA edits, those that it does not, and why."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AttentionCoverage:
     Attributes:
         name: its name in the model.
         kind: its class's name.
-        site: the output projection whose input holds its heads; None if none was recognised.
+        site: its output projection; None if none was recognised.
         adapters: the JoLA adapters that edit it.
         reason: why no adapter edits it; "" if one does.
     """
@@ -37,18 +37,18 @@ class AttentionCoverage:
 
 @dataclass(frozen=True)
 class Coverage:
-    """The attention modules of a model, in its order; printing it shows layers of one stack in one line."""
+    """The attention modules of a model, in its order; printed with one line per stack of layers."""
 
     attention: tuple[AttentionCoverage, ...]
 
     @property
     def edited(self) -> list[AttentionCoverage]:
-        """Those that an adapter edits."""
+        """The modules that an adapter edits."""
         return [module for module in self.attention if module.adapters]
 
     @property
     def skipped(self) -> list[AttentionCoverage]:
-        """Those that none does; each has a `reason`."""
+        """The modules that no adapter edits; each has a `reason`."""
         return [module for module in self.attention if not module.adapters]
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class Coverage:
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """Find a model's attention modules and tell which of them the JoLA adapters in it edit (those with `site="head"`).
+    """Report which attention modules of a model its JoLA adapters with `site="head"` edit.
 
     Args:
         model: any model, with or without JoLA adapters.
@@ -94,7 +94,7 @@ def coverage(model: nn.Module) -> Coverage:
         reason = "" if names else _reason(configs, attention.name, site, attention.reason, unused, bool(every))
         found.append(AttentionCoverage(attention.name, attention.kind, site, names, reason))
     for name, layer in layers.items():
-        if name not in seen:  # named in target_modules, and not recognised as an attention's
+        if name not in seen:  # in target_modules, but not recognised as part of an attention
             around = name.rpartition(".")[0]
             kind = type(inner.get_submodule(around)).__name__
             found.append(AttentionCoverage(around, kind, name, tuple(layer.jola_config), ""))
@@ -102,7 +102,7 @@ def coverage(model: nn.Module) -> Coverage:
 
 
 def print_coverage(model: nn.Module) -> None:
-    """Print which attention modules of a model are edited, which are not, and why; see `coverage`.
+    """Print `coverage`: the attention modules that are edited, those that are not, and why.
 
     Examples:
         >>> print_coverage(get_peft_model(base, JolaConfig(layers_to_transform=[1])))
@@ -127,7 +127,7 @@ def _reason(
 
 
 def _choice(config: JolaConfig, name: str, site: str | None) -> str:
-    """The setting that leaves an attention module out, apart from `target_modules`; "" if there is none."""
+    """The setting other than `target_modules` that leaves an attention module out; "" if none does."""
     names = [name] if site is None else [name, site]
     if any(excluded(config, module) for module in names):
         return "left out by exclude_modules"
@@ -137,7 +137,7 @@ def _choice(config: JolaConfig, name: str, site: str | None) -> str:
 
 
 def excluded(config: JolaConfig, name: str) -> bool:
-    """Whether `exclude_modules` names the module."""
+    """Whether `exclude_modules` matches the module."""
     everything = SimpleNamespace(
         target_modules=".*", exclude_modules=config.exclude_modules, modules_to_save=None, target_parameters=None
     )
@@ -145,7 +145,7 @@ def excluded(config: JolaConfig, name: str) -> bool:
 
 
 def left_out(model: nn.Module, config: JolaConfig, sites: list[str]) -> Iterator[tuple[str, str]]:
-    """Name and reason of the attention modules that `sites` misses and no setting of `config` leaves out."""
+    """Name and reason of each attention module that is not among `sites` and that no setting of `config` leaves out."""
     unused = unused_sites(model)
     for attention in find_attention(model):
         covered = attention.site in sites or any(site.startswith(f"{attention.name}.") for site in sites)

@@ -1,4 +1,4 @@
-"""On which inputs an edited head acts: the size of each head's edit relative to the head's output, text by text."""
+"""The size of each head's edit relative to the head's output, per text: the inputs on which a head acts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class EditReport:
     """Relative edit sizes on texts.
 
     Attributes:
-        texts: what was read.
+        texts: the measured texts.
         sites: names of the edited modules, in the model's order.
-        sizes: (texts, sites, heads), the mean over a text's tokens of ``|z' - z| / |z|``, z the head's output before
-            the edit and z' after it; 0 for a head without an edit, NaN beyond a site's last head.
+        sizes: (texts, sites, heads), the mean over a text's tokens of ``|z' - z| / |z|``, with z the head's output before
+            and z' after the edit; 0 for a head without an edit, NaN beyond a site's last head.
     """
 
     texts: tuple[str, ...]
@@ -40,19 +40,19 @@ class EditReport:
         """The texts on which a head's edit is largest, with its size there, largest first.
 
         Raises:
-            ValueError: no such site or head.
+            ValueError: the site or head does not exist.
         """
         if site not in self.sites or not 0 <= head < self.sizes.shape[2]:
             raise ValueError(f"site and head must be among {self.sites[:3]}... and 0..{self.sizes.shape[2] - 1}")
-        own = self.sizes[:, self.sites.index(site), head]
-        return [(self.texts[i], float(own[i])) for i in own.argsort(descending=True, stable=True)[:count].tolist()]
+        sizes = self.sizes[:, self.sites.index(site), head]
+        return [(self.texts[i], float(sizes[i])) for i in sizes.argsort(descending=True, stable=True)[:count].tolist()]
 
     def text(self, heads: int = 5, texts: int = 2, width: int = 70) -> str:
-        """A short table: the heads that act most, and the texts on which each acts most and least."""
+        """A short table of the heads with the largest edits, and the texts on which each edit is largest and smallest."""
         lines = []
         for site, head in self.heads(heads):
-            own = self.sizes[:, self.sites.index(site), head]
-            lines.append(f"{site} head {head}: {100 * float(own.mean()):.1f} % of the head's output on average")
+            mean = float(self.sizes[:, self.sites.index(site), head].mean())
+            lines.append(f"{site} head {head}: {100 * mean:.1f} % of the head's output on average")
             shown = [*self.largest(site, head, texts), self.largest(site, head, len(self.texts))[-1]]
             for text, size in dict(shown).items():
                 short = " ".join(text.split())
@@ -60,7 +60,7 @@ class EditReport:
         return "\n".join(lines) or "no head is edited"
 
     def to_dict(self, heads: int = 10, texts: int = 5) -> dict[str, Any]:
-        """Plain values for JSON: the mean of every head, and the texts for the heads that act most."""
+        """Values for JSON: the mean of every head, and the texts for the heads with the largest edits."""
         return {
             "sites": list(self.sites),
             "mean": [[round(v, 6) for v in row if v == v] for row in self.mean().tolist()],
@@ -76,14 +76,14 @@ class EditReport:
 
 
 def edit_operands(layer: Any, adapter: str | None = None) -> tuple[Tensor, Tensor]:
-    """What :func:`relative_sizes` needs of a layer, both (heads, head_dim); of the active adapters if none is named."""
+    """The `scale` and `offset` of a layer for :func:`relative_sizes`; of the active adapters if none is named."""
     names = [adapter] if adapter else [name for name in layer.active_adapters if name in layer.jola_config]
     p, q = (part.view(layer.num_heads, layer.head_dim) for part in layer.factors(names))
     return p - 1, q
 
 
 def relative_sizes(z: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """``|scale * z + offset| / |z|`` of every head, (..., heads): z (..., heads * head_dim), the others (heads, head_dim)."""
+    """``|scale * z + offset| / |z|``, (..., heads), for z (..., heads * head_dim) and scale, offset (heads, head_dim)."""
     heads = z.detach().unflatten(-1, scale.shape).to(scale.dtype)
     edit = torch.linalg.vector_norm(torch.addcmul(offset, heads, scale), dim=-1)
     return edit / torch.linalg.vector_norm(heads, dim=-1).clamp_min(torch.finfo(scale.dtype).tiny ** 0.5)
@@ -96,17 +96,17 @@ def edit_sizes(
     """Measure how much the active JoLA adapters change each head on each text.
 
     Args:
-        model: a model with a JoLA adapter; gates are taken as in evaluation. It is left as it was.
-        tokenizer: of the model.
-        texts: what to read, one forward pass each.
-        batch_size: texts per forward pass.
-        max_length: tokens of a text; longer ones lose their beginning.
+        model: a model with a JoLA adapter; runs in evaluation mode and is left unchanged.
+        tokenizer: the model's tokenizer.
+        texts: the texts to measure.
+        batch_size: texts per forward pass. Default 16.
+        max_length: tokens per text; longer texts are truncated at the start. Default 400.
 
     Returns:
-        :class:`EditReport`.
+        an :class:`EditReport`.
 
     Raises:
-        ValueError: no texts, or no active JoLA adapter.
+        ValueError: there are no texts, or no active JoLA adapter.
 
     Examples:
         >>> report = edit_sizes(model, tokenizer, ["a definition", "another"])
@@ -127,14 +127,14 @@ def edit_sizes(
         sizes[:, number, layer.num_heads :] = torch.nan
     mask = torch.empty(0)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    some: list[int] = []
+    batch: list[int] = []
 
     def measure(number: int, layer: Any) -> Any:
         scale, offset = edit_operands(layer)
 
         def hook(z: Tensor) -> None:
-            own = relative_sizes(z, scale, offset) * mask.unsqueeze(-1)
-            sizes[some, number, : layer.num_heads] = (own.sum(1) / mask.sum(1, keepdim=True)).float().cpu()
+            by_token = relative_sizes(z, scale, offset) * mask.unsqueeze(-1)
+            sizes[batch, number, : layer.num_heads] = (by_token.sum(1) / mask.sum(1, keepdim=True)).float().cpu()
 
         return hook
 
@@ -143,11 +143,11 @@ def edit_sizes(
     try:
         model.eval()
         for start in range(0, len(order), batch_size):
-            some = order[start : start + batch_size]
-            width = max(len(rows[i]) for i in some)
+            batch = order[start : start + batch_size]
+            width = max(len(rows[i]) for i in batch)
             pad = tokenizer.pad_token_id or 0
-            ids = torch.tensor([rows[i] + [pad] * (width - len(rows[i])) for i in some], device=device)
-            mask = torch.tensor([[1.0] * len(rows[i]) + [0.0] * (width - len(rows[i])) for i in some], device=device)
+            ids = torch.tensor([rows[i] + [pad] * (width - len(rows[i])) for i in batch], device=device)
+            mask = torch.tensor([[1.0] * len(rows[i]) + [0.0] * (width - len(rows[i])) for i in batch], device=device)
             model(input_ids=ids, attention_mask=mask.long())
     finally:
         for handle in handles:

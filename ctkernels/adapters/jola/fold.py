@@ -1,7 +1,7 @@
-"""Folding edits into the projection, and putting back what was there.
+"""Folding edits into a projection, and restoring it.
 
-Adapters of several methods can lie on one projection: a stack, the outermost first in peft's terms. What is folded in
-depends on the order, so a stack is merged from the inside out and unmerged from the outside in, as a unit.
+One projection can have a stack of tuner layers of several methods. Folding depends on their order, so a stack is merged
+from the innermost layer and unmerged from the outermost one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .packing import move_back, moved_state
 def folded(
     base: nn.Module, weight: Tensor, bias: Tensor | None, p: Tensor, q: Tensor, *, output: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """`W diag(p)` and `b + W q` for a Linear (out, in) or a Conv1D (in, out); of its output, `diag(p) W` and `p*b + q`.
+    """`W diag(p)` and `b + W q` for a Linear (out, in) or a Conv1D (in, out); with `output`, `diag(p) W` and `p*b + q`.
 
-    Computed in the dtype of p, returned in that of `weight`. With no bias and q zero the bias stays None.
+    Computed in the dtype of p, returned in the dtype of `weight`. Without a bias and with q zero, the bias stays None.
     """
     wide = weight.detach().to(p.dtype)
-    by_row = (type(base).__name__ == "Conv1D") != output  # whether p belongs to the rows of the stored weight
+    by_row = (type(base).__name__ == "Conv1D") != output  # whether p scales rows of the stored weight
     new_weight = wide * p[:, None] if by_row else wide * p
     if output:
         offset = q
@@ -40,21 +40,21 @@ def folded(
 
 
 def stack(layer: nn.Module | None) -> Iterator[nn.Module]:
-    """A tuner layer and those below it on the same projection, from the outside in."""
+    """A tuner layer and those below it on the same projection, outermost first."""
     while isinstance(layer, BaseTunerLayer):
         yield layer
         layer = getattr(layer, "base_layer", None)
 
 
 def not_merged(layer: Any, wanted: list[str] | None) -> list[str]:
-    """The active adapters of a tuner layer that are neither merged nor among those to be merged (None: all active)."""
+    """The active adapters of a tuner layer that are neither merged nor in `wanted` (None: all active)."""
     own = layer._get_available_adapters()
     done = {*layer.merged_adapters, *(layer.active_adapters if wanted is None else wanted)}
     return [name for name in layer.active_adapters if name in own and name not in done]
 
 
 def to_merge(layer: Any, wanted: list[str] | None) -> list[str]:
-    """The adapters among `wanted` (None: the active ones) that a tuner layer has and that are not merged yet."""
+    """The unmerged adapters of a tuner layer that are in `wanted` (None: the active ones)."""
     if isinstance(wanted, str):
         raise TypeError(f"adapter_names must be a list of names, got {wanted!r}")
     own = layer._get_available_adapters()
@@ -63,11 +63,10 @@ def to_merge(layer: Any, wanted: list[str] | None) -> list[str]:
 
 
 class Kept:
-    """What a projection and the stack on it were before merging.
+    """The state of a projection and its stack before merging.
 
-    It goes where the projection goes: `apply` casts and moves it along. So unmerging gives, bit for bit, the base model
-    as it would be had it been cast or moved unmerged. Of an offloaded projection it keeps where the weights lie, and no
-    copy of them.
+    `apply` casts and moves it with the projection, so unmerging gives, bit for bit, the base model that was never merged.
+    For an offloaded projection, only the map to its weights is kept, without a copy.
     """
 
     def __init__(self, base: nn.Module, layers: list[Any]) -> None:
@@ -85,15 +84,15 @@ class Kept:
         return self._parameters._parameters["bias"] is not None
 
     def merged_since(self, layers: list[Any]) -> list[list[str]]:
-        """What was merged in the layers of the stack together with the projection."""
+        """The adapters merged in each layer of the stack since this state was taken."""
         return [[n for n in layer.merged_adapters if n not in names] for layer, names in zip(layers, self._merged)]
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """What `nn.Module._apply` does to the parameters of a module, done to these."""
+        """Apply `fn` to the kept parameters, as `nn.Module._apply` does."""
         self._parameters._apply(fn)
 
     def restore(self, base: nn.Module, layers: list[Any]) -> None:
-        """Put the parameters back, the same objects with the same bits."""
+        """Restore the parameters, the same objects with the same bits."""
         here = offload_hook(base) is not None and not any(p.is_meta for p in base.parameters(recurse=False))
         for layer, names in zip(layers, self._merged):
             layer.merged_adapters[:] = names
@@ -105,24 +104,23 @@ class Kept:
         if hook is not None:
             hook.weights_map = self._weights_map
             if here and any(p.is_meta for p in base.parameters(recurse=False)):
-                hook.pre_forward(base)  # whoever fetched the weights offloads what is there at the end
+                hook.pre_forward(base)  # load them: the caller that had loaded the weights offloads them
 
 
 def copied(base: nn.Module) -> None:
-    """Give a projection copies of its parameters, for methods that merge in place."""
+    """Copy a projection's parameters, for methods that merge in place."""
     for name, value in base._parameters.items():
         if type(value) is nn.Parameter:  # quantised ones are replaced, not changed
             base._parameters[name] = nn.Parameter(value.detach().clone(), requires_grad=False)
 
 
 def merge_from_inside(outer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-    """Merge a tuner layer of another method that lies over a JoLA layer: first what is below it, then its own.
+    """Merge the layers below `outer`, a tuner layer of another method over a JoLA layer, and then `outer` itself.
 
-    It takes the place of `outer.merge`. By itself that would add to a weight that JoLA scales afterwards.
+    It replaces `outer.merge`, which would add to a weight that JoLA scales afterwards.
 
     Raises:
-        ValueError: an adapter below is active and is not to be merged, or the projection is offloaded. Nothing is
-            changed then.
+        ValueError: an active adapter below would stay unmerged, or the projection is offloaded. Nothing is changed then.
     """
     base, below = outer.get_base_layer(), list(stack(outer.base_layer))
     if to_merge(outer, adapter_names):
@@ -139,7 +137,7 @@ def merge_from_inside(outer: Any, safe_merge: bool = False, adapter_names: list[
 
 
 def refuse_live(layer: Any, adapter_names: list[str] | None, over: str) -> None:
-    """Refuse to merge over a tuner layer whose active adapters stay unmerged: they would see another input."""
+    """Raise an error if a tuner layer has active adapters that would stay unmerged: their input would change."""
     live = not_merged(layer, adapter_names)
     if live:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Gates after and during training: what is open, freezing, dropping closed heads."""
+"""Gates during and after training: listing open heads, freezing gates, removing closed heads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def named_adapters(model: Any, adapter: str | None) -> list[str]:
 
 
 def log_alphas(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[JolaLayer, str, str, nn.Parameter]]:
-    """Every log alpha of the named adapter (None: the active ones) as (layer, adapter, "m" or "a", parameter)."""
+    """The log alpha parameters of the named adapter (None: the active ones), as (layer, adapter, "m" or "a", parameter)."""
     names = named_adapters(model, adapter)
     for layer in jola_layers(model):
         for name in names:
@@ -39,7 +39,7 @@ def log_alphas(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[J
 
 @torch.no_grad()
 def open_heads(model: nn.Module, adapter: str | None = None) -> dict[str, dict[str, list[int]]]:
-    """The heads whose deterministic gate is not zero.
+    """List the heads whose deterministic gate is not zero.
 
     Args:
         model: a model with a JoLA adapter.
@@ -80,34 +80,34 @@ def freeze_gates(model: nn.Module, adapter: str | None = None) -> None:
 def drop_closed_heads(model: nn.Module, adapter: str | None = None) -> int:
     """Remove the heads whose gate is zero from an adapter: a smaller file that computes the same function.
 
-    Gates are frozen first, since a head that is gone cannot open again. An optimizer that holds the old parameters
-    must be made anew.
+    Gates are frozen first, since a removed head cannot open again. Create the optimizer after this call: the parameters
+    are new.
 
     Args:
         model: a model with a JoLA adapter, unmerged.
         adapter: its name; None takes the active one.
 
     Returns:
-        the number of gates removed.
+        the number of removed gates.
 
     Raises:
         ValueError: every gate is closed (nothing would be left to save), or the adapter is merged.
 
     Examples:
-        >>> drop_closed_heads(model)  # nothing: they are all open
+        >>> drop_closed_heads(model)  # all gates are open
         0
         >>> model.save_pretrained("small")
     """
     names = named_adapters(model, adapter)
-    opened = {name: open_heads(model, name) for name in names}
-    for name, kept in opened.items():
+    open_by_name = {name: open_heads(model, name) for name in names}
+    for name, kept in open_by_name.items():
         if not any(heads for parts in kept.values() for heads in parts.values()):
             raise ValueError(f"adapter {name!r}: every gate is closed, so nothing would be left; unload it instead")
         for layer in jola_layers(model):
             if name in layer.merged_adapters:
                 raise ValueError(f"adapter {name!r}: dropping heads needs it unmerged, but {layer.site} has it merged")
     removed = 0
-    for name, kept in opened.items():
+    for name, kept in open_by_name.items():
         freeze_gates(model, name)
         for layer, _, kind, parameter in list(log_alphas(model, name)):
             heads = kept[layer.site][kind]

@@ -1,4 +1,4 @@
-"""The layer that makes an adapter's edits: around a projection, of its input or its output, or beside a block."""
+"""The layer with an adapter's edits, of the input or output of a projection that it wraps, or of a block's output."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ KINDS = ("m", "a")
 
 
 class BlockOutput(nn.Identity):
-    """The base of a layer that edits a block's output: it hands on what it gets, and knows where the block computes."""
+    """The base layer of a `JolaLayer` that edits a block's output: an identity that knows the block's device."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.__dict__["_block"] = block  # no child of it
+        self.__dict__["_block"] = block  # not as a submodule
 
     @property
     def device(self) -> torch.device | None:
-        """Where the block computes; None: not known."""
+        """The device on which the block computes; None if unknown."""
         block: Any = self.__dict__["_block"]
         return next((device for module in block.modules() if (device := home(module)) is not None), None)
 
@@ -48,28 +48,28 @@ class BlockOutput(nn.Identity):
 class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
     """Wraps a projection and applies `z' = (1 + g_m*m) * z + g_a*a` to its input (JoLA, eq. 2).
 
-    With `edits="mlp"` z is the projection's output. With `edits="block"` the layer stands beside the modules of a block
-    and wraps nothing; the block's output goes through it.
+    With `edits="mlp"`, z is the projection's output. With `edits="block"`, the layer is a child of a block, wraps nothing,
+    and edits the block's output.
 
-    Several active adapters apply one after the other, in the order they were activated. In training, gates are
-    sampled in the layer's own forward from the process's random generator: so a checkpointed layer sees the same
-    sample when it is computed again (torch restores the generator there), two forwards before one backward do not
-    mix, and a sharded parameter is whole when it is read. A layer applied several times in one forward draws anew.
+    Active adapters apply in the order they were activated. In training, gates are sampled in the layer's forward from the
+    default random generator. Activation checkpointing therefore recomputes the same sample (torch restores the generator),
+    two forwards before one backward are independent, and sharded parameters are gathered when they are read. A layer
+    applied several times in one forward samples each time.
 
     Args:
-        base_layer: the projection: Linear, Conv1D or a quantised Linear; of a block, a `BlockOutput`.
-        num_heads: heads in the whole (not the tensor-parallel local) z.
+        base_layer: the projection: Linear, Conv1D or a quantised Linear; for a block, a `BlockOutput`.
+        num_heads: heads in the full z; under tensor parallelism, over all ranks.
         head_dim: size of a head.
         site: the module's name in the model, for messages.
-        num_kv_heads: heads of values that the heads share; None if not known.
-        edits: "head", "mlp" or "block", as `JolaConfig.site`.
+        num_kv_heads: number of value heads; None if unknown.
+        edits: "head", "mlp" or "block", as in `JolaConfig.site`.
 
     Parameters of an adapter, in fp32 by default, K the number of edited heads: `jola_m`, `jola_a` (K, head_dim),
-    `jola_log_alpha_m`, `jola_log_alpha_a` (K,). With `additive="kv_group"`, those of a have a row for each group of heads
-    that share values; `gates`, `vectors` and `log_alpha` give the row of every head. Adam moves every parameter by the
-    same step, so a and log alpha are stored in units in which one step suits all of them: a is `jola_unit_a` (K,) times
-    its parameter, log alpha is `jola_unit_log_alpha` () times its. Units are buffers, saved with the adapter; in a file
-    without them they are 1.
+    `jola_log_alpha_m`, `jola_log_alpha_a` (K,). With `additive="kv_group"`, those of a have one row per group of heads
+    that share values; `gates`, `vectors` and `log_alpha` return a row for every head. Adam's step size is the same for
+    every parameter, so a and log alpha are stored in units: a is `jola_unit_a` (K,) times its parameter, log alpha is
+    `jola_unit_log_alpha` () times its parameter. Units are buffers, saved with the adapter; without them in the file,
+    they are 1.
     """
 
     jola_m: nn.ParameterDict
@@ -103,23 +103,23 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ParameterDict())
         for name in self.unit_names:
             setattr(self, name, BufferDict(persistent=True))
-        # Which heads an adapter edits, where not all. No tensors: those lose their values when a model passes through the
-        # meta device, and no checkpoint has them.
+        # The edited heads of an adapter that does not edit all. Not tensors: those would lose their values on the meta
+        # device, and no checkpoint contains them.
         self.jola_heads_m: dict[str, tuple[int, ...]] = {}
         self.jola_heads_a: dict[str, tuple[int, ...]] = {}
         self.jola_config: dict[str, JolaConfig] = {}
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters: list[str] = []
-        self._kept: Kept | None = None  # what merging replaced
-        self.merge_error = 0.0  # what quantising the merged weight anew lost, in parts of its norm
-        self._paused: list[str] = []  # merged again when adapters are enabled
+        self._kept: Kept | None = None  # the parameters that merging replaced
+        self.merge_error = 0.0  # relative error, in norm, of requantising the merged weight
+        self._paused: list[str] = []  # adapters to merge again when adapters are enabled
         self._watches: list[RemovableHandle] = []
 
     # ---- adapters ----
 
     def update_layer(self, adapter_name: str, config: JolaConfig, init: bool = True) -> None:
-        """Add the parameters of an adapter, initialised as the config says; without `init`, m and a are to be loaded."""
+        """Add the parameters of an adapter, initialised from the config; with `init=False`, m and a are left empty."""
         self.jola_config[adapter_name] = config
         for kind, heads in zip(KINDS, config.heads_of(self.site, self.num_heads, self.num_kv_heads)):
             count = (self.num_heads if heads is None else len(heads)) // self.shared(kind, adapter_name)
@@ -150,7 +150,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         self._keep_gates_frozen()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch adapters on or off. Off, a forward unmerges them; on, those that are not active are merged again."""
+        """Switch adapters on or off. A forward unmerges switched-off adapters; switching on merges inactive ones again."""
         super().enable_adapters(enabled)
         self._keep_gates_frozen()
         if enabled and self._paused:
@@ -170,7 +170,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # never to the meta device, where an offloaded base layer is while it does not run
+        # not to the meta device, where the weights of an idle offloaded base layer are
         device = device or self._home()
         if device is not None:
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
@@ -180,7 +180,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         return base.device if isinstance(base, BlockOutput) else home(base)
 
     def keep_resident(self) -> None:
-        """Take back parameters of adapters that accelerate offloads."""
+        """Move adapter parameters that accelerate has offloaded back to the device."""
         keep_resident([self._modules[name] for name in (*self.adapter_layer_names, *self.unit_names)])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> JolaLayer:
@@ -196,7 +196,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
                         self._log_alpha(kind)[name].requires_grad_(False)
 
     def keep_heads(self, adapter_name: str, kind: str, heads: list[int]) -> None:
-        """Drop every head but `heads` (indices among all heads; whole groups) from one edit of an adapter."""
+        """Remove all heads but `heads` (indices among all heads; whole groups) from one edit of an adapter."""
         old, shared = self.heads(kind, adapter_name), self.shared(kind, adapter_name)
         rows = [old.index(head) // shared for head in heads[::shared]]
         self._heads(kind).pop(adapter_name, None)
@@ -217,7 +217,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
             del self.jola_unit_log_alpha[adapter_name]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # what was saved before there were units has its values in units of 1
+        # state dicts saved before units existed have units of 1
         for unit, names in (
             ("jola_unit_a", ("jola_a",)),
             ("jola_unit_log_alpha", ("jola_log_alpha_m", "jola_log_alpha_a")),
@@ -240,20 +240,20 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         return self.jola_heads_m if kind == "m" else self.jola_heads_a
 
     def heads(self, kind: str, adapter_name: str) -> tuple[int, ...]:
-        """The heads, in order, that the rows of an adapter's parameters belong to."""
+        """The edited heads of an adapter, in the order of its parameters' rows."""
         return self._heads(kind).get(adapter_name, tuple(range(self.num_heads)))
 
     def shared(self, kind: str, adapter_name: str) -> int:
-        """How many heads in a row share a row of an adapter's parameters."""
+        """The number of consecutive heads that share a row of an adapter's parameters."""
         return self.jola_config[adapter_name].shared(kind, self.num_heads, self.num_kv_heads)
 
     def row_sizes(self, adapter_name: str, sizes: Tensor) -> Tensor:
-        """The RMS that belongs to each row of an adapter's a, of the RMS of every head's output, (num_heads,)."""
+        """The RMS for each row of an adapter's a, from the RMS of every head's output, (num_heads,)."""
         edited = sizes[list(self.heads("a", adapter_name))]
         return edited.view(-1, self.shared("a", adapter_name)).square().mean(-1).sqrt()
 
     def vectors(self, kind: str, adapter_name: str) -> Tensor:
-        """m or a of an adapter's edited heads, (heads, head_dim)."""
+        """The m or a of an adapter's edited heads, (heads, head_dim)."""
         value = self._of(kind)[adapter_name]
         if kind == "a":
             value = value * self.jola_unit_a[adapter_name].unsqueeze(-1)
@@ -268,18 +268,18 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         shared = self.shared(kind, adapter_name)
         return rows if shared == 1 else rows.repeat_interleave(shared, dim)
 
-    # ---- what others read of a projection ----
+    # ---- attributes of the projection ----
 
     @property
     def weight(self) -> Tensor:
-        """The projection's weight. A model that multiplies by it instead of calling this layer gets an error."""
+        """The projection's weight. Using it without calling this layer raises an error while an adapter is active."""
         if self._edits():
             note_read(self)
         return super().weight
 
     @property
     def bias(self) -> Tensor:
-        """The projection's bias (None if it has none); as `weight`."""
+        """The projection's bias, None if it has none; checked as `weight` is."""
         if self._edits():
             note_read(self)
         return super().bias
@@ -301,16 +301,16 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         return shape
 
     def watch(self, block: nn.Module) -> None:
-        """Have `block`, the module that holds this layer, checked: it may not use the weight without calling the layer."""
+        """Check, in each call of `block`, the module around this layer, that it does not use the weight directly."""
         self._watches += watch(block, self)
 
     def stand_beside(self, block: nn.Module) -> None:
-        """Become a child of `block` and edit its output from now on."""
+        """Add this layer to `block` as a child that edits the block's output."""
         block.add_module(BLOCK_OUTPUT, self)
         self._watches.append(block.register_forward_hook(partial(_through, self)))
 
     def leave(self, block: nn.Module) -> None:
-        """Undo `stand_beside`."""
+        """Remove this layer from `block`."""
         self.unwatch()
         del block._modules[BLOCK_OUTPUT]
 
@@ -318,7 +318,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         """Call `function` with the z (..., heads * head_dim) of each forward, until the handle is removed.
 
         Raises:
-            ValueError: the layer is merged into the projection whose output it edits, so that there is no z.
+            ValueError: the layer is merged into the projection whose output it edits, so there is no z.
         """
         if self.edits != "mlp":
             return self.register_forward_pre_hook(lambda _, inputs: function(inputs[0]))
@@ -329,7 +329,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         return self.base_layer.register_forward_hook(lambda _, inputs, output: function(output))
 
     def unwatch(self) -> None:
-        """End all checks begun by `watch`, and the edits of a block."""
+        """Remove all checks added by `watch`, and the edit of a block."""
         for handle in self._watches:
             handle.remove()
         self._watches.clear()
@@ -341,7 +341,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
     # ---- the edit ----
 
     def gates(self, adapter_name: str, *, training: bool | None = None, rows: int | None = None) -> dict[str, Tensor]:
-        """The gates of an adapter's edited heads: a dict from "m" and "a" to (heads,), or (rows, heads) if sampled by row."""
+        """The gates of an adapter's edited heads: a dict from "m" and "a" to (heads,), or (rows, heads) if sampled per row."""
         config = self.jola_config[adapter_name]
         log_alpha = {kind: self._log_alpha(kind)[adapter_name] for kind in KINDS if adapter_name in self._of(kind)}
         if not log_alpha:
@@ -362,7 +362,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         return {kind: self._by_head(part, adapter_name, kind, -1) for kind, part in zip(log_alpha, parts)}
 
     def _spread(self, value: Tensor, adapter_name: str, kind: str, dim: int) -> Tensor:
-        """Place the rows of the edited heads among all heads, zeros elsewhere."""
+        """Scatter the rows of the edited heads into a tensor of all heads, zero elsewhere."""
         if adapter_name not in self._heads(kind):
             return value
         lengths, gaps = _runs(self._heads(kind)[adapter_name], self.num_heads)
@@ -377,14 +377,14 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
     def _operands(
         self, adapter_name: str, gates: dict[str, Tensor], like: Tensor | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """m and a, and their gates, of all heads, as `head_edit` takes them; in the dtype and on the device of `like`."""
+        """The m, a and gates of all heads, as arguments of `head_edit`; in the dtype and on the device of `like`."""
         vectors = {kind: self._spread(self.vectors(kind, adapter_name), adapter_name, kind, 0) for kind in gates}
         gates = {kind: self._spread(gate, adapter_name, kind, -1) for kind, gate in gates.items()}
         if like is not None:
             vectors = {kind: value.to(like) for kind, value in vectors.items()}
             gates = {kind: gate.to(like) for kind, gate in gates.items()}
         if self.jola_config[adapter_name].additive == "kv_group" and len(gates) == 2:
-            vectors["a"] = vectors["a"] * (1 + vectors["m"] * gates["m"].unsqueeze(-1))  # what is added is scaled too
+            vectors["a"] = vectors["a"] * (1 + vectors["m"] * gates["m"].unsqueeze(-1))  # a is added before scaling
         return vectors, gates
 
     def folded_edit(self, adapter_name: str) -> dict[str, Tensor]:
@@ -417,10 +417,10 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         )
 
     def attention_edit(self, heads: int, size: int) -> tuple[Tensor | None, ...] | None:
-        """(m, a, g_m, g_a) for an attention function that applies the edit to its own output and records it.
+        """Return (m, a, g_m, g_a) for an attention function that applies the edit to its own output.
 
-        None where the edit has to happen here: no adapter or several, gates by row, local heads, a hook that looks at
-        what comes in or brings an adapter for each row.
+        None where this layer has to apply the edit: no or several active adapters, gates sampled per row, tensor-parallel
+        heads, or a forward pre-hook (a monitor, or `adapter_names`).
         """
         names = [name for name in self.active_adapters if name in self.jola_config]
         if self.disable_adapters or self.merged or len(names) != 1 or self._forward_pre_hooks:
@@ -501,7 +501,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def factors(self, adapter_names: list[str]) -> tuple[Tensor, Tensor]:
-        """p and q, both (heads * head_dim,), with `p*z + q` the edit of the adapters in order, gates deterministic."""
+        """Return p and q, both (heads * head_dim,), such that `p*z + q` applies the adapters in order; gates deterministic."""
         like = getattr(self.get_base_layer(), "weight", next(self.parameters(), torch.zeros(())))
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         p = torch.ones(self.num_heads, self.head_dim, dtype=dtype, device=self._home() or like.device)
@@ -516,13 +516,13 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def offsets(self, adapter_names: list[str]) -> Tensor:
-        """b, (num_kv_heads, head_dim) in float64, with `p*(z + b)` the edit of the adapters in order, as in `factors`.
+        """Return b, (num_kv_heads, head_dim) in float64, such that `p*(z + b)` applies the adapters, p as in `factors`.
 
-        Attention weights sum to 1, so b may be added to the values instead.
+        Attention weights sum to 1, so b can be added to the values instead.
 
         Raises:
-            ValueError: no b does it: a head's scale is 0 where something is added to it, or heads with the same values
-                have other offsets.
+            ValueError: there is no such b: a head is scaled by 0 and has an offset, or heads that share values have
+                different offsets.
         """
         base: Any = self.get_base_layer()
         p = torch.ones(self.num_heads, self.head_dim, dtype=torch.float64, device=home(base) or base.weight.device)
@@ -538,7 +538,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         return self._of_values(b)
 
     def _of_values(self, b: Tensor) -> Tensor:
-        """One offset for each head of values, of one for each head."""
+        """Reduce offsets per head to offsets per value head."""
         zero = (~b.isfinite()).nonzero().tolist()
         if zero:
             raise ValueError(
@@ -548,7 +548,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         if self.num_kv_heads is None:
             raise ValueError(f"{self.site}: no projection of values was found beside it")
         groups = b.view(self.num_kv_heads, -1, self.head_dim)
-        # a bias in the projection's dtype cannot tell smaller differences
+        # a bias in the projection's dtype cannot represent smaller differences
         weight: Any = self.get_base_layer().weight
         eps = torch.finfo(weight.dtype if weight.is_floating_point() else torch.float32).eps
         if bool((groups - groups[:, :1]).abs().amax() > eps * groups.abs().amax()):
@@ -559,14 +559,14 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         return groups[:, 0]
 
     def check_merge(self, adapter_names: list[str] | None = None) -> list[str]:
-        """Check that adapters can be merged; nothing is changed.
+        """Check that adapters can be merged, without merging them.
 
         Returns:
             the names, among `adapter_names` or the active ones, that would be merged.
 
         Raises:
-            ValueError: the layer edits a block's output, the projection is sharded or quantised in an unknown way, or an
-                active adapter below this layer is not to be merged.
+            ValueError: the layer edits a block's output, the projection is sharded or quantised in an unsupported way, or
+                an active adapter below this layer would stay unmerged.
         """
         names = to_merge(self, adapter_names)
         if names and self.edits == "block":
@@ -589,21 +589,21 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, additive: bool = True) -> None:
         """Fold adapters into the projection: `W <- W diag(p)`, `b <- b + W q`, computed in fp32 or wider.
 
-        Of a projection whose output is edited: `W <- diag(p) W`, `b <- p*b + q`.
+        Edits of the projection's output instead give `W <- diag(p) W`, `b <- p*b + q`.
 
-        Adapters of other methods below this layer are merged first. New parameters take the place of the old ones, which
-        are kept for `unmerge` (and cast and moved with the layer); a weight tied to another module is untied here. A bias
-        is created only if q is not zero. Merging more adapters later begins anew from the original parameters. With
-        `additive=False`, q is left out: `offsets` are to be added to the values. A quantised weight is quantised anew in
-        the same way, unless p is 1; `merge_error` says what that lost.
+        Adapters of other methods below this layer are merged first. The original parameters are replaced and kept for
+        `unmerge` (cast and moved with the layer); a weight tied to another module is untied. A bias is created only if q
+        is not zero. Merging more adapters later restarts from the original parameters. With `additive=False`, q is
+        left out, for a caller that adds `offsets` to the values. A quantised weight is requantised in the same format
+        unless p is 1; `merge_error` is the relative error of that.
 
         Raises:
-            ValueError: the projection is sharded or quantised in an unknown way, an active adapter below this layer is not
-                to be merged, or `safe_merge` met a non-finite value. Nothing is changed then.
+            ValueError: the projection is sharded or quantised in an unsupported way, an active adapter below this layer
+                would stay unmerged, or `safe_merge` found a non-finite value. Nothing is changed then.
         """
         names = self.check_merge(adapter_names)
         if self.merged:
-            check_adapters_to_merge(self, adapter_names)  # peft's warning, also where nothing is left to merge
+            check_adapters_to_merge(self, adapter_names)  # for peft's warning
         if not names:
             return
         before, jola = self._merged_names(), list(self.merged_adapters)
@@ -618,7 +618,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
             raise
 
     def _fold(self, names: list[str], below: list[str] | None, safe_merge: bool, additive: bool = True) -> None:
-        """Fold `names` into the original parameters, and before them what is below (names; None for what is active)."""
+        """Fold the adapters `below` this layer (None: the active ones), then `names`, into the original parameters."""
         base: Any = self.get_base_layer()
         layers = self._below()
         kept = Kept(base, layers)
@@ -650,24 +650,24 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         self.merged_adapters[:] = names
 
     def _below(self) -> list[Any]:
-        """Tuner layers of other methods on the same projection, below this one, from the outside in."""
+        """Tuner layers below this one on the same projection, outermost first."""
         return list(stack(self.base_layer))
 
     def _merged_names(self) -> list[str]:
-        """What `merge` merged, here and below."""
+        """The adapters that `merge` merged, here and below."""
         below = [] if self._kept is None else self._kept.merged_since(self._below())
         return [*self.merged_adapters, *(name for names in below for name in names)]
 
     def has_own_bias(self) -> bool:
-        """Whether the projection has a bias of its own, not made by merging."""
+        """Whether the projection had a bias before merging."""
         if self._kept is not None:
             return self._kept.has_bias
         return getattr(self.get_base_layer(), "bias", None) is not None
 
     def unmerge(self) -> None:
-        """Put the original parameters back, the same objects with the same bits, where the layer is now.
+        """Restore the original parameters, the same objects and bits, on the layer's current device.
 
-        What is merged over this layer is unmerged first.
+        Adapters merged over this layer are unmerged first.
         """
         if self._kept is None:
             warnings.warn(f"{self.site}: nothing is merged, so there is nothing to unmerge", UserWarning, stacklevel=2)
@@ -680,17 +680,17 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def extra_repr(self) -> str:
-        """What is edited, heads and head size, shown when the model is printed."""
+        """Kind of edit, head count and head size, shown when the model is printed."""
         return f"edits={self.edits!r}, num_heads={self.num_heads}, head_dim={self.head_dim}"
 
 
 def _through(layer: JolaLayer, block: nn.Module, inputs: Any, output: Any) -> Any:
-    """A block's output edited: a forward hook."""
+    """Forward hook that edits a block's output."""
     return edit_hidden(layer, output, layer.site)
 
 
 def edit_hidden(edit: Callable[[Tensor], Tensor], output: Any, site: str) -> Any:
-    """The output of the module `site` with its hidden states edited: a tensor, or the first of several."""
+    """Edit the hidden states in the output of the module `site`: the tensor, or the first element of a tuple or list."""
     if isinstance(output, Tensor):
         return edit(output)
     if type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
@@ -702,7 +702,7 @@ def edit_hidden(edit: Callable[[Tensor], Tensor], output: Any, site: str) -> Any
 
 
 def _runs(heads: tuple[int, ...], count: int) -> tuple[list[int], list[int]]:
-    """The lengths of runs of neighbours among `heads`, and of the gaps before, between and after them."""
+    """The lengths of the runs of consecutive `heads`, and of the gaps before, between and after the runs."""
     lengths, gaps = [1], [heads[0]]
     for left, right in pairwise(heads):
         if right == left + 1:
@@ -714,15 +714,15 @@ def _runs(heads: tuple[int, ...], count: int) -> tuple[list[int], list[int]]:
 
 
 def _covered(owner: nn.Module, name: str, module: nn.Module | None) -> None:
-    """See that a tuner layer put over a JoLA layer merges what is below it first, and is unmerged before it.
+    """Make a tuner layer put over a JoLA layer merge that first, and be unmerged before it.
 
-    peft merges from the outside in, which is right only for methods that all add to the weight.
+    peft merges the outermost layer first, which is correct only if every method adds to the weight.
     """
     if name == "base_layer" and isinstance(owner, BaseTunerLayer) and not isinstance(owner, JolaLayer):
         for below in stack(module):
             if isinstance(below, JolaLayer):
                 owner.merge = partial(merge_from_inside, owner)  # type: ignore[method-assign]
-                below.__dict__["_above"] = owner  # no child of it
+                below.__dict__["_above"] = owner  # not as a submodule
 
 
 register_module_module_registration_hook(_covered)

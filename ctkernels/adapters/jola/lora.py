@@ -1,4 +1,4 @@
-"""A JoLA adapter written as a LoRA adapter, for programs that serve LoRA and no JoLA."""
+"""Saving a JoLA adapter as a LoRA adapter, for runtimes that serve LoRA only."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .packing import packing
 
 @torch.no_grad()
 def save_as_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = None) -> LoraConfig:
-    """Write a JoLA adapter as a LoRA adapter that computes the same in evaluation, up to rounding.
+    """Save a JoLA adapter as a LoRA adapter that computes the same in evaluation, up to rounding.
 
-    The multiplicative edit of a projection's input adds `W diag(g_m*m)` to its weight W. In that, the columns of closed heads
-    are zero, so it is `B A` with B the columns of W that belong to open heads, and A their `g_m*m`: its rank is the number
-    of open heads times their size. The additive edit adds `W (g_a*a)` to the output, which is the bias of LoRA's B
-    (`lora_bias`). Programs that read no such bias need an adapter with `edit="multiplicative"`, or `save_merged`.
+    The multiplicative edit adds `W diag(g_m*m)` to the projection's weight W. The columns of closed heads are zero there,
+    so this is `B A` with B the columns of W for the open heads and A their `g_m*m`: the rank is the number of open heads
+    times the head size. The additive edit adds `W (g_a*a)` to the output, as the bias of LoRA's B (`lora_bias`). Runtimes
+    without that bias need an adapter with `edit="multiplicative"`, or `save_merged`.
 
     Args:
         model: a model with a JoLA adapter, unmerged.
@@ -33,12 +33,12 @@ def save_as_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
         adapter: its name; None takes the active one.
 
     Returns:
-        the configuration that was written.
+        the saved configuration.
 
     Raises:
         ValueError: several adapters are active and none is named, every gate is closed, the adapter is merged or edits no
-            heads (`site`), a projection is quantised or sharded, or there are adapters of other methods or
-            modules_to_save, which would be left out.
+            heads (`site`), a projection is sharded or quantised in an unsupported way, or there are adapters of other
+            methods or modules_to_save, which would be left out.
 
     Examples:
         >>> config = save_as_lora(model, "lora")
@@ -96,7 +96,7 @@ def save_as_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
 
 
 def _check_alone(model: nn.Module, config: Any) -> None:
-    """Check that nothing but JoLA's edits changes the model."""
+    """Check that the model has no adapters of other methods and no saved modules."""
     tuners: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     others = [layer for layer in tuners if not isinstance(layer, JolaLayer) and layer._get_available_adapters()]
     if others:
@@ -111,7 +111,7 @@ def _check_alone(model: nn.Module, config: Any) -> None:
 
 
 def _matrices(layer: JolaLayer, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A (r, in), B (out, r) and B's bias (out,), in float32 or wider; r is at least 1."""
+    """LoRA's A (r, in), B (out, r) and the bias of B (out,), in float32 or wider; r is at least 1."""
     base: Any = layer.get_base_layer()
     _, q = layer.factors([name])
     vectors, gates = layer._operands(name, layer.gates(name, training=False))

@@ -1,4 +1,4 @@
-"""The tuner: puts JoLA layers into a model and takes them out again."""
+"""The tuner: adds JoLA layers to a model and removes them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from .weighted import fill_weighted, weighted_config
 
 
 class JolaModel(BaseTuner):
-    """Edits the attention heads, MLPs or blocks of a model; made by `peft.get_peft_model(model, JolaConfig(...))`.
+    """Edits the attention heads, MLPs or blocks of a model; created by `peft.get_peft_model(model, JolaConfig(...))`.
 
     Args:
         model: the model to adapt.
@@ -51,8 +51,7 @@ class JolaModel(BaseTuner):
         adapter_name: its name.
 
     Raises:
-        ValueError: no site was found, or one cannot be edited; the message names the module. The model is left as it
-            was.
+        ValueError: no site was found, or one cannot be edited; the message names the module. The model is unchanged.
 
     Examples:
         >>> import ctkernels.adapters
@@ -73,7 +72,7 @@ class JolaModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """Settle the targets and check every site before any module is replaced."""
+        """Choose the targets and check every site before any module is replaced."""
         targets, sites = planned_sites(model, peft_config)
         self._planned = sites
         shapes = parameter_shapes(peft_config, sites)
@@ -87,7 +86,7 @@ class JolaModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        # without the layer fields: peft reads them otherwise for lists than for regular expressions
+        # without the layer fields, which peft treats differently for lists and for regular expressions
         names = ("target_modules", "exclude_modules", "modules_to_save")
         found = check_target_module_exists(
             SimpleNamespace(target_parameters=None, **{name: getattr(peft_config, name) for name in names}), key
@@ -125,12 +124,14 @@ class JolaModel(BaseTuner):
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
         if isinstance(new_module, JolaLayer):
-            setattr(parent, child_name, new_module)  # peft would move its parameters to the base's device, even to meta
+            setattr(
+                parent, child_name, new_module
+            )  # peft's version moves parameters to the base's device, even to meta
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter into the model, also where one projection is registered under several names."""
+        """Add an adapter to the model, including projections registered under several names."""
         name: Any = kwargs.get("adapter_name", args[0] if args else None)
         check_adapter_name(name)
         config = self.peft_config[name]
@@ -148,14 +149,14 @@ class JolaModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
-        """Add an adapter that changes each head by the weighted sum of what others change it by in evaluation.
+        """Add an adapter whose edit of each head is the weighted sum of the edits of other adapters in evaluation.
 
         Its gates are open and frozen. It is not activated.
 
         Args:
-            adapters: the others' names.
-            weights: one for each.
-            adapter_name: the new one's name.
+            adapters: names of the adapters to combine.
+            weights: one weight per adapter.
+            adapter_name: name of the new adapter.
             combination_type: only "linear".
 
         Raises:
@@ -170,7 +171,7 @@ class JolaModel(BaseTuner):
         inject_new(self, adapter_name, weighted_config(self.model, adapters))
         fill_weighted(self.model, adapters, weights, adapter_name)
 
-    # ---- switching, merging, taking layers out ----
+    # ---- switching, merging, unloading ----
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in jola_layers(self.model):
@@ -181,20 +182,20 @@ class JolaModel(BaseTuner):
         """Delete an adapter.
 
         Raises:
-            ValueError: there is none of that name, or it is merged.
+            ValueError: there is no adapter of that name, or it is merged.
         """
         for layer in jola_layers(self.model):
             if adapter_name in layer.merged_adapters:
-                raise ValueError(  # in the words of peft, which says it in its newer versions
+                raise ValueError(  # the message of newer versions of peft
                     f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
                 )
         super().delete_adapter(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into every layer, or into none if one cannot be merged.
+        """Merge adapters into every layer, or into none if one layer cannot be merged.
 
         Raises:
-            ValueError: there is no adapter of a name, or a layer cannot be merged (see `JolaLayer.merge`).
+            ValueError: a name is unknown, or a layer cannot be merged (see `JolaLayer.merge`).
         """
         self._check_merge_allowed()
         tuners: list[Any] = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
@@ -210,7 +211,7 @@ class JolaModel(BaseTuner):
                         layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unmerge_adapter(self) -> None:
-        """Put the original weights back, bit for bit."""
+        """Restore the original weights, bit for bit."""
         for layer in [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]:
             if layer.merged:
                 with nullcontext() if isinstance(layer, JolaLayer) else onload_layer(layer):
@@ -218,7 +219,7 @@ class JolaModel(BaseTuner):
 
     @contextmanager
     def _all_or_none(self, adapter_names: list[str] | None, safe_merge: bool) -> Iterator[list[tuple[Any, list[str]]]]:
-        """Merge the JoLA layers; an error there or in the block takes it back, and what the block says it merged."""
+        """Merge the JoLA layers; an error, here or in the block, undoes it and the merges that the block recorded."""
         layers = list(jola_layers(self.model))
         for layer in layers:
             layer.check_merge(adapter_names)
@@ -283,7 +284,7 @@ class JolaModel(BaseTuner):
                 )
         return model
 
-    # ---- one adapter for each row of a batch ----
+    # ---- one adapter per row of a batch ----
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -318,14 +319,13 @@ def jola_layers(model: nn.Module) -> Iterator[JolaLayer]:
 
 
 def planned_sites(model: nn.Module, config: Any) -> tuple[Any, dict[str, SiteHeads]]:
-    """The sites that an adapter with this configuration edits.
+    """Find the sites that an adapter with this configuration edits.
 
     Returns:
-        `target_modules`, of the table of families or the search where the configuration leaves it open; the heads of
-        every site by its name.
+        `target_modules` (the default ones where the configuration has None), and the heads of every site by name.
 
     Raises:
-        ValueError: there is no site, one cannot be edited, or layers or heads are named where no site is.
+        ValueError: there is no site, one cannot be edited, or `layers_to_transform` or `heads` match no site.
     """
     targets = config.target_modules
     if targets is None:
@@ -360,12 +360,12 @@ def planned_sites(model: nn.Module, config: Any) -> tuple[Any, dict[str, SiteHea
 
 
 def layer_name(config: JolaConfig, site: str) -> str:
-    """The name in a model of the layer that an adapter has at a site."""
+    """The name of the adapter layer of a site."""
     return f"{site}.{BLOCK_OUTPUT}" if config.site == "block" else site
 
 
 def parameter_shapes(config: JolaConfig, sites: dict[str, SiteHeads]) -> dict[str, torch.Size]:
-    """The shapes of an adapter's parameters and units at `sites`, by their name in the model."""
+    """The shapes of an adapter's parameters and units at `sites`, by name in the model."""
     shapes: dict[str, torch.Size] = {}
     for site, heads in sites.items():
         name = layer_name(config, site)
@@ -387,7 +387,7 @@ def _with_targets(config: JolaConfig, targets: Any) -> JolaConfig:
 
 
 def _warn_of_missed(model: nn.Module, config: JolaConfig, sites: list[str]) -> None:
-    """Say which attention modules or MLPs the default targets miss: the user may think that they are edited."""
+    """Warn about attention modules or MLPs that the default targets leave out."""
     what, listing = "attention", "ctkernels.adapters.print_coverage shows all of it; "
     pairs = left_out(model, config, sites) if config.site == "head" else iter(())
     if config.site == "mlp":
@@ -407,7 +407,7 @@ def _warn_of_missed(model: nn.Module, config: JolaConfig, sites: list[str]) -> N
 
 
 def _tell_of_rounding(layers: list[JolaLayer]) -> None:
-    """Warn how much of merged weights quantising them anew lost."""
+    """Warn about the error of requantised merged weights."""
     errors = [layer.merge_error for layer in layers if layer.merged and layer.merge_error]
     if errors:
         warnings.warn(

@@ -1,4 +1,4 @@
-"""Weights as they are stored: plain, or quantised by bitsandbytes or torchao; read as numbers, and stored the same way."""
+"""Weight formats, plain or quantised by bitsandbytes or torchao: dequantising a weight and requantising a new one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Packing(NamedTuple):
-    """How a projection stores its weight: `unpack` gives it as numbers, `pack` makes a parameter that stores others so."""
+    """The weight format of a projection: `unpack` returns the weight, `pack` makes a parameter in the same format."""
 
     quantised: bool
     unpack: Callable[[], Tensor]
@@ -21,10 +21,10 @@ class Packing(NamedTuple):
 
 
 def packing(base: Any, site: str) -> Packing:
-    """How the projection `base` stores its weight.
+    """The weight format of the projection `base`.
 
     Raises:
-        ValueError: it is sharded over ranks, or quantised in a way that is not known here.
+        ValueError: the weight is sharded over ranks, or quantised in an unsupported way.
     """
     weight: Any = getattr(base, "weight", None)
     data: Any = weight.data if isinstance(weight, Tensor) else None
@@ -53,19 +53,19 @@ def _unpack_4bit(weight: Any) -> Tensor:
 
 
 def _as_loaded(weight: Any) -> tuple[Tensor, Any]:
-    """Data and state of a 4-bit weight as they were before its first forward on a CPU, which lays them out anew."""
+    """Data and state of a 4-bit weight in the layout before its first forward on a CPU, which changes the layout."""
     import bitsandbytes as bnb
 
     data, state = weight.data, weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         data, state = bnb.functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
-        if state.absmax.dim() == 2:  # bitsandbytes leaves these transposed where they are not quantised themselves
+        if state.absmax.dim() == 2:  # bitsandbytes leaves absmax transposed unless it is itself quantised
             state.absmax = state.absmax.t().float().flatten()
     return data, state
 
 
 def lay_out_as_loaded(model: nn.Module) -> None:
-    """Undo what bitsandbytes' 4-bit layers did to their weights when they first ran on a CPU: it writes those wrongly."""
+    """Restore the layout of 4-bit weights that bitsandbytes changed in a CPU forward: it saves that layout wrongly."""
     for module in model.modules():
         weight: Any = module._parameters.get("weight")
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
@@ -82,7 +82,7 @@ def _pack_4bit(weight: Any, value: Tensor) -> nn.Parameter:
         quant_type=weight.quant_type,
         quant_storage=weight.quant_storage,
     )
-    return fresh.to(weight.device)  # it is quantised on the way
+    return fresh.to(weight.device)  # `to` quantises it
 
 
 def _unpack_8bit(base: Any) -> Tensor:
@@ -98,7 +98,7 @@ def _pack_8bit(weight: Any, value: Tensor) -> nn.Parameter:
 
 
 def _granularity(data: Any) -> Any:
-    """How torchao's symmetric scales are laid out: by row or for the whole; None for another way."""
+    """The granularity of torchao's symmetric scales, per row or per tensor; None for others."""
     from torchao.quantization.granularity import PerRow, PerTensor
 
     if data.act_pre_scale is not None or data.act_quant_scale is not None:
@@ -118,7 +118,7 @@ def _pack_torchao(data: Any, value: Tensor) -> nn.Parameter:
 
 
 def moved_state(base: Any) -> tuple[Any, ...] | None:
-    """What bitsandbytes' 8-bit layers move from a weight to the layer when they first run; None for others."""
+    """The tensors that a bitsandbytes 8-bit layer moves from its weight to itself in its first forward; None for others."""
     weight: Any = getattr(base, "weight", None)
     state = getattr(base, "state", None)
     if type(weight).__name__ != "Int8Params" or state is None:
@@ -127,6 +127,6 @@ def moved_state(base: Any) -> tuple[Any, ...] | None:
 
 
 def move_back(base: Any, moved: tuple[Any, ...] | None) -> None:
-    """Put back what `moved_state` gave, with the weight that it was of in its place."""
+    """Restore the result of `moved_state`, after the weight itself was restored."""
     if moved is not None:
         base.weight.CB, base.weight.SCB, base.state.CB, base.state.SCB = moved

@@ -1,4 +1,4 @@
-"""Tensor parallelism: which heads a rank holds, and gradients that stay equal on all ranks."""
+"""Tensor parallelism: the heads of a rank, and gradients that are equal on all ranks."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 
 
 class _Slice(torch.autograd.Function):
-    """A rank's slice of a replicated tensor; the gradient is gathered so that every rank gets the whole one."""
+    """A rank's slice of a replicated tensor; backward gathers the full gradient on every rank."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, start: int, length: int, dim: int, group: Any) -> Tensor:
-        ctx.where = (start, length, dim, group, value.shape)
+        ctx.slice = (start, length, dim, group, value.shape)
         return value.narrow(dim, start, length).clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        start, length, dim, group, shape = ctx.where
-        whole = grad.new_zeros(shape)
-        whole.narrow(dim, start, length).copy_(grad)
-        dist.all_reduce(whole, group=group)
-        return whole, None, None, None, None
+        start, length, dim, group, shape = ctx.slice
+        full = grad.new_zeros(shape)
+        full.narrow(dim, start, length).copy_(grad)
+        dist.all_reduce(full, group=group)
+        return full, None, None, None, None
 
 
 def first_head(layer: Any, count: int, heads: int) -> tuple[int, Any]:
-    """The first of the `count` heads on this rank, of `heads` in all, and the group of ranks that share them out.
+    """The first of this rank's `count` heads, out of `heads`, and the tensor-parallel process group.
 
     Raises:
         ValueError: the projection is not sharded that way.
@@ -47,9 +47,9 @@ def local_heads(value: Tensor, layer: Any, count: int, dim: int) -> Tensor:
 
     Args:
         value: a tensor with all heads along `dim`, the same on every rank.
-        layer: the `JolaLayer`; its projection says how it is sharded (a DTensor weight, or transformers' plan).
+        layer: the `JolaLayer`, whose projection has a device mesh (a DTensor weight, or transformers' plan).
         count: heads on this rank.
-        dim: the dimension of heads.
+        dim: the head dimension.
 
     Raises:
         ValueError: the input has fewer heads than the layer, but the projection is not sharded that way.

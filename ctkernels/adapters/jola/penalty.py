@@ -22,7 +22,7 @@ def _local(parameter: Any) -> Tensor:
 
 
 def _over_shards(local: Tensor, parameter: Any) -> Tensor:
-    """The sum over a parameter's shards, with the gradient of the local part (each rank holds its own shard)."""
+    """The sum over a parameter's shards; its gradient goes to the local shard."""
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:
         return local
@@ -34,7 +34,7 @@ def _over_shards(local: Tensor, parameter: Any) -> Tensor:
 
 
 def _sums(model: nn.Module, adapter: str | None) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Sum of P(g != 0) and number of gates, for "m" and "a": one call of `expected_l0` per distribution and device."""
+    """The sum of P(g != 0) and the number of gates, for "m" and "a"; one `expected_l0` call per distribution and device."""
     groups: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
     counts = {"m": 0, "a": 0}
     for layer, name, kind, parameter in log_alphas(model, adapter):
@@ -51,28 +51,30 @@ def _sums(model: nn.Module, adapter: str | None) -> tuple[dict[str, Tensor], dic
         probability = expected_l0(torch.cat(local) * units, temperature=temperature, stretch=stretch)
         parts = probability.split([values.numel() for values in local])
         for kind in counts:
-            own = [part.sum() for part, (other, *_) in zip(parts, members) if other == kind]
-            if own:
-                share = _over_shards(torch.stack(own).sum(), members[0][1]).to(home)
+            sums = [part.sum() for part, (other, *_) in zip(parts, members) if other == kind]
+            if sums:
+                share = _over_shards(torch.stack(sums).sum(), members[0][1]).to(home)
                 totals[kind] = totals[kind] + share if kind in totals else share
     return totals, counts
 
 
 def jola_penalty(model: nn.Module, adapter: str | None = None, *, reduction: str = "mean") -> Tensor:
-    """The L0 penalty on gates, to be added to a loss: the sum of `P(g != 0)` over all gates (JoLA, eq. 4 and 5).
+    """The L0 penalty on gates, to add to a loss: the sum of `P(g != 0)` over all gates (JoLA, eq. 4 and 5).
 
     Args:
         model: a model with a JoLA adapter, bare or inside DDP or FSDP2.
         adapter: its name; None takes the active ones.
-        reduction: "mean" divides by the number of gates, so that a weight means the same for every model; "sum" is
-            the paper's formula as printed.
+        reduction: "mean" (default) divides by the number of gates, so that a weight means the same for every model;
+            "sum" is the paper's formula.
 
     Returns:
-        a scalar with gradient, in the dtype of log alpha; no host synchronisation. Under FSDP2 it is the whole sum on
-        every rank, and its gradient goes to the rank's own shard.
+        a scalar with gradient, in the dtype of log alpha, computed without host synchronisation. Under FSDP2 it is the
+        full sum on every rank, and its gradient goes to the rank's own shard.
 
     Raises:
-        ValueError: reduction is neither, or the model has no JoLA adapter.
+        ValueError: `reduction` is unknown, or the model has no JoLA adapter.
+
+    Source: JoLA, arXiv 2502.01179, eq. 4 and 5.
 
     Examples:
         >>> loss = model(**batch).loss + 0.1 * jola_penalty(model)
@@ -86,15 +88,15 @@ def jola_penalty(model: nn.Module, adapter: str | None = None, *, reduction: str
 
 
 def official_penalty(model: nn.Module, weight: float, adapter: str | None = None) -> Tensor:
-    """The penalty as the released code computes it, with two weights; not the paper's formula.
+    """The penalty of the authors' released code, with two weights; it differs from the paper's formula.
 
-    Additive gates get `weight`, multiplicative gates `1 - weight`, each sum of `P(g != 0)` is divided by the number of
-    heads and then by the number of gates of its kind: for 32 layers of 32 heads the multiplicative gates are pushed at
-    least nine times harder, and as the weight decays the additive ones are not pushed at all.
+    Additive gates have the weight `weight`, multiplicative gates `1 - weight`; each sum of `P(g != 0)` is divided by the
+    number of heads and by the number of gates of its kind. With 32 layers of 32 heads, the penalty on multiplicative gates
+    is at least nine times stronger, and as the weight decays, the one on additive gates vanishes.
 
     Args:
         model: a model with a JoLA adapter whose layers all have the same number of heads.
-        weight: the released code's lambda, which already contains the schedule.
+        weight: the released code's lambda, including the schedule.
         adapter: its name; None takes the active ones.
 
     Returns:
@@ -115,7 +117,7 @@ def official_penalty(model: nn.Module, weight: float, adapter: str | None = None
 
 
 class ConstantSchedule:
-    """The same weight at every step. Args: weight (default 0.1)."""
+    """A constant weight, 0.1 by default."""
 
     def __init__(self, weight: float = 0.1) -> None:
         self.weight = weight
@@ -126,7 +128,7 @@ class ConstantSchedule:
 
 
 class LinearSchedule:
-    """From `start` to `end` over the run (released code: 0 to 0.2)."""
+    """Linear from `start` to `end` over the run (released code: 0 to 0.2)."""
 
     def __init__(self, start: float = 0.0, end: float = 0.2) -> None:
         self.start, self.end = start, end
@@ -161,16 +163,16 @@ class ExponentialSchedule:
 
 
 class AdaptiveSchedule:
-    """Moves by `change` after each evaluation: up when the model got better, down when it got worse.
+    """Changes the weight by `change` after each evaluation: up if the metric improved, down if it got worse.
 
-    The released code feeds its adaptive schedule the training loss minus the last one at every step, so there the
-    weight rises when the loss does.
+    In the released code, the adaptive schedule gets the change of the training loss at every step, so the weight rises
+    with the loss.
 
     Args:
-        start: weight at the start. Default 0.1.
+        start: initial weight. Default 0.1.
         change: step up or down. Default 0.01.
-        low, high: bounds. Default 0 and 1.
-        metric: key of the evaluation metric the callback reads. Default "eval_loss".
+        low, high: bounds of the weight. Default 0 and 1.
+        metric: key of the evaluation metric that the callback reads. Default "eval_loss".
         greater_is_better: whether a larger metric is better. Default False.
     """
 
@@ -188,11 +190,11 @@ class AdaptiveSchedule:
         self.last: float | None = None
 
     def __call__(self, step: int, total: int = 1) -> float:
-        """The weight now; `update` changes it."""
+        """The current weight."""
         return self.weight
 
     def update(self, value: float) -> None:
-        """Take in an evaluation result."""
+        """Change the weight for a new value of the metric."""
         if self.last is not None and value != self.last:
             better = (value > self.last) == self.greater_is_better
             self.weight = min(max(self.weight + (self.change if better else -self.change), self.low), self.high)
@@ -209,24 +211,23 @@ SCHEDULES: dict[str, Callable[[], Any]] = {
 
 
 class JolaPenaltyCallback(TrainerCallback):
-    """Makes a `transformers.Trainer` train JoLA as it should be: in measured units, and with the penalty on gates.
+    """Trains JoLA in a `transformers.Trainer` with measured units and the penalty on gates.
 
-    When training starts from the beginning, units that have not been measured are, by `measure_units`, on examples from
-    the whole length of the training set. The penalty's gradient is added to the gates before each optimizer step: once
-    per step, so gradient accumulation does not repeat it; after gradient clipping, which therefore does not see it;
-    nothing is read back from the device. Losses that the Trainer reports, and evaluation, do not contain the penalty,
-    and evaluation does not advance the schedule.
+    At the start of training, unless resumed, `measure_units` measures units that have not been measured, on examples
+    spread over the training set. The penalty's gradient is added to the gates before each optimizer step: once per step,
+    independent of gradient accumulation, after gradient clipping, and without host synchronisation. The losses that the
+    Trainer reports do not contain the penalty, and evaluation does not advance the schedule.
 
     Args:
-        schedule: a function of (step, total steps) giving the weight, or one of "constant", "linear", "cyclic",
+        schedule: a function of (step, total steps) that returns the weight, or one of "constant", "linear", "cyclic",
             "adaptive", "exponential" with its defaults. Default "exponential".
         adapter: name of the adapter; None takes the active ones.
-        penalty: "paper" (`jola_penalty`) or "official" (`official_penalty`, two weights).
-        units: examples to measure units on. Default 64; 0 leaves the units as they are.
+        penalty: "paper" (`jola_penalty`, default) or "official" (`official_penalty`, two weights).
+        units: number of examples to measure units on. Default 64; 0 leaves the units unchanged.
 
     Raises:
-        ValueError: an unknown schedule or penalty; at the start of training, if fp16 is used without clipping (then
-            gradients are still scaled when the callback runs).
+        ValueError: the schedule or penalty is unknown, or `units` is negative; at the start of training, if fp16 is used
+            without clipping (gradients would still be scaled when the callback runs).
 
     Examples:
         >>> trainer = Trainer(model, arguments, train_dataset=data, callbacks=[JolaPenaltyCallback("exponential")])
@@ -255,12 +256,12 @@ class JolaPenaltyCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        """Refuse a set-up in which the gradient would be added in the wrong scale; measure the units."""
+        """Check the gradient scale and measure the units."""
         if args.fp16 and not args.max_grad_norm:
             raise ValueError("JolaPenaltyCallback: fp16 needs max_grad_norm > 0, got 0 (gradients would stay scaled)")
         if self.units and not state.global_step and not has_units(model, self.adapter):
             try:
-                measure_units(model, _some(train_dataloader, self.units), self.adapter)
+                measure_units(model, _sample_batches(train_dataloader, self.units), self.adapter)
             except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"JolaPenaltyCallback: the units of additive edits cannot be measured on the training set: {error}. "
@@ -272,7 +273,7 @@ class JolaPenaltyCallback(TrainerCallback):
         add_penalty_grad(model, self.schedule(state.global_step, state.max_steps), self.adapter, self.penalty)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Let an adaptive schedule see the metric."""
+        """Pass the metric to an adaptive schedule."""
         if hasattr(self.schedule, "update"):
             if self.schedule.metric not in (metrics or {}):
                 raise ValueError(
@@ -281,8 +282,8 @@ class JolaPenaltyCallback(TrainerCallback):
             self.schedule.update(float(metrics[self.schedule.metric]))
 
 
-def _some(loader: Any, count: int) -> Iterator[Any]:
-    """Batches of `count` examples spread over a data loader's data set; no random number is drawn for it."""
+def _sample_batches(loader: Any, count: int) -> Iterator[Any]:
+    """Batches of `count` examples evenly spaced over a data loader's data set, without using a random generator."""
     data, size = loader.dataset, loader.batch_size or 8
     examples: Iterator[Any]
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
@@ -290,22 +291,22 @@ def _some(loader: Any, count: int) -> Iterator[Any]:
         examples = (data[i * len(data) // count] for i in range(count))
     else:
         examples = itertools.islice(iter(data), count)
-    while some := list(itertools.islice(examples, size)):
-        yield loader.collate_fn(some)
+    while batch := list(itertools.islice(examples, size)):
+        yield loader.collate_fn(batch)
 
 
 @torch.enable_grad()
 def add_penalty_grad(model: nn.Module, weight: float, adapter: str | None = None, penalty: str = "paper") -> None:
     """Add the gradient of the weighted penalty to `.grad` of the trainable gates, without a backward pass.
 
-    For one's own loop: call it once between `backward` and `step`, after clipping and unscaling. No hook of DDP or
-    FSDP runs; every rank adds the same.
+    For custom training loops: call it once between `backward` and `step`, after unscaling and clipping. DDP and FSDP
+    hooks do not run; every rank adds the same gradient.
 
     Args:
         model: a model with a JoLA adapter.
         weight: the penalty's weight.
         adapter: its name; None takes the active ones.
-        penalty: "paper" or "official".
+        penalty: "paper" (default) or "official".
 
     Examples:
         >>> optimizer = torch.optim.AdamW(parameter_groups(model))

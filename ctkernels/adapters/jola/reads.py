@@ -1,4 +1,4 @@
-"""Notices a model that uses a projection's weight without calling the projection, so that its edit would be lost."""
+"""Detects a model that uses a projection's weight without calling the projection, which would skip the edit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 class _Record:
-    """What one call of the module around `layer` did with it."""
+    """Whether one call of the module around `layer` read its weight and called it."""
 
     __slots__ = ("called", "layer", "read")
 
@@ -29,7 +29,7 @@ _running = _Running()
 
 
 def watch(block: nn.Module, layer: nn.Module) -> list[RemovableHandle]:
-    """Check each call of `block`, which holds `layer`: it has to call the layer if it reads the layer's weight."""
+    """Check that each call of `block`, the module around `layer`, calls the layer if it reads the layer's weight."""
     return [
         block.register_forward_pre_hook(partial(_begin, layer)),
         block.register_forward_hook(partial(_end, layer), always_call=True),
@@ -37,7 +37,7 @@ def watch(block: nn.Module, layer: nn.Module) -> list[RemovableHandle]:
 
 
 def note_read(layer: nn.Module) -> None:
-    """Note that the weight or the bias of `layer` was read while it has an edit to make."""
+    """Record that the weight or bias of `layer` was read while an adapter is active."""
     for record in reversed(_running.records):
         if record.layer is layer:
             record.read = True
@@ -45,7 +45,7 @@ def note_read(layer: nn.Module) -> None:
 
 
 def note_call(layer: nn.Module) -> None:
-    """Note that `layer` was called."""
+    """Record that `layer` was called."""
     for record in reversed(_running.records):
         if record.layer is layer:
             record.called = True
@@ -61,8 +61,8 @@ def _end(layer: Any, block: nn.Module, args: Any, output: Any) -> None:
     for position in range(len(records) - 1, -1, -1):
         record = records[position]
         if record.layer is layer:
-            del records[position:]  # above it: calls that an interrupt cut off before their hook ran
-            if record.read and not record.called and output is not None:  # None: the call itself failed
+            del records[position:]  # with the records above it, of calls interrupted before their hook ran
+            if record.read and not record.called and output is not None:  # None: the call raised
                 raise ValueError(
                     f"{layer.site}: {type(block).__name__} used the projection's weight without calling the projection, "
                     "so the edit of its heads would be left out. Set the model to a way that calls it (Bloom: "

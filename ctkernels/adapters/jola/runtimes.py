@@ -1,15 +1,15 @@
-"""Which biases each runtime reads, by model family: where a merged model can have its additive edits."""
+"""The biases that each runtime reads, by model family: where a merged model can store additive edits."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# What `save_merged` takes as its target.
+# The targets of `save_merged`.
 TARGETS = ("transformers", "vllm", "llama.cpp")
 
-# Families (config.model_type) that a runtime has code for, and the biases it reads of them where transformers can have
-# them: of the attention's output projection, of its value projection. transformers itself is asked, not listed.
-# vLLM 0.32 (of families that it leaves to transformers it reads what transformers does), llama.cpp of October 2026.
+# For families (config.model_type) that a runtime implements: which biases it reads, of the attention's output and value
+# projections, out of those that transformers can have. transformers itself is queried instead of listed. State of vLLM
+# 0.32 (its transformers backend reads what transformers does) and llama.cpp of October 2026.
 BOTH, VALUE, NONE = ("output", "value"), ("value",), ()
 READS: dict[str, dict[str, tuple[str, ...]]] = {
     "arcee": {"vllm": BOTH, "llama.cpp": VALUE},
@@ -34,12 +34,12 @@ READS: dict[str, dict[str, tuple[str, ...]]] = {
     "stablelm": {"vllm": VALUE, "llama.cpp": VALUE},
 }
 
-# Families whose attention and feed-forward layers compute what another's do that has room for biases.
+# Families that can be saved as another one with the same layers and with biases.
 REHOMES = {"mistral": "llama", "qwen2": "llama"}
 
 
 class Runtime(NamedTuple):
-    """A runtime's name in messages, and what it does with a bias that it does not read."""
+    """A runtime's name in messages, and its behaviour for a bias that it does not read."""
 
     name: str
     unread: str
@@ -53,13 +53,12 @@ RUNTIMES = {
 
 
 def listed(family: str) -> tuple[str, ...]:
-    """The targets that are known to serve a family: transformers, and those that the table has a row for."""
+    """The targets known to serve a family: transformers, and those in the table."""
     return ("transformers", *READS.get(family, {}))
 
 
 def reads(family: str, target: str, projection: str) -> bool | None:
-    """Whether a target reads the bias of the "output" or "value" projection of attention, or of the one that ends an
-    "mlp"; None: nothing is known."""
+    """Whether a target reads the bias of attention's "output" or "value" projection, or an "mlp"'s last; None if unknown."""
     if target == "transformers":
         return True
     if projection == "mlp":
@@ -69,7 +68,7 @@ def reads(family: str, target: str, projection: str) -> bool | None:
 
 
 def losses(family: str, projection: str = "output") -> list[str]:
-    """Sentences about a merged model of `family` whose projections got a bias, one for each runtime that may lose it."""
+    """Warnings about a merged model of `family` with new biases, one for each runtime that may ignore them."""
     if projection == "mlp":
         return [
             f"Nothing is known of {RUNTIMES[target].name} and biases of MLPs (model_type {family!r}): compare its outputs before "

@@ -1,7 +1,7 @@
-"""Where the output of attention heads can be edited: a table of model families, and a search for the rest.
+"""Sites, the attention output projections of a model: a table of model families, and a search for other models.
 
-A site is the attention output projection: its input holds the heads side by side, `(..., heads * head_dim)`. A family
-is a row of `LAYOUTS`: the regular expression its sites' names end with. Head count and size are read from the model.
+The input of a site is `(..., heads * head_dim)`. `LAYOUTS` maps the regular expression that a site's name ends with
+to model families. Head count and size are read from the model.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ UNSUPPORTED: dict[str, str] = {
 
 _DIM_NAMES = ("v_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_per_head")
 _COUNT_NAMES = ("num_attention_heads", "num_heads", "n_heads", "n_head")
-# Children and parameters of an attention module that make queries, keys or values: one for each, or one for all.
+# Names of an attention module's children and parameters that compute queries, keys or values, separately or fused.
 _ALL = r"qkvz?|wqkv|c_attn|query_key_value|in_proj"
 _ONE = r"(linear_|project_|to_|w)?({})(_global)?(_[ab])?"
 _END = r"(_?(proj|projection|lin|linear|attn|layer))?(_with_mqa)?(_weight)?"
@@ -85,9 +85,9 @@ _NAMED_ATTENTION = re.compile(r"atte?nt?ion|attn", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention module: its name in the model, its class's, and the projection whose input holds its heads.
+    """An attention module: its name in the model, its class's name, and its output projection.
 
-    `site` is None where no such projection was found, and `reason` says why.
+    `site` is None where no output projection was found; `reason` says why.
     """
 
     name: str
@@ -109,7 +109,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The parents of `name`, nearest first, the root last."""
+    """The modules around `name`, nearest first, the root last."""
     parts = name.split(".")[:-1]
     while parts:
         yield model.get_submodule(".".join(parts))
@@ -126,7 +126,7 @@ def _number(owner: Any, names: tuple[str, ...]) -> int | None:
 
 
 def _declared(model: nn.Module, name: str) -> tuple[int | None, int | None]:
-    """Head count and head size as the attention module declares them, else as the nearest config does."""
+    """Head count and head size from the attention module, else from the nearest config."""
     count = size = None
     for level, owner in enumerate(_ancestors(model, name)):
         if level > 2:
@@ -146,30 +146,30 @@ def _declared(model: nn.Module, name: str) -> tuple[int | None, int | None]:
 
 
 def declared_width(model: nn.Module, name: str) -> int | None:
-    """Features of the hidden states around `name`, as the nearest config declares them."""
+    """The size of the hidden states around `name`, from the nearest config that declares it."""
     configs = (getattr(owner, "config", None) for owner in _ancestors(model, name))
     widths = (_number(config, ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")) for config in configs)
     return next((width for width in widths if width is not None), None)
 
 
 def _gives_weights_away(attention: nn.Module) -> bool:
-    """Whether the class's code names torch's function of attention, as `nn.MultiheadAttention` and WavLM's do."""
+    """Whether the class calls `F.multi_head_attention_forward`, as `nn.MultiheadAttention` and WavLM's attention do."""
     functions = (value for cls in type(attention).__mro__ if cls is not nn.Module for value in vars(cls).values())
     codes = (getattr(inspect.unwrap(value), "__code__", None) for value in functions if callable(value))
     return any(code is not None and "multi_head_attention_forward" in code.co_names for code in codes)
 
 
 def head_layout(model: nn.Module, name: str, module: nn.Module, head_dim: int | None = None) -> tuple[int, int]:
-    """Read `(heads, head_dim)` of the site `name`.
+    """Read the head layout `(heads, head_dim)` of the site `name`.
 
     Args:
         model: the model that holds the site.
         name: the site's module name in `model`.
         module: the projection itself (unwrapped).
-        head_dim: overrides what the model declares.
+        head_dim: overrides the head size that the model declares.
 
     Raises:
-        ValueError: the module is no linear projection, is never called as a module (`nn.MultiheadAttention`), is an
+        ValueError: the module is not a linear projection, is never called as a module (`nn.MultiheadAttention`), is an
             input projection, or its input is not `heads * head_dim` wide (a fused layout).
 
     Examples:
@@ -205,7 +205,7 @@ def head_layout(model: nn.Module, name: str, module: nn.Module, head_dim: int | 
 
 
 def value_projection(model: nn.Module, name: str) -> str | None:
-    """The projection that makes the values for the site `name`, and nothing else; None where there is none."""
+    """The separate value projection of the attention around the site `name`; None where there is none."""
     for depth in (1, 2):
         around = ".".join(name.split(".")[:-depth])
         owner = model.get_submodule(around)
@@ -219,8 +219,8 @@ class SiteHeads(NamedTuple):
     """The heads in the input of a projection.
 
     Attributes:
-        number, dim: how many there are, and the size of each.
-        values: how many heads of values they share (see :func:`value_heads`); None if that cannot be read.
+        number, dim: head count and head size.
+        values: number of value heads (see :func:`value_heads`); None if unknown.
     """
 
     number: int
@@ -229,15 +229,15 @@ class SiteHeads(NamedTuple):
 
 
 def site_heads(model: nn.Module, name: str, module: nn.Module, head_dim: int | None = None) -> SiteHeads:
-    """What :func:`head_layout` and :func:`value_heads` say of a site."""
+    """The results of :func:`head_layout` and :func:`value_heads` for a site."""
     count, dim = head_layout(model, name, module, head_dim)
     return SiteHeads(count, dim, value_heads(model, name, count, dim))
 
 
 def value_heads(model: nn.Module, name: str, heads: int, size: int) -> int | None:
-    """How many heads of values the `heads` heads of the site `name` share; None if that cannot be read.
+    """The number of value heads at the site `name` with `heads` heads; None if unknown.
 
-    Neighbours share: head h has the values of `h // (heads // value_heads)`.
+    Head h uses value head `h // (heads // value_heads)`.
     """
     value = value_projection(model, name)
     if value is not None:
@@ -256,7 +256,7 @@ def _is_input(leaf: str) -> bool:
 
 
 def unwrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's modules by name, without the insides of adapter layers."""
+    """The model's modules by name, without the submodules of adapter layers."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
@@ -267,7 +267,7 @@ def unwrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _attends(module: nn.Module) -> bool:
-    """Whether the module makes queries and keys itself (or is named attention, and makes a part of them)."""
+    """Whether the module computes queries and keys itself (only some of them if its class is named attention)."""
     if hasattr(type(module), "get_base_layer"):
         return False
     leaves = [name for name, _ in (*module.named_children(), *module.named_parameters(recurse=False))]
@@ -280,7 +280,7 @@ def _attends(module: nn.Module) -> bool:
 
 
 def _planned(model: nn.Module) -> re.Pattern[str] | None:
-    """The projections that transformers shards by rows under tensor parallelism: an attention has one, its output's."""
+    """A pattern of the projections that transformers shards row-wise under tensor parallelism, as output projections are."""
     patterns = set()
     for prefix, owner in model.named_modules():
         plan = vars(owner).get("_tp_plan")
@@ -292,11 +292,11 @@ def _planned(model: nn.Module) -> re.Pattern[str] | None:
 
 
 def find_attention(model: nn.Module) -> list[Attention]:
-    """Find a model's attention modules and the projection in each whose input holds the heads, without the table.
+    """Find a model's attention modules and their output projections, without the table.
 
-    An attention module makes queries, keys and values by children (or parameters) named so. Its projection is the one
-    that the model's plan for tensor parallelism shards by rows; without a plan, the one linear module with an output's
-    name, in it or else in the attention module around it (BERT's way). It has to be a whole number of heads wide.
+    Attention modules are recognised by the names of their query, key and value projections. The output projection is the
+    one that the model's tensor-parallel plan shards row-wise; without a plan, the one linear module with a usual name, in
+    the module or in the attention module around it (as in BERT). Its input has to be a whole number of heads wide.
     """
     planned = _planned(model)
     modules = dict(unwrapped(model))
@@ -324,7 +324,7 @@ def find_attention(model: nn.Module) -> list[Attention]:
 
 
 def _choose(model: nn.Module, owner: str, modules: dict[str, nn.Module], names: list[str]) -> Attention | None:
-    """The attention module `owner` with the one of `names` that is as wide as its heads; None without names."""
+    """The attention module `owner` with the one of `names` whose width fits its heads; None without names."""
     fits, reasons = [], []
     for name in names:
         try:
@@ -343,10 +343,10 @@ def _choose(model: nn.Module, owner: str, modules: dict[str, nn.Module], names: 
 def find_sites(model: nn.Module) -> list[str]:
     """Find the attention output projections of a model without the table, by their names and shapes.
 
-    Use it to look at an unknown model before passing `target_modules`; `print_coverage` says more.
+    Use it to inspect an unknown model before passing `target_modules`; see also `print_coverage`.
 
     Returns:
-        module names, in the model's order; empty if nothing fits.
+        module names, in the model's order; empty if there is none.
 
     Examples:
         >>> find_sites(base)
@@ -357,10 +357,10 @@ def find_sites(model: nn.Module) -> list[str]:
 
 
 def unused_sites(model: nn.Module) -> dict[str, str]:
-    """The sites whose output the model never uses, with the reason: they would get no gradient.
+    """The sites whose output the model never uses, so that an edit gets no gradient, with the reason.
 
-    Models like LLaVA take their image features from a layer of the vision tower before its last
-    (`vision_feature_layer` of the config, -2 in LLaVA itself); what comes after that layer is for nothing.
+    Models like LLaVA take image features from a layer before the vision tower's last (`vision_feature_layer` of the
+    config, -2 in LLaVA itself); later layers are unused.
     """
     found: dict[str, str] = {}
     for prefix, owner in model.named_modules():
@@ -374,7 +374,7 @@ def unused_sites(model: nn.Module) -> dict[str, str]:
             if number:
                 layers[site] = int(number.group(1))
         depth = max(layers.values(), default=-1) + 1
-        # hidden state 0 is what goes into layer 0
+        # hidden state 0 is the input of layer 0
         needed = max(int(state) % (depth + 1) for state in ([taken] if isinstance(taken, int) else taken))
         for site, layer in layers.items():
             if layer >= needed:
@@ -384,10 +384,10 @@ def unused_sites(model: nn.Module) -> dict[str, str]:
 
 
 def default_targets(model: nn.Module) -> str | list[str]:
-    """What `target_modules=None` means for `model`: the table's pattern, or what `find_sites` finds and is used.
+    """The targets for `target_modules=None`: the table's pattern, or the used sites that `find_sites` finds.
 
     Raises:
-        ValueError: the family is known to have no editable projection, or none was found.
+        ValueError: the family has no editable projection, or none was found.
     """
     config = getattr(model, "config", None)
     family = str(getattr(config, "model_type", "") or "")
@@ -406,7 +406,7 @@ def default_targets(model: nn.Module) -> str | list[str]:
 
 
 def as_targets(model: nn.Module, sites: list[str]) -> list[str]:
-    """`target_modules` for these sites and no others: the ends of their names where those tell them apart."""
+    """`target_modules` for exactly these sites: suffixes of their names if these are unambiguous, else full names."""
     suffixes = sorted({re.split(r"\.\d+\.", name)[-1] for name in sites})
     matched = [
         name

@@ -1,4 +1,4 @@
-"""Measuring how large each head's output is, so that additive edits are trained in steps of that size."""
+"""Measuring the size of each head's output, the unit in which additive edits are trained."""
 
 from __future__ import annotations
 
@@ -16,28 +16,27 @@ from .layer import JolaLayer
 from .model import jola_layers
 from .parallel import first_head
 
-SMALLEST = 1e-3  # of the median head's: a smaller unit would hold an edit fast
+SMALLEST = 1e-3  # smallest unit, relative to the median head's: with a smaller one, an edit could hardly change
 
 
 @torch.no_grad()
 def measure_units(model: nn.Module, batches: Iterable[Any], adapter: str | None = None) -> dict[str, list[float]]:
-    """Set the units of a JoLA adapter's additive edits: the RMS of each head's output, measured in one pass.
+    """Set the units of a JoLA adapter's additive edits to the RMS of each head's output, measured in one pass.
 
-    Heads' outputs differ by tens of times in size from layer to layer, while Adam moves every number by the same step: a
-    rate that suits most heads then drowns the small ones. With units, a step is a part of the head's own output. What
-    the adapter computes stays the same (a is divided by its new unit), so it can be done at any time; before training is
-    when it pays, and an optimizer that has taken steps should be made anew. Measuring again on the same batches changes
-    nothing.
+    The outputs of heads differ in size by more than ten times between layers, while Adam moves every parameter by about
+    the learning rate: a rate that suits most heads is too high for the small ones. With units, a step is relative to the
+    head's own output. The adapter computes the same before and after (a is divided by its new unit), so this can be
+    called at any time; it is useful before training. Create the optimizer anew if it has taken steps. Measuring again on
+    the same batches changes nothing.
 
-    The model runs in evaluation mode without JoLA's edits. Padding does not count where a batch has a 2-D
-    ``attention_mask``. In a distributed run every process calls this, each with batches of its own or with the same
-    ones; all get the same units. No unit is smaller than a thousandth of the median head's, that of a head that puts out
-    zeros included.
+    The model runs in evaluation mode without JoLA's edits. Padding is ignored where a batch has a 2-D
+    ``attention_mask``. In a distributed run every process calls this, with its own batches or the same ones; all get the
+    same units. No unit is smaller than a thousandth of the median head's.
 
     Args:
         model: a model with a JoLA adapter, unmerged; it may be wrapped by DDP or FSDP2.
-        batches: inputs like those of training, a few dozen examples: mappings (passed as keywords), sequences (as
-            arguments) or single tensors.
+        batches: inputs as in training, a few dozen examples: mappings (passed as keywords), sequences (as arguments) or
+            single tensors.
         adapter: its name; None takes the active ones.
 
     Returns:
@@ -68,26 +67,26 @@ def measure_units(model: nn.Module, batches: Iterable[Any], adapter: str | None 
         found[layer.site] = size.tolist()
         for name in names:
             if name in layer.jola_a:
-                _change(layer.jola_a[name], layer.jola_unit_a[name], layer.row_sizes(name, size))
+                _set_unit(layer.jola_a[name], layer.jola_unit_a[name], layer.row_sizes(name, size))
     return found
 
 
 def has_units(model: nn.Module, adapter: str | None = None) -> bool:
-    """Whether the units of an adapter's additive edits have been measured (or there are no such edits)."""
+    """Whether the units of an adapter's additive edits have been measured; True without such edits."""
     names = named_adapters(model, adapter)
     units = [layer.jola_unit_a[name] for layer in jola_layers(model) for name in names if name in layer.jola_a]
     return not units or any(bool((unit != 1).any()) for unit in units)
 
 
 def real_tokens(mask: Any, rows: int, tokens: int, device: torch.device) -> Tensor:
-    """Which positions of a batch count, (rows, tokens): those in a 2-D attention mask that fits, else all."""
+    """A mask of the tokens that are not padding, (rows, tokens): a matching 2-D attention mask, else all ones."""
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == rows and mask.shape[1] >= tokens:
         return mask[:, -tokens:].to(device, torch.bool)
     return torch.ones(rows, tokens, dtype=torch.bool, device=device)
 
 
-def _change(parameter: Any, unit: Tensor, size: Tensor) -> None:
-    """Express a parameter in another unit."""
+def _set_unit(parameter: Any, unit: Tensor, size: Tensor) -> None:
+    """Set `unit` to `size` and rescale the parameter so that their product stays the same."""
     before = unit.clone()
     unit.copy_(size)
     factors = (before / unit).unsqueeze(-1).expand(parameter.shape)
@@ -99,24 +98,24 @@ def _change(parameter: Any, unit: Tensor, size: Tensor) -> None:
 
 
 def _sizes(model: nn.Module, layers: list[JolaLayer], batches: Iterable[Any]) -> list[Tensor | None]:
-    """The RMS of every head's output, by layer; None where no batch got to."""
+    """The RMS of every head's output, by layer; None for a layer that no batch reached."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module  # it would wait for the other processes in every call
+        model = model.module  # the wrapper would synchronise in every call
     totals = [torch.zeros(2, layer.num_heads, dtype=torch.float64) for layer in layers]  # sums of squares, tokens
     mask: Any = None
 
-    def take(layer: JolaLayer, total: Tensor, z: Tensor) -> None:
+    def accumulate(layer: JolaLayer, total: Tensor, z: Tensor) -> None:
         z = z.detach()
         heads = z.shape[-1] // layer.head_dim
         start = 0 if heads == layer.num_heads else first_head(layer, heads, layer.num_heads)[0]
         squares = z.reshape(z.shape[0], -1, heads, layer.head_dim).float().square().mean(-1)
         real = real_tokens(mask, squares.shape[0], squares.shape[1], squares.device)
-        own = squares.where(real.unsqueeze(-1), 0).sum((0, 1))  # padding may hold NaN
-        total[:, start : start + heads] += torch.stack([own, real.sum().expand(heads)]).cpu()
+        summed = squares.where(real.unsqueeze(-1), 0).sum((0, 1))  # padding can be NaN
+        total[:, start : start + heads] += torch.stack([summed, real.sum().expand(heads)]).cpu()
 
     modes = {module: module.training for module in model.modules()}
     editing = [layer for layer in jola_layers(model) if not layer.disable_adapters]
-    handles = [layer.on_edited(partial(take, layer, total)) for layer, total in zip(layers, totals)]
+    handles = [layer.on_edited(partial(accumulate, layer, total)) for layer, total in zip(layers, totals)]
     try:
         model.eval()
         for layer in editing:
@@ -137,17 +136,17 @@ def _sizes(model: nn.Module, layers: list[JolaLayer], batches: Iterable[Any]) ->
 def _call(model: nn.Module, batch: Any) -> None:
     device = next(model.parameters()).device
 
-    def here(value: Any) -> Any:
+    def moved(value: Any) -> Any:
         return value if device.type == "meta" or not isinstance(value, Tensor) else value.to(device)
 
     if isinstance(batch, Mapping):
-        model(**{name: here(value) for name, value in batch.items()})
+        model(**{name: moved(value) for name, value in batch.items()})
     else:
-        model(*map(here, batch if isinstance(batch, (list, tuple)) else [batch]))
+        model(*map(moved, batch if isinstance(batch, (list, tuple)) else [batch]))
 
 
 def _over_processes(model: nn.Module, totals: list[Tensor]) -> list[Tensor]:
-    """Sums over all processes; under tensor parallelism each has its own heads."""
+    """Sum over all processes; under tensor parallelism, each process has its own heads."""
     if not (dist.is_available() and dist.is_initialized()):
         return totals
     flat = torch.cat([total.flatten() for total in totals]).to(next(model.parameters()).device)

@@ -1,4 +1,4 @@
-"""A JoLA adapter that is a linear combination of others."""
+"""JoLA adapters that are linear combinations of others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .sites import unwrapped
 
 
 def weighted_config(model: nn.Module, adapters: Sequence[str]) -> JolaConfig:
-    """The configuration of an adapter with all heads that `adapters` edit, open for good.
+    """The configuration of an adapter that edits every head that `adapters` edit, with frozen open gates.
 
     Raises:
         ValueError: they edit different kinds of sites.
@@ -37,10 +37,10 @@ def weighted_config(model: nn.Module, adapters: Sequence[str]) -> JolaConfig:
 
 @torch.no_grad()
 def fill_weighted(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
-    """Give an adapter of :func:`weighted_config` its values.
+    """Set the parameters of an adapter with a :func:`weighted_config`.
 
-    An edit is linear in g_m*m and g_a*a. So with these combined and gates of 1, it changes a head's output by the sum of
-    what the adapters, with deterministic gates, change it by.
+    An edit is linear in g_m*m and g_a*a, so the weighted sums of these, with gates of 1, give the weighted sum of the
+    edits with deterministic gates.
     """
     for layer in (module for module in model.modules() if isinstance(module, JolaLayer)):
         if adapter_name not in layer.jola_config:

@@ -1,4 +1,4 @@
-"""Watching edited heads in production: statistics, unusual inputs, drift; exported to Prometheus and OpenTelemetry."""
+"""Monitoring edited heads in production: statistics, unusual inputs and drift, exported to Prometheus and OpenTelemetry."""
 
 from .dashboard import alert_rules, grafana_dashboard
 from .export import export_opentelemetry, export_prometheus

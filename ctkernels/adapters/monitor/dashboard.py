@@ -1,4 +1,4 @@
-"""Grafana's dashboard and Prometheus's alert rules for the metrics of monitors, made from their names."""
+"""A Grafana dashboard and Prometheus alert rules for the metrics of monitors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHARE = f"sum {BY} (rate({OUTSIDE.series}%s[15m])) / sum {BY} (rate({INPUTS.seri
 
 
 def grafana_dashboard() -> dict[str, Any]:
-    """The dashboard as values for JSON, to be imported into Grafana 9 or later.
+    """The dashboard as values for JSON, for import into Grafana 9 or later.
 
     Examples:
         >>> grafana_dashboard()["title"]
@@ -112,7 +112,7 @@ _SOURCE = {"type": "prometheus", "uid": "${source}"}
 
 
 def _panel(title: str, about: str, queries: Mapping[str, str], unit: str = "none") -> dict[str, Any]:
-    """``queries``: from the legend to the expression."""
+    """A panel; ``queries`` maps legends to expressions."""
     return {
         "title": title,
         "description": about,
@@ -128,7 +128,7 @@ def _panel(title: str, about: str, queries: Mapping[str, str], unit: str = "none
 
 
 def alert_rules() -> str:
-    """Rules for Prometheus as YAML: inputs outside the range, drift, and a monitor without calibration.
+    """Prometheus alert rules as YAML: inputs outside the range, drift, and a monitor without calibration.
 
     Examples:
         >>> print(alert_rules())
@@ -140,7 +140,7 @@ def alert_rules() -> str:
     rules = [
         (
             "EditsOutsideRange",
-            # four standard errors above twice the expected share, which calibration knows only roughly
+            # four standard errors above twice the expected share, which is a rough estimate
             f"{SHARE % ('', '')} > 2 * {expected} + 4 * sqrt({expected} * (1 - {expected}) / {count})",
             "5m",
             "warning",

@@ -1,4 +1,4 @@
-"""Metrics of monitors for Prometheus and for OpenTelemetry: read from the device when they are asked for."""
+"""Export of monitor metrics to Prometheus and OpenTelemetry; read from the device on collection."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .monitor import EditMonitor
 
 
 class _Collector:
-    """What prometheus-client asks at every scrape."""
+    """A collector that prometheus-client calls at every scrape."""
 
     def __init__(self, monitors: tuple[EditMonitor, ...], core: Any) -> None:
         self.monitors, self.core = monitors, core
@@ -35,20 +35,20 @@ class _Collector:
 
 
 def export_prometheus(*monitors: EditMonitor, registry: Any = None) -> Any:
-    """Let prometheus-client serve the metrics of monitors.
+    """Register the metrics of monitors with prometheus-client.
 
-    Nothing is read from the device until Prometheus scrapes. Serve them as any others of the process, with
-    ``prometheus_client.start_http_server(port)``, say.
+    Values are read from the device only when Prometheus scrapes. Serve them with, for example,
+    ``prometheus_client.start_http_server(port)``.
 
     Args:
-        monitors: of different models or adapters.
-        registry: of prometheus-client. Default: the process's.
+        monitors: monitors of different models or adapters.
+        registry: a prometheus-client registry. Default: the global one.
 
     Returns:
         the collector, for ``registry.unregister``.
 
     Raises:
-        ValueError: no monitors, or two of the same name and adapter.
+        ValueError: there are no monitors, or two have the same name and adapter.
         ImportError: prometheus-client is missing; the message names the extra.
 
     Examples:
@@ -62,17 +62,17 @@ def export_prometheus(*monitors: EditMonitor, registry: Any = None) -> Any:
 
 
 def export_opentelemetry(*monitors: EditMonitor, meter: Any = None) -> Any:
-    """Let OpenTelemetry observe the metrics of monitors, whenever its reader collects.
+    """Create observable OpenTelemetry instruments for the metrics of monitors.
 
     Args:
-        monitors: of different models or adapters.
-        meter: to make the instruments with. Default: ``opentelemetry.metrics.get_meter("ctkernels")``.
+        monitors: monitors of different models or adapters.
+        meter: the meter that creates the instruments. Default: ``opentelemetry.metrics.get_meter("ctkernels")``.
 
     Returns:
         the meter.
 
     Raises:
-        ValueError: no monitors, or two of the same name and adapter.
+        ValueError: there are no monitors, or two have the same name and adapter.
         ImportError: opentelemetry-api is missing; the message names the extra.
 
     Examples:

@@ -1,4 +1,4 @@
-"""The metrics of a monitor: their names, kinds and values. Exporters, dashboard and alert rules are all made from this table."""
+"""The table of a monitor's metrics (names, kinds and values) behind the exporters, the dashboard and the alert rules."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Metric:
     """A metric of a monitor.
 
     Attributes:
-        name: as in OpenTelemetry; Prometheus has :attr:`series`.
-        help: what it counts or measures.
-        read: its value, or one for each head; None where there is none yet.
-        counter: whether it only grows; else it is a gauge.
+        name: its name in OpenTelemetry; Prometheus has :attr:`series`.
+        help: its description.
+        read: a function that returns its value, or one per head; None if there is none yet.
+        counter: True for a counter, False for a gauge.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Metric:
         return f"{self.name}_total" if self.counter else self.name
 
     def samples(self, snapshot: Snapshot, monitor: EditMonitor) -> list[tuple[tuple[str, ...], float]]:
-        """Values with the labels that they have beside those of the monitor: none, or site and head."""
+        """The values with their labels other than the monitor's: none, or site and head."""
         value = self.read(snapshot, monitor)
         if value is None:
             return []
@@ -49,7 +49,7 @@ def labels_of(monitor: EditMonitor) -> tuple[str, ...]:
 
 
 def _largest(snapshot: Snapshot, monitor: EditMonitor) -> list[float] | None:
-    """Before the first token, largest sizes are minus infinity."""
+    """The largest sizes, None before the first token (they are minus infinity then)."""
     return snapshot.high if any(snapshot.count) else None
 
 

@@ -1,10 +1,9 @@
-"""The edits that inputs like those of training cause: the range of every head, and the distribution that drift is from.
+"""Reference statistics of edits from calibration: the range and the distribution of every head.
 
 Drift is the Kolmogorov-Smirnov distance, at the deciles, between a head's edits in the last ``window`` inputs and in the
-calibration, largest over all heads. An input gives one number for each head, its mean over tokens, since tokens of one text
-are not independent. The threshold is the quantile of that statistic over random windows of the calibration inputs, each held
-against the rest of them: it holds for any distribution and any dependence between heads, as long as inputs are independent
-of one another.
+calibration, maximised over heads. An input counts once per head, with its mean over tokens, since tokens of one text are not
+independent. The threshold is a quantile of this statistic over random windows of the calibration inputs, each compared with
+the remaining inputs. It is valid for any distribution and any dependence between heads, if inputs are independent.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor
 
 DECILES = torch.arange(1, 10) / 10
-SPLITS = 10  # random windows per expected false alarm: the rate is known to a third of itself
-CHUNK = 256  # random windows at a time
+SPLITS = 10  # random windows per expected false alarm: a relative standard error of about a third
+CHUNK = 256  # random windows per batch
 
 
 @dataclass(frozen=True)
@@ -26,11 +25,11 @@ class Drift:
     """The distribution of edits in calibration.
 
     Attributes:
-        edges: deciles of each head, (9, heads), moved up by what rounding may change.
-        shares: of the calibration inputs that are at most that, (9, heads).
-        window: inputs that are held against them at a time.
-        false_alarms: windows above the threshold among windows of inputs like those of the calibration, in parts of 1.
-        threshold: of :meth:`distances`, for the largest.
+        edges: deciles of each head, (9, heads), plus a tolerance for rounding.
+        shares: fraction of the calibration inputs at or below each edge, (9, heads).
+        window: inputs per window.
+        false_alarms: expected fraction of windows above the threshold for inputs like those of the calibration.
+        threshold: alarm threshold for the largest of :meth:`distances`.
     """
 
     edges: Tensor
@@ -41,7 +40,7 @@ class Drift:
 
     @classmethod
     def of(cls, means: Tensor, window: int, false_alarms: float, tolerance: float) -> Drift:
-        """From each input's mean edits, (inputs, heads); at least twice ``window`` inputs."""
+        """Estimate the distribution from each input's mean edits, (inputs, heads); at least ``2 * window`` inputs."""
         means = means.double()
         edges = torch.quantile(means, DECILES.to(means), dim=0)
         edges = edges + tolerance * edges.abs()
@@ -50,11 +49,11 @@ class Drift:
         return cls(edges, below.mean(0), window, false_alarms, threshold)
 
     def below(self, means: Tensor) -> Tensor:
-        """How many inputs are at or below each edge, (9, heads), of ``means`` (inputs, heads)."""
+        """The number of inputs at or below each edge, (9, heads), for ``means`` (inputs, heads)."""
         return (means <= self.edges.unsqueeze(1)).sum(1)
 
     def distances(self, below: Tensor) -> Tensor:
-        """The distance of each head, (heads,), of a window's :meth:`below`."""
+        """The distance of each head, (heads,), from a window's :meth:`below`."""
         return (below / self.window - self.shares).abs().amax(0)
 
     def to(self, device: torch.device) -> Drift:
@@ -64,7 +63,7 @@ class Drift:
 
 
 def _threshold(below: Tensor, window: int, false_alarms: float) -> float:
-    """The distance that a share ``false_alarms`` of random windows of these inputs exceeds; ``below`` (inputs, values)."""
+    """The distance that a fraction ``false_alarms`` of random windows exceeds, for ``below`` (inputs, values)."""
     splits, inputs = round(SPLITS / false_alarms), len(below)
     generator = torch.Generator().manual_seed(0)
     below, total = below.float(), below.sum(0).float()  # counts are exact in float32
@@ -74,21 +73,22 @@ def _threshold(below: Tensor, window: int, false_alarms: float) -> float:
         chosen = torch.zeros_like(keys).scatter_(1, keys.topk(window, 1).indices, 1).to(below)
         inside = chosen @ below
         largest.append((inside / window - (total - inside) / (inputs - window)).abs().amax(1).cpu())
-    # One of the splits + 1 exchangeable values, the new one among them, is above the k-th largest with chance k / (splits + 1).
+    # The new value and the splits are exchangeable, so it exceeds their k-th largest with probability k / (splits + 1).
     rank = max(1, int(false_alarms * (splits + 1)))
     return float(torch.cat(largest).topk(rank).values[-1])
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What calibration showed.
+    """The result of calibration.
 
     Attributes:
         low, high: the range of every head, (heads,), in the order of the sites.
-        margin: how far beyond it a head may go, as a part of its width.
-        inputs: how many inputs there were; 0 if it is not known.
-        outside: the share of inputs outside the range of the others, (k + 1) / (inputs + 1) if that were k; None if not known.
-        drift: None if there were too few inputs.
+        margin: tolerated excess beyond the range, as a fraction of its width.
+        inputs: number of inputs; 0 if unknown.
+        outside: estimated fraction of inputs outside the range, (k + 1) / (inputs + 1) if k inputs were outside the range of
+            the others; None if unknown.
+        drift: the distribution; None if there were too few inputs.
     """
 
     low: Tensor
@@ -103,7 +103,7 @@ class Reference:
         cls, means: Tensor, lows: Tensor, highs: Tensor, margin: float, window: int | None, false_alarms: float,
         tolerance: float,
     ) -> Reference:  # fmt: skip
-        """From each input's mean, smallest and largest edits, all (inputs, heads)."""
+        """Compute the reference from each input's mean, smallest and largest edits, all (inputs, heads)."""
         inputs = len(means)
         reference = cls(lows.amin(0), highs.amax(0), margin, inputs)
         drift = None
@@ -114,7 +114,7 @@ class Reference:
         return cls(reference.low, reference.high, margin, inputs, share, drift)
 
     def beyond(self, low: Tensor, high: Tensor, tolerance: float) -> Tensor:
-        """Which heads of which inputs are outside the range, of the smallest and largest edits, (inputs, heads)."""
+        """Whether each head of each input is outside the range, from the smallest and largest edits, (inputs, heads)."""
         return _beyond(low, high, self.low, self.high, self.margin, tolerance)
 
     def to(self, device: torch.device) -> Reference:
@@ -122,7 +122,7 @@ class Reference:
         return Reference(self.low.to(device), self.high.to(device), self.margin, self.inputs, self.outside, drift)
 
     def to_dict(self, sites: Mapping[str, int]) -> dict[str, Any]:
-        """Plain values for JSON; ``sites``: heads of each site."""
+        """Values for JSON; ``sites`` maps site names to head counts."""
         widths = list(sites.values())
         parts = zip(sites, self.low.split(widths), self.high.split(widths))
         values: dict[str, Any] = {
@@ -144,7 +144,7 @@ class Reference:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], sites: Mapping[str, int]) -> Reference:
-        """Back from :meth:`to_dict`. KeyError, TypeError or ValueError for anything else."""
+        """A reference from the result of :meth:`to_dict`; KeyError, TypeError or ValueError if it is malformed."""
         if set(values["sites"]) != set(sites):
             raise ValueError(f"expected the sites {sorted(sites)[:2]}..., got {sorted(values['sites'])[:2]}...")
         bounds = (_joined([values["sites"][s][bound] for s in sites], sites, 1)[0] for bound in ("low", "high"))
@@ -178,7 +178,7 @@ def _beyond(low: Tensor, high: Tensor, least: Tensor, most: Tensor, margin: floa
 
 
 def _outside_the_others(lows: Tensor, highs: Tensor, margin: float, tolerance: float) -> Tensor:
-    """Whether an input is outside the range of all other ones, (inputs,)."""
+    """Whether each input is outside the range of all others, (inputs,)."""
     smallest, largest = lows.topk(2, 0, largest=False), highs.topk(2, 0)
     numbers = torch.arange(len(lows), device=lows.device).unsqueeze(1)
     least = torch.where(smallest.indices[0] == numbers, smallest.values[1], smallest.values[0])

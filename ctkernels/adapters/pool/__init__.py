@@ -1,4 +1,4 @@
-"""Many adapters of one frozen model in memory, served side by side: docs/pool.md."""
+"""Serves many adapters of one frozen model from memory: docs/pool.md."""
 
 from .pool import AdapterPool
 from .slots import PoolFullError

@@ -1,4 +1,4 @@
-"""The sites of a pool of curvature adapters: a model's activations."""
+"""Sites of a pool of curvature adapters: a model's activations."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ..curvature.model import attached_to, child_name, settle_layout, sharing_gr
 from ..curvature.per_sample import neutral_logits
 from .selection import Current, Uncopyable
 
-TABLES = CurvatureLayer.adapter_layer_names  # the names of raw beta and raw coeff
+TABLES = CurvatureLayer.adapter_layer_names  # raw beta and raw coeff
 
 
 class CurvatureSites:
-    """Computes the activations of each row with its adapter: tables of raw beta and raw coeff for each site.
+    """Computes each row's activations with its adapter, from tables of raw beta and raw coeff per site.
 
     Args:
         model: the base model.
-        config: selects the sites, and whether their tables have a value for each channel.
+        config: selects the sites, and whether their tables are per channel.
     """
 
     @cached_class_code()
@@ -44,7 +44,7 @@ class CurvatureSites:
         settle_layout(model, config, self._scan)
         samples = find_samples(model, None if config.input_shape is None else tuple(config.input_shape))
         self._units: dict[str, _Unit] = {unit.site: unit for unit in self._scan.units}
-        self._paths: dict[str, str] = {}  # of a site's parameters in the files of adapters
+        self._paths: dict[str, str] = {}  # by site, the prefix of its parameters in adapter files
         self.rows: dict[str, Tensor] = {}
         self.devices: dict[str, torch.device] = {}
         for names, channels in sharing_groups(model, config, self._scan.sites):
@@ -57,10 +57,10 @@ class CurvatureSites:
                     self.devices[f"{name}.{table}"] = unit.device
 
     def read(self, config: CurvatureConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An adapter's rows by table; tables of sites that it does not adapt are left out.
+        """An adapter's rows by table, without tables of sites that it does not adapt.
 
         Raises:
-            ValueError: the adapter is not one of this model, or adapts what the pool has no table for.
+            ValueError: the adapter does not fit this model, or adapts a site without a table.
         """
         if config.layout is None:
             raise ValueError("source: expected a configuration with a layout, which every saved adapter has, got None")
@@ -73,13 +73,13 @@ class CurvatureSites:
         check_names(shapes, {name: value.shape for name, value in state.items()})
         for names, channels in groups:
             for name in names:
-                self._check_place(name, channels)
+                self._check_channels(name, channels)
                 for table in TABLES:
                     value = state[f"{self._paths[names[0]]}.{table}"].float()
                     rows[f"{name}.{table}"] = value.expand(self.rows[f"{name}.{table}"].shape)
         return rows
 
-    def _check_place(self, site: str, channels: Channels | None) -> None:
+    def _check_channels(self, site: str, channels: Channels | None) -> None:
         unit = self._units[site]
         if f"{site}.{TABLES[0]}" not in self.rows:
             raise ValueError(
@@ -87,11 +87,11 @@ class CurvatureSites:
                 "that adapts most"
             )
         if channels is not None and channels != unit.channels:
-            there = "one value for the whole site" if unit.channels is None else str(unit.channels)
-            raise ValueError(f"{site}: expected {there}, as the pool was made for, got {channels} in the adapter")
+            expected = "one value for the whole site" if unit.channels is None else str(unit.channels)
+            raise ValueError(f"{site}: expected {expected}, as the pool was made for, got {channels} in the adapter")
 
     def attach(self, tables: dict[str, Tensor], current: Current) -> None:
-        """Put the units on the model."""
+        """Attaches the units to the model."""
         for unit in self._units.values():
             if f"{unit.site}.{TABLES[0]}" in tables:
                 unit.beta, unit.coeff = (tables[f"{unit.site}.{table}"] for table in TABLES)
@@ -99,17 +99,17 @@ class CurvatureSites:
         apply_patches(self._scan.swaps, self._scan.edits)
         names = {module: name for name, module in self._model.named_modules()}
         for swap in self._scan.swaps:
-            held: Any
-            for key, held in swap.units.items():
-                self._paths[held.site] = f"{names[swap.module]}.{child_name(key)}".removeprefix(".")
+            unit: Any
+            for key, unit in swap.units.items():
+                self._paths[unit.site] = f"{names[swap.module]}.{child_name(key)}".removeprefix(".")
 
     def detach(self) -> None:
-        """Take them off again."""
+        """Detaches the units."""
         revert_patches([swap.module for swap in self._scan.swaps], self._scan.edits, self._scan.copies)
 
 
 class _Unit(Uncopyable, SiteUnit):
-    """One site; the original activation runs where no adapter is selected."""
+    """The unit of a site; without selected adapters the original activation runs."""
 
     channels: Channels | None = None
     samples_first: bool | None = None

@@ -1,4 +1,4 @@
-"""Orders what streams of a GPU do with a pool's tables, without waiting on the host."""
+"""Orders accesses of GPU streams to a pool's tables without synchronising the host."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _Events = dict[torch.cuda.Stream, torch.cuda.Event]  # the newest of each stream
 
 
 class Fences:
-    """A slot is written after the forwards that read its last adapter, and read after it was written.
+    """Ensures that a slot is written after all forwards that read its previous adapter, and read after it is written.
 
-    On a CPU a call is over when it returns. On a GPU it is only queued then, and another thread's stream may overtake
-    it: so each release and each write leaves an event that the other side's stream waits for. Nothing is recorded
-    while a CUDA graph is captured; its replays are ordered by the stream that they run on.
+    On a GPU, a call that returns is only queued, and another thread's stream may overtake it. Each release and each write
+    therefore records an event that streams on the other side wait for. Nothing is recorded during the capture of a CUDA
+    graph; its replays are ordered by their stream.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
@@ -23,23 +23,23 @@ class Fences:
         self._read: dict[int, _Events] = {}
 
     def before_read(self) -> None:
-        """The current streams wait for all writes."""
+        """Makes the current streams wait for all writes."""
         self._wait(self._written)
 
     def after_read(self, slot: int) -> None:
-        """What the current streams have queued may read `slot`."""
+        """Records that work queued on the current streams may read `slot`."""
         self._record(self._read.setdefault(slot, {}))
 
     def before_write(self, slot: int) -> None:
-        """The current streams wait for those that read `slot`."""
+        """Makes the current streams wait for all reads of `slot`."""
         self._wait(self._read.pop(slot, {}))
 
     def after_write(self) -> None:
-        """What reads from now on waits for what the current streams have queued."""
+        """Makes later reads wait for work queued on the current streams."""
         self._record(self._written)
 
     def _record(self, events: _Events) -> None:
-        """Replace the current streams' events: the newest covers those before."""
+        """Replaces the current streams' events: the newest covers earlier ones."""
         for stream in self._streams():
             events[stream] = stream.record_event()
 

@@ -1,4 +1,4 @@
-"""The sites of a pool of JoLA adapters: inputs of a model's output projections, outputs of its MLPs or of its blocks."""
+"""Sites of a pool of JoLA adapters: inputs of a model's output projections, outputs of its MLPs or of its blocks."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _ADAPTER = "adapter"
 
 
 class JolaSites:
-    """Edits the heads of each row by its adapter: tables of g_m * m and g_a * a for each projection.
+    """Edits each row's heads with its adapter, from tables of g_m * m and g_a * a per projection.
 
     Args:
         model: the base model.
-        config: selects the modules, and which of the two edits there are tables for.
+        config: selects the modules, and the edits that have tables.
     """
 
     def __init__(self, model: nn.Module, config: JolaConfig) -> None:
@@ -52,10 +52,10 @@ class JolaSites:
         return device
 
     def read(self, config: JolaConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An adapter's rows by table; tables that it has no edit for are left out.
+        """An adapter's rows by table, without tables that it has no edit for.
 
         Raises:
-            ValueError: the adapter is not one of this model, or edits what the pool has no table for.
+            ValueError: the adapter does not fit this model, or has an edit without a table.
         """
         if config.site != self._config.site:
             raise ValueError(
@@ -78,7 +78,7 @@ class JolaSites:
         return rows
 
     def attach(self, tables: dict[str, Tensor], current: Current) -> None:
-        """Put the edits on the model."""
+        """Attaches the edits to the model."""
         for name in self._sites:
             site = _Site(name, tables.get(f"{name}.m"), tables.get(f"{name}.a"), current)
             module = self._model.get_submodule(name)
@@ -91,14 +91,14 @@ class JolaSites:
                 self._handles.append(parent.register_forward_hook(site.check))
 
     def detach(self) -> None:
-        """Take them off again."""
+        """Detaches the edits."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
 
 class _Site(Uncopyable):
-    """One site. `edit_input` is a pre-hook of it, `edit_output` a hook, `check` a hook of the module around it."""
+    """A site. `edit_input` is its forward pre-hook, `edit_output` its forward hook, `check` a forward hook of its parent."""
 
     def __init__(self, name: str, m: Tensor | None, a: Tensor | None, current: Current) -> None:
         self.name, self.m, self.a, self.current = name, m, a, current
@@ -132,7 +132,7 @@ class _Site(Uncopyable):
 
 
 def _folded(site: str, heads: SiteHeads, config: JolaConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`JolaLayer.folded_edit` of an adapter that is in no model."""
+    """`JolaLayer.folded_edit` of an adapter without a model."""
     start = f"{layer_name(config, site)}.jola_"
     values = {f"jola_{name[len(start) :]}.{_ADAPTER}": v for name, v in state.items() if name.startswith(start)}
     layer = JolaLayer(nn.Identity(), heads.number, heads.dim, site, heads.values)

@@ -1,4 +1,4 @@
-"""Many adapters of one frozen model in memory, a different one for each row of a batch."""
+"""A pool of adapters of one frozen model, a different one for each row of a batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .sources import read_adapter
 
 
 class _Sites(Protocol):
-    """What a method does at its sites. `rows`: the row of each table that changes nothing; `devices`: of each table."""
+    """The sites of a method. `rows`: by table, the row without effect. `devices`: by table."""
 
     rows: dict[str, Tensor]
     devices: dict[str, torch.device]
@@ -39,21 +39,21 @@ _METHODS: dict[type[AdapterConfig], Any] = {JolaConfig: JolaSites, CurvatureConf
 
 
 class AdapterPool(Uncopyable):
-    """Holds JoLA or curvature adapters of one model, and serves rows of different adapters in one forward.
+    """A pool of JoLA or curvature adapters of one model, which serves rows with different adapters in one forward.
 
-    Each site has a table with a row for every adapter, and computes a batch in one pass with the rows that it selects.
-    Tables keep their addresses, and nothing waits for the device: a forward can be compiled and captured in a CUDA
-    graph. All methods can be called while other threads run the model; a batch keeps the versions that it began with.
+    Each site has a table with a row per adapter, and computes a batch in one pass with the selected rows. Tables keep their
+    addresses, and nothing synchronises with the device: a forward can be compiled, and captured in a CUDA graph. All
+    methods are safe while other threads run the model; a batch keeps the versions that it started with.
 
     Args:
-        model: the frozen base model; a `PeftModel` with adapters of other methods serves those below.
-        config: selects the sites and the size of a row, as it does for an adapter of its own: that of the adapter that
-            edits most, or simply `JolaConfig()`. Adapters may leave out sites, edits and heads.
-        capacity: how many adapters there is memory for; it is allocated here.
-        base: what the adapters' configurations call the base model. Default: the name or path it was loaded from.
+        model: the frozen base model, or a `PeftModel` with adapters of other methods, which stay in effect.
+        config: selects the sites and the size of rows, as for a single adapter: use that of the adapter with the most
+            edits, or `JolaConfig()`. Adapters may leave out sites, edits and heads.
+        capacity: the number of adapters to allocate memory for.
+        base: the base model's name in adapter configurations. Default: the name or path it was loaded from.
 
     Raises:
-        ValueError: there is no site, the model has adapters of this method on it already, or a pool.
+        ValueError: there is no site, or the model already has adapters of this method, or a pool.
         MemoryError: there is no memory for the tables.
 
     Examples:
@@ -101,21 +101,21 @@ class AdapterPool(Uncopyable):
         )
         on_cpu = all(device.type == "cpu" for device in self._sites.devices.values())
         if on_cpu and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-            raise MemoryError(f"{problem}, more than this machine has")  # the system would promise them all the same
+            raise MemoryError(f"{problem}, more than this machine has")  # the system overcommits memory
         try:
-            with torch.inference_mode(False):  # in which adapters may be loaded later
+            with torch.inference_mode(False):  # later loads may be outside inference mode
                 return {
                     name: row.to(self._sites.devices[name]).repeat(capacity + 1, *[1] * row.dim())
                     for name, row in rows.items()
                 }
-        except RuntimeError as error:  # torch has no narrower one for both kinds of memory
+        except RuntimeError as error:  # torch has no narrower class for both kinds of memory
             raise MemoryError(f"{problem}: {error}") from None
 
-    # ---- what is in it ----
+    # ---- contents ----
 
     @property
     def capacity(self) -> int:
-        """The number of adapters that there is memory for."""
+        """The number of adapters that fit."""
         return self._slots.capacity
 
     @property
@@ -125,13 +125,13 @@ class AdapterPool(Uncopyable):
 
     @property
     def names(self) -> list[str]:
-        """The adapters that can be asked for, least recently used first."""
+        """The adapters in the pool, least recently used first."""
         with self._lock:
             return self._slots.names
 
     @property
     def pinned(self) -> frozenset[str]:
-        """The adapters that stay until they are unpinned."""
+        """The pinned adapters, which are not evicted."""
         with self._lock:
             return frozenset(self._slots.pinned)
 
@@ -146,22 +146,22 @@ class AdapterPool(Uncopyable):
         return f"AdapterPool({self._config_class.method}, {len(self)} of {self.capacity} adapters)"
 
     def load(self, name: str, source: Any, *, adapter: str | None = None, pin: bool = False) -> str | None:
-        """Load an adapter, or a new version of it: batches that begin after this use it.
+        """Loads an adapter, or a new version of it, for batches that start later.
 
-        Where the pool is full, the least recently used adapter that is neither pinned nor in use is evicted.
+        If the pool is full, evicts the least recently used adapter that is neither pinned nor in use.
 
         Args:
-            name: what batches ask for.
+            name: the adapter's name in the pool.
             source: the folder of a saved adapter, or a `PeftModel`.
-            adapter: which one of a `PeftModel`; None if it has only one.
-            pin: keep it in the pool.
+            adapter: the adapter of a `PeftModel`; None if it has only one.
+            pin: whether to pin it.
 
         Returns:
-            the name of the adapter that was evicted, or None.
+            The name of the evicted adapter, or None.
 
         Raises:
-            ValueError: the adapter cannot be read, or is one of another base model. The pool is as it was.
-            PoolFullError: every adapter is pinned or in use. The pool is as it was.
+            ValueError: the adapter cannot be read, or belongs to another base model. The pool is unchanged.
+            PoolFullError: every adapter is pinned or in use. The pool is unchanged.
 
         Examples:
             >>> model.save_pretrained("adapters/law")
@@ -197,15 +197,15 @@ class AdapterPool(Uncopyable):
         self._fences.after_write()
 
     def _check_base(self, config: AdapterConfig) -> None:
-        said = config.base_model_name_or_path
-        if said and self.base and _last(said) != _last(self.base):
+        name = config.base_model_name_or_path
+        if name and self.base and _last(name) != _last(self.base):
             raise ValueError(
-                f"source: expected an adapter of {self.base}, got one of {said}; if that is the same model under another "
-                f"name, make the pool with base={said!r}"
+                f"source: expected an adapter of {self.base}, got one of {name}; if that is the same model under another "
+                f"name, make the pool with base={name!r}"
             )
 
     def evict(self, name: str) -> None:
-        """Forget an adapter. Batches that use it go on with it; its memory is free when they have ended.
+        """Removes an adapter from the pool. Batches that use it continue; then its slot is free.
 
         Raises:
             ValueError: there is none of this name, or it is pinned.
@@ -217,7 +217,7 @@ class AdapterPool(Uncopyable):
             self._slots.evict(name)
 
     def pin(self, name: str) -> None:
-        """Keep an adapter from being evicted.
+        """Protects an adapter from eviction.
 
         Raises:
             ValueError: there is none of this name.
@@ -227,7 +227,7 @@ class AdapterPool(Uncopyable):
             self._slots.pinned.add(name)
 
     def unpin(self, name: str) -> None:
-        """Allow an adapter to be evicted again.
+        """Allows an adapter to be evicted again.
 
         Raises:
             ValueError: there is none of this name.
@@ -240,19 +240,19 @@ class AdapterPool(Uncopyable):
 
     @contextmanager
     def batch(self, names: Sequence[str | None], *, lengths: Sequence[int] | None = None) -> Iterator[None]:
-        """Serve the samples of the model's calls in this block with these adapters; enter it in the thread that calls.
+        """Context in which calls of the model use these adapters; enter it in the calling thread.
 
-        A call may have several rows for each sample, side by side (beams, returned sequences). Adapters cannot be
-        evicted, and keep their version, until the block ends.
+        Calls may have several adjacent rows per sample (beams, returned sequences). Until the block ends, the adapters are
+        not evicted and keep their version.
 
         Args:
-            names: an adapter for each sample; None (or "__base__") for the base model.
-            lengths: the number of tokens of each sample, where a call has them packed, one sample after the other in a
-                single row. None: a call has a row, or several, for each sample.
+            names: an adapter per sample; None (or "__base__") for the base model.
+            lengths: the number of tokens of each sample, if calls have them packed in a single row. None: calls have one or
+                several rows per sample.
 
         Raises:
-            ValueError: an unknown name, or `lengths` that do not fit `names`.
-            RuntimeError: at the end, if no call in this thread got to a site.
+            ValueError: an unknown name, or `lengths` that do not match `names`.
+            RuntimeError: at the end, if no call in this thread reached a site.
 
         Examples:
             >>> model.save_pretrained("adapters/law")
@@ -293,9 +293,9 @@ class AdapterPool(Uncopyable):
         return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
 
     def acquire(self, name: str | None) -> int:
-        """Begin to use an adapter: its slot, which keeps this version until as many calls of `release`.
+        """Returns an adapter's slot, which keeps this version until `release` is called as often.
 
-        For servers whose batches change from one call of the model to the next; `batch` does it all by itself.
+        For servers whose batches change between calls of the model; `batch` includes it.
 
         Raises:
             ValueError: there is none of this name.
@@ -314,7 +314,7 @@ class AdapterPool(Uncopyable):
             return {name: self._slots.acquire(name) for name in names}
 
     def release(self, slot: int) -> None:
-        """End the use of a slot, after the model's last call that reads it.
+        """Releases a slot, after the last call of the model that reads it.
 
         Raises:
             ValueError: the slot is not in use.
@@ -328,13 +328,13 @@ class AdapterPool(Uncopyable):
 
     @contextmanager
     def serve(self, index: Tensor, *, packed: bool = False) -> Iterator[None]:
-        """Serve the model's calls in this block with the slots in `index`, which is read when the device gets there.
+        """Context in which calls of the model use the slots in `index`, which is read on the device.
 
-        A CUDA graph that is captured here reads `index` anew at each replay.
+        A CUDA graph captured in it reads `index` in every replay.
 
         Args:
             index: (samples,) or, packed, (tokens,): slots, 0 for the base model; int64 or int32, on the model's device.
-            packed: a call has the tokens of all samples in a single row.
+            packed: whether calls have the tokens of all samples in a single row.
 
         Raises:
             ValueError: `index` has another shape or dtype.
@@ -376,7 +376,11 @@ class AdapterPool(Uncopyable):
             )
 
     def remove(self) -> None:
-        """Take the pool off the model, which is as it was before. Not while calls are running."""
+        """Detaches the pool and restores the model. Not safe while calls are running.
+
+        Raises:
+            ValueError: the pool is not on the model any more.
+        """
         pools = self._model.__dict__.get(POOLS, {})
         if pools.get(self._config_class.method) is not self:
             raise ValueError("remove: the pool is not on the model any more")

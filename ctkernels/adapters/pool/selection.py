@@ -1,4 +1,4 @@
-"""Which slot serves which row: what a pool's sites read while a model runs."""
+"""The selection of slots that a pool's sites read while the model runs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class Selection:
-    """The slots of the calls made in one block.
+    """The slots of the calls in one block.
 
     Args:
-        index: a slot for each sample of a call, or for each token of a packed one.
-        packed: a call has one row in which the tokens of all samples follow each other.
+        index: a slot per sample of a call, or per token of a packed one.
+        packed: whether calls have the tokens of all samples in a single row.
 
     Attributes:
-        last: the site that was computed last, None if none has been.
+        last: the last site computed, or None.
     """
 
     __slots__ = ("index", "last", "packed")
@@ -27,20 +27,20 @@ class Selection:
         self.last: Any = None
 
     def align(self, x: Tensor, site: str, samples_first: bool | None = True) -> tuple[Tensor, Tensor]:
-        """`x` with a dimension 0 for the slots, and a slot for each index of it.
+        """`x` with samples or tokens in dimension 0, and a slot for each index of it.
 
         Args:
             x: a site's input.
             site: its name, for the message.
-            samples_first: whether dimension 0 is known to hold the samples, side by side what belongs to one (beams,
-                windows); None: not known, so there have to be just as many.
+            samples_first: whether dimension 0 holds the samples, possibly several adjacent rows each (beams, windows).
+                None: unknown; then it must have exactly one row per sample.
 
         Raises:
-            ValueError: the slots cannot be told to belong to what is in `x`.
+            ValueError: the slots cannot be matched with `x`.
         """
         index, count = self.index, self.index.shape[0]
         if index.device != x.device:
-            index = index.to(x.device)  # of a model that is spread over devices
+            index = index.to(x.device)  # for a model that is spread over devices
         if self.packed:
             if x.dim() > 1 and x.shape[0] == count:
                 return x, index
@@ -64,13 +64,13 @@ class Selection:
 
 
 class Current(threading.local):
-    """The selection that is in force in a thread. No context variable: torch 2.13 does not compile those."""
+    """The current selection, per thread. Not a context variable, which torch 2.13 cannot compile."""
 
     selection: Selection | None = None
 
 
 class Uncopyable:
-    """Base of what a pool leaves on a model: a copy would be served from the pool of the original."""
+    """Base class of a pool's objects on a model, which must not be copied: a copy would use the original's pool."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a model with an AdapterPool on it cannot be copied or pickled; remove() the pool first")

@@ -1,10 +1,10 @@
-"""Which adapter is in which slot of a pool: names, pins, users and the order of use."""
+"""Bookkeeping of a pool's slots: names, pins, users and order of use."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-BASE_SLOT = 0  # its row changes nothing
+BASE_SLOT = 0  # its row has no effect
 
 
 class PoolFullError(RuntimeError):
@@ -12,10 +12,10 @@ class PoolFullError(RuntimeError):
 
 
 class Slots:
-    """The slots 1 .. capacity. A slot belongs to a name, or to the last users of a name that has gone, or it is free.
+    """The slots 1 .. capacity. A slot belongs to a name, or to the remaining users of a removed name, or is free.
 
-    A slot is written only while it is free, so that whoever uses one reads the same adapter until the end, whatever
-    happens to the name meanwhile. Not thread-safe: the pool has a lock.
+    Only free slots are written, so that a user of a slot reads the same adapter until its release, whatever happens to the
+    name. Not thread-safe: the pool has a lock.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -39,14 +39,14 @@ class Slots:
         return self._users[slot] > 0
 
     def acquire(self, name: str) -> int:
-        """The slot of an adapter, which is the most recently used now, with one user more."""
+        """Adds a user to an adapter's slot, makes it the most recently used, and returns it."""
         slot = self._by_name.pop(name)
         self._by_name[name] = slot
         self._users[slot] += 1
         return slot
 
     def release(self, slot: int) -> None:
-        """One user less. The last one of an adapter that has gone frees the slot.
+        """Removes a user. The last user of a removed adapter frees the slot.
 
         Raises:
             ValueError: the slot has no user.
@@ -57,10 +57,10 @@ class Slots:
         self._free_if_unused(slot)
 
     def reserve(self, name: str) -> tuple[int, str | None]:
-        """Take a free slot for a new version of `name`; without one, evict the least recently used adapter.
+        """Reserves a free slot for a new version of `name`; without one, evicts the least recently used adapter.
 
         Returns:
-            the slot, which the caller fills and gives to `publish`, or back to `put_back`; what was evicted.
+            The slot, which the caller fills and passes to `publish`, or back to `put_back`; and the evicted adapter.
 
         Raises:
             PoolFullError: every adapter is pinned or in use.
@@ -80,18 +80,18 @@ class Slots:
         return self._free.pop(), victim if victim != name else None
 
     def put_back(self, slot: int) -> None:
-        """Return a reserved slot."""
+        """Returns a reserved slot."""
         self._free.append(slot)
 
     def publish(self, name: str, slot: int) -> None:
-        """Have `name` mean a filled slot. The slot it had before is free as soon as its users are done."""
+        """Assigns a filled slot to `name`. Its previous slot is free once it has no users."""
         if name in self._by_name:
             self._drop(name)
         self._by_name[name] = slot
         self._named.add(slot)
 
     def evict(self, name: str) -> None:
-        """Forget an adapter. Its slot is free as soon as its users are done."""
+        """Removes an adapter. Its slot is free once it has no users."""
         self._drop(name)
 
     def _drop(self, name: str) -> None:

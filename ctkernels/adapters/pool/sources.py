@@ -1,4 +1,4 @@
-"""Reads adapters for a pool: from folders that peft has written, and from models with adapters."""
+"""Reads adapters for a pool, from saved folders and from models."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .._files import WEIGHTS
 def read_adapter(
     source: Any, adapter: str | None, config_class: type[AdapterConfig]
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The configuration and the tensors of an adapter, by their name in the base model.
+    """Reads an adapter's configuration, and its tensors by their names in the base model.
 
     Args:
-        source: a folder that `save_pretrained` or `save_adapter` has written, or a `PeftModel`.
-        adapter: which one of a `PeftModel`; None if it has only one.
-        config_class: the configuration that the adapter must have.
+        source: a folder written by `save_pretrained` or `save_adapter`, or a `PeftModel`.
+        adapter: the adapter of a `PeftModel`; None if it has only one.
+        config_class: the required class of the configuration.
 
     Raises:
-        ValueError: there is no such adapter, it is another method's, its file cannot be read, or it has values that are
-            not finite or modules that were trained beside it.
+        ValueError: there is no such adapter, it belongs to another method, its file cannot be read, or it has non-finite
+            values or modules_to_save.
     """
     if isinstance(source, (str, os.PathLike)):
         if adapter is not None:
@@ -68,7 +68,7 @@ def _from_model(
     config: Any = model.peft_config[name]
     if not isinstance(config, config_class):
         raise ValueError(f"source: expected an adapter of type {config_class.method}, got {config.peft_type.value}")
-    # peft's own function takes an adapter's name out of the middle of tensor names too: an adapter "1" of layers.1
+    # peft's own function also removes the adapter's name inside tensor names: that of an adapter "1" in layers.1
     marker, end = f".{config_class.method.lower()}_", f".{name}"
     tensors = [*model.named_parameters(), *model.named_buffers()]
     state = {key.removesuffix(end): value for key, value in tensors if marker in key and key.endswith(end)}

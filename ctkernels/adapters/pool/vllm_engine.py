@@ -1,4 +1,4 @@
-"""What keeps JoLA adapters in a vLLM engine, in the place of vLLM's manager of LoRA adapters. Needs vLLM."""
+"""Management of JoLA adapters in a vLLM engine, instead of vLLM's manager of LoRA adapters. Requires vLLM."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .slots import BASE_SLOT
 
 
 class JolaManager:
-    """The interface of vLLM's `WorkerLoRAManager`, over an `AdapterPool`. vLLM calls it from one thread.
+    """Implements the interface of vLLM's `WorkerLoRAManager` with an `AdapterPool`. vLLM calls it from one thread.
 
     Args:
         vllm_config: the engine's; `max_cpu_loras` (default: `max_loras`) is the capacity.
@@ -57,13 +57,13 @@ class JolaManager:
             vllm_config.model_config.model,
             self._index,
         )
-        self._running: list[int] = []  # slots of the batch that runs
-        self._dummies: set[int] = set()  # adapters of vLLM's warm-up, which edit nothing
+        self._running: list[int] = []  # slots of the current batch
+        self._dummies: set[int] = set()  # adapters of vLLM's warm-up, without edits
 
     # ---- adapters ----
 
     def add_adapter(self, request: Any) -> bool:
-        """Load an adapter; False if it is there already."""
+        """Loads an adapter; False if it is already loaded."""
         number = request.lora_int_id
         if number in self._dummies or (_name(number) in self._pool and not request.load_inplace):
             return False
@@ -71,7 +71,7 @@ class JolaManager:
         return True
 
     def remove_adapter(self, number: int) -> bool:
-        """Forget an adapter; False if there is none."""
+        """Removes an adapter; False if there is none."""
         if _name(number) not in self._pool:
             return False
         self._pool.unpin(_name(number))
@@ -79,7 +79,7 @@ class JolaManager:
         return True
 
     def pin_adapter(self, number: int) -> bool:
-        """Keep an adapter."""
+        """Pins an adapter."""
         self._pool.pin(_name(number))
         return True
 
@@ -88,7 +88,7 @@ class JolaManager:
         return {int(name.removeprefix(_PREFIX)) for name in self._pool.names} | self._dummies
 
     def remove_all_adapters(self) -> None:
-        """Forget all adapters."""
+        """Removes all adapters."""
         for number in self.list_adapters():
             self.remove_adapter(number)
         self._dummies.clear()
@@ -96,13 +96,13 @@ class JolaManager:
     # ---- a batch ----
 
     def set_active_adapters(self, requests: set[Any], mapping: Any) -> None:
-        """Load what a batch needs, and write the slot of each of its tokens where the edits read it."""
+        """Loads the adapters of a batch, and writes the slots of its tokens to the index that the edits read."""
         if mapping is not None and mapping.type is not LoRAMappingType.LANGUAGE:
             raise ValueError(f"expected adapters of a language model, got a mapping of {mapping.type}")
-        there = [request for request in requests if _name(request.lora_int_id) in self._pool]
+        loaded = [request for request in requests if _name(request.lora_int_id) in self._pool]
         slots = dict.fromkeys(self._dummies, BASE_SLOT)
         try:
-            for request in sorted(requests, key=lambda request: request not in there):  # before others are loaded
+            for request in sorted(requests, key=lambda request: request not in loaded):  # before loading evicts them
                 if request.lora_int_id not in self._dummies:
                     self.add_adapter(request)
                     slots[request.lora_int_id] = self._pool.acquire(_name(request.lora_int_id))
@@ -116,30 +116,30 @@ class JolaManager:
     def _write(self, numbers: np.ndarray, slots: dict[int, int]) -> None:
         if not numbers.size:
             return
-        distinct, places = np.unique(numbers, return_inverse=True)
+        distinct, inverse = np.unique(numbers, return_inverse=True)
         rows = np.array([slots[int(number)] if number > 0 else BASE_SLOT for number in distinct])
         count = len(numbers)
-        self._staged[:count] = torch.from_numpy(rows[places.reshape(-1)])
+        self._staged[:count] = torch.from_numpy(rows[inverse.reshape(-1)])
         self._index[:count].copy_(self._staged[:count], non_blocking=True)
 
-    # ---- vLLM's warm-up, which brings its own adapters ----
+    # ---- vLLM's warm-up, with dummy adapters ----
 
     @contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:
-        """Nothing is kept from one dummy to the next."""
+        """Does nothing: dummies need no cache."""
         yield
 
     def add_dummy_lora(self, request: Any, rank: int) -> bool:
-        """Note an adapter that edits nothing."""
+        """Registers an adapter without edits."""
         self._dummies.add(request.lora_int_id)
         return True
 
     def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
-        """Edits have no rank."""
+        """Returns vLLM's default: edits have no rank."""
         return default_rank
 
     def supports_tower_connector_lora(self) -> bool:
-        """Only language models are served."""
+        """Returns False: only language models are served."""
         return False
 
 
@@ -151,7 +151,7 @@ def _name(number: int) -> str:
 
 
 class EnginePool(AdapterPool):
-    """A pool whose sites read the slots of tokens from `index`, also inside vLLM's compiled graphs."""
+    """A pool whose sites read the tokens' slots from `index`, also in vLLM's compiled graphs."""
 
     def __init__(self, model: nn.Module, config: JolaConfig, capacity: int, base: str, index: Tensor) -> None:
         self._index = index
@@ -162,7 +162,7 @@ class EnginePool(AdapterPool):
 
 
 class EngineSites(JolaSites):
-    """Edits by a custom op that finds its tables by a name: the way by which vLLM's compiled graphs reach its own caches."""
+    """Edits with a custom op that looks up its tables by name, as vLLM's compiled graphs look up their caches."""
 
     def __init__(self, model: nn.Module, config: JolaConfig, index: Tensor) -> None:
         if config.site != "head":
@@ -173,7 +173,7 @@ class EngineSites(JolaSites):
         self._index = index
 
     def attach(self, tables: dict[str, Tensor], current: Current) -> None:
-        """Put the edits on the model."""
+        """Attaches the edits to the model."""
         self._engine = next(_engines)
         for name in self._sites:
             key = f"{self._engine}.{name}"
@@ -181,7 +181,7 @@ class EngineSites(JolaSites):
             self._handles.append(self._model.get_submodule(name).register_forward_pre_hook(_Hook(key)))
 
     def detach(self) -> None:
-        """Take them off again."""
+        """Detaches the edits."""
         super().detach()
         for name in self._sites:
             del _TABLES[f"{self._engine}.{name}"]

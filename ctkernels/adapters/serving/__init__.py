@@ -1,1 +1,1 @@
-"""Merged models for the runtimes that serve them: where additive edits can live, and whether what was saved is right."""
+"""Merged models for serving runtimes: placement of additive edits, and verification of saved models."""

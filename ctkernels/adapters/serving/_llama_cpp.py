@@ -1,4 +1,4 @@
-"""Run in a process of its own: log-probabilities of the next token by llama.cpp. Arguments: model, prompt, count, output."""
+"""Subprocess that computes log-probabilities of the next token in llama.cpp. Arguments: model, prompt, count, output."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def main(model: str, prompt: list[int], count: int) -> dict[int, float]:
-    """Log-probabilities of the `count` likeliest tokens after a prompt, with keys and values kept in fp32."""
+    """Log-probabilities of the `count` likeliest tokens after a prompt, with keys and values in fp32."""
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
@@ -35,14 +35,14 @@ def main(model: str, prompt: list[int], count: int) -> dict[int, float]:
 
 
 def _find(value: Any, key: str) -> Any:
-    """What the first `key` in nested dicts and lists holds: answers have changed their form from version to version."""
+    """The value of the first `key` in nested dicts and lists: the format of answers depends on the version."""
     if isinstance(value, dict) and key in value:
         return value[key]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((found for found in (_find(part, key) for part in parts) if found is not None), None)
+    return next((match for match in (_find(part, key) for part in parts) if match is not None), None)
 
 
 if __name__ == "__main__":
-    found = main(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]))
+    result = main(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]))
     with open(sys.argv[4], "w", encoding="utf-8") as file:
-        json.dump(found, file)
+        json.dump(result, file)

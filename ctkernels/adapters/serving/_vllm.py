@@ -1,4 +1,4 @@
-"""Run in a process of its own: log-probabilities of the next token by vLLM. Arguments: model, prompt, count, output."""
+"""Subprocess that computes log-probabilities of the next token in vLLM. Arguments: model, prompt, count, output."""
 
 import json
 import os
@@ -11,14 +11,14 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 def main(model: str, prompt: list[int], count: int) -> dict[int, float]:
-    """Log-probabilities of the `count` likeliest tokens after a prompt, computed in the dtype of the model's file."""
+    """Log-probabilities of the `count` likeliest tokens after a prompt, in the dtype of the model's file."""
     from vllm import LLM, SamplingParams
 
     with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
         config = json.load(file)
     engine = LLM(
         model,
-        dtype=config.get("dtype") or config.get("torch_dtype") or "auto",  # "auto" would make float32 a half precision
+        dtype=config.get("dtype") or config.get("torch_dtype") or "auto",  # "auto" turns float32 into half precision
         max_model_len=len(prompt) + 2,
         max_num_seqs=1,
         max_logprobs=count,
@@ -32,6 +32,6 @@ def main(model: str, prompt: list[int], count: int) -> dict[int, float]:
 
 
 if __name__ == "__main__":
-    found = main(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]))
+    result = main(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]))
     with open(sys.argv[4], "w", encoding="utf-8") as file:
-        json.dump(found, file)
+        json.dump(result, file)

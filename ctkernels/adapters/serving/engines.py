@@ -1,4 +1,4 @@
-"""The runtimes themselves, where they are installed: what they say comes next after a prompt."""
+"""Runs saved models in installed runtimes, to compare their predictions of the next token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..jola.runtimes import RUNTIMES
 
-COUNT = 64  # likeliest tokens whose log-probabilities are compared
+COUNT = 64  # number of likeliest tokens to compare
 
 
 def installed(target: str) -> bool:
@@ -25,15 +25,15 @@ def installed(target: str) -> bool:
 
 
 def next_token(target: str, path: str | os.PathLike[str], prompt: list[int], count: int) -> dict[int, float]:
-    """Log-probabilities of the likeliest next tokens by vLLM (of a folder) or llama.cpp (of a GGUF file).
+    """Log-probabilities of the likeliest next tokens in vLLM (from a folder) or llama.cpp (from a GGUF file).
 
-    The runtime runs in a process of its own: it may allocate most of the memory, and abort.
+    The runtime runs in a subprocess: it may allocate most of the memory, or abort.
 
     Raises:
-        ValueError: it does not run the model; the message ends as its output does.
+        ValueError: it does not run the model; the message has the end of its output.
     """
-    with tempfile.TemporaryDirectory() as room:
-        out = Path(room) / "logprobs.json"
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "logprobs.json"
         script = str(Path(__file__).with_name({"vllm": "_vllm.py", "llama.cpp": "_llama_cpp.py"}[target]))
         command = [sys.executable, script, os.fspath(path), json.dumps(prompt), str(count), str(out)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -44,14 +44,14 @@ def next_token(target: str, path: str | os.PathLike[str], prompt: list[int], cou
 
 
 def error(target: str, path: str | os.PathLike[str], tokens: Tensor, logits: Tensor) -> float:
-    """How far the log-probabilities of the likeliest next tokens in a runtime are off.
+    """The largest error of a runtime's log-probabilities of the likeliest next tokens.
 
     Args:
         target: "vllm" or "llama.cpp".
         path: the model.
         tokens: (rows, length); the first row is the prompt.
-        logits: (rows, length, vocabulary), what the model is expected to put out.
+        logits: (rows, length, vocabulary): the expected output.
     """
     expected = torch.log_softmax(logits[0, -1].double(), -1)
-    found = next_token(target, path, tokens[0].tolist(), min(COUNT, len(expected)))
-    return max(abs(value - float(expected[token])) for token, value in found.items())
+    actual = next_token(target, path, tokens[0].tolist(), min(COUNT, len(expected)))
+    return max(abs(value - float(expected[token])) for token, value in actual.items())

@@ -1,4 +1,4 @@
-"""Merged models as GGUF files, made of the file of the base model: llama.cpp gets the edits, and all else as it was."""
+"""Saves merged models as GGUF files for llama.cpp: the base model's file with changed projections and biases."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FLOATS = ("F32", "F16", "BF16")
 
 
 class _Site(NamedTuple):
-    """An edited projection: its names in the model and in the file (without ".weight"), and what is merged into it."""
+    """An edited projection: its names in the model and in the file (without ".weight"), its layer, the adapters to merge."""
 
     site: str
     name: str
@@ -39,30 +39,30 @@ def save_gguf(
     verify: bool = True,
     inputs: Mapping[str, Any] | None = None,
 ) -> Merged:
-    """Save a model with its active JoLA adapters folded in as a GGUF file for llama.cpp.
+    """Saves a model with its active JoLA adapters merged as a GGUF file for llama.cpp.
 
-    The file is that of the base model, in any quantisation, with other weights in its output projections and with the
-    biases that additive edits need: of the output projections where llama.cpp has them for the family (Llama, Mistral,
-    Granite), else of the values, if heads with the same values share an offset (`additive="kv_group"`). Vocabulary,
-    templates and all other tensors are copied. A projection is quantised anew as it was, or to Q8_0 where the gguf
-    package cannot (the K quantisations).
+    The file is the base model's, in any quantisation, with changed output projections, and with the biases that additive
+    edits need: of the output projections if llama.cpp reads them for the family (Llama, Mistral, Granite), else of the value
+    projections, if heads that share values share an offset (`additive="kv_group"`). Vocabulary, templates and all other
+    tensors are copied. Projections are requantised in their type, or in Q8_0 if the gguf package cannot write that (K
+    quantisations).
 
-    The new file is run in llama.cpp before it gets its name, if xllamacpp is installed, beside the base model's: the
-    log-probabilities of the next token may be as far off as rounding allows and twice as far as those of the base.
+    If xllamacpp is installed, llama.cpp runs the new file and the base model's before the new file gets its name: the error
+    of the next token's log-probabilities may be that of rounding plus twice that of the base.
 
     Args:
-        model: a `PeftModel` with JoLA adapters and no others, not merged.
-        path: file to write; one that is there is replaced when the new one is complete.
+        model: a `PeftModel` with JoLA adapters only, unmerged.
+        path: file to write; an existing one is replaced when the new one is complete.
         base: the GGUF file of the base model.
-        verify: run both files, where llama.cpp is installed.
+        verify: run both files, if llama.cpp is installed.
         inputs: keyword arguments of a forward, with `input_ids`; None: random tokens.
 
     Returns:
-        what was saved, and how far it is off; print it.
+        A printable record of what was saved, and its error.
 
     Raises:
-        ValueError: base is no GGUF file, or one of another model; there are adapters of other methods; llama.cpp has no
-            place for the additive edits, or computes something else. Nothing is written then.
+        ValueError: base is not a GGUF file of this model; there are adapters of other methods; llama.cpp reads no bias for
+            the additive edits, or computes something else. Nothing is written.
         ImportError: gguf is missing.
 
     Examples:
@@ -105,12 +105,12 @@ def save_gguf(
                 f"base: llama.cpp's outputs of {source} are off by {of_base:.2g} without any adapter, and the adapters do "
                 f"{expected.edit:.2g}: too little to see whether they are there. Take a base of higher precision, or verify=False"
             )
-        # a log-probability moves twice as far as logits at most
+        # log-probabilities change at most twice as much as logits
         return result.judged(expected, 2 * expected.tolerance + 2 * of_base)
 
 
 def _sites(model: Any, reader: Any, gguf: Any) -> list[_Site]:
-    """The edited projections; refuses adapters of other methods, and projections that the file does not have."""
+    """The edited projections. Raises for adapters of other methods, and for projections that the file lacks."""
     architecture = _value(reader, gguf.Keys.General.ARCHITECTURE)
     blocks = _value(reader, f"{architecture}.block_count")
     key = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
@@ -150,21 +150,21 @@ def _value(reader: Any, key: str) -> Any:
 
 
 def _tensor(stored: Any, gguf: Any) -> Tensor:
-    """The values of a tensor of the file, in float64."""
+    """The values of a stored tensor, in float64."""
     return torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy()).double()
 
 
 def _check_base(sites: list[_Site], tensors: dict[str, Any], source: Path, gguf: Any) -> None:
-    """Refuse the file of another model: its output projections are not those of this one, quantised or not."""
+    """Raises if the file's output projections, quantised or not, are not those of the model."""
     for site in sites:
         layer: Any = site.layer.get_base_layer()
-        own = layer.weight.detach().double().cpu()
-        own = own.t() if type(layer).__name__ == "Conv1D" else own
+        weight = layer.weight.detach().double().cpu()
+        weight = weight.t() if type(layer).__name__ == "Conv1D" else weight
         stored = tensors[f"{site.name}.weight"]
         values = _tensor(stored, gguf)
-        # weights that have nothing to do with each other are 1.4 apart
+        # the relative distance of unrelated weights is 1.4
         allowed = 2**-7 if stored.tensor_type.name in _FLOATS else 0.5
-        if values.shape != own.shape or float((values - own).norm() / own.norm()) > allowed:
+        if values.shape != weight.shape or float((values - weight).norm() / weight.norm()) > allowed:
             raise ValueError(
                 f"base: expected the file of this base model, but {site.name} in {source} is not {site.site}"
             )
@@ -173,7 +173,7 @@ def _check_base(sites: list[_Site], tensors: dict[str, Any], source: Path, gguf:
 def _changes(
     sites: list[_Site], tensors: dict[str, Any], family: str, gguf: Any
 ) -> tuple[str, dict[str, tuple[Any, Any]]]:
-    """Where additive edits go, and the new tensors by name: their data and types."""
+    """The placement of additive edits, in words, and the changed tensors by name: data and type."""
     lacking = [s for s in sites if f"{s.name}.bias" not in tensors and bool(s.layer.factors(s.adapters)[1].any())]
     by_value = bool(lacking) and reads(family, "llama.cpp", "output") is not True
     place = "biases of the output projections" if lacking else "the weights alone"
@@ -193,7 +193,7 @@ def _changes(
     for site in sites:
         stored = tensors[f"{site.name}.weight"]
         p, q = (part.double().cpu() for part in site.layer.factors(site.adapters))
-        if by_value and any(site is one for one in lacking):
+        if by_value and any(site is other for other in lacking):
             q = torch.zeros_like(q)
         weight = _tensor(stored, gguf)
         changed[f"{site.name}.weight"] = _stored(weight * p, stored.tensor_type.name, gguf)
@@ -205,20 +205,20 @@ def _changes(
 
 
 def _value_bias(site: _Site, tensors: dict[str, Any], offset: Tensor, gguf: Any) -> tuple[str, Tensor]:
-    """The tensor that holds the bias of a site's values, with the offset added."""
+    """The name and the values of the bias of a site's value projection, with the offset added."""
     block = site.name.rsplit(".", 1)[0]
     for part in ("attn_v", "attn_qkv"):
         if f"{block}.{part}.weight" in tensors:
             name = f"{block}.{part}.bias"
             width = int(tensors[f"{block}.{part}.weight"].shape[-1])
             bias = _tensor(tensors[name], gguf) if name in tensors else torch.zeros(width, dtype=torch.float64)
-            bias[-len(offset) :] += offset  # values are the last of queries, keys and values
+            bias[-len(offset) :] += offset  # in attn_qkv, values are last
             return name, bias
     raise ValueError(f"base: expected a projection of values beside {site.name}, got none")
 
 
 def _stored(value: Tensor, kind: str, gguf: Any) -> tuple[Any, Any]:
-    """A tensor as the file has it: in its type, or in Q8_0 where the package cannot quantise so."""
+    """Data and type of a tensor for the file: in type `kind`, or in Q8_0 if the package cannot write that."""
     array = value.float().numpy()
     for name in (kind, "Q8_0", "F16"):
         dtype = gguf.GGMLQuantizationType[name]
@@ -230,7 +230,7 @@ def _stored(value: Tensor, kind: str, gguf: Any) -> tuple[Any, Any]:
 
 
 def _write(reader: Any, changed: dict[str, tuple[Any, Any]], path: Path, gguf: Any) -> None:
-    """Copy a file with other tensors in the place of some, and new ones at the end."""
+    """Copies a file, with changed tensors replaced and new ones at the end."""
     writer = gguf.GGUFWriter(path, _value(reader, gguf.Keys.General.ARCHITECTURE), endianess=reader.endianess)
     alignment = _value(reader, gguf.Keys.General.ALIGNMENT)
     if alignment is not None:

@@ -1,4 +1,4 @@
-"""Where the additive edits of a merged model go, so that plain transformers and the runtimes that are asked for have them."""
+"""Placement of a merged model's additive edits, such that plain transformers and the target runtimes read them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .rehome import Rehomed, rehomed
 
 
 class Place(NamedTuple):
-    """Where additive edits go.
+    """A placement of additive edits.
 
-    `where` is what users are told. With `values`, each site's offset is a bias of its value projection; otherwise it is
-    one of the output projection. `switch` turns the bias on in the config, `home` is the architecture to save as.
+    `where`: in words. `values`: the value projection of each site, whose bias holds the offset; None: the bias of the output
+    projection does. `switch` turns the bias on in the config, `home` is the architecture to save as.
     """
 
     where: str
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
 
 class Edited(NamedTuple):
-    """A site whose additive edit needs a place: its name, its layer, and the adapters to merge."""
+    """A site whose additive edit needs a bias: its name and layer, and whether no other adapter wraps the layer."""
 
     site: str
     layer: JolaLayer
@@ -36,7 +36,7 @@ class Edited(NamedTuple):
 
 
 def targets_of(model: nn.Module, target: str | None) -> tuple[str, ...]:
-    """The runtimes that a merged model is for: the one named, else all that are known to serve its family."""
+    """The target runtimes of a merged model: the one named, else all that are known to serve its family."""
     if target is not None:
         return (target,)
     names = dict.fromkeys(name for family in families(model) for name in listed(family))
@@ -44,27 +44,27 @@ def targets_of(model: nn.Module, target: str | None) -> tuple[str, ...]:
 
 
 def place(model: nn.Module, edited: list[Edited], target: str | None, can_run: Callable[[str], bool]) -> Place:
-    """Choose where the additive edits of a plain model's sites go.
+    """Chooses the placement of the additive edits of a model.
 
     Args:
-        model: the model without peft's wrappers, not merged yet.
-        edited: the sites without a bias of their own whose additive edit is not zero.
-        target: the runtime that is to serve the model; None: all that are known to serve its family.
-        can_run: whether a runtime is here, to be asked where nothing is known about it.
+        model: the model without peft's wrappers, unmerged.
+        edited: the sites without a bias and with a nonzero additive edit.
+        target: the runtime that will serve the model; None: all that are known to serve its family.
+        can_run: whether a runtime is installed and can be tried if nothing is known about it.
 
     Raises:
-        ValueError: there is no place that all of them read; the message says which of them would.
+        ValueError: there is no placement that all of them read; the message says which of them read one.
     """
     if not edited:
         return Place("the weights alone")
     targets = targets_of(model, target)
-    found = _first(model, edited, targets, can_run)
-    if isinstance(found, Place):
-        return found
+    result = _first(model, edited, targets, can_run)
+    if isinstance(result, Place):
+        return result
     others = [name for name in TARGETS if name not in targets or len(targets) > 1]
     served = [name for name in others if isinstance(_first(model, edited, (name,), can_run), Place)]
     names = ", ".join(RUNTIMES[name].name for name in targets)
-    reasons = "; ".join(f"as {kind}: {reason}" for kind, reason in found.items())
+    reasons = "; ".join(f"as {kind}: {reason}" for kind, reason in result.items())
     of_heads = [one.layer for one in edited if one.layer.edits == "head"]
     by_head = any(layer.jola_config[name].additive == "head" for layer in of_heads for name in layer.check_merge())
     trained = ["training with additive='kv_group'"] * by_head + ["training with edit='multiplicative'"]
@@ -78,24 +78,24 @@ def place(model: nn.Module, edited: list[Edited], target: str | None, can_run: C
 def _first(
     model: nn.Module, edited: list[Edited], targets: tuple[str, ...], can_run: Callable[[str], bool]
 ) -> Place | dict[str, str]:
-    """The first place that all targets read, else the reasons against each."""
+    """The first placement that all targets read, else the reason against each."""
     reasons: dict[str, str] = {}
     for kind, find in (
         ("biases of the output projections", _output),
         ("biases of the value projections", _value),
         ("a model of another architecture", _elsewhere),
     ):
-        found = find(model, edited, targets, can_run)
-        if isinstance(found, Place):
-            return found
-        reasons[kind] = found
+        result = find(model, edited, targets, can_run)
+        if isinstance(result, Place):
+            return result
+        reasons[kind] = result
     return reasons
 
 
 def _unread(
     names: Iterable[str], targets: Iterable[str], projection: str, can_run: Callable[[str], bool]
 ) -> str | None:
-    """Why a target would not have the biases of a projection, as `reads` names it; None if all would."""
+    """Why a target does not read the biases of a `projection` (as in `reads`); None if all do."""
     for target in targets:
         known = [answer for answer in (reads(name, target, projection) for name in names) if answer is not None]
         if known and not all(known):
@@ -163,7 +163,5 @@ def _elsewhere(
     problem = _unread([other], targets, _projection(edited), can_run)
     if problem is not None:
         return problem
-    found = rehomed(model, other, {"mlp_bias" if one.layer.edits == "mlp" else "attention_bias" for one in edited})
-    return (
-        found if isinstance(found, str) else Place(f"biases of the output projections of a {other} model", home=found)
-    )
+    home = rehomed(model, other, {"mlp_bias" if one.layer.edits == "mlp" else "attention_bias" for one in edited})
+    return home if isinstance(home, str) else Place(f"biases of the output projections of a {other} model", home=home)

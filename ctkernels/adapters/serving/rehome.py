@@ -1,4 +1,4 @@
-"""A model as one of another architecture that computes the same and has room for biases."""
+"""Converts a model to an equivalent architecture that has biases."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from torch import Tensor, nn
 
 
 class Rehomed(NamedTuple):
-    """The architecture's class and config."""
+    """An equivalent architecture: its class and config."""
 
     architecture: type
     config: Any
 
     def model(self, state: dict[str, Tensor]) -> Any:
-        """A model of the architecture on the meta device, for `save_pretrained`, and its whole state in `state`.
-
-        Biases that `state` lacks are zeros.
+        """A model of the architecture on the meta device, for `save_pretrained`; adds zeros for missing biases to `state`.
 
         Raises:
             ValueError: the architectures have other parameters.
@@ -39,7 +37,7 @@ class Rehomed(NamedTuple):
 
 
 def rehomed(model: nn.Module, family: str, switches: Iterable[str]) -> Rehomed | str:
-    """What a model becomes in another family with the biases that config switches give; a reason where the families differ."""
+    """The equivalent of a model in another family with the biases of the config `switches`, or the reason against it."""
     import transformers
 
     config: Any = model.config
@@ -52,8 +50,8 @@ def rehomed(model: nn.Module, family: str, switches: Iterable[str]) -> Rehomed |
     architecture = getattr(transformers, name, None)
     if architecture is None or not type(model).__name__.startswith(source):
         return f"transformers has no {family!r} model for a {type(model).__name__}"
-    own = config.to_dict()
-    values = {key: own[key] for key in template.to_dict() if key in own and key not in _OWN_FIELDS}
+    fields = config.to_dict()
+    values = {key: fields[key] for key in template.to_dict() if key in fields and key not in _OWN_FIELDS}
     values |= dict.fromkeys(switches, True)
     other = type(template)(**values)
     other._attn_implementation = config._attn_implementation

@@ -1,4 +1,4 @@
-"""Whether a saved model computes what the adapted one does: random inputs, and how far rounding may move the outputs."""
+"""Verifies that a saved model computes the adapted one's outputs, on random inputs, within a measured rounding error."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _ROWS, _TOKENS = 2, 12
 
 
 class Expected(NamedTuple):
-    """What a saved model has to compute.
+    """The expected output of a saved model.
 
     Attributes:
         inputs: of one forward.
         output: of the model with its adapters, in float64.
         unedited: of the model without JoLA's edits.
-        tolerance: how far a right one may be off.
+        tolerance: the error that rounding can cause.
     """
 
     inputs: dict[str, Any]
@@ -36,29 +36,29 @@ class Expected(NamedTuple):
 
     @property
     def edit(self) -> float:
-        """How far the adapters move the output."""
+        """The largest change of the output by the adapters."""
         return float((self.output - self.unedited).abs().max())
 
     def error(self, model: nn.Module) -> float:
-        """How far another model's output is off."""
-        got = run(model, self.inputs)
-        if got.shape != self.output.shape:
+        """The largest error of another model's output."""
+        output = run(model, self.inputs)
+        if output.shape != self.output.shape:
             return float("inf")
-        error = (got - self.output).abs().max()
+        error = (output - self.output).abs().max()
         return float(error) if bool(error.isfinite()) else float("inf")
 
 
 class Merged(NamedTuple):
-    """What `save_merged` or `save_gguf` saved, and how it was checked.
+    """Record of a model saved by `save_merged` or `save_gguf`, and of its verification.
 
     Attributes:
         path: the folder or file.
-        targets: the runtimes that it is for.
-        place: where the additive edits are.
-        checked_in: the runtime that the saved model was run in and compared with the adapted one; "" with `verify=False`.
-        error: how far its outputs are off (in vLLM and llama.cpp: log-probabilities of the next token).
-        tolerance: how far rounding may move them.
-        edit: how far the adapters move the model's outputs.
+        targets: the target runtimes.
+        place: the placement of the additive edits, in words.
+        checked_in: the runtime in which it was verified; "" with `verify=False`.
+        error: the largest error of its outputs (in vLLM and llama.cpp: of the next token's log-probabilities).
+        tolerance: the error that rounding can cause.
+        edit: the largest change of the outputs by the adapters.
     """
 
     path: str
@@ -70,10 +70,10 @@ class Merged(NamedTuple):
     edit: float = 0.0
 
     def judged(self, expected: Expected, tolerance: float) -> Merged:
-        """The same with what its error is to be compared with.
+        """The record with its tolerance, if the error is within it.
 
         Raises:
-            ValueError: the error is larger than the tolerance.
+            ValueError: the error exceeds the tolerance.
         """
         result = self._replace(tolerance=tolerance, edit=expected.edit)
         if not self.error <= tolerance:
@@ -91,7 +91,7 @@ class Merged(NamedTuple):
 
 
 def random_inputs(model: Any) -> dict[str, Any]:
-    """Inputs for one forward of a transformers model, the same in every process."""
+    """Random inputs for one forward of a transformers model, the same in every process."""
     config = model.config
     generator = torch.Generator().manual_seed(0)
     accepted = inspect.signature(model.forward).parameters
@@ -144,12 +144,12 @@ def run(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def expect(model: Any, inputs: Mapping[str, Any] | None) -> Expected:
-    """Run a model with its adapters, to compare what is saved of it.
+    """Runs a model with its adapters to obtain the expected output of its merged form.
 
-    The tolerance is four times what the outputs move when the input of every linear layer is off by an ulp of the
-    weights' dtype, with random signs: merging rounds every weight once more, by half an ulp at most, and another
-    runtime rounds in other places. (Of a quantised projection: by what quantising the merged weight loses.) No hook of
-    users on JoLA's layers runs.
+    The tolerance is four times the change of the outputs when the input of every linear layer is perturbed by an ulp of the
+    weights' dtype, with random signs: merging rounds every weight once more, by at most half an ulp, and another runtime
+    rounds elsewhere. (For a quantised projection, the perturbation is the error of quantising the merged weight.) Users'
+    hooks on JoLA's layers do not run.
 
     Args:
         model: a transformers model with adapters, unmerged.
@@ -181,7 +181,7 @@ def expect(model: Any, inputs: Mapping[str, Any] | None) -> Expected:
 
 
 def _lost(model: nn.Module) -> dict[nn.Module, float]:
-    """What merging loses of each quantised projection, in parts of its norm; found by doing it and taking it back."""
+    """The relative error of merging each quantised projection, measured by merging and unmerging."""
     lost: dict[nn.Module, float] = {}
     for layer in jola_layers(model):
         if layer.check_merge() and packing(layer.get_base_layer(), layer.site).quantised:
@@ -208,7 +208,7 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _capped_scores(model: nn.Module) -> Iterator[None]:
-    """Attention that caps its scores where the model says so: transformers' "sdpa" leaves the cap out, runtimes do not."""
+    """Use eager attention for models with capped attention scores: transformers' "sdpa" ignores the cap, runtimes do not."""
     configs = {
         id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
     }
@@ -240,26 +240,26 @@ def _disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _rounding(model: nn.Module, seed: int, lost: dict[nn.Module, float]) -> Iterator[None]:
-    """Has every linear layer get an input that is off by an ulp of its weight's dtype, or by what quantising costs."""
+    """Context in which every linear layer's input is perturbed by an ulp of its weight's dtype, or by its quantisation error."""
     generator = torch.Generator().manual_seed(seed)
 
-    def nudged(module: nn.Module, args: Any) -> Any:
+    def perturb(module: nn.Module, args: Any) -> Any:
         x = args[0]
         weight: Any = getattr(module, "weight", x)
         dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else x.dtype
         eps = max(torch.finfo(dtype).eps, lost.get(module, 0.0))
         if type(weight).__name__ == "Int8Params":
-            eps = max(eps, 1 / 254)  # bitsandbytes quantises what comes in, too: half a step of 127
+            eps = max(eps, 1 / 254)  # bitsandbytes quantises inputs too: half a step of 127
         signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device, x.dtype) * 2 - 1
         return (x * (1 + eps * signs), *args[1:])
 
     handles = [
-        module.register_forward_pre_hook(nudged)
+        module.register_forward_pre_hook(perturb)
         for _, module in unwrapped(model)
         if linear_shape(module) is not None and not hasattr(module, "base_layer")
     ]
-    # what adapters lie on, too
-    handles += [layer.get_base_layer().register_forward_pre_hook(nudged) for layer in jola_layers(model)]
+    # also the layers below adapters
+    handles += [layer.get_base_layer().register_forward_pre_hook(perturb) for layer in jola_layers(model)]
     try:
         yield
     finally:
