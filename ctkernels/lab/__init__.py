@@ -14,6 +14,7 @@ from .robustness.evaluate import RobustnessConfig, robustness
 from .search.grid import SearchConfig, search_beta
 from .search.result import BetaSearch, Comparison, plot, verdict
 from .search.strategies import StrategyConfig, search_betas
+from .streaming import Router, StreamResult, stream
 from .transfer import TransferConfig, TuneConfig, compare_transfer, tune_curvature
 
 __all__ = [
@@ -26,9 +27,11 @@ __all__ = [
     "Probe",
     "ProfileConfig",
     "RobustnessConfig",
+    "Router",
     "SearchConfig",
     "Splits",
     "StrategyConfig",
+    "StreamResult",
     "TransferConfig",
     "TuneConfig",
     "compare_methods",
@@ -47,6 +50,7 @@ __all__ = [
     "search_betas",
     "stratified_order",
     "stratified_split",
+    "stream",
     "tune_curvature",
     "verdict",
 ]

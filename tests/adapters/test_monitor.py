@@ -467,7 +467,7 @@ def test_the_window_fills_over_batches():
             means.append(monitor._current.mean)
         monitor.begin()
     seen, drift = monitor.snapshot(), monitor.reference.drift
-    assert (seen.windows, monitor._filled) == (3, 0)
+    assert (seen.windows, monitor._window._filled) == (3, 0)
     windows = torch.cat(means).split(4)
     distances = [drift.distances(drift.below(window)) for window in windows]
     assert seen.drift == distances[-1].tolist()

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..._extras import require
 from ..._files import replacing
+from .heat_map import heat_maps
 
 KINDS = {"a": "additive gate", "m": "multiplicative gate"}
 
@@ -146,33 +146,5 @@ def draw_gates(frames: GateMap | Sequence[GateMap], labels: Sequence[str] | None
         labels = [""] if len(maps) == 1 else [f"frame {i + 1}" for i in range(len(maps))]
     if len(labels) != len(maps):
         raise ValueError(f"labels must be one per frame, {len(maps)}, got {len(labels)}")
-    figure_module = require("matplotlib.figure", "lab", "the picture")
-    matplotlib = require("matplotlib", "lab", "the picture")
-    layers, heads = len(maps[0].sites), max(len(row) for m in maps for row in m.m)
-    size = (max(4.0, 1.6 + len(maps) * max(1.1, 0.16 * heads)), max(3.6, 1.5 + 2 * max(1.0, 0.1 * layers)))
-    figure = figure_module.Figure(figsize=size, dpi=150, layout="constrained")
-    axes = figure.subplots(2, len(maps), squeeze=False, sharex=True, sharey=True)
-    colours = matplotlib.colormaps["cividis"].with_extremes(bad="#d9d9d9")
-    image = None
-    for column, (frame, label) in enumerate(zip(maps, labels)):
-        for row, kind in enumerate(KINDS):
-            grid = axes[row][column]
-            values = getattr(frame, kind)
-            image = grid.imshow(values, vmin=0, vmax=1, cmap=colours, aspect="auto", interpolation="nearest")
-            closed = [(head, layer) for layer, own in enumerate(values) for head, gate in enumerate(own) if gate == 0]
-            if closed:
-                grid.scatter(*zip(*closed), marker="x", s=9, linewidths=0.7, color="white")
-            if row == 0:
-                grid.set_title(label, fontsize=8)
-            if row == 1:
-                grid.set_xlabel("head", fontsize=8)
-            if column == 0:
-                grid.set_ylabel(f"{KINDS[kind]}\nlayer", fontsize=8)
-            grid.tick_params(labelsize=7)
-            for axis in (grid.xaxis, grid.yaxis):
-                axis.get_major_locator().set_params(integer=True)
-    bar = figure.colorbar(image, ax=axes, shrink=0.6)
-    bar.set_label("gate: 0 closed (×), 1 open", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    figure.suptitle(title, fontsize=10)
-    return figure
+    columns = [{KINDS[kind]: getattr(frame, kind) for kind in KINDS} for frame in maps]
+    return heat_maps(columns, labels, title, "gate: 0 closed (×), 1 open", most=1.0, crossed=0.0)

@@ -16,6 +16,8 @@ class Inputs:
         total, count: the sum over a row's tokens and their number, (rows, heads of all sites).
         low, high: the smallest and the largest, (rows, heads of all sites).
         ids: tokens of each pass with those that count, each (rows, tokens); only kept for a history.
+        number: of the batch among those that were watched, from 1.
+        passes: how many there were.
     """
 
     total: Tensor
@@ -23,6 +25,8 @@ class Inputs:
     low: Tensor
     high: Tensor
     ids: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    number: int = 0
+    passes: int = 1
 
     @classmethod
     def of(cls, sizes: Tensor, real: Tensor | None) -> Inputs:
@@ -42,20 +46,22 @@ class Inputs:
     @classmethod
     def nothing(cls, rows: int, heads: int, like: Tensor) -> Inputs:
         """A site that no token reached."""
-        values = (like.new_full((rows, heads), value) for value in (0, 0, torch.inf, -torch.inf))
-        return cls(*values)
+        zero, infinite = like.new_zeros(rows, heads), like.new_full((rows, heads), torch.inf)
+        return cls(zero, zero, infinite, -infinite)
 
     @classmethod
     def joined(cls, parts: list[Inputs]) -> Inputs:
         """The sites of one pass, side by side, on the device of the first."""
         device = parts[0].total.device
         blocks = [torch.stack([p.total, p.count, p.low, p.high]).to(device, non_blocking=True) for p in parts]
-        return cls(*torch.cat(blocks, -1).unbind(0))
+        total, count, low, high = torch.cat(blocks, -1).unbind(0)
+        return cls(total, count, low, high)
 
     def add(self, other: Inputs) -> None:
         """Take in a later pass over the same rows."""
         self.total, self.count = self.total + other.total, self.count + other.count
         self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        self.passes += other.passes
 
     @property
     def mean(self) -> Tensor:

@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..jola.gates import log_alphas, named_adapters
 from ..jola.layer import JolaLayer
 from ..jola.units import real_tokens
 from .inputs import Inputs
-from .reference import Reference
+from .reference import Reference, Window
 
 _FORMATS = ("ctkernels.edit_monitor/1", "ctkernels.edit_monitor/2")
 FILE = "edit_monitor.json"
@@ -88,6 +88,7 @@ class EditMonitor:
     Examples:
         >>> monitor = EditMonitor(model, window=2)
         >>> monitor.calibrate([batch, batch])  # inputs like those of training
+        >>> model.save_pretrained("adapter")
         >>> monitor.save("adapter")  # beside the adapter: adapter/edit_monitor.json
         >>> with monitor:
         ...     output = model(**batch)
@@ -132,12 +133,14 @@ class EditMonitor:
         self._hooks: list[tuple[JolaLayer, Any]] = []
         self._pass = _Pass()
         self._free = threading.Lock()
+        self._aside: int | None = None  # the thread
         self._calibrating = False
         self._calibration: list[Inputs] = []
         self._current: Inputs | None = None
         self._batch: int | None = None  # rows of the current inputs, watched or not
         self._watched = True
-        self._number = 0
+        self._number = 0  # of batches
+        self._seen = 0  # of those, watched
         self.reset()
 
     # ---- on and off ----
@@ -168,6 +171,22 @@ class EditMonitor:
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Watch the passes of this thread alone, whatever ``every`` says, for :attr:`recent`: nothing is counted.
+
+        It waits for a pass of another thread that is watched; inputs that are under way there go on afterwards.
+        """
+        with self._free:
+            kept = self._current, self._batch, self._watched
+            self._current = self._batch = None
+            self._aside = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._aside = None
+                self._current, self._batch, self._watched = kept
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:
@@ -220,7 +239,7 @@ class EditMonitor:
         """Whether each current row was outside the range, on the device; None before the first and for unwatched inputs."""
         if self._current is None or self._calibrating:
             return None
-        return self._beyond(self._current).any(-1)
+        return self.beyond(self._current).any(-1)
 
     @property
     def flagged(self) -> int:
@@ -241,7 +260,8 @@ class EditMonitor:
             self._high = -self._low
             self._beyond_by_head = torch.zeros(heads, dtype=torch.long, device=device)
             self._outside = torch.zeros((), dtype=torch.long, device=device)
-            self._restart_window()
+            self._window = _new_window(self.reference)
+            self._ended: torch.Event | None = None  # recorded after the last inputs were counted; not on a CPU
 
     def statistics(self) -> dict[str, dict[str, list[float]]]:
         """Per site, lists over heads: mean, min and max of the relative edit size, and the number of tokens."""
@@ -260,19 +280,22 @@ class EditMonitor:
         """What was counted over inputs that ended; one read from the device, which waits for their passes."""
         if self._ended is not None:
             self._ended.synchronize()
-        parts = [*self._sums, self._high, self._beyond_by_head, self._drift, self._outside[None], self._alarms[None]]
+        window, heads = self._window, len(self.heads)
+        parts = [*self._sums, self._high, self._beyond_by_head, self._outside.view(1)]
+        parts += [] if window is None else [window.distances, window.alarms.view(1)]
         values = torch.cat([part.to(self._sums.dtype) for part in parts]).tolist()
-        heads = len(self.heads)
-        total, count, high, beyond, drift = (values[i * heads : (i + 1) * heads] for i in range(5))
-        outside, alarms = map(int, values[-2:])
-        return Snapshot(
-            self.rows, outside, total, count, high, beyond, self._windows, alarms, drift if self._windows else None
-        )
+        total, count, high, beyond = (values[i * heads : (i + 1) * heads] for i in range(4))
+        seen = Snapshot(self.rows, int(values[4 * heads]), total, count, high, beyond, 0, 0, None)
+        if window is not None and window.number:
+            alarms, drift = int(values[-1]), values[4 * heads + 1 : -1]
+            seen = replace(seen, windows=window.number, alarms=alarms, drift=drift)
+        return seen
 
     @property
     def drift(self) -> float | None:
         """The largest distance of any head in the last full window, see :class:`Reference`; None before there was one."""
-        return float(self._drift.amax()) if self._windows else None
+        window = self._window
+        return float(window.distances.amax()) if window is not None and window.number else None
 
     # ---- the reference ----
 
@@ -310,13 +333,14 @@ class EditMonitor:
     def _place(self, reference: Reference) -> None:
         with torch.inference_mode(False):
             self.reference = reference.to(self._device)
-            self._restart_window()
+            self._window = _new_window(self.reference)
 
     @property
     def _device(self) -> torch.device:
         return next(self.layers[0].parameters()).device
 
-    def _beyond(self, inputs: Inputs) -> Tensor:
+    def beyond(self, inputs: Inputs) -> Tensor:
+        """Which heads of which rows are outside the range, (rows, heads); on the device."""
         if self.reference is None:
             return torch.zeros_like(inputs.low, dtype=torch.bool)
         return self.reference.beyond(inputs.low, inputs.high, self._tolerance)
@@ -331,36 +355,14 @@ class EditMonitor:
         self._sums += torch.stack([inputs.total, inputs.count]).to(self._sums.dtype).sum(1)
         torch.minimum(self._low, inputs.low.amin(0), out=self._low)
         torch.maximum(self._high, inputs.high.amax(0), out=self._high)
-        beyond = self._beyond(inputs)
+        beyond = self.beyond(inputs)
         self._beyond_by_head += beyond.sum(0)
         self._outside += beyond.any(-1).sum()
-        self._fill_window(inputs.mean)
+        if self._window is not None:
+            self._window.add(inputs.mean)
         if self._device.type != "cpu":
             self._ended = torch.Event(self._device)
             self._ended.record()
-
-    def _fill_window(self, means: Tensor) -> None:
-        """Add inputs to the window; those beyond its end begin the next."""
-        drift = self.reference.drift if self.reference is not None else None
-        while drift is not None and len(means):
-            fits = min(len(means), drift.window - self._filled)
-            some, means = means[:fits], means[fits:]
-            self._below += drift.below(some)
-            self._filled += len(some)
-            if self._filled == drift.window:
-                self._drift.copy_(drift.distances(self._below))
-                self._alarms += self._drift.amax() > drift.threshold
-                self._below.zero_()
-                self._filled, self._windows = 0, self._windows + 1
-
-    def _restart_window(self) -> None:
-        drift = self.reference.drift if self.reference is not None else None
-        edges = 0 if drift is None else len(drift.edges)
-        self._below = torch.zeros(edges, len(self.heads), dtype=torch.long, device=self._device)
-        self._drift = torch.zeros_like(self._low)
-        self._alarms = torch.zeros_like(self._outside)
-        self._filled = self._windows = 0
-        self._ended: Any = None
 
     # ---- hooks ----
 
@@ -372,16 +374,20 @@ class EditMonitor:
             now.depth += 1
             now.mask = kwargs.get("attention_mask") if now.mask is None else now.mask
             return
-        if not self._free.acquire(blocking=False):
+        aside = self._aside == thread
+        if not aside and not self._free.acquire(blocking=False):
             return  # while a pass of another thread is watched
         mask = kwargs.get("attention_mask")
         self._pass = now = _Pass(thread, 1, mask, *_shape(args, kwargs))
         cache = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers' newer and older name
         if now.rows != self._batch or not _continues(now.tokens, mask, cache):
-            self.begin()
+            if aside:
+                self._current = None
+            else:
+                self.begin()
             self._batch = now.rows
-            self._watched = self._calibrating or self._number % self.every == 0
-            self._number += not self._calibrating
+            self._watched = aside or self._calibrating or self._number % self.every == 0
+            self._number += not (aside or self._calibrating)
         if self._watched:
             ids = kwargs.get("input_ids", args[0] if args else None)
             if self.recent.maxlen and isinstance(ids, Tensor) and not ids.is_floating_point():
@@ -411,7 +417,8 @@ class EditMonitor:
                 )
         finally:
             self._pass = _Pass()
-            self._free.release()
+            if self._aside != now.thread:
+                self._free.release()
 
     def _hook(self, layer: JolaLayer, scale: Tensor, offset: Tensor) -> Any:
         @torch.compiler.disable
@@ -426,7 +433,7 @@ class EditMonitor:
             sizes = sizes.reshape(sizes.shape[0], -1, len(scale))
             real = None
             if now.mask is not None:
-                real = real_tokens(now.mask, *sizes.shape[:2], sizes.device)
+                real = real_tokens(now.mask, sizes.shape[0], sizes.shape[1], sizes.device)
             if len(sizes) != now.rows:  # windows of an image, say: one row after the other
                 if now.rows is None or len(sizes) % now.rows:
                     raise ValueError(
@@ -452,11 +459,13 @@ class EditMonitor:
         if self._current is None:
             self._current = new
             if not self._calibrating:
+                self._seen += 1
+                new.number = self._seen
                 self.recent.append(new)
         else:
             self._current.add(new)
         if now.ids is not None:
-            real = real_tokens(now.mask, *now.ids.shape, now.ids.device)
+            real = real_tokens(now.mask, now.ids.shape[0], now.ids.shape[1], now.ids.device)
             self._current.ids.append((now.ids, real))
 
 
@@ -505,11 +514,15 @@ def _continues(tokens: int | None, mask: Any, cache: Any) -> bool:
     return tokens == 1 and cache is not None
 
 
-def _name(model: nn.Module) -> str:
+def _name(model: Any) -> str:
     config = getattr(model, "config", None)
     path = str(getattr(config, "_name_or_path", "") or "")
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return Path(path).name or type(base).__name__
+
+
+def _new_window(reference: Reference | None) -> Window | None:
+    return Window(reference.drift) if reference is not None and reference.drift is not None else None
 
 
 def _file(path: str | os.PathLike[str]) -> Path:
