@@ -17,6 +17,7 @@ peft = pytest.importorskip("peft")
 
 from ctkernels.lab import Router, stream  # noqa: E402
 from ctkernels.lab._weights import read_weights, save_weights  # noqa: E402
+from ctkernels.lab.cli import stream as stream_command  # noqa: E402
 from ctkernels.lab.jola import Answering, Example, RunResult, TextData, TrainingConfig, draw, load_language_model  # noqa: E402
 from ctkernels.lab.jola.compare import TextTask  # noqa: E402
 from ctkernels.lab.jola.scoring import score_choices  # noqa: E402
@@ -214,6 +215,14 @@ def test_the_command_line(folder, tmp_path, capsys):
     assert "tasks must have different names, got first more than once" in capsys.readouterr().err
     assert cli.main(["stream", first, *rest, "--grid", "lr"]) == 2
     assert "--grid must be NAME=VALUE,VALUE with finite numbers, got 'lr'" in capsys.readouterr().err
+
+
+def test_tasks_are_called_as_their_file_or_function_is(tmp_path):
+    (tmp_path / "law.v2.jsonl").write_text('{"prompt": "sky is", "answer": "blue"}')
+    assert stream_command._task(f"{tmp_path}/law.v2.jsonl") == ("law.v2", f"{tmp_path}/law.v2.jsonl")
+    assert stream_command._task(f"tax={tmp_path}/law.v2.jsonl") == ("tax", f"{tmp_path}/law.v2.jsonl")
+    (tmp_path / "made.py").write_text("def questions():\n    raise NotImplementedError\n")
+    assert stream_command._task(f"{tmp_path}/made.py:questions")[0] == "questions"
 
 
 def test_runs_are_those_of_the_engine(learned):

@@ -41,7 +41,8 @@ def _task(text: str) -> tuple[str, str]:
 
     name, equals, source = text.partition("=")
     if not equals:
-        name, source = Path(text).stem.rpartition(":")[2], text
+        function = text.rpartition(":")[2]
+        name, source = Path(text).stem if Path(text).exists() else function, text
     return name, types.checked(find_texts)(source)
 
 

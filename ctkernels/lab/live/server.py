@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
     report: LiveReport
     names: frozenset[str] | None
     server_version = "ctkernels"
-    protocol_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.0"  # a connection for each request, so that none outlives the server
 
     def do_GET(self) -> None:
         path, query = self._asked()
@@ -127,7 +127,6 @@ class _Handler(BaseHTTPRequestHandler):
             return
         length = self.headers.get("Content-Length", "")
         if not length.isdigit() or int(length) > LARGEST:
-            self.close_connection = True
             self._answer(413, f"expected at most {LARGEST} bytes", "text/plain")
             return
         body = self.rfile.read(int(length))
@@ -152,7 +151,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.names is not None
             and urllib.parse.urlsplit(f"//{self.headers.get('Host', '')}").hostname not in self.names
         ):
-            self.close_connection = True
             self._answer(421, "served for this machine alone", "text/plain")
             return None, {}
         return url.path, dict(urllib.parse.parse_qsl(url.query))
