@@ -15,6 +15,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("tokenizers")
 peft = pytest.importorskip("peft")
 
+from ctkernels.adapters import EditMonitor  # noqa: E402
 from ctkernels.lab import Router, stream  # noqa: E402
 from ctkernels.lab._weights import read_weights, save_weights  # noqa: E402
 from ctkernels.lab.cli import stream as stream_command  # noqa: E402
@@ -104,6 +105,9 @@ def test_adapters_on_disk_are_those_that_were_scored(learned, tiny, folder):
         examples = draw(TASKS[task.name], 0, train=16, val=8, test=12).test
         right = [right for right, _ in score_choices(loaded, tiny[1], examples, Answering())]
         assert right == run["each"]
+        monitor = EditMonitor(loaded)
+        monitor.load(out / "adapters" / task.name)  # calibrated on the training examples
+        assert (monitor.reference.inputs, monitor.window) == (16, 4)
 
 
 def test_a_changed_adapter_is_noticed(tiny, tmp_path):

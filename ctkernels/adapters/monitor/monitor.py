@@ -191,25 +191,38 @@ class EditMonitor:
     @contextmanager
     def calibrating(self) -> Iterator[None]:
         """Switch on; the reference becomes that of all inputs of such blocks. Nothing is flagged or counted meanwhile."""
-        before = self.on
+        before, known = self.on, list(self._calibration)
         self.begin()
         self.attach()
         self._calibrating = True
         try:
             yield
             self.begin()
+            self._set_reference()
+        except BaseException:
+            self._calibration = known
+            raise
         finally:
             self._current = self._batch = None
             self._calibrating = False
             if not before:
                 self.detach()
-        self._set_reference()
 
     def calibrate(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Run the model on batches of its inputs, as it is, and take their edits for the reference."""
-        with self.calibrating(), torch.no_grad():
-            for batch in batches:
-                self.model(**batch)
+        """Run the model on batches of its inputs, in evaluation mode, and take their edits for the reference.
+
+        Raises:
+            ValueError: no batches, or an edited projection that no token reaches.
+        """
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            with self.calibrating(), torch.no_grad():
+                for batch in batches:
+                    self.model(**batch)
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
     def _set_reference(self) -> None:
         if not self._calibration:
@@ -217,6 +230,11 @@ class EditMonitor:
         means, lows, highs = (
             torch.cat([getattr(inputs, part) for inputs in self._calibration]).cpu() for part in ("mean", "low", "high")
         )
+        if not bool(highs.isfinite().all()):
+            missed = sorted({site for (site, _), fine in zip(self.heads, highs.isfinite().all(0).tolist()) if not fine})
+            raise ValueError(
+                f"calibration must reach every edited projection with every input, got no token to {missed}"
+            )
         self._place(Reference.of(means, lows, highs, self.margin, self.window, self.false_alarms, self._tolerance))
         if self.window is not None and len(means) < 2 * self.window:
             warnings.warn(

@@ -31,7 +31,7 @@ examples:
 results:
   OUT/result.json          scores, changed outputs, what the router found
   OUT/TASK/                the runs of each task, as the command jola leaves them
-  OUT/adapters/TASK/       each adapter, as peft and an AdapterPool load it
+  OUT/adapters/TASK/       each adapter, as peft and an AdapterPool load it, and the reference of an EditMonitor for it
   OUT/router.safetensors   what the router learned"""
 
 

@@ -214,8 +214,25 @@ class _Stream:
                 row = answer_row(example, self.tokenizer, self.config.answering)
                 digests.append(_digest(attached, collate([row], self.tokenizer.pad_token_id)))
             if save and hasattr(attached.model, "peft_config"):
-                attached.model.save_pretrained(str(self.folder / "adapters" / name))
+                self._save(name, attached.model)
         return digests
+
+    def _save(self, name: str, model: Any) -> None:
+        """Save an adapter as peft does, and with one that edits heads, what a monitor of it holds inputs against."""
+        from ...adapters import EditMonitor
+        from ...adapters.jola.model import jola_layers
+        from ..jola.training import training_inputs
+
+        folder = self.folder / "adapters" / name
+        model.save_pretrained(str(folder))
+        if next(jola_layers(model), None) is None:
+            return
+        how, device = self.config.answering, next(model.parameters()).device
+        rows = [answer_row(example, self.tokenizer, how) for example in self.splits[name].train]
+        batches = training_inputs(model, rows, self.tokenizer.pad_token_id, how.batch_size)
+        monitor = EditMonitor(model, window=max(1, min(64, len(rows) // 4)))
+        monitor.calibrate({key: _to(value, device) for key, value in batch.items()} for batch in batches)
+        monitor.save(folder)
 
     def _suite(self, name: str) -> Sequence[Any]:
         return self.splits[name].test[: self.suite]
@@ -273,6 +290,10 @@ class _Stream:
             self.model, self.tokenizer, {self.seed: split}, self.config, Group(), compared.primary, compared.better_by,
             candidates, self.folder / "logs",
         )  # fmt: skip
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 @torch.inference_mode()
