@@ -34,6 +34,7 @@ def parser(prog: str = "python -m benchmarks") -> argparse.ArgumentParser:
     whole.add_argument("--calls", action="store_true", help="instead, what calls on next to nothing cost the host")
     whole.add_argument("--jola", action="store_true", help="instead, a Llama (needs transformers and peft)")
     whole.add_argument("--pool", action="store_true", help="instead, 1000 adapters in a batch (as --jola)")
+    whole.add_argument("--monitor", action="store_true", help="instead, what an EditMonitor costs (as --jola)")
     whole.add_argument("--attention", action="store_true", help="instead, attention with the edit (needs a GPU)")
     whole.add_argument(
         "--composed", action="store_true", help="instead, parts of both beside their composed reference, all compiled"
@@ -59,7 +60,11 @@ def run(args: argparse.Namespace) -> int:
             raise OptionError(f"--{name}: measured on a CPU; leave out --device")
     if args.cpu_time and not (args.formats and args.threads == 1):
         raise OptionError("--cpu-time: of one thread; give it with --formats and --threads 1")
-    if args.only and not args.formats and (args.device == "cpu" or args.networks or args.jola or args.pool):
+    if (
+        args.only
+        and not args.formats
+        and (args.device == "cpu" or args.networks or args.jola or args.pool or args.monitor)
+    ):
         raise OptionError("--only: for --formats, and the ops and the attention of --device cuda")
     if args.device == "cuda":
         return _on_device(args)
@@ -114,6 +119,11 @@ def _networks(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict
 
         record = pool.run(args.seconds, args.quick, args.device)
         return [record], pool.bars(record), pool.text(record)
+    if args.monitor:
+        from . import monitor
+
+        record = monitor.run(args.seconds, args.quick, args.device)
+        return [record], monitor.bars(record), monitor.text(record)
     if args.networks:
         from . import networks
 

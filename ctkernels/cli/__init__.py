@@ -35,6 +35,11 @@ COMMANDS = {
         "ctkernels.lab.cli.jola",
         "adapt a language model with a few examples by editing attention heads, beside LoRA and others",
     ),
+    "stream": (
+        "ctkernels.lab.cli.stream",
+        "learn tasks one after the other, an adapter for each, without forgetting any, and route between them",
+    ),
+    "watch": ("ctkernels.lab.cli.watch", "serve a live page of an adapter's edits on the texts that come in"),
     "search": ("ctkernels.lab.cli.search", "as steer, with a beta per stage or activation, by coordinates or Optuna"),
     "robust": (
         "ctkernels.lab.cli.robust",

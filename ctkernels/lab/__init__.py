@@ -15,6 +15,7 @@ from .robustness.evaluate import RobustnessConfig, robustness
 from .search.grid import SearchConfig, search_beta
 from .search.result import BetaSearch, Comparison, plot, verdict
 from .search.strategies import StrategyConfig, search_betas
+from .streaming import Router, StreamResult, stream
 from .transfer import TransferConfig, TuneConfig, compare_transfer, tune_curvature
 
 __all__ = [
@@ -29,9 +30,11 @@ __all__ = [
     "ProfileConfig",
     "RayExecutor",
     "RobustnessConfig",
+    "Router",
     "SearchConfig",
     "Splits",
     "StrategyConfig",
+    "StreamResult",
     "TransferConfig",
     "TuneConfig",
     "compare_methods",
@@ -50,6 +53,7 @@ __all__ = [
     "search_betas",
     "stratified_order",
     "stratified_split",
+    "stream",
     "tune_curvature",
     "verdict",
 ]

@@ -190,6 +190,23 @@ def test_few_inputs_give_a_range_and_a_warning():
     assert monitor.reference.drift.window == 2
 
 
+def test_calibration_reaches_every_projection_in_evaluation_mode():
+    model = _model()
+    model.train()
+    monitor = adapters.EditMonitor(model, window=None)
+    layer = model.get_base_model().model.layers[0]
+    monitor.calibrate([{"input_ids": TOKENS}])
+    assert model.training
+    assert layer.training
+    again = adapters.EditMonitor(model.eval(), window=None)
+    again.calibrate([{"input_ids": TOKENS}])
+    assert torch.equal(monitor.reference.high, again.reference.high)
+    with pytest.raises(ValueError, match=r"reach every edited projection with every input, got no token to \['model"):
+        again.calibrate([{"input_ids": TOKENS, "attention_mask": torch.zeros_like(TOKENS)}])
+    again.calibrate([{"input_ids": TOKENS}])  # what failed left nothing behind
+    assert again.reference.inputs == 6
+
+
 @pytest.mark.parametrize(
     "call", [lambda m: m, lambda m: m.base_model, lambda m: m.get_base_model(), lambda m: m.model.model]
 )
@@ -467,7 +484,7 @@ def test_the_window_fills_over_batches():
             means.append(monitor._current.mean)
         monitor.begin()
     seen, drift = monitor.snapshot(), monitor.reference.drift
-    assert (seen.windows, monitor._filled) == (3, 0)
+    assert (seen.windows, monitor._window._filled) == (3, 0)
     windows = torch.cat(means).split(4)
     distances = [drift.distances(drift.below(window)) for window in windows]
     assert seen.drift == distances[-1].tolist()

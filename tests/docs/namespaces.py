@@ -128,6 +128,13 @@ def language() -> Namespace:
     }
 
 
+def monitored() -> Namespace:
+    needs("prometheus_client", "opentelemetry.metrics")
+    names = language()
+    adapters = importlib.import_module("ctkernels.adapters")
+    return {**names, "EditMonitor": adapters.EditMonitor}
+
+
 def published() -> Namespace:
     """With a checkpoint as the official code of JoLA names its tensors."""
     names = language()
@@ -223,6 +230,22 @@ def texts() -> Namespace:
     return {**names, "model": names["base"], "data": TextData(tuple(examples * 8)), "inputs": inputs}
 
 
+def adapted() -> Namespace:
+    """A model with an adapter that is in the folder "adapters/law", and batches of its inputs."""
+    names = language()
+    names["model"].save_pretrained("adapters/law")
+    inputs = {key: value for key, value in names["batch"].items() if key != "labels"}
+    return {**names, "batches": [inputs] * 2, "inputs": inputs}
+
+
+def live() -> Namespace:
+    needs("jinja2", "matplotlib")
+    names = monitored()
+    return {**names, "adapted": names["model"], "inputs": {"input_ids": names["batch"]["input_ids"]}} | {
+        "watch": importlib.import_module("ctkernels.lab.live").watch
+    }
+
+
 def on_a_page() -> Namespace:
     """As a reader of a page has it: a plain language model, and the adapters imported."""
     names = language()
@@ -271,10 +294,13 @@ NAMESPACES: dict[str, Callable[[], Namespace]] = {
     "ctkernels/pretrained.py": saved,
     "ctkernels/adapters": language,
     "ctkernels/adapters/curvature": curvature_adapter,
+    "ctkernels/adapters/monitor/export.py": monitored,
     "ctkernels/adapters/published.py": published,
     "ctkernels/adapters/jola/penalty.py": trainer,
     "ctkernels/lab": laboratory,
     "ctkernels/lab/jola": texts,
+    "ctkernels/lab/live": live,
+    "ctkernels/lab/streaming": texts,
     "ctkernels/lab/report": searched,
     "ctkernels/lab/robustness": robust,
     "README.md#0": vision,
@@ -283,6 +309,7 @@ NAMESPACES: dict[str, Callable[[], Namespace]] = {
     "docs/export.md#0": exporting,
     "docs/jola.md#0": on_a_page,
     "docs/joint.md#0": on_a_page,
+    "docs/monitoring.md#0": adapted,
     "docs/pool.md#0": with_saved_adapter,
     "docs/serving.md#0": language,
     "docs/tutorials/jola.md#0": packaged_language_model,

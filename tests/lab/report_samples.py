@@ -12,6 +12,7 @@ from ctkernels.lab.analysis.toys import Toys
 from ctkernels.lab.jola.result import MethodComparison, RunResult
 from ctkernels.lab.robustness.result import Outcome, Robustness, Trial
 from ctkernels.lab.search.result import BetaSearch, Comparison, Evaluation, StrategySearch
+from ctkernels.lab.streaming.result import StreamResult, TaskResult
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"train": 480, "val": 120, "test": 200, "classes": 10, "features": 512, "passes": 1}
@@ -119,6 +120,13 @@ def jola() -> dict[str, Any]:
     )  # fmt: skip
     setup = {"methods": {"zero": [], "lora": [], "jola": []}, "seeds": [0, 1]}
     return MethodComparison(runs, setup, 90.0, "exact_match").to_dict(command="a command")
+
+
+def tasks() -> dict[str, Any]:
+    """A stream of tasks; the adapter of the second did not help."""
+    first = TaskResult("law", "accuracy", 50.0, 80.0, 60.0, 35_100, {"lr": 0.02}, 20, 79.0, 0.99, [80.0, 61.5], [0, 0])
+    second = TaskResult("tax", "accuracy", 70.0, 70.0, 60.0, 35_100, {"lr": 0.02}, 20, 70.0, 1.0, [72.0], [0])
+    return StreamResult((first, second), {"method": "jola"}, 130.0).to_dict(command="a command")
 
 
 def compare() -> dict[str, Any]:
@@ -245,5 +253,5 @@ def benchmarks() -> dict[str, Any]:
 
 
 SAMPLES = {
-    f.__name__: f for f in (search_beta, draws, search_betas, compare, jola, robust, curvature, toys, benchmarks)
+    f.__name__: f for f in (search_beta, draws, search_betas, compare, jola, tasks, robust, curvature, toys, benchmarks)
 }

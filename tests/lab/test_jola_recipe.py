@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_language_model import save_tiny_llama
 
 from ctkernels import cli
 from ctkernels.lab.experiment import weights_path
@@ -22,7 +23,7 @@ from ctkernels.lab.jola import metrics as scores
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 
 from ctkernels.lab.jola import load_language_model, restored, save_report, scoring  # noqa: E402
 from ctkernels.lab.jola.training import TrainingConfig  # noqa: E402
@@ -35,30 +36,7 @@ WORDS = ["red", "blue", "is", "a", "colour", "fruit", "apple", "pear", "sky", "s
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A saved tiny Llama with a tokenizer of words."""
-    path = tmp_path_factory.mktemp("tiny")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
-    )
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"), WORDS)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from ctkernels.cli import env as environment
 from ctkernels.ops import backends
 
 ROOT = Path(__file__).parents[2]
+TEMPLATES = [p.relative_to(ROOT).as_posix() for p in (ROOT / "ctkernels").rglob("*") if p.suffix in (".html", ".css")]
 pytest.importorskip("setuptools", reason="needs setuptools")
 
 
@@ -109,7 +110,7 @@ def test_the_source_distribution_has_every_source(source: Path) -> None:
         "Makefile",
         "setup.py",
         "ctkernels/py.typed",
-        "ctkernels/lab/report/page.html",
+        *TEMPLATES,
     ):
         assert (source / name).exists(), name
     assert not list(source.rglob("*.so"))
@@ -120,7 +121,7 @@ def test_pure_wheel_from_the_source_distribution(source: Path, tmp_path: Path) -
     wheel, _ = _wheel(source, tmp_path, CTKERNELS_BUILD="none")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "ctkernels/py.typed" in names
+    assert {"ctkernels/py.typed", *TEMPLATES} <= set(names)
     assert "ctkernels/ops/ctu/reference.py" in names
     assert "ctkernels/benchmarks/__main__.py" in names
     assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "csrc/", "tools/"))]

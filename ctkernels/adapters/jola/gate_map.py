@@ -1,4 +1,4 @@
-"""The gates of a JoLA adapter by layer and head, as numbers and as a picture, and the adapter's size."""
+"""Which heads a JoLA adapter edits: gates by layer and head as numbers and as a picture, and what it costs."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..._extras import require
 from ..._files import replacing
+from .heat_map import heat_maps
 
 KINDS = {"a": "additive gate", "m": "multiplicative gate"}
 
 
 @dataclass(frozen=True)
 class GateMap:
-    """The deterministic gates of an adapter, in [0, 1]; NaN where a head has no such edit.
+    """Deterministic gates of an adapter, in [0, 1]; NaN where a head has no such edit.
 
     Attributes:
-        sites: names of the edited modules, in the model's order.
+        sites: names of the edited projections, in the model's order.
         m, a: multiplicative and additive gates, each (sites, heads).
-        parameters: number of parameters in the adapter's file.
+        parameters: numbers that a file of the adapter holds.
     """
 
     sites: tuple[str, ...]
@@ -33,7 +33,7 @@ class GateMap:
     parameters: int
 
     def kept(self) -> list[tuple[str, int]]:
-        """The (site, head) pairs with at least one open gate."""
+        """The (site, head) pairs of which at least one gate is open."""
         return [
             (site, head)
             for site, *rows in zip(self.sites, self.m, self.a)
@@ -43,12 +43,12 @@ class GateMap:
 
     @property
     def sparsity(self) -> float:
-        """The fraction of gates that are closed, in [0, 1]."""
+        """The part of the gates that is closed, in [0, 1]."""
         gates = [g for kind in (self.m, self.a) for row in kind for g in row if not math.isnan(g)]
         return sum(g == 0 for g in gates) / len(gates)
 
     def text(self) -> str:
-        """One line with the number of edited heads, the sparsity and the size."""
+        """One line: heads kept, gates closed, size."""
         heads = sum(len(row) for row in self.m)
         return (
             f"{len(self.kept())} of {heads} heads edited, {100 * self.sparsity:.1f} % of the gates closed, "
@@ -56,7 +56,7 @@ class GateMap:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Values for JSON, NaN as None, gates rounded to five digits."""
+        """Plain values for JSON, NaN as None, gates to five digits."""
         rounded = {
             kind: [[None if math.isnan(g) else round(g, 5) for g in row] for row in getattr(self, kind)]
             for kind in KINDS
@@ -65,7 +65,7 @@ class GateMap:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateMap:
-        """A map from the result of :meth:`to_dict`."""
+        """Back from :meth:`to_dict`."""
         rows = {
             kind: tuple(tuple(math.nan if g is None else float(g) for g in row) for row in values[kind])
             for kind in KINDS
@@ -99,9 +99,9 @@ def gate_map(model: nn.Module, adapter: str | None = None) -> GateMap:
     parameters = 0
     for layer, name, kind, log_alpha in entries:
         gates = layer.gates(name, training=False)[kind].tolist()
-        row = rows.setdefault(layer.site, {k: [math.nan] * width for k in KINDS})[kind]
+        own = rows.setdefault(layer.site, {k: [math.nan] * width for k in KINDS})[kind]
         for head, gate in zip(layer.heads(kind, name), gates):
-            row[head] = gate
+            own[head] = gate
         parameters += log_alpha.numel() + layer._of(kind)[name].numel()
     sites = tuple(rows)
     m, a = (tuple(tuple(rows[site][kind]) for site in sites) for kind in ("m", "a"))
@@ -114,18 +114,18 @@ def plot_gates(
     labels: Sequence[str] | None = None,
     title: str = "",
 ) -> None:
-    """Save heat maps of gates, layers by heads: additive above, multiplicative below, one column per frame.
+    """Draw gates as heat maps, layers by heads: additive above, multiplicative below, one column per frame.
 
-    Crosses mark closed gates; grey heads have no such edit.
+    Crosses mark closed gates, grey is a head without that edit.
 
     Args:
-        frames: one map, or several maps of one adapter over training.
-        path: file to write; its suffix selects the format (``.png``, ``.svg``, ``.pdf``).
-        labels: titles of the columns. Default: none for one frame, "frame 1" and so on for more.
-        title: title of the picture. Default: none.
+        frames: one map, or several of one adapter over training.
+        path: where to; the suffix decides the format (``.png``, ``.svg``, ``.pdf``).
+        labels: above the columns. Default: none for one frame, "frame 1" and so on for more.
+        title: above the picture. Default: none.
 
     Raises:
-        ValueError: there are no frames, their sites differ, or the number of labels is wrong.
+        ValueError: no frames, frames of different sites, or another number of labels.
         ImportError: matplotlib is missing; the message names the extra.
 
     Examples:
@@ -138,7 +138,7 @@ def plot_gates(
 
 
 def draw_gates(frames: GateMap | Sequence[GateMap], labels: Sequence[str] | None = None, title: str = "") -> Any:
-    """The matplotlib figure that :func:`plot_gates` saves."""
+    """The picture that :func:`plot_gates` saves, as a matplotlib figure."""
     maps = [frames] if isinstance(frames, GateMap) else list(frames)
     if not maps or any(m.sites != maps[0].sites for m in maps):
         raise ValueError(f"frames must be one or more maps of the same sites, got {[len(m.sites) for m in maps]} sites")
@@ -146,33 +146,5 @@ def draw_gates(frames: GateMap | Sequence[GateMap], labels: Sequence[str] | None
         labels = [""] if len(maps) == 1 else [f"frame {i + 1}" for i in range(len(maps))]
     if len(labels) != len(maps):
         raise ValueError(f"labels must be one per frame, {len(maps)}, got {len(labels)}")
-    figure_module = require("matplotlib.figure", "lab", "the picture")
-    matplotlib = require("matplotlib", "lab", "the picture")
-    layers, heads = len(maps[0].sites), max(len(row) for m in maps for row in m.m)
-    size = (max(4.0, 1.6 + len(maps) * max(1.1, 0.16 * heads)), max(3.6, 1.5 + 2 * max(1.0, 0.1 * layers)))
-    figure = figure_module.Figure(figsize=size, dpi=150, layout="constrained")
-    axes = figure.subplots(2, len(maps), squeeze=False, sharex=True, sharey=True)
-    colours = matplotlib.colormaps["cividis"].with_extremes(bad="#d9d9d9")
-    image = None
-    for column, (frame, label) in enumerate(zip(maps, labels)):
-        for row, kind in enumerate(KINDS):
-            grid = axes[row][column]
-            values = getattr(frame, kind)
-            image = grid.imshow(values, vmin=0, vmax=1, cmap=colours, aspect="auto", interpolation="nearest")
-            closed = [(x, y) for y, gates in enumerate(values) for x, gate in enumerate(gates) if gate == 0]
-            if closed:
-                grid.scatter(*zip(*closed), marker="x", s=9, linewidths=0.7, color="white")
-            if row == 0:
-                grid.set_title(label, fontsize=8)
-            if row == 1:
-                grid.set_xlabel("head", fontsize=8)
-            if column == 0:
-                grid.set_ylabel(f"{KINDS[kind]}\nlayer", fontsize=8)
-            grid.tick_params(labelsize=7)
-            for axis in (grid.xaxis, grid.yaxis):
-                axis.get_major_locator().set_params(integer=True)
-    bar = figure.colorbar(image, ax=axes, shrink=0.6)
-    bar.set_label("gate: 0 closed (×), 1 open", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    figure.suptitle(title, fontsize=10)
-    return figure
+    columns = [{KINDS[kind]: getattr(frame, kind) for kind in KINDS} for frame in maps]
+    return heat_maps(columns, labels, title, "gate: 0 closed (×), 1 open", most=1.0, crossed=0.0)

@@ -1,4 +1,4 @@
-"""A monitor of edited heads in production: running statistics of edit sizes, unusual inputs, drift."""
+"""Watching edited heads in production: running statistics of the edits' size, inputs unlike those of training, drift."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..jola.gates import log_alphas, named_adapters
 from ..jola.layer import JolaLayer
 from ..jola.units import real_tokens
 from .inputs import Inputs
-from .reference import Reference
+from .reference import Reference, Window
 
 _FORMATS = ("ctkernels.edit_monitor/1", "ctkernels.edit_monitor/2")
 FILE = "edit_monitor.json"
@@ -30,15 +30,15 @@ FILE = "edit_monitor.json"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The statistics of a monitor as Python numbers; lists are over heads, in the order of :attr:`EditMonitor.heads`.
+    """What a monitor counted, as plain numbers; lists are over heads, in the order of :attr:`EditMonitor.heads`.
 
     Attributes:
-        inputs, outside: number of completed rows, and of those outside the range.
-        total, count: sum of edit sizes over tokens, and number of tokens.
+        inputs, outside: rows that were watched to their end, and those of them outside the range.
+        total, count: the sum of edit sizes over tokens, and the number of tokens.
         high: largest edit size.
-        beyond: number of inputs in which the head was outside its range.
-        windows, alarms: number of full windows, and of those above the threshold.
-        drift: distance of the last full window; None before the first.
+        beyond: inputs in which the head was outside its range.
+        windows, alarms: full windows, and those of them above the threshold.
+        drift: distance of the last full window; None before there was one.
     """
 
     inputs: int
@@ -55,39 +55,40 @@ class Snapshot:
 class EditMonitor:
     """Running statistics of ``|z' - z| / |z|`` for every edited head and token, and alarms for unusual inputs and drift.
 
-    A detached monitor has no hooks on the model and costs nothing. An attached one accumulates on the device, without host
-    synchronisation until a method or attribute reads values. It uses the gates and edits at the time of attaching. Padding
-    is ignored if the model is called with a 2-D ``attention_mask``.
+    While it is off, there is no hook on the model: off costs nothing. While it is on, everything stays on the device:
+    nothing is read back until a method or attribute says so. Gates and edits are taken as they are when it is switched
+    on. Padding does not count if the model is called with a 2-D ``attention_mask``.
 
-    A forward pass starts new inputs, one per row, unless it continues the previous ones: if its attention mask is wider than
-    its tokens, or, without a mask, if its cache is not empty (or of unknown length, with one token per row). Beam search,
-    which reorders rows, is not supported. While a pass of one thread is watched, passes of other threads are not. Compile a
-    model after attaching: compiled code ignores hooks added later.
+    A forward pass begins new inputs, a row each, unless it continues those before it: if its attention mask is wider than
+    its tokens, or without such a mask if its cache is not empty (of a cache that does not say: if it has one token per
+    row). Beam search reorders rows; not followed here. While a pass of one thread is watched, those of others are not. Compile
+    a model after switching on: the compiler takes no notice of hooks that come later.
 
     Args:
         model: a model with a JoLA adapter, merged or not.
         adapter: its name; None takes the active ones.
-        margin: tolerated excess beyond the calibrated range, as a fraction of its width. Default 0.5: with hundreds of
-            heads, some token of any new text is slightly outside the range of a few calibration texts.
-        every: watch the first of every so many batches; a skipped batch costs two Python calls. Default 1: all.
-        window: inputs per window that is compared with the calibration, see :attr:`drift`; calibration needs twice as many.
-            Default 64. None: do not measure drift.
-        false_alarms: expected fraction of windows above the threshold for inputs like those of the calibration. Default 0.001.
-        history: number of batches to keep, with their tokens, for :attr:`recent`. Default 0.
-        name: name of the model in exported metrics. Default: the name it was loaded from, or its class.
+        margin: how far beyond the calibrated range a head may go, as a part of the range's width. Default 0.5: with
+            hundreds of heads, some token of any new text lies a little beyond what a few texts showed.
+        every: of so many batches, one is watched, the first among them; the others cost two calls of Python. Default: all.
+        window: inputs whose edits are held against the calibration's at a time, see :attr:`drift`; it needs twice as many
+            for calibration. None: drift is not measured.
+        false_alarms: the share of windows that may be above the threshold though their inputs are like the calibration's.
+        history: how many batches to keep, with their tokens, for :attr:`recent`.
+        name: of the model in exported metrics. Default: the name it was loaded from, or its class.
 
     Attributes:
         heads: (site, head) of every column of the statistics.
-        rows: number of completed inputs, in watched batches.
-        reference: the result of calibration; None before.
-        recent: the last watched batches, the current one last.
+        rows: how many inputs ended, those of batches that were not watched left out.
+        reference: what calibration showed; None before.
+        recent: the last watched batches, the current one at the end.
 
     Raises:
-        ValueError: there is no JoLA adapter, or an argument is out of range.
+        ValueError: no JoLA adapter, or an argument out of range.
 
     Examples:
         >>> monitor = EditMonitor(model, window=2)
         >>> monitor.calibrate([batch, batch])  # inputs like those of training
+        >>> model.save_pretrained("adapter")
         >>> monitor.save("adapter")  # beside the adapter: adapter/edit_monitor.json
         >>> with monitor:
         ...     output = model(**batch)
@@ -126,21 +127,23 @@ class EditMonitor:
         self.heads = [(site, head) for site, heads in self.sites.items() for head in range(heads)]
         self.reference: Reference | None = None
         self.recent: deque[Inputs] = deque(maxlen=history)
-        # rounding error of two norms of head_dim squares each, and a few more operations
+        # two norms of head_dim squares each, and the few operations around them
         self._tolerance = (max(layer.head_dim for layer in self.layers) + 8) * torch.finfo(torch.float32).eps
         self._handles: list[Any] = []
         self._hooks: list[tuple[JolaLayer, Any]] = []
         self._pass = _Pass()
         self._free = threading.Lock()
+        self._aside: int | None = None  # the thread
         self._calibrating = False
         self._calibration: list[Inputs] = []
         self._current: Inputs | None = None
         self._batch: int | None = None  # rows of the current inputs, watched or not
         self._watched = True
-        self._number = 0
+        self._number = 0  # of batches
+        self._seen = 0  # of those, watched
         self.reset()
 
-    # ---- attaching and calibration ----
+    # ---- on and off ----
 
     @property
     def on(self) -> bool:
@@ -148,7 +151,7 @@ class EditMonitor:
         return bool(self._handles)
 
     def attach(self) -> None:
-        """Add the hooks; call it again after gates or edits changed."""
+        """Switch on; a second call takes up changed gates and edits."""
         self.detach()
         for module in _holders(self.model, self.layers):
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -156,7 +159,7 @@ class EditMonitor:
         self._hooks = [(layer, self._hook(layer, *edit_operands(layer, self.adapter))) for layer in self.layers]
 
     def detach(self) -> None:
-        """Remove the hooks; statistics and reference are kept."""
+        """Switch off; statistics and reference stay."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -170,27 +173,56 @@ class EditMonitor:
         self.detach()
 
     @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Watch the passes of this thread alone, whatever ``every`` says, for :attr:`recent`: nothing is counted.
+
+        It waits for a pass of another thread that is watched; inputs that are under way there go on afterwards.
+        """
+        with self._free:
+            kept = self._current, self._batch, self._watched
+            self._current = self._batch = None
+            self._aside = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._aside = None
+                self._current, self._batch, self._watched = kept
+
+    @contextmanager
     def calibrating(self) -> Iterator[None]:
-        """Attach, and compute the reference from all inputs of such blocks. They are not flagged or counted."""
-        before = self.on
+        """Switch on; the reference becomes that of all inputs of such blocks. Nothing is flagged or counted meanwhile."""
+        before, known = self.on, list(self._calibration)
         self.begin()
         self.attach()
         self._calibrating = True
         try:
             yield
             self.begin()
+            self._set_reference()
+        except BaseException:
+            self._calibration = known
+            raise
         finally:
             self._current = self._batch = None
             self._calibrating = False
             if not before:
                 self.detach()
-        self._set_reference()
 
     def calibrate(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Run the model on batches and compute the reference from their edits; the train/eval mode is unchanged."""
-        with self.calibrating(), torch.no_grad():
-            for batch in batches:
-                self.model(**batch)
+        """Run the model on batches of its inputs, in evaluation mode, and take their edits for the reference.
+
+        Raises:
+            ValueError: no batches, or an edited projection that no token reaches.
+        """
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            with self.calibrating(), torch.no_grad():
+                for batch in batches:
+                    self.model(**batch)
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
     def _set_reference(self) -> None:
         if not self._calibration:
@@ -198,6 +230,11 @@ class EditMonitor:
         means, lows, highs = (
             torch.cat([getattr(inputs, part) for inputs in self._calibration]).cpu() for part in ("mean", "low", "high")
         )
+        if not bool(highs.isfinite().all()):
+            missed = sorted({site for (site, _), fine in zip(self.heads, highs.isfinite().all(0).tolist()) if not fine})
+            raise ValueError(
+                f"calibration must reach every edited projection with every input, got no token to {missed}"
+            )
         self._place(Reference.of(means, lows, highs, self.margin, self.window, self.false_alarms, self._tolerance))
         if self.window is not None and len(means) < 2 * self.window:
             warnings.warn(
@@ -206,10 +243,10 @@ class EditMonitor:
                 stacklevel=4,
             )
 
-    # ---- statistics ----
+    # ---- what it saw ----
 
     def begin(self) -> None:
-        """Complete and count the current inputs; the next pass starts new ones."""
+        """Begin new inputs, of which the next pass is the first: those before have ended, and are counted."""
         if self._current is not None:
             with torch.no_grad():
                 self._end(self._current)
@@ -217,22 +254,22 @@ class EditMonitor:
 
     @property
     def flags(self) -> Tensor | None:
-        """Whether each current row is outside the range, on the device; None before the first and for unwatched inputs."""
+        """Whether each current row was outside the range, on the device; None before the first and for unwatched inputs."""
         if self._current is None or self._calibrating:
             return None
-        return self._beyond(self._current).any(-1)
+        return self.beyond(self._current).any(-1)
 
     @property
     def flagged(self) -> int:
-        """The number of :attr:`rows` outside the range; synchronises with the device."""
+        """How many of :attr:`rows` were outside the range; reads from the device."""
         return int(self._outside)
 
     def reset(self) -> None:
-        """Reset statistics, flags and history; the reference is kept."""
+        """Forget statistics, flags and the history; the reference stays."""
         self.rows = 0
         self._current = self._batch = None
         self.recent.clear()
-        with torch.inference_mode(False):  # so that they can be updated outside of it too
+        with torch.inference_mode(False):  # so that they can be added to in and out of it
             device = self._device
             kind = torch.float32 if device.type == "mps" else torch.float64
             heads = len(self.heads)
@@ -241,7 +278,8 @@ class EditMonitor:
             self._high = -self._low
             self._beyond_by_head = torch.zeros(heads, dtype=torch.long, device=device)
             self._outside = torch.zeros((), dtype=torch.long, device=device)
-            self._restart_window()
+            self._window = _new_window(self.reference)
+            self._ended: torch.Event | None = None  # recorded after the last inputs were counted; not on a CPU
 
     def statistics(self) -> dict[str, dict[str, list[float]]]:
         """Per site, lists over heads: mean, min and max of the relative edit size, and the number of tokens."""
@@ -257,30 +295,33 @@ class EditMonitor:
         }
 
     def snapshot(self) -> Snapshot:
-        """Statistics of completed inputs, in one read from the device, which waits for their passes."""
+        """What was counted over inputs that ended; one read from the device, which waits for their passes."""
         if self._ended is not None:
             self._ended.synchronize()
-        parts = [*self._sums, self._high, self._beyond_by_head, self._drift, self._outside[None], self._alarms[None]]
+        window, heads = self._window, len(self.heads)
+        parts = [*self._sums, self._high, self._beyond_by_head, self._outside.view(1)]
+        parts += [] if window is None else [window.distances, window.alarms.view(1)]
         values = torch.cat([part.to(self._sums.dtype) for part in parts]).tolist()
-        heads = len(self.heads)
-        total, count, high, beyond, drift = (values[i * heads : (i + 1) * heads] for i in range(5))
-        outside, alarms = map(int, values[-2:])
-        return Snapshot(
-            self.rows, outside, total, count, high, beyond, self._windows, alarms, drift if self._windows else None
-        )
+        total, count, high, beyond = (values[i * heads : (i + 1) * heads] for i in range(4))
+        seen = Snapshot(self.rows, int(values[4 * heads]), total, count, high, beyond, 0, 0, None)
+        if window is not None and window.number:
+            alarms, drift = int(values[-1]), values[4 * heads + 1 : -1]
+            seen = replace(seen, windows=window.number, alarms=alarms, drift=drift)
+        return seen
 
     @property
     def drift(self) -> float | None:
-        """The largest distance of any head in the last full window, see :class:`Reference`; None before the first."""
-        return float(self._drift.amax()) if self._windows else None
+        """The largest distance of any head in the last full window, see :class:`Reference`; None before there was one."""
+        window = self._window
+        return float(window.distances.amax()) if window is not None and window.number else None
 
     # ---- the reference ----
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Save the reference as JSON; in a folder, such as the adapter's, as ``edit_monitor.json``.
+        """Write the reference as JSON; in a folder, such as the adapter's, as ``edit_monitor.json``.
 
         Raises:
-            ValueError: there is no reference.
+            ValueError: there is none.
         """
         if self.reference is None:
             raise ValueError("there is nothing to save before calibration")
@@ -288,10 +329,10 @@ class EditMonitor:
         write_text(_file(path), json.dumps(values, sort_keys=True, indent=1) + "\n")
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Load a saved reference, with its margin, window and false-alarm rate.
+        """Read what :meth:`save` wrote, with its margin, window and rate of false alarms.
 
         Raises:
-            ValueError: the file has another format, or is for another model or adapter.
+            ValueError: another file, or the reference of another model or adapter.
         """
         file = _file(path)
         values = read_json(file)
@@ -310,18 +351,19 @@ class EditMonitor:
     def _place(self, reference: Reference) -> None:
         with torch.inference_mode(False):
             self.reference = reference.to(self._device)
-            self._restart_window()
+            self._window = _new_window(self.reference)
 
     @property
     def _device(self) -> torch.device:
         return next(self.layers[0].parameters()).device
 
-    def _beyond(self, inputs: Inputs) -> Tensor:
+    def beyond(self, inputs: Inputs) -> Tensor:
+        """Which heads of which rows are outside the range, (rows, heads); on the device."""
         if self.reference is None:
             return torch.zeros_like(inputs.low, dtype=torch.bool)
         return self.reference.beyond(inputs.low, inputs.high, self._tolerance)
 
-    # ---- completed inputs ----
+    # ---- inputs that ended ----
 
     def _end(self, inputs: Inputs) -> None:
         if self._calibrating:
@@ -331,57 +373,39 @@ class EditMonitor:
         self._sums += torch.stack([inputs.total, inputs.count]).to(self._sums.dtype).sum(1)
         torch.minimum(self._low, inputs.low.amin(0), out=self._low)
         torch.maximum(self._high, inputs.high.amax(0), out=self._high)
-        beyond = self._beyond(inputs)
+        beyond = self.beyond(inputs)
         self._beyond_by_head += beyond.sum(0)
         self._outside += beyond.any(-1).sum()
-        self._fill_window(inputs.mean)
+        if self._window is not None:
+            self._window.add(inputs.mean)
         if self._device.type != "cpu":
             self._ended = torch.Event(self._device)
             self._ended.record()
-
-    def _fill_window(self, means: Tensor) -> None:
-        """Add inputs to the window, and start the next one when it is full."""
-        drift = self.reference.drift if self.reference is not None else None
-        while drift is not None and len(means):
-            fits = min(len(means), drift.window - self._filled)
-            some, means = means[:fits], means[fits:]
-            self._below += drift.below(some)
-            self._filled += len(some)
-            if self._filled == drift.window:
-                self._drift.copy_(drift.distances(self._below))
-                self._alarms += self._drift.amax() > drift.threshold
-                self._below.zero_()
-                self._filled, self._windows = 0, self._windows + 1
-
-    def _restart_window(self) -> None:
-        drift = self.reference.drift if self.reference is not None else None
-        edges = 0 if drift is None else len(drift.edges)
-        self._below = torch.zeros(edges, len(self.heads), dtype=torch.long, device=self._device)
-        self._drift = torch.zeros_like(self._low)
-        self._alarms = torch.zeros_like(self._outside)
-        self._filled = self._windows = 0
-        self._ended: Any = None
 
     # ---- hooks ----
 
     @torch.compiler.disable
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Forward pre-hook of the modules around all layers."""
+        """Before a module that holds all layers."""
         now, thread = self._pass, threading.get_ident()
         if now.thread == thread:
             now.depth += 1
             now.mask = kwargs.get("attention_mask") if now.mask is None else now.mask
             return
-        if not self._free.acquire(blocking=False):
-            return  # a pass of another thread is being watched
+        aside = self._aside == thread
+        if not aside and not self._free.acquire(blocking=False):
+            return  # while a pass of another thread is watched
         mask = kwargs.get("attention_mask")
         self._pass = now = _Pass(thread, 1, mask, *_shape(args, kwargs))
         cache = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers' newer and older name
         if now.rows != self._batch or not _continues(now.tokens, mask, cache):
-            self.begin()
+            if aside:
+                self._current = None
+            else:
+                self.begin()
             self._batch = now.rows
-            self._watched = self._calibrating or self._number % self.every == 0
-            self._number += not self._calibrating
+            self._watched = aside or self._calibrating or self._number % self.every == 0
+            self._number += not (aside or self._calibrating)
         if self._watched:
             ids = kwargs.get("input_ids", args[0] if args else None)
             if self.recent.maxlen and isinstance(ids, Tensor) and not ids.is_floating_point():
@@ -390,7 +414,7 @@ class EditMonitor:
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook, also after errors, of the modules around all layers."""
+        """After a module that holds all layers, or an error in it."""
         now = self._pass
         if now.thread != threading.get_ident():
             return
@@ -411,7 +435,8 @@ class EditMonitor:
                 )
         finally:
             self._pass = _Pass()
-            self._free.release()
+            if self._aside != now.thread:
+                self._free.release()
 
     def _hook(self, layer: JolaLayer, scale: Tensor, offset: Tensor) -> Any:
         @torch.compiler.disable
@@ -426,8 +451,8 @@ class EditMonitor:
             sizes = sizes.reshape(sizes.shape[0], -1, len(scale))
             real = None
             if now.mask is not None:
-                real = real_tokens(now.mask, *sizes.shape[:2], sizes.device)
-            if len(sizes) != now.rows:  # several rows per sample, as in windowed attention
+                real = real_tokens(now.mask, sizes.shape[0], sizes.shape[1], sizes.device)
+            if len(sizes) != now.rows:  # windows of an image, say: one row after the other
                 if now.rows is None or len(sizes) % now.rows:
                     raise ValueError(
                         f"{layer.site}: expected a multiple of the batch's {now.rows} rows, got {len(sizes)}"
@@ -452,17 +477,19 @@ class EditMonitor:
         if self._current is None:
             self._current = new
             if not self._calibrating:
+                self._seen += 1
+                new.number = self._seen
                 self.recent.append(new)
         else:
             self._current.add(new)
         if now.ids is not None:
-            real = real_tokens(now.mask, *now.ids.shape, now.ids.device)
+            real = real_tokens(now.mask, now.ids.shape[0], now.ids.shape[1], now.ids.device)
             self._current.ids.append((now.ids, real))
 
 
 @dataclass
 class _Pass:
-    """A running forward pass: its thread, its depth in the modules around all layers, its inputs and its sites so far."""
+    """A forward pass under way: its thread, how deep in modules that hold all layers, its inputs, and the sites so far."""
 
     thread: int | None = None
     depth: int = 0
@@ -477,7 +504,7 @@ class _Pass:
 
 
 def _holders(model: nn.Module, layers: list[JolaLayer]) -> list[nn.Module]:
-    """The modules around all layers, outermost first; any of them may be the one that is called."""
+    """The modules that hold all layers, from the model inwards: whichever is called, the pass is seen."""
     wanted, holders, module = {id(layer) for layer in layers}, [], model
     while not isinstance(module, (nn.ModuleList, nn.ModuleDict, JolaLayer)):
         holders.append(module)
@@ -489,14 +516,14 @@ def _holders(model: nn.Module, layers: list[JolaLayer]) -> list[nn.Module]:
 
 
 def _shape(args: Any, kwargs: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Numbers of rows and tokens of a pass's inputs; None if unknown."""
+    """Rows and tokens of a pass's inputs; None where they are not known."""
     named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     tensors = [value for value in (*named, *args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1]
     return (tensors[0].shape[0], tensors[0].shape[1]) if tensors else (None, None)
 
 
 def _continues(tokens: int | None, mask: Any, cache: Any) -> bool:
-    """Whether a pass continues the inputs in a cache; decided on the host."""
+    """Whether a pass reads on after what is in a cache; decided on the host."""
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return tokens is not None and mask.shape[1] > tokens
     length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None
@@ -505,11 +532,15 @@ def _continues(tokens: int | None, mask: Any, cache: Any) -> bool:
     return tokens == 1 and cache is not None
 
 
-def _name(model: nn.Module) -> str:
+def _name(model: Any) -> str:
     config = getattr(model, "config", None)
     path = str(getattr(config, "_name_or_path", "") or "")
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return Path(path).name or type(base).__name__
+
+
+def _new_window(reference: Reference | None) -> Window | None:
+    return Window(reference.drift) if reference is not None and reference.drift is not None else None
 
 
 def _file(path: str | os.PathLike[str]) -> Path:

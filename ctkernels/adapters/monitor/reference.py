@@ -62,6 +62,35 @@ class Drift:
         return Drift(edges, shares, self.window, self.false_alarms, self.threshold)
 
 
+class Window:
+    """The inputs that are held against a calibration at a time; all on the device but how many they are.
+
+    Attributes:
+        number: windows that were full.
+        distances: of each head in the last of them.
+        alarms: how many of them were above the threshold.
+    """
+
+    def __init__(self, drift: Drift) -> None:
+        self.drift, self.number, self._filled = drift, 0, 0
+        self._below = torch.zeros_like(drift.edges, dtype=torch.long)
+        self.distances = torch.zeros_like(drift.edges[0])
+        self.alarms = torch.zeros((), dtype=torch.long, device=drift.edges.device)
+
+    def add(self, means: Tensor) -> None:
+        """Add inputs, (inputs, heads); those beyond the end of a window begin the next."""
+        while len(means):
+            fits = self.drift.window - self._filled
+            some, means = means[:fits], means[fits:]
+            self._below += self.drift.below(some)
+            self._filled += len(some)
+            if self._filled == self.drift.window:
+                self.distances.copy_(self.drift.distances(self._below))
+                self.alarms += self.distances.amax() > self.drift.threshold
+                self._below.zero_()
+                self._filled, self.number = 0, self.number + 1
+
+
 def _threshold(below: Tensor, window: int, false_alarms: float) -> float:
     """The distance that a fraction ``false_alarms`` of random windows exceeds, for ``below`` (inputs, values)."""
     splits, inputs = round(SPLITS / false_alarms), len(below)
@@ -147,15 +176,19 @@ class Reference:
         """A reference from the result of :meth:`to_dict`; KeyError, TypeError or ValueError if it is malformed."""
         if set(values["sites"]) != set(sites):
             raise ValueError(f"expected the sites {sorted(sites)[:2]}..., got {sorted(values['sites'])[:2]}...")
-        bounds = (_joined([values["sites"][s][bound] for s in sites], sites, 1)[0] for bound in ("low", "high"))
+        low, high = (
+            _joined([values["sites"][s][bound] for s in sites], sites, 1)[0].float() for bound in ("low", "high")
+        )
         drift = None
         if (saved := values.get("drift")) is not None:
-            rows = (_joined([saved[part][s] for s in sites], sites, len(DECILES)) for part in ("edges", "shares"))
-            settings = int(saved["window"]), float(saved["false_alarms"]), float(saved["threshold"])
-            drift = Drift(*(part.double() for part in rows), *settings)
+            edges, shares = (
+                _joined([saved[part][s] for s in sites], sites, len(DECILES)) for part in ("edges", "shares")
+            )
+            drift = Drift(edges, shares, int(saved["window"]), float(saved["false_alarms"]), float(saved["threshold"]))
         outside = values.get("outside")
         return cls(
-            *(part.float() for part in bounds),
+            low,
+            high,
             float(values["margin"]),
             int(values.get("inputs", 0)),
             None if outside is None else float(outside),

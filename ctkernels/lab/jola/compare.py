@@ -174,14 +174,17 @@ class TextTask:
     def names(self) -> dict[str, Any]:
         return {}
 
-    def train(self, method: Method, run: RunResult) -> TrainingLog:
+    def train(self, method: Method, run: RunResult, start: Mapping[str, Tensor] | None = None) -> TrainingLog:
+        """Train from the beginning, or from what an earlier training left."""
         from .training import Logs, train
 
         split, training = self.splits[run.seed], self.config.training
         rows = [answer_row(e, self.tokenizer, self.config.answering) for e in split.train]
         steps = -(-len(rows) // training.batch_size) * training.epochs
         logs = Logs(self.config.report_to, self.logs / run.filename.removesuffix(".safetensors"))
-        with self._attached(method, run) as attached, self._bar(steps, run.title) as advance:
+        with self.attached(method, run) as attached, self._bar(steps, run.title) as advance:
+            if start is not None:
+                attached.load(start)
             log = train(
                 attached,
                 rows,
@@ -201,7 +204,7 @@ class TextTask:
         if method.attach is None:
             scores = self.score(self.model, examples, run.title, self.candidates)
         else:
-            with self._attached(method, run) as attached:
+            with self.attached(method, run) as attached:
                 attached.load(state)
                 scores = self.score(attached.model, examples, run.title)
         return {"test": scores.metrics, "each": list(scores.each)}
@@ -242,7 +245,8 @@ class TextTask:
         return bar(total, text, self.config.progress and self.group.rank == 0)
 
     @contextmanager
-    def _attached(self, method: Method, run: RunResult) -> Iterator[Attached]:
+    def attached(self, method: Method, run: RunResult) -> Iterator[Attached]:
+        """The model with the method on it, as it is before training."""
         assert method.attach is not None
         torch.manual_seed(run.seed)
         with method.attach(self.model, run.setting, self.config.schedule) as attached:

@@ -137,7 +137,7 @@ def train(
         ValueError: the batch size is no multiple of the number of processes.
     """
     if attached.measure is not None:
-        attached.measure(_prompts(attached.model, rows[:MEASURED], pad, budget.batch_size))
+        attached.measure(training_inputs(attached.model, rows[:MEASURED], pad, budget.batch_size))
     for group in attached.groups:
         group.setdefault("weight_decay", budget.weight_decay)
     optimizer = torch.optim.AdamW(attached.groups, eps=1e-6)
@@ -189,8 +189,8 @@ def train(
     return best.log
 
 
-def _prompts(model: Any, rows: Sequence[Row], pad: int, batch_size: int) -> Iterator[dict[str, Any]]:
-    """The inputs of the model on rows, in batches."""
+def training_inputs(model: Any, rows: Sequence[Row], pad: int, batch_size: int) -> Iterator[dict[str, Any]]:
+    """The inputs of the model on rows, prompts with their answers, in batches on the CPU."""
     for start in range(0, len(rows), batch_size):
         ids, mask = padded([before + after for before, after in rows[start : start + batch_size]], pad)
         yield tail_inputs(model, ids, mask, 1)

@@ -91,22 +91,36 @@ def build(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], 
 
 def render(sections: Sequence[Section], title: str) -> str:
     """The page of some sections. All text is escaped; pictures are data URIs."""
-    jinja = require("jinja2", "lab", "the report")
-    source = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    environment = jinja.Environment(
-        autoescape=True, undefined=jinja.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     stages = [
         {"key": key, "name": name, "about": about, "sections": [s for s in sections if s.stage == key]}
         for key, (name, about) in STAGES.items()
     ]
-    return environment.from_string(source).render(
+    return template("page.html").render(
         title=title,
         stages=[stage for stage in stages if stage["sections"]],
         not_helped=list(dict.fromkeys(line for s in sections for line in s.not_helped)),
         version=__version__,
         is_table=lambda part: isinstance(part, Table),
     )
+
+
+def template(name: str, package: str | None = None) -> Any:
+    """A template of ``package``, with parts from there or from here; what it shows is escaped."""
+    jinja = require("jinja2", "lab", "the report")
+    folders = [resources.files(p) for p in (package, __package__) if p]
+
+    def read(part: str) -> str | None:
+        files = (folder.joinpath(part) for folder in folders)
+        return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), None)
+
+    environment = jinja.Environment(
+        autoescape=True,
+        undefined=jinja.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja.FunctionLoader(read),
+    )
+    return environment.get_template(name)
 
 
 def _kind(values: Any) -> Any:

@@ -1,0 +1,149 @@
+"""The result of a stream of tasks: what each adapter reached, what was forgotten, and where the router sent inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import mean
+from typing import Any, ClassVar
+
+from ..report.section import Section, Table, duration
+from ..result import Result, describe
+
+
+@dataclass
+class TaskResult:
+    """One task of a stream; scores are of its test examples, in [0, 100].
+
+    Attributes:
+        name: of the task.
+        primary: the metric.
+        zero_shot: the score of the model as it is.
+        own: with the task's own adapter.
+        routed: with the adapters that the router chose among all tasks.
+        sequence: with the one adapter that is trained on all tasks in turn: after this task, and after each later one.
+        router: the share of its test prompts that the router sent to this task, in [0, 1].
+        seconds: time to train the adapter, all settings that were tried included.
+        parameters: numbers that it has.
+        setting: the chosen one.
+        outputs: answers whose logits the regression suite holds against those right after training.
+        changed: how many of them were not bitwise the same, after this task and after each later one.
+        weights: size and digest of the file of the adapter trained in sequence, after this task.
+    """
+
+    name: str
+    primary: str
+    zero_shot: float
+    own: float
+    seconds: float
+    parameters: int
+    setting: dict[str, float]
+    outputs: int
+    routed: float | None = None
+    router: float | None = None
+    sequence: list[float] = field(default_factory=list)
+    changed: list[int] = field(default_factory=list)
+    weights: dict[str, Any] | None = None
+
+    @property
+    def forgotten(self) -> float:
+        """What the adapter trained in sequence lost on this task by the end, in points."""
+        return self.sequence[0] - self.sequence[-1]
+
+
+@dataclass(frozen=True)
+class StreamResult(Result):
+    """The outcome of :func:`stream`.
+
+    Attributes:
+        tasks: in the order in which they arrived.
+        setup: everything that decides the numbers.
+        seconds: time of the whole.
+    """
+
+    tasks: tuple[TaskResult, ...]
+    setup: dict[str, Any]
+    seconds: float = 0.0
+
+    SCHEMA: ClassVar[str] = "ctkernels.stream/1"
+    PACKAGES: ClassVar[tuple[str, ...]] = ("transformers", "peft", "accelerate")
+
+    def entries(self) -> dict[str, Any]:
+        tasks = [asdict(task) for task in self.tasks]
+        return {"verdict": self.verdict(), "setup": self.setup, "seconds": self.seconds, "tasks": tasks}
+
+    def table(self) -> str:
+        """A row for each task, as text."""
+        return _table(self.tasks).text()
+
+    def verdict(self) -> str:
+        """What was forgotten either way, and how often the router was right, in one sentence."""
+        changed, outputs = (
+            sum(map(sum, (t.changed for t in self.tasks))),
+            sum(t.outputs * len(t.changed) for t in self.tasks),
+        )
+        earlier = self.tasks[:-1]
+        parts = [
+            f"{outputs - changed} of {outputs} outputs of the tasks' own adapters stayed bitwise the same"
+            if changed
+            else f"Nothing was forgotten by adapters of their own: all {outputs} outputs stayed bitwise the same"
+        ]
+        if earlier:
+            parts.append(
+                f"one adapter trained in sequence lost {mean(t.forgotten for t in earlier):.1f} points on average on the "
+                f"{len(earlier)} earlier task{'s' if len(earlier) > 1 else ''}"
+            )
+        if all(t.router is not None for t in self.tasks):
+            share = mean(t.router or 0.0 for t in self.tasks)
+            parts.append(f"the router found the task of {100 * share:.1f} % of the inputs")
+        return "; ".join(parts) + "."
+
+    @classmethod
+    def section(cls, values: Mapping[str, Any]) -> Section:
+        tasks, says = [TaskResult(**task) for task in values["tasks"]], str(values["verdict"])
+        return Section(
+            "trained",
+            "Tasks one after the other, an adapter for each",
+            [says],
+            [("Method", str(values["setup"]["method"])), ("Time", duration(values["seconds"]))],
+            [_table(tasks)],
+            not_helped=[
+                f"{t.name}: the adapter, {t.own:.1f}, is not above zero-shot, {t.zero_shot:.1f}."
+                for t in tasks
+                if t.own <= t.zero_shot
+            ],
+        )
+
+
+def _table(tasks: Sequence[TaskResult]) -> Table:
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f}"
+
+    header = [
+        "task",
+        "zero-shot",
+        "own adapter",
+        "routed",
+        "router right, %",
+        "in sequence",
+        "at the end",
+        "changed outputs",
+        "time",
+        "setting",
+    ]
+    rows = [
+        [
+            t.name,
+            number(t.zero_shot),
+            number(t.own),
+            number(t.routed),
+            number(None if t.router is None else 100 * t.router),
+            number(t.sequence[0] if t.sequence else None),
+            number(t.sequence[-1] if t.sequence else None),
+            f"{sum(t.changed)} of {t.outputs * len(t.changed)}",
+            duration(t.seconds),
+            describe(t.setting),
+        ]
+        for t in tasks
+    ]
+    return Table("Test scores by task, in the order of arrival", header, rows, (len(header) - 1,))
