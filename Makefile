@@ -12,7 +12,7 @@ NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # The paper's table of transfer accuracies, made small: few and small images, few epochs, rates to match.
 COMPARE := examples.data:fashion_mnist examples.data:emoji digits --model mobilenet_v2=packaged --model examples.networks:mnist_cnn \
     --methods linear,sct,sct-mean-free,lora-r1,tct,tct+lora-r1 --size 48 --resize 48 --max-train 260 --val 0.3 --max-test 300 \
-    --betas 0.75,0.8,0.85,0.9,0.95 --epochs 4 --batch-size 16 --cpu \
+    --betas 0.75,0.8,0.85,0.9,0.95 --epochs 4 --batch-size 16 --folds 1 --margin 0 --cpu \
     --grid linear.head_lr=3e-3 --grid sct.head_lr=3e-3 --grid sct-mean-free.head_lr=3e-3 \
     --grid lora-r1.lr=3e-3 --grid lora-r1.head_lr=3e-3 --grid tct.lr=0.03 --grid tct.beta=0.95 --grid tct.head_lr=3e-3 \
     --grid tct+lora-r1.lr=0.03 --grid tct+lora-r1.lora_lr=3e-3 --grid tct+lora-r1.beta=0.95 --grid tct+lora-r1.head_lr=3e-3

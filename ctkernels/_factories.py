@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 
-def find_factory(name: str, kind: type[Any] = nn.Module, role: str = "model") -> Callable[[], Any]:
+def find_factory(
+    name: str, kind: type[Any] | tuple[type[Any], ...] = nn.Module, role: str = "model"
+) -> Callable[[], Any]:
     """The function at ``package.module:function`` or ``file.py:function``, which takes nothing and returns a ``kind``.
 
-    ``role`` ("model", "data") is what errors call it. The module is imported, a file by its path with its folder first in
-    ``sys.path``. What the returned function raises names the factory.
+    ``kind`` may be several classes; ``role`` ("model", "data") is what errors call it. The module is imported, a file by its
+    path with its folder first in ``sys.path``. What the returned function raises names the factory.
 
     Raises:
         ValueError: another form of name, no such module, file or function, or an error that importing it raised.
@@ -37,7 +39,8 @@ def find_factory(name: str, kind: type[Any] = nn.Module, role: str = "model") ->
     def build() -> Any:
         result = _theirs(f"{title}: the function", make)
         if not isinstance(result, kind):
-            wanted = "torch.nn.Module" if kind is nn.Module else kind.__name__
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            wanted = " or ".join("torch.nn.Module" if k is nn.Module else k.__name__ for k in kinds)
             raise ValueError(f"{title} must return a {wanted}, got {type(result).__name__}")
         return result
 

@@ -5,11 +5,13 @@ The rest of the package never imports it.
 
 from .analysis import ProfileConfig, curvature_profile, run_toys
 from .config import DEFAULT_BETAS
-from .images.data import load_data, read_folder, read_npz
+from .data import load_data
+from .images.data import read_folder, read_npz
 from .images.models import load_model
 from .images.probe import Probe, fit_probe
-from .images.sets import ImageSet, Preprocess, Splits, normalised_like, stratified_order, stratified_split
+from .images.sets import ImageSet, Preprocess, normalised_like
 from .jola import MethodsConfig, compare_methods
+from .labelled import LabelledSet, Splits, stratified_order, stratified_split
 from .robustness.evaluate import RobustnessConfig, robustness
 from .search.grid import SearchConfig, search_beta
 from .search.result import BetaSearch, Comparison, plot, verdict
@@ -21,6 +23,7 @@ __all__ = [
     "BetaSearch",
     "Comparison",
     "ImageSet",
+    "LabelledSet",
     "MethodsConfig",
     "Preprocess",
     "Probe",

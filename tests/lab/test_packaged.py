@@ -109,6 +109,6 @@ def test_classifier_of_transformers_gets_a_new_head(tmp_path):
     model = transformers.ViTForImageClassification(config).eval()
     network, head = with_head(model, torch.zeros(1, 3, 16, 16), classes=5)
     assert head == "classifier"
-    attached = method("tct").attach(network, head, {"lr": 0.1, "head_lr": 1e-3}, ("gelu",), 16)
+    attached = method("tct").attach(network, head, {"lr": 0.1, "head_lr": 1e-3}, ("gelu",), torch.zeros(1, 3, 16, 16))
     assert attached.parameters == 2 * 12  # a beta and a coeff for each of the hidden channels
     assert logits_of(attached.network, torch.zeros(2, 3, 16, 16)).shape == (2, 5)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ..._extras import require
 from .._distributed import Group, group
@@ -18,7 +19,7 @@ from .._progress import bar
 from .._restoring import evaluation
 from ..config import configured
 from ..experiment import Study, TrainingLog, plan_of
-from ..images.sets import Splits
+from ..labelled import Splits
 from .config import TransferConfig
 from .folds import FoldLog, on_folds
 from .frozen import FrozenNetwork
@@ -107,9 +108,7 @@ def compare_transfer(
     seeds = list(dict.fromkeys(seeds))
     chosen: list[Any] = [m for m, _ in plan]
     setup: dict[str, Any] = {
-        "models": {
-            n: check_model(n, _built(m), chosen, config.images.size, config.activations) for n, m in models.items()
-        },
+        "models": {n: check_model(n, _built(m), chosen, data, config) for n, m in models.items()},
         "data": {n: check_data(n, splits, config, seeds) for n, splits in data.items()},
         "methods": {m.name: settings for m, settings in plan},
         "seeds": seeds,
@@ -128,7 +127,7 @@ def compare_transfer(
                 network = functools.cache(functools.partial(_opened, source, accelerator.device, stack))
                 for data_name, splits in data.items():
                     images = functools.cache(
-                        functools.partial(_drawn, splits, config, memory=config.memory_limit // len(seeds))
+                        functools.partial(_drawn, splits, config, network, memory=config.memory_limit // len(seeds))
                     )
                     folds = setup["data"][data_name]["folds"]
                     task = TransferTask(name, data_name, network, images, splits, folds, config, accelerator, processes)
@@ -145,8 +144,8 @@ def _opened(source: nn.Module | Callable[[], nn.Module], device: torch.device, s
     return stack.enter_context(evaluation(_built(source).to(device)))
 
 
-def _drawn(splits: Splits, config: TransferConfig, seed: int, memory: int) -> Split:
-    return draw(splits, config.images, seed, memory)
+def _drawn(splits: Splits, config: TransferConfig, network: Callable[[], nn.Module], seed: int, memory: int) -> Split:
+    return draw(splits, config.images, seed, memory, network())
 
 
 @dataclass(frozen=True)
@@ -176,16 +175,15 @@ class TransferTask:
         if method.attach is None:
             classes = len(self.splits.train.classes)
             return self._frozen(method, run).fit(classes, run.setting["head_lr"], run.seed, cuts)
-        parts = images.parts(cuts)
 
-        def fit(number: int, others: Sequence[FoldLog]) -> FoldLog:
+        def fit(fold: tuple[Dataset[Any], Dataset[Any]], others: Sequence[FoldLog]) -> FoldLog:
             with self._attached(method, run) as attached:
-                log = self._trained(attached, run, *parts[number], others)
+                log = self._trained(attached, run, *fold, others)
                 log.details |= {"parameters": attached.parameters, "head": attached.head, "validated": log.validated}
                 log.details["detail"] = learned(attached.network, log.state)
                 return log
 
-        return on_folds(cuts, fit)
+        return on_folds(images.parts(cuts), fit)
 
     def test(self, method: Method, run: RunResult, state: Mapping[str, Tensor]) -> dict[str, Any]:
         from .training import score
@@ -213,7 +211,7 @@ class TransferTask:
             torch.manual_seed(run.seed)
             example, classes = image[None].to(self.accelerator.device), len(self.splits.train.classes)
             network, head = with_head(self.network(), example, classes, run.seed)
-            yield method.attach(network, head, run.setting, self.config.activations, image.shape[-1])
+            yield method.attach(network, head, run.setting, self.config.activations, example)
 
     def _trained(self, attached: Attached, run: RunResult, images: Any, val: Any, others: Sequence[FoldLog]) -> FoldLog:
         from .training import train
