@@ -16,6 +16,8 @@ from .robustness.evaluate import RobustnessConfig, robustness
 from .search.grid import SearchConfig, search_beta
 from .search.result import BetaSearch, Comparison, plot, verdict
 from .search.strategies import StrategyConfig, search_betas
+from .series import SeriesSet, read_series
+from .texts import TextEncoder, TextSet, load_encoder
 from .transfer import TransferConfig, TuneConfig, compare_transfer, tune_curvature
 
 __all__ = [
@@ -30,8 +32,11 @@ __all__ = [
     "ProfileConfig",
     "RobustnessConfig",
     "SearchConfig",
+    "SeriesSet",
     "Splits",
     "StrategyConfig",
+    "TextEncoder",
+    "TextSet",
     "TransferConfig",
     "TuneConfig",
     "compare_methods",
@@ -39,11 +44,13 @@ __all__ = [
     "curvature_profile",
     "fit_probe",
     "load_data",
+    "load_encoder",
     "load_model",
     "normalised_like",
     "plot",
     "read_folder",
     "read_npz",
+    "read_series",
     "robustness",
     "run_toys",
     "search_beta",

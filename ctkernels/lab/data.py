@@ -15,6 +15,8 @@ from .labelled import Splits, check_classes
 from .series import find_series
 from .texts import TextSet
 
+OTHERS = "; or texts (.jsonl, .csv or .parquet), or series (.ts, aeon:NAME)"
+
 
 def load_data(spec: str | os.PathLike[str]) -> Splits:
     """Read labelled images, texts or time series; ``spec`` tells which.
@@ -54,7 +56,7 @@ def find_data(spec: str | os.PathLike[str]) -> Callable[[], Splits]:
         return lambda: labelled_texts(read())
     factory = ":" in name and not path.exists() and not name.startswith("torchvision:")
     if not factory:
-        return find_images(spec)
+        return find_images(spec, OTHERS)
     build = find_factory(name, (Splits, TextData), "data")
 
     def made() -> Splits:

@@ -30,7 +30,7 @@ def test_data_from_a_function(tmp_path):
         "    return 3\n"
     )
     assert load_data(f"{tmp_path / 'my_images.py'}:make").source == "mine"
-    with pytest.raises(ValueError, match="must return a Splits, got int"):
+    with pytest.raises(ValueError, match="must return a Splits or TextData, got int"):
         load_data(f"{tmp_path / 'my_images.py'}:other")
     with pytest.raises(ValueError, match=r"has no function 'gone'"):
         load_data(f"{tmp_path / 'my_images.py'}:gone")

@@ -28,8 +28,10 @@ WORDS = "digits, torchvision:NAME, or a factory module:function"
 MOVED = ("fashion-mnist", "mnist-5k", "emoji")  # names that became functions in examples/data
 
 
-def find_images(spec: str | os.PathLike[str]) -> Callable[[], Splits]:
+def find_images(spec: str | os.PathLike[str], beside: str = "") -> Callable[[], Splits]:
     """The function that reads a folder, an ``.npz`` file, or a data set by name, found without reading any images.
+
+    ``beside``: what else the caller would have taken, for the message.
 
     Raises:
         ValueError: ``spec`` is no folder, ``.npz`` file or data set that is known.
@@ -37,12 +39,14 @@ def find_images(spec: str | os.PathLike[str]) -> Callable[[], Splits]:
     """
     path = Path(spec)
     if not str(spec).strip():
-        raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}, got {str(spec)!r}")
+        raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}{beside}, got {str(spec)!r}")
     if path.is_dir():
         return functools.partial(read_folder, path)
     if path.is_file():
         if path.suffix.lower() != ".npz":
-            raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}, got the file {path}")
+            raise ValueError(
+                f"data must be a folder of images, an .npz file or one of {WORDS}{beside}, got the file {path}"
+            )
         return functools.partial(read_npz, path)
     if str(spec) == "digits":
         return libraries.digits
@@ -57,7 +61,7 @@ def find_images(spec: str | os.PathLike[str]) -> Callable[[], Splits]:
     if str(spec) in MOVED:
         function = str(spec).replace("-", "_")
         raise ValueError(f"data: {spec} is now examples.data:{function}, to be had in a clone of the repository")
-    raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}; {path} does not exist")
+    raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}{beside}; {path} does not exist")
 
 
 def _only_images(splits: Splits) -> Splits:
