@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 
-def find_factory(name: str, kind: type[Any] = nn.Module, role: str = "model") -> Callable[[], Any]:
+def find_factory(
+    name: str, kind: type[Any] | tuple[type[Any], ...] = nn.Module, role: str = "model"
+) -> Callable[[], Any]:
     """Finds the function ``package.module:function`` or ``file.py:function``, without arguments, that returns a ``kind``.
 
-    Imports the module; for a file, puts its folder first in ``sys.path``. ``role`` ("model", "data") is its name in errors,
-    also in those of the returned function.
+    Imports the module; for a file, puts its folder first in ``sys.path``. ``kind`` may be several classes. ``role`` ("model",
+    "data") is its name in errors, also in those of the returned function.
 
     Raises:
         ValueError: another form of name, no such module, file or function, or an error that importing it raised.
@@ -37,7 +39,8 @@ def find_factory(name: str, kind: type[Any] = nn.Module, role: str = "model") ->
     def build() -> Any:
         result = _theirs(f"{title}: the function", make)
         if not isinstance(result, kind):
-            wanted = "torch.nn.Module" if kind is nn.Module else kind.__name__
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            wanted = " or ".join("torch.nn.Module" if k is nn.Module else k.__name__ for k in kinds)
             raise ValueError(f"{title} must return a {wanted}, got {type(result).__name__}")
         return result
 

@@ -151,6 +151,7 @@ def comparison(model: torch.nn.Module, images: Splits, out: Path, short: bool) -
         },
         training=TrainingConfig(epochs, batch_size=16),
         images=ImageOptions(size=48, resize=48, val=0.3, max_train=train, max_test=test),
+        folds=1,  # of several, each would be trained as often, and this is to be done in minutes
     )
     print(f"\nlearning, with {train} images to train and validate on, {epochs} epochs, 48 pixels:\n\n{result.table()}")
     print(f"\n{result.verdict()}")

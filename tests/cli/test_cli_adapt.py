@@ -54,8 +54,8 @@ def test_small_images_are_run_small(images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["adapt", images, "--model", MODEL, "--dry-run", "--cpu", "--options", "--epochs 3"]) == 0
     said = capsys.readouterr().out
-    assert "60 images of 3 classes (0 30, 1 27, 2 3), 40 pixels" in said
-    assert "validation and test images are set apart" in said
+    assert "60 images of 3 classes (0 30, 1 27, 2 3); validation and test examples are set apart" in said
+    assert "40 pixels high or wide: they are run at 64 pixels" in said
     assert "Too few to learn from, and to be tested on: 2 3." in said
     command = _command(said)
     assert command[:2] == ["tune", images]
@@ -102,6 +102,6 @@ def test_what_it_cannot_adapt_to_is_named(tmp_path, capsys):
     assert cli.main(["adapt", _texts(tmp_path / "t.jsonl", 9, ["a"]), "--dry-run"]) == 2
     assert "--model: expected a language model" in capsys.readouterr().err
     assert cli.main(["adapt", f"{__name__}:make_number", "--dry-run"]) == 2
-    assert "expected a factory of Splits or TextData" in capsys.readouterr().err
+    assert "must return" in capsys.readouterr().err
     assert cli.main(["adapt", "digits", "--options", "quickly"]) == 2
     assert "--options" in capsys.readouterr().err

@@ -109,6 +109,7 @@ GOOD: dict[str, set[str]] = {
     "--workers": {"0"},
     "--betas": {"0", "1e-400"},
     "--coeff": {"0", "1e-400"},
+    "--margin": {"0", "1e-400"},
     "--warmup": {"0", "1e-400"},
     "--out": NEW_NAME,
     "-o": NEW_NAME,

@@ -169,7 +169,7 @@ def curvature_adapter() -> Namespace:
 
 
 def laboratory() -> Namespace:
-    """Images as tensors, the folder "photos", and the network as a function in "networks.py"."""
+    """Images as tensors, the folder "photos", a file of series, and the network as a function in "networks.py"."""
     needs("numpy", "sklearn", "matplotlib", "tqdm", "PIL", "torchvision", "accelerate", "safetensors", "peft", "gguf")
     import safetensors.torch
     from PIL import Image
@@ -180,6 +180,7 @@ def laboratory() -> Namespace:
         file = Path("photos", ("cat", "dog")[i % 2], f"{i}.png")
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(file)
+    Path("GunPoint_TRAIN.ts").write_text("@classLabel true 1 2\n@data\n0.1,0.2,0.3:1\n0.3,0.2,0.1:2\n")
     Path("networks.py").write_text("import torch\n\n\ndef make():\n    return torch.nn.Linear(2, 2)\n")
     safetensors.torch.save_file(torch.nn.Linear(2, 2).state_dict(), "best.safetensors")
     images, pixels = (pixels - 0.5) / 0.25, pixels[:4, :, :32, :32].contiguous()

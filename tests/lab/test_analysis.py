@@ -8,6 +8,7 @@ from torch import nn
 
 import ctkernels
 from ctkernels.lab.analysis.curvature import (
+    CurvatureProfile,
     curvature,
     curvature_profile,
     data_directions,
@@ -113,6 +114,26 @@ def test_a_profile_of_a_relu_network():
     whole = curvature_profile(model, x, labels, betas=[0.5], directions=2, batch_size=6)
     assert whole.rows[1]["data"]["mean"] == pytest.approx(soft["data"]["mean"], rel=1e-4)
     assert "0.5" in found.table()
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_lipschitz_constant_never_stands_without_its_accuracy(labelled):
+    """In the table, the file, and the report's sentence; where there are no labels it is called what it is."""
+    pytest.importorskip("matplotlib", reason="the report needs matplotlib")
+    model = net()
+    x = torch.randn(6, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        own = model(x).argmax(1)
+    found = curvature_profile(model, x, (own + 1) % 3 if labelled else None, betas=[0.5, 1.0], directions=1)
+    name, plain = ("accuracy", 0.0) if labelled else ("agreement with the plain network", 1.0)
+    assert found.table().splitlines()[0].endswith(name)
+    values = found.to_dict()
+    assert values["rows"][0]["accuracy"] == plain
+    assert values["labelled"] == labelled
+    section = CurvatureProfile.section(values)
+    (sentence,) = section.verdict
+    assert f"{name} from {100 * plain:.1f} % to" in sentence
+    assert name in section.parts[0].alt
 
 
 def test_loss_curvature_of_a_linear_classifier_is_the_softmaxs():

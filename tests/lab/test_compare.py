@@ -57,8 +57,9 @@ def compare(methods, models=None, data=None, **options) -> TransferComparison:
 
 
 def attach(name: str, network: nn.Module, side: int):
-    network, head = with_head(network.eval(), torch.zeros(1, 3, side, side), classes=10)
-    return network, head, method(name).attach(network, head, method(name).settings()[0], None, side)
+    example = torch.zeros(1, 3, side, side)
+    network, head = with_head(network.eval(), example, classes=10)
+    return network, head, method(name).attach(network, head, method(name).settings()[0], None, example)
 
 
 def test_parameter_counts_of_a_resnet_18():

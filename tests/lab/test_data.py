@@ -177,11 +177,11 @@ def test_files_that_are_no_npz(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(ValueError, match=r"expected an .npz file of plain arrays"):
         load_data(tmp_path / "a.npz")
-    (tmp_path / "a.csv").write_text("1,2")
+    (tmp_path / "a.doc").write_text("1,2")
     with pytest.raises(
-        ValueError, match=r"must be a folder of images, an .npz file or one of digits, .*, got the file"
+        ValueError, match=r"must be a folder of images, an .npz file or one of digits, .*texts \(.jsonl.*, got the file"
     ):
-        load_data(tmp_path / "a.csv")
+        load_data(tmp_path / "a.doc")
 
 
 # --- preprocessing and splits ---

@@ -30,7 +30,7 @@ def test_data_from_a_function(tmp_path):
         "    return 3\n"
     )
     assert load_data(f"{tmp_path / 'my_images.py'}:make").source == "mine"
-    with pytest.raises(ValueError, match="must return a Splits, got int"):
+    with pytest.raises(ValueError, match="must return a Splits or TextData, got int"):
         load_data(f"{tmp_path / 'my_images.py'}:other")
     with pytest.raises(ValueError, match=r"has no function 'gone'"):
         load_data(f"{tmp_path / 'my_images.py'}:gone")
@@ -109,6 +109,6 @@ def test_classifier_of_transformers_gets_a_new_head(tmp_path):
     model = transformers.ViTForImageClassification(config).eval()
     network, head = with_head(model, torch.zeros(1, 3, 16, 16), classes=5)
     assert head == "classifier"
-    attached = method("tct").attach(network, head, {"lr": 0.1, "head_lr": 1e-3}, ("gelu",), 16)
+    attached = method("tct").attach(network, head, {"lr": 0.1, "head_lr": 1e-3}, ("gelu",), torch.zeros(1, 3, 16, 16))
     assert attached.parameters == 2 * 12  # a beta and a coeff for each of the hidden channels
     assert logits_of(attached.network, torch.zeros(2, 3, 16, 16)).shape == (2, 5)

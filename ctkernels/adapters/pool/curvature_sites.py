@@ -99,9 +99,9 @@ class CurvatureSites:
         apply_patches(self._scan.swaps, self._scan.edits)
         names = {module: name for name, module in self._model.named_modules()}
         for swap in self._scan.swaps:
-            unit: Any
-            for key, unit in swap.units.items():
-                self._paths[unit.site] = f"{names[swap.module]}.{child_name(key)}".removeprefix(".")
+            swapped: Any
+            for key, swapped in swap.units.items():
+                self._paths[swapped.site] = f"{names[swap.module]}.{child_name(key)}".removeprefix(".")
 
     def detach(self) -> None:
         """Detaches the units."""

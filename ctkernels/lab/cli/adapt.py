@@ -17,8 +17,8 @@ from ...cli.errors import OptionError
 from . import options
 
 if TYPE_CHECKING:
-    from ..images.sets import Splits
     from ..jola.texts import TextData
+    from ..labelled import Splits
 
 SUMMARY = """\
 Adapt a pretrained model to your data, with settings that fit it: the first thing to try.
@@ -60,18 +60,17 @@ _OPTIONS = types.Kind(
 
 
 def _find(name: str) -> Callable[[], Splits | TextData]:
-    """What reads the images or texts of that name; ValueError for none."""
+    """What reads the examples of that name; ValueError for none."""
     from ..._factories import find_factory
-    from ..images.data import find_data
-    from ..jola.texts import SUFFIXES, find_texts
+    from ..data import find_data, has_texts
+    from ..jola.texts import TextData, find_texts
+    from ..labelled import Splits
 
     path = Path(name)
-    if path.is_dir() and any(file.stem == "train" and file.suffix.lower() in SUFFIXES for file in path.iterdir()):
+    if has_texts(path):
         return find_texts(path)
-    if path.suffix.lower() in SUFFIXES:
-        return find_texts(path)
-    if ":" in name and not path.exists() and not name.startswith("torchvision:"):
-        return find_factory(name, object, "data")
+    if ":" in name and not path.exists() and name.partition(":")[0] not in ("torchvision", "aeon"):
+        return find_factory(name, (Splits, TextData), "data")
     return find_data(name)
 
 
@@ -137,41 +136,42 @@ def advise(name: str, data: Splits | TextData, model: str | None) -> Advice:
         model: as on the command line.
 
     Raises:
-        OptionError: ``data`` is neither; texts without a model.
+        OptionError: no model, for other examples than images.
     """
-    from ..images.sets import Splits
-    from ..jola.texts import TextData
+    from ..labelled import Splits
 
     if isinstance(data, Splits):
-        return _advise_images(name, data, model or "mobilenet_v2")
-    if isinstance(data, TextData):
-        if model is None:
-            raise OptionError(
-                "--model: expected a language model (a folder, a .gguf file or a name on the hub), got none"
-            )
-        return _advise_texts(name, data, model)
-    raise OptionError(f"data: expected a factory of Splits or TextData, {name} returns {type(data).__name__}")
+        return _advise_examples(name, data, model)
+    if model is None:
+        raise OptionError("--model: expected a language model (a folder, a .gguf file or a name on the hub), got none")
+    return _advise_texts(name, data, model)
 
 
-def _advise_images(name: str, data: Splits, model: str) -> Advice:
+def _advise_examples(name: str, data: Splits, model: str | None) -> Advice:
+    from ..images.sets import ImageSet
+
     train = data.train
     counts = Counter(train.labels.tolist())
     classes = {text: counts[number] for number, text in enumerate(train.classes)}
-    step = max(1, len(train) // SAMPLED)
-    side = round(median(min(train.raw(i).shape[-2:]) for i in range(0, len(train), step)))
     missing = [text for text, part in (("validation", data.val), ("test", data.test)) if part is None]
     said = [
-        f"{name}: {len(train):,} images of {len(classes)} classes ({_listed(classes)}), {side} pixels high or wide"
-        + (f"; {' and '.join(missing)} images are set apart from them" if missing else "")
+        f"{name}: {len(train):,} {'images' if isinstance(train, ImageSet) else 'examples'} of {len(classes)} classes "
+        f"({_listed(classes)})" + (f"; {' and '.join(missing)} examples are set apart from them" if missing else "")
     ]
     said += _rare(classes)
-    arguments = [name, "--model", model]
-    if side <= 160:  # a network for 224 pixels sees nothing more in images that are blown up
-        size = max(32, -(-side // 32) * 32)
-        arguments += ["--size", str(size), "--resize", str(size)]
-        said.append(
-            f"The images are small: they are run at {size} pixels, at {(size / 224) ** 2:.0%} of the time of 224."
-        )
+    if model is None and not isinstance(train, ImageSet):
+        raise OptionError("--model: expected a network for these examples, such as module:function, got none")
+    arguments = [name, "--model", model or "mobilenet_v2"]
+    if isinstance(train, ImageSet):
+        step = max(1, len(train) // SAMPLED)
+        side = round(median(min(train.raw(i).shape[-2:]) for i in range(0, len(train), step)))
+        if side <= 160:  # a network for 224 pixels sees nothing more in images that are blown up
+            size = max(32, -(-side // 32) * 32)
+            arguments += ["--size", str(size), "--resize", str(size)]
+            said.append(
+                f"Half of them are at most {side} pixels high or wide: they are run at {size} pixels, which takes "
+                f"{(size / 224) ** 2:.0%} of the time of 224."
+            )
     epochs = 10 if len(train) <= 1000 else 5
     arguments += ["--epochs", str(epochs), "--betas", "0.8,0.85,0.9,0.95,1"]
     said.append(

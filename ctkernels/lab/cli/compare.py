@@ -11,10 +11,12 @@ from ..transfer.methods import NAMES, method
 from . import options
 
 SUMMARY = """\
-Compare ways to adapt pretrained image classifiers: a linear probe, S-CT, LoRA, T-CT, and T-CT with LoRA.
+Compare ways to adapt pretrained classifiers of images, texts or time series: a linear probe, S-CT, LoRA, T-CT, and T-CT with
+LoRA.
 
 Every method trains a new head with the same schedule and keeps its best validation epoch. Where there are several
-settings to try, validation on the first seed chooses. The test images are read once per method and seed."""
+settings to try, validation on the first seed chooses. With few validation images every run is trained on several folds
+(--folds). The test images are read once per method and seed."""
 
 EXAMPLES = """\
 examples:
@@ -33,6 +35,10 @@ examples:
   python -m ctkernels compare examples.data:fashion_mnist examples.data:emoji --model mobilenet_v2=packaged \\
       --size 64 --resize 64 --max-train 500 --max-test 500 --betas 0.7,0.8,0.9,0.95 --epochs 10
 
+  # time series that come in a package, and a network pretrained on others
+  python -m ctkernels compare aeon:GunPoint aeon:ItalyPowerDemand --model examples.series:leaf_fcn \\
+      --methods linear,sct,lora-r1,tct
+
   # four GPUs share each step; cut short, the same command goes on where it was
   torchrun --nproc-per-node 4 -m ctkernels compare photos/ --model resnet152 --batch-size 128 --precision bf16
 
@@ -50,14 +56,14 @@ METHODS = types.several(types.Kind(NAMES, lambda text: method(text).name), NAMES
 
 def parser() -> argparse.ArgumentParser:
     p = options.command_parser("compare", SUMMARY, EXAMPLES)
-    options.add_image_data(p, nargs="+")
+    options.add_data(p, nargs="+")
     comparison = p.add_argument_group("comparison")
     options.add_models(comparison, "append", ". May be given several times")
     options.option(comparison, "--methods", METHODS, "linear,sct,lora-r1,tct,tct+lora-r1", f"{NAMES}, with commas")
     options.option(comparison, "--seeds", types.SEEDS, "42,43,44", "with commas; the first chooses")
     options.add_grid(comparison, method)
     options.add_training_options(p)
-    options.add_image_options(p)
+    options.add_example_options(p)
     options.add_executor(options.add_running_options(p, TransferConfig, "workers", "memory_limit", out="out/compare"))
     return p
 

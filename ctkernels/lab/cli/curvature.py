@@ -88,11 +88,12 @@ def _profile(arguments: argparse.Namespace, out: Path) -> int:
 
     from ... import lab
     from ..._factories import check_takes
+    from ..images.data import find_images
     from ..images.features import output_tensor
 
     plain = options.plain_preprocess(arguments)
     model = options.load_network(arguments)
-    splits = lab.load_data(arguments.data)
+    splits = find_images(arguments.data)()
     preprocess = lab.normalised_like(plain, splits.train)
     some = (splits.test or splits.train).sample(arguments.images, arguments.seed).prepared(preprocess)
     images = torch.stack([some[i][0] for i in range(len(some))])

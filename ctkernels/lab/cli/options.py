@@ -30,7 +30,14 @@ CHOICE = ("margin", "folds")  # the fields of a configuration about a choice by 
 
 def image_data(text: str) -> str:
     """A source of labelled images, see :func:`ctkernels.lab.load_data`."""
-    from ..images.data import find_data
+    from ..images.data import find_images
+
+    return types.checked(find_images)(text)
+
+
+def labelled_data(text: str) -> str:
+    """A source of labelled examples, see :func:`ctkernels.lab.load_data`."""
+    from ..data import find_data
 
     return types.checked(find_data)(text)
 
@@ -88,6 +95,15 @@ def add_image_data(p: argparse.ArgumentParser, nargs: str | None = None, more: s
     p.add_argument("data", nargs=nargs, type=image_data, help=text)
 
 
+def add_data(p: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """Add the positional argument for labelled examples of any kind, or for several sets of them."""
+    text = (
+        "images: folder, .npz file, digits or torchvision:NAME; texts: .jsonl, .csv or .parquet file; series: .ts file or "
+        "aeon:NAME; or a factory module:function"
+    )
+    p.add_argument("data", nargs=nargs, type=labelled_data, help=text)
+
+
 def add_model(p: argparse._ActionsContainer, required: bool = True) -> None:
     """Add a network, and its weights."""
     p.add_argument(
@@ -111,7 +127,8 @@ def add_models(p: argparse._ActionsContainer, action: str = "store", more: str =
         type=network_and_weights,
         required=True,
         metavar="NAME[=WEIGHTS]",
-        help="torchvision name, timm:NAME, transformers:NAME, or factory module:function; weights: default, none, "
+        help="torchvision name, timm:NAME, transformers:NAME, encoder:NAME for texts, or factory module:function; weights: "
+        "default, none, "
         f"packaged, or a file (default: default){more}",
     )
 
@@ -144,6 +161,12 @@ def add_image_options(p: argparse.ArgumentParser) -> None:
     """Add how images are made ready and split."""
     names = ("size", "resize", "normalise", "val", "test", "max_train", "max_test")
     add_fields(p.add_argument_group("images"), ImageOptions, *names)
+
+
+def add_example_options(p: argparse.ArgumentParser) -> None:
+    """Add how images, texts and series are made ready and split."""
+    add_image_options(p)
+    add_fields(p.add_argument_group("texts"), ImageOptions, "max_tokens")
 
 
 def add_training_options(p: argparse.ArgumentParser) -> None:
@@ -258,11 +281,12 @@ def load_inputs(arguments: argparse.Namespace) -> Inputs:
     The test images are the same for every seed and command, so that what was trained on the others can be tested on them.
     """
     from ... import lab
+    from ..images.data import find_images
     from ..transfer.inputs import split
 
     preprocess = plain_preprocess(arguments)
-    model, splits = load_network(arguments), lab.load_data(arguments.data)
-    parts = split(splits, config_of(ImageOptions, arguments), arguments.seed)
+    model, splits = load_network(arguments), find_images(arguments.data)()
+    parts: dict[str, Any] = split(splits, config_of(ImageOptions, arguments), arguments.seed)
     if arguments.normalise == "target":
         preprocess = lab.normalised_like(preprocess, parts["train"])
     prepared = {name: part.prepared(preprocess) for name, part in parts.items()}

@@ -14,7 +14,8 @@ Find the curvature at which a pretrained network fits new data best, without tra
 
 Every ReLU-like activation becomes a curvature-tuning unit with one knob, beta: 1 is the network as it is, lower is
 smoother. For each beta a linear probe is fitted on frozen features of the training images; the beta with the best
-validation accuracy is compared with the plain network on the test images, once."""
+validation accuracy, if it is better than the plain network by more than one standard error (--margin), is compared with it
+on the test images, once. With few validation images each beta is validated on several folds (--folds)."""
 
 EXAMPLES = """\
 examples:

@@ -9,7 +9,8 @@ from ..transfer.tune import HEAD, TuneConfig, kept_stage, stages, tune_curvature
 from . import options
 
 SUMMARY = """\
-Learn the curvature of a pretrained network on new data (T-CT): the fixed knob first, then learned ones.
+Learn the curvature of a pretrained network on new data (T-CT), images, texts or time series: the fixed knob first, then
+learned ones.
 
 A linear probe and the best fixed beta (S-CT) come first. Then a beta and a coefficient per channel are learned together
 with a new head, starting at that beta (T-CT). Validation decides which of the three is kept: the simplest that no other
@@ -27,6 +28,10 @@ examples:
   python -m ctkernels tune examples.data:fashion_mnist --model mobilenet_v2=packaged --size 64 --resize 64 --max-train 500 \\
       --max-test 500 --betas 0.8,0.9,0.95 --epochs 10
 
+  # texts and time series, from packages
+  python -m ctkernels tune examples.data:wordnet --model encoder:minilm --activations gelu --max-train 300 --max-test 300
+  python -m ctkernels tune aeon:ItalyPowerDemand --model examples.series:leaf_fcn --head-lr 1e-2 --epochs 40
+
 afterwards:
   from ctkernels.lab import load_model
   from ctkernels.lab.transfer import load_tuned
@@ -40,11 +45,11 @@ results:
 
 def parser() -> argparse.ArgumentParser:
     p = options.command_parser("tune", SUMMARY, EXAMPLES)
-    options.add_image_data(p)
+    options.add_data(p)
     options.add_models(p)
     options.add_fields(p, TuneConfig, "lr", "head_lr", "seed")
     options.add_training_options(p)
-    options.add_image_options(p)
+    options.add_example_options(p)
     options.add_running_options(p, TuneConfig, "workers", "memory_limit", out="out/tune")
     return p
 

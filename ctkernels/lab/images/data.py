@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..._extras import require
 from ..._factories import find_factory
+from ..labelled import Splits, check_classes
 from . import libraries
-from .sets import ImageSet, Splits, check_classes, opened_image
+from .sets import ImageSet, opened_image
 
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif"),
@@ -27,27 +28,10 @@ WORDS = "digits, torchvision:NAME, or a factory module:function"
 MOVED = ("fashion-mnist", "mnist-5k", "emoji")  # names that became functions in examples/data
 
 
-def load_data(spec: str | os.PathLike[str]) -> Splits:
-    """Read a folder, an ``.npz`` file, or a data set by name; ``spec`` tells which.
+def find_images(spec: str | os.PathLike[str], beside: str = "") -> Callable[[], Splits]:
+    """The function that reads a folder, an ``.npz`` file, or a data set by name, found without reading any images.
 
-    Names: ``"digits"``, scikit-learn's; ``"torchvision:Flowers102"`` or ``"torchvision:Flowers102:FOLDER"`` for a class
-    of ``torchvision.datasets``, whose files are in, or go to, FOLDER (default ``data``); and ``"package.module:function"``
-    or ``"file.py:function"``, a function that takes nothing and returns :class:`Splits`.
-
-    Raises:
-        ValueError: ``spec`` is neither, or what it holds is not labelled images; the message says what was found.
-        ImportError: pillow or numpy is missing; the message names the extra.
-
-    Examples:
-        >>> splits = load_data("photos/")
-        >>> splits.train.classes
-        ('cat', 'dog')
-    """
-    return find_data(spec)()
-
-
-def find_data(spec: str | os.PathLike[str]) -> Callable[[], Splits]:
-    """The function by which :func:`load_data` will read, found without reading any images.
+    ``beside``: what else the caller would have taken, for the message.
 
     Raises:
         ValueError: ``spec`` is no folder, ``.npz`` file or data set that is known.
@@ -55,12 +39,14 @@ def find_data(spec: str | os.PathLike[str]) -> Callable[[], Splits]:
     """
     path = Path(spec)
     if not str(spec).strip():
-        raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}, got {str(spec)!r}")
+        raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}{beside}, got {str(spec)!r}")
     if path.is_dir():
         return functools.partial(read_folder, path)
     if path.is_file():
         if path.suffix.lower() != ".npz":
-            raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}, got the file {path}")
+            raise ValueError(
+                f"data must be a folder of images, an .npz file or one of {WORDS}{beside}, got the file {path}"
+            )
         return functools.partial(read_npz, path)
     if str(spec) == "digits":
         return libraries.digits
@@ -70,11 +56,18 @@ def find_data(spec: str | os.PathLike[str]) -> Callable[[], Splits]:
         libraries.torchvision_class(name)
         return functools.partial(libraries.torchvision_data, name, root or "data")
     if rest:
-        return find_factory(str(spec), Splits, "data")
+        build = find_factory(str(spec), Splits, "data")
+        return lambda: _only_images(build())
     if str(spec) in MOVED:
         function = str(spec).replace("-", "_")
         raise ValueError(f"data: {spec} is now examples.data:{function}, to be had in a clone of the repository")
-    raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}; {path} does not exist")
+    raise ValueError(f"data must be a folder of images, an .npz file or one of {WORDS}{beside}; {path} does not exist")
+
+
+def _only_images(splits: Splits) -> Splits:
+    if not isinstance(splits.train, ImageSet):
+        raise ValueError(f"data: expected images, got {splits.train.KIND}; tune and compare take them")
+    return splits
 
 
 # --- a folder ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from .._distributed import Group
+from ..labelled import collate_of
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,10 @@ def extract(
     most = max(map(len, batches), default=0)  # a larger batch size than there are images takes no more memory
     mine = batches[group.rank :: group.size]
     # The item's position travels with it, so that a bad image can be named and the sampler stays a plain list.
-    loader = iter(DataLoader(_Images(data), batch_sampler=mine, num_workers=workers))  # type: ignore[arg-type]
+    images_only = _Images(data)
+    loader = iter(
+        DataLoader(images_only, batch_sampler=mine, num_workers=workers, collate_fn=images_only.collate)  # type: ignore[arg-type]
+    )
     result = torch.empty(len(networks), len(data) if group.rank == 0 else 0, dim)
     for start in range(0, len(batches), group.size):
         block = torch.zeros(len(networks), most, dim, device=device)
@@ -178,13 +182,17 @@ def extract(
 
 
 class _Images(Dataset[Tensor]):
-    """The images of a data set of (image, label), float32."""
+    """The examples of a data set of (example, label), without labels: images in float32, or token numbers."""
 
     def __init__(self, data: ConcatDataset[Any]) -> None:
-        self.data = data
+        self.data, self.join = data, collate_of(data)
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.as_tensor(self.data[index][0], dtype=torch.float32)
+        example = torch.as_tensor(self.data[index][0])
+        return example.float() if example.is_floating_point() else example
+
+    def collate(self, examples: Sequence[Tensor]) -> Tensor:
+        return self.join([(example, 0) for example in examples])[0]

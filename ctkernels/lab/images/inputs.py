@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from ..._devices import existing_device
-from .sets import check_classes, labels_of, stratified_split
+from ..labelled import check_classes, check_finite, labels_of, stratified_split
 
 Images = Dataset[Any] | tuple[Tensor, Tensor]
 
@@ -47,8 +47,7 @@ def _dataset(data: Any, name: str) -> Any:
         raise ValueError(f"{name}: expected as many images as labels, got {len(images)} and {len(labels)}")
     if not images.is_floating_point():
         raise ValueError(f"{name}: images must be floating point, ready for the network, got {images.dtype}")
-    if bad := int((~images.flatten(1).isfinite().all(1)).sum()):
-        raise ValueError(f"{name}: images must be finite, {bad} of {len(images)} have NaN or infinity")
+    check_finite(images, f"{name}: images")
     return TensorDataset(images, labels)
 
 

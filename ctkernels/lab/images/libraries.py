@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..._extras import require
-from .sets import ImageSet, Splits, UnreadableImage, check_classes, decoded, labels_of
+from ..labelled import Splits, check_classes, labels_of
+from .sets import ImageSet, UnreadableImage, decoded
 
 
 def digits() -> Splits:

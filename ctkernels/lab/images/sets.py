@@ -1,20 +1,20 @@
-"""Labelled images in memory or on disk, how they are made ready for a network, and how they are split."""
+"""Labelled images in memory or on disk, and how they are made ready for a network."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset, Subset, TensorDataset
 
 from ..._extras import require
+from ..labelled import InputOptions, LabelledSet, check_finite
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -71,12 +71,25 @@ class Preprocess:
         x = x[:, top : top + self.size, left : left + self.size].clamp(0, 1)
         return x.expand(3, -1, -1)
 
+    def blank(self) -> Tensor:
+        """A batch of one image of zeros, as the network sees it."""
+        return torch.zeros(1, 3, self.size, self.size)
+
+    def entries(self) -> dict[str, Any]:
+        """The arguments as plain values."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def restored(cls, values: Mapping[str, Any], network: nn.Module) -> Preprocess:
+        """Make it again from :meth:`entries`."""
+        return cls(values["size"], values["resize"], tuple(values["mean"]), tuple(values["std"]))
+
     def __call__(self, image: Tensor) -> Tensor:
         return (self.pixels(image) - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
 
 @dataclass(frozen=True)
-class ImageSet(Dataset[tuple[Tensor, int]]):
+class ImageSet(LabelledSet):
     """Labelled images; item ``i`` is the preprocessed image, float32 (3, size, size), and its label.
 
     Args:
@@ -87,83 +100,26 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         preprocess: default :class:`Preprocess`'s defaults.
     """
 
+    KIND: ClassVar[str] = "images"
+    EXAMPLES: ClassVar[str] = "images"
+
     images: Tensor | Sequence[Path] | Any
     labels: Tensor
     classes: tuple[str, ...]
     preprocess: Preprocess = field(default_factory=Preprocess)
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def raw(self, index: int) -> Tensor:
         """The image as stored: uint8 or floating point, (H, W) or (C, H, W)."""
         image = self.images[index]
         return image if isinstance(image, Tensor) else read_image(image)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.preprocess(self.raw(index)), int(self.labels[index])
+    def preparation(self, options: InputOptions, network: nn.Module, fitted: bool = True) -> Preprocess:
+        preprocess = Preprocess(options.size, options.resize)
+        return normalised_like(preprocess, self) if fitted and options.normalise == "target" else preprocess
 
-    def take(self, indices: Tensor) -> ImageSet:
-        """The images at ``indices``, int64, in that order."""
-        images: Any = self.images  # a list of paths, or something that takes a tensor of indices
-        images = [images[i] for i in indices.tolist()] if isinstance(images, (list, tuple)) else images[indices]
-        return dataclasses.replace(self, images=images, labels=self.labels[indices])
-
-    def sample(self, limit: int | None, seed: int) -> ImageSet:
-        """Take at most ``limit`` of the images, classes in proportion; all of them for None."""
-        if limit is None or limit >= len(self):
-            return self
-        return self.take(stratified_order(self.labels, seed)[:limit].sort().values)
-
-    def prepared(self, preprocess: Preprocess) -> ImageSet:
-        """The same images with another preprocessing."""
-        return dataclasses.replace(self, preprocess=preprocess)
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Training, validation and test images as a data set ships them, ``None`` where it does not, and its ``source``."""
-
-    train: ImageSet
-    val: ImageSet | None
-    test: ImageSet | None
-    source: str
-
-    def complete(
-        self,
-        *,
-        val: float,
-        test: float,
-        seed: int,
-        max_train: int | None = None,
-        max_test: int | None = None,
-        test_seed: int | None = None,
-    ) -> tuple[ImageSet, ImageSet, ImageSet]:
-        """Training, validation and test images; what the data lacks is cut off the training images, class by class.
-
-        Args:
-            val, test: fractions to cut, used only where there is no such split.
-            seed: of the cuts and samples.
-            test_seed: of those of the test images. Default: ``seed``.
-            max_train: the most images for training and for the validation that is cut off them.
-            max_test: the most images for test.
-
-        Raises:
-            ValueError: a fraction or limit out of range, or too few images of a class.
-        """
-        for name, limit in (("max_train", max_train), ("max_test", max_test)):
-            if limit is not None and limit < 1:
-                raise ValueError(f"{name} must be at least 1, got {limit}")
-        train, tested = self.train, self.test
-        test_seed = seed if test_seed is None else test_seed
-        if tested is None:
-            rest, part = stratified_split(train.labels, [test], test_seed, "test")
-            train, tested = train.take(rest), train.take(part)
-        train, tested = train.sample(max_train, seed), tested.sample(max_test, test_seed)
-        if self.val is not None:
-            return train, self.val, tested
-        rest, part = stratified_split(train.labels, [val], seed, "val")
-        return train.take(rest), train.take(part), tested
+    def check(self) -> None:
+        if isinstance(self.images, Tensor) and self.images.is_floating_point():
+            check_finite(self.images, "images")
 
 
 class UnreadableImage(ValueError):
@@ -289,114 +245,3 @@ def normalised_like(preprocess: Preprocess, images: ImageSet, limit: int = 1000)
     if std.min() < 1e-6:
         raise ValueError(f"images must vary, got the deviations {std.tolist()} of the three channels")
     return dataclasses.replace(preprocess, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
-
-
-def labels_of(dataset: Any, name: str) -> Tensor:
-    """The labels of a data set, int64 (n,): its ``labels`` or ``targets`` if it has them, else item by item."""
-    if isinstance(dataset, TensorDataset):
-        values: Any = dataset.tensors[1]
-    elif isinstance(dataset, Subset):
-        return labels_of(dataset.dataset, name)[torch.as_tensor(dataset.indices, dtype=torch.int64)]
-    else:
-        values = next((v for a in ("labels", "targets") if (v := getattr(dataset, a, None)) is not None), None)
-        if values is None:
-            values = [int(dataset[i][1]) for i in range(len(dataset))]
-    labels = torch.as_tensor(values)
-    if labels.dim() != 1 or len(labels) != len(dataset) or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(
-            f"{name}: labels must be {len(dataset)} integers, one per image, "
-            f"got {labels.dtype} of shape {tuple(labels.shape)}"
-        )
-    return labels.to(torch.int64)
-
-
-def check_classes(labels: Tensor, name: str) -> None:
-    """ValueError unless ``labels`` is not empty and has at least two classes."""
-    classes = labels.unique()
-    if len(classes) < 2:
-        detail = f"{len(labels)} images, all of class {classes[0].item()}" if len(classes) else "no images"
-        raise ValueError(f"{name}: expected at least two classes, got {detail}")
-
-
-def stratified_split(labels: Tensor, fractions: Sequence[float], seed: int, name: str = "data") -> list[Tensor]:
-    """Cut the indices of ``labels`` into a rest and one part per fraction, class by class.
-
-    Args:
-        labels: int64 (n,).
-        fractions: of the whole, each in (0, 1), with a sum below 1. Every part gets at least one image of each class.
-        seed: the same seed gives the same parts.
-
-    Returns:
-        int64 index tensors, ascending: the rest first, then one per fraction.
-
-    Raises:
-        ValueError: a fraction out of range, or a class too small to give every part an image.
-
-    Examples:
-        >>> rest, val = stratified_split(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), [0.25], seed=0)
-        >>> len(rest), len(val)
-        (6, 2)
-    """
-    if any(not 0 < f < 1 for f in fractions) or sum(fractions) >= 1:
-        raise ValueError(f"{name}: fractions to split off must be in (0, 1) with a sum below 1, got {list(fractions)}")
-    generator = torch.Generator().manual_seed(seed)
-    parts: list[list[Tensor]] = [[] for _ in range(len(fractions) + 1)]
-    for label in labels.unique():
-        members = (labels == label).nonzero()[:, 0]
-        members = members[torch.randperm(len(members), generator=generator)]
-        counts = [max(1, round(f * len(members))) for f in fractions]
-        if sum(counts) >= len(members):
-            raise ValueError(
-                f"{name}: class {label.item()} has {len(members)} images, too few to split into {len(parts)} parts "
-                f"(fractions {list(fractions)}); expected at least {len(parts)}"
-            )
-        for part, piece in zip(parts, members.split([len(members) - sum(counts), *counts])):
-            part.append(piece)
-    return [torch.cat(part).sort().values for part in parts]
-
-
-def validation_folds(train: Tensor, val: Tensor, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Cut training and validation images into training and validation parts again, in ``count`` ways.
-
-    The first way is the one given. The validation part of each other is a stretch of the training images as large as
-    ``val``, classes in proportion; no image is in two of them.
-
-    Args:
-        train, val: labels, int64 (n,) and (m,).
-        count: at most ``(n + m) // m``.
-        seed: of the order of the training images.
-
-    Returns:
-        pairs of int64 indices into the training images followed by the validation images.
-
-    Raises:
-        ValueError: a count out of range.
-
-    Examples:
-        >>> first, second = validation_folds(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1]), 2, seed=0)
-        >>> first[0].tolist(), first[1].tolist(), len(second[0])
-        ([0, 1, 2, 3], [4, 5], 4)
-    """
-    n, m = len(train), len(val)
-    if not 1 <= count <= max(1, (n + m) // m):
-        raise ValueError(
-            f"folds must be from 1 to {max(1, (n + m) // m)} for {n} training and {m} validation, got {count}"
-        )
-    everything = torch.arange(n + m)
-    order = stratified_order(train, seed)
-    parts = [everything[n:], *(order[i * m : (i + 1) * m].sort().values for i in range(count - 1))]
-    return [(everything[~torch.isin(everything, part)], part) for part in parts]
-
-
-def stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """A seeded order of the indices of ``labels`` in which every stretch has the classes in proportion.
-
-    So the first n are a fair sample of n, and the next n another one that shares no image with it.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(labels), generator=generator)
-    position = torch.empty(len(labels), dtype=torch.float64)
-    for label in labels.unique():
-        members = (labels[shuffled] == label).nonzero()[:, 0]
-        position[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
-    return shuffled[position.argsort(stable=True)]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..images.sets import ImageSet, stratified_order
+from ..images.sets import ImageSet
+from ..labelled import stratified_order
 from .attacks import Threat, attack
 from .config import RobustnessConfig
 from .corruptions import corrupt

@@ -19,7 +19,8 @@ from ..images.backbone import Steered, steered
 from ..images.features import find_hook_point, output_tensor
 from ..images.inputs import device_of
 from ..images.probe import fit_probe
-from ..images.sets import ImageSet, check_classes
+from ..images.sets import ImageSet
+from ..labelled import check_classes
 from ..stats import preferred
 from .attacks import PixelClassifier, check_attacks
 from .conditions import Images, Pixels, conditions_of, read_pixels

@@ -85,7 +85,7 @@ def search_beta(
     Examples:
         >>> result = search_beta(model, train, test=test, betas=[0.8, 0.9, 1.0], progress=False)
         >>> print(result.verdict())
-        Steering did not help here: no beta did better than the plain network in validation; ...
+        Steering did not help here: no beta did better than the plain network in validation ...
 
     Source: Curvature Tuning paper, section 4.1 and appendix B. Unlike its code, the choice never sees the test images.
     """

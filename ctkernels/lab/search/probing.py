@@ -20,7 +20,7 @@ from ..config import SteeringConfig
 from ..images.backbone import Backbone, Beta, FeatureReader, steered_backbone
 from ..images.inputs import Images, check_labels, example_of, split
 from ..images.probe import PROBES, Probe, fit_probe
-from ..images.sets import validation_folds
+from ..labelled import validation_folds
 from ..stats import folds_for, preferred
 
 

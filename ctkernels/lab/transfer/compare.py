@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ..._extras import require
 from .._distributed import Group, group
@@ -20,7 +21,7 @@ from .._weights import check_same, digest_of
 from ..config import configured
 from ..executor import Executor
 from ..experiment import Study, TrainingLog, plan_of
-from ..images.sets import Splits
+from ..labelled import Splits
 from .config import TransferConfig
 from .folds import FoldLog, on_folds
 from .frozen import FrozenNetwork
@@ -112,9 +113,7 @@ def compare_transfer(
     seeds = list(dict.fromkeys(seeds))
     chosen: list[Any] = [m for m, _ in plan]
     setup: dict[str, Any] = {
-        "models": {
-            n: check_model(n, _built(m), chosen, config.images.size, config.activations) for n, m in models.items()
-        },
+        "models": {n: check_model(n, _built(m), chosen, data, config) for n, m in models.items()},
         "data": {n: check_data(n, splits, config, seeds) for n, splits in data.items()},
         "methods": {m.name: settings for m, settings in plan},
         "seeds": seeds,
@@ -149,7 +148,7 @@ def _tasks(
             network = functools.cache(functools.partial(_opened, source, accelerator.device, stack))
             for data_name, splits in data.items():
                 about = _About(name, source, data_name, splits, config, setup)
-                yield TransferTask(about, network, about.images(), accelerator, processes)
+                yield TransferTask(about, network, about.images(network), accelerator, processes)
 
 
 def _built(source: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -177,10 +176,10 @@ class _About:
         """How often the images are cut into training and validation images."""
         return self.setup["data"][self.data]["folds"]
 
-    def images(self) -> Callable[[int], Split]:
-        """A function that prepares a seed's images and keeps them."""
+    def images(self, network: Callable[[], nn.Module]) -> Callable[[int], Split]:
+        """A function that prepares a seed's examples for the network and keeps them."""
         memory = self.config.memory_limit // len(self.setup["seeds"])
-        return functools.cache(functools.partial(draw, self.splits, self.config.images, memory=memory))
+        return functools.cache(lambda seed: draw(self.splits, self.config.images, seed, memory, network()))
 
     def task(self) -> TransferTask:
         """The task in another process, without a progress bar. ValueError if network or data are not those of the setup."""
@@ -192,7 +191,8 @@ class _About:
         check_same(f"model {self.model}", self.setup["models"][self.model]["digest"], digest_of(network))
         data = check_data(self.data, self.splits, self.config, self.setup["seeds"][:1])
         check_same(f"data {self.data}", self.setup["data"][self.data]["digest"], data["digest"])
-        return TransferTask(about, lambda: network, about.images(), accelerator, group(accelerator.device))
+        images = about.images(lambda: network)
+        return TransferTask(about, lambda: network, images, accelerator, group(accelerator.device))
 
 
 @dataclass(frozen=True)
@@ -228,16 +228,15 @@ class TransferTask:
         if method.attach is None:
             classes = len(self.about.splits.train.classes)
             return self._frozen(method, run).fit(classes, run.setting["head_lr"], run.seed, cuts)
-        parts = images.parts(cuts)
 
-        def fit(number: int, others: Sequence[FoldLog]) -> FoldLog:
+        def fit(fold: tuple[Dataset[Any], Dataset[Any]], others: Sequence[FoldLog]) -> FoldLog:
             with self._attached(method, run) as attached:
-                log = self._trained(attached, run, *parts[number], others)
+                log = self._trained(attached, run, *fold, others)
                 log.details |= {"parameters": attached.parameters, "head": attached.head, "validated": log.validated}
                 log.details["detail"] = learned(attached.network, log.state)
                 return log
 
-        return on_folds(cuts, fit)
+        return on_folds(images.parts(cuts), fit)
 
     def test(self, method: Method, run: RunResult, state: Mapping[str, Tensor]) -> dict[str, Any]:
         from .training import score
@@ -265,7 +264,7 @@ class TransferTask:
             torch.manual_seed(run.seed)
             example, classes = image[None].to(self.accelerator.device), len(self.about.splits.train.classes)
             network, head = with_head(self.network(), example, classes, run.seed)
-            yield method.attach(network, head, run.setting, self.config.activations, image.shape[-1])
+            yield method.attach(network, head, run.setting, self.config.activations, example)
 
     def _trained(self, attached: Attached, run: RunResult, images: Any, val: Any, others: Sequence[FoldLog]) -> FoldLog:
         from .training import train

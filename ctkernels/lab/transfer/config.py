@@ -12,12 +12,14 @@ from ..images.sets import Preprocess
 
 @dataclass(frozen=True)
 class ImageOptions(Config):
-    """Settings for preparing and splitting images; the paper's by default.
+    """Settings for preparing and splitting examples; the paper's by default. Texts and series are split alike.
 
     Args:
         size: side of the square that the network sees, in pixels.
         resize: shorter side before the centre crop. Default: size * 256 / 224.
-        normalise: "target": with the mean and deviation of up to 1000 training images; "imagenet": with ImageNet's.
+        normalise: "target": with the mean and deviation of up to 1000 training images, or of the training series;
+            "imagenet": with ImageNet's.
+        max_tokens: of a text; what comes after them is not read.
         val: fraction of the training images for validation, where the data has no such split.
         test: fraction of the training images for test, where the data has no such split.
         max_train: the most images for training and for the validation that is cut off them. Default: all.
@@ -27,6 +29,7 @@ class ImageOptions(Config):
     size: Annotated[int, PIXELS] = 224
     resize: Annotated[int | None, PIXELS] = None
     normalise: Annotated[str, choice("target", "imagenet")] = "target"
+    max_tokens: Annotated[int, COUNT] = 128
     val: Annotated[float, FRACTION] = 0.2
     test: Annotated[float, FRACTION] = 0.2
     max_train: Annotated[int | None, COUNT] = None

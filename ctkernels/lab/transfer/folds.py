@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
 from ..experiment import TrainingLog
+
+F = TypeVar("F")
 
 
 @dataclass
@@ -35,11 +38,10 @@ class FoldLog(TrainingLog):
         # a run that diverged on another fold stopped there, and stays what it was
         parts = [self.scored[-1], *(log.scored[min(epoch, len(log.scored) - 1)] for log in self.others)]
         digits = "".join(each for _, each in parts)
-        averaged = (
-            {n: sum(m[n] * len(d) for m, d in parts) / len(digits) for n in metrics} if parts[1:] else dict(metrics)
-        )
+        if self.others:
+            metrics = {name: sum(m[name] * len(d) for m, d in parts) / len(digits) for name in metrics}
         self.rights.append(digits)
-        self.add({**averaged, "accuracy": digits.count("1") / len(digits)}, state)
+        self.add({**metrics, "accuracy": digits.count("1") / len(digits)}, state)
 
     @property
     def validated(self) -> str:
@@ -47,7 +49,7 @@ class FoldLog(TrainingLog):
         return self.rights[self.best - 1]
 
 
-def on_folds(cuts: Sequence[object], run: Callable[[int, Sequence[FoldLog]], FoldLog]) -> FoldLog:
+def on_folds(folds: Sequence[F], run: Callable[[F, Sequence[FoldLog]], FoldLog]) -> FoldLog:
     """Run on every fold, the first one last, with the logs of the others: it is the one that is kept."""
-    others = [run(number, ()) for number in range(1, len(cuts))]
-    return run(0, others)
+    first, *others = folds
+    return run(first, [run(fold, ()) for fold in others])

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .._distributed import Group
 from .._restoring import evaluation
 from ..experiment import rank
 from ..images.backbone import FeatureReader, coeff_at, plain_backbone, steered_backbone
 from ..images.features import passes
+from ..labelled import batches
 from ..stats import preferred, standard_error
 from .config import TransferConfig
 from .folds import FoldLog, on_folds
@@ -53,6 +55,12 @@ class FrozenNetwork:
         split = self.split
         y = torch.cat([split.labels["train"], split.labels["val"]])
         logs: dict[float | None, FoldLog] = {}
+
+        def fit(x: Tensor, cut: tuple[Tensor, Tensor], others: Sequence[FoldLog]) -> FoldLog:
+            (train, val), training = cut, self.config.training
+            data = x[train], y[train], x[val], y[val], classes
+            return fit_head(*data, lr=lr, training=training, seed=seed, others=others)
+
         with self._reader() as read:
             candidates = [None] if self.coeff is None else read.backbone.steered.candidates(self.config.grid)
             at_once = 1 if self.config.bn == "train" else len(candidates)
@@ -62,13 +70,7 @@ class FrozenNetwork:
                     betas = candidates[start : min(start + at_once, stretch.stop)]
                     for beta, x in zip(betas, self._features(read, [split.train, split.val], betas)):
                         if self.group.rank == 0:
-
-                            def fit(number: int, others: Sequence[FoldLog], x: Tensor = x) -> FoldLog:
-                                train, val = cuts[number]
-                                data, options = (x[train], y[train], x[val], y[val], classes), self.config.training
-                                return fit_head(*data, lr=lr, training=options, seed=seed, others=others)
-
-                            logs[beta] = on_folds(cuts, fit)
+                            logs[beta] = on_folds(cuts, partial(fit, x))
         logs = self.group.share(logs)
         best = max(logs, key=lambda b: (rank(logs[b].validation)[0], 2.0 if b is None else b))
         pair = [list(map(int, logs[b].validated)) for b in (plain, best)]
@@ -141,7 +143,7 @@ def recalibrated(model: nn.Module, images: Dataset[Any], network: Any, batch_siz
             layer.reset_running_stats()
             layer.momentum = None  # a plain mean over the batches
             layer.train()
-        for batch, _ in DataLoader(images, batch_size, num_workers=workers, drop_last=single):
+        for batch, _ in batches(images, batch_size, workers, drop_last=single):
             network(batch.to(device))
         for layer in layers:
             layer.eval()

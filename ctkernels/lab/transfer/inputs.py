@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from ... import steer
 from ..._factories import check_takes
@@ -18,7 +18,7 @@ from .._restoring import evaluation
 from .._weights import digest_of
 from ..images.features import output_tensor
 from ..images.inputs import check_labels
-from ..images.sets import ImageSet, Preprocess, Splits, normalised_like, validation_folds
+from ..labelled import Item, LabelledSet, Splits, validation_folds
 from ..stats import folds_for
 from .config import ImageOptions, TransferConfig
 from .heads import with_head
@@ -29,7 +29,7 @@ Models = Mapping[str, nn.Module | Callable[[], nn.Module]]
 
 @dataclass(frozen=True)
 class Split:
-    """One seed's images, ready for the network, and their labels. The test images are every seed's."""
+    """One seed's examples, ready for the network, and their labels. The test examples are every seed's."""
 
     train: Dataset[Any]
     val: Dataset[Any]
@@ -47,27 +47,33 @@ class Split:
         return [(self.train, self.val), *((train, val) for train, val in others)]
 
 
-def draw(splits: Splits, options: ImageOptions, seed: int, memory: int) -> Split:
-    """Split and prepare; images are kept prepared if all take at most ``memory`` bytes, else made when read."""
+def draw(splits: Splits, options: ImageOptions, seed: int, memory: int, network: nn.Module) -> Split:
+    """Split and prepare; examples are kept prepared if all take at most ``memory`` bytes, else made when read."""
     parts = split(splits, options, seed)
-    preprocess = Preprocess(options.size, options.resize)
-    if options.normalise == "target":
-        preprocess = normalised_like(preprocess, parts["train"])
+    preprocess = parts["train"].preparation(options, network)
     ready = {name: part.prepared(preprocess) for name, part in parts.items()}
     labels = {name: part.labels for name, part in parts.items()}
-    keep = sum(map(len, parts.values())) * 3 * 4 * options.size**2 <= memory
-    images = {name: _kept(part) if keep else part for name, part in ready.items()}
-    return Split(**images, labels=labels)
+    keep = sum(map(len, parts.values())) * preprocess.blank().nbytes <= memory
+    return Split(**{name: _Kept(part) if keep else part for name, part in ready.items()}, labels=labels)
 
 
-def split(splits: Splits, options: ImageOptions, seed: int) -> dict[str, ImageSet]:
+def split(splits: Splits, options: ImageOptions, seed: int) -> dict[str, LabelledSet]:
     o = options
     parts = splits.complete(val=o.val, test=o.test, seed=seed, max_train=o.max_train, max_test=o.max_test, test_seed=0)
     return dict(zip(("train", "val", "test"), parts))
 
 
-def _kept(images: ImageSet) -> TensorDataset:
-    return TensorDataset(torch.stack([images[i][0] for i in range(len(images))]), images.labels)
+class _Kept(Dataset[Item]):
+    """The prepared examples of a set, in memory."""
+
+    def __init__(self, examples: LabelledSet) -> None:
+        self.items, self.collate = [examples[i] for i in range(len(examples))], examples.collate
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
 
 
 def folds_of(splits: Splits, config: TransferConfig, sizes: Mapping[str, int]) -> int:
@@ -89,15 +95,12 @@ def check_data(name: str, splits: Splits, config: TransferConfig, seeds: Sequenc
     """Describe a data set for the result.
 
     Raises:
-        ValueError: too few images of a class to split, one class only, a class to predict that was not learnt, NaN.
+        ValueError: too few examples of a class to split, one class only, a class to predict that was not learnt, NaN.
     """
     try:
         for part in (splits.train, splits.val, splits.test):
-            images = None if part is None else part.images
-            if isinstance(images, Tensor) and images.is_floating_point():
-                bad = int((~images.flatten(1).isfinite().all(1)).sum())
-                if bad:
-                    raise ValueError(f"images must be finite, {bad} of {len(images)} have NaN or infinity")
+            if part is not None:
+                part.check()
         digest, sizes = hashlib.sha256(), {}
         for seed in seeds:
             parts = split(splits, config.images, seed)
@@ -106,7 +109,7 @@ def check_data(name: str, splits: Splits, config: TransferConfig, seeds: Sequenc
                 sizes = {part: len(images) for part, images in parts.items()}
                 for images in parts.values():
                     digest.update(images.labels.numpy().tobytes())
-                    digest.update(images.raw(0).contiguous().numpy().tobytes())
+                    digest.update(images.fingerprint(0))
         folds = folds_of(splits, config, sizes)
     except ValueError as error:
         raise ValueError(f"data {name}: {error}") from error
@@ -116,31 +119,37 @@ def check_data(name: str, splits: Splits, config: TransferConfig, seeds: Sequenc
 
 
 def check_model(
-    name: str, model: nn.Module, methods: Sequence[Method], size: int, activations: Sequence[str] | None
+    name: str, model: nn.Module, methods: Sequence[Method], data: Mapping[str, Splits], config: TransferConfig
 ) -> dict[str, Any]:
     """Describe a network for the result.
 
     Raises:
-        ValueError: it takes no images of this size, a method needs an activation to treat and it has none, or a layer
-            for LoRA.
+        ValueError: it does not take the examples of a data set, a method needs an activation to treat and it has none, or a
+            layer for LoRA.
     """
     try:
         with evaluation(model):
-            _try(model, methods, size, activations)
+            tried: set[Any] = set()
+            for splits in data.values():
+                example = splits.train.preparation(config.images, model, fitted=False).blank()
+                kind = splits.train.KIND, example.shape
+                if kind not in tried:
+                    _try(model, methods, splits.train.KIND, example, config)
+                    tried.add(kind)
     except ValueError as error:
         raise ValueError(f"model {name}: {error}") from error
     return {"class": type(model).__name__, "digest": digest_of(model)}
 
 
-def _try(model: nn.Module, methods: Sequence[Method], size: int, activations: Sequence[str] | None) -> None:
-    """Put every method on the network once, with a blank image; nothing is trained."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    example = torch.zeros(1, 3, size, size, device=device)
-    output_tensor(check_takes(model, example, what="images"))
+def _try(model: nn.Module, methods: Sequence[Method], kind: str, example: Tensor, config: TransferConfig) -> None:
+    """Put every method on the network once, with a blank example; nothing is trained."""
+    activations = config.activations
+    example = example.to(next((p.device for p in model.parameters()), torch.device("cpu")))
+    output_tensor(check_takes(model, example, what=kind))
     if any(m.coeff is not None for m in methods):
         with steer(model, 1.0, activations=RELU_FAMILY if activations is None else activations):
             pass
     for method in methods:
         if method.attach is not None:
             network, head = with_head(model, example, classes=2)
-            method.attach(network, head, method.settings()[0], activations, size)
+            method.attach(network, head, method.settings()[0], activations, example)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...steering.activations import RELU_FAMILY
 from .. import experiment
@@ -43,7 +43,7 @@ class Method(experiment.Method):
     """A method of the comparison.
 
     ``attach`` makes an :class:`Attached` of a network with a new head, the head's name, a setting, the kinds of
-    activation to treat (None: the default) and the side of the images. It is None for methods that leave the network
+    activation to treat (None: the default) and a batch that the network takes. It is None for methods that leave the network
     alone; of these ``coeff`` is the coefficient of S-CT, None for the linear probe.
     """
 
@@ -86,7 +86,7 @@ def lora_targets(network: nn.Module, head: str, rank: int) -> tuple[list[str], l
     for name, module in network.named_modules():
         if name == head:
             continue
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)):
             fit = rank % module.groups == 0 and set(module.dilation) == {1}
             (fits if fit else not_fits).append(name)
         elif isinstance(module, nn.Linear):
@@ -105,7 +105,7 @@ def _lora_config(network: nn.Module, head: str, setting: Setting, rank: int, **m
 
 
 def _lora(
-    network: nn.Module, head: str, setting: Setting, kinds: Sequence[str] | None, size: int, rank: int
+    network: nn.Module, head: str, setting: Setting, kinds: Sequence[str] | None, example: Tensor, rank: int
 ) -> Attached:
     import peft
 
@@ -115,7 +115,7 @@ def _lora(
 
 
 def _tct(
-    network: nn.Module, head: str, setting: Setting, kinds: Sequence[str] | None, size: int, rank: int = 0
+    network: nn.Module, head: str, setting: Setting, kinds: Sequence[str] | None, example: Tensor, rank: int = 0
 ) -> Attached:
     import peft
 
@@ -130,7 +130,8 @@ def _tct(
         activations=list(RELU_FAMILY if kinds is None else kinds),
         init_beta=_number(setting, "beta"),
         init_coeff=_number(setting, "coeff"),
-        input_shape=(3, size, size),
+        # token numbers are found by the network's embedding
+        input_shape=tuple(example.shape[1:]) if example.is_floating_point() else None,
         modules_to_save=[head],
     )
     with warnings.catch_warnings():

@@ -11,9 +11,10 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from .._distributed import Group
+from ..labelled import batches
 from .config import TransferConfig
 from .folds import FoldLog
 from .heads import logits_of
@@ -55,7 +56,7 @@ def train(
     # a batch of one image has no batch statistics
     single = bn_train and len(images) > size and len(images) % size == 1  # type: ignore[arg-type]
     order = torch.Generator().manual_seed(seed)
-    loader = DataLoader(images, size, shuffle=True, generator=order, num_workers=workers, drop_last=single)
+    loader = batches(images, size, workers, shuffle=True, generator=order, drop_last=single)
     optimizer = torch.optim.Adam([dict(group) for group in groups])
     rates = [group["lr"] for group in optimizer.param_groups]
     wrapped, optimizer, loader = accelerator.prepare(network, optimizer, loader)
@@ -106,7 +107,7 @@ def score(
     scored: list[tuple[bool, float]] = []
     network.eval()
     with torch.inference_mode(), accelerator.autocast():
-        for batch, labels in DataLoader(share, batch_size, num_workers=workers):
+        for batch, labels in batches(share, batch_size, workers):
             logits = logits_of(network, batch.to(accelerator.device)).float()
             labels = labels.to(accelerator.device)
             losses = functional.cross_entropy(logits, labels, reduction="none")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +19,11 @@ from ...steering import steer
 from .._weights import load_adapter, read_weights, save_weights
 from ..config import configured
 from ..experiment import weights_path
-from ..images.sets import Preprocess, Splits, normalised_like
+from ..images.sets import Preprocess
+from ..labelled import Splits
+from ..series import Standardise
 from ..stats import preferred, share_error
+from ..texts import Tokens
 from .compare import compare_transfer
 from .config import TransferConfig
 from .frozen import recalibrated
@@ -32,6 +35,7 @@ from .state import batch_norms, load_state
 
 HIGHEST = 0.99  # the rate of change of a learned beta dies as 1 - beta, so it cannot start nearer to 1
 STAGES = ("linear", "sct", "tct")
+PREPARATIONS: dict[str, Any] = {"images": Preprocess, "series": Standardise, "texts": Tokens}
 HEAD, STATISTICS = "head.safetensors", "statistics.safetensors"
 
 
@@ -119,30 +123,27 @@ def tune_curvature(
     if PartialState().is_main_process:
         built = (model if isinstance(model, nn.Module) else model()).cpu()
         _save_kept(built, data, runs[kept], folder, config)
-        images = config.images
-        train = split(data, images, config.seed)["train"]
-        preprocess = Preprocess(images.size, images.resize)
-        if images.normalise == "target":
-            preprocess = normalised_like(preprocess, train)
+        train = split(data, config.images, config.seed)["train"]
+        preprocess = train.preparation(config.images, built)
         kept_in = {"adapter": "adapter"} if kept == "tct" else {"head": HEAD}
-        made_ready = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(preprocess).items()}
-        tuned = {"kept": kept, **kept_in, "classes": list(train.classes), **made_ready}
+        tuned = {"kept": kept, **kept_in, "classes": list(train.classes), "kind": train.KIND, **preprocess.entries()}
         result.save(folder / "result.json", **(extra or {}), kind="tune", tuned=tuned)
     return result
 
 
 def _save_kept(model: nn.Module, data: Splits, run: RunResult, folder: Path, config: TuneConfig) -> None:
     """Write what a stage trained on ``model``, in place of what an earlier call kept."""
-    state, classes, size = read_weights(weights_path(folder, run)), len(data.train.classes), config.images.size
+    state, classes = read_weights(weights_path(folder, run)), len(data.train.classes)
+    example = data.train.preparation(config.images, model, fitted=False).blank()
     for stale in (folder / HEAD, folder / STATISTICS):
         stale.unlink(missing_ok=True)
-    network, head = with_head(model.eval(), _example(model, size), classes)
+    network, head = with_head(model.eval(), example, classes)
     if run.method == "tct":
         from ... import adapters
 
         attach = method("tct").attach
         assert attach is not None
-        network = attach(network, head, run.setting, config.activations, size).network
+        network = attach(network, head, run.setting, config.activations, example).network
         load_state(network, state)
         adapters.save_adapter(network, folder / "adapter")
         if config.bn != "eval":
@@ -152,12 +153,12 @@ def _save_kept(model: nn.Module, data: Splits, run: RunResult, folder: Path, con
     save_weights(folder / HEAD, state)
     if config.bn == "train":
         _steer(network, run, config.activations)
-        train = draw(data, config.images, config.seed, 0).train
+        train = draw(data, config.images, config.seed, 0, model).train
         with torch.no_grad(), recalibrated(network, train, network, config.training.batch_size, 0):
             save_weights(folder / STATISTICS, _statistics(network))
 
 
-def load_tuned(model: nn.Module, folder: str | PathLike[str]) -> tuple[nn.Module, Preprocess, tuple[str, ...]]:
+def load_tuned(model: nn.Module, folder: str | PathLike[str]) -> tuple[nn.Module, Any, tuple[str, ...]]:
     """Put what :func:`tune_curvature` kept in a folder, T-CT, S-CT or a plain head, on a copy of the pretrained network.
 
     Args:
@@ -165,8 +166,8 @@ def load_tuned(model: nn.Module, folder: str | PathLike[str]) -> tuple[nn.Module
         folder: ``out`` of :func:`tune_curvature`.
 
     Returns:
-        the network in evaluation mode, from (n, 3, size, size) to logits (n, classes); what makes an image ready for
-        it; the classes.
+        the network in evaluation mode, from a batch of examples to logits (n, classes); what makes an example ready for
+        it, such as :class:`~.images.sets.Preprocess`; the classes.
 
     Raises:
         ValueError: the folder has no such result, or the network is another one.
@@ -178,10 +179,10 @@ def load_tuned(model: nn.Module, folder: str | PathLike[str]) -> tuple[nn.Module
         if values["schema"] != TransferComparison.SCHEMA:
             raise ValueError(f"schema {values['schema']}")
         classes, kept = tuple(tuned["classes"]), tuned.get("kept", "tct")
-        preprocess = Preprocess(tuned["size"], tuned["resize"], tuple(tuned["mean"]), tuple(tuned["std"]))
+        preprocess = PREPARATIONS[tuned.get("kind", "images")].restored(tuned, model)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must hold what tune_curvature left, got {error!r}") from None
-    network, head = with_head(model.eval(), _example(model, preprocess.size), len(classes))
+    network, head = with_head(model.eval(), preprocess.blank().to(_device(model)), len(classes))
     statistics = path / STATISTICS
     if kept == "tct":
         adapter = path / tuned["adapter"]
@@ -236,8 +237,8 @@ def _steer(network: nn.Module, run: RunResult, activations: Sequence[str] | None
         steer(network, beta, coeff=coeff, **options)
 
 
-def _example(model: nn.Module, size: int) -> torch.Tensor:
-    return torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _statistics(network: nn.Module) -> dict[str, torch.Tensor]:

@@ -54,7 +54,7 @@ class _Operands:
         numbers = [p is not None and p.dim() == 0 and p.is_cpu for p in self.params]
         self.numbers = sum(1 << i for i, number in enumerate(numbers) if number)
         self.pointers = [None if number else p for p, number in zip(self.params, numbers)]
-        self.values = [p.item() if number else 0.0 for p, number in zip(self.params, numbers)]
+        self.values = [p.item() if p is not None and number else 0.0 for p, number in zip(self.params, numbers)]
         self.rows = (*[0 if 1 < r == view.groups else r for r in rows], *[1] * spare)
         self.runs = (*[view.channels // v if v > 1 else 0 for v in values], *[0] * spare)
         second = None if second is None else layout.laid_out_like(second, x)
