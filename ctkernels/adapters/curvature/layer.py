@@ -10,12 +10,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...nn import Unscriptable
+from ...steering.activations import ACTIVATIONS
 from ...steering.runtime import SiteUnit, call_ctu, ctu_arguments
 from .._offload import keep_resident
+from .._parallel import local_slice, mesh_around
 from .._peft import merged_in_batch
+from ..strength import Scaled, strengths
 from .config import CurvatureConfig
 from .layout import Channels
-from .per_sample import index_of, logit, names_for, neutral_logits
+from .per_sample import combined_logit, index_of, logit, names_for, neutral_logits
 
 
 def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -32,7 +35,7 @@ def _absent(layer: CurvatureLayer) -> Any:
     raise AttributeError("an activation has no weight")
 
 
-class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
+class CurvatureLayer(Unscriptable, SiteUnit, Scaled, nn.Module, BaseTunerLayer):
     """The CT units of one site, with a (beta, coeff) per adapter. Without an active adapter, the original activation runs.
 
     Wraps no layer: unlike peft's other layers it has neither `weight` nor `bias`.
@@ -49,20 +52,24 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
     curvature_raw_beta: nn.ParameterDict
     curvature_raw_coeff: nn.ParameterDict
 
+    around: nn.Module | None
     weight = property(_absent)
     bias = property(_absent)
 
     adapter_layer_names = ("curvature_raw_beta", "curvature_raw_coeff")
-    other_param_names = ("curvature_config", "curvature_channels", "curvature_source")
+    other_param_names = ("strength", "curvature_config", "curvature_channels", "curvature_source")
 
     def __init__(self, site: str, activation: str, device: torch.device | None = None) -> None:
         super().__init__()
         self.site, self.activation, self.device = site, activation, device
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
+        self.strength = strengths()
         self.curvature_config: dict[str, CurvatureConfig] = {}
         self.curvature_channels: dict[str, Channels | None] = {}
         self.curvature_source: dict[str, CurvatureLayer] = {}  # the layer whose parameters are used, if another one
+        # The module that the site is in, not as a child: it tells how weights are sharded.
+        self.__dict__["around"] = None
         self.samples_first: bool | None = None  # whether dimension 0 of the input holds the samples; None: unknown
         self._disable_adapters = False
         self._active_adapter = []
@@ -95,6 +102,34 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
             self.keep_resident()
         return getattr(beta, adapter_name), getattr(coeff, adapter_name)
 
+    def logits_of(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """raw beta and raw coeff with which an adapter computes the site, at its strength."""
+        beta, coeff = self.parameters_of(adapter_name)
+        if adapter_name not in self.strength:
+            return beta, coeff
+        neutral, strength = ACTIVATIONS[self.activation], self.strength[adapter_name]
+        return (
+            combined_logit(neutral.beta, [beta], [strength]),
+            combined_logit(neutral.coeff, [coeff], [strength]),
+        )
+
+    def configs(self) -> dict[str, Any]:
+        """The configurations of its adapters, by name."""
+        return self.curvature_config
+
+    def _home(self) -> torch.device | None:
+        return None if self.device is None or self.device.type == "meta" else self.device
+
+    def check_scale(self, adapter: str, scale: float) -> None:
+        """Check that an adapter can be given a strength.
+
+        Raises:
+            ValueError: it is merged, or the strength is not between 0 and 1, beyond which beta has no meaning.
+        """
+        super().check_scale(adapter, scale)
+        if not 0 <= scale <= 1:
+            raise ValueError(f"{self.site}: scale must lie between 0 and 1 for curvatures, got {scale!r}")
+
     def adapter_in_use(self) -> str | None:
         """The adapter that computes this site, or None.
 
@@ -121,7 +156,7 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
     def keep_resident(self) -> None:
         """Makes parameters of adapters that accelerate has offloaded resident again."""
         for layer in (self, *self.curvature_source.values()):
-            keep_resident((layer.curvature_raw_beta, layer.curvature_raw_coeff))
+            keep_resident((layer.curvature_raw_beta, layer.curvature_raw_coeff, layer.strength))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CurvatureLayer:
         device = fn(torch.empty(0, device=self.device)).device  # for adapters added later
@@ -145,11 +180,14 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
             values, channels, index = *self._values(), None
         else:
             values, channels, index = self._values_by_sample(names, x)
+        values, channels = self._local(x, values, channels)
         return call_unit(x, values, channels, activation, slope, inplace, self.site, index)
 
     def ctu_arguments(self, x: Tensor, activation: str, slope: float | Tensor | None) -> dict[str, Any] | None:
         """Keyword arguments for `ctkernels.functional.ctu`; None inside `adapters_by_sample`, where they depend on the call."""
-        return None if names_for(self) is not None else _fusible(x, *self._values(), activation, slope)
+        if names_for(self) is not None:
+            return None
+        return _fusible(x, *self._local(x, *self._values()), activation, slope)
 
     def _values_by_sample(self, names: list[str], x: Tensor) -> tuple[tuple[Tensor, Tensor], Channels | None, Tensor]:
         """Rows of raw beta and raw coeff, their channels, and each sample's row; row 0 is the neutral point."""
@@ -161,15 +199,29 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
             raise ValueError(f"{self.site}: adapters in one batch must have their channels in one place, got {placed}")
         channels = next(iter(placed), None)
         size = 1 if channels is None else channels.size
-        rows = [self.parameters_of(name) for name in used]
+        rows = [self.logits_of(name) for name in used]
         neutral = neutral_logits(self.activation, rows[0][0].detach())
         beta, coeff = (torch.stack([row.expand(size) for row in kind]) for kind in zip(neutral, *rows))
         return (beta, coeff), channels, index_of(names, used, x, self.site, self.samples_first)
 
+    def _local(
+        self, x: Tensor, values: tuple[Tensor, Tensor], channels: Channels | None
+    ) -> tuple[tuple[Tensor, Tensor], Channels | None]:
+        """The values of the channels that are on this rank: under tensor parallelism, x has a part of them."""
+        if channels is None or not -x.dim() <= channels.dim < x.dim() or x.shape[channels.dim] == channels.size:
+            return values, channels
+        count, mesh = x.shape[channels.dim], None if self.around is None else mesh_around(self.around)
+        if mesh is None or mesh.size() * count != channels.size:
+            return values, channels
+        beta, coeff = (
+            local_slice(value, mesh.get_local_rank() * count, count, -1, mesh.get_group()) for value in values
+        )
+        return (beta, coeff), channels._replace(size=count)
+
     def _values(self) -> tuple[tuple[Tensor, Tensor], Channels | None]:
         name = self.adapter_in_use()
         assert name is not None
-        beta, coeff = self.parameters_of(name)
+        beta, coeff = self.logits_of(name)
         values = (beta.detach(), coeff.detach()) if self.merged_adapters else (beta, coeff)
         return values, self.curvature_channels[name]
 

@@ -338,11 +338,24 @@ def _attach(model: nn.Module) -> None:
         for key, layer in swap.units.items():
             swap.module._modules[child_name(key)] = layer
     layers = {site.name: layer for site, layer in zip(result.sites, result.units)}
+    for name, layer in layers.items():
+        layer.__dict__["around"] = _around(model, name)
     sites = {site.name: site for site in result.sites}
     refuse_plain_saving(model)
     model.__dict__[_marks.CURVATURE] = Attached(
         [swap.module for swap in result.swaps], result.edits, result.copies, sites, layers
     )
+
+
+def _around(model: nn.Module, site: str) -> nn.Module:
+    """The innermost module that a site is in."""
+    while site:
+        site = site.rpartition(".")[0]
+        try:
+            return model.get_submodule(site)
+        except AttributeError:  # the last parts of the name are those of a call
+            continue
+    return model
 
 
 def detach(model: nn.Module) -> None:
@@ -366,11 +379,11 @@ def fix_units(model: nn.Module) -> None:
             if name is None:
                 module._ctu[key] = Original()
                 continue
-            beta, coeff = layer.parameters_of(name)
-            if id(beta) not in fixed:
-                fixed[id(beta)] = FixedUnit(beta, coeff, layer.curvature_channels[name], layer.site)
-                module._modules[child_name(key)] = fixed[id(beta)]
-            module._ctu[key] = fixed[id(beta)]
+            shared = id(layer.parameters_of(name)[0])
+            if shared not in fixed:
+                fixed[shared] = FixedUnit(*layer.logits_of(name), layer.curvature_channels[name], layer.site)
+                module._modules[child_name(key)] = fixed[shared]
+            module._ctu[key] = fixed[shared]
 
 
 # ---------------------------------------------------------------------------------------------------------------- sites
