@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import copy
+import dataclasses
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 
 import ctkernels
 from ctkernels import functional, testing
+from ctkernels.ops.registration import OPS
 
 ROOT = Path(__file__).parents[2]
 BACKEND = "cpu" if torch.version.cuda is None else "cuda"  # of this torch; a GPU is not needed
@@ -94,15 +97,15 @@ def test_the_revision_depends_on_every_file() -> None:
 
 
 def test_a_kernel_is_replaced_and_nothing_else(tmp_path: Path) -> None:
-    out = tmp_path / "kernel"
+    out = tmp_path / "new/kernel"
     first = build.write_kernel(out, "owner/ctkernels", version=1)
     (out / "stale.py").touch()
     assert build.write_kernel(out, "owner/ctkernels", version=1) == first
     assert not (out / "stale.py").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["kernel"]
-    (tmp_path / "mine.txt").touch()
+    assert [path.name for path in out.parent.iterdir()] == ["kernel"]
     with pytest.raises(ValueError, match="out must be a new or empty folder, or hold a kernel"):
-        build.write_kernel(tmp_path, "owner/ctkernels", version=1)
+        build.write_kernel(out.parent, "owner/ctkernels", version=1)
+    assert out.exists()
     with pytest.raises(ValueError, match="repo_id must be owner/name, got 'ctkernels'"):
         build.write_kernel(out, "ctkernels", version=1)
     with pytest.raises(ValueError, match="version must be 0 or more, got -1"):
@@ -112,9 +115,8 @@ def test_a_kernel_is_replaced_and_nothing_else(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "tools/kernel_hub", "--out", "kernel"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "_ctkernels_cuda_" in done.stdout
-    refused = subprocess.run([*command, "--repo-id", "x"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert refused.stderr == "repo_id must be owner/name, got 'x'\n"
+    assert done.stdout.startswith("kernel: _ctkernels_cpu_")
+    assert (tmp_path / "kernel/build/torch-cuda/metadata.json").exists()
 
 
 def test_the_card_names_everything_public(folder: Path, kernel: ModuleType) -> None:
@@ -186,23 +188,45 @@ SAMPLES = list(testing.samples(torch.float32))
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=[f"{s.function.__name__}-{s.name}" for s in SAMPLES])
-def test_values_and_gradients_are_those_of_the_package(kernel: ModuleType, sample: Any) -> None:
+def test_values_and_gradients_are_those_of_the_package(kernel: ModuleType, sample: testing.Sample) -> None:
     """The kernel's plain torch is the package's reference, bit for bit."""
-    twin = type(sample)(sample.name, getattr(kernel, sample.function.__name__), sample.args, sample.kwargs)
-    with ctkernels.use_backend("reference"):
-        expected, gradients = evaluate(sample)
-    got, got_gradients = evaluate(twin)
-    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
-    for mine, theirs in zip(got_gradients, gradients):
+    check_same_bits(kernel, sample, "reference")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_values_and_gradients_on_a_gpu(kernel: ModuleType) -> None:
+    for sample in testing.samples(torch.float32, "cuda"):
+        check_same_bits(kernel, sample, "triton")
+
+
+def check_same_bits(kernel: ModuleType, sample: testing.Sample, backend: str) -> None:
+    with ctkernels.use_backend(backend):
+        expected = evaluate(sample)
+    function = getattr(kernel, sample.function.__name__)
+    for mine, theirs in zip(evaluate(dataclasses.replace(sample, function=function)), expected):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-def evaluate(sample: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def evaluate(sample: testing.Sample) -> list[Tensor | None]:
+    """The result and the gradients."""
     torch.manual_seed(0)  # random gates
     sample = sample.requiring_grad()
     y = sample()
     leaves = tuple(sample.tensors().values())
-    return y.detach(), torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+    return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)]
+
+
+def test_the_triton_kernels_are_those_of_the_build(kernel: ModuleType) -> None:
+    """They are imported on the first call on a GPU, by names that have to be right in any folder."""
+    pytest.importorskip("triton")
+    launch = importlib.import_module(f"{kernel.__name__}.ops.channelwise.launch")
+    names = {op.name for op in kernel.ops.registration.OPS.values() if op.triton is not None}
+    assert names == {op.name for op in OPS.values() if op.triton is not None}
+    for op in kernel.ops.registration.OPS.values():
+        assert op.triton.startswith(f"{kernel.__name__}.ops.")
+        assert callable(launch.implementation(op).backward)
+    importlib.import_module(f"{kernel.__name__}.ops.attention.triton.launch")
 
 
 def test_attention(kernel: ModuleType) -> None:
@@ -298,9 +322,6 @@ IDS = [f"{name}-{i}" for name, modules in STANDS_IN_FOR.items() for i in range(l
 
 def stand_in(module: nn.Module, layer: type[nn.Module]) -> nn.Module:
     """A copy of a module with the forward of a layer, as `kernelize` changes it."""
-    import copy
-    from types import MethodType
-
     changed = copy.deepcopy(module)
     changed.forward = MethodType(layer.forward, changed)
     return changed
@@ -377,20 +398,33 @@ def test_an_in_place_activation_overwrites_its_input_where_no_gradient_is_needed
     assert x.tolist() == [-1.0, 2.0]
 
 
-def test_kernelize_and_compile(folder: Path) -> None:
+def test_layers_under_compile(kernel: ModuleType) -> None:
+    activation = stand_in(nn.ReLU(inplace=True), kernel.layers.ReLU)
+    mlp = stand_in(Llama(nn.SiLU()), kernel.layers.GatedMLP)
+    activation.beta, mlp.beta, mlp.coeff = nn.Parameter(torch.tensor(0.8)), nn.Parameter(torch.rand(16)), 0.5
+    model = nn.Sequential(nn.Linear(8, 8), activation, mlp).double()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x, parameters = torch.randn(3, 8, dtype=torch.float64), list(model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    y, expected = compiled(x), model(x)
+    torch.testing.assert_close(y, expected)
+    for mine, theirs in zip(*(torch.autograd.grad(t.sum(), parameters) for t in (y, expected))):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_kernelize(folder: Path) -> None:
     kernels = pytest.importorskip("kernels")
 
     @kernels.use_kernel_forward_from_hub("TunableReLU")
-    class TunableReLU(nn.Module):
-        def forward(self, input: Tensor) -> Tensor:
-            return F.relu(input)
+    class TunableReLU(nn.ReLU):
+        pass
 
     @kernels.use_kernel_forward_from_hub("MLP")
     class MLP(Llama):
         pass
 
-    model = nn.Sequential(nn.Linear(8, 8), TunableReLU(), MLP(nn.SiLU())).double()
-    x = torch.randn(3, 8, dtype=torch.float64)
+    model, x = nn.Sequential(nn.Linear(8, 8), TunableReLU(), MLP(nn.SiLU())).double(), torch.randn(3, 8).double()
     expected = model(x)
     mapping = {
         "TunableReLU": {"cpu": kernels.LocalLayerRepository(folder, layer_name="ReLU")},
@@ -399,16 +433,11 @@ def test_kernelize_and_compile(folder: Path) -> None:
     with kernels.use_kernel_mapping(mapping, inherit_mapping=False):
         mode = kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE
         kernels.kernelize(model, mode=mode, device="cpu", use_fallback=False)
-    assert "layers" in model[1].forward.__func__.__module__
+    layers = load(folder).layers
+    assert [model[i].forward.__func__ for i in (1, 2)] == [layers.ReLU.forward, layers.GatedMLP.forward]
     torch.testing.assert_close(model(x), expected)
-    model[1].beta = nn.Parameter(torch.tensor(0.8, dtype=torch.float64))
-    y = model(x)
-    assert not torch.allclose(y, expected)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), y)
-    wanted = torch.autograd.grad(y.sum(), list(model.parameters()))
-    for got, want in zip(torch.autograd.grad(compiled(x).sum(), list(model.parameters())), wanted):
-        torch.testing.assert_close(got, want)
+    model[1].beta = 0.8
+    torch.testing.assert_close(model(x), model[2](functional.ctu(model[0](x), 0.8)))
 
 
 def test_models_of_transformers(kernel: ModuleType) -> None:

@@ -78,6 +78,7 @@ def write_kernel(out: Path, repo_id: str, version: int) -> list[str]:
     for path in (OWN / "flake.nix", ROOT / "LICENSE"):
         texts[path.name] = path.read_text(encoding="utf-8")
     ids = []
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(out.absolute().parent) as folder:
         repository = folder / "kernel"
         _write(repository, {name: text.encode() for name, text in texts.items()})
