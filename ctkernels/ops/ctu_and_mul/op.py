@@ -97,6 +97,6 @@ OP = register(
         elementwise=frozenset({"gate", "up"}),
         factor="up",
         reference=Reference(_forward, _backward, _jvp),
-        triton="ctkernels.ops.ctu_and_mul.triton_math",
+        triton=f"{__package__}.triton_math",
     )
 )

@@ -64,6 +64,6 @@ OP = register(
         attrs=HardConcreteAttrs,
         elementwise=frozenset({"log_alpha", "noise"}),
         reference=Reference(_forward, _backward, _jvp),
-        triton="ctkernels.ops.hard_concrete.triton",
+        triton=f"{__package__}.triton",
     )
 )

@@ -76,7 +76,7 @@ OP = register(
         attrs=HeadEditAttrs,
         elementwise=frozenset({"z"}),
         reference=Reference(_forward, _backward, _jvp),
-        triton="ctkernels.ops.head_edit.triton_math",
+        triton=f"{__package__}.triton_math",
         eager=eager.Entries("head_edit"),
     )
 )
