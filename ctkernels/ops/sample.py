@@ -1,4 +1,4 @@
-"""A sample: one call of a public function, for tests and gradient checks. Each op's are in its folder, `samples.py`."""
+"""Samples, named calls of public functions for tests and gradient checks; each op has its own in `samples.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class Sample:
-    """One call of a public function: ``function(*args, **kwargs)``, with a name that says what it is there for."""
+    """A named call of a public function: ``function(*args, **kwargs)``."""
 
     name: str
     function: Callable[..., Tensor]
@@ -33,7 +33,7 @@ class Sample:
         return Sample(self.name, self.function, args, {k: swap(k, v) for k, v in self.kwargs.items()})
 
     def requiring_grad(self) -> Sample:
-        """Leaves that require gradients, of the same layout."""
+        """The same call with leaves of the same layout that require gradients."""
         return self.map(lambda _, t: t.detach().requires_grad_())
 
     def __call__(self) -> Tensor:

@@ -105,6 +105,9 @@ def steer(
 def handle_of(model: nn.Module) -> Steering:
     """Returns the handle of a steered model, also of a copied or unpickled one.
 
+    Args:
+        model: a module on which ``steer`` was called.
+
     Raises:
         ValueError: ``steer`` was not called on this module.
 

@@ -65,7 +65,14 @@ class Site:
 
 @dataclass(frozen=True)
 class Unsteered:
-    """An activation that is not steered, and why."""
+    """An activation that is not steered.
+
+    Attributes:
+        name: as of a :class:`Site`.
+        activation: its kind.
+        reason: why it is not steered.
+        where: "file:line" of a call in source code, else "".
+    """
 
     name: str
     activation: str

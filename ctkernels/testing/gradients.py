@@ -53,7 +53,7 @@ class Finding:
 
 @dataclass
 class GradientReport:
-    """Result of :func:`gradcheck_module`. ``str(report)`` is a summary; ``ok`` says whether everything agrees."""
+    """Result of :func:`gradcheck_module`: its ``findings``. ``str(report)`` is a summary; ``ok`` is True if all agree."""
 
     findings: list[Finding] = field(default_factory=list)
 
@@ -392,6 +392,10 @@ def _record(model: nn.Module, values: Mapping[str, Any], seed: int) -> dict[str,
 def gradcheck(sample: Sample, *, second_order: bool = True) -> None:
     """Checks reverse and forward mode, batched, of a float64 sample against finite differences; and second order, reverse
     and forward mode over reverse, batched.
+
+    Args:
+        sample: a call with float64 tensors.
+        second_order: check second-order gradients too. Default True.
 
     Raises:
         torch.autograd.gradcheck.GradcheckError: with the Jacobians that disagree.

@@ -1,4 +1,4 @@
-"""Samples of all ops: calls that between them reach every code path."""
+"""Samples of all ops: calls that together cover every code path."""
 
 from __future__ import annotations
 

@@ -12,7 +12,16 @@ def assert_no_worse(
     """Asserts that ``got`` is as accurate as the same computation in plain torch: its error against the float64 ``truth`` is at
     most twice that of ``baseline`` (largest over the tensor), plus one ulp of the result, plus ``grade`` times ``terms``.
 
-    terms: the sum of the magnitudes of the summands, for results that nearly cancel.
+    Args:
+        name: name of the result, for the message.
+        got: the result to check.
+        truth: the float64 result.
+        baseline: the result of plain torch in the dtype of ``got``.
+        terms: sum of the magnitudes of the summands, for results that nearly cancel. Default 0.
+        grade: allowed error relative to ``terms``. Default 0.
+
+    Raises:
+        AssertionError: the error is larger.
     """
     if got.shape != truth.shape:
         raise AssertionError(f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}")

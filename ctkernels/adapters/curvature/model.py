@@ -392,6 +392,9 @@ def fix_units(model: nn.Module) -> None:
 def find_activations(model: nn.Module) -> list[Site]:
     """Lists the places where `model` applies an activation, with the names that `CurvatureConfig` uses.
 
+    Args:
+        model: any model.
+
     Examples:
         >>> [site.name for site in find_activations(resnet18())][:3]
         ['relu', 'layer1.0.relu', 'layer1.0.relu#2']

@@ -104,6 +104,9 @@ def coverage(model: nn.Module) -> Coverage:
 def print_coverage(model: nn.Module) -> None:
     """Print `coverage`: the attention modules that are edited, those that are not, and why.
 
+    Args:
+        model: any model, with or without JoLA adapters.
+
     Examples:
         >>> print_coverage(get_peft_model(base, JolaConfig(layers_to_transform=[1])))
         attention                      class             edited    left out because

@@ -81,6 +81,9 @@ def gate_map(model: nn.Module, adapter: str | None = None) -> GateMap:
         model: a model with a JoLA adapter.
         adapter: its name; None takes the active one.
 
+    Returns:
+        a :class:`GateMap` of the deterministic gates.
+
     Raises:
         ValueError: the model has no JoLA adapter, or several are active and none is named.
 

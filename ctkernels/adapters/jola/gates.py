@@ -48,6 +48,9 @@ def open_heads(model: nn.Module, adapter: str | None = None) -> dict[str, dict[s
     Returns:
         module name -> {"m": heads, "a": heads}.
 
+    Raises:
+        ValueError: the model has no JoLA adapter, or none of this name.
+
     Examples:
         >>> open_heads(model)["model.layers.0.self_attn.o_proj"]["a"]
         [0, 1, 2, 3]
@@ -66,6 +69,9 @@ def freeze_gates(model: nn.Module, adapter: str | None = None) -> None:
     Args:
         model: a model with a JoLA adapter.
         adapter: its name; None takes the active ones.
+
+    Raises:
+        ValueError: the model has no JoLA adapter, or none of this name.
 
     Examples:
         >>> freeze_gates(model)

@@ -53,6 +53,8 @@ class JolaModel(BaseTuner):
     Raises:
         ValueError: no site was found, or one cannot be edited; the message names the module. The model is unchanged.
 
+    Source: JoLA, arXiv 2502.01179.
+
     Examples:
         >>> import ctkernels.adapters
         >>> base = AutoModelForCausalLM.from_pretrained("llama")

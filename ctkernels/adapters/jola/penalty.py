@@ -100,7 +100,12 @@ def official_penalty(model: nn.Module, weight: float, adapter: str | None = None
         adapter: its name; None takes the active ones.
 
     Returns:
-        a scalar with gradient, to be added to the loss without another factor.
+        a scalar with gradient, to add to the loss without another factor.
+
+    Raises:
+        ValueError: the model has no JoLA adapter, or none of this name.
+
+    Source: the code released with JoLA, arXiv 2502.01179.
 
     Examples:
         >>> step = 10
@@ -307,6 +312,9 @@ def add_penalty_grad(model: nn.Module, weight: float, adapter: str | None = None
         weight: the penalty's weight.
         adapter: its name; None takes the active ones.
         penalty: "paper" (default) or "official".
+
+    Raises:
+        ValueError: the model has no JoLA adapter, or none of this name.
 
     Examples:
         >>> optimizer = torch.optim.AdamW(parameter_groups(model))

@@ -345,6 +345,9 @@ def find_sites(model: nn.Module) -> list[str]:
 
     Use it to inspect an unknown model before passing `target_modules`; see also `print_coverage`.
 
+    Args:
+        model: any model.
+
     Returns:
         module names, in the model's order; empty if there is none.
 

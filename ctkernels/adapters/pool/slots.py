@@ -8,7 +8,7 @@ BASE_SLOT = 0  # its row has no effect
 
 
 class PoolFullError(RuntimeError):
-    """Every slot of the pool is pinned or in use."""
+    """Raised when every slot of a pool is pinned or in use."""
 
 
 class Slots:

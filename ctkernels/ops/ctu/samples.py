@@ -1,4 +1,4 @@
-"""Calls of `ctu` that between them reach every code path."""
+"""Calls of `ctu` that together cover every code path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .function import ctu
 
 
 def samples(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Iterator[Sample]:
-    """Calls of :func:`ctkernels.functional.ctu` that between them reach every code path.
+    """Calls of :func:`ctkernels.functional.ctu` that together cover every code path.
 
     Elementwise tensors have ``dtype``; parameters are float32 (float64 for float64).
     """

@@ -18,7 +18,6 @@ RELU6 = tl.constexpr(2)
 GAUSSIAN = tl.constexpr(3)
 TANH = tl.constexpr(4)
 
-_LOG2E = tl.constexpr(1.4426950408889634)
 _LOG2E_HI = tl.constexpr(1.44269502162933349609375)
 _LOG2E_LO = tl.constexpr(1.92596299112661746887e-8)
 _HALF_LOG2E = tl.constexpr(0.72134752)

@@ -1,4 +1,4 @@
-"""Calls of `ctu_and_mul` that between them reach every code path."""
+"""Calls of `ctu_and_mul` that together cover every code path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .function import ctu_and_mul
 
 
 def samples(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Iterator[Sample]:
-    """Calls of :func:`ctkernels.functional.ctu_and_mul` that between them reach every code path."""
+    """Calls of :func:`ctkernels.functional.ctu_and_mul` that together cover every code path."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -89,7 +89,16 @@ def _noise(logits: Tensor, noise: Tensor | None, generator: torch.Generator | No
 def expected_l0(log_alpha: Tensor, *, temperature: float = 0.33, stretch: tuple[float, float] = (-0.1, 1.1)) -> Tensor:
     r"""P(g != 0) of hard-concrete gates, sigmoid(log_alpha - temperature * log(-low / high)): the L0 penalty per gate.
 
-    Args and Raises: as :func:`hard_concrete`. Returns a tensor of ``log_alpha``'s shape, differentiable in it.
+    Args:
+        log_alpha: logits of any shape; float32 or wider is kept, narrower is widened.
+        temperature: temperature of the distribution. Default 0.33.
+        stretch: its stretch interval (low, high). Default (-0.1, 1.1).
+
+    Returns:
+        A tensor of ``log_alpha``'s shape, differentiable with respect to it.
+
+    Raises:
+        TypeError, ValueError: as :func:`hard_concrete`.
 
     Examples:
         >>> log_alpha = torch.full((4,), 2.5, requires_grad=True)

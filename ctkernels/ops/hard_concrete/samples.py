@@ -1,4 +1,4 @@
-"""Calls of `hard_concrete` that between them reach every code path."""
+"""Calls of `hard_concrete` that together cover every code path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls of `head_edit` that between them reach every code path."""
+"""Calls of `head_edit` that together cover every code path."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .function import head_edit
 
 
 def samples(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Iterator[Sample]:
-    """Calls of :func:`ctkernels.functional.head_edit` that between them reach every code path."""
+    """Calls of :func:`ctkernels.functional.head_edit` that together cover every code path."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
