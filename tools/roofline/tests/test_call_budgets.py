@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-
 from roofline import cuda, latency
 from roofline.calls import Code, Launch
 
