@@ -57,6 +57,10 @@ class Context:
     def device(self) -> str:
         return "cpu" if self.dry else "cuda"
 
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return DTYPES[:1] if self.dry else DTYPES
+
     def shape(self, *sizes: int) -> tuple[int, ...]:
         """In a rehearsal, a few values in every dimension."""
         return tuple(min(n, 8) for n in sizes) if self.dry else sizes
@@ -108,7 +112,7 @@ def check(context: Context) -> Records:
     from ctkernels.testing import samples
 
     names = [b.name for b in backends.BACKENDS.values() if b.device == context.device and b.missing is None]
-    for dtype in DTYPES:
+    for dtype in context.dtypes:
         seen: dict[str, int] = {}
         for sample in samples(device.DTYPES[dtype]):
             op = sample.function.__name__
@@ -141,7 +145,7 @@ def inductor(context: Context) -> Records:
 def _rows(context: Context, inductor: bool) -> Records:
     units = [replace(case, shape=context.shape(*case.shape)) for case in ctu.CASES]
     edits = [(name, (min(lead[0], 2), min(lead[1], 4)) if context.dry else lead) for name, lead in head_edit.CASES]
-    for dtype in DTYPES:
+    for dtype in context.dtypes:
         more = (dtype, context.seconds, inductor)
         for op, cases in (("ctu", [(c.name, partial(device.ctu_row, c, *more)) for c in units]),
                           ("head_edit", [(n, partial(device.head_edit_row, n, lead, *more)) for n, lead in edits])):  # fmt: skip
@@ -213,7 +217,7 @@ def before(context: Context) -> Records:
 
 def gated(context: Context) -> Records:
     """The gated product of an MLP, beside Liger's."""
-    for dtype in DTYPES:
+    for dtype in context.dtypes:
         for case, sizes in ctu_and_mul.CASES.items():
             shape = context.shape(*sizes)
             gate, up, dy = (torch.randn(shape, device=context.device).to(device.DTYPES[dtype]) for _ in range(3))
@@ -259,7 +263,7 @@ def _missing_packages() -> dict[str, str]:
 
 def convolutions(context: Context) -> Records:
     """A convolution with its activation, as a fused network has it, beside cuDNN's own."""
-    for dtype in DTYPES:
+    for dtype in context.dtypes:
         for name, channels, size in (("stage 1", 64, 56), ("stage 3", 256, 14)):
             batch, channels, size, _ = context.shape(128, channels, size, size)
             options = {"device": context.device, "dtype": device.DTYPES[dtype]}
@@ -449,7 +453,8 @@ def run(context: Context, limit: float, only: list[str]) -> dict[str, Any]:
             if only and stage.name not in only:
                 continue
             left = limit - (time.monotonic() - begin)
-            result["stages"][stage.name] = _limited(stage, context, min(stage.limit, left))
+            allowed = left if context.dry else min(stage.limit, left)  # a rehearsal shares its CPU with others
+            result["stages"][stage.name] = _limited(stage, context, allowed)
             write_text(context.out / "gpu.json", json.dumps(result, indent=1) + "\n")
             write_text(context.out / "gpu.txt", text(result) + "\n")
             print(

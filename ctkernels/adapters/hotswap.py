@@ -77,11 +77,11 @@ def _differences(present: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     """The fields that matter and differ, those of methods within a joint configuration under their dotted names."""
     found: dict[str, tuple[Any, Any]] = {}
     for field in sorted({*present, *new} - _FREE):
-        pair = present.get(field), new.get(field)
-        if field in ("jola", "curvature", "lora") and all(isinstance(part, Mapping) for part in pair):
-            found |= _differences(*pair, prefix=f"{field}.")
-        elif _plain(pair[0]) != _plain(pair[1]):
-            found[f"{prefix}{field}"] = pair
+        a, b = present.get(field), new.get(field)
+        if field in ("jola", "curvature", "lora") and isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= _differences(a, b, prefix=f"{field}.")
+        elif _plain(a) != _plain(b):
+            found[f"{prefix}{field}"] = a, b
     return found
 
 

@@ -30,7 +30,7 @@ def _stages(out: Path) -> dict[str, Any]:
 def test_a_rehearsal_goes_through_every_stage(tmp_path: Path) -> None:
     if backends.NATIVE is None or not (ROOT / ".git").exists():
         pytest.skip("the CPU kernels are not built, or this is no git checkout")
-    done = _run(tmp_path, "--limit", "3000", "--before", "HEAD")
+    done = _run(tmp_path, "--limit", "6000", "--before", "HEAD")
     assert done.returncode == 0, done.stdout + done.stderr
     stages = _stages(tmp_path)
     assert list(stages) == [
@@ -38,15 +38,14 @@ def test_a_rehearsal_goes_through_every_stage(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert {name: s["status"] for name, s in stages.items()} == dict.fromkeys(stages, "done")
     records = {name: s["records"] for name, s in stages.items()}
-    assert len(records["ops"]) == len(records["before"]) == len(records["inductor"]) == 22
+    assert len(records["ops"]) == len(records["before"]) == len(records["inductor"]) == 11
     assert all({"ours", "official"} <= set(r["forward_backward_ms"]) for r in [*records["ops"], *records["before"]])
     compiled = {"ctu": "official compiled", "head_edit": "reference compiled"}
     assert all({"ours", compiled[r["op"]]} <= set(r["forward_backward_ms"]) for r in records["inductor"])
     assert {r["op"] for r in records["check"]} >= {"ctu", "ctu_and_mul", "head_edit"}
     assert len(records["predicted"]) == 44
-    assert all(
-        r["us"] > 0 and r["seen_us"] > 0 and r["launches"] == len(r["each_launch"]) for r in records["predicted"]
-    )
+    assert all(r["us"] > 0 and r["launches"] == len(r["each_launch"]) for r in records["predicted"])
+    assert sum(bool(r["seen_us"]) for r in records["predicted"]) == 22
     assert {"flex_attention", "torch"} <= set(records["attention"][0]["forward_ms"])
     written = (tmp_path / "gpu.txt").read_text()
     assert "mean error" in written

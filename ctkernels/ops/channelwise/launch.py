@@ -51,10 +51,10 @@ class _Operands:
         spare = PARAMS - count
         self.math, self.x, self.view, self.attrs = math, x, view, tuple(attrs[1:])
         self.params = [*params, *[None] * spare]
-        numbers = [p is not None and p.dim() == 0 and p.is_cpu for p in self.params]
-        self.numbers = sum(1 << i for i, number in enumerate(numbers) if number)
-        self.pointers = [None if number else p for p, number in zip(self.params, numbers)]
-        self.values = [p.item() if p is not None and number else 0.0 for p, number in zip(self.params, numbers)]
+        numbers = [p if p is not None and p.dim() == 0 and p.is_cpu else None for p in self.params]
+        self.numbers = sum(1 << i for i, number in enumerate(numbers) if number is not None)
+        self.pointers = [p if number is None else None for p, number in zip(self.params, numbers)]
+        self.values = [0.0 if number is None else number.item() for number in numbers]
         self.rows = (*[0 if 1 < r == view.groups else r for r in rows], *[1] * spare)
         self.runs = (*[view.channels // v if v > 1 else 0 for v in values], *[0] * spare)
         second = None if second is None else layout.laid_out_like(second, x)
