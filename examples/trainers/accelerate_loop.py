@@ -1,6 +1,6 @@
 """A loop on accelerate: one process or many (`accelerate launch`), the same lines.
 
-    python examples/trainers/accelerate_loop.py
+python examples/trainers/accelerate_loop.py
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def train(
     collate = DataCollatorForSeq2Seq(tokenizer)
     measure_units(adapted, [collate([dict(row) for row in rows[:64]])])
     optimizer = torch.optim.AdamW(parameter_groups(adapted, lr=0.05), eps=1e-6)
-    loader = DataLoader(rows, batch_size=8, shuffle=True, collate_fn=collate, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    loader = DataLoader(
+        rows, batch_size=8, shuffle=True, collate_fn=collate, generator=torch.Generator().manual_seed(0)
+    )  # type: ignore[arg-type]
     wrapped, optimizer, loader = accelerator.prepare(adapted.train(), optimizer, loader)
     losses = []
     for _ in range(epochs):

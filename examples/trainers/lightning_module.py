@@ -1,6 +1,6 @@
 """Lightning: the adapted model in a LightningModule, whose checkpoints hold the adapter alone.
 
-    python examples/trainers/lightning_module.py
+python examples/trainers/lightning_module.py
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def train(model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], out: str
     """Train on rows of tokens; the adapter goes to `out`."""
     module, collate = Adapted(model), DataCollatorForSeq2Seq(tokenizer)
     measure_units(module.model, [collate([dict(row) for row in rows[:64]])])
-    trainer = lightning.Trainer(default_root_dir=out, logger=False, enable_progress_bar=False, enable_model_summary=False, **options)
+    trainer = lightning.Trainer(
+        default_root_dir=out, logger=False, enable_progress_bar=False, enable_model_summary=False, **options
+    )
     trainer.fit(module, DataLoader(rows, batch_size=8, shuffle=True, collate_fn=collate))  # type: ignore[arg-type]
     save_adapter(module.model, out)
     return module

@@ -1,6 +1,6 @@
 """transformers' Trainer, with rates of their own for edits, gates and curvature.
 
-    python examples/trainers/plain_trainer.py
+python examples/trainers/plain_trainer.py
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/trainers/trl_dpo.py
 
-Give the plain model and `peft_config`: of a model that has an adapter already, TRL makes the reference from a copy of that adapter, whose gates would
-be drawn at random in training.
+Give the plain model and `peft_config`: of a model that has an adapter already, TRL makes the reference from a copy of that
+adapter, whose gates would be drawn at random in training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from examples.trainers import tiny
 def train(model: Any, tokenizer: Any, data: list[dict[str, str]], out: str, **options: Any) -> DPOTrainer:
     """Train on prompts with a chosen and a rejected completion."""
     arguments = DPOConfig(
-        out, learning_rate=0.05, adam_epsilon=1e-6, per_device_train_batch_size=8, report_to=[], logging_steps=1, **options
+        out,
+        learning_rate=0.05,
+        adam_epsilon=1e-6,
+        per_device_train_batch_size=8,
+        report_to=[],
+        logging_steps=1,
+        **options,
     )
     trainer = DPOTrainer(
         model,

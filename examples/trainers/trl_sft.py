@@ -2,8 +2,8 @@
 
     python examples/trainers/trl_sft.py
 
-The callback measures the heads, so that one learning rate suits all of them, and puts the penalty on the gates. Everything is in one
-optimizer group: gates carry their rate in how they are stored.
+The callback measures the heads, so that one learning rate suits all of them, and puts the penalty on the gates. Everything is in
+one optimizer group: gates carry their rate in how they are stored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from examples.trainers import tiny
 def train(model: Any, tokenizer: Any, data: list[dict[str, str]], out: str, **options: Any) -> SFTTrainer:
     """Train on prompts and completions; the adapter is in `trainer.model`, and in `out`."""
     arguments = SFTConfig(
-        out, learning_rate=0.05, adam_epsilon=1e-6, per_device_train_batch_size=8, report_to=[], logging_steps=1, **options
+        out,
+        learning_rate=0.05,
+        adam_epsilon=1e-6,
+        per_device_train_batch_size=8,
+        report_to=[],
+        logging_steps=1,
+        **options,
     )
     trainer = SFTTrainer(
         model,
