@@ -226,7 +226,7 @@ class JolaPenaltyCallback(TrainerCallback):
 
     Raises:
         ValueError: an unknown schedule or penalty; at the start of training, if fp16 is used without clipping (then
-            gradients are still scaled when the callback runs).
+            gradients are still scaled when the callback runs), and under DeepSpeed (which has stepped by then).
 
     Examples:
         >>> trainer = Trainer(model, arguments, train_dataset=data, callbacks=[JolaPenaltyCallback("exponential")])
@@ -258,6 +258,11 @@ class JolaPenaltyCallback(TrainerCallback):
         """Refuse a set-up in which the gradient would be added in the wrong scale; measure the units."""
         if args.fp16 and not args.max_grad_norm:
             raise ValueError("JolaPenaltyCallback: fp16 needs max_grad_norm > 0, got 0 (gradients would stay scaled)")
+        if getattr(args, "deepspeed_plugin", None) is not None:
+            raise ValueError(
+                "JolaPenaltyCallback cannot add a gradient under DeepSpeed, which steps within its backward pass: add "
+                "weight * jola_penalty(model) to the loss, as examples/trainers/deepspeed_zero.py does"
+            )
         if self.units and not state.global_step and not has_units(model, self.adapter):
             try:
                 measure_units(model, _some(train_dataloader, self.units), self.adapter)
