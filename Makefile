@@ -44,7 +44,7 @@ $(VENV)/torch.stamp:
 
 $(VENV)/built.stamp: $(VENV)/torch.stamp $(NATIVE_SOURCES)
 	PATH="$(abspath $(VENV))/bin:$$PATH" CTKERNELS_BUILD=$(BUILD) $(PY) -m pip install --quiet --disable-pip-version-check \
-	    --no-build-isolation --editable ".[test,lint,lab,ray,onnx,runtimes,serving,monitor]"
+	    --no-build-isolation --editable ".[test,lint,lab,ray,trainers,lm-eval,onnx,runtimes,serving,monitor]"
 	@touch $@
 
 $(VENV)/demo.stamp: $(VENV)/built.stamp requirements-demo.txt

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/trainers/deepspeed_zero.py      # on a CPU as well
 
-DeepSpeed steps within its backward pass and keeps gradients of its own, so that a callback cannot add the penalty's; the loss can. Under ZeRO-3,
-parameters of fewer than `stage3_param_persistence_threshold` numbers (100,000 by default) stay whole, and an adapter's are.
+DeepSpeed steps within its backward pass and keeps gradients of its own, so that a callback cannot add the penalty's; the loss
+can. Under ZeRO-3, parameters of fewer than `stage3_param_persistence_threshold` numbers (100,000 by default) stay whole, and an
+adapter's are. On a CPU, DeepSpeed compiles a module when it is first used.
 """
 
 from __future__ import annotations

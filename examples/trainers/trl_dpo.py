@@ -2,8 +2,8 @@
 
     python examples/trainers/trl_dpo.py
 
-Give the plain model and `peft_config`: of a model that has an adapter already, TRL makes the reference from a copy of that adapter, whose gates would
-be drawn at random in training.
+Give the plain model and `peft_config`: of a model that has an adapter already, TRL makes the reference from a copy of that
+adapter, whose gates would be drawn at random in training.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/trainers/trl_sft.py
 
-The callback measures the heads, so that one learning rate suits all of them, and puts the penalty on the gates. Everything is in one
-optimizer group: gates carry their rate in how they are stored.
+The callback measures the heads, so that one learning rate suits all of them, and puts the penalty on the gates. Everything is in
+one optimizer group: gates carry their rate in how they are stored.
 """
 
 from __future__ import annotations

@@ -298,6 +298,14 @@ def test_fp16_without_clipping_is_refused():
         adapters.JolaPenaltyCallback().on_train_begin(arguments, None, None)
 
 
+def test_deepspeed_is_refused():
+    """It steps within its backward pass, so that what the callback adds to gradients would be lost."""
+    arguments = transformers.TrainingArguments(output_dir="unused", report_to=[])
+    arguments.deepspeed_plugin = object()
+    with pytest.raises(ValueError, match="cannot add a gradient under DeepSpeed"):
+        adapters.JolaPenaltyCallback().on_train_begin(arguments, None, None)
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 def test_compiles_without_graph_breaks(sampled):
     model = _model(freeze_gates=not sampled)

@@ -54,7 +54,8 @@ class Watched(nn.Module):
             ).read_text() == ray.get_runtime_context().get_node_id()
             if (folder / f"{os.getpid()}.steps").stat().st_size == self.last and not home:
                 try:
-                    (folder / "ended").open("x").write(ray.get_runtime_context().get_node_id())
+                    with (folder / "ended").open("x") as file:
+                        file.write(ray.get_runtime_context().get_node_id())
                 except FileExistsError:
                     return x
                 if self.end == "killed":

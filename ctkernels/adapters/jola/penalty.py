@@ -232,7 +232,8 @@ class JolaPenaltyCallback(TrainerCallback):
 
     Raises:
         ValueError: the schedule or penalty is unknown, or `units` is negative; at the start of training, if fp16 is used
-            without clipping (gradients would still be scaled when the callback runs).
+            without clipping (gradients would still be scaled when the callback runs), and under DeepSpeed (which has
+            stepped by then).
 
     Examples:
         >>> trainer = Trainer(model, arguments, train_dataset=data, callbacks=[JolaPenaltyCallback("exponential")])
@@ -264,6 +265,11 @@ class JolaPenaltyCallback(TrainerCallback):
         """Check the gradient scale and measure the units."""
         if args.fp16 and not args.max_grad_norm:
             raise ValueError("JolaPenaltyCallback: fp16 needs max_grad_norm > 0, got 0 (gradients would stay scaled)")
+        if getattr(args, "deepspeed_plugin", None) is not None:
+            raise ValueError(
+                "JolaPenaltyCallback cannot add a gradient under DeepSpeed, which steps within its backward pass: add "
+                "weight * jola_penalty(model) to the loss, as examples/trainers/deepspeed_zero.py does"
+            )
         if self.units and not state.global_step and not has_units(model, self.adapter):
             try:
                 measure_units(model, _sample_batches(train_dataloader, self.units), self.adapter)
