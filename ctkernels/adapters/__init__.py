@@ -5,8 +5,10 @@ peft raises `KeyError: 'JOLA'` (or `'CURVATURE'`, `'JOINT'`).
 """
 
 from ._peft import register
+from .counts import ParameterCount, count_parameters
 from .curvature import CurvatureConfig, CurvatureLayer, CurvatureModel
 from .curvature.model import find_activations
+from .hotswap import hotswap_adapter
 from .joint import JointConfig, JointModel
 from .jola import JolaConfig, JolaLayer, JolaModel
 from .jola.attention import FusedAttention, fuse_attention
@@ -35,6 +37,7 @@ from .published import load_official
 from .saving import save_adapter, save_merged
 from .serving.gguf import save_gguf
 from .serving.verify import Merged
+from .strength import adapter_strength, set_strength
 
 register("jola", JolaConfig, JolaModel)
 register("curvature", CurvatureConfig, CurvatureModel)
@@ -62,9 +65,12 @@ __all__ = [
     "JolaPenaltyCallback",
     "LinearSchedule",
     "Merged",
+    "ParameterCount",
     "PoolFullError",
+    "adapter_strength",
     "add_penalty_grad",
     "alert_rules",
+    "count_parameters",
     "coverage",
     "drop_closed_heads",
     "edit_sizes",
@@ -76,6 +82,7 @@ __all__ = [
     "fuse_attention",
     "gate_map",
     "grafana_dashboard",
+    "hotswap_adapter",
     "jola_penalty",
     "load_official",
     "measure_units",
@@ -88,4 +95,5 @@ __all__ = [
     "save_as_lora",
     "save_gguf",
     "save_merged",
+    "set_strength",
 ]

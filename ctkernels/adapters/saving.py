@@ -277,7 +277,8 @@ def _check(model: nn.Module, stacks: list[list[Any]], others: list[Any]) -> None
             if not hasattr(layer, "base_layer"):
                 raise ValueError(
                     f"{site}: a {type(layer).__name__} cannot be folded into weights, so plain transformers would not "
-                    "compute it; unload that adapter, or save the adapters instead"
+                    "compute it. ctkernels.save_pretrained(model.merge_and_unload(), path) keeps the merged model with its "
+                    "units, for ctkernels.load_pretrained; save_adapter keeps the adapters; or unload the curvature adapter"
                 )
         base, site = layers[-1].get_base_layer(), getattr(layers[-1], "site", type(layers[-1]).__name__)
         if packing(base, site).quantised:

@@ -10,12 +10,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...nn import Unscriptable
+from ...steering.activations import ACTIVATIONS
 from ...steering.runtime import SiteUnit, call_ctu, ctu_arguments
 from .._offload import keep_resident
 from .._peft import merged_in_batch
+from ..strength import Scaled, strengths
 from .config import CurvatureConfig
 from .layout import Channels
-from .per_sample import index_of, logit, names_for, neutral_logits
+from .per_sample import combined_logit, index_of, logit, names_for, neutral_logits
 
 
 def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -32,7 +34,7 @@ def _absent(layer: CurvatureLayer) -> Any:
     raise AttributeError("an activation has no weight")
 
 
-class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
+class CurvatureLayer(Unscriptable, SiteUnit, Scaled, nn.Module, BaseTunerLayer):
     """The CT units of one site, with a (beta, coeff) per adapter. Without an active adapter, the original activation runs.
 
     Wraps no layer: unlike peft's other layers it has neither `weight` nor `bias`.
@@ -53,13 +55,14 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
     bias = property(_absent)
 
     adapter_layer_names = ("curvature_raw_beta", "curvature_raw_coeff")
-    other_param_names = ("curvature_config", "curvature_channels", "curvature_source")
+    other_param_names = ("strength", "curvature_config", "curvature_channels", "curvature_source")
 
     def __init__(self, site: str, activation: str, device: torch.device | None = None) -> None:
         super().__init__()
         self.site, self.activation, self.device = site, activation, device
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
+        self.strength = strengths()
         self.curvature_config: dict[str, CurvatureConfig] = {}
         self.curvature_channels: dict[str, Channels | None] = {}
         self.curvature_source: dict[str, CurvatureLayer] = {}  # the layer whose parameters are used, if another one
@@ -95,6 +98,34 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
             self.keep_resident()
         return getattr(beta, adapter_name), getattr(coeff, adapter_name)
 
+    def logits_of(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """raw beta and raw coeff with which an adapter computes the site, at its strength."""
+        beta, coeff = self.parameters_of(adapter_name)
+        if adapter_name not in self.strength:
+            return beta, coeff
+        neutral, strength = ACTIVATIONS[self.activation], self.strength[adapter_name]
+        return (
+            combined_logit(neutral.beta, [beta], [strength]),
+            combined_logit(neutral.coeff, [coeff], [strength]),
+        )
+
+    def configs(self) -> dict[str, Any]:
+        """The configurations of its adapters, by name."""
+        return self.curvature_config
+
+    def _home(self) -> torch.device | None:
+        return None if self.device is None or self.device.type == "meta" else self.device
+
+    def check_scale(self, adapter: str, scale: float) -> None:
+        """Check that an adapter can be given a strength.
+
+        Raises:
+            ValueError: it is merged, or the strength is not between 0 and 1, beyond which beta has no meaning.
+        """
+        super().check_scale(adapter, scale)
+        if not 0 <= scale <= 1:
+            raise ValueError(f"{self.site}: scale must lie between 0 and 1 for curvatures, got {scale!r}")
+
     def adapter_in_use(self) -> str | None:
         """The adapter that computes this site, or None.
 
@@ -121,7 +152,7 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
     def keep_resident(self) -> None:
         """Makes parameters of adapters that accelerate has offloaded resident again."""
         for layer in (self, *self.curvature_source.values()):
-            keep_resident((layer.curvature_raw_beta, layer.curvature_raw_coeff))
+            keep_resident((layer.curvature_raw_beta, layer.curvature_raw_coeff, layer.strength))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CurvatureLayer:
         device = fn(torch.empty(0, device=self.device)).device  # for adapters added later
@@ -161,7 +192,7 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
             raise ValueError(f"{self.site}: adapters in one batch must have their channels in one place, got {placed}")
         channels = next(iter(placed), None)
         size = 1 if channels is None else channels.size
-        rows = [self.parameters_of(name) for name in used]
+        rows = [self.logits_of(name) for name in used]
         neutral = neutral_logits(self.activation, rows[0][0].detach())
         beta, coeff = (torch.stack([row.expand(size) for row in kind]) for kind in zip(neutral, *rows))
         return (beta, coeff), channels, index_of(names, used, x, self.site, self.samples_first)
@@ -169,7 +200,7 @@ class CurvatureLayer(Unscriptable, SiteUnit, nn.Module, BaseTunerLayer):
     def _values(self) -> tuple[tuple[Tensor, Tensor], Channels | None]:
         name = self.adapter_in_use()
         assert name is not None
-        beta, coeff = self.parameters_of(name)
+        beta, coeff = self.logits_of(name)
         values = (beta.detach(), coeff.detach()) if self.merged_adapters else (beta, coeff)
         return values, self.curvature_channels[name]
 

@@ -366,11 +366,11 @@ def fix_units(model: nn.Module) -> None:
             if name is None:
                 module._ctu[key] = Original()
                 continue
-            beta, coeff = layer.parameters_of(name)
-            if id(beta) not in fixed:
-                fixed[id(beta)] = FixedUnit(beta, coeff, layer.curvature_channels[name], layer.site)
-                module._modules[child_name(key)] = fixed[id(beta)]
-            module._ctu[key] = fixed[id(beta)]
+            shared = id(layer.parameters_of(name)[0])
+            if shared not in fixed:
+                fixed[shared] = FixedUnit(*layer.logits_of(name), layer.curvature_channels[name], layer.site)
+                module._modules[child_name(key)] = fixed[shared]
+            module._ctu[key] = fixed[shared]
 
 
 # ---------------------------------------------------------------------------------------------------------------- sites

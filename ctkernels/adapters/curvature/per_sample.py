@@ -60,6 +60,28 @@ def neutral_logits(activation: str, like: Tensor) -> tuple[Tensor, Tensor]:
     return like.new_tensor([logit(point.beta)]), like.new_tensor([logit(point.coeff)])
 
 
+def combined(neutral: float, raw: Sequence[Tensor], weights: Sequence[float | Tensor]) -> tuple[Tensor, Tensor]:
+    """x and 1 - x, where x is as far from `neutral` as the weighted sum of the distances of sigmoids.
+
+    Both are sums of their own distances: near 1 only the second has digits.
+    """
+    value: Any = neutral + sum(w * (torch.sigmoid(r) - neutral) for w, r in zip(weights, raw))
+    rest: Any = (1 - neutral) + sum(w * (torch.sigmoid(-r) - (1 - neutral)) for w, r in zip(weights, raw))
+    return value, rest
+
+
+def combined_logit(neutral: float, raw: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
+    """The logit of what :func:`combined` gives, also where that is 0 or 1."""
+    value, rest = combined(neutral, raw, weights)
+    return _log(value) - _log(rest)
+
+
+def _log(value: Tensor) -> Tensor:
+    """The logarithm, without a NaN in the gradient where it is infinite."""
+    positive = value > 0
+    return torch.where(positive, torch.where(positive, value, 1.0).log(), -math.inf)
+
+
 def logit(p: float) -> float:
     """The inverse of the sigmoid."""
     return math.log(p) - math.log1p(-p) if p < 1 else math.inf

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from ...steering.activations import ACTIVATIONS
 from .config import CurvatureConfig
 from .layer import CurvatureLayer
+from .per_sample import combined
 
 
 def weighted_config(layers: Mapping[str, CurvatureLayer], adapters: Sequence[str]) -> CurvatureConfig:
@@ -46,7 +46,7 @@ def weighted_values(
         present = [(name, weight) for name, weight in zip(adapters, weights) if name in layer.curvature_config]
         if present:
             neutral = ACTIVATIONS[layer.activation]
-            pairs = zip(*(layer.parameters_of(name) for name, _ in present))
+            pairs = zip(*(layer.logits_of(name) for name, _ in present))
             shares = [weight for _, weight in present]
             beta, coeff = (
                 _combined(f"{site}: {knob}", start, raw, shares)
@@ -67,9 +67,8 @@ def fill_weighted(
 
 
 def _combined(what: str, neutral: float, raw: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The logit of a combination, from distances of both x and 1 - x: near 1, only the latter has digits."""
-    value: Any = neutral + sum(w * (torch.sigmoid(r.double()) - neutral) for w, r in zip(weights, raw))
-    rest: Any = (1 - neutral) + sum(w * (torch.sigmoid(-r.double()) - (1 - neutral)) for w, r in zip(weights, raw))
+    """The logit of a combination."""
+    value, rest = combined(neutral, [r.double() for r in raw], weights)
     if not bool(((value > 0) & (rest > 0)).all()):
         raise ValueError(
             f"{what}: the weighted sum must lie strictly between 0 and 1, got {float(value.min()):.4g} to "

@@ -20,6 +20,7 @@ from ...functional import hard_concrete, head_edit
 from ...nn import Unscriptable
 from .._offload import fetched, home, keep_resident
 from .._peft import merged_in_batch
+from ..strength import Scaled, strengths
 from .calls import take_edit
 from .config import JolaConfig
 from .fold import Kept, copied, folded, merge_from_inside, refuse_live, stack, to_merge
@@ -45,7 +46,7 @@ class BlockOutput(nn.Identity):
         return next((device for module in block.modules() if (device := home(module)) is not None), None)
 
 
-class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
+class JolaLayer(Unscriptable, Scaled, nn.Module, BaseTunerLayer):
     """Wraps a projection and applies `z' = (1 + g_m*m) * z + g_a*a` to its input (JoLA, eq. 2).
 
     With `edits="mlp"`, z is the projection's output. With `edits="block"`, the layer is a child of a block, wraps nothing,
@@ -81,7 +82,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("jola_m", "jola_a", "jola_log_alpha_m", "jola_log_alpha_a")
     unit_names = ("jola_unit_a", "jola_unit_log_alpha")
-    other_param_names = (*unit_names, "jola_heads_m", "jola_heads_a", "jola_config")
+    other_param_names = (*unit_names, "strength", "jola_heads_m", "jola_heads_a", "jola_config")
 
     def __init__(
         self,
@@ -103,6 +104,7 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ParameterDict())
         for name in self.unit_names:
             setattr(self, name, BufferDict(persistent=True))
+        self.strength = strengths()
         # The edited heads of an adapter that does not edit all. Not tensors: those would lose their values on the meta
         # device, and no checkpoint contains them.
         self.jola_heads_m: dict[str, tuple[int, ...]] = {}
@@ -175,13 +177,17 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
         if device is not None:
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
+    def configs(self) -> dict[str, Any]:
+        """The configurations of its adapters, by name."""
+        return self.jola_config
+
     def _home(self) -> torch.device | None:
         base = self.get_base_layer()
         return base.device if isinstance(base, BlockOutput) else home(base)
 
     def keep_resident(self) -> None:
         """Move adapter parameters that accelerate has offloaded back to the device."""
-        keep_resident([self._modules[name] for name in (*self.adapter_layer_names, *self.unit_names)])
+        keep_resident([self._modules[name] for name in (*self.adapter_layer_names, *self.unit_names, "strength")])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> JolaLayer:
         if self._kept is not None:
@@ -377,9 +383,11 @@ class JolaLayer(Unscriptable, nn.Module, BaseTunerLayer):
     def _operands(
         self, adapter_name: str, gates: dict[str, Tensor], like: Tensor | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The m, a and gates of all heads, as arguments of `head_edit`; in the dtype and on the device of `like`."""
+        """The m and a of all heads and their gates times the strength, as arguments of `head_edit`; converted to match `like`."""
         vectors = {kind: self._spread(self.vectors(kind, adapter_name), adapter_name, kind, 0) for kind in gates}
         gates = {kind: self._spread(gate, adapter_name, kind, -1) for kind, gate in gates.items()}
+        if adapter_name in self.strength:
+            gates = {kind: gate * self.strength[adapter_name] for kind, gate in gates.items()}
         if like is not None:
             vectors = {kind: value.to(like) for kind, value in vectors.items()}
             gates = {kind: gate.to(like) for kind, gate in gates.items()}
