@@ -13,6 +13,7 @@ from ...nn import Unscriptable
 from ...steering.activations import ACTIVATIONS
 from ...steering.runtime import SiteUnit, call_ctu, ctu_arguments
 from .._offload import keep_resident
+from .._parallel import local_slice, mesh_around
 from .._peft import merged_in_batch
 from ..strength import Scaled, strengths
 from .config import CurvatureConfig
@@ -51,6 +52,7 @@ class CurvatureLayer(Unscriptable, SiteUnit, Scaled, nn.Module, BaseTunerLayer):
     curvature_raw_beta: nn.ParameterDict
     curvature_raw_coeff: nn.ParameterDict
 
+    around: nn.Module | None
     weight = property(_absent)
     bias = property(_absent)
 
@@ -66,6 +68,9 @@ class CurvatureLayer(Unscriptable, SiteUnit, Scaled, nn.Module, BaseTunerLayer):
         self.curvature_config: dict[str, CurvatureConfig] = {}
         self.curvature_channels: dict[str, Channels | None] = {}
         self.curvature_source: dict[str, CurvatureLayer] = {}  # the layer whose parameters are used, if another one
+        self.__dict__["around"] = (
+            None  # the module that holds the site, not a child: its weights say how they are sharded
+        )
         self.samples_first: bool | None = None  # whether dimension 0 of the input holds the samples; None: unknown
         self._disable_adapters = False
         self._active_adapter = []
@@ -176,11 +181,14 @@ class CurvatureLayer(Unscriptable, SiteUnit, Scaled, nn.Module, BaseTunerLayer):
             values, channels, index = *self._values(), None
         else:
             values, channels, index = self._values_by_sample(names, x)
+        values, channels = self._local(x, values, channels)
         return call_unit(x, values, channels, activation, slope, inplace, self.site, index)
 
     def ctu_arguments(self, x: Tensor, activation: str, slope: float | Tensor | None) -> dict[str, Any] | None:
         """Keyword arguments for `ctkernels.functional.ctu`; None inside `adapters_by_sample`, where they depend on the call."""
-        return None if names_for(self) is not None else _fusible(x, *self._values(), activation, slope)
+        if names_for(self) is not None:
+            return None
+        return _fusible(x, *self._local(x, *self._values()), activation, slope)
 
     def _values_by_sample(self, names: list[str], x: Tensor) -> tuple[tuple[Tensor, Tensor], Channels | None, Tensor]:
         """Rows of raw beta and raw coeff, their channels, and each sample's row; row 0 is the neutral point."""
@@ -196,6 +204,20 @@ class CurvatureLayer(Unscriptable, SiteUnit, Scaled, nn.Module, BaseTunerLayer):
         neutral = neutral_logits(self.activation, rows[0][0].detach())
         beta, coeff = (torch.stack([row.expand(size) for row in kind]) for kind in zip(neutral, *rows))
         return (beta, coeff), channels, index_of(names, used, x, self.site, self.samples_first)
+
+    def _local(
+        self, x: Tensor, values: tuple[Tensor, Tensor], channels: Channels | None
+    ) -> tuple[tuple[Tensor, Tensor], Channels | None]:
+        """The values of the channels that are on this rank: under tensor parallelism, x has a part of them."""
+        if channels is None or not -x.dim() <= channels.dim < x.dim() or x.shape[channels.dim] == channels.size:
+            return values, channels
+        count, mesh = x.shape[channels.dim], None if self.around is None else mesh_around(self.around)
+        if mesh is None or mesh.size() * count != channels.size:
+            return values, channels
+        beta, coeff = (
+            local_slice(value, mesh.get_local_rank() * count, count, -1, mesh.get_group()) for value in values
+        )
+        return (beta, coeff), channels._replace(size=count)
 
     def _values(self) -> tuple[tuple[Tensor, Tensor], Channels | None]:
         name = self.adapter_in_use()

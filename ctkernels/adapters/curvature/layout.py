@@ -201,7 +201,10 @@ def _copy(model: nn.Module, mode: FakeTensorMode, widened: bool) -> nn.Module:
     tensors = (*model.parameters(), *model.buffers())
     device = next((tensor.device for tensor in tensors if not tensor.is_meta), None)
     for tensor in tensors:
-        if tensor.is_meta and device is not None:  # offloaded: on the others' device when it computes
+        if hasattr(tensor, "device_mesh"):  # sharded: the copy is whole
+            with mode:
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        elif tensor.is_meta and device is not None:  # offloaded: on the others' device when it computes
             with mode:
                 fake = torch.empty_like(tensor, device=device)
         else:
@@ -217,6 +220,9 @@ def _copy(model: nn.Module, mode: FakeTensorMode, widened: bool) -> nn.Module:
             "give layout in CurvatureConfig, or granularity='layer'"
         ) from error
     drop_offloading(clone)
+    for module, whole in zip(model.modules(), clone.modules()):
+        if any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False)):
+            whole.__dict__.pop("forward", None)  # transformers' that shares out the work
     return clone
 
 

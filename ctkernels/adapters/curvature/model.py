@@ -338,11 +338,24 @@ def _attach(model: nn.Module) -> None:
         for key, layer in swap.units.items():
             swap.module._modules[child_name(key)] = layer
     layers = {site.name: layer for site, layer in zip(result.sites, result.units)}
+    for name, layer in layers.items():
+        layer.__dict__["around"] = _around(model, name)
     sites = {site.name: site for site in result.sites}
     refuse_plain_saving(model)
     model.__dict__[_marks.CURVATURE] = Attached(
         [swap.module for swap in result.swaps], result.edits, result.copies, sites, layers
     )
+
+
+def _around(model: nn.Module, site: str) -> nn.Module:
+    """The innermost module that a site is in."""
+    while site:
+        site = site.rpartition(".")[0]
+        try:
+            return model.get_submodule(site)
+        except AttributeError:  # the last parts of the name are those of a call
+            continue
+    return model
 
 
 def detach(model: nn.Module) -> None:

@@ -1,29 +1,12 @@
-"""Tensor parallelism: the heads of a rank, and gradients that are equal on all ranks."""
+"""Tensor parallelism: the heads of a rank."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
-
-class _Slice(torch.autograd.Function):
-    """A rank's slice of a replicated tensor; backward gathers the full gradient on every rank."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, start: int, length: int, dim: int, group: Any) -> Tensor:
-        ctx.slice = (start, length, dim, group, value.shape)
-        return value.narrow(dim, start, length).clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        start, length, dim, group, shape = ctx.slice
-        full = grad.new_zeros(shape)
-        full.narrow(dim, start, length).copy_(grad)
-        dist.all_reduce(full, group=group)
-        return full, None, None, None, None
+from .._parallel import local_slice
 
 
 def first_head(layer: Any, count: int, heads: int) -> tuple[int, Any]:
@@ -55,4 +38,4 @@ def local_heads(value: Tensor, layer: Any, count: int, dim: int) -> Tensor:
         ValueError: the input has fewer heads than the layer, but the projection is not sharded that way.
     """
     start, group = first_head(layer, count, value.shape[dim])
-    return _Slice.apply(value, start, count, dim, group)
+    return local_slice(value, start, count, dim, group)
