@@ -206,3 +206,35 @@ def test_an_official_checkpoint_of_one_method_leaves_the_other():
     assert all(torch.equal(value, after[name]) for name, value in before.items() if "jola_" not in name)
     with pytest.raises(ValueError, match=r"expected tensors named layers\.N\.self_attn\.attn_A"):
         adapters.load_official(model, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_dtype_of_parameters(dtype, autocast, tmp_path):
+    """`autocast_adapter_dtype=False` leaves them in the base's dtype; logits of beta and coeff, which have none, in float32."""
+
+    def dtypes(model):
+        found = {}
+        for name, parameter in model.named_parameters():
+            method = next((method for method in ("jola", "curvature", "lora") if f".{method}_" in name), None)
+            if method is not None:
+                adapter = "other" if ".other" in name else "default"
+                found.setdefault((adapter, method), set()).add(parameter.dtype)
+        return found
+
+    own = torch.float32 if autocast else dtype
+    expected = {
+        (adapter, method): {torch.float32 if method == "curvature" else own}
+        for adapter in ("default", "other")
+        for method in ("jola", "curvature", "lora")
+    }
+    values = {"lora": ["q_proj", "o_proj"]}
+    model = peft.get_peft_model(build("llama").to(dtype), config(**values), autocast_adapter_dtype=autocast)
+    model.add_adapter("other", config(**values), autocast_adapter_dtype=autocast)
+    assert dtypes(model) == expected
+    model.save_pretrained(tmp_path)
+    for low in (False, True):
+        options = {"autocast_adapter_dtype": autocast, "low_cpu_mem_usage": low}
+        again = peft.PeftModel.from_pretrained(build("llama").to(dtype), tmp_path, **options)
+        again.load_adapter(tmp_path / "other", adapter_name="other", **options)
+        assert dtypes(again) == expected
