@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from ..steering.runtime import SteeredCall
 from .layers import Norm, is_layer, is_unit, norm_of
-from .overrides import is_open
+from .overrides import is_open, is_sharded
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _PRODUCTS = (operator.mul, operator.imul, torch.mul)
@@ -248,13 +248,15 @@ class _Reader:
         if written is not None:
             return self.is_private(written, value)
         fresh = value.op == "call_function" and value.target in (operator.add, torch.add, torch.cat)
-        return fresh or self.is_source(value) or self.is_norm(value)
+        module = self.module(value)
+        sharded = isinstance(module, nn.Linear) and is_sharded(module)
+        return fresh or sharded or self.is_source(value) or self.is_norm(value)
 
 
 def _may_write(module: nn.Module) -> bool:
     """True if ``module``'s own code, without its submodules', may overwrite its argument."""
     layer = type(module).__module__.startswith(("torch.nn.", "ctkernels.nn"))
-    return getattr(module, "inplace", False) or not layer or not is_open(module)
+    return getattr(module, "inplace", False) or not layer or not (is_open(module) or is_sharded(module))
 
 
 def _combines_two(node: Node, functions: tuple[Any, ...], methods: tuple[str, ...]) -> bool:

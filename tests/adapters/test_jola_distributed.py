@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from two_processes import run_in_two
@@ -103,12 +105,16 @@ def _same_training(rank, wrap, in_loss, want, kind="head"):
 def _same_tensor_parallel(folder, want, kind="head"):
     from transformers import LlamaForCausalLM
 
+    from ctkernels import functional
+
     base = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto")
     assert hasattr(base.model.layers[0].self_attn.o_proj.weight, "device_mesh")
     model = _model(kind, base).eval()
     tokens = _batch()
-    torch.testing.assert_close(model(tokens).logits, want["logits"], rtol=1e-4, atol=1e-4)
-    model(tokens, labels=tokens).loss.backward()
+    with mock.patch.object(functional, "ctu_and_mul", wraps=functional.ctu_and_mul) as fused:
+        torch.testing.assert_close(model(tokens).logits, want["logits"], rtol=1e-4, atol=1e-4)
+        model(tokens, labels=tokens).loss.backward()
+    assert fused.call_count == (4 if kind == "fused" else 0)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name: p.shape for name, p in trained.items()} == {name: g.shape for name, g in want["gradients"].items()}
     for name, parameter in trained.items():
