@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 
 class _Slice(torch.autograd.Function):
-    """A rank's slice of a replicated tensor; the gradient is gathered so that every rank gets the whole one."""
+    """A rank's slice of a replicated tensor; backward gathers the full gradient on every rank."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, start: int, length: int, dim: int, group: Any) -> Tensor:
-        ctx.where = (start, length, dim, group, value.shape)
+        ctx.slice = (start, length, dim, group, value.shape)
         return value.narrow(dim, start, length).clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        start, length, dim, group, shape = ctx.where
-        whole = grad.new_zeros(shape)
-        whole.narrow(dim, start, length).copy_(grad)
-        dist.all_reduce(whole, group=group)
-        return whole, None, None, None, None
+        start, length, dim, group, shape = ctx.slice
+        full = grad.new_zeros(shape)
+        full.narrow(dim, start, length).copy_(grad)
+        dist.all_reduce(full, group=group)
+        return full, None, None, None, None
 
 
 def local_slice(value: Tensor, start: int, length: int, dim: int, group: Any) -> Tensor:

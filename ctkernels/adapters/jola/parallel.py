@@ -1,4 +1,4 @@
-"""Tensor parallelism: which heads a rank holds."""
+"""Tensor parallelism: the heads of a rank."""
 
 from __future__ import annotations
 
