@@ -287,8 +287,8 @@ class _Stream:
         compared = MethodComparison((), {}, primary=primary_metric(data.has_choices, self.config.answering))
         candidates = labels(split.train, self.config.answering)
         return TextTask(
-            self.model, self.model, self.tokenizer, {self.seed: split}, self.config, Group(), compared.primary, compared.better_by,
-            candidates, self.folder / "logs",
+            self.model, self.model, self.tokenizer, {self.seed: split}, self.config, Group(), compared.primary,
+            compared.better_by, candidates, self.folder / "logs",
         )  # fmt: skip
 
 
