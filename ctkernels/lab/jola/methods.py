@@ -210,7 +210,7 @@ METHODS: dict[str, Method] = {
         Method(
             "jola+tct",
             "both on one model",
-            {"lr": (2e-2, 5e-2), "gate_lr": (5e-1,), "curvature_lr": (1e-2, 3e-2)},
+            {"lr": (2e-2, 5e-2), "gate_lr": (5e-1,), "curvature_lr": (3e-2, 1e-1)},
             jola_tct,
         ),
         Method(
