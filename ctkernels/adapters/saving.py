@@ -58,7 +58,7 @@ def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> Non
     if (folder / "config.json").exists() and any("adapter" not in file.name for file in model_files(folder)):
         raise ValueError(
             f"path: expected a folder without a model in it, got {folder}; transformers would load that model and put "
-            "this adapter on top. Choose a folder of its own"
+            "this adapter on top. Choose another folder"
         )
     with replacing_folder(folder) as fresh:
         for subfolder in ("", *names):  # existing model cards are extended
@@ -289,8 +289,8 @@ def _check(model: nn.Module, stacks: list[list[Any]], others: list[Any]) -> None
                 )
             if getattr(model, "hf_quantizer", None) is None:
                 raise ValueError(
-                    f"{site} is quantised, and the model's config does not say so: transformers would load what is saved as "
-                    "something else. Load the base with a quantization_config, or without quantisation"
+                    f"{site} is quantised, but the model's config has no quantization_config: transformers would load the saved "
+                    "weights wrongly. Load the base with a quantization_config, or without quantisation"
                 )
     if not any(isinstance(layer, JolaLayer) for layers in stacks for layer in layers):
         raise ValueError("model: expected one with a JoLA adapter, got one without")

@@ -197,7 +197,7 @@ def test_adapters_over_jola_keep_its_offset_out_of_the_values(tmp_path):
     lora = peft.LoraConfig(r=4, target_modules=["o_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     model = peft.get_peft_model(_model(additive="kv_group"), lora, adapter_name="over").eval()
     with pytest.raises(
-        ValueError, match=r"another adapter lies over the JoLA adapter of .*o_proj, and would see the offset"
+        ValueError, match=r"another adapter wraps the JoLA adapter of .*o_proj, and would see the offset"
     ):
         adapters.save_merged(model, tmp_path / "out")
     below = peft.get_peft_model(build("qwen3"), lora)

@@ -140,7 +140,7 @@ def _in_value(
         if getattr(attention, "sinks", None) is not None:
             return f"the attention around {edit.site} has sinks, so that its weights do not sum to 1"
         if not edit.outermost:
-            return f"another adapter lies over the JoLA adapter of {edit.site}, and would see the offset"
+            return f"another adapter wraps the JoLA adapter of {edit.site}, and would see the offset"
         try:
             edit.layer.offsets(edit.layer.check_merge())
         except ValueError as error:
