@@ -1,11 +1,11 @@
-"""Everything that a GPU can tell, in eight minutes: ``make gpu``, or ``python -m benchmarks.gpu``.
+"""All measurements on a GPU, in eight minutes: ``make gpu``, or ``python -m benchmarks.gpu``.
 
-From a clean checkout, on a machine with a GPU, torch, Triton and nvcc, without a network: builds for its architecture, holds the
-ops to float64, times them beside what a user would run instead and beside another revision, and compares with what was predicted.
+From a clean checkout, on a machine with a GPU, torch, Triton and nvcc, without a network: builds for its architecture, checks the
+ops against float64, times them against the alternatives and against another revision, and compares with the predictions.
 
-Stages stand in the order of their value; each is a process of its own with a time limit. Results are written after every record
-(``STAGE.json``) and joined after every stage (``gpu.json``, ``gpu.txt``): what is there when the machine is taken away can be
-used. ``--dry-run`` rehearses all of it without a GPU: tiny tensors on the CPU, and the same files.
+Stages are ordered by importance; each runs in its own process with a time limit. Results are written after every record
+(``STAGE.json``) and combined after every stage (``gpu.json``, ``gpu.txt``), so an interrupted run has usable results.
+``--dry-run`` runs everything without a GPU, with tiny tensors on the CPU and the same files.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Records = Iterator[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage is run with. seconds: for each row of a table."""
+    """The settings of a stage. seconds: time for each row of a table."""
 
     out: Path
     dry: bool
@@ -62,7 +62,7 @@ class Context:
         return DTYPES[:1] if self.dry else DTYPES
 
     def shape(self, *sizes: int) -> tuple[int, ...]:
-        """In a rehearsal, a few values in every dimension."""
+        """The sizes, or small ones in a dry run."""
         return tuple(min(n, 8) for n in sizes) if self.dry else sizes
 
 
@@ -74,7 +74,7 @@ SETUP = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
 
 
 def build(context: Context) -> Records:
-    """The extensions, for the GPU that is here. Those of the other revision are built at the same time, and waited for later."""
+    """Build the extensions for this GPU, and start to build those of the other revision, which are awaited later."""
     source = context.out / "before/source"
     shutil.rmtree(source.parent, ignore_errors=True)
     source.mkdir(parents=True)
@@ -103,7 +103,7 @@ def build(context: Context) -> Records:
 
 
 def check(context: Context) -> Records:
-    """Every op on every backend, held to float64 on a few of its samples."""
+    """Check every op on every backend against float64, on a few samples."""
     sys.path[:0] = [str(ROOT / "tests/helpers"), str(ROOT / "tools")]
     from conformance import check_against_float64, outputs
 
@@ -133,12 +133,12 @@ def check(context: Context) -> Records:
 
 
 def ops(context: Context) -> Records:
-    """The tables of docs/gpu.md, without what has to be compiled first."""
+    """The tables of docs/gpu.md, without compiled contestants."""
     yield from _rows(context, inductor=False)
 
 
 def inductor(context: Context) -> Records:
-    """The same with Inductor among the contestants."""
+    """The same tables with Inductor as a contestant."""
     yield from _rows(context, inductor=True)
 
 
@@ -152,7 +152,7 @@ def _rows(context: Context, inductor: bool) -> Records:
             for name, row in cases:
                 try:
                     yield row()
-                except Exception as error:  # a wrong result, or a kernel that faults: the next row may be right
+                except Exception as error:  # a wrong result or a fault; go on with the next row
                     yield {
                         "op": op,
                         "case": name,
@@ -162,14 +162,14 @@ def _rows(context: Context, inductor: bool) -> Records:
 
 
 def predicted(context: Context) -> Records:
-    """What the model of tools/roofline says of the calls that were timed."""
+    """Predictions of tools/roofline for the timed calls."""
     sys.path[:0] = [str(ROOT / "tests/helpers"), str(ROOT / "tools")]
     from roofline import latency
     from roofline.calls import PASSES, measured
     from roofline.gpus import GPUS
 
     records = {f"{r['op']} {r['case']} {r['dtype']}": r for r in _read(context.out, "ops")["records"]}
-    if context.dry:  # without a compiler: of the kernels whose machine code is in a file
+    if context.dry:  # no compiler: use the kernels with machine code in a file
         sm, known = 90, {(f.call.name, f.which): list(f.launches) for f in latency.figures()}
     else:
         major, minor = torch.cuda.get_device_capability()
@@ -190,7 +190,7 @@ def predicted(context: Context) -> Records:
 
 
 def before(context: Context) -> Records:
-    """The same table by another revision's kernels, with this revision's benchmark."""
+    """The same table with another revision's kernels and this revision's benchmark."""
     folder = context.out / "before"
     source, path = folder / "source", folder / "path"
     while not (source / "built").exists():
@@ -216,7 +216,7 @@ def before(context: Context) -> Records:
 
 
 def gated(context: Context) -> Records:
-    """The gated product of an MLP, beside Liger's."""
+    """The gated product of an MLP, against Liger's."""
     for dtype in context.dtypes:
         for case, sizes in ctu_and_mul.CASES.items():
             shape = context.shape(*sizes)
@@ -249,7 +249,7 @@ def _liger(context: Context) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 
 
 def _missing_packages() -> dict[str, str]:
-    """Contestants that are not here, or have nothing to set beside a gated product."""
+    """Contestants that are not installed or have no gated product, with the reasons."""
     why = {}
     if importlib.util.find_spec("liger_kernel") is None:
         why["Liger"] = "liger-kernel is not installed"
@@ -262,7 +262,7 @@ def _missing_packages() -> dict[str, str]:
 
 
 def convolutions(context: Context) -> Records:
-    """A convolution with its activation, as a fused network has it, beside cuDNN's own."""
+    """A convolution with its activation, as in a fused network, against cuDNN's."""
     for dtype in context.dtypes:
         for name, channels, size in (("stage 1", 64, 56), ("stage 3", 256, 14)):
             batch, channels, size, _ = context.shape(128, channels, size, size)
@@ -292,7 +292,7 @@ def convolutions(context: Context) -> Records:
 
 
 def attention(context: Context) -> Records:
-    """Attention with the edit, beside torch's own kernels and flex_attention."""
+    """Attention with the edit, against torch's kernels and flex_attention."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     from ctkernels.functional import attention_head_edit
@@ -331,7 +331,7 @@ def attention(context: Context) -> Records:
 def _times(
     functions: dict[str, Callable[..., Tensor]], tensors: list[Tensor], dy: Tensor | None, context: Context
 ) -> dict[str, Any]:
-    """Milliseconds forward, and with ``dy`` forward and backward in all ``tensors``: of those that run, and why others do not."""
+    """Milliseconds of forward, or with ``dy`` of forward and backward in all ``tensors``; and errors of failed ones."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     forward = {name: measure.without_grad(f, *tensors) for name, f in functions.items()}
     both = {} if dy is None else {name: measure.with_gradients(f, leaves, leaves, dy) for name, f in functions.items()}
@@ -343,7 +343,7 @@ def _times(
                 call = lambda _, run=run: run()  # noqa: E731
                 device.interleaved_graphs({name: call}, 1, 0.0, least=1)
                 able[name] = call
-            except Exception as error:  # a contestant that this torch or GPU does not have
+            except Exception as error:  # not supported by this torch or GPU
                 times["failed"][name] = f"{type(error).__name__}: {str(error)[:300]}"
         if able:
             times[key] = device.interleaved_graphs(able, 4, context.seconds)
@@ -351,7 +351,7 @@ def _times(
 
 
 def sanitize(context: Context) -> Records:
-    """compute-sanitizer over a handful of calls."""
+    """Run compute-sanitizer on a few calls."""
     tool = shutil.which("compute-sanitizer")
     command = ["--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu", "--handful"]
     for name in ("memcheck", "racecheck"):
@@ -389,13 +389,13 @@ def handful(where: str) -> None:
 
 
 def host(context: Context) -> Records:
-    """What an eager call on next to nothing costs the host."""
+    """Host time of an eager call on a tiny tensor."""
     yield {"overhead_us": device.call_overhead()}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A function and the seconds it may take."""
+    """A function with its time limit in seconds."""
 
     run: Callable[[Context], Records]
     limit: float
@@ -422,7 +422,7 @@ def _read(out: Path, stage: str) -> dict[str, Any]:
 
 
 def run_stage(name: str, context: Context) -> int:
-    """In this process; its file is whole after every record."""
+    """Run a stage in this process; its file is complete after every record."""
     if context.dry:
         device.rehearse()
     records: list[dict[str, Any]] = []
@@ -439,7 +439,7 @@ def _command(stage: str, context: Context) -> list[str]:
 
 
 def run(context: Context, limit: float, only: list[str]) -> dict[str, Any]:
-    """All stages, one after the other, in at most ``limit`` seconds."""
+    """Run the stages one after another, in at most ``limit`` seconds."""
     context.out.mkdir(parents=True, exist_ok=True)
     for stage in STAGES:
         (context.out / f"{stage.name}.json").unlink(missing_ok=True)
@@ -468,7 +468,7 @@ def run(context: Context, limit: float, only: list[str]) -> dict[str, Any]:
 
 
 def _limited(stage: Stage, context: Context, seconds: float) -> dict[str, Any]:
-    """A stage in a process group of its own, which is ended when its time is over; what it has written counts."""
+    """Run a stage in its own process group, killed at the time limit; the records written before that count."""
     if seconds <= 0:
         return {"status": "no time left", "seconds": 0.0, "why": "", "records": []}
     start, log = time.monotonic(), context.out / f"{stage.name}.log"
@@ -490,7 +490,7 @@ def _limited(stage: Stage, context: Context, seconds: float) -> dict[str, Any]:
 
 
 def text(result: dict[str, Any]) -> str:
-    """Tables of what there is so far."""
+    """The current results as tables."""
     where, stages = result["provenance"], result["stages"]
     found = {name: stage["records"] for name, stage in stages.items()}
     blocks = [
@@ -520,7 +520,7 @@ def text(result: dict[str, Any]) -> str:
     old = {_key(r): r for r in found.get("before", [])}
     for key in ("forward_ms", "forward_backward_ms"):
         rows = []
-        # A row that Inductor takes part in stands for the one without.
+        # A row with Inductor replaces the one without.
         rivals = {
             _key(r): r
             for name in ("ops", "inductor", "convolutions", "gated", "attention")

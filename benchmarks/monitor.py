@@ -1,4 +1,4 @@
-"""What an `EditMonitor` costs a model with an adapter: batches that it watches, and those between them."""
+"""The cost of an `EditMonitor` for a model with an adapter, in watched batches and in others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OFF, BETWEEN, WATCHED = "without a monitor", f"every={EVERY}: a batch between", 
 
 
 def run(seconds: float, quick: bool = False, device: str = "cpu") -> dict[str, Any]:
-    """Milliseconds of a decoding step and of a prefill of every contestant (``quick``: from one process)."""
+    """Milliseconds of a decoding step and of a prefill of every contestant (``quick``: in one process)."""
     count = 1 if quick or device != "cpu" else PROCESSES
     size = f"{SIZES[device]}".split(", batch")[0]
     record = measure.over_processes(count, _run, device, seconds)
@@ -27,7 +27,7 @@ def run(seconds: float, quick: bool = False, device: str = "cpu") -> dict[str, A
 
 @torch.inference_mode()
 def _run(seed: int, device: str, seconds: float) -> dict[str, Any]:
-    """Medians of one process: of CPU time on one thread, where others may use the machine too."""
+    """Medians of one process; CPU time of one thread, since others may use the machine too."""
     from peft import get_peft_model
     from transformers import DynamicCache
 
@@ -69,12 +69,12 @@ def _run(seed: int, device: str, seconds: float) -> dict[str, Any]:
 
 
 def cost(ms: dict[str, float], every: int) -> float:
-    """The time of a batch where one of ``every`` is watched, in times of one without a monitor."""
+    """The mean time of a batch with one of ``every`` watched, relative to no monitor."""
     return (ms[WATCHED] + (every - 1) * ms[BETWEEN]) / every / ms[OFF]
 
 
 def bars(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The average cost beside the bound that it must keep."""
+    """The average cost, with its bound."""
     parts = (("decode_ms", "decoding"), ("prefill_ms", "prefill"))
     what = f"every={EVERY} / without a monitor"
     return [measure.bar("fp32", f"{kind}: {what}", cost(record[key], EVERY), "<=", 1.01) for key, kind in parts]

@@ -69,7 +69,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     if others:
         raise ValueError(
             f"path: expected a folder without another model, got {folder} with {others[0]}, which loaders would read as the "
-            "plain network; choose a folder of its own"
+            "plain network; choose another folder"
         )
     tuners = [type(m).__name__ for m in model.modules() if any(c.__name__ == "BaseTunerLayer" for c in type(m).__mro__)]
     if tuners:

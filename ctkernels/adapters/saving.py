@@ -26,7 +26,7 @@ from .jola.layer import JolaLayer
 from .jola.packing import lay_out_as_loaded, packing
 from .jola.runtimes import TARGETS
 from .serving import engines
-from .serving.placement import Edited, Place, place, targets_of
+from .serving.placement import EditedSite, Placement, choose_placement, targets_of
 from .serving.verify import Expected, Merged, expect
 
 
@@ -58,7 +58,7 @@ def save_adapter(model: Any, path: str | os.PathLike[str], **kwargs: Any) -> Non
     if (folder / "config.json").exists() and any("adapter" not in file.name for file in model_files(folder)):
         raise ValueError(
             f"path: expected a folder without a model in it, got {folder}; transformers would load that model and put "
-            "this adapter on top. Choose a folder of its own"
+            "this adapter on top. Choose another folder"
         )
     with replacing_folder(folder) as fresh:
         for subfolder in ("", *names):  # existing model cards are extended
@@ -145,7 +145,7 @@ def save_merged(
         return result.judged(expected, expected.tolerance * (2 if runtime == "vllm" else 1))
 
 
-def _write(model: Any, folder: Path, chosen: Place, left_out: list[str], kwargs: dict[str, Any]) -> None:
+def _write(model: Any, folder: Path, chosen: Placement, left_out: list[str], kwargs: dict[str, Any]) -> None:
     """Writes the merged model. `left_out`: zero biases that plain transformers adds itself."""
     lay_out_as_loaded(model)
     values = {**whole_state_dict(model), **kwargs}
@@ -161,7 +161,7 @@ def _write(model: Any, folder: Path, chosen: Place, left_out: list[str], kwargs:
     other.save_pretrained(folder, state_dict=state, **values)
 
 
-def _compare(model: Any, folder: Path, chosen: Place, target: str | None, expected: Expected) -> tuple[str, float]:
+def _compare(model: Any, folder: Path, chosen: Placement, target: str | None, expected: Expected) -> tuple[str, float]:
     """Runs the saved model; (runtime, error)."""
     if target == "vllm" and "input_ids" in expected.inputs and engines.installed("vllm"):
         return "vllm", engines.error("vllm", folder, expected.inputs["input_ids"], expected.output)
@@ -198,7 +198,7 @@ def _wrappers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
 
 
 @contextmanager
-def plain(model: Any, stacks: list[list[Any]], target: str | None) -> Iterator[tuple[Place, list[str]]]:
+def plain(model: Any, stacks: list[list[Any]], target: str | None) -> Iterator[tuple[Placement, list[str]]]:
     """Context in which the model is merged and without peft's wrappers; restores it afterwards, bit for bit.
 
     Yields the placement of the additive edits, and the names of zero biases that came with it.
@@ -217,17 +217,17 @@ def plain(model: Any, stacks: list[list[Any]], target: str | None) -> Iterator[t
         for owner, name, child in wrappers:
             setattr(owner, name, child.get_base_layer() if isinstance(child, BaseTunerLayer) else _trained(child))
         edited = _edited(model, stacks)
-        chosen = place(model, edited, target, engines.installed)
-        by_value = {id(one.layer) for one in edited} if chosen.values else set()
+        chosen = choose_placement(model, edited, target, engines.installed)
+        by_value = {id(edit.layer) for edit in edited} if chosen.values else set()
         for layers, base in zip(stacks, bases):
             with fetched(base):
                 copied(base)  # other methods merge in-place
                 layers[0].merge(**{"additive": False} if id(layers[0]) in by_value else {})
         _untie(model, shared)
-        for one in edited if chosen.values else ():
-            values: Any = model.get_submodule((chosen.values or {})[one.site])
+        for edit in edited if chosen.values else ():
+            values: Any = model.get_submodule((chosen.values or {})[edit.site])
             kept.append((values, [], Kept(values, [])))
-            _add_bias(values, one.layer.offsets(one.layer.merged_adapters), model)
+            _add_bias(values, edit.layer.offsets(edit.layer.merged_adapters), model)
         zeros = [] if chosen.switch is None else switch_on(model, chosen.switch)
         yield chosen, zeros
     finally:
@@ -243,11 +243,11 @@ def plain(model: Any, stacks: list[list[Any]], target: str | None) -> Iterator[t
         model.__dict__.update(marks)
 
 
-def _edited(model: nn.Module, stacks: list[list[Any]]) -> list[Edited]:
+def _edited(model: nn.Module, stacks: list[list[Any]]) -> list[EditedSite]:
     """The sites with an additive edit and without a bias."""
     names = {id(module): name for name, module in model.named_modules()}
     return [
-        Edited(names[id(layer.get_base_layer())], layer, position == 0)
+        EditedSite(names[id(layer.get_base_layer())], layer, position == 0)
         for layers in stacks
         for position, layer in enumerate(layers)
         if isinstance(layer, JolaLayer) and not layer.has_own_bias()
@@ -289,8 +289,8 @@ def _check(model: nn.Module, stacks: list[list[Any]], others: list[Any]) -> None
                 )
             if getattr(model, "hf_quantizer", None) is None:
                 raise ValueError(
-                    f"{site} is quantised, and the model's config does not say so: transformers would load what is saved as "
-                    "something else. Load the base with a quantization_config, or without quantisation"
+                    f"{site} is quantised, but the model's config has no quantization_config: transformers would load the saved "
+                    "weights wrongly. Load the base with a quantization_config, or without quantisation"
                 )
     if not any(isinstance(layer, JolaLayer) for layers in stacks for layer in layers):
         raise ValueError("model: expected one with a JoLA adapter, got one without")

@@ -56,10 +56,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code.
+    """Run a command and return the exit code.
 
-    0 done, 1 a check failed, 2 bad input (with one line on standard error), 130 interrupted. An error that is none of
-    these is a fault of this library and is raised.
+    0: done; 1: a check failed; 2: bad input (with one line on standard error); 130: interrupted. Any other error is a bug of this
+    library and is raised.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     return reported(lambda: _run(argv), "--traceback" in argv)
@@ -79,8 +79,8 @@ def _run(argv: Sequence[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"expected one of: {', '.join(COMMANDS)}"
         raise OptionError(f"unknown command {argv[0]!r}; {hint}")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a factory may be in a module of the current folder
-    from .. import _public  # noqa: F401  # registers the ops: a command's process is like any other that imports ctkernels
+        sys.path.insert(0, os.getcwd())  # for factories in modules of the current folder
+    from .. import _public  # noqa: F401  # registers the ops, as in any process that imports ctkernels
 
     module = importlib.import_module(COMMANDS[argv[0]][0])
     parser: argparse.ArgumentParser = module.parser()

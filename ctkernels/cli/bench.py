@@ -11,7 +11,7 @@ from types import ModuleType
 
 import ctkernels
 
-PACKAGE = "ctkernels.benchmarks"  # where the wheel has the folder that a clone has beside the package
+PACKAGE = "ctkernels.benchmarks"  # in the wheel; a clone has the folder beside the package
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def suite() -> ModuleType:
     """The suite's main module.
 
     Raises:
-        ImportError: neither in the installed package nor beside it.
+        ImportError: it is neither in the installed package nor beside it.
     """
     folder = Path(ctkernels.__file__).parent.parent / "benchmarks"
     if PACKAGE not in sys.modules and (folder / "__main__.py").exists():  # a clone's own, before an installed one

@@ -84,7 +84,7 @@ def describe() -> dict[str, Any]:
 
 
 def _native() -> dict[str, Any]:
-    """The compiled part: where it is, what it was built with, and what it runs at here."""
+    """The compiled CPU kernels: their file, build settings, and instruction set on this machine."""
     if backends.NATIVE is None:
         return {"built": False, "why": BACKENDS["cpu"].missing}
     library = ctypes.CDLL(str(backends.NATIVE.__file__))
@@ -100,7 +100,7 @@ def _native() -> dict[str, Any]:
 
 
 def _cuda() -> dict[str, Any]:
-    """The compiled CUDA kernels: where they are, and the architectures in them, with or without a GPU."""
+    """The compiled CUDA kernels: their file and architectures, also without a GPU."""
     path = backends.CUDA_KERNELS
     if not path.exists():
         return {"built": False, "why": BACKENDS["cuda"].missing}
@@ -129,7 +129,7 @@ def _exported(library: ctypes.CDLL, function: str, *arguments: int) -> str | Non
 
 
 def _dispatch(devices: list[str]) -> list[dict[str, Any]]:
-    """The backend of every op, device type and dtype, with the reasons of those passed over."""
+    """The backend of every op, device type and dtype, with the reasons against other backends."""
     rows = []
     for op, device, dtype in itertools.product(OPS, dict.fromkeys(d.split(":")[0] for d in devices), DTYPES):
         x = torch.empty(1, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Errors of the command line: bad input becomes one line and exit code 2, here and nowhere else."""
+"""Errors of the command line: turns bad input into one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class OptionError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises :class:`OptionError` where argparse would print its usage and end the process."""
+    """A parser that raises :class:`OptionError` instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         match = re.fullmatch(r"argument (.+?): (.*)", message, re.DOTALL)
@@ -38,8 +38,8 @@ class Parser(argparse.ArgumentParser):
 def reported(run: Callable[[], int], show_traceback: bool = False) -> int:
     """Call ``run``; return its result, or the exit code for the error that it raised.
 
-    Bad input is told in one line on standard error. Any other error is a fault of this library and is left alone, so
-    that its traceback shows.
+    Bad input is reported in one line on standard error. Any other error is a bug of this library and propagates with its
+    traceback.
     """
     try:
         with _plain_warnings():
@@ -57,10 +57,10 @@ def reported(run: Callable[[], int], show_traceback: bool = False) -> int:
 
 
 def is_bad_input(error: Exception) -> bool:
-    """Tell an error of bad input, of the machine's state or of the user's own code from a fault of this library.
+    """Whether an error comes from bad input, the machine's state or the user's code, and not from a bug of this library.
 
-    A ValueError or an ImportError does that was raised by a line of this library, with a message of its own; one from
-    within another library was not foreseen. Files that cannot be read or written, and too little memory, always do.
+    True for a ValueError or ImportError raised by this library itself (one raised inside another library is unexpected), and for
+    failed file access and lack of memory.
     """
     if isinstance(error, (OSError, MemoryError)):
         return True
@@ -83,7 +83,7 @@ def _is_ours(file: str) -> bool:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """This library's warnings in one line, without the place in the code."""
+    """Print this library's warnings in one line, without the source location."""
     before = warnings.formatwarning
 
     def formatted(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:

@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, print, and say by the exit code whether everything agrees."""
+    """Check and print; the exit code is 1 if anything disagrees."""
     if (arguments.module is None) != (arguments.input is None):
         raise OptionError("--module and --input: expected both or neither, got one")
     device = torch.device(arguments.device)
@@ -104,7 +104,7 @@ def _check_op(op: str, backend: str | None, arguments: argparse.Namespace, devic
             def call(values: dict[str, Tensor], sample: Sample = sample) -> Tensor:
                 return sample.map(lambda key, _: values[key])()
 
-            # The expectation of a gate is a quadrature, good to 6e-12; so two may differ by twice that.
+            # The expectation of a gate is a quadrature with an error of 6e-12, so two results differ by at most twice that.
             accuracy = 2 * 6e-12 if sample.kwargs.get("estimator") == "mean" else 0.0
             check_call(sample.name, call, leaves, report, backend, arguments.directions, accuracy)
     return report

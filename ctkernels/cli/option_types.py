@@ -1,6 +1,6 @@
-"""Types of options: each reads a text or says what was expected instead. Every command's options are of these.
+"""Types of command-line options, which parse a text or raise an error with the expected form.
 
-Fields of configurations are annotated with them too, and held to the same ranges (see :mod:`ctkernels.lab.config`).
+They also annotate fields of configurations, which have the same ranges (see :mod:`ctkernels.lab.config`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
-MOST_VALUES = 10_000  # of a grid: more are a slip of the step
-PROBE = 1 << 20  # bytes that a folder for results has to have room for
+MOST_VALUES = 10_000  # of a grid; more are probably a typo in the step
+PROBE = 1 << 20  # bytes that must fit into a folder for results
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Kind(Generic[T]):
     """A type of option.
 
     Attributes:
-        expected: continues "must be".
-        parse: from the text to a value. ValueError if there is none; ArgumentTypeError if there is more to say.
-        fits: whether a value, from a text or not, is in range.
-        choices: the texts to choose from, where there are few.
-        show: a value as text, for the help.
+        expected: the expected form, as a continuation of "must be".
+        parse: converts the text to a value; raises ValueError, or ArgumentTypeError with a more specific message.
+        fits: whether a value, parsed or not, is in range.
+        choices: the allowed texts, if there are few.
+        show: converts a value to text, for the help.
     """
 
     expected: str
@@ -40,12 +40,12 @@ class Kind(Generic[T]):
     show: Callable[[Any], str] = str
 
     def check(self, name: str, value: object) -> None:
-        """ValueError unless ``value`` fits."""
+        """Raise ValueError unless ``value`` fits."""
         if not self.fits(value):
             raise ValueError(f"{name} must be {self.expected}, got {value!r}")
 
     def read(self, text: str) -> T:
-        """The value; the errors of ``parse``, and ValueError where it does not fit."""
+        """The value; raises the errors of ``parse``, and ValueError if the value does not fit."""
         value = self.parse(text)
         _check(self.fits(value))
         return value
@@ -112,7 +112,7 @@ FRACTION = real("a number between 0 and 1", lambda x: 0 < x < 1)
 
 
 def several(one: Kind[T], plural: str) -> Kind[list[T]]:
-    """Different values with commas."""
+    """Different values separated by commas."""
 
     def parse(text: str) -> list[T]:
         try:
@@ -163,7 +163,7 @@ BETAS = Kind(
 
 
 def either(names: Sequence[str], other: Kind[T], expected: str) -> Kind[str | T]:
-    """One of some names, or what another type takes."""
+    """One of some names, or a value of another type."""
     return Kind(
         expected,
         lambda text: text if text in names else other.read(text),
@@ -217,7 +217,7 @@ def names(known: Sequence[str]) -> Kind[list[str]]:
 
 
 def checked(check: Callable[[str], object]) -> Callable[[str], str]:
-    """Read any text that ``check`` does not object to; its errors are passed on."""
+    """Accept any text for which ``check`` raises no error."""
 
     def read(text: str) -> str:
         try:
@@ -249,7 +249,7 @@ PATTERN = Kind("a regular expression", _pattern)
 
 
 def device(text: str) -> str:
-    """The name of a device that is here."""
+    """The name of an available device."""
     from .._devices import existing_device
 
     return checked(existing_device)(text)
@@ -327,7 +327,7 @@ STORAGE = Kind("a file or the URL of a database", _storage)
 
 
 def _check_room(folder: Path, text: str) -> None:
-    """Refuse a folder that cannot be written to, before there are results; nothing stays in it."""
+    """Raise an error for a folder that cannot be written to, before there are results; leaves no file in it."""
     there = folder.absolute()
     try:
         while not there.exists():

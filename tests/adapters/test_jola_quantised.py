@@ -76,7 +76,7 @@ def test_training_works_and_what_was_trained_is_saved(kind, tmp_path):
     assert losses[-1] < losses[0]
     with wrapped.disable_adapter():
         assert torch.equal(wrapped(tokens).logits, plain)
-    with pytest.raises(ValueError, match=r"o_proj is quantised, and the model's config does not say so"):
+    with pytest.raises(ValueError, match=r"o_proj is quantised, but the model's config has no quantization_config"):
         adapters.save_merged(wrapped, tmp_path / "x")
     wrapped.eval()
     before = _logits(wrapped, tokens)

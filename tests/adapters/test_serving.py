@@ -151,9 +151,9 @@ def test_attention_with_sinks_has_no_place_in_its_values(tmp_path):
     """gpt_oss has a bias in its output projection; without it, what remains is refused."""
     model = _model("gpt_oss", additive="kv_group")
     (layer, *_) = [m for m in model.modules() if isinstance(m, adapters.JolaLayer)]
-    edited = [placement.Edited(layer.site, layer, True)]
+    edited = [placement.EditedSite(layer.site, layer, True)]
     plain = model.unload()
-    found = placement._value(plain, edited, ("transformers",), lambda target: False)
+    found = placement._in_value(plain, edited, ("transformers",), lambda target: False)
     assert "has sinks, so that its weights do not sum to 1" in found
 
 
@@ -161,7 +161,7 @@ def test_gated_attention_is_found_out_by_running_it(tmp_path, monkeypatch):
     """qwen3_next multiplies what attention puts out by a gate: an offset of the values is another thing there."""
     model = _model("qwen3_next", additive="kv_group")
     with monkeypatch.context() as patch:
-        patch.setattr(placement, "_output", lambda *_: "not to be taken")
+        patch.setattr(placement, "_in_output", lambda *_: "not to be taken")
         with pytest.raises(ValueError, match=r"The merged model is not what was adapted, so it was not saved"):
             adapters.save_merged(model, tmp_path / "out", target="transformers")
         with pytest.raises(ValueError, match=r"verify must be True where additive edits become biases of the value"):
@@ -197,7 +197,7 @@ def test_adapters_over_jola_keep_its_offset_out_of_the_values(tmp_path):
     lora = peft.LoraConfig(r=4, target_modules=["o_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     model = peft.get_peft_model(_model(additive="kv_group"), lora, adapter_name="over").eval()
     with pytest.raises(
-        ValueError, match=r"another adapter lies over the JoLA adapter of .*o_proj, and would see the offset"
+        ValueError, match=r"another adapter wraps the JoLA adapter of .*o_proj, and would see the offset"
     ):
         adapters.save_merged(model, tmp_path / "out")
     below = peft.get_peft_model(build("qwen3"), lora)
@@ -302,16 +302,16 @@ def test_every_row_of_the_table_is_a_family_whose_biases_transformers_has(family
     """That a runtime reads a bias is of use only if transformers can have it."""
     has = set()
     for projection, find, additive in (
-        ("output", placement._output, "head"),
-        ("value", placement._value, "kv_group"),
+        ("output", placement._in_output, "head"),
+        ("value", placement._in_value, "kv_group"),
     ):
         found = _finds(family, find, additive)
-        if isinstance(found, placement.Place):
+        if isinstance(found, placement.Placement):
             has.add(projection)
     rows = runtimes.READS[family]
     assert list(rows) == ["vllm", "llama.cpp"]
     if not has:
-        assert isinstance(_finds(family, placement._elsewhere, "head"), placement.Place)
+        assert isinstance(_finds(family, placement._in_other_family, "head"), placement.Placement)
         return
     for target, read in rows.items():
         unread = has - set(read)

@@ -1,13 +1,13 @@
-"""What orders the accesses of different blocks: fences and strong accesses, thread by thread, as the PTX memory model has it.
+"""The order of accesses of different blocks by fences and strong accesses, per thread, as in the PTX memory model.
 
-A strong access publishes at its location what its thread has made ready: with release semantics, all that happened before it;
-otherwise what a fence of its thread covers, which is the thread's own accesses and those that a barrier had ordered before the
-fence. A fence of one thread covers nothing of another that no barrier has ordered before it. A strong access that finds something
-at its location has read it; with acquire semantics its thread knows it then, otherwise from its next fence on.
+A strong access publishes accesses at its location: with release semantics, all that happened before it; otherwise those covered
+by a fence of its thread, that is, the thread's own and those that a barrier ordered before the fence. Accesses of other threads
+without such a barrier are not covered. A strong access reads the publications at its location; its thread knows them at once with
+acquire semantics, otherwise after its next fence.
 
-Barriers hand on what threads know. They also hand on what a fence.sc (membar.gl) has covered and what a strong access has
-read: all fence.sc of a grid are in one order, which makes a fence, a barrier and another thread's atomic as good as that
-thread's own fence. Of a fence.acq_rel no such order is promised.
+Barriers pass on the knowledge of threads. They also pass on the coverage of a fence.sc (membar.gl) and the publications read by
+strong accesses: all fence.sc of a grid have a total order, so a fence, a barrier and another thread's atomic are equivalent to
+that thread's own fence. A fence.acq_rel has no such order.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-Row = np.ndarray  # for every thread of the grid, up to which time its accesses are known
+Row = np.ndarray  # for every thread of the grid, the time up to which its accesses are known
 
 
 class Rows:
-    """A row for every thread: what all threads of its block have in common, and what it has alone."""
+    """A row for every thread, stored as a common part per block and an individual part."""
 
     def __init__(self, blocks: int, lanes: int, grid_lanes: int):
         self.lanes = lanes
@@ -28,7 +28,7 @@ class Rows:
         self.alone: dict[int, Row] = {}
 
     def of(self, lane: int) -> Row:
-        """Not to be changed."""
+        """The row of a thread; read-only."""
         common, alone = self.common[lane // self.lanes], self.alone.get(lane)
         return common if alone is None else np.maximum(common, alone)
 
@@ -38,7 +38,7 @@ class Rows:
             self.alone[lane] = row.copy() if alone is None else np.maximum(alone, row)
 
     def join(self, lanes: Iterable[int]) -> None:
-        """These threads tell each other."""
+        """Exchange the knowledge of these threads."""
         mine = [lane for lane in lanes if lane in self.alone]
         if mine:
             row = np.maximum.reduce([self.alone[lane] for lane in mine])
@@ -52,7 +52,7 @@ class Rows:
 
 
 class BetweenBlocks:
-    """Of the blocks that run together; lanes are numbered over those, threads over the grid."""
+    """The order between blocks. Lanes are numbered over the blocks that run together, threads over the grid."""
 
     def __init__(self, blocks: int, lanes: int, first_block: int, grid_blocks: int):
         self.lanes, self.first = lanes, first_block * lanes
@@ -65,14 +65,14 @@ class BetweenBlocks:
         self.read, self.heard = Rows(*size), Rows(*size)  # by strong accesses: the same
 
     def _before(self, lane: int, seen: np.ndarray, now: int) -> Row:
-        """All that has happened before the present moment of a thread. seen: of its own block, for every lane."""
+        """All accesses that happened before the current time of a thread. seen: times for every lane of its block."""
         row, begin = self.known.of(lane).copy(), self.first + lane // self.lanes * self.lanes
         row[begin : begin + self.lanes] = seen
         row[self.first + lane] = now
         return row
 
     def fence(self, lane: int, seen: np.ndarray, now: int, sequential: bool) -> None:
-        """sequential: a fence.sc."""
+        """A fence of a thread. sequential: a fence.sc."""
         self.known.add(lane, self.read.of(lane))
         if sequential:
             self.known.add(lane, self.heard.of(lane))
@@ -82,7 +82,7 @@ class BetweenBlocks:
             self.handed.add(lane, row)
 
     def access(self, lane: int, seen: np.ndarray, now: int, published: Row, release: bool, acquire: bool) -> None:
-        """A strong access to a location at which ``published`` is known; updates that."""
+        """A strong access to a location with the publications ``published``, which it updates."""
         if acquire:
             self.known.add(lane, published)
         self.read.add(lane, published)
@@ -98,13 +98,13 @@ class BetweenBlocks:
                 rows.join_block(block)
 
     def join(self, lanes: Iterable[int]) -> None:
-        """Some threads of a block pass a barrier of theirs."""
+        """Some threads of a block pass a barrier."""
         lanes = list(lanes)
         for rows in (self.known, self.handed, self.heard):
             rows.join(lanes)
 
     def knows(self, threads: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Up to which time each of ``threads`` knows the accesses of the thread of ``others``; both of the whole grid."""
+        """The time up to which each of ``threads`` knows the accesses of its thread in ``others``, both grid-wide."""
         lanes = threads - self.first
         out = self.known.common[lanes // self.lanes, others]
         for k in np.flatnonzero(np.isin(lanes, list(self.known.alone))) if self.known.alone else ():

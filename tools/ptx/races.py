@@ -67,7 +67,7 @@ class Order:
     # -- between blocks
 
     def _seen_by(self, lane: int) -> np.ndarray:
-        """Up to which time a thread has seen each lane of its block."""
+        """The time up to which a thread has seen the accesses of each lane of its block."""
         block, warp = lane // (32 * self.warps), lane // 32 % self.warps
         seen = np.repeat(self.seen[block, warp], 32)
         table = self.pairs.get(lane // 32)

@@ -1,1 +1,1 @@
-"""Predicts the time of every GPU kernel from its machine code, without a GPU: ``python -m roofline``."""
+"""Predictions of GPU kernel times from machine code, without a GPU: ``python -m roofline``."""

@@ -1,4 +1,4 @@
-"""Triton launches compiled for a GPU that need not be there. Import only where Triton is installed."""
+"""Ahead-of-time compilation of Triton launches, without a GPU. Needs Triton."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _COMPILED: dict[Any, Any] = {}
 
 
 def compiled(kernel: Any, args: dict[str, Any], meta: dict[str, Any], sm: int) -> tuple[Any, dict[str, Any]]:
-    """What Triton would launch for these arguments on this architecture, and the arguments it would pass: with exactly
-    the types, alignments and constants that Triton itself derives from them."""
+    """The kernel that Triton would launch for these arguments on this architecture, and the arguments it would pass, with the
+    types, alignments and constants that Triton derives from them."""
     backend = CUDABackend(GPUTarget("cuda", sm, 32))
     bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
         **args, **meta

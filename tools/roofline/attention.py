@@ -1,9 +1,9 @@
-"""What the fused attention kernels cost by their machine code, with the edit and without it, and nothing else.
+"""Predicted cost of the fused attention kernels from their machine code, with and without the edit.
 
-A kernel's time is predicted per SM from the instructions of its loops and of the rest, times the passes through each: every
-pipe busy at its own rate. ``share`` is the tensor cores' part if all pipes overlap, ``serial`` if none do: a real kernel lies
-between. A pass with the edit is compared to the same pass without it by the larger of the time of memory and the sum of all
-pipes' times, of one kernel after the other. No measurement.
+A kernel's time is predicted per SM from the instructions inside and outside its loops, times their executions, with every pipe
+at its own rate. ``share`` is the tensor cores' fraction if all pipes overlap, ``serial`` if none do; a real kernel lies in
+between. A pass with and without the edit is compared by the larger of memory time and the sum of all pipes' times, summed over
+its kernels. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ from .ahead_of_time import compiled
 from .gpus import GPUS
 
 TENSOR = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA")
-# Dense 16-bit flops a clock and SM, and fp32 lanes: data sheets. MUFU has 16 lanes, a warp scheduler issues one a clock.
+# Dense 16-bit flops per clock and SM, and fp32 lanes, from data sheets. MUFU has 16 lanes, a warp scheduler issues one
+# instruction per clock.
 FLOPS = {80: 2048, 90: 4096, 100: 8192}
 FP32 = {80: 64, 90: 128, 100: 128}
-LENGTH = 4096  # queries and keys of the problem that is predicted
+LENGTH = 4096  # number of queries and of keys
 SHARED_LIMIT = 99 * 1024
-# what a kernel multiplies per query, key and value of a head: forward q k', w v; keys also g v', w' g, ds' q ...
+# matrix products of a kernel per query, key and value of a head: forward q k', w v; keys also g v', w' g, ds' q ...
 PRODUCTS = {"forward_kernel": (1, 1), "keys_kernel": (2, 2), "queries_kernel": (2, 1)}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One kernel on one architecture. ``clocks``: of an SM for a program, by pipe; ``rows``: queries (keys) of a program;
-    ``bytes``: of memory it moves per query."""
+    """A kernel on an architecture. ``clocks``: SM clocks per program, by pipe; ``rows``: queries (keys) per program; ``bytes``:
+    memory traffic per query."""
 
     variant: str
     kernel: str
@@ -59,7 +60,7 @@ class Cost:
 
     @property
     def time(self) -> float:
-        """Clocks of an SM per query of one head: of the pipes, one after the other, or of memory."""
+        """SM clocks per query of one head: the sum over pipes, or memory's."""
         gpu = GPUS[self.sm]
         return max(sum(self.clocks.values()) / self.rows, self.bytes / (gpu.gigabytes / gpu.sms / gpu.ghz))
 
@@ -73,20 +74,20 @@ def problem(size: int, dtype: torch.dtype, edited: bool) -> Problem:
 
 
 def launches(p: Problem, backward: bool) -> list[tuple[Any, int, dict[str, Any], dict[str, Any]]]:
-    """What a training step's forward or backward would start."""
+    """The launches of a training step's forward or backward pass."""
     found: list[Any] = []
     with mock.patch.object(launcher, "launch", lambda *launch: found.append(launch)):
         if backward:
             z, needs = torch.empty_like(p.q), 0b1111111 if p.m is not None else 0b111
             triton_launch.backward(torch.empty_like(p.q), z, lse_for(p.q), p, needs)
         else:
-            # without an edit the output itself is what the backward pass needs: no z beside it
+            # without an edit, the backward pass needs the output itself instead of z
             triton_launch.forward(p, KEEP_LSE | (KEEP_Z if p.m is not None else 0))
     return found
 
 
 def _clocks(body: list[sass.Instruction], warps: int, sm: int) -> dict[str, float]:
-    """Of an SM, for all warps of a block to pass a piece of code once; tensor cores apart."""
+    """SM clocks for all warps of a block to execute a piece of code once; tensor cores separately."""
     work = sass.pipes(body)
     return {
         "issue": len(body) * warps / 4,
@@ -100,7 +101,7 @@ def cost(variant: str, launch: tuple[Any, int, dict[str, Any], dict[str, Any]], 
     found, _ = compiled(kernel, args, meta, sm)
     listing = sass.disassemble(found.asm["cubin"])
     warps, name = found.metadata.num_warps, kernel.__name__
-    # waits of sm_100 spin in code behind the last exit, from where they jump back: no loops
+    # waits on sm_100 spin in code after the last exit and jump back from there; these are not loops
     end = max(i for i, x in enumerate(listing.instructions) if x.name == "EXIT")
     loops = [(a, b) for a, b in listing.loops if b < end]
     loops = [(a, b) for a, b in loops if any(i.name in TENSOR for i in listing.instructions[a : b + 1])]
@@ -108,7 +109,7 @@ def cost(variant: str, launch: tuple[Any, int, dict[str, Any], dict[str, Any]], 
     clocks = _clocks([x for i, x in enumerate(listing.instructions) if i not in inside], warps, sm)
     clocks["tensor"] = 0.0
     if name in PRODUCTS:
-        # causal: on average half of the keys (queries) are walked through, those of one tile by the loop that compares
+        # causal: half of the keys (queries) on average, those of one tile in the loop with comparisons
         step, tile = (meta["M"], meta["N"]) if name == "keys_kernel" else (meta["N"], meta["M"])
         bodies = sorted((listing.instructions[a : b + 1] for a, b in loops), key=len)
         passes = [LENGTH / 2 / step, tile / step]
@@ -120,7 +121,7 @@ def cost(variant: str, launch: tuple[Any, int, dict[str, Any], dict[str, Any]], 
         rate = FLOPS[sm] / (6 if args["q"].dtype == torch.float32 else 1)  # three products at half the rate
         clocks["tensor"] = sum(passes) * flops / rate
     tensor = sum(i.name in TENSOR for i in listing.instructions)
-    # a program's rows; the kernel of the edit's gradients runs once a head
+    # a program's rows; the kernel of the edit's gradients runs once per head
     rows = LENGTH if name == "edit_kernel" else meta["N"] if name == "keys_kernel" else meta["M"]
     moved = sum(t.numel() * t.element_size() for t in args.values() if isinstance(t, torch.Tensor))
     return Cost(
@@ -130,7 +131,7 @@ def cost(variant: str, launch: tuple[Any, int, dict[str, Any], dict[str, Any]], 
 
 
 def variants(every: bool) -> Iterator[tuple[str, list[Any]]]:
-    """(name, launches): heads of 128 with the edit and without; with ``every``, heads of 256 too."""
+    """(name, launches) for heads of 128 with and without the edit; with ``every``, also for heads of 256."""
     shapes = [("bf16", torch.bfloat16, 128, True), ("bf16", torch.bfloat16, 128, False)]
     if every:
         shapes += [
@@ -149,7 +150,7 @@ def costs(archs: list[int], every: bool = True) -> list[Cost]:
 
 
 def ratios(found: list[Cost], sm: int) -> dict[str, float]:
-    """Predicted time of a pass with the edit over the same pass without it."""
+    """Predicted time of a pass with the edit relative to the same pass without it."""
 
     def time(name: str) -> float:
         return sum(c.time for c in found if c.variant == name and c.sm == sm)
@@ -159,7 +160,7 @@ def ratios(found: list[Cost], sm: int) -> dict[str, float]:
 
 
 def traffic(edited: bool, backward: bool) -> dict[str, int]:
-    """Tensors of the output's size that a pass reads and writes outside attention's own q, k, v, lse and their gradients:
+    """The number of tensors of the output's size that a pass reads and writes in addition to q, k, v, lse and their gradients,
     counted from the arguments of its kernels."""
     written = {"forward_kernel": {"y", "z"}, "prepare_kernel": {"dz"}}
     found = {"reads": 0, "writes": 0}

@@ -1,4 +1,4 @@
-"""The calls of the GPU benchmark's tables, and the launches that each backend's own host code makes of them, without a GPU."""
+"""The calls of the GPU benchmark's tables, and their launches by each backend's host code, without a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from . import sass
 MEASURED = Path(__file__).parents[2] / "benchmarks/results/h100.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEAD_DIM = 128
-UNROLLED = 4  # terms of a pass through the loop of a kernel that adds up partial sums, whose loads overlap
+UNROLLED = 4  # terms per iteration of the loop over partial sums, whose loads overlap
 PASSES = ("forward", "forward_backward")
 
 
@@ -41,11 +41,11 @@ class Call:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensor."""
+        """The size of the tensor."""
         return math.prod(self.shape) * torch.empty(0, dtype=DTYPES[self.dtype]).element_size()
 
     def arguments(self) -> tuple[Callable[..., Tensor], list[Tensor]]:
-        """The function and its tensors, uninitialised: nobody looks at the values."""
+        """The function and its tensors, uninitialised."""
         order = torch.channels_last if "NHWC" in self.case else torch.contiguous_format
         x = torch.empty(self.shape, dtype=DTYPES[self.dtype], memory_format=order)
         if self.op == "head_edit":
@@ -57,15 +57,15 @@ class Call:
 
 
 def measured(section: str = "ops") -> list[tuple[Call, dict[str, Any]]]:
-    """The calls that have been measured, and their records."""
+    """The measured calls, with their records."""
     records = json.loads(MEASURED.read_text())[section]["records"]
     return [(Call(r["op"], r["case"], tuple(r["shape"]), r["dtype"]), r) for r in records]
 
 
 @dataclass(frozen=True)
 class Code:
-    """Machine code of a kernel, as often as a thread executes it: registers, instructions of a pass through the loop, those of
-    them for MUFU, and instructions before the loop."""
+    """Machine code of a kernel: registers, instructions per loop iteration, MUFU instructions among them, and instructions before
+    the loop."""
 
     registers: int
     instructions: float
@@ -77,11 +77,10 @@ class Code:
 class Launch:
     """One launch.
 
-    role: what it is for, one of :data:`recorder.ROLES`. key: what its machine code is found by. steps: passes of a thread through
-    the loop. asked: bytes that a thread loads in a step. moved: bytes of the tensors that a step reads and writes. ahead: whether
-    a step's loads are made before the arithmetic of the one before. used: share of the threads' steps that have values.
-    finishes: whether it makes gradients of sums. barriers, shuffles: levels of the tree over a block's sums, by how threads
-    exchange them.
+    role: one of :data:`recorder.ROLES`. key: key of its machine code. steps: loop iterations per thread. asked: bytes that a
+    thread loads per step. moved: bytes of tensors that a step reads and writes. ahead: whether a step's loads are issued before
+    the previous step's arithmetic. used: fraction of the threads' steps with values. finishes: whether it computes gradients from
+    sums. barriers, shuffles: levels of the tree over a block's sums, by kind of exchange.
     """
 
     role: str
@@ -99,7 +98,7 @@ class Launch:
 
 
 class _Recorder:
-    """Notes the launches of a call."""
+    """Records the launches of a call."""
 
     def __init__(self, call: Call):
         self.launches: list[Launch] = []
@@ -108,7 +107,7 @@ class _Recorder:
     def over_tensor(
         self, role: str, key: Any, blocks: int, threads: int, steps: int, values: int, ahead: bool, finishes: bool
     ) -> None:
-        """A launch that passes over the tensor, ``values`` of a thread in a step."""
+        """A launch over the tensor, with ``values`` per thread and step."""
         reads = 2 if role == "backward" else 1
         used = min(1.0, self.elements / (blocks * threads * steps * values))
         step = values * self.itemsize
@@ -119,8 +118,8 @@ class _Recorder:
     def reduction(
         self, role: str, key: Any, blocks: int, threads: int, terms: int, rows: int, sums: int, size: int, per_sum: bool
     ) -> None:
-        """A launch that adds up ``terms`` of each of several sums, by ``rows`` threads. per_sum: whether every sum has a tree of
-        its own."""
+        """A launch that adds ``terms`` of each of several sums with ``rows`` threads. per_sum: whether every sum has its own
+        tree."""
         levels = max(rows, 1).bit_length() - 1
         barriers = min(levels, max(0, threads.bit_length() - 6))
         shuffles, trees = levels - barriers, sums if per_sum else 1
@@ -131,7 +130,7 @@ class _Recorder:
 
 
 class _CudaRecorder(_Recorder):
-    """In the place of what starts CUDA kernels."""
+    """Replaces the launcher of CUDA kernels."""
 
     def note(self, request: Any) -> None:
         import cuda_recorder as c
@@ -168,7 +167,7 @@ class _CudaRecorder(_Recorder):
 
 
 class _TritonRecorder(_Recorder):
-    """In the place of what starts Triton kernels."""
+    """Replaces the launcher of Triton kernels."""
 
     def note(self, kernel: Any, grid: int, args: dict[str, Any], meta: dict[str, Any]) -> None:
         threads, name = 32 * meta["num_warps"], kernel.__name__
@@ -207,7 +206,7 @@ RECORDERS = {"cuda": _CudaRecorder, "triton": _TritonRecorder}
 
 @lru_cache(maxsize=256)
 def launches(call: Call, backend: str, which: str) -> tuple[Launch, ...]:
-    """Of a call that needs no gradient, or with all gradients: ``which`` of :data:`PASSES`."""
+    """The launches of a call without gradients, or with all gradients: ``which`` of :data:`PASSES`."""
     recorder = RECORDERS[backend](call)
     function, tensors = call.arguments()
     with recorder.recording():
@@ -224,8 +223,7 @@ def launches(call: Call, backend: str, which: str) -> tuple[Launch, ...]:
 
 
 def code_of(listing: sass.Listing, role: str, outermost: bool = False) -> Code:
-    """Of the loop that the kernel spends its time in, with or without the loops around it: where the compiler made several of
-    it, the one with most work."""
+    """The machine code with the main loop, with or without the loops around it; of several versions, the one with most work."""
     wanted = "STG" if role in ("forward", "backward") else "LDG"
     loops = [(a, b) for a, b in listing.loops if any(i.name == wanted for i in listing.instructions[a : b + 1])]
     inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
@@ -240,7 +238,7 @@ def code_of(listing: sass.Listing, role: str, outermost: bool = False) -> Code:
 
 
 def cuda_codes(kernels: Iterable[tuple[str, str]], sm: int) -> dict[str, Code]:
-    """Of CUDA kernels, (name, role) each."""
+    """The machine code of CUDA kernels, given as (name, role)."""
     from . import cuda
 
     roles = dict(kernels)
@@ -248,7 +246,7 @@ def cuda_codes(kernels: Iterable[tuple[str, str]], sm: int) -> dict[str, Code]:
 
 
 def codes(found: Iterable[Launch], backend: str, sm: int) -> list[Code]:
-    """Of every launch."""
+    """The machine code of every launch."""
     found = list(found)
     if backend == "cuda":
         known = cuda_codes({(launch.key, launch.role) for launch in found}, sm)
@@ -262,7 +260,7 @@ _TRITON: dict[int, Code] = {}
 
 
 def _triton_code(launch: Launch, kernel: Any) -> Code:
-    if id(kernel) not in _TRITON:  # those that are compiled stay in memory
+    if id(kernel) not in _TRITON:  # compiled kernels stay in memory, so that ids are unique
         *_, meta = launch.key
         outermost = not launch.role.startswith("reduce") and not meta["PLANE"]  # rows of one step
         _TRITON[id(kernel)] = code_of(sass.disassemble(kernel.asm["cubin"]), launch.role, outermost)

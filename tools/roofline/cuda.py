@@ -1,4 +1,4 @@
-"""The CUDA kernels for ``python -m roofline``: nvcc compiles them for GPUs that need not be there."""
+"""The CUDA kernels for ``python -m roofline``, compiled by nvcc without a GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def nvcc() -> str | None:
 
 
 def kernels() -> dict[str, list[str]]:
-    """The kernels that move 16 bytes at a time, by their storage type."""
+    """The kernels with 16-byte accesses, by storage type."""
     found: dict[str, list[str]] = {}
     for op, dtypes, tiles, form in (
         ("ctu_logistic", ("f32", "bf16", "f16"), ("plane", "lanes"), "plain"),
@@ -45,7 +45,7 @@ def kernels() -> dict[str, list[str]]:
 
 @lru_cache(maxsize=32)
 def _cubin(names: tuple[str, ...], file: Path, options: tuple[str, ...], sm: int) -> bytes:
-    """These kernels of a file, compiled."""
+    """The cubin of these kernels of a file."""
     compiler = nvcc()
     if compiler is None:
         raise FileNotFoundError("nvcc: install the CUDA toolkit, or set CUDA_HOME")
@@ -73,7 +73,7 @@ def listings(names: tuple[str, ...], sm: int) -> dict[str, sass.Listing]:
 
 
 def cost(dtype: str, kernel: str, sm: int) -> Cost:
-    """Of the loop that moves the tensors, which the kernel spends its time in."""
+    """The cost of the main loop, which moves the tensors."""
     cubin = _cubin(tuple(kernels()[dtype]), CUDA / "channelwise.cu", (f"-DCTK_DTYPE={dtype}",), sm)
     listing = sass.disassemble(cubin, kernel)
     loops = [
@@ -82,7 +82,7 @@ def cost(dtype: str, kernel: str, sm: int) -> Cost:
         if any(i.name == "STG" and i.bytes == 16 for i in listing.instructions[a : b + 1])
     ]
     inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
-    # The compiler may make several of a loop, with and without sums: the one with most work.
+    # The compiler can generate several versions of a loop, with and without sums: take the one with most work.
     body = max((listing.instructions[a : b + 1] for a, b in inner), key=len)
     backward, full = "_backward_" in kernel, kernel.endswith("_vector") and "head_edit" not in kernel
     # Kernels with a prologue also have accesses to the residual and its gradient, which are skipped where there is none.
@@ -93,7 +93,9 @@ def cost(dtype: str, kernel: str, sm: int) -> Cost:
     pipes = {k: v / elements for k, v in sass.pipes(body).items()}
     narrowest = min(i.bytes for i in body if i.name in ("LDG", "STG"))
     resident = min(32, 2048 // THREADS, 65536 // (-(-listing.registers // 8) * 8 * THREADS)) * THREADS // 32
-    calls = sum(i.name == "CALL" and "$" in i.operands for i in body)  # others leave a loop: ptxas does so on sm_80
+    calls = sum(
+        i.name == "CALL" and "$" in i.operands for i in body
+    )  # other calls leave a loop, as ptxas does on sm_80
     made = Cost(
         f"cuda {kernel.removeprefix('ctk_')}", sm, True, moved, len(body) / elements, pipes, narrowest, listing.registers,
         listing.stack, sum(i.name in ("LDL", "STL") for i in body), calls, resident, 0.0, "",
@@ -104,7 +106,7 @@ def cost(dtype: str, kernel: str, sm: int) -> Cost:
 
 
 def costs(archs: list[int], only: str = "") -> Iterator[Cost]:
-    """Of the kernels whose name contains ``only``."""
+    """Yield the costs of kernels with ``only`` in their name."""
     for dtype, names in kernels().items():
         for name in names:
             if only in name:

@@ -1,4 +1,4 @@
-"""GPUs as data sheets describe them, and a kernel's predicted time on one."""
+"""GPUs from their data sheets, and the predicted time of a kernel on one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """SMs, clock and bandwidth: vendor data sheets of the SXM parts. Lanes a clock and SM of each pipe: the throughput
-    table of the CUDA C++ programming guide, for its compute capability. The clock is a sustained one."""
+    """A GPU. SMs, clock and bandwidth are from data sheets of the SXM parts, lanes per clock and SM of each pipe from the
+    throughput table of the CUDA C++ programming guide for its compute capability. The clock is a sustained one."""
 
     name: str
     sms: int
@@ -18,7 +18,7 @@ class Gpu:
     fp64: int
 
     def clocks(self, cost: Cost) -> dict[str, float]:
-        """Clocks of an SM per element, by what limits them."""
+        """SM clocks per element, by limiting resource."""
         lanes = {"issue": 128, "mufu": 16, "fp32": self.fp32, "fp64": self.fp64, "convert": 64, "other": 64}
         work = {"issue": cost.instructions, **{k: cost.pipes.get(k, 0.0) for k in lanes if k != "issue"}}
         return {"memory": cost.bytes / (self.gigabytes / self.sms / self.ghz), **{k: work[k] / lanes[k] for k in lanes}}

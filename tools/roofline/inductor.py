@@ -1,8 +1,8 @@
-"""What ``torch.compile`` makes of the ops where it sees through them, for ``python -m roofline``: without a GPU.
+"""The kernels that ``torch.compile`` generates from the inlined reference, for ``python -m roofline``, without a GPU.
 
-Inductor asks the CUDA runtime for little more than a device's properties. With those given, it lowers a graph traced on fake
-CUDA tensors to the Triton kernels it would launch, with the block sizes it would try. They are compiled ahead of time, like
-ours, and their predicted times added up: intermediate tensors go through memory, so there is more than one kernel.
+Inductor needs little more of the CUDA runtime than a device's properties. With these, it lowers a graph traced on fake CUDA
+tensors to the Triton kernels it would launch, with the block sizes it would try. They are compiled ahead of time, like ours, and
+their predicted times are summed; intermediate tensors between kernels go through memory.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ATTRS = (1, 0, False, 0.0)
 
 @contextmanager
 def pretended(sm: int) -> Iterator[None]:
-    """A device of this architecture, as far as Inductor looks."""
+    """Pretend that there is a device of this architecture, for Inductor."""
     numbers = {
         "major": sm // 10, "multi_processor_count": GPUS[sm].sms, "regs_per_multiprocessor": 65536, "warp_size": 32,
         "max_threads_per_multi_processor": 2048, "max_threads_per_block": 1024,
@@ -75,7 +75,7 @@ def pretended(sm: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """``function``: with its heuristics, among them the configurations that would be tried. bytes: that it moves."""
+    """A kernel. ``function``: with its heuristics, including the configurations to try. bytes: memory traffic."""
 
     name: str
     function: Any
@@ -83,8 +83,8 @@ class Kernel:
 
 
 def generated(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, list[int]]:
-    """The module that Inductor writes for a function of fake tensors, and the bytes that each of its launches moves. Call it
-    where a GPU is pretended; the module is not run."""
+    """The module that Inductor generates for a function of fake tensors, and the memory traffic of each of its launches. Call it
+    inside :func:`pretended`; the module is not run."""
     found: list[tuple[str, list[int]]] = []
 
     def lower(graph_module: torch.fx.GraphModule, inputs: list[Tensor], **_: Any) -> Any:
@@ -139,7 +139,7 @@ def kernels(text: str, moved: list[int], folder: Path) -> list[Kernel]:
 
 
 def made(kernel: Kernel, tried: Any, sm: int) -> Any:
-    """The compiled kernel, in one of its configurations."""
+    """The kernel compiled in one of its configurations."""
     jit, meta = kernel.function.fn, kernel.function.triton_meta
     constants = {(jit.arg_names.index(k),): v for k, v in {**meta["constants"], **tried.kwargs}.items()}
     source = ASTSource(jit, meta["signature"], constants, meta["configs"][0])
@@ -148,14 +148,14 @@ def made(kernel: Kernel, tried: Any, sm: int) -> Any:
 
 
 def _cost(kernel: Kernel, elements: int, sm: int) -> Cost:
-    """Of the fastest of its configurations, per element of the tensors that the whole function is of."""
+    """The cost of its fastest configuration, per element of the whole function's tensors."""
     costs = []
     for tried in kernel.function.configs:
         listing = sass.disassemble(made(kernel, tried, sm).asm["cubin"])
         body = listing.hot(outermost=False)
         moves = [i for i in body if i.name in ("LDG", "STG")]
         widest = max(i.bytes for i in moves)
-        # elements of a thread, in one turn of its loop
+        # elements per thread and loop iteration
         each = tried.kwargs["XBLOCK"] * tried.kwargs.get("R0_BLOCK", 1) / (32 * tried.num_warps)
         cost = Cost(
             kernel.name, sm, False, kernel.bytes / elements, len(body) / each,
@@ -170,7 +170,7 @@ def _cost(kernel: Kernel, elements: int, sm: int) -> Cost:
 
 @dataclass(frozen=True)
 class Pass:
-    """What is compiled, with the reference of ctkernels' ops, and how many tensors of x's size it has to read and write."""
+    """A function to compile, which uses the ops' reference, and the number of tensors of x's size it has to read and write."""
 
     function: Callable[..., Any]
     tensors: int
@@ -185,7 +185,7 @@ def _reference_backward(dy: Tensor, x: Tensor, *knobs: Tensor) -> list[Tensor]:
 
 
 def chain(z: Tensor, x: Tensor, *knobs: Tensor) -> Tensor:
-    """The unit between neighbours that a compiler could fuse with it."""
+    """The unit between pointwise operations that a compiler can fuse with it."""
     return ctu(x * 2, *knobs, channel_dim=1) * 2 + z
 
 
@@ -197,15 +197,15 @@ PASSES = {
 
 
 def tensors(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """A gradient or a residual, x, beta and coeff, all of them fakes on a GPU."""
+    """A gradient or residual, x, beta and coeff, as fake CUDA tensors."""
     with FakeTensorMode():
         x = torch.empty(SHAPE, dtype=dtype, device="cuda:0")
         return torch.empty_like(x), x, *(torch.empty(SHAPE[1], device="cuda:0") for _ in range(2))
 
 
 def cost(name: str, dtype_name: str, sm: int) -> Cost:
-    """All kernels of one of PASSES, over the memory time of its inputs and outputs alone. Sums over a few values are left
-    out."""
+    """The cost of all kernels of one of PASSES, relative to the memory time of its inputs and outputs. Sums over few values are
+    ignored."""
     dtype, compiled = DTYPES[dtype_name], PASSES[name]
     with tempfile.TemporaryDirectory() as folder, pretended(sm), use_backend("reference"):
         args = tensors(dtype)
@@ -223,7 +223,7 @@ def cost(name: str, dtype_name: str, sm: int) -> Cost:
 
 
 def costs(archs: list[int], only: str = "") -> Iterator[Cost]:
-    """Of the passes whose name contains ``only``."""
+    """Yield the costs of passes with ``only`` in their name."""
     for dtype_name in DTYPES:
         for name in PASSES:
             if only in f"inductor {name} NCHW {dtype_name}":

@@ -1,17 +1,17 @@
-"""Predicted times of whole calls: launches, waves, latency and issue, beside bytes. ``python -m roofline.latency``.
+"""Predicted times of whole calls from launches, waves, latency, issue and memory traffic: ``python -m roofline.latency``.
 
-``python -m roofline`` asks what a kernel's loop costs if latency is hidden. On an H100 calls took 1.2 to 5 times that, since it
-was not: too few bytes in flight, blocks that leave a wave nearly empty, launches after one another. This model has them:
+``python -m roofline`` predicts a kernel's loop with hidden latency. On an H100, calls took 1.2 to 5 times that, because latency
+was not hidden: too few bytes in flight, nearly empty last waves, successive launches. This model includes them:
 
     call   = sum over its launches of: launch + setup + sum over waves of (steps x step)
     step   = (own^p + issue^p + memory^p)^(1/p)
 
-own: a warp's round trip to memory, and its dependent instructions; issue: what all warps of an SM take to issue theirs, or its
-MUFU; memory: the bytes of all SMs at the bandwidth that is reached. A reduction has latencies and the levels of its tree.
+own: a warp's round trip to memory and its dependent instructions; issue: the time of all warps of an SM to issue instructions,
+or of its MUFU; memory: the traffic of all SMs at the reached bandwidth. A reduction has latencies and the levels of its tree.
 
-The launches come from the host code itself and the instructions from the compiler (:mod:`.calls`), so that a change to either
-shows here. The other constants are fitted to ``benchmarks/results/h100.json``, with the launches and the machine code of the
-revision that was measured (``h100_launches.json``). Where the model and a measurement disagree, the measurement is right.
+The launches come from the host code and the instructions from the compiler (:mod:`.calls`), so predictions follow changes of
+either. The constants are fitted to ``benchmarks/results/h100.json``, with the launches and machine code of the measured revision
+(``h100_launches.json``). Where the model and a measurement disagree, the measurement is right.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ FOLDER = Path(__file__).parent
 FITTED, LAUNCHES, BUDGETS = (FOLDER / f"{name}.json" for name in ("latency_h100", "h100_launches", "budgets_calls"))
 # Of every architecture since sm_80, per SM: registers, warps and blocks that fit; schedulers; lanes of MUFU.
 REGISTERS, WARPS, BLOCKS, SCHEDULERS, MUFU = 65536, 64, 32, 4, 16
-SHUFFLE = 60  # clocks of a level: two halves of a double, and its addition
+SHUFFLE = 60  # clocks per level: two halves of a double, and the addition
 
 
 @dataclass(frozen=True)
 class Constants:
-    """What is fitted.
+    """The fitted constants.
 
-    bandwidth: GB/s of memory, if nothing else took time.
-    latency: ns from a load to its use, with the queues of a busy GPU.
-    launch: us from one launch to the next in a CUDA graph, and what an empty kernel takes.
+    bandwidth: memory bandwidth in GB/s.
+    latency: ns from a load to its use, on a busy GPU.
+    launch: us from one launch to the next in a CUDA graph, including an empty kernel.
     setup, setup_edit: latencies before a block's first step, of a unit and of a head edit.
-    once: how often an instruction before the loop is executed.
-    flow: share of the waves that blocks do not wait for, since one starts where another ends.
-    issue: cycles of a scheduler an instruction.
-    alone: clocks from one instruction of a warp to the next, if no other warp is there.
+    once: executions of an instruction before the loop.
+    flow: fraction of the waves without waiting, since a block starts when another ends.
+    issue: scheduler cycles per instruction.
+    alone: clocks between instructions of a warp without other warps.
     blend: p.
-    barrier: ns of a level of a tree with a barrier.
-    reduce: us that a reduction takes beside its terms and its tree.
-    finish: us from sums to a unit's gradients, from logits.
-    table: us of the kernel that makes a unit's constants of logits.
+    barrier: ns per level of a tree with barriers.
+    reduce: us of a reduction in addition to its terms and tree.
+    finish: us to compute a unit's gradients from sums, with logits.
+    table: us of the kernel that computes a unit's constants from logits.
     """
 
     bandwidth: float = 2950.0
@@ -88,15 +88,15 @@ class Machine:
 
     @staticmethod
     def of(sm: int, constants: Constants) -> Machine:
-        """The constants were fitted on one GPU: on others, bandwidth is scaled by what the data sheets say, latency and launches
-        are taken to be the same."""
+        """The constants for a GPU: those fitted on the H100, with bandwidth scaled by the data sheets, and the same latency and
+        launch times."""
         gpu, fitted = GPUS[sm], GPUS[90]
         scaled = replace(constants, bandwidth=constants.bandwidth * gpu.gigabytes / fitted.gigabytes)
         return Machine(gpu.sms, gpu.ghz, scaled)
 
 
 def resident(launch: Launch, code: Code) -> int:
-    """Blocks that fit an SM together; registers are handed out by 256 a warp."""
+    """Resident blocks per SM; registers are allocated in units of 256 per warp."""
     warps = launch.threads // 32 or 1
     per_warp = -(-code.registers * 32 // 256) * 256
     return max(1, min(BLOCKS, WARPS // warps, REGISTERS // (per_warp * warps)))
@@ -107,13 +107,13 @@ def waves(launch: Launch, code: Code, machine: Machine) -> float:
 
 
 def in_flight(launch: Launch, code: Code, machine: Machine) -> float:
-    """Bytes that an SM has asked memory for at a time, if every thread waits for a step's loads."""
+    """Bytes in flight per SM if every thread waits for a step's loads."""
     blocks = min(resident(launch, code), -(-launch.blocks // machine.sms))
     return blocks * launch.threads * launch.asked * launch.used
 
 
 def over_tensor_us(launch: Launch, code: Code, machine: Machine, op: str) -> float:
-    """Microseconds of a kernel that passes over the tensor, without the launch itself."""
+    """Microseconds of a kernel over the tensor, without the launch."""
     c, clock = machine.constants, 1e-3 / machine.ghz
     latency, warps, slots = 1e-3 * c.latency, max(launch.threads // 32, 1), resident(launch, code) * machine.sms
     alone = code.instructions * c.alone * clock
@@ -121,7 +121,7 @@ def over_tensor_us(launch: Launch, code: Code, machine: Machine, op: str) -> flo
     first = c.setup_edit if op == "head_edit" else c.setup
 
     def wave(blocks: int) -> tuple[float, float]:
-        """Of the set-up, and of the steps."""
+        """Times of the setup and of the steps."""
         busy = -(-blocks // machine.sms) * warps  # warps of the fullest SM
         issue = busy * c.issue * max(code.instructions / SCHEDULERS, code.mufu * 32 / MUFU) * clock
         memory = blocks * launch.threads * launch.moved / (1e3 * c.bandwidth)
@@ -138,7 +138,7 @@ def over_tensor_us(launch: Launch, code: Code, machine: Machine, op: str) -> flo
 
 
 def reduction_us(launch: Launch, code: Code, machine: Machine) -> float:
-    """Microseconds of a kernel that adds up sums."""
+    """Microseconds of a reduction kernel."""
     c, clock = machine.constants, 1e-3 / machine.ghz
     busy = -(-launch.blocks // machine.sms) * max(launch.threads // 32, 1)
     instructions = launch.steps * code.instructions * max(busy / SCHEDULERS, c.alone) * clock
@@ -163,13 +163,13 @@ def call_us(found: Sequence[tuple[Launch, Code]], machine: Machine, op: str) -> 
 
 
 def floor_us(call: Call, which: str, sm: int) -> float:
-    """Microseconds that the tensors' bytes take at the bandwidth of a large copy: two, or five with the backward pass."""
+    """Microseconds for the traffic at the bandwidth of a large copy: two tensors, or five with the backward pass."""
     copy = max(record["copy_gb_s"] for _, record in measured()) * GPUS[sm].gigabytes / GPUS[90].gigabytes
     return call.nbytes * (2 if which == "forward" else 5) / (1e3 * copy)
 
 
 def current(call: Call, which: str, backend: str, sm: int) -> list[tuple[Launch, Code]]:
-    """A call's launches as this revision makes them, with their machine code."""
+    """A call's launches in this revision, with their machine code."""
     found = launches(call, backend, which)
     return list(zip(found, codes(found, backend, sm), strict=True))
 
@@ -179,7 +179,7 @@ def current(call: Call, which: str, backend: str, sm: int) -> list[tuple[Launch,
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured time, in microseconds, and the launches that took it."""
+    """A measured time, in microseconds, and its launches."""
 
     call: Call
     which: str
@@ -188,7 +188,7 @@ class Figure:
 
 
 def figures() -> list[Figure]:
-    """Of the CUDA kernels on an H100."""
+    """The measured times of the CUDA kernels on an H100."""
     table = json.loads(LAUNCHES.read_text())
     machine_code = {name: Code(**code) for name, code in table["kernels"].items()}
     made = {(f["call"], f["pass"]): [Launch(**launch) for launch in f["launches"]] for f in table["figures"]}
@@ -203,13 +203,13 @@ def figures() -> list[Figure]:
 
 
 def errors(found: Sequence[Figure], constants: Constants) -> list[float]:
-    """Predicted over seen, less 1."""
+    """Relative errors, predicted / measured - 1."""
     machine = Machine.of(90, constants)
     return [call_us(f.launches, machine, f.call.op) / f.seen - 1 for f in found]
 
 
 def fit(found: Sequence[Figure], tries: int = 10000, seed: int = 0) -> Constants:
-    """By a random search in shrinking steps, on the logarithms of the ratios, large ones less than squared."""
+    """Fit the constants by random search with shrinking steps, with a robust loss of the logarithms of the ratios."""
     draw, names = random.Random(seed), [f.name for f in fields(Constants)]
 
     def cost(constants: Constants) -> float:
@@ -229,7 +229,7 @@ def fit(found: Sequence[Figure], tries: int = 10000, seed: int = 0) -> Constants
 
 
 def held_out(found: Sequence[Figure], group: Callable[[Figure], Any], tries: int = 4000) -> dict[str, float]:
-    """Errors of figures that the fit has not seen: each group is left out in turn."""
+    """Cross-validation errors, with each group left out in turn."""
     total: list[float] = []
     for key in dict.fromkeys(group(f) for f in found):
         constants = fit([f for f in found if group(f) != key], tries)
@@ -249,7 +249,7 @@ def fitted() -> Constants:
 
 
 def write_fit() -> None:
-    """Fits the constants, and says how far off the model is: on what it was fitted to, and on what was left out."""
+    """Fit the constants, and write them with the errors on the fitted and on held-out figures."""
     found = figures()
     constants = fit(found)
     table = {
@@ -272,7 +272,7 @@ def write_fit() -> None:
 
 
 def described(call: Call, which: str, found: Sequence[tuple[Launch, Code]], sm: int) -> dict[str, float]:
-    """What the budget of a call says: its time and launches; and what those are due to, of its last pass over the tensor."""
+    """The budget of a call: its time and launches, and the resources of its last launch over the tensor."""
     machine = Machine.of(sm, fitted())
     launch, code = [(launch, code) for launch, code in found if launch.role in ("forward", "backward")][-1]
     us = call_us(found, machine, call.op)
@@ -289,7 +289,7 @@ def described(call: Call, which: str, found: Sequence[tuple[Launch, Code]], sm: 
 
 
 def broken(found: dict[str, float], allowed: dict[str, float]) -> list[str]:
-    """The lines of a budget that a call does not keep. There is room for another compiler's scheduling, not for more work."""
+    """The violated lines of a call's budget, with tolerance for another compiler's scheduling, but not for more work."""
     bounds = {
         "us": 1.03 * allowed["us"] + 0.05,
         "launches": allowed["launches"],
@@ -318,8 +318,8 @@ def everything(sm: int, backend: str = "cuda") -> dict[str, dict[str, float]]:
 
 
 def table(sm: int, backend: str) -> list[str]:
-    """Lines: what was seen on the H100, what the model says of the kernels that were measured, and of those that ship. Of
-    Triton's, which the fit has not seen, those that ship stand for both."""
+    """Lines with times measured on the H100, predictions for the measured kernels, and predictions for the current kernels. For
+    Triton, which is not part of the fit, the current kernels stand for both."""
     now = everything(sm, backend)
     fit_machine, found = Machine.of(90, fitted()), figures()
     models = {f"{f.call.name}, {f.which}": call_us(f.launches, fit_machine, f.call.op) for f in found}

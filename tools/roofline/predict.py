@@ -1,9 +1,9 @@
-"""python -m roofline: what every Triton and CUDA kernel costs an element, from its machine code, without a GPU.
+"""python -m roofline: the predicted cost per element of every Triton and CUDA kernel, from its machine code, without a GPU.
 
-For comparison, a plain translation of the formula, and what torch.compile makes of the composed reference.
+For comparison, it also has a plain translation of the formula, and the kernels of torch.compile for the composed reference.
 
-The predicted time of a kernel is the largest of memory time and the time of each execution pipe, per element and SM, over
-memory time alone: 1.00 is as fast as memory can be. It assumes that latency is hidden; it is no measurement.
+The predicted time of a kernel is the maximum of memory time and the time of each execution pipe, per element and SM, relative to
+memory time: 1.00 is the speed of memory. It assumes hidden latency and is not a measurement.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .variants import Variant, variants
 
 
 def cost(variant: Variant, sm: int) -> Cost:
-    """Of its hot loop, or where it has none, of all of it."""
+    """The cost of its main loop, or of all its code if it has no loop."""
     found, _ = compiled(variant.kernel, variant.args, variant.meta, sm)
     listing = sass.disassemble(found.asm["cubin"])
     body = listing.hot(outermost=not variant.meta.get("PLANE", False))
-    # Of the body, the accesses that move the tensors, not parameters: the widest.
+    # The accesses to tensors, not parameters: the widest ones.
     moves = [i for i in body if i.name in ("LDG", "STG")]
     vector = max(i.bytes for i in moves)
     tensors = [i for i in moves if i.bytes == vector]
@@ -47,7 +47,7 @@ def cost(variant: Variant, sm: int) -> Cost:
 
 
 def costs(archs: list[int], only: str = "") -> Iterator[Cost]:
-    """Of the variants whose name contains ``only``."""
+    """Yield the costs of variants with ``only`` in their name."""
     for variant in variants():
         if only in variant.name:
             for sm in archs:
@@ -71,7 +71,7 @@ def _of_backends(backends: list[str], archs: list[int], only: str) -> Iterator[C
 
 
 def budget(found: Cost) -> dict[str, float]:
-    """What the checked-in budget says about a kernel."""
+    """The budget entry of a kernel."""
     return {
         "instructions": round(found.instructions, 1),
         "mufu": round(found.pipes.get("mufu", 0.0), 2),

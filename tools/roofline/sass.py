@@ -1,4 +1,4 @@
-"""What the hardware would execute: registers, spills, and the hot loop of a compiled kernel, from its disassembly."""
+"""Registers, spills and the main loop of a compiled kernel, from its disassembly."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Bytes a lane moves."""
+        """Bytes per lane."""
         width = re.search(r"\.(128|64|U16|S16|U8|S8)\b", self.opcode)
         return {None: 4, "128": 16, "64": 8, "U16": 2, "S16": 2}.get(width and width[1], 1)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """A kernel: registers a thread, bytes of stack, all its instructions, and the ranges of its loops."""
+    """A kernel: registers per thread, bytes of stack, instructions, and ranges of its loops."""
 
     registers: int
     stack: int
@@ -62,11 +62,11 @@ class Listing:
         return sum(i.name in names for i in self.instructions)
 
     def calls(self, body: list[Instruction]) -> int:
-        """Subroutine calls; a ``CALL`` of a local label is how ptxas sometimes leaves a loop."""
+        """The number of subroutine calls, without a ``CALL`` of a local label, with which ptxas sometimes leaves a loop."""
         return sum(i.name == "CALL" and "`(.L" not in i.operands for i in body)
 
     def hot(self, outermost: bool) -> list[Instruction]:
-        """The loop that loads from global memory (the innermost, or with everything around it); all, if there is none."""
+        """The loop that loads from global memory, innermost or outermost; all instructions if there is none."""
         found = [self.instructions[a : b + 1] for a, b in self.loops]
         found = [body for body in found if any(i.name == "LDG" for i in body)]
         return sorted(found, key=len)[-1 if outermost else 0] if found else self.instructions
@@ -74,7 +74,7 @@ class Listing:
 
 @lru_cache(maxsize=8)
 def _dump(cubin: bytes) -> tuple[str, str]:
-    """What NVIDIA's tools say of a cubin: the resources of its kernels, and their code."""
+    """The output of NVIDIA's tools for a cubin: the resources of its kernels, and their code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -87,7 +87,7 @@ def _dump(cubin: bytes) -> tuple[str, str]:
 
 
 def disassemble(cubin: bytes, function: str | None = None) -> Listing:
-    """``function``: which of several kernels; None if there is only one."""
+    """The listing of a kernel. ``function``: its name; None if there is only one."""
     usage, text = _dump(cubin)
     if function is not None:
         usage = re.search(rf"Function {function}:\s+(.*)", usage)[1]  # type: ignore[index]
@@ -111,7 +111,7 @@ def disassemble(cubin: bytes, function: str | None = None) -> Listing:
 
 
 def pipes(body: list[Instruction]) -> Counter[str]:
-    """Operations by execution pipe. A packed instruction (FFMA2, sm_100) is two."""
+    """The number of operations per execution pipe. A packed instruction (FFMA2, sm_100) counts twice."""
     found: Counter[str] = Counter()
     for i in body:
         found[i.pipe] += 2 if i.pipe == "fp32" and i.name.endswith("2") else 1

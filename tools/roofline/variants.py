@@ -1,4 +1,4 @@
-"""The kernel variants that the roofline looks at, as the launches that the library itself would make."""
+"""The kernel variants for the roofline, as launches that the library makes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ctkernels.ops.head_edit import OP as HEAD_EDIT
 from ctkernels.ops.record import Op
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-# A ResNet's activations, a transformer's MLP, attention heads side by side and with tokens between them.
+# A ResNet's activations, a transformer's MLP, attention heads adjacent in memory and with tokens between them.
 NCHW, NLC, HEADS, HEADS_OUTSIDE = (32, 64, 56, 56), (8, 197, 768), (8, 512, 32 * 128), (8 * 32, 512, 128)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One launch. reads: tensors of elements that it reads; itemsize: of an element. Not ``ours``: for comparison."""
+    """A launch. reads: number of elementwise tensors that it reads; itemsize: bytes per element. Not ``ours``: for comparison."""
 
     name: str
     kernel: Any
@@ -121,7 +121,7 @@ def _gates() -> Iterator[Variant]:
 
 
 def _followers() -> Iterator[Variant]:
-    """The launches that add up partial sums and shared parameters."""
+    """The launches that reduce partial sums and gradients of shared parameters."""
     z = torch.empty(HEADS)
     parameters = [torch.empty(n) for n in (4096, 4096, 32, 32)]
     backward = implementation(HEAD_EDIT).backward
@@ -132,7 +132,7 @@ def _followers() -> Iterator[Variant]:
 
 @triton.jit
 def naive_kernel(x, y, beta, coeff, n, LANES: tl.constexpr):
-    """The published formula, one knob for all, as one would write it down."""
+    """A direct translation of the published formula, with one beta and coeff."""
     i = tl.program_id(0) * LANES + tl.arange(0, LANES)
     v, b, c = tl.load(x + i, mask=i < n, other=0.0).to(tl.float32), tl.load(beta), tl.load(coeff)
     u = v / (1.0 - b + 1e-6)
@@ -156,7 +156,7 @@ def _naive(dtype_name: str, dtype: torch.dtype) -> Variant:
 
 
 def variants() -> Iterator[Variant]:
-    """All of them."""
+    """All variants."""
     for name, dtype in DTYPES.items():
         yield from _ctu(name, dtype)
         yield from _head_edit(name, dtype)

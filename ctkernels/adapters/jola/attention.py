@@ -128,9 +128,9 @@ def fuse_attention(model: nn.Module) -> FusedAttention:
             f"fuse_attention: model_type must be one of {', '.join(sorted(FAMILIES))}, whose attention output is "
             f"known to reach the projection unchanged; got {family!r}"
         )
-    found = {module.config._attn_implementation for module in _pretrained(base)}
-    if found != {"sdpa"}:
-        raise ValueError(f'fuse_attention: the attention implementation must be "sdpa", got {sorted(map(str, found))}')
+    implementations = {str(module.config._attn_implementation) for module in _pretrained(base)}
+    if implementations != {"sdpa"}:
+        raise ValueError(f'fuse_attention: the attention implementation must be "sdpa", got {sorted(implementations)}')
     owners = list(_owners(base))
     for _, owner in owners:
         if not _asks_interface(owner):

@@ -69,18 +69,18 @@ def bias_switch(model: nn.Module, biases: Iterable[str]) -> Switch | None:
     if config is None or not hasattr(type(model), "_from_config"):
         return None
     present = set(dict(model.named_parameters(remove_duplicate=False)))
-    wanted = set(biases)
-    for part, own in config_parts(config).items():
+    new = set(biases)
+    for part, subconfig in config_parts(config).items():
         for name, value in _SWITCHES:
-            if not hasattr(own, name) or getattr(own, name) == value:
+            if not hasattr(subconfig, name) or getattr(subconfig, name) == value:
                 continue
             changed = copy.deepcopy(config)
             setattr(config_parts(changed)[part], name, value)
             with torch.device("meta"):
                 candidate = type(model)(changed)
             shapes = {key: parameter.shape for key, parameter in candidate.named_parameters(remove_duplicate=False)}
-            added = {key: shape for key, shape in shapes.items() if key not in present - wanted}
-            if wanted | present <= set(shapes) and all(key.endswith(".bias") for key in added):
+            added = {key: shape for key, shape in shapes.items() if key not in present - new}
+            if new | present <= set(shapes) and all(key.endswith(".bias") for key in added):
                 return Switch(part, name, value, added)
     return None
 

@@ -48,18 +48,18 @@ def stack(layer: nn.Module | None) -> Iterator[nn.Module]:
 
 def not_merged(layer: Any, wanted: list[str] | None) -> list[str]:
     """The active adapters of a tuner layer that are neither merged nor in `wanted` (None: all active)."""
-    own = layer._get_available_adapters()
-    done = {*layer.merged_adapters, *(layer.active_adapters if wanted is None else wanted)}
-    return [name for name in layer.active_adapters if name in own and name not in done]
+    available = layer._get_available_adapters()
+    merged = {*layer.merged_adapters, *(layer.active_adapters if wanted is None else wanted)}
+    return [name for name in layer.active_adapters if name in available and name not in merged]
 
 
 def to_merge(layer: Any, wanted: list[str] | None) -> list[str]:
     """The unmerged adapters of a tuner layer that are in `wanted` (None: the active ones)."""
     if isinstance(wanted, str):
         raise TypeError(f"adapter_names must be a list of names, got {wanted!r}")
-    own = layer._get_available_adapters()
+    available = layer._get_available_adapters()
     names = dict.fromkeys(layer.active_adapters if wanted is None else wanted)
-    return [name for name in names if name in own and name not in layer.merged_adapters]
+    return [name for name in names if name in available and name not in layer.merged_adapters]
 
 
 class Kept:
@@ -93,7 +93,7 @@ class Kept:
 
     def restore(self, base: nn.Module, layers: list[Any]) -> None:
         """Restore the parameters, the same objects with the same bits."""
-        here = offload_hook(base) is not None and not any(p.is_meta for p in base.parameters(recurse=False))
+        loaded = offload_hook(base) is not None and not any(p.is_meta for p in base.parameters(recurse=False))
         for layer, names in zip(layers, self._merged):
             layer.merged_adapters[:] = names
             if not names and getattr(layer, "_kept", None) is not None:
@@ -103,7 +103,7 @@ class Kept:
         hook = offload_hook(base)
         if hook is not None:
             hook.weights_map = self._weights_map
-            if here and any(p.is_meta for p in base.parameters(recurse=False)):
+            if loaded and any(p.is_meta for p in base.parameters(recurse=False)):
                 hook.pre_forward(base)  # load them: the caller that had loaded the weights offloads them
 
 

@@ -1,4 +1,4 @@
-"""Which heads a JoLA adapter edits: gates by layer and head as numbers and as a picture, and what it costs."""
+"""The gates of a JoLA adapter by layer and head, as numbers and as a picture, and the adapter's size."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ KINDS = {"a": "additive gate", "m": "multiplicative gate"}
 
 @dataclass(frozen=True)
 class GateMap:
-    """Deterministic gates of an adapter, in [0, 1]; NaN where a head has no such edit.
+    """The deterministic gates of an adapter, in [0, 1]; NaN where a head has no such edit.
 
     Attributes:
         sites: names of the edited projections, in the model's order.
         m, a: multiplicative and additive gates, each (sites, heads).
-        parameters: numbers that a file of the adapter holds.
+        parameters: number of parameters in the adapter's file.
     """
 
     sites: tuple[str, ...]
@@ -33,7 +33,7 @@ class GateMap:
     parameters: int
 
     def kept(self) -> list[tuple[str, int]]:
-        """The (site, head) pairs of which at least one gate is open."""
+        """The (site, head) pairs with at least one open gate."""
         return [
             (site, head)
             for site, *rows in zip(self.sites, self.m, self.a)
@@ -43,12 +43,12 @@ class GateMap:
 
     @property
     def sparsity(self) -> float:
-        """The part of the gates that is closed, in [0, 1]."""
+        """The fraction of gates that are closed, in [0, 1]."""
         gates = [g for kind in (self.m, self.a) for row in kind for g in row if not math.isnan(g)]
         return sum(g == 0 for g in gates) / len(gates)
 
     def text(self) -> str:
-        """One line: heads kept, gates closed, size."""
+        """One line with the number of edited heads, the sparsity and the size."""
         heads = sum(len(row) for row in self.m)
         return (
             f"{len(self.kept())} of {heads} heads edited, {100 * self.sparsity:.1f} % of the gates closed, "
@@ -56,7 +56,7 @@ class GateMap:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, NaN as None, gates to five digits."""
+        """Values for JSON, NaN as None, gates rounded to five digits."""
         rounded = {
             kind: [[None if math.isnan(g) else round(g, 5) for g in row] for row in getattr(self, kind)]
             for kind in KINDS
@@ -65,7 +65,7 @@ class GateMap:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateMap:
-        """Back from :meth:`to_dict`."""
+        """A map from the result of :meth:`to_dict`."""
         rows = {
             kind: tuple(tuple(math.nan if g is None else float(g) for g in row) for row in values[kind])
             for kind in KINDS
@@ -102,9 +102,9 @@ def gate_map(model: nn.Module, adapter: str | None = None) -> GateMap:
     parameters = 0
     for layer, name, kind, log_alpha in entries:
         gates = layer.gates(name, training=False)[kind].tolist()
-        own = rows.setdefault(layer.site, {k: [math.nan] * width for k in KINDS})[kind]
+        row = rows.setdefault(layer.site, {k: [math.nan] * width for k in KINDS})[kind]
         for head, gate in zip(layer.heads(kind, name), gates):
-            own[head] = gate
+            row[head] = gate
         parameters += log_alpha.numel() + layer._of(kind)[name].numel()
     sites = tuple(rows)
     m, a = (tuple(tuple(rows[site][kind]) for site in sites) for kind in ("m", "a"))
@@ -117,18 +117,18 @@ def plot_gates(
     labels: Sequence[str] | None = None,
     title: str = "",
 ) -> None:
-    """Draw gates as heat maps, layers by heads: additive above, multiplicative below, one column per frame.
+    """Save heat maps of gates, layers by heads: additive above, multiplicative below, one column per frame.
 
-    Crosses mark closed gates, grey is a head without that edit.
+    Crosses mark closed gates; grey heads have no such edit.
 
     Args:
-        frames: one map, or several of one adapter over training.
-        path: where to; the suffix decides the format (``.png``, ``.svg``, ``.pdf``).
-        labels: above the columns. Default: none for one frame, "frame 1" and so on for more.
-        title: above the picture. Default: none.
+        frames: one map, or several maps of one adapter over training.
+        path: file to write; its suffix selects the format (``.png``, ``.svg``, ``.pdf``).
+        labels: titles of the columns. Default: none for one frame, "frame 1" and so on for more.
+        title: title of the picture. Default: none.
 
     Raises:
-        ValueError: no frames, frames of different sites, or another number of labels.
+        ValueError: there are no frames, their sites differ, or the number of labels is wrong.
         ImportError: matplotlib is missing; the message names the extra.
 
     Examples:
@@ -141,7 +141,7 @@ def plot_gates(
 
 
 def draw_gates(frames: GateMap | Sequence[GateMap], labels: Sequence[str] | None = None, title: str = "") -> Any:
-    """The picture that :func:`plot_gates` saves, as a matplotlib figure."""
+    """The matplotlib figure that :func:`plot_gates` saves."""
     maps = [frames] if isinstance(frames, GateMap) else list(frames)
     if not maps or any(m.sites != maps[0].sites for m in maps):
         raise ValueError(f"frames must be one or more maps of the same sites, got {[len(m.sites) for m in maps]} sites")

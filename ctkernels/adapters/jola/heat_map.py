@@ -8,7 +8,7 @@ from typing import Any
 
 from ..._extras import require
 
-Grid = Sequence[Sequence[float]]  # layers of heads; NaN where there is nothing
+Grid = Sequence[Sequence[float]]  # (layers, heads); NaN for no value
 _LIGHT = "#e6e9ed"
 _INK = ("text.color", "axes.labelcolor", "axes.titlecolor", "axes.edgecolor", "xtick.color", "ytick.color")
 _DARK = dict.fromkeys(_INK, _LIGHT) | {"figure.facecolor": "none", "savefig.facecolor": "none"}
@@ -26,13 +26,13 @@ def heat_maps(
     """Draw grids as a matplotlib figure, layers downwards and heads to the right, with one colour scale.
 
     Args:
-        columns: next to each other, all with the same names of rows; the grids of a column stand below each other.
-        labels: above the columns.
-        title: above the picture.
-        scale: beside the colours.
-        most: the largest value that has a colour of its own; the smallest is 0.
-        crossed: the value that is marked by a cross.
-        dark: for a dark background, which shows through.
+        columns: the columns, each a mapping from the same row names to grids.
+        labels: titles of the columns.
+        title: title of the picture.
+        scale: label of the colour bar.
+        most: upper end of the colour scale, which starts at 0.
+        crossed: the value to mark with a cross.
+        dark: use light ink on a transparent background.
     """
     figure_module = require("matplotlib.figure", "lab", "the picture")
     matplotlib = require("matplotlib", "lab", "the picture")

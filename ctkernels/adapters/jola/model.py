@@ -83,7 +83,7 @@ class JolaModel(BaseTuner):
             _warn_of_missed(model, peft_config, list(sites))
         for name, reason in unused_sites(model).items():
             if name in sites:
-                warnings.warn(f"{name}: its edit is for nothing, {reason}", UserWarning, stacklevel=2)
+                warnings.warn(f"{name}: its edit has no effect, {reason}", UserWarning, stacklevel=2)
         peft_config.target_modules = targets
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Watching edited heads in production: running statistics of the edits' size, inputs unlike those of training, drift."""
+"""A monitor of edited heads in production: running statistics of edit sizes, unusual inputs, drift."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ FILE = "edit_monitor.json"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a monitor counted, as plain numbers; lists are over heads, in the order of :attr:`EditMonitor.heads`.
+    """The statistics of a monitor as Python numbers; lists are over heads, in the order of :attr:`EditMonitor.heads`.
 
     Attributes:
-        inputs, outside: rows that were watched to their end, and those of them outside the range.
-        total, count: the sum of edit sizes over tokens, and the number of tokens.
+        inputs, outside: number of completed rows, and of those outside the range.
+        total, count: sum of edit sizes over tokens, and number of tokens.
         high: largest edit size.
-        beyond: inputs in which the head was outside its range.
-        windows, alarms: full windows, and those of them above the threshold.
-        drift: distance of the last full window; None before there was one.
+        beyond: number of inputs in which the head was outside its range.
+        windows, alarms: number of full windows, and of those above the threshold.
+        drift: distance of the last full window; None before the first.
     """
 
     inputs: int
@@ -55,35 +55,35 @@ class Snapshot:
 class EditMonitor:
     """Running statistics of ``|z' - z| / |z|`` for every edited head and token, and alarms for unusual inputs and drift.
 
-    While it is off, there is no hook on the model: off costs nothing. While it is on, everything stays on the device:
-    nothing is read back until a method or attribute says so. Gates and edits are taken as they are when it is switched
-    on. Padding does not count if the model is called with a 2-D ``attention_mask``.
+    A detached monitor has no hooks on the model and costs nothing. An attached one accumulates on the device, without host
+    synchronisation until a method or attribute reads values. It uses the gates and edits at the time of attaching. Padding
+    is ignored if the model is called with a 2-D ``attention_mask``.
 
-    A forward pass begins new inputs, a row each, unless it continues those before it: if its attention mask is wider than
-    its tokens, or without such a mask if its cache is not empty (of a cache that does not say: if it has one token per
-    row). Beam search reorders rows; not followed here. While a pass of one thread is watched, those of others are not. Compile
-    a model after switching on: the compiler takes no notice of hooks that come later.
+    A forward pass starts new inputs, one per row, unless it continues the previous ones: if its attention mask is wider than
+    its tokens, or, without a mask, if its cache is not empty (or of unknown length, with one token per row). Beam search,
+    which reorders rows, is not supported. While a pass of one thread is watched, passes of other threads are not. Compile a
+    model after attaching: compiled code ignores hooks added later.
 
     Args:
         model: a model with a JoLA adapter, merged or not.
         adapter: its name; None takes the active ones.
-        margin: how far beyond the calibrated range a head may go, as a part of the range's width. Default 0.5: with
-            hundreds of heads, some token of any new text lies a little beyond what a few texts showed.
-        every: of so many batches, one is watched, the first among them; the others cost two calls of Python. Default: all.
-        window: inputs whose edits are held against the calibration's at a time, see :attr:`drift`; it needs twice as many
-            for calibration. None: drift is not measured.
-        false_alarms: the share of windows that may be above the threshold though their inputs are like the calibration's.
-        history: how many batches to keep, with their tokens, for :attr:`recent`.
-        name: of the model in exported metrics. Default: the name it was loaded from, or its class.
+        margin: tolerated excess beyond the calibrated range, as a fraction of its width. Default 0.5: with hundreds of
+            heads, some token of any new text is slightly outside the range of a few calibration texts.
+        every: watch the first of every so many batches; a skipped batch costs two Python calls. Default 1: all.
+        window: inputs per window that is compared with the calibration, see :attr:`drift`; calibration needs twice as many.
+            Default 64. None: do not measure drift.
+        false_alarms: expected fraction of windows above the threshold for inputs like those of the calibration. Default 0.001.
+        history: number of batches to keep, with their tokens, for :attr:`recent`. Default 0.
+        name: name of the model in exported metrics. Default: the name it was loaded from, or its class.
 
     Attributes:
         heads: (site, head) of every column of the statistics.
-        rows: how many inputs ended, those of batches that were not watched left out.
-        reference: what calibration showed; None before.
-        recent: the last watched batches, the current one at the end.
+        rows: number of completed inputs, in watched batches.
+        reference: the result of calibration; None before.
+        recent: the last watched batches, the current one last.
 
     Raises:
-        ValueError: no JoLA adapter, or an argument out of range.
+        ValueError: there is no JoLA adapter, or an argument is out of range.
 
     Examples:
         >>> monitor = EditMonitor(model, window=2)
@@ -127,7 +127,7 @@ class EditMonitor:
         self.heads = [(site, head) for site, heads in self.sites.items() for head in range(heads)]
         self.reference: Reference | None = None
         self.recent: deque[Inputs] = deque(maxlen=history)
-        # two norms of head_dim squares each, and the few operations around them
+        # rounding error of two norms of head_dim squares each, and a few more operations
         self._tolerance = (max(layer.head_dim for layer in self.layers) + 8) * torch.finfo(torch.float32).eps
         self._handles: list[Any] = []
         self._hooks: list[tuple[JolaLayer, Any]] = []
@@ -139,11 +139,11 @@ class EditMonitor:
         self._current: Inputs | None = None
         self._batch: int | None = None  # rows of the current inputs, watched or not
         self._watched = True
-        self._number = 0  # of batches
-        self._seen = 0  # of those, watched
+        self._number = 0  # number of batches
+        self._seen = 0  # number of watched batches
         self.reset()
 
-    # ---- on and off ----
+    # ---- attaching and calibration ----
 
     @property
     def on(self) -> bool:
@@ -151,7 +151,7 @@ class EditMonitor:
         return bool(self._handles)
 
     def attach(self) -> None:
-        """Switch on; a second call takes up changed gates and edits."""
+        """Add the hooks; call it again after gates or edits changed."""
         self.detach()
         for module in _holders(self.model, self.layers):
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -159,7 +159,7 @@ class EditMonitor:
         self._hooks = [(layer, self._hook(layer, *edit_operands(layer, self.adapter))) for layer in self.layers]
 
     def detach(self) -> None:
-        """Switch off; statistics and reference stay."""
+        """Remove the hooks; statistics and reference are kept."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -174,9 +174,9 @@ class EditMonitor:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Watch the passes of this thread alone, whatever ``every`` says, for :attr:`recent`: nothing is counted.
+        """Watch only the passes of this thread, regardless of ``every``, for :attr:`recent`, without counting them.
 
-        It waits for a pass of another thread that is watched; inputs that are under way there go on afterwards.
+        It waits for a watched pass of another thread; unfinished inputs of that thread continue afterwards.
         """
         with self._free:
             kept = self._current, self._batch, self._watched
@@ -190,7 +190,7 @@ class EditMonitor:
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:
-        """Switch on; the reference becomes that of all inputs of such blocks. Nothing is flagged or counted meanwhile."""
+        """Attach, and compute the reference from all inputs of such blocks. They are not flagged or counted."""
         before, known = self.on, list(self._calibration)
         self.begin()
         self.attach()
@@ -209,10 +209,10 @@ class EditMonitor:
                 self.detach()
 
     def calibrate(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Run the model on batches of its inputs, in evaluation mode, and take their edits for the reference.
+        """Run the model on batches in evaluation mode and compute the reference from their edits.
 
         Raises:
-            ValueError: no batches, or an edited projection that no token reaches.
+            ValueError: there are no batches, or no token reaches an edited projection.
         """
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
@@ -243,10 +243,10 @@ class EditMonitor:
                 stacklevel=4,
             )
 
-    # ---- what it saw ----
+    # ---- statistics ----
 
     def begin(self) -> None:
-        """Begin new inputs, of which the next pass is the first: those before have ended, and are counted."""
+        """Complete and count the current inputs; the next pass starts new ones."""
         if self._current is not None:
             with torch.no_grad():
                 self._end(self._current)
@@ -254,22 +254,22 @@ class EditMonitor:
 
     @property
     def flags(self) -> Tensor | None:
-        """Whether each current row was outside the range, on the device; None before the first and for unwatched inputs."""
+        """Whether each current row is outside the range, on the device; None before the first and for unwatched inputs."""
         if self._current is None or self._calibrating:
             return None
         return self.beyond(self._current).any(-1)
 
     @property
     def flagged(self) -> int:
-        """How many of :attr:`rows` were outside the range; reads from the device."""
+        """The number of :attr:`rows` outside the range; synchronises with the device."""
         return int(self._outside)
 
     def reset(self) -> None:
-        """Forget statistics, flags and the history; the reference stays."""
+        """Reset statistics, flags and history; the reference is kept."""
         self.rows = 0
         self._current = self._batch = None
         self.recent.clear()
-        with torch.inference_mode(False):  # so that they can be added to in and out of it
+        with torch.inference_mode(False):  # so that they can be updated outside of it too
             device = self._device
             kind = torch.float32 if device.type == "mps" else torch.float64
             heads = len(self.heads)
@@ -279,7 +279,7 @@ class EditMonitor:
             self._beyond_by_head = torch.zeros(heads, dtype=torch.long, device=device)
             self._outside = torch.zeros((), dtype=torch.long, device=device)
             self._window = _new_window(self.reference)
-            self._ended: torch.Event | None = None  # recorded after the last inputs were counted; not on a CPU
+            self._ended: torch.Event | None = None  # recorded after the last inputs were counted; None on a CPU
 
     def statistics(self) -> dict[str, dict[str, list[float]]]:
         """Per site, lists over heads: mean, min and max of the relative edit size, and the number of tokens."""
@@ -295,7 +295,7 @@ class EditMonitor:
         }
 
     def snapshot(self) -> Snapshot:
-        """What was counted over inputs that ended; one read from the device, which waits for their passes."""
+        """Statistics of completed inputs, in one read from the device, which waits for their passes."""
         if self._ended is not None:
             self._ended.synchronize()
         window, heads = self._window, len(self.heads)
@@ -311,17 +311,17 @@ class EditMonitor:
 
     @property
     def drift(self) -> float | None:
-        """The largest distance of any head in the last full window, see :class:`Reference`; None before there was one."""
+        """The largest distance of any head in the last full window, see :class:`Reference`; None before the first."""
         window = self._window
         return float(window.distances.amax()) if window is not None and window.number else None
 
     # ---- the reference ----
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the reference as JSON; in a folder, such as the adapter's, as ``edit_monitor.json``.
+        """Save the reference as JSON; in a folder, such as the adapter's, as ``edit_monitor.json``.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no reference.
         """
         if self.reference is None:
             raise ValueError("there is nothing to save before calibration")
@@ -329,10 +329,10 @@ class EditMonitor:
         write_text(_file(path), json.dumps(values, sort_keys=True, indent=1) + "\n")
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Read what :meth:`save` wrote, with its margin, window and rate of false alarms.
+        """Load a saved reference, with its margin, window and false-alarm rate.
 
         Raises:
-            ValueError: another file, or the reference of another model or adapter.
+            ValueError: the file has another format, or is for another model or adapter.
         """
         file = _file(path)
         values = read_json(file)
@@ -358,12 +358,12 @@ class EditMonitor:
         return next(self.layers[0].parameters()).device
 
     def beyond(self, inputs: Inputs) -> Tensor:
-        """Which heads of which rows are outside the range, (rows, heads); on the device."""
+        """Whether each head of each row is outside the range, (rows, heads), on the device."""
         if self.reference is None:
             return torch.zeros_like(inputs.low, dtype=torch.bool)
         return self.reference.beyond(inputs.low, inputs.high, self._tolerance)
 
-    # ---- inputs that ended ----
+    # ---- completed inputs ----
 
     def _end(self, inputs: Inputs) -> None:
         if self._calibrating:
@@ -386,7 +386,7 @@ class EditMonitor:
 
     @torch.compiler.disable
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Before a module that holds all layers."""
+        """Forward pre-hook of the modules around all layers."""
         now, thread = self._pass, threading.get_ident()
         if now.thread == thread:
             now.depth += 1
@@ -394,7 +394,7 @@ class EditMonitor:
             return
         aside = self._aside == thread
         if not aside and not self._free.acquire(blocking=False):
-            return  # while a pass of another thread is watched
+            return  # a pass of another thread is being watched
         mask = kwargs.get("attention_mask")
         self._pass = now = _Pass(thread, 1, mask, *_shape(args, kwargs))
         cache = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers' newer and older name
@@ -414,7 +414,7 @@ class EditMonitor:
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After a module that holds all layers, or an error in it."""
+        """Forward hook, also after errors, of the modules around all layers."""
         now = self._pass
         if now.thread != threading.get_ident():
             return
@@ -452,7 +452,7 @@ class EditMonitor:
             real = None
             if now.mask is not None:
                 real = real_tokens(now.mask, sizes.shape[0], sizes.shape[1], sizes.device)
-            if len(sizes) != now.rows:  # windows of an image, say: one row after the other
+            if len(sizes) != now.rows:  # several rows per sample, as in windowed attention
                 if now.rows is None or len(sizes) % now.rows:
                     raise ValueError(
                         f"{layer.site}: expected a multiple of the batch's {now.rows} rows, got {len(sizes)}"
@@ -489,7 +489,7 @@ class EditMonitor:
 
 @dataclass
 class _Pass:
-    """A forward pass under way: its thread, how deep in modules that hold all layers, its inputs, and the sites so far."""
+    """A running forward pass: its thread, its depth in the modules around all layers, its inputs and its sites so far."""
 
     thread: int | None = None
     depth: int = 0
@@ -504,7 +504,7 @@ class _Pass:
 
 
 def _holders(model: nn.Module, layers: list[JolaLayer]) -> list[nn.Module]:
-    """The modules that hold all layers, from the model inwards: whichever is called, the pass is seen."""
+    """The modules around all layers, outermost first; any of them may be the one that is called."""
     wanted, holders, module = {id(layer) for layer in layers}, [], model
     while not isinstance(module, (nn.ModuleList, nn.ModuleDict, JolaLayer)):
         holders.append(module)
@@ -516,14 +516,14 @@ def _holders(model: nn.Module, layers: list[JolaLayer]) -> list[nn.Module]:
 
 
 def _shape(args: Any, kwargs: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Rows and tokens of a pass's inputs; None where they are not known."""
+    """Numbers of rows and tokens of a pass's inputs; None if unknown."""
     named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     tensors = [value for value in (*named, *args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1]
     return (tensors[0].shape[0], tensors[0].shape[1]) if tensors else (None, None)
 
 
 def _continues(tokens: int | None, mask: Any, cache: Any) -> bool:
-    """Whether a pass reads on after what is in a cache; decided on the host."""
+    """Whether a pass continues the inputs in a cache; decided on the host."""
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return tokens is not None and mask.shape[1] > tokens
     length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None

@@ -63,12 +63,12 @@ class Drift:
 
 
 class Window:
-    """The inputs that are held against a calibration at a time; all on the device but how many they are.
+    """The current window of inputs compared with a calibration; everything but its size is on the device.
 
     Attributes:
-        number: windows that were full.
-        distances: of each head in the last of them.
-        alarms: how many of them were above the threshold.
+        number: number of full windows.
+        distances: distance of each head in the last full window.
+        alarms: number of full windows above the threshold.
     """
 
     def __init__(self, drift: Drift) -> None:
@@ -78,7 +78,7 @@ class Window:
         self.alarms = torch.zeros((), dtype=torch.long, device=drift.edges.device)
 
     def add(self, means: Tensor) -> None:
-        """Add inputs, (inputs, heads); those beyond the end of a window begin the next."""
+        """Add inputs, (inputs, heads), and start the next window when one is full."""
         while len(means):
             fits = self.drift.window - self._filled
             some, means = means[:fits], means[fits:]

@@ -14,7 +14,7 @@ from ..jola.sites import value_projection
 from .rehome import Rehomed, rehomed
 
 
-class Place(NamedTuple):
+class Placement(NamedTuple):
     """A placement of additive edits.
 
     `where`: in words. `values`: the value projection of each site, whose bias holds the offset; None: the bias of the output
@@ -27,7 +27,7 @@ class Place(NamedTuple):
     home: Rehomed | None = None
 
 
-class Edited(NamedTuple):
+class EditedSite(NamedTuple):
     """A site whose additive edit needs a bias: its name and layer, and whether no other adapter wraps the layer."""
 
     site: str
@@ -43,7 +43,9 @@ def targets_of(model: nn.Module, target: str | None) -> tuple[str, ...]:
     return tuple(names) or ("transformers",)
 
 
-def place(model: nn.Module, edited: list[Edited], target: str | None, can_run: Callable[[str], bool]) -> Place:
+def choose_placement(
+    model: nn.Module, edited: list[EditedSite], target: str | None, can_run: Callable[[str], bool]
+) -> Placement:
     """Chooses the placement of the additive edits of a model.
 
     Args:
@@ -56,16 +58,16 @@ def place(model: nn.Module, edited: list[Edited], target: str | None, can_run: C
         ValueError: there is no placement that all of them read; the message says which of them read one.
     """
     if not edited:
-        return Place("the weights alone")
+        return Placement("the weights alone")
     targets = targets_of(model, target)
     result = _first(model, edited, targets, can_run)
-    if isinstance(result, Place):
+    if isinstance(result, Placement):
         return result
     others = [name for name in TARGETS if name not in targets or len(targets) > 1]
-    served = [name for name in others if isinstance(_first(model, edited, (name,), can_run), Place)]
+    served = [name for name in others if isinstance(_first(model, edited, (name,), can_run), Placement)]
     names = ", ".join(RUNTIMES[name].name for name in targets)
     reasons = "; ".join(f"as {kind}: {reason}" for kind, reason in result.items())
-    of_heads = [one.layer for one in edited if one.layer.edits == "head"]
+    of_heads = [edit.layer for edit in edited if edit.layer.edits == "head"]
     by_head = any(layer.jola_config[name].additive == "head" for layer in of_heads for name in layer.check_merge())
     trained = ["training with additive='kv_group'"] * by_head + ["training with edit='multiplicative'"]
     ways = [*(f"target={name!r}" for name in served), *trained, "saving the adapter"]
@@ -76,17 +78,17 @@ def place(model: nn.Module, edited: list[Edited], target: str | None, can_run: C
 
 
 def _first(
-    model: nn.Module, edited: list[Edited], targets: tuple[str, ...], can_run: Callable[[str], bool]
-) -> Place | dict[str, str]:
+    model: nn.Module, edited: list[EditedSite], targets: tuple[str, ...], can_run: Callable[[str], bool]
+) -> Placement | dict[str, str]:
     """The first placement that all targets read, else the reason against each."""
     reasons: dict[str, str] = {}
     for kind, find in (
-        ("biases of the output projections", _output),
-        ("biases of the value projections", _value),
-        ("a model of another architecture", _elsewhere),
+        ("biases of the output projections", _in_output),
+        ("biases of the value projections", _in_value),
+        ("a model of another architecture", _in_other_family),
     ):
         result = find(model, edited, targets, can_run)
-        if isinstance(result, Place):
+        if isinstance(result, Placement):
             return result
         reasons[kind] = result
     return reasons
@@ -106,56 +108,56 @@ def _unread(
     return None
 
 
-def _projection(edited: list[Edited]) -> str:
-    """What the bias that is to hold an additive edit belongs to, as `reads` names it."""
-    return "mlp" if any(one.layer.edits == "mlp" for one in edited) else "output"
+def _projection(edited: list[EditedSite]) -> str:
+    """The kind of projection whose bias stores the additive edits, as in `reads`."""
+    return "mlp" if any(edit.layer.edits == "mlp" for edit in edited) else "output"
 
 
-def _output(
-    model: nn.Module, edited: list[Edited], targets: tuple[str, ...], can_run: Callable[[str], bool]
-) -> Place | str:
-    switch = bias_switch(model, [f"{one.site}.bias" for one in edited])
+def _in_output(
+    model: nn.Module, edited: list[EditedSite], targets: tuple[str, ...], can_run: Callable[[str], bool]
+) -> Placement | str:
+    switch = bias_switch(model, [f"{edit.site}.bias" for edit in edited])
     if switch is None:
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         return f"the architecture {family!r} has no bias in {edited[0].site}, and no config switch for one"
     problem = _unread(families(model), targets, _projection(edited), can_run)
-    return problem or Place("biases of the output projections", switch=switch)
+    return problem or Placement("biases of the output projections", switch=switch)
 
 
-def _value(
-    model: nn.Module, edited: list[Edited], targets: tuple[str, ...], can_run: Callable[[str], bool]
-) -> Place | str:
+def _in_value(
+    model: nn.Module, edited: list[EditedSite], targets: tuple[str, ...], can_run: Callable[[str], bool]
+) -> Placement | str:
     values: dict[str, str] = {}
-    for one in edited:
-        if one.layer.edits != "head":
-            return f"{one.site} ends an MLP, whose output no values make"
-        name = value_projection(model, one.site)
+    for edit in edited:
+        if edit.layer.edits != "head":
+            return f"{edit.site} ends an MLP, whose output no values make"
+        name = value_projection(model, edit.site)
         if name is None:
-            return f"{one.site} has no value projection of its own beside it"
+            return f"{edit.site} has no value projection of its own beside it"
         if name in values.values():
             return f"{name} makes the values of several output projections"
-        attention: Any = model.get_submodule(one.site.rpartition(".")[0])
+        attention: Any = model.get_submodule(edit.site.rpartition(".")[0])
         if getattr(attention, "sinks", None) is not None:
-            return f"the attention around {one.site} has sinks, so that its weights do not sum to 1"
-        if not one.outermost:
-            return f"another adapter lies over the JoLA adapter of {one.site}, and would see the offset"
+            return f"the attention around {edit.site} has sinks, so that its weights do not sum to 1"
+        if not edit.outermost:
+            return f"another adapter wraps the JoLA adapter of {edit.site}, and would see the offset"
         try:
-            one.layer.offsets(one.layer.check_merge())
+            edit.layer.offsets(edit.layer.check_merge())
         except ValueError as error:
             return str(error)
-        values[one.site] = name
+        values[edit.site] = name
     missing = [name for name in values.values() if getattr(model.get_submodule(name), "bias", None) is None]
     switch = bias_switch(model, [f"{name}.bias" for name in missing]) if missing else None
     if missing and switch is None:
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         return f"the architecture {family!r} has no bias in {missing[0]}, and no config switch for one"
     problem = _unread(families(model), targets, "value", can_run) if missing else None
-    return problem or Place("biases of the value projections", values, switch)
+    return problem or Placement("biases of the value projections", values, switch)
 
 
-def _elsewhere(
-    model: nn.Module, edited: list[Edited], targets: tuple[str, ...], can_run: Callable[[str], bool]
-) -> Place | str:
+def _in_other_family(
+    model: nn.Module, edited: list[EditedSite], targets: tuple[str, ...], can_run: Callable[[str], bool]
+) -> Placement | str:
     family = getattr(getattr(model, "config", None), "model_type", "")
     other = REHOMES.get(family)
     if other is None:
@@ -163,5 +165,7 @@ def _elsewhere(
     problem = _unread([other], targets, _projection(edited), can_run)
     if problem is not None:
         return problem
-    home = rehomed(model, other, {"mlp_bias" if one.layer.edits == "mlp" else "attention_bias" for one in edited})
-    return home if isinstance(home, str) else Place(f"biases of the output projections of a {other} model", home=home)
+    home = rehomed(model, other, {"mlp_bias" if edit.layer.edits == "mlp" else "attention_bias" for edit in edited})
+    return (
+        home if isinstance(home, str) else Placement(f"biases of the output projections of a {other} model", home=home)
+    )

@@ -166,8 +166,8 @@ def expect(model: Any, inputs: Mapping[str, Any] | None) -> Expected:
             if inputs is not None:
                 raise
             raise ValueError(
-                f"{type(model).__name__} does not run on the random inputs {sorted(values)} that what is saved is to be "
-                f"compared on ({type(error).__name__}: {error}); pass inputs=, or verify=False"
+                f"{type(model).__name__} does not run on the random inputs {sorted(values)} for the comparison with the saved "
+                f"model ({type(error).__name__}: {error}); pass inputs=, or verify=False"
             ) from error
         if not bool(output.isfinite().all()):
             raise ValueError("the model's outputs have NaN or infinity with these adapters; nothing was saved")

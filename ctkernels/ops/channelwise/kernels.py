@@ -91,8 +91,8 @@ def _rank(sum_mask: int, i: int) -> int:
 def _param(
     p, v, g, c, channels, mask, number: tl.constexpr, fallback: tl.constexpr, rows: tl.constexpr, run: tl.constexpr
 ):
-    """Loads a parameter for channel c of group g: v if it is a number of the call, ``fallback`` if it is absent. run: channels
-    that share a value; 0: all of them. rows: group g uses row g % rows; 0: a row per group."""
+    """Loads a parameter for channel c of group g: v if it is a number, ``fallback`` if it is absent. run: channels that share a
+    value; 0: all of them. rows: group g uses row g % rows; 0: a row per group."""
     if number:
         return (c * 0).to(tl.float64) + v
     elif p is None:
