@@ -77,11 +77,11 @@ def _differences(present: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     """The fields that matter and differ, those of methods within a joint configuration under their dotted names."""
     found: dict[str, tuple[Any, Any]] = {}
     for field in sorted({*present, *new} - _FREE):
-        pair = present.get(field), new.get(field)
-        if field in ("jola", "curvature", "lora") and all(isinstance(part, Mapping) for part in pair):
-            found |= _differences(*pair, prefix=f"{field}.")
-        elif _plain(pair[0]) != _plain(pair[1]):
-            found[f"{prefix}{field}"] = pair
+        one, two = present.get(field), new.get(field)
+        if field in ("jola", "curvature", "lora") and isinstance(one, Mapping) and isinstance(two, Mapping):
+            found |= _differences(one, two, prefix=f"{field}.")
+        elif _plain(one) != _plain(two):
+            found[f"{prefix}{field}"] = one, two
     return found
 
 

@@ -381,7 +381,8 @@ def fix_units(model: nn.Module) -> None:
                 continue
             shared = id(layer.parameters_of(name)[0])
             if shared not in fixed:
-                fixed[shared] = FixedUnit(*layer.logits_of(name), layer.curvature_channels[name], layer.site)
+                beta, coeff = layer.logits_of(name)
+                fixed[shared] = FixedUnit(beta, coeff, layer.curvature_channels[name], layer.site)
                 module._modules[child_name(key)] = fixed[shared]
             module._ctu[key] = fixed[shared]
 
