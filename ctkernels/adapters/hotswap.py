@@ -34,8 +34,8 @@ def hotswap_adapter(model: Any, path: str | os.PathLike[str], adapter: str = "de
         adapter: the name of the one that is replaced; the name stays.
 
     Raises:
-        ValueError: there is no such adapter, it is merged, or the saved one is of another method, edits other sites or
-            heads, has other settings that matter, or values that are not finite. Nothing is changed then.
+        ValueError: there is no such adapter, it is merged or sharded (by FSDP2), or the saved one is of another method, edits
+            other sites or heads, has other settings that matter, or values that are not finite. Nothing is changed then.
 
     Examples:
         >>> model = get_peft_model(base, JolaConfig(task_type="CAUSAL_LM"))
@@ -67,6 +67,11 @@ def hotswap_adapter(model: Any, path: str | os.PathLike[str], adapter: str = "de
         )
     state = load_peft_weights(os.fspath(path), device="cpu")
     present = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    sharded = [name for name, value in present.items() if hasattr(value, "device_mesh")]
+    if sharded:
+        raise ValueError(
+            f"model: expected an adapter that is whole on every rank, got {sharded[0]} sharded; load it before"
+        )
     check_names(
         {name: value.shape for name, value in present.items()}, {name: value.shape for name, value in state.items()}
     )
@@ -77,11 +82,11 @@ def _differences(present: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     """The fields that matter and differ, those of methods within a joint configuration under their dotted names."""
     found: dict[str, tuple[Any, Any]] = {}
     for field in sorted({*present, *new} - _FREE):
-        a, b = present.get(field), new.get(field)
-        if field in ("jola", "curvature", "lora") and isinstance(a, Mapping) and isinstance(b, Mapping):
-            found |= _differences(a, b, prefix=f"{field}.")
-        elif _plain(a) != _plain(b):
-            found[f"{prefix}{field}"] = a, b
+        one, two = present.get(field), new.get(field)
+        if field in ("jola", "curvature", "lora") and isinstance(one, Mapping) and isinstance(two, Mapping):
+            found |= _differences(one, two, prefix=f"{field}.")
+        elif _plain(one) != _plain(two):
+            found[f"{prefix}{field}"] = one, two
     return found
 
 

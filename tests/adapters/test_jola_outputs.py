@@ -426,3 +426,14 @@ def test_an_inactive_adapter_of_blocks_is_left_out_of_a_merged_model(tmp_path):
     torch.testing.assert_close(output(plain, inputs("llama")), want, rtol=1e-4, atol=1e-4)
     model.set_adapter("blocks")
     assert not torch.allclose(output(model, inputs("llama")), want)
+
+
+@pytest.mark.parametrize("recorded_before", [True, False])
+def test_recorded_hidden_states_are_what_the_next_block_gets(recorded_before):
+    base, seen = build("llama"), []
+    if recorded_before:  # transformers then has its hooks on the blocks
+        base(**inputs("llama"), output_hidden_states=True)
+    model = peft.get_peft_model(base, config("block", task_type="CAUSAL_LM")).eval()
+    base.model.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    states = model(**inputs("llama"), output_hidden_states=True).hidden_states
+    assert torch.equal(states[1], seen[0])

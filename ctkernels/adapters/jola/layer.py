@@ -313,7 +313,8 @@ class JolaLayer(Unscriptable, Scaled, nn.Module, BaseTunerLayer):
     def stand_beside(self, block: nn.Module) -> None:
         """Add this layer to `block` as a child that edits the block's output."""
         block.add_module(BLOCK_OUTPUT, self)
-        self._watches.append(block.register_forward_hook(partial(_through, self)))
+        # first, so that other hooks (transformers' for `output_hidden_states`) get what the next block gets
+        self._watches.append(block.register_forward_hook(partial(_through, self), prepend=True))
 
     def leave(self, block: nn.Module) -> None:
         """Remove this layer from `block`."""
