@@ -59,6 +59,8 @@ NEEDED: dict[str, dict[str, list[str]]] = {
     "compare": {"data": ["digits"], "--model": ["--model", MODEL]},
     "tune": {"data": ["digits"], "--model": ["--model", MODEL]},
     "jola": {"data": [TEXTS], "--model": ["--model", "some-model"]},
+    "stream": {"tasks": [TEXTS], "--model": ["--model", "some-model"]},
+    "watch": {"--model": ["--model", "some-model"], "--adapter": ["--adapter", "{folder}"]},
     "search": {"data": ["digits"], "--model": ["--model", MODEL]},
     "robust": {"data": ["digits"], "--model": ["--model", MODEL]},
     "curvature": {},
@@ -126,8 +128,14 @@ GOOD: dict[str, set[str]] = {
     "--only": {*BAD} - {"-inf"},
     "data": {"{folder}"},  # what is in it is seen when it is read
     "results": {"{folder}", "{file}"},
+    "--adapter": {"{folder}"},
+    "--host": ANY_NAME,
+    "--port": {"0"},
+    "texts": {"{file}"},
     "adapt --model": HUB_NAME,
     "jola --model": HUB_NAME,  # the hub may have one of that name
+    "stream --model": HUB_NAME,
+    "watch --model": HUB_NAME,
     "jola data": set(),
 }
 

@@ -189,7 +189,7 @@ def test_the_router_does_not_depend_on_batches_and_is_saved(tiny):
         ({"method": "zero-shot"}, "method must be one that trains something, got 'zero-shot'"),
         ({"suite": 0}, "suite must be at least 1, got 0"),
         ({"train": 500}, "500 training and 8 validation examples were asked for"),
-        ({"grid": {"rank": [2.0]}}, r"jola has the settings \['lr', 'gate_lr'\], got \['rank'\]"),
+        ({"grid": {"rank": [2.0]}}, r"jola has the settings \['lr', 'gate_lr'.*got \['rank'\]"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_trained(tiny, tmp_path, options, message):

@@ -60,11 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = options.command_parser("stream", SUMMARY, EXAMPLES)
     p.add_argument(
-        "tasks",
-        nargs="+",
-        type=_task,
-        metavar="[NAME=]DATA",
-        help="in the order of arrival; data as of the command jola",
+        "tasks", nargs="+", type=_task, help="[NAME=]DATA in the order of arrival; data as of the command jola"
     )
     p.add_argument(
         "--model",

@@ -30,6 +30,7 @@ examples:
   tail -f prompts.txt | python -m ctkernels watch - --model ./Llama-3.2-1B --adapter adapters/law"""
 
 BATCH = 8  # prompts of a calibration
+TEXTS = types.Kind("a file with a text in every line, or -", str, lambda text: text == "-" or Path(text).is_file())
 
 
 def _data(text: str) -> str:
@@ -38,16 +39,12 @@ def _data(text: str) -> str:
     return types.checked(find_texts)(text)
 
 
-def _texts(text: str) -> str:
-    return text if text == "-" else str(types.EXISTING(text))
-
-
 def parser() -> argparse.ArgumentParser:
     from ..jola.language_models import DTYPES, find_language_model
 
     p = options.command_parser("watch", SUMMARY, EXAMPLES)
     p.add_argument(
-        "texts", nargs="?", type=_texts, help="file with a text in every line, - for standard input (default: none)"
+        "texts", nargs="?", type=TEXTS, help="file with a text in every line, - for standard input (default: none)"
     )
     p.add_argument(
         "--model",
