@@ -31,12 +31,31 @@ OPTIONAL = (
     "matplotlib",
 )
 
+_IMITATED = "not run; without float64, imitated on the CPU: tests/ops/test_devices.py"
+# What serves each kind of hardware, and what shows that it is right; paths are the repository's.
+HARDWARE = {
+    "x86-64 CPUs": (
+        "compiled kernels: baseline, AVX2, AVX-512",
+        "run: every test; the other SIMD levels: tests/package/test_build.py",
+    ),
+    "ARM CPUs": ("compiled kernels: baseline", "never built or run there; the same source is tested on x86-64"),
+    "NVIDIA GPUs from 8.0": (
+        "compiled CUDA kernels, or Triton",
+        "run on an H100: docs/gpu.md; code for sm_80, sm_90 and sm_100 executed on the CPU: docs/proof.md",
+    ),
+    "older NVIDIA GPUs": ("plain torch", "not run"),
+    "AMD GPUs (HIP)": ("plain torch", "not run; the Triton kernels decline, having NVIDIA's instructions"),
+    "Intel GPUs (XPU)": ("plain torch", _IMITATED),
+    "Apple GPUs (MPS)": ("plain torch", _IMITATED),
+}
+
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     p = Parser(
         prog="python -m ctkernels env",
-        description="Print versions, devices, what was built, and which backend serves which op and dtype, and why.",
+        description="Print versions, devices, what was built, which backend serves which op and dtype, and why, and what is "
+        "proven of each kind of hardware.",
     )
     p.add_argument("--json", action="store_true", help="as JSON, for scripts")
     return p
@@ -80,6 +99,7 @@ def describe() -> dict[str, Any]:
         "cuda": _cuda(),
         "backends": {b.name: {"serves": b.device or "any device", "missing": b.missing} for b in BACKENDS.values()},
         "dispatch": _dispatch([str(d["device"]) for d in devices]),
+        "hardware": {name: {"served_by": served, "proven": proof} for name, (served, proof) in HARDWARE.items()},
     }
 
 
@@ -161,4 +181,6 @@ def _text(report: dict[str, Any]) -> str:
     for row in report["dispatch"]:
         why = "; ".join(f"not {name}: {reason}" for name, reason in row["passed_over"].items()) or "first choice"
         lines.append(f"  {row['op']:<13} {row['device']:<5} {row['dtype']:<9} {row['backend']:<10} {why}")
+    lines.append("hardware, and what is proven of it")
+    lines += [f"  {name:<21} {h['served_by']:<42} {h['proven']}" for name, h in report["hardware"].items()]
     return "\n".join(lines)

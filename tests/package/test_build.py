@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -175,6 +176,22 @@ def test_env_command_knows_the_build(capsys: pytest.CaptureFixture[str]) -> None
     arguments = environment.parser().parse_args([])
     assert environment.run(arguments) == 0
     assert "hard_concrete cpu   float64" in capsys.readouterr().out
+
+
+def test_env_command_says_what_is_proven_of_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    hardware = environment.describe()["hardware"]
+    for kind in hardware.values():
+        for path in re.findall(r"\b(?:docs|tests)/\S+\.(?:md|py)", kind["proven"]):
+            assert (ROOT / path).is_file()
+    lowest = {b.capability for b in backends.BACKENDS.values() if b.device == "cuda"}
+    assert lowest == {(8, 0)}
+    assert "NVIDIA GPUs from 8.0" in hardware
+    served = {
+        device: [b.name for b in backends.BACKENDS.values() if b.device in (None, device)] for device in ("xpu", "mps")
+    }
+    assert served == {"xpu": ["reference"], "mps": ["reference"]}
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert backends._triton_missing() is not None
 
 
 @pytest.mark.skipif(backends.NATIVE is None, reason="no native kernels here")
