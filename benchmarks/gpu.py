@@ -170,16 +170,17 @@ def predicted(context: Context) -> Records:
 
     records = {f"{r['op']} {r['case']} {r['dtype']}": r for r in _read(context.out, "ops")["records"]}
     if context.dry:  # no compiler: use the kernels with machine code in a file
-        sm, known = 90, {(f.call.name, f.which): list(f.launches) for f in latency.figures()}
+        sm, known = 90, {(f.call.name, f.which): f.launches for f in latency.figures()}
     else:
         major, minor = torch.cuda.get_device_capability()
-        sm, known = 10 * major + minor, {}
+        sm = 10 * major + minor
         if sm not in GPUS:
             raise RuntimeError(f"there are no data sheets of sm_{sm}; known are {', '.join(map(str, GPUS))}")
+        known = latency.current("cuda", sm)
     machine = latency.Machine.of(sm, latency.fitted())
     for call, _ in measured():
         for which in PASSES:
-            found = known.get((call.name, which)) or latency.current(call, which, "cuda", sm)
+            found = known[call.name, which]
             described = latency.described(call, which, found, sm)
             launches = [
                 {"role": launch.role, "us": round(latency.launch_us(launch, code, machine, call.op), 2)}

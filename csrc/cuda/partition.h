@@ -29,6 +29,8 @@ inline constexpr int64_t kMostSteps = 32, kLeastRows = 8, kLeastSummedRows = 16;
 // Up to this many steps, one block processes a whole channel and needs no partial sums; tensors of up to kSmall values are
 // partitioned so that it can.
 inline constexpr int64_t kAlone = 32, kSmall = 1 << 16;
+// Up to this many blocks do not fill a GPU: the time of one is the time of all.
+inline constexpr int64_t kFewBlocks = 1024;
 
 // values: per access of a thread, if that divides every length. sums: whether the kernel computes sums over channels.
 inline Partition partition_with(const View& v, int64_t values, bool sums) {
@@ -48,10 +50,11 @@ inline Partition partition_with(const View& v, int64_t values, bool sums) {
     p.rows = ceil_div(v.outer, p.repeat);
   }
   p.vector = values > 1 && p.width % values == 0 && p.group % values == 0;
-  // The size with the fewest idle threads, at a small cost per step.
+  // The size with the fewest idle threads, at a small cost per step; with the fewest steps if a few blocks process a channel each.
+  const bool serial = sums && p.plane && v.channels * v.groups <= kFewBlocks && ceil_div(p.width, 32 * values) * p.rows <= kAlone;
   int64_t lanes = 0, least = 0;
   for (int threads = 32; threads <= kMaxThreads; threads *= 2) {
-    const int64_t n = threads * values, cost = ceil_div(p.width, n) * (n + 2 * values);
+    const int64_t n = threads * values, cost = ceil_div(p.width, n) * (serial ? 1 : n + 2 * values);
     if (!lanes || cost < least) lanes = n, least = cost, p.threads = threads;
   }
   const int64_t strides = ceil_div(p.width, lanes);

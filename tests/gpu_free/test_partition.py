@@ -138,3 +138,15 @@ def test_every_value_is_in_one_block(cuda: ModuleType, itemsize: int) -> None:
         assert (p["row_cuts"] - 1) * p["rows_per"] < p["rows"] <= p["row_cuts"] * p["rows_per"], shape
         assert (p["col_cuts"] - 1) * p["cols_per"] < width <= p["col_cuts"] * p["cols_per"], shape
         assert p["blocks"] == groups * (channels if p["plane"] else 1) * p["row_cuts"] * p["col_cuts"], shape
+
+
+@pytest.mark.parametrize(("itemsize", "steps"), [(2, 4), (4, 7)])
+def test_few_blocks_that_see_all_of_a_channel_take_few_steps(cuda: ModuleType, itemsize: int, steps: int) -> None:
+    """One image's channels: a block each, all at once, so that its steps are the time of the call."""
+    values = 16 // itemsize
+    for channels, threads in ((256, 128), (4096, 32)):
+        p = cuda.partition_with(1, 1, channels, 3136, values, True)
+        assert (p["one_pass"], p["blocks"], p["threads"]) == (True, channels, threads)
+    assert -(-3136 // (128 * values)) == steps
+    forward = cuda.partition_with(1, 1, 256, 3136, values, False)  # leaves no sums: many blocks
+    assert forward["blocks"] > 1024

@@ -168,10 +168,12 @@ def floor_us(call: Call, which: str, sm: int) -> float:
     return call.nbytes * (2 if which == "forward" else 5) / (1e3 * copy)
 
 
-def current(call: Call, which: str, backend: str, sm: int) -> list[tuple[Launch, Code]]:
-    """A call's launches in this revision, with their machine code."""
-    found = launches(call, backend, which)
-    return list(zip(found, codes(found, backend, sm), strict=True))
+def current(backend: str, sm: int) -> dict[tuple[str, str], list[tuple[Launch, Code]]]:
+    """The launches that this revision makes of every call of the table, and their machine code, by the call's name and pass."""
+    found = {(call.name, which): launches(call, backend, which) for call, _ in measured() for which in PASSES}
+    together = [launch for made in found.values() for launch in made]  # all kernels of a file are compiled at once
+    machine_code = iter(codes(together, backend, sm))
+    return {key: [(launch, next(machine_code)) for launch in made] for key, made in found.items()}
 
 
 # ---- the fit ---------------------------------------------------------------------------------------------------------
@@ -307,8 +309,9 @@ def broken(found: dict[str, float], allowed: dict[str, float]) -> list[str]:
 
 def everything(sm: int, backend: str = "cuda") -> dict[str, dict[str, float]]:
     """The description of every call of the table, by its name and pass."""
+    found = current(backend, sm)
     return {
-        f"{call.name}, {which}": described(call, which, current(call, which, backend, sm), sm)
+        f"{call.name}, {which}": described(call, which, found[call.name, which], sm)
         for call, _ in measured()
         for which in PASSES
     }

@@ -20,6 +20,8 @@ LEAST_ROWS, LEAST_SUMMED_ROWS = 8, 16
 # partitioned so that it can.
 ALONE = 32
 SMALL = 1 << 16
+# Up to this many programs do not fill a GPU: the time of one is the time of all.
+FEW_PROGRAMS = 1024
 # Kernels count the columns of a period in 32 bits, and look past its end.
 FURTHEST = 1 << 30
 
@@ -74,10 +76,10 @@ class Partition:
         return {"PLANE": self.plane, "WRAP": wrap, "UNIT": self.unit, "LANES": self.lanes, "num_warps": self.warps}
 
 
-def _lanes(width: int, vector: int) -> int:
-    """Lanes per program: the size with the fewest idle lanes, at a small cost per step."""
+def _lanes(width: int, vector: int, serial: bool) -> int:
+    """Lanes per program: the size with the fewest idle lanes, at a small cost per step; ``serial``: with the fewest steps."""
     sizes = [32 * vector << i for i in range(3)]
-    return min(sizes, key=lambda n: _ceil(width, n) * (n + 2 * vector))
+    return min(sizes, key=lambda n: _ceil(width, n) * (1 if serial else n + 2 * vector))
 
 
 def partition_for(view: View, itemsize: int, sums: bool) -> Partition:
@@ -100,7 +102,8 @@ def partition_for(view: View, itemsize: int, sums: bool) -> Partition:
         width = length = period * repeat
         rows = _ceil(view.outer, repeat)
     unit = math.gcd(math.gcd(width, group), vector)
-    lanes = _lanes(width, vector)
+    few = plane and view.channels * view.groups <= FEW_PROGRAMS
+    lanes = _lanes(width, vector, sums and few and _ceil(width, 32 * vector) * rows <= ALONE)
     blocks = _ceil(width, lanes)
     if plane:
         total = blocks * rows * view.channels * view.groups
