@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -348,9 +349,15 @@ def test_unloading_gives_the_model_back(lora):
     assert not any(name.startswith(("_ctu", "peft_config", "save_pretrained")) for name in vars(base))
 
 
-def test_save_merged_says_why_not(tmp_path):
-    with pytest.raises(ValueError, match="a CurvatureLayer cannot be folded into weights"):
-        adapters.save_merged(joint(), tmp_path / "merged")
+def test_save_merged_says_why_not_and_the_way_out(tmp_path):
+    model = joint()
+    expected = output(model, inputs("llama"))
+    way = re.escape("ctkernels.save_pretrained(model.merge_and_unload(), path)")
+    with pytest.raises(ValueError, match=rf"a CurvatureLayer cannot be folded into weights.*{way}"):
+        adapters.save_merged(model, tmp_path / "merged")
+    ctkernels.save_pretrained(model.merge_and_unload(), tmp_path / "kept")
+    kept = ctkernels.load_pretrained(tmp_path / "kept")
+    torch.testing.assert_close(output(kept, inputs("llama")), expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- beside other adapters ---------------------------------------------------------------------------------------------
