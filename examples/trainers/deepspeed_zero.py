@@ -3,8 +3,11 @@
     torchrun --nproc-per-node 2 examples/trainers/deepspeed_zero.py      # on a CPU as well
 
 DeepSpeed steps within its backward pass and keeps gradients of its own, so that a callback cannot add the penalty's; the loss
-can. Under ZeRO-3, parameters of fewer than `stage3_param_persistence_threshold` numbers (100,000 by default) stay whole, and an
-adapter's are. On a CPU, DeepSpeed compiles a module when it is first used.
+can. ZeRO-3 gathers the parameters of a module when it is called, which lists of parameters, as adapters have them, never are.
+Those of fewer than `stage3_param_persistence_threshold` numbers (100,000 by default) stay whole once they have been gathered,
+and an adapter's are so small: gathering them before the first step is enough.
+
+On a CPU, DeepSpeed compiles a module when it is first used.
 """
 
 from __future__ import annotations
@@ -28,10 +31,18 @@ class PenaltyTrainer(Trainer):
     penalty = 0.1
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
+        whole(model)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **more)
         if model.training:
             loss = loss + self.penalty * jola_penalty(model)
         return (loss, outputs) if return_outputs else loss
+
+
+def whole(model: Any) -> None:
+    """Gather what ZeRO-3 has taken apart of the adapter; parameters so small stay whole from then on."""
+    apart = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_tensor") and p.numel() < p.ds_numel]
+    if apart:
+        apart[0].all_gather(apart)
 
 
 def train(
