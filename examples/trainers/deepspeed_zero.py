@@ -1,13 +1,10 @@
-"""DeepSpeed ZeRO through transformers' Trainer, the penalty in the loss.
+"""DeepSpeed ZeRO-1 and 2 through transformers' Trainer, the penalty in the loss.
 
     torchrun --nproc-per-node 2 examples/trainers/deepspeed_zero.py      # on a CPU as well
 
 DeepSpeed steps within its backward pass and keeps gradients of its own, so that a callback cannot add the penalty's; the loss
-can. ZeRO-3 gathers the parameters of a module when it is called, which lists of parameters, as adapters have them, never are.
-Those of fewer than `stage3_param_persistence_threshold` numbers (100,000 by default) stay whole once they have been gathered,
-and an adapter's are so small: gathering them before the first step is enough.
-
-On a CPU, DeepSpeed compiles a module when it is first used.
+can. ZeRO-3 is refused: it gathers the parameters of a module when the module is called, which lists of parameters, as adapters
+have them, never are. On a CPU, DeepSpeed compiles a module when it is first used.
 """
 
 from __future__ import annotations
@@ -31,29 +28,23 @@ class PenaltyTrainer(Trainer):
     penalty = 0.1
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
-        whole(model)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **more)
         if model.training:
             loss = loss + self.penalty * jola_penalty(model)
         return (loss, outputs) if return_outputs else loss
 
 
-def whole(model: Any) -> None:
-    """Gather what ZeRO-3 has taken apart of the adapter; parameters so small stay whole from then on."""
-    apart = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_tensor") and p.numel() < p.ds_numel]
-    if apart:
-        apart[0].all_gather(apart)
-
-
 def train(
     model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], out: str, stage: int = 2, **options: Any
 ) -> Trainer:
-    """Train on rows of tokens under ZeRO-1, 2 or 3."""
+    """Train on rows of tokens under ZeRO-1 or 2."""
+    if stage not in (1, 2):
+        raise ValueError(f"stage must be 1 or 2, got {stage}: ZeRO-3 does not gather an adapter's parameters")
     adapted = get_peft_model(model, JointConfig(task_type="CAUSAL_LM"))
     collate = DataCollatorForSeq2Seq(tokenizer)
-    measure_units(adapted, [collate([dict(row) for row in rows[:64]])])  # before ZeRO-3 takes the model apart
+    measure_units(adapted, [collate([dict(row) for row in rows[:64]])])
     zero = {
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
