@@ -1,10 +1,10 @@
-"""DeepSpeed ZeRO through transformers' Trainer, the penalty in the loss.
+"""DeepSpeed ZeRO-1 and 2 through transformers' Trainer, the penalty in the loss.
 
     torchrun --nproc-per-node 2 examples/trainers/deepspeed_zero.py      # on a CPU as well
 
 DeepSpeed steps within its backward pass and keeps gradients of its own, so that a callback cannot add the penalty's; the loss
-can. Under ZeRO-3, parameters of fewer than `stage3_param_persistence_threshold` numbers (100,000 by default) stay whole, and an
-adapter's are. On a CPU, DeepSpeed compiles a module when it is first used.
+can. ZeRO-3 is refused: it gathers the parameters of a module when the module is called, which lists of parameters, as adapters
+have them, never are. On a CPU, DeepSpeed compiles a module when it is first used.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ class PenaltyTrainer(Trainer):
 def train(
     model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], out: str, stage: int = 2, **options: Any
 ) -> Trainer:
-    """Train on rows of tokens under ZeRO-1, 2 or 3."""
+    """Train on rows of tokens under ZeRO-1 or 2."""
+    if stage not in (1, 2):
+        raise ValueError(f"stage must be 1 or 2, got {stage}: ZeRO-3 does not gather an adapter's parameters")
     adapted = get_peft_model(model, JointConfig(task_type="CAUSAL_LM"))
     collate = DataCollatorForSeq2Seq(tokenizer)
-    measure_units(adapted, [collate([dict(row) for row in rows[:64]])])  # before ZeRO-3 takes the model apart
+    measure_units(adapted, [collate([dict(row) for row in rows[:64]])])
     zero = {
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",

@@ -112,21 +112,20 @@ def test_lightning(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed(stage, tmp_path):
-    """Two processes on the CPU. DeepSpeed compiles a module for it when it is first used."""
+def test_deepspeed(tmp_path):
+    """A process on the CPU. DeepSpeed compiles a module for it when it is first used."""
     recipe("deepspeed_zero", "deepspeed")
     code = (
         "import json, sys, torch; from examples.trainers import deepspeed_zero, tiny; model, tokenizer = tiny.load();"
-        "trainer = deepspeed_zero.train(model, tokenizer, tiny.rows(tokenizer), sys.argv[1], int(sys.argv[2]), max_steps=12,"
+        "trainer = deepspeed_zero.train(model, tokenizer, tiny.rows(tokenizer), sys.argv[1], max_steps=12,"
         " use_cpu=True, disable_tqdm=True);"
         "losses = [entry['loss'] for entry in trainer.state.log_history if 'loss' in entry];"
         "trainer.is_world_process_zero() and json.dump(losses, open(sys.argv[1] + '/losses.json', 'w'))"
     )
     (tmp_path / "run.py").write_text(code)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     done = subprocess.run(
-        [*launch, str(tmp_path / "run.py"), str(tmp_path), str(stage)],
+        [*launch, str(tmp_path / "run.py"), str(tmp_path)],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
