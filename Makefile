@@ -168,7 +168,7 @@ kernel-hub-suite: $(VENV)/torch.stamp
 	CTKERNELS_BUILD=none $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test,adapters]"
 	$(PY) -m pip install --quiet --disable-pip-version-check "kernels==0.17.2"
 	$(PY) tools/kernel_hub --out out/kernel-hub $(KERNEL_HUB_ARGS)
-	$(PY) -m pytest tests/package/test_kernel_hub.py $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/package/test_kernel_hub.py $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-pure .venv-newest .venv-serving .venv-hub build dist *.egg-info ctkernels/*.so out

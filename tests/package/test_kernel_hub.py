@@ -121,6 +121,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 def test_the_card_names_everything_public(folder: Path, kernel: ModuleType) -> None:
     card = (folder / "README.md").read_text()
+    assert (folder / "CARD.md").read_text() == (folder / "build/CARD.md").read_text() == card
     front = card.split("---\n")[1]
     assert "license: apache-2.0\n" in front
     assert "  - kernel\n" in front

@@ -3,6 +3,7 @@
     build.toml, flake.nix, CARD.md    what the Hub's builder, ``kernel-builder``, reads
     torch-ext/ctkernels/              the sources
     README.md, LICENSE                the card, as the Hub shows it
+    build/CARD.md                     the card again, where the builder's upload takes it from
     build/torch-BACKEND/              the same sources, with a namespace and metadata.json: what ``kernels`` loads
 
 The sources are ``functional.py`` and ``ops/`` of the package as they are; ``kernel/`` adds ``__init__.py`` and ``layers.py``.
@@ -74,7 +75,7 @@ def write_kernel(out: Path, repo_id: str, version: int) -> list[str]:
     check_imports(files)
     revision = _revision({**files, "build.toml": build.encode()})
     card = string.Template((OWN / "CARD.md").read_text(encoding="utf-8")).substitute(values)
-    texts = {"build.toml": build, "CARD.md": card, "README.md": card}
+    texts = {"build.toml": build, "README.md": card, "CARD.md": card, "build/CARD.md": card}
     for path in (OWN / "flake.nix", ROOT / "LICENSE"):
         texts[path.name] = path.read_text(encoding="utf-8")
     ids = []
