@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,36 +39,63 @@ def _run(seed: int, device: str, seconds: float) -> dict[str, Any]:
     size, tokens = SIZES[device], TOKENS[device]
     ids = torch.randint(2048, (ROWS, tokens), generator=torch.Generator().manual_seed(1)).to(device)
     config = JolaConfig(task_type="CAUSAL_LM", init_std=0.1)
-    base = llama(size, device)
 
-    def contestant(every: int | None) -> tuple[Any, Any]:
-        model = get_peft_model(llama(size, device, base), config).eval()
-        cache = DynamicCache(config=model.config)
-        if every is not None:
-            monitor = EditMonitor(model, every=every, window=16)
-            monitor.calibrate([{"input_ids": ids, "logits_to_keep": 1}] * 4)
-            monitor.attach()
-        model(input_ids=ids[:1], use_cache=False, logits_to_keep=1)  # the first of `every`
-        model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    model = get_peft_model(llama(size, device), config).eval()
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    monitor = EditMonitor(model, window=16)
+    monitor.calibrate([{"input_ids": ids, "logits_to_keep": 1}] * 4)
+    with monitor:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)  # the first of `every`, which is watched
 
-        def decode() -> None:
-            model(input_ids=ids[:, :1], past_key_values=cache)
-            cache.crop(-1)
+    def switch(state: str) -> None:
+        monitor.begin()
+        monitor.every = 1 if state == WATCHED else 10**9
+        monitor.detach() if state == OFF else monitor.attach()
 
-        def prefill() -> None:
-            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    def decode() -> None:
+        model(input_ids=ids[:, :1], past_key_values=cache)
+        cache.crop(-1)
 
-        return decode, prefill
+    def prefill() -> None:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
 
-    contestants = {OFF: contestant(None), BETWEEN: contestant(10**9), WATCHED: contestant(1)}
     wait = None if device == "cpu" else torch.cuda.synchronize
-    alone = device == "cpu" and torch.get_num_threads() == 1
-    record: dict[str, Any] = {}
-    for part, key in enumerate(("decode_ms", "prefill_ms")):
-        runs = {name: calls[part] for name, calls in contestants.items()}
-        clock = time.thread_time if alone else time.perf_counter
-        record[key] = measure.interleaved(runs, seconds * (6 if part else 3), seed=seed, wait=wait, clock=clock)
-    return record
+    clock = time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    calls = {"decode_ms": (decode, 3 * seconds), "prefill_ms": (prefill, 6 * seconds)}
+    return {key: _paired(call, switch, limit, seed, wait, clock) for key, (call, limit) in calls.items()}
+
+
+def _paired(
+    call: Callable[[], None],
+    switch: Callable[[str], None],
+    seconds: float,
+    seed: int,
+    wait: Callable[[], None] | None,
+    clock: Callable[[], float],
+) -> dict[str, float]:
+    """Milliseconds of a call of one model in each state, by the medians of ratios within rounds, each in an order of its own.
+
+    One model, because where another one happens to lie in memory decides more than a monitor does. ``switch`` is not timed.
+    """
+    shuffle, rounds = random.Random(seed).shuffle, []
+    order = [OFF, BETWEEN, WATCHED]
+    end = time.perf_counter() + seconds
+    while len(rounds) < 6 or time.perf_counter() < end:
+        shuffle(order)
+        times = {}
+        for state in order:
+            switch(state)
+            if wait is not None:
+                wait()
+            start = clock()
+            call()
+            if wait is not None:
+                wait()
+            times[state] = clock() - start
+        rounds.append(times)
+    off = 1e3 * statistics.median(times[OFF] for times in rounds[1:])  # the first warms up
+    return {state: off * statistics.median(t[state] / t[OFF] for t in rounds[1:]) for state in (OFF, BETWEEN, WATCHED)}
 
 
 def cost(ms: dict[str, float], every: int) -> float:
