@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_units_at_the_neutral_point_compute_what_the_family_does(name: str) -> None:
+def test_units_at_the_neutral_point_compute_what_the_family_does(name):
     model, x = build(name), inputs(name)
     if name in REFUSED:
         with pytest.raises(ValueError, match=r"expected \w+ to have an activation among"):

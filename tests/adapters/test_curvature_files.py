@@ -28,7 +28,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 class Net(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.conv, self.relu = nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True)
         self.head = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))

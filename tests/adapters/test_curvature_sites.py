@@ -62,7 +62,7 @@ def test_channels_come_from_what_feeds_the_site():
 class Tour(nn.Module):
     """Ways for channels to get about."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 6, 1), nn.LayerNorm(6)
         self.pointwise, self.seq = nn.Linear(6, 8), nn.Conv1d(8, 5, 1)

@@ -33,13 +33,13 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def _attach(name: str, **values):
+def _attach(name, **values):
     torch.manual_seed(7)
     return peft.get_peft_model(build(name), adapters.JolaConfig(**({"init_std": 0.3} | values))).eval()
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+def calls(monkeypatch):
     """The calls of the fused function."""
     seen: list[dict] = []
     function = attention.attention_head_edit
@@ -53,7 +53,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_every_family_equals_the_edit_in_the_projection_or_is_refused(name: str, calls: list[dict]) -> None:
+def test_every_family_equals_the_edit_in_the_projection_or_is_refused(name, calls):
     """Also for a family that is refused only because it was not known: it does not go through the interface, or differs."""
     model, values = _attach(name), inputs(name)
     expected = output(model, values)
@@ -80,7 +80,7 @@ def test_every_family_equals_the_edit_in_the_projection_or_is_refused(name: str,
     assert len(calls) == count
 
 
-def test_no_family_is_left_out_that_would_do(monkeypatch: pytest.MonkeyPatch, calls: list[dict]) -> None:
+def test_no_family_is_left_out_that_would_do(monkeypatch, calls):
     """A family outside the table has another attention, does not ask the interface, or does more before it projects."""
     monkeypatch.setattr(attention, "FAMILIES", frozenset(FAMILIES))
     would_do = []
@@ -109,7 +109,7 @@ LANGUAGE = ["llama", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "opt", "cohere2
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", LANGUAGE)
-def test_padding_is_honoured(name: str, side: str, calls: list[dict]) -> None:
+def test_padding_is_honoured(name, side, calls):
     """The failure this guards against: without a registered mask function padding is attended to."""
     model = _attach(name)
     tokens = inputs(name, batch=1)["input_ids"]
@@ -127,7 +127,7 @@ def test_padding_is_honoured(name: str, side: str, calls: list[dict]) -> None:
 
 @pytest.mark.parametrize("name", [*LANGUAGE, "bart", "whisper"])
 @pytest.mark.parametrize("beams", [1, 2])
-def test_generation_with_a_cache(name: str, beams: int, calls: list[dict]) -> None:
+def test_generation_with_a_cache(name, beams, calls):
     model = _attach(name, init_std=2.0)
     if FAMILIES[name].kind == "audio":
         values = {"input_features": inputs(name)["input_features"]}
@@ -144,7 +144,7 @@ def test_generation_with_a_cache(name: str, beams: int, calls: list[dict]) -> No
     assert calls
 
 
-def test_a_static_cache() -> None:
+def test_a_static_cache():
     model = _attach("llama", init_std=2.0)
     values = {"input_ids": inputs("llama")["input_ids"], "attention_mask": torch.ones(2, 6, dtype=torch.long)}
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "disable_compile": True}
@@ -155,7 +155,7 @@ def test_a_static_cache() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", [name for name in ("llama", "gpt2", "bert") if name not in _OLD])
-def test_training(name: str, checkpointing: bool, calls: list[dict]) -> None:
+def test_training(name, checkpointing, calls):
     """The same gates are sampled and the same gradients come out, with gradient checkpointing too."""
     model = _attach(name, init_log_alpha=0.0)
     for module in model.modules():
@@ -168,7 +168,7 @@ def test_training(name: str, checkpointing: bool, calls: list[dict]) -> None:
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def step() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def step():
         model.zero_grad()
         torch.manual_seed(3)
         result = model(**inputs(name))
@@ -187,7 +187,7 @@ def test_training(name: str, checkpointing: bool, calls: list[dict]) -> None:
         torch.testing.assert_close(found[n], g, rtol=1e-5, atol=1e-7)
 
 
-def test_what_cannot_be_fused_is_edited_in_the_projection(calls: list[dict]) -> None:
+def test_what_cannot_be_fused_is_edited_in_the_projection(calls):
     model, values = _attach("llama"), inputs("llama")
     model.add_adapter("other", adapters.JolaConfig(init_std=0.5))
 
@@ -214,7 +214,7 @@ def test_what_cannot_be_fused_is_edited_in_the_projection(calls: list[dict]) -> 
     assert calls
 
 
-def test_gates_sampled_by_row_stay_in_the_projection(calls: list[dict]) -> None:
+def test_gates_sampled_by_row_stay_in_the_projection(calls):
     model = _attach("llama", gate_sampling="row").train()
     adapters.fuse_attention(model)
     output(model, inputs("llama"))
@@ -223,7 +223,7 @@ def test_gates_sampled_by_row_stay_in_the_projection(calls: list[dict]) -> None:
     assert calls
 
 
-def test_some_layers_and_heads(calls: list[dict]) -> None:
+def test_some_layers_and_heads(calls):
     for options in ({"layers_to_transform": [1]}, {"heads": {"0": [1, 3]}}, {"heads": {"1": {"m": [0], "a": []}}}):
         model, values = _attach("llama", **options), inputs("llama")
         expected = output(model, values)
@@ -233,7 +233,7 @@ def test_some_layers_and_heads(calls: list[dict]) -> None:
         assert len(calls) == 1
 
 
-def test_an_error_in_the_attention_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_attention_leaves_nothing_behind(monkeypatch):
     model, values = _attach("llama"), inputs("llama")
     expected = output(model, values)
     adapters.fuse_attention(model)
@@ -245,7 +245,7 @@ def test_an_error_in_the_attention_leaves_nothing_behind(monkeypatch: pytest.Mon
     assert torch.equal(output(model, values), expected)
 
 
-def test_two_threads_in_one_model(calls: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_threads_in_one_model(calls, monkeypatch):
     """Both are between attention and projection at once: each edit is made once in each thread."""
     model = _attach("llama", init_std=0.5)
     batches = [inputs("llama"), {"input_ids": inputs("llama")["input_ids"].flip(1)}]
@@ -264,7 +264,7 @@ def test_two_threads_in_one_model(calls: list[dict], monkeypatch: pytest.MonkeyP
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected))
 
 
-def test_one_thread_with_the_attention_and_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_thread_with_the_attention_and_one_without(monkeypatch):
     """The second calls the projections alone, while the first is between its attention and its projection."""
     model = _attach("llama", init_std=0.5)
     values = inputs("llama")
@@ -287,7 +287,7 @@ def test_one_thread_with_the_attention_and_one_without(monkeypatch: pytest.Monke
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen, alone * 2))
 
 
-def test_a_model_run_inside_its_own_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_run_inside_its_own_attention(monkeypatch):
     """Between attention and projection the whole model runs once more: no edit is lost or made twice in either run."""
     model, values = _attach("llama", init_std=0.5), inputs("llama")
     expected = output(model, values)
@@ -306,7 +306,7 @@ def test_a_model_run_inside_its_own_attention(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(inner[1], expected)
 
 
-def test_an_implementation_set_later_keeps_the_edits(calls: list[dict]) -> None:
+def test_an_implementation_set_later_keeps_the_edits(calls):
     """Our attention function is not asked then: the projections edit."""
     model, values = _attach("llama", init_std=0.5), inputs("llama")
     adapters.fuse_attention(model)
@@ -319,7 +319,7 @@ def test_an_implementation_set_later_keeps_the_edits(calls: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("way", ["unload", "merge_and_unload"])
-def test_taking_the_layers_out_ends_the_fusion(way: str, calls: list[dict]) -> None:
+def test_taking_the_layers_out_ends_the_fusion(way, calls):
     """Also in a copy, whose handle nobody has."""
     values, plain = inputs("llama"), build("llama").eval()
     model = _attach("llama", init_std=0.5)
@@ -337,7 +337,7 @@ def test_taking_the_layers_out_ends_the_fusion(way: str, calls: list[dict]) -> N
     assert bare.config._attn_implementation == "sdpa"
 
 
-def test_a_handle_removes_its_own_fusion_only(calls: list[dict]) -> None:
+def test_a_handle_removes_its_own_fusion_only(calls):
     model, values = _attach("llama"), inputs("llama")
     expected = output(model, values)
     first = adapters.fuse_attention(model)
@@ -351,7 +351,7 @@ def test_a_handle_removes_its_own_fusion_only(calls: list[dict]) -> None:
     assert model.get_base_model().config._attn_implementation == "eager"
 
 
-def test_an_interrupt_in_the_attention_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_in_the_attention_leaves_nothing_behind(monkeypatch):
     """Not even for a projection that is called on its own afterwards."""
     model, values = _attach("llama", init_std=0.5), inputs("llama")
     layer = next(m for m in model.modules() if isinstance(m, adapters.JolaLayer))
@@ -371,7 +371,7 @@ def test_an_interrupt_in_the_attention_leaves_nothing_behind(monkeypatch: pytest
     assert torch.equal(output(model, values), expected)
 
 
-def test_state_dict_copies_and_files_do_not_change(tmp_path, calls: list[dict]) -> None:
+def test_state_dict_copies_and_files_do_not_change(tmp_path, calls):
     model, values = _attach("llama"), inputs("llama")
     keys, expected = list(model.state_dict()), output(model, values)
     adapters.fuse_attention(model)
@@ -391,7 +391,7 @@ def test_state_dict_copies_and_files_do_not_change(tmp_path, calls: list[dict]) 
     assert torch.equal(output(again, values), expected)
 
 
-def test_compiled() -> None:
+def test_compiled():
     model, values = _attach("llama"), inputs("llama")
     expected = output(model, values)
     adapters.fuse_attention(model)
@@ -401,7 +401,7 @@ def test_compiled() -> None:
     torch.testing.assert_close(output(compiled, values), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_errors() -> None:
+def test_errors():
     with pytest.raises(ValueError, match="expected a model with JoLA layers"):
         adapters.fuse_attention(build("llama"))
     model = _attach("llama")

@@ -23,7 +23,7 @@ SPEECH_FEATURES = SMALL | {"feature_projection_input_dim": 16}
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def _made(name: str, **values) -> nn.Module:
+def _made(name, **values):
     """The model class `name` with its configuration of `values`, its random weights large enough to see."""
     torch.manual_seed(0)
     model_class = getattr(transformers, name)
@@ -35,18 +35,18 @@ def _made(name: str, **values) -> nn.Module:
     return model
 
 
-def _led() -> nn.Module:
+def _led():
     window = {"attention_window": 4, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64}
     return _made("LEDModel", **SEQ2SEQ | window)
 
 
-def _xcit() -> nn.Module:
+def _xcit():
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     return timm.create_model("xcit_nano_12_p16_224", depth=2, embed_dim=32, num_heads=4, num_classes=5, img_size=32)
 
 
-def _llava() -> nn.Module:
+def _llava():
     return _made(
         "LlavaForConditionalGeneration",
         text_config=transformers.LlamaConfig(**SMALL),
@@ -86,7 +86,7 @@ FOUND: dict[str, tuple[Callable[[], nn.Module], dict[str, torch.Tensor], int, li
 }
 
 
-def _run(model: nn.Module, values: dict[str, torch.Tensor]) -> torch.Tensor:
+def _run(model, values):
     with torch.no_grad():
         result = model(**values)
     pooled = getattr(result, "pooler_output", None)
@@ -94,7 +94,7 @@ def _run(model: nn.Module, values: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_every_attention_module_is_edited_head_by_head(name: str, recwarn: pytest.WarningsRecorder) -> None:
+def test_every_attention_module_is_edited_head_by_head(name, recwarn):
     """Closing a head by its multiplicative edit is the same as values that are zero in that head, in a model apart."""
     make, values, count, makers = FOUND[name]
     torch.manual_seed(7)
@@ -122,7 +122,7 @@ def test_every_attention_module_is_edited_head_by_head(name: str, recwarn: pytes
     assert (edited - plain).abs().max() > 1e-3 * plain.abs().max()
 
 
-def test_a_pooling_head_that_cannot_be_edited_is_told_at_once() -> None:
+def test_a_pooling_head_that_cannot_be_edited_is_told_at_once():
     message = r"edits only a part of this model's attention: vision_model\.head \(.*gives its weights to"
     with pytest.warns(UserWarning, match=message):
         model = peft.get_peft_model(build("siglip"), adapters.JolaConfig())
@@ -135,14 +135,14 @@ def test_a_pooling_head_that_cannot_be_edited_is_told_at_once() -> None:
     ("name", "values"),
     [("siglip", {"exclude_modules": ["vision_model.head"]}), ("llama", {"layers_to_transform": [1]}), ("bert", {})],
 )
-def test_no_warning_where_nothing_is_missed_or_it_was_asked_for(name: str, values: dict) -> None:
+def test_no_warning_where_nothing_is_missed_or_it_was_asked_for(name, values):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "JoLA edits")
         peft.get_peft_model(build(name), adapters.JolaConfig(**values))
 
 
-def test_the_reasons_of_what_is_left_out() -> None:
-    def reasons(**values) -> dict[str, str]:
+def test_the_reasons_of_what_is_left_out():
+    def reasons(**values):
         model = peft.get_peft_model(build("llama"), adapters.JolaConfig(**values))
         return {module.name: module.reason for module in adapters.coverage(model).skipped}
 
@@ -156,7 +156,7 @@ def test_the_reasons_of_what_is_left_out() -> None:
     assert {module.reason for module in plain.skipped} == {"the model has no JoLA adapter"}
 
 
-def test_two_adapters_and_print(capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_adapters_and_print(capsys):
     model = peft.get_peft_model(build("llama"), adapters.JolaConfig(layers_to_transform=[0]))
     model.add_adapter("other", adapters.JolaConfig())
     assert [module.adapters for module in adapters.coverage(model).attention] == [("default", "other"), ("other",)]
@@ -164,7 +164,7 @@ def test_two_adapters_and_print(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"^model\.layers\.\*\.self_attn +LlamaAttention +2 of 2$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_layers_whose_output_a_model_never_uses_are_left_alone() -> None:
+def test_layers_whose_output_a_model_never_uses_are_left_alone():
     model = peft.get_peft_model(_llava(), adapters.JolaConfig(init_std=0.3))
     (last,) = adapters.coverage(model).skipped
     assert last.name == "model.vision_tower.encoder.layers.2.self_attn"
@@ -181,18 +181,18 @@ def test_layers_whose_output_a_model_never_uses_are_left_alone() -> None:
 # ---- a projection whose weight is used without calling it ----
 
 
-def test_attention_that_gives_its_weights_away_is_refused_also_by_name() -> None:
+def test_attention_that_gives_its_weights_away_is_refused_also_by_name():
     model = _made("WavLMModel", **SPEECH)
     with pytest.raises(ValueError, match=r"attention\.out_proj: WavLMAttention gives its weights to F\.multi_head"):
         peft.get_peft_model(model, adapters.JolaConfig(target_modules=["attention.out_proj"]))
 
 
-def _exact_bloom() -> nn.Module:
+def _exact_bloom():
     values = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "pretraining_tp": 2}
     return _made("BloomForCausalLM", **values, slow_but_exact=True)
 
 
-def test_an_edit_that_a_model_passes_by_is_an_error() -> None:
+def test_an_edit_that_a_model_passes_by_is_an_error():
     base, values = _exact_bloom(), {"input_ids": TOKENS}
     plain = output(base, values)
     hooks = [(list(m._forward_hooks), list(m._forward_pre_hooks)) for m in base.modules()]
@@ -217,15 +217,15 @@ def test_an_edit_that_a_model_passes_by_is_an_error() -> None:
     assert [(list(m._forward_hooks), list(m._forward_pre_hooks)) for m in restored.modules()] == hooks
 
 
-def test_reading_the_weight_of_a_projection_that_is_called_is_no_error() -> None:
+def test_reading_the_weight_of_a_projection_that_is_called_is_no_error():
     class Attention(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.num_heads = 2
             self.qkv = nn.Linear(8, 24)
             self.out_proj = nn.Linear(8, 8)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x):
             z = self.qkv(x.to(self.out_proj.weight.dtype))[..., :8]
             return self.out_proj(z) + 0 * self.out_proj.bias
 
@@ -242,7 +242,7 @@ def test_reading_the_weight_of_a_projection_that_is_called_is_no_error() -> None
 class _Planned(nn.Module):
     """Attention whose output projection no name gives away."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.num_heads = 2
         self.qkv = nn.Linear(8, 24)
@@ -250,7 +250,7 @@ class _Planned(nn.Module):
         self.out = nn.Linear(8, 8)
 
 
-def test_the_plan_for_tensor_parallelism_is_asked_before_the_names() -> None:
+def test_the_plan_for_tensor_parallelism_is_asked_before_the_names():
     model = nn.Module()
     model.layers = nn.ModuleList(_Planned() for _ in range(2))
     assert adapters.find_sites(model) == ["layers.0.out", "layers.1.out"]
@@ -259,7 +259,7 @@ def test_the_plan_for_tensor_parallelism_is_asked_before_the_names() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_search_agrees_with_the_table(name: str) -> None:
+def test_the_search_agrees_with_the_table(name):
     """And with transformers' own plan for tensor parallelism, where the family has one."""
     model = build(name)
     found = adapters.find_sites(model)
@@ -275,10 +275,10 @@ def test_the_search_agrees_with_the_table(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_causal_family_with_a_plan_is_found() -> None:
+def test_every_causal_family_with_a_plan_is_found():
     """Of all families that the installed transformers can build from (nearly) their defaults, without weights."""
 
-    def make(family: str) -> nn.Module | None:
+    def make(family):
         for values in ({"num_hidden_layers": 2}, {}):  # few layers where the defaults allow it
             try:
                 with torch.device("meta"), warnings.catch_warnings():
@@ -315,7 +315,7 @@ def test_every_causal_family_with_a_plan_is_found() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_layer_is_as_wide_as_its_projection(name: str) -> None:
+def test_a_layer_is_as_wide_as_its_projection(name):
     """LoRA on top of it reads that, as peft's and torch's tools do."""
     model = peft.get_peft_model(build(name), adapters.JolaConfig(init_std=0.5)).eval()
     layer = next(module for module in model.modules() if isinstance(module, adapters.JolaLayer))

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 KINDS = ["fruit", "colour"]
 
 
-def command(**places: str) -> list[str]:
+def command(**places):
     """The line in docs/jola.md, with its capital words replaced."""
     (line,) = re.findall(
         r"^    (python -c \"import ctkernels.adapters;.*(?:\n {8}.*)*)",
@@ -38,7 +38,7 @@ def command(**places: str) -> list[str]:
     return [sys.executable, *words[1:]]
 
 
-def accuracy(model: torch.nn.Module, tokenizer) -> float:
+def accuracy(model, tokenizer):
     choices = [tokenizer.convert_tokens_to_ids(kind) for kind in KINDS]
     right = 0
     for prompt, answer in tiny.PAIRS:

@@ -18,7 +18,7 @@ _SPEC.loader.exec_module(run)
 
 
 @pytest.mark.slow
-def test_a_few_of_pefts_own_tests_pass() -> None:
+def test_a_few_of_pefts_own_tests_pass():
     try:
         command, environment, folder = run.command(run.CACHE, ["--fast", "-rA"])
     except run.NotDownloaded as error:

@@ -22,11 +22,11 @@ pytest.importorskip("tqdm", reason="the progress bar needs tqdm")
 ROOT = Path(__file__).parents[2]
 
 
-def make_net() -> nn.Module:
+def make_net():
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
 
 
-def make_linear() -> nn.Module:
+def make_linear():
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
 
 
@@ -43,7 +43,7 @@ def data(tmp_path):
     return tmp_path / "data.npz"
 
 
-def steer(*arguments) -> int:
+def steer(*arguments):
     return cli.main(["steer", *map(str, arguments)])
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("sklearn", reason="the laboratory needs scikit-learn")
 pytest.importorskip("tqdm", reason="the progress bar needs tqdm")
 
 
-def make_net() -> nn.Module:
+def make_net():
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
 
 
@@ -36,7 +36,7 @@ SMALL = ("--model", MODEL, "--size", 32, "--resize", 32)
 QUICK = ("--betas", "0.8,1", "--iterations", 3, "--queries", 5, "--severities", "2", "--no-progress")
 
 
-def run(*arguments) -> int:
+def run(*arguments):
     return cli.main([str(a) for a in arguments])
 
 

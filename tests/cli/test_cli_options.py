@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import importlib
 import json
@@ -11,7 +10,6 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,25 +24,25 @@ for module in ("sklearn", "tqdm", "torchvision"):
     pytest.importorskip(module, reason="the commands need ctkernels[lab]")
 
 
-def make_texts() -> Any:
+def make_texts():
     from ctkernels.lab.jola import Example, TextData
 
     return TextData((Example("a", "b"),))
 
 
-def make_net() -> nn.Module:
+def make_net():
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
 
 
-def make_misfit() -> nn.Module:
+def make_misfit():
     return nn.Sequential(nn.Flatten(), nn.Linear(7, 2), nn.ReLU())
 
 
-def make_nothing() -> nn.Module:
+def make_nothing():
     return nn.Linear(2, int("seven"))
 
 
-def make_end() -> nn.Module:
+def make_end():
     sys.exit("I am a script")
 
 
@@ -144,7 +142,7 @@ class Reached(Exception):
     """The command's work was about to begin."""
 
 
-def options(command: str) -> list[tuple[str, argparse.Action]]:
+def options(command):
     """The name of every option and argument that takes a value."""
     parser = importlib.import_module(cli.COMMANDS[command][0]).parser()
     return [
@@ -155,7 +153,7 @@ def options(command: str) -> list[tuple[str, argparse.Action]]:
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> dict[str, str]:
+def places(tmp_path):
     found = {name: str(tmp_path / name) for name in ("folder", "file", "locked")}
     Path(found["folder"]).mkdir()
     for name in ("file", "locked"):
@@ -165,14 +163,12 @@ def places(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("command", [c for c in cli.COMMANDS if options(c)])
-def test_bad_values_are_refused_before_any_work(
-    command: str, places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_bad_values_are_refused_before_any_work(command, places, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_types, "PROBE", 1)
     module = importlib.import_module(cli.COMMANDS[command][0])
 
-    def run(arguments: argparse.Namespace) -> int:
+    def run(arguments):
         raise Reached
 
     monkeypatch.setattr(module, "run", run)
@@ -204,7 +200,7 @@ def test_bad_values_are_refused_before_any_work(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "locked"]  # nothing was made
 
 
-def test_every_option_has_a_type_of_its_own() -> None:
+def test_every_option_has_a_type_of_its_own():
     """None takes a text as it is: free text is a type, too, or a list of what may be chosen."""
     free = {"--title", "--separator", "--only"}
     bare = [
@@ -220,7 +216,7 @@ def test_every_option_has_a_type_of_its_own() -> None:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path):
     labels = np.arange(60) % 2
     images = (np.random.default_rng(0).integers(0, 120, (60, 36, 36)) + 60 * labels[:, None, None]).astype(np.uint8)
     np.savez(tmp_path / "data.npz", x=images, y=labels)
@@ -237,7 +233,7 @@ COMMANDS = {
 }
 
 
-def said_of(command: str, model: str, data: Path, capsys: Any) -> str:
+def said_of(command, model, data, capsys):
     """What a command says of a network that is not right, in one line."""
     if command in ("tune", "compare"):
         for needed in ("peft", "accelerate", "safetensors"):
@@ -255,7 +251,7 @@ def said_of(command: str, model: str, data: Path, capsys: Any) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_factories_that_fail_are_named_with_their_error(command: str, data: Path, capsys: Any) -> None:
+def test_factories_that_fail_are_named_with_their_error(command, data, capsys):
     said = said_of(command, f"{__name__}:make_nothing", data, capsys)
     assert f"model '{__name__}:make_nothing': the function raised ValueError: invalid literal for int()" in said
     said = said_of(command, f"{__name__}:make_end", data, capsys)
@@ -263,7 +259,7 @@ def test_factories_that_fail_are_named_with_their_error(command: str, data: Path
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_networks_that_do_not_take_the_images_are_named_with_their_error(command: str, data: Path, capsys: Any) -> None:
+def test_networks_that_do_not_take_the_images_are_named_with_their_error(command, data, capsys):
     said = said_of(command, f"{__name__}:make_misfit", data, capsys)
     assert "images of shape (1, 3, 32, 32) do not fit Sequential" in said.replace("(1, 1, 32", "(1, 3, 32")
     assert "RuntimeError: mat1 and mat2 shapes cannot be multiplied (1x3072 and 7x2)" in said
@@ -282,9 +278,7 @@ def test_networks_that_do_not_take_the_images_are_named_with_their_error(command
     ],
 )
 @pytest.mark.parametrize("command", ["steer", "gradcheck"])
-def test_files_with_a_factory_that_fail_are_named(
-    command: str, text: str, message: str, data: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_files_with_a_factory_that_fail_are_named(command, text, message, data, tmp_path, capsys):
     file = tmp_path / "networks_of_mine.py"
     file.write_text(f"{text}\n")
     options = [str(data), "--model"] if command == "steer" else ["--input", "2x3", "--module"]
@@ -298,7 +292,7 @@ def test_files_with_a_factory_that_fail_are_named(
         sys.modules.pop("networks_of_mine", None)
 
 
-def test_gradcheck_names_a_network_that_does_not_take_the_input(capsys: Any) -> None:
+def test_gradcheck_names_a_network_that_does_not_take_the_input(capsys):
     assert cli.main(["gradcheck", "--module", f"{__name__}:make_net", "--input", "2x4x9x9"]) == 2
     said = capsys.readouterr().err
     assert "--input: values of shape (2, 4, 9, 9) do not fit Sequential: RuntimeError: Given groups=1" in said
@@ -308,12 +302,10 @@ def test_gradcheck_names_a_network_that_does_not_take_the_input(capsys: Any) -> 
 # --- faults, warnings, disks ------------------------------------------------------------------------------------------
 
 
-def test_a_fault_of_the_library_keeps_its_traceback(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_of_the_library_keeps_its_traceback(data, tmp_path, monkeypatch):
     """A ValueError from within another library was not foreseen: it is no bad input of the user's."""
 
-    def search(*_: Any, **__: Any) -> None:
+    def search(*_, **__):
         json.loads("{")
 
     monkeypatch.setattr("ctkernels.lab.search_beta", search)
@@ -326,10 +318,10 @@ def test_a_fault_of_the_library_keeps_its_traceback(
         assert _errors.is_bad_input(error)
 
 
-def test_warnings_of_the_library_are_one_line() -> None:
+def test_warnings_of_the_library_are_one_line():
     from ctkernels.lab.images import data
 
-    def shown() -> int:
+    def shown():
         told.extend(
             warnings.formatwarning("so it is", UserWarning, file, 1) for file in (data.__file__, torch.__file__)
         )
@@ -342,15 +334,15 @@ def test_warnings_of_the_library_are_one_line() -> None:
     assert told == ["ctkernels: warning: so it is\n", before("so it is", UserWarning, torch.__file__, 1)]
 
 
-def test_a_full_disk_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch, capsys):
     class Full:
-        def __enter__(self) -> Full:
+        def __enter__(self):
             return self
 
-        def __exit__(self, *_: object) -> None:
+        def __exit__(self, *_):
             pass
 
-        def write(self, content: bytes) -> None:
+        def write(self, content):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
@@ -361,7 +353,7 @@ def test_a_full_disk_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_range_of_a_grid_is_bounded(capsys: Any) -> None:
+def test_the_range_of_a_grid_is_bounded(capsys):
     for text, message in (("0:1:1e-9", "which gives 1e+09"), ("0:1:1e-320", "which gives inf")):
         assert cli.main(["curvature", "--betas", text]) == 2
         assert message in capsys.readouterr().err
@@ -392,10 +384,8 @@ def test_the_range_of_a_grid_is_bounded(capsys: Any) -> None:
         (["bench", "--only", "x"], "--only: for --formats, and the ops"),
     ],
 )
-def test_options_that_do_not_go_together_are_told_before_any_work(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    def load(*_: Any, **__: Any) -> None:
+def test_options_that_do_not_go_together_are_told_before_any_work(arguments, message, tmp_path, monkeypatch, capsys):
+    def load(*_, **__):
         raise AssertionError("work was done")
 
     monkeypatch.chdir(tmp_path)

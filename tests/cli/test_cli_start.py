@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = "import sys\nfrom ctkernels.cli import main\nsys.exit(main())\n"  # as pip writes it for an entry point
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(folder, *arguments):
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
@@ -24,7 +24,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], [], ["stear"]], ids=str)
 @pytest.mark.parametrize("start", ["module", "script"])
-def test_the_overview_does_not_import_torch(start: str, arguments: list[str], tmp_path: Path) -> None:
+def test_the_overview_does_not_import_torch(start, arguments, tmp_path):
     (tmp_path / "ctkernels").write_text(SCRIPT)
     command = ["-m", "ctkernels"] if start == "module" else [str(tmp_path / "ctkernels")]
     done = run(tmp_path, "-X", "importtime", *command, *arguments)
@@ -39,13 +39,13 @@ def test_the_overview_does_not_import_torch(start: str, arguments: list[str], tm
 
 
 @pytest.mark.parametrize("start", [["-m", "user", "ctkernels"], ["user.py"]], ids=str)
-def test_any_other_import_registers_the_ops(start: list[str], tmp_path: Path) -> None:
+def test_any_other_import_registers_the_ops(start, tmp_path):
     (tmp_path / "user.py").write_text("import ctkernels, torch\nprint(torch.ops.ctkernels.ctu.default._schema.name)\n")
     done = run(tmp_path, *start)
     assert done.stdout == "ctkernels::ctu\n", done.stderr
 
 
-def test_a_package_run_as_a_module_may_import_this_one(tmp_path: Path) -> None:
+def test_a_package_run_as_a_module_may_import_this_one(tmp_path):
     """Python has not found the module of -m then."""
     (tmp_path / "package").mkdir()
     (tmp_path / "package/__init__.py").write_text("import ctkernels, torch\n\ntorch.ops.ctkernels.ctu.default\n")
@@ -54,7 +54,7 @@ def test_a_package_run_as_a_module_may_import_this_one(tmp_path: Path) -> None:
     assert done.stdout == "done\n", done.stderr
 
 
-def test_a_factory_finds_everything_in_a_command(tmp_path: Path) -> None:
+def test_a_factory_finds_everything_in_a_command(tmp_path):
     (tmp_path / "networks.py").write_text(
         "import ctkernels, torch\n\n\n"
         "def make():\n"
@@ -66,7 +66,7 @@ def test_a_factory_finds_everything_in_a_command(tmp_path: Path) -> None:
     assert not done.stderr
 
 
-def test_both_lists_of_public_names_agree() -> None:
+def test_both_lists_of_public_names_agree():
     assert {*_public.__all__, "__version__"} == set(ctkernels.__all__)
     assert all(getattr(ctkernels, name) is getattr(_public, name) for name in _public.__all__)
     with pytest.raises(AttributeError, match="module 'ctkernels' has no attribute 'stear'"):

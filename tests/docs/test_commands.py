@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 COMMAND = re.compile(r"(?:^ {4}|`|-m )ctkernels ([a-z]\w*)((?: [^`\n#]*)?)", re.MULTILINE)
 
 
-def uses() -> list[tuple[str, str, str]]:
+def uses():
     """(page, command, arguments) of every use."""
     return [
         (page.relative_to(ROOT).as_posix(), *match)
@@ -25,14 +25,14 @@ def uses() -> list[tuple[str, str, str]]:
     ]
 
 
-def test_every_command_of_the_pages_exists() -> None:
+def test_every_command_of_the_pages_exists():
     assert len(uses()) >= 10
     unknown = [(page, command) for page, command, _ in uses() if command not in COMMANDS]
     assert not unknown
 
 
 @pytest.mark.parametrize("command", sorted({command for _, command, _ in uses()} & set(COMMANDS)))
-def test_every_option_of_the_pages_exists(command: str) -> None:
+def test_every_option_of_the_pages_exists(command):
     module = COMMANDS[command][0]
     for needed in ("numpy", "sklearn", "tqdm", "torchvision") if ".lab." in module else ():
         pytest.importorskip(needed, reason="the command needs ctkernels[lab]")

@@ -6,7 +6,6 @@ import ast
 import doctest
 import importlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,11 +34,11 @@ class Documented(NamedTuple):
     docstring: str
 
     @property
-    def id(self) -> str:
+    def id(self):
         return f"{self.path}:{self.name}"
 
 
-def documented() -> Iterator[Documented]:
+def documented():
     for file in sorted(path for folder in ("ctkernels", "examples") for path in (ROOT / folder).rglob("*.py")):
         path = file.relative_to(ROOT).as_posix()
         for name, node in _definitions(ast.parse(file.read_text()), ""):
@@ -48,7 +47,7 @@ def documented() -> Iterator[Documented]:
                 yield Documented(path, name, node.body[0].lineno, docstring)
 
 
-def _definitions(node: Any, name: str) -> Iterator[tuple[str, Any]]:
+def _definitions(node, name):
     """Modules, classes and functions, with their names in the module."""
     if isinstance(node, ast.Module):
         yield name, node
@@ -62,15 +61,15 @@ def _definitions(node: Any, name: str) -> Iterator[tuple[str, Any]]:
 DOCUMENTED = list(documented())
 
 
-def _doctest(item: Documented, names: dict[str, Any]) -> doctest.DocTest:
+def _doctest(item, names):
     return doctest.DocTestParser().get_doctest(item.docstring, names, item.name, str(ROOT / item.path), item.line)
 
 
-def _skipped(test: doctest.DocTest) -> bool:
+def _skipped(test):
     return any(example.options.get(doctest.SKIP) for example in test.examples)
 
 
-def _exported(item: Documented) -> dict[str, Any]:
+def _exported(item):
     """What one imports to use it: the thing itself, and the public names of the packages that it is in."""
     module = item.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     names: dict[str, Any] = {}
@@ -82,13 +81,13 @@ def _exported(item: Documented) -> dict[str, Any]:
     return {**names, top: getattr(importlib.import_module(module), top)}
 
 
-def test_the_collection_finds_them() -> None:
+def test_the_collection_finds_them():
     assert len(DOCUMENTED) >= 75
     assert {"ctkernels/nn.py:CTU", "ctkernels/ops/explain.py:explain"} <= {item.id for item in DOCUMENTED}
 
 
 @pytest.mark.parametrize("item", DOCUMENTED, ids=lambda item: item.id)
-def test_examples_stand_where_the_documentation_finds_them(item: Documented) -> None:
+def test_examples_stand_where_the_documentation_finds_them(item):
     """In a section `Examples:` at the end or before another heading, as doctests; else the pages show them as prose."""
     sections = re.findall(r"^Examples:\n((?:    .*\n?)+)", item.docstring, re.M)
     assert len(sections) == 1, "expected one section 'Examples:'"
@@ -97,7 +96,7 @@ def test_examples_stand_where_the_documentation_finds_them(item: Documented) -> 
 
 @pytest.mark.parametrize("item", DOCUMENTED, ids=lambda item: item.id)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_the_example_runs(item: Documented, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_runs(item, tmp_path, monkeypatch):
     if item.id in SKIPPED:
         assert _skipped(_doctest(item, {})), "runs: take it out of SKIPPED"
         pytest.skip(SKIPPED[item.id])
@@ -110,5 +109,5 @@ def test_the_example_runs(item: Documented, tmp_path: Path, monkeypatch: pytest.
     assert not report, "".join(report)
 
 
-def test_no_reason_is_left_over() -> None:
+def test_no_reason_is_left_over():
     assert set(SKIPPED) <= {item.id for item in DOCUMENTED}

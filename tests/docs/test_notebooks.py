@@ -13,7 +13,7 @@ TUTORIALS = sorted((Path(__file__).parents[2] / "docs/tutorials").glob("*.md"))
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
-def test_cells_are_the_blocks_of_the_page(page: Path) -> None:
+def test_cells_are_the_blocks_of_the_page(page):
     text = page.read_text(encoding="utf-8")
     made = json.loads(json.dumps(notebooks.notebook(text)))
     code = ["".join(cell["source"]) for cell in made["cells"] if cell["cell_type"] == "code"]
@@ -26,6 +26,6 @@ def test_cells_are_the_blocks_of_the_page(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
-def test_notebooks_are_valid(page: Path) -> None:
+def test_notebooks_are_valid(page):
     nbformat = pytest.importorskip("nbformat", reason="validating a notebook needs nbformat")
     nbformat.validate(nbformat.from_dict(notebooks.notebook(page.read_text(encoding="utf-8"))))

@@ -28,7 +28,7 @@ class Block(NamedTuple):
     output: str | None
 
 
-def blocks(page: Path, short: bool = True) -> list[Block]:
+def blocks(page, short=True):
     text = page.read_text(encoding="utf-8")
     for said, instead in SHORT.get(page.relative_to(ROOT).as_posix(), {}).items() if short else ():
         assert text.count(said) == 1, f"{page}: expected {said!r} once"
@@ -37,7 +37,7 @@ def blocks(page: Path, short: bool = True) -> list[Block]:
     return [Block(text[: match.start(1)].count("\n"), match[1], match[2]) for match in found]
 
 
-def pages() -> list[str]:
+def pages():
     paths = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "ctkernels").rglob("README.md")]
     return sorted(
         path.relative_to(ROOT).as_posix() for path in paths if "```python" in path.read_text(encoding="utf-8")
@@ -52,7 +52,7 @@ PAGES = [
 
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_runs(page, tmp_path, monkeypatch):
     """The blocks of a page share their names; one that `NAMESPACES` lists starts with those as well."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT)  # as in a clone
@@ -70,7 +70,7 @@ def test_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             )
 
 
-def test_every_page_is_read() -> None:
+def test_every_page_is_read():
     assert {"README.md", "docs/export.md", "docs/jola.md"} <= set(pages())
     starts = {start for start in NAMESPACES if "#" in start}
     assert starts <= {f"{page}#{number}" for page in pages() for number in range(len(blocks(ROOT / page)))}

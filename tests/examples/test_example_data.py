@@ -21,7 +21,7 @@ from examples.data.texts import SENTIMENTS
 # --- Fashion-MNIST ----------------------------------------------------------------------------------------------------
 
 
-def write_idx(folder, zipped: bool, n: int = 20):
+def write_idx(folder, zipped, n=20):
     folder.mkdir(parents=True, exist_ok=True)
     for prefix in ("train", "t10k"):
         for name, shape in (("images-idx3", (n, 28, 28)), ("labels-idx1", (n,))):

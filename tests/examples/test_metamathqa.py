@@ -16,7 +16,7 @@ adapters = import_module("ctkernels.adapters")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
-def tiny() -> transformers.LlamaConfig:
+def tiny():
     values = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     return transformers.LlamaConfig(
         **values, num_key_value_heads=2, head_dim=8, vocab_size=64, tie_word_embeddings=True
@@ -68,7 +68,7 @@ def test_the_prediction_is_that_of_the_model_itself(method):
     own = {v.untyped_storage().data_ptr() for v in (*model.parameters(), *model.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}
 
-    def note(value: torch.Tensor) -> torch.Tensor:
+    def note(value):
         saved[value.untyped_storage().data_ptr()] = value.untyped_storage()
         return value
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,23 +22,23 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # those of the trainers
 ROOT = Path(__file__).parents[2]
 
 
-def recipe(name: str, *packages: str) -> Any:
+def recipe(name, *packages):
     for package in packages:
         pytest.importorskip(package)
     return import_module(f"examples.trainers.{name}")
 
 
-def losses(trainer: Any) -> list[float]:
+def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def mean_log_alpha(adapted: Any) -> float:
+def mean_log_alpha(adapted):
     layers = [module for module in adapted.modules() if isinstance(module, adapters.JolaLayer)]
     logits = [layer.log_alpha(part, "default") for layer in layers for part in ("m", "a")]
     return float(torch.cat(logits).detach().mean())
 
 
-def check(adapted: Any, folder: Path, steps: list[float], factor: float = 0.6) -> None:
+def check(adapted, folder, steps, factor=0.6):
     """The loss fell, edits, gates and curvature moved and nothing else did, and the folder holds all of it."""
     assert min(steps[-3:]) < factor * steps[0]
     assert all(math.isfinite(loss) for loss in steps)

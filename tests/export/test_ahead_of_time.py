@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
 """
 
 
-def test_a_package_runs_with_and_a_portable_one_without_this_library(tmp_path: Path) -> None:
+def test_a_package_runs_with_and_a_portable_one_without_this_library(tmp_path):
     model = Net(nn.ReLU(inplace=True)).eval()
     ctkernels.steer(model, 0.9)
     example, x = torch.randn(2, 3, 6, 6), torch.randn(5, 3, 6, 6)

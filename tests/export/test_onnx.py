@@ -22,7 +22,7 @@ from test_portable import Net  # noqa: E402
 Run = Callable[[Path, list[torch.Tensor]], list[torch.Tensor]]
 
 
-def in_onnxruntime(path: Path, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+def in_onnxruntime(path, inputs):
     import onnxruntime as runtime
 
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -30,7 +30,7 @@ def in_onnxruntime(path: Path, inputs: list[torch.Tensor]) -> list[torch.Tensor]
     return [torch.from_numpy(y) for y in session.run(None, feed)]
 
 
-def in_openvino(path: Path, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+def in_openvino(path, inputs):
     import openvino
 
     core = openvino.Core()
@@ -43,7 +43,7 @@ def in_openvino(path: Path, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
 RUNTIMES: dict[str, Run] = {"onnxruntime": in_onnxruntime, "openvino": in_openvino}
 
 
-def runtimes() -> list[Run]:
+def runtimes():
     """Those that are installed, of which there has to be one."""
     found = [run for name, run in RUNTIMES.items() if importlib.util.find_spec(name) is not None]
     if not found:
@@ -51,7 +51,7 @@ def runtimes() -> list[Run]:
     return found
 
 
-def check(path: Path, inputs: list[torch.Tensor], want: torch.Tensor) -> None:
+def check(path, inputs, want):
     for run in runtimes():
         excess = (run(path, inputs)[0] - want).abs() - 1e-5 * (1 + want.abs())
         assert excess.max() <= 0, run.__name__
@@ -62,17 +62,17 @@ class Units(nn.Module):
 
     SETTINGS = ((0.0, 0.5), (0.1, 0.5), (0.1, 1.0), (0.5, 1.0), (0.9, 0.0), (0.999, 0.3), (1 - 1e-6, 0.5), (1.0, 0.5))
 
-    def __init__(self, activation: str) -> None:
+    def __init__(self, activation):
         super().__init__()
         self.activation = activation
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, x):
         options: dict[str, Any] = {"activation": self.activation, "negative_slope": 0.2}
         return tuple(functional.ctu(x, beta, coeff, **options) for beta, coeff in self.SETTINGS)
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "gelu", "gelu_tanh"])
-def test_units_are_equal_up_to_ten_thousand(activation: str, tmp_path: Path) -> None:
+def test_units_are_equal_up_to_ten_thousand(activation, tmp_path):
     sizes = torch.logspace(-6, 4, 150)
     x = torch.cat([sizes, -sizes, torch.linspace(-8, 14, 300), torch.zeros(1)])[None]
     path = export.onnx(Units(activation).eval(), (x,), tmp_path / "units.onnx")
@@ -82,7 +82,7 @@ def test_units_are_equal_up_to_ten_thousand(activation: str, tmp_path: Path) -> 
             assert excess.max() <= 0, (run.__name__, beta, coeff, x.flatten()[excess.argmax()].item())
 
 
-def test_a_steered_network_is_equal_for_every_batch(tmp_path: Path) -> None:
+def test_a_steered_network_is_equal_for_every_batch(tmp_path):
     model = Net(nn.ReLU(inplace=True)).eval()
     ctkernels.steer(model, {"activation": 0.9})
     path = export.onnx(model, (torch.randn(1, 3, 6, 6),), tmp_path / "new" / "model.onnx")
@@ -94,7 +94,7 @@ def test_a_steered_network_is_equal_for_every_batch(tmp_path: Path) -> None:
             check(path, [x], model(x))
 
 
-def test_a_fused_network_is_as_small_as_the_plain_one(tmp_path: Path) -> None:
+def test_a_fused_network_is_as_small_as_the_plain_one(tmp_path):
     """Convolutions have their BatchNorms inside, and a unit at coeff = 1 is three operations."""
     x = torch.randn(2, 3, 6, 6)
     counts = []
@@ -115,7 +115,7 @@ def test_a_fused_network_is_as_small_as_the_plain_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("granularity", ["channel", "layer"])
 @pytest.mark.parametrize("merged", [False, True])
-def test_trained_curvature_is_equal(granularity: str, merged: bool, tmp_path: Path) -> None:
+def test_trained_curvature_is_equal(granularity, merged, tmp_path):
     peft = pytest.importorskip("peft")
     from ctkernels.adapters import CurvatureConfig
 
@@ -137,7 +137,7 @@ def test_trained_curvature_is_equal(granularity: str, merged: bool, tmp_path: Pa
     check(path, [x], want)
 
 
-def test_a_language_model_with_an_adapter_is_equal(tmp_path: Path) -> None:
+def test_a_language_model_with_an_adapter_is_equal(tmp_path):
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     from ctkernels.adapters import JolaConfig
@@ -160,11 +160,11 @@ def test_a_language_model_with_an_adapter_is_equal(tmp_path: Path) -> None:
     assert (want - plain).abs().max() > 1e-3
 
     class Logits(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.model = model
 
-        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        def forward(self, input_ids):
             return self.model(input_ids=input_ids).logits
 
     path = export.onnx(Logits().eval(), (tokens,), tmp_path / "model.onnx", output_names=["logits"])
@@ -174,7 +174,7 @@ def test_a_language_model_with_an_adapter_is_equal(tmp_path: Path) -> None:
     assert [result.name for result in graph.output] == ["logits"]
 
 
-def test_nothing_is_written_where_the_export_fails(tmp_path: Path) -> None:
+def test_nothing_is_written_where_the_export_fails(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_text("old")
     x = torch.randn(2, 3, 6, 6)

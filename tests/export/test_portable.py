@@ -16,18 +16,18 @@ BETAS = (0.0, 0.01, 0.3, 0.5, 0.9, 0.999, 1 - 1e-6, 1.0)
 COEFFS = (0.0, 0.25, 0.5, 1.0)
 
 
-def inputs(dtype: torch.dtype) -> torch.Tensor:
+def inputs(dtype):
     """Both signs of 1e-6 to 1e30, the neighbourhood of the bends, and 0."""
     sizes = torch.logspace(-6, 30, 200, dtype=dtype)
     return torch.cat([sizes, -sizes, torch.linspace(-8, 14, 400, dtype=dtype), torch.zeros(1, dtype=dtype)])
 
 
-def error_bound(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def error_bound(x, dtype):
     """A few roundings of intermediate values, none of which is above 1.5 |x| + 1."""
     return 8 * torch.finfo(dtype).eps * (1.5 * x.abs() + 1)
 
 
-def knobs_at(beta: float, coeff: float) -> lowering.Knobs:
+def knobs_at(beta, coeff):
     c, s, sharpness, eta = lowering.derive(torch.tensor(beta, dtype=torch.float64), coeff, False, 0.0)
     return lowering.Knobs(float(c), float(s), float(sharpness), float(eta), float(eta))
 
@@ -35,7 +35,7 @@ def knobs_at(beta: float, coeff: float) -> lowering.Knobs:
 class Net(nn.Module):
     """What occurs in residual networks: BatchNorms after convolutions, activations in place, a sum before one."""
 
-    def __init__(self, activation: nn.Module) -> None:
+    def __init__(self, activation):
         super().__init__()
         self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         self.second, self.other = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
@@ -46,19 +46,19 @@ class Net(nn.Module):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.uniform_(norm.bias, -0.5, 0.5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         x = self.activation(self.norm(self.first(x)))
         x = self.activation(self.other(self.second(x)) + x)
         return self.head(x.mean((2, 3)))
 
 
-def names(program: torch.export.ExportedProgram) -> list[str]:
+def names(program):
     return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", MEMBERS)
-def test_a_lowered_unit_is_the_unit(kind: str, dtype: torch.dtype) -> None:
+def test_a_lowered_unit_is_the_unit(kind, dtype):
     x = inputs(dtype)
     for beta in BETAS:
         for coeff in COEFFS:
@@ -70,7 +70,7 @@ def test_a_lowered_unit_is_the_unit(kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.5, 1.0, 3.0])
-def test_a_lowered_leaky_unit_takes_every_slope(slope: float) -> None:
+def test_a_lowered_leaky_unit_takes_every_slope(slope):
     x = inputs(torch.float64)
     knobs = knobs_at(0.9, 0.5)
     want = functional.ctu(x, 0.9, 0.5, activation="leaky_relu", negative_slope=slope)
@@ -80,7 +80,7 @@ def test_a_lowered_leaky_unit_takes_every_slope(slope: float) -> None:
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.SiLU(), nn.PReLU(8)], ids=lambda a: type(a).__name__)
-def test_a_steered_network_needs_no_op_of_ours(activation: nn.Module) -> None:
+def test_a_steered_network_needs_no_op_of_ours(activation):
     model = Net(activation).eval()
     ctkernels.steer(model, 0.9, activations="all")
     x = torch.randn(3, 3, 6, 6)
@@ -96,9 +96,9 @@ def test_a_steered_network_needs_no_op_of_ours(activation: nn.Module) -> None:
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_knobs_switch_parts_off() -> None:
+def test_knobs_switch_parts_off():
     class Units(nn.Module):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def forward(self, x):
             return functional.ctu(x, 0.5, 1.0), functional.ctu(x, 0.9, 0.0)
 
     found = names(portable(Units().eval(), (torch.randn(4),)))
@@ -106,17 +106,17 @@ def test_knobs_switch_parts_off() -> None:
     assert len(found) == 2 + 6  # x * sigmoid(x); scale, cap, exp, log1p, scale, maximum
 
 
-def test_knobs_per_channel_and_from_the_input() -> None:
+def test_knobs_per_channel_and_from_the_input():
     """Constants become one tensor; knobs that the program computes are derived in it."""
 
     class Units(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.trained = ctkernels.nn.TrainableCTU(4, beta=0.7)
             nn.init.normal_(self.trained.raw_beta, std=3)
             nn.init.normal_(self.trained.raw_coeff)
 
-        def forward(self, x: torch.Tensor, beta: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def forward(self, x, beta, rows):
             mixed = functional.ctu(
                 x, beta, 0.3, channel_dim=1, scale=self.trained.raw_beta, shift=beta, residual=x, activation="gelu"
             )
@@ -136,9 +136,9 @@ def test_knobs_per_channel_and_from_the_input() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_arithmetic_is_at_least_float32(dtype: torch.dtype) -> None:
+def test_the_arithmetic_is_at_least_float32(dtype):
     class Unit(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x):
             return functional.ctu(x, 0.999, 0.4)
 
     x = torch.randn(64).to(dtype)
@@ -147,14 +147,14 @@ def test_the_arithmetic_is_at_least_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, want, rtol=torch.finfo(dtype).eps * 2, atol=torch.finfo(dtype).eps)
 
 
-def test_head_edits_become_a_product_and_a_sum() -> None:
+def test_head_edits_become_a_product_and_a_sum():
     class Edits(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             for name, shape in (("m", (2, 3)), ("a", (2, 3)), ("log_alpha", (4,))):
                 self.register_parameter(name, nn.Parameter(torch.randn(shape)))
 
-        def forward(self, z: torch.Tensor, m: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def forward(self, z, m):
             g_m, g_a = functional.hard_concrete(self.log_alpha, training=False).split([2, 2])
             constant = functional.head_edit(z, self.m, self.a, g_m, g_a)
             return constant, functional.head_edit(z, m, None, g_m), functional.head_edit(z, None, self.a), g_m + z.sum()
@@ -167,7 +167,7 @@ def test_head_edits_become_a_product_and_a_sum() -> None:
     assert not [name for name in names(program) if "ctkernels" in name]
 
 
-def test_a_program_can_be_given_and_stays() -> None:
+def test_a_program_can_be_given_and_stays():
     model = Net(nn.ReLU(inplace=True)).eval()
     ctkernels.steer(model, 0.8)
     x = torch.randn(2, 3, 6, 6)
@@ -180,7 +180,7 @@ def test_a_program_can_be_given_and_stays() -> None:
     assert any("ctkernels" in str(node.target) for node in program.graph.nodes)
 
 
-def test_what_cannot_be_exported_is_refused() -> None:
+def test_what_cannot_be_exported_is_refused():
     x = torch.randn(2, 3, 6, 6)
     model = Net(nn.ReLU())
     with pytest.raises(ValueError, match="model: expected one in evaluation mode, got one in training mode"):
@@ -195,7 +195,7 @@ def test_what_cannot_be_exported_is_refused() -> None:
         portable(model, (x,), dynamic_shapes="rows")
 
     class Sampled(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x):
             return functional.hard_concrete(x, training=False)
 
     with pytest.raises(ValueError, match=r"hard_concrete.*its gates depend on the inputs of the program"):
@@ -220,7 +220,7 @@ torch.testing.assert_close(program.module()(x), want)
 """
 
 
-def test_a_saved_program_runs_without_this_library(tmp_path) -> None:
+def test_a_saved_program_runs_without_this_library(tmp_path):
     model = Net(nn.ReLU(inplace=True)).eval()
     ctkernels.steer(model, 0.9)
     x = torch.randn(4, 3, 6, 6)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,24 +20,24 @@ FILE = "ctkernels.safetensors"
 class Tied(nn.Module):
     """Two names for one weight, two activations, and numbers of another dtype."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
         self.second.weight = self.first.weight
         self.relu, self.silu = nn.ReLU(), nn.SiLU()
         self.register_buffer("steps", torch.tensor(3))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return self.silu(self.second(self.relu(self.first(x))))
 
 
-def steered(beta: Any = 0.9, coeff: Any = 0.5) -> Tied:
+def steered(beta=0.9, coeff=0.5):
     model = Tied().eval()
     ctkernels.steer(model, beta, coeff, activations="all")
     return model
 
 
-def rewritten(folder: Path, change: Any) -> None:
+def rewritten(folder, change):
     """Save the file anew, with ``change`` done to its tensors and its header."""
     with safetensors.safe_open(folder / FILE, "pt") as file:
         metadata = file.metadata()
@@ -48,7 +46,7 @@ def rewritten(folder: Path, change: Any) -> None:
     save_file(tensors, folder / FILE, metadata)
 
 
-def trained(granularity: str) -> nn.Module:
+def trained(granularity):
     peft = pytest.importorskip("peft")
     from ctkernels.adapters import CurvatureConfig
 
@@ -65,7 +63,7 @@ def trained(granularity: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("beta", "coeff"), [(0.9, 0.25), ({"relu": 0.3, "*:silu": 0.6}, {"silu": 0.5}), ({"relu": 1 - 1e-6}, 0.1)]
 )
-def test_a_steered_model_comes_back(beta: Any, coeff: Any, tmp_path: Path) -> None:
+def test_a_steered_model_comes_back(beta, coeff, tmp_path):
     model, base = steered(beta, coeff), Tied()
     assert ctkernels.save_pretrained(model, tmp_path / "model") == tmp_path / "model" / FILE
     loaded = ctkernels.load_pretrained(tmp_path / "model", base)
@@ -81,7 +79,7 @@ def test_a_steered_model_comes_back(beta: Any, coeff: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("granularity", ["channel", "layer", "shared"])
-def test_merged_curvature_comes_back(granularity: str, tmp_path: Path) -> None:
+def test_merged_curvature_comes_back(granularity, tmp_path):
     model, base = trained(granularity), Net(nn.ReLU(inplace=True))
     ctkernels.save_pretrained(model, tmp_path)
     loaded, x = ctkernels.load_pretrained(tmp_path, base), torch.randn(2, 3, 6, 6)
@@ -93,7 +91,7 @@ def test_merged_curvature_comes_back(granularity: str, tmp_path: Path) -> None:
     assert torch.equal(twice(x), model(x))
 
 
-def test_models_of_transformers_and_timm_are_made_anew(tmp_path: Path) -> None:
+def test_models_of_transformers_and_timm_are_made_anew(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
@@ -120,31 +118,31 @@ def test_models_of_transformers_and_timm_are_made_anew(tmp_path: Path) -> None:
         timm.models.load_checkpoint(timm.create_model("resnet10t", num_classes=7), str(tmp_path / "net" / FILE))
 
 
-def _class(tensors: Any, metadata: Any) -> None:
+def _class(tensors, metadata):
     metadata["ctkernels"] = metadata["ctkernels"].replace('"format": 1', '"format": 2')
 
 
-def _nan(tensors: Any, metadata: Any) -> None:
+def _nan(tensors, metadata):
     tensors["steered.first.bias"][2] = float("nan")
 
 
-def _missing(tensors: Any, metadata: Any) -> None:
+def _missing(tensors, metadata):
     del tensors["steered.first.bias"]
 
 
-def _extra(tensors: Any, metadata: Any) -> None:
+def _extra(tensors, metadata):
     tensors["steered.third.bias"] = torch.zeros(2)
 
 
-def _shape(tensors: Any, metadata: Any) -> None:
+def _shape(tensors, metadata):
     tensors["steered.first.bias"] = torch.zeros(3)
 
 
-def _sites(tensors: Any, metadata: Any) -> None:
+def _sites(tensors, metadata):
     metadata["ctkernels"] = metadata["ctkernels"].replace('"silu": [', '"other": [')
 
 
-def _plain(tensors: Any, metadata: Any) -> None:
+def _plain(tensors, metadata):
     del metadata["ctkernels"]
     metadata["format"] = "pt"
 
@@ -161,7 +159,7 @@ def _plain(tensors: Any, metadata: Any) -> None:
         (_sites, "base: expected the activations of .*, got others: other, silu"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused_and_the_base_stays(change: Any, message: str, tmp_path: Path) -> None:
+def test_a_file_that_does_not_fit_is_refused_and_the_base_stays(change, message, tmp_path):
     ctkernels.save_pretrained(steered(), tmp_path)
     rewritten(tmp_path, change)
     base = Tied()
@@ -172,7 +170,7 @@ def test_a_file_that_does_not_fit_is_refused_and_the_base_stays(change: Any, mes
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 
 
-def test_a_base_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_a_base_that_does_not_fit_is_refused(tmp_path):
     ctkernels.save_pretrained(steered(), tmp_path)
     for base, message in (
         (None, "base: expected the plain network, as .* is of none that transformers or timm make"),
@@ -191,7 +189,7 @@ def test_a_base_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         ctkernels.load_pretrained(tmp_path / "nothing", Tied())
 
 
-def test_what_cannot_be_saved_is_refused_and_the_old_file_stays(tmp_path: Path) -> None:
+def test_what_cannot_be_saved_is_refused_and_the_old_file_stays(tmp_path):
     ctkernels.save_pretrained(steered(), tmp_path)
     before = (tmp_path / FILE).read_bytes()
     broken = steered()

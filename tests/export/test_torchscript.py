@@ -1,7 +1,5 @@
 """TorchScript: tracing records the ops of this library, scripting is refused by name."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from test_portable import Net
@@ -14,15 +12,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "igno
 
 
 class Edited(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.m, self.log_alpha = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(2))
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
+    def forward(self, z):
         return functional.head_edit(z, self.m, None, functional.hard_concrete(self.log_alpha, training=False))
 
 
-def steered(fused: bool = False) -> nn.Module:
+def steered(fused=False):
     model = Net(nn.ReLU(inplace=True)).eval()
     ctkernels.steer(model, 0.9)
     if fused:
@@ -41,7 +39,7 @@ MODELS = {
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_trace_is_saved_and_runs_on_another_batch(name: str, grad: bool, tmp_path: Path) -> None:
+def test_a_trace_is_saved_and_runs_on_another_batch(name, grad, tmp_path):
     make, shape = MODELS[name]
     model = make().eval()
     with torch.set_grad_enabled(grad):
@@ -52,7 +50,7 @@ def test_a_trace_is_saved_and_runs_on_another_batch(name: str, grad: bool, tmp_p
         torch.testing.assert_close(loaded(x), model(x))
 
 
-def test_a_trace_with_gradients_has_them() -> None:
+def test_a_trace_with_gradients_has_them():
     unit, x = ctkernels.nn.TrainableCTU(3), torch.randn(4, 3, requires_grad=True)
     traced = torch.jit.trace(unit, (x,))
     for got, want in zip(
@@ -70,12 +68,12 @@ def test_a_trace_with_gradients_has_them() -> None:
         ("fixed", "expected modules whose source TorchScript can read, got a CTU"),
     ],
 )
-def test_scripting_is_refused_by_name(name: str, message: str) -> None:
+def test_scripting_is_refused_by_name(name, message):
     with pytest.raises(TypeError, match=f"torch.jit.script: {message}"):
         torch.jit.script(MODELS[name][0]())
 
 
-def test_scripting_a_fused_model_is_refused_by_name() -> None:
+def test_scripting_a_fused_model_is_refused_by_name():
     model = Net(nn.ReLU()).eval()
     handle = ctkernels.fuse(model)
     with pytest.raises(AttributeError, match=r"torch.jit.script: expected a model that is not fused, got a fused Net"):
@@ -84,7 +82,7 @@ def test_scripting_a_fused_model_is_refused_by_name() -> None:
     torch.jit.script(model)
 
 
-def test_scripting_adapters_is_refused_by_name() -> None:
+def test_scripting_adapters_is_refused_by_name():
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     from ctkernels.adapters import JolaConfig

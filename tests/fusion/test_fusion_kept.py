@@ -235,7 +235,7 @@ def test_a_branch_that_was_overwritten_is_noticed():
         y.sum().backward()
 
 
-def test_where_nothing_can_be_fused_the_error_names_what_was_left() -> None:
+def test_where_nothing_can_be_fused_the_error_names_what_was_left():
     """BatchNorms that no layer stands before, as in ConvMixer, where they follow activations."""
     model = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.GELU(), nn.BatchNorm2d(3)) for _ in range(10))).eval()
     with pytest.raises(ValueError, match="got none that can be fused") as caught:

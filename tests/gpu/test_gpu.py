@@ -25,7 +25,7 @@ BACKENDS = [b.name for b in backends.BACKENDS.values() if b.device == "cuda" and
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
-def gpu_backend(request: pytest.FixtureRequest):
+def gpu_backend(request):
     """Every backend for GPUs that is here, forced."""
     with ctkernels.use_backend(request.param):
         yield request.param
@@ -33,7 +33,7 @@ def gpu_backend(request: pytest.FixtureRequest):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [s.name for s in samples()])
-def test_against_float64(name: str, dtype: torch.dtype) -> None:
+def test_against_float64(name, dtype):
     sample = sample_named(name, dtype)
     moved = sample.map(lambda _, t: t.cuda())
     moved.kwargs |= {k: v.cuda() for k, v in moved.kwargs.items() if isinstance(v, Tensor)}  # an index is one
@@ -41,7 +41,7 @@ def test_against_float64(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_gates(dtype: torch.dtype) -> None:
+def test_gates(dtype):
     log_alpha = 2 * torch.randn(3000, dtype=dtype)
     noise = torch.rand(3000, dtype=dtype).clamp(1e-6, 1 - 1e-6)
     for kwargs in ({"training": True, "noise": noise}, {"training": False}, {"training": False, "estimator": "mean"}):
@@ -57,7 +57,7 @@ def test_gates(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found.cpu().double(), slope, rtol=1e-5, atol=1e-5)
 
 
-def test_gates_from_a_generator() -> None:
+def test_gates_from_a_generator():
     log_alpha = torch.zeros(500, device="cuda")
     draws = [
         hard_concrete(log_alpha, training=True, generator=torch.Generator("cuda").manual_seed(seed))
@@ -71,7 +71,7 @@ def test_gates_from_a_generator() -> None:
     torch.testing.assert_close(found.cpu(), hard_concrete(log_alpha.cuda(), training=True, noise=noise.cuda()).cpu())
 
 
-def test_numbers_take_no_launch() -> None:
+def test_numbers_take_no_launch():
     x = torch.randn(1000, device="cuda")
     ctu(x, 0.9)  # compiled before
     torch.cuda.synchronize()
@@ -83,7 +83,7 @@ def test_numbers_take_no_launch() -> None:
     torch.testing.assert_close(ctu(x, 0.8).cpu(), ctu(x.cpu(), 0.8), rtol=1e-5, atol=1e-6)
 
 
-def test_every_replay_draws_other_gates() -> None:
+def test_every_replay_draws_other_gates():
     log_alpha = torch.zeros(500, device="cuda")
     hard_concrete(log_alpha, training=True)  # compiled before the capture
     graph = torch.cuda.CUDAGraph()
@@ -98,22 +98,22 @@ def test_every_replay_draws_other_gates() -> None:
 Call = Callable[[], list[Tensor]]  # a result and all gradients
 
 
-def _call(function: Callable[..., Tensor], *tensors: Tensor) -> Call:
+def _call(function, *tensors):
     leaves = [t.requires_grad_() for t in tensors]
 
-    def call() -> list[Tensor]:
+    def call():
         y = function(*leaves)
         return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
 
     return call
 
 
-def _ctu_call(shape: tuple[int, ...], channel_dim: int) -> Call:
+def _ctu_call(shape, channel_dim):
     knobs = [torch.linspace(0.1, 0.9, shape[channel_dim], device="cuda") for _ in range(2)]
     return _call(lambda *leaves: ctu(*leaves, channel_dim=channel_dim), torch.randn(shape, device="cuda"), *knobs)
 
 
-def _head_edit_call(*shape: int) -> Call:
+def _head_edit_call(*shape):
     tensors = [torch.randn(s, device="cuda") for s in (shape, (32, 128), (32, 128), (32,), (32,))]
     return _call(lambda *leaves: head_edit(*leaves, head_axis=1 if len(shape) == 4 else None), *tensors)
 
@@ -128,7 +128,7 @@ CALLS: dict[str, Callable[[], Call]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_same_bits_on_every_run_stream_and_graph_replay(name: str) -> None:
+def test_same_bits_on_every_run_stream_and_graph_replay(name):
     call = CALLS[name]()
     first = call()
     side = torch.cuda.Stream()
@@ -147,7 +147,7 @@ def test_same_bits_on_every_run_stream_and_graph_replay(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_host_never_waits(name: str) -> None:
+def test_the_host_never_waits(name):
     call = CALLS[name]()
     call()
     torch.cuda.set_sync_debug_mode("error")
@@ -158,7 +158,7 @@ def test_the_host_never_waits(name: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_another_device_than_the_current_one() -> None:
+def test_another_device_than_the_current_one():
     x, beta = torch.randn(300, 40, device="cuda:1"), torch.rand(40, device="cuda:1")
     with torch.cuda.device(0):
         y = ctu(x, beta, channel_dim=1)
@@ -169,7 +169,7 @@ def test_another_device_than_the_current_one() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 1 << 11])
-def test_more_than_two_to_the_31_elements(channels: int) -> None:
+def test_more_than_two_to_the_31_elements(channels):
     if torch.cuda.mem_get_info()[0] < 30 << 30:
         pytest.skip("needs 30 GiB of free device memory")
     rows = 2**31 // channels + 4096
@@ -184,13 +184,13 @@ def test_more_than_two_to_the_31_elements(channels: int) -> None:
     torch.testing.assert_close(grad, pieces, rtol=1e-4, atol=1e-2)
 
 
-def test_compiled_code_calls_the_kernels() -> None:
+def test_compiled_code_calls_the_kernels():
     x, beta = torch.randn(64, 40, device="cuda"), torch.rand(40, device="cuda")
     torch._dynamo.reset()
     found = torch.compile(lambda x: ctu(x * 2, beta, channel_dim=1) + 1, fullgraph=True)(x)
     torch.testing.assert_close(found, ctu(x * 2, beta, channel_dim=1) + 1)
 
 
-def test_explain_names_the_backend(gpu_backend: str) -> None:
+def test_explain_names_the_backend(gpu_backend):
     for op in OPS:
         assert f"{gpu_backend:<10} forced: used" in ctkernels.explain(torch.ones(2, device="cuda"), op)

@@ -35,11 +35,11 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_against_float64(case: Case, dtype: torch.dtype) -> None:
-    def moved(t: object) -> object:
+def test_against_float64(case, dtype):
+    def moved(t):
         return t.cuda() if isinstance(t, torch.Tensor) else tuple(map(moved, t)) if isinstance(t, tuple) else t
 
-    def fused(**given: object) -> torch.Tensor:
+    def fused(**given):
         arguments = {n: moved(t) for n, t in (given | case.arguments()).items()}
         return attention_head_edit(**arguments, implementation="fused").cpu()  # type: ignore[arg-type]
 
@@ -49,7 +49,7 @@ def test_against_float64(case: Case, dtype: torch.dtype) -> None:
     assert all(torch.equal(found[key], again[key]) for key in found)
 
 
-def test_explain_shows_the_prediction() -> None:
+def test_explain_shows_the_prediction():
     q = torch.empty(2, 8, 1024, 64, device="cuda", dtype=torch.bfloat16)
     text = ctkernels.explain(q, "attention_head_edit")
     assert text.count("us predicted") == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def whole_float32() -> Iterator[None]:
+def whole_float32():
     """Convolutions and products of float32 as exact as the bounds expect; what torch does by default is tf32."""
     kept = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
@@ -29,7 +28,7 @@ def whole_float32() -> Iterator[None]:
 
 @pytest.mark.parametrize("mode", ["frozen", "eval", "train"])
 @pytest.mark.parametrize("name", ["blocks", "resnet18"])
-def test_a_fused_network_equals_itself(name: str, mode: str) -> None:
+def test_a_fused_network_equals_itself(name, mode):
     torch.manual_seed(0)
     if name == "blocks":
         model = Residual(["basic", "residual first", "projected"])
@@ -43,7 +42,7 @@ def test_a_fused_network_equals_itself(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_a_compiled_training_step_of_learned_units(layout: torch.memory_format) -> None:
+def test_a_compiled_training_step_of_learned_units(layout):
     torch.manual_seed(0)
     model = prepare(Residual(["basic", "projected"], channels=8)).eval().requires_grad_(False)
     for parent in list(model.modules()):
@@ -60,7 +59,7 @@ def test_a_compiled_training_step_of_learned_units(layout: torch.memory_format) 
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4 * eager.abs().max().item())
 
 
-def _llama(heads: int = 4):
+def _llama(heads=4):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     from ctkernels.adapters import JolaConfig
 
@@ -73,7 +72,7 @@ def _llama(heads: int = 4):
     return peft.get_peft_model(model, JolaConfig(task_type="CAUSAL_LM", init_std=0.3)).eval()
 
 
-def _loss_and_gradients(model, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+def _loss_and_gradients(model, ids, mask):
     output = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
     grads = torch.autograd.grad(output.loss, parameters)
@@ -82,7 +81,7 @@ def _loss_and_gradients(model, ids: torch.Tensor, mask: torch.Tensor) -> dict[st
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["in the projection", "in the attention"])
-def test_jola_equals_float64_on_the_cpu(inside: bool) -> None:
+def test_jola_equals_float64_on_the_cpu(inside):
     from ctkernels.adapters import fuse_attention
 
     model = _llama()
@@ -102,7 +101,7 @@ def test_jola_equals_float64_on_the_cpu(inside: bool) -> None:
         assert torch.equal(found[name], again[name]), name
 
 
-def test_generation_is_the_same_inside_the_attention() -> None:
+def test_generation_is_the_same_inside_the_attention():
     from ctkernels.adapters import fuse_attention
 
     model = _llama().cuda()

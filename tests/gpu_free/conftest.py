@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from recorder import Toolchain
+    pass
 
 
 @pytest.fixture(params=["triton", "cuda"])
-def toolchain(request: pytest.FixtureRequest) -> Toolchain:
+def toolchain(request):
     """Each of them, skipped where it is not here."""
     pytest.importorskip("numpy", minversion="2.0", reason="the PTX executor needs numpy 2")
     from recorder import Toolchain

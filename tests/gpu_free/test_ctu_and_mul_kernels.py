@@ -13,7 +13,7 @@ from ctkernels.functional import ctu_and_mul
 from ctkernels.testing import SAMPLES
 
 if TYPE_CHECKING:
-    from recorder import Toolchain
+    pass
 
 NAMES = [s.name for s in SAMPLES["ctu_and_mul"]()]
 # One sample of each cut and of each way to the factor, and those with constants of another kind.
@@ -30,13 +30,13 @@ FEW = [
 FLOAT, DOUBLE, HALVES = torch.float32, torch.float64, (torch.bfloat16, torch.float16)
 
 
-def _run(toolchain: Toolchain, name: str, dtype: torch.dtype, sm: int = 80) -> dict[str, torch.Tensor]:
+def _run(toolchain, name, dtype, sm=80):
     with toolchain(sm):
         return outputs(sample_named(name, dtype))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_sample(toolchain: Toolchain, name: str) -> None:
+def test_every_sample(toolchain, name):
     check_against_float64(sample_named(name, FLOAT), _run(toolchain, name, FLOAT))
 
 
@@ -48,18 +48,18 @@ def test_every_sample(toolchain: Toolchain, name: str) -> None:
     ],
     ids=str,
 )
-def test_other_types_and_targets(toolchain: Toolchain, name: str, dtype: torch.dtype, sm: int) -> None:
+def test_other_types_and_targets(toolchain, name, dtype, sm):
     check_against_float64(sample_named(name, dtype), _run(toolchain, name, dtype, sm))
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_same_bits_on_every_target(toolchain: Toolchain, name: str) -> None:
+def test_same_bits_on_every_target(toolchain, name):
     first, again = (_run(toolchain, name, FLOAT, sm) for sm in (80, 100))
     for key in first:
         assert torch.equal(first[key], again[key]), key
 
 
-def test_one_pass_each_way(toolchain: Toolchain) -> None:
+def test_one_pass_each_way(toolchain):
     """Forward and backward of a packed projection are a launch each, and no other op of torch's moves its values."""
     packed, beta = torch.randn(64, 64, requires_grad=True), torch.full((32,), 0.6, requires_grad=True)
     with toolchain() as recorder:
@@ -70,7 +70,7 @@ def test_one_pass_each_way(toolchain: Toolchain) -> None:
     assert packed.grad.is_contiguous()
 
 
-def test_inplace(toolchain: Toolchain) -> None:
+def test_inplace(toolchain):
     for up in (torch.randn(5, 70), None):
         gate = torch.randn(5, 70)
         factor = gate if up is None else up  # the very same tensor
@@ -82,7 +82,7 @@ def test_inplace(toolchain: Toolchain) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_only_wanted_gradients_are_computed(toolchain: Toolchain, packed: bool) -> None:
+def test_only_wanted_gradients_are_computed(toolchain, packed):
     gate, up, beta = torch.randn(5, 32), torch.randn(5, 32), torch.full((32,), 0.6)
     leaves = {"gate": torch.cat([gate, up], 1)} if packed else {"gate": gate, "up": up}
     leaves["beta"] = beta

@@ -25,7 +25,7 @@ from ctkernels.functional import ctu
 from ctkernels.testing import SAMPLES
 
 if TYPE_CHECKING:
-    from recorder import Toolchain
+    pass
 
 FLOAT, DOUBLE, HALVES = torch.float32, torch.float64, (torch.bfloat16, torch.float16)
 NAMES = [s.name for s in SAMPLES["ctu"]()]
@@ -35,14 +35,14 @@ CUTS = ["NCHW, long runs", "NLC, more channels than a block", "NLC, odd channels
 FEW = [*CUTS, "logits", "gelu", "gelu_tanh", "prologue, inner channels", "shared beta, coeff per channel"]
 
 
-def _run(toolchain: Toolchain, name: str, dtype: torch.dtype, sm: int = 80, approx: int = 0) -> dict[str, torch.Tensor]:
+def _run(toolchain, name, dtype, sm=80, approx=0):
     with toolchain(sm, approx):
         return outputs(sample_named(name, dtype))
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_sample(toolchain: Toolchain, name: str, dtype: torch.dtype) -> None:
+def test_every_sample(toolchain, name, dtype):
     check_against_float64(sample_named(name, dtype), _run(toolchain, name, dtype))
 
 
@@ -56,12 +56,12 @@ def test_every_sample(toolchain: Toolchain, name: str, dtype: torch.dtype) -> No
     ],
     ids=str,
 )
-def test_other_types_and_targets(toolchain: Toolchain, name: str, dtype: torch.dtype, sm: int) -> None:
+def test_other_types_and_targets(toolchain, name, dtype, sm):
     check_against_float64(sample_named(name, dtype), _run(toolchain, name, dtype, sm))
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16], ids=str)
-def test_double_parameters(toolchain: Toolchain, dtype: torch.dtype) -> None:
+def test_double_parameters(toolchain, dtype):
     """The parameters of a network are float, whatever its activations are; double ones are read too."""
     name = "NLC, more channels than a block"
     first = sample_named(name, dtype).args[0]
@@ -74,7 +74,7 @@ def test_double_parameters(toolchain: Toolchain, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("sm", [80, 100])
 @pytest.mark.parametrize("dtype", [FLOAT, *HALVES, DOUBLE], ids=str)
-def test_approximate_units_at_both_ends_of_their_error(toolchain: Toolchain, dtype: torch.dtype, sm: int) -> None:
+def test_approximate_units_at_both_ends_of_their_error(toolchain, dtype, sm):
     for name in ("NCHW, long runs", "NCHW, runs of odd length", "gelu", "gelu_tanh", "relu6"):
         low, high = (_run(toolchain, name, dtype, sm, approx) for approx in (-1, 1))
         check_against_float64(sample_named(name, dtype), low)
@@ -84,7 +84,7 @@ def test_approximate_units_at_both_ends_of_their_error(toolchain: Toolchain, dty
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_same_bits_on_every_run_and_target(toolchain: Toolchain, name: str) -> None:
+def test_same_bits_on_every_run_and_target(toolchain, name):
     """But for Blackwell, where Triton sums in pairs."""
     for targets in ((80, 90, 80), (100, 100)):
         first, *others = (_run(toolchain, name, FLOAT, sm) for sm in targets)
@@ -93,7 +93,7 @@ def test_same_bits_on_every_run_and_target(toolchain: Toolchain, name: str) -> N
                 assert torch.equal(first[key], again[key]), (key, targets)
 
 
-def test_small_problems_take_one_launch_each(toolchain: Toolchain) -> None:
+def test_small_problems_take_one_launch_each(toolchain):
     for shape in ((1,), (2, 5, 3), (5, 7), (1, 1, 3072), (8, 64, 7, 7)):
         channel = 1 if len(shape) != 3 else 2
         count = shape[channel] if len(shape) > 1 else 1
@@ -104,7 +104,7 @@ def test_small_problems_take_one_launch_each(toolchain: Toolchain) -> None:
         assert recorder.roles == ["forward", "backward"], shape
 
 
-def test_frozen_parameters_cost_nothing(toolchain: Toolchain) -> None:
+def test_frozen_parameters_cost_nothing(toolchain):
     x = torch.randn(300, 128, requires_grad=True)
     with toolchain() as recorder:
         ctu(x, 0.9).sum().backward()
@@ -113,7 +113,7 @@ def test_frozen_parameters_cost_nothing(toolchain: Toolchain) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 5), (4, 6, 300)])
-def test_inplace(toolchain: Toolchain, shape: tuple[int, ...]) -> None:
+def test_inplace(toolchain, shape):
     for x in (torch.randn(shape), torch.randn(shape).transpose(0, 1), torch.randn(shape)[:, ::2]):
         residual = torch.randn(x.shape)
         with toolchain():
@@ -124,7 +124,7 @@ def test_inplace(toolchain: Toolchain, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16], ids=str)
-def test_unaligned_storage(toolchain: Toolchain, dtype: torch.dtype) -> None:
+def test_unaligned_storage(toolchain, dtype):
     """A view that starts at an odd element: vectors would be misaligned, which the executor faults."""
     x = torch.randn(4 * 256 + 1).to(dtype)[1:].view(4, 256)
     with toolchain():
@@ -133,11 +133,11 @@ def test_unaligned_storage(toolchain: Toolchain, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("grouped", ["beta", "all"])
-def test_parameters_per_sample(toolchain: Toolchain, grouped: str) -> None:
+def test_parameters_per_sample(toolchain, grouped):
     x, beta = torch.randn(3, 20, 8, dtype=DOUBLE), 0.9 * torch.rand(3, 8, dtype=DOUBLE)
     coeff = torch.rand(3, 8, dtype=DOUBLE) if grouped == "all" else torch.rand(8, dtype=DOUBLE)
 
-    def total(x: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    def total(x, b, c):
         return ctu(x, b, c, channel_dim=1).square().sum()
 
     gradients = torch.func.vmap(torch.func.grad(total, (0, 1, 2)), (0, 0, 0 if grouped == "all" else None))
@@ -149,37 +149,37 @@ def test_parameters_per_sample(toolchain: Toolchain, grouped: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
-def test_against_forty_digits(toolchain: Toolchain, activation: str) -> None:
+def test_against_forty_digits(toolchain, activation):
     pytest.importorskip("mpmath", reason="needs the test extra")
     check_forty_digits(activation, lambda approx: toolchain(80, approx))
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_sixteen_bits_are_good_to_half_an_ulp(toolchain: Toolchain, dtype: torch.dtype, activation: str) -> None:
+def test_sixteen_bits_are_good_to_half_an_ulp(toolchain, dtype, activation):
     for sm, approx in ((80, -1), (100, 1)):
         check_sixteen_bits(dtype, activation, lambda approx, sm=sm: toolchain(sm, approx), approx)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, *HALVES], ids=str)
-def test_plain_activation_at_beta_one(toolchain: Toolchain, dtype: torch.dtype) -> None:
+def test_plain_activation_at_beta_one(toolchain, dtype):
     check_plain_at_beta_one(dtype, lambda approx: toolchain(80, approx))
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [DOUBLE, FLOAT, torch.bfloat16], ids=str)
-def test_logits_keep_the_digits_of_one_minus_a_knob(toolchain: Toolchain, dtype: torch.dtype, activation: str) -> None:
+def test_logits_keep_the_digits_of_one_minus_a_knob(toolchain, dtype, activation):
     check_digits_of_logits(dtype, activation, lambda approx: toolchain(80, approx))
 
 
-def test_slopes_near_one(toolchain: Toolchain) -> None:
+def test_slopes_near_one(toolchain):
     check_slopes_near_one(lambda approx: toolchain(80, approx))
 
 
 @pytest.mark.parametrize(
     ("dtype", "activation"), [(FLOAT, "relu"), (FLOAT, "gelu"), (FLOAT, "gelu_tanh"), (torch.bfloat16, "relu")], ids=str
 )
-def test_nan_at_beta_one(toolchain: Toolchain, dtype: torch.dtype, activation: str) -> None:
+def test_nan_at_beta_one(toolchain, dtype, activation):
     check_nan_at_beta_one(dtype, activation, lambda approx: toolchain(80, approx))
 
 
@@ -198,7 +198,7 @@ def test_nan_at_beta_one(toolchain: Toolchain, dtype: torch.dtype, activation: s
     ],
     ids=str,
 )
-def test_nan_parameters(toolchain: Toolchain, dtype: torch.dtype, activation: str, name: str, raw: bool) -> None:
+def test_nan_parameters(toolchain, dtype, activation, name, raw):
     check_nan_parameter(dtype, activation, name, lambda approx: toolchain(80, approx), raw, NANS[1])
 
 
@@ -214,11 +214,11 @@ def test_nan_parameters(toolchain: Toolchain, dtype: torch.dtype, activation: st
     ],
     ids=str,
 )
-def test_products_that_overflow(toolchain: Toolchain, dtype: torch.dtype, activation: str) -> None:
+def test_products_that_overflow(toolchain, dtype, activation):
     check_products_that_overflow(dtype, activation, lambda approx: toolchain(80, approx))
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16], ids=str)
-def test_infinities_nan_and_extremes(toolchain: Toolchain, dtype: torch.dtype, activation: str) -> None:
+def test_infinities_nan_and_extremes(toolchain, dtype, activation):
     check_extremes(dtype, activation, lambda approx: toolchain(80, approx))

@@ -8,9 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +20,7 @@ import ctkernels
 from ctkernels.cli import env as environment
 from ctkernels.functional import ctu, expected_l0, hard_concrete
 from ctkernels.ops import backends
-from ctkernels.ops.record import Kernels, Op
+from ctkernels.ops.record import Kernels
 from ctkernels.ops.registration import OPS
 from ctkernels.testing import samples
 
@@ -36,13 +34,13 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs L
 # ---- fake tensors: schema and meta ----------------------------------------------------------------------------------
 
 
-def _calls(function: Callable[[], object]) -> list[tuple[str, tuple[Any, ...], Any]]:
+def _calls(function):
     """The dispatcher ops that a function calls: (name, arguments, result)."""
     found = []
 
-    def kernels(op: Op) -> Kernels:
-        def recorded(name: str) -> Callable[..., Any]:
-            def call(*args: Any) -> Any:
+    def kernels(op):
+        def recorded(name):
+            def call(*args):
                 result = getattr(torch.ops.ctkernels, name).default(*args)
                 found.append((name, args, result))
                 return result
@@ -56,7 +54,7 @@ def _calls(function: Callable[[], object]) -> list[tuple[str, tuple[Any, ...], A
     return found
 
 
-def _on_fake_cuda(name: str, args: tuple[Any, ...]) -> Any:
+def _on_fake_cuda(name, args):
     with FakeTensorMode():
         fakes = [
             torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda") if isinstance(a, torch.Tensor) else a
@@ -65,7 +63,7 @@ def _on_fake_cuda(name: str, args: tuple[Any, ...]) -> Any:
         return getattr(torch.ops.ctkernels, name).default(*fakes)
 
 
-def _check_fakes(calls: list[tuple[str, tuple[Any, ...], Any]]) -> None:
+def _check_fakes(calls):
     for name, args, result in calls:
         found, expected = (r if isinstance(r, list) else [r] for r in (_on_fake_cuda(name, args), result))
         assert len(found) == len(expected)
@@ -75,15 +73,15 @@ def _check_fakes(calls: list[tuple[str, tuple[Any, ...], Any]]) -> None:
 
 
 @pytest.mark.parametrize("name", [s.name for s in samples()])
-def test_fake_cuda_tensors(name: str) -> None:
+def test_fake_cuda_tensors(name):
     """Shapes, dtypes and strides of results and gradients are those of the CPU."""
     calls = _calls(lambda: outputs(sample_named(name, torch.bfloat16)))
     assert len(calls) >= 2 or "plain" in name
     _check_fakes(calls)
 
 
-def test_fake_cuda_gates() -> None:
-    def step() -> None:
+def test_fake_cuda_gates():
+    def step():
         log_alpha, noise = (torch.rand(3, 4).requires_grad_() for _ in range(2))
         hard_concrete(log_alpha, training=True, noise=noise).sum().backward()
         hard_concrete(log_alpha, training=False).sum().backward()
@@ -97,7 +95,7 @@ def test_fake_cuda_gates() -> None:
 # ---- what is built --------------------------------------------------------------------------------------------------
 
 
-def _kernel_names() -> set[str]:
+def _kernel_names():
     """Every name that the host code can ask for."""
     names = {"ctk_reduce_shared", "ctk_ctu_precompute", "ctk_ctu_and_mul_precompute"}
     names |= {f"ctk_{op}_reduce_partials_{t}" for op in ("ctu", "ctu_and_mul", "head_edit") for t in ("f32", "f64")}
@@ -112,7 +110,7 @@ def _kernel_names() -> set[str]:
 
 
 @needs_build
-def test_every_kernel_and_architecture_is_there() -> None:
+def test_every_kernel_and_architecture_is_there():
     assert set(environment.cuda_kernels()) == _kernel_names()
     found = environment.describe()["cuda"]
     wanted = os.environ.get("CTKERNELS_CUDA_ARCHS", "80 86 89 90 100 120").split()
@@ -123,7 +121,7 @@ def test_every_kernel_and_architecture_is_there() -> None:
 
 @needs_build
 @linux
-def test_the_library_needs_neither_torch_nor_a_driver() -> None:
+def test_the_library_needs_neither_torch_nor_a_driver():
     listed = subprocess.run(["readelf", "-d", str(backends.CUDA_KERNELS)], capture_output=True, text=True, check=True)
     needed = [line for line in listed.stdout.splitlines() if "NEEDED" in line]
     assert needed
@@ -132,7 +130,7 @@ def test_the_library_needs_neither_torch_nor_a_driver() -> None:
 
 @needs_build
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build")
-def test_the_compiled_kernels_come_first() -> None:
+def test_the_compiled_kernels_come_first():
     assert backends.BACKENDS["cuda"].missing is None
     assert list(backends.BACKENDS).index("cuda") < list(backends.BACKENDS).index("triton")
     with FakeTensorMode():
@@ -147,7 +145,7 @@ def test_the_compiled_kernels_come_first() -> None:
 @needs_build
 @linux
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build")
-def test_a_launch_finds_what_it_needs() -> None:
+def test_a_launch_finds_what_it_needs():
     """On a GPU: torch's library with the current stream is not among those that an extension's symbols are looked up in."""
     binding, torchs = ctypes.CDLL(str(backends.CUDA_BINDING)), ctypes.CDLL("libtorch_cuda.so", os.RTLD_NOLOAD)
     expected = ctypes.cast(torchs.aoti_torch_get_current_cuda_stream, ctypes.c_void_p).value
@@ -161,12 +159,12 @@ def test_a_launch_finds_what_it_needs() -> None:
 
 @needs_build
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is a CUDA build")
-def test_a_cpu_build_of_torch_leaves_them_alone() -> None:
+def test_a_cpu_build_of_torch_leaves_them_alone():
     assert "is not a CUDA build" in str(backends.BACKENDS["cuda"].missing)
     assert torch.isfinite(ctu(torch.randn(5), 0.9)).all()
 
 
-def test_a_forced_backend_that_cannot_serve_says_why() -> None:
+def test_a_forced_backend_that_cannot_serve_says_why():
     reason = backends.BACKENDS["cuda"].missing or "serves cuda tensors, got one on cpu"
     with ctkernels.use_backend("cuda"), pytest.raises(RuntimeError) as error:
         ctu(torch.ones(2), 0.9)
@@ -176,7 +174,7 @@ def test_a_forced_backend_that_cannot_serve_says_why() -> None:
 
 @needs_nvcc
 @linux
-def test_a_library_of_kernels_compiles_loads_and_reports_a_missing_device(tmp_path: Path) -> None:
+def test_a_library_of_kernels_compiles_loads_and_reports_a_missing_device(tmp_path):
     """The smallest files, for one architecture, warnings as errors; `make build-cuda` builds all of it."""
     target = tmp_path / "kernels.so"
     sources = [str(ROOT / "csrc/cuda" / name) for name in ("launch.cu", "reduce.cu", "gates.cu")]

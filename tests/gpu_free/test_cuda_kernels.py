@@ -15,7 +15,7 @@ CUDA = Toolchain("cuda")
 pytestmark = pytest.mark.skipif(bool(CUDA.missing), reason=CUDA.missing)
 
 
-def test_sixteen_bytes_at_a_time_where_the_layout_allows() -> None:
+def test_sixteen_bytes_at_a_time_where_the_layout_allows():
     cases = {
         (4, 8, 16, 16): (1, "plane_plain"),  # NCHW
         (4, 8, 7, 7): (1, "lanes_plain"),  # 49 values a channel, 392 a sample
@@ -34,7 +34,7 @@ def test_sixteen_bytes_at_a_time_where_the_layout_allows() -> None:
         assert recorder.launches[0].kernel.endswith("_lanes_vector")
 
 
-def test_a_unit_without_a_prologue_takes_the_plain_kernel() -> None:
+def test_a_unit_without_a_prologue_takes_the_plain_kernel():
     x = torch.randn(300, 128, requires_grad=True)
     with CUDA() as recorder:
         ctu(x, 0.9).sum().backward()

@@ -8,33 +8,32 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from torch import Tensor
 
 import ctkernels
 from ctkernels.ops.hard_concrete import CLIP, MEAN, OP, OPEN, SAMPLE, reference
 from ctkernels.testing import assert_no_worse
 
 if TYPE_CHECKING:
-    from recorder import Toolchain
+    pass
 
 STATIC = (0.33, -0.1, 1.1)
 MODES = {"given": SAMPLE, "seeded": SAMPLE, "clip": CLIP, "mean": MEAN, "open": OPEN}
 SEED = torch.tensor([-0x123456789ABCDEF])
 
 
-def _logits(dtype: torch.dtype) -> Tensor:
+def _logits(dtype):
     special = [0.0, -40.0, 40.0, -800.0, 800.0, float("inf"), -float("inf"), float("nan"), 1e-30]
     values = torch.cat([torch.tensor(special, dtype=torch.float64), 2 * torch.randn(135, dtype=torch.float64)])
     return values.view(12, 12).to(dtype)
 
 
-def _noise(case: str, dtype: torch.dtype) -> Tensor | None:
+def _noise(case, dtype):
     if case == "seeded":
         return SEED
     return torch.rand(12, 12, dtype=torch.float64).clamp(1e-6, 1 - 1e-6).to(dtype) if case == "given" else None
 
 
-def _call(log_alpha: Tensor, noise: Tensor | None, mode: int) -> list[Tensor]:
+def _call(log_alpha, noise, mode):
     """Gates, and the gradients of everything that has one."""
     leaves = [log_alpha.clone().requires_grad_()]
     if noise is not None and noise.is_floating_point():
@@ -48,7 +47,7 @@ def _call(log_alpha: Tensor, noise: Tensor | None, mode: int) -> list[Tensor]:
 @pytest.mark.parametrize("sm", [80, 90, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", MODES)
-def test_values_and_gradients(toolchain: Toolchain, case: str, dtype: torch.dtype, sm: int) -> None:
+def test_values_and_gradients(toolchain, case, dtype, sm):
     log_alpha, noise, mode = _logits(dtype), _noise(case, dtype), MODES[case]
     runs = []
     for approx in (-1, 1, 0, 0):
@@ -67,7 +66,7 @@ def test_values_and_gradients(toolchain: Toolchain, case: str, dtype: torch.dtyp
             assert_no_worse(f"{case} {name}", got, exact, torchs, 1 + exact.double().abs().nan_to_num(0, 0, 0), grade)
 
 
-def _philox(counter: list[int], key: list[int]) -> list[int]:
+def _philox(counter, key):
     """Philox 4x32-10 on Python's integers."""
     (a, b, c, d), (k, m) = counter, key
     for _ in range(10):
@@ -77,7 +76,7 @@ def _philox(counter: list[int], key: list[int]) -> list[int]:
     return [a, b, c, d]
 
 
-def test_noise_is_the_published_generator() -> None:
+def test_noise_is_the_published_generator():
     # the known answers that its authors publish
     assert _philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     assert _philox([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
@@ -91,7 +90,7 @@ def test_noise_is_the_published_generator() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_kernels_make_the_same_noise_as_the_reference(toolchain: Toolchain, dtype: torch.dtype) -> None:
+def test_kernels_make_the_same_noise_as_the_reference(toolchain, dtype):
     """A logit of 0 and a temperature of 1 hand the noise through, stretched."""
     n, low, high = 1000, -1e-6, 1 + 1e-6
     with toolchain():
@@ -100,7 +99,7 @@ def test_kernels_make_the_same_noise_as_the_reference(toolchain: Toolchain, dtyp
     assert ((gates.double() - (expected.double() * (high - low) + low)).abs() <= 2 * torch.finfo(dtype).eps).all()
 
 
-def test_seeded_samples_have_the_distribution(toolchain: Toolchain) -> None:
+def test_seeded_samples_have_the_distribution(toolchain):
     n, logit = 20_000, 0.5
     with toolchain(90, races=False):
         gates = OP((torch.full((n,), logit), SEED), (-1, SAMPLE, *STATIC))
@@ -109,7 +108,7 @@ def test_seeded_samples_have_the_distribution(toolchain: Toolchain) -> None:
         assert abs(found - p) < 5 * math.sqrt(p * (1 - p) / n)
 
 
-def test_a_seed_gives_the_same_gates_in_the_public_function(toolchain: Toolchain) -> None:
+def test_a_seed_gives_the_same_gates_in_the_public_function(toolchain):
     log_alpha = torch.randn(5, 40)
     with toolchain():
         kernel = OP((log_alpha, SEED), (-1, SAMPLE, *STATIC))
@@ -119,11 +118,11 @@ def test_a_seed_gives_the_same_gates_in_the_public_function(toolchain: Toolchain
         ctkernels.functional.hard_concrete(log_alpha, training=True, noise=torch.zeros(2, dtype=torch.long))
 
 
-def test_second_derivatives_with_a_seed() -> None:
+def test_second_derivatives_with_a_seed():
     log_alpha = torch.randn(30, dtype=torch.float64, requires_grad=True)
     noise = reference.uniform(SEED, log_alpha.shape, torch.float64)
 
-    def curvature(noise: Tensor) -> Tensor:
+    def curvature(noise):
         (first,) = torch.autograd.grad(
             OP((log_alpha, noise), (-1, SAMPLE, *STATIC)).square().sum(), log_alpha, create_graph=True
         )
@@ -134,7 +133,7 @@ def test_second_derivatives_with_a_seed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_gates_from_a_seed_are_those_of_its_noise(toolchain: Toolchain, dtype: torch.dtype) -> None:
+def test_gates_from_a_seed_are_those_of_its_noise(toolchain, dtype):
     """Bit for bit, values and gradients."""
     log_alpha, dy = (torch.randn(1000, dtype=torch.float64).to(dtype) for _ in range(2))
     static = (-1, SAMPLE, *STATIC)
@@ -148,7 +147,7 @@ def test_gates_from_a_seed_are_those_of_its_noise(toolchain: Toolchain, dtype: t
             assert torch.equal(ours, theirs)
 
 
-def test_no_gates_no_launch(toolchain: Toolchain) -> None:
+def test_no_gates_no_launch(toolchain):
     with toolchain() as recorder:
         assert OP((torch.zeros(0, 3), None), (-1, CLIP, *STATIC)).shape == (0, 3)
     assert not recorder.launches

@@ -13,7 +13,7 @@ from ctkernels.functional import head_edit
 from ctkernels.testing import SAMPLES
 
 if TYPE_CHECKING:
-    from recorder import Toolchain
+    pass
 
 NAMES = [s.name for s in SAMPLES["head_edit"]()]
 # The layouts that make different cuts: heads side by side, tokens between heads, an edit for every sample.
@@ -21,26 +21,26 @@ FEW = ["head edit (B, T, H D)", "head edit (B, H, T, D)", "head edit per sample"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _run(toolchain: Toolchain, name: str, dtype: torch.dtype, sm: int) -> dict[str, torch.Tensor]:
+def _run(toolchain, name, dtype, sm):
     with toolchain(sm):
         return outputs(sample_named(name, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_sample(toolchain: Toolchain, name: str, dtype: torch.dtype) -> None:
+def test_every_sample(toolchain, name, dtype):
     check_against_float64(sample_named(name, dtype), _run(toolchain, name, dtype, 80))
 
 
 @pytest.mark.parametrize("sm", [90, 100])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FEW)
-def test_other_targets(toolchain: Toolchain, name: str, dtype: torch.dtype, sm: int) -> None:
+def test_other_targets(toolchain, name, dtype, sm):
     check_against_float64(sample_named(name, dtype), _run(toolchain, name, dtype, sm))
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_same_bits_on_every_run_and_target(toolchain: Toolchain, name: str) -> None:
+def test_same_bits_on_every_run_and_target(toolchain, name):
     first = _run(toolchain, name, torch.float32, 80)
     for sm in (80, 90, 100):
         again = _run(toolchain, name, torch.float32, sm)
@@ -51,12 +51,12 @@ def test_same_bits_on_every_run_and_target(toolchain: Toolchain, name: str) -> N
 H, D = 4, 24
 
 
-def _parameters(*lead: int) -> list[torch.Tensor]:
+def _parameters(*lead):
     return [torch.randn(*lead, H, D), torch.randn(*lead, H, D), torch.rand(*lead, H), torch.rand(*lead, H)]
 
 
 @pytest.mark.parametrize("layout", ["(B, T, H D)", "(B, H, T, D)", "per sample"])
-def test_long_sequences(toolchain: Toolchain, layout: str) -> None:
+def test_long_sequences(toolchain, layout):
     """Many rows: partial sums in slots, and launches that finish them."""
     z = torch.randn(2, 400, H * D, dtype=torch.float64)
     kwargs = {"index": torch.tensor([2, 0])} if layout == "per sample" else {}
@@ -72,7 +72,7 @@ def test_long_sequences(toolchain: Toolchain, layout: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
-def test_only_wanted_gradients_are_computed(toolchain: Toolchain) -> None:
+def test_only_wanted_gradients_are_computed(toolchain):
     z, (m, a, g_m, g_a) = torch.randn(2, 5, H * D), _parameters()
     cases = {
         "z": ([z], 0, ["forward", "backward"]),
@@ -94,7 +94,7 @@ def test_only_wanted_gradients_are_computed(toolchain: Toolchain) -> None:
         assert recorder.launches[1].sums == sums
 
 
-def test_closed_gates_are_the_identity(toolchain: Toolchain) -> None:
+def test_closed_gates_are_the_identity(toolchain):
     (m, a, _, _), closed = _parameters(), torch.zeros(H)
     for dtype in DTYPES:
         z = torch.randn(2, 5, H * D).to(dtype)
@@ -102,7 +102,7 @@ def test_closed_gates_are_the_identity(toolchain: Toolchain) -> None:
             assert torch.equal(head_edit(z, m, a, closed, closed), z)
 
 
-def test_inplace(toolchain: Toolchain) -> None:
+def test_inplace(toolchain):
     parameters = _parameters()
     for z, kwargs in (
         (torch.randn(2, 5, H * D), {}),
@@ -117,7 +117,7 @@ def test_inplace(toolchain: Toolchain) -> None:
         torch.testing.assert_close(z, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_unaligned_storage(toolchain: Toolchain) -> None:
+def test_unaligned_storage(toolchain):
     """A view that starts at an odd element: vectors would be misaligned, which the executor faults."""
     parameters = _parameters()
     for dtype in DTYPES:
@@ -127,7 +127,7 @@ def test_unaligned_storage(toolchain: Toolchain) -> None:
         torch.testing.assert_close(found, head_edit(z, *parameters))
 
 
-def test_non_finite_values_stay_in_their_place(toolchain: Toolchain) -> None:
+def test_non_finite_values_stay_in_their_place(toolchain):
     z, parameters = torch.randn(3, H * D), _parameters()
     z[0, 5], z[1, 6], z[2, 7] = float("nan"), float("inf"), -float("inf")
     z.requires_grad_()
@@ -142,7 +142,7 @@ def test_non_finite_values_stay_in_their_place(toolchain: Toolchain) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_double_parameters(toolchain: Toolchain, dtype: torch.dtype) -> None:
+def test_double_parameters(toolchain, dtype):
     """The parameters of a network are float, whatever its activations are; double ones are read too."""
     first = sample_named("head edit per sample", dtype).args[0]
     sample = sample_named("head edit per sample", dtype).map(lambda _, t: t if t.shape == first.shape else t.double())
@@ -154,7 +154,7 @@ def test_double_parameters(toolchain: Toolchain, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layout", ["(B, T, H D)", "(B, H, T, D)"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_heads_that_fill_vectors(toolchain: Toolchain, dtype: torch.dtype, layout: str) -> None:
+def test_heads_that_fill_vectors(toolchain, dtype, layout):
     """And enough tokens for partial sums."""
     heads, dim = 2, 64
     shape, axis = ((3, 70, heads * dim), None) if layout == "(B, T, H D)" else ((3, heads, 70, dim), 1)
@@ -162,7 +162,7 @@ def test_heads_that_fill_vectors(toolchain: Toolchain, dtype: torch.dtype, layou
     leaves = [z, torch.randn(heads, dim), torch.randn(heads, dim), torch.rand(heads), torch.rand(heads)]
     dy = torch.randn(shape).to(dtype)
 
-    def gradients(cast: torch.dtype | None = None) -> list[torch.Tensor]:
+    def gradients(cast=None):
         given = [(t if cast is None else t.to(cast)).detach().requires_grad_() for t in leaves]
         y = head_edit(*given, head_axis=axis)
         return [y.detach(), *torch.autograd.grad(y, given, dy.to(y.dtype))]

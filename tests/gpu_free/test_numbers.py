@@ -16,7 +16,7 @@ from ctkernels.ops import checks
 from ctkernels.ops.ctu import OP as CTU
 
 if TYPE_CHECKING:
-    from recorder import Toolchain
+    pass
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CALLS: list[dict[str, Any]] = [
@@ -28,7 +28,7 @@ CALLS: list[dict[str, Any]] = [
 ]
 
 
-def _as_tensors(call: dict[str, Any]) -> dict[str, Any]:
+def _as_tensors(call):
     """The same numbers in memory, where a kernel loads them."""
     full = {"coeff": 0.5} | call
     return {
@@ -38,9 +38,7 @@ def _as_tensors(call: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: ", ".join(call))
-def test_one_launch_with_the_bits_of_numbers_in_memory(
-    toolchain: Toolchain, call: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_one_launch_with_the_bits_of_numbers_in_memory(toolchain, call, dtype):
     x = torch.linspace(-4, 4, 3 * 40).view(3, 40).to(dtype).requires_grad_()
     results = []
     for arguments in (call, _as_tensors(call)):
@@ -52,7 +50,7 @@ def test_one_launch_with_the_bits_of_numbers_in_memory(
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-def test_a_unit_with_numbers_for_parameters_beside_tensors(toolchain: Toolchain) -> None:
+def test_a_unit_with_numbers_for_parameters_beside_tensors(toolchain):
     x, beta = torch.randn(300, 24, requires_grad=True), torch.rand(24, requires_grad=True)
     results = []
     for coeff in (0.3, torch.tensor([0.3], dtype=torch.float64)):
@@ -64,7 +62,7 @@ def test_a_unit_with_numbers_for_parameters_beside_tensors(toolchain: Toolchain)
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-def test_a_gated_unit(toolchain: Toolchain) -> None:
+def test_a_gated_unit(toolchain):
     gate, up = torch.randn(2, 6, 32)
     with toolchain() as recorder:
         found = ctu_and_mul(gate, up, 0.8)
@@ -74,7 +72,7 @@ def test_a_gated_unit(toolchain: Toolchain) -> None:
     assert torch.equal(found, expected)
 
 
-def test_no_kernel_is_compiled_for_a_value(toolchain: Toolchain) -> None:
+def test_no_kernel_is_compiled_for_a_value(toolchain):
     x = torch.randn(64)
     with toolchain() as recorder:
         for beta in (0.0, 0.25, 0.9, 1.0):
@@ -85,14 +83,14 @@ def test_no_kernel_is_compiled_for_a_value(toolchain: Toolchain) -> None:
         assert len({launched.kernel for launched in recorder.launches}) == 1
 
 
-def test_eager_numbers_stay_on_the_host() -> None:
+def test_eager_numbers_stay_on_the_host():
     """Of a tensor on a GPU too: a number of its own there would be a launch."""
     on_gpu: Any = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda"))
     number = checks.scalar_tensor(0.9, on_gpu)
     assert (number.device.type, number.dtype, number.dim(), number.item()) == ("cpu", torch.float64, 0, 0.9)
 
 
-def test_the_reference_takes_numbers_of_the_host_for_tensors_of_a_gpu() -> None:
+def test_the_reference_takes_numbers_of_the_host_for_tensors_of_a_gpu():
     with FakeTensorMode():
         x, residual = torch.empty(2, 3, 4, device="cuda"), torch.empty(2, 3, 4, device="cuda")
         number = torch.tensor(0.9, dtype=torch.float64)

@@ -21,13 +21,13 @@ from ctkernels.ops.head_edit import OP as HEAD_EDIT
 from ctkernels.ops.record import Op
 
 if TYPE_CHECKING:
-    from recorder import Toolchain
+    pass
 
 LIBRARIES = {"triton": "ctkernels_triton_recorded", "cuda": "ctkernels_recorded"}
 
 
 @lru_cache(maxsize=1)
-def _triton_library() -> torch.library.Library:
+def _triton_library():
     """The Triton host code, registered for CPU tensors with the schemas of the real ops."""
     from ctkernels.ops.channelwise.launch import implementation
 
@@ -41,7 +41,7 @@ def _triton_library() -> torch.library.Library:
     return library
 
 
-def _ctu(dtype: torch.dtype, full: bool) -> tuple[Any, ...]:
+def _ctu(dtype, full):
     x, residual = torch.randn(3, 4, 300).to(dtype), torch.randn(3, 4, 300).to(dtype)
     knobs = torch.rand(6, 4).unbind()
     return (
@@ -79,7 +79,7 @@ CALLS: dict[str, tuple[Op, Callable[[], tuple[Any, ...]], int]] = {
         if suffix != "_" or op.inplace_schema is not None
     ],
 )
-def test_schema(toolchain: Toolchain, name: str, suffix: str) -> None:
+def test_schema(toolchain, name, suffix):
     op, make, needs = CALLS[name]
     args = make()
     x = args[0]

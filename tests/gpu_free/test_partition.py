@@ -9,8 +9,6 @@ import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -32,7 +30,7 @@ Shape = tuple[int, int, int, int]  # groups, outer, channels, inner
 
 
 @pytest.fixture(scope="module")
-def cuda(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+def cuda(tmp_path_factory):
     library = tmp_path_factory.mktemp("partition") / "partition_module.so"
     includes = [f"-I{folder}" for folder in (ROOT / "csrc", *HEADERS)]
     source = Path(__file__).parent / "partition_module.cpp"
@@ -48,7 +46,7 @@ def cuda(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return module
 
 
-def shapes() -> list[Shape]:
+def shapes():
     """The kinds of layout at sizes around every threshold, and far beyond what fits a memory."""
     draw = random.Random(7)
     sizes = [
@@ -84,7 +82,7 @@ def shapes() -> list[Shape]:
     return sorted(found)
 
 
-def triton(shape: Shape, itemsize: int, sums: bool) -> dict[str, Any]:
+def triton(shape, itemsize, sums):
     """The partition of a Triton launch, lengths in values, in the words of the C++ one."""
     view = View(*shape)
     p = partition_for(view, itemsize, sums)
@@ -109,14 +107,14 @@ def triton(shape: Shape, itemsize: int, sums: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("sums", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
-def test_both_make_the_same_partition(cuda: ModuleType, itemsize: int, sums: bool) -> None:
+def test_both_make_the_same_partition(cuda, itemsize, sums):
     for shape in shapes():
         assert cuda.partition_with(*shape, 16 // itemsize, sums) == triton(shape, itemsize, sums), shape
 
 
 @pytest.mark.parametrize("sums", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
-def test_single_values_where_vectors_do_not_fit(cuda: ModuleType, itemsize: int, sums: bool) -> None:
+def test_single_values_where_vectors_do_not_fit(cuda, itemsize, sums):
     """Lengths that no vector divides, storage that starts anywhere, and blocks that finish the sums of their own columns."""
     kinds = set()
     for shape in shapes():
@@ -130,7 +128,7 @@ def test_single_values_where_vectors_do_not_fit(cuda: ModuleType, itemsize: int,
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
-def test_every_value_is_in_one_block(cuda: ModuleType, itemsize: int) -> None:
+def test_every_value_is_in_one_block(cuda, itemsize):
     for shape in shapes():
         groups, _, channels, _ = shape
         p = cuda.partition_with(*shape, 16 // itemsize, True)
@@ -141,7 +139,7 @@ def test_every_value_is_in_one_block(cuda: ModuleType, itemsize: int) -> None:
 
 
 @pytest.mark.parametrize(("itemsize", "steps"), [(2, 4), (4, 7)])
-def test_few_blocks_that_see_all_of_a_channel_take_few_steps(cuda: ModuleType, itemsize: int, steps: int) -> None:
+def test_few_blocks_that_see_all_of_a_channel_take_few_steps(cuda, itemsize, steps):
     """One image's channels: a block each, all at once, so that its steps are the time of the call."""
     values = 16 // itemsize
     for channels, threads in ((256, 128), (4096, 32)):

@@ -51,32 +51,32 @@ DECODING = [
 ]
 
 
-def _kernels(recorder: Recorder) -> list[str]:
+def _kernels(recorder):
     return [name for name, *_ in recorder.launches]
 
 
-def _ids(value: object) -> str:
+def _ids(value):
     return value.name if isinstance(value, Case) else str(value).removeprefix("torch.")
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tiles(monkeypatch):
     monkeypatch.setattr(triton_launch, "_HALF", SMALL_TILES)
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(("case", "dtype"), CASES, ids=_ids)
-def test_forward_and_backward(case: Case, dtype: torch.dtype) -> None:
+def test_forward_and_backward(case, dtype):
     _check_all_kernels(case, dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "dtype"), REAL, ids=_ids)
-def test_forward_and_backward_with_the_tiles_of_a_gpu(case: Case, dtype: torch.dtype) -> None:
+def test_forward_and_backward_with_the_tiles_of_a_gpu(case, dtype):
     _check_all_kernels(case, dtype)
 
 
-def _check_all_kernels(case: Case, dtype: torch.dtype) -> None:
+def _check_all_kernels(case, dtype):
     with fused_on_cpu(Recorder()) as recorder:
         found = results(attention_head_edit, case.tensors(dtype), upstream=dtype, **case.arguments())
     assert _kernels(recorder) == ["forward_kernel", "prepare_kernel", "edit_kernel", "keys_kernel", "queries_kernel"]
@@ -84,7 +84,7 @@ def _check_all_kernels(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("case", "dtype"), DECODING, ids=_ids)
-def test_decoding(case: Case, dtype: torch.dtype) -> None:
+def test_decoding(case, dtype):
     with fused_on_cpu(Recorder()) as recorder, torch.no_grad():
         y = attention_head_edit(**case.tensors(dtype), **case.arguments())
     assert _kernels(recorder) == ["split_kernel", "join_kernel"]
@@ -98,25 +98,25 @@ def test_decoding(case: Case, dtype: torch.dtype) -> None:
 SMALL = Case("small", (2, 2, 1, 70, 75, 32, 32), CAUSAL)
 
 
-def _small(recorder: Recorder, case: Case = SMALL) -> dict[str, torch.Tensor]:
+def _small(recorder, case=SMALL):
     with fused_on_cpu(recorder):
         return results(attention_head_edit, case.tensors(BRAIN), upstream=BRAIN, **case.arguments())
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("approx", [-1, 1])
-def test_approximate_units_at_both_ends_of_their_error(approx: int) -> None:
+def test_approximate_units_at_both_ends_of_their_error(approx):
     check(SMALL, BRAIN, _small(Recorder(approx=approx)))
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_same_bits_on_every_run() -> None:
+def test_same_bits_on_every_run():
     first, again = (_small(Recorder()) for _ in range(2))
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_what_the_edit_costs_in_memory_traffic() -> None:
+def test_what_the_edit_costs_in_memory_traffic():
     """Forward: z is written only if a gradient needs it. Backward: z and the upstream gradient are read by the kernel that
     reads them in attention's own backward pass; dz is all that is written, and only if there is a scale."""
     recorder = Recorder()
@@ -152,7 +152,7 @@ def test_what_the_edit_costs_in_memory_traffic() -> None:
     ],
     ids=str,
 )
-def test_only_the_gradients_that_are_wanted(wanted: tuple[str, ...], kernels: list[str]) -> None:
+def test_only_the_gradients_that_are_wanted(wanted, kernels):
     own = {n: t.requires_grad_(n in wanted) for n, t in SMALL.tensors(BRAIN).items()}
     full = _small(Recorder())
     generator = torch.Generator().manual_seed(99)
@@ -165,7 +165,7 @@ def test_only_the_gradients_that_are_wanted(wanted: tuple[str, ...], kernels: li
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_decoding_with_gradients_and_one_split() -> None:
+def test_decoding_with_gradients_and_one_split():
     case = Case("short", (1, 2, 2, 2, 50, 32, 32), CAUSAL)
     recorder = Recorder()
     check(case, BRAIN, _small(recorder, case))
@@ -174,7 +174,7 @@ def test_decoding_with_gradients_and_one_split() -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_unaligned_and_strided_inputs() -> None:
+def test_unaligned_and_strided_inputs():
     """Heads inside a fused qkv projection, at an odd offset: the executor faults on a misaligned vector."""
     qkv = torch.randn(2 * 70 * 3 * 2 * 32 + 1).to(HALF)[1:].view(2, 70, 3, 2, 32)
     q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))
@@ -184,7 +184,7 @@ def test_unaligned_and_strided_inputs() -> None:
         torch.testing.assert_close(attention_head_edit(q, k, v, m, m), expected, rtol=4e-3, atol=4e-3)
 
 
-def test_splits_depend_on_the_shape_alone_and_cover_the_keys() -> None:
+def test_splits_depend_on_the_shape_alone_and_cover_the_keys():
     q = torch.empty(1, 8, 1, 64, dtype=BRAIN)
     for keys in (1, 63, 64, 257, 4096, 100_000):
         k = torch.empty(1, 1, keys, 64, dtype=BRAIN)

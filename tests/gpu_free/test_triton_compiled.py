@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from typing import Any
 
 import pytest
 import torch
@@ -21,21 +20,20 @@ from ctkernels.ops import backends, launcher
 from ctkernels.ops.channelwise.launch import implementation
 from ctkernels.ops.hard_concrete import OP as GATES
 from ctkernels.ops.hard_concrete import SAMPLE
-from ctkernels.ops.record import Kernels
 from ctkernels.ops.registration import OPS, define_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-def _ctu(x: Tensor, beta: Tensor, coeff: Tensor, residual: Tensor) -> Tensor:
+def _ctu(x, beta, coeff, residual):
     return ctu(x * 2, beta, coeff, channel_dim=1, residual=residual) * 2 + residual
 
 
-def _head_edit(z: Tensor, m: Tensor, a: Tensor, g_m: Tensor, g_a: Tensor) -> Tensor:
+def _head_edit(z, m, a, g_m, g_a):
     return head_edit(z * 2, m, a, g_m, g_a) * 2 + z
 
 
-def _gates(log_alpha: Tensor, noise: Tensor) -> Tensor:
+def _gates(log_alpha, noise):
     return GATES((log_alpha * 2, noise), (-1, SAMPLE, 0.33, -0.1, 1.1)) * 2 + log_alpha
 
 
@@ -47,13 +45,13 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
 
 
 @lru_cache(maxsize=1)
-def _overloads() -> dict[str, Kernels]:
+def _overloads():
     """Of every op, the dispatcher ops that a forced Triton has beside compiled CUDA kernels; for CPU tensors."""
     return {name: define_kernels(op, implementation(op), suffix="_triton_on_cpu") for name, op in OPS.items()}
 
 
 @contextmanager
-def _forced(recorder: Recorder) -> Iterator[None]:
+def _forced(recorder):
     """The Triton backend is forced, for CPU tensors too; its launches go to ``recorder``."""
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
@@ -65,18 +63,18 @@ def _forced(recorder: Recorder) -> Iterator[None]:
         yield
 
 
-def _inputs(case: str) -> list[Tensor]:
+def _inputs(case):
     g = torch.Generator().manual_seed(0)
     return [0.05 + 0.9 * torch.rand(shape, generator=g) for shape in CASES[case][1]]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_graph_gives_the_bits_of_the_eager_kernels(case: str) -> None:
+def test_the_graph_gives_the_bits_of_the_eager_kernels(case):
     """Forward and backward, without a break."""
     function, _ = CASES[case]
     leaves = [t.requires_grad_() for t in _inputs(case)]
 
-    def step(f: Callable[..., Tensor]) -> list[Tensor]:
+    def step(f):
         y = f(*leaves)
         return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
 
@@ -90,12 +88,12 @@ def test_the_graph_gives_the_bits_of_the_eager_kernels(case: str) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_in_place() -> None:
+def test_in_place():
     x, beta, coeff, _ = _inputs("ctu")
     with triton_on_cpu(Recorder(90)):
         expected = ctu(x, beta, coeff, channel_dim=1)
 
-    def function(x: Tensor) -> Tensor:
+    def function(x):
         return ctu(x, beta, coeff, channel_dim=1, inplace=True) * 2
 
     recorder = Recorder(90)
@@ -107,7 +105,7 @@ def test_in_place() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_other_shapes(dynamic: bool | None) -> None:
+def test_other_shapes(dynamic):
     _, beta, coeff, _ = _inputs("ctu")
     with _forced(Recorder(90)):
         function = torch.compile(partial(ctu, channel_dim=1), fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -117,18 +115,18 @@ def test_other_shapes(dynamic: bool | None) -> None:
             assert torch.equal(y, ctu(torch.linspace(-3, 3, 4 * size).view(1, 4, size), beta, coeff, channel_dim=1))
 
 
-def test_which_op_a_program_holds() -> None:
+def test_which_op_a_program_holds():
     """That of the forced kernels if compiled under ``use_backend``; exported programs can run on any backend."""
     x, beta, coeff, _ = _inputs("ctu")
 
     class Net(torch.nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             return ctu(x, beta, coeff, channel_dim=1)
 
-    def compiled() -> list[str]:
+    def compiled():
         nodes: list[str] = []
 
-        def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        def backend(graph, inputs):
             nodes.extend(str(node.target) for node in graph.graph.nodes)
             return graph.forward
 

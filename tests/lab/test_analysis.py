@@ -19,7 +19,7 @@ from ctkernels.lab.analysis.curvature import (
 )
 
 
-def quadratic(seed: int = 0, d: int = 6):
+def quadratic(seed=0, d=6):
     a = torch.randn(d, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return a + a.T
 
@@ -38,7 +38,7 @@ def test_a_quadratic_has_its_matrix_as_hessian():
     torch.testing.assert_close(curvature(function, x, directions), torch.stack([rayleigh, rayleigh]))
 
 
-def net(activation=nn.ReLU, inplace=False) -> nn.Module:
+def net(activation=nn.ReLU, inplace=False):
     torch.manual_seed(0)
     acts = [activation(inplace=inplace) if activation is nn.ReLU else activation() for _ in range(2)]
     return nn.Sequential(

@@ -18,18 +18,18 @@ pytest.importorskip("sklearn", reason="the laboratory needs scikit-learn")
 pytest.importorskip("tqdm", reason="the laboratory needs tqdm")
 
 
-def network() -> nn.Module:
+def network():
     torch.manual_seed(0)
     found = prepare(Residual(["basic", "projected"])).eval()
     found.head = nn.Identity()  # so that its output is what is read
     return found
 
 
-def images(n: int = 12) -> torch.Tensor:
+def images(n=12):
     return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def is_fused(model: nn.Module) -> bool:
+def is_fused(model):
     try:
         ctkernels.fuse(model).remove()
     except ValueError as error:
@@ -73,7 +73,7 @@ def test_a_search_chooses_what_it_would_choose_unfused(model, monkeypatch):
     data = images(90) + 0.3 * (labels - 1.0)[:, None, None, None], labels
     found = search_beta(model, data, betas=[0.6, 0.8], progress=False)
 
-    def nothing(_: nn.Module) -> None:
+    def nothing(_):
         raise ValueError("nothing to fuse")
 
     monkeypatch.setattr(backbones, "fuse", nothing)

@@ -36,7 +36,7 @@ IMAGES = ImageOptions(size=made.SIDE, resize=made.SIDE)
 RATES = {"linear": {"head_lr": [0.05]}, "tct": {"lr": [0.1], "head_lr": [0.05]}}
 
 
-def compare(methods, models=None, data=None, **options) -> TransferComparison:
+def compare(methods, models=None, data=None, **options):
     defaults = {
         "methods": methods,
         "seeds": (0, 1),
@@ -56,7 +56,7 @@ def compare(methods, models=None, data=None, **options) -> TransferComparison:
 # --- what is trained --------------------------------------------------------------------------------------------------
 
 
-def attach(name: str, network: nn.Module, side: int):
+def attach(name, network, side):
     example = torch.zeros(1, 3, side, side)
     network, head = with_head(network.eval(), example, classes=10)
     return network, head, method(name).attach(network, head, method(name).settings()[0], None, example)
@@ -443,7 +443,7 @@ def test_tune_from_the_command_line(tmp_path, capsys):
 # --- the result -------------------------------------------------------------------------------------------------------
 
 
-def result_of(accuracies: dict[tuple[str, str], list[str]]) -> TransferComparison:
+def result_of(accuracies):
     """From the right answers of every (data, method), one string per seed."""
     cells = tuple(
         RunResult(
@@ -500,7 +500,7 @@ def test_files_that_are_no_result(tmp_path):
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-def with_nan() -> Splits:
+def with_nan():
     data = made.images()
     data.train.images[7, 0, 0, 0] = float("nan")
     return data

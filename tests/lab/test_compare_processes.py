@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ MODEL = [
 ]
 
 
-def saved(folder: Path) -> str:
+def saved(folder):
     data = made.images()
     numpy.savez(
         folder / "data.npz",
@@ -44,7 +44,7 @@ def saved(folder: Path) -> str:
     return str(folder / "data.npz")
 
 
-def environment() -> dict[str, str]:
+def environment():
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
 
 
@@ -66,7 +66,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def run_and_kill(arguments: Sequence[str], out: Path, writes: int) -> dict[Any, Any]:
+def run_and_kill(arguments, out, writes):
     """Run the command; SIGKILL as it puts its result in place once more than so often. The runs that are left, by key."""
     command = [sys.executable, "-c", KILLED, str(writes), *arguments, "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment(), check=False)
@@ -75,12 +75,12 @@ def run_and_kill(arguments: Sequence[str], out: Path, writes: int) -> dict[Any, 
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def trained(monkeypatch):
     """The keys of the runs that this process trains from now on."""
     found = []
     honest: Callable[..., Any] = TransferTask.train
 
-    def train(self: Any, method: Any, run: Any) -> Any:
+    def train(self, method, run):
         found.append(run.key)
         return honest(self, method, run)
 

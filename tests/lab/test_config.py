@@ -32,7 +32,7 @@ CONFIGS: list[type[Config]] = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__qualname__)
-def test_every_option_is_described_and_has_a_default_in_its_range(config: type[Config]) -> None:
+def test_every_option_is_described_and_has_a_default_in_its_range(config):
     fields = fields_of(config)
     assert fields
     for name, (kind, optional, default, text) in fields.items():
@@ -56,7 +56,7 @@ def test_every_option_is_described_and_has_a_default_in_its_range(config: type[C
         ("compare", "TransferConfig", ["digits", "--model", "resnet18"]),
     ],
 )
-def test_a_command_without_options_is_the_function_without_options(command: str, name: str, needed: list[str]) -> None:
+def test_a_command_without_options_is_the_function_without_options(command, name, needed):
     for module in ("sklearn", "torchvision", "threadpoolctl"):
         pytest.importorskip(module, reason="the commands need ctkernels[lab]")
     parser = importlib.import_module(f"ctkernels.lab.cli.{command}").parser()
@@ -64,7 +64,7 @@ def test_a_command_without_options_is_the_function_without_options(command: str,
     assert config_of(kind, parser.parse_args(needed)) == kind()
 
 
-def test_values_may_be_texts_as_on_the_command_line() -> None:
+def test_values_may_be_texts_as_on_the_command_line():
     config = lab.TransferConfig(betas="0.8:1:0.1", activations="relu,relu6", memory_limit="2MiB")
     assert config.grid == (0.8, 0.9, 1.0)
     assert config.activations == ("relu", "relu6")
@@ -75,6 +75,6 @@ def test_values_may_be_texts_as_on_the_command_line() -> None:
         lab.TransferConfig(activations=["swish"])
 
 
-def test_options_that_a_configuration_does_not_have_are_named() -> None:
+def test_options_that_a_configuration_does_not_have_are_named():
     with pytest.raises(TypeError, match=r"options must be fields of TransferConfig, .*, got \['beta'\]"):
         lab.compare_transfer({}, {}, beta=0.9)

@@ -28,14 +28,14 @@ QUICK = {"training": TrainingConfig(2, 8), "cpu": True, "progress": False}
 # --- series -----------------------------------------------------------------------------------------------------------
 
 
-def wave_net() -> nn.Module:
+def wave_net():
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv1d(2, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 4)
     )  # fmt: skip
 
 
-def waves(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def waves(n, seed):
     """Two channels whose frequency depends on the class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % 2
@@ -44,7 +44,7 @@ def waves(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return 5 + clean + 0.3 * torch.randn(n, 2, LENGTH, generator=generator), labels
 
 
-def wave_splits(n: int = 40, test: int = 30) -> Splits:
+def wave_splits(n=40, test=30):
     train, tested = (SeriesSet(*waves(count, seed), ("slow", "fast")) for seed, count in enumerate((n, test)))
     return Splits(train, None, tested, "waves")
 
@@ -124,8 +124,8 @@ def encoder(tmp_path_factory):
     return f"encoder:{folder}"
 
 
-def sentences(n: int = 60) -> TextData:
-    def example(i: int) -> Example:
+def sentences(n=60):
+    def example(i):
         noun = ("fruit", "tool")[i % 2]
         shape = ("round", "long")[i % 2] if i % 5 else "red"
         return Example(" ".join(["a", *["green"] * (i % 4), shape, noun]), noun)

@@ -15,7 +15,7 @@ np = pytest.importorskip("numpy", reason="the laboratory needs numpy")
 pytest.importorskip("sklearn", reason="the laboratory needs scikit-learn")
 
 
-def make_net() -> nn.Module:
+def make_net():
     return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
 
 

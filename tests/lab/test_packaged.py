@@ -1,7 +1,5 @@
 """Data sets of libraries and of functions, and classifiers of transformers."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -42,7 +40,7 @@ def test_names_that_became_functions_are_told(name):
         load_data(name)
 
 
-def write_idx(path: Path, array) -> None:
+def write_idx(path, array):
     header = bytes((0, 0, 8, array.ndim)) + b"".join(n.to_bytes(4, "big") for n in array.shape)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(header + array.tobytes())

@@ -4,7 +4,6 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(tmp_path_factory):
     """Two nodes of one CPU each; their workers find this library and these tests, and what ``WATCHED`` names."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]))
@@ -51,7 +50,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def watched(cluster: Cluster) -> Path:
+def watched(cluster):
     """The folder in which :class:`made.Watched` notes its steps, empty."""
     folder = Path(os.environ["WATCHED"])
     for path in folder.iterdir():
@@ -59,7 +58,7 @@ def watched(cluster: Cluster) -> Path:
     return folder
 
 
-def compare(**options: Any) -> TransferComparison:
+def compare(**options):
     defaults: dict[str, Any] = {
         "models": {"small": made.small, "again": made.small},
         "data": {"patches": made.images()},
@@ -77,25 +76,25 @@ def compare(**options: Any) -> TransferComparison:
     return compare_transfer(options.pop("models"), options.pop("data"), **options)
 
 
-def runs(result: TransferComparison) -> list[dict[str, Any]]:
+def runs(result):
     """The runs in their order, without their times."""
     values = json.loads(json.dumps(result.to_dict()))
     return [{**run, "seconds": 0} for run in values["cells"]]
 
 
-def same_files(one: Path, other: Path) -> None:
+def same_files(one, other):
     names = sorted(path.name for path in (one / "weights").iterdir())
     assert names == sorted(path.name for path in (other / "weights").iterdir())
     for name in names:
         assert (one / "weights" / name).read_bytes() == (other / "weights" / name).read_bytes(), name
 
 
-def steps(folder: Path) -> int:
+def steps(folder):
     """How many steps of training the workers have done."""
     return sum(path.stat().st_size for path in folder.glob("*.steps"))
 
 
-def address(cluster: Cluster) -> dict[str, Any]:
+def address(cluster):
     return {"executor": RayExecutor(cluster.address, progress=False)}
 
 
@@ -178,7 +177,7 @@ def test_a_lost_nodes_trial_is_repeated(cluster, watched):
     options = {"models": {"small": made.waits}, "methods": ["tct"], "seeds": (0, 1, 2)}
     lost = []
 
-    def lose() -> None:
+    def lose():
         while not (watched / "ended").exists() or not (watched / "ended").read_text():
             time.sleep(0.1)
         (node,) = [node for node in cluster.worker_nodes if node.node_id == (watched / "ended").read_text()]

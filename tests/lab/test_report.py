@@ -25,7 +25,7 @@ VOID = {"meta", "link", "img", "br", "hr"}
 class Checker(html.parser.HTMLParser):
     """Collects what a page holds, and fails on tags that are not closed in order."""
 
-    def __init__(self, page: str) -> None:
+    def __init__(self, page):
         super().__init__()
         self.open, self.tags, self.ids, self.text, self.images = [], [], [], [], []
         self.links, self.loads = [], []

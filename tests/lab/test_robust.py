@@ -28,7 +28,7 @@ needs_corruptions = pytest.mark.skipif(
 class Linear(nn.Module):
     """Two classes, told apart by a linear function of the normalised image."""
 
-    def __init__(self, shape: tuple[int, ...], seed: int = 0) -> None:
+    def __init__(self, shape, seed=0):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
 
@@ -40,7 +40,7 @@ class Linear(nn.Module):
 MEAN, STD = (0.5, 0.4, 0.6), (0.2, 0.25, 0.3)
 
 
-def linear_case(n: int = 12):
+def linear_case(n=12):
     """Images near mid-grey, so that clamping to [0, 1] never binds, and each one's exact distances to the boundary."""
     model = Linear((3, 4, 4))
     pixels = 0.45 + 0.1 * torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -200,7 +200,7 @@ class Planted(nn.Module):
     8/255. The unit's value at 0, (1 - beta) ln(2) / 2 for c = 1/2, tells beta.
     """
 
-    def __init__(self, beta: float) -> None:
+    def __init__(self, beta):
         super().__init__()
         self.act = nn.ReLU()
         self.value = (1 - beta) * math.log(2) / 2
@@ -213,7 +213,7 @@ class Planted(nn.Module):
         return torch.stack([-score, score], 1)
 
 
-def planted_images(n: int, size: int = 4):
+def planted_images(n, size=4):
     labels = torch.arange(n) % 2
     sign = (2.0 * labels - 1)[:, None, None, None]
     pixels = 0.5 + 0.1 * sign * torch.ones(n, 1, size, size)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from ctkernels.lab import BetaSearch, search_beta
+from ctkernels.lab import search_beta
 from ctkernels.lab._distributed import Group, group
 from ctkernels.lab.images.features import extract, passes
 from ctkernels.lab.search.grid import _nearest_first
@@ -27,7 +27,7 @@ GRID = (0.7, 0.75, 0.8, 0.85, 0.9)
 class Planted(nn.Module):
     """Lets the signal through only if the unit's value at 0, (1 - beta) ln(2) / 2 for c = 1/2, is that of one beta."""
 
-    def __init__(self, beta: float = 0.8) -> None:
+    def __init__(self, beta=0.8):
         super().__init__()
         self.act = nn.ReLU()
         self.head = nn.Linear(1, 2)
@@ -39,7 +39,7 @@ class Planted(nn.Module):
         return self.head(x[:, :1] * gate + x[:, 1:])
 
 
-def planted_data(n: int = 600, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def planted_data(n=600, seed=0):
     """Two columns: the signal, +-2 by class, and noise of deviation 1."""
     labels = torch.arange(n) % 2
     noise = torch.randn(n, generator=torch.Generator().manual_seed(seed))
@@ -60,23 +60,23 @@ class Counting(Dataset):
         return self.images[i], int(self.labels[i])
 
 
-def small_net(activation: type[nn.Module] = nn.ReLU) -> nn.Module:
+def small_net(activation=nn.ReLU):
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3), activation(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
 
 
-def small_data(n: int = 90, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def small_data(n=90, seed=0):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % 3
     return torch.randn(n, 3, 6, 6, generator=generator) + 0.4 * (labels - 1.0)[:, None, None, None], labels
 
 
-def search(model=None, data=None, **options) -> BetaSearch:
+def search(model=None, data=None, **options):
     model = small_net() if model is None else model
     return search_beta(model, small_data() if data is None else data, **{"betas": GRID, "progress": False, **options})
 
 
-def stable(result: BetaSearch, *changing: str) -> dict:
+def stable(result, *changing):
     """Everything of a result that must not change from run to run, less ``changing`` sizes."""
     found = result.to_dict()
     del found["seconds"], found["arguments"]
@@ -234,7 +234,7 @@ def test_result_as_json(tmp_path):
     assert set(found["seconds"]) == {"features", "probes", "test", "total"}
 
 
-def search_and_extract(name: str) -> None:
+def search_and_extract(name):
     """What two processes must do as one does; saves it under ``name`` and the process's number."""
     torch.set_num_threads(1)
     result = search(batch_size=8)

@@ -23,7 +23,7 @@ def test_uncertainty():
     assert 0 < sign_test(40_000, 41_000) < 0.001
 
 
-def made(chosen, comparison) -> BetaSearch:
+def made(chosen, comparison):
     return BetaSearch(
         betas=(0.8, 0.9, 1.0),
         val_accuracy=(0.5, 0.7, 0.6),

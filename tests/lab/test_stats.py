@@ -7,7 +7,7 @@ import pytest
 from ctkernels.lab.stats import beyond, exceeds, folds_for, preferred, share_error, standard_error, what_counts
 
 
-def right(count: int, of: int = 100, first: int = 0) -> list[int]:
+def right(count, of=100, first=0):
     return [int(first <= i < first + count) for i in range(of)]
 
 

@@ -26,7 +26,7 @@ class Planted(nn.Module):
     A unit's value at 0, (1 - beta) ln(2) / 2 for c = 1/2, tells its beta. The pooling halves the resolution between them.
     """
 
-    def __init__(self, first: float, second: float, width: float) -> None:
+    def __init__(self, first, second, width):
         super().__init__()
         self.first, self.second, self.pool = nn.ReLU(), nn.ReLU(), nn.AvgPool2d(2)
         self.head = nn.Linear(1, 2)
@@ -40,7 +40,7 @@ class Planted(nn.Module):
         return self.head((x[:, 0, 0, 0] * gate + x[:, 0, 0, 1])[:, None])
 
 
-def planted_data(n: int = 400, seed: int = 0):
+def planted_data(n=400, seed=0):
     """The signal, +-2 by class, in one pixel, noise of deviation 1 in another."""
     labels = torch.arange(n) % 2
     images = torch.zeros(n, 1, 4, 4)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,22 +24,22 @@ PEFTS = {"peft_config", "_hf_peft_config_loaded"}  # peft puts and takes them it
 class Block(nn.Module):
     """Every kind of site, a BatchNorm, a residual sum and a pooling."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.conv, self.norm, self.pool = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.MaxPool2d(2)
         self.act, self.function, self.shared = nn.ReLU(), F.relu, SHARED
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         y = self.act(self.norm(self.conv(x)) + x)
         return F.relu(self.pool(self.function(self.shared(self.act(y)))))
 
 
-def network() -> nn.Module:
+def network():
     torch.manual_seed(0)
     return nn.Sequential(Block(), Block()).eval()
 
 
-def snapshot(model: nn.Module) -> dict[str, dict[str, Any]]:
+def snapshot(model):
     """{name: what may be left on a module}."""
     return {
         name: {
@@ -54,7 +52,7 @@ def snapshot(model: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
-def check(before: dict[str, dict[str, Any]], model: nn.Module) -> set[str]:
+def check(before, model):
     """Every difference to ``before`` is a listed one; returns the names of the attributes that are new."""
     new: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -76,14 +74,14 @@ def check(before: dict[str, dict[str, Any]], model: nn.Module) -> set[str]:
 
 
 @contextmanager
-def steered(model: nn.Module) -> Iterator[set[str]]:
+def steered(model):
     before = snapshot(model)
     with ctkernels.steer(model, 0.9):
         yield check(before, model)
 
 
 @contextmanager
-def fused(model: nn.Module) -> Iterator[set[str]]:
+def fused(model):
     before = snapshot(model)
     with ctkernels.steer(model, 0.9), ctkernels.fuse(model) as handle:
         assert handle.poolings == ("0.pool", "1.pool")
@@ -93,14 +91,14 @@ def fused(model: nn.Module) -> Iterator[set[str]]:
 
 
 @contextmanager
-def folded(model: nn.Module) -> Iterator[set[str]]:
+def folded(model):
     before = snapshot(model)
     with ctkernels.fuse(model):
         yield check(before, model)
 
 
 @contextmanager
-def adapted(model: nn.Module) -> Iterator[set[str]]:
+def adapted(model):
     peft = pytest.importorskip("peft")
     from ctkernels.adapters import CurvatureConfig
 
@@ -122,7 +120,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_what_is_left_is_listed_and_goes(change: Callable[[nn.Module], Any]) -> None:
+def test_what_is_left_is_listed_and_goes(change):
     model = network()
     before, shared = snapshot(model), dict(vars(SHARED))
     with change(model) as new:
@@ -135,7 +133,7 @@ def test_what_is_left_is_listed_and_goes(change: Callable[[nn.Module], Any]) -> 
     assert vars(SHARED) == shared
 
 
-def test_a_merged_adapter_leaves_what_is_listed() -> None:
+def test_a_merged_adapter_leaves_what_is_listed():
     peft = pytest.importorskip("peft")
     from ctkernels.adapters import CurvatureConfig
 
@@ -148,7 +146,7 @@ def test_a_merged_adapter_leaves_what_is_listed() -> None:
     assert check(before, merged) == STEERED
 
 
-def test_attention_adapters_leave_what_is_listed() -> None:
+def test_attention_adapters_leave_what_is_listed():
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     from ctkernels.adapters import CurvatureConfig, JolaConfig, fuse_attention
 
@@ -174,7 +172,7 @@ def test_attention_adapters_leave_what_is_listed() -> None:
     assert snapshot(model) == before
 
 
-def test_pools_leave_what_is_listed() -> None:
+def test_pools_leave_what_is_listed():
     pytest.importorskip("peft")
     from ctkernels.adapters import AdapterPool, CurvatureConfig, JolaConfig
 
@@ -197,7 +195,7 @@ def test_pools_leave_what_is_listed() -> None:
     assert snapshot(model) == before
 
 
-def test_every_name_has_a_row_in_the_document() -> None:
+def test_every_name_has_a_row_in_the_document():
     rows = [line.split("|")[1] for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in row.split("`")[1::2]} >= _marks.ATTRIBUTES | {_marks.CHILD}
     assert all(f"`{name}`" in DOCUMENT.read_text() for name in (_marks.BASE, _marks.RECIPE))

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("hypothesis", reason="needs the test extra")
 peft = pytest.importorskip("peft", reason="needs the adapters extra")
@@ -31,19 +30,19 @@ ALLOWED = 1e-11
 NAMES = ("default", "second", "third")
 
 
-def base() -> Any:
+def base():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return transformers.LlamaForCausalLM(config).double().eval()
 
 
-def configuration(method: str) -> Any:
+def configuration(method):
     if method == "JoLA":
         return JolaConfig(task_type="CAUSAL_LM", init_std=0.3)
     return peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["o_proj"], init_lora_weights=False)
 
 
-def logits(model: Any) -> Tensor:
+def logits(model):
     with torch.no_grad():
         return model(IDS).logits
 
@@ -51,7 +50,7 @@ def logits(model: Any) -> Tensor:
 class AdapterMachine(RuleBasedStateMachine):
     """``model`` may be merged, ``twin`` never is; all else is done to both. ``levels``: the adapted models, outermost first."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         warnings.simplefilter("ignore")
         self.levels: list[tuple[Any, Any]] = []
@@ -63,7 +62,7 @@ class AdapterMachine(RuleBasedStateMachine):
     @initialize(
         order=st.sampled_from((("JoLA",), ("LoRA",), ("JoLA", "LoRA"), ("LoRA", "JoLA"))), seed=st.integers(0, 99)
     )
-    def attach(self, order: tuple[str, ...], seed: int) -> None:
+    def attach(self, order, seed):
         pair = self.bases
         for method in order:
             pair = tuple(peft.get_peft_model(model, configuration(method)).eval() for model in pair)  # type: ignore[assignment]
@@ -71,7 +70,7 @@ class AdapterMachine(RuleBasedStateMachine):
         self.lora = "LoRA" in order
         self._same_values("", seed)
 
-    def _same_values(self, name: str, seed: int) -> None:
+    def _same_values(self, name, seed):
         """Random values in every adapter (called ``name``), the same in the model and its twin."""
         ours, theirs = (dict(level.named_parameters()) for level in self.levels[0])
         assert list(ours) == list(theirs)
@@ -84,25 +83,25 @@ class AdapterMachine(RuleBasedStateMachine):
                     parameter.data.copy_(drawn)
 
     @property
-    def alone(self) -> bool:
+    def alone(self):
         """Neither merged nor stacked: peft tells the adapters of a stack apart by their names alone, and deletes both."""
         return not self.merged and len(self.levels) == 1
 
     @property
-    def outer(self) -> tuple[Any, Any]:
+    def outer(self):
         return self.levels[0]
 
     # ---- merging ----
 
     @precondition(lambda self: not self.merged)
     @rule(safe=st.booleans())
-    def merge(self, safe: bool) -> None:
+    def merge(self, safe):
         self.outer[0].merge_adapter(safe_merge=safe)
         self.merged = True
 
     @precondition(lambda self: self.merged)
     @rule()
-    def unmerge(self) -> None:
+    def unmerge(self):
         self.outer[0].unmerge_adapter()
         self.merged = False
 
@@ -110,7 +109,7 @@ class AdapterMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.alone and len(self.outer[0].peft_config) < len(NAMES))
     @rule(seed=st.integers(0, 99))
-    def add(self, seed: int) -> None:
+    def add(self, seed):
         name = next(n for n in NAMES if n not in self.outer[0].peft_config)
         for model in self.outer:
             config = next(iter(model.peft_config.values()))
@@ -119,14 +118,14 @@ class AdapterMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.merged)
     @rule(which=st.integers(0, 2))
-    def switch(self, which: int) -> None:
+    def switch(self, which):
         names = sorted(self.outer[0].peft_config)
         for model in self.outer:
             model.set_adapter(names[which % len(names)])
 
     @precondition(lambda self: self.alone and len(self.outer[0].peft_config) > 1)
     @rule(which=st.integers(0, 2))
-    def delete(self, which: int) -> None:
+    def delete(self, which):
         names = sorted(self.outer[0].peft_config)
         gone = names[which % len(names)]
         for model in self.outer:
@@ -134,13 +133,13 @@ class AdapterMachine(RuleBasedStateMachine):
             model.set_adapter(next(n for n in names if n != gone))
 
     @rule(seed=st.integers(0, 99))
-    def train_a_step(self, seed: int) -> None:
+    def train_a_step(self, seed):
         if not self.merged:
             self._same_values(sorted(self.outer[0].peft_config)[0], seed)
 
     @precondition(lambda self: not self.merged)
     @rule(seed=st.integers(0, 99))
-    def write_the_base(self, seed: int) -> None:
+    def write_the_base(self, seed):
         for model in self.bases:
             projection = model.model.layers[0].self_attn.o_proj
             while hasattr(projection, "base_layer"):
@@ -151,7 +150,7 @@ class AdapterMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.alone and len(self.outer[0].peft_config) < len(NAMES))
     @rule()
-    def save_and_load(self) -> None:
+    def save_and_load(self):
         name = next(n for n in NAMES if n not in self.outer[0].peft_config)
         active = self.outer[0].active_adapter
         with tempfile.TemporaryDirectory() as folder:
@@ -170,12 +169,12 @@ class AdapterMachine(RuleBasedStateMachine):
                 assert torch.equal(logits(model), before)
 
     @rule()
-    def deepcopy(self) -> None:
+    def deepcopy(self):
         copied = copy.deepcopy(self.outer[0])
         assert torch.equal(logits(copied), logits(self.outer[0]))
 
     @rule()
-    def disable(self) -> None:
+    def disable(self):
         model, twin = self.outer
         merged = self.merged
         with twin.disable_adapter():
@@ -187,13 +186,13 @@ class AdapterMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.merged)
     @rule()
-    def cast_there_and_back(self) -> None:
+    def cast_there_and_back(self):
         # half the digits are lost, in both
         for model in self.outer:
             model.float().double()
 
     @rule()
-    def fused_attention(self) -> None:
+    def fused_attention(self):
         if self.fused is not None:
             self.fused.remove()
             self.fused = None
@@ -203,16 +202,16 @@ class AdapterMachine(RuleBasedStateMachine):
     # ---- what has to hold ----
 
     @invariant()
-    def compare(self) -> None:
+    def compare(self):
         if self.levels:
             model, twin = self.outer
             self._close(logits(model), logits(twin))
 
-    def _close(self, got: Tensor, expected: Tensor) -> None:
+    def _close(self, got, expected):
         off, bound = (got - expected).abs().max().item(), ALLOWED * (1 + expected.abs().max().item())
         assert off <= bound, f"off by {off:.3g} of {expected.abs().max().item():.3g}, allowed {bound:.3g}"
 
-    def teardown(self) -> None:
+    def teardown(self):
         if not self.levels:
             return
         if self.fused is not None:

@@ -6,8 +6,6 @@ import contextlib
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -20,15 +18,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Net(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.conv, self.norm, self.relu, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Linear(4, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.head(self.relu(self.norm(self.conv(x))).mean((2, 3)))
 
 
-def net(seed: int) -> Net:
+def net(seed):
     torch.manual_seed(seed)
     return Net().eval().requires_grad_(False)
 
@@ -37,13 +35,13 @@ X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
 @contextlib.contextmanager
-def running(call: Callable[[], Tensor], expected: list[Tensor], atol: float = 0.0) -> Iterator[list[str]]:
+def running(call, expected, atol=0.0):
     """``call`` over and over in a thread of its own; what it gave that is none of ``expected``, and what it raised."""
     wrong: list[str] = []
     calls, stop = 0, threading.Event()
     started = threading.Event()
 
-    def work() -> None:
+    def work():
         nonlocal calls
         warnings.simplefilter("ignore")
         with torch.no_grad():
@@ -71,26 +69,26 @@ def running(call: Callable[[], Tensor], expected: list[Tensor], atol: float = 0.
     assert not thread.is_alive()
 
 
-def _steer_and_fuse(model: nn.Module) -> None:
+def _steer_and_fuse(model):
     handle = ctkernels.steer(model, 0.7)
     with ctkernels.fuse(model):
         model(X)
     handle.remove()
 
 
-def _steer_alone(model: nn.Module) -> None:
+def _steer_alone(model):
     with ctkernels.steer(model, 0.7):
         model(X)
 
 
-def _backends(model: nn.Module) -> None:
+def _backends(model):
     x = torch.linspace(-3, 3, 50)
     with ctkernels.use_backend("reference"):
         ctkernels.functional.ctu(x, 0.9)
 
 
 @pytest.mark.parametrize("act", [_steer_and_fuse, _steer_alone, _backends], ids=["fuse", "steer", "use_backend"])
-def test_another_model_beside(act: Callable[[nn.Module], None]) -> None:
+def test_another_model_beside(act):
     """A plain model is served while another one is steered, fused, and given back."""
     served, other = net(0), net(1)
     with running(lambda: served(X), [served(X)]) as wrong:
@@ -99,7 +97,7 @@ def test_another_model_beside(act: Callable[[nn.Module], None]) -> None:
     assert not wrong, wrong[:3]
 
 
-def test_a_steered_and_fused_model_beside() -> None:
+def test_a_steered_and_fused_model_beside():
     served, other = net(0), net(1)
     ctkernels.steer(served, 0.9)
     ctkernels.fuse(served)
@@ -111,12 +109,12 @@ def test_a_steered_and_fused_model_beside() -> None:
     assert not wrong, wrong[:3]
 
 
-def test_no_backend_stays_forced() -> None:
+def test_no_backend_stays_forced():
     """Contexts that two threads enter in one order and leave in another: in the end nothing is forced."""
     x = torch.linspace(-3, 3, 50)
     entered, leave = threading.Event(), threading.Event()
 
-    def other() -> None:
+    def other():
         with ctkernels.use_backend("reference"):
             entered.set()
             leave.wait(60)
@@ -130,7 +128,7 @@ def test_no_backend_stays_forced() -> None:
     assert "forced" not in ctkernels.explain(x)
 
 
-def test_the_same_model_while_knobs_are_set() -> None:
+def test_the_same_model_while_knobs_are_set():
     """Each call sees one of the values that were set."""
     model = net(0)
     handle = ctkernels.steer(model, 0.5)
@@ -144,7 +142,7 @@ def test_the_same_model_while_knobs_are_set() -> None:
     assert not wrong, wrong[:3]
 
 
-def test_the_same_model_in_two_threads_fused() -> None:
+def test_the_same_model_in_two_threads_fused():
     """A fused model is called by two threads at once, and its weights change between calls of each."""
     model = net(0)
     ctkernels.steer(model, 0.9)
@@ -157,7 +155,7 @@ def test_the_same_model_in_two_threads_fused() -> None:
         assert not wrong, wrong[:3]
 
 
-def test_the_same_model_while_it_is_steered_and_fused() -> None:
+def test_the_same_model_while_it_is_steered_and_fused():
     """Calls that come between see the plain, the steered, or the fused model, each within rounding."""
     model = net(0)
     plain = model(X)
@@ -173,7 +171,7 @@ def test_the_same_model_while_it_is_steered_and_fused() -> None:
 # ---- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def language_model(seed: int = 0) -> Any:
+def language_model(seed=0):
     transformers = pytest.importorskip("transformers", reason="needs the adapters extra")
     torch.manual_seed(seed)
     sizes = {
@@ -187,7 +185,7 @@ def language_model(seed: int = 0) -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def adapted(seed: int = 0) -> Any:
+def adapted(seed=0):
     peft = pytest.importorskip("peft", reason="needs the adapters extra")
     from ctkernels.adapters import JolaConfig
 
@@ -197,12 +195,12 @@ def adapted(seed: int = 0) -> Any:
 IDS = torch.randint(3, 32, (2, 5), generator=torch.Generator().manual_seed(5))
 
 
-def logits(model: Any, ids: Tensor = IDS) -> Tensor:
+def logits(model, ids=IDS):
     with torch.no_grad():
         return model(ids).logits
 
 
-def test_an_adapter_is_disabled_beside_another_model() -> None:
+def test_an_adapter_is_disabled_beside_another_model():
     served, other = adapted(0), adapted(1)
     with running(lambda: logits(served), [logits(served)]) as wrong:
         for _ in range(ROUNDS):
@@ -211,7 +209,7 @@ def test_an_adapter_is_disabled_beside_another_model() -> None:
     assert not wrong, wrong[:3]
 
 
-def test_attention_is_fused_beside_another_model() -> None:
+def test_attention_is_fused_beside_another_model():
     served, other = adapted(0), adapted(1)
     from ctkernels.adapters import fuse_attention
 
@@ -223,7 +221,7 @@ def test_attention_is_fused_beside_another_model() -> None:
     assert not wrong, wrong[:3]
 
 
-def test_fused_attention_gives_each_thread_its_edit_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_attention_gives_each_thread_its_edit_once(monkeypatch):
     """Two threads are between attention and projection of one layer at the same time."""
     model = adapted()
     from ctkernels.adapters import JolaLayer, fuse_attention
@@ -233,7 +231,7 @@ def test_fused_attention_gives_each_thread_its_edit_once(monkeypatch: pytest.Mon
     expected = [logits(model, ids) for ids in inputs]
     meet, forward = threading.Barrier(2), JolaLayer.forward
 
-    def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def waiting(self, *args, **kwargs):
         meet.wait(60)
         return forward(self, *args, **kwargs)
 

@@ -16,13 +16,13 @@ SEED = datetime.date.today().toordinal()
 GROUPS = random.Random(SEED).sample([(module, names) for (module, _), names in families().items()], 5)
 
 
-def test_two_hundred_architectures_to_draw_from() -> None:
+def test_two_hundred_architectures_to_draw_from():
     assert len(families()) >= 200
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS, ids=[f"{module}-{names[0]}" for module, names in GROUPS])
-def test_architecture(group: tuple[str, list[str]], record_property) -> None:
+def test_architecture(group, record_property):
     record_property("seed", SEED)
     (found,) = run([group], seconds=300)
     assert not found.failures, f"seed {SEED}: {found.name}: " + "; ".join(found.failures)

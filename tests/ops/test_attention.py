@@ -47,12 +47,12 @@ FEW = [BY_NAME[n] for n in ("causal, fewer queries than keys", "packed, causal",
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_against_float64(backend: str, case: Case, dtype: torch.dtype) -> None:
+def test_against_float64(backend, case, dtype):
     check(case, dtype, results(attention_head_edit, case.tensors(dtype), upstream=dtype, **case.arguments()))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_the_dispatcher_op_in_plain_torch(case: Case) -> None:
+def test_the_dispatcher_op_in_plain_torch(case):
     """What the fused kernels' op computes where there are no such kernels."""
     with _fused_anywhere():
         check(case, FLOAT, results(attention_head_edit, case.tensors(FLOAT), upstream=FLOAT, **case.arguments()))
@@ -65,23 +65,23 @@ def _fused_anywhere():
 class _Patched:
     """The op is chosen whatever the device."""
 
-    def __enter__(self) -> None:
+    def __enter__(self):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(cost_model, "fused_refusal", lambda *args: None)
         self.patch.setattr("ctkernels.ops.attention.function.choose", lambda *args: cost_model.FUSED)
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception):
         self.patch.undo()
 
 
-def test_equals_torch_then_edit_where_torch_aligns_alike() -> None:
+def test_equals_torch_then_edit_where_torch_aligns_alike():
     t = BY_NAME["causal"].tensors(torch.float32)
     y = attention_head_edit(**t, is_causal=True)
     z = F.scaled_dot_product_attention(t["q"], t["k"], t["v"], is_causal=True)
     assert torch.equal(y, head_edit(z, t["m"], t["a"], t["g_m"], t["g_a"], head_axis=1))
 
 
-def test_decoding_one_by_one_equals_all_at_once() -> None:
+def test_decoding_one_by_one_equals_all_at_once():
     case = Case("", (2, 4, 2, 7, 7, 8, 8), {"is_causal": True}, layout="tokens first")
     t = case.tensors(torch.float64)
     q, k, v, *edits = t.values()
@@ -99,10 +99,10 @@ TINY = [
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda c: c.name)
-def test_gradcheck(case: Case) -> None:
+def test_gradcheck(case):
     tensors = {n: t.requires_grad_() for n, t in case.tensors(torch.float64).items() if t is not None}
 
-    def call(*values: torch.Tensor) -> torch.Tensor:
+    def call(*values):
         return attention_head_edit(**dict(zip(tensors, values)), **case.arguments())
 
     assert torch.autograd.gradcheck(call, tuple(tensors.values()), check_forward_ad=True)
@@ -114,7 +114,7 @@ def test_gradcheck(case: Case) -> None:
         assert torch.autograd.gradgradcheck(call, tuple(tensors.values()))
 
 
-def _problem(case: Case, dtype: torch.dtype = torch.float32) -> Problem:
+def _problem(case, dtype=torch.float32):
     t = case.tensors(dtype)
     t = {n: x.requires_grad_() for n, x in t.items() if x is not None}
     starts = (None, None, 0, 0)
@@ -127,7 +127,7 @@ def _problem(case: Case, dtype: torch.dtype = torch.float32) -> Problem:
 
 @pytest.mark.parametrize("keep", [0, KEEP_Z, KEEP_Z | KEEP_LSE])
 @pytest.mark.parametrize("case", FEW, ids=lambda c: c.name)
-def test_opcheck(case: Case, keep: int) -> None:
+def test_opcheck(case, keep):
     problem = _problem(case)
     op = torch.ops.ctkernels.attention_head_edit
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
@@ -145,7 +145,7 @@ def test_opcheck(case: Case, keep: int) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("case", [CASES[2], BY_NAME["padding, causal"], BY_NAME["window"]], ids=lambda c: c.name)
-def test_compile_fullgraph(case: Case, fused: bool) -> None:
+def test_compile_fullgraph(case, fused):
     torch._dynamo.reset()
     compiled = torch.compile(attention_head_edit, fullgraph=True, backend="aot_eager")
     expected = results(attention_head_edit, case.tensors(FLOAT), upstream=FLOAT, **case.arguments())
@@ -158,7 +158,7 @@ def test_compile_fullgraph(case: Case, fused: bool) -> None:
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-4)
 
 
-def test_compiled_packed() -> None:
+def test_compiled_packed():
     torch._dynamo.reset()
     case = BY_NAME["packed, causal"]
     compiled = torch.compile(attention_head_edit, fullgraph=True)
@@ -172,7 +172,7 @@ def test_compiled_packed() -> None:
 class _Ops(TorchDispatchMode):
     """Names of the ops that run, and the largest thing each writes, in bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.names: list[str] = []
 
@@ -182,7 +182,7 @@ class _Ops(TorchDispatchMode):
 
 
 @pytest.mark.skipif(ctkernels.ops.backends.NATIVE is None, reason="the passes of the compiled edit are counted")
-def test_passes_over_memory_that_the_edit_makes() -> None:
+def test_passes_over_memory_that_the_edit_makes():
     """Without gradients one pass, in place; with them one forward, beside the z that attention keeps anyway, one backward."""
     t = BY_NAME["causal"].tensors(torch.float32)
     with _Ops() as ops, torch.no_grad():
@@ -207,7 +207,7 @@ def test_passes_over_memory_that_the_edit_makes() -> None:
     assert [n for n in ops.names if n.startswith("ctkernels")] == ["ctkernels::head_edit_backward"]
 
 
-def test_what_is_kept_for_the_backward_pass_of_the_op() -> None:
+def test_what_is_kept_for_the_backward_pass_of_the_op():
     t = BY_NAME["full"].tensors(torch.float32)
     kept = {}
     for needed in ((), ("a",), ("g_a",), ("m",), ("g_m",), ("q",), ("v",)):
@@ -225,7 +225,7 @@ def test_what_is_kept_for_the_backward_pass_of_the_op() -> None:
     assert kept == {"a": nothing, "g_a": nothing, "m": only_z, "g_m": only_z, "q": both, "v": both}
 
 
-def test_autocast() -> None:
+def test_autocast():
     t = {n: x.requires_grad_() for n, x in BY_NAME["causal"].tensors(torch.float32).items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = attention_head_edit(**t, is_causal=True)
@@ -234,7 +234,7 @@ def test_autocast() -> None:
     assert all(x.grad.dtype == torch.float32 for x in t.values())
 
 
-def test_function_transforms() -> None:
+def test_function_transforms():
     case = Case("", (2, 2, 2, 4, 4, 8, 8))
     q, k, v, *edits = case.tensors(torch.float64).values()
 
@@ -248,7 +248,7 @@ def test_function_transforms() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
-def test_a_query_that_sees_no_key_has_the_edit_alone_and_no_gradient(kind: str) -> None:
+def test_a_query_that_sees_no_key_has_the_edit_alone_and_no_gradient(kind):
     """Its output is a, whatever q, k and v are, also in the reference, whose softmax has no value there."""
     q, k, v = (torch.randn(1, 1, size, 4, requires_grad=True) for size in (2, 3, 3))
     a = torch.randn(1, 4)
@@ -264,7 +264,7 @@ def test_a_query_that_sees_no_key_has_the_edit_alone_and_no_gradient(kind: str) 
             torch.testing.assert_close(got, expected)
 
 
-def test_weights_of_large_scores_add_up_to_one() -> None:
+def test_weights_of_large_scores_add_up_to_one():
     """In the reference: to the last bits, whatever the scores are; their exponentials are not off by a rounded logarithm."""
     q, k = 30 * torch.randn(1, 2, 50, 8), 30 * torch.randn(1, 2, 60, 8)
     ones = torch.ones(1, 2, 60, 1, requires_grad=True)
@@ -277,7 +277,7 @@ def test_weights_of_large_scores_add_up_to_one() -> None:
 
 
 @pytest.mark.parametrize("strides", [(1, 1, 1, 1), (1, 16, 0, 1), (1, 0, 0, 1), (0, 0, 0, 1)])
-def test_queries_that_share_memory(strides: tuple[int, ...]) -> None:
+def test_queries_that_share_memory(strides):
     """Torch's own kernel leaves part of the result unwritten for some of these."""
     q = torch.randn(40).as_strided((1, 2, 4, 8), strides).requires_grad_()
     k, v, m = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8), torch.randn(2, 8)
@@ -289,7 +289,7 @@ def test_queries_that_share_memory(strides: tuple[int, ...]) -> None:
     assert torch.equal(grad, torch.autograd.grad(expected.square().sum(), apart)[0])
 
 
-def test_empty() -> None:
+def test_empty():
     m = torch.randn(2, 8)
     for sizes in ((0, 2, 2, 3, 3, 8, 8), (2, 2, 2, 0, 3, 8, 8), (2, 2, 2, 3, 0, 8, 8)):
         q, k, v, *_ = Case("", sizes).tensors(torch.float32).values()
@@ -298,7 +298,7 @@ def test_empty() -> None:
         assert torch.equal(y, m[:, None, :].expand(y.shape) if y.numel() else y)
 
 
-def test_meta() -> None:
+def test_meta():
     q = torch.empty(2, 4, 7, 16, device="meta")
     assert attention_head_edit(q, q, q, torch.empty(4, 16, device="meta"), is_causal=True).shape == q.shape
 
@@ -328,7 +328,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("message", ERRORS)
-def test_errors(message: str) -> None:
+def test_errors(message):
     arguments = CASES[0].tensors(torch.float32) | ERRORS[message]
     with pytest.raises((ValueError, TypeError)) as caught:
         attention_head_edit(**arguments)
@@ -336,7 +336,7 @@ def test_errors(message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_packed_errors() -> None:
+def test_packed_errors():
     q = torch.zeros(5, 2, 8)
     m = torch.zeros(2, 8)
     for starts, message in (
@@ -351,7 +351,7 @@ def test_packed_errors() -> None:
         attention_head_edit(q, q, q, m, cu_seqlens=torch.tensor([0, 5]), attn_mask=torch.ones(5, 5))
 
 
-def test_forcing() -> None:
+def test_forcing():
     t = CASES[0].tensors(torch.float32)
     with pytest.raises(RuntimeError, match=r"fused kernels were forced .* (cpu|triton is not installed)"):
         attention_head_edit(**t, implementation="fused")
@@ -360,19 +360,17 @@ def test_forcing() -> None:
     assert torch.equal(attention_head_edit(**t, implementation="separate"), attention_head_edit(**t))
 
 
-def test_explain() -> None:
+def test_explain():
     text = ctkernels.explain(CASES[0].tensors(torch.float32)["q"], "attention_head_edit")
     assert "serves cuda tensors" in text or "triton is not installed" in text
     assert "separate   used" in text
 
 
-def test_a_compiled_program_is_fused_where_torch_has_no_fast_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_program_is_fused_where_torch_has_no_fast_kernel(monkeypatch):
     monkeypatch.setattr(cost_model, "fused_refusal", lambda *args: None)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
-    def chosen(
-        tokens: int = 9, groups: int = 4, dtype: torch.dtype = torch.bfloat16, mask: bool = False, left: int = UNBOUNDED
-    ) -> str:
+    def chosen(tokens=9, groups=4, dtype=torch.bfloat16, mask=False, left=UNBOUNDED):
         q, k = torch.empty(2, 4, tokens, 8, dtype=dtype), torch.empty(2, groups, 9, 8, dtype=dtype)
         seen = torch.ones(2, 4, tokens, 9, dtype=torch.bool) if mask else None
         return cost_model.choose(q, k, k, seen, 1.0, left, 0, True, None, None)
@@ -382,7 +380,7 @@ def test_a_compiled_program_is_fused_where_torch_has_no_fast_kernel(monkeypatch:
     assert chosen(groups=2, dtype=FLOAT) == cost_model.FUSED
 
 
-def test_cost_model() -> None:
+def test_cost_model():
     """Our kernel where its fused edit pays, a faster attention where its lead is larger than the edit's passes."""
     long = cost_model.Shape(8, 32, 32, 8192, 8192, 128, 128, 2, True, True)
     short = long._replace(tokens=128, keys=128)

@@ -13,7 +13,7 @@ from ctkernels.functional import ctu
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-def _arguments(full: bool, dtype: torch.dtype = torch.float32) -> tuple:
+def _arguments(full, dtype=torch.float32):
     x = torch.randn(2, 4, 6, dtype=dtype, requires_grad=True)
     knobs = [torch.rand(4).mul(0.9).requires_grad_() for _ in range(2)]
     extra = [torch.rand(4, requires_grad=True), torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)]
@@ -24,26 +24,26 @@ def _arguments(full: bool, dtype: torch.dtype = torch.float32) -> tuple:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("full", [False, True])
-def test_opcheck(full: bool, dtype: torch.dtype) -> None:
+def test_opcheck(full, dtype):
     results = opcheck(torch.ops.ctkernels.ctu.default, _arguments(full, dtype))
     assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_opcheck_backward(full: bool) -> None:
+def test_opcheck_backward(full):
     arguments = _arguments(full)
     needs = 0b1111111 if full else 0b111
     results = opcheck(torch.ops.ctkernels.ctu_backward.default, (torch.randn(2, 4, 6), *arguments, needs))
     assert set(results.values()) == {"SUCCESS"}
 
 
-def test_opcheck_inplace() -> None:
+def test_opcheck_inplace():
     arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in _arguments(True)]
     assert set(opcheck(torch.ops.ctkernels.ctu_.default, tuple(arguments)).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("view", ["contiguous", "channels last", "transposed", "sliced"])
-def test_fake_strides(view: str) -> None:
+def test_fake_strides(view):
     x = torch.randn(2, 4, 6, 6)
     x = {
         "contiguous": x,
@@ -63,7 +63,7 @@ def _loss(x, beta, coeff):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("forced", [None, "reference"])
-def test_compile_fullgraph(forced: str | None, dynamic: bool) -> None:
+def test_compile_fullgraph(forced, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(_loss, fullgraph=True, dynamic=dynamic)
     for rows in (3, 5):
@@ -84,7 +84,7 @@ def test_compile_fullgraph(forced: str | None, dynamic: bool) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
-def test_compile_does_not_specialise_on_a_knob_tensor() -> None:
+def test_compile_does_not_specialise_on_a_knob_tensor():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda x, beta: ctu(x, beta), fullgraph=True, backend=counter)
@@ -95,13 +95,13 @@ def test_compile_does_not_specialise_on_a_knob_tensor() -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_export(strict: bool) -> None:
+def test_export(strict):
     class Net(torch.nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.beta = torch.nn.Parameter(torch.full((4,), 0.8))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x):
             return ctu(x, self.beta, 0.5, channel_dim=1)
 
     net, x = Net(), torch.randn(3, 4, 5)
@@ -113,7 +113,7 @@ def test_export(strict: bool) -> None:
         torch.testing.assert_close(program.module()(x), net(x))
 
 
-def test_autocast_keeps_float32_knobs() -> None:
+def test_autocast_keeps_float32_knobs():
     net = torch.nn.Conv2d(3, 4, 3)
     beta = torch.full((4,), 0.999, requires_grad=True)
     x = torch.randn(2, 3, 8, 8)
@@ -130,11 +130,11 @@ def test_autocast_keeps_float32_knobs() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint(reentrant: bool) -> None:
+def test_checkpoint(reentrant):
     x = torch.randn(3, 4, requires_grad=True)
     beta = torch.rand(4, requires_grad=True)
 
-    def f(x: torch.Tensor) -> torch.Tensor:
+    def f(x):
         return ctu(torch.sin(x), beta, channel_dim=1).square()
 
     plain = torch.autograd.grad(f(x).sum(), (x, beta))

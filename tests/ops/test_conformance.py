@@ -19,20 +19,20 @@ SMALL = [s.name for s in samples() if s.args[0].numel() <= 70 and 0 not in s.arg
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_against_float64(backend: str, name: str, dtype: torch.dtype) -> None:
+def test_against_float64(backend, name, dtype):
     checked = sample_named(name, dtype)
     check_against_float64(checked, outputs(checked))
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_finite_differences(backend: str, name: str) -> None:
+def test_finite_differences(backend, name):
     sample = sample_named(name, torch.float64)
     if name == "the plain activation":
         pytest.skip("a kink has no second derivative; its gradient is tested against the plain activation's")
     gradcheck(sample)
 
 
-def test_gradient_of_the_plain_activation(backend: str) -> None:
+def test_gradient_of_the_plain_activation(backend):
     x = torch.randn(4, 50, requires_grad=True)
     dy = torch.randn(4, 50)
     for activation, plain in (("relu", torch.relu), ("relu6", torch.nn.functional.relu6)):
@@ -42,7 +42,7 @@ def test_gradient_of_the_plain_activation(backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_same_bits_on_every_run_and_thread_count(name: str) -> None:
+def test_same_bits_on_every_run_and_thread_count(name):
     sample = sample_named(name)
     threads = torch.get_num_threads()
     first = outputs(sample)
@@ -57,7 +57,7 @@ def test_same_bits_on_every_run_and_thread_count(name: str) -> None:
 
 
 @pytest.mark.skipif(backends.NATIVE is None, reason="torch's own sums, in the reference, depend on the thread count")
-def test_same_bits_on_large_parallel_sums() -> None:
+def test_same_bits_on_large_parallel_sums():
     for shape, channel_dim in (((8, 16, 60, 60), 1), ((700, 300), 1), ((300000,), None)):
         x, dy = torch.randn(shape), torch.randn(shape)
         count = 1 if channel_dim is None else shape[channel_dim]
@@ -76,7 +76,7 @@ def test_same_bits_on_large_parallel_sums() -> None:
             assert torch.equal(g, results[0][1])
 
 
-def test_only_what_is_needed_is_computed_and_saved(backend: str) -> None:
+def test_only_what_is_needed_is_computed_and_saved(backend):
     x = torch.randn(3, 4, 5)
     beta = torch.full((4,), 0.9, requires_grad=True)
     coeff = torch.full((4,), 0.5)
@@ -92,7 +92,7 @@ def test_only_what_is_needed_is_computed_and_saved(backend: str) -> None:
     assert not ctu(x, 0.9).requires_grad
 
 
-def test_strides_are_kept(backend: str) -> None:
+def test_strides_are_kept(backend):
     x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
     y = ctu(x, 0.9)
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -117,7 +117,7 @@ def test_a_gradient_that_two_inputs_share_is_computed_once(backend):
     assert torch.equal(x.grad, residual.grad)
 
 
-def test_inplace(backend: str) -> None:
+def test_inplace(backend):
     for x in (torch.randn(3, 8, 5), torch.randn(8, 3).T, torch.randn(4, 6, 8)[:, ::2]):
         expected = ctu(x, 0.8, residual=x)
         y = ctu(x, 0.8, residual=x.clone(), inplace=True)
@@ -141,15 +141,15 @@ def test_inplace(backend: str) -> None:
         "nested vmap",
     ],
 )
-def test_function_transforms(backend: str, transform: str) -> None:
+def test_function_transforms(backend, transform):
     x = torch.randn(3, 4, dtype=torch.float64)
     beta = 0.1 + 0.8 * torch.rand(4, dtype=torch.float64)
     coeff = torch.rand(4, dtype=torch.float64)
 
-    def f(x: Tensor, beta: Tensor) -> Tensor:
+    def f(x, beta):
         return ctu(x, beta, coeff, channel_dim=-1)
 
-    def eager(x: Tensor, beta: Tensor) -> Tensor:  # plain torch, differentiable by torch itself
+    def eager(x, beta):  # plain torch, differentiable by torch itself
         return truth_formula(x, beta, coeff)
 
     total = {g: (lambda x, b, g=g: g(x, b).square().sum()) for g in (f, eager)}
@@ -178,14 +178,14 @@ def test_function_transforms(backend: str, transform: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-def truth_formula(x: Tensor, beta: Tensor, coeff: Tensor) -> Tensor:
+def truth_formula(x, beta, coeff):
     s = 1 - beta
     return coeff * x * torch.sigmoid(beta * x / s) + (1 - coeff) * s * torch.nn.functional.softplus(
         x / s, threshold=1e9
     )
 
 
-def test_more_than_two_to_the_31_elements_by_construction() -> None:
+def test_more_than_two_to_the_31_elements_by_construction():
     """Offsets are 64 bits wide: a view that spans more than 2^31 elements of address space works."""
     base = torch.empty(1).expand(2**31 + 64)
     with pytest.raises(ValueError, match="overlap"):

@@ -3,7 +3,6 @@
 import itertools
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -54,7 +53,7 @@ NAMES = ["y", "x", "beta", "coeff"]
 SHARES = {"gelu": 4e-13, "gelu_tanh": 1e-12}
 
 
-def _measured(x: torch.Tensor, beta: float, coeff: float, activation: str) -> dict[str, torch.Tensor]:
+def _measured(x, beta, coeff, activation):
     """phi and its partials at every point: per-channel knobs make every point its own parameter gradient."""
     knobs = [torch.full((x.numel(),), v, dtype=torch.float64, requires_grad=True) for v in (beta, coeff)]
     leaf = x.clone().requires_grad_()
@@ -62,7 +61,7 @@ def _measured(x: torch.Tensor, beta: float, coeff: float, activation: str) -> di
     return dict(zip(NAMES, (y.detach(), *torch.autograd.grad(y, (leaf, *knobs), torch.ones_like(y)))))
 
 
-def _exponent(activation: str, u: Any) -> Any:
+def _exponent(activation, u):
     """How steep the tail is: u times the derivative of the exponent. A fourth more for the cubic's own roundings."""
     if activation == "gelu_tanh":
         return 1.25 * u * (1.6 + 0.2141 * u * u)
@@ -71,7 +70,7 @@ def _exponent(activation: str, u: Any) -> Any:
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_against_forty_digits(backend: str, dtype: torch.dtype, activation: str) -> None:
+def test_against_forty_digits(backend, dtype, activation):
     x = torch.tensor(POINTS, dtype=torch.float64).to(dtype)
     smallest = 2.0**-118 if dtype == torch.float32 else 2.0**-960  # below: flushed to zero
     for beta, coeff in itertools.product(BETAS, COEFFS):
@@ -95,7 +94,7 @@ def test_against_forty_digits(backend: str, dtype: torch.dtype, activation: str)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_relu_family_is_plain_at_beta_one(backend: str, dtype: torch.dtype) -> None:
+def test_relu_family_is_plain_at_beta_one(backend, dtype):
     x = torch.cat([torch.randn(5000, dtype=torch.float64) * 10.0**k for k in range(-8, 6)])
     extremes = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 6.0, 1e-45, -1e-45, 5.9999995, 6.000001])
     x = torch.cat([x, extremes.double()]).to(dtype)
@@ -108,7 +107,7 @@ def test_relu_family_is_plain_at_beta_one(backend: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_silu_and_gelu_at_their_neutral_point(backend: str, dtype: torch.dtype) -> None:
+def test_silu_and_gelu_at_their_neutral_point(backend, dtype):
     x = torch.linspace(-30, 30, 4001, dtype=dtype)
     eps = torch.finfo(dtype).eps
     plain = {
@@ -125,7 +124,7 @@ def test_silu_and_gelu_at_their_neutral_point(backend: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_infinities_and_nan(backend: str, dtype: torch.dtype, activation: str) -> None:
+def test_infinities_and_nan(backend, dtype, activation):
     x = torch.tensor([float("inf"), -float("inf"), float("nan")], dtype=dtype, requires_grad=True)
     for beta, coeff in itertools.product((0.0, 0.5, 0.9, 1.0), (0.0, 0.5, 1.0)):
         y = ctu(x, beta, coeff, activation=activation, negative_slope=0.1)
@@ -140,13 +139,13 @@ def test_infinities_and_nan(backend: str, dtype: torch.dtype, activation: str) -
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_nan_at_beta_one(backend: str, dtype: torch.dtype, activation: str) -> None:
+def test_nan_at_beta_one(backend, dtype, activation):
     check_nan_at_beta_one(dtype, activation, lambda approx: nullcontext())
 
 
 @pytest.mark.parametrize("activation", ["relu", "prelu", "relu6", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_nan_parameters(backend: str, dtype: torch.dtype, activation: str) -> None:
+def test_nan_parameters(backend, dtype, activation):
     names = ["beta", "coeff", "scale", "shift"] + ["negative_slope"] * (activation == "prelu")
     for name, raw, bits in itertools.product(names, (False, True), NANS):
         check_nan_parameter(dtype, activation, name, lambda approx: nullcontext(), raw, bits, channels=40)
@@ -154,7 +153,7 @@ def test_nan_parameters(backend: str, dtype: torch.dtype, activation: str) -> No
 
 @pytest.mark.parametrize("activation", ["relu", "prelu", "relu6", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_products_that_overflow(backend: str, dtype: torch.dtype, activation: str) -> None:
+def test_products_that_overflow(backend, dtype, activation):
     check_products_that_overflow(dtype, activation, lambda approx: nullcontext())
 
 
@@ -163,13 +162,13 @@ LARGE = [1e-30, -1e-20, 1e-15, -1e-12, 1e-8, -1.0, 10.0, 1e4, 1e16, 1e17, -1e18,
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "leaky_relu", "relu6"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sharp_units_and_huge_values(backend: str, dtype: torch.dtype, activation: str) -> None:
+def test_sharp_units_and_huge_values(backend, dtype, activation):
     """Logits up to where 1 - beta is no number any more, and x up to the largest: values, slopes, tangents, d/dlogit."""
     huge = [] if dtype == torch.float32 else [1e100, -1e200, 1e300]
     x = torch.tensor(LARGE + huge, dtype=torch.float64).to(dtype)
     slope, smallest = 0.25, 2.0**-118 if dtype == torch.float32 else 2.0**-960
 
-    def bounds(u: float, plain: bool) -> float:
+    def bounds(u, plain):
         """As in test_against_forty_digits; and what four roundings of u, s among them, do to e^-u or e^(-u^2/2)."""
         if dtype == torch.float32:
             bound, settled = 2e-6 if u <= 10 else 1e-5, 104.0
@@ -218,13 +217,11 @@ def test_sharp_units_and_huge_values(backend: str, dtype: torch.dtype, activatio
                 )
 
 
-def _logit(coeff: float) -> float:
+def _logit(coeff):
     return {0.0: -1e3, 0.5: 0.0, 1.0: 1e3}[coeff]
 
 
-def _family(
-    activation: str, x: float, logit: float, coeff: float, slope: float
-) -> list[tuple[float, dict[str, truth.Value]]]:
+def _family(activation, x, logit, coeff, slope):
     """The unit as a sum of units and of plain terms."""
     if activation == "leaky_relu":
         unit = truth.unit_of_logit((1 - slope) * x, logit, coeff)
@@ -237,7 +234,7 @@ def _family(
     return [(1, truth.unit_of_logit(x, logit, coeff, activation=activation))]
 
 
-def test_finite_in_finite_out(backend: str) -> None:
+def test_finite_in_finite_out(backend):
     x = torch.tensor([3e38, -3e38, 1e30, -1e30, 1e-45, 0.0]).requires_grad_()
     for beta, coeff in itertools.product((0.0, 1e-20, 0.5, 1 - 2.0**-24, 1.0), (0.0, 0.5, 1.0)):
         for activation in ("relu", "relu6", "gelu", "gelu_tanh"):
@@ -247,7 +244,7 @@ def test_finite_in_finite_out(backend: str) -> None:
             assert torch.isfinite(dx).all(), (beta, coeff, activation)
 
 
-def test_the_tanh_member_stays_as_near_to_the_gaussian_as_their_gates_are(backend: str) -> None:
+def test_the_tanh_member_stays_as_near_to_the_gaussian_as_their_gates_are(backend):
     x = torch.linspace(-30, 30, 6001, dtype=torch.float64)
     for beta, coeff in itertools.product((0.1, 0.5, 0.9, 1.0), (0.0, 0.5, 1.0)):
         distance = (ctu(x, beta, coeff, activation="gelu_tanh") - ctu(x, beta, coeff, activation="gelu")).abs().max()
@@ -255,12 +252,12 @@ def test_the_tanh_member_stays_as_near_to_the_gaussian_as_their_gates_are(backen
 
 
 @pytest.mark.parametrize("beta", [0.8, 0.99, 0.9999])
-def test_beta_gradient_where_autograd_of_the_official_expression_fails(backend: str, beta: float) -> None:
+def test_beta_gradient_where_autograd_of_the_official_expression_fails(backend, beta):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1 << 20, generator=generator)
     dy = torch.randn(1 << 20, generator=generator)
 
-    def gradient(f, dtype: torch.dtype) -> float:
+    def gradient(f, dtype):
         knob = torch.tensor(beta, dtype=dtype, requires_grad=True)
         (g,) = torch.autograd.grad(f(x.to(dtype), knob, 0.5), knob, dy.to(dtype))
         return g.item()
@@ -278,12 +275,12 @@ def test_beta_gradient_where_autograd_of_the_official_expression_fails(backend: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_official_checkpoints_agree_with_eps(backend: str, dtype: torch.dtype) -> None:
+def test_official_checkpoints_agree_with_eps(backend, dtype):
     x = torch.randn(4, 8, 33, dtype=dtype) * 3
     raw_beta, raw_coeff = torch.randn(8, dtype=dtype) * 3, torch.randn(8, dtype=dtype)
     view = (8, 1)
 
-    def formula(t: torch.dtype) -> torch.Tensor:
+    def formula(t):
         beta, coeff = torch.sigmoid(raw_beta.to(t)).view(view), torch.sigmoid(raw_coeff.to(t)).view(view)
         return truth.official(x.to(t), beta, coeff)
 
@@ -297,9 +294,9 @@ def test_official_checkpoints_agree_with_eps(backend: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_logits_keep_the_digits_of_one_minus_a_knob(backend: str, dtype: torch.dtype, activation: str) -> None:
+def test_logits_keep_the_digits_of_one_minus_a_knob(backend, dtype, activation):
     check_digits_of_logits(dtype, activation, lambda approx: nullcontext())
 
 
-def test_slopes_near_one(backend: str) -> None:
+def test_slopes_near_one(backend):
     check_slopes_near_one(lambda approx: nullcontext())

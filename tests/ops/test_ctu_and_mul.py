@@ -16,7 +16,7 @@ MEMBERS = ("relu", "leaky_relu", "prelu", "relu6", "silu", "gelu")
 
 
 @pytest.mark.parametrize("activation", MEMBERS)
-def test_is_the_unit_times_up(backend: str, activation: str) -> None:
+def test_is_the_unit_times_up(backend, activation):
     gate, up = (torch.randn(3, 7, 40, dtype=torch.float64) for _ in range(2))
     beta, coeff = torch.rand(40, dtype=torch.float64), torch.rand(40, dtype=torch.float64)
     for knobs, options in (((beta, coeff), {"channel_dim": -1}), ((0.7, 0.3), {}), ((2.0, -1.0), {"raw": True})):
@@ -25,7 +25,7 @@ def test_is_the_unit_times_up(backend: str, activation: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
 
-def test_swiglu_geglu_and_reglu_at_their_neutral_points(backend: str) -> None:
+def test_swiglu_geglu_and_reglu_at_their_neutral_points(backend):
     gate, up = torch.randn(5, 33), torch.randn(5, 33)
     torch.testing.assert_close(ctu_and_mul(gate, up, 0.5, 1.0), F.silu(gate) * up, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
@@ -36,7 +36,7 @@ def test_swiglu_geglu_and_reglu_at_their_neutral_points(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels", [2, 5, 16, 33, 300])
-def test_packed_has_the_bits_of_its_halves(backend: str, channels: int, dtype: torch.dtype) -> None:
+def test_packed_has_the_bits_of_its_halves(backend, channels, dtype):
     """By the element, of knobs per channel: the order of sums, and the arithmetic with common knobs, depend on the layout."""
     packed = torch.randn(9, 4, 2 * channels).to(dtype).requires_grad_()
     halves = [t.detach().contiguous().requires_grad_() for t in packed.chunk(2, -1)]
@@ -52,7 +52,7 @@ def test_packed_has_the_bits_of_its_halves(backend: str, channels: int, dtype: t
     torch.testing.assert_close(ctu_and_mul(packed, None, 0.4, 0.9), ctu_and_mul(*halves, 0.4, 0.9))
 
 
-def test_gate_and_up_are_all_that_is_kept(backend: str) -> None:
+def test_gate_and_up_are_all_that_is_kept(backend):
     gate, up = torch.randn(64, 32, requires_grad=True), torch.randn(64, 32, requires_grad=True)
     packed = torch.randn(64, 64, requires_grad=True)
     for inputs in ((gate, up), (packed, None)):
@@ -64,7 +64,7 @@ def test_gate_and_up_are_all_that_is_kept(backend: str) -> None:
         assert {t.data_ptr() for t in large} == {t.data_ptr() for t in inputs if t is not None}
 
 
-def test_infinities_and_nan(backend: str) -> None:
+def test_infinities_and_nan(backend):
     values = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1.0, -1.0, 3e38, -3e38, 1e-40])
     gate, up = (torch.tensor(t) for t in zip(*itertools.product(values.tolist(), values.tolist())))
     for knobs in ((0.7, 0.4), (1.0, 0.5), (0.5, 1.0), (0.0, 0.0)):
@@ -82,16 +82,16 @@ def test_infinities_and_nan(backend: str) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_function_transforms(backend: str, packed: bool) -> None:
+def test_function_transforms(backend, packed):
     gate, up = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     beta, coeff = 0.1 + 0.8 * torch.rand(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
 
-    def plain(gate: Tensor, up: Tensor, beta: Tensor) -> Tensor:
+    def plain(gate, up, beta):
         s = 1 - beta
         soft = s * F.softplus(gate / s, threshold=1e9)
         return (coeff * gate * torch.sigmoid(beta * gate / s) + (1 - coeff) * soft) * up
 
-    def ours(gate: Tensor, up: Tensor, beta: Tensor) -> Tensor:
+    def ours(gate, up, beta):
         both = (torch.cat([gate, up], -1), None) if packed else (gate, up)
         return ctu_and_mul(*both, beta, coeff, channel_dim=-1)
 
@@ -115,7 +115,7 @@ def test_function_transforms(backend: str, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_opcheck(packed: bool) -> None:
+def test_opcheck(packed):
     gate = torch.randn(3, 8 if packed else 4, requires_grad=True)
     up = None if packed else torch.randn(3, 4, requires_grad=True)
     beta, coeff = torch.rand(4, requires_grad=True), torch.rand(4, requires_grad=True)
@@ -123,12 +123,12 @@ def test_opcheck(packed: bool) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_compiled(packed: bool) -> None:
+def test_compiled(packed):
     torch._dynamo.reset()
     gate, beta = torch.randn(6, 32, requires_grad=True), torch.rand(16 if packed else 32, requires_grad=True)
     up = None if packed else torch.randn(6, 32, requires_grad=True)
 
-    def step(gate: Tensor, up: Tensor | None, beta: Tensor) -> Tensor:
+    def step(gate, up, beta):
         return ctu_and_mul(gate * 2, up, beta, 0.5, channel_dim=-1).sin()
 
     leaves = [t for t in (gate, up, beta) if t is not None]
@@ -140,7 +140,7 @@ def test_compiled(packed: bool) -> None:
             torch.testing.assert_close(a, b)
 
 
-def test_errors() -> None:
+def test_errors():
     gate, up = torch.randn(2, 6), torch.randn(2, 6)
     cases = {
         "gate must be a tensor": ((1.0, up, 0.5), {}),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from ctkernels.ops import backends
 
 
 class WithoutFloat64(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in tree_leaves((args, out))):
             raise TypeError(
@@ -27,7 +25,7 @@ class WithoutFloat64(TorchDispatchMode):
         return out
 
 
-def test_what_numbers_become(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_numbers_become(monkeypatch):
     assert backends.scalar_dtype(torch.device("mps")) == torch.float32
     assert backends.scalar_dtype(torch.device("cpu")) == backends.scalar_dtype(torch.device("cuda")) == torch.float64
     for has in (True, False):
@@ -37,7 +35,7 @@ def test_what_numbers_become(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def no_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_float64(monkeypatch):
     known = backends.scalar_dtype
     monkeypatch.setattr(backends, "scalar_dtype", lambda device: known(torch.device("mps")))
     with ctkernels.use_backend("reference"), WithoutFloat64():
@@ -45,7 +43,7 @@ def no_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("activation", ["relu", "prelu", "relu6", "gelu", "gelu_tanh"])
-def test_the_unit(no_float64: None, activation: str) -> None:
+def test_the_unit(no_float64, activation):
     with pytest.raises(TypeError, match="MPS"):
         torch.randn(3).double()
     x, knob = torch.randn(3, 4, requires_grad=True), torch.rand(4, requires_grad=True)
@@ -58,7 +56,7 @@ def test_the_unit(no_float64: None, activation: str) -> None:
     assert torch.equal(ctu(z, 0.5, activation=activation, inplace=True), expected)
 
 
-def test_the_other_ops(no_float64: None) -> None:
+def test_the_other_ops(no_float64):
     x, edit = torch.randn(3, 4, requires_grad=True), torch.randn(2, 2)
     q = torch.randn(1, 2, 3, 2)
     results = [

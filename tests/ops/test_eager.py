@@ -17,23 +17,23 @@ from ctkernels.ops import eager
 from ctkernels.ops.ctu import function as ctu_function
 from ctkernels.ops.head_edit import function as edit_function
 from ctkernels.ops.registration import OPS
-from ctkernels.testing.samples import Sample, samples
+from ctkernels.testing.samples import samples
 
 pytestmark = pytest.mark.skipif(eager.MISSING is not None, reason=str(eager.MISSING))
 ENTRIES = ((ctu_function, "_EAGER"), (ctu_function, "_EAGER_IN_PLACE"), (edit_function, "_EAGER"))
 
 
-def declines(*_: Any) -> Any:
+def declines(*_):
     return NotImplemented
 
 
 @pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def answers(monkeypatch):
     """What the entries of public functions answer from now on."""
     seen: list[Any] = []
 
-    def noting(entry: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
+    def noting(entry):
+        def call(*args):
             seen.append(entry(*args))
             return seen[-1]
 
@@ -44,7 +44,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-def general(monkeypatch: pytest.MonkeyPatch) -> None:
+def general(monkeypatch):
     """From now on every entry declines."""
     for module, name in ENTRIES:
         monkeypatch.setattr(module, name, declines)
@@ -52,11 +52,11 @@ def general(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(op, "eager", eager.NONE)
 
 
-def leaves(sample: Sample) -> list[Tensor]:
+def leaves(sample):
     return [t for t in (*sample.args, *sample.kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def result(sample: Sample) -> tuple[Tensor, ...]:
+def result(sample):
     tensors = leaves(sample)
     for t in tensors:
         t.requires_grad_(t.is_leaf)
@@ -70,9 +70,7 @@ def result(sample: Sample) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_the_same_bits_as_through_the_dispatcher(
-    dtype: torch.dtype, answers: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_bits_as_through_the_dispatcher(dtype, answers, monkeypatch):
     direct = [result(sample) for sample in samples(dtype)]
     assert sum(isinstance(y, Tensor) for y in answers) > 10
     assert sum(y is None for y in answers) > 10
@@ -88,26 +86,26 @@ class Subclass(Tensor):
 
 
 class FunctionMode(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
 
 
 class DispatchMode(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
 
 
-def under(context: Any) -> Tensor:
+def under(context):
     with context:
         return ctu(torch.ones(4), 0.5)
 
 
-def in_forward_mode() -> Tensor:
+def in_forward_mode():
     with torch.autograd.forward_ad.dual_level():
         return ctu(torch.ones(4), 0.5)
 
 
-def negated() -> Tensor:
+def negated():
     return torch.complex(torch.ones(4), -torch.ones(4)).conj().imag
 
 
@@ -133,7 +131,7 @@ UNUSUAL: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_what_is_unusual_goes_the_general_way(name: str, answers: list[Any]) -> None:
+def test_what_is_unusual_goes_the_general_way(name, answers):
     UNUSUAL[name]()
     assert answers
     assert all(y is NotImplemented for y in answers)
@@ -158,14 +156,14 @@ WRONG: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("recording", [False, True], ids=["no_grad", "recording"])
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_goes_the_general_way(name: str, recording: bool, answers: list[Any]) -> None:
+def test_what_is_wrong_goes_the_general_way(name, recording, answers):
     with torch.set_grad_enabled(recording), pytest.raises((ValueError, TypeError)):
         WRONG[name]()
     assert answers == [NotImplemented]
 
 
-def test_compiled_code_does_not_meet_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    def met(*_: Any) -> Any:
+def test_compiled_code_does_not_meet_them(monkeypatch):
+    def met(*_):
         raise AssertionError("compiled code has met an entry")
 
     expected = ctu(torch.ones(4), 0.5), head_edit(torch.ones(4), torch.ones(2, 2))
@@ -173,14 +171,14 @@ def test_compiled_code_does_not_meet_them(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(module, name, met)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
-    def call(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    def call(x, m):
         return ctu(x, 0.5), head_edit(x, m)
 
     for a, b in zip(call(torch.ones(4), torch.ones(2, 2)), expected):
         assert torch.equal(a, b)
 
 
-def test_saved_tensors_are_seen_by_hooks_and_checked() -> None:
+def test_saved_tensors_are_seen_by_hooks_and_checked():
     x, beta = torch.randn(4, requires_grad=True), torch.tensor(0.5, requires_grad=True)
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
@@ -194,7 +192,7 @@ def test_saved_tensors_are_seen_by_hooks_and_checked() -> None:
         y.sum().backward()
 
 
-def test_derivatives_of_derivatives_and_batched_ones() -> None:
+def test_derivatives_of_derivatives_and_batched_ones():
     x, beta = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.tensor(0.5, dtype=torch.float64)
     assert torch.autograd.gradgradcheck(lambda t: ctu(t, beta), x)
     rows = torch.eye(4, dtype=torch.float64)
@@ -203,7 +201,7 @@ def test_derivatives_of_derivatives_and_batched_ones() -> None:
     torch.testing.assert_close(batched, one_by_one)
 
 
-def test_a_residual_and_x_have_one_gradient() -> None:
+def test_a_residual_and_x_have_one_gradient():
     x, residual = (torch.randn(4, requires_grad=True) for _ in range(2))
     first, second = torch.autograd.grad(ctu(x, 0.5, residual=residual), (x, residual), torch.ones(4))
     assert torch.equal(first, second)
@@ -211,7 +209,7 @@ def test_a_residual_and_x_have_one_gradient() -> None:
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_after_a_norm(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+def test_after_a_norm(dtype, memory_format):
     entry = eager.entry("ctu_after_norm")
     norm = torch.nn.BatchNorm2d(5).requires_grad_(False).eval()
     for t in (norm.running_mean, norm.weight, norm.bias):
@@ -234,11 +232,11 @@ def test_after_a_norm(dtype: torch.dtype, memory_format: torch.memory_format) ->
     assert entry(wrong, 0.5, 0.5, None, None, None, None, None, 0, False, 0.0, *vectors) is NotImplemented
 
 
-def test_explain_names_the_way() -> None:
+def test_explain_names_the_way():
     assert "without the dispatcher" in ctkernels.explain(torch.ones(4))
 
 
-def test_a_torch_without_the_conversions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_without_the_conversions_is_named(monkeypatch):
     monkeypatch.setattr(eager, "MISSING", "torch 2.11 lacks torch_tensor_from_pyobject, which 2.14 added")
     assert eager.entry("ctu")(torch.ones(4)) is NotImplemented
     assert "through the dispatcher: torch 2.11" in ctkernels.explain(torch.ones(4))

@@ -102,13 +102,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_message(case: str) -> None:
+def test_message(case):
     args, kwargs, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         ctu(*args, **kwargs)
 
 
-def test_inplace_where_a_gradient_is_needed_changes_nothing() -> None:
+def test_inplace_where_a_gradient_is_needed_changes_nothing():
     x = torch.randn(5)
     before = x.clone()
     beta = torch.tensor(0.9, requires_grad=True)
@@ -121,7 +121,7 @@ def test_inplace_where_a_gradient_is_needed_changes_nothing() -> None:
     assert torch.equal(x, before)
 
 
-def test_backends() -> None:
+def test_backends():
     with (
         pytest.raises(ValueError, match=r"use_backend: name must be one of 'cpu', .*; got 'tpu'"),
         ctkernels.use_backend("tpu"),
@@ -144,7 +144,7 @@ def test_backends() -> None:
 
 
 @pytest.mark.parametrize("index", [[0, 3], [-1, 0]])
-def test_an_index_past_the_rows_is_named(index: list[int]) -> None:
+def test_an_index_past_the_rows_is_named(index):
     rows = torch.tensor(index)
     message = rf"index must lie in 0..2, got values from {min(index)} to {max(index)}"
     with pytest.raises(ValueError, match=f"head_edit: {message}"):

@@ -33,12 +33,12 @@ COUNTS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", ["fixed", TODAY])
 @pytest.mark.parametrize("op", OPS)
-def test_random_calls(op: str, seed: str) -> None:
+def test_random_calls(op, seed):
     found: list[Failure] = [f for f in hunt(seed, range(COUNTS[op]), op) if f is not None]
     assert not found, "\n".join(map(str, found))
 
 
-def _values(dtype: str, *values: float, grad: bool = False) -> Spec:
+def _values(dtype, *values, grad=False):
     return Spec((len(values),), dtype, (1,), special=tuple((i, str(v)) for i, v in enumerate(values)), grad=grad)
 
 
@@ -96,16 +96,16 @@ def _values(dtype: str, *values: float, grad: bool = False) -> Spec:
         "scale that is no float",
     ],
 )
-def test_cases_that_failed_once(case: Case) -> None:
+def test_cases_that_failed_once(case):
     check(case)
 
 
-def test_cases_are_the_same_everywhere() -> None:
+def test_cases_are_the_same_everywhere():
     assert [draw("a", i) for i in range(50)] == [draw("a", i) for i in range(50)]
     assert draw("a", 1) != draw("b", 1)
 
 
-def test_every_kind_of_case_is_drawn() -> None:
+def test_every_kind_of_case_is_drawn():
     """What the fuzzer is there for does come up."""
     cases = [draw("kinds", i) for i in range(1500)]
     specs = [spec for case in cases for spec in case.specs.values()]
@@ -123,7 +123,7 @@ def test_every_kind_of_case_is_drawn() -> None:
 
 @pytest.mark.skipif(backends.NATIVE is None, reason="no native kernels here")
 @pytest.mark.filterwarnings("ignore")
-def test_a_wrong_kernel_is_found_and_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_is_found_and_made_small(monkeypatch):
     """A result that is off by a thousandth in one place, of large tensors alone."""
     right = ctkernels.functional.ctu
 
@@ -146,7 +146,7 @@ def test_a_wrong_kernel_is_found_and_made_small(monkeypatch: pytest.MonkeyPatch)
     assert namespace["y"].shape == failure.case.specs["x"].shape  # type: ignore[attr-defined]
 
 
-def test_scripts_make_the_tensors_of_their_case() -> None:
+def test_scripts_make_the_tensors_of_their_case():
     for number in range(60):
         case = draw("script", number)
         if case.refused.startswith(BROKEN):

@@ -17,12 +17,12 @@ LOGITS = [-40.0, -4.0, -2.398, -1.5, -0.426, 0.0, 0.426, 1.5, 2.398, 4.0, 40.0]
 TEMPERATURE, LOW, HIGH = 0.33, -0.1, 1.1
 
 
-def _above(log_alpha: float, v: float) -> float:
+def _above(log_alpha, v):
     """P(g > v) of the stretched variable."""
     return 1 / (1 + math.exp(-(log_alpha - TEMPERATURE * math.log((v - LOW) / (HIGH - v)))))
 
 
-def test_expectation_is_exact(backend: str) -> None:
+def test_expectation_is_exact(backend):
     mpmath = pytest.importorskip("mpmath", reason="needs the test extra")
     log_alpha = torch.tensor(LOGITS, dtype=torch.float64)
     found = hard_concrete(log_alpha, training=False, estimator="mean")
@@ -34,7 +34,7 @@ def test_expectation_is_exact(backend: str) -> None:
         assert abs(value - float(exact)) < 2e-11
 
 
-def test_penalty_and_clip_closed_forms(backend: str) -> None:
+def test_penalty_and_clip_closed_forms(backend):
     log_alpha = torch.tensor(LOGITS, dtype=torch.float64)
     penalty = expected_l0(log_alpha)
     assert torch.allclose(
@@ -48,7 +48,7 @@ def test_penalty_and_clip_closed_forms(backend: str) -> None:
 
 
 @pytest.mark.parametrize("logit", [-1.5, 0.0, 1.5])
-def test_statistics_of_samples(backend: str, logit: float) -> None:
+def test_statistics_of_samples(backend, logit):
     n = 200_000
     gates = hard_concrete(torch.full((n,), logit), training=True, generator=torch.Generator().manual_seed(3))
     mean = hard_concrete(torch.tensor([logit], dtype=torch.float64), training=False, estimator="mean").item()
@@ -60,7 +60,7 @@ def test_statistics_of_samples(backend: str, logit: float) -> None:
     assert abs(gates.double().mean().item() - mean) < 5 * gates.double().std().item() / math.sqrt(n)
 
 
-def test_reproducible_from_a_generator(backend: str) -> None:
+def test_reproducible_from_a_generator(backend):
     log_alpha = torch.zeros(4, 9)
     first, again, other = (
         hard_concrete(log_alpha, training=True, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
@@ -74,7 +74,7 @@ def test_reproducible_from_a_generator(backend: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["sample", "clip", "mean", "penalty"])
-def test_gradients(backend: str, case: str) -> None:
+def test_gradients(backend, case):
     log_alpha = torch.randn(3, 5, dtype=torch.float64)
     noise = 0.05 + 0.9 * torch.rand(3, 5, dtype=torch.float64)
     table = {
@@ -86,7 +86,7 @@ def test_gradients(backend: str, case: str) -> None:
     gradcheck(table[case])
 
 
-def test_gradient_closed_form(backend: str) -> None:
+def test_gradient_closed_form(backend):
     log_alpha = torch.randn(1000, requires_grad=True)
     noise = torch.rand(1000)
     gates = hard_concrete(log_alpha, training=True, noise=noise)
@@ -98,13 +98,13 @@ def test_gradient_closed_form(backend: str) -> None:
     assert found.max() <= 0.910  # its maximum is (high - low) / (4 temperature)
 
 
-def test_noise_at_the_ends() -> None:
+def test_noise_at_the_ends():
     gates = hard_concrete(torch.zeros(2, requires_grad=True), training=True, noise=torch.tensor([0.0, 1.0]))
     assert gates.tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_nan_is_in_the_gate_and_in_its_gradient(backend: str, dtype: torch.dtype) -> None:
+def test_a_nan_is_in_the_gate_and_in_its_gradient(backend, dtype):
     log_alpha = torch.tensor([0.3, float("nan"), -0.5], dtype=dtype, requires_grad=True)
     noise = torch.tensor([0.4, 0.5, float("nan")], dtype=dtype, requires_grad=True)
     found = {
@@ -131,7 +131,7 @@ STRETCHES = [
 
 
 @pytest.mark.parametrize("stretch", STRETCHES, ids=str)
-def test_expectation_for_every_stretch_and_temperature(backend: str, stretch: tuple[float, float]) -> None:
+def test_expectation_for_every_stretch_and_temperature(backend, stretch):
     mp = pytest.importorskip("mpmath", reason="needs the test extra").mp
     low, high = (mp.mpf(v) for v in stretch)
     places = [-30.0, -3.0, 0.4, 2.0, 25.0]
@@ -158,20 +158,20 @@ def test_expectation_for_every_stretch_and_temperature(backend: str, stretch: tu
     assert (1 - gates <= 1e-7).all()
 
 
-def test_slopes_keep_the_digits_of_one_minus_the_gate(backend: str) -> None:
+def test_slopes_keep_the_digits_of_one_minus_the_gate(backend):
     log_alpha = torch.tensor([15.0, 20.0, 30.0], requires_grad=True)
     expected = torch.sigmoid(-log_alpha.detach().double() + TEMPERATURE * math.log(-LOW / HIGH))
     (found,) = torch.autograd.grad(expected_l0(log_alpha).sum(), log_alpha)
     torch.testing.assert_close(found.double(), expected, rtol=4e-6, atol=0)
 
 
-def test_opcheck() -> None:
+def test_opcheck():
     for mode, noise in ((0, torch.rand(3, 4)), (1, None), (2, None), (3, None)):
         args = (torch.randn(3, 4, requires_grad=True), noise, -1, mode, TEMPERATURE, LOW, HIGH)
         assert set(opcheck(torch.ops.ctkernels.hard_concrete.default, args).values()) == {"SUCCESS"}
 
 
-def test_any_strides_and_dtypes(backend: str) -> None:
+def test_any_strides_and_dtypes(backend):
     log_alpha = torch.randn(1, 6).expand(4, 6)
     assert torch.equal(hard_concrete(log_alpha, training=False), hard_concrete(log_alpha.contiguous(), training=False))
     assert hard_concrete(torch.randn(5, 3).T, training=True).shape == (3, 5)
@@ -239,7 +239,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_message(case: str) -> None:
+def test_message(case):
     args, kwargs, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         hard_concrete(*args, **kwargs)

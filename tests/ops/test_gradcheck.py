@@ -20,7 +20,7 @@ from ctkernels.testing.differences import central_difference, rounding_noise
 ROOT = Path(__file__).parents[2]
 
 
-def make_net() -> nn.Module:
+def make_net():
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), ctkernels.nn.TrainableCTU(4), nn.Flatten(), nn.Linear(64, 3)
@@ -29,14 +29,14 @@ def make_net() -> nn.Module:
     return net
 
 
-def make_text() -> str:
+def make_text():
     return "no module"
 
 
 class Off(nn.Module):
     """The unit with a gradient of beta that is one part in a thousand off."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.raw_beta = nn.Parameter(torch.linspace(-1, 2, 4))
 
@@ -114,7 +114,7 @@ def test_a_kink_between_the_points_is_no_error():
 class Planted(nn.Module):
     """The unit with one beta, whose gradient is off by a given part."""
 
-    def __init__(self, part: float) -> None:
+    def __init__(self, part):
         super().__init__()
         self.raw_beta, self.part = nn.Parameter(torch.tensor([0.7])), part
 

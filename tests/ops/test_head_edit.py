@@ -14,18 +14,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 H, D = 4, 6
 
 
-def _by_head(z: Tensor, m: Tensor, a: Tensor, g_m: Tensor, g_a: Tensor) -> Tensor:
+def _by_head(z, m, a, g_m, g_a):
     """One head after the other, as the method is published. z: (..., H * D)."""
     heads = [(1 + g_m[h] * m[h]) * z[..., h * D : (h + 1) * D] + g_a[h] * a[h] for h in range(H)]
     return torch.cat(heads, -1)
 
 
-def _parameters(*lead: int) -> list[Tensor]:
+def _parameters(*lead):
     return [torch.randn(*lead, H, D), torch.randn(*lead, H, D), torch.rand(*lead, H), torch.rand(*lead, H)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_equals_the_loop_over_heads(backend: str, dtype: torch.dtype) -> None:
+def test_equals_the_loop_over_heads(backend, dtype):
     z, parameters = torch.randn(3, 7, H * D).to(dtype), _parameters()
     found = head_edit(z, *parameters)
     expected = _by_head(z.double(), *(p.double() for p in parameters))
@@ -33,7 +33,7 @@ def test_equals_the_loop_over_heads(backend: str, dtype: torch.dtype) -> None:
     assert ((found.double() - expected).abs() <= torch.finfo(dtype).eps * (4 + 4 * z.double().abs())).all()
 
 
-def test_closed_gates_are_the_identity(backend: str) -> None:
+def test_closed_gates_are_the_identity(backend):
     z, (m, a, _, _) = torch.randn(2, 5, H * D), _parameters()
     closed = torch.zeros(H)
     assert torch.equal(head_edit(z, m, a, closed, closed), z)
@@ -41,7 +41,7 @@ def test_closed_gates_are_the_identity(backend: str) -> None:
     assert torch.equal(head_edit(z, huge, -huge, closed.double(), closed), z)
 
 
-def test_all_layouts_agree(backend: str) -> None:
+def test_all_layouts_agree(backend):
     z, parameters = torch.randn(2, 5, H * D), _parameters()
     flat = head_edit(z, *parameters)
     split = head_edit(z.unflatten(-1, (H, D)), *parameters)
@@ -53,7 +53,7 @@ def test_all_layouts_agree(backend: str) -> None:
     assert torch.equal(contiguous.transpose(1, 2).flatten(-2), flat)
 
 
-def test_several_adapters_in_one_batch(backend: str) -> None:
+def test_several_adapters_in_one_batch(backend):
     z, adapters = torch.randn(4, 5, H * D), _parameters(3)
     index = torch.tensor([2, 0, 0, 1])
     together = head_edit(z, *adapters, index=index)
@@ -69,7 +69,7 @@ def test_several_adapters_in_one_batch(backend: str) -> None:
         assert torch.allclose(g, e, rtol=1e-4, atol=1e-4)
 
 
-def test_one_head_of_one_sample_with_an_adapter_of_its_own(backend: str) -> None:
+def test_one_head_of_one_sample_with_an_adapter_of_its_own(backend):
     """(1, D) could be one head as well: then it would be no batch."""
     m, z = torch.randn(3, 1, D), torch.randn(1, D)
     index = torch.tensor([2])
@@ -77,7 +77,7 @@ def test_one_head_of_one_sample_with_an_adapter_of_its_own(backend: str) -> None
         assert torch.equal(head_edit(batch, m, index=index).view(1, D), head_edit(z, m[2]))
 
 
-def test_an_empty_batch_with_adapters(backend: str) -> None:
+def test_an_empty_batch_with_adapters(backend):
     m, g = (p.requires_grad_() for p in (torch.randn(3, H, D), torch.randn(3, H)))
     z = torch.randn(0, 5, H * D, requires_grad=True)
     y = head_edit(z, m, g_m=g, index=torch.zeros(0, dtype=torch.int64))
@@ -85,7 +85,7 @@ def test_an_empty_batch_with_adapters(backend: str) -> None:
     assert all(torch.equal(grad, torch.zeros_like(t)) for grad, t in zip(grads, (z, m, g)))
 
 
-def test_inplace(backend: str) -> None:
+def test_inplace(backend):
     parameters = _parameters()
     for z, kwargs in (
         (torch.randn(2, 5, H * D), {}),
@@ -99,7 +99,7 @@ def test_inplace(backend: str) -> None:
         assert torch.equal(z, expected)
 
 
-def test_saves_the_input_alone(backend: str) -> None:
+def test_saves_the_input_alone(backend):
     z, parameters = torch.randn(2, 50, H * D, requires_grad=True), _parameters()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -108,7 +108,7 @@ def test_saves_the_input_alone(backend: str) -> None:
 
 
 @pytest.mark.parametrize("z_shape", [(2, 5, H * D), (2, H, 5, D)])
-def test_opcheck_and_compile(z_shape: tuple[int, ...]) -> None:
+def test_opcheck_and_compile(z_shape):
     z = torch.randn(z_shape, requires_grad=True)
     kwargs = {"head_axis": 1} if len(z_shape) == 4 else {}
     leaves = [p.requires_grad_() for p in _parameters()]
@@ -126,7 +126,7 @@ def test_opcheck_and_compile(z_shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-4)
 
 
-def test_vmap_over_adapters(backend: str) -> None:
+def test_vmap_over_adapters(backend):
     z, adapters = torch.randn(3, H * D), _parameters(5)
     together = torch.func.vmap(head_edit, in_dims=(None, 0, 0, 0, 0))(z, *adapters)
     for i in range(5):
@@ -172,13 +172,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_message(case: str) -> None:
+def test_message(case):
     args, kwargs, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         head_edit(*args, **kwargs)
 
 
-def test_inplace_where_a_gradient_is_needed() -> None:
+def test_inplace_where_a_gradient_is_needed():
     z = torch.randn(2, H * D)
     before = z.clone()
     with pytest.raises(RuntimeError, match="inplace=True would overwrite z"):

@@ -40,13 +40,13 @@ EVERY = CALLS | OVERLOADS
 
 
 @pytest.fixture(params=[True, False], ids=["with autograd", "no_grad"])
-def grad_mode(request: pytest.FixtureRequest):
+def grad_mode(request):
     with torch.set_grad_enabled(request.param):
         yield
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_the_version_goes_up_by_one_as_with_relu_(backend: str, grad_mode: None, name: str) -> None:
+def test_the_version_goes_up_by_one_as_with_relu_(backend, grad_mode, name):
     for write in (torch.relu_, EVERY[name]):
         base = torch.randn(2, 4, 6)
         views = [base, base[0], base[1], base.view(-1), base.detach()]
@@ -54,13 +54,13 @@ def test_the_version_goes_up_by_one_as_with_relu_(backend: str, grad_mode: None,
         assert [t._version for t in views] == [1] * len(views)
 
 
-def test_every_op_that_writes_is_tested() -> None:
+def test_every_op_that_writes_is_tested():
     assert {f"ctkernels::{op.name}_" for op in OPS.values() if op.overloads.inplace is not None} == set(OVERLOADS)
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name != "head_edit, heads apart"])
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "transposed"])
-def test_the_version_goes_up_by_one_where_the_kernel_works_on_a_copy(backend: str, layout: str, name: str) -> None:
+def test_the_version_goes_up_by_one_where_the_kernel_works_on_a_copy(backend, layout, name):
     x = {"contiguous": torch.randn(4, 6), "sliced": torch.randn(4, 12)[:, ::2], "transposed": torch.randn(6, 4).T}[
         layout
     ]
@@ -69,7 +69,7 @@ def test_the_version_goes_up_by_one_where_the_kernel_works_on_a_copy(backend: st
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_saved_tensor_that_is_overwritten_stops_the_backward_pass(backend: str, name: str) -> None:
+def test_a_saved_tensor_that_is_overwritten_stops_the_backward_pass(backend, name):
     leaf = torch.randn(4, 6, requires_grad=True)
     y = leaf.exp()  # saves its result
     EVERY[name](y.detach())
@@ -78,7 +78,7 @@ def test_a_saved_tensor_that_is_overwritten_stops_the_backward_pass(backend: str
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_inference_tensors(backend: str, name: str) -> None:
+def test_inference_tensors(backend, name):
     with torch.inference_mode():
         x, expected = torch.ones(4, 6), torch.ones(4, 6)
         EVERY[name](x)  # nobody counts there
@@ -99,12 +99,12 @@ def test_inference_tensors(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ctu", "head_edit"])
-def test_vmap(backend: str, name: str) -> None:
+def test_vmap(backend, name):
     x = torch.randn(3, 4, 6)
     out_of_place = {"ctu": lambda t: ctu(t, 0.5), "head_edit": lambda t: head_edit(t, M)}[name]
     expected = torch.func.vmap(out_of_place)(x)
 
-    def written(part: Tensor) -> Tensor:
+    def written(part):
         CALLS[name](part)
         return part.clone()
 
@@ -113,7 +113,7 @@ def test_vmap(backend: str, name: str) -> None:
     assert x._version == 1
 
 
-def test_forward_mode(backend: str) -> None:
+def test_forward_mode(backend):
     x, tangent = torch.randn(4, 6), torch.randn(4, 6)
     expected = torch.func.jvp(lambda t: ctu(t, 0.5), (x,), (tangent,))
     found = torch.func.jvp(lambda t: ctu(t.clone(), 0.5, inplace=True), (x,), (tangent,))
@@ -121,7 +121,7 @@ def test_forward_mode(backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", OVERLOADS)
-def test_the_bare_op_refuses_what_has_a_gradient(name: str) -> None:
+def test_the_bare_op_refuses_what_has_a_gradient(name):
     x = torch.randn(4, 6, requires_grad=True)
     before = x.detach().clone()
     with pytest.raises(RuntimeError, match=r"inplace=True would overwrite (x|z|gate), which the backward pass needs"):
@@ -135,11 +135,11 @@ def test_the_bare_op_refuses_what_has_a_gradient(name: str) -> None:
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", ["ctu", "head_edit", "head_edit, heads apart"])
 @pytest.mark.parametrize("forced", [None, "reference"])
-def test_compiled_programs(forced: str | None, name: str, compiler: str) -> None:
+def test_compiled_programs(forced, name, compiler):
     """A compiled program tells autograd of what it wrote. How often is its own affair: torch's own ``relu_`` counts twice."""
     torch._dynamo.reset()
 
-    def write(t: Tensor) -> None:
+    def write(t):
         CALLS[name](t)
 
     with ctkernels.use_backend(forced or ctkernels.ops.backends.choose(M).name):
@@ -160,17 +160,17 @@ def test_compiled_programs(forced: str | None, name: str, compiler: str) -> None
 class Overwriting(nn.Module):
     """The layer beside the activation saves what that writes over."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.side, self.act = nn.Linear(4, 4), nn.ReLU(inplace=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = x * 1.0
         return self.side(x) + self.act(x)
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.9])
-def test_a_steered_inplace_activation_does_not_hide_what_it_overwrites(beta: float) -> None:
+def test_a_steered_inplace_activation_does_not_hide_what_it_overwrites(beta):
     x = torch.randn(5, 4)
     plain, steered = Overwriting(), Overwriting()
     ctkernels.steer(steered, beta)
@@ -182,14 +182,14 @@ def test_a_steered_inplace_activation_does_not_hide_what_it_overwrites(beta: flo
 # ---- memory that several elements share --------------------------------------------------------------------------------
 
 
-def _addresses(t: Tensor) -> list[int]:
+def _addresses(t):
     where = torch.arange(t.untyped_storage().nbytes() // t.element_size()).as_strided(
         t.shape, t.stride(), t.storage_offset()
     )
     return where.flatten().tolist()
 
 
-def test_overlap_with_itself_is_found_exactly() -> None:
+def test_overlap_with_itself_is_found_exactly():
     shapes = [(1,), (3,), (2, 3), (4, 2), (2, 1, 3), (2, 2, 2), (0, 3)]
     for shape in shapes:
         for strides in itertools.product((0, 1, 2, 3, 4, 6), repeat=len(shape)):
@@ -198,7 +198,7 @@ def test_overlap_with_itself_is_found_exactly() -> None:
             assert memory.overlaps_itself(shape, strides) == (len(set(places)) < len(places)), (shape, strides)
 
 
-def test_sharing_is_found_exactly() -> None:
+def test_sharing_is_found_exactly():
     storage = torch.empty(96)
     views = [
         storage.as_strided(shape, strides, offset)
@@ -214,13 +214,13 @@ def test_sharing_is_found_exactly() -> None:
         )
 
 
-def _shifted() -> tuple[Tensor, dict]:
+def _shifted():
     memory = torch.randn(101)
     return memory[1:], {"beta": 0.5, "residual": memory[:-1]}
 
 
-def _same_memory(name: str, at: int = 0) -> Callable[[], tuple[Tensor, dict]]:
-    def make() -> tuple[Tensor, dict]:
+def _same_memory(name, at=0):
+    def make():
         x = torch.rand(3, 4)
         arguments = {"beta": 0.5, "channel_dim": 1, name: x[at]}
         return x, arguments | ({"activation": "prelu"} if name == "negative_slope" else {})
@@ -238,7 +238,7 @@ SHARED = {
 
 
 @pytest.mark.parametrize("case", SHARED)
-def test_an_argument_that_x_writes_over_is_refused(backend: str, case: str) -> None:
+def test_an_argument_that_x_writes_over_is_refused(backend, case):
     name, make = SHARED[case]
     x, arguments = make()
     before = x.clone()
@@ -252,7 +252,7 @@ def test_an_argument_that_x_writes_over_is_refused(backend: str, case: str) -> N
 
 
 @pytest.mark.parametrize("name", ["m", "a", "g_m", "g_a"])
-def test_an_edit_that_z_writes_over_is_refused(backend: str, name: str) -> None:
+def test_an_edit_that_z_writes_over_is_refused(backend, name):
     z = torch.rand(4, 6)
     arguments = {"m": torch.rand(2, 3), "a": torch.rand(2, 3), "g_m": torch.rand(2), "g_a": torch.rand(2)}
     arguments[name] = z[1].view(2, 3) if arguments[name].dim() == 2 else z[1, :2]
@@ -262,7 +262,7 @@ def test_an_edit_that_z_writes_over_is_refused(backend: str, name: str) -> None:
     assert torch.equal(z, before)
 
 
-def test_memory_of_one_array_behind_two_tensors(backend: str) -> None:
+def test_memory_of_one_array_behind_two_tensors(backend):
     numpy = pytest.importorskip("numpy", reason="needs numpy")
     memory = numpy.random.default_rng(0).normal(size=101).astype("float32")
     x, residual = torch.from_numpy(memory[1:]), torch.from_numpy(memory[:-1])
@@ -271,7 +271,7 @@ def test_memory_of_one_array_behind_two_tensors(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_neighbours_in_memory_are_no_overlap(backend: str, dtype: torch.dtype) -> None:
+def test_neighbours_in_memory_are_no_overlap(backend, dtype):
     memory = torch.randn(4, 3000).to(dtype)
     for x, residual in (
         (memory[:, :1500], memory[:, 1500:]),
@@ -289,7 +289,7 @@ def test_neighbours_in_memory_are_no_overlap(backend: str, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_a_residual_that_is_x(backend: str, dtype: torch.dtype) -> None:
+def test_a_residual_that_is_x(backend, dtype):
     for make in (lambda: torch.randn(40, 70), lambda: torch.randn(70, 40).T, lambda: torch.randn(40, 140)[:, ::2]):
         x = make().to(dtype)
         expected = ctu(x, 0.8, residual=x)
@@ -297,7 +297,7 @@ def test_a_residual_that_is_x(backend: str, dtype: torch.dtype) -> None:
         assert torch.equal(x, expected)
 
 
-def test_x_that_overlaps_itself_is_refused(backend: str) -> None:
+def test_x_that_overlaps_itself_is_refused(backend):
     for x in (
         torch.randn(1, 6).expand(4, 6),
         torch.randn(30).as_strided((4, 6), (3, 1)),
@@ -317,7 +317,7 @@ def test_x_that_overlaps_itself_is_refused(backend: str) -> None:
     assert torch.equal(ctu(x, 0.5, inplace=True), expected)
 
 
-def test_empty_and_meta_tensors(backend: str) -> None:
+def test_empty_and_meta_tensors(backend):
     empty = torch.empty(4, 3, 0, 5, 2).contiguous(memory_format=torch.channels_last_3d)
     assert 0 in empty.stride()
     assert ctu(empty, 0.5, inplace=True) is empty
@@ -333,7 +333,7 @@ class Sub(torch.Tensor):
     pass
 
 
-def test_subclasses(backend: str) -> None:
+def test_subclasses(backend):
     x = torch.randn(4, 6)
     expected = ctu(x, 0.5)
     sub = x.clone().as_subclass(Sub)
@@ -352,7 +352,7 @@ def test_subclasses(backend: str) -> None:
     assert parameter._version == 1
 
 
-def test_lazy_negation(backend: str) -> None:
+def test_lazy_negation(backend):
     view = torch.randn(4, 6, dtype=torch.complex64).conj().imag
     assert view.is_neg()
     expected = ctu(view.clone(), 0.5)
@@ -361,7 +361,7 @@ def test_lazy_negation(backend: str) -> None:
     assert view._version == 1
 
 
-def test_a_forced_kernel_beside_the_dispatcher_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forced_kernel_beside_the_dispatcher_counts_too(monkeypatch):
     """Triton, where it is forced and the dispatcher has compiled kernels, is called past the dispatcher."""
     called = []
     kernels = Kernels(*(partial(lambda name, *args: called.append(name), name) for name in Kernels._fields))

@@ -13,7 +13,7 @@ SHAPES = [(4,), (1,), (2, 3), (2, 3, 4), (3, 1, 5), (1, 3, 1), (2, 3, 4, 5)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_views_of_every_permutation(shape: tuple[int, ...]) -> None:
+def test_views_of_every_permutation(shape):
     for order in itertools.permutations(range(len(shape))):
         storage = torch.arange(torch.Size(shape).numel())
         x = storage.view([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
@@ -33,7 +33,7 @@ def test_views_of_every_permutation(shape: tuple[int, ...]) -> None:
                     assert torch.equal(where[:, :, channel].flatten().sort()[0], mine.flatten().sort()[0])
 
 
-def test_what_has_to_be_copied() -> None:
+def test_what_has_to_be_copied():
     assert view_of(torch.empty(4, 6)[:, ::2], 1, False) is None
     assert view_of(torch.empty(1, 3).expand(4, 3), 1, False) is None
     assert view_of(torch.empty(0, 3), 1, False) == View(1, 0, 3, 1)

@@ -19,7 +19,7 @@ common = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 @st.composite
-def strided(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
+def strided(draw):
     """A tensor of any rank and layout, dense or not, and one of its dimensions."""
     shape = draw(st.lists(st.integers(1, 9), min_size=1, max_size=5))
     order = draw(st.permutations(range(len(shape))))
@@ -42,7 +42,7 @@ def strided(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
     activation=st.sampled_from(["relu", "prelu", "relu6", "gelu", "gelu_tanh"]),
     seed=st.integers(0, 1000),
 )
-def test_native_agrees_with_the_reference(case: tuple[torch.Tensor, int], activation: str, seed: int) -> None:
+def test_native_agrees_with_the_reference(case, activation, seed):
     x, channel_dim = case
     count = x.shape[channel_dim]
     generator = torch.Generator().manual_seed(seed)
@@ -69,7 +69,7 @@ def test_native_agrees_with_the_reference(case: tuple[torch.Tensor, int], activa
     coeff=st.floats(0.0, 1.0),
     activation=st.sampled_from(["relu", "relu6", "gelu", "gelu_tanh"]),
 )
-def test_bounds_of_the_unit(value: float, beta: float, coeff: float, activation: str) -> None:
+def test_bounds_of_the_unit(value, beta, coeff, activation):
     """0 <= relu - SiLU branch, softplus branch - relu: the unit stays between the two, and its slope within 0.13 of [0, 1]."""
     x = torch.tensor([value], dtype=torch.float64, requires_grad=True)
     y = ctu(x, beta, coeff, activation=activation)
@@ -91,7 +91,7 @@ def test_bounds_of_the_unit(value: float, beta: float, coeff: float, activation:
 
 @common
 @given(beta=st.floats(0.0, 0.999), coeff=st.floats(0.0, 1.0), x=st.floats(-50, 50))
-def test_symmetry_of_the_bump(beta: float, coeff: float, x: float) -> None:
+def test_symmetry_of_the_bump(beta, coeff, x):
     """phi(x) - relu(x) is even: phi(x) - phi(-x) = x."""
     pair = torch.tensor([x, -x], dtype=torch.float64)
     y = ctu(pair, beta, coeff)

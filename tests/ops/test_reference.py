@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ NAIVE = {
 class Runtime(torch.fx.Interpreter):
     """Runs a graph; of finite inputs, every intermediate result has to be finite."""
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def call_function(self, target, args, kwargs):
         result = NAIVE.get(target, target)(*args, **kwargs)
         for t in result if isinstance(result, (list, tuple)) else [result]:
             if isinstance(t, Tensor) and t.is_floating_point():
@@ -36,18 +35,18 @@ class Runtime(torch.fx.Interpreter):
 
 
 class Unit(nn.Module):
-    def __init__(self, beta: Tensor, activation: str, raw: bool) -> None:
+    def __init__(self, beta, activation, raw):
         super().__init__()
         self.beta, self.activation, self.raw = nn.Parameter(beta), activation, raw
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         given = {"activation": self.activation, "raw": self.raw, "negative_slope": 0.1}
         return ctu(x, self.beta, 0.5, channel_dim=1, **given)
 
 
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "silu", "gelu", "gelu_tanh"])
-def test_a_graph_overflows_nowhere(activation: str, raw: bool) -> None:
+def test_a_graph_overflows_nowhere(activation, raw):
     beta = torch.tensor([0.0, 0.5, 0.9, 0.999, 1 - 1e-6, 1.0])
     if raw:
         beta = torch.logit(beta.double()).clamp(-40, 40).float()
@@ -65,14 +64,14 @@ def test_a_graph_overflows_nowhere(activation: str, raw: bool) -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "prelu", "relu6", "silu", "gelu", "gelu_tanh"])
-def test_derivatives_of_any_order_at_the_joints(activation: str) -> None:
+def test_derivatives_of_any_order_at_the_joints(activation):
     """At 0 and 6, where its pieces meet, the unit is as smooth as anywhere: third derivatives are the limits of those nearby."""
     knobs = [torch.tensor(v, dtype=torch.float64) for v in (0.6, 0.3)]
 
-    def unit(x: Tensor, beta: Tensor, coeff: Tensor) -> Tensor:
+    def unit(x, beta, coeff):
         return ctu(x, beta, coeff, activation=activation, negative_slope=0.25)
 
-    def derivatives(x: float) -> list[Tensor]:
+    def derivatives(x):
         at = (torch.tensor(x, dtype=torch.float64), *knobs)
         order = unit
         found = [order(*at)]
@@ -94,7 +93,7 @@ def test_derivatives_of_any_order_at_the_joints(activation: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "prelu", "relu6", "silu", "gelu", "gelu_tanh"])
-def test_derivatives_at_infinity_are_those_of_the_plain_activation(activation: str) -> None:
+def test_derivatives_at_infinity_are_those_of_the_plain_activation(activation):
     x = torch.tensor([float("inf"), -float("inf"), 1.0], dtype=torch.float64, requires_grad=True)
     beta, coeff = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.9, 0.3))
     with ctkernels.use_backend("reference"):
@@ -108,7 +107,7 @@ def test_derivatives_at_infinity_are_those_of_the_plain_activation(activation: s
             assert all(s.isfinite().all() for s in seconds)
 
 
-def test_logits_narrower_than_x(backend: str) -> None:
+def test_logits_narrower_than_x(backend):
     """Knobs come from float32 logits in float64 where x is float64: 1 - beta is the float64 of those logits."""
     x = torch.linspace(-3, 3, 999, dtype=torch.float64)
     for logit, activation in itertools.product((-17.0, 0.3, 5.0), ("relu", "gelu", "gelu_tanh")):
@@ -119,7 +118,7 @@ def test_logits_narrower_than_x(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF])
-def test_a_nan_in_an_edit_is_in_its_channels(backend: str, dtype: torch.dtype, bits: int) -> None:
+def test_a_nan_in_an_edit_is_in_its_channels(backend, dtype, bits):
     nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     z = torch.randn(5, 2 * 3).to(dtype).requires_grad_()
     names = ("m", "a", "g_m", "g_a")

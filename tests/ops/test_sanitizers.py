@@ -47,7 +47,7 @@ print("ran", count)
 """
 
 
-def test_no_report(tmp_path: Path) -> None:
+def test_no_report(tmp_path):
     source = tmp_path / "tree"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv*", "build", "*.so", "out", "*.egg-info"))
     variables = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

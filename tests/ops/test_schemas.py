@@ -11,7 +11,7 @@ from ctkernels.ops.registration import OPS
 
 
 @pytest.mark.skipif(backends.NATIVE is None, reason="no native kernels here")
-def test_schemas_of_the_compiled_kernels() -> None:
+def test_schemas_of_the_compiled_kernels():
     library = ctypes.CDLL(backends.NATIVE.__file__)
     library.ctk_schemas.restype = ctypes.c_char_p
     compiled = library.ctk_schemas().decode().splitlines()

@@ -43,7 +43,7 @@ print("kernels", flush=True)
 
 
 @pytest.mark.skipif(backends.NATIVE is None, reason="no native kernels here")
-def test_threads_with_a_stack_of_16_kib() -> None:
+def test_threads_with_a_stack_of_16_kib():
     environment = {**os.environ, "OMP_STACKSIZE": "16k", "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=Path(__file__).parents[2], env=environment,
                           capture_output=True, text=True, check=False)  # fmt: skip

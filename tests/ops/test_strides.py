@@ -6,7 +6,7 @@ Strides of dimensions of one value are not compared: nobody steps along them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -23,7 +23,6 @@ import ctkernels
 import ctkernels.fusion
 from ctkernels.functional import ctu, head_edit
 from ctkernels.ops import backends, layout
-from ctkernels.ops.record import Op
 from ctkernels.ops.registration import OPS
 
 # An implementation is in force for all examples.
@@ -37,7 +36,7 @@ FLOATS = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.fl
 
 
 @contextlib.contextmanager
-def _cuda() -> Iterator[None]:
+def _cuda():
     pytest.importorskip("numpy", minversion="2.0", reason="the recorder needs numpy 2")
     if not backends.CUDA_BINDING.exists():
         pytest.skip("the host code of the CUDA kernels is not built (CTKERNELS_BUILD=none)")
@@ -46,16 +45,16 @@ def _cuda() -> Iterator[None]:
     class Silent:
         error = None
 
-        def begin(self, x: Tensor) -> None: ...
+        def begin(self, x): ...
 
-        def __call__(self, request: Any) -> None: ...
+        def __call__(self, request): ...
 
     with cuda_on_cpu(Silent()):  # type: ignore[type-var]
         yield
 
 
 @contextlib.contextmanager
-def _triton() -> Iterator[None]:
+def _triton():
     pytest.importorskip("triton", reason="triton is not installed")
     from recorder import through_kernels
 
@@ -75,19 +74,19 @@ IMPLEMENTATIONS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+def implementation(request):
     if request.param == "cpu" and backends.NATIVE is None:
         pytest.skip(backends.BACKENDS["cpu"].missing)
     with IMPLEMENTATIONS[request.param]():
         yield request.param
 
 
-def _metadata(t: Tensor) -> tuple[Any, ...]:
+def _metadata(t):
     steps = tuple(step for size, step in zip(t.shape, t.stride()) if size != 1)
     return tuple(t.shape), t.dtype, steps if t.numel() else None
 
 
-def _agree(op: Op, inputs: tuple[Tensor | None, ...], attrs: tuple[Any, ...], dy: Tensor) -> None:
+def _agree(op, inputs, attrs, dy):
     grad_mask = op.grad_mask([t is not None and t.is_floating_point() for t in inputs])
     found = [op.forward(inputs, attrs), *op.backward(dy, inputs, attrs, grad_mask)]
     with FakeTensorMode() as mode:
@@ -104,7 +103,7 @@ def _agree(op: Op, inputs: tuple[Tensor | None, ...], attrs: tuple[Any, ...], dy
 
 
 @st.composite
-def views(draw: st.DrawFn, least: int = 1, sizes: Sequence[int] = (0, 1, 1, 2, 3, 4, 6)) -> Tensor:
+def views(draw, least=1, sizes=(0, 1, 1, 2, 3, 4, 6)):
     """Permuted, sliced, flipped in order, expanded, channels last; sizes of 0 and 1 among others."""
     shape = draw(st.lists(st.sampled_from(sizes), min_size=least, max_size=4))
     order = draw(st.permutations(range(len(shape))))
@@ -127,13 +126,13 @@ def views(draw: st.DrawFn, least: int = 1, sizes: Sequence[int] = (0, 1, 1, 2, 3
 
 @common
 @given(data=st.data())
-def test_results_of_the_unit(implementation: str, data: st.DataObject) -> None:
+def test_results_of_the_unit(implementation, data):
     dtype = data.draw(FLOATS)
     x = data.draw(views()).to(dtype)
     dim = data.draw(st.integers(0, x.dim() - 1))
     count, rows = x.shape[dim], x.shape[0]
 
-    def knob() -> Tensor | None:
+    def knob():
         forms = [(), (1,), (count,)]
         if dim > 0 and rows > 0:
             forms += [(rows, count), (rows, 1)]
@@ -148,7 +147,7 @@ def test_results_of_the_unit(implementation: str, data: st.DataObject) -> None:
 
 @common
 @given(data=st.data())
-def test_results_of_the_head_edit(implementation: str, data: st.DataObject) -> None:
+def test_results_of_the_head_edit(implementation, data):
     dtype, heads = data.draw(FLOATS), data.draw(st.sampled_from([1, 2, 3]))
     x = data.draw(views(least=2, sizes=(0, 1, 2, 3, 6)))
     if x.shape[-1] % heads:
@@ -164,7 +163,7 @@ def test_results_of_the_head_edit(implementation: str, data: st.DataObject) -> N
 
 @common
 @given(data=st.data())
-def test_results_of_gates(implementation: str, data: st.DataObject) -> None:
+def test_results_of_gates(implementation, data):
     log_alpha = data.draw(views()).to(data.draw(st.sampled_from([torch.float32, torch.float64])))
     noise, mode = data.draw(
         st.sampled_from([(None, 1), (None, 2), (torch.rand(log_alpha.shape).to(log_alpha.dtype), 0)])
@@ -173,7 +172,7 @@ def test_results_of_gates(implementation: str, data: st.DataObject) -> None:
     _agree(op, (log_alpha, noise), (-1, mode, 0.33, -0.1, 1.1), torch.randn(log_alpha.shape).to(log_alpha.dtype))
 
 
-def test_sizes_of_one_have_no_say() -> None:
+def test_sizes_of_one_have_no_say():
     """Views of fake tensors have other strides there than those of real ones."""
     for strides in ((1, 0, 5, 60), (1, 120, 120, 60), (1, 7, 7, 60)):
         x = torch.empty(120).as_strided((60, 1, 1, 2), strides)
@@ -186,7 +185,7 @@ def test_sizes_of_one_have_no_say() -> None:
 
 @common
 @given(x=views())
-def test_one_rule(x: Tensor) -> None:
+def test_one_rule(x):
     """x's own strides where it is dense, contiguous where it is not or is empty."""
     dense = x.numel() > 0 and torch.ops.aten.is_non_overlapping_and_dense(x)
     assert layout.result_like(x).stride() == (x.stride() if dense else torch.empty(x.shape).stride())
@@ -197,10 +196,10 @@ def test_one_rule(x: Tensor) -> None:
 
 @common
 @given(data=st.data())
-def test_results_of_attention(data: st.DataObject) -> None:
+def test_results_of_attention(data):
     batch, heads, tokens, keys, size, value = (data.draw(st.sampled_from([1, 2, 3])) for _ in range(6))
 
-    def laid_out(*shape: int) -> Tensor:
+    def laid_out(*shape):
         t = torch.randn(shape)
         return data.draw(st.sampled_from([t, t.transpose(1, 2).contiguous().transpose(1, 2), t.mT.contiguous().mT]))
 
@@ -224,7 +223,7 @@ def test_results_of_attention(data: st.DataObject) -> None:
     assert [_metadata(t) for t in found] == [_metadata(t) for t in expected]
 
 
-def _images(data: st.DataObject) -> Tensor:
+def _images(data):
     batch, channels = data.draw(st.sampled_from([0, 1, 2])), data.draw(st.sampled_from([1, 2, 4]))
     size = [data.draw(st.sampled_from([1, 3, 6])) for _ in range(2)]
     x = torch.randn(batch, channels, *size)
@@ -238,7 +237,7 @@ def _images(data: st.DataObject) -> Tensor:
 
 @common
 @given(data=st.data())
-def test_results_of_a_frozen_convolution(data: st.DataObject) -> None:
+def test_results_of_a_frozen_convolution(data):
     x = _images(data)
     kernel = data.draw(st.sampled_from([1, 3]))
     weight = torch.randn(3, x.shape[1], kernel, kernel)
@@ -261,7 +260,7 @@ def test_results_of_a_frozen_convolution(data: st.DataObject) -> None:
 
 @common
 @given(data=st.data())
-def test_results_of_a_pooling(data: st.DataObject) -> None:
+def test_results_of_a_pooling(data):
     x = _images(data)
     sizes = ([2, 2], [2, 2], [1, 1], [1, 1], data.draw(st.booleans()))
     ops = torch.ops.ctkernels
@@ -287,13 +286,13 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_compiled_programs(layout: str) -> None:
+def test_compiled_programs(layout):
     """The compiler's own check of strides, of results and gradients, and the values after it."""
     torch._dynamo.reset()
     z, m, index = LAYOUTS[layout](), torch.randn(3, 3, 4), torch.tensor([2, 0])
     beta = torch.rand(12)
 
-    def f(z: Tensor, m: Tensor, beta: Tensor) -> Tensor:
+    def f(z, m, beta):
         return head_edit(z, m, index=index) + ctu(z, beta, channel_dim=-1)
 
     leaves = [t.detach().requires_grad_() for t in (z, m, beta)]

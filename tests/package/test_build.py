@@ -21,7 +21,7 @@ TEMPLATES = [p.relative_to(ROOT).as_posix() for p in (ROOT / "ctkernels").rglob(
 pytest.importorskip("setuptools", reason="needs setuptools")
 
 
-def _setup(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def _setup(*arguments, **variables):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("CTKERNELS_")}
     return subprocess.run(
         [sys.executable, "setup.py", *arguments],
@@ -33,13 +33,13 @@ def _setup(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_unknown_mode_is_an_error() -> None:
+def test_unknown_mode_is_an_error():
     done = _setup("--version", CTKERNELS_BUILD="gpu")
     assert done.returncode != 0
     assert "CTKERNELS_BUILD must be auto, none, cpu or cuda; got 'gpu'" in done.stderr
 
 
-def test_auto_without_a_compiler_says_so_in_one_line_and_goes_on() -> None:
+def test_auto_without_a_compiler_says_so_in_one_line_and_goes_on():
     done = _setup("--version", CTKERNELS_BUILD="auto", CXX="no-such-compiler")
     assert done.returncode == 0
     said = [line for line in done.stderr.splitlines() if line.startswith("ctkernels:")]
@@ -48,20 +48,20 @@ def test_auto_without_a_compiler_says_so_in_one_line_and_goes_on() -> None:
     ]
 
 
-def test_cpu_without_a_compiler_is_an_error() -> None:
+def test_cpu_without_a_compiler_is_an_error():
     done = _setup("--version", CTKERNELS_BUILD="cpu", CXX="no-such-compiler")
     assert done.returncode != 0
     assert "CTKERNELS_BUILD=cpu: no C++ compiler (no-such-compiler); install g++ or set CXX" in done.stderr
 
 
-def test_cuda_without_nvcc_says_what_to_do(tmp_path: Path) -> None:
+def test_cuda_without_nvcc_says_what_to_do(tmp_path):
     done = _setup("--version", CTKERNELS_BUILD="cuda", CUDA_HOME=str(tmp_path))
     assert done.returncode != 0
     assert "CTKERNELS_BUILD=cuda: no nvcc; install the CUDA toolkit and set CUDA_HOME" in done.stderr
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory):
     """The source distribution, unpacked in an empty folder."""
     folder = tmp_path_factory.mktemp("sdist")
     done = _setup(
@@ -74,7 +74,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(p for p in folder.glob("ctkernels-*") if p.is_dir())
 
 
-def _wheel(source: Path, out: Path, **variables: str) -> tuple[Path, str]:
+def _wheel(source, out, **variables):
     """The wheel that pip makes of ``source``, and what was said meanwhile."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("CTKERNELS_")}
     command = [
@@ -95,7 +95,7 @@ def _wheel(source: Path, out: Path, **variables: str) -> tuple[Path, str]:
     return wheel, done.stdout + done.stderr
 
 
-def test_the_source_distribution_has_every_source(source: Path) -> None:
+def test_the_source_distribution_has_every_source(source):
     for folder in ("csrc", "benchmarks", "tests", "tools", "examples"):
         here = {
             p.relative_to(ROOT)
@@ -118,7 +118,7 @@ def test_the_source_distribution_has_every_source(source: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pure_wheel_from_the_source_distribution(source: Path, tmp_path: Path) -> None:
+def test_pure_wheel_from_the_source_distribution(source, tmp_path):
     wheel, _ = _wheel(source, tmp_path, CTKERNELS_BUILD="none")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -131,7 +131,7 @@ def test_pure_wheel_from_the_source_distribution(source: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_auto_goes_on_without_kernels_if_the_compiler_fails(source: Path, tmp_path: Path) -> None:
+def test_auto_goes_on_without_kernels_if_the_compiler_fails(source, tmp_path):
     compiler = tmp_path / "broken-c++"
     compiler.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && exec c++ "$@"\necho \'fatal error: no such header\' >&2\nexit 1\n'
@@ -146,7 +146,7 @@ def test_auto_goes_on_without_kernels_if_the_compiler_fails(source: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_cpu_with_a_compiler_that_fails_is_an_error(source: Path, tmp_path: Path) -> None:
+def test_cpu_with_a_compiler_that_fails_is_an_error(source, tmp_path):
     compiler = tmp_path / "broken-c++"
     compiler.write_text("#!/bin/sh\nexit 1\n")
     compiler.chmod(0o755)
@@ -161,7 +161,7 @@ def test_cpu_with_a_compiler_that_fails_is_an_error(source: Path, tmp_path: Path
     assert done.returncode != 0
 
 
-def test_env_command_knows_the_build(capsys: pytest.CaptureFixture[str]) -> None:
+def test_env_command_knows_the_build(capsys):
     found = environment.describe()
     assert found["versions"]["torch"] == torch.__version__
     assert found["native"]["built"] == (backends.NATIVE is not None)
@@ -178,7 +178,7 @@ def test_env_command_knows_the_build(capsys: pytest.CaptureFixture[str]) -> None
     assert "hard_concrete cpu   float64" in capsys.readouterr().out
 
 
-def test_env_command_says_what_is_proven_of_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_command_says_what_is_proven_of_hardware(monkeypatch):
     hardware = environment.describe()["hardware"]
     for kind in hardware.values():
         for path in re.findall(r"\b(?:docs|tests)/\S+\.(?:md|py)", kind["proven"]):
@@ -196,7 +196,7 @@ def test_env_command_says_what_is_proven_of_hardware(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.skipif(backends.NATIVE is None, reason="no native kernels here")
 @pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_every_cpu_has_kernels(capability: str) -> None:
+def test_every_cpu_has_kernels(capability):
     """Torch calls whatever has no AVX2 "default": old x86, ARM. The kernels for those are as right as the others."""
     code = """
 import torch, ctkernels
@@ -216,9 +216,7 @@ print("level:", env.describe()["native"].get("simd_level_used"))
         assert "level: baseline" in done.stdout
 
 
-def test_compiled_modules_are_found_by_the_names_that_python_imports(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_compiled_modules_are_found_by_the_names_that_python_imports(monkeypatch, tmp_path):
     package = tmp_path / "ctkernels"
     monkeypatch.setattr(backends, "__file__", str(package / "ops/backends.py"))
     (package / "ops").mkdir(parents=True)
@@ -230,7 +228,7 @@ def test_compiled_modules_are_found_by_the_names_that_python_imports(
     assert not backends.built("_cuda")
 
 
-def test_importing_the_package_imports_torch_alone() -> None:
+def test_importing_the_package_imports_torch_alone():
     code = (
         "import sys, torch; before = set(sys.modules); import ctkernels; "
         "new = {m.split('.')[0] for m in set(sys.modules) - before}; "

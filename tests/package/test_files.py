@@ -44,7 +44,7 @@ with _files.replacing(sys.argv[1]) as temporary:
 """
 
 
-def writer(target: Path, end: str) -> subprocess.Popen:
+def writer(target, end):
     here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(target), end], env=here, stdin=-1, stdout=-1, text=True
@@ -54,7 +54,7 @@ def writer(target: Path, end: str) -> subprocess.Popen:
     return process
 
 
-def names(folder: Path) -> list[str]:
+def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
@@ -81,7 +81,7 @@ def test_leftovers_of_killed_writers_are_deleted_and_those_at_work_are_not(tmp_p
 def test_a_file_taken_for_a_leftover_before_it_was_locked_is_made_anew(tmp_path, monkeypatch):
     lock, taken = _files._lock, []
 
-    def late(descriptor: int, wait: bool = True) -> bool:
+    def late(descriptor, wait=True):
         if not taken:
             taken.extend(tmp_path.iterdir())
             taken[0].unlink()

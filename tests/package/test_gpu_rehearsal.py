@@ -16,18 +16,18 @@ from ctkernels.ops import backends
 ROOT = Path(__file__).parents[2]
 
 
-def _run(out: Path, *options: str, dry: bool = True) -> subprocess.CompletedProcess[str]:
+def _run(out, *options, dry=True):
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), *options, *(["--dry-run"] if dry else [])]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def _stages(out: Path) -> dict[str, Any]:
+def _stages(out):
     stages: dict[str, Any] = json.loads((out / "gpu.json").read_text())["stages"]
     return stages
 
 
 @pytest.mark.slow
-def test_a_rehearsal_goes_through_every_stage(tmp_path: Path) -> None:
+def test_a_rehearsal_goes_through_every_stage(tmp_path):
     if backends.NATIVE is None or not (ROOT / ".git").exists():
         pytest.skip("the CPU kernels are not built, or this is no git checkout")
     done = _run(tmp_path, "--limit", "6000", "--before", "HEAD")
@@ -53,14 +53,14 @@ def test_a_rehearsal_goes_through_every_stage(tmp_path: Path) -> None:
     assert written.strip() in done.stdout
 
 
-def test_what_is_there_when_the_time_is_over(tmp_path: Path) -> None:
+def test_what_is_there_when_the_time_is_over(tmp_path):
     done = _run(tmp_path, "--limit", "0.5", "--only", "ops", "host")
     assert done.returncode == 1
     assert {name: s["status"] for name, s in _stages(tmp_path).items()} == {"ops": "cut off", "host": "no time left"}
     assert "cut off" in (tmp_path / "gpu.txt").read_text()
 
 
-def test_a_stage_that_fails_leaves_the_others(tmp_path: Path) -> None:
+def test_a_stage_that_fails_leaves_the_others(tmp_path):
     done = _run(tmp_path, "--before", "no-such-revision", "--only", "build", "before", "sanitize")
     stages = _stages(tmp_path)
     assert done.returncode == 1
@@ -70,7 +70,7 @@ def test_a_stage_that_fails_leaves_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_without_a_gpu_a_rehearsal_is_offered(tmp_path: Path) -> None:
+def test_without_a_gpu_a_rehearsal_is_offered(tmp_path):
     done = _run(tmp_path / "never", dry=False)
     assert done.returncode != 0
     assert "no CUDA device" in done.stderr

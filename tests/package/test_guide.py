@@ -22,7 +22,7 @@ pytestmark = [
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
 
-def _blocks() -> list[tuple[str, str, str]]:
+def _blocks():
     """(path, language, text) of the guide's code blocks."""
     guide = (ROOT / "CONTRIBUTING.md").read_text().partition("## Adding an op\n")[2].partition("\n## ")[0]
     found = re.findall(r"^`([\w./]+)`\n\n```(\w+)\n(.*?)^```$", guide, re.M | re.S)
@@ -30,7 +30,7 @@ def _blocks() -> list[tuple[str, str, str]]:
     return found
 
 
-def _follow(tree: Path) -> None:
+def _follow(tree):
     """Does in ``tree`` what the guide says."""
     for path, language, text in _blocks():
         file = tree / path
@@ -47,7 +47,7 @@ def _follow(tree: Path) -> None:
         )
 
 
-def _compiles(tree: Path, source: str) -> subprocess.CompletedProcess[str]:
+def _compiles(tree, source):
     """Whether a CPU source is C++, without code being made of it."""
     from torch.utils.cpp_extension import include_paths
 
@@ -68,7 +68,7 @@ def _compiles(tree: Path, source: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _copy(target: Path) -> Path:
+def _copy(target):
     ignored = shutil.ignore_patterns(".git", ".venv*", "build", "*.so", "out", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, target, ignore=ignored)
     return target
@@ -76,7 +76,7 @@ def _copy(target: Path) -> Path:
 
 @pytest.mark.slow
 @linux
-def test_the_op_of_the_guide_is_built_and_right(tmp_path: Path) -> None:
+def test_the_op_of_the_guide_is_built_and_right(tmp_path):
     """Value, gradients, finite differences and sums of the compiled kernels, and of the CUDA kernels where there is nvcc."""
     tree = _copy(tmp_path / "tree")
     _follow(tree)
@@ -131,7 +131,7 @@ MEMBERS = [
 
 @pytest.mark.slow
 @linux
-def test_whatever_is_left_out_is_a_compile_error(tmp_path: Path) -> None:
+def test_whatever_is_left_out_is_a_compile_error(tmp_path):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     for path, language, text in _blocks():
         if path.startswith("csrc/") and language != "diff":

@@ -10,13 +10,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import MethodType, ModuleType
-from typing import Any
+from types import MethodType
 
 import pytest
 import torch
 from kernel_hub import build
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import ctkernels
@@ -28,7 +27,7 @@ BACKEND = "cpu" if torch.version.cuda is None else "cuda"  # of this torch; a GP
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """The repository of a kernel."""
     out = tmp_path_factory.mktemp("hub") / "kernel"
     build.write_kernel(out, "owner/ctkernels", version=1)
@@ -36,11 +35,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def kernel(folder: Path) -> ModuleType:
+def kernel(folder):
     return load(folder)
 
 
-def load(folder: Path) -> ModuleType:
+def load(folder):
     """The kernel in a folder, by the library that users load it with, or in the same way where that is not installed."""
     if importlib.util.find_spec("kernels") is not None:
         from kernels import get_local_kernel
@@ -61,7 +60,7 @@ def load(folder: Path) -> ModuleType:
 # ---- what is written ---------------------------------------------------------------------------------------------------
 
 
-def test_the_modules_are_those_of_the_package(folder: Path) -> None:
+def test_the_modules_are_those_of_the_package(folder):
     own = {"__init__.py", "layers.py"}
     for tree in (folder / "torch-ext/ctkernels", *(folder / "build").iterdir()):
         for path in tree.rglob("*.py"):
@@ -83,20 +82,20 @@ def test_the_modules_are_those_of_the_package(folder: Path) -> None:
         ("ops/ctu/a.py", "from . import samples", "ops/ctu/samples"),
     ],
 )
-def test_an_import_that_would_fail_is_refused(name: str, source: str, missing: str) -> None:
+def test_an_import_that_would_fail_is_refused(name, source, missing):
     with pytest.raises(
         ValueError, match=f"{name}:.: imports {missing}, which a kernel does not have|{name}:2: imports"
     ):
         build.check_imports({**build.sources(), name: source.encode()})
 
 
-def test_the_revision_depends_on_every_file() -> None:
+def test_the_revision_depends_on_every_file():
     files = build.sources()
     revisions = {build._revision({**files, name: data + b"\n"}) for name, data in files.items()}
     assert len(revisions | {build._revision(files)}) == len(files) + 1
 
 
-def test_a_kernel_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+def test_a_kernel_is_replaced_and_nothing_else(tmp_path):
     out = tmp_path / "new/kernel"
     first = build.write_kernel(out, "owner/ctkernels", version=1)
     (out / "stale.py").touch()
@@ -112,14 +111,14 @@ def test_a_kernel_is_replaced_and_nothing_else(tmp_path: Path) -> None:
         build.write_kernel(out, "owner/ctkernels", version=-1)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path):
     command = [sys.executable, ROOT / "tools/kernel_hub", "--out", "kernel"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("kernel: _ctkernels_cpu_")
     assert (tmp_path / "kernel/build/torch-cuda/metadata.json").exists()
 
 
-def test_the_card_names_everything_public(folder: Path, kernel: ModuleType) -> None:
+def test_the_card_names_everything_public(folder, kernel):
     card = (folder / "README.md").read_text()
     assert (folder / "CARD.md").read_text() == (folder / "build/CARD.md").read_text() == card
     front = card.split("---\n")[1]
@@ -136,7 +135,7 @@ def test_the_card_names_everything_public(folder: Path, kernel: ModuleType) -> N
         assert f"`{name}`" in card
 
 
-def test_the_oldest_torch_is_that_of_the_package() -> None:
+def test_the_oldest_torch_is_that_of_the_package():
     project = (ROOT / "pyproject.toml").read_text()
     major, minor = ast.literal_eval((build.OWN / "__init__.py").read_text().split(" < ")[1].partition(":")[0])
     assert f'"torch>={major}.{minor}"' in project
@@ -146,7 +145,7 @@ def test_the_oldest_torch_is_that_of_the_package() -> None:
 # ---- the checks of the Hub's own library -------------------------------------------------------------------------------
 
 
-def test_the_hub_reads_it(folder: Path) -> None:
+def test_the_hub_reads_it(folder):
     pytest.importorskip("kernels")
     from kernels import _rust, get_loaded_kernels
     from kernels.cli.info import _local_kernel_info
@@ -171,7 +170,7 @@ def test_the_hub_reads_it(folder: Path) -> None:
 # ---- what it computes --------------------------------------------------------------------------------------------------
 
 
-def test_the_ops_are_in_a_namespace_of_the_build(kernel: ModuleType) -> None:
+def test_the_ops_are_in_a_namespace_of_the_build(kernel):
     name = kernel.__name__
     ours = {
         op._qualified_op_name for op in vars(getattr(torch.ops, name)).values() if hasattr(op, "_qualified_op_name")
@@ -189,19 +188,19 @@ SAMPLES = list(testing.samples(torch.float32))
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=[f"{s.function.__name__}-{s.name}" for s in SAMPLES])
-def test_values_and_gradients_are_those_of_the_package(kernel: ModuleType, sample: testing.Sample) -> None:
+def test_values_and_gradients_are_those_of_the_package(kernel, sample):
     """The kernel's plain torch is the package's reference, bit for bit."""
     check_same_bits(kernel, sample, "reference")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_values_and_gradients_on_a_gpu(kernel: ModuleType) -> None:
+def test_values_and_gradients_on_a_gpu(kernel):
     for sample in testing.samples(torch.float32, "cuda"):
         check_same_bits(kernel, sample, "triton")
 
 
-def check_same_bits(kernel: ModuleType, sample: testing.Sample, backend: str) -> None:
+def check_same_bits(kernel, sample, backend):
     with ctkernels.use_backend(backend):
         expected = evaluate(sample)
     function = getattr(kernel, sample.function.__name__)
@@ -209,7 +208,7 @@ def check_same_bits(kernel: ModuleType, sample: testing.Sample, backend: str) ->
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-def evaluate(sample: testing.Sample) -> list[Tensor | None]:
+def evaluate(sample):
     """The result and the gradients."""
     torch.manual_seed(0)  # random gates
     sample = sample.requiring_grad()
@@ -218,7 +217,7 @@ def evaluate(sample: testing.Sample) -> list[Tensor | None]:
     return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)]
 
 
-def test_the_triton_kernels_are_those_of_the_build(kernel: ModuleType) -> None:
+def test_the_triton_kernels_are_those_of_the_build(kernel):
     """They are imported on the first call on a GPU, by names that have to be right in any folder."""
     pytest.importorskip("triton")
     launch = importlib.import_module(f"{kernel.__name__}.ops.channelwise.launch")
@@ -230,7 +229,7 @@ def test_the_triton_kernels_are_those_of_the_build(kernel: ModuleType) -> None:
     importlib.import_module(f"{kernel.__name__}.ops.attention.triton.launch")
 
 
-def test_attention(kernel: ModuleType) -> None:
+def test_attention(kernel):
     q, k, v = torch.randn(3, 2, 4, 6, 8, dtype=torch.float64).requires_grad_()
     m, gates = torch.randn(4, 8, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
     got, expected = (
@@ -240,7 +239,7 @@ def test_attention(kernel: ModuleType) -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: kernel.attention_head_edit(q, k, v, m, None, gates), (q, k, v))
 
 
-def test_two_versions_and_the_package_in_one_process(folder: Path, kernel: ModuleType, tmp_path: Path) -> None:
+def test_two_versions_and_the_package_in_one_process(folder, kernel, tmp_path):
     build.write_kernel(tmp_path / "next", "owner/ctkernels", version=2)
     newer = load(tmp_path / "next")
     assert newer is not kernel
@@ -262,45 +261,45 @@ def test_two_versions_and_the_package_in_one_process(folder: Path, kernel: Modul
 class Llama(nn.Module):
     """The MLP of Llama."""
 
-    def __init__(self, act_fn: nn.Module) -> None:
+    def __init__(self, act_fn):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
         self.act_fn = act_fn
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Phi(nn.Module):
     """The MLP of Phi-3."""
 
-    def __init__(self, activation_fn: nn.Module) -> None:
+    def __init__(self, activation_fn):
         super().__init__()
         self.gate_up_proj, self.down_proj = nn.Linear(8, 32), nn.Linear(16, 8)
         self.activation_fn = activation_fn
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states):
         gate, up = self.gate_up_proj(hidden_states).chunk(2, -1)
         return self.down_proj(up * self.activation_fn(gate))
 
 
 class AndMul(nn.Module):
-    def __init__(self, activation: Any) -> None:
+    def __init__(self, activation):
         super().__init__()
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         gate, up = x.chunk(2, -1)
         return self.activation(gate) * up
 
 
 class Edit(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.m, self.a = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(2, 4))
         self.g_m, self.g_a = torch.rand(2), None
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z):
         heads = z.unflatten(-1, (2, 4))
         return ((1 + self.g_m[:, None] * self.m) * heads + self.a).flatten(-2)
 
@@ -321,7 +320,7 @@ PAIRS = [(name, module) for name, modules in STANDS_IN_FOR.items() for module in
 IDS = [f"{name}-{i}" for name, modules in STANDS_IN_FOR.items() for i in range(len(modules))]
 
 
-def stand_in(module: nn.Module, layer: type[nn.Module]) -> nn.Module:
+def stand_in(module, layer):
     """A copy of a module with the forward of a layer, as `kernelize` changes it."""
     changed = copy.deepcopy(module)
     changed.forward = MethodType(layer.forward, changed)
@@ -329,7 +328,7 @@ def stand_in(module: nn.Module, layer: type[nn.Module]) -> nn.Module:
 
 
 @pytest.mark.parametrize(("name", "module"), PAIRS, ids=IDS)
-def test_a_layer_computes_what_it_replaces(kernel: ModuleType, name: str, module: nn.Module) -> None:
+def test_a_layer_computes_what_it_replaces(kernel, name, module):
     changed = stand_in(module.double(), getattr(kernel.layers, name))
     x = torch.randn(3, 5, 8, dtype=torch.float64)
     for requires_grad in (False, True):
@@ -345,7 +344,7 @@ def test_a_layer_computes_what_it_replaces(kernel: ModuleType, name: str, module
 
 
 @pytest.mark.parametrize(("name", "module"), PAIRS, ids=IDS)
-def test_a_layer_has_a_forward_and_nothing_else(kernel: ModuleType, name: str, module: nn.Module) -> None:
+def test_a_layer_has_a_forward_and_nothing_else(kernel, name, module):
     """The Hub's own check."""
     layer = pytest.importorskip("kernels.layer.layer")
     cls = getattr(kernel.layers, name)
@@ -354,14 +353,14 @@ def test_a_layer_has_a_forward_and_nothing_else(kernel: ModuleType, name: str, m
     assert layer._validate_layer_has_mode(layer_name=name, module=cls, repo="this kernel", repo_mode=mode)
 
 
-def test_every_layer_is_tested(kernel: ModuleType) -> None:
+def test_every_layer_is_tested(kernel):
     tree = ast.parse((build.OWN / "layers.py").read_text())
     classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
     assert classes == {*STANDS_IN_FOR, "GELUTanh"}
 
 
 @pytest.mark.parametrize("name", ["ReLU", "SiLU", "GELU"])
-def test_knobs_of_an_activation(kernel: ModuleType, name: str) -> None:
+def test_knobs_of_an_activation(kernel, name):
     changed = stand_in(getattr(nn, name)(), getattr(kernel.layers, name))
     x = torch.randn(2, 6, 4, dtype=torch.float64)
     changed.beta = 0.7
@@ -377,7 +376,7 @@ def test_knobs_of_an_activation(kernel: ModuleType, name: str) -> None:
         changed(x)
 
 
-def test_knobs_of_a_gated_mlp(kernel: ModuleType) -> None:
+def test_knobs_of_a_gated_mlp(kernel):
     module, x = Llama(nn.SiLU()).double(), torch.randn(3, 8, dtype=torch.float64)
     changed = stand_in(module, kernel.layers.GatedMLP)
     changed.beta = nn.Parameter(torch.rand(16).double())
@@ -390,7 +389,7 @@ def test_knobs_of_a_gated_mlp(kernel: ModuleType) -> None:
         changed(x)
 
 
-def test_an_in_place_activation_overwrites_its_input_where_no_gradient_is_needed(kernel: ModuleType) -> None:
+def test_an_in_place_activation_overwrites_its_input_where_no_gradient_is_needed(kernel):
     changed, x = stand_in(nn.ReLU(inplace=True), kernel.layers.ReLU), torch.tensor([-1.0, 2.0])
     assert changed(x) is x
     assert x.tolist() == [0.0, 2.0]
@@ -399,7 +398,7 @@ def test_an_in_place_activation_overwrites_its_input_where_no_gradient_is_needed
     assert x.tolist() == [-1.0, 2.0]
 
 
-def test_layers_under_compile(kernel: ModuleType) -> None:
+def test_layers_under_compile(kernel):
     activation = stand_in(nn.ReLU(inplace=True), kernel.layers.ReLU)
     mlp = stand_in(Llama(nn.SiLU()), kernel.layers.GatedMLP)
     activation.beta, mlp.beta, mlp.coeff = nn.Parameter(torch.tensor(0.8)), nn.Parameter(torch.rand(16)), 0.5
@@ -414,7 +413,7 @@ def test_layers_under_compile(kernel: ModuleType) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-def test_kernelize(folder: Path) -> None:
+def test_kernelize(folder):
     kernels = pytest.importorskip("kernels")
 
     @kernels.use_kernel_forward_from_hub("TunableReLU")
@@ -441,7 +440,7 @@ def test_kernelize(folder: Path) -> None:
     torch.testing.assert_close(model(x), model[2](functional.ctu(model[0](x), 0.8)))
 
 
-def test_models_of_transformers(kernel: ModuleType) -> None:
+def test_models_of_transformers(kernel):
     """The MLPs that the card names, and the activations that transformers marks for the Hub."""
     pytest.importorskip("transformers")
     from transformers.activations import ACT2FN

@@ -8,7 +8,6 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from pathlib import Path
 from time import sleep
 
 import pytest
@@ -23,7 +22,7 @@ adapters = import_module("ctkernels.adapters")
 TOKENS = 6
 
 
-def save_model(folder: Path) -> tuple[torch.nn.Module, object]:
+def save_model(folder):
     """The tiny model, with a tokenizer of words w0, w1, .."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -59,7 +58,7 @@ def test_requests_name_their_adapter(tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
 
-    def ask(name: str | None) -> str:
+    def ask(name):
         body = {
             "model": f"{base}#{name}" if name else str(base),
             "prompt": prompt,

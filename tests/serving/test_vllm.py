@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from importlib.metadata import entry_points
-from typing import Any
 
 import pytest
 import torch
@@ -43,7 +42,7 @@ def test_the_option():
 class Reference:
     """A model with many adapters, their folders, and what transformers generates with each."""
 
-    def __init__(self, folder: Any) -> None:
+    def __init__(self, folder):
         import peft
         import transformers
 
@@ -79,7 +78,7 @@ class Reference:
             save_adapter(self.adapted, self.folders[number])
             self.expected[number] = self.generate(self.adapted, self.prompts[number])
 
-    def generate(self, model: Any, prompt: list[int]) -> list[int]:
+    def generate(self, model, prompt):
         ids = torch.tensor([prompt])
         found = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False
@@ -107,7 +106,7 @@ def engine(request, tmp_path_factory):
     return llm, reference
 
 
-def ask(llm: Any, reference: Reference, numbers: list[int], prompts: list[list[int]] | None = None) -> list[list[int]]:
+def ask(llm, reference, numbers, prompts=None):
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 

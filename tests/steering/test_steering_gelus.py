@@ -21,25 +21,25 @@ DIGITS = {"FastGELUActivation": 3e-11, "BloomGelu": 4e-9}
 class Approximate(nn.Module):
     """F.gelu in the ways that code may choose the form."""
 
-    def __init__(self, mode: str) -> None:
+    def __init__(self, mode):
         super().__init__()
         self.mode = mode
         self.held = functools.partial(F.gelu, approximate="tanh")
         self.module, self.exact = nn.GELU(approximate="tanh"), nn.GELU()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         x = F.gelu(x, approximate="tanh") + nn.functional.gelu(x, approximate="none") + F.gelu(x)
         x = x + F.gelu(x, approximate=self.mode)
         partial = functools.partial(F.gelu, approximate="tanh")
         return partial(self.held(x)) + self.module(x) + self.exact(x)
 
 
-def points(dtype: torch.dtype) -> torch.Tensor:
+def points(dtype):
     return torch.linspace(-12, 12, 2001, dtype=dtype)
 
 
 @pytest.mark.parametrize("mode", ["tanh", "none"])
-def test_functions_are_told_apart_by_their_arguments(mode: str) -> None:
+def test_functions_are_told_apart_by_their_arguments(mode):
     model, x = Approximate(mode).double(), points(torch.float64)
     expected = model(x)
     with steer(model, 0.5, 1.0, "all") as handle:
@@ -62,7 +62,7 @@ def test_functions_are_told_apart_by_their_arguments(mode: str) -> None:
     assert torch.equal(model(x), expected)
 
 
-def test_one_form_is_selected_without_the_other() -> None:
+def test_one_form_is_selected_without_the_other():
     model, x = Approximate("none"), points(torch.float32)
     exact = {"forward#2:gelu", "forward#3:gelu", "forward#4:gelu", "exact"}
     with steer(model, 0.5, 1.0, "gelu_tanh") as handle:
@@ -74,7 +74,7 @@ def test_one_form_is_selected_without_the_other() -> None:
         assert torch.equal(held, F.gelu(x, approximate="tanh"))
 
 
-def modules() -> list[str]:
+def modules():
     names = [f"transformers.activations.{name}" for name in ("GELUTanh", "NewGELUActivation", "FastGELUActivation")]
     names += ["transformers.activations.AccurateGELUActivation", "transformers.models.bloom.modeling_bloom.BloomGelu"]
     return [*names, "transformers.activations.QuickGELUActivation", "timm.layers.activations.GELUTanh",
@@ -83,7 +83,7 @@ def modules() -> list[str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("path", modules())
-def test_modules_of_libraries_are_exact_at_the_neutral_point(path: str, dtype: torch.dtype) -> None:
+def test_modules_of_libraries_are_exact_at_the_neutral_point(path, dtype):
     """In float64 to the digits of the module's own constant; in float32 within its own distance from float64."""
     place, _, name = path.rpartition(".")
     activation = "quick_gelu" if "Quick" in name else "gelu_tanh"
@@ -105,7 +105,7 @@ def test_modules_of_libraries_are_exact_at_the_neutral_point(path: str, dtype: t
     assert own.max() <= DIGITS.get(name, 0.0) + 16 * torch.finfo(dtype).eps * 12
 
 
-def test_a_squared_relu_is_the_square_of_the_unit() -> None:
+def test_a_squared_relu_is_the_square_of_the_unit():
     activations = pytest.importorskip("transformers.activations")
     model, x = nn.Sequential(activations.ReLUSquaredActivation()), points(torch.float32)
     expected = model(x)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -14,7 +11,6 @@ from ptx.toolchain import nvcc
 
 from ctkernels.ops import backends
 from mutation import equivalence, harness, mutants
-from mutation.cases import Case
 from mutation.summary import STRUCTURAL, counts
 
 CUDA = pytest.mark.skipif(
@@ -30,7 +26,7 @@ NAMES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_planted_bugs_are_noticed(name: str) -> None:
+def test_planted_bugs_are_noticed(name):
     """One structural mutant of each kind in every kernel of the case."""
     survivors: list[str] = []
     cases = [case for case in harness.CASES if case.name == name]
@@ -42,7 +38,7 @@ def test_planted_bugs_are_noticed(name: str) -> None:
     assert found["caught"] >= 0.7 * found["planted"], "\n".join(survivors)  # the equivalent ones are the exception
 
 
-def _calls() -> Iterator[Any]:
+def _calls():
     for case in harness.CASES:
         for variant in case.more:
             marks = [pytest.mark.slow, *([CUDA] if case.toolchain == "cuda" else [])]
@@ -50,7 +46,7 @@ def _calls() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("case", "variant"), list(_calls()))
-def test_sizes_that_were_missing_to_notice_a_bug(case: Case, variant: str) -> None:
+def test_sizes_that_were_missing_to_notice_a_bug(case, variant):
     case.expected(variant).check(case.run(variant))
 
 
@@ -69,7 +65,7 @@ LINES = {
 }
 
 
-def test_operators_change_what_they_say() -> None:
+def test_operators_change_what_they_say():
     for name, (before, after) in LINES.items():
         assert mutants.OPERATORS[name](before) == after
         assert mutants.OPERATORS[name]("\tret;") is None
@@ -78,13 +74,13 @@ def test_operators_change_what_they_say() -> None:
     assert pointer("\tld.param.u64 \t%rd1, [k_param_0+136];") == "\tld.param.u64 \t%rd1, [k_param_0+128];"
 
 
-def test_branches_forward_are_masks_and_backward_are_loops() -> None:
+def test_branches_forward_are_masks_and_backward_are_loops():
     text = "\t@%p1 bra $L1;\n$L0:\n\tadd.s32 %r1, %r1, 1;\n\t@%p2 bra $L0;\n$L1:\n\tret;\n"
     found = {(m.operator, m.line) for m in mutants.mutants("k", text) if "bra" in m.before}
     assert found == {("missing mask", 0), ("loop of one turn", 3)}
 
 
-def test_a_reason_holds_only_where_its_stronger_change_shows_nothing_either() -> None:
+def test_a_reason_holds_only_where_its_stronger_change_shows_nothing_either():
     load = mutants.Mutant("k", "missing mask", 0, "@%p1 ld.global.v2.b32 { %r1, %r2 }, [ %rd1 + 0 ];", "")
     tried: list[list[str]] = []
     assert equivalence.reason(load, "", lambda lines: bool(tried.append(lines))) is None

@@ -35,11 +35,11 @@ class Twin:
 TWINS: list[Twin] = []
 
 
-def twin(name: str, kind: str, bad: str, good: str, **more) -> None:
+def twin(name, kind, bad, good, **more):
     TWINS.append(Twin(name, kind, bad, good, **more))
 
 
-def replaced(name: str, kind: str, good: str, old: str, new: str, **more) -> None:
+def replaced(name, kind, good, old, new, **more):
     """The faulty body is the correct one with a single edit."""
     assert old in good
     twin(name, kind, good.replace(old, new), good, **more)
@@ -215,7 +215,7 @@ replaced("copy never committed", "async", COPY, "[%at], 4; cp.async.commit_group
 replaced("endless loop", "steps", "$l: setp.eq.u32 %p0, %i, 99; @%p0 bra $l;", "@%p0 bra", "@!%p0 bra")
 
 
-def start(t: Twin, body: str) -> None:
+def start(t, body):
     memory = Memory()
     buffers = [torch.zeros(64) for _ in range(2)]
     memory.register(buffers[0])
@@ -224,7 +224,7 @@ def start(t: Twin, body: str) -> None:
 
 
 @pytest.mark.parametrize("t", TWINS, ids=lambda t: t.name)
-def test_fault_is_caught(t: Twin) -> None:
+def test_fault_is_caught(t):
     with pytest.raises(Fault, match=t.match or None) as fault:
         start(t, t.bad)
     assert fault.value.kind == t.kind, fault.value
@@ -232,11 +232,11 @@ def test_fault_is_caught(t: Twin) -> None:
 
 
 @pytest.mark.parametrize("t", TWINS, ids=lambda t: t.name)
-def test_correct_twin_passes(t: Twin) -> None:
+def test_correct_twin_passes(t):
     start(t, t.good)
 
 
-def test_fault_names_the_place() -> None:
+def test_fault_names_the_place():
     body = f".loc 1 42 7\n{AT}\n.loc 1 43 7\nld.global.f32 %f0, [%at];"
     program = load(kernel(body, 1, module='.file 1 "/somewhere/kernel.cu"'))
     with pytest.raises(Fault) as fault:
@@ -258,13 +258,13 @@ def test_fault_names_the_place() -> None:
         (2, (1,), (32,), 0),
     ],
 )
-def test_impossible_launches(args: int, grid: tuple, block: tuple, shared: int) -> None:
+def test_impossible_launches(args, grid, block, shared):
     with pytest.raises(Fault) as fault:
         run(load(kernel("", 1)), [torch.zeros(4)] * args, grid, block, shared)
     assert fault.value.kind == "launch"
 
 
-def test_compiled_block_size_is_enforced() -> None:
+def test_compiled_block_size_is_enforced():
     text = kernel("", 1)
     for directive, wrong in ((".maxntid 64, 1, 1", (128,)), (".reqntid 64", (32,))):
         program = load(text.replace(")\n{", f")\n{directive}\n{{", 1))
@@ -273,7 +273,7 @@ def test_compiled_block_size_is_enforced() -> None:
             run(program, [torch.zeros(4)], (1,), wrong)
 
 
-def test_only_the_tensor_is_accessible_not_its_storage() -> None:
+def test_only_the_tensor_is_accessible_not_its_storage():
     storage = torch.zeros(256)
     program = load(kernel(LOAD, 2))
     run(program, [storage[64:128], storage[128:192]], (1,), (64,))
@@ -310,7 +310,7 @@ STRUCT = """
 """
 
 
-def test_structs_with_real_pointers() -> None:
+def test_structs_with_real_pointers():
     x, y = torch.arange(10.0), torch.zeros(10)
     packed = Params(x.data_ptr(), 10, 2.0, y.data_ptr())
     launch = Launch(STRUCT, "scale", (1,), (32,), 0, [packed])
@@ -325,7 +325,7 @@ def test_structs_with_real_pointers() -> None:
         memory.address_of(y)
 
 
-def test_sequence_shares_memory_and_variables() -> None:
+def test_sequence_shares_memory_and_variables():
     text = kernel(
         f"ld.global.u32 %r0, [counter]; setp.eq.u32 %p0, %i, 0; bar.sync 0; add.u32 %r1, %r0, 1;"
         f"@%p0 st.global.u32 [counter], %r1; {AT} st.global.u32 [%at], %r0;",
@@ -347,7 +347,7 @@ def test_sequence_shares_memory_and_variables() -> None:
     assert memory.written(scratch).all()
 
 
-def test_approximate_error_reaches_the_result() -> None:
+def test_approximate_error_reaches_the_result():
     body = LOAD.replace("mad.wide.u32 %at, %i, 4, %in1;", "tanh.approx.f32 %f0, %f0; mad.wide.u32 %at, %i, 4, %in1;")
     x, y = torch.linspace(-3, 3, 64), torch.zeros(64)
     (low,), (high,) = run_both(kernel(body, 2), [x, y], (1,), (64,), outputs=[1])
@@ -356,7 +356,7 @@ def test_approximate_error_reaches_the_result() -> None:
     assert ((low - exact) / exact.abs() + 2**-11).abs().max() < 1e-6
 
 
-def test_uneven_work_reconverges() -> None:
+def test_uneven_work_reconverges():
     """A lane that arrives late at a warp instruction is waited for, whatever the order of the code."""
     body = f"""setp.lt.u32 %p0, %i, 7; mov.u32 %r1, %i;
     @%p0 bra $far;

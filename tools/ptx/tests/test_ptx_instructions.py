@@ -15,18 +15,18 @@ from ptx import HANDLERS, Unsupported, load, oracle  # noqa: E402
 from ptx.approx import BOUNDS, ULPS  # noqa: E402
 from ptx.bench import evaluate, handler_key, kernel, samples  # noqa: E402
 from ptx.oracle import FLOATS, bits_of, from_float, is_negative, to_float  # noqa: E402
-from ptx_cases import CASES, Case  # noqa: E402
+from ptx_cases import CASES  # noqa: E402
 from ptx_float_cases import ftz  # noqa: E402
 
 
-def _same(got: int, want: int, t: str) -> bool:
+def _same(got, want, t):
     if got == want:
         return True
     return t == "f64" and math.isnan(to_float(got, t)) and math.isnan(to_float(want, t))
 
 
 @pytest.mark.parametrize("c", CASES, ids=lambda c: c.form.replace("\n", " "))
-def test_instruction(c: Case) -> None:
+def test_instruction(c):
     columns = samples(c.operands, zlib.crc32(c.form.encode()), c.count)
     for k, modulus in c.limit:
         columns[k] = [v % modulus for v in columns[k]]
@@ -59,7 +59,7 @@ APPROXIMATE = [
 ]
 
 
-def documented(unit: str, fmt: str, x: float, y: float) -> float:
+def documented(unit, fmt, x, y):
     """The bound on the absolute error of unit(x) == y."""
     if unit == "lg2":
         return 2.0**-22 if 0.5 < x < 2 else abs(y) * 2.0**-22
@@ -72,7 +72,7 @@ def documented(unit: str, fmt: str, x: float, y: float) -> float:
 
 
 @pytest.mark.parametrize("form", APPROXIMATE)
-def test_approximate_unit(form: str) -> None:
+def test_approximate_unit(form):
     unit, fmt = form.split(".")[0], form.split(".")[-1].removesuffix("x2")
     pair = form.endswith("x2")
     truth, (low, high) = UNITS[unit]
@@ -111,7 +111,7 @@ SPECIALS = {  # operand: result, as tabulated for each unit
 
 
 @pytest.mark.parametrize("form", SPECIALS)
-def test_approximate_specials(form: str) -> None:
+def test_approximate_specials(form):
     fmt = form.split(".")[-1]
     xs = [from_float(oracle.round_to(Fraction(x), fmt, "rn", is_negative(x)) if math.isfinite(x) else x, fmt)
           for x, _ in SPECIALS[form]]  # fmt: skip
@@ -122,7 +122,7 @@ def test_approximate_specials(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["div.full.f32", "div.approx.f32", "div.full.ftz.f32", "div.approx.ftz.f32"])
-def test_approximate_division(form: str) -> None:
+def test_approximate_division(form):
     columns = samples(["f32", "f32"], 5)
     edit = ftz if "ftz" in form else lambda v: v
     for sign in (0, 1, -1):
@@ -186,7 +186,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("text", REFUSED)
-def test_unknown_is_refused(text: str) -> None:
+def test_unknown_is_refused(text):
     with pytest.raises(Unsupported) as refusal:
         load(kernel("  " + text, 1))
     assert text.split()[0].rstrip(";") in str(refusal.value)
@@ -202,7 +202,7 @@ STRUCTURAL = {  # covered by whole kernels in test_ptx_machine.py
 }  # fmt: skip
 
 
-def test_every_instruction_is_tested() -> None:
+def test_every_instruction_is_tested():
     tested = set()
     for c in CASES:
         for line in c.form.replace("{ .reg", ".reg").split("\n"):

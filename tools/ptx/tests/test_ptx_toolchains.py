@@ -169,12 +169,12 @@ class Args(ctypes.Structure):
     ]  # fmt: skip
 
 
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
+def error(got, want):
     assert got.isfinite().all()
     return ((got.double() - want.double()).abs() / (1 + want.double().abs())).max().item()
 
 
-def gate_truth(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def gate_truth(x, scale):
     v = x.double()
     return scale.double().view(1, -1, 1) * v * torch.sigmoid(v) + torch.log1p(torch.exp(-v.abs()))
 
@@ -182,14 +182,14 @@ def gate_truth(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-def gate_launch(ptx: str, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> Launch:
+def gate_launch(ptx, x, y, scale):
     vector = 16 // x.element_size()
     args = Args(x.data_ptr(), y.data_ptr(), scale.data_ptr(), x.shape[1], x.shape[2], x.numel(), 0.0)
     name = {torch.float32: "gateIf", torch.bfloat16: "gateI13__nv_bfloat16", torch.float16: "gateI6__half"}[x.dtype]
     return Launch(ptx, find_entry(ptx, name), (-(-x.numel() // vector // 128),), (128,), 0, [args])
 
 
-def sums(ptx: str, x: torch.Tensor, splits: int, **more) -> torch.Tensor:
+def sums(ptx, x, splits, **more):
     rows, channels, inner = x.shape
     partial, out = torch.empty(channels, splits), torch.empty(channels)
     launches = [
@@ -203,7 +203,7 @@ def sums(ptx: str, x: torch.Tensor, splits: int, **more) -> torch.Tensor:
 @needs_nvcc
 @every_target
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_cuda_elementwise(sm: int, dtype: torch.dtype) -> None:
+def test_cuda_elementwise(sm, dtype):
     ptx = compile_cuda(CUDA, sm)
     x = (3 * torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1))).to(dtype)
     scale, y = torch.linspace(0.5, 2, 5), torch.empty_like(x)
@@ -214,14 +214,14 @@ def test_cuda_elementwise(sm: int, dtype: torch.dtype) -> None:
 
 @needs_nvcc
 @every_target
-def test_cuda_reduction_in_two_stages(sm: int) -> None:
+def test_cuda_reduction_in_two_stages(sm):
     x = torch.randn(4, 3, 300, generator=torch.Generator().manual_seed(2))
     assert error(sums(compile_cuda(CUDA, sm), x, 2), x.double().sum((0, 2))) < 1e-5
 
 
 @needs_nvcc
 @every_target
-def test_cuda_philox(sm: int) -> None:
+def test_cuda_philox(sm):
     out, seed = torch.empty(100, 4, dtype=torch.int32), 0x123456789ABCDEF0
     execute([Launch(compile_cuda(CUDA, sm), "philox", (4,), (32,), 0, [out, seed, 100])], unwritten=[out])
     for i in range(100):
@@ -235,7 +235,7 @@ def test_cuda_philox(sm: int) -> None:
 
 @needs_nvcc
 @every_target
-def test_cuda_fp64_and_slow_paths(sm: int) -> None:
+def test_cuda_fp64_and_slow_paths(sm):
     ptx = compile_cuda(CUDA, sm)
     x = torch.linspace(-8, 8, 200, dtype=torch.float64)
     y = torch.empty_like(x)
@@ -251,7 +251,7 @@ def test_cuda_fp64_and_slow_paths(sm: int) -> None:
 
 @needs_nvcc
 @every_target
-def test_cuda_pairs_calls_and_atomics(sm: int) -> None:
+def test_cuda_pairs_calls_and_atomics(sm):
     ptx = compile_cuda(CUDA, sm)
     g = torch.Generator().manual_seed(3)
     x, w = (torch.randn(64, 2, generator=g).bfloat16() for _ in range(2))
@@ -272,8 +272,8 @@ def test_cuda_pairs_calls_and_atomics(sm: int) -> None:
 
 
 @needs_nvcc
-def test_cuda_last_block() -> None:
-    def sums(*options: str) -> tuple[torch.Tensor, int]:
+def test_cuda_last_block():
+    def sums(*options):
         out, tickets = torch.zeros(64), torch.zeros(1, dtype=torch.int32)
         run(load(compile_cuda(CUDA, 90, options=options), "last_block"), [torch.zeros(256), out, tickets], (4,), (64,))
         return out, tickets.item()
@@ -290,7 +290,7 @@ def test_cuda_last_block() -> None:
 @pytest.mark.parametrize(
     ("plant", "kind"), [("NO_BARRIER", "race"), ("NO_MASK", "out-of-bounds"), ("LATE_STORE", "race")]
 )
-def test_cuda_planted_bugs(plant: str, kind: str) -> None:
+def test_cuda_planted_bugs(plant, kind):
     ptx = compile_cuda(CUDA, 90, options=[f"-D{plant}"])
     x = torch.randn(2, 3, 300)
     y, scale = torch.empty_like(x), torch.ones(3)
@@ -301,7 +301,7 @@ def test_cuda_planted_bugs(plant: str, kind: str) -> None:
 
 
 @needs_nvcc
-def test_a_million_elements() -> None:
+def test_a_million_elements():
     """Speed: about a second on an idle core; the limit leaves room for a busy machine."""
     import time
 
@@ -315,14 +315,14 @@ def test_a_million_elements() -> None:
     assert error(y, gate_truth(x, scale)) < 1e-6
 
 
-def pointers(*names: str, dtype: str = "fp32") -> dict[str, str]:
+def pointers(*names, dtype="fp32"):
     return dict.fromkeys(names, f"*{dtype}")
 
 
 @needs_triton
 @every_target
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_triton_elementwise(sm: int, dtype: torch.dtype) -> None:
+def test_triton_elementwise(sm, dtype):
     from ptx import triton_samples as samples
 
     short = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
@@ -338,7 +338,7 @@ def test_triton_elementwise(sm: int, dtype: torch.dtype) -> None:
 
 @needs_triton
 @every_target
-def test_triton_fp64_and_noise(sm: int) -> None:
+def test_triton_fp64_and_noise(sm):
     from ptx import triton_samples as samples
 
     x = torch.linspace(-8, 8, 200, dtype=torch.float64)
@@ -362,7 +362,7 @@ def test_triton_fp64_and_noise(sm: int) -> None:
 
 @needs_triton
 @every_target
-def test_triton_reduction_in_two_stages(sm: int) -> None:
+def test_triton_reduction_in_two_stages(sm):
     from ptx import triton_samples as samples
 
     integers = {"columns": "i32", "splits": "i32"}
@@ -389,7 +389,7 @@ def test_triton_reduction_in_two_stages(sm: int) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-def test_triton_attention_tile(dtype: str) -> None:
+def test_triton_attention_tile(dtype):
     from ptx import triton_samples as samples
 
     k = compile_triton(

@@ -16,7 +16,7 @@ BUDGETS = json.loads((Path(attention.__file__).parent / "budgets_attention.json"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", attention.FLOPS)
-def test_every_kernel_keeps_its_budget_and_the_edit_is_free(sm: int) -> None:
+def test_every_kernel_keeps_its_budget_and_the_edit_is_free(sm):
     found = attention.costs([sm])
     assert {f"{c.variant}, {c.kernel} sm_{sm}" for c in found} == {n for n in BUDGETS if n.endswith(f"sm_{sm}")}
     for c in found:
@@ -36,7 +36,7 @@ def test_every_kernel_keeps_its_budget_and_the_edit_is_free(sm: int) -> None:
     assert ratios["backward"] <= 1.02
 
 
-def test_the_edit_reads_nothing_more_and_writes_at_most_one_tensor_more() -> None:
+def test_the_edit_reads_nothing_more_and_writes_at_most_one_tensor_more():
     for backward in (False, True):  # z, dz
         edited, plain = attention.traffic(True, backward), attention.traffic(False, backward)
         assert edited["reads"] == plain["reads"]

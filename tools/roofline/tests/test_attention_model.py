@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from ctkernels.ops.attention import cost_model
 
 
-def test_the_cost_model_agrees_with_what_was_measured() -> None:
+def test_the_cost_model_agrees_with_what_was_measured():
     """On an H100: within a factor of two, and, where one implementation took a third longer than the other, which."""
     results = Path(__file__).parents[3] / "benchmarks/results/h100.json"
     for record in json.loads(results.read_text())["attention"]["records"]:

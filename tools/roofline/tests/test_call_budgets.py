@@ -15,14 +15,14 @@ FIT = json.loads(latency.FITTED.read_text())
 Launches = list[tuple[Launch, Code]]
 
 
-def test_the_model_is_as_far_off_as_its_file_says() -> None:
+def test_the_model_is_as_far_off_as_its_file_says():
     found = latency.summary(latency.errors(latency.figures(), latency.fitted()))
     assert found == pytest.approx(FIT["error"], abs=2e-3)
     assert found["mean"] < 0.05
     assert found["worst"] < 0.2
 
 
-def test_the_model_predicts_a_dtype_that_it_has_not_seen() -> None:
+def test_the_model_predicts_a_dtype_that_it_has_not_seen():
     """With a short search here; the file has the long one's."""
     figures = latency.figures()
     constants = latency.fit([f for f in figures if f.call.dtype == "fp32"], tries=1500)
@@ -33,7 +33,7 @@ def test_the_model_predicts_a_dtype_that_it_has_not_seen() -> None:
 
 
 @pytest.mark.slow
-def test_every_call_keeps_its_budget() -> None:
+def test_every_call_keeps_its_budget():
     pytest.importorskip("triton", reason="triton is not installed (its disassembler is used)")
     pytest.importorskip("numpy", minversion="2.0", reason="the launches are those of the recorder, which needs numpy 2")
     from recorder import Toolchain
@@ -45,7 +45,7 @@ def test_every_call_keeps_its_budget() -> None:
     assert not {name: lines for name, d in found.items() if (lines := latency.broken(d, BUDGETS[name]))}
 
 
-def _edited(launches: Launches, edit: Callable[[Launch, Code], tuple[Launch, Code]]) -> Launches:
+def _edited(launches, edit):
     """With another last pass over the tensor."""
     at = max(i for i, (launch, _) in enumerate(launches) if launch.role in ("forward", "backward"))
     return [edit(*pair) if i == at else pair for i, pair in enumerate(launches)]
@@ -79,7 +79,7 @@ PLANTED: dict[str, tuple[Callable[[Launches], Launches], set[str]]] = {
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_a_planted_regression_is_noticed(name: str) -> None:
+def test_a_planted_regression_is_noticed(name):
     """On the kernels that were measured: their machine code is in a file."""
     figure = next(
         f
@@ -93,7 +93,7 @@ def test_a_planted_regression_is_noticed(name: str) -> None:
     assert {line.partition(":")[0] for line in lines} == expected
 
 
-def test_what_a_launch_does_to_a_small_call() -> None:
+def test_what_a_launch_does_to_a_small_call():
     """One token is launches and little else: half of them would nearly halve it."""
     one = next(f for f in latency.figures() if "token" in f.call.case and f.which == "forward_backward")
     machine = latency.Machine.of(90, latency.fitted())
@@ -101,13 +101,13 @@ def test_what_a_launch_does_to_a_small_call() -> None:
     assert 0.25 < times[1] / times[0] < 0.75
 
 
-def test_other_gpus_are_scaled_by_their_data_sheets() -> None:
+def test_other_gpus_are_scaled_by_their_data_sheets():
     h100, b200 = (latency.Machine.of(sm, latency.fitted()) for sm in (90, 100))
     assert b200.constants.bandwidth / h100.constants.bandwidth == pytest.approx(8000 / 3350)
     assert b200.constants.latency == h100.constants.latency
 
 
-def test_nvcc_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvcc_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setattr(cuda, "nvcc", lambda: None)
     with pytest.raises(FileNotFoundError, match="nvcc"):
         cuda.listings(("ctk_reduce_shared",), 123)

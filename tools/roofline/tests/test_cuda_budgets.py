@@ -29,7 +29,7 @@ TARGETS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", GPUS)
-def test_every_kernel_reaches_its_target(sm: int) -> None:
+def test_every_kernel_reaches_its_target(sm):
     for c in cuda.costs([sm]):
         name = f"{c.variant} sm_{sm}"
         assert c.spills == c.calls == 0, name
@@ -43,13 +43,13 @@ def test_every_kernel_reaches_its_target(sm: int) -> None:
         assert c.registers <= BUDGETS[name]["registers"] + 8, name
 
 
-def _parts(variant: str) -> dict[str, str]:
+def _parts(variant):
     words = variant.removeprefix("cuda ").split("_")
     at = next(i for i, w in enumerate(words) if w in ("forward", "backward"))
     return {"_".join(words[: at + 1]): words[at + 1]}
 
 
-def test_what_is_above_the_memory_floor_has_a_target_or_a_reason() -> None:
+def test_what_is_above_the_memory_floor_has_a_target_or_a_reason():
     for name, allowed in BUDGETS.items():
         op, dtype = next((k, v) for k, v in _parts(name.rsplit(" ", 1)[0]).items())
         assert (op, dtype) in TARGETS or allowed["ratio"] <= 1.05 or allowed["reason"], name

@@ -26,7 +26,7 @@ TARGETS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", GPUS)
-def test_every_kernel_keeps_its_budget(sm: int) -> None:
+def test_every_kernel_keeps_its_budget(sm):
     found = [c for c in predict.costs([sm]) if c.ours]
     assert {f"{c.variant} sm_{c.sm}" for c in found} == {name for name in BUDGETS if name.endswith(f"sm_{sm}")}
     aimed = set()
@@ -47,18 +47,18 @@ def test_every_kernel_keeps_its_budget(sm: int) -> None:
     assert aimed == set(TARGETS)
 
 
-def test_what_is_above_the_memory_floor_has_a_target_or_a_reason() -> None:
+def test_what_is_above_the_memory_floor_has_a_target_or_a_reason():
     for name, budget in BUDGETS.items():
         aimed = any(re.fullmatch(pattern, name.rsplit(" ", 1)[0]) for pattern in TARGETS)
         assert aimed or budget["ratio"] <= 1.05 or budget["reason"], name
 
 
-def test_every_kernel_over_tensors_moves_sixteen_bytes_at_a_time() -> None:
+def test_every_kernel_over_tensors_moves_sixteen_bytes_at_a_time():
     tensors = {name: budget["vector"] for name, budget in BUDGETS.items() if name.startswith(("ctu", "head_edit"))}
     assert set(tensors.values()) == {16}
 
 
-def test_the_hot_loop_is_the_one_that_loads() -> None:
+def test_the_hot_loop_is_the_one_that_loads():
     instructions = [
         sass.Instruction(name, "") for name in ("MOV", "LDG.E.128", "MUFU.EX2", "STG.E.128", "BRA", "BRA", "EXIT")
     ]
@@ -70,7 +70,7 @@ def test_the_hot_loop_is_the_one_that_loads() -> None:
 
 
 @pytest.mark.slow
-def test_what_inductor_makes_of_the_reference_is_scored_too() -> None:
+def test_what_inductor_makes_of_the_reference_is_scored_too():
     """Compiled for a GPU that is not there. It keeps intermediate results of the backward pass in memory; ours does not."""
     inductor = pytest.importorskip("roofline.inductor")
     forward, backward = (inductor.cost(f"reference {direction}", "bf16", 90) for direction in ("forward", "backward"))
