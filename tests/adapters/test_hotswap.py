@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from curvature_networks import image, make_net, shaken
 from jola_families import build, inputs, output
 
 peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
 adapters = pytest.importorskip("ctkernels.adapters")
 
+from curvature_networks import image, make_net, shaken  # noqa: E402
 from torch._dynamo.testing import CompileCounter  # noqa: E402
 
 VALUES = inputs("llama")

@@ -7,12 +7,13 @@ import warnings
 
 import pytest
 import torch
-from curvature_networks import image, make_net, shaken, tuned
 from jola_families import build, inputs, output
 
 peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
 adapters = pytest.importorskip("ctkernels.adapters")
 
+from curvature_networks import image, make_net, shaken, tuned  # noqa: E402
 from torch._dynamo.testing import CompileCounter  # noqa: E402
 
 from ctkernels.adapters import adapter_strength, set_strength  # noqa: E402
