@@ -235,6 +235,11 @@ def _text(text: str) -> str:
 
 
 TEXT = Kind("some text", _text)
+CLUSTER = Kind(
+    "auto, local or HOST:PORT",
+    str,
+    lambda value: isinstance(value, str) and re.fullmatch(r"auto|local|[\w.-]+:\d+", value, re.ASCII) is not None,
+)
 
 
 def _pattern(text: str) -> str:

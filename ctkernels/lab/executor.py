@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
@@ -24,6 +23,7 @@ from torch import Tensor
 from .._extras import require
 from .._factories import told
 from ..cli.errors import is_bad_input
+from ..cli.option_types import CLUSTER
 from ._progress import bar
 from .result import versions
 
@@ -139,8 +139,7 @@ class RayExecutor:
 
     def __init__(self, address: str = "auto", *, progress: bool = True) -> None:
         self._ray: Any = require("ray", "ray", "running trials on several machines")
-        if not re.fullmatch(r"auto|local|[\w.-]+:\d+", address):
-            raise ValueError(f"address must be auto, local or HOST:PORT, got {address!r}")
+        CLUSTER.check("address", address)
         self.address, self.progress = address, progress
         self._sent: dict[int, Any] = {}  # tasks in Ray's store, by their id here
         self._advance: Callable[[int], object] = lambda step: None

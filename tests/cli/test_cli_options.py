@@ -126,7 +126,7 @@ GOOD: dict[str, set[str]] = {
     "--only": {*BAD} - {"-inf"},
     "data": {"{folder}"},  # what is in it is seen when it is read
     "results": {"{folder}", "{file}"},
-    "--adapter": {"{folder}"},
+    "watch --adapter": {"{folder}"},
     "--host": ANY_NAME,
     "--port": {"0"},
     "texts": {"{file}"},

@@ -206,7 +206,7 @@ def add_executor(p: argparse._ActionsContainer) -> None:
     """Add where trials run."""
     p.add_argument(
         "--ray",
-        type=types.TEXT,
+        type=types.CLUSTER,
         metavar="ADDRESS",
         help="run trials on a Ray cluster: auto (that of this machine), HOST:PORT, or local (this machine's cores). "
         "Default: in this process",
@@ -219,10 +219,7 @@ def executor_of(arguments: argparse.Namespace) -> Executor:
 
     if arguments.ray is None:
         return LocalExecutor()
-    try:
-        return RayExecutor(arguments.ray, progress=not arguments.no_progress)
-    except ValueError as error:
-        raise OptionError(str(error).replace("address", "--ray", 1)) from None
+    return RayExecutor(arguments.ray, progress=not arguments.no_progress)
 
 
 def plain_preprocess(arguments: argparse.Namespace) -> Preprocess:
