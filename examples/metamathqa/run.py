@@ -31,21 +31,18 @@ import ctkernels.adapters  # noqa: F401
 EXPERIMENTS = Path(__file__).with_name("experiments")
 NAME = "llama-3.2-3B-default"
 METHODS = ("jola", "curvature", "joint")
-BATCH, TOKENS = 4, 768  # peft's batch, and its longest rows
 SCRIPT = "import runpy, sys; import ctkernels.adapters; sys.argv[0] = 'run.py'; runpy.run_path('run.py', run_name='__main__')"
 
 
 class Prediction(NamedTuple):
     """Numbers trained, numbers in all, and bytes.
 
-    `states`: weights, and what is trained with its gradient and Adam's two moments. `saved`: kept by the forward pass of the
-    longest batch for its backward pass.
+    `states`: weights, and what is trained with its gradient and Adam's two moments.
     """
 
     trained: int
     total: int
     states: int
-    saved: int
 
 
 def llama() -> Any:
@@ -68,28 +65,15 @@ def setting(method: str) -> Any:
     return peft.PeftConfig.from_pretrained(str(EXPERIMENTS / method / NAME))
 
 
-def predict(config: Any, adapter: Any, batch: int = BATCH, tokens: int = TOKENS) -> Prediction:
+def predict(config: Any, adapter: Any) -> Prediction:
     """Count a model with an adapter in bfloat16, from shapes alone."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        adapted = peft.get_peft_model(model, adapter).train()
-        rows = torch.zeros(batch, tokens, dtype=torch.long)
-    # without data, a transposed weight has a storage of its own: weights are told by shape and strides
-    weights = {(v.shape, v.stride()) for v in (*adapted.parameters(), *adapted.buffers())}
-    weights |= {(shape[::-1], stride[::-1]) for shape, stride in weights}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def note(value: torch.Tensor) -> torch.Tensor:
-        if (value.shape, value.stride()) not in weights:
-            saved[value.untyped_storage()._cdata] = value.untyped_storage()
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
-        adapted(input_ids=rows, labels=rows)
+        adapted = peft.get_peft_model(model, adapter)
     trained, total = adapted.get_nb_trainable_parameters()
     frozen = sum(p.numel() * p.element_size() for p in adapted.parameters() if not p.requires_grad)
     states = frozen + sum(4 * p.numel() * p.element_size() for p in adapted.parameters() if p.requires_grad)
-    return Prediction(trained, total, states, sum(storage.nbytes() for storage in saved.values()))
+    return Prediction(trained, total, states)
 
 
 def train(folder: Path, method: str, options: list[str]) -> int:
@@ -113,10 +97,10 @@ def main() -> int:
         return train(arguments.peft, arguments.method, options)
     adapters = {"lora, rank 32": peft.LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=64)}
     adapters |= {method: setting(method) for method in METHODS}
-    print(f"{'Llama-3.2-3B':<14}  {'trained':>10}  {'states, GB':>10}  {'saved by the longest batch, GB':>30}")
+    print(f"{'Llama-3.2-3B':<14}  {'trained':>10}  {'states, GB':>10}")
     for name, adapter in adapters.items():
         found = predict(llama(), adapter)
-        print(f"{name:<14}  {found.trained:>10,}  {found.states / 1e9:>10.2f}  {found.saved / 1e9:>30.2f}")
+        print(f"{name:<14}  {found.trained:>10,}  {found.states / 1e9:>10.2f}")
     return 0
 
 

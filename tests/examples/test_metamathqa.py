@@ -43,7 +43,10 @@ def test_two_steps(method, tmp_path):
         ).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    assert all(not torch.equal(before[name], p.detach()) for name, p in trained.items())
+    still = [name for name, p in trained.items() if torch.equal(before[name], p.detach())]
+    # A gate that is drawn as 1 has no gradient: in two steps not all of them move.
+    assert not [name for name in still if "log_alpha" not in name]
+    assert len(still) < sum("log_alpha" in name for name in trained) or method == "curvature"
     if method != "curvature":  # the rate of gates is in how they are stored, in files that do not name it, it is 1
         layer = next(module for module in model.modules() if isinstance(module, adapters.JolaLayer))
         assert float(layer.jola_unit_log_alpha["default"]) == 10
@@ -54,7 +57,7 @@ def test_two_steps(method, tmp_path):
 
 def test_what_is_counted_is_what_peft_has_published():
     """For LoRA of rank 32, results/lora--llama-3.2-3B-rank32.json has 9,175,040 of 3,221,924,864."""
-    found = run.predict(run.llama(), peft.LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=64), batch=1, tokens=8)
+    found = run.predict(run.llama(), peft.LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=64))
     assert (found.trained, found.total) == (9_175_040, 3_221_924_864)
     assert found.states == 2 * (3_221_924_864 - 9_175_040) + 16 * 9_175_040
 
@@ -62,18 +65,14 @@ def test_what_is_counted_is_what_peft_has_published():
 @pytest.mark.parametrize("method", run.METHODS)
 def test_the_prediction_is_that_of_the_model_itself(method):
     """Shapes alone give what real tensors give."""
-    found = run.predict(tiny(), run.setting(method), batch=2, tokens=16)
+    found = run.predict(tiny(), run.setting(method))
     model = peft.get_peft_model(transformers.LlamaForCausalLM(tiny()).to(torch.bfloat16), run.setting(method))
     assert (found.trained, found.total) == model.get_nb_trainable_parameters()
-    own = {v.untyped_storage().data_ptr() for v in (*model.parameters(), *model.buffers())}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def note(value):
-        saved[value.untyped_storage().data_ptr()] = value.untyped_storage()
-        return value
-
-    tokens = torch.zeros(2, 16, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
-        model.train()(input_ids=tokens, labels=tokens)
-    expected = sum(storage.nbytes() for place, storage in saved.items() if place not in own)
-    assert found.saved == pytest.approx(expected, rel=0.1)  # attention keeps its output or its weights
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moments = [v for state in optimizer.state.values() for key, v in state.items() if key.startswith("exp_avg")]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert found.states == sum(v.nbytes for v in (*model.parameters(), *gradients, *moments))
