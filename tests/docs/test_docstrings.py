@@ -17,6 +17,7 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 # Examples that are shown and not run, with the reason.
 SKIPPED = {
+    "ctkernels/lab/executor.py:RayExecutor": "starts a cluster; tests/lab/test_ray.py does",
     "ctkernels/adapters/serving/gguf.py:save_gguf": "a GGUF file of the base model (tests/adapters/test_serving_llama_cpp.py)",
     "examples/serve_adapters.py:AdapterBatching": "threads of a server; tests/examples/test_serve_adapters.py runs it",
     "examples/data/images.py:fashion_mnist": "60,000 images that a Debian package or a download has to bring",
