@@ -15,7 +15,7 @@ COMPARE := examples.data:fashion_mnist examples.data:emoji digits --model mobile
     --size 64 --resize 64 --max-train 240 --max-test 300 --epochs 6 --batch-size 16 --folds 1 --margin 0 --betas 0.8,0.85,0.9,0.95 --cpu \
     --grid lora-r1.lr=1e-3,3e-3,1e-2 --grid tct+lora-r1.lora_lr=1e-3,3e-3
 
-.PHONY: gpu roofline-table kernel-hub kernel-hub-suite docs demo compare study test test-pure test-newest newest-suite serving serving-suite peft-suite fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
+.PHONY: ray-suite gpu roofline-table kernel-hub kernel-hub-suite docs demo compare study test test-pure test-newest newest-suite serving serving-suite peft-suite fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
 
 help:
 	@echo "make demo    adapt real pretrained networks on real images and texts (about ten minutes)"
@@ -44,7 +44,7 @@ $(VENV)/torch.stamp:
 
 $(VENV)/built.stamp: $(VENV)/torch.stamp $(NATIVE_SOURCES)
 	PATH="$(abspath $(VENV))/bin:$$PATH" CTKERNELS_BUILD=$(BUILD) $(PY) -m pip install --quiet --disable-pip-version-check \
-	    --no-build-isolation --editable ".[test,lint,lab,ray,trainers,lm-eval,onnx,runtimes,serving,monitor]"
+	    --no-build-isolation --editable ".[test,lint,lab,trainers,lm-eval,onnx,runtimes,serving,monitor]"
 	@touch $@
 
 $(VENV)/demo.stamp: $(VENV)/built.stamp requirements-demo.txt
@@ -103,6 +103,11 @@ serving-suite: $(VENV)/torch.stamp
 	    llama_cpp_python-0.3.36/vendor/llama.cpp; }
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind CTKERNELS_LLAMA_CPP=$(VENV)/llama.cpp $(PY) -m pytest -s \
 	    tests/adapters/test_serving_vllm.py tests/adapters/test_serving_llama_cpp.py tests/adapters/test_serving_converter.py tests/serving $(PYTEST_ARGS)
+
+# Comparisons on a Ray cluster of two nodes, one process at a time: its workers need the cores.
+ray-suite: $(VENV)/built.stamp
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[ray]"
+	$(PY) -m pytest tests/lab/test_ray.py $(PYTEST_ARGS)
 
 # peft's own tests, from its source distribution, with both methods beside peft's own.
 peft-suite: $(VENV)/built.stamp
