@@ -139,7 +139,7 @@ def fit_probe(*arguments):
     return honest(*arguments)
 
 probing.fit_probe = fit_probe
-test_strategies.search(strategy="bayesian", evaluations=6, storage=sys.argv[2])
+test_strategies.search(strategy="bayesian", evaluations=6, storage=sys.argv[2], folds=1, margin=0.0)
 """
 
 
