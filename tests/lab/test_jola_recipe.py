@@ -172,6 +172,74 @@ def test_a_grid_may_name_what_an_ablation_changes(tiny):
         METHODS["lofit"].settings({"by_row": (1,)})
 
 
+def test_gates_are_steady_in_the_first_steps(tiny):
+    """They are not sampled there, but trained."""
+    model, _ = tiny
+    (setting,) = METHODS["jola"].settings({"lr": [0.1], "gate_lr": [0.1], "steady": [0.5]})
+    with METHODS["jola"].attach(model, setting) as attached:
+        _, steady = attached.callbacks
+        config = attached.model.peft_config["default"]
+        frozen = []
+        for step in range(6):
+            steady.on_step_begin(None, types.SimpleNamespace(global_step=step, max_steps=6), None)
+            layers = [m for m in attached.model.modules() if hasattr(m, "jola_config")]
+            frozen.append({layer.jola_config["default"].freeze_gates for layer in layers})
+            assert all(p.requires_grad for n, p in attached.model.named_parameters() if "log_alpha" in n)
+        assert layers
+        assert frozen == [{True}] * 3 + [{False}] * 3
+        assert config is layers[0].jola_config["default"]
+
+
+def test_the_last_steps_of_an_epoch_are_averaged(tiny):
+    """Validation and what is kept see the mean, training goes on from the weights themselves."""
+    from ctkernels.lab.jola.training import Logs, train
+
+    model, tokenizer = tiny
+    rows = [scoring.answer_row(e, tokenizer, Answering()) for e in _examples(16)]
+    states, seen = [], []
+
+    def trained(average):
+        with METHODS["lofit"].attach(model, {"lr": 0.05}) as attached:
+            torch.manual_seed(0)
+            for parameter in attached.groups[0]["params"]:
+                torch.nn.init.zeros_(parameter)
+
+            def validate():
+                seen.append(attached.state())
+                return {"loss": 1.0 / len(seen)}
+
+            def advance(_):
+                states.append(attached.state())
+
+            training = TrainingConfig(epochs=2, batch_size=4, average=average)
+            log = train(attached, rows, 0, training, 0, validate, (("loss", -1.0),), advance, Logs())
+            return log.state
+
+    trained(0.0)
+    plain = [states.copy(), seen.copy()]
+    states.clear(), seen.clear()
+    kept = trained(0.5)
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(plain[0], states) for k in a)
+    assert all(torch.equal(plain[1][i][k], states[4 * i + 3][k]) for i in range(2) for k in kept)
+    for i in range(2):
+        for k, value in seen[i].items():
+            expected = (states[4 * i + 2][k].double() + states[4 * i + 3][k].double()) / 2
+            assert torch.equal(value, expected.to(value.dtype))
+    assert all(torch.equal(kept[k], seen[1][k]) for k in kept)
+
+
+def test_gradients_are_clipped_as_asked(tiny, tmp_path):
+    model, tokenizer = tiny
+    losses = [
+        compare_methods(
+            model, tokenizer, DATA, methods=["lofit"], seeds=[0], grids={"lofit": {"lr": [0.05]}},
+            **{**SMALL, "training": TrainingConfig(epochs=1, batch_size=4, clip=clip)},
+        ).runs[-1].validation["loss"]
+        for clip in (1.0, 1e-9, 0.0)
+    ]  # fmt: skip
+    assert len(set(losses)) == 3
+
+
 def test_the_protocol_from_end_to_end(tiny, tmp_path):
     model, tokenizer = tiny
     options = {**SMALL, "methods": ["zero-shot", "lora", "jola"], "seeds": [0, 1], "grids": GRIDS}

@@ -26,10 +26,11 @@ class Planted(nn.Module):
     A unit's value at 0, (1 - beta) ln(2) / 2 for c = 1/2, tells its beta. The pooling halves the resolution between them.
     """
 
-    def __init__(self, first, second, width):
+    def __init__(self, first, second, width, scale):
         super().__init__()
         self.first, self.second, self.pool = nn.ReLU(), nn.ReLU(), nn.AvgPool2d(2)
         self.head = nn.Linear(1, 2)
+        self.scale = scale
         self.values, self.width = [(1 - b) * math.log(2) / 2 for b in (first, second)], width * math.log(2) / 2
 
     def forward(self, x):
@@ -37,7 +38,7 @@ class Planted(nn.Module):
         one, two = self.first(zero), self.second(self.pool(zero))
         off = (one.mean((1, 2, 3)) - self.values[0]) ** 2 + (two.mean((1, 2, 3)) - self.values[1]) ** 2
         gate = torch.exp(-off / self.width**2)
-        return self.head((x[:, 0, 0, 0] * gate + x[:, 0, 0, 1])[:, None])
+        return self.head(self.scale * (x[:, 0, 0, 0] * gate + x[:, 0, 0, 1])[:, None])
 
 
 def planted_data(n=400, seed=0):
@@ -49,8 +50,10 @@ def planted_data(n=400, seed=0):
     return images, labels
 
 
-def search(first=0.7, second=0.9, width=0.12, **options):
-    return search_betas(Planted(first, second, width), planted_data(), **{"betas": GRID, "progress": False, **options})
+def search(first=0.7, second=0.9, width=0.12, scale=1.0, **options):
+    return search_betas(
+        Planted(first, second, width, scale), planted_data(), **{"betas": GRID, "progress": False, **options}
+    )
 
 
 @pytest.mark.parametrize("strategy", ["grid", "coordinate"])
@@ -120,8 +123,10 @@ def test_workers_share_a_study_and_a_later_call_only_reports(tmp_path):
     again = search(strategy="bayesian", evaluations=8, width=0.1, storage=storage)
     assert again.history == result.history
     assert again.chosen == result.chosen
-    with pytest.raises(ValueError, match=r"is of other data or another network \(different: \['seed'\]"):
-        search(strategy="bayesian", evaluations=8, width=0.1, storage=storage, seed=1)
+    for other in ({"seed": 1}, {"folds": 2}, {"l2": 3.0}, {"coeff": 0.25}, {"betas": "0.5:1:0.05"}, {"scale": 2.0}):
+        names = {"folds": r"\['folds'\]", "scale": r"\['features'\]"}.get(next(iter(other)), f".*'{next(iter(other))}'")
+        with pytest.raises(ValueError, match=r"other settings \(different: " + names):
+            search(strategy="bayesian", evaluations=8, width=0.1, storage=storage, **other)
 
 
 KILLED = """

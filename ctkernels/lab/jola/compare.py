@@ -35,6 +35,8 @@ from .scoring import (
 )
 from .texts import Example, Split, TextData, draw
 
+# Fields of a training that results from before they existed do not have: what was done then.
+_BEFORE = {"clip": 1.0, "average": 0.0}
 DEFAULT_METHODS = ("zero-shot", "lora", "bitfit", "ia3", "lofit", "jola")
 
 
@@ -125,7 +127,7 @@ def compare_methods(
         "sizes": {"train": config.train, "val": config.val, "test": len(splits[seeds[0]].test)},
         "seeds": seeds,
         "methods": {m.name: {**m.grid, **(grids or {}).get(m.name, {})} for m, _ in plan},
-        "budget": asdict(training),
+        "budget": {k: v for k, v in asdict(training).items() if (k, v) not in _BEFORE.items()},
         "answering": asdict(how),
         "schedule": config.schedule,
         "processes": processes.size,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import torch
 
-from ...cli.option_types import COUNT, PATTERN, SHARE, choice
+from ...cli.option_types import COUNT, MARGIN, PATTERN, SHARE, choice
 from ..config import Config
 
 SCHEDULES = ("constant", "linear", "cyclic", "exponential")
@@ -24,6 +24,9 @@ class TrainingConfig(Config):
         batch_size: examples per step, over all processes.
         warmup: part of the steps in which the rate rises; afterwards it falls along a cosine.
         weight_decay: of what is trained, gates excepted.
+        clip: largest norm of a step's gradients, all together; 0: as they are.
+        average: part of each epoch's steps, the last ones, over which weights are averaged before they are validated
+            and kept; training goes on from the weights themselves. 0: no averaging.
     """
 
     epochs: Annotated[int, COUNT] = 10
@@ -31,6 +34,8 @@ class TrainingConfig(Config):
     batch_size: Annotated[int, COUNT] = 10
     warmup: Annotated[float, SHARE] = 0.1
     weight_decay: float = 0.0
+    clip: Annotated[float, MARGIN] = 1.0
+    average: Annotated[float, SHARE] = 0.0
 
 
 @dataclass(frozen=True)

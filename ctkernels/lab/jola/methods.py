@@ -65,9 +65,10 @@ def _trained(model: nn.Module, lr: float) -> list[dict[str, Any]]:
     return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
 
 
-# What else a grid may name for methods with head edits; `by_row` and `units` are 0 or 1.
+# What else a grid may name for methods with head edits; `by_row` and `units` are 0 or 1, `steady` is the share of the steps,
+# the first ones, in which gates are not sampled.
 EDIT_OPTIONS = ("init_std", "units")
-GATE_OPTIONS = ("by_row", "init_log_alpha", "temperature")
+GATE_OPTIONS = ("by_row", "init_log_alpha", "temperature", "steady")
 
 
 def _jola_config(setting: Setting, **values: Any) -> Any:
@@ -87,6 +88,20 @@ def _measure(model: Any, setting: Setting) -> Callable[[Iterable[Mapping[str, An
     return partial(adapters.measure_units, model) if setting.get("units", 1) else None
 
 
+def _steady_gates(model: nn.Module, share: float) -> Any:
+    """A callback of the Trainer: gates are deterministic in the first ``share`` of the steps, and trained all the same."""
+    import transformers
+
+    class SteadyGates(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            steady = state.global_step < share * state.max_steps
+            for layer in model.modules():
+                for config in getattr(layer, "jola_config", {}).values():
+                    config.freeze_gates = steady
+
+    return SteadyGates()
+
+
 @contextmanager
 def jola(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
     """Both edits of every head, gated; gates at a rate of their own."""
@@ -94,8 +109,10 @@ def jola(model: nn.Module, setting: Setting, schedule: str = "exponential") -> I
 
     with _through_peft(model, _jola_config(setting)) as wrapped:
         groups = adapters.parameter_groups(wrapped, lr=setting["lr"], gate_lr=setting["gate_lr"])
-        penalty = adapters.JolaPenaltyCallback(schedule, units=0)
-        yield Attached(wrapped, groups, [penalty], _measure(wrapped, setting))
+        callbacks = [adapters.JolaPenaltyCallback(schedule, units=0)]
+        if share := setting.get("steady"):
+            callbacks.append(_steady_gates(wrapped, share))
+        yield Attached(wrapped, groups, callbacks, _measure(wrapped, setting))
 
 
 @contextmanager
@@ -219,7 +236,7 @@ METHODS: dict[str, Method] = {
             {"lr": (2e-2, 5e-2), "gate_lr": (2e-1, 5e-1)},
             jola,
             optional=(*EDIT_OPTIONS, *GATE_OPTIONS),
-            nonnegative=("by_row", "units"),
+            nonnegative=("by_row", "units", "steady"),
         ),
     )
 }

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.integrations import get_available_reporting_integrations
 
@@ -47,6 +48,7 @@ class _Trainer(transformers.Trainer):
     """The loss on answers only, and our own validation."""
 
     validate: Callable[[], dict[str, float]]
+    average: _Average
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -57,10 +59,11 @@ class _Trainer(transformers.Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         model: Any = self.model
         model.eval()
-        metrics = {f"eval_{name}": value for name, value in self.validate().items()}
-        model.train()
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        with self.average.loaded():
+            metrics = {f"eval_{name}": value for name, value in self.validate().items()}
+            model.train()
+            self.log(dict(metrics))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
@@ -72,6 +75,35 @@ class _Steps(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance(1)
+
+
+class _Average(transformers.TrainerCallback):
+    """The mean of the weights over the last ``share`` of an epoch's ``steps``."""
+
+    def __init__(self, attached: Attached, share: float, steps: int) -> None:
+        self.attached, self.steps, self.first = attached, steps, steps - round(share * steps)
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (state.global_step - 1) % self.steps >= self.first:
+            weights = {name: value.double() for name, value in self.attached.state().items()}
+            self.sums = {name: value + self.sums.get(name, 0) for name, value in weights.items()}
+            self.count += 1
+
+    @contextmanager
+    def loaded(self) -> Iterator[None]:
+        """The model with the epoch's mean, if there is one; afterwards with its own weights, and the next mean begins."""
+        if not self.count:
+            yield
+            return
+        weights = self.attached.state()
+        self.attached.load({name: (value / self.count).to(weights[name].dtype) for name, value in self.sums.items()})
+        self.sums, self.count = {}, 0
+        try:
+            yield
+        finally:
+            self.attached.load(weights)
 
 
 class _BestEpoch(transformers.TrainerCallback):
@@ -145,7 +177,8 @@ def train(
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if budget.batch_size % processes:
         raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {budget.batch_size}")
-    steps = -(-len(rows) // budget.batch_size) * budget.epochs
+    steps = -(-len(rows) // budget.batch_size)
+    average = _Average(attached, budget.average, steps)
     on_cpu = next(attached.model.parameters()).device.type == "cpu"
     # TensorBoard's files go to runs/ in the Trainer's output folder
     writes = logs.folder is not None and logs.loggers
@@ -155,7 +188,8 @@ def train(
             num_train_epochs=budget.epochs,
             per_device_train_batch_size=budget.batch_size // processes,
             lr_scheduler_type="cosine",
-            warmup_steps=round(budget.warmup * steps),
+            warmup_steps=round(budget.warmup * steps * budget.epochs),
+            max_grad_norm=budget.clip,
             eval_strategy="epoch",
             save_strategy="no",
             logging_strategy="steps" if logs.loggers else "no",
@@ -177,11 +211,11 @@ def train(
             train_dataset=_Rows(rows),
             eval_dataset=_Rows(rows[:1]),  # the Trainer wants one; `evaluate` has its own
             data_collator=lambda some: collate(some, pad),
-            callbacks=[*attached.callbacks, _Steps(advance), best],
+            callbacks=[*attached.callbacks, _Steps(advance), average, best],
             optimizers=(optimizer, None),
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        trainer.validate = validate
+        trainer.validate, trainer.average = validate, average
         trainer.train()
     attached.load(best.log.state)
     attached.model.eval()

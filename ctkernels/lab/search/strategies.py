@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -225,13 +227,12 @@ def _bayesian(score: _Evaluator) -> list[Evaluation]:
     highest, lowest = config.grid[0], config.grid[-1]
     names = [f"beta_{i}" for i in range(len(plain))]
     study = _study(optuna, config)
-    counts = {name: torch.bincount(values).tolist() for name, values in score.search.labels.items()}
-    identity = {"groups": score.groups, "labels": counts, "seed": config.seed}  # enough to notice other data
+    identity = _identity(score)
     known = study.user_attrs.get("identity")
-    if known is not None and known != identity:
-        differ = sorted(k for k in identity if known.get(k) != identity[k])
+    if known is not None and (differ := sorted(k for k in identity if not _same(known.get(k), identity[k]))):
         raise ValueError(
-            f"study {config.study!r} in {config.storage} is of other data or another network (different: {differ})"
+            f"study {config.study!r} in {config.storage} is of other data, another network or other settings (different: "
+            f"{differ}); go on with those it was begun with, or name another study"
         )
     study.set_user_attr("identity", identity)
     states = optuna.trial.TrialState
@@ -282,6 +283,43 @@ def _bayesian(score: _Evaluator) -> list[Evaluation]:
         Evaluation(tuple(t.params[n] for n in names), float(t.value), float(t.user_attrs.get("seconds", 0)))
         for t in (first, *(t for t in done if t.number != first.number))
     ]
+
+
+def _identity(score: _Evaluator) -> dict[str, Any]:
+    """Everything that an accuracy of the study depends on, as JSON has it: trials of two such are not compared."""
+    search, config = score.search, score.config
+    settings = {name: value for name, value in config.arguments().items() if name not in _MAY_DIFFER}
+    counts = {name: torch.bincount(values).tolist() for name, values in search.labels.items()}
+    plain = search.backbone.features(score._betas((1.0,) * len(score.groups)))
+    pixels = search.example.detach().float().cpu().contiguous().numpy().tobytes()
+    values = {
+        **settings,
+        "betas": [config.grid[-1], config.grid[0]],
+        "feature_layer": str(search.backbone.point),
+        "folds": len(search.cuts),
+        "groups": score.groups,
+        "labels": counts,
+        "first image": f"{tuple(search.example.shape)} {hashlib.sha256(pixels).hexdigest()[:16]}",
+        "features": plain(search.example)[0, :16].tolist(),
+    }
+    return dict(json.loads(json.dumps(values)))
+
+
+def _same(known: Any, value: Any) -> bool:
+    """Equality; of floats to one part in a thousand of the largest, as other machines round otherwise."""
+    if (
+        isinstance(known, list)
+        and isinstance(value, list)
+        and known
+        and all(isinstance(v, float) for v in (*known, *value))
+    ):
+        large = max(map(abs, known))
+        return len(known) == len(value) and all(abs(a - b) <= 1e-3 * large for a, b in zip(known, value))
+    return bool(known == value)
+
+
+# How much is done where, and what is made of the accuracies in the end.
+_MAY_DIFFER = ("evaluations", "workers", "batch_size", "study", "storage", "margin", "strategy")
 
 
 def _study(optuna: Any, config: StrategyConfig) -> Any:
