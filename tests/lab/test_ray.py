@@ -69,6 +69,7 @@ def compare(**options):
         "training": TrainingConfig(epochs=2, batch_size=8),
         "images": ImageOptions(size=made.SIDE, resize=made.SIDE),
         "cpu": True,
+        "folds": 1,
         "progress": False,
     }
     options = {**defaults, **options}
@@ -103,8 +104,8 @@ def address(cluster):
 
 def test_two_nodes_give_the_result_of_one_process(cluster, tmp_path):
     """Every number and every bit of the weights, in the same order, whichever trial ended first."""
-    one = compare(out=tmp_path / "one")
-    two = compare(out=tmp_path / "two", **address(cluster))
+    one = compare(out=tmp_path / "one", folds=2)
+    two = compare(out=tmp_path / "two", folds=2, **address(cluster))
     assert runs(one) == runs(two)
     assert one.setup == two.setup
     same_files(tmp_path / "one", tmp_path / "two")
