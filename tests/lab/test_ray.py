@@ -134,7 +134,8 @@ def test_texts_and_models_loaded_by_name(cluster, tmp_path, tiny_llama):  # noqa
     jola += ["--no-progress"]
     jola += ["--grid", "lora.rank=2", "--train", "16", "--val", "8", "--test", "12", "--epochs", "1", "--device", "cpu"]
     images = ["compare", saved(tmp_path), *MODEL, "--methods", "linear,tct", "--seeds", "0,1", "--epochs", "1"]
-    for command in (jola, images):
+    tune = ["tune", saved(tmp_path), *MODEL, "--lr", "0.03,0.1", "--betas", "0.8,0.9", "--epochs", "1"]
+    for command in (jola, images, tune):
         one, two = tmp_path / command[0] / "one", tmp_path / command[0] / "two"
         assert main([*command, "--out", str(one)]) == 0
         assert main([*command, "--out", str(two), "--ray", cluster.address]) == 0

@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_fields(p, TuneConfig, "lr", "head_lr", "seed")
     options.add_training_options(p)
     options.add_example_options(p)
-    options.add_running_options(p, TuneConfig, "workers", "memory_limit", out="out/tune")
+    options.add_executor(options.add_running_options(p, TuneConfig, "workers", "memory_limit", out="out/tune"))
     return p
 
 
@@ -62,12 +62,13 @@ def run(arguments: argparse.Namespace) -> int:
     options.plain_preprocess(arguments)
     name, weights = arguments.model
     config = options.config_of(TuneConfig, arguments, name=name, data_name=Path(arguments.data).name)
+    executor = options.executor_of(arguments)
     for module in ("accelerate", "peft", "safetensors"):
         require(module, "adapters", "learning the curvature")
     source, out = options.model_source(name, weights, arguments.seed), arguments.out
     data = lab.load_data(arguments.data)
     options.tell_counts({config.data_name: data}, config, config.seed)
-    result = tune_curvature(source, data, out, config, extra=options.record_of(arguments))
+    result = tune_curvature(source, data, out, config, executor=executor, extra=options.record_of(arguments))
     if _distributed.launched_rank() == 0:
         kept = out / ("adapter" if kept_stage(result) == "tct" else HEAD)
         print(f"{stages(result)}\n\n{result.verdict()}\n\nsaved {kept} and {out / 'result.json'}")

@@ -18,6 +18,7 @@ from ...cli.option_types import RATES, SEED
 from ...steering import steer
 from .._weights import load_adapter, read_weights, save_weights
 from ..config import configured
+from ..executor import Executor
 from ..experiment import weights_path
 from ..images.sets import Preprocess
 from ..labelled import Splits
@@ -66,6 +67,7 @@ def tune_curvature(
     out: str | PathLike[str],
     config: TuneConfig | None = None,
     *,
+    executor: Executor | None = None,
     extra: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> TransferComparison:
@@ -83,6 +85,7 @@ def tune_curvature(
         data: labelled images.
         out: folder for ``result.json``, ``weights`` and what is kept. A call that was cut short goes on from there.
         config: betas, rates to try, epochs, how images are made ready and so on.
+        executor: where training and scoring are done. Default: in this process.
         extra: more entries for the result file.
         options: fields of :class:`TuneConfig`, in place of ``config``'s.
 
@@ -103,6 +106,7 @@ def tune_curvature(
     def compare(**entries: Any) -> TransferComparison:
         sources, sets = {config.name: model}, {config.data_name: data}
         common: dict[str, Any] = {"methods": tuple(grids), "grids": grids, "seeds": (config.seed,), "out": out}
+        common["executor"] = executor
         return compare_transfer(sources, sets, config, extra={**(extra or {}), **entries}, **common)
 
     sct = compare().tested(config.name, config.data_name, "sct")[0].detail
