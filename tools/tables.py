@@ -12,10 +12,13 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from ctkernels.lab.stats import spread
+from ctkernels.lab.stats import spread, summary
 from ctkernels.lab.transfer import TransferComparison
+from ctkernels.lab.transfer.result import display
+from ctkernels.lab.transfer.tune import STAGES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "docs" / name for name in ("results.md", "compare.md", "jola.md")]
@@ -213,6 +216,22 @@ def compare() -> str:
     return TransferComparison.read(ROOT / "benchmarks/results/compare.json").markdown() + "\n"
 
 
+def kept() -> str:
+    """What validation keeps of the probe, S-CT and T-CT in `make compare`, seed by seed, as `tune` does without a margin."""
+    result = TransferComparison.read(ROOT / "benchmarks/results/compare.json")
+    rows, means = [], []
+    for model in result.models:
+        for data in result.setup["data"]:
+            runs = [result.tested(model, data, stage) for stage in STAGES]
+            chosen = [max(of_seed, key=lambda run: run.validation["accuracy"]) for of_seed in zip(*runs)]
+            scores = [[100 * run.test for run in some] for some in (runs[0], runs[-1], chosen)]
+            means.append([mean(values) for values in scores])
+            stages = ", ".join(display(run.method) for run in chosen)
+            rows.append([model, data, *(spread(summary(values)) for values in scores), stages])
+    rows.append(["mean", "", *(f"{mean(values):.1f}" for values in zip(*means)), ""])
+    return _table(["network", "data", "linear probe", "T-CT", "kept", "which, by seed"], rows)
+
+
 def study() -> str:
     """Accuracies of `make study` by method and task."""
     values = _results("study")
@@ -240,6 +259,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calls-cpu": calls_cpu,
     "ops-h100": ops_h100,
     "compare": compare,
+    "kept": kept,
     "study": study,
 }
 
