@@ -85,10 +85,10 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 def _block(model: nn.Module, name: str, attentions: list[Attention], modules: Mapping[str, nn.Module]) -> Block:
-    own = [attention for attention in attentions if attention.name.startswith(f"{name}.")]
-    shapes = [linear_shape(modules[attention.site]) for attention in own if attention.site is not None]
+    inner = [attention for attention in attentions if attention.name.startswith(f"{name}.")]
+    shapes = [linear_shape(modules[attention.site]) for attention in inner if attention.site is not None]
     width = next((shape[1] for shape in shapes if shape is not None), None) or declared_width(model, name)
-    rest = {key: m for key, m in _inside(name, modules) if not any(_belongs(key, attention) for attention in own)}
+    rest = {key: m for key, m in _inside(name, modules) if not any(_belongs(key, attention) for attention in inner)}
     if any(_EXPERTS.fullmatch(key) for key in rest):
         return Block(name, width, None, "its MLP is a mixture of experts, whose output is no projection's")
     ends = [key for key in rest if _MLP_OUTPUT.fullmatch(key) and (linear_shape(rest[key]) or (0, 0))[1] == width]
@@ -107,10 +107,10 @@ def default_outputs(model: nn.Module, site: str) -> list[str]:
     blocks = find_blocks(model)
     names = [block.name for block in blocks] if site == "block" else [block.mlp for block in blocks if block.mlp]
     if not names:
-        what = "block (a numbered module with an attention and more in it)" if site == "block" else "MLP"
+        kind = "block (a numbered module with an attention and more in it)" if site == "block" else "MLP"
         reasons = "; ".join(dict.fromkeys(block.reason for block in blocks)) if site == "mlp" and blocks else ""
         raise ValueError(
-            f"no {what} was recognised in this {type(model).__name__}{f': {reasons}' if reasons else ''}; pass target_modules"
+            f"no {kind} was recognised in this {type(model).__name__}{f': {reasons}' if reasons else ''}; pass target_modules"
             f"{', or site=' + repr('block') if reasons else ''}. {near_misses(model)}"
         )
     return as_targets(model, names) if site == "mlp" else names

@@ -84,21 +84,21 @@ def coverage(model: nn.Module) -> Coverage:
     layers = {name: layer for name, layer in every.items() if layer.edits == "head"}
     configs = {name: config for layer in layers.values() for name, config in layer.jola_config.items()}
     unused = unused_sites(inner)
-    found: list[AttentionCoverage] = []
-    seen: set[str] = set()
+    attentions: list[AttentionCoverage] = []
+    recognised: set[str] = set()
     for attention in find_attention(inner):
         inside = [name for name in layers if name == attention.site or name.startswith(f"{attention.name}.")]
-        seen.update(inside)
+        recognised.update(inside)
         names = tuple(dict.fromkeys(name for site in inside for name in layers[site].jola_config))
         site = inside[0] if inside else attention.site
         reason = "" if names else _reason(configs, attention.name, site, attention.reason, unused, bool(every))
-        found.append(AttentionCoverage(attention.name, attention.kind, site, names, reason))
+        attentions.append(AttentionCoverage(attention.name, attention.kind, site, names, reason))
     for name, layer in layers.items():
-        if name not in seen:  # in target_modules, but not recognised as part of an attention
+        if name not in recognised:  # in target_modules, but not recognised as part of an attention
             around = name.rpartition(".")[0]
             kind = type(inner.get_submodule(around)).__name__
-            found.append(AttentionCoverage(around, kind, name, tuple(layer.jola_config), ""))
-    return Coverage(tuple(found))
+            attentions.append(AttentionCoverage(around, kind, name, tuple(layer.jola_config), ""))
+    return Coverage(tuple(attentions))
 
 
 def print_coverage(model: nn.Module) -> None:

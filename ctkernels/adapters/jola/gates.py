@@ -14,16 +14,16 @@ from .model import jola_layers
 
 def named_adapters(model: Any, adapter: str | None) -> list[str]:
     """The named adapter, or the active ones."""
-    known = {name for layer in jola_layers(model) for name in layer.jola_config}
-    if not known:
+    adapters = {name for layer in jola_layers(model) for name in layer.jola_config}
+    if not adapters:
         raise ValueError("expected a model with a JoLA adapter, got one without")
     if adapter is not None:
-        if adapter not in known:
-            raise ValueError(f"adapter must be one of {sorted(known)}, got {adapter!r}")
+        if adapter not in adapters:
+            raise ValueError(f"adapter must be one of {sorted(adapters)}, got {adapter!r}")
         return [adapter]
     active: list[str] = []
     for layer in jola_layers(model):
-        active += [name for name in layer.active_adapters if name in known and name not in active]
+        active += [name for name in layer.active_adapters if name in adapters and name not in active]
     return active
 
 
@@ -55,12 +55,12 @@ def open_heads(model: nn.Module, adapter: str | None = None) -> dict[str, dict[s
         >>> open_heads(model)["model.layers.0.self_attn.o_proj"]["a"]
         [0, 1, 2, 3]
     """
-    found: dict[str, dict[str, list[int]]] = {}
+    heads: dict[str, dict[str, list[int]]] = {}
     for layer, name, kind, _ in log_alphas(model, adapter):
         gate = layer.gates(name, training=False)[kind]
-        parts = found.setdefault(layer.site, {"m": [], "a": []})
+        parts = heads.setdefault(layer.site, {"m": [], "a": []})
         parts[kind] = [head for head, is_open in zip(layer.heads(kind, name), (gate != 0).tolist()) if is_open]
-    return found
+    return heads
 
 
 def freeze_gates(model: nn.Module, adapter: str | None = None) -> None:

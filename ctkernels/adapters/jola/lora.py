@@ -47,13 +47,15 @@ def save_as_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
     names = named_adapters(model, adapter)
     if len(names) != 1:
         raise ValueError(f"adapter must be named where not one is active, got {names} active")
-    own: Any = next(layer.jola_config[names[0]] for layer in jola_layers(model) if names[0] in layer.jola_config)
-    if own.site != "head":
+    jola_config: Any = next(
+        layer.jola_config[names[0]] for layer in jola_layers(model) if names[0] in layer.jola_config
+    )
+    if jola_config.site != "head":
         raise ValueError(
-            f"adapter: expected one with site='head', got site={own.site!r}: scaling the output of a projection has its full "
-            "rank; use save_merged (of an MLP), or serve the adapter itself"
+            f"adapter: expected one with site='head', got site={jola_config.site!r}: scaling the output of a projection has its "
+            "full rank; use save_merged (of an MLP), or serve the adapter itself"
         )
-    _check_alone(model, own)
+    _check_alone(model, jola_config)
     ranks: dict[str, int] = {}
     tensors: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
@@ -76,8 +78,8 @@ def save_as_lora(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
     biased = any(bool(bias.any()) for bias in biases.values())
     rank = max(ranks.values())
     config = LoraConfig(
-        task_type=own.task_type,
-        base_model_name_or_path=own.base_model_name_or_path,
+        task_type=jola_config.task_type,
+        base_model_name_or_path=jola_config.base_model_name_or_path,
         r=rank,
         lora_alpha=rank,  # a factor of 1
         rank_pattern={site: own_rank for site, own_rank in ranks.items() if own_rank != rank},

@@ -90,10 +90,10 @@ class JolaModel(BaseTuner):
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         # without the layer fields, which peft treats differently for lists and for regular expressions
         names = ("target_modules", "exclude_modules", "modules_to_save")
-        found = check_target_module_exists(
+        matched = check_target_module_exists(
             SimpleNamespace(target_parameters=None, **{name: getattr(peft_config, name) for name in names}), key
         )
-        return found if not found or peft_config.selects_layer(key) else False
+        return matched if not matched or peft_config.selects_layer(key) else False
 
     def _create_and_replace(
         self,

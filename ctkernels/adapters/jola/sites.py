@@ -300,7 +300,7 @@ def find_attention(model: nn.Module) -> list[Attention]:
     """
     planned = _planned(model)
     modules = dict(unwrapped(model))
-    found: dict[str, Attention] = {}
+    by_site: dict[str, Attention] = {}
     for name, module in modules.items():
         if not _attends(module):
             continue
@@ -319,8 +319,8 @@ def find_attention(model: nn.Module) -> list[Attention]:
             attention = chosen or attention
             if attention.site is not None:
                 break
-        found.setdefault(attention.site or attention.name, attention)
-    return list(found.values())
+        by_site.setdefault(attention.site or attention.name, attention)
+    return list(by_site.values())
 
 
 def _choose(model: nn.Module, owner: str, modules: dict[str, nn.Module], names: list[str]) -> Attention | None:
@@ -365,7 +365,7 @@ def unused_sites(model: nn.Module) -> dict[str, str]:
     Models like LLaVA take image features from a layer before the vision tower's last (`vision_feature_layer` of the
     config, -2 in LLaVA itself); later layers are unused.
     """
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for prefix, owner in model.named_modules():
         config, tower = getattr(owner, "config", None), owner._modules.get("vision_tower")
         taken = getattr(config, "vision_feature_layer", None)
@@ -382,8 +382,8 @@ def unused_sites(model: nn.Module) -> dict[str, str]:
         for site, layer in layers.items():
             if layer >= needed:
                 name = f"{prefix}.vision_tower.{site}" if prefix else f"vision_tower.{site}"
-                found[name] = f"the model does not use its output (vision_feature_layer={taken})"
-    return found
+                reasons[name] = f"the model does not use its output (vision_feature_layer={taken})"
+    return reasons
 
 
 def default_targets(model: nn.Module) -> str | list[str]:

@@ -60,15 +60,15 @@ def measure_units(model: nn.Module, batches: Iterable[Any], adapter: str | None 
     if not layers:
         return {}
     sizes = _sizes(model, layers, batches)
-    found: dict[str, list[float]] = {}
+    by_site: dict[str, list[float]] = {}
     for layer, size in zip(layers, sizes):
         if size is None:
             continue
-        found[layer.site] = size.tolist()
+        by_site[layer.site] = size.tolist()
         for name in names:
             if name in layer.jola_a:
                 _set_unit(layer.jola_a[name], layer.jola_unit_a[name], layer.row_sizes(name, size))
-    return found
+    return by_site
 
 
 def has_units(model: nn.Module, adapter: str | None = None) -> bool:
