@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from study import ANSWERING, TASKS
+from study import ANSWERING, TASKS, parsed, parser_of
 
 from ctkernels._files import write_text
 from ctkernels.lab.jola import Answering, MethodComparison, compare_methods, load_language_model
@@ -56,25 +56,10 @@ CHANGES = {
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks = "wordnet,tweets,fortunes"
+    p = parser_of(__doc__, tasks=tasks, train=100, val=50, test=150, dtype="bfloat16", out="out/ablation")
     p.add_argument("--changes", default=",".join(CHANGES), help="with commas (default: %(default)s)")
-    p.add_argument("--tasks", default="wordnet,tweets,fortunes", help="with commas (default: %(default)s)")
-    p.add_argument("--seeds", default="0,1,2,3,4", help="with commas (default: %(default)s)")
-    p.add_argument("--train", type=int, default=100, help="training examples (default: %(default)s)")
-    p.add_argument("--val", type=int, default=50, help="validation examples (default: %(default)s)")
-    p.add_argument("--test", type=int, default=150, help="test examples (default: %(default)s)")
-    p.add_argument("--epochs", type=int, default=3, help="of each run (default: %(default)s)")
-    p.add_argument("--model", default="smollm2-135m", help="folder or .gguf file (default: %(default)s)")
-    p.add_argument("--dtype", default="bfloat16", help="of the weights (default: %(default)s)")
-    p.add_argument("--out", default="out/ablation", help="folder for the results (default: %(default)s)")
-    p.add_argument("--no-progress", action="store_true")
-    o = p.parse_args(arguments)
-    for name, known in (("changes", CHANGES), ("tasks", TASKS)):
-        setattr(o, name, getattr(o, name).split(","))
-        if unknown := [value for value in getattr(o, name) if value not in known]:
-            p.error(f"--{name} must be among {','.join(known)}, got {','.join(unknown)}")
-    o.seeds = [int(seed) for seed in o.seeds.split(",")]
-    return o
+    return parsed(p, arguments, tasks=TASKS, changes=CHANGES)
 
 
 def summarise(results: Mapping[str, Mapping[str, MethodComparison]]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -33,28 +33,40 @@ ANSWERING = {"hypernyms": Answering(extract=r"\s*(\w+)", max_new_tokens=8)}
 BESIDE = "lora"  # the method that the others are held against
 
 
-def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--tasks", default=",".join(TASKS), help="with commas (default: %(default)s)")
-    p.add_argument("--methods", default=",".join(METHODS), help="with commas (default: %(default)s)")
+def parser_of(description: str | None, **defaults: object) -> argparse.ArgumentParser:
+    """The options of an experiment over tasks and seeds; ``tasks``, ``train``, ... are their defaults."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--tasks", help="with commas (default: %(default)s)")
     p.add_argument("--seeds", default="0,1,2,3,4", help="with commas (default: %(default)s)")
-    p.add_argument("--choose-on", type=int, default=2, help="seeds that choose settings (default: %(default)s)")
-    p.add_argument("--train", type=int, default=200, help="training examples (default: %(default)s)")
-    p.add_argument("--val", type=int, default=100, help="validation examples (default: %(default)s)")
-    p.add_argument("--test", type=int, default=300, help="test examples (default: %(default)s)")
-    p.add_argument("--epochs", type=int, default=3, help="at most (default: %(default)s)")
+    p.add_argument("--train", type=int, help="training examples (default: %(default)s)")
+    p.add_argument("--val", type=int, help="validation examples (default: %(default)s)")
+    p.add_argument("--test", type=int, help="test examples (default: %(default)s)")
+    p.add_argument("--epochs", type=int, default=3, help="of each run (default: %(default)s)")
     p.add_argument("--model", default="smollm2-135m", help="folder or .gguf file (default: %(default)s)")
-    p.add_argument("--dtype", default="float32", help="of the weights (default: %(default)s)")
-    p.add_argument("--grid", action="append", default=[], metavar="METHOD.NAME=VALUES", help="settings to try")
-    p.add_argument("--out", default="out/study", help="folder for the results (default: %(default)s)")
+    p.add_argument("--dtype", help="of the weights (default: %(default)s)")
+    p.add_argument("--out", help="folder for the results (default: %(default)s)")
     p.add_argument("--no-progress", action="store_true")
+    p.set_defaults(**defaults)
+    return p
+
+
+def parsed(p: argparse.ArgumentParser, arguments: Sequence[str] | None, **known: Iterable[str]) -> argparse.Namespace:
+    """The arguments, with lists in place of texts with commas; names that are not ``known`` are an error."""
     o = p.parse_args(arguments)
-    for name, known in (("tasks", TASKS), ("methods", METHODS)):
+    for name, names in known.items():
         setattr(o, name, getattr(o, name).split(","))
-        if unknown := [value for value in getattr(o, name) if value not in known]:
-            p.error(f"--{name} must be among {','.join(known)}, got {','.join(unknown)}")
+        if unknown := [value for value in getattr(o, name) if value not in names]:
+            p.error(f"--{name} must be among {','.join(names)}, got {','.join(unknown)}")
     o.seeds = [int(seed) for seed in o.seeds.split(",")]
     return o
+
+
+def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    p = parser_of(__doc__, tasks=",".join(TASKS), train=200, val=100, test=300, dtype="float32", out="out/study")
+    p.add_argument("--methods", default=",".join(METHODS), help="with commas (default: %(default)s)")
+    p.add_argument("--choose-on", type=int, default=2, help="seeds that choose settings (default: %(default)s)")
+    p.add_argument("--grid", action="append", default=[], metavar="METHOD.NAME=VALUES", help="settings to try")
+    return parsed(p, arguments, tasks=TASKS, methods=METHODS)
 
 
 def grids_of(entries: Sequence[str]) -> dict[str, dict[str, list[float]]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_language_model import tiny_llama, word_tokenizer
 from torch import nn
 
 import ctkernels
@@ -67,51 +68,17 @@ WORDS = ["what", "is", "the", "capital", "of", "a", "definition", "another"]
 WORDS += ["France", "Spain", "Italy", "Paris", "Madrid", "Rome"]
 
 
-def tokenizer() -> Any:
-    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def llama() -> Any:
-    """Two layers of four heads of eight numbers, with a random but decided opinion."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=len(WORDS) + 4,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
 def language() -> Namespace:
     needs("peft", "transformers", "accelerate", "safetensors")
     import peft
     import transformers
 
     adapters = importlib.import_module("ctkernels.adapters")
-    words = tokenizer()
+    words = word_tokenizer(WORDS)
     prompts = ["what is the capital of France", "what is the capital of Spain"] * 4
     batch = dict(words(prompts[:2], return_tensors="pt"))
     batch["labels"] = batch["input_ids"]
-    base = llama()
+    base = tiny_llama(WORDS)
     model = peft.get_peft_model(base, adapters.JolaConfig(task_type="CAUSAL_LM"))
     base.save_pretrained("llama")
     words.save_pretrained("llama")
@@ -120,7 +87,7 @@ def language() -> Namespace:
         "PeftModel": peft.PeftModel,
         "get_peft_model": peft.get_peft_model,
         "AutoModelForCausalLM": transformers.AutoModelForCausalLM,
-        "base": llama(),
+        "base": tiny_llama(WORDS),
         "model": model,
         "tokenizer": words,
         "prompts": prompts,
