@@ -251,6 +251,19 @@ def study() -> str:
     return _table(["accuracy in %", *tasks, "mean", "beside LoRA", "trained numbers"], rows)
 
 
+def ablation() -> str:
+    """What each change to JoLA's training gave, from `python examples/ablation.py`."""
+    values = _results("ablation")
+    tasks = values["setup"]["tasks"]
+    rows = []
+    for row in values["table"]:
+        away = row.get("difference")
+        scores = [spread(row["tasks"][task]) for task in tasks]
+        difference = f"{away['mean']:+.1f} ± {away['standard_error']:.1f}" if away else ""
+        rows.append([row["text"], *scores, spread(row["mean"]), difference, f"{row['lowest']:.1f}"])
+    return _table(["accuracy in %", *tasks, "mean", "difference", "lowest run"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ctu-cpu": ctu_cpu,
     "head-edit-cpu": head_edit_cpu,
@@ -261,6 +274,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compare": compare,
     "kept": kept,
     "study": study,
+    "ablation": ablation,
 }
 
 if __name__ == "__main__":

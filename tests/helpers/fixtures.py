@@ -1,7 +1,11 @@
 """Shared fixtures. Uninitialised memory is filled with NaN, so that unwritten values are detected."""
 
+import ctypes
+import gc
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers fill the cores already
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,6 +33,17 @@ def poisoned_memory() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_given_back() -> Iterator[None]:
+    """A process that runs thousands of tests does not keep what each module compiled and freed."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    with suppress(OSError, AttributeError):  # not the GNU C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 CPU_BACKENDS = [
