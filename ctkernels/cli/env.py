@@ -44,7 +44,10 @@ HARDWARE = {
         "run on an H100: docs/gpu.md; code for sm_80, sm_90 and sm_100 executed on the CPU: docs/proof.md",
     ),
     "older NVIDIA GPUs": ("plain torch", "not run"),
-    "AMD GPUs (HIP)": ("plain torch", "not run; the Triton kernels decline, having NVIDIA's instructions"),
+    "AMD GPUs (HIP)": (
+        "plain torch; Triton with CTKERNELS_TRITON_HIP=1",
+        "not run; compiled for gfx90a, gfx942 and gfx1200, and what replaces PTX executed: tests/gpu_free/test_triton_amd.py",
+    ),
     "Intel GPUs (XPU)": ("plain torch", _IMITATED),
     "Apple GPUs (MPS)": ("plain torch", _IMITATED),
 }
@@ -97,7 +100,10 @@ def describe() -> dict[str, Any]:
         "devices": devices,
         "native": _native(),
         "cuda": _cuda(),
-        "backends": {b.name: {"serves": b.device or "any device", "missing": b.missing} for b in BACKENDS.values()},
+        "backends": {
+            b.name: {"serves": b.device or "any device", "missing": b.missing, "unproven": b.unproven}
+            for b in BACKENDS.values()
+        },
         "dispatch": _dispatch([str(d["device"]) for d in devices]),
         "hardware": {name: {"served_by": served, "proven": proof} for name, (served, proof) in HARDWARE.items()},
     }
@@ -176,7 +182,10 @@ def _text(report: dict[str, Any]) -> str:
     lines.append("CUDA kernels")
     lines += [f"  {k:<15} {', '.join(v) if isinstance(v, list) else v}" for k, v in report["cuda"].items()]
     lines.append("backends, in the order they are tried")
-    lines += [f"  {n:<13} {b['serves']:<11} {b['missing'] or 'available'}" for n, b in report["backends"].items()]
+    lines += [
+        f"  {n:<13} {b['serves']:<11} {b['missing'] or b['unproven'] or 'available'}"
+        for n, b in report["backends"].items()
+    ]
     lines.append("dispatch")
     for row in report["dispatch"]:
         why = "; ".join(f"not {name}: {reason}" for name, reason in row["passed_over"].items()) or "first choice"

@@ -58,14 +58,22 @@ def _load_cuda() -> str | None:
     return None
 
 
+# Nobody has run the Triton kernels on AMD's GPUs; the tests compile them for these, and this variable allows them.
+HIP_ARCHITECTURES = ("gfx90a", "gfx942", "gfx1200")
+ALLOW_HIP = "CTKERNELS_TRITON_HIP"
+
+
 def _triton_missing() -> str | None:
     """Why the Triton kernels are missing, or None. Triton itself is imported on the first CUDA call."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return "the kernels are for NVIDIA GPUs" if torch.version.hip else None
+    if torch.version.hip and os.environ.get(ALLOW_HIP) != "1":
+        return f"compiled for AMD GPUs but never run on one; {ALLOW_HIP}=1 allows it"
+    return None
 
 
 _CAPABILITIES: dict[int, tuple[int, int]] = {}
+_ARCHITECTURES: dict[int, str] = {}
 
 
 def _capability(device: int) -> tuple[int, int]:
@@ -76,18 +84,38 @@ def _capability(device: int) -> tuple[int, int]:
     return _CAPABILITIES[device]
 
 
+def _architecture(device: int) -> str:
+    """The architecture of an AMD GPU, such as ``gfx942``."""
+    if device not in _ARCHITECTURES:
+        real = torch.cuda.is_available()  # otherwise as above
+        name = torch.cuda.get_device_properties(device).gcnArchName if real else HIP_ARCHITECTURES[0]
+        _ARCHITECTURES[device] = name.partition(":")[0]
+    return _ARCHITECTURES[device]
+
+
+def _gpu_refusal(device: int, capability: tuple[int, int]) -> str | None:
+    """Why the kernels cannot run on a GPU, or None."""
+    if torch.version.hip:
+        name = _architecture(device)
+        return None if name in HIP_ARCHITECTURES else f"compiled for {', '.join(HIP_ARCHITECTURES)}, got {name}"
+    if (got := _capability(device)) < capability:
+        return f"needs compute capability {capability[0]}.{capability[1]}, got {got[0]}.{got[1]}"
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
     """An implementation of the ops.
 
     device: the device type it serves; None for any. missing: why it is unavailable in this process, or None.
-    capability: lowest compute capability it serves, on CUDA.
+    capability: lowest compute capability it serves, on CUDA. unproven: what nobody has tried of it in this process, or None.
     """
 
     name: str
     device: str | None
     missing: str | None
     capability: tuple[int, int] = (0, 0)
+    unproven: str | None = None
 
     def refusal(self, x: Tensor) -> str | None:
         """Why this backend cannot serve ``x``, or None."""
@@ -95,8 +123,8 @@ class Backend:
             return self.missing
         if self.device is not None and x.device.type != self.device:
             return f"serves {self.device} tensors, got one on {x.device.type}"
-        if x.is_cuda and self.capability > (0, 0) and (got := _capability(x.get_device())) < self.capability:
-            return f"needs compute capability {self.capability[0]}.{self.capability[1]}, got {got[0]}.{got[1]}"
+        if self.device == "cuda" and (reason := _gpu_refusal(x.get_device(), self.capability)) is not None:
+            return reason
         if x.dtype not in DTYPES:
             return f"serves {', '.join(str(t).removeprefix('torch.') for t in DTYPES)}, got {x.dtype}"
         return None
@@ -108,7 +136,7 @@ BACKENDS = {
     for b in (
         Backend("cpu", "cpu", _native_missing),
         Backend("cuda", "cuda", _load_cuda(), (8, 0)),
-        Backend("triton", "cuda", _triton_missing(), (8, 0)),
+        Backend("triton", "cuda", _triton_missing(), (8, 0), "never run on an AMD GPU" if torch.version.hip else None),
         Backend("reference", None, None),
     )
 }

@@ -38,6 +38,8 @@ def explain(x: Tensor, op: str = "ctu") -> str:
             note = "used" if name in (None, backend.name) else "first choice"
         else:
             note = refusal or "could serve it, comes later"
+        if backend.unproven is not None and refusal is None:
+            note += f"; {backend.unproven}: compare with use_backend('reference')"
         if backend.name == name:
             note = f"forced; {refusal}" if refusal else "forced: used"
         lines.append(f"  {backend.name:<10} {note}")

@@ -7,26 +7,33 @@ from typing import Any
 from unittest import mock
 
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource, compile
+from triton.compiler.compiler import make_backend
 from triton.runtime.driver import driver
 from triton.runtime.jit import create_function_from_signature
 
 _COMPILED: dict[Any, Any] = {}
 
 
-def compiled(kernel: Any, args: dict[str, Any], meta: dict[str, Any], sm: int) -> tuple[Any, dict[str, Any]]:
+def target_of(arch: int | str) -> GPUTarget:
+    """The target of a compute capability, such as 90, or of an AMD architecture, such as ``gfx942``."""
+    if isinstance(arch, int):
+        return GPUTarget("cuda", arch, 32)
+    return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+
+
+def compiled(kernel: Any, args: dict[str, Any], meta: dict[str, Any], arch: int | str) -> tuple[Any, dict[str, Any]]:
     """The kernel that Triton would launch for these arguments on this architecture, and the arguments it would pass, with the
     types, alignments and constants that Triton derives from them."""
-    backend = CUDABackend(GPUTarget("cuda", sm, 32))
+    target = target_of(arch)
+    backend = make_backend(target)
     bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
         **args, **meta
     )
-    key = (kernel.cache_key, sm, str(specialization), str(sorted(options.items())), str(meta))
+    key = (kernel.cache_key, arch, str(specialization), str(sorted(options.items())), str(meta))
     if key not in _COMPILED:
         options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
         source = ASTSource(kernel, signature, constants, attributes)
-        target = GPUTarget("cuda", sm, 32)
         with mock.patch.object(driver, "_active", SimpleNamespace(get_current_target=lambda: target)):
             _COMPILED[key] = (compile(source, target=target, options=options.__dict__), signature)
     found, signature = _COMPILED[key]

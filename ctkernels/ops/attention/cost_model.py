@@ -203,6 +203,8 @@ def choose(
         return SEPARATE
     if requested is not None:
         return FUSED
+    if torch.version.hip:  # peaks and shares are NVIDIA's
+        return SEPARATE
     if torch.compiler.is_compiling():  # sizes may be symbolic, and torch's kernel queries cannot be traced
         return FUSED if _slow_in_torch(q, k, mask, left, right, batch) else SEPARATE
     return estimates(q, k, v, mask, left, right, training, batch)[0].implementation
@@ -221,7 +223,7 @@ def explain(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, trainin
     chosen = choose(q, k, v, None, 1.0, UNBOUNDED, 0, training, None, None)
     note = {FUSED: "triton kernels, the edit in their epilogue", SEPARATE: "torch's attention, then the edit"}
     times = {}
-    if q.is_cuda and reason is None:
+    if q.is_cuda and reason is None and not torch.version.hip:
         times = {e.implementation: e for e in estimates(q, k, v, None, UNBOUNDED, 0, training)}
     for name in IMPLEMENTATIONS:
         text = ("forced: " if forced else "") + "used" if name == chosen else "not used"

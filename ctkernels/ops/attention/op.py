@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..autograd import vjp
 from ..registration import define
 from . import edit, reference
@@ -104,8 +105,8 @@ def _indices(grad_mask: int) -> list[int]:
 
 
 def kernels(q: Tensor) -> Any:
-    """The implementation for a tensor: Triton's launches on CUDA, :class:`ReferenceKernels` elsewhere."""
-    if not q.is_cuda:
+    """The implementation for a tensor: Triton's launches where that backend serves it, :class:`ReferenceKernels` elsewhere."""
+    if backends.BACKENDS["triton"].refusal(q) is not None:
         return ReferenceKernels
     from .triton import launch  # imports Triton
 

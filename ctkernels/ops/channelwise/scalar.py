@@ -1,19 +1,47 @@
-"""Scalar Triton functions shared by several ops. Imported only if Triton is installed."""
+"""Scalar Triton functions shared by several ops. Imported only if Triton is installed.
+
+All inline PTX of the Triton kernels is here, each piece beside plain Triton for targets that are not NVIDIA's.
+"""
 
 import struct
 
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
-from triton.language.target_info import cuda_capability_geq
+from triton.language.target_info import cuda_capability_geq, is_cuda
 
 
 @triton.jit
 def reciprocal(x):
-    """1 / x for a normal x, or NaN; an IEEE division in double is a subroutine call on the GPU."""
-    y = tl.inline_asm_elementwise("rcp.approx.ftz.f64 $0, $1;", "=d,d", [x], dtype=tl.float64, is_pure=True, pack=1)
-    y = tl.fma(y, tl.fma(-x, y, 1.0), y)  # 20 correct bits at first; every step doubles them
-    return tl.fma(y, tl.fma(-x, y, 1.0), y)
+    """1 / x for a normal float64 x, or NaN; an IEEE division in double is a subroutine call on NVIDIA's GPUs."""
+    if is_cuda():
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f64 $0, $1;", "=d,d", [x], dtype=tl.float64, is_pure=True, pack=1)
+        y = tl.fma(y, tl.fma(-x, y, 1.0), y)  # 20 correct bits at first; every step doubles them
+        return tl.fma(y, tl.fma(-x, y, 1.0), y)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def rcp(x):
+    """1 / x in float32, to 1 ulp; an IEEE division is a subroutine call on NVIDIA's GPUs."""
+    if is_cuda():
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def ex2(x):
+    """2^x in float32, to 2 ulp."""
+    if is_cuda():
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
 
 
 @triton.jit

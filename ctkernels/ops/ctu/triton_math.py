@@ -2,7 +2,7 @@
 
 Imported only if Triton is installed. Three precisions of arithmetic: DOUBLE for float64, EXACT for float32, and FAST for
 16-bit results, the only one that uses the approximate exponential (2 ulp, at most 2^-22 relative; half an ulp of a 16-bit result
-is 2^-12 at best). EXACT and FAST use ``rcp.approx``, good to 1 ulp; an IEEE division is a subroutine call on the GPU.
+is 2^-12 at best). EXACT and FAST use an approximate reciprocal, good to 1 ulp.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from ..channelwise.kernels import DOUBLE, EXACT, FAST, Math
-from ..channelwise.scalar import horner, polynomial, reciprocal, sigmoids
+from ..channelwise.scalar import ex2, horner, polynomial, rcp, reciprocal, sigmoids
 
 LOGISTIC = tl.constexpr(0)
 LEAKY = tl.constexpr(1)
@@ -52,16 +52,6 @@ _SMALLEST_S = tl.constexpr(2.0**-120)  # a lower bump is flushed to 0, so that i
 def _has_tails(kind):
     """Whether a member has the branches of GELU: has_tails of csrc/ctu.h."""
     return kind in (GAUSSIAN.value, TANH.value)
-
-
-@triton.jit
-def _rcp(x):
-    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _ex2(x):
-    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -142,7 +132,7 @@ def precompute(p, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
         smooth = ~(s <= _SMALLEST_S)  # true for NaN, which propagates
         c1s = c1 * s
         safe = tl.where(smooth, s, 1.0)
-        r = _rcp(safe)
+        r = rcp(safe)
         r_lo = r * tl.fma(-tl.where(smooth, s_lo, 0.0), r, tl.fma(-safe, r, 1.0))
         eta, eta_lo = _product(b, b_lo, r, r_lo)
         if _has_tails(KIND):
@@ -153,8 +143,8 @@ def precompute(p, PRECISION: tl.constexpr, ATTRS: tl.constexpr):
         vanished: tl.constexpr = 13.16 if _has_tails(KIND) else 125.0
         t_vanished: tl.constexpr = 9.97 if KIND == TANH else vanished
         furthest: tl.constexpr = _FLAT if KIND == RELU6 else _LARGEST
-        t_limit = tl.where(smooth, tl.minimum(t_vanished * _rcp(t), furthest), -1.0)
-        u_limit = tl.where(smooth, tl.minimum(vanished * _rcp(u), furthest), -1.0)
+        t_limit = tl.where(smooth, tl.minimum(t_vanished * rcp(t), furthest), -1.0)
+        u_limit = tl.where(smooth, tl.minimum(vanished * rcp(u), furthest), -1.0)
         eta = tl.where(smooth, eta, 0.0)
         if PRECISION == FAST:  # ex2.approx takes every magnitude; without a bump the coefficients are 0
             t_limit, u_limit = furthest, furthest
@@ -188,7 +178,7 @@ def _decay(a, hi, lo, limit, PRECISION: tl.constexpr):
         f = tl.fma(-ac, lo, tl.fma(-ac, hi, _MAGIC - z))
         return tl.where(a > limit, 0.0, _exp2_scaled(f, z)), ac
     else:
-        return _ex2(-a * hi), _smaller(a, limit)
+        return ex2(-a * hi), _smaller(a, limit)
 
 
 @triton.jit
@@ -196,7 +186,7 @@ def _inverse(x, PRECISION: tl.constexpr):
     if PRECISION == DOUBLE:
         return reciprocal(x)
     else:
-        return _rcp(x)
+        return rcp(x)
 
 
 @triton.jit
@@ -235,8 +225,8 @@ def _tail(a, hi, lo, limit, PRECISION: tl.constexpr):
             e = tl.where(a > limit, 0.0, _exp2_scaled(f, z))
         else:
             t = a * hi
-            e = _ex2(-t * t * _HALF_LOG2E)
-        v = _rcp(tl.fma(t, 0.35, 1.0))
+            e = ex2(-t * t * _HALF_LOG2E)
+        v = rcp(tl.fma(t, 0.35, 1.0))
         return 0.3989422804 * e, e * (polynomial(v, _MILLS) * v), ac
 
 
@@ -264,7 +254,7 @@ def _tanh_gate(a, hi, lo, limit, PRECISION: tl.constexpr):
         ac = _smaller(a, limit)
         t = _smaller(a * hi, 16.0)  # where e is 0, and the square finite
         y = t * t
-        e = _ex2(-t * tl.fma(y, _CUBIC, _LINEAR))
+        e = ex2(-t * tl.fma(y, _CUBIC, _LINEAR))
     p = _inverse(1.0 + e, PRECISION)
     q = e * p
     return p * q * (y * _GATE_SLOPE + _GATE_LINEAR), q, ac

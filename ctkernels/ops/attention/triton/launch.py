@@ -37,7 +37,8 @@ class Tile:
         return {n: sizes[n] for n in names} | {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# By the larger padded head size. Shared memory per block stays below 99 KiB, the limit of the smallest of these GPUs.
+# By the larger padded head size. Shared memory per block stays below 99 KiB, the limit of the smallest of NVIDIA's GPUs; as AMD's
+# compiler lays them out, below its 64 KiB.
 _HALF = {"forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
          "queries": {64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
          "keys": {64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 4, 1)},
@@ -111,6 +112,8 @@ class _Operands:
     def meta(self) -> dict[str, Any]:
         p = self.p
         precision = "tf32x3" if p.q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+        if torch.version.hip:  # AMD's matrix units multiply float32 as it is
+            precision = "ieee"
         meta = {"LEFT": p.left != UNBOUNDED, "RIGHT": p.right != UNBOUNDED, "PRECISION": precision}
         meta["KIND"] = 0 if p.mask is None else (p.mask.dtype == torch.bool) + 2 * (p.mask.stride(2) != 0)
         return meta | {"D": p.q.shape[-1], "BD": padded(p.q.shape[-1])} | self.sizes()
