@@ -1,18 +1,25 @@
-"""Call overhead: microseconds of CPU time, and Python frames, per call on tiny tensors."""
+"""Call overhead: microseconds of CPU time, and Python frames, per call on tiny tensors.
+
+The Triton kernels, which need a GPU, are timed up to the call of the compiled kernel's handle.
+"""
 
 from __future__ import annotations
 
 import copy
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ctkernels
+from ctkernels.ops import backends, registration
 
 from . import measure
 from .report import table
@@ -83,6 +90,46 @@ def _both() -> dict[str, Call]:
     }
 
 
+def _through_ops(calls: dict[str, Call]) -> dict[str, Call]:
+    """The calls that the Triton kernels can serve."""
+    return {k: call for k, call in calls.items() if k.startswith(("functional.ctu", "functional.head_edit"))}
+
+
+@cache
+def _triton_overloads() -> dict[str, Any]:
+    """Dispatcher ops that serve CPU tensors with the host code of the Triton kernels."""
+    define, kernels = registration.define_kernels, registration.triton_kernels
+    return {name: define(op, kernels(op), suffix="_triton_timed") for name, op in registration.OPS.items()}
+
+
+class _Handle:
+    """Stands for a compiled kernel. Its launches do nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments: None
+
+
+def _accept(x: Tensor) -> None:
+    """Accept any tensor. A mock would take as long as a call."""
+
+
+@contextmanager
+def _on_triton() -> Iterator[None]:
+    """Calls on CPU tensors take the path of the Triton kernels, up to their launches."""
+    from ctkernels.ops import launcher
+
+    with ExitStack() as stack:
+        stack.enter_context(ctkernels.use_backend("triton"))
+        stack.enter_context(
+            mock.patch.object(backends, "check_forced_backend", bool)
+        )  # a mock would take longer than the call
+        stack.enter_context(mock.patch.object(backends.Backend, "refusal", return_value=None))
+        stack.enter_context(mock.patch.object(launcher, "launch", return_value=_Handle()))
+        for name, overloads in _triton_overloads().items():
+            stack.enter_context(mock.patch.object(registration.OPS[name], "triton_overloads", overloads))
+        yield
+
+
 def _frames(call: Call) -> int:
     """The number of Python functions that ``call`` enters, after a call that fills caches."""
     call()
@@ -102,14 +149,21 @@ def _frames(call: Call) -> int:
 
 def run() -> list[dict[str, Any]]:
     """Return a record {part, call, us, frames} per call; CPU time of this thread, so that machine load matters less."""
-    records = []
+    records: list[dict[str, Any]] = []
+
+    def add(part: str, calls: dict[str, Call]) -> None:
+        times = measure.overhead(calls, clock=time.thread_time)
+        records.extend({"part": part, "call": k, "us": times[k], "frames": _frames(call)} for k, call in calls.items())
+
     with torch.no_grad():
-        forward = _forward()
-        times, frames = measure.overhead(forward, clock=time.thread_time), {k: _frames(c) for k, c in forward.items()}
-    records += [{"part": "forward", "call": k, "us": times[k], "frames": frames[k]} for k in forward]
-    both = _both()
-    times, frames = measure.overhead(both, clock=time.thread_time), {k: _frames(c) for k, c in both.items()}
-    return records + [{"part": "both", "call": k, "us": times[k], "frames": frames[k]} for k in both]
+        add("forward", _forward())
+    add("both", _both())
+    if backends.BACKENDS["triton"].missing is None:
+        with _on_triton():
+            with torch.no_grad():
+                add("forward, Triton", _through_ops(_forward()))
+            add("both, Triton", _through_ops(_both()))
+    return records
 
 
 def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -123,13 +177,27 @@ def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ("head_edit, forward+backward, two gradients / F.prelu",
          us["both", "functional.head_edit, two gradients"] / prelu, 1.6),
     ]  # fmt: skip
+    found += [
+        (f"{call}, up to Triton's launch, us", us["forward, Triton", call], 40)
+        for call in ("functional.ctu, a number", "functional.head_edit")
+        if ("forward, Triton", call) in us
+    ]
     return [measure.bar("fp32", what, value, "<=", bound) for what, value, bound in found]
 
 
+PARTS = {
+    "forward": "forward, no gradients",
+    "both": "forward and backward",
+    "forward, Triton": "forward, no gradients, up to Triton's launch",
+    "both, Triton": "forward and backward, up to Triton's launches",
+}
+
+
 def text(records: list[dict[str, Any]]) -> str:
-    """The records as two tables."""
-    parts = []
-    for part, title in (("forward", "forward, no gradients"), ("both", "forward and backward")):
+    """The records as tables."""
+    tables = []
+    for part, title in PARTS.items():
         rows = [[r["call"], f"{r['us']:.1f}", str(r["frames"])] for r in records if r["part"] == part]
-        parts.append(table([title, "us of CPU", "Python frames"], rows))
-    return "\n\n".join(parts)
+        if rows:
+            tables.append(table([title, "us of CPU", "Python frames"], rows))
+    return "\n\n".join(tables)

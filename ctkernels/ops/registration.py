@@ -154,14 +154,22 @@ def triton_kernels(op: Op) -> Kernels:
     """The Triton kernels on flat arguments, or the reference on a GPU they do not serve. The first call imports Triton."""
     reference = reference_kernels(op)
 
-    def choose(i: int) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            if backends.BACKENDS["triton"].refusal(args[0]) is not None:
-                return reference[i](*args)
-            from .channelwise.launch import implementation
+    def select(x: Tensor) -> Kernels:
+        if backends.BACKENDS["triton"].refusal(x) is not None:
+            return reference
+        from .channelwise.launch import implementation
 
-            return implementation(op)[i](*args)
+        return implementation(op)
+
+    def kernel(i: int) -> Callable[..., Any]:
+        selected: dict[tuple[int, torch.dtype], Callable[..., Any]] = {}  # by device and dtype
+
+        def call(*args: Any) -> Any:
+            key = args[0].get_device(), args[0].dtype
+            if key not in selected:
+                selected[key] = select(args[0])[i]
+            return selected[key](*args)
 
         return call
 
-    return Kernels(*(choose(i) for i in range(3)))
+    return Kernels(*(kernel(i) for i in range(3)))

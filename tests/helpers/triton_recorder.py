@@ -60,5 +60,6 @@ class Recorder(recorder.Recorder):
 @contextmanager
 def triton_on_cpu(recorder: Recorder) -> Iterator[Recorder]:
     """Route every op through its Triton host code, and the kernels through ``recorder``."""
+    implementation.cache_clear()  # plans made with other partitions, where a test patches them
     with mock.patch.object(launcher, "launch", recorder), through_kernels(implementation):
         yield recorder

@@ -61,7 +61,7 @@ def _triton():
     from ctkernels.ops import launcher
     from ctkernels.ops.channelwise.launch import implementation
 
-    with mock.patch.object(launcher, "launch"), through_kernels(implementation):
+    with mock.patch.object(launcher, "launch", return_value=None), through_kernels(implementation):
         yield
 
 

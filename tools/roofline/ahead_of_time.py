@@ -22,14 +22,21 @@ def target_of(arch: int | str) -> GPUTarget:
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
 
 
+def specialized(
+    kernel: Any, args: dict[str, Any], meta: dict[str, Any], arch: int | str
+) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
+    """The arguments by name, what Triton compiles the kernel for because of them (types, alignments, constants), and options."""
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(target_of(arch)))
+    found: tuple[dict[str, Any], list[Any], dict[str, Any]] = bind(**args, **meta)
+    return found
+
+
 def compiled(kernel: Any, args: dict[str, Any], meta: dict[str, Any], arch: int | str) -> tuple[Any, dict[str, Any]]:
     """The kernel that Triton would launch for these arguments on this architecture, and the arguments it would pass, with the
     types, alignments and constants that Triton derives from them."""
     target = target_of(arch)
     backend = make_backend(target)
-    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
-        **args, **meta
-    )
+    bound, specialization, options = specialized(kernel, args, meta, arch)
     key = (kernel.cache_key, arch, str(specialization), str(sorted(options.items())), str(meta))
     if key not in _COMPILED:
         options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
