@@ -388,6 +388,27 @@ def test_triton_reduction_in_two_stages(sm):
 
 
 @needs_triton
+@every_target
+def test_triton_last_program(sm):
+    """Triton's atomics order programs if a barrier stands before them, and only then."""
+    from ptx import triton_samples as samples
+
+    x = torch.randn(7, 128, generator=torch.Generator().manual_seed(3))
+    partial, counter, out = torch.empty(7, 128), torch.zeros(1, dtype=torch.int32), torch.empty(128)
+    signature = pointers("x", "partial", "out") | {"counter": "*i32"}
+    for ordered in (True, False):
+        k = compile_triton(samples.last_program, signature, {"ORDERED": ordered, "BLOCK": 128}, sm)
+        launch = k.launch((7,), x=x, partial=partial, counter=counter, out=out)
+        if ordered:
+            execute([launch, launch], readonly=[x], unwritten=[partial, out])
+            assert error(out, 2 * x.double().sum(0)) < 1e-5
+            assert counter.item() == 0
+        else:
+            with pytest.raises(Fault, match="race"):
+                execute([launch], readonly=[x], unwritten=[partial, out])
+
+
+@needs_triton
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 def test_triton_attention_tile(dtype):
     from ptx import triton_samples as samples
