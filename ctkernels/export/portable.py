@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from ..ops.ctu.op import KINDS
-from . import lowering
+from ..ops.portable import aligned
+from ..ops.registration import OPS
 from .program import Editor, functional
 
-_ATEN, _OPS = torch.ops.aten, torch.ops.ctkernels
+_ATEN = torch.ops.aten
 _LAYERS = (_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default, _ATEN.linear.default)
 _NORM = _ATEN._native_batch_norm_legit_no_training.default
 
@@ -124,51 +125,14 @@ def _no_form(node: Node) -> str:
 # ---- lowerings ---------------------------------------------------------------------------------------------------------
 
 
-def _ctu(editor: Editor, node: Node) -> None:
-    args: tuple[Any, ...] = node.args
-    x, beta, coeff, slope, scale, shift, residual, channel_dim, kind, raw, eps = args
-    operands = _Operands(editor, node, x.meta["val"], channel_dim)
-    scales, shifts = editor.constant(scale), editor.constant(shift)
-    constant = (scale is None) == (scales is None) and (shift is None) == (shifts is None) and channel_dim in (-1, 1)
-    if constant and (scale is not None or shift is not None) and _fold(editor, x, scales, shifts):
-        scale = shift = None
-    w = lowering.times(operands.wide(x), 1.0 if scale is None else operands.value(scale, "scale"))
-    w = lowering.plus(w, 0.0 if shift is None else operands.value(shift, "shift"))
-    w = lowering.plus(w, 0.0 if residual is None else operands.wide(residual))
-    knobs = operands.knobs(beta, coeff, bool(raw), float(eps))
-    member = KINDS[kind]
-    operands.replace(lowering.unit(w, operands.value(slope, "slope") if slope is not None else None, knobs, member))
-
-
-def _ctu_and_mul(editor: Editor, node: Node) -> None:
-    args: tuple[Any, ...] = node.args
-    gate, beta, coeff, slope, up, channel_dim, kind, raw, eps = args
-    if up is None:
-        gate, up = _halves(editor, gate, channel_dim)
-    operands = _Operands(editor, node, gate.meta["val"], channel_dim)
-    knobs = operands.knobs(beta, coeff, bool(raw), float(eps))
-    slopes = operands.value(slope, "slope") if slope is not None else None
-    unit = lowering.unit(operands.wide(gate), slopes, knobs, KINDS[kind])
-    operands.replace(unit * operands.wide(up))
-
-
-def _halves(editor: Editor, packed: Node, channel_dim: int) -> list[Node]:
-    value = packed.meta["val"]
-    channels = value.shape[channel_dim] // 2
-    halves = []
-    for start in (0, channels):
-        half = editor.graph.call_function(_ATEN.slice.Tensor, (packed, channel_dim, start, start + channels))
-        half.meta["val"] = value.narrow(channel_dim, start, channels)
-        halves.append(half)
-    return halves
-
-
-def _head_edit(editor: Editor, node: Node) -> None:
-    z: Any
-    z, *params, channel_dim = node.args
-    operands = _Operands(editor, node, z.meta["val"], channel_dim)  # type: ignore[arg-type]
-    p, q = operands.computed(lowering.factors, params, ("scale", "offset"))
-    operands.replace(lowering.plus(lowering.times(operands.wide(z), 1.0 if p is None else p), 0.0 if q is None else q))
+def _lower(editor: Editor, node: Node) -> None:
+    """Replaces the call of an op by the op's portable form."""
+    op = OPS[node.target._opname]  # type: ignore[union-attr]
+    assert op.portable is not None
+    count = len(op.inputs._fields)
+    inputs, attrs = op.inputs(*node.args[:count]), op.attrs(*node.args[count:])
+    operands = _Operands(editor, node, inputs[0].meta["val"], attrs.channel_dim)
+    operands.replace(importlib.import_module(op.portable).lower(operands, inputs, attrs))
 
 
 def _batch_norm(editor: Editor, node: Node) -> None:
@@ -230,20 +194,29 @@ class _Operands:
         proxy = self._editor.proxy(node)
         return proxy if node.meta["val"].dtype == self._dtype else proxy.to(self._dtype)
 
-    def value(self, node: Any, name: str) -> Any:
+    def parameter(self, node: Any, name: str) -> Any:
         """A per-channel parameter."""
         return self.computed(lambda param: (param,), [node], (name,))[0]
 
-    def knobs(self, beta: Node, coeff: Node, raw: bool, eps: float) -> lowering.Knobs:
-        least: list[float] = []
+    def fold(self, node: Node, scale: Any, shift: Any) -> bool:
+        """Folds constants per channel into the weights of the layer at ``node``, if it is one that nothing else uses."""
+        scales, shifts = self._editor.constant(scale), self._editor.constant(shift)
+        constant = (scale is None) == (scales is None) and (shift is None) == (shifts is None)
+        return constant and (scale, shift) != (None, None) and _fold(self._editor, node, scales, shifts)
 
-        def derive(b: Any, c: Any) -> tuple[Any, ...]:
-            values = lowering.derive(b, c, raw, eps)
-            least.extend([float(values[3].min())] if isinstance(b, Tensor) else [])
-            return values
-
-        coeff_value, s, sharpness, eta = self.computed(derive, [beta, coeff], ("coeff", "s", "sharpness", "eta"))
-        return lowering.Knobs(coeff_value, s, sharpness, eta, least[0] if least else None)
+    def halves(self, node: Node) -> tuple[Node, Node]:
+        """The halves of a packed operand's channels; the first is what parameters are aligned with from then on."""
+        value = node.meta["val"]
+        channels = value.shape[self._channel_dim] // 2
+        halves = []
+        for start in (0, channels):
+            half = self._editor.graph.call_function(
+                _ATEN.slice.Tensor, (node, self._channel_dim, start, start + channels)
+            )
+            half.meta["val"] = value.narrow(self._channel_dim, start, channels)
+            halves.append(half)
+        self._x = halves[0].meta["val"]
+        return halves[0], halves[1]
 
     def computed(self, function: Callable[..., tuple[Any, ...]], nodes: list[Any], names: tuple[str, ...]) -> list[Any]:
         """Results of ``function`` on per-channel parameters: constants, computed in float64, if all of them are constant."""
@@ -261,7 +234,7 @@ class _Operands:
         return [None if result is None else result.to(self._dtype) for result in function(*proxies)]
 
     def _aligned(self, param: Any, shape: torch.Size) -> Any:
-        return lowering.aligned(param, shape, self._x, self._channel_dim)
+        return aligned(param, shape, self._x, self._channel_dim)
 
     def _number(self, value: Tensor, name: str) -> Any:
         """A float if all elements of ``value`` are equal, else a constant of the program."""
@@ -281,10 +254,8 @@ class _Operands:
 
 
 _LOWERINGS: dict[Any, Callable[[Editor, Node], None]] = {
-    _OPS.ctu.default: _ctu,
-    _OPS.ctu_and_mul.default: _ctu_and_mul,
-    _OPS.head_edit.default: _head_edit,
+    **{op.overloads.forward: _lower for op in OPS.values() if op.portable is not None},
     _NORM: _batch_norm,
     _ATEN.copy.default: _copy,
 }
-_IN_PLACE = [op.default for op in (_OPS.ctu_, _OPS.ctu_and_mul_, _OPS.head_edit_)]
+_IN_PLACE = [op.overloads.inplace for op in OPS.values() if op.overloads.inplace is not None]

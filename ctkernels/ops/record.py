@@ -58,6 +58,7 @@ class Op:
         the shape of the first half.
     triton: module of its Triton kernels, imported on the first CUDA call: a ``MATH`` for the channelwise skeleton, or
         ``forward`` and ``backward``.
+    portable: module of its form in exported programs, see :mod:`.portable`; None without one.
     shared_grad: (b, a, c): if c is None, grad(b) is grad(a); computed once.
     eager: entry points that eager CPU calls try before the dispatcher.
     """
@@ -71,6 +72,7 @@ class Op:
     inplace_schema: str | None = None
     factor: str | None = None
     triton: str | None = None
+    portable: str | None = None
     shared_grad: tuple[str, str, str] | None = None
     eager: eager.Entries = eager.NONE
     name: str = field(init=False)

@@ -9,7 +9,8 @@ from torch import nn
 
 import ctkernels
 from ctkernels import functional
-from ctkernels.export import lowering, portable
+from ctkernels.export import portable
+from ctkernels.ops.ctu import portable as lowering
 
 MEMBERS = {"logistic": "relu", "leaky": "leaky_relu", "relu6": "relu6", "gaussian": "gelu", "tanh": "gelu_tanh"}
 BETAS = (0.0, 0.01, 0.3, 0.5, 0.9, 0.999, 1 - 1e-6, 1.0)

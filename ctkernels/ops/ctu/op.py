@@ -131,6 +131,7 @@ OP = register(
         elementwise=frozenset({"x", "residual"}),
         reference=Reference(_forward, _backward, _jvp),
         triton=f"{__package__}.triton_math",
+        portable=f"{__package__}.portable",
         shared_grad=("residual", "x", "scale"),
         eager=eager.Entries("ctu"),
     )

@@ -98,5 +98,6 @@ OP = register(
         factor="up",
         reference=Reference(_forward, _backward, _jvp),
         triton=f"{__package__}.triton_math",
+        portable=f"{__package__}.portable",
     )
 )

@@ -77,6 +77,7 @@ OP = register(
         elementwise=frozenset({"z"}),
         reference=Reference(_forward, _backward, _jvp),
         triton=f"{__package__}.triton_math",
+        portable=f"{__package__}.portable",
         eager=eager.Entries("head_edit"),
     )
 )

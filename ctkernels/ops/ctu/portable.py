@@ -1,10 +1,7 @@
-"""The ops of this library in terms of torch's operations, for programs that must run without it.
+"""The portable form of the CT unit, see :mod:`ctkernels.ops.portable`.
 
-Values are floats for constants that are one number, and proxies for other constants and for tensors of the program. A
-constant that switches a part off removes that part.
-
-No intermediate of a finite result overflows. Where the unit is sharp, s = 1 - beta is ``SHARPEST``: exponentials of w / s
-are then 0, or capped, and the unit is the plain activation to the last bit.
+Where the unit is sharp, s = 1 - beta is ``SHARPEST``: exponentials of w / s are then 0, or capped, and the unit is the plain
+activation to the last bit.
 """
 
 from __future__ import annotations
@@ -16,13 +13,38 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.ctu.reference import tanh_gate_exponent
+from ..portable import Operands, Value, plus, times
+from .op import KINDS, CtuAttrs, CtuInputs
+from .reference import tanh_gate_exponent
 
 SHARPEST = 1e-30  # its reciprocal is finite in float32
 CAP = 60.0  # softplus(u) = u in float64 from 37 on, and exp(60) is finite in float32
 LEAST_GATE = 0.25  # see `swish`
 
-Value = Any  # a proxy, or a float
+
+def lower(operands: Operands, inputs: CtuInputs, attrs: CtuAttrs) -> Value:
+    """The unit; an affine map that is constant goes into the weights of a layer before it."""
+    x, beta, coeff, slope, scale, shift, residual = inputs
+    if attrs.channel_dim in (-1, 1) and operands.fold(x, scale, shift):
+        scale = shift = None
+    w = times(operands.wide(x), 1.0 if scale is None else operands.parameter(scale, "scale"))
+    w = plus(w, 0.0 if shift is None else operands.parameter(shift, "shift"))
+    w = plus(w, 0.0 if residual is None else operands.wide(residual))
+    return activated(operands, w, beta, coeff, slope, attrs)
+
+
+def activated(operands: Operands, w: Value, beta: Any, coeff: Any, slope: Any, attrs: CtuAttrs) -> Value:
+    """The unit at pre-activation ``w``, with its parameters as nodes."""
+    least: list[float] = []
+
+    def derived(b: Any, c: Any) -> tuple[Any, ...]:
+        values = derive(b, c, bool(attrs.raw), float(attrs.eps))
+        least.extend([float(values[3].min())] if isinstance(b, Tensor) else [])
+        return values
+
+    coeff, s, sharpness, eta = operands.computed(derived, [beta, coeff], ("coeff", "s", "sharpness", "eta"))
+    slope = None if slope is None else operands.parameter(slope, "slope")
+    return unit(w, slope, Knobs(coeff, s, sharpness, eta, least[0] if least else None), KINDS[attrs.kind])
 
 
 class Knobs(NamedTuple):
@@ -56,22 +78,6 @@ def unit(w: Value, slope: Value, k: Knobs, kind: str) -> Value:
     if kind == "leaky":
         return _leaky(w, slope, k)
     return _logistic(w, k)
-
-
-def factors(m: Any, a: Any, g_m: Any, g_a: Any) -> tuple[Any, Any]:
-    """(1 + g_m m, g_a a) of the head edit; None without m, or a."""
-    p = None if m is None else 1 + (m if g_m is None else g_m * m)
-    return p, a if a is None or g_a is None else g_a * a
-
-
-def times(value: Value, factor: Value) -> Value:
-    """``value * factor``, without an operation if the factor is the number 1."""
-    return value if isinstance(factor, float) and factor == 1.0 else value * factor
-
-
-def plus(value: Value, offset: Value) -> Value:
-    """``value + offset``, without an operation if the offset is the number 0."""
-    return value if isinstance(offset, float) and offset == 0.0 else value + offset
 
 
 def _mix(k: Knobs, first: Callable[[], Value], second: Callable[[], Value]) -> Value:
@@ -139,19 +145,3 @@ def _soft_gaussian(w: Value, k: Knobs) -> Value:
     """w Phi(u) + s phi(u), u = w / s."""
     u = times(w, k.sharpness)
     return _gelu(w, k.sharpness) + times(torch.exp(u * u * -0.5), times(k.s, 1 / math.sqrt(2 * math.pi)))
-
-
-def aligned(param: Any, shape: torch.Size, x: Tensor, channel_dim: int) -> Any:
-    """:func:`ctkernels.ops.layout.broadcast` for a proxy ``param`` of ``shape``."""
-    size = [1] * x.dim()
-    count = int(shape[-1]) if len(shape) else 1
-    if channel_dim >= 0 and count != 1:
-        channels = int(x.shape[channel_dim])
-        if count != channels:
-            param = torch.repeat_interleave(param, channels // count, -1)
-        size[channel_dim] = channels
-    if len(shape) == 2 and shape[0] != 1:
-        if isinstance(x.shape[0], int) and int(shape[0]) != x.shape[0]:
-            param = param.repeat(x.shape[0] // int(shape[0]), 1)
-        size[0] = -1
-    return torch.reshape(param, size)
