@@ -43,18 +43,18 @@ OUT = INDICES["out"]
 
 
 class _Read(NamedTuple):
-    """A tensor that kernels read. index: among the inputs and dy, which is last. strides: those of a copy, or None to read it as
-    it is."""
+    """A tensor that kernels read. source: its index among the inputs and dy, which is last. strides: those of a copy, or None to
+    read it as it is."""
 
-    index: int
+    source: int
     strides: Strides | None
 
 
 class _Result(NamedTuple):
-    """A tensor that kernels write, with the dtype of tensor ``index`` of the inputs and dy. final: strides of the copy to return,
-    or None to return it as it is."""
+    """A tensor that kernels write, with the dtype of tensor ``source`` of the inputs and dy. final: strides of the copy to
+    return, or None to return it as it is."""
 
-    index: int
+    source: int
     shape: tuple[int, ...]
     strides: Strides
     final: Strides | None
@@ -222,18 +222,20 @@ class _Plan:
 
     def __call__(self, inputs: Inputs, dy: Tensor | None = None) -> list[Tensor]:
         """The results, gradients in the order of the inputs."""
-        given: tuple[Any, ...] = (*inputs, dy)
+        operands: tuple[Any, ...] = (*inputs, dy)
         tensors: list[Any] = [
-            None if r is None else given[r.index] if r.strides is None else _copy(given[r.index], r.strides)
+            None if r is None else operands[r.source] if r.strides is None else _copy(operands[r.source], r.strides)
             for r in self._read
         ]
         x = tensors[0]
-        results = [None if r is None else given[r.index].new_empty_strided(r.shape, r.strides) for r in self._results]
+        results: list[Any] = [
+            None if r is None else operands[r.source].new_empty_strided(r.shape, r.strides) for r in self._results
+        ]
         scratch = [None if s is None else x.new_empty(s.size, dtype=s.dtype) for s in self._scratch]
         tensors += [*results, *scratch, None]
         if self._inplace:
             tensors[OUT] = x
-        numbers = [given[i].item() if i else 0.0 for i in self._numbers]
+        numbers = [operands[i].item() if i else 0.0 for i in self._numbers]
         with launcher.guard(x):
             for launch, select, with_numbers in self._launches:
                 launch(select(tensors), numbers if with_numbers else ())
