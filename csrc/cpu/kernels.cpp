@@ -15,6 +15,12 @@
 namespace ctk::cpu {
 namespace {
 
+#if defined(__aarch64__)
+using Half = __fp16;  // g++ has _Float16 in C++ for ARM from version 13 on
+#else
+using Half = _Float16;
+#endif
+
 template <class T, int N>
 struct Uniform {
   T k[N];
@@ -185,7 +191,7 @@ void load_f16(const void* from, float* __restrict to, int64_t n) {
   for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
 #endif
   for (; i < n; ++i) {
-    _Float16 h;
+    Half h;
     memcpy(&h, p + i, 2);
     to[i] = static_cast<float>(h);
   }
@@ -199,7 +205,7 @@ void store_f16(const float* __restrict from, void* to, int64_t n) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
   for (; i < n; ++i) {
-    const _Float16 h = static_cast<_Float16>(from[i]);
+    const Half h = static_cast<Half>(from[i]);
     memcpy(p + i, &h, 2);
   }
 }

@@ -38,7 +38,10 @@ HARDWARE = {
         "compiled kernels: baseline, AVX2, AVX-512",
         "run: every test; the other SIMD levels: tests/package/test_build.py",
     ),
-    "ARM CPUs": ("compiled kernels: baseline", "never built or run there; the same source is tested on x86-64"),
+    "ARM CPUs": (
+        "compiled kernels: baseline",
+        "not run; cross-compiled: tests/package/test_build.py; the same source is tested on x86-64",
+    ),
     "NVIDIA GPUs from 8.0": (
         "compiled CUDA kernels, or Triton",
         "run on an H100: docs/gpu.md; code for sm_80, sm_90 and sm_100 executed on the CPU: docs/proof.md",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -58,6 +59,12 @@ def test_cuda_without_nvcc_says_what_to_do(tmp_path):
     done = _setup("--version", CTKERNELS_BUILD="cuda", CUDA_HOME=str(tmp_path))
     assert done.returncode != 0
     assert "CTKERNELS_BUILD=cuda: no nvcc; install the CUDA toolkit and set CUDA_HOME" in done.stderr
+
+
+def test_an_isolated_build_downloads_setuptools_alone():
+    """Not torch: the one that pip would choose has CUDA's libraries, and is not the one that is installed."""
+    (wanted,) = re.findall(r"^requires = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert [name.split(">")[0] for name in re.findall(r'"(.*?)"', wanted)] == ["setuptools"]
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +166,17 @@ def test_cpu_with_a_compiler_that_fails_is_an_error(source, tmp_path):
         check=False,
     )
     assert done.returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="g++-aarch64-linux-gnu is not installed")
+def test_the_cpu_kernels_compile_for_arm(tmp_path):
+    """Without SIMD levels of x86, warnings as errors."""
+    flags = "-std=c++20 -O1 -fopenmp-simd -fPIC -Wall -Wextra -Wno-unused-parameter -Werror -DCTK_LEVEL=baseline"
+    target = tmp_path / "kernels.o"
+    source = ROOT / "csrc/cpu/kernels.cpp"
+    subprocess.run(["aarch64-linux-gnu-g++", *flags.split(), "-c", str(source), "-o", str(target)], check=True)
+    assert target.read_bytes()[18:20] == b"\xb7\x00"  # EM_AARCH64
 
 
 def test_env_command_knows_the_build(capsys):
