@@ -24,11 +24,9 @@ def call(source: Any, x: Tensor, recorded: bool, scale: Tensor | None = None, sh
     weight, bias = source.weight, source.bias
     if scale is not None:
         bias = (shift if bias is None else shift + scale * bias).to(weight.dtype)
-    if recorded and convolves and not torch.compiler.is_exporting() and not torch.jit.is_tracing():
-        return frozen_conv(x, weight, bias, scale, _geometry(source))
-    weight = scaled(weight, scale)
     if convolves:
-        return convolution(x, weight, bias, _geometry(source))
+        return _convolved(source, x, recorded, bias, scale)
+    weight = scaled(weight, scale)
     return F.linear(x, weight, bias) if isinstance(source, nn.Linear) else source._conv_forward(x, weight, bias)
 
 
@@ -54,10 +52,13 @@ def is_plain_convolution(source: Any, x: Tensor) -> bool:
     )
 
 
-def without_bias(source: Any, x: Tensor) -> Tensor:
-    """Calls the plain convolution ``source`` without its bias."""
-    return convolution(x, source.weight, None, _geometry(source))
+def without_bias(source: Any, x: Tensor, recorded: bool) -> Tensor:
+    """Calls the plain convolution ``source`` without its bias. ``recorded``: whether only ``x`` needs a gradient."""
+    return _convolved(source, x, recorded, None, None)
 
 
-def _geometry(source: Any) -> tuple[Any, ...]:
-    return source.stride, source.padding, source.dilation, source.groups
+def _convolved(source: Any, x: Tensor, recorded: bool, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    geometry = source.stride, source.padding, source.dilation, source.groups
+    if recorded and not torch.compiler.is_exporting() and not torch.jit.is_tracing():
+        return frozen_conv(x, source.weight, bias, scale, geometry)
+    return convolution(x, scaled(source.weight, scale), bias, geometry)

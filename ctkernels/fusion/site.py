@@ -83,8 +83,8 @@ class FusedCall:
             return self.unfused(x if source is None else source(x), residual, *args, **kwargs)
         z, bias = x, None
         if source is not None:
-            if source._parameters["bias"] is not None and self.leaves_bias(x, residual, arguments):
-                z, bias = frozen.without_bias(source, x), source._parameters["bias"]
+            if source._parameters["bias"] is not None and self.leaves_bias(x, arguments):
+                z, bias = frozen.without_bias(source, x, self.frozen_layer(x)), source._parameters["bias"]
             else:
                 z = self.layer(x, compiling)
         if source is not None and norm is not None and bias is None and not compiling and is_eval(norm):
@@ -160,7 +160,7 @@ class FusedCall:
     def layer(self, x: Tensor, compiling: bool) -> Tensor:
         """The layer's result; with frozen weights, its input is not saved."""
         source = self.source
-        if records_grad(x) and not records_grad(*source._parameters.values()) and _computes_in(x, source):
+        if self.frozen_layer(x):
             return frozen.call(source, x, True)
         if compiling:  # so that an exported program has the layer's name
             return source(x)
@@ -172,14 +172,18 @@ class FusedCall:
             return z.contiguous(memory_format=torch.channels_last)
         return source._conv_forward(x, weight, bias)
 
-    def leaves_bias(self, x: Tensor, residual: Tensor | None, arguments: dict[str, Any]) -> bool:
-        """True if the unit adds the layer's bias: in inference, if that saves the separate pass after cuDNN's convolutions."""
+    def frozen_layer(self, x: Tensor) -> bool:
+        """True if autograd records the layer for the gradient of ``x`` alone."""
+        source = self.source
+        return records_grad(x) and not records_grad(*source._parameters.values()) and _computes_in(x, source)
+
+    def leaves_bias(self, x: Tensor, arguments: dict[str, Any]) -> bool:
+        """True if the unit adds the layer's bias, because cuDNN's convolutions are followed by a separate pass for it."""
         source = self.source
         return (
             _adds_bias_apart(x)
             and _computes_in(x, source)
             and frozen.is_plain_convolution(source, x)
-            and not records_grad(x, residual, *source._parameters.values(), *arguments.values())
             and arguments["channel_dim"] in (None, 1, 1 - x.dim())
             and (self.norm is None or is_eval(self.norm))
         )

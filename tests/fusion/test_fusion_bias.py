@@ -1,4 +1,4 @@
-"""Fusion on a GPU, in inference: the unit adds the bias of the convolution before it. Here on the CPU, with the choice forced."""
+"""Fusion on a GPU: the unit adds the bias of the convolution before it. Here on the CPU, with the choice forced."""
 
 from __future__ import annotations
 
@@ -41,24 +41,40 @@ def _image(dtype=torch.float32):
     return torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+@pytest.mark.parametrize("mode", ["frozen", "eval", "train"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a_fused_network_equals_itself(block, dtype):
-    compare(_network(block, dtype=dtype), _image(dtype), ctkernels.fuse, "frozen")
+def test_a_fused_network_equals_itself(block, dtype, mode):
+    compare(_network(block, dtype=dtype), _image(dtype), ctkernels.fuse, mode)
 
 
-def test_only_in_inference(shifts):
-    """A convolution without a BatchNorm: its bias is the unit's shift in inference, and its own where a gradient flows."""
-    model, x = _network("no norm", dtype=torch.bfloat16).requires_grad_(False), _image(torch.bfloat16)
+@pytest.mark.parametrize("situation", ["inference", "input", "knobs", "weights"])
+def test_the_bias_is_the_shift_of_the_unit(situation, shifts):
+    """In inference, and when gradients flow: to the input, to learned knobs, to the weights and the bias itself."""
+    model = prepare(Residual(["no norm"])).eval().bfloat16().requires_grad_(False)
+    model.stem[2], model.blocks[0].relu = (
+        ctkernels.nn.TrainableCTU(4).requires_grad_(situation == "knobs") for _ in "12"
+    )
     ctkernels.fuse(model)
     biases = [model.blocks[0].conv1.bias, model.blocks[0].conv2.bias]
-    with torch.no_grad():
-        model(x)
-    assert shifts[1:] == biases  # the first is the stem's, with its BatchNorm
-    shifts.clear()
-    model(x.requires_grad_())
-    assert len(shifts) == 3
-    assert shifts[1:] == [None, None]
+    model.blocks[0].conv2.requires_grad_(situation == "weights")
+    with torch.set_grad_enabled(situation != "inference"):
+        y = model(_image(torch.bfloat16).requires_grad_(situation == "input"))
+    assert [id(shift) for shift in shifts[1:]] == [
+        id(bias) for bias in biases
+    ]  # the first is the stem's, with its BatchNorm
+    assert y.requires_grad == (situation != "inference")
+
+
+def test_a_frozen_convolution_keeps_no_input(monkeypatch):
+    model = _network("no norm").requires_grad_(False)
+    ctkernels.fuse(model)
+    calls, frozen_conv = [], site.frozen.frozen_conv
+    monkeypatch.setattr(site.frozen, "frozen_conv", lambda *args: (calls.append(args), frozen_conv(*args))[1])
+    model(_image().requires_grad_())
+    assert [(args[1] is layer.weight, args[2]) for args, layer in zip(
+        calls, (model.stem[0], model.blocks[0].conv1, model.blocks[0].conv2), strict=True
+    )] == [(True, None)] * 3  # fmt: skip
 
 
 def test_compiled_programs():
