@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ YARDSTICK = "frozen, forward + backward to the embeddings"
 FLOOR = "frozen, forward + backward to the first edit"
 LORA, LOOP = "LoRA r=8 step", "loop over heads, step"
 INSIDE = "JoLA step, edits inside attention"
+APART = "JoLA step, edits in passes of their own"
 JOLA, COMPILED, COMPOSED = "JoLA step", "JoLA step, compiled", "JoLA step, composed reference, compiled"
 
 
@@ -152,6 +154,7 @@ def _run(seed: int, device: str, seconds: float, quick: bool) -> dict[str, Any]:
     if not on_cpu:  # on a CPU it is torch's attention followed by the edit
         fuse_attention(inside)
         steps[INSIDE] = step(inside, inside_optimizer, inside)
+        steps[APART] = _apart(eager)
     record: dict[str, Any] = {
         "training_ms": measure.interleaved(steps, seconds * 12, seldom=[LOOP], seed=seed, wait=wait)
     }
@@ -176,6 +179,17 @@ def _run(seed: int, device: str, seconds: float, quick: bool) -> dict[str, Any]:
     inferences: measure.Contestants = {"plain": infer(frozen), "merged": infer(merged)}
     record["inference_ms"] = measure.interleaved(inferences, seconds * 3, seed=seed, wait=wait)
     return record
+
+
+def _apart(call: Callable[[], None]) -> Callable[[], None]:
+    """The call without edits in the weights of projections."""
+    from ctkernels.ops.head_edit_linear import cost_model
+
+    def patched() -> None:
+        with mock.patch.object(cost_model, "choose", return_value=cost_model.SEPARATE):
+            call()
+
+    return patched
 
 
 def bars(record: dict[str, Any]) -> list[dict[str, Any]]:

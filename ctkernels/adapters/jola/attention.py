@@ -48,7 +48,7 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """Attention with the edit of the block's JoLA layer, or transformers' `sdpa`, for `AttentionInterface`."""
     call = current_call()
-    edit = None if call is None else call.layer.attention_edit(query.shape[1], value.shape[-1])
+    edit = None if call is None else call.layer.single_edit(query.shape[1], value.shape[-1])
     foreign = any(kwargs.get(name) is not None and kwargs[name] is not False for name in _FOREIGN)
     if call is None or edit is None or dropout or foreign:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward

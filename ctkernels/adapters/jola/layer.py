@@ -17,7 +17,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ..._marks import BLOCK_OUTPUT
 from ...functional import hard_concrete, head_edit
+from ...fusion.layers import is_layer, why_not
 from ...nn import Unscriptable
+from ...ops.head_edit_linear import cost_model
+from ...ops.head_edit_linear.function import head_edit_linear
+from ...ops.head_edit_linear.reference import Edits
 from .._offload import fetched, home, keep_resident
 from .._peft import merged_in_batch
 from ..strength import Scaled, strengths
@@ -425,24 +429,81 @@ class JolaLayer(Unscriptable, Scaled, nn.Module, BaseTunerLayer):
             index=index,
         )
 
-    def attention_edit(self, heads: int, size: int) -> tuple[Tensor | None, ...] | None:
-        """Return (m, a, g_m, g_a) for an attention function that applies the edit to its own output.
-
-        None where this layer has to apply the edit: no or several active adapters, gates sampled per row, tensor-parallel
-        heads, or a forward pre-hook (a monitor, or `adapter_names`).
-        """
-        names = [name for name in self.active_adapters if name in self.jola_config]
-        if self.disable_adapters or self.merged or len(names) != 1 or self._forward_pre_hooks:
+    def single_edit(self, heads: int, size: int) -> Edits | None:
+        """Return (m, a, g_m, g_a) for a function that applies the edit and more; None where this layer has to apply it alone."""
+        if self._why_not_single(heads, size) is not None:
             return None
-        config = self.jola_config[names[0]]
-        by_row = self.training and not config.freeze_gates and config.gate_sampling == "row"
-        if by_row or (heads, size) != (self.num_heads, self.head_dim):
-            return None
-        gates = self.gates(names[0])
-        if not gates:
-            return None
-        vectors, gates = self._operands(names[0], gates)
+        name = self._active_names()[0]
+        vectors, gates = self._operands(name, self.gates(name))
         return vectors.get("m"), vectors.get("a"), gates.get("m"), gates.get("a")
+
+    def _active_names(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.jola_config]
+
+    def _why_not_single(self, heads: int, size: int) -> str | None:
+        """Why the edit of ``heads`` heads of this size is not that of one adapter for all rows, or None."""
+        names = self._active_names()
+        if self.disable_adapters or self.merged or not names:
+            return "no unmerged adapter is active"
+        if len(names) > 1:
+            return f"several adapters are active: {', '.join(names)}"
+        if self._forward_pre_hooks:
+            return "a hook, such as a monitor's, is on the layer"
+        config = self.jola_config[names[0]]
+        if self.training and not config.freeze_gates and config.gate_sampling == "row":
+            return "gates are sampled for each row"
+        if (heads, size) != (self.num_heads, self.head_dim):
+            return f"the input has {heads} heads of {size}, of {self.num_heads} of {self.head_dim}"
+        if not any(names[0] in self._of(kind) for kind in KINDS):
+            return f"the adapter {names[0]} edits no head here"
+        return None
+
+    def _why_apart(self, z: Tensor) -> str | None:
+        """Why the edit of ``z`` cannot be in the projection's weights, or None."""
+        base: Any = self.base_layer
+        if self.edits != "head":
+            return f"the edit is of the {'projection' if self.edits == 'mlp' else 'block'}'s output"
+        if not isinstance(base, nn.Linear):
+            return f"the projection is a {type(base).__name__}"
+        if not is_layer(base):
+            return f"the projection is not a plain linear layer: {why_not(base)}"
+        return self._why_not_single(z.shape[-1] // self.head_dim, self.head_dim)
+
+    def _features(self) -> tuple[bool, bool]:
+        """Whether the active adapter has an m, and whether a parameter of it needs a gradient."""
+        name = self._active_names()[0]
+        parameters = [
+            table[name] for kind in KINDS for table in (self._of(kind), self._log_alpha(kind)) if name in table
+        ]
+        return name in self.jola_m, any(parameter.requires_grad for parameter in parameters)
+
+    def explain(self, z: Tensor) -> str:
+        """Says whether a call with the input ``z`` would edit it in a pass of its own or in the projection's weights, and why.
+
+        Examples:
+            >>> model = get_peft_model(base, JolaConfig(task_type="CAUSAL_LM"))
+            >>> layer = next(module for module in model.modules() if isinstance(module, JolaLayer))
+            >>> print(layer.explain(torch.randn(1, 5, layer.in_features)))
+            model.layers.0.self_attn.o_proj: in a pass over its input: ...
+        """
+        base: Any = self.base_layer
+        reason = self._why_apart(z)
+        if reason is not None:
+            return f"{self.site}: by itself: {reason}"
+        return f"{self.site}: {cost_model.explain(z, base.weight, base.bias, *self._features())}"
+
+    def _in_weights(self, z: Tensor) -> Tensor | None:
+        """The projection of ``z`` with the edit in the weights; None where that is not possible or does not pay."""
+        base: Any = self.base_layer
+        if z.device.type not in cost_model.LAUNCH:  # spares calls on a CPU the other checks
+            return None
+        if self._why_apart(z) is not None:
+            return None
+        weight, bias = base.weight, base.bias
+        if cost_model.choose(z, weight, bias, *self._features()) != cost_model.FOLDED:
+            return None
+        edit = self.single_edit(self.num_heads, self.head_dim)
+        return None if edit is None else head_edit_linear(z, weight, bias, edit)
 
     def _edit_mixed(self, z: Tensor, adapter_names: list[str]) -> Tensor:
         """Apply a different adapter to each row of the batch; "__base__" and adapters absent here edit nothing."""
@@ -478,6 +539,10 @@ class JolaLayer(Unscriptable, Scaled, nn.Module, BaseTunerLayer):
         self._prepare(adapter_names)
         if self.edits == "mlp":
             return self._edited(self.base_layer(x, *args, **kwargs), adapter_names)
+        if adapter_names is None and not args and not kwargs:
+            y = self._in_weights(x)
+            if y is not None:
+                return y
         return self.base_layer(self._edited(x, adapter_names), *args, **kwargs)
 
     def _prepare(self, adapter_names: list[str] | None) -> None:
