@@ -49,8 +49,28 @@ def test_against_float64(case, dtype):
     assert all(torch.equal(found[key], again[key]) for key in found)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["flash4", "flex"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_providers_against_float64(case, name, dtype):
+    def moved(t):
+        return t.cuda() if isinstance(t, torch.Tensor) else tuple(map(moved, t)) if isinstance(t, tuple) else t
+
+    def served(**given):
+        arguments = {n: moved(t) for n, t in (given | case.arguments()).items()}
+        return attention_head_edit(**arguments, implementation=name).cpu()
+
+    try:
+        found = results(served, case.tensors(dtype), upstream=dtype)
+    except RuntimeError as error:
+        if "was forced but cannot serve this call" not in str(error):
+            raise
+        pytest.skip(str(error))
+    check(case, dtype, found)
+
+
 def test_explain_shows_the_prediction():
     q = torch.empty(2, 8, 1024, 64, device="cuda", dtype=torch.bfloat16)
     text = ctkernels.explain(q, "attention_head_edit")
-    assert text.count("us predicted") == 2
+    assert text.count("us predicted") >= 2
     assert text.count(" used") - text.count("not used") == 1

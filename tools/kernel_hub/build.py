@@ -29,10 +29,10 @@ ROOT = Path(__file__).parents[2]
 PACKAGE, OWN = ROOT / "ctkernels", Path(__file__).parent / "kernel"
 NAME = "ctkernels"
 BACKENDS = ("cpu", "cuda")  # where the kernels have been run; elsewhere the ops are plain torch
-LEFT_OUT = ("frozen_conv", "max_pool2d", "samples.py", "sample.py")  # of fusion; of the tests
+LEFT_OUT = ("frozen_conv", "max_pool2d", "head_edit_linear", "samples.py", "sample.py")  # of fusion, adapters and tests
 NAMESPACE = "_ops.py"
-# Imported on some device or only by type checkers; everything else has to be in the kernel, or in Python.
-MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "typing_extensions"}
+# Imported on some device, where installed, or only by type checkers; everything else has to be in the kernel, or in Python.
+MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "typing_extensions", "flash_attn"}
 
 BUILD = """\
 [general]

@@ -5,7 +5,8 @@ bandwidths come from data sheets. Each kernel's share of the peak, in inference 
 was measured on an H100 (``python -m benchmarks --device cuda --attention``, the run in benchmarks/results/h100.json), except:
 FlashAttention-3 (about its paper's figures, arXiv 2407.08608); torch's math attention in 16 bits; A100 (FlashAttention-2 about
 as in its paper for long sequences, arXiv 2307.08691; the others guessed from that); B200 (taken from H100, except that kernels
-with pre-Hopper tensor instructions are no faster there).
+with pre-Hopper tensor instructions are no faster there); FlashAttention-4 (cuDNN's on H100; on B200 1.2 and 1.05 times cuDNN's,
+where its announcement has up to 1.3); flex_attention (0.9 and 0.85 of FlashAttention-2's: guessed).
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from torch import Tensor
 
 from .. import backends
 from ..autograd import in_transform
+from .providers import FLASH4, FLEX, PROVIDERS, Call
 from .reference import UNBOUNDED
 
 FUSED, SEPARATE = "fused", "separate"
-IMPLEMENTATIONS = (FUSED, SEPARATE)
+IMPLEMENTATIONS = (FUSED, SEPARATE, *PROVIDERS)
 LAUNCH = 4e-6  # seconds per additional kernel
+PACKED_MASK = 5e-4  # seconds to make flex_attention's mask of packed sequences, mostly the host's: guessed
 
 
 class Peak(NamedTuple):
@@ -42,12 +45,21 @@ _H100 = {
     "flash": (0.30, 0.27),
     "efficient": (0.24, 0.28),
     "math": (0.03, 0.03),
+    FLASH4: (0.56, 0.50),
+    FLEX: (0.27, 0.23),
 }
-_A100 = {"fused": (0.60, 0.33), "flash": (0.70, 0.60), "efficient": (0.40, 0.40), "math": (0.05, 0.05)}
+_A100 = {
+    "fused": (0.60, 0.33),
+    "flash": (0.70, 0.60),
+    "efficient": (0.40, 0.40),
+    "math": (0.05, 0.05),
+    FLEX: (0.63, 0.51),
+}
+_B200 = _H100 | {"flash": (0.13, 0.12), "efficient": (0.11, 0.12), FLASH4: (0.67, 0.525), FLEX: (0.12, 0.10)}
 PEAKS = {
     8: Peak(312e12, 2.039e12, _A100, _SINGLE),
     9: Peak(989e12, 3.35e12, _H100 | {"flash3": (0.70, 0.60)}, _SINGLE),
-    10: Peak(2250e12, 8e12, _H100 | {"flash": (0.13, 0.12), "efficient": (0.11, 0.12)}, _SINGLE),
+    10: Peak(2250e12, 8e12, _B200, _SINGLE),
 }
 
 
@@ -65,6 +77,7 @@ class Shape(NamedTuple):
     causal: bool
     training: bool
     window: int | None = None  # keys that a query sees
+    packed: bool = False
 
 
 class Estimate(NamedTuple):
@@ -83,12 +96,13 @@ def shape_of(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, training: b
     if left != UNBOUNDED:
         window, causal = min(keys, left + 1 + (0 if right == UNBOUNDED else right)), False
     sizes = (count, q.shape[1], k.shape[1], tokens, keys, q.shape[-1], v.shape[-1])
-    return Shape(*sizes, q.element_size(), causal, training, window)
+    return Shape(*sizes, q.element_size(), causal, training, window, batch is not None)
 
 
 def seconds(peak: Peak, shape: Shape, attention: str) -> float:
-    """Predicted time of a call: forward, plus backward in training. Only the fused kernels skip keys outside the window."""
-    keys = shape.window if attention == FUSED and shape.window is not None else shape.keys
+    """Predicted time of a call: forward, plus backward in training. Torch's attention does not skip keys outside the window."""
+    skips = attention == FUSED or attention in PROVIDERS
+    keys = shape.window if skips and shape.window is not None else shape.keys
     work = 2.0 * shape.batch * shape.heads * shape.tokens * keys * (shape.head_dim + shape.value_dim)
     work *= (0.5 if shape.causal else 1.0) * (3.5 if shape.training else 1.0)
     shares, unit = (peak.half, 1.0) if shape.itemsize == 2 else (peak.single, 1 / 6)
@@ -100,6 +114,8 @@ def seconds(peak: Peak, shape: Shape, attention: str) -> float:
     if attention != FUSED:  # the edit's passes: read and write z; in training also z, dy and dz of its backward
         time += rows * shape.value_dim * (5 if shape.training else 2) / peak.bandwidth
         time += LAUNCH * (2 if shape.training else 1)
+    if attention == FLEX and shape.packed:
+        time += PACKED_MASK
     return time
 
 
@@ -146,19 +162,29 @@ def estimates(
     right: int,
     training: bool,
     batch: int | None = None,
+    scale: float = 1.0,
 ) -> list[Estimate]:
-    """Predicted times of both implementations on q's CUDA device, the faster one first."""
-    major = max((m for m in PEAKS if m <= torch.cuda.get_device_capability(q.device)[0]), default=8)
-    shape, peak = shape_of(q, k, v, left, right, training, batch), PEAKS[major]
+    """Predicted times of the implementations that can serve a call on q's CUDA device, the fastest one first."""
+    shape, peak = shape_of(q, k, v, left, right, training, batch), _peak(q)
+    shares = peak.half if shape.itemsize == 2 else peak.single
     masked = _masked(q, k, mask, left, right, batch)
     kernel = "efficient" if masked else torch_attention(q, k, v, None, right == 0 and shape.tokens > 1)
     if masked:
         separate = seconds(peak, shape._replace(causal=False), kernel)
     else:
-        shares = peak.half if shape.itemsize == 2 else peak.single
         separate = seconds(peak, shape, kernel if kernel in shares else "math")
-    both = [Estimate(FUSED, seconds(peak, shape, FUSED), "fused"), Estimate(SEPARATE, separate, kernel)]
-    return sorted(both, key=lambda e: e.seconds)
+    found = [Estimate(SEPARATE, separate, kernel)]
+    if fused_refusal(q, k, v, mask, scale) is None:
+        found.insert(0, Estimate(FUSED, seconds(peak, shape, FUSED), FUSED))
+    call = Call(q, k, v, mask, left, right, batch is not None)
+    for name, provider in PROVIDERS.items():
+        if name in shares and provider.refusal(call) is None:
+            found.append(Estimate(name, seconds(peak, shape, name), name))
+    return sorted(found, key=lambda e: e.seconds)
+
+
+def _peak(q: Tensor) -> Peak:
+    return PEAKS[max((m for m in PEAKS if m <= torch.cuda.get_device_capability(q.device)[0]), default=8)]
 
 
 def _masked(q: Tensor, k: Tensor, mask: Tensor | None, left: int, right: int, batch: int | None) -> bool:
@@ -187,27 +213,34 @@ def choose(
     batch: int | None,
     forced: str | None,
 ) -> str:
-    """FUSED or SEPARATE. RuntimeError if a forced choice, by argument or ``use_backend``, cannot serve the call."""
+    """One of IMPLEMENTATIONS. RuntimeError if a forced choice, by argument or ``use_backend``, cannot serve the call."""
     backend = backends.forced()
     if backend is not None and backend != "triton":
         backends.check_forced_backend(q)
     requested = forced or {None: None, "triton": FUSED}.get(backend, SEPARATE)
     if requested == SEPARATE:
         return SEPARATE
-    reason = fused_refusal(q, k, v, mask, scale)
-    if reason is not None:
-        if requested == FUSED:
-            raise RuntimeError(
-                f"attention_head_edit: the fused kernels were forced but cannot serve this call: {reason}"
-            )
-        return SEPARATE
     if requested is not None:
-        return FUSED
+        reason = _refusal(requested, Call(q, k, v, mask, left, right, batch is not None), scale)
+        if reason is not None:
+            what = "the fused kernels were" if requested == FUSED else f"{requested} was"
+            raise RuntimeError(f"attention_head_edit: {what} forced but cannot serve this call: {reason}")
+        return requested
     if torch.version.hip:  # peaks and shares are NVIDIA's
         return SEPARATE
     if torch.compiler.is_compiling():  # sizes may be symbolic, and torch's kernel queries cannot be traced
-        return FUSED if _slow_in_torch(q, k, mask, left, right, batch) else SEPARATE
-    return estimates(q, k, v, mask, left, right, training, batch)[0].implementation
+        slow = _slow_in_torch(q, k, mask, left, right, batch)
+        return FUSED if slow and fused_refusal(q, k, v, mask, scale) is None else SEPARATE
+    if not q.is_cuda:
+        return SEPARATE
+    return estimates(q, k, v, mask, left, right, training, batch, scale)[0].implementation
+
+
+def _refusal(name: str, call: Call, scale: float) -> str | None:
+    """Why an implementation other than SEPARATE cannot serve a call, or None."""
+    if name == FUSED:
+        return fused_refusal(call.q, call.k, call.v, call.mask, scale)
+    return PROVIDERS[name].refusal(call)
 
 
 def explain(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, training: bool = True) -> str:
@@ -218,18 +251,19 @@ def explain(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, trainin
         f"attention_head_edit on {str(q.dtype).removeprefix('torch.')} queries of shape {tuple(q.shape)} and keys of shape "
         f"{tuple(k.shape)} on {q.device}, causal, {'with' if training else 'without'} gradients"
     ]
-    reason = fused_refusal(q, k, v, None, 1.0)
+    call = Call(q, k, v, None, UNBOUNDED, 0, False)
     forced = backends.forced()
     chosen = choose(q, k, v, None, 1.0, UNBOUNDED, 0, training, None, None)
-    note = {FUSED: "triton kernels, the edit in their epilogue", SEPARATE: "torch's attention, then the edit"}
+    notes = {FUSED: "triton kernels, the edit in their epilogue", SEPARATE: "torch's attention, then the edit"}
+    notes |= {name: provider.note for name, provider in PROVIDERS.items()}
     times = {}
-    if q.is_cuda and reason is None and not torch.version.hip:
+    if q.is_cuda and not torch.version.hip:
         times = {e.implementation: e for e in estimates(q, k, v, None, UNBOUNDED, 0, training)}
     for name in IMPLEMENTATIONS:
         text = ("forced: " if forced else "") + "used" if name == chosen else "not used"
         if name in times:
             text += f", {times[name].seconds * 1e6:.0f} us predicted ({times[name].attention})"
-        if name == FUSED and reason is not None:
+        if name != SEPARATE and (reason := _refusal(name, call, 1.0)) is not None:
             text = reason
-        lines.append(f"  {name:<10} {text}  [{note[name]}]")
+        lines.append(f"  {name:<10} {text}  [{notes[name]}]")
     return "\n".join(lines)

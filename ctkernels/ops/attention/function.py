@@ -9,8 +9,10 @@ from torch import Tensor
 
 from .. import checks
 from .cost_model import FUSED, IMPLEMENTATIONS, choose
+from .edit import apply
 from .op import run
 from .problem import Edits, Packed, Problem, keep_for
+from .providers import PROVIDERS, Call
 from .reference import UNBOUNDED
 from .sdpa import attend, attend_packed
 
@@ -59,8 +61,10 @@ def attention_head_edit(
             queries and keys differ. Excludes ``attn_mask``.
         max_seqlen: the length of the longest sequence, or a pair; None reads it from ``cu_seqlens``, which synchronises with
             the GPU and cannot be compiled.
-        implementation: ``"fused"``, or ``"separate"``: torch's attention, then the edit (in place without gradients). None
-            lets a cost model choose; ``ctkernels.explain(q, "attention_head_edit")`` shows its choice.
+        implementation: ``"fused"``; or attention, then the edit (in place without gradients): ``"separate"``, torch's own;
+            ``"flash4"``, FlashAttention-4, if the package flash-attn-4 is installed; ``"flex"``, torch's flex_attention, which
+            compiles in its first calls. None lets a cost model choose; ``ctkernels.explain(q, "attention_head_edit")`` shows
+            its choice.
 
     Returns:
         (B, H, T, E), or packed (total queries, H, E), of q's dtype. Differentiable in q, k, v, m, a, g_m and g_a. Second
@@ -69,7 +73,7 @@ def attention_head_edit(
 
     Raises:
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or device.
-        RuntimeError: for ``implementation="fused"`` if the kernels cannot serve the call; the message says why.
+        RuntimeError: for an ``implementation`` that cannot serve the call; the message says why.
 
     Examples:
         >>> q, k, v = torch.randn(3, 2, 4, 16, 8)  # 2 sequences, 4 heads, 16 tokens, 8 numbers per head
@@ -114,6 +118,9 @@ def attention_head_edit(
     if chosen == FUSED:
         problem = Problem(q, k, v, *edits, mask, None, None, 0, 0, scale, left, right)
         return run(problem if packed is None else problem._replace(**packed._asdict()), keep_for(needs_grad))
+    if chosen in PROVIDERS:
+        z = PROVIDERS[chosen].attend(Call(q, k, v, mask, left, right, packed is not None), scale, packed)
+        return apply(z, edits)
     if packed is None:
         return attend(q, k, v, edits, mask, scale, left, right)
     return attend_packed(q, k, v, edits, scale, left, right, packed)
