@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ctkernels.functional import attention_head_edit
 from ctkernels.ops.attention import cost_model
 from ctkernels.ops.attention.problem import KEEP_LSE, KEEP_Z, Problem
+from ctkernels.ops.attention.providers import PROVIDERS, Call
 from ctkernels.ops.attention.reference import UNBOUNDED
 from ctkernels.ops.attention.triton import launch as triton_launch
 
@@ -99,7 +100,12 @@ def _one(case: Case, dtype: str, seconds: float) -> dict[str, Any]:
 
         return call
 
-    functions = {FUSED: edited(FUSED), SEPARATE: edited(SEPARATE)}
+    left = options["window"] - 1 if "window" in options else UNBOUNDED
+    right = 0 if options["is_causal"] else UNBOUNDED
+    call = Call(q, k, v, options["attn_mask"], left, right, False)
+    others = [name for name, provider in PROVIDERS.items() if provider.refusal(call) is None]
+    ours = [FUSED, SEPARATE, *others]
+    functions = {name: edited(name) for name in ours}
     half = q.dtype != torch.float32  # torch's kernels need 16 bits
     if half and "window" not in options and options["attn_mask"] is None and case.tokens > 1:
         functions |= {name: torchs(kernel) for name, kernel in TORCH.items()}
@@ -114,7 +120,7 @@ def _one(case: Case, dtype: str, seconds: float) -> dict[str, Any]:
         return call
 
     def both(name: str, f: Callable[..., Tensor]) -> Callable[[int], Any]:
-        wanted = [*leaves, *(edits if name in (FUSED, SEPARATE) else [])]
+        wanted = [*leaves, *(edits if name in ours else [])]
         return lambda _: torch.autograd.grad(f(*leaves), wanted, dy)
 
     times = {"forward_ms": interleaved_graphs({n: forward(f) for n, f in functions.items()}, CALLS, seconds)}
@@ -122,8 +128,6 @@ def _one(case: Case, dtype: str, seconds: float) -> dict[str, Any]:
         times["forward_backward_ms"] = interleaved_graphs(
             {n: both(n, f) for n, f in functions.items()}, CALLS, 2 * seconds
         )
-    left = options["window"] - 1 if "window" in options else UNBOUNDED
-    right = 0 if options["is_causal"] else UNBOUNDED
     seen: Any = (options["attn_mask"], None, None, 0, 0, case.head_dim**-0.5, left, right)
     times |= _price(Problem(q, k, v, *edits, *seen), dy, seconds)
     predicted = {
@@ -144,6 +148,7 @@ def _one(case: Case, dtype: str, seconds: float) -> dict[str, Any]:
         "dtype": dtype,
         **times,
         "predicted": predicted,
+        "absent": {name: provider.refusal(call) for name, provider in PROVIDERS.items() if name not in others},
         "torch_kernel": next(e.attention for e in chosen if e.implementation == SEPARATE),
         "forward_tflops": 4e-9 * case.batch * case.heads * pairs * case.head_dim / times["forward_ms"][FUSED],
     }
@@ -184,10 +189,20 @@ def text(records: list[dict[str, Any]]) -> str:
         rows = []
         for r in (r for r in records if key in r):
             ms, predicted = r[key], r["predicted"][key]
-            cells = [f"{ms[n]:.3f}" if n in ms else "" for n in (FUSED, SEPARATE, *TORCH)]
+            cells = [f"{ms[n]:.3f}" if n in ms else "" for n in (FUSED, SEPARATE, *PROVIDERS, *TORCH)]
             forecast = [f"{predicted[n]:.3f}" for n in (FUSED, SEPARATE)]
             rows.append([r["case"], r["dtype"], *cells, *forecast, r["torch_kernel"]])
-        head = ["case", "dtype", FUSED, SEPARATE, *TORCH, "fused, predicted", "separate, predicted", "torch's kernel"]
+        head = [
+            "case",
+            "dtype",
+            FUSED,
+            SEPARATE,
+            *PROVIDERS,
+            *TORCH,
+            "fused, predicted",
+            "separate, predicted",
+            "torch's kernel",
+        ]
         title = f"attention_head_edit, {key.removesuffix('_ms').replace('_', ' + ')}, ms on the device"
         blocks.append(f"{title}\n{table(head, rows)}")
     rows = []

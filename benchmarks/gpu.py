@@ -11,8 +11,6 @@ Stages are ordered by importance; each runs in its own process with a time limit
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -36,7 +34,7 @@ from ctkernels._files import write_text
 from ctkernels.cli import option_types as types
 from ctkernels.cli.errors import OptionError, Parser, reported
 
-from . import ctu, ctu_and_mul, device, head_edit, measure
+from . import contestants, ctu, ctu_and_mul, device, head_edit, measure
 from .report import table
 
 ROOT = Path(__file__).parents[1]
@@ -217,7 +215,7 @@ def before(context: Context) -> Records:
 
 
 def gated(context: Context) -> Records:
-    """The gated product of an MLP, against Liger's."""
+    """The gated product of an MLP against Liger's, and in inference with the projection before it, against quack's."""
     for dtype in context.dtypes:
         for case, sizes in ctu_and_mul.CASES.items():
             shape = context.shape(*sizes)
@@ -229,104 +227,110 @@ def gated(context: Context) -> Records:
                 "ctu, then mul": lambda g, u, k=knobs: ctu_and_mul.two_passes(g, u, *k),
                 "silu(g) * u": ctu_and_mul.plain,
                 "silu(g) * u compiled": device.compiled(ctu_and_mul.plain),
-                **_liger(context),
             }
+            liger, absent = contestants.liger(context.dry)
+            yield {"op": "ctu_and_mul", "case": case, "shape": list(shape), "dtype": dtype, "absent": absent} | _times(
+                functions | liger, [gate, up], dy, context
+            )
+            width = shape[-1] // 4
+            x, weight = (
+                torch.randn(s, device=context.device).to(gate.dtype)
+                for s in ((*shape[:-1], width), (2 * shape[-1], width))
+            )
+            projected: dict[str, Callable[..., Tensor]] = {
+                OURS: lambda x, w=weight, k=knobs: ctu_and_mul.packed(F.linear(x, w), x, *k),
+                "silu(g) * u": lambda x, w=weight: ctu_and_mul.plain(*F.linear(x, w).chunk(2, -1)),
+            }
+            quack, absent = contestants.quack(context.dry, weight)
             yield {
-                "op": "ctu_and_mul",
+                "op": "projection, ctu_and_mul",
                 "case": case,
-                "shape": list(shape),
+                "shape": list(x.shape),
                 "dtype": dtype,
-                "missing": _missing_packages(),
-            } | _times(functions, [gate, up], dy, context)
-
-
-def _liger(context: Context) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    if context.dry or importlib.util.find_spec("liger_kernel") is None:
-        return {}
-    from liger_kernel.ops.geglu import LigerGELUMulFunction
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-
-    return {"Liger, SwiGLU": LigerSiLUMulFunction.apply, "Liger, GEGLU": LigerGELUMulFunction.apply}
-
-
-def _missing_packages() -> dict[str, str]:
-    """Contestants that are not installed or have no gated product, with the reasons."""
-    why = {}
-    if importlib.util.find_spec("liger_kernel") is None:
-        why["Liger"] = "liger-kernel is not installed"
-    if importlib.util.find_spec("quack") is None:
-        why["quack"] = "quack-kernels is not installed"
-    else:
-        version = importlib.metadata.version("quack-kernels")
-        why["quack"] = f"quack-kernels {version} has the gated product inside of its matrix products only"
-    return why
+                "absent": absent,
+            } | _times(projected | quack, [x], None, context)
 
 
 def convolutions(context: Context) -> Records:
-    """A convolution with its activation, as in a fused network, against cuDNN's."""
+    """A convolution with its activation, and with a sum before that, as in a fused network, against cuDNN's."""
     for dtype in context.dtypes:
         for name, channels, size in (("stage 1", 64, 56), ("stage 3", 256, 14)):
             batch, channels, size, _ = context.shape(128, channels, size, size)
             options = {"device": context.device, "dtype": device.DTYPES[dtype]}
-            x = torch.randn(batch, channels, size, size, **options).to(memory_format=torch.channels_last)
+            x, z = (
+                torch.randn(batch, channels, size, size, **options).to(memory_format=torch.channels_last)
+                for _ in range(2)
+            )
             w = torch.randn(channels, channels, 3, 3, **options).mul(0.05).to(memory_format=torch.channels_last)
             b = torch.randn(channels, **options)
             beta, shift = torch.full((channels,), 0.9, device=context.device), b.float()
 
-            def ours(x: Tensor, w: Tensor = w, beta: Tensor = beta, shift: Tensor = shift) -> Tensor:
+            def ours(
+                x: Tensor, z: Tensor | None = None, w: Tensor = w, beta: Tensor = beta, shift: Tensor = shift
+            ) -> Tensor:
                 from ctkernels.functional import ctu
 
-                return ctu(F.conv2d(x, w, padding=1), beta, channel_dim=1, shift=shift)
+                return ctu(F.conv2d(x, w, padding=1), beta, channel_dim=1, shift=shift, residual=z)
 
-            functions: dict[str, Callable[..., Tensor]] = {
+            cudnn, absent = contestants.cudnn(context.dry, w, b)
+            plain: dict[str, Callable[..., Tensor]] = {
                 OURS: ours,
                 "convolution": lambda x, w=w, b=b: F.conv2d(x, w, b, padding=1),
                 "convolution, then ReLU": lambda x, w=w, b=b: F.relu(F.conv2d(x, w, b, padding=1)),
             }
-            if not context.dry:
-                functions["cudnn_convolution_relu"] = lambda x, w=w, b=b: torch.ops.aten.cudnn_convolution_relu(
-                    x, w, b, (1, 1), (1, 1), (1, 1), 1
-                )
-            yield {"op": "convolution", "case": f"ResNet-50 {name}", "shape": list(x.shape), "dtype": dtype} | _times(
-                functions, [x], None, context
-            )
+            summed: dict[str, Callable[..., Tensor]] = {
+                OURS: ours,
+                "convolution, then sum and ReLU": lambda x, z, w=w, b=b: F.relu(F.conv2d(x, w, b, padding=1) + z),
+            }
+            for op, functions, tensors in (("convolution", plain, [x]), ("convolution, sum", summed, [x, z])):
+                functions |= {n: f for n, f in cudnn.items() if ("add" in n) == (len(tensors) > 1)}
+                yield {
+                    "op": op,
+                    "case": f"ResNet-50 {name}",
+                    "shape": list(x.shape),
+                    "dtype": dtype,
+                    "absent": absent,
+                } | _times(functions, tensors, None, context)
 
 
 def attention(context: Context) -> Records:
-    """Attention with the edit, against torch's kernels and flex_attention."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
+    """Attention with the edit, against torch's kernels, flex_attention and FlashAttention-4."""
     from ctkernels.functional import attention_head_edit
     from ctkernels.functional import head_edit as edit
 
-    flex = flex_attention if context.dry else torch.compile(flex_attention, dynamic=False)
-    for name, sizes, window in (
-        ("4 x 2048, 16 heads of 128", (4, 16, 2048, 128), None),
-        ("1 x 8192, 16 heads of 128, window 1024", (1, 16, 8192, 128), 1024),
+    for name, sizes, window, packed in (
+        ("4 x 2048, 16 heads of 128", (4, 16, 2048, 128), None, False),
+        ("1 x 8192, 16 heads of 128, window 1024", (1, 16, 8192, 128), 1024, False),
+        ("packed, 4 x 2048, 16 heads of 128", (1, 16, 8192, 128), None, True),
     ):
         batch, heads, tokens, dim = (1, 2, 32, 16) if context.dry else sizes
         window = min(window, tokens // 2) if window else None
         options: dict[str, Any] = {"device": context.device}
-        q, k, v, dy = (torch.randn(batch, heads, tokens, dim, **options, dtype=torch.bfloat16) for _ in range(4))
-        m, a, g_m, g_a = (torch.randn(s, **options) for s in ((heads, dim), (heads, dim), (heads,), (heads,)))
-
-        def visible(b: Any, h: Any, i: Any, j: Any, window: int | None = window) -> Any:
-            return (i >= j) & (i - j < window) if window else i >= j
-
-        block_mask = create_block_mask(visible, None, None, tokens, tokens, device=context.device)
+        shape = (tokens, heads, dim) if packed else (batch, heads, tokens, dim)
+        q, k, v, dy = (torch.randn(shape, **options, dtype=torch.bfloat16) for _ in range(4))
+        edits = [torch.randn(s, **options) for s in ((heads, dim), (heads, dim), (heads,), (heads,))]
         extra: dict[str, Any] = {"window": window} if window else {}
+        if packed:
+            starts = torch.arange(5, device=context.device, dtype=torch.int32) * (tokens // 4)
+            extra |= {"cu_seqlens": starts, "max_seqlen": tokens // 4}
         functions: dict[str, Callable[..., Tensor]] = {
-            OURS: lambda q, k, v, e=(m, a, g_m, g_a), x=extra: attention_head_edit(q, k, v, *e, is_causal=True, **x),
-            "flex_attention": lambda q, k, v, mask=block_mask: flex(q, k, v, block_mask=mask),
-            "flex_attention, then the edit": lambda q, k, v, e=(m, a, g_m, g_a), mask=block_mask: edit(
-                flex(q, k, v, block_mask=mask), *e, head_axis=1
-            ),
+            OURS: lambda q, k, v, e=edits, x=extra: attention_head_edit(q, k, v, *e, is_causal=True, **x),
         }
-        if not window:
+        others, absent = contestants.attention(context.dry, q, window, extra.get("cu_seqlens"))
+        functions |= others
+        if "flex_attention" in others:
+            functions["flex_attention, then the edit"] = lambda q, k, v, e=edits, f=others["flex_attention"]: edit(
+                f(q, k, v), *e, head_axis=1
+            )
+        if not extra:
             functions["torch"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        yield {"op": "attention_head_edit", "case": name, "shape": list(q.shape), "dtype": "bf16"} | _times(
-            functions, [q, k, v], dy, context
-        )
+        yield {
+            "op": "attention_head_edit",
+            "case": name,
+            "shape": list(q.shape),
+            "dtype": "bf16",
+            "absent": absent,
+        } | _times(functions, [q, k, v], dy, context)
 
 
 def _times(
@@ -518,6 +522,9 @@ def text(result: dict[str, Any]) -> str:
     ]
     if failed:
         blocks.append("FAILED:\n" + table(["op", "case", "dtype", "why"], failed))
+    reasons = {(n, why): None for name in stages for r in found[name] for n, why in r.get("absent", {}).items()}
+    if reasons:
+        blocks.append(table(["absent", ""], [list(pair) for pair in reasons]))
     old = {_key(r): r for r in found.get("before", [])}
     for key in ("forward_ms", "forward_backward_ms"):
         rows = []

@@ -19,6 +19,7 @@ from .report import table
 BATCH, SIZE = {"cpu": 8, "cuda": 128}, 224
 PROCESSES = 3
 PLAIN, FOLDED, OURS, OFFICIAL = "plain ReLU", "plain ReLU, BatchNorm folded", "CT, fused", "CT as published"
+CUDNN = "plain ReLU, BatchNorm folded, all in cuDNN's convolutions"
 COMPILED, GRAPHED = ", compiled", ", in a CUDA graph"
 PUBLISHED = (OFFICIAL, OFFICIAL + COMPILED)
 
@@ -79,6 +80,44 @@ def _replace_relus(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Mod
     return model
 
 
+def _convolved(layer: Any, x: Tensor, added: Tensor | None = None) -> Tensor:
+    """ReLU of a convolution with its bias, and of a sum with a tensor, in one call of cuDNN."""
+    geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+    if added is None:
+        return torch.ops.aten.cudnn_convolution_relu(x, layer.weight, layer.bias, *geometry)
+    return torch.ops.aten.cudnn_convolution_add_relu(x, layer.weight, added, 1.0, layer.bias, *geometry)
+
+
+class _ConvolvedReLU(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _convolved(self.layer, x)
+
+
+def with_cudnn(model: Any) -> nn.Module:
+    """The network with BatchNorms folded into convolutions, and bias, sum and ReLU inside of them, for inference on a GPU."""
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+    from torchvision.models.resnet import Bottleneck
+
+    class Block(Bottleneck):
+        def forward(self, x: Tensor) -> Tensor:
+            out = _convolved(self.conv2, _convolved(self.conv1, x))
+            return _convolved(self.conv3, out, x if self.downsample is None else self.downsample(x))
+
+    for block in (module for module in model.modules() if isinstance(module, Bottleneck)):
+        for i in "123":
+            setattr(block, f"conv{i}", fuse_conv_bn_eval(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")))
+        if block.downsample is not None:
+            block.downsample = fuse_conv_bn_eval(*block.downsample)
+        block.__class__ = Block
+    model.conv1 = _ConvolvedReLU(fuse_conv_bn_eval(model.conv1, model.bn1))
+    model.bn1, model.relu = nn.Identity(), nn.Identity()
+    return model
+
+
 def contestants(dtype: torch.dtype, trained: bool, device: str = "cpu") -> dict[str, nn.Module]:
     """The networks, with learned units or with one (beta, coeff) for all."""
     base = network(dtype, device)
@@ -95,6 +134,8 @@ def contestants(dtype: torch.dtype, trained: bool, device: str = "cpu") -> dict[
         import torch.fx.experimental.optimization
 
         networks[FOLDED] = torch.fx.experimental.optimization.fuse(copy.deepcopy(base))
+        if device != "cpu":
+            networks[CUDNN] = with_cudnn(copy.deepcopy(base))
     return networks
 
 
@@ -188,6 +229,18 @@ def _check(dtype: torch.dtype, device: str) -> None:
         allowed = allowed + (torch.finfo(dtype).eps + 1e-5) * truth.abs().max()
         if not error <= allowed:
             raise AssertionError(f"the fused network is off by {error:.3g}, allowed {allowed:.3g}: not timed")
+        if CUDNN in networks:
+            check_cudnn(networks[PLAIN], networks[CUDNN], x)
+
+
+def check_cudnn(plain: nn.Module, other: nn.Module, x: Tensor) -> None:
+    """Check that the network of cuDNN's convolutions computes what the plain one does."""
+    truth = copy.deepcopy(plain).double()(x.double())
+    error, theirs = ((model(x).double() - truth).abs().max() for model in (other, plain))
+    if not error <= 2 * theirs + torch.finfo(x.dtype).eps * truth.abs().max():
+        raise AssertionError(
+            f"the network of cuDNN's convolutions is off by {error:.3g}, the plain one {theirs:.3g}: not timed"
+        )
 
 
 def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -211,6 +264,8 @@ def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     (f"{kind}: as published, compiled / ours, compiled", theirs / ours, ">=", 1.0),
                     (f"{kind}: ours, compiled / ours", ours / ms[OURS], "<=", 1.0),
                 ]
+        if CUDNN in i:
+            ratios.append(("inference: fused / all in cuDNN's convolutions", i[OURS] / i[CUDNN], "<=", 1.0))
         f = record["full_step_peak_bytes"]
         ratios.append(("peak memory of a step that trains everything / plain", f[OURS] / f[PLAIN], "<=", 1.02))
         rows += [measure.bar(record["dtype"], *ratio) for ratio in ratios]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -51,6 +52,42 @@ def test_a_rehearsal_goes_through_every_stage(tmp_path):
     assert "mean error" in written
     assert "us of the host" in written
     assert written.strip() in done.stdout
+
+
+def test_contestants_that_are_absent_are_named(tmp_path):
+    done = _run(tmp_path, "--limit", "6000", "--only", "convolutions", "gated", "attention")
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = [r for stage in _stages(tmp_path).values() for r in stage["records"]]
+    assert {name.partition(",")[0] for r in records for name in r["failed"]} <= {
+        "flex_attention"
+    }  # no gradients on a CPU
+    absent = {name for r in records for name in r["absent"]}
+    assert absent == {"cudnn_convolution_relu", "cudnn_convolution_add_relu", "Liger", "quack", "FlashAttention-4"}
+    written = (tmp_path / "gpu.txt").read_text()
+    assert all(name in written for name in absent)
+    timed = {op: set() for op in ("convolution", "convolution, sum", "ctu_and_mul", "projection, ctu_and_mul")}
+    timed |= {r["op"]: set(r["forward_ms"]) for r in records}
+    assert all("ours" in names and len(names) > 1 for names in timed.values())
+    assert {"flex_attention", "flex_attention, then the edit"} <= timed["attention_head_edit"]
+
+
+def test_a_network_of_cudnns_convolutions_computes_what_the_plain_one_does(monkeypatch):
+    """Here with torch's convolutions in place of cuDNN's."""
+    pytest.importorskip("torchvision")
+    from benchmarks import networks
+
+    def convolved(layer, x, added=None):
+        y = layer(x)
+        return torch.relu(y if added is None else y + added)
+
+    monkeypatch.setattr(networks, "_convolved", convolved)
+    plain = networks.network(torch.float32, "cpu")
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        networks.check_cudnn(plain, networks.with_cudnn(copy.deepcopy(plain)), x)
+        monkeypatch.setattr(networks, "_convolved", lambda layer, x, added=None: convolved(layer, x))
+        with pytest.raises(AssertionError, match="not timed"):
+            networks.check_cudnn(plain, networks.with_cudnn(copy.deepcopy(plain)), x)
 
 
 def test_what_is_there_when_the_time_is_over(tmp_path):
