@@ -179,6 +179,15 @@ def test_flash_attention_4(name, served):
         torch.testing.assert_close(attention_head_edit(*tensors, **options), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_second_derivatives_are_refused(served):
+    served(FLASH4)
+    tensors, options = _arguments("causal")
+    y = attention_head_edit(*tensors, **options)
+    torch.autograd.grad(y.sum(), tensors, retain_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives; pass implementation='fused'"):
+        torch.autograd.grad(y.sum(), tensors, create_graph=True)
+
+
 def test_deterministic_algorithms_are_asked_for(served, monkeypatch):
     asked = []
     call = sys.modules["flash_attn.cute"].flash_attn_func

@@ -12,7 +12,7 @@ from .cost_model import FUSED, IMPLEMENTATIONS, choose
 from .edit import apply
 from .op import run
 from .problem import Edits, Packed, Problem, keep_for
-from .providers import PROVIDERS, Call
+from .providers import PROVIDERS, Call, serve
 from .reference import UNBOUNDED
 from .sdpa import attend, attend_packed
 
@@ -68,7 +68,7 @@ def attention_head_edit(
 
     Returns:
         (B, H, T, E), or packed (total queries, H, E), of q's dtype. Differentiable in q, k, v, m, a, g_m and g_a. Second
-        derivatives: of the fused kernels through plain torch, of torch's attention where torch has them
+        derivatives: of the fused kernels through plain torch, of torch's attention where torch has them, of the others none
         (``use_backend("reference")`` has them everywhere).
 
     Raises:
@@ -119,8 +119,7 @@ def attention_head_edit(
         problem = Problem(q, k, v, *edits, mask, None, None, 0, 0, scale, left, right)
         return run(problem if packed is None else problem._replace(**packed._asdict()), keep_for(needs_grad))
     if chosen in PROVIDERS:
-        z = PROVIDERS[chosen].attend(Call(q, k, v, mask, left, right, packed is not None), scale, packed)
-        return apply(z, edits)
+        return apply(serve(chosen, Call(q, k, v, mask, left, right, packed is not None), scale, packed), edits)
     if packed is None:
         return attend(q, k, v, edits, mask, scale, left, right)
     return attend_packed(q, k, v, edits, scale, left, right, packed)

@@ -175,3 +175,19 @@ PROVIDERS = {
     FLASH4: Provider("FlashAttention-4 (flash-attn-4), then the edit", _flash4_refusal, _flash4),
     FLEX: Provider("torch's flex_attention, then the edit", _flex_refusal, _flex),
 }
+
+
+def serve(name: str, call: Call, scale: float, packed: Packed | None) -> Tensor:
+    """The attention of a call by a provider, whose second derivatives are an error: their own code would leave them out."""
+    z = PROVIDERS[name].attend(call, scale, packed)
+    if z.requires_grad:
+        z.register_hook(_refuse_second_order)
+    return z
+
+
+def _refuse_second_order(_: Tensor) -> None:
+    if torch.is_grad_enabled():  # with create_graph=True
+        raise RuntimeError(
+            "attention_head_edit: FlashAttention-4 and flex_attention have no second derivatives; pass implementation='fused', "
+            "or use_backend('reference')"
+        )
