@@ -33,7 +33,8 @@ from .calls import PASSES, UNROLLED, Call, Code, Launch, codes, launches, measur
 from .gpus import GPUS
 
 FOLDER = Path(__file__).parent
-FITTED, LAUNCHES, BUDGETS = (FOLDER / f"{name}.json" for name in ("latency_h100", "h100_launches", "budgets_calls"))
+FITTED, LAUNCHES = (FOLDER / f"{name}.json" for name in ("latency_h100", "h100_launches"))
+BUDGETS = {"cuda": FOLDER / "budgets_calls.json", "triton": FOLDER / "budgets_calls_triton.json"}
 # Of every architecture since sm_80, per SM: registers, warps and blocks that fit; schedulers; lanes of MUFU.
 REGISTERS, WARPS, BLOCKS, SCHEDULERS, MUFU = 65536, 64, 32, 4, 16
 SHUFFLE = 60  # clocks per level: two halves of a double, and the addition
@@ -356,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", choices=("cuda", "triton"), default="cuda", help="whose launches (default: cuda)")
     parser.add_argument("--fit", action="store_true", help=f"fit the constants again: {FITTED.name}")
     parser.add_argument(
-        "--write-budgets", action="store_true", help=f"write what is found as the budgets: {BUDGETS.name}"
+        "--write-budgets", action="store_true", help="write what is found as the budgets of the backend's calls"
     )
     args = parser.parse_args(argv)
     if args.fit:
@@ -364,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
         print(FITTED.read_text())
         return 0
     if args.write_budgets:
-        write_text(BUDGETS, json.dumps(everything(90), indent=1) + "\n")
+        write_text(BUDGETS[args.backend], json.dumps(everything(90, args.backend), indent=1) + "\n")
         return 0
     print("\n".join(table(args.arch, args.backend)))
     print(

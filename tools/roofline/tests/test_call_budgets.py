@@ -10,7 +10,6 @@ import pytest
 from roofline import cuda, latency
 from roofline.calls import Code, Launch
 
-BUDGETS = json.loads(latency.BUDGETS.read_text())
 FIT = json.loads(latency.FITTED.read_text())
 Launches = list[tuple[Launch, Code]]
 
@@ -33,16 +32,17 @@ def test_the_model_predicts_a_dtype_that_it_has_not_seen():
 
 
 @pytest.mark.slow
-def test_every_call_keeps_its_budget():
+@pytest.mark.parametrize("backend", latency.BUDGETS)
+def test_every_call_keeps_its_budget(backend):
     pytest.importorskip("triton", reason="triton is not installed (its disassembler is used)")
     pytest.importorskip("numpy", minversion="2.0", reason="the launches are those of the recorder, which needs numpy 2")
     from recorder import Toolchain
 
-    if missing := Toolchain("cuda").missing:
+    if missing := Toolchain(backend).missing:
         pytest.skip(missing)
-    found = latency.everything(90)
-    assert found.keys() == BUDGETS.keys()
-    assert not {name: lines for name, d in found.items() if (lines := latency.broken(d, BUDGETS[name]))}
+    found, allowed = latency.everything(90, backend), json.loads(latency.BUDGETS[backend].read_text())
+    assert found.keys() == allowed.keys()
+    assert not {name: lines for name, d in found.items() if (lines := latency.broken(d, allowed[name]))}
 
 
 def _edited(launches, edit):
