@@ -53,7 +53,7 @@ class Scaled:
         if adapter in self.strength:
             self.strength[adapter].fill_(scale)
         elif scale != 1:
-            self.strength[adapter] = torch.tensor(float(scale), device=self._home())
+            self.strength[adapter] = torch.tensor(float(scale), dtype=torch.float32, device=self._home())
 
     def get_scale(self, adapter: str) -> float:
         """The strength of an adapter."""

@@ -90,6 +90,8 @@ CONFIGS = {
     "additive": {"edit": "additive"},
     "multiplicative": {"edit": "multiplicative"},
     "mean gates": {"gate_estimator": "mean", "temperature": 0.5, "stretch": (-0.2, 1.3)},
+    "offsets of the values": {"additive": "kv_group"},
+    "gates frozen": {"freeze_gates": True},
 }
 
 
@@ -108,6 +110,67 @@ def test_every_kind_of_adapter(values, from_folder, tmp_path):
         pool.load("it", model)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(served(pool, ["it"] * 3), expected)
+
+
+@pytest.mark.parametrize("values", [{}, {"additive": "kv_group"}, {"site": "mlp"}, {"site": "block"}], ids=str)
+def test_strengths_are_those_of_the_model(values, tmp_path):
+    """Every layer has its own strength, as after peft's scale_layer; a folder has none."""
+    model = trained(**values)
+    adapters.set_strength(model, 0.4, "second")
+    adapters.set_strength(model, -1.5, "default")
+    layers = [layer for layer in model.modules() if isinstance(layer, adapters.JolaLayer)]
+    layers[0].set_scale("second", 2.5)
+    with torch.no_grad():
+        expected = model(**VALUES, adapter_names=PEFT_NAMES).logits
+        adapters.set_strength(model, 1.0)
+        whole = model(**VALUES, adapter_names=["default"] * 3).logits
+        adapters.set_strength(model, 0.25)
+        part = model(**VALUES, adapter_names=["default"] * 3).logits
+    assert (expected[2] - whole[2]).abs().max() > 1e-3
+    pool = pool_of(**({"site": values["site"]} if "site" in values else {}))
+    adapters.set_strength(model, -1.5, "default")
+    for name in model.peft_config:
+        pool.load(name, model, adapter=name)
+    assert torch.equal(served(pool, NAMES), expected)
+    pool.load("default", model, adapter="default", strength=0.25)
+    assert torch.equal(served(pool, ["default"] * 3), part)
+    model.save_pretrained(tmp_path)
+    pool.load("folder", tmp_path)
+    assert torch.equal(served(pool, ["folder"] * 3), whole)
+    pool.load("folder", tmp_path, strength=0.25)
+    assert torch.equal(served(pool, ["folder"] * 3), part)
+    pool.load("folder", tmp_path, strength=0)
+    assert torch.equal(served(pool, ["folder"] * 3), served(pool, [None] * 3))
+
+
+def test_outputs_split_into_heads_of_another_size():
+    """An edit is elementwise, so heads matter to gates alone, which are in the pool's rows."""
+    model = trained(names=("default",), site="mlp", head_dim=8)
+    with torch.no_grad():
+        expected = model(**VALUES, adapter_names=["default"] * 3).logits
+    for head_dim in (None, 16):
+        pool = pool_of(site="mlp", head_dim=head_dim)
+        pool.load("it", model)
+        torch.testing.assert_close(served(pool, ["it"] * 3), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_tables_have_the_dtype_of_the_arithmetic(default):
+    """Whatever the default dtype is; in float64 where the model is."""
+    model = trained(names=("default",)).double()
+    with torch.no_grad():
+        expected = model(**VALUES, adapter_names=["default"] * 3).logits
+    models = build("llama").double(), build("llama")
+    torch.set_default_dtype(default)
+    try:
+        wide, narrow = (pool_of(model) for model in models)
+        units = AdapterPool(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), CurvatureConfig(input_shape=(4,)), 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {table.dtype for table in narrow._tables.values()} == {torch.float32}
+    assert {table.dtype for table in units._tables.values()} == {torch.float32}
+    wide.load("it", model)
+    assert torch.equal(served(wide, ["it"] * 3), expected)
 
 
 def test_an_adapter_that_is_called_as_a_layer_is():
@@ -437,6 +500,25 @@ def test_units_of_every_sample():
     assert torch.equal(pool._model(x), plain)
 
 
+def test_strengths_of_units():
+    from curvature_networks import image, make_net, shaken, tuned
+
+    x, model = image(2), shaken(tuned()).eval()
+    pool = curvature_pool(make_net())
+    whole = model(x)
+    adapters.set_strength(model, 0.3)
+    expected = model(x)
+    pool.load("part", model)
+    pool.load("whole", model, strength=1)
+    pool.load("nothing", model, strength=0.0)
+    for name, value in (("part", expected), ("whole", whole), ("nothing", make_net()(x))):
+        with pool.batch([name] * 2):
+            torch.testing.assert_close(pool._model(x), value)
+    assert (expected - whole).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"strength: expected one from 0 to 1 for curvatures, got 1.5"):
+        pool.load("part", model, strength=1.5)
+
+
 def test_units_from_a_folder_in_a_language_model(tmp_path):
     torch.manual_seed(3)
     model = peft.get_peft_model(build("llama"), CurvatureConfig())
@@ -510,6 +592,8 @@ def test_adapters_that_do_not_fit(tmp_path):
     refused(pool, "expected an adapter of type JOLA, got CURVATURE", tmp_path / "units")
     head = peft.get_peft_model(build("llama"), JolaConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
     refused(pool, r"got one with modules_to_save=\['lm_head'\], which a pool has no place for", head)
+    for strength in (float("nan"), True, "half"):
+        refused(pool, "strength: expected a finite number, or None, got", model, adapter="second", strength=strength)
     broken = trained(names=("default",))
     with torch.no_grad():
         broken.base_model.model.model.layers[1].self_attn.o_proj.jola_a["default"][0, 0] = torch.nan
@@ -581,6 +665,8 @@ def test_bad_arguments():
     model = build("llama")
     with pytest.raises(ValueError, match="config: expected a JolaConfig or a CurvatureConfig, got LoraConfig"):
         AdapterPool(model, peft.LoraConfig(), 2)
+    with pytest.raises(ValueError, match=r"config: expected one without modules_to_save, .* got \['lm_head'\]"):
+        AdapterPool(model, JolaConfig(modules_to_save=["lm_head"]), 2)
     for capacity in (0, True, 2.0):
         with pytest.raises(ValueError, match=f"capacity: expected a number of adapters, at least 1, got {capacity}"):
             AdapterPool(model, JolaConfig(), capacity)

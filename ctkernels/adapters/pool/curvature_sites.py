@@ -18,8 +18,9 @@ from ..curvature.config import CurvatureConfig
 from ..curvature.layer import CurvatureLayer, call_unit
 from ..curvature.layout import Channels, find_samples
 from ..curvature.model import attached_to, child_name, settle_layout, sharing_groups
-from ..curvature.per_sample import neutral_logits
+from ..curvature.per_sample import combined_logit, neutral_logits
 from .selection import Current, Uncopyable
+from .sources import Source
 
 TABLES = CurvatureLayer.adapter_layer_names  # raw beta and raw coeff
 
@@ -51,17 +52,20 @@ class CurvatureSites:
             for name in names:
                 unit = self._units[name]
                 unit.channels, unit.samples_first = channels, samples.get(name)
-                neutral = neutral_logits(unit.activation, torch.empty(()))
+                neutral = neutral_logits(unit.activation, torch.empty((), dtype=torch.float32))
                 for table, value in zip(TABLES, neutral):
                     self.rows[f"{name}.{table}"] = value.expand(1 if channels is None else channels.size)
                     self.devices[f"{name}.{table}"] = unit.device
 
-    def read(self, config: CurvatureConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An adapter's rows by table, without tables of sites that it does not adapt.
+    def read(self, source: Source, strength: float | None) -> dict[str, Tensor]:
+        """An adapter's rows by table, without tables of sites that it does not adapt. `strength` None: the source's own.
 
         Raises:
-            ValueError: the adapter does not fit this model, or adapts a site without a table.
+            ValueError: the adapter does not fit this model, or adapts a site without a table; or the strength is out of range.
         """
+        config, state = source.config, source.state
+        if strength is not None and not 0 <= strength <= 1:
+            raise ValueError(f"strength: expected one from 0 to 1 for curvatures, got {strength!r}")
         if config.layout is None:
             raise ValueError("source: expected a configuration with a layout, which every saved adapter has, got None")
         groups = sharing_groups(self._model, config, self._scan.sites)
@@ -74,8 +78,11 @@ class CurvatureSites:
         for names, channels in groups:
             for name in names:
                 self._check_channels(name, channels)
-                for table in TABLES:
+                scale = source.strengths.get(name, 1.0) if strength is None else strength
+                neutral = ACTIVATIONS[self._units[name].activation]
+                for table, point in zip(TABLES, (neutral.beta, neutral.coeff)):
                     value = state[f"{self._paths[names[0]]}.{table}"].float()
+                    value = value if scale == 1 else combined_logit(point, [value], [scale])
                     rows[f"{name}.{table}"] = value.expand(self.rows[f"{name}.{table}"].shape)
         return rows
 

@@ -17,6 +17,7 @@ from ..jola.layer import KINDS, BlockOutput, JolaLayer, edit_hidden
 from ..jola.model import jola_layers, layer_name, parameter_shapes, planned_sites
 from ..jola.sites import SiteHeads
 from .selection import Current, Selection, Uncopyable
+from .sources import Source
 
 _ADAPTER = "adapter"
 
@@ -38,7 +39,7 @@ class JolaSites:
         self._handles: list[RemovableHandle] = []
         kinds = {"both": KINDS, "multiplicative": ("m",), "additive": ("a",)}[config.edit]
         self.rows = {
-            f"{site}.{kind}": torch.zeros(heads.number, heads.dim)
+            f"{site}.{kind}": torch.zeros(heads.number, heads.dim, dtype=self._dtype(site))
             for site, heads in self._sites.items()
             for kind in kinds
         }
@@ -51,21 +52,28 @@ class JolaSites:
             raise ValueError(f"{site}: expected a module on a device, got one whose weight is on the meta device")
         return device
 
-    def read(self, config: JolaConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An adapter's rows by table, without tables that it has no edit for.
+    def _dtype(self, site: str) -> torch.dtype:
+        """The dtype in which edits of the site are computed."""
+        wide = any(p.dtype == torch.float64 for p in self._model.get_submodule(site).parameters())
+        return torch.float64 if wide else torch.float32
+
+    def read(self, source: Source, strength: float | None) -> dict[str, Tensor]:
+        """An adapter's rows by table, without tables that it has no edit for. `strength` None: the source's own.
 
         Raises:
             ValueError: the adapter does not fit this model, or has an edit without a table.
         """
+        config: JolaConfig = source.config
         if config.site != self._config.site:
             raise ValueError(
                 f"source: expected an adapter with site={self._config.site!r} as the pool's, got site={config.site!r}"
             )
         _, sites = planned_sites(self._model, config)
-        check_names(parameter_shapes(config, sites), {name: value.shape for name, value in state.items()})
+        check_names(parameter_shapes(config, sites), {name: value.shape for name, value in source.state.items()})
         rows = {}
         for site, heads in sites.items():
-            for kind, row in _folded(site, heads, config, state).items():
+            scale = source.strengths.get(site, 1.0) if strength is None else strength
+            for kind, row in _folded(site, heads, config, source.state, scale).items():
                 table = f"{site}.{kind}"
                 if table not in self.rows:
                     raise ValueError(
@@ -74,7 +82,7 @@ class JolaSites:
                         f"target_modules={self._config.target_modules!r}, "
                         f"layers_to_transform={self._config.layers_to_transform!r}"
                     )
-                rows[table] = row
+                rows[table] = row.reshape(self.rows[table].shape)  # an edit is elementwise: head_dim may be another
         return rows
 
     def attach(self, tables: dict[str, Tensor], current: Current) -> None:
@@ -131,12 +139,15 @@ class _Site(Uncopyable):
             )
 
 
-def _folded(site: str, heads: SiteHeads, config: JolaConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _folded(
+    site: str, heads: SiteHeads, config: JolaConfig, state: dict[str, Tensor], strength: float
+) -> dict[str, Tensor]:
     """`JolaLayer.folded_edit` of an adapter without a model."""
     start = f"{layer_name(config, site)}.jola_"
     values = {f"jola_{name[len(start) :]}.{_ADAPTER}": v for name, v in state.items() if name.startswith(start)}
     layer = JolaLayer(nn.Identity(), heads.number, heads.dim, site, heads.values)
     layer.update_layer(_ADAPTER, config, init=False)
     layer.load_state_dict(values, assign=True)
+    layer.set_scale(_ADAPTER, strength)
     with torch.no_grad():
         return layer.folded_edit(_ADAPTER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from .fences import Fences
 from .jola_sites import JolaSites
 from .selection import Current, Selection, Uncopyable
 from .slots import BASE_SLOT, Slots
-from .sources import read_adapter
+from .sources import Source, read_adapter
 
 
 class _Sites(Protocol):
@@ -30,7 +31,7 @@ class _Sites(Protocol):
     rows: dict[str, Tensor]
     devices: dict[str, torch.device]
 
-    def read(self, config: Any, state: dict[str, Tensor]) -> dict[str, Tensor]: ...
+    def read(self, source: Source, strength: float | None) -> dict[str, Tensor]: ...
     def attach(self, tables: dict[str, Tensor], current: Current) -> None: ...
     def detach(self) -> None: ...
 
@@ -68,6 +69,10 @@ class AdapterPool(Uncopyable):
     def __init__(self, model: nn.Module, config: AdapterConfig, capacity: int, *, base: str | None = None) -> None:
         if type(config) not in _METHODS:
             raise ValueError(f"config: expected a JolaConfig or a CurvatureConfig, got {type(config).__name__}")
+        if config.modules_to_save:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"config: expected one without modules_to_save, which a pool has no place for, got {config.modules_to_save}"  # type: ignore[attr-defined]
+            )
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
             raise ValueError(f"capacity: expected a number of adapters, at least 1, got {capacity!r}")
         self._model: Any = plain_model(model)
@@ -145,7 +150,15 @@ class AdapterPool(Uncopyable):
     def __repr__(self) -> str:
         return f"AdapterPool({self._config_class.method}, {len(self)} of {self.capacity} adapters)"
 
-    def load(self, name: str, source: Any, *, adapter: str | None = None, pin: bool = False) -> str | None:
+    def load(
+        self,
+        name: str,
+        source: Any,
+        *,
+        adapter: str | None = None,
+        strength: float | None = None,
+        pin: bool = False,
+    ) -> str | None:
         """Loads an adapter, or a new version of it, for batches that start later.
 
         If the pool is full, evicts the least recently used adapter that is neither pinned nor in use.
@@ -154,13 +167,15 @@ class AdapterPool(Uncopyable):
             name: the adapter's name in the pool.
             source: the folder of a saved adapter, or a `PeftModel`.
             adapter: the adapter of a `PeftModel`; None if it has only one.
+            strength: how strongly it acts, see `set_strength`. None: as in the `PeftModel` now; from a folder, 1.
             pin: whether to pin it.
 
         Returns:
             The name of the evicted adapter, or None.
 
         Raises:
-            ValueError: the adapter cannot be read, or belongs to another base model. The pool is unchanged.
+            ValueError: the adapter cannot be read, or belongs to another base model; or the strength is not finite, or with
+                curvature not between 0 and 1. The pool is unchanged.
             PoolFullError: every adapter is pinned or in use. The pool is unchanged.
 
         Examples:
@@ -170,9 +185,13 @@ class AdapterPool(Uncopyable):
             >>> pool.load("draft", model, adapter="default", pin=True)
         """
         check_adapter_name(name)
-        config, state = read_adapter(source, adapter, self._config_class)
-        self._check_base(config)
-        read = self._sites.read(config, state)
+        if strength is not None and (
+            isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength)
+        ):
+            raise ValueError(f"strength: expected a finite number, or None, got {strength!r}")
+        loaded = read_adapter(source, adapter, self._config_class)
+        self._check_base(loaded.config)
+        read = self._sites.read(loaded, strength)
         rows = {
             table: read.get(table, row).to(table_rows.device)
             for (table, row), table_rows in zip(self._sites.rows.items(), self._tables.values())

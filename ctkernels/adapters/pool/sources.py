@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .._config import AdapterConfig
 from .._files import WEIGHTS
+from ..strength import Scaled
 
 
-def read_adapter(
-    source: Any, adapter: str | None, config_class: type[AdapterConfig]
-) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Reads an adapter's configuration, and its tensors by their names in the base model.
+class Source(NamedTuple):
+    """An adapter: its configuration, its tensors by their names in the base model, and its strengths by site, if not 1."""
+
+    config: Any
+    state: dict[str, Tensor]
+    strengths: dict[str, float]
+
+
+def read_adapter(source: Any, adapter: str | None, config_class: type[AdapterConfig]) -> Source:
+    """Reads an adapter.
 
     Args:
         source: a folder written by `save_pretrained` or `save_adapter`, or a `PeftModel`.
@@ -29,19 +36,19 @@ def read_adapter(
     if isinstance(source, (str, os.PathLike)):
         if adapter is not None:
             raise ValueError(f"adapter: a folder holds one adapter, so expected None, got {adapter!r}")
-        config, state = _from_folder(Path(source), config_class)
+        read = _from_folder(Path(source), config_class)
     else:
-        config, state = _from_model(source, adapter, config_class)
-    if config.modules_to_save:  # type: ignore[attr-defined]
+        read = _from_model(source, adapter, config_class)
+    if read.config.modules_to_save:
         raise ValueError(
-            f"source: expected an adapter of its own, got one with modules_to_save={config.modules_to_save}, "  # type: ignore[attr-defined]
+            f"source: expected an adapter of its own, got one with modules_to_save={read.config.modules_to_save}, "
             "which a pool has no place for; load it with PeftModel.from_pretrained"
         )
     start = "base_model.model."
-    return config, {name.removeprefix(start): value.detach() for name, value in state.items()}
+    return read._replace(state={name.removeprefix(start): value.detach() for name, value in read.state.items()})
 
 
-def _from_folder(folder: Path, config_class: type[AdapterConfig]) -> tuple[AdapterConfig, dict[str, Tensor]]:
+def _from_folder(folder: Path, config_class: type[AdapterConfig]) -> Source:
     from safetensors.torch import load_file
 
     if not folder.is_dir():
@@ -49,12 +56,10 @@ def _from_folder(folder: Path, config_class: type[AdapterConfig]) -> tuple[Adapt
     config = config_class.from_pretrained(str(folder))
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"source: expected {folder / WEIGHTS}, found none")
-    return config, load_file(folder / WEIGHTS)
+    return Source(config, load_file(folder / WEIGHTS), {})
 
 
-def _from_model(
-    model: Any, adapter: str | None, config_class: type[AdapterConfig]
-) -> tuple[AdapterConfig, dict[str, Tensor]]:
+def _from_model(model: Any, adapter: str | None, config_class: type[AdapterConfig]) -> Source:
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
@@ -75,4 +80,9 @@ def _from_model(
     broken = [key for key, value in state.items() if not bool(value.isfinite().all())]
     if broken:
         raise ValueError(f"source: expected finite values, got NaN or infinity in {broken[0]}")
-    return config, state
+    strengths = {
+        module.site: module.get_scale(name)
+        for module in model.modules()
+        if isinstance(module, Scaled) and name in module.strength
+    }
+    return Source(config, state, strengths)

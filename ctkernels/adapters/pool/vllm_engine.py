@@ -47,6 +47,11 @@ class JolaManager:
         if vllm_config.speculative_config is not None:
             raise ValueError("JoLA adapters are not served with speculative decoding; leave out speculative_config")
         lora = vllm_config.lora_config
+        if lora.target_modules is not None:
+            raise ValueError(
+                f"JoLA adapters do not go by lora_config.target_modules, got {lora.target_modules}; give "
+                "additional_config={'ctkernels': {'jola': {'target_modules': ...}}}"
+            )
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._index = torch.zeros(tokens, dtype=torch.int64, device=device)
         self._staged = torch.zeros(tokens, dtype=torch.int64, pin_memory=device.type == "cuda")
