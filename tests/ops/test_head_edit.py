@@ -69,6 +69,31 @@ def test_several_adapters_in_one_batch(backend):
         assert torch.allclose(g, e, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("edits", ["both", "m", "a"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_rows_that_torch_edits(dtype, edits):
+    """Without a backend that was asked for, and without gradients, torch computes batches with adapters by row."""
+    tables = torch.randn(2, 3, H, D, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    m, a = (table if edits in ("both", name) else None for name, table in zip("ma", tables))
+    index = torch.tensor([2, 0, 0, 1])
+    for shape in ((4, H * D), (4, 1, H * D), (4, 5, H * D), (4, 2, 3, H * D), (4, 0, H * D), (0, 5, H * D)):
+        z, rows = torch.randn(shape).to(dtype), index[: shape[0]]
+        parameters = [None if t is None else t.clone() for t in (m, a)]
+        with torch.no_grad():
+            y = head_edit(z, *parameters, index=rows)
+            alone = [head_edit(z[b : b + 1], *parameters, index=rows[b : b + 1]) for b in range(len(rows))]
+        assert (y.dtype, y.shape) == (dtype, z.shape)
+        assert torch.equal(y, torch.cat(alone) if alone else y)
+        by_row = [torch.zeros(H * D) if t is None else t.flatten(1)[rows].double() for t in (m, a)]
+        scale, offset = (t.view(-1, *[1] * (z.dim() - 2), H * D) if t.dim() > 1 else t for t in by_row)
+        expected = (1 + scale) * z.double() + offset
+        terms = 1 + ((1 + scale) * z.double()).abs() + offset.abs()
+        assert ((y.double() - expected).abs() <= 2 * torch.finfo(dtype).eps * terms).all()
+        assert all(t is None or torch.equal(t, p) for t, p in zip((m, a), parameters))  # tables stay
+    with pytest.raises(ValueError, match=r"index must lie in 0\.\.2"):
+        head_edit(torch.randn(2, H * D, dtype=dtype), m, a, index=torch.tensor([0, 3]))
+
+
 def test_one_head_of_one_sample_with_an_adapter_of_its_own(backend):
     """(1, D) could be one head as well: then it would be no batch."""
     m, z = torch.randn(3, 1, D), torch.randn(1, D)

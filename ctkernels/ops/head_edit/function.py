@@ -95,6 +95,8 @@ def head_edit(
     backends.check_forced_backend(z)
     params = [checks.widened(t) for t in (m, a, g_m, g_a)]
     if index is not None:
+        if g_m is None and g_a is None and not inplace and _torch_is_faster(z, params[0], params[1], head_axis):
+            return _edited_rows(z, params[0], params[1], index)
         params = [t if t is None else t.index_select(0, index) for t in params]
     flat, params, restore = _heads_last(z, params, heads, dim, head_axis, per_sample=index is not None)
     inputs, attrs = HeadEditInputs(flat, *params), HeadEditAttrs(flat.dim() - 1)
@@ -109,6 +111,49 @@ def head_edit(
         memory.refuse_inference(op, "z", z)
     z.copy_(restore(OP(inputs, attrs)))
     return z  # copy_ returns another object if an edit is of a subclass
+
+
+def edit_rows(z: Tensor, m: Tensor | None, a: Tensor | None, index: Tensor) -> Tensor:
+    """``head_edit(z, m, a, index=index)``, without checks of arguments that the caller has checked, where torch computes it."""
+    return _edited_rows(z, m, a, index) if _torch_is_faster(z, m, a, None) else head_edit(z, m, a, index=index)
+
+
+_FEW_TOKENS = 4  # of a sample, in half precision
+
+
+def _torch_is_faster(z: Tensor, m: Tensor | None, a: Tensor | None, head_axis: int | None) -> bool:
+    """Whether to compute an edit of rows with torch: on a CPU, the kernel takes longer over each row's parameters than over z.
+
+    In half precision torch converts z in passes of their own, so there only with a few tokens to each sample.
+    """
+    if z.device.type != "cpu" or z.dim() < 2 or head_axis is not None or torch.compiler.is_compiling():
+        return False
+    table = m if m is not None else a
+    if table is None or table.shape[1] * table.shape[2] != z.shape[-1] or not z.is_contiguous():
+        return False
+    if backends.forced() is not None or autograd.in_transform():
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, m, a)):
+        return False
+    double = z.dtype == torch.float64
+    if any(t is not None and (t.dtype == torch.float64) != double for t in (m, a)):
+        return False
+    few = z.numel() <= _FEW_TOKENS * z.shape[0] * z.shape[-1]
+    return double or z.dtype == torch.float32 or few
+
+
+def _edited_rows(z: Tensor, m: Tensor | None, a: Tensor | None, index: Tensor) -> Tensor:
+    """The edit of rows in one operation of torch; like the kernel, it multiplies and adds with one rounding."""
+    shape = (z.shape[0], *[1] * (z.dim() - 2), z.shape[-1])
+    scale, offset = (None if t is None else t.flatten(1).index_select(0, index).view(shape) for t in (m, a))
+    wide = z if z.dtype == torch.float64 else z.float()
+    if scale is not None:
+        scale.add_(1)
+        y = wide * scale if offset is None else torch.addcmul(offset, wide, scale)
+    else:
+        assert offset is not None
+        y = wide + offset
+    return y.to(z.dtype)
 
 
 class _Recorded(torch.autograd.Function):
