@@ -16,7 +16,7 @@ from .report import table
 
 PROCESSES = 3
 ROWS, TOKENS = 8, {"cpu": 64, "cuda": 512}  # of a prompt
-EVERY = 32
+EVERY = 8  # the default
 OFF, BETWEEN, WATCHED = "without a monitor", f"every={EVERY}: a batch between", "a watched batch"
 
 

@@ -30,7 +30,14 @@ from .jola.penalty import (
 )
 from .jola.sites import find_sites
 from .jola.units import measure_units
-from .monitor import EditMonitor, alert_rules, export_opentelemetry, export_prometheus, grafana_dashboard
+from .monitor import (
+    EditMonitor,
+    PoolMonitor,
+    alert_rules,
+    export_opentelemetry,
+    export_prometheus,
+    grafana_dashboard,
+)
 from .optimizer import parameter_groups
 from .pool import AdapterPool, PoolFullError
 from .published import load_official
@@ -67,6 +74,7 @@ __all__ = [
     "Merged",
     "ParameterCount",
     "PoolFullError",
+    "PoolMonitor",
     "adapter_strength",
     "add_penalty_grad",
     "alert_rules",

@@ -201,7 +201,7 @@ def test_what_cannot_be_fused_is_edited_in_the_projection(calls):
         model.merge_adapter(["default"])
         yield output(model, values)
         model.unmerge_adapter()
-        with adapters.EditMonitor(model) as monitor:
+        with adapters.EditMonitor(model, every=1) as monitor:
             yield output(model, values)
         yield torch.tensor([site["mean"] for site in monitor.statistics().values()])
 

@@ -334,7 +334,7 @@ def test_units_monitors_and_maps(site):
     for name, unit in units.items():
         torch.testing.assert_close(torch.tensor(unit), seen[name].square().mean().sqrt().reshape(1))
     torch.testing.assert_close(output(model, values), before, rtol=1e-5, atol=1e-5)
-    with adapters.EditMonitor(model) as monitor:
+    with adapters.EditMonitor(model, every=1) as monitor:
         output(model, values)
     first = next(iter(layers(model)))
     (p, q), z = edits_of_factors(model)[first], seen[first]

@@ -28,6 +28,11 @@ def _model(**values):
     return peft.get_peft_model(build("llama"), adapters.JolaConfig(**{"init_std": 0.3, **values})).eval()
 
 
+def _watching(model, *args, **values):
+    """A monitor that watches every batch unless told otherwise."""
+    return adapters.EditMonitor(model, *args, **{"every": 1, **values})
+
+
 def _seen_by(model, tokens):
     """Input and edited input of every JoLA layer, recorded from outside."""
     found = {}
@@ -47,7 +52,7 @@ def _seen_by(model, tokens):
 def test_statistics_are_those_of_the_edits():
     model = _model()
     parts = [_seen_by(model, tokens) for tokens in (TOKENS[:1], TOKENS[1:])]
-    monitor = adapters.EditMonitor(model)
+    monitor = _watching(model)
     with monitor, torch.no_grad():
         model(input_ids=TOKENS[:1])
         model(input_ids=TOKENS[1:])
@@ -62,7 +67,7 @@ def test_statistics_are_those_of_the_edits():
 def test_off_leaves_no_hook_and_on_changes_no_output():
     model = _model()
     hooks = [list(module._forward_pre_hooks) for module in model.modules()]
-    monitor = adapters.EditMonitor(model)
+    monitor = _watching(model)
     with torch.no_grad():
         plain = model(input_ids=TOKENS).logits
         with monitor:
@@ -86,7 +91,7 @@ class _Operations(TorchDispatchMode):
 
 def test_nothing_is_read_back_from_the_device():
     model = _model()
-    monitor = adapters.EditMonitor(model, window=1)
+    monitor = _watching(model, window=1)
     with monitor.calibrating(), torch.no_grad():
         model(input_ids=TOKENS)
     counts = []
@@ -106,7 +111,7 @@ def test_padding_does_not_count():
     model = _model()
     found = []
     for padded in (False, True):
-        monitor = adapters.EditMonitor(model)
+        monitor = _watching(model)
         row = TOKENS[:1]
         mask = torch.ones_like(row)
         if padded:
@@ -121,7 +126,7 @@ def test_padding_does_not_count():
 
 def test_inputs_outside_the_calibrated_range_are_flagged():
     model = _model()
-    monitor = adapters.EditMonitor(model, margin=0.01, window=None)
+    monitor = _watching(model, margin=0.01, window=None)
     with monitor.calibrating(), torch.no_grad():
         model(input_ids=TOKENS)
     assert monitor.flags is None
@@ -140,7 +145,7 @@ def test_inputs_outside_the_calibrated_range_are_flagged():
 
 def test_generation_accumulates_flags_over_its_steps():
     model = _model()
-    monitor = adapters.EditMonitor(model)
+    monitor = _watching(model)
     with monitor, torch.no_grad():
         model.generate(input_ids=TOKENS[:2], max_new_tokens=3, do_sample=False, min_new_tokens=3)
     assert monitor.flags.tolist() == [False, False]
@@ -149,11 +154,11 @@ def test_generation_accumulates_flags_over_its_steps():
 
 def test_the_range_is_saved_and_checked(tmp_path):
     model = _model()
-    monitor = adapters.EditMonitor(model, margin=0.2, window=1)
+    monitor = _watching(model, margin=0.2, window=1)
     with monitor.calibrating(), torch.no_grad():
         model(input_ids=TOKENS)
     monitor.save(tmp_path / "range.json")
-    other = adapters.EditMonitor(model)
+    other = _watching(model)
     other.load(tmp_path / "range.json")
     assert other.margin == 0.2
     assert other.reference.drift.threshold == monitor.reference.drift.threshold
@@ -163,7 +168,7 @@ def test_the_range_is_saved_and_checked(tmp_path):
     (tmp_path / "bad.json").write_text('{"format": "else"}')
     with pytest.raises(ValueError, match=r"expected what EditMonitor\.save wrote for this model"):
         other.load(tmp_path / "bad.json")
-    part = adapters.EditMonitor(_model(layers_to_transform=[1]))
+    part = _watching(_model(layers_to_transform=[1]))
     with pytest.raises(ValueError, match="expected the sites"):
         part.load(tmp_path / "range.json")
 
@@ -173,7 +178,7 @@ def test_a_range_of_the_first_format_is_read(tmp_path):
     (tmp_path / "edit_monitor.json").write_text(
         json.dumps({"format": "ctkernels.edit_monitor/1", "margin": 0.5, "sites": sites})
     )
-    monitor = adapters.EditMonitor(_model())
+    monitor = _watching(_model())
     monitor.load(tmp_path)  # the file in a folder
     with monitor, torch.no_grad():
         monitor.model(input_ids=TOKENS)
@@ -182,7 +187,7 @@ def test_a_range_of_the_first_format_is_read(tmp_path):
 
 
 def test_few_inputs_give_a_range_and_a_warning():
-    monitor = adapters.EditMonitor(_model(), window=2)
+    monitor = _watching(_model(), window=2)
     with pytest.warns(UserWarning, match="calibration saw 3 inputs, and drift over windows of 2 needs 4"):
         monitor.calibrate([{"input_ids": TOKENS}])
     assert monitor.reference.drift is None
@@ -193,12 +198,12 @@ def test_few_inputs_give_a_range_and_a_warning():
 def test_calibration_reaches_every_projection_in_evaluation_mode():
     model = _model()
     model.train()
-    monitor = adapters.EditMonitor(model, window=None)
+    monitor = _watching(model, window=None)
     layer = model.get_base_model().model.layers[0]
     monitor.calibrate([{"input_ids": TOKENS}])
     assert model.training
     assert layer.training
-    again = adapters.EditMonitor(model.eval(), window=None)
+    again = _watching(model.eval(), window=None)
     again.calibrate([{"input_ids": TOKENS}])
     assert torch.equal(monitor.reference.high, again.reference.high)
     with pytest.raises(ValueError, match=r"reach every edited projection with every input, got no token to \['model"):
@@ -212,14 +217,14 @@ def test_calibration_reaches_every_projection_in_evaluation_mode():
 )
 def test_passes_are_seen_whichever_module_is_called(call):
     model = _model()
-    with adapters.EditMonitor(model) as monitor, torch.no_grad():
+    with _watching(model) as monitor, torch.no_grad():
         call(model)(input_ids=TOKENS)
     assert monitor.statistics()[SITE]["tokens"] == [TOKENS.numel()]
 
 
 def test_each_pass_without_a_cache_begins_new_inputs():
     model = _model()
-    with adapters.EditMonitor(model) as monitor, torch.no_grad():
+    with _watching(model) as monitor, torch.no_grad():
         for _ in range(3):
             model(input_ids=TOKENS)
         assert monitor.rows == 6
@@ -235,7 +240,7 @@ def test_padding_does_not_count_while_generating():
     model = _model()
     row, mask = torch.cat([torch.full((1, 3), 7), TOKENS[:1]], 1), torch.ones(1, TOKENS.shape[1] + 3, dtype=torch.long)
     mask[:, :3] = 0
-    with adapters.EditMonitor(model) as monitor, torch.no_grad():
+    with _watching(model) as monitor, torch.no_grad():
         model.generate(input_ids=row, attention_mask=mask, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     assert monitor.statistics()[SITE]["tokens"] == [TOKENS.shape[1] + 1]
 
@@ -243,7 +248,7 @@ def test_padding_does_not_count_while_generating():
 def test_one_of_so_many_batches_is_watched_to_its_end():
     model = _model()
     layer = next(m for m in model.modules() if isinstance(m, adapters.JolaLayer))
-    with adapters.EditMonitor(model, every=3) as monitor, torch.no_grad():
+    with _watching(model, every=3) as monitor, torch.no_grad():
         for number in range(7):
             rows = TOKENS[: 1 + number % 2]
             model.generate(input_ids=rows, max_new_tokens=3, min_new_tokens=3, do_sample=False)
@@ -257,7 +262,7 @@ def test_one_of_so_many_batches_is_watched_to_its_end():
 def test_an_error_in_the_model_ends_the_pass():
     model = _model()
     layer = next(m for m in model.modules() if isinstance(m, adapters.JolaLayer))
-    with adapters.EditMonitor(model) as monitor, torch.no_grad():
+    with _watching(model) as monitor, torch.no_grad():
         with pytest.raises(IndexError):
             model(input_ids=TOKENS + 10_000)
         assert not layer._forward_pre_hooks
@@ -267,7 +272,7 @@ def test_an_error_in_the_model_ends_the_pass():
 
 def test_inference_mode_and_grad_mode_mix():
     model = _model()
-    with adapters.EditMonitor(model, window=1) as monitor:
+    with _watching(model, window=1) as monitor:
         with torch.inference_mode():
             monitor.calibrate([{"input_ids": TOKENS}])
             model(input_ids=TOKENS)
@@ -284,7 +289,7 @@ def test_a_scale_that_is_the_same_everywhere_is_never_unusual():
     model = _model(init_std=0.0)
     for layer in (m for m in model.modules() if isinstance(m, adapters.JolaLayer)):
         torch.nn.init.constant_(layer.jola_m["default"], 0.37)
-    monitor = adapters.EditMonitor(model, window=2, margin=0)
+    monitor = _watching(model, window=2, margin=0)
     embed = model.get_input_embeddings()
     monitor.calibrate([{"inputs_embeds": embed((TOKENS + i) % 60).detach()} for i in range(4)])
     with monitor, torch.no_grad():
@@ -298,20 +303,20 @@ def test_a_scale_that_is_the_same_everywhere_is_never_unusual():
 
 def test_a_compiled_model_is_seen_or_says_so():
     model = _model()
-    with adapters.EditMonitor(model) as monitor, torch.no_grad():
+    with _watching(model) as monitor, torch.no_grad():
         torch.compile(model, backend="eager")(input_ids=TOKENS)
         assert monitor.statistics()[SITE]["tokens"] == [TOKENS.numel()]
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         compiled(input_ids=TOKENS)
-        with adapters.EditMonitor(compiled), pytest.warns(UserWarning, match="saw a forward pass and no edited head"):
+        with _watching(compiled), pytest.warns(UserWarning, match="saw a forward pass and no edited head"):
             compiled(input_ids=TOKENS)
 
 
 def test_two_threads_do_not_mix():
     model = _model()
-    with adapters.EditMonitor(model) as monitor:
+    with _watching(model) as monitor:
 
         def serve():
             with torch.no_grad():
@@ -332,7 +337,7 @@ def test_two_threads_do_not_mix():
 
 def test_it_reads_a_merged_adapter_too():
     model = _model()
-    monitor = adapters.EditMonitor(model)
+    monitor = _watching(model)
     with monitor, torch.no_grad():
         model(input_ids=TOKENS)
     before = monitor.statistics()[SITE]["mean"]
@@ -345,17 +350,17 @@ def test_it_reads_a_merged_adapter_too():
 
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="expected a model with a JoLA adapter"):
-        adapters.EditMonitor(build("llama"))
+        _watching(build("llama"))
     with pytest.raises(ValueError, match="margin must not be negative, got -1"):
-        adapters.EditMonitor(_model(), margin=-1)
+        _watching(_model(), margin=-1)
     with pytest.raises(ValueError, match="every and window must be 1 or more and history 0 or more, got 0, 64 and 0"):
-        adapters.EditMonitor(_model(), every=0)
+        _watching(_model(), every=0)
     with pytest.raises(ValueError, match=r"false_alarms must be between 0 and 1, got 1\.0"):
-        adapters.EditMonitor(_model(), false_alarms=1.0)
+        _watching(_model(), false_alarms=1.0)
     with pytest.raises(ValueError, match="nothing to save before calibration"):
-        adapters.EditMonitor(_model()).save("nowhere.json")
+        _watching(_model()).save("nowhere.json")
     with pytest.raises(ValueError, match="calibration must see one or more inputs, got none"):
-        adapters.EditMonitor(_model()).calibrate([])
+        _watching(_model()).calibrate([])
 
 
 class _Letters:
@@ -475,7 +480,7 @@ def test_inputs_outside_the_range_are_as_many_as_calibration_expects():
 
 def test_the_window_fills_over_batches():
     model = _model()
-    monitor = adapters.EditMonitor(model, window=4)
+    monitor = _watching(model, window=4)
     monitor.calibrate([{"input_ids": (TOKENS + i) % 60} for i in range(4)])
     means = []
     with monitor, torch.no_grad():
@@ -484,7 +489,7 @@ def test_the_window_fills_over_batches():
             means.append(monitor._current.mean)
         monitor.begin()
     seen, drift = monitor.snapshot(), monitor.reference.drift
-    assert (seen.windows, monitor._window._filled) == (3, 0)
+    assert (seen.windows, monitor._statistics.window._filled) == (3, 0)
     windows = torch.cat(means).split(4)
     distances = [drift.distances(drift.below(window)) for window in windows]
     assert seen.drift == distances[-1].tolist()

@@ -32,7 +32,7 @@ def _watched(name="tiny", **values):
     """A calibrated monitor that saw 12 inputs and a window and a half of drift."""
     torch.manual_seed(1)
     model = peft.get_peft_model(build("llama"), adapters.JolaConfig(init_std=0.3)).eval()
-    monitor = adapters.EditMonitor(model, name=name, **{"window": 8, **values})
+    monitor = adapters.EditMonitor(model, name=name, **{"window": 8, "every": 1, **values})
     monitor.calibrate([{"input_ids": (TOKENS + i) % 60} for i in range(6)])
     with monitor, torch.no_grad():
         for i in range(4):
@@ -171,6 +171,38 @@ def test_the_dashboard_asks_for_what_is_exported():
         for label in re.findall(r"{{(\w+)}}", t["legendFormat"])
     }
     assert legends == set(BY_HEAD)
+
+
+def test_the_dashboard_is_of_grafanas_schema():
+    """Grafana's own classes for dashboards read every field, and write the same."""
+    pytest.importorskip("grafana_foundation_sdk", reason="Grafana's schema needs grafana-foundation-sdk")
+    from grafana_foundation_sdk.cog import encoder, plugins
+    from grafana_foundation_sdk.models import dashboard, prometheus
+
+    plugins.register_default_plugins()
+    values = adapters.grafana_dashboard()
+    read = dashboard.Dashboard.from_json(values)
+    assert {type(target) for panel in read.panels for target in panel.targets} == {prometheus.Dataquery}
+    assert _missing(values, json.loads(encoder.JSONEncoder().encode(read))) == []
+    values["panels"][0]["targets"][0]["query"] = "up"
+    again = json.loads(encoder.JSONEncoder().encode(dashboard.Dashboard.from_json(values)))
+    assert _missing(values, again) == [".panels.0.targets.0.query"]  # it would not know another field
+
+
+def _missing(values, other, path=""):
+    """The paths in `values` that `other` has not, or has with another value."""
+    if isinstance(values, dict) or (isinstance(values, list) and isinstance(other, list) and len(other) == len(values)):
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+        return [
+            found
+            for key, value in items
+            for found in (
+                _missing(value, other[key], f"{path}.{key}")
+                if isinstance(other, list) or key in other
+                else [f"{path}.{key}"]
+            )
+        ]
+    return [] if values == other else [path]
 
 
 # --- in Prometheus ----------------------------------------------------------------------------------------------------

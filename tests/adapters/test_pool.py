@@ -63,7 +63,7 @@ def filled(model, capacity=4):
 
 def served(pool, names, values=VALUES, **how):
     with pool.batch(names, **how):
-        return output(pool._model, values)
+        return output(pool.model, values)
 
 
 # ---- what rows compute ----
@@ -74,14 +74,14 @@ def test_rows_are_bit_for_bit_those_of_peft():
     with torch.no_grad():
         expected = model(**VALUES, adapter_names=PEFT_NAMES).logits
     pool = filled(model)
-    plain = output(pool._model, VALUES)
+    plain = output(pool.model, VALUES)
     got = served(pool, NAMES)
     assert torch.equal(got, expected)
     assert torch.equal(got[1], plain[1])
     assert (got[0] - plain[0]).abs().max() > 1e-3
     assert torch.equal(served(pool, [None] * 3), plain)
     assert torch.equal(served(pool, PEFT_NAMES), expected)
-    assert torch.equal(output(pool._model, VALUES), plain)
+    assert torch.equal(output(pool.model, VALUES), plain)
 
 
 CONFIGS = {
@@ -238,7 +238,7 @@ def test_generation(options):
     values["attention_mask"] = torch.ones_like(values["input_ids"])
     values["attention_mask"][0, :2] = 0  # padded on the left
     with pool.batch(NAMES):
-        got = pool._model.generate(**values, **GREEDY, **options)
+        got = pool.model.generate(**values, **GREEDY, **options)
     assert torch.equal(got, model.generate(**values, adapter_names=PEFT_NAMES, **GREEDY, **options))
 
 
@@ -275,9 +275,9 @@ def test_made_and_used_in_inference_mode():
 
 def test_gradients_pass_through():
     pool = filled(trained())
-    embedded = pool._model.get_input_embeddings()(VALUES["input_ids"]).detach().requires_grad_()
+    embedded = pool.model.get_input_embeddings()(VALUES["input_ids"]).detach().requires_grad_()
     with pool.batch(NAMES):
-        (got,) = torch.autograd.grad(pool._model(inputs_embeds=embedded).logits.square().sum(), embedded)
+        (got,) = torch.autograd.grad(pool.model(inputs_embeds=embedded).logits.square().sum(), embedded)
     assert got.abs().sum() > 0
 
 
@@ -291,7 +291,7 @@ def test_one_compiled_graph_serves_every_batch():
     }
     torch.compiler.reset()
     counter = CompileCounter()
-    run = torch.compile(pool._model, backend=counter, fullgraph=True)
+    run = torch.compile(pool.model, backend=counter, fullgraph=True)
     for names, value in expected.items():
         with torch.no_grad(), pool.batch(names):
             torch.testing.assert_close(run(**VALUES).logits, value, rtol=1e-5, atol=1e-5)
@@ -389,7 +389,7 @@ def test_all_pinned_or_in_use_changes_nothing():
     with pool.batch(["b", "b", "b"]), torch.no_grad():
         with pytest.raises(adapters.PoolFullError, match="'c': of 2 adapters, 1 are pinned and 1 in use"):
             pool.load("c", model)
-        pool._model(**VALUES)
+        pool.model(**VALUES)
     assert pool.names == ["a", "b"]
     assert torch.equal(served(pool, ["a", "b", None]), before)
 
@@ -401,11 +401,11 @@ def test_a_batch_keeps_the_version_it_began_with():
     before = served(pool, ["a"] * 3)
     with pool.batch(["a"] * 3):
         pool.load("a", newer)
-        assert torch.equal(output(pool._model, VALUES), before)
+        assert torch.equal(output(pool.model, VALUES), before)
         assert (served(pool, ["a"] * 3) - before).abs().max() > 1e-3
         pool.evict("a")
         pool.load("b", newer)  # into the slot that is free, not the one that is in use
-        assert torch.equal(output(pool._model, VALUES), before)
+        assert torch.equal(output(pool.model, VALUES), before)
         with pytest.raises(ValueError, match=r"expected an adapter of the pool \('b'\), got 'a'; load\(\) it"):
             served(pool, ["a"] * 3)
     assert pool.load("c", first) is None  # the slot is free again
@@ -421,7 +421,7 @@ def test_acquired_slots_are_kept_until_released():
     with pytest.raises(adapters.PoolFullError):
         pool.load("x", model, adapter="second")
     with pool.serve(torch.tensor(slots, dtype=torch.int32)):
-        assert torch.equal(output(pool._model, VALUES), expected)
+        assert torch.equal(output(pool.model, VALUES), expected)
     for slot in slots:
         pool.release(slot)
     with pytest.raises(ValueError, match="slot: expected one that was acquired and not released since, got"):
@@ -483,7 +483,7 @@ def test_units_of_every_sample():
     values = [{}, {"granularity": "layer"}, {"granularity": "shared"}, {"target_modules": ["act"]}, {"share": "site"}]
     x = image(2 * len(values) + 2)
     pool = curvature_pool(make_net(), len(values))
-    plain = pool._model(x)
+    plain = pool.model(x)
     expected, names = [plain[:2]], [None, None]
     for number, value in enumerate(values):
         model = shaken(tuned(**value)).eval()
@@ -491,13 +491,13 @@ def test_units_of_every_sample():
         names += [f"a{number}"] * 2
         expected.append(model(x[2 * number + 2 : 2 * number + 4]))
     with pool.batch(names):
-        got = pool._model(x)
+        got = pool.model(x)
     torch.testing.assert_close(got, torch.cat(expected))
     assert (got[2:] - plain[2:]).abs().amax(1).min() > 1e-3
-    assert torch.equal(pool._model(x), plain)
+    assert torch.equal(pool.model(x), plain)
     pool.remove()
-    assert type(pool._model.act) is torch.nn.ReLU
-    assert torch.equal(pool._model(x), plain)
+    assert type(pool.model.act) is torch.nn.ReLU
+    assert torch.equal(pool.model(x), plain)
 
 
 def test_strengths_of_units():
@@ -513,7 +513,7 @@ def test_strengths_of_units():
     pool.load("nothing", model, strength=0.0)
     for name, value in (("part", expected), ("whole", whole), ("nothing", make_net()(x))):
         with pool.batch([name] * 2):
-            torch.testing.assert_close(pool._model(x), value)
+            torch.testing.assert_close(pool.model(x), value)
     assert (expected - whole).abs().max() > 1e-3
     with pytest.raises(ValueError, match=r"strength: expected one from 0 to 1 for curvatures, got 1.5"):
         pool.load("part", model, strength=1.5)
@@ -533,7 +533,7 @@ def test_units_from_a_folder_in_a_language_model(tmp_path):
         expected = model(**VALUES, adapter_names=["default", "__base__", "default"]).logits
     assert torch.equal(served(pool, ["it", None, "it"]), expected)
     with pool.batch(["it", None, "it"]):
-        got = pool._model.generate(**VALUES, **GREEDY, num_beams=2)
+        got = pool.model.generate(**VALUES, **GREEDY, num_beams=2)
     again = model.generate(**VALUES, adapter_names=["default", "__base__", "default"], **GREEDY, num_beams=2)
     assert torch.equal(got, again)
     ids = VALUES["input_ids"]
@@ -717,7 +717,7 @@ def test_names_that_reach_no_site_are_an_error():
     pool = filled(trained())
     elsewhere = ThreadPoolExecutor(1).submit
     with pytest.raises(RuntimeError, match="no call of the model got to a site"), pool.batch(NAMES):
-        elsewhere(output, pool._model, VALUES).result()
+        elsewhere(output, pool.model, VALUES).result()
     with pool.batch([None] * 3):  # which leaves out nothing
         pass
 
@@ -727,7 +727,7 @@ def test_blocks_of_two_tasks_that_overlap_are_an_error():
     first, second = pool.batch(NAMES), pool.batch(NAMES[::-1])
     first.__enter__()
     second.__enter__()
-    output(pool._model, VALUES)
+    output(pool.model, VALUES)
     with pytest.raises(RuntimeError, match="blocks of a pool overlap in one thread"):
         first.__exit__(None, None, None)
     with pytest.raises(RuntimeError, match="blocks of a pool overlap in one thread"):
@@ -761,7 +761,7 @@ def test_samples_that_an_activation_does_not_see_first():
     pool.load("a", model)
     wrong = r"act: .* each of 4 samples, .* does not grow with the batch"
     with pytest.raises(ValueError, match=wrong), pool.batch(["a"] * 4):
-        pool._model(torch.randn(4, 4, 4))
+        pool.model(torch.randn(4, 4, 4))
 
 
 # ---- on the model ----

@@ -230,6 +230,16 @@ def with_saved_adapter() -> Namespace:
     return {**names, "model": names["base"]}
 
 
+def pooled() -> Namespace:
+    """A plain language model, and an adapter of it with its reference in the folder "adapters/law"."""
+    names = adapted()
+    adapters = importlib.import_module("ctkernels.adapters")
+    monitor = adapters.EditMonitor(names["model"], window=2)
+    monitor.calibrate(names["batches"])
+    monitor.save("adapters/law")
+    return {**names, "AdapterPool": adapters.AdapterPool, "JolaConfig": adapters.JolaConfig}
+
+
 def exporting() -> Namespace:
     needs("torchvision", "onnx", "onnxscript", "safetensors")
     return {}
@@ -272,6 +282,7 @@ NAMESPACES: dict[str, Callable[[], Namespace]] = {
     "ctkernels/adapters": language,
     "ctkernels/adapters/curvature": curvature_adapter,
     "ctkernels/adapters/monitor/export.py": monitored,
+    "ctkernels/adapters/monitor/pool_monitor.py": pooled,
     "ctkernels/adapters/published.py": published,
     "ctkernels/adapters/jola/penalty.py": trainer,
     "ctkernels/lab": laboratory,
@@ -288,6 +299,7 @@ NAMESPACES: dict[str, Callable[[], Namespace]] = {
     "docs/joint.md#0": on_a_page,
     "docs/kernel_hub.md#0": kernel_hub,
     "docs/monitoring.md#0": adapted,
+    "docs/monitoring.md#1": pooled,
     "docs/pool.md#0": with_saved_adapter,
     "docs/serving.md#0": language,
     "docs/tutorials/jola.md#0": packaged_language_model,

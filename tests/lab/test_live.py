@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 def watched(folder):
     model, tokenizer = load_language_model(folder)
     adapted = peft.PeftModel.from_pretrained(model, folder / "adapter").eval()
-    return EditMonitor(adapted, history=6, window=4), tokenizer
+    return EditMonitor(adapted, every=1, history=6, window=4), tokenizer
 
 
 def _ids(tokenizer, *texts):

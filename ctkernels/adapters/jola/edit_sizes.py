@@ -83,8 +83,8 @@ def edit_operands(layer: Any, adapter: str | None = None) -> tuple[Tensor, Tenso
 
 
 def relative_sizes(z: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """``|scale * z + offset| / |z|``, (..., heads), for z (..., heads * head_dim) and scale, offset (heads, head_dim)."""
-    heads = z.detach().unflatten(-1, scale.shape).to(scale.dtype)
+    """``|scale * z + offset| / |z|``, (..., heads), for z (..., heads, head_dim) and scale, offset that broadcast to it."""
+    heads = z.detach().to(scale.dtype)
     edit = torch.linalg.vector_norm(torch.addcmul(offset, heads, scale), dim=-1)
     return edit / torch.linalg.vector_norm(heads, dim=-1).clamp_min(torch.finfo(scale.dtype).tiny ** 0.5)
 
@@ -133,7 +133,7 @@ def edit_sizes(
         scale, offset = edit_operands(layer)
 
         def hook(z: Tensor) -> None:
-            by_token = relative_sizes(z, scale, offset) * mask.unsqueeze(-1)
+            by_token = relative_sizes(z.unflatten(-1, scale.shape), scale, offset) * mask.unsqueeze(-1)
             sizes[batch, number, : layer.num_heads] = (by_token.sum(1) / mask.sum(1, keepdim=True)).float().cpu()
 
         return hook

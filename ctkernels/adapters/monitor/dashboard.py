@@ -13,6 +13,7 @@ from .metrics import (
     INPUTS,
     LABELS,
     LARGEST,
+    OTHERS,
     OUTSIDE,
     SIZE,
     THRESHOLD,
@@ -160,7 +161,7 @@ def alert_rules() -> str:
         ),
         (
             "EditsNotCalibrated",
-            f"max {BY} ({INPUTS.series}) unless max {BY} ({THRESHOLD.series})",
+            f'max {BY} ({INPUTS.series}{{adapter!="{OTHERS}"}}) unless max {BY} ({THRESHOLD.series})',
             "15m",
             "info",
             "A monitor has no calibration, or one of too few inputs to know drift",

@@ -6,35 +6,33 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..._extras import require
-from .metrics import BY_HEAD, LABELS, METRICS, Metric, labels_of
-from .monitor import EditMonitor
+from .metrics import BY_HEAD, LABELS, METRICS, Metric
+from .passes import PassMonitor
 
 
 class _Collector:
     """A collector that prometheus-client calls at every scrape."""
 
-    def __init__(self, monitors: tuple[EditMonitor, ...], core: Any) -> None:
+    def __init__(self, monitors: tuple[PassMonitor, ...], core: Any) -> None:
         self.monitors, self.core = monitors, core
 
     def collect(self) -> Iterator[Any]:
-        snapshots = [(monitor, monitor.snapshot()) for monitor in self.monitors]
+        snapshots = [
+            ((monitor.name, adapter), statistics.snapshot(), statistics, monitor)
+            for monitor in self.monitors
+            for adapter, statistics in monitor.statistics_by_adapter()
+        ]
         for metric in METRICS:
-            samples = [
-                ((*labels_of(monitor), *labels), value)
-                for monitor, snapshot in snapshots
-                for labels, value in metric.samples(snapshot, monitor)
-            ]
-            if not samples:
-                continue
-            names = (*LABELS, *BY_HEAD)[: len(samples[0][0])]
             kind = self.core.CounterMetricFamily if metric.counter else self.core.GaugeMetricFamily
-            family = kind(metric.name, metric.help, labels=names)
-            for labels, value in samples:
-                family.add_metric(labels, value)
-            yield family
+            family = kind(metric.name, metric.help)
+            for names, snapshot, statistics, monitor in snapshots:
+                for labels, value in metric.samples(snapshot, statistics, monitor):
+                    family.add_sample(metric.series, dict(zip((*LABELS, *BY_HEAD), (*names, *labels))), value)
+            if family.samples:
+                yield family
 
 
-def export_prometheus(*monitors: EditMonitor, registry: Any = None) -> Any:
+def export_prometheus(*monitors: PassMonitor, registry: Any = None) -> Any:
     """Register the metrics of monitors with prometheus-client.
 
     Values are read from the device only when Prometheus scrapes. Serve them with, for example,
@@ -61,7 +59,7 @@ def export_prometheus(*monitors: EditMonitor, registry: Any = None) -> Any:
     return collector
 
 
-def export_opentelemetry(*monitors: EditMonitor, meter: Any = None) -> Any:
+def export_opentelemetry(*monitors: PassMonitor, meter: Any = None) -> Any:
     """Create observable OpenTelemetry instruments for the metrics of monitors.
 
     Args:
@@ -87,19 +85,22 @@ def export_opentelemetry(*monitors: EditMonitor, meter: Any = None) -> Any:
     return meter
 
 
-def _observed(metric: Metric, monitors: tuple[EditMonitor, ...], observation: Any) -> Callable[[Any], list[Any]]:
+def _observed(metric: Metric, monitors: tuple[PassMonitor, ...], observation: Any) -> Callable[[Any], list[Any]]:
     def observe(_: Any) -> list[Any]:
         return [
-            observation(value, dict(zip((*LABELS, *BY_HEAD), (*labels_of(monitor), *labels))))
+            observation(value, dict(zip((*LABELS, *BY_HEAD), (monitor.name, adapter, *labels))))
             for monitor in monitors
-            for labels, value in metric.samples(monitor.snapshot(), monitor)
+            for adapter, statistics in monitor.statistics_by_adapter()
+            for labels, value in metric.samples(statistics.snapshot(), statistics, monitor)
         ]
 
     return observe
 
 
-def _checked(monitors: tuple[EditMonitor, ...]) -> tuple[EditMonitor, ...]:
-    names = [labels_of(monitor) for monitor in monitors]
-    if not names or len(set(names)) < len(names):
+def _checked(monitors: tuple[PassMonitor, ...]) -> tuple[PassMonitor, ...]:
+    names = [(monitor.name, monitor.label) for monitor in monitors]
+    mixed = [name for name, label in names if label is None]  # of pools, which may serve any adapter
+    models = [name for name, _ in names]
+    if not names or len(set(names)) < len(names) or any(models.count(name) > 1 for name in mixed):
         raise ValueError(f"monitors must be one or more, each with its own name or adapter, got {names}")
     return monitors

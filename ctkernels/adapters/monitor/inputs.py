@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ class Inputs:
         ids: token ids and padding mask of each pass, both (rows, tokens); kept only for a history.
         number: number of the watched batch, from 1.
         passes: number of passes.
+        adapters: of a pool's monitor, what names the adapters of the rows.
     """
 
     total: Tensor
@@ -27,20 +29,21 @@ class Inputs:
     ids: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     number: int = 0
     passes: int = 1
+    adapters: Any = None
 
     @classmethod
     def of(cls, sizes: Tensor, real: Tensor | None) -> Inputs:
-        """One pass at one site, from ``sizes`` (rows, tokens, heads) and ``real`` (rows, tokens), False for padding."""
-        rows, tokens, heads = sizes.shape
+        """One pass, from ``sizes`` (sites, rows, tokens, heads) and ``real`` (rows, tokens), False for padding."""
+        sites, rows, tokens, heads = sizes.shape
         if real is None:
-            low, high = sizes.amin(1), sizes.amax(1)
-            return cls(sizes.sum(1), sizes.new_full((rows, heads), tokens), low, high)
-        padding = ~real.unsqueeze(-1)
-        low, high = sizes.masked_fill(padding, torch.inf).amin(1), sizes.masked_fill(padding, -torch.inf).amax(1)
-        total, count = (
-            sizes.masked_fill(padding, 0).sum(1),
-            real.sum(1, keepdim=True).expand(rows, heads).to(sizes.dtype),
-        )
+            total, low, high = sizes.sum(2), sizes.amin(2), sizes.amax(2)
+            count = sizes.new_full((rows, sites * heads), tokens)
+        else:
+            padding = ~real.unsqueeze(-1)
+            total = sizes.masked_fill(padding, 0).sum(2)
+            low, high = sizes.masked_fill(padding, torch.inf).amin(2), sizes.masked_fill(padding, -torch.inf).amax(2)
+            count = real.sum(1, keepdim=True).expand(rows, sites * heads).to(sizes.dtype)
+        total, low, high = (value.transpose(0, 1).reshape(rows, -1) for value in (total, low, high))
         return cls(total, count, low, high)
 
     @classmethod
@@ -50,12 +53,37 @@ class Inputs:
         return cls(zero, zero, infinite, -infinite)
 
     @classmethod
-    def joined(cls, parts: list[Inputs]) -> Inputs:
-        """The sites of one pass, concatenated along heads, on the device of the first."""
-        device = parts[0].total.device
+    def joined(cls, measured: list[tuple[list[int], Inputs]], widths: list[int]) -> Inputs:
+        """One pass, from the numbers of sites and what was measured there, on the device of the first.
+
+        ``widths``: number of heads by site. Sites may be missing, and may come several times.
+        """
+        numbers, first = [number for sites, _ in measured for number in sites], measured[0][1]
+        if len(measured) == 1 and numbers == list(range(len(widths))):
+            return first
+        by_site: dict[int, Inputs] = {}
+        for sites, inputs in measured:
+            for number, part in zip(sites, inputs._split([widths[number] for number in sites])):
+                if number in by_site:
+                    by_site[number].add(part)
+                else:
+                    by_site[number] = part
+        parts = [
+            by_site[number] if number in by_site else cls.nothing(len(first), heads, first.total)
+            for number, heads in enumerate(widths)
+        ]
+        device = first.total.device
         blocks = [torch.stack([p.total, p.count, p.low, p.high]).to(device, non_blocking=True) for p in parts]
         total, count, low, high = torch.cat(blocks, -1).unbind(0)
         return cls(total, count, low, high)
+
+    def _split(self, widths: list[int]) -> list[Inputs]:
+        total, count, low, high = (value.split(widths, 1) for value in (self.total, self.count, self.low, self.high))
+        return [Inputs(*values) for values in zip(total, count, low, high)]
+
+    def of_rows(self, numbers: list[int]) -> Inputs:
+        """Some of the rows, without ids."""
+        return Inputs(self.total[numbers], self.count[numbers], self.low[numbers], self.high[numbers])
 
     def add(self, other: Inputs) -> None:
         """Accumulate a later pass over the same rows."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .monitor import EditMonitor, Snapshot
+from .passes import PassMonitor
+from .statistics import Snapshot, Statistics
 
 LABELS = ("model", "adapter")  # of every metric
 BY_HEAD = ("site", "head")
-Read = Callable[[Snapshot, EditMonitor], "float | Sequence[float] | None"]
+OTHERS = "__others__"  # the label of a pool's adapters without one of their own
+Read = Callable[[Snapshot, Statistics], "float | Sequence[float] | None"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Metric:
         name: its name in OpenTelemetry; Prometheus has :attr:`series`.
         help: its description.
         read: a function that returns its value, or one per head; None if there is none yet.
-        counter: True for a counter, False for a gauge.
+        counter: True for a counter, False for a gauge. Without labels by head, a counter is summed over them, and of a gauge the
+            largest counts.
     """
 
     name: str
@@ -33,28 +36,27 @@ class Metric:
         """The name of the time series in Prometheus."""
         return f"{self.name}_total" if self.counter else self.name
 
-    def samples(self, snapshot: Snapshot, monitor: EditMonitor) -> list[tuple[tuple[str, ...], float]]:
+    def samples(
+        self, snapshot: Snapshot, statistics: Statistics, monitor: PassMonitor
+    ) -> list[tuple[tuple[str, ...], float]]:
         """The values with their labels other than the monitor's: none, or site and head."""
-        value = self.read(snapshot, monitor)
+        value = self.read(snapshot, statistics)
         if value is None:
             return []
         if isinstance(value, Sequence):
-            return [((site, str(head)), float(v)) for (site, head), v in zip(monitor.heads, value)]
+            if monitor.by_head:
+                return [((site, str(head)), float(v)) for (site, head), v in zip(monitor.heads, value)]
+            value = sum(value) if self.counter else max(value)
         return [((), float(value))]
 
 
-def labels_of(monitor: EditMonitor) -> tuple[str, ...]:
-    """The values of :data:`LABELS`."""
-    return monitor.name, "+".join(monitor.adapter_names)
-
-
-def _largest(snapshot: Snapshot, monitor: EditMonitor) -> list[float] | None:
+def _largest(snapshot: Snapshot, statistics: Statistics) -> list[float] | None:
     """The largest sizes, None before the first token (they are minus infinity then)."""
     return snapshot.high if any(snapshot.count) else None
 
 
-def _drift(monitor: EditMonitor) -> object:
-    return monitor.reference.drift if monitor.reference is not None else None
+def _drift(statistics: Statistics) -> object:
+    return statistics.reference.drift if statistics.reference is not None else None
 
 
 INPUTS = Metric("ctkernels_inputs", "Inputs that were watched to their end.", lambda s, m: s.inputs)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from ..._files import read_json, write_text
-from ..jola.edit_sizes import edit_operands, relative_sizes
+from ..jola.edit_sizes import edit_operands
 from ..jola.gates import log_alphas, named_adapters
 from ..jola.layer import JolaLayer
-from ..jola.units import real_tokens
 from .inputs import Inputs
-from .reference import Reference, Window
+from .passes import Part, PassMonitor, Site
+from .reference import Reference
+from .statistics import Snapshot, Statistics
 
 _FORMATS = ("ctkernels.edit_monitor/1", "ctkernels.edit_monitor/2")
 FILE = "edit_monitor.json"
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """The statistics of a monitor as Python numbers; lists are over heads, in the order of :attr:`EditMonitor.heads`.
-
-    Attributes:
-        inputs, outside: number of completed rows, and of those outside the range.
-        total, count: sum of edit sizes over tokens, and number of tokens.
-        high: largest edit size.
-        beyond: number of inputs in which the head was outside its range.
-        windows, alarms: number of full windows, and of those above the threshold.
-        drift: distance of the last full window; None before the first.
-    """
-
-    inputs: int
-    outside: int
-    total: list[float]
-    count: list[float]
-    high: list[float]
-    beyond: list[float]
-    windows: int
-    alarms: int
-    drift: list[float] | None
-
-
-class EditMonitor:
+class EditMonitor(PassMonitor):
     """Running statistics of ``|z' - z| / |z|`` for every edited head and token, and alarms for unusual inputs and drift.
 
     A detached monitor has no hooks on the model and costs nothing. An attached one accumulates on the device, without host
@@ -69,7 +43,8 @@ class EditMonitor:
         adapter: its name; None takes the active ones.
         margin: tolerated excess beyond the calibrated range, as a fraction of its width. Default 0.5: with hundreds of
             heads, some token of any new text is slightly outside the range of a few calibration texts.
-        every: watch the first of every so many batches; a skipped batch costs two Python calls. Default 1: all.
+        every: watch the first of every so many batches; a skipped batch costs two Python calls. Default 8, which costs less
+            than 1 % of the model's time; 1 watches all, which costs several.
         window: inputs per window that is compared with the calibration, see :attr:`drift`; calibration needs twice as many.
             Default 64. None: do not measure drift.
         false_alarms: expected fraction of windows above the threshold for inputs like those of the calibration. Default 0.001.
@@ -102,7 +77,7 @@ class EditMonitor:
         adapter: str | None = None,
         *,
         margin: float = 0.5,
-        every: int = 1,
+        every: int = 8,
         window: int | None = 64,
         false_alarms: float = 0.001,
         history: int = 0,
@@ -116,77 +91,29 @@ class EditMonitor:
             )
         if not 0 < false_alarms < 1:
             raise ValueError(f"false_alarms must be between 0 and 1, got {false_alarms!r}")
-        self.model, self.adapter, self.margin = model, adapter, margin
-        self.every, self.window, self.false_alarms = every, window, false_alarms
         self.layers: list[JolaLayer] = list({id(layer): layer for layer, *_ in log_alphas(model, adapter)}.values())
         if not self.layers:
             raise ValueError("expected a model with an active JoLA adapter, got none")
+        sites = [Site(layer.site, layer.num_heads, layer.head_dim) for layer in self.layers]
+        super().__init__(model, sites, every, history, name)
+        self.adapter, self.margin, self.window, self.false_alarms = adapter, margin, window, false_alarms
         self.adapter_names = named_adapters(model, adapter)
-        self.name = name or _name(model)
-        self.sites = {layer.site: layer.num_heads for layer in self.layers}
-        self.heads = [(site, head) for site, heads in self.sites.items() for head in range(heads)]
-        self.reference: Reference | None = None
-        self.recent: deque[Inputs] = deque(maxlen=history)
-        # rounding error of two norms of head_dim squares each, and a few more operations
-        self._tolerance = (max(layer.head_dim for layer in self.layers) + 8) * torch.finfo(torch.float32).eps
-        self._handles: list[Any] = []
-        self._hooks: list[tuple[JolaLayer, Any]] = []
-        self._pass = _Pass()
-        self._free = threading.Lock()
-        self._aside: int | None = None  # the thread
-        self._calibrating = False
+        self.label: str = "+".join(self.adapter_names)
+        self._edits: list[tuple[Tensor, Tensor]] = []  # by site, scale and offset
+        self._stacked: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # of several sites
+        self._hooks: list[Any] = []
+        self._recording: list[Any] = []
         self._calibration: list[Inputs] = []
-        self._current: Inputs | None = None
-        self._batch: int | None = None  # rows of the current inputs, watched or not
-        self._watched = True
-        self._number = 0  # number of batches
-        self._seen = 0  # number of watched batches
-        self.reset()
+        self._statistics = Statistics(len(self.heads), next(self.layers[0].parameters()).device, self._tolerance)
 
     # ---- attaching and calibration ----
 
-    @property
-    def on(self) -> bool:
-        """Whether the hooks are on the model."""
-        return bool(self._handles)
-
     def attach(self) -> None:
         """Add the hooks; call it again after gates or edits changed."""
-        self.detach()
-        for module in _holders(self.model, self.layers):
-            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
-        self._hooks = [(layer, self._hook(layer, *edit_operands(layer, self.adapter))) for layer in self.layers]
-
-    def detach(self) -> None:
-        """Remove the hooks; statistics and reference are kept."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._hooks = []
-
-    def __enter__(self) -> EditMonitor:
-        self.attach()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.detach()
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Watch only the passes of this thread, regardless of ``every``, for :attr:`recent`, without counting them.
-
-        It waits for a watched pass of another thread; unfinished inputs of that thread continue afterwards.
-        """
-        with self._free:
-            kept = self._current, self._batch, self._watched
-            self._current = self._batch = None
-            self._aside = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._aside = None
-                self._current, self._batch, self._watched = kept
+        super().attach()
+        self._edits = [edit_operands(layer, self.adapter) for layer in self.layers]
+        self._stacked.clear()
+        self._hooks = [self._hook(number, layer) for number, layer in enumerate(self.layers)]
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:
@@ -235,7 +162,9 @@ class EditMonitor:
             raise ValueError(
                 f"calibration must reach every edited projection with every input, got no token to {missed}"
             )
-        self._place(Reference.of(means, lows, highs, self.margin, self.window, self.false_alarms, self._tolerance))
+        self._statistics.place(
+            Reference.of(means, lows, highs, self.margin, self.window, self.false_alarms, self._tolerance)
+        )
         if self.window is not None and len(means) < 2 * self.window:
             warnings.warn(
                 f"calibration saw {len(means)} inputs, and drift over windows of {self.window} needs {2 * self.window}: "
@@ -245,12 +174,15 @@ class EditMonitor:
 
     # ---- statistics ----
 
-    def begin(self) -> None:
-        """Complete and count the current inputs; the next pass starts new ones."""
-        if self._current is not None:
-            with torch.no_grad():
-                self._end(self._current)
-        self._current = self._batch = None
+    @property
+    def reference(self) -> Reference | None:
+        """The result of calibration; None before."""
+        return self._statistics.reference
+
+    @property
+    def rows(self) -> int:
+        """The number of completed inputs, in watched batches."""
+        return self._statistics.rows
 
     @property
     def flags(self) -> Tensor | None:
@@ -262,28 +194,17 @@ class EditMonitor:
     @property
     def flagged(self) -> int:
         """The number of :attr:`rows` outside the range; synchronises with the device."""
-        return int(self._outside)
+        return self._statistics.outside
 
     def reset(self) -> None:
         """Reset statistics, flags and history; the reference is kept."""
-        self.rows = 0
         self._current = self._batch = None
         self.recent.clear()
-        with torch.inference_mode(False):  # so that they can be updated outside of it too
-            device = self._device
-            kind = torch.float32 if device.type == "mps" else torch.float64
-            heads = len(self.heads)
-            self._sums = torch.zeros(2, heads, dtype=kind, device=device)
-            self._low = torch.full((heads,), torch.inf, dtype=kind, device=device)
-            self._high = -self._low
-            self._beyond_by_head = torch.zeros(heads, dtype=torch.long, device=device)
-            self._outside = torch.zeros((), dtype=torch.long, device=device)
-            self._window = _new_window(self.reference)
-            self._ended: torch.Event | None = None  # recorded after the last inputs were counted; None on a CPU
+        self._statistics.reset()
 
     def statistics(self) -> dict[str, dict[str, list[float]]]:
         """Per site, lists over heads: mean, min and max of the relative edit size, and the number of tokens."""
-        sums, low, high = self._sums, self._low, self._high
+        sums, low, high = self._statistics.sums, self._statistics.low, self._statistics.high
         if (now := self._current) is not None and not self._calibrating:
             sums = sums + torch.stack([now.total, now.count]).to(sums.dtype).sum(1)
             low, high = torch.minimum(low, now.low.amin(0)), torch.maximum(high, now.high.amax(0))
@@ -294,25 +215,18 @@ class EditMonitor:
             if part[3, 0] > 0
         }
 
+    def statistics_by_adapter(self) -> Iterator[tuple[str, Statistics]]:
+        """The statistics, with the label of the adapters in metrics."""
+        yield self.label, self._statistics
+
     def snapshot(self) -> Snapshot:
         """Statistics of completed inputs, in one read from the device, which waits for their passes."""
-        if self._ended is not None:
-            self._ended.synchronize()
-        window, heads = self._window, len(self.heads)
-        parts = [*self._sums, self._high, self._beyond_by_head, self._outside.view(1)]
-        parts += [] if window is None else [window.distances, window.alarms.view(1)]
-        values = torch.cat([part.to(self._sums.dtype) for part in parts]).tolist()
-        total, count, high, beyond = (values[i * heads : (i + 1) * heads] for i in range(4))
-        seen = Snapshot(self.rows, int(values[4 * heads]), total, count, high, beyond, 0, 0, None)
-        if window is not None and window.number:
-            alarms, drift = int(values[-1]), values[4 * heads + 1 : -1]
-            seen = replace(seen, windows=window.number, alarms=alarms, drift=drift)
-        return seen
+        return self._statistics.snapshot()
 
     @property
     def drift(self) -> float | None:
         """The largest distance of any head in the last full window, see :class:`Reference`; None before the first."""
-        window = self._window
+        window = self._statistics.window
         return float(window.distances.amax()) if window is not None and window.number else None
 
     # ---- the reference ----
@@ -334,213 +248,67 @@ class EditMonitor:
         Raises:
             ValueError: the file has another format, or is for another model or adapter.
         """
-        file = _file(path)
-        values = read_json(file)
-        try:
-            if values["format"] not in _FORMATS:
-                raise ValueError(f"format {values['format']!r}")
-            reference = Reference.from_dict(values, self.sites)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file}: expected what EditMonitor.save wrote for this model, got {error!r}") from None
+        reference = read_reference(path, self.sites)
         self._calibration.clear()
-        self._place(reference)
+        self._statistics.place(reference)
         self.margin = reference.margin
         if reference.drift is not None:
             self.window, self.false_alarms = reference.drift.window, reference.drift.false_alarms
 
-    def _place(self, reference: Reference) -> None:
-        with torch.inference_mode(False):
-            self.reference = reference.to(self._device)
-            self._window = _new_window(self.reference)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.layers[0].parameters()).device
-
     def beyond(self, inputs: Inputs) -> Tensor:
         """Whether each head of each row is outside the range, (rows, heads), on the device."""
-        if self.reference is None:
-            return torch.zeros_like(inputs.low, dtype=torch.bool)
-        return self.reference.beyond(inputs.low, inputs.high, self._tolerance)
+        return self._statistics.beyond(inputs)
 
-    # ---- completed inputs ----
+    # ---- passes ----
 
     def _end(self, inputs: Inputs) -> None:
         if self._calibrating:
             self._calibration.append(inputs)
-            return
-        self.rows += len(inputs)
-        self._sums += torch.stack([inputs.total, inputs.count]).to(self._sums.dtype).sum(1)
-        torch.minimum(self._low, inputs.low.amin(0), out=self._low)
-        torch.maximum(self._high, inputs.high.amax(0), out=self._high)
-        beyond = self.beyond(inputs)
-        self._beyond_by_head += beyond.sum(0)
-        self._outside += beyond.any(-1).sum()
-        if self._window is not None:
-            self._window.add(inputs.mean)
-        if self._device.type != "cpu":
-            self._ended = torch.Event(self._device)
-            self._ended.record()
+        else:
+            self._statistics.add(inputs)
 
-    # ---- hooks ----
+    def _modules(self) -> list[nn.Module]:
+        return list(self.layers)
 
-    @torch.compiler.disable
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Forward pre-hook of the modules around all layers."""
-        now, thread = self._pass, threading.get_ident()
-        if now.thread == thread:
-            now.depth += 1
-            now.mask = kwargs.get("attention_mask") if now.mask is None else now.mask
-            return
-        aside = self._aside == thread
-        if not aside and not self._free.acquire(blocking=False):
-            return  # a pass of another thread is being watched
-        mask = kwargs.get("attention_mask")
-        self._pass = now = _Pass(thread, 1, mask, *_shape(args, kwargs))
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers' newer and older name
-        if now.rows != self._batch or not _continues(now.tokens, mask, cache):
-            if aside:
-                self._current = None
-            else:
-                self.begin()
-            self._batch = now.rows
-            self._watched = aside or self._calibrating or self._number % self.every == 0
-            self._number += not (aside or self._calibrating)
-        if self._watched:
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            if self.recent.maxlen and isinstance(ids, Tensor) and not ids.is_floating_point():
-                now.ids = ids.detach().clone()
-            now.handles = [layer.on_edited(hook) for layer, hook in self._hooks]
+    def _begin_recording(self) -> None:
+        self._recording = [layer.on_edited(hook) for layer, hook in zip(self.layers, self._hooks)]
 
-    @torch.compiler.disable
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook, also after errors, of the modules around all layers."""
-        now = self._pass
-        if now.thread != threading.get_ident():
-            return
-        now.depth -= 1
-        if now.depth:
-            return
-        try:
-            for handle in now.handles:
-                handle.remove()
-            if now.parts:
-                with torch.no_grad():
-                    self._take(now)
-            elif self._watched and output is not None:
-                warnings.warn(
-                    "EditMonitor saw a forward pass and no edited head in it; a compiled model must be compiled after "
-                    "the monitor is switched on",
-                    stacklevel=2,
-                )
-        finally:
-            self._pass = _Pass()
-            if self._aside != now.thread:
-                self._free.release()
+    def _end_recording(self) -> None:
+        for handle in self._recording:
+            handle.remove()
+        self._recording = []
 
-    def _hook(self, layer: JolaLayer, scale: Tensor, offset: Tensor) -> Any:
+    def _hook(self, number: int, layer: JolaLayer) -> Any:
         @torch.compiler.disable
-        @torch.no_grad()
         def hook(z: Tensor) -> None:
-            now = self._pass
-            if now.thread != threading.get_ident():
-                return
-            if z.shape[-1] != scale.numel():
-                raise ValueError(f"{layer.site}: EditMonitor needs all {len(scale)} heads on one device")
-            sizes = relative_sizes(z, scale, offset)
-            sizes = sizes.reshape(sizes.shape[0], -1, len(scale))
-            real = None
-            if now.mask is not None:
-                real = real_tokens(now.mask, sizes.shape[0], sizes.shape[1], sizes.device)
-            if len(sizes) != now.rows:  # several rows per sample, as in windowed attention
-                if now.rows is None or len(sizes) % now.rows:
-                    raise ValueError(
-                        f"{layer.site}: expected a multiple of the batch's {now.rows} rows, got {len(sizes)}"
-                    )
-                sizes = sizes.reshape(now.rows, -1, len(scale))
-                real = None if real is None else real.reshape(now.rows, -1)
-            part = Inputs.of(sizes, real)
-            if (known := now.parts.get(layer.site)) is not None:
-                known.add(part)
-            else:
-                now.parts[layer.site] = part
+            if z.shape[-1] != layer.num_heads * layer.head_dim:
+                raise ValueError(f"{layer.site}: EditMonitor needs all {layer.num_heads} heads on one device")
+            self._record(Part(number, z, None))
 
         return hook
 
-    def _take(self, now: _Pass) -> None:
-        """Add a pass to the current inputs."""
-        some = next(iter(now.parts.values()))
-        parts = [
-            now.parts.get(site) or Inputs.nothing(len(some), heads, some.total) for site, heads in self.sites.items()
-        ]
-        new = Inputs.joined(parts)
-        if self._current is None:
-            self._current = new
-            if not self._calibrating:
-                self._seen += 1
-                new.number = self._seen
-                self.recent.append(new)
-        else:
-            self._current.add(new)
-        if now.ids is not None:
-            real = real_tokens(now.mask, now.ids.shape[0], now.ids.shape[1], now.ids.device)
-            self._current.ids.append((now.ids, real))
+    def _operands(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        sites = tuple(part.site for part in parts)
+        if sites not in self._stacked:
+            scales, offsets = (torch.stack(values)[:, None, None] for values in zip(*(self._edits[n] for n in sites)))
+            self._stacked[sites] = scales, offsets
+        return self._stacked[sites]
 
 
-@dataclass
-class _Pass:
-    """A running forward pass: its thread, its depth in the modules around all layers, its inputs and its sites so far."""
+def read_reference(path: str | os.PathLike[str], sites: Mapping[str, int]) -> Reference:
+    """Reads a reference that :meth:`EditMonitor.save` wrote, for ``sites``, a mapping from site names to head counts.
 
-    thread: int | None = None
-    depth: int = 0
-    mask: Any = None
-    rows: int | None = None
-    tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        self.ids: Tensor | None = None
-        self.handles: list[Any] = []
-        self.parts: dict[str, Inputs] = {}
-
-
-def _holders(model: nn.Module, layers: list[JolaLayer]) -> list[nn.Module]:
-    """The modules around all layers, outermost first; any of them may be the one that is called."""
-    wanted, holders, module = {id(layer) for layer in layers}, [], model
-    while not isinstance(module, (nn.ModuleList, nn.ModuleDict, JolaLayer)):
-        holders.append(module)
-        inner = [child for child in module.children() if wanted <= {id(part) for part in child.modules()}]
-        if not inner:
-            break
-        module = inner[0]
-    return holders
-
-
-def _shape(args: Any, kwargs: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Numbers of rows and tokens of a pass's inputs; None if unknown."""
-    named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-    tensors = [value for value in (*named, *args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1]
-    return (tensors[0].shape[0], tensors[0].shape[1]) if tensors else (None, None)
-
-
-def _continues(tokens: int | None, mask: Any, cache: Any) -> bool:
-    """Whether a pass continues the inputs in a cache; decided on the host."""
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return tokens is not None and mask.shape[1] > tokens
-    length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None
-    if isinstance(length, int):
-        return length > 0
-    return tokens == 1 and cache is not None
-
-
-def _name(model: Any) -> str:
-    config = getattr(model, "config", None)
-    path = str(getattr(config, "_name_or_path", "") or "")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return Path(path).name or type(base).__name__
-
-
-def _new_window(reference: Reference | None) -> Window | None:
-    return Window(reference.drift) if reference is not None and reference.drift is not None else None
+    Raises:
+        ValueError: the file has another format, or is for another model or adapter.
+    """
+    file = _file(path)
+    values = read_json(file)
+    try:
+        if values["format"] not in _FORMATS:
+            raise ValueError(f"format {values['format']!r}")
+        return Reference.from_dict(values, sites)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: expected what EditMonitor.save wrote for this model, got {error!r}") from None
 
 
 def _file(path: str | os.PathLike[str]) -> Path:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ...functional import head_edit
+from ...ops.head_edit.function import edit_rows
 from .._offload import home
 from .._peft import check_names
 from ..jola.config import JolaConfig
@@ -28,6 +28,9 @@ class JolaSites:
     Args:
         model: the base model.
         config: selects the modules, and the edits that have tables.
+
+    Attributes:
+        heads: the heads of each site, by its name.
     """
 
     def __init__(self, model: nn.Module, config: JolaConfig) -> None:
@@ -35,12 +38,12 @@ class JolaSites:
             raise ValueError("model: expected one without JoLA layers, got one with; unload() them first")
         self._model = model
         self._config = config
-        _, self._sites = planned_sites(model, config)
+        _, self.heads = planned_sites(model, config)
         self._handles: list[RemovableHandle] = []
         kinds = {"both": KINDS, "multiplicative": ("m",), "additive": ("a",)}[config.edit]
         self.rows = {
             f"{site}.{kind}": torch.zeros(heads.number, heads.dim, dtype=self._dtype(site))
-            for site, heads in self._sites.items()
+            for site, heads in self.heads.items()
             for kind in kinds
         }
         self.devices = {table: self._device(table.rpartition(".")[0]) for table in self.rows}
@@ -87,7 +90,8 @@ class JolaSites:
 
     def attach(self, tables: dict[str, Tensor], current: Current) -> None:
         """Attaches the edits to the model."""
-        for name in self._sites:
+        self._tables = tables
+        for name in self.heads:
             site = _Site(name, tables.get(f"{name}.m"), tables.get(f"{name}.a"), current)
             module = self._model.get_submodule(name)
             if self._config.site == "head":
@@ -97,6 +101,13 @@ class JolaSites:
             if self._config.site != "block":
                 parent = self._model.get_submodule(name.rpartition(".")[0])
                 self._handles.append(parent.register_forward_hook(site.check))
+
+    def edit_of_rows(self, site: str, index: Tensor) -> tuple[Tensor, Tensor]:
+        """s and t, (rows, heads, head_dim), of the edits z' = z + s * z + t that rows with the slots `index` have at a site."""
+        tables = {kind: self._tables[f"{site}.{kind}"] for kind in KINDS if f"{site}.{kind}" in self._tables}
+        rows = {kind: table[index] for kind, table in tables.items()}
+        zeros = torch.zeros_like(next(iter(rows.values())))
+        return rows.get("m", zeros), rows.get("a", zeros)
 
     def detach(self) -> None:
         """Detaches the edits."""
@@ -125,7 +136,9 @@ class _Site(Uncopyable):
 
     def _edited(self, x: Tensor, selection: Selection) -> Tensor:
         z, index = selection.align(x, self.name)
-        edited = head_edit(z, self.m, self.a, index=index)
+        if self.current.watch is not None:
+            self.current.watch(self.name, z, index)
+        edited = edit_rows(z, self.m, self.a, index)
         selection.last = self
         return edited if z is x else edited.transpose(0, 1)
 

@@ -53,6 +53,10 @@ class AdapterPool(Uncopyable):
         capacity: the number of adapters to allocate memory for.
         base: the base model's name in adapter configurations. Default: the name or path it was loaded from.
 
+    Attributes:
+        model: the plain base model.
+        sites, current: what the pool edits, and the selection in this thread; for monitors.
+
     Raises:
         ValueError: there is no site, or the model already has adapters of this method, or a pool.
         MemoryError: there is no memory for the tables.
@@ -75,42 +79,40 @@ class AdapterPool(Uncopyable):
             )
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
             raise ValueError(f"capacity: expected a number of adapters, at least 1, got {capacity!r}")
-        self._model: Any = plain_model(model)
+        self.model: Any = plain_model(model)
         self._config_class = type(config)
-        pools = self._model.__dict__.get(POOLS, {})
+        pools = self.model.__dict__.get(POOLS, {})
         if config.method in pools:
             raise ValueError(
                 f"model: expected one without a pool of {config.method} adapters, got one; remove() it first"
             )
-        self.base = (
-            base if base is not None else str(getattr(getattr(self._model, "config", None), "_name_or_path", ""))
-        )
-        self._sites: _Sites = self._make_sites(config)
+        self.base = base if base is not None else str(getattr(getattr(self.model, "config", None), "_name_or_path", ""))
+        self.sites: _Sites = self._make_sites(config)
         self._tables = self._allocate(capacity)
         self._slots = Slots(capacity)
-        self._fences = Fences(self._sites.devices.values())
+        self._fences = Fences(self.sites.devices.values())
         self._lock = threading.Lock()
-        self._current = Current()
-        self._sites.attach(self._tables, self._current)
-        self._model.__dict__[POOLS] = {**pools, config.method: self}
+        self.current = Current()
+        self.sites.attach(self._tables, self.current)
+        self.model.__dict__[POOLS] = {**pools, config.method: self}
 
     def _make_sites(self, config: AdapterConfig) -> _Sites:
-        return _METHODS[type(config)](self._model, config)
+        return _METHODS[type(config)](self.model, config)
 
     def _allocate(self, capacity: int) -> dict[str, Tensor]:
-        rows = self._sites.rows
+        rows = self.sites.rows
         needed = (capacity + 1) * self.bytes_per_adapter
         problem = (
             f"capacity={capacity}: {capacity} adapters of {self.bytes_per_adapter:,} bytes need {needed:,} bytes on "
-            f"{', '.join(sorted({str(device) for device in self._sites.devices.values()}))}"
+            f"{', '.join(sorted({str(device) for device in self.sites.devices.values()}))}"
         )
-        on_cpu = all(device.type == "cpu" for device in self._sites.devices.values())
+        on_cpu = all(device.type == "cpu" for device in self.sites.devices.values())
         if on_cpu and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
             raise MemoryError(f"{problem}, more than this machine has")  # the system overcommits memory
         try:
             with torch.inference_mode(False):  # later loads may be outside inference mode
                 return {
-                    name: row.to(self._sites.devices[name]).repeat(capacity + 1, *[1] * row.dim())
+                    name: row.to(self.sites.devices[name]).repeat(capacity + 1, *[1] * row.dim())
                     for name, row in rows.items()
                 }
         except RuntimeError as error:  # torch has no narrower class for both kinds of memory
@@ -126,7 +128,7 @@ class AdapterPool(Uncopyable):
     @property
     def bytes_per_adapter(self) -> int:
         """The memory of one adapter, in bytes."""
-        return sum(row.numel() * row.element_size() for row in self._sites.rows.values())
+        return sum(row.numel() * row.element_size() for row in self.sites.rows.values())
 
     @property
     def names(self) -> list[str]:
@@ -191,10 +193,10 @@ class AdapterPool(Uncopyable):
             raise ValueError(f"strength: expected a finite number, or None, got {strength!r}")
         loaded = read_adapter(source, adapter, self._config_class)
         self._check_base(loaded.config)
-        read = self._sites.read(loaded, strength)
+        read = self.sites.read(loaded, strength)
         rows = {
             table: read.get(table, row).to(table_rows.device)
-            for (table, row), table_rows in zip(self._sites.rows.items(), self._tables.values())
+            for (table, row), table_rows in zip(self.sites.rows.items(), self._tables.values())
         }
         with self._lock:
             slot, evicted = self._slots.reserve(name)
@@ -222,6 +224,11 @@ class AdapterPool(Uncopyable):
                 f"source: expected an adapter of {self.base}, got one of {name}; if that is the same model under another "
                 f"name, make the pool with base={name!r}"
             )
+
+    def adapters_in_use(self) -> dict[int, str]:
+        """The names of the slots that are in use. Those of a new version and of the one before are the same."""
+        with self._lock:
+            return self._slots.adapters_in_use()
 
     def evict(self, name: str) -> None:
         """Removes an adapter from the pool. Batches that use it continue; then its slot is free.
@@ -369,21 +376,25 @@ class AdapterPool(Uncopyable):
         if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
             kind = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
             raise ValueError(f"index: expected a tensor of int64 or int32 with one dimension, got {kind}")
+        if index.device.type == "cpu" and index.numel():
+            low, high = (int(value) for value in index.aminmax())
+            if not 0 <= low <= high <= self.capacity:
+                raise ValueError(f"index must lie in 0..{self.capacity}, got values from {low} to {high}")
         with self._serve(Selection(index, packed)):
             yield
 
     @contextmanager
     def _serve(self, selection: Selection | None) -> Iterator[None]:
         self._fences.before_read()
-        before, self._current.selection = self._current.selection, selection
+        before, self.current.selection = self.current.selection, selection
         try:
             yield
-            if self._current.selection is not selection:
+            if self.current.selection is not selection:
                 raise RuntimeError(
                     "blocks of a pool overlap in one thread, as where a task awaits inside of one; await outside"
                 )
         finally:
-            self._current.selection = before
+            self.current.selection = before
 
     def _check_known(self, names: list[str]) -> None:
         unknown = [name for name in names if name not in self._slots]
@@ -400,15 +411,15 @@ class AdapterPool(Uncopyable):
         Raises:
             ValueError: the pool is not on the model any more.
         """
-        pools = self._model.__dict__.get(POOLS, {})
+        pools = self.model.__dict__.get(POOLS, {})
         if pools.get(self._config_class.method) is not self:
             raise ValueError("remove: the pool is not on the model any more")
-        self._sites.detach()
+        self.sites.detach()
         rest = {method: pool for method, pool in pools.items() if pool is not self}
         if rest:
-            self._model.__dict__[POOLS] = rest
+            self.model.__dict__[POOLS] = rest
         else:
-            del self._model.__dict__[POOLS]
+            del self.model.__dict__[POOLS]
 
 
 def _last(name: str) -> str:

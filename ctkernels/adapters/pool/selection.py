@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -64,9 +65,14 @@ class Selection:
 
 
 class Current(threading.local):
-    """The current selection, per thread. Not a context variable, which torch 2.13 cannot compile."""
+    """The current selection, per thread. Not a context variable, which torch 2.13 cannot compile.
+
+    Attributes:
+        watch: a monitor's function of a site's name, what is edited there, and the slot of each row; None if none watches.
+    """
 
     selection: Selection | None = None
+    watch: Callable[[str, Tensor, Tensor], None] | None = None
 
 
 class Uncopyable:

@@ -24,7 +24,8 @@ class Slots:
         self._free = list(range(capacity, 0, -1))
         self._by_name: dict[str, int] = {}  # least recently used first
         self._named: set[int] = set()
-        self._users: Counter[int] = Counter()
+        self._users: Counter[int] = Counter()  # of slots in use
+        self._adapters: dict[int, str] = {}  # by slot, the last one in it
 
     @property
     def names(self) -> list[str]:
@@ -36,7 +37,11 @@ class Slots:
 
     def in_use(self, slot: int) -> bool:
         """Whether a slot has users."""
-        return self._users[slot] > 0
+        return slot in self._users
+
+    def adapters_in_use(self) -> dict[int, str]:
+        """The adapters of slots in use, by slot."""
+        return {slot: self._adapters[slot] for slot in self._users}
 
     def acquire(self, name: str) -> int:
         """Adds a user to an adapter's slot, makes it the most recently used, and returns it."""
@@ -54,6 +59,8 @@ class Slots:
         if not self.in_use(slot):
             raise ValueError(f"slot: expected one that was acquired and not released since, got {slot!r}")
         self._users[slot] -= 1
+        if not self._users[slot]:
+            del self._users[slot]
         self._free_if_unused(slot)
 
     def reserve(self, name: str) -> tuple[int, str | None]:
@@ -72,7 +79,7 @@ class Slots:
         if not evictable:
             raise PoolFullError(
                 f"no slot for adapter {name!r}: of {self.capacity} adapters, {len(self.pinned)} are pinned and "
-                f"{sum(count > 0 for count in self._users.values())} in use; unpin or wait, or make the pool with a larger "
+                f"{len(self._users)} in use; unpin or wait, or make the pool with a larger "
                 "capacity"
             )
         victim = name if name in evictable else evictable[0]
@@ -89,6 +96,7 @@ class Slots:
             self._drop(name)
         self._by_name[name] = slot
         self._named.add(slot)
+        self._adapters[slot] = name
 
     def evict(self, name: str) -> None:
         """Removes an adapter. Its slot is free once it has no users."""
@@ -101,5 +109,4 @@ class Slots:
 
     def _free_if_unused(self, slot: int) -> None:
         if not self.in_use(slot) and slot not in self._named:
-            del self._users[slot]
             self._free.append(slot)

@@ -80,9 +80,6 @@ def _from_model(model: Any, adapter: str | None, config_class: type[AdapterConfi
     broken = [key for key, value in state.items() if not bool(value.isfinite().all())]
     if broken:
         raise ValueError(f"source: expected finite values, got NaN or infinity in {broken[0]}")
-    strengths = {
-        module.site: module.get_scale(name)
-        for module in model.modules()
-        if isinstance(module, Scaled) and name in module.strength
-    }
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, Scaled)]
+    strengths = {layer.site: layer.get_scale(name) for layer in layers if name in layer.strength}
     return Source(config, state, strengths)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vllm.lora.layers import LoRAMappingType
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from ...functional import head_edit
+from ...ops.head_edit.function import edit_rows
 from ..jola.config import JolaConfig
 from .jola_sites import JolaSites
 from .pool import AdapterPool
@@ -163,7 +163,7 @@ class EnginePool(AdapterPool):
         super().__init__(model, config, capacity, base=base)
 
     def _make_sites(self, config: Any) -> EngineSites:
-        return EngineSites(self._model, config, self._index)
+        return EngineSites(self.model, config, self._index)
 
 
 class EngineSites(JolaSites):
@@ -180,7 +180,7 @@ class EngineSites(JolaSites):
     def attach(self, tables: dict[str, Tensor], current: Current) -> None:
         """Attaches the edits to the model."""
         self._engine = next(_engines)
-        for name in self._sites:
+        for name in self.heads:
             key = f"{self._engine}.{name}"
             _TABLES[key] = tables.get(f"{name}.m"), tables.get(f"{name}.a"), self._index
             self._handles.append(self._model.get_submodule(name).register_forward_pre_hook(_Hook(key)))
@@ -188,7 +188,7 @@ class EngineSites(JolaSites):
     def detach(self) -> None:
         """Detaches the edits."""
         super().detach()
-        for name in self._sites:
+        for name in self.heads:
             del _TABLES[f"{self._engine}.{name}"]
 
 
@@ -206,7 +206,7 @@ _TABLES: dict[str, tuple[Tensor | None, Tensor | None, Tensor]] = {}
 
 def _jola_edit(z: torch.Tensor, site: str) -> torch.Tensor:
     m, a, index = _TABLES[site]
-    return head_edit(z, m, a, index=index[: z.shape[0]])
+    return edit_rows(z, m, a, index[: z.shape[0]])
 
 
 def _jola_edit_fake(z: torch.Tensor, site: str) -> torch.Tensor:

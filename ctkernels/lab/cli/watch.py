@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.device is not None:
         adapted.to(arguments.device)
     device = next(adapted.parameters()).device
-    monitor = EditMonitor(adapted, history=arguments.history, window=arguments.window)
+    monitor = EditMonitor(adapted, every=1, history=arguments.history, window=arguments.window)
     file = folder / FILE
 
     def batches() -> Iterator[dict[str, Any]]:
