@@ -1,4 +1,4 @@
-"""The processes of torchrun: their number, and what they exchange."""
+"""Process groups under torchrun, and the exchange of values among their processes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Group:
-    """A process group: this process's number (``rank``) among ``size``; number 0 collects."""
+    """A process group: the ``rank`` of this process among ``size``. Rank 0 collects results and writes files."""
 
     rank: int = 0
     size: int = 1
 
     def gather(self, block: Tensor) -> list[Tensor]:
-        """Gather blocks of one shape from all processes: on rank 0 their list, in order; elsewhere an empty one."""
+        """Gathers blocks of one shape: on rank 0 the list of all processes' blocks, by rank; elsewhere an empty list."""
         if self.size == 1:
             return [block]
         blocks = [torch.empty_like(block) for _ in range(self.size)] if self.rank == 0 else None
@@ -32,7 +32,7 @@ class Group:
         return blocks or []
 
     def share(self, value: T) -> T:
-        """Give every process rank 0's ``value``."""
+        """Broadcasts rank 0's ``value``."""
         if self.size == 1:
             return value
         box = [value]
@@ -40,7 +40,7 @@ class Group:
         return box[0]
 
     def interleave(self, items: Sequence[T], count: int) -> list[T]:
-        """Give every process all items in order; this one has those numbered rank, rank + size, ..."""
+        """Collects ``count`` items in order on every process; this one has items rank, rank + size, ..."""
         if self.size == 1:
             return list(items)
         boxes: list[Sequence[T]] = [()] * self.size
@@ -48,27 +48,32 @@ class Group:
         return [boxes[i % self.size][i // self.size] for i in range(count)]
 
     def meet(self) -> None:
-        """Wait for all processes, so that none ends while another still listens to it."""
+        """Waits for all processes, so that none exits while another still communicates with it."""
         if self.size > 1:
             dist.barrier()
 
+    def check_batch_size(self, batch_size: int) -> None:
+        """ValueError unless every process gets an equal part of each batch."""
+        if batch_size % self.size:
+            raise ValueError(f"batch_size must be a multiple of the {self.size} processes, got {batch_size}")
+
 
 def launched_rank() -> int:
-    """This process's number under torchrun, 0 without."""
+    """The rank of this process under torchrun, 0 without it."""
     return int(os.environ.get("RANK", "0"))
 
 
 def launched_device() -> torch.device:
-    """The GPU that belongs to this process if there are GPUs, else the CPU."""
+    """The GPU assigned to this process, or the CPU where there is none."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
 def group(device: torch.device) -> Group:
-    """Return the process group that is initialised; else open torchrun's (nccl for a GPU, gloo for the CPU) if there is one.
+    """The initialised process group; else torchrun's, which it initialises (nccl for a GPU, gloo for the CPU).
 
-    torchrun's is opened once and closed when the process ends: gloo cannot open a second one in its place reliably.
+    torchrun's group stays open until the process ends: gloo does not reliably open a second one in its place.
     """
     if dist.is_available() and dist.is_initialized():
         return Group(dist.get_rank(), dist.get_world_size())

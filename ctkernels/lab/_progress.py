@@ -1,4 +1,4 @@
-"""Progress bars, and the time that parts of the work take."""
+"""Progress bars and timing."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .._extras import require
 
 @contextmanager
 def bar(total: int | None, text: str, show: bool) -> Iterator[Callable[[int], object]]:
-    """Show a progress bar on standard error, of so many steps if that is known, and yield the function that advances it."""
+    """Shows a progress bar on standard error and yields the function that advances it. ``total``: steps, if known."""
     if not show:
         yield lambda step: None
         return
     tqdm = require("tqdm", "lab", "a progress bar").tqdm
-    with tqdm(total=total, desc=text, leave=False, mininterval=0.5) as shown:
-        yield shown.update
+    with tqdm(total=total, desc=text, leave=False, mininterval=0.5) as progress_bar:
+        yield progress_bar.update
 
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the time that the context takes to ``seconds[name]``."""
+    """Adds the duration of the context to ``seconds[name]``."""
     start = time.perf_counter()
     yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

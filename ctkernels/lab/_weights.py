@@ -1,4 +1,4 @@
-"""Files of trained weights, and digests by which a damaged file or another network is noticed."""
+"""Files of trained weights, and digests that detect a damaged file or another network."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .._files import read_json, replacing
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write a .safetensors file. Returns its record: ``bytes`` and ``sha256``.
+    """Writes a .safetensors file. Returns its record: ``bytes`` and ``sha256``.
 
     Raises:
-        OSError: the file cannot be written, as the disk is full, say.
+        OSError: the file cannot be written, for example because the disk is full.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -28,16 +28,16 @@ def save_weights(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
     with replacing(path) as temporary:
         try:
             save_file({name: value.contiguous() for name, value in state.items()}, temporary)
-        except SafetensorError as error:  # no OSError, though it is one
+        except SafetensorError as error:  # safetensors wraps errors of the file system
             raise OSError(f"{path} cannot be written: {error}") from error
         return _record(temporary)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors file.
+    """Reads the tensors of a .safetensors file.
 
     Raises:
-        ValueError: there is no such file, or it is damaged; the message names it.
+        ValueError: the file is missing or damaged; the message names it.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -49,10 +49,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_adapter(model: nn.Module, folder: Path, name: str) -> Any:
-    """Put PEFT's adapter in ``folder`` on ``model``; nothing is unpickled.
+    """Loads a PEFT adapter from ``folder`` into ``model`` without unpickling.
 
     Raises:
-        ValueError: it is not there, damaged, or of another network; ``name`` begins the message.
+        ValueError: the adapter is missing, damaged, or of another network; the message starts with ``name``.
         ImportError: peft is missing.
     """
     peft = require("peft", "adapters", "loading an adapter")
@@ -69,7 +69,7 @@ def load_adapter(model: nn.Module, folder: Path, name: str) -> Any:
 
 
 def damage(path: Path, record: Mapping[str, Any] | None) -> str | None:
-    """The reason why a file is not the one that ``record`` describes; None if it is. Without a record it must be readable."""
+    """Why the file does not match its ``record``; None if it does. Without a record, the file must be readable."""
     if not path.is_file():
         return f"its weights, {path}, are gone"
     if record is None:
@@ -92,7 +92,7 @@ def digest_of(model: nn.Module) -> str:
 
 
 def check_same(what: str, expected: str, got: str) -> None:
-    """ValueError if what a machine loaded has another digest than where the comparison runs."""
+    """ValueError if this machine loaded something with another digest than the machine that runs the comparison."""
     if got != expected:
         raise ValueError(
             f"{what}: machine {socket.gethostname()} loads another than the one that is compared, expected the digest "
@@ -103,6 +103,6 @@ def check_same(what: str, expected: str, got: str) -> None:
 def _record(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while block := file.read(1 << 20):
+            digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}

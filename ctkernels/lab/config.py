@@ -1,7 +1,7 @@
-"""Configurations of experiments: dataclasses that are checked when they are made, and that options are made from.
+"""Configurations of experiments: dataclasses that check their values, and from which command-line options are generated.
 
-A field's type, ``Annotated[int, COUNT]``, holds the range of its values and the way it is read from a command line; its
-default is the option's, and its entry in the docstring is the option's help. So each is written once.
+A field's type, such as ``Annotated[int, COUNT]``, defines the range of its values and the parser of its option; its
+default value and its entry in the docstring are the option's default and help.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Config:
     """The base of configurations.
 
     Raises:
-        ValueError: a value out of the range of its field.
+        ValueError: a value is out of the range of its field.
     """
 
     def __post_init__(self) -> None:
@@ -46,25 +46,25 @@ class Config:
             object.__setattr__(self, name, value)
 
     def arguments(self) -> dict[str, Any]:
-        """The values of all fields, for the result file."""
+        """The values of all fields, for result files."""
         values: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 class Field(NamedTuple):
-    """A field of a configuration that an option can be made from."""
+    """A field of a configuration, as the description of a command-line option."""
 
     kind: Kind[Any]
-    optional: bool  # whether it may be None
+    optional: bool  # may be None
     default: Any
-    text: str  # its entry in the docstring, as plain text
+    text: str  # the entry in the docstring, without markup
 
 
 _FIELDS: dict[type[Config], dict[str, Field]] = {}
 
 
 def fields_of(config: type[Config]) -> dict[str, Field]:
-    """The fields of a configuration whose types are annotated with a type of option, by name."""
+    """The fields of a configuration that have a type of option, by name."""
     if config in _FIELDS:
         return _FIELDS[config]
     texts: dict[str, str] = {}
@@ -86,10 +86,10 @@ def fields_of(config: type[Config]) -> dict[str, Field]:
 
 
 def configured(kind: type[T], config: T | None, options: Mapping[str, Any]) -> T:
-    """``config``, or ``kind``'s defaults, with the fields in ``options`` instead of its own.
+    """``config`` (None: the defaults of ``kind``) with some fields replaced by ``options``.
 
     Raises:
-        TypeError: an option that ``kind`` does not have.
+        TypeError: an option is no field of ``kind``.
     """
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     if unknown := [name for name in options if name not in known]:
@@ -99,7 +99,7 @@ def configured(kind: type[T], config: T | None, options: Mapping[str, Any]) -> T
 
 @dataclass(frozen=True, kw_only=True)
 class BetasConfig(Config):
-    """Settings for steering: the activations to treat, and the betas to try.
+    """Settings for steering: the activations, and the betas to try.
 
     Args:
         betas: START:STOP:STEP with both ends, or values, in [0, 1]; the plain network always takes part.
@@ -122,7 +122,7 @@ class BetasConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceConfig(BetasConfig):
-    """Settings for a choice by validation.
+    """Settings for choices by validation.
 
     Args:
         betas, activations: as of :class:`BetasConfig`.
@@ -135,7 +135,7 @@ class ChoiceConfig(BetasConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringConfig(ChoiceConfig):
-    """Settings for steering a frozen network and reading its features.
+    """Settings for steering a frozen network and extracting its features.
 
     Args:
         betas, activations, margin: as of :class:`ChoiceConfig`.
@@ -146,7 +146,7 @@ class SteeringConfig(ChoiceConfig):
         batch_size: images per forward pass.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value is out of range.
         ImportError: scikit-learn is missing; the message names the extra.
     """
 
@@ -162,7 +162,7 @@ class SteeringConfig(ChoiceConfig):
             check_probe(kind, self.l2)
 
     def _probe(self) -> str | None:
-        """The kind of probe that reads the features; None for none."""
+        """The kind of probe that is fitted; None: none."""
         return "logistic"
 
     def arguments(self) -> dict[str, Any]:

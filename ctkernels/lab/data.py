@@ -1,4 +1,4 @@
-"""Labelled examples of any kind by name: images, texts, time series."""
+"""Loads labelled examples of any kind (images, texts, time series) by name."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ OTHERS = "; or texts (.jsonl, .csv or .parquet), or series (.ts, aeon:NAME)"
 
 
 def load_data(spec: str | os.PathLike[str]) -> Splits:
-    """Read labelled images, texts or time series; ``spec`` tells which.
+    """Reads labelled images, texts or time series.
 
-    Images: a folder of them, an ``.npz`` file, ``"digits"`` (scikit-learn's), or ``"torchvision:Flowers102"`` or
-    ``"torchvision:Flowers102:FOLDER"`` for a class of ``torchvision.datasets``, whose files are in, or go to, FOLDER
-    (default ``data``). Texts: a ``.jsonl``, ``.csv`` or ``.parquet`` file or a folder of such, with a prompt and an answer,
-    which is the class (see :func:`~.jola.read_texts`). Time series: a ``.ts`` file (see :func:`read_series`), a folder with
-    one, or ``"aeon:NAME"`` for those that come with the package aeon. And ``"package.module:function"`` or
-    ``"file.py:function"``, a function that takes nothing and returns :class:`Splits`, or prompts with answers.
+    Args:
+        spec: Images: a folder, an ``.npz`` file, ``"digits"`` (scikit-learn's), or ``"torchvision:Flowers102"`` or
+            ``"torchvision:Flowers102:FOLDER"`` for a class of ``torchvision.datasets`` with its files in FOLDER (default
+            ``data``), downloaded if missing. Texts: a ``.jsonl``, ``.csv`` or ``.parquet`` file, or a folder of such, with
+            prompts and answers, which are the classes (see :func:`~.jola.read_texts`). Time series: a ``.ts`` file (see
+            :func:`read_series`), a folder with one, or ``"aeon:NAME"`` for a data set in the package aeon. Or a function,
+            ``"package.module:function"`` or ``"file.py:function"``, without arguments, that returns :class:`Splits` or
+            :class:`~.jola.TextData`.
 
     Raises:
-        ValueError: ``spec`` is none of these, or what it holds is not labelled examples; the message says what was found.
+        ValueError: ``spec`` has another form, or its content is not labelled examples.
         ImportError: a package is missing; the message names the extra.
 
     Examples:
@@ -41,11 +43,11 @@ def load_data(spec: str | os.PathLike[str]) -> Splits:
 
 
 def find_data(spec: str | os.PathLike[str]) -> Callable[[], Splits]:
-    """The function by which :func:`load_data` will read, found without reading any examples.
+    """The function that reads the data of :func:`load_data`; no examples are read yet.
 
     Raises:
-        ValueError: ``spec`` is nothing that is known.
-        ImportError: the package it asks for is missing.
+        ValueError: ``spec`` is unknown.
+        ImportError: a package that it needs is missing.
     """
     series = find_series(spec)
     if series is not None:
@@ -59,25 +61,25 @@ def find_data(spec: str | os.PathLike[str]) -> Callable[[], Splits]:
         return find_images(spec, OTHERS)
     build = find_factory(name, (Splits, TextData), "data")
 
-    def made() -> Splits:
+    def load() -> Splits:
         data = build()
         return labelled_texts(data) if isinstance(data, TextData) else data
 
-    return made
+    return load
 
 
 def has_texts(path: Path) -> bool:
-    """Whether ``path`` is a file of texts or a folder of such."""
+    """Whether ``path`` is a file of prompts and answers, or a folder with training ones."""
     if path.is_dir():
         return any((path / f"{name}{suffix}").is_file() for name in SPLITS["train"] for suffix in READERS)
     return path.is_file() and path.suffix.lower() in READERS
 
 
 def labelled_texts(data: TextData) -> Splits:
-    """Prompts with answers as texts with classes: the answers.
+    """Converts prompts with answers to labelled texts, whose classes are the answers.
 
     Raises:
-        ValueError: fewer than two answers, or one to predict that no training example has.
+        ValueError: there are fewer than two answers, or validation or test answers without a training example.
     """
     classes = tuple(sorted({example.answer for example in data.train}))
 

@@ -1,7 +1,7 @@
-"""Where the trials of an experiment run: in this process, or on the machines of a Ray cluster.
+"""Executors of the trials of an experiment: this process, or the machines of a Ray cluster.
 
-The engine is written once, as coroutines that await trials. In this process a trial is over when it is awaited, so the
-coroutines run one after the other; on Ray all that do not need one another's trials go on at once.
+The engine consists of coroutines that await trials. In this process an awaited trial runs at once, so coroutines run one
+after the other; on Ray, independent coroutines run concurrently.
 """
 
 from __future__ import annotations
@@ -29,42 +29,42 @@ from .result import versions
 
 T = TypeVar("T")
 Work = Coroutine[Any, Any, T]
-RETRIES = 3  # how often a trial is repeated whose worker or machine died
+RETRIES = 3  # of a trial whose worker or machine died
 
 
 class Task(Protocol):
-    """The part of an experiment that the engine does not know, on one model and one data set.
+    """An experiment on one model and one data set.
 
-    Nothing has to be ready before :meth:`train` or :meth:`test` is called: a finished comparison calls neither.
+    The model and the data are loaded when :meth:`train` or :meth:`test` is called: a finished comparison calls neither.
     """
 
     @property
     def gpu(self) -> bool:
-        """Whether it runs on a GPU where there is one."""
+        """Whether it runs on a GPU if there is one."""
         ...
 
     def names(self) -> dict[str, Any]:
-        """Fields of a run that name the model and the data."""
+        """The fields of a run that name the model and the data."""
         ...
 
     def train(self, method: Any, run: Any) -> Any:
-        """Train ``run.setting`` on the examples of ``run.seed``. Returns a :class:`TrainingLog`."""
+        """Trains ``run.setting`` on the examples of ``run.seed``. Returns a :class:`TrainingLog`."""
         ...
 
     def test(self, method: Any, run: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Fields of the run that hold its test scores, with ``state`` as :meth:`train` left it."""
+        """The fields of the run with its test scores. ``state``: of the log of :meth:`train`."""
         ...
 
-    def elsewhere(self) -> Callable[[], Task]:
-        """A function that makes this task in another process, to which it is pickled.
+    def factory(self) -> Callable[[], Task]:
+        """A picklable function that constructs this task in another process.
 
-        It raises ValueError if what it loads there is not what it is here.
+        It raises ValueError if the model or the data loaded there differ from this process's.
         """
         ...
 
 
 class Trial(NamedTuple):
-    """One run to train, or, with what it trained, to test."""
+    """A run to train, or, with its trained ``state``, to test."""
 
     task: Task
     method: Any
@@ -72,7 +72,7 @@ class Trial(NamedTuple):
     state: Mapping[str, Tensor] | None = None
 
     def outcome(self) -> Any:
-        """The log of training, or the scores of testing."""
+        """Trains or tests. Returns the training log, or the fields of the run with its test scores."""
         if self.state is None:
             started = time.perf_counter()
             log = self.task.train(self.method, self.run)
@@ -82,56 +82,55 @@ class Trial(NamedTuple):
 
 
 class Executor(Protocol):
-    """Carries out trials."""
+    """Runs trials."""
 
     def run(self, works: Iterable[Work[Any]]) -> None:
-        """Run coroutines to their end."""
+        """Runs coroutines to completion."""
         ...
 
-    async def together(self, works: Iterable[Work[T]]) -> list[T]:
-        """The results of coroutines that do not need one another, in order."""
+    async def gather(self, works: Iterable[Work[T]]) -> list[T]:
+        """The results of independent coroutines, in order."""
         ...
 
-    async def carry_out(self, trial: Trial) -> Any:
+    async def run_trial(self, trial: Trial) -> Any:
         """The outcome of a trial."""
         ...
 
 
 @dataclass(frozen=True)
 class LocalExecutor:
-    """Trials in this process, one after the other; under ``torchrun`` its processes share each."""
+    """Runs trials in this process, one after the other; under ``torchrun`` the processes share each trial."""
 
     def run(self, works: Iterable[Work[Any]]) -> None:
         for work in works:
             try:
-                work.send(None)  # no event loop: trials may run one of their own
+                work.send(None)  # without an event loop, as trials may run their own
             except StopIteration:
                 continue
             raise RuntimeError("a coroutine waits for something else than a trial")
 
-    async def together(self, works: Iterable[Work[T]]) -> list[T]:
+    async def gather(self, works: Iterable[Work[T]]) -> list[T]:
         return [await work for work in works]
 
-    async def carry_out(self, trial: Trial) -> Any:
+    async def run_trial(self, trial: Trial) -> Any:
         return trial.outcome()
 
 
 class RayExecutor:
-    """Trials on the machines of a Ray cluster; needs ``ctkernels[ray]``.
+    """Runs trials on the machines of a Ray cluster; needs ``ctkernels[ray]``.
 
-    This process chooses and writes, as always; workers only train and test. A trial takes as many CPUs as torch has threads
-    here, which it uses, and a GPU where the cluster has some. A trial whose worker or machine died is repeated, at most
-    three times.
+    Workers train and test; this process chooses settings and writes files. A trial uses as many CPUs as torch has threads
+    here, and a GPU if the cluster has any. A trial whose worker or machine died is repeated, at most three times.
 
     Args:
-        address: ``"auto"``: the cluster that this machine is part of. ``"HOST:PORT"``: the one with that head.
-            ``"local"``: a cluster of this machine alone, for the time of the comparison. Where this process is connected
-            to Ray already, it remains so.
-        progress: count trials on standard error.
+        address: ``"auto"``: the cluster of this machine. ``"HOST:PORT"``: the cluster with that head node. ``"local"``: a
+            cluster of this machine alone, which ends with the comparison. An existing connection of this process to Ray
+            is used and kept.
+        progress: show a count of trials on standard error.
 
     Raises:
         ImportError: ray is missing; the message names the extra.
-        ValueError: an address of another form.
+        ValueError: the address has another form.
 
     Examples:
         >>> compare_transfer(models, data, executor=RayExecutor("local"))  # doctest: +SKIP
@@ -141,35 +140,36 @@ class RayExecutor:
         self._ray: Any = require("ray", "ray", "running trials on several machines")
         CLUSTER.check("address", address)
         self.address, self.progress = address, progress
-        self._sent: dict[int, Any] = {}  # tasks in Ray's store, by their id here
+        self._stored: dict[int, Any] = {}  # tasks in Ray's object store, by id
         self._advance: Callable[[int], object] = lambda step: None
 
     def run(self, works: Iterable[Work[Any]]) -> None:
-        async def everything() -> None:
-            await self.together(works)
+        async def run_all() -> None:
+            await self.gather(works)
 
         with self._connected(), bar(None, "trials", self.progress) as self._advance:
-            if _has_event_loop():  # a notebook's thread
+            if _has_event_loop():  # the thread of a notebook
                 with ThreadPoolExecutor(1) as pool:
-                    pool.submit(asyncio.run, everything()).result()
+                    pool.submit(asyncio.run, run_all()).result()
             else:
-                asyncio.run(everything())
+                asyncio.run(run_all())
 
-    async def together(self, works: Iterable[Work[T]]) -> list[T]:
+    async def gather(self, works: Iterable[Work[T]]) -> list[T]:
         return await asyncio.gather(*works)
 
-    async def carry_out(self, trial: Trial) -> Any:
+    async def run_trial(self, trial: Trial) -> Any:
         errors = self._ray.exceptions
         remote = self._ray.remote(_in_worker).options(
             name=trial.run.title, max_retries=RETRIES, **self._resources(trial.task)
         )
-        reference = remote.remote([self._reference(trial.task)], _origin(), trial.method, trial.run, trial.state)
+        environment = _Environment(versions(), torch.get_num_threads(), os.getcwd())
+        reference = remote.remote([self._reference(trial.task)], environment, trial.method, trial.run, trial.state)
         try:
             outcome = await reference
         except asyncio.CancelledError:  # interrupted, or another trial failed
             self._ray.cancel(reference, force=True)
             raise
-        except errors.RayTaskError:  # a fault, with the worker's traceback
+        except errors.RayTaskError:  # an error in the trial, with the worker's traceback
             raise
         except errors.RayError as error:
             title = f"{trial.run.title}: no worker came to its end in {RETRIES + 1} tries"
@@ -180,16 +180,19 @@ class RayExecutor:
         return outcome
 
     def _reference(self, task: Task) -> Any:
-        """The task in Ray's store, which brings it to a machine once; in a list, as workers unpack it once as well."""
-        if id(task) not in self._sent:
-            self._sent[id(task)] = task, self._ray.put(task.elsewhere())  # the task is kept, and so its id
-        return self._sent[id(task)][1]
+        """The task in Ray's object store, from which each machine copies it once."""
+        if id(task) not in self._stored:
+            self._stored[id(task)] = (
+                task,
+                self._ray.put(task.factory()),
+            )  # the task is kept, so that its id stays unique
+        return self._stored[id(task)][1]
 
     def _resources(self, task: Task) -> dict[str, float]:
-        """What a trial takes of a machine.
+        """The resources that a trial needs.
 
         Raises:
-            ValueError: no machine has it; Ray would wait for one that does.
+            ValueError: no machine has them; Ray would wait for one.
         """
         machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         cpus, most = torch.get_num_threads(), max(machine.get("CPU", 0) for machine in machines)
@@ -203,16 +206,16 @@ class RayExecutor:
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
-        ours = not self._ray.is_initialized()
-        if ours:
+        connects = not self._ray.is_initialized()
+        if connects:
             if self.address == "local":
                 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             self._ray.init(self.address, logging_level="warning")
         try:
             yield
         finally:
-            self._sent.clear()
-            if ours:
+            self._stored.clear()
+            if connects:
                 self._ray.shutdown()
 
 
@@ -227,8 +230,8 @@ def _has_event_loop() -> bool:
 # --- in a worker ------------------------------------------------------------------------------------------------------
 
 
-class _Origin(NamedTuple):
-    """What a worker shares with the process that runs the comparison."""
+class _Environment(NamedTuple):
+    """The environment of the process that runs the comparison, which workers adopt."""
 
     versions: dict[str, str]
     threads: int
@@ -237,24 +240,22 @@ class _Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class _BadInput:
-    """An error that is raised again where the comparison runs, and told there as one that arose there."""
+    """An error about the user's input, which is raised again in the process that runs the comparison."""
 
     error: Exception
 
 
-_TASKS: dict[Any, Task] = {}  # the task at work: trials of one come one after the other
+_TASKS: dict[Any, Task] = {}  # the task of the last trial, which is usually that of the next
 
 
-def _origin() -> _Origin:
-    return _Origin(versions(), torch.get_num_threads(), os.getcwd())
-
-
-def _in_worker(boxed: list[Any], origin: _Origin, method: Any, run: Any, state: Mapping[str, Tensor] | None) -> Any:
-    """Carry out a trial of the task behind the reference in ``boxed``."""
+def _in_worker(
+    boxed: list[Any], environment: _Environment, method: Any, run: Any, state: Mapping[str, Tensor] | None
+) -> Any:
+    """Runs a trial. ``boxed`` holds the reference to the task, in a list so that Ray does not resolve it for every trial."""
     try:
         (reference,) = boxed
         if reference not in _TASKS:
-            _settle(origin)
+            _adopt(environment)
             _TASKS.clear()
             _TASKS[reference] = require("ray", "ray", "a worker").get(reference)()
         return Trial(_TASKS[reference], method, run, state).outcome()
@@ -264,16 +265,16 @@ def _in_worker(boxed: list[Any], origin: _Origin, method: Any, run: Any, state: 
         raise
 
 
-def _settle(origin: _Origin) -> None:
-    """Bring this process into line with the one that runs the comparison.
+def _adopt(environment: _Environment) -> None:
+    """Adopts threads and working directory of the process that runs the comparison.
 
     Raises:
-        ValueError: it has other versions, which may compute other numbers.
+        ValueError: this machine has other versions of packages, which may compute other numbers.
     """
-    ours = versions()
-    if differ := sorted(name for name in ours | origin.versions if ours.get(name) != origin.versions.get(name)):
-        expected, got = ({name: having.get(name) for name in differ} for having in (origin.versions, ours))
+    installed, required = versions(), environment.versions
+    if differ := sorted(name for name in installed | required if installed.get(name) != required.get(name)):
+        expected, got = ({name: packages.get(name) for name in differ} for packages in (required, installed))
         raise ValueError(f"machine {socket.gethostname()}: expected the versions {expected}, got {got}")
-    torch.set_num_threads(origin.threads)  # with another number, sums are added up in another order
-    if Path(origin.folder).is_dir():
-        os.chdir(origin.folder)  # relative paths of data
+    torch.set_num_threads(environment.threads)  # the order of summation depends on it
+    if Path(environment.folder).is_dir():
+        os.chdir(environment.folder)  # for relative paths of data

@@ -1,9 +1,8 @@
-"""The experiment engine: methods x settings x seeds; validation chooses a setting, every seed trains it and tests it once.
+"""The experiment engine: methods x settings x seeds. Validation chooses a setting; every seed trains and tests it once.
 
-An experiment brings a :class:`Task`, which splits the data, trains and tests, and the classes of its runs and results.
-An executor carries out the trials, in this process or on other machines.
-Every finished run is written at once, its weights beside it, so a comparison that was killed goes on where it was,
-after checking that each run is what it says.
+An experiment defines a :class:`Task`, which splits the data, trains and tests, and the classes of its runs and results. An
+executor runs the trials, in this process or on other machines. Every finished run is written at once with its weights, so
+that a comparison that was interrupted resumes, after checking the consistency of each run.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, ClassVar, Generic, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._files import read_json
 from ._distributed import Group
@@ -34,11 +33,16 @@ from .result import Result, describe
 
 Setting = Mapping[str, float]
 Metrics = Mapping[str, float]
-BetterBy = Sequence[
-    tuple[str, float]
-]  # names of metrics with 1 (larger is better) or -1; the first that differs decides
+Source = nn.Module | Callable[[], nn.Module]  # a network, or a function that builds it
+BetterBy = Sequence[tuple[str, float]]  # metrics with 1 (larger is better) or -1, in lexicographic order
 BY_ACCURACY: BetterBy = (("accuracy", 1.0), ("loss", -1.0))
-LARGE = 1e9  # stands for a metric that is not finite: JSON has no infinity, and NaN is never worse than another
+LARGE = 1e9  # replaces a metric that is not finite: JSON has no infinity, and NaN cannot be compared
+WAY_OUT = "delete it to start anew, or choose another folder"
+
+
+def build(source: Source) -> nn.Module:
+    """The network itself, or the result of the function that builds it."""
+    return source if isinstance(source, nn.Module) else source()
 
 
 def rank(metrics: Metrics, better_by: BetterBy = BY_ACCURACY) -> tuple[float, ...]:
@@ -51,15 +55,15 @@ def rank(metrics: Metrics, better_by: BetterBy = BY_ACCURACY) -> tuple[float, ..
 
 @dataclass(frozen=True)
 class Method:
-    """A way to adapt a model.
+    """A method of adapting a model.
 
     Attributes:
-        name: as in tables and on the command line.
+        name: in tables and on the command line.
         summary: one line about it.
-        grid: values to try, by name; every combination is one setting. A method without any trains nothing.
-        attach: puts the method on a model, in the way of the experiment. None: the model is left alone.
-        optional: further settings it understands.
-        nonnegative: settings that may be zero; all others have to be positive.
+        grid: values to try, by name; every combination is one setting. A method with an empty grid trains nothing.
+        attach: attaches the method to a model; each experiment defines the signature. None: the model is unchanged.
+        optional: further settings that it accepts.
+        nonnegative: settings that may be zero; all others must be positive.
     """
 
     name: str
@@ -70,10 +74,10 @@ class Method:
     nonnegative: tuple[str, ...] = ()
 
     def settings(self, grid: Mapping[str, Sequence[float]] | None = None) -> list[dict[str, float]]:
-        """Combine the grid's values in all ways, with ``grid``'s in place of or besides the method's own.
+        """All combinations of the values of the method's grid, updated by ``grid``.
 
         Raises:
-            ValueError: a name this method does not have, no values for a name, or one out of range.
+            ValueError: the method has no such setting, or a setting has no values or one out of range.
         """
         known = [*self.grid, *self.optional]
         if unknown := [name for name in grid or {} if name not in known]:
@@ -89,15 +93,15 @@ Plan = list[tuple[Method, list[dict[str, float]]]]
 
 
 def plan_of(methods: Iterable[Method], grids: Mapping[str, Mapping[str, Sequence[float]]] | None) -> Plan:
-    """Each method with the settings to try.
+    """The methods, each with the settings to try.
 
     Raises:
-        ValueError: grids of a method that does not take part, or that do not fit it (see :meth:`Method.settings`).
+        ValueError: a grid is of a method that does not take part, or does not fit it (see :meth:`Method.settings`).
     """
-    chosen = {method.name: method for method in methods}
-    if unknown := sorted(set(grids or {}) - set(chosen)):
-        raise ValueError(f"grids must be of methods that take part, {list(chosen)}, got {unknown}")
-    return [(method, method.settings((grids or {}).get(name))) for name, method in chosen.items()]
+    by_name = {method.name: method for method in methods}
+    if unknown := sorted(set(grids or {}) - set(by_name)):
+        raise ValueError(f"grids must be of methods that take part, {list(by_name)}, got {unknown}")
+    return [(method, method.settings((grids or {}).get(name))) for name, method in by_name.items()]
 
 
 # --- runs and results -------------------------------------------------------------------------------------------------
@@ -105,15 +109,15 @@ def plan_of(methods: Iterable[Method], grids: Mapping[str, Mapping[str, Sequence
 
 @dataclass
 class TrainingLog:
-    """Validation metrics after every epoch, and what was trained at the best one.
+    """Validation metrics after every epoch, and the trained state of the best epoch.
 
     Attributes:
         better_by: metrics by which epochs are compared.
-        epochs: metrics, all of them finite.
-        best: number of the best epoch, from 1; of equals the first.
-        state: copies of what was trained, at the best epoch.
+        epochs: metrics of every epoch, all finite.
+        best: number of the best epoch, from 1; the first among equals.
+        state: copies of the trained tensors at the best epoch.
         details: further fields of the :class:`RunResult`.
-        seconds: time that training took, in the process that trained.
+        seconds: duration of the training.
     """
 
     better_by: BetterBy = BY_ACCURACY
@@ -124,7 +128,7 @@ class TrainingLog:
     seconds: float = 0.0
 
     def add(self, metrics: Metrics, state: Callable[[], dict[str, Tensor]]) -> None:
-        """Note an epoch; ``state`` is called if it is the best so far."""
+        """Adds an epoch. ``state``: returns the trained state; called if the epoch is the best so far."""
         self.epochs.append({name: value if math.isfinite(value) else LARGE for name, value in metrics.items()})
         if not self.best or rank(self.epochs[-1], self.better_by) > rank(self.validation, self.better_by):
             self.best, self.state = len(self.epochs), state()
@@ -139,14 +143,14 @@ class RunResult:
     """One run: a method with a setting, trained on the examples of one seed.
 
     Attributes:
-        method, seed, setting: what ran.
-        parameters: how many numbers were trained.
+        method, seed, setting: of the run.
+        parameters: number of trained values.
         epochs: validation metrics after each epoch.
-        best: the epoch that was kept, from 1; 0 for a model that is not trained.
-        seconds: time to train.
-        test: score on the test examples; None for a run that only served to choose the setting.
-        weights: size and digest of the file of what was trained; None where nothing was, and in results that are older
-            than this entry.
+        best: number of the epoch that was kept, from 1; 0 for a model that is not trained.
+        seconds: duration of the training.
+        test: score on the test examples; None for a run that was only used to choose a setting.
+        weights: size and digest of the file of trained weights; None for a model that is not trained, and in older
+            results.
     """
 
     method: str
@@ -166,17 +170,17 @@ class RunResult:
 
     @property
     def where(self) -> tuple[str, ...]:
-        """Names of what was compared; runs that share them differ in seed or setting."""
+        """The names of method, model and data; runs with the same names differ in seed or setting."""
         return (self.method,)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Identifies a run within a result."""
+        """The identity of the run within a result."""
         return (*self.where, self.seed, tuple(sorted(self.setting.items())))
 
     @property
     def title(self) -> str:
-        """The run in words: ``"resnet18, flowers, tct, seed 42, lr 0.1"``."""
+        """The run as text: ``"resnet18, flowers, tct, seed 42, lr 0.1"``."""
         return ", ".join([*self.where, f"seed {self.seed}", *([describe(self.setting)] if self.setting else [])])
 
     @property
@@ -194,7 +198,7 @@ C = TypeVar("C", bound="ComparisonResult[Any]")
 
 
 def weights_path(folder: str | os.PathLike[str], run: RunResult) -> Path:
-    """The file in which a comparison in ``folder`` keeps what a run trained."""
+    """The file of a run's trained weights, in the folder of the comparison."""
     return Path(folder) / "weights" / run.filename
 
 
@@ -203,9 +207,9 @@ class ComparisonResult(Result, Generic[R]):
     """The runs of a comparison.
 
     Attributes:
-        runs: those so far, those that only chose settings included.
-        setup: everything that decides the numbers.
-        seconds: time of the last call.
+        runs: finished runs, including those that were only used to choose settings.
+        setup: everything that determines the numbers.
+        seconds: duration of the last call.
     """
 
     runs: tuple[R, ...]
@@ -213,7 +217,7 @@ class ComparisonResult(Result, Generic[R]):
     seconds: float = 0.0
 
     RUN: ClassVar[type[Any]]
-    GROWS: ClassVar[tuple[str, ...]] = ("methods",)  # entries of the set-up that may get more names in a later call
+    GROWS: ClassVar[tuple[str, ...]] = ("methods",)  # entries of the setup to which a later call may add names
     FIELDS: ClassVar[tuple[str, ...]] = ()  # further entries of the file that are fields
 
     @property
@@ -222,16 +226,16 @@ class ComparisonResult(Result, Generic[R]):
         return BY_ACCURACY
 
     def tested(self, *where: str) -> list[R]:
-        """The tested runs of a method (see :attr:`RunResult.where`), by seed."""
+        """The tested runs with these names (see :attr:`RunResult.where`), by seed."""
         return sorted((r for r in self.runs if r.where == where and r.test is not None), key=lambda r: r.seed)
 
     def tried(self, *where: str) -> list[R]:
-        """The runs among which validation chose a setting: those on the first seed, or on the first ``choose_on``."""
+        """The runs that were used to choose a setting: those on the first seed, or on the first ``choose_on``."""
         seeds = self.setup["seeds"][: self.setup.get("choose_on", 1)]
         return [r for r in self.runs if r.where == where and r.seed in seeds]
 
     def contradiction(self, run: R) -> str | None:
-        """A sentence about what in a run does not agree with the rest of it; None if all does."""
+        """An inconsistency within a run, as a sentence; None if there is none."""
         try:
             ranks = [rank(epoch, self.better_by) for epoch in run.epochs]
             if bool(ranks) != bool(run.setting) or not all(math.isfinite(value) for r in ranks for value in r):
@@ -244,7 +248,7 @@ class ComparisonResult(Result, Generic[R]):
             return f"it is damaged ({error!r})"
 
     def wrong_scores(self, run: R) -> str | None:
-        """A sentence about scores of a run that do not add up; None if they do. May raise for damaged values."""
+        """An inconsistency in the scores of a run, as a sentence; None if there is none. May raise for damaged values."""
         raise NotImplementedError
 
     def entries(self) -> dict[str, Any]:
@@ -252,62 +256,68 @@ class ComparisonResult(Result, Generic[R]):
 
     @classmethod
     def read(cls: type[C], path: str | os.PathLike[str]) -> C:
-        """A result from a file.
+        """Reads a result from a file.
 
         Raises:
-            ValueError: the file has no result of this kind.
+            ValueError: the file is no result of this kind.
         """
         values = read_json(path)
         try:
             if values["schema"] != cls.SCHEMA:
                 raise ValueError(f"expected the schema {cls.SCHEMA}, got {values['schema']}")
             runs = tuple(cls.RUN(**run) for run in values["cells"])
-            more = {name: values[name] for name in cls.FIELDS}
-            return cls(runs, dict(values["setup"]), float(values["seconds"]), **more)
+            fields = {name: values[name] for name in cls.FIELDS}
+            return cls(runs, dict(values["setup"]), float(values["seconds"]), **fields)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a result of this kind: {error!r}") from None
 
     def resume(self: C, path: str | os.PathLike[str]) -> C:
-        """This result, which has no runs yet, with those of a file, if there is one, and what its set-up has besides.
+        """This result with the runs of a file, if it exists, and with the names and seeds that its setup has besides.
 
-        Seeds, and names in the entries ``GROWS``, may be added; whatever is there must be what it was.
+        A later call may add seeds, and names to the entries ``GROWS``; everything else must be equal.
 
         Raises:
-            ValueError: the file is of another set-up, or is no result; the message names what differs.
+            ValueError: the file has another setup, or is no result of this kind; the message names the differences.
         """
         if not Path(path).exists():
             return self
-        way_out = "delete it to start anew, or choose another folder"
         try:
             saved = type(self).read(path)
         except ValueError as error:
-            raise ValueError(f"{error}; {way_out}") from error
-        now, before = json.loads(json.dumps(self.setup)), saved.setup
-        free = (*self.GROWS, "seeds")
-        differ = sorted(k for k in now.keys() | before.keys() if k not in free and now.get(k) != before.get(k))
+            raise ValueError(f"{error}; {WAY_OUT}") from error
+        setup, saved_setup = json.loads(json.dumps(self.setup)), saved.setup
+        differ = different(setup, saved_setup, except_for=(*self.GROWS, "seeds"))
         try:
             for entry in self.GROWS:
-                both = now[entry].keys() & before[entry].keys()
-                differ += [f"{entry}: {name}" for name in sorted(both) if now[entry][name] != before[entry][name]]
-            if now["seeds"][0] != before["seeds"][0]:
+                differ += [
+                    f"{entry}: {name}"
+                    for name in sorted(setup[entry].keys() & saved_setup[entry].keys())
+                    if setup[entry][name] != saved_setup[entry][name]
+                ]
+            if setup["seeds"][0] != saved_setup["seeds"][0]:
                 differ.append("the first seed")
-            merged = {**now, **{entry: {**before[entry], **now[entry]} for entry in self.GROWS}}
-            merged["seeds"] = [*now["seeds"], *(s for s in before["seeds"] if s not in now["seeds"])]
+            merged = {**setup, **{entry: {**saved_setup[entry], **setup[entry]} for entry in self.GROWS}}
+            merged["seeds"] = list(dict.fromkeys([*setup["seeds"], *saved_setup["seeds"]]))
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a result of this kind: {error!r}; {way_out}") from None
+            raise ValueError(f"{path} is not a result of this kind: {error!r}; {WAY_OUT}") from None
         if differ:
-            raise ValueError(f"{path} is the result of another set-up (different: {', '.join(differ)}); {way_out}")
+            raise ValueError(f"{path} is the result of another set-up (different: {', '.join(differ)}); {WAY_OUT}")
         return replace(self, runs=saved.runs, setup=merged)
+
+
+def different(setup: Mapping[str, Any], other: Mapping[str, Any], except_for: Sequence[str] = ()) -> list[str]:
+    """The names of the entries in which two setups differ."""
+    return sorted(k for k in setup.keys() | other.keys() if k not in except_for and setup.get(k) != other.get(k))
 
 
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 
 class Study(Generic[C]):
-    """A comparison at work: its result so far, the folder where runs are kept, and what carries out its trials.
+    """A running comparison: its result so far, the folder of its files, and the executor of its trials.
 
-    Choosing and writing is done in this process alone, whoever trains, and runs stand in the order of the plan, whichever
-    ends first.
+    Settings are chosen and files written in this process, wherever trials run. Runs are in the order of the plan, in
+    whatever order they end.
     """
 
     def __init__(
@@ -334,12 +344,12 @@ class Study(Generic[C]):
         executor: Executor | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> Iterator[Study[C]]:
-        """Resume what is in the folder ``out``; None: a temporary one. ``extra`` goes into the result file.
+        """Opens or resumes a comparison in the folder ``out``; None: a temporary folder.
 
-        Runs that are not what they say are left out, with a warning; they will be done again.
+        ``extra`` entries are added to the result file. Inconsistent runs are dropped with a warning, and done again.
 
         Raises:
-            ValueError: an executor for other machines under ``torchrun``.
+            ValueError: the executor uses other machines, under ``torchrun``; or ``out`` is of another setup.
         """
         if group.size > 1 and not isinstance(executor, LocalExecutor | None):
             raise ValueError(f"executor must be a LocalExecutor under torchrun, got a {type(executor).__name__}")
@@ -352,7 +362,7 @@ class Study(Generic[C]):
             group.meet()
 
     def _resumed(self) -> tuple[C, list[str]]:
-        """Read the result and check its runs. A tested run needs the weights that it left; of the others only the chosen."""
+        """Reads the result and checks its runs; those that were tested must have their weights."""
         result = self.result.resume(self.file)
         sound, damaged = [], []
         for run in result.runs:
@@ -366,69 +376,69 @@ class Study(Generic[C]):
         return replace(result, runs=tuple(sound)), damaged
 
     def run(self, tasks: Iterable[Task], plan: Plan, seeds: Sequence[int], choose_on: int = 1) -> None:
-        """Run what is missing of the plan on every task; the first ``choose_on`` seeds choose between settings."""
+        """Runs the missing runs of the plan on every task; the first ``choose_on`` seeds choose between settings."""
         self.executor.run(
-            self._compared(task, method, settings, seeds, choose_on) for task in tasks for method, settings in plan
+            self._run_method(task, method, settings, seeds, choose_on) for task in tasks for method, settings in plan
         )
 
-    async def _compared(
+    async def _run_method(
         self, task: Task, method: Method, settings: Sequence[Setting], seeds: Sequence[int], choose_on: int
     ) -> None:
-        """Choose a method's setting, and test it."""
+        """Chooses a setting of a method, and tests it."""
         for setting, seed in itertools.product(settings, seeds):
-            self._order.setdefault(self._blank(task, method, setting, seed).key, len(self._order))
+            self._order.setdefault(self._untrained(task, method, setting, seed).key, len(self._order))
         choosing = itertools.product(settings, seeds[:choose_on])
-        runs = await self.executor.together(self._trained(task, method, *trial) for trial in choosing)
-        tried = [runs[i : i + choose_on] for i in range(0, len(runs), choose_on)]
-        best = (max(tried, key=self._rank) if tried[1:] else tried[0])[0]
+        runs = await self.executor.gather(self._train(task, method, *trial) for trial in choosing)
+        by_setting = [runs[i : i + choose_on] for i in range(0, len(runs), choose_on)]
+        best = (max(by_setting, key=self._rank) if by_setting[1:] else by_setting[0])[0]
         for run in self.result.tested(*best.where):
             if run.setting != best.setting:
                 self._warn(f"{run.title}: validation chooses {describe(best.setting)}; its test does not count")
                 self._keep(run.untested())
-        last = seeds if best.setting else seeds[:1]
-        await self.executor.together(self._tested(task, method, best.setting, seed) for seed in last)
+        to_test = seeds if best.setting else seeds[:1]
+        await self.executor.gather(self._test(task, method, best.setting, seed) for seed in to_test)
         if self.group.rank == 0:
             for run in runs:
                 if run.setting != best.setting:
                     weights_path(self.folder, run).unlink(missing_ok=True)
 
     def _rank(self, runs: Sequence[RunResult]) -> tuple[float, ...]:
-        """The rank of one setting, by the means of its validation metrics over seeds."""
+        """The rank of a setting: that of its validation metrics, averaged over seeds."""
         means = {name: mean(run.validation[name] for run in runs) for name, _ in self.result.better_by}
         return rank(means, self.result.better_by)
 
-    def _blank(self, task: Task, method: Method, setting: Setting, seed: int) -> Any:
-        """A run before it is trained."""
+    def _untrained(self, task: Task, method: Method, setting: Setting, seed: int) -> Any:
         return self.result.RUN(**task.names(), method=method.name, seed=seed, setting=dict(setting))
 
-    async def _trained(self, task: Task, method: Method, setting: Setting, seed: int, to_test: bool = False) -> Any:
-        blank = self._blank(task, method, setting, seed)
-        known = next((run for run in self.result.runs if run.key == blank.key), None)
-        if known is not None and to_test and known.test is None and setting:
-            path = weights_path(self.folder, known)
-            if reason := self.group.share(damage(path, known.weights) if self.group.rank == 0 else None):
-                self._warn(f"{known.title}: {reason}; this run is done again")
-                known = None
-        if known is not None or not setting:
-            return known or blank
-        log = await self.executor.carry_out(Trial(task, method, blank))
-        path = weights_path(self.folder, blank)
+    async def _train(self, task: Task, method: Method, setting: Setting, seed: int, to_test: bool = False) -> Any:
+        """The trained run, from an earlier call if its weights are intact (which only a test needs)."""
+        untrained = self._untrained(task, method, setting, seed)
+        path = weights_path(self.folder, untrained)
+        finished = next((run for run in self.result.runs if run.key == untrained.key), None)
+        if finished is not None and to_test and finished.test is None and setting:
+            reason = self.group.share(damage(path, finished.weights) if self.group.rank == 0 else None)
+            if reason is not None:
+                self._warn(f"{finished.title}: {reason}; this run is done again")
+                finished = None
+        if finished is not None or not setting:
+            return finished or untrained
+        log = await self.executor.run_trial(Trial(task, method, untrained))
         record = self.group.share(save_weights(path, log.state) if self.group.rank == 0 else None)
-        run = replace(blank, epochs=log.epochs, best=log.best, seconds=log.seconds, weights=record, **log.details)
+        run = replace(untrained, epochs=log.epochs, best=log.best, seconds=log.seconds, weights=record, **log.details)
         self._keep(run)
         return run
 
-    async def _tested(self, task: Task, method: Method, setting: Setting, seed: int) -> None:
-        run = await self._trained(task, method, setting, seed, to_test=True)
+    async def _test(self, task: Task, method: Method, setting: Setting, seed: int) -> None:
+        run = await self._train(task, method, setting, seed, to_test=True)
         if run.test is None:
             state = read_weights(weights_path(self.folder, run)) if run.setting else {}
-            scores = await self.executor.carry_out(Trial(task, method, run, state))
+            scores = await self.executor.run_trial(Trial(task, method, run, state))
             self._keep(replace(run, **scores))
 
     def _keep(self, run: Any) -> None:
-        """Put a run in place of its earlier self, and write the result."""
-        others = [known for known in self.result.runs if known.key != run.key]
-        runs = sorted([*others, run], key=lambda run: self._order.get(run.key, -1))  # first those of earlier plans
+        """Replaces or adds a run, and writes the result."""
+        others = [other for other in self.result.runs if other.key != run.key]
+        runs = sorted([*others, run], key=lambda run: self._order.get(run.key, -1))  # those of earlier plans first
         self.result = replace(self.result, runs=tuple(runs), seconds=time.perf_counter() - self._started)
         if self.group.rank == 0:
             self.result.save(self.file, **self.extra)

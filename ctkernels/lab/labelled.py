@@ -1,4 +1,4 @@
-"""Sets of labelled examples of any kind, and how they are split: by class, with a seed."""
+"""Sets of labelled examples of any kind, and their stratified, seeded splits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Item = tuple[Tensor, int]
 
 
 class InputOptions(Protocol):
-    """What sets need to know to make examples ready, see :class:`ctkernels.lab.transfer.ImageOptions`."""
+    """Settings for the preparation of examples, see :class:`ctkernels.lab.transfer.ImageOptions`."""
 
     @property
     def size(self) -> int: ...
@@ -29,28 +29,28 @@ class InputOptions(Protocol):
 
 
 class Preparation(Protocol):
-    """Makes one example ready for a network: a tensor without the batch dimension."""
+    """Converts one example to the network's input, a tensor without the batch dimension."""
 
     def __call__(self, raw: Any, /) -> Tensor: ...
 
     def blank(self) -> Tensor:
-        """A batch of one example that holds nothing in particular."""
+        """A batch of one blank example."""
         ...
 
     def entries(self) -> dict[str, Any]:
-        """What it takes to make it again, as plain values."""
+        """Plain values from which it can be reconstructed."""
         ...
 
 
 class LabelledSet(Dataset[Item]):
-    """Labelled examples; item ``i`` is the example made ready by ``preprocess``, and its label.
+    """Labelled examples; item ``i`` is the example after ``preprocess``, and its label.
 
-    A kind of examples is a subclass, a frozen dataclass that says how they are made ready; everything that splits, trains
-    and scores sees tensors and labels only.
+    Each kind of examples is a subclass, a frozen dataclass; code for splitting, training and scoring sees only tensors and
+    labels.
 
     Attributes:
         labels: int64 (n,), each an index into ``classes``.
-        classes: the names.
+        classes: names of the classes.
         preprocess: the :class:`Preparation`.
     """
 
@@ -61,42 +61,42 @@ class LabelledSet(Dataset[Item]):
     preprocess: Any
 
     def preparation(self, options: InputOptions, network: nn.Module, fitted: bool = True) -> Preparation:
-        """What makes examples ready for a network; ``fitted`` to these, where it depends on data.
+        """The preparation of examples for a network. ``fitted``: to this set, if it depends on data.
 
         Raises:
-            ValueError: options that do not fit, or a network that does not take this kind.
+            ValueError: an option does not suit this kind of examples, or the network does not take it.
         """
         raise NotImplementedError
 
     def check(self) -> None:
-        """ValueError for examples that hold NaN or infinity, as far as that can be seen without reading them."""
+        """ValueError for NaN or infinity in examples that are in memory."""
 
     def fingerprint(self, index: int) -> bytes:
-        """The content of an example as stored."""
+        """The stored content of an example."""
         return self.raw(index).contiguous().numpy().tobytes()
 
     def collate(self, items: Sequence[Item]) -> Any:
-        """A batch of examples and their labels, int64."""
+        """Joins examples to a batch, and their labels to int64 (b,)."""
         return default_collate(list(items))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def raw(self, index: int) -> Any:
-        """The example as stored."""
+        """The stored example, before preparation."""
         return getattr(self, self.EXAMPLES)[index]
 
     def __getitem__(self, index: int) -> Item:
         return self.preprocess(self.raw(index)), int(self.labels[index])
 
     def take(self: S, indices: Tensor) -> S:
-        """The examples at ``indices``, int64, in that order."""
-        values: Any = getattr(self, self.EXAMPLES)  # a list, or something that takes a tensor of indices
-        values = [values[i] for i in indices.tolist()] if isinstance(values, (list, tuple)) else values[indices]
-        return dataclasses.replace(self, **{self.EXAMPLES: values, "labels": self.labels[indices]})  # type: ignore[type-var]
+        """The subset at ``indices``, int64, in their order."""
+        stored: Any = getattr(self, self.EXAMPLES)  # a list, or an object that can be indexed with a tensor
+        taken = [stored[i] for i in indices.tolist()] if isinstance(stored, (list, tuple)) else stored[indices]
+        return dataclasses.replace(self, **{self.EXAMPLES: taken, "labels": self.labels[indices]})  # type: ignore[type-var]
 
     def sample(self: S, limit: int | None, seed: int) -> S:
-        """Take at most ``limit`` of the examples, classes in proportion; all of them for None."""
+        """A stratified sample of at most ``limit`` examples; None: all."""
         if limit is None or limit >= len(self):
             return self
         return self.take(stratified_order(self.labels, seed)[:limit].sort().values)
@@ -107,7 +107,7 @@ class LabelledSet(Dataset[Item]):
 
 
 def collate_of(data: Any) -> Callable[[Sequence[Item]], Any]:
-    """How items of a data set become a batch: as its ``collate`` says, also behind subsets and joined sets."""
+    """The ``collate`` method of a data set, also of one inside a subset or a concatenation; torch's default without one."""
     if isinstance(data, Subset):
         return collate_of(data.dataset)
     if isinstance(data, ConcatDataset):
@@ -117,13 +117,13 @@ def collate_of(data: Any) -> Callable[[Sequence[Item]], Any]:
 
 
 def batches(data: Dataset[Any], size: int, workers: int = 0, **options: Any) -> DataLoader[Any]:
-    """Batches of ``size`` examples and their labels."""
+    """A loader of batches of ``size`` examples and their labels."""
     return DataLoader(data, size, num_workers=workers, collate_fn=collate_of(data), **options)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Training, validation and test examples as a data set ships them, ``None`` where it does not, and its ``source``."""
+    """The training, validation and test examples of a data set (None for a split that it does not have), and its source."""
 
     train: Any  # a LabelledSet; all three of one kind
     val: Any
@@ -140,35 +140,35 @@ class Splits:
         max_test: int | None = None,
         test_seed: int | None = None,
     ) -> tuple[Any, Any, Any]:
-        """Training, validation and test examples; what the data lacks is cut off the training examples, class by class.
+        """Training, validation and test examples; missing splits are cut off the training examples, class by class.
 
         Args:
-            val, test: fractions to cut, used only where there is no such split.
-            seed: of the cuts and samples.
-            test_seed: of those of the test examples. Default: ``seed``.
-            max_train: the most examples for training and for the validation that is cut off them.
-            max_test: the most examples for test.
+            val, test: fractions to cut off, for missing splits.
+            seed: of cuts and samples.
+            test_seed: of the cut and sample of test examples. Default: ``seed``.
+            max_train: maximal number of training examples, before validation examples are cut off.
+            max_test: maximal number of test examples.
 
         Raises:
-            ValueError: a fraction or limit out of range, or too few examples of a class.
+            ValueError: a fraction or limit is out of range, or a class has too few examples.
         """
         for name, limit in (("max_train", max_train), ("max_test", max_test)):
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} must be at least 1, got {limit}")
-        train, tested = self.train, self.test
+        train, test_set = self.train, self.test
         test_seed = seed if test_seed is None else test_seed
-        if tested is None:
-            rest, part = stratified_split(train.labels, [test], test_seed, "test")
-            train, tested = train.take(rest), train.take(part)
-        train, tested = train.sample(max_train, seed), tested.sample(max_test, test_seed)
+        if test_set is None:
+            kept, cut = stratified_split(train.labels, [test], test_seed, "test")
+            train, test_set = train.take(kept), train.take(cut)
+        train, test_set = train.sample(max_train, seed), test_set.sample(max_test, test_seed)
         if self.val is not None:
-            return train, self.val, tested
-        rest, part = stratified_split(train.labels, [val], seed, "val")
-        return train.take(rest), train.take(part), tested
+            return train, self.val, test_set
+        kept, cut = stratified_split(train.labels, [val], seed, "val")
+        return train.take(kept), train.take(cut), test_set
 
 
 def labels_of(dataset: Any, name: str) -> Tensor:
-    """The labels of a data set, int64 (n,): its ``labels`` or ``targets`` if it has them, else item by item."""
+    """The labels of a data set, int64 (n,): its ``labels`` or ``targets`` if it has them, else read from its items."""
     if isinstance(dataset, TensorDataset):
         values: Any = dataset.tensors[1]
     elif isinstance(dataset, Subset):
@@ -187,14 +187,14 @@ def labels_of(dataset: Any, name: str) -> Tensor:
 
 
 def check_finite(values: Tensor, what: str) -> None:
-    """ValueError for examples (n, ...) with NaN or infinity; ``what`` they are."""
-    bad = int((~values.flatten(1).isfinite().all(1)).sum())
-    if bad:
-        raise ValueError(f"{what} must be finite, {bad} of {len(values)} have NaN or infinity")
+    """ValueError for examples (n, ...) with NaN or infinity; the message starts with ``what``."""
+    count = int((~values.flatten(1).isfinite().all(1)).sum())
+    if count:
+        raise ValueError(f"{what} must be finite, {count} of {len(values)} have NaN or infinity")
 
 
 def check_classes(labels: Tensor, name: str) -> None:
-    """ValueError unless ``labels`` is not empty and has at least two classes."""
+    """ValueError unless ``labels`` has at least two classes."""
     classes = labels.unique()
     if len(classes) < 2:
         detail = f"{len(labels)} images, all of class {classes[0].item()}" if len(classes) else "no images"
@@ -202,18 +202,18 @@ def check_classes(labels: Tensor, name: str) -> None:
 
 
 def stratified_split(labels: Tensor, fractions: Sequence[float], seed: int, name: str = "data") -> list[Tensor]:
-    """Cut the indices of ``labels`` into a rest and one part per fraction, class by class.
+    """Cuts the indices of ``labels`` into one part per fraction and the rest, class by class.
 
     Args:
         labels: int64 (n,).
-        fractions: of the whole, each in (0, 1), with a sum below 1. Every part gets at least one image of each class.
+        fractions: of all indices, each in (0, 1), with a sum below 1. Every part has at least one image of each class.
         seed: the same seed gives the same parts.
 
     Returns:
         int64 index tensors, ascending: the rest first, then one per fraction.
 
     Raises:
-        ValueError: a fraction out of range, or a class too small to give every part an image.
+        ValueError: a fraction is out of range, or a class has too few images for all parts.
 
     Examples:
         >>> rest, val = stratified_split(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), [0.25], seed=0)
@@ -233,27 +233,28 @@ def stratified_split(labels: Tensor, fractions: Sequence[float], seed: int, name
                 f"{name}: class {label.item()} has {len(members)} images, too few to split into {len(parts)} parts "
                 f"(fractions {list(fractions)}); expected at least {len(parts)}"
             )
-        for part, piece in zip(parts, members.split([len(members) - sum(counts), *counts])):
-            part.append(piece)
+        for part, part_members in zip(parts, members.split([len(members) - sum(counts), *counts])):
+            part.append(part_members)
     return [torch.cat(part).sort().values for part in parts]
 
 
 def validation_folds(train: Tensor, val: Tensor, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Cut training and validation images into training and validation parts again, in ``count`` ways.
+    """Folds for cross-validation on the training and validation images.
 
-    The first way is the one given. The validation part of each other is a stretch of the training images as large as
-    ``val``, classes in proportion; no image is in two of them.
+    The first fold is the given split. Each other validates on a stratified sample of the training images, as large as
+    ``val``; the validation parts are disjoint.
 
     Args:
         train, val: labels, int64 (n,) and (m,).
-        count: at most ``(n + m) // m``.
-        seed: of the order of the training images.
+        count: of folds, at most ``(n + m) // m``.
+        seed: of the samples.
 
     Returns:
-        pairs of int64 indices into the training images followed by the validation images.
+        for each fold, indices of its training and of its validation part, int64, into the training images followed by the
+        validation images.
 
     Raises:
-        ValueError: a count out of range.
+        ValueError: ``count`` is out of range.
 
     Examples:
         >>> first, second = validation_folds(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1]), 2, seed=0)
@@ -265,16 +266,16 @@ def validation_folds(train: Tensor, val: Tensor, count: int, seed: int) -> list[
         raise ValueError(
             f"folds must be from 1 to {max(1, (n + m) // m)} for {n} training and {m} validation, got {count}"
         )
-    everything = torch.arange(n + m)
+    indices = torch.arange(n + m)
     order = stratified_order(train, seed)
-    parts = [everything[n:], *(order[i * m : (i + 1) * m].sort().values for i in range(count - 1))]
-    return [(everything[~torch.isin(everything, part)], part) for part in parts]
+    parts = [indices[n:], *(order[i * m : (i + 1) * m].sort().values for i in range(count - 1))]
+    return [(indices[~torch.isin(indices, part)], part) for part in parts]
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """A seeded order of the indices of ``labels`` in which every stretch has the classes in proportion.
+    """A random order of the indices of ``labels`` in which every contiguous run is stratified.
 
-    So the first n are a fair sample of n, and the next n another one that shares no image with it.
+    The first n are a stratified sample, and the next n another one, disjoint from the first.
     """
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)

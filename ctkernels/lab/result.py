@@ -1,4 +1,4 @@
-"""The base of all results: one JSON format, the versions behind the numbers, and aligned tables of text."""
+"""The base of all results: their JSON format, and the versions of packages behind the numbers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .report.section import SECTIONS, Section
 
 
 class Result:
-    """A result that is saved as JSON under a schema of its own, and shown in the report.
+    """A result that is saved as JSON, and shown in the report.
 
-    A subclass gives ``SCHEMA``, :meth:`entries` and :meth:`section`, so the keys of a schema are written and read in
-    one file. ``PACKAGES`` names packages whose versions matter beside the usual ones.
+    Each subclass defines its ``SCHEMA``, :meth:`entries`, which writes the schema, and :meth:`section`, which reads it.
+    ``PACKAGES`` names further packages whose versions are recorded.
     """
 
     SCHEMA: ClassVar[str] = ""
@@ -36,27 +36,27 @@ class Result:
 
     @classmethod
     def section(cls, values: Mapping[str, Any]) -> Section:
-        """The report's section about a saved result."""
+        """The section of the report for a saved result."""
         raise NotImplementedError
 
     def to_dict(self, **extra: Any) -> dict[str, Any]:
-        """Everything as plain values for JSON, with ``extra`` entries (a command line, say) at the end."""
+        """Plain values for JSON, with ``extra`` entries (such as the command line) at the end."""
         return {"schema": self.SCHEMA, **self.entries(), "versions": versions(*self.PACKAGES), **extra}
 
     def save(self, path: str | os.PathLike[str], **extra: Any) -> None:
-        """Write :meth:`to_dict` as JSON through a temporary name; lists of objects have one object a line."""
+        """Writes :meth:`to_dict` as JSON, to a temporary file that is then renamed."""
         write_text(path, to_json(self.to_dict(**extra)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringResult(Result):
-    """The outcome of something that was done with a steered network.
+    """The base of results about steered networks.
 
     Attributes:
-        sites: names of the activations that were steered.
-        missed: selected activations that could not be, with the reason.
-        sizes: images in ``train``, ``val`` and ``test``, and ``classes``.
-        arguments: what the function was called with.
+        sites: names of the steered activations.
+        missed: selected activations that cannot be steered, with the reason.
+        sizes: numbers of ``train``, ``val`` and ``test`` images, and of ``classes``.
+        arguments: of the function that made the result.
     """
 
     sites: tuple[str, ...]
@@ -70,7 +70,7 @@ class SteeringResult(Result):
 
 
 def to_json(values: Mapping[str, Any]) -> str:
-    """Values as JSON, indented but for the objects of lists, which stand on one line each."""
+    """Values as indented JSON, with one line for each object of a list."""
     entries = []
     for name, value in values.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
@@ -82,7 +82,7 @@ def to_json(values: Mapping[str, Any]) -> str:
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on, and of ``more``, where they are installed."""
+    """The versions of Python, of the packages that results depend on, and of ``more`` packages, if installed."""
     installed = {"python": platform.python_version(), "ctkernels": __version__}
     for package in ("torch", "numpy", "scikit-learn", "torchvision", "timm", *more):
         try:
@@ -93,10 +93,10 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def percent(share: float) -> str:
-    """0.5 is ``"50.0 %"``."""
+    """Formats a share: 0.5 is ``"50.0 %"``."""
     return f"{100 * share:.1f} %"
 
 
 def describe(setting: Mapping[str, Any]) -> str:
-    """``{"lr": 0.1}`` is ``"lr 0.1"``."""
+    """Formats a setting: ``{"lr": 0.1}`` is ``"lr 0.1"``."""
     return ", ".join(f"{k} {v:g}" if isinstance(v, (int, float)) else f"{k} {v}" for k, v in setting.items()) or "–"

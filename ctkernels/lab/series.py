@@ -1,9 +1,8 @@
-"""Labelled time series: files of the UCR and UEA archives (``.ts``), and how series are made ready for a network."""
+"""Labelled time series: ``.ts`` files of the UCR and UEA archives, and their standardisation."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +12,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ._packages import package_file
 from .labelled import InputOptions, LabelledSet, Splits, check_classes, check_finite
 
 SUFFIX = ".ts"
-TRAIN, TEST = "_TRAIN", "_TEST"  # how the archives call the files of a data set
+TRAIN, TEST = "_TRAIN", "_TEST"  # in names of files in the archives
 
 
 @dataclass(frozen=True)
 class Standardise:
-    """Subtract a mean and divide by a deviation, of each channel.
+    """Subtracts a mean and divides by a deviation, per channel.
 
     Args:
         mean, std: of each channel.
@@ -52,7 +52,7 @@ class Standardise:
 
     @classmethod
     def restored(cls, values: Mapping[str, Any], network: nn.Module) -> Standardise:
-        """Make it again from :meth:`entries`."""
+        """Constructs it from :meth:`entries`."""
         return cls(tuple(values["mean"]), tuple(values["std"]), int(values["length"]))
 
 
@@ -63,8 +63,8 @@ class SeriesSet(LabelledSet):
     Args:
         series: float32 (n, channels, length).
         labels: int64 (n,), each an index into ``classes``.
-        classes: the names.
-        preprocess: default none: the series as they are.
+        classes: names of the classes.
+        preprocess: :class:`Standardise`. None by default: the series unchanged.
     """
 
     KIND: ClassVar[str] = "series"
@@ -90,10 +90,10 @@ class SeriesSet(LabelledSet):
 
 
 def find_series(spec: str | os.PathLike[str]) -> Callable[[], Splits] | None:
-    """The function that reads the series of a ``.ts`` file, a folder with one, or ``aeon:NAME``; None for anything else.
+    """The function that reads a ``.ts`` file, a folder with one, or ``aeon:NAME``; None for other specs.
 
     Raises:
-        ValueError: a data set that the package aeon does not have.
+        ValueError: the package aeon has no such data set.
         ImportError: aeon is missing.
     """
     path, text = Path(spec), str(spec)
@@ -107,26 +107,25 @@ def find_series(spec: str | os.PathLike[str]) -> Callable[[], Splits] | None:
 
 
 def packaged_series(name: str) -> Path:
-    """The folder of a data set that comes with the package aeon, which is not imported: it needs much that this does not."""
-    spec = importlib.util.find_spec("aeon")
-    if spec is None or not spec.submodule_search_locations:
+    """The folder of a data set in the package aeon, which is not imported because of its many dependencies."""
+    root = package_file("aeon", "datasets/data")
+    if root is None:
         raise ImportError("data aeon:NAME needs a package: pip install --no-deps aeon")
-    root = Path(next(iter(spec.submodule_search_locations))) / "datasets/data"
-    known = sorted(file.parent.name for file in root.glob(f"*/*{TRAIN}{SUFFIX}"))
-    if name not in known:
-        raise ValueError(f"data: aeon has no series {name!r} for classification, only {', '.join(known)}")
+    names = sorted(file.parent.name for file in root.glob(f"*/*{TRAIN}{SUFFIX}"))
+    if name not in names:
+        raise ValueError(f"data: aeon has no series {name!r} for classification, only {', '.join(names)}")
     return root / name
 
 
 def read_series(path: str | os.PathLike[str]) -> Splits:
-    """Read time series from a ``.ts`` file, the format of the UCR and UEA archives.
+    """Reads time series from a ``.ts`` file, the format of the UCR and UEA archives.
 
-    Beside ``NAME_TRAIN.ts``, ``NAME_TEST.ts`` has the test series; there is no validation file. All series have the same
-    length, and no values are missing.
+    Test series are read from ``NAME_TEST.ts`` beside ``NAME_TRAIN.ts``; there is no validation file. All series must have
+    the same length, without missing values.
 
     Raises:
-        ValueError: no such file, another format, series of several lengths, missing values, time stamps, no class labels,
-            fewer than two classes, a class in the test file that the other does not have.
+        ValueError: the file is missing or has another format, series of several lengths, missing values, time stamps, no
+            class labels, or fewer than two classes; or the test file has a class that the training file does not.
 
     Examples:
         >>> read_series("GunPoint_TRAIN.ts").train.classes
@@ -139,11 +138,11 @@ def read_series(path: str | os.PathLike[str]) -> Splits:
     classes = tuple(sorted(set(names)))
     train = _set(file, series, names, classes)
     check_classes(train.labels, str(file))
-    beside = file.with_name(file.name.replace(TRAIN, TEST))
-    test = _set(beside, *_read(beside), classes) if beside != file and beside.is_file() else None
+    test_file = file.with_name(file.name.replace(TRAIN, TEST))
+    test = _set(test_file, *_read(test_file), classes) if test_file != file and test_file.is_file() else None
     if test is not None and test.series.shape[1:] != train.series.shape[1:]:
         shapes = f"{tuple(test.series.shape[1:])} and {tuple(train.series.shape[1:])}"
-        raise ValueError(f"{beside}: expected series of the shape of the training series, got {shapes}")
+        raise ValueError(f"{test_file}: expected series of the shape of the training series, got {shapes}")
     return Splits(train, None, test, f"file {file}")
 
 
@@ -162,16 +161,16 @@ def _read(file: Path) -> tuple[Tensor, list[str]]:
     header: dict[str, str] = {}
     rows: list[list[list[float]]] = []
     names: list[str] = []
-    data = False
+    in_header = True
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith(("#", "%")):
             continue
-        if not data:
+        if in_header:
             key, _, value = line.partition(" ")
             if not key.startswith("@"):
                 raise ValueError(f"{file}:{number}: expected a header line with @ before @data, found {line[:40]!r}")
             header[key[1:].lower()] = value.strip().lower()
-            data = key.lower() == "@data"
+            in_header = key.lower() != "@data"
             continue
         *channels, name = line.split(":")
         try:

@@ -1,22 +1,21 @@
-"""Statistics of scores: paired comparisons on the same examples, what a choice by validation goes by, means over seeds."""
+"""Statistics of scores: paired comparisons on the same examples, choices by validation, means over seeds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
+K = TypeVar("K")
 SIGNIFICANT = 0.05
-ENOUGH = 200  # validation examples from which on one fold is enough to choose by
+ENOUGH = 200  # validation examples for which one fold suffices
 MOST_FOLDS = 5
-DIFFERING = (
-    0.1  # share of the answers in which two networks typically differ, to say beforehand what a difference must be
-)
+DIFFERING = 0.1  # assumed share of the answers in which two networks differ, for predicted standard errors
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact sign test: the chance of a split at least as uneven among ``wins + losses`` fair coin tosses."""
+    """Two-sided exact sign test: the probability of a split at least as uneven among ``wins + losses`` fair coin tosses."""
     n = wins + losses
     logs = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(min(wins, losses) + 1))
     return min(1.0, 2 * math.fsum(math.exp(x - n * math.log(2)) for x in logs))
@@ -28,28 +27,27 @@ def standard_error(differences: Sequence[float]) -> float:
 
 
 def share_error(share: float, count: int) -> float:
-    """Standard error of a share of ``count`` examples, an accuracy say: one binomial deviation."""
+    """Binomial standard error of a share of ``count`` examples, for example an accuracy."""
     return math.sqrt(max(0.0, share * (1 - share)) / count) if count else 0.0
 
 
 def exceeds(difference: float, error: float, margin: float) -> bool:
-    """Whether a difference is more than ``margin`` standard errors.
+    """Whether a difference is more than ``margin`` standard errors, with a tolerance for rounding.
 
-    One example more of many is one standard error exactly, which rounding must not decide.
+    A difference of a single example is one standard error exactly.
     """
     return difference > margin * error * (1 + 1e-9)
 
 
 def preferred(scores: Sequence[Sequence[float]], margin: float = 1.0) -> int:
-    """The first of some candidates that no other beats by more than ``margin`` standard errors.
+    """The first candidate that no other beats by more than ``margin`` standard errors.
 
-    It is what all choices by validation go by: candidates are given from the simplest on, so that the plain network, or
-    the linear probe, is kept unless another is better by more than validation can be wrong. With 0 the best is chosen,
-    of equals the first.
+    Candidates are listed with the simplest first, so that the plain network or the linear probe is kept unless another is
+    better by more than the error of validation. With a margin of 0, the best is chosen, the first among equals.
 
     Args:
-        scores: of each candidate the scores of the same validation examples, in [0, 1].
-        margin: in standard errors of the mean of the paired differences to the best candidate.
+        scores: for each candidate, its scores on the same validation examples, in [0, 1].
+        margin: in standard errors of the mean of the paired differences from the best candidate.
 
     Examples:
         >>> preferred([[1, 1, 0, 0], [1, 1, 1, 0]])  # one more example of four: no more than one standard error
@@ -65,8 +63,34 @@ def preferred(scores: Sequence[Sequence[float]], margin: float = 1.0) -> int:
     raise AssertionError("the best candidate is not worse than itself")
 
 
+def best_or_plain(scores: Mapping[K, Sequence[float]], plain: K, margin: float) -> K:
+    """The key of the best scores, the first among equals; ``plain`` unless they beat it beyond ``margin``.
+
+    Args:
+        scores: for each candidate, its scores on the same validation examples, in [0, 1].
+        plain: the key of the plain network.
+        margin: as in :func:`preferred`.
+
+    Examples:
+        >>> best_or_plain({1.0: [1, 0, 0, 0], 0.9: [1, 1, 0, 0], 0.8: [1, 1, 0, 0]}, 1.0, margin=0.5)
+        0.9
+    """
+    best = max(scores, key=lambda candidate: mean(scores[candidate]))
+    return (plain, best)[preferred([scores[plain], scores[best]], margin)]
+
+
+def nearest_plain(beta: float | None) -> float:
+    """A sort key that orders betas by distance from the plain network, which is None or 1."""
+    return -2.0 if beta is None else -beta
+
+
+def best_beta(scores: Mapping[float | None, Sequence[float]], plain: float | None, margin: float) -> float | None:
+    """The beta that :func:`best_or_plain` chooses, the one nearest the plain network among equals."""
+    return best_or_plain({beta: scores[beta] for beta in sorted(scores, key=nearest_plain)}, plain, margin)
+
+
 def folds_for(validation: int, training: int) -> int:
-    """How many folds validate on at least ``ENOUGH`` examples, with validation parts of this size: at most five.
+    """The number of folds, at most five, that together validate on at least ``ENOUGH`` examples.
 
     Examples:
         >>> folds_for(48, 192), folds_for(150, 600), folds_for(200, 800), folds_for(50, 50)
@@ -78,7 +102,7 @@ def folds_for(validation: int, training: int) -> int:
 
 
 def beyond(margin: float) -> str:
-    """``" by more than one standard error"``, or nothing for a margin of 0."""
+    """The margin in words: ``" by more than one standard error"``; empty for 0."""
     number = "one standard error" if margin == 1 else f"{margin:g} standard errors"
     return f" by more than {number}" if margin else ""
 
@@ -86,27 +110,42 @@ def beyond(margin: float) -> str:
 def what_counts(
     validation: int, test: int, folds: int = 1, margin: float = 1.0, simplest: str = "plain network"
 ) -> str:
-    """Say, before anything is run, how large a difference has to be to count.
+    """Predicts, before a run, the smallest differences that will count, as text.
 
     Args:
-        validation: examples that are validated on, over all folds.
-        test: examples to test on.
-        folds: how many.
-        margin: as of :func:`preferred`.
-        simplest: what is kept otherwise.
+        validation: number of validation examples, over all folds.
+        test: number of test examples.
+        folds: their number.
+        margin: as in :func:`preferred`.
+        simplest: the candidate that is kept otherwise.
     """
-    error, tested = (100 * math.sqrt(DIFFERING / count) for count in (validation, test))
+    val_error, test_error = (100 * math.sqrt(DIFFERING / count) for count in (validation, test))
     rounds = f" in {folds} folds" if folds > 1 else ""
     chosen = f"the {simplest} is kept unless another is better{beyond(margin)}"
-    size = f" ({margin * error:.1f} points where a tenth of the answers differ)" if margin else ""
+    size = f" ({margin * val_error:.1f} points where a tenth of the answers differ)" if margin else ""
     return (
         f"{validation} validation examples{rounds}: {chosen}{size}. On {test} test examples a difference counts from about "
-        f"{2 * tested:.1f} points on, two standard errors."
+        f"{2 * test_error:.1f} points on, two standard errors."
     )
 
 
+def marks(right: Iterable[bool]) -> str:
+    """The form in which result files store answers: a string with "1" for every right and "0" for every wrong one."""
+    return "".join("1" if r else "0" for r in right)
+
+
+def accuracy(marks: str) -> float:
+    """The share of right answers in a string of :func:`marks`."""
+    return marks.count("1") / len(marks)
+
+
+def scores_of(marks: str) -> list[int]:
+    """The answers of a string of :func:`marks` as numbers, 1 for every right one."""
+    return list(map(int, marks))
+
+
 def mean_over_seeds(scores: Sequence[Sequence[float]]) -> list[float]:
-    """The score of every test example, averaged over seeds; one sequence per seed, in the same order."""
+    """The score of every test example, averaged over seeds. ``scores``: one sequence per seed, in the same order."""
     return [mean(values) for values in zip(*scores)]
 
 
@@ -116,6 +155,6 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 
 def spread(statistics: Mapping[str, Any], scale: float = 1.0) -> str:
-    """A :func:`summary` as text: ``"71.2 ± 0.4"``."""
+    """Formats a :func:`summary`: ``"71.2 ± 0.4"``."""
     deviation = statistics["deviation"]
     return f"{scale * statistics['mean']:.1f}" + ("" if deviation is None else f" ± {scale * deviation:.1f}")

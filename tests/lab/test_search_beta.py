@@ -15,8 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 from ctkernels.lab import search_beta
 from ctkernels.lab._distributed import Group, group
 from ctkernels.lab.images.features import extract, passes
-from ctkernels.lab.search.grid import _nearest_first
-from ctkernels.lab.search.probing import Score, chosen_by
+from ctkernels.lab.stats import best_beta
 
 pytest.importorskip("sklearn", reason="the laboratory needs scikit-learn")
 pytest.importorskip("tqdm", reason="the laboratory needs tqdm")
@@ -138,8 +137,8 @@ def test_each_image_is_read_once_and_test_images_last():
 
 def test_ties_go_to_the_beta_nearest_one():
     def chosen(counts, margin=0.0):
-        scores = {beta: Score((1,) * right + (0,) * (10 - right), True, None) for beta, right in counts.items()}
-        return chosen_by(_nearest_first(scores), None if None in scores else 1.0, margin)
+        scores = {beta: (1,) * right + (0,) * (10 - right) for beta, right in counts.items()}
+        return best_beta(scores, None if None in scores else 1.0, margin)
 
     assert chosen({0.7: 5, 1.0: 4, 0.9: 5, 0.8: 5}) == 0.9
     assert chosen({0.7: 5, 1.0: 5, 0.8: 4}) == 1.0

@@ -1,4 +1,4 @@
-"""Measurements of what beta does to a network: curvature, slope, decision boundaries, regression curves."""
+"""Measurements of the effects of beta: curvature, slope, decision boundaries, regression curves."""
 
 from .curvature import (
     CurvatureProfile,

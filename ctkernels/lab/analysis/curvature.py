@@ -25,10 +25,10 @@ Scalar = Callable[[Tensor], Tensor]
 
 
 def hessian_vector(function: Scalar, x: Tensor, v: Tensor) -> Tensor:
-    """H v for every sample: the derivative along ``v`` of the gradient, exact (forward mode over reverse mode).
+    """Hessian-vector products H v of every sample, exact (forward mode over reverse mode).
 
     Args:
-        function: from inputs (n, ...) to one number per sample (n,); samples must not depend on each other.
+        function: from inputs (n, ...) to one number per sample (n,), each of which depends only on its sample.
         x: floating point (n, ...).
         v: of ``x``'s shape.
 
@@ -36,7 +36,7 @@ def hessian_vector(function: Scalar, x: Tensor, v: Tensor) -> Tensor:
         Tensor of ``x``'s shape.
 
     Raises:
-        ValueError: ``v`` is not of ``x``'s shape, or the function does not give one number per sample.
+        ValueError: ``v`` has another shape than ``x``, or the function does not return one number per sample.
 
     Examples:
         >>> x = torch.tensor([[1.0, 2.0]])
@@ -64,10 +64,10 @@ def curvature(function: Scalar, x: Tensor, directions: Tensor) -> Tensor:
         directions: (k, n, ...), none of them zero.
 
     Returns:
-        (k, n): positive where the function curves up.
+        (k, n): positive where the function is convex along the direction.
 
     Raises:
-        ValueError: directions of another shape, or a zero one.
+        ValueError: directions have another shape, or one is zero.
 
     Examples:
         >>> x = torch.zeros(1, 2)
@@ -85,18 +85,18 @@ def curvature(function: Scalar, x: Tensor, directions: Tensor) -> Tensor:
 
 
 def random_directions(x: Tensor, count: int, seed: int = 0) -> Tensor:
-    """``count`` directions per sample, (count, *x.shape): evenly distributed on the sphere, of length 1."""
+    """``count`` unit directions per sample, (count, *x.shape), uniformly distributed on the sphere."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(count, *x.shape, generator=generator, dtype=torch.float64)
-    lengths = drawn.flatten(2).norm(dim=2).reshape(count, len(x), *[1] * (x.dim() - 1))
-    return (drawn / lengths).to(x)
+    normal = torch.randn(count, *x.shape, generator=generator, dtype=torch.float64)
+    lengths = normal.flatten(2).norm(dim=2).reshape(count, len(x), *[1] * (x.dim() - 1))
+    return (normal / lengths).to(x)
 
 
 def data_directions(x: Tensor, count: int, seed: int = 0) -> Tensor:
-    """``count`` directions per sample, (count, *x.shape): towards other samples, drawn at random, of length 1.
+    """``count`` unit directions per sample, (count, *x.shape), towards random other samples.
 
     Raises:
-        ValueError: a sample that no other sample differs from.
+        ValueError: all samples are equal.
     """
     generator = torch.Generator().manual_seed(seed)
     flat = x.flatten(1).double()
@@ -113,15 +113,15 @@ def data_directions(x: Tensor, count: int, seed: int = 0) -> Tensor:
 
 
 def lipschitz(function: Callable[[Tensor], Tensor], x: Tensor, *, iterations: int = 50, seed: int = 0) -> Tensor:
-    """Local Lipschitz constants: the spectral norm of the Jacobian at every sample, by power iteration on J'J.
+    """Local Lipschitz constants: the spectral norms of the Jacobian at every sample, by power iteration on J'J.
 
-    The iteration approaches the norm from below; it stops early once no sample's estimate grows by more than 1e-4.
+    Estimates grow towards the norm, and the iteration ends early once none grows by more than a factor of 1e-4.
 
     Args:
-        function: from inputs (n, ...) to outputs (n, d); samples must not depend on each other.
+        function: from inputs (n, ...) to outputs (n, d), each of which depends only on its sample.
         x: floating point (n, ...).
-        iterations: at most.
-        seed: of the first vector.
+        iterations: maximal number.
+        seed: of the initial vector.
 
     Returns:
         (n,).
@@ -139,10 +139,10 @@ def lipschitz(function: Callable[[Tensor], Tensor], x: Tensor, *, iterations: in
     pull: Callable[[Tensor], tuple[Tensor]] = torch.func.vjp(function, x)[1]
     for _ in range(iterations):
         forward: Tensor = torch.func.jvp(function, (x,), (v,))[1]
-        grown = forward.flatten(1).norm(dim=1)
-        done = bool((grown <= estimate * (1 + 1e-4)).all())
-        estimate = torch.maximum(estimate, grown)
-        if done:
+        norms = forward.flatten(1).norm(dim=1)
+        converged = bool((norms <= estimate * (1 + 1e-4)).all())
+        estimate = torch.maximum(estimate, norms)
+        if converged:
             break
         (back,) = pull(forward)
         lengths = back.flatten(1).norm(dim=1)
@@ -155,16 +155,16 @@ def lipschitz(function: Callable[[Tensor], Tensor], x: Tensor, *, iterations: in
 
 
 def scalar_of(model: Callable[[Tensor], Tensor], quantity: str, labels: Tensor) -> Scalar:
-    """One number per sample of a classifier.
+    """A function from inputs to one number per sample, of a classifier.
 
     Args:
-        model: gives logits (n, classes).
-        quantity: ``"loss"``: cross-entropy; ``"logit"``: of the label's class; ``"margin"``: that minus the mean of the
-            other classes' logits.
+        model: returns logits (n, classes).
+        quantity: ``"loss"``: cross-entropy; ``"logit"``: of the label's class; ``"margin"``: that logit minus the mean of
+            the others.
         labels: int64 (n,).
 
     Raises:
-        ValueError: an unknown quantity.
+        ValueError: the quantity is unknown.
     """
     choice(*QUANTITIES).check("quantity", quantity)
 
@@ -183,14 +183,14 @@ class CurvatureProfile(Result):
     """Curvature and slope of a network at several betas.
 
     Attributes:
-        betas: those measured; None is the network as it was.
+        betas: measured betas; None is the plain network.
         rows: for each beta, mean and quartiles over samples (and directions) of the absolute ``data`` and ``random``
-            curvature, and of ``lipschitz``; and the ``accuracy``, without which a small slope says little: a network that
-            always gives the same answer has none.
-        quantity: what was differentiated.
-        labelled: whether accuracy is against labels; else it is agreement with the plain network.
-        samples, directions: how many.
-        seconds: in all.
+            curvature, and of ``lipschitz``; and the ``accuracy``, as a network with constant output has neither curvature
+            nor slope.
+        quantity: the differentiated quantity.
+        labelled: whether accuracy refers to labels; else it is the agreement with the plain network.
+        samples, directions: their numbers.
+        seconds: total duration.
     """
 
     SCHEMA: ClassVar[str] = "ctkernels.curvature/1"
@@ -204,7 +204,7 @@ class CurvatureProfile(Result):
     labelled: bool = True
 
     def table(self) -> str:
-        """Means over images for every beta, as text."""
+        """The means over images for every beta, as text."""
         return _means(self.entries()).text()
 
     def entries(self) -> dict[str, Any]:
@@ -219,16 +219,16 @@ class CurvatureProfile(Result):
 
     @classmethod
     def section(cls, values: Mapping[str, Any]) -> Section:
-        plain, soft = values["rows"][0], values["rows"][1]
+        plain, steered = values["rows"][0], values["rows"][1]
         measured = (
             f"second derivatives of the {values['quantity']}, {values['samples']} images, "
             f"{values['directions']} directions of each kind"
         )
-        says = (
-            f"From the plain network to β = {soft['beta']:g}, curvature towards other images went from "
-            f"{plain['data']['mean']:.3g} to {soft['data']['mean']:.3g}, and the Lipschitz constant from "
-            f"{plain['lipschitz']['mean']:.3g} to {soft['lipschitz']['mean']:.3g}; {_scored(values)} from "
-            f"{percent(plain['accuracy'])} to {percent(soft['accuracy'])}."
+        verdict = (
+            f"From the plain network to β = {steered['beta']:g}, curvature towards other images went from "
+            f"{plain['data']['mean']:.3g} to {steered['data']['mean']:.3g}, and the Lipschitz constant from "
+            f"{plain['lipschitz']['mean']:.3g} to {steered['lipschitz']['mean']:.3g}; {_scored(values)} from "
+            f"{percent(plain['accuracy'])} to {percent(steered['accuracy'])}."
         )
         parts: list[Table | Picture] = [
             Picture(
@@ -240,11 +240,11 @@ class CurvatureProfile(Result):
             _means(values),
         ]
         facts = [("Measured", measured), ("Time", duration(values["seconds"]["total"]))]
-        return Section("understand", f"Curvature and slope{subject(values)}", [says], facts, parts)
+        return Section("understand", f"Curvature and slope{subject(values)}", [verdict], facts, parts)
 
 
 def _scored(values: Mapping[str, Any]) -> str:
-    """The name of the accuracy in a saved profile; older ones do not say whether there were labels."""
+    """The name of the accuracy in a saved profile; older profiles always have labels."""
     return "accuracy" if values.get("labelled", True) else "agreement with the plain network"
 
 
@@ -266,10 +266,10 @@ class ProfileConfig(BetasConfig):
         activations: as of :class:`BetasConfig`.
         betas: START:STOP:STEP with both ends, or values, in [0, 1].
         coeff: mixing coefficient c of the CT unit, in [0, 1].
-        quantity: what is differentiated, see :func:`scalar_of`.
+        quantity: the differentiated quantity, see :func:`scalar_of`.
         directions: of each kind, per image.
         seed: of images and directions.
-        batch_size: images at once.
+        batch_size: images per pass.
     """
 
     betas: Annotated[Iterable[float] | str, BETAS] = "0.5,0.7,0.8,0.9,0.95,1"
@@ -283,20 +283,20 @@ class ProfileConfig(BetasConfig):
 def curvature_profile(
     model: nn.Module, x: Tensor, labels: Tensor | None, config: ProfileConfig | None = None, **options: Any
 ) -> CurvatureProfile:
-    """Measure how curved and how steep a classifier is around data, as it is and at several betas.
+    """Measures curvature and slope of a classifier around data, for the plain network and at several betas.
 
-    A network of piecewise-linear units has no curvature in its logits at beta = 1 but for pooling and normalisation; a
-    ReLU's bends, being of measure zero, do not show. Loss adds the softmax's.
+    At beta = 1, the logits of a network of piecewise-linear units have no curvature apart from pooling and normalisation:
+    the kinks of ReLU have measure zero. The loss adds the curvature of the softmax.
 
     Args:
-        model: gives logits (n, classes); put into evaluation mode, and left as it was.
-        x: floating point (n, ...), as the network takes it; at least two samples that differ.
-        labels: int64 (n,). None: the plain network's own answers, for a network of other classes.
-        config: betas, what is differentiated and so on.
-        options: fields of :class:`ProfileConfig`, in place of ``config``'s.
+        model: returns logits (n, classes). It is measured in evaluation mode, and unchanged afterwards.
+        x: inputs of the network, floating point (n, ...), at least two different samples.
+        labels: int64 (n,). None: the answers of the plain network, if it has other classes.
+        config: betas, quantity and so on.
+        options: fields of :class:`ProfileConfig`, which replace those of ``config``.
 
     Raises:
-        ValueError: an unknown quantity, fewer than two samples, another number of labels.
+        ValueError: the quantity is unknown, there are fewer than two samples, or not as many labels.
 
     Examples:
         >>> profile = curvature_profile(model, images, labels, betas=[0.9, 1.0])

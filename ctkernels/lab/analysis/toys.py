@@ -1,4 +1,4 @@
-"""Two-dimensional decision boundaries and one-dimensional regression curves: what the knob does, on every seed asked for."""
+"""Decision boundaries and regression curves of small networks at several betas."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ RATES = (0.1, 0.01, 0.001)
 
 @dataclass(frozen=True)
 class Toys(Result):
-    """The outcome of :func:`run_toys`: plain values, as they are saved.
+    """The outcome of :func:`run_toys`, as plain values.
 
     Attributes:
-        runs: one dictionary per seed with "spirals", "curve" and "circles": data points, what each network says on a
+        runs: one dictionary per seed with "spirals", "curve" and "circles": data points, the output of each network on a
             grid or a line (rounded to three digits), and its errors.
         setup: sizes, steps, betas, seeds.
-        seconds: in all.
+        seconds: total duration.
     """
 
     SCHEMA: ClassVar[str] = "ctkernels.toys/1"
@@ -44,7 +44,7 @@ class Toys(Result):
     seconds: float
 
     def table(self) -> str:
-        """Means over seeds, and each seed's value, as text."""
+        """The means over seeds, and the values of each seed, as text."""
         return "\n\n".join(f"{table.caption}\n{table.text()}" for table, _ in _measured(self.runs))
 
     def entries(self) -> dict[str, Any]:
@@ -55,19 +55,18 @@ class Toys(Result):
         runs = values["runs"]
         parts: list[Table | Picture] = []
         for run in runs:
-            for key, draw, kind, says in PICTURES:
-                alt = f"{says} Shown: {', '.join(run[key]['networks'])}."
-                parts.append(Picture(figures.data_uri(draw(run[key]), kind), alt, f"{says} Seed {run['seed']}."))
-        measured = _measured(runs)
-        parts += [table for table, _ in measured]
-        lines = [line for _, line in measured]
+            for key, draw, kind, text in PICTURES:
+                alt = f"{text} Shown: {', '.join(run[key]['networks'])}."
+                parts.append(Picture(figures.data_uri(draw(run[key]), kind), alt, f"{text} Seed {run['seed']}."))
+        tables, lines = zip(*_measured(runs))
+        parts += tables
         seeds = f"{', '.join(map(str, values['setup']['seeds']))}; all of them are shown"
         facts = [("Seeds", seeds), ("Time", duration(values["seconds"]["total"]))]
         return Section("understand", "Decision boundaries and regression curves of small networks", lines, facts, parts)
 
 
 def _measured(runs: Sequence[Mapping[str, Any]]) -> list[tuple[Table, str]]:
-    """A table for every measure, and a sentence about the best network."""
+    """A table, and a sentence about the best network, for every measure."""
     measured = []
     for title, key, measure, scale, better in MEASURES:
         scores = {
@@ -82,7 +81,7 @@ def _measured(runs: Sequence[Mapping[str, Any]]) -> list[tuple[Table, str]]:
     return measured
 
 
-# title, which toy, which measure, factor, what is good
+# title, key in a run, measure, factor, which values are better
 MEASURES = (
     ("spirals, trained with flipped labels: accuracy on fresh points, %", "spirals", "accuracy", 100.0, "higher"),
     ("noisy sine: mean squared error against the sine", "curve", "error", 1.0, "lower"),
@@ -90,7 +89,7 @@ MEASURES = (
     ("two circles: deviation of the boundary from a circle, % of its radius", "circles", "roughness", 100.0, "lower"),
 )
 
-# which toy, how it is drawn, in which format, what it shows
+# key in a run, plotting function, format, caption
 PICTURES = (
     ("spirals", figures.boundaries, "png", "Two spirals with flipped labels: one trained network at several β."),
     ("curve", figures.curves, "svg", "A noisy sine: one trained network at several β."),
@@ -105,16 +104,16 @@ def run_toys(
     coeff: float = 0.5,
     steps: tuple[int, int, int] = (2000, 20000, 4000),
 ) -> Toys:
-    """Train small ReLU networks and turn their knob: the paper's figures 1 and 2, with nothing selected.
+    """Trains small ReLU networks and shows them at several betas: the paper's figures 1 and 2, for every seed.
 
-    *Spirals*: two noisy arms with a sixth of the labels flipped, a network of width 20; *curve*: 30 noisy points of
-    1.2 sin 2x, width 64; both are trained as ReLU networks, then steered, not trained again. *Circles*: 180 points on
-    circles of radius 1 and 3, width 7; trained, then trained on either with LoRA of rank 1 or with a learned (beta, c) per
-    unit (T-CT), each at the best by training loss of three learning rates.
+    *Spirals*: two noisy arms with a sixth of the labels flipped, and a network of width 20. *Curve*: 30 noisy points of
+    1.2 sin 2x, and width 64. Both networks are trained with ReLU, then steered without further training. *Circles*: 180
+    points on circles of radius 1 and 3, and width 7; the trained network is fine-tuned with LoRA of rank 1, or with a
+    learned (beta, c) per unit (T-CT), each with the best of three learning rates by training loss.
 
     Args:
-        seeds: of data and weights; all of them are reported.
-        betas: to show, in [0, 1]; 1 is the network that was trained.
+        seeds: of data and weights; all are reported.
+        betas: in [0, 1]; 1 is the trained network.
         coeff: of the CT unit.
         steps: of training, for the three in this order. Default: the paper's.
 
@@ -122,7 +121,7 @@ def run_toys(
         :class:`Toys`.
 
     Raises:
-        ValueError: no seeds or betas, a beta out of range, fewer than one step.
+        ValueError: there are no seeds or betas, a beta is out of range, or there is less than one step.
         ImportError: peft, for LoRA, is missing; the message names the extra.
 
     Examples:
@@ -172,7 +171,7 @@ def spirals(n: int, noise: float, generator: torch.Generator) -> tuple[Tensor, T
 
 
 def _train(model: nn.Module, loss: Callable[[], Tensor], steps: int, lr: float) -> float:
-    """AdamW on what requires a gradient; the last loss."""
+    """Trains the parameters that require gradients with AdamW. Returns the final loss."""
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     for _ in range(steps):
         value = loss()
@@ -241,24 +240,24 @@ def _circles(seed: int, steps: int) -> dict[str, Any]:
         "trained": (base, float(_logistic(base(x), labels).detach()), 1e-3)
     }
     for name, attach in (("LoRA, rank 1", _with_lora), ("T-CT", _with_curvature)):
-        tried = []
+        candidates = []
         for rate in RATES:
             torch.manual_seed(seed)
             network = attach(copy.deepcopy(base))
-            tried.append((network, fit(network, rate), rate))
-        networks[name] = min(tried, key=lambda item: item[1])
-    shown = {}
+            candidates.append((network, fit(network, rate), rate))
+        networks[name] = min(candidates, key=lambda candidate: candidate[1])
+    results = {}
     for name, (network, loss, rate) in networks.items():
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         with torch.no_grad():
-            shown[name] = {
+            results[name] = {
                 "grid": _grid(network, 4.0),
                 "loss": loss,
                 "roughness": _roughness(network),
                 "rate": rate,
                 "parameters": trained,
             }
-    return {"points": _points(x, labels), "extent": 4.0, "networks": shown}
+    return {"points": _points(x, labels), "extent": 4.0, "networks": results}
 
 
 def _with_lora(model: nn.Module) -> nn.Module:
@@ -272,12 +271,12 @@ def _with_curvature(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_children()):
         if isinstance(module, nn.ReLU):
             width = model.get_parameter(f"{int(name) - 1}.bias").numel()  # of the linear layer before it
-            setattr(model, name, TrainableCTU(width, beta=0.8, coeff=0.5))  # the paper's start
+            setattr(model, name, TrainableCTU(width, beta=0.8, coeff=0.5))  # the paper's initial values
     return model
 
 
 def _roughness(model: nn.Module, angles: int = 360) -> float:
-    """Deviation of the boundary's distance from the centre, over its mean; where the boundary is out of sight, 4."""
+    """The relative deviation of the distance of the boundary from the centre; it counts as 4 beyond the grid."""
     angle = torch.arange(angles) * (2 * math.pi / angles)
     radii = torch.linspace(0, 4, 401)
     points = torch.stack([torch.outer(radii, angle.cos()), torch.outer(radii, angle.sin())], -1)
@@ -291,7 +290,7 @@ def _logistic(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _grid(model: nn.Module, extent: float) -> list[list[float]]:
-    """The probability of class 1 on SIDE x SIDE points of [-extent, extent], rows from the bottom up."""
+    """The probability of class 1 on a grid of SIDE x SIDE points of [-extent, extent], rows from the bottom up."""
     line = torch.linspace(-extent, extent, SIDE)
     points = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).reshape(-1, 2)
     return [_rounded(row) for row in torch.sigmoid(model(points)[:, 0]).reshape(SIDE, SIDE)]

@@ -1,1 +1,1 @@
-"""Images: data sets, how they are read and split, pretrained networks, and probes on their features."""
+"""Images: data sets, pretrained networks, and linear probes on their features."""

@@ -1,4 +1,4 @@
-"""A frozen network as a backbone: steered, perhaps fused, and its features extracted over a grid of betas."""
+"""A frozen network as a backbone, steered and optionally fused, and its features at several betas."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Beta = float | Mapping[str, float] | None  # one for all sites, or by site; None
 
 
 def coeff_at(coeff: float | str, beta: float) -> float:
-    """``coeff`` itself, or for ``"mean-free"`` the coefficient at which a unit of ``beta`` has no mean shift.
+    """``coeff``, or for ``"mean-free"`` the coefficient at which a unit of ``beta`` has no mean shift.
 
     The integral of (unit - ReLU) over all x is (pi^2 / 6) s^2 ((1 - c) - c / beta^2), s = 1 - beta. It is zero at
     c = beta^2 / (1 + beta^2): 0.5 near beta = 1, 0.448 at 0.9, 0.329 at 0.7. At c = 0.5 it is negative for beta < 1.
@@ -36,7 +36,7 @@ def coeff_at(coeff: float | str, beta: float) -> float:
 
 @contextmanager
 def fused(model: nn.Module) -> Iterator[nn.Module]:
-    """Fuse the network, which runs faster and gives the same within rounding; leave it alone where nothing can be fused."""
+    """Fuses the network, if anything in it can be fused: it is faster, and gives the same results within rounding."""
     try:
         fusion: Any = fuse(model)
     except ValueError:
@@ -51,8 +51,8 @@ class Steered:
 
     Attributes:
         set_beta: sets beta; None: the plain network.
-        sites: names of the activations that are steered.
-        missed: selected activations that cannot be, with the reason.
+        sites: names of the steered activations.
+        missed: selected activations that cannot be steered, with the reason.
         plain_is_beta_1: whether the network at beta = 1 is the plain one.
     """
 
@@ -63,11 +63,11 @@ class Steered:
 
     @property
     def plain(self) -> float | None:
-        """The beta of the plain network; None if it is none."""
+        """The beta of the plain network: 1, or None if that is not the plain one."""
         return 1.0 if self.plain_is_beta_1 else None
 
     def candidates(self, betas: Iterable[float]) -> list[float | None]:
-        """The betas to try, ascending, the plain network among them."""
+        """The betas to try, ascending, including the plain network."""
         return [*sorted({*betas, 1.0})] if self.plain_is_beta_1 else [None, *sorted(set(betas))]
 
 
@@ -75,19 +75,19 @@ class Steered:
 def steered(
     model: nn.Module, run: Callable[[], Tensor], coeff: float | str, options: Mapping[str, Any]
 ) -> Iterator[Steered]:
-    """Steer ``model``, which is in evaluation mode; afterwards it is as it was.
+    """Steers ``model``, which is in evaluation mode; restores it afterwards.
 
     Args:
-        run: what the network gives on an example, to compare it with itself at beta = 1.
-        coeff: of the CT unit; perhaps "mean-free".
+        run: returns an output of the network, to compare the plain network with that at beta = 1.
+        coeff: of the CT unit, a number or "mean-free".
         options: of :func:`ctkernels.steer`.
 
     Raises:
-        ValueError: nothing to steer.
+        ValueError: the network has no activation to steer.
     """
-    as_is = run()
+    plain = run()
     with steer(model, 1.0, **options) as handle:
-        same = torch.allclose(run(), as_is, rtol=1e-4, atol=1e-5 * float(as_is.abs().max()))
+        same = torch.allclose(run(), plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
 
         def set_beta(beta: Any) -> None:
             if beta is None:
@@ -101,7 +101,7 @@ def steered(
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network whose features, (b, dim), are read at a hook point; ``features(beta)`` maps a batch to them."""
+    """A network whose features (b, dim) are read at a hook point. ``features(beta)``: a function from batch to features."""
 
     steered: Steered
     point: HookPoint
@@ -111,7 +111,7 @@ class Backbone:
 
 @contextmanager
 def plain_backbone(model: nn.Module, example: Tensor, point: HookPoint) -> Iterator[Backbone]:
-    """Read features of ``model`` as it is, in evaluation mode."""
+    """Reads features of ``model`` without steering. The model is in evaluation mode."""
     with point.capture(model) as features:
         dim = features(example).shape[1]
         yield Backbone(Steered(lambda beta: None, (), (), True), point, dim, lambda beta: features)
@@ -126,26 +126,26 @@ def steered_backbone(
     options: Mapping[str, Any] | None = None,
     fast: bool = False,
 ) -> Iterator[Backbone]:
-    """Steer ``model`` and read its features.
+    """Steers ``model`` and reads its features.
 
     Args:
-        model: in evaluation mode; afterwards it is as it was.
-        example: a batch it takes.
-        point: where features are taken, a :class:`HookPoint` or as in :func:`find_hook_point`.
-        coeff, options: as of :func:`steered`.
-        fast: whether to fuse it meanwhile (:func:`ctkernels.fuse`): features then differ by rounding.
+        model: in evaluation mode; restored afterwards.
+        example: a batch for the network.
+        point: a :class:`HookPoint`, or the argument ``feature_layer`` of :func:`find_hook_point`.
+        coeff, options: as in :func:`steered`.
+        fast: fuse the network meanwhile (:func:`ctkernels.fuse`), which changes features by rounding.
 
     Raises:
-        ValueError: the network does not take the example, or has nothing to steer.
+        ValueError: the network does not take the example, or has no activation to steer.
     """
     check_takes(model, example, what="train: images")
-    at = point if isinstance(point, HookPoint) else find_hook_point(model, example, point)
+    hook = point if isinstance(point, HookPoint) else find_hook_point(model, example, point)
 
     def run() -> Tensor:
-        with at.capture(model) as features:
+        with hook.capture(model) as features:
             return features(example)
 
-    with steered(model, run, coeff, options or {}) as network, at.capture(model) as features, ExitStack() as stack:
+    with steered(model, run, coeff, options or {}) as network, hook.capture(model) as features, ExitStack() as stack:
         dim = features(example).shape[1]
         if fast:
             stack.enter_context(fused(model))
@@ -157,12 +157,12 @@ def steered_backbone(
 
             return run_at
 
-        yield Backbone(network, at, dim, features_at)
+        yield Backbone(network, hook, dim, features_at)
 
 
 @dataclass(frozen=True)
 class FeatureReader:
-    """Reads the features of data at some betas in one pass, with a progress bar."""
+    """Extracts features of data at several betas in one pass, with a progress bar."""
 
     backbone: Backbone
     group: Group

@@ -1,4 +1,4 @@
-"""Labelled images from a folder, an ``.npz`` file, a library's data set, or a function."""
+"""Labelled images from a folder, an ``.npz`` file, a data set of a library, or a function."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif"),
     *(".jp2", ".j2k", ".jpx", ".pbm", ".pgm", ".ppm", ".pnm"),
 )
-LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini")  # files that Windows puts into folders of pictures
+SYSTEM_FILES = ("thumbs.db", "desktop.ini")  # Windows puts them into folders of pictures
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 WORDS = "digits, torchvision:NAME, or a factory module:function"
-MOVED = ("fashion-mnist", "mnist-5k", "emoji")  # names that became functions in examples/data
+MOVED = ("fashion-mnist", "mnist-5k", "emoji")  # former names, now functions in examples/data
 
 
 def find_images(spec: str | os.PathLike[str], beside: str = "") -> Callable[[], Splits]:
-    """The function that reads a folder, an ``.npz`` file, or a data set by name, found without reading any images.
+    """The function that reads a folder, an ``.npz`` file, or a data set by name; no images are read yet.
 
-    ``beside``: what else the caller would have taken, for the message.
+    Args:
+        spec: path or name, see :func:`ctkernels.lab.load_data`.
+        beside: what else the caller accepts, for the message.
 
     Raises:
-        ValueError: ``spec`` is no folder, ``.npz`` file or data set that is known.
-        ImportError: torchvision is missing, and one of its data sets was asked for.
+        ValueError: ``spec`` is no folder, ``.npz`` file or known data set.
+        ImportError: ``spec`` is a data set of torchvision, which is missing.
     """
     path = Path(spec)
     if not str(spec).strip():
@@ -74,16 +76,16 @@ def _only_images(splits: Splits) -> Splits:
 
 
 def read_folder(path: str | os.PathLike[str]) -> Splits:
-    """Images in one subfolder per class, in ``path`` itself or in ``path/train``, ``path/val`` and ``path/test``.
+    """Reads images from one subfolder per class, in ``path`` itself or in ``path/train``, ``path/val`` and ``path/test``.
 
-    Files are opened to check that they are images, and decoded when they are used (:func:`~.images.decoded` says how).
-    ``val`` may also be called ``valid`` or ``validation``; it and ``test`` may be absent. Classes are the names in
-    ``train``, in order; files below a class count too, hidden ones do not. A warning names whatever else is not read:
-    files whose suffix is not in ``SUFFIXES``, images that are in no class, folders beside the splits.
+    Files are opened to check that they are images, and decoded when they are used (see :func:`~.images.decoded`). ``val``
+    may also be named ``valid`` or ``validation``; it and ``test`` may be missing. Classes are the subfolders of ``train``,
+    in alphabetical order, with the images at any depth. Hidden files are ignored; a warning names everything else that is
+    not read: files whose suffix is not in ``SUFFIXES``, images outside of classes, folders beside the splits.
 
     Raises:
-        ValueError: no class folders, fewer than two classes, a class without images, a file that is no image or one of
-            several frames or of an unknown range, a class in ``val`` or ``test`` that ``train`` does not have.
+        ValueError: there are no class folders, or fewer than two; a class has no images, or one of ``val`` or ``test`` is
+            not in ``train``; a file is no image, has several frames, or has values of an unknown range.
     """
     root = Path(path)
     if not root.is_dir():
@@ -122,18 +124,18 @@ def _read_classes(folder: Path, classes: tuple[str, ...] | None) -> ImageSet:
     classes = classes or tuple(names)
     paths: list[Path] = []
     labels: list[int] = []
-    others: list[str] = []
+    unread: list[str] = []
     for name in names:
-        files, strange = _files_of_class(folder / name)
+        files, others = _files_of_class(folder / name)
         if not files:
             raise ValueError(f"{folder / name}: expected images ({', '.join(SUFFIXES)}), found none")
         paths += files
         labels += [classes.index(name)] * len(files)
-        others += [str(p.relative_to(folder)) for p in strange]
+        unread += [str(p.relative_to(folder)) for p in others]
     if loose:
         _warn_unread(folder, "images", loose, "they are in no class")
-    if others:
-        _warn_unread(folder, "files", others, f"images end in {', '.join(SUFFIXES)}")
+    if unread:
+        _warn_unread(folder, "files", unread, f"images end in {', '.join(SUFFIXES)}")
     for file in paths:
         with opened_image(file):
             pass
@@ -143,32 +145,32 @@ def _read_classes(folder: Path, classes: tuple[str, ...] | None) -> ImageSet:
 
 
 def _files_of_class(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images of a class, and the files that are none by their suffix."""
+    """The images of a class, and its other files, by suffix."""
     files: list[Path] = []
-    strange: list[Path] = []
+    others: list[Path] = []
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_dir() or hidden or path.name.lower() in LEFT_BY_SYSTEMS:
+        if path.is_dir() or hidden or path.name.lower() in SYSTEM_FILES:
             continue
-        (files if path.suffix.lower() in SUFFIXES else strange).append(path)
-    return files, strange
+        (files if path.suffix.lower() in SUFFIXES else others).append(path)
+    return files, others
 
 
 # --- an .npz file -----------------------------------------------------------------------------------------------------
 
 
 def read_npz(path: str | os.PathLike[str]) -> Splits:
-    """Arrays of images and labels from an ``.npz`` file, which is never unpickled.
+    """Reads arrays of images and labels from an ``.npz`` file, without unpickling.
 
-    Names: ``x`` or ``images`` with ``y`` or ``labels``; or per split ``x_train`` or ``train_images`` with ``y_train``
-    or ``train_labels``, likewise ``val`` and ``test`` (MedMNIST's files are of this kind). Other arrays are not read.
-    Images are uint8, or floating point in [0, 1], of shape (n, H, W), (n, H, W, C) or (n, C, H, W), C = 1 or 3.
-    Labels are integers or strings of shape (n,) or (n, 1).
+    Names of arrays: ``x`` or ``images`` with ``y`` or ``labels``; or per split ``x_train`` or ``train_images`` with
+    ``y_train`` or ``train_labels``, likewise for ``val`` and ``test`` (as in MedMNIST). Other arrays are ignored. Images
+    are uint8, or floating point in [0, 1], of shape (n, H, W), (n, H, W, C) or (n, C, H, W), C = 1 or 3. Labels are
+    integers or strings of shape (n,) or (n, 1).
 
     Raises:
-        ValueError: not an ``.npz`` file, names missing or several for one thing, arrays of Python objects, a shape or
-            dtype other than these, values that are NaN or out of range, counts that differ, one class only, a class in
-            ``val`` or ``test`` that ``train`` does not have.
+        ValueError: the file is no ``.npz`` file; arrays are missing, ambiguous, of Python objects, or of another shape or
+            dtype; values are NaN or out of range; there are not as many labels as images, or there is only one class; or
+            ``val`` or ``test`` has a class that ``train`` does not.
     """
     numpy = require("numpy", "lab", "reading .npz files")
     try:
@@ -177,11 +179,9 @@ def read_npz(path: str | os.PathLike[str]) -> Splits:
             arrays = {name: _native(archive[name]) for pair in pairs.values() for name in pair}
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist") from error
-    except _Names:
+    except _WrongNames:
         raise
-    except (
-        Exception
-    ) as error:  # numpy raises many kinds for damaged files: ValueError, BadZipFile, EOFError, KeyError, ...
+    except Exception as error:  # numpy raises many kinds for damaged files: ValueError, BadZipFile, EOFError, ...
         raise ValueError(f"{path}: expected an .npz file of plain arrays: {error}") from error
     names, labels = _npz_labels(arrays, {split: y for split, (_, y) in pairs.items()}, str(path))
     sets = {}
@@ -194,12 +194,12 @@ def read_npz(path: str | os.PathLike[str]) -> Splits:
     return Splits(sets["train"], sets.get("val"), sets.get("test"), f"file {path}")
 
 
-class _Names(ValueError):
-    """About the names of the arrays in a file that could be read."""
+class _WrongNames(ValueError):
+    """A readable file has other names of arrays."""
 
 
 def _npz_pairs(present: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
-    """The names of images and labels of each split."""
+    """The names of the arrays of images and labels of each split."""
     pairs: dict[str, tuple[str, str]] = {}
     for split, xs, ys in (
         ("train", ("x", "images", "x_train", "train_images"), ("y", "labels", "y_train", "train_labels")),
@@ -210,28 +210,28 @@ def _npz_pairs(present: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
         if len(x) == len(y) == 1:
             pairs[split] = (x[0], y[0])
         elif x or y or split == "train":
-            raise _Names(f"{path}: expected one of {xs} with one of {ys}, found {sorted(present)}")
+            raise _WrongNames(f"{path}: expected one of {xs} with one of {ys}, found {sorted(present)}")
     return pairs
 
 
 def _native(array: Any) -> Any:
-    """The array in the byte order of this machine, which torch needs."""
+    """Converts an array to the byte order of this machine, as torch requires."""
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _npz_images(array: Any, name: str) -> Tensor:
-    shape, kind = array.shape, array.dtype
-    plain = len(shape) == 3
-    last = len(shape) == 4 and shape[3] in (1, 3)
-    first = len(shape) == 4 and shape[1] in (1, 3)
-    if not (plain or last or first) or 0 in shape:
+    shape, dtype = array.shape, array.dtype
+    without_channels = len(shape) == 3
+    channels_last = len(shape) == 4 and shape[3] in (1, 3)
+    channels_first = len(shape) == 4 and shape[1] in (1, 3)
+    if not (without_channels or channels_last or channels_first) or 0 in shape:
         raise ValueError(f"{name} must have the shape (n, H, W), (n, H, W, C) or (n, C, H, W), C = 1 or 3, got {shape}")
-    if kind.name not in ("uint8", "float16", "float32", "float64"):
-        raise ValueError(f"{name} must be uint8, or floating point in [0, 1], got {kind}")
+    if dtype.name not in ("uint8", "float16", "float32", "float64"):
+        raise ValueError(f"{name} must be uint8, or floating point in [0, 1], got {dtype}")
     images = torch.from_numpy(array)
-    if last:
+    if channels_last:
         images = images.permute(0, 3, 1, 2)
-    if kind.name == "uint8":
+    if dtype.name == "uint8":
         return images
     bad = (~((images >= 0) & (images <= 1))).flatten(1).any(1).nonzero()[:, 0]  # NaN compares false
     if len(bad):
@@ -244,9 +244,9 @@ def _npz_images(array: Any, name: str) -> Tensor:
 
 
 def _npz_labels(arrays: Any, names: dict[str, str], path: str) -> tuple[tuple[str, ...], dict[str, Tensor]]:
-    """Class names in order, and the labels of each split as int64 indices into them."""
+    """The names of the classes in order, and the labels of each split as int64 indices into them."""
     numpy = require("numpy", "lab", "reading .npz files")
-    raw = {}
+    stored = {}
     for split, name in names.items():
         y = arrays[name]
         y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
@@ -254,10 +254,10 @@ def _npz_labels(arrays: Any, names: dict[str, str], path: str) -> tuple[tuple[st
             raise ValueError(
                 f"{path}: {name} must be integers or strings of shape (n,), got {y.dtype} of shape {arrays[name].shape}"
             )
-        raw[split] = y
-    classes = numpy.unique(raw["train"])
+        stored[split] = y
+    classes = numpy.unique(stored["train"])
     labels = {}
-    for split, y in raw.items():
+    for split, y in stored.items():
         unknown = numpy.setdiff1d(y, classes)
         if len(unknown):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Frozen features: the hook point where they are read, and one pass over the data for several settings."""
+"""Frozen features: hook points where they are read, and their extraction for several settings in one pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..labelled import collate_of
 
 @dataclass(frozen=True)
 class HookPoint:
-    """A place to read features: the ``side`` ("input" or "output") of the submodule ``layer`` ("": the network)."""
+    """Where features are read: the ``side`` ("input" or "output") of the submodule ``layer`` ("": the network)."""
 
     layer: str
     side: str
@@ -27,24 +27,24 @@ class HookPoint:
 
     @contextmanager
     def capture(self, model: nn.Module, gradients: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Give a function from a batch (b, ...) to its features (b, d), float32, for as long as the context lasts.
+        """Yields a function from a batch (b, ...) to its features (b, d), float32.
 
-        With ``gradients`` they can be differentiated with respect to the batch.
+        With ``gradients``, features are differentiable with respect to the batch.
         """
-        seen: list[Any] = []
+        captured: list[Any] = []
         module = model.get_submodule(self.layer)
         if self.side == "input":
-            hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            hook = module.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
         else:
-            hook = module.register_forward_hook(lambda _, args, output: seen.append(output))
+            hook = module.register_forward_hook(lambda _, args, output: captured.append(output))
 
         def features(batch: Tensor) -> Tensor:
-            seen.clear()
+            captured.clear()
             with nullcontext() if gradients else torch.inference_mode():
                 model(batch)
-            if not seen:
+            if not captured:
                 raise ValueError(f"feature_layer {self.layer!r} is not used when the network runs")
-            return pool(seen.pop()).float()
+            return pool(captured.pop()).float()
 
         try:
             yield features
@@ -53,19 +53,19 @@ class HookPoint:
 
 
 def find_hook_point(model: nn.Module, example: Tensor, feature_layer: str | None = None) -> HookPoint:
-    """Choose the hook point at which features are read.
+    """Chooses the hook point for features.
 
-    The output of ``feature_layer`` if given. Else the input of the classifier: ``model.get_classifier()`` where the
-    network has one (timm), otherwise the last ``nn.Linear`` that runs, if the network's output has its shape. Else the
-    output.
+    It is the output of ``feature_layer``, if given. Else it is the input of the classifier: ``model.get_classifier()`` of
+    timm's networks, otherwise the last ``nn.Linear`` that runs, if the network's output has its shape. Without a
+    classifier it is the network's output.
 
     Args:
         model: in evaluation mode.
-        example: a batch the network takes, on its device.
+        example: a batch for the network, on its device.
         feature_layer: name of a submodule, as in ``model.named_modules()``.
 
     Raises:
-        ValueError: no submodule of that name (with the names there are).
+        ValueError: there is no submodule of that name; the message lists the names.
     """
     names = {module: name for name, module in model.named_modules()}
     if feature_layer is not None:
@@ -96,7 +96,7 @@ def find_hook_point(model: nn.Module, example: Tensor, feature_layer: str | None
 
 
 def output_tensor(value: Any) -> Tensor:
-    """The tensor in what a network returns: itself, ``.logits``, or the first of a tuple or a dictionary."""
+    """The tensor in the output of a network: itself, ``.logits``, or the first item of a tuple or a dictionary."""
     if isinstance(value, Tensor):
         return value
     if isinstance(getattr(value, "logits", None), Tensor):
@@ -108,7 +108,7 @@ def output_tensor(value: Any) -> Tensor:
 
 
 def pool(value: Any) -> Tensor:
-    """(b, d) as it is; (b, tokens, d) averaged over tokens; (b, d, ...) averaged over all places."""
+    """Averages (b, tokens, d) over tokens, and (b, d, ...) over positions, to (b, d)."""
     x = output_tensor(value)
     if x.dim() < 2:
         raise ValueError(f"features must have at least two dimensions, got the shape {tuple(x.shape)}")
@@ -118,9 +118,9 @@ def pool(value: Any) -> Tensor:
 
 
 def passes(samples: int, dim: int, settings: int, memory_limit: int) -> list[range]:
-    """Cut ``settings`` into stretches whose float32 features (samples, dim) fit ``memory_limit`` bytes together.
+    """Divides ``settings`` among passes over the data whose float32 features (samples, dim) fit into ``memory_limit`` bytes.
 
-    One stretch is one pass over the data. A single setting always counts as fitting.
+    Each pass has at least one setting.
     """
     at_once = min(settings, max(1, memory_limit // (4 * samples * dim)))
     return [range(i, min(i + at_once, settings)) for i in range(0, settings, at_once)]
@@ -137,29 +137,32 @@ def extract(
     group: Group,
     advance: Callable[[int], object],
 ) -> Tensor:
-    """Read the data once and run every network on every batch.
+    """Reads the data once and runs every network on every batch.
 
-    Batches are cut before they are dealt to processes, whole, so how many processes there are does not change them.
+    Whole batches are distributed among the processes, so that batches do not depend on the number of processes.
 
     Args:
-        parts: data sets of (image, label), joined in this order.
+        parts: data sets of (image, label), concatenated.
         networks: functions from a batch to features (b, dim).
-        advance: told how many batches, times networks, were done.
+        advance: called after every batch and network.
 
     Returns:
-        float32 (len(networks), n, dim) on the CPU of rank 0; empty, (len(networks), 0, dim), elsewhere.
+        float32 (len(networks), n, dim) on the CPU of rank 0; empty, (len(networks), 0, dim), on other ranks.
 
     Raises:
-        ValueError: an image with NaN or infinity, naming its number.
+        ValueError: an image has NaN or infinity; the message has its number.
     """
     data: ConcatDataset[Any] = ConcatDataset(parts)
     batches = [range(i, min(i + batch_size, len(data))) for i in range(0, len(data), batch_size)]
-    most = max(map(len, batches), default=0)  # a larger batch size than there are images takes no more memory
-    mine = batches[group.rank :: group.size]
-    # The item's position travels with it, so that a bad image can be named and the sampler stays a plain list.
-    images_only = _Images(data)
+    most = max(map(len, batches), default=0)
+    unlabelled = _Unlabelled(data)
     loader = iter(
-        DataLoader(images_only, batch_sampler=mine, num_workers=workers, collate_fn=images_only.collate)  # type: ignore[arg-type]
+        DataLoader(
+            unlabelled,
+            batch_sampler=batches[group.rank :: group.size],  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=unlabelled.collate,
+        )
     )
     result = torch.empty(len(networks), len(data) if group.rank == 0 else 0, dim)
     for start in range(0, len(batches), group.size):
@@ -181,11 +184,11 @@ def extract(
     return result
 
 
-class _Images(Dataset[Tensor]):
-    """The examples of a data set of (example, label), without labels: images in float32, or token numbers."""
+class _Unlabelled(Dataset[Tensor]):
+    """The examples of a data set without their labels: floating point in float32, or token numbers."""
 
     def __init__(self, data: ConcatDataset[Any]) -> None:
-        self.data, self.join = data, collate_of(data)
+        self.data, self.collate_items = data, collate_of(data)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -195,4 +198,4 @@ class _Images(Dataset[Tensor]):
         return example.float() if example.is_floating_point() else example
 
     def collate(self, examples: Sequence[Tensor]) -> Tensor:
-        return self.join([(example, 0) for example in examples])[0]
+        return self.collate_items([(example, 0) for example in examples])[0]

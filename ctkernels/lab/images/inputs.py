@@ -1,4 +1,4 @@
-"""Data sets of images as functions take them: pairs of tensors, sets, or fractions, checked before any long work."""
+"""Arguments with images: pairs of tensors, data sets or fractions, checked before any long work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Images = Dataset[Any] | tuple[Tensor, Tensor]
 def split(
     train: Images, val: Images | float, test: Images | float, seed: int
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Train, validation and test data, and the fractions that were cut off ``train``, by name."""
+    """Training, validation and test data by name, and the fractions that were cut off ``train``."""
     parts = {name: _dataset(data, name) for name, data in (("train", train), ("val", val), ("test", test))}
     fractions = {name: float(data) for name, data in parts.items() if isinstance(data, (int, float))}
     if "train" in fractions:
@@ -52,7 +52,7 @@ def _dataset(data: Any, name: str) -> Any:
 
 
 def check_labels(images: dict[str, Any]) -> dict[str, Tensor]:
-    """The labels of each data set. At least two classes to learn, and none to predict that was not learnt."""
+    """The labels of each data set. ValueError for fewer than two classes, or a class without training images."""
     labels = {name: labels_of(data, name) for name, data in images.items()}
     check_classes(labels["train"], "train")
     known = set(labels["train"].tolist())
@@ -67,7 +67,7 @@ def check_labels(images: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    """``device``, or where the model is. ValueError if there is no such device here."""
+    """``device``, or the device of the model for None. ValueError if this machine does not have it."""
     if device is None:
         return next((p.device for p in model.parameters()), torch.device("cpu"))
     return existing_device(device)

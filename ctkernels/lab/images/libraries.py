@@ -1,4 +1,4 @@
-"""Data sets of installed libraries: scikit-learn's digits, and torchvision's classes."""
+"""Data sets of installed libraries: scikit-learn's digits, and the data sets of torchvision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .sets import ImageSet, UnreadableImage, decoded
 
 
 def digits() -> Splits:
-    """Handwritten digits, 1,797 images of 8 x 8, that come with scikit-learn. Only training images.
+    """scikit-learn's handwritten digits, 1,797 images of 8 x 8, all of them for training.
 
     Source: Alpaydin and Kaynak 1998, the test part of the UCI set (CC BY 4.0).
     """
@@ -29,7 +29,7 @@ def digits() -> Splits:
 
 
 class Decoded:
-    """The images of a torchvision data set as uint8 tensors (C, H, W), decoded when they are asked for."""
+    """The images of a torchvision data set as uint8 tensors (C, H, W), decoded when they are read."""
 
     def __init__(self, dataset: Any, indices: Tensor | None = None) -> None:
         self.dataset = dataset
@@ -50,56 +50,56 @@ class Decoded:
 
 
 def torchvision_data(name: str, root: str | os.PathLike[str]) -> Splits:
-    """A data set of torchvision by its class, ``"Flowers102"``, with the splits it has; downloaded if it is not there.
+    """Reads a data set of torchvision with all its splits; downloads it if its files are missing.
 
     Args:
-        name: of a classification data set in ``torchvision.datasets`` that takes a root folder.
-        root: where its files are, or go.
+        name: of a classification data set in ``torchvision.datasets`` that takes a root folder, such as ``"Flowers102"``.
+        root: folder of its files.
 
     Raises:
-        ValueError: no such class, or one that needs other arguments; its files are neither there nor to be had; labels
-            that are not one class per image.
+        ValueError: there is no such class, or it needs other arguments; its files are missing and cannot be downloaded; or
+            it does not have one label per image.
         ImportError: torchvision is missing.
     """
-    make, known = torchvision_class(name)
+    make, parameters = torchvision_class(name)
     parts: dict[str, tuple[Any, ...]] = {"train": ("train", "trainval"), "val": ("val", "valid"), "test": ("test",)}
     sets: dict[str, ImageSet | None] = {}
     for part, splits in parts.items():
-        if "train" in known:
+        if "train" in parameters:
             options: list[dict[str, Any]] = [] if part == "val" else [{"train": part == "train"}]
-        elif "split" in known:
+        elif "split" in parameters:
             options = [{"split": split} for split in splits]
         else:
             options = [{}] if part == "train" else []
-        sets[part] = _first(lambda **o: make(root, **o), options, f"torchvision's {name}", "download" in known)
+        sets[part] = _first(lambda **o: make(root, **o), options, f"torchvision's {name}", "download" in parameters)
     if sets["train"] is None:
         raise ValueError(f"torchvision's {name} has no training images")
     return Splits(sets["train"], sets["val"], sets["test"], f"torchvision's {name} in {root}")
 
 
 def torchvision_class(name: str) -> tuple[Callable[..., Any], Collection[str]]:
-    """A data set's class, and the names of its arguments. ValueError and ImportError as :func:`torchvision_data`."""
+    """The class of a data set, and the names of its arguments. ValueError and ImportError as in :func:`torchvision_data`."""
     datasets = require("torchvision.datasets", "lab", "torchvision's data sets")
     make = getattr(datasets, name, None) if name in datasets.__all__ else None
     if make is None:
         raise ValueError(f"torchvision has no data set {name!r}; it has {', '.join(datasets.__all__)}")
-    known = inspect.signature(make).parameters
-    if "root" not in known:
+    parameters = inspect.signature(make).parameters
+    if "root" not in parameters:
         raise ValueError(f"torchvision's {name} does not take a root folder")
-    return make, list(known)
+    return make, list(parameters)
 
 
 def _first(make: Callable[..., Any], options: Sequence[dict[str, Any]], name: str, downloads: bool) -> ImageSet | None:
-    """The first of the splits that the class has."""
-    for chosen in options:
+    """The data set with the first of ``options`` whose split exists; None if none does."""
+    for arguments in options:
         try:
             try:
-                dataset = make(**chosen)
-            except RuntimeError:  # its files are not there
+                dataset = make(**arguments)
+            except RuntimeError:  # its files are missing
                 if not downloads:
                     raise
-                dataset = make(**chosen, download=True)
-        except ValueError as error:  # what torchvision says of a split that it does not have
+                dataset = make(**arguments, download=True)
+        except ValueError as error:  # torchvision's error for a split that the data set does not have
             if "split" in str(error).lower():
                 continue
             raise ValueError(f"{name}: {error}") from error
@@ -110,9 +110,9 @@ def _first(make: Callable[..., Any], options: Sequence[dict[str, Any]], name: st
 
 
 def _as_images(dataset: Any, name: str) -> ImageSet:
-    hidden = getattr(dataset, "_labels", None)  # of Flowers102, DTD, Food101, FGVCAircraft
+    private = getattr(dataset, "_labels", None)  # of Flowers102, DTD, Food101, FGVCAircraft
     try:
-        labels = labels_of(dataset, name) if hidden is None else torch.as_tensor(hidden).to(torch.int64)
+        labels = labels_of(dataset, name) if private is None else torch.as_tensor(private).to(torch.int64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: expected one class per image: {error}") from error
     check_classes(labels, name)

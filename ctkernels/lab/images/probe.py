@@ -1,4 +1,4 @@
-"""Linear probes: how well a linear classifier reads the classes off frozen features."""
+"""Linear probes: linear classifiers on frozen features."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from ..._extras import require
 
 PROBES = ("logistic", "adam")
-FLOOR = 0.05  # of the mean deviation: smoothed dead units vary by 1e-18, and would be blown up to matter
-ITERATIONS = 2000  # at most; whether they were enough is in Probe.converged
+FLOOR = 0.05  # of the mean deviation, so that features of dead units, which vary by 1e-18, are not scaled up
+ITERATIONS = 2000  # at most, see Probe.converged
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,20 @@ class Probe:
 
 
 def fit_probe(features: Tensor, labels: Tensor, kind: str = "logistic", l2: float = 0.01, seed: int = 0) -> Probe:
-    """Fit a linear classifier to frozen features.
+    """Fits a linear classifier to frozen features.
 
     Args:
         features: float (n, d).
         labels: int64 (n,), in [0, classes).
         kind: ``"logistic"``: scikit-learn's logistic regression on standardised features (each divided by its deviation
             plus 5 % of the mean deviation), minimising mean cross-entropy + l2/2 * |weight|^2. ``"adam"``: the paper's
-            layer on
-            the features as they are: Adam, batches of 32, 20 epochs, rate 1e-3 after one epoch of warm-up, a tenth of
-                it
-            after epoch 10; ``l2`` is not used.
+            layer on unscaled features: Adam, batches of 32, 20 epochs, rate 1e-3 after one epoch of warm-up, a tenth of it
+            after epoch 10; ``l2`` is ignored.
         l2: the penalty, > 0.
-        seed: of initial weights and batch order (``"adam"``; ``"logistic"`` has no chance in it).
+        seed: of initial weights and batch order (``"adam"``; ``"logistic"`` is deterministic).
 
     Raises:
-        ValueError: features that are not finite or do not vary; an unknown kind; l2 that is not positive.
+        ValueError: features are not finite or do not vary, the kind is unknown, or l2 is not positive.
         ImportError: NumPy or scikit-learn is missing; the message names the extra.
 
     Examples:
@@ -73,7 +71,7 @@ def fit_probe(features: Tensor, labels: Tensor, kind: str = "logistic", l2: floa
 
 
 def check_probe(kind: str, l2: float) -> None:
-    """Refuse what :func:`fit_probe` would, before any features exist."""
+    """Checks arguments of :func:`fit_probe`, and its packages, before features are computed."""
     if kind not in PROBES:
         raise ValueError(f"probe must be one of {list(PROBES)}, got {kind!r}")
     if not (math.isfinite(l2) and l2 > 0):
@@ -90,7 +88,7 @@ def _logistic(mean: Any, scale: Any, x: Any, labels: Any, l2: float) -> Probe:
     regression = linear_model.LogisticRegression(C=1 / (l2 * len(x)), max_iter=ITERATIONS).fit(x, labels)
     converged = bool(regression.n_iter_.max() < ITERATIONS)
     coefficients, intercepts = regression.coef_, regression.intercept_
-    if len(coefficients) == 1:  # two classes: scikit-learn keeps the second one's row only
+    if len(coefficients) == 1:  # of two classes, scikit-learn has a row for the second only
         coefficients = numpy.concatenate([-coefficients, coefficients])
         intercepts = numpy.concatenate([-intercepts, intercepts])
     classes = regression.classes_

@@ -1,4 +1,4 @@
-"""Labelled images in memory or on disk, and how they are made ready for a network."""
+"""Labelled images in memory or on disk, their decoding and preprocessing."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize the shorter side, crop the centre, make three channels, normalise. Each image on its own.
+    """Resizes the shorter side, crops the centre, expands to three channels, and normalises one image.
 
     Args:
         size: side of the square that the network sees, in pixels. Default 224.
         resize: length of the shorter side before the crop. Default ``size * 256 / 224``, so 256 for 224.
-        mean, std: of each channel, of values in [0, 1]. Default ImageNet's; :func:`normalised_like` gives a data set's
-            own.
+        mean, std: of each channel, of values in [0, 1]. Default ImageNet's; :func:`normalised_like` computes those of a
+            data set.
 
-    Takes uint8, or floating point in [0, 1], of shape (H, W), (1, H, W) or (3, H, W); gives float32 (3, size, size).
+    Images are uint8, or floating point in [0, 1], of shape (H, W), (1, H, W) or (3, H, W); the result is float32
+    (3, size, size).
 
     Raises:
-        ValueError: a size below 1, a standard deviation that is not positive.
+        ValueError: a size is below 1, or a standard deviation is not positive.
 
     Examples:
         >>> Preprocess(size=64, resize=64)(torch.zeros(28, 28, dtype=torch.uint8)).shape
@@ -72,7 +73,7 @@ class Preprocess:
         return x.expand(3, -1, -1)
 
     def blank(self) -> Tensor:
-        """A batch of one image of zeros, as the network sees it."""
+        """A batch of one image of zeros, in the network's size."""
         return torch.zeros(1, 3, self.size, self.size)
 
     def entries(self) -> dict[str, Any]:
@@ -81,7 +82,7 @@ class Preprocess:
 
     @classmethod
     def restored(cls, values: Mapping[str, Any], network: nn.Module) -> Preprocess:
-        """Make it again from :meth:`entries`."""
+        """Constructs it from :meth:`entries`."""
         return cls(values["size"], values["resize"], tuple(values["mean"]), tuple(values["std"]))
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -93,11 +94,11 @@ class ImageSet(LabelledSet):
     """Labelled images; item ``i`` is the preprocessed image, float32 (3, size, size), and its label.
 
     Args:
-        images: a tensor (n, H, W) or (n, C, H, W), C = 1 or 3, uint8 or floating point in [0, 1]; or n file paths;
-            or anything of length n that gives such a tensor for a number, and a part of itself for int64 numbers.
+        images: a tensor (n, H, W) or (n, C, H, W), C = 1 or 3, uint8 or floating point in [0, 1]; or n file paths; or an
+            object of length n that returns such an image for an integer, and a subset of itself for an int64 tensor.
         labels: int64 (n,), each an index into ``classes``.
-        classes: the names.
-        preprocess: default :class:`Preprocess`'s defaults.
+        classes: names of the classes.
+        preprocess: default: the defaults of :class:`Preprocess`.
     """
 
     KIND: ClassVar[str] = "images"
@@ -109,7 +110,7 @@ class ImageSet(LabelledSet):
     preprocess: Preprocess = field(default_factory=Preprocess)
 
     def raw(self, index: int) -> Tensor:
-        """The image as stored: uint8 or floating point, (H, W) or (C, H, W)."""
+        """The stored image: uint8 or floating point, (H, W) or (C, H, W)."""
         image = self.images[index]
         return image if isinstance(image, Tensor) else read_image(image)
 
@@ -123,18 +124,18 @@ class ImageSet(LabelledSet):
 
 
 class UnreadableImage(ValueError):
-    """An image file that cannot be decoded, or not without guessing what its values mean; the message names the file."""
+    """An image file that cannot be decoded, or whose values have no defined range; the message names the file."""
 
     def __init__(self, message: str) -> None:
-        # A loader's worker process hands its error on with the text of a traceback before the message.
+        # worker processes of a loader put the text of a traceback before the message
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 def read_image(path: Path) -> Tensor:
-    """Decode a file to uint8 (3, H, W), turned as its EXIF orientation asks; see :func:`decoded` for the modes.
+    """Decodes a file to uint8 (3, H, W), in its EXIF orientation; see :func:`decoded` for the modes.
 
     Raises:
-        UnreadableImage: the file is no image, is cut short, too large, or one that :func:`decoded` refuses.
+        UnreadableImage: the file is no image, is truncated or too large, or is refused by :func:`decoded`.
     """
     with opened_image(path) as image:
         return decoded(image)
@@ -142,7 +143,7 @@ def read_image(path: Path) -> Tensor:
 
 @contextmanager
 def opened_image(path: Path) -> Iterator[Any]:
-    """A Pillow image of which only the header has been read. Whatever goes wrong with it names the file.
+    """Opens an image with Pillow, which reads only its header. Errors within the context name the file.
 
     Raises:
         UnreadableImage: as :func:`read_image`.
@@ -159,28 +160,28 @@ def opened_image(path: Path) -> Iterator[Any]:
         ) from error
     except (
         Exception
-    ) as error:  # damaged files make Pillow raise nearly anything: OSError, SyntaxError, struct.error, ...
+    ) as error:  # Pillow raises nearly anything for damaged files: OSError, SyntaxError, struct.error, ...
         raise UnreadableImage(f"cannot read image {path}: {error or type(error).__name__}") from error
 
 
-EIGHT_BITS = ("1", "L", "P", "RGB", "RGBX", "YCbCr", "CMYK", "HSV")  # what Pillow converts to RGB rightly
+EIGHT_BITS = ("1", "L", "P", "RGB", "RGBX", "YCbCr", "CMYK", "HSV")  # Pillow converts them to RGB correctly
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
-SIXTEEN_BITS = ("PNG", "PPM")  # formats whose mode I holds 16 bits; elsewhere it may hold 32, of which any part is used
-STILL = ("MPO",)  # photographs of telephones: the picture, then previews of it
-PHOTOMETRIC, BITS = 262, 258  # tags of TIFF: what is white, and how many of the bits are used
+SIXTEEN_BITS = ("PNG", "PPM")  # formats whose mode I has 16 bits; in others it may have 32, used in part
+STILL = ("MPO",)  # photographs of telephones: a picture, followed by previews of it
+PHOTOMETRIC, BITS = 262, 258  # tags of TIFF: whether 0 is white, and the number of bits per sample
 
 
 def check_mode(image: Any) -> None:
-    """Refuse an image of several frames, or of a mode whose range is not known.
+    """Refuses an image of several frames, or of a mode with an unknown range.
 
     Raises:
-        ValueError: the message says what to do about it.
+        ValueError: the message names a way out.
     """
     frames = getattr(image, "n_frames", 1) if getattr(image, "is_animated", False) else 1
     if frames > 1 and image.format not in STILL:
         raise ValueError(f"expected one image, it has {frames} frames: save the one that is meant as a file of its own")
-    beyond = image.mode == "F" or _highest(image) is not None
-    if not (image.mode in (*EIGHT_BITS, *TRANSPARENT) or (beyond and _tags(image).get(PHOTOMETRIC) != 0)):
+    deep = image.mode == "F" or _highest(image) is not None
+    if not (image.mode in (*EIGHT_BITS, *TRANSPARENT) or (deep and _tags(image).get(PHOTOMETRIC) != 0)):
         raise ValueError(
             f"expected 8 or 16 bits, or floating point in [0, 1], it has the mode {image.mode} in a way "
             f"that leaves open what is black and what is white: save it as one of these"
@@ -188,13 +189,13 @@ def check_mode(image: Any) -> None:
 
 
 def decoded(image: Any) -> Tensor:
-    """The pixels of a Pillow image as uint8 (3, H, W), turned as its EXIF orientation asks.
+    """The pixels of a Pillow image as uint8 (3, H, W), in its EXIF orientation.
 
-    Grey values are repeated. More than 8 bits are scaled by their highest value (65535 for 16), floating point by 1.
-    What is transparent is laid on white.
+    Grey values are repeated. Values of more than 8 bits are scaled by their maximum (65535 for 16 bits), floating point by
+    1. Transparent images are composed over white.
 
     Raises:
-        ValueError: several frames, a mode whose range is not known, or floating point outside of [0, 1].
+        ValueError: the image has several frames, a mode with an unknown range, or floating point outside of [0, 1].
     """
     image_module, operations = (require(f"PIL.{n}", "lab", "reading image files") for n in ("Image", "ImageOps"))
     numpy = require("numpy", "lab", "reading image files")
@@ -218,7 +219,7 @@ def decoded(image: Any) -> Tensor:
 
 
 def _highest(image: Any) -> int | None:
-    """The value of white where an image holds integers of more than 8 bits; None where it does not, or may not."""
+    """The value of white, for an image with integers of 16 bits or fewer but more than 8; None for other images."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS):
         return 2 ** int(_tags(image).get(BITS, (16,))[0]) - 1
     return None
@@ -229,10 +230,10 @@ def _tags(image: Any) -> Any:
 
 
 def normalised_like(preprocess: Preprocess, images: ImageSet, limit: int = 1000) -> Preprocess:
-    """``preprocess`` with the mean and deviation of ``images`` (at most ``limit`` of them, evenly spaced).
+    """``preprocess`` with the mean and deviation of ``images`` (of at most ``limit`` of them, evenly spaced).
 
     Raises:
-        ValueError: the images have a channel that never varies.
+        ValueError: a channel does not vary.
     """
     total, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     indices = range(0, len(images), -(-len(images) // limit))

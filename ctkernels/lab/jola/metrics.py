@@ -1,4 +1,4 @@
-"""Scores of generated answers against the right ones."""
+"""Metrics of generated answers against the right ones."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..._extras import require
 
 
 def extracted(text: str, pattern: str | None) -> str:
-    """The first match of a regular expression in ``text``: its first group if it has one; empty without a match.
+    """The first match of a regular expression in ``text``, or its first group if it has one; empty without a match.
 
-    Without a pattern, the text itself without white space around it.
+    Without a pattern, the text stripped of surrounding white space.
 
     Examples:
         >>> extracted("The answer is (B).", r"\\b([A-J])\\b")
@@ -32,7 +32,7 @@ def _plain(text: str) -> str:
 
 
 def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
-    """1 for each prediction equal to its reference but for case, punctuation and spacing, else 0.
+    """1 for each prediction that equals its reference apart from case, punctuation and spacing, else 0.
 
     Examples:
         >>> exact_matches(["Paris."], ["paris"])
@@ -42,7 +42,7 @@ def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Corpus BLEU in [0, 100] by sacrebleu with its defaults."""
+    """Corpus BLEU in [0, 100], by sacrebleu with its defaults."""
     sacrebleu = require("sacrebleu", "lab", "BLEU")
     return float(sacrebleu.corpus_bleu(list(predictions), [list(references)]).score)
 
@@ -56,17 +56,17 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> list[float
 def bert_scores(
     predictions: Sequence[str], references: Sequence[str], model: str, layer: int | None = None
 ) -> list[float]:
-    """BERTScore F1 of each prediction, by the package bert-score with the model at ``model``.
+    """BERTScore F1 of each prediction, by bert-score.
 
     Args:
         predictions: generated texts.
-        references: the right ones.
+        references: the right answers.
         model: folder or name of an encoder.
-        layer: whose output is compared; None takes the package's choice, which exists for models known by name.
+        layer: the layer whose output is compared; None: the package's default, which exists for models it knows by name.
 
     Raises:
         ImportError: bert-score is missing.
-        ValueError: the package has no layer for this model, and ``layer`` is None.
+        ValueError: ``layer`` is None, and the package has no default for this model.
     """
     bert_score = require("bert_score", "bertscore", "BERTScore")
     try:
@@ -77,7 +77,7 @@ def bert_scores(
 
 
 def available(bertscore_model: str | None) -> list[str]:
-    """The metrics of free text whose packages are here."""
+    """The metrics of free text whose packages are installed."""
     names = ["exact_match"]
     if importlib.util.find_spec("sacrebleu"):
         names.append("bleu")

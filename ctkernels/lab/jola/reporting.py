@@ -1,4 +1,4 @@
-"""Reports on a comparison: a plot of JoLA's gates over training, and the inputs on which its heads act."""
+"""Reports on a comparison: plots of JoLA's gates over training, and the largest edits and their inputs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 @contextmanager
 def restored(run: RunResult, model: Any, folder: str | os.PathLike[str]) -> Iterator[Any]:
-    """The model as a tested run left it; afterwards it is plain again.
+    """The model with the trained weights of a tested run; restores the plain model afterwards.
 
     Args:
         run: a tested run of a comparison.
-        model: the model that was compared.
-        folder: the comparison's ``out``.
+        model: the model of the comparison.
+        folder: ``out`` of the comparison.
 
     Raises:
-        ValueError: the run trained nothing, or its weights are not there or not those that it left.
+        ValueError: the run trained nothing, or its weights are missing or damaged.
 
     Examples:
         >>> sizes = {"train": 8, "val": 4, "test": 4, "progress": False, "out": "out/jola"}
@@ -48,35 +48,33 @@ def restored(run: RunResult, model: Any, folder: str | os.PathLike[str]) -> Iter
 
 
 def gate_frames(run: RunResult, most: int = 6) -> tuple[list[GateMap], list[str]]:
-    """The gates of a JoLA run from start to end, at most ``most`` of them, and their labels."""
+    """The gates of a JoLA run at up to ``most`` steps from start to end, and labels for them."""
     from ...adapters import GateMap
 
     last = len(run.gates) - 1
-    picked = sorted({round(i * last / max(1, most - 1)) for i in range(most)})
-    names = {0: "start", last: "end"}
-    labels = [
-        f"{names[i]}, step {run.gates[i]['step']}" if i in names else f"step {run.gates[i]['step']}" for i in picked
-    ]
-    return [GateMap.from_dict(run.gates[i]) for i in picked], labels
+    shown = sorted({round(i * last / max(1, most - 1)) for i in range(most)})
+    prefixes = {0: "start, ", last: "end, "}
+    labels = [f"{prefixes.get(i, '')}step {run.gates[i]['step']}" for i in shown]
+    return [GateMap.from_dict(run.gates[i]) for i in shown], labels
 
 
 def save_report(
     result: MethodComparison, model: Any, tokenizer: Any, texts: Sequence[str], out: str | os.PathLike[str]
 ) -> list[Path]:
-    """Write ``gates.png`` and ``edits.txt`` for the first seed's JoLA run.
+    """Writes ``gates.png`` and ``edits.txt`` for the JoLA run of the first seed.
 
     Args:
-        result: a comparison with JoLA in it, kept in ``out``.
-        model: the model that was compared.
+        result: a comparison with JoLA, whose files are in ``out``.
+        model: the model of the comparison.
         tokenizer: its tokenizer.
-        texts: on which to measure edits, such as the test prompts.
+        texts: inputs for measuring edits, such as the test prompts.
         out: folder.
 
     Returns:
         the files.
 
     Raises:
-        ValueError: JoLA has not been tested.
+        ValueError: JoLA was not tested.
     """
     from ...adapters import GateMap, edit_sizes, plot_gates
 

@@ -1,4 +1,4 @@
-"""The results of a comparison of methods: every run, a table over seeds, and a verdict in one sentence."""
+"""The results of a comparison of methods on texts: runs, a table over seeds, and a verdict in one sentence."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NAMES = {"exact_match": "exact match", "bleu": "BLEU", "rouge_l": "ROUGE-L", "be
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult(experiment.RunResult):
-    """One run: a method with a setting on a seed's examples.
+    """One run: a method with a setting, on the examples of one seed.
 
     Attributes:
-        gates: of JoLA, before training and after each epoch (see :class:`ctkernels.adapters.GateMap`).
+        gates: JoLA's gates before training and after each epoch (see :class:`ctkernels.adapters.GateMap`).
         test: metrics on the test examples, in [0, 100].
         each: the primary metric of every test example, in [0, 1].
     """
@@ -43,7 +43,12 @@ class RunResult(experiment.RunResult):
 
 def _number(value: float) -> str:
     short = f"{value:g}"
-    return short if float(short) == value else repr(value)  # six digits may not tell two settings apart
+    return short if float(short) == value else repr(value)  # six digits may not distinguish two settings
+
+
+def better_by(primary: str) -> BetterBy:
+    """The metrics by which validations are compared, for a primary metric."""
+    return BY_ACCURACY if primary == "accuracy" else (("loss", -1.0),)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class MethodComparison(ComparisonResult[RunResult]):
 
     Attributes:
         runs, setup, seconds: as of every comparison.
-        primary: the metric that chose settings and that the verdict is about.
+        primary: the metric of the verdict; settings are chosen by it if it is the accuracy, else by the loss.
     """
 
     primary: str = "accuracy"
@@ -67,7 +72,7 @@ class MethodComparison(ComparisonResult[RunResult]):
 
     @property
     def better_by(self) -> BetterBy:
-        return BY_ACCURACY if self.primary == "accuracy" else (("loss", -1.0),)
+        return better_by(self.primary)
 
     @property
     def methods(self) -> list[str]:
@@ -81,7 +86,7 @@ class MethodComparison(ComparisonResult[RunResult]):
         return None
 
     def rows(self) -> list[dict[str, Any]]:
-        """The table as plain values: per method the mean and the deviation over seeds of every metric."""
+        """The table as plain values: for each method, the mean and deviation of every metric over seeds."""
         return [
             {
                 "method": name,
@@ -97,12 +102,12 @@ class MethodComparison(ComparisonResult[RunResult]):
         ]
 
     def table(self) -> str:
-        """The scores as text, best method of the primary metric marked."""
+        """The scores as text, with the best method of the primary metric marked."""
         rows = self.rows()
         return _scores(rows, self.primary).text() if rows else "no method has been tested yet"
 
     def tuning(self) -> str:
-        """The settings that were tried, with their validation scores, as text."""
+        """The settings that were tried and their validation scores, as text."""
         lines = []
         for run in (run for name in self.methods for run in self.tried(name) if run.setting):
             mark = "  ← chosen" if run.test is not None else ""
@@ -112,10 +117,10 @@ class MethodComparison(ComparisonResult[RunResult]):
         return "\n".join(lines)
 
     def verdict(self, method: str = "jola") -> str:
-        """One sentence about ``method`` beside the best other one, with the uncertainty from the test examples.
+        """A sentence that compares ``method`` with the best other one, with the uncertainty from the test examples.
 
-        Both were scored on the same examples, so the standard error is that of the paired differences, each averaged
-        over seeds; it does not cover the choice of training examples, which the deviation over seeds shows.
+        Both were scored on the same examples, so the standard error is that of the paired differences, averaged over seeds.
+        It does not include the choice of training examples, which the deviation over seeds shows.
         """
         others = [name for name in self.methods if name != method]
         if not self.tested(method) or not others:
@@ -130,9 +135,9 @@ class MethodComparison(ComparisonResult[RunResult]):
             f"({_metric(self.primary)}, {gain:+.1f} ± {error:.1f} points, standard error over "
             f"{len(differences)} test examples, {seeds} seed{'s' if seeds > 1 else ''})"
         )
-        among = self.setup.get("zero-shot chooses among")
-        if among and best == "zero-shot":
-            numbers += f"; zero-shot chose among the {len(among)} answers of the training examples"
+        candidates = self.setup.get("zero-shot chooses among")
+        if candidates and best == "zero-shot":
+            numbers += f"; zero-shot chose among the {len(candidates)} answers of the training examples"
         if abs(gain) < 2 * error or gain == 0:
             return f"No difference beyond chance between {method} and the best other method was shown: {numbers}."
         outcome = "better than every other method" if gain > 0 else f"worse than {best}"
@@ -143,17 +148,17 @@ class MethodComparison(ComparisonResult[RunResult]):
 
     @classmethod
     def section(cls, values: Mapping[str, Any]) -> Section:
-        primary, table, says = values["primary"], values["table"], str(values["verdict"])
+        primary, table, verdict = values["primary"], values["table"], str(values["verdict"])
         section = Section(
             "trained",
             "Editing attention heads (JoLA) beside other methods",
-            [says],
+            [verdict],
             [
                 ("Seeds", ", ".join(map(str, values["setup"]["seeds"]))),
                 ("Time", duration(sum(run["seconds"] for run in values["cells"]))),
             ],
             [_scores(table, primary)] if table else [],
-            not_helped=[] if "better than every other method" in says else [f"JoLA: {says.partition(':')[0]}."],
+            not_helped=[] if "better than every other method" in verdict else [f"JoLA: {verdict.partition(':')[0]}."],
         )
         if table:
             dots, name = [{**row, **row["metrics"][primary]} for row in table], _metric(primary)
@@ -164,8 +169,10 @@ class MethodComparison(ComparisonResult[RunResult]):
                     "Large: mean over seeds, ± two standard errors over the test examples; small: each seed.",
                 )
             )
-        shown = next((run for run in values["cells"] if run["gates"] and run["test"] is not None), None)
-        return section if shown is None else _with_gates(section, shown)
+        gated = next((run for run in values["cells"] if run["gates"] and run["test"] is not None), None)
+        if gated is not None:
+            section.parts.append(_gates(gated))
+        return section
 
 
 def _metric(name: str) -> str:
@@ -173,7 +180,7 @@ def _metric(name: str) -> str:
 
 
 def _scores(rows: Sequence[Mapping[str, Any]], primary: str) -> Table:
-    """A row per method, the metric that decides first."""
+    """A row per method, with the primary metric first."""
     metrics = sorted(rows[0]["metrics"], key=lambda name: (name != primary, name))
     means = [row["metrics"][primary]["mean"] for row in rows]
     cells = [
@@ -193,18 +200,15 @@ def _scores(rows: Sequence[Mapping[str, Any]], primary: str) -> Table:
     return Table("Test scores: mean ± deviation over seeds", header, cells, words)
 
 
-def _with_gates(section: Section, run: Mapping[str, Any]) -> Section:
+def _gates(run: Mapping[str, Any]) -> Picture:
     from ...adapters.jola.gate_map import GateMap, draw_gates
 
     last = len(run["gates"]) - 1
     frames = [run["gates"][i] for i in sorted({0, last // 2, last})]
     kept = GateMap.from_dict(run["gates"][min(run["best"], last)]).text()
     figure = draw_gates([GateMap.from_dict(frame) for frame in frames], [f"step {frame['step']}" for frame in frames])
-    section.parts.append(
-        Picture(
-            figures.data_uri(figure, "png"),
-            f"Heat maps of JoLA's gates over training, layers by heads. Kept: {kept}.",
-            f"JoLA's gates over training, seed {run['seed']}. Kept: {kept}.",
-        )
+    return Picture(
+        figures.data_uri(figure, "png"),
+        f"Heat maps of JoLA's gates over training, layers by heads. Kept: {kept}.",
+        f"JoLA's gates over training, seed {run['seed']}. Kept: {kept}.",
     )
-    return section

@@ -1,4 +1,4 @@
-"""Prompts with answers: read from JSONL, CSV or Parquet, and drawn into training, validation and test."""
+"""Prompts with answers: their files (JSONL, CSV, Parquet), and splits by seed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..._files import parse_json
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
 CHOICE_SEPARATOR = "|"
-ANSWER = ("answer", "completion")  # the names of the answer's column: this library's and TRL's
+ANSWER = ("answer", "completion")  # names of the column of answers: this library's and TRL's
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, the answer that should follow it, and the answers to choose from if there are any."""
+    """A prompt, its right answer, and the answers to choose from, if any."""
 
     prompt: str
     answer: str
@@ -50,7 +50,7 @@ class Example:
 
 @dataclass(frozen=True)
 class TextData:
-    """Examples to train on; where given, examples for validation and for test; and where they came from."""
+    """Training examples, validation and test examples if the data has them, and their source."""
 
     train: tuple[Example, ...]
     val: tuple[Example, ...] | None = None
@@ -67,14 +67,14 @@ class TextData:
         return self.train[0].choices is not None
 
     def digest(self) -> str:
-        """A short name for the content: the same for the same examples in the same order."""
+        """A short hash of the examples in their order."""
         parts = [[[e.prompt, e.answer, e.choices] for e in part or ()] for part in (self.train, self.val, self.test)]
         return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Split:
-    """One seed's examples."""
+    """The examples of one seed."""
 
     train: tuple[Example, ...]
     val: tuple[Example, ...]
@@ -82,17 +82,17 @@ class Split:
 
 
 def draw(data: TextData, seed: int, *, train: int = 200, val: int = 100, test: int | None = 300) -> Split:
-    """Draw training and validation examples for a seed; the test examples are the same for every seed.
+    """Draws training and validation examples for a seed; the test examples are the same for every seed.
 
     Args:
-        data: what to draw from. Missing validation and test examples come out of ``data.train``.
+        data: the examples. Missing validation and test examples are taken from ``data.train``.
         seed: of the training and validation examples.
-        train: examples to train on.
-        val: examples to validate on.
-        test: at most so many to test on; None takes all, which needs ``data.test``.
+        train: number of training examples.
+        val: number of validation examples.
+        test: maximal number of test examples; None: all of ``data.test``.
 
     Raises:
-        ValueError: not enough examples; the message says how many there are.
+        ValueError: there are too few examples; the message says how many there are.
 
     Examples:
         >>> draw(data, seed=0, train=8, val=4, test=4).train[0].answer
@@ -106,25 +106,25 @@ def draw(data: TextData, seed: int, *, train: int = 200, val: int = 100, test: i
         if test is None:
             raise ValueError("test must be a number where the data has no test examples of its own, got None")
         random.Random("test").shuffle(pool)
-        tested, pool = pool[:test], pool[test:]
+        test_set, pool = pool[:test], pool[test:]
     else:
-        tested = list(data.test)
-        random.Random("test").shuffle(tested)
-        tested = tested[:test]
+        test_set = list(data.test)
+        random.Random("test").shuffle(test_set)
+        test_set = test_set[:test]
     needed = train + (val if data.val is None else 0)
     if len(pool) < needed:
         raise ValueError(
             f"{data.source}: {train} training{'' if data.val else f' and {val} validation'} examples were asked for, "
-            f"{len(pool)} are there{'' if data.test else f' beside {len(tested)} for test'}"
+            f"{len(pool)} are there{'' if data.test else f' beside {len(test_set)} for test'}"
         )
     random.Random(f"train {seed}").shuffle(pool)
     if data.val is None:
-        validated = pool[train : train + val]
+        val_set = pool[train : train + val]
     else:
-        validated = list(data.val)
-        random.Random(f"val {seed}").shuffle(validated)
-        validated = validated[:val]
-    return Split(tuple(pool[:train]), tuple(validated), tuple(tested))
+        val_set = list(data.val)
+        random.Random(f"val {seed}").shuffle(val_set)
+        val_set = val_set[:val]
+    return Split(tuple(pool[:train]), tuple(val_set), tuple(test_set))
 
 
 def _encodable(text: str) -> bool:
@@ -140,20 +140,20 @@ def _shown(text: str) -> str:
 
 
 def read_texts(path: str | os.PathLike[str]) -> TextData:
-    """Read prompts with answers from a file, or from a folder with ``train``, ``val`` and ``test`` files.
+    """Reads prompts with answers from a file, or from a folder with ``train``, ``val`` and ``test`` files.
 
-    ``"package.module:function"`` or ``"file.py:function"`` is a function that takes nothing and returns them.
+    A path ``"package.module:function"`` or ``"file.py:function"`` names a function without arguments that returns them.
 
-    Files are JSONL, CSV or Parquet (``.jsonl``, ``.csv``, ``.parquet``), text in UTF-8, with the columns ``prompt`` and
-    ``answer`` (or ``completion``, as TRL has it) and, if answers are to be chosen, ``choices``: a list, or in CSV a JSON
-    list or words between ``|``. Other columns are not used. In CSV a value with a comma, a quote or a line break stands in
-    double quotes, and quotes in it are doubled.
+    Files are JSONL, CSV or Parquet (``.jsonl``, ``.csv``, ``.parquet``), with text in UTF-8, the columns ``prompt`` and
+    ``answer`` (or ``completion``, as in TRL) and, for multiple choice, ``choices``: a list, or in CSV a JSON list or words
+    separated by ``|``. Other columns are ignored. In CSV, a value with a comma, a quote or a line break needs double
+    quotes, and quotes in it are doubled.
 
     Raises:
-        ValueError: no such file or several for one split, another format or encoding, a column missing or there twice, a
-            row with more or fewer values than columns, a value that is no text or empty, an answer that is none of its
-            choices; the message names the file and the line (of Parquet the row).
-        ImportError: pyarrow is missing and the file is Parquet.
+        ValueError: the file is missing, there are several for one split, it has another format or encoding, a column is
+            missing or duplicated, a row has more or fewer values than columns, a value is no text or empty, or an answer
+            is not among its choices; the message names the file and the line (of Parquet the row).
+        ImportError: the file is Parquet and pyarrow is missing.
 
     Examples:
         >>> read_texts("questions.jsonl").train[0].answer
@@ -163,7 +163,7 @@ def read_texts(path: str | os.PathLike[str]) -> TextData:
 
 
 def find_texts(path: str | os.PathLike[str]) -> Callable[[], TextData]:
-    """The function by which :func:`read_texts` will read, found without reading any examples. ValueError for none."""
+    """The function that reads the data of :func:`read_texts`; no examples are read yet. ValueError for an unknown path."""
     root = Path(path)
     if not root.is_file() and not root.is_dir():
         if str(path) == "wordnet":
@@ -231,7 +231,7 @@ def _split(text: str, where: str) -> Any:
 
 
 def _text(path: Path) -> str:
-    """The file as text, without a byte order mark."""
+    """The text of a file, without a byte order mark."""
     content = path.read_bytes()
     try:
         return content.decode("utf-8-sig")
@@ -264,7 +264,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """The rows that are not empty, with the line each begins at. Quotes that do not fit are refused."""
+    """The rows that are not empty, each with its first line. Misplaced quotes are refused."""
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     while True:
         where = f"{path}:{reader.line_num + 1}"
@@ -281,16 +281,16 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 @contextmanager
 def _fields_of_any_length() -> Iterator[None]:
-    """Without the csv module's limit on a field, which is one for all of the process."""
-    before = csv.field_size_limit(2**31 - 1)  # a C long, which may have 32 bits
+    """Lifts the csv module's limit on the length of a field, a global setting."""
+    limit = csv.field_size_limit(2**31 - 1)  # a C long, which may have 32 bits
     try:
         yield
     finally:
-        csv.field_size_limit(before)
+        csv.field_size_limit(limit)
 
 
 def _answer_column(columns: Sequence[str], expected: str) -> str:
-    """The name of the answer's column, which stands beside ``prompt``; ValueError where there is none, or both."""
+    """The name of the column of answers. ValueError unless there is exactly one, and a column ``prompt``."""
     names = [name for name in ANSWER if name in columns]
     if "prompt" not in columns or not names:
         raise ValueError(f"{expected} prompt and answer, found {list(columns)}")

@@ -1,4 +1,4 @@
-"""One training run on transformers' Trainer: validation after every epoch, early stopping, the best epoch kept.
+"""One training run with transformers' Trainer: validation after every epoch, early stopping, the best epoch kept.
 
 Importing this module needs transformers and accelerate.
 """
@@ -17,17 +17,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.integrations import get_available_reporting_integrations
 
+from .._distributed import Group, group
 from ..experiment import BetterBy, TrainingLog
 from .config import TrainingConfig
 from .methods import Attached
-from .scoring import Row, answer_loss, collate, padded, tail_inputs
+from .scoring import Row, answer_loss, collate, training_inputs
 
-MEASURED = 64  # examples on which units are measured
+MEASURED = 64  # examples for measuring units
 
 
 class Logs(NamedTuple):
-    """Loggers of the Trainer, such as "tensorboard", which get the loss of every step and the validation; and the folder for
-    those that write files."""
+    """Loggers of the Trainer, such as "tensorboard", and the folder for those that write files.
+
+    They get the loss of every step and the validation metrics.
+    """
 
     loggers: Sequence[str] = ()
     folder: Path | None = None
@@ -45,7 +48,7 @@ class _Rows(Dataset[Row]):
 
 
 class _Trainer(transformers.Trainer):
-    """The loss on answers only, and our own validation."""
+    """A Trainer with the loss on answers only, validated by ``validate``."""
 
     validate: Callable[[], dict[str, float]]
     average: _Average
@@ -68,7 +71,7 @@ class _Trainer(transformers.Trainer):
 
 
 class _Steps(transformers.TrainerCallback):
-    """Tells of every step."""
+    """Calls ``advance`` after every step."""
 
     def __init__(self, advance: Callable[[int], object]) -> None:
         self.advance = advance
@@ -78,7 +81,7 @@ class _Steps(transformers.TrainerCallback):
 
 
 class _Average(transformers.TrainerCallback):
-    """The mean of the weights over the last ``share`` of an epoch's ``steps``."""
+    """Averages the weights over the last ``share`` of the ``steps`` of each epoch."""
 
     def __init__(self, attached: Attached, share: float, steps: int) -> None:
         self.attached, self.steps, self.first = attached, steps, steps - round(share * steps)
@@ -93,7 +96,7 @@ class _Average(transformers.TrainerCallback):
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
-        """The model with the epoch's mean, if there is one; afterwards with its own weights, and the next mean begins."""
+        """Loads the mean of the epoch, if there is one; restores the weights afterwards, and starts the next mean."""
         if not self.count:
             yield
             return
@@ -107,7 +110,7 @@ class _Average(transformers.TrainerCallback):
 
 
 class _BestEpoch(transformers.TrainerCallback):
-    """Keeps the weights of the best epoch, and stops when there was none better for some epochs."""
+    """Keeps the weights of the best epoch, and stops after ``patience`` epochs without a better one."""
 
     def __init__(self, attached: Attached, patience: int, better_by: BetterBy) -> None:
         self.attached, self.patience, self.log = attached, patience, TrainingLog(better_by)
@@ -123,7 +126,7 @@ class _BestEpoch(transformers.TrainerCallback):
 
 
 def gate_frame(model: Any, step: int) -> dict[str, Any] | None:
-    """The gates of a JoLA adapter as plain values for JSON; None for another model or frozen gates."""
+    """The gates of a JoLA adapter as plain values for JSON; None for other models, and for frozen gates."""
     if not any(".jola_log_alpha_" in name and p.requires_grad for name, p in model.named_parameters()):
         return None
     from ...adapters import gate_map
@@ -132,7 +135,7 @@ def gate_frame(model: Any, step: int) -> dict[str, Any] | None:
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """ValueError for a logger that the Trainer does not know, or whose package is not installed."""
+    """ValueError for a logger that is unknown to the Trainer, or whose package is not installed."""
     installed = sorted(get_available_reporting_integrations())
     if missing := [name for name in names if name not in installed]:
         raise ValueError(f"report_to must be some of the loggers that are installed, {installed}, got {missing}")
@@ -142,25 +145,25 @@ def train(
     attached: Attached,
     rows: Sequence[Row],
     pad: int,
-    budget: TrainingConfig,
+    config: TrainingConfig,
     seed: int,
     validate: Callable[[], dict[str, float]],
     better_by: BetterBy,
     advance: Callable[[int], object],
     logs: Logs,
 ) -> TrainingLog:
-    """Train what ``attached`` says on ``rows``; the model ends with the weights of the best epoch.
+    """Trains the parameters of ``attached`` on ``rows``; the model ends with the weights of the best epoch.
 
     Args:
-        attached: a model with a method on it.
+        attached: a model with a method attached.
         rows: prompts and answers as tokens.
         pad: the padding token.
-        budget: epochs, batch size and so on.
+        config: epochs, batch size and so on.
         seed: of the order of examples, and of gates.
-        validate: gives metrics, called after every epoch in evaluation mode.
-        better_by: what makes one epoch better than another.
-        advance: told of every step.
-        logs: loggers, and their folder.
+        validate: returns metrics; called after every epoch in evaluation mode.
+        better_by: metrics by which epochs are compared.
+        advance: called after every step.
+        logs: loggers and their folder.
 
     Returns:
         the log; its details are the gates over training.
@@ -168,49 +171,26 @@ def train(
     Raises:
         ValueError: the batch size is no multiple of the number of processes.
     """
+    device = next(attached.model.parameters()).device
+    processes = group(device)
+    processes.check_batch_size(config.batch_size)
     if attached.measure is not None:
-        attached.measure(training_inputs(attached.model, rows[:MEASURED], pad, budget.batch_size))
-    for group in attached.groups:
-        group.setdefault("weight_decay", budget.weight_decay)
+        attached.measure(training_inputs(attached.model, rows[:MEASURED], pad, config.batch_size))
+    for parameters in attached.groups:
+        parameters.setdefault("weight_decay", config.weight_decay)
     optimizer = torch.optim.AdamW(attached.groups, eps=1e-6)
-    best = _BestEpoch(attached, budget.patience, better_by)
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if budget.batch_size % processes:
-        raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {budget.batch_size}")
-    steps = -(-len(rows) // budget.batch_size)
-    average = _Average(attached, budget.average, steps)
-    on_cpu = next(attached.model.parameters()).device.type == "cpu"
-    # TensorBoard's files go to runs/ in the Trainer's output folder
+    best = _BestEpoch(attached, config.patience, better_by)
+    steps = -(-len(rows) // config.batch_size)
+    average = _Average(attached, config.average, steps)
     writes = logs.folder is not None and logs.loggers
     with nullcontext(str(logs.folder)) if writes else tempfile.TemporaryDirectory() as folder:
-        arguments = transformers.TrainingArguments(
-            output_dir=folder,
-            num_train_epochs=budget.epochs,
-            per_device_train_batch_size=budget.batch_size // processes,
-            lr_scheduler_type="cosine",
-            warmup_steps=round(budget.warmup * steps * budget.epochs),
-            max_grad_norm=budget.clip,
-            eval_strategy="epoch",
-            save_strategy="no",
-            logging_strategy="steps" if logs.loggers else "no",
-            logging_steps=1,
-            report_to=list(logs.loggers),
-            run_name=None if logs.folder is None else logs.folder.name,
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            seed=seed,
-            data_seed=seed,
-            use_cpu=on_cpu,
-            ddp_find_unused_parameters=False,
-        )
-        if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # several GPUs take part through torchrun, not by torch.nn.DataParallel
+        arguments = _arguments(config, logs, folder, steps, seed, device, processes)
         trainer = _Trainer(
             attached.model,
             arguments,
             train_dataset=_Rows(rows),
-            eval_dataset=_Rows(rows[:1]),  # the Trainer wants one; `evaluate` has its own
-            data_collator=lambda some: collate(some, pad),
+            eval_dataset=_Rows(rows[:1]),  # required by the Trainer; `validate` has its own examples
+            data_collator=lambda batch: collate(batch, pad),
             callbacks=[*attached.callbacks, _Steps(advance), average, best],
             optimizers=(optimizer, None),
         )
@@ -223,8 +203,29 @@ def train(
     return best.log
 
 
-def training_inputs(model: Any, rows: Sequence[Row], pad: int, batch_size: int) -> Iterator[dict[str, Any]]:
-    """The inputs of the model on rows, prompts with their answers, in batches on the CPU."""
-    for start in range(0, len(rows), batch_size):
-        ids, mask = padded([before + after for before, after in rows[start : start + batch_size]], pad)
-        yield tail_inputs(model, ids, mask, 1)
+def _arguments(
+    config: TrainingConfig, logs: Logs, folder: str, steps: int, seed: int, device: torch.device, processes: Group
+) -> transformers.TrainingArguments:
+    arguments = transformers.TrainingArguments(
+        output_dir=folder,  # of TensorBoard's files too, in runs/
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size // processes.size,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(config.warmup * steps * config.epochs),
+        max_grad_norm=config.clip,
+        eval_strategy="epoch",
+        save_strategy="no",
+        logging_strategy="steps" if logs.loggers else "no",
+        logging_steps=1,
+        report_to=list(logs.loggers),
+        run_name=None if logs.folder is None else logs.folder.name,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=seed,
+        data_seed=seed,
+        use_cpu=device.type == "cpu",
+        ddp_find_unused_parameters=False,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several GPUs are used with torchrun, not with torch.nn.DataParallel
+    return arguments

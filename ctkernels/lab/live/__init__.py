@@ -1,4 +1,4 @@
-"""A live page of the edits of a model in this process: by layer and head, on the texts that come in.
+"""A live page of the edits of a model in this process, by layer and head.
 
 Importing this package needs peft.
 """

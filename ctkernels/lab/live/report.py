@@ -1,4 +1,4 @@
-"""What the live page shows: the last inputs of a monitor, with the edits of every head."""
+"""The content of the live page: the last inputs of a monitor, with the edits of every head."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ..report.section import Picture, Table
 
 SHOWN = 20  # rows
 HEADS = 5  # in the table of a row
-TOKENS = 400  # of a text that was typed; longer ones lose their beginning
-LONGEST = 1 << 14  # characters of one
+TOKENS = 400  # of a typed text; longer ones lose their beginning
+LONGEST = 1 << 14  # characters of a typed text
 
 
 class LiveReport:
-    """The page and what it shows, as HTML.
+    """The live page and its content, as HTML.
 
     Args:
         monitor: with a history.
-        tokenizer: of its model.
+        tokenizer: of the monitor's model.
 
     Raises:
         ValueError: the monitor keeps no history.
@@ -43,16 +43,21 @@ class LiveReport:
             )
         require("jinja2", "lab", "the live page")
         require("matplotlib", "lab", "the live page")
-        self.monitor, self.tokenizer = monitor, copy.deepcopy(tokenizer)  # a fast one serves one thread at a time
+        self.monitor, self.tokenizer = monitor, copy.deepcopy(tokenizer)  # a fast tokenizer cannot be used by two threads
         self._lock = threading.Lock()
         self._drawn: dict[tuple[str, bool], tuple[int, str]] = {}
 
     def page(self, nonce: str) -> str:
-        """The page, without inputs; ``nonce`` lets its own script and style run and no others."""
+        """The page without inputs. ``nonce``: allows its own script and style only."""
         return template("live_page.html", __package__).render(nonce=nonce, version=__version__, most=LONGEST)
 
     def feed(self, dark: bool, known: dict[str, int]) -> dict[str, Any]:
-        """The last rows, newest first, and the facts above them; rows of which ``known`` has the version come without HTML."""
+        """The last rows, newest first, and the facts above them.
+
+        Args:
+            dark: theme of the pictures.
+            known: versions of rows, by key, that the page has; these rows are sent without HTML.
+        """
         with self._lock:
             rows = [(inputs, row) for inputs in list(self.monitor.recent) for row in range(len(inputs))]
             entries = []
@@ -66,7 +71,7 @@ class LiveReport:
 
     @torch.inference_mode()
     def read(self, text: str) -> None:
-        """Have the model read a text; it becomes the newest input, and is not counted.
+        """Passes a text to the model. It becomes the newest input, but is not counted.
 
         Raises:
             ValueError: the text has no tokens.
@@ -81,24 +86,24 @@ class LiveReport:
             model(**tail_inputs(model, row, torch.ones_like(row), 1))
 
     def _facts(self) -> list[tuple[str, str]]:
-        monitor, seen = self.monitor, self.monitor.snapshot()
+        monitor, snapshot = self.monitor, self.monitor.snapshot()
         facts = [
             ("Model", monitor.name),
             ("Adapter", ", ".join(monitor.adapter_names)),
-            ("Inputs counted", f"{seen.inputs}" + (f", one batch of {monitor.every}" if monitor.every > 1 else "")),
+            ("Inputs counted", f"{snapshot.inputs}" + (f", one batch of {monitor.every}" if monitor.every > 1 else "")),
         ]
         if (reference := monitor.reference) is None:
             return [*facts, ("Calibration", "none: no input can be told to be unusual")]
-        share = f"{100 * seen.outside / seen.inputs:.1f} %" if seen.inputs else "–"
+        share = f"{100 * snapshot.outside / snapshot.inputs:.1f} %" if snapshot.inputs else "–"
         expected = "" if reference.outside is None else f", {100 * reference.outside:.1f} % expected"
         facts.append(("Outside the calibrated range", f"{share} of them{expected}"))
         if reference.drift is not None:
-            drift = "no full window yet" if seen.drift is None else f"{max(seen.drift):.3f} in the last window"
+            drift = "no full window yet" if snapshot.drift is None else f"{max(snapshot.drift):.3f} in the last window"
             facts.append(("Drift", f"{drift}, alarm above {reference.drift.threshold:.3f}"))
         return facts
 
     def _entry(self, inputs: Inputs, row: int, key: str, dark: bool) -> str:
-        """A row as HTML, drawn once for each version and theme."""
+        """A row as HTML, cached by version and theme."""
         version, html = self._drawn.get((key, dark), (0, ""))
         if version == inputs.passes:
             return html

@@ -1,4 +1,4 @@
-"""The live page served to a browser on this machine."""
+"""The server of the live page."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LiveServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop serving; a monitor that was off before is switched off. Closing twice is closing once."""
+        """Stops serving, and detaches the monitor if the server attached it. May be called twice."""
         if not self._thread.is_alive():
             return
         self._server.shutdown()
@@ -48,7 +48,7 @@ class LiveServer:
             self.report.monitor.detach()
 
     def wait(self) -> None:
-        """Serve until the process is interrupted."""
+        """Serves until the process is interrupted."""
         self._thread.join()
 
     def __enter__(self) -> LiveServer:
@@ -59,17 +59,17 @@ class LiveServer:
 
 
 def watch(monitor: EditMonitor, tokenizer: Any, host: str = "127.0.0.1", port: int = 8321) -> LiveServer:
-    """Serve a page that shows edits by layer and head on the inputs of a model, as they come in.
+    """Serves a page that shows edits by layer and head on the inputs of a model, as they arrive.
 
-    The page has the last inputs of ``monitor``, with what is being generated, and a box to type a text into. It is served by
-    a thread of this process; ``/metrics`` on it is for Prometheus where prometheus-client is installed. There is no log-in:
-    whoever reaches the port reads the inputs. By default that is this machine alone.
+    The page shows the last inputs of ``monitor``, including text that is being generated, and has a box for typing a text.
+    A thread of this process serves it; ``/metrics`` is for Prometheus, if prometheus-client is installed. There is no
+    log-in: everyone who can reach the port, by default on this machine only, can read the inputs.
 
     Args:
-        monitor: with a history; it is switched on.
-        tokenizer: of its model.
-        host: address to serve on.
-        port: 0 takes a free one.
+        monitor: with a history; it is attached.
+        tokenizer: of the monitor's model.
+        host: address of the server.
+        port: 0: a free one.
 
     Returns:
         the server: its ``url``, and ``close()``.
@@ -89,7 +89,7 @@ def watch(monitor: EditMonitor, tokenizer: Any, host: str = "127.0.0.1", port: i
 
 
 def _names(host: str) -> frozenset[str] | None:
-    """The names by which a browser may ask, so that no other site's name can be pointed here; None for any."""
+    """The host names allowed in requests, against DNS rebinding; None: all, for an address that is not local."""
     try:
         local = ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -104,13 +104,13 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.0"  # a connection for each request, so that none outlives the server
 
     def do_GET(self) -> None:
-        path, query = self._asked()
+        path, query = self._target()
         if path is None:
             return
         if path == "/":
             nonce = secrets.token_urlsafe(16)
-            only = f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data:; connect-src 'self'"
-            policy = f"default-src 'none'; {only}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+            sources = f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data:; connect-src 'self'"
+            policy = f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
             self._answer(200, self.report.page(nonce), "text/html", {"Content-Security-Policy": policy})
         elif path == "/feed":
             pairs = (entry.rpartition(":") for entry in query.get("known", "").split(",") if entry)
@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, "not found", "text/plain")
 
     def do_POST(self) -> None:
-        path, _ = self._asked()
+        path, _ = self._target()
         if path is None:
             return
         length = self.headers.get("Content-Length", "")
@@ -130,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(413, f"expected at most {LARGEST} bytes", "text/plain")
             return
         body = self.rfile.read(int(length))
-        # a form of another site can send other types here, but not this one
+        # forms on other sites can send requests of other types, but not of this one
         if path != "/texts" or self.headers.get_content_type() != "application/json":
             self._answer(404 if path != "/texts" else 415, "expected JSON for /texts", "text/plain")
             return
@@ -144,8 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(200, "{}", "application/json")
 
-    def _asked(self) -> tuple[str | None, dict[str, str]]:
-        """The path and the query; None and an answer for a request under a name that is not this machine's."""
+    def _target(self) -> tuple[str | None, dict[str, str]]:
+        """The path and the query. Refuses a request for a host name that is not allowed, with None as its path."""
         url = urllib.parse.urlsplit(self.path)
         if (
             self.names is not None
@@ -178,4 +178,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing: a poll a second is no news."""
+        """Logs nothing, as the page polls every second."""

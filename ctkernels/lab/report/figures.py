@@ -1,4 +1,4 @@
-"""Pictures for the report and for files, drawn from results as they are saved (plain values from JSON)."""
+"""Figures for the report and for files, from the plain values of saved results."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from ..._extras import require
 from ..stats import share_error
 
-# Okabe and Ito's colours: told apart with every kind of colour vision. All but the last stand out from white at 3:1.
+# Okabe and Ito's colours, which can be distinguished with any kind of colour vision, with a contrast to white of 3:1
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#007D5A", "#B0548B", "#595959"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, GREY, "#8A6D00", "#3B4BA3")
 MARKERS = "osD^vPX"
-POINT: dict[str, Any] = {"marker": "o", "markersize": 4, "elinewidth": 1, "capsize": 2}  # with its error bar
+POINT: dict[str, Any] = {"marker": "o", "markersize": 4, "elinewidth": 1, "capsize": 2}  # for errorbar
 
 
 def data_uri(figure: Any, kind: str = "svg") -> str:
-    """The picture as a data URI: SVG, or PNG for pictures of many cells. The same bytes for the same picture."""
+    """The figure as a data URI with reproducible bytes. ``kind``: "svg", or "png" for figures of many cells."""
     matplotlib = require("matplotlib", "lab", "pictures")
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "ctkernels"}):
@@ -28,7 +28,7 @@ def data_uri(figure: Any, kind: str = "svg") -> str:
 
 
 def text(value: object, most: int = 40) -> str:
-    """A name as a picture can show it: matplotlib would take dollar signs for formulas; long names lose their middle."""
+    """A name for a figure: long names lose their middle, and dollar signs, which start formulas, are escaped."""
     name = str(value)
     if len(name) > most:
         name = f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
@@ -49,12 +49,12 @@ def tidy(axes: Any, grid: str = "y") -> None:
 
 
 def percentages(shares: Sequence[float], count: int) -> dict[str, list[float]]:
-    """``y`` and ``yerr`` of shares of ``count`` examples for an error bar: percent, and one standard error."""
+    """Arguments of an error bar for shares of ``count`` examples: ``y`` in percent, and ``yerr``, one standard error."""
     return {"y": [100 * s for s in shares], "yerr": [100 * share_error(s, count) for s in shares]}
 
 
 def validation_line(rows: Sequence[Mapping[str, Any]], chosen: float | None, count: int) -> Any:
-    """Validation accuracy on ``count`` examples against beta, the choice ringed."""
+    """Validation accuracy on ``count`` examples against beta, with a ring around the choice."""
     figure, axes = new(height=3.0)
     points = [row for row in rows if row["beta"] is not None]
     accuracies = percentages([r["accuracy"] for r in points], count)
@@ -77,7 +77,7 @@ def _validation(figure: Any, axes: Any, rows: Sequence[Mapping[str, Any]], chose
 
 
 def _mark(axes: Any, rows: Sequence[Mapping[str, Any]], chosen: float | None) -> None:
-    """A ring around the chosen beta, and a line for a plain network that is none of the betas."""
+    """Draws a ring around the chosen beta, and a line for a plain network that is none of the betas."""
     for row in rows:
         if row["beta"] is None:
             axes.axhline(100 * row["accuracy"], color=GREY, linestyle=":", label="plain network")
@@ -87,7 +87,7 @@ def _mark(axes: Any, rows: Sequence[Mapping[str, Any]], chosen: float | None) ->
 
 
 def robust_choice(condition: Mapping[str, Any], count: int) -> Any:
-    """Accuracy on ``count`` validation images under a condition, and without it, against beta; the choice ringed."""
+    """Accuracy on ``count`` validation images, clean and under a condition, against beta, with a ring around the choice."""
     figure, axes = new(height=3.4)
     rows = [row for row in condition["validation"] if row["beta"] is not None]
     betas = [row["beta"] for row in rows]
@@ -100,7 +100,7 @@ def robust_choice(condition: Mapping[str, Any], count: int) -> Any:
 
 
 def robust_test(conditions: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Any:
-    """Test accuracies as dots: a row per condition, a colour and shape per method; lines are two standard errors."""
+    """Test accuracies with two standard errors: a row per condition, a colour and marker per method."""
     figure, axes = new(height=1.5 + 0.55 * len(conditions))
     methods = list(dict.fromkeys(row["method"] for c in conditions for row in c["test"]))
     for k, method in enumerate(methods):
@@ -123,7 +123,7 @@ def robust_test(conditions: Sequence[Mapping[str, Any]], names: Mapping[str, str
 
 
 def search_history(history: Sequence[Mapping[str, Any]], reached: int, count: int) -> Any:
-    """Accuracy on ``count`` validation images of every evaluation, and the best so far."""
+    """The accuracy of every evaluation on ``count`` validation images, and the best so far."""
     figure, axes = new(height=3.2)
     values = [100 * row["val_accuracy"] for row in history]
     numbers = list(range(1, len(values) + 1))
@@ -156,7 +156,7 @@ def chosen_betas(groups: Mapping[str, Sequence[str]], chosen: Mapping[str, float
 
 
 def method_dots(rows: Sequence[Mapping[str, Any]], scale: float, label: str) -> Any:
-    """A score per method: a large mark for the mean over seeds with two standard errors, small ones for each seed."""
+    """Scores by method: a large marker for the mean over seeds with two standard errors, small ones for each seed."""
     figure, axes = new(height=1.2 + 0.42 * len(rows))
     for i, row in enumerate(rows):
         colour = COLOURS[i % 7]
@@ -174,7 +174,7 @@ def method_dots(rows: Sequence[Mapping[str, Any]], scale: float, label: str) -> 
 
 
 def learned_values(curvature: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Any:
-    """Distributions of learned beta and c in every layer: shares of the channels as colours, means as dots."""
+    """The distributions of learned beta and c in every layer: shares of the channels as colours, means as dots."""
     matplotlib = require("matplotlib", "lab", "pictures")
     sites = list(curvature)
     figure, (left, right) = new(5.8, max(2.6, min(10.0, 1.6 + 0.19 * len(sites))), ncols=2, sharey=True)
@@ -208,12 +208,12 @@ def learned_values(curvature: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
 def curvature_lines(rows: Sequence[Mapping[str, Any]], count: int, scored: str) -> Any:
     """Curvature along data and random directions, slope, and accuracy on ``count`` images, against beta.
 
-    Bands go from quartile to quartile; ``scored`` is the accuracy's name.
+    Bands are interquartile ranges. ``scored``: the name of the accuracy.
     """
-    figure, (left, right, beside) = new(8.4, 3.0, ncols=3)
+    figure, (curvature, slope, accuracy) = new(8.4, 3.0, ncols=3)
     points = [row for row in rows if row["beta"] is not None]
     betas = [row["beta"] for row in points]
-    for axes, kinds in ((left, ("data", "random")), (right, ("lipschitz",))):
+    for axes, kinds in ((curvature, ("data", "random")), (slope, ("lipschitz",))):
         for kind in kinds:
             colour, marker = {"data": (BLUE, "o"), "random": (ORANGE, "s"), "lipschitz": (GREEN, "D")}[kind]
             label = {"data": "towards other images", "random": "random", "lipschitz": "Lipschitz constant"}[kind]
@@ -229,17 +229,17 @@ def curvature_lines(rows: Sequence[Mapping[str, Any]], count: int, scored: str) 
         axes.set_xlabel("β")
         axes.legend(frameon=False, fontsize=8)
         tidy(axes)
-    left.set_ylabel("mean absolute second derivative")
-    right.set_ylabel("local Lipschitz constant")
-    beside.errorbar(betas, **percentages([r["accuracy"] for r in points], count), color=BLUE, **POINT)
-    beside.set_xlabel("β")
-    beside.set_ylabel(f"{scored}, %")
-    tidy(beside)
+    curvature.set_ylabel("mean absolute second derivative")
+    slope.set_ylabel("local Lipschitz constant")
+    accuracy.errorbar(betas, **percentages([r["accuracy"] for r in points], count), color=BLUE, **POINT)
+    accuracy.set_xlabel("β")
+    accuracy.set_ylabel(f"{scored}, %")
+    tidy(accuracy)
     return figure
 
 
 def boundaries(toy: Mapping[str, Any]) -> Any:
-    """Decision functions on the plane with the training points; the line is where the classes meet."""
+    """Decision functions on the plane, the boundaries between the classes, and the training points."""
     networks = toy["networks"]
     figure, axes = new(1.9 * len(networks), 2.25, ncols=len(networks), squeeze=False)
     extent, (x, y, labels) = toy["extent"], toy["points"]
@@ -258,9 +258,9 @@ def boundaries(toy: Mapping[str, Any]) -> Any:
         )
         ax.contour(line, line, grid, levels=[0.5], colors="black", linewidths=1.2)
         for label, marker, colour in ((0, "o", "#8a3d00"), (1, "s", "#40107a")):
-            some = [(a, b) for a, b, c in zip(x, y, labels) if c == label]
+            points = [(a, b) for a, b, c in zip(x, y, labels) if c == label]
             size = 14 if len(labels) < 300 else 4
-            ax.scatter(*zip(*some), s=size, marker=marker, color=colour, edgecolors="white", linewidths=0.25, zorder=3)
+            ax.scatter(*zip(*points), s=size, marker=marker, color=colour, edgecolors="white", linewidths=0.25, zorder=3)
         ax.set_title(text(name), fontsize=10)
         ax.set_xticks([])
         ax.set_yticks([])
@@ -268,7 +268,7 @@ def boundaries(toy: Mapping[str, Any]) -> Any:
 
 
 def curves(toy: Mapping[str, Any]) -> Any:
-    """Regression curves through noisy points, and the truth."""
+    """Regression curves, the noisy training points, and the true curve."""
     figure, axes = new(height=3.2)
     axes.plot(toy["line"], toy["truth"], color=GREY, linestyle="--", linewidth=1.2, label="truth")
     axes.plot(*toy["points"], "o", color="black", markersize=4, label="training points")
@@ -280,20 +280,20 @@ def curves(toy: Mapping[str, Any]) -> Any:
     return figure
 
 
-def kernel_bars(rows: Sequence[tuple[str, Mapping[str, float]]], yardstick: str) -> Any:
-    """Times relative to a yardstick, a group of bars per case, on a logarithmic scale."""
-    names = [n for n in rows[0][1] if n != yardstick]
+def kernel_bars(rows: Sequence[tuple[str, Mapping[str, float]]], baseline: str) -> Any:
+    """Times relative to those of ``baseline``, on a logarithmic scale, with a group of bars per case."""
+    names = [n for n in rows[0][1] if n != baseline]
     figure, axes = new(height=1.6 + 0.2 * len(rows) * len(names))
     height = 0.8 / len(names)
     for k, name in enumerate(names):
-        at = [i + height * (k - (len(names) - 1) / 2) for i in range(len(rows))]
-        ratios = [times[name] / times[yardstick] for _, times in rows]
-        axes.barh(at, ratios, height=height * 0.9, color=COLOURS[k % 7], label=text(name))
+        positions = [i + height * (k - (len(names) - 1) / 2) for i in range(len(rows))]
+        ratios = [times[name] / times[baseline] for _, times in rows]
+        axes.barh(positions, ratios, height=height * 0.9, color=COLOURS[k % 7], label=text(name))
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.set_yticks(range(len(rows)), [text(case, 34) for case, _ in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel(f"time relative to {text(yardstick)} (logarithmic; shorter is faster)")
+    axes.set_xlabel(f"time relative to {text(baseline)} (logarithmic; shorter is faster)")
     tidy(axes, "x")
     legend(figure, 3)
     return figure

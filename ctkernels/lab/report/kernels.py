@@ -1,4 +1,4 @@
-"""The report's section about the kernel benchmarks, as ``python -m benchmarks`` saves them."""
+"""The report's section about kernel benchmarks, from the files of ``python -m benchmarks``."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from .section import SECTIONS, Picture, Section, Table
 
 
 def benchmarks(values: Mapping[str, Any]) -> Section:
-    about, records = values["provenance"], values["records"]
+    provenance, records = values["provenance"], values["records"]
     parts: list[Table | Picture] = []
     lines: list[str] = []
     for op in dict.fromkeys(r["op"] for r in records):
-        some = [r for r in records if r["op"] == op]
+        of_op = [r for r in records if r["op"] == op]
         for key, title in (("forward_ms", "forward"), ("forward_backward_ms", "forward + backward")):
-            parts.append(_times(f"{op}, {title}, milliseconds", some, key))
-            if "official" in some[0][key]:
-                ratios = sorted(r[key]["official"] / r[key]["ours"] for r in some)
+            parts.append(_times(f"{op}, {title}, milliseconds", of_op, key))
+            if "official" in of_op[0][key]:
+                ratios = sorted(r[key]["official"] / r[key]["ours"] for r in of_op)
                 lines.append(
                     f"{op}, {title}: {ratios[0]:.1f} to {ratios[-1]:.1f} times the speed of the official code "
                     f"(median {ratios[len(ratios) // 2]:.1f})."
                 )
-        parts.append(_bars(op, some))
-    missed = []
+        parts.append(_bars(op, of_op))
+    not_helped = []
     if bars := values.get("bars"):
         rows = [[b["what"], b["dtype"], f"{b['value']:.2f}", b["bound"], "yes" if b["met"] else "no"] for b in bars]
         header = ["bound", "dtype", "measured", "must be", "met"]
         parts.append(Table("Bounds that the kernels are held to", header, rows, (1,)))
         if unmet := sum(not b["met"] for b in bars):
-            missed = [f"Kernels: {unmet} of the {len(bars)} bounds they are held to were not met in this run."]
-    machine = str(about.get("device", "unknown"))
-    if "cpu" in about:
-        machine = f"{about['cpu']}, {about['cpu_capability']}, {about['threads']} threads"
-    versions = f"torch {about['torch']}, Python {about['python']}, commit {about['commit']}"
+            not_helped = [f"Kernels: {unmet} of the {len(bars)} bounds they are held to were not met in this run."]
+    machine = str(provenance.get("device", "unknown"))
+    if "cpu" in provenance:
+        machine = f"{provenance['cpu']}, {provenance['cpu_capability']}, {provenance['threads']} threads"
+    versions = f"torch {provenance['torch']}, Python {provenance['python']}, commit {provenance['commit']}"
     facts = [("Machine", machine), ("Versions", versions)]
-    return Section("speed", "Kernel benchmarks", lines, facts, parts, not_helped=missed)
+    return Section("speed", "Kernel benchmarks", lines, facts, parts, not_helped=not_helped)
 
 
 def _times(caption: str, records: Sequence[Mapping[str, Any]], key: str) -> Table:

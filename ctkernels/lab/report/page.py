@@ -1,4 +1,4 @@
-"""One self-contained HTML page from result files: what was run, what it showed, and how to repeat it."""
+"""One self-contained HTML page from result files: runs, their results, and the commands to repeat them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .section import SECTIONS, STAGES, Section, Table
 
 
 def find_results(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The result files in ``paths``: files as they are; of folders, every ``result.json`` in them, at any depth.
+    """The files among ``paths``, and every ``result.json``, at any depth, of the folders among them.
 
     Raises:
-        ValueError: a path that does not exist, or a folder without results.
+        ValueError: a path does not exist, or a folder has no results.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -39,10 +39,10 @@ def find_results(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 
 def read_section(path: Path) -> Section:
-    """One result file as a section.
+    """Reads a result file as a section.
 
     Raises:
-        ValueError: the file is no JSON, is of an unknown kind, or lacks what its kind has; the message names the file.
+        ValueError: the file is no JSON, has an unknown schema, or lacks entries; the message names the file.
     """
     values = read_json(path)
     kind = _kind(values)
@@ -55,24 +55,24 @@ def read_section(path: Path) -> Section:
         raise ValueError(f"{path}: calls itself {kind} but is damaged: {type(error).__name__}: {error}") from error
     section.source = str(path)
     section.command = section.command or _command(values)
-    rest = {k: values[k] for k in ("arguments", "options", "setup", "provenance", "versions") if k in values}
-    section.settings = json.dumps(rest, indent=1, ensure_ascii=False, default=str)
+    settings = {k: values[k] for k in ("arguments", "options", "setup", "provenance", "versions") if k in values}
+    section.settings = json.dumps(settings, indent=1, ensure_ascii=False, default=str)
     return section
 
 
 def build(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], title: str = "") -> Path:
-    """Write ``out/index.html`` from result files. It loads nothing: pictures, styles and all are in it.
+    """Writes ``out/index.html`` from result files. The page is self-contained.
 
     Args:
         paths: result files of any kind, or folders of them.
-        out: folder.
+        out: folder of the page.
         title: of the page. Default: "Curvature report".
 
     Returns:
-        the page.
+        the path of the page.
 
     Raises:
-        ValueError: a file that is missing, no JSON, of an unknown kind, or damaged; nothing is written then.
+        ValueError: a file is missing, no JSON, of an unknown schema, or damaged; nothing is written.
         ImportError: Jinja2 or matplotlib is missing; the message names the extra.
 
     Examples:
@@ -90,7 +90,7 @@ def build(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], 
 
 
 def render(sections: Sequence[Section], title: str) -> str:
-    """The page of some sections. All text is escaped; pictures are data URIs."""
+    """The page with these sections. All text is escaped; pictures are data URIs."""
     stages = [
         {"key": key, "name": name, "about": about, "sections": [s for s in sections if s.stage == key]}
         for key, (name, about) in STAGES.items()
@@ -105,7 +105,7 @@ def render(sections: Sequence[Section], title: str) -> str:
 
 
 def template(name: str, package: str | None = None) -> Any:
-    """A template of ``package``, with parts from there or from here; what it shows is escaped."""
+    """A template of ``package``, or of this one, with escaping; it may include templates of both packages."""
     jinja = require("jinja2", "lab", "the report")
     folders = [resources.files(p) for p in (package, __package__) if p]
 

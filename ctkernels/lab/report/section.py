@@ -1,4 +1,4 @@
-"""The parts of the report's page: sections with facts, tables and pictures, and who makes them from which schema."""
+"""The sections of the report, with facts, tables and pictures, and the functions that make them, by schema."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Table:
-    """A table, for the report's page or as text: its first column names the rows, the others are numbers unless ``words``
-    has their index.
+    """A table for the report or as text.
 
-    A ``folded`` one is shown when it is asked for.
+    Attributes:
+        words: indices of columns of words, besides the first; the others have numbers.
+        folded: shown only on demand.
     """
 
     caption: str
@@ -23,7 +24,7 @@ class Table:
     folded: bool = False
 
     def text(self) -> str:
-        """The table in columns, without its caption: words start together, numbers end together."""
+        """The table as aligned text without its caption, words to the left and numbers to the right."""
         lines, left = [self.header, *self.rows], (0, *self.words)
         widths = [max(map(len, column)) for column in zip(*lines)]
         return "\n".join(
@@ -39,7 +40,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as a data URI, with the text that stands for it where it cannot be seen."""
+    """A picture as a data URI, with its alternative text."""
 
     source: str
     alt: str
@@ -48,7 +49,7 @@ class Picture:
 
 @dataclass
 class Section:
-    """One result. ``stage`` is a key of ``STAGES``; ``not_helped`` are sentences for the summary."""
+    """A section about one result. ``stage``: a key of ``STAGES``. ``not_helped``: sentences for the summary."""
 
     stage: str
     title: str
@@ -73,21 +74,21 @@ STAGES = {
 }
 
 SECTIONS: dict[str, Callable[[Mapping[str, Any]], Section]] = {}
-"""Schema of a result file -> what makes a section of its values. Classes of results add themselves."""
+"""Schema of a result file -> the function that makes a section from its values. Result classes register themselves."""
 
 
 def subject(values: Mapping[str, Any]) -> str:
-    """The network and the data of a result of the command line, for a title."""
+    """The network and the data in a result of the command line, for a title."""
     options = values.get("options") or {}
     model, data = options.get("model"), options.get("data")
     return f": {model} on {Path(str(data)).name}" if model and isinstance(data, (str, Path)) else ""
 
 
 def images(sizes: Mapping[str, Any]) -> tuple[str, str]:
-    """The fact that says how many images took part."""
-    words = (("train", "to train the probe"), ("val", "validation"), ("test", "test"))
-    shown = ", ".join(f"{sizes[name]} {word}" for name, word in words if name in sizes)
-    return "Images", f"{shown}; {sizes['classes']} classes"
+    """The fact about the numbers of images."""
+    purposes = (("train", "to train the probe"), ("val", "validation"), ("test", "test"))
+    counts = ", ".join(f"{sizes[name]} {purpose}" for name, purpose in purposes if name in sizes)
+    return "Images", f"{counts}; {sizes['classes']} classes"
 
 
 def duration(seconds: float) -> str:

@@ -1,1 +1,1 @@
-"""Accuracy under attack and under corruption, with beta chosen on validation data."""
+"""Accuracy under attack and under corruption, with beta chosen on validation images."""

@@ -1,4 +1,4 @@
-"""Adversarial attacks in pixel space: AutoAttack, in its authors' implementation, on networks that normalise inside."""
+"""Adversarial attacks in pixel space: the authors' AutoAttack, on networks with normalisation inside."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ..images.probe import Probe
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
-LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # what their loss, a ratio of sorted logits, needs
+LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # for their loss, a ratio of sorted logits
 NORMS = {"linf": "Linf", "l2": "L2"}
-TARGETS = 9  # classes that a targeted attack tries, the likeliest first
+TARGETS = 9  # classes for a targeted attack, the most probable first
 ROUNDING = 2.0**-23  # of a float32 pixel in [0, 1] plus a perturbation
 _SOME = names(ATTACKS)
 ATTACKS_OR_STANDARD: Kind[Sequence[str] | None] = Kind(
@@ -34,14 +34,14 @@ ATTACKS_OR_STANDARD: Kind[Sequence[str] | None] = Kind(
 
 @dataclass(frozen=True)
 class Threat:
-    """A threat model: pixels, in [0, 1], change by at most ``eps`` in ``norm``, and stay in [0, 1].
+    """A threat model: pixels in [0, 1] change by at most ``eps`` in ``norm``, and stay in [0, 1].
 
     Args:
         norm: ``"linf"`` or ``"l2"``.
-        eps: the bound, > 0. RobustBench's for CIFAR-10: 8/255 and 0.5.
+        eps: the bound, > 0. In RobustBench, 8/255 and 0.5 for CIFAR-10.
 
     Raises:
-        ValueError: an unknown norm, a bound that is not positive.
+        ValueError: the norm is unknown, or the bound is not positive.
     """
 
     norm: str
@@ -59,7 +59,7 @@ class Threat:
         return flat.abs().amax(1) if self.norm == "linf" else flat.norm(dim=1)
 
     def allows(self, before: Tensor, after: Tensor) -> Tensor:
-        """bool (n,): whether each change of float32 pixels is within the bound, rounding apart, and within [0, 1]."""
+        """bool (n,): whether each change of float32 pixels is within the bound, up to rounding, and within [0, 1]."""
         entries = 1 if self.norm == "linf" else before[0].numel()
         near = self.size(after - before) <= self.eps + ROUNDING * math.sqrt(entries)
         return near & ((after >= 0) & (after <= 1)).flatten(1).all(1)
@@ -71,15 +71,15 @@ class Threat:
 
 
 class PixelClassifier(nn.Module):
-    """A network from pixels in [0, 1] to logits: normalisation, and perhaps a linear probe, are part of it.
+    """A network from pixels in [0, 1] to logits, with normalisation and an optional linear probe inside.
 
-    So a bound on the change and the clamp to [0, 1] mean pixels, and gradients flow through all there is.
+    Bounds therefore apply to pixels, and gradients pass through normalisation and probe.
 
     Args:
-        model: the network; takes normalised images. Its mode is left to the caller: evaluation mode for attacks.
-        mean, std: of each channel. Default: 0 and 1 for however many channels come, no normalisation.
-        probe: classifies features; needs ``point``. Default: the network's own output classifies.
-        point: where features are taken.
+        model: takes normalised images. Its mode is not changed; attacks need evaluation mode.
+        mean, std: of each channel. Default: no normalisation, for any number of channels.
+        probe: classifies features; needs ``point``. Default: the network's own output.
+        point: the hook point of the features.
 
     Shape: (n, c, h, w) to (n, classes). One channel is repeated for a network with more (``len(mean)``).
 
@@ -107,7 +107,7 @@ class PixelClassifier(nn.Module):
             self.register_buffer(name, torch.tensor(values, device=device)[:, None, None])
         self.head: nn.Linear | None = None
         if probe is not None:
-            # ((x - mean) / scale) @ weight.T + bias in one product, the constants formed in float64
+            # ((x - mean) / scale) @ weight.T + bias as one product, with constants computed in float64
             weight = probe.weight / probe.scale
             bias = probe.bias - (probe.weight * (probe.mean / probe.scale)).sum(1)
             self.head = nn.Linear(weight.shape[1], weight.shape[0], device=device).requires_grad_(False)
@@ -119,7 +119,7 @@ class PixelClassifier(nn.Module):
     std: Tensor
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Pixels as the network takes them."""
+        """The normalised input of the network."""
         if self.channels is not None and pixels.shape[1] == 1:
             pixels = pixels.expand(-1, self.channels, -1, -1)
         return (pixels - self.mean) / self.std
@@ -134,7 +134,7 @@ class PixelClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class Attacked:
-    """The outcome of attacks: for every image, whether it was classified rightly at first, and after each attack."""
+    """The outcome of attacks: whether each image is classified correctly, ``clean`` and ``after`` each attack."""
 
     clean: Tensor
     after: dict[str, Tensor] = field(default_factory=dict)
@@ -142,26 +142,26 @@ class Attacked:
 
     @property
     def robust(self) -> Tensor:
-        """bool (n,): right on the clean image and after every attack."""
+        """bool (n,): whether the clean image and the results of all attacks are classified correctly."""
         return list(self.after.values())[-1] if self.after else self.clean
 
     def accuracies(self) -> dict[str, float]:
-        """Accuracy on clean images and after each attack, in order; each attack sees what the ones before it left."""
+        """Accuracy on clean images and after each attack, in order; an attack tries only images that are still right."""
         steps = {"clean": self.clean, **self.after}
         return {name: float(right.double().mean()) for name, right in steps.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig(Config):
-    """The effort of an ensemble of attacks.
+    """The attacks of an ensemble, and their effort.
 
     Args:
         attacks: some of "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t" and "square". Default: AutoAttack's standard
-            version, which is APGD on the cross-entropy, targeted APGD, targeted FAB and, without gradients, Square. With
-            fewer than four classes targeted APGD has no loss, and is left out.
+            version: APGD on the cross-entropy, targeted APGD, targeted FAB and, without gradients, Square. Targeted APGD
+            is left out for fewer than four classes, for which its loss is not defined.
         iterations: of APGD and FAB; AutoAttack's by default.
         queries: of Square, per image; AutoAttack's by default.
-        batch_size: images at once.
+        batch_size: images per forward pass.
         seed: of random starts and of Square.
     """
 
@@ -180,24 +180,24 @@ def attack(
     config: AttackConfig | None = None,
     **options: Any,
 ) -> Attacked:
-    """Attack a classifier with an ensemble: each attack tries the images that withstood the ones before it.
+    """Attacks a classifier with an ensemble; each attack tries the images that withstood the ones before it.
 
-    What an attack returns is checked here, not believed: an image counts as fooled if the change is within the bound,
-    the pixels are in [0, 1], and the classifier errs on it.
+    The results of attacks are verified: an image counts as fooled if its change is within the bound, its pixels are in
+    [0, 1], and the classifier errs on it.
 
     Args:
         classifier: from pixels in [0, 1] to logits, deterministic, in evaluation mode: :class:`PixelClassifier`.
         pixels: float32 (n, c, h, w) in [0, 1].
         labels: int64 (n,).
         threat: norm and bound.
-        config: which attacks, and their effort.
-        options: fields of :class:`AttackConfig`, in place of ``config``'s.
+        config: attacks and their effort.
+        options: fields of :class:`AttackConfig`, which replace those of ``config``.
 
     Returns:
-        :class:`Attacked`, tensors on the CPU.
+        :class:`Attacked`, with tensors on the CPU.
 
     Raises:
-        ValueError: an unknown attack or one that the number of classes rules out, pixels outside [0, 1], a bad number.
+        ValueError: an attack is unknown or needs more classes, pixels are outside [0, 1], or a number is out of range.
         ImportError: pyautoattack is missing; the message names the extra.
 
     Examples:
@@ -237,7 +237,7 @@ def attack(
 
 
 def check_attacks(attacks: Sequence[str] | None, classes: int) -> tuple[str, ...]:
-    """The attacks to run on so many classes; None: the standard ones. ValueError for one that is unknown or cannot be run."""
+    """The attacks to run for this number of classes; None: the standard ones. ValueError for one that cannot run."""
     ATTACKS_OR_STANDARD.check("attacks", attacks)
     if attacks is None:
         return tuple(name for name in STANDARD if classes >= LEAST_CLASSES.get(name, 2))
@@ -254,30 +254,30 @@ def _batch(
         right = classifier(x).argmax(1) == y
     clean, adversarial, after = right.cpu(), x.clone(), {}
     for name in names:
-        left = right.nonzero()[:, 0]
-        if len(left):
-            perturbed = _run(ensemble, name, x[left].clone(), y[left].clone()).detach()
+        remaining = right.nonzero()[:, 0]
+        if len(remaining):
+            perturbed = _run(ensemble, name, x[remaining].clone(), y[remaining].clone()).detach()
             with torch.no_grad():
-                fooled = threat.allows(x[left], perturbed) & (classifier(perturbed).argmax(1) != y[left])
-            adversarial[left[fooled]] = perturbed[fooled]
+                fooled = threat.allows(x[remaining], perturbed) & (classifier(perturbed).argmax(1) != y[remaining])
+            adversarial[remaining[fooled]] = perturbed[fooled]
             right = right.clone()
-            right[left[fooled]] = False
+            right[remaining[fooled]] = False
         after[name] = right.cpu()
     return Attacked(clean, after, adversarial.cpu())
 
 
 def _ensemble(classifier: nn.Module, threat: Threat, classes: int, config: AttackConfig, device: torch.device) -> Any:
-    """The authors' attacks as their standard version has them, but for iterations, queries and few classes."""
+    """The authors' standard version, with the configured iterations and queries, and targets for few classes."""
     package = require("pyautoattack", "lab", "adversarial attacks")
-    logging.getLogger("auto-attack").setLevel(logging.ERROR)  # it reports each image without a gradient
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)  # it warns of every image without a gradient
     ensemble = package.AutoAttack(
         classifier, norm=NORMS[threat.norm], eps=threat.eps, seed=config.seed, version="standard", device=device
     )
     iterations = ensemble.fab.n_iter = config.iterations
-    # where it looks whether to halve its step, by share of the iterations
-    for part in (ensemble.apgd, ensemble.apgd_targeted):
-        part.n_iter = part.n_iter_orig = iterations
-        part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(f * iterations), 1) for f in (0.22, 0.06, 0.03))
+    for apgd in (ensemble.apgd, ensemble.apgd_targeted):
+        apgd.n_iter = apgd.n_iter_orig = iterations
+        # checkpoints at which the step may be halved, as shares of the iterations
+        apgd.n_iter_2, apgd.n_iter_min, apgd.size_decr = (max(int(f * iterations), 1) for f in (0.22, 0.06, 0.03))
     ensemble.apgd_targeted.n_target_classes = ensemble.fab.n_target_classes = min(TARGETS, classes - 1)
     ensemble.square.n_queries = config.queries
     return ensemble

@@ -30,18 +30,18 @@ class RobustnessConfig(SteeringConfig, AttackConfig):
         iterations, queries: as of :class:`AttackConfig`.
         head: ``"probe"``: a linear probe is fitted on frozen features of the training images for every beta, as in S-CT.
             ``"own"``: the network's own output classifies; its classes are the labels.
-        mean, std: of each channel, subtracted and divided by inside the network. Default: those of the preprocessing for
-            an :class:`ImageSet`, no normalisation for tensors.
+        mean, std: of each channel, for normalisation inside the network. Default: those of the preprocessing of an
+            :class:`ImageSet`, no normalisation for tensors.
         threats: norms and bounds, in pixels: by default 8/255 in the maximum norm, 0.5 in the Euclidean. May be empty.
         corruptions: names with commas, all, or none.
-        severities: of the corruptions, 1 to 5. May be empty: no corruptions then.
+        severities: of the corruptions, 1 to 5; empty: no corruptions.
         attacks: for the test, names with commas. Default: AutoAttack's standard ensemble, see :func:`attack`.
-        val_attacks: to choose beta with: by default APGD on the cross-entropy, a tenth of the cost of the standard
+        val_attacks: for the choice of beta: by default APGD on the cross-entropy, a tenth of the cost of the standard
             ensemble.
-        max_attacked: the most validation, and the most test, images to attack, classes in proportion.
+        max_attacked: maximal number of validation, and of test, images to attack, a stratified sample.
 
     Raises:
-        ValueError: a value out of range, nothing to test, threats that are alike.
+        ValueError: a value is out of range, threats are equal, or there is nothing to test.
         ImportError: pyautoattack, imagecorruptions-imaug or scikit-learn is missing; the message names the extra.
     """
 
@@ -72,9 +72,9 @@ class RobustnessConfig(SteeringConfig, AttackConfig):
 
     @property
     def corrupts(self) -> bool:
-        """True if there are corruptions to test under."""
+        """Whether there are corruptions to test."""
         return bool(self.corruptions and self.severities)
 
     def arguments(self) -> dict[str, Any]:
-        described = ("threats", "corruptions", "severities")  # with the conditions
-        return {name: value for name, value in super().arguments().items() if name not in described}
+        in_conditions = ("threats", "corruptions", "severities")
+        return {name: value for name, value in super().arguments().items() if name not in in_conditions}

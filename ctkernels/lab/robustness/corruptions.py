@@ -1,4 +1,4 @@
-"""Common corruptions (noise, blur, weather, digital) of images, seeded, from a maintained library."""
+"""Common corruptions of images (noise, blur, weather, digital), with seeds."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ CORRUPTIONS = (
     *("snow", "frost", "fog", "brightness"),
     *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 )
-OWN_SEED = ("impulse_noise", "glass_blur")  # do not draw from NumPy's global state
+OWN_SEED = ("impulse_noise", "glass_blur")  # take a seed instead of NumPy's global state
 LEAST_SIDE = 32
 
 
 def corrupt(pixels: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
-    """Corrupt images as ImageNet-C and CIFAR-10-C do.
+    """Corrupts images as in ImageNet-C and CIFAR-10-C.
 
-    Every image has randomness of its own, which depends on ``seed``, ``name``, ``severity`` and its number alone.
+    The randomness of an image depends only on ``seed``, ``name``, ``severity`` and its number.
 
     Args:
         pixels: floating point (n, 1 or 3, h, w) in [0, 1], at least 32 x 32.
@@ -34,10 +34,10 @@ def corrupt(pixels: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
         seed: of the noise.
 
     Returns:
-        float32 (n, 3, h, w): multiples of 1/255 in [0, 1], as an 8-bit image has them.
+        float32 (n, 3, h, w): multiples of 1/255 in [0, 1], as in 8-bit images.
 
     Raises:
-        ValueError: an unknown name, another severity, images too small or out of range.
+        ValueError: the name is unknown, the severity is out of range, or images are too small or out of range.
         ImportError: imagecorruptions-imaug is missing; the message names the extra.
 
     Examples:
@@ -57,22 +57,22 @@ def corrupt(pixels: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
     numpy = require("numpy", "lab", "common corruptions")
     library = require("imagecorruptions", "lab", "common corruptions")
     images = (pixels * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
-    done = []
+    corrupted = []
     for number, image in enumerate(images):
         entropy = [seed, CORRUPTIONS.index(name), severity, number]
         image_seed = int(numpy.random.SeedSequence(entropy).generate_state(1)[0]) >> 1
         keywords = {"seed": image_seed} if name in OWN_SEED else {}
         with _seeded(numpy, image_seed):
-            done.append(library.corrupt(image, severity=severity, corruption_name=name, **keywords))
-    return torch.from_numpy(numpy.stack(done)).permute(0, 3, 1, 2).float() / 255
+            corrupted.append(library.corrupt(image, severity=severity, corruption_name=name, **keywords))
+    return torch.from_numpy(numpy.stack(corrupted)).permute(0, 3, 1, 2).float() / 255
 
 
 @contextmanager
 def _seeded(numpy: Any, seed: int) -> Iterator[None]:
-    """NumPy's global random state, which the library draws from, set for as long as the context lasts."""
-    before = numpy.random.get_state()
+    """Seeds NumPy's global random state, which the library uses; restores it afterwards."""
+    state = numpy.random.get_state()
     numpy.random.seed(seed)
     try:
         yield
     finally:
-        numpy.random.set_state(before)
+        numpy.random.set_state(state)

@@ -1,4 +1,4 @@
-"""Robustness of a steered network: beta chosen on validation images, the test images seen once."""
+"""Robustness of a steered network, with beta chosen on validation images and one test."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ..images.inputs import device_of
 from ..images.probe import fit_probe
 from ..images.sets import ImageSet
 from ..labelled import check_classes
-from ..stats import preferred
+from ..stats import best_beta
 from .attacks import PixelClassifier, check_attacks
-from .conditions import Images, Pixels, conditions_of, read_pixels
+from .conditions import Condition, Pixels, PixelSet, conditions_of, read_pixels
 from .config import RobustnessConfig
 from .corruptions import LEAST_SIDE
-from .result import Outcome, Robustness, Trial
+from .result import Outcome, Robustness, ValidationScore
 
 
 def robustness(
@@ -41,32 +41,32 @@ def robustness(
     progress: bool = True,
     **options: Any,
 ) -> Robustness:
-    """Accuracy under attack and under common corruptions, of the plain network, of the best beta, and of others.
+    """Accuracy under attack and under common corruptions, of the plain network, the best beta, and further networks.
 
-    For every condition (each threat, and all corruptions together) the beta with the best accuracy *under that
-    condition on the validation images* is chosen, the one nearest 1 among equals, if it is better than the plain network
-    by more than one standard error (``margin``); then the plain network and the chosen beta are tested under it, once, on
-    the same test images.
+    For every condition (each threat, and all corruptions together), the beta with the best accuracy *under that condition
+    on the validation images* is chosen (the one nearest 1 among equals) if it beats the plain network by more than one
+    standard error (``margin``). Then the plain network and the chosen beta are tested under it, once, on the same test
+    images.
 
     Args:
-        model: a network with ReLU-like activations, taking normalised images. It is left as it was.
-        train: images to fit the linear probe on, an :class:`ImageSet` or a pair of tensors, pixels (n, c, h, w) in
-            [0, 1] and labels (n,). None with ``head="own"``.
-        val, test: the same kind.
+        model: a network with ReLU-like activations that takes normalised images; unchanged afterwards.
+        train: images for the linear probe, an :class:`ImageSet` or a pair of tensors, pixels (n, c, h, w) in [0, 1] and
+            labels (n,). None with ``head="own"``.
+        val, test: images of the same form.
         config: betas, threats, corruptions, attacks and so on.
-        trained: further networks to test under every condition, by name, classifying by themselves: a network with
-            learned curvature (T-CT), say, or LoRA. They take images normalised alike; one that was trained with another
-            normalisation is given as a :class:`PixelClassifier`.
-        device: where to run; the model is moved there. Default: where it is.
-        progress: show a bar on standard error.
-        options: fields of :class:`RobustnessConfig`, in place of ``config``'s.
+        trained: further networks to test under every condition, by name, such as one with learned curvature (T-CT) or
+            LoRA. They classify by themselves, and take images with the same normalisation; a :class:`PixelClassifier` has
+            its own.
+        device: where to run; the model is moved there. Default: the device of the model.
+        progress: show a progress bar on standard error.
+        options: fields of :class:`RobustnessConfig`, which replace those of ``config``.
 
     Returns:
         :class:`Robustness`.
 
     Raises:
-        ValueError: before any long work: an argument out of range, pixels outside [0, 1], images the network does not
-            take, labels without an output, nothing to test.
+        ValueError: raised before any long work: an argument is out of range, pixels are outside [0, 1], the network does
+            not take the images, labels have no output, or there is nothing to test.
         ImportError: pyautoattack, imagecorruptions-imaug or scikit-learn is missing; the message names the extra.
 
     Examples:
@@ -77,20 +77,12 @@ def robustness(
         ℓ∞ 8/255...
         corruptions...
 
-    Source: Curvature Tuning paper, section 4.3. Unlike its code: bounds and clamping are in pixels, beta is not chosen on
-    the test images, and images are attacked at the size the network is used at.
+    Source: Curvature Tuning paper, section 4.3. Unlike in its code, bounds and clamping are in pixels, beta is not
+    chosen on the test images, and images are attacked at the size of the network's input.
     """
     started = time.perf_counter()
     config = configured(RobustnessConfig, config, options)
-    if (train is None) != (config.head == "own"):
-        raise ValueError(f"train must be {'images' if config.head == 'probe' else 'None'} for head={config.head!r}")
-    parts = {"train": train, "val": val, "test": test}
-    sets = {name: read_pixels(data, name) for name, data in parts.items() if data is not None}
-    if config.corrupts and min(sets["test"].pixels.shape[2:]) < LEAST_SIDE:
-        size = " x ".join(map(str, sets["test"].pixels.shape[2:]))
-        raise ValueError(f"corruptions need images of at least {LEAST_SIDE} x {LEAST_SIDE} pixels, got {size}")
-    if config.mean is None and isinstance(source := train if train is not None else val, ImageSet):
-        config = replace(config, mean=source.preprocess.mean, std=source.preprocess.std)
+    sets, config = _checked(train, val, test, config)
     device = device_of(model, device)
     others: dict[str, nn.Module] = {
         name: other if isinstance(other, PixelClassifier) else PixelClassifier(other, config.mean, config.std)
@@ -101,42 +93,23 @@ def robustness(
             stack.enter_context(evaluation(module.to(device)))
         classes = _classes(sets, config, model, device)
         attacks, val_attacks = (check_attacks(names, classes) for names in (config.attacks, config.val_attacks))
-        conditions = conditions_of(config)
         network = stack.enter_context(_steered_classifier(model, sets, config, device))
-        candidates, plain = network.steered.candidates(config.grid), network.steered.plain
-        trials: dict[str, list[Trial]] = {condition.name: [] for condition in conditions}
-        validated: dict[str, list[Sequence[float]]] = {condition.name: [] for condition in conditions}
-        heads: dict[float | None, nn.Module] = {}
-        seconds: dict[str, float] = {}
-        steps = len(candidates) * len(conditions)
-        with timed(seconds, "validation"), bar(steps, "validation", progress) as advance:
-            for beta in candidates:
-                heads[beta] = network.at(beta)
-                for condition in conditions:
-                    outcome = condition.measure(heads[beta], sets["val"], val_attacks)
-                    trials[condition.name].append(Trial(beta, outcome.accuracy, outcome.clean))
-                    validated[condition.name].append(outcome.right)
-                    advance(1)
-        choice = {name: _choice(tried, validated[name], plain, config.margin) for name, tried in trials.items()}
-        tested: dict[str, dict[str, Outcome]] = {}
-        steps = len(conditions) * (2 + len(others))
-        with timed(seconds, "test"), bar(steps, "test", progress) as advance:
-            for condition in conditions:
-                betas = {"plain": plain, "s-ct": choice[condition.name].beta}
-                rows = tested[condition.name] = {}
-                for method, beta in betas.items():
-                    if method == "plain" or beta != plain:
-                        network.steered.set_beta(beta)
-                        rows[method] = condition.measure(heads[beta], sets["test"], attacks)
-                    advance(1)
-                for method, other in others.items():
-                    rows[method] = condition.measure(other, sets["test"], attacks)
-                    advance(1)
-    seconds["total"] = time.perf_counter() - started
+        run = _Evaluation(network, conditions_of(config), {}, {}, progress)
+        outcomes = run.validate(network.steered.candidates(config.grid), sets["val"], val_attacks)
+        plain = network.steered.plain
+        chosen = {
+            name: best_beta({beta: o.right for beta, o in by_beta.items()}, plain, config.margin)
+            for name, by_beta in outcomes.items()
+        }
+        tested = run.test(chosen, others, sets["test"], attacks)
+    run.seconds["total"] = time.perf_counter() - started
     return Robustness(
-        conditions=tuple(condition.describe() for condition in conditions),
-        validation={name: tuple(tried) for name, tried in trials.items()},
-        chosen={name: trial.beta for name, trial in choice.items()},
+        conditions=tuple(condition.describe() for condition in run.conditions),
+        validation={
+            name: tuple(ValidationScore(beta, o.accuracy, o.clean) for beta, o in by_beta.items())
+            for name, by_beta in outcomes.items()
+        },
+        chosen=chosen,
         test=tested,
         plain_is_beta_1=network.steered.plain_is_beta_1,
         sites=network.steered.sites,
@@ -148,12 +121,82 @@ def robustness(
             "val_attacks": list(val_attacks),
             "device": str(device),
         },
-        seconds=seconds,
+        seconds=run.seconds,
     )
 
 
-def _classes(sets: Mapping[str, Images], config: RobustnessConfig, model: nn.Module, device: torch.device) -> int:
-    """The number of classes; ValueError unless the network takes the images and the labels fit."""
+def _checked(
+    train: Pixels | None, val: Pixels, test: Pixels, config: RobustnessConfig
+) -> tuple[dict[str, PixelSet], RobustnessConfig]:
+    """The images by name, and the configuration with the normalisation of an :class:`ImageSet`."""
+    if (train is None) != (config.head == "own"):
+        raise ValueError(f"train must be {'images' if config.head == 'probe' else 'None'} for head={config.head!r}")
+    parts = {"train": train, "val": val, "test": test}
+    sets = {name: read_pixels(data, name) for name, data in parts.items() if data is not None}
+    if config.corrupts and min(sets["test"].pixels.shape[2:]) < LEAST_SIDE:
+        size = " x ".join(map(str, sets["test"].pixels.shape[2:]))
+        raise ValueError(f"corruptions need images of at least {LEAST_SIDE} x {LEAST_SIDE} pixels, got {size}")
+    if config.mean is None and isinstance(source := train if train is not None else val, ImageSet):
+        config = replace(config, mean=source.preprocess.mean, std=source.preprocess.std)
+    return sets, config
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """A running evaluation.
+
+    Attributes:
+        classifiers: the classifier at each validated beta.
+        seconds: durations so far.
+    """
+
+    network: _SteeredClassifier
+    conditions: Sequence[Condition]
+    classifiers: dict[float | None, nn.Module]
+    seconds: dict[str, float]
+    progress: bool
+
+    def validate(
+        self, betas: Sequence[float | None], images: PixelSet, attacks: Sequence[str]
+    ) -> dict[str, dict[float | None, Outcome]]:
+        """The outcomes of all betas under all conditions."""
+        outcomes: dict[str, dict[float | None, Outcome]] = {condition.name: {} for condition in self.conditions}
+        steps = len(betas) * len(self.conditions)
+        with timed(self.seconds, "validation"), bar(steps, "validation", self.progress) as advance:
+            for beta in betas:
+                self.classifiers[beta] = self.network.at(beta)
+                for condition in self.conditions:
+                    outcomes[condition.name][beta] = condition.measure(self.classifiers[beta], images, attacks)
+                    advance(1)
+        return outcomes
+
+    def test(
+        self,
+        chosen: Mapping[str, float | None],
+        others: Mapping[str, nn.Module],
+        images: PixelSet,
+        attacks: Sequence[str],
+    ) -> dict[str, dict[str, Outcome]]:
+        """The outcomes of the plain network, the chosen beta and other classifiers, by condition and method."""
+        outcomes: dict[str, dict[str, Outcome]] = {}
+        plain = self.network.steered.plain
+        steps = len(self.conditions) * (2 + len(others))
+        with timed(self.seconds, "test"), bar(steps, "test", self.progress) as advance:
+            for condition in self.conditions:
+                by_method = outcomes[condition.name] = {}
+                for method, beta in {"plain": plain, "s-ct": chosen[condition.name]}.items():
+                    if method == "plain" or beta != plain:
+                        self.network.steered.set_beta(beta)
+                        by_method[method] = condition.measure(self.classifiers[beta], images, attacks)
+                    advance(1)
+                for method, other in others.items():
+                    by_method[method] = condition.measure(other, images, attacks)
+                    advance(1)
+        return outcomes
+
+
+def _classes(sets: Mapping[str, PixelSet], config: RobustnessConfig, model: nn.Module, device: torch.device) -> int:
+    """The number of classes. ValueError if the network does not take the images, or labels are out of range."""
     example = sets["val"].pixels[:1].to(device)
     classifier = PixelClassifier(model, config.mean, config.std)
     outputs = check_takes(classifier, example, what="val: images", name=type(model).__name__).shape
@@ -174,20 +217,12 @@ def _classes(sets: Mapping[str, Images], config: RobustnessConfig, model: nn.Mod
     return classes
 
 
-def _choice(trials: Sequence[Trial], right: Sequence[Sequence[float]], plain: float | None, margin: float) -> Trial:
-    """The best accuracy under the condition, of equals the beta nearest 1; the plain network if that is within the margin."""
-    numbers = range(len(trials))
-    best = max(numbers, key=lambda i: (trials[i].accuracy, 2.0 if trials[i].beta is None else trials[i].beta))
-    pair = next(i for i in numbers if trials[i].beta == plain), best
-    return trials[pair[preferred([right[i] for i in pair], margin)]]
-
-
 # --- the network ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _SteeredClassifier:
-    """A steered network; ``at`` sets beta and returns the classifier of pixels that the network then is."""
+    """A steered network. ``at`` sets beta and returns the network as a classifier of pixels, with a probe if configured."""
 
     steered: Steered
     at: Callable[[float | None], nn.Module]
@@ -195,7 +230,7 @@ class _SteeredClassifier:
 
 @contextmanager
 def _steered_classifier(
-    model: nn.Module, sets: Mapping[str, Images], config: RobustnessConfig, device: torch.device
+    model: nn.Module, sets: Mapping[str, PixelSet], config: RobustnessConfig, device: torch.device
 ) -> Iterator[_SteeredClassifier]:
     pixels = PixelClassifier(model, config.mean, config.std)
     example = pixels.normalised(sets["val"].pixels[:1].to(device))

@@ -1,4 +1,4 @@
-"""The result of a robustness evaluation: accuracies image by image, tables, and a sentence per condition."""
+"""The result of a robustness evaluation: accuracies, tables, and a sentence per condition."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MASKED = 0.002  # AutoAttack's own threshold for calling its result unreliable
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A beta (None: the plain network) on the validation images: accuracy under a condition, and without it."""
+class ValidationScore:
+    """The validation accuracy of a beta (None: the plain network) under a condition, and on clean images."""
 
     beta: float | None
     accuracy: float
@@ -28,12 +28,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A classifier on the test images under a condition.
+    """The answers of a classifier under a condition.
 
     Attributes:
-        right: of every image, in [0, 1]: whether it was right under the condition (its share of the corruptions).
-        clean: accuracy on the images as they are.
-        steps: of an attack, the accuracy left after each attack of the ensemble; of corruptions, the accuracy on each.
+        right: for every image, whether the answer under the condition is right (of corruptions, the share), in [0, 1].
+        clean: accuracy on clean images.
+        steps: of an attack, the remaining accuracy after each attack of the ensemble; of corruptions, that under each.
     """
 
     right: tuple[float, ...]
@@ -46,9 +46,9 @@ class Outcome:
 
     @property
     def masked(self) -> bool:
-        """True if the attack without gradients fooled more images than those with: their gradients mislead."""
-        before = [a for name, a in self.steps.items() if name != "square"]
-        return bool(before) and "square" in self.steps and self.steps["square"] < before[-1] - MASKED
+        """Whether the attack without gradients fooled images that those with gradients did not: gradients are masked."""
+        with_gradients = [a for name, a in self.steps.items() if name != "square"]
+        return bool(with_gradients) and "square" in self.steps and self.steps["square"] < with_gradients[-1] - MASKED
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class Robustness(SteeringResult):
     """The outcome of :func:`robustness`. Accuracies are in [0, 1].
 
     Attributes:
-        conditions: ``name``, ``kind`` ("attack" or "corruption") and what defines each.
-        validation: per condition every beta that was tried.
-        chosen: per condition the beta that validation chose; None is a plain network that is not beta = 1.
-        test: per condition and method ("plain", "s-ct", and those given as trained) the outcome. "s-ct" is absent where
-            validation kept the plain network.
+        conditions: ``name``, ``kind`` ("attack" or "corruption") and parameters of each condition.
+        validation: for each condition, the scores of all betas.
+        chosen: for each condition, the beta that validation chose; None is a plain network that is not beta = 1.
+        test: for each condition and method ("plain", "s-ct", and further networks), the outcome. "s-ct" is missing if
+            validation chose the plain network.
         plain_is_beta_1: whether the network at beta = 1 is the plain one.
         seconds: ``validation``, ``test`` and ``total``.
         sites, missed, sizes, arguments: as of :class:`SteeringResult`.
@@ -82,14 +82,14 @@ class Robustness(SteeringResult):
     PACKAGES: ClassVar[tuple[str, ...]] = ("pyautoattack", "imagecorruptions-imaug")
 
     conditions: tuple[dict[str, Any], ...]
-    validation: dict[str, tuple[Trial, ...]]
+    validation: dict[str, tuple[ValidationScore, ...]]
     chosen: dict[str, float | None]
     test: dict[str, dict[str, Outcome]]
     plain_is_beta_1: bool
     seconds: dict[str, float]
 
     def gain(self, condition: str, method: str) -> Gain:
-        """Gain of ``method`` over the plain network, paired by image; the p-value is that of a two-sided sign test."""
+        """The gain of ``method`` over the plain network, paired by image, with the p-value of a two-sided sign test."""
         plain, other = self.test[condition]["plain"].right, self.test[condition][method].right
         differences = [b - a for a, b in zip(plain, other)]
         wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
@@ -134,7 +134,7 @@ class Robustness(SteeringResult):
         return f"{condition}, {name}: it {'helped' if gain.points > 0 else 'hurt'}: {numbers}."
 
     def table(self) -> str:
-        """Test accuracies as text: a row per condition and method."""
+        """Test accuracies as text, with a row per condition and method."""
         return _test_table(self.entries()["conditions"]).text()
 
     def entries(self) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class Robustness(SteeringResult):
             ("Classifier", "a linear probe on frozen features" if probe else "the network's own output"),
             ("Time", duration(values["seconds"]["total"])),
         ]
-        # a sentence is "condition, method: what was shown: numbers"
+        # sentences have the form "condition, method: effect: numbers"
         not_helped = [": ".join(line.split(": ")[:2]) + "." for line in lines if ": it helped: " not in line]
         title = f"Accuracy under attack and corruption{subject(values)}"
         return Section("robust", title, lines, facts, parts, not_helped=not_helped)
@@ -217,9 +217,9 @@ def _test_table(conditions: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _validated(condition: Mapping[str, Any], values: Mapping[str, Any]) -> int:
-    """How many validation images a condition was tried on; only so many are attacked."""
-    count, most = values["sizes"]["val"], values["arguments"].get("max_attacked")
-    return min(count, most) if most and condition["kind"] == "attack" else count
+    """The number of validation images for a condition; only a sample is attacked."""
+    count, limit = values["sizes"]["val"], values["arguments"].get("max_attacked")
+    return min(count, limit) if limit and condition["kind"] == "attack" else count
 
 
 def _condition_parts(condition: Mapping[str, Any], count: int) -> list[Table | Picture]:

@@ -1,4 +1,4 @@
-"""The plot of a search: validation accuracy against beta, the choice, and test accuracies."""
+"""The plot of a search: validation accuracies against beta, the choice, and test accuracies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..stats import share_error
 
 
 def draw(runs: Sequence[Any], title: str = "") -> Any:
-    """The plot that :func:`plot` saves of some :class:`BetaSearch`, as a matplotlib figure."""
+    """The plot of :func:`plot`, as a matplotlib figure. ``runs``: one or more :class:`BetaSearch`."""
     if not runs or any(r.betas != runs[0].betas for r in runs):
         raise ValueError(
             f"results must be one or more searches over one grid, got {[len(r.betas) for r in runs]} betas"
@@ -24,7 +24,9 @@ def draw(runs: Sequence[Any], title: str = "") -> Any:
         line = "validation ± 1 standard error"
     else:
         columns = list(zip(*(r.val_accuracy for r in runs)))
-        low = [max(0.0, m - 100 * min(c)) for m, c in zip(mean, columns)]  # a mean is rounded
+        low = [
+            max(0.0, m - 100 * min(c)) for m, c in zip(mean, columns)
+        ]  # rounding may make a mean less than its least
         high = [max(0.0, 100 * max(c) - m) for m, c in zip(mean, columns)]
         line = f"validation, mean and range over {n} draws"
     axes.fill_between(
@@ -57,17 +59,17 @@ def _choices(axes: Any, runs: Sequence[Any]) -> None:
 
 
 def _tests(axes: Any, runs: Sequence[Any]) -> None:
-    """Mean test accuracies as diamonds with their values: at the mean chosen beta, and of the plain network."""
+    """Diamonds, with values, for the mean test accuracies of the plain network and at the mean chosen beta."""
     n = len(runs)
-    moved = [r.chosen for r in runs if r.chosen is not None]
+    chosen = [r.chosen for r in runs if r.chosen is not None]
     plain = 100 * sum(r.test.plain for r in runs) / n
     steered = 100 * sum(r.test.steered for r in runs) / n
     points = [(1.0, plain, GREY, "plain network, test")]
     if not all(r.kept_plain for r in runs):
-        points.append((sum(moved) / len(moved), steered, ORANGE, "chosen β, test"))
-    tested = sum(r.test.samples for r in runs)
+        points.append((sum(chosen) / len(chosen), steered, ORANGE, "chosen β, test"))
+    samples = sum(r.test.samples for r in runs)
     for beta, accuracy, colour, label in points:
-        error = 100 * share_error(accuracy / 100, tested)
+        error = 100 * share_error(accuracy / 100, samples)
         axes.errorbar([beta], [accuracy], yerr=[error], color=colour, linestyle="none", capsize=3, zorder=4)
         axes.scatter([beta], [accuracy], marker="D", s=55, color=colour, edgecolors="white", zorder=5, label=label)
         axes.annotate(

@@ -1,4 +1,4 @@
-"""A frozen network and its images during a search: features at values of beta, probes fitted to them, their scores."""
+"""A frozen network and its images in a search: features at several betas, and the scores of probes fitted to them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..images.backbone import Backbone, Beta, FeatureReader, steered_backbone
 from ..images.inputs import Images, check_labels, example_of, split
 from ..images.probe import PROBES, Probe, fit_probe
 from ..labelled import validation_folds
-from ..stats import folds_for, preferred
+from ..stats import folds_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,10 @@ class ProbingConfig(SteeringConfig):
 
     Args:
         betas, activations, margin, coeff, feature_layer, l2, seed, batch_size: as of :class:`SteeringConfig`.
-        folds: ways to cut training and validation images, of which each setting is validated on all. Default: one from
-            200 validation images on and for a validation set of the data's own; else as many as validate on 200
-            images, at most five.
-        probe: "logistic": logistic regression on standardised features; "adam": the paper's own (see :func:`fit_probe`).
+        folds: number of folds of training and validation images; each setting is validated on all. Default: one if there
+            are 200 or more validation images, or a validation split; else as many as validate on 200 images, at most
+            five.
+        probe: "logistic": logistic regression on standardised features; "adam": the paper's (see :func:`fit_probe`).
         workers: processes that decode images.
     """
 
@@ -47,12 +47,12 @@ class ProbingConfig(SteeringConfig):
 
 @dataclass(frozen=True)
 class Score:
-    """How well probes read the classes of the validation images.
+    """The validation of a setting.
 
     Attributes:
         right: 1 or 0 for every validation image, fold by fold.
         converged: whether all probes reached their optimum.
-        probe: the first fold's, while it is kept.
+        probe: of the first fold; None once it is not needed any more.
     """
 
     right: tuple[int, ...]
@@ -64,22 +64,16 @@ class Score:
         return sum(self.right) / len(self.right)
 
 
-def chosen_by(scores: dict[Any, Score], plain: Any, margin: float) -> Any:
-    """The key of the best score, of equals the first; ``plain`` unless that is better beyond ``margin``."""
-    best = max(scores, key=lambda key: scores[key].accuracy)
-    return (plain, best)[preferred([scores[plain].right, scores[best].right], margin)]
-
-
 @dataclass(frozen=True)
 class Probing:
-    """A frozen network, its images, and the probes that a search fits.
+    """A frozen network and its images, to which a search fits probes.
 
     Attributes:
         config: of the search.
         images, labels: of "train", "val" and "test".
         fractions: of the training images that were cut off for "val" and "test".
-        cuts: indices of the training and of the validation part of each fold, see :func:`validation_folds`.
-        example: an image that the network takes, as a batch.
+        cuts: indices of the training and validation parts of each fold, see :func:`validation_folds`.
+        example: an image as a batch.
         reader: extracts features.
     """
 
@@ -96,14 +90,14 @@ class Probing:
         return self.reader.backbone
 
     def features(self, text: str, betas: Sequence[Beta], *names: str) -> Tensor:
-        """Features (betas, n, dim) of the named images, one after the other; ``text`` labels the progress bar."""
+        """Features (betas, n, dim) of the named images, concatenated. ``text`` labels the progress bar."""
         return self.reader(text, [self.images[name] for name in names], betas)
 
     def fit(self, features: Tensor, at_once: int = 1) -> list[Score]:
-        """Fit a probe per fold to each of some betas' features, of the training and then the validation images.
+        """Fits probes, one per fold, to the features (betas, n, dim) of the training and validation images.
 
-        As many as ``at_once`` run side by side, each on one thread: so their sums do not depend on how many threads
-        there are.
+        At most ``at_once`` betas are fitted concurrently, each on one thread, so that results do not depend on the number
+        of threads.
         """
         threadpoolctl = require("threadpoolctl", "lab", "a linear probe")
         config, labels = self.config, torch.cat([self.labels["train"], self.labels["val"]])
@@ -116,26 +110,26 @@ class Probing:
             return Score(tuple(right), all(probe.converged for probe in probes), probes[0])
 
         threads = torch.get_num_threads()
-        side_by_side = 1 if config.probe == "adam" else max(1, min(threads, at_once))
+        concurrent = 1 if config.probe == "adam" else max(1, min(threads, at_once))
         torch.set_num_threads(1)
         try:
             with (
                 threadpoolctl.threadpool_limits(1),
                 warnings.catch_warnings(),
-                ThreadPoolExecutor(side_by_side) as pool,
+                ThreadPoolExecutor(concurrent) as pool,
             ):
-                warnings.simplefilter("ignore")  # about convergence, which the result tells
+                warnings.simplefilter("ignore")  # about convergence, which the score records
                 return list(pool.map(fit, features))
         finally:
             torch.set_num_threads(threads)
 
     def right_on_test(self, score: Score, features: Tensor) -> Tensor:
-        """bool (n,): whether each test image is classified rightly."""
+        """bool (n,): whether each test image is classified correctly."""
         assert score.probe is not None
         return score.probe.predict(features) == self.labels["test"]
 
     def record(self) -> dict[str, Any]:
-        """Fields that the results of all searches have."""
+        """The fields that the results of all searches share."""
         backbone, labels = self.backbone, self.labels
         return {
             "sites": backbone.steered.sites,
@@ -161,11 +155,10 @@ def probing(
     group: Group,
     progress: bool = False,
 ) -> Iterator[Probing]:
-    """Check the images, (train, val, test), and steer the network in evaluation mode; afterwards it is as it was."""
+    """Checks the images (train, val, test) and steers the network in evaluation mode; restores it afterwards."""
     images, fractions = split(*data, config.seed)
     labels = check_labels(images)
-    own = "val" not in fractions
-    count = config.folds or (1 if own else folds_for(len(labels["val"]), len(labels["train"])))
+    count = config.folds or (folds_for(len(labels["val"]), len(labels["train"])) if "val" in fractions else 1)
     cuts = validation_folds(labels["train"], labels["val"], count, config.seed)
     with evaluation(model.to(device)), ExitStack() as stack:
         example = example_of(images["train"], device)

@@ -1,4 +1,4 @@
-"""The results of searches over beta: the numbers, how sure they are, and a verdict in one sentence."""
+"""The results of searches over beta: numbers, their uncertainty, and a verdict in one sentence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .plot import draw
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two classifiers on the same test images: how many both, neither, or only one of them got right."""
+    """A paired comparison of two classifiers: numbers of test images that both, neither, or only one classified correctly."""
 
     both: int
     only_plain: int
@@ -30,7 +30,7 @@ class Comparison:
 
     @classmethod
     def of(cls, plain: Tensor, steered: Tensor) -> Comparison:
-        """Count, from two bool (n,): whether the plain, and the steered, network classified each test image rightly."""
+        """Counts, from whether the plain and the steered network classified each test image correctly, bool (n,)."""
         both, neither = int((plain & steered).sum()), int((~plain & ~steered).sum())
         return cls(both, int((plain & ~steered).sum()), int((~plain & steered).sum()), neither)
 
@@ -54,24 +54,24 @@ class Comparison:
 
     @property
     def standard_error(self) -> float:
-        """Standard error of ``gain``, from paired counts: smaller than for two test sets, as the images are the same."""
+        """Standard error of ``gain`` for paired counts, which is smaller than for two independent test sets."""
         n, changed = self.samples, self.only_steered + self.only_plain
         return math.sqrt(max(0.0, changed - (self.only_steered - self.only_plain) ** 2 / n)) / n
 
     @property
     def p_value(self) -> float:
-        """Exact two-sided McNemar test: a split this uneven by chance, if each changed answer were a coin toss."""
+        """Exact two-sided McNemar test: the probability of so uneven a split if each changed answer were a coin toss."""
         return sign_test(self.only_steered, self.only_plain)
 
     @property
     def effect(self) -> str:
-        """The beginning of a sentence that says what was shown."""
+        """The effect of steering, as the beginning of a sentence."""
         if self.p_value >= SIGNIFICANT:
             return "No difference beyond chance was shown"
         return f"Steering {'helped' if self.gain > 0 else 'hurt'}"
 
     def scores(self) -> str:
-        """Both accuracies, the gain, and how sure it is, as text."""
+        """Both accuracies, the gain and its uncertainty, as text."""
         return (
             f"{percent(self.steered)} against {percent(self.plain)} for the plain network, "
             f"{100 * self.gain:+.1f} ± {100 * self.standard_error:.1f} points (standard error) "
@@ -95,9 +95,9 @@ class FeatureSearch(SteeringResult):
     """The outcome of a search on a network's features.
 
     Attributes:
-        test: the chosen beta or betas against the plain network, the test images' only use.
-        feature_layer: where the features were taken, in words.
-        sites, missed, sizes, arguments: as of :class:`SteeringResult`; ``sizes`` has the number of ``features`` too.
+        test: the chosen beta or betas against the plain network; the only use of the test images.
+        feature_layer: where features were extracted, in words.
+        sites, missed, sizes, arguments: as of :class:`SteeringResult`; ``sizes`` also has the number of ``features``.
     """
 
     test: Comparison
@@ -105,21 +105,21 @@ class FeatureSearch(SteeringResult):
 
     @property
     def kept_plain(self) -> bool:
-        """True if validation preferred the plain network to all others."""
+        """Whether validation chose the plain network."""
         raise NotImplementedError
 
     @property
     def validated(self) -> int:
-        """How many images every setting was validated on, over all folds."""
+        """The number of validation images of every setting, over all folds."""
         return validated(self.sizes)
 
     @property
     def margin(self) -> str:
-        """How much better than the plain network others had to be, as text."""
+        """The margin by which others had to beat the plain network, as text."""
         return beyond(self.arguments.get("margin", 0.0))
 
     def verdict(self) -> str:
-        """One sentence: what was shown on the test images, and how sure it is."""
+        """A sentence with the effect on the test images and its uncertainty."""
         raise NotImplementedError
 
     def entries(self) -> dict[str, Any]:
@@ -132,13 +132,13 @@ class BetaSearch(FeatureSearch):
     """The outcome of :func:`search_beta`. Accuracies are in [0, 1].
 
     Attributes:
-        betas: the grid, ascending. It holds 1 if beta = 1 is the plain network, asked for or not.
-        val_accuracy: of each, on the validation images.
+        betas: the grid, ascending; includes 1 if beta = 1 is the plain network.
+        val_accuracy: of each beta.
         plain_val_accuracy: of the plain network.
-        plain_is_beta_1: whether the network at beta = 1 is the plain one: so for ReLU and its kin, not for SiLU or
-            GELU, where the untouched network takes part as a candidate of its own.
-        chosen: the beta with the best validation accuracy, the one nearest 1 among equals, if it beat the plain network
-            by more than the margin; else the plain network: 1, or ``None`` where that is not beta = 1.
+        plain_is_beta_1: whether the network at beta = 1 is the plain one: true for the ReLU family, false for SiLU and
+            GELU, where the plain network is a candidate of its own.
+        chosen: the beta with the best validation accuracy (the one nearest 1 among equals) if it beat the plain network
+            by more than the margin; else the plain network: 1, or ``None`` if that is not beta = 1.
         converged: whether each beta's probe reached its optimum.
         seconds: ``features``, ``probes``, ``test`` and ``total``.
         test, feature_layer, sites, missed, sizes, arguments: as of :class:`FeatureSearch`.
@@ -168,7 +168,7 @@ class BetaSearch(FeatureSearch):
         return verdict([self])
 
     def table(self) -> str:
-        """Validation accuracy for every beta as text with bars, the chosen one marked."""
+        """Validation accuracies as text with bars, with the chosen beta marked."""
         return table([self])
 
     def entries(self) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class BetaSearch(FeatureSearch):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BetaSearch:
-        """Restore a result from :meth:`to_dict`. KeyError or TypeError for values of another origin."""
+        """Restores a result from :meth:`to_dict`. KeyError or TypeError for other values."""
         grid, test = values["grid"], values["test"]
         return cls(
             betas=tuple(float(row["beta"]) for row in grid),
@@ -212,7 +212,7 @@ class BetaSearch(FeatureSearch):
 
 
 def verdict(results: Sequence[BetaSearch]) -> str:
-    """One sentence for one search, or for several on separate draws of one data set, their test counts pooled."""
+    """A sentence about one search, or about several on separate draws of one data set, with pooled test counts."""
     tests = [r.test for r in results]
     wins, losses = sum(t.only_steered for t in tests), sum(t.only_plain for t in tests)
     pooled = Comparison(sum(t.both for t in tests), losses, wins, sum(t.neither for t in tests))
@@ -236,7 +236,7 @@ def verdict(results: Sequence[BetaSearch]) -> str:
 
 
 def validated(sizes: Mapping[str, int]) -> int:
-    """How many images were validated on; results from before there were folds have one part for it."""
+    """The number of validation images over all folds; older results have no folds."""
     return sizes.get("validated", sizes["val"])
 
 
@@ -245,7 +245,7 @@ def _nothing_better(reason: str, test: Comparison) -> str:
 
 
 def _validations(results: Sequence[BetaSearch]) -> list[tuple[str, float, int, bool]]:
-    """List the candidates: beta, mean validation accuracy, how often it was chosen, and whether it is the plain network."""
+    """The candidates: beta, mean validation accuracy, number of times it was chosen, and whether it is the plain network."""
     plain_is_1 = results[0].plain_is_beta_1
     rows = [
         (
@@ -263,7 +263,7 @@ def _validations(results: Sequence[BetaSearch]) -> list[tuple[str, float, int, b
 
 
 def table(results: Sequence[BetaSearch], width: int = 40) -> str:
-    """Mean validation accuracy for every beta of searches over one grid, as text with bars."""
+    """Mean validation accuracies of searches over one grid, as text with bars."""
     rows = _validations(results)
     low, high = min(a for _, a, *_ in rows), max(a for _, a, *_ in rows)
     lines = [f"{'beta':>6}  {'validation':>10}"]
@@ -281,19 +281,18 @@ def table(results: Sequence[BetaSearch], width: int = 40) -> str:
 
 
 def plot(results: BetaSearch | Sequence[BetaSearch], path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw one search, or several over one grid (thin lines; thick: their mean), to a file.
+    """Plots the mean of one or several searches over one grid to a file.
 
-    Bars are one binomial standard error of each validation accuracy for one search, and the range over several; those of
-    the test accuracies are standard errors too.
-    The dashed line is the plain network's validation accuracy; diamonds are test accuracies.
+    Error bars of validation accuracies are binomial standard errors for one search, and the range over several; those of
+    test accuracies, shown as diamonds, are standard errors. The dashed line is the plain network's validation accuracy.
 
     Args:
         results: one :class:`BetaSearch`, or several with equal ``betas``.
-        path: where to; the suffix decides the format (``.png``, ``.svg``, ``.pdf``).
+        path: the file; its suffix determines the format (``.png``, ``.svg``, ``.pdf``).
         title: above the plot. Default: none.
 
     Raises:
-        ValueError: no results, or results over different grids.
+        ValueError: there are no results, or their grids differ.
         ImportError: matplotlib is missing; the message names the extra.
 
     Examples:
@@ -308,7 +307,7 @@ def plot(results: BetaSearch | Sequence[BetaSearch], path: str | os.PathLike[str
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One setting, a beta per group; its accuracy on the validation images, in [0, 1]; and the time it took."""
+    """The evaluation of one point, a beta per group: its validation accuracy in [0, 1], and its duration."""
 
     betas: tuple[float, ...]
     val_accuracy: float
@@ -322,9 +321,9 @@ class StrategySearch(FeatureSearch):
     Attributes:
         strategy: "grid", "coordinate" or "bayesian".
         groups: name -> the sites that share a beta.
-        history: every evaluation in order; the first is the plain network's.
-        best: number of the chosen one in ``history``.
-        seconds: in all.
+        history: all evaluations in order; the first is the plain network's.
+        best: index of the chosen one in ``history``.
+        seconds: total duration.
         test, feature_layer, sites, missed, sizes, arguments: as of :class:`FeatureSearch`.
     """
 
@@ -344,7 +343,7 @@ class StrategySearch(FeatureSearch):
 
     @property
     def betas(self) -> dict[str, float]:
-        """The beta of every site, as :func:`ctkernels.steer` takes it."""
+        """The beta of every site, an argument for :func:`ctkernels.steer`."""
         return {site: beta for name, beta in self.chosen.items() for site in self.groups[name]}
 
     @property
@@ -353,11 +352,11 @@ class StrategySearch(FeatureSearch):
 
     @property
     def reached(self) -> int:
-        """Number of evaluations until the chosen betas were found, from 1."""
+        """The number of evaluations until the chosen one, from 1."""
         return self.best + 1
 
     def verdict(self) -> str:
-        """One sentence: what was shown on the test images, how sure it is, and what it took."""
+        """A sentence with the effect on the test images, its uncertainty and its cost."""
         cost = (
             f"{self.strategy} search over {len(self.groups)} beta{'s' if len(self.groups) > 1 else ''} "
             f"made {len(self.history)} evaluations"
@@ -412,8 +411,8 @@ class StrategySearch(FeatureSearch):
             ),
             _groups_table(values["groups"], values["chosen"]),
         ]
-        says = str(values["verdict"])
-        return Section("pilot", title, [says], facts, parts, not_helped=_unless_helped(title, says))
+        verdict = str(values["verdict"])
+        return Section("pilot", title, [verdict], facts, parts, not_helped=_unless_helped(title, verdict))
 
 
 # --- in the report ----------------------------------------------------------------------------------------------------
@@ -425,8 +424,8 @@ def _groups_table(groups: Mapping[str, Sequence[str]], chosen: Mapping[str, floa
 
 
 def draws_section(values: Mapping[str, Any]) -> Section:
-    """The section of several searches on separate draws of one data set, ``{"draws": [...]}``."""
-    results = [BetaSearch.from_dict(one) for one in values["draws"]]
+    """The section for several searches on separate draws of one data set, ``{"draws": [...]}``."""
+    results = [BetaSearch.from_dict(draw) for draw in values["draws"]]
     section = _section(results, f"One β for all activations, {len(results)} draws of images")
     rows = [
         [str(i + 1), beta_name(r.chosen), percent(r.test.plain), percent(r.test.steered), gain(r.test.to_dict())]
@@ -441,7 +440,7 @@ SECTIONS["draws"] = draws_section
 
 
 def _section(results: Sequence[BetaSearch], title: str) -> Section:
-    first, says = results[0], verdict(results)
+    first, sentence = results[0], verdict(results)
     chosen = ", ".join(beta_name(r.chosen) for r in results)
     missed = f"; {len(first.missed)} could not be" if first.missed else ""
     facts = [
@@ -459,12 +458,12 @@ def _section(results: Sequence[BetaSearch], title: str) -> Section:
         "Validation accuracy for every β, the choice ringed; diamonds are what the test said; bars are one standard error"
         f"{', or the range over the draws' if len(results) > 1 else ''}.",
     )
-    return Section("pilot", title, [says], facts, [picture], not_helped=_unless_helped(title, says))
+    return Section("pilot", title, [sentence], facts, [picture], not_helped=_unless_helped(title, sentence))
 
 
-def _unless_helped(title: str, says: str) -> list[str]:
-    """Sentences for the summary: a verdict up to its numbers, unless it says that steering helped."""
-    return [] if says.startswith("Steering helped here") else [f"{title}: {says.partition(':')[0]}."]
+def _unless_helped(title: str, verdict: str) -> list[str]:
+    """The verdict, without its numbers, for the summary of what did not help; empty if steering helped."""
+    return [] if verdict.startswith("Steering helped here") else [f"{title}: {verdict.partition(':')[0]}."]
 
 
 def _grid_table(results: Sequence[BetaSearch]) -> Table:

@@ -1,4 +1,4 @@
-"""Searching beta beyond one shared grid: a beta per stage or site, by coordinates or with Optuna."""
+"""Searches for several betas, one per group of activations: by grid, coordinate by coordinate, or with Optuna."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from .._distributed import Group
 from .._progress import bar
 from ..config import configured
 from ..images.inputs import Images, device_of
-from .probing import Probing, ProbingConfig, Score, chosen_by, probing
+from ..stats import best_or_plain
+from .probing import Probing, ProbingConfig, Score, probing
 from .result import Comparison, Evaluation, StrategySearch
 
 GROUPS = either(("shared", "stage", "site"), COUNT, "shared, stage, site, or a number of groups")
@@ -37,17 +38,17 @@ class StrategyConfig(ProbingConfig):
         activations, margin, coeff, feature_layer, l2, seed, batch_size, folds, probe, workers: as of
             :class:`ProbingConfig`.
         betas: START:STOP:STEP with both ends, or values, in [0, 1]; 1 always takes part.
-        strategy: ``"grid"``: every combination of ``betas``, from the plain network downwards. ``"coordinate"``: from the
-            plain network on, the best of ``betas`` for one group after the other, round after round, until a whole round
-            changes nothing. ``"bayesian"``: Optuna's tree-structured Parzen estimator, anywhere between the least and the
-            greatest of ``betas``.
-        groups: ``"shared"``: one beta. ``"stage"``: one per stage, that is per run of consecutive activations of one
-            resolution. ``"site"``: one per activation. A number: so many runs of about equally many activations.
-        evaluations: the most to make, the plain network and, with ``storage``, those of other workers included.
+        strategy: ``"grid"``: every combination of ``betas``, from the plain network downwards. ``"coordinate"``: starting
+            at the plain network, the best of ``betas`` for one group after the other, in rounds, until a round changes
+            nothing. ``"bayesian"``: Optuna's tree-structured Parzen estimator, between the least and the greatest of
+            ``betas``.
+        groups: ``"shared"``: one beta. ``"stage"``: one per stage, a run of consecutive activations of one resolution.
+            ``"site"``: one per activation. A number: so many runs of about equally many activations.
+        evaluations: maximal number, including the plain network and, with ``storage``, evaluations of other workers.
         storage: for ``"bayesian"``: where Optuna keeps its trials: a file, or the URL of a database
-            (``"postgresql://..."``). Processes with the same storage and study share them, on one machine or on many, and
-            a run that was cut off goes on; their order, and so the result, then depends on chance. What a process reports
-            is the best so far; once all have ended, another call evaluates nothing and gives the result. Default: none.
+            (``"postgresql://..."``). Processes with the same storage and study share trials, also across machines, and an
+            interrupted search resumes; the order of trials, and so the result, then depends on chance. A process reports
+            the best trial so far; after all have ended, another call reports the result. Default: none.
         study: name of the study in ``storage``.
     """
 
@@ -86,25 +87,25 @@ def search_betas(
     progress: bool = True,
     **options: Any,
 ) -> StrategySearch:
-    """Choose a beta for every group of activations of a frozen network, without training it.
+    """Chooses a beta for every group of activations of a frozen network, without training.
 
-    As :func:`search_beta`, but for more than one knob: an evaluation sets all betas, computes features of the training
-    and validation images, fits a linear probe, and counts what it gets right in validation. The first evaluation is the
-    plain network; the best one is chosen, the earliest among equals, if it is better than the plain network by more than
-    one standard error (``margin``), and compared with the plain network on the test images, once.
+    Like :func:`search_beta`, but for several knobs: an evaluation sets all betas, computes features of the training and
+    validation images, fits a linear probe, and counts the right answers in validation. The first evaluation is the plain
+    network. The best one (the earliest among equals) is chosen if it beats the plain network by more than one standard
+    error (``margin``), and is compared with it on the test images, once.
 
     Args:
         model, train, val, test, device: as in :func:`search_beta`.
         config: strategy, groups, betas and so on.
-        progress: show a bar on standard error.
-        options: fields of :class:`StrategyConfig`, in place of ``config``'s.
+        progress: show a progress bar on standard error.
+        options: fields of :class:`StrategyConfig`, which replace those of ``config``.
 
     Returns:
-        :class:`StrategySearch`: every evaluation in order, the choice, how many evaluations it took, and its test.
+        :class:`StrategySearch`: every evaluation in order, the choice, the number of evaluations until it, and its test.
 
     Raises:
-        ValueError: as :func:`search_beta`; an unknown strategy or grouping; a grid larger than ``evaluations``; a network
-            whose plain form is not beta = 1; a study of other data or another network.
+        ValueError: as in :func:`search_beta`; or the strategy or grouping is unknown, the grid has more points than
+            ``evaluations``, the plain network is not beta = 1, or the study is of other data or another network.
         ImportError: scikit-learn, tqdm or Optuna is missing; the message names the extra.
 
     Examples:
@@ -133,12 +134,12 @@ def search_betas(
         with bar(config.evaluations, config.strategy, progress) as advance:
             evaluator = _Evaluator(search, groups, config, advance)
             history = _explore(evaluator)
+        plain = history[0].betas
         best = max(range(len(history)), key=lambda i: (history[i].val_accuracy, -i))
-        scores = {point: evaluator.fit(point) for point in dict.fromkeys((history[0].betas, history[best].betas))}
-        chosen = chosen_by(scores, history[0].betas, config.margin)
+        scores = {point: evaluator.fit(point) for point in dict.fromkeys((plain, history[best].betas))}
+        chosen = best_or_plain({point: score.right for point, score in scores.items()}, plain, config.margin)
         best = best if chosen == history[best].betas else 0
-        compared = dict.fromkeys((history[0].betas, chosen))
-        right = [evaluator.right_on_test(point, scores[point]) for point in compared]
+        right = [evaluator.right_on_test(point, scores[point]) for point in dict.fromkeys((plain, chosen))]
     return StrategySearch(
         strategy=config.strategy,
         groups={name: tuple(sites) for name, sites in groups.items()},
@@ -152,7 +153,7 @@ def search_betas(
 
 @dataclass
 class _Evaluator:
-    """Scores points, one beta per group, on the validation images; no point twice."""
+    """Scores points (one beta per group) on the validation images, each once."""
 
     search: Probing
     groups: dict[str, list[str]]
@@ -161,11 +162,11 @@ class _Evaluator:
     history: list[Evaluation] = field(default_factory=list)
 
     def __call__(self, point: Point) -> float:
-        for known in self.history:
-            if known.betas == point:
-                return known.val_accuracy
+        for evaluation in self.history:
+            if evaluation.betas == point:
+                return evaluation.val_accuracy
         if len(self.history) >= self.config.evaluations:
-            raise _Spent
+            raise _NoEvaluationsLeft
         started = time.perf_counter()
         accuracy = self.fit(point).accuracy
         self.history.append(Evaluation(point, accuracy, time.perf_counter() - started))
@@ -173,7 +174,7 @@ class _Evaluator:
         return accuracy
 
     def right_on_test(self, point: Point, score: Score) -> Tensor:
-        """bool (n,): whether each test image is classified rightly."""
+        """bool (n,): whether each test image is classified correctly."""
         (features,) = self.search.features("", [self._betas(point)], "test")
         return self.search.right_on_test(score, features)
 
@@ -181,23 +182,23 @@ class _Evaluator:
         return {site: beta for beta, sites in zip(point, self.groups.values()) for site in sites}
 
     def fit(self, point: Point) -> Score:
-        """Features of the training and validation images at ``point``, and what probes read in them."""
+        """Extracts features of the training and validation images at ``point``, and fits probes to them."""
         (score,) = self.search.fit(self.search.features("", [self._betas(point)], "train", "val"))
         return score
 
 
-class _Spent(Exception):
-    """Raised when all evaluations are used up."""
+class _NoEvaluationsLeft(Exception):
+    """Raised when the limit of evaluations is reached."""
 
 
 # --- the strategies ---------------------------------------------------------------------------------------------------
 
 
 def _explore(score: _Evaluator) -> list[Evaluation]:
-    """Run the strategy, and return its evaluations; the plain network comes first."""
+    """Runs the strategy. Returns its evaluations, the plain network first."""
     if score.config.strategy == "bayesian":
         return _bayesian(score)
-    with suppress(_Spent):
+    with suppress(_NoEvaluationsLeft):
         (_grid if score.config.strategy == "grid" else _coordinate)(score)
     return score.history
 
@@ -208,7 +209,7 @@ def _grid(score: _Evaluator) -> None:
 
 
 def _coordinate(score: _Evaluator) -> None:
-    """The best value of one coordinate at a time; a value replaces another only if it is better."""
+    """Optimises one coordinate at a time; a value replaces another only if it is better."""
     best: Point = (1.0,) * len(score.groups)
     changed = True
     while changed:
@@ -221,72 +222,97 @@ def _coordinate(score: _Evaluator) -> None:
 
 
 def _bayesian(score: _Evaluator) -> list[Evaluation]:
-    """Run Optuna until the study has so many trials; the plain network's, then the others in the order they began."""
+    """Runs Optuna until the study has enough trials. Returns the plain network's trial, then the others in their order."""
     optuna = require("optuna", "lab", "Bayesian search")
-    config, plain = score.config, (1.0,) * len(score.groups)
-    highest, lowest = config.grid[0], config.grid[-1]
-    names = [f"beta_{i}" for i in range(len(plain))]
-    study = _study(optuna, config)
-    identity = _identity(score)
-    known = study.user_attrs.get("identity")
-    if known is not None and (differ := sorted(k for k in identity if not _same(known.get(k), identity[k]))):
+    study = _study(optuna, score.config)
+    _check_identity(study, score)
+    return _Optuna(optuna, study, score).run()
+
+
+class _Optuna:
+    """A search on a study of Optuna, which several workers may share."""
+
+    def __init__(self, optuna: Any, study: Any, score: _Evaluator) -> None:
+        self.optuna, self.study, self.score = optuna, study, score
+        self.plain: Point = (1.0,) * len(score.groups)
+        self.highest, self.lowest = score.config.grid[0], score.config.grid[-1]
+        self.names = [f"beta_{i}" for i in range(len(self.plain))]
+
+    def run(self) -> list[Evaluation]:
+        study, states = self.study, self.optuna.trial.TrialState
+        # workers that start at once may all enqueue the plain network; the first of these trials counts
+        if not self._of_plain(self._trials(states.COMPLETE, states.RUNNING, states.WAITING)):
+            study.enqueue_trial(dict(zip(self.names, self.plain)), user_attrs={"plain": True})
+        while True:
+            finished = self._trials(states.COMPLETE)
+            waiting = self._of_plain(self._trials(states.WAITING))
+            if len(finished) + (not self._of_plain(finished) and not waiting) >= self.score.config.evaluations:
+                break
+            trial = study.ask()
+            is_plain = trial.user_attrs.get("plain")
+            duplicates = self._of_plain(self._trials(states.COMPLETE, states.RUNNING)) if is_plain else []
+            if any(other.number < trial.number for other in duplicates):
+                study.tell(trial, state=states.FAIL)
+            else:
+                self._evaluate(trial)
+        if not self._of_plain(finished):  # it is running in another worker, which may have died
+            self._add_plain()
+            finished = self._trials(states.COMPLETE)
+        first = self._of_plain(finished)[0]
+        return [
+            Evaluation(tuple(t.params[n] for n in self.names), float(t.value), float(t.user_attrs.get("seconds", 0)))
+            for t in (first, *(t for t in finished if t.number != first.number))
+        ]
+
+    def _trials(self, *states: Any) -> list[Any]:
+        return self.study.get_trials(deepcopy=False, states=states)
+
+    def _of_plain(self, trials: Iterable[Any]) -> list[Any]:
+        """The trials of the plain network among some."""
+        return [
+            t
+            for t in trials
+            if t.user_attrs.get("plain") or tuple(t.params.get(name) for name in self.names) == self.plain
+        ]
+
+    def _evaluate(self, trial: Any) -> None:
+        started = time.perf_counter()
+        try:
+            accuracy = self.score(tuple(trial.suggest_float(name, self.lowest, self.highest) for name in self.names))
+        except BaseException:
+            self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
+            raise
+        trial.set_user_attr("seconds", time.perf_counter() - started)
+        self.study.tell(trial, accuracy)
+
+    def _add_plain(self) -> None:
+        """Evaluates the plain network, outside of the queue of trials."""
+        started, accuracy = time.perf_counter(), self.score(self.plain)
+        distribution = self.optuna.distributions.FloatDistribution(self.lowest, self.highest)
+        self.study.add_trial(
+            self.optuna.trial.create_trial(
+                params=dict(zip(self.names, self.plain)),
+                distributions=dict.fromkeys(self.names, distribution),
+                value=accuracy,
+                user_attrs={"plain": True, "seconds": time.perf_counter() - started},
+            )
+        )
+
+
+def _check_identity(study: Any, score: _Evaluator) -> None:
+    """ValueError if the study was begun with other data, another network or other settings."""
+    config, identity = score.config, _identity(score)
+    saved = study.user_attrs.get("identity")
+    if saved is not None and (differ := sorted(k for k in identity if not _same(saved.get(k), identity[k]))):
         raise ValueError(
             f"study {config.study!r} in {config.storage} is of other data, another network or other settings (different: "
             f"{differ}); go on with those it was begun with, or name another study"
         )
     study.set_user_attr("identity", identity)
-    states = optuna.trial.TrialState
-
-    def trials(*which: Any) -> list[Any]:
-        return study.get_trials(deepcopy=False, states=which)
-
-    def of_plain(some: Iterable[Any]) -> list[Any]:
-        return [t for t in some if t.user_attrs.get("plain") or tuple(t.params.get(n) for n in names) == plain]
-
-    def evaluate(trial: Any) -> None:
-        begun = time.perf_counter()
-        try:
-            accuracy = score(tuple(trial.suggest_float(name, lowest, highest) for name in names))
-        except BaseException:
-            study.tell(trial, state=states.FAIL)
-            raise
-        trial.set_user_attr("seconds", time.perf_counter() - begun)
-        study.tell(trial, accuracy)
-
-    # Workers that start at once may all enqueue the plain network; the first of these trials is the one that counts.
-    if not of_plain(trials(states.COMPLETE, states.RUNNING, states.WAITING)):
-        study.enqueue_trial(dict(zip(names, plain)), user_attrs={"plain": True})
-    while True:
-        done = trials(states.COMPLETE)
-        waiting = of_plain(trials(states.WAITING))
-        if len(done) + (not of_plain(done) and not waiting) >= config.evaluations:
-            break
-        trial = study.ask()
-        others = of_plain(trials(states.COMPLETE, states.RUNNING)) if trial.user_attrs.get("plain") else []
-        if any(t.number < trial.number for t in others):
-            study.tell(trial, state=states.FAIL)
-        else:
-            evaluate(trial)
-    if not of_plain(done):  # another worker has it, and may have died in it
-        begun, accuracy = time.perf_counter(), score(plain)
-        study.add_trial(
-            optuna.trial.create_trial(
-                params=dict(zip(names, plain)),
-                distributions={n: optuna.distributions.FloatDistribution(lowest, highest) for n in names},
-                value=accuracy,
-                user_attrs={"plain": True, "seconds": time.perf_counter() - begun},
-            )
-        )
-        done = trials(states.COMPLETE)
-    first = of_plain(done)[0]
-    return [
-        Evaluation(tuple(t.params[n] for n in names), float(t.value), float(t.user_attrs.get("seconds", 0)))
-        for t in (first, *(t for t in done if t.number != first.number))
-    ]
 
 
 def _identity(score: _Evaluator) -> dict[str, Any]:
-    """Everything that an accuracy of the study depends on, as JSON has it: trials of two such are not compared."""
+    """Everything that the accuracies of a study depend on, as plain values of JSON."""
     search, config = score.search, score.config
     settings = {name: value for name, value in config.arguments().items() if name not in _MAY_DIFFER}
     counts = {name: torch.bincount(values).tolist() for name, values in search.labels.items()}
@@ -305,38 +331,38 @@ def _identity(score: _Evaluator) -> dict[str, Any]:
     return dict(json.loads(json.dumps(values)))
 
 
-def _same(known: Any, value: Any) -> bool:
-    """Equality; of floats to one part in a thousand of the largest, as other machines round otherwise."""
+def _same(saved: Any, value: Any) -> bool:
+    """Equality; of lists of floats within a thousandth of the largest, as machines round differently."""
     if (
-        isinstance(known, list)
+        isinstance(saved, list)
         and isinstance(value, list)
-        and known
-        and all(isinstance(v, float) for v in (*known, *value))
+        and saved
+        and all(isinstance(v, float) for v in (*saved, *value))
     ):
-        large = max(map(abs, known))
-        return len(known) == len(value) and all(abs(a - b) <= 1e-3 * large for a, b in zip(known, value))
-    return bool(known == value)
+        largest = max(map(abs, saved))
+        return len(saved) == len(value) and all(abs(a - b) <= 1e-3 * largest for a, b in zip(saved, value))
+    return bool(saved == value)
 
 
-# How much is done where, and what is made of the accuracies in the end.
+# Settings that do not change the accuracy of a trial.
 _MAY_DIFFER = ("evaluations", "workers", "batch_size", "study", "storage", "margin", "strategy")
 
 
 def _study(optuna: Any, config: StrategyConfig) -> Any:
-    """Optuna's study, new or as it is in the storage."""
+    """Opens the study in the storage, or creates it."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     stored = config.storage is not None
     sampler = optuna.samplers.TPESampler(seed=None if stored else config.seed, multivariate=True, constant_liar=stored)
     try:
         storage: Any = config.storage
         if config.storage is not None and "://" not in config.storage:
-            # appended to under a lock: workers may start at once
+            # appends under a lock, so that workers may start at once
             storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(config.storage))
         study = optuna.create_study(
             study_name=config.study, storage=storage, sampler=sampler, direction="maximize", load_if_exists=stored
         )
         study.get_trials(deepcopy=False)
-    except Exception as error:  # a damaged file makes Optuna raise nearly anything, a database what its driver does
+    except Exception as error:  # Optuna raises nearly anything for a damaged file, and errors of database drivers
         if not stored:
             raise
         raise ValueError(
@@ -365,22 +391,22 @@ def _groups(model: nn.Module, names: Sequence[str], example: Tensor, groups: str
 
 
 def _stages(model: nn.Module, sites: list[str], example: Tensor) -> list[list[str]]:
-    """Group consecutive sites whose inputs have one resolution (height times width, or tokens)."""
+    """Groups consecutive sites whose inputs have the same resolution (height times width, or tokens)."""
     resolutions: dict[str, int] = {}
     hooks = []
     for site in sites:
         # "layer1.0.relu" is a module; "aux1.forward:relu" a call in the code of the module aux1
-        owner = site.partition(":")[0]
-        if ":" in site:
+        owner, colon, _ = site.partition(":")
+        if colon:
             owner = owner.rpartition(".")[0]
 
-        def note(_: nn.Module, inputs: tuple[Any, ...], site: str = site) -> None:
+        def record(_: nn.Module, inputs: tuple[Any, ...], site: str = site) -> None:
             x = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
             if x is not None and site not in resolutions:
                 shape = x.shape[2:] if x.dim() != 3 else x.shape[1:2]
                 resolutions[site] = math.prod(shape)
 
-        hooks.append(model.get_submodule(owner).register_forward_pre_hook(note))
+        hooks.append(model.get_submodule(owner).register_forward_pre_hook(record))
     try:
         with torch.inference_mode():
             model(example)

@@ -1,4 +1,4 @@
-"""Tasks that arrive one after the other: an adapter for each, none forgotten, and a router that chooses between them."""
+"""Continual learning: an adapter for each task that arrives, and a router that chooses among them."""
 
 from .result import StreamResult
 from .router import Router

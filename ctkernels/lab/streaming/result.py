@@ -1,4 +1,4 @@
-"""The result of a stream of tasks: what each adapter reached, what was forgotten, and where the router sent inputs."""
+"""The result of a stream of tasks: scores of each adapter, forgetting, and the choices of the router."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ..result import Result, describe
 
 @dataclass
 class TaskResult:
-    """One task of a stream; scores are of its test examples, in [0, 100].
+    """The results of one task of a stream; scores are of its test examples, in [0, 100].
 
     Attributes:
         name: of the task.
-        primary: the metric.
-        zero_shot: the score of the model as it is.
-        own: with the task's own adapter.
-        routed: with the adapters that the router chose among all tasks.
-        sequence: with the one adapter that is trained on all tasks in turn: after this task, and after each later one.
-        router: the share of its test prompts that the router sent to this task, in [0, 1].
-        seconds: time to train the adapter, all settings that were tried included.
-        parameters: numbers that it has.
-        setting: the chosen one.
-        outputs: answers whose logits the regression suite holds against those right after training.
-        changed: how many of them were not bitwise the same, after this task and after each later one.
+        primary: the metric of the scores.
+        zero_shot: the score of the model without adapters.
+        own: the score with the task's own adapter.
+        routed: the score with the adapters that the router chose.
+        sequence: scores with the adapter trained in sequence, after this task and after each later one.
+        router: the share of its test prompts that the router assigned to this task, in [0, 1].
+        seconds: duration of the training of the adapter, with all settings that were tried.
+        parameters: number of values of the adapter.
+        setting: the chosen setting.
+        outputs: number of answers in the regression suite.
+        changed: how many of their logits were not bitwise the same, after this task and after each later one.
         weights: size and digest of the file of the adapter trained in sequence, after this task.
     """
 
@@ -47,7 +47,7 @@ class TaskResult:
 
     @property
     def forgotten(self) -> float:
-        """What the adapter trained in sequence lost on this task by the end, in points."""
+        """The points that the adapter trained in sequence lost on this task by the end."""
         return self.sequence[0] - self.sequence[-1]
 
 
@@ -56,9 +56,9 @@ class StreamResult(Result):
     """The outcome of :func:`stream`.
 
     Attributes:
-        tasks: in the order in which they arrived.
-        setup: everything that decides the numbers.
-        seconds: time of the whole.
+        tasks: in the order of arrival.
+        setup: everything that determines the numbers.
+        seconds: total duration.
     """
 
     tasks: tuple[TaskResult, ...]
@@ -73,15 +73,13 @@ class StreamResult(Result):
         return {"verdict": self.verdict(), "setup": self.setup, "seconds": self.seconds, "tasks": tasks}
 
     def table(self) -> str:
-        """A row for each task, as text."""
+        """The table, with a row for each task, as text."""
         return _table(self.tasks).text()
 
     def verdict(self) -> str:
-        """What was forgotten either way, and how often the router was right, in one sentence."""
-        changed, outputs = (
-            sum(map(sum, (t.changed for t in self.tasks))),
-            sum(t.outputs * len(t.changed) for t in self.tasks),
-        )
+        """A sentence about forgetting, with and without adapters of their own, and about the router."""
+        changed = sum(sum(t.changed) for t in self.tasks)
+        outputs = sum(t.outputs * len(t.changed) for t in self.tasks)
         earlier = self.tasks[:-1]
         parts = [
             f"{outputs - changed} of {outputs} outputs of the tasks' own adapters stayed bitwise the same"
@@ -100,11 +98,11 @@ class StreamResult(Result):
 
     @classmethod
     def section(cls, values: Mapping[str, Any]) -> Section:
-        tasks, says = [TaskResult(**task) for task in values["tasks"]], str(values["verdict"])
+        tasks = [TaskResult(**task) for task in values["tasks"]]
         return Section(
             "trained",
             "Tasks one after the other, an adapter for each",
-            [says],
+            [str(values["verdict"])],
             [("Method", str(values["setup"]["method"])), ("Time", duration(values["seconds"]))],
             [_table(tasks)],
             not_helped=[

@@ -1,4 +1,4 @@
-"""Choosing an adapter by its input: the task whose prompts are nearest in the frozen model's hidden states."""
+"""Choice of an adapter for each prompt: the task with the nearest mean hidden state of the frozen model."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from ..jola.config import Answering
-from ..jola.scoring import padded, tail_inputs
+from ..jola.scoring import padded_batches, tail_inputs
 
 
 class Router:
-    """Assigns prompts to the nearest class mean of the frozen model's last hidden state, averaged over a prompt's tokens.
+    """Assigns prompts to the task with the nearest mean of the frozen model's last hidden state, averaged over tokens.
 
-    Every direction is measured in deviations within tasks, pooled over them. A new task adds its mean and its squares;
-    nothing of earlier tasks is needed again.
+    Distances are in units of the standard deviation within tasks, per dimension. A new task adds its mean and its squared
+    deviations; the prompts of earlier tasks are not needed again.
 
     Args:
-        model: a causal language model without adapters on it.
+        model: a causal language model without adapters.
         tokenizer: of the model.
-        how: gives the length of prompts and the batch size.
+        answering: maximal length of prompts, and batch size.
 
     Attributes:
         names: the tasks, in the order in which they were learned.
@@ -34,18 +34,18 @@ class Router:
         ['capitals', 'definitions']
     """
 
-    def __init__(self, model: Any, tokenizer: Any, how: Answering | None = None) -> None:
-        self.model, self.tokenizer, self.how = model, tokenizer, how or Answering()
+    def __init__(self, model: Any, tokenizer: Any, answering: Answering | None = None) -> None:
+        self.model, self.tokenizer, self.answering = model, tokenizer, answering or Answering()
         self.names: list[str] = []
         self._means: list[Tensor] = []
         self._squares: Tensor | None = None  # within tasks
         self._count = 0
 
     def learn(self, name: str, prompts: Sequence[str]) -> None:
-        """Add a task by prompts of it.
+        """Adds a task, from some of its prompts.
 
         Raises:
-            ValueError: it is known already, or there are fewer than two prompts.
+            ValueError: the task is known already, or there are fewer than two prompts.
         """
         if name in self.names or len(prompts) < 2:
             raise ValueError(f"expected two or more prompts of a new task, got {len(prompts)} of {name!r}")
@@ -66,7 +66,7 @@ class Router:
         if self._squares is None:
             raise ValueError("expected one or more learned tasks, got none")
         deviation = (self._squares / self._count).sqrt()
-        # a direction that does not vary within tasks decides alone, but not by what rounding makes of it
+        # a dimension without variance within tasks decides alone, but must differ by more than rounding
         scale = deviation + torch.finfo(torch.float32).eps * torch.stack(self._means).abs().amax(0)
         scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
         distances = torch.cdist(self.features(prompts) / scale, torch.stack(self._means) / scale)
@@ -74,32 +74,30 @@ class Router:
 
     @torch.inference_mode()
     def features(self, prompts: Sequence[str]) -> Tensor:
-        """The mean of the last hidden state over each prompt's tokens, (prompts, hidden), on the CPU."""
-        device = next(self.model.parameters()).device
-        rows = [list(self.tokenizer(prompt)["input_ids"])[-self.how.max_length :] for prompt in prompts]
-        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        """The mean of the last hidden state over the tokens of each prompt, (prompts, hidden), on the CPU."""
+        device, pad = next(self.model.parameters()).device, self.tokenizer.pad_token_id
+        rows = [list(self.tokenizer(prompt)["input_ids"])[-self.answering.max_length :] for prompt in prompts]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for start in range(0, len(order), self.how.batch_size):
-            some = order[start : start + self.how.batch_size]
-            ids, mask = padded([rows[i] for i in some], self.tokenizer.pad_token_id)
-            inputs = tail_inputs(self.model, ids.to(device), mask.to(device), 1)
+        means: list[Tensor] = [torch.empty(0)] * len(rows)
+        for batch, ids, mask in padded_batches([rows[i] for i in order], pad, self.answering.batch_size, device):
+            inputs = tail_inputs(self.model, ids, mask, 1)
             hidden = self.model(**inputs, output_hidden_states=True).hidden_states[-1].float().cpu()
-            weights = mask.unsqueeze(-1).float()
-            for i, mean in zip(some, (hidden * weights).sum(1) / weights.sum(1)):
-                found[i] = mean
-        return torch.stack(found)
+            weights = mask.cpu().unsqueeze(-1).float()
+            for i, mean in zip(order[batch], (hidden * weights).sum(1) / weights.sum(1)):
+                means[i] = mean
+        return torch.stack(means)
 
     def state(self) -> dict[str, Tensor]:
-        """What was learned, for a file; the names are kept elsewhere."""
+        """The learned statistics as tensors, without the names of the tasks."""
         if self._squares is None:
             raise ValueError("expected one or more learned tasks, got none")
         return {"means": torch.stack(self._means), "squares": self._squares, "count": torch.tensor(self._count)}
 
     def load(self, names: Sequence[str], state: Mapping[str, Tensor]) -> None:
-        """Put back what :meth:`state` gave.
+        """Loads a state from :meth:`state`.
 
         Raises:
-            ValueError: another number of names than of means.
+            ValueError: the state is of another number of tasks.
         """
         if set(state) != {"means", "squares", "count"} or len(names) != len(state["means"]):
             raise ValueError(f"expected the state of a router of {len(names)} tasks, got {sorted(state)}")

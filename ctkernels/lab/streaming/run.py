@@ -1,4 +1,4 @@
-"""Tasks one after the other: an adapter for each, beside one adapter that is trained on all of them in turn."""
+"""Learns tasks one after the other: an adapter for each, and for comparison one adapter trained on all in sequence."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,13 +20,13 @@ from ..._files import read_json
 from .._distributed import Group, group
 from .._weights import damage, read_weights, save_weights
 from ..config import configured
-from ..experiment import weights_path
-from ..jola.compare import TextTask, compare_methods
+from ..experiment import WAY_OUT, Method, different, weights_path
+from ..jola.compare import TextTask, compare_methods, describe_model
 from ..jola.config import MethodsConfig
 from ..jola.methods import Attached, find_method
-from ..jola.result import MethodComparison, RunResult
-from ..jola.scoring import answer_row, collate, labels, primary_metric, tail_logits
-from ..jola.texts import Split, TextData, draw
+from ..jola.result import RunResult
+from ..jola.scoring import answer_row, collate, tail_logits, training_inputs
+from ..jola.texts import Example, Split, TextData, draw
 from .result import StreamResult, TaskResult
 from .router import Router
 
@@ -47,30 +47,30 @@ def stream(
     extra: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> StreamResult:
-    """Learn tasks in the order in which they arrive, each with an adapter of its own.
+    """Learns tasks in the order in which they arrive, each with an adapter of its own.
 
     After every task a regression suite computes outputs of all tasks so far with their adapters, read from their files,
-    and holds them bitwise against those right after training. Beside that, one adapter is trained on all tasks in turn,
-    with the settings that were chosen for the tasks' own, and scored on every task so far. In the end a router, which
-    knows the training prompts alone, chooses an adapter for each test prompt of any task.
+    and compares them bitwise with those right after training. For comparison, one adapter is trained on all tasks in
+    sequence, with the settings that were chosen for the adapters of the tasks, and scored on every task so far. At the
+    end a router, which knows only the training prompts, chooses an adapter for each test prompt of all tasks.
 
     Args:
-        model: a causal language model; it is left as it was.
+        model: a causal language model, unchanged afterwards.
         tokenizer: of the model, with a padding token.
-        tasks: examples by the task's name, in the order of arrival.
+        tasks: examples by name of the task, in the order of arrival.
         config: sizes, training and scoring, as for :func:`compare_methods`. Default: its defaults.
-        method: how adapters are made, see :data:`METHODS`.
+        method: of adaptation, see :data:`METHODS`.
         seed: of examples, training and gates.
-        suite: test examples of each task whose outputs are held against those right after training.
+        suite: number of test examples of each task in the regression suite.
         grid: values to try, by setting; validation chooses. Default: the method's.
-        out: folder for the result, each task's runs and weights, adapters as peft has them, and the router. Stopped, the
-            same call goes on with the task where it was. Default: a temporary one.
-        extra: further entries for the result file.
-        options: fields of ``config``, by name.
+        out: folder for the result, the runs and weights of each task, adapters in peft's format, and the router. A call
+            that was interrupted resumes from there. Default: a temporary one.
+        extra: further entries of the result file.
+        options: fields of :class:`MethodsConfig`, which replace those of ``config``.
 
     Raises:
-        ValueError: no tasks, a name that is no folder's, a method that trains nothing, too few examples, several
-            processes, or ``out`` has the result of another set-up.
+        ValueError: there are no tasks, a name cannot name a folder, the method trains nothing, a task has too few
+            examples, there are several processes, or ``out`` has the result of another setup.
         ImportError: transformers, peft, accelerate or tqdm is missing; the message names the extra.
 
     Examples:
@@ -97,7 +97,7 @@ def stream(
     }
     setup = {
         "tasks": {name: {"source": data.source, "digest": data.digest()} for name, data in tasks.items()},
-        "model": {"name": config.name, "class": type(model).__name__, "dtype": str(next(model.parameters()).dtype)},
+        "model": describe_model(config.name, model),
         "method": method,
         "seed": seed,
         "suite": suite,
@@ -109,187 +109,180 @@ def stream(
     }
     started = time.perf_counter()
     with TemporaryDirectory() if out is None else nullcontext(str(out)) as path:
-        work = _Stream(model.to(device).eval(), tokenizer, tasks, splits, config, method, seed, suite, grid, Path(path))
-        known = _known(Path(path) / "result.json", setup)
-        result = StreamResult((), setup)
-        for number in range(len(tasks)):
-            work.learn(number, known.get(work.names[number]))
-            result = StreamResult(tuple(work.results), setup, time.perf_counter() - started)
-            result.save(Path(path) / "result.json", **(extra or {}))
-        work.route()
-        result = StreamResult(tuple(work.results), setup, time.perf_counter() - started)
-        result.save(Path(path) / "result.json", **(extra or {}))
-    return result
+        folder = Path(path)
+        finished = _finished(folder / "result.json", setup)
+        learner = _Stream(model.to(device).eval(), tokenizer, tasks, splits, config, setup, folder)
+
+        def save() -> StreamResult:
+            result = StreamResult(tuple(learner.results), setup, time.perf_counter() - started)
+            result.save(folder / "result.json", **(extra or {}))
+            return result
+
+        for number, name in enumerate(tasks):
+            learner.learn(number, finished.get(name))
+            save()
+        learner.route()
+        return save()
 
 
-def _known(file: Path, setup: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Tasks in the result of an earlier call, by name; of a stream that began with the same tasks and settings."""
+def _finished(file: Path, setup: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tasks in the result of an earlier call, by name. It must have begun with the same tasks and settings."""
     if not file.exists():
         return {}
     saved = read_json(file)
-    way_out = "delete it to start anew, or choose another folder"
     try:
-        before = saved["setup"]
-        rest = [key for key in setup.keys() | before.keys() if key != "tasks" and setup.get(key) != before.get(key)]
-        both = list(zip(setup["tasks"].items(), before["tasks"].items()))
-        if rest or any(now != then for now, then in both):
-            raise ValueError(f"it is of another set-up (different: {', '.join(sorted(rest)) or 'tasks'})")
+        differ = different(setup, saved["setup"], except_for=["tasks"])
+        pairs = list(zip(setup["tasks"].items(), saved["setup"]["tasks"].items()))
+        if differ or any(task != saved_task for task, saved_task in pairs):
+            raise ValueError(f"it is of another set-up (different: {', '.join(differ) or 'tasks'})")
         return {task["name"]: task for task in saved["tasks"]}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{file} cannot be gone on from: {error}; {way_out}") from None
+        raise ValueError(f"{file} cannot be gone on from: {error}; {WAY_OUT}") from None
 
 
+@dataclass
 class _Stream:
-    """A stream at work."""
+    """A running stream.
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        tasks: Mapping[str, TextData],
-        splits: Mapping[str, Split],
-        config: MethodsConfig,
-        method: str,
-        seed: int,
-        suite: int,
-        grid: Mapping[str, Sequence[float]] | None,
-        folder: Path,
-    ) -> None:
-        self.model, self.tokenizer, self.config, self.seed, self.suite = model, tokenizer, config, seed, suite
-        self.method, self.grids, self.folder = find_method(method), {method: dict(grid)} if grid else None, folder
-        self.names, self.tasks, self.splits = list(tasks), tasks, splits
-        self.router = Router(model, tokenizer, config.answering)
-        self.results: list[TaskResult] = []
-        self.runs: dict[str, RunResult] = {}
-        self.digests: dict[str, list[str]] = {}
+    Attributes:
+        setup: of the result.
+        results: of the tasks so far.
+        runs: of the adapters so far, by task.
+        digests: of the outputs of the regression suite right after training, by task.
+    """
 
-    def learn(self, number: int, known: Mapping[str, Any] | None) -> None:
-        """Train an adapter for a task, run the suite over all so far, and train the other adapter on."""
-        name = self.names[number]
+    model: Any
+    tokenizer: Any
+    tasks: Mapping[str, TextData]
+    splits: Mapping[str, Split]
+    config: MethodsConfig
+    setup: Mapping[str, Any]
+    folder: Path
+    results: list[TaskResult] = field(default_factory=list)
+    runs: dict[str, RunResult] = field(default_factory=dict)
+    digests: dict[str, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.names = list(self.tasks)
+        self.router = Router(self.model, self.tokenizer, self.config.answering)
+
+    @property
+    def method(self) -> Method:
+        return find_method(self.setup["method"])
+
+    def learn(self, number: int, finished: Mapping[str, Any] | None) -> None:
+        """Trains an adapter for a task, runs the suite on all so far, and continues the adapter in sequence."""
+        name, grid = self.names[number], self.setup["grid"]
         compared = compare_methods(
             self.model,
             self.tokenizer,
             self.tasks[name],
             self.config,
             methods=["zero-shot", self.method.name],
-            seeds=[self.seed],
-            grids=self.grids,
+            seeds=[self.setup["seed"]],
+            grids={self.method.name: grid} if grid else None,
             out=self.folder / name,
         )
-        (zero,), (own,) = compared.tested("zero-shot"), compared.tested(self.method.name)
+        (zero_shot,), (adapted,) = compared.tested("zero-shot"), compared.tested(self.method.name)
         primary = compared.primary
-        self.runs[name] = own
+        self.runs[name] = adapted
         self.results.append(
             TaskResult(
                 name,
                 primary,
-                (zero.test or {})[primary],
-                (own.test or {})[primary],
+                (zero_shot.test or {})[primary],
+                (adapted.test or {})[primary],
                 sum(run.seconds for run in compared.runs),
-                own.parameters,
-                dict(own.setting),
+                adapted.parameters,
+                dict(adapted.setting),
                 len(self._suite(name)),
             )
         )
         self.router.learn(name, [example.prompt for example in self.splits[name].train])
-        self._check_outputs(number)
-        self._train_on(number, known)
+        self._check_outputs()
+        self._continue_sequence(number, finished)
 
-    def _check_outputs(self, number: int) -> None:
-        """Hold the outputs of every task so far against those right after its training."""
+    def _check_outputs(self) -> None:
+        """Compares the outputs of every task so far with those right after its training."""
         for result in self.results:
             digests = self._outputs(result.name, save=result is self.results[-1])
-            before = self.digests.setdefault(result.name, digests)
-            result.changed.append(sum(now != then for now, then in zip(digests, before)))
+            trained = self.digests.setdefault(result.name, digests)
+            result.changed.append(sum(a != b for a, b in zip(digests, trained)))
 
     def _outputs(self, name: str, save: bool) -> list[str]:
-        """Digests of a task's logits with its adapter, one for each answer of the suite."""
-        run = self.runs[name]
-        state = read_weights(weights_path(self.folder / name, run))
-        digests = []
-        with self.task(name).attached(self.method, run) as attached:
-            attached.load(state)
-            attached.model.eval()
-            for example in self._suite(name):
-                row = answer_row(example, self.tokenizer, self.config.answering)
-                digests.append(_digest(attached, collate([row], self.tokenizer.pad_token_id)))
+        """Digests of the logits of a task with its adapter, one per answer of the suite."""
+        with self._adapter(name, name) as attached:
+            rows = [answer_row(example, self.tokenizer, self.config.answering) for example in self._suite(name)]
+            digests = [_digest(attached, collate([row], self.tokenizer.pad_token_id)) for row in rows]
             if save and hasattr(attached.model, "peft_config"):
                 self._save(name, attached.model)
         return digests
 
     def _save(self, name: str, model: Any) -> None:
-        """Save an adapter as peft does, and with one that edits heads, what a monitor of it holds inputs against."""
+        """Saves an adapter in peft's format and, if it edits heads, the reference of an :class:`EditMonitor`."""
         from ...adapters import EditMonitor
         from ...adapters.jola.model import jola_layers
-        from ..jola.training import training_inputs
 
         folder = self.folder / "adapters" / name
         model.save_pretrained(str(folder))
         if next(jola_layers(model), None) is None:
             return
-        how, device = self.config.answering, next(model.parameters()).device
-        rows = [answer_row(example, self.tokenizer, how) for example in self.splits[name].train]
-        batches = training_inputs(model, rows, self.tokenizer.pad_token_id, how.batch_size)
+        answering, device = self.config.answering, next(model.parameters()).device
+        rows = [answer_row(example, self.tokenizer, answering) for example in self.splits[name].train]
+        batches = training_inputs(model, rows, self.tokenizer.pad_token_id, answering.batch_size)
         monitor = EditMonitor(model, window=max(1, min(64, len(rows) // 4)))
         monitor.calibrate({key: _to(value, device) for key, value in batch.items()} for batch in batches)
         monitor.save(folder)
 
-    def _suite(self, name: str) -> Sequence[Any]:
-        return self.splits[name].test[: self.suite]
+    def _suite(self, name: str) -> Sequence[Example]:
+        return self.splits[name].test[: self.setup["suite"]]
 
-    def _train_on(self, number: int, known: Mapping[str, Any] | None) -> None:
-        """Train the one adapter on this task too, and score it on all so far."""
+    def _continue_sequence(self, number: int, finished: Mapping[str, Any] | None) -> None:
+        """Trains the adapter in sequence on this task too, and scores it on all tasks so far."""
         name, run = self.names[number], self.runs[self.names[number]]
         path = self.folder / "sequence" / f"{name}.safetensors"
-        record = known["weights"] if known else None
-        if known and damage(path, record) is None and len(known["sequence"]) >= 1:
+        record = finished["weights"] if finished else None
+        if finished and damage(path, record) is None and len(finished["sequence"]) >= 1:
             state = read_weights(path)
         else:
-            state = read_weights(weights_path(self.folder / name, run))  # of the first task, both are the same
+            state = read_weights(weights_path(self.folder / name, run))  # on the first task, both adapters are the same
             if number:
                 start = read_weights(self.folder / "sequence" / f"{self.names[number - 1]}.safetensors")
                 state = self.task(name).train(self.method, run, start).state
             record = save_weights(path, state)
         self.results[-1].weights = record
         for result in self.results:
-            result.sequence.append(self._score(result.name, state, SEQUENCE))
-
-    def _score(self, name: str, state: Mapping[str, Tensor], title: str) -> float:
-        task = self.task(name)
-        with task.attached(self.method, self.runs[name]) as attached:
-            attached.load(state)
-            return task.score(attached.model, self.splits[name].test, f"{name}, {title}").metrics[task.primary]
+            task = self.task(result.name)
+            with task.attached(self.method, self.runs[result.name], state) as attached:
+                examples, title = self.splits[result.name].test, f"{result.name}, {SEQUENCE}"
+                result.sequence.append(task.score(attached.model, examples, title).metrics[task.primary])
 
     def route(self) -> None:
-        """Score every task with the adapters that the router chooses."""
+        """Scores every task with the adapters that the router chooses."""
         save_weights(self.folder / "router.safetensors", self.router.state())
         for result in self.results:
             examples, task = self.splits[result.name].test, self.task(result.name)
-            chosen = self.router.route([example.prompt for example in examples])
-            result.router = chosen.count(result.name) / len(chosen)
-            each = list(self.runs[result.name].each)
-            for other in dict.fromkeys(chosen):
+            routed = self.router.route([example.prompt for example in examples])
+            result.router = routed.count(result.name) / len(routed)
+            scores = list(self.runs[result.name].each)
+            for other in dict.fromkeys(routed):
                 if other != result.name:
-                    places = [i for i, name in enumerate(chosen) if name == other]
-                    state = read_weights(weights_path(self.folder / other, self.runs[other]))
-                    with task.attached(self.method, self.runs[other]) as attached:
-                        attached.load(state)
-                        scores = task.score(
-                            attached.model, [examples[i] for i in places], f"{result.name}, routed"
-                        ).each
-                    for i, score in zip(places, scores):
-                        each[i] = score
-            result.routed = 100 * sum(each) / len(each)
+                    numbers = [i for i, name in enumerate(routed) if name == other]
+                    with self._adapter(result.name, other) as attached:
+                        others = [examples[i] for i in numbers]
+                        each = task.score(attached.model, others, f"{result.name}, routed").each
+                    for i, score in zip(numbers, each):
+                        scores[i] = score
+            result.routed = 100 * sum(scores) / len(scores)
+
+    def _adapter(self, name: str, other: str) -> AbstractContextManager[Attached]:
+        """The model for the task ``name`` with the adapter of the task ``other``, read from its file."""
+        run = self.runs[other]
+        return self.task(name).attached(self.method, run, read_weights(weights_path(self.folder / other, run)))
 
     def task(self, name: str) -> TextTask:
-        """The engine's part for one task."""
-        split, data = self.splits[name], self.tasks[name]
-        compared = MethodComparison((), {}, primary=primary_metric(data.has_choices, self.config.answering))
-        candidates = labels(split.train, self.config.answering)
-        return TextTask(
-            self.model, self.model, self.tokenizer, {self.seed: split}, self.config, Group(), compared.primary,
-            compared.better_by, candidates, self.folder / "logs",
-        )  # fmt: skip
+        splits = {self.setup["seed"]: self.splits[name]}
+        return TextTask(self.model, self.model, self.tokenizer, splits, self.config, Group(), self.folder / "logs")
 
 
 def _to(value: Any, device: torch.device) -> Any:
@@ -298,7 +291,7 @@ def _to(value: Any, device: torch.device) -> Any:
 
 @torch.inference_mode()
 def _digest(attached: Attached, batch: Mapping[str, Any]) -> str:
-    """The logits of an answer as a digest of their bytes."""
+    """A hash of the logits of an answer."""
     device = next(attached.model.parameters()).device
     logits = tail_logits(
         attached.model, batch["input_ids"].to(device), batch["attention_mask"].to(device), batch["keep"]

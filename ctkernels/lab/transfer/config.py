@@ -12,18 +12,18 @@ from ..images.sets import Preprocess
 
 @dataclass(frozen=True)
 class ImageOptions(Config):
-    """Settings for preparing and splitting examples; the paper's by default. Texts and series are split alike.
+    """Settings for the preparation and splits of examples (images, texts or series); the paper's by default.
 
     Args:
         size: side of the square that the network sees, in pixels.
         resize: shorter side before the centre crop. Default: size * 256 / 224.
         normalise: "target": with the mean and deviation of up to 1000 training images, or of the training series;
             "imagenet": with ImageNet's.
-        max_tokens: of a text; what comes after them is not read.
-        val: fraction of the training images for validation, where the data has no such split.
-        test: fraction of the training images for test, where the data has no such split.
-        max_train: the most images for training and for the validation that is cut off them. Default: all.
-        max_test: the most images for test. Default: all.
+        max_tokens: of a text; longer ones are truncated.
+        val: fraction of the training examples for validation, if the data has no such split.
+        test: fraction of the training examples for test, if the data has no such split.
+        max_train: maximal number of training examples, before validation examples are cut off. Default: all.
+        max_test: maximal number of test examples. Default: all.
     """
 
     size: Annotated[int, PIXELS] = 224
@@ -42,13 +42,13 @@ class ImageOptions(Config):
 
 @dataclass(frozen=True)
 class TrainingConfig(Config):
-    """The schedule of every method: Adam, the rate rising over the first epoch and a tenth after half of the epochs.
+    """The schedule of every method: Adam, with warm-up over the first epoch and a tenth of the rate after half of them.
 
     Args:
-        epochs: how many; the one with the best validation accuracy is kept.
-        batch_size: images per step, over all processes.
+        epochs: number of epochs; the one with the best validation accuracy is kept.
+        batch_size: examples per step, over all processes.
 
-    Source: Curvature Tuning paper, appendix B. Unlike there, the linear probe keeps its best epoch too.
+    Source: Curvature Tuning paper, appendix B. Unlike there, the linear probe also keeps its best epoch.
     """
 
     epochs: Annotated[int, COUNT] = 20
@@ -62,25 +62,24 @@ class TrainingConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TransferConfig(ChoiceConfig):
-    """Settings that are alike for all methods of a comparison.
+    """Settings that all methods of a comparison share.
 
     Args:
         betas: of S-CT: START:STOP:STEP with both ends, or values, in [0, 1]; the plain network always takes part.
         activations, margin: as of :class:`ChoiceConfig`.
-        folds: ways to cut training and validation images; every run is trained once on each, its epoch and what
-            validation chooses go by all of them, and the first one's weights are kept. Default: one from 200 validation
-            images on and for a validation set of the data's own; else as many as validate on 200 images, at most five.
+        folds: number of folds of training and validation examples; every run is trained on each, epochs and settings are
+            chosen on all of them, and the weights of the first are kept. Default: one if there are 200 or more validation
+            examples, or a validation split; else as many as validate on 200 examples, at most five.
         training: epochs and batch size.
-        images: how images are made ready and split.
-        bn: batch normalisation. ``"eval"``: the statistics of pretraining, for every method. ``"train"``: of the new
-            data, for every method: batch statistics while a network is trained, and for frozen networks the mean over
-            the training images, at every beta. ``"paper"``: as its code has it, ``"eval"`` for the frozen networks and
-            ``"train"`` for the others.
+        images: preparation and splits of examples.
+        bn: statistics of batch normalisation. ``"eval"``: those of pretraining, for every method. ``"train"``: those of
+            the new data: batch statistics in training, and for frozen networks the mean over the training examples, at
+            every beta. ``"paper"``: as in its code, ``"eval"`` for frozen networks and ``"train"`` for the others.
         precision: accelerate's mixed precision; frozen features are always float32.
-        cpu: run on the CPU, even where there is a GPU.
+        cpu: run on the CPU, even if there is a GPU.
         workers: processes that decode images.
-        memory_limit: bytes for prepared images, and again for features, kept at once.
-        progress: show a bar on standard error.
+        memory_limit: bytes for prepared images, and the same again for features, kept at once.
+        progress: show a progress bar on standard error.
     """
 
     folds: Annotated[int | None, COUNT] = None

@@ -1,4 +1,4 @@
-"""The methods that leave the network alone: a linear probe, and S-CT, which chooses the best of many."""
+"""Methods that leave the network unchanged: the linear probe, and S-CT, which chooses among many betas."""
 
 from __future__ import annotations
 
@@ -15,42 +15,41 @@ from torch.utils.data import Dataset
 
 from .._distributed import Group
 from .._restoring import evaluation
-from ..experiment import rank
 from ..images.backbone import FeatureReader, coeff_at, plain_backbone, steered_backbone
 from ..images.features import passes
 from ..labelled import batches
-from ..stats import preferred, standard_error
+from ..stats import best_beta, scores_of, standard_error
 from .config import TransferConfig
 from .folds import FoldLog, on_folds
 from .heads import fit_head, head_input
-from .inputs import Split
-from .state import batch_norms
+from .inputs import PreparedSplit
+from .state import batch_norms, ends_with_single
 
 
 @dataclass(frozen=True)
 class FrozenNetwork:
-    """A frozen network whose features are read, plain or at values of beta.
+    """A frozen network whose features are extracted, plain or at several betas.
 
     Args:
-        model: on its device; it is left as it was.
-        coeff: of the CT unit, a number or "mean-free"; None: only the plain network.
-        config: betas, kinds of activation, batch size and so on.
-        group: the processes that share reading.
-        split: the images. Batch-normalisation statistics are estimated on its training images, for every beta, where
-            ``config.bn`` is "train".
+        model: on its device; unchanged afterwards.
+        coeff: of the CT unit, a number or "mean-free"; None: the plain network only.
+        config: betas, activations, batch size and so on.
+        group: the processes that share the extraction.
+        split: the examples. If ``config.bn`` is "train", the statistics of batch normalisation are estimated on its
+            training examples, for every beta.
     """
 
     model: nn.Module
     coeff: float | str | None
     config: TransferConfig
     group: Group
-    split: Split
+    split: PreparedSplit
 
     def fit(self, classes: int, lr: float, seed: int, cuts: Sequence[tuple[Tensor, Tensor]]) -> FoldLog:
-        """Train a head for every candidate on every fold of ``cuts``, and keep the best in validation.
+        """Trains a head for every candidate on every fold of ``cuts``, and keeps that of the best in validation.
 
-        Of equals it is the one nearest the plain network, which is kept itself unless another is better beyond
-        ``config.margin``.
+        Among equals the candidate nearest the plain network is best; the plain network itself is kept unless the best beats
+        it beyond ``config.margin``.
         """
         split = self.split
         y = torch.cat([split.labels["train"], split.labels["val"]])
@@ -72,27 +71,26 @@ class FrozenNetwork:
                         if self.group.rank == 0:
                             logs[beta] = on_folds(cuts, partial(fit, x))
         logs = self.group.share(logs)
-        best = max(logs, key=lambda b: (rank(logs[b].validation)[0], 2.0 if b is None else b))
-        pair = [list(map(int, logs[b].validated)) for b in (plain, best)]
-        chosen = (plain, best)[preferred(pair, self.config.margin)]
+        scores = {beta: scores_of(log.validated) for beta, log in logs.items()}
+        chosen = best_beta(scores, plain, self.config.margin)
         log = logs[chosen]
         log.details |= {"head": sum(value.numel() for value in log.state.values()), "validated": log.validated}
         if self.coeff is not None:
-            search = [
-                {"beta": b, "coeff": self._coeff_at(b), "val_accuracy": logs[b].validation["accuracy"]} for b in logs
-            ]
-            over = [b - a for a, b in zip(*pair)]
-            ahead = {"beta": best, "points": mean(over), "standard_error": standard_error(over)}
+            best = best_beta(scores, plain, margin=0.0)
+            gains = [b - a for a, b in zip(scores[plain], scores[best])]
             log.details["detail"] = {
                 "beta": chosen,
                 "coeff": self._coeff_at(chosen),
-                "search": search,
-                "best": ahead,
+                "search": [
+                    {"beta": b, "coeff": self._coeff_at(b), "val_accuracy": logs[b].validation["accuracy"]}
+                    for b in logs
+                ],
+                "best": {"beta": best, "points": mean(gains), "standard_error": standard_error(gains)},
             }
         return log
 
     def right(self, state: dict[str, Tensor], beta: float | None) -> list[bool]:
-        """Classify the test images: True for each that is right, in order."""
+        """Whether each test example is classified correctly, in order."""
         right: list[bool] = []
         with self._reader() as read:
             features = self._features(read, [self.split.test], [beta])
@@ -106,16 +104,15 @@ class FrozenNetwork:
 
     @contextmanager
     def _reader(self) -> Iterator[FeatureReader]:
-        device = next(self.model.parameters()).device
+        config, device = self.config, next(self.model.parameters()).device
         example = self.split.train[0][0][None].to(device)
         point = head_input(self.model, example)
         with evaluation(self.model):
             if self.coeff is None:
                 opened = plain_backbone(self.model, example, point)
             else:
-                opened = steered_backbone(self.model, example, point, self.coeff, self.config.steering)
+                opened = steered_backbone(self.model, example, point, self.coeff, config.steering)
             with opened as backbone:
-                config = self.config
                 size = config.training.batch_size
                 yield FeatureReader(backbone, self.group, device, size, config.workers, config.progress)
 
@@ -129,28 +126,32 @@ class FrozenNetwork:
 
 
 @contextmanager
-def recalibrated(model: nn.Module, images: Dataset[Any], network: Any, batch_size: int, workers: int) -> Iterator[None]:
-    """Give batch normalisation the mean statistics of the batches of ``images``; afterwards its own again.
+def recalibrated(
+    model: nn.Module, examples: Dataset[Any], network: Any, batch_size: int, workers: int
+) -> Iterator[None]:
+    """Sets the statistics of batch normalisation to their mean over batches of ``examples``; restores them afterwards.
 
-    For a network that is not trained this stands in for the batch statistics that training would go by.
+    Args:
+        model: the network with the layers.
+        network: what the batches are passed through: ``model``, or its features at some beta.
     """
     layers = [m for m in batch_norms(model) if m.track_running_stats]
     device = next(model.parameters()).device
-    before = [(m.momentum, {k: b.clone() for k, b in m.named_buffers()}) for m in layers]
-    single = len(images) > batch_size and len(images) % batch_size == 1  # type: ignore[arg-type]
+    saved = [(m.momentum, {k: b.clone() for k, b in m.named_buffers()}) for m in layers]
+    single = ends_with_single(examples, batch_size)
     try:
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None  # a plain mean over the batches
             layer.train()
-        for batch, _ in batches(images, batch_size, workers, drop_last=single):
+        for batch, _ in batches(examples, batch_size, workers, drop_last=single):
             network(batch.to(device))
         for layer in layers:
             layer.eval()
         yield
     finally:
         with torch.no_grad():
-            for layer, (momentum, buffers) in zip(layers, before):
+            for layer, (momentum, buffers) in zip(layers, saved):
                 layer.momentum = momentum
                 for name, value in buffers.items():
                     getattr(layer, name).copy_(value)

@@ -1,4 +1,4 @@
-"""The linear head that every method trains: put on a network, or fitted to frozen features."""
+"""The linear head that every method trains, on a network or on frozen features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .folds import FoldLog
 
 
 class Logits(nn.Module):
-    """A linear layer on what a network without a linear classifier gives, averaged over all places."""
+    """A network without a linear classifier, followed by a linear layer on its output, averaged over positions."""
 
     def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
         super().__init__()
@@ -26,14 +26,14 @@ class Logits(nn.Module):
 
 
 def with_head(model: nn.Module, example: Tensor, classes: int, seed: int = 0) -> tuple[nn.Module, str]:
-    """A copy of ``model`` with a new linear layer for ``classes`` in place of its classifier, and that layer's name.
+    """A copy of ``model`` with a new linear layer for ``classes`` instead of its classifier, and the name of that layer.
 
-    A network that does not end in a linear layer gets one on its output, averaged over all places.
+    If the network does not end with a linear layer, one is added on its output, averaged over positions.
 
     Args:
         model: in evaluation mode.
-        example: a batch the network takes, on its device.
-        seed: of the layer's initial weights.
+        example: a batch for the network, on its device.
+        seed: of the initial weights.
     """
     point = head_input(model, example)
     network = copy_module(model)
@@ -48,7 +48,7 @@ def with_head(model: nn.Module, example: Tensor, classes: int, seed: int = 0) ->
 
 
 def new_head(width: int, classes: int, seed: int) -> nn.Linear:
-    """A linear layer whose initial weights depend on ``seed`` alone."""
+    """A linear layer whose initial weights depend only on ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Linear(width, classes)
@@ -62,7 +62,7 @@ def head_input(model: nn.Module, example: Tensor) -> HookPoint:
 
 
 def logits_of(network: nn.Module, images: Tensor) -> Tensor:
-    """(b, classes), from a network that gives them as they are or in a tuple, a dictionary, or ``.logits``."""
+    """The logits (b, classes) of a network that returns them directly, in a tuple or dictionary, or as ``.logits``."""
     return output_tensor(network(images))
 
 
@@ -78,7 +78,7 @@ def fit_head(
     seed: int,
     others: Sequence[FoldLog] = (),
 ) -> FoldLog:
-    """Train a linear layer on frozen features as every other method trains its head.
+    """Trains a linear layer on frozen features, with the schedule of every other method.
 
     Args:
         features, val_features: float32 (n, d).
@@ -88,7 +88,7 @@ def fit_head(
         others: logs of the same run on other folds.
 
     Returns:
-        :class:`FoldLog`, whose state is ``{"weight", "bias"}``.
+        the log; its state is ``{"weight", "bias"}``.
     """
     generator = torch.Generator().manual_seed(seed)
     head = new_head(features.shape[1], classes, seed)

@@ -1,9 +1,9 @@
-"""The networks and data sets of a comparison: checked before any long work, described for the result, made ready."""
+"""The networks and data sets of a comparison: checks before any long work, their description, and prepared splits."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,10 @@ from .config import ImageOptions, TransferConfig
 from .heads import with_head
 from .methods import Method
 
-Models = Mapping[str, nn.Module | Callable[[], nn.Module]]
-
 
 @dataclass(frozen=True)
-class Split:
-    """One seed's examples, ready for the network, and their labels. The test examples are every seed's."""
+class PreparedSplit:
+    """The examples of a seed, prepared for the network, and their labels. The test examples are the same for all seeds."""
 
     train: Dataset[Any]
     val: Dataset[Any]
@@ -37,33 +35,42 @@ class Split:
     labels: dict[str, Tensor]
 
     def cuts(self, folds: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-        """Numbers of the training and of the validation images of every fold, see :func:`validation_folds`."""
+        """The indices of the training and validation examples of every fold, see :func:`validation_folds`."""
         return validation_folds(self.labels["train"], self.labels["val"], folds, seed)
 
     def parts(self, cuts: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Dataset[Any], Dataset[Any]]]:
-        """Training and validation images of every fold; those of the first are the data sets themselves."""
-        everything: Dataset[Any] = ConcatDataset([self.train, self.val])
-        others = [tuple(Subset(everything, part.tolist()) for part in cut) for cut in cuts[1:]]
-        return [(self.train, self.val), *((train, val) for train, val in others)]
+        """The training and validation examples of every fold; the first fold's are the data sets themselves."""
+        joined: Dataset[Any] = ConcatDataset([self.train, self.val])
+        return [
+            (self.train, self.val),
+            *((Subset(joined, t.tolist()), Subset(joined, v.tolist())) for t, v in cuts[1:]),
+        ]
 
 
-def draw(splits: Splits, options: ImageOptions, seed: int, memory: int, network: nn.Module) -> Split:
-    """Split and prepare; examples are kept prepared if all take at most ``memory`` bytes, else made when read."""
+def prepare_split(splits: Splits, options: ImageOptions, seed: int, memory: int, network: nn.Module) -> PreparedSplit:
+    """Splits and prepares examples: in advance if they fit into ``memory`` bytes, else whenever they are read."""
     parts = split(splits, options, seed)
     preprocess = parts["train"].preparation(options, network)
-    ready = {name: part.prepared(preprocess) for name, part in parts.items()}
+    prepared = {name: part.prepared(preprocess) for name, part in parts.items()}
     labels = {name: part.labels for name, part in parts.items()}
-    keep = sum(map(len, parts.values())) * preprocess.blank().nbytes <= memory
-    return Split(**{name: _Kept(part) if keep else part for name, part in ready.items()}, labels=labels)
+    fits = sum(map(len, parts.values())) * preprocess.blank().nbytes <= memory
+    return PreparedSplit(**{n: _InMemory(part) if fits else part for n, part in prepared.items()}, labels=labels)
 
 
 def split(splits: Splits, options: ImageOptions, seed: int) -> dict[str, LabelledSet]:
-    o = options
-    parts = splits.complete(val=o.val, test=o.test, seed=seed, max_train=o.max_train, max_test=o.max_test, test_seed=0)
+    """The "train", "val" and "test" examples of a seed; the test examples are the same for all seeds."""
+    parts = splits.complete(
+        val=options.val,
+        test=options.test,
+        seed=seed,
+        max_train=options.max_train,
+        max_test=options.max_test,
+        test_seed=0,
+    )
     return dict(zip(("train", "val", "test"), parts))
 
 
-class _Kept(Dataset[Item]):
+class _InMemory(Dataset[Item]):
     """The prepared examples of a set, in memory."""
 
     def __init__(self, examples: LabelledSet) -> None:
@@ -77,10 +84,10 @@ class _Kept(Dataset[Item]):
 
 
 def folds_of(splits: Splits, config: TransferConfig, sizes: Mapping[str, int]) -> int:
-    """How many folds to validate on: what was asked for, else by the number of validation images.
+    """The number of folds: the configured one, else by the number of validation examples.
 
     Raises:
-        ValueError: more than there are images for.
+        ValueError: there are too few examples for so many folds.
     """
     most = (sizes["train"] + sizes["val"]) // sizes["val"]
     if config.folds is None:
@@ -92,57 +99,64 @@ def folds_of(splits: Splits, config: TransferConfig, sizes: Mapping[str, int]) -
 
 
 def check_data(name: str, splits: Splits, config: TransferConfig, seeds: Sequence[int]) -> dict[str, Any]:
-    """Describe a data set for the result.
+    """Checks a data set and describes it for the result.
 
     Raises:
-        ValueError: too few examples of a class to split, one class only, a class to predict that was not learnt, NaN.
+        ValueError: a class has too few examples to split, there is only one class, validation or test examples have a
+            class without training examples, or examples have NaN.
     """
     try:
-        for part in (splits.train, splits.val, splits.test):
-            if part is not None:
-                part.check()
+        for examples in (splits.train, splits.val, splits.test):
+            if examples is not None:
+                examples.check()
         digest, sizes = hashlib.sha256(), {}
         for seed in seeds:
             parts = split(splits, config.images, seed)
             check_labels(parts)
             if seed == seeds[0]:  # more seeds may be added later
-                sizes = {part: len(images) for part, images in parts.items()}
-                for images in parts.values():
-                    digest.update(images.labels.numpy().tobytes())
-                    digest.update(images.fingerprint(0))
+                sizes = {name: len(part) for name, part in parts.items()}
+                for part in parts.values():
+                    digest.update(part.labels.numpy().tobytes())
+                    digest.update(part.fingerprint(0))
         folds = folds_of(splits, config, sizes)
     except ValueError as error:
         raise ValueError(f"data {name}: {error}") from error
-    classes = list(splits.train.classes)
-    about = {"source": splits.source, "classes": classes, "sizes": sizes, "folds": folds}
-    return {**about, "digest": digest.hexdigest()[:16]}
+    return {
+        "source": splits.source,
+        "classes": list(splits.train.classes),
+        "sizes": sizes,
+        "folds": folds,
+        "digest": digest.hexdigest()[:16],
+    }
 
 
 def check_model(
     name: str, model: nn.Module, methods: Sequence[Method], data: Mapping[str, Splits], config: TransferConfig
 ) -> dict[str, Any]:
-    """Describe a network for the result.
+    """Checks a network and describes it for the result.
 
     Raises:
-        ValueError: it does not take the examples of a data set, a method needs an activation to treat and it has none, or a
-            layer for LoRA.
+        ValueError: the network does not take the examples of a data set, or lacks an activation, or a layer for LoRA, that
+            a method needs.
     """
     try:
         with evaluation(model):
-            tried: set[Any] = set()
+            checked: set[Any] = set()
             for splits in data.values():
                 example = splits.train.preparation(config.images, model, fitted=False).blank()
                 kind = splits.train.KIND, example.shape
-                if kind not in tried:
-                    _try(model, methods, splits.train.KIND, example, config)
-                    tried.add(kind)
+                if kind not in checked:
+                    _check_methods(model, methods, splits.train.KIND, example, config)
+                    checked.add(kind)
     except ValueError as error:
         raise ValueError(f"model {name}: {error}") from error
     return {"class": type(model).__name__, "digest": digest_of(model)}
 
 
-def _try(model: nn.Module, methods: Sequence[Method], kind: str, example: Tensor, config: TransferConfig) -> None:
-    """Put every method on the network once, with a blank example; nothing is trained."""
+def _check_methods(
+    model: nn.Module, methods: Sequence[Method], kind: str, example: Tensor, config: TransferConfig
+) -> None:
+    """Attaches every method to the network once, without training."""
     activations = config.activations
     example = example.to(next((p.device for p in model.parameters()), torch.device("cpu")))
     output_tensor(check_takes(model, example, what=kind))

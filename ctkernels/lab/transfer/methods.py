@@ -1,4 +1,4 @@
-"""The methods that are compared, and the settings each is tried with."""
+"""The methods of the transfer comparison, and the settings to try for each."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ NAMES = "linear, sct, sct-mean-free, tct, lora-rN or tct+lora-rN"
 
 @dataclass(frozen=True)
 class Attached:
-    """A network with what a method trains.
+    """A network with a method attached.
 
     Attributes:
-        network: the network, everything else frozen.
+        network: frozen except for the parameters of the method and the head.
         groups: parameter groups with their rates.
-        parameters: how many numbers are trained, without the head.
-        head: how many are in the head.
+        parameters: number of trained values outside the head.
+        head: number of values in the head.
     """
 
     network: nn.Module
@@ -42,26 +42,26 @@ class Attached:
 class Method(experiment.Method):
     """A method of the comparison.
 
-    ``attach`` makes an :class:`Attached` of a network with a new head, the head's name, a setting, the kinds of
-    activation to treat (None: the default) and a batch that the network takes. It is None for methods that leave the network
-    alone; of these ``coeff`` is the coefficient of S-CT, None for the linear probe.
+    ``attach`` takes a network with a new head, the name of the head, a setting, the kinds of activation to treat (None: the
+    default) and an example batch, and returns an :class:`Attached`. Methods without it leave the network unchanged: S-CT
+    with coefficient ``coeff``, and the linear probe, whose ``coeff`` is None.
     """
 
     coeff: float | str | None = None
 
 
 def method(name: str) -> Method:
-    """``linear``, ``sct``, ``sct-mean-free``, ``tct``, ``lora-rN`` and ``tct+lora-rN`` for any rank N.
+    """The method of a name: ``linear``, ``sct``, ``sct-mean-free``, ``tct``, ``lora-rN`` or ``tct+lora-rN`` of any rank N.
 
     Raises:
-        ValueError: another name.
+        ValueError: there is no method of that name.
     """
     head = {"head_lr": (HEAD_LR,)}
     if name == "linear":
         return Method(name, "a linear probe", head)
     if name in ("sct", "sct-mean-free"):
         return Method(name, "the best of many fixed betas", head, coeff=0.5 if name == "sct" else MEAN_FREE)
-    # The curvature's rate is lr where it is trained; LoRA alone has one rate for adapter and head, as in the paper.
+    # lr is the rate of the curvature if it is trained; LoRA alone has one rate for adapter and head, as in the paper
     curvature = {"lr": (0.1,), **head}
     if name == "tct":
         return Method(name, "learned curvature", curvature, _tct, ("beta", "coeff"), nonnegative=("coeff",))
@@ -77,21 +77,21 @@ def method(name: str) -> Method:
 
 
 def lora_targets(network: nn.Module, head: str, rank: int) -> tuple[list[str], list[str]]:
-    """Names of the convolutions and linear layers that LoRA of ``rank`` can be put on, and of those it cannot.
+    """The names of the convolutions and linear layers that LoRA of ``rank`` supports, and of those that it does not.
 
-    peft has no LoRA for dilated convolutions, nor for grouped ones whose groups do not divide the rank.
+    peft has no LoRA for dilated convolutions, nor for grouped ones whose number of groups does not divide the rank.
     """
-    fits: list[str] = []
-    not_fits: list[str] = []
+    supported: list[str] = []
+    unsupported: list[str] = []
     for name, module in network.named_modules():
         if name == head:
             continue
         if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            fit = rank % module.groups == 0 and set(module.dilation) == {1}
-            (fits if fit else not_fits).append(name)
+            fits = rank % module.groups == 0 and set(module.dilation) == {1}
+            (supported if fits else unsupported).append(name)
         elif isinstance(module, nn.Linear):
-            fits.append(name)
-    return fits, not_fits
+            supported.append(name)
+    return supported, unsupported
 
 
 def _lora_config(network: nn.Module, head: str, setting: Setting, rank: int, **more: Any) -> Any:
@@ -100,7 +100,7 @@ def _lora_config(network: nn.Module, head: str, setting: Setting, rank: int, **m
     targets, _ = lora_targets(network, head, rank)
     if not targets:
         raise ValueError(f"lora-r{rank}: {type(network).__name__} has no convolution or linear layer that it fits")
-    alpha: Any = rank * float(setting.get("scale", 1.0))  # annotated as an integer, used as a number
+    alpha: Any = rank * float(setting.get("scale", 1.0))  # peft annotates it as int, but takes any number
     return peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, **more)
 
 
@@ -130,13 +130,13 @@ def _tct(
         activations=list(RELU_FAMILY if kinds is None else kinds),
         init_beta=_number(setting, "beta"),
         init_coeff=_number(setting, "coeff"),
-        # token numbers are found by the network's embedding
+        # token numbers need no shape: the adapter finds the network's embedding
         input_shape=tuple(example.shape[1:]) if example.is_floating_point() else None,
         modules_to_save=[head],
     )
     with warnings.catch_warnings():
-        for about in ("You are trying to modify a model with PEFT for a second time", "Already found a `peft_config`"):
-            warnings.filterwarnings("ignore", about)  # two methods on one model are what is wanted here
+        for text in ("You are trying to modify a model with PEFT for a second time", "Already found a `peft_config`"):
+            warnings.filterwarnings("ignore", text)  # two adapters on one model are intended here
         adapted = peft.get_peft_model(model, config)
     return _attached(adapted, rates, float(setting["head_lr"]))
 
@@ -146,7 +146,7 @@ def _number(setting: Setting, name: str) -> float | None:
 
 
 def _attached(model: Any, rates: Mapping[str, float], head_lr: float) -> Attached:
-    """Train the parameters whose names hold one of ``rates``, and the head; freeze the rest."""
+    """Unfreezes the head and the parameters whose names contain a key of ``rates``; freezes all others."""
     groups: dict[str, list[torch.nn.Parameter]] = {kind: [] for kind in (*rates, "modules_to_save")}
     for name, parameter in model.named_parameters():
         kind = next((kind for kind in groups if kind in name), None)

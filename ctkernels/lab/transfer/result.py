@@ -5,16 +5,16 @@ The result file (``result.json``) holds everything needed to read it without thi
 ``schema``
     ``"ctkernels.compare/1"``, and ``kind``, ``"compare"`` or ``"tune"``.
 ``setup``
-    what decides the numbers: ``models`` (name -> class, digest of the weights), ``data`` (name -> source,
+    everything that determines the numbers: ``models`` (name -> class, digest of the weights), ``data`` (name -> source,
     classes, sizes, folds, digest), ``methods`` (name -> the settings tried), ``seeds`` (the first chose the settings),
     ``betas``, ``budget`` (epochs and batch size), ``bn``, ``images``, ``precision``, ``processes``.
 ``cells``
-    a list of runs, :class:`RunResult` as plain values. Accuracies are in [0, 1]. A run with ``test: null`` only served
-    to choose a setting. ``detail`` of ``sct`` has ``beta`` (null: the plain network), ``coeff`` and the ``search`` (one
+    a list of runs, :class:`RunResult` as plain values. Accuracies are in [0, 1]. A run with ``test: null`` was only used to
+    choose a setting. ``detail`` of ``sct`` has ``beta`` (null: the plain network), ``coeff``, the ``search`` (one
     ``{beta, coeff, val_accuracy}`` per candidate, beta null for a plain network that is not beta = 1), and the ``best``
-    of it with how far it was ahead of the plain network, in points of accuracy and with the standard error; ``detail`` of
-    methods that learn curvature has ``curvature``: site -> ``{beta, coeff}`` -> ``{mean, deviation, low, high,
-    histogram}``, the histogram counting 20 equal bins of [0, 1].
+    candidate with its gain over the plain network and the standard error; ``detail`` of methods that learn curvature has
+    ``curvature``: site -> ``{beta, coeff}`` -> ``{mean, deviation, low, high, histogram}``, the histogram with 20 equal
+    bins of [0, 1].
 ``table``
     a list with one entry per model, data set and method: ``{model, data, method, setting, parameters, seeds, test:
     {mean, deviation, values}, val: {...}, seconds}``.
@@ -23,7 +23,7 @@ The result file (``result.json``) holds everything needed to read it without thi
     points, better, sets, each}``; ``relative`` is the mean of per-set relative gains, as in the paper, ``points`` the
     mean of per-set differences of accuracy.
 ``verdict``, ``seconds``, ``versions``
-    a sentence per model; of the last call; of the packages. The command line adds ``command`` and ``options``.
+    a sentence per model; duration of the last call; versions of packages. The command line adds ``command`` and ``options``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ..experiment import ComparisonResult
 from ..report import figures
 from ..report.section import Picture, Section, Table, duration
 from ..result import describe
-from ..stats import exceeds, mean_over_seeds, spread, standard_error, summary
+from ..stats import accuracy, exceeds, mean_over_seeds, nearest_plain, scores_of, spread, standard_error, summary
 
 BASELINE = "linear"
 NAMES = {"linear": "linear probe", "sct": "S-CT", "sct-mean-free": "S-CT, c*(β)", "tct": "T-CT"}
@@ -46,18 +46,18 @@ NAMES = {"linear": "linear probe", "sct": "S-CT", "sct-mean-free": "S-CT, c*(β)
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult(experiment.RunResult):
-    """One run: a method with a setting, on one model, one data set, one seed's training images.
+    """One run: a method with a setting, on one model, one data set and the training examples of one seed.
 
     Attributes:
-        model, data: what ran, beside method, seed and setting.
-        parameters: how many numbers were trained, without the head.
-        head: numbers in the head.
-        epochs: ``loss`` and ``accuracy`` on the validation images of all folds after each epoch, ``train_loss`` over it.
-        validated: a "1" or "0" for every validation image, fold by fold, after the epoch that was kept.
-        detail: what the method found besides, see the module.
-        diverged: whether the loss stopped being finite; training ended there.
-        test: accuracy on the test images.
-        right: a "1" or "0" for every test image.
+        model, data: names of the network and the data set.
+        parameters: number of trained values outside the head.
+        head: number of values in the head.
+        epochs: after each epoch, ``loss`` and ``accuracy`` on the validation examples of all folds, and ``train_loss``.
+        validated: a "1" or "0" for every validation example, fold by fold, after the epoch that was kept.
+        detail: further results of the method, see the module.
+        diverged: whether training ended early because the loss was not finite.
+        test: accuracy on the test examples.
+        right: a "1" or "0" for every test example.
     """
 
     model: str
@@ -100,16 +100,14 @@ class TransferComparison(ComparisonResult[RunResult]):
 
     def wrong_scores(self, run: RunResult) -> str | None:
         if search := run.detail.get("search"):
-            best = max(search, key=lambda row: (row["val_accuracy"], 2.0 if row["beta"] is None else row["beta"]))[
-                "beta"
-            ]
-            if ahead := run.detail.get("best"):
+            chosen = max(search, key=lambda row: (row["val_accuracy"], -nearest_plain(row["beta"])))["beta"]
+            if best := run.detail.get("best"):
                 plain = None if any(row["beta"] is None for row in search) else 1.0
-                enough = exceeds(ahead["points"], ahead["standard_error"], self.setup["margin"])
-                best = best if enough and ahead["beta"] == best else plain
-            if best != run.detail["beta"]:
-                return f"it names beta {run.detail['beta']} as its choice, which is {best}"
-        if run.validated and run.validation["accuracy"] != run.validated.count("1") / len(run.validated):
+                enough = exceeds(best["points"], best["standard_error"], self.setup["margin"])
+                chosen = chosen if enough and best["beta"] == chosen else plain
+            if chosen != run.detail["beta"]:
+                return f"it names beta {run.detail['beta']} as its choice, which is {chosen}"
+        if run.validated and run.validation["accuracy"] != accuracy(run.validated):
             return f"its validation accuracy, {run.validation['accuracy']}, is not that of its images"
         if run.test is not None:
             count = self.setup["data"][run.data]["sizes"]["test"]
@@ -118,7 +116,7 @@ class TransferComparison(ComparisonResult[RunResult]):
         return None
 
     def rows(self) -> list[dict[str, Any]]:
-        """Per model, data set and method the mean and the deviation over seeds, as plain values."""
+        """The table as plain values: for each model, data set and method, the mean and deviation over seeds."""
         return [
             {
                 "model": model,
@@ -127,7 +125,7 @@ class TransferComparison(ComparisonResult[RunResult]):
                 "setting": runs[0].setting,
                 "parameters": runs[0].parameters,
                 "seeds": [run.seed for run in runs],
-                "test": {**summary(_accuracies(runs)), "standard_error": self.accuracy_error(runs)},
+                "test": {**summary(_accuracies(runs)), "standard_error": standard_error(_test_scores(runs))},
                 "val": summary([run.validation["accuracy"] for run in runs]),
                 "seconds": mean(run.seconds for run in runs),
             }
@@ -138,7 +136,10 @@ class TransferComparison(ComparisonResult[RunResult]):
         ]
 
     def gain(self, model: str, method: str, baseline: str = BASELINE) -> dict[str, Any] | None:
-        """``method`` against ``baseline`` over the data sets; None if no set has both, every seed of them."""
+        """The gain of ``method`` over ``baseline``, averaged over the data sets on which all seeds of both were tested.
+
+        None if there is none.
+        """
         each: list[dict[str, Any]] = []
         for data in self.sets(model, method, baseline):
             scored, reference = (mean(_accuracies(self.tested(model, data, m))) for m in (method, baseline))
@@ -159,22 +160,15 @@ class TransferComparison(ComparisonResult[RunResult]):
         }
 
     def standard_error(self, model: str, data: str, method: str, baseline: str) -> float:
-        """Standard error of the difference of two methods' accuracies on the same test images, averaged over seeds.
+        """Standard error of the difference between two methods on the same test examples, averaged over seeds.
 
-        It does not cover the draw of training images, which the deviation over seeds shows.
+        It does not include the choice of training examples, which the deviation over seeds shows.
         """
-        scores = (
-            mean_over_seeds([list(map(int, run.right)) for run in self.tested(model, data, m)])
-            for m in (method, baseline)
-        )
-        return standard_error([a - b for a, b in zip(*scores)])
-
-    def accuracy_error(self, runs: Sequence[RunResult]) -> float:
-        """Standard error of the mean accuracy of runs on the same test images."""
-        return standard_error(mean_over_seeds([list(map(int, run.right)) for run in runs]))
+        pair = (_test_scores(self.tested(model, data, m)) for m in (method, baseline))
+        return standard_error([a - b for a, b in zip(*pair)])
 
     def gains(self) -> list[dict[str, Any]]:
-        """Compare every method with the linear probe, and T-CT with every LoRA."""
+        """The gains of every method over the linear probe, and of T-CT over every LoRA."""
         gains = []
         for model in self.models:
             methods = self.methods(model)
@@ -195,13 +189,13 @@ class TransferComparison(ComparisonResult[RunResult]):
     # --- as text ------------------------------------------------------------------------------------------------------
 
     def table(self) -> str:
-        """One table per model as text: accuracies in percent, mean ± deviation over seeds; then the gains."""
+        """A table per model as text: accuracies in percent, mean ± deviation over seeds, and gains."""
         parts = [f"{grid.caption}\n{grid.text()}" for grid in self._grids("{}*")]
         note = "accuracy in %, mean ± deviation over seeds; * best of a row; gains over the linear probe"
         return "\n\n".join([*parts, note]) if parts else "no method has been tested yet"
 
     def markdown(self) -> str:
-        """The same as Markdown, the best of a row in bold."""
+        """The tables as Markdown, the best of each row in bold."""
         grids = self._grids("**{}**")
         return "\n\n".join(replace(grid, header=[grid.caption, *grid.header[1:]]).markdown() for grid in grids)
 
@@ -210,7 +204,7 @@ class TransferComparison(ComparisonResult[RunResult]):
         return [grid for grid in grids if grid.rows]
 
     def _grid(self, model: str, mark: str) -> Table:
-        """Accuracies by data set and method, and gains; ``mark`` formats the best of a row."""
+        """Accuracies by data set and method, and gains. ``mark`` formats the best of a row."""
         methods = self.methods(model)
         lines: list[list[str]] = []
         for data in self.setup["data"]:
@@ -243,9 +237,9 @@ class TransferComparison(ComparisonResult[RunResult]):
         return "\n".join(lines)
 
     def verdict(self) -> str:
-        """A sentence per model and method: it against the linear probe, and where that is beyond chance.
+        """A sentence per model and method: its gain over the linear probe, and on how many data sets it is significant.
 
-        A difference counts where it is more than two standard errors over the test images.
+        A difference is significant if it is more than two standard errors over the test examples.
         """
         return "\n".join(map(_sentence, self.gains())) or "Nothing to compare yet."
 
@@ -259,7 +253,7 @@ class TransferComparison(ComparisonResult[RunResult]):
             f"{'Training' if values.get('kind') == 'tune' else 'Comparison of methods'}: {', '.join(setup['models'])}",
             [line for line in str(values["verdict"]).splitlines() if line],
             [
-                ("Data", ", ".join(f"{name} ({_sizes(about)})" for name, about in setup["data"].items())),
+                ("Data", ", ".join(f"{name} ({_sizes(data)})" for name, data in setup["data"].items())),
                 ("Seeds", ", ".join(map(str, setup["seeds"]))),
                 ("Time", duration(sum(run["seconds"] for run in values["cells"]))),
             ],
@@ -277,12 +271,17 @@ class TransferComparison(ComparisonResult[RunResult]):
 
 
 def display(method: str) -> str:
-    """A method's name for people: ``"tct+lora-r4"`` is "T-CT + LoRA, rank 4"."""
+    """The displayed name of a method: ``"tct+lora-r4"`` is "T-CT + LoRA, rank 4"."""
     return " + ".join(NAMES.get(part, part.replace("lora-r", "LoRA, rank ")) for part in method.split("+"))
 
 
 def _accuracies(runs: Sequence[RunResult]) -> list[float]:
     return [run.test or 0.0 for run in runs]
+
+
+def _test_scores(runs: Sequence[RunResult]) -> list[float]:
+    """The score of every test example, averaged over seeds."""
+    return mean_over_seeds([scores_of(run.right) for run in runs])
 
 
 def _marked(texts: Sequence[str], values: Sequence[float], mark: str) -> list[str]:
@@ -299,8 +298,8 @@ def _sentence(gain: Mapping[str, Any]) -> str:
     return f"{gain['model']}, {display(gain['method'])}: {numbers} on {sets}, {beyond}."
 
 
-def _sizes(about: Mapping[str, Any]) -> str:
-    return ", ".join(f"{v} {k}" for k, v in (about.get("sizes") or {}).items()) or "sizes not recorded"
+def _sizes(data: Mapping[str, Any]) -> str:
+    return ", ".join(f"{v} {k}" for k, v in (data.get("sizes") or {}).items()) or "sizes not recorded"
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> list[Table | Picture]:
@@ -344,7 +343,7 @@ def _gains_table(gains: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 
 def _not_helped(gains: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Sentences about what was worse than the baseline, or no better beyond two standard errors."""
+    """Sentences about methods that are worse than their baseline, or not better beyond two standard errors."""
     for gain in gains:
         for each in gain["each"]:
             title = f"{gain['model']} on {each['data']}, {display(gain['method'])} against {display(gain['baseline'])}"
@@ -355,15 +354,15 @@ def _not_helped(gains: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 yield f"{title}: no difference beyond chance, {numbers}."
 
 
-def _learned(run: Mapping[str, Any], about: Mapping[str, Any]) -> list[Table | Picture]:
-    """Parts about a run's ``detail``: the search of S-CT, the learned curvature of T-CT. ``about``: its data."""
+def _learned(run: Mapping[str, Any], data: Mapping[str, Any]) -> list[Table | Picture]:
+    """Parts for the ``detail`` of a run: the search of S-CT, the learned curvature of T-CT. ``data``: of the setup."""
     title = f"{run['model']} on {run['data']}, {display(run['method'])}, seed {run['seed']}"
     detail = run["detail"]
     parts: list[Table | Picture] = []
     if "search" in detail:
         rows = [{"beta": row["beta"], "accuracy": row["val_accuracy"]} for row in detail["search"]]
         chosen = "the plain network" if detail["beta"] is None else f"{detail['beta']:g}"
-        count = len(run.get("validated", "")) or (about.get("sizes") or {}).get("val", 0)
+        count = len(run.get("validated", "")) or (data.get("sizes") or {}).get("val", 0)
         parts.append(
             Picture(
                 figures.data_uri(figures.validation_line(rows, detail["beta"], count)),
@@ -371,7 +370,7 @@ def _learned(run: Mapping[str, Any], about: Mapping[str, Any]) -> list[Table | P
                 f"{title}: validation accuracy against β with one standard error, the choice ringed.",
             )
         )
-    if "curvature" in detail:  # peft's wrappers are no part of a layer's name
+    if "curvature" in detail:  # without the names of peft's wrappers
         learned = {site.removeprefix("base_model.model."): values for site, values in detail["curvature"].items()}
         parts.append(
             Picture(
@@ -383,6 +382,6 @@ def _learned(run: Mapping[str, Any], about: Mapping[str, Any]) -> list[Table | P
         columns = [(kind, name) for kind in ("beta", "coeff") for name in ("mean", "deviation", "low", "high")]
         names = {"beta": "β", "coeff": "c", "low": "least", "high": "most"}
         header = ["layer", *(f"{names[kind]} {names.get(name, name)}" for kind, name in columns)]
-        rows_of = [[site, *(f"{values[k][n]:.3f}" for k, n in columns)] for site, values in learned.items()]
-        parts.append(Table(f"{title}: learned values by layer", header, rows_of, folded=True))
+        cells = [[site, *(f"{values[k][n]:.3f}" for k, n in columns)] for site, values in learned.items()]
+        parts.append(Table(f"{title}: learned values by layer", header, cells, folded=True))
     return parts

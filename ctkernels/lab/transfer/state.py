@@ -1,4 +1,4 @@
-"""Snapshot and restore of what training changes in a network, and the mode it is trained in."""
+"""The state that training changes in a network: its mode, trained parameters and batch-normalisation statistics."""
 
 from __future__ import annotations
 
@@ -7,15 +7,28 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 
 def batch_norms(network: nn.Module) -> list[Any]:
     return [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
+def ends_with_single(data: Dataset[Any], batch_size: int) -> bool:
+    """Whether the last of several batches has one example, which has no batch statistics."""
+    count = len(data)  # type: ignore[arg-type]
+    return count > batch_size and count % batch_size == 1
+
+
+def statistics_of(network: nn.Module) -> dict[str, Tensor]:
+    """The statistics of batch normalisation (buffers, not copies), by name."""
+    names = {id(b): name for name, b in network.named_buffers()}
+    return {names[id(b)]: b for module in batch_norms(network) for b in module.buffers()}
+
+
 @contextmanager
 def training_mode(network: nn.Module, bn_train: bool) -> Iterator[None]:
-    """Evaluation mode, batch normalisation on batch statistics if ``bn_train``; evaluation mode after it."""
+    """Evaluation mode, but with batch statistics in batch normalisation if ``bn_train``; evaluation mode afterwards."""
     network.eval()
     for module in batch_norms(network) if bn_train else ():
         module.train()
@@ -26,16 +39,14 @@ def training_mode(network: nn.Module, bn_train: bool) -> Iterator[None]:
 
 
 def state_of(network: nn.Module, bn_train: bool) -> dict[str, Tensor]:
-    """Copies of what training changes: trained parameters, and the statistics of batch normalisation if ``bn_train``."""
-    state = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
-    if bn_train:
-        statistics = {id(b) for module in batch_norms(network) for b in module.buffers()}
-        state |= {name: b.detach().clone() for name, b in network.named_buffers() if id(b) in statistics}
-    return state
+    """Copies of the trained parameters, and of the statistics of batch normalisation if ``bn_train``."""
+    state: dict[str, Tensor] = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    state |= statistics_of(network) if bn_train else {}
+    return {name: value.detach().clone() for name, value in state.items()}
 
 
 def load_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`state_of` gave."""
+    """Loads a state from :func:`state_of`."""
     unknown = network.load_state_dict(dict(state), strict=False).unexpected_keys
     if unknown:
         raise ValueError(f"weights: expected those of this network, got {unknown[:3]} besides")

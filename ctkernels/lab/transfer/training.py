@@ -1,4 +1,4 @@
-"""One training run on accelerate: validation after every epoch, the best epoch kept. Importing it needs accelerate."""
+"""One training run with accelerate: validation after every epoch, the best epoch kept. Importing it needs accelerate."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ..labelled import batches
 from .config import TransferConfig
 from .folds import FoldLog
 from .heads import logits_of
-from .state import batch_norms, state_of, training_mode
+from .state import batch_norms, ends_with_single, state_of, training_mode
 
 
 def make_accelerator(precision: str = "no", cpu: bool = False) -> Accelerator:
-    """An accelerator for this process's GPU, or the CPU. A step's batch is dealt to all processes."""
+    """An accelerator for the GPU of this process or the CPU. All processes share each batch."""
     return Accelerator(
         mixed_precision=precision,
         cpu=cpu,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        # torchvision's Swin passes weights to a function, so that LoRA on those layers never acts
+        # torchvision's Swin passes the weights of some layers to a function, so their LoRA is never called
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
 
@@ -36,27 +36,26 @@ def train(
     accelerator: Accelerator,
     network: nn.Module,
     groups: Sequence[Mapping[str, Any]],
-    images: Dataset[Any],
+    examples: Dataset[Any],
     val: Dataset[Any],
     config: TransferConfig,
     seed: int,
     advance: Callable[[int], object] = lambda step: None,
     others: Sequence[FoldLog] = (),
 ) -> FoldLog:
-    """Train the parameters in ``groups`` (with their rates) with Adam on cross-entropy.
+    """Trains the parameters in ``groups``, each with its rate, by Adam on cross-entropy.
 
     Args:
         others: logs of the same run on other folds.
 
     Returns:
-        the log, with the trained state of the best epoch. Training ends early where the loss is not finite.
+        the log, with the trained state of the best epoch. Training ends early if the loss is not finite.
     """
     training, bn_train, workers = config.training, config.bn != "eval", config.workers
     size = training.batch_size
-    # a batch of one image has no batch statistics
-    single = bn_train and len(images) > size and len(images) % size == 1  # type: ignore[arg-type]
+    single = bn_train and ends_with_single(examples, size)
     order = torch.Generator().manual_seed(seed)
-    loader = batches(images, size, workers, shuffle=True, generator=order, drop_last=single)
+    loader = batches(examples, size, workers, shuffle=True, generator=order, drop_last=single)
     optimizer = torch.optim.Adam([dict(group) for group in groups])
     rates = [group["lr"] for group in optimizer.param_groups]
     wrapped, optimizer, loader = accelerator.prepare(network, optimizer, loader)
@@ -78,7 +77,7 @@ def train(
                 optimizer.zero_grad()
                 step += 1
                 advance(1)
-        _same_statistics(accelerator, network)
+        _broadcast_statistics(accelerator, network)
         right, val_loss = score(accelerator, network, val, size, workers)
         metrics = {"train_loss": sum(losses) / len(losses), "loss": val_loss}
         log.add_scored(
@@ -89,8 +88,8 @@ def train(
     return log
 
 
-def _same_statistics(accelerator: Accelerator, network: nn.Module) -> None:
-    """Give every process the batch-normalisation statistics of rank 0; each saw its own share of the batches."""
+def _broadcast_statistics(accelerator: Accelerator, network: nn.Module) -> None:
+    """Broadcasts the batch-normalisation statistics of rank 0, as each process saw only its part of the batches."""
     if accelerator.num_processes > 1:
         for module in batch_norms(network):
             for buffer in module.buffers():
@@ -100,7 +99,7 @@ def _same_statistics(accelerator: Accelerator, network: nn.Module) -> None:
 def score(
     accelerator: Accelerator, network: nn.Module, data: Dataset[Any], batch_size: int, workers: int = 0
 ) -> tuple[list[bool], float]:
-    """Score a network: whether each image is classified rightly, in order, and the mean loss; processes share the work."""
+    """Whether each example is classified correctly, in order, and the mean loss. Processes share the examples."""
     group = Group(accelerator.process_index, accelerator.num_processes)
     count: int = len(data)  # type: ignore[arg-type]
     share = Subset(data, range(group.rank, count, group.size))
