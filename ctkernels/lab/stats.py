@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
-from typing import Any, TypeVar
+from typing import Any
 
-K = TypeVar("K")
 SIGNIFICANT = 0.05
 ENOUGH = 200  # validation examples for which one fold suffices
 MOST_FOLDS = 5
@@ -63,30 +62,20 @@ def preferred(scores: Sequence[Sequence[float]], margin: float = 1.0) -> int:
     raise AssertionError("the best candidate is not worse than itself")
 
 
-def best_or_plain(scores: Mapping[K, Sequence[float]], plain: K, margin: float) -> K:
-    """The key of the best scores, the first among equals; ``plain`` unless they beat it beyond ``margin``.
-
-    Args:
-        scores: for each candidate, its scores on the same validation examples, in [0, 1].
-        plain: the key of the plain network.
-        margin: as in :func:`preferred`.
-
-    Examples:
-        >>> best_or_plain({1.0: [1, 0, 0, 0], 0.9: [1, 1, 0, 0], 0.8: [1, 1, 0, 0]}, 1.0, margin=0.5)
-        0.9
-    """
-    best = max(scores, key=lambda candidate: mean(scores[candidate]))
-    return (plain, best)[preferred([scores[plain], scores[best]], margin)]
-
-
 def nearest_plain(beta: float | None) -> float:
     """A sort key that orders betas by distance from the plain network, which is None or 1."""
     return -2.0 if beta is None else -beta
 
 
 def best_beta(scores: Mapping[float | None, Sequence[float]], plain: float | None, margin: float) -> float | None:
-    """The beta that :func:`best_or_plain` chooses, the one nearest the plain network among equals."""
-    return best_or_plain({beta: scores[beta] for beta in sorted(scores, key=nearest_plain)}, plain, margin)
+    """The beta with the best scores, the one nearest the plain network among equals; ``plain`` if :func:`preferred`.
+
+    Examples:
+        >>> best_beta({1.0: [1, 0, 0, 0], 0.8: [1, 1, 0, 0], 0.9: [1, 1, 0, 0]}, 1.0, margin=0.5)
+        0.9
+    """
+    best = max(sorted(scores, key=nearest_plain), key=lambda beta: mean(scores[beta]))
+    return (plain, best)[preferred([scores[plain], scores[best]], margin)]
 
 
 def folds_for(validation: int, training: int) -> int:

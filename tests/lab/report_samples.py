@@ -70,7 +70,8 @@ def robust() -> dict[str, Any]:
             {"name": names[1], "kind": "corruption", "corruptions": ["fog"], "severities": [1]},
         ),
         validation={
-            name: tuple(ValidationScore(b, 0.6 - (b - 0.8) ** 2, 0.8 - (1 - b) * 0.1) for b in (0.6, 0.8, 1.0)) for name in names
+            name: tuple(ValidationScore(b, 0.6 - (b - 0.8) ** 2, 0.8 - (1 - b) * 0.1) for b in (0.6, 0.8, 1.0))
+            for name in names
         },
         chosen={names[0]: 0.8, names[1]: 1.0},
         test={

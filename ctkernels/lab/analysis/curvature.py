@@ -155,16 +155,10 @@ def lipschitz(function: Callable[[Tensor], Tensor], x: Tensor, *, iterations: in
 
 
 def scalar_of(model: Callable[[Tensor], Tensor], quantity: str, labels: Tensor) -> Scalar:
-    """A function from inputs to one number per sample, of a classifier.
+    """A function from inputs to one number per sample, for a classifier that returns logits (n, classes).
 
-    Args:
-        model: returns logits (n, classes).
-        quantity: ``"loss"``: cross-entropy; ``"logit"``: of the label's class; ``"margin"``: that logit minus the mean of
-            the others.
-        labels: int64 (n,).
-
-    Raises:
-        ValueError: the quantity is unknown.
+    ``quantity``: ``"loss"``: cross-entropy; ``"logit"``: of the label's class; ``"margin"``: that logit minus the mean of the
+    others.
     """
     choice(*QUANTITIES).check("quantity", quantity)
 

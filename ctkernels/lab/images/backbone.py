@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,17 +32,6 @@ def coeff_at(coeff: float | str, beta: float) -> float:
         0.5
     """
     return beta**2 / (1 + beta**2) if isinstance(coeff, str) else coeff
-
-
-@contextmanager
-def fused(model: nn.Module) -> Iterator[nn.Module]:
-    """Fuses the network, if anything in it can be fused: it is faster, and gives the same results within rounding."""
-    try:
-        fusion: Any = fuse(model)
-    except ValueError:
-        fusion = nullcontext()
-    with fusion:
-        yield model
 
 
 @dataclass(frozen=True)
@@ -75,15 +64,9 @@ class Steered:
 def steered(
     model: nn.Module, run: Callable[[], Tensor], coeff: float | str, options: Mapping[str, Any]
 ) -> Iterator[Steered]:
-    """Steers ``model``, which is in evaluation mode; restores it afterwards.
+    """Steers ``model``, which is in evaluation mode, with these options of :func:`ctkernels.steer`; restores it afterwards.
 
-    Args:
-        run: returns an output of the network, to compare the plain network with that at beta = 1.
-        coeff: of the CT unit, a number or "mean-free".
-        options: of :func:`ctkernels.steer`.
-
-    Raises:
-        ValueError: the network has no activation to steer.
+    ``run`` returns an output of the network, to compare the plain network with that at beta = 1.
     """
     plain = run()
     with steer(model, 1.0, **options) as handle:
@@ -126,17 +109,12 @@ def steered_backbone(
     options: Mapping[str, Any] | None = None,
     fast: bool = False,
 ) -> Iterator[Backbone]:
-    """Steers ``model`` and reads its features.
+    """Steers ``model``, which is in evaluation mode, and reads its features; restores it afterwards.
 
     Args:
-        model: in evaluation mode; restored afterwards.
-        example: a batch for the network.
         point: a :class:`HookPoint`, or the argument ``feature_layer`` of :func:`find_hook_point`.
         coeff, options: as in :func:`steered`.
         fast: fuse the network meanwhile (:func:`ctkernels.fuse`), which changes features by rounding.
-
-    Raises:
-        ValueError: the network does not take the example, or has no activation to steer.
     """
     check_takes(model, example, what="train: images")
     hook = point if isinstance(point, HookPoint) else find_hook_point(model, example, point)
@@ -148,7 +126,8 @@ def steered_backbone(
     with steered(model, run, coeff, options or {}) as network, hook.capture(model) as features, ExitStack() as stack:
         dim = features(example).shape[1]
         if fast:
-            stack.enter_context(fused(model))
+            with suppress(ValueError):  # nothing to fuse
+                stack.enter_context(fuse(model))
 
         def features_at(beta: Any) -> Callable[[Tensor], Tensor]:
             def run_at(batch: Tensor) -> Tensor:

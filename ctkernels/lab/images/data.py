@@ -31,13 +31,8 @@ MOVED = ("fashion-mnist", "mnist-5k", "emoji")  # former names, now functions in
 def find_images(spec: str | os.PathLike[str], beside: str = "") -> Callable[[], Splits]:
     """The function that reads a folder, an ``.npz`` file, or a data set by name; no images are read yet.
 
-    Args:
-        spec: path or name, see :func:`ctkernels.lab.load_data`.
-        beside: what else the caller accepts, for the message.
-
-    Raises:
-        ValueError: ``spec`` is no folder, ``.npz`` file or known data set.
-        ImportError: ``spec`` is a data set of torchvision, which is missing.
+    ValueError for an unknown ``spec``; the message also names ``beside``, what else the caller accepts. ImportError for a data
+    set of torchvision without that package.
     """
     path = Path(spec)
     if not str(spec).strip():

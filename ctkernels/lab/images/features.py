@@ -55,14 +55,9 @@ class HookPoint:
 def find_hook_point(model: nn.Module, example: Tensor, feature_layer: str | None = None) -> HookPoint:
     """Chooses the hook point for features.
 
-    It is the output of ``feature_layer``, if given. Else it is the input of the classifier: ``model.get_classifier()`` of
-    timm's networks, otherwise the last ``nn.Linear`` that runs, if the network's output has its shape. Without a
-    classifier it is the network's output.
-
-    Args:
-        model: in evaluation mode.
-        example: a batch for the network, on its device.
-        feature_layer: name of a submodule, as in ``model.named_modules()``.
+    It is the output of the submodule ``feature_layer``, if given. Else it is the input of the classifier:
+    ``model.get_classifier()`` of timm's networks, otherwise the last ``nn.Linear`` that runs, if the network's output has
+    its shape. Without a classifier it is the network's output. ``example`` is a batch for the network.
 
     Raises:
         ValueError: there is no submodule of that name; the message lists the names.
@@ -140,11 +135,6 @@ def extract(
     """Reads the data once and runs every network on every batch.
 
     Whole batches are distributed among the processes, so that batches do not depend on the number of processes.
-
-    Args:
-        parts: data sets of (image, label), concatenated.
-        networks: functions from a batch to features (b, dim).
-        advance: called after every batch and network.
 
     Returns:
         float32 (len(networks), n, dim) on the CPU of rank 0; empty, (len(networks), 0, dim), on other ranks.

@@ -50,11 +50,7 @@ class Decoded:
 
 
 def torchvision_data(name: str, root: str | os.PathLike[str]) -> Splits:
-    """Reads a data set of torchvision with all its splits; downloads it if its files are missing.
-
-    Args:
-        name: of a classification data set in ``torchvision.datasets`` that takes a root folder, such as ``"Flowers102"``.
-        root: folder of its files.
+    """Reads a data set of torchvision, such as ``"Flowers102"``, with all its splits; downloads it if files are missing.
 
     Raises:
         ValueError: there is no such class, or it needs other arguments; its files are missing and cannot be downloaded; or

@@ -19,7 +19,7 @@ from .._progress import bar
 from .._weights import check_same, digest_of
 from ..config import configured
 from ..executor import Executor
-from ..experiment import BetterBy, Method, Plan, Study, TrainingLog, build, plan_of
+from ..experiment import Method, Plan, Study, TrainingLog, build, plan_of
 from .config import MethodsConfig
 from .methods import METHODS, Attached
 from .result import MethodComparison, RunResult, better_by
@@ -187,10 +187,6 @@ class TextTask:
         return primary_metric(self.first.train[0].choices is not None, self.config.answering)
 
     @property
-    def better_by(self) -> BetterBy:
-        return better_by(self.primary)
-
-    @property
     def candidates(self) -> tuple[str, ...]:
         """The answers that the untrained model chooses among; empty for examples with choices and for free text."""
         return labels(self.first.train, self.config.answering)
@@ -219,7 +215,7 @@ class TextTask:
                 training,
                 run.seed,
                 lambda: self.validate(attached, split.val),
-                self.better_by,
+                better_by(self.primary),
                 advance,
                 logs,
             )

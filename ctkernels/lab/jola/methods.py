@@ -72,55 +72,34 @@ def _trainable(model: nn.Module, lr: float) -> list[dict[str, Any]]:
     return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
 
 
-def _peft_method(config_of: Callable[[Setting], Any]) -> Attach:
-    """Attaches an adapter of peft that is trained with one rate and needs nothing else."""
+def _ungated(config_of: Callable[[Setting], Any], measured: bool = False) -> Attach:
+    """Attaches an adapter of peft that is trained with one rate; ``measured``: in units of the heads."""
 
     @contextmanager
     def attach(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
         with _through_peft(model, config_of(setting)) as wrapped:
-            yield Attached(wrapped, _trainable(wrapped, setting["lr"]))
+            measure = _measure(wrapped, setting) if measured else None
+            yield Attached(wrapped, _trainable(wrapped, setting["lr"]), measure=measure)
 
     return attach
 
 
-def _red(setting: Setting) -> Any:
-    """Scale and offset of every MLP's output, ungated, starting at the identity: RED (arXiv:2402.15179)."""
-    from ... import adapters
+def _gated(config_of: Callable[[Setting], Any]) -> Attach:
+    """Attaches an adapter with gated head edits; gates, and curvature if it has any, have rates of their own."""
 
-    return adapters.JolaConfig(task_type="CAUSAL_LM", site="mlp", freeze_gates=True, init_std=0.0)
+    @contextmanager
+    def attach(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
+        from ... import adapters
 
+        with _through_peft(model, config_of(setting)) as wrapped:
+            rates = {name: setting[name] for name in ("lr", "gate_lr", "curvature_lr") if name in setting}
+            callbacks = [adapters.JolaPenaltyCallback(schedule, units=0)]
+            if share := setting.get("steady"):
+                callbacks.append(_steady_gates(wrapped, share))
+            groups = adapters.parameter_groups(wrapped, **rates)
+            yield Attached(wrapped, groups, callbacks, _measure(wrapped, setting))
 
-def _tct(setting: Setting) -> Any:
-    """Trainable Curvature Tuning: beta and coeff per channel of the activations of the feed-forward layers."""
-    from ... import adapters
-
-    return adapters.CurvatureConfig(task_type="CAUSAL_LM")
-
-
-def _lora(setting: Setting) -> Any:
-    """LoRA on peft's default projections of the architecture (query and value for Llama), scale 2."""
-    rank = int(setting["rank"])
-    return require("peft", "lab", "an adapter").LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank)
-
-
-def _ia3(setting: Setting) -> Any:
-    """(IA)3: learned scales of keys, values and the feed-forward layer."""
-    return require("peft", "lab", "an adapter").IA3Config(task_type="CAUSAL_LM")
-
-
-# Optional settings of methods with head edits; `by_row` and `units` are 0 or 1, `steady` is the part of the steps, from the
-# first, in which gates are not sampled.
-EDIT_OPTIONS = ("init_std", "units")
-GATE_OPTIONS = ("by_row", "init_log_alpha", "temperature", "steady")
-
-
-def _jola_config(setting: Setting, **values: Any) -> Any:
-    from ... import adapters
-
-    values |= {name: setting[name] for name in ("init_std", "init_log_alpha", "temperature") if name in setting}
-    if setting.get("by_row"):
-        values["gate_sampling"] = "row"
-    return adapters.JolaConfig(task_type="CAUSAL_LM", **values)
+    return attach
 
 
 def _measure(model: Any, setting: Setting) -> Callable[[Iterable[Mapping[str, Any]]], Any] | None:
@@ -143,37 +122,55 @@ def _steady_gates(model: nn.Module, share: float) -> Any:
     return SteadyGates()
 
 
-@contextmanager
-def _jola(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
-    """Both edits of every head, gated; gates have a rate of their own."""
+# Optional settings of methods with head edits; `by_row` and `units` are 0 or 1, `steady` is the part of the steps, from the
+# first, in which gates are not sampled.
+EDIT_OPTIONS = ("init_std", "units")
+GATE_OPTIONS = ("by_row", "init_log_alpha", "temperature", "steady")
+
+
+def _jola(setting: Setting, **values: Any) -> Any:
+    """Both edits of every head."""
     from ... import adapters
 
-    with _through_peft(model, _jola_config(setting)) as wrapped:
-        groups = adapters.parameter_groups(wrapped, lr=setting["lr"], gate_lr=setting["gate_lr"])
-        callbacks = [adapters.JolaPenaltyCallback(schedule, units=0)]
-        if share := setting.get("steady"):
-            callbacks.append(_steady_gates(wrapped, share))
-        yield Attached(wrapped, groups, callbacks, _measure(wrapped, setting))
+    values |= {name: setting[name] for name in ("init_std", "init_log_alpha", "temperature") if name in setting}
+    if setting.get("by_row"):
+        values["gate_sampling"] = "row"
+    return adapters.JolaConfig(task_type="CAUSAL_LM", **values)
 
 
-@contextmanager
-def _jola_tct(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
-    """Gated head edits and curvature of activations as one adapter; curvature has a rate of its own."""
+def _jola_tct(setting: Setting) -> Any:
+    """Head edits and curvature of activations as one adapter."""
     from ... import adapters
 
-    with _through_peft(model, adapters.JointConfig(task_type="CAUSAL_LM")) as wrapped:
-        groups = adapters.parameter_groups(
-            wrapped, lr=setting["lr"], gate_lr=setting["gate_lr"], curvature_lr=setting["curvature_lr"]
-        )
-        penalty = adapters.JolaPenaltyCallback(schedule, units=0)
-        yield Attached(wrapped, groups, [penalty], partial(adapters.measure_units, wrapped))
+    return adapters.JointConfig(task_type="CAUSAL_LM")
 
 
-@contextmanager
-def _lofit(model: nn.Module, setting: Setting, schedule: str = "exponential") -> Iterator[Attached]:
+def _lofit(setting: Setting) -> Any:
     """Head edits without gates: "LoFiT" and "no gate" in the JoLA paper."""
-    with _through_peft(model, _jola_config(setting, freeze_gates=True)) as wrapped:
-        yield Attached(wrapped, _trainable(wrapped, setting["lr"]), measure=_measure(wrapped, setting))
+    return _jola(setting, freeze_gates=True)
+
+
+def _red(setting: Setting) -> Any:
+    """Scale and offset of every MLP's output, ungated, starting at the identity: RED (arXiv:2402.15179)."""
+    return _jola({}, site="mlp", freeze_gates=True, init_std=0.0)
+
+
+def _tct(setting: Setting) -> Any:
+    """Trainable Curvature Tuning: beta and coeff per channel of the activations of the feed-forward layers."""
+    from ... import adapters
+
+    return adapters.CurvatureConfig(task_type="CAUSAL_LM")
+
+
+def _lora(setting: Setting) -> Any:
+    """LoRA on peft's default projections of the architecture (query and value for Llama), scale 2."""
+    rank = int(setting["rank"])
+    return require("peft", "lab", "an adapter").LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank)
+
+
+def _ia3(setting: Setting) -> Any:
+    """(IA)3: learned scales of keys, values and the feed-forward layer."""
+    return require("peft", "lab", "an adapter").IA3Config(task_type="CAUSAL_LM")
 
 
 @contextmanager
@@ -215,30 +212,30 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("zero-shot", "the model as it is", {}, None),
-        Method("lora", "LoRA, rank tuned", {"lr": (1e-3, 3e-3), "rank": (1, 8)}, _peft_method(_lora)),
+        Method("lora", "LoRA, rank tuned", {"lr": (1e-3, 3e-3), "rank": (1, 8)}, _ungated(_lora)),
         Method("bitfit", "biases only", {"lr": (3e-4, 1e-3, 3e-3, 1e-2)}, _bitfit),
-        Method("ia3", "(IA)3", {"lr": (1e-3, 3e-3, 1e-2, 3e-2)}, _peft_method(_ia3)),
+        Method("ia3", "(IA)3", {"lr": (1e-3, 3e-3, 1e-2, 3e-2)}, _ungated(_ia3)),
         Method(
             "lofit",
             "head edits without gates",
             {"lr": (1e-2, 2e-2, 5e-2, 1e-1)},
-            _lofit,
+            _ungated(_lofit, measured=True),
             optional=EDIT_OPTIONS,
             nonnegative=("units",),
         ),
-        Method("red", "edits of MLPs' outputs", {"lr": (1e-3, 3e-3, 1e-2, 3e-2)}, _peft_method(_red)),
-        Method("tct", "curvature of activations", {"lr": (1e-2, 2e-2, 5e-2, 1e-1)}, _peft_method(_tct)),
+        Method("red", "edits of MLPs' outputs", {"lr": (1e-3, 3e-3, 1e-2, 3e-2)}, _ungated(_red)),
+        Method("tct", "curvature of activations", {"lr": (1e-2, 2e-2, 5e-2, 1e-1)}, _ungated(_tct)),
         Method(
             "jola+tct",
             "both on one model",
             {"lr": (2e-2, 5e-2), "gate_lr": (5e-1,), "curvature_lr": (3e-2, 1e-1)},
-            _jola_tct,
+            _gated(_jola_tct),
         ),
         Method(
             "jola",
             "gated head edits",
             {"lr": (2e-2, 5e-2), "gate_lr": (2e-1, 5e-1)},
-            _jola,
+            _gated(_jola),
             optional=(*EDIT_OPTIONS, *GATE_OPTIONS),
             nonnegative=("by_row", "units", "steady"),
         ),

@@ -56,17 +56,9 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> list[float
 def bert_scores(
     predictions: Sequence[str], references: Sequence[str], model: str, layer: int | None = None
 ) -> list[float]:
-    """BERTScore F1 of each prediction, by bert-score.
+    """BERTScore F1 of each prediction, by bert-score, from the output of a layer of an encoder (folder or name).
 
-    Args:
-        predictions: generated texts.
-        references: the right answers.
-        model: folder or name of an encoder.
-        layer: the layer whose output is compared; None: the package's default, which exists for models it knows by name.
-
-    Raises:
-        ImportError: bert-score is missing.
-        ValueError: ``layer`` is None, and the package has no default for this model.
+    ``layer``: None: the package's default. ValueError if it has none for this model.
     """
     bert_score = require("bert_score", "bertscore", "BERTScore")
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isclose
 from statistics import mean
@@ -181,23 +181,21 @@ def _metric(name: str) -> str:
 
 def _scores(rows: Sequence[Mapping[str, Any]], primary: str) -> Table:
     """A row per method, with the primary metric first."""
-    metrics = sorted(rows[0]["metrics"], key=lambda name: (name != primary, name))
-    means = [row["metrics"][primary]["mean"] for row in rows]
-    cells = [
-        [
-            row["method"],
-            *(spread(row["metrics"][m]) for m in metrics),
-            f"{row['parameters']:,}",
-            str(len(row["seeds"])),
-            duration(row["seconds"]),
-            describe(row["setting"]),
-            "← best" if value == max(means) else "",
-        ]
-        for row, value in zip(rows, means)
-    ]
-    header = ["method", *map(_metric, metrics), "trained", "seeds", "time per run", "chosen setting", ""]
-    words = (len(header) - 2, len(header) - 1)
-    return Table("Test scores: mean ± deviation over seeds", header, cells, words)
+    best = max(row["metrics"][primary]["mean"] for row in rows)
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "method": lambda row: row["method"],
+        **{
+            _metric(name): lambda row, name=name: spread(row["metrics"][name])  # type: ignore[misc]
+            for name in sorted(rows[0]["metrics"], key=lambda name: (name != primary, name))
+        },
+        "trained": lambda row: f"{row['parameters']:,}",
+        "seeds": lambda row: str(len(row["seeds"])),
+        "time per run": lambda row: duration(row["seconds"]),
+        "chosen setting": lambda row: describe(row["setting"]),
+        "": lambda row: "← best" if row["metrics"][primary]["mean"] == best else "",
+    }
+    words = (len(columns) - 2, len(columns) - 1)
+    return Table.of("Test scores: mean ± deviation over seeds", rows, columns, words)
 
 
 def _gates(run: Mapping[str, Any]) -> Picture:

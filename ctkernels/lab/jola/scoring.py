@@ -112,16 +112,7 @@ def log_probabilities(
     """The log probability of each answer after its prompt.
 
     Rows that differ only in their last token share one forward pass, so choices of one token cost no more than one prompt.
-
-    Args:
-        model: a causal language model, in evaluation mode.
-        rows: tokens of prompts and answers.
-        pad: the padding token.
-        batch_size: sequences per forward pass.
-        advance: called with the number of finished sequences.
-
-    Returns:
-        natural logarithms, one per row.
+    ``advance`` is called with the number of finished sequences.
     """
     sharing: dict[tuple[int, ...], list[int]] = {}  # rows by the input that they share
     for number, (before, after) in enumerate(rows):

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers.integrations import get_available_reporting_integrations
 
 from .._distributed import Group, group
@@ -34,17 +33,6 @@ class Logs(NamedTuple):
 
     loggers: Sequence[str] = ()
     folder: Path | None = None
-
-
-class _Rows(Dataset[Row]):
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Row:
-        return self.rows[index]
 
 
 class _Trainer(transformers.Trainer):
@@ -70,25 +58,17 @@ class _Trainer(transformers.Trainer):
         return metrics
 
 
-class _Steps(transformers.TrainerCallback):
-    """Calls ``advance`` after every step."""
-
-    def __init__(self, advance: Callable[[int], object]) -> None:
-        self.advance = advance
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.advance(1)
-
-
 class _Average(transformers.TrainerCallback):
-    """Averages the weights over the last ``share`` of the ``steps`` of each epoch."""
+    """Averages the weights over the last ``share`` of the ``steps`` of each epoch; calls ``advance`` after every step."""
 
-    def __init__(self, attached: Attached, share: float, steps: int) -> None:
+    def __init__(self, attached: Attached, share: float, steps: int, advance: Callable[[int], object]) -> None:
         self.attached, self.steps, self.first = attached, steps, steps - round(share * steps)
+        self.advance = advance
         self.sums: dict[str, Tensor] = {}
         self.count = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(1)
         if (state.global_step - 1) % self.steps >= self.first:
             weights = {name: value.double() for name, value in self.attached.state().items()}
             self.sums = {name: value + self.sums.get(name, 0) for name, value in weights.items()}
@@ -155,21 +135,13 @@ def train(
     """Trains the parameters of ``attached`` on ``rows``; the model ends with the weights of the best epoch.
 
     Args:
-        attached: a model with a method attached.
-        rows: prompts and answers as tokens.
         pad: the padding token.
-        config: epochs, batch size and so on.
         seed: of the order of examples, and of gates.
         validate: returns metrics; called after every epoch in evaluation mode.
-        better_by: metrics by which epochs are compared.
         advance: called after every step.
-        logs: loggers and their folder.
 
     Returns:
         the log; its details are the gates over training.
-
-    Raises:
-        ValueError: the batch size is no multiple of the number of processes.
     """
     device = next(attached.model.parameters()).device
     processes = group(device)
@@ -180,18 +152,19 @@ def train(
         parameters.setdefault("weight_decay", config.weight_decay)
     optimizer = torch.optim.AdamW(attached.groups, eps=1e-6)
     best = _BestEpoch(attached, config.patience, better_by)
+    examples: Any = list(rows)  # all that the Trainer needs of a data set
     steps = -(-len(rows) // config.batch_size)
-    average = _Average(attached, config.average, steps)
+    average = _Average(attached, config.average, steps, advance)
     writes = logs.folder is not None and logs.loggers
     with nullcontext(str(logs.folder)) if writes else tempfile.TemporaryDirectory() as folder:
         arguments = _arguments(config, logs, folder, steps, seed, device, processes)
         trainer = _Trainer(
             attached.model,
             arguments,
-            train_dataset=_Rows(rows),
-            eval_dataset=_Rows(rows[:1]),  # required by the Trainer; `validate` has its own examples
+            train_dataset=examples,
+            eval_dataset=examples[:1],  # required by the Trainer; `validate` has its own examples
             data_collator=lambda batch: collate(batch, pad),
-            callbacks=[*attached.callbacks, _Steps(advance), average, best],
+            callbacks=[*attached.callbacks, average, best],
             optimizers=(optimizer, None),
         )
         trainer.remove_callback(transformers.PrinterCallback)

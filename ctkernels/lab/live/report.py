@@ -43,7 +43,10 @@ class LiveReport:
             )
         require("jinja2", "lab", "the live page")
         require("matplotlib", "lab", "the live page")
-        self.monitor, self.tokenizer = monitor, copy.deepcopy(tokenizer)  # a fast tokenizer cannot be used by two threads
+        self.monitor, self.tokenizer = (
+            monitor,
+            copy.deepcopy(tokenizer),
+        )  # a fast tokenizer cannot be used by two threads
         self._lock = threading.Lock()
         self._drawn: dict[tuple[str, bool], tuple[int, str]] = {}
 
@@ -52,12 +55,7 @@ class LiveReport:
         return template("live_page.html", __package__).render(nonce=nonce, version=__version__, most=LONGEST)
 
     def feed(self, dark: bool, known: dict[str, int]) -> dict[str, Any]:
-        """The last rows, newest first, and the facts above them.
-
-        Args:
-            dark: theme of the pictures.
-            known: versions of rows, by key, that the page has; these rows are sent without HTML.
-        """
+        """The last rows, newest first, and the facts above them. Rows whose version is ``known`` have no HTML."""
         with self._lock:
             rows = [(inputs, row) for inputs in list(self.monitor.recent) for row in range(len(inputs))]
             entries = []

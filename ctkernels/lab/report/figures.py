@@ -42,7 +42,9 @@ def new(width: float = 5.2, height: float = 3.4, dpi: int = 110, **subplots: Any
     return figure, figure.subplots(**subplots)
 
 
-def tidy(axes: Any, grid: str = "y") -> None:
+def tidy(axes: Any, x: str = "", y: str = "", grid: str = "y") -> None:
+    """Sets the labels of both axes, and draws a light grid and no frame."""
+    axes.set(xlabel=x, ylabel=y)
     axes.grid(axis=grid, color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -68,10 +70,8 @@ def legend(figure: Any, columns: int = 2) -> None:
 
 def _validation(figure: Any, axes: Any, rows: Sequence[Mapping[str, Any]], chosen: float | None) -> Any:
     _mark(axes, rows, chosen)
-    axes.set_xlabel("β")
-    axes.set_ylabel("validation accuracy, %")
     axes.margins(x=0.06, y=0.14)
-    tidy(axes)
+    tidy(axes, "β", "validation accuracy, %")
     legend(figure)
     return figure
 
@@ -116,8 +116,7 @@ def robust_test(conditions: Sequence[Mapping[str, Any]], names: Mapping[str, str
     axes.set_yticks(range(len(conditions)), [text(c["name"]) for c in conditions])
     axes.set_ylim(len(conditions) - 0.5, -0.5)
     axes.set_xlim(-2, 102)
-    axes.set_xlabel("test accuracy, %")
-    tidy(axes, "x")
+    tidy(axes, "test accuracy, %", grid="x")
     legend(figure, 3)
     return figure
 
@@ -135,10 +134,8 @@ def search_history(history: Sequence[Mapping[str, Any]], reached: int, count: in
     axes.step(numbers, best, where="post", color=ORANGE, linewidth=2, label="best so far")
     axes.axhline(values[0], color=GREY, linestyle="--", linewidth=1.2, label="plain network")
     axes.axvline(reached, color=GREY, linestyle=":", linewidth=1.2, label="chosen here")
-    axes.set_xlabel("evaluation")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_ylabel("validation accuracy, %")
-    tidy(axes)
+    tidy(axes, "evaluation", "validation accuracy, %")
     legend(figure)
     return figure
 
@@ -148,10 +145,8 @@ def chosen_betas(groups: Mapping[str, Sequence[str]], chosen: Mapping[str, float
     figure, axes = new(height=2.6)
     values = [chosen[name] for name, sites in groups.items() for _ in sites]
     axes.step(range(len(values) + 1), [*values, values[-1]], where="post", color=BLUE, linewidth=2)
-    axes.set_xlabel("activation, from input to output")
-    axes.set_ylabel("chosen β")
     axes.set_ylim(min(*values, 0.98) - 0.02, 1.01)
-    tidy(axes)
+    tidy(axes, "activation, from input to output", "chosen β")
     return figure
 
 
@@ -167,9 +162,8 @@ def method_dots(rows: Sequence[Mapping[str, Any]], scale: float, label: str) -> 
         axes.errorbar([scale * row["mean"]], [i], xerr=error, color=colour, linestyle="none", elinewidth=1, capsize=3)
     axes.set_yticks(range(len(rows)), [text(row["method"]) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel(label)
     axes.margins(x=0.08)
-    tidy(axes, "both")
+    tidy(axes, label, grid="both")
     return figure
 
 
@@ -226,15 +220,11 @@ def curvature_lines(rows: Sequence[Mapping[str, Any]], count: int, scored: str) 
                 linewidth=0,
             )
             axes.plot(betas, [r[kind]["mean"] for r in points], f"{marker}-", color=colour, markersize=5, label=label)
-        axes.set_xlabel("β")
         axes.legend(frameon=False, fontsize=8)
-        tidy(axes)
-    curvature.set_ylabel("mean absolute second derivative")
-    slope.set_ylabel("local Lipschitz constant")
     accuracy.errorbar(betas, **percentages([r["accuracy"] for r in points], count), color=BLUE, **POINT)
-    accuracy.set_xlabel("β")
-    accuracy.set_ylabel(f"{scored}, %")
-    tidy(accuracy)
+    tidy(curvature, "β", "mean absolute second derivative")
+    tidy(slope, "β", "local Lipschitz constant")
+    tidy(accuracy, "β", f"{scored}, %")
     return figure
 
 
@@ -260,7 +250,9 @@ def boundaries(toy: Mapping[str, Any]) -> Any:
         for label, marker, colour in ((0, "o", "#8a3d00"), (1, "s", "#40107a")):
             points = [(a, b) for a, b, c in zip(x, y, labels) if c == label]
             size = 14 if len(labels) < 300 else 4
-            ax.scatter(*zip(*points), s=size, marker=marker, color=colour, edgecolors="white", linewidths=0.25, zorder=3)
+            ax.scatter(
+                *zip(*points), s=size, marker=marker, color=colour, edgecolors="white", linewidths=0.25, zorder=3
+            )
         ax.set_title(text(name), fontsize=10)
         ax.set_xticks([])
         ax.set_yticks([])
@@ -293,7 +285,6 @@ def kernel_bars(rows: Sequence[tuple[str, Mapping[str, float]]], baseline: str) 
     axes.set_xscale("log")
     axes.set_yticks(range(len(rows)), [text(case, 34) for case, _ in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel(f"time relative to {text(baseline)} (logarithmic; shorter is faster)")
-    tidy(axes, "x")
+    tidy(axes, f"time relative to {text(baseline)} (logarithmic; shorter is faster)", grid="x")
     legend(figure, 3)
     return figure

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,17 @@ class Table:
     rows: Sequence[Sequence[str]]
     words: Sequence[int] = ()
     folded: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        caption: str,
+        items: Iterable[T],
+        columns: Mapping[str, Callable[[T], str]],
+        words: Sequence[int] = (),
+    ) -> Table:
+        """A table with a row per item. ``columns``: header -> function from an item to its cell."""
+        return cls(caption, list(columns), [[cell(item) for cell in columns.values()] for item in items], words)
 
     def text(self) -> str:
         """The table as aligned text without its caption, words to the left and numbers to the right."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,24 +65,9 @@ def read_pixels(data: Pixels, name: str) -> PixelSet:
     return PixelSet(pixels.float(), labels.long())
 
 
-class Condition(Protocol):
-    """A condition that makes images harder to classify."""
-
-    @property
-    def name(self) -> str: ...
-
-    def measure(self, classifier: nn.Module, images: PixelSet, attacks: Sequence[str] | None) -> Outcome:
-        """The outcome of a classifier under the condition, image by image."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Plain values, for the result."""
-        ...
-
-
 @dataclass(frozen=True)
 class Attack:
-    """A threat, on at most ``config.max_attacked`` images."""
+    """The condition of a threat, tested on at most ``config.max_attacked`` images."""
 
     threat: Threat
     config: RobustnessConfig
@@ -103,7 +88,7 @@ class Attack:
 
 @dataclass(frozen=True)
 class Corruption:
-    """All corruptions at all severities; an image's outcome is its share of right answers."""
+    """The condition of all corruptions at all severities; the outcome of an image is its share of right answers."""
 
     config: RobustnessConfig
     name: str = CORRUPTION
@@ -126,6 +111,9 @@ class Corruption:
     def describe(self) -> dict[str, Any]:
         corruptions, severities = list(self.config.corruptions), list(self.config.severities)
         return {"name": self.name, "kind": "corruption", "corruptions": corruptions, "severities": severities}
+
+
+Condition = Attack | Corruption
 
 
 def conditions_of(config: RobustnessConfig) -> list[Condition]:

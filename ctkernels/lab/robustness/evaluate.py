@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -94,17 +95,21 @@ def robustness(
         classes = _classes(sets, config, model, device)
         attacks, val_attacks = (check_attacks(names, classes) for names in (config.attacks, config.val_attacks))
         network = stack.enter_context(_steered_classifier(model, sets, config, device))
-        run = _Evaluation(network, conditions_of(config), {}, {}, progress)
-        outcomes = run.validate(network.steered.candidates(config.grid), sets["val"], val_attacks)
-        plain = network.steered.plain
+        conditions, candidates = conditions_of(config), network.steered.candidates(config.grid)
+        seconds: dict[str, float] = {}
+        steps = len(candidates) * len(conditions)
+        with timed(seconds, "validation"), bar(steps, "validation", progress) as advance:
+            outcomes = _validate(network, conditions, candidates, sets["val"], val_attacks, advance)
         chosen = {
-            name: best_beta({beta: o.right for beta, o in by_beta.items()}, plain, config.margin)
+            name: best_beta({beta: o.right for beta, o in by_beta.items()}, network.steered.plain, config.margin)
             for name, by_beta in outcomes.items()
         }
-        tested = run.test(chosen, others, sets["test"], attacks)
-    run.seconds["total"] = time.perf_counter() - started
+        steps = len(conditions) * (2 + len(others))
+        with timed(seconds, "test"), bar(steps, "test", progress) as advance:
+            tested = _test(network, conditions, chosen, others, sets["test"], attacks, advance)
+    seconds["total"] = time.perf_counter() - started
     return Robustness(
-        conditions=tuple(condition.describe() for condition in run.conditions),
+        conditions=tuple(condition.describe() for condition in conditions),
         validation={
             name: tuple(ValidationScore(beta, o.accuracy, o.clean) for beta, o in by_beta.items())
             for name, by_beta in outcomes.items()
@@ -121,7 +126,7 @@ def robustness(
             "val_attacks": list(val_attacks),
             "device": str(device),
         },
-        seconds=run.seconds,
+        seconds=seconds,
     )
 
 
@@ -141,58 +146,48 @@ def _checked(
     return sets, config
 
 
-@dataclass(frozen=True)
-class _Evaluation:
-    """A running evaluation.
+def _validate(
+    network: _SteeredClassifier,
+    conditions: Sequence[Condition],
+    betas: Sequence[float | None],
+    images: PixelSet,
+    attacks: Sequence[str],
+    advance: Callable[[int], object],
+) -> dict[str, dict[float | None, Outcome]]:
+    """The outcomes of all betas under all conditions, by condition."""
+    outcomes: dict[str, dict[float | None, Outcome]] = {condition.name: {} for condition in conditions}
+    for beta in betas:
+        classifier = network.at(beta)
+        for condition in conditions:
+            outcomes[condition.name][beta] = condition.measure(classifier, images, attacks)
+            advance(1)
+    return outcomes
 
-    Attributes:
-        classifiers: the classifier at each validated beta.
-        seconds: durations so far.
-    """
 
-    network: _SteeredClassifier
-    conditions: Sequence[Condition]
-    classifiers: dict[float | None, nn.Module]
-    seconds: dict[str, float]
-    progress: bool
-
-    def validate(
-        self, betas: Sequence[float | None], images: PixelSet, attacks: Sequence[str]
-    ) -> dict[str, dict[float | None, Outcome]]:
-        """The outcomes of all betas under all conditions."""
-        outcomes: dict[str, dict[float | None, Outcome]] = {condition.name: {} for condition in self.conditions}
-        steps = len(betas) * len(self.conditions)
-        with timed(self.seconds, "validation"), bar(steps, "validation", self.progress) as advance:
-            for beta in betas:
-                self.classifiers[beta] = self.network.at(beta)
-                for condition in self.conditions:
-                    outcomes[condition.name][beta] = condition.measure(self.classifiers[beta], images, attacks)
-                    advance(1)
-        return outcomes
-
-    def test(
-        self,
-        chosen: Mapping[str, float | None],
-        others: Mapping[str, nn.Module],
-        images: PixelSet,
-        attacks: Sequence[str],
-    ) -> dict[str, dict[str, Outcome]]:
-        """The outcomes of the plain network, the chosen beta and other classifiers, by condition and method."""
-        outcomes: dict[str, dict[str, Outcome]] = {}
-        plain = self.network.steered.plain
-        steps = len(self.conditions) * (2 + len(others))
-        with timed(self.seconds, "test"), bar(steps, "test", self.progress) as advance:
-            for condition in self.conditions:
-                by_method = outcomes[condition.name] = {}
-                for method, beta in {"plain": plain, "s-ct": chosen[condition.name]}.items():
-                    if method == "plain" or beta != plain:
-                        self.network.steered.set_beta(beta)
-                        by_method[method] = condition.measure(self.classifiers[beta], images, attacks)
-                    advance(1)
-                for method, other in others.items():
-                    by_method[method] = condition.measure(other, images, attacks)
-                    advance(1)
-        return outcomes
+def _test(
+    network: _SteeredClassifier,
+    conditions: Sequence[Condition],
+    chosen: Mapping[str, float | None],
+    others: Mapping[str, nn.Module],
+    images: PixelSet,
+    attacks: Sequence[str],
+    advance: Callable[[int], object],
+) -> dict[str, dict[str, Outcome]]:
+    """The outcomes of the plain network, the chosen beta and other classifiers, by condition and method."""
+    outcomes: dict[str, dict[str, Outcome]] = {}
+    plain = network.steered.plain
+    for condition in conditions:
+        beta = chosen[condition.name]
+        by_method = {"plain": condition.measure(network.at(plain), images, attacks)}
+        advance(1)
+        if beta != plain:
+            by_method["s-ct"] = condition.measure(network.at(beta), images, attacks)
+        advance(1)
+        for method, other in others.items():
+            by_method[method] = condition.measure(other, images, attacks)
+            advance(1)
+        outcomes[condition.name] = by_method
+    return outcomes
 
 
 def _classes(sets: Mapping[str, PixelSet], config: RobustnessConfig, model: nn.Module, device: torch.device) -> int:
@@ -222,7 +217,7 @@ def _classes(sets: Mapping[str, PixelSet], config: RobustnessConfig, model: nn.M
 
 @dataclass(frozen=True)
 class _SteeredClassifier:
-    """A steered network. ``at`` sets beta and returns the network as a classifier of pixels, with a probe if configured."""
+    """A steered network. ``at`` sets beta and returns the classifier of pixels at it, whose probe is fitted once."""
 
     steered: Steered
     at: Callable[[float | None], nn.Module]
@@ -242,8 +237,8 @@ def _steered_classifier(
 
     with steered(model, run, config.coeff, config.steering) as network:
 
-        def at(beta: float | None) -> nn.Module:
-            network.set_beta(beta)
+        @functools.cache
+        def fitted(beta: float | None) -> nn.Module:
             if point is None:
                 return pixels
             batches = sets["train"].pixels.split(config.batch_size)
@@ -251,5 +246,9 @@ def _steered_classifier(
                 values = torch.cat([features(pixels.normalised(batch.to(device))).cpu() for batch in batches])
             probe = fit_probe(values, sets["train"].labels, "logistic", config.l2, config.seed)
             return PixelClassifier(model, config.mean, config.std, probe, point)
+
+        def at(beta: float | None) -> nn.Module:
+            network.set_beta(beta)
+            return fitted(beta)
 
         yield _SteeredClassifier(network, at)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any, ClassVar
@@ -195,25 +195,22 @@ class Robustness(SteeringResult):
 
 
 def _test_table(conditions: Sequence[Mapping[str, Any]]) -> Table:
-    header = ["condition", "method", "β", "clean", "under it", "gain, points", "worst step", "images"]
-    rows = []
-    for condition in conditions:
-        for row in condition["test"]:
-            steps = row["steps"]
-            worst = min(steps, key=lambda name: steps[name]) if steps else None
-            rows.append(
-                [
-                    condition["name"],
-                    METHODS.get(row["method"], row["method"]),
-                    beta_name(condition["chosen"]) if row["method"] == "s-ct" else "–",
-                    percent(row["clean"]),
-                    percent(row["accuracy"]),
-                    "–" if row["method"] == "plain" else gain_text(row),
-                    "–" if worst is None else f"{worst} {percent(steps[worst])}",
-                    str(row["images"]),
-                ]
-            )
-    return Table("Test accuracy", header, rows, (1, 6))
+    def worst(steps: Mapping[str, float]) -> str:
+        name = min(steps, key=lambda step: steps[step], default=None)
+        return "–" if name is None else f"{name} {percent(steps[name])}"
+
+    columns: dict[str, Callable[[tuple[Mapping[str, Any], Mapping[str, Any]]], str]] = {
+        "condition": lambda pair: pair[0]["name"],
+        "method": lambda pair: METHODS.get(pair[1]["method"], pair[1]["method"]),
+        "β": lambda pair: beta_name(pair[0]["chosen"]) if pair[1]["method"] == "s-ct" else "–",
+        "clean": lambda pair: percent(pair[1]["clean"]),
+        "under it": lambda pair: percent(pair[1]["accuracy"]),
+        "gain, points": lambda pair: "–" if pair[1]["method"] == "plain" else gain_text(pair[1]),
+        "worst step": lambda pair: worst(pair[1]["steps"]),
+        "images": lambda pair: str(pair[1]["images"]),
+    }
+    pairs = [(condition, row) for condition in conditions for row in condition["test"]]
+    return Table.of("Test accuracy", pairs, columns, (1, 6))
 
 
 def _validated(condition: Mapping[str, Any], values: Mapping[str, Any]) -> int:

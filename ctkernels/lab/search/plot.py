@@ -41,10 +41,8 @@ def draw(runs: Sequence[Any], title: str = "") -> Any:
     axes.axhline(plain, color=GREY, linestyle="--", linewidth=1.2, label="plain network, validation")
     _choices(axes, runs)
     _tests(axes, runs)
-    axes.set_xlabel("β   (1 = the network's own activation)" if runs[0].plain_is_beta_1 else "β")
-    axes.set_ylabel("accuracy, %")
     axes.set_title(title, loc="left", fontsize=11)
-    tidy(axes)
+    tidy(axes, "β   (1 = the network's own activation)" if runs[0].plain_is_beta_1 else "β", "accuracy, %")
     axes.margins(x=0.06, y=0.12)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure

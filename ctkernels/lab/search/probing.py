@@ -66,15 +66,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Probing:
-    """A frozen network and its images, to which a search fits probes.
+    """A frozen network and its "train", "val" and "test" images, to which a search fits probes.
 
     Attributes:
-        config: of the search.
-        images, labels: of "train", "val" and "test".
         fractions: of the training images that were cut off for "val" and "test".
         cuts: indices of the training and validation parts of each fold, see :func:`validation_folds`.
         example: an image as a batch.
-        reader: extracts features.
     """
 
     config: ProbingConfig

@@ -79,15 +79,10 @@ class Comparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        counts = {k: getattr(self, k) for k in ("samples", "both", "only_plain", "only_steered", "neither")}
-        return {
-            **counts,
-            "accuracy_plain": self.plain,
-            "accuracy_chosen": self.steered,
-            "gain": self.gain,
-            "standard_error": self.standard_error,
-            "p_value": self.p_value,
-        }
+        names = ("samples", "both", "only_plain", "only_steered", "neither")
+        accuracies = {"accuracy_plain": self.plain, "accuracy_chosen": self.steered}
+        gain = {name: getattr(self, name) for name in ("gain", "standard_error", "p_value")}
+        return {**{name: getattr(self, name) for name in names}, **accuracies, **gain}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from .._distributed import Group
 from .._progress import bar
 from ..config import configured
 from ..images.inputs import Images, device_of
-from ..stats import best_or_plain
+from ..stats import preferred
 from .probing import Probing, ProbingConfig, Score, probing
 from .result import Comparison, Evaluation, StrategySearch
 
@@ -137,9 +137,10 @@ def search_betas(
         plain = history[0].betas
         best = max(range(len(history)), key=lambda i: (history[i].val_accuracy, -i))
         scores = {point: evaluator.fit(point) for point in dict.fromkeys((plain, history[best].betas))}
-        chosen = best_or_plain({point: score.right for point, score in scores.items()}, plain, config.margin)
-        best = best if chosen == history[best].betas else 0
-        right = [evaluator.right_on_test(point, scores[point]) for point in dict.fromkeys((plain, chosen))]
+        if not preferred([scores[plain].right, scores[history[best].betas].right], config.margin):
+            best = 0
+        compared = dict.fromkeys((plain, history[best].betas))
+        right = [evaluator.right_on_test(point, scores[point]) for point in compared]
     return StrategySearch(
         strategy=config.strategy,
         groups={name: tuple(sites) for name, sites in groups.items()},

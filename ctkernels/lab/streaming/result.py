@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import mean
 from typing import Any, ClassVar
@@ -117,31 +117,16 @@ def _table(tasks: Sequence[TaskResult]) -> Table:
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.1f}"
 
-    header = [
-        "task",
-        "zero-shot",
-        "own adapter",
-        "routed",
-        "router right, %",
-        "in sequence",
-        "at the end",
-        "changed outputs",
-        "time",
-        "setting",
-    ]
-    rows = [
-        [
-            t.name,
-            number(t.zero_shot),
-            number(t.own),
-            number(t.routed),
-            number(None if t.router is None else 100 * t.router),
-            number(t.sequence[0] if t.sequence else None),
-            number(t.sequence[-1] if t.sequence else None),
-            f"{sum(t.changed)} of {t.outputs * len(t.changed)}",
-            duration(t.seconds),
-            describe(t.setting),
-        ]
-        for t in tasks
-    ]
-    return Table("Test scores by task, in the order of arrival", header, rows, (len(header) - 1,))
+    columns: dict[str, Callable[[TaskResult], str]] = {
+        "task": lambda t: t.name,
+        "zero-shot": lambda t: number(t.zero_shot),
+        "own adapter": lambda t: number(t.own),
+        "routed": lambda t: number(t.routed),
+        "router right, %": lambda t: number(None if t.router is None else 100 * t.router),
+        "in sequence": lambda t: number(t.sequence[0] if t.sequence else None),
+        "at the end": lambda t: number(t.sequence[-1] if t.sequence else None),
+        "changed outputs": lambda t: f"{sum(t.changed)} of {t.outputs * len(t.changed)}",
+        "time": lambda t: duration(t.seconds),
+        "setting": lambda t: describe(t.setting),
+    }
+    return Table.of("Test scores by task, in the order of arrival", tasks, columns, (len(columns) - 1,))

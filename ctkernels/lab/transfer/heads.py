@@ -28,12 +28,8 @@ class Logits(nn.Module):
 def with_head(model: nn.Module, example: Tensor, classes: int, seed: int = 0) -> tuple[nn.Module, str]:
     """A copy of ``model`` with a new linear layer for ``classes`` instead of its classifier, and the name of that layer.
 
-    If the network does not end with a linear layer, one is added on its output, averaged over positions.
-
-    Args:
-        model: in evaluation mode.
-        example: a batch for the network, on its device.
-        seed: of the initial weights.
+    If the network does not end with a linear layer, one is added on its output, averaged over positions. The model must be in
+    evaluation mode; ``example`` is a batch for it.
     """
     point = head_input(model, example)
     network = copy_module(model)
@@ -78,14 +74,7 @@ def fit_head(
     seed: int,
     others: Sequence[FoldLog] = (),
 ) -> FoldLog:
-    """Trains a linear layer on frozen features, with the schedule of every other method.
-
-    Args:
-        features, val_features: float32 (n, d).
-        labels, val_labels: int64 (n,).
-        lr: of Adam.
-        seed: of the initial weights (the same as :func:`with_head`'s) and of the order.
-        others: logs of the same run on other folds.
+    """Trains a linear layer on frozen features (n, d) with the schedule of all methods, from the weights of :func:`with_head`.
 
     Returns:
         the log; its state is ``{"weight", "bias"}``.

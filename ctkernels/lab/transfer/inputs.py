@@ -59,14 +59,8 @@ def prepare_split(splits: Splits, options: ImageOptions, seed: int, memory: int,
 
 def split(splits: Splits, options: ImageOptions, seed: int) -> dict[str, LabelledSet]:
     """The "train", "val" and "test" examples of a seed; the test examples are the same for all seeds."""
-    parts = splits.complete(
-        val=options.val,
-        test=options.test,
-        seed=seed,
-        max_train=options.max_train,
-        max_test=options.max_test,
-        test_seed=0,
-    )
+    limits = {"max_train": options.max_train, "max_test": options.max_test}
+    parts = splits.complete(val=options.val, test=options.test, seed=seed, test_seed=0, **limits)
     return dict(zip(("train", "val", "test"), parts))
 
 
@@ -121,13 +115,8 @@ def check_data(name: str, splits: Splits, config: TransferConfig, seeds: Sequenc
         folds = folds_of(splits, config, sizes)
     except ValueError as error:
         raise ValueError(f"data {name}: {error}") from error
-    return {
-        "source": splits.source,
-        "classes": list(splits.train.classes),
-        "sizes": sizes,
-        "folds": folds,
-        "digest": digest.hexdigest()[:16],
-    }
+    described = {"source": splits.source, "classes": list(splits.train.classes), "sizes": sizes, "folds": folds}
+    return {**described, "digest": digest.hexdigest()[:16]}
 
 
 def check_model(

@@ -28,7 +28,7 @@ The result file (``result.json``) holds everything needed to read it without thi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any, ClassVar
@@ -303,21 +303,17 @@ def _sizes(data: Mapping[str, Any]) -> str:
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> list[Table | Picture]:
-    cells = [
-        [
-            display(row["method"]),
-            spread(row["test"], 100),
-            spread(row["val"], 100),
-            f"{row['parameters']:,}",
-            duration(row["seconds"]),
-            describe(row["setting"]),
-        ]
-        for row in rows
-    ]
-    header = ["method", "test, %", "validation, %", "trained, without head", "time per run", "chosen setting"]
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "method": lambda row: display(row["method"]),
+        "test, %": lambda row: spread(row["test"], 100),
+        "validation, %": lambda row: spread(row["val"], 100),
+        "trained, without head": lambda row: f"{row['parameters']:,}",
+        "time per run": lambda row: duration(row["seconds"]),
+        "chosen setting": lambda row: describe(row["setting"]),
+    }
     dots = [{"method": display(row["method"]), **row["test"]} for row in rows]
     return [
-        Table(f"{title}: mean ± deviation over seeds", header, cells, (5,)),
+        Table.of(f"{title}: mean ± deviation over seeds", rows, columns, (5,)),
         Picture(
             figures.data_uri(figures.method_dots(dots, 100, "test accuracy, %")),
             f"Test accuracy of each method with {title}; the table above has the numbers.",
@@ -327,19 +323,15 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> list[Table | Pictur
 
 
 def _gains_table(gains: Sequence[Mapping[str, Any]]) -> list[Table]:
-    rows = [
-        [
-            gain["model"],
-            display(gain["method"]),
-            display(gain["baseline"]),
-            f"{100 * gain['points']:+.1f}",
-            f"{100 * gain['relative']:+.1f} %",
-            f"{gain['better']} of {gain['sets']}",
-        ]
-        for gain in gains
-    ]
-    header = ["network", "method", "against", "points", "relative", "better on"]
-    return [Table("Gains, mean over data sets", header, rows, (1, 2))] if rows else []
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "network": lambda gain: gain["model"],
+        "method": lambda gain: display(gain["method"]),
+        "against": lambda gain: display(gain["baseline"]),
+        "points": lambda gain: f"{100 * gain['points']:+.1f}",
+        "relative": lambda gain: f"{100 * gain['relative']:+.1f} %",
+        "better on": lambda gain: f"{gain['better']} of {gain['sets']}",
+    }
+    return [Table.of("Gains, mean over data sets", gains, columns, (1, 2))] if gains else []
 
 
 def _not_helped(gains: Sequence[Mapping[str, Any]]) -> Iterator[str]:

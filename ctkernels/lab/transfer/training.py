@@ -45,11 +45,7 @@ def train(
 ) -> FoldLog:
     """Trains the parameters in ``groups``, each with its rate, by Adam on cross-entropy.
 
-    Args:
-        others: logs of the same run on other folds.
-
-    Returns:
-        the log, with the trained state of the best epoch. Training ends early if the loss is not finite.
+    Training ends early if the loss is not finite. ``others``: logs of the same run on other folds.
     """
     training, bn_train, workers = config.training, config.bn != "eval", config.workers
     size = training.batch_size
