@@ -63,47 +63,8 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     safetensors = require("safetensors.torch", "adapters", "saving a steered model")
     folder = Path(path)
-    if folder.is_file():
-        raise ValueError(f"path: expected a folder, got the file {folder}")
-    others = [name for name in _OTHERS if (folder / name).exists()]
-    if others:
-        raise ValueError(
-            f"path: expected a folder without another model, got {folder} with {others[0]}, which loaders would read as the "
-            "plain network; choose another folder"
-        )
-    tuners = [type(m).__name__ for m in model.modules() if any(c.__name__ == "BaseTunerLayer" for c in type(m).__mro__)]
-    if tuners:
-        raise ValueError(
-            f"model: expected one without adapters, got a {tuners[0]} in it; merge it first (merge_and_unload), or save the "
-            "adapter by its own save_pretrained"
-        )
-    header: dict[str, Any] = {"format": FORMAT, "class": _class_of(model), "builder": _builder(model)}
-    tensors: dict[str, Tensor] = {}
-    if _marks.STEERING in vars(model):
-        header["steering"] = _steering(handle_of(model))
-        weights = model.state_dict()
-    elif is_steered(model):
-        from .adapters.curvature import fixed
-
-        header["curvature"], units = fixed.describe(model)
-        tensors.update({f"units.{name}": value for name, value in units.items()})
-        unit_names = fixed.names(model)
-        weights = {name: value for name, value in model.state_dict().items() if name not in unit_names}
-    else:
-        raise ValueError(
-            f"model: expected one with CT units that steer() made, or a merged curvature adapter, got a {type(model).__name__} "
-            "without; a plain model is saved by its own library"
-        )
-    header["shared"] = {}
-    seen: dict[Any, str] = {}
-    for name, value in weights.items():
-        _refuse_nan(name, value)
-        key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
-        first = seen.setdefault(key, name) if value.numel() else name
-        if first == name:
-            tensors[PREFIX + name] = value.detach().cpu().contiguous()
-        else:
-            header["shared"][name] = first
+    _check_folder(folder)
+    header, tensors = _content(model)
     target = folder / FILE
     with replacing(target) as temporary:
         safetensors.save_file(tensors, str(temporary), metadata={"ctkernels": json.dumps(header)})
@@ -161,15 +122,65 @@ def load_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None)
     return model.eval()
 
 
+def _check_folder(folder: Path) -> None:
+    """ValueError for a file, or a folder with another model."""
+    if folder.is_file():
+        raise ValueError(f"path: expected a folder, got the file {folder}")
+    others = [name for name in _OTHERS if (folder / name).exists()]
+    if others:
+        raise ValueError(
+            f"path: expected a folder without another model, got {folder} with {others[0]}, which loaders would read as the "
+            "plain network; choose another folder"
+        )
+
+
+def _content(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of the file. ValueError for a model that cannot be saved."""
+    tuners = [type(m).__name__ for m in model.modules() if any(c.__name__ == "BaseTunerLayer" for c in type(m).__mro__)]
+    if tuners:
+        raise ValueError(
+            f"model: expected one without adapters, got a {tuners[0]} in it; merge it first (merge_and_unload), or save the "
+            "adapter by its own save_pretrained"
+        )
+    header: dict[str, Any] = {"format": FORMAT, "class": _class_of(model), "builder": _builder(model)}
+    tensors: dict[str, Tensor] = {}
+    weights = model.state_dict()
+    if _marks.STEERING in vars(model):
+        header["steering"] = _steering(handle_of(model))
+    elif is_steered(model):
+        from .adapters.curvature import fixed
+
+        header["curvature"], units = fixed.describe(model)
+        tensors |= {f"units.{name}": value for name, value in units.items()}
+        unit_names = fixed.names(model)
+        weights = {name: value for name, value in weights.items() if name not in unit_names}
+    else:
+        raise ValueError(
+            f"model: expected one with CT units that steer() made, or a merged curvature adapter, got a {type(model).__name__} "
+            "without; a plain model is saved by its own library"
+        )
+    header["shared"] = {}
+    first_names: dict[Any, str] = {}
+    for name, value in weights.items():
+        _refuse_nan(name, value)
+        key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        first = first_names.setdefault(key, name) if value.numel() else name
+        if first == name:
+            tensors[PREFIX + name] = value.detach().cpu().contiguous()
+        else:
+            header["shared"][name] = first
+    return header, tensors
+
+
 def _card_text(header: Mapping[str, Any]) -> str:
     """The text of the model card."""
     if "steering" in header:
         values = list(header["steering"]["values"].values())
         betas = sorted({f"{beta:g}" for beta, _ in values})
         shown = ", ".join(betas[:8]) + ", ..." * (len(betas) > 8)
-        done = f"of {counted(len(values), 'activation')} was set: beta is {shown} (1 is plain)"
+        origin = f"of {counted(len(values), 'activation')} was set: beta is {shown} (1 is plain)"
     else:
-        done = "of its activations was learned, and an adapter merged"
+        origin = "of its activations was learned, and an adapter merged"
     if header["builder"] is None:
         lines = [
             f"base = ...  # a {header['class']}",
@@ -178,7 +189,7 @@ def _card_text(header: Mapping[str, Any]) -> str:
     else:
         lines = ['model = ctkernels.load_pretrained(".")  # the folder of this file']
     return (
-        f"# Network with curvature\n\nA `{header['class']}` with all its weights. The curvature {done}: "
+        f"# Network with curvature\n\nA `{header['class']}` with all its weights. The curvature {origin}: "
         "[Curvature Tuning](https://arxiv.org/abs/2502.07783). To load it:\n\n"
         '```sh\npip install "ctkernels[adapters]"\n```\n\n```python\nimport ctkernels\n\n' + "\n".join(lines) + "\n```"
     )

@@ -57,9 +57,9 @@ CHANGES = {
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     tasks = "wordnet,tweets,fortunes"
-    p = parser_of(__doc__, tasks=tasks, train=100, val=50, test=150, dtype="bfloat16", out="out/ablation")
-    p.add_argument("--changes", default=",".join(CHANGES), help="with commas (default: %(default)s)")
-    return parsed(p, arguments, tasks=TASKS, changes=CHANGES)
+    parser = parser_of(__doc__, tasks=tasks, train=100, val=50, test=150, dtype="bfloat16", out="out/ablation")
+    parser.add_argument("--changes", default=",".join(CHANGES), help="with commas (default: %(default)s)")
+    return parsed(parser, arguments, tasks=TASKS, changes=CHANGES)
 
 
 def summarise(results: Mapping[str, Mapping[str, MethodComparison]]) -> list[dict[str, Any]]:
@@ -103,38 +103,38 @@ def table(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    o = options(arguments)
-    out = Path(o.out)
+    args = options(arguments)
+    out = Path(args.out)
     results: dict[str, dict[str, MethodComparison]] = {}
     try:
-        model, tokenizer = load_language_model(o.model, o.dtype)
-        data = {task: TASKS[task]() for task in o.tasks}
-        for name in o.changes:
+        model, tokenizer = load_language_model(args.model, args.dtype)
+        data = {task: TASKS[task]() for task in args.tasks}
+        for name in args.changes:
             change = CHANGES[name]
             grid = {key: [value] for key, value in {**SETTING[change.method], **change.setting}.items()}
-            for task in o.tasks:
+            for task in args.tasks:
                 print(f"== {name}, {task}", flush=True)
                 results.setdefault(name, {})[task] = compare_methods(
                     model,
                     tokenizer,
                     data[task],
                     methods=[change.method],
-                    seeds=o.seeds,
-                    train=o.train,
-                    val=o.val,
-                    test=o.test,
+                    seeds=args.seeds,
+                    train=args.train,
+                    val=args.val,
+                    test=args.test,
                     grids={change.method: grid},
-                    training=TrainingConfig(epochs=o.epochs, patience=o.epochs, **change.training),
+                    training=TrainingConfig(epochs=args.epochs, patience=args.epochs, **change.training),
                     answering=ANSWERING.get(task, Answering()),
                     out=out / name / task,
-                    name=o.model,
-                    progress=not o.no_progress,
+                    name=args.model,
+                    progress=not args.no_progress,
                 )
             rows = summarise(results)
-            sizes = {"train": o.train, "val": o.val, "test": o.test, "epochs": o.epochs}
-            setup = {"model": o.model, "dtype": o.dtype, "tasks": o.tasks, "seeds": o.seeds, **sizes}
+            sizes = {"train": args.train, "val": args.val, "test": args.test, "epochs": args.epochs}
+            setup = {"model": args.model, "dtype": args.dtype, "tasks": args.tasks, "seeds": args.seeds, **sizes}
             write_text(out / "ablation.json", json.dumps({"setup": setup, "table": rows}, indent=1))
-            print(table(rows, o.tasks), flush=True)
+            print(table(rows, args.tasks), flush=True)
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

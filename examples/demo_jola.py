@@ -41,33 +41,33 @@ SHORT = {"train": 20, "val": 8, "test": 24, "epochs": 1}
 
 
 def options() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--short", action="store_true", help="few examples, one epoch")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="few examples, one epoch")
     for name, value in SIZES.items():
-        p.add_argument(f"--{name}", type=int, help=f"default: {value}; {SHORT[name]} if --short")
-    p.add_argument("--model", default="smollm2-135m", help="folder or .gguf file (default: %(default)s)")
-    p.add_argument("--data", help="WordNet's data.noun (default: looked for, then downloaded)")
-    p.add_argument("--out", default="out/demo_jola", help="folder for the results (default: %(default)s)")
-    o = p.parse_args()
-    for name, value in (SHORT if o.short else SIZES).items():
-        if getattr(o, name) is None:
-            setattr(o, name, value)
-    return o
+        parser.add_argument(f"--{name}", type=int, help=f"default: {value}; {SHORT[name]} if --short")
+    parser.add_argument("--model", default="smollm2-135m", help="folder or .gguf file (default: %(default)s)")
+    parser.add_argument("--data", help="WordNet's data.noun (default: looked for, then downloaded)")
+    parser.add_argument("--out", default="out/demo_jola", help="folder for the results (default: %(default)s)")
+    args = parser.parse_args()
+    for name, value in (SHORT if args.short else SIZES).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
 def main() -> int:
     started = time.perf_counter()
-    o = options()
-    out = Path(o.out)
+    args = options()
+    out = Path(args.out)
     try:
-        data = wordnet(o.data)
-        sizes = {"train": o.train, "val": o.val, "test": o.test}
+        data = wordnet(args.data)
+        sizes = {"train": args.train, "val": args.val, "test": args.test}
         examples = draw(data, 0, **sizes)
-        model, tokenizer = load_language_model(o.model)
+        model, tokenizer = load_language_model(args.model)
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{data.source}\n{o.train} to train, {o.val} to validate, {o.test} to test; for example:")
+    print(f"{data.source}\n{args.train} to train, {args.val} to validate, {args.test} to test; for example:")
     print(f"  {examples.test[0].prompt!r} -> {examples.test[0].answer!r}", flush=True)
     (out / "result.json").unlink(missing_ok=True)  # a demo runs anew; the command line would go on from there
     result = compare_methods(
@@ -78,10 +78,10 @@ def main() -> int:
         seeds=[0],
         **sizes,
         grids=GRIDS,
-        training=TrainingConfig(epochs=o.epochs),
+        training=TrainingConfig(epochs=args.epochs),
         answering=Answering(),
         out=out,
-        name=o.model,
+        name=args.model,
         extra={"command": sys.argv, "threads": torch.get_num_threads()},
     )
     print(f"\n{result.table()}\n\n{result.verdict()}\n")
@@ -90,7 +90,7 @@ def main() -> int:
     prompts = [e.prompt for e in examples.test]
     for path in save_report(result, model, tokenizer, prompts[:64], out):
         print(f"saved {path}")
-    merged_equals_unmerged(result, model, tokenizer, prompts[: 2 if o.short else 4], out)
+    merged_equals_unmerged(result, model, tokenizer, prompts[: 2 if args.short else 4], out)
     print(f"saved {out / 'result.json'}\n{time.perf_counter() - started:.0f} s in all")
     return 0
 

@@ -45,57 +45,59 @@ SHORT_BETAS = (0.80, 0.90, 1.0)
 
 
 def options() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--short", action="store_true", help="one small draw, three betas, no speed table")
-    p.add_argument("--draws", type=int, help="separate draws of the data (default: 5; 1 if --short)")
-    p.add_argument("--train", type=int, help="training images of a draw (default: 600; 120 if --short)")
-    p.add_argument("--val", type=int, help="validation images of a draw (default: 400; 60 if --short)")
-    p.add_argument("--test", type=int, help="test images of a draw (default: 1000; 120 if --short)")
-    p.add_argument("--data", help="folder with the Fashion-MNIST files (default: looked for, then downloaded)")
-    p.add_argument("--out", default="out/demo", help="folder for the results (default: %(default)s)")
-    p.add_argument("--no-speed", action="store_true", help="without the kernel's speed table")
-    o = p.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="one small draw, three betas, no speed table")
+    parser.add_argument("--draws", type=int, help="separate draws of the data (default: 5; 1 if --short)")
+    parser.add_argument("--train", type=int, help="training images of a draw (default: 600; 120 if --short)")
+    parser.add_argument("--val", type=int, help="validation images of a draw (default: 400; 60 if --short)")
+    parser.add_argument("--test", type=int, help="test images of a draw (default: 1000; 120 if --short)")
+    parser.add_argument("--data", help="folder with the Fashion-MNIST files (default: looked for, then downloaded)")
+    parser.add_argument("--out", default="out/demo", help="folder for the results (default: %(default)s)")
+    parser.add_argument("--no-speed", action="store_true", help="without the kernel's speed table")
+    args = parser.parse_args()
     usual = {"draws": 5, "train": 600, "val": 400, "test": 1000}
-    if o.short:
+    if args.short:
         usual = {"draws": 1, "train": 120, "val": 60, "test": 120}
     for name, value in usual.items():
-        if getattr(o, name) is None:
-            setattr(o, name, value)
-        if getattr(o, name) < 1:
-            p.error(f"--{name} must be at least 1, got {getattr(o, name)}")
-    return o
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    return args
 
 
 def main() -> int:
     started = time.perf_counter()
-    o = options()
-    out = Path(o.out)
+    args = options()
+    out = Path(args.out)
     try:
-        images = fashion_mnist(o.data)
+        images = fashion_mnist(args.data)
         model = load_model("mobilenet_v2", weights="packaged")
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     assert images.test is not None
     learn, test = stratified_order(images.train.labels, seed=0), stratified_order(images.test.labels, seed=0)
-    pool = o.train + o.val
-    if o.draws * pool > len(learn) or o.draws * o.test > len(test):
-        print(f"error: {o.draws} draws need more images than there are, {len(learn)} and {len(test)}", file=sys.stderr)
+    pool = args.train + args.val
+    if args.draws * pool > len(learn) or args.draws * args.test > len(test):
+        print(
+            f"error: {args.draws} draws need more images than there are, {len(learn)} and {len(test)}", file=sys.stderr
+        )
         return 2
     print(f"MobileNetV2 (ImageNet weights, frozen) on Fashion-MNIST ({images.source})")
-    print(f"{o.draws} draws of {o.train} train, {o.val} validation, {o.test} test images, at 64 pixels")
+    print(f"{args.draws} draws of {args.train} train, {args.val} validation, {args.test} test images, at 64 pixels")
     print(f"what serves the CT unit here: {ctkernels.explain(torch.empty(1, 32, 32, 32))}", flush=True)
     results = []
-    for draw in range(o.draws):
+    for draw in range(args.draws):
         here = learn[draw * pool : (draw + 1) * pool]
-        train, val = images.train.take(here[: o.train]), images.train.take(here[o.train :])
-        tested = images.test.take(test[draw * o.test : (draw + 1) * o.test])
+        train, val = images.train.take(here[: args.train]), images.train.take(here[args.train :])
+        tested = images.test.take(test[draw * args.test : (draw + 1) * args.test])
         preprocess = normalised_like(Preprocess(size=64, resize=64), train)
         results.append(
             search_beta(
                 model,
                 *(part.prepared(preprocess) for part in (train, val, tested)),
-                betas=SHORT_BETAS if o.short else BETAS,
+                betas=SHORT_BETAS if args.short else BETAS,
                 seed=draw,
                 batch_size=64,
             )
@@ -123,8 +125,8 @@ def main() -> int:
     }
     write_text(out / "result.json", to_json(record))
     print(f"saved {out / 'accuracy_vs_beta.png'} and {out / 'result.json'}", flush=True)
-    comparison(model, images, out, o.short)
-    if not (o.short or o.no_speed):
+    comparison(model, images, out, args.short)
+    if not (args.short or args.no_speed):
         speed_table(limit=max(30.0, 345 - (time.perf_counter() - started)))
     print(f"{time.perf_counter() - started:.0f} s in all")
     return 0

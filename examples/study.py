@@ -35,38 +35,40 @@ BESIDE = "lora"  # the method that the others are held against
 
 def parser_of(description: str | None, **defaults: object) -> argparse.ArgumentParser:
     """The options of an experiment over tasks and seeds; ``tasks``, ``train``, ... are their defaults."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--tasks", help="with commas (default: %(default)s)")
-    p.add_argument("--seeds", default="0,1,2,3,4", help="with commas (default: %(default)s)")
-    p.add_argument("--train", type=int, help="training examples (default: %(default)s)")
-    p.add_argument("--val", type=int, help="validation examples (default: %(default)s)")
-    p.add_argument("--test", type=int, help="test examples (default: %(default)s)")
-    p.add_argument("--epochs", type=int, default=3, help="of each run (default: %(default)s)")
-    p.add_argument("--model", default="smollm2-135m", help="folder or .gguf file (default: %(default)s)")
-    p.add_argument("--dtype", help="of the weights (default: %(default)s)")
-    p.add_argument("--out", help="folder for the results (default: %(default)s)")
-    p.add_argument("--no-progress", action="store_true")
-    p.set_defaults(**defaults)
-    return p
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", help="with commas (default: %(default)s)")
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="with commas (default: %(default)s)")
+    parser.add_argument("--train", type=int, help="training examples (default: %(default)s)")
+    parser.add_argument("--val", type=int, help="validation examples (default: %(default)s)")
+    parser.add_argument("--test", type=int, help="test examples (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=3, help="of each run (default: %(default)s)")
+    parser.add_argument("--model", default="smollm2-135m", help="folder or .gguf file (default: %(default)s)")
+    parser.add_argument("--dtype", help="of the weights (default: %(default)s)")
+    parser.add_argument("--out", help="folder for the results (default: %(default)s)")
+    parser.add_argument("--no-progress", action="store_true")
+    parser.set_defaults(**defaults)
+    return parser
 
 
-def parsed(p: argparse.ArgumentParser, arguments: Sequence[str] | None, **known: Iterable[str]) -> argparse.Namespace:
-    """The arguments, with lists in place of texts with commas; names that are not ``known`` are an error."""
-    o = p.parse_args(arguments)
-    for name, names in known.items():
-        setattr(o, name, getattr(o, name).split(","))
-        if unknown := [value for value in getattr(o, name) if value not in names]:
-            p.error(f"--{name} must be among {','.join(names)}, got {','.join(unknown)}")
-    o.seeds = [int(seed) for seed in o.seeds.split(",")]
-    return o
+def parsed(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, **allowed: Iterable[str]
+) -> argparse.Namespace:
+    """The parsed arguments, with lists for texts with commas; an error for names that are not ``allowed``."""
+    args = parser.parse_args(arguments)
+    for name, names in allowed.items():
+        setattr(args, name, getattr(args, name).split(","))
+        if unknown := [value for value in getattr(args, name) if value not in names]:
+            parser.error(f"--{name} must be among {','.join(names)}, got {','.join(unknown)}")
+    args.seeds = [int(seed) for seed in args.seeds.split(",")]
+    return args
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    p = parser_of(__doc__, tasks=",".join(TASKS), train=200, val=100, test=300, dtype="float32", out="out/study")
-    p.add_argument("--methods", default=",".join(METHODS), help="with commas (default: %(default)s)")
-    p.add_argument("--choose-on", type=int, default=2, help="seeds that choose settings (default: %(default)s)")
-    p.add_argument("--grid", action="append", default=[], metavar="METHOD.NAME=VALUES", help="settings to try")
-    return parsed(p, arguments, tasks=TASKS, methods=METHODS)
+    parser = parser_of(__doc__, tasks=",".join(TASKS), train=200, val=100, test=300, dtype="float32", out="out/study")
+    parser.add_argument("--methods", default=",".join(METHODS), help="with commas (default: %(default)s)")
+    parser.add_argument("--choose-on", type=int, default=2, help="seeds that choose settings (default: %(default)s)")
+    parser.add_argument("--grid", action="append", default=[], metavar="METHOD.NAME=VALUES", help="settings to try")
+    return parsed(parser, arguments, tasks=TASKS, methods=METHODS)
 
 
 def grids_of(entries: Sequence[str]) -> dict[str, dict[str, list[float]]]:
@@ -130,29 +132,29 @@ def table(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    o = options(arguments)
-    out = Path(o.out)
+    args = options(arguments)
+    out = Path(args.out)
     results: dict[str, MethodComparison] = {}
     try:
-        model, tokenizer = load_language_model(o.model, o.dtype)
-        for task in o.tasks:
+        model, tokenizer = load_language_model(args.model, args.dtype)
+        for task in args.tasks:
             print(f"== {task}", flush=True)
             results[task] = compare_methods(
                 model,
                 tokenizer,
                 TASKS[task](),
-                methods=o.methods,
-                seeds=o.seeds,
-                choose_on=min(o.choose_on, len(o.seeds)),
-                train=o.train,
-                val=o.val,
-                test=o.test,
-                grids=grids_of(o.grid),
-                training=TrainingConfig(epochs=o.epochs, patience=o.epochs),
+                methods=args.methods,
+                seeds=args.seeds,
+                choose_on=min(args.choose_on, len(args.seeds)),
+                train=args.train,
+                val=args.val,
+                test=args.test,
+                grids=grids_of(args.grid),
+                training=TrainingConfig(epochs=args.epochs, patience=args.epochs),
                 answering=ANSWERING.get(task, Answering()),
                 out=out / task,
-                name=o.model,
-                progress=not o.no_progress,
+                name=args.model,
+                progress=not args.no_progress,
             )
             print(results[task].table(), flush=True)
     except (ValueError, ImportError) as error:
@@ -161,8 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = summarise(results)
     values = {"setup": {task: result.setup for task, result in results.items()}, "table": rows}
     write_text(out / "study.json", json.dumps(values, indent=1))
-    print(f"\nMean over tasks for every seed, ± deviation over {len(o.seeds)} seeds; in {out / 'study.json'}\n")
-    print(table(rows, o.tasks))
+    print(f"\nMean over tasks for every seed, ± deviation over {len(args.seeds)} seeds; in {out / 'study.json'}\n")
+    print(table(rows, args.tasks))
     return 0
 
 

@@ -35,8 +35,8 @@ def adapters_in_serve(folders: list[Path], capacity: int = 1000) -> Iterator[Non
     def resolve_model(self: Any, body: dict[str, Any]) -> Any:
         """The model of a request, and its adapter noted for the same task."""
         body["model"], _, name = body["model"].partition("#")
-        found = resolve(self, body)
-        model = found[1]
+        result = resolve(self, body)
+        model = result[1]
         if id(model) not in pools:
             pools[id(model)] = AdapterPool(model, JolaConfig(), capacity)
             for folder in folders:
@@ -44,7 +44,7 @@ def adapters_in_serve(folders: list[Path], capacity: int = 1000) -> Iterator[Non
         if name and name not in pools[id(model)]:
             raise HTTPException(404, f"model: expected one of the adapters {pools[id(model)].names}, got {name!r}")
         _ADAPTER.set(name or None)
-        return found
+        return result
 
     def init_cb(self: Any, model: Any, gen_config: Any) -> None:
         """Start continuous batching, once, with an adapter for each request."""

@@ -99,15 +99,7 @@ def beyond(margin: float) -> str:
 def what_counts(
     validation: int, test: int, folds: int = 1, margin: float = 1.0, simplest: str = "plain network"
 ) -> str:
-    """Predicts, before a run, the smallest differences that will count, as text.
-
-    Args:
-        validation: number of validation examples, over all folds.
-        test: number of test examples.
-        folds: their number.
-        margin: as in :func:`preferred`.
-        simplest: the candidate that is kept otherwise.
-    """
+    """Predicts the smallest differences that will count, from the numbers of validation (over all folds) and test examples."""
     val_error, test_error = (100 * math.sqrt(DIFFERING / count) for count in (validation, test))
     rounds = f" in {folds} folds" if folds > 1 else ""
     chosen = f"the {simplest} is kept unless another is better{beyond(margin)}"

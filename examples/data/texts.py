@@ -191,36 +191,36 @@ def _labelled(
 
 
 def _read_fortunes(folder: Path) -> dict[str, list[str]]:
-    found = {}
+    texts = {}
     for topic in TOPICS:
         quotes = (folder / topic).read_text(encoding="utf-8", errors="replace").split("\n%\n")
-        found[topic] = [text for text in (" ".join(quote.split()) for quote in quotes) if 30 <= len(text) <= 90]
-    if not all(found.values()):
+        texts[topic] = [text for text in (" ".join(quote.split()) for quote in quotes) if 30 <= len(text) <= 90]
+    if not all(texts.values()):
         raise ValueError(f"{folder} has no short quotations for some topics")
-    return found
+    return texts
 
 
 def _read_tweets(path: Path) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {word: [] for word in SENTIMENTS}
+    texts: dict[str, list[str]] = {word: [] for word in SENTIMENTS}
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         for row in csv.DictReader(file):
             text = " ".join((row.get("text") or "").split())
-            if row.get("sentiment") in found and float(row["confidence"] or 0) > 0.6 and 30 <= len(text) <= 90:
-                found[row["sentiment"]].append(text)
-    if not all(found.values()):
+            if row.get("sentiment") in texts and float(row["confidence"] or 0) > 0.6 and 30 <= len(text) <= 90:
+                texts[row["sentiment"]].append(text)
+    if not all(texts.values()):
         raise ValueError(f"{path} has no tweets for some sentiments")
-    return found
+    return texts
 
 
 def _read_nouns(place: Path) -> dict[str, list[str]]:
     """Glosses without their usage examples, by lexicographer file."""
-    found: dict[str, list[str]] = {number: [] for number in CLASSES}
+    texts: dict[str, list[str]] = {number: [] for number in CLASSES}
     for fields, gloss in _senses(place):
-        if fields[1] in found and gloss:
-            found[fields[1]].append(gloss)
-    if not all(found.values()):
+        if fields[1] in texts and gloss:
+            texts[fields[1]].append(gloss)
+    if not all(texts.values()):
         raise ValueError(f"{place} is not WordNet's data.noun: classes without definitions")
-    return found
+    return texts
 
 
 def _read_hypernyms(place: Path) -> list[tuple[str, str, str]]:

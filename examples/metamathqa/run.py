@@ -99,8 +99,8 @@ def main() -> int:
     adapters |= {method: setting(method) for method in METHODS}
     print(f"{'Llama-3.2-3B':<14}  {'trained':>10}  {'states, GB':>10}")
     for name, adapter in adapters.items():
-        found = predict(llama(), adapter)
-        print(f"{name:<14}  {found.trained:>10,}  {found.states / 1e9:>10.2f}")
+        prediction = predict(llama(), adapter)
+        print(f"{name:<14}  {prediction.trained:>10,}  {prediction.states / 1e9:>10.2f}")
     return 0
 
 

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ...adapters.monitor.monitor import FILE
     from .. import jola
     from .._weights import load_adapter
-    from ..jola.scoring import padded, tail_inputs
+    from ..jola.scoring import padded_batches, tail_inputs
     from ..live import watch
 
     prompts = [e.prompt for e in jola.read_texts(arguments.calibrate).train] if arguments.calibrate else []
@@ -93,9 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     def batches() -> Iterator[dict[str, Any]]:
         rows = sorted((list(tokenizer(prompt)["input_ids"]) for prompt in prompts), key=len)
-        for start in range(0, len(rows), BATCH):
-            ids, mask = padded(rows[start : start + BATCH], tokenizer.pad_token_id)
-            yield tail_inputs(adapted, ids.to(device), mask.to(device), 1)
+        for _, ids, mask in padded_batches(rows, tokenizer.pad_token_id, BATCH, device):
+            yield tail_inputs(adapted, ids, mask, 1)
 
     if prompts:
         monitor.calibrate(batches())

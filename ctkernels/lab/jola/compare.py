@@ -232,8 +232,8 @@ class TextTask:
         return {"test": scores.metrics, "each": list(scores.each)}
 
     def validate(self, attached: Attached, examples: Sequence[Example]) -> dict[str, float]:
-        answering = self.config.answering
-        scored = self._shared(examples, lambda share: score_choices(attached.model, self.tokenizer, share, answering))
+        model, tokenizer, answering = attached.model, self.tokenizer, self.config.answering
+        scored = self._shared(examples, lambda share: score_choices(model, tokenizer, share, answering))
         right, losses = zip(*scored)
         metrics = {"loss": sum(losses) / len(losses)}
         if self.primary == "accuracy":

@@ -39,10 +39,8 @@ def answer_row(example: Example, tokenizer: Any, answering: Answering) -> Row:
 
 
 def collate(rows: Sequence[Row], pad: int) -> dict[str, Any]:
-    """A batch, padded on the left: input_ids, attention_mask and labels (B, T), -100 outside the answers, and ``keep``.
-
-    ``keep`` is the number of positions at the end whose logits the loss needs.
-    """
+    """A batch, padded on the left: input_ids, attention_mask and labels (B, T), -100 outside the answers, and ``keep``, the
+    number of positions at the end whose logits the loss needs."""
     ids, mask = padded([before + after for before, after in rows], pad)
     labels = torch.full_like(ids, -100)
     for i, (_, after) in enumerate(rows):

@@ -27,11 +27,7 @@ class Table:
 
     @classmethod
     def of(
-        cls,
-        caption: str,
-        items: Iterable[T],
-        columns: Mapping[str, Callable[[T], str]],
-        words: Sequence[int] = (),
+        cls, caption: str, items: Iterable[T], columns: Mapping[str, Callable[[T], str]], words: Sequence[int] = ()
     ) -> Table:
         """A table with a row per item. ``columns``: header -> function from an item to its cell."""
         return cls(caption, list(columns), [[cell(item) for cell in columns.values()] for item in items], words)

@@ -39,9 +39,6 @@ class Threat:
     Args:
         norm: ``"linf"`` or ``"l2"``.
         eps: the bound, > 0. In RobustBench, 8/255 and 0.5 for CIFAR-10.
-
-    Raises:
-        ValueError: the norm is unknown, or the bound is not positive.
     """
 
     norm: str

@@ -225,91 +225,58 @@ def _coordinate(score: _Evaluator) -> None:
 def _bayesian(score: _Evaluator) -> list[Evaluation]:
     """Runs Optuna until the study has enough trials. Returns the plain network's trial, then the others in their order."""
     optuna = require("optuna", "lab", "Bayesian search")
-    study = _study(optuna, score.config)
-    _check_identity(study, score)
-    return _Optuna(optuna, study, score).run()
+    config, plain = score.config, (1.0,) * len(score.groups)
+    highest, lowest = config.grid[0], config.grid[-1]
+    names = [f"beta_{i}" for i in range(len(plain))]
+    study = _study(optuna, score)
+    states = optuna.trial.TrialState
 
+    def trials(*states: Any) -> list[Any]:
+        return study.get_trials(deepcopy=False, states=states)
 
-class _Optuna:
-    """A search on a study of Optuna, which several workers may share."""
+    def of_plain(trials: Iterable[Any]) -> list[Any]:
+        return [t for t in trials if t.user_attrs.get("plain") or tuple(t.params.get(n) for n in names) == plain]
 
-    def __init__(self, optuna: Any, study: Any, score: _Evaluator) -> None:
-        self.optuna, self.study, self.score = optuna, study, score
-        self.plain: Point = (1.0,) * len(score.groups)
-        self.highest, self.lowest = score.config.grid[0], score.config.grid[-1]
-        self.names = [f"beta_{i}" for i in range(len(self.plain))]
-
-    def run(self) -> list[Evaluation]:
-        study, states = self.study, self.optuna.trial.TrialState
-        # workers that start at once may all enqueue the plain network; the first of these trials counts
-        if not self._of_plain(self._trials(states.COMPLETE, states.RUNNING, states.WAITING)):
-            study.enqueue_trial(dict(zip(self.names, self.plain)), user_attrs={"plain": True})
-        while True:
-            finished = self._trials(states.COMPLETE)
-            waiting = self._of_plain(self._trials(states.WAITING))
-            if len(finished) + (not self._of_plain(finished) and not waiting) >= self.score.config.evaluations:
-                break
-            trial = study.ask()
-            is_plain = trial.user_attrs.get("plain")
-            duplicates = self._of_plain(self._trials(states.COMPLETE, states.RUNNING)) if is_plain else []
-            if any(other.number < trial.number for other in duplicates):
-                study.tell(trial, state=states.FAIL)
-            else:
-                self._evaluate(trial)
-        if not self._of_plain(finished):  # it is running in another worker, which may have died
-            self._add_plain()
-            finished = self._trials(states.COMPLETE)
-        first = self._of_plain(finished)[0]
-        return [
-            Evaluation(tuple(t.params[n] for n in self.names), float(t.value), float(t.user_attrs.get("seconds", 0)))
-            for t in (first, *(t for t in finished if t.number != first.number))
-        ]
-
-    def _trials(self, *states: Any) -> list[Any]:
-        return self.study.get_trials(deepcopy=False, states=states)
-
-    def _of_plain(self, trials: Iterable[Any]) -> list[Any]:
-        """The trials of the plain network among some."""
-        return [
-            t
-            for t in trials
-            if t.user_attrs.get("plain") or tuple(t.params.get(name) for name in self.names) == self.plain
-        ]
-
-    def _evaluate(self, trial: Any) -> None:
+    def evaluate(trial: Any) -> None:
         started = time.perf_counter()
         try:
-            accuracy = self.score(tuple(trial.suggest_float(name, self.lowest, self.highest) for name in self.names))
+            accuracy = score(tuple(trial.suggest_float(name, lowest, highest) for name in names))
         except BaseException:
-            self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
+            study.tell(trial, state=states.FAIL)
             raise
         trial.set_user_attr("seconds", time.perf_counter() - started)
-        self.study.tell(trial, accuracy)
+        study.tell(trial, accuracy)
 
-    def _add_plain(self) -> None:
-        """Evaluates the plain network, outside of the queue of trials."""
-        started, accuracy = time.perf_counter(), self.score(self.plain)
-        distribution = self.optuna.distributions.FloatDistribution(self.lowest, self.highest)
-        self.study.add_trial(
-            self.optuna.trial.create_trial(
-                params=dict(zip(self.names, self.plain)),
-                distributions=dict.fromkeys(self.names, distribution),
+    # workers that start at once may all enqueue the plain network; the first of these trials counts
+    if not of_plain(trials(states.COMPLETE, states.RUNNING, states.WAITING)):
+        study.enqueue_trial(dict(zip(names, plain)), user_attrs={"plain": True})
+    while True:
+        finished = trials(states.COMPLETE)
+        waiting = of_plain(trials(states.WAITING))
+        if len(finished) + (not of_plain(finished) and not waiting) >= config.evaluations:
+            break
+        trial = study.ask()
+        duplicates = of_plain(trials(states.COMPLETE, states.RUNNING)) if trial.user_attrs.get("plain") else []
+        if any(t.number < trial.number for t in duplicates):
+            study.tell(trial, state=states.FAIL)
+        else:
+            evaluate(trial)
+    if not of_plain(finished):  # it is running in another worker, which may have died
+        started, accuracy = time.perf_counter(), score(plain)
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=dict(zip(names, plain)),
+                distributions=dict.fromkeys(names, optuna.distributions.FloatDistribution(lowest, highest)),
                 value=accuracy,
                 user_attrs={"plain": True, "seconds": time.perf_counter() - started},
             )
         )
-
-
-def _check_identity(study: Any, score: _Evaluator) -> None:
-    """ValueError if the study was begun with other data, another network or other settings."""
-    config, identity = score.config, _identity(score)
-    saved = study.user_attrs.get("identity")
-    if saved is not None and (differ := sorted(k for k in identity if not _same(saved.get(k), identity[k]))):
-        raise ValueError(
-            f"study {config.study!r} in {config.storage} is of other data, another network or other settings (different: "
-            f"{differ}); go on with those it was begun with, or name another study"
-        )
-    study.set_user_attr("identity", identity)
+        finished = trials(states.COMPLETE)
+    first = of_plain(finished)[0]
+    return [
+        Evaluation(tuple(t.params[n] for n in names), float(t.value), float(t.user_attrs.get("seconds", 0)))
+        for t in (first, *(t for t in finished if t.number != first.number))
+    ]
 
 
 def _identity(score: _Evaluator) -> dict[str, Any]:
@@ -349,8 +316,9 @@ def _same(saved: Any, value: Any) -> bool:
 _MAY_DIFFER = ("evaluations", "workers", "batch_size", "study", "storage", "margin", "strategy")
 
 
-def _study(optuna: Any, config: StrategyConfig) -> Any:
-    """Opens the study in the storage, or creates it."""
+def _study(optuna: Any, score: _Evaluator) -> Any:
+    """Opens the study in the storage, or creates it. ValueError for one of other data, another network or other settings."""
+    config, identity = score.config, _identity(score)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     stored = config.storage is not None
     sampler = optuna.samplers.TPESampler(seed=None if stored else config.seed, multivariate=True, constant_liar=stored)
@@ -369,6 +337,13 @@ def _study(optuna: Any, config: StrategyConfig) -> Any:
         raise ValueError(
             f"storage must be a file or database that Optuna can use, got {config.storage!r}: {told(error)}"
         ) from error
+    saved = study.user_attrs.get("identity")
+    if saved is not None and (differ := sorted(k for k in identity if not _same(saved.get(k), identity[k]))):
+        raise ValueError(
+            f"study {config.study!r} in {config.storage} is of other data, another network or other settings (different: "
+            f"{differ}); go on with those it was begun with, or name another study"
+        )
+    study.set_user_attr("identity", identity)
     return study
 
 

@@ -231,7 +231,9 @@ class _Stream:
         rows = [answer_row(example, self.tokenizer, answering) for example in self.splits[name].train]
         batches = training_inputs(model, rows, self.tokenizer.pad_token_id, answering.batch_size)
         monitor = EditMonitor(model, window=max(1, min(64, len(rows) // 4)))
-        monitor.calibrate({key: _to(value, device) for key, value in batch.items()} for batch in batches)
+        monitor.calibrate(
+            {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches
+        )
         monitor.save(folder)
 
     def _suite(self, name: str) -> Sequence[Example]:
@@ -283,10 +285,6 @@ class _Stream:
     def task(self, name: str) -> TextTask:
         splits = {self.setup["seed"]: self.splits[name]}
         return TextTask(self.model, self.model, self.tokenizer, splits, self.config, Group(), self.folder / "logs")
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 @torch.inference_mode()

@@ -159,8 +159,7 @@ def _tasks(
         with ExitStack() as stack:
             network = functools.cache(functools.partial(_opened, source, accelerator.device, stack))
             for data_name, splits in data.items():
-                inputs = _Inputs(name, source, data_name, splits, config, setup)
-                yield TransferTask(inputs, network, inputs.split_of(network), accelerator, processes)
+                yield TransferTask(name, source, data_name, splits, config, setup, accelerator, processes, network)
 
 
 def _opened(source: Source, device: torch.device, stack: ExitStack) -> nn.Module:
@@ -169,8 +168,13 @@ def _opened(source: Source, device: torch.device, stack: ExitStack) -> nn.Module
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """The source of a network and a data set, by name, and the settings of the comparison."""
+class TransferTask:
+    """The runs on one network and one data set.
+
+    Attributes:
+        model, data: names of the network and the data set.
+        network: builds the network at its first call.
+    """
 
     model: str
     source: Source
@@ -178,70 +182,34 @@ class _Inputs:
     splits: Splits
     config: TransferConfig
     setup: Mapping[str, Any]
-
-    @property
-    def folds(self) -> int:
-        return self.setup["data"][self.data]["folds"]
-
-    def split_of(self, network: Callable[[], nn.Module]) -> Callable[[int], PreparedSplit]:
-        """A cached function from a seed to its examples, prepared for the network."""
-        memory = self.config.memory_limit // len(self.setup["seeds"])
-        return functools.cache(lambda seed: prepare_split(self.splits, self.config.images, seed, memory, network()))
-
-    def task(self) -> TransferTask:
-        """Constructs the task in another process, without a progress bar.
-
-        Raises:
-            ValueError: the network or the data loaded there differ from those of the setup.
-        """
-        from .training import make_accelerator
-
-        inputs = replace(self, config=replace(self.config, progress=False))
-        accelerator = make_accelerator(self.config.precision, self.config.cpu)
-        network = build(self.source).to(accelerator.device).eval()
-        check_same(f"model {self.model}", self.setup["models"][self.model]["digest"], digest_of(network))
-        data = check_data(self.data, self.splits, self.config, self.setup["seeds"][:1])
-        check_same(f"data {self.data}", self.setup["data"][self.data]["digest"], data["digest"])
-        split_of = inputs.split_of(lambda: network)
-        return TransferTask(inputs, lambda: network, split_of, accelerator, group(accelerator.device))
-
-
-@dataclass(frozen=True)
-class TransferTask:
-    """The runs on one network and one data set.
-
-    Attributes:
-        network: builds the network at its first call.
-        split_of: prepares the examples of a seed at its first call.
-    """
-
-    inputs: _Inputs
-    network: Callable[[], nn.Module]
-    split_of: Callable[[int], PreparedSplit]
     accelerator: Any
     group: Group
+    network: Callable[[], nn.Module]
 
-    @property
-    def config(self) -> TransferConfig:
-        return self.inputs.config
+    @functools.cached_property
+    def split_of(self) -> Callable[[int], PreparedSplit]:
+        """A function from a seed to its prepared examples, which it keeps."""
+        memory = self.config.memory_limit // len(self.setup["seeds"])
+        splits, options, network = self.splits, self.config.images, self.network  # without self, which would be a cycle
+        return functools.cache(lambda seed: prepare_split(splits, options, seed, memory, network()))
 
     @property
     def classes(self) -> int:
-        return len(self.inputs.splits.train.classes)
+        return len(self.splits.train.classes)
 
     @property
     def gpu(self) -> bool:
         return not self.config.cpu
 
     def factory(self) -> Callable[[], TransferTask]:
-        return self.inputs.task
+        return functools.partial(_construct, self.model, self.source, self.data, self.splits, self.config, self.setup)
 
     def names(self) -> dict[str, Any]:
-        return {"model": self.inputs.model, "data": self.inputs.data}
+        return {"model": self.model, "data": self.data}
 
     def train(self, method: Method, run: RunResult) -> TrainingLog:
         split = self.split_of(run.seed)
-        cuts = split.cuts(self.inputs.folds, run.seed)
+        cuts = split.cuts(self.setup["data"][self.data]["folds"], run.seed)
         if method.attach is None:
             return self._frozen(method, run).fit(self.classes, run.setting["head_lr"], run.seed, cuts)
 
@@ -292,6 +260,21 @@ class TransferTask:
         with bar(steps, run.title, config.progress and self.group.rank == 0) as advance:
             network, groups = attached.network, attached.groups
             return train(self.accelerator, network, groups, examples, val, config, run.seed, advance, others)
+
+
+def _construct(
+    model: str, source: Source, data: str, splits: Splits, config: TransferConfig, setup: Mapping[str, Any]
+) -> TransferTask:
+    """Constructs a task in another process, without a progress bar. ValueError if network or data loaded there differ."""
+    from .training import make_accelerator
+
+    accelerator = make_accelerator(config.precision, config.cpu)
+    network = build(source).to(accelerator.device).eval()
+    check_same(f"model {model}", setup["models"][model]["digest"], digest_of(network))
+    described = check_data(data, splits, config, setup["seeds"][:1])
+    check_same(f"data {data}", setup["data"][data]["digest"], described["digest"])
+    config, processes = replace(config, progress=False), group(accelerator.device)
+    return TransferTask(model, source, data, splits, config, setup, accelerator, processes, lambda: network)
 
 
 def learned(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:

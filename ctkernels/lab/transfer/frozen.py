@@ -33,10 +33,7 @@ class FrozenNetwork:
     Args:
         model: on its device; unchanged afterwards.
         coeff: of the CT unit, a number or "mean-free"; None: the plain network only.
-        config: betas, activations, batch size and so on.
-        group: the processes that share the extraction.
-        split: the examples. If ``config.bn`` is "train", the statistics of batch normalisation are estimated on its
-            training examples, for every beta.
+        split: the examples. If ``config.bn`` is "train", batch normalisation is recalibrated on its training examples.
     """
 
     model: nn.Module
