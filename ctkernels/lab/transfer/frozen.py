@@ -128,9 +128,7 @@ def recalibrated(
 ) -> Iterator[None]:
     """Sets the statistics of batch normalisation to their mean over batches of ``examples``; restores them afterwards.
 
-    Args:
-        model: the network with the layers.
-        network: what the batches are passed through: ``model``, or its features at some beta.
+    ``network`` is called on the batches: ``model``, or its features at some beta.
     """
     layers = [m for m in batch_norms(model) if m.track_running_stats]
     device = next(model.parameters()).device
