@@ -173,6 +173,8 @@ def bars(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = [
         ("functional.ctu, us", us["forward", "functional.ctu, a number"], 5),
         ("functional.head_edit, us", us["forward", "functional.head_edit"], 5),
+        ("functional.attention_head_edit beside torch's attention, us",
+         us["forward", "functional.attention_head_edit"] - us["forward", "F.scaled_dot_product_attention"], 3),
         ("ctu, forward+backward, two gradients / F.prelu", us["both", "functional.ctu, two gradients"] / prelu, 1.6),
         ("head_edit, forward+backward, two gradients / F.prelu",
          us["both", "functional.head_edit, two gradients"] / prelu, 1.6),

@@ -15,10 +15,15 @@ CTK_HD void for_vectors(int64_t n, const F& f) {
   if (i < n) f(i, (__mmask32(1) << (n - i)) - 1);
 }
 
-// Distance of prefetches: the hardware prefetches along a run, but not vectors a row apart.
-constexpr int64_t kRowsAhead = 4;
+// Distances of prefetches. The hardware prefetches along a run too, but anew on each page, not vectors a row apart, and results
+// only when they are stored; and this much arithmetic fills the window in which a core looks ahead by itself.
+constexpr int64_t kBytesAhead = 2048;
+constexpr int64_t kRowsAhead = kRunRows;
+
 template <class T>
-CTK_HD void prefetch(const T* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+CTK_HD void prefetch(const T* p, int64_t i) {
+  if (p) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+}
 
 // The op's arithmetic with the constants of 16 lanes, for each vector of a format.
 template <class Format, class Unit>
@@ -73,10 +78,29 @@ struct Tensors {
   // Distance between rows of tensors with the layout of x.
   CTK_HD static int64_t in_row(const Run<float>& run) { return Unit::kFactor ? run.in_row : run.row; }
 
-  CTK_HD void prefetch_row(int64_t i) const {
-    prefetch(x + i);
-    if constexpr (prologue) if (residual) prefetch(residual + i);
-    if constexpr (Unit::kFactor) prefetch(factor + i);
+  // Prefetches operands: dy from value i, the others, which have the layout of x, from value `in`.
+  CTK_HD void prefetch_operands(int64_t in, int64_t i) const {
+    prefetch(x, in);
+    if constexpr (prologue) prefetch(residual, in);
+    if constexpr (Unit::kFactor) prefetch(factor, in);
+    prefetch(dy, i);
+  }
+  // Prefetches the lines that results are stored to.
+  CTK_HD void prefetch_results(int64_t in, int64_t i) const {
+    if (stream) return;
+    prefetch(y, i);
+    prefetch(dx, in);
+    if constexpr (prologue) prefetch(dresidual, in);
+    if constexpr (Unit::kFactor) prefetch(dfactor, in);
+  }
+  CTK_HD void prefetch_plane(int64_t i) const {
+    constexpr int64_t ahead = kBytesAhead / sizeof(Value);
+    prefetch_operands(i + ahead, i + ahead);
+    prefetch_results(i, i);
+  }
+  CTK_HD void prefetch_row(int64_t in, int64_t i) const {
+    prefetch_operands(in, i);
+    prefetch_results(in, i);
   }
   // Multiplies the op's result by the factor, if there is one, and stores it.
   CTK_HD void store_result(Vectors<Format::kVectors>& y_, int64_t in, int64_t i, __mmask32 live) const {
@@ -126,6 +150,7 @@ void forward_plane(MemoryCall c) {
   AffineVectors<Format> affine;
   if constexpr (prologue) affine = AffineVectors<Format>::plane(c.run);
   for_vectors<Format::kVectors>(c.run.n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
+    t.prefetch_plane(i);
     auto w = t.input(affine, i, live);
     for (V& v : w.v) v = op.forward(v);
     t.store_result(w, i, i, live);
@@ -141,12 +166,26 @@ void forward_lanes(MemoryCall c) {
     AffineVectors<Format> affine;
     if constexpr (prologue) affine = AffineVectors<Format>::lanes(c.run, i, live);
     for (int64_t r = 0; r < rows; ++r) {
-      t.prefetch_row((r + kRowsAhead) * in + i);
+      t.prefetch_row((r + kRowsAhead) * in + i, (r + kRowsAhead) * row + i);
       auto w = t.input(affine, r * in + i, live);
       for (int h = 0; h < Format::kVectors; ++h) w.v[h] = ops[h].forward(w.v[h]);
       t.store_result(w, r * in + i, r * row + i, live);
     }
   });
+}
+
+template <class Format, class Unit>
+void forward_affine_lanes(MemoryCall c) {
+  const Tensors<Format, Unit, true> t(c);
+  const typename Unit::Shared op([&](int i) { return all(c.run.constants[i]); });
+  for (int64_t r = 0; r < c.run.rows; ++r)
+    for_vectors<Format::kVectors>(c.run.n, [&](int64_t lane, __mmask32 live) __attribute__((always_inline)) {
+      const int64_t i = r * c.run.row + lane;
+      t.prefetch_row(i + kRowsAhead * c.run.row, i + kRowsAhead * c.run.row);
+      auto w = t.input(AffineVectors<Format>::lanes(c.run, lane, live), i, live);
+      for (V& v : w.v) v = op.forward(v);
+      t.store(t.y, i, live, w);
+    });
 }
 
 template <class Format, class Unit, bool prologue, bool sums>
@@ -158,6 +197,7 @@ void backward_plane(MemoryCall c) {
   V sum[Format::kVectors][Unit::kSums] = {};
   const auto run = [&](auto write) __attribute__((always_inline)) {
     for_vectors<Format::kVectors>(c.run.n, [&](int64_t i, __mmask32 live) __attribute__((always_inline)) {
+      t.prefetch_plane(i);
       auto w = t.input(affine, i, live);
       auto g = Format::load(t.dy + i, live);
       t.backward_factor([&](int) -> const Unit& { return op; }, w, g, i, live);
@@ -188,8 +228,7 @@ void backward_lanes(MemoryCall c) {
     AffineVectors<Format> affine;
     if constexpr (prologue) affine = AffineVectors<Format>::lanes(c.run, i, live);
     for (int64_t r = 0; r < rows; ++r) {
-      t.prefetch_row((r + kRowsAhead) * in + i);
-      prefetch(t.dy + (r + kRowsAhead) * row + i);
+      t.prefetch_row((r + kRowsAhead) * in + i, (r + kRowsAhead) * row + i);
       auto w = t.input(affine, r * in + i, live);
       auto g = Format::load(t.dy + r * row + i, live);
       t.backward_factor([&](int h) -> const Unit& { return ops[h]; }, w, g, r * in + i, live);
@@ -223,6 +262,7 @@ constexpr MemoryKernels memory_kernels() {
   const auto set = [&]<bool prologue>(std::bool_constant<prologue>) {
     k.forward[kPlane][prologue] = forward_plane<Format, U, prologue>;
     k.forward[kLanes][prologue] = forward_lanes<Format, U, prologue>;
+    if constexpr (prologue) k.forward[kAffineLanes][prologue] = forward_affine_lanes<Format, U>;
     k.backward[kPlane][prologue][0] = backward_plane<Format, U, prologue, false>;
     k.backward[kPlane][prologue][1] = backward_plane<Format, U, prologue, true>;
     k.backward[kLanes][prologue][0] = backward_lanes<Format, U, prologue, false>;

@@ -37,26 +37,25 @@ struct CallContext {
   const Kernel kernel;
   const BlockKernels<T>& blocks;
   const Staging<T>& staging;
+  const bool has_scale, prologue, uniform;
   const Partition partition;
   const Constants<T> constants;
   const int64_t size;
   const bool native;  // memory holds the compute type
-  bool has_scale = false, prologue = false;
 
-  CallContext(const typename Op::Attributes& attributes, const Operands& operands)
+  CallContext(const typename Op::Attributes& attributes, const Operands& operands, bool forward)
       : in(operands),
         kernel(kernel_of<Op>(Op::variant(attributes))),
         blocks(kernel_table().block_kernels<T>(kernel, in.dtype)),
         staging(kernel_table().staging<T>()),
-        partition(partition_of(in.view)),
-        constants(precompute<Op, T>(attributes, in, partition)),
+        has_scale(Op::kPrologue && in.params[Op::kParams].is_given()),
+        prologue(Op::kPrologue && (in.residual || has_scale || in.params[Op::kParams + 1].is_given())),
+        uniform(is_uniform<Op>(in)),
+        partition(partition_of(in.view, forward && prologue && uniform ? kMinAffinePlane : kMinPlane)),
+        constants(precompute<Op, T>(attributes, in, partition, prologue,
+                                    uniform && (partition.layout == kPlane || (forward && prologue)))),
         size(size_of(in.dtype)),
-        native(in.dtype == (sizeof(T) == 8 ? DType::kDouble : DType::kFloat)) {
-    if constexpr (Op::kPrologue) {
-      has_scale = in.params[Op::kParams].is_given();
-      prologue = in.residual || has_scale || in.params[Op::kParams + 1].is_given();
-    }
-  }
+        native(in.dtype == (sizeof(T) == 8 ? DType::kDouble : DType::kFloat)) {}
 
   const MemoryKernels* memory_kernels() const { return kernel_table().memory_kernels(kernel, in.dtype, prologue); }
 
@@ -88,15 +87,15 @@ struct CallContext {
 
 template <class Op, class T>
 void forward_as(const typename Op::Attributes& attributes, const Operands& in, void* y) {
-  const CallContext<Op, T> call(attributes, in);
+  const CallContext<Op, T> call(attributes, in, true);
   const BlockKernels<T>& blocks = call.blocks;
   const MemoryKernels* memory = call.memory_kernels();
   const bool in_place = y == in.x;
   const bool stream = !in_place && streams<Op>(in.view, in.dtype);
-  const RunSize sizes = run_size(!memory && (!call.native || call.prologue || in_place), Op::kMemoryBound, blocks.rows);
+  const RunSize sizes = run_size(!memory && (!call.native || call.prologue || in_place), Op::kMemoryBound);
   for_tiles(call.partition, [&](int64_t begin, int64_t end) {
     const auto buffers = std::make_unique_for_overwrite<Buffer<T>[]>(memory ? 0 : 5);
-    for_runs(call.partition, sizes, in.view, call.constants, call.prologue, begin, end, [&](const Run<T>& run, int64_t) {
+    for_runs(call.partition, sizes, in.view, call.constants, begin, end, [&](const Run<T>& run, int64_t) {
       char* const out = call.at(y, run.offset);
       const char* const x = call.at(in.x, run.in);
       const char* const factor = call.at(in.factor, run.in);
@@ -146,7 +145,7 @@ void reduce_partials(const typename Op::Attributes& attributes, const Operands& 
       else torch::stable::parallel_for(0, width, kLaneBlock, add);
     }
     for_channels<Op>(channels, [&](int64_t begin, int64_t end) {
-      const ParamBlock<Op> params(in, group, begin, end);
+      const ParamBlock<Op::kParams> params(in.params, channels, group, begin, end);
       const int64_t n = end - begin;
       double totals[kSumsOf<Op>][kChannelBlock] = {};
       for (int s = 0; s < sums; ++s) {
@@ -193,7 +192,7 @@ void reduce_partials(const typename Op::Attributes& attributes, const Operands& 
 
 template <class Op, class T>
 void backward_as(const typename Op::Attributes& attributes, const Operands& in, const void* dy, const Gradients& out) {
-  const CallContext<Op, T> call(attributes, in);
+  const CallContext<Op, T> call(attributes, in, false);
   const BlockKernels<T>& blocks = call.blocks;
   const Partition& partition = call.partition;
   const bool op_sums = std::any_of(out.params, out.params + Op::kParams, [](void* p) { return p; });
@@ -203,7 +202,7 @@ void backward_as(const typename Op::Attributes& attributes, const Operands& in, 
   const int sums = prologue_sums ? kSumsOf<Op> : blocks.sums;
   const bool stream = streams<Op>(in.view, in.dtype);
   const bool staged = !memory && (!call.native || call.prologue || prologue_sums || !out.dx || (in.factor && !out.dfactor));
-  const RunSize sizes = run_size(staged, Op::kMemoryBound, blocks.rows);
+  const RunSize sizes = run_size(staged, Op::kMemoryBound);
 
   const bool lane_sums = any_sums && partition.layout == kLanes;
   std::unique_ptr<double[]> slots;
@@ -213,7 +212,7 @@ void backward_as(const typename Op::Attributes& attributes, const Operands& in, 
   for_tiles(partition, [&](int64_t begin, int64_t end) {
     const auto buffers = std::make_unique_for_overwrite<Buffer<T>[]>(memory ? 0 : 8);
     LaneSums<T> lanes(sums, partition.length, lane_sums ? slots.get() : nullptr);
-    for_runs(partition, sizes, in.view, call.constants, call.prologue, begin, end, [&](const Run<T>& run, int64_t tile) {
+    for_runs(partition, sizes, in.view, call.constants, begin, end, [&](const Run<T>& run, int64_t tile) {
       if (lane_sums && run.lane == 0) lanes.expect(tile, run.rows);
       T* lane = lanes.data() + run.lane;
       double* totals = any_sums && !lane_sums ? slots.get() + tile * sums : nullptr;

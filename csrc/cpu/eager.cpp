@@ -42,6 +42,7 @@ struct Torch {
   PyObject* forward_ad;                    // the __dict__ of torch.autograd.forward_ad
   PyObject *count_write, *inference_mode;  // torch._C._increment_version, torch.is_inference_mode_enabled
   PyObject *level, *requires_grad;         // names of attributes
+  PyObject *scale, *enable_gqa;            // names of arguments of scaled_dot_product_attention
   PyObject *is_neg, *is_inference;         // methods
 };
 Torch* torch_state = nullptr;
@@ -78,46 +79,33 @@ bool call_bool(PyObject* method, PyObject* object) {
   return result == Py_True;
 }
 
-// A dense, non-empty CPU tensor: no subclass, no negative view, not nested, batched, functional or symbolic.
-class DenseTensor {
+// A non-empty CPU tensor: no subclass, no negative view, not nested, batched, functional or symbolic.
+class StridedTensor {
  public:
-  DenseTensor() = default;
-  explicit DenseTensor(PyObject* object) : object_(object) {
+  StridedTensor() = default;
+  explicit StridedTensor(PyObject* object) : object_(object) {
     require(Py_TYPE(object) == torch_state->tensor || Py_TYPE(object) == torch_state->parameter);
     require(!call_bool(torch_state->is_neg, object));
     check(torch_tensor_from_pyobject(object, &handle_));
     describe();
     require(layout_ == aoti_torch_layout_strided() && device_ == aoti_torch_device_type_cpu());
     require(numel > 0 && data != nullptr);
-    int order[64], used;
-    require(dim <= 64 && memory_order(sizes, strides, dim, order, used));
   }
-  // An uninitialised tensor.
-  DenseTensor(const int64_t* sizes_, const int64_t* strides_, int64_t dim_, int32_t dtype_) {
-    check(aoti_torch_empty_strided(dim_, sizes_, strides_, dtype_, aoti_torch_device_type_cpu(), 0, &handle_));
-    describe();
-  }
-  DenseTensor like() const { return DenseTensor(sizes, strides, dim, dtype); }
-  DenseTensor contiguous_like() const {
-    int64_t dense[64], step = 1;
-    for (int64_t d = dim; d-- > 0; step *= sizes[d]) dense[d] = step;
-    return DenseTensor(sizes, dense, dim, dtype);
-  }
-  DenseTensor(DenseTensor&& other) noexcept { *this = std::move(other); }
-  DenseTensor& operator=(DenseTensor&& other) noexcept {
+  StridedTensor(StridedTensor&& other) noexcept { *this = std::move(other); }
+  StridedTensor& operator=(StridedTensor&& other) noexcept {
     std::swap(handle_, other.handle_), std::swap(object_, other.object_);
     dim = other.dim, numel = other.numel, sizes = other.sizes, strides = other.strides, dtype = other.dtype, data = other.data;
     return *this;
   }
-  ~DenseTensor() {
+  ~StridedTensor() {
     if (handle_) aoti_torch_delete_tensor_object(handle_);
   }
 
   explicit operator bool() const { return handle_; }
   bool is_wide() const { return dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_float64(); }
   bool is_double() const { return dtype == aoti_torch_dtype_float64(); }
-  bool has_shape_of(const DenseTensor& other) const { return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes); }
-  bool has_strides_of(const DenseTensor& other) const {
+  bool has_shape_of(const StridedTensor& other) const { return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes); }
+  bool has_strides_of(const StridedTensor& other) const {
     for (int64_t d = 0; d < dim; ++d)
       if (strides[d] != other.strides[d] && sizes[d] != 1) return false;
     return true;
@@ -145,11 +133,6 @@ class DenseTensor {
     Py_XDECREF(done);
     require(done != nullptr);
   }
-  bool shares_memory_with(const DenseTensor& other) const {
-    const char *from = static_cast<const char*>(data), *others = static_cast<const char*>(other.data);
-    return from < others + other.bytes() && others < from + bytes();
-  }
-  int64_t bytes() const { return numel * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)); }
   DType type() const {
     if (dtype == aoti_torch_dtype_float32()) return DType::kFloat;
     if (dtype == aoti_torch_dtype_float64()) return DType::kDouble;
@@ -170,6 +153,13 @@ class DenseTensor {
   int32_t dtype = 0;
   void* data = nullptr;
 
+ protected:
+  // An uninitialised tensor.
+  StridedTensor(const int64_t* sizes_, const int64_t* strides_, int64_t dim_, int32_t dtype_) {
+    check(aoti_torch_empty_strided(dim_, sizes_, strides_, dtype_, aoti_torch_device_type_cpu(), 0, &handle_));
+    describe();
+  }
+
  private:
   void describe() {
     check(aoti_torch_get_dim(handle_, &dim));
@@ -184,6 +174,31 @@ class DenseTensor {
   AtenTensorHandle handle_ = nullptr;
   PyObject* object_ = nullptr;  // borrowed
   int32_t layout_ = 0, device_ = 0;
+};
+
+// One without gaps between its values, nor values that share memory.
+class DenseTensor : public StridedTensor {
+ public:
+  DenseTensor() = default;
+  explicit DenseTensor(PyObject* object) : StridedTensor(object) {
+    int order[64], used;
+    require(dim <= 64 && memory_order(sizes, strides, dim, order, used));
+  }
+  // Uninitialised tensors.
+  DenseTensor like() const { return DenseTensor(sizes, strides, dim, dtype); }
+  DenseTensor contiguous_like() const {
+    int64_t dense[64], step = 1;
+    for (int64_t d = dim; d-- > 0; step *= sizes[d]) dense[d] = step;
+    return DenseTensor(sizes, dense, dim, dtype);
+  }
+  bool shares_memory_with(const DenseTensor& other) const {
+    const char *from = static_cast<const char*>(data), *others = static_cast<const char*>(other.data);
+    return from < others + other.bytes() && others < from + bytes();
+  }
+  int64_t bytes() const { return numel * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)); }
+
+ private:
+  DenseTensor(const int64_t* sizes_, const int64_t* strides_, int64_t dim_, int32_t dtype_) : StridedTensor(sizes_, strides_, dim_, dtype_) {}
 };
 
 double number(PyObject* object) {
@@ -263,7 +278,7 @@ struct EagerCall {
     in.residual = residual.data;
     note_grad(residual);
   }
-  void note_grad(const DenseTensor& tensor) { records = records || (grad_mode_ && tensor.requires_grad()); }
+  void note_grad(const StridedTensor& tensor) { records = records || (grad_mode_ && tensor.requires_grad()); }
 
   void set_view() {
     bool shared = true;
@@ -330,12 +345,13 @@ struct EagerCall {
     return result;
   }
 
- private:
+  // The result of the op with `in`, whose view is set.
   void run(void* y) {
     const GilRelease unlocked;
     Driver(x).template forward<Op>(attributes, in, y);
   }
 
+ private:
   bool grad_mode_;
 };
 
@@ -351,6 +367,19 @@ PyObject* run_or_decline(bool valid_count, const F& f) {
   PyErr_Clear();
   return Py_NewRef(Py_NotImplemented);
 }
+
+// A new reference, released at the end of its scope.
+class Owned {
+ public:
+  explicit Owned(PyObject* object) : object_(object) { require(object != nullptr); }
+  Owned(const Owned&) = delete;
+  ~Owned() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+
+ private:
+  PyObject* object_;
+};
 
 // Concatenates two tuples.
 template <size_t n>
@@ -407,18 +436,16 @@ PyObject* ctu_gradients(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
-// Value `c` of a BatchNorm's vector.
-double read(const DenseTensor& t, int64_t c) {
+// The values of a BatchNorm's vector.
+void read(const DenseTensor& t, double* to) {
   switch (t.type()) {
-    case DType::kFloat: return static_cast<const float*>(t.data)[c];
-    case DType::kDouble: return static_cast<const double*>(t.data)[c];
-    case DType::kBFloat16: {
-      const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(t.data)[c]) << 16;
-      return std::bit_cast<float>(bits);
-    }
-    case DType::kHalf: break;
+    case DType::kFloat: std::copy_n(static_cast<const float*>(t.data), t.numel, to); return;
+    case DType::kDouble: std::copy_n(static_cast<const double*>(t.data), t.numel, to); return;
+    case DType::kBFloat16:
+      for (int64_t c = 0; c < t.numel; ++c) to[c] = std::bit_cast<float>(static_cast<uint32_t>(static_cast<const uint16_t*>(t.data)[c]) << 16);
+      return;
+    case DType::kHalf: throw Declined{};
   }
-  throw Declined{};
 }
 
 // ctu_after_norm(x, beta, coeff, slope, None, None, residual, channel_dim, kind, raw, eps, mean, variance, gain, offset, norm_eps)
@@ -432,25 +459,27 @@ PyObject* ctu_after_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     call.channel_dim = 1;
     PyObject* const* norm = args + 1 + kCtuArguments;
     const int64_t channels = call.x.sizes[1];
-    DenseTensor vectors[4];  // mean, variance, gain, offset
+    std::vector<double> values(4 * channels);
+    double* const vectors[] = {values.data(), values.data() + channels, values.data() + 2 * channels, values.data() + 3 * channels};
+    const auto [mean, variance, gain, offset] = vectors;
+    std::fill_n(gain, channels, 1.0);
     const bool half = call.in.dtype == DType::kBFloat16 || call.in.dtype == DType::kHalf;
     for (int i = 0; i < 4; ++i) {
       if (i >= 2 && norm[i] == Py_None) continue;
-      DenseTensor& t = vectors[i] = DenseTensor(norm[i]);
+      const DenseTensor t(norm[i]);
       require(t.dim == 1 && t.numel == channels && (t.dtype == call.x.dtype || (half && t.dtype == aoti_torch_dtype_float32())));
       call.note_grad(t);
+      read(t, vectors[i]);
     }
     if (call.records) return Py_NewRef(Py_None);
     const double eps = number(norm[4]);
-    std::vector<double> affine(2 * channels);
+    double *const scale = gain, *const shift = offset;
     for (int64_t c = 0; c < channels; ++c) {
-      double scale = 1.0 / std::sqrt(read(vectors[1], c) + eps);
-      if (vectors[2]) scale *= read(vectors[2], c);
-      affine[c] = scale;
-      affine[channels + c] = (vectors[3] ? read(vectors[3], c) : 0.0) - read(vectors[0], c) * scale;
+      scale[c] *= 1.0 / std::sqrt(variance[c] + eps);
+      shift[c] -= mean[c] * scale[c];
     }
     for (int i = 0; i < 2; ++i)
-      call.in.params[CtuOp::kParams + i] = {.data = affine.data() + i * channels, .is_double = true, .count = channels};
+      call.in.params[CtuOp::kParams + i] = {.data = i ? shift : scale, .is_double = true, .count = channels};
     return call.write_over();
   });
 }
@@ -523,6 +552,83 @@ PyObject* head_edit_of_heads_gradients(PyObject*, PyObject* const* args, Py_ssiz
   });
 }
 
+// ---- attention_head_edit -------------------------------------------------------------------------------------------
+
+// The edits of attention, per head: m and a are (heads, size), the gates (heads,). null: absent.
+struct Edits {
+  DenseTensor tensors[HeadEditOp::kParams];
+
+  Edits(PyObject* const* objects, int64_t heads, int64_t size) {
+    for (int i = 0; i < HeadEditOp::kParams; ++i) {
+      if (objects[i] == Py_None) continue;
+      const bool is_gate = i >= HeadEditOp::kGateM;
+      DenseTensor& t = tensors[i] = DenseTensor(objects[i]);
+      require(t.is_wide() && t.is_contiguous() && t.dim == (is_gate ? 1 : 2) && t.sizes[0] == heads && (is_gate || t.sizes[1] == size));
+      require(!is_gate || tensors[i - HeadEditOp::kGateM]);
+    }
+    require(tensors[HeadEditOp::kM] || tensors[HeadEditOp::kA]);
+  }
+
+  // Edits z (batch, heads, tokens, size) in place, as head_edit with head_axis=1 does.
+  void apply(PyObject* z) const {
+    EagerCall<HeadEditOp> call(z);
+    const int64_t *n = call.x.sizes, *s = call.x.strides;
+    const int64_t heads = n[1], size = n[3];
+    const bool adjacent = heads == 1 || s[1] == size * s[3];  // the heads of a token
+    require(adjacent || call.x.is_contiguous());
+    for (int i = 0; i < HeadEditOp::kParams; ++i) {
+      const DenseTensor& t = tensors[i];
+      if (!t) continue;
+      const int64_t each = t.numel / heads;
+      Param& p = call.in.params[i];
+      p.data = t.data, p.is_double = t.is_double(), p.groups = adjacent ? 1 : heads, p.count = adjacent ? t.numel : each;
+    }
+    bool shared = true;
+    for (const Param& p : call.in.params) shared = shared && p.count == 1;
+    const int64_t sizes[] = {adjacent ? n[0] : n[0] * heads, n[2], adjacent ? heads * size : size};
+    const int64_t strides[] = {adjacent ? s[0] : s[1], s[2], s[3]};
+    call.in.view = view_of(sizes, strides, 3, shared ? -1 : 2, !adjacent);
+    require(call.in.view.dense);
+    call.run(call.x.data);
+  }
+};
+
+// attention_head_edit(attend, q, k, v, m, a, g_m, g_a, mask, is_causal, scale, enable_gqa): torch's scaled_dot_product_attention,
+// `attend`, whose result is edited in place. None for a valid call that needs a gradient.
+PyObject* attention_head_edit(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return run_or_decline(count == 12, [&] {
+    const DenseTensor q(args[1]);
+    const StridedTensor k(args[2]), v(args[3]);
+    require(q.dim == 4 && k.dim == 4 && v.dim == 4 && k.dtype == q.dtype && v.dtype == q.dtype);
+    q.type();  // declines what is not a floating-point number
+    const int64_t heads = q.sizes[1], groups = k.sizes[1], tokens = q.sizes[2], keys = k.sizes[2];
+    require(k.sizes[0] == q.sizes[0] && k.sizes[3] == q.sizes[3] && std::equal(k.sizes, k.sizes + 3, v.sizes));
+    const bool is_causal = flag(args[9]), grouped = groups != heads;
+    require(flag(args[11]) ? heads % groups == 0 : !grouped);
+    require(!is_causal || tokens == 1 || (tokens == keys && args[8] == Py_None));
+    const double scale = args[10] == Py_None ? 1.0 / std::sqrt(static_cast<double>(q.sizes[3])) : number(args[10]);
+    const Edits edits(args + 4, heads, v.sizes[3]);
+    if (args[8] != Py_None) {
+      const StridedTensor mask(args[8]);
+      require((mask.dtype == aoti_torch_dtype_bool() || mask.dtype == q.dtype) && mask.dim == 4 && !mask.requires_grad());
+      const int64_t shape[] = {q.sizes[0], heads, tokens, keys};
+      for (int d = 0; d < 4; ++d) require(mask.sizes[d] == 1 || mask.sizes[d] == shape[d]);
+    }
+    bool records = q.requires_grad() || k.requires_grad() || v.requires_grad();
+    for (const DenseTensor& t : edits.tensors) records = records || (t && t.requires_grad());
+    if (records && aoti_torch_grad_mode_is_enabled()) return Py_NewRef(Py_None);
+    Owned positional(PyTuple_New(6)), named(PyDict_New()), scaled(PyFloat_FromDouble(scale));
+    PyObject* const values[] = {Py_NewRef(args[1]), Py_NewRef(args[2]), Py_NewRef(args[3]), Py_NewRef(args[8]), PyFloat_FromDouble(0.0),
+                                Py_NewRef(is_causal && tokens > 1 ? Py_True : Py_False)};
+    for (int i = 0; i < 6; ++i) PyTuple_SetItem(positional.get(), i, values[i]);
+    require(PyDict_SetItem(named.get(), torch_state->scale, scaled.get()) == 0);
+    require(PyDict_SetItem(named.get(), torch_state->enable_gqa, grouped ? Py_True : Py_False) == 0);
+    Owned z(PyObject_Call(args[0], positional.get(), named.get()));
+    edits.apply(z.get());
+    return z.release();
+  });
+}
+
 // ---- snapshots of modules (fusion/layers.py) -----------------------------------------------------------------------
 
 bool has_pairs(PyObject* dict, PyObject* pairs) {
@@ -575,9 +681,10 @@ PyObject* eager_setup(PyObject*, PyObject* const* args, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(args[i]);
   PyObject *is_neg = PyObject_GetAttrString(args[0], "is_neg"), *is_inference = PyObject_GetAttrString(args[0], "is_inference");
   PyObject *level = PyUnicode_InternFromString("_current_level"), *requires_grad = PyUnicode_InternFromString("requires_grad");
-  if (!is_neg || !is_inference || !level || !requires_grad) return nullptr;
+  PyObject *scale = PyUnicode_InternFromString("scale"), *enable_gqa = PyUnicode_InternFromString("enable_gqa");
+  if (!is_neg || !is_inference || !level || !requires_grad || !scale || !enable_gqa) return nullptr;
   torch_state = new Torch{reinterpret_cast<PyTypeObject*>(args[0]), reinterpret_cast<PyTypeObject*>(args[1]), args[2], args[3],
-                          args[4], args[5], args[6], level, requires_grad, is_neg, is_inference};
+                          args[4], args[5], args[6], level, requires_grad, scale, enable_gqa, is_neg, is_inference};
   return Py_NewRef(Py_True);
 }
 
@@ -585,7 +692,7 @@ PyObject* eager_setup(PyObject*, PyObject* const* args, Py_ssize_t count) {
   {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&name)), METH_FASTCALL, nullptr}
 PyMethodDef entries[] = {CTK_ENTRY(eager_setup), CTK_ENTRY(ctu), CTK_ENTRY(ctu_), CTK_ENTRY(ctu_gradients), CTK_ENTRY(ctu_after_norm),
                          CTK_ENTRY(head_edit), CTK_ENTRY(head_edit_gradients), CTK_ENTRY(head_edit_of_heads),
-                         CTK_ENTRY(head_edit_of_heads_gradients), CTK_ENTRY(unchanged),
+                         CTK_ENTRY(head_edit_of_heads_gradients), CTK_ENTRY(attention_head_edit), CTK_ENTRY(unchanged),
                          {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -46,7 +46,7 @@ struct Unit : Op_::template Arithmetic<variant, T, Math> {
   static constexpr int kSums = Op::template Arithmetic<variant, T, Math>::Gradients::kSums;
   static_assert(kSums >= 1 && kSums <= 5, "CTK_ADD_TERMS");
   // Rows whose terms are summed per lane in registers: memory-bound ops gain from it.
-  static constexpr int kRows = Op::kMemoryBound ? 4 : 1;
+  static constexpr int kRows = Op::kMemoryBound ? kRunRows : 1;
 };
 
 // A name for each sum: the compiler does not keep arrays in vector registers.
@@ -156,7 +156,7 @@ void backward_lanes(const T* w, const T* factor, const T* dy, T* dw, T* dfactor,
 template <class Op, typename Op::Variant variant, class T, class Math>
 constexpr BlockKernels<T> block_kernels() {
   using U = Unit<Op, variant, T, Math>;
-  return {U::kSums, U::kRows, {forward_plane<U, T>, forward_lanes<U, T>},
+  return {U::kSums, {forward_plane<U, T>, forward_lanes<U, T>, forward_plane<U, T>},
           {{backward_plane<U, T, false>, backward_plane<U, T, true>}, {backward_lanes<U, T, false>, backward_lanes<U, T, true>}}};
 }
 

@@ -5,8 +5,12 @@
 namespace ctk::cpu {
 
 // Layout of the constants. kPlane: one set for a run, whose values belong to one channel. kLanes: a set per lane of a row;
-// constant i of lane j is constants[i * stride + j].
-enum Layout : int { kPlane = 0, kLanes = 1 };
+// constant i of lane j is constants[i * stride + j]. kAffineLanes: one set, and the prologue's scale and shift per lane; for
+// forward passes alone.
+enum Layout : int { kPlane = 0, kLanes = 1, kAffineLanes = 2 };
+
+// Rows per run, at most, unless values pass through buffers: every row is a stream of memory, and many slow each other down.
+constexpr int64_t kRunRows = 4;
 
 // The part of a tensor that a kernel call works on: n values with one set of constants, or rows of n lanes.
 template <class T>
@@ -20,7 +24,7 @@ struct Run {
   int64_t stride = 1;     // 1: kPlane
   const T* scale;         // null: no prologue
   const T* shift;
-  int64_t step() const { return layout == kLanes ? 1 : 0; }
+  int64_t step() const { return layout == kPlane ? 0 : 1; }
 };
 
 // Block kernels work on a short run that is in L1 and in the compute type (float, or double for double): the driver handles
@@ -28,8 +32,7 @@ struct Run {
 template <class T>
 struct BlockKernels {
   int sums;  // of this variant, without the prologue's
-  int rows;  // that lane kernels process at once
-  void (*forward[2])(const T* w, const T* factor, T* y, const Run<T>& run);  // [layout]
+  void (*forward[3])(const T* w, const T* factor, T* y, const Run<T>& run);  // [layout]; kAffineLanes: of one row
   void (*backward[2][2])(const T* w, const T* factor, const T* dy, T* dw, T* dfactor, const Run<T>& run, double* totals,
                          T* lanes);  // [layout][with sums]
 };
@@ -56,7 +59,7 @@ struct MemoryCall {
   bool stream = false;  // results bypass the caches; every row of them is aligned to 64 bytes
 };
 struct MemoryKernels {
-  void (*forward[2][2])(MemoryCall);      // [layout][with a prologue]
+  void (*forward[3][2])(MemoryCall);      // [layout][with a prologue]
   void (*backward[2][2][2])(MemoryCall);  // [layout][with a prologue][with sums]
 };
 

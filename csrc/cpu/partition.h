@@ -22,6 +22,8 @@ constexpr int64_t kLaneBlock = 256;
 constexpr int64_t kStripRows = 16;
 // Channels with at least this many neighbouring values are planes, with constants in registers; others are lanes.
 constexpr int64_t kMinPlane = 16;
+// The same for forward passes whose lanes differ in scale and shift alone: a lane costs them no more than a value of a plane.
+constexpr int64_t kMinAffinePlane = 128;
 // Partial sums per lane: at most kMaxCuts slots, each the sum, in double, of float sums over kFlushRows rows.
 constexpr int64_t kMaxCuts = 32;
 constexpr int64_t kFlushRows = 64;
@@ -38,10 +40,10 @@ struct Partition {
   int64_t tiles = 0, tile_values = 0;
 };
 
-Partition partition_of(const View& v) {
+Partition partition_of(const View& v, int64_t min_plane = kMinPlane) {
   Partition p;
   const bool one_run = v.channels == 1 && !v.packed;  // of a whole group
-  if (one_run || v.inner >= kMinPlane) {
+  if (one_run || v.inner >= min_plane) {
     p.layout = kPlane;
     p.planes = v.groups * v.outer * v.channels;
     p.length = v.inner;
@@ -84,28 +86,28 @@ void for_channels(int64_t channels, const F& f) {
   else torch::stable::parallel_for(0, channels, Op::kParallelChannels, blocks);
 }
 
-// The parameters of a block of channels, in double.
-template <class Op>
+// The values of n parameters for a block of channels, in double.
+template <int n>
 struct ParamBlock {
-  double values[kParamsOf<Op>][kChannelBlock];
+  double values[n][kChannelBlock];
 
-  ParamBlock(const Operands& in, int64_t g, int64_t begin, int64_t end) {
-    for (int i = 0; i < kParamsOf<Op>; ++i) {
-      const Param& p = in.params[i];
+  ParamBlock(const Param* params, int64_t channels, int64_t g, int64_t begin, int64_t end) {
+    for (int i = 0; i < n; ++i) {
+      const Param& p = params[i];
       double* to = values[i];
       if (!p.data) std::fill_n(to, end - begin, p.fallback);
-      else if (p.is_double) read(p, static_cast<const double*>(p.data), g, in.view.channels, begin, end, to);
-      else read(p, static_cast<const float*>(p.data), g, in.view.channels, begin, end, to);
+      else if (p.is_double) read(p, static_cast<const double*>(p.data), channels, g, begin, end, to);
+      else read(p, static_cast<const float*>(p.data), channels, g, begin, end, to);
     }
   }
-  // The op's own parameters of channel j of the block.
-  void get(int64_t j, double (&p)[Op::kParams]) const {
-    for (int i = 0; i < Op::kParams; ++i) p[i] = values[i][j];
+  // Those of channel j of the block.
+  void get(int64_t j, double (&p)[n]) const {
+    for (int i = 0; i < n; ++i) p[i] = values[i][j];
   }
 
  private:
   template <class From>
-  static void read(const Param& p, const From* from, int64_t g, int64_t channels, int64_t begin, int64_t end, double* to) {
+  static void read(const Param& p, const From* from, int64_t channels, int64_t g, int64_t begin, int64_t end, double* to) {
     from += p.index(g, 0, channels);
     if (p.count == channels) {
       std::copy(from + begin, from + end, to);
@@ -120,62 +122,99 @@ struct ParamBlock {
   }
 };
 
-// Constants of every channel: kPlane [group][channel][constant]; kLanes [group][constant][lane]. The prologue's scale and
-// shift come last.
+// Values per channel: kPlane [group][channel][value]; kLanes [group][value][lane].
 template <class T>
-struct Constants {
+struct Table {
   std::vector<T> data;
-  int count = 0;
-  int64_t per_group = 0;
-  int64_t groups = 1;  // sets of constants; group g uses set g % groups
+  int64_t count = 0, per_group = 0;  // values per channel, and of all channels
+  int64_t groups = 1;                // group g has the values of group g % groups
+  bool uniform = false;              // one set, [value], for all channels and groups
+
+  // Of the channel, or the first lane, of a run.
+  const T* of(Layout layout, int64_t g, int64_t channel_or_lane) const {
+    if (uniform) return data.data();
+    return data.data() + g % groups * per_group + channel_or_lane * (layout == kPlane ? count : 1);
+  }
+
+  // compute(g, begin, end, values) computes `values[i][j]` for channels [begin, end).
+  template <class Op, int n, class F>
+  void fill(const View& v, const Partition& p, const F& compute) {
+    count = n;
+    per_group = uniform ? n : n * (p.layout == kPlane ? v.channels : p.length);
+    data.resize(groups * per_group);
+    const auto block = [&](int64_t g, int64_t begin, int64_t end) {
+      T values[n][kChannelBlock];
+      compute(g, begin, end, values);
+      // Canonical NaNs: vector code rounds to 16 bits without checking for NaN, and 0x7fffffff, a GPU's NaN, would become -0.
+      for (auto& row : values)
+        for (int64_t j = 0; j < end - begin; ++j)
+          if (row[j] != row[j]) row[j] = std::numeric_limits<T>::quiet_NaN();
+      T* out = data.data() + g * per_group;
+      for (int i = 0; i < n; ++i) {
+        T* lane = out + i * p.length + begin * v.inner;
+        if (uniform || p.layout == kPlane)
+          for (int64_t j = 0; j < end - begin; ++j) out[(begin + j) * n + i] = values[i][j];
+        else if (v.inner == 1) std::copy_n(values[i], end - begin, lane);
+        else
+          for (int64_t j = 0; j < end - begin; ++j) std::fill_n(lane + j * v.inner, v.inner, values[i][j]);
+      }
+    };
+    if (uniform) return block(0, 0, 1);
+    for (int64_t g = 0; g < groups; ++g) {
+      for_channels<Op>(v.channels, [&](int64_t begin, int64_t end) { block(g, begin, end); });
+      if (p.layout == kPlane) continue;
+      for (int i = 0; i < n; ++i) {
+        T* row = data.data() + g * per_group + i * p.length;
+        for (int64_t r = 1; r < p.repeat; ++r) std::copy_n(row, v.channels * v.inner, row + r * v.channels * v.inner);
+      }
+    }
+  }
 };
 
+// What a call computes from its parameters: the op's constants, and the prologue's (scale, shift).
+template <class T>
+struct Constants {
+  Table<T> op, prologue;
+
+  Layout layout(const Partition& p) const { return p.layout == kLanes && op.uniform ? kAffineLanes : p.layout; }
+};
+
+// Whether all channels have the same constants.
+template <class Op>
+bool is_uniform(const Operands& in) {
+  return std::all_of(in.params, in.params + Op::kParams, [](const Param& p) { return p.groups == 1 && p.count == 1; });
+}
+
+// uniform: whether one set of constants serves all channels.
 template <class Op, class T>
-Constants<T> precompute(const typename Op::Attributes& attributes, const Operands& in, const Partition& partition) {
-  constexpr int count = Op::kConstants + (Op::kPrologue ? 2 : 0);
+Constants<T> precompute(const typename Op::Attributes& attributes, const Operands& in, const Partition& partition,
+                        bool has_prologue, bool uniform) {
   const View& v = in.view;
-  Constants<T> k;
-  k.count = count;
-  for (int i = 0; i < kParamsOf<Op>; ++i) k.groups = std::max(k.groups, in.params[i].groups);
-  // Channels that differ only in scale and shift share the op's constants.
-  const bool shared = std::all_of(in.params, in.params + Op::kParams, [](const Param& p) { return p.count == 1; });
-  k.per_group = count * (partition.layout == kPlane ? v.channels : partition.length);
-  k.data.resize(k.groups * k.per_group);
-  const auto block = [&](int64_t g, int64_t begin, int64_t end) {
-    const ParamBlock<Op> params(in, g, begin, end);
-    const int64_t n = end - begin;
-    T constants[count][kChannelBlock];
-    double p[Op::kParams];
-    T op_constants[Op::kConstants];
-    for (int64_t j = 0; j < n; ++j) {
-      if (j == 0 || !shared) {
-        params.get(j, p);
-        Op::precompute(attributes, p, op_constants);
-      }
-      for (int i = 0; i < Op::kConstants; ++i) constants[i][j] = op_constants[i];
-      for (int i = Op::kConstants; i < count; ++i) constants[i][j] = static_cast<T>(params.values[Op::kParams + i - Op::kConstants][j]);
-    }
-    // Canonical NaNs: vector code rounds to 16 bits without checking for NaN, and 0x7fffffff, a GPU's NaN, would become -0.
-    for (auto& constant : constants)
-      for (int64_t j = 0; j < n; ++j)
-        if (constant[j] != constant[j]) constant[j] = std::numeric_limits<T>::quiet_NaN();
-    T* out = k.data.data() + g * k.per_group;
-    for (int i = 0; i < count; ++i) {
-      T* lane = out + i * partition.length + begin * v.inner;
-      if (partition.layout == kPlane)
-        for (int64_t j = 0; j < n; ++j) out[(begin + j) * count + i] = constants[i][j];
-      else if (v.inner == 1) std::copy_n(constants[i], n, lane);
-      else
-        for (int64_t j = 0; j < n; ++j) std::fill_n(lane + j * v.inner, v.inner, constants[i][j]);
-    }
+  const auto groups = [&](int first, int last) {
+    int64_t most = 1;
+    for (int i = first; i < last; ++i) most = std::max(most, in.params[i].groups);
+    return most;
   };
-  for (int64_t g = 0; g < k.groups; ++g) {
-    T* out = k.data.data() + g * k.per_group;
-    for_channels<Op>(v.channels, [&](int64_t begin, int64_t end) { block(g, begin, end); });
-    if (partition.layout == kLanes)
-      for (int i = 0; i < count; ++i)
-        for (int64_t r = 1; r < partition.repeat; ++r)
-          std::copy_n(out + i * partition.length, v.channels * v.inner, out + i * partition.length + r * v.channels * v.inner);
+  Constants<T> k;
+  k.op.groups = groups(0, Op::kParams);
+  k.op.uniform = uniform;
+  k.op.template fill<Op, Op::kConstants>(v, partition, [&](int64_t g, int64_t begin, int64_t end, auto& values) {
+    const ParamBlock<Op::kParams> params(in.params, v.channels, g, begin, end);
+    double p[Op::kParams];
+    T constants[Op::kConstants];
+    for (int64_t j = 0; j < end - begin; ++j) {
+      params.get(j, p);
+      Op::precompute(attributes, p, constants);
+      for (int i = 0; i < Op::kConstants; ++i) values[i][j] = constants[i];
+    }
+  });
+  if constexpr (Op::kPrologue) {
+    if (!has_prologue) return k;
+    k.prologue.groups = groups(Op::kParams, Op::kParams + 2);
+    k.prologue.template fill<Op, 2>(v, partition, [&](int64_t g, int64_t begin, int64_t end, auto& values) {
+      const ParamBlock<2> params(in.params + Op::kParams, v.channels, g, begin, end);
+      for (int i = 0; i < 2; ++i) std::copy_n(params.values[i], end - begin, values[i]);
+    });
   }
   return k;
 }
@@ -185,31 +224,34 @@ struct RunSize {
   int64_t values, rows, lanes, strip;
 };
 
-// staged: values pass through buffers. rows: that a kernel processes at once. Memory-bound ops gain more from long runs
-// through memory than from keeping their few constants in L1.
-RunSize run_size(bool staged, bool memory_bound, int64_t rows) {
+// staged: values pass through buffers. Memory-bound ops gain more from long runs through memory than from keeping their few
+// constants in L1.
+RunSize run_size(bool staged, bool memory_bound) {
   if (staged) return {kBlock, 1, kLaneBlock, kStripRows};
-  return memory_bound ? RunSize{kLongBlock, rows, kLongBlock, rows} : RunSize{kLongBlock, kStripRows, kLaneBlock, kStripRows};
+  return {kLongBlock, kRunRows, memory_bound ? kLongBlock : kLaneBlock, kRunRows};
 }
 
 // Calls f(run, tile) for the runs of tiles [begin, end).
 template <class T, class F>
-void for_runs(const Partition& p, const RunSize& size, const View& v, const Constants<T>& k, bool prologue, int64_t begin,
-              int64_t end, const F& f) {
+void for_runs(const Partition& p, const RunSize& size, const View& v, const Constants<T>& k, int64_t begin, int64_t end,
+              const F& f) {
   // In a packed tensor, rows of x and of its factor alternate.
   const int64_t period = v.channels * v.inner;
   const auto in = [&](int64_t offset) { return v.packed ? offset + offset / period * period : offset; };
   for (int64_t tile = begin; tile < end; ++tile) {
     Run<T> run;
-    run.layout = p.layout;
+    run.layout = k.layout(p);
+    const auto set_constants = [&](int64_t g, int64_t channel_or_lane) {
+      run.constants = k.op.of(p.layout, g, channel_or_lane);
+      run.scale = k.prologue.count ? k.prologue.of(p.layout, g, channel_or_lane) : nullptr;
+      run.shift = run.scale ? run.scale + (p.layout == kPlane ? 1 : p.length) : nullptr;
+    };
     run.row = p.length;
     run.in_row = v.packed ? 2 * p.length : p.length;
     if (p.layout == kPlane) {
       const int64_t plane = tile / p.cuts, from = (tile % p.cuts) * kTile, to = std::min(p.length, from + kTile);
       const int64_t g = plane / (p.planes / v.groups), c = plane % v.channels;
-      run.constants = k.data.data() + g % k.groups * k.per_group + c * k.count;
-      run.scale = prologue ? run.constants + k.count - 2 : nullptr;
-      run.shift = prologue ? run.constants + k.count - 1 : nullptr;
+      set_constants(g, c);
       for (int64_t i = from; i < to; i += size.values) {
         run.offset = plane * p.length + i;
         run.in = in(run.offset);
@@ -218,15 +260,12 @@ void for_runs(const Partition& p, const RunSize& size, const View& v, const Cons
       }
     } else {
       const int64_t g = tile / p.cuts, cut = tile % p.cuts;
-      const T* base = k.data.data() + g % k.groups * k.per_group;
       const int64_t last = std::min(p.rows, (cut + 1) * p.rows_per_tile);
       run.stride = p.length;
       for (int64_t strip = cut * p.rows_per_tile; strip < last; strip += size.strip) {
         for (int64_t column = 0; column < p.length; column += size.lanes) {
           run.lane = column;
-          run.constants = base + column;
-          run.scale = prologue ? run.constants + (k.count - 2) * p.length : nullptr;
-          run.shift = prologue ? run.constants + (k.count - 1) * p.length : nullptr;
+          set_constants(g, column);
           const int64_t end_row = std::min(last, strip + size.strip);
           for (int64_t row = strip; row < end_row; row += run.rows) {
             const bool short_row = row == p.rows - 1;

@@ -51,5 +51,6 @@ def fused_on_cpu(recorder: Recorder) -> Iterator[Recorder]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "launch", recorder)
         patch.setattr(op, "kernels", lambda q: triton_launch)
+        patch.setattr(function, "_EAGER", lambda *args: NotImplemented)
         patch.setattr(function, "choose", lambda *args: cost_model.FUSED)
         yield recorder

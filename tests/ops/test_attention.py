@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctkernels
 from ctkernels.functional import attention_head_edit, head_edit
+from ctkernels.ops import eager
 from ctkernels.ops.attention import cost_model
 from ctkernels.ops.attention.problem import KEEP_LSE, KEEP_Z, Problem
 from ctkernels.ops.attention.reference import UNBOUNDED
@@ -68,6 +69,7 @@ class _Patched:
     def __enter__(self):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(cost_model, "fused_refusal", lambda *args: None)
+        self.patch.setattr("ctkernels.ops.attention.function._EAGER", lambda *args: NotImplemented)
         self.patch.setattr("ctkernels.ops.attention.function.choose", lambda *args: cost_model.FUSED)
 
     def __exit__(self, *exception):
@@ -364,6 +366,7 @@ def test_explain():
     text = ctkernels.explain(CASES[0].tensors(torch.float32)["q"], "attention_head_edit")
     assert "serves cuda tensors" in text or "triton is not installed" in text
     assert "separate   used" in text
+    assert ("eager calls: compiled code" in text) == (eager.MISSING is None)
 
 
 def test_a_compiled_program_is_fused_where_torch_has_no_fast_kernel(monkeypatch):

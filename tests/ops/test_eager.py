@@ -12,15 +12,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctkernels
-from ctkernels.functional import ctu, head_edit
+from ctkernels.functional import attention_head_edit, ctu, head_edit
 from ctkernels.ops import eager
+from ctkernels.ops.attention import function as attention_function
 from ctkernels.ops.ctu import function as ctu_function
 from ctkernels.ops.head_edit import function as edit_function
 from ctkernels.ops.registration import OPS
 from ctkernels.testing.samples import samples
 
 pytestmark = pytest.mark.skipif(eager.MISSING is not None, reason=str(eager.MISSING))
-ENTRIES = ((ctu_function, "_EAGER"), (ctu_function, "_EAGER_IN_PLACE"), (edit_function, "_EAGER"))
+ENTRIES = (
+    (ctu_function, "_EAGER"),
+    (ctu_function, "_EAGER_IN_PLACE"),
+    (edit_function, "_EAGER"),
+    (attention_function, "_EAGER"),
+)
 
 
 def declines(*_):
@@ -81,6 +87,69 @@ def test_the_same_bits_as_through_the_dispatcher(dtype, answers, monkeypatch):
             assert torch.equal(a, b) or torch.equal(a.isnan(), b.isnan()), sample.name
 
 
+# (B, H, G, T, S, D, E), layout, options
+ATTENTION: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "full": ((2, 3, 3, 5, 5, 8, 8), {}),
+    "causal": ((2, 3, 3, 40, 40, 16, 16), {"is_causal": True}),
+    "one query": ((3, 6, 2, 1, 13, 16, 16), {"is_causal": True, "enable_gqa": True}),
+    "grouped": ((2, 4, 2, 3, 7, 8, 8), {"enable_gqa": True, "scale": 0.3}),
+    "one head": ((2, 1, 1, 5, 5, 8, 8), {}),
+    "wider values": ((2, 3, 3, 5, 5, 8, 12), {"is_causal": True}),
+    "narrow values": ((2, 3, 3, 5, 5, 8, 1), {}),
+    "a mask": ((2, 3, 3, 5, 7, 8, 8), {"attn_mask": torch.rand(2, 1, 5, 7) < 0.6}),
+    "padding": ((2, 3, 3, 5, 7, 8, 8), {"attn_mask": (torch.arange(7) < 4).expand(2, 1, 1, 7)}),
+}
+
+
+def attention(name, dtype, layout):
+    (batch, heads, groups, tokens, keys, dim, size), options = ATTENTION[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def data(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    shapes = (heads, tokens, dim), (groups, keys, dim), (groups, keys, size)
+    if layout == "heads first":
+        q, k, v = (data(batch, *s) for s in shapes)
+    else:  # keys and values are the first tokens of a longer cache
+        q, k, v = (data(batch, s[1] + 4 * (i > 0), s[0], s[2])[:, : s[1]].transpose(1, 2) for i, s in enumerate(shapes))
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    edits = [t.to(wide) for t in (data(heads, size), data(heads, size), data(heads), data(heads))]
+    return [t.to(dtype) for t in (q, k, v)] + edits, options
+
+
+@pytest.mark.parametrize("layout", ["heads first", "tokens first"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_has_the_same_bits_as_through_the_dispatcher(name, dtype, layout, answers, monkeypatch):
+    def call():
+        tensors, options = attention(name, dtype, layout)
+        with torch.no_grad():
+            plain = attention_head_edit(*tensors, **options)
+            moved = attention_head_edit(*tensors[:4], None, tensors[5], **options)
+        y = attention_head_edit(*(t.requires_grad_() for t in tensors), **options)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+        return plain, moved, y.detach(), *torch.autograd.grad(y, tensors, dy)
+
+    direct = call()
+    assert [type(answer) for answer in answers[:3]] == [Tensor, Tensor, type(None)]
+    general(monkeypatch)
+    for a, b in zip(direct, call(), strict=True):
+        assert a.stride() == b.stride()
+        assert torch.equal(a, b) or torch.equal(a.isnan(), b.isnan())
+
+
+def test_attention_under_autocast_is_as_through_the_dispatcher(answers, monkeypatch):
+    tensors, options = attention("causal", torch.float32, "heads first")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        direct = attention_head_edit(*tensors, **options)
+        assert isinstance(answers[0], Tensor)
+        general(monkeypatch)
+        assert torch.equal(direct, attention_head_edit(*tensors, **options))
+    assert direct.dtype == torch.bfloat16
+
+
 class Subclass(Tensor):
     pass
 
@@ -109,6 +178,11 @@ def negated():
     return torch.complex(torch.ones(4), -torch.ones(4)).conj().imag
 
 
+def attend(**changed):
+    tensors = {name: torch.ones(1, 2, 3, 4) for name in ("q", "k", "v")} | {"m": torch.ones(2, 4)}
+    return attention_head_edit(**tensors | changed)
+
+
 UNUSUAL: dict[str, Callable[[], Any]] = {
     "a subclass": lambda: ctu(torch.ones(4).as_subclass(Subclass), 0.5),
     "a subclass as a knob": lambda: ctu(torch.ones(4), torch.tensor(0.5).as_subclass(Subclass)),
@@ -125,6 +199,12 @@ UNUSUAL: dict[str, Callable[[], Any]] = {
     "strides that have to be copied": lambda: ctu(torch.ones(8)[::2], 0.5),
     "no elements": lambda: ctu(torch.ones(0), 0.5),
     "the meta device": lambda: ctu(torch.ones(4, device="meta"), 0.5),
+    "attention with a query of a subclass": lambda: attend(q=torch.ones(1, 2, 3, 4).as_subclass(Subclass)),
+    "attention with an edit that is widened": lambda: attend(m=torch.ones(2, 4, dtype=torch.bfloat16)),
+    "attention with queries that overlap": lambda: attend(q=torch.ones(1, 2, 1, 4).expand(1, 2, 3, 4)),
+    "causal attention with a cache": lambda: attend(q=torch.ones(1, 2, 2, 4), is_causal=True),
+    "causal attention with a mask": lambda: attend(attn_mask=torch.ones(1, 1, 1, 3).bool(), is_causal=True),
+    "attention with a mask of fewer dimensions": lambda: attend(attn_mask=torch.ones(3, 3).bool()),
     "an edit of a subclass": lambda: head_edit(torch.ones(4), torch.ones(2, 2).as_subclass(Subclass)),
     "an edit under vmap": lambda: torch.vmap(lambda z: head_edit(z, torch.ones(2, 2)))(torch.ones(1, 4)),
 }
@@ -151,6 +231,16 @@ WRONG: dict[str, Callable[[], Any]] = {
     "shapes": lambda: head_edit(torch.ones(4), torch.ones(2, 2), torch.ones(4, 1)),
     "gate": lambda: head_edit(torch.ones(4), torch.ones(2, 2), g_m=torch.ones(4)),
     "gate of nothing": lambda: head_edit(torch.ones(4), torch.ones(2, 2), g_a=torch.ones(2)),
+    "attention, dtypes": lambda: attend(k=torch.ones(1, 2, 3, 4).double()),
+    "attention, sizes": lambda: attend(k=torch.ones(1, 2, 3, 5)),
+    "attention, keys and values": lambda: attend(v=torch.ones(1, 2, 4, 4)),
+    "attention, heads": lambda: attend(q=torch.ones(1, 4, 3, 4), m=torch.ones(4, 4)),
+    "attention, edit": lambda: attend(m=torch.ones(4, 2)),
+    "attention, no edit": lambda: attend(m=None),
+    "attention, gate": lambda: attend(g_m=torch.ones(4)),
+    "attention, gate of nothing": lambda: attend(g_a=torch.ones(2)),
+    "attention, mask": lambda: attend(attn_mask=torch.ones(1, 1, 3, 2).bool()),
+    "attention, mask of integers": lambda: attend(attn_mask=torch.ones(1, 1, 3, 3).int()),
 }
 
 
@@ -166,13 +256,18 @@ def test_compiled_code_does_not_meet_them(monkeypatch):
     def met(*_):
         raise AssertionError("compiled code has met an entry")
 
-    expected = ctu(torch.ones(4), 0.5), head_edit(torch.ones(4), torch.ones(2, 2))
+    q = torch.ones(1, 2, 3, 2)
+    expected = (
+        ctu(torch.ones(4), 0.5),
+        head_edit(torch.ones(4), torch.ones(2, 2)),
+        attend(q=q, k=q, v=q, m=torch.ones(2, 2)),
+    )
     for module, name in ENTRIES:
         monkeypatch.setattr(module, name, met)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def call(x, m):
-        return ctu(x, 0.5), head_edit(x, m)
+        return ctu(x, 0.5), head_edit(x, m), attention_head_edit(q, q, q, m)
 
     for a, b in zip(call(torch.ones(4), torch.ones(2, 2)), expected):
         assert torch.equal(a, b)

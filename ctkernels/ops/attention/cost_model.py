@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, eager
 from ..autograd import in_transform
 from .providers import FLASH4, FLEX, PROVIDERS, Call
 from .reference import UNBOUNDED
@@ -266,4 +266,6 @@ def explain(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, trainin
         if name != SEPARATE and (reason := _refusal(name, call, 1.0)) is not None:
             text = reason
         lines.append(f"  {name:<10} {text}  [{notes[name]}]")
+    if q.is_cpu and forced is None and eager.MISSING is None:
+        lines.append("  eager calls: compiled code checks the arguments and edits torch's result, in the common case")
     return "\n".join(lines)

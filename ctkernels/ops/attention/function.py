@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks
+from .. import checks, eager
 from .cost_model import FUSED, IMPLEMENTATIONS, choose
 from .edit import apply
 from .op import run
@@ -17,6 +18,7 @@ from .reference import UNBOUNDED
 from .sdpa import attend, attend_packed
 
 OP = "attention_head_edit"
+_EAGER = eager.entry(OP)
 
 
 def attention_head_edit(
@@ -85,6 +87,14 @@ def attention_head_edit(
 
     Source: FlashAttention-2, arXiv 2307.08691; the edit is equation 2 of the JoLA paper.
     """
+    usual = window is None and cu_seqlens is None and max_seqlen is None and implementation is None
+    if usual and not torch.compiler.is_compiling():
+        y = _EAGER(F.scaled_dot_product_attention, q, k, v, m, a, g_m, g_a, attn_mask, is_causal, scale, enable_gqa)
+        if y is None:
+            scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+            return attend(q, k, v, (m, a, g_m, g_a), attn_mask, scale, UNBOUNDED, 0 if is_causal else UNBOUNDED)
+        if y is not NotImplemented:
+            return y
     edits = _edits(q, k, v, m, a, g_m, g_a, packed=cu_seqlens is not None)
     heads, groups = q.shape[1], k.shape[1]
     if groups != heads and (not enable_gqa or groups == 0 or heads % groups):
