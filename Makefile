@@ -12,7 +12,7 @@ NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # The paper's table of transfer accuracies, made small: few and small images, few epochs, rates to match.
 COMPARE := examples.data:fashion_mnist examples.data:emoji digits --model mobilenet_v2=packaged \
     --model examples.networks:thin_resnet50 --model examples.networks:efficientnet_lite0 --methods linear,sct,lora-r1,tct,tct+lora-r1 \
-    --size 64 --resize 64 --max-train 240 --max-test 300 --epochs 6 --batch-size 16 --folds 1 --margin 0 --betas 0.8,0.85,0.9,0.95 --cpu \
+    --size 64 --resize 64 --max-train 240 --max-test 300 --epochs 6 --batch-size 16 --folds 1 --margin 0 --betas 0.8,0.85,0.9,0.95 --device cpu \
     --grid lora-r1.lr=1e-3,3e-3,1e-2 --grid tct+lora-r1.lora_lr=1e-3,3e-3
 
 .PHONY: ray-suite gpu roofline-table kernel-hub kernel-hub-suite docs demo compare study test test-pure test-newest newest-suite serving serving-suite peft-suite peft-proposal fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help

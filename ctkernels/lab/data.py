@@ -10,12 +10,12 @@ import torch
 
 from .._factories import find_factory
 from .images.data import find_images
-from .jola.texts import READERS, SPLITS, Example, TextData, find_texts
+from .jola.texts import HUB, READERS, SPLITS, Example, TextData, find_texts
 from .labelled import Splits, check_classes
 from .series import find_series
 from .texts import TextSet
 
-OTHERS = "; or texts (.jsonl, .csv or .parquet), or series (.ts, aeon:NAME)"
+OTHERS = "; or texts (.jsonl, .csv, .parquet or datasets:NAME), or series (.ts, aeon:NAME)"
 
 
 def load_data(spec: str | os.PathLike[str]) -> Splits:
@@ -24,9 +24,10 @@ def load_data(spec: str | os.PathLike[str]) -> Splits:
     Images: a folder of them, an ``.npz`` file, ``"digits"`` (scikit-learn's), or ``"torchvision:Flowers102"`` or
     ``"torchvision:Flowers102:FOLDER"`` for a class of ``torchvision.datasets``, whose files are in, or go to, FOLDER
     (default ``data``). Texts: a ``.jsonl``, ``.csv`` or ``.parquet`` file or a folder of such, with a prompt and an answer,
-    which is the class (see :func:`~.jola.read_texts`). Time series: a ``.ts`` file (see :func:`read_series`), a folder with
-    one, or ``"aeon:NAME"`` for those that come with the package aeon. And ``"package.module:function"`` or
-    ``"file.py:function"``, a function that takes nothing and returns :class:`Splits`, or prompts with answers.
+    which is the class, or ``"datasets:NAME"`` (see :func:`~.jola.read_texts`). Time series: a ``.ts`` file (see
+    :func:`read_series`), a folder with one, or ``"aeon:NAME"`` for those that come with the package aeon. And
+    ``"package.module:function"`` or ``"file.py:function"``, a function that takes nothing and returns :class:`Splits`, or
+    prompts with answers.
 
     Raises:
         ValueError: ``spec`` is none of these, or what it holds is not labelled examples; the message says what was found.
@@ -51,8 +52,8 @@ def find_data(spec: str | os.PathLike[str]) -> Callable[[], Splits]:
     if series is not None:
         return series
     path, name = Path(spec), str(spec)
-    if has_texts(path):
-        read = find_texts(path)
+    if has_texts(path) or name.startswith(HUB):
+        read = find_texts(spec)
         return lambda: labelled_texts(read())
     factory = ":" in name and not path.exists() and not name.startswith("torchvision:")
     if not factory:

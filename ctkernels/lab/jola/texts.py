@@ -11,14 +11,16 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..._extras import require
-from ..._factories import find_factory
+from ..._factories import find_factory, told
 from ..._files import parse_json
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
+HUB = "datasets:"
 CHOICE_SEPARATOR = "|"
 ANSWER = ("answer", "completion")  # the names of the answer's column: this library's and TRL's
 
@@ -143,6 +145,8 @@ def read_texts(path: str | os.PathLike[str]) -> TextData:
     """Read prompts with answers from a file, or from a folder with ``train``, ``val`` and ``test`` files.
 
     ``"package.module:function"`` or ``"file.py:function"`` is a function that takes nothing and returns them.
+    ``"datasets:NAME"`` or ``"datasets:NAME:CONFIG"`` is what the package datasets loads by that name, from the hub or from
+    a folder; texts with a class label count as prompts, and the names of their classes as answers.
 
     Files are JSONL, CSV or Parquet (``.jsonl``, ``.csv``, ``.parquet``), text in UTF-8, with the columns ``prompt`` and
     ``answer`` (or ``completion``, as TRL has it) and, if answers are to be chosen, ``choices``: a list, or in CSV a JSON
@@ -153,7 +157,7 @@ def read_texts(path: str | os.PathLike[str]) -> TextData:
         ValueError: no such file or several for one split, another format or encoding, a column missing or there twice, a
             row with more or fewer values than columns, a value that is no text or empty, an answer that is none of its
             choices; the message names the file and the line (of Parquet the row).
-        ImportError: pyarrow is missing and the file is Parquet.
+        ImportError: pyarrow or datasets is missing where it is needed.
 
     Examples:
         >>> read_texts("questions.jsonl").train[0].answer
@@ -165,6 +169,12 @@ def read_texts(path: str | os.PathLike[str]) -> TextData:
 def find_texts(path: str | os.PathLike[str]) -> Callable[[], TextData]:
     """The function by which :func:`read_texts` will read, found without reading any examples. ValueError for none."""
     root = Path(path)
+    if str(path).startswith(HUB):
+        name, _, configuration = str(path).removeprefix(HUB).partition(":")
+        if not name.strip():
+            raise ValueError(f"data must be {HUB}NAME or {HUB}NAME:CONFIG, got {str(path)!r}")
+        require("datasets", "trainers", "data by a name of the hub")
+        return partial(_from_datasets, name, configuration or None)
     if not root.is_file() and not root.is_dir():
         if str(path) == "wordnet":
             raise ValueError("data: wordnet is now examples.data:wordnet, to be had in a clone of the repository")
@@ -182,6 +192,34 @@ def find_texts(path: str | os.PathLike[str]) -> Callable[[], TextData]:
         return TextData(parts["train"] or (), parts["val"], parts["test"], f"folder {root}")
 
     return read
+
+
+def _from_datasets(name: str, configuration: str | None) -> TextData:
+    datasets = require("datasets", "trainers", "data by a name of the hub")
+    title = f"data {HUB + name!r}"
+    try:
+        loaded = datasets.load_dataset(name, configuration)
+    except Exception as error:  # of the hub, of the network, of what is there
+        raise ValueError(f"{title}: datasets.load_dataset raised {told(error)}") from error
+    parts: dict[str, tuple[Example, ...] | None] = {}
+    for split, names in SPLITS.items():
+        there = [found for found in names if found in loaded]
+        parts[split] = _rows_of(loaded[there[0]], f"{title}: {there[0]}") if there else None
+    if not parts["train"]:
+        raise ValueError(f"{title}: expected examples in a split train, found {sorted(map(str, loaded))}")
+    return TextData(parts["train"], parts["val"], parts["test"], f"{HUB}{name}")
+
+
+def _rows_of(split: Any, where: str) -> tuple[Example, ...]:
+    """The examples of a split of datasets."""
+    classes = getattr(split.features.get("label"), "names", None)
+    rows: Iterator[Any]
+    if "prompt" not in split.column_names and "text" in split.column_names and classes:
+        rows = ({"prompt": row["text"], "answer": classes[row["label"]]} for row in split)
+    else:
+        _check_columns(split.column_names, where)
+        rows = iter(split)
+    return tuple(_example(row, f"{where}, row {number}") for number, row in enumerate(rows, 1))
 
 
 def _split_files(root: Path) -> dict[str, Path | None]:
