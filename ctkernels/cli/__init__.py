@@ -53,6 +53,7 @@ COMMANDS = {
     ),
     "bench": ("ctkernels.cli.bench", "time the kernels on this machine; the options are those of the benchmark suite"),
     "completion": (
+        "ctkernels.cli.completion",
         "print the script with which bash, zsh or fish completes these commands",
     ),
 }
