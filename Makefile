@@ -12,10 +12,10 @@ NATIVE_SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # The paper's table of transfer accuracies, made small: few and small images, few epochs, rates to match.
 COMPARE := examples.data:fashion_mnist examples.data:emoji digits --model mobilenet_v2=packaged \
     --model examples.networks:thin_resnet50 --model examples.networks:efficientnet_lite0 --methods linear,sct,lora-r1,tct,tct+lora-r1 \
-    --size 64 --resize 64 --max-train 240 --max-test 300 --epochs 6 --batch-size 16 --folds 1 --margin 0 --betas 0.8,0.85,0.9,0.95 --cpu \
+    --size 64 --resize 64 --max-train 240 --max-test 300 --epochs 6 --batch-size 16 --folds 1 --margin 0 --betas 0.8,0.85,0.9,0.95 --device cpu \
     --grid lora-r1.lr=1e-3,3e-3,1e-2 --grid tct+lora-r1.lora_lr=1e-3,3e-3
 
-.PHONY: ray-suite gpu roofline-table kernel-hub kernel-hub-suite docs demo compare study test test-pure test-newest newest-suite serving serving-suite peft-suite fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
+.PHONY: ray-suite gpu roofline-table kernel-hub kernel-hub-suite docs demo compare study test test-pure test-newest newest-suite serving serving-suite peft-suite peft-proposal fuzz zoo mutation roofline lint format bench build build-cuda wheels clean help
 
 help:
 	@echo "make demo    adapt real pretrained networks on real images and texts (about ten minutes)"
@@ -31,6 +31,7 @@ help:
 	@echo "make roofline   the machine code of the GPU kernels against its budgets; make roofline-table prints it"
 	@echo "make gpu     on a GPU: builds, checks and times everything, in eight minutes"
 	@echo "make peft-suite   peft's own tests with our adapters (long)"
+	@echo "make peft-proposal   peft's own tests of JoLA as proposed to it: contrib/peft (half an hour)"
 	@echo "make serving   merged models in vLLM and llama.cpp, in an environment of 4 GB (half an hour)"
 	@echo "make docs    the documentation as pages: out/site"
 	@echo "make wheels  the release files, each tried in fresh environments"
@@ -112,6 +113,10 @@ ray-suite: $(VENV)/built.stamp
 # peft's own tests, from its source distribution, with both methods beside peft's own.
 peft-suite: $(VENV)/built.stamp
 	$(PY) tools/peft_suite/run.py $(PEFT_SUITE_ARGS)
+
+# JoLA as proposed to peft (contrib/peft), laid over its source distribution: peft's own tests of it, without this package.
+peft-proposal: $(VENV)/built.stamp
+	$(PY) tools/peft_suite/run.py --proposal $(PEFT_PROPOSAL_ARGS)
 
 # Random calls of the ops, and long runs of the state machines. The seed is the date: FUZZ_ARGS="--seed 1 --case 2" repeats a case.
 fuzz: $(VENV)/built.stamp

@@ -39,13 +39,15 @@ def parser(prog: str = "python -m benchmarks") -> argparse.ArgumentParser:
     whole.add_argument(
         "--composed", action="store_true", help="instead, parts of both beside their composed reference, all compiled"
     )
-    parser.add_argument("--dtype", choices=ctu.DTYPES, nargs="+", default=list(ctu.DTYPES))
+    parser.add_argument(
+        "--dtype", choices=ctu.DTYPES, nargs="+", default=list(ctu.DTYPES), help="which dtypes (default: all)"
+    )
     parser.add_argument("--quick", action="store_true", help="one small shape, without the compiled contestant")
     parser.add_argument("--tuned", action="store_true", help="only the shapes that have bounds to keep")
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="cases whose name contains it (with --device cuda or --formats)"
     )
-    parser.add_argument("--seconds", type=types.POSITIVE, default=1.5, help="time spent on each row (default 1.5)")
+    parser.add_argument("--seconds", type=types.POSITIVE, default=1.5, help="time spent on each row (default: 1.5)")
     parser.add_argument(
         "--cpu-time", action="store_true", help="with --formats --threads 1: CPU time, where others use the machine too"
     )

@@ -1,7 +1,7 @@
-"""Writes the tables of the documentation from benchmarks/results: ``python tools/tables.py [--check]``.
+"""Writes the figures of the documentation from benchmarks/results: ``python tools/tables.py [--check]``.
 
-A table is between ``<!-- table NAME -->`` and ``<!-- end -->``. With ``--check`` nothing is written, and an outdated table is an
-error.
+A table is between ``<!-- table NAME -->`` and ``<!-- end -->``; a figure in a sentence stands before ``<!-- = NAME -->``. With
+``--check`` nothing is written, and an outdated table or figure is an error.
 """
 
 from __future__ import annotations
@@ -21,20 +21,23 @@ from ctkernels.lab.transfer.result import display
 from ctkernels.lab.transfer.tune import STAGES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "docs" / name for name in ("results.md", "compare.md", "jola.md")]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n\n).*?(\n<!-- end -->)", re.S)
+
+FIGURE = re.compile(r"(?P<value>[-+]?\d(?:[\d.,]*\d)?)(?P<name><!-- = (\S+) -->)")
 
 Record = Mapping[str, Any]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="say which tables are out of date, and write nothing")
+    parser.add_argument("--check", action="store_true", help="say which pages are out of date, and write nothing")
     check = parser.parse_args().check
     stale = []
     for page in PAGES:
         before = page.read_text()
         after = MARKED.sub(lambda match: match[1] + TABLES[match["name"]]() + match[3], before)
+        after = FIGURE.sub(lambda match: figure(match[3]) + match["name"], after)
         if after != before:
             stale.append(page.name)
             if not check:
@@ -275,6 +278,109 @@ TABLES: dict[str, Callable[[], str]] = {
     "kept": kept,
     "study": study,
     "ablation": ablation,
+}
+
+
+def figure(name: str) -> str:
+    """A figure by its name: the file of results, and what of it, with slashes."""
+    kind, *path = name.split("/")
+    return FIGURES[kind](*path)
+
+
+def _of_study(method: str, what: str) -> str:
+    row = _one(_results("study")["table"], method=method)
+    if what == "parameters":
+        return f"{row['parameters']:,}"
+    if what == "gain":
+        return f"{row['difference']['mean']:.1f}"
+    return f"{(row['mean'] if what == 'mean' else row['tasks'][what])['mean']:.1f}"
+
+
+def _of_compare(network: str, method: str, data: str = "") -> str:
+    """The gain of a method over the linear probe in points, without its sign; or the mean over all pairs."""
+    found = _results("compare")
+    if network == "all":
+        pairs = [row["test"]["mean"] for row in found["table"] if row["method"] == method]
+        return f"{100 * sum(pairs) / len(pairs):.1f}"
+    rows = [row for row in found["gains"] if row["model"].rpartition(":")[2] == network and row["baseline"] == "linear"]
+    gain = _one(rows, method=method)
+    gain = _one(gain["each"], data=data) if data else gain
+    return f"{abs(100 * gain['points']):.1f}"
+
+
+def _of_training(values: Record, above: str, below: str) -> str:
+    return f"{values[above] / values[below]:.2f}"
+
+
+_LLAMA = {
+    "jola": "JoLA step",
+    "lora": "LoRA r=8 step",
+    "frozen": "frozen, forward + backward to the embeddings",
+    "free": "frozen, forward + backward to the first edit",
+}
+
+
+def _of_llama(record: Record, above: str, below: str) -> str:
+    """The ratio of two training steps, or of two inferences."""
+    if above in record["inference_ms"]:
+        return _of_training(record["inference_ms"], above, below)
+    return _of_training(record["training_ms"], _LLAMA[above], _LLAMA[below])
+
+
+def _of_llama_apart(end: str) -> str:
+    """The least or the largest ratio of the steps of LoRA and JoLA, over processes."""
+    steps = [process["training_ms"] for process in _results("jola_step")["records"][0]["processes"]]
+    ratios = [step[_LLAMA["lora"]] / step[_LLAMA["jola"]] for step in steps]
+    return f"{(min if end == 'least' else max)(ratios):.2f}"
+
+
+def _of_h100(network: str, above: str, below: str) -> str:
+    (record,) = _results("h100")["jola" if network == "llama" else "networks"]["records"]
+    return (
+        _of_llama(record, above, below)
+        if network == "llama"
+        else _of_training(record["step_ms"], _UNITS[above], _UNITS[below])
+    )
+
+
+_UNITS = {"fused": "CT, fused", "published": "CT as published", "plain": "plain ReLU"}
+
+
+def _of_cpu(op: str, above: str, below: str) -> str:
+    """A ratio of times forward and backward in float32, with two digits."""
+    times = _one(_results("cpu")["records"], op=op, dtype="fp32")["forward_backward_ms"]
+    return f"{times[above] / times[below]:.2g}"
+
+
+def _of_published(end: str) -> str:
+    """The least or the largest speed-up of ctu over the published expression, over both dtypes and directions."""
+    rows = [
+        record for record in _results("cpu")["records"] if record["op"] == "ctu" and record["dtype"] in ("fp32", "bf16")
+    ]
+    ratios = [row[key]["official"] / row[key]["ours"] for row in rows for key in ("forward_ms", "forward_backward_ms")]
+    return f"{min(ratios) if end == 'least' else max(ratios):.0f}"
+
+
+def _of_formats(slower: str, side: str) -> str:
+    """By how many per cent a fused network is slower than the plain one at worst, on images of a side."""
+    rows = [record["inference_ms"] for record in _results("formats")["records"] if record["side"] == int(side)]
+    return f"{100 * max(row['fused'] / row['plain ReLU'] - 1 for row in rows):.0f}"
+
+
+def _of_mutation(what: str) -> str:
+    return f"{_results('mutation')[what]:,}"
+
+
+FIGURES: dict[str, Callable[..., str]] = {
+    "study": _of_study,
+    "compare": _of_compare,
+    "jola_step": lambda above, below: _of_llama(_results("jola_step")["records"][0], above, below),
+    "jola_step_apart": _of_llama_apart,
+    "h100": _of_h100,
+    "cpu": _of_cpu,
+    "published": _of_published,
+    "formats": _of_formats,
+    "mutation": _of_mutation,
 }
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from peft import PeftConfig
 
 from .._files import write_text
 from ._files import check_adapter_folder
+from ._peft import method_key
 from .card import write_adapter_card
 
 _SAVED = "_saved_shapes"
@@ -26,6 +27,17 @@ class AdapterConfig(PeftConfig):
     def tensor_prefixes(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
         """Prefixes of an adapter's tensor names, after the module's name. `values`: of its configuration."""
         return (f"{cls.method.lower()}_",)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dictionary."""
+        return super().to_dict() | {"peft_type": self.method}
+
+    @classmethod
+    def from_peft_type(cls, **values: Any) -> Any:
+        """A configuration of this class, with the fields of a file."""
+        if cls.method == values.get("peft_type"):
+            values["peft_type"] = method_key(cls.method)
+        return super().from_peft_type(**values)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json` atomically, and the model card if the folder has weights."""

@@ -40,34 +40,42 @@ def require_peft(what: str = "ctkernels.adapters", oldest: tuple[int, int] = (0,
 require_peft()
 
 
-def add_peft_type(name: str) -> Any:
-    """Returns the member `name` of `peft.PeftType`, adding it if it does not exist.
+_BESIDE = "CTKERNELS_"  # before the name of a method that peft has itself
 
-    peft accepts a method only if its enum has it, and the enum cannot be subclassed. The member is therefore built as `enum`
-    would, and entered in the enum's three tables.
+
+class Method(str):
+    """The key of one of this package's methods in peft's tables.
+
+    peft and transformers compare it with strings and with members of `peft.PeftType`, which are strings too, and read its
+    `value`. So the enum, which cannot be extended, needs no member for it.
     """
+
+    @property
+    def value(self) -> str:
+        """The method's name, with which its tensors begin and which is in an adapter's file."""
+        return self.removeprefix(_BESIDE)
+
+
+def method_key(name: str) -> Method:
+    """The key of the method `name` (upper case): its name, unless peft has a method of that name itself."""
     from peft import PeftType
 
-    if name in PeftType.__members__:
-        return PeftType[name]
-    member: Any = str.__new__(PeftType, name)
-    member._name_ = name
-    member._value_ = name
-    member.__objclass__ = PeftType
-    type.__setattr__(PeftType, name, member)
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
-    return member
+    return Method(f"{_BESIDE}{name}" if name in PeftType.__members__ else name)
 
 
 def register(name: str, config_cls: type, model_cls: type) -> None:
-    """Registers a tuner with peft under `name` (lower case), once."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    from peft.utils import register_peft_method
+    """Enters a tuner into peft's tables, as `peft.utils.register_peft_method` does for members of its enum.
 
-    if add_peft_type(name.upper()) not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+    A method of peft's own with that name stays as it is: peft then loads adapters by name with its own code, and this
+    package's class serves those that are made from this package's configuration.
+    """
+    from peft import mapping
+
+    tables: Any = mapping  # typed for members of the enum
+    key = method_key(name.upper())
+    tables.PEFT_TYPE_TO_CONFIG_MAPPING[key] = config_cls
+    tables.PEFT_TYPE_TO_TUNER_MAPPING[key] = model_cls
+    tables.PEFT_TYPE_TO_PREFIX_MAPPING[key] = f"{name}_"
 
 
 BASE = "__base__"  # peft's name for no adapter

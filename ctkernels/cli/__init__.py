@@ -52,6 +52,10 @@ COMMANDS = {
         "check gradients on this machine: of the ops, and of a model of yours, against finite differences and float64",
     ),
     "bench": ("ctkernels.cli.bench", "time the kernels on this machine; the options are those of the benchmark suite"),
+    "completion": (
+        "ctkernels.cli.completion",
+        "print the script with which bash, zsh or fish completes these commands",
+    ),
 }
 
 

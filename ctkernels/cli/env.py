@@ -8,15 +8,18 @@ import importlib.metadata
 import itertools
 import json
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import ctkernels
 
+from .._files import write_text
 from ..ops import backends, eager
 from ..ops.backends import BACKENDS, DTYPES
 from ..ops.registration import OPS
+from . import option_types as types
 from .errors import Parser
 
 OPTIONAL = (
@@ -63,14 +66,26 @@ def parser() -> argparse.ArgumentParser:
         description="Print versions, devices, what was built, which backend serves which op and dtype, and why, and what is "
         "proven of each kind of hardware.",
     )
-    p.add_argument("--json", action="store_true", help="as JSON, for scripts")
+    p.add_argument(
+        "--json",
+        nargs="?",
+        const=Path("-"),
+        type=types.OUT_FILE,
+        metavar="FILE",
+        help="as JSON, for scripts: to a file, or to standard output (default: of --json alone)",
+    )
     return p
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report."""
     report = describe()
-    print(json.dumps(report, indent=1) if arguments.json else _text(report))
+    if arguments.json is None:
+        print(_text(report))
+    elif arguments.json == Path("-"):
+        print(json.dumps(report, indent=1))
+    else:
+        write_text(arguments.json, json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
 import traceback
@@ -21,10 +22,45 @@ class OptionError(ValueError):
     """A bad option; the message names it."""
 
 
+Renamed = Callable[[list[str]], list[str]]
+
+
+def renamed(old: str, *new: str) -> Renamed:
+    """A function that puts the words ``new`` in place of the flag ``old``, for :attr:`Parser.renamed`."""
+
+    def change(words: list[str]) -> list[str]:
+        if old not in words:
+            return words
+        warnings.warn(f"{old} is {' '.join(new)} now", FutureWarning, stacklevel=2)
+        return [part for word in words for part in (new if word == old else (word,))]
+
+    return change
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser that raises :class:`OptionError` instead of printing its usage and exiting."""
+    """A parser that raises :class:`OptionError` instead of printing its usage and exiting.
+
+    Attributes:
+        renamed: functions that put new spellings in place of old ones, with a warning.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.renamed: list[Renamed] = []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        for spelled_anew in self.renamed:
+            words = spelled_anew(words)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+            near = [
+                difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.7) for word in unknown[:1]
+            ]
+            raise OptionError(message + "".join(f"; did you mean {names[0]}?" for names in near if names))
         match = re.fullmatch(r"argument (.+?): (.*)", message, re.DOTALL)
         if match is None:
             raise OptionError(message)

@@ -17,7 +17,7 @@ from ..ops.backends import BACKENDS
 from ..testing.gradients import GradientReport, check_call, gradcheck_module
 from ..testing.samples import SAMPLES, Sample
 from . import option_types as types
-from .errors import OptionError, Parser
+from .errors import OptionError, Parser, renamed
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
         "tensors' own dtype with what plain torch gets there. Without --module the ops are checked. "
         "Exit code: 0 all agree, 1 something does not, 2 bad input.",
     )
+    p.renamed.append(renamed("--train", "--training"))
     p.add_argument("--op", choices=SAMPLES, nargs="+", help="which ops (default: all; none with --module)")
     p.add_argument(
         "--module",
@@ -46,13 +47,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--integers", type=types.COUNT, metavar="N", help="the inputs are integers below N, such as tokens")
     p.add_argument("--backend", choices=BACKENDS, nargs="+", help="which backends (default: what serves each call)")
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="the own dtype to check (default float32)")
-    p.add_argument("--device", type=types.device, default="cpu", help="where (default cpu)")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="the own dtype to check (default: float32)")
+    p.add_argument("--device", type=types.device, default="cpu", help="such as cpu or cuda:0 (default: cpu)")
     p.add_argument(
-        "--directions", type=types.whole(1, 10_000), default=3, help="finite differences for each tensor (default 3)"
+        "--directions", type=types.whole(1, 10_000), default=3, help="finite differences for each tensor (default: 3)"
     )
-    p.add_argument("--train", action="store_true", help="the model in training mode (default: evaluation)")
-    p.add_argument("--seed", type=types.SEED, default=0, help="of inputs and directions (default 0)")
+    p.add_argument("--training", action="store_true", help="the model in training mode (default: evaluation)")
+    p.add_argument("--seed", type=types.SEED, default=0, help="of inputs and directions (default: 0)")
     p.add_argument(
         "--json", type=types.OUT_FILE, metavar="FILE", help="also write every comparison there; - for standard output"
     )
@@ -126,6 +127,6 @@ def _check_model(
         *inputs,
         backend=backend,
         directions=arguments.directions,
-        training=arguments.train,
+        training=arguments.training,
         seed=arguments.seed,
     )

@@ -6,6 +6,7 @@ They also annotate fields of configurations, which have the same ranges (see :mo
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import re
 import tempfile
@@ -54,7 +55,9 @@ class Kind(Generic[T]):
         try:
             return self.read(text)
         except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f"must be {self.expected}, got {text!r}") from None
+            near = difflib.get_close_matches(text, self.choices, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentTypeError(f"must be {self.expected}, got {text!r}{hint}") from None
 
 
 def _check(fits: bool) -> None:

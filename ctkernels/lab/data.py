@@ -10,12 +10,12 @@ import torch
 
 from .._factories import find_factory
 from .images.data import find_images
-from .jola.texts import READERS, SPLITS, Example, TextData, find_texts
+from .jola.texts import HUB, READERS, SPLITS, Example, TextData, find_texts
 from .labelled import Splits, check_classes
 from .series import find_series
 from .texts import TextSet
 
-OTHERS = "; or texts (.jsonl, .csv or .parquet), or series (.ts, aeon:NAME)"
+OTHERS = "; or texts (.jsonl, .csv, .parquet or datasets:NAME), or series (.ts, aeon:NAME)"
 
 
 def load_data(spec: str | os.PathLike[str]) -> Splits:
@@ -25,10 +25,10 @@ def load_data(spec: str | os.PathLike[str]) -> Splits:
         spec: Images: a folder, an ``.npz`` file, ``"digits"`` (scikit-learn's), or ``"torchvision:Flowers102"`` or
             ``"torchvision:Flowers102:FOLDER"`` for a class of ``torchvision.datasets`` with its files in FOLDER (default
             ``data``), downloaded if missing. Texts: a ``.jsonl``, ``.csv`` or ``.parquet`` file, or a folder of such, with
-            prompts and answers, which are the classes (see :func:`~.jola.read_texts`). Time series: a ``.ts`` file (see
-            :func:`read_series`), a folder with one, or ``"aeon:NAME"`` for a data set in the package aeon. Or a function,
-            ``"package.module:function"`` or ``"file.py:function"``, without arguments, that returns :class:`Splits` or
-            :class:`~.jola.TextData`.
+            prompts and answers, which are the classes, or ``"datasets:NAME"`` (see :func:`~.jola.read_texts`). Time series:
+            a ``.ts`` file (see :func:`read_series`), a folder with one, or ``"aeon:NAME"`` for a data set in the package
+            aeon. Or a function, ``"package.module:function"`` or ``"file.py:function"``, without arguments, that returns
+            :class:`Splits` or :class:`~.jola.TextData`.
 
     Raises:
         ValueError: ``spec`` has another form, or its content is not labelled examples.
@@ -53,8 +53,8 @@ def find_data(spec: str | os.PathLike[str]) -> Callable[[], Splits]:
     if series is not None:
         return series
     path, name = Path(spec), str(spec)
-    if has_texts(path):
-        read = find_texts(path)
+    if has_texts(path) or name.startswith(HUB):
+        read = find_texts(spec)
         return lambda: labelled_texts(read())
     factory = ":" in name and not path.exists() and not name.startswith("torchvision:")
     if not factory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -40,11 +41,42 @@ def saved(tmp_path):
     return tmp_path / "adapter", output(model, VALUES)
 
 
-def test_registration_is_idempotent_and_known_to_peft():
+def test_registration_is_in_pefts_tables_and_leaves_its_enum_alone():
     adapters._peft.register("jola", adapters.JolaConfig, adapters.JolaModel)
-    assert adapters._peft.add_peft_type("JOLA") is peft.PeftType.JOLA is peft.PeftType("JOLA")
-    assert peft.PeftType.JOLA in list(peft.PeftType)
-    assert adapters.JolaConfig().peft_type == "JOLA"
+    assert peft.PEFT_TYPE_TO_CONFIG_MAPPING["JOLA"] is adapters.JolaConfig
+    assert peft.PEFT_TYPE_TO_TUNER_MAPPING["JOLA"] is adapters.JolaModel
+    assert "JOLA" not in peft.PeftType.__members__
+    assert len(peft.PeftType.__members__) == len(list(peft.PeftType))
+    key = adapters.JolaConfig().peft_type
+    assert (key, key.value) == ("JOLA", "JOLA")
+    assert pickle.loads(pickle.dumps(key)) == key
+
+
+def test_a_method_that_peft_has_itself_is_left_alone(tmp_path):
+    """As if peft had JoLA: the name is peft's, and this package's class is reached through its configuration."""
+    code = """
+import enum, sys
+import peft, peft.utils.peft_types as types
+
+members = {member.name: member.value for member in types.PeftType} | {"JOLA": "JOLA"}
+types.PeftType = peft.PeftType = enum.Enum("PeftType", members, type=str)
+peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.JOLA] = peft.LoraConfig
+peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.JOLA] = peft.LoraModel
+import ctkernels.adapters as adapters
+
+assert peft.PEFT_TYPE_TO_CONFIG_MAPPING["JOLA"] is peft.LoraConfig
+config = adapters.JolaConfig(gate_rate=3.0)
+assert peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type] is adapters.JolaModel
+assert config.peft_type.value == config.to_dict()["peft_type"] == "JOLA"
+config.save_pretrained(sys.argv[1])
+(file,) = (path for path in __import__("pathlib").Path(sys.argv[1]).glob("*.json"))
+values = __import__("json").loads(file.read_text())
+assert values["peft_type"] == "JOLA"
+loaded = adapters.JolaConfig.from_peft_type(**values)
+assert type(loaded) is adapters.JolaConfig and loaded.gate_rate == 3.0 and loaded.peft_type == config.peft_type
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_peft_the_error_names_the_extra():

@@ -115,7 +115,10 @@ def test_folder_from_end_to_end_as_a_process(tmp_path):
         (["{data}", "--max-train", "0"], "--max-train must be a whole number of at least 1, got '0'"),
         (["{data}", "--max-train", "3"], "has 1 images, too few to split into 2 parts"),
         (["{data}", "--val", "2"], "--val must be a number between 0 and 1, got '2'"),
-        (["{data}", "--weights", "gone.pth"], "--weights must be default, none, packaged or a file, got 'gone.pth'"),
+        (
+            ["{data}", "--model", f"{MODEL}=gone.pth"],
+            "--model: weights must be default, none, packaged or a file, got 'gone.pth'",
+        ),
         (["{data}", "--model", "no_such:make"], "no module named 'no_such'"),
         (["{data}", "--feature-layer", "body"], "feature_layer must be one of"),
     ],

@@ -52,7 +52,7 @@ def _values(command):
 
 def test_small_images_are_run_small(images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["adapt", images, "--model", MODEL, "--dry-run", "--cpu", "--options", "--epochs 3"]) == 0
+    assert cli.main(["adapt", images, "--model", MODEL, "--dry-run", "--device", "cpu", "--options", "--epochs 3"]) == 0
     said = capsys.readouterr().out
     assert "60 images of 3 classes (0 30, 1 27, 2 3); validation and test examples are set apart" in said
     assert "40 pixels high or wide: they are run at 64 pixels" in said
@@ -67,7 +67,7 @@ def test_small_images_are_run_small(images, tmp_path, monkeypatch, capsys):
 def test_it_runs_and_leaves_a_page(tmp_path, capsys):
     out = tmp_path / "out"
     options = "--epochs 1 --max-train 60 --max-test 40 --betas 0.9,1"
-    command = ["adapt", "digits", "--model", f"{MODEL}=none", "--cpu", "--no-progress", "--out", str(out)]
+    command = ["adapt", "digits", "--model", f"{MODEL}=none", "--device", "cpu", "--no-progress", "--out", str(out)]
     assert cli.main([*command, "--options", options]) == 0
     assert (out / "result.json").is_file()
     assert "T-CT" in (out / "report" / "index.html").read_text()
@@ -85,7 +85,7 @@ def test_texts_are_dealt_to_training_validation_and_test(tmp_path, capsys, count
     from ctkernels.lab.jola import draw, read_texts
 
     path = _texts(tmp_path / "texts.jsonl", count, answers)
-    assert cli.main(["adapt", path, "--model", "some-model", "--dry-run", "--cpu"]) == 0
+    assert cli.main(["adapt", path, "--model", "some-model", "--dry-run", "--device", "cpu"]) == 0
     said = capsys.readouterr().out
     command = _command(said)
     assert f"{count:,} examples of about " in said

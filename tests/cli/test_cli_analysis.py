@@ -63,7 +63,7 @@ def test_robust_with_adapters(data, tmp_path, capsys):
     torch.manual_seed(0)
     adapted = peft.get_peft_model(make_net(), peft.LoraConfig(r=1, target_modules=["0"], modules_to_save=["4"]))
     adapted.save_pretrained(str(tmp_path / "lora"))
-    options = ("--corruptions", "none", "--l2", "none", "--weights", "none", "--head", "own")
+    options = ("--corruptions", "none", "--l2", "none", "--head", "own")
     adapter = ("--adapter", f"lora={tmp_path / 'lora'}", "--out", tmp_path / "out")
     assert run("robust", data, *SMALL, *QUICK, *options, *adapter) == 0
     found = json.loads((tmp_path / "out" / "result.json").read_text())
@@ -84,14 +84,24 @@ def test_robust_with_what_tune_left(data, tmp_path, capsys):
     pytest.importorskip("pyautoattack", reason="attacks need pyautoattack")
     torch.manual_seed(0)
     torch.save(make_net().state_dict(), tmp_path / "net.pt")
-    network = ("--model", f"{MODEL}={tmp_path / 'net.pt'}", "--size", 32, "--resize", 32, "--no-progress", "--cpu")
+    network = (
+        "--model",
+        f"{MODEL}={tmp_path / 'net.pt'}",
+        "--size",
+        32,
+        "--resize",
+        32,
+        "--no-progress",
+        "--device",
+        "cpu",
+    )
     assert (
         run("tune", data, *network, "--epochs", 3, "--head-lr", 0.3, "--betas", "0.8", "--out", tmp_path / "tune") == 0
     )
     tuned = json.loads((tmp_path / "tune/result.json").read_text())
     (cell,) = [c for c in tuned["cells"] if c["method"] == "tct"]
     assert cell["test"] > 0.5  # it is not one that knows one class only
-    options = ("--model", MODEL, "--weights", tmp_path / "net.pt", "--corruptions", "none", "--l2", "none", "--seed", 3)
+    options = ("--model", f"{MODEL}={tmp_path / 'net.pt'}", "--corruptions", "none", "--l2", "none", "--seed", 3)
     adapter = ("--adapter", f"t-ct={tmp_path / 'tune'}", "--out", tmp_path / "out")
     assert run("robust", data, *SMALL[2:], *QUICK, *options, *adapter) == 0
     found = json.loads((tmp_path / "out" / "result.json").read_text())

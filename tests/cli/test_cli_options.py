@@ -65,6 +65,7 @@ NEEDED: dict[str, dict[str, list[str]]] = {
     "report": {"results": ["{folder}"]},
     "gradcheck": {},
     "bench": {},
+    "completion": {"shell": ["bash"]},
 }
 BAD = [
     "",
@@ -115,7 +116,6 @@ GOOD: dict[str, set[str]] = {
     "-o": NEW_NAME,
     "--json": (ANY_NAME | {"{locked}"}) - {"{folder}", "{file}/below"},
     "--storage": ANY_NAME - {"{folder}", "{file}/below"},
-    "--weights": {"{file}"},
     "--bertscore-model": {"{folder}"},
     "--extract": ANY_NAME - {"("},
     # free text, or names of which only the network or the study knows whether they are there
@@ -228,8 +228,8 @@ COMMANDS = {
     "search": ["--no-progress"],
     "robust": ["--no-progress", "--linf", "none", "--l2", "none"],
     "curvature": ["--images", "4"],
-    "tune": ["--no-progress", "--cpu"],
-    "compare": ["--no-progress", "--cpu"],
+    "tune": ["--no-progress", "--device", "cpu"],
+    "compare": ["--no-progress", "--device", "cpu"],
 }
 
 

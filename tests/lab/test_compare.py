@@ -432,7 +432,19 @@ def test_tune_keeps_the_best_stage_and_warns_of_a_curvature_that_learned_nothing
 
 def test_tune_from_the_command_line(tmp_path, capsys):
     arguments = ["tune", "digits", "--model", "compare_networks:small", "--size", "8", "--resize", "8"]
-    arguments += ["--max-train", "100", "--max-test", "60", "--betas", "0.9", "--epochs", "1", "--cpu", "--no-progress"]
+    arguments += [
+        "--max-train",
+        "100",
+        "--max-test",
+        "60",
+        "--betas",
+        "0.9",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--no-progress",
+    ]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     assert "validation prefers" in capsys.readouterr().out
     kept = json.loads((tmp_path / "result.json").read_text())["tuned"]
@@ -557,7 +569,7 @@ def test_bad_input_is_named_before_any_training(change, message, monkeypatch):
 def test_bad_command_lines(arguments, message, tmp_path, capsys):
     if "torchvision" in arguments[0]:
         pytest.importorskip("torchvision")
-    assert main(["compare", *arguments, "--cpu", "--out", str(tmp_path)]) == 2
+    assert main(["compare", *arguments, "--device", "cpu", "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -29,7 +29,8 @@ MODEL = [
     "8",
     "--batch-size",
     "8",
-    "--cpu",
+    "--device",
+    "cpu",
     "--no-progress",
 ]
 

@@ -171,3 +171,54 @@ def test_texts_from_a_function(tmp_path):
     assert read_texts(f"{tmp_path / 'my_texts.py'}:make").source == "mine"
     with pytest.raises(ValueError, match=r"wordnet is now examples.data:wordnet"):
         read_texts("wordnet")
+
+
+def test_names_of_datasets_are_read(tmp_path):
+    """A folder takes the place of the hub."""
+    pytest.importorskip("datasets", reason="names of the hub need ctkernels[trainers]")
+    (tmp_path / "qa").mkdir()
+    rows = [{"prompt": "The sky is", "completion": " blue.", "more": i} for i in range(3)]
+    for split, count in (("train", 3), ("test", 1)):
+        (tmp_path / "qa" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+    data = read_texts(f"datasets:{tmp_path / 'qa'}")
+    assert data.train == (Example("The sky is", " blue."),) * 3
+    assert (data.val, len(data.test), data.source) == (None, 1, f"datasets:{tmp_path / 'qa'}")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    with pytest.raises(
+        ValueError, match=r"train: expected the columns prompt and answer, found \['question', 'answer'\]"
+    ):
+        read_texts(f"datasets:{tmp_path / 'other'}")
+    with pytest.raises(ValueError, match=r"data 'datasets:.*gone': datasets.load_dataset raised "):
+        read_texts(f"datasets:{tmp_path / 'gone'}")
+    for name in ("datasets:", "datasets: ", "datasets::plain"):
+        with pytest.raises(ValueError, match="data must be datasets:NAME or datasets:NAME:CONFIG"):
+            read_texts(name)
+
+
+def test_texts_with_a_class_label_are_prompts_with_answers(monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="names of the hub need ctkernels[trainers]")
+    from ctkernels.lab import load_data
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    columns = {"text": ["it bored me", "it moved me"], "label": [0, 1]}
+    whole = datasets.DatasetDict(train=datasets.Dataset.from_dict(columns, features=features))
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: asked.append(names) or whole)
+    assert read_texts("datasets:user/reviews:short").train == (
+        Example("it bored me", "bad"),
+        Example("it moved me", "good"),
+    )
+    assert asked == [("user/reviews", "short")]
+    assert load_data("datasets:reviews").train.classes == ("bad", "good")
+    assert asked[1:] == [("reviews", None)]
+
+
+def test_without_the_package_the_error_names_the_extra(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"ctkernels\[trainers\]"):
+        read_texts("datasets:reviews")

@@ -236,7 +236,17 @@ def test_from_the_command_line(encoder, tmp_path, capsys):
     rows = [f"{e.prompt},{e.answer}" for e in sentences(40).train]
     (tmp_path / "texts.csv").write_text("\n".join(["prompt,answer", *rows]))
     arguments = [str(tmp_path / "texts.csv"), "--model", encoder, "--activations", "gelu", "--betas", "0.6"]
-    arguments += ["--epochs", "1", "--cpu", "--no-progress", "--max-tokens", "6", "--out", str(tmp_path / "out")]
+    arguments += [
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--no-progress",
+        "--max-tokens",
+        "6",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(["tune", *arguments]) == 0
     told = capsys.readouterr().out
     assert told.startswith("texts.csv: 30 validation examples in 5 folds: the simpler method is kept unless")
@@ -251,6 +261,9 @@ def test_from_the_command_line(encoder, tmp_path, capsys):
         "--seeds",
         "0",
     ]
-    assert main(["compare", *arguments, "--epochs", "1", "--cpu", "--no-progress", "--out", str(tmp_path / "c")]) == 0
+    assert (
+        main(["compare", *arguments, "--epochs", "1", "--device", "cpu", "--no-progress", "--out", str(tmp_path / "c")])
+        == 0
+    )
     assert main(["steer", str(tmp_path / "waves_TRAIN.ts"), "--model", "test_kinds:wave_net"]) == 2
     assert "data must be a folder of images" in capsys.readouterr().err

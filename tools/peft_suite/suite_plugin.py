@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import re
-import sys
-import types
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from suite_common import prepare
 from suite_exceptions import EXCEPTIONS, FAST
 
 from ctkernels.adapters import CurvatureConfig, JointConfig, JolaConfig
@@ -103,23 +98,6 @@ TASKS = {
 }
 
 
-@contextmanager
-def _stand_ins(**attributes: str) -> Iterator[None]:
-    """Provide stand-ins for missing modules that peft's tests import, but the tests run here do not use."""
-    import transformers.trainer  # noqa: F401  (looks for datasets itself, and must not find the stand-in)
-
-    missing = [name for name in attributes if importlib.util.find_spec(name) is None]
-    for name in missing:
-        module = types.ModuleType(name)
-        setattr(module, attributes[name], type(attributes[name], (), {}))
-        sys.modules[name] = module
-    try:
-        yield
-    finally:
-        for name in missing:
-            del sys.modules[name]
-
-
 def _away_from_identity(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
     if issubclass(config_class, JolaConfig):
         return values | {"init_std": 0.5}
@@ -134,15 +112,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    import suite_models
-
-    for marker in ("single_gpu_tests", "multi_gpu_tests", "regression", "bitsandbytes"):
-        config.addinivalue_line("markers", f"{marker}: of peft's own")
-    pytest.register_assert_rewrite("peft_tests")
-    with _stand_ins(diffusers="StableDiffusionPipeline", datasets="load_dataset"):
-        modules = {name: importlib.import_module(f"peft_tests.test_{name}") for name in ("custom_models", *TASKS)}
-    if not config.getoption("--fast") and not hasattr(config, "workerinput"):
-        suite_models.make(Path.cwd())
+    modules = prepare(config, "peft_tests", ("custom_models", *TASKS), models=not config.getoption("--fast"))
     # the lists are changed in place before collection: `parametrize` holds the lists themselves
     custom: Any = modules["custom_models"]
     custom.TEST_CASES[:] = CUSTOM

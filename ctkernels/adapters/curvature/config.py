@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ...steering.activations import ACTIVATIONS, select
 from .._config import AdapterConfig
-from .._peft import add_peft_type
+from .._peft import method_key
 
 GRANULARITIES = ("channel", "layer", "shared")
 SHARING = ("module", "site")
@@ -72,7 +72,7 @@ class CurvatureConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = add_peft_type(self.method)
+        self.peft_type = method_key(self.method)
         for name, allowed in (("granularity", GRANULARITIES), ("share", SHARING)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"CurvatureConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from peft import LoraConfig, PeftConfig
 
 from .._config import AdapterConfig
-from .._peft import add_peft_type, require_peft
+from .._peft import method_key, require_peft
 from ..curvature.config import CurvatureConfig
 from ..jola.config import JolaConfig
 
@@ -52,7 +52,7 @@ class JointConfig(AdapterConfig):
     def __post_init__(self) -> None:
         require_peft("JointConfig", (0, 21))
         super().__post_init__()
-        self.peft_type = add_peft_type(self.method)
+        self.peft_type = method_key(self.method)
         for name, kind in METHODS.items():
             value = getattr(self, name)
             if isinstance(value, Mapping):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .._config import AdapterConfig
-from .._peft import add_peft_type
+from .._peft import method_key
 
 _EDITS = ("both", "multiplicative", "additive")
 _ESTIMATORS = ("clip", "mean")
@@ -99,7 +99,7 @@ class JolaConfig(AdapterConfig):
         super().__post_init__()
         if self.gate_rate is None:
             self.gate_rate = _GATE_RATE if self.peft_type is None else 1.0  # only files set peft_type
-        self.peft_type = add_peft_type(self.method)
+        self.peft_type = method_key(self.method)
         for name, allowed in (
             ("site", _SITES),
             ("edit", _EDITS),

@@ -63,12 +63,12 @@ def _find(name: str) -> Callable[[], Splits | TextData]:
     """What reads the examples of that name; ValueError for none."""
     from ..._factories import find_factory
     from ..data import find_data, has_texts
-    from ..jola.texts import TextData, find_texts
+    from ..jola.texts import HUB, TextData, find_texts
     from ..labelled import Splits
 
     path = Path(name)
-    if has_texts(path):
-        return find_texts(path)
+    if has_texts(path) or name.startswith(HUB):
+        return find_texts(name)
     if ":" in name and not path.exists() and name.partition(":")[0] not in ("torchvision", "aeon"):
         return find_factory(name, (Splits, TextData), "data")
     return find_data(name)
@@ -82,7 +82,7 @@ def _model(text: str) -> str:
     from ..jola.language_models import find_language_model
 
     try:
-        options.network_and_weights(text)
+        options.network(text)
     except argparse.ArgumentTypeError:
         types.checked(find_language_model)(text)
     return text
@@ -91,11 +91,14 @@ def _model(text: str) -> str:
 def parser() -> argparse.ArgumentParser:
     p = options.command_parser("adapt", SUMMARY, EXAMPLES)
     p.add_argument(
-        "data", type=_data, help="folder of images, .npz, .jsonl, .csv or .parquet file, or factory module:function"
+        "data",
+        type=_data,
+        help="folder of images, .npz, .jsonl, .csv or .parquet file, datasets:NAME, or factory module:function",
     )
     p.add_argument("--model", type=_model, help="as of tune for images (default: mobilenet_v2), as of jola for texts")
     p.add_argument("--options", type=_OPTIONS, default=[], help="other options for tune or jola, in quotes")
-    p.add_argument("--cpu", action="store_true", help="run on the CPU")
+    options.option(p, "--seed", types.SEED, 0, "of everything random; texts are run with this and the next two")
+    options.add_device(p)
     options.add_results(p, "out/adapt")
     p.add_argument("--dry-run", action="store_true", help="look at the data and print the command, and run nothing")
     p.add_argument("--open", action="store_true", help="open the page in a browser")
@@ -103,10 +106,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    advice = advise(arguments.data, _find(arguments.data)(), arguments.model)
+    advice = advise(arguments.data, _find(arguments.data)(), arguments.model, arguments.seed)
     chosen = [*advice.arguments, "--out", str(arguments.out)]
-    if arguments.cpu:
-        chosen += ["--cpu"] if advice.command == "tune" else ["--device", "cpu"]
+    chosen += [] if arguments.device is None else ["--device", arguments.device]
     chosen += ["--no-progress"] if arguments.no_progress else []
     chosen += arguments.options
     print("\n".join(advice.said))
@@ -127,13 +129,14 @@ def run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def advise(name: str, data: Splits | TextData, model: str | None) -> Advice:
+def advise(name: str, data: Splits | TextData, model: str | None, seed: int = 0) -> Advice:
     """Say what the data is and what to run on it.
 
     Args:
         name: of the data, as on the command line.
         data: images or texts.
         model: as on the command line.
+        seed: of the command that is run.
 
     Raises:
         OptionError: no model, for other examples than images.
@@ -141,13 +144,13 @@ def advise(name: str, data: Splits | TextData, model: str | None) -> Advice:
     from ..labelled import Splits
 
     if isinstance(data, Splits):
-        return _advise_examples(name, data, model)
+        return _advise_examples(name, data, model, seed)
     if model is None:
         raise OptionError("--model: expected a language model (a folder, a .gguf file or a name on the hub), got none")
-    return _advise_texts(name, data, model)
+    return _advise_texts(name, data, model, seed)
 
 
-def _advise_examples(name: str, data: Splits, model: str | None) -> Advice:
+def _advise_examples(name: str, data: Splits, model: str | None, seed: int) -> Advice:
     from ..images.sets import ImageSet
 
     train = data.train
@@ -173,7 +176,7 @@ def _advise_examples(name: str, data: Splits, model: str | None) -> Advice:
                 f"{(size / 224) ** 2:.0%} of the time of 224."
             )
     epochs = 10 if len(train) <= 1000 else 5
-    arguments += ["--epochs", str(epochs), "--betas", "0.8,0.85,0.9,0.95,1"]
+    arguments += ["--epochs", str(epochs), "--betas", "0.8,0.85,0.9,0.95,1", "--seed", str(seed)]
     said.append(
         "Worth trying: a linear probe, then one beta for all activations, which costs no training (S-CT), then a beta and "
         f"a coefficient for every channel (T-CT), {epochs} epochs. Validation decides which is kept."
@@ -181,7 +184,7 @@ def _advise_examples(name: str, data: Splits, model: str | None) -> Advice:
     return Advice(said, "tune", arguments)
 
 
-def _advise_texts(name: str, data: TextData, model: str) -> Advice:
+def _advise_texts(name: str, data: TextData, model: str, seed: int) -> Advice:
     pool, given = data.train, {"validation": data.val, "test": data.test}
     answers = Counter(example.answer for example in pool)
     words = round(median(len(f"{example.prompt} {example.answer}".split()) for example in pool))
@@ -197,7 +200,8 @@ def _advise_texts(name: str, data: TextData, model: str) -> Advice:
     sizes |= {part: limits[part] for part, share in shares.items() if not share}
     epochs = 3 if sizes["train"] >= 150 else 6
     arguments = [name, "--model", model, "--methods", "zero-shot,lora,jola", "--epochs", str(epochs)]
-    arguments += ["--seeds", "0,1,2", *(word for part, count in sizes.items() for word in (f"--{part}", str(count)))]
+    seeds = ",".join(str((seed + i) % 2**32) for i in range(3))
+    arguments += ["--seeds", seeds, *(word for part, count in sizes.items() for word in (f"--{part}", str(count)))]
     said.append(
         f"Worth trying: the model as it is, LoRA, and gated edits of attention heads (JoLA), on {sizes['train']} examples "
         f"for {epochs} epochs; {sizes['val']} choose settings, {sizes['test']} test, three seeds say how steady a method is."

@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     p = options.command_parser("compare", SUMMARY, EXAMPLES)
     options.add_data(p, nargs="+")
     comparison = p.add_argument_group("comparison")
-    options.add_models(comparison, "append", ". May be given several times")
+    options.add_model(comparison, texts=True, action="append")
     options.option(comparison, "--methods", METHODS, "linear,sct,lora-r1,tct,tct+lora-r1", f"{NAMES}, with commas")
     options.option(comparison, "--seeds", types.SEEDS, "42,43,44", "with commas; the first chooses")
     options.add_grid(comparison, method)
@@ -78,16 +78,17 @@ def run(arguments: argparse.Namespace) -> int:
     seeds, out = arguments.seeds, arguments.out
     grids = options.grids_of(arguments.grid, arguments.methods)
     options.plain_preprocess(arguments)
-    config, executor = options.config_of(TransferConfig, arguments), options.executor_of(arguments)
+    config = options.config_of(TransferConfig, arguments, cpu=options.on_cpu(arguments))
+    executor = options.executor_of(arguments)
     for module in ("accelerate", "peft", "safetensors"):
         require(module, "adapters", "comparing methods")
-    for kind, names in (("--model", [name for name, _ in arguments.model]), ("data", arguments.data)):
+    for kind, names in (("--model", [model.name for model in arguments.model]), ("data", arguments.data)):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise OptionError(f"{kind} must name each one once, got {twice} more than once")
     data = {name: lab.load_data(name) for name in arguments.data}
     options.tell_counts(data, config, seeds[0])
     result = compare_transfer(
-        {name: options.model_source(name, weights, seeds[0]) for name, weights in arguments.model},
+        {model.name: options.model_source(model, seeds[0]) for model in arguments.model},
         data,
         config,
         methods=arguments.methods,

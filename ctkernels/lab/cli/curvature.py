@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     options.option(small, "--steps", STEPS, "2000,20000,4000", "spirals, curve, circles")
     network = p.add_argument_group("your network")
     options.add_model(network, required=False)
+    options.add_device(network, "cpu")
     options.option(network, "--images", types.whole(2), 64, "how many")
     options.add_fields(network, ImageOptions, "size", "resize")
     options.add_fields(network, ProfileConfig, "quantity", "directions", "batch_size", "seed")
@@ -92,14 +93,15 @@ def _profile(arguments: argparse.Namespace, out: Path) -> int:
     from ..images.features import output_tensor
 
     plain = options.plain_preprocess(arguments)
-    model = options.load_network(arguments)
+    device = arguments.device or "cpu"
+    model = options.load_network(arguments).to(device)
     splits = find_images(arguments.data)()
     preprocess = lab.normalised_like(plain, splits.train)
     some = (splits.test or splits.train).sample(arguments.images, arguments.seed).prepared(preprocess)
-    images = torch.stack([some[i][0] for i in range(len(some))])
+    images = torch.stack([some[i][0] for i in range(len(some))]).to(device)
     classes = output_tensor(check_takes(model, images[:1], what="data: images")).shape[-1]
     # a network of other classes: the curvature of what it would say
-    labels = some.labels if classes == len(some.classes) else None
+    labels = some.labels.to(device) if classes == len(some.classes) else None
     config = options.config_of(ProfileConfig, arguments, betas=arguments.betas or ProfileConfig.betas)
     profile = curvature_profile(model, images, labels, config)
     print(profile.table())

@@ -75,7 +75,11 @@ def parser() -> argparse.ArgumentParser:
     from ..jola.methods import METHODS, find_method
 
     p = options.command_parser("jola", SUMMARY, EXAMPLES)
-    p.add_argument("data", type=_data, help=".jsonl, .csv or .parquet file, folder of such, or factory module:function")
+    p.add_argument(
+        "data",
+        type=_data,
+        help=".jsonl, .csv or .parquet file, folder of such, datasets:NAME, or factory module:function",
+    )
     p.add_argument("--model", required=True, type=_model, help="folder, .gguf file, smollm2-135m, or a name on the hub")
     options.option(p, "--dtype", types.choice(*DTYPES), "float32", "of the weights")
     comparison = p.add_argument_group("comparison")

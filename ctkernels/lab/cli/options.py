@@ -7,11 +7,12 @@ import dataclasses
 import functools
 import json
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ...cli import option_types as types
-from ...cli.errors import OptionError, Parser
+from ...cli.errors import OptionError, Parser, renamed
 from .. import _distributed
 from ..config import Config, SteeringConfig, fields_of
 from ..stats import folds_for, what_counts
@@ -49,10 +50,27 @@ def network_name(text: str) -> str:
     return types.checked(find_model)(text)
 
 
-def network_and_weights(text: str) -> tuple[str, str]:
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network and its weights, as of :func:`ctkernels.lab.load_model`."""
+
+    name: str
+    weights: str = "default"
+
+    def __str__(self) -> str:
+        return self.name if self.weights == "default" else f"{self.name}={self.weights}"
+
+
+def network(text: str) -> Network:
     """``NAME`` or ``NAME=WEIGHTS``."""
     name, equals, weights = text.partition("=")
-    return network_name(name), types.WEIGHTS(weights) if equals else "default"
+    name = network_name(name)
+    if not equals:
+        return Network(name)
+    try:
+        return Network(name, types.WEIGHTS(weights))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"weights {error}") from None
 
 
 def option(
@@ -81,12 +99,14 @@ def add_fields(p: argparse._ActionsContainer, config: type[Config], *names: str)
 
 def command_parser(command: str, summary: str, examples: str) -> Parser:
     """The parser of ``python -m ctkernels COMMAND``; ``examples`` stand below its options, and then the exit codes."""
-    return Parser(
+    p = Parser(
         prog=f"python -m ctkernels {command}",
         description=summary,
         epilog=f"{examples}\n\nexit codes: 0 done, 2 bad input, 130 interrupted",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    p.renamed += [_weights_in_model, renamed("--cpu", "--device", "cpu")]
+    return p
 
 
 def add_image_data(p: argparse.ArgumentParser, nargs: str | None = None, more: str = "") -> None:
@@ -98,39 +118,48 @@ def add_image_data(p: argparse.ArgumentParser, nargs: str | None = None, more: s
 def add_data(p: argparse.ArgumentParser, nargs: str | None = None) -> None:
     """Add the positional argument for labelled examples of any kind, or for several sets of them."""
     text = (
-        "images: folder, .npz file, digits or torchvision:NAME; texts: .jsonl, .csv or .parquet file; series: .ts file or "
-        "aeon:NAME; or a factory module:function"
+        "images: folder, .npz file, digits or torchvision:NAME; texts: .jsonl, .csv or .parquet file, or datasets:NAME; "
+        "series: .ts file or aeon:NAME; or a factory module:function"
     )
     p.add_argument("data", nargs=nargs, type=labelled_data, help=text)
 
 
-def add_model(p: argparse._ActionsContainer, required: bool = True) -> None:
-    """Add a network, and its weights."""
-    p.add_argument(
-        "--model", required=required, type=network_name, help="torchvision name, timm:NAME, or factory module:function"
-    )
-    option(
-        p,
-        "--weights",
-        types.WEIGHTS,
-        "default",
-        "default: the library's pretrained ones, may download; none: random; packaged: from an installed package; else a "
-        ".safetensors or torch.save file",
-    )
-
-
-def add_models(p: argparse._ActionsContainer, action: str = "store", more: str = "") -> None:
-    """Add a network with its weights in one option."""
+def add_model(
+    p: argparse._ActionsContainer, *, required: bool = True, texts: bool = False, action: str = "store"
+) -> None:
+    """Add a network and its weights, one for images, or for texts too; with the action "append", any number of them."""
     p.add_argument(
         "--model",
         action=action,
-        type=network_and_weights,
-        required=True,
+        type=network,
+        required=required,
         metavar="NAME[=WEIGHTS]",
-        help="torchvision name, timm:NAME, transformers:NAME, encoder:NAME for texts, or factory module:function; weights: "
-        "default, none, "
-        f"packaged, or a file (default: default){more}",
+        help=f"torchvision name, timm:NAME, transformers:NAME, {'encoder:NAME for texts, ' if texts else ''}or factory "
+        "module:function; WEIGHTS: the library's pretrained ones, which it may download (default: default), none (random), "
+        "packaged (from an installed package), or a .safetensors or torch.save file"
+        + ("; repeatable" if action == "append" else ""),
     )
+
+
+def _weights_in_model(words: list[str]) -> list[str]:
+    """``--model NAME=WEIGHTS`` in place of ``--model NAME --weights WEIGHTS``."""
+    model, weights = _option(words, "--model"), _option(words, "--weights")
+    if model is None or weights is None:
+        return words
+    given = f"{model[1]}={weights[1]}"
+    warnings.warn(f"--weights is a part of --model now: --model {given}", FutureWarning, stacklevel=2)
+    rest = [word for i, word in enumerate(words) if i not in (*model[0], *weights[0])]
+    return [*rest, "--model", given]
+
+
+def _option(words: list[str], name: str) -> tuple[tuple[int, ...], str] | None:
+    """Where an option stands among the words of a command line, and its value."""
+    for i, word in enumerate(words):
+        if word.startswith(f"{name}="):
+            return (i,), word.partition("=")[2]
+        if word == name and i + 1 < len(words):
+            return (i, i + 1), words[i + 1]
+    return None
 
 
 def add_grid(p: argparse._ActionsContainer, method: Callable[[str], Method]) -> None:
@@ -180,20 +209,17 @@ def add_training_options(p: argparse.ArgumentParser) -> None:
 def add_running_options(
     p: argparse.ArgumentParser, config: type[Config], *fields: str, out: str
 ) -> argparse._ArgumentGroup:
-    """Add how the command runs: the seed and the device, or whether to use the CPU, ``fields``, and where results go."""
+    """Add how the command runs: ``fields``, such as the seed, the device, and where results go."""
     running = p.add_argument_group("running")
     add_fields(running, config, *fields)
-    if issubclass(config, TransferConfig):
-        running.add_argument("--cpu", action="store_true", help="run on the CPU")
-    else:
-        add_device(running)
+    add_device(running)
     add_results(running, out)
     return running
 
 
-def add_device(p: argparse._ActionsContainer) -> None:
+def add_device(p: argparse._ActionsContainer, default: str = "a GPU if there is one") -> None:
     """Add where to run."""
-    p.add_argument("--device", type=types.device, help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    p.add_argument("--device", type=types.device, help=f"such as cpu or cuda:0 (default: {default})")
 
 
 def add_results(p: argparse._ActionsContainer, out: str) -> None:
@@ -233,12 +259,12 @@ def plain_preprocess(arguments: argparse.Namespace) -> Preprocess:
 
 def load_network(arguments: argparse.Namespace) -> nn.Module:
     """The network of :func:`add_model`; weights that are random, or that its factory draws, from the seed."""
-    return model_source(arguments.model, arguments.weights, arguments.seed)()
+    return model_source(arguments.model, arguments.seed)()
 
 
-def model_source(name: str, weights: str, seed: int) -> Callable[[], nn.Module]:
+def model_source(model: Network, seed: int) -> Callable[[], nn.Module]:
     """A function that loads a network, here or on another machine."""
-    return functools.partial(_loaded, name, weights, seed)
+    return functools.partial(_loaded, model.name, model.weights, seed)
 
 
 def _loaded(name: str, weights: str, seed: int) -> nn.Module:
@@ -306,6 +332,18 @@ def running(arguments: argparse.Namespace) -> dict[str, Any]:
     """Device and progress, as functions take them."""
     device = arguments.device or _distributed.launched_device()
     return {"device": device, "progress": not arguments.no_progress}
+
+
+def on_cpu(arguments: argparse.Namespace) -> bool:
+    """Whether accelerate is to run on the CPU. A GPU that was asked for by number becomes the one that it takes."""
+    import torch
+
+    if arguments.device is None:
+        return False
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device.type == "cpu"
 
 
 def tell_result(result: Any, arguments: argparse.Namespace, inputs: Inputs, line: str = "") -> None:

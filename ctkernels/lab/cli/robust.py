@@ -32,7 +32,7 @@ examples:
   python -m ctkernels robust photos/ --model resnet18
 
   # a network that was trained for the data, with its own output; your own factory and weights
-  python -m ctkernels robust cifar.npz --model my_project.networks:make --weights best.safetensors --head own
+  python -m ctkernels robust cifar.npz --model my_project.networks:make=best.safetensors --head own
 
   # beside an adapter in PEFT's format, with a classifier of its own
   python -m ctkernels robust cifar.npz --model resnet18 --head own --adapter lora=out/lora
@@ -42,7 +42,7 @@ examples:
   python -m ctkernels robust photos/ --model resnet18 --adapter t-ct=out/tune
 
   # without a hub, small, in a clone of the repository: packaged MobileNetV2 weights and Fashion-MNIST
-  python -m ctkernels robust examples.data:fashion_mnist --model mobilenet_v2 --weights packaged --size 64 --resize 64 \\
+  python -m ctkernels robust examples.data:fashion_mnist --model mobilenet_v2=packaged --size 64 --resize 64 \\
       --max-train 900 --max-test 100 --max-attacked 50 --betas 0.5,0.85 --linf 2/255 --l2 none --severities 3 \\
       --attacks apgd-ce,square --iterations 10 --queries 200
 

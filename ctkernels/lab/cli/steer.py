@@ -26,10 +26,10 @@ examples:
   python -m ctkernels steer data.npz --model timm:resnet50d --betas 0.8:1:0.02
 
   # your own network and weights; checkpoints are read without unpickling
-  python -m ctkernels steer photos/ --model my_project.networks:make --weights best.safetensors
+  python -m ctkernels steer photos/ --model my_project.networks:make=best.safetensors
 
   # without a hub, in a clone of the repository: packaged MobileNetV2 weights and Fashion-MNIST, a small sample
-  python -m ctkernels steer examples.data:fashion_mnist --model mobilenet_v2 --weights packaged \\
+  python -m ctkernels steer examples.data:fashion_mnist --model mobilenet_v2=packaged \\
       --size 64 --resize 64 --max-train 900 --max-test 600 --betas 0.7,0.8,0.85,0.9,0.95,1
 
   # four processes share the work, with the result of one

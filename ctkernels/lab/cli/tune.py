@@ -46,7 +46,7 @@ results:
 def parser() -> argparse.ArgumentParser:
     p = options.command_parser("tune", SUMMARY, EXAMPLES)
     options.add_data(p)
-    options.add_models(p)
+    options.add_model(p, texts=True)
     options.add_fields(p, TuneConfig, "lr", "head_lr", "seed")
     options.add_training_options(p)
     options.add_example_options(p)
@@ -60,12 +60,12 @@ def run(arguments: argparse.Namespace) -> int:
     from .. import _distributed
 
     options.plain_preprocess(arguments)
-    name, weights = arguments.model
-    config = options.config_of(TuneConfig, arguments, name=name, data_name=Path(arguments.data).name)
+    names = {"name": arguments.model.name, "data_name": Path(arguments.data).name}
+    config = options.config_of(TuneConfig, arguments, **names, cpu=options.on_cpu(arguments))
     executor = options.executor_of(arguments)
     for module in ("accelerate", "peft", "safetensors"):
         require(module, "adapters", "learning the curvature")
-    source, out = options.model_source(name, weights, arguments.seed), arguments.out
+    source, out = options.model_source(arguments.model, arguments.seed), arguments.out
     data = lab.load_data(arguments.data)
     options.tell_counts({config.data_name: data}, config, config.seed)
     result = tune_curvature(source, data, out, config, executor=executor, extra=options.record_of(arguments))

@@ -11,14 +11,16 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..._extras import require
-from ..._factories import find_factory
+from ..._factories import find_factory, told
 from ..._files import parse_json
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
+HUB = "datasets:"
 CHOICE_SEPARATOR = "|"
 ANSWER = ("answer", "completion")  # names of the column of answers: this library's and TRL's
 
@@ -143,6 +145,8 @@ def read_texts(path: str | os.PathLike[str]) -> TextData:
     """Reads prompts with answers from a file, or from a folder with ``train``, ``val`` and ``test`` files.
 
     A path ``"package.module:function"`` or ``"file.py:function"`` names a function without arguments that returns them.
+    ``"datasets:NAME"`` or ``"datasets:NAME:CONFIG"`` is a data set that the package datasets loads, from the hub or from a
+    folder; texts with a class label are prompts, and the names of their classes are answers.
 
     Files are JSONL, CSV or Parquet (``.jsonl``, ``.csv``, ``.parquet``), with text in UTF-8, the columns ``prompt`` and
     ``answer`` (or ``completion``, as in TRL) and, for multiple choice, ``choices``: a list, or in CSV a JSON list or words
@@ -153,7 +157,7 @@ def read_texts(path: str | os.PathLike[str]) -> TextData:
         ValueError: the file is missing, there are several for one split, it has another format or encoding, a column is
             missing or duplicated, a row has more or fewer values than columns, a value is no text or empty, or an answer
             is not among its choices; the message names the file and the line (of Parquet the row).
-        ImportError: the file is Parquet and pyarrow is missing.
+        ImportError: pyarrow or datasets is missing where it is needed.
 
     Examples:
         >>> read_texts("questions.jsonl").train[0].answer
@@ -165,6 +169,12 @@ def read_texts(path: str | os.PathLike[str]) -> TextData:
 def find_texts(path: str | os.PathLike[str]) -> Callable[[], TextData]:
     """The function that reads the data of :func:`read_texts`; no examples are read yet. ValueError for an unknown path."""
     root = Path(path)
+    if str(path).startswith(HUB):
+        name, _, configuration = str(path).removeprefix(HUB).partition(":")
+        if not name.strip():
+            raise ValueError(f"data must be {HUB}NAME or {HUB}NAME:CONFIG, got {str(path)!r}")
+        require("datasets", "trainers", "data by a name of the hub")
+        return partial(_from_datasets, name, configuration or None)
     if not root.is_file() and not root.is_dir():
         if str(path) == "wordnet":
             raise ValueError("data: wordnet is now examples.data:wordnet, to be had in a clone of the repository")
@@ -182,6 +192,34 @@ def find_texts(path: str | os.PathLike[str]) -> Callable[[], TextData]:
         return TextData(parts["train"] or (), parts["val"], parts["test"], f"folder {root}")
 
     return read
+
+
+def _from_datasets(name: str, configuration: str | None) -> TextData:
+    datasets = require("datasets", "trainers", "data by a name of the hub")
+    title = f"data {HUB + name!r}"
+    try:
+        loaded = datasets.load_dataset(name, configuration)
+    except Exception as error:  # of the hub, of the network, of what is there
+        raise ValueError(f"{title}: datasets.load_dataset raised {told(error)}") from error
+    parts: dict[str, tuple[Example, ...] | None] = {}
+    for split, names in SPLITS.items():
+        there = [found for found in names if found in loaded]
+        parts[split] = _rows_of(loaded[there[0]], f"{title}: {there[0]}") if there else None
+    if not parts["train"]:
+        raise ValueError(f"{title}: expected examples in a split train, found {sorted(map(str, loaded))}")
+    return TextData(parts["train"], parts["val"], parts["test"], f"{HUB}{name}")
+
+
+def _rows_of(split: Any, where: str) -> tuple[Example, ...]:
+    """The examples of a split of datasets."""
+    classes = getattr(split.features.get("label"), "names", None)
+    rows: Iterator[Any]
+    if "prompt" not in split.column_names and "text" in split.column_names and classes:
+        rows = ({"prompt": row["text"], "answer": classes[row["label"]]} for row in split)
+    else:
+        _check_columns(split.column_names, where)
+        rows = iter(split)
+    return tuple(_example(row, f"{where}, row {number}") for number, row in enumerate(rows, 1))
 
 
 def _split_files(root: Path) -> dict[str, Path | None]:
