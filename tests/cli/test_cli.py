@@ -92,7 +92,7 @@ def test_folder_from_end_to_end_as_a_process(tmp_path):
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "folder photos: 16 train, 4 validation, 8 test images" in done.stdout

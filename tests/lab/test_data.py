@@ -266,7 +266,7 @@ def test_the_core_imports_without_the_extras():
         "from ctkernels import cli\n"
         "sys.exit(cli.main(['steer', 'digits', '--model', 'torch.nn:Identity']))"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 2, done.stderr
     assert "the plot needs matplotlib" in done.stderr
     assert 'pip install "ctkernels[lab]"' in done.stderr

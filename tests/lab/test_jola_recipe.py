@@ -619,7 +619,7 @@ def test_two_processes_share_the_work(folder, file, tmp_path):
         ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
     ):
         run = [sys.executable, *launcher, *command, "--out", str(tmp_path / name)]
-        done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("jola ") >= 1
         found.append(json.loads((tmp_path / name / "result.json").read_text()))

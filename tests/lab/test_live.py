@@ -239,7 +239,7 @@ def test_the_command_serves_reads_lines_and_stops(folder, tmp_path):
         assert "Edited heads, live" in _get(server, "")
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(300) == 130
         process.stdout.close()
 
 

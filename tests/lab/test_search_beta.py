@@ -261,7 +261,7 @@ def test_two_processes_give_the_same_result_as_one(tmp_path):
     path = os.pathsep.join([str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     threads = torch.get_num_threads()
     try:

@@ -115,7 +115,7 @@ def test_workers_share_a_study_and_a_later_call_only_reports(tmp_path):
         "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[2], Path(__file__).parent))),
     }
     processes = [subprocess.Popen([sys.executable, "-c", AT_ONCE, storage], env=here) for _ in range(2)]
-    assert [p.wait(timeout=120) for p in processes] == [0, 0]
+    assert [p.wait(timeout=600) for p in processes] == [0, 0]
     result = search(strategy="bayesian", evaluations=8, width=0.1, storage=storage)
     assert [e.betas == (1.0, 1.0) for e in result.history] == [True] + [False] * (len(result.history) - 1)
     # a worker that began a trial before the eighth was done still ends it
